@@ -1,0 +1,137 @@
+"""A client process that keeps a number of `/generate` requests in flight and counts the tokens it receives.
+
+`python -m headrace.bench.http_client '{"port": ..., ...}'`. Speaks HTTP/1.1 over plain sockets, one connection per
+request in flight, so that little of what is measured is the client's own cost. Token ids in, token ids out; every
+answer is parsed and its ids, log-probabilities and length are checked. Knows nothing of the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from headrace.bench.overhead import STOP_TOKEN_ID, output_lengths, unique_prompt
+
+_WARM_UP_SECONDS = 2.0
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """What to send, and for how long to count."""
+
+    port: int
+    concurrency: int
+    prompt_length: int
+    output_length: int
+    seconds: float
+    stream: bool = False
+
+
+class MetaInfo(msgspec.Struct, frozen=True):
+    """The part of `meta_info` that is checked."""
+
+    completion_tokens: int
+    output_token_logprobs: list[msgspec.Raw] = []
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """The part of a `/generate` answer that is counted."""
+
+    output_ids: list[int]
+    meta_info: MetaInfo
+
+
+class Counter:
+    """Tokens and requests received so far."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self.num_requests = 0
+
+
+async def count(settings: Settings) -> dict[str, Any]:
+    """Run the load; returns what came within `settings.seconds` after a warm-up."""
+    counter = Counter()
+    lengths = output_lengths(settings.output_length)
+    tasks = [asyncio.create_task(_client(settings, number, lengths, counter)) for number in range(settings.concurrency)]
+    try:
+        await _sleep(_WARM_UP_SECONDS, tasks)
+        start, num_tokens, num_requests = time.perf_counter(), counter.num_tokens, counter.num_requests
+        await _sleep(settings.seconds, tasks)
+        return {
+            "seconds": time.perf_counter() - start,
+            "num_tokens": counter.num_tokens - num_tokens,
+            "num_requests": counter.num_requests - num_requests,
+        }
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _sleep(seconds: float, tasks: list[asyncio.Task[None]]) -> None:
+    """Wait, but not if a client has failed: none ends by itself."""
+    done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    for task in done:
+        task.result()
+
+
+async def _client(settings: Settings, number: int, lengths: Iterator[int], counter: Counter) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", settings.port, limit=1 << 24)
+    try:
+        while True:
+            length = next(lengths)
+            writer.write(_request(settings, unique_prompt(number, settings.prompt_length), length))
+            number += settings.concurrency
+            body = await _read_body(reader)
+            counter.num_tokens += _num_tokens(body, length, settings.stream)
+            counter.num_requests += 1
+    finally:
+        writer.close()
+
+
+def _request(settings: Settings, prompt: list[int], length: int) -> bytes:
+    body = json.dumps(
+        {
+            "input_ids": prompt,
+            "sampling_params": {"max_new_tokens": length, "stop_token_ids": [STOP_TOKEN_ID]},
+            "return_logprob": True,
+            "stream": settings.stream,
+        },
+        separators=(",", ":"),
+    ).encode()
+    head = "POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+async def _read_body(reader: asyncio.StreamReader) -> bytes:
+    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    if not head.startswith(b"http/1.1 200"):
+        raise RuntimeError(f"answered {head.splitlines()[0].decode()}")
+    if b"transfer-encoding: chunked" in head:
+        chunks = []
+        while size := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
+            chunks.append((await reader.readexactly(size + 2))[:-2])
+        await reader.readexactly(2)
+        return b"".join(chunks)
+    length = int(head.split(b"content-length:")[1].split(b"\r\n")[0])
+    return await reader.readexactly(length)
+
+
+def _num_tokens(body: bytes, length: int, stream: bool) -> int:
+    if stream:  # cumulative: the last event before [DONE] holds everything
+        body = body.rstrip().split(b"\n\n")[-2].removeprefix(b"data: ")
+    answer = msgspec.json.decode(body, type=Answer)
+    counts = (len(answer.output_ids), len(answer.meta_info.output_token_logprobs), answer.meta_info.completion_tokens)
+    if set(counts) != {length}:
+        raise RuntimeError(f"asked for {length} tokens, got {counts}")
+    return length
+
+
+if __name__ == "__main__":
+    print(json.dumps(asyncio.run(count(msgspec.json.decode(sys.argv[1], type=Settings)))), flush=True)

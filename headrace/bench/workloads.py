@@ -1,0 +1,98 @@
+"""The workloads that benchmarks run: token ids and output lengths, the same on every machine and in every engine.
+
+    A   mixed requests: 256 random prompts of 100 to 1024 tokens, 100 to 1024 tokens out (142,827 in, 133,966 out)
+    B   GRPO groups: 64 prompts of 512 tokens, each 8 times, log-normal output lengths to 2048 (349,383 out)
+    C   one request: 128 tokens in, 512 out
+
+All sample at temperature 1.0, never stop early, and need no text. On a CPU the full workloads take hours, so they are
+scaled down: `num_divisor` divides the number of prompts, `length_divisor` every length; the shape of the distributions
+and the group size stay. `CPU_SCALE` is what `headrace bench offline` uses unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Literal
+
+import msgspec
+
+WorkloadName = Literal["A", "B", "C"]
+GROUP_SIZE = 8
+
+
+class Scale(msgspec.Struct, frozen=True):
+    """How much smaller than the published workload: divisors of the number of prompts and of the lengths."""
+
+    num_divisor: int = 1
+    length_divisor: int = 1
+
+
+FULL_SCALE = Scale()
+CPU_SCALE = Scale(num_divisor=4, length_divisor=4)
+QUICK_SCALE = Scale(num_divisor=16, length_divisor=8)
+
+
+class Workload(msgspec.Struct, frozen=True):
+    """Requests in submission order: prompt token ids, and how many tokens to generate for each."""
+
+    name: WorkloadName
+    prompts: list[list[int]]
+    output_lengths: list[int]
+    group_size: int = 1
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Prompt tokens of all requests."""
+        return sum(map(len, self.prompts))
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens to generate in all."""
+        return sum(self.output_lengths)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence, prompt included."""
+        return max(len(p) + n for p, n in zip(self.prompts, self.output_lengths, strict=True))
+
+
+def make_workload(name: WorkloadName, *, scale: Scale = FULL_SCALE, vocab_size: int | None = None) -> Workload:
+    """Build workload `name`. With `vocab_size`, token ids are folded into [0, vocab_size)."""
+    workload = {"A": _workload_a, "B": _workload_b, "C": _workload_c}[name](scale)
+    if vocab_size is None:
+        return workload
+    prompts = [[token % vocab_size for token in prompt] for prompt in workload.prompts]
+    return msgspec.structs.replace(workload, prompts=prompts)
+
+
+def _workload_a(scale: Scale) -> Workload:
+    source = random.Random(0)
+    num_prompts = max(1, 256 // scale.num_divisor)
+
+    def length() -> int:
+        return max(1, source.randint(100, 1024) // scale.length_divisor)
+
+    prompts = [[source.randint(0, 10000) for _ in range(length())] for _ in range(num_prompts)]
+    return Workload("A", prompts, [length() for _ in range(num_prompts)])
+
+
+def _workload_b(scale: Scale) -> Workload:
+    source = random.Random(1000)
+    num_groups = max(1, 64 // scale.num_divisor)
+    prompt_length = max(1, 512 // scale.length_divisor)
+    groups = [[source.randint(0, 100000) for _ in range(prompt_length)] for _ in range(num_groups)]
+    lengths = random.Random(0)
+    output_lengths = [
+        max(1, min(2048, round(lengths.lognormvariate(math.log(512), 0.8))) // scale.length_divisor)
+        for _ in range(num_groups * GROUP_SIZE)
+    ]
+    prompts = [prompt for prompt in groups for _ in range(GROUP_SIZE)]
+    return Workload("B", prompts, output_lengths, GROUP_SIZE)
+
+
+def _workload_c(scale: Scale) -> Workload:
+    source = random.Random(2000)
+    return Workload(
+        "C", [[source.randint(0, 10000) for _ in range(128 // scale.length_divisor)]], [512 // scale.length_divisor]
+    )

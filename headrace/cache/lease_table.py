@@ -1,0 +1,149 @@
+"""Leases: the pages each running sequence holds. Owns the page rows by slot and every call into pool and tree.
+
+A lease is a row of pages: first those shared with the radix tree, then its own. It holds one reference on each until
+`close`, which its owner calls when the last step in flight that may touch the pages has retired. Leases know nothing of
+requests or steps; arrays are indexed by slot, so that growing many leases by a page is one vector operation.
+
+Pages move from a lease's own to published only as a whole prefix: `publish` while the sequence computes, stopping where
+another sequence published the same units first, and `publish_all` once it is about to leave.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.cache.page_pool import PageIds, PagePool
+from headrace.cache.radix_tree import NO_MATCH, Match, Namespace, Node, RadixTree
+
+SlotIds = npt.NDArray[np.int64]
+
+
+class LeaseTable:
+    """One possible lease per slot.
+
+    pages        int32 [slots, columns], page ids in order of position; valid below `num_pages`
+    num_pages    int64 [slots], pages held
+    capacity     int64 [slots], tokens they hold
+    num_matched  int64 [slots], leading pages that were found in the tree when the lease was opened
+    """
+
+    def __init__(self, *, num_slots: int, num_columns: int, num_pages: int, page_size: int, prefix_cache: bool) -> None:
+        self.page_size = page_size
+        self.pool = PagePool(num_pages)
+        self.tree = RadixTree(self.pool, page_size)
+        self.num_evicted_pages = 0
+        self.pages = np.zeros((num_slots, num_columns), dtype=np.int32)
+        self.num_pages = np.zeros(num_slots, dtype=np.int64)
+        self.capacity = np.zeros(num_slots, dtype=np.int64)
+        self.num_matched = np.zeros(num_slots, dtype=np.int64)
+        self._prefix_cache = prefix_cache
+        self._num_published = [0] * num_slots
+        self._may_publish = [False] * num_slots
+        self._has_met_other = [False] * num_slots
+        self._nodes: list[Node | None] = [None] * num_slots
+        self._namespaces: list[Namespace] = [(0, 0, "")] * num_slots
+
+    @property
+    def num_available(self) -> int:
+        """Pages that a lease could grow by now: free ones and unreferenced cached ones."""
+        return self.pool.num_free + self.tree.num_evictable
+
+    @property
+    def num_used(self) -> int:
+        """Pages that are neither free nor reclaimable."""
+        return self.pool.num_usable - self.num_available
+
+    def match(self, namespace: Namespace, units: bytes, max_pages: int) -> Match:
+        """The longest published prefix of `units` (int32 token ids) of at most `max_pages` pages. Changes nothing."""
+        return self.tree.match(namespace, units, max_pages) if self._prefix_cache and max_pages > 0 else NO_MATCH
+
+    def open(self, slot: int, namespace: Namespace, match: Match) -> None:
+        """Start the lease of `slot` with the pages of `match`, which was made since the tree last changed."""
+        assert self.num_pages[slot] == 0, f"slot {slot} still holds a lease"
+        count = match.num_pages
+        if count:
+            self._nodes[slot] = self.tree.pin_match(match)
+            self.pages[slot, :count] = shared = match.page_ids()
+            self.pool.retain(shared)
+        self._resize(slot, count)
+        self.num_matched[slot] = count
+        self._num_published[slot] = count
+        self._may_publish[slot] = self._prefix_cache
+        self._has_met_other[slot] = False
+        self._namespaces[slot] = namespace
+
+    def grow(self, slot: int, num_pages: int) -> PageIds:
+        """Append pages to one lease, evicting as needed; int32 [num_pages]. The caller has checked `num_available`."""
+        pages = self._take(num_pages)
+        first = int(self.num_pages[slot])
+        self.pages[slot, first : first + num_pages] = pages
+        self._resize(slot, first + num_pages)
+        return pages
+
+    def grow_each(self, slots: SlotIds) -> tuple[SlotIds, PageIds]:
+        """Append one page to each of these leases; returns their columns and page ids, one per slot."""
+        pages = self._take(len(slots))
+        columns = self.num_pages[slots]
+        self.pages[slots, columns] = pages
+        self.num_pages[slots] = columns + 1
+        self.capacity[slots] += self.page_size
+        return columns, pages
+
+    def publish(self, slot: int, token_ids: npt.NDArray[np.int32], num_tokens: int) -> None:
+        """Publish the whole pages among the first `num_tokens` of `token_ids`, whose KV earlier steps, or steps already
+        decided, write. Stops for good before a page that another sequence published first."""
+        count = num_tokens // self.page_size
+        if count > self._num_published[slot] and self._may_publish[slot] and not self._has_met_other[slot]:
+            self._insert(slot, token_ids, count, through=False)
+
+    def publish_all(self, slot: int, token_ids: npt.NDArray[np.int32], num_tokens: int) -> None:
+        """As `publish`, for a lease about to close: continues below pages that another sequence published first."""
+        count = num_tokens // self.page_size
+        if count > self._num_published[slot] and self._may_publish[slot]:
+            self._insert(slot, token_ids, count, through=True)
+
+    def never_publish(self, slot: int) -> None:
+        """Publish no more pages of this lease: its KV is not what its namespace promises."""
+        self._may_publish[slot] = False
+
+    def close(self, slot: int) -> None:
+        """Drop the lease's references; pages that nothing else holds become free."""
+        node = self._nodes[slot]
+        if node is not None:
+            self.tree.unpin(node)
+            self._nodes[slot] = None
+        self.pool.release(self.pages[slot, : self.num_pages[slot]])
+        self._resize(slot, 0)
+        self._may_publish[slot] = False
+
+    def flush(self) -> int:
+        """Free all unreferenced cached pages and unpublish the rest for good. Returns how many pages were freed."""
+        num_freed = self.tree.flush()
+        self._nodes = [None] * len(self._nodes)
+        self._may_publish = [False] * len(self._may_publish)
+        return num_freed
+
+    def _insert(self, slot: int, token_ids: npt.NDArray[np.int32], count: int, *, through: bool) -> None:
+        first = self._num_published[slot]
+        units = token_ids[first * self.page_size : count * self.page_size].tobytes()
+        pages = self.pages[slot, first:count]
+        old = self._nodes[slot]
+        node, num_reached = self.tree.insert(self._namespaces[slot], units, pages, below=old, through=through)
+        self._has_met_other[slot] = num_reached < count - first
+        self._num_published[slot] = first + num_reached
+        if num_reached:
+            self.tree.pin(node)
+            self._nodes[slot] = node
+            if old is not None:
+                self.tree.unpin(old)
+
+    def _take(self, num_pages: int) -> PageIds:
+        short = num_pages - self.pool.num_free
+        if short > 0:
+            self.num_evicted_pages += self.tree.evict(short)
+        return self.pool.allocate(num_pages)
+
+    def _resize(self, slot: int, num_pages: int) -> None:
+        self.num_pages[slot] = num_pages
+        self.capacity[slot] = num_pages * self.page_size

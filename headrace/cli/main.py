@@ -1,0 +1,75 @@
+"""The `headrace` command. Owns the list of subcommands, exit codes, and how an error looks to a person.
+
+Exit codes: 0 done, 1 our own bug, 2 a wrong argument or anything Headrace refuses, 130 interrupted. An error is one
+line on standard error; `--debug` adds the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+
+from headrace import __version__
+from headrace.cli import check, demo, generate, serve
+from headrace.types.errors import HeadraceError
+
+EXIT_BUG = 1
+EXIT_REFUSED = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (the process's own by default). Returns the exit code."""
+    arguments = parse(argv)
+    try:
+        exit_code: int = arguments.run(arguments)
+        return exit_code
+    except HeadraceError as error:
+        return _report(arguments, error.message, EXIT_REFUSED)
+    except KeyboardInterrupt:
+        return _report(arguments, "interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has gone; there is nobody to tell
+        return EXIT_BUG
+    except Exception as error:
+        return _report(arguments, f"internal error: {type(error).__name__}: {error}", EXIT_BUG)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line; a wrong one ends the process with exit code 2.
+
+    Prompts may stand after flags too, which argparse alone does not allow.
+    """
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (arguments.command != "generate" or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.prompts.extend(rest)
+    return arguments
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line, every subcommand and flag."""
+    from headrace.bench import command as bench
+
+    parser = argparse.ArgumentParser(prog="headrace", description="An LLM rollout engine for reinforcement learning.")
+    parser.add_argument("--version", action="version", version=f"headrace {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, module in {"serve": serve, "generate": generate, "demo": demo, "bench": bench, "check": check}.items():
+        summary = (module.__doc__ or "").partition("\n")[0].partition(": ")[2]
+        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.set_defaults(command=name, run=module.run)
+        module.add_arguments(command)
+    return parser
+
+
+def _report(arguments: argparse.Namespace, message: str, exit_code: int) -> int:
+    if arguments.debug:
+        traceback.print_exc()
+    print(f"headrace {arguments.command}: {' '.join(message.split())}", file=sys.stderr)
+    return exit_code
+

@@ -1,0 +1,122 @@
+"""What an engine is asked to be. Owns the names and defaults of every setting; the CLI's flags are generated from it.
+
+Nothing here is decided: `None` and "auto" stay as they are until `resolve()` turns them into a `ResolvedConfig`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from headrace.types.errors import ConfigError
+from headrace.types.sampling_params import LogprobMode
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of one engine. Every field is a keyword of `Engine(...)` and a flag of `headrace serve`.
+
+    model                    a Hugging Face folder or hub id
+    tokenizer                folder or id of the tokenizer; None: the model's
+    skip_tokenizer_init      no tokenizer at all: token ids in, token ids out
+    device                   "auto" | "cpu" | "cuda"
+    dtype                    "auto" (the checkpoint's on GPU, float32 on CPU) | "float32" | "bfloat16" | "float16"
+    load_format              "auto" | "safetensors" | "bin" | "dummy" (random weights from `seed`)
+    context_length           most tokens of one sequence; None: the model's
+    page_size                tokens per KV page, 1 to 64
+    kv_pool_tokens           tokens the KV pool holds; None: sized from `memory_fraction`
+    memory_fraction          share of the free device memory for weights and KV; CPU: see docs/architecture.md
+    max_running_requests     sequences that may hold a slot at once
+    max_waiting_requests     queue bound; more are refused with 503
+    max_num_batched_tokens   token budget of one step
+    prefix_cache             keep and match computed prefixes
+    overlap_depth            plans issued ahead of the oldest unknown result
+    numerics                 "fast" | "invariant" (same bits whatever runs beside, at a cost)
+    attention_backend        "auto" | "reference" | "cpu"
+    seed                     seeds dummy weights and the seeds given to requests that bring none
+    num_threads              torch threads of the core process; None: the cores this process may use
+    logprob_mode             default meaning of output log-probabilities
+    prompt_logprob_mode      default meaning of prompt log-probabilities
+    served_model_name        name answered by the OpenAI routes; None: `model`
+    initial_version          weight version label at start
+    pause_timeout            seconds a request may wait behind a pause
+    request_timeout          seconds a request may take in all; None: no limit of its own
+    start_timeout            seconds the core may take to become ready
+    control_timeout          seconds a control call may take
+    """
+
+    model: str
+    tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    load_format: Literal["auto", "safetensors", "bin", "dummy"] = "auto"
+    context_length: int | None = None
+    page_size: int = 16
+    kv_pool_tokens: int | None = None
+    memory_fraction: float = 0.9
+    max_running_requests: int = 256
+    max_waiting_requests: int = 65536
+    max_num_batched_tokens: int = 2048
+    prefix_cache: bool = True
+    overlap_depth: int = 0
+    numerics: Literal["fast", "invariant"] = "fast"
+    attention_backend: Literal["auto", "reference", "cpu"] = "auto"
+    seed: int = 0
+    num_threads: int | None = None
+    logprob_mode: LogprobMode = "temperature"
+    prompt_logprob_mode: LogprobMode = "raw"
+    served_model_name: str | None = None
+    initial_version: str = "default"
+    pause_timeout: float = 600.0
+    request_timeout: float | None = None
+    start_timeout: float = 600.0
+    control_timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        _check_bounds(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EngineConfig:
+        """Build from keywords; an unknown or ill-typed one raises `ConfigError` naming it."""
+        for key in values:
+            if key not in cls.__struct_fields__:
+                raise ConfigError(f"{key} is not an engine setting", field=key)
+        try:
+            return msgspec.convert(dict(values), cls, strict=True)
+        except msgspec.ValidationError as error:
+            raise ConfigError(str(error), field=_field_of(error)) from None
+
+
+def _field_of(error: msgspec.ValidationError) -> str:
+    """The field a msgspec message names, as in "Expected `int`, got `str` - at `$.page_size`"."""
+    _, found, path = str(error).partition("`$.")
+    return path.rstrip("`") if found else ""
+
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "page_size": (1, 64),
+    "max_running_requests": (1, 65536),
+    "max_waiting_requests": (1, 1 << 24),
+    "max_num_batched_tokens": (1, 1 << 20),
+    "overlap_depth": (0, 8),
+    "seed": (0, (1 << 64) - 1),
+    "memory_fraction": (0.01, 1.0),
+    "pause_timeout": (0.0, 1e9),
+    "start_timeout": (0.0, 1e9),
+    "control_timeout": (0.0, 1e9),
+    "context_length": (1, 1 << 24),
+    "kv_pool_tokens": (1, 1 << 32),
+    "num_threads": (1, 4096),
+    "request_timeout": (0.0, 1e9),
+}
+
+
+def _check_bounds(config: EngineConfig) -> None:
+    for name, (low, high) in _RANGES.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise ConfigError(f"{name} must be in [{low}, {high}], got {value}", field=name)
+    if not config.model:
+        raise ConfigError("model must name a folder or a hub id", field="model")

@@ -1,0 +1,113 @@
+"""Who executes plans. Owns the order of results; decides nothing and knows no requests."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from headrace.types.errors import HeadraceError
+from headrace.types.plan import StepPlan, StepResult
+from headrace.types.weights import TensorInfo, UpdateMode
+from headrace.weights.session import ResolvedMode
+
+if TYPE_CHECKING:
+    from headrace.runner import Runner
+
+logger = logging.getLogger(__name__)
+
+FAULTS = (OSError, RuntimeError, MemoryError, ValueError, LookupError, ArithmeticError, AssertionError, HeadraceError)
+"""What work on a device or a file may raise: an allocation that failed, a refused input, a broken invariant."""
+
+
+class StepError(Exception):
+    """A plan was not executed. Nothing is known of its rows' KV; later plans may build on it."""
+
+    def __init__(self, step_id: int, cause: BaseException) -> None:
+        super().__init__(f"step {step_id} failed: {type(cause).__name__}: {cause}")
+        self.step_id = step_id
+
+
+class StageCopy(Protocol):
+    """The copy of one tensor into place, in slices; see `headrace.weights.staging.StageWork`."""
+
+    def advance(self, deadline_s: float) -> bool: ...
+
+
+class Weights(Protocol):
+    """The memory side of a weight update; see `headrace.weights.store.WeightStore`. Tensors are opaque here."""
+
+    def begin(self, manifest: Sequence[TensorInfo], mode: UpdateMode, partial: bool) -> ResolvedMode: ...
+
+    def stage(self, index: int, data: Any) -> StageCopy: ...
+
+    def commit(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+    def digest(self) -> dict[str, str]: ...
+
+    def read(self, name: str) -> Any: ...
+
+    def scramble(self, seed: int) -> None: ...
+
+
+class Executor(Protocol):
+    """Executes plans in the order given, on one device or many."""
+
+    weights: Weights
+
+    def submit(self, plan: StepPlan) -> None:
+        """Issue a plan. Returns before it is done where the device allows."""
+        ...
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest plan not collected yet. Raises `StepError` if it was not executed."""
+        ...
+
+    def counters(self) -> dict[str, float]:
+        """Figures of its own for `CoreStatus.metrics`."""
+        ...
+
+    def checkpoint(self, folder: Path) -> tuple[list[TensorInfo], Iterator[tuple[str, Any]]]:
+        """What a checkpoint folder holds, and its tensors, read as they are asked for. Raises `CheckpointError`."""
+        ...
+
+    def close(self) -> None:
+        """Free the device."""
+        ...
+
+
+class LocalExecutor:
+    """Executes plans in this process, each when it is submitted."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._results: deque[StepResult | StepError] = deque()
+        self.weights: Weights = runner.weights
+
+    def submit(self, plan: StepPlan) -> None:
+        try:
+            self._results.append(self._runner.execute(plan))
+        except FAULTS as fault:
+            logger.exception("step %d failed", plan.step_id)
+            self._results.append(StepError(plan.step_id, fault))
+
+    def collect(self) -> StepResult:
+        result = self._results.popleft()
+        if isinstance(result, StepError):
+            raise result
+        return result
+
+    def counters(self) -> dict[str, float]:
+        return {"num_gemm_calls": float(self._runner.num_gemm_calls)}
+
+    def checkpoint(self, folder: Path) -> tuple[list[TensorInfo], Iterator[tuple[str, Any]]]:
+        from headrace.weights.checkpoint import iterate_checkpoint, read_manifest
+
+        return read_manifest(folder), iterate_checkpoint(folder)
+
+    def close(self) -> None:
+        self._results.clear()

@@ -1,0 +1,134 @@
+"""An executor that computes nothing: what is left of a step is the engine's own cost. For benchmarks and tests.
+
+Its tokens and log-probabilities are pure functions of the position, in the exact form of real ones. Knows no torch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from headrace.core.executor import StageCopy, Weights
+from headrace.types.errors import CheckpointError, NotFoundError
+from headrace.types.plan import PositionLogprobs, PromptLogprobs, SlotInit, StepPlan, StepResult
+from headrace.types.request import Int32Array
+from headrace.types.sampling_params import LogprobOptions
+from headrace.types.weights import TensorInfo, UpdateMode
+from headrace.weights.session import ResolvedMode
+
+FREE_LOGPROB = -0.5
+
+
+def free_tokens(positions: Int32Array, vocab_size: int) -> Int32Array:
+    """The token at each absolute position: never id 0, so that 0 may be a stop id that never comes."""
+    return (1 + positions % (vocab_size - 1)).astype(np.int32)
+
+
+class FreeExecutor:
+    """Answers each plan when it is collected, from its arrays alone."""
+
+    def __init__(self, vocab_size: int, *, weights: Weights | None = None) -> None:
+        self.weights: Weights = weights or FreeWeights()
+        self.num_executed = 0
+        self._vocab_size = vocab_size
+        self._plans: deque[StepPlan] = deque()
+        self._special: dict[int, SlotInit] = {}
+
+    def submit(self, plan: StepPlan) -> None:
+        self._plans.append(plan)
+
+    def collect(self) -> StepResult:
+        plan = self._plans.popleft()
+        for entry in plan.new_slots:
+            self._enter(entry)
+        self.num_executed += 1
+        sampled = plan.row_samples
+        positions = (plan.row_starts + plan.row_lengths)[sampled]
+        count = len(positions)
+        extras, prompt_logprobs = self._side_outputs(plan) if self._special else ({}, {})
+        return StepResult(
+            step_id=plan.step_id,
+            token_ids=free_tokens(positions, self._vocab_size).reshape(count, 1),
+            logprobs=np.full((count, 1), FREE_LOGPROB, dtype=np.float32),
+            num_tokens=np.ones(count, dtype=np.int32),
+            extras=extras,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def counters(self) -> dict[str, float]:
+        return {"num_gemm_calls": 0.0}
+
+    def checkpoint(self, folder: Path) -> tuple[list[TensorInfo], Iterator[tuple[str, Any]]]:
+        raise CheckpointError(f"{folder}: this executor has no weights", field="path")
+
+    def close(self) -> None:
+        self._plans.clear()
+
+    def _enter(self, entry: SlotInit) -> None:
+        options = entry.logprobs
+        if options.wants_extras or options.prompt_start is not None:
+            self._special[entry.slot] = entry
+        else:
+            self._special.pop(entry.slot, None)
+
+    def _side_outputs(self, plan: StepPlan) -> tuple[dict[int, PositionLogprobs], dict[int, PromptLogprobs]]:
+        extras: dict[int, PositionLogprobs] = {}
+        prompts: dict[int, PromptLogprobs] = {}
+        for row, slot in enumerate(plan.row_slots.tolist()):
+            entry = self._special.get(slot)
+            if entry is None:
+                continue
+            if entry.logprobs.wants_extras and plan.row_samples[row]:
+                extras[row] = _free_extras(1, entry.logprobs)
+            scored = _scored_positions(entry, int(plan.row_starts[row]), int(plan.row_lengths[row]))
+            if scored:
+                further = _free_extras(len(scored), entry.logprobs) if entry.logprobs.wants_extras else None
+                prompts[row] = PromptLogprobs(scored.start, np.full(len(scored), FREE_LOGPROB, np.float32), further)
+        return extras, prompts
+
+
+def _scored_positions(entry: SlotInit, start: int, length: int) -> range:
+    """Prompt positions whose tokens the logits of this row predict."""
+    if entry.logprobs.prompt_start is None:
+        return range(0)
+    return range(max(start + 1, entry.logprobs.prompt_start), min(start + length + 1, entry.num_prompt_tokens))
+
+
+def _free_extras(count: int, options: LogprobOptions) -> PositionLogprobs:
+    ids = np.tile(np.arange(options.num_top, dtype=np.int32), (count, 1))
+    top = np.full((count, options.num_top), FREE_LOGPROB, np.float32)
+    return PositionLogprobs(ids, top, np.full((count, len(options.token_ids)), FREE_LOGPROB, np.float32))
+
+
+class FreeWeights:
+    """Weights that are nowhere: every update is accepted and costs nothing."""
+
+    def begin(self, manifest: Sequence[TensorInfo], mode: UpdateMode, partial: bool) -> ResolvedMode:
+        return "inplace" if mode == "inplace" else "shadow"
+
+    def stage(self, index: int, data: Any) -> StageCopy:
+        return _FreeCopy()
+
+    def commit(self) -> None:
+        pass
+
+    def abort(self) -> None:
+        pass
+
+    def digest(self) -> dict[str, str]:
+        return {}
+
+    def read(self, name: str) -> Any:
+        raise NotFoundError(f"{name} is not a tensor of this model", field="name")
+
+    def scramble(self, seed: int) -> None:
+        pass
+
+
+class _FreeCopy:
+    def advance(self, deadline_s: float) -> bool:
+        return True

@@ -1,0 +1,103 @@
+"""The step loop. Owns the order of things in a turn: commands, one step, then what may happen between steps.
+
+A turn never waits: the loop sleeps only in `CoreLink.poll`, and only when the last turn found nothing to do, until the
+next command or the next deadline.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from headrace.config import ResolvedConfig
+from headrace.core.commands import apply_command
+from headrace.core.executor import Executor
+from headrace.core.replica import Replica
+from headrace.ipc import CoreLink
+from headrace.types.errors import ErrorInfo, PauseTimeoutError
+
+STAGE_BUDGET_BUSY_S = 0.0008
+"""Seconds of staging at a step boundary while requests run; a boundary costs at most a millisecond."""
+
+STAGE_BUDGET_IDLE_S = 0.02
+"""The same while no step runs: long enough not to matter, short enough to answer commands between two slices."""
+
+_LONGEST_WAIT_S = 3600.0
+_EXPIRY_CHECK_S = 0.25
+
+
+class CoreLoop:
+    """Steps a replica until it is shut down or its front goes away."""
+
+    def __init__(
+        self,
+        resolved: ResolvedConfig,
+        executor: Executor,
+        link: CoreLink,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._link = link
+        self._clock = clock
+        self._pause_timeout = resolved.engine.pause_timeout
+        self._held_since: float | None = None
+        self._next_expiry = 0.0
+        self.replica = Replica(resolved, executor, link, clock())
+
+    def run(self) -> None:
+        """Run until `Shutdown`. Raises `PeerClosed` when the front is gone; closes nothing."""
+        is_busy = True
+        while not self.replica.is_ending:
+            is_busy = self.turn(0.0 if is_busy else self._time_to_deadline())
+
+    def turn(self, timeout: float) -> bool:
+        """Wait up to `timeout` seconds for commands, apply them, and do one step. False when nothing was to be done."""
+        replica = self.replica
+        commands = self._link.poll(timeout)
+        now = self._clock()
+        for command in commands:
+            apply_command(replica, command, now)
+            if replica.is_ending:
+                return False
+        stepped = self._step()
+        replica.outbox.flush()
+        replica.pause.advance(now)
+        replica.update.expire(now)
+        progressed = replica.update.advance(STAGE_BUDGET_BUSY_S if stepped else STAGE_BUDGET_IDLE_S, now)
+        self._expire_held_requests(now)
+        replica.outbox.flush()
+        return stepped or progressed
+
+    def fail_requests(self, error: ErrorInfo) -> None:
+        """Answer every request with `error`: the loop has crashed and does not go on."""
+        self.replica.outbox.add(self.replica.scheduler.fail(None, error))
+        self.replica.outbox.flush()
+
+    def _step(self) -> bool:
+        pause, update = self.replica.pause, self.replica.update
+        may_submit = not pause.is_paused and not update.holds_generation
+        admit_new = not pause.is_draining and not update.is_draining
+        return self.replica.stepper.step(may_submit=may_submit, admit_new=admit_new)
+
+    def _expire_held_requests(self, now: float) -> None:
+        """Answer requests that have waited behind a pause or an update for `pause_timeout`."""
+        replica = self.replica
+        held = replica.pause.mode is not None or replica.update.holds_generation or replica.update.is_draining
+        if not held:
+            self._held_since = None
+            return
+        if self._held_since is None:
+            self._held_since = now
+            self._next_expiry = now + self._pause_timeout
+        if now < self._next_expiry:
+            return
+        self._next_expiry = now + min(_EXPIRY_CHECK_S, max(0.01, self._pause_timeout / 4))
+        error = PauseTimeoutError(f"the request waited behind a pause for {self._pause_timeout:g} s")
+        replica.outbox.add(replica.scheduler.expire(now - self._pause_timeout, error.info()))
+
+    def _time_to_deadline(self) -> float:
+        deadlines = [self.replica.pause.deadline, self.replica.update.deadline]
+        if self._held_since is not None and self.replica.scheduler.num_waiting:
+            deadlines.append(self._next_expiry)
+        waits = [deadline - self._clock() for deadline in deadlines if deadline is not None]
+        return max(0.0, min([*waits, _LONGEST_WAIT_S]))

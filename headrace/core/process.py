@@ -1,0 +1,75 @@
+"""The core's process: `python -m headrace.core.process`, started by `headrace.ipc.spawn`.
+
+Owns what is true of the process as a whole: its descriptors, its log, and that it dies with its parent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+
+import msgspec
+
+from headrace.config import ResolvedConfig
+from headrace.core.service import serve_core
+from headrace.ipc import PeerClosed
+from headrace.ipc.codec import DECODE_ERRORS
+from headrace.ipc.socket_link import SocketCoreLink
+from headrace.telemetry import LogContext, configure_logging
+
+CONFIG_TIMEOUT = 60.0
+PARENT_CHECK_MILLISECONDS = 1000
+ORPHANED_EXIT_CODE = 3
+logger = logging.getLogger(__name__)
+
+
+def main(arguments: list[str]) -> int:
+    """Serve one core over the inherited link until the front or the parent is gone. Returns the exit code."""
+    options = _parse(arguments)
+    configure_logging(LogContext(role="core"))
+    faulthandler.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front decides; a terminal's Ctrl-C is not for us
+    threading.Thread(target=watch_parent, args=(options.lifeline, options.parent), daemon=True).start()
+    link = SocketCoreLink(socket.socket(fileno=options.link))
+    try:
+        resolved = msgspec.msgpack.decode(link.receive_frame(CONFIG_TIMEOUT), type=ResolvedConfig)
+    except (PeerClosed, *DECODE_ERRORS) as error:
+        logger.error("no configuration: %s", error)
+        return 2
+    return serve_core(resolved, link, options.executor)
+
+
+def watch_parent(lifeline: int, parent: int) -> None:
+    """End this process at once, whatever it does, when the parent is gone or lets go of the lifeline.
+
+    The parent's id is looked at too: a process forked off the parent may still hold the other end of the pipe.
+    """
+    poller = select.poll()
+    poller.register(lifeline, select.POLLIN)
+    while os.getppid() == parent:
+        if poller.poll(PARENT_CHECK_MILLISECONDS):
+            break
+    os._exit(ORPHANED_EXIT_CODE)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="headrace.core.process")
+    parser.add_argument("--link", type=int, required=True)
+    parser.add_argument("--lifeline", type=int, required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--executor", choices=("local", "free"), default="local")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    exit_code = main(sys.argv[1:])
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(exit_code)  # no teardown: device libraries may hang in it, and there is nothing left to save

@@ -1,0 +1,47 @@
+"""All that one core loop owns, put together once. Holds no logic of its own: each part is the owner of its state."""
+
+from __future__ import annotations
+
+from headrace.config import ResolvedConfig
+from headrace.core.executor import Executor
+from headrace.core.outbox import Outbox
+from headrace.core.pausing import PauseControl
+from headrace.core.stepping import Stepper
+from headrace.core.updating import UpdateControl
+from headrace.ipc import CoreLink
+from headrace.scheduler import Scheduler, SchedulerLimits
+from headrace.weights.session import WeightMachine
+
+
+class Replica:
+    """The parts of a core. `started_at` is in the loop's clock; `is_ending` ends the loop after the current turn."""
+
+    def __init__(self, resolved: ResolvedConfig, executor: Executor, link: CoreLink, started_at: float) -> None:
+        settings = resolved.engine
+        self.resolved = resolved
+        self.executor = executor
+        self.started_at = started_at
+        self.is_ending = False
+        self.snapshot: dict[str, str] | None = None
+        self.outbox = Outbox(link)
+        self.scheduler = Scheduler(scheduler_limits(resolved), version=settings.initial_version, epoch=0)
+        self.stepper = Stepper(self.scheduler, executor, self.outbox, settings.overlap_depth)
+        self.pause = PauseControl(self.scheduler, self.stepper, self.outbox, settings.control_timeout)
+        machine = WeightMachine(settings.initial_version)
+        self.update = UpdateControl(machine, executor, self.scheduler, self.stepper, self.outbox, self.pause)
+
+
+def scheduler_limits(resolved: ResolvedConfig) -> SchedulerLimits:
+    """The scheduler's share of the settings."""
+    settings = resolved.engine
+    return SchedulerLimits(
+        max_running_requests=settings.max_running_requests,
+        max_waiting_requests=settings.max_waiting_requests,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        context_length=resolved.context_length,
+        page_size=settings.page_size,
+        num_pages=resolved.num_pages,
+        prefix_cache=settings.prefix_cache,
+        overlap_depth=settings.overlap_depth,
+        vocab_size=resolved.model.vocab_size,
+    )

@@ -1,0 +1,111 @@
+"""A core from its configuration to its end, in a process or a thread. Owns what happens when it fails."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Literal
+
+from headrace.config import ResolvedConfig
+from headrace.core.executor import Executor, LocalExecutor
+from headrace.core.loop import CoreLoop
+from headrace.ipc import CoreLink, PeerClosed
+from headrace.types.errors import ErrorInfo, HeadraceError, InternalError
+from headrace.types.messages import CoreReady
+
+logger = logging.getLogger(__name__)
+
+ExecutorKind = Literal["local", "free"]
+_PROGRESS_SECONDS = 5.0
+
+
+def serve_core(resolved: ResolvedConfig, link: CoreLink, executor: ExecutorKind = "local") -> int:
+    """Build a core, announce it with `CoreReady`, and step it until it is shut down. Returns the exit code.
+
+    Never raises: a failure to start is told in `CoreReady.error`, a crash is answered to every live request.
+    """
+    try:
+        loop = _build(resolved, link, executor)
+    except Exception as error:  # process entry point
+        return _report_start_failure(link, error)
+    if loop is None:
+        return 0
+    try:
+        loop.run()
+        return 0
+    except PeerClosed as reason:
+        logger.info("core ends: %s", reason)
+        return 0
+    except Exception as error:  # process entry point
+        logger.exception("core crashed")
+        _answer_all(loop, InternalError(f"the engine core crashed: {type(error).__name__}: {error}").info())
+        return 1
+    finally:
+        loop.replica.executor.close()
+        loop.replica.update.close()
+        link.close()
+
+
+def _build(resolved: ResolvedConfig, link: CoreLink, kind: ExecutorKind) -> CoreLoop | None:
+    """The loop, announced; None when the front went away meanwhile."""
+    executor = build_executor(resolved, kind)
+    loop = CoreLoop(resolved, executor, link)
+    ready = CoreReady(
+        max_total_num_tokens=resolved.max_total_num_tokens,
+        page_size=resolved.engine.page_size,
+        num_layers=resolved.model.num_layers,
+        explanations=resolved.explanations,
+    )
+    try:
+        link.send(ready)
+    except PeerClosed as reason:
+        logger.info("core ends before it was ready: %s", reason)
+        executor.close()
+        link.close()
+        return None
+    return loop
+
+
+def build_executor(resolved: ResolvedConfig, kind: ExecutorKind) -> Executor:
+    """What executes plans: a runner of this process, or, for "free", nothing at all."""
+    if kind == "free":
+        from headrace.core.fake_executor import FreeExecutor
+
+        return FreeExecutor(resolved.model.vocab_size)
+    from headrace.runner import Runner  # torch: the slow import, made in the core only
+
+    return LocalExecutor(Runner(resolved, on_progress=LoadProgress()))
+
+
+class LoadProgress:
+    """Logs how far a long load has come."""
+
+    def __init__(self) -> None:
+        self._next_report = time.monotonic() + _PROGRESS_SECONDS
+
+    def __call__(self, num_done: int, num_total: int) -> None:
+        if time.monotonic() >= self._next_report:
+            self._next_report = time.monotonic() + _PROGRESS_SECONDS
+            logger.info("loading weights: %d of %d tensors", num_done, num_total)
+
+
+def _report_start_failure(link: CoreLink, error: Exception) -> int:
+    if isinstance(error, HeadraceError):
+        info = error.info()
+        logger.error("core cannot start: %s", error)
+    else:
+        info = InternalError(f"the engine core cannot start: {type(error).__name__}: {error}").info()
+        logger.exception("core cannot start", exc_info=error)
+    try:
+        link.send(CoreReady(error=info))
+    except PeerClosed as reason:
+        logger.info("nobody is left to hear it: %s", reason)
+    link.close()
+    return 1
+
+
+def _answer_all(loop: CoreLoop, error: ErrorInfo) -> None:
+    try:
+        loop.fail_requests(error)
+    except Exception:  # process entry point: what crashed may be what answers; the front answers at end of file
+        logger.exception("requests could not be answered")

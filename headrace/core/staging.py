@@ -1,0 +1,106 @@
+"""Copies of staged tensors, taken a slice at a time between steps. Owns one Stage command's progress and its buffer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from headrace.core.executor import StageCopy, Weights
+from headrace.ipc import SharedBuffer
+from headrace.types.errors import InternalError, WeightUpdateError
+from headrace.types.messages import Stage
+from headrace.types.weights import TensorInfo
+from headrace.weights.session import WeightMachine
+from headrace.weights.weight_map import num_elements
+
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class StageJob:
+    """Tensors on their way into a session. `call_id` is the call to answer then; None: the core reads a folder."""
+
+    def __init__(
+        self, machine: WeightMachine, session_id: int, copies: Iterator[tuple[int, StageCopy]], call_id: int | None
+    ) -> None:
+        self.call_id = call_id
+        self._machine = machine
+        self._session_id = session_id
+        self._copies = copies
+        self._current: tuple[int, StageCopy] | None = None
+        self._resources = ExitStack()
+
+    def advance(self, budget_s: float, now: float) -> bool:
+        """Copy for about `budget_s` seconds, at least one block. True when all of it is staged.
+
+        Raises a `HeadraceError` when a tensor is not what the manifest says; the job is over then.
+        """
+        stop_at = time.perf_counter() + budget_s
+        while True:
+            if self._current is None:
+                self._current = next(self._copies, None)
+                if self._current is None:
+                    return True
+            index, copy = self._current
+            self._machine.note_write(self._session_id)
+            if copy.advance(max(0.0, stop_at - time.perf_counter())):
+                self._machine.mark_staged(self._session_id, index, now)
+                self._current = None
+            if time.perf_counter() >= stop_at:
+                return False
+
+    def close(self) -> None:
+        """Let go of the buffer. Idempotent."""
+        self._current = None
+        self._copies = iter(())
+        self._resources.close()
+
+    def owns(self, buffer: SharedBuffer) -> None:
+        """Close `buffer` with the job."""
+        self._resources.callback(buffer.close)
+
+
+def job_from_buffer(machine: WeightMachine, weights: Weights, command: Stage, now: float) -> StageJob:
+    """A job over one shared buffer. Every entry is checked before the first byte moves.
+
+    Raises `UpdateConflictError`, `WeightUpdateError` or `RequestError` naming what is wrong; nothing is held then.
+    """
+    manifest = machine.require(command.session_id).staged.manifest
+    for entry in command.entries:
+        info = machine.check_stage(command.session_id, entry.index, now)
+        if not 0 <= entry.offset <= command.buffer.size - num_bytes_of(info):
+            raise WeightUpdateError(f"{info.name} at offset {entry.offset} is not inside its buffer", field=info.name)
+    if len({entry.index for entry in command.entries}) != len(command.entries):
+        raise WeightUpdateError("a tensor is named twice in one stage call", field="entries")
+    buffer = SharedBuffer.open(command.buffer)
+
+    def copies() -> Iterator[tuple[int, StageCopy]]:
+        for entry in command.entries:
+            size = num_bytes_of(manifest[entry.index])
+            yield entry.index, weights.stage(entry.index, buffer.view[entry.offset : entry.offset + size])
+
+    job = StageJob(machine, command.session_id, copies(), command.call_id)
+    job.owns(buffer)
+    return job
+
+
+def job_from_tensors(
+    machine: WeightMachine, weights: Weights, session_id: int, tensors: Iterator[tuple[str, Any]], folder: Path
+) -> StageJob:
+    """A job over (name, tensor) pairs that the core reads itself."""
+    index_of = {info.name: index for index, info in enumerate(machine.require(session_id).staged.manifest)}
+
+    def copies() -> Iterator[tuple[int, StageCopy]]:
+        for name, tensor in tensors:
+            if name not in index_of:
+                raise InternalError(f"{folder} changed while it was read: {name} is new")
+            yield index_of[name], weights.stage(index_of[name], tensor)
+
+    return StageJob(machine, session_id, copies(), None)
+
+
+def num_bytes_of(info: TensorInfo) -> int:
+    """Bytes of the tensor in the manifest's dtype."""
+    return num_elements(info.shape) * ELEMENT_BYTES[info.dtype]

@@ -1,0 +1,339 @@
+"""Weight updates on one replica: when bytes may move, when generation holds still, and when weights change.
+
+Owns the open session's jobs, its pending commit and the hold on generation. The rules of the transaction are
+`headrace.weights.session`; the memory is the executor's.
+
+A shadow session holds generation only to commit. An in-place session holds it from the first staged byte to its end.
+Before a hold begins the requests in flight are treated as the session asks (`in_flight`). While generation is paused
+the hold begins at once: nothing can drain then, so "drain" treats what the pause kept as "keep" does.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from pathlib import Path
+
+import msgspec
+
+from headrace.core.executor import FAULTS, Executor
+from headrace.core.outbox import Outbox
+from headrace.core.pausing import PauseControl
+from headrace.core.staging import StageJob, job_from_buffer, job_from_tensors, num_bytes_of
+from headrace.core.stepping import Stepper
+from headrace.scheduler import Scheduler
+from headrace.types.errors import (
+    DeadlineError,
+    HeadraceError,
+    InternalError,
+    PoisonedError,
+    UnavailableError,
+    UpdateConflictError,
+)
+from headrace.types.messages import BeginUpdate, CommitUpdate, Stage, UpdateBegun, UpdateFromDisk
+from headrace.types.weights import InFlight, TensorInfo, UpdateReport
+from headrace.weights.session import UpdateSession, WeightMachine
+
+logger = logging.getLogger(__name__)
+
+
+class _Hold(msgspec.Struct):
+    """Generation stands still for the session. `since` is in seconds of `time.perf_counter`."""
+
+    policy: InFlight
+    since: float
+    num_aborted: int
+
+
+class UpdateControl:
+    """The weight updates of one replica; at most one session is open."""
+
+    def __init__(
+        self,
+        machine: WeightMachine,
+        executor: Executor,
+        scheduler: Scheduler,
+        stepper: Stepper,
+        outbox: Outbox,
+        pause: PauseControl,
+    ) -> None:
+        self.machine = machine
+        self.num_updates = 0
+        self.last_pause_ms = 0.0
+        self.num_staged_steps = 0
+        self._executor = executor
+        self._weights = executor.weights
+        self._scheduler = scheduler
+        self._stepper = stepper
+        self._outbox = outbox
+        self._pause = pause
+        self._jobs: deque[StageJob] = deque()
+        self._commit_call: int | None = None
+        self._hold: _Hold | None = None
+        self._steps_at_first_stage: int | None = None
+
+    # What the step loop asks.
+
+    @property
+    def holds_generation(self) -> bool:
+        """No step may run for the session's sake."""
+        return self._hold is not None
+
+    @property
+    def is_draining(self) -> bool:
+        """Started requests run to their end before the hold begins; no new one starts."""
+        return self._wants_hold() and self._hold is None and self._policy() == "drain"
+
+    def refusal(self) -> HeadraceError | None:
+        """What every request is answered with until a complete update lands; None while weights are whole."""
+        session = self.machine.session
+        if session is None:
+            return self.machine.refusal()
+        if session.former == "ready":
+            return None
+        message = f"weights are {session.former} until the update to {session.version!r} is complete"
+        return PoisonedError(message) if session.former == "poisoned" else UnavailableError(message)
+
+    # Commands. Errors leave everything as it was.
+
+    def begin(self, command: BeginUpdate, now: float) -> UpdateBegun:
+        """Open a session for a manifest that is right as a whole."""
+        session = self._open(command, command.manifest, command.timeout_s, now)
+        return UpdateBegun(session.session_id, session.mode)
+
+    def stage(self, command: Stage, now: float) -> None:
+        """Queue the copy of a bucket; it is answered when all of it is in place."""
+        self._require_no_commit(command.session_id)
+        self._jobs.append(job_from_buffer(self.machine, self._weights, command, now))
+        self._note_stage()
+
+    def commit(self, command: CommitUpdate, now: float) -> None:
+        """Ask for the commit; it is answered when the weights are live."""
+        self._require_no_commit(command.session_id)
+        session = self.machine.require(command.session_id)
+        session.touch(now)
+        if not self._jobs:
+            session.staged.check_complete()
+        self._commit_call = command.call_id
+
+    def abort(self, session_id: int) -> None:
+        """Drop the session and answer whatever waits for it."""
+        self.machine.require(session_id)
+        self._abort(UpdateConflictError(f"session {session_id} was aborted"))
+
+    def from_disk(self, command: UpdateFromDisk, timeout_s: float, now: float) -> None:
+        """A whole session over a checkpoint folder; answered when the weights are live."""
+        manifest, tensors = self._executor.checkpoint(Path(command.path))
+        session = self._open(command, tuple(manifest), timeout_s, now)
+        job = job_from_tensors(self.machine, self._weights, session.session_id, tensors, Path(command.path))
+        self._jobs.append(job)
+        self._commit_call = command.call_id
+        self._note_stage()
+
+    def check_resume(self) -> None:
+        """`UpdateConflictError` while live weights are half overwritten: resuming could not mean anything yet."""
+        session = self.machine.session
+        if session is not None and session.has_written and self._commit_call is None:
+            missing = session.staged.missing()
+            named = f"; not staged yet: {', '.join(missing[:8])}" if missing else ""
+            message = f"session {session.session_id} is open and writes in place{named}"
+            raise UpdateConflictError(message, field="session_id")
+
+    def lose_weights(self, seed: int) -> None:
+        """Overwrite live weights with noise. Every request is answered; none is served until an update lands."""
+        self.machine.lose()
+        self._stepper.settle()
+        self._weights.scramble(seed)
+        self._fail_requests()
+
+    # Between steps.
+
+    def advance(self, budget_s: float, now: float) -> bool:
+        """Move staged bytes for about `budget_s` seconds, or begin the hold, or commit. True when it did something."""
+        session = self.machine.session
+        if session is None:
+            return False
+        if self._commit_call is not None and not self._jobs and not self._is_complete(session, self._commit_call):
+            return True
+        if self._wants_hold() and self._hold is None and not self._begin_hold():
+            return False
+        if self._jobs:
+            self._advance_job(budget_s, now)
+            return True
+        if self._commit_call is not None:
+            self._commit(session, self._commit_call)
+            return True
+        return False
+
+    def expire(self, now: float) -> None:
+        """Abort the session if its deadline has passed."""
+        session = self.machine.session
+        if session is not None and now >= session.deadline:
+            logger.warning("session %d outlived its %g s", session.session_id, session.timeout_s)
+            message = f"session {session.session_id} was aborted {session.timeout_s:g} s after its last command"
+            self._abort(DeadlineError(message))
+
+    @property
+    def deadline(self) -> float | None:
+        """When the open session is aborted."""
+        return self.machine.session.deadline if self.machine.session else None
+
+    @property
+    def num_steps_while_staging(self) -> int:
+        """Steps completed between the first staged byte and the commit or abort, over all sessions."""
+        current = 0 if self._steps_at_first_stage is None else self._stepper.num_completed - self._steps_at_first_stage
+        return self.num_staged_steps + current
+
+    def close(self) -> None:
+        """Let go of shared buffers, without touching weights: the core is ending."""
+        for job in self._jobs:
+            job.close()
+        self._jobs.clear()
+
+    def end(self, reason: HeadraceError) -> None:
+        """Answer what waits for the session; weights stay as they are."""
+        waiting = [job.call_id for job in self._jobs if job.call_id is not None]
+        waiting += [self._commit_call] if self._commit_call is not None else []
+        self.close()
+        self._commit_call = None
+        for call_id in waiting:
+            self._outbox.refuse(call_id, reason.info())
+
+    # Inside.
+
+    def _open(
+        self, command: BeginUpdate | UpdateFromDisk, manifest: tuple[TensorInfo, ...], timeout_s: float, now: float
+    ) -> UpdateSession:
+        partial = isinstance(command, BeginUpdate) and command.partial
+        self.machine.check_begin(command.version, partial)
+        mode = self._weights.begin(manifest, command.mode, partial)
+        try:
+            return self.machine.begin(
+                command.version,
+                manifest,
+                mode,
+                now=now,
+                timeout_s=timeout_s,
+                in_flight=command.in_flight,
+                partial=partial,
+            )
+        except HeadraceError:
+            self._weights.abort()
+            raise
+
+    def _require_no_commit(self, session_id: int) -> None:
+        self.machine.require(session_id)
+        if self._commit_call is not None:
+            raise UpdateConflictError(f"session {session_id} is being committed", field="session_id")
+
+    def _note_stage(self) -> None:
+        if self._steps_at_first_stage is None:
+            self._steps_at_first_stage = self._stepper.num_completed
+
+    def _wants_hold(self) -> bool:
+        session = self.machine.session
+        if session is None:
+            return False
+        if session.mode == "inplace":
+            return bool(self._jobs) or self._commit_call is not None
+        return self._commit_call is not None and not self._jobs
+
+    def _policy(self) -> InFlight:
+        assert self.machine.session is not None
+        policy = self.machine.session.in_flight
+        return "keep" if policy == "drain" and self._pause.is_paused else policy
+
+    def _begin_hold(self) -> bool:
+        """Stop generation as the policy says. False while requests still drain."""
+        policy = self._policy()
+        if policy == "drain" and self._scheduler.num_started:
+            return False
+        aborted = self._scheduler.abort(None, "Aborted by a weight update") if policy == "abort" else []
+        self._outbox.add(aborted)
+        self._stepper.settle()
+        self._hold = _Hold(policy, time.perf_counter(), sum(delta.finish is not None for delta in aborted))
+        return True
+
+    def _is_complete(self, session: UpdateSession, call_id: int) -> bool:
+        """Whether the commit may go on; if not, its call is answered and the session stays open."""
+        try:
+            session.staged.check_complete()
+        except HeadraceError as error:
+            self._commit_call = None
+            self._outbox.refuse(call_id, error.info())
+            return False
+        return True
+
+    def _advance_job(self, budget_s: float, now: float) -> None:
+        job = self._jobs[0]
+        try:
+            if not job.advance(budget_s, now):
+                return
+        except HeadraceError as error:
+            self._fail_job(job, error)
+            return
+        except FAULTS as fault:
+            logger.exception("staging failed")
+            self._fail_job(job, InternalError(f"staging failed: {type(fault).__name__}: {fault}"))
+            return
+        self._jobs.popleft()
+        job.close()
+        if job.call_id is not None:
+            self._outbox.reply(job.call_id)
+
+    def _fail_job(self, job: StageJob, error: HeadraceError) -> None:
+        if job.call_id is None:  # the core's own reading of a folder: the whole update is one call
+            self._abort(error)
+            return
+        self._jobs.popleft()
+        job.close()
+        self._outbox.refuse(job.call_id, error.info())
+
+    def _commit(self, session: UpdateSession, call_id: int) -> None:
+        assert self._hold is not None
+        hold = self._hold
+        if hold.policy == "recompute":
+            self._scheduler.recompute_running()
+        elif hold.policy == "keep":
+            self._scheduler.keep_running()
+        self._weights.commit()
+        self.machine.commit(session.session_id)
+        self._scheduler.set_weights(self.machine.version, self.machine.epoch)
+        self.num_updates += 1
+        self.last_pause_ms = (time.perf_counter() - hold.since) * 1000.0
+        self._commit_call = None
+        self._end_session()
+        manifest = session.staged.manifest
+        report = UpdateReport(
+            version=session.version,
+            epoch=self.machine.epoch,
+            num_tensors=len(manifest),
+            num_bytes=sum(map(num_bytes_of, manifest)),
+            mode=session.mode,
+            pause_ms=self.last_pause_ms,
+            num_aborted=hold.num_aborted,
+        )
+        self._outbox.reply(call_id, report)
+        logger.info("weights %r live, epoch %d, pause %.1f ms", session.version, self.machine.epoch, self.last_pause_ms)
+
+    def _abort(self, reason: HeadraceError) -> None:
+        """End the open session without a commit; waiting calls are answered with `reason`."""
+        assert self.machine.session is not None
+        self.machine.abort(self.machine.session.session_id)
+        self._weights.abort()
+        self._end_session()
+        self._fail_requests()
+        self.end(reason)
+
+    def _end_session(self) -> None:
+        self.num_staged_steps = self.num_steps_while_staging
+        self._steps_at_first_stage = None
+        self._hold = None
+
+    def _fail_requests(self) -> None:
+        """Answer every request if the weights cannot serve any."""
+        refusal = self.refusal()
+        if refusal is not None:
+            self._outbox.add(self._scheduler.fail(None, refusal.info()))
+            logger.error("weights are %s: %s", self.machine.state, refusal.message)

@@ -1,0 +1,420 @@
+"""The engine as a caller sees it. Owns nothing but its parts: settings, tokenizer, intake, and the runtime behind them.
+
+Every coroutine may be awaited from any event loop in any thread: the work is done on the engine's own loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import importlib
+import weakref
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack, get_args
+
+import msgspec
+
+from headrace.config import EngineConfig
+from headrace.engine.fields import InputIds, Prompts, Sampling
+from headrace.engine.intake import Intake
+from headrace.engine.launch import ExecutorKind, load_tokenizer, resolve_settings
+from headrace.engine.requests import GenerateItem, GenerateOptions, RequestBuilder
+from headrace.engine.runtime import Runtime
+from headrace.engine.stream import Stream, StreamGroup
+from headrace.engine.tensors import NamedTensors, to_tensor
+from headrace.engine.update import Manifest, Script, UpdateSession, drive_async, manifest_of
+from headrace.types.errors import RequestError, WeightUpdateError
+from headrace.types.generation import Generation
+from headrace.types.messages import (
+    CoreStatus,
+    Digest,
+    FlushCache,
+    GetStatus,
+    GetWeight,
+    Pause,
+    Resume,
+    SetVersion,
+    UpdateFromDisk,
+    WeightBytes,
+    WeightsChecker,
+)
+from headrace.types.sampling_params import SamplingParams
+from headrace.types.weights import InFlight, PauseMode, UpdateMode, UpdateReport
+
+if TYPE_CHECKING:
+    import torch
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+DEFAULT_UPDATE_TIMEOUT = 600.0
+_INLINE_CHARACTERS = 1 << 15
+
+
+def _on_engine_loop(
+    method: Callable[Concatenate[AsyncEngine, Parameters], Coroutine[Any, Any, Result]],
+) -> Callable[Concatenate[AsyncEngine, Parameters], Coroutine[Any, Any, Result]]:
+    """Run a coroutine method on the engine's loop, whatever loop awaits it."""
+
+    @functools.wraps(method)
+    async def bridged(self: AsyncEngine, /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        self.runtime.check_open()
+        return await self.runtime.run(method(self, *args, **kwargs))
+
+    return bridged
+
+
+class AsyncEngine:
+    """A running engine. The constructor returns once it can generate.
+
+    `settings` are the fields of `EngineConfig`. `inprocess=True` runs the core in a thread of this process instead of a
+    process of its own. `executor="free"` replaces the model by one that costs nothing (benchmarks).
+
+    Raises `ConfigError`, `UnsupportedModelError`, `CheckpointError`; `DeadlineError` after `start_timeout`;
+    `EngineDeadError` when the core dies while it starts.
+    """
+
+    def __init__(
+        self, model: str | Path, *, inprocess: bool = False, executor: ExecutorKind = "local", **settings: Any
+    ) -> None:
+        self.config = EngineConfig.from_dict({"model": str(model), **settings})
+        self.resolved = resolve_settings(self.config)
+        self.runtime = Runtime(self.resolved, inprocess=inprocess, executor=executor)
+        self._finalizer = weakref.finalize(self, self.runtime.close)
+        is_started = False
+        try:
+            self.tokenizer = load_tokenizer(self.config, self.resolved.folder)
+            self.ready = self.runtime.wait(self.runtime.client.start(self.config.start_timeout))
+            is_started = True
+        finally:
+            if not is_started:
+                self._finalizer()
+        self._builder = RequestBuilder(self.resolved, self.tokenizer)
+        self._intake = Intake(self.runtime.client, self._builder, self.tokenizer, self.config.request_timeout)
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The engine's own event loop, on which `submit` and its streams must be used."""
+        return self.runtime.loop
+
+    @property
+    def version(self) -> str:
+        """The label of the live weights, as last heard from the core."""
+        status = self.runtime.client.status
+        return self.config.initial_version if status is None else status.version
+
+    @property
+    def is_alive(self) -> bool:
+        """True until the core's death or `shutdown`."""
+        return self.runtime.client.is_alive and not self.runtime.is_closing
+
+    @property
+    def is_ready(self) -> bool:
+        """True when a request would start now: the core answers, is not paused, and its weights are whole."""
+        client = self.runtime.client
+        if not (self.is_alive and client.is_responsive and client.is_whole) or client.status is None:
+            return False
+        return not client.status.paused and not self.runtime.updater.holds_generation
+
+    async def generate(
+        self,
+        prompts: Prompts = None,
+        input_ids: InputIds = None,
+        sampling_params: Sampling = None,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Generation]:
+        """Generate from text (`prompts`) or token ids (`input_ids`): one or many, with one `SamplingParams` or dict for
+        all or a list with one each. Returns one `Generation` per sample, prompt-major. See `GenerateOptions`.
+
+        Raises `RequestError` naming the field; `UnavailableError` and `DeadlineError` as their classes say. An error of
+        one sequence drops the others of the call.
+        """
+        return await self._generate(prompts, input_ids, sampling_params, options)
+
+    async def score(
+        self,
+        prompts: Prompts = None,
+        input_ids: InputIds = None,
+        sampling_params: Sampling = None,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Generation]:
+        """Log-probabilities of given tokens: `generate` with `max_new_tokens=0` and prompt log-probabilities."""
+        options["return_prompt_logprobs"] = True
+        return await self._generate(prompts, input_ids, _scoring(sampling_params), options)
+
+    async def stream(
+        self,
+        prompts: Prompts = None,
+        input_ids: InputIds = None,
+        sampling_params: Sampling = None,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncIterator[Generation]:
+        """As `generate`, but yields what is new as it comes; `prompt_index` and `index` say whose it is.
+
+        A sequence's last piece has its `finish_reason`. Leaving the iteration drops what has not ended.
+        """
+        group = await self.open_group(prompts, input_ids, sampling_params, options)
+        try:
+            while pieces := await self.runtime.run(group.next_pieces()):
+                for piece in pieces:
+                    yield piece
+        finally:
+            self.runtime.post(group.cancel)
+
+    def submit(self, item: GenerateItem) -> Stream:
+        """Start one sequence. To be called on the engine's loop; the stream too is bound to it."""
+        self.runtime.check_open()
+        return self._intake.submit(item)
+
+    @_on_engine_loop
+    async def abort(
+        self, request_id: str | None = None, *, prefix: bool = False, all: bool = False, message: str = "Aborted"
+    ) -> int:
+        """End live sequences now; their callers get what there is, with finish reason "abort".
+
+        `request_id` matches exactly, or as a prefix. Returns how many sequences matched; none is no error.
+        """
+        return self._intake.abort(request_id, prefix=prefix, everything=all, message=message)
+
+    @_on_engine_loop
+    async def pause(self, mode: PauseMode = "abort") -> None:
+        """Stop generating. "keep" and "recompute" hold running sequences, "abort" ends them, "drain" lets them finish.
+
+        New requests wait until `resume`, at most `pause_timeout` seconds. Returns once nothing runs any more.
+        """
+        _check_choice(mode, PauseMode, "mode")
+        await self.runtime.client.change(lambda call_id: Pause(call_id, mode), NoneType)
+
+    @_on_engine_loop
+    async def resume(self) -> None:
+        """Go on after `pause`."""
+        await self.runtime.client.change(Resume, NoneType)
+
+    @_on_engine_loop
+    async def flush_cache(self) -> int:
+        """Free every cached page that nothing uses; returns how many. Aborts nothing and is never needed."""
+        return await self.runtime.client.call(FlushCache, int)
+
+    async def begin_update(
+        self,
+        version: str | int,
+        manifest: Manifest,
+        *,
+        mode: UpdateMode = "auto",
+        in_flight: InFlight = "drain",
+        partial: bool = False,
+        timeout: float = DEFAULT_UPDATE_TIMEOUT,
+    ) -> UpdateSession:
+        """Open a weight update. `manifest` lists every tensor to come, as `TensorInfo` or (name, shape, dtype name).
+
+        The whole of it is checked before anything is touched: `WeightUpdateError` names what is unknown, missing
+        (unless `partial`), doubled or misshapen; `UpdateConflictError` if another update is open. `timeout` seconds
+        after its last call a session is aborted.
+        """
+        self.runtime.check_open()
+        _check_update(mode, in_flight)
+        return await self.runtime.run(
+            self.runtime.updater.begin(_version(version), manifest_of(manifest), mode, in_flight, partial, timeout)
+        )
+
+    async def stage(self, session: UpdateSession, named_tensors: NamedTensors) -> None:
+        """Send tensors of the manifest: any iterable of (name, tensor) pairs, torch or numpy.
+
+        Each tensor is copied before the next is asked for. Returns once the core has copied all of them.
+        """
+        await drive_async(self.stage_script(session, named_tensors), self.runtime.run)
+
+    def stage_script(self, session: UpdateSession, named_tensors: NamedTensors) -> Script[None]:
+        """What `stage` does, as a script for `headrace.engine.update.drive`."""
+        self.runtime.check_open()
+        return self.runtime.updater.stage(session, named_tensors)
+
+    @_on_engine_loop
+    async def commit(self, session: UpdateSession) -> UpdateReport:
+        """Make the staged weights live between two steps. `WeightUpdateError` names tensors that were not staged."""
+        return await self.runtime.updater.commit(session)
+
+    @_on_engine_loop
+    async def abort_update(self, session: UpdateSession) -> None:
+        """Drop a session. The old weights serve on, unless an in-place update had begun to write: then `PoisonedError`
+        answers every request until a complete update lands."""
+        await self.runtime.updater.abort(session)
+
+    async def update_weights_from_tensor(
+        self,
+        named_tensors: NamedTensors,
+        version: str | int,
+        *,
+        mode: UpdateMode = "auto",
+        in_flight: InFlight = "drain",
+        partial: bool = False,
+        timeout: float = DEFAULT_UPDATE_TIMEOUT,
+    ) -> UpdateReport:
+        """A whole update from (name, tensor) pairs: begin, stage, commit; an error leaves no session open.
+
+        The pairs are read once before anything is sent, because the manifest comes first: an iterator's tensors are
+        all held until the end. To stream, call `begin_update`, `stage` and `commit`.
+        """
+        script = self.update_script(named_tensors, version, mode, in_flight, partial, timeout)
+        return await drive_async(script, self.runtime.run)
+
+    def update_script(
+        self,
+        named_tensors: NamedTensors,
+        version: str | int,
+        mode: UpdateMode,
+        in_flight: InFlight,
+        partial: bool,
+        timeout: float,
+    ) -> Script[UpdateReport]:
+        """What `update_weights_from_tensor` does, as a script for `headrace.engine.update.drive`."""
+        self.runtime.check_open()
+        _check_update(mode, in_flight)
+        updater = self.runtime.updater
+        return updater.update_from_tensors(named_tensors, _version(version), mode, in_flight, partial, timeout)
+
+    @_on_engine_loop
+    async def update_weights_from_disk(
+        self, path: str | Path, version: str | int, *, mode: UpdateMode = "auto", in_flight: InFlight = "drain"
+    ) -> UpdateReport:
+        """A whole update that the core reads from a checkpoint folder itself."""
+        _check_update(mode, in_flight)
+        folder, label = str(Path(path).expanduser().resolve()), _version(version)
+        return await self.runtime.client.change(
+            lambda call_id: UpdateFromDisk(call_id, folder, label, mode, in_flight), UpdateReport
+        )
+
+    @_on_engine_loop
+    async def set_weight_version(self, version: str | int) -> None:
+        """Relabel the live weights without changing them."""
+        label = _version(version)
+        await self.runtime.client.change(lambda call_id: SetVersion(call_id, label), NoneType)
+
+    async def get_weights_by_name(self, name: str) -> torch.Tensor:
+        """A live tensor by its Hugging Face name, in its Hugging Face shape and the engine's dtype, on the CPU."""
+        return to_tensor(await self.read_weight(name))
+
+    @_on_engine_loop
+    async def read_weight(self, name: str) -> WeightBytes:
+        """As `get_weights_by_name`, for callers without torch: the bytes and what they are."""
+        if not isinstance(name, str):
+            raise RequestError("name must be a string", field="name")
+        return await self.runtime.client.call(lambda call_id: GetWeight(call_id, name), WeightBytes)
+
+    @_on_engine_loop
+    async def digest(self) -> dict[str, str]:
+        """SHA-256 of every live tensor by Hugging Face name: comparable with any engine of the same dtype."""
+        return await self.runtime.client.call(Digest, dict[str, str])
+
+    @_on_engine_loop
+    async def weights_checker(self, action: str) -> dict[str, str]:
+        """SGLang's checker: "snapshot", "reset_tensors" or "compare"."""
+        return await self.runtime.client.change(lambda call_id: WeightsChecker(call_id, action), dict[str, str])
+
+    @_on_engine_loop
+    async def metrics(self) -> dict[str, float]:
+        """Counters and gauges of the core (docs/architecture.md lists them)."""
+        return (await self.runtime.client.call(GetStatus, CoreStatus)).metrics
+
+    @_on_engine_loop
+    async def status(self, timeout: float | None = None) -> CoreStatus:
+        """The core's account of itself, now. `DeadlineError` after `timeout` seconds (default `control_timeout`)."""
+        return await self.runtime.client.call(GetStatus, CoreStatus, timeout)
+
+    async def serve(self, port: int = 0, host: str = "127.0.0.1", **options: Any) -> Any:
+        """Serve this engine over HTTP, on its own loop. Returns a handle with `port` and `await stop()`.
+
+        `options` are those of `headrace.server`.
+        """
+        self.runtime.check_open()
+        server = importlib.import_module("headrace.server.run")
+        running = await self.runtime.run(server.serve(self, host, port, **options))
+        self.runtime.add_closer(running.stop)
+        return running
+
+    async def shutdown(self) -> None:
+        """End the engine: what runs is answered with what there is, then the core ends. Idempotent.
+
+        On the engine's own loop it returns at once, and the end follows.
+        """
+        running = asyncio.get_running_loop()
+        if running is self.loop:
+            self.close()
+        else:
+            await running.run_in_executor(None, self.close)
+
+    def close(self) -> None:
+        """`shutdown`, blocking."""
+        self.runtime.close()
+        self._finalizer.detach()
+
+    async def __aenter__(self) -> AsyncEngine:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.shutdown()
+
+    @_on_engine_loop
+    async def _generate(
+        self, prompts: Prompts, input_ids: InputIds, sampling_params: Sampling, options: GenerateOptions
+    ) -> list[Generation]:
+        streams = self._intake.submit_all(await self._expand(prompts, input_ids, sampling_params, options, False))
+        try:
+            return [await stream.result() for stream in streams]
+        finally:
+            for stream in streams:
+                stream.cancel()
+
+    @_on_engine_loop
+    async def open_group(
+        self, prompts: Prompts, input_ids: InputIds, sampling_params: Sampling, options: GenerateOptions
+    ) -> StreamGroup:
+        """Start the sequences of `stream`; the group is bound to the engine's loop."""
+        items = await self._expand(prompts, input_ids, sampling_params, options, True)
+        return StreamGroup(self._intake.submit_all(items))
+
+    async def _expand(
+        self, prompts: Prompts, input_ids: InputIds, sampling_params: Sampling, options: GenerateOptions, stream: bool
+    ) -> list[GenerateItem]:
+        """Much text is encoded in another thread, so that streams and heartbeats go on."""
+        expand = functools.partial(self._builder.expand, prompts, input_ids, sampling_params, options, stream=stream)
+        if _num_characters(prompts) <= _INLINE_CHARACTERS:
+            return expand()
+        return await asyncio.get_running_loop().run_in_executor(None, expand)
+
+
+def _num_characters(prompts: Any) -> int:
+    texts = prompts if isinstance(prompts, (list, tuple)) else [prompts]
+    return sum(len(text) for text in texts if isinstance(text, str))
+
+
+def _scoring(sampling_params: Sampling) -> Sampling:
+    """The same parameters, generating nothing."""
+    if isinstance(sampling_params, Sequence):
+        return [_score_params(each) for each in sampling_params]
+    return _score_params(sampling_params)
+
+
+def _score_params(params: Any) -> SamplingParams:
+    if not isinstance(params, SamplingParams):
+        params = SamplingParams() if params is None else SamplingParams.from_dict(params)
+    scoring: SamplingParams = msgspec.structs.replace(params, max_new_tokens=0, min_new_tokens=0, n=1, stop=())
+    return scoring
+
+
+def _version(version: Any) -> str:
+    """A version label; an int is accepted."""
+    if isinstance(version, bool) or not isinstance(version, (str, int)) or version == "":
+        raise WeightUpdateError("version must be a non-empty string or an int", field="version")
+    return str(version)
+
+
+def _check_update(mode: Any, in_flight: Any) -> None:
+    _check_choice(mode, UpdateMode, "mode")
+    _check_choice(in_flight, InFlight, "in_flight")
+
+
+def _check_choice(value: Any, choices: Any, field: str) -> None:
+    if value not in get_args(choices):
+        raise RequestError(f"{field} must be one of {', '.join(get_args(choices))}", field=field)

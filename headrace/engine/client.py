@@ -1,0 +1,312 @@
+"""The front's side of one core. Owns handles, the live sequences by handle, calls by id with their deadlines, and the
+one moment at which the core is dead for everybody. Knows nothing of text, prompts or processes.
+
+Bound to one event loop: every method is called on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterable
+from types import NoneType
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from headrace.ipc import FrontLink
+from headrace.types.errors import DeadlineError, EngineDeadError, HeadraceError, ShutdownError
+from headrace.types.messages import (
+    Abort,
+    Command,
+    CoreReady,
+    CoreStatus,
+    Deltas,
+    Finished,
+    GetStatus,
+    Output,
+    Reply,
+    Shutdown,
+    Submit,
+)
+from headrace.types.request import Delta, Request
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 1.0
+UNRESPONSIVE_SECONDS = 4.0
+MAX_SUBMIT_BYTES = 1 << 23
+_NULL = b"\xc0"
+
+Payload = TypeVar("Payload")
+
+
+class Sink(Protocol):
+    """Who wants the deltas of one sequence. Exactly one of a terminal delta and `on_failure` ends it."""
+
+    def on_delta(self, delta: Delta) -> None: ...
+
+    def on_failure(self, error: HeadraceError) -> None: ...
+
+
+class CoreClient:
+    """Commands to a core and its answers.
+
+    `status` is the core's last account of itself; `is_whole` says that its weights can serve, also during an update.
+    """
+
+    def __init__(self, link: FrontLink, control_timeout: float, on_death: Callable[[], None]) -> None:
+        self._link = link
+        self._control_timeout = control_timeout
+        self._on_death = on_death
+        self._sinks: dict[int, Sink] = {}
+        self._calls: dict[int, asyncio.Future[bytes]] = {}
+        self._num_handles = 0
+        self._num_calls = 0
+        self._submits: list[Request] = []
+        self._finished: list[int] = []
+        self._flush_scheduled = False
+        self._ready: asyncio.Future[CoreReady] | None = None
+        self._heartbeat: asyncio.Task[None] | None = None
+        self._heartbeat_sent: float | None = None
+        self._is_ending = False
+        self._end: HeadraceError | None = None
+        self.status: CoreStatus | None = None
+        self.is_whole = True
+
+    @property
+    def is_alive(self) -> bool:
+        """True from the start until the core's death or `close`."""
+        return self._end is None
+
+    @property
+    def is_responsive(self) -> bool:
+        """True while the core answers its heartbeats in time."""
+        sent = self._heartbeat_sent
+        return self.is_alive and (sent is None or time.monotonic() - sent < UNRESPONSIVE_SECONDS)
+
+    @property
+    def num_live(self) -> int:
+        """Sequences without a terminal answer."""
+        return len(self._sinks)
+
+    async def start(self, timeout: float) -> CoreReady:
+        """Wait for the core to be ready. Raises its error, `EngineDeadError`, or `DeadlineError` after `timeout` s."""
+        loop = asyncio.get_running_loop()
+        self._ready = loop.create_future()
+        await self._link.start(self._on_output, self._on_close)
+        try:
+            ready = await asyncio.wait_for(self._ready, timeout)
+        except TimeoutError:
+            message = f"the core was not ready within start_timeout {timeout:g} s"
+            raise DeadlineError(message, field="start_timeout") from None
+        if ready.error is not None:
+            raise ready.error.to_exception()
+        self._note(await self.call(GetStatus, CoreStatus))
+        self._heartbeat = loop.create_task(self._beat())
+        return ready
+
+    def new_handle(self) -> int:
+        """A handle no other sequence of this client has had."""
+        self._num_handles += 1
+        return self._num_handles
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        """Send a request; those of one loop turn leave as one message. Raises when the core is gone."""
+        self.check_alive()
+        self._sinks[request.handle] = sink
+        self._submits.append(request)
+        self._schedule_flush()
+
+    def abort(self, handles: Iterable[int], message: str) -> None:
+        """Ask for the terminal deltas of these sequences, with what they have so far."""
+        live = tuple(handle for handle in handles if handle in self._sinks)
+        if live and self.is_alive:
+            self._send(Abort(live, message))
+
+    def drop(self, handle: int, *, is_answered: bool) -> None:
+        """Forget a sequence. One that the core has not ended yet is freed there; its deltas are ignored from now on."""
+        if self._sinks.pop(handle, None) is not None and not is_answered and self.is_alive:
+            self._finished.append(handle)
+            self._schedule_flush()
+
+    async def call(
+        self, command: Callable[[int], Command], reply: type[Payload], timeout: float | None = None
+    ) -> Payload:
+        """Send the command made from a call id and return its reply, decoded to the type `reply`.
+
+        Raises the core's error, `DeadlineError` after `timeout` (default `control_timeout`) seconds, or
+        `EngineDeadError`.
+        """
+        payload = await self._call(command, timeout)
+        return msgspec.msgpack.decode(payload or _NULL, type=reply)
+
+    async def change(
+        self, command: Callable[[int], Command], reply: type[Payload], timeout: float | None = None
+    ) -> Payload:
+        """As `call`, for commands that change the core's state: `status` is fresh afterwards, on errors too."""
+        try:
+            return await self.call(command, reply, timeout)
+        finally:
+            await self._refresh()
+
+    def check_alive(self) -> None:
+        """Raise the error that ended this client, if one did."""
+        if self._end is not None:
+            raise type(self._end)(self._end.message)
+
+    async def shut_down(self, timeout: float) -> bool:
+        """Ask the core to answer what runs and to end. Returns whether it has agreed (or was dead before)."""
+        self._is_ending = True
+        if not self.is_alive:
+            return True
+        if self._heartbeat is None:
+            return False  # still starting: it reads no commands yet
+        try:
+            await self.call(Shutdown, NoneType, timeout)
+        except HeadraceError as error:
+            logger.debug("the core did not take its leave: %s", error)
+            return False
+        return True
+
+    async def close(self, error: HeadraceError) -> None:
+        """End the link; whatever is still live fails with `error`. Idempotent."""
+        self._finish_all(error)
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+        await self._link.close()
+
+    async def _call(self, command: Callable[[int], Command], timeout: float | None) -> bytes:
+        self.check_alive()
+        self._num_calls += 1
+        call_id = self._num_calls
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        message = command(call_id)
+        limit = self._control_timeout if timeout is None else timeout
+        self._calls[call_id] = future
+        try:
+            self._send(message)
+            return await asyncio.wait_for(future, limit)
+        except TimeoutError:
+            reason = f"{type(message).__name__} had no answer within {limit:g} s"
+            raise DeadlineError(reason, field="control_timeout") from None
+        finally:
+            self._calls.pop(call_id, None)
+
+    async def _refresh(self) -> None:
+        with contextlib.suppress(HeadraceError):  # the caller has its own answer; the heartbeat will see what is wrong
+            self._note(await self.call(GetStatus, CoreStatus, UNRESPONSIVE_SECONDS))
+
+    def _note(self, status: CoreStatus) -> None:
+        self.status = status
+        if status.state != "updating":  # while updating it stays what it was before
+            self.is_whole = status.state == "ready"
+
+    async def _beat(self) -> None:
+        """Ask for the core's status for ever, so that a core that hangs is noticed, and killed in the end."""
+        while self.is_alive:
+            self._heartbeat_sent = time.monotonic()
+            try:
+                self._note(await self.call(GetStatus, CoreStatus))
+            except DeadlineError:
+                self._die(f"the core did not answer for control_timeout {self._control_timeout:g} s")
+            except HeadraceError as error:
+                logger.debug("no status: %s", error)
+            self._heartbeat_sent = None
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+
+    def _send(self, command: Command) -> None:
+        """Send after everything that was asked before it."""
+        self._flush()
+        self._link.send(command)
+
+    def _schedule_flush(self) -> None:
+        if not self._flush_scheduled:
+            self._flush_scheduled = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_scheduled = False
+        submits, self._submits = self._submits, []
+        finished, self._finished = self._finished, []
+        for requests in _in_bounded_groups(submits):
+            try:
+                self._link.send(Submit(requests))
+            except HeadraceError as error:
+                self._fail_sinks([request.handle for request in requests], error)
+        if finished and self.is_alive:
+            try:
+                self._link.send(Finished(tuple(finished)))
+            except HeadraceError as error:
+                logger.debug("the core was not told of %d ended sequences: %s", len(finished), error)
+
+    def _on_output(self, output: Output) -> None:
+        if isinstance(output, Deltas):
+            for delta in output.deltas:
+                self._on_delta(delta)
+        elif isinstance(output, Reply):
+            future = self._calls.get(output.call_id)
+            if future is not None and not future.done():
+                if output.error is not None:
+                    future.set_exception(output.error.to_exception())
+                else:
+                    future.set_result(output.payload)
+        elif self._ready is not None and not self._ready.done():
+            self._ready.set_result(output)
+
+    def _on_delta(self, delta: Delta) -> None:
+        is_last = delta.finish is not None
+        sink = self._sinks.pop(delta.handle, None) if is_last else self._sinks.get(delta.handle)
+        if sink is not None:
+            sink.on_delta(delta)
+
+    def _on_close(self, reason: str) -> None:
+        self._die(reason)
+
+    def _die(self, reason: str) -> None:
+        if self.is_alive and self._is_ending:
+            self._finish_all(ShutdownError("the engine is shut down"))
+        elif self.is_alive:
+            logger.error("the engine core is dead: %s", reason)
+            self._finish_all(EngineDeadError(f"the engine core is dead: {reason}"))
+            self._on_death()
+
+    def _finish_all(self, error: HeadraceError) -> None:
+        if self._end is not None:
+            return
+        self._end = error
+        self._submits.clear()
+        self._finished.clear()
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(_copy(error))
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_exception(_copy(error))
+        self._fail_sinks(list(self._sinks), error)
+
+    def _fail_sinks(self, handles: Iterable[int], error: HeadraceError) -> None:
+        for handle in handles:
+            sink = self._sinks.pop(handle, None)
+            if sink is not None:
+                sink.on_failure(_copy(error))
+
+
+def _copy(error: HeadraceError) -> HeadraceError:
+    """A fresh exception for each waiter: one raised twice would gather both tracebacks."""
+    return type(error)(error.message, field=error.field)
+
+
+def _in_bounded_groups(requests: list[Request]) -> Iterable[tuple[Request, ...]]:
+    """All requests in as few messages as a bound on the bytes of each allows."""
+    group: list[Request] = []
+    num_bytes = 0
+    for request in requests:
+        if group and num_bytes + len(request.prompt) > MAX_SUBMIT_BYTES:
+            yield tuple(group)
+            group, num_bytes = [], 0
+        group.append(request)
+        num_bytes += len(request.prompt) + 256
+    if group:
+        yield tuple(group)

@@ -1,0 +1,88 @@
+"""Where sequences enter and leave the front. Owns the live streams by request id, and the deadline of each.
+
+Lives on the engine's loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Sequence
+
+import msgspec
+
+from headrace.engine.client import CoreClient
+from headrace.engine.requests import GenerateItem, RequestBuilder
+from headrace.engine.stream import EndKind, Stream
+from headrace.text import Tokenizer
+from headrace.types.errors import DeadlineError, RequestError
+
+
+class Intake:
+    """Turns items into streams on one core, and finds live ones by request id."""
+
+    def __init__(
+        self, client: CoreClient, builder: RequestBuilder, tokenizer: Tokenizer | None, request_timeout: float | None
+    ) -> None:
+        self._client = client
+        self._builder = builder
+        self._tokenizer = tokenizer
+        self._request_timeout = request_timeout
+        self._live: dict[str, dict[int, Stream]] = {}
+        self._timers: dict[int, asyncio.TimerHandle] = {}
+
+    def submit(self, item: GenerateItem) -> Stream:
+        """Send one sequence. Raises `RequestError` naming the field, or that the core is gone."""
+        self._client.check_alive()
+        if not item.request_id:
+            item = msgspec.structs.replace(item, request_id=uuid.uuid4().hex)
+        if item.index in self._live.get(item.request_id, ()):
+            raise RequestError(f"request_id {item.request_id!r} is in use by a live request", field="request_id")
+        request = self._builder.build(item, self._client.new_handle())
+        stream = Stream(item, request, self._tokenizer, self._on_end)
+        self._client.submit(request, stream)
+        self._live.setdefault(item.request_id, {})[item.index] = stream
+        if self._request_timeout is not None:
+            timer = asyncio.get_running_loop().call_later(self._request_timeout, self._expire, stream)
+            self._timers[request.handle] = timer
+        return stream
+
+    def submit_all(self, items: Sequence[GenerateItem]) -> list[Stream]:
+        """Send many sequences, or none: a name in use is found before the first one goes."""
+        for request_id in {item.request_id for item in items}:
+            if request_id in self._live:
+                raise RequestError(f"request_id {request_id!r} is in use by a live request", field="request_id")
+        return [self.submit(item) for item in items]
+
+    def abort(self, request_id: str | None, *, prefix: bool, everything: bool, message: str) -> int:
+        """Ask the core to end the named live sequences now. Returns how many there were."""
+        handles = [stream.request.handle for stream in self._named(request_id, prefix, everything)]
+        self._client.abort(handles, message)
+        return len(handles)
+
+    def _named(self, request_id: str | None, prefix: bool, everything: bool) -> list[Stream]:
+        if everything:
+            groups = list(self._live.values())
+        elif not isinstance(request_id, str) or not request_id:
+            raise RequestError("abort needs a request_id, or all=True", field="request_id")
+        elif prefix:
+            groups = [streams for name, streams in self._live.items() if name.startswith(request_id)]
+        else:
+            groups = [self._live.get(request_id, {})]
+        return [stream for streams in groups for stream in streams.values()]
+
+    def _expire(self, stream: Stream) -> None:
+        message = f"the request took longer than request_timeout {self._request_timeout:g} s"
+        stream.on_failure(DeadlineError(message, field="request_timeout"))
+
+    def _on_end(self, stream: Stream, kind: EndKind) -> None:
+        request = stream.request
+        self._client.drop(request.handle, is_answered=kind == "answered")
+        streams = self._live.get(request.request_id)
+        if streams is not None:
+            streams.pop(stream.item.index, None)
+            if not streams:
+                del self._live[request.request_id]
+        timer = self._timers.pop(request.handle, None)
+        if timer is not None:
+            timer.cancel()

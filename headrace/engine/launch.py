@@ -1,0 +1,110 @@
+"""From settings to a running core. Owns where a model's files come from and what a core runs in: a process or a thread.
+
+Nothing here waits for the core to be ready; the client does.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Literal, Protocol
+
+import msgspec
+
+from headrace.config import EngineConfig, ResolvedConfig, resolve
+from headrace.ipc import CoreLink, FrontLink, launch_core, make_pair
+from headrace.text import Tokenizer
+from headrace.types.errors import ConfigError
+
+ExecutorKind = Literal["local", "free"]
+_MODEL_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "*.txt"]
+
+
+class CoreHost(Protocol):
+    """What a core runs in."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def kill(self) -> None:
+        """End it now, if that is possible."""
+
+    def close(self, timeout: float) -> None:
+        """Wait for its end, which has been asked for, and kill it after `timeout` seconds."""
+
+
+class CoreThread:
+    """A core in a thread of this process."""
+
+    def __init__(self, resolved: ResolvedConfig, link: CoreLink, executor: ExecutorKind) -> None:
+        self._thread = threading.Thread(
+            target=self._run, args=(resolved, link, executor), name="headrace-core", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def pid(self) -> int:
+        """Process id: this one."""
+        return os.getpid()
+
+    def kill(self) -> None:
+        """A thread cannot be killed: it ends when it sees its link closed."""
+
+    def close(self, timeout: float) -> None:
+        """Wait for its end."""
+        self._thread.join(timeout)
+
+    @staticmethod
+    def _run(resolved: ResolvedConfig, link: CoreLink, executor: ExecutorKind) -> None:
+        from headrace.core import serve_core
+
+        serve_core(resolved, link, executor)
+
+
+def resolve_settings(config: EngineConfig) -> ResolvedConfig:
+    """Find the model's files and decide every open setting. Raises `ConfigError` and its kin."""
+    return resolve(config, model_folder(config.model))
+
+
+def model_folder(model: str) -> Path:
+    """The folder of a model: a local one, or the snapshot of a hub id (downloaded if need be)."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if folder.exists():
+        raise ConfigError(f"model {model} is a file; a folder or a hub id is needed", field="model")
+    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise ConfigError(f"model folder {model} does not exist", field="model")
+    return _download(model)
+
+
+def load_tokenizer(config: EngineConfig, folder: str) -> Tokenizer | None:
+    """The tokenizer the settings ask for; None when they ask for none."""
+    if config.skip_tokenizer_init:
+        return None
+    try:
+        return Tokenizer.load(config.tokenizer or folder)
+    except ConfigError as error:
+        hint = "give tokenizer=, or skip_tokenizer_init=True for token ids in and out"
+        raise ConfigError(f"{error.message}; {hint}", field="tokenizer") from None
+
+
+def start_core(resolved: ResolvedConfig, *, inprocess: bool, executor: ExecutorKind) -> tuple[CoreHost, FrontLink]:
+    """Start a core and return what it runs in and the link to it."""
+    if inprocess:
+        front, core = make_pair()
+        return CoreThread(resolved, core, executor), front
+    return launch_core(msgspec.msgpack.encode(resolved), executor=executor)
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=_MODEL_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        message = f"model {model!r} is no local folder and cannot be had from the hub: {reason}"
+        raise ConfigError(message, field="model") from None

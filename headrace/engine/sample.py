@@ -1,0 +1,112 @@
+"""What is known about one sequence so far. Owns its ids, log-probabilities, spans and extras; knows nothing of text,
+links or event loops.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from headrace.types.request import Delta, Request, TokenExtras, unpack_floats, unpack_ids
+
+
+class Sample:
+    """The tokens of one sequence, appended delta by delta and aligned at all times.
+
+    len(token_ids) == len(logprobs) == the sum of `spans`; `extras` is empty or as long.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.spans: list[tuple[str, int]] = []
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self.num_prompt_tokens = len(request.prompt) // 4
+        self._options = request.logprobs
+        self._extras: list[TokenExtras] = []
+        self._prompt_logprobs: list[float | None] = []
+        self._prompt_extras: list[TokenExtras] = []
+
+    def append(self, delta: Delta) -> int:
+        """Add what `delta` brings; returns the number of new tokens."""
+        new_ids: list[int] = unpack_ids(delta.token_ids).tolist()
+        self.token_ids += new_ids
+        self.logprobs += unpack_floats(delta.logprobs).tolist()
+        for span in delta.spans:
+            _extend_spans(self.spans, *span)
+        self._extras += delta.extras
+        if delta.prompt_logprobs:
+            self._add_prompt(delta)
+        self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
+        self.num_preemptions = max(self.num_preemptions, delta.num_preemptions)
+        return len(new_ids)
+
+    def truncate(self, num_tokens: int) -> None:
+        """Keep the first `num_tokens` generated tokens only."""
+        del self.token_ids[num_tokens:], self.logprobs[num_tokens:], self._extras[num_tokens:]
+        self.spans = slice_spans(self.spans, 0, num_tokens)
+
+    def fields_from(self, start: int) -> dict[str, Any]:
+        """The `Generation` fields of the tokens from `start` on; those of the prompt come with the first tokens."""
+        extras = self._extras[start:]
+        asked = self._options.token_ids
+        fields: dict[str, Any] = {
+            "token_ids": self.token_ids[start:] if start else self.token_ids[:],
+            "logprobs": self.logprobs[start:] if start else self.logprobs[:],
+            "version_spans": slice_spans(self.spans, start, len(self.token_ids)) if start else self.spans[:],
+            "num_prompt_tokens": self.num_prompt_tokens,
+            "num_cached_tokens": self.num_cached_tokens,
+            "num_preemptions": self.num_preemptions,
+        }
+        if self._options.num_top:
+            fields["top_logprobs"] = [_top(extra) for extra in extras]
+        if asked:
+            fields["token_ids_logprobs"] = [_asked(extra, asked) for extra in extras]
+        return fields
+
+    def prompt_fields(self) -> dict[str, Any]:
+        """The `Generation` fields of the prompt's scores: one entry per prompt token, None where there is none."""
+        if not self._prompt_logprobs:
+            return {}
+        padding: list[None] = [None] * (self._options.prompt_start or 0)
+        fields: dict[str, Any] = {"prompt_logprobs": padding + self._prompt_logprobs}
+        if self._prompt_extras and self._options.num_top:
+            fields["prompt_top_logprobs"] = padding + [_top(e) if e.top_ids else None for e in self._prompt_extras]
+        if self._prompt_extras and self._options.token_ids:
+            asked = self._options.token_ids
+            values = [_asked(e, asked) if e.asked_logprobs else None for e in self._prompt_extras]
+            fields["prompt_token_ids_logprobs"] = padding + values
+        return fields
+
+    def _add_prompt(self, delta: Delta) -> None:
+        values: list[float] = unpack_floats(delta.prompt_logprobs).tolist()
+        self._prompt_logprobs += [None if math.isnan(value) else value for value in values]
+        self._prompt_extras += delta.prompt_extras
+
+
+def slice_spans(spans: list[tuple[str, int]], start: int, stop: int) -> list[tuple[str, int]]:
+    """The spans of tokens start..stop-1."""
+    kept: list[tuple[str, int]] = []
+    position = 0
+    for version, count in spans:
+        overlap = min(position + count, stop) - max(position, start)
+        if overlap > 0:
+            kept.append((version, overlap))
+        position += count
+    return kept
+
+
+def _extend_spans(spans: list[tuple[str, int]], version: str, count: int) -> None:
+    if spans and spans[-1][0] == version:
+        spans[-1] = (version, spans[-1][1] + count)
+    elif count:
+        spans.append((version, count))
+
+
+def _top(extra: TokenExtras) -> dict[int, float]:
+    return dict(zip(unpack_ids(extra.top_ids).tolist(), unpack_floats(extra.top_logprobs).tolist(), strict=True))
+
+
+def _asked(extra: TokenExtras, asked: tuple[int, ...]) -> dict[int, float]:
+    return dict(zip(asked, unpack_floats(extra.asked_logprobs).tolist(), strict=True))

@@ -1,0 +1,254 @@
+"""One sequence on its way to a caller. Owns its accumulated sample, its text and its stop strings, and decides when a
+stop string ended it; knows nothing of how deltas arrive. Lives on the engine's loop, as all its methods must.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+from headrace.engine.requests import GenerateItem
+from headrace.engine.sample import Sample
+from headrace.engine.text_feed import TextFeed
+from headrace.text import Tokenizer
+from headrace.types.errors import HeadraceError, InternalError
+from headrace.types.generation import FinishReason, Generation
+from headrace.types.request import Delta, Finish, Request, unpack_ids
+
+logger = logging.getLogger(__name__)
+
+EndKind = Literal["answered", "dropped"]
+"""Whether the core has ended the sequence itself, or must be told that the front did."""
+
+_OUR_BUGS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+class Stream:
+    """An async iterator of what is new about one sequence since the last piece; or, by `result()`, the whole of it.
+
+    A consumer that is slower than the engine gets fewer, larger pieces. Errors of the request raise from both. A
+    consumer that stops early must call `cancel()`, which frees the sequence's memory.
+    """
+
+    def __init__(
+        self,
+        item: GenerateItem,
+        request: Request,
+        tokenizer: Tokenizer | None,
+        on_end: Callable[[Stream, EndKind], None],
+    ) -> None:
+        self.item = item
+        self.request = request
+        self.listener: Callable[[Stream], None] | None = None
+        self.is_done = False
+        self._tokenizer = tokenizer
+        self._on_end = on_end
+        self._sample = Sample(request)
+        self._feed = TextFeed(tokenizer, item.params) if tokenizer and request.deliver_every else None
+        self._finish: Finish | None = None
+        self._matched: str | None = None
+        self._error: HeadraceError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._num_taken_tokens = 0
+        self._has_taken_end = False
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """The prompt's ids, as they went to the core."""
+        ids: list[int] = unpack_ids(self.request.prompt).tolist()
+        return ids
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> Generation:
+        while True:
+            piece = self.take()
+            if piece is not None:
+                return piece
+            if self.is_done:
+                raise StopAsyncIteration
+            await self._wait()
+
+    async def result(self) -> Generation:
+        """The finished sample, whatever pieces were taken before."""
+        while not self.is_done:
+            await self._wait()
+        if self._error is not None:
+            raise self._error
+        fields = {**self._sample.fields_from(0), **self._sample.prompt_fields(), **self._finish_fields()}
+        return self._generation(fields, self._whole_text())
+
+    def take(self) -> Generation | None:
+        """What is new since the last piece, or None. Raises the request's error."""
+        if self._error is not None:
+            raise self._error
+        start = self._num_taken_tokens
+        ends_now = self.is_done and not self._has_taken_end
+        if not ends_now and start == len(self._sample.token_ids):
+            return None
+        fields = self._sample.fields_from(start)
+        if start == 0:
+            fields |= self._sample.prompt_fields()
+        if ends_now:
+            fields |= self._finish_fields()
+        self._num_taken_tokens = len(self._sample.token_ids)
+        self._has_taken_end = ends_now
+        return self._generation(fields, self._feed.take() if self._feed else "")
+
+    def cancel(self) -> None:
+        """Drop the sequence: nothing more is wanted. Does nothing once it has ended."""
+        self._end("dropped", Finish("abort", message="Cancelled"))
+
+    def on_delta(self, delta: Delta) -> None:
+        """What the core sent about this sequence."""
+        if self.is_done:
+            return
+        if delta.finish is not None and delta.finish.error is not None:
+            self._fail(delta.finish.error.to_exception(), "answered")
+            return
+        try:
+            self._add(delta)
+        except _OUR_BUGS as error:  # must not reach the link: the other sequences go on
+            logger.exception("sequence %s failed in the front", self.request.request_id)
+            message = f"the front failed on this sequence: {type(error).__name__}: {error}"
+            self._fail(InternalError(message), "answered" if delta.finish else "dropped")
+
+    def on_failure(self, error: HeadraceError) -> None:
+        """The core is gone or the deadline has passed."""
+        self._fail(error, "dropped")
+
+    def _add(self, delta: Delta) -> None:
+        start = len(self._sample.token_ids)
+        num_new = self._sample.append(delta)
+        if self._feed is not None and self._match(self._feed, start, start + num_new, delta.finish):
+            return
+        if delta.finish is not None:
+            self._end("answered", delta.finish)
+        elif num_new:
+            self._notify()
+
+    def _match(self, feed: TextFeed, start: int, stop: int, finish: Finish | None) -> bool:
+        """Turn new ids into text; True when a stop string ended the sequence."""
+        hides_last = finish is not None and finish.matched is not None and not self.item.params.no_stop_trim
+        for position in range(start, stop - 1 if hides_last else stop):
+            self._matched = feed.push(self._sample.token_ids[position], position + 1)
+            if self._matched is not None:
+                self._sample.truncate(position + 1)
+                self._end("dropped" if finish is None else "answered", Finish("stop"))
+                return True
+        if finish is not None:
+            self._matched = feed.finish(len(self._sample.token_ids))
+            if self._matched is not None:
+                self._sample.truncate(feed.completing_length(self._sample.token_ids, self._matched))
+                finish = Finish("stop")
+            self._end("answered", finish)
+        return finish is not None
+
+    def _whole_text(self) -> str:
+        if self._feed is not None:
+            return self._feed.text
+        if self._tokenizer is None or self._finish is None:
+            return ""
+        ids, params = self._sample.token_ids, self.item.params
+        if self._finish.matched is not None and not params.no_stop_trim:
+            ids = ids[:-1]
+        return self._tokenizer.decode(ids, params.skip_special_tokens, params.spaces_between_special_tokens)
+
+    def _generation(self, fields: dict[str, Any], text: str) -> Generation:
+        return Generation(
+            request_id=self.request.request_id,
+            index=self.item.index,
+            prompt_index=self.item.prompt_index,
+            text=text,
+            logprob_mode=self.request.logprobs.output_mode,
+            prompt_logprob_mode=self.request.logprobs.prompt_mode,
+            seed=self.request.seed,
+            **fields,
+        )
+
+    def _finish_fields(self) -> dict[str, Any]:
+        finish = self._finish
+        if finish is None:
+            raise InternalError("a sequence without a finish was taken as done")
+        return {
+            "finish_reason": _reason(finish),
+            "matched": finish.matched if self._matched is None else self._matched,
+            "finish_message": finish.message,
+        }
+
+    def _fail(self, error: HeadraceError, kind: EndKind) -> None:
+        if not self.is_done:
+            self._error = error
+            self._end(kind, Finish("error", error=error.info()))
+
+    def _end(self, kind: EndKind, finish: Finish) -> None:
+        if self.is_done:
+            return
+        self.is_done = True
+        self._finish = finish
+        self._on_end(self, kind)
+        self._notify()
+
+    def _notify(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+        if self.listener is not None:
+            self.listener(self)
+
+    async def _wait(self) -> None:
+        if self._waiter is None or self._waiter.done():
+            self._waiter = asyncio.get_running_loop().create_future()
+        await asyncio.shield(self._waiter)
+
+
+class StreamGroup:
+    """Many streams read as one, each piece as soon as it is there. For one consumer."""
+
+    def __init__(self, streams: Iterable[Stream]) -> None:
+        self._live = set(streams)
+        self._ready: dict[Stream, None] = {}  # in the order of their news
+        self._waiter: asyncio.Future[None] | None = None
+        for stream in self._live:
+            stream.listener = self._note
+
+    async def next_pieces(self) -> list[Generation]:
+        """The pieces that are there, waiting for one if there is none; [] once all streams have ended."""
+        while self._live:
+            pieces = self._take_all()
+            if pieces:
+                return pieces
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return []
+
+    def cancel(self) -> None:
+        """Drop every stream that has not ended."""
+        for stream in list(self._live):
+            stream.cancel()
+
+    def _take_all(self) -> list[Generation]:
+        pieces: list[Generation] = []
+        ready, self._ready = self._ready, {}
+        for stream in ready:
+            if stream not in self._live:
+                continue
+            if stream.is_done:
+                self._live.discard(stream)
+            piece = stream.take()
+            if piece is not None:
+                pieces.append(piece)
+        return pieces
+
+    def _note(self, stream: Stream) -> None:
+        self._ready[stream] = None
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+def _reason(finish: Finish) -> FinishReason:
+    if finish.type == "error":
+        raise InternalError("an error was taken as a result")
+    return finish.type

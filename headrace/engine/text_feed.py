@@ -1,0 +1,81 @@
+"""The text of one sequence while its tokens arrive. Owns the detokenizer and the stop strings of that sequence."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+
+from headrace.text import IncrementalDetokenizer, StopStrings, Tokenizer
+from headrace.types.sampling_params import SamplingParams
+
+
+class TextFeed:
+    """Ids in, text out; says when a stop string is complete.
+
+    Text of the first `min_new_tokens` tokens is not searched: a sequence may not end there.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+        self._tokenizer = tokenizer
+        self._params = params
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer,
+            skip_special_tokens=params.skip_special_tokens,
+            spaces_between_special_tokens=params.spaces_between_special_tokens,
+        )
+        self._stops = StopStrings(params.stop, keep_match=params.no_stop_trim) if params.stop else None
+        self._pieces: list[str] = []
+        self._num_taken = 0
+
+    @property
+    def text(self) -> str:
+        """All text shown so far."""
+        return "".join(self._pieces)
+
+    def push(self, token_id: int, num_tokens: int) -> str | None:
+        """Add the sequence's token number `num_tokens` (from 1). Returns the stop string it completed, if any."""
+        text = self._detokenizer.push((token_id,))
+        if self._stops is None or not text:
+            self._show(text)
+            return None
+        if num_tokens < self._params.min_new_tokens:
+            self._show(text)
+            return None
+        shown, matched = self._stops.push(text)
+        self._show(shown)
+        return matched
+
+    def finish(self, num_tokens: int) -> str | None:
+        """No more tokens come: show what was held back. Returns a stop string that is complete only now."""
+        text = self._detokenizer.finish()
+        if self._stops is None or num_tokens < self._params.min_new_tokens:
+            self._show(text)
+            return None
+        shown, matched = self._stops.push(text)
+        self._show(shown)
+        if matched is None:
+            self._show(self._stops.finish())
+        return matched
+
+    def take(self) -> str:
+        """Text shown since the last call."""
+        text = "".join(self._pieces[self._num_taken :])
+        self._num_taken = len(self._pieces)
+        return text
+
+    def completing_length(self, token_ids: Sequence[int], matched: str) -> int:
+        """The fewest ids whose text holds `matched`; for decoders that only show their text at the end."""
+        lengths = range(max(self._params.min_new_tokens, 1), len(token_ids))
+
+        def is_enough(length: int) -> bool:
+            return matched in self._decode(token_ids[:length])
+
+        return lengths.start + bisect.bisect_left(lengths, True, key=is_enough)
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        skip, spaces = self._params.skip_special_tokens, self._params.spaces_between_special_tokens
+        return self._tokenizer.decode(token_ids, skip, spaces)
+
+    def _show(self, text: str) -> None:
+        if text:
+            self._pieces.append(text)

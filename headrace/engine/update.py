@@ -1,0 +1,315 @@
+"""Weight updates seen from the front. Owns the buckets: shared buffers that carry whole tensors to the core.
+
+An update is a *script*: a generator that yields coroutines for the engine's loop and gets their results. Its own code,
+and with it the caller's iterator of tensors, runs wherever the caller is: `drive` runs a script in a plain thread,
+`drive_async` inside any event loop. A tensor has been copied before the next one is asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import re
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
+from types import NoneType
+from typing import Any, TypeVar
+
+from headrace.engine.client import CoreClient
+from headrace.engine.tensors import NamedTensors, describe, named_pairs, tensor_bytes
+from headrace.ipc import SharedBuffer
+from headrace.types.errors import HeadraceError, WeightUpdateError
+from headrace.types.messages import AbortUpdate, BeginUpdate, CommitUpdate, Stage, UpdateBegun
+from headrace.types.weights import BufferEntry, InFlight, TensorInfo, UpdateMode, UpdateReport
+
+BUCKET_BYTES = 64 << 20
+NUM_BUCKETS = 2
+_ALIGNMENT = 64
+
+Result = TypeVar("Result")
+Script = Generator[Coroutine[Any, Any, Any], Any, Result]
+Manifest = Iterable[TensorInfo | tuple[str, Iterable[int], str]]
+
+
+class UpdateSession:
+    """An open update. `mode` is what "auto" became; `manifest` is what may be staged, each entry once."""
+
+    def __init__(self, session_id: int, version: str, mode: str, manifest: tuple[TensorInfo, ...]) -> None:
+        self.session_id = session_id
+        self.version = version
+        self.mode = mode
+        self.manifest = manifest
+        self._indices = {info.name: index for index, info in enumerate(manifest)}
+        self.num_bytes_staged = 0
+
+    def index_of(self, info: TensorInfo) -> int:
+        """The manifest's index of a tensor. Raises `WeightUpdateError` if it is not there as described."""
+        index = self._indices.get(info.name)
+        if index is None:
+            raise WeightUpdateError(f"{info.name} is not in this update's manifest", field=info.name)
+        meant = self.manifest[index]
+        if (meant.shape, meant.dtype) != (info.shape, info.dtype):
+            got, announced = f"{info.dtype} {list(info.shape)}", f"{meant.dtype} {list(meant.shape)}"
+            raise WeightUpdateError(f"{info.name} is {got}, announced as {announced}", field=info.name)
+        return index
+
+
+class Bucket:
+    """A shared buffer being filled with whole tensors."""
+
+    def __init__(self, buffer: SharedBuffer, *, is_reusable: bool) -> None:
+        self.buffer = buffer
+        self.is_reusable = is_reusable
+        self.entries: list[BufferEntry] = []
+        self._num_used = 0
+
+    def fits(self, num_bytes: int) -> bool:
+        """True when a tensor of that size has room."""
+        return _aligned(self._num_used) + num_bytes <= self.buffer.ref.size
+
+    def write(self, index: int, data: memoryview) -> None:
+        """Copy a tensor in."""
+        offset = _aligned(self._num_used)
+        self.buffer.view[offset : offset + len(data)] = data
+        self.entries.append(BufferEntry(index, offset))
+        self._num_used = offset + len(data)
+
+    def clear(self) -> None:
+        """Forget the contents: the buffer may be filled again."""
+        self.entries = []
+        self._num_used = 0
+
+
+class Updater:
+    """Opens, fills and ends update sessions on one core. Its coroutines run on the engine's loop."""
+
+    def __init__(self, client: CoreClient, loop: asyncio.AbstractEventLoop) -> None:
+        self._client = client
+        self._loop = loop
+        self._free: list[Bucket] = []
+        self._num_buckets = 0
+        self._bucket_bytes = 0
+        self._uploads: dict[asyncio.Task[None], int] = {}
+        self._freed = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._inplace_session: int | None = None
+
+    @property
+    def holds_generation(self) -> bool:
+        """True while an in-place session of ours is open: no request would start."""
+        status = self._client.status
+        return self._inplace_session is not None and status is not None and status.updating
+
+    async def begin(
+        self,
+        version: str,
+        manifest: tuple[TensorInfo, ...],
+        mode: UpdateMode,
+        in_flight: InFlight,
+        partial: bool,
+        timeout_s: float,
+    ) -> UpdateSession:
+        """Have the whole manifest checked and a session opened."""
+        begun = await self._client.change(
+            lambda call_id: BeginUpdate(call_id, version, manifest, mode, in_flight, partial, timeout_s), UpdateBegun
+        )
+        self._inplace_session = begun.session_id if begun.mode == "inplace" else None
+        return UpdateSession(begun.session_id, version, begun.mode, manifest)
+
+    async def commit(self, session: UpdateSession) -> UpdateReport:
+        """Make the staged weights live."""
+        return await self._client.change(lambda call_id: CommitUpdate(call_id, session.session_id), UpdateReport)
+
+    async def abort(self, session: UpdateSession) -> None:
+        """Drop the session."""
+        await self._client.change(lambda call_id: AbortUpdate(call_id, session.session_id), NoneType)
+
+    def abort_soon(self, session: UpdateSession) -> None:
+        """Drop the session without waiting, from any thread; commands given later find it dropped."""
+        self._call_soon(lambda: self._tasks.add(self._loop.create_task(self._abort_quietly(session))))
+
+    def stage(self, session: UpdateSession, named_tensors: NamedTensors) -> Script[None]:
+        """Copy tensors into buckets and send them; ends when the core has copied all of them."""
+        bucket: Bucket | None = None
+        try:
+            for name, tensor in named_pairs(named_tensors):
+                index = session.index_of(describe(name, tensor))
+                data = tensor_bytes(tensor)
+                if bucket is not None and not bucket.fits(len(data)):
+                    full, bucket = bucket, None
+                    yield self._send(session, full)
+                if bucket is None:
+                    bucket = yield self._take_bucket(session, len(data))
+                bucket.write(index, data)
+                session.num_bytes_staged += len(data)
+            if bucket is not None:
+                last, bucket = bucket, None
+                yield self._send(session, last)
+            yield self._drain(session)
+        finally:
+            if bucket is not None:
+                self._call_soon(lambda: self._give_back(bucket))
+
+    def update_from_tensors(
+        self,
+        named_tensors: NamedTensors,
+        version: str,
+        mode: UpdateMode,
+        in_flight: InFlight,
+        partial: bool,
+        timeout_s: float,
+    ) -> Script[UpdateReport]:
+        """A whole update. The pairs are read once, before anything is sent, since the manifest comes first."""
+        pairs = list(named_pairs(named_tensors))
+        manifest = tuple(describe(name, tensor) for name, tensor in pairs)
+        session: UpdateSession = yield self.begin(version, manifest, mode, in_flight, partial, timeout_s)
+        is_committed = False
+        try:
+            yield from self.stage(session, pairs)
+            report: UpdateReport = yield self.commit(session)
+            is_committed = True
+        finally:
+            if not is_committed:
+                self.abort_soon(session)
+        return report
+
+    async def close(self) -> None:
+        """Give the buffers back."""
+        for task in self._uploads:
+            task.cancel()
+        if self._uploads:
+            await asyncio.wait(self._uploads)
+        for bucket in self._free:
+            bucket.buffer.close()
+        self._free.clear()
+
+    def _call_soon(self, action: Callable[[], None]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the core and its session are gone too
+            self._loop.call_soon_threadsafe(action)
+
+    async def _abort_quietly(self, session: UpdateSession) -> None:
+        with contextlib.suppress(HeadraceError):  # the session or the core is over: the caller has the first error
+            await self.abort(session)
+        self._tasks = {task for task in self._tasks if not task.done()}
+
+    async def _take_bucket(self, session: UpdateSession, num_bytes: int) -> Bucket:
+        """A bucket with room for one tensor of `num_bytes`, waiting for the core to free one if need be."""
+        self._raise_failures(session)
+        if num_bytes > BUCKET_BYTES:
+            return Bucket(SharedBuffer.create(num_bytes), is_reusable=False)
+        self._fit_buckets(session, num_bytes)
+        while not self._free and self._num_buckets >= NUM_BUCKETS:
+            self._freed.clear()
+            await self._freed.wait()
+            self._raise_failures(session)
+        if self._free:
+            return self._free.pop()
+        self._num_buckets += 1
+        return Bucket(SharedBuffer.create(self._bucket_bytes), is_reusable=True)
+
+    def _fit_buckets(self, session: UpdateSession, num_bytes: int) -> None:
+        """Buckets are as large as the largest update so far needs, up to BUCKET_BYTES."""
+        total = sum(_aligned(_num_bytes(info)) for info in session.manifest)
+        wanted = max(min(total, BUCKET_BYTES), num_bytes, 1)
+        if wanted > self._bucket_bytes:
+            self._bucket_bytes = wanted
+        for bucket in [b for b in self._free if b.buffer.ref.size < self._bucket_bytes]:
+            self._free.remove(bucket)
+            self._num_buckets -= 1
+            bucket.buffer.close()
+
+    async def _send(self, session: UpdateSession, bucket: Bucket) -> None:
+        self._raise_failures(session)
+        self._uploads[asyncio.create_task(self._upload(session, bucket))] = session.session_id
+
+    async def _upload(self, session: UpdateSession, bucket: Bucket) -> None:
+        session_id, ref, entries = session.session_id, bucket.buffer.ref, tuple(bucket.entries)
+        try:
+            await self._client.call(lambda call_id: Stage(call_id, session_id, ref, entries), NoneType)
+        finally:
+            self._give_back(bucket)
+
+    async def _drain(self, session: UpdateSession) -> None:
+        mine = [task for task, session_id in self._uploads.items() if session_id == session.session_id]
+        if mine:
+            await asyncio.wait(mine)
+        self._raise_failures(session)
+
+    def _raise_failures(self, session: UpdateSession) -> None:
+        """Forget uploads that are done; raise the first error among this session's."""
+        failures: list[BaseException] = []
+        for task in [task for task in self._uploads if task.done()]:
+            is_mine = self._uploads.pop(task) == session.session_id
+            error = None if task.cancelled() else task.exception()
+            if error is not None and is_mine:
+                failures.append(error)
+        if failures:
+            raise failures[0]
+
+    def _give_back(self, bucket: Bucket) -> None:
+        bucket.clear()
+        if bucket.is_reusable and bucket.buffer.ref.size >= self._bucket_bytes:
+            self._free.append(bucket)
+        else:
+            self._num_buckets -= bucket.is_reusable
+            bucket.buffer.close()
+        self._freed.set()
+
+
+def manifest_of(entries: Manifest) -> tuple[TensorInfo, ...]:
+    """A manifest from `TensorInfo`s or (name, shape, dtype name) triples. Raises `WeightUpdateError` for the rest."""
+    manifest: list[TensorInfo] = []
+    for entry in entries:
+        if isinstance(entry, TensorInfo):
+            manifest.append(entry)
+            continue
+        try:
+            name, shape, dtype = entry
+            sizes = tuple(int(size) for size in shape)
+        except (TypeError, ValueError):
+            message = "manifest must hold TensorInfo or (name, shape, dtype) entries"
+            raise WeightUpdateError(message, field="manifest") from None
+        manifest.append(TensorInfo(str(name), sizes, str(dtype).removeprefix("torch.")))
+    return tuple(manifest)
+
+
+def drive(script: Script[Result], run: Callable[[Coroutine[Any, Any, Any]], Any]) -> Result:
+    """Run a script here; `run` runs a coroutine on the engine's loop and waits for it."""
+    try:
+        step = next(script)
+        while True:
+            try:
+                value = run(step)
+            except BaseException as error:
+                step = script.throw(error)
+            else:
+                step = script.send(value)
+    except StopIteration as end:
+        result: Result = end.value
+        return result
+
+
+async def drive_async(script: Script[Result], run: Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]]) -> Result:
+    """As `drive`, inside an event loop."""
+    try:
+        step = next(script)
+        while True:
+            try:
+                value = await run(step)
+            except BaseException as error:
+                step = script.throw(error)
+            else:
+                step = script.send(value)
+    except StopIteration as end:
+        result: Result = end.value
+        return result
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // _ALIGNMENT) * _ALIGNMENT
+
+
+def _num_bytes(info: TensorInfo) -> int:
+    """Bytes of a tensor; dtype names say their width in bits (bfloat16, float32, ...)."""
+    width = re.search(r"\d+", info.dtype)
+    return math.prod(info.shape) * (int(width.group()) // 8 if width else 1)

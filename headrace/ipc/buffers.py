@@ -1,0 +1,109 @@
+"""Shared memory without names: bytes one process writes and another maps. Owns descriptors and mappings.
+
+A buffer is an anonymous memory file of its creator, reached by others through `/proc/<pid>/fd/<n>`. The kernel frees it
+with its last user, so nothing survives a killed process. It is sealed against resizing: a mapping of it cannot fault.
+Where the system has no memory files an already unlinked temporary file takes their place; where it has no `/proc`
+either (macOS), the file keeps its name until `close`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import stat
+import tempfile
+
+from headrace.types.errors import RequestError
+from headrace.types.weights import BufferRef
+
+_HAS_PROC = os.path.isdir("/proc/self/fd")
+
+
+class SharedBuffer:
+    """One mapping of shared bytes. `view` is a flat byte view, writable for the creator and read-only for others."""
+
+    def __init__(self, descriptor: int, mapping: mmap.mmap, ref: BufferRef, unlink_path: str = "") -> None:
+        self.ref = ref
+        self.view = memoryview(mapping)
+        self._mapping: mmap.mmap | None = mapping
+        self._descriptor = descriptor
+        self._unlink_path = unlink_path
+
+    @classmethod
+    def create(cls, size: int) -> SharedBuffer:
+        """A new buffer of `size` > 0 zero bytes. Raises `OSError` when memory is short."""
+        if size <= 0:
+            raise RequestError(f"a shared buffer needs at least one byte, got {size}", field="size")
+        descriptor, path, unlink_path = _new_descriptor()
+        try:
+            os.ftruncate(descriptor, size)
+            _seal(descriptor)
+            mapping = mmap.mmap(descriptor, size)
+        except OSError:
+            os.close(descriptor)
+            if unlink_path:
+                os.unlink(unlink_path)
+            raise
+        return cls(descriptor, mapping, BufferRef(path, size), unlink_path)
+
+    @classmethod
+    def open(cls, ref: BufferRef) -> SharedBuffer:
+        """Map another's buffer for reading.
+
+        Raises `RequestError` (field "buffer") when it is not there or too small.
+        """
+        try:
+            descriptor = os.open(ref.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except (OSError, ValueError) as error:
+            raise RequestError(f"shared buffer {ref.path} cannot be opened: {error}", field="buffer") from None
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or ref.size <= 0 or status.st_size < ref.size:
+                raise RequestError(f"shared buffer {ref.path} does not hold {ref.size} bytes", field="buffer")
+            mapping = mmap.mmap(descriptor, ref.size, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise RequestError(f"shared buffer {ref.path} cannot be mapped: {error}", field="buffer") from None
+        finally:
+            os.close(descriptor)  # the mapping keeps the memory
+        return cls(-1, mapping, ref)
+
+    def close(self) -> None:
+        """Give the memory back. Views handed out elsewhere keep it mapped until they go. Idempotent."""
+        mapping, self._mapping = self._mapping, None
+        if mapping is not None:
+            with contextlib.suppress(BufferError):
+                self.view.release()
+                mapping.close()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+        if self._unlink_path:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._unlink_path)
+            self._unlink_path = ""
+
+    def __enter__(self) -> SharedBuffer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _new_descriptor() -> tuple[int, str, str]:
+    """(descriptor, path that others open, path to unlink at close or "")."""
+    if hasattr(os, "memfd_create") and _HAS_PROC:
+        descriptor = os.memfd_create("headrace", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        return descriptor, f"/proc/{os.getpid()}/fd/{descriptor}", ""
+    descriptor, path = tempfile.mkstemp(prefix="headrace-")
+    if _HAS_PROC:
+        os.unlink(path)
+        return descriptor, f"/proc/{os.getpid()}/fd/{descriptor}", ""
+    return descriptor, path, path
+
+
+def _seal(descriptor: int) -> None:
+    if hasattr(fcntl, "F_ADD_SEALS"):
+        with contextlib.suppress(OSError):  # only memory files can be sealed
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)

@@ -1,0 +1,298 @@
+"""A link over one connected AF_UNIX stream socketpair. Owns buffering, its bounds, and the discovery of peer death.
+
+The core's end is a non-blocking socket polled between steps; the front's end is an asyncio transport.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import select
+import socket
+import time
+from collections.abc import Awaitable, Callable
+
+from headrace.ipc.codec import (
+    DECODE_ERRORS,
+    CommandCodec,
+    FrameError,
+    FrameReader,
+    OutputCodec,
+    pack_frame,
+    refuse_command,
+)
+from headrace.ipc.links import PeerClosed
+from headrace.types.errors import EngineDeadError, InternalError, UnavailableError
+from headrace.types.messages import Command, Output, Reply
+
+logger = logging.getLogger(__name__)
+
+READ_BYTES = 1 << 18
+MAX_READ_BYTES_PER_POLL = 1 << 22
+MAX_BACKLOG_BYTES = 1 << 28
+STALL_TIMEOUT = 60.0
+CLOSE_TIMEOUT = 2.0
+
+
+class SocketCoreLink:
+    """The core's end; see `CoreLink`. `stall_timeout`: seconds a full backlog may make no progress."""
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        *,
+        max_backlog_bytes: int = MAX_BACKLOG_BYTES,
+        stall_timeout: float = STALL_TIMEOUT,
+    ) -> None:
+        connection.setblocking(False)
+        self._socket = connection
+        self._commands = CommandCodec()
+        self._outputs = OutputCodec()
+        self._reader = FrameReader()
+        self._read_buffer = bytearray(READ_BYTES)
+        self._frames: list[bytes] = []
+        self._backlog = bytearray()
+        self._max_backlog_bytes = max_backlog_bytes
+        self._stall_timeout = stall_timeout
+        self._closed_reason = ""
+
+    def poll(self, timeout: float) -> list[Command]:
+        if self._backlog and not self._closed_reason:
+            self._flush()
+        commands = self._decode(self._receive())
+        if commands or timeout <= 0:
+            return commands
+        self._wait(timeout)
+        return self._decode(self._receive())
+
+    def receive_frame(self, timeout: float) -> bytes:
+        """The next raw frame: the configuration, which comes before any command. Raises `PeerClosed`."""
+        deadline = time.monotonic() + timeout
+        while not self._frames:
+            self._frames = self._receive()
+            if not self._frames:
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    raise PeerClosed("the front sent no configuration in time")
+                self._wait(remaining)
+        return self._frames.pop(0)
+
+    def send(self, output: Output) -> None:
+        try:
+            frame = pack_frame(self._outputs.encode(output))
+        except FrameError as error:
+            frame = pack_frame(self._outputs.encode(_oversized(output, error)))
+        if not self._backlog:
+            sent = self._write(frame)
+            if sent < len(frame):
+                self._backlog += memoryview(frame)[sent:]
+            return
+        self._backlog += frame
+        self._flush()
+        if len(self._backlog) > self._max_backlog_bytes:
+            self._drain(self._max_backlog_bytes, self._stall_timeout)
+
+    def close(self) -> None:
+        if self._socket.fileno() < 0:
+            return
+        try:
+            self._drain(0, CLOSE_TIMEOUT)
+        except PeerClosed as reason:
+            logger.debug("link closed with output unsent: %s", reason)
+        self._socket.close()
+        self._closed_reason = self._closed_reason or "the link is closed"
+
+    def _receive(self) -> list[bytes]:
+        """Frames that have arrived. Raises `PeerClosed` when there are none and never will be."""
+        frames, self._frames = self._frames, []
+        num_bytes = 0
+        while not self._closed_reason and num_bytes < MAX_READ_BYTES_PER_POLL:
+            try:
+                received = self._socket.recv_into(self._read_buffer)
+                frames += self._reader.feed(memoryview(self._read_buffer)[:received])
+            except (BlockingIOError, InterruptedError):
+                break
+            except (OSError, FrameError) as error:
+                self._closed_reason = f"the link broke: {error}"
+                break
+            if received == 0:
+                self._closed_reason = "the front closed the link"
+            num_bytes += received
+            if received < READ_BYTES:
+                break
+        if self._closed_reason and not frames:
+            raise PeerClosed(self._closed_reason)
+        return frames
+
+    def _decode(self, frames: list[bytes]) -> list[Command]:
+        commands: list[Command] = []
+        for frame in frames:
+            try:
+                commands.append(self._commands.decode(frame))
+            except DECODE_ERRORS as error:
+                logger.error("undecodable command of %d bytes: %s", len(frame), error)
+                for output in refuse_command(frame, error):
+                    self.send(output)
+        return commands
+
+    def _wait(self, timeout: float) -> bool:
+        """Wait until there is something to read, sending backlog meanwhile. Returns whether the backlog moved."""
+        poller = select.poll()
+        poller.register(self._socket, select.POLLIN | (select.POLLOUT if self._backlog else 0))
+        events = poller.poll(timeout * 1000.0)
+        return any(event & select.POLLOUT for _, event in events) and self._flush()
+
+    def _write(self, data: bytes | bytearray | memoryview) -> int:
+        if self._closed_reason:
+            raise PeerClosed(self._closed_reason)
+        try:
+            return self._socket.send(data)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError as error:
+            self._closed_reason = f"the front closed the link: {error}"
+            raise PeerClosed(self._closed_reason) from None
+
+    def _flush(self) -> bool:
+        """Send what the kernel takes of the backlog. Returns whether it took any."""
+        sent = self._write(self._backlog) if self._backlog else 0
+        del self._backlog[:sent]
+        return sent > 0
+
+    def _drain(self, target_bytes: int, stall_timeout: float) -> None:
+        """Wait until the backlog is down to `target_bytes`."""
+        poller = select.poll()
+        poller.register(self._socket, select.POLLOUT)
+        while len(self._backlog) > target_bytes:
+            if not poller.poll(stall_timeout * 1000.0):
+                self._closed_reason = f"the front has read nothing for {stall_timeout:g} s"
+                raise PeerClosed(self._closed_reason)
+            self._flush()
+
+
+def _oversized(output: Output, error: FrameError) -> Output:
+    """A message over the frame bound becomes an error its receiver can place. Only a reply can grow that large."""
+    assert isinstance(output, Reply), f"{type(output).__name__}: {error}"
+    return Reply(output.call_id, error=InternalError(f"the answer cannot be sent: {error}").info())
+
+
+class SocketFrontLink:
+    """The front's end; see `FrontLink`. Commands of one loop turn leave in one write.
+
+    `describe_exit` says why the core is gone, for the reason given to `on_close`.
+    """
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        *,
+        max_backlog_bytes: int = MAX_BACKLOG_BYTES,
+        describe_exit: Callable[[], Awaitable[str]] | None = None,
+    ) -> None:
+        connection.setblocking(False)
+        self._socket = connection
+        self._codec = CommandCodec()
+        self._max_backlog_bytes = max_backlog_bytes
+        self._describe_exit = describe_exit
+        self._queued: list[bytes] = []
+        self._num_queued_bytes = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._transport: asyncio.Transport | None = None
+        self._protocol: _FrontProtocol | None = None
+        self._on_close: Callable[[str], None] | None = None
+        self._report: asyncio.Task[None] | None = None
+        self._is_closed = False
+
+    async def start(self, on_output: Callable[[Output], None], on_close: Callable[[str], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._on_close = on_close
+        self._protocol = protocol = _FrontProtocol(on_output, self._lost)
+        self._transport, _ = await self._loop.create_unix_connection(lambda: protocol, sock=self._socket)
+        self._flush()
+
+    def send(self, command: Command) -> None:
+        if self._is_closed:
+            raise EngineDeadError("the engine core is gone")
+        try:
+            frame = pack_frame(self._codec.encode(command))
+        except FrameError as error:
+            raise UnavailableError(str(error)) from None
+        unsent = self._num_queued_bytes + (self._transport.get_write_buffer_size() if self._transport else 0)
+        if unsent and unsent + len(frame) > self._max_backlog_bytes:
+            raise UnavailableError("the engine core does not take commands fast enough")
+        if not self._queued and self._loop is not None and self._transport is not None:
+            self._loop.call_soon(self._flush)
+        self._queued.append(frame)
+        self._num_queued_bytes += len(frame)
+
+    async def close(self) -> None:
+        was_closed, self._is_closed = self._is_closed, True
+        if self._transport is None or self._protocol is None:
+            self._socket.close()
+            return
+        if not was_closed:
+            self._flush()
+            deadline = time.monotonic() + CLOSE_TIMEOUT
+            while self._transport.get_write_buffer_size() and time.monotonic() < deadline:
+                await asyncio.sleep(0.005)
+            # Closing is not enough: a process that was forked off this one may still hold the descriptor.
+            _shut_down(self._socket)
+        self._transport.abort()
+        await self._protocol.has_ended.wait()
+        if self._report is not None:
+            await asyncio.wait([self._report])
+
+    def _flush(self) -> None:
+        if self._queued and self._transport is not None:
+            self._transport.write(b"".join(self._queued))
+        self._queued.clear()
+        self._num_queued_bytes = 0
+
+    def _lost(self, reason: str) -> None:
+        """The connection ended. The reason is completed by how the process ended before the owner hears of it."""
+        if self._is_closed or self._loop is None:
+            return
+        self._is_closed = True
+        self._report = self._loop.create_task(self._report_close(reason))
+
+    async def _report_close(self, reason: str) -> None:
+        described = await self._describe_exit() if self._describe_exit is not None else ""
+        assert self._on_close is not None
+        self._on_close(described or reason)
+
+
+class _FrontProtocol(asyncio.Protocol):
+    def __init__(self, on_output: Callable[[Output], None], on_lost: Callable[[str], None]) -> None:
+        self._on_output = on_output
+        self._on_lost = on_lost
+        self._reader = FrameReader()
+        self._codec = OutputCodec()
+        self._transport: asyncio.Transport | None = None
+        self.has_ended = asyncio.Event()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        # A lost output could be somebody's only answer: an unreadable one ends the link, which answers everybody.
+        try:
+            outputs = [self._codec.decode(frame) for frame in self._reader.feed(data)]
+        except (FrameError, *DECODE_ERRORS) as error:
+            self._on_lost(f"the core sent what cannot be decoded: {error}")
+            assert self._transport is not None
+            self._transport.abort()
+            return
+        for output in outputs:
+            self._on_output(output)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.has_ended.set()
+        self._on_lost(f"the link to the core broke: {error}" if error else "the core closed the link")
+
+
+def _shut_down(connection: socket.socket) -> None:
+    try:
+        connection.shutdown(socket.SHUT_RDWR)
+    except OSError as error:
+        logger.debug("link was already down: %s", error)

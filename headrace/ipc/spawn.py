@@ -1,0 +1,146 @@
+"""Starts a core in a process of its own and watches it. Owns the child process and the descriptors shared with it.
+
+The child shares nothing with its parent but the link's socket, a lifeline pipe whose end of file tells it that the
+parent is gone, and the standard error stream. It is in a session of its own: no terminal signal reaches it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from headrace.ipc.codec import pack_frame
+from headrace.ipc.socket_link import SocketFrontLink
+
+LINK_BUFFER_BYTES = 1 << 22
+_EXIT_NOTICE_SECONDS = 1.0
+
+
+class CoreProcess:
+    """A running core. A thread waits for its exit, so that no zombie is left whatever the owner does."""
+
+    def __init__(self, process: subprocess.Popen[bytes], lifeline: int) -> None:
+        self._process = process
+        self._lifeline = lifeline
+        self._lock = threading.Lock()
+        self._exited = threading.Event()
+        watcher = threading.Thread(target=self._watch, name=f"headrace-core-watch-{process.pid}", daemon=True)
+        watcher.start()
+
+    @property
+    def pid(self) -> int:
+        """Process id of the core."""
+        return self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        """True until the process has ended."""
+        return not self._exited.is_set()
+
+    @property
+    def exit_code(self) -> int | None:
+        """As `subprocess.Popen.returncode`: negative is the signal that killed it. None while it runs."""
+        return self._process.returncode if self._exited.is_set() else None
+
+    def wait(self, timeout: float) -> bool:
+        """Wait up to `timeout` seconds for the end. Returns whether it came."""
+        return self._exited.wait(timeout)
+
+    def kill(self) -> None:
+        """Kill the process and everything it started, now."""
+        if self.is_alive:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    def close(self, timeout: float) -> None:
+        """Let the core end within `timeout` seconds, kill it then, and wait until it is gone. Idempotent.
+
+        The link must be closed, or `Shutdown` sent, before.
+        """
+        if not self.wait(timeout):
+            self.kill()
+            self.wait(10.0)
+        with self._lock:
+            if self._lifeline >= 0:
+                os.close(self._lifeline)
+                self._lifeline = -1
+
+    async def describe_exit(self) -> str:
+        """How the process ended, in words; waits a moment for the end if it has not been seen yet."""
+        steps = 100
+        for _ in range(steps):
+            if not self.is_alive:
+                break
+            await asyncio.sleep(_EXIT_NOTICE_SECONDS / steps)
+        code = self.exit_code
+        if code is None:
+            return f"core process {self.pid} closed its link"
+        if code < 0:
+            return f"core process {self.pid} was killed by signal {-code} ({signal.strsignal(-code)})"
+        return f"core process {self.pid} ended with exit code {code}"
+
+    def _watch(self) -> None:
+        self._process.wait()
+        self._exited.set()
+
+
+def launch_core(config: bytes, *, executor: str = "local") -> tuple[CoreProcess, SocketFrontLink]:
+    """Start `python -m headrace.core.process` with `config`, the msgpack of a `ResolvedConfig`.
+
+    `executor` is "local", or "free" for one that computes nothing (benchmarks and tests). The first output on the link
+    is `CoreReady`. Raises `OSError` when the process cannot be started.
+    """
+    front, core = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    lifeline_read, lifeline_write = os.pipe()
+    try:
+        for end in (front, core):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LINK_BUFFER_BYTES)
+        process = _start(core.fileno(), lifeline_read, executor)
+    except OSError:
+        front.close()
+        os.close(lifeline_write)
+        raise
+    finally:
+        core.close()
+        os.close(lifeline_read)
+    handle = CoreProcess(process, lifeline_write)
+    with contextlib.suppress(OSError):  # a child that is dead already is reported through the link
+        front.sendall(pack_frame(config))
+    return handle, SocketFrontLink(front, describe_exit=handle.describe_exit)
+
+
+def _start(link: int, lifeline: int, executor: str) -> subprocess.Popen[bytes]:
+    arguments = ["--link", str(link), "--lifeline", str(lifeline), "--parent", str(os.getpid()), "--executor", executor]
+    return subprocess.Popen(
+        # -P: a file in the working directory must not shadow a module of the child.
+        [sys.executable, "-P", "-m", "headrace.core.process", *arguments],
+        pass_fds=(link, lifeline),
+        close_fds=True,
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=_standard_error(),
+        env={**os.environ, "PYTHONPATH": _python_path()},
+    )
+
+
+def _standard_error() -> int:
+    """The child's output goes to our error stream: our output may be somebody's data."""
+    try:
+        os.fstat(2)
+    except OSError:
+        return subprocess.DEVNULL
+    return 2
+
+
+def _python_path() -> str:
+    """A search path on which the child finds the very package that runs here."""
+    package_root = str(Path(__file__).resolve().parents[2])
+    inherited = os.environ.get("PYTHONPATH", "")
+    return os.pathsep.join(part for part in (package_root, inherited) if part)

@@ -1,0 +1,43 @@
+"""The fast CPU path of each row operation: few calls, few temporaries. Shapes as in `KernelSet`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """One GEMM over all rows."""
+    return F.linear(x_TI, weight_OI, bias_O)
+
+
+def linear_add_(residual_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+    """One GEMM that accumulates into the residual stream."""
+    residual_TO.addmm_(x_TI, weight_OI.t())
+    if bias_O is not None:
+        residual_TO.add_(bias_O)
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last axis; narrow dtypes are reduced in float32."""
+    wide = x.float()
+    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return (wide * scale).to(x.dtype).mul_(weight_D)
+
+
+def rope(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """Half-rotation in three passes over the output."""
+    half = x_THD.shape[-1] // 2
+    rotated = torch.empty(x_THD.shape, dtype=x_THD.dtype)
+    torch.mul(x_THD, cos_TD.unsqueeze(1), out=rotated)
+    sin_T1h = sin_TD[:, :half].unsqueeze(1)
+    rotated[..., :half].addcmul_(x_THD[..., half:], sin_T1h, value=-1.0)
+    rotated[..., half:].addcmul_(x_THD[..., :half], sin_T1h)
+    return rotated
+
+
+def silu_and_mul(x_T2F: Tensor) -> Tensor:
+    """Two passes, one temporary."""
+    num_features = x_T2F.shape[-1] // 2
+    return F.silu(x_T2F[:, :num_features]).mul_(x_T2F[:, num_features:])

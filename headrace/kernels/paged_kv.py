@@ -1,0 +1,74 @@
+"""The paged KV store of one device. Owns the pool's memory and layout; must not know who leases which page.
+
+Layout: per layer, keys and values each [num_pages, num_kv_heads, page_size, head_dim], so that one head's tokens of a
+page are contiguous. Seen flat as [num_rows, head_dim], position `offset` of `page` for head g is row
+(page * num_kv_heads + g) * page_size + offset. Page 0 is never leased: it stays zero, and padding points at it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_CACHE_LINE = 64
+
+
+@dataclass(frozen=True)
+class KvGeometry:
+    """Sizes of a pool, in elements."""
+
+    num_layers: int
+    num_pages: int
+    num_kv_heads: int
+    page_size: int
+    head_dim: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of one layer's keys, seen flat."""
+        return self.num_pages * self.num_kv_heads * self.page_size
+
+
+class KvPool:
+    """Keys and values of all layers, flat: `keys[layer]` and `values[layer]` are [num_rows, head_dim]."""
+
+    def __init__(self, geometry: KvGeometry, dtype: torch.dtype) -> None:
+        self.geometry = geometry
+        self.dtype = dtype
+        shape = (2 * geometry.num_layers, geometry.num_rows, geometry.head_dim)
+        blocks = _lazy_zeros(shape, dtype)
+        self.keys = [blocks[2 * layer] for layer in range(geometry.num_layers)]
+        self.values = [blocks[2 * layer + 1] for layer in range(geometry.num_layers)]
+
+    def store(self, layer: int, rows: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> None:
+        """Write the tokens' keys and values at `rows` (int64 [T * G], from `store_rows`)."""
+        head_dim = self.geometry.head_dim
+        self.keys[layer].index_copy_(0, rows, k_TGD.reshape(-1, head_dim))
+        self.values[layer].index_copy_(0, rows, v_TGD.reshape(-1, head_dim))
+
+
+def store_rows(geometry: KvGeometry, page_ids: Tensor, offsets: Tensor) -> Tensor:
+    """Flat rows of tokens at (page, offset), all heads: int64 [T] each -> int64 [T * G]."""
+    heads = torch.arange(geometry.num_kv_heads)
+    return ((page_ids[:, None] * geometry.num_kv_heads + heads) * geometry.page_size + offsets[:, None]).reshape(-1)
+
+
+def token_rows(geometry: KvGeometry, page_ids_NC: Tensor, num_positions: int) -> Tensor:
+    """Flat rows of head 0 for positions 0..num_positions-1 of each page list: [N, C] -> [N, num_positions]."""
+    offsets = torch.arange(geometry.page_size, dtype=page_ids_NC.dtype)
+    rows_NCP = (page_ids_NC * (geometry.num_kv_heads * geometry.page_size)).unsqueeze(-1) + offsets
+    return rows_NCP.reshape(page_ids_NC.shape[0], -1)[:, :num_positions]
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros whose memory the system provides on first touch, aligned to a cache line.
+
+    torch.zeros writes every byte at once; a pool is sized for the worst case and mostly never touched.
+    """
+    num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    block = np.zeros(num_bytes + _CACHE_LINE, dtype=np.uint8)
+    first = -block.ctypes.data % _CACHE_LINE
+    return torch.from_numpy(block[first : first + num_bytes]).view(dtype).view(shape)

@@ -1,0 +1,46 @@
+"""Linear layers and token embedding over parameters owned elsewhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headrace.kernels import KernelSet
+
+
+class GemmCounter:
+    """How many linear layers have run: a step's count must not depend on its number of sequences."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+
+
+class Linear:
+    """x W^T + b; weight [out, in], bias [out] or None."""
+
+    def __init__(self, kernels: KernelSet, counter: GemmCounter, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._kernels = kernels
+        self._counter = counter
+        self._weight = weight
+        self._bias = bias
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        """[T, in] -> [T, out]."""
+        self._counter.num_calls += 1
+        return self._kernels.linear(x_TI, self._weight, self._bias)
+
+    def add_to(self, residual_TO: Tensor, x_TI: Tensor) -> None:
+        """residual += x W^T + b, in place."""
+        self._counter.num_calls += 1
+        self._kernels.linear_add_(residual_TO, x_TI, self._weight, self._bias)
+
+
+class Embedding:
+    """Rows of a table [vocab, hidden] by token id."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """int64 [T] -> a new tensor [T, hidden]."""
+        return torch.index_select(self._weight, 0, token_ids)

@@ -1,0 +1,5 @@
+"""Mistral: Llama without any bias. Its sliding window bounds the context length, so no layer sees past it."""
+
+from headrace.models.family import Family
+
+FAMILY = Family(architecture="MistralForCausalLM")

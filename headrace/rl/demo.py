@@ -1,0 +1,210 @@
+"""The demo: a small policy learns to add by GRPO, with Headrace in its own process as the sampler.
+
+Owns the loop and its figures. Each step pushes the trainer's weights, samples groups of replies with their logprobs,
+scores them and takes one gradient step; the last step only samples, so that the engine, the exported weights and the
+last rollouts all belong to the same version.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from headrace.config.resolve import available_cores
+from headrace.engine import Engine
+from headrace.rl.display import ProgressLine, StepRecord, draw_picture, require_matplotlib
+from headrace.rl.push import PushReport, push_weights, tensor_digests
+from headrace.rl.rollouts import Batch, RolloutLog, Sampler
+from headrace.types.errors import ConfigError
+from headrace.types.request import DEFAULT_VERSION
+
+if TYPE_CHECKING:
+    from headrace.rl.trainer import GrpoTrainer, Sample
+
+POLICY = Path(__file__).parent / "policy"
+WINDOW = 5
+"""Steps whose mean is the reward at the start and at the end."""
+
+MAX_NEW_TOKENS = 24
+CONTEXT_LENGTH = 256
+
+
+class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What `headrace demo` may be told. Raises `ConfigError` naming the option.
+
+    output_dir      folder for the picture, the rollouts, and the first and last weights
+    steps           training steps
+    seed            draws the problems and the samples
+    push            give the engine the trained weights; without, it samples from the first ones for ever
+    num_groups      problems per step
+    group_size      samples per problem
+    learning_rate   of Adam
+    num_threads     torch threads of the trainer, at most the cores there are; the engine needs but one here
+    """
+
+    output_dir: str = "demo-output"
+    steps: int = 60
+    seed: int = 0
+    push: bool = True
+    num_groups: int = 32
+    group_size: int = 16
+    learning_rate: float = 2e-4
+    num_threads: int = 2
+
+    def __post_init__(self) -> None:
+        bounds = {"steps": 1, "seed": 0, "num_groups": 1, "group_size": 2, "num_threads": 1}
+        for name, low in bounds.items():
+            if getattr(self, name) < low:
+                raise ConfigError(f"{name} must be at least {low}, got {getattr(self, name)}", field=name)
+        if not 0 < self.learning_rate <= 1:
+            raise ConfigError(f"learning_rate must be in (0, 1], got {self.learning_rate}", field="learning_rate")
+
+
+def run_demo(options: DemoOptions) -> dict[str, Any]:
+    """Run the demo; its files are in `options.output_dir` when it returns, and its figures in the returned dict.
+
+    Raises `ConfigError` for options that cannot work, and whatever the engine raises.
+    """
+    require_matplotlib()
+    output = _output_folder(options)
+    trainer = _start_trainer(options)
+    trainer.export(output / "weights_first")
+    log_path = output / "rollouts.jsonl"
+    with ProgressLine(options.steps) as progress, _start_engine(options) as engine, RolloutLog(log_path) as log:
+        demo = Demo(options, engine, trainer, log)
+        for step in range(1, options.steps + 1):
+            progress.show(demo.run_step(step))
+        trainer.export(output / "weights_last")
+        digest_match = engine.digest() == checkpoint_digests(output / "weights_last")
+    draw_picture(output / "training.png", demo.records)
+    (output / "steps.jsonl").write_bytes(msgspec.json.Encoder().encode_lines(demo.records))
+    return {**demo.summary(), "digest_match": digest_match, "output_dir": str(output)}
+
+
+class Demo:
+    """The loop's state: who holds which weights, and what was counted."""
+
+    def __init__(self, options: DemoOptions, engine: Engine, trainer: GrpoTrainer, log: RolloutLog) -> None:
+        self._options = options
+        self._engine = engine
+        self._trainer = trainer
+        self._log = log
+        self._sampler = Sampler(
+            engine,
+            num_groups=options.num_groups,
+            group_size=options.group_size,
+            max_new_tokens=MAX_NEW_TOKENS,
+            seed=options.seed,
+        )
+        self._version = DEFAULT_VERSION
+        self._num_updates = 0
+        self._num_requests = 0
+        self._num_lost = 0
+        self._num_tokens = 0
+        self._seconds = 0.0
+        self.records: list[StepRecord] = []
+
+    def run_step(self, step: int) -> StepRecord:
+        """Push, sample, score, train."""
+        pushed = self._push(f"step-{step}") if self._options.push else None
+        batch = self._sampler.sample(step)
+        self._count(batch)
+        self._log.write(batch)
+        samples = training_samples(batch)
+        is_last = step == self._options.steps
+        difference = self._trainer.compare(samples) if is_last else self._trainer.train(samples).max_abs_logprob_diff
+        record = StepRecord(
+            step=step,
+            version=self._version,
+            reward=batch.mean_reward,
+            tokens_per_second=batch.num_tokens / batch.seconds,
+            update_pause_ms=None if pushed is None else pushed.update.pause_ms,
+            max_abs_logprob_diff=difference,
+            is_on_policy=pushed is not None or step == 1,
+        )
+        self.records.append(record)
+        return record
+
+    def summary(self) -> dict[str, Any]:
+        """The figures the demo answers with, but for what only the finished run knows."""
+        rewards = [record.reward for record in self.records]
+        pauses = [record.update_pause_ms for record in self.records if record.update_pause_ms is not None]
+        return {
+            "reward_start": statistics.fmean(rewards[:WINDOW]),
+            "reward_end": statistics.fmean(rewards[-WINDOW:]),
+            "steps": len(self.records),
+            "updates": self._num_updates,
+            "requests": self._num_requests,
+            "lost_requests": self._num_lost,
+            "max_abs_logprob_diff": max(record.max_abs_logprob_diff for record in self.records if record.is_on_policy),
+            "tokens_per_second": self._num_tokens / self._seconds,
+            "update_pause_ms_p50": statistics.median(pauses) if pauses else 0.0,
+            "final_version": self._version,
+        }
+
+    def _push(self, version: str) -> PushReport:
+        report = push_weights(self._engine, self._trainer.state_dict(), version, verify=True)
+        self._version = version
+        self._num_updates += 1
+        return report
+
+    def _count(self, batch: Batch) -> None:
+        self._num_requests += batch.num_requests
+        self._num_lost += batch.num_requests - len(batch.rollouts)
+        self._num_tokens += batch.num_tokens
+        self._seconds += batch.seconds
+
+
+def training_samples(batch: Batch) -> list[Sample]:
+    """The batch as the trainer takes it, each sample with its advantage within its group."""
+    from headrace.rl.trainer import Sample, group_advantages
+
+    return [
+        Sample(rollout.prompt_ids, rollout.ids, rollout.logprobs, advantage)
+        for group in batch.groups
+        for rollout, advantage in zip(group, group_advantages([r.reward for r in group]), strict=True)
+    ]
+
+
+def checkpoint_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every float32 tensor in a checkpoint folder's `model.safetensors`, by name."""
+    from safetensors.torch import load_file
+
+    return tensor_digests(load_file(folder / "model.safetensors").items(), "float32")
+
+
+def _output_folder(options: DemoOptions) -> Path:
+    output = Path(options.output_dir).expanduser().resolve()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir {output} cannot be made: {error.strerror}", field="output_dir") from None
+    return output
+
+
+def _start_trainer(options: DemoOptions) -> GrpoTrainer:
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from headrace.rl.trainer import GrpoTrainer
+
+    disable_progress_bar()  # checkpoints of 0.7 MB: bars would only break the progress line
+    torch.set_num_threads(min(options.num_threads, available_cores()))
+    torch.manual_seed(options.seed)
+    return GrpoTrainer(POLICY, learning_rate=options.learning_rate)
+
+
+def _start_engine(options: DemoOptions) -> Engine:
+    num_requests = options.num_groups * options.group_size
+    return Engine(
+        model=str(POLICY),
+        device="cpu",
+        dtype="float32",
+        context_length=CONTEXT_LENGTH,
+        max_running_requests=min(num_requests, 1024),
+        num_threads=1,  # a policy this small gains nothing from more, and loses much where cores are shared
+        seed=options.seed,
+    )

@@ -1,0 +1,112 @@
+"""Pushing a trainer's weights into an engine. Owns the way from trainer names to Hugging Face names, and the proof.
+
+Knows nothing of optimizers or processes: it reads tensors and calls the engine's update. Loads no torch of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from headrace.engine import Engine
+from headrace.types.errors import WeightUpdateError
+from headrace.types.weights import InFlight, UpdateMode, UpdateReport
+
+if TYPE_CHECKING:
+    import torch
+
+WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Parts of a parameter's name that data parallelism, compilation, FSDP and activation checkpointing put in."""
+
+TIED_HEAD = "lm_head.weight"
+_DERIVED = (".rotary_emb.inv_freq", ".attn.masked_bias")
+
+
+class PushReport(msgspec.Struct, frozen=True):
+    """What a push did. `seconds` is the caller's whole wait; `update.pause_ms` is how long no step could run."""
+
+    update: UpdateReport
+    seconds: float
+    is_verified: bool
+
+
+def hf_name(name: str) -> str:
+    """The Hugging Face name of a trainer's parameter: the same, without what wrappers put in."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def hf_named_tensors(weights: torch.nn.Module | Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    """(Hugging Face name, tensor) pairs of a module or a state dict; no tensor is copied.
+
+    A tied output head is left out (it *is* the embedding), and so is what every model computes for itself.
+    Raises `WeightUpdateError` if two parameters come to bear one name.
+    """
+    state = weights if isinstance(weights, Mapping) else weights.state_dict()
+    tensors: dict[str, Any] = {}
+    for name, tensor in state.items():
+        clean = hf_name(name)
+        if clean in tensors:
+            raise WeightUpdateError(f"{name} and another parameter are both {clean}", field=clean)
+        if not clean.endswith(_DERIVED):
+            tensors[clean] = tensor.detach()
+    head = tensors.get(TIED_HEAD)
+    if head is not None and any(_same_memory(head, other) for name, other in tensors.items() if name != TIED_HEAD):
+        del tensors[TIED_HEAD]
+    return list(tensors.items())
+
+
+def push_weights(
+    engine: Engine,
+    weights: torch.nn.Module | Mapping[str, torch.Tensor],
+    version: str | int,
+    *,
+    mode: UpdateMode = "auto",
+    in_flight: InFlight = "drain",
+    verify: bool = False,
+) -> PushReport:
+    """Make `weights` the engine's live weights, labelled `version`. Returns once they serve.
+
+    `verify` then compares the digests of the engine's live memory with those of `weights` in the engine's dtype.
+    Raises `WeightUpdateError` naming the tensor when the engine refuses the weights (the old ones serve on), or, after
+    the fact, when what it reports or holds is not what was sent.
+    """
+    started = time.perf_counter()
+    pairs = hf_named_tensors(weights)
+    report = engine.update_weights_from_tensor(pairs, version, mode=mode, in_flight=in_flight)
+    if (report.version, report.num_tensors) != (str(version), len(pairs)):
+        sent, got = f"{len(pairs)} as {version}", f"{report.num_tensors} as {report.version}"
+        raise WeightUpdateError(f"tensors sent: {sent}; taken by the engine: {got}", field="version")
+    if verify:
+        _require_equal(tensor_digests(pairs, engine.resolved.dtype), engine.digest())
+    return PushReport(report, time.perf_counter() - started, verify)
+
+
+def tensor_digests(pairs: Iterable[tuple[str, torch.Tensor]], dtype: str) -> dict[str, str]:
+    """SHA-256 of each tensor's bytes in `dtype`, lowercase hex: what `Engine.digest` says of an engine that holds it.
+
+    `dtype` is a torch dtype's name, as "float32".
+    """
+    import torch
+
+    target: torch.dtype = getattr(torch, dtype)
+    digests = {}
+    for name, tensor in pairs:
+        flat = tensor.detach().to("cpu", target).contiguous().reshape(-1)
+        digests[name] = hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+    return digests
+
+
+def _require_equal(sent: Mapping[str, str], live: Mapping[str, str]) -> None:
+    names = sorted(name for name in sent.keys() | live.keys() if sent.get(name) != live.get(name))
+    if names:
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        raise WeightUpdateError(f"live weights differ from those sent in {len(names)} tensors: {shown}", field=names[0])
+
+
+def _same_memory(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """True when two tensors are one: the same elements at the same place."""
+    return left.data_ptr() == right.data_ptr() and left.shape == right.shape and left.device == right.device

@@ -1,0 +1,55 @@
+"""A plan as the arrays of one packed forward. Owns the arithmetic of rows and positions; no loop over rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headrace.attention.base import AttentionInputs, Int64Array
+from headrace.runner.slots import SlotTable
+from headrace.types.plan import StepPlan
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """Everything one forward and its sampling need. R rows, T packed tokens, S rows that sample.
+
+    token_ids, positions [T]      int64 tensors
+    row_firsts [R]                index of each row's first packed token
+    sampled_rows [S]              rows that sample; `sampled_tokens` [S] (tensor) are their last packed tokens
+    sampled_slots, sampled_positions [S]   slot and absolute position of each new token
+    """
+
+    attention: AttentionInputs
+    token_ids: Tensor
+    positions: Tensor
+    row_firsts: Int64Array
+    sampled_rows: Int64Array
+    sampled_tokens: Tensor
+    sampled_slots: Int64Array
+    sampled_positions: Int64Array
+
+
+def build_batch(plan: StepPlan, slots: SlotTable) -> ForwardBatch:
+    """Lay the plan's rows out. `slots` has already been shown the plan."""
+    row_slots, row_starts, row_lengths = (
+        array.astype(np.int64) for array in (plan.row_slots, plan.row_starts, plan.row_lengths)
+    )
+    row_ends = np.cumsum(row_lengths)
+    row_firsts = row_ends - row_lengths
+    token_slots = np.repeat(row_slots, row_lengths)
+    positions = np.arange(len(token_slots)) + np.repeat(row_starts - row_firsts, row_lengths)
+    sampled_rows = np.flatnonzero(plan.row_samples)
+    return ForwardBatch(
+        attention=AttentionInputs(slots.page_table, row_slots, row_starts, row_lengths, positions, token_slots),
+        token_ids=torch.from_numpy(slots.resolve_tokens(plan.token_ids, token_slots)),
+        positions=torch.from_numpy(positions),
+        row_firsts=row_firsts,
+        sampled_rows=sampled_rows,
+        sampled_tokens=torch.from_numpy(row_ends[sampled_rows] - 1),
+        sampled_slots=row_slots[sampled_rows],
+        sampled_positions=(row_starts + row_lengths)[sampled_rows],
+    )

@@ -1,0 +1,72 @@
+"""Prompt log-probabilities of a step's rows, with bounded workspace. Must not know sampling modes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headrace.runner.batch import ForwardBatch
+from headrace.runner.slots import SlotTable
+from headrace.sampling import Sampler
+from headrace.types.plan import PositionLogprobs, PromptLogprobs, SlotInit
+
+_MAX_LOGITS_BYTES = 64 << 20
+
+
+class PromptScorer:
+    """Runs the rows' hidden states through the head a bounded number at a time and scores the tokens that follow."""
+
+    def __init__(self, logits: Callable[[Tensor], Tensor], sampler: Sampler, vocab_size: int) -> None:
+        self._logits = logits
+        self._sampler = sampler
+        self._chunk_rows = max(1, _MAX_LOGITS_BYTES // (4 * vocab_size))
+
+    def score(self, batch: ForwardBatch, slots: SlotTable, hidden_TX: Tensor) -> dict[int, PromptLogprobs]:
+        """By row index, the prompt positions that this step's logits predict, for rows that asked."""
+        found: dict[int, PromptLogprobs] = {}
+        if not slots.has_scored_prompts:
+            return found
+        inputs = batch.attention
+        for row, slot in enumerate(inputs.row_slots):
+            init = slots.scored_prompt(int(slot))
+            if init is None:
+                continue
+            start, length = int(inputs.row_starts[row]), int(inputs.row_lengths[row])
+            first, last = scored_positions(init, start, length)
+            if first < last:
+                offset = (
+                    int(batch.row_firsts[row]) - start - 1
+                )  # packed index of the token before position p is p + offset
+                found[row] = self._score_row(init, hidden_TX[first + offset : last + offset], first)
+        return found
+
+    def _score_row(self, init: SlotInit, hidden_MX: Tensor, first: int) -> PromptLogprobs:
+        values: list[Tensor] = []
+        extras: list[PositionLogprobs] = []
+        for at in range(0, hidden_MX.shape[0], self._chunk_rows):
+            chunk = hidden_MX[at : at + self._chunk_rows]
+            targets = torch.from_numpy(init.token_ids[first + at : first + at + chunk.shape[0]].astype(np.int64))
+            logprobs, extra = self._sampler.score(self._logits(chunk), targets, init.slot)
+            values.append(logprobs)
+            if extra is not None:
+                extras.append(extra)
+        return PromptLogprobs(first, torch.cat(values).numpy(), _concatenate(extras) if extras else None)
+
+
+def scored_positions(init: SlotInit, start: int, length: int) -> tuple[int, int]:
+    """Prompt positions [first, last) that its request wants scored and a row of `length` tokens at `start` predicts."""
+    assert init.logprobs.prompt_start is not None
+    return max(start + 1, init.logprobs.prompt_start), min(start + length + 1, init.num_prompt_tokens)
+
+
+def _concatenate(parts: list[PositionLogprobs]) -> PositionLogprobs:
+    if len(parts) == 1:
+        return parts[0]
+    return PositionLogprobs(
+        np.concatenate([part.top_ids for part in parts]),
+        np.concatenate([part.top_logprobs for part in parts]),
+        np.concatenate([part.asked_logprobs for part in parts]),
+    )

@@ -1,0 +1,124 @@
+"""Executes step plans on one device. Owns the slot table, the KV pool and the model; must not know requests.
+
+A step is: enter slots and write pages, one packed forward over all rows, the head for the rows that need logits, one
+sampling pass. Nothing here decides which rows run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headrace import models
+from headrace.attention import AttentionShape, build_backend
+from headrace.config import ResolvedConfig
+from headrace.kernels.paged_kv import KvGeometry, KvPool
+from headrace.layers.linear import GemmCounter
+from headrace.runner.batch import ForwardBatch, build_batch
+from headrace.runner.prompt_scores import PromptScorer
+from headrace.runner.slots import SlotTable
+from headrace.sampling import Sampler
+from headrace.types.plan import PositionLogprobs, StepPlan, StepResult
+from headrace.weights.checkpoint import iterate_checkpoint
+from headrace.weights.store import WeightStore
+
+Progress = Callable[[int, int], None]
+_MAX_LOGITS_BYTES = 256 << 20
+
+
+class Runner:
+    """One device's executor.
+
+    `on_progress(done, total)` is called per tensor while weights load. Sets the process's torch thread count. Raises
+    `CheckpointError` for a bad checkpoint and `ConfigError` for a backend that cannot run the model.
+    """
+
+    def __init__(self, resolved: ResolvedConfig, on_progress: Progress | None = None) -> None:
+        spec, engine = resolved.model, resolved.engine
+        torch.set_num_threads(resolved.num_threads)
+        device, dtype = torch.device(resolved.device), getattr(torch, resolved.dtype)
+        self._counter = GemmCounter()
+        self.weights = WeightStore(models.weight_map(spec), dtype, device)
+        numerics = "reference" if resolved.attention_backend == "reference" else engine.numerics
+        self._model = models.build(
+            spec, self.weights, numerics=numerics, context_length=resolved.context_length, counter=self._counter
+        )
+        geometry = KvGeometry(spec.num_layers, resolved.num_pages, spec.num_kv_heads, engine.page_size, spec.head_dim)
+        shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        self._attention = build_backend(resolved.attention_backend, engine.numerics, shape, KvPool(geometry, dtype))
+        self._slots = SlotTable(engine.max_running_requests, resolved.max_columns)
+        self._sampler = Sampler(spec.vocab_size, engine.max_running_requests, device, engine.numerics)
+        self._scorer = PromptScorer(self._model.logits, self._sampler, spec.vocab_size)
+        self._max_sampled_rows = max(1, _MAX_LOGITS_BYTES // (4 * spec.vocab_size))
+        self._load(resolved, on_progress)
+
+    @property
+    def num_gemm_calls(self) -> int:
+        """Linear layers run so far."""
+        return self._counter.num_calls
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step. Plans must come in the order they were issued."""
+        with torch.inference_mode():
+            self._slots.apply(plan)
+            for init in plan.new_slots:
+                self._sampler.enter(init)
+            if len(plan.row_slots) == 0:
+                return _result(plan.step_id, np.zeros(0, np.int64), np.zeros(0, np.float32))
+            batch = build_batch(plan, self._slots)
+            hidden_TX = self._model.forward(batch.token_ids, batch.positions, self._attention.plan(batch.attention))
+            prompts = self._scorer.score(batch, self._slots, hidden_TX)
+            token_ids, logprobs, extras = self._sample(batch, hidden_TX)
+            self._slots.record(batch.sampled_slots, token_ids)
+        result = _result(plan.step_id, token_ids, logprobs)
+        result.extras.update(extras)
+        result.prompt_logprobs.update(prompts)
+        return result
+
+    def _sample(
+        self, batch: ForwardBatch, hidden_TX: Tensor
+    ) -> tuple[np.ndarray, np.ndarray, dict[int, PositionLogprobs]]:
+        """Token ids int64 [S], logprobs float32 [S], and the extras of those rows that asked, by row of the plan."""
+        slots, positions = torch.from_numpy(batch.sampled_slots), torch.from_numpy(batch.sampled_positions)
+        token_ids, logprobs = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
+        extras: dict[int, PositionLogprobs] = {}
+        for first in range(0, len(slots), self._max_sampled_rows):
+            chunk = slice(first, first + self._max_sampled_rows)
+            logits_SV = self._model.logits(hidden_TX.index_select(0, batch.sampled_tokens[chunk]))
+            sampled = self._sampler.sample(logits_SV, slots[chunk], positions[chunk])
+            token_ids.append(sampled.token_ids.numpy())
+            logprobs.append(sampled.logprobs.numpy())
+            extras.update({int(batch.sampled_rows[first + row]): extra for row, extra in sampled.extras.items()})
+        return np.concatenate(token_ids), np.concatenate(logprobs), extras
+
+    def _load(self, resolved: ResolvedConfig, on_progress: Progress | None) -> None:
+        if resolved.engine.load_format == "dummy":
+            self.weights.fill_random(resolved.engine.seed)
+            return
+        source = iterate_checkpoint(Path(resolved.folder), resolved.engine.load_format)
+        self.weights.load(_counted(source, len(self.weights.weight_map.rules_by_name), on_progress))
+
+
+def _counted(
+    source: Iterable[tuple[str, Tensor]], total: int, on_progress: Progress | None
+) -> Iterator[tuple[str, Tensor]]:
+    for done, item in enumerate(source, 1):
+        yield item
+        if on_progress is not None:
+            on_progress(min(done, total), total)
+
+
+def _result(step_id: int, token_ids: np.ndarray, logprobs: np.ndarray) -> StepResult:
+    num_rows = len(token_ids)
+    return StepResult(
+        step_id,
+        token_ids.astype(np.int32).reshape(num_rows, 1),
+        logprobs.reshape(num_rows, 1),
+        np.ones(num_rows, np.int32),
+        {},
+        {},
+    )

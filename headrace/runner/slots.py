@@ -1,0 +1,48 @@
+"""The device's mirror of the scheduler's slots. Owns last tokens, page rows and prompts to score; decides nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from headrace.attention.base import Int64Array
+from headrace.types.plan import LAST_TOKEN, SlotInit, StepPlan
+from headrace.types.request import Int32Array
+
+
+class SlotTable:
+    """Changed only by the plans it is shown, in the order they were issued, and by the tokens they sample.
+
+    page_table   int32 tensor [num_slots, num_columns]; cells a plan never wrote read page 0
+    """
+
+    def __init__(self, num_slots: int, num_columns: int) -> None:
+        self._pages = np.zeros((num_slots, num_columns), dtype=np.int32)
+        self.page_table = torch.from_numpy(self._pages)
+        self._last_tokens = np.zeros(num_slots, dtype=np.int64)
+        self._scored: dict[int, SlotInit] = {}
+
+    def apply(self, plan: StepPlan) -> None:
+        """Enter the plan's new slots, then write its page-table cells."""
+        for init in plan.new_slots:
+            self._scored.pop(init.slot, None)
+            if init.logprobs.prompt_start is not None:
+                self._scored[init.slot] = init
+        self._pages[plan.page_slots, plan.page_columns] = plan.page_ids
+
+    @property
+    def has_scored_prompts(self) -> bool:
+        """True when some slot asked for prompt log-probabilities."""
+        return bool(self._scored)
+
+    def scored_prompt(self, slot: int) -> SlotInit | None:
+        """The slot's sequence if it asked for prompt log-probabilities."""
+        return self._scored.get(slot)
+
+    def resolve_tokens(self, token_ids: Int32Array, token_slots: Int64Array) -> Int64Array:
+        """Token ids with every `LAST_TOKEN` replaced by what its slot sampled last; int64 [T]."""
+        return np.where(token_ids == LAST_TOKEN, self._last_tokens[token_slots], token_ids)
+
+    def record(self, slots: Int64Array, token_ids: Int64Array) -> None:
+        """What each slot has just sampled."""
+        self._last_tokens[slots] = token_ids

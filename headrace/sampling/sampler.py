@@ -1,0 +1,206 @@
+"""Tokens and log-probabilities from logits. Owns the sampler: slots in, one token per row out.
+
+What a log-probability means is written once, here (natural logarithm, reduced in float32 and float64):
+
+    raw           log_softmax(logits) of the model
+    temperature   log_softmax(logits / T), T the request's; for T = 0 it is defined as raw
+    sampled       of the distribution the token was drawn from: after bias, mask, penalties, temperature, top-k, top-p
+                  and min-p, renormalised. For T = 0 that is all on one token: 0 for it, -inf for every other
+
+Rows never meet: a row's token and numbers are a pure function of its logits, its slot and its position, whatever runs
+beside it, in either setting of `numerics`. Must not know plans, grammars or text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from headrace.sampling.distribution import Distribution
+from headrace.sampling.noise import UInt32Array, noise_keys
+from headrace.sampling.row_pass import RowPass
+from headrace.sampling.slot_state import RAW, SAMPLED, SlotTable
+from headrace.types.plan import PositionLogprobs, SlotInit
+
+Float32Array = npt.NDArray[np.float32]
+Float64Array = npt.NDArray[np.float64]
+Int64Array = npt.NDArray[np.int64]
+
+_SHAPED_ELEMENTS = 1 << 21
+"""Logits copied at once for rows whose distribution is reshaped."""
+
+
+class Sampled(NamedTuple):
+    """token_ids int64 [s]; logprobs float32 [s], in each slot's output mode; extras by row, one position each."""
+
+    token_ids: torch.Tensor
+    logprobs: torch.Tensor
+    extras: dict[int, PositionLogprobs]
+
+
+class _Batch(NamedTuple):
+    """One call's rows: logits [s, V], and by row slot, position, temperature (0 is greedy), noise keys [s, 2], mode."""
+
+    logits: Float32Array
+    slots: Int64Array
+    positions: Int64Array
+    temperatures: Float64Array
+    keys: UInt32Array
+    modes: npt.NDArray[np.int8]
+
+
+class _Picked(NamedTuple):
+    """Rows of the batch [n], their tokens [n], and what those were drawn from; a greedy one's is softmax at T = 1."""
+
+    rows: Int64Array
+    token_ids: Int64Array
+    source: Distribution
+    is_shaped: bool
+    is_greedy: bool
+
+
+class Sampler:
+    """Samples from logits of `vocab_size` tokens for sequences in slots 0..max_slots-1.
+
+    `numerics` is "fast" or "invariant"; both give the same bits. Logits on a device are read back to the CPU.
+    """
+
+    def __init__(self, vocab_size: int, max_slots: int, device: torch.device, numerics: str) -> None:
+        if numerics not in ("fast", "invariant"):
+            raise ValueError(f"numerics must be fast or invariant, got {numerics!r}")
+        self.vocab_size = vocab_size
+        self._device = device
+        self._slots = SlotTable(vocab_size, max_slots)
+        self._pass = RowPass(vocab_size, torch.get_num_threads())
+
+    def enter(self, init: SlotInit) -> None:
+        """A sequence takes a slot, in place of whatever was there."""
+        self._slots.enter(init)
+
+    def sample(self, logits_SV: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> Sampled:
+        """Sample one token per row and count it where penalties act.
+
+        logits_SV   float32 [s, V], of any s >= 0; not changed
+        slots       int64 [s], distinct
+        positions   int64 [s], the absolute positions of the new tokens
+        """
+        batch = self._batch(logits_SV, slots, positions)
+        token_ids = np.empty(len(batch.slots), np.int64)
+        logprobs = np.empty(len(batch.slots), np.float32)
+        extras: dict[int, PositionLogprobs] = {}
+        for picked in self._pick_all(batch):
+            token_ids[picked.rows] = picked.token_ids
+            for chosen, distribution in self._output_distributions(batch, picked):
+                rows = picked.rows[chosen]
+                logprobs[rows] = distribution.logprobs(picked.token_ids[chosen])
+                self._add_extras(batch, rows, distribution, extras)
+        if self._slots.has_penalties:
+            self._slots.add_tokens(batch.slots.tolist(), token_ids.tolist())
+        return Sampled(self._tensor(token_ids), self._tensor(logprobs), extras)
+
+    def score(
+        self, logits_MV: torch.Tensor, targets_M: torch.Tensor, slot: int
+    ) -> tuple[torch.Tensor, PositionLogprobs | None]:
+        """Log-probabilities of prompt tokens in the slot's prompt mode: float32 [m], and what else the slot asked for.
+
+        logits_MV   float32 [m, V], m >= 1; row i predicts targets_M[i] (int64)
+
+        In mode "sampled" the distribution is the one the sampler would draw from, but for penalties and the mask of
+        stop ids, which depend on the output.
+        """
+        logits: Float32Array = logits_MV.detach().cpu().numpy()
+        options = self._slots.init_of(slot).logprobs
+        temperature = float(self._slots.temperatures[slot])
+        if options.prompt_mode == "sampled":
+            logits = self._shaped_for_scoring(logits, slot, temperature)
+        divisor = temperature if temperature and options.prompt_mode != "raw" else 1.0
+        distribution = Distribution.of(logits, np.arange(len(logits)), np.full(len(logits), divisor), self._pass)
+        values = distribution.logprobs(targets_M.detach().cpu().numpy())
+        return self._tensor(values), distribution.extras(options) if options.wants_extras else None
+
+    def _shaped_for_scoring(self, logits: Float32Array, slot: int, temperature: float) -> Float32Array:
+        shaped = logits.copy()
+        for row in shaped:
+            self._slots.shape_scored_row(row, slot)
+        return shaped if temperature else Distribution.point(shaped.argmax(axis=1), self.vocab_size).logits
+
+    def _batch(self, logits_SV: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> _Batch:
+        indices: Int64Array = slots.detach().cpu().numpy()
+        places: Int64Array = positions.detach().cpu().numpy()
+        table = self._slots
+        return _Batch(
+            logits=logits_SV.detach().cpu().numpy(),
+            slots=indices,
+            positions=places,
+            temperatures=table.temperatures[indices],
+            keys=noise_keys(table.seeds[indices], places),
+            modes=table.output_modes[indices],
+        )
+
+    def _pick_all(self, batch: _Batch) -> Iterator[_Picked]:
+        """Sample every row: the plain ones straight from the batch's logits, the others from reshaped copies."""
+        is_shaped = self._slots.is_shaped[batch.slots] | (batch.positions < self._slots.min_lengths[batch.slots])
+        plain = np.flatnonzero(~is_shaped)
+        yield from self._pick(batch, plain, batch.logits, plain, is_shaped=False)
+        shaped = np.flatnonzero(is_shaped)
+        num_at_once = max(1, _SHAPED_ELEMENTS // self.vocab_size)
+        for start in range(0, len(shaped), num_at_once):
+            rows = shaped[start : start + num_at_once]
+            logits = batch.logits[rows]
+            for row, values in zip(rows.tolist(), logits, strict=True):
+                self._slots.shape_row(values, int(batch.slots[row]), int(batch.positions[row]))
+            yield from self._pick(batch, rows, logits, np.arange(len(rows)), is_shaped=True)
+
+    def _pick(
+        self, batch: _Batch, rows: Int64Array, logits: Float32Array, local: Int64Array, *, is_shaped: bool
+    ) -> Iterator[_Picked]:
+        """Sample `rows` from logits[local]: the greatest logit where T = 0, Gumbel-max elsewhere."""
+        is_greedy = batch.temperatures[rows] == 0.0
+        if is_greedy.any():
+            chosen, places = rows[is_greedy], local[is_greedy]
+            source = Distribution.of(logits, places, np.ones(len(chosen)), self._pass)
+            yield _Picked(chosen, source.reduced.argmax, source, is_shaped, True)
+        if not is_greedy.all():
+            chosen, places = rows[~is_greedy], local[~is_greedy]
+            temperatures = batch.temperatures[chosen]
+            drawn = self._pass.draw(logits, places, temperatures, batch.keys[chosen])
+            source = Distribution(logits, places, temperatures, drawn.reduced)
+            yield _Picked(chosen, drawn.token_ids, source, is_shaped, False)
+
+    def _output_distributions(self, batch: _Batch, picked: _Picked) -> Iterator[tuple[Int64Array, Distribution]]:
+        """Indices into `picked` and the distributions their log-probabilities are of, by each slot's output mode."""
+        modes = batch.modes[picked.rows]
+        is_sampled = modes == SAMPLED
+        is_point = is_sampled & picked.is_greedy
+        if picked.is_shaped:
+            is_source = is_sampled & ~is_point
+        else:  # plain: the source is the model's own distribution, at T
+            is_source = ~is_point & ((modes != RAW) | (picked.source.divisors == 1.0))
+        if is_source.all():
+            yield np.arange(len(modes)), picked.source
+            return
+        if is_source.any():
+            chosen = np.flatnonzero(is_source)
+            yield chosen, picked.source.take(chosen)
+        if is_point.any():
+            chosen = np.flatnonzero(is_point)
+            yield chosen, Distribution.point(picked.token_ids[chosen], self.vocab_size)
+        chosen = np.flatnonzero(~(is_source | is_point))
+        if len(chosen):
+            divisors = np.where(modes[chosen] == RAW, 1.0, picked.source.divisors[chosen])
+            yield chosen, Distribution.of(batch.logits, picked.rows[chosen], divisors, self._pass)
+
+    def _add_extras(
+        self, batch: _Batch, rows: Int64Array, distribution: Distribution, extras: dict[int, PositionLogprobs]
+    ) -> None:
+        for index in np.flatnonzero(self._slots.wants_extras[batch.slots[rows]]).tolist():
+            row = int(rows[index])
+            options = self._slots.init_of(int(batch.slots[row])).logprobs
+            extras[row] = distribution.take(np.array([index])).extras(options)
+
+    def _tensor(self, values: npt.NDArray[np.generic]) -> torch.Tensor:
+        return torch.from_numpy(values).to(self._device)

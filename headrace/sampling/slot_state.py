@@ -1,0 +1,159 @@
+"""What the sampler remembers of each slot: parameters in arrays indexed by slot, seen tokens only where penalties act.
+
+Owns per-slot sampling state and how it reshapes a row of logits (`shape_row`). Must not know batches or draws.
+
+Order of the processors: logit bias and the mask of stop ids (while the new token's position is below `min_length`),
+repetition penalty, presence and frequency penalties; then temperature; then top-k, top-p, min-p as one threshold.
+A positive logit of a seen token is divided by the repetition penalty, another one multiplied (prompt and output tokens
+count); presence and frequency are subtracted for output tokens only, as presence + frequency * count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.sampling.thresholds import NOTHING_DROPPED, keep_threshold
+from headrace.types.plan import SlotInit
+from headrace.types.request import TokenSampling
+from headrace.types.sampling_params import GREEDY_TEMPERATURE, LogprobMode
+
+Float32Array = npt.NDArray[np.float32]
+Int64Array = npt.NDArray[np.int64]
+
+RAW, TEMPERATURE, SAMPLED = 0, 1, 2
+_MODE_CODES: dict[LogprobMode, int] = {"raw": RAW, "temperature": TEMPERATURE, "sampled": SAMPLED}
+
+
+class SeenTokens:
+    """The distinct tokens of one sequence and how often each was generated."""
+
+    def __init__(self, vocab_size: int, prompt: npt.NDArray[np.int32], output: npt.NDArray[np.int32]) -> None:
+        self._output_counts = np.zeros(vocab_size, np.int32)
+        np.add.at(self._output_counts, output, 1)
+        self._is_seen = np.zeros(vocab_size, np.bool_)
+        self._is_seen[prompt] = True
+        self._is_seen[output] = True
+        ids = np.flatnonzero(self._is_seen)
+        self._num_ids = len(ids)
+        self._ids = np.concatenate((ids, np.zeros(max(64, len(ids)), np.int64)))
+
+    def add(self, token_id: int) -> None:
+        """`token_id` was generated."""
+        self._output_counts[token_id] += 1
+        if self._is_seen[token_id]:
+            return
+        self._is_seen[token_id] = True
+        if self._num_ids == len(self._ids):
+            self._ids = np.concatenate((self._ids, np.zeros_like(self._ids)))
+        self._ids[self._num_ids] = token_id
+        self._num_ids += 1
+
+    def penalise(self, row: Float32Array, sampling: TokenSampling) -> None:
+        """Apply the three penalties to row [V] in place."""
+        ids = self._ids[: self._num_ids]
+        values = row[ids]
+        if sampling.repetition_penalty != 1.0:
+            penalty = np.float32(sampling.repetition_penalty)
+            values = np.where(values > 0, values / penalty, values * penalty)
+        counts = self._output_counts[ids].astype(np.float32)
+        values = values - counts * np.float32(sampling.frequency_penalty)
+        row[ids] = values - (counts > 0) * np.float32(sampling.presence_penalty)
+
+
+class SlotTable:
+    """Sampling state of all slots. The arrays are [max_slots]; a slot is written by `enter` and read by index.
+
+    temperatures   float64; 0 is greedy
+    seeds          uint64
+    output_modes   int8: RAW, TEMPERATURE or SAMPLED
+    is_shaped      bool: something beside the temperature acts on the logits at every position
+    min_lengths    int64: stop ids are masked below this absolute position
+    wants_extras   bool
+    inits          the `SlotInit` each slot was entered with
+    """
+
+    def __init__(self, vocab_size: int, max_slots: int) -> None:
+        self.vocab_size = vocab_size
+        self.temperatures = np.ones(max_slots)
+        self.seeds = np.zeros(max_slots, np.uint64)
+        self.output_modes = np.zeros(max_slots, np.int8)
+        self.is_shaped = np.zeros(max_slots, np.bool_)
+        self.min_lengths = np.zeros(max_slots, np.int64)
+        self.wants_extras = np.zeros(max_slots, np.bool_)
+        self.inits: list[SlotInit | None] = [None] * max_slots
+        self._seen: dict[int, SeenTokens] = {}
+        self._bias: dict[int, tuple[Int64Array, Float32Array]] = {}
+        self._stop_ids: dict[int, Int64Array] = {}
+
+    @property
+    def has_penalties(self) -> bool:
+        """True when some slot counts its tokens."""
+        return bool(self._seen)
+
+    def enter(self, init: SlotInit) -> None:
+        """A sequence takes `init.slot`, in place of whatever was there."""
+        slot, sampling = init.slot, init.sampling
+        self.temperatures[slot] = sampling.temperature if sampling.temperature >= GREEDY_TEMPERATURE else 0.0
+        self.seeds[slot] = init.seed
+        self.output_modes[slot] = _MODE_CODES[init.logprobs.output_mode]
+        self.is_shaped[slot] = not sampling.is_plain
+        self.min_lengths[slot] = init.min_length
+        self.wants_extras[slot] = init.logprobs.wants_extras
+        self.inits[slot] = init
+        for table in (self._seen, self._bias, self._stop_ids):
+            table.pop(slot, None)
+        if sampling.has_penalties:
+            tokens = init.token_ids
+            self._seen[slot] = SeenTokens(
+                self.vocab_size, tokens[: init.num_prompt_tokens], tokens[init.num_prompt_tokens :]
+            )
+        if sampling.logit_bias:
+            pairs = [(token, value) for token, value in sampling.logit_bias if token < self.vocab_size]
+            self._bias[slot] = (np.array([t for t, _ in pairs], np.int64), np.array([v for _, v in pairs], np.float32))
+        if init.min_length > len(init.token_ids):
+            self._stop_ids[slot] = np.array([t for t in init.stop_token_ids if t < self.vocab_size], np.int64)
+
+    def init_of(self, slot: int) -> SlotInit:
+        """What the slot was entered with."""
+        init = self.inits[slot]
+        assert init is not None, f"slot {slot} was never entered"
+        return init
+
+    def add_tokens(self, slots: Sequence[int], token_ids: Sequence[int]) -> None:
+        """These tokens were sampled in these slots."""
+        for slot, token_id in zip(slots, token_ids, strict=True):
+            seen = self._seen.get(slot)
+            if seen:
+                seen.add(token_id)
+
+    def shape_row(self, row: Float32Array, slot: int, position: int) -> None:
+        """Turn the model's logits [V] into those the new token at `position` is drawn from, but for 1 / T, in place."""
+        sampling = self.init_of(slot).sampling
+        self._add_bias(row, slot)
+        if position < self.min_lengths[slot] and slot in self._stop_ids:
+            row[self._stop_ids[slot]] = -np.inf
+        seen = self._seen.get(slot)
+        if seen:
+            seen.penalise(row, sampling)
+        self._drop_below_threshold(row, sampling)
+
+    def shape_scored_row(self, row: Float32Array, slot: int) -> None:
+        """As `shape_row` for a prompt position: without penalties and stop-id mask, which depend on the output."""
+        self._add_bias(row, slot)
+        self._drop_below_threshold(row, self.init_of(slot).sampling)
+
+    def _add_bias(self, row: Float32Array, slot: int) -> None:
+        if slot in self._bias:
+            ids, values = self._bias[slot]
+            row[ids] += values
+
+    def _drop_below_threshold(self, row: Float32Array, sampling: TokenSampling) -> None:
+        """Drop what top-k, top-p and min-p drop. Greedy rows take the greatest logit, which none of them drops."""
+        if sampling.temperature < GREEDY_TEMPERATURE:
+            return
+        threshold = keep_threshold(row, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+        if threshold != NOTHING_DROPPED:
+            row[row < threshold] = -np.inf

@@ -1,0 +1,203 @@
+"""Takes the result of a step into the sequences, and says what is new about each as a `Delta`.
+
+Owns the token-level end of a request: stop ids and length. Tokens sampled for a sequence that has had its answer are
+dropped here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from headrace.scheduler.counters import Counters
+from headrace.scheduler.plan_builder import Rows
+from headrace.scheduler.prompt_scores import position_extras
+from headrace.scheduler.roster import Roster
+from headrace.scheduler.sequence import Sequence
+from headrace.scheduler.slot_table import BoolArray, IndexArray, SlotTable
+from headrace.types.plan import StepResult
+from headrace.types.request import Delta, Finish, Int32Array, TokenExtras
+
+
+class InFlight(NamedTuple):
+    """A plan that was issued and whose result has not come, with the version its tokens will bear."""
+
+    step_id: int
+    version: str
+    version_index: int
+    rows: Rows
+
+
+class ResultApplier:
+    """Applies results, in plan order, to the sequences of a roster."""
+
+    def __init__(self, roster: Roster, counters: Counters) -> None:
+        self._roster = roster
+        self._counters = counters
+
+    def apply(self, step: InFlight, result: StepResult) -> list[Delta]:
+        """Take in one result; returns the deltas it makes due, terminal ones included, in row order."""
+        slots = step.rows.slots
+        leaving = self._land(step)
+        self._take_prompt_scores(step, result)
+        deltas: list[Delta] = []
+        sampled = slots[step.rows.samples]
+        assert len(sampled) == len(result.token_ids), "a result has a token for each sampling row"
+        if len(sampled):
+            self._take_tokens(step, sampled, result, deltas)
+            self._deliver_due(sampled, deltas)
+        if len(sampled) < len(slots):
+            self._finish_scored(slots[~step.rows.samples], deltas)
+        self._roster.retire(leaving)
+        return deltas
+
+    def drop(self, step: InFlight) -> None:
+        """A step will never have a result; what its rows were to do is undone by whoever ends their sequences."""
+        self._roster.retire(self._land(step))
+
+    def delta(self, sequence: Sequence, finish: Finish | None = None) -> Delta:
+        """What is new about a sequence since its last delta, which counts as delivered from now on."""
+        table, slot = self._roster.table, sequence.slot
+        num_prompt, first = sequence.num_prompt, sequence.num_prompt + sequence.num_delivered
+        if slot >= 0:
+            first, known = int(table.num_delivered[slot]), int(table.num_known[slot])
+            token_ids, logprobs = table.token_ids[slot, first:known], table.logprobs[slot, first:known]
+            table.num_delivered[slot] = known
+        else:
+            known = len(sequence.token_ids)
+            token_ids, logprobs = sequence.token_ids[first:], sequence.logprobs[sequence.num_delivered :]
+            sequence.num_delivered = known - num_prompt
+        prompt_logprobs, prompt_extras = self._prompt_part(sequence, finish)
+        return Delta(
+            handle=sequence.handle,
+            token_ids=token_ids.astype("<i4", copy=False).tobytes(),
+            logprobs=logprobs.astype("<f4", copy=False).tobytes(),
+            spans=sequence.spans(first - num_prompt, known - num_prompt),
+            finish=finish,
+            num_cached_tokens=sequence.num_cached_tokens,
+            num_preemptions=sequence.num_preemptions,
+            extras=tuple(sequence.extras[first - num_prompt : known - num_prompt]),
+            prompt_logprobs=prompt_logprobs,
+            prompt_extras=prompt_extras,
+        )
+
+    def finish(self, sequence: Sequence, finish: Finish) -> Delta:
+        """End a sequence; returns its terminal delta."""
+        delta = self.delta(sequence, finish)
+        self._roster.end(sequence)
+        return delta
+
+    def _land(self, step: InFlight) -> list[int]:
+        """The step is no longer in flight; returns the slots that can be retired for it."""
+        table, slots = self._roster.table, step.rows.slots
+        table.num_in_flight[slots] -= 1
+        done = ~table.is_running[slots] & (table.num_in_flight[slots] == 0)
+        return slots[done].tolist() if done.any() else []
+
+    @staticmethod
+    def _prompt_part(sequence: Sequence, finish: Finish | None) -> tuple[bytes, tuple[TokenExtras, ...]]:
+        """Prompt log-probabilities, once: when all are known, or as they are when the request ends early."""
+        scores = sequence.prompt_scores
+        if scores is None or sequence.is_prompt_delivered:
+            return b"", ()
+        if not scores.is_complete and (finish is None or not scores.has_any):
+            return b"", ()
+        sequence.is_prompt_delivered = True
+        return scores.pack()
+
+    def _take_prompt_scores(self, step: InFlight, result: StepResult) -> None:
+        for row, scored in result.prompt_logprobs.items():
+            slot = int(step.rows.slots[row])
+            if self._roster.table.accepts[slot]:
+                scores = self._roster.table.sequence(slot).prompt_scores
+                assert scores is not None, "a row was scored that did not ask for it"
+                scores.add(scored)
+
+    def _take_tokens(self, step: InFlight, slots: IndexArray, result: StepResult, deltas: list[Delta]) -> None:
+        """Accept up to k tokens per row, column by column, so that a token after the end of its sequence is dropped."""
+        table = self._roster.table
+        for column in range(result.token_ids.shape[1]):
+            has_token = result.num_tokens > column
+            takes = has_token & table.accepts[slots]
+            self._counters.num_overshoot_tokens += int(np.count_nonzero(has_token) - np.count_nonzero(takes))
+            self._take_column(step, slots, result, column, takes, deltas)
+        if result.token_ids.shape[1] > 1:
+            self._expect_computing(slots, result.num_tokens)
+
+    def _take_column(
+        self, step: InFlight, slots: IndexArray, result: StepResult, column: int, takes: BoolArray, deltas: list[Delta]
+    ) -> None:
+        table = self._roster.table
+        token_ids, logprobs = result.token_ids[:, column], result.logprobs[:, column]
+        if not takes.all():
+            slots, token_ids, logprobs = slots[takes], token_ids[takes], logprobs[takes]
+        positions = table.num_known[slots]
+        self._mark_version(step, slots, positions)
+        table.token_ids[slots, positions] = token_ids
+        table.logprobs[slots, positions] = logprobs
+        table.num_known[slots] = positions + 1
+        self._counters.num_generated_tokens += len(slots)
+        self._take_extras(step, result, column)
+        stopped = _find_stops(table, slots, positions, token_ids)
+        ended = np.flatnonzero(stopped | (positions + 1 >= table.max_length[slots]))
+        for index in ended.tolist():
+            matched = int(token_ids[index]) if stopped[index] else None
+            finish = Finish("length") if matched is None else Finish("stop", matched)
+            deltas.append(self.finish(table.sequence(int(slots[index])), finish))
+        self._counters.num_finished += len(ended)
+
+    def _mark_version(self, step: InFlight, slots: IndexArray, positions: IndexArray) -> None:
+        """Open a span in the sequences whose last token was of another version."""
+        table = self._roster.table
+        changed = np.flatnonzero(table.version[slots] != step.version_index)
+        for index in changed.tolist():
+            sequence = table.sequence(int(slots[index]))
+            num_output = int(positions[index]) - sequence.num_prompt
+            sequence.change_version(num_output, step.version_index, step.version)
+        if len(changed):
+            table.version[slots[changed]] = step.version_index
+
+    def _take_extras(self, step: InFlight, result: StepResult, column: int) -> None:
+        table = self._roster.table
+        for row, values in result.extras.items():
+            slot = int(step.rows.slots[row])
+            if table.accepts[slot] and column < len(values.top_ids):
+                table.sequence(slot).extras.append(position_extras(values, column))
+
+    def _expect_computing(self, slots: IndexArray, num_tokens: Int32Array) -> None:
+        """Accepted tokens beyond the first have no KV yet: the next step computes them as known tokens."""
+        table = self._roster.table
+        goes_on = table.accepts[slots] & (num_tokens > 1)
+        more = slots[goes_on]
+        assert (table.num_in_flight[more] == 0).all(), "several tokens a step need their result before the next plan"
+        table.num_expected[more] = table.num_known[more]
+
+    def _deliver_due(self, slots: IndexArray, deltas: list[Delta]) -> None:
+        """Non-terminal deltas of the streaming sequences that have enough new tokens."""
+        table = self._roster.table
+        every = table.deliver_every[slots]
+        due = (every > 0) & table.accepts[slots] & (table.num_known[slots] - table.num_delivered[slots] >= every)
+        for slot in slots[due].tolist():
+            deltas.append(self.delta(table.sequence(slot)))
+
+    def _finish_scored(self, slots: IndexArray, deltas: list[Delta]) -> None:
+        """End the sequences that wanted no token and whose prompt is computed."""
+        table = self._roster.table
+        is_done = table.accepts[slots] & (table.num_in_flight[slots] == 0)
+        is_done &= table.num_scheduled[slots] >= table.compute_length[slots]
+        is_done &= table.max_length[slots] == table.num_prompt[slots]
+        for slot in slots[is_done].tolist():
+            deltas.append(self.finish(table.sequence(slot), Finish("length")))
+            self._counters.num_finished += 1
+
+
+def _find_stops(table: SlotTable, slots: IndexArray, positions: IndexArray, token_ids: Int32Array) -> BoolArray:
+    """Which of these new tokens are stop ids of their sequence, past its minimum length; bool like `slots`."""
+    stopped = (table.stop_ids[slots] == token_ids[:, None]).any(axis=1)
+    if table.many_stops:
+        for index, slot in enumerate(slots.tolist()):
+            if slot in table.many_stops and int(token_ids[index]) in table.many_stops[slot]:
+                stopped[index] = True
+    found: BoolArray = stopped & (positions >= table.min_length[slots])
+    return found

@@ -1,0 +1,135 @@
+"""Who is waiting, running, preempted or leaving. Owns every change of a sequence's state, its slot and its lease.
+
+A slot and its lease are given back in one place, `retire`, when the sequence is leaving and no step in flight holds a
+row of it.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable
+from operator import attrgetter
+
+import numpy as np
+
+from headrace.cache import LeaseTable, Match, Namespace
+from headrace.scheduler.limits import SchedulerLimits
+from headrace.scheduler.sequence import Sequence, State
+from headrace.scheduler.slot_table import IndexArray, SlotTable
+from headrace.scheduler.waiting_queue import WaitingQueue
+
+
+class Roster:
+    """Live sequences by handle, and where each of them stands.
+
+    `generation` changes whenever a slot changes hands or stops running.
+    """
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self.limits = limits
+        self.table = SlotTable(limits)
+        self.leases = LeaseTable(
+            num_slots=limits.num_slots,
+            num_columns=limits.num_pages_for(limits.max_length),
+            num_pages=limits.num_pages,
+            page_size=limits.page_size,
+            prefix_cache=limits.prefix_cache,
+        )
+        self.waiting = WaitingQueue()
+        self.preempted: list[Sequence] = []
+        self.by_handle: dict[int, Sequence] = {}
+        self.num_running = 0
+        self.num_preemptions = 0
+        self.generation = 0
+        self._num_coming_back = 0
+        self._order: IndexArray = np.empty(0, dtype=np.int64)
+        self._order_generation = -1
+
+    @property
+    def num_started(self) -> int:
+        """Live sequences that have held a slot."""
+        return len(self.by_handle) - len(self.waiting)
+
+    def order(self) -> IndexArray:
+        """Running slots, first to be served first, int64."""
+        if self._order_generation != self.generation:
+            self._order = self.table.by_rank()
+            self._order_generation = self.generation
+        return self._order
+
+    def accept(self, sequence: Sequence) -> None:
+        """A new request enters the queue."""
+        self.by_handle[sequence.handle] = sequence
+        self.waiting.push(sequence)
+
+    def next_to_admit(self, *, admit_new: bool) -> Sequence | None:
+        """The sequence that may enter a slot next: preempted ones first. None while one is still leaving its slot."""
+        if self.table.num_free == 0 or self._num_coming_back:
+            return None
+        if self.preempted:
+            return self.preempted[0]
+        return self.waiting.first() if admit_new else None
+
+    def admit(self, sequence: Sequence, namespace: Namespace, match: Match) -> int:
+        """Give the sequence that `next_to_admit` named a slot and a lease that starts with `match`."""
+        if sequence.state is State.WAITING:
+            self.waiting.remove(sequence)
+        else:
+            self.preempted.remove(sequence)
+        slot = self.table.enter(sequence, match.num_pages * self.limits.page_size)
+        self.leases.open(slot, namespace, match)
+        self.num_running += 1
+        self.generation += 1
+        return slot
+
+    def preempt(self, slot: int, *, publish: bool = True) -> None:
+        """Take a running sequence off its slot to be computed again later; its whole pages stay cached if published."""
+        sequence = self.table.sequence(slot)
+        if publish:
+            self._publish(slot)
+        sequence.state = State.PREEMPTED
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        self._num_coming_back += 1
+        self._stop(slot)
+
+    def end(self, sequence: Sequence) -> None:
+        """The sequence has its terminal answer: forget it, and free what it holds as soon as no step refers to it."""
+        state, sequence.state = sequence.state, State.ENDED
+        del self.by_handle[sequence.handle]
+        slot = sequence.slot
+        if state is State.WAITING:
+            self.waiting.remove(sequence)
+        elif slot < 0:
+            self.preempted.remove(sequence)
+        else:
+            self.table.accepts[slot] = False
+            if state is State.PREEMPTED:
+                self._num_coming_back -= 1
+            else:
+                self._publish(slot)
+                self._stop(slot)
+
+    def retire(self, slots: Iterable[int]) -> None:
+        """Take back the slots and pages of sequences that are leaving and that no step in flight refers to."""
+        for slot in slots:
+            sequence = self.table.sequence(slot)
+            self.leases.close(slot)
+            self.table.leave(slot)
+            self.generation += 1
+            if sequence.state is State.PREEMPTED:
+                self._num_coming_back -= 1
+                insort(self.preempted, sequence, key=attrgetter("rank"))
+
+    def _stop(self, slot: int) -> None:
+        self.table.is_running[slot] = False
+        self.num_running -= 1
+        self.generation += 1
+        if self.table.num_in_flight[slot] == 0:
+            self.retire((slot,))
+
+    def _publish(self, slot: int) -> None:
+        """Publish the whole pages whose tokens are known and whose KV is written by now or by a step in flight."""
+        table = self.table
+        num_tokens = int(min(table.num_known[slot], table.num_scheduled[slot]))
+        self.leases.publish_all(slot, table.token_ids[slot], num_tokens)

@@ -1,0 +1,208 @@
+"""The scheduler of one replica: requests in, `StepPlan`s out, `StepResult`s in, `Delta`s out.
+
+Owns the steps in flight and the weight version and epoch that new steps bear; delegates who runs to the roster, what a
+step holds to the planner, and what came of it to the applier. Every method runs between steps on one thread. It knows
+neither tensors nor text, and never reads a clock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+import msgspec
+import numpy as np
+
+from headrace.scheduler.applier import InFlight, ResultApplier
+from headrace.scheduler.counters import Counters
+from headrace.scheduler.limits import SchedulerLimits, read_prompt
+from headrace.scheduler.planner import StepPlanner
+from headrace.scheduler.roster import Roster
+from headrace.scheduler.sequence import Sequence
+from headrace.types.errors import ErrorInfo, RequestError, UnavailableError
+from headrace.types.plan import StepPlan, StepResult
+from headrace.types.request import Delta, Finish, Request
+
+_ARRIVALS_PER_PRIORITY = 1 << 42
+
+
+class Scheduler:
+    """Continuous batching over a paged KV pool. Every accepted request gets exactly one terminal delta, unless the
+    front discards it."""
+
+    def __init__(self, limits: SchedulerLimits, *, version: str = "default", epoch: int = 0) -> None:
+        self.limits = limits
+        self.version = version
+        self.epoch = epoch
+        self._version_index = 0
+        self._num_arrivals = 0
+        self._num_plans = 0
+        self._counters = Counters()
+        self._roster = Roster(limits)
+        self._planner = StepPlanner(self._roster, limits, self._counters)
+        self._applier = ResultApplier(self._roster, self._counters)
+        self._in_flight: deque[InFlight] = deque()
+
+    @property
+    def num_in_flight(self) -> int:
+        """Plans issued whose result was not applied yet."""
+        return len(self._in_flight)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold a slot and will get more rows."""
+        return self._roster.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Live sequences that hold none: never started, or preempted."""
+        return len(self._roster.by_handle) - self._roster.num_running
+
+    @property
+    def num_started(self) -> int:
+        """Live sequences that have held a slot: running or preempted."""
+        return self._roster.num_started
+
+    @property
+    def num_used_tokens(self) -> int:
+        """KV capacity, in tokens, of the pages that are neither free nor reclaimable."""
+        return self._roster.leases.num_used * self.limits.page_size
+
+    @property
+    def max_total_num_tokens(self) -> int:
+        """KV capacity of the pool, in tokens."""
+        return self.limits.max_total_num_tokens
+
+    def add(self, request: Request, now: float) -> None:
+        """Queue a request that arrived at `now` (seconds, any clock that never goes back).
+
+        Raises `RequestError` naming the field if it can never run, `UnavailableError` if the queue is full.
+        """
+        if request.handle in self._roster.by_handle:
+            raise RequestError(f"handle {request.handle} is in use", field="handle")
+        if len(self._roster.waiting) >= self.limits.max_waiting_requests:
+            raise UnavailableError(f"{len(self._roster.waiting)} requests are waiting already")
+        prompt = read_prompt(request, self.limits)
+        rank = self._num_arrivals - request.priority * _ARRIVALS_PER_PRIORITY
+        self._num_arrivals += 1
+        self._roster.accept(Sequence(request, prompt, self.limits, rank, now))
+
+    def abort(self, handles: Iterable[int] | None, message: str) -> list[Delta]:
+        """End requests now (None: all); returns their terminal deltas with all tokens not delivered yet. Unknown
+        handles are ignored: they have had their answer."""
+        deltas = self._end(handles, Finish("abort", message=message))
+        self._counters.num_aborted += len(deltas)
+        return deltas
+
+    def fail(self, handles: Iterable[int] | None, error: ErrorInfo) -> list[Delta]:
+        """As `abort`, with finish type "error"."""
+        deltas = self._end(handles, Finish("error", message=error.message, error=error))
+        self._counters.num_failed += len(deltas)
+        return deltas
+
+    def discard(self, handles: Iterable[int]) -> None:
+        """Free requests that the front ended itself; there is no delta. Unknown handles are ignored."""
+        for sequence in self._find(handles):
+            self._roster.end(sequence)
+            self._counters.num_finished += 1
+
+    def expire(self, arrived_before: float, error: ErrorInfo) -> list[Delta]:
+        """Fail the requests that arrived before that moment and never started."""
+        old = self._roster.waiting.arrived_before(arrived_before)
+        return self.fail([sequence.handle for sequence in old], error)
+
+    def plan(self, *, admit_new: bool = True) -> StepPlan | None:
+        """The next step, or None when there is nothing to do until a result or a request comes.
+
+        `admit_new=False` serves only sequences that have started. The plan is in flight from here on: it must be
+        executed, in order, and its result applied.
+        """
+        if len(self._in_flight) > self.limits.overlap_depth:
+            return None
+        planned = self._planner.plan(self._num_plans, self.epoch, admit_new=admit_new)
+        if planned is None:
+            return None
+        plan, rows = planned
+        self._num_plans += 1
+        self._in_flight.append(InFlight(plan.step_id, self.version, self._version_index, rows))
+        return plan
+
+    def apply(self, result: StepResult) -> list[Delta]:
+        """Take in the result of the oldest plan in flight; returns the deltas it makes due."""
+        step = self._in_flight.popleft()
+        assert step.step_id == result.step_id, f"result {result.step_id} came for step {step.step_id}"
+        return self._applier.apply(step, result)
+
+    def abandon_in_flight(self, error: ErrorInfo) -> list[Delta]:
+        """A step failed: no plan in flight will be answered any more (those after it built on it).
+
+        Fails every sequence with a row in one of them, and empties the prefix cache, which may hold pages that were
+        never written. Everything else goes on.
+        """
+        table = self._roster.table
+        touched = np.flatnonzero(table.accepts & (table.num_in_flight > 0)).tolist()
+        deltas = self.fail([table.sequence(slot).handle for slot in touched], error)
+        self._roster.leases.flush()
+        while self._in_flight:
+            self._applier.drop(self._in_flight.popleft())
+        return deltas
+
+    def set_weights(self, version: str, epoch: int) -> None:
+        """Steps from now on run under other weights: tokens bear `version`, and no prefix of an older epoch matches.
+
+        Only with no plan in flight; `epoch` must grow. Sequences still running keep their KV and are never published.
+        """
+        assert not self._in_flight, "weights change only with no step in flight"
+        assert epoch > self.epoch, "an epoch is never used twice"
+        self.keep_running()
+        self.version = version
+        self.epoch = epoch
+        self._version_index += 1
+
+    def relabel(self, version: str) -> None:
+        """Steps from now on bear another label for the same weights."""
+        if version != self.version:
+            self.version = version
+            self._version_index += 1
+
+    def keep_running(self) -> None:
+        """Sequences that run now keep their KV, and it will never be published; computed again, it may be."""
+        for slot in self._roster.order().tolist():
+            self._roster.leases.never_publish(slot)
+
+    def recompute_running(self) -> None:
+        """Running sequences drop their KV, keep their tokens, and are admitted again before any new one. Prompts not
+        scored to the end are scored anew, so that no mix of weights is reported."""
+        for slot in self._roster.order().tolist():
+            sequence = self._roster.table.sequence(slot)
+            self._roster.preempt(slot, publish=False)
+            if sequence.prompt_scores is not None and not sequence.prompt_scores.is_complete:
+                sequence.prompt_scores.reset()
+
+    def flush_cache(self) -> int:
+        """Free all unreferenced cached pages and unpublish the rest; returns the pages freed."""
+        return self._roster.leases.flush()
+
+    def metrics(self) -> dict[str, float]:
+        """Counters since start, and gauges of now. free + used + cached pages = all but page 0."""
+        leases = self._roster.leases
+        counters: dict[str, float] = msgspec.structs.asdict(self._counters)
+        return counters | {
+            "num_preemptions": self._roster.num_preemptions,
+            "num_evicted_pages": leases.num_evicted_pages,
+            "num_running": self.num_running,
+            "num_waiting": self.num_waiting,
+            "num_free_pages": leases.pool.num_free,
+            "num_cached_pages": leases.tree.num_evictable,
+            "num_used_tokens": self.num_used_tokens,
+            "max_total_num_tokens": self.max_total_num_tokens,
+        }
+
+    def _find(self, handles: Iterable[int] | None) -> list[Sequence]:
+        live = self._roster.by_handle
+        if handles is None:
+            return list(live.values())
+        return [live[handle] for handle in dict.fromkeys(handles) if handle in live]
+
+    def _end(self, handles: Iterable[int] | None, finish: Finish) -> list[Delta]:
+        return [self._applier.finish(sequence, finish) for sequence in self._find(handles)]

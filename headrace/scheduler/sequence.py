@@ -1,0 +1,115 @@
+"""One request's life in the scheduler. Owns what outlives a slot: state, saved tokens, versions, what was delivered.
+
+While a sequence holds a slot its tokens, log-probabilities and counters live in the slot table; `SlotTable.leave` saves
+them here.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import numpy as np
+
+from headrace.scheduler.limits import SchedulerLimits, max_output
+from headrace.scheduler.prompt_scores import PromptScores
+from headrace.types.request import Float32Array, Int32Array, Request, TokenExtras
+
+
+class State(Enum):
+    """WAITING never held a slot. PREEMPTED will enter one again (once it has left the old one). ENDED was answered."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    ENDED = "ended"
+
+
+class Sequence:
+    """A request and what has become of it.
+
+    rank            sort key: smaller is served first (priority, then arrival)
+    slot            the slot it holds, -1: none; an ended sequence holds one until its last step in flight retires
+    max_length      tokens it may have in all, prompt included
+    compute_length  positions it may have to compute: the last token's KV is of no use; a score-only prompt needs one
+    token_ids, logprobs   all known tokens and the output's log-probabilities while it holds no slot
+    num_delivered   output tokens that have gone out in deltas
+    stop_token_ids  those that can be sampled at all
+    version_index   index of the version of its last token, -1 before the first
+    version_starts  (index of the first output token, version) each time the version of its tokens changed
+    """
+
+    __slots__ = (
+        "arrived",
+        "compute_length",
+        "extras",
+        "handle",
+        "is_prompt_delivered",
+        "logprobs",
+        "max_length",
+        "num_cached_tokens",
+        "num_delivered",
+        "num_preemptions",
+        "num_prompt",
+        "prompt_scores",
+        "rank",
+        "request",
+        "slot",
+        "state",
+        "stop_token_ids",
+        "token_ids",
+        "version_index",
+        "version_starts",
+    )
+
+    def __init__(
+        self, request: Request, prompt: Int32Array, limits: SchedulerLimits, rank: int, arrived: float
+    ) -> None:
+        self.request = request
+        self.handle = request.handle
+        self.rank = rank
+        self.arrived = arrived
+        self.state = State.WAITING
+        self.slot = -1
+        self.num_prompt = len(prompt)
+        self.max_length = self.num_prompt + max_output(request, self.num_prompt, limits)
+        self.compute_length = max(1, self.max_length - 1)
+        self.stop_token_ids = tuple(token for token in request.stop_token_ids if 0 <= token < limits.vocab_size)
+        self.token_ids = prompt
+        self.logprobs: Float32Array = np.empty(0, dtype=np.float32)
+        self.num_delivered = 0
+        self.version_index = -1
+        self.version_starts: list[tuple[int, str]] = []
+        self.extras: list[TokenExtras] = []
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self.is_prompt_delivered = False
+        self.prompt_scores: PromptScores | None = None
+        start = request.logprobs.prompt_start
+        if start is not None and start < self.num_prompt:
+            extras = request.logprobs.wants_extras
+            self.prompt_scores = PromptScores(start, self.num_prompt, wants_extras=extras)
+
+    @property
+    def max_hit(self) -> int:
+        """Most tokens a prefix hit may cover on entering a slot: the last known token is always computed, and so is
+        the one before the first prompt position still to be scored."""
+        limit = min(len(self.token_ids), self.compute_length) - 1
+        if self.prompt_scores is not None and not self.prompt_scores.is_complete:
+            limit = min(limit, self.prompt_scores.next_position - 1)
+        return limit
+
+    def change_version(self, num_output: int, index: int, version: str) -> None:
+        """Tokens after the first `num_output` are of another version."""
+        self.version_index = index
+        self.version_starts.append((num_output, version))
+
+    def spans(self, first: int, last: int) -> tuple[tuple[str, int], ...]:
+        """(version, count) of output tokens first..last-1, in order."""
+        found = []
+        starts = self.version_starts
+        for index, (start, version) in enumerate(starts):
+            end = starts[index + 1][0] if index + 1 < len(starts) else last
+            count = min(end, last) - max(start, first)
+            if count > 0:
+                found.append((version, count))
+        return tuple(found)

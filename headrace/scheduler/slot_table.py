@@ -1,0 +1,124 @@
+"""Running sequences as arrays by slot. Owns their tokens, counters and flags while they hold a slot.
+
+Everything a steady step reads or writes is here as one array per field, so that planning and applying it are a few
+vector operations whatever the number of rows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.scheduler.limits import SchedulerLimits
+from headrace.scheduler.sequence import Sequence, State
+
+IndexArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+STOP_IDS_PER_SLOT = 8
+NO_STOP_ID = -2
+
+
+class SlotTable:
+    """Fields by slot (int64 unless stated). Positions are absolute; lengths count from the start of the prompt.
+
+    token_ids int32, logprobs float32 [slots, max_length]   by position; touched only as far as sequences reach
+    num_known      tokens known: prompt and accepted output
+    num_expected   tokens known or about to be sampled by a step in flight
+    num_scheduled  positions computed or being computed by a step in flight
+    num_in_flight  steps in flight that hold a row of the slot
+    is_running     bool: may get rows; False also while its sequence is leaving
+    accepts        bool: results are its sequence's; False once that has had its terminal delta
+    stop_ids       int32 [slots, STOP_IDS_PER_SLOT], NO_STOP_ID where unused; `many_stops` holds the longer sets
+    version        index of the version of the last accepted token, -1 before the first
+    """
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        count, width = limits.num_slots, limits.max_length
+        self.token_ids = np.zeros((count, width), dtype=np.int32)
+        self.logprobs = np.zeros((count, width), dtype=np.float32)
+        self.num_prompt = np.zeros(count, dtype=np.int64)
+        self.num_known = np.zeros(count, dtype=np.int64)
+        self.num_expected = np.zeros(count, dtype=np.int64)
+        self.num_scheduled = np.zeros(count, dtype=np.int64)
+        self.num_delivered = np.zeros(count, dtype=np.int64)
+        self.num_in_flight = np.zeros(count, dtype=np.int64)
+        self.max_length = np.zeros(count, dtype=np.int64)
+        self.compute_length = np.zeros(count, dtype=np.int64)
+        self.min_length = np.zeros(count, dtype=np.int64)
+        self.deliver_every = np.zeros(count, dtype=np.int64)
+        self.rank = np.zeros(count, dtype=np.int64)
+        self.version = np.full(count, -1, dtype=np.int64)
+        self.stop_ids = np.full((count, STOP_IDS_PER_SLOT), NO_STOP_ID, dtype=np.int32)
+        self.many_stops: dict[int, frozenset[int]] = {}
+        self.is_running = np.zeros(count, dtype=np.bool_)
+        self.accepts = np.zeros(count, dtype=np.bool_)
+        self.sequences: list[Sequence | None] = [None] * count
+        self._free = list(range(count - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        """Slots that a sequence could enter."""
+        return len(self._free)
+
+    def sequence(self, slot: int) -> Sequence:
+        """The sequence that holds `slot`."""
+        found = self.sequences[slot]
+        assert found is not None, f"slot {slot} is free"
+        return found
+
+    def enter(self, sequence: Sequence, num_computed: int) -> int:
+        """Give a sequence a free slot; the KV of its first `num_computed` tokens is there already."""
+        slot = self._free.pop()
+        request = sequence.request
+        num_known = len(sequence.token_ids)
+        self.token_ids[slot, :num_known] = sequence.token_ids
+        if num_known > sequence.num_prompt:
+            self.logprobs[slot, sequence.num_prompt : num_known] = sequence.logprobs
+        self.num_prompt[slot] = sequence.num_prompt
+        self.num_known[slot] = self.num_expected[slot] = num_known
+        self.num_scheduled[slot] = num_computed
+        self.num_delivered[slot] = sequence.num_prompt + sequence.num_delivered
+        self.max_length[slot] = sequence.max_length
+        self.compute_length[slot] = sequence.compute_length
+        self.min_length[slot] = sequence.num_prompt + request.min_new_tokens
+        self.deliver_every[slot] = request.deliver_every
+        self.rank[slot] = sequence.rank
+        self.version[slot] = sequence.version_index
+        self._set_stops(slot, sequence.stop_token_ids)
+        self.is_running[slot] = self.accepts[slot] = True
+        self.sequences[slot] = sequence
+        sequence.slot = slot
+        sequence.state = State.RUNNING
+        return slot
+
+    def leave(self, slot: int) -> None:
+        """Free a slot that no step in flight refers to, saving the tokens of a sequence that will come back."""
+        sequence = self.sequence(slot)
+        assert self.num_in_flight[slot] == 0, "a slot was left with steps in flight"
+        if sequence.state is not State.ENDED:
+            num_known = int(self.num_known[slot])
+            sequence.token_ids = self.token_ids[slot, :num_known].copy()
+            sequence.logprobs = self.logprobs[slot, sequence.num_prompt : num_known].copy()
+            sequence.num_delivered = int(self.num_delivered[slot]) - sequence.num_prompt
+        sequence.slot = -1
+        self.sequences[slot] = None
+        self.is_running[slot] = self.accepts[slot] = False
+        self._free.append(slot)
+
+    def by_rank(self) -> IndexArray:
+        """Running slots, first to be served first."""
+        slots = np.flatnonzero(self.is_running)
+        return slots[np.argsort(self.rank[slots], kind="stable")]
+
+    def leaving(self) -> IndexArray:
+        """Slots whose sequence gets no more rows but which steps in flight still refer to."""
+        return np.flatnonzero(~self.is_running & (self.num_in_flight > 0))
+
+    def _set_stops(self, slot: int, stop_token_ids: tuple[int, ...]) -> None:
+        self.stop_ids[slot] = NO_STOP_ID
+        if len(stop_token_ids) <= STOP_IDS_PER_SLOT:
+            self.stop_ids[slot, : len(stop_token_ids)] = stop_token_ids
+            self.many_stops.pop(slot, None)
+        else:
+            self.many_stops[slot] = frozenset(stop_token_ids)

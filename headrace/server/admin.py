@@ -1,0 +1,219 @@
+"""Control routes: abort, pause, cache and weights, SGLang's dialect. Owns their bodies and replies; decides nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from headrace.server.coerce import read_control
+from headrace.server.errors import body_of, error_body
+from headrace.server.routes import Endpoint
+from headrace.server.state import ServerState
+from headrace.server.wire import json_reply
+from headrace.types.errors import HeadraceError, RequestError
+from headrace.types.messages import WeightBytes
+from headrace.types.weights import PauseMode
+
+MAX_READ_ELEMENTS = 1 << 22
+_PAUSE_MODES: dict[str, PauseMode] = {
+    "in_place": "keep",
+    "retract": "recompute",
+    "wait": "drain",
+    **{mode: mode for mode in ("abort", "keep", "recompute", "drain")},
+}
+_LOAD_FORMATS = (None, "auto", "safetensors", "bin", "pt")
+
+
+class AbortBody(msgspec.Struct):
+    rid: str = ""
+    abort_all: bool = False
+    abort_message: str | None = None
+
+
+class PauseBody(msgspec.Struct):
+    mode: str = "abort"
+
+
+class DiskBody(msgspec.Struct):
+    model_path: str
+    weight_version: str | int | None = None
+    abort_all_requests: bool = False
+    load_format: str | None = None
+    manifest: Any = None
+    mode: Literal["auto", "shadow", "inplace"] = "auto"
+    in_flight: Literal["keep", "recompute", "abort", "drain"] | None = None
+
+
+class VersionBody(msgspec.Struct):
+    new_version: str | int
+    abort_all_requests: bool = True
+
+
+class NameBody(msgspec.Struct):
+    name: str
+    truncate_size: int = 100
+
+
+class CheckerBody(msgspec.Struct):
+    action: Literal["checksum", "snapshot", "reset_tensors", "compare"] = "checksum"
+
+
+class EmptyBody(msgspec.Struct):
+    pass
+
+
+class AdminFace:
+    """The control routes. Without an admin key they take the data key."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+        self._engine = state.engine
+        roots = (self._engine.resolved.folder, *state.options.weight_roots)
+        self._roots = tuple(Path(root).expanduser().resolve() for root in roots)
+
+    def endpoints(self) -> list[Endpoint]:
+        """The routes of this face."""
+        post: tuple[str, ...] = ("POST",)
+        table = (
+            ("/abort_request", self.abort_request, post),
+            ("/pause_generation", self.pause_generation, post),
+            ("/continue_generation", self.continue_generation, post),
+            ("/flush_cache", self.flush_cache, ("GET", "POST")),
+            ("/update_weights_from_disk", self.update_weights_from_disk, post),
+            ("/update_weight_version", self.update_weight_version, post),
+            ("/get_weights_by_name", self.get_weights_by_name, ("GET", "POST")),
+            ("/weights_checker", self.weights_checker, ("GET", "POST")),
+        )
+        return [Endpoint(path, handler, methods, access="admin") for path, handler, methods in table]
+
+    async def abort_request(self, request: Request) -> Response:
+        """POST /abort_request: a name aborts every request whose name begins with it."""
+        body = await read_control(request, AbortBody)
+        message = body.abort_message or "Aborted"
+        if body.abort_all:
+            await self._engine.abort(all=True, message=message)
+        elif body.rid:
+            await self._engine.abort(body.rid, prefix=True, message=message)
+        return Response()
+
+    async def pause_generation(self, request: Request) -> Response:
+        """POST /pause_generation"""
+        body = await read_control(request, PauseBody)
+        if body.mode not in _PAUSE_MODES:
+            raise RequestError(f"mode must be one of {', '.join(_PAUSE_MODES)}", field="mode")
+        await self._engine.pause(_PAUSE_MODES[body.mode])
+        return json_reply({"message": "Generation paused successfully.", "status": "ok"})
+
+    async def continue_generation(self, request: Request) -> Response:
+        """POST /continue_generation"""
+        await read_control(request, EmptyBody)
+        await self._engine.resume()
+        return json_reply({"message": "Generation continued successfully.", "status": "ok"})
+
+    async def flush_cache(self, request: Request) -> Response:
+        """GET|POST /flush_cache: never refused, aborts nothing."""
+        num_pages = await self._engine.flush_cache()
+        return PlainTextResponse(f"Cache flushed: {num_pages} pages freed, the rest will not be matched again.\n")
+
+    async def update_weights_from_disk(self, request: Request) -> Response:
+        """POST /update_weights_from_disk"""
+        body = await read_control(request, DiskBody)
+        try:
+            folder = self._allowed_folder(body.model_path)
+            if body.load_format not in _LOAD_FORMATS:
+                raise RequestError(f"load_format {body.load_format!r} is not supported", field="load_format")
+            if body.manifest:
+                raise RequestError("manifest is not supported by this engine", field="manifest")
+            in_flight = body.in_flight or ("abort" if body.abort_all_requests else "drain")
+            version = self._engine.version if body.weight_version is None else str(body.weight_version)
+            report = await self._engine.update_weights_from_disk(folder, version, mode=body.mode, in_flight=in_flight)
+        except HeadraceError as error:
+            return _refusal(error, num_paused_requests=0)
+        reply = {"success": True, "message": "Weights updated.", "num_paused_requests": 0}
+        return json_reply({**reply, "report": report})
+
+    async def update_weight_version(self, request: Request) -> Response:
+        """POST /update_weight_version"""
+        body = await read_control(request, VersionBody)
+        version = str(body.new_version)
+        try:
+            if body.abort_all_requests:
+                await self._engine.abort(all=True, message="Aborted by a change of the weight version")
+            await self._engine.set_weight_version(version)
+        except HeadraceError as error:
+            return _refusal(error, new_version=version)
+        return json_reply({"success": True, "message": f"Weight version is {version}.", "new_version": version})
+
+    async def get_weights_by_name(self, request: Request) -> Response:
+        """GET|POST /get_weights_by_name: the first `truncate_size` rows, as nested lists of numbers."""
+        body = await read_control(request, NameBody)
+        if body.truncate_size < 0:
+            raise RequestError("truncate_size must not be negative", field="truncate_size")
+        return json_reply(leading_rows(await self._engine.read_weight(body.name), body.truncate_size))
+
+    async def weights_checker(self, request: Request) -> Response:
+        """GET|POST /weights_checker"""
+        body = await read_control(request, CheckerBody)
+        try:
+            if body.action == "checksum":
+                found = await self._engine.digest()
+            else:
+                found = await self._engine.weights_checker(body.action)
+        except HeadraceError as error:
+            return _refusal(error)
+        if body.action == "compare" and found:
+            message = f"{len(found)} tensors differ from the snapshot: {', '.join(sorted(found)[:20])}"
+            return json_reply({**error_body(400, message, param="action"), "success": False, "differing": found}, 400)
+        return json_reply({"success": True, "message": f"{body.action} done.", **_checksums(found)})
+
+    def _allowed_folder(self, path: str) -> Path:
+        """The folder, if it lies under the model's or a weight root; links are followed before the check."""
+        if "\0" in path:
+            raise RequestError("model_path is not a path", field="model_path")
+        folder = Path(path).expanduser().resolve()
+        if not any(folder.is_relative_to(root) for root in self._roots):
+            message = f"model_path {path} is outside the model's folder and the weight roots of this server"
+            raise RequestError(message, field="model_path")
+        if not folder.is_dir():
+            raise RequestError(f"model_path {path} is not a folder", field="model_path")
+        return folder
+
+
+def leading_rows(weight: WeightBytes, num_rows: int) -> Any:
+    """The first rows of a tensor (of its first axis) as nested lists of floats."""
+    shape = weight.info.shape
+    kept = (min(num_rows, shape[0]), *shape[1:]) if shape else ()
+    num_elements = math.prod(kept)
+    if num_elements > MAX_READ_ELEMENTS:
+        message = f"truncate_size asks for {num_elements} numbers, over {MAX_READ_ELEMENTS}"
+        raise RequestError(message, field="truncate_size")
+    return _as_floats(weight.data, weight.info.dtype, num_elements).reshape(kept).tolist()
+
+
+def _as_floats(data: bytes, dtype: str, count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """A bfloat16 is the upper half of a float32."""
+    if dtype == "bfloat16":
+        halves = np.frombuffer(data, dtype="<u2", count=count)
+        return (halves.astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(data, dtype={"float16": "<f2"}.get(dtype, "<f4"), count=count).astype(np.float32)
+
+
+def _checksums(digests: Mapping[str, str]) -> dict[str, Any]:
+    """The dialect's shape: one rank, whose checksum and the engine's are over all tensors by name."""
+    lines = "".join(f"{name}={digests[name]}\n" for name in sorted(digests))
+    total = hashlib.sha256(lines.encode()).hexdigest()
+    layout = {"tp_rank": 0, "tp_size": 1, "pp_rank": 0, "pp_size": 1, "dp_rank": 0, "dp_size": 1}
+    rank = {"checksums": digests, "per_gpu_checksum": total, "parallelism_info": layout}
+    return {"ranks": [rank], "per_engine_checksum": total}
+
+
+def _refusal(error: HeadraceError, **more: Any) -> Response:
+    return json_reply({**body_of(error), "success": False, **more}, error.status)

@@ -1,0 +1,67 @@
+"""The HTTP application of one engine: faces, error handlers and middleware put together. Decides nothing else."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.routing import Route
+
+from headrace.engine import AsyncEngine
+from headrace.server import errors
+from headrace.server.admin import AdminFace
+from headrace.server.auth import Access, Auth
+from headrace.server.gate import Gate
+from headrace.server.info import InfoFace
+from headrace.server.limits import Limits
+from headrace.server.native import NativeFace
+from headrace.server.openai_chat import ChatFace
+from headrace.server.openai_completions import CompletionsFace
+from headrace.server.openai_models import ModelsFace
+from headrace.server.options import ServerOptions
+from headrace.server.routes import Endpoint
+from headrace.server.state import ServerState
+from headrace.types.errors import HeadraceError
+
+
+def create_app(engine: AsyncEngine, options: ServerOptions) -> FastAPI:
+    """The application. It must run on `engine.loop`; `app.state.server` is its `ServerState`.
+
+    Bodies are decoded and checked by the faces, so that a request costs microseconds and errors read the same
+    everywhere: the routes are plain ones, without generated schemas.
+    """
+    state = ServerState(engine, options)
+    endpoints = all_endpoints(state)
+    access: dict[str, Access] = {endpoint.path: endpoint.access for endpoint in endpoints}
+    app = FastAPI(
+        title="Headrace",
+        openapi_url=None,
+        redirect_slashes=False,
+        middleware=[
+            Middleware(Auth, access=access, api_key=options.api_key, admin_api_key=options.admin_api_key),
+            Middleware(Limits, max_body_bytes=options.max_body_bytes, body_timeout=options.body_timeout),
+            Middleware(Gate, state=state, paths=[endpoint.path for endpoint in endpoints if endpoint.generates]),
+        ],
+        exception_handlers={
+            HeadraceError: errors.on_headrace_error,
+            HTTPException: errors.on_http_exception,
+            Exception: errors.on_unexpected,
+        },
+    )
+    for endpoint in endpoints:
+        app.router.routes.append(Route(endpoint.path, endpoint.handler, methods=list(endpoint.methods)))
+    app.state.server = state
+    return app
+
+
+def all_endpoints(state: ServerState) -> list[Endpoint]:
+    """Every route of every face; the busiest first, since they are matched in order."""
+    faces = (
+        NativeFace(state),
+        ChatFace(state),
+        CompletionsFace(state),
+        ModelsFace(state),
+        InfoFace(state),
+        AdminFace(state),
+    )
+    return [endpoint for face in faces for endpoint in face.endpoints()]

@@ -1,0 +1,65 @@
+"""Who may call what. Owns the comparison of bearer keys; which route needs which key is data given to it.
+
+It stands in front of the whole application, so that a route nobody thought of needs the data key.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Mapping
+from typing import Literal
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from headrace.server.errors import error_body, respond
+
+Access = Literal["open", "data", "admin"]
+_SCHEME = b"bearer "
+
+
+class Auth:
+    """ASGI middleware. `access` says for a path what it needs; a path it does not hold needs the data key.
+
+    The admin key opens data routes too. Without an admin key, control routes take the data key; without any key, every
+    caller passes, whatever it sends.
+    """
+
+    def __init__(
+        self, app: ASGIApp, access: Mapping[str, Access], api_key: str | None, admin_api_key: str | None
+    ) -> None:
+        self._app = app
+        self._access = access
+        self._keys: dict[Access, tuple[bytes, ...]] = {
+            "open": (),
+            "data": () if api_key is None else _encoded(api_key, admin_api_key),
+            "admin": _encoded(api_key) if admin_api_key is None else _encoded(admin_api_key),
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            return  # no other protocol is served
+        keys = self._keys[self._access.get(scope["path"], "data")]
+        if keys and not _is_one_of(_bearer(scope), keys):
+            body = error_body(401, "a valid bearer key is needed", kind="Unauthorized")
+            await respond(401, body)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def _encoded(*keys: str | None) -> tuple[bytes, ...]:
+    return tuple(key.encode() for key in keys if key is not None)
+
+
+def _bearer(scope: Scope) -> bytes:
+    for name, value in scope["headers"]:
+        if name == b"authorization" and value[: len(_SCHEME)].lower() == _SCHEME:
+            return bytes(value[len(_SCHEME) :]).strip()
+    return b""
+
+
+def _is_one_of(given: bytes, keys: tuple[bytes, ...]) -> bool:
+    """Takes the same time whichever key matches, and however much of it."""
+    return any([hmac.compare_digest(given, key) for key in keys])

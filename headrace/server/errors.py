@@ -1,0 +1,94 @@
+"""Errors as HTTP answers. Owns the bodies of all error replies; knows nothing of routes.
+
+A body can be read in both shapes that clients of the dialects know: flat (`message`, `type`, `code`, `param`) and under
+`error`.
+"""
+
+from __future__ import annotations
+
+import http
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from headrace.types.errors import HeadraceError, InternalError, RequestError
+
+RETRY_AFTER_SECONDS = 1
+_INTERNAL = "internal error; the server's log has the details"
+
+
+def error_body(
+    status: int, message: str, *, param: str = "", kind: str = "", retryable: bool = False
+) -> dict[str, Any]:
+    """The JSON object that describes an error. `param` is the field at fault."""
+    detail = {
+        "message": message,
+        "type": kind or http.HTTPStatus(status).phrase,
+        "param": param or None,
+        "code": status,
+        "retryable": retryable,
+    }
+    return {"object": "error", **detail, "error": detail}
+
+
+def body_of(error: HeadraceError) -> dict[str, Any]:
+    """As `error_body`, of one of our errors; what an internal error says stays in the log."""
+    message = _INTERNAL if isinstance(error, InternalError) else error.message
+    return error_body(error.status, message, param=error.field, retryable=error.retryable)
+
+
+def event_body(error: HeadraceError) -> dict[str, Any]:
+    """The object sent inside a stream that has already begun."""
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    message = _INTERNAL if isinstance(error, InternalError) else error.message
+    detail = {"message": message, "type": kind, "param": error.field or None, "code": error.status}
+    return {"error": {**detail, "retryable": error.retryable}}
+
+
+def respond(status: int, body: Mapping[str, Any], *, retryable: bool = False) -> Response:
+    """An error body as a response."""
+    headers = {"retry-after": str(RETRY_AFTER_SECONDS)} if retryable else None
+    return Response(msgspec.json.encode(body), status, headers, "application/json")
+
+
+async def on_headrace_error(request: Request, error: Exception) -> Response:
+    """Exception handler for our own error tree."""
+    assert isinstance(error, HeadraceError)
+    return respond(error.status, body_of(error), retryable=error.retryable)
+
+
+async def on_http_exception(request: Request, error: Exception) -> Response:
+    """Exception handler for what the router refuses: unknown paths and methods."""
+    assert isinstance(error, HTTPException)
+    what = f"{request.method} {request.url.path}"
+    return respond(
+        error.status_code, error_body(error.status_code, f"{error.detail}: {what}", kind=str(error.status_code))
+    )
+
+
+async def on_unexpected(request: Request, error: Exception) -> Response:
+    """Exception handler for our own bugs: the log has the traceback, the client a plain 500."""
+    return respond(500, error_body(500, _INTERNAL))
+
+
+@contextmanager
+def fields_named(names: Mapping[str, str]) -> Iterator[None]:
+    """Inside, errors name fields as our code does; outside, as the dialect does: `names` maps the first to the second.
+
+    A key names a field with everything below it; the longest key that fits counts.
+    """
+    try:
+        yield
+    except RequestError as error:
+        for ours in sorted(names, key=len, reverse=True):
+            rest = error.field[len(ours) :]
+            if error.field.startswith(ours) and (not rest or rest[0] in ".[" or not ours):
+                field = names[ours] + (rest if names[ours] else rest.lstrip("."))
+                message = error.message.replace(error.field, field, 1) if error.field else error.message
+                raise type(error)(message, field=field) from None
+        raise

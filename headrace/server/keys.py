@@ -1,0 +1,48 @@
+"""Keys of other engines' dialects: which exist there but not here, and what is said about keys nobody knows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from headrace.types.errors import RequestError
+
+LACKING_SAMPLING = frozenset(
+    ("json_schema", "regex", "ebnf", "structural_tag", "stop_regex", "custom_params", "stream_interval")
+)
+LACKING_GENERATE = frozenset(
+    (
+        *("image_data", "video_data", "audio_data", "mm_hashes", "modalities", "input_embeds"),
+        *("positional_embed_overrides", "custom_logit_processor", "require_reasoning", "background"),
+        *("return_hidden_states", "return_routed_experts", "routed_experts_start_len", "return_indexer_topk"),
+        *("return_sampling_mask", "return_entropy", "lora_path", "lora_id", "session_params"),
+        *("bootstrap_host", "bootstrap_port", "bootstrap_room", "routed_dp_rank", "data_parallel_rank"),
+    )
+)
+LACKING_OPENAI = LACKING_GENERATE | {
+    *("response_format", "json_schema", "regex", "ebnf", "structural_tag", "structured_outputs", "custom_params"),
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "functions", "function_call", "audio"),
+    *("prediction", "web_search_options", "echo", "suffix", "use_beam_search", "prompt_logprobs", "stop_regex"),
+    *("input_ids", "documents", "continue_final_message", "chat_template", "prompt_embeds", "best_of"),
+}
+
+
+def refuse_lacking(values: Mapping[str, Any], lacking: Iterable[str], field: str = "") -> None:
+    """Raise `RequestError` for a key of `lacking` that asks for something; null, false, 0 and empty ask for nothing."""
+    for key in values.keys() & set(lacking):
+        if not is_absent(values[key]):
+            name = f"{field}.{key}" if field else key
+            raise RequestError(f"{name} is not supported by this engine", field=name)
+
+
+def is_absent(value: Any) -> bool:
+    """True for null, false, 0, "", and for lists and objects of nothing but such."""
+    if isinstance(value, list):
+        return all(is_absent(each) for each in value)
+    return not value
+
+
+def warnings_for(values: Mapping[str, Any], known: Iterable[str]) -> list[str]:
+    """What to tell a caller about keys that are not known."""
+    unknown = sorted(values.keys() - set(known))
+    return [f"{ascii(key[:64])} is not known and was ignored" for key in unknown[:32]]

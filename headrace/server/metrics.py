@@ -1,0 +1,65 @@
+"""`/metrics`: the engine's counters and the server's own, in a registry of its own. Knows no request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from headrace.telemetry import METRICS
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
+
+
+class ServerMetrics:
+    """Counts what the server answers; renders that and the engine's metrics."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._engine = _EngineCollector()
+        self._registry.register(self._engine)
+        self._latency = Histogram(
+            "headrace_http_request_seconds",
+            "generation requests by route",
+            ["route"],
+            buckets=_BUCKETS,
+            registry=self._registry,
+        )
+        self._disconnects = Counter(
+            "headrace_http_disconnects", "clients gone before their answer", registry=self._registry
+        )
+
+    def observe(self, route: str, seconds: float) -> None:
+        """A generation request has ended."""
+        self._latency.labels(route).observe(seconds)
+
+    def count_disconnect(self) -> None:
+        """A client went away before its answer."""
+        self._disconnects.inc()
+
+    def render(self, engine_metrics: Mapping[str, float], labels: Mapping[str, str]) -> bytes:
+        """The exposition text. `labels` are put on every metric of the engine."""
+        self._engine.values = dict(engine_metrics)
+        self._engine.labels = dict(labels)
+        return generate_latest(self._registry)
+
+
+class _EngineCollector(Collector):
+    """The engine's own numbers, as last told."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+        self.labels: dict[str, str] = {}
+
+    def collect(self) -> Iterator[Metric]:
+        known = {spec.name: spec for spec in METRICS}
+        for name, value in self.values.items():
+            spec = known.get(name)
+            is_counter = spec is not None and spec.kind == "counter"
+            family = CounterMetricFamily if is_counter else GaugeMetricFamily
+            metric = family(f"headrace_{name}", spec.help if spec else name, labels=list(self.labels))
+            metric.add_metric(list(self.labels.values()), value)
+            yield metric

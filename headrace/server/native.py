@@ -1,0 +1,87 @@
+"""`/generate`, SGLang's dialect. Owns the way of a request from body to reply; its spelling is in `native_*`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from headrace.engine import Stream
+from headrace.engine.stream import StreamGroup
+from headrace.server.native_reply import ReplyStyle, SequenceReply
+from headrace.server.native_types import GenerateCall, item_errors, read_call
+from headrace.server.routes import Endpoint
+from headrace.server.state import ServerState
+from headrace.server.wire import EventStream, cancel_all, dropping, event, json_reply, read_object
+
+
+class NativeFace:
+    """The generation route."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+
+    def endpoints(self) -> list[Endpoint]:
+        """The routes of this face."""
+        return [Endpoint("/generate", self.generate, ("POST", "PUT"), generates=True)]
+
+    async def generate(self, request: Request) -> Response:
+        """POST|PUT /generate"""
+        received_at = time.perf_counter()
+        call = await read_call(self._state.engine, await read_object(request))
+        streams = self._submit(call)
+        replies = self._replies(call, streams, received_at)
+        if call.is_stream:
+            events = self._events(StreamGroup(streams), replies, call.is_list)
+            return EventStream(events, lambda: cancel_all(streams), self._state.options.write_timeout)
+        with dropping(request.receive, lambda: cancel_all(streams)):
+            pieces = [await stream.result() for stream in streams]
+        for reply, piece in zip(replies, pieces, strict=True):
+            reply.add(piece)
+        bodies = [reply.body(piece) for reply, piece in zip(replies, pieces, strict=True)]
+        return json_reply(bodies if call.is_list else bodies[0])
+
+    def _submit(self, call: GenerateCall) -> list[Stream]:
+        """All sequences or none."""
+        streams: list[Stream] = []
+        is_whole = False
+        try:
+            for item in call.items:
+                with item_errors(item.prompt_index, call.is_list):
+                    streams.append(self._state.engine.submit(item))
+            is_whole = True
+        finally:
+            if not is_whole:
+                cancel_all(streams)
+        return streams
+
+    def _replies(self, call: GenerateCall, streams: Sequence[Stream], received_at: float) -> list[SequenceReply]:
+        engine = self._state.engine
+        style = ReplyStyle(
+            has_text=engine.tokenizer is not None,
+            tokenizer=engine.tokenizer if call.writes_text else None,
+            live_version=engine.version,
+            received_at=received_at,
+            writes_prompt_ids=call.writes_prompt_ids,
+            warnings=call.warnings,
+        )
+        return [SequenceReply(style, *each) for each in zip(streams, call.wants_logprobs, strict=True)]
+
+    async def _events(
+        self, group: StreamGroup, replies: Sequence[SequenceReply], is_list: bool
+    ) -> AsyncIterator[bytes]:
+        """One event per sequence that has news; a client that reads slowly gets fewer, larger ones."""
+        numbers = {reply.request_id: number for number, reply in enumerate(replies)}
+        while pieces := await group.next_pieces():
+            events = []
+            for piece in pieces:
+                number = numbers[piece.request_id]
+                reply = replies[number]
+                reply.add(piece)
+                body = reply.body(piece)
+                events.append(event({**body, "index": number} if is_list else body))
+                if self._state.options.incremental_streaming_output:
+                    reply.forget()
+            yield b"".join(events)

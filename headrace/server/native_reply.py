@@ -1,0 +1,137 @@
+"""The answer of `/generate`, SGLang's dialect: one object per sequence, whole or growing. Owns its spelling only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from headrace.engine import Stream
+from headrace.text import Tokenizer
+from headrace.types.generation import Generation
+
+
+class ReplyStyle(msgspec.Struct, frozen=True):
+    """What the replies of one call have in common. `tokenizer` writes texts beside logprobs, None writes null.
+
+    `received_at` is in seconds of `time.perf_counter`; `live_version` labels a reply without tokens.
+    """
+
+    has_text: bool
+    tokenizer: Tokenizer | None
+    live_version: str
+    received_at: float
+    writes_prompt_ids: bool = False
+    warnings: Sequence[str] = ()
+
+
+class SequenceReply:
+    """The reply to one sequence: `add` pieces, `body` says everything added since the start or the last `forget`."""
+
+    def __init__(self, style: ReplyStyle, stream: Stream, wants_logprobs: bool) -> None:
+        self._style = style
+        self._stream = stream
+        self._wants_logprobs = wants_logprobs
+        self._text: list[str] = []
+        self._ids: list[int] = []
+        self._lists: dict[str, list[Any]] = {}
+        self._spans: list[tuple[str, int]] = []
+        self._num_tokens = 0
+        if wants_logprobs:
+            self._lists = {"input_token_logprobs": [], "output_token_logprobs": []}
+
+    @property
+    def request_id(self) -> str:
+        """The sequence's name."""
+        return self._stream.request.request_id
+
+    def add(self, piece: Generation) -> None:
+        """Take in what is new."""
+        self._text.append(piece.text)
+        self._ids += piece.token_ids
+        self._num_tokens += len(piece.token_ids)
+        for version, count in piece.version_spans:
+            if self._spans and self._spans[-1][0] == version:
+                count += self._spans.pop()[1]
+            self._spans.append((version, count))
+        if self._wants_logprobs:
+            self._add_logprobs(piece)
+
+    def body(self, piece: Generation) -> dict[str, Any]:
+        """The object to send; `piece` is the last one added."""
+        meta: dict[str, Any] = {
+            "id": piece.request_id,
+            "finish_reason": finish_reason(piece, self._num_tokens),
+            "prompt_tokens": piece.num_prompt_tokens,
+            "completion_tokens": self._num_tokens,
+            "cached_tokens": piece.num_cached_tokens,
+            "reasoning_tokens": 0,
+            "weight_version": self._spans[-1][0] if self._spans else self._style.live_version,
+            "num_retractions": piece.num_preemptions,
+            "dp_rank": 0,
+            "version_spans": self._spans,
+            "seed": piece.seed,
+            "logprob_mode": piece.logprob_mode,
+            "prompt_logprob_mode": piece.prompt_logprob_mode,
+        }
+        if self._style.warnings:
+            meta["warnings"] = self._style.warnings
+        if self._style.writes_prompt_ids:
+            meta["prompt_token_ids"] = self._stream.prompt_token_ids
+        if self._wants_logprobs:
+            meta.update(self._lists)
+            meta["output_token_logprobs_length"] = len(self._lists["output_token_logprobs"])
+        if piece.finish_reason is not None:
+            meta["e2e_latency"] = time.perf_counter() - self._style.received_at
+            meta["response_sent_to_client_ts"] = time.time()
+        reply: dict[str, Any] = {"output_ids": self._ids, "meta_info": meta}
+        return {"text": "".join(self._text), **reply} if self._style.has_text else reply
+
+    def forget(self) -> None:
+        """What was sent is not sent again."""
+        self._text.clear()
+        self._ids.clear()
+        for values in self._lists.values():
+            values.clear()
+
+    def _add_logprobs(self, piece: Generation) -> None:
+        pairs = zip(piece.logprobs, piece.token_ids, strict=True)
+        if self._style.tokenizer is None:
+            self._lists["output_token_logprobs"] += [(logprob, token_id, None) for logprob, token_id in pairs]
+        else:
+            self._lists["output_token_logprobs"] += [self._triple(logprob, token_id) for logprob, token_id in pairs]
+        self._extend("output_top_logprobs", piece.top_logprobs)
+        self._extend("output_token_ids_logprobs", piece.token_ids_logprobs)
+        if piece.prompt_logprobs:
+            self._add_prompt_logprobs(piece, self._stream.item.logprobs.prompt_start or 0)
+
+    def _add_prompt_logprobs(self, piece: Generation, start: int) -> None:
+        pairs = zip(piece.prompt_logprobs[start:], self._stream.prompt_token_ids[start:], strict=True)
+        self._lists["input_token_logprobs"] += [self._triple(logprob, token_id) for logprob, token_id in pairs]
+        self._extend("input_top_logprobs", piece.prompt_top_logprobs[start:])
+        self._extend("input_token_ids_logprobs", piece.prompt_token_ids_logprobs[start:])
+
+    def _extend(self, key: str, positions: Sequence[Mapping[int, float] | None]) -> None:
+        if positions:
+            lists = [
+                None if values is None else [self._triple(value, token_id) for token_id, value in values.items()]
+                for values in positions
+            ]
+            self._lists.setdefault(key, []).extend(lists)
+
+    def _triple(self, logprob: float | None, token_id: int) -> tuple[float | None, int, str | None]:
+        tokenizer = self._style.tokenizer
+        return logprob, token_id, None if tokenizer is None else tokenizer.token_text(token_id)
+
+
+def finish_reason(piece: Generation, num_tokens: int) -> dict[str, Any] | None:
+    """Why a sequence ended; None while it has not."""
+    if piece.finish_reason is None:
+        return None
+    if piece.finish_reason == "stop":
+        return {"type": "stop", "matched": piece.matched}
+    if piece.finish_reason == "length":
+        return {"type": "length", "length": num_tokens}
+    return {"type": "abort", "message": piece.finish_message or "Aborted", "status_code": None, "err_type": None}

@@ -1,0 +1,247 @@
+"""The request of `/generate`, SGLang's dialect. Owns its keys and their checks, and its expansion into sequences."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from headrace.engine import AsyncEngine, GenerateItem
+from headrace.server.errors import fields_named
+from headrace.server.keys import LACKING_GENERATE, LACKING_SAMPLING, refuse_lacking, warnings_for
+from headrace.server.prompts import encode_text
+from headrace.server.wire import convert
+from headrace.types.errors import RequestError
+from headrace.types.sampling_params import LogprobMode, LogprobOptions, SamplingParams
+
+MAX_LIST_LENGTH = 1 << 17
+
+
+class GenerateBody(msgspec.Struct, kw_only=True):
+    """The body as JSON has it. Fields that may be one value or a list of them, one per prompt, are checked later."""
+
+    text: str | list[str] | None = None
+    input_ids: list[Any] | None = None
+    sampling_params: dict[str, Any] | list[Any] | None = None
+    rid: str | list[str] | None = None
+    return_logprob: bool | list[bool] = False
+    logprob_start_len: int | list[int] = -1
+    top_logprobs_num: int | list[int] = 0
+    token_ids_logprob: list[Any] | None = None
+    return_text_in_logprobs: bool = False
+    return_prompt_token_ids: bool = False
+    stream: bool = False
+    extra_key: str | list[str] | None = None
+    priority: int | list[int] = 0
+    logprob_mode: LogprobMode | None = None
+    prompt_logprob_mode: LogprobMode | None = None
+    no_logs: bool = False
+    log_metrics: bool = True
+
+
+_KNOWN = frozenset(GenerateBody.__struct_fields__)
+_FIELDS = {
+    "request_id": "rid",
+    "namespace": "extra_key",
+    "logprob_start": "logprob_start_len",
+    "top_logprobs": "top_logprobs_num",
+    "logprob_token_ids": "token_ids_logprob",
+    "seed": "sampling_params.sampling_seed",
+}
+
+
+class GenerateCall(msgspec.Struct):
+    """A checked request: its sequences in reply order, and how the reply is written."""
+
+    items: list[GenerateItem]
+    wants_logprobs: list[bool]
+    is_list: bool
+    is_stream: bool
+    writes_text: bool
+    writes_prompt_ids: bool
+    warnings: list[str]
+
+
+async def read_call(engine: AsyncEngine, values: Mapping[str, Any]) -> GenerateCall:
+    """Check a whole body. Raises `RequestError` naming the field; nothing has been submitted then."""
+    refuse_lacking(values, LACKING_GENERATE)
+    body = convert(values, GenerateBody)
+    prompts, is_batch, prompt_field = await _prompts(engine, body)
+    params = _params_list(body.sampling_params, len(prompts))
+    num_sequences = sum(each.n for each in params)
+    limit = engine.config.max_waiting_requests + engine.config.max_running_requests
+    if num_sequences > limit:
+        raise RequestError(f"{prompt_field}: {num_sequences} sequences in one call, over {limit}", field=prompt_field)
+    asked = _PromptOptions(engine, body, len(prompts))
+    is_list = is_batch or num_sequences > 1
+    items: list[GenerateItem] = []
+    wants: list[bool] = []
+    names = _names(body.rid, [each.n for each in params], is_list)
+    for position, prompt in enumerate(prompts):
+        for index in range(params[position].n):
+            items.append(asked.item(position, index, prompt, params[position], names[len(items)]))
+            wants.append(asked.wants_logprobs[position])
+    return GenerateCall(
+        items=items,
+        wants_logprobs=wants,
+        is_list=is_list,
+        is_stream=body.stream,
+        writes_text=body.return_text_in_logprobs,
+        writes_prompt_ids=body.return_prompt_token_ids,
+        warnings=warnings_for(values, _KNOWN | LACKING_GENERATE),
+    )
+
+
+def item_errors(position: int, is_list: bool) -> AbstractContextManager[None]:
+    """Inside, the engine's complaints about a sequence name the fields of this dialect."""
+    prompt = f"input_ids[{position}]" if is_list else "input_ids"
+    return fields_named({**_FIELDS, "input_ids": prompt})
+
+
+class _PromptOptions:
+    """The options of each prompt, from values given once or per prompt."""
+
+    def __init__(self, engine: AsyncEngine, body: GenerateBody, num_prompts: int) -> None:
+        self.wants_logprobs = _per_prompt(body.return_logprob, num_prompts, "return_logprob")
+        self._priorities = _per_prompt(body.priority, num_prompts, "priority")
+        self._namespaces = _per_prompt(body.extra_key, num_prompts, "extra_key")
+        self._is_stream = body.stream
+        starts = _per_prompt(body.logprob_start_len, num_prompts, "logprob_start_len")
+        tops = _per_prompt(body.top_logprobs_num, num_prompts, "top_logprobs_num")
+        asked = _asked_ids(body.token_ids_logprob, num_prompts)
+        modes = (
+            body.logprob_mode or engine.config.logprob_mode,
+            body.prompt_logprob_mode or engine.config.prompt_logprob_mode,
+        )
+        self._logprobs = [
+            _logprob_options(modes, *each) for each in zip(self.wants_logprobs, starts, tops, asked, strict=True)
+        ]
+
+    def item(self, position: int, index: int, prompt: Any, params: SamplingParams, name: str) -> GenerateItem:
+        """Sample `index` of prompt `position`."""
+        return GenerateItem(
+            input_ids=prompt,
+            params=params,
+            logprobs=self._logprobs[position],
+            request_id=name,
+            index=index,
+            prompt_index=position,
+            priority=self._priorities[position],
+            namespace=self._namespaces[position] or "",
+            stream=self._is_stream,
+        )
+
+
+def _logprob_options(
+    modes: tuple[LogprobMode, LogprobMode], is_wanted: bool, start: int, num_top: int, asked: tuple[int, ...]
+) -> LogprobOptions:
+    if start < -1:
+        raise RequestError("logprob_start_len must be -1 or a prompt position", field="logprob_start_len")
+    if num_top < 0:
+        raise RequestError("top_logprobs_num must not be negative", field="top_logprobs_num")
+    if not is_wanted:
+        return LogprobOptions(*modes)
+    return LogprobOptions(*modes, prompt_start=None if start < 0 else start, num_top=num_top, token_ids=asked)
+
+
+async def _prompts(engine: AsyncEngine, body: GenerateBody) -> tuple[list[Any], bool, str]:
+    """The prompts as lists of ids, whether they came as a batch, and their key."""
+    if (body.text is None) == (body.input_ids is None):
+        problem = "neither is given" if body.text is None else "both are given"
+        raise RequestError(f"input_ids or text, exactly one of them, is needed; {problem}", field="input_ids")
+    if isinstance(body.text, str):
+        return [await encode_text(engine, body.text, "text")], False, "text"
+    if body.text is not None:
+        _check_batch(body.text, "text")
+        return [await encode_text(engine, text, f"text[{i}]") for i, text in enumerate(body.text)], True, "text"
+    ids = body.input_ids or []
+    if not ids:
+        raise RequestError("input_ids is empty", field="input_ids")
+    if not isinstance(ids[0], list):
+        return [shared_ids(ids, "input_ids")], False, "input_ids"
+    _check_batch(ids, "input_ids")
+    return [shared_ids(each, f"input_ids[{i}]") for i, each in enumerate(ids)], True, "input_ids"
+
+
+def shared_ids(ids: Any, field: str) -> Any:
+    """Ids as an array that all samples of a prompt may share; the engine checks their range."""
+    if not isinstance(ids, list) or (ids and set(map(type, ids)) != {int}):
+        raise RequestError(f"{field} must be a list of integers", field=field)
+    if not ids:
+        raise RequestError(f"{field} is empty", field=field)
+    try:
+        return np.array(ids, dtype=np.int64)
+    except OverflowError:
+        raise RequestError(f"{field} holds a number that is no token id", field=field) from None
+
+
+def _check_batch(prompts: Sequence[Any], field: str) -> None:
+    if not prompts:
+        raise RequestError(f"{field} is empty", field=field)
+    if len(prompts) > MAX_LIST_LENGTH:
+        raise RequestError(f"{field} must hold at most {MAX_LIST_LENGTH} prompts", field=field)
+
+
+def _params_list(given: Any, num_prompts: int) -> list[SamplingParams]:
+    if not isinstance(given, list):
+        return [read_params(given, "sampling_params")] * num_prompts
+    if len(given) != num_prompts:
+        message = f"sampling_params holds {len(given)} objects for {num_prompts} prompts"
+        raise RequestError(message, field="sampling_params")
+    return [read_params(each, f"sampling_params[{i}]") for i, each in enumerate(given)]
+
+
+def read_params(values: Any, field: str) -> SamplingParams:
+    """Sampling parameters in the dialect's spelling. Raises `RequestError` naming the parameter."""
+    if values is None:
+        return SamplingParams()
+    if isinstance(values, dict) and not LACKING_SAMPLING.isdisjoint(values):
+        if values.get("stream_interval") == 1:
+            values = {**values, "stream_interval": None}
+        refuse_lacking(values, LACKING_SAMPLING, field)
+        values = {key: value for key, value in values.items() if key not in LACKING_SAMPLING}
+    return SamplingParams.from_dict(values, field=field)
+
+
+def _per_prompt(value: Any, num_prompts: int, field: str) -> list[Any]:
+    if not isinstance(value, list):
+        return [value] * num_prompts
+    if len(value) != num_prompts:
+        raise RequestError(f"{field} holds {len(value)} values for {num_prompts} prompts", field=field)
+    return value
+
+
+def _asked_ids(given: list[Any] | None, num_prompts: int) -> list[tuple[int, ...]]:
+    """`token_ids_logprob` is a list of ids for all prompts, or a list of such lists."""
+    if not given:
+        return [()] * num_prompts
+    if isinstance(given[0], list) or given[0] is None:
+        rows = _per_prompt(given, num_prompts, "token_ids_logprob")
+        return [_id_row(row or [], f"token_ids_logprob[{i}]") for i, row in enumerate(rows)]
+    return [_id_row(given, "token_ids_logprob")] * num_prompts
+
+
+def _id_row(row: Any, field: str) -> tuple[int, ...]:
+    if not isinstance(row, list) or not all(type(token) is int for token in row):
+        raise RequestError(f"{field} must be a list of integers", field=field)
+    return tuple(row)
+
+
+def _names(rid: str | list[str] | None, counts: list[int], is_list: bool) -> list[str]:
+    """A name per sequence. One name for many becomes name_0, name_1, ...; so does each of a list when n > 1."""
+    num_sequences = sum(counts)
+    if rid is None or rid == "":
+        return [uuid.uuid4().hex for _ in range(num_sequences)]
+    if isinstance(rid, str):
+        return [f"{rid}_{number}" for number in range(num_sequences)] if is_list else [rid]
+    if len(rid) != len(counts) or len(set(rid)) != len(rid) or not all(rid):
+        raise RequestError(f"rid must hold {len(counts)} different names, one per prompt", field="rid")
+    return [
+        name if count == 1 else f"{name}_{index}"
+        for name, count in zip(rid, counts, strict=True)
+        for index in range(count)
+    ]

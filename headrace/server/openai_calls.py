@@ -1,0 +1,139 @@
+"""One call of an OpenAI route while it runs: its sequences, its identity and its token counts."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from headrace.engine import GenerateItem, Stream
+from headrace.server.errors import fields_named
+from headrace.server.openai_types import OpenAiBody
+from headrace.server.state import ServerState
+from headrace.server.wire import cancel_all
+from headrace.types.errors import RequestError
+from headrace.types.generation import Generation
+from headrace.types.sampling_params import LogprobOptions, SamplingParams
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """Token ids (an integer array) and the field they came from, as errors are to name it."""
+
+    ids: Any
+    field: str
+
+
+class OpenAiCall:
+    """The sequences of one call. Choice i is sample i % n of prompt i // n."""
+
+    def __init__(self, state: ServerState, body: OpenAiBody, kind: str, model: str, warnings: Sequence[str]) -> None:
+        self._state = state
+        self.body = body
+        self.request_id = body.rid or uuid.uuid4().hex
+        self.kind = kind
+        self.model = model
+        self.headers = {"x-headrace-warnings": "; ".join(warnings)} if warnings else {}
+        self.created = int(time.time())
+        self.streams: list[Stream] = []
+        self._totals: dict[int, tuple[int, int]] = {}
+        self._num_completion_tokens = 0
+        self._version = state.engine.version
+
+    def submit(self, prompts: Sequence[Prompt], params: SamplingParams, logprobs: LogprobOptions) -> None:
+        """Start all sequences, or none."""
+        self._check_count(len(prompts) * params.n, prompts[0].field)
+        is_whole = False
+        try:
+            for position, prompt in enumerate(prompts):
+                for index in range(params.n):
+                    item = self._item(prompt, position, index, params, logprobs, len(prompts) * params.n)
+                    with fields_named({"input_ids": prompt.field}):
+                        self.streams.append(self._state.engine.submit(item))
+            is_whole = True
+        finally:
+            if not is_whole:
+                self.cancel()
+
+    def cancel(self) -> None:
+        """Nobody waits any more."""
+        cancel_all(self.streams)
+
+    def numbers(self) -> dict[str, int]:
+        """The number of each choice by the name of its sequence."""
+        return {stream.request.request_id: number for number, stream in enumerate(self.streams)}
+
+    def count(self, piece: Generation) -> None:
+        """Take a piece into the token counts."""
+        self._totals[piece.prompt_index] = (piece.num_prompt_tokens, piece.num_cached_tokens)
+        self._num_completion_tokens += len(piece.token_ids)
+        if piece.version_spans:
+            self._version = piece.version_spans[-1][0]
+
+    def usage(self) -> dict[str, Any]:
+        """Token counts so far; a prompt counts once, however many samples it has."""
+        num_prompt_tokens = sum(total for total, _ in self._totals.values())
+        return {
+            "prompt_tokens": num_prompt_tokens,
+            "completion_tokens": self._num_completion_tokens,
+            "total_tokens": num_prompt_tokens + self._num_completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(cached for _, cached in self._totals.values())},
+        }
+
+    def envelope(self, kind: str, choices: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What every reply and chunk is wrapped in."""
+        return {
+            "id": f"{self.kind}-{self.request_id}",
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+            "metadata": {"weight_version": self._version},
+        }
+
+    def _item(
+        self, prompt: Prompt, position: int, index: int, params: SamplingParams, logprobs: LogprobOptions, total: int
+    ) -> GenerateItem:
+        number = len(self.streams)
+        return GenerateItem(
+            input_ids=prompt.ids,
+            params=params,
+            logprobs=logprobs,
+            request_id=self.request_id if total == 1 else f"{self.request_id}_{number}",
+            index=index,
+            prompt_index=position,
+            priority=self.body.priority,
+            namespace=self.body.extra_key or self.body.cache_salt,
+            stream=self.body.stream,
+        )
+
+    def _check_count(self, num_sequences: int, field: str) -> None:
+        limit = self._state.engine.config.max_waiting_requests + self._state.engine.config.max_running_requests
+        if num_sequences > limit:
+            raise RequestError(f"{field}: {num_sequences} sequences in one call, over {limit}", field=field)
+
+
+def choice_extras(call: OpenAiCall, stream: Stream, piece: Generation) -> dict[str, Any]:
+    """What a choice says beyond OpenAI's fields, as far as it was asked for."""
+    extras: dict[str, Any] = {}
+    if call.body.return_token_ids:
+        extras["token_ids"] = piece.token_ids
+    if call.body.return_meta_info:
+        extras["meta_info"] = {
+            "id": piece.request_id,
+            "version_spans": piece.version_spans,
+            "seed": piece.seed,
+            "logprob_mode": piece.logprob_mode,
+            "cached_tokens": piece.num_cached_tokens,
+        }
+    return extras
+
+
+def finish_of(piece: Generation, has_tool_calls: bool = False) -> dict[str, Any]:
+    """The fields that say why a choice ended; null while it has not."""
+    reason: str | None = piece.finish_reason
+    if reason == "stop" and has_tool_calls:
+        reason = "tool_calls"
+    return {"finish_reason": reason, "matched_stop": piece.matched}

@@ -1,0 +1,118 @@
+"""`/v1/completions`, checked with OpenAI's own client. Owns the way of a request from body to reply."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from headrace.engine import Stream
+from headrace.engine.stream import StreamGroup
+from headrace.server.native_types import MAX_LIST_LENGTH, shared_ids
+from headrace.server.openai_calls import OpenAiCall, Prompt, choice_extras, finish_of
+from headrace.server.openai_logprobs import completion_logprobs
+from headrace.server.openai_types import (
+    CompletionBody,
+    check_model,
+    logprob_options,
+    openai_errors,
+    read_completion,
+    sampling_params,
+)
+from headrace.server.prompts import encode_text
+from headrace.server.routes import Endpoint
+from headrace.server.state import ServerState
+from headrace.server.wire import EventStream, dropping, event, json_reply, read_object
+from headrace.types.errors import RequestError
+from headrace.types.generation import Generation
+
+DEFAULT_MAX_TOKENS = 16
+_OBJECT = "text_completion"
+
+
+class CompletionsFace:
+    """The completion route."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+        self._tokenizer = state.engine.tokenizer
+
+    def endpoints(self) -> list[Endpoint]:
+        """The routes of this face."""
+        return [Endpoint("/v1/completions", self.completions, ("POST",), generates=True)]
+
+    async def completions(self, request: Request) -> Response:
+        """POST /v1/completions"""
+        body, warnings = read_completion(await read_object(request))
+        model = check_model(self._state, body.model)
+        prompts = await self._prompts(body.prompt)
+        call = OpenAiCall(self._state, body, "cmpl", model, warnings)
+        with openai_errors():
+            params = sampling_params(body, self._max_tokens(body, prompts))
+            call.submit(prompts, params, logprob_options(self._state, body.logprobs or 0, "logprobs"))
+        if body.stream:
+            return EventStream(
+                self._events(call, body), call.cancel, self._state.options.write_timeout, headers=call.headers
+            )
+        with dropping(request.receive, call.cancel):
+            pieces = [await stream.result() for stream in call.streams]
+        for piece in pieces:
+            call.count(piece)
+        choices = [
+            self._choice(call, body, number, stream, piece, 0)
+            for number, (stream, piece) in enumerate(zip(call.streams, pieces, strict=True))
+        ]
+        return json_reply({**call.envelope(_OBJECT, choices), "usage": call.usage()}, headers=call.headers)
+
+    async def _prompts(self, prompt: Any) -> list[Prompt]:
+        """A text, ids, or a list of either."""
+        if isinstance(prompt, str):
+            return [await self._text_prompt(prompt, "prompt")]
+        if not isinstance(prompt, list) or not prompt:
+            raise RequestError("prompt must be a text, token ids, or a list of either", field="prompt")
+        if len(prompt) > MAX_LIST_LENGTH:
+            raise RequestError(f"prompt must hold at most {MAX_LIST_LENGTH} entries", field="prompt")
+        if isinstance(prompt[0], (str, list)):
+            return [await self._any_prompt(each, f"prompt[{i}]") for i, each in enumerate(prompt)]
+        return [Prompt(shared_ids(prompt, "prompt"), "prompt")]
+
+    async def _any_prompt(self, prompt: Any, field: str) -> Prompt:
+        if isinstance(prompt, str):
+            return await self._text_prompt(prompt, field)
+        return Prompt(shared_ids(prompt, field), field)
+
+    async def _text_prompt(self, text: str, field: str) -> Prompt:
+        ids = await encode_text(self._state.engine, text, field)
+        return Prompt(shared_ids(ids, field), field)
+
+    def _max_tokens(self, body: CompletionBody, prompts: list[Prompt]) -> Any:
+        if body.max_tokens is not None:
+            return body.max_tokens
+        room = self._state.engine.resolved.context_length - max(len(prompt.ids) for prompt in prompts)
+        return max(0, min(DEFAULT_MAX_TOKENS, room))
+
+    async def _events(self, call: OpenAiCall, body: CompletionBody) -> AsyncIterator[bytes]:
+        group, numbers = StreamGroup(call.streams), call.numbers()
+        offsets = [0] * len(call.streams)
+        while pieces := await group.next_pieces():
+            events = []
+            for piece in pieces:
+                number = numbers[piece.request_id]
+                call.count(piece)
+                choice = self._choice(call, body, number, call.streams[number], piece, offsets[number])
+                offsets[number] += len(piece.text)
+                events.append(event(call.envelope(_OBJECT, [choice])))
+            yield b"".join(events)
+        if body.stream_options is not None and body.stream_options.include_usage:
+            yield event({**call.envelope(_OBJECT, []), "usage": call.usage()})
+
+    def _choice(
+        self, call: OpenAiCall, body: CompletionBody, number: int, stream: Stream, piece: Generation, offset: int
+    ) -> dict[str, Any]:
+        logprobs = None if body.logprobs is None else completion_logprobs(self._tokenizer, piece, offset)
+        choice = {"index": number, "text": piece.text, "logprobs": logprobs, **finish_of(piece)}
+        if body.return_token_ids:
+            choice["prompt_token_ids"] = stream.prompt_token_ids
+        return {**choice, **choice_extras(call, stream, piece)}

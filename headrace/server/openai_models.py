@@ -1,0 +1,121 @@
+"""`/v1/models`, `/tokenize` and `/detokenize`: what is served, and its tokenizer for those who have none."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from headrace.server.native_types import MAX_LIST_LENGTH
+from headrace.server.openai_types import check_model
+from headrace.server.prompts import encode_text, tokenizer_of
+from headrace.server.routes import Endpoint
+from headrace.server.state import ServerState
+from headrace.server.wire import convert, json_reply, read_object
+from headrace.text import check_template_arguments, normalize_messages, normalize_tools
+from headrace.types.errors import RequestError
+
+
+class TokenizeBody(msgspec.Struct):
+    model: str = ""
+    prompt: str | list[str] | None = None
+    messages: Any = None
+    tools: Any = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    chat_template_kwargs: Any = None
+
+
+class DetokenizeBody(msgspec.Struct):
+    tokens: list[Any]
+    model: str = ""
+    skip_special_tokens: bool = True
+
+
+class ModelsFace:
+    """The routes around the one served model."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+        self._engine = state.engine
+
+    def endpoints(self) -> list[Endpoint]:
+        """The routes of this face."""
+        return [
+            Endpoint("/v1/models", self.models),
+            Endpoint("/v1/models/{model:path}", self.model),
+            *(Endpoint(path, self.tokenize, ("POST",)) for path in ("/tokenize", "/v1/tokenize")),
+            *(Endpoint(path, self.detokenize, ("POST",)) for path in ("/detokenize", "/v1/detokenize")),
+        ]
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models"""
+        return json_reply({"object": "list", "data": [self._card(self._state.model_name)]})
+
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/{model}"""
+        return json_reply(self._card(check_model(self._state, request.path_params["model"])))
+
+    async def tokenize(self, request: Request) -> Response:
+        """POST /tokenize: ids of a prompt, of many, or of a conversation."""
+        body = convert(await read_object(request), TokenizeBody)
+        check_model(self._state, body.model)
+        limit = self._engine.resolved.context_length
+        if (body.prompt is None) == (body.messages is None):
+            raise RequestError("exactly one of prompt and messages must be given", field="prompt")
+        if isinstance(body.prompt, list):
+            if len(body.prompt) > MAX_LIST_LENGTH:
+                raise RequestError(f"prompt must hold at most {MAX_LIST_LENGTH} texts", field="prompt")
+            rows = [await self._encode(text, f"prompt[{i}]", body) for i, text in enumerate(body.prompt)]
+            return json_reply({"tokens": rows, "count": [len(ids) for ids in rows], "max_model_len": limit})
+        if body.prompt is not None:
+            ids = await self._encode(body.prompt, "prompt", body)
+        else:
+            ids = await self._encode_chat(body)
+        return json_reply({"tokens": ids, "count": len(ids), "max_model_len": limit})
+
+    async def detokenize(self, request: Request) -> Response:
+        """POST /detokenize: text of ids, or texts of many lists of ids."""
+        body = convert(await read_object(request), DetokenizeBody)
+        check_model(self._state, body.model)
+        if body.tokens and isinstance(body.tokens[0], list):
+            texts: Any = [self._decode(each, f"tokens[{i}]", body) for i, each in enumerate(body.tokens)]
+        else:
+            texts = self._decode(body.tokens, "tokens", body)
+        return json_reply({"text": texts, "prompt": texts})
+
+    async def _encode(self, text: str, field: str, body: TokenizeBody) -> list[int]:
+        if not text:
+            return tokenizer_of(self._engine, field).encode("", body.add_special_tokens)
+        return await encode_text(self._engine, text, field, add_special_tokens=body.add_special_tokens)
+
+    async def _encode_chat(self, body: TokenizeBody) -> list[int]:
+        tokenizer = tokenizer_of(self._engine, "messages")
+        messages = normalize_messages(body.messages)
+        tools = normalize_tools(body.tools) if body.tools else []
+        arguments = check_template_arguments(body.chat_template_kwargs) if body.chat_template_kwargs else {}
+
+        def render() -> str:
+            return tokenizer.render_chat(messages, tools, body.add_generation_prompt, **arguments)
+
+        text = await asyncio.get_running_loop().run_in_executor(None, render)
+        return await encode_text(self._engine, text, "messages", add_special_tokens=False)
+
+    def _decode(self, ids: Any, field: str, body: DetokenizeBody) -> str:
+        vocab_size = self._engine.resolved.model.vocab_size
+        if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+            raise RequestError(f"{field} must be a list of ids below {vocab_size}", field=field)
+        return tokenizer_of(self._engine, field).decode(ids, body.skip_special_tokens)
+
+    def _card(self, name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": int(self._state.started_at),
+            "owned_by": "headrace",
+            "root": self._engine.config.model,
+            "max_model_len": self._engine.resolved.context_length,
+        }

@@ -1,0 +1,150 @@
+"""Requests of the OpenAI routes. Owns their keys, and how they become sampling parameters and sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import msgspec
+
+from headrace.server.errors import fields_named
+from headrace.server.keys import LACKING_OPENAI, refuse_lacking, warnings_for
+from headrace.server.state import ServerState
+from headrace.server.wire import convert
+from headrace.types.errors import NotFoundError, RequestError
+from headrace.types.sampling_params import LogprobOptions, SamplingParams
+
+_IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")
+_SAME_NAMES = (
+    *("n", "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty"),
+    *("seed", "stop", "stop_token_ids", "logit_bias", "ignore_eos", "skip_special_tokens", "no_stop_trim"),
+    "spaces_between_special_tokens",
+)
+
+
+class StreamOptions(msgspec.Struct):
+    """`include_usage` adds a last chunk with the token counts."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class OpenAiBody(msgspec.Struct, kw_only=True):
+    """What both generation routes take. Sampling keys are checked by `SamplingParams`, hence Any."""
+
+    model: str = ""
+    n: Any = 1
+    temperature: Any = None
+    top_p: Any = None
+    top_k: Any = None
+    min_p: Any = None
+    frequency_penalty: Any = None
+    presence_penalty: Any = None
+    repetition_penalty: Any = None
+    seed: Any = None
+    stop: Any = None
+    stop_token_ids: Any = None
+    logit_bias: Any = None
+    ignore_eos: Any = None
+    skip_special_tokens: Any = None
+    no_stop_trim: Any = None
+    spaces_between_special_tokens: Any = None
+    max_tokens: Any = None
+    min_tokens: Any = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    rid: str = ""
+    extra_key: str = ""
+    cache_salt: str = ""
+    priority: int = 0
+    return_token_ids: bool = False
+    return_meta_info: bool = False
+
+
+class CompletionBody(OpenAiBody, kw_only=True):
+    """POST /v1/completions"""
+
+    prompt: Any = None
+    logprobs: int | None = None
+
+
+class ChatBody(OpenAiBody, kw_only=True):
+    """POST /v1/chat/completions"""
+
+    messages: Any = None
+    max_completion_tokens: Any = None
+    logprobs: bool = False
+    top_logprobs: int = 0
+    tools: Any = None
+    tool_choice: Any = None
+    chat_template_kwargs: Any = None
+    add_generation_prompt: bool = True
+
+
+def read_completion(values: Mapping[str, Any]) -> tuple[CompletionBody, list[str]]:
+    """The checked body and warnings about keys nobody knows."""
+    _refuse(values)
+    return convert(values, CompletionBody), _warnings(values, CompletionBody)
+
+
+def read_chat(values: Mapping[str, Any]) -> tuple[ChatBody, list[str]]:
+    """The checked body and warnings about keys nobody knows."""
+    _refuse(values)
+    return convert(values, ChatBody), _warnings(values, ChatBody)
+
+
+def check_model(state: ServerState, name: str) -> str:
+    """The name to answer with. Raises `NotFoundError` for a model that is not the one served."""
+    if name in ("", "default", state.model_name, state.engine.config.model):
+        return name if name not in ("", "default") else state.model_name
+    raise NotFoundError(f"model {name[:200]!r} is not served here; {state.model_name!r} is", field="model")
+
+
+def sampling_params(body: OpenAiBody, max_new_tokens: Any) -> SamplingParams:
+    """Sampling parameters of a body. Errors name the dialect's keys once inside `openai_errors`."""
+    values = {name: getattr(body, name) for name in _SAME_NAMES}
+    return SamplingParams.from_dict({**values, "max_new_tokens": max_new_tokens, "min_new_tokens": body.min_tokens})
+
+
+def openai_errors(max_tokens_key: str = "max_tokens") -> AbstractContextManager[None]:
+    """Inside, errors name fields as the engine does; outside, as these routes do."""
+    return fields_named(
+        {
+            "sampling_params": "",
+            "sampling_params.max_new_tokens": max_tokens_key,
+            "sampling_params.min_new_tokens": "min_tokens",
+            "request_id": "rid",
+            "namespace": "extra_key",
+        }
+    )
+
+
+def logprob_options(state: ServerState, num_top: int, field: str) -> LogprobOptions:
+    """What to report beside each token."""
+    if num_top < 0:
+        raise RequestError(f"{field} must not be negative", field=field)
+    config = state.engine.config
+    return LogprobOptions(config.logprob_mode, config.prompt_logprob_mode, num_top=num_top)
+
+
+def tool_choice(choice: Any) -> Literal["none", "auto"]:
+    """Whether tools are offered. Choices that force a call need a grammar, which this engine lacks."""
+    if choice is None or choice == "auto":
+        return "auto"
+    if choice == "none":
+        return "none"
+    raise RequestError("tool_choice must be 'none' or 'auto'; a forced call is not supported", field="tool_choice")
+
+
+def _refuse(values: Mapping[str, Any]) -> None:
+    response_format = values.get("response_format")
+    if isinstance(response_format, dict) and response_format.get("type") == "text":
+        values = {**values, "response_format": None}
+    if values.get("best_of") in (1, values.get("n", 1)):
+        values = {**values, "best_of": None}
+    refuse_lacking(values, LACKING_OPENAI)
+
+
+def _warnings(values: Mapping[str, Any], kind: type[OpenAiBody]) -> list[str]:
+    return warnings_for(values, {*kind.__struct_fields__, *LACKING_OPENAI, *_IGNORED})

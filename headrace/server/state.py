@@ -1,0 +1,68 @@
+"""What all faces of one server share. Owns the count of running requests and whether new ones are let in."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from headrace.engine import AsyncEngine
+from headrace.server.metrics import ServerMetrics
+from headrace.server.options import ServerOptions
+
+
+class ServerState:
+    """One per application. Lives on the engine's loop."""
+
+    def __init__(self, engine: AsyncEngine, options: ServerOptions) -> None:
+        self.engine = engine
+        self.options = options
+        self.metrics = ServerMetrics()
+        self.started_at = time.time()
+        self.num_active = 0
+        self._is_draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def model_name(self) -> str:
+        """The name that the OpenAI routes answer."""
+        return self.engine.config.served_model_name or self.engine.config.model
+
+    @property
+    def is_draining(self) -> bool:
+        """True once the server takes no new requests."""
+        return self._is_draining
+
+    @property
+    def is_ready(self) -> bool:
+        """True when a request that came now would start now."""
+        return self.engine.is_ready and not self._is_draining
+
+    @contextmanager
+    def active(self, route: str) -> Iterator[None]:
+        """One request runs inside."""
+        self.num_active += 1
+        self._idle.clear()
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.metrics.observe(route, time.perf_counter() - started)
+            self.num_active -= 1
+            if not self.num_active:
+                self._idle.set()
+
+    def stop_admitting(self) -> None:
+        """Refuse new requests from now on."""
+        self._is_draining = True
+
+    async def wait_idle(self, timeout: float) -> bool:
+        """Wait until no request runs; False if some still do after `timeout` seconds."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True

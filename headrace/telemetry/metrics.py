@@ -1,0 +1,37 @@
+"""The engine's counters and gauges by name, with their meaning: the one list that code, `/metrics` and docs share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+
+class MetricSpec(msgspec.Struct, frozen=True):
+    """One number of `Engine.metrics()`. A counter never falls while the core lives; a gauge is a present amount."""
+
+    name: str
+    kind: Literal["counter", "gauge"]
+    help: str
+
+
+METRICS: tuple[MetricSpec, ...] = (
+    MetricSpec("num_steps", "counter", "forward steps run"),
+    MetricSpec("num_scheduled_tokens", "counter", "tokens computed in all steps"),
+    MetricSpec("num_prefill_tokens", "counter", "prompt and recomputed tokens computed"),
+    MetricSpec("num_decode_tokens", "counter", "tokens computed one at a time after a sampled token"),
+    MetricSpec("num_generated_tokens", "counter", "tokens sampled and kept"),
+    MetricSpec("num_prompt_tokens", "counter", "prompt tokens of admitted requests"),
+    MetricSpec("num_cached_tokens", "counter", "prompt tokens taken from the prefix cache"),
+    MetricSpec("num_finished", "counter", "requests that ended with stop or length"),
+    MetricSpec("num_aborted", "counter", "requests that ended with abort"),
+    MetricSpec("num_preemptions", "counter", "running requests put back to the queue for want of pages"),
+    MetricSpec("num_evicted_pages", "counter", "cached pages freed to make room"),
+    MetricSpec("num_chunked_prompts", "counter", "prompts computed in more than one step"),
+    MetricSpec("num_running", "gauge", "requests that hold a slot"),
+    MetricSpec("num_waiting", "gauge", "requests queued"),
+    MetricSpec("num_free_pages", "gauge", "KV pages nobody references"),
+    MetricSpec("num_cached_pages", "gauge", "KV pages held by the prefix cache"),
+    MetricSpec("num_used_tokens", "gauge", "tokens of KV held by running requests"),
+    MetricSpec("max_total_num_tokens", "gauge", "tokens the KV pool can hold"),
+)

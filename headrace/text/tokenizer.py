@@ -1,0 +1,219 @@
+"""A model's tokenizer. Owns the loaded vocabulary and template; no code from a model folder is ever run."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from headrace.text.pieces import WHOLE, ByteStream, DecoderPlan, PieceStream, byte_token, read_decoder, token_bytes
+from headrace.types.errors import ConfigError, RequestError
+
+_NUM_CHECKS = 32
+_CHECK_LENGTH = 24
+_TEMPLATE_FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
+class Tokenizer:
+    """Text to ids and back, over a fast tokenizer of `transformers`.
+
+    `decode` never tidies spaces up, so that ids decode the same whatever stands around them. Like in every fast
+    tokenizer, `spaces_between_special_tokens` is accepted and has no effect.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        """Wrap a loaded `transformers` tokenizer; it must be a fast one."""
+        if not getattr(backend, "is_fast", False):
+            raise ConfigError(f"tokenizer {type(backend).__name__} is not a fast tokenizer", field="tokenizer")
+        self._backend = backend
+        self._library = backend.backend_tokenizer
+        self._library.no_truncation()
+        self._library.no_padding()
+        added = self._library.get_added_tokens_decoder()
+        self._special_tokens = frozenset(token.content for token in added.values() if token.special)
+        self.vocab_size: int = self._library.get_vocab_size(with_added_tokens=True)
+        self._token_strings = TokenStrings(self._library, frozenset())
+        self.decoder_plan = self._checked_plan()
+        self._tables = {skip: self._make_tables(skip) for skip in (False, True)}
+
+    @classmethod
+    def load(cls, name_or_path: str) -> Tokenizer:
+        """Load from a folder or hub id. Raises `ConfigError` when there is none that works without running its code."""
+        from transformers import AutoTokenizer
+
+        try:
+            backend = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ConfigError(f"no usable tokenizer in {name_or_path}: {reason}", field="tokenizer") from error
+        return cls(backend)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokenizer's own end-of-sequence id, if it has one."""
+        eos = self._backend.eos_token_id
+        return () if eos is None else (int(eos),)
+
+    @property
+    def special_token_ids(self) -> tuple[int, ...]:
+        """Ids that `skip_special_tokens` hides."""
+        return tuple(sorted(self._library.token_to_id(token) for token in self._special_tokens))
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The beginning-of-sequence id, if there is one."""
+        return None if self._backend.bos_token_id is None else int(self._backend.bos_token_id)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the chat template, if there is one."""
+        template = self._backend.chat_template
+        if isinstance(template, Mapping):
+            template = template.get("tool_use") or template.get("default")
+        return template if isinstance(template, str) else None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of `text`. Raises `RequestError` for text that is not Unicode (lone surrogates)."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RequestError(f"text is not valid Unicode: {error.reason} at {error.start}", field="text") from None
+        ids: list[int] = self._library.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(
+        self, ids: Sequence[int], skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
+    ) -> str:
+        """Text of `ids`; ids outside the vocabulary are nothing."""
+        text: str = self._library.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token as it reads inside a sentence (a leading space is kept)."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token; UTF-8, but not always whole characters."""
+        token = self._token_strings[token_id]
+        if token is None:
+            return b""
+        if self.decoder_plan.kind == "bytes":
+            return token_bytes(token)
+        byte = byte_token(token) if self.decoder_plan.joins_byte_tokens else None
+        if byte is not None:
+            return bytes([byte])
+        stream = PieceStream(self.decoder_plan)
+        anchor = stream.push(("a",))
+        return (anchor + stream.push((token,)) + stream.finish())[len(anchor) :].encode("utf-8", "replace")
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **template_arguments: Any,
+    ) -> str:
+        """The chat template's text, rendered in jinja's immutable sandbox.
+
+        Raises `RequestError` when there is no template or it refuses the messages.
+        """
+        from jinja2.exceptions import TemplateError
+
+        if self.chat_template is None:
+            raise RequestError("the tokenizer has no chat template; send token ids or a plain prompt", field="messages")
+        try:
+            text: str = self._backend.apply_chat_template(
+                list(messages),
+                tools=list(tools) if tools else None,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **template_arguments,
+            )
+        except (TemplateError, *_TEMPLATE_FAULTS) as error:
+            raise RequestError(f"the chat template refused the messages: {error}", field="messages") from None
+        return text
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **template_arguments: Any,
+    ) -> list[int]:
+        """Ids of a conversation; raises as `render_chat` does."""
+        text = self.render_chat(messages, tools, add_generation_prompt, **template_arguments)
+        return self.encode(text, add_special_tokens=False)
+
+    def byte_pieces(self, skip_special_tokens: bool) -> Mapping[int, bytes]:
+        """For a byte-level vocabulary: the bytes of every id, b"" for ids that do not show."""
+        table = self._tables[skip_special_tokens]
+        assert isinstance(table, BytePieces)
+        return table
+
+    def string_pieces(self, skip_special_tokens: bool) -> Mapping[int, str | None]:
+        """The token string of every id, None for ids that do not show."""
+        table = self._tables[skip_special_tokens]
+        assert isinstance(table, TokenStrings)
+        return table
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files into `folder`."""
+        self._backend.save_pretrained(str(folder))
+
+    def _make_tables(self, skip_special_tokens: bool) -> TokenStrings | BytePieces:
+        hidden = self._special_tokens if skip_special_tokens else frozenset()
+        strings = TokenStrings(self._library, hidden)
+        return BytePieces(strings) if self.decoder_plan.kind == "bytes" else strings
+
+    def _checked_plan(self) -> DecoderPlan:
+        """The streaming plan, if it decodes random ids exactly as the library does; else the whole-list plan."""
+        decoder = self._library.decoder
+        plan = read_decoder(None if decoder is None else json.loads(decoder.__getstate__()))
+        if plan.kind == "whole":
+            return plan
+        source = random.Random(0)
+        for _ in range(_NUM_CHECKS):
+            ids = [source.randrange(self.vocab_size) for _ in range(_CHECK_LENGTH)]
+            tokens = [token for token_id in ids if (token := self._token_strings[token_id]) is not None]
+            if _decode_by(plan, tokens) != self.decode(ids, skip_special_tokens=False):
+                return WHOLE
+        return plan
+
+
+class TokenStrings(dict[int, str | None]):
+    """Token strings by id, looked up on first use; None for ids that are nothing or `hidden`."""
+
+    def __init__(self, library: Any, hidden: frozenset[str]) -> None:
+        super().__init__()
+        self._library = library
+        self._hidden = hidden
+
+    def __missing__(self, token_id: int) -> str | None:
+        token: str | None = self._library.id_to_token(token_id)
+        piece = None if token in self._hidden else token
+        self[token_id] = piece
+        return piece
+
+
+class BytePieces(dict[int, bytes]):
+    """Bytes by id, looked up on first use; b"" for ids that do not show."""
+
+    def __init__(self, strings: TokenStrings) -> None:
+        super().__init__()
+        self._strings = strings
+
+    def __missing__(self, token_id: int) -> bytes:
+        token = self._strings[token_id]
+        piece = b"" if token is None else token_bytes(token)
+        self[token_id] = piece
+        return piece
+
+
+def _decode_by(plan: DecoderPlan, tokens: Iterable[str]) -> str:
+    if plan.kind == "bytes":
+        stream = ByteStream()
+        return stream.push(b"".join(map(token_bytes, tokens))) + stream.finish()
+    pieces = PieceStream(plan)
+    return pieces.push(tokens) + pieces.finish()

@@ -1,0 +1,48 @@
+"""What a caller of the Python API gets back. Values only."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from headrace.types.sampling_params import LogprobMode
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class Generation(msgspec.Struct, frozen=True, kw_only=True):
+    """One finished sample, or (from `stream`) what is new about one since the last piece.
+
+    token_ids, logprobs   generated ids, the stop token included, and one log-probability each (natural log)
+    version_spans         ((version, num_tokens), ...), in order, summing to len(token_ids)
+    prompt_logprobs       one per prompt token, None where there is none (always the first); [] if not asked
+    top_logprobs          per generated token {id: logprob} of the most probable ids; [] if not asked
+    token_ids_logprobs    per generated token {id: logprob} of the asked ids; [] if not asked
+    prompt_top_logprobs, prompt_token_ids_logprobs   the same per prompt token (None where there is none)
+    finish_reason         "stop" | "length" | "abort"; None on a stream piece that is not the last
+    matched               the stop token id or stop string that ended it
+    seed                  the seed this sample was drawn with: the same request with it gives the same sample
+    """
+
+    request_id: str
+    index: int = 0
+    prompt_index: int = 0
+    token_ids: list[int]
+    text: str = ""
+    logprobs: list[float]
+    logprob_mode: LogprobMode = "temperature"
+    prompt_logprob_mode: LogprobMode = "raw"
+    top_logprobs: list[dict[int, float]] = []
+    token_ids_logprobs: list[dict[int, float]] = []
+    prompt_logprobs: list[float | None] = []
+    prompt_top_logprobs: list[dict[int, float] | None] = []
+    prompt_token_ids_logprobs: list[dict[int, float] | None] = []
+    finish_reason: FinishReason | None = None
+    matched: int | str | None = None
+    finish_message: str = ""
+    version_spans: list[tuple[str, int]] = []
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    seed: int = 0

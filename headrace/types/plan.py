@@ -1,0 +1,99 @@
+"""One step as a value: what the scheduler decided, and what came of it. No state, no tensors of a device.
+
+A `StepPlan` is a diff against a table of slots that every rank mirrors. A slot holds one running sequence: its page
+row, its sampling state, and its last token. A plan first enters new slots, then writes page-table cells, then names the
+rows of one packed forward. Plans execute in the order they were issued; results carry their step id.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from headrace.types.request import Float32Array, Int32Array, TokenSampling
+from headrace.types.sampling_params import LogprobOptions
+
+LAST_TOKEN = -1
+"""In `StepPlan.token_ids`: the token this slot sampled last, which the scheduler may not know yet."""
+
+
+class SlotInit(msgspec.Struct, frozen=True):
+    """A sequence enters a slot, in place of whatever the slot held.
+
+    `token_ids` (int32) are all tokens known on entry: the prompt, and for a sequence that was preempted its output so
+    far; penalties count from them. Stop ids are masked out of the logits while the new token's absolute position is
+    below `min_length`.
+    """
+
+    slot: int
+    seed: int
+    num_prompt_tokens: int
+    token_ids: Int32Array
+    sampling: TokenSampling
+    logprobs: LogprobOptions
+    stop_token_ids: tuple[int, ...]
+    min_length: int
+
+
+class StepPlan(msgspec.Struct, frozen=True):
+    """What one step computes. Arrays are int32 unless stated; r rows, t tokens, p page-table writes.
+
+    new_slots           sequences entering slots
+    page_slots/page_columns/page_ids [p]   page_table[slot, column] = page id
+    row_slots [r]       the slot of each row; a slot has at most one row per plan
+    row_starts [r]      absolute position of the row's first token; everything before it is already in the KV pages
+    row_lengths [r]     tokens computed for this row, >= 1; they sum to t
+    token_ids [t]       packed tokens of all rows; LAST_TOKEN stands for the slot's last sampled token
+    row_samples [r]     bool: the row reaches the end of its known tokens, so a token is sampled after it, at absolute
+                        position row_starts + row_lengths
+    prefix_groups [g,3] (first_row, num_rows, num_pages): adjacent rows sharing their leading pages; may be ignored
+    """
+
+    step_id: int
+    epoch: int
+    new_slots: tuple[SlotInit, ...]
+    page_slots: Int32Array
+    page_columns: Int32Array
+    page_ids: Int32Array
+    row_slots: Int32Array
+    row_starts: Int32Array
+    row_lengths: Int32Array
+    token_ids: Int32Array
+    row_samples: npt.NDArray[np.bool_]
+    prefix_groups: Int32Array
+
+
+class PositionLogprobs(msgspec.Struct, frozen=True):
+    """Further log-probabilities of m positions: top-k ids and values [m, num_top], asked ids' values [m, num_asked]."""
+
+    top_ids: Int32Array
+    top_logprobs: Float32Array
+    asked_logprobs: Float32Array
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True):
+    """Log-probabilities of the prompt tokens at absolute positions first..first+m-1 that a row just scored.
+
+    `extras` is None unless the request asked for top or given ids; then it has the same m positions.
+    """
+
+    first: int
+    logprobs: Float32Array
+    extras: PositionLogprobs | None = None
+
+
+class StepResult(msgspec.Struct, frozen=True):
+    """What one step produced. s is the number of True in the plan's `row_samples`; entries are in row order.
+
+    token_ids [s, k] int32 and logprobs [s, k] float32 hold `num_tokens` [s] valid tokens each (k is 1 without
+    speculation). `extras` maps a row index to its sampled positions' further log-probabilities, `prompt_logprobs` a row
+    index to the prompt positions scored by it; both hold only rows that asked.
+    """
+
+    step_id: int
+    token_ids: Int32Array
+    logprobs: Float32Array
+    num_tokens: Int32Array
+    extras: dict[int, PositionLogprobs] = {}
+    prompt_logprobs: dict[int, PromptLogprobs] = {}

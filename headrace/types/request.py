@@ -1,0 +1,126 @@
+"""What the core is asked for and what it answers. Token ids only: text never reaches the core.
+
+Arrays travel as raw little-endian bytes (`int32` token ids, `float32` log-probabilities), so that a message costs one
+copy whatever its length. `pack_ids` / `unpack_ids` and `pack_floats` / `unpack_floats` convert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from headrace.types.errors import ErrorInfo
+from headrace.types.sampling_params import LogprobOptions
+
+Int32Array = npt.NDArray[np.int32]
+Float32Array = npt.NDArray[np.float32]
+FinishType = Literal["stop", "length", "abort", "error"]
+Version = str
+DEFAULT_VERSION: Version = "default"
+
+
+def pack_ids(token_ids: Sequence[int] | Int32Array) -> bytes:
+    """Token ids as little-endian int32 bytes."""
+    return np.asarray(token_ids, dtype="<i4").tobytes()
+
+
+def unpack_ids(data: bytes) -> Int32Array:
+    """The int32 array (read-only view) behind `pack_ids`."""
+    return np.frombuffer(data, dtype="<i4")
+
+
+def pack_floats(values: Sequence[float] | Float32Array) -> bytes:
+    """Log-probabilities as little-endian float32 bytes."""
+    return np.asarray(values, dtype="<f4").tobytes()
+
+
+def unpack_floats(data: bytes) -> Float32Array:
+    """The float32 array (read-only view) behind `pack_floats`."""
+    return np.frombuffer(data, dtype="<f4")
+
+
+class TokenSampling(msgspec.Struct, frozen=True, array_like=True):
+    """The part of `SamplingParams` that acts on logits. `top_k` 0 is off; `temperature` 0.0 is greedy."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def has_penalties(self) -> bool:
+        """True when logits depend on the tokens already seen."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def is_plain(self) -> bool:
+        """True when only the temperature acts: one pass over the logits is enough."""
+        return not (self.top_k or self.top_p < 1.0 or self.min_p or self.has_penalties or self.logit_bias)
+
+
+class Request(msgspec.Struct, frozen=True, array_like=True):
+    """One sequence to generate. The front expands `n` and batches into single requests and derives their seeds.
+
+    `handle` is unique among the live requests of one front. `stop_token_ids` already holds the end-of-sequence ids
+    unless they are ignored. `namespace` separates prefix-cache entries (the caller's `extra_key`).
+    `deliver_every` is how many new tokens make a non-terminal `Delta`; 0 delivers only the terminal one.
+    """
+
+    handle: int
+    request_id: str
+    prompt: bytes
+    max_new_tokens: int
+    seed: int
+    sampling: TokenSampling = TokenSampling()
+    logprobs: LogprobOptions = LogprobOptions()
+    min_new_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    priority: int = 0
+    namespace: str = ""
+    deliver_every: int = 0
+
+
+class Finish(msgspec.Struct, frozen=True, array_like=True):
+    """Why a request ended. `matched` is the stop token id that ended it; `error` is set for type "error" only."""
+
+    type: FinishType
+    matched: int | None = None
+    message: str = ""
+    error: ErrorInfo | None = None
+
+
+class TokenExtras(msgspec.Struct, frozen=True, array_like=True):
+    """Further log-probabilities at one position: the top ids with their values, and the values of the asked ids."""
+
+    top_ids: bytes = b""
+    top_logprobs: bytes = b""
+    asked_logprobs: bytes = b""
+
+
+class Delta(msgspec.Struct, frozen=True, array_like=True):
+    """What is new about one request since its last `Delta`.
+
+    `token_ids` (int32) and `logprobs` (float32) have one entry per new token and `spans` ((version, count), ...) sum to
+    that number. `extras` is empty or has one entry per new token. `prompt_logprobs` (float32, once, in the first delta
+    after the prompt is computed or in the terminal one) covers positions `prompt_start`.. of the prompt, NaN where a
+    position has none; `prompt_extras` likewise. `finish` is set exactly once per request, on its last delta.
+    """
+
+    handle: int
+    token_ids: bytes = b""
+    logprobs: bytes = b""
+    spans: tuple[tuple[Version, int], ...] = ()
+    finish: Finish | None = None
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    extras: tuple[TokenExtras, ...] = ()
+    prompt_logprobs: bytes = b""
+    prompt_extras: tuple[TokenExtras, ...] = ()

@@ -1,0 +1,259 @@
+"""The weight transaction as a state machine: which weights are live, and what may be done to them next.
+
+Owns a replica's weight state, version label, epoch, and the one open session with its deadline. Must not know tensors,
+the scheduler or the clock: callers pass `now` (monotonic seconds). The memory itself is `headrace.weights.store`.
+
+    READY ---begin--> UPDATING ---commit--> READY (epoch + 1)
+      UPDATING ---abort or expiry, nothing written in place--> the state before begin
+      UPDATING ---abort or expiry, after a write in place----> POISONED
+    READY | POISONED ---lose--> NEEDS_WEIGHTS
+    POISONED | NEEDS_WEIGHTS ---begin, complete manifests only--> UPDATING
+
+How a core drives it, each line between two steps (an error leaves both sides as they were):
+
+    begin    machine.check_begin(version, partial); mode = store.begin(manifest, mode, partial);
+             session = machine.begin(version, manifest, mode, now=now, timeout_s=..., in_flight=..., partial=partial)
+    stage    machine.check_stage(session_id, index, now); work = store.stage(index, data);
+             before the first work.advance(): if work.is_live: machine.note_write(session_id)
+             when work.advance() returns True: machine.mark_staged(session_id, index, now)
+    commit   machine.check_commit(session_id, now); store.commit(); machine.commit(session_id)
+    abort    machine.abort(session_id); store.abort()
+    expiry   if machine.expire(now): store.abort()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from headrace.types.errors import HeadraceError, PoisonedError, UnavailableError, UpdateConflictError, WeightUpdateError
+from headrace.types.request import DEFAULT_VERSION
+from headrace.types.weights import InFlight, TensorInfo, WeightState
+
+ResolvedMode = Literal["shadow", "inplace"]
+
+MAX_VERSION_LENGTH = 1024
+_MAX_NAMES_IN_MESSAGE = 8
+
+
+class StagedSet:
+    """Which tensors of a manifest have been staged, each exactly once."""
+
+    def __init__(self, manifest: Sequence[TensorInfo]) -> None:
+        self.manifest: tuple[TensorInfo, ...] = tuple(manifest)
+        self.num_staged = 0
+        self._is_staged = bytearray(len(self.manifest))
+
+    def check(self, index: int) -> TensorInfo:
+        """The entry at `index`. `WeightUpdateError` if there is none or it was staged before."""
+        if not 0 <= index < len(self.manifest):
+            raise WeightUpdateError(
+                f"tensor index {index} is not in the manifest of {len(self.manifest)}", field="index"
+            )
+        info = self.manifest[index]
+        if self._is_staged[index]:
+            raise WeightUpdateError(f"{info.name} was staged twice", field=info.name)
+        return info
+
+    def mark(self, index: int) -> None:
+        """The tensor at `index` is whole and checked. Raises as `check`."""
+        self.check(index)
+        self._is_staged[index] = 1
+        self.num_staged += 1
+
+    def missing(self) -> list[str]:
+        """Names not staged yet, in manifest order."""
+        return [info.name for info, staged in zip(self.manifest, self._is_staged, strict=True) if not staged]
+
+    def check_complete(self) -> None:
+        """`WeightUpdateError` naming what has not been staged."""
+        if self.num_staged == len(self.manifest):
+            return
+        names = self.missing()
+        rest = len(names) - _MAX_NAMES_IN_MESSAGE
+        shown = ", ".join(names[:_MAX_NAMES_IN_MESSAGE]) + (f" and {rest} more" if rest > 0 else "")
+        raise WeightUpdateError(f"not staged: {shown}", field=names[0])
+
+
+class UpdateSession:
+    """One open update. `has_written` is True once live memory may have changed (in place only)."""
+
+    def __init__(
+        self,
+        session_id: int,
+        version: str,
+        manifest: Sequence[TensorInfo],
+        mode: ResolvedMode,
+        *,
+        former: WeightState,
+        in_flight: InFlight,
+        partial: bool,
+        timeout_s: float,
+        now: float,
+    ) -> None:
+        self.session_id = session_id
+        self.version = version
+        self.mode = mode
+        self.former: WeightState = former
+        self.in_flight: InFlight = in_flight
+        self.partial = partial
+        self.timeout_s = timeout_s
+        self.deadline = now + timeout_s
+        self.has_written = False
+        self.staged = StagedSet(manifest)
+
+    def touch(self, now: float) -> None:
+        """A command arrived: the deadline counts from it."""
+        self.deadline = now + self.timeout_s
+
+
+class WeightMachine:
+    """State, version and epoch of one replica's weights, and the session that may change them.
+
+    state     "ready" | "updating" | "poisoned" | "needs_weights"
+    version   label of the live weights; of the last whole ones while they are poisoned or lost
+    epoch     bumped at every commit, even if the label repeats: what order and cache keys use
+    session   the open session, or None
+    """
+
+    def __init__(self, version: str = DEFAULT_VERSION, *, epoch: int = 0, has_weights: bool = True) -> None:
+        check_version(version)
+        self.version = version
+        self.epoch = epoch
+        self.session: UpdateSession | None = None
+        self._resting: WeightState = "ready" if has_weights else "needs_weights"
+        self._num_sessions = 0
+
+    @property
+    def state(self) -> WeightState:
+        return "updating" if self.session else self._resting
+
+    @property
+    def can_generate(self) -> bool:
+        """True while live memory is one whole version: READY, or UPDATING from READY, nothing written in place."""
+        return self._resting == "ready" and not (self.session and self.session.has_written)
+
+    def refusal(self) -> HeadraceError | None:
+        """The error a request must be answered with, or None when `can_generate`."""
+        if self.can_generate:
+            return None
+        if self.session:
+            return UnavailableError(f"weights are being updated in place to {self.session.version!r}")
+        if self._resting == "poisoned":
+            return PoisonedError(
+                "an update in place failed half-way; the engine generates again after a complete update"
+            )
+        return UnavailableError("the engine holds no weights; it generates after a complete update")
+
+    def check_begin(self, version: str, partial: bool) -> None:
+        """`UpdateConflictError` if a session is open, `WeightUpdateError` if only a complete update is accepted."""
+        check_version(version)
+        if self.session:
+            raise UpdateConflictError(
+                f"session {self.session.session_id} is open; commit or abort it first", field="session_id"
+            )
+        if partial and self._resting != "ready":
+            raise WeightUpdateError(f"weights are {self._resting}: only a complete update is accepted", field="partial")
+
+    def begin(
+        self,
+        version: str,
+        manifest: Sequence[TensorInfo],
+        mode: ResolvedMode,
+        *,
+        now: float,
+        timeout_s: float,
+        in_flight: InFlight = "drain",
+        partial: bool = False,
+    ) -> UpdateSession:
+        """Open a session for a manifest the store accepted. Raises as `check_begin`. Session ids are never reused."""
+        self.check_begin(version, partial)
+        if not timeout_s > 0:
+            raise WeightUpdateError(f"timeout_s must be positive, got {timeout_s}", field="timeout_s")
+        self._num_sessions += 1
+        self.session = UpdateSession(
+            self._num_sessions,
+            version,
+            manifest,
+            mode,
+            former=self._resting,
+            in_flight=in_flight,
+            partial=partial,
+            timeout_s=timeout_s,
+            now=now,
+        )
+        return self.session
+
+    def require(self, session_id: int) -> UpdateSession:
+        """The open session, if that is its id; else `UpdateConflictError` saying which is."""
+        if self.session is None:
+            raise UpdateConflictError(f"session {session_id} is not open; none is", field="session_id")
+        if self.session.session_id != session_id:
+            raise UpdateConflictError(
+                f"session {session_id} is not open; session {self.session.session_id} is", field="session_id"
+            )
+        return self.session
+
+    def check_stage(self, session_id: int, index: int, now: float) -> TensorInfo:
+        """The manifest entry about to be staged; the deadline moves. `WeightUpdateError` for a bad or doubled index."""
+        session = self.require(session_id)
+        session.touch(now)
+        return session.staged.check(index)
+
+    def note_write(self, session_id: int) -> None:
+        """Call before the first byte of a stage moves: in place, live memory is no longer whole from here on."""
+        session = self.require(session_id)
+        session.has_written = session.has_written or session.mode == "inplace"
+
+    def mark_staged(self, session_id: int, index: int, now: float) -> None:
+        """The tensor at `index` is whole. Raises as `check_stage`."""
+        session = self.require(session_id)
+        session.touch(now)
+        session.staged.mark(index)
+
+    def check_commit(self, session_id: int, now: float) -> UpdateSession:
+        """The session if all of its manifest is staged, else `WeightUpdateError` naming what is missing."""
+        session = self.require(session_id)
+        session.touch(now)
+        session.staged.check_complete()
+        return session
+
+    def commit(self, session_id: int) -> UpdateSession:
+        """The staged weights are live now: READY, new version, new epoch. Raises as `check_commit`."""
+        session = self.require(session_id)
+        session.staged.check_complete()
+        self.version, self.epoch = session.version, self.epoch + 1
+        self._resting, self.session = "ready", None
+        return session
+
+    def abort(self, session_id: int) -> UpdateSession:
+        """Drop the session: back to the state before it, or POISONED if it had written in place."""
+        session = self.require(session_id)
+        self._resting = "poisoned" if session.has_written else session.former
+        self.session = None
+        return session
+
+    def expire(self, now: float) -> UpdateSession | None:
+        """Abort the session if its deadline has passed; returns it then, else None."""
+        if self.session is None or now < self.session.deadline:
+            return None
+        return self.abort(self.session.session_id)
+
+    def relabel(self, version: str) -> None:
+        """Change the label of the live weights only: same epoch, no state change."""
+        check_version(version)
+        self.version = version
+
+    def lose(self) -> None:
+        """Live memory holds no weights any more (released, overwritten). `UpdateConflictError` in an open session."""
+        if self.session:
+            raise UpdateConflictError(
+                f"session {self.session.session_id} is open; commit or abort it first", field="session_id"
+            )
+        self._resting = "needs_weights"
+
+
+def check_version(version: str) -> None:
+    """`WeightUpdateError` unless the label is a string of 1 to 1024 characters."""
+    if not isinstance(version, str) or not 0 < len(version) <= MAX_VERSION_LENGTH:
+        raise WeightUpdateError(f"version must be a string of 1 to {MAX_VERSION_LENGTH} characters", field="version")

@@ -1,0 +1,302 @@
+"""The live parameters of one rank, and the memory side of a weight update.
+
+Owns live parameter memory (its addresses never change), shadow memory while an update is open, and the facts about
+both: whole, mixed or absent. Reads everything through one `WeightMap`. Must not know versions, deadlines or requests
+(`headrace.weights.session`), files (`headrace.weights.checkpoint`) or what a parameter is used for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+
+from headrace.config.resolve import available_memory
+from headrace.types.errors import CheckpointError, NotFoundError, UpdateConflictError, WeightUpdateError
+from headrace.types.weights import TensorInfo, UpdateMode, WeightState
+from headrace.weights.session import ResolvedMode, StagedSet
+from headrace.weights.staging import StageWork, digest_of, dtype_name, row_blocks, source_of
+from headrace.weights.weight_map import FLOAT_DTYPES, WeightMap, WeightRule, is_derived
+
+SHADOW_HEADROOM_BYTES = 256 << 20
+"""Memory that must stay free beside the shadow buffers, for activations and the producer."""
+
+_INIT_STD = 0.02
+
+
+class _Transaction:
+    """An open update: where each tensor goes, what has arrived, and what tied tensors must equal."""
+
+    def __init__(self, manifest: Sequence[TensorInfo], mode: ResolvedMode, aliases: dict[str, str]) -> None:
+        self.mode = mode
+        self.staged = StagedSet(manifest)
+        self.is_open = True
+        self.has_written = False
+        self.shadow: dict[str, torch.Tensor] = {}
+        self.names = frozenset(info.name for info in manifest)
+        self.aliases = {name: target for name, target in aliases.items() if name in self.names}
+        self.compared = frozenset(self.aliases) | frozenset(self.aliases.values())
+        self.digests: dict[str, str] = {}
+
+    def before_write(self, is_live: bool) -> None:
+        if not self.is_open:
+            raise UpdateConflictError("the update this tensor belongs to is no longer open")
+        self.has_written = self.has_written or is_live
+
+    def finish(self, index: int, info: TensorInfo, digest: str) -> None:
+        """Check one whole tensor and count it. `WeightUpdateError` naming it, and then it does not count."""
+        if info.digest and digest != info.digest:
+            raise WeightUpdateError(
+                f"{info.name} arrived with digest {digest}, the manifest says {info.digest}", field=info.name
+            )
+        if info.name in self.compared:
+            self._check_tied(info.name, digest)
+        self.staged.mark(index)
+        if digest:
+            self.digests[info.name] = digest
+
+    def _check_tied(self, name: str, digest: str) -> None:
+        for alias, target in self.aliases.items():
+            other = {alias: target, target: alias}.get(name)
+            if other and self.digests.get(other, digest) != digest:
+                raise WeightUpdateError(f"{alias} is tied to {target} and must hold the same values", field=alias)
+
+
+class WeightStore:
+    """Parameters on one device in one dtype: `live[param]` are the tensors the model holds.
+
+    `memory` says how many bytes may still be taken (tests pass their own).
+    """
+
+    def __init__(
+        self,
+        weight_map: WeightMap,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        memory: Callable[[], int] = available_memory,
+    ) -> None:
+        if dtype_name(dtype) not in FLOAT_DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(FLOAT_DTYPES)}, got {dtype}")
+        self.weight_map = weight_map
+        self.dtype = dtype
+        self.device = device
+        self.live = {
+            name: torch.empty(spec.shape, dtype=dtype, device=device) for name, spec in weight_map.params.items()
+        }
+        self._memory = memory
+        self._resting: WeightState = "needs_weights"
+        self._transaction: _Transaction | None = None
+
+    @property
+    def state(self) -> WeightState:
+        """What live memory holds, or "updating" while an update is open."""
+        return "updating" if self._transaction else self._resting
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of live parameter memory."""
+        return self.weight_map.num_elements * self.dtype.itemsize
+
+    # Whole models: from a file, from a seed, to nothing.
+
+    def load(self, source: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Overwrite live memory with a whole checkpoint and become READY.
+
+        Every element is written exactly once: each rule once, and the map's regions partition the parameters. Raises
+        `CheckpointError` naming a missing, unknown, doubled, misshapen or non-float tensor, or a tied one that differs;
+        the store then holds no weights.
+        """
+        self._require_no_update()
+        self._resting = "needs_weights"
+        written: set[str] = set()
+        tied: list[tuple[str, torch.Tensor]] = []
+        for name, tensor in source:
+            if is_derived(name):
+                continue
+            self._check_loaded(name, tensor, written)
+            written.add(name)
+            if name in self.weight_map.aliases:
+                tied.append((name, tensor))
+            else:
+                self._region(self.weight_map.rules_by_name[name]).copy_(tensor.detach())
+        missing = [name for name in self.weight_map.rules_by_name if name not in written]
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint lacks {len(missing)} tensor(s): {', '.join(missing[:8])}", field=missing[0]
+            )
+        for name, tensor in tied:
+            self._check_tied(name, tensor)
+        self._resting = "ready"
+
+    def _check_loaded(self, name: str, tensor: torch.Tensor, written: set[str]) -> None:
+        expected = self.weight_map.shape_of(name)
+        if expected is None:
+            raise CheckpointError(f"{name} is not a tensor of this model", field=name)
+        if name in written:
+            raise CheckpointError(f"{name} comes twice in the checkpoint", field=name)
+        if tuple(tensor.shape) != expected:
+            raise CheckpointError(f"{name} has shape {list(tensor.shape)}, expected {list(expected)}", field=name)
+        if dtype_name(tensor.dtype) not in FLOAT_DTYPES:
+            raise CheckpointError(
+                f"{name} has dtype {dtype_name(tensor.dtype)}, expected one of {', '.join(FLOAT_DTYPES)}", field=name
+            )
+
+    def _check_tied(self, name: str, tensor: torch.Tensor) -> None:
+        target = self.weight_map.aliases[name]
+        live = self._region(self.weight_map.rules_by_name[target])
+        for rows in row_blocks(tuple(live.shape), live.element_size()):
+            if not torch.equal(live[rows], tensor.detach()[rows].to(live)):
+                raise CheckpointError(f"{name} is tied to {target} by config.json but holds other values", field=name)
+
+    def fill_random(self, seed: int) -> None:
+        """Random weights for tests and dummy models, a pure function of (seed, HF name, shape, dtype). READY then.
+
+        Norm weights are 1, all else is normal with standard deviation 0.02, as Hugging Face initialises.
+        """
+        self._require_no_update()
+        self._fill_normal(seed)
+        for name, rule in self.weight_map.rules_by_name.items():
+            if len(rule.shape) == 1 and "norm" in name:
+                self._region(rule).fill_(1.0)
+        self._resting = "ready"
+
+    def scramble(self, seed: int) -> None:
+        """Overwrite all live memory with noise, as SGLang's `reset_tensors` check does. NEEDS_WEIGHTS then."""
+        self._require_no_update()
+        self._resting = "needs_weights"
+        self._fill_normal(seed)
+
+    def _fill_normal(self, seed: int) -> None:
+        for name, rule in self.weight_map.rules_by_name.items():
+            region = self._region(rule)
+            key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+            for rows in row_blocks(rule.shape, 4):
+                region[rows] = torch.empty(region[rows].shape).normal_(0.0, _INIT_STD, generator=generator).to(region)
+
+    # The transaction.
+
+    def begin(self, manifest: Sequence[TensorInfo], mode: UpdateMode, partial: bool) -> ResolvedMode:
+        """Check the whole manifest and open an update; returns what `mode` became. On an error nothing has changed.
+
+        Raises `UpdateConflictError` if one is open; `WeightUpdateError` for a bad manifest (naming each tensor), for a
+        partial update of poisoned or absent weights, and for a shadow that does not fit in memory.
+        """
+        self._require_no_update()
+        if mode not in ("auto", "shadow", "inplace"):
+            raise WeightUpdateError(f"mode must be auto, shadow or inplace, got {mode!r}", field="mode")
+        if partial and self._resting != "ready":
+            raise WeightUpdateError(f"weights are {self._resting}: only a complete update is accepted", field="partial")
+        self.weight_map.check_manifest(manifest, partial)
+        rules = [rule for rule in map(self.weight_map.rules_by_name.get, (info.name for info in manifest)) if rule]
+        resolved = self._resolve_mode(mode, sum(self._region(rule).nbytes for rule in rules))
+        transaction = _Transaction(manifest, resolved, self.weight_map.aliases)
+        if resolved == "shadow":
+            transaction.shadow = {
+                rule.hf_name: torch.empty(rule.shape, dtype=self.dtype, device=self.device) for rule in rules
+            }
+        self._transaction = transaction
+        return resolved
+
+    def _resolve_mode(self, mode: UpdateMode, shadow_bytes: int) -> ResolvedMode:
+        if mode == "inplace":
+            return "inplace"
+        available = self._memory()
+        fits = shadow_bytes + SHADOW_HEADROOM_BYTES <= available
+        if mode == "shadow" and not fits:
+            raise WeightUpdateError(
+                f"shadow needs {shadow_bytes} bytes and headroom, {available} are available; use inplace", field="mode"
+            )
+        return "shadow" if fits else "inplace"
+
+    def stage(self, index: int, data: memoryview | torch.Tensor) -> StageWork:
+        """The work of moving manifest entry `index` into place; nothing is written before `advance`.
+
+        `data` is the whole tensor: contiguous bytes in the manifest's dtype, or a tensor of its dtype and shape. Raises
+        `WeightUpdateError` naming the tensor if it is not that, or was staged before.
+        """
+        transaction = self._require_update()
+        info = transaction.staged.check(index)
+        source = source_of(info, data)
+        destination = self._destination(transaction, info)
+        is_live = transaction.mode == "inplace" and info.name not in self.weight_map.aliases
+        return StageWork(
+            source,
+            destination,
+            is_live=is_live,
+            before_write=lambda: transaction.before_write(is_live),
+            on_done=lambda digest: self._staged(transaction, index, info, digest),
+            hashes=bool(info.digest) or info.name in transaction.compared,
+        )
+
+    def _destination(self, transaction: _Transaction, info: TensorInfo) -> torch.Tensor:
+        if info.name in self.weight_map.aliases:  # owns no memory: converted into scratch, to be compared and forgotten
+            return torch.empty(info.shape, dtype=self.dtype, device=self.device)
+        if transaction.mode == "shadow":
+            return transaction.shadow[info.name]
+        return self._region(self.weight_map.rules_by_name[info.name])
+
+    def _staged(self, transaction: _Transaction, index: int, info: TensorInfo, digest: str) -> None:
+        target = self.weight_map.aliases.get(info.name)
+        if target and target not in transaction.names:
+            transaction.digests.setdefault(target, digest_of(self._region(self.weight_map.rules_by_name[target])))
+        transaction.finish(index, info, digest)
+
+    def commit(self) -> None:
+        """Make the staged tensors live and become READY; shadow memory is freed.
+
+        Raises `WeightUpdateError` naming what has not been staged; the update stays open then.
+        """
+        transaction = self._require_update()
+        transaction.staged.check_complete()
+        for name, tensor in transaction.shadow.items():
+            self._region(self.weight_map.rules_by_name[name]).copy_(tensor)
+        self._close(transaction)
+        self._resting = "ready"
+
+    def abort(self) -> None:
+        """Drop the open update. Live memory is as before, unless it was written in place: then POISONED."""
+        transaction = self._require_update()
+        self._close(transaction)
+        if transaction.has_written:
+            self._resting = "poisoned"
+
+    def _close(self, transaction: _Transaction) -> None:
+        transaction.is_open = False
+        transaction.shadow.clear()
+        self._transaction = None
+
+    # Reading live memory.
+
+    def digest(self) -> dict[str, str]:
+        """SHA-256 of live memory now, per HF tensor (no aliases), over its bytes in HF layout and engine dtype."""
+        return {name: digest_of(self._region(rule)) for name, rule in self.weight_map.rules_by_name.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        """A CPU copy of one live tensor in HF shape, engine dtype; a tied name reads what it is tied to.
+
+        Raises `NotFoundError` naming it.
+        """
+        rule = self.weight_map.rules_by_name.get(self.weight_map.aliases.get(name, name))
+        if rule is None:
+            raise NotFoundError(f"{name} is not a tensor of this model", field="name")
+        return self._region(rule).detach().to("cpu", copy=True)
+
+    def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(HF name, CPU copy) of every tensor, one at a time, without aliases: `load` of another store takes it."""
+        for name in self.weight_map.rules_by_name:
+            yield name, self.read(name)
+
+    def _region(self, rule: WeightRule) -> torch.Tensor:
+        return self.live[rule.param][rule.start : rule.start + rule.shape[0]]
+
+    def _require_no_update(self) -> None:
+        if self._transaction:
+            raise UpdateConflictError("a weight update is open; commit or abort it first", field="session_id")
+
+    def _require_update(self) -> _Transaction:
+        if self._transaction is None:
+            raise UpdateConflictError("no weight update is open", field="session_id")
+        return self._transaction

@@ -1,0 +1,195 @@
+"""Rules that a reader of the source relies on: nothing decodes objects, no hidden state, small functions and files."""
+
+from __future__ import annotations
+
+import ast
+import re
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.arch.source import ORDER, PACKAGE, ROOT, source_files
+
+FORBIDDEN = re.compile(
+    r"\b(pickle|cloudpickle|dill|marshal|shelve|joblib|multiprocessing|broadcast_object_list|all_gather_object)\b"
+    r"|(?<![\w.])(eval|exec)\("
+    r"|\btrust_remote_code\s*=\s*True"
+)
+"""Names of what decodes objects or runs foreign code. `model.eval()` is a method and fine."""
+
+MAX_FILE_LINES = 450
+MAX_FUNCTION_LINES = 80
+P90_FUNCTION_LINES = 30
+KERNELS = PACKAGE / "kernels"
+
+BROAD_EXCEPT_ALLOWED = {
+    "headrace/cli/main.py": "process entry point",
+    "headrace/core/service.py": "process entry point: the core's whole life",
+    "headrace/engine/update.py": "hands whatever came to the generator that waits for it",
+}
+"""Where whatever comes may be caught and not raised again, and why. Cleaning up and raising is fine anywhere."""
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def _trees() -> Iterator[tuple[Path, ast.Module]]:
+    for path in source_files():
+        yield path, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _functions(tree: ast.AST) -> list[Function]:
+    return [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def _num_lines(function: Function) -> int:
+    assert function.end_lineno is not None
+    return function.end_lineno - function.lineno + 1
+
+
+def _forbidden_in(text: str) -> list[str]:
+    return [match.group(0) for match in FORBIDDEN.finditer(text)]
+
+
+def test_nothing_decodes_objects_or_runs_foreign_code() -> None:
+    found = [
+        f"{_relative(path)}:{number}: {name}"
+        for path in source_files()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        for name in _forbidden_in(line)
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["import pickle", "x = eval(text)", "from multiprocessing import shared_memory", "dist.broadcast_object_list(x)"],
+)
+def test_the_gate_sees_forbidden_names(line: str) -> None:
+    assert _forbidden_in(line)
+
+
+def test_the_gate_lets_methods_called_eval_pass() -> None:
+    assert not _forbidden_in("model.eval()") and not _forbidden_in("re.compile(text)")
+
+
+def _unsafe_loads(tree: ast.AST) -> list[int]:
+    return [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "load"
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id in ("torch", "np", "numpy")
+        and not any(
+            keyword.arg == "weights_only" and isinstance(keyword.value, ast.Constant) and keyword.value.value is True
+            for keyword in node.keywords
+        )
+    ]
+
+
+def test_torch_load_reads_weights_only() -> None:
+    found = [f"{_relative(path)}:{line}" for path, tree in _trees() for line in _unsafe_loads(tree)]
+    assert not found, "\n".join(found)
+    assert _unsafe_loads(ast.parse("torch.load(p)")) == [1]
+    assert _unsafe_loads(ast.parse("torch.load(p, weights_only=True)")) == []
+
+
+def test_no_module_global_is_rebound() -> None:
+    found = [
+        f"{_relative(path)}:{node.lineno}: global {', '.join(node.names)}"
+        for path, tree in _trees()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Global)
+    ]
+    assert not found, "\n".join(found)
+
+
+def _mutable_module_state(tree: ast.Module) -> list[str]:
+    """Module variables bound to an empty mutable container: nothing could fill them but hidden state."""
+    found = []
+    for node in tree.body:
+        value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
+        is_empty = isinstance(value, (ast.List, ast.Set)) and not value.elts
+        is_empty |= isinstance(value, ast.Dict) and not value.keys
+        is_empty |= (
+            isinstance(value, ast.Call)
+            and isinstance(value.func, ast.Name)
+            and value.func.id in ("dict", "list", "set", "defaultdict", "deque", "OrderedDict", "Counter")
+            and not value.args
+        )
+        if is_empty:
+            found.append(f"{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def test_no_module_holds_mutable_state() -> None:
+    found = [f"{_relative(path)}:{line}" for path, tree in _trees() for line in _mutable_module_state(tree)]
+    assert not found, "\n".join(found)
+    assert _mutable_module_state(ast.parse("CACHE: dict[str, int] = {}"))
+
+
+def test_functions_and_files_are_small() -> None:
+    lengths: list[int] = []
+    too_long = []
+    for path, tree in _trees():
+        num_lines = len(path.read_text(encoding="utf-8").splitlines())
+        if num_lines > MAX_FILE_LINES:
+            too_long.append(f"{_relative(path)}: {num_lines} lines")
+        for function in _functions(tree):
+            lengths.append(_num_lines(function))
+            if _num_lines(function) > MAX_FUNCTION_LINES and not path.is_relative_to(KERNELS):
+                too_long.append(f"{_relative(path)}:{function.lineno} {function.name}: {_num_lines(function)} lines")
+    assert not too_long, "\n".join(too_long)
+    assert statistics.quantiles(lengths, n=10)[-1] <= P90_FUNCTION_LINES
+
+
+def _broad_handlers(tree: ast.AST) -> list[int]:
+    return [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ExceptHandler)
+        and not isinstance(node.body[-1], ast.Raise)
+        and (node.type is None or {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)} & _BROAD)
+    ]
+
+
+_BROAD = {"Exception", "BaseException"}
+
+
+def test_only_listed_places_swallow_everything() -> None:
+    found = [
+        f"{_relative(path)}:{line}"
+        for path, tree in _trees()
+        for line in _broad_handlers(tree)
+        if _relative(path) not in BROAD_EXCEPT_ALLOWED
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_every_module_says_what_it_owns() -> None:
+    found = [_relative(path) for path, tree in _trees() if not ast.get_docstring(tree)]
+    assert not found, "\n".join(found)
+
+
+def test_there_is_no_utils() -> None:
+    names = {path.stem for path in PACKAGE.rglob("*") if path.is_dir() or path.suffix == ".py"}
+    assert not names & {"utils", "util", "helpers", "misc", "common"}
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"} <= set(ORDER)
+
+
+def test_no_test_is_skipped_but_for_absent_hardware() -> None:
+    found = [
+        f"{_relative(path)}:{number}"
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        if "gpu" not in path.relative_to(ROOT).parts and path != Path(__file__).resolve()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if re.search(r"pytest\.(mark\.)?(skip|skipif|xfail|importorskip)\b", line)
+    ]
+    assert not found, "\n".join(found)

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from headrace.cli import main
+from headrace.cli.main import parse
+from headrace.config import EngineConfig
+from tests.cli.surface import surface
+
+ROOT = Path(__file__).resolve().parents[2]
+POLICY = str(ROOT / "headrace" / "rl" / "policy")
+SMALL = ["--num-threads", "1", "--kv-pool-tokens", "4096"]
+
+
+def test_the_command_line_is_the_frozen_one() -> None:
+    assert surface() == Path(__file__).with_name("cli_surface.txt").read_text(encoding="utf-8")
+
+
+def test_every_engine_setting_is_a_flag_of_serve_generate_and_check() -> None:
+    lines = surface().splitlines()
+    for command in ("serve", "generate", "check"):
+        for name in EngineConfig.__struct_fields__:
+            flag = "model" if name == "model" else "--" + name.replace("_", "-")
+            assert any(line.split("{")[0].split()[:2] == ["headrace", command] and flag in line.split() for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["check", "/does/not/exist"], "/does/not/exist"),
+        (["check", POLICY, "--page-size", "65"], "page_size"),
+        (["check", POLICY, "--context-length", "999999"], "context_length"),
+        (["check", POLICY, "--device", "cuda"], "cuda"),
+        (["generate", POLICY, "hello", "--temperature", "-1"], "temperature"),
+        (["generate", POLICY, "hello", "--jsonl", "/does/not/exist"], "jsonl"),
+        (["generate", POLICY, "--jsonl", "/does/not/exist"], "/does/not/exist"),
+        (["serve", POLICY, "--host", "0.0.0.0"], "api_key"),
+        (["serve", POLICY, "--port", "70000"], "port"),
+        (["serve", POLICY, "--max-body-bytes", "1"], "max_body_bytes"),
+        (["bench", "offline", "--shape", "enormous", "--load-format", "dummy"], "enormous"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_2(
+    words: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith(f"headrace {words[0]}: ") and named in captured.err
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "/does/not/exist", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["bogus"],
+        ["serve"],
+        ["check", POLICY, "--pagesize", "4"],
+        ["check", POLICY, "extra"],
+        ["check", POLICY, "--page-size", "four"],
+        ["generate", POLICY, "hello", "--bogus"],
+        ["generate", POLICY, "--logit-bias", "[1]"],
+        ["bench"],
+        ["bench", "overhead", "--batch-sizes", "16,x"],
+        ["bench", "overhead", "--batch-sizes", "0"],
+    ],
+)
+def test_a_wrong_command_line_ends_with_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(words)
+    assert ended.value.code == 2
+    assert "usage: headrace" in capsys.readouterr().err
+
+
+def test_prompts_may_stand_on_both_sides_of_flags() -> None:
+    arguments = parse(["generate", "model", "one", "--n", "2", "two", "three"])
+    assert (arguments.model, arguments.prompts, arguments.n) == ("model", ["one", "two", "three"], 2)
+
+
+def test_check_prints_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", POLICY, "--json", "--kv-pool-tokens", "4096", "--max-running-requests", "8"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    memory = report["memory"]
+    assert report["settings"]["kv_pool_tokens"] == 4096 and report["settings"]["max_running_requests"] == 8
+    assert memory["total"] == memory["weights"] + memory["kv_pool"] + memory["workspace"]
+    assert memory["weights"] == 4 * memory["num_parameters"] > 0
+    assert report["attention"]["chosen"] in report["attention"]["available"]
+
+
+def test_check_says_which_backend_is_refused_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", POLICY, "--numerics", "invariant"]) == 0
+    out = capsys.readouterr().out
+    assert "refused" in out and "invariant" in out
+    assert main(["check", POLICY, "--numerics", "invariant", "--attention-backend", "reference"]) == 2
+
+
+def test_generate_prints_one_json_object_per_sample_in_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [
+        {"prompt": "1+2=", "sampling_params": {"max_new_tokens": 5}},
+        {"input_ids": [1, 2, 3], "request_id": "mine"},
+    ]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)) + "\n\n", encoding="utf-8")
+    words = ["generate", POLICY, "--jsonl", str(file), "--json", "--n", "2", "--max-new-tokens", "3", "--ignore-eos"]
+    assert main([*words, "--top-logprobs", "2", "--prompt-logprobs", *SMALL]) == 0
+    samples = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(s["num_prompt_tokens"], s["index"], len(s["token_ids"])) for s in samples[2:]] == [(3, 0, 3), (3, 1, 3)]
+    assert [len(s["logprobs"]) for s in samples] == [5, 5, 3, 3]
+    assert samples[2]["request_id"] == "mine"
+    assert all(len(s["top_logprobs"][0]) == 2 and s["prompt_logprobs"][0] is None for s in samples)
+
+
+def test_generate_reads_standard_input_and_prints_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("12+34"))
+    assert main(["generate", POLICY, "--chat", "--max-new-tokens", "8", "--temperature", "0", *SMALL]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_a_bad_line_of_a_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "prompts.jsonl"
+    for text in ('{"prompt": "a"}\nnot json', '{"prompt": "a"}\n{}', '{"prompt": "a"}\n{"promt": "b"}'):
+        file.write_text(text, encoding="utf-8")
+        assert main(["generate", POLICY, "--jsonl", str(file)]) == 2
+        assert "line 2" in capsys.readouterr().err
+
+
+def test_help_needs_no_torch() -> None:
+    script = "import sys; from headrace.cli import main\ntry: main(['bench', 'offline', '--help'])\nfinally: "
+    script += "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--workload" in done.stdout

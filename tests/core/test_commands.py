@@ -1,0 +1,249 @@
+"""What each command means to a replica, one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from headrace.core.executor import StepError
+from headrace.core.fake_executor import FREE_LOGPROB, FreeExecutor
+from headrace.types.messages import (
+    Abort,
+    CommitUpdate,
+    Digest,
+    Finished,
+    FlushCache,
+    GetWeight,
+    Resume,
+    SetVersion,
+    Shutdown,
+    WeightBytes,
+    WeightsChecker,
+)
+from headrace.types.plan import StepResult
+from headrace.types.sampling_params import LogprobOptions
+from tests.core.harness import VOCAB_SIZE, Core, digest_of, new_tensors, request
+
+
+def test_a_request_runs_to_its_end() -> None:
+    core = Core()
+    core.submit(request(1, [1, 2, 3], 4))
+    core.settle()
+    assert core.tokens(1) == [4, 5, 6, 7]  # the free executor's token at position p is p + 1
+    assert core.logprobs(1) == [FREE_LOGPROB] * 4
+    assert core.spans(1) == [("default", 4)]
+    assert core.finish_types(1) == ["length"]
+
+
+@pytest.mark.parametrize("overlap_depth", [0, 1, 3])
+def test_tokens_do_not_depend_on_the_overlap(overlap_depth: int) -> None:
+    core = Core(overlap_depth=overlap_depth)
+    core.submit(*(request(handle, range(1, handle + 2), 12, stop_token_ids=(12,)) for handle in range(1, 12)))
+    core.settle()
+    for handle in range(1, 12):
+        first = handle + 2  # the prompt's length + 1
+        assert core.tokens(handle) == (list(range(first, 13)) if first <= 12 else list(range(first, first + 12)))
+        finish = core.finish(handle)
+        assert finish is not None
+        assert (finish.type, finish.matched) == (("stop", 12) if first <= 12 else ("length", None))
+
+
+def test_streamed_deltas_add_up() -> None:
+    core = Core()
+    core.submit(request(1, [1, 2], 7, deliver_every=2))
+    core.settle()
+    assert core.tokens(1) == [3, 4, 5, 6, 7, 8, 9]
+    assert len(core.link.deltas[1]) >= 4
+    assert [delta.finish is not None for delta in core.link.deltas[1]][-2:] == [False, True]
+
+
+def test_prompt_logprobs_come_with_the_side_outputs() -> None:
+    core = Core()
+    options = LogprobOptions(prompt_start=0, num_top=2, token_ids=(9,))
+    core.submit(request(1, [1, 2, 3, 4, 5], 0, logprobs=options))
+    core.settle()
+    (delta,) = core.link.deltas[1]
+    assert len(delta.prompt_logprobs) == 4 * 5
+    assert len(delta.prompt_extras) == 5
+    assert core.finish_types(1) == ["length"]
+
+
+def test_a_bad_request_is_answered_and_its_neighbours_run() -> None:
+    core = Core()
+    core.submit(request(1), request(2, []), request(3, [VOCAB_SIZE]), request(4))
+    core.settle()
+    assert core.finish_types(1, 2, 3, 4) == ["length", "error", "error", "length"]
+    finish = core.finish(3)
+    assert finish is not None and finish.error is not None
+    assert finish.error.code == "RequestError"
+
+
+def test_a_full_queue_refuses_with_a_typed_error() -> None:
+    core = Core(max_waiting_requests=2, max_running_requests=1)
+    core.submit(*(request(handle) for handle in range(1, 5)))
+    core.settle()
+    assert core.finish_types(1, 2, 3, 4) == ["length", "length", "error", "error"]
+    finish = core.finish(4)
+    assert finish is not None and finish.error is not None and finish.error.status == 503
+
+
+def test_abort_answers_at_once_with_what_there_is() -> None:
+    core = Core()
+    core.submit(request(1, max_new_tokens=100), request(2, max_new_tokens=100), request(3, max_new_tokens=100))
+    core.turn(5)
+    core.send(Abort((1, 99), "enough"))
+    core.turn()
+    finish = core.finish(1)
+    assert finish is not None
+    assert (finish.type, finish.message) == ("abort", "enough")
+    assert 4 <= len(core.tokens(1)) <= 6
+    core.send(Abort(None))
+    core.settle()
+    assert core.finish_types(2, 3) == ["abort", "abort"]
+    assert core.status().num_used_tokens == 0
+
+
+def test_finished_frees_without_an_answer() -> None:
+    core = Core()
+    core.submit(request(1, max_new_tokens=100))
+    core.turn(3)
+    core.send(Finished((1, 2)))
+    core.settle()
+    assert 1 not in core.link.deltas
+    assert core.status().num_used_tokens == 0
+
+
+def test_status_counts() -> None:
+    core = Core()
+    core.submit(request(1, max_new_tokens=50), request(2, max_new_tokens=50))
+    core.turn(4)
+    core.clock.now += 5.0
+    status = core.status()
+    assert (status.state, status.version, status.epoch) == ("ready", "default", 0)
+    assert (status.paused, status.updating) == ("", False)
+    assert (status.num_running, status.num_waiting) == (2, 0)
+    assert status.num_used_tokens > 0
+    assert status.metrics["uptime_s"] == 5.0
+    own = {"num_updates", "last_update_pause_ms", "staged_steps", "num_gemm_calls"}
+    assert own | {"num_steps", "num_cached_tokens"} <= set(status.metrics)
+
+
+def test_flush_cache_counts_pages_and_aborts_nothing() -> None:
+    core = Core()
+    core.submit(request(1, range(1, 41), 2))
+    core.settle()
+    core.submit(request(2, range(60, 70), 50))
+    core.turn(3)
+    assert core.call(FlushCache, kind=int) >= 10
+    core.settle()
+    assert core.finish_types(2) == ["length"]
+    core.submit(request(3, range(1, 41), 2))
+    core.settle()
+    assert core.link.deltas[3][-1].num_cached_tokens == 0
+
+
+def test_set_version_relabels_without_a_new_epoch() -> None:
+    core = Core()
+    core.submit(request(1, max_new_tokens=20))
+    core.turn(5)
+    core.call(SetVersion, "renamed")
+    core.settle()
+    spans = core.spans(1)
+    assert [version for version, _ in spans] == ["default", "renamed"]
+    assert sum(count for _, count in spans) == 20
+    assert (core.status().version, core.status().epoch) == ("renamed", 0)
+    assert core.refused(SetVersion, "").field == "version"
+
+
+def test_weights_are_read_back_by_name() -> None:
+    core = Core()
+    found = core.call(GetWeight, "k.weight", kind=WeightBytes)
+    assert (found.info.name, found.info.shape, found.info.dtype) == ("k.weight", (4, 4), "float32")
+    live = core.store.live["qkv"][4:8]
+    assert torch.equal(torch.frombuffer(bytearray(found.data), dtype=torch.float32).view(4, 4), live)
+    assert core.call(GetWeight, "lm_head.weight", kind=WeightBytes).info.shape == (8, 4)
+    assert core.refused(GetWeight, "nothing").code == "NotFoundError"
+
+
+def test_digest_sees_one_flipped_bit() -> None:
+    core = Core()
+    before = core.call(Digest, kind=dict[str, str])
+    assert before["norm.weight"] == digest_of(core.store.live["norm"])
+    core.store.live["qkv"].view(torch.int32)[5, 2] ^= 1
+    after = core.call(Digest, kind=dict[str, str])
+    assert [name for name in before if before[name] != after[name]] == ["k.weight"]
+
+
+def test_the_weights_checker_proves_that_an_update_writes_everything() -> None:
+    core = Core()
+    assert core.refused(WeightsChecker, "compare").code == "UpdateConflictError"
+    assert core.refused(WeightsChecker, "sing").field == "action"
+    original = {name: core.store.read(name) for name in core.store.weight_map.rules_by_name}
+    core.call(WeightsChecker, "snapshot", kind=dict[str, str])
+    assert core.call(WeightsChecker, "compare", kind=dict[str, str]) == {}
+    core.submit(request(1, max_new_tokens=100))
+    core.turn(3)
+    core.call(WeightsChecker, "reset_tensors", kind=dict[str, str])
+    assert core.finish_types(1) == ["error"]
+    assert set(core.call(WeightsChecker, "compare", kind=dict[str, str])) >= {"embed.weight", "q.weight"}
+    assert core.status().state == "needs_weights"
+    core.submit(request(2))
+    core.turn()
+    finish = core.finish(2)
+    assert finish is not None and finish.error is not None and finish.error.status == 503
+    session = core.begin(original)
+    assert core.refused(WeightsChecker, "reset_tensors").code == "UpdateConflictError"
+    core.stage(session, original)
+    core.call(CommitUpdate, session, kind=dict)
+    assert core.call(WeightsChecker, "compare", kind=dict[str, str]) == {}
+    core.submit(request(3))
+    core.settle()
+    assert core.finish_types(3) == ["length"]
+
+
+def test_shutdown_answers_everything_and_ends() -> None:
+    core = Core()
+    core.submit(request(1, max_new_tokens=100), request(2, max_new_tokens=100))
+    core.turn(3)
+    tensors = new_tensors(2.0)
+    session = core.begin(tensors)
+    core.stage(session, tensors)
+    commit = core.start(CommitUpdate, session)  # drains: waits for the two requests
+    core.turn()
+    call_id = core.start(Shutdown)
+    core.loop.run()
+    assert core.finish_types(1, 2) == ["abort", "abort"]
+    assert core.error(commit).code == "ShutdownError"
+    assert core.link.outputs[-1] is core.link.replies[call_id]
+
+
+class BreakingExecutor(FreeExecutor):
+    """Fails the steps it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(VOCAB_SIZE)
+        self.broken: set[int] = set()
+
+    def collect(self) -> StepResult:
+        step_id = self._plans[0].step_id
+        if step_id in self.broken:
+            self._plans.popleft()
+            raise StepError(step_id, MemoryError("no room"))
+        return super().collect()
+
+
+@pytest.mark.parametrize("overlap_depth", [0, 1, 3])
+def test_a_failed_step_ends_what_it_ran_and_nothing_else(overlap_depth: int) -> None:
+    executor = BreakingExecutor()
+    core = Core(executor, overlap_depth=overlap_depth, max_running_requests=2)
+    executor.broken = {4}
+    core.submit(*(request(handle, max_new_tokens=30) for handle in range(1, 6)))
+    core.settle()
+    assert core.finish_types(1, 2, 3, 4, 5) == ["error", "error", "length", "length", "length"]
+    finish = core.finish(1)
+    assert finish is not None and finish.error is not None
+    assert finish.error.code == "InternalError"
+    assert "no room" in finish.error.message
+    assert core.tokens(3) == list(range(6, 36))
+    core.call(Resume)
+    assert core.status().num_used_tokens == 0

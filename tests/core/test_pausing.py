@@ -1,0 +1,173 @@
+"""Pause modes, resume, and what happens to requests meanwhile."""
+
+from __future__ import annotations
+
+import pytest
+
+from headrace.types.messages import Abort, Pause, Resume
+from tests.core.harness import Core, request
+
+
+@pytest.mark.parametrize("overlap_depth", [0, 1, 3])
+def test_keep_stops_steps_and_goes_on_where_it_stopped(overlap_depth: int) -> None:
+    core = Core(overlap_depth=overlap_depth)
+    core.submit(request(1, max_new_tokens=20, deliver_every=1))
+    core.turn(5)
+    core.call(Pause, "keep")
+    before = core.tokens(1)
+    assert core.status().paused == "keep"
+    core.turn(10)
+    assert core.tokens(1) == before
+    assert not core.is_busy
+    core.call(Resume)
+    core.settle()
+    assert core.tokens(1) == list(range(6, 26))
+    assert core.link.deltas[1][-1].num_preemptions == 0
+
+
+def test_recompute_gives_up_kv_and_keeps_tokens() -> None:
+    core = Core(prefix_cache=False)
+    core.submit(request(1, max_new_tokens=20))
+    core.turn(5)
+    assert core.status().num_used_tokens > 0
+    core.call(Pause, "recompute")
+    assert core.status().num_used_tokens == 0
+    assert (core.status().num_running, core.status().num_waiting) == (0, 1)
+    core.call(Resume)
+    core.settle()
+    assert core.tokens(1) == list(range(6, 26))
+    assert core.link.deltas[1][-1].num_preemptions == 1
+
+
+def test_abort_answers_running_and_queued_before_the_reply() -> None:
+    core = Core(max_running_requests=1)
+    core.submit(request(1, max_new_tokens=50), request(2, max_new_tokens=50))
+    core.turn(4)
+    call_id = core.start(Pause, "abort")
+    core.turn()
+    core.answer(call_id)
+    assert core.finish_types(1, 2) == ["abort", "abort"]
+    assert core.tokens(1) and not core.tokens(2)
+    kinds = [type(output).__name__ for output in core.link.outputs]
+    assert kinds[-2:] == ["Deltas", "Reply"]
+
+
+def test_drain_lets_started_ones_finish_and_starts_no_other() -> None:
+    core = Core(max_running_requests=1)
+    core.submit(request(1, max_new_tokens=20), request(2, max_new_tokens=20))
+    core.turn(3)
+    call_id = core.start(Pause, "drain")
+    core.turn()
+    assert call_id not in core.link.replies
+    core.settle()
+    core.answer(call_id)
+    assert core.finish_types(1, 2) == ["length", None]
+    core.call(Resume)
+    core.settle()
+    assert core.finish_types(2) == ["length"]
+
+
+def test_drain_has_a_deadline_and_then_nothing_is_paused() -> None:
+    core = Core(control_timeout=30.0)
+    core.submit(request(1, max_new_tokens=200))
+    core.turn(3)
+    call_id = core.start(Pause, "drain")
+    core.turn()
+    core.clock.now += 30.0
+    core.turn()
+    assert core.error(call_id).code == "DeadlineError"
+    assert core.status().paused == ""
+    core.settle()
+    assert core.finish_types(1) == ["length"]
+
+
+def test_a_later_pause_or_resume_replaces_a_drain() -> None:
+    core = Core()
+    core.submit(request(1, max_new_tokens=200))
+    core.turn(3)
+    first = core.start(Pause, "drain")
+    joined = core.start(Pause, "drain")
+    core.turn()
+    core.call(Pause, "keep")
+    assert core.error(first).code == core.error(joined).code == "UpdateConflictError"
+    assert core.status().paused == "keep"
+    again = core.start(Pause, "drain")
+    core.turn(3)
+    core.call(Resume)
+    assert core.error(again).code == "UpdateConflictError"
+    core.settle()
+    assert core.finish_types(1) == ["length"]
+
+
+def test_a_drain_while_paused_runs_what_was_kept() -> None:
+    core = Core()
+    core.submit(request(1, max_new_tokens=20))
+    core.turn(3)
+    core.call(Pause, "keep")
+    core.submit(request(2))
+    core.call(Pause, "drain")
+    assert core.finish_types(1, 2) == ["length", None]
+    assert core.status().paused == "drain"
+
+
+def test_requests_queue_behind_a_pause_and_are_refused_in_time() -> None:
+    core = Core(pause_timeout=10.0)
+    core.submit(request(1, max_new_tokens=50))
+    core.turn(3)
+    core.call(Pause, "keep")
+    core.submit(request(2))
+    core.settle()
+    core.clock.now += 6.0
+    core.submit(request(3))
+    core.settle()
+    assert core.finish_types(1, 2, 3) == [None, None, None]
+    core.clock.now += 4.1
+    core.settle()
+    assert core.finish_types(1, 2, 3) == [None, "error", None]
+    finish = core.finish(2)
+    assert finish is not None and finish.error is not None
+    assert finish.error.code == "PauseTimeoutError"
+    assert finish.error.retryable
+    core.call(Resume)
+    core.settle()
+    assert core.finish_types(1, 3) == ["length", "length"]
+
+
+def test_waiting_before_the_pause_does_not_count_against_it() -> None:
+    core = Core(pause_timeout=10.0, max_running_requests=1)
+    core.submit(request(1, max_new_tokens=200), request(2))
+    core.turn(3)
+    core.clock.now += 100.0
+    core.call(Pause, "keep")
+    core.clock.now += 9.0
+    core.turn(3)
+    assert core.finish_types(2) == [None]
+    core.clock.now += 1.5
+    core.turn(3)
+    assert core.finish_types(2) == ["error"]
+
+
+def test_abort_works_while_paused() -> None:
+    core = Core()
+    core.submit(request(1, max_new_tokens=50))
+    core.turn(4)
+    core.call(Pause, "keep")
+    core.submit(request(2))
+    core.send(Abort((1, 2)))
+    core.settle()
+    assert core.finish_types(1, 2) == ["abort", "abort"]
+    assert len(core.tokens(1)) > 0
+    assert core.status().num_used_tokens == 0
+
+
+def test_a_paused_loop_sleeps_until_its_next_deadline() -> None:
+    core = Core(pause_timeout=10.0)
+    core.submit(request(1, max_new_tokens=50))
+    core.turn(3)
+    core.call(Pause, "keep")
+    core.submit(request(2))
+    core.settle()
+    assert 9.0 < core.loop._time_to_deadline() <= 10.0
+    core.send(Abort(None))
+    core.settle()
+    assert core.loop._time_to_deadline() > 1000.0

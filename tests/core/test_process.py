@@ -1,0 +1,252 @@
+"""A real core process: start, failure to start, sudden death of either side, and what crosses the boundary."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from headrace.config import ResolvedConfig
+from headrace.ipc import CoreProcess, FrontLink, launch_core
+from headrace.ipc.codec import pack_frame
+from headrace.types.messages import (
+    BeginUpdate,
+    CommitUpdate,
+    CoreReady,
+    CoreStatus,
+    Deltas,
+    GetStatus,
+    Output,
+    Reply,
+    Shutdown,
+    Stage,
+    Submit,
+)
+from headrace.types.request import Delta, unpack_ids
+from headrace.types.weights import BufferEntry, UpdateReport
+from tests.core.harness import bucket_of, manifest_of, new_tensors, request, tiny_config
+
+ROOT = Path(__file__).parents[2]
+
+
+class Front:
+    """A core process and what it has sent."""
+
+    def __init__(self, process: CoreProcess, link: FrontLink) -> None:
+        self.process = process
+        self.link = link
+        self.ready: CoreReady | None = None
+        self.replies: dict[int, Reply] = {}
+        self.deltas: dict[int, list[Delta]] = {}
+        self.close_reason = ""
+        self._news = asyncio.Event()
+
+    async def start(self) -> None:
+        await self.link.start(self._on_output, self._on_close)
+        await self.until(lambda: self.ready is not None or bool(self.close_reason))
+
+    async def until(self, condition: Callable[[], bool], timeout: float = 30.0) -> None:
+        async with asyncio.timeout(timeout):
+            while not condition():
+                self._news.clear()
+                await self._news.wait()
+
+    async def call(self, command: Any, kind: Any = None) -> Any:
+        self.link.send(command)
+        await self.until(lambda: command.call_id in self.replies)
+        reply = self.replies[command.call_id]
+        assert reply.error is None, reply.error
+        return msgspec.msgpack.decode(reply.payload, type=kind)
+
+    def has_ended(self, handle: int) -> bool:
+        known = self.deltas.get(handle)
+        return bool(known) and known is not None and known[-1].finish is not None
+
+    def _on_output(self, output: Output) -> None:
+        if isinstance(output, CoreReady):
+            self.ready = output
+        elif isinstance(output, Reply):
+            self.replies[output.call_id] = output
+        elif isinstance(output, Deltas):
+            for delta in output.deltas:
+                self.deltas.setdefault(delta.handle, []).append(delta)
+        self._news.set()
+
+    def _on_close(self, reason: str) -> None:
+        self.close_reason = reason
+        self._news.set()
+
+
+def with_core(
+    body: Callable[[Front], Coroutine[Any, Any, None]], resolved: ResolvedConfig | None = None, executor: str = "free"
+) -> CoreProcess:
+    """Run `body` against a new core process; returns the process, ended."""
+
+    async def run() -> CoreProcess:
+        process, link = launch_core(msgspec.msgpack.encode(resolved or tiny_config()), executor=executor)
+        front = Front(process, link)
+        try:
+            await front.start()
+            await body(front)
+        finally:
+            await link.close()
+            process.close(5.0)
+        return process
+
+    process = asyncio.run(run())
+    assert not process.is_alive
+    assert not Path(f"/proc/{process.pid}").exists()  # reaped: no zombie
+    return process
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
+
+
+def wait_until_gone(pid: int, timeout: float) -> bool:
+    deadline = time.monotonic() + timeout
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not is_running(pid)
+
+
+def test_requests_run_in_a_process_of_their_own() -> None:
+    async def body(front: Front) -> None:
+        assert front.ready is not None and front.ready.error is None
+        assert (front.ready.page_size, front.ready.num_layers, front.ready.max_total_num_tokens) == (4, 2, 4096)
+        requests = tuple(request(handle, max_new_tokens=20, deliver_every=5) for handle in range(1, 65))
+        front.link.send(Submit(requests))
+        await front.until(lambda: all(front.has_ended(handle) for handle in range(1, 65)))
+        for handle in range(1, 65):
+            tokens = [int(token) for delta in front.deltas[handle] for token in unpack_ids(delta.token_ids)]
+            assert tokens == list(range(6, 26))
+        status = await front.call(GetStatus(1), CoreStatus)
+        assert status.num_used_tokens == 0
+        await front.call(Shutdown(2))
+        await front.until(lambda: bool(front.close_reason))
+
+    process = with_core(body)
+    assert process.exit_code == 0
+
+
+def test_weights_cross_in_shared_memory() -> None:
+    tensors = new_tensors(5.0)
+    buffer, offsets = bucket_of(list(tensors.values()))
+
+    async def body(front: Front) -> None:
+        begun = await front.call(BeginUpdate(1, "v1", manifest_of(tensors)), dict[str, Any])
+        entries = tuple(BufferEntry(index, offset) for index, offset in enumerate(offsets))
+        await front.call(Stage(2, begun["session_id"], buffer.ref, entries))
+        report = await front.call(CommitUpdate(3, begun["session_id"]), UpdateReport)
+        assert (report.version, report.epoch, report.num_tensors) == ("v1", 1, len(tensors))
+
+    with_core(body)
+    buffer.close()
+
+
+def test_a_core_that_cannot_start_says_why(tmp_path: Path) -> None:
+    async def body(front: Front) -> None:
+        assert front.ready is not None and front.ready.error is not None
+        assert front.ready.error.code == "CheckpointError"
+        assert str(tmp_path) in front.ready.error.message
+        await front.until(lambda: bool(front.close_reason))
+
+    resolved = msgspec.structs.replace(tiny_config(), folder=str(tmp_path))
+    process = with_core(body, resolved, executor="local")
+    assert process.exit_code == 1
+
+
+def test_a_killed_core_is_noticed_and_named() -> None:
+    async def body(front: Front) -> None:
+        front.link.send(Submit(tuple(request(handle, max_new_tokens=200) for handle in range(1, 65))))
+        os.kill(front.process.pid, signal.SIGKILL)
+        await front.until(lambda: bool(front.close_reason), timeout=2.0)
+        assert "signal 9" in front.close_reason
+
+    assert with_core(body).exit_code == -signal.SIGKILL
+
+
+def test_malformed_frames_do_not_stop_the_core() -> None:
+    async def body(front: Front) -> None:
+        link: Any = front.link
+        bad = [b"", b"\xc1", b"\x93\x01\x02\x03", msgspec.msgpack.encode(["get_weight", 9, 5]), os.urandom(1000)]
+        link._transport.write(b"".join(map(pack_frame, bad)))
+        await front.until(lambda: 9 in front.replies)
+        error = front.replies[9].error
+        assert error is not None and error.code == "InternalError"
+        assert (await front.call(GetStatus(10), CoreStatus)).state == "ready"
+
+    with_core(body)
+
+
+def test_closing_the_link_ends_an_idle_core() -> None:
+    async def body(front: Front) -> None:
+        assert front.process.is_alive
+
+    assert with_core(body).exit_code == 0
+
+
+PARENT = """
+import asyncio, os, sys, time, msgspec
+from headrace.ipc import launch_core
+from headrace.types.messages import Submit
+from tests.core.harness import request, tiny_config
+
+async def main():
+    process, link = launch_core(msgspec.msgpack.encode(tiny_config()), executor="free")
+    ready = asyncio.Event()
+    await link.start(lambda output: ready.set(), print)
+    await ready.wait()
+    link.send(Submit(tuple(request(handle, max_new_tokens=200) for handle in range(1, 5))))
+    if sys.argv[1] == "forked" and os.fork() == 0:  # a sibling that holds copies of every descriptor
+        os.setsid()
+        print(process.pid, os.getpid(), flush=True)
+        time.sleep(60)
+        os._exit(0)
+    if sys.argv[1] == "plain":
+        print(process.pid, 0, flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("how", ["plain", "forked"])
+def test_a_killed_parent_leaves_no_core(how: str) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, how],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert parent.stdout is not None
+    core, sibling = map(int, parent.stdout.readline().split())
+    assert is_running(core)
+    parent.kill()
+    parent.wait(10.0)
+    parent.stdout.close()
+    gone = wait_until_gone(core, 5.0)
+    if sibling:
+        os.kill(sibling, signal.SIGKILL)
+    assert gone
+
+
+def test_the_front_stays_free_of_torch() -> None:
+    code = "import sys, headrace.ipc, headrace.core, headrace.core.process; print('torch' in sys.modules)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, cwd=ROOT
+    )
+    assert found.stdout.strip() == "False"

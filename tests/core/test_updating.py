@@ -1,0 +1,464 @@
+"""The weight transaction on one replica: modes, policies for requests in flight, refusals, deadlines, poisoning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from headrace.core.fake_executor import FreeExecutor
+from headrace.core.staging import num_bytes_of
+from headrace.ipc import SharedBuffer
+from headrace.types.messages import (
+    AbortUpdate,
+    BeginUpdate,
+    CommitUpdate,
+    Digest,
+    Pause,
+    Resume,
+    Stage,
+    UpdateFromDisk,
+)
+from headrace.types.weights import BufferEntry, BufferRef, InFlight, TensorInfo, UpdateReport
+from headrace.weights.checkpoint import iterate_checkpoint, read_manifest
+from tests.core.harness import VOCAB_SIZE, Core, digest_of, manifest_of, new_tensors, request, tiny_store
+
+MODES = ["shadow", "inplace"]
+NEW = new_tensors(3.0)
+NUM_ELEMENTS = sum(tensor.numel() for tensor in NEW.values())
+
+
+def check_live(core: Core, tensors: dict[str, torch.Tensor]) -> None:
+    assert core.call(Digest, kind=dict[str, str]) == {name: digest_of(tensor) for name, tensor in tensors.items()}
+
+
+def update(core: Core, tensors: dict[str, torch.Tensor], version: str = "v1", **fields: Any) -> UpdateReport:
+    session = core.begin(tensors, version, **fields)
+    core.stage(session, tensors)
+    report = core.call(CommitUpdate, session, kind=UpdateReport)
+    assert isinstance(report, UpdateReport)
+    return report
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_update_replaces_weights_version_and_epoch(mode: str) -> None:
+    core = Core()
+    report = update(core, NEW, mode=mode)
+    assert (report.version, report.epoch, report.mode) == ("v1", 1, mode)
+    assert (report.num_tensors, report.num_bytes, report.num_aborted) == (5, 4 * NUM_ELEMENTS, 0)
+    assert report.pause_ms >= 0.0
+    check_live(core, NEW)
+    status = core.status()
+    assert (status.state, status.version, status.epoch, status.updating) == ("ready", "v1", 1, False)
+    assert status.metrics["num_updates"] == 1.0
+    assert status.metrics["last_update_pause_ms"] == report.pause_ms
+    again = update(core, new_tensors(4.0), mode=mode)
+    assert again.epoch == 2  # the label repeats, the epoch does not
+
+
+@pytest.mark.parametrize("overlap_depth", [0, 1, 3])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("policy", ["keep", "recompute"])
+def test_one_request_bears_both_versions(mode: str, policy: InFlight, overlap_depth: int) -> None:
+    core = Core(overlap_depth=overlap_depth)
+    core.submit(request(1, max_new_tokens=60))
+    core.turn(8)
+    update(core, NEW, mode=mode, in_flight=policy)
+    core.settle()
+    assert [version for version, _ in core.spans(1)] == ["default", "v1"]
+    assert core.tokens(1) == list(range(6, 66))
+    assert core.link.deltas[1][-1].num_preemptions == (1 if policy == "recompute" else 0)
+    check_live(core, NEW)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_drain_finishes_what_started_under_the_old_weights(mode: str) -> None:
+    core = Core(max_running_requests=2)
+    core.submit(request(1, max_new_tokens=30), request(2, max_new_tokens=40), request(3, max_new_tokens=5))
+    core.turn(4)
+    report = update(core, NEW, mode=mode)
+    assert core.finish_types(1, 2, 3) == ["length", "length", None]
+    assert report.num_aborted == 0
+    core.settle()
+    assert core.spans(1) == [("default", 30)]
+    assert core.spans(2) == [("default", 40)]
+    assert core.spans(3) == [("v1", 5)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_abort_returns_partials_before_the_weights_change(mode: str) -> None:
+    core = Core()
+    core.submit(request(1, max_new_tokens=60), request(2, max_new_tokens=60))
+    core.turn(5)
+    report = update(core, NEW, mode=mode, in_flight="abort")
+    assert report.num_aborted == 2
+    assert core.finish_types(1, 2) == ["abort", "abort"]
+    assert [version for version, _ in core.spans(1)] == ["default"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_old_kv_never_serves_a_new_request(mode: str) -> None:
+    core = Core()
+    prompt = list(range(1, 41))
+    core.submit(request(1, prompt, 2))
+    core.settle()
+    core.submit(request(2, prompt, 60), request(3, [*prompt, 50], 60))
+    core.turn(4)
+    update(core, NEW, mode=mode, in_flight="keep")
+    core.settle()
+    assert core.link.deltas[2][-1].num_cached_tokens > 0
+    core.submit(request(4, prompt, 2))
+    core.settle()
+    assert core.link.deltas[4][-1].num_cached_tokens == 0
+    core.submit(request(5, prompt, 2))
+    core.settle()
+    assert core.link.deltas[5][-1].num_cached_tokens > 0
+
+
+def test_steps_complete_while_a_shadow_is_staged() -> None:
+    core = Core()
+    core.submit(*(request(handle, max_new_tokens=100) for handle in range(1, 9)))
+    core.turn(4)
+    session = core.begin(NEW, mode="shadow", in_flight="keep")
+    before = core.status().metrics["num_steps"]
+    for name in NEW:
+        core.stage(session, NEW, [name])
+        core.turn(3)
+    core.call(CommitUpdate, session, kind=UpdateReport)
+    metrics = core.status().metrics
+    assert metrics["staged_steps"] >= 15
+    assert metrics["num_steps"] >= before + metrics["staged_steps"]
+    core.settle()
+    assert all([version for version, _ in core.spans(handle)] == ["default", "v1"] for handle in range(1, 9))
+
+
+def test_no_step_runs_while_weights_are_written_in_place() -> None:
+    core = Core()
+    core.submit(request(1, max_new_tokens=100, deliver_every=1))
+    core.turn(4)
+    session = core.begin(NEW, mode="inplace", in_flight="keep")
+    core.turn(4)
+    core.stage(session, NEW, ["k.weight"])
+    before = core.tokens(1)
+    core.turn(10)
+    core.submit(request(2))
+    core.turn(10)
+    assert core.tokens(1) == before
+    assert core.refused(Resume).message.count("q.weight") == 1
+    assert core.finish_types(2) == [None]
+    core.stage(session, NEW, [name for name in NEW if name != "k.weight"])
+    core.call(CommitUpdate, session, kind=UpdateReport)
+    core.settle()
+    assert core.finish_types(1, 2) == ["length", "length"]
+    assert core.spans(2) == [("v1", 10)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("pause_mode", ["keep", "recompute", "abort", "drain"])
+def test_while_paused_an_update_is_applied_at_once(mode: str, pause_mode: str) -> None:
+    core = Core()
+    core.submit(request(1, max_new_tokens=40))
+    core.turn(5)
+    core.call(Pause, pause_mode)
+    core.submit(request(2, max_new_tokens=5))
+    core.turn()
+    update(core, NEW, mode=mode)  # "drain" cannot wait for what is paused
+    assert core.status().paused == pause_mode
+    check_live(core, NEW)
+    core.call(Resume)
+    core.settle()
+    assert core.spans(2) == [("v1", 5)]
+    if pause_mode in ("keep", "recompute"):
+        assert [version for version, _ in core.spans(1)] == ["default", "v1"]
+        assert core.tokens(1) == list(range(6, 46))
+    else:
+        assert [version for version, _ in core.spans(1)] == ["default"]
+
+
+def test_a_pause_ends_the_wait_of_a_draining_commit() -> None:
+    core = Core()
+    core.submit(request(1, max_new_tokens=200))
+    core.turn(3)
+    session = core.begin(NEW)
+    core.stage(session, NEW)
+    commit = core.start(CommitUpdate, session)
+    core.turn(5)
+    assert commit not in core.link.replies
+    core.call(Pause, "keep")
+    core.until(lambda: commit in core.link.replies)
+    core.answer(commit, UpdateReport)
+    core.call(Resume)
+    core.settle()
+    assert [version for version, _ in core.spans(1)] == ["default", "v1"]
+
+
+def broken_manifests() -> dict[str, tuple[tuple[TensorInfo, ...], str]]:
+    good = manifest_of(NEW)
+    return {
+        "missing": (good[1:], "embed.weight"),
+        "unknown": ((*good, TensorInfo("extra.weight", (1,), "float32")), "extra.weight"),
+        "doubled": ((*good, good[2]), "k.weight"),
+        "misshapen": ((*good[:-1], TensorInfo("norm.weight", (5,), "float32")), "norm.weight"),
+        "integer": ((*good[:-1], TensorInfo("norm.weight", (4,), "int64")), "norm.weight"),
+    }
+
+
+@pytest.mark.parametrize("name", list(broken_manifests()))
+def test_a_wrong_manifest_is_refused_and_nothing_is_touched(name: str) -> None:
+    manifest, guilty = broken_manifests()[name]
+    core = Core()
+    before = core.call(Digest, kind=dict[str, str])
+    error = core.refused(BeginUpdate, "v1", manifest)
+    assert (error.code, error.field) == ("WeightUpdateError", guilty)
+    assert core.call(Digest, kind=dict[str, str]) == before
+    assert (core.status().state, core.status().version) == ("ready", "default")
+    update(core, NEW)
+
+
+def test_a_second_session_is_refused_while_one_is_open() -> None:
+    core = Core()
+    session = core.begin(NEW)
+    assert core.refused(BeginUpdate, "v2", manifest_of(NEW)).code == "UpdateConflictError"
+    assert core.refused(UpdateFromDisk, "/nowhere", "v2").code == "CheckpointError"
+    assert core.refused(CommitUpdate, session + 1).code == "UpdateConflictError"
+    assert core.refused(AbortUpdate, session + 1).code == "UpdateConflictError"
+    core.call(AbortUpdate, session)
+    assert core.refused(AbortUpdate, session).code == "UpdateConflictError"
+    update(core, NEW)
+
+
+def test_a_commit_with_tensors_missing_names_them_and_stays_open() -> None:
+    core = Core()
+    session = core.begin(NEW)
+    core.stage(session, NEW, ["q.weight", "v.weight"])
+    error = core.refused(CommitUpdate, session)
+    assert (error.code, error.field) == ("WeightUpdateError", "embed.weight")
+    core.stage(session, NEW, ["embed.weight", "k.weight", "norm.weight"])
+    assert core.refused(Stage, session, *bucket("q.weight", 0)).message.count("twice") == 1
+    core.call(CommitUpdate, session, kind=UpdateReport)
+    check_live(core, NEW)
+
+
+def bucket(name: str, offset: int) -> tuple[BufferRef, tuple[BufferEntry, ...]]:
+    return BufferRef("/proc/self/fd/0", 1 << 12), (BufferEntry(list(NEW).index(name), offset),)
+
+
+@pytest.mark.parametrize(
+    ("ref", "entries", "code"),
+    [
+        (BufferRef("/nowhere", 4096), (BufferEntry(0, 0),), "RequestError"),
+        (BufferRef("/nowhere", 64), (BufferEntry(0, 0),), "WeightUpdateError"),
+        (BufferRef("/nowhere", 4096), (BufferEntry(0, -4),), "WeightUpdateError"),
+        (BufferRef("/nowhere", 4096), (BufferEntry(9, 0),), "WeightUpdateError"),
+        (BufferRef("/nowhere", 4096), (BufferEntry(0, 0), BufferEntry(0, 128)), "WeightUpdateError"),
+    ],
+    ids=["gone", "short", "negative", "index", "doubled"],
+)
+def test_a_bad_bucket_is_refused_whole(ref: BufferRef, entries: tuple[BufferEntry, ...], code: str) -> None:
+    core = Core()
+    session = core.begin(NEW, mode="inplace")
+    assert core.refused(Stage, session, ref, entries).code == code
+    core.call(AbortUpdate, session)
+    assert core.status().state == "ready"  # nothing had been written
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_wrong_digest_is_refused_by_name(mode: str) -> None:
+    core = Core()
+    manifest = list(manifest_of(NEW))
+    manifest[3] = TensorInfo(manifest[3].name, manifest[3].shape, "float32", "0" * 64)
+    session = core.call(BeginUpdate, "v1", tuple(manifest), mode, kind=dict)["session_id"]
+    stage = core.start_stage(session, NEW)
+    core.until(lambda: stage in core.link.replies)
+    assert core.error(stage).field == "v.weight"
+    assert core.refused(CommitUpdate, session).field == "v.weight"
+    core.call(AbortUpdate, session)
+    assert core.status().state == ("ready" if mode == "shadow" else "poisoned")
+
+
+def test_commit_waits_for_buckets_sent_before_it() -> None:
+    core = Core()
+    session = core.begin(NEW)
+    stage = core.start_stage(session, NEW)
+    commit = core.start(CommitUpdate, session)
+    core.settle()
+    core.answer(stage)
+    core.answer(commit, UpdateReport)
+    order = [output.call_id for output in core.link.outputs if hasattr(output, "call_id")]
+    assert order.index(stage) < order.index(commit)
+    check_live(core, NEW)
+
+
+def test_an_aborted_shadow_leaves_the_old_weights_bit_for_bit() -> None:
+    core = Core()
+    before = core.call(Digest, kind=dict[str, str])
+    core.submit(request(1, max_new_tokens=100))
+    core.turn(3)
+    session = core.begin(NEW)
+    core.stage(session, NEW)
+    core.call(AbortUpdate, session)
+    assert core.call(Digest, kind=dict[str, str]) == before
+    core.settle()
+    assert core.spans(1) == [("default", 100)]
+    assert core.status().state == "ready"
+
+
+def test_a_torn_update_in_place_poisons_and_a_full_one_heals() -> None:
+    core = Core()
+    core.submit(request(1, max_new_tokens=100), request(2, max_new_tokens=100))
+    core.turn(5)
+    session = core.begin(NEW, mode="inplace", in_flight="keep")
+    core.stage(session, NEW, ["q.weight"])
+    core.submit(request(3))
+    core.turn()
+    core.call(AbortUpdate, session)
+    assert core.status().state == "poisoned"
+    core.submit(request(4))
+    core.turn()
+    assert core.finish_types(1, 2, 3, 4) == ["error"] * 4
+    for handle in (1, 4):
+        finish = core.finish(handle)
+        assert finish is not None and finish.error is not None
+        assert finish.error.code == "PoisonedError"
+    assert len(core.tokens(1)) >= 3  # what it had is not lost
+    partial = {"q.weight": NEW["q.weight"]}
+    fields = ("v2", manifest_of(partial), "auto", "drain", True)
+    assert core.refused(BeginUpdate, *fields).field == "partial"
+    session = core.begin(NEW, mode="inplace")
+    core.submit(request(5))
+    core.turn()
+    assert core.finish_types(5) == ["error"]
+    core.stage(session, NEW)
+    core.call(CommitUpdate, session, kind=UpdateReport)
+    check_live(core, NEW)
+    core.submit(request(6))
+    core.settle()
+    assert core.spans(6) == [("v1", 10)]
+
+
+def test_a_partial_update_changes_what_it_names() -> None:
+    core = Core()
+    before = core.call(Digest, kind=dict[str, str])
+    update(core, {"q.weight": NEW["q.weight"]}, partial=True)
+    after = core.call(Digest, kind=dict[str, str])
+    assert [name for name in before if before[name] != after[name]] == ["q.weight"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_forgotten_session_is_aborted_at_its_deadline(mode: str) -> None:
+    core = Core()
+    session = core.begin(NEW, mode=mode, timeout_s=20.0)
+    core.clock.now += 15.0
+    core.stage(session, NEW, ["q.weight"])
+    core.clock.now += 15.0
+    core.turn()
+    assert core.status().updating  # every command moves the deadline
+    core.clock.now += 5.1
+    core.turn()
+    assert core.status().state == ("ready" if mode == "shadow" else "poisoned")
+    assert core.refused(CommitUpdate, session).code == "UpdateConflictError"
+    update(core, NEW)
+
+
+def test_a_drain_that_outlives_the_session_answers_the_commit() -> None:
+    core = Core()
+    core.submit(request(1, max_new_tokens=200))
+    core.turn(3)
+    session = core.begin(NEW, timeout_s=20.0)
+    core.stage(session, NEW)
+    commit = core.start(CommitUpdate, session)
+    core.turn(3)
+    core.submit(request(2, max_new_tokens=5))
+    core.turn(3)
+    core.clock.now += 20.0
+    core.turn(2)
+    assert core.error(commit).code == "DeadlineError"
+    core.settle()
+    assert core.spans(1) == [("default", 200)]
+    assert core.spans(2) == [("default", 5)]
+
+
+def test_requests_behind_a_draining_update_are_refused_in_time() -> None:
+    core = Core(pause_timeout=10.0, max_running_requests=8)
+    core.submit(request(1, max_new_tokens=200))
+    core.turn(3)
+    session = core.begin(NEW)
+    core.stage(session, NEW)
+    commit = core.start(CommitUpdate, session)
+    core.submit(request(2))
+    core.turn(3)
+    core.clock.now += 10.5
+    core.turn(2)
+    assert core.finish_types(2) == ["error"]
+    core.until(lambda: commit in core.link.replies)
+    core.answer(commit, UpdateReport)
+
+
+def test_abort_of_a_session_answers_what_waits_for_it() -> None:
+    core = Core()
+    core.submit(request(1, max_new_tokens=200))
+    core.turn(3)
+    session = core.begin(NEW)
+    core.stage(session, NEW)
+    commit = core.start(CommitUpdate, session)
+    core.turn(3)
+    assert core.refused(CommitUpdate, session).code == "UpdateConflictError"
+    core.call(AbortUpdate, session)
+    assert core.error(commit).code == "UpdateConflictError"
+    core.settle()
+    assert core.spans(1) == [("default", 200)]
+
+
+def test_a_reader_of_a_bucket_lets_go_of_it() -> None:
+    core = Core()
+    session = core.begin(NEW)
+    core.stage(session, NEW)
+    size = sum(num_bytes_of(info) for info in manifest_of(NEW))
+    maps = Path("/proc/self/maps").read_text().count("memfd:headrace")
+    core.buffer.close()
+    with SharedBuffer.create(size) as fresh:
+        assert fresh.ref.size == size
+        assert Path("/proc/self/maps").read_text().count("memfd:headrace") <= maps
+
+
+class DiskExecutor(FreeExecutor):
+    """The free executor with a checkpoint reader."""
+
+    def checkpoint(self, folder: Path) -> Any:
+        return read_manifest(folder), iterate_checkpoint(folder)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_update_from_disk_is_one_call(tmp_path: Path, mode: str) -> None:
+    save_file(NEW | {"lm_head.weight": NEW["embed.weight"].clone()}, tmp_path / "model.safetensors")
+    core = Core(DiskExecutor(VOCAB_SIZE, weights=tiny_store()))
+    core.submit(request(1, max_new_tokens=30), request(2, max_new_tokens=30))
+    core.turn(4)
+    report = core.call(UpdateFromDisk, str(tmp_path), "disk", mode, "keep", kind=UpdateReport)
+    assert (report.version, report.epoch, report.num_tensors, report.mode) == ("disk", 1, 6, mode)
+    check_live(core, NEW)
+    core.settle()
+    assert [version for version, _ in core.spans(1)] == ["default", "disk"]
+
+
+def test_a_folder_that_does_not_fit_leaves_the_old_weights(tmp_path: Path) -> None:
+    save_file(NEW | {"norm.weight": torch.ones(5)}, tmp_path / "model.safetensors")
+    core = Core(DiskExecutor(VOCAB_SIZE, weights=tiny_store()))
+    before = core.call(Digest, kind=dict[str, str])
+    assert core.refused(UpdateFromDisk, str(tmp_path), "disk").field == "norm.weight"
+    assert core.refused(UpdateFromDisk, str(tmp_path / "nothing"), "disk").code == "CheckpointError"
+    assert core.call(Digest, kind=dict[str, str]) == before
+    assert (core.status().state, core.status().updating) == ("ready", False)
+
+
+def test_a_tied_tensor_with_other_values_rolls_back(tmp_path: Path) -> None:
+    save_file(NEW | {"lm_head.weight": NEW["embed.weight"] + 1}, tmp_path / "model.safetensors")
+    core = Core(DiskExecutor(VOCAB_SIZE, weights=tiny_store()))
+    before = core.call(Digest, kind=dict[str, str])
+    error = core.refused(UpdateFromDisk, str(tmp_path), "disk", "shadow")
+    assert error.field == "lm_head.weight"
+    assert core.call(Digest, kind=dict[str, str]) == before
+    assert (core.status().state, core.status().updating) == ("ready", False)

@@ -1,0 +1,39 @@
+"""A tiny random model with a byte-level tokenizer on disk, and engines on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace import Engine
+from tests.engine.builders import SETTINGS, save_model
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint every test here serves, unless it says otherwise."""
+    return save_model(tmp_path_factory.mktemp("model"), seed=0)
+
+
+@pytest.fixture(scope="session")
+def engine(model_folder: Path) -> Iterator[Engine]:
+    """An in-process engine shared by tests that leave it as it was."""
+    with Engine(model_folder, inprocess=True, **SETTINGS) as shared:
+        yield shared
+
+
+@pytest.fixture
+def start(model_folder: Path) -> Iterator[Callable[..., Engine]]:
+    """Start engines that end with the test: in process unless told otherwise."""
+    started: list[Engine] = []
+
+    def start_engine(folder: Path | None = None, *, inprocess: bool = True, **settings: Any) -> Engine:
+        started.append(Engine(folder or model_folder, inprocess=inprocess, **{**SETTINGS, **settings}))
+        return started[-1]
+
+    yield start_engine
+    for each in started:
+        each.shutdown()

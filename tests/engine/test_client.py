@@ -1,0 +1,256 @@
+"""The client against a core that is scripted by hand, over the real in-process link."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import msgspec
+import pytest
+
+from headrace.engine.client import CoreClient
+from headrace.ipc import make_pair
+from headrace.ipc.inprocess import InprocessCoreLink
+from headrace.types.errors import (
+    DeadlineError,
+    EngineDeadError,
+    ErrorInfo,
+    HeadraceError,
+    NotFoundError,
+    ShutdownError,
+)
+from headrace.types.messages import (
+    Abort,
+    Command,
+    CoreReady,
+    CoreStatus,
+    Deltas,
+    Finished,
+    FlushCache,
+    GetStatus,
+    GetWeight,
+    Reply,
+    Submit,
+    WeightBytes,
+)
+from headrace.types.request import Delta, Finish, Request, pack_ids
+
+STATUS = CoreStatus("ready", "default", 0, "", False, 0, 0, 0, 0, {})
+
+
+class Recorder:
+    """A sink that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.deltas: list[Delta] = []
+        self.errors: list[HeadraceError] = []
+
+    def on_delta(self, delta: Delta) -> None:
+        self.deltas.append(delta)
+
+    def on_failure(self, error: HeadraceError) -> None:
+        self.errors.append(error)
+
+
+class ScriptedCore:
+    """The core's end of a link, played by the test on the same loop; answers heartbeats by itself."""
+
+    def __init__(self, link: InprocessCoreLink) -> None:
+        self.link = link
+        self.answers_heartbeats = True
+
+    async def commands(self) -> list[Command]:
+        """What has arrived since the last call, heartbeats apart."""
+        await asyncio.sleep(0.01)
+        arrived = self.link.poll(0)
+        for command in arrived:
+            if isinstance(command, GetStatus) and self.answers_heartbeats:
+                self.link.send(Reply(command.call_id, msgspec.msgpack.encode(STATUS)))
+        await asyncio.sleep(0.01)
+        return [command for command in arrived if not isinstance(command, GetStatus)]
+
+
+Scenario = Callable[[CoreClient, ScriptedCore], Coroutine[Any, Any, None]]
+
+
+def play(scenario: Scenario, control_timeout: float = 30.0) -> list[str]:
+    """Run a scenario on a started client. Returns "killed" if the client asked for the core's end."""
+    deaths: list[str] = []
+
+    async def main() -> None:
+        front, link = make_pair()
+        core = ScriptedCore(link)
+        client = CoreClient(front, control_timeout, lambda: deaths.append("killed"))
+        start = asyncio.create_task(client.start(5.0))
+        await asyncio.sleep(0)
+        link.send(CoreReady(max_total_num_tokens=7))
+        while not start.done():
+            await core.commands()
+        assert (await start).max_total_num_tokens == 7
+        await scenario(client, core)
+        await client.close(ShutdownError("over"))
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+    return deaths
+
+
+def request(handle: int, num_tokens: int = 1) -> Request:
+    return Request(handle, str(handle), pack_ids([1] * num_tokens), 4, 0)
+
+
+def test_requests_of_one_turn_leave_as_one_message() -> None:
+    async def scenario(client: CoreClient, core: ScriptedCore) -> None:
+        for _ in range(50):
+            client.submit(request(client.new_handle()), Recorder())
+        [message] = await core.commands()
+        assert isinstance(message, Submit) and [r.handle for r in message.requests] == list(range(1, 51))
+
+    play(scenario)
+
+
+def test_huge_batches_leave_in_bounded_messages() -> None:
+    async def scenario(client: CoreClient, core: ScriptedCore) -> None:
+        for _ in range(5):
+            client.submit(request(client.new_handle(), 1_000_000), Recorder())
+        messages = await core.commands()
+        assert [len(m.requests) for m in messages if isinstance(m, Submit)] == [2, 2, 1]
+
+    play(scenario)
+
+
+def test_an_abort_follows_the_requests_submitted_before_it() -> None:
+    async def scenario(client: CoreClient, core: ScriptedCore) -> None:
+        client.submit(request(1), Recorder())
+        client.abort([1, 99], "enough")
+        client.drop(1, is_answered=False)
+        client.submit(request(2), Recorder())
+        first, second, third, fourth = await core.commands()
+        assert isinstance(first, Submit) and second == Abort((1,), "enough")
+        assert isinstance(third, Submit) and fourth == Finished((1,))
+
+    play(scenario)
+
+
+def test_deltas_go_to_their_sink_until_the_terminal_one() -> None:
+    async def scenario(client: CoreClient, core: ScriptedCore) -> None:
+        one, two = Recorder(), Recorder()
+        client.submit(request(1), one)
+        client.submit(request(2), two)
+        last = Finish("length")
+        core.link.send(Deltas((Delta(1), Delta(2, finish=last), Delta(77))))
+        core.link.send(Deltas((Delta(2), Delta(1, finish=last), Delta(1))))
+        await core.commands()
+        assert [len(one.deltas), len(two.deltas), client.num_live] == [2, 1, 0]
+
+    play(scenario)
+
+
+def test_replies_find_their_calls_in_any_order() -> None:
+    async def scenario(client: CoreClient, core: ScriptedCore) -> None:
+        calls = [asyncio.create_task(client.call(FlushCache, int)) for _ in range(3)]
+        commands = await core.commands()
+        for number, command in reversed(list(enumerate(commands))):
+            assert isinstance(command, FlushCache)
+            core.link.send(Reply(command.call_id, msgspec.msgpack.encode(number)))
+        assert await asyncio.gather(*calls) == [0, 1, 2]
+
+    play(scenario)
+
+
+def test_the_core_s_error_is_raised_with_its_class() -> None:
+    async def scenario(client: CoreClient, core: ScriptedCore) -> None:
+        call = asyncio.create_task(client.call(lambda i: GetWeight(i, "x"), WeightBytes))
+        [command] = await core.commands()
+        assert isinstance(command, GetWeight)
+        core.link.send(Reply(command.call_id, error=ErrorInfo("NotFoundError", "no x", "name")))
+        with pytest.raises(NotFoundError, match="no x") as caught:
+            await call
+        assert caught.value.field == "name"
+
+    play(scenario)
+
+
+def test_a_call_has_a_deadline_and_a_late_reply_harms_nobody() -> None:
+    async def scenario(client: CoreClient, core: ScriptedCore) -> None:
+        with pytest.raises(DeadlineError, match="FlushCache"):
+            await client.call(FlushCache, int, 0.01)
+        [command] = await core.commands()
+        assert isinstance(command, FlushCache)
+        core.link.send(Reply(command.call_id, msgspec.msgpack.encode(1)))
+        await core.commands()
+        assert client.is_alive
+
+    play(scenario)
+
+
+def test_death_answers_everybody_at_once() -> None:
+    sinks = [Recorder() for _ in range(64)]
+
+    async def scenario(client: CoreClient, core: ScriptedCore) -> None:
+        for handle, sink in enumerate(sinks):
+            client.submit(request(handle), sink)
+        call = asyncio.create_task(client.call(FlushCache, int))
+        await core.commands()
+        client.submit(request(100), late := Recorder())
+        core.link.close()
+        with pytest.raises(EngineDeadError):
+            await call
+        assert not client.is_alive and client.num_live == 0
+        assert [type(error) for error in late.errors] == [EngineDeadError]
+        with pytest.raises(EngineDeadError):
+            client.submit(request(101), Recorder())
+        with pytest.raises(EngineDeadError):
+            await client.call(FlushCache, int)
+
+    assert play(scenario) == ["killed"]
+    assert [[type(error) for error in sink.errors] for sink in sinks] == [[EngineDeadError]] * 64
+
+
+def test_a_core_that_hangs_is_unready_and_then_dead() -> None:
+    async def scenario(client: CoreClient, core: ScriptedCore) -> None:
+        client.submit(request(1), sink := Recorder())
+        core.answers_heartbeats = False
+        while client.is_alive:
+            await core.commands()
+        assert [type(error) for error in sink.errors] == [EngineDeadError]
+        assert not client.is_responsive
+
+    assert play(scenario, control_timeout=0.3) == ["killed"]
+
+
+def test_closing_answers_what_is_live() -> None:
+    async def scenario(client: CoreClient, core: ScriptedCore) -> None:
+        client.submit(request(1), sink := Recorder())
+        call = asyncio.create_task(client.call(FlushCache, int))
+        await asyncio.sleep(0)
+        await client.close(ShutdownError("over"))
+        await client.close(ShutdownError("twice"))
+        with pytest.raises(ShutdownError, match="over"):
+            await call
+        assert [error.message for error in sink.errors] == ["over"]
+
+    assert play(scenario) == []
+
+
+def test_a_core_that_cannot_start_says_why() -> None:
+    async def main() -> None:
+        front, link = make_pair()
+        client = CoreClient(front, 5.0, lambda: None)
+        link.send(CoreReady(error=ErrorInfo("CheckpointError", "model.safetensors is corrupt", "model.safetensors")))
+        with pytest.raises(HeadraceError, match="corrupt") as caught:
+            await client.start(5.0)
+        assert caught.value.field == "model.safetensors"
+        await client.close(ShutdownError("over"))
+
+    asyncio.run(main())
+
+
+def test_a_core_that_does_not_start_in_time_is_an_error() -> None:
+    async def main() -> None:
+        client = CoreClient(make_pair()[0], 5.0, lambda: None)
+        with pytest.raises(DeadlineError, match="start_timeout"):
+            await client.start(0.01)
+        await client.close(ShutdownError("over"))
+
+    asyncio.run(main())

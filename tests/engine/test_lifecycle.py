@@ -1,0 +1,356 @@
+"""Where an engine may live and how it ends: threads, loops, scripts, dropped references, killed processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from headrace import (
+    AsyncEngine,
+    CheckpointError,
+    ConfigError,
+    DeadlineError,
+    Engine,
+    EngineDeadError,
+    Generation,
+    HeadraceError,
+    SamplingParams,
+    ShutdownError,
+    UnsupportedModelError,
+)
+from tests.engine.builders import SETTINGS
+
+ROOT = Path(__file__).parents[2]
+PROMPT = [1, 2, 3]
+SHORT = SamplingParams(temperature=0.0, max_new_tokens=8, ignore_eos=True)
+LONG = SamplingParams(max_new_tokens=1000, ignore_eos=True)
+DEATH_SECONDS = 5.0
+
+
+@pytest.fixture(scope="module")
+def spawned(model_folder: Path) -> Iterator[Engine]:
+    with Engine(model_folder, **SETTINGS) as shared:
+        yield shared
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "what the test waits for did not happen"
+        time.sleep(0.005)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def core_pid(engine: Engine) -> int:
+    return engine.asynchronous.runtime.host.pid
+
+
+def test_a_core_process_and_a_core_thread_give_the_same_results(spawned: Engine, engine: Engine) -> None:
+    assert core_pid(spawned) != os.getpid() == core_pid(engine)
+    params = {"max_new_tokens": 16, "seed": 5, "n": 3, "ignore_eos": True}
+    prompts = ["hello", "a longer prompt than that"]
+    for one, other in zip(
+        spawned.generate(prompts, sampling_params=params, top_logprobs=2, return_prompt_logprobs=True),
+        engine.generate(prompts, sampling_params=params, top_logprobs=2, return_prompt_logprobs=True),
+        strict=True,
+    ):
+        assert (one.token_ids, one.text, one.seed) == (other.token_ids, other.text, other.seed)
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+        assert one.prompt_logprobs[1:] == pytest.approx(other.prompt_logprobs[1:], abs=1e-5)
+    assert spawned.digest() == engine.digest()
+
+
+def test_many_threads_may_call_one_engine(spawned: Engine) -> None:
+    expected = spawned.generate(input_ids=PROMPT, sampling_params=SHORT)[0].token_ids
+    found: list[list[int]] = []
+
+    def call() -> None:
+        for _ in range(5):
+            found.append(spawned.generate(input_ids=PROMPT, sampling_params=SHORT)[0].token_ids)
+            found.append(
+                [t for piece in spawned.stream(input_ids=PROMPT, sampling_params=SHORT) for t in piece.token_ids]
+            )
+
+    threads = [threading.Thread(target=call) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == [expected] * 80
+
+
+def test_blocking_calls_work_inside_a_running_loop(model_folder: Path) -> None:
+    async def notebook_cell() -> list[int]:
+        with Engine(model_folder, inprocess=True, **SETTINGS) as inner:
+            return inner.generate(input_ids=PROMPT, sampling_params=SHORT)[0].token_ids
+
+    assert len(asyncio.run(notebook_cell())) == 8
+
+
+def test_one_async_engine_serves_loops_in_several_threads(model_folder: Path) -> None:
+    engine = AsyncEngine(model_folder, inprocess=True, **SETTINGS)
+    found: list[list[int]] = []
+
+    async def call() -> None:
+        for generation in await engine.generate(input_ids=[PROMPT, PROMPT], sampling_params=SHORT):
+            found.append(generation.token_ids)
+
+    threads = [threading.Thread(target=lambda: asyncio.run(call())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    engine.close()
+    assert len(found) == 8 and len({tuple(ids) for ids in found}) == 1
+
+
+def test_two_engines_in_one_process(spawned: Engine, model_folder: Path) -> None:
+    with Engine(model_folder, inprocess=True, **SETTINGS) as other:
+        other.set_weight_version("other")
+        one = spawned.generate(input_ids=PROMPT, sampling_params=SHORT)[0]
+        two = other.generate(input_ids=PROMPT, sampling_params=SHORT)[0]
+    assert one.token_ids == two.token_ids
+    assert [one.version_spans, two.version_spans] == [[("default", 8)], [("other", 8)]]
+    assert spawned.generate(input_ids=PROMPT, sampling_params=SHORT)
+
+
+SCRIPT = """
+import signal, threading
+before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+from headrace import Engine
+engine = Engine({folder!r}, **{settings!r})
+engine.generate(input_ids=[1, 2, 3], sampling_params={{"max_new_tokens": 4, "ignore_eos": True}})
+assert before == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)], "signal handlers were installed"
+print("core", engine.asynchronous.runtime.host.pid, flush=True)
+{end}
+"""
+
+
+def script(folder: Path, end: str) -> subprocess.Popen[str]:
+    code = SCRIPT.format(folder=str(folder), settings=SETTINGS, end=end)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def read_core_pid(process: subprocess.Popen[str]) -> int:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("core "):
+            return int(line.split()[1])
+    raise AssertionError(process.stderr.read() if process.stderr else "")
+
+
+def test_a_script_without_a_main_guard_ends_by_itself_and_quietly(model_folder: Path) -> None:
+    """Neither `shutdown` nor a context manager: the interpreter's end is enough."""
+    with script(model_folder, "print('done')") as process:
+        pid = read_core_pid(process)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "done" in output
+    assert "Traceback" not in errors and "Error" not in errors and "Warning" not in errors
+    wait_for(lambda: not is_running(pid), DEATH_SECONDS)
+
+
+def test_a_killed_parent_leaves_nothing(model_folder: Path) -> None:
+    """With requests running and buffers of an update open."""
+    before = set(os.listdir("/dev/shm"))
+    end = """
+threading.Thread(target=lambda: engine.generate(input_ids=[[1]] * 8, sampling_params={"max_new_tokens": 1000})).start()
+import numpy
+session = engine.begin_update("x", [("model.norm.weight", (32,), "float32")], partial=True)
+engine.stage(session, [("model.norm.weight", numpy.ones(32, numpy.float32))])
+print("core", engine.asynchronous.runtime.host.pid, flush=True)
+import time; time.sleep(60)
+"""
+    with script(model_folder, end) as process:
+        pid = read_core_pid(process)
+        assert read_core_pid(process) == pid and is_running(pid)
+        process.kill()
+        wait_for(lambda: not is_running(pid), DEATH_SECONDS)
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_a_killed_core_answers_everybody_in_seconds(model_folder: Path) -> None:
+    engine = Engine(model_folder, **SETTINGS)
+    outcomes: list[Exception | list[Generation]] = []
+
+    def call(number: int) -> None:
+        try:
+            outcomes.append(engine.generate(input_ids=[number + 1], sampling_params=LONG))
+        except HeadraceError as error:
+            outcomes.append(error)
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(64)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: engine.metrics()["num_running"] == 64)
+    os.kill(core_pid(engine), signal.SIGKILL)
+    killed_at = time.monotonic()
+    for thread in threads:
+        thread.join(DEATH_SECONDS)
+    assert time.monotonic() - killed_at < DEATH_SECONDS
+    assert len(outcomes) == 64 and all(isinstance(outcome, EngineDeadError) for outcome in outcomes)
+    assert all("signal 9" in str(outcome) for outcome in outcomes)
+    assert not engine.is_alive and not engine.is_ready
+    for dead_call in (engine.metrics, engine.digest, lambda: engine.generate(input_ids=[1])):
+        with pytest.raises(EngineDeadError):
+            dead_call()
+    engine.shutdown()
+
+
+def test_shutdown_answers_what_runs_and_can_be_repeated(model_folder: Path) -> None:
+    engine = Engine(model_folder, **SETTINGS)
+    pid, num_before = core_pid(engine), len(os.listdir("/proc/self/fd"))
+    found: list[Generation] = []
+    thread = threading.Thread(
+        target=lambda: found.extend(engine.generate(input_ids=[PROMPT] * 4, sampling_params=LONG))
+    )
+    thread.start()
+    wait_for(lambda: engine.metrics()["num_running"] == 4)
+    closers = [threading.Thread(target=engine.shutdown) for _ in range(3)]
+    for closer in closers:
+        closer.start()
+    for waiting in (thread, *closers):
+        waiting.join(20)
+        assert not waiting.is_alive()
+    assert [each.finish_reason for each in found] == ["abort"] * 4
+    assert all(len(each.token_ids) == len(each.logprobs) for each in found)
+    assert not is_running(pid) and len(os.listdir("/proc/self/fd")) < num_before
+    engine.shutdown()
+    calls: list[Callable[[], object]] = [
+        lambda: engine.generate(input_ids=PROMPT),
+        lambda: list(engine.stream(input_ids=PROMPT)),
+        lambda: engine.score(input_ids=PROMPT),
+        lambda: engine.update_weights_from_tensor([], version="x"),
+        engine.pause,
+        engine.resume,
+        engine.flush_cache,
+        engine.metrics,
+        engine.digest,
+        lambda: engine.abort(all=True),
+        engine.serve,
+    ]
+    for call in calls:
+        with pytest.raises(ShutdownError):
+            call()
+
+
+def test_a_dropped_engine_ends(model_folder: Path) -> None:
+    for inprocess in (True, False):
+        engine = Engine(model_folder, inprocess=inprocess, **SETTINGS)
+        engine.generate(input_ids=PROMPT, sampling_params=SHORT)
+        host, thread = engine.asynchronous.runtime.host, engine.asynchronous.runtime._thread
+        del engine
+        gc.collect()
+        thread.join(10)
+        assert not thread.is_alive()
+        assert inprocess or not is_running(host.pid)
+
+
+def test_an_engine_leaves_no_thread_or_descriptor(model_folder: Path) -> None:
+    def held() -> tuple[int, int]:
+        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+    for inprocess in (True, False):
+        before = held()
+        with Engine(model_folder, inprocess=inprocess, **SETTINGS) as engine:
+            engine.generate(input_ids=PROMPT, sampling_params=SHORT)
+            assert held() > before
+        wait_for(lambda before=before: held() <= before)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "named"),
+    [
+        ({"page_size": 0}, ConfigError, "page_size"),
+        ({"page_size": "4"}, ConfigError, "page_size"),
+        ({"paeg_size": 4}, ConfigError, "paeg_size"),
+        ({"device": "cuda"}, ConfigError, "device"),
+        ({"context_length": 1 << 20}, ConfigError, "context_length"),
+        ({"tokenizer": "/nowhere"}, ConfigError, "tokenizer"),
+    ],
+)
+def test_a_wrong_setting_is_named(
+    model_folder: Path, settings: dict[str, object], error: type[Exception], named: str
+) -> None:
+    with pytest.raises(error) as caught:
+        Engine(model_folder, inprocess=True, **{**SETTINGS, **settings})
+    assert isinstance(caught.value, HeadraceError) and caught.value.field == named
+
+
+@pytest.mark.parametrize("model", ["/nowhere", "./nowhere", "a/b/c", "nobody-here/no-such-model", ""])
+def test_a_model_that_is_nowhere_is_an_error_of_that_name(model: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Engine(model, inprocess=True, **SETTINGS)
+    assert caught.value.field == "model" and model in caught.value.message
+
+
+def broken_copy(model_folder: Path, folder: Path) -> Path:
+    for file in model_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_a_broken_checkpoint_is_told_from_the_core(model_folder: Path, tmp_path: Path) -> None:
+    folder = broken_copy(model_folder, tmp_path)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    for inprocess in (True, False):
+        with pytest.raises(CheckpointError, match="model.safetensors"):
+            Engine(folder, inprocess=inprocess, **SETTINGS)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["MambaForCausalLM"]}))
+    with pytest.raises(UnsupportedModelError, match="Mamba"):
+        Engine(folder, **SETTINGS)
+
+
+def test_a_core_that_starts_too_slowly_is_killed(model_folder: Path) -> None:
+    before = threading.active_count()
+    with pytest.raises(DeadlineError, match="start_timeout"):
+        Engine(model_folder, **SETTINGS, start_timeout=0.0)
+    wait_for(lambda: threading.active_count() <= before)
+
+
+def test_random_weights_need_no_weight_file(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((model_folder / "config.json").read_bytes())
+    settings = {**SETTINGS, "load_format": "dummy", "skip_tokenizer_init": True, "inprocess": True}
+    digests = []
+    for seed in (1, 1, 2):
+        with Engine(tmp_path, seed=seed, **settings) as engine:
+            assert engine.tokenizer is None
+            assert engine.generate(input_ids=PROMPT, sampling_params=SHORT)[0].text == ""
+            digests.append(engine.digest())
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_blocking_call_on_the_engine_s_own_loop_is_refused(engine: Engine) -> None:
+    async def wrong() -> None:
+        engine.flush_cache()
+
+    with pytest.raises(HeadraceError, match="own loop"):
+        engine.asynchronous.runtime.wait(wrong())
+
+
+def test_the_executor_may_be_replaced_by_one_that_costs_nothing(model_folder: Path) -> None:
+    with contextlib.closing(AsyncEngine(model_folder, executor="free", **SETTINGS)) as engine:
+        found = asyncio.run(engine.generate(input_ids=[PROMPT] * 32, sampling_params=LONG))
+        assert [len(each.token_ids) for each in found] == [1000] * 32

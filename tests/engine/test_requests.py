@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from headrace.config import EngineConfig, ResolvedConfig, resolve
+from headrace.engine.requests import GenerateItem, GenerateOptions, RequestBuilder
+from headrace.engine.seeds import sample_seed
+from headrace.text import Tokenizer
+from headrace.types.errors import RequestError
+from headrace.types.request import unpack_ids
+from headrace.types.sampling_params import LogprobOptions, SamplingParams
+from tests.engine.builders import byte_tokenizer
+
+VOCAB_SIZE = 300
+CONTEXT_LENGTH = 64
+
+
+@pytest.fixture(scope="module")
+def resolved(tmp_path_factory: pytest.TempPathFactory) -> ResolvedConfig:
+    folder = tmp_path_factory.mktemp("config")
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": CONTEXT_LENGTH,
+        "eos_token_id": [256, 5000],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 257}))
+    return resolve(EngineConfig(model=str(folder), seed=3, max_running_requests=8, max_waiting_requests=24), folder)
+
+
+@pytest.fixture(scope="module")
+def builder(resolved: ResolvedConfig) -> RequestBuilder:
+    return RequestBuilder(resolved, Tokenizer(byte_tokenizer()))
+
+
+def expand(builder: RequestBuilder, **arguments: Any) -> list[GenerateItem]:
+    prompts, input_ids = arguments.pop("prompts", None), arguments.pop("input_ids", None)
+    params = arguments.pop("sampling_params", {"max_new_tokens": 4})
+    options: GenerateOptions = arguments  # type: ignore[assignment]
+    return builder.expand(prompts, input_ids, params, options, stream=False)
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({}, "input_ids"),
+    ({"prompts": "a", "input_ids": [1]}, "prompts"),
+    ({"prompts": []}, "prompts"),
+    ({"prompts": ""}, "prompts"),
+    ({"prompts": ["a", ""]}, "prompts[1]"),
+    ({"prompts": 5}, "prompts"),
+    ({"prompts": ["a", 5]}, "prompts"),
+    ({"prompts": b"bytes"}, "prompts"),
+    ({"prompts": "\ud800"}, "prompts"),
+    ({"prompts": "a" * (CONTEXT_LENGTH + 1)}, "prompts"),
+    ({"prompts": "a" * 10_000_000}, "prompts"),
+    ({"prompts": "a" * (CONTEXT_LENGTH * 200)}, "prompts"),
+    ({"input_ids": []}, "input_ids"),
+    ({"input_ids": [[]]}, "input_ids"),
+    ({"input_ids": [[1], []]}, "input_ids[1]"),
+    ({"input_ids": 5}, "input_ids"),
+    ({"input_ids": "text"}, "input_ids"),
+    ({"input_ids": [1, "2"]}, "input_ids"),
+    ({"input_ids": [1, 2.0]}, "input_ids"),
+    ({"input_ids": [1, True]}, "input_ids"),
+    ({"input_ids": [1, None]}, "input_ids"),
+    ({"input_ids": [[1], 2]}, "input_ids"),
+    ({"input_ids": [[1], "ab"]}, "input_ids[1]"),
+    ({"input_ids": [[[1]]]}, "input_ids"),
+    ({"input_ids": [[1], [[2]]]}, "input_ids[1]"),
+    ({"input_ids": [-1]}, "input_ids"),
+    ({"input_ids": [VOCAB_SIZE]}, "input_ids"),
+    ({"input_ids": [[1], [VOCAB_SIZE]]}, "input_ids[1]"),
+    ({"input_ids": [10**30]}, "input_ids"),
+    ({"input_ids": [1 << 40]}, "input_ids"),
+    ({"input_ids": np.array([1.5])}, "input_ids"),
+    ({"input_ids": np.array([True])}, "input_ids"),
+    ({"input_ids": np.array([], dtype=np.int64)}, "input_ids"),
+    ({"input_ids": np.array([[[1]]])}, "input_ids"),
+    ({"input_ids": [1] * (CONTEXT_LENGTH + 1)}, "input_ids"),
+    ({"input_ids": [1] * CONTEXT_LENGTH}, "sampling_params.max_new_tokens"),
+    ({"input_ids": [1] * 61}, "sampling_params.max_new_tokens"),
+    ({"input_ids": [1], "sampling_params": {"max_new_tokens": CONTEXT_LENGTH}}, "sampling_params.max_new_tokens"),
+    ({"input_ids": [1], "sampling_params": {"max_new_tokens": "4"}}, "sampling_params.max_new_tokens"),
+    ({"input_ids": [1], "sampling_params": {"tempratur": 1.0}}, "sampling_params.tempratur"),
+    ({"input_ids": [1], "sampling_params": {"temperature": float("nan")}}, "sampling_params.temperature"),
+    ({"input_ids": [1], "sampling_params": {"n": 10**9}}, "sampling_params.n"),
+    ({"input_ids": [1], "sampling_params": {"n": 33, "max_new_tokens": 1}}, "input_ids"),
+    ({"input_ids": [1], "sampling_params": "hot"}, "sampling_params"),
+    ({"input_ids": [1], "sampling_params": [{}, {}]}, "sampling_params"),
+    ({"input_ids": [1], "sampling_params": []}, "sampling_params"),
+    ({"input_ids": [[1], [2]], "sampling_params": [{"max_new_tokens": 1}, 5]}, "sampling_params[1]"),
+    (
+        {"input_ids": [[1], [2]], "sampling_params": [{"max_new_tokens": 1}, {"top_p": 2}]},
+        "sampling_params[1].top_p",
+    ),
+    (
+        {"input_ids": [1], "sampling_params": {"max_new_tokens": 1, "stop_token_ids": [VOCAB_SIZE]}},
+        "sampling_params.stop_token_ids",
+    ),
+    (
+        {"input_ids": [1], "sampling_params": {"max_new_tokens": 1, "logit_bias": {VOCAB_SIZE: 1.0}}},
+        "sampling_params.logit_bias",
+    ),
+    ({"input_ids": [1], "request_id": ""}, "request_id"),
+    ({"input_ids": [1], "request_id": 5}, "request_id"),
+    ({"input_ids": [1], "request_id": "x" * 2000}, "request_id"),
+    ({"input_ids": [[1], [2]], "request_id": ["a"]}, "request_id"),
+    ({"input_ids": [[1], [2]], "request_id": ["a", "a"]}, "request_id"),
+    ({"input_ids": [1], "priority": 1.5}, "priority"),
+    ({"input_ids": [1], "priority": True}, "priority"),
+    ({"input_ids": [1], "priority": 1 << 40}, "priority"),
+    ({"input_ids": [1], "extra_key": 5}, "extra_key"),
+    ({"input_ids": [1], "extra_key": "x" * 2000}, "extra_key"),
+    ({"input_ids": [1], "logprob_mode": "rawest"}, "logprob_mode"),
+    ({"input_ids": [1], "prompt_logprob_mode": 3}, "prompt_logprob_mode"),
+    ({"input_ids": [1], "return_prompt_logprobs": 1}, "return_prompt_logprobs"),
+    ({"input_ids": [1], "return_prompt_logprobs": True, "logprob_start": 2}, "logprob_start"),
+    ({"input_ids": [1], "logprob_start": -1}, "logprob_start"),
+    ({"input_ids": [1], "logprob_start": "0"}, "logprob_start"),
+    ({"input_ids": [1], "top_logprobs": -1}, "top_logprobs"),
+    ({"input_ids": [1], "top_logprobs": VOCAB_SIZE + 1}, "top_logprobs"),
+    ({"input_ids": [1], "top_logprobs": True}, "top_logprobs"),
+    ({"input_ids": [1], "logprob_token_ids": [VOCAB_SIZE]}, "logprob_token_ids"),
+    ({"input_ids": [1], "logprob_token_ids": ["a"]}, "logprob_token_ids"),
+    ({"input_ids": [1], "logprob_token_ids": 7}, "logprob_token_ids"),
+    ({"input_ids": [1], "logprob_token_ids": [1] * 5000}, "logprob_token_ids"),
+    ({"input_ids": [1], "lora_path": "x"}, "lora_path"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "field"), BAD, ids=[f"{i}-{field}" for i, (_, field) in enumerate(BAD)])
+def test_bad_input_names_its_field(builder: RequestBuilder, arguments: dict[str, Any], field: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        expand(builder, **arguments)
+    assert caught.value.field == field
+    assert caught.value.message
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"prompts": "a"},
+        {"prompts": ["a", "b"]},
+        {"prompts": ("a", "b")},
+        {"input_ids": [1, VOCAB_SIZE - 1]},
+        {"input_ids": (1, 2)},
+        {"input_ids": [[1], (2,), np.array([3])]},
+        {"input_ids": np.array([1, 2], dtype=np.uint8)},
+        {"input_ids": np.array([[1, 2], [3, 4]])},
+        {"input_ids": [np.int64(4), 5]},
+        {"input_ids": [1] * 60},
+        {"input_ids": [1] * CONTEXT_LENGTH, "sampling_params": {"max_new_tokens": 0}},
+        {"input_ids": [1], "return_prompt_logprobs": True, "logprob_start": 1},
+        {"input_ids": [1], "top_logprobs": VOCAB_SIZE, "logprob_token_ids": np.array([1, 2])},
+        {"input_ids": [1], "sampling_params": {"n": 32, "max_new_tokens": 1}},
+    ],
+)
+def test_good_input_passes(builder: RequestBuilder, arguments: dict[str, Any]) -> None:
+    assert expand(builder, **arguments)
+
+
+def test_text_is_encoded_and_ids_are_not_touched(builder: RequestBuilder) -> None:
+    [text], [ids] = expand(builder, prompts="hé"), expand(builder, input_ids=[9, 8, 7])
+    assert unpack_ids(builder.build(text, 1).prompt).tolist() == list("hé".encode())
+    assert unpack_ids(builder.build(ids, 2).prompt).tolist() == [9, 8, 7]
+
+
+def test_samples_are_prompt_major_with_their_own_seeds(builder: RequestBuilder) -> None:
+    params = [{"n": 2, "seed": 5, "max_new_tokens": 1}, {"n": 1, "max_new_tokens": 1}]
+    items = expand(builder, input_ids=[[1], [2]], sampling_params=params, request_id="r")
+    assert [(i.prompt_index, i.index, i.request_id) for i in items] == [(0, 0, "r_0"), (0, 1, "r_0"), (1, 0, "r_1")]
+    assert [item.seed for item in items[:2]] == [5, sample_seed(5, 1)]
+
+
+def test_requests_without_a_seed_get_different_ones_that_repeat_with_the_engine(resolved: ResolvedConfig) -> None:
+    def seeds() -> list[int]:
+        fresh = RequestBuilder(resolved, None)
+        return [fresh.build(item, 0).seed for _ in range(3) for item in expand(fresh, input_ids=[[1], [1]])]
+
+    assert seeds() == seeds()
+    assert len(set(seeds())) == 6
+
+
+def test_stop_ids_are_the_union_with_end_of_sequence(builder: RequestBuilder) -> None:
+    def stops(**params: Any) -> tuple[int, ...]:
+        [item] = expand(builder, input_ids=[1], sampling_params={"max_new_tokens": 1, **params})
+        return builder.build(item, 0).stop_token_ids
+
+    assert stops() == (256, 257), "both files' ids, but none outside the vocabulary"
+    assert stops(stop_token_ids=[9, 257]) == (256, 257, 9)
+    assert stops(stop_token_ids=[9], ignore_eos=True) == (9,)
+    assert stops(ignore_eos=True) == ()
+
+
+def test_sampling_reaches_the_core_in_its_own_terms(builder: RequestBuilder) -> None:
+    def sampling(**params: Any) -> Any:
+        item = GenerateItem(input_ids=[1], params=SamplingParams(max_new_tokens=1, **params))
+        return builder.build(item, 0).sampling
+
+    assert sampling(temperature=1e-7).temperature == 0.0
+    assert [sampling(top_k=k).top_k for k in (-1, 0, 5, VOCAB_SIZE, 1 << 30)] == [0, 0, 5, 0, 0]
+    assert sampling(logit_bias={3: 1.5}).logit_bias == ((3, 1.5),)
+
+
+def test_tokens_are_delivered_one_by_one_only_when_somebody_looks(builder: RequestBuilder) -> None:
+    def every(stream: bool, **params: Any) -> int:
+        item = GenerateItem(input_ids=[1], params=SamplingParams(max_new_tokens=1, **params), stream=stream)
+        return builder.build(item, 0).deliver_every
+
+    assert (every(False), every(True), every(False, stop=("x",))) == (0, 1, 1)
+
+
+def test_prompt_scores_that_cannot_exist_are_not_asked_for(builder: RequestBuilder) -> None:
+    def start(position: int) -> int | None:
+        item = GenerateItem(input_ids=[1, 2], params=SamplingParams(max_new_tokens=1))
+        item = GenerateItem(
+            input_ids=item.input_ids, params=item.params, logprobs=LogprobOptions(prompt_start=position)
+        )
+        return builder.build(item, 0).logprobs.prompt_start
+
+    assert [start(0), start(1), start(2)] == [0, 1, None]
+
+
+def test_without_a_tokenizer_text_and_stop_strings_are_refused(resolved: ResolvedConfig) -> None:
+    builder = RequestBuilder(resolved, None)
+    with pytest.raises(RequestError, match="no tokenizer"):
+        expand(builder, prompts="a")
+    with pytest.raises(RequestError, match="tokenizer") as caught:
+        expand(builder, input_ids=[1], sampling_params={"max_new_tokens": 1, "stop": "x"})
+    assert caught.value.field == "sampling_params.stop"

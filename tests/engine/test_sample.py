@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+
+from headrace.engine.sample import Sample, slice_spans
+from headrace.types.request import Delta, Request, TokenExtras, pack_floats, pack_ids
+from headrace.types.sampling_params import LogprobOptions
+
+NAN = float("nan")
+
+
+def request(**options: object) -> Request:
+    return Request(1, "r", pack_ids([1, 2, 3]), 8, 0, logprobs=LogprobOptions(**options))  # type: ignore[arg-type]
+
+
+def delta(ids: list[int], version: str = "a", **fields: object) -> Delta:
+    spans = ((version, len(ids)),) if ids else ()
+    return Delta(1, pack_ids(ids), pack_floats([-float(i) for i in ids]), spans, **fields)  # type: ignore[arg-type]
+
+
+def test_deltas_add_up_and_spans_merge() -> None:
+    sample = Sample(request())
+    assert [sample.append(d) for d in (delta([5, 6]), delta([7]), delta([8, 9], "b"))] == [2, 1, 2]
+    assert sample.token_ids == [5, 6, 7, 8, 9]
+    assert sample.logprobs == [-5.0, -6.0, -7.0, -8.0, -9.0]
+    assert sample.spans == [("a", 3), ("b", 2)]
+
+
+def test_truncation_cuts_everything_alike() -> None:
+    sample = Sample(request(num_top=1))
+    extras = tuple(TokenExtras(pack_ids([i]), pack_floats([-1.0])) for i in range(4))
+    sample.append(delta([5, 6], extras=extras[:2]))
+    sample.append(delta([7, 8], "b", extras=extras[2:]))
+    sample.truncate(3)
+    fields = sample.fields_from(0)
+    assert fields["token_ids"] == [5, 6, 7] and fields["logprobs"] == [-5.0, -6.0, -7.0]
+    assert fields["version_spans"] == [("a", 2), ("b", 1)]
+    assert fields["top_logprobs"] == [{0: -1.0}, {1: -1.0}, {2: -1.0}]
+
+
+def test_pieces_join_to_the_whole() -> None:
+    sample = Sample(request())
+    sample.append(delta([1, 2, 3]))
+    sample.append(delta([4, 5], "b"))
+    for cut in range(6):
+        late = sample.fields_from(cut)
+        assert late["token_ids"] == [1, 2, 3, 4, 5][cut:]
+        assert sum(count for _, count in late["version_spans"]) == len(late["logprobs"]) == 5 - cut
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "expected"),
+    [(0, 5, [("a", 2), ("b", 3)]), (1, 3, [("a", 1), ("b", 1)]), (2, 5, [("b", 3)]), (0, 0, []), (5, 5, [])],
+)
+def test_slices_of_spans(start: int, stop: int, expected: list[tuple[str, int]]) -> None:
+    assert slice_spans([("a", 2), ("b", 3)], start, stop) == expected
+
+
+def test_prompt_scores_have_one_entry_per_prompt_token() -> None:
+    sample = Sample(request(prompt_start=0, num_top=1, token_ids=(4,)))
+    extras = (TokenExtras(), *(TokenExtras(pack_ids([9]), pack_floats([-1]), pack_floats([-2])) for _ in range(2)))
+    sample.append(delta([], prompt_logprobs=pack_floats([NAN, -1.5, -2.5]), prompt_extras=extras))
+    fields = sample.prompt_fields()
+    assert fields["prompt_logprobs"] == [None, -1.5, -2.5]
+    assert fields["prompt_top_logprobs"] == [None, {9: -1.0}, {9: -1.0}]
+    assert fields["prompt_token_ids_logprobs"] == [None, {4: -2.0}, {4: -2.0}]
+
+
+def test_prompt_scores_from_a_later_position_are_padded() -> None:
+    sample = Sample(request(prompt_start=2))
+    sample.append(delta([], prompt_logprobs=pack_floats([-2.5])))
+    assert sample.prompt_fields() == {"prompt_logprobs": [None, None, -2.5]}
+
+
+def test_nothing_asked_nothing_given() -> None:
+    sample = Sample(request())
+    sample.append(delta([1]))
+    assert sample.prompt_fields() == {}
+    assert not {"top_logprobs", "token_ids_logprobs"} & sample.fields_from(0).keys()

@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from headrace.engine.requests import GenerateItem
+from headrace.engine.stream import EndKind, Stream, StreamGroup
+from headrace.text import Tokenizer
+from headrace.types.errors import ErrorInfo, HeadraceError, PoisonedError
+from headrace.types.generation import Generation
+from headrace.types.request import Delta, Finish, Request, pack_floats, pack_ids
+from headrace.types.sampling_params import SamplingParams
+from tests.engine.builders import EOS_ID, byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(byte_tokenizer())
+
+
+class Feed:
+    """A stream fed by hand, and how it ended."""
+
+    def __init__(self, tokenizer: Tokenizer | None, stream: bool = True, **params: Any) -> None:
+        sampling = SamplingParams(**params)
+        item = GenerateItem(input_ids=[1], params=sampling, stream=stream)
+        deliver = 1 if stream or sampling.stop else 0
+        self.ends: list[EndKind] = []
+        request = Request(1, "r", pack_ids([1]), 8, 0, deliver_every=deliver)
+        self.stream = Stream(item, request, tokenizer, lambda _, kind: self.ends.append(kind))
+
+    def tokens(self, data: bytes | list[int], finish: Finish | None = None) -> None:
+        ids = list(data)
+        self.stream.on_delta(Delta(1, pack_ids(ids), pack_floats([0.0] * len(ids)), (("a", len(ids)),), finish))
+
+
+def run(awaitable: Awaitable[Any]) -> Any:
+    async def main() -> Any:
+        return await asyncio.wait_for(awaitable, 10)
+
+    return asyncio.run(main())
+
+
+def result(feed: Feed) -> Generation:
+    answer = run(feed.stream.result())
+    assert isinstance(answer, Generation)
+    assert len(answer.token_ids) == len(answer.logprobs) == sum(count for _, count in answer.version_spans)
+    return answer
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 50])
+def test_a_stop_string_ends_at_the_token_that_completes_it(tokenizer: Tokenizer, size: int) -> None:
+    """However the tokens come: one by one, or many at once as under overlap."""
+    text = b"one two three four"
+    feed = Feed(tokenizer, stop=("two th", "zzz"))
+    for start in range(0, len(text), size):
+        feed.tokens(text[start : start + size])
+    answer = result(feed)
+    assert answer.token_ids == list(b"one two th"), "the completing token is kept, what overshoots is not"
+    assert (answer.text, answer.finish_reason, answer.matched) == ("one ", "stop", "two th")
+    assert feed.ends == ["dropped"], "the core is told once"
+
+
+def test_no_stop_trim_keeps_the_matched_text(tokenizer: Tokenizer) -> None:
+    feed = Feed(tokenizer, stop=("two",), no_stop_trim=True)
+    feed.tokens(b"one two three")
+    assert result(feed).text == "one two"
+
+
+def test_a_stop_string_in_the_last_delta_wins_over_its_finish(tokenizer: Tokenizer) -> None:
+    for finish in (Finish("length"), Finish("abort", message="Aborted"), Finish("stop", matched=EOS_ID)):
+        feed = Feed(tokenizer, stop=("wo",))
+        feed.tokens([*b"two x", EOS_ID], finish)
+        answer = result(feed)
+        assert (answer.text, answer.token_ids, answer.matched) == ("t", list(b"two"), "wo")
+        assert feed.ends == ["answered"]
+
+
+def test_text_is_not_searched_before_min_new_tokens(tokenizer: Tokenizer) -> None:
+    feed = Feed(tokenizer, stop=("b",), min_new_tokens=4)
+    feed.tokens(b"abcab")
+    assert result(feed).token_ids == list(b"abcab")
+    feed = Feed(tokenizer, stop=("b",), min_new_tokens=2)
+    feed.tokens(b"abcab")
+    assert result(feed).token_ids == list(b"ab")
+
+
+def test_held_back_text_comes_out_at_the_end(tokenizer: Tokenizer) -> None:
+    feed = Feed(tokenizer, stop=("abcd",))
+    feed.tokens(b"xabc")
+    feed.tokens(b"", Finish("length"))
+    answer = result(feed)
+    assert (answer.text, answer.finish_reason, answer.matched) == ("xabc", "length", None)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_stop_token_is_in_the_ids_and_not_in_the_text(tokenizer: Tokenizer, stream: bool) -> None:
+    feed = Feed(tokenizer, stream)
+    feed.tokens(b"abz", Finish("stop", matched=ord("z")))
+    answer = result(feed)
+    assert (answer.text, answer.token_ids, answer.matched) == ("ab", list(b"abz"), ord("z"))
+    feed = Feed(tokenizer, stream, no_stop_trim=True)
+    feed.tokens(b"abz", Finish("stop", matched=ord("z")))
+    assert result(feed).text == "abz"
+
+
+def test_pieces_join_to_the_result(tokenizer: Tokenizer) -> None:
+    feed = Feed(tokenizer)
+    pieces: list[Generation] = []
+
+    async def consume() -> None:
+        async for piece in feed.stream:
+            pieces.append(piece)
+
+    async def produce() -> None:
+        consumer = asyncio.create_task(consume())
+        for part in (b"h\xc3", b"\xa9", b"llo", b"\xff"):
+            feed.tokens(part)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        feed.tokens(b"!", Finish("length"))
+        await consumer
+
+    run(produce())
+    whole = result(feed)
+    assert len(pieces) == 5 and [piece.finish_reason for piece in pieces] == [None] * 4 + ["length"]
+    assert "".join(piece.text for piece in pieces) == whole.text == "héllo\ufffd!"
+    assert [token for piece in pieces for token in piece.token_ids] == whole.token_ids
+
+
+def test_a_slow_reader_gets_one_larger_piece(tokenizer: Tokenizer) -> None:
+    feed = Feed(tokenizer)
+    for letter in b"abc":
+        feed.tokens([letter])
+    piece = run(anext(feed.stream))
+    assert (piece.text, piece.token_ids) == ("abc", list(b"abc"))
+    assert feed.stream.take() is None
+
+
+def test_an_error_raises_from_result_and_from_iteration(tokenizer: Tokenizer) -> None:
+    error = ErrorInfo("PoisonedError", "no")
+    for read in (Stream.result, anext):
+        feed = Feed(tokenizer)
+        feed.tokens(b"", Finish("error", error=error))
+        with pytest.raises(PoisonedError, match="no"):
+            run(read(feed.stream))
+        assert feed.ends == ["answered"]
+
+
+def test_cancelling_tells_the_core_once(tokenizer: Tokenizer) -> None:
+    feed = Feed(tokenizer)
+    feed.tokens(b"a")
+    feed.stream.cancel()
+    feed.stream.cancel()
+    feed.tokens(b"late", Finish("length"))
+    assert feed.ends == ["dropped"]
+    assert result(feed).token_ids == list(b"a")
+
+
+def test_a_delta_the_front_cannot_read_fails_its_own_sequence_only(tokenizer: Tokenizer) -> None:
+    feed = Feed(tokenizer)
+    feed.stream.on_delta(Delta(1, b"\x01", b""))
+    with pytest.raises(HeadraceError, match="failed on this sequence"):
+        run(feed.stream.result())
+    assert feed.ends == ["dropped"]
+
+
+def test_a_group_yields_everything_and_ends(tokenizer: Tokenizer) -> None:
+    feeds = [Feed(tokenizer) for _ in range(3)]
+    group = StreamGroup(feed.stream for feed in feeds)
+    texts: list[str] = []
+
+    async def scenario() -> None:
+        reader = asyncio.create_task(_read_all(group, texts.append))
+        for number, feed in enumerate(feeds):
+            feed.tokens(b"a")
+            await asyncio.sleep(0)
+            feed.tokens(str(number).encode(), Finish("length"))
+        await reader
+
+    run(scenario())
+    assert sorted("".join(texts)) == sorted("a0a1a2")
+
+
+async def _read_all(group: StreamGroup, note: Callable[[str], None]) -> None:
+    while pieces := await group.next_pieces():
+        for piece in pieces:
+            note(piece.text)
+
+
+def test_without_a_tokenizer_there_are_ids_and_no_text() -> None:
+    feed = Feed(None)
+    feed.tokens(b"ab", Finish("length"))
+    answer = result(feed)
+    assert (answer.token_ids, answer.text) == (list(b"ab"), "")

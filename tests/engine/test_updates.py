@@ -1,0 +1,389 @@
+"""Weight updates end to end on a real model."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from headrace import (
+    Engine,
+    Generation,
+    NotFoundError,
+    PoisonedError,
+    RequestError,
+    SamplingParams,
+    TensorInfo,
+    UpdateConflictError,
+    WeightUpdateError,
+)
+from headrace.engine import update as update_module
+from tests.engine.builders import SETTINGS, model_of, named_tensors, save_model
+
+PROMPTS = [[i + 1, i + 2, i + 3, i + 4, i + 5] for i in range(4)]
+GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12, ignore_eos=True)
+NUM_LONG = 900
+
+Starter = Callable[..., Engine]
+Tensors = list[tuple[str, torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def new_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("new"), seed=1)
+
+
+@pytest.fixture(scope="module")
+def new() -> Tensors:
+    return named_tensors(model_of(1))
+
+
+@pytest.fixture(scope="module")
+def spawned(model_folder: Path) -> Iterator[Engine]:
+    """An engine with a core process, whose weights each test sets as it needs them."""
+    with Engine(model_folder, **SETTINGS) as shared:
+        yield shared
+
+
+def outputs(engine: Engine) -> list[tuple[list[int], list[float]]]:
+    return [(g.token_ids, g.logprobs) for g in engine.generate(input_ids=PROMPTS, sampling_params=GREEDY)]
+
+
+class Load:
+    """Eight requests that run across whatever the block does, and are aborted a few steps after it."""
+
+    def __init__(self, engine: Engine, max_new_tokens: int = NUM_LONG) -> None:
+        self.found: list[Generation] = []
+        self._engine = engine
+        self._params = {"max_new_tokens": max_new_tokens, "ignore_eos": True, "seed": 1}
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        prompts = [[i + 1] * 9 for i in range(8)]
+        self.found = self._engine.generate(input_ids=prompts, sampling_params=self._params, request_id="load")
+
+    def __enter__(self) -> Load:
+        self._thread.start()
+        wait_for(lambda: self._engine.metrics()["num_running"] == 8)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._params["max_new_tokens"] == NUM_LONG:
+            enough = self._engine.metrics()["num_steps"] + 6
+            wait_for(lambda: not self._thread.is_alive() or self._engine.metrics()["num_steps"] > enough)
+            self._engine.abort("load")
+        self._thread.join(60)
+        assert len(self.found) == 8
+        for each in self.found:
+            assert len(each.token_ids) == len(each.logprobs) == sum(count for _, count in each.version_spans)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "what the test waits for did not happen"
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("mode", ["auto", "shadow", "inplace"])
+def test_an_update_equals_a_cold_load(start: Starter, new_folder: Path, new: Tensors, mode: Any) -> None:
+    warm, cold = start(), start(new_folder)
+    before = outputs(warm)
+    report = warm.update_weights_from_tensor(new, version=7, mode=mode)
+    assert (report.version, report.epoch, report.num_tensors) == ("7", 1, len(new))
+    assert report.num_bytes == sum(tensor.numel() * 4 for _, tensor in new)
+    assert warm.version == "7" and warm.is_ready
+    assert warm.digest() == cold.digest()
+    assert outputs(warm) == outputs(cold) != before
+    assert warm.generate(input_ids=[1], sampling_params=GREEDY)[0].version_spans == [("7", 12)]
+
+
+@pytest.mark.parametrize("mode", ["shadow", "inplace"])
+@pytest.mark.parametrize("in_flight", ["keep", "recompute", "abort", "drain"])
+def test_requests_in_flight_are_treated_as_asked(start: Starter, new: Tensors, mode: Any, in_flight: Any) -> None:
+    engine = start()
+    with Load(engine, 60 if in_flight == "drain" else NUM_LONG) as load:
+        report = engine.update_weights_from_tensor(new, version="new", mode=mode, in_flight=in_flight)
+        fresh = engine.generate(input_ids=[1, 2, 3], sampling_params=GREEDY)[0]
+    assert fresh.version_spans == [("new", 12)]
+    for each in load.found:
+        versions = [version for version, _ in each.version_spans]
+        if in_flight in ("keep", "recompute"):
+            assert versions == ["default", "new"]
+        elif in_flight == "drain":
+            assert versions == ["default"] and len(each.token_ids) == 60
+        else:
+            assert versions == ["default"] and each.finish_reason == "abort"
+    assert report.num_aborted == (8 if in_flight == "abort" else 0)
+
+
+def test_recomputed_requests_continue_as_if_new_weights_had_read_everything(
+    start: Starter, new_folder: Path, new: Tensors
+) -> None:
+    engine, cold = start(), start(new_folder)
+    with Load(engine) as load:
+        engine.update_weights_from_tensor(new, version="new", in_flight="recompute")
+    for each in load.found[:3]:
+        num_old = each.version_spans[0][1]
+        known = [each.prompt_index + 1] * 9 + each.token_ids
+        scored = cold.score(input_ids=known, prompt_logprob_mode="raw")[0].prompt_logprobs[9 + num_old :]
+        assert np.allclose(each.logprobs[num_old:], np.array(scored, dtype=float), atol=1e-4)
+
+
+def test_steps_go_on_between_the_first_staged_byte_and_the_commit(spawned: Engine, new: Tensors) -> None:
+    engine = spawned
+    engine.update_weights_from_tensor(named_tensors(model_of(0)), version="old")
+    staged_steps = engine.metrics()["staged_steps"]
+    with Load(engine) as load:
+        manifest = [TensorInfo(name, tuple(tensor.shape), "float32") for name, tensor in new]
+        session = engine.begin_update("new", manifest, mode="shadow", in_flight="keep")
+        engine.stage(session, new[:5])
+        at_first_byte = engine.metrics()["num_steps"]
+        for pair in new[5:]:
+            engine.stage(session, [pair])
+        wait_for(lambda: engine.metrics()["num_steps"] > at_first_byte + 3)
+        assert engine.version == "old" and engine.is_ready
+        engine.commit(session)
+    assert engine.metrics()["staged_steps"] > staged_steps + 3
+    assert all([version for version, _ in each.version_spans] == ["old", "new"] for each in load.found)
+
+
+def test_any_iterable_of_tensors_will_do(start: Starter, new: Tensors, new_folder: Path) -> None:
+    engine, expected = start(), start(new_folder).digest()
+    forms: list[Any] = [
+        dict(new),
+        iter(new),
+        tuple((name, tensor.numpy()) for name, tensor in new),
+        ((name, torch.nn.Parameter(tensor)) for name, tensor in reversed(new)),
+        [(name, tensor.t().contiguous().t()) if tensor.dim() == 2 else (name, tensor) for name, tensor in new],
+        [*new, ("lm_head.weight", dict(new)["model.embed_tokens.weight"])],
+    ]
+    for number, form in enumerate(forms):
+        engine.update_weights_from_tensor(named_tensors(model_of(0)), version="back")
+        assert engine.digest() != expected
+        engine.update_weights_from_tensor(form, version=number)
+        assert engine.digest() == expected, f"form {number}"
+
+
+def test_bfloat16_tensors_are_cast_to_the_engine_s_dtype(start: Starter, new: Tensors) -> None:
+    engine = start()
+    half = [(name, tensor.to(torch.bfloat16)) for name, tensor in new]
+    engine.update_weights_from_tensor(half, version="half")
+    for name, tensor in half[:4]:
+        assert torch.equal(engine.get_weights_by_name(name), tensor.float())
+
+
+def test_tensors_travel_in_few_buckets_and_large_ones_alone(
+    spawned: Engine, new: Tensors, model_folder: Path, start: Starter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With buckets of 8 KiB some tensors fill one many times over and most share one."""
+    monkeypatch.setattr(update_module, "BUCKET_BYTES", 1 << 13)
+    assert max(tensor.numel() * 4 for _, tensor in new) > 1 << 13
+    for tensors in (new, named_tensors(model_of(2)), named_tensors(model_of(0))):
+        spawned.update_weights_from_tensor(tensors, version="small buckets")
+    assert spawned.digest() == start(model_folder).digest()
+
+
+def test_staging_may_be_cut_anywhere(start: Starter, new: Tensors, new_folder: Path) -> None:
+    engine = start()
+    manifest = [(name, tensor.shape, tensor.dtype) for name, tensor in new]
+    session = engine.begin_update("new", manifest, mode="shadow")  # type: ignore[arg-type]
+    for start_index in range(0, len(new), 6):
+        engine.stage(session, new[start_index : start_index + 6])
+    engine.commit(session)
+    assert engine.digest() == start(new_folder).digest()
+
+
+def test_an_iterator_may_reuse_its_memory(start: Starter, new: Tensors, new_folder: Path) -> None:
+    """A tensor has been copied before the next one is asked for."""
+    engine = start()
+    manifest = [TensorInfo(name, tuple(tensor.shape), "float32") for name, tensor in new]
+
+    def reused() -> Iterator[tuple[str, torch.Tensor]]:
+        memory = torch.empty(max(tensor.numel() for _, tensor in new))
+        for name, tensor in new:
+            view = memory[: tensor.numel()].view(tensor.shape)
+            view.copy_(tensor)
+            yield name, view
+            memory.fill_(float("nan"))
+
+    session = engine.begin_update("new", manifest)
+    engine.stage(session, reused())
+    engine.commit(session)
+    assert engine.digest() == start(new_folder).digest()
+
+
+def test_the_iterator_is_read_in_the_caller_s_thread(engine: Engine) -> None:
+    threads: set[str] = set()
+
+    def pairs() -> Iterator[tuple[str, torch.Tensor]]:
+        for pair in named_tensors(model_of(0)):
+            threads.add(threading.current_thread().name)
+            yield pair
+
+    engine.update_weights_from_tensor(pairs(), version="default")
+    assert threads == {threading.current_thread().name}
+
+
+BROKEN: list[tuple[str, Callable[[Tensors], Any], str]] = [
+    ("misshapen", lambda t: [*t[:7], (t[7][0], t[7][1][:1]), *t[8:]], "{7}"),
+    ("unknown", lambda t: [*t, ("model.extra.weight", t[0][1])], "model.extra.weight"),
+    ("missing", lambda t: t[:7] + t[8:], "{7}"),
+    ("doubled", lambda t: [*t, t[7]], "{7}"),
+    ("integers", lambda t: [*t[:7], (t[7][0], t[7][1].long()), *t[8:]], "{7}"),
+    ("no tensor", lambda t: [*t[:7], (t[7][0], [1.0])], "{7}"),
+    ("no pairs", lambda t: [tensor for _, tensor in t], "named_tensors"),
+    ("no iterable", lambda t: 5, "named_tensors"),
+]
+
+
+@pytest.mark.parametrize(("breaks", "named"), [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN])
+def test_a_wrong_update_leaves_the_old_weights(engine: Engine, new: Tensors, breaks: Any, named: str) -> None:
+    before, digest, version = outputs(engine), engine.digest(), engine.version
+    name = new[7][0] if named == "{7}" else named
+    with pytest.raises(WeightUpdateError, match=name.replace(".", r"\.")):
+        engine.update_weights_from_tensor(breaks(new), version="never")
+    assert (outputs(engine), engine.digest(), engine.version) == (before, digest, version)
+    assert engine.is_ready and not engine.status().updating
+
+
+@pytest.mark.parametrize("mode", ["shadow", "inplace"])
+def test_a_source_that_breaks_serves_old_bits_or_nothing(
+    start: Starter, new: Tensors, new_folder: Path, mode: Any
+) -> None:
+    engine = start()
+    before = outputs(engine)
+
+    class Lost(Exception):
+        pass
+
+    def cut() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from new[:9]
+        raise Lost
+
+    manifest = [TensorInfo(name, tuple(tensor.shape), "float32") for name, tensor in new]
+    session = engine.begin_update("never", manifest, mode=mode)
+    engine.stage(session, new[:3])
+    assert engine.is_ready == (mode == "shadow")
+    with pytest.raises(Lost):
+        engine.stage(session, cut())
+    with pytest.raises(WeightUpdateError, match="not staged"):
+        engine.commit(session)
+    engine.abort_update(session)
+    assert engine.version == "default"
+    if mode == "shadow":
+        assert engine.is_ready and outputs(engine) == before
+        return
+    assert not engine.is_ready and engine.is_alive and engine.status().state == "poisoned"
+    with pytest.raises(PoisonedError):
+        outputs(engine)
+    with pytest.raises(WeightUpdateError):
+        engine.update_weights_from_tensor(new[:9], version="part", partial=True)
+    engine.update_weights_from_tensor(new, version="healed")
+    assert engine.is_ready and engine.digest() == start(new_folder).digest()
+
+
+def test_a_tensor_unlike_its_announcement_is_refused_by_name(engine: Engine, new: Tensors) -> None:
+    manifest = [TensorInfo(name, tuple(tensor.shape), "float32") for name, tensor in new]
+    session = engine.begin_update("never", manifest)
+    name, tensor = new[3]
+    for wrong in ((name, tensor.double()), (name, tensor.reshape(-1, 1)), ("nobody", tensor)):
+        with pytest.raises(WeightUpdateError, match=wrong[0].replace(".", r"\.")):
+            engine.stage(session, [wrong])
+    engine.stage(session, [(name, tensor)])
+    with pytest.raises(WeightUpdateError, match="twice"):
+        engine.stage(session, [(name, tensor)])
+    with pytest.raises(UpdateConflictError):
+        engine.begin_update("second", manifest)
+    engine.abort_update(session)
+    with pytest.raises(UpdateConflictError):
+        engine.commit(session)
+
+
+def test_bad_arguments_of_an_update(engine: Engine, new: Tensors) -> None:
+    for arguments, field in (
+        ({"mode": "fast"}, "mode"),
+        ({"in_flight": "retract"}, "in_flight"),
+        ({"version": ""}, "version"),
+        ({"version": None}, "version"),
+        ({"version": True}, "version"),
+        ({"version": 1.5}, "version"),
+    ):
+        with pytest.raises((RequestError, WeightUpdateError)) as caught:
+            engine.update_weights_from_tensor(new, **{"version": "x", **arguments})  # type: ignore[arg-type]
+        assert caught.value.field == field
+    for manifest in ([5], [("a", 3, "float32")], [("a", (1,))]):
+        with pytest.raises(WeightUpdateError, match="manifest"):
+            engine.begin_update("x", manifest)  # type: ignore[arg-type]
+
+
+def test_a_partial_update_changes_exactly_what_it_names(start: Starter, new: Tensors) -> None:
+    engine = start()
+    before = engine.digest()
+    engine.update_weights_from_tensor(new[3:5], version="part", partial=True)
+    changed = {name for name, value in engine.digest().items() if before[name] != value}
+    assert changed == {name for name, _ in new[3:5]}
+
+
+def test_an_update_from_disk(spawned: Engine, start: Starter, new_folder: Path, tmp_path: Path) -> None:
+    engine = spawned
+    engine.update_weights_from_tensor(named_tensors(model_of(0)), version="old")
+    report = engine.update_weights_from_disk(new_folder, version="disk", in_flight="keep")
+    assert report.version == engine.version == "disk"
+    assert engine.digest() == start(new_folder).digest()
+    with pytest.raises(Exception, match="empty") as caught:
+        (tmp_path / "empty").mkdir()
+        engine.update_weights_from_disk(tmp_path / "empty", version="none")
+    assert type(caught.value).__module__ == "headrace.types.errors"
+    assert engine.version == "disk" and engine.is_ready
+
+
+def test_weights_are_read_back_in_their_shapes(engine: Engine) -> None:
+    expected = dict(named_tensors(model_of(0)))
+    for name, tensor in expected.items():
+        assert torch.equal(engine.get_weights_by_name(name), tensor)
+    assert torch.equal(engine.get_weights_by_name("lm_head.weight"), expected["model.embed_tokens.weight"])
+    with pytest.raises(NotFoundError, match="nothing"):
+        engine.get_weights_by_name("nothing")
+
+
+def test_a_label_changes_and_nothing_else(start: Starter) -> None:
+    engine = start()
+    digest = engine.digest()
+    engine.generate(input_ids=[3] * 40, sampling_params=GREEDY)
+    engine.set_weight_version(12)
+    assert engine.version == "12" and engine.digest() == digest
+    again = engine.generate(input_ids=[3] * 40, sampling_params=GREEDY)[0]
+    assert again.version_spans == [("12", 12)] and again.num_cached_tokens > 0
+
+
+def test_the_checker_sees_a_reset_and_its_repair(start: Starter) -> None:
+    engine = start()
+    engine.weights_checker("snapshot")
+    assert engine.weights_checker("compare") == {}
+    engine.weights_checker("reset_tensors")
+    assert not engine.is_ready and engine.status().state == "needs_weights"
+    assert {name for name in engine.digest() if "norm" not in name} <= set(engine.weights_checker("compare"))
+    engine.update_weights_from_tensor(named_tensors(model_of(0)), version="again")
+    assert engine.weights_checker("compare") == {} and engine.is_ready
+
+
+def test_many_updates_hold_no_more_descriptors(spawned: Engine, new: Tensors) -> None:
+    engine = spawned
+    engine.update_weights_from_tensor(new, version="warm")
+    core = engine.asynchronous.runtime.host.pid
+
+    def held() -> list[int]:
+        return [len(os.listdir(f"/proc/{pid}/fd")) for pid in (os.getpid(), core)]
+
+    before = held()
+    for version in range(30):
+        engine.update_weights_from_tensor(new, version=version)
+    assert held() == before

@@ -1,0 +1,220 @@
+"""A link over a socketpair: order, bounds, broken frames, and the death of either end."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+
+from headrace.ipc import PeerClosed
+from headrace.ipc.codec import pack_frame
+from headrace.ipc.socket_link import SocketCoreLink, SocketFrontLink
+from headrace.types.errors import EngineDeadError, UnavailableError
+from headrace.types.messages import Abort, Command, Deltas, GetStatus, Output, Reply, Submit
+from headrace.types.request import Delta, Request, pack_ids
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    front, core = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    yield front, core
+    front.close()
+    core.close()
+
+
+def read_all(link: SocketCoreLink, count: int) -> list[Command]:
+    found: list[Command] = []
+    while len(found) < count:
+        arrived = link.poll(5.0)
+        assert arrived, "nothing came"
+        found += arrived
+    return found
+
+
+async def until(condition: object, events: asyncio.Event) -> None:
+    assert callable(condition)
+    while not condition():
+        events.clear()
+        await asyncio.wait_for(events.wait(), 10.0)
+
+
+def test_commands_and_outputs_arrive_in_order(pair: tuple[socket.socket, socket.socket]) -> None:
+    core = SocketCoreLink(pair[1])
+    sent: list[Command] = [Submit((Request(i, "r", pack_ids(range(i % 700)), 1, 1),)) for i in range(3000)]
+
+    def echo() -> None:
+        for command in read_all(core, len(sent)):
+            assert isinstance(command, Submit)
+            request = command.requests[0]
+            core.send(Deltas((Delta(request.handle, request.prompt),)))
+        core.close()
+
+    async def front() -> list[Output]:
+        link = SocketFrontLink(pair[0])
+        outputs: list[Output] = []
+        arrived = asyncio.Event()
+
+        def on_output(output: Output) -> None:
+            outputs.append(output)
+            arrived.set()
+
+        await link.start(on_output, lambda reason: None)
+        for command in sent:
+            link.send(command)
+        await until(lambda: len(outputs) == len(sent), arrived)
+        await link.close()
+        return outputs
+
+    thread = threading.Thread(target=echo)
+    thread.start()
+    outputs = asyncio.run(front())
+    thread.join(10.0)
+    expected = [Deltas((Delta(c.requests[0].handle, c.requests[0].prompt),)) for c in sent if isinstance(c, Submit)]
+    assert outputs == expected
+
+
+def test_poll_returns_at_once_and_waits_when_told(pair: tuple[socket.socket, socket.socket]) -> None:
+    core = SocketCoreLink(pair[1])
+    assert core.poll(0.0) == []
+    assert core.poll(0.01) == []
+    threading.Timer(0.05, lambda: pair[0].sendall(pack_frame(msgspec.msgpack.encode(GetStatus(3))))).start()
+    assert core.poll(10.0) == [GetStatus(3)]
+
+
+def test_commands_before_the_end_of_file_are_returned_first(pair: tuple[socket.socket, socket.socket]) -> None:
+    core = SocketCoreLink(pair[1])
+    pair[0].sendall(pack_frame(msgspec.msgpack.encode(Abort(None))))
+    pair[0].close()
+    assert core.poll(1.0) == [Abort(None, "Aborted")]
+    with pytest.raises(PeerClosed):
+        core.poll(1.0)
+    with pytest.raises(PeerClosed):
+        core.send(Reply(1))
+
+
+def test_a_broken_command_is_answered_and_its_neighbours_are_served(pair: tuple[socket.socket, socket.socket]) -> None:
+    core = SocketCoreLink(pair[1])
+    bad = msgspec.msgpack.encode(["get_weight", 9, ["not", "a", "name"]])
+    first, last = (pack_frame(msgspec.msgpack.encode(GetStatus(call_id))) for call_id in (1, 2))
+    pair[0].sendall(first + pack_frame(bad) + pack_frame(b"\xc1") + last)
+    assert core.poll(1.0) == [GetStatus(1), GetStatus(2)]
+    data = pair[0].recv(1 << 16)
+    reply = msgspec.msgpack.decode(data[4:], type=Output)
+    assert isinstance(reply, Reply)
+    assert reply.call_id == 9
+    assert reply.error is not None
+
+
+def test_a_frame_over_the_bound_ends_the_link(pair: tuple[socket.socket, socket.socket]) -> None:
+    core = SocketCoreLink(pair[1])
+    pair[0].sendall(b"\xff\xff\xff\xff garbage")
+    with pytest.raises(PeerClosed, match="bound"):
+        core.poll(1.0)
+
+
+def test_a_front_that_never_reads_ends_the_link(pair: tuple[socket.socket, socket.socket]) -> None:
+    core = SocketCoreLink(pair[1], max_backlog_bytes=1 << 20, stall_timeout=0.1)
+    output = Reply(1, bytes(1 << 18))
+    with pytest.raises(PeerClosed, match="read nothing"):
+        for _ in range(100):
+            core.send(output)
+
+
+def test_a_slow_front_loses_nothing(pair: tuple[socket.socket, socket.socket]) -> None:
+    core = SocketCoreLink(pair[1], max_backlog_bytes=1 << 20, stall_timeout=30.0)
+    outputs = [Reply(i, bytes([i]) * (1 << 17)) for i in range(64)]
+    found: list[Output] = []
+
+    async def front() -> None:
+        link = SocketFrontLink(pair[0])
+        arrived = asyncio.Event()
+
+        def on_output(output: Output) -> None:
+            found.append(output)
+            arrived.set()
+
+        await link.start(on_output, lambda reason: None)
+        await until(lambda: len(found) == len(outputs), arrived)
+        await link.close()
+
+    thread = threading.Thread(target=lambda: asyncio.run(front()))
+    thread.start()
+    for output in outputs:
+        core.send(output)
+    core.close()
+    thread.join(10.0)
+    assert found == outputs
+
+
+def test_the_front_learns_that_the_core_is_gone(pair: tuple[socket.socket, socket.socket]) -> None:
+    async def front() -> list[str]:
+        link = SocketFrontLink(pair[0])
+        reasons: list[str] = []
+        closed = asyncio.Event()
+
+        def on_close(reason: str) -> None:
+            reasons.append(reason)
+            closed.set()
+
+        await link.start(lambda output: None, on_close)
+        pair[1].close()
+        await asyncio.wait_for(closed.wait(), 5.0)
+        with pytest.raises(EngineDeadError):
+            link.send(GetStatus(1))
+        await link.close()
+        await link.close()
+        return reasons
+
+    assert asyncio.run(front()) == ["the core closed the link"]
+
+
+def test_an_undecodable_output_ends_the_link_with_its_reason(pair: tuple[socket.socket, socket.socket]) -> None:
+    async def front() -> str:
+        link = SocketFrontLink(pair[0])
+        reason: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        await link.start(lambda output: None, reason.set_result)
+        pair[1].sendall(pack_frame(msgspec.msgpack.encode(["deltas", 5])))
+        found = await asyncio.wait_for(reason, 5.0)
+        await link.close()
+        return found
+
+    assert "cannot be decoded" in asyncio.run(front())
+
+
+def test_closing_is_not_reported_and_is_seen_by_the_core(pair: tuple[socket.socket, socket.socket]) -> None:
+    core = SocketCoreLink(pair[1])
+    forked_copy = pair[0].dup()  # as a process forked off the front would hold it
+
+    async def front() -> list[str]:
+        link = SocketFrontLink(pair[0])
+        reasons: list[str] = []
+        await link.start(lambda output: None, reasons.append)
+        link.send(GetStatus(5))
+        await link.close()
+        await asyncio.sleep(0.01)
+        return reasons
+
+    assert asyncio.run(front()) == []
+    assert core.poll(1.0) == [GetStatus(5)]
+    with pytest.raises(PeerClosed):
+        core.poll(1.0)
+    forked_copy.close()
+
+
+def test_a_core_that_never_reads_is_refused_more(pair: tuple[socket.socket, socket.socket]) -> None:
+    async def front() -> None:
+        link = SocketFrontLink(pair[0], max_backlog_bytes=1 << 20)
+        await link.start(lambda output: None, lambda reason: None)
+        command = Submit((Request(1, "r", bytes(1 << 18), 1, 1),))
+        with pytest.raises(UnavailableError, match="fast enough"):
+            for _ in range(100):
+                link.send(command)
+                await asyncio.sleep(0)
+        pair[1].close()
+        await link.close()
+
+    asyncio.run(front())

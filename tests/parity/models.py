@@ -1,0 +1,105 @@
+"""Random small models of every family, made with transformers, and our decoder over their weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+
+from headrace import models
+from headrace.attention import AttentionShape, build_backend
+from headrace.config import ModelSpec
+from headrace.kernels.paged_kv import KvGeometry, KvPool
+from headrace.runner.batch import build_batch
+from headrace.runner.slots import SlotTable
+from headrace.types.plan import StepPlan
+from headrace.weights.store import WeightStore
+
+VOCAB_SIZE = 101
+CONTEXT_LENGTH = 256
+
+CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def make_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A float32 model whose logits are far from flat."""
+    torch.manual_seed(seed)
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "max_position_embeddings": CONTEXT_LENGTH,
+        "initializer_range": 0.15,
+        "tie_word_embeddings": False,
+    }
+    config = CONFIGS[family](**(settings | overrides))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def reference_logits(model: PreTrainedModel, token_ids: list[int]) -> Tensor:
+    """float32 [len(token_ids), V], by transformers."""
+    with torch.inference_mode():
+        return model(torch.tensor([token_ids])).logits[0].float()
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> Path:
+    """A checkpoint folder as transformers writes it."""
+    model.save_pretrained(folder)
+    return folder
+
+
+class Device:
+    """What the runner is made of, without sampling: executes a plan and returns the logits of every packed token."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        numerics: str = "fast",
+        backend: str = "cpu",
+        page_size: int = 16,
+        num_pages: int = 300,
+        num_slots: int = 40,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+        self.spec = spec = ModelSpec.from_config(config)
+        self.store = WeightStore(models.weight_map(spec), dtype, torch.device("cpu"))
+        self.store.load(model.state_dict().items())
+        kernels = "reference" if backend == "reference" else numerics
+        self.decoder = models.build(spec, self.store, numerics=kernels, context_length=CONTEXT_LENGTH)
+        geometry = KvGeometry(spec.num_layers, num_pages, spec.num_kv_heads, page_size, spec.head_dim)
+        shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        self.pool = KvPool(geometry, dtype)
+        self.attention = build_backend(backend, numerics, shape, self.pool)
+        self.slots = SlotTable(num_slots, -(-CONTEXT_LENGTH // page_size))
+
+    def run(self, plan: StepPlan) -> dict[int, Tensor]:
+        """Logits [row length, V] by slot."""
+        with torch.inference_mode():
+            self.slots.apply(plan)
+            batch = build_batch(plan, self.slots)
+            hidden = self.decoder.forward(batch.token_ids, batch.positions, self.attention.plan(batch.attention))
+            logits = self.decoder.logits(hidden)
+        rows = logits.split([int(length) for length in plan.row_lengths])
+        return {int(slot): row for slot, row in zip(plan.row_slots, rows, strict=True)}

@@ -1,0 +1,120 @@
+"""Logits equal those of transformers on the same weights, however the tokens were computed."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from tests.parity.models import LLAMA3_ROPE, VOCAB_SIZE, Device, make_model, reference_logits
+from tests.runner.plans import PlanBuilder
+
+TOLERANCE = 1e-4
+LINEAR_OLD = {"rope_type": "linear", "factor": 4.0}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-gqa": ("llama", {}),
+    "llama-mha-tied": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "llama-mqa-biases": ("llama", {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}),
+    "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "llama-linear-old-spelling": ("llama", {"rope_theta": 2e4, "rope_scaling": LINEAR_OLD}),
+    "llama3": ("llama", {"rope_parameters": LLAMA3_ROPE, "head_dim": 20}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral-wide-heads": ("mistral", {"head_dim": 32, "num_key_value_heads": 1}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-mha-tied": ("qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"head_dim": 24}),
+    "qwen3-tied-biases": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True, "num_attention_heads": 6}),
+}
+
+
+def tokens_of(seed: int, length: int) -> list[int]:
+    return [random.Random(seed).randrange(VOCAB_SIZE) for _ in range(length)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_prefill_and_decode_logits(variant: str) -> None:
+    family, overrides = VARIANTS[variant]
+    model = make_model(family, **overrides)
+    device, plans = Device(model), PlanBuilder(page_size=16, num_pages=300)
+    sequences = {slot: tokens_of(slot, length) for slot, length in enumerate((1, 5, 17, 40, 130))}
+    prompts = {slot: max(1, len(tokens) - 8) for slot, tokens in sequences.items()}
+    for slot, tokens in sequences.items():
+        plans.enter(slot, tokens)
+    found = {slot: [logits] for slot, logits in device.run(plans.step(list(prompts.items()))).items()}
+    while rows := [(slot, 1) for slot in sequences if plans.remaining(slot)]:
+        for slot, logits in device.run(plans.step(rows)).items():
+            found[slot].append(logits)
+    for slot, tokens in sequences.items():
+        torch.testing.assert_close(torch.cat(found[slot]), reference_logits(model, tokens), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("numerics", ["fast", "invariant"])
+@pytest.mark.parametrize("page_size", [1, 4, 16, 48, 64])
+def test_chunks_of_any_size_at_any_page_size(page_size: int, numerics: str) -> None:
+    model = make_model("qwen3")
+    device = Device(model, page_size=page_size, numerics=numerics, num_pages=1 + 720 // page_size)
+    plans = PlanBuilder(page_size=page_size, num_pages=1 + 720 // page_size)
+    sequences = {slot: tokens_of(slot, length) for slot, length in enumerate((150, 37, 90))}
+    choose = random.Random(page_size)
+    found: dict[int, list[torch.Tensor]] = {slot: [] for slot in sequences}
+    for slot, tokens in sequences.items():
+        plans.enter(slot, tokens)
+    while pending := [slot for slot in sequences if plans.remaining(slot)]:
+        choose.shuffle(pending)
+        rows = [(slot, min(plans.remaining(slot), choose.choice((1, 2, 7, 16, 17, 33, 64)))) for slot in pending]
+        for slot, logits in device.run(plans.step(rows)).items():
+            found[slot].append(logits)
+    assert sum(map(len, found.values())) > len(sequences), "nothing was chunked"
+    for slot, tokens in sequences.items():
+        torch.testing.assert_close(torch.cat(found[slot]), reference_logits(model, tokens), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_row_reads_pages_that_an_earlier_row_of_its_plan_writes(backend: str) -> None:
+    model = make_model("llama")
+    device, plans = Device(model, backend=backend), PlanBuilder(page_size=16, num_pages=100)
+    shared = tokens_of(0, 48)
+    sequences = {0: shared + tokens_of(1, 9), 1: shared + tokens_of(2, 30), 2: shared + tokens_of(3, 1)}
+    plans.enter(0, sequences[0])
+    first = plans.step([(0, 20)])
+    device.run(first)
+    rows = [(0, plans.remaining(0))]
+    plan_pages = 4  # slot 0 will hold four pages; lease them before others share them
+    builder_rows = plans.step(rows)
+    assert len(builder_rows.page_ids) + len(first.page_ids) == plan_pages
+    for slot in (1, 2):
+        plans.enter(slot, sequences[slot], share=(0, 48))
+    joined = plans.step([(slot, plans.remaining(slot)) for slot in (1, 2)])
+    merged = merge(builder_rows, joined)
+    found = device.run(merged)
+    for slot, tokens in sequences.items():
+        expected = reference_logits(model, tokens)[-len(found[slot]) :]
+        torch.testing.assert_close(found[slot], expected, atol=TOLERANCE, rtol=0)
+
+
+def merge(*plans: Any) -> Any:
+    """One plan with the rows of several."""
+    import msgspec
+    import numpy as np
+
+    arrays = [
+        name for name in type(plans[0]).__struct_fields__ if isinstance(getattr(plans[0], name), np.ndarray)
+    ]
+    joined = {name: np.concatenate([getattr(plan, name) for plan in plans]) for name in arrays}
+    new_slots = tuple(init for plan in plans for init in plan.new_slots)
+    return msgspec.structs.replace(plans[0], new_slots=new_slots, **joined)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("numerics", ["fast", "invariant"])
+def test_narrow_dtypes_follow_the_float32_model(dtype: torch.dtype, numerics: str) -> None:
+    model = make_model("qwen3", initializer_range=0.05)
+    device = Device(model, dtype=dtype, numerics=numerics)
+    plans = PlanBuilder(page_size=16, num_pages=300)
+    tokens = tokens_of(0, 60)
+    plans.enter(0, tokens)
+    found = [device.run(plans.step([(0, length)]))[0] for length in (40, 3, 1, 1, 15)]
+    expected = reference_logits(model.to(dtype), tokens)
+    assert (torch.cat(found) - expected).abs().max() < 0.06 * expected.abs().max()

@@ -1,0 +1,33 @@
+"""The scripts in `examples/` run as they stand and show what they say."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _run(script: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "examples" / script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_generate_and_score() -> None:
+    output = _run("generate_and_score.py")
+    differences = [float(value) for value in re.findall(r"max difference (\S+)", output)]
+    assert len(differences) == 4 and max(differences) < 1e-4
+
+
+def test_push_while_generating() -> None:
+    output = _run("push_while_generating.py")
+    assert output.endswith("live version: tuned\n")
+    spans = re.findall(r"request \d: \{'default': (\d+), 'tuned': (\d+)\}", output)
+    assert len(spans) == 8
+    assert all(int(old) > 0 and int(new) > 0 and int(old) + int(new) == 256 for old, new in spans)

@@ -1,0 +1,103 @@
+"""Pushing weights: names, tied heads, and the proof that what was sent is live."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Qwen3ForCausalLM
+
+from headrace.engine import Engine
+from headrace.rl.demo import POLICY, checkpoint_digests
+from headrace.rl.push import hf_name, hf_named_tensors, push_weights, tensor_digests
+from headrace.types.errors import WeightUpdateError
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with Engine(model=str(POLICY), inprocess=True, num_threads=1, max_running_requests=4, context_length=64) as engine:
+        yield engine
+
+
+@pytest.fixture()
+def model() -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM.from_pretrained(POLICY, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.mlp.up_proj.weight",
+        "module.model.layers.0.mlp.up_proj.weight",
+        "_orig_mod.model.layers.0.mlp.up_proj.weight",
+        "module._orig_mod.model.layers.0._checkpoint_wrapped_module.mlp.up_proj.weight",
+        "_fsdp_wrapped_module.model.layers.0._fsdp_wrapped_module.mlp.up_proj.weight",
+    ],
+)
+def test_wrappers_leave_names(name: str) -> None:
+    assert hf_name(name) == "model.layers.0.mlp.up_proj.weight"
+
+
+def test_names_are_those_of_the_checkpoint_and_the_tied_head_is_left_out(model: Qwen3ForCausalLM) -> None:
+    assert "lm_head.weight" in model.state_dict()
+    names = [name for name, _ in hf_named_tensors(torch.nn.ModuleDict({"module": model}))]
+    assert sorted(names) == sorted(load_file(POLICY / "model.safetensors"))
+
+
+def test_an_untied_head_is_sent() -> None:
+    embedding, head = torch.ones(4, 2), torch.ones(4, 2)
+    names = [name for name, _ in hf_named_tensors({"model.embed_tokens.weight": embedding, "lm_head.weight": head})]
+    assert names == ["model.embed_tokens.weight", "lm_head.weight"]
+
+
+def test_tensors_are_not_copied(model: Qwen3ForCausalLM) -> None:
+    sent = dict(hf_named_tensors(model))
+    assert sent["model.norm.weight"].data_ptr() == model.model.norm.weight.data_ptr()
+    assert not sent["model.norm.weight"].requires_grad
+
+
+def test_two_parameters_of_one_name_are_refused() -> None:
+    with pytest.raises(WeightUpdateError, match=r"model\.norm\.weight"):
+        hf_named_tensors({"model.norm.weight": torch.ones(2), "module.model.norm.weight": torch.ones(2)})
+
+
+def test_digests_of_a_tensor_are_of_its_bytes_in_the_asked_dtype() -> None:
+    tensor = torch.arange(6, dtype=torch.float32).reshape(2, 3) / 7
+    (as_float,) = tensor_digests([("w", tensor)], "float32").values()
+    (as_half,) = tensor_digests([("w", tensor)], "bfloat16").values()
+    assert as_float != as_half
+    assert tensor_digests([("w", tensor.t().contiguous().t())], "float32") == {"w": as_float}
+    assert tensor_digests([("w", tensor.bfloat16())], "bfloat16") == {"w": as_half}
+
+
+def test_a_push_makes_the_weights_live_and_proves_it(engine: Engine, model: Qwen3ForCausalLM) -> None:
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight.mul_(1.5)
+    report = push_weights(engine, model, "tuned", verify=True)
+    assert report.is_verified and report.update.version == "tuned" and report.update.pause_ms >= 0
+    changed = {name for name, digest in engine.digest().items() if digest != checkpoint_digests(POLICY)[name]}
+    assert changed == {"model.layers.1.self_attn.k_proj.weight"}
+    read = engine.get_weights_by_name("model.layers.1.self_attn.k_proj.weight")
+    assert torch.equal(read, model.model.layers[1].self_attn.k_proj.weight)
+
+
+def test_a_refused_push_names_the_tensor_and_leaves_the_old_weights(engine: Engine, model: Qwen3ForCausalLM) -> None:
+    before = engine.digest()
+    state = {**model.state_dict(), "model.norm.weight": torch.ones(63)}
+    with pytest.raises(WeightUpdateError, match=r"model\.norm\.weight"):
+        push_weights(engine, state, "broken")
+    assert engine.digest() == before
+
+
+def test_verification_names_the_tensor_that_is_not_what_was_sent(model: Qwen3ForCausalLM) -> None:
+    class Forgetful(Engine):
+        """An engine that takes an update and keeps one old tensor."""
+
+        def digest(self) -> dict[str, str]:
+            return {**super().digest(), "model.norm.weight": "0" * 64}
+
+    named = pytest.raises(WeightUpdateError, match=r"1 tensors: model\.norm\.weight")
+    with Forgetful(model=str(POLICY), inprocess=True, num_threads=1, context_length=64) as engine, named:
+        push_weights(engine, model, "tuned", verify=True)

@@ -1,0 +1,213 @@
+"""A device that keeps to the letter of `StepPlan` and believes nothing: it mirrors slots, page table and KV cells.
+
+It executes plans as they are issued, in order, and hands out results when asked. Each KV cell remembers the weights and
+the token prefix it was computed from; a row whose cells are missing, stale or of other tokens is an error, as is any
+break of the promises of `StepPlan`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+
+from headrace.scheduler import SchedulerLimits
+from headrace.types.plan import (
+    LAST_TOKEN,
+    PositionLogprobs,
+    PromptLogprobs,
+    SlotInit,
+    StepPlan,
+    StepResult,
+)
+from tests.scheduler.oracle import VOCAB_SIZE, Truth, cell_value, logprob
+
+
+class Slot:
+    """What the device holds for a slot: whose it is, its page row, and what it expects in its KV cells."""
+
+    def __init__(self, init: SlotInit, truth: Truth, epoch: int) -> None:
+        self.init = init
+        self.truth = truth
+        self.epoch = epoch
+        self.pages: list[int] = []
+        self.cells: list[int] = []
+        self.last_token = int(init.token_ids[-1])
+        self.has_run = False
+
+
+class Issued:
+    """A plan in flight: its result, and per row (seed, pages it may read, pages it writes)."""
+
+    def __init__(self, plan: StepPlan, result: StepResult, rows: list[tuple[int, set[int], set[int]]]) -> None:
+        self.plan = plan
+        self.result = result
+        self.rows = rows
+
+    @property
+    def pages(self) -> set[int]:
+        """Every page that the plan may touch."""
+        return set[int]().union(*(pages for _, pages, _ in self.rows))
+
+
+class FakeDevice:
+    """Executes plans for requests whose truth is found by seed."""
+
+    def __init__(self, limits: SchedulerLimits, truths: dict[int, Truth]) -> None:
+        self.limits = limits
+        self.truths = truths
+        self.epoch = 0
+        self.in_flight: deque[Issued] = deque()
+        self.slots: dict[int, Slot] = {}
+        self.num_grouped_rows = 0
+        self._kv: list[int | None] = [None] * (limits.num_pages * limits.page_size)
+
+    def submit(self, plan: StepPlan) -> None:
+        """Check and execute one plan."""
+        assert plan.epoch == self.epoch, "a plan for other weights"
+        lengths = plan.row_lengths.tolist()
+        assert 0 < sum(lengths) <= self.limits.max_num_batched_tokens, "over the token budget"
+        assert min(lengths) >= 1 and len(plan.token_ids) == sum(lengths)
+        assert len(set(plan.row_slots.tolist())) == len(lengths), "two rows of one slot"
+        self._enter(plan)
+        self._write_table(plan)
+        rows, offset = [], 0
+        for slot, start, length in zip(plan.row_slots.tolist(), plan.row_starts.tolist(), lengths, strict=True):
+            rows.append(self._write_kv(slot, start, plan.token_ids[offset : offset + length].tolist()))
+            offset += length
+        self._check_ownership(rows)
+        self._check_groups(plan)
+        for slot, start in zip(plan.row_slots.tolist(), plan.row_starts.tolist(), strict=True):
+            self._attend(slot, start)
+        self.in_flight.append(Issued(plan, self._sample(plan), rows))
+
+    def collect(self) -> StepResult:
+        """The result of the oldest plan in flight."""
+        return self.in_flight.popleft().result
+
+    def cells(self, pages: list[int]) -> list[int | None]:
+        """What the KV cells of these pages hold, in order."""
+        size = self.limits.page_size
+        return [cell for page in pages for cell in self._kv[page * size : page * size + size]]
+
+    def forget(self, issued: Issued) -> None:
+        """The step was never executed: the cells it wrote hold nothing."""
+        for _, _, writes in issued.rows:
+            for page in writes:
+                size = self.limits.page_size
+                self._kv[page * size : page * size + size] = [None] * size
+
+    def _enter(self, plan: StepPlan) -> None:
+        busy = {slot for issued in self.in_flight for slot in issued.plan.row_slots.tolist()}
+        for init in plan.new_slots:
+            assert init.slot not in busy, "a slot changed hands with a step in flight"
+            truth = self.truths[init.seed]
+            num_known = len(init.token_ids)
+            assert num_known >= len(truth.prompt) == init.num_prompt_tokens
+            truth.token(num_known - 1)
+            assert init.token_ids.tolist() == [truth.token(position) for position in range(num_known)]
+            assert init.min_length == truth.min_length
+            self.slots[init.slot] = Slot(init, truth, plan.epoch)
+
+    def _write_table(self, plan: StepPlan) -> None:
+        cells = zip(plan.page_slots.tolist(), plan.page_columns.tolist(), plan.page_ids.tolist(), strict=True)
+        for slot, column, page in cells:
+            pages = self.slots[slot].pages
+            assert 0 < page < self.limits.num_pages, "page 0 is reserved"
+            assert column == len(pages), "page columns are not contiguous"
+            pages.append(page)
+
+    def _write_kv(self, slot_id: int, start: int, token_ids: list[int]) -> tuple[int, set[int], set[int]]:
+        """Write the KV of one row; returns (seed, its pages, those it writes)."""
+        slot, size = self.slots[slot_id], self.limits.page_size
+        end = start + len(token_ids)
+        assert end <= len(slot.pages) * size, "a position without a page"
+        if slot.has_run:
+            assert start == len(slot.cells), "positions are not contiguous"
+        for position, token in enumerate(token_ids, start):
+            if token == LAST_TOKEN:
+                assert len(token_ids) == 1
+                token = slot.last_token
+            assert token == slot.truth.token(position), "a row holds a token that is not its sequence's"
+            page = slot.pages[position // size]
+            self._kv[page * size + position % size] = cell_value(self.epoch, slot.truth.prefix_hash(position))
+        return slot.init.seed, set(slot.pages), set(slot.pages[start // size : (end - 1) // size + 1])
+
+    def _attend(self, slot_id: int, start: int) -> None:
+        """Check every cell before the row: computed for these very tokens, on entry by the weights of now."""
+        slot = self.slots[slot_id]
+        if not slot.has_run:
+            slot.cells = [cell_value(slot.epoch, slot.truth.prefix_hash(position)) for position in range(start)]
+            slot.has_run = True
+        assert self.cells(slot.pages)[:start] == slot.cells, "a row attends to missing, stale or foreign KV"
+
+    def _check_ownership(self, rows: list[tuple[int, set[int], set[int]]]) -> None:
+        """A page that a row writes is written by no other row, and touched by no other sequence's step in flight."""
+        written: set[int] = set()
+        for _, _, writes in rows:
+            assert not writes & written, "two rows write one page"
+            written |= writes
+        for issued in self.in_flight:
+            for seed, pages, _ in issued.rows:
+                for other, _, writes in rows:
+                    assert other == seed or not writes & pages, "a page of a step in flight was given away"
+
+    def _check_groups(self, plan: StepPlan) -> None:
+        last = 0
+        for first, num_rows, num_pages in plan.prefix_groups.tolist():
+            assert first >= last and num_rows >= 2 and num_pages >= 1
+            last = first + num_rows
+            assert last <= len(plan.row_slots)
+            heads = {tuple(self.slots[int(s)].pages[:num_pages]) for s in plan.row_slots[first:last]}
+            assert len(heads) == 1 and len(heads.pop()) == num_pages
+            assert (plan.row_starts[first:last] >= num_pages * self.limits.page_size).all()
+            self.num_grouped_rows += num_rows
+
+    def _sample(self, plan: StepPlan) -> StepResult:
+        token_ids: list[int] = []
+        logprobs: list[float] = []
+        extras: dict[int, PositionLogprobs] = {}
+        scored: dict[int, PromptLogprobs] = {}
+        rows = zip(plan.row_slots.tolist(), plan.row_starts.tolist(), plan.row_lengths.tolist(), strict=True)
+        for row, (slot_id, start, length) in enumerate(rows):
+            slot, end = self.slots[slot_id], start + length
+            slot.cells += [cell_value(self.epoch, slot.truth.prefix_hash(at)) for at in range(start, end)]
+            if slot.init.logprobs.prompt_start is not None:
+                self._score(slot, row, start, end, scored)
+            if plan.row_samples[row]:
+                slot.last_token = slot.truth.token(end)
+                token_ids.append(slot.last_token)
+                logprobs.append(logprob(slot.init.seed, end))
+                if slot.init.logprobs.wants_extras:
+                    extras[row] = position_values(slot.init, [end])
+        count = len(token_ids)
+        return StepResult(
+            plan.step_id,
+            np.array(token_ids, dtype=np.int32).reshape(count, 1),
+            np.array(logprobs, dtype=np.float32).reshape(count, 1),
+            np.ones(count, dtype=np.int32),
+            extras,
+            scored,
+        )
+
+    @staticmethod
+    def _score(slot: Slot, row: int, start: int, end: int, scored: dict[int, PromptLogprobs]) -> None:
+        wanted = slot.init.logprobs.prompt_start
+        assert wanted is not None
+        first, last = max(start + 1, wanted), min(end, len(slot.truth.prompt) - 1)
+        if first <= last:
+            positions = list(range(first, last + 1))
+            values = np.array([logprob(slot.init.seed, position) for position in positions], dtype=np.float32)
+            extras = position_values(slot.init, positions) if slot.init.logprobs.wants_extras else None
+            scored[row] = PromptLogprobs(first, values, extras)
+
+
+def position_values(init: SlotInit, positions: list[int]) -> PositionLogprobs:
+    """Top and asked values that say which position they belong to."""
+    num_top, num_asked = init.logprobs.num_top, len(init.logprobs.token_ids)
+    column = np.array(positions, dtype=np.int32)[:, None]
+    return PositionLogprobs(
+        np.repeat(column % VOCAB_SIZE, num_top, axis=1),
+        np.repeat(column, num_top, axis=1).astype(np.float32),
+        np.repeat(column, num_asked, axis=1).astype(np.float32),
+    )

@@ -1,0 +1,290 @@
+"""Drives a scheduler against the fake device, checks every invariant, and knows what each request must get."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+import numpy as np
+
+from headrace.cache.radix_tree import Node
+from headrace.scheduler import Scheduler, SchedulerLimits
+from headrace.types.errors import ErrorInfo
+from headrace.types.plan import StepPlan
+from headrace.types.request import Delta, Request, unpack_floats, unpack_ids
+from tests.scheduler.fake_device import FakeDevice
+from tests.scheduler.oracle import Truth, cell_value, extend, logprob
+
+ERROR = ErrorInfo("DeadlineError", "too late")
+
+
+class Received:
+    """What one request has got so far."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.versions: list[str] = []
+        self.num_landed = 0
+        self.prompt_logprobs: list[float] | None = None
+        self.num_preemptions = 0
+        self.final: Delta | None = None
+
+
+class Harness:
+    """One scheduler, one device, and the books of every request, by handle. A request's seed is its handle."""
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self.limits = limits
+        self.scheduler = Scheduler(limits, version="0")
+        self.truths: dict[int, Truth] = {}
+        self.device = FakeDevice(limits, self.truths)
+        self.received: dict[int, Received] = {}
+        self.versions: dict[int, dict[int, str]] = {}
+        self.discarded: set[int] = set()
+        self.num_versions = 1
+        self.plan_log = hashlib.sha256()
+
+    def add(self, request: Request, now: float = 0.0) -> None:
+        """Add a request, which must be acceptable."""
+        assert request.seed == request.handle
+        self.scheduler.add(request, now)
+        self.truths[request.handle] = Truth(request, self.limits.context_length)
+        self.received[request.handle] = Received()
+        self.versions[request.handle] = {}
+
+    def issue(self, *, admit_new: bool = True) -> StepPlan | None:
+        """Plan one step and give it to the device."""
+        plan = self.scheduler.plan(admit_new=admit_new)
+        if plan is None:
+            self._check_progress(admit_new=admit_new)
+            return None
+        for array in (plan.row_slots, plan.row_starts, plan.row_lengths, plan.token_ids, plan.page_ids):
+            self.plan_log.update(array.tobytes())
+        self.device.submit(plan)
+        ends = (plan.row_starts + plan.row_lengths)[plan.row_samples].tolist()
+        for slot, end in zip(plan.row_slots[plan.row_samples].tolist(), ends, strict=True):
+            versions = self.versions[self.device.slots[slot].init.seed]
+            assert end not in versions, "a position was sampled twice"
+            versions[end] = self.scheduler.version
+        self._check_in_flight_pages()
+        return plan
+
+    def land(self) -> None:
+        """Apply the oldest result."""
+        plan = self.device.in_flight[0].plan
+        seeds = [self.device.slots[slot].init.seed for slot in plan.row_slots[plan.row_samples].tolist()]
+        self.take(self.scheduler.apply(self.device.collect()))
+        for handle in seeds:
+            received, every = self.received[handle], self.truths[handle].request.deliver_every
+            received.num_landed += 1
+            is_live = received.final is None and handle not in self.discarded
+            assert not (is_live and every) or received.num_landed - len(received.token_ids) < every, "a delta is late"
+        self._check_in_flight_pages()
+
+    def settle(self) -> None:
+        """Apply every result in flight."""
+        while self.scheduler.num_in_flight:
+            self.land()
+
+    def run(self, *, admit_new: bool = True) -> None:
+        """Step until nothing is left, each result held back as long as the scheduler can still plan without it."""
+        while True:
+            plan = self.issue(admit_new=admit_new)
+            if plan is None:
+                if not self.scheduler.num_in_flight:
+                    return
+                self.land()
+
+    def lose_steps(self) -> None:
+        """The steps in flight fail: what they were to write is void, and so is what they sampled."""
+        for issued in self.device.in_flight:
+            self.device.forget(issued)
+            rows = issued.plan.row_slots[issued.plan.row_samples].tolist()
+            ends = (issued.plan.row_starts + issued.plan.row_lengths)[issued.plan.row_samples].tolist()
+            for slot, end in zip(rows, ends, strict=True):
+                self.versions[self.device.slots[slot].init.seed].pop(end)
+        self.device.in_flight.clear()
+        self.take(self.scheduler.abandon_in_flight(ERROR))
+
+    def update(self, in_flight: str) -> None:
+        """Change the weights between steps; "none" says nothing about the sequences that run."""
+        if in_flight == "drain":
+            self.run(admit_new=False)
+            assert self.scheduler.num_started == 0
+        self.settle()
+        if in_flight == "abort":
+            self.take(self.scheduler.abort(None, "updating"))
+        elif in_flight == "recompute":
+            self.scheduler.recompute_running()
+        elif in_flight == "keep":
+            self.scheduler.keep_running()
+        self.device.epoch += 1
+        self.scheduler.set_weights(self.next_version(), self.device.epoch)
+
+    def next_version(self) -> str:
+        """A label that sorts after all before it as a number."""
+        self.num_versions += 1
+        return str(self.num_versions - 1)
+
+    def discard(self, handles: list[int]) -> None:
+        """The front ends requests itself."""
+        self.scheduler.discard(handles)
+        self.discarded |= set(handles)
+
+    def take(self, deltas: list[Delta]) -> None:
+        """Book deltas, checking each against the truth."""
+        for delta in deltas:
+            assert delta.handle not in self.discarded, "a delta for a request that was given up"
+            received = self.received[delta.handle]
+            assert received.final is None, "a delta after the terminal one"
+            self._take(delta, received)
+            if delta.finish is not None:
+                received.final = delta
+                self._check_final(delta, received)
+
+    def _take(self, delta: Delta, received: Received) -> None:
+        truth = self.truths[delta.handle]
+        first = len(truth.prompt) + len(received.token_ids)
+        token_ids = unpack_ids(delta.token_ids).tolist()
+        count = len(token_ids)
+        assert token_ids == [truth.token(first + index) for index in range(count)]
+        assert unpack_floats(delta.logprobs).tolist() == [logprob(delta.handle, first + i) for i in range(count)]
+        assert sum(number for _, number in delta.spans) == count and all(number > 0 for _, number in delta.spans)
+        versions = [version for version, number in delta.spans for _ in range(number)]
+        assert versions == [self.versions[delta.handle][first + index] for index in range(count)]
+        wants_extras = truth.request.logprobs.wants_extras
+        assert len(delta.extras) == (count if wants_extras else 0)
+        for index, extra in enumerate(delta.extras):
+            assert unpack_floats(extra.top_logprobs).tolist() == [first + index] * truth.request.logprobs.num_top
+        received.token_ids += token_ids
+        received.versions += versions
+        assert received.versions == sorted(received.versions, key=int), "a version went backwards"
+        assert delta.num_preemptions >= received.num_preemptions
+        received.num_preemptions = delta.num_preemptions
+        every = truth.request.deliver_every
+        assert delta.finish is not None or (every > 0 and count == every), "a delta that was not due"
+        if delta.prompt_logprobs:
+            assert received.prompt_logprobs is None, "prompt logprobs came twice"
+            received.prompt_logprobs = unpack_floats(delta.prompt_logprobs).tolist()
+            assert len(delta.prompt_extras) == (len(received.prompt_logprobs) if wants_extras else 0)
+
+    def _check_final(self, delta: Delta, received: Received) -> None:
+        truth, finish = self.truths[delta.handle], delta.finish
+        assert finish is not None
+        expected, matched = truth.output()
+        if finish.type in ("stop", "length"):
+            assert received.token_ids == expected and finish.matched == matched
+            assert finish.type == ("length" if matched is None else "stop")
+        else:
+            assert len(received.token_ids) <= len(expected)
+        self._check_prompt(truth, received, is_whole=finish.type in ("stop", "length"))
+
+    @staticmethod
+    def _check_prompt(truth: Truth, received: Received, *, is_whole: bool) -> None:
+        start, values = truth.request.logprobs.prompt_start, received.prompt_logprobs
+        if start is None or start >= len(truth.prompt):
+            assert values is None
+        elif values is not None or is_whole:
+            assert values is not None and len(values) == len(truth.prompt) - start
+            for position, value in enumerate(values, start):
+                is_missing = bool(np.isnan(value))
+                assert is_missing or value == logprob(truth.request.seed, position)
+                assert not is_missing or position == 0 or not is_whole
+
+    def _check_progress(self, *, admit_new: bool) -> None:
+        scheduler = self.scheduler
+        if scheduler.num_in_flight == 0:
+            assert scheduler.num_started == 0, "started sequences do not progress"
+            assert scheduler.num_waiting == 0 or not admit_new, "waiting requests are not admitted"
+
+    def _check_in_flight_pages(self) -> None:
+        free = set(self.scheduler._roster.leases.pool.free_pages().tolist())
+        for issued in self.device.in_flight:
+            assert not free & issued.pages, "a page of a step in flight is free"
+
+    def check_published(self) -> None:
+        """Every published page holds the KV of its very prefix, computed by the weights of its namespace."""
+        for node, prefix_hash in self._published():
+            units = np.frombuffer(node.key, dtype=np.int32).tolist()
+            cells: list[int | None] = []
+            for token in units:
+                prefix_hash = extend(prefix_hash, token)
+                cells.append(cell_value(node.namespace[0], prefix_hash))
+            assert self.device.cells(node.pages.tolist()) == cells, "a published page holds something else"
+
+    def _published(self) -> list[tuple[Node, int]]:
+        """Nodes of the tree with the hash of the tokens before them."""
+        hashes: dict[Node, int] = {}
+        found = []
+        for node in self.scheduler._roster.leases.tree.nodes():
+            path = [node]
+            while path[-1].parent is not None:
+                path.append(path[-1].parent)
+            before = 1
+            for above in reversed(path[1:]):
+                if above not in hashes:
+                    hashes[above] = before
+                    for token in np.frombuffer(above.key, dtype=np.int32).tolist():
+                        hashes[above] = extend(hashes[above], token)
+                before = hashes[above]
+            found.append((node, before))
+        return found
+
+    def check_books(self) -> None:
+        """Recount pages, pins and slots from what holds them."""
+        leases, table = self.scheduler._roster.leases, self.scheduler._roster.table
+        references = np.zeros(self.limits.num_pages, dtype=np.int32)
+        leased: set[int] = set()
+        pinned: set[Node] = set()
+        for slot, sequence in enumerate(table.sequences):
+            assert (sequence is None) == (leases.num_pages[slot] == 0)
+            pages = leases.pages[slot, : leases.num_pages[slot]]
+            references[pages] += 1
+            leased |= set(pages.tolist())
+            node = leases._nodes[slot]
+            while node is not None and node not in pinned:
+                pinned.add(node)
+                node = node.parent
+        nodes = leases.tree.nodes()
+        for node in nodes:
+            references[node.pages] += 1
+            assert (node.num_pins > 0) == (node in pinned)
+        evictable = {page for node in nodes if node not in pinned for page in node.pages.tolist()}
+        free = set(leases.pool.free_pages().tolist())
+        assert references.tolist() == leases.pool.references().tolist()
+        assert len(free) == leases.pool.num_free and not free & set(np.flatnonzero(references).tolist())
+        assert len(evictable) == leases.tree.num_evictable and not evictable & leased
+        assert self.scheduler.num_used_tokens == leases.num_used * self.limits.page_size
+        assert leases.pool.num_free + leases.num_used + leases.tree.num_evictable == self.limits.num_usable_pages
+        assert table.num_free + sum(s is not None for s in table.sequences) == self.limits.num_slots
+
+    def check_end(self) -> None:
+        """Every accepted request was answered, and everything comes back."""
+        for handle, received in self.received.items():
+            assert (received.final is None) == (handle in self.discarded)
+        assert self.scheduler.num_started == self.scheduler.num_waiting == self.scheduler.num_running == 0
+        self.check_books()
+        self.check_published()
+        assert self.scheduler.num_used_tokens == 0
+        self.scheduler.flush_cache()
+        assert self.scheduler.metrics()["num_free_pages"] == self.limits.num_usable_pages
+        self.check_books()
+
+
+def random_limits(random_: random.Random, overlap_depth: int) -> SchedulerLimits:
+    """Small limits, so that pages, slots, budget and context all run out."""
+    page_size = random_.choice((1, 1, 2, 2, 3, 4, 8, 16))
+    context_length = random_.randint(6, 26)
+    least = -(-context_length // page_size)
+    return SchedulerLimits(
+        max_running_requests=random_.choice((1, 2, 4, 6, 8)),
+        max_waiting_requests=100,
+        max_num_batched_tokens=random_.choice((2, 5, 9, 16, 30, 100)),
+        context_length=context_length,
+        page_size=page_size,
+        num_pages=1 + least + random_.randint(0, max(1, least // 2)),
+        prefix_cache=random_.random() < 0.9,
+        overlap_depth=overlap_depth,
+        vocab_size=5,
+    )

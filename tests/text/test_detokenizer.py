@@ -1,0 +1,108 @@
+"""Streamed text equals the whole text, for every kind of decoder."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+from tokenizers import decoders
+
+from headrace.text import IncrementalDetokenizer, Tokenizer
+from tests.text import builders
+
+NUM_SEQUENCES = 10_000
+KINDS: dict[str, tuple[Callable[[], object], str]] = {
+    "byte_level": (builders.byte_level, "bytes"),
+    "byte_fallback": (builders.byte_fallback, "text"),
+    "byte_fallback_without_prefix": (lambda: builders.byte_fallback(prepend=False), "text"),
+    "metaspace": (builders.metaspace_unigram, "text"),
+    "characters_fused": (lambda: builders.character_level(decoders.Fuse()), "text"),
+    "characters_spaced": (lambda: builders.character_level(None), "text"),
+    "word_pieces": (builders.word_pieces, "whole"),
+}
+
+
+def stream(tokenizer: Tokenizer, ids: list[int], cuts: random.Random, skip: bool) -> list[str]:
+    detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip)
+    pieces = []
+    position = 0
+    while position < len(ids):
+        step = cuts.choice((1, 1, 1, 2, 7))
+        pieces.append(detokenizer.push(ids[position : position + step]))
+        position += step
+    return [*pieces, detokenizer.finish()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_are_the_whole_text_on_random_ids(kind: str) -> None:
+    build, plan_kind = KINDS[kind]
+    tokenizer = Tokenizer(build())
+    assert tokenizer.decoder_plan.kind == plan_kind
+    source = random.Random(kind)
+    for number in range(NUM_SEQUENCES):
+        length = source.randrange(1, 24)
+        ids = [source.randrange(tokenizer.vocab_size + 3) for _ in range(length)]
+        skip = bool(number & 1)
+        assert "".join(stream(tokenizer, ids, source, skip)) == tokenizer.decode(ids, skip_special_tokens=skip), ids
+
+
+def test_sequences_rich_in_bytes_and_specials() -> None:
+    """Runs of bytes that are partly valid UTF-8, cut by special tokens, are where streams go wrong."""
+    source = random.Random(1)
+    for build in (builders.byte_level, builders.byte_fallback):
+        tokenizer = Tokenizer(build())
+        specials = list(tokenizer.special_token_ids)
+        alphabet = [tokenizer.encode(character, add_special_tokens=False) for character in "é世🙂Ünx "]
+        for number in range(2_000):
+            ids: list[int] = []
+            while len(ids) < 20:
+                chunk = source.choice([*alphabet, [source.choice(specials)]])
+                ids.extend(chunk[source.randrange(2) :][: source.randrange(1, 5)])
+            skip = bool(number & 1)
+            assert "".join(stream(tokenizer, ids, source, skip)) == tokenizer.decode(ids, skip_special_tokens=skip)
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "characters_fused"])
+def test_decode_is_what_transformers_says(kind: str) -> None:
+    backend = KINDS[kind][0]()
+    tokenizer = Tokenizer(backend)
+    source = random.Random(2)
+    for _ in range(200):
+        ids = [source.randrange(tokenizer.vocab_size) for _ in range(12)]
+        assert tokenizer.decode(ids, skip_special_tokens=False) == backend.decode(ids)  # type: ignore[attr-defined]
+
+
+def test_text_appears_as_soon_as_it_is_certain() -> None:
+    tokenizer = Tokenizer(builders.byte_level())
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    ids = [token for character in "a🙂b" for token in tokenizer.encode(character, add_special_tokens=False)]
+    pieces = [detokenizer.push([token]) for token in ids]
+    assert [piece for piece in pieces if piece] == ["a", "🙂", "b"]
+    assert detokenizer.finish() == ""
+
+
+def test_an_incomplete_character_appears_at_the_end() -> None:
+    tokenizer = Tokenizer(builders.byte_level())
+    half = tokenizer.encode("🙂", add_special_tokens=False)[:1]
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    assert detokenizer.push(half) == ""
+    assert detokenizer.finish() == tokenizer.decode(half) == "\ufffd"
+
+
+def test_cost_does_not_grow_with_the_text() -> None:
+    """Counted, not timed: no id is looked at twice."""
+    tokenizer = Tokenizer(builders.byte_fallback())
+    looked_up: list[int] = []
+
+    class Counting(dict[int, str | None]):
+        def __getitem__(self, token_id: int) -> str | None:
+            looked_up.append(token_id)
+            return tokenizer.string_pieces(True)[token_id]
+
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    detokenizer._stream._pieces = Counting()  # type: ignore[attr-defined]
+    ids = [300 + index % 20 for index in range(3_000)]
+    for token in ids:
+        detokenizer.push([token])
+    assert looked_up == ids

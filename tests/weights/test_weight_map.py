@@ -1,0 +1,142 @@
+"""The map's proof of exact coverage, and manifests checked whole."""
+
+from __future__ import annotations
+
+import pytest
+
+from headrace.types.errors import InternalError, WeightUpdateError
+from headrace.types.weights import TensorInfo
+from headrace.weights import ParamSpec, WeightMap, WeightRule
+from headrace.weights.weight_map import is_derived
+from tests.weights.tiny import LAYOUTS, make_map, make_tensors, manifest_of
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_regions_of_a_map_partition_its_parameters(layout: dict[str, bool]) -> None:
+    weight_map = make_map(**layout)
+    cells: dict[tuple[str, int], int] = {}
+    for rule in weight_map.rules_by_name.values():
+        for row in range(rule.start, rule.start + rule.shape[0]):
+            cells[rule.param, row] = cells.get((rule.param, row), 0) + 1
+    assert set(cells.values()) == {1}
+    assert len(cells) == sum(spec.shape[0] for spec in weight_map.params.values())
+
+
+PARAM = ParamSpec("p", (4, 3))
+
+
+def rule(name: str, start: int, rows: int, columns: int = 3, param: str = "p") -> WeightRule:
+    return WeightRule(name, param, start, (rows, columns))
+
+
+@pytest.mark.parametrize(
+    ("params", "rules", "aliases", "named"),
+    [
+        ([PARAM], [rule("a", 0, 3)], {}, "3 of 4 rows"),
+        ([PARAM], [rule("a", 0, 2), rule("b", 1, 3)], {}, "covered twice or never, at b"),
+        ([PARAM], [rule("a", 0, 1), rule("b", 2, 2)], {}, "covered twice or never, at b"),
+        ([PARAM], [rule("a", 0, 5)], {}, "5 of 4 rows"),
+        ([PARAM], [rule("a", 0, 4, columns=2)], {}, "a .* does not fit p"),
+        ([PARAM], [WeightRule("a", "p", 0, (4,))], {}, "a .* does not fit p"),
+        ([PARAM], [rule("a", 0, 4), rule("a", 0, 4)], {}, "a has two rules"),
+        ([PARAM], [rule("a", 0, 4), rule("b", 0, 4, param="q")], {}, "b maps to q"),
+        ([PARAM, PARAM], [rule("a", 0, 4)], {}, "p is declared twice"),
+        ([PARAM, ParamSpec("q", (2,))], [rule("a", 0, 4)], {}, "q: 0 of 2"),
+        ([ParamSpec("p", (2, 2, 2))], [], {}, "p has shape"),
+        ([ParamSpec("p", (0,))], [], {}, "p has shape"),
+        ([PARAM], [rule("a", 0, 4)], {"b": "c"}, "repeats c"),
+        ([PARAM], [rule("a", 0, 4)], {"a": "a"}, "a has a rule of its own"),
+    ],
+)
+def test_a_map_that_is_not_a_partition_is_refused_by_name(
+    params: list[ParamSpec], rules: list[WeightRule], aliases: dict[str, str], named: str
+) -> None:
+    with pytest.raises(InternalError, match=named):
+        WeightMap(params, rules, aliases)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_whole_manifest_is_believed_in_any_order(layout: dict[str, bool]) -> None:
+    weight_map = make_map(**layout)
+    manifest = manifest_of(make_tensors(weight_map, 0))
+    weight_map.check_manifest(manifest, False)
+    weight_map.check_manifest(manifest[::-1], False)
+    weight_map.check_manifest(manifest[:3], True)
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+MISSHAPEN = [(16, 11), (12, 16), (192,), (16, 12, 1), (), (0, 12), (-16, -12)]
+
+
+@pytest.mark.parametrize("shape", MISSHAPEN)
+def test_a_misshapen_tensor_is_named(shape: tuple[int, ...]) -> None:
+    weight_map = make_map()
+    manifest = [
+        TensorInfo(Q, shape, "float32") if info.name == Q else info for info in manifest_of(make_tensors(weight_map, 0))
+    ]
+    with pytest.raises(
+        WeightUpdateError, match=r"model.layers.1.self_attn.q_proj.weight has shape .* expected \[16, 12\]"
+    ) as caught:
+        weight_map.check_manifest(manifest, False)
+    assert caught.value.field == Q
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda m: [*m, TensorInfo("model.layers.9.x", (1,), "float32")],
+            "model.layers.9.x is not a tensor of this model",
+        ),
+        (lambda m: [*m, m[3]], "model.layers.0.self_attn.v_proj.weight is named twice"),
+        (lambda m: [*m[:5], *m[6:]], "model.layers.0.self_attn.k_proj.bias is missing"),
+        (lambda m: [TensorInfo(m[0].name, m[0].shape, "int8"), *m[1:]], "model.embed_tokens.weight has dtype 'int8'"),
+        (lambda m: [TensorInfo(m[0].name, m[0].shape, "torch.float32"), *m[1:]], "has dtype 'torch.float32'"),
+        (lambda m: [TensorInfo(m[0].name, m[0].shape, "float32", "AB"), *m[1:]], "digest that is not 64"),
+        (lambda m: [*m, TensorInfo("rotary_emb.inv_freq", (6,), "float32")], "rotary_emb.inv_freq is not a tensor"),
+    ],
+)
+def test_every_kind_of_bad_manifest_is_named(change, message: str) -> None:  # type: ignore[no-untyped-def]
+    weight_map = make_map()
+    with pytest.raises(WeightUpdateError, match=message):
+        weight_map.check_manifest(change(manifest_of(make_tensors(weight_map, 0))), False)
+
+
+def test_all_faults_are_told_at_once_up_to_a_bound() -> None:
+    weight_map = make_map()
+    with pytest.raises(WeightUpdateError) as caught:
+        weight_map.check_manifest([], False)
+    assert "model.embed_tokens.weight is missing" in caught.value.message
+    assert f"and {len(weight_map.rules_by_name) - 8} more" in caught.value.message
+
+
+def test_a_partial_manifest_is_checked_but_for_what_it_leaves_out() -> None:
+    weight_map = make_map()
+    with pytest.raises(WeightUpdateError, match="at least one tensor"):
+        weight_map.check_manifest([], True)
+    with pytest.raises(WeightUpdateError, match="nope is not a tensor"):
+        weight_map.check_manifest([TensorInfo("nope", (1,), "float32")], True)
+
+
+def test_a_tied_name_may_be_left_out_or_sent_in_its_shape() -> None:
+    weight_map = make_map(tied=True)
+    manifest = manifest_of(make_tensors(weight_map, 0))
+    weight_map.check_manifest(manifest, False)
+    weight_map.check_manifest([*manifest, TensorInfo("lm_head.weight", (30, 12), "float32")], False)
+    with pytest.raises(WeightUpdateError, match="lm_head.weight has shape"):
+        weight_map.check_manifest([*manifest, TensorInfo("lm_head.weight", (31, 12), "float32")], False)
+    with pytest.raises(WeightUpdateError, match="model.embed_tokens.weight is missing"):
+        weight_map.check_manifest([*manifest[1:], TensorInfo("lm_head.weight", (30, 12), "float32")], False)
+
+
+def test_derived_buffers_are_known() -> None:
+    assert is_derived("model.layers.0.self_attn.rotary_emb.inv_freq")
+    assert not is_derived("model.layers.0.self_attn.q_proj.bias")
+
+
+def test_the_map_and_the_session_import_no_torch() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, headrace.weights; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
