@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,9 +20,10 @@ from headrace.attention.base import AttentionInputs, AttentionShape, Int64Array
 from headrace.kernels.paged_attention import PAD_POSITIONS, SampledAttention
 from headrace.kernels.paged_kv import KvGeometry, KvPool, store_rows, token_rows
 
-DENSE_MIN_TOKENS = 17  # rows of at least so many tokens amortise gathering their context
+_DENSE_MIN_TOKENS = 4  # a row of fewer tokens never goes by itself, so that steady decode is few calls
+_DENSE_MIN_ENTRIES = 24 << 10  # scores of a row that pay for gathering its context and for its own calls
 _BLOCK_QUERIES = 256  # queries of a long row that share one mask
-_CUT_SAVES_ENTRIES = 1 << 15  # scores not computed that pay for one more piece's calls
+_CUT_SAVES_ENTRIES = 1 << 14  # scores not computed that pay for one more piece's calls
 _MAX_PIECE_ENTRIES = 1 << 22  # bounds a piece's scores and indices to 16 MiB each
 
 
@@ -37,7 +39,7 @@ class CpuAttention:
     def plan(self, inputs: AttentionInputs) -> CpuStep:
         """Split the step's tokens into pieces and dense blocks, and build their indices."""
         geometry = self._pool.geometry
-        long_R = inputs.row_lengths >= (1 << 62 if self._invariant else DENSE_MIN_TOKENS)
+        long_R = self._long_rows(inputs)
         short_T = np.repeat(~long_R, inputs.row_lengths)
         pieces = [
             Piece(self._shape, self._pool, inputs, tokens, is_whole_step=len(tokens) == len(short_T))
@@ -51,6 +53,12 @@ class CpuAttention:
                 for row in np.flatnonzero(long_R)
             ]
         return CpuStep(self._pool, _store_rows(geometry, inputs), pieces, blocks)
+
+    def _long_rows(self, inputs: AttentionInputs) -> npt.NDArray[np.bool_]:
+        """Rows whose scores are so many that a dense kernel of their own is cheaper."""
+        num_entries_R = inputs.row_lengths * (inputs.row_starts + inputs.row_lengths) * self._shape.num_heads
+        is_long_R = (inputs.row_lengths >= _DENSE_MIN_TOKENS) & (num_entries_R >= _DENSE_MIN_ENTRIES)
+        return is_long_R & (not self._invariant)
 
 
 class CpuStep:

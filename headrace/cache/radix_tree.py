@@ -260,7 +260,6 @@ class RadixTree:
         assert parent is not None
         del parent.children[node.key[: self._page_bytes]]
         node.parent = None
-        parent.last_use = max(parent.last_use, node.last_use)
         if parent.children or parent.num_pins:
             return
         if parent.parent is None:

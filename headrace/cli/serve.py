@@ -48,7 +48,6 @@ def run(arguments: argparse.Namespace) -> int:
     ServerOptions.from_dict(options).check_address(arguments.host)
     if not 0 <= arguments.port <= 65535:
         raise ConfigError(f"port must be in [0, 65535], got {arguments.port}", field="port")
-    _use_fast_loop()
     with Console(stderr=True).status(f"loading {config.model}"):
         engine = AsyncEngine(**msgspec.structs.asdict(config))
     try:
@@ -63,7 +62,7 @@ async def _serve(engine: AsyncEngine, host: str, port: int, options: dict[str, A
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_signal, number, signalled)
     server = await engine.serve(port, host, **options)
-    logger.info("serving", extra={"fields": {"url": f"http://{host}:{server.port}", "model": engine.config.model}})
+    logger.info("serving", extra={"fields": {"url": server.url, "model": engine.config.model}})
     await signalled.wait()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.remove_signal_handler(number)
@@ -75,9 +74,3 @@ def _on_signal(number: signal.Signals, signalled: asyncio.Event) -> None:
     logger.info("received %s", number.name)
     signalled.set()
 
-
-def _use_fast_loop() -> None:
-    """Make event loops of this process uvloop's: a server spends its time in them."""
-    import uvloop
-
-    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import gc
 import logging
 import os
 import select
@@ -43,7 +44,8 @@ def main(arguments: list[str]) -> int:
     except (PeerClosed, *DECODE_ERRORS) as error:
         logger.error("no configuration: %s", error)
         return 2
-    return serve_core(resolved, link, options.executor)
+    # What is built lives as long as the process: the collector need not walk it again, in the middle of a step.
+    return serve_core(resolved, link, options.executor, on_built=gc.freeze)
 
 
 def watch_parent(lifeline: int, parent: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Literal
 
 from headrace.config import ResolvedConfig
@@ -19,17 +20,27 @@ ExecutorKind = Literal["local", "free"]
 _PROGRESS_SECONDS = 5.0
 
 
-def serve_core(resolved: ResolvedConfig, link: CoreLink, executor: ExecutorKind = "local") -> int:
+def serve_core(
+    resolved: ResolvedConfig,
+    link: CoreLink,
+    executor: ExecutorKind = "local",
+    *,
+    on_built: Callable[[], object] | None = None,
+) -> int:
     """Build a core, announce it with `CoreReady`, and step it until it is shut down. Returns the exit code.
 
-    Never raises: a failure to start is told in `CoreReady.error`, a crash is answered to every live request.
+    `on_built` is called once before the announcement. Never raises: a failure to start is told in `CoreReady.error`, a
+    crash is answered to every live request.
     """
     try:
-        loop = _build(resolved, link, executor)
+        loop = _build(resolved, link, executor, on_built)
     except Exception as error:  # process entry point
         return _report_start_failure(link, error)
-    if loop is None:
-        return 0
+    return 0 if loop is None else run_core(loop, link)
+
+
+def run_core(loop: CoreLoop, link: CoreLink) -> int:
+    """Step a core to its end, answer everybody if that is a crash, and let go of everything. Returns the exit code."""
     try:
         loop.run()
         return 0
@@ -46,10 +57,14 @@ def serve_core(resolved: ResolvedConfig, link: CoreLink, executor: ExecutorKind 
         link.close()
 
 
-def _build(resolved: ResolvedConfig, link: CoreLink, kind: ExecutorKind) -> CoreLoop | None:
+def _build(
+    resolved: ResolvedConfig, link: CoreLink, kind: ExecutorKind, on_built: Callable[[], object] | None
+) -> CoreLoop | None:
     """The loop, announced; None when the front went away meanwhile."""
     executor = build_executor(resolved, kind)
     loop = CoreLoop(resolved, executor, link)
+    if on_built is not None:
+        on_built()
     ready = CoreReady(
         max_total_num_tokens=resolved.max_total_num_tokens,
         page_size=resolved.engine.page_size,

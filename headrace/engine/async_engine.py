@@ -9,7 +9,7 @@ import asyncio
 import functools
 import importlib
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack, get_args
@@ -149,7 +149,7 @@ class AsyncEngine:
         input_ids: InputIds = None,
         sampling_params: Sampling = None,
         **options: Unpack[GenerateOptions],
-    ) -> AsyncIterator[Generation]:
+    ) -> AsyncGenerator[Generation, None]:
         """As `generate`, but yields what is new as it comes; `prompt_index` and `index` say whose it is.
 
         A sequence's last piece has its `finish_reason`. Leaving the iteration drops what has not ended.
@@ -323,14 +323,15 @@ class AsyncEngine:
         return await self.runtime.client.call(GetStatus, CoreStatus, timeout)
 
     async def serve(self, port: int = 0, host: str = "127.0.0.1", **options: Any) -> Any:
-        """Serve this engine over HTTP, on its own loop. Returns a handle with `port` and `await stop()`.
+        """Serve this engine over HTTP, on its own loop. Returns a handle with `port`, `url` and `await stop()`.
 
         `options` are those of `headrace.server`.
         """
         self.runtime.check_open()
-        server = importlib.import_module("headrace.server.run")
+        load = functools.partial(importlib.import_module, "headrace.server.run")  # slow: not on a busy loop
+        server = await asyncio.get_running_loop().run_in_executor(None, load)
         running = await self.runtime.run(server.serve(self, host, port, **options))
-        self.runtime.add_closer(running.stop)
+        self.runtime.add_closer(functools.partial(running.stop, 0.0))
         return running
 
     async def shutdown(self) -> None:

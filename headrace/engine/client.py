@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
 UNRESPONSIVE_SECONDS = 4.0
+HANG_SECONDS = 120.0
 MAX_SUBMIT_BYTES = 1 << 23
 _NULL = b"\xc0"
 
@@ -57,9 +58,13 @@ class CoreClient:
     `status` is the core's last account of itself; `is_whole` says that its weights can serve, also during an update.
     """
 
-    def __init__(self, link: FrontLink, control_timeout: float, on_death: Callable[[], None]) -> None:
+    def __init__(
+        self, link: FrontLink, control_timeout: float, on_death: Callable[[], None], hang_timeout: float = HANG_SECONDS
+    ) -> None:
+        """`control_timeout`: default deadline of a call. `hang_timeout`: silence after which a core counts as dead."""
         self._link = link
         self._control_timeout = control_timeout
+        self._hang_timeout = max(hang_timeout, control_timeout)
         self._on_death = on_death
         self._sinks: dict[int, Sink] = {}
         self._calls: dict[int, asyncio.Future[bytes]] = {}
@@ -209,9 +214,9 @@ class CoreClient:
         while self.is_alive:
             self._heartbeat_sent = time.monotonic()
             try:
-                self._note(await self.call(GetStatus, CoreStatus))
+                self._note(await self.call(GetStatus, CoreStatus, self._hang_timeout))
             except DeadlineError:
-                self._die(f"the core did not answer for control_timeout {self._control_timeout:g} s")
+                self._die(f"the core has not answered for {self._hang_timeout:g} s")
             except HeadraceError as error:
                 logger.debug("no status: %s", error)
             self._heartbeat_sent = None

@@ -5,7 +5,8 @@ Owns nothing. Every method may be called from any thread, also from one in which
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Iterator
+import contextlib
+from collections.abc import Coroutine, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
@@ -17,6 +18,7 @@ from headrace.engine.requests import GenerateOptions
 from headrace.engine.tensors import NamedTensors, to_tensor
 from headrace.engine.update import Manifest, UpdateSession, drive
 from headrace.text import Tokenizer
+from headrace.types.errors import ShutdownError
 from headrace.types.generation import Generation
 from headrace.types.messages import CoreStatus
 from headrace.types.weights import InFlight, PauseMode, UpdateMode, UpdateReport
@@ -30,15 +32,16 @@ Result = TypeVar("Result")
 class ServerHandle:
     """A running HTTP server of an engine."""
 
-    def __init__(self, running: Any, engine: AsyncEngine, host: str) -> None:
+    def __init__(self, running: Any, engine: AsyncEngine) -> None:
         self._running = running
         self._engine = engine
         self.port: int = running.port
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        self.url: str = running.url
 
-    def stop(self) -> None:
-        """Stop serving; the engine runs on."""
-        self._engine.runtime.wait(self._running.stop())
+    def stop(self, timeout: float | None = None) -> None:
+        """Stop serving; the engine runs on. Requests have `timeout` seconds (None: the server's own) to finish."""
+        with contextlib.suppress(ShutdownError):  # the engine has ended, and its servers with it
+            self._engine.runtime.wait(self._running.stop(timeout))
 
 
 class Engine:
@@ -100,7 +103,7 @@ class Engine:
         input_ids: InputIds = None,
         sampling_params: Sampling = None,
         **options: Unpack[GenerateOptions],
-    ) -> Iterator[Generation]:
+    ) -> Generator[Generation, None, None]:
         """See `AsyncEngine.stream`."""
         group = self._wait(self.asynchronous.open_group(prompts, input_ids, sampling_params, options))
         try:
@@ -199,7 +202,7 @@ class Engine:
 
     def serve(self, port: int = 0, host: str = "127.0.0.1", **options: Any) -> ServerHandle:
         """Serve this engine over HTTP while it goes on being used here; port 0 takes a free one."""
-        return ServerHandle(self._wait(self.asynchronous.serve(port, host, **options)), self.asynchronous, host)
+        return ServerHandle(self._wait(self.asynchronous.serve(port, host, **options)), self.asynchronous)
 
     def shutdown(self) -> None:
         """See `AsyncEngine.shutdown`."""

@@ -15,7 +15,7 @@ from headrace.engine.client import CoreClient
 from headrace.engine.requests import GenerateItem, RequestBuilder
 from headrace.engine.stream import EndKind, Stream
 from headrace.text import Tokenizer
-from headrace.types.errors import DeadlineError, RequestError
+from headrace.types.errors import DeadlineError, HeadraceError, RequestError
 
 
 class Intake:
@@ -52,7 +52,15 @@ class Intake:
         for request_id in {item.request_id for item in items}:
             if request_id in self._live:
                 raise RequestError(f"request_id {request_id!r} is in use by a live request", field="request_id")
-        return [self.submit(item) for item in items]
+        streams: list[Stream] = []
+        try:
+            for item in items:
+                streams.append(self.submit(item))
+        except HeadraceError:
+            for stream in streams:
+                stream.cancel()
+            raise
+        return streams
 
     def abort(self, request_id: str | None, *, prefix: bool, everything: bool, message: str) -> int:
         """Ask the core to end the named live sequences now. Returns how many there were."""

@@ -10,6 +10,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import logging
+import os
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from headrace.config import ResolvedConfig
 from headrace.engine.client import CoreClient
 from headrace.engine.launch import ExecutorKind, start_core
 from headrace.engine.update import Updater
-from headrace.types.errors import InternalError, ShutdownError
+from headrace.types.errors import HeadraceError, InternalError, ShutdownError
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ class Runtime:
     """A loop in a daemon thread with one core. `close` may be called from any thread, any number of times."""
 
     def __init__(self, resolved: ResolvedConfig, *, inprocess: bool, executor: ExecutorKind) -> None:
+        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._is_closing = False
         self._has_closed = threading.Event()
@@ -76,12 +78,16 @@ class Runtime:
             self.loop.call_soon_threadsafe(action)
 
     def check_open(self) -> None:
-        """Raise `ShutdownError` once the runtime is closing."""
+        """Raise `ShutdownError` once the runtime is closing, and in a fork of the process that owns it."""
+        if os.getpid() != self._pid:
+            raise ShutdownError(f"the engine belongs to process {self._pid}, of which this one is a fork")
         if self._is_closing:
             raise ShutdownError(_SHUTTING_DOWN)
 
     def close(self) -> None:
         """Answer what runs, end the core and the loop. A second caller waits for the first one's work."""
+        if os.getpid() != self._pid:
+            return  # a fork: neither the thread nor the core is ours
         with self._lock:
             is_first, self._is_closing = not self._is_closing, True
         on_own_thread = threading.current_thread() is self._thread
@@ -89,15 +95,19 @@ class Runtime:
             self.loop.call_soon_threadsafe(self._start_closing)
         if on_own_thread:
             return  # called by the garbage collector on the loop: the loop ends by itself
-        self._has_closed.wait()
+        if not self._has_closed.wait(4 * SHUTDOWN_SECONDS):
+            logger.error("the engine did not end in time; its core is killed")
+            self.host.kill()
         self._thread.join(SHUTDOWN_SECONDS)
 
     def _schedule(self, coroutine: Coroutine[Any, Any, Result]) -> concurrent.futures.Future[Result]:
-        with self._lock:
-            if not self._is_closing:
+        try:
+            with self._lock:
+                self.check_open()
                 return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
-        coroutine.close()
-        raise ShutdownError(_SHUTTING_DOWN)
+        except ShutdownError:
+            coroutine.close()
+            raise
 
     def _start_closing(self) -> None:
         task = self.loop.create_task(self._close())
@@ -105,7 +115,8 @@ class Runtime:
 
     async def _close(self) -> None:
         for closer in self._closers:
-            await closer()
+            with contextlib.suppress(HeadraceError, TimeoutError):
+                await asyncio.wait_for(closer(), SHUTDOWN_SECONDS)
         if not await self.client.shut_down(SHUTDOWN_SECONDS):
             self.host.kill()
         await self.client.close(ShutdownError(_SHUTTING_DOWN))

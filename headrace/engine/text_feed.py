@@ -24,6 +24,7 @@ class TextFeed:
             spaces_between_special_tokens=params.spaces_between_special_tokens,
         )
         self._stops = StopStrings(params.stop, keep_match=params.no_stop_trim) if params.stop else None
+        self._stop_tokens = _special_stops(tokenizer, params)
         self._pieces: list[str] = []
         self._num_taken = 0
 
@@ -34,6 +35,8 @@ class TextFeed:
 
     def push(self, token_id: int, num_tokens: int) -> str | None:
         """Add the sequence's token number `num_tokens` (from 1). Returns the stop string it completed, if any."""
+        if token_id in self._stop_tokens and num_tokens >= self._params.min_new_tokens:
+            return self.finish(num_tokens) or self._stop_tokens[token_id]
         text = self._detokenizer.push((token_id,))
         if self._stops is None or not text:
             self._show(text)
@@ -79,3 +82,13 @@ class TextFeed:
     def _show(self, text: str) -> None:
         if text:
             self._pieces.append(text)
+
+
+def _special_stops(tokenizer: Tokenizer, params: SamplingParams) -> dict[int, str]:
+    """Stop strings that are special tokens, by id: they end a sequence although their text is not shown."""
+    found: dict[int, str] = {}
+    for stop in params.stop if params.skip_special_tokens else ():
+        ids = tokenizer.encode(stop, add_special_tokens=False)
+        if len(ids) == 1 and not tokenizer.decode(ids, skip_special_tokens=True):
+            found[ids[0]] = stop
+    return found

@@ -11,6 +11,7 @@ import select
 import socket
 import time
 from collections.abc import Awaitable, Callable
+from typing import cast
 
 from headrace.ipc.codec import (
     DECODE_ERRORS,
@@ -271,8 +272,7 @@ class _FrontProtocol(asyncio.Protocol):
         self.has_ended = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's are no subclasses
 
     def data_received(self, data: bytes) -> None:
         # A lost output could be somebody's only answer: an unreadable one ends the link, which answers everybody.

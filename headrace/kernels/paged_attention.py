@@ -12,12 +12,13 @@ Legend: N query tokens, H query heads, G kv heads, L padded positions, D head si
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import torch
 from torch import Tensor
 
-PAD_POSITIONS = 64
+PAD_POSITIONS = 16
 _INT32_MAX = 2**31 - 1
 
 
@@ -77,7 +78,14 @@ class SampledAttention:
 
 
 def _csr(offsets: Tensor, columns: Tensor, entries: Tensor, size: tuple[int, int]) -> Tensor:
-    """A CSR matrix over these very tensors; unchecked, and quiet about CSR being a beta feature of torch."""
+    """A CSR matrix over these very tensors, unchecked."""
+    _hear_beta_notice()
+    return torch.sparse_csr_tensor(offsets, columns, entries, size=size, check_invariants=False)
+
+
+@functools.cache
+def _hear_beta_notice() -> None:
+    """torch says once per process that CSR is a beta feature; let it say so to nobody."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(offsets, columns, entries, size=size, check_invariants=False)
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), size=(1, 1))

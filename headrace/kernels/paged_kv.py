@@ -7,13 +7,13 @@ page are contiguous. Seen flat as [num_rows, head_dim], position `offset` of `pa
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
-
-_CACHE_LINE = 64
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,14 @@ def token_rows(geometry: KvGeometry, page_ids_NC: Tensor, num_positions: int) ->
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros whose memory the system provides on first touch, aligned to a cache line.
+    """Zeros whose memory the system provides on first touch, page-aligned, in huge pages where it has them.
 
-    torch.zeros writes every byte at once; a pool is sized for the worst case and mostly never touched.
+    torch.zeros writes every byte at once; a pool is sized for the worst case and mostly never touched. Huge pages spare
+    most of the address translations of reading scattered pages.
     """
-    num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    block = np.zeros(num_bytes + _CACHE_LINE, dtype=np.uint8)
-    first = -block.ctypes.data % _CACHE_LINE
-    return torch.from_numpy(block[first : first + num_bytes]).view(dtype).view(shape)
+    num_elements = math.prod(shape)
+    block = mmap.mmap(-1, max(1, num_elements * dtype.itemsize))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel built without them
+            block.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(block, dtype=dtype, count=num_elements).view(shape)

@@ -25,7 +25,10 @@ class RopeRows:
 
 
 class SelfAttention:
-    """`qkv` yields H query, G key and G value heads per token, in this order; `output` maps H * D back to hidden."""
+    """`qkv` yields H query, G key and G value heads per token, in this order.
+
+    `output` maps H * D back to hidden; it is the caller's to apply, to the tokens that need it.
+    """
 
     def __init__(
         self,
@@ -39,18 +42,18 @@ class SelfAttention:
         self._rope = kernels.rope
         self._shape = shape
         self._qkv = qkv
-        self._output = output
+        self.output = output
         self._q_norm = q_norm
         self._k_norm = k_norm
 
-    def add_to(self, residual_TX: Tensor, x_TX: Tensor, layer: int, rope: RopeRows, step: AttentionStep) -> None:
-        """residual += attention(x), in place."""
+    def attend(self, x_TX: Tensor, layer: int, rope: RopeRows, step: AttentionStep) -> Tensor:
+        """[T, hidden] -> heads' outputs [T, H * D], to be mapped by `output`."""
         shape = self._shape
         num_rotated = shape.num_heads + shape.num_kv_heads
         qkv = self._qkv(x_TX).view(x_TX.shape[0], num_rotated + shape.num_kv_heads, shape.head_dim)
         rotated = self._rope(self._normed(qkv[:, :num_rotated]), rope.cos_TD, rope.sin_TD)
         q_THD, k_TGD, v_TGD = rotated[:, : shape.num_heads], rotated[:, shape.num_heads :], qkv[:, num_rotated:]
-        self._output.add_to(residual_TX, step.run(layer, q_THD, k_TGD, v_TGD))
+        return step.run(layer, q_THD, k_TGD, v_TGD)
 
     def _normed(self, qk: Tensor) -> Tensor:
         if self._q_norm is None or self._k_norm is None:

@@ -31,10 +31,14 @@ class Layer:
         self._mlp_norm = mlp_norm
         self._mlp = mlp
 
-    def run(self, hidden_TX: Tensor, rope: RopeRows, step: AttentionStep) -> None:
-        """Update the residual stream in place."""
-        self._attention.add_to(hidden_TX, self._attention_norm(hidden_TX), self._index, rope, step)
+    def run(self, hidden_TX: Tensor, rope: RopeRows, step: AttentionStep, tokens: Tensor | None = None) -> Tensor:
+        """Update the residual stream in place and return it, or only its rows `tokens`, the rest being stale then."""
+        attended_TX = self._attention.attend(self._attention_norm(hidden_TX), self._index, rope, step)
+        if tokens is not None:
+            hidden_TX, attended_TX = hidden_TX.index_select(0, tokens), attended_TX.index_select(0, tokens)
+        self._attention.output.add_to(hidden_TX, attended_TX)
         self._mlp.add_to(hidden_TX, self._mlp_norm(hidden_TX))
+        return hidden_TX
 
 
 class Decoder:
@@ -51,13 +55,19 @@ class Decoder:
         self._final_norm = RmsNorm(kernels, params["final_norm.weight"], spec.rms_norm_eps)
         self._lm_head = Linear(kernels, counter, params.get("lm_head", embed))
 
-    def forward(self, token_ids: Tensor, positions: Tensor, step: AttentionStep) -> Tensor:
-        """int64 [T] token ids and absolute positions -> residual stream [T, X] after the last layer, not normed."""
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, step: AttentionStep, tokens: Tensor | None = None
+    ) -> Tensor:
+        """Residual stream [T, X] after the last layer, not normed, of int64 [T] token ids at absolute positions.
+
+        With `tokens` (int64 [S], packed indices) only those rows, [S, X]: the last layer computes keys and values for
+        all tokens and the rest for these.
+        """
         hidden_TX = self._embed(token_ids)
         rope = RopeRows(self._cos.index_select(0, positions), self._sin.index_select(0, positions))
-        for layer in self._layers:
+        for layer in self._layers[:-1]:
             layer.run(hidden_TX, rope, step)
-        return hidden_TX
+        return self._layers[-1].run(hidden_TX, rope, step, tokens)
 
     def logits(self, hidden_SX: Tensor) -> Tensor:
         """Rows of `forward`'s output -> float32 logits [S, V]."""

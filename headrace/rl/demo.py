@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from headrace.config.resolve import available_cores
 from headrace.engine import Engine
 from headrace.rl.display import ProgressLine, StepRecord, draw_picture, require_matplotlib
 from headrace.rl.push import PushReport, push_weights, tensor_digests
@@ -42,7 +41,7 @@ class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
     num_groups      problems per step
     group_size      samples per problem
     learning_rate   of Adam
-    num_threads     torch threads of the trainer, at most the cores there are; the engine needs but one here
+    num_threads     torch threads of the trainer; more are faster only where no one else uses the cores
     """
 
     output_dir: str = "demo-output"
@@ -52,7 +51,7 @@ class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
     num_groups: int = 32
     group_size: int = 16
     learning_rate: float = 2e-4
-    num_threads: int = 2
+    num_threads: int = 1
 
     def __post_init__(self) -> None:
         bounds = {"steps": 1, "seed": 0, "num_groups": 1, "group_size": 2, "num_threads": 1}
@@ -192,7 +191,7 @@ def _start_trainer(options: DemoOptions) -> GrpoTrainer:
     from headrace.rl.trainer import GrpoTrainer
 
     disable_progress_bar()  # checkpoints of 0.7 MB: bars would only break the progress line
-    torch.set_num_threads(min(options.num_threads, available_cores()))
+    torch.set_num_threads(options.num_threads)
     torch.manual_seed(options.seed)
     return GrpoTrainer(POLICY, learning_rate=options.learning_rate)
 

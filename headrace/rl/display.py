@@ -37,9 +37,8 @@ class ProgressLine:
         self._console = console or Console(stderr=True)
         self._num_steps = num_steps
         self._progress = Progress(
-            TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=5),
             TextColumn("{task.fields[figures]}"),
             TimeElapsedColumn(),
             console=self._console,
@@ -64,7 +63,7 @@ class ProgressLine:
 
 def describe(record: StepRecord) -> str:
     """A step's figures as one short line."""
-    pause = "no update" if record.update_pause_ms is None else f"update pause {record.update_pause_ms:.2f} ms"
+    pause = "no update" if record.update_pause_ms is None else f"pause {record.update_pause_ms:.2f} ms"
     return f"reward {record.reward:.3f}  {record.tokens_per_second:,.0f} tok/s  version {record.version}  {pause}"
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headrace.attention.base import AttentionInputs, Int64Array
 from headrace.runner.slots import SlotTable
-from headrace.types.plan import StepPlan
+from headrace.types.plan import SlotInit, StepPlan
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class ForwardBatch:
 
     token_ids, positions [T]      int64 tensors
     row_firsts [R]                index of each row's first packed token
+    scored_rows                   rows whose prompt log-probabilities are wanted, each with its sequence
     sampled_rows [S]              rows that sample; `sampled_tokens` [S] (tensor) are their last packed tokens
     sampled_slots, sampled_positions [S]   slot and absolute position of each new token
     """
@@ -27,10 +28,16 @@ class ForwardBatch:
     token_ids: Tensor
     positions: Tensor
     row_firsts: Int64Array
+    scored_rows: list[tuple[int, SlotInit]]
     sampled_rows: Int64Array
     sampled_tokens: Tensor
     sampled_slots: Int64Array
     sampled_positions: Int64Array
+
+    @property
+    def logit_tokens(self) -> Tensor | None:
+        """Packed tokens whose hidden state anyone reads: None for all, else those that sample."""
+        return None if self.scored_rows or len(self.sampled_tokens) == len(self.token_ids) else self.sampled_tokens
 
 
 def build_batch(plan: StepPlan, slots: SlotTable) -> ForwardBatch:
@@ -48,6 +55,7 @@ def build_batch(plan: StepPlan, slots: SlotTable) -> ForwardBatch:
         token_ids=torch.from_numpy(slots.resolve_tokens(plan.token_ids, token_slots)),
         positions=torch.from_numpy(positions),
         row_firsts=row_firsts,
+        scored_rows=slots.scored_rows(row_slots, row_starts),
         sampled_rows=sampled_rows,
         sampled_tokens=torch.from_numpy(row_ends[sampled_rows] - 1),
         sampled_slots=row_slots[sampled_rows],

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from headrace.runner.batch import ForwardBatch
-from headrace.runner.slots import SlotTable
 from headrace.sampling import Sampler
 from headrace.types.plan import PositionLogprobs, PromptLogprobs, SlotInit
 
@@ -24,22 +23,14 @@ class PromptScorer:
         self._sampler = sampler
         self._chunk_rows = max(1, _MAX_LOGITS_BYTES // (4 * vocab_size))
 
-    def score(self, batch: ForwardBatch, slots: SlotTable, hidden_TX: Tensor) -> dict[int, PromptLogprobs]:
+    def score(self, batch: ForwardBatch, hidden_TX: Tensor) -> dict[int, PromptLogprobs]:
         """By row index, the prompt positions that this step's logits predict, for rows that asked."""
         found: dict[int, PromptLogprobs] = {}
-        if not slots.has_scored_prompts:
-            return found
-        inputs = batch.attention
-        for row, slot in enumerate(inputs.row_slots):
-            init = slots.scored_prompt(int(slot))
-            if init is None:
-                continue
-            start, length = int(inputs.row_starts[row]), int(inputs.row_lengths[row])
+        for row, init in batch.scored_rows:
+            start, length = int(batch.attention.row_starts[row]), int(batch.attention.row_lengths[row])
             first, last = scored_positions(init, start, length)
             if first < last:
-                offset = (
-                    int(batch.row_firsts[row]) - start - 1
-                )  # packed index of the token before position p is p + offset
+                offset = int(batch.row_firsts[row]) - start - 1  # position p is predicted by packed token p + offset
                 found[row] = self._score_row(init, hidden_TX[first + offset : last + offset], first)
         return found
 

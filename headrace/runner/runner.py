@@ -70,9 +70,12 @@ class Runner:
             if len(plan.row_slots) == 0:
                 return _result(plan.step_id, np.zeros(0, np.int64), np.zeros(0, np.float32))
             batch = build_batch(plan, self._slots)
-            hidden_TX = self._model.forward(batch.token_ids, batch.positions, self._attention.plan(batch.attention))
-            prompts = self._scorer.score(batch, self._slots, hidden_TX)
-            token_ids, logprobs, extras = self._sample(batch, hidden_TX)
+            step = self._attention.plan(batch.attention)
+            hidden = self._model.forward(batch.token_ids, batch.positions, step, batch.logit_tokens)
+            prompts = self._scorer.score(batch, hidden)
+            if len(hidden) != len(batch.sampled_tokens):
+                hidden = hidden.index_select(0, batch.sampled_tokens)
+            token_ids, logprobs, extras = self._sample(batch, hidden)
             self._slots.record(batch.sampled_slots, token_ids)
         result = _result(plan.step_id, token_ids, logprobs)
         result.extras.update(extras)
@@ -80,7 +83,7 @@ class Runner:
         return result
 
     def _sample(
-        self, batch: ForwardBatch, hidden_TX: Tensor
+        self, batch: ForwardBatch, hidden_SX: Tensor
     ) -> tuple[np.ndarray, np.ndarray, dict[int, PositionLogprobs]]:
         """Token ids int64 [S], logprobs float32 [S], and the extras of those rows that asked, by row of the plan."""
         slots, positions = torch.from_numpy(batch.sampled_slots), torch.from_numpy(batch.sampled_positions)
@@ -88,7 +91,7 @@ class Runner:
         extras: dict[int, PositionLogprobs] = {}
         for first in range(0, len(slots), self._max_sampled_rows):
             chunk = slice(first, first + self._max_sampled_rows)
-            logits_SV = self._model.logits(hidden_TX.index_select(0, batch.sampled_tokens[chunk]))
+            logits_SV = self._model.logits(hidden_SX[chunk])
             sampled = self._sampler.sample(logits_SV, slots[chunk], positions[chunk])
             token_ids.append(sampled.token_ids.numpy())
             logprobs.append(sampled.logprobs.numpy())

@@ -21,23 +21,22 @@ class SlotTable:
         self.page_table = torch.from_numpy(self._pages)
         self._last_tokens = np.zeros(num_slots, dtype=np.int64)
         self._scored: dict[int, SlotInit] = {}
+        self._scored_ends = np.zeros(num_slots, dtype=np.int64)  # prompt length where its scores are wanted, else 0
 
     def apply(self, plan: StepPlan) -> None:
         """Enter the plan's new slots, then write its page-table cells."""
         for init in plan.new_slots:
             self._scored.pop(init.slot, None)
+            self._scored_ends[init.slot] = 0
             if init.logprobs.prompt_start is not None:
                 self._scored[init.slot] = init
+                self._scored_ends[init.slot] = init.num_prompt_tokens
         self._pages[plan.page_slots, plan.page_columns] = plan.page_ids
 
-    @property
-    def has_scored_prompts(self) -> bool:
-        """True when some slot asked for prompt log-probabilities."""
-        return bool(self._scored)
-
-    def scored_prompt(self, slot: int) -> SlotInit | None:
-        """The slot's sequence if it asked for prompt log-probabilities."""
-        return self._scored.get(slot)
+    def scored_rows(self, row_slots: Int64Array, row_starts: Int64Array) -> list[tuple[int, SlotInit]]:
+        """Rows that compute part of a prompt whose log-probabilities are wanted, each with its sequence."""
+        rows = np.flatnonzero(row_starts + 1 < self._scored_ends[row_slots])
+        return [(int(row), self._scored[int(row_slots[row])]) for row in rows]
 
     def resolve_tokens(self, token_ids: Int32Array, token_slots: Int64Array) -> Int64Array:
         """Token ids with every `LAST_TOKEN` replaced by what its slot sampled last; int64 [T]."""

@@ -38,23 +38,22 @@ _SHIFT_15, _SHIFT_16 = np.uint32(15), np.uint32(16)
 
 _PHILOX_ROUNDS = 10
 _PHILOX_MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
-_PHILOX_KEY_STEPS = np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint64)
-_LOW_32 = np.uint64(0xFFFFFFFF)
-_SHIFT_32 = np.uint64(32)
+_PHILOX_KEY_STEPS = np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint32)
+_LOW_32 = 0xFFFFFFFF
 
 
 def noise_keys(seeds: UInt64Array, positions: npt.NDArray[np.int64]) -> UInt32Array:
     """The key pair (k0, k1) of each row, [s, 2] uint32, from uint64 seeds [s] and int64 positions [s] >= 0."""
-    positions = positions.astype(np.uint64)
-    even = np.stack((positions & _LOW_32, np.zeros_like(positions)))  # counter words 0 and 2
-    odd = np.stack((positions >> _SHIFT_32, np.zeros_like(positions)))  # counter words 1 and 3
-    keys = np.stack((seeds & _LOW_32, seeds >> _SHIFT_32))
+    even, odd, keys = (np.zeros((2, len(seeds)), np.uint32) for _ in range(3))
+    positions = positions.astype(np.int64)  # a narrower one would not shift by 32
+    even[0], odd[0] = positions & _LOW_32, positions >> 32  # counter words 0 and 1; words 2 and 3 are zero
+    keys[0], keys[1] = seeds & np.uint64(_LOW_32), seeds >> np.uint64(32)
     for _ in range(_PHILOX_ROUNDS):
-        products = even * _PHILOX_MULTIPLIERS
-        even = (products >> _SHIFT_32)[::-1] ^ odd ^ keys
-        odd = (products & _LOW_32)[::-1]
-        keys = (keys + _PHILOX_KEY_STEPS) & _LOW_32
-    return np.stack((even[0], odd[0]), axis=1).astype(np.uint32)
+        products = np.multiply(even, _PHILOX_MULTIPLIERS, dtype=np.uint64)
+        halves = products[::-1].view("<u4").reshape(2, -1, 2)  # low word, high word
+        even, odd = halves[:, :, 1] ^ odd ^ keys, halves[:, :, 0]
+        keys += _PHILOX_KEY_STEPS
+    return np.stack((even[0], odd[0]), axis=1)
 
 
 def noise_words(keys: UInt32Array, token_ids: npt.NDArray[np.integer]) -> UInt32Array:

@@ -178,9 +178,10 @@ def _winners(block: Float32Matrix, bounds: Float32Matrix, temperatures: Float64A
     words = noise_words(keys, best[:, None])[:, 0]
     exact_over_bound = (words.astype(np.float64) + 0.5) * 2.0**-32 / exponential_of(words)
     reach = (bounds[np.arange(num_rows), best] * exact_over_bound * _BOUND_SLACK).astype(np.float32)
-    rows, ids = np.nonzero(bounds >= reach[:, None])
+    # One flat index: numpy finds those far faster than pairs.
+    rows, ids = np.divmod(np.flatnonzero(bounds >= reach[:, None]), bounds.shape[1])
     scores = block[rows, ids] / temperatures[rows] + gumbel_of(noise_words(keys[rows], ids[:, None])[:, 0])
     order = np.lexsort((ids, -scores, rows))
-    found, first = np.unique(rows[order], return_index=True)
-    best[found] = ids[order[first]]
+    first = order[np.flatnonzero(np.diff(rows[order], prepend=-1))]
+    best[rows[first]] = ids[first]
     return best

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from headrace.sampling.distribution import Distribution
-from headrace.sampling.noise import UInt32Array, noise_keys
+from headrace.sampling.noise import noise_keys
 from headrace.sampling.row_pass import RowPass
 from headrace.sampling.slot_state import RAW, SAMPLED, SlotTable
 from headrace.types.plan import PositionLogprobs, SlotInit
@@ -43,13 +43,12 @@ class Sampled(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """One call's rows: logits [s, V], and by row slot, position, temperature (0 is greedy), noise keys [s, 2], mode."""
+    """One call's rows: logits [s, V], and by row [s] its slot, position, temperature (0 is greedy) and output mode."""
 
     logits: Float32Array
     slots: Int64Array
     positions: Int64Array
     temperatures: Float64Array
-    keys: UInt32Array
     modes: npt.NDArray[np.int8]
 
 
@@ -76,6 +75,8 @@ class Sampler:
         self._device = device
         self._slots = SlotTable(vocab_size, max_slots)
         self._pass = RowPass(vocab_size, torch.get_num_threads())
+        num_shaped = min(max_slots, max(1, _SHAPED_ELEMENTS // vocab_size))
+        self._shaped = np.empty((num_shaped, vocab_size), np.float32)  # kept: fresh memory costs more than the copy
 
     def enter(self, init: SlotInit) -> None:
         """A sequence takes a slot, in place of whatever was there."""
@@ -137,7 +138,6 @@ class Sampler:
             slots=indices,
             positions=places,
             temperatures=table.temperatures[indices],
-            keys=noise_keys(table.seeds[indices], places),
             modes=table.output_modes[indices],
         )
 
@@ -147,10 +147,9 @@ class Sampler:
         plain = np.flatnonzero(~is_shaped)
         yield from self._pick(batch, plain, batch.logits, plain, is_shaped=False)
         shaped = np.flatnonzero(is_shaped)
-        num_at_once = max(1, _SHAPED_ELEMENTS // self.vocab_size)
-        for start in range(0, len(shaped), num_at_once):
-            rows = shaped[start : start + num_at_once]
-            logits = batch.logits[rows]
+        for start in range(0, len(shaped), len(self._shaped)):
+            rows = shaped[start : start + len(self._shaped)]
+            logits = np.take(batch.logits, rows, axis=0, out=self._shaped[: len(rows)])
             for row, values in zip(rows.tolist(), logits, strict=True):
                 self._slots.shape_row(values, int(batch.slots[row]), int(batch.positions[row]))
             yield from self._pick(batch, rows, logits, np.arange(len(rows)), is_shaped=True)
@@ -167,7 +166,8 @@ class Sampler:
         if not is_greedy.all():
             chosen, places = rows[~is_greedy], local[~is_greedy]
             temperatures = batch.temperatures[chosen]
-            drawn = self._pass.draw(logits, places, temperatures, batch.keys[chosen])
+            keys = noise_keys(self._slots.seeds[batch.slots[chosen]], batch.positions[chosen])
+            drawn = self._pass.draw(logits, places, temperatures, keys)
             source = Distribution(logits, places, temperatures, drawn.reduced)
             yield _Picked(chosen, drawn.token_ids, source, is_shaped, False)
 

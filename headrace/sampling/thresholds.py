@@ -6,8 +6,8 @@ A token is kept if its logit is at least the threshold, so equal logits are kept
     top_p    over what top_k left, renormalised: the greatest threshold whose tokens hold at least top_p of the mass
     min_p    tokens at least min_p times as probable as the most probable one
 
-The threshold is found by selection, never by sorting the vocabulary: most rows need the mass of the few tokens near the
-maximum; flat ones halve what is left until it is small (linear time in all). Must not know slots or batches.
+The threshold is found by selection, never by sorting the vocabulary: bands are taken from the maximum down until they
+hold enough, and the last band is halved until it is small (linear time in all). Must not know slots or batches.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ Float32Array = npt.NDArray[np.float32]
 
 NOTHING_DROPPED = np.float32(-np.inf)
 
-_REACHES = (2.0, 6.0, 14.0, 30.0)
+_REACHES = (1.5, 3.0, 5.0, 7.0, 9.0, 12.0, 16.0, 24.0)
 """How far below the maximum to look first: natural-log units of probability for top-p, of logits for top-k."""
 _SORT_AT_MOST = 2048
 
 
+@np.errstate(over="ignore", under="ignore")  # what is that far below the maximum has no weight
 def keep_threshold(row: Float32Array, temperature: float, top_k: int, top_p: float, min_p: float) -> np.float32:
     """The least logit kept of row [V], before division by `temperature` > 0. Off are top_k 0, top_p 1, min_p 0."""
     maximum = row.max()
@@ -44,7 +45,7 @@ def keep_threshold(row: Float32Array, temperature: float, top_k: int, top_p: flo
 def kth_greatest(row: Float32Array, k: int) -> np.float32:
     """The k-th greatest value of row [V], 1 <= k <= V, counting equal values separately."""
     maximum = row.max()
-    for reach in _REACHES:
+    for reach in _REACHES[1::2]:
         near = row[row >= maximum - np.float32(reach)]
         if len(near) >= k:
             return np.float32(np.partition(near, len(near) - k)[len(near) - k])
@@ -54,13 +55,18 @@ def kth_greatest(row: Float32Array, k: int) -> np.float32:
 def _nucleus_threshold(
     row: Float32Array, maximum: float, temperature: float, top_p: float, at_least: np.float32
 ) -> np.float32:
+    """Walk down from the maximum in bands until their mass reaches `top_p` of all, then select within the last band."""
     kept = row if at_least == NOTHING_DROPPED else row[row >= at_least]
-    needed = top_p * _weights(kept, maximum, temperature).sum(dtype=np.float64)
-    for reach in _REACHES:
-        near = kept[kept >= _round_up(maximum - reach * temperature)]
-        if len(near) and _weights(near, maximum, temperature).sum(dtype=np.float64) >= needed:
-            return _select_by_mass(near, maximum, temperature, float(needed))
-    return _select_by_mass(kept, maximum, temperature, float(needed))
+    needed = top_p * float(_weights(kept, maximum, temperature).sum(dtype=np.float64))
+    upper = np.float32(np.inf)
+    for reach in (*_REACHES, math.inf) if len(kept) > _SORT_AT_MOST else (math.inf,):
+        lower = _round_up(maximum - reach * temperature)
+        band = kept[(kept >= lower) & (kept < upper)]
+        mass = float(_weights(band, maximum, temperature).sum(dtype=np.float64))
+        if len(band) and (mass >= needed or reach == math.inf):
+            return _select_by_mass(band, maximum, temperature, needed)
+        needed, upper = needed - mass, lower
+    return at_least  # rounding left a mass of nearly nothing to find: everything is kept
 
 
 def _select_by_mass(values: Float32Array, maximum: float, temperature: float, needed: float) -> np.float32:
@@ -80,14 +86,11 @@ def _select_by_mass(values: Float32Array, maximum: float, temperature: float, ne
 
 def _weights(values: Float32Array, maximum: float, temperature: float) -> Float32Array:
     """exp((values - maximum) / temperature)."""
-    with np.errstate(under="ignore", over="ignore"):
-        scaled = (values - np.float32(maximum)) * np.float32(1.0 / temperature)
-        weights: Float32Array = np.exp(scaled, out=scaled)
-    return weights
+    scaled = (values - np.float32(maximum)) * np.float32(1.0 / temperature)
+    return np.asarray(np.exp(scaled, out=scaled))
 
 
 def _round_up(value: float) -> np.float32:
     """The least float32 that is at least `value`, so that comparing float32 logits with it is exact."""
-    with np.errstate(over="ignore"):
-        rounded = np.float32(value)
-        return rounded if rounded >= value else np.nextafter(rounded, np.float32(np.inf))
+    rounded = np.float32(value)
+    return rounded if rounded >= value else np.nextafter(rounded, np.float32(np.inf))

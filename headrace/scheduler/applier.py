@@ -121,13 +121,14 @@ class ResultApplier:
             has_token = result.num_tokens > column
             takes = has_token & table.accepts[slots]
             self._counters.num_overshoot_tokens += int(np.count_nonzero(has_token) - np.count_nonzero(takes))
-            self._take_column(step, slots, result, column, takes, deltas)
+            deltas += self._take_column(step, slots, result, column, takes)
         if result.token_ids.shape[1] > 1:
             self._expect_computing(slots, result.num_tokens)
 
     def _take_column(
-        self, step: InFlight, slots: IndexArray, result: StepResult, column: int, takes: BoolArray, deltas: list[Delta]
-    ) -> None:
+        self, step: InFlight, slots: IndexArray, result: StepResult, column: int, takes: BoolArray
+    ) -> list[Delta]:
+        """Accept one token of each row that `takes` one; returns the terminal deltas of those that end with it."""
         table = self._roster.table
         token_ids, logprobs = result.token_ids[:, column], result.logprobs[:, column]
         if not takes.all():
@@ -141,11 +142,12 @@ class ResultApplier:
         self._take_extras(step, result, column)
         stopped = _find_stops(table, slots, positions, token_ids)
         ended = np.flatnonzero(stopped | (positions + 1 >= table.max_length[slots]))
-        for index in ended.tolist():
-            matched = int(token_ids[index]) if stopped[index] else None
-            finish = Finish("length") if matched is None else Finish("stop", matched)
-            deltas.append(self.finish(table.sequence(int(slots[index])), finish))
         self._counters.num_finished += len(ended)
+        deltas = []
+        for index in ended.tolist():
+            finish = Finish("stop", int(token_ids[index])) if stopped[index] else Finish("length")
+            deltas.append(self.finish(table.sequence(int(slots[index])), finish))
+        return deltas
 
     def _mark_version(self, step: InFlight, slots: IndexArray, positions: IndexArray) -> None:
         """Open a span in the sequences whose last token was of another version."""

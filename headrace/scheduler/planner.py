@@ -207,12 +207,14 @@ class StepPlanner:
         return int(np.maximum(lacking, 0).sum())
 
     def _groups(self, rows: Rows) -> Int32Array:
-        """Prefix groups of the rows, found anew only when the rows or the holders of slots changed."""
+        """Prefix groups of the rows, found anew only when the rows or the holders of slots changed, and after a step in
+        which some row was still computing pages that others share."""
         generation, slots, groups = self._grouped
         if generation == self._roster.generation and np.array_equal(slots, rows.slots):
             return groups
         leases = self._roster.leases
         num_full = rows.starts // self._limits.page_size
         groups = find_groups(leases.pages, rows.slots, num_full, int(leases.num_matched[rows.slots].max()))
-        self._grouped = (self._roster.generation, rows.slots, groups)
+        if (rows.lengths == 1).all():
+            self._grouped = (self._roster.generation, rows.slots, groups)
         return groups

@@ -82,11 +82,9 @@ class Roster:
         self.generation += 1
         return slot
 
-    def preempt(self, slot: int, *, publish: bool = True) -> None:
-        """Take a running sequence off its slot to be computed again later; its whole pages stay cached if published."""
+    def preempt(self, slot: int) -> None:
+        """Take a running sequence off its slot, to be admitted again later with the tokens it has."""
         sequence = self.table.sequence(slot)
-        if publish:
-            self._publish(slot)
         sequence.state = State.PREEMPTED
         sequence.num_preemptions += 1
         self.num_preemptions += 1
@@ -107,13 +105,15 @@ class Roster:
             if state is State.PREEMPTED:
                 self._num_coming_back -= 1
             else:
-                self._publish(slot)
                 self._stop(slot)
 
     def retire(self, slots: Iterable[int]) -> None:
-        """Take back the slots and pages of sequences that are leaving and that no step in flight refers to."""
+        """Take back the slots and pages of sequences that are leaving and that no step in flight refers to, after
+        publishing the whole pages whose tokens are known and whose KV is written."""
         for slot in slots:
             sequence = self.table.sequence(slot)
+            num_tokens = int(min(self.table.num_known[slot], self.table.num_scheduled[slot]))
+            self.leases.publish_all(slot, self.table.token_ids[slot], num_tokens)
             self.leases.close(slot)
             self.table.leave(slot)
             self.generation += 1
@@ -127,9 +127,3 @@ class Roster:
         self.generation += 1
         if self.table.num_in_flight[slot] == 0:
             self.retire((slot,))
-
-    def _publish(self, slot: int) -> None:
-        """Publish the whole pages whose tokens are known and whose KV is written by now or by a step in flight."""
-        table = self.table
-        num_tokens = int(min(table.num_known[slot], table.num_scheduled[slot]))
-        self.leases.publish_all(slot, table.token_ids[slot], num_tokens)

@@ -171,11 +171,12 @@ class Scheduler:
             self._roster.leases.never_publish(slot)
 
     def recompute_running(self) -> None:
-        """Running sequences drop their KV, keep their tokens, and are admitted again before any new one. Prompts not
-        scored to the end are scored anew, so that no mix of weights is reported."""
+        """Running sequences drop their KV, keep their tokens, and are admitted again before any new one. After
+        `set_weights` nothing of the old KV can match, so all of it is rebuilt; prompts not scored to the end are scored
+        anew, so that no mix of weights is reported."""
         for slot in self._roster.order().tolist():
             sequence = self._roster.table.sequence(slot)
-            self._roster.preempt(slot, publish=False)
+            self._roster.preempt(slot)
             if sequence.prompt_scores is not None and not sequence.prompt_scores.is_complete:
                 sequence.prompt_scores.reset()
 

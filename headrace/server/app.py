@@ -38,8 +38,8 @@ def create_app(engine: AsyncEngine, options: ServerOptions) -> FastAPI:
         openapi_url=None,
         redirect_slashes=False,
         middleware=[
-            Middleware(Auth, access=access, api_key=options.api_key, admin_api_key=options.admin_api_key),
             Middleware(Limits, max_body_bytes=options.max_body_bytes, body_timeout=options.body_timeout),
+            Middleware(Auth, access=access, api_key=options.api_key, admin_api_key=options.admin_api_key),
             Middleware(Gate, state=state, paths=[endpoint.path for endpoint in endpoints if endpoint.generates]),
         ],
         exception_handlers={

@@ -50,7 +50,7 @@ class NativeFace:
         try:
             for item in call.items:
                 with item_errors(item.prompt_index, call.is_list):
-                    streams.append(self._state.engine.submit(item))
+                    streams.append(self._state.submit(item))
             is_whole = True
         finally:
             if not is_whole:

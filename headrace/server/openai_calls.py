@@ -51,7 +51,7 @@ class OpenAiCall:
                 for index in range(params.n):
                     item = self._item(prompt, position, index, params, logprobs, len(prompts) * params.n)
                     with fields_named({"input_ids": prompt.field}):
-                        self.streams.append(self._state.engine.submit(item))
+                        self.streams.append(self._state.submit(item))
             is_whole = True
         finally:
             if not is_whole:

@@ -16,7 +16,7 @@ from headrace.server.app import create_app
 from headrace.server.limits import MAX_HEADER_BYTES
 from headrace.server.options import ServerOptions
 from headrace.server.state import ServerState
-from headrace.types.errors import ConfigError, HeadraceError, InternalError
+from headrace.types.errors import ConfigError, InternalError
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +63,7 @@ class RunningServer:
         self._state.stop_admitting()
         if not await self._state.wait_idle(limit):
             logger.warning("%d requests did not finish in %g s and are aborted", self._state.num_active, limit)
-            with contextlib.suppress(HeadraceError):  # a dead core has answered everything already
-                await self._state.engine.abort(all=True, message="Aborted: the server is shutting down")
+            self._state.abort_all("Aborted: the server is shutting down")
             await self._state.wait_idle(ABORT_SECONDS)
         self._server.should_exit = True
         await asyncio.shield(self._task)

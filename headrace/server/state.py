@@ -1,15 +1,18 @@
-"""What all faces of one server share. Owns the count of running requests and whether new ones are let in."""
+"""What all faces of one server share. Owns its running requests, and whether new ones are let in."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from headrace.engine import AsyncEngine
+from headrace.engine import AsyncEngine, GenerateItem, Stream
 from headrace.server.metrics import ServerMetrics
 from headrace.server.options import ServerOptions
+from headrace.types.errors import HeadraceError
 
 
 class ServerState:
@@ -21,9 +24,22 @@ class ServerState:
         self.metrics = ServerMetrics()
         self.started_at = time.time()
         self.num_active = 0
+        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._is_draining = False
         self._idle = asyncio.Event()
         self._idle.set()
+
+    def submit(self, item: GenerateItem) -> Stream:
+        """Start one sequence; it is one that `abort_all` ends."""
+        stream = self.engine.submit(item)
+        self._streams.add(stream)
+        return stream
+
+    def abort_all(self, message: str) -> None:
+        """End this server's sequences, answered with what they have; the engine's other callers are left alone."""
+        handles = [stream.request.handle for stream in self._streams if not stream.is_done]
+        with contextlib.suppress(HeadraceError):  # a dead core has answered everything already
+            self.engine.runtime.client.abort(handles, message)
 
     @property
     def model_name(self) -> str:

@@ -26,8 +26,8 @@ LAZY_UPWARD_IMPORTS = {
 }
 """(module, package) that may be imported upward inside a function, and why. At most five."""
 
-ROOT_RANK = ORDER.index("server") + 0.5
-"""The root package re-exports the engine and attaches the server to it: only what comes later may import it."""
+ROOT_RANK = ORDER.index("engine") + 0.5
+"""The root package re-exports the engine: only what comes later may import it."""
 
 TORCH_FREE_MODULES = ("headrace", "headrace.weights", "headrace.weights.weight_map", "headrace.weights.session")
 

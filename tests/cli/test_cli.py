@@ -27,7 +27,7 @@ def test_every_engine_setting_is_a_flag_of_serve_generate_and_check() -> None:
     for command in ("serve", "generate", "check"):
         for name in EngineConfig.__struct_fields__:
             flag = "model" if name == "model" else "--" + name.replace("_", "-")
-            assert any(line.split("{")[0].split()[:2] == ["headrace", command] and flag in line.split() for line in lines)
+            assert any(line.startswith(f"headrace {command} ") and flag in line.split() for line in lines)
 
 
 @pytest.mark.parametrize(

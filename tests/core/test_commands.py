@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 import torch
 
 from headrace.core.executor import StepError
 from headrace.core.fake_executor import FREE_LOGPROB, FreeExecutor
+from headrace.core.service import run_core
 from headrace.types.messages import (
     Abort,
     CommitUpdate,
@@ -230,6 +232,33 @@ class BreakingExecutor(FreeExecutor):
             self._plans.popleft()
             raise StepError(step_id, MemoryError("no room"))
         return super().collect()
+
+
+class LyingExecutor(FreeExecutor):
+    """Answers its fifth plan with a result of another step, which is a bug and not a fault."""
+
+    def collect(self) -> StepResult:
+        result = super().collect()
+        return msgspec.structs.replace(result, step_id=99) if self.num_executed == 5 else result
+
+
+def test_a_crash_of_the_loop_answers_every_request() -> None:
+    core = Core(LyingExecutor(VOCAB_SIZE), max_running_requests=2)
+    core.submit(*(request(handle) for handle in range(1, 5)))
+    assert run_core(core.loop, core.link) == 1
+    assert core.finish_types(1, 2, 3, 4) == ["error"] * 4
+    finish = core.finish(4)
+    assert finish is not None and finish.error is not None
+    assert "crashed" in finish.error.message
+    assert core.link.is_closed
+
+
+def test_a_core_whose_front_is_gone_ends() -> None:
+    core = Core()
+    core.submit(request(1))
+    core.turn()
+    core.link.close()
+    assert run_core(core.loop, core.link) == 0
 
 
 @pytest.mark.parametrize("overlap_depth", [0, 1, 3])

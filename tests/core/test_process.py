@@ -203,14 +203,15 @@ PARENT = """
 import asyncio, os, sys, time, msgspec
 from headrace.ipc import launch_core
 from headrace.types.messages import Submit
-from tests.core.harness import request, tiny_config
+
+config, submit = map(bytes.fromhex, sys.argv[2:])
 
 async def main():
-    process, link = launch_core(msgspec.msgpack.encode(tiny_config()), executor="free")
+    process, link = launch_core(config, executor="free")
     ready = asyncio.Event()
     await link.start(lambda output: ready.set(), print)
     await ready.wait()
-    link.send(Submit(tuple(request(handle, max_new_tokens=200) for handle in range(1, 5))))
+    link.send(msgspec.msgpack.decode(submit, type=Submit))
     if sys.argv[1] == "forked" and os.fork() == 0:  # a sibling that holds copies of every descriptor
         os.setsid()
         print(process.pid, os.getpid(), flush=True)
@@ -226,12 +227,11 @@ asyncio.run(main())
 
 @pytest.mark.parametrize("how", ["plain", "forked"])
 def test_a_killed_parent_leaves_no_core(how: str) -> None:
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, how],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    submit = Submit(tuple(request(handle, max_new_tokens=200) for handle in range(1, 5)))
+    messages = [msgspec.msgpack.encode(message).hex() for message in (tiny_config(), submit)]
+    command = [sys.executable, "-c", PARENT, how, *messages]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert parent.stdout is not None
     core, sibling = map(int, parent.stdout.readline().split())
     assert is_running(core)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from headrace.types.messages import (
 )
 from headrace.types.weights import BufferEntry, BufferRef, InFlight, TensorInfo, UpdateReport
 from headrace.weights.checkpoint import iterate_checkpoint, read_manifest
+from headrace.weights.store import WeightStore
+from headrace.weights.weight_map import ParamSpec, WeightMap, WeightRule
 from tests.core.harness import VOCAB_SIZE, Core, digest_of, manifest_of, new_tensors, request, tiny_store
 
 MODES = ["shadow", "inplace"]
@@ -462,3 +465,36 @@ def test_a_tied_tensor_with_other_values_rolls_back(tmp_path: Path) -> None:
     assert error.field == "lm_head.weight"
     assert core.call(Digest, kind=dict[str, str]) == before
     assert (core.status().state, core.status().updating) == ("ready", False)
+
+
+def test_many_updates_leave_no_descriptor_and_no_mapping() -> None:
+    core = Core()
+
+    def held() -> tuple[int, int]:
+        core.buffer.close()
+        return len(os.listdir("/proc/self/fd")), Path("/proc/self/maps").read_text().count("memfd:headrace")
+
+    update(core, NEW)
+    before = held()
+    for number in range(100):
+        update(core, new_tensors(float(number)), mode=MODES[number % 2])
+        core.buffer.close()
+    assert held() == before
+
+
+def test_a_large_tensor_is_staged_across_many_steps() -> None:
+    big = {"embed.weight": torch.arange(8 << 20, dtype=torch.float32).view(4096, 2048)}
+    weight_map = WeightMap([ParamSpec("embed", (4096, 2048))], [WeightRule("embed.weight", "embed", 0, (4096, 2048))])
+    store = WeightStore(weight_map, torch.float32, torch.device("cpu"), memory=lambda: 1 << 40)
+    store.load([("embed.weight", torch.zeros(4096, 2048))])
+    core = Core(FreeExecutor(VOCAB_SIZE, weights=store), page_size=16, kv_pool_tokens=4096)
+    core.submit(*(request(handle, max_new_tokens=200) for handle in range(1, 9)))
+    core.turn(3)
+    session = core.begin(big, mode="shadow", in_flight="keep")
+    stage = core.start_stage(session, big)
+    core.turn(2)
+    assert stage not in core.link.replies
+    core.until(lambda: stage in core.link.replies)
+    core.call(CommitUpdate, session, kind=UpdateReport)
+    assert core.status().metrics["staged_steps"] >= 3
+    check_live(core, big)

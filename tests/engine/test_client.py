@@ -81,7 +81,7 @@ def play(scenario: Scenario, control_timeout: float = 30.0) -> list[str]:
     async def main() -> None:
         front, link = make_pair()
         core = ScriptedCore(link)
-        client = CoreClient(front, control_timeout, lambda: deaths.append("killed"))
+        client = CoreClient(front, control_timeout, lambda: deaths.append("killed"), hang_timeout=control_timeout)
         start = asyncio.create_task(client.start(5.0))
         await asyncio.sleep(0)
         link.send(CoreReady(max_total_num_tokens=7))

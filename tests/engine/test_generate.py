@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from headrace import AsyncEngine, DeadlineError, Engine, Generation, RequestError, SamplingParams, ShutdownError
-from headrace.engine import GenerateItem
+from headrace.engine import GenerateItem, GenerateOptions
 from headrace.engine.seeds import sample_seed
+from headrace.types.sampling_params import LogprobMode
 from tests.engine.builders import EOS_ID, LETTERS, SETTINGS, VOCAB_SIZE, model_of, reference_logprobs
 
 PROMPT = [10, 20, 30, 40, 50]
@@ -69,17 +70,15 @@ def test_score_of_texts_and_in_another_mode(engine: Engine) -> None:
         expected = reference_logprobs(model_of(0), ids, temperature=0.5)
         picked = [expected[i - 1][ids[i]] for i in range(1, len(ids))]
         assert generation.prompt_logprob_mode == "temperature"
-        assert np.allclose(generation.prompt_logprobs[1:], picked, atol=1e-4)
+        assert generation.prompt_logprobs[1:] == pytest.approx(picked, abs=1e-4)
 
 
 def test_generated_tokens_with_top_and_asked_logprobs(engine: Engine) -> None:
     params = SamplingParams(max_new_tokens=6, seed=4, temperature=0.7, ignore_eos=True)
-    for mode, temperature in (("raw", 1.0), ("temperature", 0.7)):
-        found = one(
-            engine.generate(
-                input_ids=PROMPT, sampling_params=params, logprob_mode=mode, top_logprobs=2, logprob_token_ids=[3]
-            )  # type: ignore[arg-type]
-        )
+    modes: list[tuple[LogprobMode, float]] = [("raw", 1.0), ("temperature", 0.7)]
+    for mode, temperature in modes:
+        asked: GenerateOptions = {"logprob_mode": mode, "top_logprobs": 2, "logprob_token_ids": [3]}
+        found = one(engine.generate(input_ids=PROMPT, sampling_params=params, **asked))
         assert found.logprob_mode == mode
         expected = reference_logprobs(model_of(0), PROMPT + found.token_ids, temperature)[len(PROMPT) - 1 :]
         for position, token in enumerate(found.token_ids):
@@ -190,7 +189,7 @@ def test_streams_join_to_what_generate_returns(engine: Engine) -> None:
 def test_leaving_a_stream_frees_its_sequences(engine: Engine) -> None:
     stream = engine.stream(input_ids=[PROMPT, PROMPT], sampling_params=LONG)
     assert next(iter(stream)).token_ids
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     wait_for(lambda: engine.metrics()["num_running"] == 0)
 
 
@@ -233,7 +232,7 @@ def test_abort_returns_what_there_is_in_every_state(start: Callable[..., Engine]
     for number, name in enumerate(("run-1", "run-2", "wait-1")):
         long = functools.partial(engine.generate, input_ids=PROMPT, sampling_params=LONG, request_id=name)
         calls.append(Background(long))
-        wait_for(lambda expected=number + 1: num_held(engine) == expected)  # type: ignore[misc]
+        wait_for(functools.partial(holds, engine, number + 1))
     wait_for(lambda: engine.metrics()["num_generated_tokens"] > 20 and engine.metrics()["num_waiting"] == 1)
     assert engine.abort("nobody") == 0
     assert engine.abort("wait") == 0, "names match exactly"
@@ -249,15 +248,15 @@ def test_abort_returns_what_there_is_in_every_state(start: Callable[..., Engine]
     wait_for(lambda: engine.metrics()["num_used_tokens"] == 0)
 
 
-def num_held(engine: Engine) -> float:
+def holds(engine: Engine, num_sequences: int) -> bool:
     metrics = engine.metrics()
-    return metrics["num_running"] + metrics["num_waiting"]
+    return metrics["num_running"] + metrics["num_waiting"] == num_sequences
 
 
 def test_abort_needs_a_name(engine: Engine) -> None:
     for arguments in ({}, {"request_id": ""}, {"request_id": 5}):
         with pytest.raises(RequestError) as caught:
-            engine.abort(**arguments)  # type: ignore[arg-type]
+            engine.abort(**arguments)
         assert caught.value.field == "request_id"
 
 
@@ -282,11 +281,11 @@ def test_a_request_over_its_time_is_an_error_and_freed(start: Callable[..., Engi
 
 def test_pause_holds_and_resume_goes_on(engine: Engine) -> None:
     engine.pause("keep")
-    assert not engine.is_ready and engine.is_alive
+    assert (engine.is_ready, engine.is_alive) == (False, True)
     call = Background(lambda: engine.generate(input_ids=PROMPT, sampling_params=GREEDY))
     wait_for(lambda: engine.metrics()["num_waiting"] == 1)
     engine.resume()
-    assert engine.is_ready
+    assert (engine.is_ready, engine.is_alive) == (True, True)
     assert one(call.join()).finish_reason == "length"
     with pytest.raises(RequestError) as caught:
         engine.pause("sleep")  # type: ignore[arg-type]

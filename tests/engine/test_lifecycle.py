@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from headrace import (
@@ -164,7 +165,8 @@ def test_a_script_without_a_main_guard_ends_by_itself_and_quietly(model_folder: 
     """Neither `shutdown` nor a context manager: the interpreter's end is enough."""
     with script(model_folder, "print('done')") as process:
         pid = read_core_pid(process)
-        output, errors = process.communicate(timeout=60)
+        assert process.stdout is not None and process.stderr is not None
+        output, errors = process.stdout.read(), process.stderr.read()
     assert process.returncode == 0 and "done" in output
     assert "Traceback" not in errors and "Error" not in errors and "Warning" not in errors
     wait_for(lambda: not is_running(pid), DEATH_SECONDS)
@@ -254,9 +256,31 @@ def test_shutdown_answers_what_runs_and_can_be_repeated(model_folder: Path) -> N
             call()
 
 
+def test_a_fork_does_not_touch_the_engine(spawned: Engine) -> None:
+    """A forked child ends at once, with all exit handlers, and leaves its parent's engine alone."""
+    code = """
+import os, sys
+from headrace import Engine, ShutdownError
+engine = Engine({folder!r}, executor="free", **{settings!r})
+child = os.fork()
+if child == 0:
+    try:
+        engine.generate(input_ids=[1])
+    except ShutdownError as error:
+        sys.exit(7 if "fork" in str(error) else 1)
+status = os.waitpid(child, 0)[1]
+generated = engine.generate(input_ids=[1], sampling_params=dict(max_new_tokens=2))
+print(os.waitstatus_to_exitcode(status), len(generated[0].token_ids))
+"""
+    code = code.format(folder=spawned.config.model, settings=SETTINGS)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
+    assert done.stdout.split() == ["7", "2"], done.stderr
+
+
 def test_a_dropped_engine_ends(model_folder: Path) -> None:
     for inprocess in (True, False):
-        engine = Engine(model_folder, inprocess=inprocess, **SETTINGS)
+        engine = Engine(model_folder, inprocess=inprocess, executor="free", **SETTINGS)
         engine.generate(input_ids=PROMPT, sampling_params=SHORT)
         host, thread = engine.asynchronous.runtime.host, engine.asynchronous.runtime._thread
         del engine
@@ -272,7 +296,7 @@ def test_an_engine_leaves_no_thread_or_descriptor(model_folder: Path) -> None:
 
     for inprocess in (True, False):
         before = held()
-        with Engine(model_folder, inprocess=inprocess, **SETTINGS) as engine:
+        with Engine(model_folder, inprocess=inprocess, executor="free", **SETTINGS) as engine:
             engine.generate(input_ids=PROMPT, sampling_params=SHORT)
             assert held() > before
         wait_for(lambda before=before: held() <= before)  # type: ignore[misc]
@@ -354,3 +378,22 @@ def test_the_executor_may_be_replaced_by_one_that_costs_nothing(model_folder: Pa
     with contextlib.closing(AsyncEngine(model_folder, executor="free", **SETTINGS)) as engine:
         found = asyncio.run(engine.generate(input_ids=[PROMPT] * 32, sampling_params=LONG))
         assert [len(each.token_ids) for each in found] == [1000] * 32
+
+
+def test_a_server_comes_and_goes_on_a_running_engine(model_folder: Path) -> None:
+    with Engine(model_folder, inprocess=True, **SETTINGS) as engine:
+        servers = [engine.serve(), engine.serve(0, "127.0.0.1")]
+        body = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}}
+        expected = engine.generate(input_ids=PROMPT, sampling_params=SHORT)[0].token_ids
+        for server in servers:
+            assert server.url == f"http://127.0.0.1:{server.port}"
+            assert httpx.post(f"{server.url}/generate", json=body).json()["output_ids"] == expected
+        servers[0].stop()
+        servers[0].stop()
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{servers[0].url}/health")
+        assert httpx.get(f"{servers[1].url}/health").status_code == 200
+        assert engine.generate(input_ids=PROMPT, sampling_params=SHORT)[0].token_ids == expected
+    servers[1].stop()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{servers[1].url}/health")

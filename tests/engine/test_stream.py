@@ -88,6 +88,15 @@ def test_text_is_not_searched_before_min_new_tokens(tokenizer: Tokenizer) -> Non
     assert result(feed).token_ids == list(b"ab")
 
 
+def test_a_special_token_can_be_a_stop_string_though_its_text_is_hidden(tokenizer: Tokenizer) -> None:
+    [special] = tokenizer.encode("<|user|>")
+    for skip in (True, False):
+        feed = Feed(tokenizer, stop=("<|user|>", "bc!"), skip_special_tokens=skip)
+        feed.tokens([*b"abc", special, *b"late"])
+        answer = result(feed)
+        assert (answer.text, answer.token_ids, answer.matched) == ("abc", [*b"abc", special], "<|user|>")
+
+
 def test_held_back_text_comes_out_at_the_end(tokenizer: Tokenizer) -> None:
     feed = Feed(tokenizer, stop=("abcd",))
     feed.tokens(b"xabc")

@@ -97,3 +97,17 @@ def test_nothing_is_left_open() -> None:
         assert bytes(view) == b"\0\0\0\0"  # a view handed out keeps its memory
         view.release()
     assert num_descriptors() == before
+
+
+@pytest.mark.parametrize("has_proc", [True, False])
+def test_an_unnamed_file_stands_in_for_a_memory_file(monkeypatch: pytest.MonkeyPatch, has_proc: bool) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    monkeypatch.setattr("headrace.ipc.buffers._HAS_PROC", has_proc)
+    buffer = SharedBuffer.create(100)
+    buffer.view[:3] = b"abc"
+    path = Path(os.readlink(buffer.ref.path)) if has_proc else Path(buffer.ref.path)
+    assert path.exists() is not has_proc
+    with SharedBuffer.open(buffer.ref) as reader:
+        assert bytes(reader.view[:4]) == b"abc\0"
+    buffer.close()
+    assert not path.exists()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
 
 import msgspec
 import pytest
+import uvloop
 
 from headrace.ipc import PeerClosed
 from headrace.ipc.codec import pack_frame
@@ -17,9 +19,23 @@ from headrace.types.errors import EngineDeadError, UnavailableError
 from headrace.types.messages import Abort, Command, Deltas, GetStatus, Output, Reply, Submit
 from headrace.types.request import Delta, Request, pack_ids
 
+Pair = tuple[socket.socket, socket.socket]
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+
+
+@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def run(request: pytest.FixtureRequest) -> Run:
+    """Runs a coroutine to its end on a new loop, of either kind."""
+
+    def run_once(coroutine: Coroutine[Any, Any, Any]) -> Any:
+        with asyncio.Runner(loop_factory=request.param) as runner:
+            return runner.run(coroutine)
+
+    return run_once
+
 
 @pytest.fixture
-def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+def pair() -> Iterator[Pair]:
     front, core = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     yield front, core
     front.close()
@@ -42,7 +58,7 @@ async def until(condition: object, events: asyncio.Event) -> None:
         await asyncio.wait_for(events.wait(), 10.0)
 
 
-def test_commands_and_outputs_arrive_in_order(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_commands_and_outputs_arrive_in_order(pair: Pair, run: Run) -> None:
     core = SocketCoreLink(pair[1])
     sent: list[Command] = [Submit((Request(i, "r", pack_ids(range(i % 700)), 1, 1),)) for i in range(3000)]
 
@@ -71,13 +87,13 @@ def test_commands_and_outputs_arrive_in_order(pair: tuple[socket.socket, socket.
 
     thread = threading.Thread(target=echo)
     thread.start()
-    outputs = asyncio.run(front())
+    outputs = run(front())
     thread.join(10.0)
     expected = [Deltas((Delta(c.requests[0].handle, c.requests[0].prompt),)) for c in sent if isinstance(c, Submit)]
     assert outputs == expected
 
 
-def test_poll_returns_at_once_and_waits_when_told(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_poll_returns_at_once_and_waits_when_told(pair: Pair) -> None:
     core = SocketCoreLink(pair[1])
     assert core.poll(0.0) == []
     assert core.poll(0.01) == []
@@ -85,7 +101,7 @@ def test_poll_returns_at_once_and_waits_when_told(pair: tuple[socket.socket, soc
     assert core.poll(10.0) == [GetStatus(3)]
 
 
-def test_commands_before_the_end_of_file_are_returned_first(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_commands_before_the_end_of_file_are_returned_first(pair: Pair) -> None:
     core = SocketCoreLink(pair[1])
     pair[0].sendall(pack_frame(msgspec.msgpack.encode(Abort(None))))
     pair[0].close()
@@ -96,7 +112,7 @@ def test_commands_before_the_end_of_file_are_returned_first(pair: tuple[socket.s
         core.send(Reply(1))
 
 
-def test_a_broken_command_is_answered_and_its_neighbours_are_served(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_a_broken_command_is_answered_and_its_neighbours_are_served(pair: Pair) -> None:
     core = SocketCoreLink(pair[1])
     bad = msgspec.msgpack.encode(["get_weight", 9, ["not", "a", "name"]])
     first, last = (pack_frame(msgspec.msgpack.encode(GetStatus(call_id))) for call_id in (1, 2))
@@ -109,14 +125,14 @@ def test_a_broken_command_is_answered_and_its_neighbours_are_served(pair: tuple[
     assert reply.error is not None
 
 
-def test_a_frame_over_the_bound_ends_the_link(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_a_frame_over_the_bound_ends_the_link(pair: Pair) -> None:
     core = SocketCoreLink(pair[1])
     pair[0].sendall(b"\xff\xff\xff\xff garbage")
     with pytest.raises(PeerClosed, match="bound"):
         core.poll(1.0)
 
 
-def test_a_front_that_never_reads_ends_the_link(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_a_front_that_never_reads_ends_the_link(pair: Pair) -> None:
     core = SocketCoreLink(pair[1], max_backlog_bytes=1 << 20, stall_timeout=0.1)
     output = Reply(1, bytes(1 << 18))
     with pytest.raises(PeerClosed, match="read nothing"):
@@ -124,7 +140,7 @@ def test_a_front_that_never_reads_ends_the_link(pair: tuple[socket.socket, socke
             core.send(output)
 
 
-def test_a_slow_front_loses_nothing(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_a_slow_front_loses_nothing(pair: Pair, run: Run) -> None:
     core = SocketCoreLink(pair[1], max_backlog_bytes=1 << 20, stall_timeout=30.0)
     outputs = [Reply(i, bytes([i]) * (1 << 17)) for i in range(64)]
     found: list[Output] = []
@@ -141,7 +157,7 @@ def test_a_slow_front_loses_nothing(pair: tuple[socket.socket, socket.socket]) -
         await until(lambda: len(found) == len(outputs), arrived)
         await link.close()
 
-    thread = threading.Thread(target=lambda: asyncio.run(front()))
+    thread = threading.Thread(target=lambda: run(front()))
     thread.start()
     for output in outputs:
         core.send(output)
@@ -150,7 +166,7 @@ def test_a_slow_front_loses_nothing(pair: tuple[socket.socket, socket.socket]) -
     assert found == outputs
 
 
-def test_the_front_learns_that_the_core_is_gone(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_the_front_learns_that_the_core_is_gone(pair: Pair, run: Run) -> None:
     async def front() -> list[str]:
         link = SocketFrontLink(pair[0])
         reasons: list[str] = []
@@ -169,10 +185,10 @@ def test_the_front_learns_that_the_core_is_gone(pair: tuple[socket.socket, socke
         await link.close()
         return reasons
 
-    assert asyncio.run(front()) == ["the core closed the link"]
+    assert run(front()) == ["the core closed the link"]
 
 
-def test_an_undecodable_output_ends_the_link_with_its_reason(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_an_undecodable_output_ends_the_link_with_its_reason(pair: Pair, run: Run) -> None:
     async def front() -> str:
         link = SocketFrontLink(pair[0])
         reason: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -182,10 +198,10 @@ def test_an_undecodable_output_ends_the_link_with_its_reason(pair: tuple[socket.
         await link.close()
         return found
 
-    assert "cannot be decoded" in asyncio.run(front())
+    assert "cannot be decoded" in run(front())
 
 
-def test_closing_is_not_reported_and_is_seen_by_the_core(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_closing_is_not_reported_and_is_seen_by_the_core(pair: Pair, run: Run) -> None:
     core = SocketCoreLink(pair[1])
     forked_copy = pair[0].dup()  # as a process forked off the front would hold it
 
@@ -198,14 +214,14 @@ def test_closing_is_not_reported_and_is_seen_by_the_core(pair: tuple[socket.sock
         await asyncio.sleep(0.01)
         return reasons
 
-    assert asyncio.run(front()) == []
+    assert run(front()) == []
     assert core.poll(1.0) == [GetStatus(5)]
     with pytest.raises(PeerClosed):
         core.poll(1.0)
     forked_copy.close()
 
 
-def test_a_core_that_never_reads_is_refused_more(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_a_core_that_never_reads_is_refused_more(pair: Pair, run: Run) -> None:
     async def front() -> None:
         link = SocketFrontLink(pair[0], max_backlog_bytes=1 << 20)
         await link.start(lambda output: None, lambda reason: None)
@@ -217,4 +233,4 @@ def test_a_core_that_never_reads_is_refused_more(pair: tuple[socket.socket, sock
         pair[1].close()
         await link.close()
 
-    asyncio.run(front())
+    run(front())

@@ -59,7 +59,8 @@ def make_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedMod
 def reference_logits(model: PreTrainedModel, token_ids: list[int]) -> Tensor:
     """float32 [len(token_ids), V], by transformers."""
     with torch.inference_mode():
-        return model(torch.tensor([token_ids])).logits[0].float()
+        logits: Tensor = model(torch.tensor([token_ids])).logits[0].float()
+    return logits
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> Path:

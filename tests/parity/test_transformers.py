@@ -99,9 +99,7 @@ def merge(*plans: Any) -> Any:
     import msgspec
     import numpy as np
 
-    arrays = [
-        name for name in type(plans[0]).__struct_fields__ if isinstance(getattr(plans[0], name), np.ndarray)
-    ]
+    arrays = [name for name in type(plans[0]).__struct_fields__ if isinstance(getattr(plans[0], name), np.ndarray)]
     joined = {name: np.concatenate([getattr(plan, name) for plan in plans]) for name in arrays}
     new_slots = tuple(init for plan in plans for init in plan.new_slots)
     return msgspec.structs.replace(plans[0], new_slots=new_slots, **joined)

@@ -87,3 +87,11 @@ def test_kth_greatest_is_what_a_sort_says(size: int) -> None:
         ordered = np.sort(row)[::-1]
         for k in {1, (size + 1) // 2, size}:
             assert kth_greatest(row, k) == ordered[k - 1]
+
+
+def test_logits_masked_with_the_least_float_are_no_trouble() -> None:
+    row = np.full(5000, np.finfo(np.float32).min, np.float32)
+    row[:3] = (1.0, 2.0, 0.0)
+    for temperature in (1e-6, 1.0, 1e4):
+        assert (row >= keep_threshold(row, temperature, 10, 0.9999, 1e-4))[3:].sum() in (0, 4997)
+    assert (row >= keep_threshold(row, 1.0, 0, 0.9999, 0.0)).sum() == 3

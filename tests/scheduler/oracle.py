@@ -26,8 +26,8 @@ def cell_value(epoch: int, prefix_hash: int) -> int:
 
 def sample(seed: int, position: int, prefix_hash: int, masked: frozenset[int]) -> int:
     """The token at `position` after a prefix, drawn from the ids that are not masked."""
-    noise = extend(extend(prefix_hash, seed), position) >> 20
-    choices = [token for token in range(VOCAB_SIZE) if token not in masked] or [0]
+    noise: int = extend(extend(prefix_hash, seed), position) >> 20
+    choices: list[int] = [token for token in range(VOCAB_SIZE) if token not in masked] or [0]
     return int(choices[noise % len(choices)])
 
 
@@ -42,7 +42,7 @@ class Truth:
     def __init__(self, request: Request, context_length: int) -> None:
         self.request = request
         self.prompt: list[int] = unpack_ids(request.prompt).tolist()
-        self._tokens = list(self.prompt)
+        self._tokens: list[int] = list(self.prompt)
         self._hashes: list[int] = []
         self._stops = frozenset(request.stop_token_ids)
         self.min_length = len(self.prompt) + request.min_new_tokens

@@ -157,7 +157,9 @@ def test_put_and_null_defaults(served: Served) -> None:
 def test_a_batch_is_a_list_with_names(served: Served) -> None:
     prompts = [[1, 2, 3], [4, 5], [6]]
     params = [{**GREEDY, "max_new_tokens": number + 1} for number in range(3)]
-    replies = served.generate(input_ids=prompts, sampling_params=params, rid="batch", return_logprob=[True, False, True])
+    replies = served.generate(
+        input_ids=prompts, sampling_params=params, rid="batch", return_logprob=[True, False, True]
+    )
     assert [reply["meta_info"]["id"] for reply in replies] == ["batch_0", "batch_1", "batch_2"]
     assert [reply["meta_info"]["completion_tokens"] for reply in replies] == [1, 2, 3]
     assert ["output_token_logprobs" in reply["meta_info"] for reply in replies] == [True, False, True]
@@ -225,7 +227,13 @@ def test_without_a_tokenizer_there_is_no_text(start: Any) -> None:
 
 
 def test_unknown_keys_are_named_in_warnings(served: Served) -> None:
-    body = {"input_ids": IDS, "sampling_params": {"max_new_tokens": 1}, "frobnicate": 1, "image_data": [], "no_logs": True}
+    body = {
+        "input_ids": IDS,
+        "sampling_params": {"max_new_tokens": 1},
+        "frobnicate": 1,
+        "image_data": [],
+        "no_logs": True,
+    }
     meta = served.generate(**body)["meta_info"]
     assert meta["warnings"] == ["'frobnicate' is not known and was ignored"]
 

@@ -1,0 +1,114 @@
+"""Each row operation against its oracle, and the invariant ones bit for bit in any batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from headrace.config import RopeSpec
+from headrace.kernels import KernelSet, select_kernels
+from headrace.kernels.rope_tables import rope_tables
+from headrace.types.errors import ConfigError
+
+TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+Operation = Callable[[KernelSet, Tensor], Tensor]
+
+
+@pytest.fixture(params=[1, 2])
+def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def operations(dtype: torch.dtype, width: int) -> dict[str, Operation]:
+    """Each operation as a function of rows [T, width]."""
+    weight, bias = random(77, width, dtype=dtype, seed=1) / width**0.5, random(77, dtype=dtype, seed=2)
+    residual = random(600, 77, dtype=dtype, seed=3)
+    norm = random(width, dtype=dtype, seed=4)
+    heads = width // 8
+    cos, sin = rope_tables(RopeSpec(), 8, 600, dtype)
+
+    def linear_add(kernels: KernelSet, x: Tensor) -> Tensor:
+        total = residual[:1].repeat(x.shape[0], 1)
+        kernels.linear_add_(total, x, weight, bias)
+        return total
+
+    def rope(kernels: KernelSet, x: Tensor) -> Tensor:
+        positions = torch.full((x.shape[0],), 311)
+        return kernels.rope(x.view(-1, heads, 8), cos[positions], sin[positions]).flatten(1)
+
+    return {
+        "linear": lambda kernels, x: kernels.linear(x, weight, None),
+        "linear with bias": lambda kernels, x: kernels.linear(x, weight, bias),
+        "linear_add_": linear_add,
+        "rms_norm": lambda kernels, x: kernels.rms_norm(x, norm, 1e-6),
+        "rms_norm of heads": lambda kernels, x: kernels.rms_norm(x.view(-1, heads, 8), norm[:8], 1e-6).flatten(1),
+        "rope": rope,
+        "silu_and_mul": lambda kernels, x: kernels.silu_and_mul(x),
+    }
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("name", ["fast", "invariant"])
+@pytest.mark.parametrize("num_tokens", [1, 16, 37])
+def test_against_the_oracle(name: str, dtype: torch.dtype, num_tokens: int) -> None:
+    oracle, kernels = select_kernels("reference"), select_kernels(name)
+    x = random(num_tokens, 176, dtype=dtype, seed=5)
+    for label, run in operations(dtype, 176).items():
+        expected, found = run(oracle, x), run(kernels, x)
+        assert found.dtype == dtype and found.shape == expected.shape, label
+        error = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
+        assert error < TOLERANCES[dtype], f"{label}: {error}"
+
+
+@pytest.mark.parametrize("width", [40, 176, 1000, 2560])
+def test_invariant_rows_have_the_same_bits_in_any_batch(width: int, num_threads: int) -> None:
+    kernels = select_kernels("invariant")
+    x = random(50, width, seed=6)
+    generator = torch.Generator().manual_seed(width)
+    for label, run in operations(torch.float32, width).items():
+        alone = torch.cat([run(kernels, x[row : row + 1]) for row in range(50)])
+        for num_rows in (1, 2, 7, 15, 16, 17, 33, 50):
+            order = torch.randperm(50, generator=generator)[:num_rows]
+            assert torch.equal(run(kernels, x[order]), alone[order]), f"{label}, {num_rows} rows"
+
+
+def test_rows_too_wide_for_one_unsplit_block() -> None:
+    kernels = select_kernels("invariant")
+    x = random(3, 2 * 40001, seed=7)
+    found = kernels.silu_and_mul(x)
+    alone = torch.cat([kernels.silu_and_mul(x[row : row + 1]) for row in range(3)])
+    assert torch.equal(found, alone)
+    assert (found - select_kernels("reference").silu_and_mul(x)).abs().max() < 1e-5
+
+
+def test_the_fast_gemm_is_not_invariant() -> None:
+    """Why the invariant family exists; if this ever fails, the plain GEMM could serve both."""
+    x, weight = random(64, 1024, seed=8), random(512, 1024, seed=9)
+    fast = select_kernels("fast")
+    assert not torch.equal(fast.linear(x[:1], weight, None), fast.linear(x, weight, None)[:1])
+
+
+def test_linear_and_llama3_frequencies() -> None:
+    plain_cos, _ = rope_tables(RopeSpec(), 16, 40, torch.float32)
+    linear_cos, _ = rope_tables(RopeSpec(scaling="linear", factor=4.0), 16, 160, torch.float32)
+    torch.testing.assert_close(linear_cos[::4], plain_cos, atol=1e-6, rtol=0)
+    spec = RopeSpec(theta=1e4, scaling="llama3", factor=8.0, original_max_position=64)
+    _, plain_sin = rope_tables(RopeSpec(), 16, 3, torch.float32)
+    _, scaled_sin = rope_tables(spec, 16, 3, torch.float32)
+    assert scaled_sin[1, 0] == plain_sin[1, 0], "short wavelengths are kept"
+    torch.testing.assert_close(scaled_sin[1, 7], plain_sin[1, 7] / 8.0, atol=1e-9, rtol=1e-3)
+
+
+def test_an_unknown_set_is_refused() -> None:
+    with pytest.raises(ConfigError, match="numerics"):
+        select_kernels("exact")

@@ -1,0 +1,111 @@
+"""Keys: every route of the table needs one, unless it says otherwise."""
+
+from __future__ import annotations
+
+import pytest
+from starlette.routing import Route
+
+from headrace import ConfigError
+from headrace.server import ServerOptions, create_app
+from headrace.server.app import all_endpoints
+from headrace.server.state import ServerState
+from tests.server.conftest import START, Served
+
+OPEN = {"/health", "/health_generate", "/ready"}
+ADMIN = {
+    *("/abort_request", "/pause_generation", "/continue_generation", "/flush_cache", "/update_weights_from_disk"),
+    *("/update_weight_version", "/get_weights_by_name", "/weights_checker"),
+}
+
+
+def routes(served: Served) -> list[tuple[str, str]]:
+    """(path, method) of every route of the application itself."""
+    app = create_app(served.engine.asynchronous, ServerOptions())
+    found = []
+    for route in app.router.routes:
+        assert isinstance(route, Route), "a route of another kind needs a look here"
+        found += [(route.path.replace("{model:path}", "x"), method) for method in route.methods or ()]
+    return found
+
+
+def test_every_route_is_in_the_table_and_refuses_strangers(start: START) -> None:
+    served = start(api_key="secret")
+    table = routes(served)
+    assert {path for path, _ in table} >= OPEN | ADMIN | {"/generate", "/metrics", "/v1/models", "/server_info"}
+    for path, method in table:
+        for headers in (
+            {},
+            {"authorization": "Bearer wrong"},
+            {"authorization": "Basic secret"},
+            {"authorization": "secret"},
+        ):
+            status = served.http.request(method, path, headers=headers).status_code
+            assert (status != 401) == (path in OPEN), (method, path, status)
+    assert served.http.get("/not/there").status_code == 401
+    assert served.http.get("/generate/").status_code == 401
+    assert served.http.get("//health").status_code == 401
+
+
+def test_the_data_key_opens_everything_when_there_is_no_admin_key(start: START) -> None:
+    served = start(api_key="secret")
+    for path, method in routes(served):
+        reply = served.http.request(method, path, headers={"authorization": "bearer secret"})
+        assert reply.status_code != 401, (method, path)
+
+
+def test_control_routes_need_the_admin_key_when_there_is_one(start: START) -> None:
+    served = start(api_key="data", admin_api_key="admin")
+    for path, method in routes(served):
+        by_data = served.http.request(method, path, headers={"authorization": "Bearer data"}).status_code
+        by_admin = served.http.request(method, path, headers={"authorization": "Bearer admin"}).status_code
+        assert (by_data == 401) == (path in ADMIN), (method, path)
+        assert by_admin != 401, (method, path)
+
+
+def test_without_keys_any_bearer_passes(served: Served) -> None:
+    for value in ("Bearer None", "Bearer x", "nonsense"):
+        assert served.http.get("/model_info", headers={"authorization": value}).status_code == 200
+
+
+def test_admin_routes_are_those_that_change_things(served: Served) -> None:
+    state = ServerState(served.engine.asynchronous, ServerOptions())
+    access = {endpoint.path: endpoint.access for endpoint in all_endpoints(state)}
+    assert {path for path, kind in access.items() if kind == "admin"} == ADMIN
+    assert {path for path, kind in access.items() if kind == "open"} == OPEN
+
+
+def test_keys_do_not_leak(start: START) -> None:
+    served = start(api_key="sesame-1", admin_api_key="sesame-2")
+    for path in ("/server_info", "/metrics", "/v1/loads", "/model_info"):
+        assert "sesame" not in served.http.get(path, headers={"authorization": "Bearer sesame-1"}).text
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "example.org"])
+def test_an_outside_address_needs_a_key(host: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        ServerOptions().check_address(host)
+    assert raised.value.field == "host"
+    ServerOptions(api_key="k").check_address(host)
+    ServerOptions(insecure=True).check_address(host)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_loopback_needs_none(host: str) -> None:
+    ServerOptions().check_address(host)
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"api_key": ""}, "api_key"),
+        ({"admin_api_key": "two\nlines"}, "admin_api_key"),
+        ({"max_body_bytes": 1}, "max_body_bytes"),
+        ({"drain_timeout": -1}, "drain_timeout"),
+        ({"max_body_bytes": "big"}, "max_body_bytes"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict[str, object], field: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        ServerOptions.from_dict(settings)
+    assert raised.value.field == field

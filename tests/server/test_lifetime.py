@@ -1,0 +1,200 @@
+"""Clients that go away, cores that die, and servers that stop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from headrace import ConfigError, Engine
+from tests.server.conftest import START, Served
+
+LONG = {"max_new_tokens": 1000, "ignore_eos": True, "temperature": 0}
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait for a condition; the test's own time limit is the bound."""
+    while not condition():
+        time.sleep(0.01)
+
+
+def num_running(served: Served) -> float:
+    metrics = served.engine.metrics()
+    return metrics["num_running"] + metrics["num_waiting"]
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", {"input_ids": [[1, 2, 3]] * 4, "sampling_params": LONG}),
+        ("/v1/completions", {"prompt": "a", "n": 4, "max_tokens": 1000, "ignore_eos": True}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "n": 4, "ignore_eos": True}),
+    ],
+)
+def test_a_client_that_goes_away_frees_its_memory(
+    served: Served, path: str, body: dict[str, Any], is_stream: bool
+) -> None:
+    content = json.dumps({**body, "stream": is_stream}).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n".encode()
+    before = served.engine.metrics()
+    with socket.create_connection(("127.0.0.1", served.handle.port), timeout=30) as connection:
+        connection.sendall(head + content)
+        wait_for(lambda: served.engine.metrics()["num_generated_tokens"] > before["num_generated_tokens"] + 20)
+        if is_stream:
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        assert num_running(served) == 4
+    wait_for(lambda: num_running(served) == 0)
+    after = served.engine.metrics()
+    assert after["num_used_tokens"] == 0
+    assert after["num_generated_tokens"] < before["num_generated_tokens"] + 4 * 990
+
+
+def test_a_stream_whose_core_is_killed_ends_with_a_typed_error(start: START) -> None:
+    served = start(settings={"inprocess": False})
+    pid = served.engine.asynchronous.runtime.host.pid
+    assert pid != os.getpid()
+    with served.http.stream(
+        "POST", "/generate", json={"input_ids": [1], "sampling_params": LONG, "stream": True}
+    ) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        os.kill(pid, signal.SIGKILL)
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    error = json.loads(rest[-2][6:])["error"]
+    assert (error["code"], error["retryable"]) == (503, True)
+    wait_for(lambda: served.http.get("/ready").status_code == 503)
+    assert served.http.get("/health").status_code == 200
+    assert served.http.get("/health_generate").status_code == 503
+    refused = served.http.post("/generate", json={"input_ids": [1]})
+    assert refused.status_code == 503
+    assert refused.headers["retry-after"]
+    assert refused.json()["retryable"] is True
+    assert served.http.get("/metrics").status_code == 200
+
+
+def test_stopping_lets_requests_finish_and_refuses_new_ones(start: START) -> None:
+    served = start()
+    body: dict[str, Any] = {"input_ids": [1, 2], "sampling_params": {**LONG, "max_new_tokens": 300}}
+    expected = served.generate(**body)["output_ids"]
+
+    async def drain() -> tuple[Any, Any, Any]:
+        async with httpx.AsyncClient(base_url=served.url, timeout=60) as client:
+            await client.get("/health")
+            running = asyncio.create_task(client.post("/generate", json=body))
+            stream = asyncio.create_task(client.post("/generate", json={**body, "stream": True}))
+            while served.engine.metrics()["num_running"] < 2:
+                await asyncio.sleep(0.01)
+            stopping = asyncio.create_task(asyncio.to_thread(served.handle.stop))
+            while (ready := await client.get("/ready")).status_code == 200:
+                await asyncio.sleep(0.01)
+            refused = await client.post("/generate", json=body)
+            assert refused.status_code == 503
+            assert refused.json()["retryable"] is True
+            replies = await asyncio.gather(running, stream)
+            await stopping
+            return ready, *replies
+
+    ready, whole, stream = asyncio.run(drain())
+    assert "draining" in ready.json()["message"]
+    assert whole.json()["output_ids"] == expected
+    assert json.loads(stream.text.split("\n\n")[-3][6:])["output_ids"] == expected
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{served.url}/health")
+    assert served.engine.generate(input_ids=[1, 2], sampling_params=body["sampling_params"])[0].token_ids == expected
+
+
+def test_what_does_not_finish_in_time_is_aborted_and_answered(start: START) -> None:
+    served = start(drain_timeout=0.1)
+    served.engine.pause("keep")
+    replies: list[httpx.Response] = []
+    body = {"input_ids": [1], "sampling_params": LONG}
+    thread = threading.Thread(
+        target=lambda: replies.append(httpx.post(f"{served.url}/generate", json=body, timeout=60))
+    )
+    thread.start()
+    wait_for(lambda: num_running(served) == 1)
+    served.handle.stop()
+    thread.join()
+    assert replies[0].status_code == 200
+    reason = replies[0].json()["meta_info"]["finish_reason"]
+    assert (reason["type"], "shutting down" in reason["message"]) == ("abort", True)
+
+
+def test_stopping_twice_and_ending_the_engine_while_serving(model_folder: Any) -> None:
+    from tests.server.builders import SETTINGS
+
+    with Engine(model_folder, inprocess=True, **SETTINGS) as engine:
+        first, second = engine.serve(), engine.serve()
+        assert first.port != second.port
+        first.stop()
+        first.stop()
+        assert httpx.get(f"{second.url}/health").status_code == 200
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{second.url}/health")
+
+
+def test_an_address_that_is_taken_is_named(served: Served) -> None:
+    with pytest.raises(ConfigError) as raised:
+        served.engine.serve(port=served.handle.port)
+    assert raised.value.field == "port"
+    with pytest.raises(ConfigError) as outside:
+        served.engine.serve(host="0.0.0.0")
+    assert outside.value.field == "host"
+    with pytest.raises(ConfigError) as unknown:
+        served.engine.serve(colour="red")
+    assert unknown.value.field == "colour"
+    assert served.http.get("/health").status_code == 200
+
+
+def test_serving_installs_no_signal_handlers(served: Served) -> None:
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_stream_left_unread_is_dropped(start: START) -> None:
+    """A client that reads nothing keeps its sequence only as long as the write timeout."""
+    served = start(write_timeout=0.3)
+    body = {"input_ids": [[1, 2]] * 8, "sampling_params": LONG, "stream": True, "return_logprob": True}
+    content = json.dumps(body).encode()
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", served.handle.port))
+        head = f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n".encode()
+        connection.sendall(head + content)
+        wait_for(lambda: num_running(served) == 8)
+        wait_for(lambda: num_running(served) == 0)
+    assert served.engine.metrics()["num_generated_tokens"] < 8 * 1000
+
+
+def test_ending_the_engine_answers_what_still_runs(start: START) -> None:
+    """The engine is shut down with its server on: requests get their time, then their partial answers."""
+    served = start(drain_timeout=0.1)
+    body = {"input_ids": [1], "sampling_params": LONG, "return_logprob": True}
+    replies: list[httpx.Response] = []
+
+    def post(is_stream: bool) -> None:
+        replies.append(httpx.post(f"{served.url}/generate", json={**body, "stream": is_stream}, timeout=60))
+
+    threads = [threading.Thread(target=post, args=(is_stream,)) for is_stream in (False, True)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: served.engine.metrics()["num_running"] == 2)
+    served.engine.shutdown()
+    for thread in threads:
+        thread.join()
+    assert [reply.status_code for reply in replies] == [200, 200]
+    for reply in replies:
+        last = json.loads(reply.text.split("\n\n")[-3][6:]) if reply.text.startswith("data") else reply.json()
+        assert last["meta_info"]["finish_reason"]["type"] == "abort"
+        assert len(last["output_ids"]) == last["meta_info"]["output_token_logprobs_length"] < 1000

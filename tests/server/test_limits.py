@@ -1,0 +1,71 @@
+"""Bounds at the door: sizes, and how long a client may take."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.server.conftest import START, Served
+
+HUGE = 100 << 20
+
+
+def exchange(served: Served, *parts: bytes) -> bytes:
+    """What the server answers to raw bytes, until it closes or is silent."""
+    with socket.create_connection(("127.0.0.1", served.handle.port), timeout=10) as connection:
+        for part in parts:
+            connection.sendall(part)
+        received = b""
+        while b"\r\n\r\n" not in received:
+            data = connection.recv(65536)
+            if not data:
+                break
+            received += data
+        return received
+
+
+def test_an_announced_huge_body_is_refused_before_it_is_sent(served: Served) -> None:
+    head = f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: {HUGE}\r\n\r\n".encode()
+    assert exchange(served, head).startswith(b"HTTP/1.1 413 ")
+    absurd = b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999999999999999\r\n\r\n"
+    assert exchange(served, absurd)[9:10] == b"4"
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions", "/update_weights_from_disk", "/nothing"])
+def test_a_huge_body_is_413(served: Served, path: str) -> None:
+    reply = served.http.post(path, content=b"x" * HUGE)
+    assert reply.status_code == 413
+    assert reply.json()["param"] == "body"
+
+
+def test_an_unannounced_huge_body_is_413(start: START) -> None:
+    served = start(max_body_bytes=1 << 20)
+
+    def chunks() -> Iterator[bytes]:
+        for _ in range(40):
+            yield b"x" * (1 << 16)
+
+    reply = httpx.post(f"{served.url}/generate", content=chunks(), timeout=30)
+    assert reply.status_code == 413
+    assert served.generate(input_ids=[1], sampling_params={"max_new_tokens": 1})["output_ids"]
+
+
+def test_huge_headers_are_refused(served: Served) -> None:
+    big = b"POST /generate HTTP/1.1\r\nhost: x\r\nx-big: " + b"y" * (1 << 20)
+    assert exchange(served, big[: 1 << 17]).split()[1] in (b"400", b"431")
+    query = served.http.get("/v1/loads?include=" + "z" * 20_000)
+    assert query.status_code == 431
+
+
+def test_a_body_that_does_not_come_is_given_up(start: START) -> None:
+    served = start(body_timeout=0.2)
+    head = b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{"
+    assert exchange(served, head).startswith(b"HTTP/1.1 408 ")
+
+
+def test_what_is_no_http_is_refused(served: Served) -> None:
+    assert exchange(served, b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n").startswith(b"HTTP/1.1 400 ")
+    assert exchange(served, b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n").startswith(b"HTTP/1.1 200 ")
