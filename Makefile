@@ -9,7 +9,7 @@
 #
 # PYTHON    the interpreter that makes .venv (3.11 or newer)
 # PIP_ARGS  added to every `pip install`, e.g. PIP_ARGS="--no-index --find-links /path/to/wheels" without a network, or
-#           PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" for the much smaller CPU build of torch
+#           PIP_ARGS="--find-links /path/to/a/cpu/build" for a torch without the CUDA libraries
 # ARGS      added to the command of demo, test and test-gpu, e.g. make test ARGS="tests/cache -k evict"
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)

@@ -16,9 +16,7 @@ from typing import Any
 
 import msgspec
 
-from headrace.bench.overhead import STOP_TOKEN_ID, output_lengths, unique_prompt
-
-_WARM_UP_SECONDS = 2.0
+from headrace.bench.overhead import MAX_WARM_UP_SECONDS, STOP_TOKEN_ID, output_lengths, unique_prompt
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -60,7 +58,7 @@ async def count(settings: Settings) -> dict[str, Any]:
     lengths = output_lengths(settings.output_length)
     tasks = [asyncio.create_task(_client(settings, number, lengths, counter)) for number in range(settings.concurrency)]
     try:
-        await _sleep(_WARM_UP_SECONDS, tasks)
+        await _sleep(min(MAX_WARM_UP_SECONDS, settings.seconds), tasks)
         start, num_tokens, num_requests = time.perf_counter(), counter.num_tokens, counter.num_requests
         await _sleep(settings.seconds, tasks)
         return {

@@ -29,7 +29,7 @@ from headrace.types.sampling_params import SamplingParams
 STEP_MICROSECONDS = 200.0
 TOKEN_MICROSECONDS = 4.0
 STOP_TOKEN_ID = 0
-_WARM_UP_SECONDS = 1.5
+MAX_WARM_UP_SECONDS = 1.5
 _FILL_SECONDS = 120.0
 
 
@@ -119,7 +119,7 @@ async def _drive(engine: AsyncEngine, options: OverheadOptions, num_running: int
     clients = [asyncio.create_task(client(number)) for number in range(num_clients)]
     try:
         await _until_full(engine, num_running, clients)
-        await asyncio.sleep(_WARM_UP_SECONDS)
+        await asyncio.sleep(min(MAX_WARM_UP_SECONDS, options.seconds))
         before, start, count = await engine.status(), time.perf_counter(), delivered[0]
         await asyncio.sleep(options.seconds)
         after, seconds = await engine.status(), time.perf_counter() - start

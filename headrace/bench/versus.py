@@ -118,13 +118,13 @@ def _run_continuous(model: Any, workload: Workload, concurrency: int) -> float:
         max_requests_per_batch=concurrency,
         auto_switch_to_flash=False,
     )
-    start = time.perf_counter()
     with model.continuous_batching_context_manager(
         generation_config=_generation_config(max(workload.output_lengths)),
         continuous_batching_config=settings,
         block=True,
         timeout=5,
     ) as manager:
+        start = time.perf_counter()
         lengths: dict[str, int] = {}
         for prompt, length in zip(workload.prompts, workload.output_lengths, strict=True):
             lengths[manager.add_request(prompt, max_new_tokens=length, eos_token_id=-1)] = length

@@ -328,8 +328,7 @@ class AsyncEngine:
         `options` are those of `headrace.server`.
         """
         self.runtime.check_open()
-        load = functools.partial(importlib.import_module, "headrace.server.run")  # slow: not on a busy loop
-        server = await asyncio.get_running_loop().run_in_executor(None, load)
+        server = await asyncio.get_running_loop().run_in_executor(None, _load_server)
         running = await self.runtime.run(server.serve(self, host, port, **options))
         self.runtime.add_closer(functools.partial(running.stop, 0.0))
         return running
@@ -383,6 +382,11 @@ class AsyncEngine:
         if _num_characters(prompts) <= _INLINE_CHARACTERS:
             return expand()
         return await asyncio.get_running_loop().run_in_executor(None, expand)
+
+
+def _load_server() -> Any:
+    """The server is a higher layer, imported when somebody serves; that is too slow for a loop with streams on it."""
+    return importlib.import_module("headrace.server.run")
 
 
 def _num_characters(prompts: Any) -> int:

@@ -28,6 +28,7 @@ from headrace.engine.fields import (
     sources,
 )
 from headrace.engine.seeds import SeedSource, sample_seed
+from headrace.scheduler.limits import MAX_PRIORITY
 from headrace.text import Tokenizer
 from headrace.types.errors import RequestError
 from headrace.types.request import Request, TokenSampling, pack_ids
@@ -103,6 +104,7 @@ class RequestBuilder:
         self._tokenizer = tokenizer
         self._vocab_size = model.vocab_size
         self._context_length = resolved.context_length
+        self._pool_tokens = resolved.max_total_num_tokens
         self._eos_ids = tuple(t for t in model.eos_token_ids if 0 <= t < model.vocab_size)
         self._output_mode: LogprobMode = engine.logprob_mode
         self._prompt_mode: LogprobMode = engine.prompt_logprob_mode
@@ -176,21 +178,27 @@ class RequestBuilder:
     def check(self, item: GenerateItem, packed: bytes) -> None:
         """Raise `RequestError` if `item` cannot run on this engine whatever else runs."""
         params, num_prompt = item.params, len(packed) // 4
-        room = self._context_length - num_prompt
-        if params.max_new_tokens > room:
-            total = f"{num_prompt} prompt tokens + max_new_tokens {params.max_new_tokens}"
-            message = f"{total} is over the context of {self._context_length}"
-            raise RequestError(message, field="sampling_params.max_new_tokens")
+        self._check_room(num_prompt, params.max_new_tokens)
         if params.stop and self._tokenizer is None:
             raise RequestError("stop strings need a tokenizer; use stop_token_ids", field="sampling_params.stop")
         self._check_ids(params.stop_token_ids, "sampling_params.stop_token_ids")
         self._check_ids(params.logit_bias or (), "sampling_params.logit_bias")
-        check_integer(item.priority, "priority", -(1 << 31), (1 << 31) - 1)
+        check_integer(item.priority, "priority", -MAX_PRIORITY, MAX_PRIORITY)
         check_name(item.namespace, "extra_key")
         check_name(item.request_id, "request_id")
         self._check_logprobs(item.logprobs, num_prompt)
         if item.seed is not None:
             check_integer(item.seed, "seed", 0, (1 << 64) - 1)
+
+    def _check_room(self, num_prompt: int, max_new_tokens: int) -> None:
+        """The whole sequence must fit the context, and alone the KV pool; the last token's KV is never needed."""
+        total = f"{num_prompt} prompt tokens + max_new_tokens {max_new_tokens}"
+        if num_prompt + max_new_tokens > self._context_length:
+            message = f"{total} is over the context of {self._context_length}"
+            raise RequestError(message, field="sampling_params.max_new_tokens")
+        if num_prompt + max_new_tokens - 1 > self._pool_tokens:
+            message = f"{total} is over the {self._pool_tokens} tokens of the KV pool"
+            raise RequestError(message, field="sampling_params.max_new_tokens")
 
     def _check_logprobs(self, options: LogprobOptions, num_prompt: int) -> None:
         check_integer(options.num_top, "top_logprobs", 0, min(MAX_TOP_LOGPROBS, self._vocab_size))

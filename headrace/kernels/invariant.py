@@ -2,6 +2,7 @@
 
 What would break that, and what is done about it:
 - A GEMM picks its kernel by the number of rows (one row is a GEMV): every GEMM here has exactly `TILE_ROWS` rows.
+- It may also pick by alignment: every tile starts at a cache line.
 - An element-wise exp is vectorised, with a scalar tail that rounds differently, and the tail moves with the tensor's
   end and with the split between threads: exp runs on strided blocks too small to be split, so that a value's place
   in its row alone decides which code computes it.
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TILE_ROWS = 16
+_CACHE_LINE = 64
 _UNSPLIT_ELEMENTS = 32767  # torch splits element-wise work between threads from 32768 elements on
 _UNSPLIT_COLUMNS = 32736  # the same in one row, as a multiple of 32, the widest vectorised step
 
@@ -26,13 +28,20 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """One GEMM of `TILE_ROWS` rows per tile; the last tile is padded with zero rows."""
     num_tokens = x_TI.shape[0]
     num_padded = -(-num_tokens // TILE_ROWS) * TILE_ROWS
-    x_tiles = x_TI if num_padded == num_tokens else F.pad(x_TI, (0, 0, 0, num_padded - num_tokens))
+    x_tiles = F.pad(x_TI, (0, 0, 0, num_padded - num_tokens)) if num_padded > num_tokens else _aligned(x_TI)
     y_TO = x_TI.new_empty(num_padded, weight_OI.shape[0])
     weight_IO = weight_OI.t()
     for first in range(0, num_padded, TILE_ROWS):
         torch.mm(x_tiles[first : first + TILE_ROWS], weight_IO, out=y_TO[first : first + TILE_ROWS])
     y_TO = y_TO[:num_tokens]
     return y_TO if bias_O is None else y_TO.add_(bias_O)
+
+
+def _aligned(x_TI: Tensor) -> Tensor:
+    """Rows in memory that starts at a cache line, as every allocation does: a slice may not."""
+    return (
+        x_TI.contiguous() if x_TI.data_ptr() % _CACHE_LINE == 0 else x_TI.clone(memory_format=torch.contiguous_format)
+    )
 
 
 def linear_add_(residual_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> None:

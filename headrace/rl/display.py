@@ -91,7 +91,7 @@ def draw_picture(path: Path, records: list[StepRecord]) -> None:
     bottom.plot(steps, differences, marker=".", color="tab:green", label="engine vs trainer")
     bottom.axhline(LOGPROB_LIMIT, color="tab:red", linestyle="--", label=f"limit on policy: {LOGPROB_LIMIT:g}")
     bottom.set(xlabel="step", ylabel="max |logprob difference|", yscale="log", ylim=(1e-9, None))
-    bottom.legend(loc="upper right")
+    bottom.legend(loc="lower right")
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from headrace import Engine, RequestError, SamplingParams
+from headrace.types.sampling_params import LogprobMode
 from tests.acceptance.conftest import tiny_model
 
 GRID = list(itertools.product([0.0, 0.5, 1.0, 1.7], [1.0, 0.9, 0.5], [-1, 1, 8], [0.0, 0.1]))
@@ -53,7 +54,7 @@ def expected(logits: npt.NDArray[np.float64], mode: str, params: SamplingParams)
 
 
 @pytest.mark.parametrize("mode", ["raw", "temperature", "sampled"])
-def test_every_mode_over_the_grid(engine_on: Callable[..., Engine], mode: str) -> None:
+def test_every_mode_over_the_grid(engine_on: Callable[..., Engine], mode: LogprobMode) -> None:
     engine = engine_on()
     params = [
         SamplingParams(temperature=t, top_p=p, top_k=k, min_p=m, max_new_tokens=6, ignore_eos=True, seed=i)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from headrace import Engine, HeadraceError, PoisonedError, SamplingParams
+from headrace.types.weights import InFlight, UpdateMode
 from tests.acceptance.conftest import VOCAB_SIZE, named_tensors, tiny_model
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12, ignore_eos=True)
@@ -35,7 +36,7 @@ def cut_after(tensors: list[tuple[str, torch.Tensor]], count: int) -> Iterator[t
 
 
 @pytest.mark.parametrize("mode", ["shadow", "inplace"])
-def test_a_failure_at_any_tensor_serves_old_bits_or_nothing(engine_on: Callable[..., Engine], mode: str) -> None:
+def test_a_failure_at_any_tensor_serves_old_bits_or_nothing(engine_on: Callable[..., Engine], mode: UpdateMode) -> None:
     engine = engine_on()
     new = named_tensors(tiny_model(1))
     before, digest = outputs(engine), engine.digest()
@@ -101,7 +102,7 @@ class background_load:
 
 
 @pytest.mark.parametrize("in_flight", ["keep", "recompute"])
-def test_spans_of_a_request_that_crosses_three_updates(engine_on: Callable[..., Engine], in_flight: str) -> None:
+def test_spans_of_a_request_that_crosses_three_updates(engine_on: Callable[..., Engine], in_flight: InFlight) -> None:
     engine = engine_on()
     params = SamplingParams(max_new_tokens=480, ignore_eos=True)
     versions = ["default", "1", "2", "3"]

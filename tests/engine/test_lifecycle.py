@@ -137,7 +137,7 @@ SCRIPT = """
 import signal, threading
 before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
 from headrace import Engine
-engine = Engine({folder!r}, **{settings!r})
+engine = Engine({folder!r}, skip_tokenizer_init=True, **{settings!r})
 engine.generate(input_ids=[1, 2, 3], sampling_params={{"max_new_tokens": 4, "ignore_eos": True}})
 assert before == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)], "signal handlers were installed"
 print("core", engine.asynchronous.runtime.host.pid, flush=True)
@@ -261,7 +261,7 @@ def test_a_fork_does_not_touch_the_engine(spawned: Engine) -> None:
     code = """
 import os, sys
 from headrace import Engine, ShutdownError
-engine = Engine({folder!r}, executor="free", **{settings!r})
+engine = Engine({folder!r}, executor="free", skip_tokenizer_init=True, **{settings!r})
 child = os.fork()
 if child == 0:
     try:

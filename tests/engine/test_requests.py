@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -118,6 +119,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": [1], "priority": 1.5}, "priority"),
     ({"input_ids": [1], "priority": True}, "priority"),
     ({"input_ids": [1], "priority": 1 << 40}, "priority"),
+    ({"input_ids": [1], "priority": (1 << 20) + 1}, "priority"),
     ({"input_ids": [1], "extra_key": 5}, "extra_key"),
     ({"input_ids": [1], "extra_key": "x" * 2000}, "extra_key"),
     ({"input_ids": [1], "logprob_mode": "rawest"}, "logprob_mode"),
@@ -166,6 +168,15 @@ def test_bad_input_names_its_field(builder: RequestBuilder, arguments: dict[str,
 )
 def test_good_input_passes(builder: RequestBuilder, arguments: dict[str, Any]) -> None:
     assert expand(builder, **arguments)
+
+
+def test_a_sequence_that_the_pool_could_never_hold_is_refused(resolved: ResolvedConfig) -> None:
+    small = msgspec.structs.replace(resolved, num_pages=3)
+    builder = RequestBuilder(small, None)
+    assert small.max_total_num_tokens == 32
+    assert expand(builder, input_ids=[1] * 30, sampling_params={"max_new_tokens": 3})
+    with pytest.raises(RequestError, match="KV pool"):
+        expand(builder, input_ids=[1] * 30, sampling_params={"max_new_tokens": 4})
 
 
 def test_text_is_encoded_and_ids_are_not_touched(builder: RequestBuilder) -> None:

@@ -82,6 +82,15 @@ def test_invariant_rows_have_the_same_bits_in_any_batch(width: int, num_threads:
             assert torch.equal(run(kernels, x[order]), alone[order]), f"{label}, {num_rows} rows"
 
 
+def test_invariant_rows_have_the_same_bits_at_any_address() -> None:
+    kernels = select_kernels("invariant")
+    x = random(40, 40, seed=10)
+    for label, run in operations(torch.float32, 40).items():
+        whole = run(kernels, x)
+        for first, last in ((1, 17), (3, 35), (7, 23), (9, 10)):
+            assert torch.equal(run(kernels, x[first:last]), whole[first:last]), f"{label}, rows {first} to {last}"
+
+
 def test_rows_too_wide_for_one_unsplit_block() -> None:
     kernels = select_kernels("invariant")
     x = random(3, 2 * 40001, seed=7)

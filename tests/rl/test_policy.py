@@ -79,7 +79,7 @@ def test_the_warm_up_lowers_the_loss() -> None:
     input_ids, labels = encode_batch(tokenizer, [Problem(12, 34)] * 2, [46, 46])
     before = model(input_ids=input_ids, labels=labels).loss.item()
     train(model, tokenizer, right_answer, num_steps=12, rate=3e-3, source=random.Random(0))
-    assert model(input_ids=input_ids, labels=labels).loss.item() < before / 1.5
+    assert model(input_ids=input_ids, labels=labels).loss.item() < before / 1.2
 
 
 def test_the_policy_is_good_at_format_and_poor_at_the_task() -> None:

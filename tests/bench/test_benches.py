@@ -1,0 +1,53 @@
+"""Every benchmark runs at a tiny size and prints one JSON object last. No figure is judged here."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from headrace.cli import main
+
+
+def _last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    result: dict[str, object] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return result
+
+
+def test_prefix_cache(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "prefix-cache", "--num-sequences", "60", "--num-tokens", "100", "--json"]) == 0
+    result = _last_line(capsys)
+    assert result["num_pages"] == 60 * 6
+    assert isinstance(result["microseconds_per_page"], float)
+
+
+def test_overhead(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "overhead", "--batch-sizes", "4,8", "--num-waiting", "16", "--prompt-length", "32", "--json"]
+    assert main([*words, "--output-length", "16", "--seconds", "0.2", "--http-concurrency", "4"]) == 0
+    result = _last_line(capsys)
+    for field in ("tokens_per_second", "microseconds_per_step", "microseconds_per_token"):
+        values = result[field]
+        assert isinstance(values, dict) and set(values) == {"4", "8"} and min(values.values()) > 0
+    assert isinstance(result["http_tokens_per_second"], int) and result["http_tokens_per_second"] > 0
+
+
+def test_overhead_streaming_over_http(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "overhead", "--batch-sizes", "4", "--num-waiting", "4", "--prompt-length", "32", "--stream"]
+    assert main([*words, "--output-length", "16", "--seconds", "0.2", "--http-concurrency", "4", "--json"]) == 0
+    assert _last_line(capsys)["http_stream"] is True
+
+
+def test_offline_beside_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "offline", "--workload", "B", "--num-divisor", "64", "--length-divisor", "64", "--runs", "1"]
+    sizes = ["--shape", "tiny", "--threads", "1", "--batch-sizes", "8", "--concurrencies", "8"]
+    assert main([*words, *sizes, "--vs", "transformers", "--json"]) == 0
+    result = _last_line(capsys)
+    assert result["num_requests"] == 8 and isinstance(result["ratio"], float)
+    assert isinstance(result["ratio_continuous"], float)
+
+
+def test_offline_of_one_request_reports_its_latency(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "offline", "--workload", "C", "--length-divisor", "32", "--runs", "1", "--threads", "1"]
+    assert main([*words, "--load-format", "dummy", "--json"]) == 0
+    result = _last_line(capsys)
+    assert result["num_output_tokens"] == 16 and isinstance(result["milliseconds_per_token"], float)
