@@ -35,7 +35,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     numerics                 "fast" | "invariant" (same bits whatever runs beside, at a cost)
     attention_backend        "auto" | "reference" | "cpu"
     seed                     seeds dummy weights and the seeds given to requests that bring none
-    num_threads              torch threads of the core process; None: the cores this process may use
+    num_threads              torch threads of the core process; None: OMP_NUM_THREADS, else the cores it may use
     logprob_mode             default meaning of output log-probabilities
     prompt_logprob_mode      default meaning of prompt log-probabilities
     served_model_name        name answered by the OpenAI routes; None: `model`

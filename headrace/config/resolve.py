@@ -133,6 +133,10 @@ def _context_length(config: EngineConfig, model: ModelSpec, why: list[tuple[str,
 def _num_threads(config: EngineConfig, why: list[tuple[str, str, str]]) -> int:
     if config.num_threads is not None:
         return config.num_threads
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdigit() and int(asked) > 0:
+        why.append(("num_threads", asked, "OMP_NUM_THREADS"))
+        return int(asked)
     why.append(("num_threads", str(available_cores()), "the cores this process may run on"))
     return available_cores()
 

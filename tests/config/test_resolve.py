@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from headrace.config import EngineConfig, ResolvedConfig, resolve
+from headrace.config.resolve import available_cores
 from headrace.types.errors import ConfigError
 
 
@@ -87,3 +88,12 @@ def test_bad_settings_are_named(folder: Path, settings: dict[str, Any], field: s
     with pytest.raises(ConfigError) as caught:
         resolved(folder, **settings)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(("value", "expected"), [("3", 3), ("", None), ("0", None), ("4,2", None)])
+def test_the_thread_count_of_the_environment_is_honoured(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, value: str, expected: int | None
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert resolved(folder).num_threads == (expected or available_cores())
+    assert resolved(folder, num_threads=2).num_threads == 2
