@@ -44,6 +44,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     request_timeout          seconds a request may take in all; None: no limit of its own
     start_timeout            seconds the core may take to become ready
     control_timeout          seconds a control call may take
+    watchdog_timeout         seconds one step or one command may take before the core is killed
     """
 
     model: str
@@ -73,6 +74,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     request_timeout: float | None = None
     start_timeout: float = 600.0
     control_timeout: float = 600.0
+    watchdog_timeout: float = 1800.0
 
     def __post_init__(self) -> None:
         _check_bounds(self)
@@ -106,6 +108,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "pause_timeout": (0.0, 1e9),
     "start_timeout": (0.0, 1e9),
     "control_timeout": (0.0, 1e9),
+    "watchdog_timeout": (0.0, 1e9),
     "context_length": (1, 1 << 24),
     "kv_pool_tokens": (1, 1 << 32),
     "num_threads": (1, 4096),

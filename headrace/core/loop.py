@@ -13,7 +13,7 @@ from headrace.config import ResolvedConfig
 from headrace.core.commands import apply_command
 from headrace.core.executor import Executor
 from headrace.core.replica import Replica
-from headrace.ipc import CoreLink
+from headrace.ipc import CoreLink, Phase, Pulse
 from headrace.types.errors import ErrorInfo, PauseTimeoutError
 
 STAGE_BUDGET_BUSY_S = 0.0008
@@ -36,13 +36,15 @@ class CoreLoop:
         link: CoreLink,
         *,
         clock: Callable[[], float] = time.monotonic,
+        pulse: Pulse | None = None,
     ) -> None:
         self._link = link
+        self._pulse = pulse or Pulse()
         self._clock = clock
         self._pause_timeout = resolved.engine.pause_timeout
         self._held_since: float | None = None
         self._next_expiry = 0.0
-        self.replica = Replica(resolved, executor, link, clock())
+        self.replica = Replica(resolved, executor, link, self._pulse, clock())
 
     def run(self) -> None:
         """Run until `Shutdown`. Raises `PeerClosed` when the front is gone; closes nothing."""
@@ -53,7 +55,11 @@ class CoreLoop:
     def turn(self, timeout: float) -> bool:
         """Wait up to `timeout` seconds for commands, apply them, and do one step. False when nothing was to be done."""
         replica = self.replica
+        if timeout > 0:
+            self._pulse.enter(Phase.IDLE)
         commands = self._link.poll(timeout)
+        if timeout > 0:
+            self._pulse.enter(Phase.COMMANDING)
         now = self._clock()
         for command in commands:
             apply_command(replica, command, now)
@@ -74,10 +80,16 @@ class CoreLoop:
         self.replica.outbox.flush()
 
     def _step(self) -> bool:
-        pause, update = self.replica.pause, self.replica.update
+        pause, update, scheduler = self.replica.pause, self.replica.update, self.replica.scheduler
         may_submit = not pause.is_paused and not update.holds_generation
         admit_new = not pause.is_draining and not update.is_draining
-        return self.replica.stepper.step(may_submit=may_submit, admit_new=admit_new)
+        self._pulse.enter(Phase.DECIDING)
+        stepped = self.replica.stepper.step(may_submit=may_submit, admit_new=admit_new)
+        self._pulse.enter(Phase.COMMANDING)
+        if not stepped:
+            num_runnable = scheduler.num_running + scheduler.num_waiting if admit_new else scheduler.num_started
+            self._pulse.found_nothing(has_work=may_submit and num_runnable > 0)
+        return stepped
 
     def _expire_held_requests(self, now: float) -> None:
         """Answer requests that have waited behind a pause or an update for `pause_timeout`."""

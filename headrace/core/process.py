@@ -20,7 +20,7 @@ import msgspec
 
 from headrace.config import ResolvedConfig
 from headrace.core.service import serve_core
-from headrace.ipc import PeerClosed
+from headrace.ipc import PeerClosed, Pulse, PulsePage
 from headrace.ipc.codec import DECODE_ERRORS
 from headrace.ipc.socket_link import SocketCoreLink
 from headrace.telemetry import LogContext, configure_logging
@@ -39,13 +39,15 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front decides; a terminal's Ctrl-C is not for us
     threading.Thread(target=watch_parent, args=(options.lifeline, options.parent), daemon=True).start()
     link = SocketCoreLink(socket.socket(fileno=options.link))
+    pulse = Pulse(PulsePage.map(options.pulse))
+    os.close(options.pulse)
     try:
         resolved = msgspec.msgpack.decode(link.receive_frame(CONFIG_TIMEOUT), type=ResolvedConfig)
     except (PeerClosed, *DECODE_ERRORS) as error:
         logger.error("no configuration: %s", error)
         return 2
     # What is built lives as long as the process: the collector need not walk it again, in the middle of a step.
-    return serve_core(resolved, link, options.executor, on_built=gc.freeze)
+    return serve_core(resolved, link, options.executor, pulse=pulse, on_built=gc.freeze)
 
 
 def watch_parent(lifeline: int, parent: int) -> None:
@@ -65,6 +67,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="headrace.core.process")
     parser.add_argument("--link", type=int, required=True)
     parser.add_argument("--lifeline", type=int, required=True)
+    parser.add_argument("--pulse", type=int, required=True)
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--executor", choices=("local", "free"), default="local")
     return parser.parse_args(arguments)

@@ -8,7 +8,7 @@ from headrace.core.outbox import Outbox
 from headrace.core.pausing import PauseControl
 from headrace.core.stepping import Stepper
 from headrace.core.updating import UpdateControl
-from headrace.ipc import CoreLink
+from headrace.ipc import CoreLink, Pulse
 from headrace.scheduler import Scheduler, SchedulerLimits
 from headrace.weights.session import WeightMachine
 
@@ -16,7 +16,9 @@ from headrace.weights.session import WeightMachine
 class Replica:
     """The parts of a core. `started_at` is in the loop's clock; `is_ending` ends the loop after the current turn."""
 
-    def __init__(self, resolved: ResolvedConfig, executor: Executor, link: CoreLink, started_at: float) -> None:
+    def __init__(
+        self, resolved: ResolvedConfig, executor: Executor, link: CoreLink, pulse: Pulse, started_at: float
+    ) -> None:
         settings = resolved.engine
         self.resolved = resolved
         self.executor = executor
@@ -25,7 +27,7 @@ class Replica:
         self.snapshot: dict[str, str] | None = None
         self.outbox = Outbox(link)
         self.scheduler = Scheduler(scheduler_limits(resolved), version=settings.initial_version, epoch=0)
-        self.stepper = Stepper(self.scheduler, executor, self.outbox, settings.overlap_depth)
+        self.stepper = Stepper(self.scheduler, executor, self.outbox, pulse, settings.overlap_depth)
         self.pause = PauseControl(self.scheduler, self.stepper, self.outbox, settings.control_timeout)
         machine = WeightMachine(settings.initial_version)
         self.update = UpdateControl(machine, executor, self.scheduler, self.stepper, self.outbox, self.pause)

@@ -10,7 +10,7 @@ from typing import Literal
 from headrace.config import ResolvedConfig
 from headrace.core.executor import Executor, LocalExecutor
 from headrace.core.loop import CoreLoop
-from headrace.ipc import CoreLink, PeerClosed
+from headrace.ipc import CoreLink, PeerClosed, Pulse
 from headrace.types.errors import ErrorInfo, HeadraceError, InternalError
 from headrace.types.messages import CoreReady
 
@@ -25,18 +25,20 @@ def serve_core(
     link: CoreLink,
     executor: ExecutorKind = "local",
     *,
+    pulse: Pulse | None = None,
     on_built: Callable[[], object] | None = None,
 ) -> int:
     """Build a core, announce it with `CoreReady`, and step it until it is shut down. Returns the exit code.
 
-    `on_built` is called once before the announcement. Never raises: a failure to start is told in `CoreReady.error`, a
-    crash is answered to every live request.
+    `pulse` beats from here to the end; None: nobody feels it. `on_built` is called once before the announcement. Never
+    raises: a failure to start is told in `CoreReady.error`, a crash is answered to every live request.
     """
-    try:
-        loop = _build(resolved, link, executor, on_built)
-    except Exception as error:  # process entry point
-        return _report_start_failure(link, error)
-    return 0 if loop is None else run_core(loop, link)
+    with pulse or Pulse() as pulse:
+        try:
+            loop = _build(resolved, link, executor, pulse, on_built)
+        except Exception as error:  # process entry point
+            return _report_start_failure(link, error)
+        return 0 if loop is None else run_core(loop, link)
 
 
 def run_core(loop: CoreLoop, link: CoreLink) -> int:
@@ -58,11 +60,15 @@ def run_core(loop: CoreLoop, link: CoreLink) -> int:
 
 
 def _build(
-    resolved: ResolvedConfig, link: CoreLink, kind: ExecutorKind, on_built: Callable[[], object] | None
+    resolved: ResolvedConfig,
+    link: CoreLink,
+    kind: ExecutorKind,
+    pulse: Pulse,
+    on_built: Callable[[], object] | None,
 ) -> CoreLoop | None:
     """The loop, announced; None when the front went away meanwhile."""
     executor = build_executor(resolved, kind)
-    loop = CoreLoop(resolved, executor, link)
+    loop = CoreLoop(resolved, executor, link, pulse=pulse)
     if on_built is not None:
         on_built()
     ready = CoreReady(

@@ -315,7 +315,7 @@ class UpdateControl:
             num_aborted=hold.num_aborted,
         )
         self._outbox.reply(call_id, report)
-        logger.debug("weights %r live, epoch %d, pause %.1f ms", session.version, self.machine.epoch, self.last_pause_ms)
+        logger.debug("weights %r live, epoch %d", session.version, self.machine.epoch)
 
     def _abort(self, reason: HeadraceError) -> None:
         """End the open session without a commit; waiting calls are answered with `reason`."""

@@ -110,10 +110,15 @@ class AsyncEngine:
         return self.runtime.client.is_alive and not self.runtime.is_closing
 
     @property
+    def is_responsive(self) -> bool:
+        """True while the core goes on: not stopped, deadlocked or stuck. A long step or command is no such thing."""
+        return self.is_alive and self.runtime.client.is_responsive
+
+    @property
     def is_ready(self) -> bool:
         """True when a request would start now: the core answers, is not paused, and its weights are whole."""
         client = self.runtime.client
-        if not (self.is_alive and client.is_responsive and client.is_whole) or client.status is None:
+        if not (self.is_responsive and client.is_whole) or client.status is None:
             return False
         return not client.status.paused and not self.runtime.updater.holds_generation
 

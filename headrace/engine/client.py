@@ -1,5 +1,6 @@
-"""The front's side of one core. Owns handles, the live sequences by handle, calls by id with their deadlines, and the
-one moment at which the core is dead for everybody. Knows nothing of text, prompts or processes.
+"""The front's side of one core. Owns handles, the live sequences by handle, calls by id with their deadlines, the watch
+over the core's pulse, and the one moment at which the core is dead for everybody. Knows nothing of text, prompts or
+processes.
 
 Bound to one event loop: every method is called on it.
 """
@@ -16,7 +17,8 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from headrace.ipc import FrontLink
+from headrace.engine.health import Ailment, HealthLimits, diagnose
+from headrace.ipc import FrontLink, PulsePage
 from headrace.types.errors import DeadlineError, EngineDeadError, HeadraceError, ShutdownError
 from headrace.types.messages import (
     Abort,
@@ -35,9 +37,11 @@ from headrace.types.request import Delta, Request
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_SECONDS = 1.0
-UNRESPONSIVE_SECONDS = 4.0
-HANG_SECONDS = 120.0
+WATCH_SECONDS = 1.0
+STATUS_SECONDS = 4.0
+NUM_HOPELESS_LOOKS = 3
+"""So many looks in a row must find a core hopeless: a freeze of both processes must not be held against it."""
+
 MAX_SUBMIT_BYTES = 1 << 23
 _NULL = b"\xc0"
 
@@ -59,12 +63,18 @@ class CoreClient:
     """
 
     def __init__(
-        self, link: FrontLink, control_timeout: float, on_death: Callable[[], None], hang_timeout: float = HANG_SECONDS
+        self,
+        link: FrontLink,
+        pulse: PulsePage,
+        control_timeout: float,
+        on_death: Callable[[], None],
+        limits: HealthLimits,
     ) -> None:
-        """`control_timeout`: default deadline of a call. `hang_timeout`: silence after which a core counts as dead."""
+        """`control_timeout`: default deadline of a call, in seconds. `on_death` ends whatever is left of the core."""
         self._link = link
+        self._pulse = pulse
+        self._limits = limits
         self._control_timeout = control_timeout
-        self._hang_timeout = max(hang_timeout, control_timeout)
         self._on_death = on_death
         self._sinks: dict[int, Sink] = {}
         self._calls: dict[int, asyncio.Future[bytes]] = {}
@@ -74,8 +84,7 @@ class CoreClient:
         self._finished: list[int] = []
         self._flush_scheduled = False
         self._ready: asyncio.Future[CoreReady] | None = None
-        self._heartbeat: asyncio.Task[None] | None = None
-        self._heartbeat_sent: float | None = None
+        self._watch: asyncio.Task[None] | None = None
         self._is_ending = False
         self._end: HeadraceError | None = None
         self.status: CoreStatus | None = None
@@ -88,9 +97,12 @@ class CoreClient:
 
     @property
     def is_responsive(self) -> bool:
-        """True while the core answers its heartbeats in time."""
-        sent = self._heartbeat_sent
-        return self.is_alive and (sent is None or time.monotonic() - sent < UNRESPONSIVE_SECONDS)
+        """True while the core lives and its pulse is that of a loop that goes on."""
+        return self.is_alive and self.diagnose() is None
+
+    def diagnose(self) -> Ailment | None:
+        """What is wrong with the core now, by its pulse alone; of any thread."""
+        return diagnose(self._pulse.read(), time.monotonic_ns(), self._limits)
 
     @property
     def num_live(self) -> int:
@@ -110,7 +122,7 @@ class CoreClient:
         if ready.error is not None:
             raise ready.error.to_exception()
         self._note(await self.call(GetStatus, CoreStatus))
-        self._heartbeat = loop.create_task(self._beat())
+        self._watch = loop.create_task(self._watch_core())
         return ready
 
     def new_handle(self) -> int:
@@ -167,7 +179,7 @@ class CoreClient:
         self._is_ending = True
         if not self.is_alive:
             return True
-        if self._heartbeat is None:
+        if self._watch is None:
             return False  # still starting: it reads no commands yet
         try:
             await self.call(Shutdown, NoneType, timeout)
@@ -179,8 +191,8 @@ class CoreClient:
     async def close(self, error: HeadraceError) -> None:
         """End the link; whatever is still live fails with `error`. Idempotent."""
         self._finish_all(error)
-        if self._heartbeat is not None:
-            self._heartbeat.cancel()
+        if self._watch is not None:
+            self._watch.cancel()
         await self._link.close()
 
     async def _call(self, command: Callable[[int], Command], timeout: float | None) -> bytes:
@@ -201,26 +213,25 @@ class CoreClient:
             self._calls.pop(call_id, None)
 
     async def _refresh(self) -> None:
-        with contextlib.suppress(HeadraceError):  # the caller has its own answer; the heartbeat will see what is wrong
-            self._note(await self.call(GetStatus, CoreStatus, UNRESPONSIVE_SECONDS))
+        with contextlib.suppress(HeadraceError):  # the caller has its own answer; the watch will see what is wrong
+            self._note(await self.call(GetStatus, CoreStatus, STATUS_SECONDS))
 
     def _note(self, status: CoreStatus) -> None:
         self.status = status
         if status.state != "updating":  # while updating it stays what it was before
             self.is_whole = status.state == "ready"
 
-    async def _beat(self) -> None:
-        """Ask for the core's status for ever, so that a core that hangs is noticed, and killed in the end."""
+    async def _watch_core(self) -> None:
+        """Keep `status` fresh, feel the pulse, and give up a core that is past hope."""
+        num_hopeless = 0
         while self.is_alive:
-            self._heartbeat_sent = time.monotonic()
-            try:
-                self._note(await self.call(GetStatus, CoreStatus, self._hang_timeout))
-            except DeadlineError:
-                self._die(f"the core has not answered for {self._hang_timeout:g} s")
-            except HeadraceError as error:
-                logger.debug("no status: %s", error)
-            self._heartbeat_sent = None
-            await asyncio.sleep(HEARTBEAT_SECONDS)
+            ailment = self.diagnose()
+            if ailment is None:
+                await self._refresh()
+            num_hopeless = num_hopeless + 1 if ailment is not None and ailment.is_hopeless else 0
+            if ailment is not None and num_hopeless >= NUM_HOPELESS_LOOKS:
+                self._die(ailment.message)
+            await asyncio.sleep(WATCH_SECONDS)
 
     def _send(self, command: Command) -> None:
         """Send after everything that was asked before it."""

@@ -77,6 +77,10 @@ class Engine:
     def is_ready(self) -> bool:
         return self.asynchronous.is_ready
 
+    @property
+    def is_responsive(self) -> bool:
+        return self.asynchronous.is_responsive
+
     def generate(
         self,
         prompts: Prompts = None,

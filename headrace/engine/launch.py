@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from headrace.config import EngineConfig, ResolvedConfig, resolve
-from headrace.ipc import CoreLink, FrontLink, launch_core, make_pair
+from headrace.ipc import CoreLink, FrontLink, Pulse, PulsePage, launch_core, make_pair
 from headrace.text import Tokenizer
 from headrace.types.errors import ConfigError
 
@@ -22,7 +22,9 @@ _MODEL_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "*.txt
 
 
 class CoreHost(Protocol):
-    """What a core runs in."""
+    """What a core runs in. `pulse` says what its loop does."""
+
+    pulse: PulsePage
 
     @property
     def pid(self) -> int: ...
@@ -38,8 +40,9 @@ class CoreThread:
     """A core in a thread of this process."""
 
     def __init__(self, resolved: ResolvedConfig, link: CoreLink, executor: ExecutorKind) -> None:
+        self.pulse = PulsePage()
         self._thread = threading.Thread(
-            target=self._run, args=(resolved, link, executor), name="headrace-core", daemon=True
+            target=self._run, args=(resolved, link, executor, self.pulse), name="headrace-core", daemon=True
         )
         self._thread.start()
 
@@ -56,10 +59,10 @@ class CoreThread:
         self._thread.join(timeout)
 
     @staticmethod
-    def _run(resolved: ResolvedConfig, link: CoreLink, executor: ExecutorKind) -> None:
+    def _run(resolved: ResolvedConfig, link: CoreLink, executor: ExecutorKind, page: PulsePage) -> None:
         from headrace.core import serve_core
 
-        serve_core(resolved, link, executor)
+        serve_core(resolved, link, executor, pulse=Pulse(page))
 
 
 def resolve_settings(config: EngineConfig) -> ResolvedConfig:

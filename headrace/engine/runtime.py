@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from headrace.config import ResolvedConfig
 from headrace.engine.client import CoreClient
+from headrace.engine.health import HealthLimits
 from headrace.engine.launch import ExecutorKind, start_core
 from headrace.engine.update import Updater
 from headrace.types.errors import HeadraceError, InternalError, ShutdownError
@@ -39,7 +40,8 @@ class Runtime:
         self._has_closed = threading.Event()
         self.loop = asyncio.new_event_loop()
         self.host, link = start_core(resolved, inprocess=inprocess, executor=executor)
-        self.client = CoreClient(link, resolved.engine.control_timeout, self.host.kill)
+        limits = HealthLimits(watchdog=resolved.engine.watchdog_timeout)
+        self.client = CoreClient(link, self.host.pulse, resolved.engine.control_timeout, self.host.kill, limits)
         self.updater = Updater(self.client, self.loop)
         self._closers: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._thread = threading.Thread(target=self._run_loop, name="headrace-engine", daemon=True)

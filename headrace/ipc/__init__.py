@@ -1,4 +1,5 @@
-"""Links between a front and a core: one socketpair, or two queues in one process. Owns framing, bounds and peer death.
+"""Links between a front and a core: one socketpair, or two queues in one process. Owns framing, bounds, peer death,
+and the core's pulse.
 
 Torch-free. Knows the message types and nothing of what they do.
 """
@@ -6,6 +7,19 @@ Torch-free. Knows the message types and nothing of what they do.
 from headrace.ipc.buffers import SharedBuffer
 from headrace.ipc.inprocess import make_pair
 from headrace.ipc.links import CoreLink, FrontLink, PeerClosed
+from headrace.ipc.pulse import Phase, Pulse, PulsePage, PulseReading
 from headrace.ipc.spawn import CoreProcess, launch_core
 
-__all__ = ["CoreLink", "CoreProcess", "FrontLink", "PeerClosed", "SharedBuffer", "launch_core", "make_pair"]
+__all__ = [
+    "CoreLink",
+    "CoreProcess",
+    "FrontLink",
+    "PeerClosed",
+    "Phase",
+    "Pulse",
+    "PulsePage",
+    "PulseReading",
+    "SharedBuffer",
+    "launch_core",
+    "make_pair",
+]

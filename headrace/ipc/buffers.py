@@ -31,6 +31,11 @@ class SharedBuffer:
         self._descriptor = descriptor
         self._unlink_path = unlink_path
 
+    @property
+    def descriptor(self) -> int:
+        """The creator's descriptor, for a child to inherit; -1 for others and after `close`."""
+        return self._descriptor
+
     @classmethod
     def create(cls, size: int) -> SharedBuffer:
         """A new buffer of `size` > 0 zero bytes. Raises `OSError` when memory is short."""

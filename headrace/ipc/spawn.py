@@ -1,7 +1,8 @@
 """Starts a core in a process of its own and watches it. Owns the child process and the descriptors shared with it.
 
 The child shares nothing with its parent but the link's socket, a lifeline pipe whose end of file tells it that the
-parent is gone, and the standard error stream. It is in a session of its own: no terminal signal reaches it.
+parent is gone, the page of its pulse, and the standard error stream. It is in a session of its own: no terminal signal
+reaches it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import sys
 import threading
 from pathlib import Path
 
+from headrace.ipc.buffers import SharedBuffer
 from headrace.ipc.codec import pack_frame
+from headrace.ipc.pulse import PULSE_BYTES, PulsePage
 from headrace.ipc.socket_link import SocketFrontLink
 
 LINK_BUFFER_BYTES = 1 << 22
@@ -26,7 +29,8 @@ _EXIT_NOTICE_SECONDS = 1.0
 class CoreProcess:
     """A running core. A thread waits for its exit, so that no zombie is left whatever the owner does."""
 
-    def __init__(self, process: subprocess.Popen[bytes], lifeline: int) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], lifeline: int, pulse: PulsePage) -> None:
+        self.pulse = pulse
         self._process = process
         self._lifeline = lifeline
         self._lock = threading.Lock()
@@ -71,6 +75,7 @@ class CoreProcess:
             if self._lifeline >= 0:
                 os.close(self._lifeline)
                 self._lifeline = -1
+                self.pulse.close()
 
     async def describe_exit(self) -> str:
         """How the process ended, in words; waits a moment for the end if it has not been seen yet."""
@@ -102,7 +107,9 @@ def launch_core(config: bytes, *, executor: str = "local") -> tuple[CoreProcess,
     try:
         for end in (front, core):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LINK_BUFFER_BYTES)
-        process = _start(core.fileno(), lifeline_read, executor)
+        with SharedBuffer.create(PULSE_BYTES) as page:
+            pulse = PulsePage.map(page.descriptor)
+            process = _start(core.fileno(), lifeline_read, page.descriptor, executor)
     except OSError:
         front.close()
         os.close(lifeline_write)
@@ -110,18 +117,19 @@ def launch_core(config: bytes, *, executor: str = "local") -> tuple[CoreProcess,
     finally:
         core.close()
         os.close(lifeline_read)
-    handle = CoreProcess(process, lifeline_write)
+    handle = CoreProcess(process, lifeline_write, pulse)
     with contextlib.suppress(OSError):  # a child that is dead already is reported through the link
         front.sendall(pack_frame(config))
     return handle, SocketFrontLink(front, describe_exit=handle.describe_exit)
 
 
-def _start(link: int, lifeline: int, executor: str) -> subprocess.Popen[bytes]:
-    arguments = ["--link", str(link), "--lifeline", str(lifeline), "--parent", str(os.getpid()), "--executor", executor]
+def _start(link: int, lifeline: int, pulse: int, executor: str) -> subprocess.Popen[bytes]:
+    arguments = ["--link", str(link), "--lifeline", str(lifeline), "--pulse", str(pulse)]
+    arguments += ["--parent", str(os.getpid()), "--executor", executor]
     return subprocess.Popen(
         # -P: a file in the working directory must not shadow a module of the child.
         [sys.executable, "-P", "-m", "headrace.core.process", *arguments],
-        pass_fds=(link, lifeline),
+        pass_fds=(link, lifeline, pulse),
         close_fds=True,
         start_new_session=True,
         stdin=subprocess.DEVNULL,

@@ -16,7 +16,7 @@ from headrace.server.errors import error_body, respond
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.wire import json_reply
-from headrace.types.errors import HeadraceError, RequestError
+from headrace.types.errors import DeadlineError, HeadraceError, RequestError
 from headrace.types.messages import CoreStatus
 
 HEALTH_SECONDS = 5.0
@@ -64,19 +64,19 @@ class InfoFace:
         return Response()
 
     async def health_generate(self, request: Request) -> Response:
-        """GET /health_generate: the core answers. Nothing is generated."""
+        """GET /health_generate: the core answers, or is at work on something long. Nothing is generated."""
         try:
             await self._engine.status(HEALTH_SECONDS)
         except HeadraceError as error:
-            return respond(503, error_body(503, f"the core does not answer: {error.message}"))
+            is_busy = isinstance(error, DeadlineError) and self._engine.is_responsive
+            if not is_busy:
+                return respond(503, error_body(503, f"the core does not answer: {error.message}"))
         return Response()
 
     async def ready(self, request: Request) -> Response:
         """GET /ready: a request that came now would start now."""
         if not self._state.is_ready:
-            reason = "draining" if self._state.is_draining else "paused, updating, or without whole weights"
-            reason = reason if self._engine.is_alive else "the core is dead"
-            return respond(503, error_body(503, f"not ready: {reason}", retryable=True), retryable=True)
+            return respond(503, error_body(503, f"not ready: {self._why_not()}", retryable=True), retryable=True)
         return json_reply({"ready": True, "weight_version": self._engine.version})
 
     async def model_info(self, request: Request) -> Response:
@@ -174,6 +174,14 @@ class InfoFace:
         values = {**values, "is_ready": float(self._state.is_ready), "is_alive": float(self._engine.is_alive)}
         labels = {"model_name": self._state.model_name}
         return Response(self._state.metrics.render(values, labels), media_type=metrics.CONTENT_TYPE)
+
+    def _why_not(self) -> str:
+        ailment = self._engine.runtime.client.diagnose()
+        if not self._engine.is_alive:
+            return "the core is dead"
+        if self._state.is_draining:
+            return "draining"
+        return "paused, updating, or without whole weights" if ailment is None else ailment.message
 
     def _load(self, status: CoreStatus) -> dict[str, Any]:
         counts = status.metrics

@@ -10,7 +10,8 @@ import msgspec
 import pytest
 
 from headrace.engine.client import CoreClient
-from headrace.ipc import make_pair
+from headrace.engine.health import HealthLimits
+from headrace.ipc import Pulse, PulsePage, make_pair
 from headrace.ipc.inprocess import InprocessCoreLink
 from headrace.types.errors import (
     DeadlineError,
@@ -54,18 +55,17 @@ class Recorder:
 
 
 class ScriptedCore:
-    """The core's end of a link, played by the test on the same loop; answers heartbeats by itself."""
+    """The core's end of a link, played by the test on the same loop; tells its status by itself."""
 
     def __init__(self, link: InprocessCoreLink) -> None:
         self.link = link
-        self.answers_heartbeats = True
 
     async def commands(self) -> list[Command]:
-        """What has arrived since the last call, heartbeats apart."""
+        """What has arrived since the last call, questions for the status apart."""
         await asyncio.sleep(0.01)
         arrived = self.link.poll(0)
         for command in arrived:
-            if isinstance(command, GetStatus) and self.answers_heartbeats:
+            if isinstance(command, GetStatus):
                 self.link.send(Reply(command.call_id, msgspec.msgpack.encode(STATUS)))
         await asyncio.sleep(0.01)
         return [command for command in arrived if not isinstance(command, GetStatus)]
@@ -74,14 +74,19 @@ class ScriptedCore:
 Scenario = Callable[[CoreClient, ScriptedCore], Coroutine[Any, Any, None]]
 
 
-def play(scenario: Scenario, control_timeout: float = 30.0) -> list[str]:
+LIMITS = HealthLimits(watchdog=60.0)
+
+
+def play(scenario: Scenario, limits: HealthLimits = LIMITS) -> list[str]:
     """Run a scenario on a started client. Returns "killed" if the client asked for the core's end."""
     deaths: list[str] = []
 
     async def main() -> None:
         front, link = make_pair()
         core = ScriptedCore(link)
-        client = CoreClient(front, control_timeout, lambda: deaths.append("killed"), hang_timeout=control_timeout)
+        page = PulsePage()
+        Pulse(page)  # beats once, now
+        client = CoreClient(front, page, 30.0, lambda: deaths.append("killed"), limits)
         start = asyncio.create_task(client.start(5.0))
         await asyncio.sleep(0)
         link.send(CoreReady(max_total_num_tokens=7))
@@ -207,16 +212,19 @@ def test_death_answers_everybody_at_once() -> None:
     assert [[type(error) for error in sink.errors] for sink in sinks] == [[EngineDeadError]] * 64
 
 
-def test_a_core_that_hangs_is_unready_and_then_dead() -> None:
+def test_a_core_without_a_pulse_is_unresponsive_and_then_dead() -> None:
     async def scenario(client: CoreClient, core: ScriptedCore) -> None:
         client.submit(request(1), sink := Recorder())
-        core.answers_heartbeats = False
+        assert client.is_responsive
+        while client.is_responsive:
+            await core.commands()
+        assert not sink.errors
         while client.is_alive:
             await core.commands()
         assert [type(error) for error in sink.errors] == [EngineDeadError]
-        assert not client.is_responsive
+        assert "has not run" in sink.errors[0].message
 
-    assert play(scenario, control_timeout=0.3) == ["killed"]
+    assert play(scenario, HealthLimits(watchdog=60.0, patience=0.5, hopeless=1.0)) == ["killed"]
 
 
 def test_closing_answers_what_is_live() -> None:
@@ -236,7 +244,7 @@ def test_closing_answers_what_is_live() -> None:
 def test_a_core_that_cannot_start_says_why() -> None:
     async def main() -> None:
         front, link = make_pair()
-        client = CoreClient(front, 5.0, lambda: None)
+        client = CoreClient(front, PulsePage(), 5.0, lambda: None, LIMITS)
         link.send(CoreReady(error=ErrorInfo("CheckpointError", "model.safetensors is corrupt", "model.safetensors")))
         with pytest.raises(HeadraceError, match="corrupt") as caught:
             await client.start(5.0)
@@ -248,7 +256,7 @@ def test_a_core_that_cannot_start_says_why() -> None:
 
 def test_a_core_that_does_not_start_in_time_is_an_error() -> None:
     async def main() -> None:
-        client = CoreClient(make_pair()[0], 5.0, lambda: None)
+        client = CoreClient(make_pair()[0], PulsePage(), 5.0, lambda: None, LIMITS)
         with pytest.raises(DeadlineError, match="start_timeout"):
             await client.start(0.01)
         await client.close(ShutdownError("over"))

@@ -33,7 +33,7 @@ METHODS = {
     "update_weights_from_tensor",
     "weights_checker",
 }
-ATTRIBUTES = {"config", "is_alive", "is_ready", "resolved", "tokenizer", "version"}
+ATTRIBUTES = {"config", "is_alive", "is_ready", "is_responsive", "resolved", "tokenizer", "version"}
 
 
 def test_every_public_name_is_there() -> None:

@@ -1,0 +1,109 @@
+"""A core's pulse: a few words of shared memory that say what its loop is doing, readable while it is not able to speak.
+
+The core writes, one store a word; the front reads whenever it likes and judges (`headrace.engine.health`). Times are
+nanoseconds of CLOCK_MONOTONIC, which all processes of a host share. Knows no requests.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+import time
+from enum import IntEnum
+from typing import NamedTuple
+
+PULSE_BYTES = 64
+BEAT_SECONDS = 0.25
+
+_BEAT, _PHASE, _STALLED, _NUM_STEPS = range(4)
+_PHASE_BITS = 2
+_PHASE_MASK = (1 << _PHASE_BITS) - 1
+
+
+class Phase(IntEnum):
+    """What the loop does now. Executing and commanding (staging, a commit, a digest) may last; deciding may not."""
+
+    IDLE = 0
+    DECIDING = 1
+    EXECUTING = 2
+    COMMANDING = 3
+
+
+class PulseReading(NamedTuple):
+    """The pulse at one moment.
+
+    beat      when the core's process last ran at all
+    phase     what its loop does, since `entered`
+    stalled   since when there has been runnable work and no step, 0 while there is none or steps complete
+    """
+
+    beat: int
+    phase: Phase
+    entered: int
+    stalled: int
+    num_steps: int
+
+
+class PulsePage:
+    """The memory of one pulse, as the front keeps it. A core in the same process may share the object."""
+
+    def __init__(self, memory: mmap.mmap | None = None) -> None:
+        self.words = memoryview(memory or bytearray(PULSE_BYTES)).cast("q")
+
+    @classmethod
+    def map(cls, descriptor: int) -> PulsePage:
+        """The page behind a file of PULSE_BYTES. It keeps a descriptor of its own until `close`."""
+        return cls(mmap.mmap(descriptor, PULSE_BYTES))
+
+    def close(self) -> None:
+        """Let go of the memory; the last reading stays. Whoever reads at this moment holds it until he is done."""
+        self.words = memoryview(bytearray(self.words)).cast("q")
+
+    def read(self) -> PulseReading:
+        """Phase and the time it was entered share a word: never one without the other."""
+        words = self.words
+        phase = words[_PHASE]
+        return PulseReading(
+            words[_BEAT], Phase(phase & _PHASE_MASK), phase >> _PHASE_BITS, words[_STALLED], words[_NUM_STEPS]
+        )
+
+
+class Pulse:
+    """The core's side. `enter`, `stepped` and `found_nothing` are the loop's; a thread beats between `__enter__` and
+    `__exit__`."""
+
+    def __init__(self, page: PulsePage | None = None) -> None:
+        self._words = (page or PulsePage()).words
+        self._is_stalled = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="headrace-pulse", daemon=True)
+        self._words[_BEAT] = time.monotonic_ns()
+        self.enter(Phase.COMMANDING)
+
+    def enter(self, phase: Phase) -> None:
+        """The loop does something else from now on."""
+        self._words[_PHASE] = time.monotonic_ns() << _PHASE_BITS | phase
+
+    def stepped(self) -> None:
+        """A step was completed, or given up."""
+        self._words[_NUM_STEPS] += 1
+        if self._is_stalled:
+            self.found_nothing(has_work=False)
+
+    def found_nothing(self, *, has_work: bool) -> None:
+        """No step could be taken; `has_work` if one should have been."""
+        if has_work != self._is_stalled:
+            self._is_stalled = has_work
+            self._words[_STALLED] = time.monotonic_ns() if has_work else 0
+
+    def __enter__(self) -> Pulse:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(BEAT_SECONDS):
+            self._words[_BEAT] = time.monotonic_ns()

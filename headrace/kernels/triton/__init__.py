@@ -1,0 +1,6 @@
+"""Kernels for CUDA devices, each beside its torch reference. Nothing here is imported before such a device is chosen.
+
+Every operation writes into tensors it is given and neither allocates nor waits for the device, so that a step of them
+can be captured as one graph. Counts that change from step to step are read on the device from int32 arrays.
+`work_items` needs neither triton nor torch.
+"""

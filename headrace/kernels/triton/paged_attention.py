@@ -1,0 +1,321 @@
+"""Paged attention over work items: one kernel family for decode, groups that share pages, and prefill.
+
+Owns the kernels and their tile sizes. What an item is, and who makes it, is in `work_items`. The softmax is computed
+online over blocks of positions (Milakov and Gimelshein, 2018; Dao et al., 2022), and parts of a context are merged by
+their log-sum-exps in order of position (flash decoding: Dao et al., 2023).
+
+With a fixed split, one compiled kernel serves every item: it walks the parts in order and merges them with the very
+operations of the merge kernel, so a token's bits are the same whether its context was cut, walked whole, shared with a
+group, or computed among the tokens of a prompt.
+
+Legend: T packed tokens, H query heads, G kv heads, D head size.
+"""
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-any-return"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headrace.kernels.triton.work_items import TileSizes, WorkLimits
+
+_LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _merge_part(total_m, total_l, lse):
+    """The new running maximum and sum, and the factors of what was summed so far and of the part that comes in."""
+    new_m = tl.maximum(total_m, lse)
+    old_factor = tl.exp2(total_m - new_m)
+    factor = tl.exp2(lse - new_m)
+    return new_m, tl.fma(total_l, old_factor, factor), old_factor, factor
+
+
+@triton.jit
+def _attend_block(
+    q, k_ptr, v_ptr, table, position, start, end, m, l, acc, scale_log2, page_stride, head_offset,
+    HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of positions into the running maximum, sum and weighted values."""
+    place = start + tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, DIM_BLOCK)
+    if MASKED:
+        # Beyond the end page 0 is read, which is finite: pages hold whatever was there before.
+        page = tl.load(table + place // PAGE, mask=place < end, other=0)
+    else:
+        page = tl.load(table + place // PAGE)
+    offset = page.to(tl.int64) * page_stride + head_offset + (place % PAGE) * HEAD_DIM
+    if HEAD_DIM == DIM_BLOCK:
+        k = tl.load(k_ptr + offset[None, :] + dims[:, None])
+    else:
+        k = tl.load(k_ptr + offset[None, :] + dims[:, None], mask=(dims < HEAD_DIM)[:, None], other=0.0)
+    scores = tl.dot(q, k, input_precision=PRECISION) * scale_log2
+    if MASKED:
+        scores = tl.where((place[None, :] <= position[:, None]) & (place < end)[None, :], scores, -1e30)
+    new_m = tl.maximum(m, tl.max(scores, 1))  # m is never below -1e20, so a masked score has weight 0 exactly
+    weights = tl.exp2(scores - new_m[:, None])
+    factor = tl.exp2(m - new_m)
+    if HEAD_DIM == DIM_BLOCK:
+        v = tl.load(v_ptr + offset[:, None] + dims[None, :])
+    else:
+        v = tl.load(v_ptr + offset[:, None] + dims[None, :], mask=(dims < HEAD_DIM)[None, :], other=0.0)
+    l = l * factor + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc=acc * factor[:, None], input_precision=PRECISION)
+    return new_m, l, acc
+
+
+@triton.jit
+def attention_items_kernel(
+    q_ptr, k_ptr, v_ptr, table_ptr, work_ptr, partial_ptr, lse_ptr, out_ptr, scale_log2,
+    q_stride, out_stride, table_stride, page_stride, slots_at, items_at,
+    NUM_KV: tl.constexpr, GQA: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, PEEL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One (kv head, item). SPLIT 0 walks the item's range at once; else part by part, merging."""
+    head = tl.program_id(0)
+    index = tl.program_id(1)
+    if index >= tl.load(work_ptr + 2 * WIDE + 1):
+        return
+    item = work_ptr + items_at + (tl.load(work_ptr + 2 * WIDE) + index) * 8
+    q_start = tl.load(item)
+    num_q = tl.load(item + 1)
+    table = table_ptr + tl.load(item + 2).to(tl.int64) * table_stride
+    first = tl.load(item + 3)
+    end = tl.load(item + 4)
+    part = tl.load(item + 5)
+    first_position = tl.load(item + 6)
+
+    rows = tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, DIM_BLOCK)
+    token = q_start + rows // GQA
+    valid = rows < num_q * GQA
+    q_head = head * GQA + rows % GQA
+    q_mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
+    q_offset = token.to(tl.int64) * q_stride + q_head * HEAD_DIM
+    q = tl.load(q_ptr + q_offset[:, None] + dims[None, :], mask=q_mask, other=0.0)
+    position = first_position + rows // GQA
+    head_offset = head * PAGE * HEAD_DIM
+
+    total_m = tl.full([BLOCK_M], -1e20, tl.float32)
+    total_l = tl.zeros([BLOCK_M], tl.float32)
+    total_acc = tl.zeros([BLOCK_M, DIM_BLOCK], tl.float32)
+    if SPLIT == 0:
+        if PEEL:
+            unmasked_end = first + (tl.minimum(end, first_position + 1) - first) // BLOCK_N * BLOCK_N
+            for start in range(first, unmasked_end, BLOCK_N):
+                total_m, total_l, total_acc = _attend_block(
+                    q, k_ptr, v_ptr, table, position, start, end, total_m, total_l, total_acc, scale_log2,
+                    page_stride, head_offset, HEAD_DIM, DIM_BLOCK, PAGE, BLOCK_N, False, PRECISION,
+                )  # fmt: skip
+            first = tl.maximum(first, unmasked_end)
+        for start in range(first, end, BLOCK_N):
+            total_m, total_l, total_acc = _attend_block(
+                q, k_ptr, v_ptr, table, position, start, end, total_m, total_l, total_acc, scale_log2,
+                page_stride, head_offset, HEAD_DIM, DIM_BLOCK, PAGE, BLOCK_N, True, PRECISION,
+            )  # fmt: skip
+    else:
+        for part_start in range(first, end, SPLIT):
+            m = tl.full([BLOCK_M], -1e20, tl.float32)
+            l = tl.zeros([BLOCK_M], tl.float32)
+            acc = tl.zeros([BLOCK_M, DIM_BLOCK], tl.float32)
+            part_end = tl.minimum(part_start + SPLIT, end)
+            for start in range(part_start, part_end, BLOCK_N):
+                m, l, acc = _attend_block(
+                    q, k_ptr, v_ptr, table, position, start, part_end, m, l, acc, scale_log2,
+                    page_stride, head_offset, HEAD_DIM, DIM_BLOCK, PAGE, BLOCK_N, True, PRECISION,
+                )  # fmt: skip
+            seen = l > 0
+            safe = tl.where(seen, l, 1.0)
+            lse = tl.where(seen, m + tl.log2(safe), -1e30)
+            total_m, total_l, old_factor, factor = _merge_part(total_m, total_l, lse)
+            total_acc = tl.fma(total_acc, old_factor[:, None], (acc / safe[:, None]) * factor[:, None])
+
+    if part < 0:
+        out = total_acc / total_l[:, None]
+        out_offset = token.to(tl.int64) * out_stride + q_head * HEAD_DIM
+        tl.store(out_ptr + out_offset[:, None] + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=q_mask)
+    else:
+        slot = tl.load(work_ptr + slots_at + token, mask=valid, other=0) + part
+        seen = total_l > 0
+        safe = tl.where(seen, total_l, 1.0)
+        row = slot.to(tl.int64) * (NUM_KV * GQA) + q_head
+        tl.store(partial_ptr + row[:, None] * HEAD_DIM + dims[None, :], total_acc / safe[:, None], mask=q_mask)
+        tl.store(lse_ptr + row, tl.where(seen, total_m + tl.log2(safe), -1e30), mask=valid)
+
+
+@triton.jit
+def merge_parts_kernel(
+    partial_ptr, lse_ptr, work_ptr, out_ptr, out_stride, slots_at, parts_at,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """One (token, HEADS heads): the output from the parts of a context that was cut."""
+    token = tl.program_id(0)
+    num_parts = tl.load(work_ptr + parts_at + token)
+    if num_parts < 2:
+        return
+    first = tl.load(work_ptr + slots_at + token).to(tl.int64)
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    dims = tl.arange(0, DIM_BLOCK)
+    mask = (heads < NUM_HEADS)[:, None] & (dims < HEAD_DIM)[None, :]
+    total_m = tl.full([HEADS], -1e20, tl.float32)
+    total_l = tl.zeros([HEADS], tl.float32)
+    total_acc = tl.zeros([HEADS, DIM_BLOCK], tl.float32)
+    for part in range(num_parts):
+        row = (first + part) * NUM_HEADS + heads
+        lse = tl.load(lse_ptr + row, mask=heads < NUM_HEADS, other=0.0)
+        acc = tl.load(partial_ptr + row[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+        total_m, total_l, old_factor, factor = _merge_part(total_m, total_l, lse)
+        total_acc = tl.fma(total_acc, old_factor[:, None], acc * factor[:, None])
+    out = total_acc / total_l[:, None]
+    offset = token.to(tl.int64) * out_stride + heads * HEAD_DIM
+    tl.store(out_ptr + offset[:, None] + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """One kernel variant: BLOCK_M query rows (tokens x heads of a kv group), BLOCK_N positions at a time."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class AttentionTiles:
+    """The variants of both item classes."""
+
+    narrow: AttentionTile
+    wide: AttentionTile
+
+    def tokens(self, group_size: int) -> TileSizes:
+        """Query tokens per item of each class, for `group_size` query heads per kv head."""
+        return TileSizes(self.narrow.block_m // group_size, self.wide.block_m // group_size)
+
+
+def choose_tiles(group_size: int, head_dim: int, dtype: torch.dtype, *, invariant: bool) -> AttentionTiles:
+    """The variants for a model. With `invariant` both classes are one variant, which all bits come from."""
+    least_m = max(16, triton.next_power_of_2(group_size))
+    if dtype == torch.float32:
+        tile = AttentionTile(least_m, 32, 4, 2)
+        return AttentionTiles(tile, tile)
+    if invariant:
+        tile = AttentionTile(max(64, least_m), 64, 4, 3)
+        return AttentionTiles(tile, tile)
+    narrow = AttentionTile(max(least_m, 32 if group_size > 2 else 16), 128 if head_dim <= 128 else 64, 4, 2)
+    return AttentionTiles(narrow, AttentionTile(max(128, least_m), 64, 8 if head_dim > 64 else 4, 3))
+
+
+class PagedAttention:
+    """Attention of one model's layers. Owns the workspace of partial results; allocates nothing after construction.
+
+    fixed_split   None, or the split size of batch-invariant results; the planner must be given the same
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        limits: WorkLimits,
+        dtype: torch.dtype,
+        device: torch.device,
+        fixed_split: int | None = None,
+        tiles: AttentionTiles | None = None,
+    ) -> None:
+        self.group_size = num_heads // num_kv_heads
+        self.limits = limits
+        self.tiles = tiles or choose_tiles(self.group_size, head_dim, dtype, invariant=fixed_split is not None)
+        self._num_heads, self._num_kv_heads = num_heads, num_kv_heads
+        self._head_dim, self._page_size = head_dim, page_size
+        self._split = fixed_split or 0
+        self._precision = "ieee" if dtype == torch.float32 else "tf32"
+        self._partial = torch.empty(limits.max_slots, num_heads, head_dim, dtype=torch.float32, device=device)
+        self._lse = torch.empty(limits.max_slots, num_heads, dtype=torch.float32, device=device)
+
+    @property
+    def tile_sizes(self) -> TileSizes:
+        """What the planner needs to know."""
+        return self.tiles.tokens(self.group_size)
+
+    def run(
+        self,
+        q_THD: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        page_table: Tensor,
+        work: Tensor,
+        out_THD: Tensor,
+        *,
+        num_narrow: int,
+        num_wide: int,
+        num_merged: int,
+    ) -> None:
+        """Attend, causally, to keys and values already stored.
+
+        q_THD, out_THD   [T, H, D] with contiguous [H, D]; tokens of no item are left as they are
+        keys, values     flat pools [rows, D] of one layer, rows (page * G + head) * page_size + offset
+        page_table       int32 [rows, columns]
+        work             the planner's buffer, int32 on the device
+        num_narrow, num_wide, num_merged   launch bounds: at least the items of each class and the tokens; programs
+                         beyond what `work` holds leave at once. 0 launches nothing
+        """
+        if num_narrow:
+            self._launch(self.tiles.narrow, 0, num_narrow, q_THD, keys, values, page_table, work, out_THD)
+        if num_wide:
+            self._launch(self.tiles.wide, 1, num_wide, q_THD, keys, values, page_table, work, out_THD)
+        if num_merged:
+            heads = min(4, triton.next_power_of_2(self._num_heads))
+            merge_parts_kernel[(num_merged, triton.cdiv(self._num_heads, heads))](
+                self._partial, self._lse, work, out_THD, out_THD.stride(0), self.limits.slots_at, self.limits.parts_at,
+                NUM_HEADS=self._num_heads, HEAD_DIM=self._head_dim,
+                DIM_BLOCK=triton.next_power_of_2(self._head_dim), HEADS=heads, num_warps=heads,
+            )  # fmt: skip
+
+    def _launch(
+        self, tile: AttentionTile, wide: int, num_items: int, q: Tensor, keys: Tensor, values: Tensor,
+        page_table: Tensor, work: Tensor, out: Tensor,
+    ) -> None:  # fmt: skip
+        attention_items_kernel[(self._num_kv_heads, num_items)](
+            q, keys, values, page_table, work, self._partial, self._lse, out, self._head_dim**-0.5 * _LOG2_E,
+            q.stride(0), out.stride(0), page_table.stride(0), self._num_kv_heads * self._page_size * self._head_dim,
+            self.limits.slots_at, self.limits.items_at,
+            NUM_KV=self._num_kv_heads, GQA=self.group_size, HEAD_DIM=self._head_dim,
+            DIM_BLOCK=max(16, triton.next_power_of_2(self._head_dim)), PAGE=self._page_size,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLIT=self._split, WIDE=wide, PEEL=wide == 1,
+            PRECISION=self._precision, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+
+
+def reference_attention(
+    q_THD: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    page_table: Tensor,
+    rows: list[tuple[int, int, int]],
+    num_kv: int,
+    page_size: int,
+) -> Tensor:
+    """The oracle in float64: rows are (page-table row, first position, number of tokens), packed in order."""
+    num_heads, head_dim = q_THD.shape[1:]
+    outputs, first = [], 0
+    for table_row, start, length in rows:
+        places = torch.arange(start + length, device=q_THD.device)
+        pages = page_table[table_row].long()[places // page_size]
+        heads = torch.arange(num_kv, device=q_THD.device)
+        flat = (pages[None] * num_kv + heads[:, None]) * page_size + places % page_size
+        k, v = (pool[flat].double().repeat_interleave(num_heads // num_kv, 0) for pool in (keys, values))
+        q = q_THD[first : first + length].double().transpose(0, 1)
+        scores = q @ k.transpose(1, 2) * head_dim**-0.5
+        seen = places[None] <= start + torch.arange(length, device=q_THD.device)[:, None]
+        weights = torch.softmax(scores.masked_fill(~seen, float("-inf")), -1)
+        outputs.append((weights @ v).transpose(0, 1))
+        first += length
+    return torch.cat(outputs)

@@ -1,0 +1,110 @@
+"""Paged attention over work items: against softmax over gathered rows, and bit for bit under any cutting."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from headrace.kernels.triton.paged_attention import AttentionTile, AttentionTiles, PagedAttention, reference_attention
+from headrace.kernels.triton.work_items import AttentionPlanner, WorkLimits
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter's dot has no bfloat16
+LIMITS = WorkLimits(max_tokens=64, max_items=256, max_slots=512)
+NO_GROUPS = np.zeros((0, 3), np.int32)
+SMALL = AttentionTiles(AttentionTile(16, 16, 4, 2), AttentionTile(32, 16, 4, 2))
+ONE = AttentionTiles(AttentionTile(16, 16, 4, 2), AttentionTile(16, 16, 4, 2))
+
+
+class Case:
+    """Random keys, values and a page table of `num_rows` rows; `shared` leading pages are row 0's in every row."""
+
+    def __init__(
+        self, heads: int, kv: int, dim: int, page: int, dtype: torch.dtype, num_rows: int, longest: int, shared: int = 0
+    ) -> None:
+        generator = torch.Generator().manual_seed(dim * page)
+        columns = -(-longest // page)
+        pages = torch.randperm(num_rows * columns, generator=generator).view(num_rows, columns) + 1
+        pages[:, :shared] = pages[0, :shared]
+        self.heads, self.kv, self.dim, self.page, self.dtype = heads, kv, dim, page, dtype
+        rows = (num_rows * columns + 1) * kv * page
+        self.keys, self.values = (torch.randn(rows, dim, generator=generator).to(dtype) for _ in range(2))
+        self.keys[: kv * page] = self.values[: kv * page] = 0.0
+        self.table = pages.int()
+        self.q = torch.randn(64, heads, dim, generator=generator).to(dtype)
+
+    def run(
+        self, rows: list[tuple[int, int, int]], groups: list[tuple[int, int, int]], q: Tensor, fixed: int | None,
+        tiles: AttentionTiles, max_items: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        attention = PagedAttention(
+            self.heads, self.kv, self.dim, self.page, LIMITS, self.dtype, DEVICE, fixed_split=fixed, tiles=tiles
+        )
+        planner = AttentionPlanner(LIMITS, attention.tile_sizes, self.page, self.kv, fixed)
+        buffer = np.full(LIMITS.num_words, 77, np.int32)
+        group_array = np.array(groups, np.int32) if groups else NO_GROUPS
+        table_rows, starts, lengths = np.array(rows, np.int64).T
+        summary = planner.fill(buffer, table_rows, starts, lengths, group_array, max_items)
+        out = torch.full(q.shape, float("nan"), dtype=self.dtype, device=DEVICE)
+        attention.run(
+            q.to(DEVICE), self.keys.to(DEVICE), self.values.to(DEVICE), self.table.to(DEVICE),
+            torch.from_numpy(buffer).to(DEVICE), out,
+            num_narrow=summary.num_narrow + 1 if summary.num_narrow else 0, num_wide=summary.num_wide,
+            num_merged=len(q),
+        )  # fmt: skip
+        return out.cpu()
+
+    def check(self, rows: list[tuple[int, int, int]], groups: list[tuple[int, int, int]], tolerance: float) -> None:
+        num_tokens = sum(length for *_, length in rows)
+        q = self.q[:num_tokens]
+        expected = reference_attention(q, self.keys, self.values, self.table, rows, self.kv, self.page)
+        for fixed, tiles in ((None, SMALL), (64, ONE)):
+            found = self.run(rows, groups, q, fixed, tiles).double()
+            error = float((found - expected).norm() / expected.norm())
+            assert error < tolerance, (fixed, error)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv", "dim", "page", "dtype"),
+    [
+        (4, 2, 64, 16, HALF),
+        (2, 2, 80, 8, HALF),
+        (6, 2, 96, 1, HALF),
+        (8, 1, 128, 64, HALF),
+        (7, 1, 64, 16, torch.float32),
+    ],
+)
+def test_mixed_steps_against_the_oracle(heads: int, kv: int, dim: int, page: int, dtype: torch.dtype) -> None:
+    case = Case(heads, kv, dim, page, dtype, num_rows=5, longest=200)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    case.check([(0, 0, 1), (1, 130, 1), (2, 63, 1), (3, 199, 1), (4, 64, 1)], [], tolerance)
+    case.check([(3, 70, 1), (0, 0, 21), (1, 90, 9), (2, 100, 2)], [], tolerance)
+
+
+def test_groups_read_shared_pages_once_and_agree() -> None:
+    case = Case(4, 2, 64, 16, HALF, num_rows=12, longest=200, shared=8)
+    rows = [(row, 128 + 5 * row, 1) for row in range(12)]
+    case.check(rows, [(0, 12, 8)], 2e-2)
+    case.check([(0, 140, 1), *[(row, 150, 1) for row in range(1, 6)]], [(1, 3, 7), (4, 2, 8)], 2e-2)
+
+
+def test_fixed_split_bits_depend_on_the_token_alone() -> None:
+    case = Case(4, 2, 64, 16, HALF, num_rows=12, longest=200, shared=8)
+    rows = [(row, 128 + 5 * row, 1) for row in range(12)]
+    expected = case.run(rows, [], case.q[:12], 64, ONE)
+    assert torch.equal(case.run(rows, [(0, 12, 8)], case.q[:12], 64, ONE), expected)
+    assert torch.equal(case.run(rows, [(3, 7, 8)], case.q[:12], 64, ONE), expected)
+    assert torch.equal(case.run(rows, [], case.q[:12], 64, ONE, max_items=14), expected), "uncut rows"
+    for row in (0, 5, 11):
+        assert torch.equal(case.run([rows[row]], [], case.q[row : row + 1], 64, ONE)[0], expected[row])
+    tokens = case.run([(4, 120, 29)], [], case.q[:29], 64, ONE)
+    alone = [case.run([(4, 120 + at, 1)], [], case.q[at : at + 1], 64, ONE) for at in (0, 9, 28)]
+    assert torch.equal(tokens[[0, 9, 28]], torch.cat(alone)), "a prompt's tokens as single steps"
+
+
+def test_tokens_of_no_item_are_left_alone() -> None:
+    case = Case(4, 2, 64, 16, torch.float32, num_rows=2, longest=64)
+    found = case.run([(0, 40, 1), (1, 50, 1)], [], case.q[:4], None, SMALL)
+    assert found[:2].isfinite().all() and found[2:].isnan().all()
