@@ -32,13 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run one benchmark and print its result."""
-    bodies: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    """Run one benchmark and print its result; what is running is shown on standard error."""
+    from rich.console import Console
+
+    bodies: dict[str, Callable[[argparse.Namespace, Callable[[str], None]], dict[str, Any]]] = {
         "offline": _run_offline,
         "overhead": _run_overhead,
         "prefix-cache": _run_prefix_cache,
     }
-    result = bodies[arguments.kind](arguments)
+    with Console(stderr=True).status("starting") as status:
+        result = bodies[arguments.kind](arguments, status.update)
     if arguments.json:
         print(json.dumps(result), flush=True)
     else:
@@ -80,7 +83,7 @@ def _add_prefix_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--page-size", type=int, default=16, help="tokens per page (default: 16)")
 
 
-def _run_offline(arguments: argparse.Namespace) -> dict[str, Any]:
+def _run_offline(arguments: argparse.Namespace, on_progress: Callable[[str], None]) -> dict[str, Any]:
     from headrace.bench.offline import OfflineOptions, run_offline
 
     return run_offline(
@@ -96,11 +99,12 @@ def _run_offline(arguments: argparse.Namespace) -> dict[str, Any]:
             batch_sizes=arguments.batch_sizes,
             concurrencies=arguments.concurrencies,
             engine=given(arguments, EngineConfig, skip=_SET_BY_BENCH),
-        )
+        ),
+        on_progress,
     )
 
 
-def _run_overhead(arguments: argparse.Namespace) -> dict[str, Any]:
+def _run_overhead(arguments: argparse.Namespace, on_progress: Callable[[str], None]) -> dict[str, Any]:
     from headrace.bench.overhead import OverheadOptions, run_overhead
 
     return run_overhead(
@@ -113,15 +117,19 @@ def _run_overhead(arguments: argparse.Namespace) -> dict[str, Any]:
             http_concurrency=arguments.http_concurrency,
             stream=arguments.stream,
             engine=given(arguments, EngineConfig, skip=_SET_BY_BENCH),
-        )
+        ),
+        on_progress,
     )
 
 
-def _run_prefix_cache(arguments: argparse.Namespace) -> dict[str, Any]:
+def _run_prefix_cache(arguments: argparse.Namespace, on_progress: Callable[[str], None]) -> dict[str, Any]:
     from headrace.bench.prefix_cache import run_prefix_cache
 
     return run_prefix_cache(
-        num_sequences=arguments.num_sequences, num_tokens=arguments.num_tokens, page_size=arguments.page_size
+        num_sequences=arguments.num_sequences,
+        num_tokens=arguments.num_tokens,
+        page_size=arguments.page_size,
+        on_progress=on_progress,
     )
 
 

@@ -7,10 +7,11 @@ seen before the run they are timed in: warm-up uses others, and the prefix cache
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,18 +60,24 @@ class Timing(msgspec.Struct, frozen=True):
         return statistics.median(self.seconds)
 
 
-def run_offline(options: OfflineOptions) -> dict[str, Any]:
-    """Run the benchmark; returns the JSON object that is printed last."""
+def run_offline(options: OfflineOptions, on_progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Run the benchmark; returns the JSON object that is printed last. `on_progress` is told what is running.
+
+    Both engines' torch threads sleep while they wait, unless the caller's `OMP_WAIT_POLICY` says otherwise: threads
+    that spin make the figures depend on whatever else runs on the machine. Set before torch is loaded.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as scratch:
         folder = _model_folder(options, Path(scratch))
         vocab_size = ModelSpec.from_folder(folder).vocab_size if folder.is_dir() else None
         workload = make_workload(options.workload, scale=options.scale, vocab_size=vocab_size)
+        on_progress(f"headrace, {len(workload.prompts)} requests")
         timing, metrics = _time_engine(options, workload, str(folder))
         report = _report(options, workload, timing, metrics)
         if options.versus == "transformers":
             from headrace.bench.versus import time_transformers
 
-            peers = time_transformers(options, workload, str(folder))
+            peers = time_transformers(options, workload, str(folder), on_progress)
             report["transformers"] = peers
             report.update(_ratios(report, peers))
         return report
@@ -153,6 +160,7 @@ def _report(options: OfflineOptions, workload: Workload, timing: Timing, metrics
         "num_output_tokens": workload.num_output_tokens,
         "num_threads": options.num_threads,
         "dtype": options.dtype,
+        "omp_wait_policy": os.environ["OMP_WAIT_POLICY"].lower(),
         "runs": options.runs,
         "seconds": round(timing.median_seconds, 3),
         "tokens_per_second": round(workload.num_output_tokens / timing.median_seconds, 1),

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ TOKEN_MICROSECONDS = 4.0
 STOP_TOKEN_ID = 0
 MAX_WARM_UP_SECONDS = 1.5
 _FILL_SECONDS = 120.0
+_NEARLY = 0.95
 
 
 class OverheadOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,13 +57,17 @@ class Window(msgspec.Struct, frozen=True):
     num_waiting: int
 
 
-def run_overhead(options: OverheadOptions) -> dict[str, Any]:
-    """Run the benchmark; returns the JSON object that is printed last."""
+def run_overhead(options: OverheadOptions, on_progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Run the benchmark; returns the JSON object that is printed last. `on_progress` is told what is running."""
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as scratch:
         folder = write_config(Path(scratch), "small")
-        windows = {size: _measure(options, folder, size) for size in options.batch_sizes}
+        windows: dict[int, Window] = {}
+        for size in options.batch_sizes:
+            on_progress(f"{size} running, {options.num_waiting} waiting")
+            windows[size] = _measure(options, folder, size)
         report = _report(options, windows)
         if options.http_concurrency:
+            on_progress(f"{options.http_concurrency} requests at once over HTTP")
             report.update(_measure_http(options, folder))
         return report
 
@@ -137,8 +142,9 @@ def _window(before: CoreStatus, after: CoreStatus, seconds: float, num_tokens: i
 
 
 async def _until_full(engine: AsyncEngine, num_running: int, clients: list[asyncio.Task[None]]) -> None:
+    """Wait until nearly every slot is taken: some have always just ended."""
     deadline = time.monotonic() + _FILL_SECONDS
-    while (await engine.status()).num_running < num_running:
+    while (await engine.status()).num_running < _NEARLY * num_running:
         _check(clients)
         if time.monotonic() > deadline:
             raise InternalError(f"the engine never ran {num_running} requests at once")

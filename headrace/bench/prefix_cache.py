@@ -8,6 +8,7 @@ length (groups and turns), the other half share nothing.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,12 @@ _NAMESPACE = (0, 0, "")
 
 
 def run_prefix_cache(
-    *, num_sequences: int = 100_000, num_tokens: int = 1000, page_size: int = 16, seed: int = 0
+    *,
+    num_sequences: int = 100_000,
+    num_tokens: int = 1000,
+    page_size: int = 16,
+    seed: int = 0,
+    on_progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Match and insert `num_sequences` sequences of `num_tokens` tokens; returns microseconds per page."""
     num_pages = num_tokens // page_size
@@ -30,6 +36,8 @@ def run_prefix_cache(
     match_seconds = insert_seconds = 0.0
     num_matched = 0
     for index in range(num_sequences):
+        if index % 1000 == 0:
+            on_progress(f"{index} of {num_sequences} sequences")
         tokens = source.integers(0, 150_000, num_pages * page_size, dtype=np.int32)
         if index % 2:
             tokens[: num_tokens // 2] = prompts[source.integers(_NUM_SHARED_PROMPTS)]

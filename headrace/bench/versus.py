@@ -19,12 +19,16 @@ if TYPE_CHECKING:
 _BATCH_SIZES = (8, 16, 32, 64, 128, 256)
 _CONCURRENCIES = (8, 16, 32, 64)
 _PAGE_SIZE = 32
+_MUCH_SLOWER = 1.25
 
 
-def time_transformers(options: OfflineOptions, workload: Workload, folder: str) -> dict[str, Any]:
+def time_transformers(
+    options: OfflineOptions, workload: Workload, folder: str, on_progress: Callable[[str], None]
+) -> dict[str, Any]:
     """Time both ways; returns for each the best setting's figures and those of every setting tried.
 
-    A sweep runs each setting once, then the best one `options.runs` times in all; the median counts.
+    A sweep runs each setting once, from the smallest until one is much slower than the best so far, then the best one
+    `options.runs` times in all; the median counts.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -37,13 +41,20 @@ def time_transformers(options: OfflineOptions, workload: Workload, folder: str) 
     num_requests = len(workload.prompts)
     sizes = options.batch_sizes or _up_to(_BATCH_SIZES, num_requests)
     _generate_batch(model, workload.prompts[:1], 4)
-    report = {"generate": _sweep(sizes, lambda size: _run_generate(model, workload, size), workload, options.runs)}
+
+    def run_generate(size: int) -> float:
+        on_progress(f"transformers generate(), batch size {size}")
+        return _run_generate(model, workload, size)
+
+    def run_continuous(size: int) -> float:
+        on_progress(f"transformers continuous batching, {size} requests at once")
+        return _run_continuous(model, workload, size)
+
+    report = {"generate": _sweep(sizes, run_generate, workload, options.runs)}
     if workload.name == "C":
         report["generate"]["milliseconds_per_token"] = _milliseconds_per_token(model, workload, options.runs)
     concurrencies = options.concurrencies or _up_to(_CONCURRENCIES, num_requests)
-    report["continuous_batching"] = _sweep(
-        concurrencies, lambda size: _run_continuous(model, workload, size), workload, options.runs
-    )
+    report["continuous_batching"] = _sweep(concurrencies, run_continuous, workload, options.runs)
     return report
 
 
@@ -51,11 +62,13 @@ def _up_to(sizes: Sequence[int], limit: int) -> list[int]:
     return [size for size in sizes if size <= limit] or [limit]
 
 
-def _sweep(
-    sizes: Sequence[int], run: Callable[[int], float], workload: Workload, runs: int
-) -> dict[str, Any]:
+def _sweep(sizes: Sequence[int], run: Callable[[int], float], workload: Workload, runs: int) -> dict[str, Any]:
     """Time `run` at each size; the best is run again until it has `runs` timings."""
-    tried = {size: run(size) for size in sizes}
+    tried: dict[int, float] = {}
+    for size in sorted(sizes):
+        tried[size] = run(size)
+        if tried[size] > _MUCH_SLOWER * min(tried.values()):
+            break
     best = min(tried, key=lambda size: tried[size])
     seconds = statistics.median([tried[best], *(run(best) for _ in range(runs - 1))])
     return {

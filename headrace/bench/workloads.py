@@ -29,7 +29,7 @@ class Scale(msgspec.Struct, frozen=True):
 
 
 FULL_SCALE = Scale()
-CPU_SCALE = Scale(num_divisor=4, length_divisor=4)
+CPU_SCALE = Scale(num_divisor=4, length_divisor=8)
 QUICK_SCALE = Scale(num_divisor=16, length_divisor=8)
 
 

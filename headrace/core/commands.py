@@ -73,6 +73,10 @@ def submit(replica: Replica, command: Submit, now: float) -> None:
             replica.scheduler.add(request, now)
         except HeadraceError as error:
             replica.outbox.add([refused(request, error)])
+        except FAULTS as fault:
+            logger.exception("request %s was not taken", request.request_id)
+            failure = InternalError(f"the request was not taken: {type(fault).__name__}: {fault}")
+            replica.outbox.add([refused(request, failure)])
 
 
 def refused(request: Request, error: HeadraceError) -> Delta:

@@ -60,7 +60,11 @@ class Executor(Protocol):
     weights: Weights
 
     def submit(self, plan: StepPlan) -> None:
-        """Issue a plan. Returns before it is done where the device allows."""
+        """Issue a plan. Returns before it is done where the device allows.
+
+        After a plan that failed none is executed until that failure was collected: slots and pages of the failed plan
+        are not what later ones take them for.
+        """
         ...
 
     def collect(self) -> StepResult:
@@ -89,6 +93,9 @@ class LocalExecutor:
         self.weights: Weights = runner.weights
 
     def submit(self, plan: StepPlan) -> None:
+        if any(isinstance(result, StepError) for result in self._results):
+            self._results.append(StepError(plan.step_id, RuntimeError("a step before it failed")))
+            return
         try:
             self._results.append(self._runner.execute(plan))
         except FAULTS as fault:

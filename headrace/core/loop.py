@@ -83,7 +83,6 @@ class CoreLoop:
         pause, update, scheduler = self.replica.pause, self.replica.update, self.replica.scheduler
         may_submit = not pause.is_paused and not update.holds_generation
         admit_new = not pause.is_draining and not update.is_draining
-        self._pulse.enter(Phase.DECIDING)
         stepped = self.replica.stepper.step(may_submit=may_submit, admit_new=admit_new)
         self._pulse.enter(Phase.COMMANDING)
         if not stepped:

@@ -7,8 +7,9 @@ import contextlib
 from headrace.core.executor import Executor, StepError
 from headrace.core.outbox import Outbox
 from headrace.ipc import Phase, Pulse
-from headrace.scheduler import Scheduler
+from headrace.scheduler import BREACHES, Scheduler
 from headrace.types.errors import InternalError
+from headrace.types.request import Delta
 
 
 class Stepper:
@@ -23,43 +24,68 @@ class Stepper:
         self._outbox = outbox
         self._pulse = pulse
         self._max_in_flight = overlap_depth + 1
+        self._num_uncollected = 0
 
     def step(self, *, may_submit: bool, admit_new: bool) -> bool:
-        """Fill the pipeline if allowed, then complete its oldest plan. Returns whether one was completed."""
-        scheduler = self._scheduler
-        while may_submit and scheduler.num_in_flight < self._max_in_flight:
-            plan = scheduler.plan(admit_new=admit_new)
-            if plan is None:
-                break
-            self._pulse.enter(Phase.EXECUTING)
-            self._executor.submit(plan)
-            self._pulse.enter(Phase.DECIDING)
-        if not scheduler.num_in_flight:
+        """Fill the pipeline if allowed, then complete its oldest plan. False when there was nothing to do."""
+        self._drop_void_results()
+        if may_submit and not self._fill(admit_new=admit_new):
+            return True
+        if not self._scheduler.num_in_flight:
             return False
         self._complete()
         return True
 
     def settle(self) -> None:
         """Complete every plan in flight: afterwards no step runs until the next `step`. Part of a command."""
+        self._drop_void_results()
         while self._scheduler.num_in_flight:
             self._complete()
         self._pulse.enter(Phase.COMMANDING)
 
+    def _fill(self, *, admit_new: bool) -> bool:
+        """Issue plans up to the depth. False when the scheduler broke down over it, and recovered."""
+        scheduler, pulse = self._scheduler, self._pulse
+        while scheduler.num_in_flight < self._max_in_flight:
+            pulse.enter(Phase.DECIDING)
+            try:
+                plan = scheduler.plan(admit_new=admit_new)
+            except BREACHES as breach:
+                self._go_on(scheduler.recover(breach))
+                return False
+            if plan is None:
+                break
+            pulse.enter(Phase.EXECUTING)
+            self._executor.submit(plan)
+            self._num_uncollected += 1
+        return True
+
     def _complete(self) -> None:
         self._pulse.enter(Phase.EXECUTING)
+        self._num_uncollected -= 1
         try:
             result = self._executor.collect()
         except StepError as error:
-            self._abandon(error)
+            self._pulse.enter(Phase.DECIDING)
+            self._go_on(self._scheduler.lose_step(InternalError(str(error)).info()))
         else:
             self._pulse.enter(Phase.DECIDING)
-            self._outbox.add(self._scheduler.apply(result))
+            try:
+                self._outbox.add(self._scheduler.apply(result))
+            except BREACHES as breach:
+                self._go_on(self._scheduler.recover(breach))
             self.num_completed += 1
         self._pulse.stepped()
 
-    def _abandon(self, error: StepError) -> None:
-        """A step failed: end what had started, and go on with what waits. Later plans built on it and are dropped."""
-        for _ in range(self._scheduler.num_in_flight - 1):
+    def _go_on(self, deltas: list[Delta]) -> None:
+        """The scheduler has given up all plans in flight. None may be left: weights may change next."""
+        self._outbox.add(deltas)
+        self._drop_void_results()
+
+    def _drop_void_results(self) -> None:
+        """Collect and forget what comes of plans that the scheduler has given up: they are older than any it makes."""
+        while self._num_uncollected > self._scheduler.num_in_flight:
+            self._num_uncollected -= 1
+            self._pulse.enter(Phase.EXECUTING)
             with contextlib.suppress(StepError):
                 self._executor.collect()
-        self._outbox.add(self._scheduler.abandon_in_flight(InternalError(str(error)).info()))

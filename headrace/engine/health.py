@@ -38,11 +38,11 @@ def diagnose(pulse: PulseReading, now: int, limits: HealthLimits) -> Ailment | N
     stalled = (now - pulse.stalled) / _SECOND if pulse.stalled else 0.0
     if silent > limits.patience:
         return Ailment(f"the core's process has not run for {silent:.0f} s", silent > limits.hopeless)
-    if pulse.phase is Phase.DECIDING and busy > limits.patience:
+    if pulse.phase == Phase.DECIDING and busy > limits.patience:
         return Ailment(f"the core is deadlocked: it has been deciding for {busy:.0f} s", busy > limits.hopeless)
     if stalled > limits.patience:
         return Ailment(f"the core has taken no step for {stalled:.0f} s with work to do", stalled > limits.hopeless)
     if pulse.phase in (Phase.EXECUTING, Phase.COMMANDING) and busy > limits.watchdog:
-        what = "one step" if pulse.phase is Phase.EXECUTING else "one command"
+        what = "one step" if pulse.phase == Phase.EXECUTING else "one command"
         return Ailment(f"the core has been busy with {what} for over watchdog_timeout {limits.watchdog:g} s", True)
     return None

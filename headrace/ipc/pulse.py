@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import mmap
 import threading
-import time
-from enum import IntEnum
-from typing import NamedTuple
+from time import monotonic_ns
+from typing import Final, NamedTuple
 
 PULSE_BYTES = 64
 BEAT_SECONDS = 0.25
@@ -20,13 +19,16 @@ _PHASE_BITS = 2
 _PHASE_MASK = (1 << _PHASE_BITS) - 1
 
 
-class Phase(IntEnum):
-    """What the loop does now. Executing and commanding (staging, a commit, a digest) may last; deciding may not."""
+class Phase:
+    """What the loop does now. Executing and commanding (staging, a commit, a digest) may last; deciding may not.
 
-    IDLE = 0
-    DECIDING = 1
-    EXECUTING = 2
-    COMMANDING = 3
+    No enum: the loop names one several times a step, and an enum's members are slow to come by.
+    """
+
+    IDLE: Final = 0
+    DECIDING: Final = 1
+    EXECUTING: Final = 2
+    COMMANDING: Final = 3
 
 
 class PulseReading(NamedTuple):
@@ -38,7 +40,7 @@ class PulseReading(NamedTuple):
     """
 
     beat: int
-    phase: Phase
+    phase: int
     entered: int
     stalled: int
     num_steps: int
@@ -63,9 +65,7 @@ class PulsePage:
         """Phase and the time it was entered share a word: never one without the other."""
         words = self.words
         phase = words[_PHASE]
-        return PulseReading(
-            words[_BEAT], Phase(phase & _PHASE_MASK), phase >> _PHASE_BITS, words[_STALLED], words[_NUM_STEPS]
-        )
+        return PulseReading(words[_BEAT], phase & _PHASE_MASK, phase >> _PHASE_BITS, words[_STALLED], words[_NUM_STEPS])
 
 
 class Pulse:
@@ -77,12 +77,12 @@ class Pulse:
         self._is_stalled = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="headrace-pulse", daemon=True)
-        self._words[_BEAT] = time.monotonic_ns()
+        self._words[_BEAT] = monotonic_ns()
         self.enter(Phase.COMMANDING)
 
-    def enter(self, phase: Phase) -> None:
+    def enter(self, phase: int) -> None:
         """The loop does something else from now on."""
-        self._words[_PHASE] = time.monotonic_ns() << _PHASE_BITS | phase
+        self._words[_PHASE] = monotonic_ns() << _PHASE_BITS | phase
 
     def stepped(self) -> None:
         """A step was completed, or given up."""
@@ -94,7 +94,7 @@ class Pulse:
         """No step could be taken; `has_work` if one should have been."""
         if has_work != self._is_stalled:
             self._is_stalled = has_work
-            self._words[_STALLED] = time.monotonic_ns() if has_work else 0
+            self._words[_STALLED] = monotonic_ns() if has_work else 0
 
     def __enter__(self) -> Pulse:
         self._thread.start()
@@ -106,4 +106,4 @@ class Pulse:
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
-            self._words[_BEAT] = time.monotonic_ns()
+            self._words[_BEAT] = monotonic_ns()

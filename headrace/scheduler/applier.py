@@ -36,12 +36,11 @@ class ResultApplier:
         self._roster = roster
         self._counters = counters
 
-    def apply(self, step: InFlight, result: StepResult) -> list[Delta]:
-        """Take in one result; returns the deltas it makes due, terminal ones included, in row order."""
+    def apply(self, step: InFlight, result: StepResult, deltas: list[Delta]) -> None:
+        """Take in one result, and append the deltas it makes due, terminal ones included, in row order."""
         slots = step.rows.slots
         leaving = self._land(step)
         self._take_prompt_scores(step, result)
-        deltas: list[Delta] = []
         sampled = slots[step.rows.samples]
         assert len(sampled) == len(result.token_ids), "a result has a token for each sampling row"
         if len(sampled):
@@ -50,11 +49,6 @@ class ResultApplier:
         if len(sampled) < len(slots):
             self._finish_scored(slots[~step.rows.samples], deltas)
         self._roster.retire(leaving)
-        return deltas
-
-    def drop(self, step: InFlight) -> None:
-        """A step will never have a result; what its rows were to do is undone by whoever ends their sequences."""
-        self._roster.retire(self._land(step))
 
     def delta(self, sequence: Sequence, finish: Finish | None = None) -> Delta:
         """What is new about a sequence since its last delta, which counts as delivered from now on."""
@@ -82,11 +76,10 @@ class ResultApplier:
             prompt_extras=prompt_extras,
         )
 
-    def finish(self, sequence: Sequence, finish: Finish) -> Delta:
-        """End a sequence; returns its terminal delta."""
-        delta = self.delta(sequence, finish)
+    def finish(self, sequence: Sequence, finish: Finish, deltas: list[Delta]) -> None:
+        """End a sequence, after appending its terminal delta."""
+        deltas.append(self.delta(sequence, finish))
         self._roster.end(sequence)
-        return delta
 
     def _land(self, step: InFlight) -> list[int]:
         """The step is no longer in flight; returns the slots that can be retired for it."""
@@ -121,14 +114,20 @@ class ResultApplier:
             has_token = result.num_tokens > column
             takes = has_token & table.accepts[slots]
             self._counters.num_overshoot_tokens += int(np.count_nonzero(has_token) - np.count_nonzero(takes))
-            deltas += self._take_column(step, slots, result, column, takes)
+            self._take_column(step, slots, result, column, takes, deltas)
         if result.token_ids.shape[1] > 1:
             self._expect_computing(slots, result.num_tokens)
 
     def _take_column(
-        self, step: InFlight, slots: IndexArray, result: StepResult, column: int, takes: BoolArray
-    ) -> list[Delta]:
-        """Accept one token of each row that `takes` one; returns the terminal deltas of those that end with it."""
+        self,
+        step: InFlight,
+        slots: IndexArray,
+        result: StepResult,
+        column: int,
+        takes: BoolArray,
+        deltas: list[Delta],
+    ) -> None:
+        """Accept one token of each row that `takes` one, and append the terminal deltas of those that end with it."""
         table = self._roster.table
         token_ids, logprobs = result.token_ids[:, column], result.logprobs[:, column]
         if not takes.all():
@@ -143,11 +142,9 @@ class ResultApplier:
         stopped = _find_stops(table, slots, positions, token_ids)
         ended = np.flatnonzero(stopped | (positions + 1 >= table.max_length[slots]))
         self._counters.num_finished += len(ended)
-        deltas = []
         for index in ended.tolist():
             finish = Finish("stop", int(token_ids[index])) if stopped[index] else Finish("length")
-            deltas.append(self.finish(table.sequence(int(slots[index])), finish))
-        return deltas
+            self.finish(table.sequence(int(slots[index])), finish, deltas)
 
     def _mark_version(self, step: InFlight, slots: IndexArray, positions: IndexArray) -> None:
         """Open a span in the sequences whose last token was of another version."""
@@ -190,7 +187,7 @@ class ResultApplier:
         is_done &= table.num_scheduled[slots] >= table.compute_length[slots]
         is_done &= table.max_length[slots] == table.num_prompt[slots]
         for slot in slots[is_done].tolist():
-            deltas.append(self.finish(table.sequence(slot), Finish("length")))
+            self.finish(table.sequence(slot), Finish("length"), deltas)
             self._counters.num_finished += 1
 
 

@@ -15,6 +15,8 @@ class Counters(msgspec.Struct):
     num_resumed_tokens    tokens found there when a preempted sequence was admitted again
     num_shared_prefills   requests admitted with a prefix hit
     num_chunked_prompts   admissions whose known tokens did not fit one step
+    num_failed_steps      plans that were not executed; num_isolated_failures requests were found to be the cause
+    num_invariant_breaches   times the scheduler found its own books wrong and made new ones
     """
 
     num_steps: int = 0
@@ -31,3 +33,6 @@ class Counters(msgspec.Struct):
     num_finished: int = 0
     num_aborted: int = 0
     num_failed: int = 0
+    num_failed_steps: int = 0
+    num_isolated_failures: int = 0
+    num_invariant_breaches: int = 0

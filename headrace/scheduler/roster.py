@@ -22,7 +22,8 @@ from headrace.scheduler.waiting_queue import WaitingQueue
 class Roster:
     """Live sequences by handle, and where each of them stands.
 
-    `generation` changes whenever a slot changes hands or stops running.
+    `generation` changes whenever a slot changes hands or stops running. While `on_trial` names sequences, no other is
+    admitted.
     """
 
     def __init__(self, limits: SchedulerLimits) -> None:
@@ -41,6 +42,7 @@ class Roster:
         self.num_running = 0
         self.num_preemptions = 0
         self.generation = 0
+        self.on_trial: list[Sequence] = []
         self._num_coming_back = 0
         self._order: IndexArray = np.empty(0, dtype=np.int64)
         self._order_generation = -1
@@ -66,6 +68,8 @@ class Roster:
         """The sequence that may enter a slot next: preempted ones first. None while one is still leaving its slot."""
         if self.table.num_free == 0 or self._num_coming_back:
             return None
+        if self.on_trial:
+            return next((sequence for sequence in self.on_trial if sequence.slot < 0), None)
         if self.preempted:
             return self.preempted[0]
         return self.waiting.first() if admit_new else None
@@ -106,6 +110,34 @@ class Roster:
                 self._num_coming_back -= 1
             else:
                 self._stop(slot)
+
+    def rebuilt(self) -> Roster:
+        """A roster of the same live sequences with the tokens they have. None holds a slot, nothing is cached.
+
+        Whatever refers to this one's slots and pages is void. Believes no books but `by_handle` and the tokens.
+        """
+        fresh = Roster(self.limits)
+        fresh.num_preemptions = self.num_preemptions
+        fresh.leases.num_evicted_pages = self.leases.num_evicted_pages
+        for sequence in self.by_handle.values():
+            if sequence.state is State.WAITING:
+                fresh.accept(sequence)
+                continue
+            if sequence.slot >= 0:
+                self.table.save(sequence)
+                sequence.slot = -1
+            if sequence.state is State.RUNNING:
+                sequence.num_preemptions += 1
+                fresh.num_preemptions += 1
+            sequence.state = State.PREEMPTED
+            fresh.by_handle[sequence.handle] = sequence
+            insort(fresh.preempted, sequence, key=attrgetter("rank"))
+        return fresh
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence has its terminal answer, and the books will be rebuilt: touch no more of them than this."""
+        sequence.state = State.ENDED
+        self.by_handle.pop(sequence.handle, None)
 
     def retire(self, slots: Iterable[int]) -> None:
         """Take back the slots and pages of sequences that are leaving and that no step in flight refers to, after

@@ -7,21 +7,27 @@ neither tensors nor text, and never reads a clock.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterable
 
 import msgspec
-import numpy as np
 
 from headrace.scheduler.applier import InFlight, ResultApplier
 from headrace.scheduler.counters import Counters
 from headrace.scheduler.limits import SchedulerLimits, read_prompt
 from headrace.scheduler.planner import StepPlanner
 from headrace.scheduler.roster import Roster
-from headrace.scheduler.sequence import Sequence
-from headrace.types.errors import ErrorInfo, RequestError, UnavailableError
+from headrace.scheduler.sequence import Sequence, State
+from headrace.scheduler.suspicion import Suspicion
+from headrace.types.errors import ErrorInfo, InternalError, RequestError, UnavailableError
 from headrace.types.plan import StepPlan, StepResult
 from headrace.types.request import Delta, Finish, Request
+
+logger = logging.getLogger(__name__)
+
+BREACHES = (AssertionError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What `plan` and `apply` may raise when the scheduler's books are wrong: always our own bug."""
 
 _ARRIVALS_PER_PRIORITY = 1 << 42
 
@@ -38,10 +44,10 @@ class Scheduler:
         self._num_arrivals = 0
         self._num_plans = 0
         self._counters = Counters()
-        self._roster = Roster(limits)
-        self._planner = StepPlanner(self._roster, limits, self._counters)
-        self._applier = ResultApplier(self._roster, self._counters)
         self._in_flight: deque[InFlight] = deque()
+        self._interrupted: tuple[InFlight, list[Delta]] | None = None
+        self._suspicion = Suspicion()
+        self._keep_books(Roster(limits))
 
     @property
     def num_in_flight(self) -> int:
@@ -103,8 +109,13 @@ class Scheduler:
     def discard(self, handles: Iterable[int]) -> None:
         """Free requests that the front ended itself; there is no delta. Unknown handles are ignored."""
         for sequence in self._find(handles):
-            self._roster.end(sequence)
             self._counters.num_finished += 1
+            try:
+                self._roster.end(sequence)
+            except BREACHES as breach:
+                self._note(breach)
+                self._roster.forget(sequence)
+                self._restart()
 
     def expire(self, arrived_before: float, error: ErrorInfo) -> list[Delta]:
         """Fail the requests that arrived before that moment and never started."""
@@ -115,10 +126,14 @@ class Scheduler:
         """The next step, or None when there is nothing to do until a result or a request comes.
 
         `admit_new=False` serves only sequences that have started. The plan is in flight from here on: it must be
-        executed, in order, and its result applied.
+        executed, in order, and its result applied. After one of BREACHES call `recover`.
         """
         if len(self._in_flight) > self.limits.overlap_depth:
             return None
+        if self._suspicion.is_active:
+            if self._in_flight:
+                return None  # trials are run one by one
+            self._roster.on_trial = self._suspicion.on_trial()
         planned = self._planner.plan(self._num_plans, self.epoch, admit_new=admit_new)
         if planned is None:
             return None
@@ -128,23 +143,57 @@ class Scheduler:
         return plan
 
     def apply(self, result: StepResult) -> list[Delta]:
-        """Take in the result of the oldest plan in flight; returns the deltas it makes due."""
-        step = self._in_flight.popleft()
-        assert step.step_id == result.step_id, f"result {result.step_id} came for step {step.step_id}"
-        return self._applier.apply(step, result)
+        """Take in the result of the oldest plan in flight; returns the deltas it makes due.
 
-    def abandon_in_flight(self, error: ErrorInfo) -> list[Delta]:
-        """A step failed: no plan in flight will be answered any more (those after it built on it).
-
-        Fails every sequence with a row in one of them, and empties the prefix cache, which may hold pages that were
-        never written. Everything else goes on.
+        After one of BREACHES call `recover`.
         """
-        table = self._roster.table
-        touched = np.flatnonzero(table.accepts & (table.num_in_flight > 0)).tolist()
-        deltas = self.fail([table.sequence(slot).handle for slot in touched], error)
-        self._roster.leases.flush()
-        while self._in_flight:
-            self._applier.drop(self._in_flight.popleft())
+        step = self._in_flight.popleft()
+        deltas: list[Delta] = []
+        self._interrupted = step, deltas
+        assert step.step_id == result.step_id, f"result {result.step_id} came for step {step.step_id}"
+        tried = self._sampling(step) if self._suspicion.is_active else []
+        self._applier.apply(step, result, deltas)
+        self._interrupted = None
+        if tried:
+            self._clear(tried)
+        return deltas
+
+    def lose_step(self, cause: ErrorInfo) -> list[Delta]:
+        """The oldest plan in flight was not executed, and no result of those after it may be used: they built on it.
+
+        Nothing that any of them computed or published is believed: everybody goes on from the tokens he has. Those who
+        had a row in the plan are tried apart from the others until it is known whose fault it was, if anybody's: his
+        terminal delta, an error, is returned then.
+        """
+        self._counters.num_failed_steps += 1
+        step = self._in_flight[0]
+        suspects = self._live_rows(step)
+        self._restart()
+        return self._accuse(suspects, cause, is_alone=len(step.rows.slots) == 1)
+
+    def recover(self, breach: BaseException) -> list[Delta]:
+        """`plan` or `apply` raised one of BREACHES: make new books from the tokens that everybody has.
+
+        An interrupted `apply` ends the sequences of its step, whose tokens are in doubt. An interrupted `plan` puts
+        those it served under suspicion. Returns the deltas due, those of the interrupted `apply` included; no plan is
+        in flight afterwards.
+        """
+        cause = self._note(breach)
+        interrupted, self._interrupted = self._interrupted, None
+        if interrupted is None:
+            suspects = self._suspicion.on_trial()
+            self._restart()
+            first = self._roster.waiting.first()
+            suspects = suspects or self._roster.preempted + ([first] if first is not None else [])
+            return self._accuse(suspects, cause, is_alone=len(suspects) == 1)
+        step, deltas = interrupted
+        answered = {delta.handle for delta in deltas if delta.finish is not None}
+        for sequence in self._live_rows(step):
+            self._roster.forget(sequence)
+            if sequence.handle not in answered:
+                deltas.append(_error_delta(sequence, cause))
+                self._counters.num_failed += 1
+        self._restart()
         return deltas
 
     def set_weights(self, version: str, epoch: int) -> None:
@@ -206,4 +255,67 @@ class Scheduler:
         return [live[handle] for handle in dict.fromkeys(handles) if handle in live]
 
     def _end(self, handles: Iterable[int] | None, finish: Finish) -> list[Delta]:
-        return [self._applier.finish(sequence, finish) for sequence in self._find(handles)]
+        """Terminal deltas. A sequence that breaks the books while it ends keeps nobody else from his answer."""
+        deltas: list[Delta] = []
+        for sequence in self._find(handles):
+            try:
+                self._applier.finish(sequence, finish, deltas)
+            except BREACHES as breach:
+                cause = self._note(breach)
+                if not deltas or deltas[-1].handle != sequence.handle:
+                    deltas.append(_error_delta(sequence, cause))
+                self._roster.forget(sequence)
+                self._restart()
+        return deltas
+
+    def _live_rows(self, step: InFlight) -> list[Sequence]:
+        """The sequences with a row in a step that have not been answered."""
+        holders = map(self._roster.table.sequences.__getitem__, step.rows.slots.tolist())
+        return [holder for holder in holders if holder is not None and holder.state is not State.ENDED]
+
+    def _sampling(self, step: InFlight) -> list[Sequence]:
+        """The sequences that a step takes to the end of their known tokens."""
+        return list(map(self._roster.table.sequence, step.rows.slots[step.rows.samples].tolist()))
+
+    def _clear(self, tried: list[Sequence]) -> None:
+        """These have passed their trial. They make room for the others' until the last is over."""
+        self._suspicion.clear(tried)
+        self._roster.on_trial = self._suspicion.on_trial()
+        if self._roster.on_trial:
+            for sequence in tried:
+                if sequence.state is State.RUNNING:
+                    self._roster.preempt(sequence.slot)
+
+    def _accuse(self, suspects: list[Sequence], cause: ErrorInfo, *, is_alone: bool) -> list[Delta]:
+        guilty = self._suspicion.accuse(suspects, is_alone=is_alone)
+        if guilty is None:
+            return []
+        self._counters.num_isolated_failures += 1
+        error = InternalError(f"steps fail with this request, with no other in them too: {cause.message}")
+        return self.fail([guilty.handle], error.info())
+
+    def _note(self, breach: BaseException) -> ErrorInfo:
+        """Report a breach; returns it as an error."""
+        self._counters.num_invariant_breaches += 1
+        logger.error("an invariant of the scheduler is broken; it goes on with new books", exc_info=breach)
+        return InternalError(f"an invariant of the scheduler is broken: {type(breach).__name__}: {breach}").info()
+
+    def _restart(self) -> None:
+        """New books: nothing is in flight or cached, and every sequence is computed again from the tokens it has."""
+        self._in_flight.clear()
+        self._keep_books(self._roster.rebuilt())
+
+    def _keep_books(self, roster: Roster) -> None:
+        self._roster = roster
+        self._planner = StepPlanner(roster, self.limits, self._counters)
+        self._applier = ResultApplier(roster, self._counters)
+
+
+def _error_delta(sequence: Sequence, error: ErrorInfo) -> Delta:
+    """The terminal delta of a sequence whose tokens are in doubt: it brings none."""
+    return Delta(
+        sequence.handle,
+        finish=Finish("error", message=error.message, error=error),
+        num_cached_tokens=sequence.num_cached_tokens,
+        num_preemptions=sequence.num_preemptions,
+    )

@@ -97,14 +97,19 @@ class SlotTable:
         sequence = self.sequence(slot)
         assert self.num_in_flight[slot] == 0, "a slot was left with steps in flight"
         if sequence.state is not State.ENDED:
-            num_known = int(self.num_known[slot])
-            sequence.token_ids = self.token_ids[slot, :num_known].copy()
-            sequence.logprobs = self.logprobs[slot, sequence.num_prompt : num_known].copy()
-            sequence.num_delivered = int(self.num_delivered[slot]) - sequence.num_prompt
+            self.save(sequence)
         sequence.slot = -1
         self.sequences[slot] = None
         self.is_running[slot] = self.accepts[slot] = False
         self._free.append(slot)
+
+    def save(self, sequence: Sequence) -> None:
+        """Copy into a sequence the tokens it has, as known here."""
+        slot = sequence.slot
+        num_known = int(self.num_known[slot])
+        sequence.token_ids = self.token_ids[slot, :num_known].copy()
+        sequence.logprobs = self.logprobs[slot, sequence.num_prompt : num_known].copy()
+        sequence.num_delivered = int(self.num_delivered[slot]) - sequence.num_prompt
 
     def by_rank(self) -> IndexArray:
         """Running slots, first to be served first."""

@@ -6,9 +6,13 @@ import msgspec
 import pytest
 import torch
 
+from headrace.cache import Match, Namespace
 from headrace.core.executor import StepError
 from headrace.core.fake_executor import FREE_LOGPROB, FreeExecutor
 from headrace.core.service import run_core
+from headrace.scheduler import Scheduler
+from headrace.scheduler.roster import Roster
+from headrace.scheduler.sequence import Sequence
 from headrace.types.messages import (
     Abort,
     CommitUpdate,
@@ -23,6 +27,7 @@ from headrace.types.messages import (
     WeightsChecker,
 )
 from headrace.types.plan import StepResult
+from headrace.types.request import Request
 from headrace.types.sampling_params import LogprobOptions
 from tests.core.harness import VOCAB_SIZE, Core, digest_of, new_tensors, request
 
@@ -234,16 +239,17 @@ class BreakingExecutor(FreeExecutor):
         return super().collect()
 
 
-class LyingExecutor(FreeExecutor):
-    """Answers its fifth plan with a result of another step, which is a bug and not a fault."""
+class CrashingExecutor(FreeExecutor):
+    """Raises what an executor may not raise."""
 
     def collect(self) -> StepResult:
-        result = super().collect()
-        return msgspec.structs.replace(result, step_id=99) if self.num_executed == 5 else result
+        if self.num_executed == 5:
+            raise KeyError("a bug")
+        return super().collect()
 
 
 def test_a_crash_of_the_loop_answers_every_request() -> None:
-    core = Core(LyingExecutor(VOCAB_SIZE), max_running_requests=2)
+    core = Core(CrashingExecutor(VOCAB_SIZE), max_running_requests=2)
     core.submit(*(request(handle) for handle in range(1, 5)))
     assert run_core(core.loop, core.link) == 1
     assert core.finish_types(1, 2, 3, 4) == ["error"] * 4
@@ -261,18 +267,112 @@ def test_a_core_whose_front_is_gone_ends() -> None:
     assert run_core(core.loop, core.link) == 0
 
 
+def test_a_request_that_the_scheduler_chokes_on_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    real_add = Scheduler.add
+
+    def add(scheduler: Scheduler, each: Request, now: float) -> None:
+        real_add(scheduler, each, now / (each.handle - 2))
+
+    monkeypatch.setattr(Scheduler, "add", add)
+    core = Core()
+    core.submit(request(1), request(2), request(3))
+    core.settle()
+    assert core.finish_types(1, 2, 3) == ["length", "error", "length"]
+    finish = core.finish(2)
+    assert finish is not None and "ZeroDivisionError" in finish.message
+
+
 @pytest.mark.parametrize("overlap_depth", [0, 1, 3])
-def test_a_failed_step_ends_what_it_ran_and_nothing_else(overlap_depth: int) -> None:
+def test_an_abort_that_breaks_the_books_harms_nobody_else(overlap_depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = Core(overlap_depth=overlap_depth)
+    core.submit(*(request(handle, max_new_tokens=20) for handle in range(1, 5)))
+    core.turn(4)
+    real_end = Roster.end
+
+    def end(roster: Roster, sequence: Sequence) -> None:
+        real_end(roster, sequence)
+        assert sequence.handle != 2, "pages do not add up"
+
+    monkeypatch.setattr(Roster, "end", end)
+    core.send(Abort((3, 2)))
+    core.submit(request(5))
+    core.settle()
+    assert core.finish_types(1, 2, 3, 4, 5) == ["length", "abort", "abort", "length", "length"]
+    assert core.tokens(1) == core.tokens(4) == list(range(6, 26))
+    assert core.tokens(2) == core.tokens(3) == list(range(6, 6 + len(core.tokens(2))))
+    status = core.status()
+    assert status.metrics["num_invariant_breaches"] == 1 and status.num_used_tokens == 0
+
+
+@pytest.mark.parametrize("guilty", [{3}, {1, 2, 3, 4, 5, 6}])
+def test_a_request_that_cannot_be_planned_is_found(guilty: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    core = Core(max_running_requests=4, overlap_depth=1)
+    core.submit(*(request(handle, max_new_tokens=20) for handle in range(1, 7)))
+    real_admit = Roster.admit
+
+    def admit(roster: Roster, sequence: Sequence, namespace: Namespace, match: Match) -> int:
+        slot = real_admit(roster, sequence, namespace, match)
+        assert sequence.handle not in guilty, "pages do not add up"
+        return slot
+
+    monkeypatch.setattr(Roster, "admit", admit)
+    core.settle()
+    for handle in range(1, 7):
+        assert core.finish_types(handle) == ["error" if handle in guilty else "length"]
+        assert handle in guilty or core.tokens(handle) == list(range(6, 26))
+    status = core.status()
+    assert status.num_used_tokens == 0 and status.metrics["num_isolated_failures"] == len(guilty)
+
+
+@pytest.mark.parametrize("overlap_depth", [0, 1, 3])
+def test_a_step_that_fails_once_costs_nobody_anything(overlap_depth: int) -> None:
     executor = BreakingExecutor()
     core = Core(executor, overlap_depth=overlap_depth, max_running_requests=2)
-    executor.broken = {4}
+    executor.broken = {4, 9, 10}
     core.submit(*(request(handle, max_new_tokens=30) for handle in range(1, 6)))
     core.settle()
-    assert core.finish_types(1, 2, 3, 4, 5) == ["error", "error", "length", "length", "length"]
+    assert core.finish_types(1, 2, 3, 4, 5) == ["length"] * 5
+    assert all(core.tokens(handle) == list(range(6, 36)) for handle in range(1, 6))
+    core.call(Resume)
+    status = core.status()
+    assert status.num_used_tokens == 0 and 2 <= status.metrics["num_failed_steps"] <= 3
+
+
+@pytest.mark.parametrize("overlap_depth", [0, 1, 3])
+def test_a_device_that_executes_nothing_any_more_answers_everybody(overlap_depth: int) -> None:
+    executor = BreakingExecutor()
+    core = Core(executor, overlap_depth=overlap_depth, max_running_requests=4)
+    executor.broken = set(range(4, 10_000))
+    core.submit(*(request(handle, max_new_tokens=30) for handle in range(1, 8)))
+    core.settle()
+    assert core.finish_types(*range(1, 8)) == ["error"] * 7
     finish = core.finish(1)
     assert finish is not None and finish.error is not None
-    assert finish.error.code == "InternalError"
-    assert "no room" in finish.error.message
-    assert core.tokens(3) == list(range(6, 36))
-    core.call(Resume)
-    assert core.status().num_used_tokens == 0
+    assert finish.error.code == "InternalError" and "no room" in finish.error.message
+    executor.broken.clear()
+    core.submit(request(8))
+    core.settle()
+    assert core.finish_types(8) == ["length"] and core.status().num_used_tokens == 0
+    metrics = core.status().metrics
+    assert metrics["num_isolated_failures"] == 7 and metrics["num_failed_steps"] < 60
+
+
+class LyingExecutor(FreeExecutor):
+    """Answers its fifth plan with a result of another step, which is a bug and not a fault."""
+
+    def collect(self) -> StepResult:
+        result = super().collect()
+        return msgspec.structs.replace(result, step_id=99) if self.num_executed == 5 else result
+
+
+@pytest.mark.parametrize("overlap_depth", [0, 1, 3])
+def test_a_result_that_cannot_be_applied_ends_its_requests_only(overlap_depth: int) -> None:
+    core = Core(LyingExecutor(VOCAB_SIZE), overlap_depth=overlap_depth, max_running_requests=2)
+    core.submit(*(request(handle) for handle in range(1, 5)))
+    core.settle()
+    assert core.finish_types(1, 2, 3, 4) == ["error", "error", "length", "length"]
+    finish = core.finish(2)
+    assert finish is not None and finish.error is not None and "invariant" in finish.error.message
+    assert core.tokens(3) == core.tokens(4) == list(range(6, 16))
+    status = core.status()
+    assert status.metrics["num_invariant_breaches"] == 1 and status.num_used_tokens == 0

@@ -64,24 +64,30 @@ def test_a_model_gives_the_same_tokens_at_any_overlap(folder: Path) -> None:
 
 
 class FaultyRunner(Runner):
-    """Runs out of memory at one step."""
+    """Runs out of memory at one step, before it has looked at the plan. Keeps what it was given after that."""
 
     broken_step = 3
 
     def execute(self, plan: StepPlan) -> StepResult:
         if plan.step_id == self.broken_step:
+            self.next_steps: list[int] = []
             torch.empty(1 << 60)
+        if plan.step_id > self.broken_step:
+            self.next_steps.append(plan.step_id)
         return super().execute(plan)
 
 
-@pytest.mark.parametrize("overlap_depth", [0, 1])
-def test_a_failed_allocation_does_not_end_the_core(folder: Path, overlap_depth: int) -> None:
+@pytest.mark.parametrize("overlap_depth", [0, 1, 3])
+def test_a_failed_allocation_costs_nobody_anything(folder: Path, overlap_depth: int) -> None:
     expected = generate(folder, overlap_depth)
-    core = Core(LocalExecutor(FaultyRunner(resolved_for(folder))), overlap_depth=overlap_depth, max_running_requests=2)
+    runner = FaultyRunner(resolved_for(folder))
+    core = Core(LocalExecutor(runner), overlap_depth=overlap_depth, max_running_requests=2)
     core.submit(*(request(handle, range(1, handle + 3), 12, sampling=GREEDY) for handle in range(1, 6)))
     core.settle()
-    assert core.finish_types(1, 2, 3, 4, 5) == ["error", "error", "length", "length", "length"]
-    assert [core.tokens(handle) for handle in (3, 4, 5)] == expected[2:]
+    assert core.finish_types(1, 2, 3, 4, 5) == ["length"] * 5
+    assert [core.tokens(handle) for handle in range(1, 6)] == expected
+    assert core.status().metrics["num_failed_steps"] == 1 and core.status().num_used_tokens == 0
+    assert runner.next_steps[0] == 4 + overlap_depth, "a plan was executed that built on the failed one"
 
 
 def test_a_whole_core_runs_in_a_thread(folder: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from headrace.core.executor import StepError
 from headrace.core.fake_executor import FreeExecutor
 from headrace.ipc import SharedBuffer
 from headrace.types.messages import (
@@ -46,10 +47,12 @@ def live_views(store: WeightStore) -> list[npt.NDArray[np.float32]]:
 
 
 class WatchingExecutor(FreeExecutor):
-    """Checks at every step that the live weights are whole and are those the plan was made for."""
+    """Checks at every step that the live weights are whole and are those the plan was made for. Some steps fail."""
 
-    def __init__(self, store: WeightStore) -> None:
+    def __init__(self, store: WeightStore, chance: random.Random) -> None:
         super().__init__(VOCAB_SIZE, weights=store)
+        self.chance = chance
+        self.failure_rate = chance.choice([0.0, 0.0, 0.05])
         self.views = live_views(store)
         self.last_epoch = 0
         self.version_of_epoch: dict[int, float] = {}
@@ -60,6 +63,9 @@ class WatchingExecutor(FreeExecutor):
         self.last_epoch = plan.epoch
         value = self.whole_version()
         assert self.version_of_epoch.setdefault(plan.epoch, value) == value
+        if self.chance.random() < self.failure_rate:
+            self._plans.popleft()
+            raise StepError(plan.step_id, MemoryError("no room"))
         return super().collect()
 
     def whole_version(self) -> float:
@@ -78,7 +84,7 @@ class Driver:
         for number, view in enumerate(live_views(store)):
             view[:] = number
         self.core = Core(
-            WatchingExecutor(store),
+            WatchingExecutor(store, random.Random(seed)),
             overlap_depth=(0, 1, 3)[seed % 3],
             max_running_requests=self.chance.choice([1, 3, 8]),
             max_num_batched_tokens=self.chance.choice([4, 16, 64]),
@@ -195,11 +201,12 @@ def test_invariants_hold_under_random_commands(part: int) -> None:
             seen[finish.type if finish else "none"] = seen.get(finish.type if finish else "none", 0) + 1
         metrics = driver.core.status().metrics
         seen["updates"] = seen.get("updates", 0) + int(metrics["num_updates"])
+        seen["failed steps"] = seen.get("failed steps", 0) + int(metrics["num_failed_steps"])
         seen["preemptions"] = seen.get("preemptions", 0) + int(metrics["num_preemptions"])
         seen["mixed"] = seen.get("mixed", 0) + sum(len(driver.core.spans(handle)) > 1 for handle in driver.prompts)
         for buffer in driver.buffers:
             buffer.close()
-    for kind in ("length", "abort", "error", "updates", "preemptions", "mixed"):
+    for kind in ("length", "abort", "error", "updates", "preemptions", "failed steps", "mixed"):
         assert seen.get(kind, 0) > 5, f"the sequences never show {kind}: {seen}"
 
 

@@ -97,7 +97,7 @@ class Harness:
                 self.land()
 
     def lose_steps(self) -> None:
-        """The steps in flight fail: what they were to write is void, and so is what they sampled."""
+        """The oldest step in flight fails: what it was to write is void, as is all that those after it did."""
         for issued in self.device.in_flight:
             self.device.forget(issued)
             rows = issued.plan.row_slots[issued.plan.row_samples].tolist()
@@ -105,7 +105,7 @@ class Harness:
             for slot, end in zip(rows, ends, strict=True):
                 self.versions[self.device.slots[slot].init.seed].pop(end)
         self.device.in_flight.clear()
-        self.take(self.scheduler.abandon_in_flight(ERROR))
+        self.take(self.scheduler.lose_step(ERROR))
 
     def update(self, in_flight: str) -> None:
         """Change the weights between steps; "none" says nothing about the sequences that run."""

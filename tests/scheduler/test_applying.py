@@ -286,15 +286,18 @@ def test_flush_frees_what_is_cached_and_harms_nothing() -> None:
     assert scheduler.metrics()["num_free_pages"] == 100
 
 
-def test_a_lost_step_fails_only_those_it_touched() -> None:
+def test_a_lost_step_sends_everybody_back_and_harms_nobody() -> None:
     scheduler = make(max_num_batched_tokens=8, max_running_requests=2)
     for handle in (1, 2, 3):
         scheduler.add(request(handle, 8, 4), 0.0)
+    step(scheduler)
     planned(scheduler)
-    delta = finished(scheduler.abandon_in_flight(ERROR))
-    assert delta.handle == 1 and scheduler.num_in_flight == scheduler.num_used_tokens == 0
+    assert scheduler.lose_step(ERROR) == []
+    assert scheduler.num_in_flight == scheduler.num_used_tokens == scheduler.num_running == 0
     assert scheduler.metrics()["num_cached_pages"] == 0, "pages that were never written are not cached"
-    assert [delta.handle for delta in finish_all(scheduler)] == [2, 3]
+    deltas = finish_all(scheduler)
+    assert [delta.handle for delta in deltas] == [1, 2, 3] and [tokens(delta) for delta in deltas] == [[7] * 4] * 3
+    assert scheduler.metrics()["num_failed_steps"] == 1 and scheduler.metrics()["num_failed"] == 0
 
 
 def test_results_must_come_in_order() -> None:
