@@ -297,7 +297,13 @@ class UpdateControl:
             self._scheduler.recompute_running()
         elif hold.policy == "keep":
             self._scheduler.keep_running()
-        self._weights.commit()
+        try:
+            self._weights.commit()
+        except FAULTS as fault:
+            logger.exception("a commit failed half-way")
+            self.machine.note_torn_commit(session.session_id)
+            self._abort(InternalError(f"the commit failed half-way: {type(fault).__name__}: {fault}"))
+            return
         self.machine.commit(session.session_id)
         self._scheduler.set_weights(self.machine.version, self.machine.epoch)
         self.num_updates += 1

@@ -17,6 +17,7 @@ How a core drives it, each line between two steps (an error leaves both sides as
              before the first work.advance(): if work.is_live: machine.note_write(session_id)
              when work.advance() returns True: machine.mark_staged(session_id, index, now)
     commit   machine.check_commit(session_id, now); store.commit(); machine.commit(session_id)
+             if store.commit() fails: machine.note_torn_commit(session_id), then abort
     abort    machine.abort(session_id); store.abort()
     expiry   if machine.expire(now): store.abort()
 """
@@ -204,6 +205,10 @@ class WeightMachine:
         """Call before the first byte of a stage moves: in place, live memory is no longer whole from here on."""
         session = self.require(session_id)
         session.has_written = session.has_written or session.mode == "inplace"
+
+    def note_torn_commit(self, session_id: int) -> None:
+        """`store.commit` failed half-way: live memory may be a mix, whatever the mode. Call `abort` next."""
+        self.require(session_id).has_written = True
 
     def mark_staged(self, session_id: int, index: int, now: float) -> None:
         """The tensor at `index` is whole. Raises as `check_stage`."""

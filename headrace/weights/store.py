@@ -251,6 +251,7 @@ class WeightStore:
         """
         transaction = self._require_update()
         transaction.staged.check_complete()
+        transaction.has_written = True  # a copy that fails half-way leaves a mix
         for name, tensor in transaction.shadow.items():
             self._region(self.weight_map.rules_by_name[name]).copy_(tensor)
         self._close(transaction)

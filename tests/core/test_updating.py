@@ -342,6 +342,36 @@ def test_a_torn_update_in_place_poisons_and_a_full_one_heals() -> None:
     assert core.spans(6) == [("v1", 10)]
 
 
+def test_a_commit_that_fails_half_way_poisons_and_a_full_update_heals(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = Core()
+    core.submit(request(1, max_new_tokens=100))
+    core.turn(3)
+    session = core.begin(NEW, mode="shadow", in_flight="keep")
+    core.stage(session, NEW)
+    copy, num_copies = torch.Tensor.copy_, 0
+
+    def failing_copy(target: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        nonlocal num_copies
+        num_copies += 1
+        if num_copies == 3:
+            raise RuntimeError("the device is out of memory")
+        return copy(target, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "copy_", failing_copy)
+        error = core.refused(CommitUpdate, session)
+    assert "half-way" in error.message and "out of memory" in error.message
+    assert core.status().state == "poisoned"
+    assert core.finish_types(1) == ["error"]
+    session = core.begin(NEW)
+    core.stage(session, NEW)
+    core.call(CommitUpdate, session, kind=UpdateReport)
+    check_live(core, NEW)
+    core.submit(request(2))
+    core.settle()
+    assert core.spans(2) == [("v1", 10)]
+
+
 def test_a_partial_update_changes_what_it_names() -> None:
     core = Core()
     before = core.call(Digest, kind=dict[str, str])
