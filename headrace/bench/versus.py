@@ -22,13 +22,18 @@ _PAGE_SIZE = 32
 _MUCH_SLOWER = 1.25
 
 
+class _MissingApiError(Exception):
+    """These transformers have no continuous batching, or not the one used here."""
+
+
 def time_transformers(
     options: OfflineOptions, workload: Workload, folder: str, on_progress: Callable[[str], None]
 ) -> dict[str, Any]:
     """Time both ways; returns for each the best setting's figures and those of every setting tried.
 
     A sweep runs each setting once, from the smallest until one is much slower than the best so far, then the best one
-    `options.runs` times in all; the median counts.
+    `options.runs` times in all; the median counts. Continuous batching is a young interface: of transformers whose own
+    differs, `continuous_batching` only says why it is `unavailable`.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -54,7 +59,10 @@ def time_transformers(
     if workload.name == "C":
         report["generate"]["milliseconds_per_token"] = _milliseconds_per_token(model, workload, options.runs)
     concurrencies = options.concurrencies or _up_to(_CONCURRENCIES, num_requests)
-    report["continuous_batching"] = _sweep(concurrencies, run_continuous, workload, options.runs)
+    try:
+        report["continuous_batching"] = _sweep(concurrencies, run_continuous, workload, options.runs)
+    except _MissingApiError as error:
+        report["continuous_batching"] = {"unavailable": str(error)}
     return report
 
 
@@ -121,22 +129,7 @@ def _generation_config(num_tokens: int) -> Any:
 
 def _run_continuous(model: Any, workload: Workload, concurrency: int) -> float:
     """One run of transformers' continuous batching with at most `concurrency` requests per step."""
-    from transformers import ContinuousBatchingConfig
-
-    pages = sum(-(-(len(p) + n) // _PAGE_SIZE) for p, n in zip(workload.prompts, workload.output_lengths, strict=True))
-    settings = ContinuousBatchingConfig(
-        page_size=_PAGE_SIZE,
-        num_blocks=pages + concurrency,
-        max_batch_tokens=max(512, concurrency),
-        max_requests_per_batch=concurrency,
-        auto_switch_to_flash=False,
-    )
-    with model.continuous_batching_context_manager(
-        generation_config=_generation_config(max(workload.output_lengths)),
-        continuous_batching_config=settings,
-        block=True,
-        timeout=5,
-    ) as manager:
+    with _continuous_manager(model, workload, concurrency) as manager:
         start = time.perf_counter()
         lengths: dict[str, int] = {}
         for prompt, length in zip(workload.prompts, workload.output_lengths, strict=True):
@@ -146,6 +139,27 @@ def _run_continuous(model: Any, workload: Workload, concurrency: int) -> float:
             if len(output.generated_tokens) != lengths.pop(output.request_id):
                 raise RuntimeError("transformers stopped early; the comparison would be wrong")
         return time.perf_counter() - start
+
+
+def _continuous_manager(model: Any, workload: Workload, concurrency: int) -> Any:
+    """The context manager around a run. Only its making can find that the interface is another one."""
+    pages = sum(-(-(len(p) + n) // _PAGE_SIZE) for p, n in zip(workload.prompts, workload.output_lengths, strict=True))
+    generation_config = _generation_config(max(workload.output_lengths))
+    try:
+        from transformers import ContinuousBatchingConfig
+
+        settings = ContinuousBatchingConfig(
+            page_size=_PAGE_SIZE,
+            num_blocks=pages + concurrency,
+            max_batch_tokens=max(512, concurrency),
+            max_requests_per_batch=concurrency,
+            auto_switch_to_flash=False,
+        )
+        return model.continuous_batching_context_manager(
+            generation_config=generation_config, continuous_batching_config=settings, block=True, timeout=5
+        )
+    except (ImportError, AttributeError, TypeError) as error:
+        raise _MissingApiError(f"{type(error).__name__}: {error}") from error
 
 
 def _next_finished(manager: Any) -> Any:

@@ -72,4 +72,3 @@ def _report(arguments: argparse.Namespace, message: str, exit_code: int) -> int:
         traceback.print_exc()
     print(f"headrace {arguments.command}: {' '.join(message.split())}", file=sys.stderr)
     return exit_code
-

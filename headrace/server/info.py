@@ -60,7 +60,7 @@ class InfoFace:
         ]
 
     async def health(self, request: Request) -> Response:
-        """GET /health: this process lives. The engine was ready before the server started."""
+        """GET /health: this process lives. Until the engine is ready, `headrace.server.starting` answers instead."""
         return Response()
 
     async def health_generate(self, request: Request) -> Response:

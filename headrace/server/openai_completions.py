@@ -12,7 +12,7 @@ from headrace.engine import Stream
 from headrace.engine.stream import StreamGroup
 from headrace.server.native_types import MAX_LIST_LENGTH, shared_ids
 from headrace.server.openai_calls import OpenAiCall, Prompt, choice_extras, finish_of
-from headrace.server.openai_logprobs import completion_logprobs
+from headrace.server.openai_logprobs import completion_logprobs, end_offset
 from headrace.server.openai_types import (
     CompletionBody,
     check_model,
@@ -102,7 +102,7 @@ class CompletionsFace:
                 number = numbers[piece.request_id]
                 call.count(piece)
                 choice = self._choice(call, body, number, call.streams[number], piece, offsets[number])
-                offsets[number] += len(piece.text)
+                offsets[number] = end_offset(choice["logprobs"], offsets[number])
                 events.append(event(call.envelope(_OBJECT, [choice])))
             yield b"".join(events)
         if body.stream_options is not None and body.stream_options.include_usage:

@@ -9,7 +9,7 @@ from headrace.types.generation import Generation
 
 
 def completion_logprobs(tokenizer: Tokenizer | None, piece: Generation, text_offset: int) -> dict[str, Any]:
-    """`logprobs` of a completion choice. `text_offset` is the length of the text before this piece."""
+    """`logprobs` of a completion choice. `text_offset` is the length of all tokens before this piece."""
     tokens = [_text(tokenizer, token_id) for token_id in piece.token_ids]
     offsets = []
     for token in tokens:
@@ -17,6 +17,17 @@ def completion_logprobs(tokenizer: Tokenizer | None, piece: Generation, text_off
         text_offset += len(token)
     top = [{_text(tokenizer, token_id): value for token_id, value in each.items()} for each in piece.top_logprobs]
     return {"tokens": tokens, "token_logprobs": piece.logprobs, "top_logprobs": top or None, "text_offset": offsets}
+
+
+def end_offset(logprobs: dict[str, Any] | None, text_offset: int) -> int:
+    """The `text_offset` of the piece after one with these `logprobs`.
+
+    Counted in tokens' own texts, as within a piece: text may come later than its tokens (a character in parts), and
+    offsets must not depend on where a stream is cut.
+    """
+    if logprobs is None or not logprobs["tokens"]:
+        return text_offset
+    return int(logprobs["text_offset"][-1]) + len(logprobs["tokens"][-1])
 
 
 def chat_logprobs(tokenizer: Tokenizer | None, piece: Generation) -> dict[str, Any]:

@@ -43,7 +43,24 @@ def test_offline_beside_transformers(capsys: pytest.CaptureFixture[str]) -> None
     assert main([*words, *sizes, "--vs", "transformers", "--json"]) == 0
     result = _last_line(capsys)
     assert result["num_requests"] == 8 and isinstance(result["ratio"], float)
-    assert isinstance(result["ratio_continuous"], float)
+    continuous = result["transformers"]["continuous_batching"]  # type: ignore[index]
+    assert ("ratio_continuous" in result) == ("tokens_per_second" in continuous) != ("unavailable" in continuous)
+
+
+def test_continuous_batching_of_another_interface_is_reported_as_unavailable(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def other_interface(self: object, *, block_size: int) -> None:
+        raise AssertionError("never called with what it takes")
+
+    monkeypatch.setattr("transformers.ContinuousBatchingConfig.__init__", other_interface)
+    words = ["bench", "offline", "--workload", "B", "--num-divisor", "64", "--length-divisor", "64", "--runs", "1"]
+    sizes = ["--shape", "tiny", "--threads", "1", "--batch-sizes", "8", "--concurrencies", "8"]
+    assert main([*words, *sizes, "--vs", "transformers", "--json"]) == 0
+    result = _last_line(capsys)
+    reason = result["transformers"]["continuous_batching"]["unavailable"]  # type: ignore[index]
+    assert "TypeError" in reason and "page_size" in reason
+    assert "ratio_continuous" not in result and isinstance(result["ratio"], float)
 
 
 def test_offline_of_one_request_reports_its_latency(capsys: pytest.CaptureFixture[str]) -> None:

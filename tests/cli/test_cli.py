@@ -42,13 +42,12 @@ def test_every_engine_setting_is_a_flag_of_serve_generate_and_check() -> None:
         (["generate", POLICY, "--jsonl", "/does/not/exist"], "/does/not/exist"),
         (["serve", POLICY, "--host", "0.0.0.0"], "api_key"),
         (["serve", POLICY, "--port", "70000"], "port"),
+        (["serve", "/does/not/exist", "--port", "0"], "/does/not/exist"),
         (["serve", POLICY, "--max-body-bytes", "1"], "max_body_bytes"),
         (["bench", "offline", "--shape", "enormous", "--load-format", "dummy"], "enormous"),
     ],
 )
-def test_an_error_is_one_line_and_exit_code_2(
-    words: list[str], named: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_error_is_one_line_and_exit_code_2(words: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -142,7 +141,7 @@ def test_a_bad_line_of_a_file_is_named(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_help_needs_no_torch() -> None:
     script = "import sys; from headrace.cli import main\ntry: main(['bench', 'offline', '--help'])\nfinally: "
-    script += "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
+    script += "assert not {'torch', 'transformers', 'matplotlib', 'fastapi', 'uvicorn'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--workload" in done.stdout

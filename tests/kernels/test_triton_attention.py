@@ -80,28 +80,27 @@ def test_mixed_steps_against_the_oracle(heads: int, kv: int, dim: int, page: int
     case = Case(heads, kv, dim, page, dtype, num_rows=5, longest=200)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     case.check([(0, 0, 1), (1, 130, 1), (2, 63, 1), (3, 199, 1), (4, 64, 1)], [], tolerance)
-    case.check([(3, 70, 1), (0, 0, 21), (1, 90, 9), (2, 100, 2)], [], tolerance)
+    case.check([(3, 70, 1), (0, 0, 11), (1, 65, 5), (2, 100, 2)], [], tolerance)
 
 
 def test_groups_read_shared_pages_once_and_agree() -> None:
-    case = Case(4, 2, 64, 16, HALF, num_rows=12, longest=200, shared=8)
-    rows = [(row, 128 + 5 * row, 1) for row in range(12)]
-    case.check(rows, [(0, 12, 8)], 2e-2)
+    case = Case(4, 2, 64, 16, HALF, num_rows=6, longest=200, shared=8)
+    case.check([(row, 128 + 12 * row, 1) for row in range(6)], [(0, 6, 8)], 2e-2)
     case.check([(0, 140, 1), *[(row, 150, 1) for row in range(1, 6)]], [(1, 3, 7), (4, 2, 8)], 2e-2)
 
 
 def test_fixed_split_bits_depend_on_the_token_alone() -> None:
-    case = Case(4, 2, 64, 16, HALF, num_rows=12, longest=200, shared=8)
-    rows = [(row, 128 + 5 * row, 1) for row in range(12)]
-    expected = case.run(rows, [], case.q[:12], 64, ONE)
-    assert torch.equal(case.run(rows, [(0, 12, 8)], case.q[:12], 64, ONE), expected)
-    assert torch.equal(case.run(rows, [(3, 7, 8)], case.q[:12], 64, ONE), expected)
-    assert torch.equal(case.run(rows, [], case.q[:12], 64, ONE, max_items=14), expected), "uncut rows"
-    for row in (0, 5, 11):
+    case = Case(4, 2, 64, 16, HALF, num_rows=6, longest=200, shared=8)
+    rows = [(row, 128 + 12 * row, 1) for row in range(6)]
+    expected = case.run(rows, [], case.q[:6], 64, ONE)
+    assert torch.equal(case.run(rows, [(0, 6, 8)], case.q[:6], 64, ONE), expected)
+    assert torch.equal(case.run(rows, [(1, 4, 8)], case.q[:6], 64, ONE), expected)
+    assert torch.equal(case.run(rows, [], case.q[:6], 64, ONE, max_items=7), expected), "uncut rows"
+    for row in (0, 5):
         assert torch.equal(case.run([rows[row]], [], case.q[row : row + 1], 64, ONE)[0], expected[row])
-    tokens = case.run([(4, 120, 29)], [], case.q[:29], 64, ONE)
-    alone = [case.run([(4, 120 + at, 1)], [], case.q[at : at + 1], 64, ONE) for at in (0, 9, 28)]
-    assert torch.equal(tokens[[0, 9, 28]], torch.cat(alone)), "a prompt's tokens as single steps"
+    tokens = case.run([(4, 120, 12)], [], case.q[:12], 64, ONE)
+    alone = [case.run([(4, 120 + at, 1)], [], case.q[at : at + 1], 64, ONE) for at in (0, 11)]
+    assert torch.equal(tokens[[0, 11]], torch.cat(alone)), "a prompt's tokens as single steps"
 
 
 def test_tokens_of_no_item_are_left_alone() -> None:

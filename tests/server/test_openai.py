@@ -103,10 +103,10 @@ def test_streamed_completion(client: openai.OpenAI) -> None:
         assert "".join(piece.text for piece in pieces) == whole.choices[index].text
         assert [piece.finish_reason for piece in pieces if piece.finish_reason] == [whole.choices[index].finish_reason]
         offsets = [offset for piece in pieces if piece.logprobs for offset in piece.logprobs.text_offset or []]
-        assert offsets == sorted(offsets)
         values = [value for piece in pieces if piece.logprobs for value in piece.logprobs.token_logprobs or []]
         expected = whole.choices[index].logprobs
         assert expected is not None and values == pytest.approx(expected.token_logprobs, abs=1e-5)
+        assert offsets == expected.text_offset and offsets == sorted(offsets)
 
 
 def test_stop_strings(client: openai.OpenAI) -> None:

@@ -4,9 +4,9 @@ Owns the kernels and their tile sizes. What an item is, and who makes it, is in 
 online over blocks of positions (Milakov and Gimelshein, 2018; Dao et al., 2022), and parts of a context are merged by
 their log-sum-exps in order of position (flash decoding: Dao et al., 2023).
 
-With a fixed split, one compiled kernel serves every item: it walks the parts in order and merges them with the very
-operations of the merge kernel, so a token's bits are the same whether its context was cut, walked whole, shared with a
-group, or computed among the tokens of a prompt.
+With a fixed split, an item's parts are walked in order and merged with the very operations of the merge kernel, so a
+token's bits are the same whether its context was cut, walked whole, shared with a group, or computed among the tokens
+of a prompt. That both item classes round alike is a fact of the device, which a test on it holds to.
 
 Legend: T packed tokens, H query heads, G kv heads, D head size.
 """
@@ -24,31 +24,29 @@ from torch import Tensor
 from headrace.kernels.triton.work_items import TileSizes, WorkLimits
 
 _LOG2_E = 1.4426950408889634
+_FEW_PROGRAMS = 264  # two per multiprocessor: the time of one item decides
 
 
 @triton.jit
-def _merge_part(total_m, total_l, lse):
+def _merge_part(total_m, total_mass, lse):
     """The new running maximum and sum, and the factors of what was summed so far and of the part that comes in."""
     new_m = tl.maximum(total_m, lse)
     old_factor = tl.exp2(total_m - new_m)
     factor = tl.exp2(lse - new_m)
-    return new_m, tl.fma(total_l, old_factor, factor), old_factor, factor
+    return new_m, tl.fma(total_mass, old_factor, factor), old_factor, factor
 
 
 @triton.jit
 def _attend_block(
-    q, k_ptr, v_ptr, table, position, start, end, m, l, acc, scale_log2, page_stride, head_offset,
+    q, k_ptr, v_ptr, table, position, start, end, m, mass, acc, scale_log2, page_stride, head_offset,
     HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of positions into the running maximum, sum and weighted values."""
     place = start + tl.arange(0, BLOCK_N)
     dims = tl.arange(0, DIM_BLOCK)
-    if MASKED:
-        # Beyond the end page 0 is read, which is finite: pages hold whatever was there before.
-        page = tl.load(table + place // PAGE, mask=place < end, other=0)
-    else:
-        page = tl.load(table + place // PAGE)
+    # Beyond the end page 0 is read, which is finite: pages hold whatever was there before.
+    page = tl.load(table + place // PAGE, mask=place < end, other=0) if MASKED else tl.load(table + place // PAGE)
     offset = page.to(tl.int64) * page_stride + head_offset + (place % PAGE) * HEAD_DIM
     if HEAD_DIM == DIM_BLOCK:
         k = tl.load(k_ptr + offset[None, :] + dims[:, None])
@@ -64,9 +62,9 @@ def _attend_block(
         v = tl.load(v_ptr + offset[:, None] + dims[None, :])
     else:
         v = tl.load(v_ptr + offset[:, None] + dims[None, :], mask=(dims < HEAD_DIM)[None, :], other=0.0)
-    l = l * factor + tl.sum(weights, 1)
+    mass = mass * factor + tl.sum(weights, 1)
     acc = tl.dot(weights.to(v.dtype), v, acc=acc * factor[:, None], input_precision=PRECISION)
-    return new_m, l, acc
+    return new_m, mass, acc
 
 
 @triton.jit
@@ -75,12 +73,16 @@ def attention_items_kernel(
     q_stride, out_stride, table_stride, page_stride, slots_at, items_at,
     NUM_KV: tl.constexpr, GQA: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, PEEL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One (kv head, item). SPLIT 0 walks the item's range at once; else part by part, merging."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(0)
     index = tl.program_id(1)
     if index >= tl.load(work_ptr + 2 * WIDE + 1):
+        if OVERLAP:  # a grid that ends early must not let the next one overtake the one before
+            tl.extra.cuda.gdc_wait()
         return
     item = work_ptr + items_at + (tl.load(work_ptr + 2 * WIDE) + index) * 8
     q_start = tl.load(item)
@@ -98,52 +100,54 @@ def attention_items_kernel(
     q_head = head * GQA + rows % GQA
     q_mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
     q_offset = token.to(tl.int64) * q_stride + q_head * HEAD_DIM
+    if OVERLAP:  # the plan is older than the step; queries, keys and values come from the launch ahead
+        tl.extra.cuda.gdc_wait()
     q = tl.load(q_ptr + q_offset[:, None] + dims[None, :], mask=q_mask, other=0.0)
     position = first_position + rows // GQA
     head_offset = head * PAGE * HEAD_DIM
 
     total_m = tl.full([BLOCK_M], -1e20, tl.float32)
-    total_l = tl.zeros([BLOCK_M], tl.float32)
+    total_mass = tl.zeros([BLOCK_M], tl.float32)
     total_acc = tl.zeros([BLOCK_M, DIM_BLOCK], tl.float32)
     if SPLIT == 0:
         if PEEL:
             unmasked_end = first + (tl.minimum(end, first_position + 1) - first) // BLOCK_N * BLOCK_N
             for start in range(first, unmasked_end, BLOCK_N):
-                total_m, total_l, total_acc = _attend_block(
-                    q, k_ptr, v_ptr, table, position, start, end, total_m, total_l, total_acc, scale_log2,
+                total_m, total_mass, total_acc = _attend_block(
+                    q, k_ptr, v_ptr, table, position, start, end, total_m, total_mass, total_acc, scale_log2,
                     page_stride, head_offset, HEAD_DIM, DIM_BLOCK, PAGE, BLOCK_N, False, PRECISION,
                 )  # fmt: skip
             first = tl.maximum(first, unmasked_end)
         for start in range(first, end, BLOCK_N):
-            total_m, total_l, total_acc = _attend_block(
-                q, k_ptr, v_ptr, table, position, start, end, total_m, total_l, total_acc, scale_log2,
+            total_m, total_mass, total_acc = _attend_block(
+                q, k_ptr, v_ptr, table, position, start, end, total_m, total_mass, total_acc, scale_log2,
                 page_stride, head_offset, HEAD_DIM, DIM_BLOCK, PAGE, BLOCK_N, True, PRECISION,
             )  # fmt: skip
     else:
         for part_start in range(first, end, SPLIT):
             m = tl.full([BLOCK_M], -1e20, tl.float32)
-            l = tl.zeros([BLOCK_M], tl.float32)
+            mass = tl.zeros([BLOCK_M], tl.float32)
             acc = tl.zeros([BLOCK_M, DIM_BLOCK], tl.float32)
             part_end = tl.minimum(part_start + SPLIT, end)
             for start in range(part_start, part_end, BLOCK_N):
-                m, l, acc = _attend_block(
-                    q, k_ptr, v_ptr, table, position, start, part_end, m, l, acc, scale_log2,
+                m, mass, acc = _attend_block(
+                    q, k_ptr, v_ptr, table, position, start, part_end, m, mass, acc, scale_log2,
                     page_stride, head_offset, HEAD_DIM, DIM_BLOCK, PAGE, BLOCK_N, True, PRECISION,
                 )  # fmt: skip
-            seen = l > 0
-            safe = tl.where(seen, l, 1.0)
+            seen = mass > 0
+            safe = tl.where(seen, mass, 1.0)
             lse = tl.where(seen, m + tl.log2(safe), -1e30)
-            total_m, total_l, old_factor, factor = _merge_part(total_m, total_l, lse)
+            total_m, total_mass, old_factor, factor = _merge_part(total_m, total_mass, lse)
             total_acc = tl.fma(total_acc, old_factor[:, None], (acc / safe[:, None]) * factor[:, None])
 
     if part < 0:
-        out = total_acc / total_l[:, None]
+        out = total_acc / total_mass[:, None]
         out_offset = token.to(tl.int64) * out_stride + q_head * HEAD_DIM
         tl.store(out_ptr + out_offset[:, None] + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=q_mask)
     else:
         slot = tl.load(work_ptr + slots_at + token, mask=valid, other=0) + part
-        seen = total_l > 0
-        safe = tl.where(seen, total_l, 1.0)
+        seen = total_mass > 0
+        safe = tl.where(seen, total_mass, 1.0)
         row = slot.to(tl.int64) * (NUM_KV * GQA) + q_head
         tl.store(partial_ptr + row[:, None] * HEAD_DIM + dims[None, :], total_acc / safe[:, None], mask=q_mask)
         tl.store(lse_ptr + row, tl.where(seen, total_m + tl.log2(safe), -1e30), mask=valid)
@@ -153,26 +157,49 @@ def attention_items_kernel(
 def merge_parts_kernel(
     partial_ptr, lse_ptr, work_ptr, out_ptr, out_stride, slots_at, parts_at,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, HEADS: tl.constexpr,
+    PARTS: tl.constexpr, IN_ORDER: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One (token, HEADS heads): the output from the parts of a context that was cut."""
+    """One (token, HEADS heads): the output from the parts of a context that was cut.
+
+    IN_ORDER merges one part after the other, as the items kernel does; else PARTS at a time, for few tokens.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0)
     num_parts = tl.load(work_ptr + parts_at + token)
+    first = tl.load(work_ptr + slots_at + token).to(tl.int64)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     if num_parts < 2:
         return
-    first = tl.load(work_ptr + slots_at + token).to(tl.int64)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     dims = tl.arange(0, DIM_BLOCK)
     mask = (heads < NUM_HEADS)[:, None] & (dims < HEAD_DIM)[None, :]
     total_m = tl.full([HEADS], -1e20, tl.float32)
-    total_l = tl.zeros([HEADS], tl.float32)
+    total_mass = tl.zeros([HEADS], tl.float32)
     total_acc = tl.zeros([HEADS, DIM_BLOCK], tl.float32)
-    for part in range(num_parts):
-        row = (first + part) * NUM_HEADS + heads
-        lse = tl.load(lse_ptr + row, mask=heads < NUM_HEADS, other=0.0)
-        acc = tl.load(partial_ptr + row[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
-        total_m, total_l, old_factor, factor = _merge_part(total_m, total_l, lse)
-        total_acc = tl.fma(total_acc, old_factor[:, None], acc * factor[:, None])
-    out = total_acc / total_l[:, None]
+    if IN_ORDER:
+        for part in range(num_parts):
+            row = (first + part) * NUM_HEADS + heads
+            lse = tl.load(lse_ptr + row, mask=heads < NUM_HEADS, other=0.0)
+            acc = tl.load(partial_ptr + row[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+            total_m, total_mass, old_factor, factor = _merge_part(total_m, total_mass, lse)
+            total_acc = tl.fma(total_acc, old_factor[:, None], acc * factor[:, None])
+    else:
+        parts = tl.arange(0, PARTS)
+        for start in range(0, num_parts, PARTS):
+            row = (first + start + parts)[:, None] * NUM_HEADS + heads[None, :]
+            inside = (start + parts < num_parts)[:, None] & (heads < NUM_HEADS)[None, :]
+            lse = tl.load(lse_ptr + row, mask=inside, other=-1e30)
+            places = row[:, :, None] * HEAD_DIM + dims[None, None, :]
+            acc = tl.load(partial_ptr + places, mask=inside[:, :, None] & (dims < HEAD_DIM)[None, None, :], other=0.0)
+            new_m = tl.maximum(total_m, tl.max(lse, 0))
+            factor = tl.exp2(lse - new_m[None, :])
+            old_factor = tl.exp2(total_m - new_m)
+            total_mass = total_mass * old_factor + tl.sum(factor, 0)
+            total_acc = total_acc * old_factor[:, None] + tl.sum(acc * factor[:, :, None], 0)
+            total_m = new_m
+    out = total_acc / tl.where(total_mass > 0, total_mass, 1.0)[:, None]
     offset = token.to(tl.int64) * out_stride + heads * HEAD_DIM
     tl.store(out_ptr + offset[:, None] + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -189,10 +216,11 @@ class AttentionTile:
 
 @dataclass(frozen=True)
 class AttentionTiles:
-    """The variants of both item classes."""
+    """The variants of both item classes, and of launches of few narrow items (same BLOCK_M as `narrow`)."""
 
     narrow: AttentionTile
     wide: AttentionTile
+    few: AttentionTile | None = None
 
     def tokens(self, group_size: int) -> TileSizes:
         """Query tokens per item of each class, for `group_size` query heads per kv head."""
@@ -200,22 +228,24 @@ class AttentionTiles:
 
 
 def choose_tiles(group_size: int, head_dim: int, dtype: torch.dtype, *, invariant: bool) -> AttentionTiles:
-    """The variants for a model. With `invariant` both classes are one variant, which all bits come from."""
+    """The variants for a model.
+
+    With `invariant` both classes walk blocks of one size and give every row's columns to one warp in one layout, so
+    that their sums are the same to the bit.
+    """
     least_m = max(16, triton.next_power_of_2(group_size))
     if dtype == torch.float32:
         tile = AttentionTile(least_m, 32, 4, 2)
         return AttentionTiles(tile, tile)
-    if invariant:
-        tile = AttentionTile(max(64, least_m), 64, 4, 3)
-        return AttentionTiles(tile, tile)
-    narrow = AttentionTile(max(least_m, 32 if group_size > 2 else 16), 128 if head_dim <= 128 else 64, 4, 2)
-    return AttentionTiles(narrow, AttentionTile(max(128, least_m), 64, 8 if head_dim > 64 else 4, 3))
+    narrow, wide = AttentionTile(least_m, 32, 1, 4), AttentionTile(max(128, least_m), 32, 4, 3)
+    return AttentionTiles(narrow, wide, None if invariant else AttentionTile(least_m, 64, 4, 2))
 
 
 class PagedAttention:
     """Attention of one model's layers. Owns the workspace of partial results; allocates nothing after construction.
 
     fixed_split   None, or the split size of batch-invariant results; the planner must be given the same
+    overlap       launch with programmatic dependence (see `linear_rows.multiply_row`)
     """
 
     def __init__(
@@ -229,7 +259,11 @@ class PagedAttention:
         device: torch.device,
         fixed_split: int | None = None,
         tiles: AttentionTiles | None = None,
+        *,
+        overlap: bool = False,
     ) -> None:
+        self._overlap = overlap
+        self._options = {"launch_pdl": True} if overlap else {}
         self.group_size = num_heads // num_kv_heads
         self.limits = limits
         self.tiles = tiles or choose_tiles(self.group_size, head_dim, dtype, invariant=fixed_split is not None)
@@ -268,16 +302,22 @@ class PagedAttention:
                          beyond what `work` holds leave at once. 0 launches nothing
         """
         if num_narrow:
-            self._launch(self.tiles.narrow, 0, num_narrow, q_THD, keys, values, page_table, work, out_THD)
+            few = self.tiles.few if num_narrow * self._num_kv_heads <= _FEW_PROGRAMS else None
+            tile = few or self.tiles.narrow
+            self._launch(tile, 0, num_narrow, q_THD, keys, values, page_table, work, out_THD)
         if num_wide:
             self._launch(self.tiles.wide, 1, num_wide, q_THD, keys, values, page_table, work, out_THD)
         if num_merged:
-            heads = min(4, triton.next_power_of_2(self._num_heads))
-            merge_parts_kernel[(num_merged, triton.cdiv(self._num_heads, heads))](
-                self._partial, self._lse, work, out_THD, out_THD.stride(0), self.limits.slots_at, self.limits.parts_at,
-                NUM_HEADS=self._num_heads, HEAD_DIM=self._head_dim,
-                DIM_BLOCK=triton.next_power_of_2(self._head_dim), HEADS=heads, num_warps=heads,
-            )  # fmt: skip
+            self._merge(num_merged, work, out_THD)
+
+    def _merge(self, num_tokens: int, work: Tensor, out: Tensor) -> None:
+        heads = 1 if num_tokens < 16 else min(4, triton.next_power_of_2(self._num_heads))
+        merge_parts_kernel[(num_tokens, triton.cdiv(self._num_heads, heads))](
+            self._partial, self._lse, work, out, out.stride(0), self.limits.slots_at, self.limits.parts_at,
+            NUM_HEADS=self._num_heads, HEAD_DIM=self._head_dim, DIM_BLOCK=triton.next_power_of_2(self._head_dim),
+            HEADS=heads, PARTS=16, IN_ORDER=self._split > 0 or heads > 1, OVERLAP=self._overlap,
+            num_warps=4, **self._options,
+        )  # fmt: skip
 
     def _launch(
         self, tile: AttentionTile, wide: int, num_items: int, q: Tensor, keys: Tensor, values: Tensor,
@@ -289,8 +329,10 @@ class PagedAttention:
             self.limits.slots_at, self.limits.items_at,
             NUM_KV=self._num_kv_heads, GQA=self.group_size, HEAD_DIM=self._head_dim,
             DIM_BLOCK=max(16, triton.next_power_of_2(self._head_dim)), PAGE=self._page_size,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLIT=self._split, WIDE=wide, PEEL=wide == 1,
-            PRECISION=self._precision, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLIT=self._split, WIDE=wide,
+            PEEL=wide == 1 and self._split == 0,
+            PRECISION=self._precision, OVERLAP=self._overlap,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, **self._options,
         )  # fmt: skip
 
 

@@ -33,6 +33,8 @@ ITEM_WORDS = 8
 WHOLE = -1
 
 _MIN_SPLIT = 64
+_TARGET_WIDE_PROGRAMS = 528  # four per multiprocessor of a large device
+_MAX_WIDE_PARTS = 8  # partial results of long prompts are large
 _MAX_SPLIT = 512
 _TARGET_ITEM_HEADS = 2048  # item x kv-head programs that keep a large device busy
 _MIN_SHARED = 64  # shared positions below this do not pay for one more part per row
@@ -145,18 +147,19 @@ class AttentionPlanner:
 
         Raises `ValueError` if even uncut rows do not fit.
         """
-        starts, lengths = starts.astype(np.int64), lengths.astype(np.int64)
-        num_tokens = int(lengths.sum())
+        first_positions: Int64Array = starts.astype(np.int64)
+        row_lengths: Int64Array = lengths.astype(np.int64)
+        num_tokens = int(row_lengths.sum())
         if num_tokens > self.limits.max_tokens:
             raise ValueError(f"{num_tokens} tokens do not fit {self.limits.max_tokens}")
-        tiles = self._query_tiles(starts, lengths)
-        kept = self._usable_groups(groups, starts, lengths)
-        shared = np.zeros(len(starts), np.int64)
+        tiles = self._query_tiles(first_positions, row_lengths)
+        kept = self._usable_groups(groups, first_positions, row_lengths)
+        shared = np.zeros(len(first_positions), np.int64)
         if kept is not None:
             shared[_expand(kept.first, kept.num_rows, self._arange)] = np.repeat(kept.shared, kept.num_rows)
         bound = min(max_items or self.limits.max_items, self.limits.max_items)
-        split, parts_shared, parts = self._parts(tiles, shared[tiles.row], kept, bound)
-        items = self._write_items(buffer, tiles, table_rows, shared, parts_shared, parts, split, kept)
+        split, splits, parts_shared, parts = self._parts(tiles, shared[tiles.row], kept, bound)
+        items = self._write_items(buffer, tiles, table_rows, shared, parts_shared, parts, splits, split, kept)
         num_slots = self._write_tokens(buffer, tiles, parts_shared + parts, num_tokens)
         num_wide = int(np.count_nonzero(items[:, 7]))
         return self._write_header(buffer, len(items), num_wide, num_slots, num_tokens, split)
@@ -194,28 +197,39 @@ class AttentionPlanner:
 
     def _parts(
         self, tiles: _Tiles, shared: Int64Array, groups: _Groups | None, bound: int
-    ) -> tuple[int, Int64Array, Int64Array]:
-        """The split, and per tile the parts of its shared range and of its own range."""
+    ) -> tuple[int, Int64Array, Int64Array, Int64Array]:
+        """The split of decode rows, and per tile its own split, the parts of its shared range and of its own range."""
         own = tiles.end - shared
         num_group_tiles = 0 if groups is None else -(-groups.num_rows // self._tiles.narrow)
-        split = self._fixed_split or self._first_split(int(own.sum()), bound)
+        has_wide = bool(tiles.is_wide.any())
+        split = self._fixed_split or self._first_split(int(own[~tiles.is_wide].sum() if has_wide else own.sum()), bound)
         longest = int(tiles.end.max(initial=1))
+        wide_splits = self._wide_splits(tiles) if has_wide else own
         while True:
-            parts_shared, parts = -(-shared // split), -(-own // split)
+            splits = np.where(tiles.is_wide, wide_splits, split) if has_wide else np.full(len(own), split)
+            parts_shared, parts = -(-shared // split), -(-own // splits)
             if self._fixed_split is not None:
                 parts = self._uncut(parts, parts_shared, tiles, bound)
-            elif tiles.is_wide.any():
-                parts = np.where(tiles.is_wide & (len(tiles.end) * self._num_kv_heads >= 128), 1, parts)
             num_items = int(parts.sum())
             if groups is not None:
                 num_items += int((-(-groups.shared // split) * num_group_tiles).sum())
             totals = parts + parts_shared
             num_slots = int((totals[totals > 1] * tiles.num_q[totals > 1]).sum())
             if num_items <= bound and num_slots <= self.limits.max_slots:
-                return split, parts_shared, parts
+                return split, splits, parts_shared, parts
             if self._fixed_split is not None or split >= longest:
-                raise ValueError(f"{num_items} items and {num_slots} slots do not fit {bound} and {self.limits.max_slots}")
-            split *= 2
+                raise ValueError(
+                    f"{num_items} items and {num_slots} slots do not fit {bound} and {self.limits.max_slots}"
+                )
+            split, wide_splits = 2 * split, tiles.end
+
+    def _wide_splits(self, tiles: _Tiles) -> Int64Array:
+        """Per tile: long prompts are cut only where there are too few tiles to fill the device."""
+        if self._fixed_split is not None:
+            return np.full(len(tiles.end), self._fixed_split)
+        num_programs = max(1, int(np.count_nonzero(tiles.is_wide))) * self._num_kv_heads
+        num_parts = min(_MAX_WIDE_PARTS, -(-_TARGET_WIDE_PROGRAMS // num_programs))
+        return np.maximum(-(-tiles.end // num_parts), _MAX_SPLIT)
 
     def _first_split(self, num_positions: int, bound: int) -> int:
         wanted = num_positions * self._num_kv_heads // min(_TARGET_ITEM_HEADS, bound * self._num_kv_heads)
@@ -242,6 +256,7 @@ class AttentionPlanner:
         shared: Int64Array,
         parts_shared: Int64Array,
         parts: Int64Array,
+        splits: Int64Array,
         split: int,
         groups: _Groups | None,
     ) -> Int32Array:
@@ -249,12 +264,12 @@ class AttentionPlanner:
         tile = np.repeat(self._arange[: len(parts)], parts)
         within = _within(parts)
         row = tiles.row[tile]
-        is_cut = parts[tile] > 1
-        first = shared[row] + within * split
+        tile_split, end = splits[tile], tiles.end[tile]
+        first = shared[row] + within * tile_split
         found = np.empty((len(tile), ITEM_WORDS), np.int32)
         found[:, 0], found[:, 1], found[:, 2] = tiles.q_start[tile], tiles.num_q[tile], table_rows[row]
         found[:, 3] = first
-        found[:, 4] = np.where(is_cut, np.minimum(first + split, tiles.end[tile]), tiles.end[tile])
+        found[:, 4] = np.where(parts[tile] > 1, np.minimum(first + tile_split, end), end)
         total = parts_shared + parts
         found[:, 5] = np.where(total[tile] > 1, parts_shared[tile] + within, WHOLE)
         found[:, 6], found[:, 7] = tiles.position[tile], tiles.is_wide[tile]

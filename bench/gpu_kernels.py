@@ -1,0 +1,412 @@
+"""Checks and times every CUDA kernel of Headrace in one call: a table, then one line of JSON.
+
+    python bench/gpu_kernels.py [--only attention,prefill,rows,sampling,linear,chain] [--out FILE]
+
+Beside each time stands the floor predicted from the bytes that must move at 4.29 TB/s or the operations at 790 TFLOP/s
+(measured on one H200). Inputs rotate among copies that together exceed the cache. Times are medians of graph replays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+import triton
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from headrace.kernels.triton import linear_rows, row_operations, sampling_rows, threshold_search
+from headrace.kernels.triton.paged_attention import PagedAttention, reference_attention
+from headrace.kernels.triton.work_items import AttentionPlanner, WorkLimits, WorkSummary
+
+BANDWIDTH, FLOPS = 4.29e12, 790e12
+DEVICE = torch.device("cuda")
+BF16 = torch.bfloat16
+SPREAD_BYTES = 240e6  # of copies to rotate among: four times the cache
+
+
+def time_us(call: Callable[[], object], repeats: int = 8) -> float:
+    """Median time of one call, from replays of a graph of `repeats` calls."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            call()
+    milliseconds = triton.testing.do_bench(graph.replay, warmup=15, rep=60, return_mode="median")
+    return float(milliseconds) * 1e3 / repeats
+
+
+def num_copies(num_bytes: float) -> int:
+    return max(1, min(32, int(SPREAD_BYTES / num_bytes) + 1))
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@dataclass
+class Table:
+    """Rows of (section, name, microseconds, floor, error, note)."""
+
+    rows: list[dict[str, object]] = field(default_factory=list)
+
+    def add(self, name: str, us: float, num_bytes: float, flops: float, error: float, note: str = "") -> None:
+        floor = max(num_bytes / BANDWIDTH, flops / FLOPS) * 1e6
+        self.rows.append({"name": name, "us": us, "floor_us": floor, "error": error, "note": note})
+        print(f"{name:58s} {us:9.1f} us  floor {floor:8.1f}  {floor / us:5.0%}  error {error:.1e}  {note}", flush=True)
+
+
+@dataclass
+class Paged:
+    """A pool, its page table and queries of `lengths` contexts; `shared` leading positions per group of 8."""
+
+    lengths: np.ndarray
+    heads: int
+    kv: int
+    dim: int = 128
+    page: int = 16
+    shared: int = 0
+    num_q: int = 1
+    copies: int = 1
+
+    def __post_init__(self) -> None:
+        rows, columns = len(self.lengths), -(-int(self.lengths.max()) // self.page)
+        pages = np.random.default_rng(0).permutation(rows * columns).reshape(rows, columns) + 1
+        groups = []
+        if self.shared:
+            for first in range(0, rows, 8):
+                pages[first : first + 8, : self.shared // self.page] = pages[first, : self.shared // self.page]
+                groups.append((first, 8, self.shared // self.page))
+        self.groups = np.array(groups, np.int32).reshape(-1, 3)
+        self.table = torch.from_numpy(pages.astype(np.int32)).to(DEVICE)
+        flat = ((rows * columns + 1) * self.kv * self.page, self.dim)
+        self.pools = [[torch.randn(flat, device=DEVICE, dtype=BF16) for _ in range(2)] for _ in range(self.copies)]
+        self.q = torch.randn(rows * self.num_q, self.heads, self.dim, device=DEVICE, dtype=BF16)
+        self.out = torch.full_like(self.q, float("nan"))
+
+    @property
+    def num_bytes(self) -> float:
+        tokens = int(self.lengths.sum()) - (len(self.lengths) - len(self.groups)) * self.shared * bool(self.shared)
+        return tokens * self.kv * self.dim * 4 + 2 * self.q.numel() * 2
+
+    @property
+    def flops(self) -> float:
+        seen = sum(self.num_q * (int(n) - self.num_q) + self.num_q * (self.num_q + 1) / 2 for n in self.lengths)
+        return 4.0 * seen * self.heads * self.dim
+
+    def build(self, fixed: int | None = None, **options: object) -> tuple[PagedAttention, torch.Tensor, WorkSummary]:
+        limits = WorkLimits(max(len(self.q), 8), 8192, 16384)
+        attention = PagedAttention(
+            self.heads, self.kv, self.dim, self.page, limits, BF16, DEVICE, fixed_split=fixed, **options
+        )  # type: ignore[arg-type]
+        planner = AttentionPlanner(limits, attention.tile_sizes, self.page, self.kv, fixed)
+        buffer = np.zeros(limits.num_words, np.int32)
+        rows = np.arange(len(self.lengths))
+        steps = np.full(len(rows), self.num_q)
+        summary = planner.fill(buffer, rows, self.lengths - self.num_q, steps, self.groups)
+        return attention, torch.from_numpy(buffer).to(DEVICE), summary
+
+    def measure(self, spare: int = 0, **options: object) -> tuple[float, float, WorkSummary]:
+        """Time, error of a few rows, and the plan; `spare` programs per item beyond what is needed."""
+        attention, work, summary = self.build(**options)  # type: ignore[arg-type]
+        turn = count()
+
+        def call() -> None:
+            keys, values = self.pools[next(turn) % self.copies]
+            attention.run(
+                self.q, keys, values, self.table, work, self.out,
+                num_narrow=summary.num_narrow * (1 + spare), num_wide=summary.num_wide,
+                num_merged=len(self.q) if summary.num_slots else 0,
+            )  # fmt: skip
+
+        call()
+        error = self.error()
+        return time_us(call), error, summary
+
+    def error(self) -> float:
+        """Of rows first, middle and last, after one call on the first pool."""
+        worst = 0.0
+        for row in {0, len(self.lengths) // 2, len(self.lengths) - 1}:
+            mine = slice(row * self.num_q, (row + 1) * self.num_q)
+            rows = [(row, int(self.lengths[row]) - self.num_q, self.num_q)]
+            expected = reference_attention(self.q[mine], *self.pools[0], self.table, rows, self.kv, self.page)
+            worst = max(worst, relative_error(self.out[mine], expected))
+        return worst
+
+
+def long_tail(rows: int) -> np.ndarray:
+    return np.clip(np.random.default_rng(1).lognormal(np.log(800), 0.7, rows), 16, 8000).astype(np.int64)
+
+
+def attention(table: Table) -> None:
+    cases = [
+        ("decode 256 x 800, 16q/8kv", Paged(np.full(256, 800), 16, 8)),
+        ("decode 512 x 900, 16q/8kv", Paged(np.full(512, 900), 16, 8)),
+        ("decode 512 x 900, groups of 8 share 512, 16q/8kv", Paged(np.full(512, 900), 16, 8, shared=512)),
+        ("decode 512 x 900, groups of 8 share 496, 16q/8kv", Paged(np.full(512, 900), 16, 8, shared=496)),
+        ("decode 256 x 800, 32q/8kv", Paged(np.full(256, 800), 32, 8)),
+        ("decode 512 x 900, groups of 8 share 512, 32q/8kv", Paged(np.full(512, 900), 32, 8, shared=512)),
+        ("decode 512 long tail (mean 1000, max 8000), 16q/8kv", Paged(long_tail(512), 16, 8)),
+        ("decode 1 x 384, 16q/8kv", Paged(np.full(1, 384), 16, 8, copies=32)),
+        ("decode 1 x 32000, 32q/8kv", Paged(np.full(1, 32000), 32, 8, copies=2)),
+        ("decode 64 x 900, 16q/8kv", Paged(np.full(64, 900), 16, 8)),
+        ("decode 256 x 800, 14q/2kv x 64", Paged(np.full(256, 800), 14, 2, dim=64)),
+    ]
+    for name, case in cases:
+        us, error, summary = case.measure()
+        table.add(name, us, case.num_bytes, case.flops, error, f"split {summary.split}, {summary.num_narrow} items")
+        if name.startswith(("decode 256 x 800, 16q", "decode 512 x 900, groups of 8 share 512, 16q")):
+            us, error, _ = case.measure(spare=1)
+            table.add(f"{name}; twice the programs", us, case.num_bytes, case.flops, error)
+            for fixed in (256, 512):
+                us, error, _ = case.measure(fixed=fixed)
+                table.add(f"{name}; invariant, split {fixed}", us, case.num_bytes, case.flops, error)
+
+
+def prefill(table: Table) -> None:
+    for name, case in [
+        ("prefill 16 x 1024 causal, 32q/8kv", Paged(np.full(16, 1024), 32, 8, num_q=1024)),
+        ("prefill 16 x 1024 causal, 16q/8kv", Paged(np.full(16, 1024), 16, 8, num_q=1024)),
+        ("prefill 1 x 512 at 16384, 32q/8kv", Paged(np.full(1, 16384), 32, 8, num_q=512)),
+    ]:
+        for note, options in (("", {}), ("; invariant", {"fixed": 512})):
+            us, error, _ = case.measure(**options)
+            table.add(name + note, us, case.num_bytes, case.flops, error, f"{case.flops / us / 1e6:.0f} TFLOP/s")
+
+
+def rows(table: Table) -> None:
+    for num_rows in (1, 512):
+        _norm_and_gate(table, num_rows)
+        for heads, kv in ((16, 8), (32, 8)):
+            _rope(table, num_rows, heads, kv)
+
+
+def _norm_and_gate(table: Table, num_rows: int) -> None:
+    for width, inner in ((1024, 3072), (4096, 12288)):
+        x, residual, out = (torch.randn(num_rows, width, device=DEVICE, dtype=BF16) for _ in range(3))
+        weight = torch.randn(width, device=DEVICE, dtype=BF16)
+        expected = row_operations.reference_add_rms_norm(x, residual, weight, 1e-6)[1]
+        row_operations.add_rms_norm(x, residual, weight, 1e-6, out)
+        error = relative_error(out, expected)
+        us = time_us(lambda x=x, r=residual, w=weight, o=out: row_operations.add_rms_norm(x, r, w, 1e-6, o))
+        table.add(f"add + norm, {num_rows} x {width}", us, 4 * x.nbytes, 0, error)
+        x, out = (torch.randn(num_rows, n, device=DEVICE, dtype=BF16) for n in (2 * inner, inner))
+        row_operations.silu_and_mul(x, out)
+        error = relative_error(out, row_operations.reference_silu_and_mul(x))
+        us = time_us(lambda x=x, o=out: row_operations.silu_and_mul(x, o))
+        table.add(f"silu and mul, {num_rows} x {inner}", us, 3 * out.nbytes, 0, error)
+
+
+def _rope(table: Table, num_rows: int, heads: int, kv: int) -> None:
+    case = Paged(np.full(num_rows, 900), heads, kv)
+    layout = row_operations.HeadLayout(heads, kv, 128, 16)
+    qkv = torch.randn(num_rows, (heads + 2 * kv) * 128, device=DEVICE, dtype=BF16)
+    cos, sin = (torch.randn(1024, 128, device=DEVICE) for _ in range(2))
+    cos[:, 64:], sin[:, 64:] = cos[:, :64], sin[:, :64]
+    norms = (torch.randn(128, device=DEVICE, dtype=BF16), torch.randn(128, device=DEVICE, dtype=BF16))
+    positions = torch.full((num_rows,), 899, dtype=torch.int32, device=DEVICE)
+    table_rows = torch.arange(num_rows, dtype=torch.int32, device=DEVICE)
+
+    def call() -> None:
+        row_operations.rope_and_store(
+            qkv, None, norms, 1e-6, cos, sin, positions, table_rows, case.table, layout, case.q, *case.pools[0]
+        )
+
+    call()
+    expected = row_operations.reference_rope(qkv, None, norms, 1e-6, cos, sin, positions, layout)[0]
+    error = relative_error(case.q, expected)
+    table.add(f"norms + rope + store, {num_rows} rows, {heads}q/{kv}kv", time_us(call), 2 * qkv.nbytes, 0, error)
+
+
+def sampling(table: Table) -> None:
+    vocab = 151936
+    for num_rows, dtype in ((1, BF16), (256, BF16), (512, BF16), (512, torch.float32)):
+        logits = (torch.randn(num_rows, vocab, device=DEVICE) * 3).to(dtype)
+        slots = torch.arange(num_rows, dtype=torch.int32, device=DEVICE)
+        params = torch.zeros(num_rows, threshold_search.ROW_WORDS, device=DEVICE)
+        params[:, 0], params[:, 1], params[:, 5], params[:, 6] = 1.0, 1.0, 1.0, float("-inf")
+        seeds = torch.randint(0, 2**31, (num_rows, 2), dtype=torch.int32, device=DEVICE)
+        workspace = sampling_rows.SamplingWorkspace.make(num_rows, vocab, DEVICE)
+        tokens, logprobs = torch.zeros_like(slots), torch.zeros(num_rows, device=DEVICE)
+        floors, scratch = torch.zeros(num_rows, device=DEVICE), threshold_search.threshold_scratch(num_rows, DEVICE)
+
+        def call(floor: torch.Tensor | None = None) -> None:
+            sampling_rows.sample_rows(
+                logits, slots, slots, params, seeds, floor, workspace, tokens, logprobs, None  # noqa: B023
+            )
+
+        def search() -> None:
+            threshold_search.find_thresholds(logits, params, slots, scratch, floors)  # noqa: B023
+
+        call()
+        expected = torch.log_softmax(logits.double(), -1).gather(1, tokens.long()[:, None])[:, 0]
+        label = f"{num_rows} x {vocab} {str(dtype)[6:]}"
+        table.add(f"sample, {label}", time_us(call), logits.nbytes, 0, relative_error(logprobs, expected))
+        for name, top_k, top_p in (("top_k 50 top_p 0.95", 50, 0.95), ("top_p 0.95", 0, 0.95), ("top_k 50", 50, 1.0)):
+            params[:, 4], params[:, 5] = top_k, top_p
+            search()
+            error = _kept_error(logits, floors, params)
+            table.add(f"thresholds {name}, {label}", time_us(search), logits.nbytes, 0, error)
+
+
+def _kept_error(logits: torch.Tensor, floors: torch.Tensor, params: torch.Tensor) -> float:
+    """Share of four rows whose kept set has a length other than a sort's (equal logits kept together)."""
+    wrong = 0
+    for row in range(min(4, len(logits))):
+        values = logits[row].double().sort(descending=True).values
+        top_k, top_p = int(params[row, 4]), float(params[row, 5])
+        if top_k:
+            values = values[values >= values[top_k - 1]]
+        if top_p < 1.0:
+            masses = torch.softmax(values, 0).cumsum(0)
+            values = values[values >= values[int(torch.searchsorted(masses, top_p))]]
+        kept = int((logits[row].float() >= floors[row]).sum())
+        wrong += abs(kept - len(values)) > max(2, len(values) // 10000)  # a sum's last bit may move a flat tail's edge
+    return wrong / min(4, len(logits))
+
+
+SHAPES = [
+    ("0.6B qkv", 4096, 1024), ("0.6B o", 1024, 2048), ("0.6B gate_up", 6144, 1024), ("0.6B down", 1024, 3072),
+    ("8B qkv", 6144, 4096), ("8B o", 4096, 4096), ("8B gate_up", 24576, 4096), ("8B down", 4096, 12288),
+    ("0.6B head", 151936, 1024), ("8B head", 151936, 4096),
+]  # fmt: skip
+
+
+def linear(table: Table) -> None:
+    for name, outputs, inputs in SHAPES:
+        copies = num_copies(outputs * inputs * 2)
+        weights = [torch.randn(outputs, inputs, device=DEVICE, dtype=BF16) for _ in range(copies)]
+        for num_rows in (1, 256, 512):
+            x = torch.randn(num_rows, inputs, device=DEVICE, dtype=BF16)
+            out = torch.empty(num_rows, outputs, device=DEVICE, dtype=BF16)
+            expected = linear_rows.reference_linear(x, weights[0], None)
+            num_bytes = weights[0].nbytes + x.nbytes + out.nbytes
+            runs = {
+                "library": lambda w, x=x, o=out: torch.mm(x, w.T, out=o),
+                "invariant": lambda w, x=x, o=out: linear_rows.multiply_tiles(x, w, None, o),
+            }
+            if num_rows == 1:
+                runs["row"] = lambda w, x=x, o=out: linear_rows.multiply_row(x, w, o)
+                runs["row, overlap"] = lambda w, x=x, o=out: linear_rows.multiply_row(x, w, o, overlap=True)
+            for kind, run in runs.items():
+                turn = count()
+                run(weights[0])
+                error = relative_error(out, expected)
+                us = time_us(lambda run=run, w=weights, turn=turn: run(w[next(turn) % len(w)]), max(8, copies))
+                table.add(f"{name}, {num_rows} rows, {kind}", us, num_bytes, 2.0 * num_rows * outputs * inputs, error)
+
+
+class Chain:
+    """Every kernel of a decode step of a Qwen3 decoder on random weights, as one graph: what a step costs at best."""
+
+    def __init__(self, layers: int, hidden: int, inner: int, heads: int, context: np.ndarray, overlap: bool) -> None:
+        self.rows, self.heads, self.kv, self.dim = len(context), heads, 8, 128
+        self.overlap = overlap
+        def weight(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, device=DEVICE, dtype=BF16) * 0.02
+        self.case = Paged(context, heads, 8, copies=layers)
+        self.attention, self.work, self.summary = self.case.build(overlap=overlap)
+        qkv = (heads + 16) * 128
+        self.layers = [
+            (weight(hidden), weight(qkv, hidden), weight(128), weight(128), weight(hidden, heads * 128), weight(hidden),
+             weight(2 * inner, hidden), weight(hidden, inner)) for _ in range(layers)
+        ]  # fmt: skip
+        self.norm, self.head = weight(hidden), weight(151936, hidden)
+        self.residual, self.x, self.delta = (weight(self.rows, hidden) for _ in range(3))
+        self.qkv, self.gate_up, self.inner = (weight(self.rows, n) for n in (qkv, 2 * inner, inner))
+        self.logits = weight(self.rows, 151936)
+        self.cos = torch.randn(65536, 128, device=DEVICE)
+        self.positions = torch.from_numpy(context.astype(np.int32) - 1).to(DEVICE)
+        self.table_rows = torch.arange(self.rows, dtype=torch.int32, device=DEVICE)
+        self.layout = row_operations.HeadLayout(heads, 8, 128, 16)
+
+    def attend(self, layer: int, q_norm: torch.Tensor, k_norm: torch.Tensor) -> torch.Tensor:
+        case, pools = self.case, self.case.pools[layer]
+        row_operations.rope_and_store(
+            self.qkv, None, (q_norm, k_norm), 1e-6, self.cos, self.cos, self.positions, self.table_rows, case.table,
+            self.layout, case.q, *pools, overlap=self.overlap,
+        )  # fmt: skip
+        self.attention.run(
+            case.q, *pools, case.table, self.work, case.out, num_narrow=self.summary.num_narrow, num_wide=0,
+            num_merged=self.rows if self.summary.num_slots else 0,
+        )  # fmt: skip
+        return case.out.view(self.rows, -1)
+
+    def step_of_one(self) -> None:
+        row, over = linear_rows.multiply_row, self.overlap
+        for layer, (norm1, qkv, q_norm, k_norm, o, norm2, gate_up, down) in enumerate(self.layers):
+            row(self.residual, qkv, self.qkv, norm_K=norm1, eps=1e-6, overlap=over)
+            row(self.attend(layer, q_norm, k_norm), o, self.residual, adds=True, overlap=over)
+            row(self.residual, gate_up, self.inner, norm_K=norm2, eps=1e-6, gated=True, overlap=over)
+            row(self.inner, down, self.residual, adds=True, overlap=over)
+        row(self.residual, self.head, self.logits, norm_K=self.norm, eps=1e-6, overlap=over)
+
+    def step_of_many(self) -> None:
+        ops, delta = row_operations, None
+        for layer, (norm1, qkv, q_norm, k_norm, o, norm2, gate_up, down) in enumerate(self.layers):
+            ops.add_rms_norm(delta, self.residual, norm1, 1e-6, self.x, overlap=self.overlap)
+            torch.mm(self.x, qkv.T, out=self.qkv)
+            attended = self.attend(layer, q_norm, k_norm)
+            torch.mm(attended, o.T, out=self.delta)
+            ops.add_rms_norm(self.delta, self.residual, norm2, 1e-6, self.x, overlap=self.overlap)
+            torch.mm(self.x, gate_up.T, out=self.gate_up)
+            ops.silu_and_mul(self.gate_up, self.inner, overlap=self.overlap)
+            torch.mm(self.inner, down.T, out=self.delta)
+            delta = self.delta
+        ops.add_rms_norm(delta, self.residual, self.norm, 1e-6, self.x, overlap=self.overlap)
+        torch.mm(self.x, self.head.T, out=self.logits)
+
+    @property
+    def num_bytes(self) -> float:
+        weights = sum(weight.nbytes for layer in self.layers for weight in layer) + self.head.nbytes
+        return weights + len(self.layers) * self.case.num_bytes
+
+
+def chain(table: Table) -> None:
+    for name, sizes in (("0.6B", (28, 1024, 3072, 16)), ("8B", (36, 4096, 12288, 32))):
+        for rows_, context in ((1, 384), (256, 800), (512, 900)):
+            if name == "8B" and rows_ == 512:
+                continue
+            for overlap in (False, True):
+                step = Chain(*sizes, np.full(rows_, context), overlap)
+                calls = {"library products": step.step_of_many}
+                if rows_ == 1:
+                    calls["row products"] = step.step_of_one
+                for kind, call in calls.items():
+                    us = time_us(call, repeats=1)
+                    label = f"step {name}, {rows_} x {context}, {kind}{', overlap' if overlap else ''}"
+                    table.add(label, us, step.num_bytes, 0, float(not step.logits.isfinite().all()))
+                del step, calls, call
+                torch.cuda.empty_cache()
+
+
+SECTIONS = {
+    "attention": attention, "prefill": prefill, "rows": rows, "sampling": sampling, "linear": linear, "chain": chain,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default=",".join(SECTIONS))
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    table = Table()
+    for name in arguments.only.split(","):
+        SECTIONS[name](table)
+    line = json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": table.rows})
+    print(line[:200] if arguments.out else line)
+    if arguments.out:
+        arguments.out.write_text(line + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Matrix products where a library's are slow or not reproducible enough. Owns two kernels and their tile sizes.
+
+`multiply_row` is for one row (or very few): it streams the weight once, has the norm before it and the residual sum or
+the gate after it inside, and so makes a decoder layer at batch 1 a handful of launches. With `overlap` a launch may
+begin before the one ahead of it ends and fetch its weights meanwhile (programmatic dependent launch).
+
+`multiply_tiles` is the batch-invariant product: every tile size sums a row's products in the same steps of 16 along K,
+one accumulator, no split, so a row's bits never depend on the number of rows, nor on the tile that this picks. That the
+narrow and the wide matrix instructions round alike is a fact of the device, which a test on it holds to.
+
+Legend: M rows, K input features, N output features.
+"""
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-any-return"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _weight_tile(w_ptr, outputs, inputs, N, K: tl.constexpr):
+    mask = (outputs < N)[:, None] & (inputs < K)[None, :]
+    return tl.load(w_ptr + outputs.to(tl.int64)[:, None] * K + inputs[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _row_kernel(
+    x_ptr, w_ptr, norm_ptr, bias_ptr, out_ptr, x_stride, out_stride, eps, N,
+    K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, ADDS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N outputs of one row."""
+    row = tl.program_id(1).to(tl.int64)
+    outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inputs = tl.arange(0, BLOCK_K)
+    dtype = out_ptr.dtype.element_ty
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    w = _weight_tile(w_ptr, outputs, inputs, N, K)  # weights do not come from the launch ahead: fetched before the wait
+    up = w
+    if GATED:
+        up = _weight_tile(w_ptr + N.to(tl.int64) * K, outputs, inputs, N, K)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    x_ptr += row * x_stride
+    scale = 1.0
+    if HAS_NORM:
+        squares = tl.zeros([BLOCK_K], tl.float32)
+        for start in tl.static_range(0, K, BLOCK_K):
+            x = tl.load(x_ptr + start + inputs, mask=start + inputs < K, other=0.0).to(tl.float32)
+            squares += x * x
+        scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    up_acc = acc
+    for start in tl.static_range(0, K, BLOCK_K):
+        places = start + inputs
+        x = tl.load(x_ptr + places, mask=places < K, other=0.0).to(tl.float32)
+        if HAS_NORM:
+            weight = tl.load(norm_ptr + places, mask=places < K, other=0.0).to(tl.float32)
+            x = ((x * scale).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
+        if start > 0:
+            w = _weight_tile(w_ptr, outputs, places, N, K)
+            if GATED:
+                up = _weight_tile(w_ptr + N.to(tl.int64) * K, outputs, places, N, K)
+        acc += w.to(tl.float32) * x[None, :]
+        if GATED:
+            up_acc += up.to(tl.float32) * x[None, :]
+    y = tl.sum(acc, 1)
+    mask = outputs < N
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + outputs, mask=mask, other=0.0).to(tl.float32)
+    if GATED:
+        gate = y.to(dtype).to(tl.float32)
+        y = gate / (1.0 + tl.exp(-gate)) * tl.sum(up_acc, 1).to(dtype).to(tl.float32)
+    target = out_ptr + row * out_stride + outputs
+    if ADDS:
+        y = y.to(dtype).to(tl.float32) + tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target, y.to(dtype), mask=mask)
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """Outputs per program, inputs at a time, warps."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+
+
+def row_tile(num_inputs: int, *, gated: bool = False) -> RowTile:
+    """A tile whose loads are all in flight at once: about 16,384 weights per program, whole rows where they fit."""
+    if num_inputs > 4096:
+        return RowTile(4, 2048, 8)
+    block_k = triton.next_power_of_2(num_inputs)
+    block_n = min(16, max(4, 16384 // block_k // (2 if gated else 1)))
+    return RowTile(block_n, block_k, 8 if num_inputs <= 1024 and not gated else 4)
+
+
+def multiply_row(
+    x_MK: Tensor,
+    weight_NK: Tensor,
+    out_MN: Tensor,
+    *,
+    norm_K: Tensor | None = None,
+    eps: float = 0.0,
+    bias_N: Tensor | None = None,
+    gated: bool = False,
+    adds: bool = False,
+    overlap: bool = False,
+    tile: RowTile | None = None,
+) -> None:
+    """out = x W^T for one row or very few; each row streams the weight again, from the cache if it fits.
+
+    norm_K   weight of an RMS norm of x that comes first
+    gated    the weight is [2 N, K], gates first: out = silu(gate) * up
+    adds     out += instead (the residual stream)
+    overlap  launch with programmatic dependence; every kernel ahead of it in the stream must wait for its own
+             predecessor before it ends, as ours do
+    """
+    num_rows, num_inputs = x_MK.shape
+    num_outputs = out_MN.shape[1]
+    tile = tile or row_tile(num_inputs, gated=gated)
+    options = {"launch_pdl": True} if overlap else {}
+    _row_kernel[(triton.cdiv(num_outputs, tile.block_n), num_rows)](
+        x_MK, weight_NK, weight_NK if norm_K is None else norm_K, weight_NK if bias_N is None else bias_N, out_MN,
+        x_MK.stride(0), out_MN.stride(0), eps, num_outputs,
+        K=num_inputs, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, HAS_NORM=norm_K is not None,
+        HAS_BIAS=bias_N is not None, GATED=gated, ADDS=adds, OVERLAP=overlap, num_warps=tile.num_warps, **options,
+    )  # fmt: skip
+
+
+@triton.jit
+def _tile_kernel(
+    x_ptr, w_ptr, bias_ptr, out_ptr, x_stride, out_stride, M, N, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One output tile; programs that share a weight tile are neighbours."""
+    num_tiles_m = tl.cdiv(M, BLOCK_M)
+    program = tl.program_id(0)
+    rows = program % num_tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    outputs = program // num_tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
+    inputs = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + (rows % M).to(tl.int64)[:, None] * x_stride + inputs[None, :]
+    w_ptrs = w_ptr + (outputs % N).to(tl.int64)[None, :] * K + inputs[:, None]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        inside = inputs < K - start
+        x = tl.load(x_ptrs, mask=inside[None, :], other=0.0)
+        w = tl.load(w_ptrs, mask=inside[:, None], other=0.0)
+        acc = tl.dot(x, w, acc=acc, input_precision=PRECISION)
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+    dtype = out_ptr.dtype.element_ty
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + outputs, mask=outputs < N, other=0.0).to(tl.float32)[None, :]
+    target = out_ptr + rows.to(tl.int64)[:, None] * out_stride + outputs[None, :]
+    mask = (rows < M)[:, None] & (outputs < N)[None, :]
+    if ADDS:
+        acc = acc.to(dtype).to(tl.float32) + tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target, acc.to(dtype), mask=mask)
+
+
+@dataclass(frozen=True)
+class MatrixTile:
+    """Rows, outputs and inputs of a tile, warps, pipeline stages."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def matrix_tile(num_rows: int, num_outputs: int, dtype: torch.dtype) -> MatrixTile:
+    """The fastest tile measured. All sum along K in the same steps, so a row's bits are the same with each of them."""
+    if dtype == torch.float32:
+        return MatrixTile(16, 64, 32, 4, 3)
+    if num_rows <= 32:
+        return MatrixTile(16, 64, 128, 4, 4) if num_outputs >= 4096 else MatrixTile(16, 32, 256, 4, 3)
+    if triton.cdiv(num_rows, 128) * triton.cdiv(num_outputs, 128) >= 96 and num_rows > 128:
+        return MatrixTile(128, 128, 64, 4, 4)
+    return MatrixTile(64, 128, 64, 4, 4) if num_outputs > 16384 else MatrixTile(64, 64, 128, 4, 3)
+
+
+def multiply_tiles(
+    x_MK: Tensor,
+    weight_NK: Tensor,
+    bias_N: Tensor | None,
+    out_MN: Tensor,
+    *,
+    adds: bool = False,
+    tile: MatrixTile | None = None,
+) -> None:
+    """out = x W^T + b (out += with `adds`), the same bits for a row whatever the other rows and their number."""
+    num_rows, num_inputs = x_MK.shape
+    num_outputs = out_MN.shape[1]
+    tile = tile or matrix_tile(num_rows, num_outputs, x_MK.dtype)
+    grid = (triton.cdiv(num_rows, tile.block_m) * triton.cdiv(num_outputs, tile.block_n),)
+    _tile_kernel[grid](
+        x_MK, weight_NK, weight_NK if bias_N is None else bias_N, out_MN, x_MK.stride(0), out_MN.stride(0),
+        num_rows, num_outputs, num_inputs,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, HAS_BIAS=bias_N is not None, ADDS=adds,
+        PRECISION="ieee" if x_MK.dtype == torch.float32 else "tf32", num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+def reference_linear(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    """x W^T + b in float64."""
+    y = x_MK.double() @ weight_NK.double().T
+    return y if bias_N is None else y + bias_N.double()

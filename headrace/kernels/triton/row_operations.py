@@ -1,0 +1,244 @@
+"""The element-wise work of a decoder layer, fused: between two matrix products there is at most one of these.
+
+Every program owns whole rows and reduces in an order that the row's width fixes, so results never depend on the batch.
+Arithmetic is float32; a value is rounded where `headrace.kernels` rounds it. Rows beyond a step's tokens may be given:
+they compute something and harm nothing. Legend: T tokens, X hidden, F half of a gated projection, H and G query and kv
+heads, D head size, P positions.
+"""
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-any-return"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _take_turn(OVERLAP: tl.constexpr):
+    """Let the next launch begin, and wait for the one ahead."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _add_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, x_stride, residual_stride, out_stride, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_X: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    _take_turn(OVERLAP)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < WIDTH
+    dtype = out_ptr.dtype.element_ty
+    value = tl.load(residual_ptr + row * residual_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    if HAS_X:
+        value += tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        value = value.to(dtype)
+        tl.store(residual_ptr + row * residual_stride + columns, value, mask=mask)
+        value = value.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value, 0) / WIDTH + eps)
+    normed = (value * scale).to(dtype).to(tl.float32) * weight
+    tl.store(out_ptr + row * out_stride + columns, normed.to(dtype), mask=mask)
+
+
+def _launch_options(overlap: bool) -> dict[str, bool]:
+    """`overlap`: launch with programmatic dependence; see `linear_rows.multiply_row`."""
+    return {"launch_pdl": True} if overlap else {}
+
+
+def add_rms_norm(
+    x_TX: Tensor | None, residual_TX: Tensor, weight_X: Tensor, eps: float, out_TX: Tensor, *, overlap: bool = False
+) -> None:
+    """residual += x, in place (not when x is None); out = rms_norm(residual) * weight. Last axes contiguous."""
+    num_rows, width = out_TX.shape
+    block = triton.next_power_of_2(width)
+    x = residual_TX if x_TX is None else x_TX
+    _add_norm_kernel[(num_rows,)](
+        x, residual_TX, weight_X, out_TX, x.stride(0), residual_TX.stride(0), out_TX.stride(0), eps,
+        WIDTH=width, BLOCK=block, HAS_X=x_TX is not None, OVERLAP=overlap, num_warps=max(1, min(8, block // 512)),
+        **_launch_options(overlap),
+    )  # fmt: skip
+
+
+def reference_add_rms_norm(
+    x_TX: Tensor | None, residual_TX: Tensor, weight_X: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(residual, out) by definition (Zhang and Sennrich, 2019)."""
+    residual = residual_TX if x_TX is None else (residual_TX.float() + x_TX.float()).to(residual_TX.dtype)
+    wide = residual.double()
+    scale = 1.0 / torch.sqrt((wide * wide).mean(-1, keepdim=True) + eps)
+    normed = (wide * scale).to(residual.dtype).double() * weight_X.double()
+    return residual, normed.to(residual.dtype)
+
+
+@triton.jit
+def _silu_mul_kernel(
+    x_ptr, out_ptr, x_stride, out_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
+    _take_turn(OVERLAP)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < WIDTH
+    gate = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + row * x_stride + WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
+    value = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out_ptr + row * out_stride + columns, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def silu_and_mul(x_T2F: Tensor, out_TF: Tensor, *, overlap: bool = False) -> None:
+    """out = silu(x[:, :F]) * x[:, F:]. Last axes contiguous."""
+    num_rows, width = out_TF.shape
+    block = min(1024, triton.next_power_of_2(width))
+    _silu_mul_kernel[(num_rows, triton.cdiv(width, block))](
+        x_T2F, out_TF, x_T2F.stride(0), out_TF.stride(0),
+        WIDTH=width, BLOCK=block, OVERLAP=overlap, num_warps=4, **_launch_options(overlap),
+    )  # fmt: skip
+
+
+def reference_silu_and_mul(x_T2F: Tensor) -> Tensor:
+    """x1 * sigmoid(x1) * x2 (SwiGLU; Shazeer, 2020)."""
+    gate, up = x_T2F.double().chunk(2, dim=-1)
+    return (gate * torch.sigmoid(gate) * up).to(x_T2F.dtype)
+
+
+@triton.jit
+def _norm_half_pair(first, second, weight_ptr, halves, half_mask, eps, HALF: tl.constexpr, dtype: tl.constexpr):
+    """RMS norm over the two halves of each head, [HEADS, HALF_BLOCK] each."""
+    scale = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF) + eps)[:, None]
+    first_weight = tl.load(weight_ptr + halves, mask=half_mask, other=0.0).to(tl.float32)[None, :]
+    second_weight = tl.load(weight_ptr + HALF + halves, mask=half_mask, other=0.0).to(tl.float32)[None, :]
+    first = ((first * scale).to(dtype).to(tl.float32) * first_weight).to(dtype).to(tl.float32)
+    second = ((second * scale).to(dtype).to(tl.float32) * second_weight).to(dtype).to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def _rope_store_kernel(
+    qkv_ptr, bias_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, positions_ptr, rows_ptr, table_ptr,
+    q_ptr, keys_ptr, values_ptr, qkv_stride, q_stride, rope_stride, table_stride, eps,
+    NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, HEADS: tl.constexpr,
+    PAGE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    token = tl.program_id(0)
+    table_row = tl.load(rows_ptr + token)
+    if table_row < 0:
+        if OVERLAP:
+            tl.extra.cuda.gdc_wait()
+        return
+    position = tl.load(positions_ptr + token)
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    dim: tl.constexpr = 2 * HALF
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    halves = tl.arange(0, HALF_BLOCK)
+    half_mask = halves < HALF
+    mask = (heads < NUM_Q + 2 * NUM_KV)[:, None] & half_mask[None, :]
+    places = heads[:, None] * dim + halves[None, :]
+    source = qkv_ptr + token.to(tl.int64) * qkv_stride + places
+    cos = tl.load(cos_ptr + position * rope_stride + halves, mask=half_mask, other=0.0).to(tl.float32)[None, :]
+    sin = tl.load(sin_ptr + position * rope_stride + halves, mask=half_mask, other=0.0).to(tl.float32)[None, :]
+    page = tl.load(table_ptr + table_row.to(tl.int64) * table_stride + position // PAGE).to(tl.int64)
+    if OVERLAP:  # positions and tables are older than the step; the projection comes from the launch ahead
+        tl.extra.cuda.gdc_wait()
+    first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        first = (first + tl.load(bias_ptr + places, mask=mask, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+        second += tl.load(bias_ptr + HALF + places, mask=mask, other=0.0).to(tl.float32)
+        second = second.to(dtype).to(tl.float32)
+    is_q = (heads < NUM_Q)[:, None]
+    is_v = (heads >= NUM_Q + NUM_KV)[:, None]
+    x, y = first, second
+    if HAS_NORM:
+        qx, qy = _norm_half_pair(first, second, q_weight_ptr, halves, half_mask, eps, HALF, dtype)
+        kx, ky = _norm_half_pair(first, second, k_weight_ptr, halves, half_mask, eps, HALF, dtype)
+        x, y = tl.where(is_q, qx, kx), tl.where(is_q, qy, ky)
+    turned_x = tl.where(is_v, first, x * cos - y * sin).to(dtype)
+    turned_y = tl.where(is_v, second, y * cos + x * sin).to(dtype)
+    q_target = q_ptr + token.to(tl.int64) * q_stride + places
+    tl.store(q_target, turned_x, mask=mask & is_q)
+    tl.store(q_target + HALF, turned_y, mask=mask & is_q)
+    kv_head = tl.where(is_v, heads[:, None] - NUM_Q - NUM_KV, heads[:, None] - NUM_Q)
+    pool_place = ((page * NUM_KV + kv_head) * PAGE + position % PAGE) * dim + halves[None, :]
+    is_k = (heads >= NUM_Q)[:, None] & (heads < NUM_Q + NUM_KV)[:, None]
+    tl.store(keys_ptr + pool_place, turned_x, mask=mask & is_k)
+    tl.store(keys_ptr + pool_place + HALF, turned_y, mask=mask & is_k)
+    tl.store(values_ptr + pool_place, turned_x, mask=mask & is_v)
+    tl.store(values_ptr + pool_place + HALF, turned_y, mask=mask & is_v)
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """Heads of a fused projection: H query, then G key, then G value heads of D; pages of `page_size` positions."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+
+
+def rope_and_store(
+    qkv_TX: Tensor,
+    bias_X: Tensor | None,
+    norms: tuple[Tensor, Tensor] | None,
+    eps: float,
+    cos_PD: Tensor,
+    sin_PD: Tensor,
+    positions_T: Tensor,
+    table_rows_T: Tensor,
+    page_table: Tensor,
+    layout: HeadLayout,
+    q_THD: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    overlap: bool = False,
+) -> None:
+    """Bias, per-head RMS norms of queries and keys, rotary embedding; queries to `q_THD`, the rest to its page.
+
+    qkv_TX         [T, (H + 2 G) * D]
+    norms          weights [D] of the query and the key norm, or None
+    cos_PD, sin_PD tables by position, as `rope_tables` makes them, in any dtype
+    positions_T, table_rows_T   int32: absolute position and page-table row; a row below 0 skips the token
+    q_THD          [T, H, D], contiguous but for the stride of T; may be the queries' part of qkv itself
+    keys, values   flat pools of one layer
+    """
+    num_heads, num_kv, dim = layout.num_heads, layout.num_kv_heads, layout.head_dim
+    total = num_heads + 2 * num_kv
+    heads = min(8, triton.next_power_of_2(total))
+    q_weight, k_weight = norms or (qkv_TX, qkv_TX)
+    _rope_store_kernel[(positions_T.shape[0], triton.cdiv(total, heads))](
+        qkv_TX, qkv_TX if bias_X is None else bias_X, q_weight, k_weight, cos_PD, sin_PD, positions_T, table_rows_T,
+        page_table, q_THD, keys, values, qkv_TX.stride(0), q_THD.stride(0), cos_PD.stride(0), page_table.stride(0), eps,
+        NUM_Q=num_heads, NUM_KV=num_kv, HALF=dim // 2, HALF_BLOCK=triton.next_power_of_2(dim // 2), HEADS=heads,
+        PAGE=layout.page_size, HAS_BIAS=bias_X is not None, HAS_NORM=norms is not None, OVERLAP=overlap,
+        num_warps=2, **_launch_options(overlap),
+    )  # fmt: skip
+
+
+def reference_rope(
+    qkv_TX: Tensor, bias_X: Tensor | None, norms: tuple[Tensor, Tensor] | None, eps: float,
+    cos_PD: Tensor, sin_PD: Tensor, positions_T: Tensor, layout: HeadLayout,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Queries [T, H, D], keys and values [T, G, D] by definition, in float64 between the roundings."""
+    num_heads, num_kv, dim = layout.num_heads, layout.num_kv_heads, layout.head_dim
+    x = qkv_TX if bias_X is None else (qkv_TX.double() + bias_X.double()).to(qkv_TX.dtype)
+    heads = x.view(len(x), -1, dim)
+    q, k, v = heads[:, :num_heads], heads[:, num_heads : num_heads + num_kv], heads[:, num_heads + num_kv :]
+    if norms is not None:
+        q, k = (reference_add_rms_norm(None, part, weight, eps)[1] for part, weight in zip((q, k), norms, strict=True))
+    cos, sin = (table[positions_T.long()].double()[:, None] for table in (cos_PD, sin_PD))
+
+    def turn(part: Tensor) -> Tensor:
+        wide = part.double()
+        first, second = wide.chunk(2, dim=-1)
+        return (wide * cos + torch.cat([-second, first], -1) * sin).to(part.dtype)
+
+    return turn(q), turn(k), v

@@ -1,0 +1,233 @@
+"""One pass over a step's logits: the sampled or greedy token of every row and its log-probability.
+
+Owns the two kernels of that pass. The vocabulary is cut into blocks at fixed columns: the first kernel leaves per block
+the greatest logit, the sum of exponentials and the best candidate, the second reduces a row's blocks in order. A row's
+result is a function of that row alone, whatever the batch.
+
+Noise words are those of `headrace.sampling.noise`, bit for bit, keyed on the device by (seed, position, token). Scores
+and sums are float32, where the CPU's are float64: two tokens whose scores lie within about 1e-6 of each other may
+change places. Sources: Philox, Salmon et al. (SC 2011); lowbias32, Chris Wellons (public domain).
+
+Legend: S rows, V vocabulary, B blocks of a row.
+"""
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-any-return"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headrace.kernels.triton.fast_math import fast_exp, fast_log2, fast_reciprocal
+from headrace.kernels.triton.threshold_search import ROW_WORDS
+
+BLOCK = 4096
+"""Columns per first-stage program: fixed, so that sums never depend on the batch."""
+
+
+@triton.jit
+def _philox_keys(seed_low, seed_high, position):
+    """k0 and k1 of Philox4x32-10 with counter (position, 0, 0, 0): positions stay below 2^31."""
+    a = position.to(tl.uint32)
+    b = a * 0
+    c = a * 0
+    d = a * 0
+    key0 = seed_low.to(tl.uint32, bitcast=True)
+    key1 = seed_high.to(tl.uint32, bitcast=True)
+    for _ in tl.static_range(10):
+        left = a.to(tl.uint64) * 0xD2511F53
+        right = c.to(tl.uint64) * 0xCD9E8D57
+        a = (right >> 32).to(tl.uint32) ^ b ^ key0
+        c = (left >> 32).to(tl.uint32) ^ d ^ key1
+        b = right.to(tl.uint32)
+        d = left.to(tl.uint32)
+        key0 = key0 + 0x9E3779B9
+        key1 = key1 + 0xBB67AE85
+    return a, b
+
+
+@triton.jit
+def _mix(x):
+    """lowbias32."""
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    x ^= x >> 16
+    return x
+
+
+@triton.jit
+def _noise_words(tokens, key0, key1):
+    return _mix(_mix(tokens.to(tl.uint32) * 0x9E3779B1 + key0) ^ key1)
+
+
+@triton.jit
+def _exponential(words):
+    """-log1p(-v), v = (word + 0.5) 2^-32: by a series where v is small, which is where most draws are won."""
+    v = (words.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    series = v * (1.0 + v * (0.5 + v * (0.33333334 + v * (0.25 + v * (0.2 + v * 0.16666667)))))
+    return tl.where(v < 0.1, series, -0.6931471805599453 * fast_log2(tl.maximum(1.0 - v, 2.9802322387695312e-08)))
+
+
+@triton.jit
+def _noise_kernel(seeds_ptr, positions_ptr, words_ptr, NUM_TOKENS: tl.constexpr, BLOCK_V: tl.constexpr):
+    row = tl.program_id(0)
+    tokens = tl.arange(0, BLOCK_V)
+    key0, key1 = _philox_keys(
+        tl.load(seeds_ptr + 2 * row), tl.load(seeds_ptr + 2 * row + 1), tl.load(positions_ptr + row)
+    )
+    words = _noise_words(tokens, key0, key1).to(tl.int32, bitcast=True)
+    tl.store(words_ptr + row * NUM_TOKENS + tokens, words, mask=tokens < NUM_TOKENS)
+
+
+@triton.jit
+def _blocks_kernel(
+    logits_ptr, params_ptr, slots_ptr, seeds_ptr, positions_ptr, floors_ptr, partial_ptr, ids_ptr,
+    logits_stride, num_blocks,
+    VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, WORDS: tl.constexpr, HAS_FLOORS: tl.constexpr,
+):  # fmt: skip
+    """Per (row, block): greatest logit, sum of exp((l - greatest) / divisor), best score, and the best token's id."""
+    block = tl.program_id(0)
+    row = tl.program_id(1)
+    slot = tl.load(slots_ptr + row)
+    if slot < 0:
+        return
+    temperature = tl.load(params_ptr + slot * WORDS)
+    divisor = tl.load(params_ptr + slot * WORDS + 1)
+    floor = float("-inf")
+    sum_floor = float("-inf")
+    if HAS_FLOORS:
+        floor = tl.load(floors_ptr + row)
+        sum_floor = tl.where(tl.load(params_ptr + slot * WORDS + 2) == 1.0, floor, sum_floor)
+    tokens = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    place = logits_ptr + row.to(tl.int64) * logits_stride + tokens
+    logits = tl.load(place, mask=tokens < VOCAB, other=float("-inf")).to(tl.float32)
+    greatest = tl.max(logits, 0)
+    safe = tl.where(greatest == float("-inf"), 0.0, greatest)
+    inverse = 1.0 / divisor
+    weights = fast_exp((logits - safe) * inverse)
+    total = tl.sum(tl.where(logits >= sum_floor, weights, 0.0), 0)
+    # With E exponential noise, the greatest exp(l / T) / E is the greatest l / T - log(E): the Gumbel-max winner.
+    scores = logits
+    if temperature > 0.0:
+        key0, key1 = _philox_keys(
+            tl.load(seeds_ptr + 2 * slot), tl.load(seeds_ptr + 2 * slot + 1), tl.load(positions_ptr + row)
+        )
+        if temperature != divisor:
+            weights = fast_exp((logits - safe) * (1.0 / temperature))
+        scores = weights * fast_reciprocal(_exponential(_noise_words(tokens, key0, key1)))
+    if HAS_FLOORS:
+        scores = tl.where(logits >= floor, scores, float("-inf"))
+    best = tl.max(scores, 0)
+    token = tl.min(tl.where(scores == best, tokens, VOCAB - 1), 0)  # some token, should all be NaN
+    if temperature > 0.0:  # comparable between blocks
+        best = tl.where(best > 0.0, safe * (1.0 / temperature) + tl.log(tl.maximum(best, 1e-37)), float("-inf"))
+    target = partial_ptr + (row * num_blocks + block) * 3
+    tl.store(target, greatest)
+    tl.store(target + 1, total)
+    tl.store(target + 2, best)
+    tl.store(ids_ptr + row * num_blocks + block, token)
+
+
+@triton.jit
+def _reduce_kernel(
+    logits_ptr, params_ptr, slots_ptr, partial_ptr, ids_ptr, tokens_ptr, logprobs_ptr, last_ptr, logits_stride,
+    num_blocks, WORDS: tl.constexpr, BLOCKS: tl.constexpr, HAS_LAST: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    slot = tl.load(slots_ptr + row)
+    if slot < 0:
+        return
+    divisor = tl.load(params_ptr + slot * WORDS + 1)
+    is_point = tl.load(params_ptr + slot * WORDS + 2) == 2.0
+    blocks = tl.arange(0, BLOCKS)
+    mask = blocks < num_blocks
+    source = partial_ptr + (row * num_blocks + blocks) * 3
+    greatest = tl.load(source, mask=mask, other=float("-inf"))
+    totals = tl.load(source + 1, mask=mask, other=0.0)
+    scores = tl.load(source + 2, mask=mask, other=float("-inf"))
+    _, winner = tl.max(scores, 0, return_indices=True)
+    token = tl.load(ids_ptr + row * num_blocks + winner)
+    top = tl.max(greatest, 0)
+    total = tl.sum(tl.where(totals > 0.0, totals * tl.exp((greatest - top) * (1.0 / divisor)), 0.0), 0)
+    chosen = tl.load(logits_ptr + row.to(tl.int64) * logits_stride + token).to(tl.float32)
+    logprob = (chosen - top) * (1.0 / divisor) - tl.log(total)
+    tl.store(tokens_ptr + row, token)
+    tl.store(logprobs_ptr + row, tl.where(is_point, 0.0, logprob))
+    if HAS_LAST:
+        tl.store(last_ptr + slot, token)
+
+
+@dataclass(frozen=True)
+class SamplingWorkspace:
+    """Per-block results of one pass over at most `max_rows` rows."""
+
+    partial: Tensor
+    ids: Tensor
+
+    @classmethod
+    def make(cls, max_rows: int, vocab_size: int, device: torch.device) -> SamplingWorkspace:
+        """Allocate for `max_rows` rows of `vocab_size` logits."""
+        num_blocks = triton.cdiv(vocab_size, BLOCK)
+        return cls(
+            torch.empty(max_rows, num_blocks, 3, dtype=torch.float32, device=device),
+            torch.empty(max_rows, num_blocks, dtype=torch.int32, device=device),
+        )
+
+
+def sample_rows(
+    logits_SV: Tensor,
+    slots_S: Tensor,
+    positions_S: Tensor,
+    slot_params: Tensor,
+    slot_seeds: Tensor,
+    floors_S: Tensor | None,
+    workspace: SamplingWorkspace,
+    tokens_S: Tensor,
+    logprobs_S: Tensor,
+    last_tokens: Tensor | None,
+) -> None:
+    """Sample one token per row.
+
+    logits_SV     any float dtype; not changed
+    slots_S       int32; a row whose slot is below 0 is skipped
+    positions_S   int32, absolute positions of the new tokens
+    slot_params   float32 [slots, ROW_WORDS]: temperature (0 greedy), divisor of the log-probabilities (T or 1), what
+                  they are of (0 model, 1 kept tokens, 2 the token itself: 0 always), 0, then what
+                  `threshold_search` reads
+    slot_seeds    int32 [slots, 2]: low and high word
+    floors_S      float32: least logit that may be drawn, or None
+    tokens_S, logprobs_S   int32 and float32, written
+    last_tokens   int32 [slots]: where the slot's token is left for the next step, or None
+    """
+    num_rows, vocab_size = logits_SV.shape
+    num_blocks = triton.cdiv(vocab_size, BLOCK)
+    _blocks_kernel[(num_blocks, num_rows)](
+        logits_SV, slot_params, slots_S, slot_seeds, positions_S, slot_params if floors_S is None else floors_S,
+        workspace.partial, workspace.ids, logits_SV.stride(0), num_blocks,
+        VOCAB=vocab_size, BLOCK_V=BLOCK, WORDS=ROW_WORDS, HAS_FLOORS=floors_S is not None, num_warps=8,
+    )  # fmt: skip
+    _reduce_kernel[(num_rows,)](
+        logits_SV, slot_params, slots_S, workspace.partial, workspace.ids, tokens_S, logprobs_S,
+        tokens_S if last_tokens is None else last_tokens, logits_SV.stride(0), num_blocks,
+        WORDS=ROW_WORDS, BLOCKS=triton.next_power_of_2(num_blocks), HAS_LAST=last_tokens is not None, num_warps=1,
+    )  # fmt: skip
+
+
+def device_noise_words(seeds: Tensor, positions: Tensor, num_tokens: int) -> Tensor:
+    """The words the sampling kernel draws for tokens 0..num_tokens-1 (int32 bits [S, num_tokens]); for tests."""
+    words = torch.empty(len(positions), num_tokens, dtype=torch.int32, device=positions.device)
+    _noise_kernel[(len(positions),)](
+        seeds, positions, words, NUM_TOKENS=num_tokens, BLOCK_V=triton.next_power_of_2(num_tokens)
+    )
+    return words
+
+
+def seed_words(seeds: np.ndarray) -> np.ndarray:
+    """uint64 seeds [n] as `slot_seeds` rows, int32 [n, 2]."""
+    return np.ascontiguousarray(seeds, dtype="<u8").view("<i4").reshape(-1, 2)

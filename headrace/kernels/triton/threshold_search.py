@@ -1,0 +1,270 @@
+"""Top-k, top-p and min-p as one threshold per row of logits, on the device and without sorting the vocabulary.
+
+Meaning and ties are those of `headrace.sampling.thresholds`. One program finds a row's threshold: it narrows a range of
+values by counting (top-k) or weighing (top-p) what lies above three values at a time, until what is left inside fits a
+buffer, copies that there, and settles it exactly by bisection over the bits of the float. Sums are float32 in an order
+that the vocabulary size fixes: a row's threshold never depends on the batch.
+
+Legend: S rows, V vocabulary.
+"""
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-any-return"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headrace.kernels.triton.fast_math import fast_exp
+
+ROW_WORDS = 8
+"""float32 words of a slot's sampling parameters; see `sample_rows`. Words 4-6: top_k, top_p, T log(min_p)."""
+
+CAPACITY = 4096
+"""Values settled at once."""
+
+_BLOCK = 8192
+_REACH = 32.0  # weights below exp(-32) of the greatest are never needed to make up a mass
+
+
+@triton.jit
+def _ordered(x):
+    """float32 as int32 in the same order."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _unordered(key):
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load(row_ptr, start, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    columns = start + tl.arange(0, BLOCK)
+    return tl.load(row_ptr + columns, mask=columns < VOCAB, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _count_above(row_ptr, a, b, c, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    """How many values reach a, b and c."""
+    num = tl.zeros([BLOCK], tl.int32)
+    for start in tl.range(0, VOCAB, BLOCK, loop_unroll_factor=2):
+        x = _load(row_ptr, start, VOCAB, BLOCK)
+        # Three counts share a word: a lane sees V / BLOCK values, fewer than 1024.
+        num += tl.where(x >= a, 1, 0) + tl.where(x >= b, 1024, 0) + tl.where(x >= c, 1048576, 0)
+    return tl.sum(num & 1023, 0), tl.sum((num >> 10) & 1023, 0), tl.sum(num >> 20, 0)
+
+
+@triton.jit
+def _weigh_above(row_ptr, a, b, c, floor, top, inverse, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    """The mass of the values that reach a, b and c, of those that reach `floor`, in units of the greatest's; and how
+    many reach a, b and c."""
+    sum_a = tl.zeros([BLOCK], tl.float32)
+    sum_b = tl.zeros([BLOCK], tl.float32)
+    sum_c = tl.zeros([BLOCK], tl.float32)
+    num = tl.zeros([BLOCK], tl.int32)
+    for start in tl.range(0, VOCAB, BLOCK, loop_unroll_factor=2):
+        x = _load(row_ptr, start, VOCAB, BLOCK)
+        weight = tl.where(x >= floor, fast_exp((x - top) * inverse), 0.0)
+        sum_a += tl.where(x >= a, weight, 0.0)
+        sum_b += tl.where(x >= b, weight, 0.0)
+        sum_c += tl.where(x >= c, weight, 0.0)
+        num += tl.where(x >= a, 1, 0) + tl.where(x >= b, 1024, 0) + tl.where(x >= c, 1048576, 0)
+    num_a = tl.sum(num & 1023, 0)
+    num_b = tl.sum((num >> 10) & 1023, 0)
+    return tl.sum(sum_a, 0), tl.sum(sum_b, 0), tl.sum(sum_c, 0), num_a, num_b, tl.sum(num >> 20, 0)
+
+
+@triton.jit
+def _above(row_ptr, a, b, c, floor, top, inverse, VOCAB: tl.constexpr, BLOCK: tl.constexpr, BY_MASS: tl.constexpr):
+    """What the values that reach a, b and c weigh (their mass, or one each), and how many they are."""
+    if BY_MASS:
+        sum_a, sum_b, sum_c, num_a, num_b, num_c = _weigh_above(
+            row_ptr, a, b, c, floor, top, inverse, VOCAB, BLOCK
+        )
+    else:
+        num_a, num_b, num_c = _count_above(row_ptr, a, b, c, VOCAB, BLOCK)
+        sum_a, sum_b, sum_c = num_a.to(tl.float32), num_b.to(tl.float32), num_c.to(tl.float32)
+    return sum_a, sum_b, sum_c, num_a, num_b, num_c
+
+
+@triton.jit
+def _collect(row_ptr, scratch, low, high, VOCAB: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr):
+    """The values in [low, high), at most CAP, in order of their columns; -inf in what is left of [CAP]."""
+    count = 0
+    for start in range(0, VOCAB, BLOCK):
+        x = _load(row_ptr, start, VOCAB, BLOCK)
+        inside = ((x >= low) & (x < high)).to(tl.int32)
+        num_inside = tl.sum(inside, 0)
+        if num_inside > 0:
+            tl.store(scratch + count + tl.cumsum(inside, 0) - 1, x, mask=inside > 0)
+        count += num_inside
+    tl.debug_barrier()  # this program's own stores, read by its other threads
+    slots = tl.arange(0, CAP)
+    x = tl.load(scratch + slots, mask=slots < count, other=float("-inf"))
+    tl.debug_barrier()
+    return x
+
+
+@triton.jit
+def _bisect(x, weight, low, high, above, wanted):
+    """The greatest t in [low, high) such that the values >= t of x weigh `wanted`, with `above` from beyond high."""
+    keys = _ordered(x)
+    low_key = _ordered(low).to(tl.int64)
+    high_key = _ordered(high).to(tl.int64)
+    while high_key - low_key > 1:
+        middle = (low_key + high_key) // 2
+        is_enough = above + tl.sum(tl.where(keys >= middle.to(tl.int32), weight, 0.0), 0) >= wanted
+        low_key = tl.where(is_enough, middle, low_key)
+        high_key = tl.where(is_enough, high_key, middle)
+    return _unordered(low_key.to(tl.int32))
+
+
+@triton.jit
+def _narrow(
+    row_ptr, low, num_low, top, wanted, floor, inverse,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr, BY_MASS: tl.constexpr,
+):  # fmt: skip
+    """A range [low, high) of at most CAP values, or of one value, where the weight from above reaches `wanted`.
+
+    Values >= the given low weigh enough, and are `num_low`. Returns the range, the weight from beyond it, and the
+    numbers of values >= low and >= high.
+    """
+    high = _unordered(_ordered(top) + 1)
+    above = 0.0
+    num_high = 0
+    shrinks = True
+    while (num_low - num_high > CAP) & shrinks:
+        b = low + (high - low) * 0.5
+        a = low + (b - low) * 0.5
+        c = b + (high - b) * 0.5
+        sum_a, sum_b, sum_c, num_a, num_b, num_c = _above(row_ptr, a, b, c, floor, top, inverse, VOCAB, BLOCK, BY_MASS)
+        shrinks = (b > low) & (b < high)
+        has_a = sum_a >= wanted
+        has_b = sum_b >= wanted
+        has_c = sum_c >= wanted
+        low = tl.where(has_c, c, tl.where(has_b, b, tl.where(has_a, a, low)))
+        num_low = tl.where(has_c, num_c, tl.where(has_b, num_b, tl.where(has_a, num_a, num_low)))
+        high = tl.where(has_c, high, tl.where(has_b, c, tl.where(has_a, b, a)))
+        above = tl.where(has_c, above, tl.where(has_b, sum_c, tl.where(has_a, sum_b, sum_a)))
+        num_high = tl.where(has_c, num_high, tl.where(has_b, num_c, tl.where(has_a, num_b, num_a)))
+    return low, high, above, num_low, num_high
+
+
+@triton.jit
+def _kth(
+    row_ptr, scratch, low, num_low, top, top_k, top_p, inverse,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
+    """The k-th greatest value; or, where everything above it was at hand and top_p asks for less, the nucleus of that.
+
+    Also returns whether top_p is done with.
+    """
+    low, high, above, num_low, num_high = _narrow(
+        row_ptr, low, num_low, top, top_k, float("-inf"), inverse, VOCAB, BLOCK, CAP, False
+    )
+    threshold = low  # neighbours: every value left is `low` itself
+    is_done = top_p >= 1.0
+    if num_low - num_high <= CAP:
+        x = _collect(row_ptr, scratch, low, high, VOCAB, BLOCK, CAP)
+        threshold = _bisect(x, tl.where(x >= low, 1.0, 0.0), low, high, above, top_k)
+        if (num_high == 0) & (top_p < 1.0):
+            weight = tl.where(x >= threshold, fast_exp((x - top) * inverse), 0.0)
+            threshold = _bisect(x, weight, threshold, high, 0.0, top_p * tl.sum(weight, 0))
+            is_done = True
+    return threshold, is_done
+
+
+@triton.jit
+def _nucleus(
+    row_ptr, scratch, floor, lowest, reach, top, top_p, inverse,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
+    """The greatest threshold whose values hold top_p of the mass of those that reach `floor`."""
+    least = tl.maximum(lowest, floor)
+    low = tl.maximum(reach, least)
+    total, near, _, _, num_low, _ = _above(row_ptr, least, low, top, floor, top, inverse, VOCAB, BLOCK, True)
+    wanted = top_p * total
+    threshold = floor  # should rounding leave a mass of nearly nothing to find: everything is kept
+    if near >= wanted:
+        low, high, above, num_low, num_high = _narrow(
+            row_ptr, low, num_low, top, wanted, floor, inverse, VOCAB, BLOCK, CAP, True
+        )
+        threshold = low
+        if num_low - num_high <= CAP:
+            x = _collect(row_ptr, scratch, low, high, VOCAB, BLOCK, CAP)
+            weight = tl.where(x >= floor, fast_exp((x - top) * inverse), 0.0)
+            threshold = _bisect(x, weight, low, high, above, wanted)
+    return threshold
+
+
+@triton.jit
+def _thresholds_kernel(
+    logits_ptr, params_ptr, slots_ptr, scratch_ptr, floors_ptr, logits_stride,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr, WORDS: tl.constexpr, REACH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    slot = tl.load(slots_ptr + row)
+    if slot < 0:
+        return
+    params = params_ptr + slot * WORDS
+    temperature = tl.load(params)
+    top_k = tl.load(params + 4)
+    top_p = tl.load(params + 5)
+    min_reach = tl.load(params + 6)
+    is_off = (top_k <= 0.0) & (top_p >= 1.0) & (min_reach == float("-inf"))
+    if is_off | (temperature <= 0.0):
+        tl.store(floors_ptr + row, float("-inf"))
+        return
+    row_ptr = logits_ptr + row.to(tl.int64) * logits_stride
+    scratch = scratch_ptr + row * CAP
+    tops = tl.full([BLOCK], float("-inf"), tl.float32)
+    lows = tl.full([BLOCK], float("inf"), tl.float32)
+    for start in tl.range(0, VOCAB, BLOCK, loop_unroll_factor=2):
+        x = _load(row_ptr, start, VOCAB, BLOCK)
+        tops = tl.maximum(tops, x)
+        lows = tl.minimum(lows, tl.where(x == float("-inf"), float("inf"), x))
+    top = tl.max(tops, 0)
+    lowest = tl.min(lows, 0)
+    floor = float("-inf")
+    if (top < float("inf")) & (lowest <= top):
+        inverse = 1.0 / temperature
+        is_done = top_p >= 1.0
+        if (top_k > 0.0) & (top_k < VOCAB):
+            num_8, num_5, num_3 = _count_above(row_ptr, top - 8.0, top - 5.0, top - 3.0, VOCAB, BLOCK)
+            low = tl.where(num_3 >= top_k, top - 3.0, tl.where(num_5 >= top_k, top - 5.0, top - 8.0))
+            num_low = tl.where(num_3 >= top_k, num_3, tl.where(num_5 >= top_k, num_5, num_8))
+            if num_8 < top_k:
+                low = lowest
+                num_low, _, _ = _count_above(row_ptr, lowest, lowest, lowest, VOCAB, BLOCK)
+            if num_low >= top_k:
+                floor, is_done = _kth(row_ptr, scratch, low, num_low, top, top_k, top_p, inverse, VOCAB, BLOCK, CAP)
+        if is_done == 0:
+            reach = top - REACH * temperature
+            floor = _nucleus(row_ptr, scratch, floor, lowest, reach, top, top_p, inverse, VOCAB, BLOCK, CAP)
+        floor = tl.maximum(floor, top + min_reach)
+    tl.store(floors_ptr + row, floor)
+
+
+def threshold_scratch(max_rows: int, device: torch.device) -> Tensor:
+    """What `find_thresholds` works in."""
+    return torch.empty(max_rows, CAPACITY, dtype=torch.float32, device=device)
+
+
+def find_thresholds(
+    logits_SV: Tensor, slot_params: Tensor, slots_S: Tensor, scratch: Tensor, floors_S: Tensor
+) -> None:
+    """Write the least logit kept of each row to `floors_S` (float32; -inf where nothing is dropped).
+
+    logits_SV     before division by the temperature, any float dtype
+    slot_params   float32 [slots, ROW_WORDS]: word 0 temperature (0: nothing is dropped), 4 top_k (0 off), 5 top_p
+                  (1 off), 6 T log(min_p) (-inf off)
+    slots_S       int32; a row whose slot is below 0 is skipped
+    """
+    num_rows, vocab_size = logits_SV.shape
+    _thresholds_kernel[(num_rows,)](
+        logits_SV, slot_params, slots_S, scratch, floors_S, logits_SV.stride(0),
+        VOCAB=vocab_size, BLOCK=_BLOCK, CAP=CAPACITY, WORDS=ROW_WORDS, REACH=_REACH, num_warps=16,
+    )  # fmt: skip

@@ -1,0 +1,101 @@
+"""`headrace serve` as a process: 503 while it loads, 200 once it is ready, a drain on SIGTERM, one line on failure."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+POLICY = ROOT / "headrace" / "rl" / "policy"
+OPEN_PATHS = ("/health", "/health_generate", "/ready")
+LONG = {"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 100, "ignore_eos": True}, "stream": True}
+
+
+def serve(folder: Path, *words: str) -> subprocess.Popen[str]:
+    small = ["--num-threads", "1", "--kv-pool-tokens", "4096", "--port", "0", *words]
+    return subprocess.Popen(
+        [sys.executable, "-m", "headrace", "serve", str(folder), *small],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def read_event(process: subprocess.Popen[str], message: str) -> dict[str, Any]:
+    """The log's next line with this message."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("{") and (event := json.loads(line))["message"] == message:
+            return dict(event)
+    raise AssertionError(f"the process ended without {message!r}")
+
+
+@pytest.fixture
+def process() -> Iterator[subprocess.Popen[str]]:
+    with serve(POLICY, "--log-json", "--log-level", "debug", "--api-key", "secret") as started:
+        yield started
+        started.kill()
+
+
+def raw_exchange(url: str, request: bytes) -> bytes:
+    """What the server answers until it closes the connection."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(request)
+        return b"".join(iter(lambda: connection.recv(4096), b""))
+
+
+def test_a_server_that_loads_answers_503_and_then_serves(process: subprocess.Popen[str]) -> None:
+    url = read_event(process, "starting")["url"]
+    for path in OPEN_PATHS:
+        assert httpx.get(url + path, timeout=60).status_code == 503
+    refused = httpx.post(f"{url}/generate", json=LONG, timeout=60)
+    assert refused.status_code == 503 and refused.headers["retry-after"]
+    assert refused.json()["retryable"] is True and "starting" in refused.json()["message"]
+    head = b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000000000\r\n\r\n"
+    assert raw_exchange(url, head).startswith(b"HTTP/1.1 413")
+    statuses: list[int] = []
+    while not statuses or statuses[-1] != 200:  # every one of them is answered, also while the servers change
+        statuses.append(httpx.get(f"{url}/health", timeout=60).status_code)
+        time.sleep(0.002)
+    assert set(statuses) == {200, 503}
+    assert read_event(process, "serving")["url"] == url
+    assert [httpx.get(url + path, timeout=60).status_code for path in OPEN_PATHS] == [200, 200, 200]
+    assert httpx.post(f"{url}/generate", json=LONG, timeout=60).status_code == 401
+    headers = {"authorization": "Bearer secret"}
+    with httpx.stream("POST", f"{url}/generate", json=LONG, headers=headers, timeout=60) as reply:
+        lines = reply.iter_lines()
+        assert next(lines).startswith("data: ")
+        process.send_signal(signal.SIGTERM)
+        events = [line for line in lines if line]
+    assert json.loads(events[-2][6:])["meta_info"]["finish_reason"]["type"] == "length"
+    assert process.stderr is not None
+    rest = process.stderr.read()
+    assert process.wait(60) == 0
+    assert "did not finish" not in rest and "Traceback" not in rest
+
+
+def test_a_start_that_fails_ends_with_one_line(tmp_path: Path) -> None:
+    shutil.copytree(POLICY, tmp_path, dirs_exist_ok=True)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with serve(tmp_path) as process:
+        assert process.stderr is not None
+        lines = process.stderr.read().splitlines()
+    assert process.returncode == 2
+    errors = [line for line in lines if line.startswith("headrace serve: ")]
+    assert errors == lines[-1:] and "model.safetensors" in errors[0]
+    assert not any("Traceback" in line for line in lines)

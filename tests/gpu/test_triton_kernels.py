@@ -1,0 +1,174 @@
+"""What the Triton kernels promise on a device: bits that depend on no batch mate, launches that overlap, graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from headrace.kernels.triton.linear_rows import MatrixTile, matrix_tile, multiply_row, multiply_tiles, reference_linear
+from headrace.kernels.triton.paged_attention import PagedAttention, reference_attention
+from headrace.kernels.triton.row_operations import add_rms_norm, silu_and_mul
+from headrace.kernels.triton.sampling_rows import SamplingWorkspace, sample_rows
+from headrace.kernels.triton.work_items import AttentionPlanner, WorkLimits
+
+DEVICE = torch.device("cuda")
+BF16 = torch.bfloat16
+LIMITS = WorkLimits(max_tokens=4096, max_items=8192, max_slots=8192)
+PAGE, DIM = 16, 128
+NO_GROUPS = np.zeros((0, 3), np.int32)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, device=DEVICE, dtype=BF16)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    assert found.isfinite().all()
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(4096, 1024), (1024, 3072), (24576, 4096), (4096, 12288)])
+def test_products_have_the_same_bits_at_any_number_of_rows(num_outputs: int, num_inputs: int) -> None:
+    x, weight = random(2048, num_inputs), random(num_outputs, num_inputs)
+    whole = torch.full((2048, num_outputs), float("nan"), device=DEVICE, dtype=BF16)
+    multiply_tiles(x, weight, None, whole)
+    assert error(whole[:64], reference_linear(x[:64], weight, None)) < 1e-2
+    tiles: set[MatrixTile] = set()
+    for num_rows in (1, 2, 8, 16, 17, 32, 33, 64, 100, 128, 129, 200, 256, 300, 512, 1000):
+        tiles.add(matrix_tile(num_rows, num_outputs, BF16))
+        rows = torch.randperm(2048, device=DEVICE)[:num_rows]
+        found = torch.empty(num_rows, num_outputs, device=DEVICE, dtype=BF16)
+        multiply_tiles(x[rows], weight, None, found)
+        assert torch.equal(found, whole[rows]), f"{num_rows} rows"
+    every = {matrix_tile(num_rows, num_outputs, BF16) for num_rows in range(1, 2049)}
+    assert tiles | {matrix_tile(2048, num_outputs, BF16)} == every, "the sizes above try every tile that is picked"
+
+
+class Pages:
+    """Eight groups of eight sequences that share 600 positions of up to 2500."""
+
+    def __init__(self, heads: int, fixed: int | None, overlap: bool = False) -> None:
+        self.heads, self.fixed = heads, fixed
+        table = torch.randperm(64 * 160, device=DEVICE).view(64, 160) + 1
+        for first in range(0, 64, 8):
+            table[first : first + 8, :37] = table[first, :37]
+        self.table = table.int()
+        self.keys, self.values = (random((64 * 160 + 1) * 8 * PAGE, DIM) for _ in range(2))
+        self.keys[: 8 * PAGE] = self.values[: 8 * PAGE] = 0.0
+        self.groups = np.array([(first, 8, 37) for first in range(0, 64, 8)], np.int32)
+        self.attention = PagedAttention(heads, 8, DIM, PAGE, LIMITS, BF16, DEVICE, fixed, overlap=overlap)
+        self.planner = AttentionPlanner(LIMITS, self.attention.tile_sizes, PAGE, 8, fixed)
+
+    def run(
+        self, rows: list[tuple[int, int, int]], q: Tensor, groups: np.ndarray, max_items: int | None = None
+    ) -> Tensor:
+        buffer = np.full(LIMITS.num_words, 7, np.int32)
+        arrays = np.array(rows, np.int64).T
+        summary = self.planner.fill(buffer, arrays[0], arrays[1], arrays[2], groups, max_items)
+        out = torch.full_like(q, float("nan"))
+        self.attention.run(
+            q, self.keys, self.values, self.table, torch.from_numpy(buffer).to(DEVICE), out,
+            num_narrow=summary.num_narrow, num_wide=summary.num_wide, num_merged=len(q),
+        )  # fmt: skip
+        return out
+
+
+@pytest.mark.parametrize("heads", [8, 16, 32, 64])
+def test_attention_bits_depend_on_the_token_alone(heads: int) -> None:
+    pages = Pages(heads, fixed=512)
+    rows = [(row, 600 + 29 * row, 1) for row in range(64)]
+    q = random(64, heads, DIM)
+    expected = pages.run(rows, q, NO_GROUPS)
+    sample = [(rows[row][0], rows[row][1], 1) for row in (0, 31, 63)]
+    oracle = reference_attention(q[[0, 31, 63]], pages.keys, pages.values, pages.table, sample, 8, PAGE)
+    assert error(expected[[0, 31, 63]], oracle) < 1e-2
+    assert torch.equal(pages.run(rows, q, pages.groups), expected), "prefix groups"
+    assert torch.equal(pages.run(rows, q, NO_GROUPS, max_items=70), expected), "contexts left whole"
+    for row in (0, 17, 63):
+        assert torch.equal(pages.run([rows[row]], q[row : row + 1], NO_GROUPS)[0], expected[row]), "alone"
+
+
+@pytest.mark.parametrize("heads", [8, 16, 32, 64])
+def test_a_prompt_gets_the_bits_of_single_steps(heads: int) -> None:
+    pages = Pages(heads, fixed=512)
+    q = random(700, heads, DIM)
+    prompt = pages.run([(3, 500, 700)], q, NO_GROUPS)
+    for first, length in ((0, 1), (11, 1), (12, 1), (523, 1), (699, 1), (100, 3), (100, 400)):
+        found = pages.run([(3, 500 + first, length)], q[first : first + length], NO_GROUPS)
+        assert torch.equal(found, prompt[first : first + length]), (first, length)
+
+
+@pytest.mark.parametrize("heads", [16, 32])
+def test_fast_attention_against_the_oracle(heads: int) -> None:
+    pages = Pages(heads, fixed=None)
+    rows = [*[(row, 600 + 20 * row, 1) for row in range(40)], (50, 0, 333), (51, 1500, 64), (52, 700, 5)]
+    num_tokens = sum(length for *_, length in rows)
+    q = random(num_tokens, heads, DIM)
+    oracle = reference_attention(q, pages.keys, pages.values, pages.table, rows, 8, PAGE)
+    for groups in (NO_GROUPS, pages.groups[:5]):
+        assert error(pages.run(rows, q, groups), oracle) < 1e-2
+
+
+def replayed(call: Callable[[], None]) -> None:
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    graph.replay()
+    torch.cuda.synchronize()
+
+
+def test_overlapped_launches_in_a_graph_change_no_bit() -> None:
+    weights = [random(4096, 1024) / 32 for _ in range(6)], [random(1024, 2048) / 45 for _ in range(6)]
+    norm, results = random(1024), []
+    for overlap in (False, True):
+        residual, start = random(1, 1024), torch.arange(1024, device=DEVICE).to(BF16)[None] / 1024
+        inner, normed, mixed = (torch.empty(1, n, device=DEVICE, dtype=BF16) for n in (2048, 1024, 4096))
+
+        def chain(residual=residual, inner=inner, normed=normed, mixed=mixed, start=start, overlap=overlap) -> None:  # type: ignore[no-untyped-def]
+            residual.copy_(start)
+            for up, down in zip(*weights, strict=True):
+                multiply_row(residual, up, inner, norm_K=norm, eps=1e-6, gated=True, overlap=overlap)
+                multiply_row(inner, down, residual, adds=True, overlap=overlap)
+                add_rms_norm(None, residual, norm, 1e-6, normed, overlap=overlap)
+                multiply_row(normed, up, mixed, overlap=overlap)
+                silu_and_mul(mixed, inner, overlap=overlap)
+                multiply_row(inner, down, residual, adds=True, overlap=overlap)
+
+        for _ in range(20):
+            replayed(chain)
+            results.append(residual.clone())
+    assert all(torch.equal(result, results[0]) for result in results) and results[0].isfinite().all()
+
+
+def test_draws_follow_the_distribution_and_repeat() -> None:
+    vocab, num_rows = 151936, 256
+    logits = torch.full((num_rows, vocab), -20.0, device=DEVICE)
+    logits[:, [5, 4097, 150000]] = torch.tensor([1.0, 2.0, 3.0], device=DEVICE)
+    params = torch.tensor([[1.0, 1.0, 0.0, 0.0, 0.0, 1.0, float("-inf"), 0.0]], device=DEVICE)
+    slots = torch.zeros(num_rows, dtype=torch.int32, device=DEVICE)
+    seeds = torch.tensor([[11, 3]], dtype=torch.int32, device=DEVICE)
+    workspace = SamplingWorkspace.make(num_rows, vocab, DEVICE)
+    counts = torch.zeros(vocab, device=DEVICE)
+    for step in range(64):
+        positions = torch.arange(num_rows, dtype=torch.int32, device=DEVICE) + step * num_rows
+        drawn = []
+        for _ in range(2):
+            tokens, logprobs = torch.full_like(slots, -1), torch.zeros(num_rows, device=DEVICE)
+            sample_rows(logits, slots, positions, params, seeds, None, workspace, tokens, logprobs, None)
+            drawn.append(tokens)
+        assert torch.equal(*drawn)
+        counts += torch.bincount(tokens.long(), minlength=vocab)
+    shares = counts[[5, 4097, 150000]] / counts.sum()
+    expected = torch.softmax(torch.tensor([1.0, 2.0, 3.0], device=DEVICE), 0)
+    assert float((shares - expected).abs().max()) < 0.02, shares

@@ -1,0 +1,125 @@
+"""The sampling pass against the published noise, and thresholds against their exact meaning."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from headrace.kernels.triton.sampling_rows import SamplingWorkspace, device_noise_words, sample_rows, seed_words
+from headrace.kernels.triton.threshold_search import ROW_WORDS, find_thresholds, threshold_scratch
+from headrace.sampling.noise import gumbel_of, noise_keys, noise_words
+from headrace.sampling.thresholds import keep_threshold
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+VOCAB = 9001
+SEEDS = np.array([0, 1, 0x0123456789ABCDEF, 0xFFFFFFFFFFFFFFFF, 77, 78], np.uint64)
+POSITIONS = np.array([0, 7, 4096, 2147483647, 12, 3], np.int64)
+
+
+def on_device(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(DEVICE)
+
+
+def test_noise_words_are_the_published_ones() -> None:
+    found = device_noise_words(on_device(seed_words(SEEDS)), on_device(POSITIONS.astype(np.int32)), 300)
+    expected = noise_words(noise_keys(SEEDS, POSITIONS), np.arange(300))
+    np.testing.assert_array_equal(found.cpu().numpy().view(np.uint32), expected)
+
+
+def params(*rows: tuple[float, float, float, int, float, float]) -> torch.Tensor:
+    """Rows of (temperature, divisor, mode, top_k, top_p, min_p)."""
+    table = np.zeros((len(rows), ROW_WORDS), np.float32)
+    for row, (temperature, divisor, mode, top_k, top_p, min_p) in zip(table, rows, strict=True):
+        reach = temperature * math.log(min_p) if min_p else -math.inf
+        row[:7] = (temperature, divisor, mode, 0.0, top_k, top_p, reach)
+    return on_device(table)
+
+
+def logits(num_rows: int, seed: int) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_normal((num_rows, VOCAB)) * 3.0).astype(np.float32)
+
+
+def log_softmax(row: np.ndarray) -> np.ndarray:
+    wide = row.astype(np.float64)
+    result: np.ndarray = wide - wide.max() - np.log(np.exp(wide - wide.max()).sum())
+    return result
+
+
+def test_tokens_and_logprobs_of_every_mode() -> None:
+    values = logits(6, 0)
+    values[1, 5:9] = 40.0  # greedy ties: the lowest id
+    values[4, 100:] = -np.inf
+    table = params(
+        (1.0, 1.0, 0, 0, 1.0, 0.0), (0.0, 1.0, 0, 0, 1.0, 0.0), (0.7, 0.7, 0, 0, 1.0, 0.0), (0.7, 1.0, 0, 0, 1.0, 0.0),
+        (1.5, 1.5, 1, 0, 1.0, 0.0), (0.0, 1.0, 2, 0, 1.0, 0.0),
+    )  # fmt: skip
+    slots = np.array([3, 1, 2, 0, -1, 5, 4], np.int32)
+    rows = np.array([3, 1, 2, 0, 0, 5, 4])
+    tokens = torch.full((7,), -7, dtype=torch.int32, device=DEVICE)
+    logprobs = torch.zeros(7, device=DEVICE)
+    last = torch.full((6,), -9, dtype=torch.int32, device=DEVICE)
+    sample_rows(
+        on_device(values[rows]), on_device(slots), on_device(POSITIONS[rows].astype(np.int32)), table,
+        on_device(seed_words(SEEDS)), None, SamplingWorkspace.make(7, VOCAB, DEVICE), tokens, logprobs, last,
+    )  # fmt: skip
+    assert int(tokens[4]) == -7, "a skipped row"
+    noise = gumbel_of(noise_words(noise_keys(SEEDS, POSITIONS), np.arange(VOCAB)))
+    for at, slot in enumerate(slots.tolist()):
+        if slot < 0:
+            continue
+        temperature, divisor, mode = table[slot, :3].tolist()
+        scores = values[slot].astype(np.float64) / temperature + noise[slot] if temperature else values[slot]
+        assert int(tokens[at]) == int(scores.argmax()) == int(last[slot])
+        expected = 0.0 if mode == 2 else log_softmax(values[slot] / np.float32(divisor))[int(tokens[at])]
+        assert abs(float(logprobs[at]) - expected) < 1e-5
+
+
+CASES = [
+    (1.0, 50, 1.0, 0.0), (1.0, 1, 1.0, 0.0), (1.0, 8999, 1.0, 0.0), (1.0, 0, 0.95, 0.0), (0.3, 0, 0.5, 0.0),
+    (1.0, 50, 0.9, 0.0), (2.0, 3000, 0.99, 0.0), (1.0, 0, 1.0, 0.05), (0.7, 200, 0.95, 0.1), (0.0, 5, 0.5, 0.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "masked", "peak"])
+def test_thresholds_keep_what_they_mean(kind: str) -> None:
+    values = logits(len(CASES), 3)
+    if kind == "ties":
+        values = np.round(values)
+    elif kind == "masked":
+        values[:, 40:] = -np.inf
+    elif kind == "peak":
+        values[:, 7] = 60.0
+    table = params(*[(t, t or 1.0, 1, top_k, top_p, min_p) for t, top_k, top_p, min_p in CASES])
+    slots = on_device(np.arange(len(CASES), dtype=np.int32))
+    floors = torch.full((len(CASES),), float("nan"), device=DEVICE)
+    find_thresholds(on_device(values), table, slots, threshold_scratch(len(CASES), DEVICE), floors)
+    for row, found, (temperature, top_k, top_p, min_p) in zip(values, floors.tolist(), CASES, strict=True):
+        if temperature == 0.0:
+            assert found == -math.inf
+            continue
+        expected = keep_threshold(row, temperature, top_k, top_p, min_p)
+        kept, wanted = np.flatnonzero(row >= np.float32(found)), np.flatnonzero(row >= expected)
+        finite = np.isfinite(row)
+        kept, wanted = kept[finite[kept]], wanted[finite[wanted]]
+        assert np.array_equal(kept, wanted), (temperature, top_k, top_p, min_p, len(kept), len(wanted))
+
+
+def test_only_kept_tokens_are_drawn_and_renormalised() -> None:
+    values = logits(3, 5)
+    table = params(*[(1.0, 1.0, 1, 4, 1.0, 0.0)] * 3)
+    slots, seeds = on_device(np.arange(3, dtype=np.int32)), on_device(seed_words(SEEDS[:3]))
+    floors = torch.zeros(3, device=DEVICE)
+    device_logits = on_device(values)
+    find_thresholds(device_logits, table, slots, threshold_scratch(3, DEVICE), floors)
+    workspace = SamplingWorkspace.make(3, VOCAB, DEVICE)
+    tokens, logprobs = torch.zeros(3, dtype=torch.int32, device=DEVICE), torch.zeros(3, device=DEVICE)
+    for position in range(5):
+        positions = torch.full((3,), position, dtype=torch.int32, device=DEVICE)
+        sample_rows(device_logits, slots, positions, table, seeds, floors, workspace, tokens, logprobs, None)
+        for row, token, logprob in zip(values, tokens.tolist(), logprobs.tolist(), strict=True):
+            top = np.sort(row)[::-1][:4]
+            assert row[token] in top
+            assert abs(logprob - (row[token] - top.max() - math.log(np.exp(top - top.max()).sum()))) < 1e-5
