@@ -96,8 +96,8 @@ class Harness:
                     return
                 self.land()
 
-    def lose_steps(self) -> None:
-        """The oldest step in flight fails: what it was to write is void, as is all that those after it did."""
+    def forget_steps(self) -> None:
+        """No plan in flight will have a result: undo what this model of the device and of versions noted for them."""
         for issued in self.device.in_flight:
             self.device.forget(issued)
             rows = issued.plan.row_slots[issued.plan.row_samples].tolist()
@@ -105,6 +105,10 @@ class Harness:
             for slot, end in zip(rows, ends, strict=True):
                 self.versions[self.device.slots[slot].init.seed].pop(end)
         self.device.in_flight.clear()
+
+    def lose_steps(self) -> None:
+        """The oldest step in flight fails: what it was to write is void, as is all that those after it did."""
+        self.forget_steps()
         self.take(self.scheduler.lose_step(ERROR))
 
     def update(self, in_flight: str) -> None:

@@ -192,7 +192,7 @@ class BreakingHarness(Harness):
         else:
             self._breaking(lambda: self.discard([h for h in handles if self.received[h].final is None]))
         if len(self.device.in_flight) > self.scheduler.num_in_flight:
-            self._forget_all()
+            self.forget_steps()
 
     def _breaking(self, action: Callable[[], Any]) -> Any:
         if self.random.random() > 0.15:
@@ -216,18 +216,9 @@ class BreakingHarness(Harness):
                 self.broken[name] += 1
 
     def _survive(self, breach: Injected) -> None:
-        self._forget_all()
+        self.forget_steps()
         self.take(self.scheduler.recover(breach))
         assert self.scheduler.num_in_flight == 0
-
-    def _forget_all(self) -> None:
-        for issued in self.device.in_flight:
-            self.device.forget(issued)
-            rows = issued.plan.row_slots[issued.plan.row_samples].tolist()
-            ends = (issued.plan.row_starts + issued.plan.row_lengths)[issued.plan.row_samples].tolist()
-            for slot, end in zip(rows, ends, strict=True):
-                self.versions[self.device.slots[slot].init.seed].pop(end)
-        self.device.in_flight.clear()
 
 
 def play_breaches(seed: int, depth: int) -> BreakingHarness:
