@@ -4,25 +4,47 @@
 #   make test      the whole test suite
 #   make check     linter and strict type checks
 #   make bench     a quick set of the benchmarks (docs/benchmarks.md has the full ones)
-#   make test-gpu  the tests that need a CUDA device
 #   make clean     remove .venv, caches and build outputs
+#
+# With a CUDA device:
+#
+#   make test-gpu  the tests that need it
+#   make bench-gpu every figure of the GPU build
+#
+# For a GPU host without a network (docs/gpu.md):
+#
+#   make wheelhouse        fill WHEELHOUSE with what that host lacks
+#   make wheelhouse-check  try the wheelhouse with the configured package index
 #
 # PYTHON    the interpreter that makes .venv (3.11 or newer)
 # PIP_ARGS  added to every `pip install`, e.g. PIP_ARGS="--no-index --find-links /path/to/wheels" without a network, or
 #           PIP_ARGS="--find-links /path/to/a/cpu/build" for a torch without the CUDA libraries
-# ARGS      added to the command of demo, test and test-gpu, e.g. make test ARGS="tests/cache -k evict"
+# ARGS      added to the command of all targets but check, bench and clean, e.g. make test ARGS="tests/cache -k evict"
+# WORKERS   processes of make test
+# SOAK      seconds that the soak test of make test-gpu runs
+# PYTHON_GPU  an interpreter that has torch and all else already, e.g. PYTHON_GPU=python3: test-gpu and bench-gpu run in
+#             it and make no .venv
+# HAVE      what the host of the wheelhouse has: a file made there by `python tools/wheelhouse.py list`
+# EXTRAS    extras of Headrace to put into the wheelhouse, comma-separated
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 PIP_ARGS ?=
 ARGS ?=
 WORKERS ?= 2
+SOAK ?= 20
+PYTHON_GPU ?=
+WHEELHOUSE ?= wheelhouse
+HAVE ?=
+EXTRAS ?= test
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
+GPU_PYTHON := $(or $(PYTHON_GPU),$(BIN)/python)
+GPU_STAMP := $(if $(PYTHON_GPU),,$(STAMP))
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: install demo test check bench test-gpu clean
+.PHONY: install demo test check bench test-gpu bench-gpu wheelhouse wheelhouse-check clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -50,9 +72,18 @@ bench: $(STAMP)
 	$(BIN)/headrace bench overhead --batch-sizes 16,256 --num-waiting 1000 --seconds 2 --json
 	$(BIN)/headrace bench offline --workload B --quick --vs transformers --json
 
-test-gpu: $(STAMP)
-	$(BIN)/python -m pytest tests/gpu $(ARGS)
+test-gpu: $(GPU_STAMP)
+	HEADRACE_SOAK_SECONDS=$(SOAK) $(GPU_PYTHON) -m pytest tests/gpu $(ARGS)
+
+bench-gpu: $(GPU_STAMP)
+	$(GPU_PYTHON) bench/gpu_report.py $(ARGS)
+
+wheelhouse: $(STAMP)
+	$(BIN)/python tools/wheelhouse.py download $(WHEELHOUSE) --extras '$(EXTRAS)' $(if $(HAVE),--have $(HAVE)) $(ARGS)
+
+wheelhouse-check: $(STAMP)
+	$(BIN)/python -m pytest tests/tools/check_wheelhouse.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output
-	find headrace tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find headrace tests bench tools examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,9 +1,10 @@
 """Checks and times every CUDA kernel of Headrace in one call: a table, then one line of JSON.
 
-    python bench/gpu_kernels.py [--only attention,prefill,rows,sampling,linear,chain] [--out FILE]
+    python bench/gpu_kernels.py [--only SECTION,...] [--out FILE]
 
-Beside each time stands the floor predicted from the bytes that must move at 4.29 TB/s or the operations at 790 TFLOP/s
-(measured on one H200). Inputs rotate among copies that together exceed the cache. Times are medians of graph replays.
+Sections: attention, float8, bounds, prefill, planning, rows, sampling, linear, chain. Beside each time stands the floor
+predicted from the bytes that must move at 4.29 TB/s or the operations at 790 TFLOP/s (measured on one H200). Inputs
+rotate among copies that together exceed the cache. Times are medians of graph replays.
 """
 
 from __future__ import annotations
@@ -11,182 +12,27 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
-import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from headrace.kernels.triton import linear_rows, row_operations, sampling_rows, threshold_search
-from headrace.kernels.triton.paged_attention import PagedAttention, reference_attention
-from headrace.kernels.triton.work_items import AttentionPlanner, WorkLimits, WorkSummary
+import gpu_attention
+from gpu_attention import Paged
+from gpu_timing import BF16, DEVICE, FLOAT8, Table, num_copies, relative_error, time_us
 
-BANDWIDTH, FLOPS = 4.29e12, 790e12
-DEVICE = torch.device("cuda")
-BF16 = torch.bfloat16
-SPREAD_BYTES = 240e6  # of copies to rotate among: four times the cache
-
-
-def time_us(call: Callable[[], object], repeats: int = 8) -> float:
-    """Median time of one call, from replays of a graph of `repeats` calls."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            call()
-    milliseconds = triton.testing.do_bench(graph.replay, warmup=15, rep=60, return_mode="median")
-    return float(milliseconds) * 1e3 / repeats
-
-
-def num_copies(num_bytes: float) -> int:
-    return max(1, min(32, int(SPREAD_BYTES / num_bytes) + 1))
-
-
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
-
-
-@dataclass
-class Table:
-    """Rows of (section, name, microseconds, floor, error, note)."""
-
-    rows: list[dict[str, object]] = field(default_factory=list)
-
-    def add(self, name: str, us: float, num_bytes: float, flops: float, error: float, note: str = "") -> None:
-        floor = max(num_bytes / BANDWIDTH, flops / FLOPS) * 1e6
-        self.rows.append({"name": name, "us": us, "floor_us": floor, "error": error, "note": note})
-        print(f"{name:58s} {us:9.1f} us  floor {floor:8.1f}  {floor / us:5.0%}  error {error:.1e}  {note}", flush=True)
-
-
-@dataclass
-class Paged:
-    """A pool, its page table and queries of `lengths` contexts; `shared` leading positions per group of 8."""
-
-    lengths: np.ndarray
-    heads: int
-    kv: int
-    dim: int = 128
-    page: int = 16
-    shared: int = 0
-    num_q: int = 1
-    copies: int = 1
-
-    def __post_init__(self) -> None:
-        rows, columns = len(self.lengths), -(-int(self.lengths.max()) // self.page)
-        pages = np.random.default_rng(0).permutation(rows * columns).reshape(rows, columns) + 1
-        groups = []
-        if self.shared:
-            for first in range(0, rows, 8):
-                pages[first : first + 8, : self.shared // self.page] = pages[first, : self.shared // self.page]
-                groups.append((first, 8, self.shared // self.page))
-        self.groups = np.array(groups, np.int32).reshape(-1, 3)
-        self.table = torch.from_numpy(pages.astype(np.int32)).to(DEVICE)
-        flat = ((rows * columns + 1) * self.kv * self.page, self.dim)
-        self.pools = [[torch.randn(flat, device=DEVICE, dtype=BF16) for _ in range(2)] for _ in range(self.copies)]
-        self.q = torch.randn(rows * self.num_q, self.heads, self.dim, device=DEVICE, dtype=BF16)
-        self.out = torch.full_like(self.q, float("nan"))
-
-    @property
-    def num_bytes(self) -> float:
-        tokens = int(self.lengths.sum()) - (len(self.lengths) - len(self.groups)) * self.shared * bool(self.shared)
-        return tokens * self.kv * self.dim * 4 + 2 * self.q.numel() * 2
-
-    @property
-    def flops(self) -> float:
-        seen = sum(self.num_q * (int(n) - self.num_q) + self.num_q * (self.num_q + 1) / 2 for n in self.lengths)
-        return 4.0 * seen * self.heads * self.dim
-
-    def build(self, fixed: int | None = None, **options: object) -> tuple[PagedAttention, torch.Tensor, WorkSummary]:
-        limits = WorkLimits(max(len(self.q), 8), 8192, 16384)
-        attention = PagedAttention(
-            self.heads, self.kv, self.dim, self.page, limits, BF16, DEVICE, fixed_split=fixed, **options
-        )  # type: ignore[arg-type]
-        planner = AttentionPlanner(limits, attention.tile_sizes, self.page, self.kv, fixed)
-        buffer = np.zeros(limits.num_words, np.int32)
-        rows = np.arange(len(self.lengths))
-        steps = np.full(len(rows), self.num_q)
-        summary = planner.fill(buffer, rows, self.lengths - self.num_q, steps, self.groups)
-        return attention, torch.from_numpy(buffer).to(DEVICE), summary
-
-    def measure(self, spare: int = 0, **options: object) -> tuple[float, float, WorkSummary]:
-        """Time, error of a few rows, and the plan; `spare` programs per item beyond what is needed."""
-        attention, work, summary = self.build(**options)  # type: ignore[arg-type]
-        turn = count()
-
-        def call() -> None:
-            keys, values = self.pools[next(turn) % self.copies]
-            attention.run(
-                self.q, keys, values, self.table, work, self.out,
-                num_narrow=summary.num_narrow * (1 + spare), num_wide=summary.num_wide,
-                num_merged=len(self.q) if summary.num_slots else 0,
-            )  # fmt: skip
-
-        call()
-        error = self.error()
-        return time_us(call), error, summary
-
-    def error(self) -> float:
-        """Of rows first, middle and last, after one call on the first pool."""
-        worst = 0.0
-        for row in {0, len(self.lengths) // 2, len(self.lengths) - 1}:
-            mine = slice(row * self.num_q, (row + 1) * self.num_q)
-            rows = [(row, int(self.lengths[row]) - self.num_q, self.num_q)]
-            expected = reference_attention(self.q[mine], *self.pools[0], self.table, rows, self.kv, self.page)
-            worst = max(worst, relative_error(self.out[mine], expected))
-        return worst
-
-
-def long_tail(rows: int) -> np.ndarray:
-    return np.clip(np.random.default_rng(1).lognormal(np.log(800), 0.7, rows), 16, 8000).astype(np.int64)
-
-
-def attention(table: Table) -> None:
-    cases = [
-        ("decode 256 x 800, 16q/8kv", Paged(np.full(256, 800), 16, 8)),
-        ("decode 512 x 900, 16q/8kv", Paged(np.full(512, 900), 16, 8)),
-        ("decode 512 x 900, groups of 8 share 512, 16q/8kv", Paged(np.full(512, 900), 16, 8, shared=512)),
-        ("decode 512 x 900, groups of 8 share 496, 16q/8kv", Paged(np.full(512, 900), 16, 8, shared=496)),
-        ("decode 256 x 800, 32q/8kv", Paged(np.full(256, 800), 32, 8)),
-        ("decode 512 x 900, groups of 8 share 512, 32q/8kv", Paged(np.full(512, 900), 32, 8, shared=512)),
-        ("decode 512 long tail (mean 1000, max 8000), 16q/8kv", Paged(long_tail(512), 16, 8)),
-        ("decode 1 x 384, 16q/8kv", Paged(np.full(1, 384), 16, 8, copies=32)),
-        ("decode 1 x 32000, 32q/8kv", Paged(np.full(1, 32000), 32, 8, copies=2)),
-        ("decode 64 x 900, 16q/8kv", Paged(np.full(64, 900), 16, 8)),
-        ("decode 256 x 800, 14q/2kv x 64", Paged(np.full(256, 800), 14, 2, dim=64)),
-    ]
-    for name, case in cases:
-        us, error, summary = case.measure()
-        table.add(name, us, case.num_bytes, case.flops, error, f"split {summary.split}, {summary.num_narrow} items")
-        if name.startswith(("decode 256 x 800, 16q", "decode 512 x 900, groups of 8 share 512, 16q")):
-            us, error, _ = case.measure(spare=1)
-            table.add(f"{name}; twice the programs", us, case.num_bytes, case.flops, error)
-            for fixed in (256, 512):
-                us, error, _ = case.measure(fixed=fixed)
-                table.add(f"{name}; invariant, split {fixed}", us, case.num_bytes, case.flops, error)
-
-
-def prefill(table: Table) -> None:
-    for name, case in [
-        ("prefill 16 x 1024 causal, 32q/8kv", Paged(np.full(16, 1024), 32, 8, num_q=1024)),
-        ("prefill 16 x 1024 causal, 16q/8kv", Paged(np.full(16, 1024), 16, 8, num_q=1024)),
-        ("prefill 1 x 512 at 16384, 32q/8kv", Paged(np.full(1, 16384), 32, 8, num_q=512)),
-    ]:
-        for note, options in (("", {}), ("; invariant", {"fixed": 512})):
-            us, error, _ = case.measure(**options)
-            table.add(name + note, us, case.num_bytes, case.flops, error, f"{case.flops / us / 1e6:.0f} TFLOP/s")
+from headrace.kernels.triton import linear_rows, row_operations, sampling_rows, threshold_search, top_rows
 
 
 def rows(table: Table) -> None:
     for num_rows in (1, 512):
         _norm_and_gate(table, num_rows)
         for heads, kv in ((16, 8), (32, 8)):
-            _rope(table, num_rows, heads, kv)
+            _rope(table, num_rows, heads, kv, BF16)
+        _rope(table, num_rows, 16, 8, FLOAT8)
 
 
 def _norm_and_gate(table: Table, num_rows: int) -> None:
@@ -205,8 +51,8 @@ def _norm_and_gate(table: Table, num_rows: int) -> None:
         table.add(f"silu and mul, {num_rows} x {inner}", us, 3 * out.nbytes, 0, error)
 
 
-def _rope(table: Table, num_rows: int, heads: int, kv: int) -> None:
-    case = Paged(np.full(num_rows, 900), heads, kv)
+def _rope(table: Table, num_rows: int, heads: int, kv: int, pool_dtype: torch.dtype) -> None:
+    case = Paged(np.full(num_rows, 900), heads, kv, pool_dtype=pool_dtype)
     layout = row_operations.HeadLayout(heads, kv, 128, 16)
     qkv = torch.randn(num_rows, (heads + 2 * kv) * 128, device=DEVICE, dtype=BF16)
     cos, sin = (torch.randn(1024, 128, device=DEVICE) for _ in range(2))
@@ -223,7 +69,8 @@ def _rope(table: Table, num_rows: int, heads: int, kv: int) -> None:
     call()
     expected = row_operations.reference_rope(qkv, None, norms, 1e-6, cos, sin, positions, layout)[0]
     error = relative_error(case.q, expected)
-    table.add(f"norms + rope + store, {num_rows} rows, {heads}q/{kv}kv", time_us(call), 2 * qkv.nbytes, 0, error)
+    label = f"norms + rope + store, {num_rows} rows, {heads}q/{kv}kv, {str(pool_dtype)[6:]}"
+    table.add(label, time_us(call), 2 * qkv.nbytes, 0, error)
 
 
 def sampling(table: Table) -> None:
@@ -241,7 +88,7 @@ def sampling(table: Table) -> None:
         def call(floor: torch.Tensor | None = None) -> None:
             sampling_rows.sample_rows(
                 logits, slots, slots, params, seeds, floor, workspace, tokens, logprobs, None  # noqa: B023
-            )
+            )  # fmt: skip
 
         def search() -> None:
             threshold_search.find_thresholds(logits, params, slots, scratch, floors)  # noqa: B023
@@ -250,11 +97,25 @@ def sampling(table: Table) -> None:
         expected = torch.log_softmax(logits.double(), -1).gather(1, tokens.long()[:, None])[:, 0]
         label = f"{num_rows} x {vocab} {str(dtype)[6:]}"
         table.add(f"sample, {label}", time_us(call), logits.nbytes, 0, relative_error(logprobs, expected))
+        rows = top_rows.SampledRows(logits, slots, tokens, params, None, workspace, None)
+        for num_top in (5, 20, 100):
+            _time_top(table, rows, num_top, label)
         for name, top_k, top_p in (("top_k 50 top_p 0.95", 50, 0.95), ("top_p 0.95", 0, 0.95), ("top_k 50", 50, 1.0)):
             params[:, 4], params[:, 5] = top_k, top_p
             search()
             error = _kept_error(logits, floors, params)
             table.add(f"thresholds {name}, {label}", time_us(search), logits.nbytes, 0, error)
+
+
+def _time_top(table: Table, rows: top_rows.SampledRows, num_top: int, label: str) -> None:
+    """The most probable ids of rows just sampled; the error is the share of wrong log-probabilities."""
+    rows.slot_params[:, 3] = num_top
+    out = torch.zeros(len(rows.slots_S), 2 * num_top, dtype=torch.int32, device=DEVICE)
+    microseconds = time_us(lambda: top_rows.top_rows(rows, out, num_top))
+    expected = torch.log_softmax(rows.logits_SV.float(), -1).topk(num_top).values
+    found = out[:, num_top:].contiguous().view(torch.float32)
+    error = float(((found - expected).abs() > 2e-5).double().mean())
+    table.add(f"top {num_top}, {label}", microseconds, rows.logits_SV.nbytes, 0, error)
 
 
 def _kept_error(logits: torch.Tensor, floors: torch.Tensor, params: torch.Tensor) -> float:
@@ -310,8 +171,10 @@ class Chain:
     def __init__(self, layers: int, hidden: int, inner: int, heads: int, context: np.ndarray, overlap: bool) -> None:
         self.rows, self.heads, self.kv, self.dim = len(context), heads, 8, 128
         self.overlap = overlap
+
         def weight(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, device=DEVICE, dtype=BF16) * 0.02
+
         self.case = Paged(context, heads, 8, copies=layers)
         self.attention, self.work, self.summary = self.case.build(overlap=overlap)
         qkv = (heads + 16) * 128
@@ -389,7 +252,9 @@ def chain(table: Table) -> None:
 
 
 SECTIONS = {
-    "attention": attention, "prefill": prefill, "rows": rows, "sampling": sampling, "linear": linear, "chain": chain,
+    "attention": gpu_attention.attention, "float8": gpu_attention.float8, "bounds": gpu_attention.bounds,
+    "prefill": gpu_attention.prefill, "planning": gpu_attention.planning,
+    "rows": rows, "sampling": sampling, "linear": linear, "chain": chain,
 }  # fmt: skip
 
 

@@ -1,15 +1,26 @@
 """Attention backends behind `plan(inputs) -> step`, `step.run(layer, q, k, v)`. Which one is a value, chosen once."""
 
 from headrace.attention.base import AttentionBackend, AttentionInputs, AttentionShape, AttentionStep
-from headrace.attention.select import CAPABILITIES, Capability, build_backend, refusals
+from headrace.attention.select import (
+    CAPABILITIES,
+    CHOICES,
+    Capability,
+    Choice,
+    build_backend,
+    build_device_backend,
+    refusals,
+)
 
 __all__ = [
     "CAPABILITIES",
+    "CHOICES",
     "AttentionBackend",
     "AttentionInputs",
     "AttentionShape",
     "AttentionStep",
     "Capability",
+    "Choice",
     "build_backend",
+    "build_device_backend",
     "refusals",
 ]

@@ -45,6 +45,88 @@ class AttentionInputs:
     token_slots: Int64Array
 
 
+@dataclass(frozen=True)
+class HeadNorms:
+    """RMS norms of every query head and every key head before rotation: weights [D], and what is added to the mean."""
+
+    q_weight: Tensor
+    k_weight: Tensor
+    eps: float
+
+
+class ProjectedStep(Protocol):
+    """A step of a backend whose kernels take the fused projection of a layer."""
+
+    def run(self, layer: int, qkv_TX: Tensor, heads: HeadNorms | None) -> Tensor:
+        """Norm and rotate the heads of [T, (H + 2 G) * D], store keys and values, attend: [T, H * D] in qkv's dtype.
+
+        Storing comes first for all rows, as in `AttentionStep.run`. The outputs of padding tokens are undefined.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class RotaryTables:
+    """Cosines and sines by position, [P, D] each."""
+
+    cos_PD: Tensor
+    sin_PD: Tensor
+
+
+@dataclass(frozen=True)
+class DeviceTables:
+    """What the steps of a device read, at addresses that never change; all int32.
+
+    page_table               [slots, columns]
+    positions, table_rows    [max_tokens], of the packed tokens; a table row of -1 is padding
+    words                    what the backend's `fill` wrote for this step
+    """
+
+    page_table: Tensor
+    positions: Tensor
+    table_rows: Tensor
+    words: Tensor
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """A step's rows as the host knows them: int arrays [R], the groups of its plan, and the host's page table."""
+
+    slots: npt.NDArray[np.integer]
+    starts: npt.NDArray[np.integer]
+    lengths: npt.NDArray[np.integer]
+    prefix_groups: npt.NDArray[np.int32]
+    page_table: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The size a step is padded to: packed tokens, the most rows they belong to, and whether each has one token."""
+
+    num_tokens: int
+    num_rows: int
+    is_decode: bool
+
+
+class DeviceAttention(Protocol):
+    """A backend whose launches are prepared once per size and fed by words that travel with each step.
+
+    num_words   int32 words of the step buffer that it may fill
+    captures    its steps may be captured in a graph
+    """
+
+    num_words: int
+    captures: bool
+
+    def fill(self, words: npt.NDArray[np.int32], rows: StepRows, launch: Launch) -> int:
+        """Prepare the next step; returns how many of the words are in use."""
+        ...
+
+    def step(self, tables: DeviceTables, launch: Launch) -> ProjectedStep:
+        """The launches of every step of this size."""
+        ...
+
+
 class AttentionStep(Protocol):
     """A plan made ready: the same indices serve every layer."""
 

@@ -1,70 +1,124 @@
-"""The attention oracle: one sequence at a time, written as its definition. Slow on purpose."""
+"""The attention oracle: one sequence at a time, written as its definition in float32. Runs on any device."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from headrace.attention.base import AttentionInputs, AttentionShape
+from headrace.attention.base import AttentionInputs, AttentionShape, Int64Array
 from headrace.kernels.paged_kv import KvPool
+
+_MAX_SCORES = 1 << 26
+"""Scores held at once, over all heads: 256 MiB of float32, and a few copies of it."""
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where tokens are in the pool: page and offset, int64 [n] each, on the pool's device."""
+
+    pages: Tensor
+    offsets: Tensor
+
+
+@dataclass(frozen=True)
+class _Row:
+    """`length` packed tokens from `first` on, at positions from `start`; its whole context is at `context`."""
+
+    first: int
+    length: int
+    start: int
+    context: _Places
 
 
 class ReferenceAttention:
-    """Gathers each row's keys position by position and attends in float32."""
+    """Gathers each row's whole context and attends in float32. A narrow pool rounds what is stored, nothing else."""
 
     def __init__(self, shape: AttentionShape, pool: KvPool) -> None:
         self._shape = shape
         self._pool = pool
 
     def plan(self, inputs: AttentionInputs) -> ReferenceStep:
-        """Nothing to prepare: every layer reads the page table again."""
-        return ReferenceStep(self._shape, self._pool, inputs)
+        """Look up where every token and every context is; the page table may be on any device."""
+        pool = self._pool
+        device, page_size = pool.keys[0].device, pool.geometry.page_size
+
+        def locate(slots: Int64Array | int, positions: Int64Array) -> _Places:
+            where = torch.from_numpy(positions).to(inputs.page_table.device)
+            rows = slots if isinstance(slots, int) else torch.from_numpy(slots).to(where.device)
+            pages = inputs.page_table[rows, where // page_size]
+            return _Places(pages.to(device, torch.int64), (where % page_size).to(device))
+
+        rows, first = [], 0
+        for slot, start, length in zip(
+            inputs.row_slots.tolist(), inputs.row_starts.tolist(), inputs.row_lengths.tolist(), strict=True
+        ):
+            rows.append(_Row(first, length, start, locate(slot, torch.arange(start + length).numpy())))
+            first += length
+        return ReferenceStep(self._shape, pool, locate(inputs.token_slots, inputs.token_positions), rows)
 
 
 class ReferenceStep:
     """One step of the oracle."""
 
-    def __init__(self, shape: AttentionShape, pool: KvPool, inputs: AttentionInputs) -> None:
+    def __init__(self, shape: AttentionShape, pool: KvPool, tokens: _Places, rows: list[_Row]) -> None:
         self._shape = shape
         self._pool = pool
-        self._inputs = inputs
+        self._tokens = tokens
+        self._rows = rows
 
     def run(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
         """As `AttentionStep.run`."""
         keys, values = self._pages(self._pool.keys[layer]), self._pages(self._pool.values[layer])
-        for token, (slot, position) in enumerate(
-            zip(self._inputs.token_slots, self._inputs.token_positions, strict=True)
-        ):
-            page, offset = self._locate(int(slot), int(position))
-            keys[page, :, offset] = k_TGD[token]
-            values[page, :, offset] = v_TGD[token]
-        out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
-        first = 0
-        for slot, start, length in zip(
-            self._inputs.row_slots, self._inputs.row_starts, self._inputs.row_lengths, strict=True
-        ):
-            places = [self._locate(int(slot), position) for position in range(int(start + length))]
-            k_LGD = torch.stack([keys[page, :, offset] for page, offset in places]).float()
-            v_LGD = torch.stack([values[page, :, offset] for page, offset in places]).float()
-            row_q = q_THD[first : first + int(length)].float()
-            out_THD[first : first + int(length)] = _attend(row_q, k_LGD, v_LGD, int(start), self._shape).to(q_THD.dtype)
-            first += int(length)
+        _write(keys, self._tokens, k_TGD)
+        _write(values, self._tokens, v_TGD)
+        out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+        for row in self._rows:
+            tokens = slice(row.first, row.first + row.length)
+            k_LGD, v_LGD = _read(keys, row.context), _read(values, row.context)
+            out_THD[tokens] = attend(q_THD[tokens].float(), k_LGD, v_LGD, row.start, self._shape).to(q_THD.dtype)
         return out_THD.view(q_THD.shape[0], -1)
 
     def _pages(self, flat: Tensor) -> Tensor:
         geometry = self._pool.geometry
         return flat.view(geometry.num_pages, geometry.num_kv_heads, geometry.page_size, geometry.head_dim)
 
-    def _locate(self, slot: int, position: int) -> tuple[int, int]:
-        page_size = self._pool.geometry.page_size
-        return int(self._inputs.page_table[slot, position // page_size]), position % page_size
 
+def attend(
+    q_THD: Tensor, k_LGD: Tensor, v_LGD: Tensor, start: int, shape: AttentionShape, max_scores: int = _MAX_SCORES
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, query i seeing positions up to start + i (Vaswani et al., 2017); float32 [T, H, D].
 
-def _attend(q_THD: Tensor, k_LGD: Tensor, v_LGD: Tensor, start: int, shape: AttentionShape) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, query i seeing positions up to start + i (Vaswani et al., 2017)."""
+    Queries are taken a block at a time, so that no more than `max_scores` scores are held at once.
+    """
     group_size = shape.num_heads // shape.num_kv_heads
     k_LHD, v_LHD = k_LGD.repeat_interleave(group_size, 1), v_LGD.repeat_interleave(group_size, 1)
-    scores_HTL = torch.einsum("thd,lhd->htl", q_THD, k_LHD) * shape.scale
-    seen_TL = torch.arange(k_LGD.shape[0]) <= start + torch.arange(q_THD.shape[0])[:, None]
-    weights_HTL = torch.softmax(scores_HTL.masked_fill(~seen_TL, float("-inf")), dim=-1)
-    return torch.einsum("htl,lhd->thd", weights_HTL, v_LHD)
+    positions_L = torch.arange(k_LGD.shape[0], device=k_LGD.device)
+    out_THD = torch.empty_like(q_THD)
+    block = max(1, max_scores // (shape.num_heads * len(positions_L)))
+    for first in range(0, q_THD.shape[0], block):
+        q_BHD = q_THD[first : first + block]
+        last_seen_B = start + first + torch.arange(q_BHD.shape[0], device=q_BHD.device)
+        scores_HBL = torch.einsum("bhd,lhd->hbl", q_BHD, k_LHD) * shape.scale
+        scores_HBL.masked_fill_(positions_L > last_seen_B[:, None], float("-inf"))
+        out_THD[first : first + block] = torch.einsum("hbl,lhd->bhd", torch.softmax(scores_HBL, dim=-1), v_LHD)
+    return out_THD
+
+
+def _write(pages: Tensor, places: _Places, values_TGD: Tensor) -> None:
+    """Put one vector per token and KV head into the pool, in its dtype."""
+    if pages.element_size() == 1:  # 8-bit floats have no infinity: too large a value is stored as the largest
+        limit = torch.finfo(pages.dtype).max
+        values_TGD = values_TGD.clamp(-limit, limit)
+    _bits(pages)[places.pages, :, places.offsets] = _bits(values_TGD.to(pages.dtype))
+
+
+def _read(pages: Tensor, places: _Places) -> Tensor:
+    """The vectors at `places`, float32 [n, G, D]."""
+    return _bits(pages)[places.pages, :, places.offsets].view(pages.dtype).float()
+
+
+def _bits(values: Tensor) -> Tensor:
+    """The same memory as integers where torch cannot index the dtype (8-bit floats)."""
+    return values.view(torch.uint8) if values.element_size() == 1 else values

@@ -1,4 +1,4 @@
-"""`headrace bench`: measure throughput, the engine's own overhead, and the prefix cache.
+"""`headrace bench`: measure throughput, latency, start, the engine's own overhead, and the prefix cache.
 
 Owns the flags of the benchmarks and how a result is printed: a few lines for a person, or with `--json` one object as
 the last line of standard output.
@@ -12,18 +12,26 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from headrace.bench.workloads import CPU_SCALE, FULL_SCALE, QUICK_SCALE, Scale
+from headrace.bench.engine_setup import EngineSetup
+from headrace.bench.request_style import RequestStyle
+from headrace.bench.rescore import NUM_RESCORED
+from headrace.bench.workloads import ScaleChoice
 from headrace.cli.flags import add_flags, given
 from headrace.config import EngineConfig
-from headrace.config.resolve import available_cores
 
-_SET_BY_BENCH = ("model", "skip_tokenizer_init", "num_threads", "dtype")
+_SET_BY_BENCH = ("model", "skip_tokenizer_init", "num_threads")
+_SET_BY_OVERHEAD = (*_SET_BY_BENCH, "dtype", "max_running_requests")
+
+Progress = Callable[[str], None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `headrace bench` and its kinds."""
     kinds = parser.add_subparsers(title="kinds", dest="kind", metavar="KIND", required=True)
     _add_offline(kinds.add_parser("offline", help="tokens per second of a whole workload", allow_abbrev=False))
+    _add_online(kinds.add_parser("online", help="streams in a closed loop: time between tokens", allow_abbrev=False))
+    _add_serve(kinds.add_parser("serve", help="a whole workload over HTTP, and without it", allow_abbrev=False))
+    _add_start(kinds.add_parser("start", help="from launching a process to its first token", allow_abbrev=False))
     _add_overhead(kinds.add_parser("overhead", help="what the engine costs beside the model", allow_abbrev=False))
     _add_prefix_cache(kinds.add_parser("prefix-cache", help="match and insert, per page", allow_abbrev=False))
     for kind in kinds.choices.values():
@@ -35,8 +43,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Run one benchmark and print its result; what is running is shown on standard error."""
     from rich.console import Console
 
-    bodies: dict[str, Callable[[argparse.Namespace, Callable[[str], None]], dict[str, Any]]] = {
+    bodies: dict[str, Callable[[argparse.Namespace, Progress], dict[str, Any]]] = {
         "offline": _run_offline,
+        "online": _run_online,
+        "serve": _run_serve,
+        "start": _run_start,
         "overhead": _run_overhead,
         "prefix-cache": _run_prefix_cache,
     }
@@ -52,17 +63,53 @@ def run(arguments: argparse.Namespace) -> int:
 def _add_offline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workload", choices=("A", "B", "C"), default="B", help="see docs/benchmarks.md (default: B)")
     parser.add_argument("--vs", choices=("transformers",), help="run the same workload with transformers beside it")
-    parser.add_argument("--model", help="a folder (default: a small random model made on the spot)")
-    parser.add_argument("--shape", default="small", help="shape of the model made on the spot (default: small)")
-    parser.add_argument("--full", action="store_true", help="the workload as published, not scaled down for a CPU")
-    parser.add_argument("--quick", action="store_true", help="scaled down further, one run: a smoke test")
-    parser.add_argument("--num-divisor", type=int, help="divide the number of prompts by this")
-    parser.add_argument("--length-divisor", type=int, help="divide every length by this")
-    parser.add_argument("--runs", type=int, help="timed runs; the median counts (default: 3)")
-    parser.add_argument("--threads", type=int, help="torch threads, for both engines (default: all cores)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
+    parser.add_argument("--runs", type=_positive, help="timed runs; the median counts (default: 3)")
     parser.add_argument("--batch-sizes", type=_integers, default=(), help="of transformers' generate(), as 8,16,32")
     parser.add_argument("--concurrencies", type=_integers, default=(), help="of transformers' continuous batching")
+    _add_scale(parser)
+    _add_common(parser)
+
+
+def _add_online(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-requests", type=_positive, help="in all (default: 2000, on a CPU 100)")
+    parser.add_argument("--concurrency", type=_positive, help="in flight (default: 256, on a CPU 32)")
+    parser.add_argument("--length-divisor", type=_positive, help="divide every length by this (default: 1, on a CPU 8)")
+    _add_common(parser)
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workload", choices=("A", "B", "C"), default="A", help="see docs/benchmarks.md (default: A)")
+    parser.add_argument("--runs", type=_positive, help="timed runs each way; the median counts (default: 3)")
+    _add_scale(parser)
+    _add_common(parser)
+
+
+def _add_start(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("--runs", type=_positive, default=3, help="starts with kernels cached (default: 3)")
+    add_flags(parser, EngineConfig, title="engine settings", skip=(*_SET_BY_BENCH, "kernel_cache"))
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="a folder (default: a random model made on the spot)")
+    shapes = "tiny, small, qwen3-0.6b or qwen3-8b (default: small)"
+    parser.add_argument("--shape", default="small", help=f"of the model made on the spot: {shapes}")
+    parser.add_argument("--threads", type=_positive, help="torch threads (default: the engine's own choice)")
+
+
+def _add_scale(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--full", action="store_true", help="the workload as published (default on a GPU)")
+    parser.add_argument("--quick", action="store_true", help="scaled down further, one run: a smoke test")
+    parser.add_argument("--num-divisor", type=_positive, help="divide the number of prompts by this")
+    parser.add_argument("--length-divisor", type=_positive, help="divide every length by this")
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    """What every benchmark of requests to a whole engine takes."""
+    _add_model(parser)
+    text = f"sequences re-scored by the reference (default: {NUM_RESCORED})"
+    parser.add_argument("--rescored", type=int, default=NUM_RESCORED, metavar="N", help=text)
+    add_flags(parser, RequestStyle, title="requests")
     add_flags(parser, EngineConfig, title="engine settings", skip=_SET_BY_BENCH)
 
 
@@ -74,7 +121,7 @@ def _add_overhead(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="measured time per batch size (default: 5)")
     parser.add_argument("--http-concurrency", type=int, default=256, help="in flight; 0: no HTTP (default: 256)")
     parser.add_argument("--stream", action="store_true", help="stream over HTTP")
-    add_flags(parser, EngineConfig, title="engine settings", skip=(*_SET_BY_BENCH, "max_running_requests"))
+    add_flags(parser, EngineConfig, title="engine settings", skip=_SET_BY_OVERHEAD)
 
 
 def _add_prefix_cache(parser: argparse.ArgumentParser) -> None:
@@ -83,28 +130,63 @@ def _add_prefix_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--page-size", type=int, default=16, help="tokens per page (default: 16)")
 
 
-def _run_offline(arguments: argparse.Namespace, on_progress: Callable[[str], None]) -> dict[str, Any]:
+def _run_offline(arguments: argparse.Namespace, on_progress: Progress) -> dict[str, Any]:
     from headrace.bench.offline import OfflineOptions, run_offline
 
-    return run_offline(
-        OfflineOptions(
-            workload=arguments.workload,
-            scale=_scale(arguments),
-            model=arguments.model,
-            shape=arguments.shape,
-            versus=arguments.vs,
-            runs=arguments.runs or (1 if arguments.quick else 3),
-            num_threads=arguments.threads or available_cores(),
-            dtype=arguments.dtype,
-            batch_sizes=arguments.batch_sizes,
-            concurrencies=arguments.concurrencies,
-            engine=given(arguments, EngineConfig, skip=_SET_BY_BENCH),
-        ),
-        on_progress,
+    options = OfflineOptions(
+        **_common(arguments),
+        **_scaled(arguments),
+        workload=arguments.workload,
+        versus=arguments.vs,
+        batch_sizes=arguments.batch_sizes,
+        concurrencies=arguments.concurrencies,
     )
+    return run_offline(options, on_progress)
 
 
-def _run_overhead(arguments: argparse.Namespace, on_progress: Callable[[str], None]) -> dict[str, Any]:
+def _run_online(arguments: argparse.Namespace, on_progress: Progress) -> dict[str, Any]:
+    from headrace.bench.online import OnlineOptions, run_online
+
+    options = OnlineOptions(
+        **_common(arguments),
+        num_requests=arguments.num_requests,
+        concurrency=arguments.concurrency,
+        length_divisor=arguments.length_divisor,
+    )
+    return run_online(options, on_progress)
+
+
+def _run_serve(arguments: argparse.Namespace, on_progress: Progress) -> dict[str, Any]:
+    from headrace.bench.serve import ServeOptions, run_serve
+
+    return run_serve(ServeOptions(**_common(arguments), **_scaled(arguments), workload=arguments.workload), on_progress)
+
+
+def _run_start(arguments: argparse.Namespace, on_progress: Progress) -> dict[str, Any]:
+    from headrace.bench.start import StartOptions, run_start
+
+    return run_start(StartOptions(setup=_setup(arguments), runs=arguments.runs), on_progress)
+
+
+def _setup(arguments: argparse.Namespace) -> EngineSetup:
+    engine = given(arguments, EngineConfig, skip=_SET_BY_BENCH)
+    if arguments.threads is not None:
+        engine["num_threads"] = arguments.threads
+    return EngineSetup(model=arguments.model, shape=arguments.shape, engine=engine)
+
+
+def _common(arguments: argparse.Namespace) -> dict[str, Any]:
+    style = RequestStyle(**given(arguments, RequestStyle))
+    return {"setup": _setup(arguments), "style": style, "num_rescored": arguments.rescored}
+
+
+def _scaled(arguments: argparse.Namespace) -> dict[str, Any]:
+    preset: Any = "full" if arguments.full else "quick" if arguments.quick else None
+    scale = ScaleChoice(preset, arguments.num_divisor, arguments.length_divisor)
+    return {"scale": scale, "runs": arguments.runs or (1 if arguments.quick else 3)}
+
+
+def _run_overhead(arguments: argparse.Namespace, on_progress: Progress) -> dict[str, Any]:
     from headrace.bench.overhead import OverheadOptions, run_overhead
 
     return run_overhead(
@@ -116,13 +198,13 @@ def _run_overhead(arguments: argparse.Namespace, on_progress: Callable[[str], No
             seconds=arguments.seconds,
             http_concurrency=arguments.http_concurrency,
             stream=arguments.stream,
-            engine=given(arguments, EngineConfig, skip=_SET_BY_BENCH),
+            engine=given(arguments, EngineConfig, skip=_SET_BY_OVERHEAD),
         ),
         on_progress,
     )
 
 
-def _run_prefix_cache(arguments: argparse.Namespace, on_progress: Callable[[str], None]) -> dict[str, Any]:
+def _run_prefix_cache(arguments: argparse.Namespace, on_progress: Progress) -> dict[str, Any]:
     from headrace.bench.prefix_cache import run_prefix_cache
 
     return run_prefix_cache(
@@ -133,9 +215,10 @@ def _run_prefix_cache(arguments: argparse.Namespace, on_progress: Callable[[str]
     )
 
 
-def _scale(arguments: argparse.Namespace) -> Scale:
-    scale = FULL_SCALE if arguments.full else QUICK_SCALE if arguments.quick else CPU_SCALE
-    return Scale(arguments.num_divisor or scale.num_divisor, arguments.length_divisor or scale.length_divisor)
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError("must be a positive integer")
+    return int(text)
 
 
 def _integers(text: str) -> tuple[int, ...]:

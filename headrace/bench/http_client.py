@@ -1,8 +1,7 @@
 """A client process that keeps a number of `/generate` requests in flight and counts the tokens it receives.
 
-`python -m headrace.bench.http_client '{"port": ..., ...}'`. Speaks HTTP/1.1 over plain sockets, one connection per
-request in flight, so that little of what is measured is the client's own cost. Token ids in, token ids out; every
-answer is parsed and its ids, log-probabilities and length are checked. Knows nothing of the engine.
+`python -m headrace.bench.http_client '{"port": ..., ...}'`. One connection per request in flight. Token ids in, token
+ids out; every answer is parsed and its ids, log-probabilities and length are checked. Knows nothing of the engine.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from headrace.bench.http_wire import connect, post, read_body
 from headrace.bench.overhead import MAX_WARM_UP_SECONDS, STOP_TOKEN_ID, output_lengths, unique_prompt
 
 
@@ -80,13 +80,13 @@ async def _sleep(seconds: float, tasks: list[asyncio.Task[None]]) -> None:
 
 
 async def _client(settings: Settings, number: int, lengths: Iterator[int], counter: Counter) -> None:
-    reader, writer = await asyncio.open_connection("127.0.0.1", settings.port, limit=1 << 24)
+    reader, writer = await connect(settings.port)
     try:
         while True:
             length = next(lengths)
             writer.write(_request(settings, unique_prompt(number, settings.prompt_length), length))
             number += settings.concurrency
-            body = await _read_body(reader)
+            body = await read_body(reader)
             counter.num_tokens += _num_tokens(body, length, settings.stream)
             counter.num_requests += 1
     finally:
@@ -94,31 +94,13 @@ async def _client(settings: Settings, number: int, lengths: Iterator[int], count
 
 
 def _request(settings: Settings, prompt: list[int], length: int) -> bytes:
-    body = json.dumps(
-        {
-            "input_ids": prompt,
-            "sampling_params": {"max_new_tokens": length, "stop_token_ids": [STOP_TOKEN_ID]},
-            "return_logprob": True,
-            "stream": settings.stream,
-        },
-        separators=(",", ":"),
-    ).encode()
-    head = "POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
-
-
-async def _read_body(reader: asyncio.StreamReader) -> bytes:
-    head = (await reader.readuntil(b"\r\n\r\n")).lower()
-    if not head.startswith(b"http/1.1 200"):
-        raise RuntimeError(f"answered {head.splitlines()[0].decode()}")
-    if b"transfer-encoding: chunked" in head:
-        chunks = []
-        while size := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
-            chunks.append((await reader.readexactly(size + 2))[:-2])
-        await reader.readexactly(2)
-        return b"".join(chunks)
-    length = int(head.split(b"content-length:")[1].split(b"\r\n")[0])
-    return await reader.readexactly(length)
+    body = {
+        "input_ids": prompt,
+        "sampling_params": {"max_new_tokens": length, "stop_token_ids": [STOP_TOKEN_ID]},
+        "return_logprob": True,
+        "stream": settings.stream,
+    }
+    return post("/generate", body)
 
 
 def _num_tokens(body: bytes, length: int, stream: bool) -> int:

@@ -84,6 +84,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
+WEIGHTLESS_SHAPES = ("qwen3-0.6b", "qwen3-8b")
+"""Too large to be written to a file on the spot."""
+
 
 def write_config(folder: Path, shape: str) -> Path:
     """Write `config.json` of a named shape into `folder`; returns `folder`."""
@@ -98,7 +101,9 @@ def write_model(folder: Path, shape: str = "small", *, seed: int = 0) -> Path:
     """Write `config.json` and random float32 weights (`model.safetensors`) that transformers can load too."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     write_config(folder, shape)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)

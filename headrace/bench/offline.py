@@ -1,13 +1,13 @@
 """`headrace bench offline`: generate a whole workload at once, and the same workload with transformers beside it.
 
-Owns how throughput is measured: all requests are known at the start, every one runs to the length asked for, and the
-clock covers prompts and output. The engine runs as users run it, its core in a process of its own. Prompts are never
-seen before the run they are timed in: warm-up uses others, and the prefix cache is flushed between runs.
+Owns how throughput is measured: all requests are known at the start, every one runs to the length asked for with its
+log-probabilities returned, and the clock covers prompts and output. The engine runs as users run it, its core in a
+process of its own. Prompts are never seen before the run they are timed in: the short warm-up (a few requests, four
+tokens each) uses others, and the prefix cache is flushed between runs. Some sequences of the last run are re-scored.
 """
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 import time
@@ -18,41 +18,52 @@ from typing import Any
 import msgspec
 
 from headrace import Engine
-from headrace.bench.models import write_config, write_model
-from headrace.bench.workloads import Scale, Workload, WorkloadName, make_workload
-from headrace.config import ModelSpec
-from headrace.types.errors import InternalError
-from headrace.types.sampling_params import SamplingParams
+from headrace.bench.engine_setup import EngineSetup, Prepared, describe, metric_deltas, prepare
+from headrace.bench.request_style import RequestStyle
+from headrace.bench.rescore import NUM_RESCORED, ScoredSequence, evenly_spaced, rescore
+from headrace.bench.workloads import ScaleChoice, Workload, WorkloadName, make_workload
+from headrace.types.errors import ConfigError, InternalError
+from headrace.types.generation import Generation
+
+MAX_RUNNING = 512
+_NUM_WARM = 8
+_WARM_TOKENS = 4
 
 
 class OfflineOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What to run. `model` is a folder or hub id; None makes a model of `shape` on the spot.
+    """What to run.
 
     `versus` names what runs beside the engine ("transformers" or nothing); `batch_sizes` are tried for its
-    `generate()`, `concurrencies` for its continuous batching, and the best of each counts.
+    `generate()`, `concurrencies` for its continuous batching, and the best of each counts. `num_rescored` sequences of
+    the last run are re-scored by the reference.
     """
 
+    setup: EngineSetup = EngineSetup()
     workload: WorkloadName = "B"
-    scale: Scale = Scale()
-    model: str | None = None
-    shape: str = "small"
-    versus: str | None = None
+    scale: ScaleChoice = ScaleChoice()
+    style: RequestStyle = RequestStyle()
     runs: int = 3
-    num_threads: int = 1
-    dtype: str = "float32"
+    num_rescored: int = NUM_RESCORED
+    versus: str | None = None
     batch_sizes: tuple[int, ...] = ()
     concurrencies: tuple[int, ...] = ()
-    engine: dict[str, Any] = {}
 
 
-class Timing(msgspec.Struct, frozen=True):
-    """One way to run the workload: the seconds of each run.
+class Run(msgspec.Struct, frozen=True):
+    """One timed run. `milliseconds_per_token` (after the first) is measured for workload C only."""
 
-    `milliseconds_per_token` (after the first) is measured for workload C only.
-    """
+    seconds: float
+    outputs: list[Generation]
+    milliseconds_per_token: float | None = None
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """All timed runs of one engine, what it counted per run, and sequences of the last run to be re-scored."""
 
     seconds: list[float]
-    milliseconds_per_token: list[float] = []
+    milliseconds_per_token: list[float]
+    metrics: dict[str, float]
+    kept: list[ScoredSequence]
 
     @property
     def median_seconds(self) -> float:
@@ -61,115 +72,149 @@ class Timing(msgspec.Struct, frozen=True):
 
 
 def run_offline(options: OfflineOptions, on_progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Run the benchmark; returns the JSON object that is printed last. `on_progress` is told what is running.
-
-    Both engines' torch threads sleep while they wait, unless the caller's `OMP_WAIT_POLICY` says otherwise: threads
-    that spin make the figures depend on whatever else runs on the machine. Set before torch is loaded.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    """Run the benchmark; returns the JSON object that is printed last. `on_progress` is told what is running."""
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as scratch:
-        folder = _model_folder(options, Path(scratch))
-        vocab_size = ModelSpec.from_folder(folder).vocab_size if folder.is_dir() else None
-        workload = make_workload(options.workload, scale=options.scale, vocab_size=vocab_size)
-        on_progress(f"headrace, {len(workload.prompts)} requests")
-        timing, metrics = _time_engine(options, workload, str(folder))
-        report = _report(options, workload, timing, metrics)
+        prepared = prepare(options.setup, Path(scratch), needs_file=options.versus is not None)
+        check_rescoring(prepared, options.style, options.num_rescored)
+        scale = options.scale.on(is_cpu=prepared.is_cpu)
+        workload = make_workload(options.workload, scale=scale, vocab_size=prepared.resolved.model.vocab_size)
+        measured = measure(prepared, workload, options.style, options.runs, options.num_rescored, on_progress)
+        report = {
+            "bench": "offline",
+            "workload": workload.name,
+            "scale": msgspec.to_builtins(scale),
+            **workload_report(workload),
+            **options.style.report(),
+            **describe(options.setup, prepared),
+            "runs": options.runs,
+            **timing_report(measured, workload),
+            **measured.metrics,
+            **rescore(prepared.resolved, measured.kept, on_progress),
+        }
         if options.versus == "transformers":
             from headrace.bench.versus import time_transformers
 
-            peers = time_transformers(options, workload, str(folder), on_progress)
+            peers = time_transformers(options, prepared, workload, on_progress)
             report["transformers"] = peers
             report.update(_ratios(report, peers))
         return report
 
 
-def _model_folder(options: OfflineOptions, scratch: Path) -> Path:
-    if options.model is not None:
-        return Path(options.model)
-    if options.engine.get("load_format") == "dummy" and options.versus is None:
-        return write_config(scratch / options.shape, options.shape)
-    return write_model(scratch / options.shape, options.shape)
+def check_rescoring(prepared: Prepared, style: RequestStyle, num_rescored: int) -> None:
+    """Raise `ConfigError` for log-probabilities that no re-scoring reproduces.
+
+    Those of a truncated distribution are minus infinity for a token at its edge, which any rounding moves.
+    """
+    is_truncated = style.top_p < 1.0 or style.top_k > 0
+    if num_rescored and is_truncated and prepared.resolved.engine.logprob_mode == "sampled":
+        message = "logprob_mode sampled cannot be re-scored beside top_p or top_k; give --rescored 0"
+        raise ConfigError(message, field="logprob_mode")
 
 
-def _time_engine(options: OfflineOptions, workload: Workload, folder: str) -> tuple[Timing, dict[str, float]]:
-    settings = {
-        "skip_tokenizer_init": True,
-        "dtype": options.dtype,
-        "num_threads": options.num_threads,
-        "max_running_requests": min(512, max(1, len(workload.prompts))),
-        "context_length": workload.max_length,
-        **options.engine,
-    }
-    with Engine(model=folder, **settings) as engine:
-        _warm_up(engine, workload)
+def measure(
+    prepared: Prepared,
+    workload: Workload,
+    style: RequestStyle,
+    num_runs: int,
+    num_rescored: int,
+    on_progress: Callable[[str], None] = lambda _: None,
+) -> Measured:
+    """Start an engine, warm it up, time `num_runs` runs of the workload, and end it."""
+    settings = prepared.with_defaults(
+        max_running_requests=min(MAX_RUNNING, len(workload.prompts)), context_length=workload.max_length
+    )
+    on_progress("starting the engine")
+    with Engine(model=prepared.folder, **settings) as engine:
+        warm_up(engine, workload, style)
         time_once = _time_stream if workload.name == "C" else _time_batch
         before = engine.metrics()
-        timing = Timing([])
-        for _ in range(options.runs):
+        runs: list[Run] = []
+        for number in range(num_runs):
+            on_progress(f"headrace, {len(workload.prompts)} requests, run {number + 1} of {num_runs}")
             engine.flush_cache()
-            timing = time_once(engine, workload, timing)
+            runs.append(time_once(engine, workload, style))
+            _check(runs[-1].outputs, workload, style)
+            if number:
+                runs[-2].outputs.clear()  # only the last run's are looked at again
         after = engine.metrics()
-    return timing, {name: after[name] - before.get(name, 0.0) for name in after if name.startswith("num_")}
+    return Measured(
+        [run.seconds for run in runs],
+        [run.milliseconds_per_token for run in runs if run.milliseconds_per_token is not None],
+        metric_deltas(before, after, num_runs),
+        kept_sequences(workload, runs[-1].outputs, num_rescored),
+    )
 
 
-def _warm_up(engine: Engine, workload: Workload) -> None:
-    """Run a few requests of the workload's shape whose prompts share nothing with it."""
-    num_warm = min(8, len(workload.prompts))
-    prompts = [[(token + 1) % 1000 for token in prompt] for prompt in workload.prompts[:num_warm]]
-    engine.generate(input_ids=prompts, sampling_params=[_sampling(4) for _ in prompts])
+def kept_sequences(workload: Workload, outputs: Sequence[Generation], num_wanted: int) -> list[ScoredSequence]:
+    """Evenly spaced requests of the workload with their outputs."""
+    return [
+        ScoredSequence(workload.prompts[i], outputs[i].token_ids, outputs[i].logprobs, outputs[i].logprob_mode)
+        for i in evenly_spaced(len(outputs), num_wanted)
+    ]
 
 
-def _sampling(num_tokens: int) -> SamplingParams:
-    return SamplingParams(max_new_tokens=num_tokens, temperature=1.0, ignore_eos=True, seed=None)
-
-
-def _time_batch(engine: Engine, workload: Workload, timing: Timing) -> Timing:
-    params = [_sampling(length) for length in workload.output_lengths]
-    start = time.perf_counter()
-    outputs = engine.generate(input_ids=workload.prompts, sampling_params=params)
-    seconds = time.perf_counter() - start
-    _check_lengths([len(output.token_ids) for output in outputs], workload)
-    return Timing([*timing.seconds, seconds])
-
-
-def _time_stream(engine: Engine, workload: Workload, timing: Timing) -> Timing:
-    start = time.perf_counter()
-    arrivals: list[float] = []
-    num_tokens = 0
-    for piece in engine.stream(input_ids=workload.prompts, sampling_params=_sampling(workload.output_lengths[0])):
-        num_tokens += len(piece.token_ids)
-        arrivals.append(time.perf_counter())
-    _check_lengths([num_tokens], workload)
-    per_token = 1e3 * (arrivals[-1] - arrivals[0]) / (num_tokens - 1)
-    return Timing([*timing.seconds, arrivals[-1] - start], [*timing.milliseconds_per_token, per_token])
-
-
-def _check_lengths(lengths: Sequence[int], workload: Workload) -> None:
-    if list(lengths) != workload.output_lengths:
-        raise InternalError("the engine did not return the tokens that were asked for; the figure would be wrong")
-
-
-def _report(options: OfflineOptions, workload: Workload, timing: Timing, metrics: dict[str, float]) -> dict[str, Any]:
-    report: dict[str, Any] = {
-        "bench": "offline",
-        "workload": workload.name,
-        "model": options.model or options.shape,
-        "scale": msgspec.to_builtins(options.scale),
+def workload_report(workload: Workload) -> dict[str, Any]:
+    """The fields of a report that say how much was run."""
+    return {
         "num_requests": len(workload.prompts),
         "num_prompt_tokens": workload.num_prompt_tokens,
         "num_output_tokens": workload.num_output_tokens,
-        "num_threads": options.num_threads,
-        "dtype": options.dtype,
-        "omp_wait_policy": os.environ["OMP_WAIT_POLICY"].lower(),
-        "runs": options.runs,
-        "seconds": round(timing.median_seconds, 3),
-        "tokens_per_second": round(workload.num_output_tokens / timing.median_seconds, 1),
-        "num_steps": metrics.get("num_steps", 0.0) / options.runs,
-        "num_cached_tokens": metrics.get("num_cached_tokens", 0.0) / options.runs,
     }
-    if timing.milliseconds_per_token:
-        report["milliseconds_per_token"] = round(statistics.median(timing.milliseconds_per_token), 3)
+
+
+def timing_report(measured: Measured, workload: Workload) -> dict[str, Any]:
+    """The fields of a report that say how fast it was: the median run counts, the fastest is the peak."""
+    report: dict[str, Any] = {
+        "seconds": [round(seconds, 3) for seconds in measured.seconds],
+        "median_seconds": round(measured.median_seconds, 3),
+        "tokens_per_second": round(workload.num_output_tokens / measured.median_seconds, 1),
+        "peak_tokens_per_second": round(workload.num_output_tokens / min(measured.seconds), 1),
+    }
+    if measured.milliseconds_per_token:
+        report["milliseconds_per_token"] = round(statistics.median(measured.milliseconds_per_token), 3)
     return report
+
+
+def warm_up(engine: Engine, workload: Workload, style: RequestStyle) -> None:
+    """Run a few short requests of the workload's shape whose prompts share nothing with it."""
+    prompts = workload.strangers(_NUM_WARM)
+    engine.generate(input_ids=prompts, sampling_params=style.params(_WARM_TOKENS), top_logprobs=style.top_logprobs)
+
+
+def _time_batch(engine: Engine, workload: Workload, style: RequestStyle) -> Run:
+    params = [style.params(length) for length in workload.output_lengths]
+    start = time.perf_counter()
+    outputs = engine.generate(input_ids=workload.prompts, sampling_params=params, top_logprobs=style.top_logprobs)
+    return Run(time.perf_counter() - start, outputs)
+
+
+def _time_stream(engine: Engine, workload: Workload, style: RequestStyle) -> Run:
+    """One request; its pieces are joined to what `generate` would have returned."""
+    params = style.params(workload.output_lengths[0])
+    start = time.perf_counter()
+    arrivals: list[float] = []
+    pieces: list[Generation] = []
+    for piece in engine.stream(input_ids=workload.prompts, sampling_params=params, top_logprobs=style.top_logprobs):
+        arrivals.append(time.perf_counter())
+        pieces.append(piece)
+    whole = msgspec.structs.replace(
+        pieces[-1],
+        token_ids=[token for piece in pieces for token in piece.token_ids],
+        logprobs=[logprob for piece in pieces for logprob in piece.logprobs],
+        top_logprobs=[top for piece in pieces for top in piece.top_logprobs],
+    )
+    per_token = 1e3 * (arrivals[-1] - arrivals[0]) / max(1, len(whole.token_ids) - len(pieces[0].token_ids))
+    return Run(arrivals[-1] - start, [whole], per_token)
+
+
+def _check(outputs: Sequence[Generation], workload: Workload, style: RequestStyle) -> None:
+    """Raise `InternalError` unless every request returned all that it was asked for."""
+    lengths = workload.output_lengths
+    is_whole = [len(output.token_ids) for output in outputs] == lengths
+    is_whole &= [len(output.logprobs) for output in outputs] == lengths
+    is_whole &= not style.top_logprobs or [len(output.top_logprobs) for output in outputs] == lengths
+    if not is_whole:
+        raise InternalError("the engine did not return the tokens that were asked for; the figure would be wrong")
 
 
 def _ratios(report: dict[str, Any], peers: dict[str, Any]) -> dict[str, float]:

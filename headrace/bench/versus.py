@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from headrace.bench.workloads import Workload
 
 if TYPE_CHECKING:
+    from headrace.bench.engine_setup import Prepared
     from headrace.bench.offline import OfflineOptions
 
 _BATCH_SIZES = (8, 16, 32, 64, 128, 256)
@@ -27,7 +28,7 @@ class _MissingApiError(Exception):
 
 
 def time_transformers(
-    options: OfflineOptions, workload: Workload, folder: str, on_progress: Callable[[str], None]
+    options: OfflineOptions, prepared: Prepared, workload: Workload, on_progress: Callable[[str], None]
 ) -> dict[str, Any]:
     """Time both ways; returns for each the best setting's figures and those of every setting tried.
 
@@ -41,8 +42,9 @@ def time_transformers(
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    torch.set_num_threads(options.num_threads)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype)).eval()
+    torch.set_num_threads(prepared.resolved.num_threads)
+    dtype = getattr(torch, prepared.resolved.dtype)
+    model = AutoModelForCausalLM.from_pretrained(prepared.folder, dtype=dtype).to(prepared.resolved.device).eval()
     num_requests = len(workload.prompts)
     sizes = options.batch_sizes or _up_to(_BATCH_SIZES, num_requests)
     _generate_batch(model, workload.prompts[:1], 4)
@@ -105,8 +107,8 @@ def _generate_batch(model: Any, prompts: list[list[int]], num_tokens: int) -> No
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     with torch.inference_mode():
         output = model.generate(
-            input_ids=input_ids,
-            attention_mask=mask,
+            input_ids=input_ids.to(model.device),
+            attention_mask=mask.to(model.device),
             generation_config=_generation_config(num_tokens),
         )
     if output.shape[1] != longest + num_tokens:

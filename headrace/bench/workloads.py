@@ -3,10 +3,11 @@
     A   mixed requests: 256 random prompts of 100 to 1024 tokens, 100 to 1024 tokens out (142,827 in, 133,966 out)
     B   GRPO groups: 64 prompts of 512 tokens, each 8 times, log-normal output lengths to 2048 (349,383 out)
     C   one request: 128 tokens in, 512 out
+    D   for a closed loop: 2,000 requests with A's ranges of lengths
 
 All sample at temperature 1.0, never stop early, and need no text. On a CPU the full workloads take hours, so they are
 scaled down: `num_divisor` divides the number of prompts, `length_divisor` every length; the shape of the distributions
-and the group size stay. `CPU_SCALE` is what `headrace bench offline` uses unless told otherwise.
+and the group size stay. `CPU_SCALE` is what a CPU runs unless told otherwise; a GPU runs the workloads as published.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import msgspec
 
 WorkloadName = Literal["A", "B", "C"]
 GROUP_SIZE = 8
+CLOSED_LOOP_REQUESTS = 2000
 
 
 class Scale(msgspec.Struct, frozen=True):
@@ -33,10 +35,23 @@ CPU_SCALE = Scale(num_divisor=4, length_divisor=8)
 QUICK_SCALE = Scale(num_divisor=16, length_divisor=8)
 
 
+class ScaleChoice(msgspec.Struct, frozen=True):
+    """The scale asked for: a preset (None: by the device), and divisors that win over it."""
+
+    preset: Literal["full", "quick"] | None = None
+    num_divisor: int | None = None
+    length_divisor: int | None = None
+
+    def on(self, *, is_cpu: bool) -> Scale:
+        """The scale on this kind of device."""
+        scale = {"full": FULL_SCALE, "quick": QUICK_SCALE, None: CPU_SCALE if is_cpu else FULL_SCALE}[self.preset]
+        return Scale(self.num_divisor or scale.num_divisor, self.length_divisor or scale.length_divisor)
+
+
 class Workload(msgspec.Struct, frozen=True):
     """Requests in submission order: prompt token ids, and how many tokens to generate for each."""
 
-    name: WorkloadName
+    name: WorkloadName | Literal["D"]
     prompts: list[list[int]]
     output_lengths: list[int]
     group_size: int = 1
@@ -56,10 +71,26 @@ class Workload(msgspec.Struct, frozen=True):
         """Tokens of the longest sequence, prompt included."""
         return max(len(p) + n for p, n in zip(self.prompts, self.output_lengths, strict=True))
 
+    def strangers(self, num_requests: int) -> list[list[int]]:
+        """Prompts of the same lengths and range of ids that share no prefix with it: for a warm-up."""
+        num_ids = 1 + max(map(max, self.prompts))
+        return [[(token + 1) % num_ids for token in prompt] for prompt in self.prompts[:num_requests]]
+
 
 def make_workload(name: WorkloadName, *, scale: Scale = FULL_SCALE, vocab_size: int | None = None) -> Workload:
     """Build workload `name`. With `vocab_size`, token ids are folded into [0, vocab_size)."""
     workload = {"A": _workload_a, "B": _workload_b, "C": _workload_c}[name](scale)
+    return _folded(workload, vocab_size)
+
+
+def make_closed_loop(
+    num_requests: int = CLOSED_LOOP_REQUESTS, *, length_divisor: int = 1, vocab_size: int | None = None
+) -> Workload:
+    """Build workload D of `num_requests` requests."""
+    return _folded(_mixed("D", random.Random(3000), num_requests, length_divisor), vocab_size)
+
+
+def _folded(workload: Workload, vocab_size: int | None) -> Workload:
     if vocab_size is None:
         return workload
     prompts = [[token % vocab_size for token in prompt] for prompt in workload.prompts]
@@ -67,14 +98,15 @@ def make_workload(name: WorkloadName, *, scale: Scale = FULL_SCALE, vocab_size: 
 
 
 def _workload_a(scale: Scale) -> Workload:
-    source = random.Random(0)
-    num_prompts = max(1, 256 // scale.num_divisor)
+    return _mixed("A", random.Random(0), max(1, 256 // scale.num_divisor), scale.length_divisor)
 
+
+def _mixed(name: Literal["A", "D"], source: random.Random, num_prompts: int, length_divisor: int) -> Workload:
     def length() -> int:
-        return max(1, source.randint(100, 1024) // scale.length_divisor)
+        return max(1, source.randint(100, 1024) // length_divisor)
 
     prompts = [[source.randint(0, 10000) for _ in range(length())] for _ in range(num_prompts)]
-    return Workload("A", prompts, [length() for _ in range(num_prompts)])
+    return Workload(name, prompts, [length() for _ in range(num_prompts)])
 
 
 def _workload_b(scale: Scale) -> Workload:

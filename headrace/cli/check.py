@@ -1,7 +1,8 @@
 """`headrace check`: say how a model would run here, without running it.
 
-Owns the report: the settings as resolved, with why; the memory plan; the attention backends, and why each of the others
-is refused. Reads `config.json` only, so it answers for a checkpoint whose weights are not there yet.
+Owns the report: the settings as resolved, with why; the device; the memory plan; the attention backends, why each of
+the others is refused, and which kernel serves which shape. Reads `config.json` only, so it answers for a checkpoint
+whose weights are not there yet.
 """
 
 from __future__ import annotations
@@ -9,16 +10,22 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from headrace.cli.flags import add_flags, given
-from headrace.config import EngineConfig, ModelSpec, ResolvedConfig
-from headrace.config.resolve import ELEMENT_SIZES, available_memory
+from headrace.config import EngineConfig, ResolvedConfig, Software
+from headrace.config.devices import installed_software
+from headrace.config.resolve import ELEMENT_SIZES, available_memory, backend_refusal
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _LOGITS_BYTES = 4
-_WORKSPACE_COPIES = 3
+_CPU_LOGITS_COPIES = 3
+_CUDA_LOGITS_COPIES = 2
+_COUNT_BYTES = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,99 +44,165 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(report))
     else:
-        _print_report(report)
-    return 2 if report["attention"]["chosen"] in report["attention"]["refused"] else 0
+        print_report(report)
+    return 0 if report["attention"]["chosen"] in report["attention"]["available"] else 2
 
 
-def build_report(resolved: ResolvedConfig) -> dict[str, Any]:
-    """The report as JSON-like values. Sizes are bytes."""
-    from headrace.attention import CAPABILITIES, refusals
+def build_report(resolved: ResolvedConfig, software: Software | None = None) -> dict[str, Any]:
+    """The report as JSON-like values. Sizes are bytes; a pool that is not measured yet has None tokens.
 
-    refused = refusals(
+    `software` is what is installed here unless given.
+    """
+    settings = msgspec.to_builtins(resolved.engine)
+    for name in ("device", "dtype", "kv_dtype", "context_length", "num_threads", "attention_backend"):
+        settings[name] = getattr(resolved, name)
+    settings["kv_pool_tokens"] = resolved.max_total_num_tokens or None
+    return {
+        "model": {"folder": resolved.folder, **msgspec.to_builtins(resolved.model)},
+        "device": None if resolved.cuda is None else msgspec.to_builtins(resolved.cuda),
+        "settings": settings,
+        "explanations": [list(entry) for entry in resolved.explanations],
+        "memory": _memory_plan(resolved),
+        "attention": _attention(resolved, installed_software() if software is None else software),
+    }
+
+
+def _attention(resolved: ResolvedConfig, software: Software) -> dict[str, Any]:
+    """The chosen backend, the possible ones, why others are refused; on cuda also what "auto" runs, by queries."""
+    from headrace import attention
+
+    refused = attention.refusals(
         device=resolved.device,
         dtype=resolved.dtype,
         numerics=resolved.engine.numerics,
         page_size=resolved.engine.page_size,
         head_dim=resolved.model.head_dim,
     )
-    settings = msgspec.to_builtins(resolved.engine)
-    for name in ("device", "dtype", "context_length", "num_threads", "attention_backend"):
-        settings[name] = getattr(resolved, name)
-    settings["kv_pool_tokens"] = resolved.max_total_num_tokens
+    for name in attention.CAPABILITIES:
+        missing = backend_refusal(name, resolved.device, software)
+        if missing is not None:
+            refused.setdefault(name, missing)
+    choices = getattr(attention, "CHOICES", ()) if resolved.device == "cuda" else ()
     return {
-        "model": {"folder": resolved.folder, **msgspec.to_builtins(resolved.model)},
-        "settings": settings,
-        "explanations": [list(entry) for entry in resolved.explanations],
-        "memory": _memory_plan(resolved),
-        "attention": {
-            "chosen": resolved.attention_backend,
-            "available": [name for name in CAPABILITIES if name not in refused],
-            "refused": refused,
-        },
+        "chosen": resolved.attention_backend,
+        "available": [name for name in attention.CAPABILITIES if name not in refused],
+        "refused": refused,
+        "choices": [list(choice) for choice in choices],
     }
 
 
-def _memory_plan(resolved: ResolvedConfig) -> dict[str, int]:
-    """Bytes of weights and KV as they will be allocated; the workspace is an upper estimate of one step's tensors."""
+def _memory_plan(resolved: ResolvedConfig) -> dict[str, int | bool]:
+    """Bytes of weights and KV as they will be allocated; the workspace is an upper estimate of one step's tensors.
+
+    Where the pool is measured at start, its share of the device's memory is an estimate: others may use the device,
+    and graphs take some.
+    """
     from headrace.models import weight_map
 
-    model, engine = resolved.model, resolved.engine
-    element_size = ELEMENT_SIZES[resolved.dtype]
+    model, page_size = resolved.model, resolved.engine.page_size
     num_parameters = sum(math.prod(param.shape) for param in weight_map(model).params.values())
-    kv_pool = resolved.num_pages * engine.page_size * model.kv_bytes_per_token(element_size)
-    workspace = _workspace(model, resolved, element_size)
+    weights = num_parameters * ELEMENT_SIZES[resolved.dtype]
+    workspace = _workspace(resolved)
+    available = available_memory() if resolved.cuda is None else resolved.cuda.total_bytes
+    num_pages, is_estimate = resolved.num_pages, resolved.num_pages == 0
+    page_bytes = page_size * resolved.kv_bytes_per_token
+    if is_estimate:
+        room = int(available * resolved.engine.memory_fraction) - weights - workspace
+        num_pages = max(0, room // page_bytes)
+    kv_pool, total = num_pages * page_bytes, weights + num_pages * page_bytes + workspace
+    kv_pages = max(0, num_pages - 1)  # page 0 is nobody's
     return {
         "num_parameters": num_parameters,
-        "weights": num_parameters * element_size,
+        "weights": weights,
         "kv_pool": kv_pool,
-        "kv_pages": resolved.num_pages - 1,
+        "kv_pages": kv_pages,
+        "kv_tokens": kv_pages * page_size,
+        "kv_is_estimate": is_estimate,
         "workspace": workspace,
-        "total": num_parameters * element_size + kv_pool + workspace,
-        "available": available_memory(),
+        "total": total,
+        "available": available,
+        "fits": kv_pages > 0 and total <= available,
     }
 
 
-def _workspace(model: ModelSpec, resolved: ResolvedConfig, element_size: int) -> int:
-    """Float32 logits of every row, and the widest activations of a full step."""
-    engine = resolved.engine
-    rows = min(engine.max_running_requests, engine.max_num_batched_tokens)
+def _workspace(resolved: ResolvedConfig) -> int:
+    """Float32 logits of every row, the widest activations of a full step and, on a device, int16 counts of tokens."""
+    engine, model = resolved.engine, resolved.model
     qkv_width = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     width = 2 * model.intermediate_size + model.hidden_size + qkv_width
-    logits = rows * model.vocab_size * _LOGITS_BYTES * _WORKSPACE_COPIES
-    return logits + engine.max_num_batched_tokens * width * element_size
+    activations = engine.max_num_batched_tokens * width * ELEMENT_SIZES[resolved.dtype]
+    if resolved.device == "cuda":
+        logits = engine.max_running_requests * model.vocab_size * _LOGITS_BYTES * _CUDA_LOGITS_COPIES
+        return logits + engine.max_running_requests * model.vocab_size * _COUNT_BYTES + activations
+    rows = min(engine.max_running_requests, engine.max_num_batched_tokens)
+    return rows * model.vocab_size * _LOGITS_BYTES * _CPU_LOGITS_COPIES + activations
 
 
-def _print_report(report: dict[str, Any]) -> None:
-    from rich import box
+def print_report(report: dict[str, Any]) -> None:
+    """The report as tables on standard output."""
     from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    _print_model(console, report)
+    _print_memory(console, report)
+    _print_attention(console, report["attention"])
+
+
+def _print_model(console: Console, report: dict[str, Any]) -> None:
+    from rich import box
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
-    model, memory, attention = report["model"], report["memory"], report["attention"]
+    model, device = report["model"], report["device"]
     console.print(f"[bold]{model['architecture']}[/] {escape(model['folder'])}")
     console.print(
-        f"{memory['num_parameters']:,} parameters, {model['num_layers']} layers, {model['num_heads']} heads over"
-        f" {model['num_kv_heads']} KV heads of {model['head_dim']}, vocabulary {model['vocab_size']:,}"
+        f"{report['memory']['num_parameters']:,} parameters, {model['num_layers']} layers, {model['num_heads']} heads"
+        f" over {model['num_kv_heads']} KV heads of {model['head_dim']}, vocabulary {model['vocab_size']:,}"
     )
+    if device is not None:
+        major, minor = device["capability"]
+        console.print(
+            f"{escape(device['name'])}, compute capability {major}.{minor}, {device['num_multiprocessors']}"
+            f" multiprocessors, {_size(device['total_bytes'])}"
+        )
     why = {name: text for name, _, text in report["explanations"]}
     settings = Table("setting", "value", "why", box=box.SIMPLE)
     for name, value in report["settings"].items():
         settings.add_row(name, escape(str(value)), escape(why.get(name, "")))
     console.print(settings)
+
+
+def _print_memory(console: Console, report: dict[str, Any]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    memory = report["memory"]
     plan = Table("memory", "size", box=box.SIMPLE)
     for name in ("weights", "kv_pool", "workspace", "total", "available"):
         plan.add_row(name.replace("_", " "), _size(memory[name]))
     console.print(plan)
-    console.print(f"KV pool: {memory['kv_pages']:,} pages, {report['settings']['kv_pool_tokens']:,} tokens")
-    if memory["total"] > memory["available"]:
+    note = " (an estimate: the core measures it when it starts)" if memory["kv_is_estimate"] else ""
+    console.print(f"KV pool: {memory['kv_pages']:,} pages, {memory['kv_tokens']:,} tokens{note}")
+    if not memory["fits"]:
         console.print("[bold red]This is more memory than there is.[/]")
+
+
+def _print_attention(console: Console, attention: dict[str, Any]) -> None:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
     backends = Table("attention backend", "", box=box.SIMPLE)
     for name in (*attention["available"], *attention["refused"]):
         state = "chosen" if name == attention["chosen"] else "available"
         why_not = attention["refused"].get(name)
         backends.add_row(name, escape(f"refused: {why_not}") if why_not else state)
     console.print(backends)
+    if attention["choices"]:
+        choices = Table("queries", "rows", "kernel of auto", "why", box=box.SIMPLE)
+        for choice in attention["choices"]:
+            choices.add_row(*map(escape, choice))
+        console.print(choices)
 
 
 def _size(num_bytes: int) -> str:

@@ -1,7 +1,19 @@
 """Settings and model geometry, resolved once into a frozen value. Torch-free."""
 
-from headrace.config.engine_config import EngineConfig
+from headrace.config.devices import CudaDevice, Software, cuda_devices
+from headrace.config.engine_config import EngineConfig, SettledConfig
 from headrace.config.model_spec import KvGroup, ModelSpec, RopeSpec
 from headrace.config.resolve import ResolvedConfig, resolve
 
-__all__ = ["EngineConfig", "KvGroup", "ModelSpec", "ResolvedConfig", "RopeSpec", "resolve"]
+__all__ = [
+    "CudaDevice",
+    "EngineConfig",
+    "KvGroup",
+    "ModelSpec",
+    "ResolvedConfig",
+    "RopeSpec",
+    "SettledConfig",
+    "Software",
+    "cuda_devices",
+    "resolve",
+]

@@ -20,22 +20,28 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     model                    a Hugging Face folder or hub id
     tokenizer                folder or id of the tokenizer; None: the model's
     skip_tokenizer_init      no tokenizer at all: token ids in, token ids out
-    device                   "auto" | "cpu" | "cuda"
-    dtype                    "auto" (the checkpoint's on GPU, float32 on CPU) | "float32" | "bfloat16" | "float16"
+    device                   "auto" (cuda where it can run) | "cpu" | "cuda" (the first that CUDA_VISIBLE_DEVICES shows)
+    dtype                    "auto" (the checkpoint's on cuda, float32 on cpu) | "float32" | "bfloat16" | "float16"
+    kv_dtype                 "auto" (dtype) | "fp8_e4m3" (half the memory, less accurate; triton and flashinfer only)
     load_format              "auto" | "safetensors" | "bin" | "dummy" (random weights from `seed`)
     context_length           most tokens of one sequence; None: the model's
     page_size                tokens per KV page, 1 to 64
-    kv_pool_tokens           tokens the KV pool holds; None: sized from `memory_fraction`
-    memory_fraction          share of the free device memory for weights and KV; CPU: see docs/architecture.md
-    max_running_requests     sequences that may hold a slot at once
+    kv_pool_tokens           tokens the KV pool holds; None: on cuda measured at start, on cpu see docs/architecture.md
+    memory_fraction          cuda: share of the device memory that is free when the core starts, for weights,
+                             workspace, graphs and KV together
+    max_running_requests     sequences that may hold a slot at once; None: 512 on cuda, 256 on cpu
     max_waiting_requests     queue bound; more are refused with 503
     max_num_batched_tokens   token budget of one step
     prefix_cache             keep and match computed prefixes
-    overlap_depth            plans issued ahead of the oldest unknown result
+    overlap_depth            plans issued ahead of the oldest unknown result; None: 1 on cuda, 0 on cpu
     numerics                 "fast" | "invariant" (same bits whatever runs beside, at a cost)
-    attention_backend        "auto" | "reference" | "cpu"
+    attention_backend        "auto" | "reference" (slow oracle) | "cpu" | "triton" | "flashinfer"
+    cuda_graphs              replay steps as CUDA graphs
+    max_graph_tokens         most tokens of a step that is captured as a graph
+    kernel_cache             folder of built kernels, which may be carried to another host; None: the libraries' own
     seed                     seeds dummy weights and the seeds given to requests that bring none
-    num_threads              torch threads of the core process; None: OMP_NUM_THREADS, else the cores it may use
+    num_threads              torch threads of the core process; None: OMP_NUM_THREADS, else the cores it may use, on
+                             cuda at most 4 of them
     logprob_mode             default meaning of output log-probabilities
     prompt_logprob_mode      default meaning of prompt log-probabilities
     served_model_name        name answered by the OpenAI routes; None: `model`
@@ -52,18 +58,22 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     skip_tokenizer_init: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    kv_dtype: Literal["auto", "fp8_e4m3"] = "auto"
     load_format: Literal["auto", "safetensors", "bin", "dummy"] = "auto"
     context_length: int | None = None
     page_size: int = 16
     kv_pool_tokens: int | None = None
     memory_fraction: float = 0.9
-    max_running_requests: int = 256
+    max_running_requests: int | None = None
     max_waiting_requests: int = 65536
     max_num_batched_tokens: int = 2048
     prefix_cache: bool = True
-    overlap_depth: int = 0
+    overlap_depth: int | None = None
     numerics: Literal["fast", "invariant"] = "fast"
-    attention_backend: Literal["auto", "reference", "cpu"] = "auto"
+    attention_backend: Literal["auto", "reference", "cpu", "triton", "flashinfer"] = "auto"
+    cuda_graphs: bool = True
+    max_graph_tokens: int = 2048
+    kernel_cache: str | None = None
     seed: int = 0
     num_threads: int | None = None
     logprob_mode: LogprobMode = "temperature"
@@ -91,6 +101,18 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(str(error), field=_field_of(error)) from None
 
 
+class SettledConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An `EngineConfig` whose sizes are known: what `ResolvedConfig.engine` is."""
+
+    max_running_requests: int
+    overlap_depth: int
+
+    @property
+    def max_sequences(self) -> int:
+        """Sequences that may run or wait at once: more in one call could never all be taken."""
+        return self.max_running_requests + self.max_waiting_requests
+
+
 def _field_of(error: msgspec.ValidationError) -> str:
     """The field a msgspec message names, as in "Expected `int`, got `str` - at `$.page_size`"."""
     _, found, path = str(error).partition("`$.")
@@ -103,6 +125,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_waiting_requests": (1, 1 << 24),
     "max_num_batched_tokens": (1, 1 << 20),
     "overlap_depth": (0, 8),
+    "max_graph_tokens": (1, 1 << 16),
     "seed": (0, (1 << 64) - 1),
     "memory_fraction": (0.01, 1.0),
     "pause_timeout": (0.0, 1e9),

@@ -8,13 +8,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from headrace.config import ResolvedConfig
 from headrace.types.errors import HeadraceError
 from headrace.types.plan import StepPlan, StepResult
 from headrace.types.weights import TensorInfo, UpdateMode
 from headrace.weights.session import ResolvedMode
 
 if TYPE_CHECKING:
-    from headrace.runner import Runner
+    from headrace.runner.device_runner import DeviceRunner
+    from headrace.runner.pending import PendingStep
+    from headrace.runner.runner import Runner
 
 logger = logging.getLogger(__name__)
 
@@ -85,31 +88,38 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """Executes plans in this process, each when it is submitted."""
+    """Executes plans in this process, on the device of its runner."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner | DeviceRunner) -> None:
         self._runner = runner
-        self._results: deque[StepResult | StepError] = deque()
+        self._pending: deque[PendingStep | StepError] = deque()
         self.weights: Weights = runner.weights
 
+    @property
+    def resolved(self) -> ResolvedConfig:
+        """The settings with what could only be measured filled in."""
+        return self._runner.resolved
+
     def submit(self, plan: StepPlan) -> None:
-        if any(isinstance(result, StepError) for result in self._results):
-            self._results.append(StepError(plan.step_id, RuntimeError("a step before it failed")))
+        if any(isinstance(step, StepError) for step in self._pending):
+            self._pending.append(StepError(plan.step_id, RuntimeError("a step before it failed")))
             return
         try:
-            self._results.append(self._runner.execute(plan))
+            self._pending.append(self._runner.launch(plan))
         except FAULTS as fault:
-            logger.exception("step %d failed", plan.step_id)
-            self._results.append(StepError(plan.step_id, fault))
+            self._pending.append(_failed(plan.step_id, fault))
 
     def collect(self) -> StepResult:
-        result = self._results.popleft()
-        if isinstance(result, StepError):
-            raise result
-        return result
+        step = self._pending.popleft()
+        if isinstance(step, StepError):
+            raise step
+        try:
+            return step.wait()
+        except FAULTS as fault:
+            raise _failed(step.step_id, fault) from fault
 
     def counters(self) -> dict[str, float]:
-        return {"num_gemm_calls": float(self._runner.num_gemm_calls)}
+        return self._runner.counters()
 
     def checkpoint(self, folder: Path) -> tuple[list[TensorInfo], Iterator[tuple[str, Any]]]:
         from headrace.weights.checkpoint import iterate_checkpoint, read_manifest
@@ -117,4 +127,10 @@ class LocalExecutor:
         return read_manifest(folder), iterate_checkpoint(folder)
 
     def close(self) -> None:
-        self._results.clear()
+        self._pending.clear()
+        self._runner.close()
+
+
+def _failed(step_id: int, fault: BaseException) -> StepError:
+    logger.error("step %d failed", step_id, exc_info=fault)
+    return StepError(step_id, fault)

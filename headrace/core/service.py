@@ -67,7 +67,7 @@ def _build(
     on_built: Callable[[], object] | None,
 ) -> CoreLoop | None:
     """The loop, announced; None when the front went away meanwhile."""
-    executor = build_executor(resolved, kind)
+    executor, resolved = build_executor(resolved, kind)
     loop = CoreLoop(resolved, executor, link, pulse=pulse)
     if on_built is not None:
         on_built()
@@ -87,15 +87,17 @@ def _build(
     return loop
 
 
-def build_executor(resolved: ResolvedConfig, kind: ExecutorKind) -> Executor:
-    """What executes plans: a runner of this process, or, for "free", nothing at all."""
+def build_executor(resolved: ResolvedConfig, kind: ExecutorKind) -> tuple[Executor, ResolvedConfig]:
+    """What executes plans: a runner of this process, or, for "free", nothing at all. And the settings it runs with,
+    where what could only be measured is filled in."""
     if kind == "free":
         from headrace.core.fake_executor import FreeExecutor
 
-        return FreeExecutor(resolved.model.vocab_size)
-    from headrace.runner import Runner  # torch: the slow import, made in the core only
+        return FreeExecutor(resolved.model.vocab_size), resolved
+    from headrace.runner import build_runner  # torch: the slow import, made in the core only
 
-    return LocalExecutor(Runner(resolved, on_progress=LoadProgress()))
+    executor = LocalExecutor(build_runner(resolved, on_progress=LoadProgress()))
+    return executor, executor.resolved
 
 
 class LoadProgress:

@@ -79,7 +79,7 @@ class AsyncEngine:
         self, model: str | Path, *, inprocess: bool = False, executor: ExecutorKind = "local", **settings: Any
     ) -> None:
         self.config = EngineConfig.from_dict({"model": str(model), **settings})
-        self.resolved = resolve_settings(self.config)
+        self.resolved = resolve_settings(self.config, executor)
         self.runtime = Runtime(self.resolved, inprocess=inprocess, executor=executor)
         self._finalizer = weakref.finalize(self, self.runtime.close)
         is_started = False
@@ -90,6 +90,8 @@ class AsyncEngine:
         finally:
             if not is_started:
                 self._finalizer()
+        # Only the core could measure what a device has room for; requests are bounded by that.
+        self.resolved = self.resolved.with_pool(self.ready.max_total_num_tokens, self.ready.explanations)
         self._builder = RequestBuilder(self.resolved, self.tokenizer)
         self._intake = Intake(self.runtime.client, self._builder, self.tokenizer, self.config.request_timeout)
 

@@ -65,8 +65,13 @@ class CoreThread:
         serve_core(resolved, link, executor, pulse=Pulse(page))
 
 
-def resolve_settings(config: EngineConfig) -> ResolvedConfig:
-    """Find the model's files and decide every open setting. Raises `ConfigError` and its kin."""
+def resolve_settings(config: EngineConfig, executor: ExecutorKind = "local") -> ResolvedConfig:
+    """Find the model's files and decide every open setting. Raises `ConfigError` and its kin.
+
+    An executor that computes nothing has no device that could measure a pool: whatever is asked, it is on the CPU.
+    """
+    if executor == "free":
+        config = msgspec.structs.replace(config, device="cpu")
     return resolve(config, model_folder(config.model))
 
 

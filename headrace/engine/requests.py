@@ -108,7 +108,7 @@ class RequestBuilder:
         self._eos_ids = tuple(t for t in model.eos_token_ids if 0 <= t < model.vocab_size)
         self._output_mode: LogprobMode = engine.logprob_mode
         self._prompt_mode: LogprobMode = engine.prompt_logprob_mode
-        self._max_sequences = engine.max_waiting_requests + engine.max_running_requests
+        self._max_sequences = engine.max_sequences
         self._seeds = SeedSource(engine.seed)
 
     def expand(

@@ -1,12 +1,14 @@
 """Which implementation of the row operations a model is built with. Owns the choice; must not know models or plans.
 
-Shape legend: T tokens, I input features, O output features, F half of a gated projection, H heads, D head size.
+Shape legend: T tokens, I input features, O output features, F half of a gated projection, H heads, D head size,
+V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -14,9 +16,37 @@ from headrace.kernels import fast, invariant, reference
 from headrace.types.errors import ConfigError
 
 
+class LayerKernels(Protocol):
+    """What a decoder layer is made of: products over the normed residual stream, and products added back to it.
+
+    A set may fuse what each of these says. All tensors have one dtype unless stated; outputs are new tensors. Sets
+    other than `KernelSet` leave the norms and the rotation of heads to the attention backend (`ProjectedStep`).
+    """
+
+    def normed_linear(
+        self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None
+    ) -> Tensor:
+        """rms_norm(x) W^T + b -> [T, O]."""
+        ...
+
+    def normed_gate(
+        self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None
+    ) -> Tensor:
+        """silu(gate) * up of rms_norm(x) W^T + b, whose first half are the gates -> [T, F]."""
+        ...
+
+    def linear_add_(self, residual_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        """residual += x W^T + b, in place."""
+        ...
+
+    def normed_logits(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_VI: Tensor) -> Tensor:
+        """rms_norm(x) W^T -> float32 [T, V]."""
+        ...
+
+
 @dataclass(frozen=True)
 class KernelSet:
-    """The row operations of a decoder. All take and return tensors of one dtype unless stated.
+    """The row operations of a decoder on a CPU. All take and return tensors of one dtype unless stated.
 
     linear(x_TI, weight_OI, bias_O or None) -> [T, O]
     linear_add_(residual_TO, x_TI, weight_OI, bias_O or None): residual += linear, in place
@@ -31,6 +61,19 @@ class KernelSet:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     rope: Callable[[Tensor, Tensor, Tensor], Tensor]
     silu_and_mul: Callable[[Tensor], Tensor]
+
+    def normed_linear(
+        self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None
+    ) -> Tensor:
+        return self.linear(self.rms_norm(x_TI, norm_I, eps), weight_OI, bias_O)
+
+    def normed_gate(
+        self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None
+    ) -> Tensor:
+        return self.silu_and_mul(self.normed_linear(x_TI, norm_I, eps, weight_OI, bias_O))
+
+    def normed_logits(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_VI: Tensor) -> Tensor:
+        return self.normed_linear(x_TI, norm_I, eps, weight_VI, None).float()
 
 
 _MODULES = {"reference": reference, "fast": fast, "invariant": invariant}

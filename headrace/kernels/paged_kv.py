@@ -35,11 +35,12 @@ class KvGeometry:
 class KvPool:
     """Keys and values of all layers, flat: `keys[layer]` and `values[layer]` are [num_rows, head_dim]."""
 
-    def __init__(self, geometry: KvGeometry, dtype: torch.dtype) -> None:
+    def __init__(self, geometry: KvGeometry, dtype: torch.dtype, device: torch.device | None = None) -> None:
         self.geometry = geometry
         self.dtype = dtype
         shape = (2 * geometry.num_layers, geometry.num_rows, geometry.head_dim)
-        blocks = _lazy_zeros(shape, dtype)
+        is_cpu = device is None or device.type == "cpu"
+        blocks = _lazy_zeros(shape, dtype) if is_cpu else torch.zeros(shape, dtype=dtype, device=device)
         self.keys = [blocks[2 * layer] for layer in range(geometry.num_layers)]
         self.values = [blocks[2 * layer + 1] for layer in range(geometry.num_layers)]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace.kernels import KernelSet
+from headrace.kernels import LayerKernels
+from headrace.layers.norm import RmsNorm
 
 
 class GemmCounter:
@@ -18,16 +19,26 @@ class GemmCounter:
 class Linear:
     """x W^T + b; weight [out, in], bias [out] or None."""
 
-    def __init__(self, kernels: KernelSet, counter: GemmCounter, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, kernels: LayerKernels, counter: GemmCounter, weight: Tensor, bias: Tensor | None = None) -> None:
         self._kernels = kernels
         self._counter = counter
         self._weight = weight
         self._bias = bias
 
-    def __call__(self, x_TI: Tensor) -> Tensor:
-        """[T, in] -> [T, out]."""
+    def of_normed(self, x_TI: Tensor, norm: RmsNorm) -> Tensor:
+        """Of the norm of x: [T, in] -> [T, out]."""
         self._counter.num_calls += 1
-        return self._kernels.linear(x_TI, self._weight, self._bias)
+        return self._kernels.normed_linear(x_TI, norm.weight, norm.eps, self._weight, self._bias)
+
+    def gate_of_normed(self, x_TI: Tensor, norm: RmsNorm) -> Tensor:
+        """silu(gate) * up of the norm of x, gates being the first half of the outputs: [T, in] -> [T, out / 2]."""
+        self._counter.num_calls += 1
+        return self._kernels.normed_gate(x_TI, norm.weight, norm.eps, self._weight, self._bias)
+
+    def logits_of_normed(self, x_TI: Tensor, norm: RmsNorm) -> Tensor:
+        """Of the norm of x, in float32; without bias."""
+        self._counter.num_calls += 1
+        return self._kernels.normed_logits(x_TI, norm.weight, norm.eps, self._weight)
 
     def add_to(self, residual_TO: Tensor, x_TI: Tensor) -> None:
         """residual += x W^T + b, in place."""
@@ -39,8 +50,8 @@ class Embedding:
     """Rows of a table [vocab, hidden] by token id."""
 
     def __init__(self, weight: Tensor) -> None:
-        self._weight = weight
+        self.weight = weight
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """int64 [T] -> a new tensor [T, hidden]."""
-        return torch.index_select(self._weight, 0, token_ids)
+        return torch.index_select(self.weight, 0, token_ids)

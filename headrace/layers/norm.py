@@ -1,20 +1,15 @@
-"""Root-mean-square norm over parameters owned elsewhere."""
+"""Root-mean-square norm over parameters owned elsewhere. What computes it belongs to the kernels that take it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
-from headrace.kernels import KernelSet
 
-
+@dataclass(frozen=True)
 class RmsNorm:
-    """Norm over the last axis, weight [width]."""
+    """Norm over the last axis: weight [width], and what is added to the mean square."""
 
-    def __init__(self, kernels: KernelSet, weight: Tensor, eps: float) -> None:
-        self._kernels = kernels
-        self._weight = weight
-        self._eps = eps
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[..., width] -> the same shape."""
-        return self._kernels.rms_norm(x, self._weight, self._eps)
+    weight: Tensor
+    eps: float

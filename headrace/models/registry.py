@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from headrace.config import ModelSpec
+from headrace.kernels import LayerKernels
 from headrace.layers.linear import GemmCounter
 from headrace.models import llama, mistral, qwen2, qwen3
 from headrace.models.decoder import Decoder
@@ -73,8 +74,13 @@ def _layer_rules(spec: ModelSpec, layer: int) -> list[WeightRule]:
 
 
 def build(
-    spec: ModelSpec, store: WeightStore, *, numerics: str, context_length: int, counter: GemmCounter | None = None
+    spec: ModelSpec,
+    store: WeightStore,
+    *,
+    kernels: LayerKernels,
+    context_length: int,
+    counter: GemmCounter | None = None,
 ) -> Decoder:
-    """The decoder over `store.live`, whose tensors it keeps. `numerics` is a kernel set's name."""
+    """The decoder over `store.live`, whose tensors it keeps."""
     family_of(spec)
-    return Decoder(spec, store.live, numerics=numerics, context_length=context_length, counter=counter or GemmCounter())
+    return Decoder(spec, store.live, kernels=kernels, context_length=context_length, counter=counter or GemmCounter())

@@ -40,8 +40,8 @@ class ForwardBatch:
         return None if self.scored_rows or len(self.sampled_tokens) == len(self.token_ids) else self.sampled_tokens
 
 
-def build_batch(plan: StepPlan, slots: SlotTable) -> ForwardBatch:
-    """Lay the plan's rows out. `slots` has already been shown the plan."""
+def build_batch(plan: StepPlan, slots: SlotTable, device: torch.device | None = None) -> ForwardBatch:
+    """Lay the plan's rows out, tensors on `device`. `slots` has already been shown the plan."""
     row_slots, row_starts, row_lengths = (
         array.astype(np.int64) for array in (plan.row_slots, plan.row_starts, plan.row_lengths)
     )
@@ -52,12 +52,12 @@ def build_batch(plan: StepPlan, slots: SlotTable) -> ForwardBatch:
     sampled_rows = np.flatnonzero(plan.row_samples)
     return ForwardBatch(
         attention=AttentionInputs(slots.page_table, row_slots, row_starts, row_lengths, positions, token_slots),
-        token_ids=torch.from_numpy(slots.resolve_tokens(plan.token_ids, token_slots)),
-        positions=torch.from_numpy(positions),
+        token_ids=torch.from_numpy(slots.resolve_tokens(plan.token_ids, token_slots)).to(device),
+        positions=torch.from_numpy(positions).to(device),
         row_firsts=row_firsts,
         scored_rows=slots.scored_rows(row_slots, row_starts),
         sampled_rows=sampled_rows,
-        sampled_tokens=torch.from_numpy(row_ends[sampled_rows] - 1),
+        sampled_tokens=torch.from_numpy(row_ends[sampled_rows] - 1).to(device),
         sampled_slots=row_slots[sampled_rows],
         sampled_positions=(row_starts + row_lengths)[sampled_rows],
     )

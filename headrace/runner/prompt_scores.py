@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from headrace.runner.batch import ForwardBatch
+from headrace.runner.pending import join_extras
 from headrace.sampling import Sampler
 from headrace.types.plan import PositionLogprobs, PromptLogprobs, SlotInit
 
@@ -44,20 +45,10 @@ class PromptScorer:
             values.append(logprobs)
             if extra is not None:
                 extras.append(extra)
-        return PromptLogprobs(first, torch.cat(values).numpy(), _concatenate(extras) if extras else None)
+        return PromptLogprobs(first, torch.cat(values).numpy(), join_extras(extras))
 
 
 def scored_positions(init: SlotInit, start: int, length: int) -> tuple[int, int]:
     """Prompt positions [first, last) that its request wants scored and a row of `length` tokens at `start` predicts."""
     assert init.logprobs.prompt_start is not None
     return max(start + 1, init.logprobs.prompt_start), min(start + length + 1, init.num_prompt_tokens)
-
-
-def _concatenate(parts: list[PositionLogprobs]) -> PositionLogprobs:
-    if len(parts) == 1:
-        return parts[0]
-    return PositionLogprobs(
-        np.concatenate([part.top_ids for part in parts]),
-        np.concatenate([part.top_logprobs for part in parts]),
-        np.concatenate([part.asked_logprobs for part in parts]),
-    )

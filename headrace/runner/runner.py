@@ -1,13 +1,12 @@
-"""Executes step plans on one device. Owns the slot table, the KV pool and the model; must not know requests.
+"""Executes step plans on a CPU, and with the reference kernels on any device, each when it is issued.
+
+Owns the slot table, the KV pool and the model; must not know requests.
 
 A step is: enter slots and write pages, one packed forward over all rows, the head for the rows that need logits, one
 sampling pass. Nothing here decides which rows run.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,17 +15,18 @@ from torch import Tensor
 from headrace import models
 from headrace.attention import AttentionShape, build_backend
 from headrace.config import ResolvedConfig
+from headrace.kernels import select_kernels
 from headrace.kernels.paged_kv import KvGeometry, KvPool
 from headrace.layers.linear import GemmCounter
 from headrace.runner.batch import ForwardBatch, build_batch
+from headrace.runner.loading import Progress, load_weights
+from headrace.runner.pending import DoneStep, step_result
 from headrace.runner.prompt_scores import PromptScorer
 from headrace.runner.slots import SlotTable
 from headrace.sampling import Sampler
 from headrace.types.plan import PositionLogprobs, StepPlan, StepResult
-from headrace.weights.checkpoint import iterate_checkpoint
 from headrace.weights.store import WeightStore
 
-Progress = Callable[[int, int], None]
 _MAX_LOGITS_BYTES = 256 << 20
 
 
@@ -40,26 +40,42 @@ class Runner:
     def __init__(self, resolved: ResolvedConfig, on_progress: Progress | None = None) -> None:
         spec, engine = resolved.model, resolved.engine
         torch.set_num_threads(resolved.num_threads)
-        device, dtype = torch.device(resolved.device), getattr(torch, resolved.dtype)
+        self._device = device = torch.device(resolved.device)
+        dtype = getattr(torch, resolved.dtype)
+        self.resolved = resolved
         self._counter = GemmCounter()
         self.weights = WeightStore(models.weight_map(spec), dtype, device)
-        numerics = "reference" if resolved.attention_backend == "reference" else engine.numerics
+        kernels = select_kernels("reference" if resolved.attention_backend == "reference" else engine.numerics)
         self._model = models.build(
-            spec, self.weights, numerics=numerics, context_length=resolved.context_length, counter=self._counter
+            spec, self.weights, kernels=kernels, context_length=resolved.context_length, counter=self._counter
         )
         geometry = KvGeometry(spec.num_layers, resolved.num_pages, spec.num_kv_heads, engine.page_size, spec.head_dim)
         shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
-        self._attention = build_backend(resolved.attention_backend, engine.numerics, shape, KvPool(geometry, dtype))
+        self._attention = build_backend(
+            resolved.attention_backend, engine.numerics, shape, KvPool(geometry, dtype, device)
+        )
         self._slots = SlotTable(engine.max_running_requests, resolved.max_columns)
-        self._sampler = Sampler(spec.vocab_size, engine.max_running_requests, device, engine.numerics)
+        self._sampler = Sampler(spec.vocab_size, engine.max_running_requests, torch.device("cpu"), engine.numerics)
         self._scorer = PromptScorer(self._model.logits, self._sampler, spec.vocab_size)
         self._max_sampled_rows = max(1, _MAX_LOGITS_BYTES // (4 * spec.vocab_size))
-        self._load(resolved, on_progress)
+        load_weights(self.weights, resolved, on_progress)
 
     @property
     def num_gemm_calls(self) -> int:
         """Linear layers run so far."""
         return self._counter.num_calls
+
+    def launch(self, plan: StepPlan) -> DoneStep:
+        """Run one step now. Plans must come in the order they were issued."""
+        return DoneStep(self.execute(plan))
+
+    def close(self) -> None:
+        """Give the weights back; the pool goes with the runner."""
+        self.weights.close()
+
+    def counters(self) -> dict[str, float]:
+        """Figures of its own for the metrics."""
+        return {"num_gemm_calls": float(self._counter.num_calls)}
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. Plans must come in the order they were issued."""
@@ -68,8 +84,8 @@ class Runner:
             for init in plan.new_slots:
                 self._sampler.enter(init)
             if len(plan.row_slots) == 0:
-                return _result(plan.step_id, np.zeros(0, np.int64), np.zeros(0, np.float32))
-            batch = build_batch(plan, self._slots)
+                return step_result(plan.step_id, np.zeros(0, np.int32), np.zeros(0, np.float32), {}, {})
+            batch = build_batch(plan, self._slots, self._device)
             step = self._attention.plan(batch.attention)
             hidden = self._model.forward(batch.token_ids, batch.positions, step, batch.logit_tokens)
             prompts = self._scorer.score(batch, hidden)
@@ -77,10 +93,7 @@ class Runner:
                 hidden = hidden.index_select(0, batch.sampled_tokens)
             token_ids, logprobs, extras = self._sample(batch, hidden)
             self._slots.record(batch.sampled_slots, token_ids)
-        result = _result(plan.step_id, token_ids, logprobs)
-        result.extras.update(extras)
-        result.prompt_logprobs.update(prompts)
-        return result
+        return step_result(plan.step_id, token_ids.astype(np.int32), logprobs, extras, prompts)
 
     def _sample(
         self, batch: ForwardBatch, hidden_SX: Tensor
@@ -97,31 +110,3 @@ class Runner:
             logprobs.append(sampled.logprobs.numpy())
             extras.update({int(batch.sampled_rows[first + row]): extra for row, extra in sampled.extras.items()})
         return np.concatenate(token_ids), np.concatenate(logprobs), extras
-
-    def _load(self, resolved: ResolvedConfig, on_progress: Progress | None) -> None:
-        if resolved.engine.load_format == "dummy":
-            self.weights.fill_random(resolved.engine.seed)
-            return
-        source = iterate_checkpoint(Path(resolved.folder), resolved.engine.load_format)
-        self.weights.load(_counted(source, len(self.weights.weight_map.rules_by_name), on_progress))
-
-
-def _counted(
-    source: Iterable[tuple[str, Tensor]], total: int, on_progress: Progress | None
-) -> Iterator[tuple[str, Tensor]]:
-    for done, item in enumerate(source, 1):
-        yield item
-        if on_progress is not None:
-            on_progress(min(done, total), total)
-
-
-def _result(step_id: int, token_ids: np.ndarray, logprobs: np.ndarray) -> StepResult:
-    num_rows = len(token_ids)
-    return StepResult(
-        step_id,
-        token_ids.astype(np.int32).reshape(num_rows, 1),
-        logprobs.reshape(num_rows, 1),
-        np.ones(num_rows, np.int32),
-        {},
-        {},
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from headrace.attention.base import Int64Array
@@ -33,7 +34,9 @@ class SlotTable:
                 self._scored_ends[init.slot] = init.num_prompt_tokens
         self._pages[plan.page_slots, plan.page_columns] = plan.page_ids
 
-    def scored_rows(self, row_slots: Int64Array, row_starts: Int64Array) -> list[tuple[int, SlotInit]]:
+    def scored_rows(
+        self, row_slots: npt.NDArray[np.integer], row_starts: npt.NDArray[np.integer]
+    ) -> list[tuple[int, SlotInit]]:
         """Rows that compute part of a prompt whose log-probabilities are wanted, each with its sequence."""
         rows = np.flatnonzero(row_starts + 1 < self._scored_ends[row_slots])
         return [(int(row), self._scored[int(row_slots[row])]) for row in rows]

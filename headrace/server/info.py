@@ -105,12 +105,13 @@ class InfoFace:
         status = await self._engine.status(HEALTH_SECONDS)
         config, resolved = self._engine.config, self._engine.resolved
         settings = {
-            **msgspec.to_builtins(config),
+            **msgspec.to_builtins(resolved.engine),
             **_SINGLE_RANK,
             "model_path": config.model,
             "tokenizer_path": config.tokenizer or config.model,
             "served_model_name": self._state.model_name,
             "dtype": resolved.dtype,
+            "kv_dtype": resolved.kv_dtype,
             "device": resolved.device,
             "context_length": resolved.context_length,
             "attention_backend": resolved.attention_backend,
@@ -122,7 +123,7 @@ class InfoFace:
             **settings,
             "last_gen_throughput": self._throughput.measure(status),
             "memory_usage": {"token_capacity": status.max_total_num_tokens},
-            "effective_max_running_requests_per_dp": config.max_running_requests,
+            "effective_max_running_requests_per_dp": resolved.engine.max_running_requests,
         }
         facts = {
             "status": status.state,
@@ -196,7 +197,7 @@ class InfoFace:
             "num_used_tokens": status.num_used_tokens,
             "num_total_tokens": status.num_used_tokens,
             "max_total_num_tokens": status.max_total_num_tokens,
-            "max_running_requests": self._engine.config.max_running_requests,
+            "max_running_requests": self._engine.resolved.engine.max_running_requests,
             "token_usage": usage,
             "gen_throughput": self._throughput.measure(status),
             "cache_hit_rate": counts.get("num_cached_tokens", 0.0) / num_prompt if num_prompt else 0.0,

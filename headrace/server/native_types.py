@@ -73,7 +73,7 @@ async def read_call(engine: AsyncEngine, values: Mapping[str, Any]) -> GenerateC
     prompts, is_batch, prompt_field = await _prompts(engine, body)
     params = _params_list(body.sampling_params, len(prompts))
     num_sequences = sum(each.n for each in params)
-    limit = engine.config.max_waiting_requests + engine.config.max_running_requests
+    limit = engine.resolved.engine.max_sequences
     if num_sequences > limit:
         raise RequestError(f"{prompt_field}: {num_sequences} sequences in one call, over {limit}", field=prompt_field)
     asked = _PromptOptions(engine, body, len(prompts))

@@ -110,7 +110,7 @@ class OpenAiCall:
         )
 
     def _check_count(self, num_sequences: int, field: str) -> None:
-        limit = self._state.engine.config.max_waiting_requests + self._state.engine.config.max_running_requests
+        limit = self._state.engine.resolved.engine.max_sequences
         if num_sequences > limit:
             raise RequestError(f"{field}: {num_sequences} sequences in one call, over {limit}", field=field)
 

@@ -36,10 +36,10 @@ def bytes_of(tensor: torch.Tensor) -> Bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def row_blocks(shape: tuple[int, ...], element_size: int) -> Iterator[slice]:
-    """Slices of axis 0 that cover it in order, each of about `BLOCK_BYTES`."""
+def row_blocks(shape: tuple[int, ...], element_size: int, block_bytes: int = BLOCK_BYTES) -> Iterator[slice]:
+    """Slices of axis 0 that cover it in order, each of about `block_bytes`."""
     row_bytes = num_elements(shape[1:]) * element_size
-    num_rows = max(1, BLOCK_BYTES // max(1, row_bytes))
+    num_rows = max(1, block_bytes // max(1, row_bytes))
     for start in range(0, shape[0], num_rows):
         yield slice(start, min(start + num_rows, shape[0]))
 

@@ -16,13 +16,14 @@ from headrace.config.resolve import available_memory
 from headrace.types.errors import CheckpointError, NotFoundError, UpdateConflictError, WeightUpdateError
 from headrace.types.weights import TensorInfo, UpdateMode, WeightState
 from headrace.weights.session import ResolvedMode, StagedSet
-from headrace.weights.staging import StageWork, digest_of, dtype_name, row_blocks, source_of
+from headrace.weights.staging import BLOCK_BYTES, StageWork, digest_of, dtype_name, row_blocks, source_of
 from headrace.weights.weight_map import FLOAT_DTYPES, WeightMap, WeightRule, is_derived
 
 SHADOW_HEADROOM_BYTES = 256 << 20
 """Memory that must stay free beside the shadow buffers, for activations and the producer."""
 
 _INIT_STD = 0.02
+_FILL_BYTES = {"cpu": BLOCK_BYTES, "cuda": 1 << 28}
 
 
 class _Transaction:
@@ -66,7 +67,7 @@ class _Transaction:
 class WeightStore:
     """Parameters on one device in one dtype: `live[param]` are the tensors the model holds.
 
-    `memory` says how many bytes may still be taken (tests pass their own).
+    `memory` says how many bytes may still be taken there; None: what the device or the machine has left.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class WeightStore:
         dtype: torch.dtype,
         device: torch.device,
         *,
-        memory: Callable[[], int] = available_memory,
+        memory: Callable[[], int] | None = None,
     ) -> None:
         if dtype_name(dtype) not in FLOAT_DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(FLOAT_DTYPES)}, got {dtype}")
@@ -85,7 +86,7 @@ class WeightStore:
         self.live = {
             name: torch.empty(spec.shape, dtype=dtype, device=device) for name, spec in weight_map.params.items()
         }
-        self._memory = memory
+        self._memory = memory or _memory_left(device)
         self._resting: WeightState = "needs_weights"
         self._transaction: _Transaction | None = None
 
@@ -98,6 +99,11 @@ class WeightStore:
     def num_bytes(self) -> int:
         """Bytes of live parameter memory."""
         return self.weight_map.num_elements * self.dtype.itemsize
+
+    def close(self) -> None:
+        """Give live and shadow memory back. Nothing may be asked of the store afterwards."""
+        self._transaction = None
+        self.live.clear()
 
     # Whole models: from a file, from a seed, to nothing.
 
@@ -151,7 +157,7 @@ class WeightStore:
                 raise CheckpointError(f"{name} is tied to {target} by config.json but holds other values", field=name)
 
     def fill_random(self, seed: int) -> None:
-        """Random weights for tests and dummy models, a pure function of (seed, HF name, shape, dtype). READY then.
+        """Random weights for tests and dummy models, a pure function of (seed, HF name, shape, dtype, device). READY.
 
         Norm weights are 1, all else is normal with standard deviation 0.02, as Hugging Face initialises.
         """
@@ -172,9 +178,10 @@ class WeightStore:
         for name, rule in self.weight_map.rules_by_name.items():
             region = self._region(rule)
             key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
-            for rows in row_blocks(rule.shape, 4):
-                region[rows] = torch.empty(region[rows].shape).normal_(0.0, _INIT_STD, generator=generator).to(region)
+            generator = torch.Generator(self.device).manual_seed(int.from_bytes(key[:8], "little") >> 1)
+            for rows in row_blocks(rule.shape, 4, _FILL_BYTES[self.device.type]):
+                values = torch.empty(region[rows].shape, device=self.device)
+                region[rows] = values.normal_(0.0, _INIT_STD, generator=generator).to(region)
 
     # The transaction.
 
@@ -301,3 +308,15 @@ class WeightStore:
         if self._transaction is None:
             raise UpdateConflictError("no weight update is open", field="session_id")
         return self._transaction
+
+
+def _memory_left(device: torch.device) -> Callable[[], int]:
+    """On a device, also what the allocator keeps but nobody uses."""
+    if device.type == "cpu":
+        return available_memory
+
+    def left() -> int:
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+
+    return left

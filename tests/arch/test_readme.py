@@ -97,7 +97,10 @@ def test_no_other_kind_of_command_is_shown() -> None:
     assert {words[0] for words in commands()} == {"make", "headrace", "curl"}
 
 
-@pytest.mark.parametrize("document", ["README.md", "SECURITY.md", "docs/architecture.md", "docs/benchmarks.md"])
+DOCUMENTS = ["README.md", "SECURITY.md", "docs/architecture.md", "docs/benchmarks.md", "docs/gpu.md"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_between_documents_lead_somewhere(document: str) -> None:
     path = ROOT / document
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from headrace.attention import (
-    CAPABILITIES,
     AttentionBackend,
     AttentionInputs,
     AttentionShape,
@@ -136,10 +135,11 @@ def test_a_steady_decode_of_similar_lengths_is_one_piece(num_rows: int) -> None:
 
 
 def test_capabilities_name_why_a_backend_is_refused() -> None:
-    assert refusals(device="cpu", dtype="float32", numerics="fast", page_size=16, head_dim=64) == {}
+    on_cpu = refusals(device="cpu", dtype="float32", numerics="fast", page_size=16, head_dim=64)
+    assert not {"reference", "cpu"} & set(on_cpu)
     assert "reference" in refusals(device="cpu", dtype="float32", numerics="invariant", page_size=16, head_dim=64)
-    found = refusals(device="cuda", dtype="float32", numerics="fast", page_size=16, head_dim=64)
-    assert set(found) == set(CAPABILITIES) and "cuda" in found["cpu"]
+    on_cuda = refusals(device="cuda", dtype="float32", numerics="fast", page_size=16, head_dim=64)
+    assert "cuda" in on_cuda["cpu"] and "triton" not in on_cuda
     assert "65" in refusals(device="cpu", dtype="float32", numerics="fast", page_size=65, head_dim=64)["cpu"]
     assert "int8" in refusals(device="cpu", dtype="int8", numerics="fast", page_size=16, head_dim=64)["cpu"]
 

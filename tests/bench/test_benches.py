@@ -43,6 +43,7 @@ def test_offline_beside_transformers(capsys: pytest.CaptureFixture[str]) -> None
     assert main([*words, *sizes, "--vs", "transformers", "--json"]) == 0
     result = _last_line(capsys)
     assert result["num_requests"] == 8 and isinstance(result["ratio"], float)
+    assert result["rescored"] == 8 and result["num_rescored_tokens"] == result["num_output_tokens"]
     continuous = result["transformers"]["continuous_batching"]  # type: ignore[index]
     assert ("ratio_continuous" in result) == ("tokens_per_second" in continuous) != ("unavailable" in continuous)
 
@@ -68,3 +69,46 @@ def test_offline_of_one_request_reports_its_latency(capsys: pytest.CaptureFixtur
     assert main([*words, "--load-format", "dummy", "--json"]) == 0
     result = _last_line(capsys)
     assert result["num_output_tokens"] == 16 and isinstance(result["milliseconds_per_token"], float)
+    assert result["rescored"] == 1 and result["versions"]["headrace"] and result["dtype"] == "float32"  # type: ignore[index]
+
+
+def test_offline_with_shaped_sampling_and_top_logprobs(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "offline", "--workload", "A", "--num-divisor", "64", "--length-divisor", "32", "--runs", "2"]
+    shaped = ["--top-p", "0.9", "--top-k", "40", "--top-logprobs", "3", "--rescored", "3", "--dtype", "bfloat16"]
+    assert main([*words, *shaped, "--shape", "tiny", "--threads", "1", "--load-format", "dummy", "--json"]) == 0
+    result = _last_line(capsys)
+    assert (result["top_p"], result["top_k"], result["top_logprobs"], result["rescored"]) == (0.9, 40, 3, 3)
+    assert len(result["seconds"]) == 2 and result["dtype"] == "bfloat16"  # type: ignore[arg-type]
+    assert result["settings"] == {"num_threads": 1, "load_format": "dummy", "dtype": "bfloat16"}
+
+
+def test_truncated_probabilities_are_not_rescored(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "offline", "--shape", "tiny", "--load-format", "dummy", "--logprob-mode", "sampled"]
+    assert main([*words, "--top-k", "5", "--quick", "--json"]) == 2
+    assert "--rescored 0" in capsys.readouterr().err
+
+
+def test_online(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "online", "--shape", "tiny", "--load-format", "dummy", "--threads", "1", "--json"]
+    assert main([*words, "--num-requests", "9", "--concurrency", "3", "--length-divisor", "32"]) == 0
+    result = _last_line(capsys)
+    assert (result["num_requests"], result["concurrency"], result["rescored"]) == (9, 3, 9)
+    between = result["between_tokens_ms"]
+    assert isinstance(between, dict) and 0 < between["p50"] <= between["p99"] <= between["max"]
+    assert isinstance(result["tokens_per_piece"], float) and result["tokens_per_piece"] >= 1
+
+
+def test_serve_beside_offline(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "serve", "--shape", "tiny", "--load-format", "dummy", "--threads", "1", "--runs", "1", "--json"]
+    assert main([*words, "--num-divisor", "64", "--length-divisor", "32", "--rescored", "2"]) == 0
+    result = _last_line(capsys)
+    assert result["num_requests"] == 4 and result["rescored"] == 4, "two of each way"
+    assert isinstance(result["ratio"], float) and result["ratio"] > 0
+    assert result["offline_tokens_per_second"] != result["tokens_per_second"]
+
+
+def test_start(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "start", "--shape", "tiny", "--threads", "1", "--runs", "1", "--json"]) == 0
+    result = _last_line(capsys)
+    assert isinstance(result["cold_seconds"], float) and isinstance(result["cached_seconds"], float)
+    assert len(result["seconds"]) == 1  # type: ignore[arg-type]

@@ -6,7 +6,16 @@ import pytest
 
 from headrace.bench.models import SHAPES, write_config
 from headrace.bench.overhead import output_lengths, unique_prompt
-from headrace.bench.workloads import CPU_SCALE, QUICK_SCALE, Scale, WorkloadName, make_workload
+from headrace.bench.workloads import (
+    CPU_SCALE,
+    FULL_SCALE,
+    QUICK_SCALE,
+    Scale,
+    ScaleChoice,
+    WorkloadName,
+    make_closed_loop,
+    make_workload,
+)
 from headrace.config import ModelSpec
 from headrace.types.errors import ConfigError
 
@@ -59,3 +68,25 @@ def test_overhead_lengths_average_what_is_asked() -> None:
     lengths = output_lengths(256)
     drawn = [next(lengths) for _ in range(1024)]
     assert 250 <= sum(drawn) / len(drawn) <= 260 and min(drawn) >= 128 and max(drawn) < 384
+
+
+def test_the_closed_loop_has_the_lengths_of_a() -> None:
+    workload = make_closed_loop(vocab_size=151_936)
+    lengths = [*map(len, workload.prompts), *workload.output_lengths]
+    assert len(workload.prompts) == 2000 and 100 <= min(lengths) < 110 and 1000 < max(lengths) <= 1024
+    assert len({tuple(prompt[:16]) for prompt in workload.prompts}) == 2000
+    assert max(map(len, make_closed_loop(5, length_divisor=8).prompts)) <= 128
+
+
+def test_scale_by_device_unless_asked() -> None:
+    assert ScaleChoice().on(is_cpu=True) == CPU_SCALE and ScaleChoice().on(is_cpu=False) == FULL_SCALE
+    assert ScaleChoice("full").on(is_cpu=True) == FULL_SCALE and ScaleChoice("quick").on(is_cpu=False) == QUICK_SCALE
+    assert ScaleChoice(num_divisor=2).on(is_cpu=False) == Scale(2, 1)
+
+
+@pytest.mark.parametrize("vocab_size", [100, 512, 151_936])
+def test_a_warm_up_knows_the_vocabulary_and_shares_nothing(vocab_size: int) -> None:
+    workload = make_workload("A", scale=QUICK_SCALE, vocab_size=vocab_size)
+    strangers = workload.strangers(8)
+    assert len(strangers) == 8 and max(map(max, strangers)) < vocab_size
+    assert all(prompt[0] != stranger[0] for prompt, stranger in zip(workload.prompts, strangers, strict=False))

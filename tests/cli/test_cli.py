@@ -47,7 +47,10 @@ def test_every_engine_setting_is_a_flag_of_serve_generate_and_check() -> None:
         (["bench", "offline", "--shape", "enormous", "--load-format", "dummy"], "enormous"),
     ],
 )
-def test_an_error_is_one_line_and_exit_code_2(words: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_is_one_line_and_exit_code_2(
+    words: list[str], named: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert main(words) == 2
     captured = capsys.readouterr()
     assert captured.out == ""

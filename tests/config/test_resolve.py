@@ -1,14 +1,22 @@
-"""Every "auto" is decided, explained and bounded."""
+"""Every "auto" is decided, explained and bounded, whatever the machine has: devices and software are given here."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from headrace.config import EngineConfig, ResolvedConfig, resolve
+from headrace.config import CudaDevice, EngineConfig, ResolvedConfig, Software, resolve
+from headrace.config.engine_config import SettledConfig
 from headrace.config.resolve import available_cores
 from headrace.types.errors import ConfigError
+
+H200 = CudaDevice("NVIDIA H200", 150_754_820_096, (9, 0), 132)
+A100 = CudaDevice("NVIDIA A100", 80 << 30, (8, 0), 108)
+T4 = CudaDevice("Tesla T4", 16 << 30, (7, 5), 40)
+FULL = Software(torch_cuda="13.0", has_triton=True, has_flashinfer=True)
+INTERPRETED = Software(has_triton=True, interprets_triton=True)
 
 
 @pytest.fixture
@@ -31,15 +39,213 @@ def write(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps(values))
 
 
-def resolved(folder: Path, **settings: Any) -> ResolvedConfig:
-    return resolve(EngineConfig.from_dict({"model": str(folder), **settings}), folder)
+def resolved(
+    folder: Path, *, devices: tuple[CudaDevice, ...] = (), software: Software = FULL, **settings: Any
+) -> ResolvedConfig:
+    config = EngineConfig.from_dict({"model": str(folder), **settings})
+    return resolve(config, folder, devices=devices, software=software)
 
 
-def test_everything_auto_is_explained(folder: Path) -> None:
+def on_cuda(folder: Path, **settings: Any) -> ResolvedConfig:
+    return resolved(folder, devices=(H200,), **settings)
+
+
+def why(result: ResolvedConfig, setting: str) -> str:
+    """Value and reason of one explained setting."""
+    (found,) = [f"{value}: {text}" for name, value, text in result.explanations if name == setting]
+    return found
+
+
+OPEN = {
+    "device",
+    "dtype",
+    "kv_dtype",
+    "context_length",
+    "num_threads",
+    "kv_pool_tokens",
+    "attention_backend",
+    "max_running_requests",
+    "overlap_depth",
+}
+
+
+@pytest.mark.parametrize("devices", [(), (H200,)])
+def test_everything_auto_is_explained(folder: Path, devices: tuple[CudaDevice, ...]) -> None:
+    result = resolved(folder, devices=devices)
+    assert {name for name, _, _ in result.explanations} == OPEN
+    assert all(value and text for _, value, text in result.explanations)
+
+
+def test_the_defaults_of_a_cpu(folder: Path) -> None:
     result = resolved(folder)
-    explained = {name for name, _, _ in result.explanations}
-    assert explained == {"device", "dtype", "context_length", "num_threads", "kv_pool_tokens", "attention_backend"}
-    assert (result.device, result.dtype, result.context_length) == ("cpu", "float32", 512)
+    assert (result.device, result.dtype, result.kv_dtype, result.context_length) == ("cpu", "float32", "float32", 512)
+    assert (result.engine.max_running_requests, result.engine.overlap_depth) == (256, 0)
+    assert (result.attention_backend, result.cuda) == ("cpu", None)
+
+
+def test_the_defaults_of_a_cuda_device(folder: Path) -> None:
+    write(folder, torch_dtype="bfloat16")
+    result = on_cuda(folder)
+    assert (result.device, result.dtype, result.kv_dtype) == ("cuda", "bfloat16", "bfloat16")
+    assert (result.engine.max_running_requests, result.engine.overlap_depth) == (512, 1)
+    assert (result.attention_backend, result.cuda) == ("triton", H200)
+    assert "H200" in why(result, "device") and "9.0" in why(result, "device")
+    assert "206" in why(result, "attention_backend") and "234" in why(result, "attention_backend")
+
+
+def test_what_was_resolved_travels(folder: Path) -> None:
+    for result in (resolved(folder), on_cuda(folder)):
+        copy = msgspec.msgpack.decode(msgspec.msgpack.encode(result), type=ResolvedConfig)
+        assert copy == result and isinstance(copy.engine, SettledConfig)
+
+
+@pytest.mark.parametrize(
+    ("devices", "software", "missing"),
+    [
+        ((), FULL, "no CUDA device"),
+        ((T4, H200), FULL, "Tesla T4 of compute capability 7.5, below 8.0"),
+        ((H200,), Software(has_triton=True), "CPU build"),
+        ((H200,), Software(torch_cuda="13.0"), "triton is not installed"),
+    ],
+)
+def test_a_device_that_cannot_be_used_is_said_to_be_so(
+    folder: Path, devices: tuple[CudaDevice, ...], software: Software, missing: str
+) -> None:
+    result = resolved(folder, devices=devices, software=software)
+    assert result.device == "cpu" and result.cuda is None and missing in why(result, "device")
+    with pytest.raises(ConfigError, match=missing) as caught:
+        resolved(folder, devices=devices, software=software, device="cuda")
+    assert caught.value.field == "device"
+
+
+def test_the_least_capability_is_enough_and_the_first_device_counts(folder: Path) -> None:
+    assert resolved(folder, devices=(A100, T4)).cuda == A100
+
+
+def test_a_given_device_is_not_explained(folder: Path) -> None:
+    assert on_cuda(folder, device="cpu").device == "cpu"
+    for device in ("cpu", "cuda"):
+        assert "device" not in {name for name, _, _ in on_cuda(folder, device=device).explanations}
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "expected"),
+    [("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "float32"), ("float8_e4m3fn", "bfloat16")],
+)
+def test_a_device_takes_the_checkpoints_dtype(folder: Path, checkpoint: str, expected: str) -> None:
+    write(folder, dtype=checkpoint)
+    assert on_cuda(folder).dtype == expected
+    assert on_cuda(folder, dtype="float16").dtype == "float16"
+    assert resolved(folder).dtype == "float32"
+
+
+BACKENDS: list[tuple[str, tuple[CudaDevice, ...], Software, str | None]] = [
+    ("reference", (), FULL, None),
+    ("reference", (H200,), FULL, None),
+    ("cpu", (), FULL, None),
+    ("cpu", (H200,), FULL, "does not run on cuda"),
+    ("triton", (H200,), FULL, None),
+    ("triton", (), FULL, "TRITON_INTERPRET=1"),
+    ("triton", (), Software(interprets_triton=True), "TRITON_INTERPRET=1"),
+    ("triton", (), INTERPRETED, None),
+    ("flashinfer", (H200,), FULL, None),
+    ("flashinfer", (H200,), Software(torch_cuda="13.0", has_triton=True), "not installed"),
+    ("flashinfer", (), FULL, "does not run on cpu"),
+]
+
+
+@pytest.mark.parametrize(("backend", "devices", "software", "refusal"), BACKENDS)
+def test_backends_run_where_they_can(
+    folder: Path, backend: str, devices: tuple[CudaDevice, ...], software: Software, refusal: str | None
+) -> None:
+    settings: dict[str, Any] = {"devices": devices, "software": software, "attention_backend": backend}
+    if refusal is None:
+        result = resolved(folder, **settings)
+        assert result.attention_backend == backend
+        assert "attention_backend" not in {name for name, _, _ in result.explanations}
+        return
+    with pytest.raises(ConfigError, match=refusal) as caught:
+        resolved(folder, **settings)
+    assert caught.value.field == "attention_backend"
+
+
+@pytest.mark.parametrize(
+    ("devices", "backend", "is_possible"),
+    [
+        ((H200,), "auto", True),
+        ((H200,), "flashinfer", True),
+        ((H200,), "reference", False),
+        ((A100,), "triton", False),  # no float8_e4m3fn below 8.9
+        ((), "triton", True),
+        ((), "auto", False),
+    ],
+)
+def test_fp8_keys_and_values_need_kernels_and_hardware(
+    folder: Path, devices: tuple[CudaDevice, ...], backend: str, is_possible: bool
+) -> None:
+    software = FULL if devices else INTERPRETED
+    settings: dict[str, Any] = {
+        "devices": devices,
+        "software": software,
+        "attention_backend": backend,
+        "kv_dtype": "fp8_e4m3",
+    }
+    if is_possible:
+        result = resolved(folder, **settings)
+        assert result.kv_dtype == "float8_e4m3fn"
+        assert result.kv_bytes_per_token * 4 == result.model.kv_bytes_per_token(4)
+        assert "kv_dtype" not in {name for name, _, _ in result.explanations}
+        return
+    with pytest.raises(ConfigError) as caught:
+        resolved(folder, **settings)
+    assert caught.value.field == "kv_dtype"
+
+
+def test_the_pool_of_a_device_is_unknown_until_it_is_measured(folder: Path) -> None:
+    result = on_cuda(folder, memory_fraction=0.5)
+    assert (result.num_pages, result.max_total_num_tokens) == (0, 0)
+    assert "measured at start" in why(result, "kv_pool_tokens") and "0.5" in why(result, "kv_pool_tokens")
+    measured = (("kv_pool_tokens", "160", "measured"),)
+    known = result.with_pool(160, measured)
+    assert (known.num_pages, known.max_total_num_tokens, known.explanations) == (11, 160, measured)
+    assert known.with_pool(0, ()).max_total_num_tokens == 0
+
+
+def test_a_given_pool_is_taken_as_given_on_a_device_too(folder: Path) -> None:
+    assert on_cuda(folder, kv_pool_tokens=64, page_size=4).num_pages == 17
+    with pytest.raises(ConfigError) as caught:
+        on_cuda(folder, kv_pool_tokens=3, page_size=4)
+    assert caught.value.field == "kv_pool_tokens"
+
+
+def test_a_pool_already_known_stays_as_it_is(folder: Path) -> None:
+    result = resolved(folder, kv_pool_tokens=100)
+    assert result.with_pool(result.max_total_num_tokens, result.explanations) == result
+
+
+@pytest.mark.parametrize("devices", [(), (H200,)])
+def test_given_sizes_are_kept_wherever_it_runs(folder: Path, devices: tuple[CudaDevice, ...]) -> None:
+    result = resolved(folder, devices=devices, max_running_requests=3, overlap_depth=2, max_waiting_requests=4)
+    assert (result.engine.max_running_requests, result.engine.overlap_depth) == (3, 2)
+    assert result.engine.max_sequences == 7
+    assert not {"max_running_requests", "overlap_depth"} & {name for name, _, _ in result.explanations}
+
+
+def test_what_was_asked_is_otherwise_untouched(folder: Path) -> None:
+    asked = EngineConfig(model=str(folder), page_size=4, seed=7, cuda_graphs=False, max_graph_tokens=64)
+    settled = resolve(asked, folder, devices=(H200,), software=FULL).engine
+    differing = {name for name in EngineConfig.__struct_fields__ if getattr(asked, name) != getattr(settled, name)}
+    assert differing == {"max_running_requests", "overlap_depth"}
+
+
+def test_the_kernel_cache_is_a_folder_by_its_whole_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    assert resolved(folder).engine.kernel_cache is None
+    assert resolved(folder, kernel_cache="built").engine.kernel_cache == str(folder.resolve() / "built")
+    (folder / "file").touch()
+    with pytest.raises(ConfigError) as caught:
+        resolved(folder, kernel_cache="file")
+    assert caught.value.field == "kernel_cache"
 
 
 def test_given_settings_are_kept_and_not_explained(folder: Path) -> None:
@@ -81,6 +287,13 @@ def test_a_sliding_window_bounds_the_context(folder: Path) -> None:
         ({"kv_pool_tokens": 3}, "kv_pool_tokens"),
         ({"memory_fraction": 2.0}, "memory_fraction"),
         ({"device": "cuda"}, "device"),
+        ({"device": "tpu"}, "device"),
+        ({"kv_dtype": "fp8"}, "kv_dtype"),
+        ({"kv_dtype": "fp8_e4m3"}, "kv_dtype"),
+        ({"attention_backend": "cudnn"}, "attention_backend"),
+        ({"max_running_requests": 0}, "max_running_requests"),
+        ({"max_graph_tokens": 0}, "max_graph_tokens"),
+        ({"cuda_graphs": 1}, "cuda_graphs"),
         ({"no_such_setting": 1}, "no_such_setting"),
     ],
 )
@@ -96,4 +309,6 @@ def test_the_thread_count_of_the_environment_is_honoured(
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", value)
     assert resolved(folder).num_threads == (expected or available_cores())
-    assert resolved(folder, num_threads=2).num_threads == 2
+    assert on_cuda(folder).num_threads == (expected or min(4, available_cores()))
+    for result in (resolved(folder, num_threads=2), on_cuda(folder, num_threads=2)):
+        assert result.num_threads == 2

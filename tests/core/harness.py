@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import torch
 
-from headrace.config import EngineConfig, ModelSpec, ResolvedConfig
+from headrace.config import ModelSpec, ResolvedConfig, SettledConfig
 from headrace.core.executor import Executor
 from headrace.core.fake_executor import FreeExecutor
 from headrace.core.loop import CoreLoop
@@ -34,10 +34,22 @@ TINY = {
 
 
 def tiny_config(**settings: Any) -> ResolvedConfig:
-    """Settings of a small replica; keywords override those of `EngineConfig`."""
-    engine = EngineConfig(model="tiny", **{"page_size": 4, "max_running_requests": 8, **settings})
-    num_pages = (engine.kv_pool_tokens or 4096) // engine.page_size + 1
-    return ResolvedConfig(engine, ModelSpec.from_config(TINY), "", "cpu", "float32", 256, num_pages, 1, "cpu", ())
+    """Settings of a small replica; keywords override those of `SettledConfig`."""
+    sizes = {"page_size": 4, "max_running_requests": 8, "overlap_depth": 0}
+    engine = SettledConfig(model="tiny", **(sizes | settings))
+    return ResolvedConfig(
+        engine=engine,
+        model=ModelSpec.from_config(TINY),
+        folder="",
+        device="cpu",
+        dtype="float32",
+        kv_dtype="float32",
+        context_length=256,
+        num_pages=(engine.kv_pool_tokens or 4096) // engine.page_size + 1,
+        num_threads=1,
+        attention_backend="cpu",
+        explanations=(),
+    )
 
 
 def tiny_weight_map() -> WeightMap:

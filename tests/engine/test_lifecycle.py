@@ -27,10 +27,15 @@ from headrace import (
     EngineDeadError,
     Generation,
     HeadraceError,
+    RequestError,
     SamplingParams,
     ShutdownError,
     UnsupportedModelError,
 )
+from headrace.config import ResolvedConfig
+from headrace.core import serve_core
+from headrace.engine.launch import ExecutorKind
+from headrace.ipc import CoreLink, Pulse
 from tests.engine.builders import SETTINGS
 
 ROOT = Path(__file__).parents[2]
@@ -324,8 +329,13 @@ def test_an_engine_leaves_no_thread_or_descriptor(model_folder: Path, inprocess:
     ],
 )
 def test_a_wrong_setting_is_named(
-    model_folder: Path, settings: dict[str, object], error: type[Exception], named: str
+    model_folder: Path,
+    settings: dict[str, object],
+    error: type[Exception],
+    named: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(error) as caught:
         Engine(model_folder, inprocess=True, **{**SETTINGS, **settings})
     assert isinstance(caught.value, HeadraceError) and caught.value.field == named
@@ -388,6 +398,27 @@ def test_the_executor_may_be_replaced_by_one_that_costs_nothing(model_folder: Pa
     with contextlib.closing(AsyncEngine(model_folder, executor="free", **SETTINGS)) as engine:
         found = asyncio.run(engine.generate(input_ids=[PROMPT] * 32, sampling_params=LONG))
         assert [len(each.token_ids) for each in found] == [1000] * 32
+
+
+def test_an_executor_without_a_device_is_on_the_cpu(model_folder: Path) -> None:
+    with Engine(model_folder, inprocess=True, executor="free", device="cuda", **SETTINGS) as engine:
+        assert engine.resolved.device == "cpu" and engine.resolved.max_total_num_tokens == SETTINGS["kv_pool_tokens"]
+
+
+def test_a_pool_that_the_core_measures_bounds_requests(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The core here finds room for less than the front was told; only the core can know on a device."""
+    measured = (("kv_pool_tokens", "64", "measured"),)
+
+    def serve_measured(resolved: ResolvedConfig, link: CoreLink, executor: ExecutorKind, *, pulse: Pulse) -> int:
+        return serve_core(resolved.with_pool(64, measured), link, executor, pulse=pulse)
+
+    monkeypatch.setattr("headrace.core.serve_core", serve_measured)
+    with Engine(model_folder, inprocess=True, executor="free", **SETTINGS) as engine:
+        assert (engine.resolved.max_total_num_tokens, engine.resolved.explanations) == (64, measured)
+        assert engine.config.kv_pool_tokens == SETTINGS["kv_pool_tokens"]
+        assert len(engine.generate(input_ids=[PROMPT], sampling_params={"max_new_tokens": 62})[0].token_ids) == 62
+        with pytest.raises(RequestError, match="64 tokens of the KV pool"):
+            engine.generate(input_ids=[PROMPT], sampling_params={"max_new_tokens": 63})
 
 
 def test_a_server_comes_and_goes_on_a_running_engine(model_folder: Path) -> None:

@@ -1,4 +1,5 @@
 """What the Triton kernels promise on a device: bits that depend on no batch mate, launches that overlap, graphs."""
+# mypy: disable-error-code="import-untyped"
 
 from __future__ import annotations
 
@@ -7,16 +8,18 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 from headrace.kernels.triton.linear_rows import MatrixTile, matrix_tile, multiply_row, multiply_tiles, reference_linear
 from headrace.kernels.triton.paged_attention import PagedAttention, reference_attention
-from headrace.kernels.triton.row_operations import add_rms_norm, silu_and_mul
+from headrace.kernels.triton.row_operations import HeadLayout, add_rms_norm, rope_and_store, silu_and_mul
 from headrace.kernels.triton.sampling_rows import SamplingWorkspace, sample_rows
-from headrace.kernels.triton.work_items import AttentionPlanner, WorkLimits
+from headrace.kernels.triton.work_items import AttentionPlanner, LaunchBounds, WorkLimits
 
 DEVICE = torch.device("cuda")
 BF16 = torch.bfloat16
+FLOAT8 = torch.float8_e4m3fn
 LIMITS = WorkLimits(max_tokens=4096, max_items=8192, max_slots=8192)
 PAGE, DIM = 16, 128
 NO_GROUPS = np.zeros((0, 3), np.int32)
@@ -56,35 +59,42 @@ def test_products_have_the_same_bits_at_any_number_of_rows(num_outputs: int, num
 class Pages:
     """Eight groups of eight sequences that share 600 positions of up to 2500."""
 
-    def __init__(self, heads: int, fixed: int | None, overlap: bool = False) -> None:
+    def __init__(self, heads: int, fixed: int | None, overlap: bool = False, pool_dtype: torch.dtype = BF16) -> None:
         self.heads, self.fixed = heads, fixed
         table = torch.randperm(64 * 160, device=DEVICE).view(64, 160) + 1
         for first in range(0, 64, 8):
             table[first : first + 8, :37] = table[first, :37]
         self.table = table.int()
-        self.keys, self.values = (random((64 * 160 + 1) * 8 * PAGE, DIM) for _ in range(2))
-        self.keys[: 8 * PAGE] = self.values[: 8 * PAGE] = 0.0
+        pools = [random((64 * 160 + 1) * 8 * PAGE, DIM) for _ in range(2)]
+        for pool in pools:
+            pool[: 8 * PAGE] = 0.0
+        self.keys, self.values = (pool.to(pool_dtype) for pool in pools)
         self.groups = np.array([(first, 8, 37) for first in range(0, 64, 8)], np.int32)
         self.attention = PagedAttention(heads, 8, DIM, PAGE, LIMITS, BF16, DEVICE, fixed, overlap=overlap)
         self.planner = AttentionPlanner(LIMITS, self.attention.tile_sizes, PAGE, 8, fixed)
 
     def run(
-        self, rows: list[tuple[int, int, int]], q: Tensor, groups: np.ndarray, max_items: int | None = None
+        self, rows: list[tuple[int, int, int]], q: Tensor, groups: np.ndarray, bounds: LaunchBounds | None = None
     ) -> Tensor:
+        """With `bounds` as a captured launch would, else with no more programs than items."""
         buffer = np.full(LIMITS.num_words, 7, np.int32)
         arrays = np.array(rows, np.int64).T
-        summary = self.planner.fill(buffer, arrays[0], arrays[1], arrays[2], groups, max_items)
+        summary = self.planner.fill(buffer, arrays[0], arrays[1], arrays[2], groups, bounds)
+        held = bounds or LaunchBounds(summary.num_narrow, summary.num_wide, len(q))
         out = torch.full_like(q, float("nan"))
         self.attention.run(
             q, self.keys, self.values, self.table, torch.from_numpy(buffer).to(DEVICE), out,
-            num_narrow=summary.num_narrow, num_wide=summary.num_wide, num_merged=len(q),
+            num_narrow=held.narrow, num_wide=held.wide, num_merged=held.merged,
         )  # fmt: skip
         return out
 
 
-@pytest.mark.parametrize("heads", [8, 16, 32, 64])
-def test_attention_bits_depend_on_the_token_alone(heads: int) -> None:
-    pages = Pages(heads, fixed=512)
+EVERY_POOL = [(8, BF16), (16, BF16), (32, BF16), (64, BF16), (16, FLOAT8), (32, FLOAT8)]
+
+
+@pytest.mark.parametrize(("heads", "pool_dtype"), EVERY_POOL)
+def test_attention_bits_depend_on_the_token_alone(heads: int, pool_dtype: torch.dtype) -> None:
+    pages = Pages(heads, fixed=512, pool_dtype=pool_dtype)
     rows = [(row, 600 + 29 * row, 1) for row in range(64)]
     q = random(64, heads, DIM)
     expected = pages.run(rows, q, NO_GROUPS)
@@ -92,14 +102,14 @@ def test_attention_bits_depend_on_the_token_alone(heads: int) -> None:
     oracle = reference_attention(q[[0, 31, 63]], pages.keys, pages.values, pages.table, sample, 8, PAGE)
     assert error(expected[[0, 31, 63]], oracle) < 1e-2
     assert torch.equal(pages.run(rows, q, pages.groups), expected), "prefix groups"
-    assert torch.equal(pages.run(rows, q, NO_GROUPS, max_items=70), expected), "contexts left whole"
+    assert torch.equal(pages.run(rows, q, NO_GROUPS, LaunchBounds(70, 0, 64)), expected), "contexts left whole"
     for row in (0, 17, 63):
         assert torch.equal(pages.run([rows[row]], q[row : row + 1], NO_GROUPS)[0], expected[row]), "alone"
 
 
-@pytest.mark.parametrize("heads", [8, 16, 32, 64])
-def test_a_prompt_gets_the_bits_of_single_steps(heads: int) -> None:
-    pages = Pages(heads, fixed=512)
+@pytest.mark.parametrize(("heads", "pool_dtype"), EVERY_POOL)
+def test_a_prompt_gets_the_bits_of_single_steps(heads: int, pool_dtype: torch.dtype) -> None:
+    pages = Pages(heads, fixed=512, pool_dtype=pool_dtype)
     q = random(700, heads, DIM)
     prompt = pages.run([(3, 500, 700)], q, NO_GROUPS)
     for first, length in ((0, 1), (11, 1), (12, 1), (523, 1), (699, 1), (100, 3), (100, 400)):
@@ -107,15 +117,98 @@ def test_a_prompt_gets_the_bits_of_single_steps(heads: int) -> None:
         assert torch.equal(found, prompt[first : first + length]), (first, length)
 
 
-@pytest.mark.parametrize("heads", [16, 32])
-def test_fast_attention_against_the_oracle(heads: int) -> None:
-    pages = Pages(heads, fixed=None)
+@pytest.mark.parametrize(("heads", "pool_dtype"), [(16, BF16), (32, BF16), (16, FLOAT8), (32, FLOAT8)])
+def test_fast_attention_against_the_oracle(heads: int, pool_dtype: torch.dtype) -> None:
+    pages = Pages(heads, fixed=None, pool_dtype=pool_dtype)
     rows = [*[(row, 600 + 20 * row, 1) for row in range(40)], (50, 0, 333), (51, 1500, 64), (52, 700, 5)]
     num_tokens = sum(length for *_, length in rows)
     q = random(num_tokens, heads, DIM)
     oracle = reference_attention(q, pages.keys, pages.values, pages.table, rows, 8, PAGE)
     for groups in (NO_GROUPS, pages.groups[:5]):
         assert error(pages.run(rows, q, groups), oracle) < 1e-2
+    few = [(row, 600 + 20 * row, 1) for row in range(3)]
+    bounds = pages.planner.bounds(4, 4, is_decode=True)
+    oracle = reference_attention(q[:3], pages.keys, pages.values, pages.table, few, 8, PAGE)
+    assert error(pages.run(few, torch.cat([q[:3], q[:1]]), NO_GROUPS, bounds)[:3], oracle) < 1e-2
+
+
+@pytest.mark.parametrize("num_rows", [1, 300])
+def test_float8_pools_hold_what_others_hold_rounded(num_rows: int) -> None:
+    layout = HeadLayout(16, 8, DIM, PAGE)
+    qkv = random(num_rows, 32 * DIM) * torch.logspace(-3, 3, num_rows, device=DEVICE)[:, None].to(BF16)
+    cos, sin, norms = (
+        torch.rand(600, DIM, device=DEVICE),
+        torch.rand(600, DIM, device=DEVICE),
+        (random(DIM), random(DIM)),
+    )
+    table = (torch.randperm(num_rows * 40, device=DEVICE).view(num_rows, 40) + 1).int()
+    positions = torch.arange(num_rows, dtype=torch.int32, device=DEVICE) * 2
+    rows = torch.arange(num_rows, dtype=torch.int32, device=DEVICE)
+    results = []
+    for dtype in (BF16, FLOAT8):
+        pools = [torch.zeros((num_rows * 40 + 1) * 8 * PAGE, DIM, device=DEVICE).to(dtype) for _ in range(2)]
+        q = torch.zeros(num_rows, 16, DIM, device=DEVICE, dtype=BF16)
+        rope_and_store(qkv, None, norms, 1e-6, cos, sin, positions, rows, table, layout, q, pools[0], pools[1])
+        results.append(pools)
+    for wide, packed in zip(*results, strict=True):
+        expected = wide.float().clamp(-448, 448).to(FLOAT8)
+        assert torch.equal(packed.view(torch.uint8), expected.view(torch.uint8)) and bool(wide.any())
+
+
+class Steps:
+    """Random steps of a few sizes through every kernel here that a step of an engine launches."""
+
+    def __init__(self, pool_dtype: torch.dtype, fixed: int | None) -> None:
+        self.pages = Pages(16, fixed, pool_dtype=pool_dtype)
+        self.random = np.random.default_rng(0)
+        self.cos = torch.rand(4096, DIM, device=DEVICE)
+
+    def run(self, num_rows: int, num_tokens: int, *, is_decode: bool) -> None:
+        """One step of at most this size, padded to it."""
+        pages = self.pages
+        bounds = pages.planner.bounds(num_rows, num_tokens, is_decode=is_decode)
+        rows = int(self.random.integers(1, num_rows + 1))
+        lengths = np.ones(rows, np.int64)
+        if not is_decode:
+            lengths += self.random.multinomial(int(self.random.integers(num_tokens - rows + 1)), np.ones(rows) / rows)
+        starts = self.random.integers(0, 2500 - lengths)
+        groups = NO_GROUPS
+        if is_decode and rows > 2:
+            groups = np.array([(0, rows, int(starts.min()) // PAGE)], np.int32)
+        qkv, residual, inner = random(num_tokens, 32 * DIM), random(num_tokens, 1024), random(num_tokens, 512)
+        add_rms_norm(residual, residual, residual[0], 1e-6, torch.empty_like(residual))
+        silu_and_mul(residual, inner)
+        q = qkv.view(num_tokens, 32, DIM)[:, :16]
+        positions = torch.zeros(num_tokens, dtype=torch.int32, device=DEVICE)
+        layout = HeadLayout(16, 8, DIM, PAGE)
+        rope_and_store(
+            qkv, None, None, 0.0, self.cos, self.cos, positions, positions - 1, pages.table, layout, q,
+            pages.keys, pages.values,
+        )  # fmt: skip
+        pages.run(list(zip(range(rows), starts.tolist(), lengths.tolist(), strict=True)), q, groups, bounds)
+
+
+@pytest.mark.parametrize(("pool_dtype", "fixed"), [(BF16, None), (FLOAT8, None), (BF16, 256), (FLOAT8, 256)])
+def test_nothing_is_specialised_on_the_size_of_a_step(
+    pool_dtype: torch.dtype, fixed: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps(pool_dtype, fixed)
+    for num_rows in (1, 8, 16, 64):
+        steps.run(num_rows, num_rows, is_decode=True)
+    for num_tokens in (16, 512):
+        steps.run(16, num_tokens, is_decode=False)
+    names: list[str] = []
+
+    def listen(*, key: str, repr: str, **_: object) -> None:
+        names.append(repr)
+
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", listen)
+    for _ in range(100):
+        num_rows = int(steps.random.integers(1, 65))
+        steps.run(num_rows, num_rows, is_decode=True)
+        steps.run(num_rows, int(steps.random.integers(num_rows, 2000)), is_decode=False)
+    torch.cuda.synchronize()
+    assert names == []
 
 
 def replayed(call: Callable[[], None]) -> None:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.triton.paged_attention import AttentionTile, AttentionTiles, PagedAttention, reference_attention
-from headrace.kernels.triton.work_items import AttentionPlanner, WorkLimits
+from headrace.kernels.triton.work_items import AttentionPlanner, LaunchBounds, WorkLimits
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter's dot has no bfloat16
+FLOAT8 = torch.float8_e4m3fn
 LIMITS = WorkLimits(max_tokens=64, max_items=256, max_slots=512)
 NO_GROUPS = np.zeros((0, 3), np.int32)
 SMALL = AttentionTiles(AttentionTile(16, 16, 4, 2), AttentionTile(32, 16, 4, 2))
@@ -22,22 +23,25 @@ class Case:
     """Random keys, values and a page table of `num_rows` rows; `shared` leading pages are row 0's in every row."""
 
     def __init__(
-        self, heads: int, kv: int, dim: int, page: int, dtype: torch.dtype, num_rows: int, longest: int, shared: int = 0
-    ) -> None:
+        self, heads: int, kv: int, dim: int, page: int, dtype: torch.dtype, num_rows: int, longest: int,
+        shared: int = 0, pool_dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         generator = torch.Generator().manual_seed(dim * page)
         columns = -(-longest // page)
         pages = torch.randperm(num_rows * columns, generator=generator).view(num_rows, columns) + 1
         pages[:, :shared] = pages[0, :shared]
         self.heads, self.kv, self.dim, self.page, self.dtype = heads, kv, dim, page, dtype
         rows = (num_rows * columns + 1) * kv * page
-        self.keys, self.values = (torch.randn(rows, dim, generator=generator).to(dtype) for _ in range(2))
-        self.keys[: kv * page] = self.values[: kv * page] = 0.0
+        pools = [torch.randn(rows, dim, generator=generator) for _ in range(2)]
+        for pool in pools:
+            pool[: kv * page] = 0.0
+        self.keys, self.values = (pool.to(pool_dtype or dtype) for pool in pools)
         self.table = pages.int()
         self.q = torch.randn(64, heads, dim, generator=generator).to(dtype)
 
     def run(
         self, rows: list[tuple[int, int, int]], groups: list[tuple[int, int, int]], q: Tensor, fixed: int | None,
-        tiles: AttentionTiles, max_items: int | None = None,
+        tiles: AttentionTiles, bounds: LaunchBounds | None = None,
     ) -> Tensor:  # fmt: skip
         attention = PagedAttention(
             self.heads, self.kv, self.dim, self.page, LIMITS, self.dtype, DEVICE, fixed_split=fixed, tiles=tiles
@@ -46,7 +50,7 @@ class Case:
         buffer = np.full(LIMITS.num_words, 77, np.int32)
         group_array = np.array(groups, np.int32) if groups else NO_GROUPS
         table_rows, starts, lengths = np.array(rows, np.int64).T
-        summary = planner.fill(buffer, table_rows, starts, lengths, group_array, max_items)
+        summary = planner.fill(buffer, table_rows, starts, lengths, group_array, bounds)
         out = torch.full(q.shape, float("nan"), dtype=self.dtype, device=DEVICE)
         attention.run(
             q.to(DEVICE), self.keys.to(DEVICE), self.values.to(DEVICE), self.table.to(DEVICE),
@@ -67,35 +71,43 @@ class Case:
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv", "dim", "page", "dtype"),
+    ("heads", "kv", "dim", "page", "dtype", "pool_dtype"),
     [
-        (4, 2, 64, 16, HALF),
-        (2, 2, 80, 8, HALF),
-        (6, 2, 96, 1, HALF),
-        (8, 1, 128, 64, HALF),
-        (7, 1, 64, 16, torch.float32),
+        (4, 2, 64, 16, HALF, HALF),
+        (2, 2, 80, 8, HALF, HALF),
+        (6, 2, 96, 1, HALF, HALF),
+        (8, 1, 128, 64, HALF, HALF),
+        (7, 1, 64, 16, torch.float32, torch.float32),
+        (4, 2, 64, 16, HALF, FLOAT8),
+        (2, 2, 80, 8, HALF, FLOAT8),
+        (7, 1, 64, 16, torch.float32, FLOAT8),
+        (2, 1, 64, 16, torch.bfloat16, FLOAT8),
     ],
 )
-def test_mixed_steps_against_the_oracle(heads: int, kv: int, dim: int, page: int, dtype: torch.dtype) -> None:
-    case = Case(heads, kv, dim, page, dtype, num_rows=5, longest=200)
+def test_mixed_steps_against_the_oracle(
+    heads: int, kv: int, dim: int, page: int, dtype: torch.dtype, pool_dtype: torch.dtype
+) -> None:
+    case = Case(heads, kv, dim, page, dtype, num_rows=5, longest=200, pool_dtype=pool_dtype)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     case.check([(0, 0, 1), (1, 130, 1), (2, 63, 1), (3, 199, 1), (4, 64, 1)], [], tolerance)
     case.check([(3, 70, 1), (0, 0, 11), (1, 65, 5), (2, 100, 2)], [], tolerance)
 
 
-def test_groups_read_shared_pages_once_and_agree() -> None:
-    case = Case(4, 2, 64, 16, HALF, num_rows=6, longest=200, shared=8)
+@pytest.mark.parametrize("pool_dtype", [HALF, FLOAT8])
+def test_groups_read_shared_pages_once_and_agree(pool_dtype: torch.dtype) -> None:
+    case = Case(4, 2, 64, 16, HALF, num_rows=6, longest=200, shared=8, pool_dtype=pool_dtype)
     case.check([(row, 128 + 12 * row, 1) for row in range(6)], [(0, 6, 8)], 2e-2)
     case.check([(0, 140, 1), *[(row, 150, 1) for row in range(1, 6)]], [(1, 3, 7), (4, 2, 8)], 2e-2)
 
 
-def test_fixed_split_bits_depend_on_the_token_alone() -> None:
-    case = Case(4, 2, 64, 16, HALF, num_rows=6, longest=200, shared=8)
+@pytest.mark.parametrize("pool_dtype", [HALF, FLOAT8])
+def test_fixed_split_bits_depend_on_the_token_alone(pool_dtype: torch.dtype) -> None:
+    case = Case(4, 2, 64, 16, HALF, num_rows=6, longest=200, shared=8, pool_dtype=pool_dtype)
     rows = [(row, 128 + 12 * row, 1) for row in range(6)]
     expected = case.run(rows, [], case.q[:6], 64, ONE)
     assert torch.equal(case.run(rows, [(0, 6, 8)], case.q[:6], 64, ONE), expected)
     assert torch.equal(case.run(rows, [(1, 4, 8)], case.q[:6], 64, ONE), expected)
-    assert torch.equal(case.run(rows, [], case.q[:6], 64, ONE, max_items=7), expected), "uncut rows"
+    assert torch.equal(case.run(rows, [], case.q[:6], 64, ONE, LaunchBounds(7, 0, 6)), expected), "uncut rows"
     for row in (0, 5):
         assert torch.equal(case.run([rows[row]], [], case.q[row : row + 1], 64, ONE)[0], expected[row])
     tokens = case.run([(4, 120, 12)], [], case.q[:12], 64, ONE)
@@ -107,3 +119,9 @@ def test_tokens_of_no_item_are_left_alone() -> None:
     case = Case(4, 2, 64, 16, torch.float32, num_rows=2, longest=64)
     found = case.run([(0, 40, 1), (1, 50, 1)], [], case.q[:4], None, SMALL)
     assert found[:2].isfinite().all() and found[2:].isnan().all()
+
+
+def test_queries_too_large_for_the_products_beside_float8_stay_finite() -> None:
+    case = Case(2, 1, 64, 16, torch.bfloat16, num_rows=1, longest=64, pool_dtype=FLOAT8)
+    found = case.run([(0, 40, 1)], [], case.q[:1] * 1e30, None, SMALL)
+    assert found.isfinite().all()

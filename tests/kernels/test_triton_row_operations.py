@@ -79,3 +79,29 @@ def test_rope_and_store(layout: HeadLayout, has_norm: bool, has_bias: bool, dtyp
             assert_near(view[place], values[token], dtype)
             view[place] = 0.0
         assert not pool.any(), "nothing else was written"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("layout", [HeadLayout(4, 2, 64, 16), HeadLayout(7, 1, 80, 1)])
+def test_float8_pools_hold_the_same_values_rounded(layout: HeadLayout, dtype: torch.dtype) -> None:
+    num_kv, dim, page = layout.num_kv_heads, layout.head_dim, layout.page_size
+    width = (layout.num_heads + 2 * num_kv) * dim
+    qkv, cos, sin = (random(*shape, dtype=dtype, seed=11) for shape in ((4, width), (50, dim), (50, dim)))
+    qkv[0] *= 400  # beyond what float8 holds
+    qkv[1] /= 100  # where it is subnormal
+    norms = (random(dim, dtype=dtype, seed=12), random(dim, dtype=dtype, seed=13))
+    positions = torch.tensor([0, 49, 17, 3], dtype=torch.int32, device=DEVICE)
+    rows = torch.tensor([1, 0, 1, -1], dtype=torch.int32, device=DEVICE)
+    table = (torch.randperm(100, generator=torch.Generator().manual_seed(3)).view(2, 50).int() + 1).to(DEVICE)
+    results = []
+    for pool_dtype in (dtype, torch.float8_e4m3fn):
+        q = torch.zeros(4, layout.num_heads, dim, dtype=dtype, device=DEVICE)
+        pools = [torch.zeros(101 * num_kv * page, dim, device=DEVICE).to(pool_dtype) for _ in range(2)]
+        rope_and_store(qkv, None, norms, 1e-6, cos, sin, positions, rows, table, layout, q, pools[0], pools[1])
+        results.append((q, *pools))
+    (q, *pools), (packed_q, *packed_pools) = results
+    assert torch.equal(q, packed_q)
+    for pool, packed in zip(pools, packed_pools, strict=True):
+        expected = pool.float().clamp(-448, 448).to(torch.float8_e4m3fn)
+        assert torch.equal(packed.view(torch.uint8), expected.view(torch.uint8))
+        assert float(pool.abs().max()) > 448 or pool is pools[0]

@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from headrace.kernels.triton.work_items import ITEM_WORDS, WHOLE, AttentionPlanner, TileSizes, WorkLimits
+from headrace.kernels.triton.work_items import (
+    ITEM_WORDS,
+    WHOLE,
+    AttentionPlanner,
+    LaunchBounds,
+    TileSizes,
+    WorkLimits,
+)
 
 LIMITS = WorkLimits(max_tokens=600, max_items=2000, max_slots=3000)
 PAGE = 16
@@ -26,7 +33,13 @@ def random_step(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def check(
-    buffer: np.ndarray, table_rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray, groups: np.ndarray
+    buffer: np.ndarray,
+    table_rows: np.ndarray,
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    groups: np.ndarray,
+    page: int = PAGE,
+    num_merged: int = LIMITS.max_tokens,
 ) -> int:
     """Walk every item as the kernel does; returns how many positions are read less than one row each would read."""
     _, num_narrow, wide_first, num_wide, num_tokens = buffer[:5].tolist()
@@ -47,7 +60,7 @@ def check(
             row = int(row_of[token])
             visible = min(end, position + at + 1, int(position_of[token]) + 1)
             assert visible == min(end, int(position_of[token]) + 1), "sees its item's range up to itself"
-            shares = end <= next((pages * PAGE for f, _, pages in groups.tolist() if f == leader[row]), 0)
+            shares = end <= next((pages * page for f, _, pages in groups.tolist() if f == leader[row]), 0)
             assert table_row == table_rows[row] or (shares and table_row == table_rows[leader[row]])
             seen[token].append((part, first, visible))
     slots = np.zeros(LIMITS.max_slots, np.int64)
@@ -61,7 +74,7 @@ def check(
         for (_, _, end), (_, first, _) in zip(parts, parts[1:], strict=False):
             assert first >= end == min(first, position_of[token] + 1)
     assert slots.max() <= 1, "no slot twice"
-    assert not buffer[LIMITS.parts_at + num_tokens : LIMITS.items_at].any(), "no part of an absent token"
+    assert not buffer[LIMITS.parts_at :][num_tokens:num_merged].any(), "no part of an absent token"
     return saved
 
 
@@ -99,15 +112,136 @@ def test_longest_items_come_first_in_each_class() -> None:
         assert len(part) and (np.diff(part) <= 0).all()
 
 
+def plain_items(
+    planner_split: int, table_rows: np.ndarray, starts: np.ndarray, groups: list[tuple[int, int, int]], width: int
+) -> list[list[int]]:
+    """Items of one-token rows by the rules: groups before rows, each in order of position, then the longest first."""
+    found: list[list[int]] = []
+    shared = dict.fromkeys(range(len(starts)), 0)
+    for first, size, pages in groups:
+        positions = min(pages * PAGE, *starts[first : first + size].tolist()) // PAGE * PAGE
+        if size < 2 or positions < 64:
+            continue
+        shared.update(dict.fromkeys(range(first, first + size), positions))
+        for token in range(first, first + size, width):
+            num_q = min(width, first + size - token)
+            for part, at in enumerate(range(0, positions, planner_split)):
+                end = min(at + planner_split, positions)
+                found.append([token, num_q, int(table_rows[first]), at, end, part, positions, 0])
+    for row, start in enumerate(starts.tolist()):
+        parts = range(shared[row], start + 1, planner_split)
+        before = -(-shared[row] // planner_split)
+        for part, at in enumerate(parts, before):
+            end = min(at + planner_split, start + 1)
+            whole = before + len(parts) == 1
+            found.append([row, 1, int(table_rows[row]), at, end, WHOLE if whole else part, start, 0])
+    return sorted(found, key=lambda item: item[3] - item[4])
+
+
+def test_the_items_of_decode_rows_are_those_of_the_rules() -> None:
+    rng = np.random.default_rng(8)
+    planner = AttentionPlanner(LIMITS, TileSizes(4, 16), PAGE, 8)
+    for _ in range(40):
+        table_rows, starts, lengths, groups = random_step(rng)
+        lengths[:] = 1
+        buffer = np.zeros(LIMITS.num_words, np.int32)
+        summary = planner.fill(buffer, table_rows, starts, lengths, groups)
+        items = buffer[LIMITS.items_at : summary.num_words].reshape(-1, ITEM_WORDS).tolist()
+        assert items == plain_items(summary.split, table_rows, starts, [tuple(group) for group in groups.tolist()], 4)
+
+
 def test_cutting_gives_way_to_what_fits() -> None:
     lengths, starts = np.ones(64, np.int64), np.full(64, 3000)
     arguments = np.arange(64), starts, lengths, np.zeros((0, 3), np.int32)
     for fixed in (None, 64):
         planner = AttentionPlanner(LIMITS, TileSizes(8, 32), PAGE, 8, fixed)
         buffer = np.zeros(LIMITS.num_words, np.int32)
-        assert planner.fill(buffer, *arguments, max_items=130).num_narrow <= 130
+        assert 64 <= planner.fill(buffer, *arguments, LaunchBounds(130, 0, 64)).num_narrow <= 130
         with pytest.raises(ValueError, match="do not fit"):
-            planner.fill(buffer, *arguments, max_items=63)
+            planner.fill(buffer, *arguments, LaunchBounds(63, 0, 64))
+        with pytest.raises(ValueError, match="do not fit"):
+            planner.fill(buffer, *arguments, LaunchBounds(130, 0, 63))
+
+
+def step_of(
+    rng: np.random.Generator, num_rows: int, num_tokens: int, longest: int, page: int, narrow: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Any step of at most so many rows and tokens, the extremes often; every context ends within `longest`."""
+    rows = num_rows if rng.random() < 0.5 else int(rng.integers(1, num_rows + 1))
+    lengths, room, kind = np.ones(rows, np.int64), num_tokens - rows, rng.integers(4)
+    if kind == 0:
+        lengths[rng.integers(rows)] += room
+    elif kind == 1:  # as many rows as possible that want wide tiles
+        wide_rows = max(1, min(rows, num_tokens // (narrow + 1)))
+        lengths[:wide_rows] = min(narrow + 1, 1 + room // wide_rows)
+    elif kind == 2:
+        lengths += rng.multinomial(int(rng.integers(room + 1)), np.ones(rows) / rows)
+    latest = np.maximum(longest - lengths, 0)
+    starts = (latest, rng.integers(0, latest + 1), np.where(rng.random(rows) < 0.5, latest, 0))[rng.integers(3)]
+    groups, row = [], 0
+    while row < rows:
+        size = min(int(rng.integers(1, 20)), rows - row)
+        if rng.random() < 0.7:
+            groups.append((row, size, int(starts[row : row + size].min()) // page))
+        row += size
+    return rng.permutation(600)[:rows], starts, lengths, np.array(groups, np.int32).reshape(-1, 3)
+
+
+@pytest.mark.parametrize("fixed", [None, 64, 256])
+def test_bounds_hold_every_step_of_their_size(fixed: int | None) -> None:
+    rng = np.random.default_rng(5)
+    for turn in range(300):
+        limits = WorkLimits(600, 2000, int(rng.choice([64, 3000])))
+        group_size, page, longest = (int(rng.choice(sizes)) for sizes in ((1, 2, 7, 16), (1, 16, 64), (64, 900, 40000)))
+        tiles, kv = TileSizes(16 // group_size, 128 // group_size), int(rng.choice([1, 8]))
+        planner = AttentionPlanner(limits, tiles, page, kv, fixed, longest if turn % 2 else None)
+        num_tokens = int(rng.choice([1, 8, 64, 65, 300, 512]))
+        num_rows = int(rng.choice([num_tokens, max(1, num_tokens // 7)]))
+        is_decode = num_rows == num_tokens and turn % 3 == 0
+        bounds = planner.bounds(num_rows, num_tokens, is_decode=is_decode)
+        assert bounds.narrow + bounds.wide <= limits.max_items and bounds.merged == num_tokens
+        for _ in range(4):
+            size = num_rows if is_decode else num_tokens
+            step = step_of(rng, num_rows, size, longest, page, tiles.narrow)
+            if is_decode:
+                step[2][:] = 1
+            buffer = rng.integers(0, 99, limits.num_words).astype(np.int32)
+            summary = planner.fill(buffer, *step, bounds=bounds)
+            assert summary.num_narrow <= bounds.narrow and summary.num_wide <= bounds.wide
+            assert summary.num_slots <= limits.max_slots
+            if turn % 10 == 0 and limits.max_slots == LIMITS.max_slots:
+                check(buffer, *step, page, num_merged=num_tokens)
+
+
+def test_bounds_are_not_wasteful() -> None:
+    planner = AttentionPlanner(WorkLimits(8192, 8192, 16384), TileSizes(8, 64), PAGE, 8)
+    for num_rows in (1, 8, 64, 256, 512):
+        bounds = planner.bounds(num_rows, num_rows, is_decode=True)
+        assert bounds.wide == 0 and bounds.narrow <= max(256, 3 * num_rows)
+    assert planner.bounds(1, 1).narrow * 8 <= 264, "the variant for few programs"
+    mixed = planner.bounds(512, 2048)
+    assert mixed.narrow <= 1024 and mixed.wide <= 256
+    assert planner.bounds(1, 1).wide == planner.bounds(64, 64).wide == 0
+    with_limit = AttentionPlanner(planner.limits, TileSizes(8, 64), PAGE, 8, max_positions=256)
+    assert with_limit.bounds(1, 1).narrow <= 5
+
+
+def test_bounds_say_where_the_limits_are_too_small() -> None:
+    planner = AttentionPlanner(WorkLimits(600, 100, 3000), TileSizes(8, 64), PAGE, 8)
+    with pytest.raises(ValueError, match="do not fit"):
+        planner.bounds(101, 101)
+    with pytest.raises(ValueError, match="do not fit"):
+        planner.bounds(1, 601)
+
+
+def test_a_decode_step_keeps_its_cut_in_bounds() -> None:
+    planner = AttentionPlanner(LIMITS, TileSizes(8, 64), PAGE, 8)
+    starts = np.random.default_rng(2).integers(450, 1350, 256)
+    arguments = np.arange(256), starts, np.ones(256, np.int64), np.zeros((0, 3), np.int32)
+    free, bound = np.zeros(LIMITS.num_words, np.int32), np.zeros(LIMITS.num_words, np.int32)
+    bounds = planner.bounds(256, 256, is_decode=True)
+    assert planner.fill(free, *arguments) == planner.fill(bound, *arguments, bounds)
+    assert (free == bound).all()
 
 
 def test_a_step_without_rows() -> None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTr
 from headrace import models
 from headrace.attention import AttentionShape, build_backend
 from headrace.config import ModelSpec
+from headrace.kernels import select_kernels
 from headrace.kernels.paged_kv import KvGeometry, KvPool
 from headrace.runner.batch import build_batch
 from headrace.runner.slots import SlotTable
@@ -88,7 +89,7 @@ class Device:
         self.store = WeightStore(models.weight_map(spec), dtype, torch.device("cpu"))
         self.store.load(model.state_dict().items())
         kernels = "reference" if backend == "reference" else numerics
-        self.decoder = models.build(spec, self.store, numerics=kernels, context_length=CONTEXT_LENGTH)
+        self.decoder = models.build(spec, self.store, kernels=select_kernels(kernels), context_length=CONTEXT_LENGTH)
         geometry = KvGeometry(spec.num_layers, num_pages, spec.num_kv_heads, page_size, spec.head_dim)
         shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
         self.pool = KvPool(geometry, dtype)

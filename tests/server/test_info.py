@@ -55,7 +55,7 @@ def test_loads(served: Served) -> None:
     (load,) = reply["loads"]
     assert (load["num_running_reqs"], load["num_waiting_reqs"], load["num_used_tokens"]) == (0, 0, 0)
     assert load["max_total_num_tokens"] == served.engine.resolved.max_total_num_tokens
-    assert load["max_running_requests"] == served.engine.config.max_running_requests
+    assert load["max_running_requests"] == served.engine.resolved.engine.max_running_requests
     assert 0 <= load["cache_hit_rate"] <= 1 and load["token_usage"] == 0 and load["gen_throughput"] >= 0
     assert reply["timestamp"] and reply["version"]
     text = served.http.get("/v1/loads?format=prometheus").text

@@ -134,7 +134,7 @@ def multiply_row(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _tile_kernel(
     x_ptr, w_ptr, bias_ptr, out_ptr, x_stride, out_stride, M, N, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,

@@ -8,7 +8,10 @@ With a fixed split, an item's parts are walked in order and merged with the very
 token's bits are the same whether its context was cut, walked whole, shared with a group, or computed among the tokens
 of a prompt. That both item classes round alike is a fact of the device, which a test on it holds to.
 
-Legend: T packed tokens, H query heads, G kv heads, D head size.
+Keys and values may be float8_e4m3fn, unscaled: the kernels see such a pool as int16, two neighbouring dimensions per
+element, and keep even and odd dimensions apart until the output. So everything up to the registers moves as 16-bit
+elements, which a matrix unit's loads can transpose, and one conversion there widens two values. Legend: T packed
+tokens, H query heads, G kv heads, D head size.
 """
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-any-return"
 
@@ -21,10 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace.kernels.triton.work_items import TileSizes, WorkLimits
+from headrace.kernels.triton.float8 import as_pairs, even_halves, is_float8, odd_halves
+from headrace.kernels.triton.work_cuts import FEW_PROGRAMS, TileSizes
+from headrace.kernels.triton.work_items import WorkLimits
 
 _LOG2_E = 1.4426950408889634
-_FEW_PROGRAMS = 264  # two per multiprocessor: the time of one item decides
 
 
 @triton.jit
@@ -37,34 +41,56 @@ def _merge_part(total_m, total_mass, lse):
 
 
 @triton.jit
+def _widened(q):
+    """Queries beside float8 keys: float16 holds those exactly, costs one instruction per pair, and rounds less than
+    bfloat16; queries that it does not hold would not be queries."""
+    if q.dtype == tl.bfloat16:
+        return tl.clamp(q.to(tl.float32), -65504.0, 65504.0).to(tl.float16)
+    else:
+        return q
+
+
+@triton.jit
 def _attend_block(
-    q, k_ptr, v_ptr, table, position, start, end, m, mass, acc, scale_log2, page_stride, head_offset,
-    HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    q, q_odd, k_ptr, v_ptr, table, position, start, end, m, mass, acc, acc_odd, scale_log2, page_stride, head_offset,
+    WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of positions into the running maximum, sum and weighted values."""
+    """One block of positions into the running maximum, sum and weighted values (of even and odd dimensions if PACKED).
+
+    WIDTH is that of a pool's row in its elements.
+    """
     place = start + tl.arange(0, BLOCK_N)
-    dims = tl.arange(0, DIM_BLOCK)
+    dims = tl.arange(0, WIDTH_BLOCK)
     # Beyond the end page 0 is read, which is finite: pages hold whatever was there before.
     page = tl.load(table + place // PAGE, mask=place < end, other=0) if MASKED else tl.load(table + place // PAGE)
-    offset = page.to(tl.int64) * page_stride + head_offset + (place % PAGE) * HEAD_DIM
-    if HEAD_DIM == DIM_BLOCK:
+    offset = page.to(tl.int64) * page_stride + head_offset + (place % PAGE) * WIDTH
+    if WIDTH == WIDTH_BLOCK:
         k = tl.load(k_ptr + offset[None, :] + dims[:, None])
     else:
-        k = tl.load(k_ptr + offset[None, :] + dims[:, None], mask=(dims < HEAD_DIM)[:, None], other=0.0)
-    scores = tl.dot(q, k, input_precision=PRECISION) * scale_log2
+        k = tl.load(k_ptr + offset[None, :] + dims[:, None], mask=(dims < WIDTH)[:, None], other=0)
+    if PACKED:
+        scores = tl.dot(q, even_halves(k).to(q.dtype), input_precision=PRECISION)
+        scores = tl.dot(q_odd, odd_halves(k).to(q.dtype), acc=scores, input_precision=PRECISION) * scale_log2
+    else:
+        scores = tl.dot(q, k, input_precision=PRECISION) * scale_log2
     if MASKED:
         scores = tl.where((place[None, :] <= position[:, None]) & (place < end)[None, :], scores, -1e30)
     new_m = tl.maximum(m, tl.max(scores, 1))  # m is never below -1e20, so a masked score has weight 0 exactly
     weights = tl.exp2(scores - new_m[:, None])
     factor = tl.exp2(m - new_m)
-    if HEAD_DIM == DIM_BLOCK:
+    if WIDTH == WIDTH_BLOCK:
         v = tl.load(v_ptr + offset[:, None] + dims[None, :])
     else:
-        v = tl.load(v_ptr + offset[:, None] + dims[None, :], mask=(dims < HEAD_DIM)[None, :], other=0.0)
+        v = tl.load(v_ptr + offset[:, None] + dims[None, :], mask=(dims < WIDTH)[None, :], other=0)
     mass = mass * factor + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc=acc * factor[:, None], input_precision=PRECISION)
-    return new_m, mass, acc
+    if PACKED:
+        weights = weights.to(q.dtype)
+        acc = tl.dot(weights, even_halves(v).to(q.dtype), acc=acc * factor[:, None], input_precision=PRECISION)
+        acc_odd = tl.dot(weights, odd_halves(v).to(q.dtype), acc=acc_odd * factor[:, None], input_precision=PRECISION)
+    else:
+        acc = tl.dot(weights.to(v.dtype), v, acc=acc * factor[:, None], input_precision=PRECISION)
+    return new_m, mass, acc, acc_odd
 
 
 @triton.jit
@@ -73,9 +99,12 @@ def attention_items_kernel(
     q_stride, out_stride, table_stride, page_stride, slots_at, items_at,
     NUM_KV: tl.constexpr, GQA: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, PEEL: tl.constexpr,
-    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One (kv head, item). SPLIT 0 walks the item's range at once; else part by part, merging."""
+    """One (kv head, item). SPLIT 0 walks the item's range at once; else part by part, merging.
+
+    PACKED: pools are int16, pairs of float8 values, and `page_stride` is in pairs.
+    """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(0)
@@ -104,42 +133,53 @@ def attention_items_kernel(
         tl.extra.cuda.gdc_wait()
     q = tl.load(q_ptr + q_offset[:, None] + dims[None, :], mask=q_mask, other=0.0)
     position = first_position + rows // GQA
-    head_offset = head * PAGE * HEAD_DIM
+    q_odd = q
+    WIDTH: tl.constexpr = HEAD_DIM // 2 if PACKED else HEAD_DIM
+    WIDTH_BLOCK: tl.constexpr = DIM_BLOCK // 2 if PACKED else DIM_BLOCK
+    if PACKED:
+        q, q_odd = tl.split(tl.reshape(_widened(q), [BLOCK_M, WIDTH_BLOCK, 2]))
+    head_offset = head * PAGE * WIDTH
 
     total_m = tl.full([BLOCK_M], -1e20, tl.float32)
     total_mass = tl.zeros([BLOCK_M], tl.float32)
-    total_acc = tl.zeros([BLOCK_M, DIM_BLOCK], tl.float32)
+    total_acc = tl.zeros([BLOCK_M, WIDTH_BLOCK], tl.float32)
+    total_odd = total_acc
     if SPLIT == 0:
         if PEEL:
             unmasked_end = first + (tl.minimum(end, first_position + 1) - first) // BLOCK_N * BLOCK_N
             for start in range(first, unmasked_end, BLOCK_N):
-                total_m, total_mass, total_acc = _attend_block(
-                    q, k_ptr, v_ptr, table, position, start, end, total_m, total_mass, total_acc, scale_log2,
-                    page_stride, head_offset, HEAD_DIM, DIM_BLOCK, PAGE, BLOCK_N, False, PRECISION,
+                total_m, total_mass, total_acc, total_odd = _attend_block(
+                    q, q_odd, k_ptr, v_ptr, table, position, start, end, total_m, total_mass, total_acc, total_odd,
+                    scale_log2, page_stride, head_offset, WIDTH, WIDTH_BLOCK, PAGE, BLOCK_N, False, PRECISION, PACKED,
                 )  # fmt: skip
             first = tl.maximum(first, unmasked_end)
         for start in range(first, end, BLOCK_N):
-            total_m, total_mass, total_acc = _attend_block(
-                q, k_ptr, v_ptr, table, position, start, end, total_m, total_mass, total_acc, scale_log2,
-                page_stride, head_offset, HEAD_DIM, DIM_BLOCK, PAGE, BLOCK_N, True, PRECISION,
+            total_m, total_mass, total_acc, total_odd = _attend_block(
+                q, q_odd, k_ptr, v_ptr, table, position, start, end, total_m, total_mass, total_acc, total_odd,
+                scale_log2, page_stride, head_offset, WIDTH, WIDTH_BLOCK, PAGE, BLOCK_N, True, PRECISION, PACKED,
             )  # fmt: skip
     else:
         for part_start in range(first, end, SPLIT):
             m = tl.full([BLOCK_M], -1e20, tl.float32)
             mass = tl.zeros([BLOCK_M], tl.float32)
-            acc = tl.zeros([BLOCK_M, DIM_BLOCK], tl.float32)
+            acc = tl.zeros([BLOCK_M, WIDTH_BLOCK], tl.float32)
+            odd = acc
             part_end = tl.minimum(part_start + SPLIT, end)
             for start in range(part_start, part_end, BLOCK_N):
-                m, mass, acc = _attend_block(
-                    q, k_ptr, v_ptr, table, position, start, part_end, m, mass, acc, scale_log2,
-                    page_stride, head_offset, HEAD_DIM, DIM_BLOCK, PAGE, BLOCK_N, True, PRECISION,
+                m, mass, acc, odd = _attend_block(
+                    q, q_odd, k_ptr, v_ptr, table, position, start, part_end, m, mass, acc, odd,
+                    scale_log2, page_stride, head_offset, WIDTH, WIDTH_BLOCK, PAGE, BLOCK_N, True, PRECISION, PACKED,
                 )  # fmt: skip
             seen = mass > 0
             safe = tl.where(seen, mass, 1.0)
             lse = tl.where(seen, m + tl.log2(safe), -1e30)
             total_m, total_mass, old_factor, factor = _merge_part(total_m, total_mass, lse)
             total_acc = tl.fma(total_acc, old_factor[:, None], (acc / safe[:, None]) * factor[:, None])
+            if PACKED:
+                total_odd = tl.fma(total_odd, old_factor[:, None], (odd / safe[:, None]) * factor[:, None])
 
+    if PACKED:
+        total_acc = tl.interleave(total_acc, total_odd)
     if part < 0:
         out = total_acc / total_mass[:, None]
         out_offset = token.to(tl.int64) * out_stride + q_head * HEAD_DIM
@@ -227,18 +267,25 @@ class AttentionTiles:
         return TileSizes(self.narrow.block_m // group_size, self.wide.block_m // group_size)
 
 
-def choose_tiles(group_size: int, head_dim: int, dtype: torch.dtype, *, invariant: bool) -> AttentionTiles:
-    """The variants for a model.
+def choose_tiles(
+    group_size: int, head_dim: int, dtype: torch.dtype, *, invariant: bool, packed: bool = False
+) -> AttentionTiles:
+    """The variants for a model; `packed` for float8 pools. BLOCK_M, and so the planner's sizes, is the same with both.
 
     With `invariant` both classes walk blocks of one size and give every row's columns to one warp in one layout, so
     that their sums are the same to the bit.
     """
     least_m = max(16, triton.next_power_of_2(group_size))
+    wide_m = max(128, least_m)
     if dtype == torch.float32:
         tile = AttentionTile(least_m, 32, 4, 2)
         return AttentionTiles(tile, tile)
-    narrow, wide = AttentionTile(least_m, 32, 1, 4), AttentionTile(max(128, least_m), 32, 4, 3)
-    return AttentionTiles(narrow, wide, None if invariant else AttentionTile(least_m, 64, 4, 2))
+    if invariant:
+        return AttentionTiles(AttentionTile(least_m, 32, 1, 4), AttentionTile(wide_m, 32, 8 if packed else 4, 3))
+    few = AttentionTile(least_m, 64, 4, 2)
+    if packed:  # half the bytes per position: as many in flight with twice the positions
+        return AttentionTiles(AttentionTile(least_m, 64, 2, 3), AttentionTile(wide_m, 64, 8, 3), few)
+    return AttentionTiles(AttentionTile(least_m, 32, 1, 4), AttentionTile(wide_m, 32, 4, 3), few)
 
 
 class PagedAttention:
@@ -266,7 +313,10 @@ class PagedAttention:
         self._options = {"launch_pdl": True} if overlap else {}
         self.group_size = num_heads // num_kv_heads
         self.limits = limits
-        self.tiles = tiles or choose_tiles(self.group_size, head_dim, dtype, invariant=fixed_split is not None)
+        self._tiles, self._packed_tiles = (
+            tiles or choose_tiles(self.group_size, head_dim, dtype, invariant=fixed_split is not None, packed=packed)
+            for packed in (False, True)
+        )
         self._num_heads, self._num_kv_heads = num_heads, num_kv_heads
         self._head_dim, self._page_size = head_dim, page_size
         self._split = fixed_split or 0
@@ -277,7 +327,7 @@ class PagedAttention:
     @property
     def tile_sizes(self) -> TileSizes:
         """What the planner needs to know."""
-        return self.tiles.tokens(self.group_size)
+        return self._tiles.tokens(self.group_size)
 
     def run(
         self,
@@ -295,18 +345,20 @@ class PagedAttention:
         """Attend, causally, to keys and values already stored.
 
         q_THD, out_THD   [T, H, D] with contiguous [H, D]; tokens of no item are left as they are
-        keys, values     flat pools [rows, D] of one layer, rows (page * G + head) * page_size + offset
+        keys, values     flat pools [rows, D] of one layer, rows (page * G + head) * page_size + offset; in the dtype of
+                         queries, or float8_e4m3fn
         page_table       int32 [rows, columns]
         work             the planner's buffer, int32 on the device
         num_narrow, num_wide, num_merged   launch bounds: at least the items of each class and the tokens; programs
                          beyond what `work` holds leave at once. 0 launches nothing
         """
+        tiles = self._packed_tiles if is_float8(keys) else self._tiles
+        operands = (q_THD, *as_pairs(keys, values), page_table, work, out_THD)
         if num_narrow:
-            few = self.tiles.few if num_narrow * self._num_kv_heads <= _FEW_PROGRAMS else None
-            tile = few or self.tiles.narrow
-            self._launch(tile, 0, num_narrow, q_THD, keys, values, page_table, work, out_THD)
+            few = tiles.few if num_narrow * self._num_kv_heads <= FEW_PROGRAMS else None
+            self._launch(few or tiles.narrow, 0, num_narrow, *operands)
         if num_wide:
-            self._launch(self.tiles.wide, 1, num_wide, q_THD, keys, values, page_table, work, out_THD)
+            self._launch(tiles.wide, 1, num_wide, *operands)
         if num_merged:
             self._merge(num_merged, work, out_THD)
 
@@ -323,15 +375,15 @@ class PagedAttention:
         self, tile: AttentionTile, wide: int, num_items: int, q: Tensor, keys: Tensor, values: Tensor,
         page_table: Tensor, work: Tensor, out: Tensor,
     ) -> None:  # fmt: skip
+        packed = keys.dtype == torch.int16
+        page_stride = self._num_kv_heads * self._page_size * keys.shape[1]
         attention_items_kernel[(self._num_kv_heads, num_items)](
             q, keys, values, page_table, work, self._partial, self._lse, out, self._head_dim**-0.5 * _LOG2_E,
-            q.stride(0), out.stride(0), page_table.stride(0), self._num_kv_heads * self._page_size * self._head_dim,
-            self.limits.slots_at, self.limits.items_at,
+            q.stride(0), out.stride(0), page_table.stride(0), page_stride, self.limits.slots_at, self.limits.items_at,
             NUM_KV=self._num_kv_heads, GQA=self.group_size, HEAD_DIM=self._head_dim,
-            DIM_BLOCK=max(16, triton.next_power_of_2(self._head_dim)), PAGE=self._page_size,
+            DIM_BLOCK=max(32 if packed else 16, triton.next_power_of_2(self._head_dim)), PAGE=self._page_size,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLIT=self._split, WIDE=wide,
-            PEEL=wide == 1 and self._split == 0,
-            PRECISION=self._precision, OVERLAP=self._overlap,
+            PEEL=wide == 1 and self._split == 0, PRECISION=self._precision, PACKED=packed, OVERLAP=self._overlap,
             num_warps=tile.num_warps, num_stages=tile.num_stages, **self._options,
         )  # fmt: skip
 
@@ -345,7 +397,10 @@ def reference_attention(
     num_kv: int,
     page_size: int,
 ) -> Tensor:
-    """The oracle in float64: rows are (page-table row, first position, number of tokens), packed in order."""
+    """The oracle in float64: rows are (page-table row, first position, number of tokens), packed in order.
+
+    Keys and values count as the pools hold them.
+    """
     num_heads, head_dim = q_THD.shape[1:]
     outputs, first = [], 0
     for table_row, start, length in rows:

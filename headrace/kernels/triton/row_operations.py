@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headrace.kernels.triton.float8 import as_bytes, to_float8_bytes
+
 
 @triton.jit
 def _take_turn(OVERLAP: tl.constexpr):
@@ -168,10 +170,13 @@ def _rope_store_kernel(
     kv_head = tl.where(is_v, heads[:, None] - NUM_Q - NUM_KV, heads[:, None] - NUM_Q)
     pool_place = ((page * NUM_KV + kv_head) * PAGE + position % PAGE) * dim + halves[None, :]
     is_k = (heads >= NUM_Q)[:, None] & (heads < NUM_Q + NUM_KV)[:, None]
-    tl.store(keys_ptr + pool_place, turned_x, mask=mask & is_k)
-    tl.store(keys_ptr + pool_place + HALF, turned_y, mask=mask & is_k)
-    tl.store(values_ptr + pool_place, turned_x, mask=mask & is_v)
-    tl.store(values_ptr + pool_place + HALF, turned_y, mask=mask & is_v)
+    stored_x, stored_y = turned_x, turned_y
+    if keys_ptr.dtype.element_ty == tl.uint8:
+        stored_x, stored_y = to_float8_bytes(turned_x.to(tl.float32)), to_float8_bytes(turned_y.to(tl.float32))
+    tl.store(keys_ptr + pool_place, stored_x, mask=mask & is_k)
+    tl.store(keys_ptr + pool_place + HALF, stored_y, mask=mask & is_k)
+    tl.store(values_ptr + pool_place, stored_x, mask=mask & is_v)
+    tl.store(values_ptr + pool_place + HALF, stored_y, mask=mask & is_v)
 
 
 @dataclass(frozen=True)
@@ -208,7 +213,7 @@ def rope_and_store(
     cos_PD, sin_PD tables by position, as `rope_tables` makes them, in any dtype
     positions_T, table_rows_T   int32: absolute position and page-table row; a row below 0 skips the token
     q_THD          [T, H, D], contiguous but for the stride of T; may be the queries' part of qkv itself
-    keys, values   flat pools of one layer
+    keys, values   flat pools of one layer, in the dtype of queries or float8_e4m3fn: then unscaled, saturated at 448
     """
     num_heads, num_kv, dim = layout.num_heads, layout.num_kv_heads, layout.head_dim
     total = num_heads + 2 * num_kv
@@ -216,7 +221,8 @@ def rope_and_store(
     q_weight, k_weight = norms or (qkv_TX, qkv_TX)
     _rope_store_kernel[(positions_T.shape[0], triton.cdiv(total, heads))](
         qkv_TX, qkv_TX if bias_X is None else bias_X, q_weight, k_weight, cos_PD, sin_PD, positions_T, table_rows_T,
-        page_table, q_THD, keys, values, qkv_TX.stride(0), q_THD.stride(0), cos_PD.stride(0), page_table.stride(0), eps,
+        page_table, q_THD, *as_bytes(keys, values),
+        qkv_TX.stride(0), q_THD.stride(0), cos_PD.stride(0), page_table.stride(0), eps,
         NUM_Q=num_heads, NUM_KV=num_kv, HALF=dim // 2, HALF_BLOCK=triton.next_power_of_2(dim // 2), HEADS=heads,
         PAGE=layout.page_size, HAS_BIAS=bias_X is not None, HAS_NORM=norms is not None, OVERLAP=overlap,
         num_warps=2, **_launch_options(overlap),

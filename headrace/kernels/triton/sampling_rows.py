@@ -2,7 +2,8 @@
 
 Owns the two kernels of that pass. The vocabulary is cut into blocks at fixed columns: the first kernel leaves per block
 the greatest logit, the sum of exponentials and the best candidate, the second reduces a row's blocks in order. A row's
-result is a function of that row alone, whatever the batch.
+result is a function of that row alone, whatever the batch. The greatest logit of each block and the normaliser of each
+row stay in the workspace, where `top_rows` finds them.
 
 Noise words are those of `headrace.sampling.noise`, bit for bit, keyed on the device by (seed, position, token). Scores
 and sums are float32, where the CPU's are float64: two tokens whose scores lie within about 1e-6 of each other may
@@ -23,8 +24,10 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace.kernels.triton.fast_math import fast_exp, fast_log2, fast_reciprocal
+from headrace.kernels.triton.shaped_rows import ShapedRows, place_of
 from headrace.kernels.triton.threshold_search import ROW_WORDS
 
+_SLACK = tl.constexpr(1.0 - 1e-5)  # what the rounding of a bound and of a score can come to
 BLOCK = 4096
 """Columns per first-stage program: fixed, so that sums never depend on the batch."""
 
@@ -67,9 +70,15 @@ def _noise_words(tokens, key0, key1):
 
 
 @triton.jit
+def _uniform(words):
+    """v = (word + 0.5) 2^-32."""
+    return (words.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+
+
+@triton.jit
 def _exponential(words):
-    """-log1p(-v), v = (word + 0.5) 2^-32: by a series where v is small, which is where most draws are won."""
-    v = (words.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    """-log1p(-v): by a series where v is small, which is where most draws are won."""
+    v = _uniform(words)
     series = v * (1.0 + v * (0.5 + v * (0.33333334 + v * (0.25 + v * (0.2 + v * 0.16666667)))))
     return tl.where(v < 0.1, series, -0.6931471805599453 * fast_log2(tl.maximum(1.0 - v, 2.9802322387695312e-08)))
 
@@ -85,78 +94,112 @@ def _noise_kernel(seeds_ptr, positions_ptr, words_ptr, NUM_TOKENS: tl.constexpr,
     tl.store(words_ptr + row * NUM_TOKENS + tokens, words, mask=tokens < NUM_TOKENS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr", "positions_ptr", "places_ptr"])
 def _blocks_kernel(
-    logits_ptr, params_ptr, slots_ptr, seeds_ptr, positions_ptr, floors_ptr, partial_ptr, ids_ptr,
-    logits_stride, num_blocks,
-    VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, WORDS: tl.constexpr, HAS_FLOORS: tl.constexpr,
+    logits_ptr, copies_ptr, places_ptr, params_ptr, slots_ptr, seeds_ptr, positions_ptr, floors_ptr, partial_ptr,
+    ids_ptr, VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, WORDS: tl.constexpr, HAS_FLOORS: tl.constexpr,
+    HAS_PLACES: tl.constexpr,
 ):  # fmt: skip
-    """Per (row, block): greatest logit, sum of exp((l - greatest) / divisor), best score, and the best token's id."""
+    """Per (row, block): of what the log-probability is of, the greatest logit and the sum of exp((l - it) / divisor);
+    of what the token is drawn from, the best score, the logit it is relative to, and its token."""
     block = tl.program_id(0)
     row = tl.program_id(1)
-    slot = tl.load(slots_ptr + row)
+    slot, place = place_of(slots_ptr, places_ptr, row, HAS_PLACES)
     if slot < 0:
         return
     temperature = tl.load(params_ptr + slot * WORDS)
     divisor = tl.load(params_ptr + slot * WORDS + 1)
+    kind = tl.load(params_ptr + slot * WORDS + 2)
     floor = float("-inf")
     sum_floor = float("-inf")
     if HAS_FLOORS:
         floor = tl.load(floors_ptr + row)
-        sum_floor = tl.where(tl.load(params_ptr + slot * WORDS + 2) == 1.0, floor, sum_floor)
+        sum_floor = tl.where(kind == 1.0, floor, sum_floor)
     tokens = block * BLOCK_V + tl.arange(0, BLOCK_V)
-    place = logits_ptr + row.to(tl.int64) * logits_stride + tokens
-    logits = tl.load(place, mask=tokens < VOCAB, other=float("-inf")).to(tl.float32)
-    greatest = tl.max(logits, 0)
-    safe = tl.where(greatest == float("-inf"), 0.0, greatest)
-    inverse = 1.0 / divisor
-    weights = fast_exp((logits - safe) * inverse)
-    total = tl.sum(tl.where(logits >= sum_floor, weights, 0.0), 0)
+    model_ptr = logits_ptr + row.to(tl.int64) * VOCAB
+    drawn_ptr = model_ptr
+    if HAS_PLACES and place >= 0:
+        drawn_ptr = copies_ptr + place.to(tl.int64) * VOCAB
+    logits = tl.load(drawn_ptr + tokens, mask=tokens < VOCAB, other=float("-inf")).to(tl.float32)
+    stated = logits
+    if HAS_PLACES and (place >= 0) & (kind == 0.0):
+        stated = tl.load(model_ptr + tokens, mask=tokens < VOCAB, other=float("-inf")).to(tl.float32)
+    greatest = tl.max(stated, 0)
+    base = tl.where(greatest == float("-inf"), 0.0, greatest)
+    weights = fast_exp((stated - base) * (1.0 / divisor))
+    total = tl.sum(tl.where(stated < sum_floor, 0.0, weights), 0)  # NaN stays NaN
     # With E exponential noise, the greatest exp(l / T) / E is the greatest l / T - log(E): the Gumbel-max winner.
     scores = logits
+    seed_ptr = seeds_ptr + 2 * slot
+    key0, key1 = _philox_keys(tl.load(seed_ptr), tl.load(seed_ptr + 1), tl.load(positions_ptr + row))
     if temperature > 0.0:
-        key0, key1 = _philox_keys(
-            tl.load(seeds_ptr + 2 * slot), tl.load(seeds_ptr + 2 * slot + 1), tl.load(positions_ptr + row)
-        )
-        if temperature != divisor:
-            weights = fast_exp((logits - safe) * (1.0 / temperature))
-        scores = weights * fast_reciprocal(_exponential(_noise_words(tokens, key0, key1)))
+        if HAS_PLACES:
+            peak = tl.max(logits, 0)
+            base = tl.where(peak == float("-inf"), 0.0, peak)
+            weights = fast_exp((logits - base) * (1.0 / temperature))
+        else:
+            if temperature != divisor:
+                weights = fast_exp((logits - base) * (1.0 / temperature))
+        # No score is above the weight over v, for v <= E: that needs no logarithm.
+        scores = weights * fast_reciprocal(_uniform(_noise_words(tokens, key0, key1)))
     if HAS_FLOORS:
         scores = tl.where(logits >= floor, scores, float("-inf"))
-    best = tl.max(scores, 0)
-    token = tl.min(tl.where(scores == best, tokens, VOCAB - 1), 0)  # some token, should all be NaN
-    if temperature > 0.0:  # comparable between blocks
-        best = tl.where(best > 0.0, safe * (1.0 / temperature) + tl.log(tl.maximum(best, 1e-37)), float("-inf"))
-    target = partial_ptr + (row * num_blocks + block) * 3
-    tl.store(target, greatest)
-    tl.store(target + 1, total)
-    tl.store(target + 2, best)
-    tl.store(ids_ptr + row * num_blocks + block, token)
+    best, index = tl.max(scores, 0, return_indices=True)
+    token = tl.minimum(block * BLOCK_V + index, VOCAB - 1)  # some token, should all be NaN
+    if temperature > 0.0:
+        word = _noise_words(token, key0, key1)
+        best *= _uniform(word) * fast_reciprocal(_exponential(word))
+        if tl.sum((scores >= best * _SLACK).to(tl.int32), 0) > 1:  # rarely: another bound reaches the best score
+            scores = weights * fast_reciprocal(_exponential(_noise_words(tokens, key0, key1)))
+            if HAS_FLOORS:
+                scores = tl.where(logits >= floor, scores, float("-inf"))
+            best = tl.max(scores, 0)
+            token = tl.min(tl.where(scores == best, tokens, VOCAB - 1), 0)
+        best = tl.where(best > 0.0, tl.log(tl.maximum(best, 1e-37)), float("-inf"))
+    index = row * tl.cdiv(VOCAB, BLOCK_V) + block
+    tl.store(partial_ptr + 4 * index, greatest)
+    tl.store(partial_ptr + 4 * index + 1, total)
+    tl.store(partial_ptr + 4 * index + 2, best)
+    tl.store(partial_ptr + 4 * index + 3, base)
+    tl.store(ids_ptr + index, token)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr", "places_ptr", "tokens_ptr", "logprobs_ptr", "last_ptr"])
 def _reduce_kernel(
-    logits_ptr, params_ptr, slots_ptr, partial_ptr, ids_ptr, tokens_ptr, logprobs_ptr, last_ptr, logits_stride,
-    num_blocks, WORDS: tl.constexpr, BLOCKS: tl.constexpr, HAS_LAST: tl.constexpr,
+    logits_ptr, copies_ptr, places_ptr, params_ptr, slots_ptr, partial_ptr, ids_ptr, norms_ptr, tokens_ptr,
+    logprobs_ptr, last_ptr, VOCAB: tl.constexpr, NUM_BLOCKS: tl.constexpr, WORDS: tl.constexpr, BLOCKS: tl.constexpr,
+    HAS_LAST: tl.constexpr, HAS_PLACES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    slot = tl.load(slots_ptr + row)
+    slot, place = place_of(slots_ptr, places_ptr, row, HAS_PLACES)
     if slot < 0:
         return
-    divisor = tl.load(params_ptr + slot * WORDS + 1)
-    is_point = tl.load(params_ptr + slot * WORDS + 2) == 2.0
+    temperature = tl.load(params_ptr + slot * WORDS)
+    inverse = 1.0 / tl.load(params_ptr + slot * WORDS + 1)
+    kind = tl.load(params_ptr + slot * WORDS + 2)
     blocks = tl.arange(0, BLOCKS)
-    mask = blocks < num_blocks
-    source = partial_ptr + (row * num_blocks + blocks) * 3
+    mask = blocks < NUM_BLOCKS
+    source = partial_ptr + (row * NUM_BLOCKS + blocks) * 4
     greatest = tl.load(source, mask=mask, other=float("-inf"))
     totals = tl.load(source + 1, mask=mask, other=0.0)
     scores = tl.load(source + 2, mask=mask, other=float("-inf"))
+    is_score = scores > float("-inf")  # neither an empty block nor NaN
+    scores = tl.where(is_score, scores, float("-inf"))
+    if temperature > 0.0:  # a block's score is relative to its base
+        bases = tl.load(source + 3, mask=mask, other=0.0)
+        highest = tl.max(tl.where(is_score, bases, float("-inf")), 0)
+        scores = tl.where(is_score, (bases - highest) * (1.0 / temperature) + scores, float("-inf"))
     _, winner = tl.max(scores, 0, return_indices=True)
-    token = tl.load(ids_ptr + row * num_blocks + winner)
+    token = tl.load(ids_ptr + row * NUM_BLOCKS + tl.minimum(winner, NUM_BLOCKS - 1))
     top = tl.max(greatest, 0)
-    total = tl.sum(tl.where(totals > 0.0, totals * tl.exp((greatest - top) * (1.0 / divisor)), 0.0), 0)
-    chosen = tl.load(logits_ptr + row.to(tl.int64) * logits_stride + token).to(tl.float32)
-    logprob = (chosen - top) * (1.0 / divisor) - tl.log(total)
+    log_total = tl.log(tl.sum(tl.where(totals == 0.0, 0.0, totals * tl.exp((greatest - top) * inverse)), 0))
+    row_ptr = logits_ptr + row.to(tl.int64) * VOCAB
+    if HAS_PLACES and (place >= 0) & (kind != 0.0):
+        row_ptr = copies_ptr + place.to(tl.int64) * VOCAB
+    logprob = (tl.load(row_ptr + token).to(tl.float32) - top) * inverse - log_total
+    is_point = kind == 2.0
+    tl.store(norms_ptr + 2 * row, tl.where(is_point, 0.0, top))
+    tl.store(norms_ptr + 2 * row + 1, tl.where(is_point, 0.0, log_total))
     tl.store(tokens_ptr + row, token)
     tl.store(logprobs_ptr + row, tl.where(is_point, 0.0, logprob))
     if HAS_LAST:
@@ -165,18 +208,26 @@ def _reduce_kernel(
 
 @dataclass(frozen=True)
 class SamplingWorkspace:
-    """Per-block results of one pass over at most `max_rows` rows."""
+    """Results of one pass over at most `max_rows` rows [R], in B blocks each.
 
-    partial: Tensor
-    ids: Tensor
+    partial_RB4   float32; word 0 is the greatest logit of the block, of what the log-probability is of
+    ids_RB        int32, the best token of the block
+    norms_R2      float32 (top, log_total): a logit x has log-probability (x - top) / divisor - log_total; 0, 0 where
+                  all of the probability is on the token itself
+    """
+
+    partial_RB4: Tensor
+    ids_RB: Tensor
+    norms_R2: Tensor
 
     @classmethod
     def make(cls, max_rows: int, vocab_size: int, device: torch.device) -> SamplingWorkspace:
         """Allocate for `max_rows` rows of `vocab_size` logits."""
         num_blocks = triton.cdiv(vocab_size, BLOCK)
         return cls(
-            torch.empty(max_rows, num_blocks, 3, dtype=torch.float32, device=device),
+            torch.empty(max_rows, num_blocks, 4, dtype=torch.float32, device=device),
             torch.empty(max_rows, num_blocks, dtype=torch.int32, device=device),
+            torch.empty(max_rows, 2, dtype=torch.float32, device=device),
         )
 
 
@@ -191,31 +242,38 @@ def sample_rows(
     tokens_S: Tensor,
     logprobs_S: Tensor,
     last_tokens: Tensor | None,
+    shaped: ShapedRows | None = None,
 ) -> None:
     """Sample one token per row.
 
-    logits_SV     any float dtype; not changed
+    logits_SV     any float dtype, contiguous; not changed
     slots_S       int32; a row whose slot is below 0 is skipped
     positions_S   int32, absolute positions of the new tokens
     slot_params   float32 [slots, ROW_WORDS]: temperature (0 greedy), divisor of the log-probabilities (T or 1), what
-                  they are of (0 model, 1 kept tokens, 2 the token itself: 0 always), 0, then what
-                  `threshold_search` reads
+                  they are of (0 model, 1 kept tokens, 2 the token itself: 0 always), number of top ids `top_rows` is
+                  to find, then what `threshold_search` reads, and the number of asked ids
     slot_seeds    int32 [slots, 2]: low and high word
     floors_S      float32: least logit that may be drawn, or None
     tokens_S, logprobs_S   int32 and float32, written
     last_tokens   int32 [slots]: where the slot's token is left for the next step, or None
+    shaped        rows to draw from reshaped copies instead (logits are float32 then); log-probabilities of the model
+                  stay those of logits_SV
     """
+    assert logits_SV.is_contiguous()
     num_rows, vocab_size = logits_SV.shape
     num_blocks = triton.cdiv(vocab_size, BLOCK)
+    copies, places = (logits_SV, slots_S) if shaped is None else (shaped.copies_CV, shaped.places_S)
     _blocks_kernel[(num_blocks, num_rows)](
-        logits_SV, slot_params, slots_S, slot_seeds, positions_S, slot_params if floors_S is None else floors_S,
-        workspace.partial, workspace.ids, logits_SV.stride(0), num_blocks,
-        VOCAB=vocab_size, BLOCK_V=BLOCK, WORDS=ROW_WORDS, HAS_FLOORS=floors_S is not None, num_warps=8,
+        logits_SV, copies, places, slot_params, slots_S, slot_seeds, positions_S,
+        slot_params if floors_S is None else floors_S, workspace.partial_RB4, workspace.ids_RB,
+        VOCAB=vocab_size, BLOCK_V=BLOCK, WORDS=ROW_WORDS, HAS_FLOORS=floors_S is not None,
+        HAS_PLACES=shaped is not None, num_warps=8,
     )  # fmt: skip
     _reduce_kernel[(num_rows,)](
-        logits_SV, slot_params, slots_S, workspace.partial, workspace.ids, tokens_S, logprobs_S,
-        tokens_S if last_tokens is None else last_tokens, logits_SV.stride(0), num_blocks,
-        WORDS=ROW_WORDS, BLOCKS=triton.next_power_of_2(num_blocks), HAS_LAST=last_tokens is not None, num_warps=1,
+        logits_SV, copies, places, slot_params, slots_S, workspace.partial_RB4, workspace.ids_RB, workspace.norms_R2,
+        tokens_S, logprobs_S, tokens_S if last_tokens is None else last_tokens,
+        VOCAB=vocab_size, NUM_BLOCKS=num_blocks, WORDS=ROW_WORDS, BLOCKS=triton.next_power_of_2(num_blocks),
+        HAS_LAST=last_tokens is not None, HAS_PLACES=shaped is not None, num_warps=1,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace.kernels.triton.fast_math import fast_exp
+from headrace.kernels.triton.shaped_rows import ShapedRows, place_of
 
 ROW_WORDS = 8
 """float32 words of a slot's sampling parameters; see `sample_rows`. Words 4-6: top_k, top_p, T log(min_p)."""
@@ -29,14 +30,15 @@ _REACH = 32.0  # weights below exp(-32) of the greatest are never needed to make
 
 
 @triton.jit
-def _ordered(x):
+def ordered_bits(x):
     """float32 as int32 in the same order."""
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
-def _unordered(key):
+def unordered_bits(key):
+    """The float32 that `ordered_bits` gave `key` for."""
     return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
 
 
@@ -81,9 +83,7 @@ def _weigh_above(row_ptr, a, b, c, floor, top, inverse, VOCAB: tl.constexpr, BLO
 def _above(row_ptr, a, b, c, floor, top, inverse, VOCAB: tl.constexpr, BLOCK: tl.constexpr, BY_MASS: tl.constexpr):
     """What the values that reach a, b and c weigh (their mass, or one each), and how many they are."""
     if BY_MASS:
-        sum_a, sum_b, sum_c, num_a, num_b, num_c = _weigh_above(
-            row_ptr, a, b, c, floor, top, inverse, VOCAB, BLOCK
-        )
+        sum_a, sum_b, sum_c, num_a, num_b, num_c = _weigh_above(row_ptr, a, b, c, floor, top, inverse, VOCAB, BLOCK)
     else:
         num_a, num_b, num_c = _count_above(row_ptr, a, b, c, VOCAB, BLOCK)
         sum_a, sum_b, sum_c = num_a.to(tl.float32), num_b.to(tl.float32), num_c.to(tl.float32)
@@ -111,15 +111,15 @@ def _collect(row_ptr, scratch, low, high, VOCAB: tl.constexpr, BLOCK: tl.constex
 @triton.jit
 def _bisect(x, weight, low, high, above, wanted):
     """The greatest t in [low, high) such that the values >= t of x weigh `wanted`, with `above` from beyond high."""
-    keys = _ordered(x)
-    low_key = _ordered(low).to(tl.int64)
-    high_key = _ordered(high).to(tl.int64)
+    keys = ordered_bits(x)
+    low_key = ordered_bits(low).to(tl.int64)
+    high_key = ordered_bits(high).to(tl.int64)
     while high_key - low_key > 1:
         middle = (low_key + high_key) // 2
         is_enough = above + tl.sum(tl.where(keys >= middle.to(tl.int32), weight, 0.0), 0) >= wanted
         low_key = tl.where(is_enough, middle, low_key)
         high_key = tl.where(is_enough, high_key, middle)
-    return _unordered(low_key.to(tl.int32))
+    return unordered_bits(low_key.to(tl.int32))
 
 
 @triton.jit
@@ -132,7 +132,7 @@ def _narrow(
     Values >= the given low weigh enough, and are `num_low`. Returns the range, the weight from beyond it, and the
     numbers of values >= low and >= high.
     """
-    high = _unordered(_ordered(top) + 1)
+    high = unordered_bits(ordered_bits(top) + 1)
     above = 0.0
     num_high = 0
     shrinks = True
@@ -200,13 +200,14 @@ def _nucleus(
     return threshold
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr", "places_ptr"])
 def _thresholds_kernel(
-    logits_ptr, params_ptr, slots_ptr, scratch_ptr, floors_ptr, logits_stride,
+    logits_ptr, copies_ptr, places_ptr, params_ptr, slots_ptr, scratch_ptr, floors_ptr,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr, WORDS: tl.constexpr, REACH: tl.constexpr,
+    HAS_PLACES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    slot = tl.load(slots_ptr + row)
+    slot, place = place_of(slots_ptr, places_ptr, row, HAS_PLACES)
     if slot < 0:
         return
     params = params_ptr + slot * WORDS
@@ -218,7 +219,9 @@ def _thresholds_kernel(
     if is_off | (temperature <= 0.0):
         tl.store(floors_ptr + row, float("-inf"))
         return
-    row_ptr = logits_ptr + row.to(tl.int64) * logits_stride
+    row_ptr = logits_ptr + row.to(tl.int64) * VOCAB
+    if HAS_PLACES and place >= 0:
+        row_ptr = copies_ptr + place.to(tl.int64) * VOCAB
     scratch = scratch_ptr + row * CAP
     tops = tl.full([BLOCK], float("-inf"), tl.float32)
     lows = tl.full([BLOCK], float("inf"), tl.float32)
@@ -254,17 +257,26 @@ def threshold_scratch(max_rows: int, device: torch.device) -> Tensor:
 
 
 def find_thresholds(
-    logits_SV: Tensor, slot_params: Tensor, slots_S: Tensor, scratch: Tensor, floors_S: Tensor
+    logits_SV: Tensor,
+    slot_params: Tensor,
+    slots_S: Tensor,
+    scratch: Tensor,
+    floors_S: Tensor,
+    shaped: ShapedRows | None = None,
 ) -> None:
     """Write the least logit kept of each row to `floors_S` (float32; -inf where nothing is dropped).
 
-    logits_SV     before division by the temperature, any float dtype
+    logits_SV     before division by the temperature, any float dtype, contiguous
     slot_params   float32 [slots, ROW_WORDS]: word 0 temperature (0: nothing is dropped), 4 top_k (0 off), 5 top_p
                   (1 off), 6 T log(min_p) (-inf off)
     slots_S       int32; a row whose slot is below 0 is skipped
+    shaped        rows to read from reshaped copies instead (logits are float32 then)
     """
+    assert logits_SV.is_contiguous()
     num_rows, vocab_size = logits_SV.shape
+    copies, places = (logits_SV, slots_S) if shaped is None else (shaped.copies_CV, shaped.places_S)
     _thresholds_kernel[(num_rows,)](
-        logits_SV, slot_params, slots_S, scratch, floors_S, logits_SV.stride(0),
-        VOCAB=vocab_size, BLOCK=_BLOCK, CAP=CAPACITY, WORDS=ROW_WORDS, REACH=_REACH, num_warps=16,
+        logits_SV, copies, places, slot_params, slots_S, scratch, floors_S,
+        VOCAB=vocab_size, BLOCK=_BLOCK, CAP=CAPACITY, WORDS=ROW_WORDS, REACH=_REACH, HAS_PLACES=shaped is not None,
+        num_warps=16,
     )  # fmt: skip

@@ -1,0 +1,35 @@
+"""How every request of a benchmark samples, and what it asks to be told. Owns nothing but the flags' meaning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from headrace.types.sampling_params import SamplingParams
+
+
+class RequestStyle(msgspec.Struct, frozen=True):
+    """Temperature is 1 and nothing ends a request early.
+
+    top_p          keep the most probable tokens up to this mass
+    top_k          keep this many most probable tokens
+    top_logprobs   most probable tokens reported per position
+    """
+
+    top_p: float = 1.0
+    top_k: int = -1
+    top_logprobs: int = 0
+
+    def params(self, num_tokens: int) -> SamplingParams:
+        """Sampling parameters of a request of that many tokens."""
+        return SamplingParams(
+            max_new_tokens=num_tokens, temperature=1.0, top_p=self.top_p, top_k=self.top_k, ignore_eos=True
+        )
+
+    def report(self) -> dict[str, Any]:
+        """What differs from plain sampling, for a report."""
+        plain = RequestStyle()
+        return {
+            name: value for name in self.__struct_fields__ if (value := getattr(self, name)) != getattr(plain, name)
+        }

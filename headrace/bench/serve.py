@@ -1,0 +1,132 @@
+"""`headrace bench serve`: what HTTP costs beside the same engine without it.
+
+Owns how the server is measured: `headrace serve` in a process of its own on a free port of the loopback, one client
+process that sends a whole workload at once as `/generate` with token ids and log-probabilities, and the clock in the
+client. Then the same workload offline on the same machine, and the ratio. Both are re-scored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from headrace.bench.engine_setup import EngineSetup, Prepared, describe, flag_words, prepare
+from headrace.bench.http_load import Load, Loaded
+from headrace.bench.offline import MAX_RUNNING, check_rescoring, measure, workload_report
+from headrace.bench.request_style import RequestStyle
+from headrace.bench.rescore import NUM_RESCORED, ScoredSequence, evenly_spaced, rescore
+from headrace.bench.workloads import ScaleChoice, Workload, WorkloadName, make_workload
+from headrace.types.errors import InternalError
+
+_STOP_SECONDS = 30.0
+_POLL_SECONDS = 0.05
+_TAIL_CHARACTERS = 600
+
+
+class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What to run; `runs` of the client, and as many offline."""
+
+    setup: EngineSetup = EngineSetup()
+    workload: WorkloadName = "A"
+    scale: ScaleChoice = ScaleChoice()
+    style: RequestStyle = RequestStyle()
+    runs: int = 3
+    num_rescored: int = NUM_RESCORED
+
+
+def run_serve(options: ServeOptions, on_progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Run the benchmark; returns the JSON object that is printed last. `on_progress` is told what is running."""
+    with tempfile.TemporaryDirectory(prefix="headrace-bench-") as scratch:
+        prepared = prepare(options.setup, Path(scratch))
+        check_rescoring(prepared, options.style, options.num_rescored)
+        scale = options.scale.on(is_cpu=prepared.is_cpu)
+        workload = make_workload(options.workload, scale=scale, vocab_size=prepared.resolved.model.vocab_size)
+        load = Load(
+            port=0,
+            workload=options.workload,
+            scale=scale,
+            vocab_size=prepared.resolved.model.vocab_size,
+            style=options.style,
+            runs=options.runs,
+            kept=evenly_spaced(len(workload.prompts), options.num_rescored),
+        )
+        loaded = _measure_http(prepared, workload, load, Path(scratch), on_progress)
+        offline = measure(prepared, workload, options.style, options.runs, options.num_rescored, on_progress)
+        seconds = statistics.median(loaded.seconds)
+        return {
+            "bench": "serve",
+            "workload": workload.name,
+            "scale": msgspec.to_builtins(scale),
+            **workload_report(workload),
+            **options.style.report(),
+            **describe(options.setup, prepared),
+            "runs": options.runs,
+            "seconds": [round(value, 3) for value in loaded.seconds],
+            "tokens_per_second": round(workload.num_output_tokens / seconds, 1),
+            "offline_seconds": [round(value, 3) for value in offline.seconds],
+            "offline_tokens_per_second": round(workload.num_output_tokens / offline.median_seconds, 1),
+            "ratio": round(offline.median_seconds / seconds, 4),
+            **rescore(prepared.resolved, [*_sequences(workload, loaded), *offline.kept], on_progress),
+        }
+
+
+def _measure_http(
+    prepared: Prepared, workload: Workload, load: Load, scratch: Path, on_progress: Callable[[str], None]
+) -> Loaded:
+    settings = prepared.with_defaults(
+        max_running_requests=min(MAX_RUNNING, len(workload.prompts)), context_length=workload.max_length
+    )
+    on_progress("starting the server")
+    with _server(prepared.folder, settings, prepared.resolved.engine.start_timeout, scratch / "serve.log") as port:
+        on_progress(f"{len(workload.prompts)} requests at once over HTTP")
+        what = msgspec.json.encode(msgspec.structs.replace(load, port=port)).decode()
+        command = [sys.executable, "-m", "headrace.bench.http_load", what]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise InternalError(f"the HTTP client failed: {done.stderr.strip()[-_TAIL_CHARACTERS:]}")
+    return msgspec.json.decode(done.stdout.splitlines()[-1], type=Loaded)
+
+
+def _sequences(workload: Workload, loaded: Loaded) -> list[ScoredSequence]:
+    return [
+        ScoredSequence(workload.prompts[kept.index], kept.token_ids, kept.logprobs, kept.mode) for kept in loaded.kept
+    ]
+
+
+@contextlib.contextmanager
+def _server(folder: Path, settings: dict[str, Any], start_timeout: float, log: Path) -> Iterator[int]:
+    """The port of `headrace serve`, from when it serves until the block ends."""
+    command = [sys.executable, "-m", "headrace", "serve", str(folder), "--port", "0", "--log-json"]
+    with log.open("w", encoding="utf-8") as stderr:
+        process = subprocess.Popen([*command, *flag_words(settings)], stderr=stderr)
+    try:
+        yield _port(process, log, time.monotonic() + start_timeout)
+    finally:
+        process.terminate()
+        try:
+            process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _port(process: subprocess.Popen[bytes], log: Path, deadline: float) -> int:
+    """Wait for the log line that says where it serves."""
+    while True:
+        text = log.read_text(encoding="utf-8", errors="replace")
+        for line in text.splitlines():
+            if line.startswith("{") and line.endswith("}") and (event := json.loads(line))["message"] == "serving":
+                return int(event["url"].rpartition(":")[2])
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise InternalError(f"the server did not start: {text.strip()[-_TAIL_CHARACTERS:]}")
+        time.sleep(_POLL_SECONDS)

@@ -1,0 +1,98 @@
+"""The products of a decoder layer on a CUDA device, with what is fused into them. As `headrace.kernels.LayerKernels`.
+
+`FastKernels`: a library's products, norms and gates between them in kernels of their own; at one row everything goes
+through `multiply_row`, whose launches overlap. `InvariantKernels`: every product through `multiply_tiles`, so a row's
+bits never depend on its batch. Both allocate their outputs, which a captured graph keeps in its own pool.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from headrace.kernels import LayerKernels
+from headrace.kernels.triton.linear_rows import multiply_row, multiply_tiles
+from headrace.kernels.triton.row_operations import add_rms_norm, silu_and_mul
+
+
+def device_kernels(numerics: str, device: torch.device) -> LayerKernels:
+    """The set for "fast" or "invariant"."""
+    return InvariantKernels() if numerics == "invariant" else FastKernels(overlap=device.type == "cuda")
+
+
+def _normed(x_TI: Tensor, norm_I: Tensor, eps: float, *, overlap: bool = False) -> Tensor:
+    out = torch.empty_like(x_TI)
+    add_rms_norm(None, x_TI, norm_I, eps, out, overlap=overlap)
+    return out
+
+
+def _gated(x_T2F: Tensor, *, overlap: bool = False) -> Tensor:
+    out = x_T2F.new_empty(x_T2F.shape[0], x_T2F.shape[1] // 2)
+    silu_and_mul(x_T2F, out, overlap=overlap)
+    return out
+
+
+class FastKernels:
+    """`overlap`: our launches may begin before the one ahead ends (programmatic dependent launch)."""
+
+    def __init__(self, *, overlap: bool) -> None:
+        self._overlap = overlap
+
+    def normed_linear(
+        self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None
+    ) -> Tensor:
+        if x_TI.shape[0] > 1:
+            return F.linear(_normed(x_TI, norm_I, eps, overlap=self._overlap), weight_OI, bias_O)
+        out = x_TI.new_empty(1, weight_OI.shape[0])
+        multiply_row(x_TI, weight_OI, out, norm_K=norm_I, eps=eps, bias_N=bias_O, overlap=self._overlap)
+        return out
+
+    def normed_gate(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        if x_TI.shape[0] > 1 or bias_O is not None:
+            return _gated(
+                F.linear(_normed(x_TI, norm_I, eps, overlap=self._overlap), weight_OI, bias_O), overlap=self._overlap
+            )
+        out = x_TI.new_empty(1, weight_OI.shape[0] // 2)
+        multiply_row(x_TI, weight_OI, out, norm_K=norm_I, eps=eps, gated=True, overlap=self._overlap)
+        return out
+
+    def linear_add_(self, residual_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        if x_TI.shape[0] == 1:
+            multiply_row(x_TI, weight_OI, residual_TO, bias_N=bias_O, adds=True, overlap=self._overlap)
+            return
+        residual_TO.addmm_(x_TI, weight_OI.t())
+        if bias_O is not None:
+            residual_TO.add_(bias_O)
+
+    def normed_logits(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_VI: Tensor) -> Tensor:
+        if x_TI.shape[0] == 1:
+            out = x_TI.new_empty(1, weight_VI.shape[0], dtype=torch.float32)
+            multiply_row(x_TI, weight_VI, out, norm_K=norm_I, eps=eps, overlap=self._overlap)
+            return out
+        normed = _normed(x_TI, norm_I, eps, overlap=self._overlap)
+        if normed.is_cuda and normed.dtype != torch.float32:
+            return torch.mm(normed, weight_VI.t(), out_dtype=torch.float32)  # sums as they are, not rounded
+        return F.linear(normed, weight_VI).float()
+
+
+class InvariantKernels:
+    """Every product in the same steps along its inputs, whatever the number of rows."""
+
+    def normed_linear(
+        self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None
+    ) -> Tensor:
+        out = x_TI.new_empty(x_TI.shape[0], weight_OI.shape[0])
+        multiply_tiles(_normed(x_TI, norm_I, eps), weight_OI, bias_O, out)
+        return out
+
+    def normed_gate(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        return _gated(self.normed_linear(x_TI, norm_I, eps, weight_OI, bias_O))
+
+    def linear_add_(self, residual_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        multiply_tiles(x_TI, weight_OI, bias_O, residual_TO, adds=True)
+
+    def normed_logits(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_VI: Tensor) -> Tensor:
+        out = x_TI.new_empty(x_TI.shape[0], weight_VI.shape[0], dtype=torch.float32)
+        multiply_tiles(_normed(x_TI, norm_I, eps), weight_VI, None, out)
+        return out

@@ -1,0 +1,176 @@
+"""Builds what executes plans on a CUDA device: weights, model, tables, pool, graphs. Owns the order of a start.
+
+A start takes the weights, runs one step of the greatest size over a pool of two pages, sizes the real pool by what
+that took, and captures every launch; from then on nothing compiles. The same parts run on a CPU through Triton's
+interpreter, without graphs, for tests. Must not know requests.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+
+import msgspec
+import torch
+
+from headrace import models
+from headrace.attention import AttentionShape, build_device_backend
+from headrace.attention.base import RotaryTables
+from headrace.config import ResolvedConfig
+from headrace.kernels.cache import CompileCounter
+from headrace.kernels.paged_kv import KvGeometry, KvPool
+from headrace.kernels.triton.layer_kernels import device_kernels
+from headrace.layers.linear import GemmCounter
+from headrace.models.decoder import Decoder
+from headrace.runner.buckets import Buckets
+from headrace.runner.device_step import DeviceStep
+from headrace.runner.graphs import Graphs
+from headrace.runner.launches import Launches, make_tables
+from headrace.runner.loading import Progress, load_weights
+from headrace.runner.memory import StepPeak, check_pool, free_bytes, plan_memory
+from headrace.runner.slots import SlotTable
+from headrace.runner.step_buffer import StepBuffer, StepSizes
+from headrace.runner.step_runner import MAX_CELLS, StepRunner
+from headrace.sampling.device_sampler import SLOT_WORDS, DeviceSampler
+from headrace.types.errors import ConfigError
+from headrace.types.plan import StepPlan
+from headrace.weights.store import WeightStore
+
+logger = logging.getLogger(__name__)
+_WARM_PAGES = 2
+
+
+class DeviceRunner:
+    """One device's executor. `resolved` is what it was given, with the number of pages filled in.
+
+    `on_progress(done, total)` is called per tensor while weights load. Raises `CheckpointError` for a bad checkpoint,
+    and `ConfigError` for a device that is not there, a backend that cannot run the model, or too little memory.
+    """
+
+    def __init__(self, resolved: ResolvedConfig, on_progress: Progress | None = None) -> None:
+        times = [time.perf_counter()]
+        torch.set_num_threads(resolved.num_threads)
+        self._device = device = _open_device(resolved)
+        free_at_start = free_bytes() if device.type == "cuda" else 0
+        dtype = getattr(torch, resolved.dtype)
+        self._compiled = CompileCounter()
+        self._counter = GemmCounter()
+        self.weights = WeightStore(models.weight_map(resolved.model), dtype, device)
+        load_weights(self.weights, resolved, on_progress)
+        times.append(time.perf_counter())
+        has_graphs = device.type == "cuda" and resolved.engine.cuda_graphs
+        parts = _Parts(resolved, device, self.weights, self._counter)
+        self.resolved = _size_pool(resolved, parts, free_at_start, has_graphs) if device.type == "cuda" else resolved
+        times.append(time.perf_counter())
+        self._graphs = Graphs(self._counter, enabled=has_graphs)
+        self._steps = parts.steps(self.resolved, self._graphs)
+        if device.type == "cuda":
+            self._steps.capture(parts.buckets.captured, parts.buckets.sampled)
+            parts.sampler.warm()
+            self._compiled.arm()
+        times.append(time.perf_counter())
+        seconds = [round(later - earlier, 1) for earlier, later in zip(times, times[1:], strict=False)]
+        logger.info("weights %s s, sizing %s s, %d graphs %s s", *seconds[:2], self._graphs.num_graphs, seconds[2])
+
+    @property
+    def num_gemm_calls(self) -> int:
+        """Linear layers run so far."""
+        return self._counter.num_calls
+
+    def launch(self, plan: StepPlan) -> DeviceStep:
+        """Enqueue one plan. Plans must come in the order they were issued."""
+        return self._steps.launch(plan)
+
+    def counters(self) -> dict[str, float]:
+        """Figures of the device since start."""
+        return {
+            "num_gemm_calls": float(self._counter.num_calls),
+            "num_graph_replays": float(self._graphs.num_replays),
+            "num_compiled_after_ready": float(self._compiled.num_calls),
+            "gpu_busy_s": self._steps.clock.busy_s,
+            "gpu_idle_s": self._steps.clock.idle_s,
+        }
+
+
+    def close(self) -> None:
+        """Wait for what is enqueued and give all memory back."""
+        self._compiled.disarm()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        del self._steps, self._graphs
+        self.weights.close()
+        if self._device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+class _Parts:
+    """What does not depend on the size of the pool: model, sampler, hidden states, buckets."""
+
+    def __init__(
+        self, resolved: ResolvedConfig, device: torch.device, weights: WeightStore, counter: GemmCounter
+    ) -> None:
+        spec, engine = resolved.model, resolved.engine
+        max_rows = engine.max_running_requests
+        self.max_tokens = max(engine.max_num_batched_tokens, max_rows)
+        self._device = device
+        self._dtype = weights.dtype
+        self._model: Decoder = models.build(
+            spec,
+            weights,
+            kernels=device_kernels(engine.numerics, device),
+            context_length=resolved.context_length,
+            counter=counter,
+        )
+        self.sampler = DeviceSampler(spec.vocab_size, max_rows, max_rows, device)
+        self.buckets = Buckets(max_rows, self.max_tokens, engine.max_graph_tokens)
+        self._hidden = torch.zeros(self.max_tokens, spec.hidden_size, dtype=weights.dtype, device=device)
+
+    def steps(self, resolved: ResolvedConfig, graphs: Graphs) -> StepRunner:
+        """Everything else, over a pool of `resolved.num_pages`."""
+        spec, engine, max_rows = resolved.model, resolved.engine, resolved.engine.max_running_requests
+        geometry = KvGeometry(spec.num_layers, resolved.num_pages, spec.num_kv_heads, engine.page_size, spec.head_dim)
+        pool = KvPool(geometry, getattr(torch, resolved.kv_dtype), self._device)
+        attention = build_device_backend(
+            resolved.attention_backend,
+            engine.numerics,
+            AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
+            pool,
+            RotaryTables(self._model.cos_PD, self._model.sin_PD),
+            self._dtype,
+            self.max_tokens,
+        )
+        sizes = StepSizes(self.max_tokens, max_rows, MAX_CELLS, SLOT_WORDS, attention.num_words)
+        buffer = StepBuffer(sizes, self._device, engine.overlap_depth + 2)
+        tables = make_tables(buffer, max_rows, resolved.max_columns, self._device)
+        launches = Launches(self._model, attention, self.sampler, buffer, tables, self._hidden)
+        slots = SlotTable(max_rows, resolved.max_columns)
+        return StepRunner(launches, attention, self.sampler, slots, buffer, self.buckets, graphs, tables.page_table)
+
+
+def _size_pool(resolved: ResolvedConfig, parts: _Parts, free_at_start: int, has_graphs: bool) -> ResolvedConfig:
+    """Run the greatest step over a tiny pool, and give the pages what that leaves; a pool of given size must fit."""
+    engine = resolved.engine
+    with StepPeak() as peak:
+        tiny = msgspec.structs.replace(resolved, num_pages=_WARM_PAGES)
+        parts.steps(tiny, Graphs(GemmCounter(), enabled=False)).run_greatest()
+    page_bytes = resolved.kv_bytes_per_token * engine.page_size
+    if resolved.num_pages:
+        check_pool(resolved.num_pages * page_bytes, peak.num_bytes, has_graphs=has_graphs)
+        return resolved
+    plan = plan_memory(free_at_start, peak.num_bytes, engine.memory_fraction, has_graphs=has_graphs)
+    num_tokens = (plan.pages // page_bytes - 1) * engine.page_size
+    why = ("kv_pool_tokens", str(num_tokens), plan.explain(engine.memory_fraction))
+    others = tuple(entry for entry in resolved.explanations if entry[0] != why[0])
+    return resolved.with_pool(num_tokens, (*others, why))
+
+
+def _open_device(resolved: ResolvedConfig) -> torch.device:
+    if resolved.device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("device 'cuda' needs a CUDA build of torch and a device that it can use", field="device")
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return torch.device("cuda", torch.cuda.current_device())

@@ -1,0 +1,87 @@
+"""The two launches of a step over static buffers: forward, and sample.
+
+Each is a fixed sequence of kernels for its size, so it may be captured once and replayed; what changes between steps is
+read from the step buffer. Must not know plans. Legend: T packed tokens, S sampled rows, X hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headrace.attention.base import DeviceAttention, DeviceTables, Launch
+from headrace.kernels.triton.step_tables import embed_tokens, write_cells
+from headrace.models.decoder import Decoder
+from headrace.runner.step_buffer import StepBuffer
+from headrace.sampling.device_sampler import DeviceSampler
+
+
+class Launches:
+    """Bodies of launches: nothing in them waits for the device or looks at the host's values."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        attention: DeviceAttention,
+        sampler: DeviceSampler,
+        buffer: StepBuffer,
+        tables: DeviceTables,
+        hidden_TX: Tensor,
+    ) -> None:
+        self._model = model
+        self._attention = attention
+        self._sampler = sampler
+        self._buffer = buffer
+        self._tables = tables
+        self._hidden_TX = hidden_TX
+
+    def write_cells(self) -> None:
+        """The page cells of the step buffer, into the page table."""
+        views = self._buffer.views
+        write_cells(views.cells, views.cell_count, self._tables.page_table)
+
+    def forward(self, bucket: Launch) -> None:
+        """Cells, embeddings and every layer; the residual stream stays in `hidden`."""
+        self.write_cells()
+        views, num_tokens = self._buffer.views, bucket.num_tokens
+        hidden_TX = self._hidden_TX[:num_tokens]
+        embed_tokens(
+            views.token_ids[:num_tokens],
+            views.table_rows[:num_tokens],
+            self._sampler.last_tokens,
+            self._model.embedding,
+            hidden_TX,
+        )
+        self._model.run_layers(hidden_TX, self._attention.step(self._tables, bucket))
+
+    def sample(self, num_rows: int, *, kept: bool) -> None:
+        """Tokens and log-probabilities of `num_rows` rows into the step buffer's results."""
+        views = self._buffer.views
+        self._sampler.sample(
+            self.sampled_logits(num_rows),
+            views.sampled_slots[:num_rows],
+            views.sampled_positions[:num_rows],
+            self._buffer.token_ids[:num_rows],
+            self._buffer.logprobs[:num_rows],
+            kept=kept,
+        )
+
+    def sampled_logits(self, num_rows: int) -> Tensor:
+        """float32 [num_rows, V] of the rows that sample."""
+        return self._model.logits(self._hidden_TX.index_select(0, self._buffer.views.sampled_tokens[:num_rows]))
+
+    def logits_of(self, first: int, last: int) -> Tensor:
+        """float32 [last - first, V] of packed tokens first..last-1."""
+        return self._model.logits(self._hidden_TX[first:last])
+
+    def make_empty(self) -> None:
+        """Nothing to do in the step buffer: launches then compute padding and write no page."""
+        self._buffer.words.zero_()
+        self._buffer.views.table_rows.fill_(-1)
+        self._buffer.views.sampled_slots.fill_(-1)
+
+
+def make_tables(buffer: StepBuffer, num_slots: int, num_columns: int, device: torch.device) -> DeviceTables:
+    """The page table, all zero, beside the step buffer's positions and table rows."""
+    page_table = torch.zeros(num_slots, num_columns, dtype=torch.int32, device=device)
+    return DeviceTables(page_table, buffer.views.positions, buffer.views.table_rows, buffer.views.attention)

@@ -1,0 +1,64 @@
+"""A step on its way: what an executor holds between issuing a plan and reading its result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from headrace.types.plan import PositionLogprobs, PromptLogprobs, StepResult
+from headrace.types.request import Float32Array, Int32Array
+
+
+class PendingStep(Protocol):
+    """A plan that was issued."""
+
+    @property
+    def step_id(self) -> int:
+        """The plan's."""
+        ...
+
+    def wait(self) -> StepResult:
+        """Its result, as soon as the device has it."""
+        ...
+
+
+@dataclass(frozen=True)
+class DoneStep:
+    """A plan that ran when it was issued."""
+
+    result: StepResult
+
+    @property
+    def step_id(self) -> int:
+        """As `PendingStep.step_id`."""
+        return self.result.step_id
+
+    def wait(self) -> StepResult:
+        """As `PendingStep.wait`."""
+        return self.result
+
+
+def step_result(
+    step_id: int,
+    token_ids: Int32Array,
+    logprobs: Float32Array,
+    extras: dict[int, PositionLogprobs],
+    prompts: dict[int, PromptLogprobs],
+) -> StepResult:
+    """One token per sampling row: token_ids and logprobs [s]."""
+    num_rows = len(token_ids)
+    counts = np.ones(num_rows, np.int32)
+    return StepResult(step_id, token_ids.reshape(num_rows, 1), logprobs.reshape(num_rows, 1), counts, extras, prompts)
+
+
+def join_extras(parts: list[PositionLogprobs]) -> PositionLogprobs | None:
+    """Positions one after the other; None of none."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    return PositionLogprobs(
+        np.concatenate([part.top_ids for part in parts]),
+        np.concatenate([part.top_logprobs for part in parts]),
+        np.concatenate([part.asked_logprobs for part in parts]),
+    )

@@ -1,0 +1,219 @@
+"""From a plan to what is enqueued on the device. Owns the order of copies and launches within a step.
+
+A plan becomes one packed array, one copy and two launches, forward and sample. Nothing here waits for the device, and
+tokens sampled stay on it. Must not know how anything was built, nor requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from headrace.attention.base import DeviceAttention, Launch, StepRows
+from headrace.runner.buckets import Buckets
+from headrace.runner.device_step import DeviceClock, DeviceStep, ScoredPrompt, StepMarks
+from headrace.runner.graphs import Graphs
+from headrace.runner.launches import Launches
+from headrace.runner.prompt_scores import scored_positions
+from headrace.runner.slots import SlotTable
+from headrace.runner.step_buffer import HostStep, StepBuffer
+from headrace.sampling.device_sampler import DeviceSampler
+from headrace.types.plan import StepPlan
+
+MAX_CELLS = 2048
+"""Page cells that travel with a step; more are written one copy by one."""
+
+Int64Array = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+
+class StepRunner:
+    """Turns plans into launches, in the order they are issued."""
+
+    def __init__(
+        self,
+        launches: Launches,
+        attention: DeviceAttention,
+        sampler: DeviceSampler,
+        slots: SlotTable,
+        buffer: StepBuffer,
+        buckets: Buckets,
+        graphs: Graphs,
+        page_table: torch.Tensor,
+    ) -> None:
+        self.clock = DeviceClock()
+        self._launches = launches
+        self._attention = attention
+        self._sampler = sampler
+        self._slots = slots
+        self._buffer = buffer
+        self._buckets = buckets
+        self._graphs = graphs
+        self._page_table = page_table
+        self._is_cuda = page_table.is_cuda
+
+    def launch(self, plan: StepPlan) -> DeviceStep:
+        """Enqueue one plan."""
+        host = self._buffer.take()
+        with torch.inference_mode():
+            try:
+                return self._launch(plan, host)
+            except BaseException:
+                if self._is_cuda:
+                    torch.cuda.current_stream().synchronize()  # nothing may read the host copy when it is taken again
+                host.is_free = True
+                raise
+
+    def capture(self, buckets: list[Launch], sampled: list[int]) -> None:
+        """Capture the launches of these sizes, over an empty step."""
+        with torch.inference_mode():
+            self._launches.make_empty()
+            for bucket in buckets:
+                if self._attention.captures:
+                    self._graphs.capture(bucket, lambda bucket=bucket: self._launches.forward(bucket))  # type: ignore[misc]
+                else:
+                    self._launches.forward(bucket)  # compiles what it needs; later steps of this size run as they are
+            for num_rows in sampled:
+                for kept in (False, True):
+                    self._graphs.capture(
+                        (num_rows, kept),
+                        lambda n=num_rows, k=kept: self._launches.sample(n, kept=k),  # type: ignore[misc]
+                    )
+
+    def run_greatest(self) -> None:
+        """Run launches of the greatest sizes, over padding: what their peak of memory is measured by."""
+        with torch.inference_mode():
+            self._launches.make_empty()
+            self._launches.forward(self._buckets.greatest)
+            self._launches.sample(self._buckets.sampled[0], kept=True)
+
+    def _launch(self, plan: StepPlan, host: HostStep) -> DeviceStep:
+        num_records = self._enter(plan, host)
+        self._slots.apply(plan)
+        self._pack_cells(plan, host)
+        sampled_rows = np.flatnonzero(plan.row_samples)
+        step = DeviceStep(plan.step_id, host, self.clock, sampled_rows)
+        begin = self._mark()
+        if len(plan.row_slots):
+            self._forward(plan, host, num_records, step)
+        else:
+            self._send(host, 0, num_records)
+            self._launches.write_cells()
+        step.marks = self._marks(begin)
+        return step
+
+    def _enter(self, plan: StepPlan, host: HostStep) -> int:
+        for index, init in enumerate(plan.new_slots):
+            host.views.records[index] = self._sampler.enter(init)
+        return len(plan.new_slots)
+
+    def _pack_cells(self, plan: StepPlan, host: HostStep) -> None:
+        """Cells into the step's own section; where they do not fit, straight into the page table."""
+        count = len(plan.page_ids)
+        if count > MAX_CELLS:
+            rows, columns, pages = (torch.from_numpy(a) for a in (plan.page_slots, plan.page_columns, plan.page_ids))
+            table = self._page_table
+            table.index_put_((rows.long().to(table.device), columns.long().to(table.device)), pages.to(table.device))
+            count = 0
+        host.views.cell_count[0] = count
+        cells = host.views.cells[:count]
+        cells[:, 0], cells[:, 1], cells[:, 2] = (
+            plan.page_slots[:count],
+            plan.page_columns[:count],
+            plan.page_ids[:count],
+        )
+
+    def _forward(self, plan: StepPlan, host: HostStep, num_records: int, step: DeviceStep) -> None:
+        num_tokens, num_rows = len(plan.token_ids), len(plan.row_slots)
+        bucket = self._buckets.of_step(num_tokens, num_rows)
+        num_sampled = len(step.sampled_rows)
+        num_padded = self._buckets.num_sampled(num_sampled) if num_sampled else 0
+        row_firsts = _pack_rows(plan, host, bucket, step.sampled_rows, num_padded)
+        row_slots, row_starts, row_lengths = plan.row_slots, plan.row_starts, plan.row_lengths
+        rows = StepRows(row_slots, row_starts, row_lengths, plan.prefix_groups, self._slots.page_table.numpy())
+        num_words = self._attention.fill(host.views.attention, rows, bucket)
+        self._send(host, num_words, num_records)
+        self._graphs.run(bucket, lambda: self._launches.forward(bucket))
+        step.prompts = list(self._score_prompts(plan, row_firsts))
+        if num_sampled:
+            self._sample(host, num_sampled, num_padded, step)
+            host.receive(self._buffer.results)
+
+    def _send(self, host: HostStep, num_attention_words: int, num_records: int) -> None:
+        host.send(self._buffer.words, num_attention_words)
+        if num_records:
+            self._sampler.write_slots(self._buffer.views.records[:num_records])
+
+    def _sample(self, host: HostStep, num_sampled: int, num_padded: int, step: DeviceStep) -> None:
+        views = host.views
+        slots, positions = views.sampled_slots[:num_sampled], views.sampled_positions[:num_sampled]
+        kind = self._sampler.kind(slots, positions)
+        if kind != "special":
+            is_kept = kind == "kept"
+            self._graphs.run((num_padded, is_kept), lambda: self._launches.sample(num_padded, kept=is_kept))
+            return
+        buffer, device_views = self._buffer, self._buffer.views
+        step.extras = self._sampler.sample_special(
+            self._launches.sampled_logits(num_padded),
+            device_views.sampled_slots[:num_padded],
+            device_views.sampled_positions[:num_padded],
+            buffer.token_ids[:num_padded],
+            buffer.logprobs[:num_padded],
+            slots.copy(),
+            positions.copy(),
+        )
+
+    def _score_prompts(self, plan: StepPlan, row_firsts: Int64Array) -> Iterator[ScoredPrompt]:
+        """Enqueue the scores of the prompt positions that this step's hidden states predict, for rows that asked."""
+        chunk = self._buffer.sizes.max_rows
+        for row, init in self._slots.scored_rows(plan.row_slots, plan.row_starts):
+            start, length = int(plan.row_starts[row]), int(plan.row_lengths[row])
+            first, last = scored_positions(init, start, length)
+            if first >= last:
+                continue
+            offset = int(row_firsts[row]) - start - 1  # position p is predicted by packed token p + offset
+            parts = []
+            for at in range(first, last, chunk):
+                end = min(at + chunk, last)
+                targets = torch.from_numpy(init.token_ids[at:end].astype(np.int64)).to(
+                    self._page_table.device, non_blocking=True
+                )
+                logits = self._launches.logits_of(at + offset, end + offset)
+                parts.append(self._sampler.score(logits, targets, init.slot))
+            yield ScoredPrompt(row, first, parts)
+
+    def _mark(self) -> torch.cuda.Event | None:
+        if not self._is_cuda:
+            return None
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def _marks(self, begin: torch.cuda.Event | None) -> StepMarks | None:
+        end = self._mark()
+        if begin is None or end is None:
+            return None
+        return self.clock.mark(begin, end)
+
+
+def _pack_rows(plan: StepPlan, host: HostStep, bucket: Launch, sampled_rows: Int64Array, num_padded: int) -> Int64Array:
+    """Write packed tokens and sampled rows, padded; returns each row's first packed token."""
+    views, num_tokens, num_sampled = host.views, len(plan.token_ids), len(sampled_rows)
+    lengths, starts, slots = plan.row_lengths, plan.row_starts, plan.row_slots
+    row_ends = np.cumsum(lengths, dtype=np.int64)
+    row_firsts = row_ends - lengths
+    padding = slice(num_tokens, bucket.num_tokens)
+    views.token_ids[:num_tokens], views.token_ids[padding] = plan.token_ids, 0
+    views.table_rows[padding], views.positions[padding] = -1, 0
+    if bucket.is_decode:
+        views.table_rows[:num_tokens], views.positions[:num_tokens] = slots, starts
+    else:
+        views.table_rows[:num_tokens] = np.repeat(slots, lengths)
+        views.positions[:num_tokens] = np.arange(num_tokens) + np.repeat(starts - row_firsts, lengths)
+    sampled, padding = slice(0, num_sampled), slice(num_sampled, num_padded)
+    views.sampled_tokens[sampled], views.sampled_tokens[padding] = row_ends[sampled_rows] - 1, 0
+    views.sampled_slots[sampled], views.sampled_slots[padding] = slots[sampled_rows], -1
+    views.sampled_positions[sampled] = (starts + lengths)[sampled_rows]
+    views.sampled_positions[padding] = 0
+    return row_firsts

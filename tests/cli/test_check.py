@@ -1,0 +1,99 @@
+"""`headrace check` of a machine with a GPU, from what such a machine says of itself; nothing here has one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace import attention
+from headrace.cli.check import build_report, print_report
+from headrace.config import CudaDevice, EngineConfig, ResolvedConfig, Software, resolve
+
+POLICY = Path(__file__).resolve().parents[2] / "headrace" / "rl" / "policy"
+H200 = CudaDevice("NVIDIA H200", 150_754_820_096, (9, 0), 132)
+SOFTWARE = Software(torch_cuda="13.0", has_triton=True)
+
+
+def on_cuda(device: CudaDevice = H200, **settings: Any) -> ResolvedConfig:
+    return resolve(EngineConfig(model=str(POLICY), **settings), POLICY, devices=(device,), software=SOFTWARE)
+
+
+def shown(resolved: ResolvedConfig, capsys: pytest.CaptureFixture[str]) -> str:
+    print_report(build_report(resolved))
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_an_unmeasured_pool_is_an_estimate(capsys: pytest.CaptureFixture[str]) -> None:
+    resolved = on_cuda(memory_fraction=0.5)
+    report = build_report(resolved)
+    memory = report["memory"]
+    assert report["settings"]["kv_pool_tokens"] is None and memory["kv_is_estimate"]
+    assert memory["total"] == memory["weights"] + memory["kv_pool"] + memory["workspace"]
+    page_bytes = 16 * resolved.kv_bytes_per_token
+    assert H200.total_bytes // 2 - page_bytes < memory["total"] <= H200.total_bytes // 2
+    assert (memory["kv_pages"] + 1) * page_bytes == memory["kv_pool"] and memory["kv_tokens"] == 16 * memory["kv_pages"]
+    assert memory["available"] == H200.total_bytes and memory["fits"]
+    assert "an estimate" in shown(resolved, capsys)
+
+
+def test_a_given_pool_is_planned_as_given(capsys: pytest.CaptureFixture[str]) -> None:
+    resolved = on_cuda(kv_pool_tokens=4096)
+    memory = build_report(resolved)["memory"]
+    assert (memory["kv_tokens"], memory["kv_is_estimate"]) == (4096, False)
+    assert memory["kv_pool"] == (4096 + 16) * resolved.kv_bytes_per_token
+    assert "an estimate" not in shown(resolved, capsys)
+
+
+def test_the_workspace_is_what_a_device_keeps_per_running_row() -> None:
+    vocab_size = on_cuda().model.vocab_size
+    small, large = (build_report(on_cuda(max_running_requests=n))["memory"]["workspace"] for n in (100, 300))
+    assert large - small == 200 * vocab_size * (2 * 4 + 2)
+
+
+def test_keys_and_values_of_fp8_take_half_the_memory() -> None:
+    plans = [
+        build_report(on_cuda(dtype="bfloat16", kv_pool_tokens=4096, kv_dtype=kv_dtype))["memory"]
+        for kv_dtype in ("auto", "fp8_e4m3")
+    ]
+    assert plans[0]["kv_pool"] == 2 * plans[1]["kv_pool"] and plans[0]["weights"] == plans[1]["weights"]
+
+
+def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = CudaDevice("tiny", 1 << 20, (9, 0), 1)
+    for resolved in (on_cuda(tiny), on_cuda(kv_pool_tokens=1 << 30)):
+        memory = build_report(resolved)["memory"]
+        assert not memory["fits"] and memory["kv_pool"] >= 0
+        assert "more memory than there is" in shown(resolved, capsys)
+
+
+def test_the_device_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    report = build_report(on_cuda())
+    assert report["device"]["name"] == "NVIDIA H200" and tuple(report["device"]["capability"]) == (9, 0)
+    assert report["settings"]["device"] == "cuda" and report["settings"]["overlap_depth"] == 1
+    assert "NVIDIA H200, compute capability 9.0, 132 multiprocessors, 140.40 GiB" in shown(on_cuda(), capsys)
+
+
+def test_triton_on_a_cpu_is_there_in_its_interpreter_only() -> None:
+    on_cpu = resolve(EngineConfig(model=str(POLICY)), POLICY, devices=())
+    compiled, interpreted = (Software(has_triton=True, interprets_triton=flag) for flag in (False, True))
+    assert "interpreter" in build_report(on_cpu, compiled)["attention"]["refused"]["triton"]
+    assert "triton" in build_report(on_cpu, interpreted)["attention"]["available"]
+
+
+def test_backends_of_the_other_device_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    report = build_report(on_cuda())["attention"]
+    assert report["chosen"] == "triton" and "cuda" in report["refused"]["cpu"]
+    assert "refused" in shown(on_cuda(), capsys)
+
+
+def test_which_kernel_serves_which_shape_is_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choices = (("1 query, 1-16 rows", "triton", "7.4 us against 32"), ("prompts", "triton", "measured"))
+    monkeypatch.setattr(attention, "CHOICES", choices, raising=False)
+    assert build_report(on_cuda())["attention"]["choices"] == [list(choice) for choice in choices]
+    assert "1 query, 1-16 rows" in shown(on_cuda(), capsys)
+    on_cpu = resolve(EngineConfig(model=str(POLICY)), POLICY, devices=())
+    assert build_report(on_cpu)["attention"]["choices"] == [] and build_report(on_cpu)["device"] is None

@@ -1,0 +1,45 @@
+"""Sizes that steps are padded to."""
+
+from __future__ import annotations
+
+import random
+
+from headrace.attention.base import Launch
+from headrace.runner.buckets import Buckets, row_sizes, token_sizes
+
+
+def test_every_step_finds_a_bucket_that_holds_it_and_is_captured_if_small() -> None:
+    choose = random.Random(0)
+    for _ in range(300):
+        max_rows = choose.choice((1, 3, 8, 100, 256, 512, 700))
+        max_tokens = max(max_rows, choose.choice((1, 64, 2048, 5000)))
+        max_graph_tokens = choose.choice((1, 256, 2048))
+        buckets = Buckets(max_rows, max_tokens, max_graph_tokens)
+        captured = set(buckets.captured)
+        num_rows = choose.randint(1, max_rows)
+        num_tokens = choose.choice((num_rows, choose.randint(num_rows, max_tokens)))
+        bucket = buckets.of_step(num_tokens, num_rows)
+        assert bucket.num_tokens >= num_tokens and bucket.num_rows >= num_rows
+        assert bucket.is_decode == (num_tokens == num_rows)
+        assert bucket in captured or num_tokens > max_graph_tokens
+        assert buckets.num_sampled(num_rows) in buckets.sampled
+
+
+def test_a_step_beyond_the_captured_sizes_is_not_padded() -> None:
+    buckets = Buckets(max_rows=8, max_tokens=5000, max_graph_tokens=2048)
+    assert buckets.of_step(3001, 4) == Launch(3001, 8, False)
+    assert buckets.greatest == Launch(5000, 8, False)
+
+
+def test_padding_is_bounded() -> None:
+    for sizes, most in ((row_sizes(512), 512), (token_sizes(2048), 2048)):
+        assert sizes == sorted(set(sizes)) and sizes[-1] == most
+        for size, following in zip(sizes, sizes[1:], strict=False):
+            assert following - size <= max(16, size) and (size < 256 or following - size <= size // 4 + 64)
+
+
+def test_the_largest_launches_are_captured_first() -> None:
+    buckets = Buckets(max_rows=64, max_tokens=512, max_graph_tokens=512)
+    tokens = [bucket.num_tokens for bucket in buckets.captured]
+    assert tokens == sorted(tokens, reverse=True) and tokens[0] == 512 and 1 in tokens
+    assert buckets.sampled[0] == 64 and buckets.sampled[-1] == 1
