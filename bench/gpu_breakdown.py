@@ -231,7 +231,7 @@ def idle_share(spans: list[Span]) -> float:
 
 _MODULE_CLASSES = (
     (re.compile(r"attention"), "attention"),
-    (re.compile(r"linear"), "GEMM"),
+    (re.compile(r"linear|products"), "GEMM"),
     (re.compile(r"sampl|threshold|shaped|top_rows|slot_records"), "sampling"),
     (re.compile(r"row_operations|norm|rope"), "norm, rope, store"),
 )

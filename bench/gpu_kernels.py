@@ -2,9 +2,9 @@
 
     python bench/gpu_kernels.py [--only SECTION,...] [--out FILE]
 
-Sections: attention, float8, bounds, prefill, planning, rows, sampling, linear, chain. Beside each time stands the floor
-predicted from the bytes that must move at 4.29 TB/s or the operations at 790 TFLOP/s (measured on one H200). Inputs
-rotate among copies that together exceed the cache. Times are medians of graph replays.
+Sections: attention, float8, bounds, prefill, planning, rows, sampling, linear, products, chain. Beside each time stands
+the floor predicted from the bytes that must move at 4.29 TB/s or the operations at 790 TFLOP/s (measured on one H200).
+Inputs rotate among copies that together exceed the cache. Times are medians of graph replays.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gpu_attention
+import gpu_products
 from gpu_attention import Paged
 from gpu_timing import BF16, DEVICE, FLOAT8, Table, num_copies, relative_error, time_us
 
@@ -254,7 +255,7 @@ def chain(table: Table) -> None:
 SECTIONS = {
     "attention": gpu_attention.attention, "float8": gpu_attention.float8, "bounds": gpu_attention.bounds,
     "prefill": gpu_attention.prefill, "planning": gpu_attention.planning,
-    "rows": rows, "sampling": sampling, "linear": linear, "chain": chain,
+    "rows": rows, "sampling": sampling, "linear": linear, "products": gpu_products.products, "chain": chain,
 }  # fmt: skip
 
 

@@ -31,7 +31,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                              workspace, graphs and KV together
     max_running_requests     sequences that may hold a slot at once; None: 512 on cuda, 256 on cpu
     max_waiting_requests     queue bound; more are refused with 503
-    max_num_batched_tokens   token budget of one step
+    max_num_batched_tokens   token budget of one step; None: 2048, on cuda for wide models max_running_requests + 256
     prefix_cache             keep and match computed prefixes
     overlap_depth            plans issued ahead of the oldest unknown result; None: 1 on cuda, 0 on cpu
     numerics                 "fast" | "invariant" (same bits whatever runs beside, at a cost)
@@ -66,7 +66,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     memory_fraction: float = 0.9
     max_running_requests: int | None = None
     max_waiting_requests: int = 65536
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int | None = None
     prefix_cache: bool = True
     overlap_depth: int | None = None
     numerics: Literal["fast", "invariant"] = "fast"
@@ -105,6 +105,7 @@ class SettledConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     """An `EngineConfig` whose sizes are known: what `ResolvedConfig.engine` is."""
 
     max_running_requests: int
+    max_num_batched_tokens: int
     overlap_depth: int
 
     @property

@@ -38,6 +38,9 @@ _SIZES: dict[str, tuple[tuple[str, int, str], ...]] = {
         ("overlap_depth", 0, "a step is computed where it is decided: nothing to overlap"),
     ),
 }
+STEP_TOKENS = 2048
+WIDE_HIDDEN_SIZE = 2048
+WIDE_PROMPT_TOKENS = 256
 _BACKENDS = {
     "cuda": (
         "triton",
@@ -106,7 +109,7 @@ def resolve(
     software = installed_software() if software is None else software
     cuda = _cuda(config, devices, software, why)
     device = "cpu" if cuda is None else "cuda"
-    engine = _settle(config, device, why)
+    engine = _settle(config, device, model, why)
     dtype = _dtype(config, model, device, why)
     backend = _attention_backend(config, device, software, why)
     kv_dtype = _kv_dtype(config, dtype, backend, cuda, why)
@@ -208,15 +211,29 @@ def _dotted(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"
 
 
-def _settle(config: EngineConfig, device: str, why: list[Explanation]) -> SettledConfig:
+def _settle(config: EngineConfig, device: str, model: ModelSpec, why: list[Explanation]) -> SettledConfig:
     values = {name: getattr(config, name) for name in EngineConfig.__struct_fields__}
     for name, value, reason in _SIZES[device]:
         if values[name] is None:
             values[name] = value
             why.append((name, str(value), reason))
+    if values["max_num_batched_tokens"] is None:
+        num_tokens, reason = _step_tokens(device, model, values["max_running_requests"])
+        values["max_num_batched_tokens"] = num_tokens
+        why.append(("max_num_batched_tokens", str(num_tokens), reason))
     if config.kernel_cache is not None:
         values["kernel_cache"] = _kernel_cache(config.kernel_cache)
     return SettledConfig(**values)
+
+
+def _step_tokens(device: str, model: ModelSpec, max_rows: int) -> tuple[int, str]:
+    if device == "cpu" or model.hidden_size < WIDE_HIDDEN_SIZE:
+        return STEP_TOKENS, "long enough for the products to be efficient"
+    reason = (
+        f"a chunk of {WIDE_PROMPT_TOKENS} beside all rows: products this wide are efficient at a few hundred tokens,"
+        " and prompts then ride along with decode steps"
+    )
+    return max_rows + WIDE_PROMPT_TOKENS, reason
 
 
 def _kernel_cache(name: str) -> str:

@@ -29,9 +29,7 @@ class LayerKernels(Protocol):
         """rms_norm(x) W^T + b -> [T, O]."""
         ...
 
-    def normed_gate(
-        self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None
-    ) -> Tensor:
+    def normed_gate(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         """silu(gate) * up of rms_norm(x) W^T + b, whose first half are the gates -> [T, F]."""
         ...
 
@@ -67,9 +65,7 @@ class KernelSet:
     ) -> Tensor:
         return self.linear(self.rms_norm(x_TI, norm_I, eps), weight_OI, bias_O)
 
-    def normed_gate(
-        self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None
-    ) -> Tensor:
+    def normed_gate(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         return self.silu_and_mul(self.normed_linear(x_TI, norm_I, eps, weight_OI, bias_O))
 
     def normed_logits(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_VI: Tensor) -> Tensor:

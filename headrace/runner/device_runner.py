@@ -28,7 +28,7 @@ from headrace.runner.device_step import DeviceStep
 from headrace.runner.graphs import Graphs
 from headrace.runner.launches import Launches, make_tables
 from headrace.runner.loading import Progress, load_weights
-from headrace.runner.memory import StepPeak, check_pool, free_bytes, plan_memory
+from headrace.runner.memory import MemoryPlan, free_bytes
 from headrace.runner.slots import SlotTable
 from headrace.runner.step_buffer import StepBuffer, StepSizes
 from headrace.runner.step_runner import MAX_CELLS, StepRunner
@@ -39,6 +39,7 @@ from headrace.weights.store import WeightStore
 
 logger = logging.getLogger(__name__)
 _WARM_PAGES = 2
+_SPARE_BYTES = 128 << 20
 
 
 class DeviceRunner:
@@ -91,7 +92,6 @@ class DeviceRunner:
             "gpu_busy_s": self._steps.clock.busy_s,
             "gpu_idle_s": self._steps.clock.idle_s,
         }
-
 
     def close(self) -> None:
         """Wait for what is enqueued and give all memory back."""
@@ -152,18 +152,39 @@ class _Parts:
 def _size_pool(resolved: ResolvedConfig, parts: _Parts, free_at_start: int, has_graphs: bool) -> ResolvedConfig:
     """Run the greatest step over a tiny pool, and give the pages what that leaves; a pool of given size must fit."""
     engine = resolved.engine
-    with StepPeak() as peak:
-        tiny = msgspec.structs.replace(resolved, num_pages=_WARM_PAGES)
-        parts.steps(tiny, Graphs(GemmCounter(), enabled=False)).run_greatest()
+    tiny = msgspec.structs.replace(resolved, num_pages=_WARM_PAGES)
+    parts.steps(tiny, Graphs(GemmCounter(), enabled=False)).run_greatest()
+    taken = free_at_start - free_bytes()
+    graphs = _measure_graphs(tiny, parts) if has_graphs else 0
+    spare = _SPARE_BYTES + 4 * engine.max_running_requests * resolved.model.vocab_size  # one more step's logits
+    plan = MemoryPlan(free_at_start, taken, graphs, spare, engine.memory_fraction)
     page_bytes = resolved.kv_bytes_per_token * engine.page_size
+    plan.check(resolved.num_pages * page_bytes)
     if resolved.num_pages:
-        check_pool(resolved.num_pages * page_bytes, peak.num_bytes, has_graphs=has_graphs)
         return resolved
-    plan = plan_memory(free_at_start, peak.num_bytes, engine.memory_fraction, has_graphs=has_graphs)
     num_tokens = (plan.pages // page_bytes - 1) * engine.page_size
-    why = ("kv_pool_tokens", str(num_tokens), plan.explain(engine.memory_fraction))
+    why = ("kv_pool_tokens", str(num_tokens), plan.explain())
     others = tuple(entry for entry in resolved.explanations if entry[0] != why[0])
     return resolved.with_pool(num_tokens, (*others, why))
+
+
+def _measure_graphs(tiny: ResolvedConfig, parts: _Parts) -> int:
+    """Bytes that all graphs will take: their pool, by capturing the greatest of each kind, and what each one adds."""
+    graphs = Graphs(GemmCounter(), enabled=True)
+    steps = parts.steps(tiny, graphs)
+    mixed = [bucket for bucket in parts.buckets.captured if not bucket.is_decode]
+    decode = [bucket for bucket in parts.buckets.captured if bucket.is_decode]
+    num_graphs = len(mixed) + len(decode) + 2 * len(parts.buckets.sampled)
+    before = free_bytes()
+    steps.capture([mixed[0], decode[0]], parts.buckets.sampled[:1])
+    greatest, num_greatest = before - free_bytes(), graphs.num_graphs
+    steps.capture([mixed[-1], *decode[1:4]], [])
+    added = before - greatest - free_bytes()
+    each = added / max(1, graphs.num_graphs - num_greatest)
+    del steps, graphs
+    gc.collect()
+    torch.cuda.empty_cache()
+    return int(greatest + each * (num_graphs - num_greatest))
 
 
 def _open_device(resolved: ResolvedConfig) -> torch.device:

@@ -1,8 +1,8 @@
 """How many KV pages a device can hold. Owns the arithmetic and what it measures; allocates nothing that stays.
 
 The budget is a share of what was free before the engine took anything. From it go what has been taken by the time a
-full-size step has run (context, weights, tables, kernels, the step's own peak, which the allocator keeps), the same
-peak again for captured graphs, which have a pool of their own, and a reserve for what a driver takes per graph.
+full-size step has run (context, weights, tables, kernels, the step's own memory, which the allocator keeps), and what
+captured graphs take: their common pool, measured by capturing the greatest, and what the driver takes for each.
 """
 
 from __future__ import annotations
@@ -13,69 +13,50 @@ import torch
 
 from headrace.types.errors import ConfigError
 
-GRAPH_RESERVE_BYTES = 384 << 20
 _MIB = 1 << 20
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes: free before anything was taken, taken when the step had run, one step's peak, and what pages get."""
+    """Bytes: free before anything was taken, taken once a full step had run, what graphs will take, what is kept for
+    single requests' results and gaps between blocks. The rest is for pages, up to `fraction` of all."""
 
     free_at_start: int
     taken: int
-    step_peak: int
-    pages: int
+    graphs: int
+    spare: int
+    fraction: float
 
-    def explain(self, fraction: float) -> str:
+    @property
+    def pages(self) -> int:
+        """For KV pages."""
+        return int(self.fraction * self.free_at_start) - self.taken - self.graphs - self.spare
+
+    def explain(self) -> str:
         """For `headrace check` and the log."""
         return (
-            f"{fraction:g} of {self.free_at_start // _MIB} MiB free, less {self.taken // _MIB} MiB taken once a full"
-            f" step had run, less {(self.step_peak + GRAPH_RESERVE_BYTES) // _MIB} MiB for graphs"
+            f"{self.fraction:g} of {self.free_at_start // _MIB} MiB free, less {self.taken // _MIB} MiB taken once a"
+            f" full step had run, less {self.graphs // _MIB} MiB for graphs and"
+            f" {self.spare // _MIB} MiB to spare"
         )
+
+    def check(self, pool_bytes: int) -> None:
+        """Raise `ConfigError` if a pool of this size does not fit in what is free; 0: if nothing is left for one."""
+        if pool_bytes == 0 and self.pages <= 0:
+            raise ConfigError(
+                f"memory_fraction {self.fraction:g} of {self.free_at_start // _MIB} MiB leaves nothing for KV pages:"
+                f" weights and one step take {self.taken // _MIB} MiB, graphs {self.graphs // _MIB} MiB",
+                field="memory_fraction",
+            )
+        left = self.free_at_start - self.taken - self.graphs - self.spare
+        if pool_bytes > left:
+            raise ConfigError(
+                f"a KV pool of {pool_bytes // _MIB} MiB does not fit in the {left // _MIB} MiB that are left",
+                field="kv_pool_tokens",
+            )
 
 
 def free_bytes() -> int:
     """Device memory that nobody holds."""
+    torch.cuda.synchronize()
     return int(torch.cuda.mem_get_info()[0])
-
-
-class StepPeak:
-    """What the allocator took for what runs inside, in bytes: its peak, with the gaps between blocks."""
-
-    def __init__(self) -> None:
-        self.num_bytes = 0
-        self._before = 0
-
-    def __enter__(self) -> StepPeak:
-        torch.cuda.synchronize()
-        self._before = torch.cuda.memory_reserved()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        torch.cuda.synchronize()
-        self.num_bytes = torch.cuda.memory_reserved() - self._before
-
-
-def plan_memory(free_at_start: int, step_peak: int, fraction: float, *, has_graphs: bool) -> MemoryPlan:
-    """What is left for pages, measured now. Raises `ConfigError` if nothing is."""
-    taken = free_at_start - free_bytes()
-    graphs = step_peak + GRAPH_RESERVE_BYTES if has_graphs else 0
-    pages = int(fraction * free_at_start) - taken - graphs
-    if pages <= 0:
-        raise ConfigError(
-            f"memory_fraction {fraction:g} of {free_at_start // _MIB} MiB leaves nothing for KV pages: weights and one"
-            f" step take {taken // _MIB} MiB, graphs {graphs // _MIB} MiB",
-            field="memory_fraction",
-        )
-    return MemoryPlan(free_at_start, taken, step_peak, pages)
-
-
-def check_pool(pool_bytes: int, step_peak: int, *, has_graphs: bool) -> None:
-    """Raise `ConfigError` if a pool of this size does not fit beside graphs in what is free now."""
-    graphs = step_peak + GRAPH_RESERVE_BYTES if has_graphs else 0
-    if pool_bytes + graphs > free_bytes():
-        raise ConfigError(
-            f"a KV pool of {pool_bytes // _MIB} MiB and {graphs // _MIB} MiB of graphs do not fit in"
-            f" {free_bytes() // _MIB} MiB of free device memory",
-            field="kv_pool_tokens",
-        )

@@ -86,7 +86,9 @@ class StepRunner:
         with torch.inference_mode():
             self._launches.make_empty()
             self._launches.forward(self._buckets.greatest)
-            self._launches.sample(self._buckets.sampled[0], kept=True)
+            num_rows = self._buckets.sampled[0]
+            self._launches.sample(num_rows, kept=True)
+            self._launches.logits_of(0, num_rows).clone()  # prompt scores work on a copy at times
 
     def _launch(self, plan: StepPlan, host: HostStep) -> DeviceStep:
         num_records = self._enter(plan, host)

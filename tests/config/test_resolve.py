@@ -65,6 +65,7 @@ OPEN = {
     "kv_pool_tokens",
     "attention_backend",
     "max_running_requests",
+    "max_num_batched_tokens",
     "overlap_depth",
 }
 
@@ -235,7 +236,16 @@ def test_what_was_asked_is_otherwise_untouched(folder: Path) -> None:
     asked = EngineConfig(model=str(folder), page_size=4, seed=7, cuda_graphs=False, max_graph_tokens=64)
     settled = resolve(asked, folder, devices=(H200,), software=FULL).engine
     differing = {name for name in EngineConfig.__struct_fields__ if getattr(asked, name) != getattr(settled, name)}
-    assert differing == {"max_running_requests", "overlap_depth"}
+    assert differing == {"max_running_requests", "max_num_batched_tokens", "overlap_depth"}
+
+
+def test_prompts_of_wide_models_ride_along_with_decode_steps(folder: Path) -> None:
+    assert resolved(folder).engine.max_num_batched_tokens == on_cuda(folder).engine.max_num_batched_tokens == 2048
+    write(folder, hidden_size=4096)
+    assert resolved(folder).engine.max_num_batched_tokens == 2048
+    assert on_cuda(folder).engine.max_num_batched_tokens == 512 + 256
+    assert on_cuda(folder, max_running_requests=100).engine.max_num_batched_tokens == 356
+    assert on_cuda(folder, max_num_batched_tokens=9000).engine.max_num_batched_tokens == 9000
 
 
 def test_the_kernel_cache_is_a_folder_by_its_whole_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

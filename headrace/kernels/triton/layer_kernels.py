@@ -1,24 +1,31 @@
 """The products of a decoder layer on a CUDA device, with what is fused into them. As `headrace.kernels.LayerKernels`.
 
-`FastKernels`: a library's products, norms and gates between them in kernels of their own; at one row everything goes
-through `multiply_row`, whose launches overlap. `InvariantKernels`: every product through `multiply_tiles`, so a row's
-bits never depend on its batch. Both allocate their outputs, which a captured graph keeps in its own pool.
+`FastKernels`: a library's products with norms and gates between them in kernels of their own, and for few rows ours,
+whose launches overlap: `multiply_row` for one row, `multiply_fused` where `choose_product` has a tile for it.
+`InvariantKernels`: every product through `multiply_tiles`, so a row's bits never depend on its batch. Both allocate
+their outputs, which a captured graph keeps in its own pool.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from headrace.kernels import LayerKernels
-from headrace.kernels.triton.linear_rows import multiply_row, multiply_tiles
+from headrace.kernels.triton.fused_products import ProductTile, ProductWorkspace, multiply_fused
+from headrace.kernels.triton.linear_rows import RowTile, multiply_row, multiply_tiles
+from headrace.kernels.triton.product_choice import ProductKind, choose_product
 from headrace.kernels.triton.row_operations import add_rms_norm, silu_and_mul
+
+ProductChoice = Callable[[ProductKind, int, int, int, torch.dtype], ProductTile | RowTile | None]
 
 
 def device_kernels(numerics: str, device: torch.device) -> LayerKernels:
     """The set for "fast" or "invariant"."""
-    return InvariantKernels() if numerics == "invariant" else FastKernels(overlap=device.type == "cuda")
+    return InvariantKernels() if numerics == "invariant" else FastKernels(device, overlap=device.type == "cuda")
 
 
 def _normed(x_TI: Tensor, norm_I: Tensor, eps: float, *, overlap: bool = False) -> Tensor:
@@ -34,36 +41,58 @@ def _gated(x_T2F: Tensor, *, overlap: bool = False) -> Tensor:
 
 
 class FastKernels:
-    """`overlap`: our launches may begin before the one ahead ends (programmatic dependent launch)."""
+    """A library's products, and ours where they are faster.
 
-    def __init__(self, *, overlap: bool) -> None:
+    overlap  our launches may begin before the one ahead ends (programmatic dependent launch)
+    choose   as `product_choice.choose_product`
+    """
+
+    def __init__(self, device: torch.device, *, overlap: bool, choose: ProductChoice = choose_product) -> None:
         self._overlap = overlap
+        self._choose = choose
+        self._workspace = ProductWorkspace(device)
 
     def normed_linear(
         self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None
     ) -> Tensor:
-        if x_TI.shape[0] > 1:
-            return F.linear(_normed(x_TI, norm_I, eps, overlap=self._overlap), weight_OI, bias_O)
-        out = x_TI.new_empty(1, weight_OI.shape[0])
-        multiply_row(x_TI, weight_OI, out, norm_K=norm_I, eps=eps, bias_N=bias_O, overlap=self._overlap)
+        (num_rows, num_inputs), num_outputs, over = x_TI.shape, weight_OI.shape[0], self._overlap
+        tile = self._choose("plain", num_rows, num_outputs, num_inputs, x_TI.dtype)
+        if isinstance(tile, RowTile):
+            out = x_TI.new_empty(num_rows, num_outputs)
+            multiply_row(x_TI, weight_OI, out, norm_K=norm_I, eps=eps, bias_N=bias_O, overlap=over, tile=tile)
+            return out
+        normed = _normed(x_TI, norm_I, eps, overlap=over)
+        if tile is None:
+            return F.linear(normed, weight_OI, bias_O)
+        out = x_TI.new_empty(num_rows, num_outputs)
+        multiply_fused(normed, weight_OI, bias_O, out, tile, self._workspace, overlap=over)
         return out
 
     def normed_gate(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        if x_TI.shape[0] > 1 or bias_O is not None:
-            return _gated(
-                F.linear(_normed(x_TI, norm_I, eps, overlap=self._overlap), weight_OI, bias_O), overlap=self._overlap
-            )
-        out = x_TI.new_empty(1, weight_OI.shape[0] // 2)
-        multiply_row(x_TI, weight_OI, out, norm_K=norm_I, eps=eps, gated=True, overlap=self._overlap)
+        (num_rows, num_inputs), num_outputs, over = x_TI.shape, weight_OI.shape[0] // 2, self._overlap
+        tile = self._choose("gate", num_rows, num_outputs, num_inputs, x_TI.dtype) if bias_O is None else None
+        if isinstance(tile, RowTile):
+            out = x_TI.new_empty(num_rows, num_outputs)
+            multiply_row(x_TI, weight_OI, out, norm_K=norm_I, eps=eps, gated=True, overlap=over, tile=tile)
+            return out
+        normed = _normed(x_TI, norm_I, eps, overlap=over)
+        if tile is None:
+            return _gated(F.linear(normed, weight_OI, bias_O), overlap=over)
+        out = x_TI.new_empty(num_rows, num_outputs)
+        multiply_fused(normed, weight_OI, None, out, tile, self._workspace, gated=True, overlap=over)
         return out
 
     def linear_add_(self, residual_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> None:
-        if x_TI.shape[0] == 1:
-            multiply_row(x_TI, weight_OI, residual_TO, bias_N=bias_O, adds=True, overlap=self._overlap)
-            return
-        residual_TO.addmm_(x_TI, weight_OI.t())
-        if bias_O is not None:
-            residual_TO.add_(bias_O)
+        (num_rows, num_inputs), num_outputs, over = x_TI.shape, weight_OI.shape[0], self._overlap
+        tile = self._choose("add", num_rows, num_outputs, num_inputs, x_TI.dtype)
+        if isinstance(tile, RowTile):
+            multiply_row(x_TI, weight_OI, residual_TO, bias_N=bias_O, adds=True, overlap=over, tile=tile)
+        elif tile is not None:
+            multiply_fused(x_TI, weight_OI, bias_O, residual_TO, tile, self._workspace, adds=True, overlap=over)
+        else:
+            residual_TO.addmm_(x_TI, weight_OI.t())
+            if bias_O is not None:
+                residual_TO.add_(bias_O)
 
     def normed_logits(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_VI: Tensor) -> Tensor:
         if x_TI.shape[0] == 1:

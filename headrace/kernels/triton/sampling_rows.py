@@ -28,6 +28,7 @@ from headrace.kernels.triton.shaped_rows import ShapedRows, place_of
 from headrace.kernels.triton.threshold_search import ROW_WORDS
 
 _SLACK = tl.constexpr(1.0 - 1e-5)  # what the rounding of a bound and of a score can come to
+_LANES = 512  # columns at a time
 BLOCK = 4096
 """Columns per first-stage program: fixed, so that sums never depend on the batch."""
 
@@ -94,14 +95,39 @@ def _noise_kernel(seeds_ptr, positions_ptr, words_ptr, NUM_TOKENS: tl.constexpr,
     tl.store(words_ptr + row * NUM_TOKENS + tokens, words, mask=tokens < NUM_TOKENS)
 
 
+@triton.jit
+def _draw(
+    drawn_ptr, first, base, inverse, key0, key1, floor,
+    VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr, HAS_FLOORS: tl.constexpr,
+):  # fmt: skip
+    """The block's best score and its token, every score exact."""
+    lanes = tl.arange(0, LANES)
+    bests = tl.full([LANES], float("-inf"), tl.float32)
+    winners = tl.full([LANES], -1, tl.int32)
+    for start in tl.range(0, BLOCK_V, LANES):
+        tokens = first + start + lanes
+        logits = tl.load(drawn_ptr + tokens, mask=tokens < VOCAB, other=float("-inf")).to(tl.float32)
+        words = _noise_words(tokens, key0, key1)
+        scores = fast_exp((logits - base) * inverse) * fast_reciprocal(_exponential(words))
+        if HAS_FLOORS:
+            scores = tl.where(logits >= floor, scores, float("-inf"))
+        is_better = scores > bests
+        bests, winners = tl.where(is_better, scores, bests), tl.where(is_better, tokens, winners)
+    best = tl.max(bests, 0)
+    return best, tl.min(tl.where(bests == best, winners, VOCAB - 1), 0)
+
+
 @triton.jit(do_not_specialize_on_alignment=["slots_ptr", "positions_ptr", "places_ptr"])
 def _blocks_kernel(
     logits_ptr, copies_ptr, places_ptr, params_ptr, slots_ptr, seeds_ptr, positions_ptr, floors_ptr, partial_ptr,
-    ids_ptr, VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, WORDS: tl.constexpr, HAS_FLOORS: tl.constexpr,
-    HAS_PLACES: tl.constexpr,
+    ids_ptr, VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, WORDS: tl.constexpr, LANES: tl.constexpr,
+    HAS_FLOORS: tl.constexpr, HAS_PLACES: tl.constexpr,
 ):  # fmt: skip
     """Per (row, block): of what the log-probability is of, the greatest logit and the sum of exp((l - it) / divisor);
-    of what the token is drawn from, the best score, the logit it is relative to, and its token."""
+    of what the token is drawn from, the best score, the logit it is relative to, and its token.
+
+    The block is walked twice, LANES columns at a time, so that little is held at once: for the greatest logits, then
+    for everything else."""
     block = tl.program_id(0)
     row = tl.program_id(1)
     slot, place = place_of(slots_ptr, places_ptr, row, HAS_PLACES)
@@ -110,58 +136,83 @@ def _blocks_kernel(
     temperature = tl.load(params_ptr + slot * WORDS)
     divisor = tl.load(params_ptr + slot * WORDS + 1)
     kind = tl.load(params_ptr + slot * WORDS + 2)
+    seed_ptr = seeds_ptr + 2 * slot
+    key0, key1 = _philox_keys(tl.load(seed_ptr), tl.load(seed_ptr + 1), tl.load(positions_ptr + row))
     floor = float("-inf")
     sum_floor = float("-inf")
     if HAS_FLOORS:
         floor = tl.load(floors_ptr + row)
         sum_floor = tl.where(kind == 1.0, floor, sum_floor)
-    tokens = block * BLOCK_V + tl.arange(0, BLOCK_V)
-    model_ptr = logits_ptr + row.to(tl.int64) * VOCAB
-    drawn_ptr = model_ptr
+    drawn_ptr = logits_ptr + row.to(tl.int64) * VOCAB
+    stated_ptr = drawn_ptr
     if HAS_PLACES and place >= 0:
         drawn_ptr = copies_ptr + place.to(tl.int64) * VOCAB
-    logits = tl.load(drawn_ptr + tokens, mask=tokens < VOCAB, other=float("-inf")).to(tl.float32)
-    stated = logits
-    if HAS_PLACES and (place >= 0) & (kind == 0.0):
-        stated = tl.load(model_ptr + tokens, mask=tokens < VOCAB, other=float("-inf")).to(tl.float32)
-    greatest = tl.max(stated, 0)
-    base = tl.where(greatest == float("-inf"), 0.0, greatest)
-    weights = fast_exp((stated - base) * (1.0 / divisor))
-    total = tl.sum(tl.where(stated < sum_floor, 0.0, weights), 0)  # NaN stays NaN
-    # With E exponential noise, the greatest exp(l / T) / E is the greatest l / T - log(E): the Gumbel-max winner.
-    scores = logits
-    seed_ptr = seeds_ptr + 2 * slot
-    key0, key1 = _philox_keys(tl.load(seed_ptr), tl.load(seed_ptr + 1), tl.load(positions_ptr + row))
-    if temperature > 0.0:
+        if kind != 0.0:
+            stated_ptr = drawn_ptr
+    first = block * BLOCK_V
+    lanes = tl.arange(0, LANES)
+
+    tops = tl.full([LANES], float("-inf"), tl.float32)
+    peaks = tops
+    for start in tl.range(0, BLOCK_V, LANES, loop_unroll_factor=2):
+        tokens = first + start + lanes
+        tops = tl.maximum(tops, tl.load(stated_ptr + tokens, mask=tokens < VOCAB, other=float("-inf")).to(tl.float32))
         if HAS_PLACES:
-            peak = tl.max(logits, 0)
-            base = tl.where(peak == float("-inf"), 0.0, peak)
-            weights = fast_exp((logits - base) * (1.0 / temperature))
-        else:
-            if temperature != divisor:
-                weights = fast_exp((logits - base) * (1.0 / temperature))
-        # No score is above the weight over v, for v <= E: that needs no logarithm.
-        scores = weights * fast_reciprocal(_uniform(_noise_words(tokens, key0, key1)))
-    if HAS_FLOORS:
-        scores = tl.where(logits >= floor, scores, float("-inf"))
-    best, index = tl.max(scores, 0, return_indices=True)
-    token = tl.minimum(block * BLOCK_V + index, VOCAB - 1)  # some token, should all be NaN
+            drawn = tl.load(drawn_ptr + tokens, mask=tokens < VOCAB, other=float("-inf")).to(tl.float32)
+            peaks = tl.maximum(peaks, drawn)
+    greatest = tl.max(tops, 0)
+    base = tl.where(greatest == float("-inf"), 0.0, greatest)
+    drawn_base = base
+    if HAS_PLACES:
+        peak = tl.max(peaks, 0)
+        drawn_base = tl.where(peak == float("-inf"), 0.0, peak)
+
+    inverse = 1.0 / tl.where(temperature > 0.0, temperature, 1.0)
+    sums = tl.zeros([LANES], tl.float32)
+    bests = tl.full([LANES], float("-inf"), tl.float32)
+    seconds = bests
+    winners = tl.full([LANES], -1, tl.int32)
+    for start in tl.range(0, BLOCK_V, LANES, loop_unroll_factor=2):
+        tokens = first + start + lanes
+        stated = tl.load(stated_ptr + tokens, mask=tokens < VOCAB, other=float("-inf")).to(tl.float32)
+        weights = fast_exp((stated - base) * (1.0 / divisor))
+        sums += tl.where(stated < sum_floor, 0.0, weights)  # NaN stays NaN
+        logits = stated
+        if HAS_PLACES:
+            logits = tl.load(drawn_ptr + tokens, mask=tokens < VOCAB, other=float("-inf")).to(tl.float32)
+        scores = logits
+        if temperature > 0.0:
+            # With E exponential noise, the greatest exp(l / T) / E is the greatest l / T - log(E): the Gumbel-max
+            # winner. As v <= E, no score is above the weight over v, which needs no logarithm.
+            if HAS_PLACES:
+                weights = fast_exp((logits - drawn_base) * inverse)
+            else:
+                if temperature != divisor:
+                    weights = fast_exp((logits - drawn_base) * inverse)
+            scores = weights * fast_reciprocal(_uniform(_noise_words(tokens, key0, key1)))
+        if HAS_FLOORS:
+            scores = tl.where(logits >= floor, scores, float("-inf"))
+        is_better = scores > bests
+        seconds = tl.maximum(seconds, tl.where(is_better, bests, scores))
+        bests, winners = tl.where(is_better, scores, bests), tl.where(is_better, tokens, winners)
+    total = tl.sum(sums, 0)
+    best = tl.max(bests, 0)
+    token = tl.min(tl.where(bests == best, winners, VOCAB - 1), 0)
     if temperature > 0.0:
+        rival = tl.max(tl.where(winners == token, seconds, bests), 0)
         word = _noise_words(token, key0, key1)
         best *= _uniform(word) * fast_reciprocal(_exponential(word))
-        if tl.sum((scores >= best * _SLACK).to(tl.int32), 0) > 1:  # rarely: another bound reaches the best score
-            scores = weights * fast_reciprocal(_exponential(_noise_words(tokens, key0, key1)))
-            if HAS_FLOORS:
-                scores = tl.where(logits >= floor, scores, float("-inf"))
-            best = tl.max(scores, 0)
-            token = tl.min(tl.where(scores == best, tokens, VOCAB - 1), 0)
+        if rival >= best * _SLACK:  # rarely: another's bound reaches the best score
+            best, token = _draw(
+                drawn_ptr, first, drawn_base, inverse, key0, key1, floor, VOCAB, BLOCK_V, LANES, HAS_FLOORS
+            )
         best = tl.where(best > 0.0, tl.log(tl.maximum(best, 1e-37)), float("-inf"))
     index = row * tl.cdiv(VOCAB, BLOCK_V) + block
     tl.store(partial_ptr + 4 * index, greatest)
     tl.store(partial_ptr + 4 * index + 1, total)
     tl.store(partial_ptr + 4 * index + 2, best)
-    tl.store(partial_ptr + 4 * index + 3, base)
-    tl.store(ids_ptr + index, token)
+    tl.store(partial_ptr + 4 * index + 3, drawn_base)
+    tl.store(ids_ptr + index, tl.maximum(token, first))  # some token, should all be NaN
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots_ptr", "places_ptr", "tokens_ptr", "logprobs_ptr", "last_ptr"])
@@ -266,8 +317,8 @@ def sample_rows(
     _blocks_kernel[(num_blocks, num_rows)](
         logits_SV, copies, places, slot_params, slots_S, slot_seeds, positions_S,
         slot_params if floors_S is None else floors_S, workspace.partial_RB4, workspace.ids_RB,
-        VOCAB=vocab_size, BLOCK_V=BLOCK, WORDS=ROW_WORDS, HAS_FLOORS=floors_S is not None,
-        HAS_PLACES=shaped is not None, num_warps=8,
+        VOCAB=vocab_size, BLOCK_V=BLOCK, WORDS=ROW_WORDS, LANES=_LANES, HAS_FLOORS=floors_S is not None,
+        HAS_PLACES=shaped is not None, num_warps=4,
     )  # fmt: skip
     _reduce_kernel[(num_rows,)](
         logits_SV, copies, places, slot_params, slots_S, workspace.partial_RB4, workspace.ids_RB, workspace.norms_R2,

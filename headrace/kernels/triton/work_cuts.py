@@ -21,8 +21,8 @@ LONGEST = 32767
 """Longer items count as this long where items are sorted."""
 
 _MIN_SPLIT = 64  # and the unit of splits: what kernels walk at a time
-_MAX_SPLIT = 512
-_TARGET_ITEM_HEADS = 2048  # item x kv-head programs that keep a large device busy
+_MAX_SPLIT = 1024
+_TARGET_ITEM_HEADS = 1536  # item x kv-head programs that keep a large device busy
 _TARGET_WIDE_PROGRAMS = 528  # four per multiprocessor of a large device
 _MAX_WIDE_PARTS = 8  # partial results of long prompts are large
 _MAX_WIDE_ROWS = 64  # more rows than these in one launch share what room it has for wide items
@@ -168,14 +168,15 @@ class CutRules:
             fits = cut.num_slots <= self._max_slots and cut.num_narrow + cut.num_wide <= self._max_items
             if fits and cut.num_narrow <= bounds.narrow and cut.num_wide <= bounds.wide:
                 return cut
-            if max(split, whole_up_to * (self._fixed_split or 0)) >= int(tiles.ends.max()):
+            is_whole = max(split, whole_up_to * (self._fixed_split or 0)) >= int(tiles.ends.max())
+            if is_whole and wide_splits is tiles.own:
                 return None
             if self._fixed_split is not None:
                 whole_up_to *= 2
                 continue
-            if not fits or cut.num_wide > bounds.wide:
+            if is_whole or not fits or cut.num_wide > bounds.wide:
                 wide_splits = tiles.own
-            if not fits or cut.num_narrow > bounds.narrow:
+            if not is_whole and (not fits or cut.num_narrow > bounds.narrow):
                 split = _longer(split, num_own // bounds.narrow)
 
     def _cut_at(self, tiles: TileRanges, split: int, wide_splits: Int64Array, whole_up_to: int) -> Cut:
