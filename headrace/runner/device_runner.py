@@ -184,7 +184,7 @@ def _measure_graphs(tiny: ResolvedConfig, parts: _Parts) -> int:
     del steps, graphs
     gc.collect()
     torch.cuda.empty_cache()
-    return int(greatest + each * (num_graphs - num_greatest))
+    return max(0, int(greatest + each * (num_graphs - num_greatest)))
 
 
 def _open_device(resolved: ResolvedConfig) -> torch.device:
