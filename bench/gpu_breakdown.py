@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,18 +129,28 @@ def profile_steps(case: Case, folder: str, settings: dict[str, Any]) -> dict[str
     """Device time by class of kernel, in an engine of this process."""
     from torch.profiler import ProfilerActivity, profile
 
-    with Engine(model=folder, inprocess=True, **settings) as engine, Steady(engine, case) as steady:
+    with Engine(model=folder, inprocess=True, **settings) as engine:
         activities = [ProfilerActivity.CUDA] if engine.resolved.device != "cpu" else [ProfilerActivity.CPU]
-        before = engine.metrics()
-        with profile(activities=activities) as profiler:
-            steady.wait_steps(NUM_PROFILED_STEPS)
-            after = engine.metrics()
-        steady.check()
+        with profile(activities=activities):  # its first start takes seconds, in which rows would end
+            pass
+        after, before, profiler = _profile_case(engine, case, activities)
     with tempfile.TemporaryDirectory() as folder_name:
         trace = Path(folder_name) / "trace.json"
         profiler.export_chrome_trace(str(trace))
         spans = device_spans(json.loads(trace.read_text(encoding="utf-8"))["traceEvents"])
     return summarise(spans, after["num_steps"] - before["num_steps"], kernel_classes())
+
+
+def _profile_case(engine: Engine, case: Case, activities: list[Any]) -> tuple[dict[str, float], dict[str, float], Any]:
+    from torch.profiler import profile
+
+    with Steady(engine, case) as steady:
+        with profile(activities=activities) as profiler:
+            before = engine.metrics()
+            steady.wait_steps(NUM_PROFILED_STEPS)
+            after = engine.metrics()
+        steady.check()
+    return after, before, profiler
 
 
 class Steady:
@@ -200,7 +210,7 @@ def summarise(spans: list[Span], num_steps: float, classes: Mapping[str, str]) -
     """Microseconds per step by class and the longest kernels; the share of the time in which nothing ran."""
     by_class: dict[str, float] = defaultdict(float)
     by_name: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
-    for name, _, duration in spans:
+    for name, duration in own_times(spans):
         by_class[classify(name, classes)] += duration
         total, count = by_name[name]
         by_name[name] = (total + duration, count + 1)
@@ -215,6 +225,16 @@ def summarise(spans: list[Span], num_steps: float, classes: Mapping[str, str]) -
             for name, (total, n) in longest
         ],
     }
+
+
+def own_times(spans: list[Span]) -> Iterator[tuple[str, float]]:
+    """Name and duration of each span less what an earlier one covers: a launch that may begin before the one ahead ends
+    is there early, but only waits."""
+    reached = float("-inf")
+    for name, start, duration in sorted(spans, key=lambda span: span[1]):
+        end = start + duration
+        yield name, max(0.0, end - max(start, reached))
+        reached = max(reached, end)
 
 
 def idle_share(spans: list[Span]) -> float:

@@ -48,6 +48,11 @@ def test_a_trace_is_summed_by_class_per_step() -> None:
     assert found["kernels"][0] == {"name": "attention_items_kernel", "us_per_step": 3.0, "calls_per_step": 0.5}
 
 
+def test_a_kernel_that_waits_for_the_one_ahead_does_not_count_twice() -> None:
+    spans: list[Span] = [("early", 4.0, 8.0), ("ahead", 0.0, 10.0), ("after", 15.0, 1.0), ("inside", 5.0, 2.0)]
+    assert dict(gpu_breakdown.own_times(spans)) == {"ahead": 10.0, "early": 2.0, "inside": 0.0, "after": 1.0}
+
+
 def test_figures_are_held_against_targets_peers_and_other_rows() -> None:
     rate, latency = ROWS["A06"].figures[0], ROWS["C06"].figures[0]
     assert "must  26,500 met" in (line := rate.line({"tokens_per_second": 28_200}, {})) and "aim  29,000 NOT" in line
