@@ -11,7 +11,6 @@ from typing import Any
 
 from headrace.core.executor import FAULTS
 from headrace.core.replica import Replica
-from headrace.scheduler import longest_first
 from headrace.types.errors import HeadraceError, InternalError, RequestError, ShutdownError, UpdateConflictError
 from headrace.types.messages import (
     Abort,
@@ -65,9 +64,9 @@ def apply_command(replica: Replica, command: Command, now: float) -> None:
 
 
 def submit(replica: Replica, command: Submit, now: float) -> None:
-    """Queue requests, those that may run longest first; what cannot be served is answered at once."""
+    """Queue requests; what cannot be served is answered at once."""
     refusal = replica.update.refusal()
-    for request in longest_first(command.requests):
+    for request in command.requests:
         try:
             if refusal is not None:
                 raise refusal

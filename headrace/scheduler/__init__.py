@@ -1,7 +1,6 @@
 """Decides each step as a value: which sequences compute which tokens on which pages. No tensors, no text."""
 
-from headrace.scheduler.batch_order import longest_first
 from headrace.scheduler.limits import SchedulerLimits
 from headrace.scheduler.scheduler import BREACHES, Scheduler
 
-__all__ = ["BREACHES", "Scheduler", "SchedulerLimits", "longest_first"]
+__all__ = ["BREACHES", "Scheduler", "SchedulerLimits"]

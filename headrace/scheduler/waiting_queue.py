@@ -1,54 +1,99 @@
-"""The queue of requests that never held a slot: higher priority first, then first come. Owns their order only."""
+"""The queue of requests that never held a slot. Owns their order only.
+
+Higher priority first, then by the second in which they came. Of one second, those that may generate most come first, so
+that a batch does not end with its longest one started last (longest processing time first; Graham,
+SIAM Journal on Applied Mathematics, 1969); requests of one prompt stay together at the place of the first of them, so
+that rows sharing pages are neighbours; and what may generate equally much is first come, first served.
+"""
 
 from __future__ import annotations
 
-from bisect import insort
-from collections import OrderedDict
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+from typing import NamedTuple
 
 from headrace.scheduler.sequence import Sequence
 
+WINDOW_S = 1.0
+"""Nobody is overtaken by one who came later than this."""
+
+_MIN_STALE = 64
+
+
+class _Place(NamedTuple):
+    """Sorts requests; `number` counts arrivals, `group_number` is that of the first request of the same prompt."""
+
+    minus_priority: int
+    window: int
+    minus_longest: int
+    group_number: int
+    number: int
+
+
+@dataclass
+class _Group:
+    """Waiting requests of one prompt that came in one second."""
+
+    first: _Place
+    count: int = 0
+
 
 class WaitingQueue:
-    """One first-come line per priority; every operation costs O(1) in the number of waiting requests."""
+    """Every operation costs at most the logarithm of the number of waiting requests, on average."""
 
     def __init__(self) -> None:
-        self._lines: dict[int, OrderedDict[int, Sequence]] = {}
-        self._order: list[int] = []
-        self._count = 0
+        self._sequences: dict[int, Sequence] = {}  # by handle, as they came
+        self._places: dict[int, _Place] = {}
+        self._groups: dict[tuple[int, int, str, bytes], _Group] = {}
+        self._heap: list[tuple[_Place, int]] = []  # with some that have left
+        self._num_arrived = 0
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._sequences)
 
     def push(self, sequence: Sequence) -> None:
-        """Enter at the end of the line of its priority."""
-        key = -sequence.request.priority
-        line = self._lines.get(key)
-        if line is None:
-            line = self._lines[key] = OrderedDict()
-            insort(self._order, key)
-        line[sequence.handle] = sequence
-        self._count += 1
+        """Enter a sequence."""
+        request, window = sequence.request, int(sequence.arrived // WINDOW_S)
+        own = _Place(-request.priority, window, -request.max_new_tokens, self._num_arrived, self._num_arrived)
+        group = self._groups.setdefault(_group_key(sequence), _Group(own))
+        group.count += 1
+        place = group.first._replace(number=self._num_arrived)
+        self._num_arrived += 1
+        self._sequences[sequence.handle] = sequence
+        self._places[sequence.handle] = place
+        heappush(self._heap, (place, sequence.handle))
 
     def first(self) -> Sequence | None:
         """The next to be admitted, left in place."""
-        return next(iter(self._lines[self._order[0]].values())) if self._order else None
+        while self._heap:
+            place, handle = self._heap[0]
+            if self._places.get(handle) == place:
+                return self._sequences[handle]
+            heappop(self._heap)
+        return None
 
     def remove(self, sequence: Sequence) -> None:
         """Take a queued sequence out, wherever it stands."""
-        key = -sequence.request.priority
-        line = self._lines[key]
-        del line[sequence.handle]
-        self._count -= 1
-        if not line:
-            del self._lines[key]
-            self._order.remove(key)
+        del self._sequences[sequence.handle], self._places[sequence.handle]
+        key = _group_key(sequence)
+        group = self._groups[key]
+        group.count -= 1
+        if not group.count:
+            del self._groups[key]
+        if len(self._heap) > 2 * len(self._sequences) + _MIN_STALE:
+            self._heap = [(place, handle) for handle, place in self._places.items()]
+            heapify(self._heap)
 
     def arrived_before(self, moment: float) -> list[Sequence]:
-        """Those that arrived before `moment`; looks no further into a line than its first younger one."""
+        """Those that arrived before `moment`, as they came; looks no further than the first younger one."""
         found = []
-        for key in self._order:
-            for sequence in self._lines[key].values():
-                if sequence.arrived >= moment:
-                    break
-                found.append(sequence)
+        for sequence in self._sequences.values():
+            if sequence.arrived >= moment:
+                break
+            found.append(sequence)
         return found
+
+
+def _group_key(sequence: Sequence) -> tuple[int, int, str, bytes]:
+    request = sequence.request
+    return request.priority, int(sequence.arrived // WINDOW_S), request.namespace, request.prompt

@@ -23,7 +23,7 @@ EngineOn = Callable[..., Engine]
 class Faults:
     """Makes the runner's steps fail: for a poisoned prompt from a position on, and at random."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 1) -> None:
         self.random = random.Random(seed)
         self.failure_rate = 0.0
         self.fatal_position: int | None = None
