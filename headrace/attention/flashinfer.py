@@ -28,8 +28,8 @@ from headrace.attention.base import (
     RotaryTables,
     StepRows,
 )
+from headrace.attention.projection import HeadProjection
 from headrace.kernels.paged_kv import KvPool
-from headrace.kernels.triton.row_operations import HeadLayout, rope_and_store
 from headrace.types.errors import ConfigError
 from headrace.types.request import Int32Array
 
@@ -115,12 +115,12 @@ class FlashInferAttention:
         library: Library | None = None,
     ) -> None:
         library = import_library() if library is None else library
-        geometry, device = pool.geometry, rotary.cos_PD.device
+        self._device = device = rotary.cos_PD.device
         self._shape = shape
         self._pool = pool
-        self._rotary = rotary
         self._dtype = dtype
-        self._layout = HeadLayout(shape.num_heads, shape.num_kv_heads, shape.head_dim, geometry.page_size)
+        self._page_size = pool.geometry.page_size
+        self.projection = HeadProjection(shape, pool, rotary)
         workspace = torch.zeros(_workspace_bytes(shape, device), dtype=torch.uint8, device=device)
         has_wide_groups = shape.num_heads // shape.num_kv_heads >= TENSOR_CORE_GROUP
         # Both may have the same workspace: the launches of a stream follow one another.
@@ -136,7 +136,7 @@ class FlashInferAttention:
         contexts, slots = starts + lengths, rows.slots.astype(np.int64)
         is_longer = lengths != 1
         num_decode = int(is_longer.argmax()) if is_longer.any() else len(lengths)
-        page_size = self._layout.page_size
+        page_size = self._page_size
         if self._copied is not None:
             self._copied.synchronize()  # the wrappers' pinned memory is free again: long ago, at depths of up to 1
         if num_decode:
@@ -154,21 +154,9 @@ class FlashInferAttention:
         """The launches of the step that was planned last; before any was, outputs are undefined."""
         return _FlashInferStep(self, tables, self._planned)
 
-    def project(self, layer: int, qkv_TX: Tensor, heads: HeadNorms | None, tables: DeviceTables) -> Tensor:
-        """Queries [T, H, D], normed and rotated, in place; keys and values are stored."""
-        layout, rotary, num_tokens = self._layout, self._rotary, qkv_TX.shape[0]
-        q_THD = qkv_TX.view(num_tokens, -1, layout.head_dim)[:, : layout.num_heads]
-        norms = None if heads is None else (heads.q_weight, heads.k_weight)
-        rope_and_store(
-            qkv_TX, None, norms, 0.0 if heads is None else heads.eps, rotary.cos_PD, rotary.sin_PD,
-            tables.positions[:num_tokens], tables.table_rows[:num_tokens], tables.page_table, layout, q_THD,
-            self._pool.keys[layer], self._pool.values[layer],
-        )  # fmt: skip
-        return q_THD
-
     def attend(self, layer: int, q_THD: Tensor, planned: _Planned) -> Tensor:
         """As planned: [T, H, D], contiguous; tokens of no row are left as they are found."""
-        pages = self._pages(self._pool.keys[layer]), self._pages(self._pool.values[layer])
+        pages = self._pool.pages(layer)
         out_THD = q_THD.new_empty(q_THD.shape)
         decode, others = slice(0, planned.num_decode), slice(planned.num_decode, planned.num_tokens)
         if planned.num_decode:
@@ -176,10 +164,6 @@ class FlashInferAttention:
         if planned.num_decode < planned.num_tokens:
             self._prefill.run(q_THD[others], pages, out=out_THD[others])
         return out_THD
-
-    def _pages(self, flat: Tensor) -> Tensor:
-        geometry = self._pool.geometry
-        return flat.view(geometry.num_pages, geometry.num_kv_heads, geometry.page_size, geometry.head_dim)
 
     def _plan_decode(self, pages: PageLists) -> None:
         firsts, last_lengths, lengths = map(self._host, (pages.firsts, pages.last_lengths, pages.lengths))
@@ -203,7 +187,7 @@ class FlashInferAttention:
         return {
             "num_qo_heads": self._shape.num_heads,
             "num_kv_heads": self._shape.num_kv_heads,
-            "page_size": self._layout.page_size,
+            "page_size": self._page_size,
             "sm_scale": self._shape.scale,
             "q_data_type": self._dtype,
             "kv_data_type": self._pool.dtype,
@@ -215,7 +199,7 @@ class FlashInferAttention:
         return tensor if self._copied is None else tensor.pin_memory()
 
     def _device_copy(self, values: Int32Array) -> Tensor:
-        return self._host(values).to(self._rotary.cos_PD.device, non_blocking=True)
+        return self._host(values).to(self._device, non_blocking=True)
 
     def _warm(self) -> None:
         """Run both kernels over page 0, so that no step waits for a compiler."""
@@ -223,7 +207,7 @@ class FlashInferAttention:
         rows = StepRows(nothing[0], nothing[0], np.array([1, 2]), np.zeros((0, 3), np.int32), nothing)
         self.fill(nothing[0, :0], rows, Launch(3, 2, is_decode=False))
         q_shape = (self._planned.num_tokens, self._shape.num_heads, self._shape.head_dim)
-        self.attend(0, torch.zeros(q_shape, dtype=self._dtype, device=self._rotary.cos_PD.device), self._planned)
+        self.attend(0, torch.zeros(q_shape, dtype=self._dtype, device=self._device), self._planned)
         self._planned = _Planned(0, 0)
 
 
@@ -237,7 +221,7 @@ class _FlashInferStep:
 
     def run(self, layer: int, qkv_TX: Tensor, heads: HeadNorms | None) -> Tensor:
         """As `ProjectedStep.run`."""
-        q_THD = self._attention.project(layer, qkv_TX, heads, self._tables)
+        q_THD = self._attention.projection.run(layer, qkv_TX, heads, self._tables)
         return self._attention.attend(layer, q_THD, self._planned).view(qkv_TX.shape[0], -1)
 
 

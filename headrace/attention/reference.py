@@ -70,7 +70,7 @@ class ReferenceStep:
 
     def run(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
         """As `AttentionStep.run`."""
-        keys, values = self._pages(self._pool.keys[layer]), self._pages(self._pool.values[layer])
+        keys, values = self._pool.pages(layer)
         _write(keys, self._tokens, k_TGD)
         _write(values, self._tokens, v_TGD)
         out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
@@ -79,10 +79,6 @@ class ReferenceStep:
             k_LGD, v_LGD = _read(keys, row.context), _read(values, row.context)
             out_THD[tokens] = attend(q_THD[tokens].float(), k_LGD, v_LGD, row.start, self._shape).to(q_THD.dtype)
         return out_THD.view(q_THD.shape[0], -1)
-
-    def _pages(self, flat: Tensor) -> Tensor:
-        geometry = self._pool.geometry
-        return flat.view(geometry.num_pages, geometry.num_kv_heads, geometry.page_size, geometry.head_dim)
 
 
 def attend(

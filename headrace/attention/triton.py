@@ -19,9 +19,9 @@ from headrace.attention.base import (
     RotaryTables,
     StepRows,
 )
+from headrace.attention.projection import HeadProjection
 from headrace.kernels.paged_kv import KvPool
 from headrace.kernels.triton.paged_attention import PagedAttention
-from headrace.kernels.triton.row_operations import HeadLayout, rope_and_store
 from headrace.kernels.triton.work_items import AttentionPlanner, LaunchBounds, WorkLimits
 from headrace.types.request import Int32Array
 
@@ -51,14 +51,12 @@ class TritonAttention:
     ) -> None:
         geometry, device = pool.geometry, rotary.cos_PD.device
         self._pool = pool
-        self._rotary = rotary
-        self._layout = HeadLayout(shape.num_heads, shape.num_kv_heads, shape.head_dim, geometry.page_size)
         split = FIXED_SPLIT if invariant else None
         limits = WorkLimits(max_tokens, _MAX_ITEMS, _MAX_SLOTS)
         sizes = (shape.num_heads, shape.num_kv_heads, shape.head_dim, geometry.page_size)
         overlap = device.type == "cuda"
         self._attention = PagedAttention(*sizes, limits, dtype, device, split, overlap=overlap)
-        self._overlap = overlap
+        self._projection = HeadProjection(shape, pool, rotary, overlap=overlap)
         tiles, max_positions = self._attention.tile_sizes, rotary.cos_PD.shape[0]
         self._planner = AttentionPlanner(
             limits, tiles, geometry.page_size, shape.num_kv_heads, split, max_positions=max_positions
@@ -74,9 +72,7 @@ class TritonAttention:
     def step(self, tables: DeviceTables, launch: Launch) -> ProjectedStep:
         """The launches of every step of this size."""
         bounds = self._planner.bounds(launch.num_rows, launch.num_tokens, is_decode=launch.is_decode)
-        return _TritonStep(
-            self._pool, self._rotary, tables, self._layout, self._attention, bounds, overlap=self._overlap
-        )
+        return _TritonStep(self._projection, self._pool, tables, self._attention, bounds)
 
 
 class _TritonStep:
@@ -84,38 +80,25 @@ class _TritonStep:
 
     def __init__(
         self,
+        projection: HeadProjection,
         pool: KvPool,
-        rotary: RotaryTables,
         tables: DeviceTables,
-        layout: HeadLayout,
         attention: PagedAttention,
         bounds: LaunchBounds,
-        *,
-        overlap: bool,
     ) -> None:
+        self._projection = projection
         self._pool = pool
-        self._rotary = rotary
         self._tables = tables
-        self._layout = layout
         self._attention = attention
         self._bounds = bounds
-        self._overlap = overlap
 
     def run(self, layer: int, qkv_TX: Tensor, heads: HeadNorms | None) -> Tensor:
         """As `ProjectedStep.run`."""
-        layout, tables, rotary = self._layout, self._tables, self._rotary
-        num_tokens = qkv_TX.shape[0]
-        keys, values = self._pool.keys[layer], self._pool.values[layer]
-        q_THD = qkv_TX.view(num_tokens, -1, layout.head_dim)[:, : layout.num_heads]
-        norms = None if heads is None else (heads.q_weight, heads.k_weight)
-        rope_and_store(
-            qkv_TX, None, norms, 0.0 if heads is None else heads.eps, rotary.cos_PD, rotary.sin_PD,
-            tables.positions[:num_tokens], tables.table_rows[:num_tokens], tables.page_table, layout, q_THD,
-            keys, values, overlap=self._overlap,
-        )  # fmt: skip
-        out_THD = qkv_TX.new_empty(num_tokens, layout.num_heads, layout.head_dim)
+        tables, bounds = self._tables, self._bounds
+        q_THD = self._projection.run(layer, qkv_TX, heads, tables)
+        out_THD = qkv_TX.new_empty(q_THD.shape)
         self._attention.run(
-            q_THD, keys, values, tables.page_table, tables.words, out_THD,
-            num_narrow=self._bounds.narrow, num_wide=self._bounds.wide, num_merged=self._bounds.merged,
+            q_THD, self._pool.keys[layer], self._pool.values[layer], tables.page_table, tables.words, out_THD,
+            num_narrow=bounds.narrow, num_wide=bounds.wide, num_merged=bounds.merged,
         )  # fmt: skip
-        return out_THD.view(num_tokens, -1)
+        return out_THD.view(len(q_THD), -1)

@@ -16,11 +16,8 @@ import msgspec
 
 from headrace.bench.http_wire import connect, post, read_body
 from headrace.bench.request_style import RequestStyle
-from headrace.bench.workloads import Scale, WorkloadName, make_workload
+from headrace.bench.workloads import WARM_TOKENS, Scale, WorkloadName, make_workload
 from headrace.types.sampling_params import LogprobMode
-
-_NUM_WARM = 8
-_WARM_TOKENS = 4
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -65,8 +62,8 @@ class _Answer(msgspec.Struct, frozen=True):
 async def load(what: Load) -> Loaded:
     """Warm up with prompts that the workload does not share, then run it `runs` times with an empty prefix cache."""
     workload = make_workload(what.workload, scale=what.scale, vocab_size=what.vocab_size)
-    strangers = workload.strangers(_NUM_WARM)
-    await _send_all(what, [(prompt, _WARM_TOKENS) for prompt in strangers])
+    strangers = workload.strangers()
+    await _send_all(what, [(prompt, WARM_TOKENS) for prompt in strangers])
     requests = list(zip(workload.prompts, workload.output_lengths, strict=True))
     seconds: list[float] = []
     answers: list[_Answer] = []

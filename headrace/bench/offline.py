@@ -21,13 +21,11 @@ from headrace import Engine
 from headrace.bench.engine_setup import EngineSetup, Prepared, describe, metric_deltas, prepare
 from headrace.bench.request_style import RequestStyle
 from headrace.bench.rescore import NUM_RESCORED, ScoredSequence, evenly_spaced, rescore
-from headrace.bench.workloads import ScaleChoice, Workload, WorkloadName, make_workload
+from headrace.bench.workloads import WARM_TOKENS, ScaleChoice, Workload, WorkloadName, make_workload
 from headrace.types.errors import ConfigError, InternalError
 from headrace.types.generation import Generation
 
-MAX_RUNNING = 512
-_NUM_WARM = 8
-_WARM_TOKENS = 4
+_MAX_RUNNING = 512
 
 
 class OfflineOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,11 +118,8 @@ def measure(
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> Measured:
     """Start an engine, warm it up, time `num_runs` runs of the workload, and end it."""
-    settings = prepared.with_defaults(
-        max_running_requests=min(MAX_RUNNING, len(workload.prompts)), context_length=workload.max_length
-    )
     on_progress("starting the engine")
-    with Engine(model=prepared.folder, **settings) as engine:
+    with Engine(model=prepared.folder, **whole_settings(prepared, workload)) as engine:
         warm_up(engine, workload, style)
         time_once = _time_stream if workload.name == "C" else _time_batch
         before = engine.metrics()
@@ -142,6 +137,13 @@ def measure(
         [run.milliseconds_per_token for run in runs if run.milliseconds_per_token is not None],
         metric_deltas(before, after, num_runs),
         kept_sequences(workload, runs[-1].outputs, num_rescored),
+    )
+
+
+def whole_settings(prepared: Prepared, workload: Workload) -> dict[str, Any]:
+    """Engine settings under which all of a workload is sent at once."""
+    return prepared.with_defaults(
+        max_running_requests=min(_MAX_RUNNING, len(workload.prompts)), context_length=workload.max_length
     )
 
 
@@ -177,8 +179,8 @@ def timing_report(measured: Measured, workload: Workload) -> dict[str, Any]:
 
 def warm_up(engine: Engine, workload: Workload, style: RequestStyle) -> None:
     """Run a few short requests of the workload's shape whose prompts share nothing with it."""
-    prompts = workload.strangers(_NUM_WARM)
-    engine.generate(input_ids=prompts, sampling_params=style.params(_WARM_TOKENS), top_logprobs=style.top_logprobs)
+    prompts = workload.strangers()
+    engine.generate(input_ids=prompts, sampling_params=style.params(WARM_TOKENS), top_logprobs=style.top_logprobs)
 
 
 def _time_batch(engine: Engine, workload: Workload, style: RequestStyle) -> Run:

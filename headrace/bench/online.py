@@ -24,15 +24,13 @@ from headrace.bench.engine_setup import EngineSetup, describe, metric_deltas, pr
 from headrace.bench.offline import check_rescoring, workload_report
 from headrace.bench.request_style import RequestStyle
 from headrace.bench.rescore import NUM_RESCORED, ScoredSequence, evenly_spaced, rescore
-from headrace.bench.workloads import CLOSED_LOOP_REQUESTS, CPU_SCALE, Workload, make_closed_loop
+from headrace.bench.workloads import CLOSED_LOOP_REQUESTS, CPU_SCALE, WARM_TOKENS, Workload, make_closed_loop
 from headrace.engine import AsyncEngine, GenerateItem
 from headrace.types.errors import InternalError
 from headrace.types.sampling_params import LogprobMode, LogprobOptions
 
 CPU_CONCURRENCY, GPU_CONCURRENCY = 32, 256
 CPU_REQUESTS = 100
-_WARM_TOKENS = 4
-_NUM_WARM = 8
 
 
 class OnlineOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,7 +107,7 @@ async def _measure(
 ) -> tuple[float, Arrivals, dict[str, float]]:
     """Warm up and serve the workload, on the engine's loop. What exists is frozen first, as `headrace serve` does:
     else each full garbage collection walks it again, in the middle of every stream."""
-    warm = [_Request(prompt, _WARM_TOKENS) for prompt in workload.strangers(_NUM_WARM)]
+    warm = [_Request(prompt, WARM_TOKENS) for prompt in workload.strangers()]
     await _serve(engine, warm, options, concurrency, frozenset())
     requests = [_Request(p, n) for p, n in zip(workload.prompts, workload.output_lengths, strict=True)]
     kept = frozenset(evenly_spaced(len(requests), options.num_rescored))

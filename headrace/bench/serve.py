@@ -22,7 +22,7 @@ import msgspec
 
 from headrace.bench.engine_setup import EngineSetup, Prepared, describe, flag_words, prepare
 from headrace.bench.http_load import Load, Loaded
-from headrace.bench.offline import MAX_RUNNING, check_rescoring, measure, workload_report
+from headrace.bench.offline import check_rescoring, measure, whole_settings, workload_report
 from headrace.bench.request_style import RequestStyle
 from headrace.bench.rescore import NUM_RESCORED, ScoredSequence, evenly_spaced, rescore
 from headrace.bench.workloads import ScaleChoice, Workload, WorkloadName, make_workload
@@ -83,9 +83,7 @@ def run_serve(options: ServeOptions, on_progress: Callable[[str], None] = lambda
 def _measure_http(
     prepared: Prepared, workload: Workload, load: Load, scratch: Path, on_progress: Callable[[str], None]
 ) -> Loaded:
-    settings = prepared.with_defaults(
-        max_running_requests=min(MAX_RUNNING, len(workload.prompts)), context_length=workload.max_length
-    )
+    settings = whole_settings(prepared, workload)
     on_progress("starting the server")
     with _server(prepared.folder, settings, prepared.resolved.engine.start_timeout, scratch / "serve.log") as port:
         on_progress(f"{len(workload.prompts)} requests at once over HTTP")

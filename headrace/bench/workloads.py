@@ -23,6 +23,10 @@ GROUP_SIZE = 8
 CLOSED_LOOP_REQUESTS = 2000
 
 
+WARM_TOKENS = 4
+_NUM_WARM = 8
+
+
 class Scale(msgspec.Struct, frozen=True):
     """How much smaller than the published workload: divisors of the number of prompts and of the lengths."""
 
@@ -71,10 +75,11 @@ class Workload(msgspec.Struct, frozen=True):
         """Tokens of the longest sequence, prompt included."""
         return max(len(p) + n for p, n in zip(self.prompts, self.output_lengths, strict=True))
 
-    def strangers(self, num_requests: int) -> list[list[int]]:
-        """Prompts of the same lengths and range of ids that share no prefix with it: for a warm-up."""
+    def strangers(self) -> list[list[int]]:
+        """A few prompts of the same lengths and range of ids that share no prefix with it: for a warm-up, in which each
+        brings `WARM_TOKENS`."""
         num_ids = 1 + max(map(max, self.prompts))
-        return [[(token + 1) % num_ids for token in prompt] for prompt in self.prompts[:num_requests]]
+        return [[(token + 1) % num_ids for token in prompt] for prompt in self.prompts[:_NUM_WARM]]
 
 
 def make_workload(name: WorkloadName, *, scale: Scale = FULL_SCALE, vocab_size: int | None = None) -> Workload:

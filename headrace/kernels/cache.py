@@ -105,8 +105,9 @@ class CompileCounter:
     def __init__(self) -> None:
         self.num_compiled = 0
         self.num_loaded = 0
+        self._is_armed = False
+        self._is_linked = False  # Triton, or a listener that came later, calls us
         self._earlier: Any = None
-        self._knobs: Any = None
 
     @property
     def num_calls(self) -> int:
@@ -115,22 +116,28 @@ class CompileCounter:
 
     def arm(self) -> None:
         """Begin to count; imports triton. Whoever listened before goes on listening."""
-        if self._knobs is None:
-            self._knobs = importlib.import_module("triton.knobs").compilation
-            self._earlier = self._knobs.listener
-            self._knobs.listener = self._observe
+        if not self._is_linked:
+            knobs = importlib.import_module("triton.knobs").compilation
+            self._earlier, knobs.listener = knobs.listener, self._observe
+            self._is_linked = True
+        self._is_armed = True
 
     def disarm(self) -> None:
-        """Stop counting and put back who listened before."""
-        if self._knobs is not None:
-            self._knobs.listener = self._earlier
-            self._knobs = self._earlier = None
+        """Stop counting, and put back who listened before unless somebody came later, who still needs us to pass on."""
+        if not self._is_linked:
+            return
+        self._is_armed = False
+        knobs = importlib.import_module("triton.knobs").compilation
+        if knobs.listener == self._observe:
+            knobs.listener, self._earlier = self._earlier, None
+            self._is_linked = False
 
     def _observe(self, *, cache_hit: bool, **about: Any) -> None:
         """Triton's listener: called once per compilation, at its end."""
-        if cache_hit:
-            self.num_loaded += 1
-        else:
-            self.num_compiled += 1
+        if self._is_armed:
+            if cache_hit:
+                self.num_loaded += 1
+            else:
+                self.num_compiled += 1
         if self._earlier is not None:
             self._earlier(cache_hit=cache_hit, **about)

@@ -44,6 +44,12 @@ class KvPool:
         self.keys = [blocks[2 * layer] for layer in range(geometry.num_layers)]
         self.values = [blocks[2 * layer + 1] for layer in range(geometry.num_layers)]
 
+    def pages(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer by page: views [num_pages, num_kv_heads, page_size, head_dim]."""
+        geometry = self.geometry
+        shape = (geometry.num_pages, geometry.num_kv_heads, geometry.page_size, geometry.head_dim)
+        return self.keys[layer].view(shape), self.values[layer].view(shape)
+
     def store(self, layer: int, rows: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> None:
         """Write the tokens' keys and values at `rows` (int64 [T * G], from `store_rows`)."""
         head_dim = self.geometry.head_dim

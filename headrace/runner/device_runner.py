@@ -74,11 +74,6 @@ class DeviceRunner:
         seconds = [round(later - earlier, 1) for earlier, later in zip(times, times[1:], strict=False)]
         logger.info("weights %s s, sizing %s s, %d graphs %s s", *seconds[:2], self._graphs.num_graphs, seconds[2])
 
-    @property
-    def num_gemm_calls(self) -> int:
-        """Linear layers run so far."""
-        return self._counter.num_calls
-
     def launch(self, plan: StepPlan) -> DeviceStep:
         """Enqueue one plan. Plans must come in the order they were issued."""
         return self._steps.launch(plan)

@@ -70,9 +70,9 @@ class Launches:
         """float32 [num_rows, V] of the rows that sample."""
         return self._model.logits(self._hidden_TX.index_select(0, self._buffer.views.sampled_tokens[:num_rows]))
 
-    def logits_of(self, first: int, last: int) -> Tensor:
-        """float32 [last - first, V] of packed tokens first..last-1."""
-        return self._model.logits(self._hidden_TX[first:last])
+    def logits_of(self, tokens: slice) -> Tensor:
+        """float32 [n, V] of n consecutive packed tokens."""
+        return self._model.logits(self._hidden_TX[tokens])
 
     def make_empty(self) -> None:
         """Nothing to do in the step buffer: launches then compute padding and write no page."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from headrace.runner.batch import ForwardBatch
 from headrace.runner.pending import join_extras
 from headrace.sampling import Sampler
 from headrace.types.plan import PositionLogprobs, PromptLogprobs, SlotInit
+from headrace.types.request import Int32Array
 
 _MAX_LOGITS_BYTES = 64 << 20
 
@@ -26,29 +29,53 @@ class PromptScorer:
 
     def score(self, batch: ForwardBatch, hidden_TX: Tensor) -> dict[int, PromptLogprobs]:
         """By row index, the prompt positions that this step's logits predict, for rows that asked."""
-        found: dict[int, PromptLogprobs] = {}
-        for row, init in batch.scored_rows:
-            start, length = int(batch.attention.row_starts[row]), int(batch.attention.row_lengths[row])
-            first, last = scored_positions(init, start, length)
-            if first < last:
-                offset = int(batch.row_firsts[row]) - start - 1  # position p is predicted by packed token p + offset
-                found[row] = self._score_row(init, hidden_TX[first + offset : last + offset], first)
-        return found
+        rows = batch.attention
+        spans = scored_spans(batch.scored_rows, rows.row_starts, rows.row_lengths, batch.row_firsts)
+        return {span.row: self._score_row(span, hidden_TX) for span in spans}
 
-    def _score_row(self, init: SlotInit, hidden_MX: Tensor, first: int) -> PromptLogprobs:
+    def _score_row(self, span: ScoredSpan, hidden_TX: Tensor) -> PromptLogprobs:
         values: list[Tensor] = []
         extras: list[PositionLogprobs] = []
-        for at in range(0, hidden_MX.shape[0], self._chunk_rows):
-            chunk = hidden_MX[at : at + self._chunk_rows]
-            targets = torch.from_numpy(init.token_ids[first + at : first + at + chunk.shape[0]].astype(np.int64))
-            logprobs, extra = self._sampler.score(self._logits(chunk), targets, init.slot)
+        for tokens, target_ids in span.chunks(self._chunk_rows):
+            targets = torch.from_numpy(target_ids.astype(np.int64))
+            logprobs, extra = self._sampler.score(self._logits(hidden_TX[tokens]), targets, span.init.slot)
             values.append(logprobs)
             if extra is not None:
                 extras.append(extra)
-        return PromptLogprobs(first, torch.cat(values).numpy(), join_extras(extras))
+        return PromptLogprobs(span.first, torch.cat(values).numpy(), join_extras(extras))
 
 
-def scored_positions(init: SlotInit, start: int, length: int) -> tuple[int, int]:
+class ScoredSpan(NamedTuple):
+    """Prompt positions first..last-1 of a row to be scored; position p is predicted by packed token p + offset."""
+
+    row: int
+    init: SlotInit
+    first: int
+    last: int
+    offset: int
+
+    def chunks(self, size: int) -> Iterator[tuple[slice, Int32Array]]:
+        """At most `size` positions at a time: the packed tokens that predict them, and their token ids."""
+        for at in range(self.first, self.last, size):
+            end = min(at + size, self.last)
+            yield slice(at + self.offset, end + self.offset), self.init.token_ids[at:end]
+
+
+def scored_spans(
+    scored_rows: list[tuple[int, SlotInit]],
+    row_starts: npt.NDArray[np.integer],
+    row_lengths: npt.NDArray[np.integer],
+    row_firsts: npt.NDArray[np.integer],
+) -> Iterator[ScoredSpan]:
+    """What a step scores of the rows that asked; rows [R] by absolute start, length and first packed token."""
+    for row, init in scored_rows:
+        start = int(row_starts[row])
+        first, last = _scored_positions(init, start, int(row_lengths[row]))
+        if first < last:
+            yield ScoredSpan(row, init, first, last, int(row_firsts[row]) - start - 1)
+
+
+def _scored_positions(init: SlotInit, start: int, length: int) -> tuple[int, int]:
     """Prompt positions [first, last) that its request wants scored and a row of `length` tokens at `start` predicts."""
     assert init.logprobs.prompt_start is not None
     return max(start + 1, init.logprobs.prompt_start), min(start + length + 1, init.num_prompt_tokens)

@@ -7,6 +7,8 @@ tokens sampled stay on it. Must not know how anything was built, nor requests.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from headrace.runner.buckets import Buckets
 from headrace.runner.device_step import DeviceClock, DeviceStep, ScoredPrompt, StepMarks
 from headrace.runner.graphs import Graphs
 from headrace.runner.launches import Launches
-from headrace.runner.prompt_scores import scored_positions
+from headrace.runner.prompt_scores import scored_spans
 from headrace.runner.slots import SlotTable
 from headrace.runner.step_buffer import HostStep, StepBuffer
 from headrace.sampling.device_sampler import DeviceSampler
@@ -56,14 +58,11 @@ class StepRunner:
     def launch(self, plan: StepPlan) -> DeviceStep:
         """Enqueue one plan."""
         host = self._buffer.take()
-        with torch.inference_mode():
-            try:
-                return self._launch(plan, host)
-            except BaseException:
-                if self._is_cuda:
-                    torch.cuda.current_stream().synchronize()  # nothing may read the host copy when it is taken again
-                host.is_free = True
-                raise
+        with torch.inference_mode(), ExitStack() as on_failure:
+            on_failure.callback(self._give_back, host)
+            step = self._launch(plan, host)
+            on_failure.pop_all()
+            return step
 
     def capture(self, buckets: list[Launch], sampled: list[int]) -> None:
         """Capture the launches of these sizes, over an empty step."""
@@ -71,15 +70,12 @@ class StepRunner:
             self._launches.make_empty()
             for bucket in buckets:
                 if self._attention.captures:
-                    self._graphs.capture(bucket, lambda bucket=bucket: self._launches.forward(bucket))  # type: ignore[misc]
+                    self._graphs.capture(bucket, partial(self._launches.forward, bucket))
                 else:
                     self._launches.forward(bucket)  # compiles what it needs; later steps of this size run as they are
             for num_rows in sampled:
                 for kept in (False, True):
-                    self._graphs.capture(
-                        (num_rows, kept),
-                        lambda n=num_rows, k=kept: self._launches.sample(n, kept=k),  # type: ignore[misc]
-                    )
+                    self._graphs.capture((num_rows, kept), partial(self._launches.sample, num_rows, kept=kept))
 
     def run_greatest(self) -> None:
         """Run launches of the greatest sizes, over padding: what their peak of memory is measured by."""
@@ -88,7 +84,12 @@ class StepRunner:
             self._launches.forward(self._buckets.greatest)
             num_rows = self._buckets.sampled[0]
             self._launches.sample(num_rows, kept=True)
-            self._launches.logits_of(0, num_rows).clone()  # prompt scores work on a copy at times
+            self._launches.logits_of(slice(0, num_rows)).clone()  # prompt scores work on a copy at times
+
+    def _give_back(self, host: HostStep) -> None:
+        if self._is_cuda:
+            torch.cuda.current_stream().synchronize()  # nothing may read the host copy when it is taken again
+        host.is_free = True
 
     def _launch(self, plan: StepPlan, host: HostStep) -> DeviceStep:
         num_records = self._enter(plan, host)
@@ -136,7 +137,7 @@ class StepRunner:
         rows = StepRows(row_slots, row_starts, row_lengths, plan.prefix_groups, self._slots.page_table.numpy())
         num_words = self._attention.fill(host.views.attention, rows, bucket)
         self._send(host, num_words, num_records)
-        self._graphs.run(bucket, lambda: self._launches.forward(bucket))
+        self._graphs.run(bucket, partial(self._launches.forward, bucket))
         step.prompts = list(self._score_prompts(plan, row_firsts))
         if num_sampled:
             self._sample(host, num_sampled, num_padded, step)
@@ -153,7 +154,7 @@ class StepRunner:
         kind = self._sampler.kind(slots, positions)
         if kind != "special":
             is_kept = kind == "kept"
-            self._graphs.run((num_padded, is_kept), lambda: self._launches.sample(num_padded, kept=is_kept))
+            self._graphs.run((num_padded, is_kept), partial(self._launches.sample, num_padded, kept=is_kept))
             return
         buffer, device_views = self._buffer, self._buffer.views
         step.extras = self._sampler.sample_special(
@@ -168,22 +169,14 @@ class StepRunner:
 
     def _score_prompts(self, plan: StepPlan, row_firsts: Int64Array) -> Iterator[ScoredPrompt]:
         """Enqueue the scores of the prompt positions that this step's hidden states predict, for rows that asked."""
-        chunk = self._buffer.sizes.max_rows
-        for row, init in self._slots.scored_rows(plan.row_slots, plan.row_starts):
-            start, length = int(plan.row_starts[row]), int(plan.row_lengths[row])
-            first, last = scored_positions(init, start, length)
-            if first >= last:
-                continue
-            offset = int(row_firsts[row]) - start - 1  # position p is predicted by packed token p + offset
+        device = self._page_table.device
+        scored = self._slots.scored_rows(plan.row_slots, plan.row_starts)
+        for span in scored_spans(scored, plan.row_starts, plan.row_lengths, row_firsts):
             parts = []
-            for at in range(first, last, chunk):
-                end = min(at + chunk, last)
-                targets = torch.from_numpy(init.token_ids[at:end].astype(np.int64)).to(
-                    self._page_table.device, non_blocking=True
-                )
-                logits = self._launches.logits_of(at + offset, end + offset)
-                parts.append(self._sampler.score(logits, targets, init.slot))
-            yield ScoredPrompt(row, first, parts)
+            for tokens, target_ids in span.chunks(self._buffer.sizes.max_rows):
+                targets = torch.from_numpy(target_ids.copy()).to(device, non_blocking=True)
+                parts.append(self._sampler.score(self._launches.logits_of(tokens), targets, span.init.slot))
+            yield ScoredPrompt(span.row, span.first, parts)
 
     def _mark(self) -> torch.cuda.Event | None:
         if not self._is_cuda:

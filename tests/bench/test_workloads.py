@@ -87,6 +87,6 @@ def test_scale_by_device_unless_asked() -> None:
 @pytest.mark.parametrize("vocab_size", [100, 512, 151_936])
 def test_a_warm_up_knows_the_vocabulary_and_shares_nothing(vocab_size: int) -> None:
     workload = make_workload("A", scale=QUICK_SCALE, vocab_size=vocab_size)
-    strangers = workload.strangers(8)
+    strangers = workload.strangers()
     assert len(strangers) == 8 and max(map(max, strangers)) < vocab_size
     assert all(prompt[0] != stranger[0] for prompt, stranger in zip(workload.prompts, strangers, strict=False))

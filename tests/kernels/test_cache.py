@@ -174,3 +174,21 @@ def test_two_counters_count_beside_each_other() -> None:
         first.disarm()
     assert (first.num_loaded, second.num_loaded) == (1, 1)
     assert triton.knobs.compilation.listener is None
+
+
+def test_one_that_stops_first_does_not_stop_the_one_that_came_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.knobs.compilation, "listener", None)  # put back at the end
+    first, second = CompileCounter(), CompileCounter()
+    first.arm()
+    second.arm()
+    first.disarm()
+    compiled(False)
+    assert (first.num_calls, second.num_calls) == (0, 1)
+    first.arm()
+    compiled(True)
+    assert (first.num_loaded, second.num_loaded) == (1, 1)
+    second.disarm()
+    compiled(True)
+    assert (first.num_loaded, second.num_loaded) == (2, 1)
+    first.disarm()
+    assert triton.knobs.compilation.listener is None
