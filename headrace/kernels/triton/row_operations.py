@@ -9,6 +9,7 @@ heads, D head size, P positions.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -138,10 +139,11 @@ def _rope_store_kernel(
     position = tl.load(positions_ptr + token)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     dim: tl.constexpr = 2 * HALF
-    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    first_head = tl.program_id(1) * HEADS  # all of a program's heads are of one kind
+    heads = first_head + tl.arange(0, HEADS)
     halves = tl.arange(0, HALF_BLOCK)
     half_mask = halves < HALF
-    mask = (heads < NUM_Q + 2 * NUM_KV)[:, None] & half_mask[None, :]
+    mask = (heads >= 0)[:, None] & half_mask[None, :]
     places = heads[:, None] * dim + halves[None, :]
     source = qkv_ptr + token.to(tl.int64) * qkv_stride + places
     cos = tl.load(cos_ptr + position * rope_stride + halves, mask=half_mask, other=0.0).to(tl.float32)[None, :]
@@ -155,28 +157,31 @@ def _rope_store_kernel(
         first = (first + tl.load(bias_ptr + places, mask=mask, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
         second += tl.load(bias_ptr + HALF + places, mask=mask, other=0.0).to(tl.float32)
         second = second.to(dtype).to(tl.float32)
-    is_q = (heads < NUM_Q)[:, None]
-    is_v = (heads >= NUM_Q + NUM_KV)[:, None]
-    x, y = first, second
-    if HAS_NORM:
-        qx, qy = _norm_half_pair(first, second, q_weight_ptr, halves, half_mask, eps, HALF, dtype)
-        kx, ky = _norm_half_pair(first, second, k_weight_ptr, halves, half_mask, eps, HALF, dtype)
-        x, y = tl.where(is_q, qx, kx), tl.where(is_q, qy, ky)
-    turned_x = tl.where(is_v, first, x * cos - y * sin).to(dtype)
-    turned_y = tl.where(is_v, second, y * cos + x * sin).to(dtype)
-    q_target = q_ptr + token.to(tl.int64) * q_stride + places
-    tl.store(q_target, turned_x, mask=mask & is_q)
-    tl.store(q_target + HALF, turned_y, mask=mask & is_q)
-    kv_head = tl.where(is_v, heads[:, None] - NUM_Q - NUM_KV, heads[:, None] - NUM_Q)
-    pool_place = ((page * NUM_KV + kv_head) * PAGE + position % PAGE) * dim + halves[None, :]
-    is_k = (heads >= NUM_Q)[:, None] & (heads < NUM_Q + NUM_KV)[:, None]
-    stored_x, stored_y = turned_x, turned_y
+    turned_x, turned_y = first.to(dtype), second.to(dtype)
+    if first_head < NUM_Q + NUM_KV:
+        if HAS_NORM:
+            weight_ptr = q_weight_ptr
+            if first_head >= NUM_Q:
+                weight_ptr = k_weight_ptr
+            first, second = _norm_half_pair(first, second, weight_ptr, halves, half_mask, eps, HALF, dtype)
+        turned_x, turned_y = (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
+    if first_head < NUM_Q:
+        q_target = q_ptr + token.to(tl.int64) * q_stride + places
+        tl.store(q_target, turned_x, mask=mask)
+        tl.store(q_target + HALF, turned_y, mask=mask)
+        return
+    pool_ptr = keys_ptr
+    kv_head = heads[:, None] - NUM_Q
+    if first_head >= NUM_Q + NUM_KV:
+        pool_ptr = values_ptr
+        kv_head -= NUM_KV
+    target = pool_ptr + ((page * NUM_KV + kv_head) * PAGE + position % PAGE) * dim + halves[None, :]
     if keys_ptr.dtype.element_ty == tl.uint8:
-        stored_x, stored_y = to_float8_bytes(turned_x.to(tl.float32)), to_float8_bytes(turned_y.to(tl.float32))
-    tl.store(keys_ptr + pool_place, stored_x, mask=mask & is_k)
-    tl.store(keys_ptr + pool_place + HALF, stored_y, mask=mask & is_k)
-    tl.store(values_ptr + pool_place, stored_x, mask=mask & is_v)
-    tl.store(values_ptr + pool_place + HALF, stored_y, mask=mask & is_v)
+        tl.store(target, to_float8_bytes(turned_x.to(tl.float32)), mask=mask)
+        tl.store(target + HALF, to_float8_bytes(turned_y.to(tl.float32)), mask=mask)
+    else:
+        tl.store(target, turned_x, mask=mask)
+        tl.store(target + HALF, turned_y, mask=mask)
 
 
 @dataclass(frozen=True)
@@ -217,9 +222,9 @@ def rope_and_store(
     """
     num_heads, num_kv, dim = layout.num_heads, layout.num_kv_heads, layout.head_dim
     total = num_heads + 2 * num_kv
-    heads = min(8, triton.next_power_of_2(total))
+    heads = math.gcd(8, num_heads, num_kv)
     q_weight, k_weight = norms or (qkv_TX, qkv_TX)
-    _rope_store_kernel[(positions_T.shape[0], triton.cdiv(total, heads))](
+    _rope_store_kernel[(positions_T.shape[0], total // heads)](
         qkv_TX, qkv_TX if bias_X is None else bias_X, q_weight, k_weight, cos_PD, sin_PD, positions_T, table_rows_T,
         page_table, q_THD, *as_bytes(keys, values),
         qkv_TX.stride(0), q_THD.stride(0), cos_PD.stride(0), page_table.stride(0), eps,
