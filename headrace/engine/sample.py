@@ -13,7 +13,7 @@ from headrace.types.request import Delta, Request, TokenExtras, unpack_floats, u
 class Sample:
     """The tokens of one sequence, appended delta by delta and aligned at all times.
 
-    len(token_ids) == len(logprobs) == the sum of `spans`; `extras` is empty or as long.
+    len(token_ids) == len(logprobs) == the sum of `spans`; what else was asked of each token is as long.
     """
 
     def __init__(self, request: Request) -> None:
@@ -24,9 +24,10 @@ class Sample:
         self.num_preemptions = 0
         self.num_prompt_tokens = len(request.prompt) // 4
         self._options = request.logprobs
-        self._extras: list[TokenExtras] = []
+        self._top: list[dict[int, float]] = []
+        self._asked: list[dict[int, float]] = []
         self._prompt_logprobs: list[float | None] = []
-        self._prompt_extras: list[TokenExtras] = []
+        self._prompt_extras = TokenExtras()
 
     def append(self, delta: Delta) -> int:
         """Add what `delta` brings; returns the number of new tokens."""
@@ -35,7 +36,8 @@ class Sample:
         self.logprobs += unpack_floats(delta.logprobs).tolist()
         for span in delta.spans:
             _extend_spans(self.spans, *span)
-        self._extras += delta.extras
+        self._top += _tops(delta.extras, len(new_ids))
+        self._asked += _asked(delta.extras, self._options.token_ids)
         if delta.prompt_logprobs:
             self._add_prompt(delta)
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
@@ -44,13 +46,12 @@ class Sample:
 
     def truncate(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` generated tokens only."""
-        del self.token_ids[num_tokens:], self.logprobs[num_tokens:], self._extras[num_tokens:]
+        for values in (self.token_ids, self.logprobs, self._top, self._asked):
+            del values[num_tokens:]
         self.spans = slice_spans(self.spans, 0, num_tokens)
 
     def fields_from(self, start: int) -> dict[str, Any]:
         """The `Generation` fields of the tokens from `start` on; those of the prompt come with the first tokens."""
-        extras = self._extras[start:]
-        asked = self._options.token_ids
         fields: dict[str, Any] = {
             "token_ids": self.token_ids[start:] if start else self.token_ids[:],
             "logprobs": self.logprobs[start:] if start else self.logprobs[:],
@@ -60,9 +61,9 @@ class Sample:
             "num_preemptions": self.num_preemptions,
         }
         if self._options.num_top:
-            fields["top_logprobs"] = [_top(extra) for extra in extras]
-        if asked:
-            fields["token_ids_logprobs"] = [_asked(extra, asked) for extra in extras]
+            fields["top_logprobs"] = self._top[start:]
+        if self._options.token_ids:
+            fields["token_ids_logprobs"] = self._asked[start:]
         return fields
 
     def prompt_fields(self) -> dict[str, Any]:
@@ -71,18 +72,22 @@ class Sample:
             return {}
         padding: list[None] = [None] * (self._options.prompt_start or 0)
         fields: dict[str, Any] = {"prompt_logprobs": padding + self._prompt_logprobs}
-        if self._prompt_extras and self._options.num_top:
-            fields["prompt_top_logprobs"] = padding + [_top(e) if e.top_ids else None for e in self._prompt_extras]
-        if self._prompt_extras and self._options.token_ids:
-            asked = self._options.token_ids
-            values = [_asked(e, asked) if e.asked_logprobs else None for e in self._prompt_extras]
-            fields["prompt_token_ids_logprobs"] = padding + values
+        if self._options.num_top:
+            top = _tops(self._prompt_extras, len(self._prompt_logprobs))
+            fields["prompt_top_logprobs"] = padding + self._where_scored(top)
+        if self._options.token_ids:
+            asked = _asked(self._prompt_extras, self._options.token_ids)
+            fields["prompt_token_ids_logprobs"] = padding + self._where_scored(asked)
         return fields
+
+    def _where_scored(self, values: list[dict[int, float]]) -> list[dict[int, float] | None]:
+        pairs = zip(values, self._prompt_logprobs, strict=True)
+        return [None if logprob is None else value for value, logprob in pairs]
 
     def _add_prompt(self, delta: Delta) -> None:
         values: list[float] = unpack_floats(delta.prompt_logprobs).tolist()
         self._prompt_logprobs += [None if math.isnan(value) else value for value in values]
-        self._prompt_extras += delta.prompt_extras
+        self._prompt_extras = delta.prompt_extras
 
 
 def slice_spans(spans: list[tuple[str, int]], start: int, stop: int) -> list[tuple[str, int]]:
@@ -104,9 +109,18 @@ def _extend_spans(spans: list[tuple[str, int]], version: str, count: int) -> Non
         spans.append((version, count))
 
 
-def _top(extra: TokenExtras) -> dict[int, float]:
-    return dict(zip(unpack_ids(extra.top_ids).tolist(), unpack_floats(extra.top_logprobs).tolist(), strict=True))
+def _tops(extras: TokenExtras, num_positions: int) -> list[dict[int, float]]:
+    """{id: logprob} of the most probable ids of each position; [] if none were asked."""
+    if not extras.top_ids:
+        return []
+    shape = (num_positions, -1)
+    ids, values = unpack_ids(extras.top_ids).reshape(shape), unpack_floats(extras.top_logprobs).reshape(shape)
+    return [dict(zip(*pair, strict=True)) for pair in zip(ids.tolist(), values.tolist(), strict=True)]
 
 
-def _asked(extra: TokenExtras, asked: tuple[int, ...]) -> dict[int, float]:
-    return dict(zip(asked, unpack_floats(extra.asked_logprobs).tolist(), strict=True))
+def _asked(extras: TokenExtras, asked: tuple[int, ...]) -> list[dict[int, float]]:
+    """{id: logprob} of the ids asked for at each position; [] if none were."""
+    if not asked:
+        return []
+    values = unpack_floats(extras.asked_logprobs).reshape(-1, len(asked)).tolist()
+    return [dict(zip(asked, each, strict=True)) for each in values]

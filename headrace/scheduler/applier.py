@@ -12,7 +12,6 @@ import numpy as np
 
 from headrace.scheduler.counters import Counters
 from headrace.scheduler.plan_builder import Rows
-from headrace.scheduler.prompt_scores import position_extras
 from headrace.scheduler.roster import Roster
 from headrace.scheduler.sequence import Sequence
 from headrace.scheduler.slot_table import BoolArray, IndexArray, SlotTable
@@ -63,15 +62,16 @@ class ResultApplier:
             token_ids, logprobs = sequence.token_ids[first:], sequence.logprobs[sequence.num_delivered :]
             sequence.num_delivered = known - num_prompt
         prompt_logprobs, prompt_extras = self._prompt_part(sequence, finish)
+        first, last = first - num_prompt, known - num_prompt
         return Delta(
             handle=sequence.handle,
             token_ids=token_ids.astype("<i4", copy=False).tobytes(),
             logprobs=logprobs.astype("<f4", copy=False).tobytes(),
-            spans=sequence.spans(first - num_prompt, known - num_prompt),
+            spans=sequence.spans(first, last),
             finish=finish,
             num_cached_tokens=sequence.num_cached_tokens,
             num_preemptions=sequence.num_preemptions,
-            extras=tuple(sequence.extras[first - num_prompt : known - num_prompt]),
+            extras=TokenExtras() if sequence.extras is None else sequence.extras.pack(first, last),
             prompt_logprobs=prompt_logprobs,
             prompt_extras=prompt_extras,
         )
@@ -89,13 +89,13 @@ class ResultApplier:
         return slots[done].tolist() if done.any() else []
 
     @staticmethod
-    def _prompt_part(sequence: Sequence, finish: Finish | None) -> tuple[bytes, tuple[TokenExtras, ...]]:
+    def _prompt_part(sequence: Sequence, finish: Finish | None) -> tuple[bytes, TokenExtras]:
         """Prompt log-probabilities, once: when all are known, or as they are when the request ends early."""
         scores = sequence.prompt_scores
         if scores is None or sequence.is_prompt_delivered:
-            return b"", ()
+            return b"", TokenExtras()
         if not scores.is_complete and (finish is None or not scores.has_any):
-            return b"", ()
+            return b"", TokenExtras()
         sequence.is_prompt_delivered = True
         return scores.pack()
 
@@ -161,8 +161,10 @@ class ResultApplier:
         table = self._roster.table
         for row, values in result.extras.items():
             slot = int(step.rows.slots[row])
-            if table.accepts[slot] and column < len(values.top_ids):
-                table.sequence(slot).extras.append(position_extras(values, column))
+            sequence = table.sequence(slot) if table.accepts[slot] and column < len(values.top_ids) else None
+            if sequence is not None and sequence.extras is not None:
+                token = int(table.num_known[slot]) - sequence.num_prompt - 1  # the one just taken
+                sequence.extras.write(token, values, column, column + 1)
 
     def _expect_computing(self, slots: IndexArray, num_tokens: Int32Array) -> None:
         """Accepted tokens beyond the first have no KV yet: the next step computes them as known tokens."""

@@ -4,36 +4,30 @@ from __future__ import annotations
 
 import numpy as np
 
-from headrace.types.plan import PositionLogprobs, PromptLogprobs
+from headrace.scheduler.position_extras import PositionExtras
+from headrace.types.plan import PromptLogprobs
 from headrace.types.request import TokenExtras
-
-
-def position_extras(values: PositionLogprobs, index: int) -> TokenExtras:
-    """The further log-probabilities of one position, as they travel in a `Delta`."""
-    return TokenExtras(
-        np.asarray(values.top_ids[index], dtype="<i4").tobytes(),
-        np.asarray(values.top_logprobs[index], dtype="<f4").tobytes(),
-        np.asarray(values.asked_logprobs[index], dtype="<f4").tobytes(),
-    )
+from headrace.types.sampling_params import LogprobOptions
 
 
 class PromptScores:
     """Values of prompt positions `start`.. of a prompt of `num_prompt` tokens; position 0 never has one.
 
-    `next_position` is the first that is still to be scored; `num_prompt` when all are.
+    `next_position` is the first that is still to be scored; `num_prompt` when all are. `options` say what else is kept
+    of each position.
     """
 
-    def __init__(self, start: int, num_prompt: int, *, wants_extras: bool) -> None:
+    def __init__(self, start: int, num_prompt: int, options: LogprobOptions) -> None:
         self.start = start
         self.num_prompt = num_prompt
-        self._wants_extras = wants_extras
+        self._options = options
         self.reset()
 
     def reset(self) -> None:
         """Forget every value, to score again."""
         self.next_position = max(self.start, 1)
         self._logprobs = np.full(self.num_prompt - self.start, np.nan, dtype=np.float32)
-        self._extras = [TokenExtras()] * len(self._logprobs) if self._wants_extras else []
+        self._extras = PositionExtras(self._options) if self._options.wants_extras else None
 
     @property
     def is_complete(self) -> bool:
@@ -52,11 +46,11 @@ class PromptScores:
         first = max(self.start, scored.first)
         skip = first - scored.first
         self._logprobs[first - self.start : end - self.start] = scored.logprobs[skip:]
-        if self._wants_extras and scored.extras is not None:
-            for position in range(first, end):
-                self._extras[position - self.start] = position_extras(scored.extras, position - scored.first)
+        if self._extras is not None and scored.extras is not None and first < end:
+            self._extras.write(first - self.start, scored.extras, skip, end - scored.first)
         self.next_position = max(self.next_position, end)
 
-    def pack(self) -> tuple[bytes, tuple[TokenExtras, ...]]:
+    def pack(self) -> tuple[bytes, TokenExtras]:
         """The values for a `Delta`: float32 bytes, NaN where a position has none, and extras if they were asked."""
-        return self._logprobs.astype("<f4").tobytes(), tuple(self._extras)
+        extras = TokenExtras() if self._extras is None else self._extras.pack(0, len(self._logprobs))
+        return self._logprobs.astype("<f4").tobytes(), extras

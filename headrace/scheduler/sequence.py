@@ -11,8 +11,9 @@ from enum import Enum
 import numpy as np
 
 from headrace.scheduler.limits import SchedulerLimits, max_output
+from headrace.scheduler.position_extras import PositionExtras
 from headrace.scheduler.prompt_scores import PromptScores
-from headrace.types.request import Float32Array, Int32Array, Request, TokenExtras
+from headrace.types.request import Float32Array, Int32Array, Request
 
 
 class State(Enum):
@@ -34,6 +35,7 @@ class Sequence:
     token_ids, logprobs   all known tokens and the output's log-probabilities while it holds no slot
     num_delivered   output tokens that have gone out in deltas
     stop_token_ids  those that can be sampled at all
+    extras          further log-probabilities of its output tokens, None: it asked for none
     version_index   index of the version of its last token, -1 before the first
     version_starts  (index of the first output token, version) each time the version of its tokens changed
     """
@@ -79,15 +81,14 @@ class Sequence:
         self.num_delivered = 0
         self.version_index = -1
         self.version_starts: list[tuple[int, str]] = []
-        self.extras: list[TokenExtras] = []
+        self.extras = PositionExtras(request.logprobs) if request.logprobs.wants_extras else None
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.is_prompt_delivered = False
         self.prompt_scores: PromptScores | None = None
         start = request.logprobs.prompt_start
         if start is not None and start < self.num_prompt:
-            extras = request.logprobs.wants_extras
-            self.prompt_scores = PromptScores(start, self.num_prompt, wants_extras=extras)
+            self.prompt_scores = PromptScores(start, self.num_prompt, request.logprobs)
 
     @property
     def max_hit(self) -> int:

@@ -98,7 +98,8 @@ class Finish(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TokenExtras(msgspec.Struct, frozen=True, array_like=True):
-    """Further log-probabilities at one position: the top ids with their values, and the values of the asked ids."""
+    """Further log-probabilities of n positions, row by row: the top ids (int32 [n, num_top]) with their values
+    (float32), and the values of the asked ids (float32 [n, num_asked]). Empty where nothing was asked."""
 
     top_ids: bytes = b""
     top_logprobs: bytes = b""
@@ -109,9 +110,10 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     """What is new about one request since its last `Delta`.
 
     `token_ids` (int32) and `logprobs` (float32) have one entry per new token and `spans` ((version, count), ...) sum to
-    that number. `extras` is empty or has one entry per new token. `prompt_logprobs` (float32, once, in the first delta
-    after the prompt is computed or in the terminal one) covers positions `prompt_start`.. of the prompt, NaN where a
-    position has none; `prompt_extras` likewise. `finish` is set exactly once per request, on its last delta.
+    that number. `extras` has one row per new token, if any was asked for. `prompt_logprobs` (float32, once, in the
+    first delta after the prompt is computed or in the terminal one) covers positions `prompt_start`.. of the prompt,
+    NaN where a position has none; `prompt_extras` has as many rows, of no meaning there. `finish` is set exactly once
+    per request, on its last delta.
     """
 
     handle: int
@@ -121,6 +123,6 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     finish: Finish | None = None
     num_cached_tokens: int = 0
     num_preemptions: int = 0
-    extras: tuple[TokenExtras, ...] = ()
+    extras: TokenExtras = TokenExtras()
     prompt_logprobs: bytes = b""
-    prompt_extras: tuple[TokenExtras, ...] = ()
+    prompt_extras: TokenExtras = TokenExtras()

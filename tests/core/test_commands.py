@@ -71,7 +71,7 @@ def test_prompt_logprobs_come_with_the_side_outputs() -> None:
     core.settle()
     (delta,) = core.link.deltas[1]
     assert len(delta.prompt_logprobs) == 4 * 5
-    assert len(delta.prompt_extras) == 5
+    assert len(delta.prompt_extras.top_ids) == 4 * 2 * 5 and len(delta.prompt_extras.asked_logprobs) == 4 * 5
     assert core.finish_types(1) == ["length"]
 
 

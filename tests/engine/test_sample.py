@@ -28,9 +28,8 @@ def test_deltas_add_up_and_spans_merge() -> None:
 
 def test_truncation_cuts_everything_alike() -> None:
     sample = Sample(request(num_top=1))
-    extras = tuple(TokenExtras(pack_ids([i]), pack_floats([-1.0])) for i in range(4))
-    sample.append(delta([5, 6], extras=extras[:2]))
-    sample.append(delta([7, 8], "b", extras=extras[2:]))
+    sample.append(delta([5, 6], extras=TokenExtras(pack_ids([0, 1]), pack_floats([-1.0, -1.0]))))
+    sample.append(delta([7, 8], "b", extras=TokenExtras(pack_ids([2, 3]), pack_floats([-1.0, -1.0]))))
     sample.truncate(3)
     fields = sample.fields_from(0)
     assert fields["token_ids"] == [5, 6, 7] and fields["logprobs"] == [-5.0, -6.0, -7.0]
@@ -58,7 +57,7 @@ def test_slices_of_spans(start: int, stop: int, expected: list[tuple[str, int]])
 
 def test_prompt_scores_have_one_entry_per_prompt_token() -> None:
     sample = Sample(request(prompt_start=0, num_top=1, token_ids=(4,)))
-    extras = (TokenExtras(), *(TokenExtras(pack_ids([9]), pack_floats([-1]), pack_floats([-2])) for _ in range(2)))
+    extras = TokenExtras(pack_ids([0, 9, 9]), pack_floats([0, -1, -1]), pack_floats([0, -2, -2]))
     sample.append(delta([], prompt_logprobs=pack_floats([NAN, -1.5, -2.5]), prompt_extras=extras))
     fields = sample.prompt_fields()
     assert fields["prompt_logprobs"] == [None, -1.5, -2.5]

@@ -13,7 +13,7 @@ from headrace.types.errors import ErrorInfo
 from headrace.types.plan import StepPlan
 from headrace.types.request import Delta, Request, unpack_floats, unpack_ids
 from tests.scheduler.fake_device import FakeDevice
-from tests.scheduler.oracle import Truth, cell_value, extend, logprob
+from tests.scheduler.oracle import VOCAB_SIZE, Truth, cell_value, extend, logprob
 
 ERROR = ErrorInfo("DeadlineError", "too late")
 
@@ -157,10 +157,12 @@ class Harness:
         assert sum(number for _, number in delta.spans) == count and all(number > 0 for _, number in delta.spans)
         versions = [version for version, number in delta.spans for _ in range(number)]
         assert versions == [self.versions[delta.handle][first + index] for index in range(count)]
-        wants_extras = truth.request.logprobs.wants_extras
-        assert len(delta.extras) == (count if wants_extras else 0)
-        for index, extra in enumerate(delta.extras):
-            assert unpack_floats(extra.top_logprobs).tolist() == [first + index] * truth.request.logprobs.num_top
+        options = truth.request.logprobs
+        positions = np.arange(first, first + count)
+        assert unpack_ids(delta.extras.top_ids).tolist() == np.repeat(positions % VOCAB_SIZE, options.num_top).tolist()
+        assert unpack_floats(delta.extras.top_logprobs).tolist() == np.repeat(positions, options.num_top).tolist()
+        asked = np.repeat(positions, len(options.token_ids)).tolist()
+        assert unpack_floats(delta.extras.asked_logprobs).tolist() == asked
         received.token_ids += token_ids
         received.versions += versions
         assert received.versions == sorted(received.versions, key=int), "a version went backwards"
@@ -171,7 +173,21 @@ class Harness:
         if delta.prompt_logprobs:
             assert received.prompt_logprobs is None, "prompt logprobs came twice"
             received.prompt_logprobs = unpack_floats(delta.prompt_logprobs).tolist()
-            assert len(delta.prompt_extras) == (len(received.prompt_logprobs) if wants_extras else 0)
+            self._check_prompt_extras(delta, truth)
+
+    @staticmethod
+    def _check_prompt_extras(delta: Delta, truth: Truth) -> None:
+        """Where a position was scored, what else was asked of it is of that very position."""
+        options = truth.request.logprobs
+        is_scored = ~np.isnan(unpack_floats(delta.prompt_logprobs))
+        start = options.prompt_start or 0
+        positions = np.arange(start, start + len(is_scored))[is_scored]
+        for packed, width in (
+            (delta.prompt_extras.top_logprobs, options.num_top),
+            (delta.prompt_extras.asked_logprobs, len(options.token_ids)),
+        ):
+            values = unpack_floats(packed).reshape(len(is_scored), width)
+            assert (values[is_scored] == positions[:, None]).all()
 
     def _check_final(self, delta: Delta, received: Received) -> None:
         truth, finish = self.truths[delta.handle], delta.finish

@@ -98,12 +98,12 @@ def test_prompt_logprobs_come_once_with_the_first_delta() -> None:
     (delta,) = deltas
     values = unpack_floats(delta.prompt_logprobs).tolist()
     assert np.isnan(values[0]) and values[1:] == [-1, -2, -3, -4]
-    assert [unpack_ids(extra.top_ids).tolist() for extra in delta.prompt_extras] == [[], [1], [2], [3], [4]]
-    assert [unpack_ids(extra.top_ids).tolist() for extra in delta.extras] == [[1]]
+    assert unpack_ids(delta.prompt_extras.top_ids).tolist() == [0, 1, 2, 3, 4]
+    assert unpack_ids(delta.extras.top_ids).tolist() == [1]
     plan = planned(scheduler)
     base = answer(plan)
     (last,) = scheduler.apply(StepResult(plan.step_id, base.token_ids, base.logprobs, base.num_tokens, extras))
-    assert last.finish is not None and not last.prompt_logprobs and len(last.extras) == 1
+    assert last.finish is not None and not last.prompt_logprobs and unpack_ids(last.extras.top_ids).tolist() == [1]
 
 
 def test_a_resumed_prompt_is_not_scored_again() -> None:
