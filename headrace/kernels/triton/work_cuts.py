@@ -21,8 +21,8 @@ LONGEST = 32767
 """Longer items count as this long where items are sorted."""
 
 _MIN_SPLIT = 64  # and the unit of splits: what kernels walk at a time
-_MAX_SPLIT = 1024
-_TARGET_ITEM_HEADS = 1536  # item x kv-head programs that keep a large device busy
+_MIN_WIDE_SPLIT = 1024
+_RESIDENT_PROGRAMS = 1056  # item x kv-head programs that a large device holds at once: eight per multiprocessor
 _TARGET_WIDE_PROGRAMS = 528  # four per multiprocessor of a large device
 _MAX_WIDE_PARTS = 8  # partial results of long prompts are large
 _MAX_WIDE_ROWS = 64  # more rows than these in one launch share what room it has for wide items
@@ -124,14 +124,14 @@ class CutRules:
         return LaunchBounds(max(least, min(wanted, self._max_items - wide)), wide, num_tokens)
 
     def _narrow_wanted(self, num_rows: int, *, is_decode: bool) -> int:
-        """As many as keep the device busy, not many more: idle programs cost little, but not nothing."""
-        busy = _TARGET_ITEM_HEADS // self._num_kv_heads
+        """As many as `_first_split` can make, not many more: idle programs cost little, but not nothing."""
+        busy = max(1, _RESIDENT_PROGRAMS // self._num_kv_heads)
         if self._fixed_split is not None:  # a context is cut at every multiple or not at all
-            wanted = max(2 * busy, num_rows * (4 if is_decode else 2))
+            wanted = max(3 * busy, num_rows * (4 if is_decode else 2))
         elif 4 * num_rows * self._num_kv_heads <= FEW_PROGRAMS:
             wanted = FEW_PROGRAMS // self._num_kv_heads
         else:
-            wanted = max(busy, num_rows * 5 // 2 if is_decode else num_rows)
+            wanted = busy + num_rows * 3 // 2 if is_decode else max(busy, num_rows)
         if self._max_positions is None:
             return wanted
         return min(wanted, num_rows * (ceil_divide(self._max_positions, self._fixed_split or _MIN_SPLIT) + 1))
@@ -202,14 +202,13 @@ class CutRules:
             return own
         num_programs = int(np.count_nonzero(is_wide)) * self._num_kv_heads
         num_parts = min(_MAX_WIDE_PARTS, ceil_divide(_TARGET_WIDE_PROGRAMS, num_programs))
-        return np.maximum(ceil_divide(own, num_parts), _MAX_SPLIT)
+        return np.maximum(ceil_divide(own, num_parts), _MIN_WIDE_SPLIT)
 
     def _first_split(self, num_positions: int, bound: int) -> int:
-        wanted = num_positions * self._num_kv_heads // min(_TARGET_ITEM_HEADS, bound * self._num_kv_heads)
-        split = _MIN_SPLIT
-        while split < wanted and split < _MAX_SPLIT:
-            split *= 2
-        return split
+        """More than an equal share of the programs that run at once: so no part of full length waits for a place, and
+        what is left of the rows fills the gaps."""
+        num_shares = max(1, min(_RESIDENT_PROGRAMS // self._num_kv_heads, bound))
+        return (num_positions // num_shares // _MIN_SPLIT + 1) * _MIN_SPLIT
 
 
 def _longer(split: int, least: int) -> int:
