@@ -38,13 +38,12 @@ def rows(table: Table) -> None:
 
 def _norm_and_gate(table: Table, num_rows: int) -> None:
     for width, inner in ((1024, 3072), (4096, 12288)):
-        x, residual, out = (torch.randn(num_rows, width, device=DEVICE, dtype=BF16) for _ in range(3))
+        x, out = (torch.randn(num_rows, width, device=DEVICE, dtype=BF16) for _ in range(2))
         weight = torch.randn(width, device=DEVICE, dtype=BF16)
-        expected = row_operations.reference_add_rms_norm(x, residual, weight, 1e-6)[1]
-        row_operations.add_rms_norm(x, residual, weight, 1e-6, out)
-        error = relative_error(out, expected)
-        us = time_us(lambda x=x, r=residual, w=weight, o=out: row_operations.add_rms_norm(x, r, w, 1e-6, o))
-        table.add(f"add + norm, {num_rows} x {width}", us, 4 * x.nbytes, 0, error)
+        row_operations.rms_norm(x, weight, 1e-6, out)
+        error = relative_error(out, row_operations.reference_rms_norm(x, weight, 1e-6))
+        us = time_us(lambda x=x, w=weight, o=out: row_operations.rms_norm(x, w, 1e-6, o))
+        table.add(f"norm, {num_rows} x {width}", us, 2 * x.nbytes, 0, error)
         x, out = (torch.randn(num_rows, n, device=DEVICE, dtype=BF16) for n in (2 * inner, inner))
         row_operations.silu_and_mul(x, out)
         error = relative_error(out, row_operations.reference_silu_and_mul(x))
@@ -184,7 +183,7 @@ class Chain:
              weight(2 * inner, hidden), weight(hidden, inner)) for _ in range(layers)
         ]  # fmt: skip
         self.norm, self.head = weight(hidden), weight(151936, hidden)
-        self.residual, self.x, self.delta = (weight(self.rows, hidden) for _ in range(3))
+        self.residual, self.x = (weight(self.rows, hidden) for _ in range(2))
         self.qkv, self.gate_up, self.inner = (weight(self.rows, n) for n in (qkv, 2 * inner, inner))
         self.logits = weight(self.rows, 151936)
         self.cos = torch.randn(65536, 128, device=DEVICE)
@@ -214,18 +213,16 @@ class Chain:
         row(self.residual, self.head, self.logits, norm_K=self.norm, eps=1e-6, overlap=over)
 
     def step_of_many(self) -> None:
-        ops, delta = row_operations, None
+        ops = row_operations
         for layer, (norm1, qkv, q_norm, k_norm, o, norm2, gate_up, down) in enumerate(self.layers):
-            ops.add_rms_norm(delta, self.residual, norm1, 1e-6, self.x, overlap=self.overlap)
+            ops.rms_norm(self.residual, norm1, 1e-6, self.x, overlap=self.overlap)
             torch.mm(self.x, qkv.T, out=self.qkv)
-            attended = self.attend(layer, q_norm, k_norm)
-            torch.mm(attended, o.T, out=self.delta)
-            ops.add_rms_norm(self.delta, self.residual, norm2, 1e-6, self.x, overlap=self.overlap)
+            self.residual.addmm_(self.attend(layer, q_norm, k_norm), o.T)
+            ops.rms_norm(self.residual, norm2, 1e-6, self.x, overlap=self.overlap)
             torch.mm(self.x, gate_up.T, out=self.gate_up)
             ops.silu_and_mul(self.gate_up, self.inner, overlap=self.overlap)
-            torch.mm(self.inner, down.T, out=self.delta)
-            delta = self.delta
-        ops.add_rms_norm(delta, self.residual, self.norm, 1e-6, self.x, overlap=self.overlap)
+            self.residual.addmm_(self.inner, down.T)
+        ops.rms_norm(self.residual, self.norm, 1e-6, self.x, overlap=self.overlap)
         torch.mm(self.x, self.head.T, out=self.logits)
 
     @property

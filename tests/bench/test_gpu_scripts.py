@@ -17,7 +17,7 @@ def test_every_kernel_has_its_class() -> None:
     classes = kernel_classes()
     expected = {
         "attention_items_kernel": "attention", "merge_parts_kernel": "attention", "_tile_kernel": "GEMM",
-        "_row_kernel": "GEMM", "_add_norm_kernel": "norm, rope, store", "_rope_store_kernel": "norm, rope, store",
+        "_row_kernel": "GEMM", "_norm_kernel": "norm, rope, store", "_rope_store_kernel": "norm, rope, store",
         "_blocks_kernel": "sampling", "_thresholds_kernel": "sampling",
     }  # fmt: skip
     assert {name: classes[name] for name in expected} == expected

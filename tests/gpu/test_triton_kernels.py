@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headrace.kernels.triton.linear_rows import MatrixTile, matrix_tile, multiply_row, multiply_tiles, reference_linear
 from headrace.kernels.triton.paged_attention import PagedAttention, reference_attention
-from headrace.kernels.triton.row_operations import HeadLayout, add_rms_norm, rope_and_store, silu_and_mul
+from headrace.kernels.triton.row_operations import HeadLayout, rms_norm, rope_and_store, silu_and_mul
 from headrace.kernels.triton.sampling_rows import SamplingWorkspace, sample_rows
 from headrace.kernels.triton.work_items import AttentionPlanner, LaunchBounds, WorkLimits
 
@@ -176,7 +176,7 @@ class Steps:
         if is_decode and rows > 2:
             groups = np.array([(0, rows, int(starts.min()) // PAGE)], np.int32)
         qkv, residual, inner = random(num_tokens, 32 * DIM), random(num_tokens, 1024), random(num_tokens, 512)
-        add_rms_norm(residual, residual, residual[0], 1e-6, torch.empty_like(residual))
+        rms_norm(residual, residual[0], 1e-6, torch.empty_like(residual))
         silu_and_mul(residual, inner)
         q = qkv.view(num_tokens, 32, DIM)[:, :16]
         positions = torch.zeros(num_tokens, dtype=torch.int32, device=DEVICE)
@@ -233,7 +233,7 @@ def test_overlapped_launches_in_a_graph_change_no_bit() -> None:
             for up, down in zip(*weights, strict=True):
                 multiply_row(residual, up, inner, norm_K=norm, eps=1e-6, gated=True, overlap=overlap)
                 multiply_row(inner, down, residual, adds=True, overlap=overlap)
-                add_rms_norm(None, residual, norm, 1e-6, normed, overlap=overlap)
+                rms_norm(residual, norm, 1e-6, normed, overlap=overlap)
                 multiply_row(normed, up, mixed, overlap=overlap)
                 silu_and_mul(mixed, inner, overlap=overlap)
                 multiply_row(inner, down, residual, adds=True, overlap=overlap)

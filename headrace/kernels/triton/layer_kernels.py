@@ -18,7 +18,7 @@ from headrace.kernels import LayerKernels
 from headrace.kernels.triton.fused_products import ProductTile, ProductWorkspace, multiply_fused
 from headrace.kernels.triton.linear_rows import RowTile, multiply_row, multiply_tiles
 from headrace.kernels.triton.product_choice import ProductKind, choose_product
-from headrace.kernels.triton.row_operations import add_rms_norm, silu_and_mul
+from headrace.kernels.triton.row_operations import rms_norm, silu_and_mul
 
 ProductChoice = Callable[[ProductKind, int, int, int, torch.dtype], ProductTile | RowTile | None]
 
@@ -30,7 +30,7 @@ def device_kernels(numerics: str, device: torch.device) -> LayerKernels:
 
 def _normed(x_TI: Tensor, norm_I: Tensor, eps: float, *, overlap: bool = False) -> Tensor:
     out = torch.empty_like(x_TI)
-    add_rms_norm(None, x_TI, norm_I, eps, out, overlap=overlap)
+    rms_norm(x_TI, norm_I, eps, out, overlap=overlap)
     return out
 
 

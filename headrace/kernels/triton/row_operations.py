@@ -29,22 +29,17 @@ def _take_turn(OVERLAP: tl.constexpr):
 
 
 @triton.jit
-def _add_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, x_stride, residual_stride, out_stride, eps,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_X: tl.constexpr, OVERLAP: tl.constexpr,
+def _norm_kernel(
+    x_ptr, weight_ptr, out_ptr, x_stride, out_stride, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     _take_turn(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < WIDTH
     dtype = out_ptr.dtype.element_ty
-    value = tl.load(residual_ptr + row * residual_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    if HAS_X:
-        value += tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-        value = value.to(dtype)
-        tl.store(residual_ptr + row * residual_stride + columns, value, mask=mask)
-        value = value.to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, 0) / WIDTH + eps)
     normed = (value * scale).to(dtype).to(tl.float32) * weight
     tl.store(out_ptr + row * out_stride + columns, normed.to(dtype), mask=mask)
@@ -55,29 +50,21 @@ def _launch_options(overlap: bool) -> dict[str, bool]:
     return {"launch_pdl": True} if overlap else {}
 
 
-def add_rms_norm(
-    x_TX: Tensor | None, residual_TX: Tensor, weight_X: Tensor, eps: float, out_TX: Tensor, *, overlap: bool = False
-) -> None:
-    """residual += x, in place (not when x is None); out = rms_norm(residual) * weight. Last axes contiguous."""
+def rms_norm(x_TX: Tensor, weight_X: Tensor, eps: float, out_TX: Tensor, *, overlap: bool = False) -> None:
+    """out = rms_norm(x) * weight. Last axes contiguous."""
     num_rows, width = out_TX.shape
     block = triton.next_power_of_2(width)
-    x = residual_TX if x_TX is None else x_TX
-    _add_norm_kernel[(num_rows,)](
-        x, residual_TX, weight_X, out_TX, x.stride(0), residual_TX.stride(0), out_TX.stride(0), eps,
-        WIDTH=width, BLOCK=block, HAS_X=x_TX is not None, OVERLAP=overlap, num_warps=max(1, min(8, block // 512)),
-        **_launch_options(overlap),
+    _norm_kernel[(num_rows,)](
+        x_TX, weight_X, out_TX, x_TX.stride(0), out_TX.stride(0), eps,
+        WIDTH=width, BLOCK=block, OVERLAP=overlap, num_warps=max(1, min(8, block // 512)), **_launch_options(overlap),
     )  # fmt: skip
 
 
-def reference_add_rms_norm(
-    x_TX: Tensor | None, residual_TX: Tensor, weight_X: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """(residual, out) by definition (Zhang and Sennrich, 2019)."""
-    residual = residual_TX if x_TX is None else (residual_TX.float() + x_TX.float()).to(residual_TX.dtype)
-    wide = residual.double()
+def reference_rms_norm(x_TX: Tensor, weight_X: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, 2019)."""
+    wide = x_TX.double()
     scale = 1.0 / torch.sqrt((wide * wide).mean(-1, keepdim=True) + eps)
-    normed = (wide * scale).to(residual.dtype).double() * weight_X.double()
-    return residual, normed.to(residual.dtype)
+    return ((wide * scale).to(x_TX.dtype).double() * weight_X.double()).to(x_TX.dtype)
 
 
 @triton.jit
@@ -244,7 +231,7 @@ def reference_rope(
     heads = x.view(len(x), -1, dim)
     q, k, v = heads[:, :num_heads], heads[:, num_heads : num_heads + num_kv], heads[:, num_heads + num_kv :]
     if norms is not None:
-        q, k = (reference_add_rms_norm(None, part, weight, eps)[1] for part, weight in zip((q, k), norms, strict=True))
+        q, k = (reference_rms_norm(part, weight, eps) for part, weight in zip((q, k), norms, strict=True))
     cos, sin = (table[positions_T.long()].double()[:, None] for table in (cos_PD, sin_PD))
 
     def turn(part: Tensor) -> Tensor:
