@@ -22,6 +22,7 @@
 # ARGS      added to the command of all targets but check, bench and clean, e.g. make test ARGS="tests/cache -k evict"
 # WORKERS   processes of make test
 # SOAK      seconds that the soak test of make test-gpu runs
+# GPU_WORKERS  processes of make test-gpu, which share the device
 # PYTHON_GPU  an interpreter that has torch and all else already, e.g. PYTHON_GPU=python3: test-gpu and bench-gpu run in
 #             it and make no .venv
 # HAVE      what the host of the wheelhouse has: a file made there by `python tools/wheelhouse.py list`
@@ -31,6 +32,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3
 PIP_ARGS ?=
 ARGS ?=
 WORKERS ?= 2
+GPU_WORKERS ?= 8
 SOAK ?= 20
 PYTHON_GPU ?=
 WHEELHOUSE ?= wheelhouse
@@ -72,8 +74,11 @@ bench: $(STAMP)
 	$(BIN)/headrace bench overhead --batch-sizes 16,256 --num-waiting 1000 --seconds 2 --json
 	$(BIN)/headrace bench offline --workload B --quick --vs transformers --json
 
+# The tests of memory want the device for themselves. A host's own benchmark plug-in has no place among the workers.
 test-gpu: $(GPU_STAMP)
-	HEADRACE_SOAK_SECONDS=$(SOAK) $(GPU_PYTHON) -m pytest tests/gpu $(ARGS)
+	$(GPU_PYTHON) -m pytest tests/gpu/test_memory.py $(ARGS)
+	HEADRACE_SOAK_SECONDS=$(SOAK) $(GPU_PYTHON) -m pytest tests/gpu --ignore tests/gpu/test_memory.py \
+	  -p no:benchmark -n $(GPU_WORKERS) --dist worksteal $(ARGS)
 
 bench-gpu: $(GPU_STAMP)
 	$(GPU_PYTHON) bench/gpu_report.py $(ARGS)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from itertools import pairwise
+from statistics import mean
 
 import msgspec
 import torch
@@ -39,7 +41,7 @@ from headrace.weights.store import WeightStore
 
 logger = logging.getLogger(__name__)
 _WARM_PAGES = 2
-_SPARE_BYTES = 128 << 20
+_SPARE_BYTES = 256 << 20
 
 
 class DeviceRunner:
@@ -164,21 +166,28 @@ def _size_pool(resolved: ResolvedConfig, parts: _Parts, free_at_start: int, has_
 
 
 def _measure_graphs(tiny: ResolvedConfig, parts: _Parts) -> int:
-    """Bytes that all graphs will take: their pool, by capturing the greatest of each kind, and what each one adds."""
+    """Bytes that all graphs will take: their pool, by capturing the greatest of each kind, and what each one adds.
+
+    The latter is a mean without its extremes: other processes take and free memory meanwhile, and it is multiplied by
+    the number of graphs.
+    """
     graphs = Graphs(GemmCounter(), enabled=True)
     steps = parts.steps(tiny, graphs)
     mixed = [bucket for bucket in parts.buckets.captured if not bucket.is_decode]
     decode = [bucket for bucket in parts.buckets.captured if bucket.is_decode]
     num_graphs = len(mixed) + len(decode) + 2 * len(parts.buckets.sampled)
-    before = free_bytes()
+    left = [free_bytes()]
     steps.capture([mixed[0], decode[0]], parts.buckets.sampled[:1])
-    greatest, num_greatest = before - free_bytes(), graphs.num_graphs
-    steps.capture([mixed[-1], *decode[1:4]], [])
-    added = before - greatest - free_bytes()
-    each = added / max(1, graphs.num_graphs - num_greatest)
+    left.append(free_bytes())
+    num_greatest = graphs.num_graphs
+    for bucket in (mixed[-1], *decode[1:5]):
+        steps.capture([bucket], [])
+        left.append(free_bytes())
+    greatest, *added = (before - after for before, after in pairwise(left))
     del steps, graphs
     gc.collect()
     torch.cuda.empty_cache()
+    each = mean(sorted(added)[1:-1] or added)
     return max(0, int(greatest + each * (num_graphs - num_greatest)))
 
 
