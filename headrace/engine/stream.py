@@ -50,7 +50,7 @@ class Stream:
         self._finish: Finish | None = None
         self._matched: str | None = None
         self._error: HeadraceError | None = None
-        self._waiter: asyncio.Future[None] | None = None
+        self._waiters: list[asyncio.Future[None]] = []
         self._num_taken_tokens = 0
         self._has_taken_end = False
 
@@ -193,15 +193,18 @@ class Stream:
         self._notify()
 
     def _notify(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
         if self.listener is not None:
             self.listener(self)
 
     async def _wait(self) -> None:
-        if self._waiter is None or self._waiter.done():
-            self._waiter = asyncio.get_running_loop().create_future()
-        await asyncio.shield(self._waiter)
+        """Until there is news. Each caller has a future of its own: one that is cancelled takes no other with it."""
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        await waiter
 
 
 class StreamGroup:

@@ -205,3 +205,17 @@ def test_without_a_tokenizer_there_are_ids_and_no_text() -> None:
     feed.tokens(b"ab", Finish("length"))
     answer = result(feed)
     assert (answer.token_ids, answer.text) == (list(b"ab"), "")
+
+
+def test_one_of_two_waiting_is_cancelled_and_the_other_gets_the_answer(tokenizer: Tokenizer) -> None:
+    async def run() -> None:
+        feed = Feed(tokenizer)
+        first, second = (asyncio.create_task(feed.stream.result()) for _ in range(2))
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.sleep(0)
+        feed.tokens([7, 8], Finish("length"))
+        assert (await second).token_ids == [7, 8]
+        assert first.cancelled()
+
+    asyncio.run(run())

@@ -18,15 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
-@triton.jit
-def _fetch_ahead(w_ptr, outputs, start, K: tl.constexpr, LINES: tl.constexpr):
-    """Ask for the first LINES * 128 bytes of each output's weights: they come to the cache, nothing waits for them."""
-    lines = tl.arange(0, LINES) * (128 // (w_ptr.dtype.element_ty.primitive_bitwidth // 8))
-    addresses = (w_ptr + outputs.to(tl.int64)[:, None] * K + start + lines[None, :]).to(tl.int64)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
-    )
+from headrace.kernels.triton.prefetch import fetch_ahead
 
 
 @triton.jit
@@ -80,7 +72,7 @@ def _product_kernel(
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
         if LINES > 0:  # weights do not come from the launch ahead
-            _fetch_ahead(w_ptr, outputs, first, K, LINES)
+            fetch_ahead(w_ptr, outputs, first, K, LINES)
         tl.extra.cuda.gdc_wait()
     inputs = first + tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * x_stride + inputs[None, :]

@@ -25,7 +25,8 @@ ProductChoice = Callable[[ProductKind, int, int, int, torch.dtype], ProductTile 
 
 def device_kernels(numerics: str, device: torch.device) -> LayerKernels:
     """The set for "fast" or "invariant"."""
-    return InvariantKernels() if numerics == "invariant" else FastKernels(device, overlap=device.type == "cuda")
+    overlap = device.type == "cuda"
+    return InvariantKernels(overlap=overlap) if numerics == "invariant" else FastKernels(device, overlap=overlap)
 
 
 def _normed(x_TI: Tensor, norm_I: Tensor, eps: float, *, overlap: bool = False) -> Tensor:
@@ -106,22 +107,27 @@ class FastKernels:
 
 
 class InvariantKernels:
-    """Every product in the same steps along its inputs, whatever the number of rows."""
+    """Every product in the same steps along its inputs, whatever the number of rows. `overlap` as in `FastKernels`."""
+
+    def __init__(self, *, overlap: bool) -> None:
+        self._overlap = overlap
 
     def normed_linear(
         self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None
     ) -> Tensor:
         out = x_TI.new_empty(x_TI.shape[0], weight_OI.shape[0])
-        multiply_tiles(_normed(x_TI, norm_I, eps), weight_OI, bias_O, out)
+        normed = _normed(x_TI, norm_I, eps, overlap=self._overlap)
+        multiply_tiles(normed, weight_OI, bias_O, out, overlap=self._overlap)
         return out
 
     def normed_gate(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        return _gated(self.normed_linear(x_TI, norm_I, eps, weight_OI, bias_O))
+        return _gated(self.normed_linear(x_TI, norm_I, eps, weight_OI, bias_O), overlap=self._overlap)
 
     def linear_add_(self, residual_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> None:
-        multiply_tiles(x_TI, weight_OI, bias_O, residual_TO, adds=True)
+        multiply_tiles(x_TI, weight_OI, bias_O, residual_TO, adds=True, overlap=self._overlap)
 
     def normed_logits(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_VI: Tensor) -> Tensor:
         out = x_TI.new_empty(x_TI.shape[0], weight_VI.shape[0], dtype=torch.float32)
-        multiply_tiles(_normed(x_TI, norm_I, eps), weight_VI, None, out)
+        normed = _normed(x_TI, norm_I, eps, overlap=self._overlap)
+        multiply_tiles(normed, weight_VI, None, out, overlap=self._overlap)
         return out

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headrace.kernels.triton.prefetch import fetch_ahead
+
 
 @triton.jit
 def _weight_tile(w_ptr, outputs, inputs, N, K: tl.constexpr):
@@ -138,7 +140,7 @@ def multiply_row(
 def _tile_kernel(
     x_ptr, w_ptr, bias_ptr, out_ptr, x_stride, out_stride, M, N, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One output tile; programs that share a weight tile are neighbours."""
     num_tiles_m = tl.cdiv(M, BLOCK_M)
@@ -146,6 +148,10 @@ def _tile_kernel(
     rows = program % num_tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     outputs = program // num_tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
     inputs = tl.arange(0, BLOCK_K)
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        fetch_ahead(w_ptr, outputs % N, 0, K, 2)  # weights do not come from the launch ahead
+        tl.extra.cuda.gdc_wait()
     x_ptrs = x_ptr + (rows % M).to(tl.int64)[:, None] * x_stride + inputs[None, :]
     w_ptrs = w_ptr + (outputs % N).to(tl.int64)[None, :] * K + inputs[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -195,9 +201,13 @@ def multiply_tiles(
     out_MN: Tensor,
     *,
     adds: bool = False,
+    overlap: bool = False,
     tile: MatrixTile | None = None,
 ) -> None:
-    """out = x W^T + b (out += with `adds`), the same bits for a row whatever the other rows and their number."""
+    """out = x W^T + b (out += with `adds`), the same bits for a row whatever the other rows and their number.
+
+    overlap  as in `multiply_row`
+    """
     num_rows, num_inputs = x_MK.shape
     num_outputs = out_MN.shape[1]
     tile = tile or matrix_tile(num_rows, num_outputs, x_MK.dtype)
@@ -206,8 +216,8 @@ def multiply_tiles(
         x_MK, weight_NK, weight_NK if bias_N is None else bias_N, out_MN, x_MK.stride(0), out_MN.stride(0),
         num_rows, num_outputs, num_inputs,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, HAS_BIAS=bias_N is not None, ADDS=adds,
-        PRECISION="ieee" if x_MK.dtype == torch.float32 else "tf32", num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        PRECISION="ieee" if x_MK.dtype == torch.float32 else "tf32", OVERLAP=overlap, num_warps=tile.num_warps,
+        num_stages=tile.num_stages, **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
 
 
