@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gpu_timing import BF16, DEVICE, FLOAT8, Table, num_copies, relative_error, time_us
 
+from headrace.bench.workloads import make_workload
 from headrace.kernels.triton.paged_attention import (
     AttentionTile,
     AttentionTiles,
@@ -120,6 +121,13 @@ def long_tail(rows: int) -> np.ndarray:
     return np.clip(np.random.default_rng(1).lognormal(np.log(800), 0.7, rows), 16, 8000).astype(np.int64)
 
 
+def workload_rows(num_steps: int) -> np.ndarray:
+    """Contexts of the rows of workload A that still run after so many steps."""
+    workload = make_workload("A")
+    pairs = zip(workload.prompts, workload.output_lengths, strict=True)
+    return np.array([len(prompt) + num_steps for prompt, length in pairs if length > num_steps])
+
+
 def attention(table: Table) -> None:
     cases = [
         ("decode 256 x 800, 16q/8kv", Paged(np.full(256, 800), 16, 8)),
@@ -134,6 +142,11 @@ def attention(table: Table) -> None:
         ("decode 64 x 900, 16q/8kv", Paged(np.full(64, 900), 16, 8)),
         ("decode 256 x 800, 14q/2kv x 64", Paged(np.full(256, 800), 14, 2, dim=64)),
     ]
+    for num_steps in (150, 450, 600, 750, 850, 950):
+        lengths = workload_rows(num_steps)
+        copies = num_copies(float(lengths.sum()) * 8 * 128 * 4)
+        name = f"decode as in A after {num_steps} steps, {len(lengths)} rows"
+        cases.append((name, Paged(lengths, 16, 8, copies=copies)))
     for name, case in cases:
         us, error, summary = case.measure()
         table.add(name, us, case.num_bytes, case.flops, error, f"split {summary.split}, {summary.num_narrow} items")
