@@ -83,7 +83,7 @@ CHOICES = (
         "1 token per row",
         "more",
         "triton: narrow items, 32 positions at a time by 1 warp",
-        "reading decides: 256 rows of 800 tokens 206 us, FlashInfer 234; 512 of 900 449 us, 488 (16 heads over 8)",
+        "reading decides: 256 rows of 800 tokens 203 us, FlashInfer 234; 512 of 900 440 us, 488 (16 heads over 8)",
     ),
     Choice(
         "1 token per row, groups that share pages",

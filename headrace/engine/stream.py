@@ -204,7 +204,12 @@ class Stream:
         """Until there is news. Each caller has a future of its own: one that is cancelled takes no other with it."""
         waiter = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
-        await waiter
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+            raise
 
 
 class StreamGroup:

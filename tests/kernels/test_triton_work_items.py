@@ -244,6 +244,26 @@ def test_a_decode_step_keeps_its_cut_in_bounds() -> None:
     assert (free == bound).all()
 
 
+def test_full_parts_of_a_decode_step_run_at_once() -> None:
+    """A device that holds 1,056 programs starts every part of full length together; shorter ones fill the gaps."""
+    rng = np.random.default_rng(8)
+    for kv in (2, 4, 8):
+        planner = AttentionPlanner(WorkLimits(512, 8192, 16384), TileSizes(8, 64), PAGE, kv)
+        buffer, num_cut = np.zeros(planner.limits.num_words, np.int32), 0
+        for _ in range(100):
+            num_rows = int(rng.integers(133 * 8 // (4 * kv) + 1, 513))
+            starts = rng.integers(0, int(rng.choice([300, 3000, 30000])), num_rows)
+            bounds = planner.bounds(num_rows, num_rows, is_decode=True)
+            ones = np.ones(num_rows, np.int64)
+            summary = planner.fill(buffer, np.arange(num_rows), starts, ones, np.zeros((0, 3), np.int32), bounds)
+            items = buffer[planner.limits.items_at : summary.num_words].reshape(-1, ITEM_WORDS)
+            lengths = items[:, 4] - items[:, 3]
+            assert lengths.sum() == (starts + 1).sum() and (lengths <= summary.split).all()
+            assert np.count_nonzero(lengths == summary.split) <= 1056 // kv
+            num_cut += summary.num_narrow > num_rows
+        assert num_cut > 10
+
+
 def test_a_step_without_rows() -> None:
     planner = AttentionPlanner(LIMITS, TileSizes(8, 32), PAGE, 8)
     empty = np.zeros(0, np.int64)
