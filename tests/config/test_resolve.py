@@ -91,7 +91,7 @@ def test_the_defaults_of_a_cuda_device(folder: Path) -> None:
     assert (result.engine.max_running_requests, result.engine.overlap_depth) == (512, 1)
     assert (result.attention_backend, result.cuda) == ("triton", H200)
     assert "H200" in why(result, "device") and "9.0" in why(result, "device")
-    assert "206" in why(result, "attention_backend") and "234" in why(result, "attention_backend")
+    assert "203" in why(result, "attention_backend") and "234" in why(result, "attention_backend")
 
 
 def test_what_was_resolved_travels(folder: Path) -> None:
