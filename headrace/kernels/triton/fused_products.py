@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace.kernels.triton.prefetch import fetch_ahead
+from headrace.kernels.triton.overlap import fetch_ahead, launch_options
 
 
 @triton.jit
@@ -169,5 +169,5 @@ def multiply_fused(
         N=num_outputs, K=num_inputs, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         SPLITS=tile.splits, STAGES=tile.num_stages, LINES=tile.ahead, HAS_BIAS=bias_N is not None, GATED=gated,
         ADDS=adds, PRECISION="ieee" if x_MK.dtype == torch.float32 else "tf32", OVERLAP=overlap,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, **({"launch_pdl": True} if overlap else {}),
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(overlap),
     )  # fmt: skip

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace.kernels.triton.prefetch import fetch_ahead
+from headrace.kernels.triton.overlap import fetch_ahead, launch_options
 
 
 @triton.jit
@@ -127,12 +127,12 @@ def multiply_row(
     num_rows, num_inputs = x_MK.shape
     num_outputs = out_MN.shape[1]
     tile = tile or row_tile(num_inputs, gated=gated)
-    options = {"launch_pdl": True} if overlap else {}
     _row_kernel[(triton.cdiv(num_outputs, tile.block_n), num_rows)](
         x_MK, weight_NK, weight_NK if norm_K is None else norm_K, weight_NK if bias_N is None else bias_N, out_MN,
         x_MK.stride(0), out_MN.stride(0), eps, num_outputs,
         K=num_inputs, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, HAS_NORM=norm_K is not None,
-        HAS_BIAS=bias_N is not None, GATED=gated, ADDS=adds, OVERLAP=overlap, num_warps=tile.num_warps, **options,
+        HAS_BIAS=bias_N is not None, GATED=gated, ADDS=adds, OVERLAP=overlap, num_warps=tile.num_warps,
+        **launch_options(overlap),
     )  # fmt: skip
 
 
@@ -217,7 +217,7 @@ def multiply_tiles(
         num_rows, num_outputs, num_inputs,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, HAS_BIAS=bias_N is not None, ADDS=adds,
         PRECISION="ieee" if x_MK.dtype == torch.float32 else "tf32", OVERLAP=overlap, num_warps=tile.num_warps,
-        num_stages=tile.num_stages, **({"launch_pdl": True} if overlap else {}),
+        num_stages=tile.num_stages, **launch_options(overlap),
     )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace.kernels.triton.float8 import as_pairs, even_halves, is_float8, odd_halves
+from headrace.kernels.triton.overlap import launch_options
 from headrace.kernels.triton.work_cuts import FEW_PROGRAMS, TileSizes
 from headrace.kernels.triton.work_items import WorkLimits
 
@@ -310,7 +311,7 @@ class PagedAttention:
         overlap: bool = False,
     ) -> None:
         self._overlap = overlap
-        self._options = {"launch_pdl": True} if overlap else {}
+        self._options = launch_options(overlap)
         self.group_size = num_heads // num_kv_heads
         self.limits = limits
         self._tiles, self._packed_tiles = (

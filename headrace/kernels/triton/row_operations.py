@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace.kernels.triton.float8 import as_bytes, to_float8_bytes
+from headrace.kernels.triton.overlap import launch_options
 
 
 @triton.jit
@@ -45,18 +46,13 @@ def _norm_kernel(
     tl.store(out_ptr + row * out_stride + columns, normed.to(dtype), mask=mask)
 
 
-def _launch_options(overlap: bool) -> dict[str, bool]:
-    """`overlap`: launch with programmatic dependence; see `linear_rows.multiply_row`."""
-    return {"launch_pdl": True} if overlap else {}
-
-
 def rms_norm(x_TX: Tensor, weight_X: Tensor, eps: float, out_TX: Tensor, *, overlap: bool = False) -> None:
     """out = rms_norm(x) * weight. Last axes contiguous."""
     num_rows, width = out_TX.shape
     block = triton.next_power_of_2(width)
     _norm_kernel[(num_rows,)](
         x_TX, weight_X, out_TX, x_TX.stride(0), out_TX.stride(0), eps,
-        WIDTH=width, BLOCK=block, OVERLAP=overlap, num_warps=max(1, min(8, block // 512)), **_launch_options(overlap),
+        WIDTH=width, BLOCK=block, OVERLAP=overlap, num_warps=max(1, min(8, block // 512)), **launch_options(overlap),
     )  # fmt: skip
 
 
@@ -87,7 +83,7 @@ def silu_and_mul(x_T2F: Tensor, out_TF: Tensor, *, overlap: bool = False) -> Non
     block = min(1024, triton.next_power_of_2(width))
     _silu_mul_kernel[(num_rows, triton.cdiv(width, block))](
         x_T2F, out_TF, x_T2F.stride(0), out_TF.stride(0),
-        WIDTH=width, BLOCK=block, OVERLAP=overlap, num_warps=4, **_launch_options(overlap),
+        WIDTH=width, BLOCK=block, OVERLAP=overlap, num_warps=4, **launch_options(overlap),
     )  # fmt: skip
 
 
@@ -217,7 +213,7 @@ def rope_and_store(
         qkv_TX.stride(0), q_THD.stride(0), cos_PD.stride(0), page_table.stride(0), eps,
         NUM_Q=num_heads, NUM_KV=num_kv, HALF=dim // 2, HALF_BLOCK=triton.next_power_of_2(dim // 2), HEADS=heads,
         PAGE=layout.page_size, HAS_BIAS=bias_X is not None, HAS_NORM=norms is not None, OVERLAP=overlap,
-        num_warps=2, **_launch_options(overlap),
+        num_warps=2, **launch_options(overlap),
     )  # fmt: skip
 
 

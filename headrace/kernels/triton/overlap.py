@@ -1,0 +1,28 @@
+"""What launches share that may begin before the one ahead of them has ended (programmatic dependent launch).
+
+Owns no kernel. What such a launch may do before it waits: read and ask for what the one ahead does not write.
+"""
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-any-return"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+def launch_options(overlap: bool) -> dict[str, bool]:
+    """Options of a launch; with `overlap` its kernel must wait for the one ahead. See `linear_rows.multiply_row`."""
+    return {"launch_pdl": True} if overlap else {}
+
+
+@triton.jit
+def fetch_ahead(ptr, rows, first, width, LINES: tl.constexpr):
+    """Ask, of each of these rows of `width` elements, for LINES lines of 128 bytes from element `first` on.
+
+    They come to the cache; nothing waits for them.
+    """
+    lines = first + tl.arange(0, LINES) * (128 // (ptr.dtype.element_ty.primitive_bitwidth // 8))
+    addresses = (ptr + rows.to(tl.int64)[:, None] * width + tl.minimum(lines, width - 1)[None, :]).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
+    )
