@@ -16,6 +16,8 @@ from headrace.attention import AttentionShape
 from headrace.attention.reference import attend
 from headrace.cli import main
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -16,6 +16,8 @@ from headrace import Engine, SamplingParams
 from headrace.types.errors import ConfigError
 from tests.gpu.builders import DEVICE, Background, random_ids, start_engine
 
+pytestmark = pytest.mark.alone
+
 MIB = 1 << 20
 GIB = 1 << 30
 NUM_ROWS = 512
