@@ -83,7 +83,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["normal", "ties", "masked", "peak"])
+@pytest.mark.parametrize("kind", ["normal", "ties", "masked", "peak", "plateau", "one lane"])
 def test_thresholds_keep_what_they_mean(kind: str) -> None:
     values = logits(len(CASES), 3)
     if kind == "ties":
@@ -92,6 +92,10 @@ def test_thresholds_keep_what_they_mean(kind: str) -> None:
         values[:, 40:] = -np.inf
     elif kind == "peak":
         values[:, 7] = 60.0
+    elif kind == "plateau":  # more equal values than a buffer holds
+        values[:, 100:8100] = 9.0
+    elif kind == "one lane":  # the greatest lie where a pass with any power of 2 of lanes sees them in few
+        values[:, ::512] += 30.0
     table = params(*[(t, t or 1.0, 1, top_k, top_p, min_p) for t, top_k, top_p, min_p in CASES])
     slots = on_device(np.arange(len(CASES), dtype=np.int32))
     floors = torch.full((len(CASES),), float("nan"), device=DEVICE)

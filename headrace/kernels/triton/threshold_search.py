@@ -1,9 +1,12 @@
 """Top-k, top-p and min-p as one threshold per row of logits, on the device and without sorting the vocabulary.
 
-Meaning and ties are those of `headrace.sampling.thresholds`. One program finds a row's threshold: it narrows a range of
-values by counting (top-k) or weighing (top-p) what lies above three values at a time, until what is left inside fits a
-buffer, copies that there, and settles it exactly by bisection over the bits of the float. Sums are float32 in an order
-that the vocabulary size fixes: a row's threshold never depends on the batch.
+Meaning and ties are those of `headrace.sampling.thresholds`. One program finds a row's threshold. It keeps the three
+greatest values of each of its lanes: where a threshold lies above every lane's third, the first two of all lanes are
+all that it can depend on. So one pass settles a top-k of up to about 100, and two a nucleus of that size. Otherwise it
+narrows a range of values by counting (top-k) or weighing (top-p) what lies above three values at a time, until what is
+left inside fits a buffer, and copies that there. What was found either way is settled exactly by bisection over the
+bits of the float. Sums are float32 in an order that the vocabulary size fixes: a row's threshold never depends on the
+batch.
 
 Legend: S rows, V vocabulary.
 """
@@ -22,10 +25,10 @@ from headrace.kernels.triton.shaped_rows import ShapedRows, place_of
 ROW_WORDS = 8
 """float32 words of a slot's sampling parameters; see `sample_rows`. Words 4-6: top_k, top_p, T log(min_p)."""
 
-CAPACITY = 4096
-"""Values settled at once."""
+CAPACITY = 2048
+"""Values copied to be settled at once."""
 
-_BLOCK = 8192
+_BLOCK = 2048  # lanes
 _REACH = 32.0  # weights below exp(-32) of the greatest are never needed to make up a mass
 
 
@@ -92,20 +95,21 @@ def _above(row_ptr, a, b, c, floor, top, inverse, VOCAB: tl.constexpr, BLOCK: tl
 
 @triton.jit
 def _collect(row_ptr, scratch, low, high, VOCAB: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr):
-    """The values in [low, high), at most CAP, in order of their columns; -inf in what is left of [CAP]."""
+    """The first CAP values in [low, high), in order of their columns, -inf in the rest of [CAP]; the number of all."""
     count = 0
     for start in range(0, VOCAB, BLOCK):
         x = _load(row_ptr, start, VOCAB, BLOCK)
         inside = ((x >= low) & (x < high)).to(tl.int32)
         num_inside = tl.sum(inside, 0)
         if num_inside > 0:
-            tl.store(scratch + count + tl.cumsum(inside, 0) - 1, x, mask=inside > 0)
+            places = count + tl.cumsum(inside, 0) - 1
+            tl.store(scratch + places, x, mask=(inside > 0) & (places < CAP))
         count += num_inside
     tl.debug_barrier()  # this program's own stores, read by its other threads
     slots = tl.arange(0, CAP)
     x = tl.load(scratch + slots, mask=slots < count, other=float("-inf"))
     tl.debug_barrier()
-    return x
+    return x, count
 
 
 @triton.jit
@@ -155,49 +159,118 @@ def _narrow(
 
 @triton.jit
 def _kth(
-    row_ptr, scratch, low, num_low, top, top_k, top_p, inverse,
+    row_ptr, scratch, best, third, top, top_k, top_p, inverse,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """The k-th greatest value; or, where everything above it was at hand and top_p asks for less, the nucleus of that.
+    """The k-th greatest value, or -inf if there are fewer; or, where everything above it was at hand and top_p asks for
+    less, the nucleus of that.
 
     Also returns whether top_p is done with.
     """
-    low, high, above, num_low, num_high = _narrow(
-        row_ptr, low, num_low, top, top_k, float("-inf"), inverse, VOCAB, BLOCK, CAP, False
-    )
-    threshold = low  # neighbours: every value left is `low` itself
+    high = unordered_bits(ordered_bits(top) + 1)
+    nothing = tl.full([], float("-inf"), tl.float32)
+    least = _bisect(best, tl.where(best > nothing, 1.0, 0.0), nothing, high, 0.0, top_k)
+    threshold = least
     is_done = top_p >= 1.0
-    if num_low - num_high <= CAP:
-        x = _collect(row_ptr, scratch, low, high, VOCAB, BLOCK, CAP)
-        threshold = _bisect(x, tl.where(x >= low, 1.0, 0.0), low, high, above, top_k)
-        if (num_high == 0) & (top_p < 1.0):
-            weight = tl.where(x >= threshold, fast_exp((x - top) * inverse), 0.0)
-            threshold = _bisect(x, weight, threshold, high, 0.0, top_p * tl.sum(weight, 0))
+    if third < least:
+        if top_p < 1.0:
+            threshold = _nucleus_within(best, least, high, top, top_p, inverse)
             is_done = True
+    else:
+        threshold, is_done = _kth_from(row_ptr, scratch, least, high, top, top_k, top_p, inverse, VOCAB, BLOCK, CAP)
+    return threshold, is_done
+
+
+@triton.jit
+def _nucleus_within(x, least, high, top, top_p, inverse):
+    """The greatest threshold whose values of x hold top_p of the mass of those that reach `least`."""
+    weight = tl.where(x >= least, fast_exp((x - top) * inverse), 0.0)
+    return _bisect(x, weight, least, high, 0.0, top_p * tl.sum(weight, 0))
+
+
+@triton.jit
+def _kth_from(
+    row_ptr, scratch, low, high, top, top_k, top_p, inverse,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
+    """As `_kth`, where no more is known than that k values reach `low`, or that it is -inf."""
+    if low == float("-inf"):
+        low = _lowest(row_ptr, VOCAB, BLOCK)
+    above = 0.0
+    num_high = 0
+    threshold = float("-inf")
+    is_done = top_p >= 1.0
+    x, count = _collect(row_ptr, scratch, low, high, VOCAB, BLOCK, CAP)
+    if count >= top_k:
+        if count > CAP:
+            low, high, above, num_low, num_high = _narrow(
+                row_ptr, low, count, top, top_k, float("-inf"), inverse, VOCAB, BLOCK, CAP, False
+            )
+            x, count = _collect(row_ptr, scratch, low, high, VOCAB, BLOCK, CAP)
+        threshold = low  # neighbours: every value left is `low` itself
+        if count <= CAP:
+            threshold = _bisect(x, tl.where(x >= low, 1.0, 0.0), low, high, above, top_k)
+            if (num_high == 0) & (top_p < 1.0):
+                threshold = _nucleus_within(x, threshold, high, top, top_p, inverse)
+                is_done = True
     return threshold, is_done
 
 
 @triton.jit
 def _nucleus(
-    row_ptr, scratch, floor, lowest, reach, top, top_p, inverse,
+    row_ptr, scratch, best, third, floor, reach, top, top_p, inverse,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """The greatest threshold whose values hold top_p of the mass of those that reach `floor`."""
-    least = tl.maximum(lowest, floor)
-    low = tl.maximum(reach, least)
-    total, near, _, _, num_low, _ = _above(row_ptr, least, low, top, floor, top, inverse, VOCAB, BLOCK, True)
+    low = tl.maximum(reach, floor)
+    high = unordered_bits(ordered_bits(top) + 1)
+    total, near, _, _, num_low, _ = _above(row_ptr, floor, low, top, floor, top, inverse, VOCAB, BLOCK, True)
     wanted = top_p * total
-    threshold = floor  # should rounding leave a mass of nearly nothing to find: everything is kept
-    if near >= wanted:
-        low, high, above, num_low, num_high = _narrow(
-            row_ptr, low, num_low, top, wanted, floor, inverse, VOCAB, BLOCK, CAP, True
-        )
-        threshold = low
-        if num_low - num_high <= CAP:
-            x = _collect(row_ptr, scratch, low, high, VOCAB, BLOCK, CAP)
-            weight = tl.where(x >= floor, fast_exp((x - top) * inverse), 0.0)
-            threshold = _bisect(x, weight, low, high, above, wanted)
+    nothing = tl.full([], float("-inf"), tl.float32)
+    threshold = _mass_floor(best, floor, top, inverse, nothing, high, 0.0, wanted)
+    if third >= threshold:
+        threshold = floor  # should rounding leave a mass of nearly nothing to find: everything is kept
+        if near >= wanted:
+            low, high, above, num_low, num_high = _narrow(
+                row_ptr, low, num_low, top, wanted, floor, inverse, VOCAB, BLOCK, CAP, True
+            )
+            threshold = low
+            if num_low - num_high <= CAP:
+                x, _ = _collect(row_ptr, scratch, low, high, VOCAB, BLOCK, CAP)
+                threshold = _mass_floor(x, floor, top, inverse, low, high, above, wanted)
     return threshold
+
+
+@triton.jit
+def _mass_floor(x, floor, top, inverse, low, high, above, wanted):
+    """As `_bisect`, values weighing what softmax gives them in units of the greatest's; below `floor` nothing."""
+    weight = tl.where(x >= floor, fast_exp((x - top) * inverse), 0.0)
+    return _bisect(x, weight, low, high, above, wanted)
+
+
+@triton.jit
+def _greatest_of_lanes(row_ptr, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    """The greatest three values of every lane, [BLOCK] each; -inf where a lane has fewer."""
+    first = tl.full([BLOCK], float("-inf"), tl.float32)
+    second = first
+    third = first
+    for start in tl.range(0, VOCAB, BLOCK, loop_unroll_factor=4):
+        x = _load(row_ptr, start, VOCAB, BLOCK)
+        lesser = tl.minimum(first, x)
+        first = tl.maximum(first, x)
+        third = tl.maximum(third, tl.minimum(second, lesser))
+        second = tl.maximum(second, lesser)
+    return first, second, third
+
+
+@triton.jit
+def _lowest(row_ptr, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    """The least value that is not -inf."""
+    lows = tl.full([BLOCK], float("inf"), tl.float32)
+    for start in tl.range(0, VOCAB, BLOCK, loop_unroll_factor=2):
+        x = _load(row_ptr, start, VOCAB, BLOCK)
+        lows = tl.minimum(lows, tl.where(x == float("-inf"), float("inf"), x))
+    return tl.min(lows, 0)
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots_ptr", "places_ptr"])
@@ -223,30 +296,19 @@ def _thresholds_kernel(
     if HAS_PLACES and place >= 0:
         row_ptr = copies_ptr + place.to(tl.int64) * VOCAB
     scratch = scratch_ptr + row * CAP
-    tops = tl.full([BLOCK], float("-inf"), tl.float32)
-    lows = tl.full([BLOCK], float("inf"), tl.float32)
-    for start in tl.range(0, VOCAB, BLOCK, loop_unroll_factor=2):
-        x = _load(row_ptr, start, VOCAB, BLOCK)
-        tops = tl.maximum(tops, x)
-        lows = tl.minimum(lows, tl.where(x == float("-inf"), float("inf"), x))
-    top = tl.max(tops, 0)
-    lowest = tl.min(lows, 0)
+    first, second, third = _greatest_of_lanes(row_ptr, VOCAB, BLOCK)
+    top = tl.max(first, 0)
     floor = float("-inf")
-    if (top < float("inf")) & (lowest <= top):
+    if (top < float("inf")) & (top > float("-inf")):
+        best = tl.reshape(tl.join(first, second), [2 * BLOCK])
+        best_third = tl.max(third, 0)
         inverse = 1.0 / temperature
         is_done = top_p >= 1.0
         if (top_k > 0.0) & (top_k < VOCAB):
-            num_8, num_5, num_3 = _count_above(row_ptr, top - 8.0, top - 5.0, top - 3.0, VOCAB, BLOCK)
-            low = tl.where(num_3 >= top_k, top - 3.0, tl.where(num_5 >= top_k, top - 5.0, top - 8.0))
-            num_low = tl.where(num_3 >= top_k, num_3, tl.where(num_5 >= top_k, num_5, num_8))
-            if num_8 < top_k:
-                low = lowest
-                num_low, _, _ = _count_above(row_ptr, lowest, lowest, lowest, VOCAB, BLOCK)
-            if num_low >= top_k:
-                floor, is_done = _kth(row_ptr, scratch, low, num_low, top, top_k, top_p, inverse, VOCAB, BLOCK, CAP)
+            floor, is_done = _kth(row_ptr, scratch, best, best_third, top, top_k, top_p, inverse, VOCAB, BLOCK, CAP)
         if is_done == 0:
             reach = top - REACH * temperature
-            floor = _nucleus(row_ptr, scratch, floor, lowest, reach, top, top_p, inverse, VOCAB, BLOCK, CAP)
+            floor = _nucleus(row_ptr, scratch, best, best_third, floor, reach, top, top_p, inverse, VOCAB, BLOCK, CAP)
         floor = tl.maximum(floor, top + min_reach)
     tl.store(floors_ptr + row, floor)
 
@@ -272,11 +334,11 @@ def find_thresholds(
     slots_S       int32; a row whose slot is below 0 is skipped
     shaped        rows to read from reshaped copies instead (logits are float32 then)
     """
-    assert logits_SV.is_contiguous()
     num_rows, vocab_size = logits_SV.shape
+    assert logits_SV.is_contiguous() and vocab_size < 1024 * _BLOCK
     copies, places = (logits_SV, slots_S) if shaped is None else (shaped.copies_CV, shaped.places_S)
     _thresholds_kernel[(num_rows,)](
         logits_SV, copies, places, slot_params, slots_S, scratch, floors_S,
         VOCAB=vocab_size, BLOCK=_BLOCK, CAP=CAPACITY, WORDS=ROW_WORDS, REACH=_REACH, HAS_PLACES=shaped is not None,
-        num_warps=16,
+        num_warps=8,
     )  # fmt: skip
