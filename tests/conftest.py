@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+import numpy as np
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     # Triton kernels then run in its interpreter. Read when triton is first imported, which other libraries do too.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def dot_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of bits: a dot of Triton's interpreter in which a row's bits depend on no other row.
+
+    Its own is the host's BLAS, where on some CPUs they depend on the row's place in the tile.
+    """
+    if torch.cuda.is_available():
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # type: ignore[import-untyped]
+
+    def create_dot(_: object, a: Any, b: Any, acc: Any, *__: object) -> Any:
+        products = a.data.astype(np.float32)[:, None] * b.data.astype(np.float32).T[None]
+        return TensorHandle(np.ascontiguousarray(products).sum(-1) + acc.data, acc.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)

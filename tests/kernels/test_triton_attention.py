@@ -100,6 +100,7 @@ def test_groups_read_shared_pages_once_and_agree(pool_dtype: torch.dtype) -> Non
     case.check([(0, 140, 1), *[(row, 150, 1) for row in range(1, 6)]], [(1, 3, 7), (4, 2, 8)], 2e-2)
 
 
+@pytest.mark.usefixtures("dot_by_rows")
 @pytest.mark.parametrize("pool_dtype", [HALF, FLOAT8])
 def test_fixed_split_bits_depend_on_the_token_alone(pool_dtype: torch.dtype) -> None:
     case = Case(4, 2, 64, 16, HALF, num_rows=6, longest=200, shared=8, pool_dtype=pool_dtype)

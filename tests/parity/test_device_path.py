@@ -204,6 +204,7 @@ def test_new_weights_are_used_at_once(checkpoint: Checkpoint, device: Engine, pl
         assert (found[0].token_ids == before[0].token_ids) == (version == "default")
 
 
+@pytest.mark.usefixtures("dot_by_rows")
 def test_invariant_numerics_are_the_same_bits_among_other_mates(begin: Starter) -> None:
     """Alone in one piece; then beside others, in chunks, behind a cached prefix."""
     engine = begin(attention_backend="triton", numerics="invariant", overlap_depth=1)
