@@ -15,6 +15,15 @@ from torch import Tensor
 
 _ON_DEVICE = tl.constexpr(not triton.knobs.runtime.interpret)
 _GREATEST = tl.constexpr(448.0)
+_WIDEN = """{{
+.reg .b32 bytes;
+.reg .b16 two, none;
+prmt.b32 bytes, $1, 0, {chosen};
+mov.b32 {{two, none}}, bytes;
+cvt.rn.f16x2.e4m3x2 $0, two;
+}}"""
+_LOW_BYTES = tl.constexpr(_WIDEN.format(chosen="0x4420"))  # of the two pairs in a register
+_HIGH_BYTES = tl.constexpr(_WIDEN.format(chosen="0x4431"))
 
 
 def is_float8(pool: Tensor) -> bool:
@@ -53,16 +62,7 @@ def to_float8_bytes(x):
 def even_halves(pairs):
     """float16 values of the low bytes of int16 pairs, exact."""
     if _ON_DEVICE:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 bytes;
-            .reg .b16 even, odd;
-            prmt.b32 bytes, $1, 0, 0x3120;
-            mov.b32 {even, odd}, bytes;
-            cvt.rn.f16x2.e4m3x2 $0, even;
-            }""",
-            "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2,
-        )  # fmt: skip
+        return _widened_bytes(pairs, _LOW_BYTES)
     else:
         return _widened_byte(pairs.to(tl.uint16, bitcast=True) & 0xFF)
 
@@ -71,18 +71,14 @@ def even_halves(pairs):
 def odd_halves(pairs):
     """float16 values of the high bytes of int16 pairs, exact."""
     if _ON_DEVICE:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 bytes;
-            .reg .b16 even, odd;
-            prmt.b32 bytes, $1, 0, 0x3120;
-            mov.b32 {even, odd}, bytes;
-            cvt.rn.f16x2.e4m3x2 $0, odd;
-            }""",
-            "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2,
-        )  # fmt: skip
+        return _widened_bytes(pairs, _HIGH_BYTES)
     else:
         return _widened_byte(pairs.to(tl.uint16, bitcast=True) >> 8)
+
+
+@triton.jit
+def _widened_bytes(pairs, ASSEMBLY: tl.constexpr):
+    return tl.inline_asm_elementwise(ASSEMBLY, "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2)
 
 
 @triton.jit

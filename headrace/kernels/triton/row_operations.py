@@ -126,7 +126,7 @@ def _rope_store_kernel(
     heads = first_head + tl.arange(0, HEADS)
     halves = tl.arange(0, HALF_BLOCK)
     half_mask = halves < HALF
-    mask = (heads >= 0)[:, None] & half_mask[None, :]
+    mask = half_mask[None, :]
     places = heads[:, None] * dim + halves[None, :]
     source = qkv_ptr + token.to(tl.int64) * qkv_stride + places
     cos = tl.load(cos_ptr + position * rope_stride + halves, mask=half_mask, other=0.0).to(tl.float32)[None, :]
