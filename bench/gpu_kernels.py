@@ -26,8 +26,6 @@ from gpu_attention import Paged
 from gpu_timing import BF16, DEVICE, FLOAT8, Table, num_copies, relative_error, time_us
 
 from headrace.kernels.triton import linear_rows, row_operations, sampling_rows, threshold_search, top_rows
-from headrace.kernels.triton.invariant_products import multiply_tiles
-from headrace.kernels.triton.split_sums import ProductWorkspace
 
 
 def rows(table: Table) -> None:
@@ -144,7 +142,6 @@ SHAPES = [
 
 
 def linear(table: Table) -> None:
-    workspace = ProductWorkspace(DEVICE)
     for name, outputs, inputs in SHAPES:
         copies = num_copies(outputs * inputs * 2)
         weights = [torch.randn(outputs, inputs, device=DEVICE, dtype=BF16) for _ in range(copies)]
@@ -155,7 +152,7 @@ def linear(table: Table) -> None:
             num_bytes = weights[0].nbytes + x.nbytes + out.nbytes
             runs = {
                 "library": lambda w, x=x, o=out: torch.mm(x, w.T, out=o),
-                "invariant": lambda w, x=x, o=out: multiply_tiles(x, w, None, o, workspace),
+                "invariant": lambda w, x=x, o=out: linear_rows.multiply_tiles(x, w, None, o),
             }
             if num_rows == 1:
                 runs["row"] = lambda w, x=x, o=out: linear_rows.multiply_row(x, w, o)

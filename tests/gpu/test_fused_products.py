@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from headrace.kernels.triton.fused_products import ProductTile, multiply_fused
+from headrace.kernels.triton.fused_products import ProductTile, ProductWorkspace, multiply_fused
 from headrace.kernels.triton.layer_kernels import FastKernels
 from headrace.kernels.triton.linear_rows import reference_linear
 from headrace.kernels.triton.product_choice import ProductKind, choose_product
 from headrace.kernels.triton.row_operations import reference_silu_and_mul
-from headrace.kernels.triton.split_sums import ProductWorkspace
 
 DEVICE = torch.device("cuda")
 BF16 = torch.bfloat16

@@ -11,12 +11,10 @@ import torch
 import triton
 from torch import Tensor
 
-from headrace.kernels.triton.invariant_products import MatrixTile, matrix_tile, multiply_tiles
-from headrace.kernels.triton.linear_rows import multiply_row, reference_linear
+from headrace.kernels.triton.linear_rows import MatrixTile, matrix_tile, multiply_row, multiply_tiles, reference_linear
 from headrace.kernels.triton.paged_attention import PagedAttention, reference_attention
 from headrace.kernels.triton.row_operations import HeadLayout, rms_norm, rope_and_store, silu_and_mul
 from headrace.kernels.triton.sampling_rows import SamplingWorkspace, sample_rows
-from headrace.kernels.triton.split_sums import ProductWorkspace
 from headrace.kernels.triton.work_items import AttentionPlanner, LaunchBounds, WorkLimits
 
 DEVICE = torch.device("cuda")
@@ -41,15 +39,11 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-@pytest.mark.parametrize(
-    ("num_outputs", "num_inputs"), [(4096, 1024), (1024, 3072), (1024, 2048), (24576, 4096), (4096, 12288)]
-)
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(4096, 1024), (1024, 3072), (24576, 4096), (4096, 12288)])
 def test_products_have_the_same_bits_at_any_number_of_rows(num_outputs: int, num_inputs: int) -> None:
     x, weight = random(2048, num_inputs), random(num_outputs, num_inputs)
     whole = torch.full((2048, num_outputs), float("nan"), device=DEVICE, dtype=BF16)
-    workspace = ProductWorkspace(DEVICE)
-    workspace.parts.fill_(float("nan"))
-    multiply_tiles(x, weight, None, whole, workspace)
+    multiply_tiles(x, weight, None, whole)
     assert error(whole[:64], reference_linear(x[:64], weight, None)) < 1e-2
     tiles: set[MatrixTile] = set()
     for num_rows in (1, 2, 8, 16, 17, 32, 33, 64, 100, 128, 129, 200, 256, 300, 512, 1000):
@@ -57,8 +51,8 @@ def test_products_have_the_same_bits_at_any_number_of_rows(num_outputs: int, num
         rows = torch.randperm(2048, device=DEVICE)[:num_rows]
         for overlap in (False, True):
             found = torch.empty(num_rows, num_outputs, device=DEVICE, dtype=BF16)
-            multiply_tiles(x[rows], weight, None, found, workspace, overlap=overlap)
-            assert torch.equal(found, whole[rows]), f"{num_rows} rows"
+            multiply_tiles(x[rows], weight, None, found, overlap=overlap)
+            assert torch.equal(found, whole[rows]), f"{num_rows} rows, overlap {overlap}"
     every = {matrix_tile(num_rows, num_outputs, BF16) for num_rows in range(1, 2049)}
     assert tiles | {matrix_tile(2048, num_outputs, BF16)} == every, "the sizes above try every tile that is picked"
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from headrace.kernels import reference
-from headrace.kernels.triton.fused_products import ProductTile
+from headrace.kernels.triton.fused_products import ProductTile, ProductWorkspace
 from headrace.kernels.triton.layer_kernels import FastKernels
 from headrace.kernels.triton.linear_rows import RowTile, row_tile
 from headrace.kernels.triton.product_choice import ProductKind, choose_product
@@ -29,7 +29,7 @@ def test_a_tile_that_is_chosen_fits(kind: ProductKind, num_outputs: int, num_inp
     assert tiles
     for tile, most_rows in tiles.items():
         assert num_outputs % tile.block_n == 0 and num_inputs % (tile.splits * tile.block_k) == 0
-        assert tile.fits_workspace(most_rows, num_outputs)
+        assert ProductWorkspace.serves(tile, most_rows, num_outputs)
         assert kind != "gate" or tile.splits == 1
 
 

@@ -6,21 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from headrace.kernels.triton import invariant_products
-from headrace.kernels.triton.invariant_products import MatrixTile, multiply_tiles
-from headrace.kernels.triton.linear_rows import multiply_row, reference_linear
+from headrace.kernels.triton.linear_rows import MatrixTile, multiply_row, multiply_tiles, reference_linear
 from headrace.kernels.triton.row_operations import reference_rms_norm, reference_silu_and_mul
-from headrace.kernels.triton.split_sums import ProductWorkspace
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter's dot has no bfloat16
 TOLERANCES = {torch.float32: 1e-5, HALF: 1e-2}
-
-
-class NoRoom(ProductWorkspace):
-    """Every tile's parts are summed by one program."""
-
-    NUM_SUMS = 1
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -49,24 +40,14 @@ def test_one_row_with_everything_fused(num_outputs: int, num_inputs: int, dtype:
 
 @pytest.mark.usefixtures("dot_by_rows")
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("part_length", [64, 128, 1024])
-def test_rows_have_the_same_bits_in_any_batch(
-    dtype: torch.dtype, part_length: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(invariant_products, "_PART", part_length)
-    workspace = ProductWorkspace(DEVICE)
-    workspace.parts.fill_(float("nan"))
+def test_rows_have_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
     x, weight = random(40, 200, dtype=dtype, seed=6), random(70, 200, dtype=dtype, seed=7) * 200**-0.5
     bias, residual = random(70, dtype=dtype, seed=8), random(40, 70, dtype=dtype, seed=9)
     tile = MatrixTile(16, 32, 64, 4, 3)
     whole = residual.clone()
-    multiply_tiles(x, weight, bias, whole, workspace, adds=True, tile=tile)
+    multiply_tiles(x, weight, bias, whole, adds=True, tile=tile)
     assert error(whole, residual + reference_linear(x, weight, bias)) < TOLERANCES[dtype]
     for rows in ([39], [3, 17], list(range(39, 9, -1))):
         found = residual[rows].clone()
-        multiply_tiles(x[rows].contiguous(), weight, bias, found, workspace, adds=True, tile=tile)
+        multiply_tiles(x[rows].contiguous(), weight, bias, found, adds=True, tile=tile)
         assert torch.equal(found, whole[rows])
-    alone = residual.clone()
-    multiply_tiles(x, weight, bias, alone, NoRoom(DEVICE), adds=True, tile=tile)
-    assert torch.equal(alone, whole), "parts summed by one program"
-    assert not workspace.arrivals.any()

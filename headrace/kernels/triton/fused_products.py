@@ -1,8 +1,9 @@
 """Matrix products for a few rows, each one launch with what follows it: a bias, a gate, or the sum with the residual.
 
-Owns one kernel; which shapes it serves, and with which tile, belongs to `product_choice`. Weights are the matrix
-instruction's long side, so that a tile of 16 rows wastes little. Long sums are split among programs (`split_sums`).
-With `overlap` a launch begins before the one ahead of it ends (programmatic dependent launch).
+Owns one kernel and its workspace; which shapes it serves, and with which tile, belongs to `product_choice`. Weights are
+the matrix instruction's long side, so that a tile of 16 rows wastes little. Long sums are split among programs: each
+leaves its part in a workspace, and the last to come adds them in the order of the parts, so results never depend on
+who that was. With `overlap` a launch begins before the one ahead of it ends (programmatic dependent launch).
 
 Legend: M rows, K input features, N output features.
 """
@@ -18,7 +19,21 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace.kernels.triton.overlap import fetch_ahead, launch_options
-from headrace.kernels.triton.split_sums import ProductWorkspace, sum_of_parts
+
+
+@triton.jit
+def _sum_of_parts(acc, parts_ptr, arrivals_ptr, part, SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(sum, whether this program is the last of its tile and has it); leaves the tile's arrivals at 0."""
+    places = parts_ptr + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    tl.store(places + part * (ROWS * COLUMNS), acc)
+    tl.debug_barrier()  # every thread's part is written before one thread says so
+    is_last = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == SPLITS - 1
+    if is_last:
+        tl.store(arrivals_ptr, 0)
+        acc = tl.load(places, cache_modifier=".cg")
+        for other in tl.static_range(1, SPLITS):
+            acc += tl.load(places + other * (ROWS * COLUMNS), cache_modifier=".cg")
+    return acc, is_last
 
 
 @triton.jit
@@ -75,7 +90,7 @@ def _product_kernel(
     if SPLITS > 1:
         tile = n * num_tiles_m + m
         parts_ptr += tile.to(tl.int64) * (SPLITS * BLOCK_N * BLOCK_M)
-        acc, is_last = sum_of_parts(acc, parts_ptr, arrivals_ptr + tile, part, SPLITS, BLOCK_N, BLOCK_M)
+        acc, is_last = _sum_of_parts(acc, parts_ptr, arrivals_ptr + tile, part, SPLITS, BLOCK_N, BLOCK_M)
     if is_last:
         _store_outputs(
             tl.trans(acc), tl.trans(up_acc), out_ptr, bias_ptr, out_stride, rows, outputs, M, HAS_BIAS, GATED, ADDS
@@ -104,10 +119,24 @@ class ProductTile:
         """Tiles that cover a product's outputs."""
         return triton.cdiv(num_rows, self.block_m) * (num_outputs // self.block_n)
 
-    def fits_workspace(self, num_rows: int, num_outputs: int) -> bool:
-        """Whether a `ProductWorkspace` has room for the parts of a product's sums."""
-        num_tiles = self.num_tiles(num_rows, num_outputs)
-        return ProductWorkspace.holds(num_tiles, self.block_m * self.block_n, self.splits)
+
+class ProductWorkspace:
+    """Where split sums meet, for all products of one stream: each leaves it as it found it, and starts to use it only
+    once the one ahead has ended."""
+
+    NUM_SUMS = 1 << 20
+    NUM_TILES = 1 << 12
+
+    def __init__(self, device: torch.device) -> None:
+        self.parts = torch.empty(self.NUM_SUMS, dtype=torch.float32, device=device)
+        self.arrivals = torch.zeros(self.NUM_TILES, dtype=torch.int32, device=device)
+
+    @classmethod
+    def serves(cls, tile: ProductTile, num_rows: int, num_outputs: int) -> bool:
+        """Whether a product fits."""
+        num_tiles = tile.num_tiles(num_rows, num_outputs)
+        num_sums = num_tiles * tile.block_m * tile.block_n * tile.splits
+        return tile.splits == 1 or (num_tiles <= cls.NUM_TILES and num_sums <= cls.NUM_SUMS)
 
 
 def multiply_fused(
@@ -131,7 +160,7 @@ def multiply_fused(
     num_rows, num_inputs = x_MK.shape
     num_outputs = out_MN.shape[1]
     assert num_outputs % tile.block_n == 0 and num_inputs % (tile.splits * tile.block_k) == 0
-    assert tile.fits_workspace(num_rows, num_outputs)
+    assert workspace.serves(tile, num_rows, num_outputs)
     assert not gated or (tile.splits == 1 and bias_N is None)
     grid = (tile.num_tiles(num_rows, num_outputs) * tile.splits,)
     _product_kernel[grid](

@@ -15,12 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headrace.kernels import LayerKernels
-from headrace.kernels.triton.fused_products import ProductTile, multiply_fused
-from headrace.kernels.triton.invariant_products import multiply_tiles
-from headrace.kernels.triton.linear_rows import RowTile, multiply_row
+from headrace.kernels.triton.fused_products import ProductTile, ProductWorkspace, multiply_fused
+from headrace.kernels.triton.linear_rows import RowTile, multiply_row, multiply_tiles
 from headrace.kernels.triton.product_choice import ProductKind, choose_product
 from headrace.kernels.triton.row_operations import rms_norm, silu_and_mul
-from headrace.kernels.triton.split_sums import ProductWorkspace
 
 ProductChoice = Callable[[ProductKind, int, int, int, torch.dtype], ProductTile | RowTile | None]
 
@@ -28,9 +26,7 @@ ProductChoice = Callable[[ProductKind, int, int, int, torch.dtype], ProductTile 
 def device_kernels(numerics: str, device: torch.device) -> LayerKernels:
     """The set for "fast" or "invariant"."""
     overlap = device.type == "cuda"
-    return (
-        InvariantKernels(device, overlap=overlap) if numerics == "invariant" else FastKernels(device, overlap=overlap)
-    )
+    return InvariantKernels(overlap=overlap) if numerics == "invariant" else FastKernels(device, overlap=overlap)
 
 
 def _normed(x_TI: Tensor, norm_I: Tensor, eps: float, *, overlap: bool = False) -> Tensor:
@@ -113,26 +109,25 @@ class FastKernels:
 class InvariantKernels:
     """Every product in the same steps along its inputs, whatever the number of rows. `overlap` as in `FastKernels`."""
 
-    def __init__(self, device: torch.device, *, overlap: bool) -> None:
+    def __init__(self, *, overlap: bool) -> None:
         self._overlap = overlap
-        self._workspace = ProductWorkspace(device)
 
     def normed_linear(
         self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None
     ) -> Tensor:
         out = x_TI.new_empty(x_TI.shape[0], weight_OI.shape[0])
         normed = _normed(x_TI, norm_I, eps, overlap=self._overlap)
-        multiply_tiles(normed, weight_OI, bias_O, out, self._workspace, overlap=self._overlap)
+        multiply_tiles(normed, weight_OI, bias_O, out, overlap=self._overlap)
         return out
 
     def normed_gate(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         return _gated(self.normed_linear(x_TI, norm_I, eps, weight_OI, bias_O), overlap=self._overlap)
 
     def linear_add_(self, residual_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> None:
-        multiply_tiles(x_TI, weight_OI, bias_O, residual_TO, self._workspace, adds=True, overlap=self._overlap)
+        multiply_tiles(x_TI, weight_OI, bias_O, residual_TO, adds=True, overlap=self._overlap)
 
     def normed_logits(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_VI: Tensor) -> Tensor:
         out = x_TI.new_empty(x_TI.shape[0], weight_VI.shape[0], dtype=torch.float32)
         normed = _normed(x_TI, norm_I, eps, overlap=self._overlap)
-        multiply_tiles(normed, weight_VI, None, out, self._workspace, overlap=self._overlap)
+        multiply_tiles(normed, weight_VI, None, out, overlap=self._overlap)
         return out

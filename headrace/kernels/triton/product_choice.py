@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from headrace.kernels.triton.fused_products import ProductTile
+from headrace.kernels.triton.fused_products import ProductTile, ProductWorkspace
 from headrace.kernels.triton.linear_rows import RowTile, row_tile
 
 ProductKind = Literal["plain", "gate", "add"]
@@ -94,4 +94,4 @@ def _near(size: int, measured: int) -> bool:
 
 def _fits(tile: ProductTile, num_rows: int, num_outputs: int, num_inputs: int) -> bool:
     is_cut_evenly = num_outputs % tile.block_n == 0 and num_inputs % (tile.splits * tile.block_k) == 0
-    return is_cut_evenly and tile.fits_workspace(num_rows, num_outputs)
+    return is_cut_evenly and ProductWorkspace.serves(tile, num_rows, num_outputs)
