@@ -63,6 +63,12 @@ def _count_above(row_ptr, a, b, c, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _weights(x, floor, top, inverse):
+    """What softmax gives values, in units of the greatest's; those below `floor` weigh nothing."""
+    return tl.where(x >= floor, fast_exp((x - top) * inverse), 0.0)
+
+
+@triton.jit
 def _weigh_above(row_ptr, a, b, c, floor, top, inverse, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
     """The mass of the values that reach a, b and c, of those that reach `floor`, in units of the greatest's; and how
     many reach a, b and c."""
@@ -72,7 +78,7 @@ def _weigh_above(row_ptr, a, b, c, floor, top, inverse, VOCAB: tl.constexpr, BLO
     num = tl.zeros([BLOCK], tl.int32)
     for start in tl.range(0, VOCAB, BLOCK, loop_unroll_factor=2):
         x = _load(row_ptr, start, VOCAB, BLOCK)
-        weight = tl.where(x >= floor, fast_exp((x - top) * inverse), 0.0)
+        weight = _weights(x, floor, top, inverse)
         sum_a += tl.where(x >= a, weight, 0.0)
         sum_b += tl.where(x >= b, weight, 0.0)
         sum_c += tl.where(x >= c, weight, 0.0)
@@ -184,7 +190,7 @@ def _kth(
 @triton.jit
 def _nucleus_within(x, least, high, top, top_p, inverse):
     """The greatest threshold whose values of x hold top_p of the mass of those that reach `least`."""
-    weight = tl.where(x >= least, fast_exp((x - top) * inverse), 0.0)
+    weight = _weights(x, least, top, inverse)
     return _bisect(x, weight, least, high, 0.0, top_p * tl.sum(weight, 0))
 
 
@@ -227,7 +233,7 @@ def _nucleus(
     total, near, _, _, num_low, _ = _above(row_ptr, floor, low, top, floor, top, inverse, VOCAB, BLOCK, True)
     wanted = top_p * total
     nothing = tl.full([], float("-inf"), tl.float32)
-    threshold = _mass_floor(best, floor, top, inverse, nothing, high, 0.0, wanted)
+    threshold = _bisect(best, _weights(best, floor, top, inverse), nothing, high, 0.0, wanted)
     if third >= threshold:
         threshold = floor  # should rounding leave a mass of nearly nothing to find: everything is kept
         if near >= wanted:
@@ -237,15 +243,8 @@ def _nucleus(
             threshold = low
             if num_low - num_high <= CAP:
                 x, _ = _collect(row_ptr, scratch, low, high, VOCAB, BLOCK, CAP)
-                threshold = _mass_floor(x, floor, top, inverse, low, high, above, wanted)
+                threshold = _bisect(x, _weights(x, floor, top, inverse), low, high, above, wanted)
     return threshold
-
-
-@triton.jit
-def _mass_floor(x, floor, top, inverse, low, high, above, wanted):
-    """As `_bisect`, values weighing what softmax gives them in units of the greatest's; below `floor` nothing."""
-    weight = tl.where(x >= floor, fast_exp((x - top) * inverse), 0.0)
-    return _bisect(x, weight, low, high, above, wanted)
 
 
 @triton.jit
