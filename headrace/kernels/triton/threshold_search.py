@@ -46,6 +46,12 @@ def unordered_bits(key):
 
 
 @triton.jit
+def _next_above(x):
+    """The least float32 greater than x."""
+    return unordered_bits(ordered_bits(x) + 1)
+
+
+@triton.jit
 def _load(row_ptr, start, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
     columns = start + tl.arange(0, BLOCK)
     return tl.load(row_ptr + columns, mask=columns < VOCAB, other=float("-inf")).to(tl.float32)
@@ -142,7 +148,7 @@ def _narrow(
     Values >= the given low weigh enough, and are `num_low`. Returns the range, the weight from beyond it, and the
     numbers of values >= low and >= high.
     """
-    high = unordered_bits(ordered_bits(top) + 1)
+    high = _next_above(top)
     above = 0.0
     num_high = 0
     shrinks = True
@@ -173,7 +179,7 @@ def _kth(
 
     Also returns whether top_p is done with.
     """
-    high = unordered_bits(ordered_bits(top) + 1)
+    high = _next_above(top)
     nothing = tl.full([], float("-inf"), tl.float32)
     least = _bisect(best, tl.where(best > nothing, 1.0, 0.0), nothing, high, 0.0, top_k)
     threshold = least
@@ -229,7 +235,7 @@ def _nucleus(
 ):  # fmt: skip
     """The greatest threshold whose values hold top_p of the mass of those that reach `floor`."""
     low = tl.maximum(reach, floor)
-    high = unordered_bits(ordered_bits(top) + 1)
+    high = _next_above(top)
     total, near, _, _, num_low, _ = _above(row_ptr, floor, low, top, floor, top, inverse, VOCAB, BLOCK, True)
     wanted = top_p * total
     nothing = tl.full([], float("-inf"), tl.float32)
