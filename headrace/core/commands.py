@@ -34,7 +34,7 @@ from headrace.types.messages import (
     WeightBytes,
     WeightsChecker,
 )
-from headrace.types.request import Delta, Finish, Request
+from headrace.types.request import Delta
 from headrace.types.weights import TensorInfo
 
 logger = logging.getLogger(__name__)
@@ -72,16 +72,11 @@ def submit(replica: Replica, command: Submit, now: float) -> None:
                 raise refusal
             replica.scheduler.add(request, now)
         except HeadraceError as error:
-            replica.outbox.add([refused(request, error)])
+            replica.outbox.add([Delta.failed(request.handle, error.info())])
         except FAULTS as fault:
             logger.exception("request %s was not taken", request.request_id)
             failure = InternalError(f"the request was not taken: {type(fault).__name__}: {fault}")
-            replica.outbox.add([refused(request, failure)])
-
-
-def refused(request: Request, error: HeadraceError) -> Delta:
-    """The terminal delta of a request that was not accepted."""
-    return Delta(request.handle, finish=Finish("error", message=error.message, error=error.info()))
+            replica.outbox.add([Delta.failed(request.handle, failure.info())])
 
 
 def pause(replica: Replica, command: Pause, now: float) -> None:

@@ -19,7 +19,7 @@ import msgspec
 
 from headrace.engine.health import Ailment, HealthLimits, diagnose
 from headrace.ipc import FrontLink, PulsePage
-from headrace.types.errors import DeadlineError, EngineDeadError, HeadraceError, ShutdownError
+from headrace.types.errors import DeadlineError, EngineDeadError, HeadraceError, RequestError, ShutdownError
 from headrace.types.messages import (
     Abort,
     Command,
@@ -248,15 +248,24 @@ class CoreClient:
         submits, self._submits = self._submits, []
         finished, self._finished = self._finished, []
         for requests in _in_bounded_groups(submits):
-            try:
-                self._link.send(Submit(requests))
-            except HeadraceError as error:
-                self._fail_sinks([request.handle for request in requests], error)
+            self._send_requests(requests)
         if finished and self.is_alive:
             try:
                 self._link.send(Finished(tuple(finished)))
             except HeadraceError as error:
                 logger.debug("the core was not told of %d ended sequences: %s", len(finished), error)
+
+    def _send_requests(self, requests: tuple[Request, ...]) -> None:
+        try:
+            self._link.send(Submit(requests))
+        except RequestError as error:  # a value that cannot travel costs its own request only
+            if len(requests) == 1:
+                self._fail_sinks([requests[0].handle], error)
+                return
+            for request in requests:
+                self._send_requests((request,))
+        except HeadraceError as error:
+            self._fail_sinks([request.handle for request in requests], error)
 
     def _on_output(self, output: Output) -> None:
         if isinstance(output, Deltas):

@@ -84,9 +84,13 @@ def check_integer(value: Any, field: str, low: int, high: int) -> None:
 
 
 def check_name(value: Any, field: str) -> None:
-    """A string of bounded length."""
-    if not isinstance(value, str) or len(value) > MAX_NAME_LENGTH:
-        raise RequestError(f"{field} must be a string of at most {MAX_NAME_LENGTH} characters", field=field)
+    """A plain string of bounded length, of characters that can be encoded."""
+    if type(value) is not str or len(value) > MAX_NAME_LENGTH:
+        raise RequestError(f"{field} must be a plain string of at most {MAX_NAME_LENGTH} characters", field=field)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{field} is no text: {error}", field=field) from None
 
 
 def check_mode(value: Any, field: str) -> None:

@@ -40,6 +40,7 @@ from headrace.types.sampling_params import (
     SamplingParams,
 )
 
+_MAX_EXTRA_BYTES = 1 << 29  # half of what a message may have
 _MAX_CHARACTERS_PER_TOKEN = 256
 _PROBE_CHARACTERS_PER_TOKEN = 16
 
@@ -187,6 +188,7 @@ class RequestBuilder:
         check_name(item.namespace, "extra_key")
         check_name(item.request_id, "request_id")
         self._check_logprobs(item.logprobs, num_prompt)
+        _check_answer(item.logprobs, num_prompt, params.max_new_tokens)
         if item.seed is not None:
             check_integer(item.seed, "seed", 0, (1 << 64) - 1)
 
@@ -291,6 +293,15 @@ class RequestBuilder:
             raise RequestError(message, field=field)
 
 
+def _check_answer(options: LogprobOptions, num_prompt: int, max_new_tokens: int) -> None:
+    """What is asked beside each token must fit the one message that ends a sequence."""
+    num_scored = 0 if options.prompt_start is None else num_prompt - options.prompt_start
+    num_bytes = (num_scored + max_new_tokens) * (8 * options.num_top + 4 * len(options.token_ids))
+    if num_bytes > _MAX_EXTRA_BYTES:
+        message = f"log-probabilities of further tokens would take {num_bytes} bytes; at most {_MAX_EXTRA_BYTES} do"
+        raise RequestError(message, field="top_logprobs" if options.num_top else "logprob_token_ids")
+
+
 def _samples(item: GenerateItem) -> list[GenerateItem]:
     """The `n` samples of one prompt, each with its own seed; `item` is the first."""
     if item.params.n == 1 or item.seed is None:
@@ -307,13 +318,14 @@ def _effective(options: LogprobOptions, num_prompt: int) -> LogprobOptions:
 
 
 def _token_sampling(params: SamplingParams, vocab_size: int) -> TokenSampling:
+    """`float` makes plain numbers of numpy's, which do not travel."""
     return TokenSampling(
-        temperature=0.0 if params.is_greedy else params.temperature,
+        temperature=0.0 if params.is_greedy else float(params.temperature),
         top_k=0 if params.top_k >= vocab_size else max(params.top_k, 0),
-        top_p=params.top_p,
-        min_p=params.min_p,
-        repetition_penalty=params.repetition_penalty,
-        presence_penalty=params.presence_penalty,
-        frequency_penalty=params.frequency_penalty,
-        logit_bias=tuple((params.logit_bias or {}).items()),
+        top_p=float(params.top_p),
+        min_p=float(params.min_p),
+        repetition_penalty=float(params.repetition_penalty),
+        presence_penalty=float(params.presence_penalty),
+        frequency_penalty=float(params.frequency_penalty),
+        logit_bias=tuple((token, float(value)) for token, value in (params.logit_bias or {}).items()),
     )

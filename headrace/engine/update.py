@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from headrace.engine.client import CoreClient
 from headrace.engine.tensors import NamedTensors, describe, named_pairs, tensor_bytes
 from headrace.ipc import SharedBuffer
-from headrace.types.errors import HeadraceError, WeightUpdateError
+from headrace.types.errors import DeadlineError, HeadraceError, WeightUpdateError
 from headrace.types.messages import AbortUpdate, BeginUpdate, CommitUpdate, Stage, UpdateBegun
 from headrace.types.weights import BufferEntry, InFlight, TensorInfo, UpdateMode, UpdateReport
 
@@ -87,6 +87,7 @@ class Updater:
         self._client = client
         self._loop = loop
         self._free: list[Bucket] = []
+        self._unanswered: list[Bucket] = []
         self._num_buckets = 0
         self._bucket_bytes = 0
         self._uploads: dict[asyncio.Task[None], int] = {}
@@ -114,15 +115,23 @@ class Updater:
             lambda call_id: BeginUpdate(call_id, version, manifest, mode, in_flight, partial, timeout_s), UpdateBegun
         )
         self._inplace_session = begun.session_id if begun.mode == "inplace" else None
+        self._close_unanswered()  # of a session that was open before: it is over
         return UpdateSession(begun.session_id, version, begun.mode, manifest)
 
     async def commit(self, session: UpdateSession) -> UpdateReport:
-        """Make the staged weights live."""
-        return await self._client.change(lambda call_id: CommitUpdate(call_id, session.session_id), UpdateReport)
+        """Make the staged weights live. One that has no answer in time is aborted, so that it does not land later."""
+        try:
+            report = await self._client.change(lambda call_id: CommitUpdate(call_id, session.session_id), UpdateReport)
+        except DeadlineError:
+            self.abort_soon(session)
+            raise
+        self._close_unanswered()
+        return report
 
     async def abort(self, session: UpdateSession) -> None:
         """Drop the session."""
         await self._client.change(lambda call_id: AbortUpdate(call_id, session.session_id), NoneType)
+        self._close_unanswered()
 
     def abort_soon(self, session: UpdateSession) -> None:
         """Drop the session without waiting, from any thread; commands given later find it dropped."""
@@ -182,6 +191,7 @@ class Updater:
         for bucket in self._free:
             bucket.buffer.close()
         self._free.clear()
+        self._close_unanswered()
 
     def _call_soon(self, action: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the core and its session are gone too
@@ -226,8 +236,13 @@ class Updater:
         session_id, ref, entries = session.session_id, bucket.buffer.ref, tuple(bucket.entries)
         try:
             await self._client.call(lambda call_id: Stage(call_id, session_id, ref, entries), NoneType)
-        finally:
+        except (DeadlineError, asyncio.CancelledError):
+            self._set_aside(bucket)
+            raise
+        except HeadraceError:
             self._give_back(bucket)
+            raise
+        self._give_back(bucket)
 
     async def _drain(self, session: UpdateSession) -> None:
         mine = [task for task, session_id in self._uploads.items() if session_id == session.session_id]
@@ -245,6 +260,16 @@ class Updater:
                 failures.append(error)
         if failures:
             raise failures[0]
+
+    def _set_aside(self, bucket: Bucket) -> None:
+        """The core may still read it, until the session is over: it is neither filled again nor closed before."""
+        self._num_buckets -= bucket.is_reusable
+        self._unanswered.append(bucket)
+        self._freed.set()
+
+    def _close_unanswered(self) -> None:
+        while self._unanswered:
+            self._unanswered.pop().buffer.close()
 
     def _give_back(self, bucket: Bucket) -> None:
         bucket.clear()

@@ -13,7 +13,7 @@ import msgspec
 
 from headrace.types.errors import ErrorInfo, InternalError
 from headrace.types.messages import Command, Deltas, Output, Reply
-from headrace.types.request import Delta, Finish
+from headrace.types.request import Delta
 
 MAX_FRAME_BYTES = 1 << 30
 DECODE_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError)
@@ -120,7 +120,7 @@ def _refuse_requests(requests: Any, error: ErrorInfo) -> list[Output]:
     if not isinstance(requests, list):
         return []
     handles = [request[0] for request in requests if isinstance(request, list) and request and _is_id(request[0])]
-    deltas = tuple(Delta(handle, finish=Finish("error", message=error.message, error=error)) for handle in handles)
+    deltas = tuple(Delta.failed(handle, error) for handle in handles)
     return [Deltas(deltas)] if deltas else []
 
 

@@ -23,8 +23,9 @@ from headrace.ipc.codec import (
     refuse_command,
 )
 from headrace.ipc.links import PeerClosed
-from headrace.types.errors import EngineDeadError, InternalError, UnavailableError
-from headrace.types.messages import Command, Output, Reply
+from headrace.types.errors import EngineDeadError, InternalError, RequestError, UnavailableError
+from headrace.types.messages import Command, Deltas, Output, Reply
+from headrace.types.request import Delta
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,9 @@ class SocketCoreLink:
         try:
             frame = pack_frame(self._outputs.encode(output))
         except FrameError as error:
-            frame = pack_frame(self._outputs.encode(_oversized(output, error)))
+            for smaller in _in_parts(output, error):
+                self.send(smaller)
+            return
         if not self._backlog:
             sent = self._write(frame)
             if sent < len(frame):
@@ -171,10 +174,17 @@ class SocketCoreLink:
             self._flush()
 
 
-def _oversized(output: Output, error: FrameError) -> Output:
-    """A message over the frame bound becomes an error its receiver can place. Only a reply can grow that large."""
+def _in_parts(output: Output, error: FrameError) -> list[Output]:
+    """A message over the frame bound: the deltas of many sequences in two; what is one answer becomes an error that its
+    receiver can place."""
+    problem = InternalError(f"the answer cannot be sent: {error}").info()
+    if isinstance(output, Deltas) and len(output.deltas) > 1:
+        half = len(output.deltas) // 2
+        return [Deltas(output.deltas[:half]), Deltas(output.deltas[half:])]
+    if isinstance(output, Deltas):
+        return [Deltas((Delta.failed(output.deltas[0].handle, problem),))]
     assert isinstance(output, Reply), f"{type(output).__name__}: {error}"
-    return Reply(output.call_id, error=InternalError(f"the answer cannot be sent: {error}").info())
+    return [Reply(output.call_id, error=problem)]
 
 
 class SocketFrontLink:
@@ -218,6 +228,8 @@ class SocketFrontLink:
             frame = pack_frame(self._codec.encode(command))
         except FrameError as error:
             raise UnavailableError(str(error)) from None
+        except (TypeError, ValueError, OverflowError) as error:  # a subclass of str or int, a surrogate, 10**30
+            raise RequestError(f"{type(command).__name__} holds a value that cannot be sent: {error}") from None
         unsent = self._num_queued_bytes + (self._transport.get_write_buffer_size() if self._transport else 0)
         if unsent and unsent + len(frame) > self._max_backlog_bytes:
             raise UnavailableError("the engine core does not take commands fast enough")

@@ -222,10 +222,10 @@ class Scheduler:
     def recompute_running(self) -> None:
         """Running sequences drop their KV, keep their tokens, and are admitted again before any new one. After
         `set_weights` nothing of the old KV can match, so all of it is rebuilt; prompts not scored to the end are scored
-        anew, so that no mix of weights is reported."""
+        anew, whether their sequence runs or waits, so that no mix of weights is reported."""
         for slot in self._roster.order().tolist():
-            sequence = self._roster.table.sequence(slot)
             self._roster.preempt(slot)
+        for sequence in self._roster.by_handle.values():  # some may have been preempted before
             if sequence.prompt_scores is not None and not sequence.prompt_scores.is_complete:
                 sequence.prompt_scores.reset()
 

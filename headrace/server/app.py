@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -49,9 +51,17 @@ def create_app(engine: AsyncEngine, options: ServerOptions) -> FastAPI:
         },
     )
     for endpoint in endpoints:
-        app.router.routes.append(Route(endpoint.path, endpoint.handler, methods=list(endpoint.methods)))
+        app.router.routes.append(_route(endpoint))
     app.state.server = state
     return app
+
+
+def _route(endpoint: Endpoint) -> Route:
+    """A route that matches to the last character: Starlette's pattern ends in `$`, which also matches before a final
+    line feed, and `Auth` and `Gate` know paths by equality."""
+    route = Route(endpoint.path, endpoint.handler, methods=list(endpoint.methods))
+    route.path_regex = re.compile(route.path_regex.pattern.removesuffix("$") + r"\Z")
+    return route
 
 
 def all_endpoints(state: ServerState) -> list[Endpoint]:

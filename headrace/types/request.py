@@ -126,3 +126,8 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     extras: TokenExtras = TokenExtras()
     prompt_logprobs: bytes = b""
     prompt_extras: TokenExtras = TokenExtras()
+
+    @classmethod
+    def failed(cls, handle: int, error: ErrorInfo) -> Delta:
+        """The terminal delta of a request of which there is nothing but an error."""
+        return cls(handle, finish=Finish("error", message=error.message, error=error))

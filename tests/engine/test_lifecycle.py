@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -438,3 +439,24 @@ def test_a_server_comes_and_goes_on_a_running_engine(model_folder: Path) -> None
     servers[1].stop()
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{servers[1].url}/health")
+
+
+def test_a_value_that_cannot_travel_costs_its_own_request_only(spawned: Engine) -> None:
+    """Requests of one loop turn leave in one message."""
+
+    class Number(int):
+        pass
+
+    async def together() -> list[Any]:
+        calls = [
+            spawned.asynchronous.generate(
+                input_ids=PROMPT, sampling_params={"max_new_tokens": Number(2) if index == 3 else 2, "ignore_eos": True}
+            )
+            for index in range(6)
+        ]
+        return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 60)
+
+    found = asyncio.run(together())
+    assert isinstance(found.pop(3), RequestError)
+    assert [len(generations[0].token_ids) for generations in found] == [2] * 5
+    assert spawned.asynchronous.runtime.client.num_live == 0

@@ -114,6 +114,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": [1], "request_id": ""}, "request_id"),
     ({"input_ids": [1], "request_id": 5}, "request_id"),
     ({"input_ids": [1], "request_id": "x" * 2000}, "request_id"),
+    ({"input_ids": [1], "request_id": "\ud800"}, "request_id"),
+    ({"input_ids": [1], "request_id": [np.str_("a")]}, "request_id"),
     ({"input_ids": [[1], [2]], "request_id": ["a"]}, "request_id"),
     ({"input_ids": [[1], [2]], "request_id": ["a", "a"]}, "request_id"),
     ({"input_ids": [1], "priority": 1.5}, "priority"),
@@ -122,6 +124,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": [1], "priority": (1 << 20) + 1}, "priority"),
     ({"input_ids": [1], "extra_key": 5}, "extra_key"),
     ({"input_ids": [1], "extra_key": "x" * 2000}, "extra_key"),
+    ({"input_ids": [1], "extra_key": "\ud800"}, "extra_key"),
     ({"input_ids": [1], "logprob_mode": "rawest"}, "logprob_mode"),
     ({"input_ids": [1], "prompt_logprob_mode": 3}, "prompt_logprob_mode"),
     ({"input_ids": [1], "return_prompt_logprobs": 1}, "return_prompt_logprobs"),
@@ -248,3 +251,33 @@ def test_without_a_tokenizer_text_and_stop_strings_are_refused(resolved: Resolve
     with pytest.raises(RequestError, match="tokenizer") as caught:
         expand(builder, input_ids=[1], sampling_params={"max_new_tokens": 1, "stop": "x"})
     assert caught.value.field == "sampling_params.stop"
+
+
+def test_numbers_of_numpy_become_plain_ones(builder: RequestBuilder) -> None:
+    params = {
+        "max_new_tokens": 4,
+        "temperature": np.float64(0.7),
+        "top_p": np.float64(0.9),
+        "logit_bias": {3: np.float64(1)},
+    }
+    sampling = builder.build(expand(builder, input_ids=[1], sampling_params=params)[0], 1).sampling
+    assert (sampling.temperature, sampling.top_p, sampling.logit_bias) == (0.7, 0.9, ((3, 1.0),))
+    assert {type(value) for value in (sampling.temperature, sampling.top_p, sampling.logit_bias[0][1])} == {float}
+
+
+def test_an_answer_that_no_message_holds_is_refused(resolved: ResolvedConfig) -> None:
+    """What is asked beside each token, for all positions: 8 bytes per top token, 4 per asked one."""
+    model = msgspec.structs.replace(resolved.model, vocab_size=1 << 20)
+    roomy = msgspec.structs.replace(resolved, model=model, context_length=1 << 20).with_pool(1 << 20, ())
+    long = RequestBuilder(roomy, None)
+    prompt = [1] * 60_000
+    for options, num_new, named in (
+        ({"return_prompt_logprobs": True, "top_logprobs": 1024}, 6000, "top_logprobs"),
+        ({"top_logprobs": 1024}, 66_000, "top_logprobs"),
+        ({"return_prompt_logprobs": True, "logprob_token_ids": list(range(4000))}, 1, "logprob_token_ids"),
+    ):
+        with pytest.raises(RequestError) as caught:
+            expand(long, input_ids=prompt, sampling_params={"max_new_tokens": num_new}, **options)
+        assert caught.value.field == named
+    for options in ({"return_prompt_logprobs": True, "top_logprobs": 1024}, {"top_logprobs": 1024}):
+        assert expand(long, input_ids=prompt, sampling_params={"max_new_tokens": 5000}, **options)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from headrace import (
+    DeadlineError,
     Engine,
     Generation,
     NotFoundError,
@@ -292,6 +293,34 @@ def test_a_source_that_breaks_serves_old_bits_or_nothing(
         engine.update_weights_from_tensor(new[:9], version="part", partial=True)
     engine.update_weights_from_tensor(new, version="healed")
     assert is_ready(engine) and engine.digest() == start(new_folder).digest()
+
+
+def test_a_bucket_without_an_answer_is_not_filled_again(start: Starter, new: Tensors, new_folder: Path) -> None:
+    """The core reads it once the requests in flight have ended, long after the caller was told of the deadline."""
+    engine = start(control_timeout=1.0)
+    manifest = [TensorInfo(name, tuple(tensor.shape), "float32") for name, tensor in new]
+    with Load(engine):
+        session = engine.begin_update("new", manifest, mode="inplace", in_flight="drain")
+        for part in (new[:4], new[4:8], new[8:]):
+            with pytest.raises(DeadlineError):
+                engine.stage(session, part)
+    engine.commit(session)
+    assert engine.version == "new" and engine.digest() == start(new_folder).digest()
+
+
+def test_a_commit_without_an_answer_does_not_land_later(start: Starter, new: Tensors) -> None:
+    engine = start(control_timeout=1.0)
+    before = outputs(engine)
+    manifest = [TensorInfo(name, tuple(tensor.shape), "float32") for name, tensor in new]
+    session = engine.begin_update("late", manifest, mode="shadow", in_flight="drain")
+    engine.stage(session, new)
+    with Load(engine), pytest.raises(DeadlineError):
+        engine.commit(session)
+    wait_for(lambda: not engine.status().updating)
+    assert engine.version == "default" and outputs(engine) == before
+    with pytest.raises(UpdateConflictError):
+        engine.commit(session)
+    assert engine.update_weights_from_tensor(new, version="next").epoch == 1
 
 
 def test_a_tensor_unlike_its_announcement_is_refused_by_name(engine: Engine, new: Tensors) -> None:

@@ -12,11 +12,11 @@ import msgspec
 import pytest
 import uvloop
 
-from headrace.ipc import PeerClosed
+from headrace.ipc import PeerClosed, codec
 from headrace.ipc.codec import pack_frame
 from headrace.ipc.socket_link import SocketCoreLink, SocketFrontLink
-from headrace.types.errors import EngineDeadError, UnavailableError
-from headrace.types.messages import Abort, Command, Deltas, GetStatus, Output, Reply, Submit
+from headrace.types.errors import EngineDeadError, RequestError, UnavailableError
+from headrace.types.messages import Abort, Command, Deltas, GetStatus, Output, Reply, SetVersion, Submit
 from headrace.types.request import Delta, Request, pack_ids
 
 Pair = tuple[socket.socket, socket.socket]
@@ -130,6 +130,56 @@ def test_a_frame_over_the_bound_ends_the_link(pair: Pair) -> None:
     pair[0].sendall(b"\xff\xff\xff\xff garbage")
     with pytest.raises(PeerClosed, match="bound"):
         core.poll(1.0)
+
+
+def test_deltas_over_the_bound_leave_in_parts_and_one_alone_as_an_error(
+    pair: Pair, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codec, "MAX_FRAME_BYTES", 1 << 12)
+    core = SocketCoreLink(pair[1])
+    received: list[Output] = []
+    sizes = [100, 1500, 1500, 1500, 5000, 100, 1500]
+
+    async def main() -> None:
+        front = SocketFrontLink(pair[0])
+        arrived = asyncio.Event()
+
+        def on_output(output: Output) -> None:
+            received.append(output)
+            arrived.set()
+
+        await front.start(on_output, lambda reason: None)
+        core.send(Deltas(tuple(Delta(handle, bytes(size)) for handle, size in enumerate(sizes))))
+        core.send(Reply(7, bytes(1 << 13)))
+        core.send(Reply(8, b"end"))
+        await until(lambda: Reply(8, b"end") in received, arrived)
+        await front.close()
+
+    run(main())
+    deltas = [delta for output in received if isinstance(output, Deltas) for delta in output.deltas]
+    assert [delta.handle for delta in deltas] == list(range(len(sizes)))
+    assert [len(delta.token_ids) for delta in deltas] == [0 if size > 1 << 12 else size for size in sizes]
+    failed = [delta for delta in deltas if delta.finish is not None]
+    assert [delta.handle for delta in failed] == [4]
+    assert failed[0].finish is not None and failed[0].finish.error is not None
+    assert "bound of 4096" in failed[0].finish.error.message
+    replies = [output for output in received if isinstance(output, Reply)]
+    assert [reply.call_id for reply in replies] == [7, 8]
+    assert replies[0].error is not None and replies[1].error is None
+
+
+def test_a_value_that_cannot_travel_is_refused(pair: Pair, run: Run) -> None:
+    class Number(int):
+        pass
+
+    async def main() -> None:
+        front = SocketFrontLink(pair[0])
+        for bad in (GetStatus(Number(1)), GetStatus(1 << 70), SetVersion(1, "\ud800")):
+            with pytest.raises(RequestError, match="cannot be sent"):
+                front.send(bad)
+        await front.close()
+
+    run(main())
 
 
 def test_a_front_that_never_reads_ends_the_link(pair: Pair) -> None:

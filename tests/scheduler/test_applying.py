@@ -274,6 +274,17 @@ def test_a_prompt_half_scored_under_old_weights_is_scored_anew() -> None:
     assert planned(scheduler).new_slots[0].logprobs.prompt_start == 0
 
 
+def test_a_waiting_prompt_half_scored_under_old_weights_is_scored_anew() -> None:
+    scheduler = make(max_num_batched_tokens=6)
+    scheduler.add(request(1, 10, 1, logprobs=LogprobOptions(prompt_start=0)), 0.0)
+    scheduler.apply(score(planned(scheduler), 1, 6))
+    planned(scheduler)
+    assert scheduler.lose_step(ERROR) == [] and scheduler.num_running == 0
+    scheduler.recompute_running()
+    scheduler.set_weights("next", 1)
+    assert planned(scheduler).new_slots[0].logprobs.prompt_start == 0
+
+
 def test_flush_frees_what_is_cached_and_harms_nothing() -> None:
     scheduler = make()
     scheduler.add(request(1, list(range(20)), 1), 0.0)

@@ -62,6 +62,19 @@ def test_control_routes_need_the_admin_key_when_there_is_one(start: START) -> No
         assert by_admin != 401, (method, path)
 
 
+@pytest.mark.parametrize("suffix", ["%0A", "%0D", "%00", "%20", "/", "%2F", "%0A%0A"])
+def test_a_path_that_is_nearly_a_route_is_none(start: START, suffix: str) -> None:
+    """Keys are looked up by path: what the router takes for a route must be the very path of the table."""
+    served = start(api_key="data", admin_api_key="admin")
+    for path, method in routes(served):
+        if path.startswith("/v1/models"):
+            continue  # what follows is any name
+        for key in ("data", "admin"):
+            reply = served.http.request(method, path + suffix, headers={"authorization": f"Bearer {key}"})
+            assert reply.status_code == 404, (method, path, key)
+        assert served.http.request(method, path + suffix).status_code == 401, (method, path)
+
+
 def test_without_keys_any_bearer_passes(served: Served) -> None:
     for value in ("Bearer None", "Bearer x", "nonsense"):
         assert served.http.get("/model_info", headers={"authorization": value}).status_code == 200

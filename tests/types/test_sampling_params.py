@@ -33,6 +33,7 @@ BAD: list[tuple[str, Any]] = [
     ("temperature", -0.1),
     ("temperature", math.nan),
     ("temperature", math.inf),
+    ("temperature", 10**400),
     ("temperature", "1"),
     ("top_p", 0),
     ("top_p", 1.01),
@@ -59,6 +60,7 @@ BAD: list[tuple[str, Any]] = [
     ("ignore_eos", "yes"),
     ("logit_bias", {"x": 1}),
     ("logit_bias", {"1": math.nan}),
+    ("logit_bias", {"1": -(10**400)}),
     ("logit_bias", [1]),
     ("logit_bias", {str(i): 0 for i in range(4097)}),
 ]
