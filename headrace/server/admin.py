@@ -176,13 +176,16 @@ class AdminFace:
 
     def _allowed_folder(self, path: str) -> Path:
         """The folder, if it lies under the model's or a weight root; links are followed before the check."""
-        if "\0" in path:
-            raise RequestError("model_path is not a path", field="model_path")
-        folder = Path(path).expanduser().resolve()
-        if not any(folder.is_relative_to(root) for root in self._roots):
+        try:
+            folder = Path(path).expanduser().resolve()
+            is_inside = any(folder.is_relative_to(root) for root in self._roots)
+            is_folder = is_inside and folder.is_dir()
+        except (OSError, RuntimeError, ValueError):  # a name too long, a user nobody knows, a null character
+            raise RequestError("model_path is not a path on this machine", field="model_path") from None
+        if not is_inside:
             message = f"model_path {path} is outside the model's folder and the weight roots of this server"
             raise RequestError(message, field="model_path")
-        if not folder.is_dir():
+        if not is_folder:
             raise RequestError(f"model_path {path} is not a folder", field="model_path")
         return folder
 

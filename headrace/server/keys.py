@@ -7,6 +7,8 @@ from typing import Any
 
 from headrace.types.errors import RequestError
 
+MAX_ABSENT_DEPTH = 8
+
 LACKING_SAMPLING = frozenset(
     ("json_schema", "regex", "ebnf", "structural_tag", "stop_regex", "custom_params", "stream_interval")
 )
@@ -35,10 +37,10 @@ def refuse_lacking(values: Mapping[str, Any], lacking: Iterable[str], field: str
             raise RequestError(f"{name} is not supported by this engine", field=name)
 
 
-def is_absent(value: Any) -> bool:
-    """True for null, false, 0, "", and for lists and objects of nothing but such."""
+def is_absent(value: Any, depth: int = MAX_ABSENT_DEPTH) -> bool:
+    """True for null, false, 0, "", {}, and lists of nothing but such, unless they are nested deeper than `depth`."""
     if isinstance(value, list):
-        return all(is_absent(each) for each in value)
+        return depth > 0 and all(is_absent(each, depth - 1) for each in value)
     return not value
 
 

@@ -107,7 +107,7 @@ def _files(folder: Path, load_format: str) -> list[tuple[Path, list[str] | None]
 def _indexed_files(index: Path) -> list[tuple[Path, list[str] | None]]:
     try:
         parsed: Any = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{index} cannot be read: {error}", field=index.name) from None
     weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:

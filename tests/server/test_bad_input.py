@@ -11,6 +11,15 @@ import pytest
 
 from tests.server.conftest import Served
 
+
+def nested(depth: int) -> list[Any]:
+    """Lists in lists with nothing in the innermost."""
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 SAMPLING: list[tuple[dict[str, Any], str]] = [
     ({"temperature": -0.1}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
@@ -107,6 +116,7 @@ BODIES: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": [1], "extra_key": "k" * 5000}, "extra_key"),
     ({"input_ids": [1], "lora_path": "adapter"}, "lora_path"),
     ({"input_ids": [1], "image_data": ["http://x/y.png"]}, "image_data"),
+    ({"input_ids": [1], "image_data": nested(400)}, "image_data"),
     ({"input_ids": [1], "input_embeds": [[0.5]]}, "input_embeds"),
     ({"input_ids": [1], "session_params": {"id": "s"}}, "session_params"),
     ({"input_ids": [1], "return_hidden_states": True}, "return_hidden_states"),

@@ -185,7 +185,8 @@ def test_paths_outside_are_refused(start: START, tmp_path: Path) -> None:
     shutil.copytree(outside, model / "inside")
     served = start(model)
     digest = served.engine.digest()
-    for path in (outside, model / "link", model / ".." / "outside", Path("/etc"), Path("a\0b"), model / "nothing"):
+    paths = [outside, model / "link", model / ".." / "outside", Path("/etc"), Path("a\0b"), model / "nothing"]
+    for path in (*paths, Path("~nosuchuser/x"), model / ("a" * 300)):
         reply = served.http.post("/update_weights_from_disk", json={"model_path": str(path)})
         assert reply.status_code == 400
         assert reply.json()["success"] is False

@@ -136,6 +136,8 @@ def corrupt(folder: Path, fault: str) -> None:
         index.write_text("{")
     elif fault == "binary index":
         index.write_bytes(b"\xff\xfe\x00")
+    elif fault == "nested index":
+        index.write_text("[" * 100_000 + "]" * 100_000)
     elif fault == "no weight_map":
         index.write_text("[]")
     elif fault == "tensor not in shard":
@@ -161,6 +163,7 @@ def corrupt(folder: Path, fault: str) -> None:
         ("garbage", "model-00002-of-00003.safetensors"),
         ("not json", INDEX),
         ("binary index", INDEX),
+        ("nested index", INDEX),
         ("no weight_map", INDEX),
         ("tensor not in shard", "model.norm.weight.extra"),
         ("outside", INDEX),
