@@ -240,8 +240,11 @@ def _names(rid: str | list[str] | None, counts: list[int], is_list: bool) -> lis
         return [f"{rid}_{number}" for number in range(num_sequences)] if is_list else [rid]
     if len(rid) != len(counts) or len(set(rid)) != len(rid) or not all(rid):
         raise RequestError(f"rid must hold {len(counts)} different names, one per prompt", field="rid")
-    return [
+    names = [
         name if count == 1 else f"{name}_{index}"
         for name, count in zip(rid, counts, strict=True)
         for index in range(count)
     ]
+    if len(set(names)) != num_sequences:
+        raise RequestError("rid holds a name that is also the name of another prompt's sample", field="rid")
+    return names

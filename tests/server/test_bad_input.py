@@ -101,6 +101,7 @@ BODIES: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": [1], "rid": "x" * 5000}, "rid"),
     ({"input_ids": [[1], [2]], "rid": ["a"]}, "rid"),
     ({"input_ids": [[1], [2]], "rid": ["a", "a"]}, "rid"),
+    ({"input_ids": [[1], [2]], "rid": ["a", "a_1"], "sampling_params": [{"n": 2}, {}]}, "rid"),
     ({"input_ids": [1], "return_logprob": "yes"}, "return_logprob"),
     ({"input_ids": [1], "return_logprob": True, "logprob_start_len": -2}, "logprob_start_len"),
     ({"input_ids": [1], "return_logprob": True, "logprob_start_len": 10**9}, "logprob_start_len"),
