@@ -77,6 +77,11 @@ class ResolvedConfig(msgspec.Struct, frozen=True):
         return max(0, self.num_pages - 1) * self.engine.page_size
 
     @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence that fits context and pool; a last token's KV is never needed."""
+        return min(self.context_length, self.max_total_num_tokens + 1)
+
+    @property
     def max_columns(self) -> int:
         """Page-table columns per slot."""
         return -(-self.context_length // self.engine.page_size)

@@ -105,6 +105,7 @@ class RequestBuilder:
         self._tokenizer = tokenizer
         self._vocab_size = model.vocab_size
         self._context_length = resolved.context_length
+        self._max_length = resolved.max_length
         self._pool_tokens = resolved.max_total_num_tokens
         self._eos_ids = tuple(t for t in model.eos_token_ids if 0 <= t < model.vocab_size)
         self._output_mode: LogprobMode = engine.logprob_mode
@@ -193,14 +194,14 @@ class RequestBuilder:
             check_integer(item.seed, "seed", 0, (1 << 64) - 1)
 
     def _check_room(self, num_prompt: int, max_new_tokens: int) -> None:
-        """The whole sequence must fit the context, and alone the KV pool; the last token's KV is never needed."""
-        total = f"{num_prompt} prompt tokens + max_new_tokens {max_new_tokens}"
-        if num_prompt + max_new_tokens > self._context_length:
-            message = f"{total} is over the context of {self._context_length}"
-            raise RequestError(message, field="sampling_params.max_new_tokens")
-        if num_prompt + max_new_tokens - 1 > self._pool_tokens:
-            message = f"{total} is over the {self._pool_tokens} tokens of the KV pool"
-            raise RequestError(message, field="sampling_params.max_new_tokens")
+        """The whole sequence must fit the context, and alone the KV pool."""
+        length = num_prompt + max_new_tokens
+        if length > self._max_length:
+            total = f"{num_prompt} prompt tokens + max_new_tokens {max_new_tokens}"
+            bound = f"{self._pool_tokens} tokens of the KV pool"
+            if length > self._context_length:
+                bound = f"context of {self._context_length}"
+            raise RequestError(f"{total} is over the {bound}", field="sampling_params.max_new_tokens")
 
     def _check_logprobs(self, options: LogprobOptions, num_prompt: int) -> None:
         check_integer(options.num_top, "top_logprobs", 0, min(MAX_TOP_LOGPROBS, self._vocab_size))

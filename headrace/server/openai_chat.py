@@ -111,16 +111,16 @@ class ChatFace:
 
         text = await asyncio.get_running_loop().run_in_executor(None, render) if is_long else render()
         ids = await encode_text(self._state.engine, text, "messages", add_special_tokens=False)
-        limit = self._state.engine.resolved.context_length
+        limit = self._state.engine.resolved.max_length
         if len(ids) >= limit:
-            raise RequestError(f"messages have {len(ids)} tokens, the context holds {limit}", field="messages")
+            raise RequestError(f"messages have {len(ids)} tokens, a sequence holds at most {limit}", field="messages")
         return Prompt(shared_ids(ids, "messages"), "messages")
 
     def _max_tokens(self, body: ChatBody, prompt: Prompt) -> Any:
         for given in (body.max_completion_tokens, body.max_tokens):
             if given is not None:
                 return given
-        return self._state.engine.resolved.context_length - len(prompt.ids)
+        return self._state.engine.resolved.max_length - len(prompt.ids)
 
     def _logprobs(self, body: ChatBody) -> Any:
         if body.top_logprobs and not body.logprobs:

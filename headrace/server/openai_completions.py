@@ -90,7 +90,7 @@ class CompletionsFace:
     def _max_tokens(self, body: CompletionBody, prompts: list[Prompt]) -> Any:
         if body.max_tokens is not None:
             return body.max_tokens
-        room = self._state.engine.resolved.context_length - max(len(prompt.ids) for prompt in prompts)
+        room = self._state.engine.resolved.max_length - max(len(prompt.ids) for prompt in prompts)
         return max(0, min(DEFAULT_MAX_TOKENS, room))
 
     async def _events(self, call: OpenAiCall, body: CompletionBody) -> AsyncIterator[bytes]:

@@ -154,6 +154,18 @@ def test_chat_fills_the_context_unless_told_otherwise(start: START) -> None:
     assert reply["choices"][0]["finish_reason"] == "length"
 
 
+def test_what_no_length_was_asked_of_fits_the_pool(start: START) -> None:
+    served = start(settings={"kv_pool_tokens": 96})
+    pool = served.engine.resolved.max_total_num_tokens
+    chat = served.http.post("/v1/chat/completions", json={"messages": MESSAGES, "ignore_eos": True}).json()
+    assert chat["usage"]["total_tokens"] == pool + 1 < CONTEXT_LENGTH
+    completion = served.http.post("/v1/completions", json={"prompt": [5] * (pool - 2), "ignore_eos": True}).json()
+    assert completion["usage"]["completion_tokens"] == 3
+    long: Any = [{"role": "user", "content": "word " * 150}]
+    refused = served.http.post("/v1/chat/completions", json={"messages": long})
+    assert (refused.status_code, refused.json()["param"]) == (400, "messages")
+
+
 def test_streamed_chat(client: openai.OpenAI) -> None:
     settings: dict[str, Any] = {"model": "default", "messages": MESSAGES, "max_tokens": 20, "temperature": 0}
     whole = client.chat.completions.create(**settings, logprobs=True)
