@@ -13,12 +13,10 @@ import numpy as np
 from headrace.engine import AsyncEngine, GenerateItem
 from headrace.server.errors import fields_named
 from headrace.server.keys import LACKING_GENERATE, LACKING_SAMPLING, refuse_lacking, warnings_for
-from headrace.server.prompts import encode_text
+from headrace.server.prompts import check_count, encode_texts
 from headrace.server.wire import convert
 from headrace.types.errors import RequestError
 from headrace.types.sampling_params import LogprobMode, LogprobOptions, SamplingParams
-
-MAX_LIST_LENGTH = 1 << 17
 
 
 class GenerateBody(msgspec.Struct, kw_only=True):
@@ -70,12 +68,12 @@ async def read_call(engine: AsyncEngine, values: Mapping[str, Any]) -> GenerateC
     """Check a whole body. Raises `RequestError` naming the field; nothing has been submitted then."""
     refuse_lacking(values, LACKING_GENERATE)
     body = convert(values, GenerateBody)
-    prompts, is_batch, prompt_field = await _prompts(engine, body)
-    params = _params_list(body.sampling_params, len(prompts))
+    sources, is_batch, field = _sources(body)
+    check_count(engine, len(sources), field)
+    params = _params_list(body.sampling_params, len(sources))
     num_sequences = sum(each.n for each in params)
-    limit = engine.resolved.engine.max_sequences
-    if num_sequences > limit:
-        raise RequestError(f"{prompt_field}: {num_sequences} sequences in one call, over {limit}", field=prompt_field)
+    check_count(engine, num_sequences, field)
+    prompts = await _prompts(engine, sources, is_batch, field)
     asked = _PromptOptions(engine, body, len(prompts))
     is_list = is_batch or num_sequences > 1
     items: list[GenerateItem] = []
@@ -148,27 +146,32 @@ def _logprob_options(
     return LogprobOptions(*modes, prompt_start=None if start < 0 else start, num_top=num_top, token_ids=asked)
 
 
-async def _prompts(engine: AsyncEngine, body: GenerateBody) -> tuple[list[Any], bool, str]:
-    """The prompts as lists of ids, whether they came as a batch, and their key."""
+def _sources(body: GenerateBody) -> tuple[list[Any], bool, str]:
+    """The prompts as they came, texts or lists of ids; whether they came as a batch; and their key."""
     if (body.text is None) == (body.input_ids is None):
         problem = "neither is given" if body.text is None else "both are given"
         raise RequestError(f"input_ids or text, exactly one of them, is needed; {problem}", field="input_ids")
-    if isinstance(body.text, str):
-        return [await encode_text(engine, body.text, "text")], False, "text"
-    if body.text is not None:
-        _check_batch(body.text, "text")
-        return [await encode_text(engine, text, f"text[{i}]") for i, text in enumerate(body.text)], True, "text"
-    ids = body.input_ids or []
-    if not ids:
-        raise RequestError("input_ids is empty", field="input_ids")
-    if not isinstance(ids[0], list):
-        return [shared_ids(ids, "input_ids")], False, "input_ids"
-    _check_batch(ids, "input_ids")
-    return [shared_ids(each, f"input_ids[{i}]") for i, each in enumerate(ids)], True, "input_ids"
+    field, given = ("input_ids", body.input_ids) if body.text is None else ("text", body.text)
+    if not given:
+        raise RequestError(f"{field} is empty", field=field)
+    if isinstance(given, list) and (field == "text" or isinstance(given[0], list)):
+        return given, True, field
+    return [given], False, field
 
 
-def shared_ids(ids: Any, field: str) -> Any:
+async def _prompts(engine: AsyncEngine, sources: Sequence[Any], is_batch: bool, field: str) -> list[Any]:
+    """The prompts as arrays of ids."""
+    named = {f"{field}[{i}]": source for i, source in enumerate(sources)} if is_batch else {field: sources[0]}
+    if field == "text":
+        named = await encode_texts(engine, named)
+    return [shared_ids(engine, ids, name) for name, ids in named.items()]
+
+
+def shared_ids(engine: AsyncEngine, ids: Any, field: str) -> Any:
     """Ids as an array that all samples of a prompt may share; the engine checks their range."""
+    limit = engine.resolved.context_length
+    if isinstance(ids, list) and len(ids) > limit:  # before all of them are looked at
+        raise RequestError(f"{field} has {len(ids)} tokens, over the context of {limit}", field=field)
     if not isinstance(ids, list) or (ids and set(map(type, ids)) != {int}):
         raise RequestError(f"{field} must be a list of integers", field=field)
     if not ids:
@@ -177,13 +180,6 @@ def shared_ids(ids: Any, field: str) -> Any:
         return np.array(ids, dtype=np.int64)
     except OverflowError:
         raise RequestError(f"{field} holds a number that is no token id", field=field) from None
-
-
-def _check_batch(prompts: Sequence[Any], field: str) -> None:
-    if not prompts:
-        raise RequestError(f"{field} is empty", field=field)
-    if len(prompts) > MAX_LIST_LENGTH:
-        raise RequestError(f"{field} must hold at most {MAX_LIST_LENGTH} prompts", field=field)
 
 
 def _params_list(given: Any, num_prompts: int) -> list[SamplingParams]:

@@ -12,9 +12,9 @@ import msgspec
 from headrace.engine import GenerateItem, Stream
 from headrace.server.errors import fields_named
 from headrace.server.openai_types import OpenAiBody
+from headrace.server.prompts import check_count
 from headrace.server.state import ServerState
 from headrace.server.wire import cancel_all
-from headrace.types.errors import RequestError
 from headrace.types.generation import Generation
 from headrace.types.sampling_params import LogprobOptions, SamplingParams
 
@@ -44,7 +44,7 @@ class OpenAiCall:
 
     def submit(self, prompts: Sequence[Prompt], params: SamplingParams, logprobs: LogprobOptions) -> None:
         """Start all sequences, or none."""
-        self._check_count(len(prompts) * params.n, prompts[0].field)
+        check_count(self._state.engine, len(prompts) * params.n, prompts[0].field)
         is_whole = False
         try:
             for position, prompt in enumerate(prompts):
@@ -108,11 +108,6 @@ class OpenAiCall:
             namespace=self.body.extra_key or self.body.cache_salt,
             stream=self.body.stream,
         )
-
-    def _check_count(self, num_sequences: int, field: str) -> None:
-        limit = self._state.engine.resolved.engine.max_sequences
-        if num_sequences > limit:
-            raise RequestError(f"{field}: {num_sequences} sequences in one call, over {limit}", field=field)
 
 
 def choice_extras(call: OpenAiCall, stream: Stream, piece: Generation) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
@@ -24,7 +23,7 @@ from headrace.server.openai_types import (
     sampling_params,
     tool_choice,
 )
-from headrace.server.prompts import INLINE_CHARACTERS, encode_text, tokenizer_of
+from headrace.server.prompts import encode_text, run_sized, tokenizer_of
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.wire import EventStream, dropping, event, json_reply, read_object
@@ -72,7 +71,7 @@ class ChatFace:
         body, warnings = read_chat(await read_object(request))
         model = check_model(self._state, body.model)
         conversation = self._conversation(body)
-        prompt = await self._prompt(conversation, body, is_long=len(raw) > INLINE_CHARACTERS)
+        prompt = await self._prompt(conversation, body, len(raw))
         call = OpenAiCall(self._state, body, "chatcmpl", model, warnings)
         key = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         with openai_errors(key):
@@ -98,7 +97,7 @@ class ChatFace:
         arguments = check_template_arguments(body.chat_template_kwargs) if body.chat_template_kwargs else {}
         return Conversation(normalize_messages(body.messages), tools, self._style if tools else None, arguments)
 
-    async def _prompt(self, conversation: Conversation, body: ChatBody, *, is_long: bool) -> Prompt:
+    async def _prompt(self, conversation: Conversation, body: ChatBody, size: int) -> Prompt:
         tokenizer = tokenizer_of(self._state.engine, "messages")
 
         def render() -> str:
@@ -109,12 +108,12 @@ class ChatFace:
                 **conversation.template_arguments,
             )
 
-        text = await asyncio.get_running_loop().run_in_executor(None, render) if is_long else render()
+        text = await run_sized(size, render)
         ids = await encode_text(self._state.engine, text, "messages", add_special_tokens=False)
         limit = self._state.engine.resolved.max_length
         if len(ids) >= limit:
             raise RequestError(f"messages have {len(ids)} tokens, a sequence holds at most {limit}", field="messages")
-        return Prompt(shared_ids(ids, "messages"), "messages")
+        return Prompt(shared_ids(self._state.engine, ids, "messages"), "messages")
 
     def _max_tokens(self, body: ChatBody, prompt: Prompt) -> Any:
         for given in (body.max_completion_tokens, body.max_tokens):

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from headrace.engine import Stream
 from headrace.engine.stream import StreamGroup
-from headrace.server.native_types import MAX_LIST_LENGTH, shared_ids
+from headrace.server.native_types import shared_ids
 from headrace.server.openai_calls import OpenAiCall, Prompt, choice_extras, finish_of
 from headrace.server.openai_logprobs import completion_logprobs, end_offset
 from headrace.server.openai_types import (
@@ -21,7 +21,7 @@ from headrace.server.openai_types import (
     read_completion,
     sampling_params,
 )
-from headrace.server.prompts import encode_text
+from headrace.server.prompts import check_count, encode_texts
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.wire import EventStream, dropping, event, json_reply, read_object
@@ -68,24 +68,15 @@ class CompletionsFace:
 
     async def _prompts(self, prompt: Any) -> list[Prompt]:
         """A text, ids, or a list of either."""
-        if isinstance(prompt, str):
-            return [await self._text_prompt(prompt, "prompt")]
-        if not isinstance(prompt, list) or not prompt:
+        if not isinstance(prompt, (str, list)) or prompt == []:
             raise RequestError("prompt must be a text, token ids, or a list of either", field="prompt")
-        if len(prompt) > MAX_LIST_LENGTH:
-            raise RequestError(f"prompt must hold at most {MAX_LIST_LENGTH} entries", field="prompt")
-        if isinstance(prompt[0], (str, list)):
-            return [await self._any_prompt(each, f"prompt[{i}]") for i, each in enumerate(prompt)]
-        return [Prompt(shared_ids(prompt, "prompt"), "prompt")]
-
-    async def _any_prompt(self, prompt: Any, field: str) -> Prompt:
-        if isinstance(prompt, str):
-            return await self._text_prompt(prompt, field)
-        return Prompt(shared_ids(prompt, field), field)
-
-    async def _text_prompt(self, text: str, field: str) -> Prompt:
-        ids = await encode_text(self._state.engine, text, field)
-        return Prompt(shared_ids(ids, field), field)
+        sources = {"prompt": prompt}
+        if isinstance(prompt, list) and isinstance(prompt[0], (str, list)):
+            check_count(self._state.engine, len(prompt), "prompt")
+            sources = {f"prompt[{i}]": each for i, each in enumerate(prompt)}
+        texts = {field: source for field, source in sources.items() if isinstance(source, str)}
+        ids = sources | await encode_texts(self._state.engine, texts)
+        return [Prompt(shared_ids(self._state.engine, each, field), field) for field, each in ids.items()]
 
     def _max_tokens(self, body: CompletionBody, prompts: list[Prompt]) -> Any:
         if body.max_tokens is not None:

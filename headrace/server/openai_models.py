@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from headrace.server.native_types import MAX_LIST_LENGTH
 from headrace.server.openai_types import check_model
-from headrace.server.prompts import encode_text, tokenizer_of
+from headrace.server.prompts import encode_text, encode_texts, run_sized, tokenizer_of
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.wire import convert, json_reply, read_object
 from headrace.text import check_template_arguments, normalize_messages, normalize_tools
 from headrace.types.errors import RequestError
+
+MAX_LIST_LENGTH = 1 << 17
 
 
 class TokenizeBody(msgspec.Struct):
@@ -66,31 +68,29 @@ class ModelsFace:
         limit = self._engine.resolved.context_length
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("exactly one of prompt and messages must be given", field="prompt")
-        if isinstance(body.prompt, list):
-            if len(body.prompt) > MAX_LIST_LENGTH:
-                raise RequestError(f"prompt must hold at most {MAX_LIST_LENGTH} texts", field="prompt")
-            rows = [await self._encode(text, f"prompt[{i}]", body) for i, text in enumerate(body.prompt)]
-            return json_reply({"tokens": rows, "count": [len(ids) for ids in rows], "max_model_len": limit})
-        if body.prompt is not None:
-            ids = await self._encode(body.prompt, "prompt", body)
+        if body.prompt is None:
+            rows = [await self._encode_chat(body)]
         else:
-            ids = await self._encode_chat(body)
-        return json_reply({"tokens": ids, "count": len(ids), "max_model_len": limit})
+            rows = await self._encode(_rows(body.prompt, "prompt", isinstance(body.prompt, list)), body)
+        if isinstance(body.prompt, list):
+            return json_reply({"tokens": rows, "count": [len(ids) for ids in rows], "max_model_len": limit})
+        return json_reply({"tokens": rows[0], "count": len(rows[0]), "max_model_len": limit})
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize: text of ids, or texts of many lists of ids."""
         body = convert(await read_object(request), DetokenizeBody)
         check_model(self._state, body.model)
-        if body.tokens and isinstance(body.tokens[0], list):
-            texts: Any = [self._decode(each, f"tokens[{i}]", body) for i, each in enumerate(body.tokens)]
-        else:
-            texts = self._decode(body.tokens, "tokens", body)
-        return json_reply({"text": texts, "prompt": texts})
+        is_many = bool(body.tokens) and isinstance(body.tokens[0], list)
+        rows = _rows(body.tokens, "tokens", is_many)
+        size = len(rows) + sum(len(ids) for ids in rows.values() if isinstance(ids, list))
+        texts = await run_sized(size, lambda: [self._decode(ids, field, body) for field, ids in rows.items()])
+        reply = texts if is_many else texts[0]
+        return json_reply({"text": reply, "prompt": reply})
 
-    async def _encode(self, text: str, field: str, body: TokenizeBody) -> list[int]:
-        if not text:
-            return tokenizer_of(self._engine, field).encode("", body.add_special_tokens)
-        return await encode_text(self._engine, text, field, add_special_tokens=body.add_special_tokens)
+    async def _encode(self, texts: Mapping[str, str], body: TokenizeBody) -> list[list[int]]:
+        special = body.add_special_tokens
+        encoded = await encode_texts(self._engine, texts, add_special_tokens=special, allow_empty=True)
+        return list(encoded.values())
 
     async def _encode_chat(self, body: TokenizeBody) -> list[int]:
         tokenizer = tokenizer_of(self._engine, "messages")
@@ -119,3 +119,12 @@ class ModelsFace:
             "root": self._engine.config.model,
             "max_model_len": self._engine.resolved.context_length,
         }
+
+
+def _rows(values: Any, field: str, is_many: bool) -> dict[str, Any]:
+    """What a field holds, one value or a list of many, by the names that errors use."""
+    if not is_many:
+        return {field: values}
+    if len(values) > MAX_LIST_LENGTH:
+        raise RequestError(f"{field} must hold at most {MAX_LIST_LENGTH} entries", field=field)
+    return {f"{field}[{i}]": value for i, value in enumerate(values)}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import httpx
 import pytest
 
+from headrace.server.prompts import INLINE_CHARACTERS
 from tests.server.conftest import START, Served
 
 HUGE = 100 << 20
@@ -69,3 +73,70 @@ def test_a_body_that_does_not_come_is_given_up(start: START) -> None:
 def test_what_is_no_http_is_refused(served: Served) -> None:
     assert exchange(served, b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n").startswith(b"HTTP/1.1 400 ")
     assert exchange(served, b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+
+
+def threads_of(served: Served, monkeypatch: pytest.MonkeyPatch, method: str) -> Callable[[], set[bool]]:
+    """Says whether the tokenizer's `method` was called on the engine's loop since it was last asked."""
+    tokenizer, loop = served.engine.asynchronous.tokenizer, served.engine.asynchronous.loop
+    original, seen = getattr(tokenizer, method), list[int]()
+
+    def noted(*args: Any) -> Any:
+        seen.append(threading.get_ident())
+        return original(*args)
+
+    async def identify() -> int:
+        return threading.get_ident()
+
+    def were_on_the_loop() -> set[bool]:
+        own = asyncio.run_coroutine_threadsafe(identify(), loop).result()
+        found = {thread == own for thread in seen}
+        seen.clear()
+        return found
+
+    monkeypatch.setattr(tokenizer, method, noted)
+    return were_on_the_loop
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "more"),
+    [
+        ("/generate", "text", {"sampling_params": {"max_new_tokens": 0}}),
+        ("/v1/completions", "prompt", {"max_tokens": 0}),
+        ("/tokenize", "prompt", {}),
+    ],
+)
+def test_long_lists_of_texts_are_encoded_off_the_loop(
+    served: Served, monkeypatch: pytest.MonkeyPatch, path: str, field: str, more: dict[str, Any]
+) -> None:
+    were_on_the_loop = threads_of(served, monkeypatch, "encode")
+    text = "a" * 1000
+    for count, expected in ((2, {True}), (INLINE_CHARACTERS // len(text) + 1, {False})):
+        served.http.post(path, json={field: [text] * count, **more}).raise_for_status()
+        assert were_on_the_loop() == expected
+
+
+def test_long_lists_of_ids_are_decoded_off_the_loop(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    were_on_the_loop = threads_of(served, monkeypatch, "decode")
+    for count, expected in ((2, {True}), (INLINE_CHARACTERS // 1000 + 1, {False})):
+        rows = [[5] * 1000] * count
+        for tokens in (rows, [token for row in rows for token in row]):
+            served.http.post("/detokenize", json={"tokens": tokens}).raise_for_status()
+            assert were_on_the_loop() == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/generate", {"text": ["a"] * 9}, "text"),
+        ("/generate", {"text": ["a"] * 3, "sampling_params": {"n": 3}}, "text"),
+        ("/v1/completions", {"prompt": ["a"] * 9}, "prompt"),
+    ],
+)
+def test_too_many_prompts_are_refused_before_they_are_encoded(
+    start: START, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], field: str
+) -> None:
+    served = start(settings={"max_running_requests": 4, "max_waiting_requests": 4})
+    were_on_the_loop = threads_of(served, monkeypatch, "encode")
+    reply = served.http.post(path, json=body)
+    assert (reply.status_code, reply.json()["param"]) == (400, field)
+    assert were_on_the_loop() == set()
