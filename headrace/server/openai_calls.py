@@ -27,13 +27,15 @@ class Prompt(msgspec.Struct, frozen=True):
 
 
 class OpenAiCall:
-    """The sequences of one call. Choice i is sample i % n of prompt i // n."""
+    """The sequences of one call. Choice i is sample i % n of prompt i // n.
+
+    Its name begins those of its sequences and is the id that the client sees, so that aborting the id aborts them all.
+    """
 
     def __init__(self, state: ServerState, body: OpenAiBody, kind: str, model: str, warnings: Sequence[str]) -> None:
         self._state = state
         self.body = body
-        self.request_id = body.rid or uuid.uuid4().hex
-        self.kind = kind
+        self.request_id = body.rid or f"{kind}-{uuid.uuid4().hex}"
         self.model = model
         self.headers = {"x-headrace-warnings": "; ".join(warnings)} if warnings else {}
         self.created = int(time.time())
@@ -85,7 +87,7 @@ class OpenAiCall:
     def envelope(self, kind: str, choices: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """What every reply and chunk is wrapped in."""
         return {
-            "id": f"{self.kind}-{self.request_id}",
+            "id": self.request_id,
             "object": kind,
             "created": self.created,
             "model": self.model,

@@ -87,6 +87,30 @@ def test_abort_matches_a_prefix_and_returns_what_there_is(served: Served) -> Non
         assert meta["prompt_tokens"] == 3
 
 
+@pytest.mark.parametrize("rid", ["", "mine"])
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": [1]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+    ],
+)
+def test_the_id_of_an_openai_reply_aborts_all_its_choices(
+    served: Served, path: str, body: dict[str, Any], n: int, rid: str
+) -> None:
+    asked = {**body, "n": n, "rid": rid, "max_tokens": 900, "ignore_eos": True, "stream": True}
+    reasons: dict[int, str] = {}
+    with served.http.stream("POST", path, json=asked) as reply:
+        events = (json.loads(line[6:]) for line in reply.iter_lines() if line.startswith("data: {"))
+        name = next(events)["id"]
+        assert served.http.post("/abort_request", json={"rid": name}).status_code == 200
+        for choice in (choice for event in events for choice in event["choices"] if choice["finish_reason"]):
+            reasons[choice["index"]] = choice["finish_reason"]
+    assert name == rid or not rid
+    assert reasons == dict.fromkeys(range(n), "abort")
+
+
 def test_abort_all_of_a_stream(served: Served) -> None:
     body = {"input_ids": [1], "sampling_params": LONG, "stream": True}
     reply = run_beside(served, body, lambda client: client.post("/abort_request", json={"abort_all": True}))  # type: ignore[arg-type,return-value]
