@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import AsyncIterator, Sequence
 
@@ -33,10 +34,11 @@ class NativeFace:
         call = await read_call(self._state.engine, await read_object(request))
         streams = self._submit(call)
         replies = self._replies(call, streams, received_at)
+        cancel, on_disconnect = functools.partial(cancel_all, streams), self._state.metrics.count_disconnect
         if call.is_stream:
             events = self._events(StreamGroup(streams), replies, call.is_list)
-            return EventStream(events, lambda: cancel_all(streams), self._state.options.write_timeout)
-        with dropping(request.receive, lambda: cancel_all(streams)):
+            return EventStream(events, cancel, on_disconnect, self._state.options.write_timeout)
+        with dropping(request.receive, cancel, on_disconnect):
             pieces = [await stream.result() for stream in streams]
         for reply, piece in zip(replies, pieces, strict=True):
             reply.add(piece)

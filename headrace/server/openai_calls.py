@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -14,7 +14,7 @@ from headrace.server.errors import fields_named
 from headrace.server.openai_types import OpenAiBody
 from headrace.server.prompts import check_count
 from headrace.server.state import ServerState
-from headrace.server.wire import cancel_all
+from headrace.server.wire import EventStream, cancel_all
 from headrace.types.generation import Generation
 from headrace.types.sampling_params import LogprobOptions, SamplingParams
 
@@ -62,6 +62,12 @@ class OpenAiCall:
     def cancel(self) -> None:
         """Nobody waits any more."""
         cancel_all(self.streams)
+
+    def event_stream(self, events: AsyncIterator[bytes]) -> EventStream:
+        """The streamed answer; a client that goes away cancels the call."""
+        state = self._state
+        on_disconnect, write_timeout = state.metrics.count_disconnect, state.options.write_timeout
+        return EventStream(events, self.cancel, on_disconnect, write_timeout, headers=self.headers)
 
     def numbers(self) -> dict[str, int]:
         """The number of each choice by the name of its sequence."""

@@ -26,7 +26,7 @@ from headrace.server.openai_types import (
 from headrace.server.prompts import encode_text, run_sized, tokenizer_of
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
-from headrace.server.wire import EventStream, dropping, event, json_reply, read_object
+from headrace.server.wire import dropping, event, json_reply, read_object
 from headrace.text import (
     ToolCall,
     ToolCallParser,
@@ -78,9 +78,8 @@ class ChatFace:
             params = sampling_params(body, self._max_tokens(body, prompt))
             call.submit([prompt], params, self._logprobs(body))
         if body.stream:
-            events = self._events(call, body, conversation)
-            return EventStream(events, call.cancel, self._state.options.write_timeout, headers=call.headers)
-        with dropping(request.receive, call.cancel):
+            return call.event_stream(self._events(call, body, conversation))
+        with dropping(request.receive, call.cancel, self._state.metrics.count_disconnect):
             pieces = [await stream.result() for stream in call.streams]
         for piece in pieces:
             call.count(piece)

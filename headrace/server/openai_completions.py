@@ -24,7 +24,7 @@ from headrace.server.openai_types import (
 from headrace.server.prompts import check_count, encode_texts
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
-from headrace.server.wire import EventStream, dropping, event, json_reply, read_object
+from headrace.server.wire import dropping, event, json_reply, read_object
 from headrace.types.errors import RequestError
 from headrace.types.generation import Generation
 
@@ -53,10 +53,8 @@ class CompletionsFace:
             params = sampling_params(body, self._max_tokens(body, prompts))
             call.submit(prompts, params, logprob_options(self._state, body.logprobs or 0, "logprobs"))
         if body.stream:
-            return EventStream(
-                self._events(call, body), call.cancel, self._state.options.write_timeout, headers=call.headers
-            )
-        with dropping(request.receive, call.cancel):
+            return call.event_stream(self._events(call, body))
+        with dropping(request.receive, call.cancel, self._state.metrics.count_disconnect):
             pieces = [await stream.result() for stream in call.streams]
         for piece in pieces:
             call.count(piece)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from headrace.engine import Stream
 from headrace.server import errors
@@ -74,13 +74,19 @@ def cancel_all(streams: Iterable[Stream]) -> None:
 
 
 @contextmanager
-def dropping(receive: Receive, cancel: Callable[[], None]) -> Iterator[None]:
-    """Call `cancel` when the client goes away, or when the block is left for any reason.
+def dropping(receive: Receive, cancel: Callable[[], None], on_disconnect: Callable[[], None]) -> Iterator[None]:
+    """Call `on_disconnect` and `cancel` when the client goes away, `cancel` also when the block is left for any reason.
 
-    For use once the body is read: whatever the client's connection then brings is its end.
+    For use once the body is read and until the answer is: whatever the client's connection then brings is its end.
     """
+
+    def on_end(watcher: asyncio.Future[Message]) -> None:
+        if not watcher.cancelled():
+            on_disconnect()
+        cancel()
+
     watcher = asyncio.ensure_future(receive())
-    watcher.add_done_callback(lambda _: cancel())
+    watcher.add_done_callback(on_end)
     try:
         yield
     finally:
@@ -92,7 +98,7 @@ class EventStream(Response):
     """Server-sent events from an iterator of encoded events, ended by [DONE].
 
     The headers wait for the first event, so that a request which fails before it gets its proper status. `cancel`
-    frees what is behind `events`; it is called when the client goes away, and at the end.
+    frees what is behind `events`; it is called when the client goes away, after `on_disconnect`, and at the end.
     """
 
     media_type = "text/event-stream"
@@ -101,6 +107,7 @@ class EventStream(Response):
         self,
         events: AsyncIterator[bytes],
         cancel: Callable[[], None],
+        on_disconnect: Callable[[], None],
         write_timeout: float,
         headers: Mapping[str, str] | None = None,
     ) -> None:
@@ -111,10 +118,11 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._events = events
         self._cancel = cancel
+        self._on_disconnect = on_disconnect
         self._write_timeout = write_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with dropping(receive, self._cancel):
+        with dropping(receive, self._cancel, self._on_disconnect):
             try:
                 first = await anext(self._events, DONE_EVENT)
             except HeadraceError as error:

@@ -75,10 +75,12 @@ def test_metrics_are_the_engines_and_the_servers(served: Served) -> None:
         if not sample.labels.get("le")
     }
     known = served.engine.metrics()
-    for spec in METRICS:
-        if spec.name in known:
-            name = f"headrace_{spec.name}" + ("_total" if spec.kind == "counter" else "")
-            assert name in samples
+    specs = {spec.name: spec for spec in METRICS}
+    assert len(specs) == len(METRICS)
+    assert known.keys() <= specs.keys(), "the list tells a counter from a gauge"
+    for name in known:
+        assert f"headrace_{name}" + ("_total" if specs[name].kind == "counter" else "") in samples
+    assert {"headrace_num_updates_total", "headrace_staged_steps_total"} <= samples.keys()
     assert samples["headrace_num_generated_tokens_total"] == known["num_generated_tokens"]
     assert samples["headrace_http_request_seconds_count"] >= 1
     assert samples["headrace_is_ready"] == samples["headrace_is_alive"] == 1

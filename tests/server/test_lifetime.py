@@ -28,6 +28,12 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def num_disconnects(served: Served) -> float:
+    lines = served.http.get("/metrics").text.splitlines()
+    (value,) = [line.split()[1] for line in lines if line.startswith("headrace_http_disconnects_total ")]
+    return float(value)
+
+
 def num_running(served: Served) -> float:
     metrics = served.engine.metrics()
     return metrics["num_running"] + metrics["num_waiting"]
@@ -47,7 +53,7 @@ def test_a_client_that_goes_away_frees_its_memory(
 ) -> None:
     content = json.dumps({**body, "stream": is_stream}).encode()
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n".encode()
-    before = served.engine.metrics()
+    before, num_before = served.engine.metrics(), num_disconnects(served)
     with socket.create_connection(("127.0.0.1", served.handle.port), timeout=30) as connection:
         connection.sendall(head + content)
         wait_for(lambda: served.engine.metrics()["num_generated_tokens"] > before["num_generated_tokens"] + 20)
@@ -55,9 +61,28 @@ def test_a_client_that_goes_away_frees_its_memory(
             assert connection.recv(100).startswith(b"HTTP/1.1 200")
         assert num_running(served) == 4
     wait_for(lambda: num_running(served) == 0)
+    assert num_disconnects(served) == num_before + 1
     after = served.engine.metrics()
     assert after["num_used_tokens"] == 0
     assert after["num_generated_tokens"] < before["num_generated_tokens"] + 4 * 990
+
+
+def test_clients_that_get_their_answer_are_no_disconnects(start: START) -> None:
+    served = start(settings={"pause_timeout": 0.1})
+    calls: list[tuple[str, dict[str, Any]]] = [
+        ("/generate", {"input_ids": [1], "sampling_params": {"max_new_tokens": 2}}),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 2}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}),
+    ]
+
+    def post_all() -> set[int]:
+        both = [(path, {**body, "stream": is_stream}) for path, body in calls for is_stream in (False, True)]
+        return {httpx.post(served.url + path, json=body, timeout=60).status_code for path, body in both}
+
+    assert post_all() == {200}
+    served.engine.pause("keep")
+    assert post_all() == {503}
+    assert num_disconnects(served) == 0
 
 
 def test_a_stream_whose_core_is_killed_ends_with_a_typed_error(start: START) -> None:
