@@ -28,13 +28,22 @@ LACKING_OPENAI = LACKING_GENERATE | {
     *("input_ids", "documents", "continue_final_message", "chat_template", "prompt_embeds", "best_of"),
 }
 
+_ZERO_IS_SOMETHING = frozenset(("prompt_logprobs",))
+"""Keys whose 0 asks for something: here the log-probabilities of the prompt's own tokens."""
+
 
 def refuse_lacking(values: Mapping[str, Any], lacking: Iterable[str], field: str = "") -> None:
-    """Raise `RequestError` for a key of `lacking` that asks for something; null, false, 0 and empty ask for nothing."""
+    """Raise `RequestError` for a key of `lacking` that asks for something; null, false, 0 and empty mostly do not."""
     for key in values.keys() & set(lacking):
-        if not is_absent(values[key]):
+        if _is_asked_for(key, values[key]):
             name = f"{field}.{key}" if field else key
             raise RequestError(f"{name} is not supported by this engine", field=name)
+
+
+def _is_asked_for(key: str, value: Any) -> bool:
+    if key in _ZERO_IS_SOMETHING:
+        return value is not None and value is not False
+    return not is_absent(value)
 
 
 def is_absent(value: Any, depth: int = MAX_ABSENT_DEPTH) -> bool:

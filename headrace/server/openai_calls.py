@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -41,7 +42,7 @@ class OpenAiCall:
         self.created = int(time.time())
         self.streams: list[Stream] = []
         self._totals: dict[int, tuple[int, int]] = {}
-        self._num_completion_tokens = 0
+        self._num_tokens: Counter[str] = Counter()
         self._version = state.engine.version
 
     def submit(self, prompts: Sequence[Prompt], params: SamplingParams, logprobs: LogprobOptions) -> None:
@@ -76,19 +77,20 @@ class OpenAiCall:
     def count(self, piece: Generation) -> None:
         """Take a piece into the token counts."""
         self._totals[piece.prompt_index] = (piece.num_prompt_tokens, piece.num_cached_tokens)
-        self._num_completion_tokens += len(piece.token_ids)
+        self._num_tokens[piece.request_id] += len(piece.token_ids)
         if piece.version_spans:
             self._version = piece.version_spans[-1][0]
 
     def usage(self) -> dict[str, Any]:
         """Token counts so far; a prompt counts once, however many samples it has."""
-        num_prompt_tokens = sum(total for total, _ in self._totals.values())
-        return {
-            "prompt_tokens": num_prompt_tokens,
-            "completion_tokens": self._num_completion_tokens,
-            "total_tokens": num_prompt_tokens + self._num_completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(cached for _, cached in self._totals.values())},
-        }
+        return _usage(self._totals.values(), self._num_tokens.total())
+
+    def chunk(self, kind: str, choice: Mapping[str, Any], piece: Generation) -> dict[str, Any]:
+        """A streamed chunk about one choice, of which `piece` was counted last; with its own counts if asked for."""
+        chunk, options = self.envelope(kind, [choice]), self.body.stream_options
+        if options is not None and options.continuous_usage_stats:
+            chunk["usage"] = _usage([self._totals[piece.prompt_index]], self._num_tokens[piece.request_id])
+        return chunk
 
     def envelope(self, kind: str, choices: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """What every reply and chunk is wrapped in."""
@@ -116,6 +118,17 @@ class OpenAiCall:
             namespace=self.body.extra_key or self.body.cache_salt,
             stream=self.body.stream,
         )
+
+
+def _usage(prompts: Collection[tuple[int, int]], num_completion_tokens: int) -> dict[str, Any]:
+    """`prompts` are numbers of tokens, of all and of the cached ones."""
+    num_prompt_tokens = sum(total for total, _ in prompts)
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_completion_tokens,
+        "total_tokens": num_prompt_tokens + num_completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(cached for _, cached in prompts)},
+    }
 
 
 def choice_extras(call: OpenAiCall, stream: Stream, piece: Generation) -> dict[str, Any]:

@@ -151,12 +151,13 @@ class ChatFace:
             for number in range(len(call.streams))
         ]
         while pieces := await group.next_pieces():
-            chunks: list[dict[str, Any]] = []
+            events: list[bytes] = []
             for piece in pieces:
                 call.count(piece)
-                chunks += choices[numbers[piece.request_id]].chunks(piece)
-            if chunks:
-                yield b"".join([event(call.envelope(_CHUNK, [chunk])) for chunk in chunks])
+                chunks = choices[numbers[piece.request_id]].chunks(piece)
+                events += [event(call.chunk(_CHUNK, chunk, piece)) for chunk in chunks]
+            if events:
+                yield b"".join(events)
         if body.stream_options is not None and body.stream_options.include_usage:
             yield event({**call.envelope(_CHUNK, []), "usage": call.usage()})
 

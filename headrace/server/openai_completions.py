@@ -92,7 +92,7 @@ class CompletionsFace:
                 call.count(piece)
                 choice = self._choice(call, body, number, call.streams[number], piece, offsets[number])
                 offsets[number] = end_offset(choice["logprobs"], offsets[number])
-                events.append(event(call.envelope(_OBJECT, [choice])))
+                events.append(event(call.chunk(_OBJECT, choice, piece)))
             yield b"".join(events)
         if body.stream_options is not None and body.stream_options.include_usage:
             yield event({**call.envelope(_OBJECT, []), "usage": call.usage()})

@@ -24,7 +24,7 @@ _SAME_NAMES = (
 
 
 class StreamOptions(msgspec.Struct):
-    """`include_usage` adds a last chunk with the token counts."""
+    """`include_usage` adds a last chunk with the token counts, `continuous_usage_stats` to each those of its choice."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False

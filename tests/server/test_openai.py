@@ -109,6 +109,26 @@ def test_streamed_completion(client: openai.OpenAI) -> None:
         assert offsets == expected.text_offset and offsets == sorted(offsets)
 
 
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_running_counts_come_with_every_chunk(client: openai.OpenAI, is_chat: bool) -> None:
+    settings: dict[str, Any] = {
+        **{"model": "default", "n": 2, "max_tokens": 6, "stream": True, "extra_body": {"ignore_eos": True}},
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }
+    if is_chat:
+        chunks = list(client.chat.completions.create(messages=MESSAGES, **settings))
+    else:
+        chunks = list(client.completions.create(prompt="The wheel", **settings))
+    total = chunks[-1].usage
+    for index in range(2):
+        usages = [chunk.usage for chunk in chunks[:-1] if chunk.choices[0].index == index]
+        assert {usage.prompt_tokens for usage in usages} == {total.prompt_tokens}
+        counts = [usage.completion_tokens for usage in usages]
+        assert counts == sorted(counts) and counts[0] > 0 and counts[-1] == 6
+        assert all(usage.total_tokens == usage.prompt_tokens + usage.completion_tokens for usage in usages)
+    assert (total.completion_tokens, chunks[-1].choices) == (12, [])
+
+
 def test_stop_strings(client: openai.OpenAI) -> None:
     text = client.completions.create(model="default", prompt="x", max_tokens=24, temperature=0).choices[0].text
     stop = text[5:7]
