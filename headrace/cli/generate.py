@@ -74,7 +74,7 @@ def _read_lines(source: str, stdin: TextIO) -> list[Prompt]:
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{source} cannot be read: {error}", field="jsonl") from None
     prompts = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # JSON strings may hold what splitlines() takes for line ends
         if not line.strip():
             continue
         try:

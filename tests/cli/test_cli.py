@@ -142,6 +142,14 @@ def test_a_bad_line_of_a_file_is_named(tmp_path: Path, capsys: pytest.CaptureFix
         assert "line 2" in capsys.readouterr().err
 
 
+def test_only_line_feeds_end_lines_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in ("a\u2028b\u2029c", "a\u0085b")]
+    file.write_bytes("\r\n".join([*lines, "not json"]).encode())
+    assert main(["generate", POLICY, "--jsonl", str(file)]) == 2
+    assert "line 3" in capsys.readouterr().err
+
+
 def test_help_needs_no_torch() -> None:
     script = "import sys; from headrace.cli import main\ntry: main(['bench', 'offline', '--help'])\nfinally: "
     script += "assert not {'torch', 'transformers', 'matplotlib', 'fastapi', 'uvicorn'} & set(sys.modules)"
