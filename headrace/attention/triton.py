@@ -28,9 +28,6 @@ from headrace.types.request import Int32Array
 FIXED_SPLIT = 256
 """Positions per part of a context in invariant mode: as fast as 512, and shared prompts of 256 tokens still count."""
 
-_MAX_ITEMS = 8192
-_MAX_SLOTS = 16384
-
 
 class TritonAttention:
     """Plans and launches over one pool, for steps of at most `max_tokens`.
@@ -52,7 +49,7 @@ class TritonAttention:
         geometry, device = pool.geometry, rotary.cos_PD.device
         self._pool = pool
         split = FIXED_SPLIT if invariant else None
-        limits = WorkLimits(max_tokens, _MAX_ITEMS, _MAX_SLOTS)
+        limits = WorkLimits.of_steps(max_tokens)
         sizes = (shape.num_heads, shape.num_kv_heads, shape.head_dim, geometry.page_size)
         overlap = device.type == "cuda"
         self._attention = PagedAttention(*sizes, limits, dtype, device, split, overlap=overlap)

@@ -23,6 +23,7 @@ FP8_CAPABILITY = (8, 9)
 
 ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 CUDA_THREADS = 4
+_CGROUPS = Path("/sys/fs/cgroup")
 CPU_KV_POOL_BYTES = 2 << 30
 CPU_KV_POOL_FRACTION = 0.25
 _GENEROUS_POOL_TOKENS = 1 << 22
@@ -129,7 +130,7 @@ def resolve(
         dtype=dtype,
         kv_dtype=kv_dtype,
         context_length=context_length,
-        num_pages=_num_pages(engine, device, page_bytes, context_length, why),
+        num_pages=_num_pages(engine, device == "cuda" and backend != "reference", page_bytes, context_length, why),
         num_threads=num_threads,
         attention_backend=backend,
         explanations=tuple(why),
@@ -156,13 +157,20 @@ def available_memory() -> int:
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
         try:
-            bound = Path("/sys/fs/cgroup", limit).read_text().strip()
-            used = Path("/sys/fs/cgroup", usage).read_text().strip()
+            bound = (_CGROUPS / limit).read_text().strip()
+            used = int((_CGROUPS / usage).read_text())
+            cached = _unused_cache((_CGROUPS / limit).with_name("memory.stat").read_text())
         except OSError:
             continue
         if bound.isdigit():
-            amounts.append(max(0, int(bound) - int(used)))
+            amounts.append(max(0, int(bound) - used + cached))
     return min(amounts)
+
+
+def _unused_cache(statistics: str) -> int:
+    """Bytes of files read long ago: counted as used, but the kernel drops them before it refuses memory."""
+    values = dict(line.split() for line in statistics.splitlines())
+    return int(values.get("total_inactive_file", values.get("inactive_file", 0)))
 
 
 def available_cores() -> int:
@@ -242,7 +250,7 @@ def _step_tokens(device: str, model: ModelSpec, max_rows: int) -> tuple[int, str
 
 
 def _kernel_cache(name: str) -> str:
-    folder = Path(name).expanduser().resolve()
+    folder = Path(os.path.expanduser(name)).resolve()  # which leaves "~nobody" as it is
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"kernel_cache {name} is not a folder", field="kernel_cache")
     return str(folder)
@@ -317,8 +325,11 @@ def _num_threads(config: EngineConfig, device: str, why: list[Explanation]) -> i
     return num_threads
 
 
-def _num_pages(engine: SettledConfig, device: str, page_bytes: int, context_length: int, why: list[Explanation]) -> int:
-    if engine.kv_pool_tokens is None and device == "cuda":
+def _num_pages(
+    engine: SettledConfig, is_measured: bool, page_bytes: int, context_length: int, why: list[Explanation]
+) -> int:
+    """Pages of the pool and page 0; 0 where a start on the device measures how many there is room for."""
+    if engine.kv_pool_tokens is None and is_measured:
         reason = (
             f"what {engine.memory_fraction:g} of the free device memory leaves beside weights, workspace and graphs"
         )

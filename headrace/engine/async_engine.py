@@ -25,7 +25,8 @@ from headrace.engine.runtime import Runtime
 from headrace.engine.stream import Stream, StreamGroup
 from headrace.engine.tensors import NamedTensors, to_tensor
 from headrace.engine.update import Manifest, Script, UpdateSession, drive_async, manifest_of
-from headrace.types.errors import RequestError, WeightUpdateError
+from headrace.text import run_sized
+from headrace.types.errors import CheckpointError, RequestError, WeightUpdateError
 from headrace.types.generation import Generation
 from headrace.types.messages import (
     CoreStatus,
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 DEFAULT_UPDATE_TIMEOUT = 600.0
-_INLINE_CHARACTERS = 1 << 15
 
 
 def _on_engine_loop(
@@ -239,7 +239,8 @@ class AsyncEngine:
 
     @_on_engine_loop
     async def commit(self, session: UpdateSession) -> UpdateReport:
-        """Make the staged weights live between two steps. `WeightUpdateError` names tensors that were not staged."""
+        """Make the staged weights live between two steps. `WeightUpdateError` names tensors that were not staged. After
+        a `DeadlineError` the session is aborted, so that the weights do not change behind the caller's back."""
         return await self.runtime.updater.commit(session)
 
     @_on_engine_loop
@@ -287,7 +288,11 @@ class AsyncEngine:
     ) -> UpdateReport:
         """A whole update that the core reads from a checkpoint folder itself."""
         _check_update(mode, in_flight)
-        folder, label = str(Path(path).expanduser().resolve()), _version(version)
+        try:
+            folder = str(Path(path).expanduser().resolve())
+        except (OSError, RuntimeError, ValueError):  # a name too long, a user nobody knows, a null character
+            raise CheckpointError(f"{path} is not a path on this machine", field="path") from None
+        label = _version(version)
         return await self.runtime.client.change(
             lambda call_id: UpdateFromDisk(call_id, folder, label, mode, in_flight), UpdateReport
         )
@@ -386,9 +391,7 @@ class AsyncEngine:
     ) -> list[GenerateItem]:
         """Much text is encoded in another thread, so that streams and heartbeats go on."""
         expand = functools.partial(self._builder.expand, prompts, input_ids, sampling_params, options, stream=stream)
-        if _num_characters(prompts) <= _INLINE_CHARACTERS:
-            return expand()
-        return await asyncio.get_running_loop().run_in_executor(None, expand)
+        return await run_sized(_num_characters(prompts), expand)
 
 
 def _load_server() -> Any:

@@ -77,7 +77,7 @@ def resolve_settings(config: EngineConfig, executor: ExecutorKind = "local") -> 
 
 def model_folder(model: str) -> Path:
     """The folder of a model: a local one, or the snapshot of a hub id (downloaded if need be)."""
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))  # which leaves "~nobody" as it is
     if folder.is_dir():
         return folder.resolve()
     if folder.exists():

@@ -29,7 +29,7 @@ from headrace.engine.fields import (
 )
 from headrace.engine.seeds import SeedSource, sample_seed
 from headrace.scheduler.limits import MAX_PRIORITY
-from headrace.text import Tokenizer
+from headrace.text import Tokenizer, encode_bounded
 from headrace.types.errors import RequestError
 from headrace.types.request import Request, TokenSampling, pack_ids
 from headrace.types.sampling_params import (
@@ -41,8 +41,6 @@ from headrace.types.sampling_params import (
 )
 
 _MAX_EXTRA_BYTES = 1 << 29  # half of what a message may have
-_MAX_CHARACTERS_PER_TOKEN = 256
-_PROBE_CHARACTERS_PER_TOKEN = 16
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -247,28 +245,13 @@ class RequestBuilder:
             raise RequestError(f"{field} must be a string", field=field)
         if self._tokenizer is None:
             raise RequestError("this engine has no tokenizer; give input_ids", field=field)
-        try:
-            ids = self._encode(self._tokenizer, text, field)
-        except RequestError as error:
-            raise RequestError(error.message, field=field) from None
+        ids = encode_bounded(self._tokenizer, text, self._context_length, field)
         if not ids:
             raise RequestError(f"{field} has no tokens", field=field)
         self._check_length(len(ids), field)
         array = np.asarray(ids, dtype=np.int64)
         self._check_range(array, field)
         return pack_ids(array.astype(np.int32))
-
-    def _encode(self, tokenizer: Tokenizer, text: str, field: str) -> list[int]:
-        """Encode, but refuse a hopelessly long text by its length or by a prefix, before paying for all of it."""
-        limit = self._context_length
-        if len(text) > _MAX_CHARACTERS_PER_TOKEN * limit:
-            message = f"{field} has {len(text)} characters, over what a context of {limit} tokens can hold"
-            raise RequestError(message, field=field)
-        if len(text) > 2 * _PROBE_CHARACTERS_PER_TOKEN * limit:
-            num_probe = len(tokenizer.encode(text[: _PROBE_CHARACTERS_PER_TOKEN * limit]))
-            if num_probe > limit + _PROBE_CHARACTERS_PER_TOKEN:
-                self._check_length(num_probe, field)
-        return tokenizer.encode(text)
 
     def _check_length(self, num_tokens: int, field: str) -> None:
         if num_tokens > self._context_length:

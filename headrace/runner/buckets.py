@@ -6,6 +6,8 @@ from bisect import bisect_left
 
 from headrace.attention.base import Launch
 
+_LAST_CHOICE = 2048
+
 
 def row_sizes(max_rows: int) -> list[int]:
     """1, 2, 4, by 8 to 64, by 16 to 256, by 32 beyond, up to `max_rows`: padding costs at most an eighth."""
@@ -34,6 +36,13 @@ class Buckets:
         mixed = [self._mixed(size) for size in self._token_sizes]
         decode = [Launch(size, size, True) for size in self._row_sizes]
         return sorted(mixed + decode, key=lambda bucket: -bucket.num_tokens)
+
+    @property
+    def uncaptured(self) -> list[Launch]:
+        """Sizes beyond the captured ones to run once at start: kernels are picked by size, finely up to 256 rows."""
+        most = min(self._max_tokens, _LAST_CHOICE)
+        sizes = {*row_sizes(min(most, 256)), *token_sizes(most)}
+        return [self._mixed(size) for size in sorted(sizes) if size > self._token_sizes[-1]]
 
     @property
     def greatest(self) -> Launch:

@@ -70,6 +70,7 @@ class DeviceRunner:
         self._steps = parts.steps(self.resolved, self._graphs)
         if device.type == "cuda":
             self._steps.capture(parts.buckets.captured, parts.buckets.sampled)
+            self._steps.warm(parts.buckets.uncaptured)
             parts.sampler.warm()
             self._compiled.arm()
         times.append(time.perf_counter())
@@ -156,7 +157,7 @@ def _size_pool(resolved: ResolvedConfig, parts: _Parts, free_at_start: int, has_
     spare = _SPARE_BYTES + 4 * engine.max_running_requests * resolved.model.vocab_size  # one more step's logits
     plan = MemoryPlan(free_at_start, taken, graphs, spare, engine.memory_fraction)
     page_bytes = resolved.kv_bytes_per_token * engine.page_size
-    plan.check(resolved.num_pages * page_bytes)
+    plan.check(resolved.num_pages * page_bytes, least=2 * page_bytes)  # one for sequences, beside page 0
     if resolved.num_pages:
         return resolved
     num_tokens = (plan.pages // page_bytes - 1) * engine.page_size

@@ -40,11 +40,11 @@ class MemoryPlan:
             f" {self.spare // _MIB} MiB to spare"
         )
 
-    def check(self, pool_bytes: int) -> None:
-        """Raise `ConfigError` if a pool of this size does not fit in what is free; 0: if nothing is left for one."""
-        if pool_bytes == 0 and self.pages <= 0:
+    def check(self, pool_bytes: int, least: int) -> None:
+        """Raise `ConfigError` if a pool of this size does not fit in what is free; 0: if not even `least` bytes do."""
+        if pool_bytes == 0 and self.pages < least:
             raise ConfigError(
-                f"memory_fraction {self.fraction:g} of {self.free_at_start // _MIB} MiB leaves nothing for KV pages:"
+                f"memory_fraction {self.fraction:g} of {self.free_at_start // _MIB} MiB leaves no room for KV pages:"
                 f" weights and one step take {self.taken // _MIB} MiB, graphs {self.graphs // _MIB} MiB",
                 field="memory_fraction",
             )

@@ -77,6 +77,13 @@ class StepRunner:
                 for kept in (False, True):
                     self._graphs.capture((num_rows, kept), partial(self._launches.sample, num_rows, kept=kept))
 
+    def warm(self, buckets: list[Launch]) -> None:
+        """Run forward launches of these sizes once, over an empty step, for the kernels that they compile."""
+        with torch.inference_mode():
+            self._launches.make_empty()
+            for bucket in buckets:
+                self._launches.forward(bucket)
+
     def run_greatest(self) -> None:
         """Run launches of the greatest sizes, over padding: what their peak of memory is measured by."""
         with torch.inference_mode():

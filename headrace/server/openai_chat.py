@@ -23,7 +23,7 @@ from headrace.server.openai_types import (
     sampling_params,
     tool_choice,
 )
-from headrace.server.prompts import encode_text, run_sized, tokenizer_of
+from headrace.server.prompts import encode_text, tokenizer_of
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.wire import dropping, event, json_reply, read_object
@@ -34,6 +34,7 @@ from headrace.text import (
     check_template_arguments,
     normalize_messages,
     normalize_tools,
+    run_sized,
     tool_call_style,
     tool_names,
 )

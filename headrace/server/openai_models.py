@@ -11,11 +11,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.server.openai_types import check_model
-from headrace.server.prompts import encode_text, encode_texts, run_sized, tokenizer_of
+from headrace.server.prompts import encode_text, encode_texts, tokenizer_of
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.wire import convert, json_reply, read_object
-from headrace.text import check_template_arguments, normalize_messages, normalize_tools
+from headrace.text import check_template_arguments, normalize_messages, normalize_tools, run_sized
 from headrace.types.errors import RequestError
 
 MAX_LIST_LENGTH = 1 << 17

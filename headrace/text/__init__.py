@@ -2,11 +2,13 @@
 
 from headrace.text.chat import check_template_arguments, normalize_messages, normalize_tools, tool_names
 from headrace.text.detokenizer import IncrementalDetokenizer
+from headrace.text.encoding import INLINE_CHARACTERS, encode_bounded, run_sized
 from headrace.text.stop_strings import StopStrings
 from headrace.text.tokenizer import Tokenizer
 from headrace.text.tool_calls import ToolCall, ToolCallParser, ToolCallStyle, tool_call_style
 
 __all__ = [
+    "INLINE_CHARACTERS",
     "IncrementalDetokenizer",
     "StopStrings",
     "Tokenizer",
@@ -14,8 +16,10 @@ __all__ = [
     "ToolCallParser",
     "ToolCallStyle",
     "check_template_arguments",
+    "encode_bounded",
     "normalize_messages",
     "normalize_tools",
+    "run_sized",
     "tool_names",
     "tool_call_style",
 ]

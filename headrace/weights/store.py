@@ -8,6 +8,7 @@ both: whole, mixed or absent. Reads everything through one `WeightMap`. Must not
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -18,6 +19,8 @@ from headrace.types.weights import TensorInfo, UpdateMode, WeightState
 from headrace.weights.session import ResolvedMode, StagedSet
 from headrace.weights.staging import BLOCK_BYTES, StageWork, digest_of, dtype_name, row_blocks, source_of
 from headrace.weights.weight_map import FLOAT_DTYPES, WeightMap, WeightRule, is_derived
+
+logger = logging.getLogger(__name__)
 
 SHADOW_HEADROOM_BYTES = 256 << 20
 """Memory that must stay free beside the shadow buffers, for activations and the producer."""
@@ -198,25 +201,27 @@ class WeightStore:
             raise WeightUpdateError(f"weights are {self._resting}: only a complete update is accepted", field="partial")
         self.weight_map.check_manifest(manifest, partial)
         rules = [rule for rule in map(self.weight_map.rules_by_name.get, (info.name for info in manifest)) if rule]
-        resolved = self._resolve_mode(mode, sum(self._region(rule).nbytes for rule in rules))
-        transaction = _Transaction(manifest, resolved, self.weight_map.aliases)
-        if resolved == "shadow":
-            transaction.shadow = {
-                rule.hf_name: torch.empty(rule.shape, dtype=self.dtype, device=self.device) for rule in rules
-            }
+        shadow = self._shadow(mode, rules)
+        transaction = _Transaction(manifest, "inplace" if shadow is None else "shadow", self.weight_map.aliases)
+        transaction.shadow = shadow or {}
         self._transaction = transaction
-        return resolved
+        return transaction.mode
 
-    def _resolve_mode(self, mode: UpdateMode, shadow_bytes: int) -> ResolvedMode:
+    def _shadow(self, mode: UpdateMode, rules: list[WeightRule]) -> dict[str, torch.Tensor] | None:
+        """Memory beside the live weights; None: the update writes in place."""
         if mode == "inplace":
-            return "inplace"
-        available = self._memory()
-        fits = shadow_bytes + SHADOW_HEADROOM_BYTES <= available
-        if mode == "shadow" and not fits:
-            raise WeightUpdateError(
-                f"shadow needs {shadow_bytes} bytes and headroom, {available} are available; use inplace", field="mode"
-            )
-        return "shadow" if fits else "inplace"
+            return None
+        num_bytes, available = sum(self._region(rule).nbytes for rule in rules), self._memory()
+        if num_bytes + SHADOW_HEADROOM_BYTES <= available:
+            try:
+                return {rule.hf_name: torch.empty(rule.shape, dtype=self.dtype, device=self.device) for rule in rules}
+            except torch.OutOfMemoryError:  # what the allocator keeps for graphs looks free, and is in pieces
+                logger.warning("%d bytes of weights found no room beside the live ones", num_bytes)
+            torch.cuda.empty_cache()  # of what was had before that
+        if mode == "shadow":
+            message = f"shadow needs {num_bytes} bytes and headroom, {available} are available; use inplace"
+            raise WeightUpdateError(message, field="mode")
+        return None
 
     def stage(self, index: int, data: memoryview | torch.Tensor) -> StageWork:
         """The work of moving manifest entry `index` into place; nothing is written before `advance`.

@@ -9,7 +9,8 @@ import pytest
 
 from headrace.config import CudaDevice, EngineConfig, ResolvedConfig, Software, resolve
 from headrace.config.engine_config import SettledConfig
-from headrace.config.resolve import available_cores
+from headrace.config.resolve import available_cores, available_memory
+from headrace.engine.launch import model_folder
 from headrace.types.errors import ConfigError
 
 H200 = CudaDevice("NVIDIA H200", 150_754_820_096, (9, 0), 132)
@@ -322,3 +323,39 @@ def test_the_thread_count_of_the_environment_is_honoured(
     assert on_cuda(folder).num_threads == (expected or min(4, available_cores()))
     for result in (resolved(folder, num_threads=2), on_cuda(folder, num_threads=2)):
         assert result.num_threads == 2
+
+
+def test_the_reference_backend_measures_no_pool(folder: Path) -> None:
+    result = on_cuda(folder, attention_backend="reference")
+    assert result.max_total_num_tokens > 0 and "2 GiB" in why(result, "kv_pool_tokens")
+    assert on_cuda(folder).num_pages == 0
+
+
+def test_paths_of_users_nobody_knows_are_refused_or_taken_as_they_are(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        model_folder("~nobody-by-this-name/model")
+    assert "~nobody-by-this-name" in str(resolved(folder, kernel_cache="~nobody-by-this-name/x").engine.kernel_cache)
+
+
+CGROUPS = {
+    "v2": ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    "v1": ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+}
+
+
+@pytest.mark.parametrize("version", CGROUPS)
+def test_files_read_long_ago_are_no_used_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    limit, usage, statistics, cached = (tmp_path / name for name in CGROUPS[version])
+    module = available_memory.__globals__  # its name is also that of a function
+    monkeypatch.setitem(module, "_CGROUPS", tmp_path)
+    monkeypatch.setitem(module, "_meminfo_available", lambda: 64 << 30)
+    assert available_memory() == 64 << 30
+    limit.parent.mkdir(exist_ok=True)
+    limit.write_text(f"{16 << 30}\n")
+    usage.write_text(f"{15 << 30}\n")
+    statistics.write_text(f"anon 5\n{cached.name} {14 << 30}\nactive_file 7\n")
+    assert available_memory() == 15 << 30
+    statistics.write_text("anon 5\n")
+    assert available_memory() == 1 << 30
+    limit.write_text("max\n")
+    assert available_memory() == 64 << 30

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
+from headrace.kernels.triton.paged_attention import choose_tiles
 from headrace.kernels.triton.work_items import (
     ITEM_WORDS,
     WHOLE,
@@ -224,6 +226,20 @@ def test_bounds_are_not_wasteful() -> None:
     assert planner.bounds(1, 1).wide == planner.bounds(64, 64).wide == 0
     with_limit = AttentionPlanner(planner.limits, TileSizes(8, 64), PAGE, 8, max_positions=256)
     assert with_limit.bounds(1, 1).narrow <= 5
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 3, 4, 6, 7, 8, 12, 16, 32, 71, 128])
+def test_every_step_size_that_may_be_set_has_room(group_size: int) -> None:
+    """Also thousands of rows, and prompts of 131,072 tokens in one step."""
+    for dtype, invariant in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)):
+        sizes = choose_tiles(group_size, 128, dtype, invariant=invariant).tokens(group_size)
+        for max_tokens in (1, 100, 2048, 4096, 8192, 16384, 1 << 17):
+            for kv in (1, 8, 32):
+                fixed = 256 if invariant else None
+                planner = AttentionPlanner(WorkLimits.of_steps(max_tokens), sizes, PAGE, kv, fixed, max_positions=40960)
+                for num_rows in (1, 64, 512, max_tokens):
+                    planner.bounds(min(num_rows, max_tokens), max_tokens)
+                planner.bounds(max_tokens, max_tokens, is_decode=True)
 
 
 def test_bounds_say_where_the_limits_are_too_small() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from headrace.server.prompts import INLINE_CHARACTERS
+from headrace.text import INLINE_CHARACTERS
 from tests.server.conftest import START, Served
 
 HUGE = 100 << 20

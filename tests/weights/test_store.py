@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -384,6 +385,32 @@ def test_auto_takes_the_shadow_only_when_it_fits() -> None:
     with pytest.raises(WeightUpdateError, match="shadow needs") as caught:
         make_store(weight_map, tensors, memory=needed - 1).begin(manifest_of(tensors), "shadow", False)
     assert caught.value.field == "mode"
+
+
+def test_a_shadow_that_finds_no_room_after_all_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an allocator keeps may look free and not be."""
+    weight_map = make_map()
+    before, after = make_tensors(weight_map, 1), make_tensors(weight_map, 2)
+    store, real = make_store(weight_map, before), torch.empty
+    num_left = 0
+
+    def exhausted(*sizes: Any, **options: Any) -> torch.Tensor:
+        nonlocal num_left
+        num_left -= 1
+        if num_left < 0:
+            raise torch.OutOfMemoryError
+        return real(*sizes, **options)
+
+    monkeypatch.setattr(torch, "empty", exhausted)
+    num_left = 3
+    with pytest.raises(WeightUpdateError, match="use inplace"):
+        store.begin(manifest_of(after), "shadow", False)
+    num_left = 3
+    assert store.begin(manifest_of(after), "auto", False) == "inplace"
+    store.abort()
+    monkeypatch.undo()
+    assert state_of(store) == "ready" and live_bits(store) == live_bits(make_store(weight_map, before))
+    assert update(store, after, "auto") == "shadow"
 
 
 @pytest.mark.parametrize("fault", ["unknown", "missing", "doubled", "misshapen", "dtype", "tied"])

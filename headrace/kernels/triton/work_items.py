@@ -61,6 +61,8 @@ HEADER_WORDS = 8
 ITEM_WORDS = 8
 WHOLE = -1
 
+_LEAST_ITEMS = 8192
+_MAX_SLOTS = 16384
 _MIN_SHARED = 64  # shared positions below this do not pay for one more part per row
 
 
@@ -71,6 +73,12 @@ class WorkLimits:
     max_tokens: int
     max_items: int
     max_slots: int
+
+    @classmethod
+    def of_steps(cls, max_tokens: int) -> WorkLimits:
+        """Room for every step of so many tokens: all of them in tiles of one, uncut, beside wide tiles, whatever the
+        model's heads."""
+        return cls(max_tokens, max(_LEAST_ITEMS, 3 * max_tokens), _MAX_SLOTS)
 
     @property
     def num_words(self) -> int:
