@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from headrace import Engine, Generation, SamplingParams
-from tests.gpu.builders import Checkpoint, Checkpoints, Starter, bits, check_greedy, check_samples_agree, random_ids
+from tests.gpu.builders import (
+    Checkpoint,
+    Checkpoints,
+    Starter,
+    bits,
+    check_greedy,
+    check_samples_agree,
+    greedy,
+    random_ids,
+)
 
 FLOAT32 = torch.float32
 BFLOAT16 = torch.bfloat16
@@ -184,3 +193,22 @@ def test_a_core_in_its_own_process_gives_the_same(checkpoints: Checkpoints, star
     common = {"numerics": "invariant"}
     found = [bits(run(start(checkpoint, inprocess=inside, **common), asked, params)) for inside in (False, True)]
     assert found[0] == found[1]
+
+
+def test_a_step_may_take_tens_of_thousands_of_tokens(checkpoints: Checkpoints, start: Starter) -> None:
+    """All of them in one launch of more items than the defaults ever need."""
+    choose = random.Random(4)
+    asked = [random_ids(choose, length) for length in (6000, 5000, 7000, 1, 6500, 300)]
+    params = params_for(len(asked), 6)
+    settings = {"numerics": "invariant", "max_running_requests": 64}
+    one, other = (start(checkpoints.get(), max_num_batched_tokens=size, **settings) for size in (1 << 16, 1024))
+    assert bits(run(one, asked, params)) == bits(run(other, asked, params))
+    assert one.metrics()["num_chunked_prompts"] == 0 < other.metrics()["num_chunked_prompts"]
+
+
+def test_the_reference_backend_starts_with_what_settings_it_has(checkpoints: Checkpoints, start: Starter) -> None:
+    checkpoint = checkpoints.get()
+    engine = start(checkpoint, dtype="float32", attention_backend="reference", kv_pool_tokens=None)
+    asked = prompts()[:4]
+    for prompt, piece in zip(asked, run(engine, asked, [greedy(8)] * len(asked)), strict=True):
+        check_greedy(checkpoint, prompt, piece, 1e-3)

@@ -66,17 +66,20 @@ def random_call(seed: int) -> dict[str, Any]:
     return {"input_ids": prompts, "sampling_params": params, **options}
 
 
-@pytest.mark.parametrize(("numerics", "num_calls"), [("fast", 500), ("invariant", 150)])
-def test_random_shapes_compile_nothing(checkpoints: Checkpoints, start: Starter, numerics: str, num_calls: int) -> None:
+CASES = {
+    "fast": (500, {"max_running_requests": NUM_ROWS, "max_graph_tokens": 1024}),
+    "invariant": (150, {"max_running_requests": NUM_ROWS, "max_graph_tokens": 1024, "numerics": "invariant"}),
+    "few graphs": (60, {"max_running_requests": 16, "max_graph_tokens": 16}),
+    "few graphs, invariant": (30, {"max_running_requests": 32, "max_graph_tokens": 16, "numerics": "invariant"}),
+}
+
+
+@pytest.mark.parametrize(("num_calls", "settings"), CASES.values(), ids=CASES)
+def test_random_shapes_compile_nothing(
+    checkpoints: Checkpoints, start: Starter, num_calls: int, settings: dict[str, Any]
+) -> None:
     checkpoint = checkpoints.get(dtype=torch.bfloat16)
-    engine = start(
-        checkpoint,
-        inprocess=False,
-        numerics=numerics,
-        max_running_requests=NUM_ROWS,
-        max_num_batched_tokens=2048,
-        max_graph_tokens=1024,
-    )
+    engine = start(checkpoint, inprocess=False, max_num_batched_tokens=2048, **settings)
 
     def call(seed: int) -> int:
         found = engine.generate(**random_call(seed))
