@@ -56,9 +56,9 @@ def build(arguments: argparse.Namespace) -> None:
     settings = {"kv_pool_tokens": KV_POOL_TOKENS, **given(arguments, EngineConfig, skip=SET_HERE)}
     device = ""
     with tempfile.TemporaryDirectory() as configs:
-        models = {shape: str(write_config(Path(configs) / shape, shape)) for shape in arguments.shape}
-        models.update({Path(model).resolve().name: model for model in arguments.model})
-        for name, model in models.items():
+        models = [(shape, str(write_config(Path(configs) / shape, shape))) for shape in arguments.shape]
+        models += [(Path(model).resolve().name, model) for model in arguments.model]
+        for name, model in models:
             with Engine(
                 model,
                 device="cuda",
@@ -70,7 +70,7 @@ def build(arguments: argparse.Namespace) -> None:
                 engine.generate(input_ids=[[1, 2, 3]], sampling_params={"max_new_tokens": 2, "ignore_eos": True})
                 device = engine.resolved.cuda.name if engine.resolved.cuda is not None else ""
             print(f"{name}: {describe(folder)}", flush=True)
-    seal(folder, headrace=__version__, device=device, models=tuple(models))
+    seal(folder, headrace=__version__, device=device, models=tuple(name for name, _ in models))
 
 
 def describe(folder: Path) -> str:

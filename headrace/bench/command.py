@@ -108,7 +108,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     """What every benchmark of requests to a whole engine takes."""
     _add_model(parser)
     text = f"sequences re-scored by the reference (default: {NUM_RESCORED})"
-    parser.add_argument("--rescored", type=int, default=NUM_RESCORED, metavar="N", help=text)
+    parser.add_argument("--rescored", type=_count, default=NUM_RESCORED, metavar="N", help=text)
     add_flags(parser, RequestStyle, title="requests")
     add_flags(parser, EngineConfig, title="engine settings", skip=_SET_BY_BENCH)
 
@@ -125,9 +125,9 @@ def _add_overhead(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_prefix_cache(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num-sequences", type=int, default=100_000, help="(default: 100000)")
-    parser.add_argument("--num-tokens", type=int, default=1000, help="tokens per sequence (default: 1000)")
-    parser.add_argument("--page-size", type=int, default=16, help="tokens per page (default: 16)")
+    parser.add_argument("--num-sequences", type=_positive, default=100_000, help="(default: 100000)")
+    parser.add_argument("--num-tokens", type=_positive, default=1000, help="tokens per sequence (default: 1000)")
+    parser.add_argument("--page-size", type=_positive, default=16, help="tokens per page (default: 16)")
 
 
 def _run_offline(arguments: argparse.Namespace, on_progress: Progress) -> dict[str, Any]:
@@ -216,8 +216,14 @@ def _run_prefix_cache(arguments: argparse.Namespace, on_progress: Progress) -> d
 
 
 def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if _count(text) < 1:
         raise argparse.ArgumentTypeError("must be a positive integer")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError("must be an integer, not negative")
     return int(text)
 
 

@@ -36,16 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the report; exit code 2 when no attention backend can run the model."""
-    from headrace.engine.launch import resolve_settings
+    """Print the report; exit code 2 when no attention backend can run the model or memory does not hold it."""
+    from headrace.engine.launch import CONFIG_FILES, resolve_settings
 
     config = EngineConfig.from_dict({"model": arguments.model, **given(arguments, EngineConfig)})
-    report = build_report(resolve_settings(config))
+    report = build_report(resolve_settings(config, files=CONFIG_FILES))
     if arguments.json:
         print(json.dumps(report))
     else:
         print_report(report)
-    return 0 if report["attention"]["chosen"] in report["attention"]["available"] else 2
+    can_run = report["attention"]["chosen"] in report["attention"]["available"] and report["memory"]["fits"]
+    return 0 if can_run else 2
 
 
 def build_report(resolved: ResolvedConfig, software: Software | None = None) -> dict[str, Any]:

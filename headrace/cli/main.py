@@ -44,10 +44,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and (arguments.command != "generate" or any(word.startswith("-") for word in rest)):
+    end = rest.index("--") if "--" in rest else len(rest)  # what follows is no flag, whatever it looks like
+    if rest and (arguments.command != "generate" or any(word.startswith("-") for word in rest[:end])):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        arguments.prompts.extend(rest)
+        arguments.prompts.extend(rest[:end] + rest[end + 1 :])
     return arguments
 
 

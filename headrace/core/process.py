@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 def main(arguments: list[str]) -> int:
     """Serve one core over the inherited link until the front or the parent is gone. Returns the exit code."""
     options = _parse(arguments)
-    configure_logging(LogContext(role="core"))
+    configure_logging(LogContext(role="core"), level=options.log_level, as_json=options.log_json)
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front decides; a terminal's Ctrl-C is not for us
     threading.Thread(target=watch_parent, args=(options.lifeline, options.parent), daemon=True).start()
@@ -70,6 +70,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--pulse", type=int, required=True)
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--executor", choices=("local", "free"), default="local")
+    parser.add_argument("--log-level", type=int, default=logging.INFO)
+    parser.add_argument("--log-json", action="store_true")
     return parser.parse_args(arguments)
 
 

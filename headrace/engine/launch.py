@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -18,7 +19,9 @@ from headrace.text import Tokenizer
 from headrace.types.errors import ConfigError
 
 ExecutorKind = Literal["local", "free"]
-_MODEL_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "*.txt"]
+MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "*.txt")
+CONFIG_FILES = ("config.json", "generation_config.json")
+"""All that resolving settings reads."""
 
 
 class CoreHost(Protocol):
@@ -65,17 +68,21 @@ class CoreThread:
         serve_core(resolved, link, executor, pulse=Pulse(page))
 
 
-def resolve_settings(config: EngineConfig, executor: ExecutorKind = "local") -> ResolvedConfig:
+def resolve_settings(
+    config: EngineConfig, executor: ExecutorKind = "local", files: Sequence[str] = MODEL_FILES
+) -> ResolvedConfig:
     """Find the model's files and decide every open setting. Raises `ConfigError` and its kin.
+
+    `files` are the patterns of those to have of a hub id.
 
     An executor that computes nothing has no device that could measure a pool: whatever is asked, it is on the CPU.
     """
     if executor == "free":
         config = msgspec.structs.replace(config, device="cpu")
-    return resolve(config, model_folder(config.model))
+    return resolve(config, model_folder(config.model, files))
 
 
-def model_folder(model: str) -> Path:
+def model_folder(model: str, files: Sequence[str] = MODEL_FILES) -> Path:
     """The folder of a model: a local one, or the snapshot of a hub id (downloaded if need be)."""
     folder = Path(os.path.expanduser(model))  # which leaves "~nobody" as it is
     if folder.is_dir():
@@ -84,7 +91,7 @@ def model_folder(model: str) -> Path:
         raise ConfigError(f"model {model} is a file; a folder or a hub id is needed", field="model")
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise ConfigError(f"model folder {model} does not exist", field="model")
-    return _download(model)
+    return _download(model, files)
 
 
 def load_tokenizer(config: EngineConfig, folder: str) -> Tokenizer | None:
@@ -106,12 +113,12 @@ def start_core(resolved: ResolvedConfig, *, inprocess: bool, executor: ExecutorK
     return launch_core(msgspec.msgpack.encode(resolved), executor=executor)
 
 
-def _download(model: str) -> Path:
+def _download(model: str, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_MODEL_FILES))
+        return Path(snapshot_download(model, allow_patterns=list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         message = f"model {model!r} is no local folder and cannot be had from the hub: {reason}"

@@ -21,6 +21,7 @@ from headrace.ipc.buffers import SharedBuffer
 from headrace.ipc.codec import pack_frame
 from headrace.ipc.pulse import PULSE_BYTES, PulsePage
 from headrace.ipc.socket_link import SocketFrontLink
+from headrace.telemetry import logging_words
 
 LINK_BUFFER_BYTES = 1 << 22
 _EXIT_NOTICE_SECONDS = 1.0
@@ -125,7 +126,7 @@ def launch_core(config: bytes, *, executor: str = "local") -> tuple[CoreProcess,
 
 def _start(link: int, lifeline: int, pulse: int, executor: str) -> subprocess.Popen[bytes]:
     arguments = ["--link", str(link), "--lifeline", str(lifeline), "--pulse", str(pulse)]
-    arguments += ["--parent", str(os.getpid()), "--executor", executor]
+    arguments += ["--parent", str(os.getpid()), "--executor", executor, *logging_words()]
     return subprocess.Popen(
         # -P: a file in the working directory must not shadow a module of the child.
         [sys.executable, "-P", "-m", "headrace.core.process", *arguments],

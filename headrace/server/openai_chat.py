@@ -75,7 +75,7 @@ class ChatFace:
         prompt = await self._prompt(conversation, body, len(raw))
         call = OpenAiCall(self._state, body, "chatcmpl", model, warnings)
         key = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-        with openai_errors(key):
+        with openai_errors(key, "top_logprobs"):
             params = sampling_params(body, self._max_tokens(body, prompt))
             call.submit([prompt], params, self._logprobs(body))
         if body.stream:

@@ -49,7 +49,7 @@ class CompletionsFace:
         model = check_model(self._state, body.model)
         prompts = await self._prompts(body.prompt)
         call = OpenAiCall(self._state, body, "cmpl", model, warnings)
-        with openai_errors():
+        with openai_errors("max_tokens", "logprobs"):
             params = sampling_params(body, self._max_tokens(body, prompts))
             call.submit(prompts, params, logprob_options(self._state, body.logprobs or 0, "logprobs"))
         if body.stream:

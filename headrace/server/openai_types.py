@@ -107,13 +107,14 @@ def sampling_params(body: OpenAiBody, max_new_tokens: Any) -> SamplingParams:
     return SamplingParams.from_dict({**values, "max_new_tokens": max_new_tokens, "min_new_tokens": body.min_tokens})
 
 
-def openai_errors(max_tokens_key: str = "max_tokens") -> AbstractContextManager[None]:
+def openai_errors(max_tokens_key: str, top_logprobs_key: str) -> AbstractContextManager[None]:
     """Inside, errors name fields as the engine does; outside, as these routes do."""
     return fields_named(
         {
             "sampling_params": "",
             "sampling_params.max_new_tokens": max_tokens_key,
             "sampling_params.min_new_tokens": "min_tokens",
+            "top_logprobs": top_logprobs_key,
             "request_id": "rid",
             "namespace": "extra_key",
         }

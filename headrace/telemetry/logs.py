@@ -27,19 +27,26 @@ class LogContext(msgspec.Struct, frozen=True):
 
 
 def configure_logging(
-    context: LogContext, *, level: str = "info", as_json: bool = False, stream: TextIO | None = None
+    context: LogContext, *, level: str | int = "info", as_json: bool = False, stream: TextIO | None = None
 ) -> logging.Logger:
     """Send the "headrace" logger's records to `stream` (stderr by default), replacing its handlers.
 
-    `level` is a standard level name in any case; `ValueError` if it is not one.
+    `level` is a standard level's number, or its name in any case; `ValueError` if it is not one.
     """
     logger = logging.getLogger(LOGGER_NAME)
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(_JsonFormatter(context) if as_json else _LineFormatter(context))
     logger.handlers = [handler]
     logger.propagate = False
-    logger.setLevel(level.upper())
+    logger.setLevel(level.upper() if isinstance(level, str) else level)
     return logger
+
+
+def logging_words() -> list[str]:
+    """Command-line words with which a process that this one starts logs as this one does."""
+    logger = logging.getLogger(LOGGER_NAME)
+    words = ["--log-level", str(logger.level)] if logger.level else []
+    return words + ["--log-json"] * any(isinstance(handler.formatter, _JsonFormatter) for handler in logger.handlers)
 
 
 class _LineFormatter(logging.Formatter):

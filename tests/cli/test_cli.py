@@ -156,3 +156,62 @@ def test_help_needs_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--workload" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "prompts"),
+    [
+        (["--max-new-tokens", "4", "--", "-5+3"], ["-5+3"]),
+        (["a", "--max-new-tokens", "4", "--", "-5+3", "--", "--x"], ["a", "-5+3", "--", "--x"]),
+        (["a", "--max-new-tokens", "4", "b"], ["a", "b"]),
+    ],
+)
+def test_prompts_may_begin_with_a_dash_after_two(words: list[str], prompts: list[str]) -> None:
+    assert parse(["generate", POLICY, *words]).prompts == prompts
+    for wrong in (["generate", POLICY, "--nope", "--", "x"], ["check", POLICY, "--", "x"]):
+        with pytest.raises(SystemExit):
+            parse(wrong)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["prefix-cache", "--page-size", "0"],
+        ["prefix-cache", "--num-tokens", "0"],
+        ["prefix-cache", "--num-sequences", "-1"],
+        ["offline", "--rescored", "-1"],
+    ],
+)
+def test_sizes_of_a_benchmark_are_checked_first(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(["bench", *words])
+    assert caught.value.code == 2 and words[1] in capsys.readouterr().err
+
+
+def test_check_says_by_its_exit_code_that_memory_does_not_hold_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", POLICY, "--device", "cpu", "--json"]) == 0
+    assert main(["check", POLICY, "--device", "cpu", "--kv-pool-tokens", str(1 << 32), "--json"]) == 2
+    assert [json.loads(line)["memory"]["fits"] for line in capsys.readouterr().out.splitlines()] == [True, False]
+
+
+def test_check_has_only_configurations_of_a_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def download(model: str, *, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return POLICY
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert main(["check", "some-people/some-model", "--device", "cpu"]) == 0
+    assert sorted(asked) == ["config.json", "generation_config.json"]
+
+
+def test_a_core_logs_as_its_server_does(tmp_path: Path) -> None:
+    """Here why it cannot start."""
+    (tmp_path / "config.json").write_bytes((Path(POLICY) / "config.json").read_bytes())
+    command = [sys.executable, "-m", "headrace", "serve", str(tmp_path), "--port", "0", "--device", "cpu"]
+    words = ["--skip-tokenizer-init", "--log-json", "--log-level", "error"]
+    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=120)
+    lines = [line for line in done.stderr.splitlines() if "core" in line]
+    assert [json.loads(line)["role"] for line in lines if line.startswith("{")] == ["core"]
+    assert not any("core:0" in line for line in lines), lines

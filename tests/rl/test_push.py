@@ -91,6 +91,18 @@ def test_a_refused_push_names_the_tensor_and_leaves_the_old_weights(engine: Engi
     assert engine.digest() == before
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_state_dict_of_copies_is_verified_too(engine: Engine, model: Qwen3ForCausalLM, dtype: torch.dtype) -> None:
+    """Its tied head is a tensor of its own."""
+    copies = {name: tensor.to(dtype, copy=True) for name, tensor in model.state_dict().items()}
+    assert copies["lm_head.weight"].data_ptr() != copies["model.embed_tokens.weight"].data_ptr()
+    assert push_weights(engine, copies, str(dtype), verify=True).is_verified
+    copies["lm_head.weight"] += 1
+    with pytest.raises(WeightUpdateError, match=r"lm_head\.weight"):
+        push_weights(engine, copies, "untied", verify=True)
+    push_weights(engine, model, "again", verify=True)
+
+
 def test_verification_names_the_tensor_that_is_not_what_was_sent(model: Qwen3ForCausalLM) -> None:
     class Forgetful(Engine):
         """An engine that takes an update and keeps one old tensor."""

@@ -177,7 +177,7 @@ COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "a", "prompt_logprobs": 0}, "prompt_logprobs"),
     ({"prompt": "a", "best_of": 5}, "best_of"),
     ({"prompt": "a", "logprobs": -1}, "logprobs"),
-    ({"prompt": "a", "logprobs": 10**6}, "top_logprobs"),
+    ({"prompt": "a", "logprobs": 10**6}, "logprobs"),
     ({"prompt": "a", "max_tokens": 1.5}, "max_tokens"),
     ({"prompt": "a", "min_tokens": 99}, "min_tokens"),
     ({"prompt": "a", "seed": "x"}, "seed"),
