@@ -91,6 +91,11 @@ class CoreClient:
         self.is_whole = True
 
     @property
+    def control_timeout(self) -> float:
+        """Default deadline of a call, in seconds."""
+        return self._control_timeout
+
+    @property
     def is_alive(self) -> bool:
         """True from the start until the core's death or `close`."""
         return self._end is None

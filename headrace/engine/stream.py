@@ -136,7 +136,7 @@ class Stream:
         for position in range(start, stop - 1 if hides_last else stop):
             self._matched = feed.push(self._sample.token_ids[position], position + 1)
             if self._matched is not None:
-                self._sample.truncate(position + 1)
+                self._sample.truncate(feed.completing_length(self._sample.token_ids[: position + 1], self._matched))
                 self._end("dropped" if finish is None else "answered", Finish("stop"))
                 return True
         if finish is not None:

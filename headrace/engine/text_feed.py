@@ -27,6 +27,8 @@ class TextFeed:
         self._stop_tokens = _special_stops(tokenizer, params)
         self._pieces: list[str] = []
         self._num_taken = 0
+        self._num_certain = 0  # tokens whose text has been released
+        self._first_new = 1  # the first token, from 1, whose text may have come with what was released last
 
     @property
     def text(self) -> str:
@@ -38,6 +40,7 @@ class TextFeed:
         if token_id in self._stop_tokens and num_tokens >= self._params.min_new_tokens:
             return self.finish(num_tokens) or self._stop_tokens[token_id]
         text = self._detokenizer.push((token_id,))
+        self._note_released(text, num_tokens)
         if self._stops is None or not text:
             self._show(text)
             return None
@@ -51,6 +54,7 @@ class TextFeed:
     def finish(self, num_tokens: int) -> str | None:
         """No more tokens come: show what was held back. Returns a stop string that is complete only now."""
         text = self._detokenizer.finish()
+        self._note_released(text, num_tokens)
         if self._stops is None or num_tokens < self._params.min_new_tokens:
             self._show(text)
             return None
@@ -67,13 +71,21 @@ class TextFeed:
         return text
 
     def completing_length(self, token_ids: Sequence[int], matched: str) -> int:
-        """The fewest ids whose text holds `matched`; for decoders that only show their text at the end."""
-        lengths = range(max(self._params.min_new_tokens, 1), len(token_ids))
+        """The fewest of these ids whose text holds `matched`, which came with what was released last: with the last id,
+        or with one before it whose text was not certain until then."""
+        lengths = range(max(self._params.min_new_tokens, self._first_new), len(token_ids))
+        if not lengths:
+            return len(token_ids)
+        searched = max(0, len(self._decode(token_ids[: self._first_new - 1])) - len(matched) + 1)
 
         def is_enough(length: int) -> bool:
-            return matched in self._decode(token_ids[:length])
+            return matched in self._decode(token_ids[:length])[searched:]
 
         return lengths.start + bisect.bisect_left(lengths, True, key=is_enough)
+
+    def _note_released(self, text: str, num_tokens: int) -> None:
+        if text:
+            self._first_new, self._num_certain = self._num_certain + 1, num_tokens
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         skip, spaces = self._params.skip_special_tokens, self._params.spaces_between_special_tokens

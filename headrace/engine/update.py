@@ -80,6 +80,14 @@ class Bucket:
         self._num_used = 0
 
 
+class _Holding:
+    """The buckets of one running script that are no uploads yet. Its steps may run on after it was cancelled."""
+
+    def __init__(self) -> None:
+        self.buckets: list[Bucket] = []
+        self.is_over = False
+
+
 class Updater:
     """Opens, fills and ends update sessions on one core. Its coroutines run on the engine's loop."""
 
@@ -110,10 +118,23 @@ class Updater:
         partial: bool,
         timeout_s: float,
     ) -> UpdateSession:
-        """Have the whole manifest checked and a session opened."""
-        begun = await self._client.change(
-            lambda call_id: BeginUpdate(call_id, version, manifest, mode, in_flight, partial, timeout_s), UpdateBegun
+        """Have the whole manifest checked and a session opened. One that opens when nobody waits is aborted."""
+        limit = self._client.control_timeout
+        opening = asyncio.ensure_future(
+            self._client.change(
+                lambda call_id: BeginUpdate(call_id, version, manifest, mode, in_flight, partial, timeout_s),
+                UpdateBegun,
+                limit + timeout_s,  # then the core has aborted it by itself
+            )
         )
+        try:
+            begun = await asyncio.wait_for(asyncio.shield(opening), limit)
+        except TimeoutError:
+            opening.add_done_callback(self._abort_unclaimed)
+            raise DeadlineError(f"BeginUpdate had no answer within {limit:g} s", field="control_timeout") from None
+        except asyncio.CancelledError:
+            opening.add_done_callback(self._abort_unclaimed)
+            raise
         self._inplace_session = begun.session_id if begun.mode == "inplace" else None
         self._close_unanswered()  # of a session that was open before: it is over
         return UpdateSession(begun.session_id, version, begun.mode, manifest)
@@ -123,7 +144,8 @@ class Updater:
         try:
             report = await self._client.change(lambda call_id: CommitUpdate(call_id, session.session_id), UpdateReport)
         except DeadlineError:
-            self.abort_soon(session)
+            self._start_abort(session)
+            await asyncio.sleep(0)  # sent before whatever the caller asks for next
             raise
         self._close_unanswered()
         return report
@@ -135,29 +157,29 @@ class Updater:
 
     def abort_soon(self, session: UpdateSession) -> None:
         """Drop the session without waiting, from any thread; commands given later find it dropped."""
-        self._call_soon(lambda: self._tasks.add(self._loop.create_task(self._abort_quietly(session))))
+        self._call_soon(lambda: self._start_abort(session))
 
     def stage(self, session: UpdateSession, named_tensors: NamedTensors) -> Script[None]:
         """Copy tensors into buckets and send them; ends when the core has copied all of them."""
         bucket: Bucket | None = None
+        holding = _Holding()
         try:
             for name, tensor in named_pairs(named_tensors):
                 index = session.index_of(describe(name, tensor))
                 data = tensor_bytes(tensor)
                 if bucket is not None and not bucket.fits(len(data)):
                     full, bucket = bucket, None
-                    yield self._send(session, full)
+                    yield self._send(session, full, holding)
                 if bucket is None:
-                    bucket = yield self._take_bucket(session, len(data))
+                    bucket = yield self._take_bucket(session, len(data), holding)
                 bucket.write(index, data)
                 session.num_bytes_staged += len(data)
             if bucket is not None:
                 last, bucket = bucket, None
-                yield self._send(session, last)
+                yield self._send(session, last, holding)
             yield self._drain(session)
         finally:
-            if bucket is not None:
-                self._call_soon(lambda: self._give_back(bucket))
+            self._call_soon(lambda: self._end_holding(holding))
 
     def update_from_tensors(
         self,
@@ -171,15 +193,21 @@ class Updater:
         """A whole update. The pairs are read once, before anything is sent, since the manifest comes first."""
         pairs = list(named_pairs(named_tensors))
         manifest = tuple(describe(name, tensor) for name, tensor in pairs)
-        session: UpdateSession = yield self.begin(version, manifest, mode, in_flight, partial, timeout_s)
+        opened: list[UpdateSession] = []  # also where this script is cancelled before it hears of it
         is_committed = False
+
+        async def begin() -> None:
+            opened.append(await self.begin(version, manifest, mode, in_flight, partial, timeout_s))
+
         try:
+            yield begin()
+            (session,) = opened
             yield from self.stage(session, pairs)
             report: UpdateReport = yield self.commit(session)
             is_committed = True
         finally:
-            if not is_committed:
-                self.abort_soon(session)
+            if opened and not is_committed:
+                self.abort_soon(opened[0])
         return report
 
     async def close(self) -> None:
@@ -197,13 +225,34 @@ class Updater:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the core and its session are gone too
             self._loop.call_soon_threadsafe(action)
 
+    def _start_abort(self, session: UpdateSession) -> None:
+        self._tasks.add(self._loop.create_task(self._abort_quietly(session)))
+
+    def _abort_unclaimed(self, opening: asyncio.Task[UpdateBegun]) -> None:
+        if not opening.cancelled() and opening.exception() is None:
+            begun = opening.result()
+            self._start_abort(UpdateSession(begun.session_id, "", begun.mode, ()))
+
     async def _abort_quietly(self, session: UpdateSession) -> None:
         with contextlib.suppress(HeadraceError):  # the session or the core is over: the caller has the first error
             await self.abort(session)
         self._tasks = {task for task in self._tasks if not task.done()}
 
-    async def _take_bucket(self, session: UpdateSession, num_bytes: int) -> Bucket:
+    async def _take_bucket(self, session: UpdateSession, num_bytes: int, holding: _Holding) -> Bucket:
         """A bucket with room for one tensor of `num_bytes`, waiting for the core to free one if need be."""
+        bucket = await self._free_bucket(session, num_bytes)
+        if holding.is_over:
+            self._give_back(bucket)
+        else:
+            holding.buckets.append(bucket)
+        return bucket
+
+    def _end_holding(self, holding: _Holding) -> None:
+        holding.is_over = True
+        while holding.buckets:
+            self._give_back(holding.buckets.pop())
+
+    async def _free_bucket(self, session: UpdateSession, num_bytes: int) -> Bucket:
         self._raise_failures(session)
         if num_bytes > BUCKET_BYTES:
             return Bucket(SharedBuffer.create(num_bytes), is_reusable=False)
@@ -228,8 +277,11 @@ class Updater:
             self._num_buckets -= 1
             bucket.buffer.close()
 
-    async def _send(self, session: UpdateSession, bucket: Bucket) -> None:
+    async def _send(self, session: UpdateSession, bucket: Bucket, holding: _Holding) -> None:
         self._raise_failures(session)
+        if holding.is_over:
+            return
+        holding.buckets.remove(bucket)
         self._uploads[asyncio.create_task(self._upload(session, bucket))] = session.session_id
 
     async def _upload(self, session: UpdateSession, bucket: Bucket) -> None:

@@ -152,7 +152,7 @@ def _sources(body: GenerateBody) -> tuple[list[Any], bool, str]:
         problem = "neither is given" if body.text is None else "both are given"
         raise RequestError(f"input_ids or text, exactly one of them, is needed; {problem}", field="input_ids")
     field, given = ("input_ids", body.input_ids) if body.text is None else ("text", body.text)
-    if not given:
+    if given == []:
         raise RequestError(f"{field} is empty", field=field)
     if isinstance(given, list) and (field == "text" or isinstance(given[0], list)):
         return given, True, field

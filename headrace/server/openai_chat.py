@@ -188,7 +188,8 @@ class _StreamedChoice:
         if text:
             deltas.append({"content": text})
         deltas += [{"tool_calls": [{"index": self._next_index(), **_tool_call(each)}]} for each in calls]
-        if is_last or (not deltas and (self._body.logprobs or self._body.return_token_ids)):
+        has_more = self._body.logprobs or self._body.return_token_ids or self._body.return_meta_info
+        if is_last or (not deltas and has_more):
             deltas.append({})
         chunks = [self._chunk(delta) for delta in deltas]
         if chunks:

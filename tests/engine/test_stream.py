@@ -14,6 +14,7 @@ from headrace.types.generation import Generation
 from headrace.types.request import Delta, Finish, Request, pack_floats, pack_ids
 from headrace.types.sampling_params import SamplingParams
 from tests.engine.builders import EOS_ID, byte_tokenizer
+from tests.text.builders import byte_fallback
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,24 @@ def test_a_stop_string_ends_at_the_token_that_completes_it(tokenizer: Tokenizer,
     assert answer.token_ids == list(b"one two th"), "the completing token is kept, what overshoots is not"
     assert (answer.text, answer.finish_reason, answer.matched) == ("one ", "stop", "two th")
     assert feed.ends == ["dropped"], "the core is told once"
+
+
+@pytest.mark.parametrize("size", [1, 2, 50])
+@pytest.mark.parametrize("min_new_tokens", [0, 4])
+def test_tokens_after_a_stop_string_are_dropped_though_its_text_came_late(size: int, min_new_tokens: int) -> None:
+    """A run of byte tokens has no text before an ordinary token, or the end, follows it."""
+    library = byte_fallback()
+    ids = library.convert_tokens_to_ids([*("é", "<0x0A>"), *("é", "<0x0A>", "<0x41>", "<0x42>"), *("é", "é")])
+    assert library.unk_token_id not in ids
+    stop_at = 2 if min_new_tokens == 0 else 4
+    for known, finish in ((ids, None), (ids[:6], Finish("length"))):
+        feed = Feed(Tokenizer(library), stop=("\n",), min_new_tokens=min_new_tokens)
+        for start in range(0, len(known), size):
+            is_last = start + size >= len(known)
+            feed.tokens(known[start : start + size], finish if is_last else None)
+        answer = result(feed)
+        assert (answer.token_ids, answer.matched) == (known[:stop_at], "\n")
+        assert answer.text == ("é" if min_new_tokens == 0 else "é\né")
 
 
 def test_no_stop_trim_keeps_the_matched_text(tokenizer: Tokenizer) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -306,6 +308,72 @@ def test_a_bucket_without_an_answer_is_not_filled_again(start: Starter, new: Ten
                 engine.stage(session, part)
     engine.commit(session)
     assert engine.version == "new" and engine.digest() == start(new_folder).digest()
+
+
+def test_updates_that_are_cancelled_anywhere_cost_nothing(
+    spawned: Engine, new: Tensors, new_folder: Path, start: Starter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No bucket and no session is lost, whatever the script was waiting for."""
+    monkeypatch.setattr(update_module, "BUCKET_BYTES", 1 << 13)
+    engine, updater = spawned.asynchronous, spawned.asynchronous.runtime.updater
+
+    async def cancelled(seconds: float) -> bool:
+        update = engine.update_weights_from_tensor(new, version="never", mode="shadow")
+        try:
+            await asyncio.wait_for(update, seconds)
+        except TimeoutError:
+            return True
+        except UpdateConflictError:  # the one before is being aborted
+            await asyncio.sleep(0.005)
+        return False
+
+    async def many() -> int:
+        return sum([await cancelled(turn * 0.0005) for turn in range(50)])
+
+    assert asyncio.run(many()) > 2
+    wait_for(lambda: not spawned.status().updating)
+    wait_for(lambda: len(updater._free) == updater._num_buckets and not updater._unanswered)
+    spawned.update_weights_from_tensor(new, version="last")
+    assert spawned.digest() == start(new_folder).digest()
+
+
+def test_an_upload_that_failed_keeps_no_bucket(spawned: Engine, new: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(update_module, "BUCKET_BYTES", 1 << 13)
+    manifest = [TensorInfo(name, tuple(tensor.shape), "float32") for name, tensor in new]
+    updater = spawned.asynchronous.runtime.updater
+
+    def aborted_between() -> Iterator[tuple[str, torch.Tensor]]:
+        for index, pair in enumerate(sorted(new, key=lambda pair: -pair[1].numel())):
+            if index == 1:
+                spawned.abort_update(session)
+            yield pair
+
+    for _ in range(4):
+        session = spawned.begin_update("never", manifest, mode="shadow")
+        with pytest.raises(UpdateConflictError):
+            spawned.stage(session, aborted_between())
+    wait_for(lambda: len(updater._free) == updater._num_buckets and not updater._unanswered)
+    assert spawned.update_weights_from_tensor(new, version="last").num_tensors == len(new)
+
+
+def test_a_session_that_opens_too_late_is_aborted(start: Starter, new: Tensors) -> None:
+    engine = start(inprocess=False, control_timeout=1.0)
+    os.kill(engine.asynchronous.runtime.host.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(DeadlineError, match="BeginUpdate"):
+            engine.update_weights_from_tensor(new, version="late")
+    finally:
+        os.kill(engine.asynchronous.runtime.host.pid, signal.SIGCONT)
+
+    def lands() -> bool:
+        try:
+            engine.update_weights_from_tensor(new, version="next")
+        except UpdateConflictError:
+            return False
+        return True
+
+    wait_for(lands)  # the late session has a deadline of ten minutes
+    assert engine.version == "next"
 
 
 def test_a_commit_without_an_answer_does_not_land_later(start: Starter, new: Tensors) -> None:

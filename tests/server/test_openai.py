@@ -167,6 +167,28 @@ def test_chat(served: Served, client: openai.OpenAI) -> None:
     assert body.metadata == {"weight_version": "default"}
 
 
+def test_streamed_meta_info_covers_every_token(served: Served) -> None:
+    """Also of tokens that show no text: half a character, a special token."""
+    for seed in range(8):
+        body = {
+            "messages": MESSAGES,
+            "max_tokens": 30,
+            "ignore_eos": True,
+            "seed": seed,
+            "temperature": 2.0,
+            "stream": True,
+        }
+        reply = served.http.post("/v1/chat/completions", json={**body, "return_meta_info": True})
+        events = [line.removeprefix("data: ") for line in reply.text.splitlines() if line.startswith("data: {")]
+        spans = [
+            count
+            for event in events
+            for choice in json.loads(event)["choices"]
+            for _, count in (choice.get("meta_info") or {}).get("version_spans", [])
+        ]
+        assert sum(spans) == 30, seed
+
+
 def test_chat_fills_the_context_unless_told_otherwise(start: START) -> None:
     served = start(settings={"context_length": 96})
     reply = served.http.post("/v1/chat/completions", json={"messages": MESSAGES, "ignore_eos": True}).json()
