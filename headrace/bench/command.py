@@ -216,9 +216,10 @@ def _run_prefix_cache(arguments: argparse.Namespace, on_progress: Progress) -> d
 
 
 def _positive(text: str) -> int:
-    if _count(text) < 1:
+    count = _count(text)
+    if count < 1:
         raise argparse.ArgumentTypeError("must be a positive integer")
-    return int(text)
+    return count
 
 
 def _count(text: str) -> int:

@@ -80,12 +80,17 @@ class Bucket:
         self._num_used = 0
 
 
-class _Holding:
-    """The buckets of one running script that are no uploads yet. Its steps may run on after it was cancelled."""
+class _Filling:
+    """The bucket that one running script fills, until it is an upload. A step of a script that was cancelled may still
+    run: it then finds that the script is over."""
 
     def __init__(self) -> None:
-        self.buckets: list[Bucket] = []
+        self.bucket: Bucket | None = None
         self.is_over = False
+
+    def has_room(self, num_bytes: int) -> bool:
+        """True when there is a bucket, and a tensor of that size has room in it."""
+        return self.bucket is not None and self.bucket.fits(num_bytes)
 
 
 class Updater:
@@ -161,25 +166,21 @@ class Updater:
 
     def stage(self, session: UpdateSession, named_tensors: NamedTensors) -> Script[None]:
         """Copy tensors into buckets and send them; ends when the core has copied all of them."""
-        bucket: Bucket | None = None
-        holding = _Holding()
+        filling = _Filling()
         try:
             for name, tensor in named_pairs(named_tensors):
                 index = session.index_of(describe(name, tensor))
                 data = tensor_bytes(tensor)
-                if bucket is not None and not bucket.fits(len(data)):
-                    full, bucket = bucket, None
-                    yield self._send(session, full, holding)
-                if bucket is None:
-                    bucket = yield self._take_bucket(session, len(data), holding)
-                bucket.write(index, data)
+                if not filling.has_room(len(data)):
+                    yield self._send(session, filling)
+                    yield self._take_bucket(session, len(data), filling)
+                assert filling.bucket is not None
+                filling.bucket.write(index, data)
                 session.num_bytes_staged += len(data)
-            if bucket is not None:
-                last, bucket = bucket, None
-                yield self._send(session, last, holding)
+            yield self._send(session, filling)
             yield self._drain(session)
         finally:
-            self._call_soon(lambda: self._end_holding(holding))
+            self._call_soon(lambda: self._end(filling))
 
     def update_from_tensors(
         self,
@@ -238,19 +239,17 @@ class Updater:
             await self.abort(session)
         self._tasks = {task for task in self._tasks if not task.done()}
 
-    async def _take_bucket(self, session: UpdateSession, num_bytes: int, holding: _Holding) -> Bucket:
+    async def _take_bucket(self, session: UpdateSession, num_bytes: int, filling: _Filling) -> None:
         """A bucket with room for one tensor of `num_bytes`, waiting for the core to free one if need be."""
-        bucket = await self._free_bucket(session, num_bytes)
-        if holding.is_over:
-            self._give_back(bucket)
-        else:
-            holding.buckets.append(bucket)
-        return bucket
+        filling.bucket = await self._free_bucket(session, num_bytes)
+        if filling.is_over:
+            self._end(filling)
 
-    def _end_holding(self, holding: _Holding) -> None:
-        holding.is_over = True
-        while holding.buckets:
-            self._give_back(holding.buckets.pop())
+    def _end(self, filling: _Filling) -> None:
+        filling.is_over = True
+        bucket, filling.bucket = filling.bucket, None
+        if bucket is not None:
+            self._give_back(bucket)
 
     async def _free_bucket(self, session: UpdateSession, num_bytes: int) -> Bucket:
         self._raise_failures(session)
@@ -277,12 +276,12 @@ class Updater:
             self._num_buckets -= 1
             bucket.buffer.close()
 
-    async def _send(self, session: UpdateSession, bucket: Bucket, holding: _Holding) -> None:
+    async def _send(self, session: UpdateSession, filling: _Filling) -> None:
+        """Make an upload of what has been filled, if anything has."""
         self._raise_failures(session)
-        if holding.is_over:
-            return
-        holding.buckets.remove(bucket)
-        self._uploads[asyncio.create_task(self._upload(session, bucket))] = session.session_id
+        bucket, filling.bucket = filling.bucket, None
+        if bucket is not None:
+            self._uploads[asyncio.create_task(self._upload(session, bucket))] = session.session_id
 
     async def _upload(self, session: UpdateSession, bucket: Bucket) -> None:
         session_id, ref, entries = session.session_id, bucket.buffer.ref, tuple(bucket.entries)

@@ -6,7 +6,7 @@ from bisect import bisect_left
 
 from headrace.attention.base import Launch
 
-_LAST_CHOICE = 2048
+_LAST_CHOICE = 2048  # tokens; larger steps pick what a smaller one or the greatest has picked
 
 
 def row_sizes(max_rows: int) -> list[int]:

@@ -41,9 +41,8 @@ async def encode_texts(
     limit = engine.resolved.context_length
 
     def encode() -> dict[str, list[int]]:
-        special = add_special_tokens
         encoded = {
-            field: encode_bounded(tokenizer, text, limit, field, add_special_tokens=special)
+            field: encode_bounded(tokenizer, text, limit, field, add_special_tokens=add_special_tokens)
             for field, text in texts.items()
         }
         for field, ids in encoded.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -58,6 +58,26 @@ async def until(condition: object, events: asyncio.Event) -> None:
         await asyncio.wait_for(events.wait(), 10.0)
 
 
+async def outputs_at_front(
+    connection: socket.socket, is_whole: Callable[[list[Output]], bool], commands: Sequence[Command] = ()
+) -> list[Output]:
+    """What a front on this connection receives, having sent `commands`, until `is_whole` says that it is all."""
+    link = SocketFrontLink(connection)
+    found: list[Output] = []
+    arrived = asyncio.Event()
+
+    def on_output(output: Output) -> None:
+        found.append(output)
+        arrived.set()
+
+    await link.start(on_output, lambda reason: None)
+    for command in commands:
+        link.send(command)
+    await until(lambda: is_whole(found), arrived)
+    await link.close()
+    return found
+
+
 def test_commands_and_outputs_arrive_in_order(pair: Pair, run: Run) -> None:
     core = SocketCoreLink(pair[1])
     sent: list[Command] = [Submit((Request(i, "r", pack_ids(range(i % 700)), 1, 1),)) for i in range(3000)]
@@ -69,25 +89,9 @@ def test_commands_and_outputs_arrive_in_order(pair: Pair, run: Run) -> None:
             core.send(Deltas((Delta(request.handle, request.prompt),)))
         core.close()
 
-    async def front() -> list[Output]:
-        link = SocketFrontLink(pair[0])
-        outputs: list[Output] = []
-        arrived = asyncio.Event()
-
-        def on_output(output: Output) -> None:
-            outputs.append(output)
-            arrived.set()
-
-        await link.start(on_output, lambda reason: None)
-        for command in sent:
-            link.send(command)
-        await until(lambda: len(outputs) == len(sent), arrived)
-        await link.close()
-        return outputs
-
     thread = threading.Thread(target=echo)
     thread.start()
-    outputs = run(front())
+    outputs = run(outputs_at_front(pair[0], lambda found: len(found) == len(sent), sent))
     thread.join(10.0)
     expected = [Deltas((Delta(c.requests[0].handle, c.requests[0].prompt),)) for c in sent if isinstance(c, Submit)]
     assert outputs == expected
@@ -137,25 +141,11 @@ def test_deltas_over_the_bound_leave_in_parts_and_one_alone_as_an_error(
 ) -> None:
     monkeypatch.setattr(codec, "MAX_FRAME_BYTES", 1 << 12)
     core = SocketCoreLink(pair[1])
-    received: list[Output] = []
     sizes = [100, 1500, 1500, 1500, 5000, 100, 1500]
-
-    async def main() -> None:
-        front = SocketFrontLink(pair[0])
-        arrived = asyncio.Event()
-
-        def on_output(output: Output) -> None:
-            received.append(output)
-            arrived.set()
-
-        await front.start(on_output, lambda reason: None)
-        core.send(Deltas(tuple(Delta(handle, bytes(size)) for handle, size in enumerate(sizes))))
-        core.send(Reply(7, bytes(1 << 13)))
-        core.send(Reply(8, b"end"))
-        await until(lambda: Reply(8, b"end") in received, arrived)
-        await front.close()
-
-    run(main())
+    core.send(Deltas(tuple(Delta(handle, bytes(size)) for handle, size in enumerate(sizes))))
+    core.send(Reply(7, bytes(1 << 13)))
+    core.send(Reply(8, b"end"))
+    received: list[Output] = run(outputs_at_front(pair[0], lambda found: Reply(8, b"end") in found))
     deltas = [delta for output in received if isinstance(output, Deltas) for delta in output.deltas]
     assert [delta.handle for delta in deltas] == list(range(len(sizes)))
     assert [len(delta.token_ids) for delta in deltas] == [0 if size > 1 << 12 else size for size in sizes]
@@ -195,19 +185,10 @@ def test_a_slow_front_loses_nothing(pair: Pair, run: Run) -> None:
     outputs = [Reply(i, bytes([i]) * (1 << 17)) for i in range(64)]
     found: list[Output] = []
 
-    async def front() -> None:
-        link = SocketFrontLink(pair[0])
-        arrived = asyncio.Event()
+    def front() -> None:
+        found.extend(run(outputs_at_front(pair[0], lambda arrived: len(arrived) == len(outputs))))
 
-        def on_output(output: Output) -> None:
-            found.append(output)
-            arrived.set()
-
-        await link.start(on_output, lambda reason: None)
-        await until(lambda: len(found) == len(outputs), arrived)
-        await link.close()
-
-    thread = threading.Thread(target=lambda: run(front()))
+    thread = threading.Thread(target=front)
     thread.start()
     for output in outputs:
         core.send(output)
