@@ -1,8 +1,8 @@
 """A tiny deterministic model whose every KV entry remembers the weights it was computed by.
 
 A position's KV depends on the weights, on its token, and on all KV before it; a next token and its log-probability
-depend on the weights and on all KV before them. So one entry of the wrong weights, or of another sequence, changes every
-value after it, and `Scorer` can score anything again from the tokens and the weights alone.
+depend on the weights and on all KV before them. So one entry of the wrong weights, or of another sequence, changes
+every value after it, and `Scorer` can score anything again from the tokens and the weights alone.
 """
 
 from __future__ import annotations
