@@ -64,7 +64,7 @@ class NativeFace:
         style = ReplyStyle(
             has_text=engine.tokenizer is not None,
             tokenizer=engine.tokenizer if call.writes_text else None,
-            live_version=engine.version,
+            live_version=lambda: engine.version,
             received_at=received_at,
             writes_prompt_ids=call.writes_prompt_ids,
             warnings=call.warnings,

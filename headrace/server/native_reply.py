@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -16,12 +16,12 @@ from headrace.types.generation import Generation
 class ReplyStyle(msgspec.Struct, frozen=True):
     """What the replies of one call have in common. `tokenizer` writes texts beside logprobs, None writes null.
 
-    `received_at` is in seconds of `time.perf_counter`; `live_version` labels a reply without tokens.
+    `received_at` is in seconds of `time.perf_counter`; `live_version` labels a reply of which nothing was computed.
     """
 
     has_text: bool
     tokenizer: Tokenizer | None
-    live_version: str
+    live_version: Callable[[], str]
     received_at: float
     writes_prompt_ids: bool = False
     warnings: Sequence[str] = ()
@@ -38,6 +38,8 @@ class SequenceReply:
         self._ids: list[int] = []
         self._lists: dict[str, list[Any]] = {}
         self._spans: list[tuple[str, int]] = []
+        self._epochs: list[int] = []
+        self._prompt_spans: list[tuple[str, int]] = []
         self._num_tokens = 0
         if wants_logprobs:
             self._lists = {"input_token_logprobs": [], "output_token_logprobs": []}
@@ -52,10 +54,13 @@ class SequenceReply:
         self._text.append(piece.text)
         self._ids += piece.token_ids
         self._num_tokens += len(piece.token_ids)
-        for version, count in piece.version_spans:
-            if self._spans and self._spans[-1][0] == version:
-                count += self._spans.pop()[1]
-            self._spans.append((version, count))
+        self._prompt_spans = piece.prompt_version_spans or self._prompt_spans
+        for (version, count), epoch in zip(piece.version_spans, piece.version_epochs, strict=True):
+            if self._spans and (self._spans[-1][0], self._epochs[-1]) == (version, epoch):
+                self._spans[-1] = (version, self._spans[-1][1] + count)
+            else:
+                self._spans.append((version, count))
+                self._epochs.append(epoch)
         if self._wants_logprobs:
             self._add_logprobs(piece)
 
@@ -68,10 +73,12 @@ class SequenceReply:
             "completion_tokens": self._num_tokens,
             "cached_tokens": piece.num_cached_tokens,
             "reasoning_tokens": 0,
-            "weight_version": self._spans[-1][0] if self._spans else self._style.live_version,
+            "weight_version": self._version(),
             "num_retractions": piece.num_preemptions,
             "dp_rank": 0,
             "version_spans": self._spans,
+            "version_epochs": self._epochs,
+            "prompt_version_spans": self._prompt_spans,
             "seed": piece.seed,
             "logprob_mode": piece.logprob_mode,
             "prompt_logprob_mode": piece.prompt_logprob_mode,
@@ -95,6 +102,11 @@ class SequenceReply:
         self._ids.clear()
         for values in self._lists.values():
             values.clear()
+
+    def _version(self) -> str:
+        """The last token's, or that of the weights that scored the prompt."""
+        spans = self._spans or self._prompt_spans
+        return spans[-1][0] if spans else self._style.live_version()
 
     def _add_logprobs(self, piece: Generation) -> None:
         pairs = zip(piece.logprobs, piece.token_ids, strict=True)

@@ -43,7 +43,7 @@ class OpenAiCall:
         self.streams: list[Stream] = []
         self._totals: dict[int, tuple[int, int]] = {}
         self._num_tokens: Counter[str] = Counter()
-        self._version = state.engine.version
+        self._version: str | None = None
 
     def submit(self, prompts: Sequence[Prompt], params: SamplingParams, logprobs: LogprobOptions) -> None:
         """Start all sequences, or none."""
@@ -78,8 +78,9 @@ class OpenAiCall:
         """Take a piece into the token counts."""
         self._totals[piece.prompt_index] = (piece.num_prompt_tokens, piece.num_cached_tokens)
         self._num_tokens[piece.request_id] += len(piece.token_ids)
-        if piece.version_spans:
-            self._version = piece.version_spans[-1][0]
+        spans = piece.version_spans or piece.prompt_version_spans
+        if spans:
+            self._version = spans[-1][0]
 
     def usage(self) -> dict[str, Any]:
         """Token counts so far; a prompt counts once, however many samples it has."""
@@ -100,7 +101,7 @@ class OpenAiCall:
             "created": self.created,
             "model": self.model,
             "choices": choices,
-            "metadata": {"weight_version": self._version},
+            "metadata": {"weight_version": self._version or self._state.engine.version},
         }
 
     def _item(
@@ -140,6 +141,8 @@ def choice_extras(call: OpenAiCall, stream: Stream, piece: Generation) -> dict[s
         extras["meta_info"] = {
             "id": piece.request_id,
             "version_spans": piece.version_spans,
+            "version_epochs": piece.version_epochs,
+            "prompt_version_spans": piece.prompt_version_spans,
             "seed": piece.seed,
             "logprob_mode": piece.logprob_mode,
             "cached_tokens": piece.num_cached_tokens,

@@ -16,6 +16,10 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
 
     token_ids, logprobs   generated ids, the stop token included, and one log-probability each (natural log)
     version_spans         ((version, num_tokens), ...), in order, summing to len(token_ids)
+    version_epochs        the weight epoch of each span: it grows with every update, also if a label is given again
+    prompt_version_spans  ((version, num_tokens), ...) of the prompt's positions, from the first on, by the weights that
+                          scored them; only with prompt_logprobs or for no new tokens. They sum to num_prompt_tokens
+                          unless the request was aborted before all were scored
     prompt_logprobs       one per prompt token, None where there is none (always the first); [] if not asked
     top_logprobs          per generated token {id: logprob} of the most probable ids; [] if not asked
     token_ids_logprobs    per generated token {id: logprob} of the asked ids; [] if not asked
@@ -42,6 +46,8 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     matched: int | str | None = None
     finish_message: str = ""
     version_spans: list[tuple[str, int]] = []
+    version_epochs: list[int] = []
+    prompt_version_spans: list[tuple[str, int]] = []
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0

@@ -110,10 +110,11 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     """What is new about one request since its last `Delta`.
 
     `token_ids` (int32) and `logprobs` (float32) have one entry per new token and `spans` ((version, count), ...) sum to
-    that number. `extras` has one row per new token, if any was asked for. `prompt_logprobs` (float32, once, in the
-    first delta after the prompt is computed or in the terminal one) covers positions `prompt_start`.. of the prompt,
-    NaN where a position has none; `prompt_extras` has as many rows, of no meaning there. `finish` is set exactly once
-    per request, on its last delta.
+    that number; `span_epochs` has the weight epoch of each. `extras` has one row per new token, if any was asked for.
+    `prompt_logprobs` (float32, once, in the first delta after the prompt is computed or in the terminal one) covers
+    positions `prompt_start`.. of the prompt, NaN where a position has none; `prompt_extras` has as many rows, of no
+    meaning there. `prompt_spans` ((version, count), ...) name who scored the prompt, from position 0 on; a request for
+    no tokens has them whatever it asked. `finish` is set exactly once per request, on its last delta.
     """
 
     handle: int
@@ -126,6 +127,8 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     extras: TokenExtras = TokenExtras()
     prompt_logprobs: bytes = b""
     prompt_extras: TokenExtras = TokenExtras()
+    span_epochs: tuple[int, ...] = ()
+    prompt_spans: tuple[tuple[Version, int], ...] = ()
 
     @classmethod
     def failed(cls, handle: int, error: ErrorInfo) -> Delta:

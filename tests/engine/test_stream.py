@@ -35,7 +35,8 @@ class Feed:
 
     def tokens(self, data: bytes | list[int], finish: Finish | None = None) -> None:
         ids = list(data)
-        self.stream.on_delta(Delta(1, pack_ids(ids), pack_floats([0.0] * len(ids)), (("a", len(ids)),), finish))
+        logprobs, spans = pack_floats([0.0] * len(ids)), (("a", len(ids)),)
+        self.stream.on_delta(Delta(1, pack_ids(ids), logprobs, spans, finish, span_epochs=(0,)))
 
 
 def run(awaitable: Awaitable[Any]) -> Any:
