@@ -284,17 +284,21 @@ class AsyncEngine:
 
     @_on_engine_loop
     async def update_weights_from_disk(
-        self, path: str | Path, version: str | int, *, mode: UpdateMode = "auto", in_flight: InFlight = "drain"
+        self,
+        path: str | Path,
+        version: str | int,
+        *,
+        mode: UpdateMode = "auto",
+        in_flight: InFlight = "drain",
+        root: str | Path | None = None,
     ) -> UpdateReport:
-        """A whole update that the core reads from a checkpoint folder itself."""
+        """A whole update that the core reads from a checkpoint folder itself. `CheckpointError` if a file changes while
+        it is read. With `root` nothing outside that folder is read, wherever links lead: for paths of others."""
         _check_update(mode, in_flight)
-        try:
-            folder = str(Path(path).expanduser().resolve())
-        except (OSError, RuntimeError, ValueError):  # a name too long, a user nobody knows, a null character
-            raise CheckpointError(f"{path} is not a path on this machine", field="path") from None
-        label = _version(version)
+        folder, label = _resolved_path(path), _version(version)
+        below = "" if root is None else _resolved_path(root)
         return await self.runtime.client.change(
-            lambda call_id: UpdateFromDisk(call_id, folder, label, mode, in_flight), UpdateReport
+            lambda call_id: UpdateFromDisk(call_id, folder, label, mode, in_flight, below), UpdateReport
         )
 
     @_on_engine_loop
@@ -416,6 +420,13 @@ def _score_params(params: Any) -> SamplingParams:
         params = SamplingParams() if params is None else SamplingParams.from_dict(params)
     scoring: SamplingParams = msgspec.structs.replace(params, max_new_tokens=0, min_new_tokens=0, n=1, stop=())
     return scoring
+
+
+def _resolved_path(path: str | Path) -> str:
+    try:
+        return str(Path(path).expanduser().resolve())
+    except (OSError, RuntimeError, TypeError, ValueError):  # too long, a user nobody knows, a null character, no path
+        raise CheckpointError(f"{path} is not a path on this machine", field="path") from None
 
 
 def _version(version: Any) -> str:

@@ -175,10 +175,18 @@ class Engine:
         return drive(script(named_tensors, version, mode, in_flight, partial, timeout), self._wait)
 
     def update_weights_from_disk(
-        self, path: str | Path, version: str | int, *, mode: UpdateMode = "auto", in_flight: InFlight = "drain"
+        self,
+        path: str | Path,
+        version: str | int,
+        *,
+        mode: UpdateMode = "auto",
+        in_flight: InFlight = "drain",
+        root: str | Path | None = None,
     ) -> UpdateReport:
         """See `AsyncEngine.update_weights_from_disk`."""
-        return self._wait(self.asynchronous.update_weights_from_disk(path, version, mode=mode, in_flight=in_flight))
+        return self._wait(
+            self.asynchronous.update_weights_from_disk(path, version, mode=mode, in_flight=in_flight, root=root)
+        )
 
     def set_weight_version(self, version: str | int) -> None:
         """See `AsyncEngine.set_weight_version`."""
