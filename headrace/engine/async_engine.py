@@ -262,7 +262,8 @@ class AsyncEngine:
         """A whole update from (name, tensor) pairs: begin, stage, commit; an error leaves no session open.
 
         The pairs are read once before anything is sent, because the manifest comes first: an iterator's tensors are
-        all held until the end. To stream, call `begin_update`, `stage` and `commit`.
+        all held until the end, and refused by name if two share memory or one is written to meanwhile. To stream
+        through one buffer, call `begin_update`, `stage` and `commit`.
         """
         script = self.update_script(named_tensors, version, mode, in_flight, partial, timeout)
         return await drive_async(script, self.runtime.run)

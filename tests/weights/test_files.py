@@ -340,9 +340,7 @@ def msg_encodable(text: str) -> bool:
 
 @pytest.mark.parametrize("place", ["name", "file"])
 @pytest.mark.parametrize("kind", ["index", "bin"])
-def test_names_that_no_answer_could_hold_are_refused_in_other_words(
-    tmp_path: Path, kind: str, place: str
-) -> None:
+def test_names_that_no_answer_could_hold_are_refused_in_other_words(tmp_path: Path, kind: str, place: str) -> None:
     if kind == "index":
         entry = {"\ud800": shard(0)} if place == "name" else {"a": "\udcff.safetensors"}
         (tmp_path / INDEX).write_text(json.dumps({"weight_map": entry}))
