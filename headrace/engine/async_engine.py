@@ -265,7 +265,8 @@ class AsyncEngine:
         """A whole update from (name, tensor) pairs: begin, stage, commit; an error leaves no session open.
 
         The pairs are read once before anything is sent, because the manifest comes first: an iterator's tensors are
-        all held until the end. To stream, call `begin_update`, `stage` and `commit`.
+        all held until the end, and refused by name if two share memory or one is written to meanwhile. To stream
+        through one buffer, call `begin_update`, `stage` and `commit`.
         """
         script = self.update_script(named_tensors, version, mode, in_flight, partial, timeout)
         return await drive_async(script, self.runtime.run)
@@ -294,14 +295,17 @@ class AsyncEngine:
         mode: UpdateMode = "auto",
         in_flight: InFlight = "drain",
         timeout: float = DEFAULT_UPDATE_TIMEOUT,
+        root: str | Path | None = None,
     ) -> UpdateReport:
-        """A whole update that the core reads from a checkpoint folder itself. One that is not live within `timeout`
-        seconds, or is cancelled before, is aborted."""
+        """A whole update that the core reads from a checkpoint folder itself. `CheckpointError` if a file changes while
+        it is read. With `root` nothing outside that folder is read, wherever links lead: for paths of others. One that
+        is not live within `timeout` seconds, or is cancelled before, is aborted."""
         seconds = seconds_of(timeout)
         check_update(mode, in_flight)
         folder, label = folder_of(path), version_of(version)
+        below = "" if root is None else folder_of(root)
         return await self.runtime.client.change(
-            lambda call_id: UpdateFromDisk(call_id, folder, label, mode, in_flight), UpdateReport, seconds
+            lambda call_id: UpdateFromDisk(call_id, folder, label, mode, in_flight, root=below), UpdateReport, seconds
         )
 
     @_on_engine_loop

@@ -15,7 +15,7 @@ from headrace.engine.client import CoreClient
 from headrace.engine.requests import GenerateItem, RequestBuilder
 from headrace.engine.stream import EndKind, Stream
 from headrace.text import Tokenizer
-from headrace.types.errors import DeadlineError, HeadraceError, RequestError
+from headrace.types.errors import DeadlineError, HeadraceError, RequestError, encodable
 
 
 class Intake:
@@ -65,7 +65,7 @@ class Intake:
     def abort(self, request_id: str | None, *, prefix: bool, everything: bool, message: str) -> int:
         """Ask the core to end the named live sequences now. Returns how many there were."""
         handles = [stream.request.handle for stream in self._named(request_id, prefix, everything)]
-        self._client.abort(handles, message)
+        self._client.abort(handles, encodable(message))
         return len(handles)
 
     def _named(self, request_id: str | None, prefix: bool, everything: bool) -> list[Stream]:

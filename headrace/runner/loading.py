@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from torch import Tensor
-
 from headrace.config import ResolvedConfig
-from headrace.weights.checkpoint import iterate_checkpoint
+from headrace.weights.checkpoint import Checkpoint
+from headrace.weights.staging import TensorData
 from headrace.weights.store import WeightStore
 
 Progress = Callable[[int, int], None]
@@ -19,13 +18,13 @@ def load_weights(store: WeightStore, resolved: ResolvedConfig, on_progress: Prog
     if resolved.engine.load_format == "dummy":
         store.fill_random(resolved.engine.seed)
         return
-    source = iterate_checkpoint(Path(resolved.folder), resolved.engine.load_format)
+    source = Checkpoint(Path(resolved.folder), resolved.engine.load_format).tensors()
     store.load(_counted(source, len(store.weight_map.rules_by_name), on_progress))
 
 
 def _counted(
-    source: Iterable[tuple[str, Tensor]], total: int, on_progress: Progress | None
-) -> Iterator[tuple[str, Tensor]]:
+    source: Iterable[tuple[str, TensorData]], total: int, on_progress: Progress | None
+) -> Iterator[tuple[str, TensorData]]:
     for done, item in enumerate(source, 1):
         yield item
         if on_progress is not None:

@@ -81,8 +81,8 @@ class AdminFace:
     def __init__(self, state: ServerState) -> None:
         self._state = state
         self._engine = state.engine
-        roots = (self._engine.resolved.folder, *state.options.weight_roots)
-        self._roots = tuple(Path(root).expanduser().resolve() for root in roots)
+        own = _model_root(Path(self._engine.resolved.folder).resolve())
+        self._roots = (own, *(Path(root).expanduser().resolve() for root in state.options.weight_roots))
 
     def endpoints(self) -> list[Endpoint]:
         """The routes of this face."""
@@ -135,7 +135,7 @@ class AdminFace:
         """POST /update_weights_from_disk"""
         body = await read_control(request, DiskBody)
         try:
-            folder = self._allowed_folder(body.model_path)
+            folder, root = self._allowed_folder(body.model_path)
             if body.load_format not in _LOAD_FORMATS:
                 raise RequestError(f"load_format {body.load_format!r} is not supported", field="load_format")
             if body.manifest:
@@ -146,7 +146,7 @@ class AdminFace:
             with fields_named({"timeout": "timeout_s"}):
                 report = await self._do(
                     request,
-                    update(folder, version, mode=body.mode, in_flight=in_flight, timeout=body.timeout_s),
+                    update(folder, version, mode=body.mode, in_flight=in_flight, timeout=body.timeout_s, root=root),
                 )
         except HeadraceError as error:
             return _refusal(error, num_paused_requests=0)
@@ -200,20 +200,28 @@ class AdminFace:
         """The result of a control call. One whose client goes away is given up: nobody would know what it did."""
         return await unless_gone(request, call, self._state.metrics.count_disconnect)
 
-    def _allowed_folder(self, path: str) -> Path:
-        """The folder, if it lies under the model's or a weight root; links are followed before the check."""
+    def _allowed_folder(self, path: str) -> tuple[Path, Path]:
+        """The folder, if it lies under the model's or a weight root, and that root. Links are followed before the
+        check; that none leads out when files are opened, the core sees to."""
         try:
             folder = Path(path).expanduser().resolve()
-            is_inside = any(folder.is_relative_to(root) for root in self._roots)
-            is_folder = is_inside and folder.is_dir()
+            root = next((root for root in self._roots if folder.is_relative_to(root)), None)
+            is_folder = root is not None and folder.is_dir()
         except (OSError, RuntimeError, ValueError):  # a name too long, a user nobody knows, a null character
             raise RequestError("model_path is not a path on this machine", field="model_path") from None
-        if not is_inside:
+        if root is None:
             message = f"model_path {path} is outside the model's folder and the weight roots of this server"
             raise RequestError(message, field="model_path")
         if not is_folder:
             raise RequestError(f"model_path {path} is not a folder", field="model_path")
-        return folder
+        return folder, root
+
+
+def _model_root(folder: Path) -> Path:
+    """What may be read on request of where the model is: its folder. A snapshot in the Hugging Face cache is links into
+    its repository's `blobs`: there it is the repository."""
+    repository = folder.parent.parent
+    return repository if folder.parent.name == "snapshots" and (repository / "blobs").is_dir() else folder
 
 
 def check_size(info: TensorInfo, num_rows: int) -> None:

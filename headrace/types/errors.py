@@ -27,6 +27,11 @@ from typing import ClassVar
 import msgspec
 
 
+def encodable(text: str) -> str:
+    """The same text where UTF-8 can encode it; lone surrogates, as in names of files, are written out as \\udXXX."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
     """An error as a value: `code` is the class name in the tree above, `field` the offending input or ""."""
 
@@ -50,15 +55,18 @@ class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
 
 
 class HeadraceError(Exception):
-    """Base of all errors raised by Headrace. `field` names the offending input ("" when there is none)."""
+    """Base of all errors raised by Headrace. `field` names the offending input ("" when there is none).
+
+    Whatever text went into them, `message` and `field` can be sent: an answer must not fail for what it quotes.
+    """
 
     status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
 
     def __init__(self, message: str, *, field: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.field = field
+        self.message = encodable(message)
+        self.field = encodable(field)
+        super().__init__(self.message)
 
     def info(self) -> ErrorInfo:
         """This error as a value that can be sent to another process."""

@@ -124,13 +124,17 @@ class AbortUpdate(msgspec.Struct, frozen=True, array_like=True, tag="abort_updat
 
 
 class UpdateFromDisk(msgspec.Struct, frozen=True, array_like=True, tag="update_from_disk"):
-    """A whole update read by the core itself from a checkpoint folder. Reply: `UpdateReport`."""
+    """A whole update read by the core itself from a checkpoint folder. Reply: `UpdateReport`.
+
+    Nothing outside the folder `root` is read, whatever links lead there; "": links are followed.
+    """
 
     call_id: int
     path: str
     version: str
     mode: UpdateMode = "auto"
     in_flight: InFlight = "drain"
+    root: str = ""
     deadline: float = NO_DEADLINE
 
 

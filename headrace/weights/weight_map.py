@@ -16,7 +16,16 @@ from headrace.types.weights import TensorInfo
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 """The dtypes a tensor may arrive in; it is converted to the engine's."""
 
-_DERIVED_SUFFIXES = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+TIED_HEAD = "lm_head.weight"
+"""The output head: the one tensor that may be another one's memory, the embedding's."""
+
+_DERIVED_SUFFIXES = (
+    "rotary_emb.inv_freq",
+    "rotary_emb.original_inv_freq",
+    "rotary_emb.cos_cached",
+    "rotary_emb.sin_cached",
+    ".attn.masked_bias",
+)
 _MAX_NAMES_IN_MESSAGE = 8
 _HEX_DIGITS = frozenset("0123456789abcdef")
 
@@ -153,7 +162,8 @@ def num_elements(shape: Sequence[int]) -> int:
 
 
 def is_derived(hf_name: str) -> bool:
-    """True for buffers that old checkpoints carry and every engine recomputes, such as `rotary_emb.inv_freq`."""
+    """True for buffers that every engine recomputes, such as `rotary_emb.inv_freq`: old checkpoints and state dicts
+    carry them, and they are ignored on every way into the engine."""
     return hf_name.endswith(_DERIVED_SUFFIXES)
 
 

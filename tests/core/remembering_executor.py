@@ -107,7 +107,7 @@ class RememberingExecutor:
     def counters(self) -> dict[str, float]:
         return {}
 
-    def checkpoint(self, folder: Path) -> tuple[list[TensorInfo], Iterator[tuple[str, Any]]]:
+    def checkpoint(self, folder: Path, root: Path | None) -> tuple[list[TensorInfo], Iterator[tuple[str, Any]]]:
         raise CheckpointError(f"{folder}: this executor has no weights", field="path")
 
     def close(self) -> None:
