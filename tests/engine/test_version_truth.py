@@ -84,6 +84,23 @@ def small_steps(model_folder: Any) -> Iterator[Engine]:
         yield shared
 
 
+@pytest.mark.parametrize("length", [1, 40])
+def test_scores_name_their_weights_streamed_or_whole(small_steps: Engine, length: int) -> None:
+    engine, prompt = small_steps, PROMPTS[1][:length]
+    engine.set_weight_version("now")
+    (whole,) = engine.score(input_ids=prompt)
+    (start_later,) = engine.score(input_ids=prompt, logprob_start=length - 1)
+    (piece,) = engine.stream(input_ids=prompt, sampling_params={"max_new_tokens": 0})
+    for each in (whole, start_later, piece):
+        assert each.prompt_version_spans == [("now", length)]
+        assert not each.version_spans and not each.version_epochs
+    params = {"max_new_tokens": 2, "ignore_eos": True}
+    first, *rest = engine.stream(input_ids=prompt, sampling_params=params, return_prompt_logprobs=True)
+    assert first.prompt_version_spans == [("now", length)] and not any(each.prompt_version_spans for each in rest)
+    (plain,) = engine.generate(input_ids=prompt, sampling_params=params)
+    assert plain.prompt_version_spans == [] and plain.version_spans == [("now", 2)]
+
+
 def update(engine: Engine, serial: int, door: str) -> None:
     """New weights, while requests run, through one of the doors by which these may go on."""
     if door.startswith("pause"):
