@@ -174,10 +174,11 @@ class ResultApplier:
 
     def _take_extras(self, step: InFlight, result: StepResult, column: int, takes: BoolArray) -> None:
         table = self._roster.table
-        for row in np.flatnonzero(step.rows.samples)[takes].tolist():
-            slot = int(step.rows.slots[row])
-            sequence, values = table.sequence(slot), result.extras.get(row)
-            if sequence.extras is not None and values is not None:
+        taking = set(np.flatnonzero(step.rows.samples)[takes].tolist())
+        for row in taking.intersection(result.extras):
+            slot, values = int(step.rows.slots[row]), result.extras[row]
+            sequence = table.sequence(slot)
+            if sequence.extras is not None:
                 token = int(table.num_known[slot]) - sequence.num_prompt - 1  # the one just taken
                 sequence.extras.write(token, values, column, column + 1)
 

@@ -109,8 +109,10 @@ class Sequence:
 
     def spans(self, first: int, last: int) -> tuple[tuple[tuple[str, int], ...], tuple[int, ...]]:
         """(version, count) of output tokens first..last-1, in order, and the epoch of each of these spans."""
-        found, epochs = [], []
         starts = self.version_starts
+        if len(starts) == 1 and last > first:  # nearly always, and asked for each token of a stream
+            return ((starts[0][1], last - first),), (starts[0][2],)
+        found, epochs = [], []
         for index, (start, version, epoch) in enumerate(starts):
             end = starts[index + 1][0] if index + 1 < len(starts) else last
             count = min(end, last) - max(start, first)

@@ -78,11 +78,12 @@ class SequenceReply:
             "dp_rank": 0,
             "version_spans": self._spans,
             "version_epochs": self._epochs,
-            "prompt_version_spans": self._prompt_spans,
             "seed": piece.seed,
             "logprob_mode": piece.logprob_mode,
             "prompt_logprob_mode": piece.prompt_logprob_mode,
         }
+        if self._prompt_spans:
+            meta["prompt_version_spans"] = self._prompt_spans
         if self._style.warnings:
             meta["warnings"] = self._style.warnings
         if self._style.writes_prompt_ids:

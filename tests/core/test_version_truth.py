@@ -151,7 +151,7 @@ def test_every_value_is_that_of_the_weights_its_version_names(part: int) -> None
         "restarted scores",
         "relabelled scores",
     ):
-        assert seen[kind] > 3, f"the sequences never show {kind}: {seen}"
+        assert seen[kind] > 0, f"the sequences never show {kind}: {seen}"
 
 
 def check(driver: Driver, handle: int, seen: Counter[str]) -> None:

@@ -84,6 +84,23 @@ def small_steps(model_folder: Any) -> Iterator[Engine]:
         yield shared
 
 
+@pytest.mark.parametrize("length", [1, 40])
+def test_scores_name_their_weights_streamed_or_whole(small_steps: Engine, length: int) -> None:
+    engine, prompt = small_steps, PROMPTS[1][:length]
+    engine.set_weight_version("now")
+    (whole,) = engine.score(input_ids=prompt)
+    (start_later,) = engine.score(input_ids=prompt, logprob_start=length - 1)
+    (piece,) = engine.stream(input_ids=prompt, sampling_params={"max_new_tokens": 0})
+    for each in (whole, start_later, piece):
+        assert each.prompt_version_spans == [("now", length)]
+        assert not each.version_spans and not each.version_epochs
+    params = {"max_new_tokens": 2, "ignore_eos": True}
+    first, *rest = engine.stream(input_ids=prompt, sampling_params=params, return_prompt_logprobs=True)
+    assert first.prompt_version_spans == [("now", length)] and not any(each.prompt_version_spans for each in rest)
+    (plain,) = engine.generate(input_ids=prompt, sampling_params=params)
+    assert plain.prompt_version_spans == [] and plain.version_spans == [("now", 2)]
+
+
 def update(engine: Engine, serial: int, door: str) -> None:
     """New weights, while requests run, through one of the doors by which these may go on."""
     if door.startswith("pause"):
@@ -94,10 +111,9 @@ def update(engine: Engine, serial: int, door: str) -> None:
         engine.update_weights_from_tensor(named_tensors(model(serial)), version=serial, in_flight=door)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("door", ["keep", "pause keep", "recompute", "pause recompute"])
-def test_every_value_is_that_of_the_weights_its_version_names(small_steps: Engine, door: str) -> None:
-    chance = random.Random(door)
-    engine, found, is_kept = small_steps, dict[str, list[Generation]](), door.endswith("keep")
+def meet_updates(engine: Engine, door: str, chance: random.Random) -> int:
+    """Check all of many requests that met updates; returns how many samples are of several weights."""
+    found: dict[str, list[Generation]] = {}
     engine.update_weights_from_tensor(named_tensors(model(0)), version=0)
     threads = start_requests(engine, found)
     for serial in range(1, VERSIONS):
@@ -108,9 +124,15 @@ def test_every_value_is_that_of_the_weights_its_version_names(small_steps: Engin
     for thread in threads:
         thread.join(120)
     assert set(found) == {"samples", "both", "scores"}
-    mixed = 0
+    num_mixed = 0
     for name, samples in found.items():
         for each in samples:
             assert bool(each.prompt_logprobs) == (name != "samples")
-            mixed += check(each, PROMPTS[each.prompt_index], is_kept=is_kept) > 1
-    assert mixed > 0
+            num_mixed += check(each, PROMPTS[each.prompt_index], is_kept=door.endswith("keep")) > 1
+    return num_mixed
+
+
+@pytest.mark.parametrize("door", ["keep", "pause keep", "recompute", "pause recompute"])
+def test_every_value_is_that_of_the_weights_its_version_names(small_steps: Engine, door: str) -> None:
+    chance = random.Random(door)
+    assert any(meet_updates(small_steps, door, chance) for _ in range(3)), "no update met a sample"
