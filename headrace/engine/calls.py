@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 import msgspec
 
@@ -125,13 +126,8 @@ class Calls:
         return True
 
     async def _give_up(self, call: Call, on_answer: Callable[[], Awaitable[None]] | None) -> None:
-        """Have the core forget a call whose caller was cancelled. Another cancellation does not end this."""
-        task = asyncio.ensure_future(self._tell_given_up(call, on_answer))
-        while not task.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait([task])
-        if not task.cancelled():  # else the loop is being closed, and the core with it
-            task.result()
+        """Have the core forget a call whose caller was cancelled."""
+        await outlast(self._tell_given_up(call, on_answer))
 
     async def _tell_given_up(self, call: Call, on_answer: Callable[[], Awaitable[None]] | None) -> None:
         try:
@@ -144,6 +140,16 @@ class Calls:
                 await on_answer()
         finally:
             self._waiting.pop(telling.call_id, None)
+
+
+async def outlast(cleaning: Coroutine[Any, Any, None]) -> None:
+    """Await what undoes a thing that failed or was cancelled: another cancellation does not end it."""
+    task = asyncio.ensure_future(cleaning)
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([task])
+    if not task.cancelled():  # else the loop is being closed, and the core with it
+        task.result()
 
 
 def _look_at(answer: asyncio.Future[bytes]) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
 from types import NoneType
 from typing import Any, TypeVar
 
+from headrace.engine.calls import outlast
 from headrace.engine.client import CoreClient
 from headrace.engine.tensors import HeldTensors, NamedTensors, describe, named_pairs, tensor_bytes
 from headrace.ipc import SharedBuffer
@@ -143,11 +144,8 @@ class Updater:
         await self._client.change(lambda call_id: AbortUpdate(call_id, session_id), NoneType)
 
     async def abort_quietly(self, session: UpdateSession) -> None:
-        """Drop a session after an error, which its caller gets."""
-        try:
-            await self.abort(session)
-        except HeadraceError as error:
-            logger.debug("session %d was over: %s", session.session_id, error)
+        """Drop a session after an error, which its caller gets. Neither cancelled nor late: it must not stay open."""
+        await outlast(self._abort_at_last(session))
 
     def stage(self, session: UpdateSession, named_tensors: NamedTensors) -> Script[None]:
         """Copy tensors into buckets and send them; ends when the core has copied all of them."""
@@ -216,6 +214,14 @@ class Updater:
     def _call_soon(self, action: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the core and its session are gone too
             self._loop.call_soon_threadsafe(action)
+
+    async def _abort_at_last(self, session: UpdateSession) -> None:
+        try:
+            await self._client.change(
+                lambda call_id: AbortUpdate(call_id, session.session_id), NoneType, timeout=math.inf
+            )
+        except HeadraceError as error:
+            logger.debug("session %d was over: %s", session.session_id, error)
 
     async def _take_bucket(self, session: UpdateSession, num_bytes: int, filling: _Filling) -> None:
         """A bucket with room for `num_bytes`, waiting for the core to free one if need be."""

@@ -15,7 +15,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from headrace.engine import DEFAULT_UPDATE_TIMEOUT
 from headrace.server.coerce import read_control
-from headrace.server.errors import body_of, error_body, fields_named
+from headrace.server.errors import body_of, error_body, fields_named, respond
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.wire import json_reply, unless_gone
@@ -261,4 +261,4 @@ def _checksums(digests: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _refusal(error: HeadraceError, **more: Any) -> Response:
-    return json_reply({**body_of(error), "success": False, **more}, error.status)
+    return respond(error.status, {**body_of(error), "success": False, **more}, retryable=error.retryable)

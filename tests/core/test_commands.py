@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 import numpy as np
 import pytest
@@ -17,22 +19,29 @@ from headrace.scheduler.roster import Roster
 from headrace.scheduler.sequence import Sequence
 from headrace.types.messages import (
     Abort,
+    AbortUpdate,
+    BeginUpdate,
+    Command,
     CommitUpdate,
     Digest,
     Finished,
     FlushCache,
     GetWeight,
+    GiveUp,
+    Pause,
     Resume,
     SetVersion,
     Shutdown,
+    Stage,
+    UpdateFromDisk,
     WeightPart,
     WeightsChecker,
 )
 from headrace.types.plan import StepResult
 from headrace.types.request import Request
 from headrace.types.sampling_params import LogprobOptions
-from headrace.types.weights import BufferRef
-from tests.core.harness import VOCAB_SIZE, Core, digest_of, new_tensors, request
+from headrace.types.weights import BufferEntry, BufferRef
+from tests.core.harness import VOCAB_SIZE, Core, digest_of, manifest_of, new_tensors, request
 
 
 def test_a_request_runs_to_its_end() -> None:
@@ -187,6 +196,45 @@ def test_set_version_relabels_without_a_new_epoch() -> None:
     assert sum(count for _, count in spans) == 20
     assert (core.status().version, core.status().epoch) == ("renamed", 0)
     assert core.refused(SetVersion, "").field == "version"
+
+
+NOWHERE = BufferRef("/nowhere", 4096)
+CALLS: dict[str, Callable[[int], Command]] = {
+    "pause": lambda call_id: Pause(call_id, "keep"),
+    "drain": lambda call_id: Pause(call_id, "drain"),
+    "resume": Resume,
+    "begin": lambda call_id: BeginUpdate(call_id, "late", manifest_of(new_tensors(1.0))),
+    "stage": lambda call_id: Stage(call_id, 1, NOWHERE, (BufferEntry(0, 0),)),
+    "commit": lambda call_id: CommitUpdate(call_id, 1),
+    "abort": lambda call_id: AbortUpdate(call_id, 1),
+    "disk": lambda call_id: UpdateFromDisk(call_id, "/nowhere", "late"),
+    "version": lambda call_id: SetVersion(call_id, "late"),
+    "read": lambda call_id: GetWeight(call_id, "k.weight", NOWHERE),
+    "digest": Digest,
+    "reset": lambda call_id: WeightsChecker(call_id, "reset_tensors"),
+    "flush": FlushCache,
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("how", ["late", "given up", "given up later"])
+def test_a_call_that_nobody_waits_for_is_not_begun(name: str, how: str) -> None:
+    """A long step was in the way, or the caller went away before it was over."""
+    core = Core()
+    before = core.status()
+    command = CALLS[name](77)
+    if how == "late":
+        core.send(msgspec.structs.replace(command, deadline=core.clock.now))
+    elif how == "given up":
+        core.send(command, GiveUp(78, 77))
+    else:
+        core.call(GiveUp, 77)  # it was answered long ago, or never came
+        core.send(msgspec.structs.replace(command, deadline=core.clock.now - 1.0))
+    core.turn(3)
+    assert core.error(77).code == "DeadlineError" and core.error(77).retryable
+    after = core.status()
+    for field in ("state", "version", "epoch", "paused", "updating"):
+        assert getattr(after, field) == getattr(before, field)
 
 
 def test_weights_are_read_back_by_name() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import threading
@@ -24,10 +25,13 @@ from headrace import (
     RequestError,
     SamplingParams,
     TensorInfo,
+    UnavailableError,
     UpdateConflictError,
     WeightUpdateError,
 )
+from headrace.engine import reading as reading_module
 from headrace.engine import update as update_module
+from headrace.ipc import SharedBuffer
 from tests.engine.builders import SETTINGS, model_of, named_tensors, save_model
 
 PROMPTS = [[i + 1, i + 2, i + 3, i + 4, i + 5] for i in range(4)]
@@ -338,6 +342,77 @@ def test_updates_that_are_cancelled_anywhere_cost_nothing(
     wait_for(lambda: len(updater._free) == updater._num_buckets)
     spawned.update_weights_from_tensor(new, version="last")
     assert spawned.digest() == start(new_folder).digest()
+
+
+def test_failed_allocations_cost_no_bucket(start: Starter, new: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of descriptors, out of memory: told as such, and what comes later finds all its buckets."""
+    engine = start()
+    create = SharedBuffer.create
+
+    def fails(size: int) -> SharedBuffer:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(SharedBuffer, "create", fails)
+    for _ in range(update_module.NUM_BUCKETS + 1):
+        with pytest.raises(UnavailableError, match="Too many open files") as caught:
+            engine.update_weights_from_tensor(new, version="never")
+        assert caught.value.field == "named_tensors"
+    with pytest.raises(UnavailableError, match="Too many open files"):
+        engine.get_weights_by_name("model.norm.weight")
+    monkeypatch.setattr(SharedBuffer, "create", create)
+    assert engine.update_weights_from_tensor(new, version="next").version == "next"
+    assert engine.get_weights_by_name("model.norm.weight").shape == dict(new)["model.norm.weight"].shape
+
+
+@pytest.mark.parametrize("mode", ["shadow", "inplace"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_uploads_are_bounded_in_bytes_whatever_the_tensors(
+    start: Starter, new: Tensors, monkeypatch: pytest.MonkeyPatch, mode: Any, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(update_module, "BUCKET_BYTES", 1 << 10)
+    engine = start()
+    updater = engine.asynchronous.runtime.updater
+    sizes: list[int] = []
+    create = SharedBuffer.create
+
+    def noted(size: int) -> SharedBuffer:
+        sizes.append(size)
+        return create(size)
+
+    monkeypatch.setattr(SharedBuffer, "create", noted)
+    sent = [(name, tensor.to(dtype)) for name, tensor in new]
+    assert max(tensor.nbytes for _, tensor in sent) > 16 << 10
+    assert engine.update_weights_from_tensor(sent, version="pieces", mode=mode).num_tensors == len(new)
+    assert sizes == [1 << 10] * len(sizes) and len(sizes) <= update_module.NUM_BUCKETS
+    assert len(updater._free) == updater._num_buckets
+    for name, tensor in sent:
+        assert torch.equal(engine.get_weights_by_name(name), tensor.float())
+
+
+def test_a_tensor_larger_than_what_travels_at_once_is_read_back(
+    start: Starter, new: Tensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading_module, "PART_BYTES", 1000)
+    engine = start()
+    old = dict(named_tensors(model_of(0)))
+    name = max(old, key=lambda each: old[each].numel())
+    assert torch.equal(engine.get_weights_by_name(name), old[name])
+    rows = engine.asynchronous.runtime.wait(engine.asynchronous.read_weight(name, 3))
+    assert rows.info.shape == (3, old[name].shape[1]) and bytes(rows.data) == old[name][:3].numpy().tobytes()
+    stop = threading.Event()
+    found: list[torch.Tensor] = []
+
+    def read() -> None:
+        while not stop.is_set():
+            found.append(engine.get_weights_by_name(name))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for number in range(6):
+        engine.update_weights_from_tensor(new if number % 2 == 0 else old, version=number)
+    stop.set()
+    reader.join(30)
+    assert found and all(torch.equal(each, old[name]) or torch.equal(each, dict(new)[name]) for each in found)
 
 
 def test_an_upload_that_failed_keeps_no_bucket(spawned: Engine, new: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
