@@ -59,7 +59,8 @@ class DeviceRunner:
         dtype = getattr(torch, resolved.dtype)
         self._compiled = CompileCounter()
         self._counter = GemmCounter()
-        self.weights = WeightStore(models.weight_map(resolved.model), dtype, device)
+        weight_map = models.weight_map(resolved.model)
+        self.weights = WeightStore(weight_map, dtype, device, check_finite=resolved.engine.check_finite)
         load_weights(self.weights, resolved, on_progress)
         times.append(time.perf_counter())
         has_graphs = device.type == "cuda" and resolved.engine.cuda_graphs

@@ -44,7 +44,7 @@ class Runner:
         dtype = getattr(torch, resolved.dtype)
         self.resolved = resolved
         self._counter = GemmCounter()
-        self.weights = WeightStore(models.weight_map(spec), dtype, device)
+        self.weights = WeightStore(models.weight_map(spec), dtype, device, check_finite=engine.check_finite)
         kernels = select_kernels("reference" if resolved.attention_backend == "reference" else engine.numerics)
         self._model = models.build(
             spec, self.weights, kernels=kernels, context_length=resolved.context_length, counter=self._counter

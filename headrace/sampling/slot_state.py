@@ -134,7 +134,9 @@ class SlotTable:
         sampling = self.init_of(slot).sampling
         self._add_bias(row, slot)
         if position < self.min_lengths[slot] and slot in self._stop_ids:
-            row[self._stop_ids[slot]] = -np.inf
+            stop_ids = self._stop_ids[slot]
+            masked = row[stop_ids] < np.inf  # what is not finite stays in sight: the row has to come out as NaN
+            row[stop_ids[masked]] = -np.inf
         seen = self._seen.get(slot)
         if seen:
             seen.penalise(row, sampling)

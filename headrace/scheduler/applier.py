@@ -15,8 +15,11 @@ from headrace.scheduler.plan_builder import Rows
 from headrace.scheduler.roster import Roster
 from headrace.scheduler.sequence import Sequence
 from headrace.scheduler.slot_table import BoolArray, IndexArray, SlotTable
+from headrace.types.errors import NonFiniteError
 from headrace.types.plan import StepResult
 from headrace.types.request import Delta, Finish, Int32Array, TokenExtras
+
+_NOT_FINITE = NonFiniteError("the model's logits for this request are NaN or infinite: its weights or a sum overflowed")
 
 
 class InFlight(NamedTuple):
@@ -40,9 +43,10 @@ class ResultApplier:
         """Take in one result, and append the deltas it makes due, terminal ones included, in row order."""
         slots = step.rows.slots
         leaving = self._land(step)
-        self._take_prompt_scores(step, result)
         sampled = slots[step.rows.samples]
         assert len(sampled) == len(result.token_ids), "a result has a token for each sampling row"
+        self._end_nonfinite(step, sampled, result, deltas)
+        self._take_prompt_scores(step, result)
         if len(sampled):
             self._take_tokens(step, sampled, result, deltas)
             self._deliver_due(sampled, deltas)
@@ -91,6 +95,27 @@ class ResultApplier:
         table.num_in_flight[slots] -= 1
         done = ~table.is_running[slots] & (table.num_in_flight[slots] == 0)
         return slots[done].tolist() if done.any() else []
+
+    def _end_nonfinite(self, step: InFlight, sampled: IndexArray, result: StepResult, deltas: list[Delta]) -> None:
+        """End the sequences for which this step computed no numbers, before it adds anything to them.
+
+        A sampled token has a finite log-probability; one of a prompt may be -inf, where the distribution that was asked
+        for excludes it. What they left in the cache may be no number either: nobody shall find it.
+        """
+        scored = result.prompt_logprobs.items()
+        slots = [int(step.rows.slots[row]) for row, scores in scored if np.isnan(scores.logprobs).any()]
+        if not np.isfinite(result.logprobs).all():
+            is_token = np.arange(result.logprobs.shape[1]) < result.num_tokens[:, None]
+            slots += sampled[(is_token & ~np.isfinite(result.logprobs)).any(axis=1)].tolist()
+        table = self._roster.table
+        ending = [slot for slot in dict.fromkeys(slots) if table.accepts[slot]]
+        error = _NOT_FINITE.info()
+        for slot in ending:
+            self._counters.num_nonfinite += 1
+            self._counters.num_failed += 1
+            self.finish(table.sequence(slot), Finish("error", message=error.message, error=error), deltas)
+        if ending:
+            self._roster.leases.flush()
 
     @staticmethod
     def _prompt_part(sequence: Sequence, finish: Finish | None) -> tuple[bytes, TokenExtras]:

@@ -15,6 +15,7 @@
     |   +-- EngineDeadError         the core died; the request may be retried         503, retryable
     |   +-- ShutdownError           the engine is shutting down                       503, retryable
     +-- DeadlineError               a wait outlived its deadline                      504, retryable
+    +-- NonFiniteError              the model computed NaN or infinity for a request  500
     +-- InternalError               our own bug, reported and not hidden              500
 
 An error crosses a process boundary as an `ErrorInfo` and is raised again on the other side with the same class.
@@ -129,6 +130,10 @@ class ShutdownError(UnavailableError):
 class DeadlineError(HeadraceError):
     status = 504
     retryable = True
+
+
+class NonFiniteError(HeadraceError):
+    pass
 
 
 class InternalError(HeadraceError):
