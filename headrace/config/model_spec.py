@@ -21,6 +21,7 @@ CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 _MOST = 2**31 - 1
 _MOST_LAYERS = 4096
+_MOST_POSITIONS = 1 << 24
 _LAYER_KINDS = ("full_attention", "sliding_attention")
 _QUANTIZED = ("quantization_config", "compression_config")
 _DTYPES = {"half": "float16", "float": "float32", "double": "float64"} | {
@@ -100,7 +101,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
         _refuse_what_is_not_dense(fields)
         hidden_size, num_heads, num_kv_heads, head_dim = _head_sizes(fields, family)
         num_layers = fields.integer("num_hidden_layers", most=_MOST_LAYERS)
-        max_position = fields.integer("max_position_embeddings", most=_MOST)
+        max_position = fields.integer("max_position_embeddings", most=_MOST_POSITIONS)
         has_bias = family.bias == "asked" and fields.flag("attention_bias")
         spec = cls(
             architecture=family.architecture,

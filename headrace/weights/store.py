@@ -130,6 +130,11 @@ class WeightStore:
                 tied.append((name, tensor))
             else:
                 self._region(self.weight_map.rules_by_name[name]).copy_(tensor.detach())
+        for name, tensor in tied:
+            target = self.weight_map.aliases[name]
+            if target not in written:  # the one tensor of both, saved under its other name
+                self._region(self.weight_map.rules_by_name[target]).copy_(tensor.detach())
+                written.add(target)
         missing = [name for name in self.weight_map.rules_by_name if name not in written]
         if missing:
             raise CheckpointError(
@@ -199,6 +204,8 @@ class WeightStore:
             raise WeightUpdateError(f"mode must be auto, shadow or inplace, got {mode!r}", field="mode")
         if partial and self._resting != "ready":
             raise WeightUpdateError(f"weights are {self._resting}: only a complete update is accepted", field="partial")
+        if not partial:
+            manifest = self.weight_map.untie(manifest)
         self.weight_map.check_manifest(manifest, partial)
         rules = [rule for rule in map(self.weight_map.rules_by_name.get, (info.name for info in manifest)) if rule]
         shadow = self._shadow(mode, rules)
