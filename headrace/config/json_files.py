@@ -47,7 +47,11 @@ def read_text(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> str:
 
 def read_object(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """The object that a JSON file holds; of a key given twice the last counts. Raises as `read_bytes`."""
-    text = read_text(path, max_bytes)
+    return parse_object(read_text(path, max_bytes), path)
+
+
+def parse_object(text: str, path: Path) -> dict[str, Any]:
+    """The object that `text`, the contents of `path`, holds. Raises `CheckpointError`."""
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits are a plain ValueError
@@ -72,18 +76,18 @@ class Fields:
 
     def __init__(self, values: Mapping[str, Any], file: str, within: str = "") -> None:
         self.values = values
-        self._file = file
+        self.file = file
         self._within = within
 
     def wrong(self, name: str, wanted: str) -> CheckpointError:
         """The refusal of a field's value; a nested field's error names the field it is nested in."""
         found = f"got {shown(self.values[name])}" if name in self.values else "it is missing"
-        message = f"{self._file}: {self._path(name)} must be {wanted}, {found}"
+        message = f"{self.file}: {self._path(name)} must be {wanted}, {found}"
         return CheckpointError(message, field=self._within or name)
 
     def unsupported(self, name: str, why: str) -> UnsupportedModelError:
         """The refusal of a feature that is not implemented."""
-        return UnsupportedModelError(f"{self._file}: {self._path(name)} {why}", field=self._within or name)
+        return UnsupportedModelError(f"{self.file}: {self._path(name)} {why}", field=self._within or name)
 
     def has(self, name: str) -> bool:
         """True for a field that is there and not null."""
