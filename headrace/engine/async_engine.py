@@ -20,7 +20,7 @@ from headrace.config import EngineConfig
 from headrace.engine.control import check_choice, check_update, folder_of, seconds_of, version_of
 from headrace.engine.fields import InputIds, Prompts, Sampling
 from headrace.engine.intake import Intake
-from headrace.engine.launch import ExecutorKind, load_tokenizer, resolve_settings
+from headrace.engine.launch import ExecutorKind, load_tokenizer, log_ends, resolve_settings, with_tokenizer
 from headrace.engine.reading import read_weight
 from headrace.engine.requests import GenerateItem, GenerateOptions, RequestBuilder
 from headrace.engine.runtime import Runtime
@@ -85,6 +85,8 @@ class AsyncEngine:
         is_started = False
         try:
             self.tokenizer = load_tokenizer(self.config, self.resolved.folder)
+            self.resolved = with_tokenizer(self.resolved, self.tokenizer)
+            log_ends(self.resolved.model)
             self.ready = self.runtime.wait(self.runtime.client.start(self.config.start_timeout))
             is_started = True
         finally:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.text.pieces import WHOLE, ByteStream, DecoderPlan, PieceStream, byte_token, read_decoder, token_bytes
+from headrace.text.tokenizer_files import library_faults, load_backend
 from headrace.types.errors import ConfigError, RequestError
 
 _NUM_CHECKS = 32
@@ -39,16 +40,12 @@ class Tokenizer:
         self._tables = {skip: self._make_tables(skip) for skip in (False, True)}
 
     @classmethod
-    def load(cls, name_or_path: str) -> Tokenizer:
-        """Load from a folder or hub id. Raises `ConfigError` when there is none that works without running its code."""
-        from transformers import AutoTokenizer
-
-        try:
-            backend = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ConfigError(f"no usable tokenizer in {name_or_path}: {reason}", field="tokenizer") from error
-        return cls(backend)
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """Load from a folder. Raises `ConfigError` when there is none that works without running its code."""
+        backend = load_backend(Path(folder))
+        with library_faults(ConfigError, f"the tokenizer in {folder} does not work", "tokenizer"):
+            backend.backend_tokenizer.encode("")  # a post-processor that names a token there is not fails here
+            return cls(backend)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -80,7 +77,8 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise RequestError(f"text is not valid Unicode: {error.reason} at {error.start}", field="text") from None
-        ids: list[int] = self._library.encode(text, add_special_tokens=add_special_tokens).ids
+        with library_faults(RequestError, "the tokenizer cannot encode this text", "text"):
+            ids: list[int] = self._library.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def decode(

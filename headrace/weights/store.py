@@ -231,6 +231,8 @@ class WeightStore:
             raise WeightUpdateError(f"mode must be auto, shadow or inplace, got {mode!r}", field="mode")
         if partial and self._resting != "ready":
             raise WeightUpdateError(f"weights are {self._resting}: only a complete update is accepted", field="partial")
+        if not partial:
+            manifest = self.weight_map.untie(manifest)
         self.weight_map.check_manifest(manifest, partial)
         rules = [rule for rule in map(self.weight_map.rules_by_name.get, (info.name for info in manifest)) if rule]
         shadow = self._shadow(mode, rules)

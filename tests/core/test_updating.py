@@ -506,8 +506,8 @@ class SlowDiskExecutor(DiskExecutor):
 
     core: Core
 
-    def checkpoint(self, folder: Path) -> Any:
-        manifest, tensors = super().checkpoint(folder)
+    def checkpoint(self, folder: Path, root: Path | None) -> Any:
+        manifest, tensors = super().checkpoint(folder, root)
         return manifest, self._slowly(tensors)
 
     def _slowly(self, tensors: Any) -> Any:
