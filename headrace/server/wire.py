@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from headrace.engine import Stream
 from headrace.server import errors
-from headrace.types.errors import HeadraceError, RequestError
+from headrace.types.errors import HeadraceError, RequestError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +136,28 @@ def _in_chunks(parts: list[bytes]) -> Iterator[bytes]:
             yield b"".join(chunk)
             chunk, num_bytes = [], 0
     yield b"".join(chunk)
+
+
+async def unless_gone(request: Request, call: Coroutine[Any, Any, Value], on_disconnect: Callable[[], None]) -> Value:
+    """What `call` comes to. It is cancelled, and over, when the client goes away before: nobody would hear of it.
+
+    For use once the body is read, as `dropping`.
+    """
+    is_gone = False
+
+    def give_up() -> None:
+        nonlocal is_gone
+        is_gone = True
+        task.cancel()
+
+    task = asyncio.ensure_future(call)
+    with dropping(request.receive, give_up, on_disconnect):
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if not is_gone:
+                raise
+            raise UnavailableError("the client went away; what it asked for was given up") from None
 
 
 class EventStream(Response):

@@ -33,9 +33,10 @@ from headrace.types.messages import (
     GetWeight,
     Reply,
     Submit,
-    WeightBytes,
+    WeightPart,
 )
 from headrace.types.request import Delta, Finish, Request, pack_ids
+from headrace.types.weights import BufferRef
 
 STATUS = CoreStatus("ready", "default", 0, "", False, 0, 0, 0, 0, {})
 
@@ -165,7 +166,7 @@ def test_replies_find_their_calls_in_any_order() -> None:
 
 def test_the_core_s_error_is_raised_with_its_class() -> None:
     async def scenario(client: CoreClient, core: ScriptedCore) -> None:
-        call = asyncio.create_task(client.call(lambda i: GetWeight(i, "x"), WeightBytes))
+        call = asyncio.create_task(client.call(lambda i: GetWeight(i, "x", BufferRef("", 1)), WeightPart))
         [command] = await core.commands()
         assert isinstance(command, GetWeight)
         core.link.send(Reply(command.call_id, error=ErrorInfo("NotFoundError", "no x", "name")))
