@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack
 import msgspec
 
 from headrace.config import EngineConfig
-from headrace.engine.control import check_choice, check_update, folder_of, seconds_of, version_of
+from headrace.engine.control import check_choice, check_text, check_update, folder_of, seconds_of, version_of
 from headrace.engine.fields import InputIds, Prompts, Sampling
 from headrace.engine.intake import Intake
 from headrace.engine.launch import ExecutorKind, load_tokenizer, resolve_settings
@@ -28,7 +28,6 @@ from headrace.engine.stream import Stream, StreamGroup
 from headrace.engine.tensors import NamedTensors, to_tensor
 from headrace.engine.update import Manifest, Script, UpdateSession, drive_async, manifest_of
 from headrace.text import run_sized
-from headrace.types.errors import RequestError
 from headrace.types.generation import Generation
 from headrace.types.messages import (
     CoreStatus,
@@ -41,6 +40,7 @@ from headrace.types.messages import (
     WeightBytes,
     WeightsChecker,
 )
+from headrace.types.plain_values import as_flag
 from headrace.types.sampling_params import SamplingParams
 from headrace.types.weights import InFlight, PauseMode, TensorInfo, UpdateMode, UpdateReport
 
@@ -189,7 +189,9 @@ class AsyncEngine:
 
         `request_id` matches exactly, or as a prefix. Returns how many sequences matched; none is no error.
         """
-        return self._intake.abort(request_id, prefix=prefix, everything=all, message=message)
+        check_text(message, "message")
+        by_prefix, everything = as_flag(prefix, "prefix"), as_flag(all, "all")
+        return self._intake.abort(request_id, prefix=by_prefix, everything=everything, message=message)
 
     async def pause(self, mode: PauseMode = "abort", *, timeout: float | None = None) -> None:
         """Stop generating. "keep" and "recompute" hold running sequences, "abort" ends them, "drain" lets them finish.
@@ -232,7 +234,9 @@ class AsyncEngine:
         self.runtime.check_open()
         check_update(mode, in_flight)
         updater = self.runtime.updater
-        begin = updater.begin(version_of(version), manifest_of(manifest), mode, in_flight, partial, timeout)
+        seconds = seconds_of(timeout) or DEFAULT_UPDATE_TIMEOUT
+        is_partial = as_flag(partial, "partial")
+        begin = updater.begin(version_of(version), manifest_of(manifest), mode, in_flight, is_partial, seconds)
         return await self.runtime.run(begin, regret=updater.abort_quietly)
 
     async def stage(self, session: UpdateSession, named_tensors: NamedTensors) -> None:
@@ -290,7 +294,9 @@ class AsyncEngine:
         self.runtime.check_open()
         check_update(mode, in_flight)
         updater = self.runtime.updater
-        return updater.update_from_tensors(named_tensors, version_of(version), mode, in_flight, partial, timeout)
+        label, seconds = version_of(version), seconds_of(timeout) or DEFAULT_UPDATE_TIMEOUT
+        is_partial = as_flag(partial, "partial")
+        return updater.update_from_tensors(named_tensors, label, mode, in_flight, is_partial, seconds)
 
     @_on_engine_loop
     async def update_weights_from_disk(
@@ -304,7 +310,7 @@ class AsyncEngine:
     ) -> UpdateReport:
         """A whole update that the core reads from a checkpoint folder itself. One that is not live within `timeout`
         seconds, or is cancelled before, is aborted."""
-        seconds = seconds_of(timeout)
+        seconds = seconds_of(timeout) or DEFAULT_UPDATE_TIMEOUT
         check_update(mode, in_flight)
         folder, label = folder_of(path), version_of(version)
         return await self.runtime.client.change(
@@ -327,8 +333,7 @@ class AsyncEngine:
     ) -> WeightBytes:
         """As `get_weights_by_name`, for callers without torch: the bytes and what they are. Of the first `max_rows`
         rows only, if `check` does not refuse what the tensor turns out to be."""
-        if not isinstance(name, str):
-            raise RequestError("name must be a string", field="name")
+        check_text(name, "name")
         return await read_weight(self.runtime.client, name, max_rows, check)
 
     @_on_engine_loop
@@ -340,6 +345,7 @@ class AsyncEngine:
     @_on_engine_loop
     async def weights_checker(self, action: str) -> dict[str, str]:
         """SGLang's checker: "snapshot", "reset_tensors" or "compare"."""
+        check_text(action, "action")
         return await self.runtime.client.change(lambda call_id: WeightsChecker(call_id, action), dict[str, str])
 
     @_on_engine_loop
@@ -350,7 +356,7 @@ class AsyncEngine:
     @_on_engine_loop
     async def status(self, timeout: float | None = None) -> CoreStatus:
         """The core's account of itself, now. `DeadlineError` after `timeout` seconds (default `control_timeout`)."""
-        return await self.runtime.client.ask(GetStatus, CoreStatus, timeout)
+        return await self.runtime.client.ask(GetStatus, CoreStatus, seconds_of(timeout))
 
     async def serve(self, port: int = 0, host: str = "127.0.0.1", **options: Any) -> Any:
         """Serve this engine over HTTP, on its own loop. Returns a handle with `port`, `url` and `await stop()`.

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from headrace.engine import DEFAULT_UPDATE_TIMEOUT
+from headrace.engine.control import version_of
 from headrace.server.coerce import read_control
 from headrace.server.errors import body_of, error_body, fields_named
 from headrace.server.routes import Endpoint
@@ -143,7 +144,7 @@ class AdminFace:
             in_flight = body.in_flight or ("abort" if body.abort_all_requests else "drain")
             version = self._engine.version if body.weight_version is None else str(body.weight_version)
             update = self._engine.update_weights_from_disk
-            with fields_named({"timeout": "timeout_s"}):
+            with fields_named({"timeout": "timeout_s", "version": "weight_version"}):
                 report = await self._do(
                     request,
                     update(folder, version, mode=body.mode, in_flight=in_flight, timeout=body.timeout_s),
@@ -163,7 +164,8 @@ class AdminFace:
     async def update_weight_version(self, request: Request) -> Response:
         """POST /update_weight_version"""
         body = await read_control(request, VersionBody)
-        version = str(body.new_version)
+        with fields_named({"version": "new_version"}):
+            version = version_of(body.new_version)  # before anything is aborted
         try:
             if body.abort_all_requests:
                 await self._engine.abort(all=True, message="Aborted by a change of the weight version")
