@@ -7,6 +7,7 @@ import re
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from headrace.engine import AsyncEngine
@@ -40,13 +41,19 @@ def create_app(engine: AsyncEngine, options: ServerOptions) -> FastAPI:
         openapi_url=None,
         redirect_slashes=False,
         middleware=[
-            Middleware(Limits, max_body_bytes=options.max_body_bytes, body_timeout=options.body_timeout),
+            Middleware(
+                Limits,
+                max_body_bytes=options.max_body_bytes,
+                body_timeout=options.body_timeout,
+                open_paths=[path for path, needed in access.items() if needed == "open"],
+            ),
             Middleware(Auth, access=access, api_key=options.api_key, admin_api_key=options.admin_api_key),
             Middleware(Gate, state=state, paths=[endpoint.path for endpoint in endpoints if endpoint.generates]),
         ],
         exception_handlers={
             HeadraceError: errors.on_headrace_error,
             HTTPException: errors.on_http_exception,
+            ClientDisconnect: errors.on_disconnect,
             Exception: errors.on_unexpected,
         },
     )
