@@ -69,7 +69,7 @@ async def serve(
     options.check_address(host)
     if listener is None:
         listener = listen(host, port)
-    app = create_app(engine, options)
+    app = create_app(engine, options, host)
     server = EmbeddedServer(app, options.write_timeout)
     task = asyncio.get_running_loop().create_task(server.serve(sockets=[listener]))
     while not server.started:
