@@ -15,7 +15,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from headrace.engine import DEFAULT_UPDATE_TIMEOUT
 from headrace.engine.control import version_of
-from headrace.server.coerce import read_control
+from headrace.server.coerce import check_changes, read_control
 from headrace.server.errors import body_of, error_body, fields_named
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
@@ -184,8 +184,10 @@ class AdminFace:
         return json_reply(leading_rows(await self._do(request, reading), num_rows))
 
     async def weights_checker(self, request: Request) -> Response:
-        """GET|POST /weights_checker"""
+        """GET|POST /weights_checker: a GET only looks."""
         body = await read_control(request, CheckerBody)
+        if body.action in ("snapshot", "reset_tensors"):
+            check_changes(request, f"action {body.action}", "action")
         try:
             if body.action == "checksum":
                 found = await self._do(request, self._engine.digest())

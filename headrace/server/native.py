@@ -41,12 +41,12 @@ class NativeFace:
         cancel, on_disconnect = functools.partial(cancel_all, streams), self._state.metrics.count_disconnect
         if call.is_stream:
             events = self._events(StreamGroup(streams), replies, call.is_list)
-            return EventStream(events, cancel, on_disconnect, self._state.options.write_timeout)
+            return EventStream(events, cancel, on_disconnect)
         with dropping(request.receive, cancel, on_disconnect):
             bodies = [await _written(*each) for each in zip(streams, replies, strict=True)]
         parts = [part for body in bodies for part in (b",", body)]
         parts = [b"[", *parts[1:], b"]"] if call.is_list else bodies
-        return PartsReply(parts, self._state.options.write_timeout)
+        return PartsReply(parts)
 
     async def _submit(self, call: GenerateCall) -> list[Stream]:
         """All sequences or none. A long list leaves the loop to others now and then."""

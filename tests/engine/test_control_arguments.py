@@ -65,14 +65,15 @@ def test_a_bad_argument_is_refused_by_name(
 
 
 def test_plain_values_of_numpy_and_torch_are_taken(engine: Engine) -> None:
-    assert engine.status(np.float32(30)).state == "ready"
-    session = begin(engine, version=np.int64(7), timeout=torch.tensor(60), partial=np.bool_(True))
+    thirty: Any = np.float32(30)
+    yes: Any = np.bool_(True)
+    assert engine.status(thirty).state == "ready"
+    session = begin(engine, version=np.int64(7), timeout=torch.tensor(60), partial=yes)
     engine.abort_update(session)
-    assert engine.abort("nobody", prefix=np.bool_(True)) == 0
-    config = EngineConfig(
-        model="x", page_size=np.int64(8), memory_fraction=np.float32(0.5), prefix_cache=np.bool_(False)
-    )
-    assert (type(config.page_size), type(config.memory_fraction), config.prefix_cache) == (int, float, False)
+    assert engine.abort("nobody", prefix=yes) == 0
+    settings: dict[str, Any] = {"page_size": np.int64(8), "memory_fraction": np.float32(0.5), "prefix_cache": yes}
+    config = EngineConfig(model="x", **settings)
+    assert (type(config.page_size), type(config.memory_fraction), config.prefix_cache) == (int, float, True)
 
 
 @pytest.mark.parametrize(
