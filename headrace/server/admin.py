@@ -14,7 +14,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from headrace.engine import DEFAULT_UPDATE_TIMEOUT
-from headrace.server.coerce import read_control
+from headrace.engine.control import version_of
+from headrace.server.coerce import check_changes, read_control
 from headrace.server.errors import body_of, error_body, fields_named, respond
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
@@ -143,7 +144,7 @@ class AdminFace:
             in_flight = body.in_flight or ("abort" if body.abort_all_requests else "drain")
             version = self._engine.version if body.weight_version is None else str(body.weight_version)
             update = self._engine.update_weights_from_disk
-            with fields_named({"timeout": "timeout_s"}):
+            with fields_named({"timeout": "timeout_s", "version": "weight_version"}):
                 report = await self._do(
                     request,
                     update(folder, version, mode=body.mode, in_flight=in_flight, timeout=body.timeout_s, root=root),
@@ -163,7 +164,8 @@ class AdminFace:
     async def update_weight_version(self, request: Request) -> Response:
         """POST /update_weight_version"""
         body = await read_control(request, VersionBody)
-        version = str(body.new_version)
+        with fields_named({"version": "new_version"}):
+            version = version_of(body.new_version)  # before anything is aborted
         try:
             if body.abort_all_requests:
                 await self._engine.abort(all=True, message="Aborted by a change of the weight version")
@@ -182,8 +184,10 @@ class AdminFace:
         return json_reply(leading_rows(await self._do(request, reading), num_rows))
 
     async def weights_checker(self, request: Request) -> Response:
-        """GET|POST /weights_checker"""
+        """GET|POST /weights_checker: a GET only looks."""
         body = await read_control(request, CheckerBody)
+        if body.action in ("snapshot", "reset_tensors"):
+            check_changes(request, f"action {body.action}", "action")
         try:
             if body.action == "checksum":
                 found = await self._do(request, self._engine.digest())

@@ -23,7 +23,7 @@ from headrace.server.openai_types import (
     sampling_params,
     tool_choice,
 )
-from headrace.server.prompts import encode_text, tokenizer_of
+from headrace.server.prompts import encode_text, render_chat
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.wire import dropping, event, json_reply, read_object
@@ -34,7 +34,6 @@ from headrace.text import (
     check_template_arguments,
     normalize_messages,
     normalize_tools,
-    run_sized,
     tool_call_style,
     tool_names,
 )
@@ -68,11 +67,10 @@ class ChatFace:
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
-        raw = await request.body()
         body, warnings = read_chat(await read_object(request))
         model = check_model(self._state, body.model)
         conversation = self._conversation(body)
-        prompt = await self._prompt(conversation, body, len(raw))
+        prompt = await self._prompt(conversation, body)
         call = OpenAiCall(self._state, body, "chatcmpl", model, warnings)
         key = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         with openai_errors(key, "top_logprobs"):
@@ -97,23 +95,20 @@ class ChatFace:
         arguments = check_template_arguments(body.chat_template_kwargs) if body.chat_template_kwargs else {}
         return Conversation(normalize_messages(body.messages), tools, self._style if tools else None, arguments)
 
-    async def _prompt(self, conversation: Conversation, body: ChatBody, size: int) -> Prompt:
-        tokenizer = tokenizer_of(self._state.engine, "messages")
-
-        def render() -> str:
-            return tokenizer.render_chat(
-                conversation.messages,
-                conversation.tools,
-                body.add_generation_prompt,
-                **conversation.template_arguments,
-            )
-
-        text = await run_sized(size, render)
-        ids = await encode_text(self._state.engine, text, "messages", add_special_tokens=False)
-        limit = self._state.engine.resolved.max_length
+    async def _prompt(self, conversation: Conversation, body: ChatBody) -> Prompt:
+        engine = self._state.engine
+        text = await render_chat(
+            engine,
+            conversation.messages,
+            conversation.tools,
+            body.add_generation_prompt,
+            conversation.template_arguments,
+        )
+        ids = await encode_text(engine, text, "messages", add_special_tokens=False)
+        limit = engine.resolved.max_length
         if len(ids) >= limit:
             raise RequestError(f"messages have {len(ids)} tokens, a sequence holds at most {limit}", field="messages")
-        return Prompt(shared_ids(self._state.engine, ids, "messages"), "messages")
+        return Prompt(shared_ids(engine, ids, "messages"), "messages")
 
     def _max_tokens(self, body: ChatBody, prompt: Prompt) -> Any:
         for given in (body.max_completion_tokens, body.max_tokens):
