@@ -78,6 +78,7 @@ class GenerateItem(msgspec.Struct, frozen=True, kw_only=True):
     seed                 the sample's own seed; None: derived from `params.seed` and `index`, or given by the engine
     namespace            separates prefix-cache entries
     stream               deliver every token as it comes
+    shown_tokens         special tokens that show in the text although `params` skips special tokens
     packed               ids already checked and packed by `RequestBuilder.expand`; callers leave it None
     """
 
@@ -92,6 +93,7 @@ class GenerateItem(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     namespace: str = ""
     stream: bool = False
+    shown_tokens: frozenset[str] = frozenset()
     packed: bytes | None = None
 
 

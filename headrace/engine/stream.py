@@ -46,7 +46,7 @@ class Stream:
         self._tokenizer = tokenizer
         self._on_end = on_end
         self._sample = Sample(request)
-        self._feed = TextFeed(tokenizer, item.params) if tokenizer and request.deliver_every else None
+        self._feed = self._new_feed(tokenizer) if tokenizer and request.deliver_every else None
         self._finish: Finish | None = None
         self._matched: str | None = None
         self._error: HeadraceError | None = None
@@ -155,7 +155,11 @@ class Stream:
         ids, params = self._sample.token_ids, self.item.params
         if self._finish.matched is not None and not params.no_stop_trim:
             ids = ids[:-1]
-        return self._tokenizer.decode(ids, params.skip_special_tokens, params.spaces_between_special_tokens)
+        return self._new_feed(self._tokenizer).decode(ids)
+
+    def _new_feed(self, tokenizer: Tokenizer) -> TextFeed:
+        prompt_ids = unpack_ids(self.request.prompt).data  # a view, of which the last ids are mostly all that is read
+        return TextFeed(tokenizer, self.item.params, prompt_ids, self.item.shown_tokens)
 
     def _generation(self, fields: dict[str, Any], text: str) -> Generation:
         return Generation(

@@ -15,14 +15,19 @@ class TextFeed:
     Text of the first `min_new_tokens` tokens is not searched: a sequence may not end there.
     """
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        prompt_ids: Sequence[int] = (),
+        shown: frozenset[str] = frozenset(),
+    ) -> None:
+        """`prompt_ids` stand before the sequence, `shown` are special tokens that show although others are skipped."""
         self._tokenizer = tokenizer
         self._params = params
-        self._detokenizer = IncrementalDetokenizer(
-            tokenizer,
-            skip_special_tokens=params.skip_special_tokens,
-            spaces_between_special_tokens=params.spaces_between_special_tokens,
-        )
+        self._prompt_ids = prompt_ids
+        self._shown = shown
+        self._detokenizer = self._new_detokenizer()
         self._stops = StopStrings(params.stop, keep_match=params.no_stop_trim) if params.stop else None
         self._stop_tokens = _special_stops(tokenizer, params)
         self._pieces: list[str] = []
@@ -70,16 +75,21 @@ class TextFeed:
         self._num_taken = len(self._pieces)
         return text
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of the sequence's first ids, without regard to stop strings."""
+        detokenizer = self._new_detokenizer()
+        return detokenizer.push(token_ids) + detokenizer.finish()
+
     def completing_length(self, token_ids: Sequence[int], matched: str) -> int:
         """The fewest of these ids whose text holds `matched`, which came with what was released last: with the last id,
         or with one before it whose text was not certain until then."""
         lengths = range(max(self._params.min_new_tokens, self._first_new), len(token_ids))
         if not lengths:
             return len(token_ids)
-        searched = max(0, len(self._decode(token_ids[: self._first_new - 1])) - len(matched) + 1)
+        searched = max(0, len(self.decode(token_ids[: self._first_new - 1])) - len(matched) + 1)
 
         def is_enough(length: int) -> bool:
-            return matched in self._decode(token_ids[:length])[searched:]
+            return matched in self.decode(token_ids[:length])[searched:]
 
         return lengths.start + bisect.bisect_left(lengths, True, key=is_enough)
 
@@ -87,9 +97,14 @@ class TextFeed:
         if text:
             self._first_new, self._num_certain = self._num_certain + 1, num_tokens
 
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        skip, spaces = self._params.skip_special_tokens, self._params.spaces_between_special_tokens
-        return self._tokenizer.decode(token_ids, skip, spaces)
+    def _new_detokenizer(self) -> IncrementalDetokenizer:
+        return IncrementalDetokenizer(
+            self._tokenizer,
+            skip_special_tokens=self._params.skip_special_tokens,
+            spaces_between_special_tokens=self._params.spaces_between_special_tokens,
+            shown=self._shown,
+            prompt_ids=self._prompt_ids,
+        )
 
     def _show(self, text: str) -> None:
         if text:
