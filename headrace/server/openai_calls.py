@@ -41,12 +41,20 @@ class OpenAiCall:
         self.headers = {"x-headrace-warnings": "; ".join(warnings)} if warnings else {}
         self.created = int(time.time())
         self.streams: list[Stream] = []
+        self._shown: frozenset[str] = frozenset()
         self._totals: dict[int, tuple[int, int]] = {}
         self._num_tokens: Counter[str] = Counter()
         self._version = state.engine.version
 
-    def submit(self, prompts: Sequence[Prompt], params: SamplingParams, logprobs: LogprobOptions) -> None:
-        """Start all sequences, or none."""
+    def submit(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        logprobs: LogprobOptions,
+        shown: frozenset[str] = frozenset(),
+    ) -> None:
+        """Start all sequences, or none. `shown` are special tokens whose text is wanted although others are skipped."""
+        self._shown = shown
         check_count(self._state.engine, len(prompts) * params.n, prompts[0].field)
         is_whole = False
         try:
@@ -117,6 +125,7 @@ class OpenAiCall:
             priority=self.body.priority,
             namespace=self.body.extra_key or self.body.cache_salt,
             stream=self.body.stream,
+            shown_tokens=self._shown,
         )
 
 

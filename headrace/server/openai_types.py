@@ -15,7 +15,7 @@ from headrace.server.wire import convert
 from headrace.types.errors import NotFoundError, RequestError
 from headrace.types.sampling_params import LogprobOptions, SamplingParams
 
-_IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")
+_IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 _SAME_NAMES = (
     *("n", "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty"),
     *("seed", "stop", "stop_token_ids", "logit_bias", "ignore_eos", "skip_special_tokens", "no_stop_trim"),
@@ -78,6 +78,7 @@ class ChatBody(OpenAiBody, kw_only=True):
     top_logprobs: int = 0
     tools: Any = None
     tool_choice: Any = None
+    parallel_tool_calls: bool = True
     chat_template_kwargs: Any = None
     add_generation_prompt: bool = True
 

@@ -5,9 +5,11 @@ from headrace.text.detokenizer import IncrementalDetokenizer
 from headrace.text.encoding import INLINE_CHARACTERS, encode_bounded, run_sized
 from headrace.text.stop_strings import StopStrings
 from headrace.text.tokenizer import Tokenizer
-from headrace.text.tool_calls import ToolCall, ToolCallParser, ToolCallStyle, tool_call_style
+from headrace.text.tool_calls import CALL_FORMS, ToolCall, ToolCallStyle, tool_call_style
+from headrace.text.tool_parser import ToolCallParser
 
 __all__ = [
+    "CALL_FORMS",
     "INLINE_CHARACTERS",
     "IncrementalDetokenizer",
     "StopStrings",
