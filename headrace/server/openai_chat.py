@@ -12,7 +12,7 @@ from starlette.responses import Response
 from headrace.engine.stream import StreamGroup
 from headrace.server.native_types import shared_ids
 from headrace.server.openai_calls import OpenAiCall, Prompt, choice_extras, finish_of
-from headrace.server.openai_logprobs import chat_logprobs
+from headrace.server.openai_logprobs import TextTokens, TokenWriter, chat_logprobs
 from headrace.server.openai_tools import ReplyText, ToolReader
 from headrace.server.openai_types import (
     ChatBody,
@@ -28,6 +28,7 @@ from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.wire import dropping, event, json_reply, read_object
 from headrace.text import (
+    Tokenizer,
     ToolCallStyle,
     check_template_arguments,
     normalize_messages,
@@ -150,7 +151,7 @@ class ChatFace:
         return {
             "index": number,
             "message": message,
-            "logprobs": chat_logprobs(self._tokenizer, piece) if body.logprobs else None,
+            "logprobs": chat_logprobs(_writer(self._tokenizer, body), piece) if body.logprobs else None,
             **finish_of(piece, bool(calls)),
             **choice_extras(call, call.streams[number], piece),
         }
@@ -176,24 +177,28 @@ class ChatFace:
 class _StreamedChoice:
     """One choice of a streamed reply: a chunk with the role, chunks with text or calls, a chunk with the reason."""
 
-    def __init__(
-        self, call: OpenAiCall, body: ChatBody, number: int, text: ReplyText, tokenizer: Any
-    ) -> None:
+    def __init__(self, call: OpenAiCall, body: ChatBody, number: int, text: ReplyText, tokenizer: Any) -> None:
         self._call = call
         self._body = body
         self._number = number
         self._text = text
         self._tokenizer = tokenizer
+        self._tokens = TextTokens(tokenizer, call.streams[number]) if body.logprobs else None
         self._has_begun = False
 
     def chunks(self, piece: Generation) -> list[dict[str, Any]]:
-        """The chunks that a piece brings; its first one behind the role also has its log-probabilities and ids."""
+        """The chunks that a piece brings; its first one behind the role also has log-probabilities and ids: those of
+        the tokens whose text it begins."""
         is_last = piece.finish_reason is not None
         first_index = self._text.num_calls
         text, calls = self._text.push(piece.text, is_last)
         deltas: list[dict[str, Any]] = [{"content": text}] if text else []
         deltas += [{"tool_calls": [{"index": first_index + i, **call}]} for i, call in enumerate(calls)]
-        has_more = self._body.logprobs or self._body.return_token_ids or self._body.return_meta_info
+        if self._tokens is not None:
+            piece, _ = self._tokens.push(piece)
+        has_more = bool(piece.token_ids) and (
+            self._body.logprobs or self._body.return_token_ids or self._body.return_meta_info
+        )
         if is_last or (not deltas and has_more):
             deltas.append({})
         chunks = [self._chunk(delta) for delta in deltas]
@@ -209,8 +214,12 @@ class _StreamedChoice:
     def _details(self, piece: Generation) -> dict[str, Any]:
         details = choice_extras(self._call, self._call.streams[self._number], piece)
         if self._body.logprobs:
-            details["logprobs"] = chat_logprobs(self._tokenizer, piece)
+            details["logprobs"] = chat_logprobs(_writer(self._tokenizer, self._body), piece)
         return details
 
     def _chunk(self, delta: Mapping[str, Any]) -> dict[str, Any]:
         return {"index": self._number, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+def _writer(tokenizer: Tokenizer | None, body: ChatBody) -> TokenWriter:
+    return TokenWriter(tokenizer, body.return_tokens_as_token_ids)

@@ -12,7 +12,7 @@ from headrace.engine import Stream
 from headrace.engine.stream import StreamGroup
 from headrace.server.native_types import shared_ids
 from headrace.server.openai_calls import OpenAiCall, Prompt, choice_extras, finish_of
-from headrace.server.openai_logprobs import completion_logprobs, end_offset
+from headrace.server.openai_logprobs import TextTokens, TokenWriter, completion_logprobs
 from headrace.server.openai_types import (
     CompletionBody,
     check_model,
@@ -59,7 +59,7 @@ class CompletionsFace:
         for piece in pieces:
             call.count(piece)
         choices = [
-            self._choice(call, body, number, stream, piece, 0)
+            self._choice(call, body, number, piece, self._tokens(body, stream))
             for number, (stream, piece) in enumerate(zip(call.streams, pieces, strict=True))
         ]
         return json_reply({**call.envelope(_OBJECT, choices), "usage": call.usage()}, headers=call.headers)
@@ -84,24 +84,30 @@ class CompletionsFace:
 
     async def _events(self, call: OpenAiCall, body: CompletionBody) -> AsyncIterator[bytes]:
         group, numbers = StreamGroup(call.streams), call.numbers()
-        offsets = [0] * len(call.streams)
+        tokens = [self._tokens(body, stream) for stream in call.streams]
         while pieces := await group.next_pieces():
             events = []
             for piece in pieces:
                 number = numbers[piece.request_id]
                 call.count(piece)
-                choice = self._choice(call, body, number, call.streams[number], piece, offsets[number])
-                offsets[number] = end_offset(choice["logprobs"], offsets[number])
+                choice = self._choice(call, body, number, piece, tokens[number])
                 events.append(event(call.chunk(_OBJECT, choice, piece)))
             yield b"".join(events)
         if body.stream_options is not None and body.stream_options.include_usage:
             yield event({**call.envelope(_OBJECT, []), "usage": call.usage()})
 
+    def _tokens(self, body: CompletionBody, stream: Stream) -> TextTokens | None:
+        return None if body.logprobs is None else TextTokens(self._tokenizer, stream)
+
     def _choice(
-        self, call: OpenAiCall, body: CompletionBody, number: int, stream: Stream, piece: Generation, offset: int
+        self, call: OpenAiCall, body: CompletionBody, number: int, piece: Generation, tokens: TextTokens | None
     ) -> dict[str, Any]:
-        logprobs = None if body.logprobs is None else completion_logprobs(self._tokenizer, piece, offset)
-        choice = {"index": number, "text": piece.text, "logprobs": logprobs, **finish_of(piece)}
+        stream = call.streams[number]
+        choice = {"index": number, "text": piece.text, "logprobs": None, **finish_of(piece)}
+        if tokens is not None:
+            piece, offsets = tokens.push(piece)
+            writer = TokenWriter(self._tokenizer, body.return_tokens_as_token_ids)
+            choice["logprobs"] = completion_logprobs(writer, piece, offsets)
         if body.return_token_ids:
             choice["prompt_token_ids"] = stream.prompt_token_ids
         return {**choice, **choice_extras(call, stream, piece)}

@@ -59,6 +59,7 @@ class OpenAiBody(msgspec.Struct, kw_only=True):
     cache_salt: str = ""
     priority: int = 0
     return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
     return_meta_info: bool = False
 
 

@@ -94,8 +94,7 @@ class _Strings:
         return self._text.finish()
 
     def num_before(self, token_id: int) -> int:
-        piece = self._pieces[token_id]
-        return 0 if piece is None else self._text.num_before(piece)
+        return self._text.num_before(self._pieces[token_id])
 
 
 class _Whole:

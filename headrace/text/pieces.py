@@ -149,13 +149,13 @@ class PieceStream:
         self._end_run(pieces)
         return self._strip("".join(pieces))
 
-    def num_before(self, token: str) -> int:
-        """How many characters the run held back shows before `token`, were that to come next."""
+    def num_before(self, token: str | None) -> int:
+        """How many characters the run held back shows before `token`, were that to come next; None shows nothing."""
         if not self._byte_run:
             return 0
-        is_byte = self._plan.joins_byte_tokens and byte_token(_rewrite(self._plan.before, token, False)) is not None
-        shown = "".join(self._run_pieces()) if not is_byte else self._byte_run.decode("utf-8", "ignore")
-        return len(shown)
+        if token is None or byte_token(_rewrite(self._plan.before, token, False)) is not None:
+            return len((self._begun + self._byte_run).decode("utf-8", "ignore"))
+        return len("".join(self._run_pieces()))
 
     def _add(self, pieces: list[str], piece: str) -> None:
         pieces.append(_rewrite(self._plan.after, piece, self._is_first_piece))
