@@ -13,7 +13,7 @@ import numpy as np
 from headrace.engine import AsyncEngine, GenerateItem
 from headrace.server.errors import fields_named
 from headrace.server.keys import LACKING_GENERATE, LACKING_SAMPLING, refuse_lacking, warnings_for
-from headrace.server.prompts import check_count, encode_texts
+from headrace.server.prompts import begins_twice, check_count, encode_texts
 from headrace.server.wire import convert
 from headrace.types.errors import RequestError
 from headrace.types.sampling_params import LogprobMode, LogprobOptions, SamplingParams
@@ -23,6 +23,7 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     """The body as JSON has it. Fields that may be one value or a list of them, one per prompt, are checked later."""
 
     text: str | list[str] | None = None
+    add_special_tokens: bool = True
     input_ids: list[Any] | None = None
     sampling_params: dict[str, Any] | list[Any] | None = None
     rid: str | list[str] | None = None
@@ -73,7 +74,12 @@ async def read_call(engine: AsyncEngine, values: Mapping[str, Any]) -> GenerateC
     params = _params_list(body.sampling_params, len(sources))
     num_sequences = sum(each.n for each in params)
     check_count(engine, num_sequences, field)
-    prompts = await _prompts(engine, sources, is_batch, field)
+    warnings = warnings_for(values, _KNOWN | LACKING_GENERATE)
+    prompts = await _prompts(engine, sources, is_batch, field, body.add_special_tokens)
+    if field == "text" and body.add_special_tokens:
+        warnings += [
+            each for i, ids in enumerate(prompts) for each in begins_twice(engine, ids, _name(field, i, is_batch))
+        ]
     asked = _PromptOptions(engine, body, len(prompts))
     is_list = is_batch or num_sequences > 1
     items: list[GenerateItem] = []
@@ -90,7 +96,7 @@ async def read_call(engine: AsyncEngine, values: Mapping[str, Any]) -> GenerateC
         is_stream=body.stream,
         writes_text=body.return_text_in_logprobs,
         writes_prompt_ids=body.return_prompt_token_ids,
-        warnings=warnings_for(values, _KNOWN | LACKING_GENERATE),
+        warnings=warnings,
     )
 
 
@@ -159,12 +165,18 @@ def _sources(body: GenerateBody) -> tuple[list[Any], bool, str]:
     return [given], False, field
 
 
-async def _prompts(engine: AsyncEngine, sources: Sequence[Any], is_batch: bool, field: str) -> list[Any]:
+async def _prompts(
+    engine: AsyncEngine, sources: Sequence[Any], is_batch: bool, field: str, add_special_tokens: bool
+) -> list[Any]:
     """The prompts as arrays of ids."""
-    named = {f"{field}[{i}]": source for i, source in enumerate(sources)} if is_batch else {field: sources[0]}
+    named = {_name(field, i, is_batch): source for i, source in enumerate(sources)}
     if field == "text":
-        named = await encode_texts(engine, named)
+        named = await encode_texts(engine, named, add_special_tokens=add_special_tokens)
     return [shared_ids(engine, ids, name) for name, ids in named.items()]
+
+
+def _name(field: str, position: int, is_batch: bool) -> str:
+    return f"{field}[{position}]" if is_batch else field
 
 
 def shared_ids(engine: AsyncEngine, ids: Any, field: str) -> Any:

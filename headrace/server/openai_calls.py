@@ -36,7 +36,7 @@ class OpenAiCall:
     def __init__(self, state: ServerState, body: OpenAiBody, kind: str, model: str, warnings: Sequence[str]) -> None:
         self._state = state
         self.body = body
-        self.request_id = body.rid or f"{kind}-{uuid.uuid4().hex}"
+        self.request_id = body.rid or body.request_id or f"{kind}-{uuid.uuid4().hex}"
         self.model = model
         self.headers = {"x-headrace-warnings": "; ".join(warnings)} if warnings else {}
         self.created = int(time.time())

@@ -19,11 +19,12 @@ from headrace.server.openai_types import (
     check_model,
     logprob_options,
     openai_errors,
+    prompt_bound,
     read_chat,
     sampling_params,
     tool_choice,
 )
-from headrace.server.prompts import encode_text, tokenizer_of
+from headrace.server.prompts import begins_twice, encode_text, tokenizer_of
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.wire import dropping, event, json_reply, read_object
@@ -75,7 +76,7 @@ class ChatFace:
         if conversation.tools and conversation.style is None:
             warnings.append("tools: calls are not read, the chat template shows no form of them that is known")
         text = await self._render(conversation, body, len(raw))
-        prompt = await self._prompt(text)
+        prompt = await self._prompt(text, body, warnings)
         call = OpenAiCall(self._state, body, "chatcmpl", model, warnings)
         key = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         with openai_errors(key, "top_logprobs"):
@@ -99,6 +100,8 @@ class ChatFace:
         tools = normalize_tools(body.tools) if body.tools else []
         tools = tools if offers_tools else []
         arguments = check_template_arguments(body.chat_template_kwargs) if body.chat_template_kwargs else {}
+        if body.reasoning_effort is not None:
+            arguments.setdefault("reasoning_effort", body.reasoning_effort)
         return Conversation(normalize_messages(body.messages), tools, self._style if tools else None, arguments)
 
     async def _render(self, conversation: Conversation, body: ChatBody, size: int) -> str:
@@ -114,9 +117,13 @@ class ChatFace:
 
         return await run_sized(size, render)
 
-    async def _prompt(self, text: str) -> Prompt:
-        ids = await encode_text(self._state.engine, text, "messages", add_special_tokens=False)
-        limit = self._state.engine.resolved.max_length
+    async def _prompt(self, text: str, body: ChatBody, warnings: list[str]) -> Prompt:
+        limit, is_added = self._state.engine.resolved.max_length, body.add_special_tokens
+        max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        bound = prompt_bound(body, limit, max_tokens)
+        ids = await encode_text(self._state.engine, text, "messages", add_special_tokens=is_added, bound=bound)
+        if is_added:
+            warnings += begins_twice(self._state.engine, ids, "messages")
         if len(ids) >= limit:
             raise RequestError(f"messages have {len(ids)} tokens, a sequence holds at most {limit}", field="messages")
         return Prompt(shared_ids(self._state.engine, ids, "messages"), "messages")

@@ -18,10 +18,11 @@ from headrace.server.openai_types import (
     check_model,
     logprob_options,
     openai_errors,
+    prompt_bound,
     read_completion,
     sampling_params,
 )
-from headrace.server.prompts import check_count, encode_texts
+from headrace.server.prompts import begins_twice, check_count, encode_texts, last_of
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.wire import dropping, event, json_reply, read_object
@@ -47,7 +48,7 @@ class CompletionsFace:
         """POST /v1/completions"""
         body, warnings = read_completion(await read_object(request))
         model = check_model(self._state, body.model)
-        prompts = await self._prompts(body.prompt)
+        prompts = await self._prompts(body, warnings)
         call = OpenAiCall(self._state, body, "cmpl", model, warnings)
         with openai_errors("max_tokens", "logprobs"):
             params = sampling_params(body, self._max_tokens(body, prompts))
@@ -64,17 +65,23 @@ class CompletionsFace:
         ]
         return json_reply({**call.envelope(_OBJECT, choices), "usage": call.usage()}, headers=call.headers)
 
-    async def _prompts(self, prompt: Any) -> list[Prompt]:
+    async def _prompts(self, body: CompletionBody, warnings: list[str]) -> list[Prompt]:
         """A text, ids, or a list of either."""
+        engine, prompt = self._state.engine, body.prompt
         if not isinstance(prompt, (str, list)) or prompt == []:
             raise RequestError("prompt must be a text, token ids, or a list of either", field="prompt")
         sources = {"prompt": prompt}
         if isinstance(prompt, list) and isinstance(prompt[0], (str, list)):
-            check_count(self._state.engine, len(prompt), "prompt")
+            check_count(engine, len(prompt), "prompt")
             sources = {f"prompt[{i}]": each for i, each in enumerate(prompt)}
         texts = {field: source for field, source in sources.items() if isinstance(source, str)}
-        ids = sources | await encode_texts(self._state.engine, texts)
-        return [Prompt(shared_ids(self._state.engine, each, field), field) for field, each in ids.items()]
+        max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+        bound = prompt_bound(body, engine.resolved.max_length, max_tokens)
+        encoded = await encode_texts(engine, texts, add_special_tokens=body.add_special_tokens, bound=bound)
+        if body.add_special_tokens:
+            warnings += [each for field, ids in encoded.items() for each in begins_twice(engine, ids, field)]
+        ids = {field: encoded[field] if field in encoded else last_of(given, bound) for field, given in sources.items()}
+        return [Prompt(shared_ids(engine, each, field), field) for field, each in ids.items()]
 
     def _max_tokens(self, body: CompletionBody, prompts: list[Prompt]) -> Any:
         if body.max_tokens is not None:

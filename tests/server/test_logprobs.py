@@ -67,7 +67,10 @@ def test_offsets_index_the_text(build: Any) -> None:
     whole = tokens_of(tokenizer, e).push(piece(ids, "e世\ne", True))
     assert whole[1] == [0, 1, 1, 1, 2, 3, 3]
     tokens = tokens_of(tokenizer, e)
-    texts = [tokens.push(piece([token], text, False)) for token, text in zip(ids, ["e", "", "", "世", "\n", "", "e"])]
+    texts = [
+        tokens.push(piece([token], text, False))
+        for token, text in zip(ids, ["e", "", "", "世", "\n", "", "e"], strict=True)
+    ]
     given = [(part.token_ids, offsets) for part, offsets in [*texts, tokens.push(piece([], "", True))]]
     assert sum((part for part, _ in given), []) == ids
     assert sum((offsets for _, offsets in given), []) == whole[1]
@@ -78,7 +81,7 @@ def test_offsets_do_not_pass_a_trimmed_stop_string(tokenizer: Tokenizer) -> None
     ids = by_byte(tokenizer, b"abcd")
     assert tokens_of(tokenizer, ids).push(piece(ids, "a", True))[1] == [0, 1, 1, 1]
     tokens = tokens_of(tokenizer, ids)
-    parts = [tokens.push(piece([token], text, False)) for token, text in zip(ids, ["a", "", "", ""])]
+    parts = [tokens.push(piece([token], text, False)) for token, text in zip(ids, ["a", "", "", ""], strict=True)]
     parts.append(tokens.push(piece([], "", True)))
     assert [offsets for _, offsets in parts] == [[0], [], [], [], [1, 1, 1]]
     assert [part.version_spans for part, _ in parts] == [[("a", 1)], [], [], [], [("a", 3)]]
