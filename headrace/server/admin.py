@@ -13,7 +13,7 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from headrace.server.coerce import read_control
+from headrace.server.coerce import check_changes, read_control
 from headrace.server.errors import body_of, error_body
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
@@ -160,8 +160,10 @@ class AdminFace:
         return json_reply(leading_rows(await self._engine.read_weight(body.name), body.truncate_size))
 
     async def weights_checker(self, request: Request) -> Response:
-        """GET|POST /weights_checker"""
+        """GET|POST /weights_checker: a GET only looks."""
         body = await read_control(request, CheckerBody)
+        if body.action in ("snapshot", "reset_tensors"):
+            check_changes(request, f"action {body.action}", "action")
         try:
             if body.action == "checksum":
                 found = await self._engine.digest()

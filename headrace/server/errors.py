@@ -7,6 +7,7 @@ A body can be read in both shapes that clients of the dialects know: flat (`mess
 from __future__ import annotations
 
 import http
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.types.errors import HeadraceError, InternalError, RequestError
+
+logger = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 1
 _INTERNAL = "internal error; the server's log has the details"
@@ -69,6 +72,12 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     return respond(
         error.status_code, error_body(error.status_code, f"{error.detail}: {what}", kind=str(error.status_code))
     )
+
+
+async def on_disconnect(request: Request, error: Exception) -> Response:
+    """Exception handler for a client that went away in the middle of its body: nobody reads what is answered."""
+    logger.debug("a client left while it sent its body: %s %s", request.method, request.url.path)
+    return Response(status_code=400)
 
 
 async def on_unexpected(request: Request, error: Exception) -> Response:

@@ -37,7 +37,7 @@ class NativeFace:
         cancel, on_disconnect = functools.partial(cancel_all, streams), self._state.metrics.count_disconnect
         if call.is_stream:
             events = self._events(StreamGroup(streams), replies, call.is_list)
-            return EventStream(events, cancel, on_disconnect, self._state.options.write_timeout)
+            return EventStream(events, cancel, on_disconnect)
         with dropping(request.receive, cancel, on_disconnect):
             pieces = [await stream.result() for stream in streams]
         for reply, piece in zip(replies, pieces, strict=True):

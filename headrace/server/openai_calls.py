@@ -74,9 +74,7 @@ class OpenAiCall:
 
     def event_stream(self, events: AsyncIterator[bytes]) -> EventStream:
         """The streamed answer; a client that goes away cancels the call."""
-        state = self._state
-        on_disconnect, write_timeout = state.metrics.count_disconnect, state.options.write_timeout
-        return EventStream(events, self.cancel, on_disconnect, write_timeout, headers=self.headers)
+        return EventStream(events, self.cancel, self._state.metrics.count_disconnect, headers=self.headers)
 
     def numbers(self) -> dict[str, int]:
         """The number of each choice by the name of its sequence."""

@@ -24,7 +24,7 @@ from headrace.server.openai_types import (
     sampling_params,
     tool_choice,
 )
-from headrace.server.prompts import begins_twice, encode_text, tokenizer_of
+from headrace.server.prompts import begins_twice, encode_text, render_chat, tokenizer_of
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.wire import dropping, event, json_reply, read_object
@@ -34,7 +34,6 @@ from headrace.text import (
     check_template_arguments,
     normalize_messages,
     normalize_tools,
-    run_sized,
     tool_call_style,
     tool_names,
 )
@@ -69,13 +68,12 @@ class ChatFace:
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
-        raw = await request.body()
         body, warnings = read_chat(await read_object(request))
         model = check_model(self._state, body.model)
         conversation = self._conversation(body)
         if conversation.tools and conversation.style is None:
             warnings.append("tools: calls are not read, the chat template shows no form of them that is known")
-        text = await self._render(conversation, body, len(raw))
+        text = await self._render(conversation, body)
         prompt = await self._prompt(text, body, warnings)
         call = OpenAiCall(self._state, body, "chatcmpl", model, warnings)
         key = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
@@ -104,29 +102,26 @@ class ChatFace:
             arguments.setdefault("reasoning_effort", body.reasoning_effort)
         return Conversation(normalize_messages(body.messages), tools, self._style if tools else None, arguments)
 
-    async def _render(self, conversation: Conversation, body: ChatBody, size: int) -> str:
-        tokenizer = tokenizer_of(self._state.engine, "messages")
-
-        def render() -> str:
-            return tokenizer.render_chat(
-                conversation.messages,
-                conversation.tools,
-                body.add_generation_prompt,
-                **conversation.template_arguments,
-            )
-
-        return await run_sized(size, render)
+    async def _render(self, conversation: Conversation, body: ChatBody) -> str:
+        return await render_chat(
+            self._state.engine,
+            conversation.messages,
+            conversation.tools,
+            body.add_generation_prompt,
+            conversation.template_arguments,
+        )
 
     async def _prompt(self, text: str, body: ChatBody, warnings: list[str]) -> Prompt:
-        limit, is_added = self._state.engine.resolved.max_length, body.add_special_tokens
+        engine, is_added = self._state.engine, body.add_special_tokens
+        limit = engine.resolved.max_length
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         bound = prompt_bound(body, limit, max_tokens)
-        ids = await encode_text(self._state.engine, text, "messages", add_special_tokens=is_added, bound=bound)
+        ids = await encode_text(engine, text, "messages", add_special_tokens=is_added, bound=bound)
         if is_added:
-            warnings += begins_twice(self._state.engine, ids, "messages")
+            warnings += begins_twice(engine, ids, "messages")
         if len(ids) >= limit:
             raise RequestError(f"messages have {len(ids)} tokens, a sequence holds at most {limit}", field="messages")
-        return Prompt(shared_ids(self._state.engine, ids, "messages"), "messages")
+        return Prompt(shared_ids(engine, ids, "messages"), "messages")
 
     def _reader(
         self, conversation: Conversation, body: ChatBody, prompt: str, params: SamplingParams

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,18 @@ def check_count(engine: AsyncEngine, num_sequences: int, field: str) -> None:
     limit = engine.resolved.engine.max_sequences
     if num_sequences > limit:
         raise RequestError(f"{field}: {num_sequences} sequences in one call, over {limit}", field=field)
+
+
+async def render_chat(
+    engine: AsyncEngine,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    add_generation_prompt: bool,
+    arguments: Mapping[str, Any],
+) -> str:
+    """The chat template's text. The loop goes on meanwhile, however long the template takes."""
+    tokenizer = tokenizer_of(engine, "messages")
+    return await asyncio.wrap_future(tokenizer.submit_chat(messages, tools, add_generation_prompt, **arguments))
 
 
 async def encode_text(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -16,8 +15,6 @@ from starlette.types import Message, Receive, Scope, Send
 from headrace.engine import Stream
 from headrace.server import errors
 from headrace.types.errors import HeadraceError, RequestError
-
-logger = logging.getLogger(__name__)
 
 JSON_TYPE = "application/json"
 DONE_EVENT = b"data: [DONE]\n\n"
@@ -108,7 +105,6 @@ class EventStream(Response):
         events: AsyncIterator[bytes],
         cancel: Callable[[], None],
         on_disconnect: Callable[[], None],
-        write_timeout: float,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         self.status_code = 200
@@ -119,7 +115,6 @@ class EventStream(Response):
         self._events = events
         self._cancel = cancel
         self._on_disconnect = on_disconnect
-        self._write_timeout = write_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with dropping(receive, self._cancel, self._on_disconnect):
@@ -130,11 +125,7 @@ class EventStream(Response):
                 await reply(scope, receive, send)
                 return
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            try:
-                await self._send_all(first, send)
-            except TimeoutError:
-                logger.info("a client left its stream unread for %g s; its request is dropped", self._write_timeout)
-                return
+            await self._send_all(first, send)
             await send({"type": "http.response.body", "body": DONE_EVENT, "more_body": False})
 
     async def _send_all(self, first: bytes, send: Send) -> None:
@@ -148,5 +139,4 @@ class EventStream(Response):
             await self._send(event(errors.event_body(error)), send)
 
     async def _send(self, chunk: bytes, send: Send) -> None:
-        async with asyncio.timeout(self._write_timeout):
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": chunk, "more_body": True})

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from headrace.text.chat import check_template_arguments
 from headrace.text.pieces import WHOLE, ByteStream, DecoderPlan, PieceStream, byte_token, read_decoder, token_bytes
+from headrace.text.templates import TemplateRenderer
 from headrace.types.errors import ConfigError, RequestError
 
 _NUM_CHECKS = 32
 _CHECK_LENGTH = 24
-_TEMPLATE_FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class Tokenizer:
@@ -31,6 +33,7 @@ class Tokenizer:
         self._library = backend.backend_tokenizer
         self._library.no_truncation()
         self._library.no_padding()
+        self._renderer = TemplateRenderer()
         added = self._library.get_added_tokens_decoder()
         self._special_tokens = frozenset(token.content for token in added.values() if token.special)
         self.vocab_size: int = self._library.get_vocab_size(with_added_tokens=True)
@@ -115,25 +118,25 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         **template_arguments: Any,
     ) -> str:
-        """The chat template's text, rendered in jinja's immutable sandbox.
+        """The chat template's text, rendered in a process of its own with a bound on time and memory.
 
         Raises `RequestError` when there is no template or it refuses the messages.
         """
-        from jinja2.exceptions import TemplateError
+        return self._renderer.render(*self._rendering(messages, tools, add_generation_prompt, template_arguments))
 
-        if self.chat_template is None:
-            raise RequestError("the tokenizer has no chat template; send token ids or a plain prompt", field="messages")
-        try:
-            text: str = self._backend.apply_chat_template(
-                list(messages),
-                tools=list(tools) if tools else None,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-                **template_arguments,
-            )
-        except (TemplateError, *_TEMPLATE_FAULTS) as error:
-            raise RequestError(f"the chat template refused the messages: {error}", field="messages") from None
-        return text
+    def submit_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **template_arguments: Any,
+    ) -> Future[str]:
+        """As `render_chat`, for a caller that must not wait: the text comes later, and so may its `RequestError`."""
+        return self._renderer.submit(*self._rendering(messages, tools, add_generation_prompt, template_arguments))
+
+    def interrupt_chats(self) -> None:
+        """Refuse the conversations that are being rendered now."""
+        self._renderer.interrupt()
 
     def apply_chat_template(
         self,
@@ -162,6 +165,23 @@ class Tokenizer:
     def special_among(self, tokens: Iterable[str]) -> frozenset[str]:
         """Those of `tokens` that `skip_special_tokens` hides."""
         return self._special_tokens.intersection(tokens)
+
+    def _rendering(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+        arguments: Mapping[str, Any],
+    ) -> tuple[str, Sequence[Mapping[str, Any]], dict[str, Any]]:
+        """The template, the messages and the variables, as transformers chooses them."""
+        templates = self._backend.chat_template
+        if isinstance(templates, Mapping):
+            templates = templates.get("tool_use" if tools and "tool_use" in templates else "default")
+        if not isinstance(templates, str):
+            raise RequestError("the tokenizer has no chat template; send token ids or a plain prompt", field="messages")
+        given = {"tools": list(tools) if tools else None, "add_generation_prompt": add_generation_prompt}
+        arguments = check_template_arguments(arguments, "template_arguments")
+        return templates, messages, {"documents": None, **self._backend.special_tokens_map, **arguments, **given}
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files into `folder`."""
