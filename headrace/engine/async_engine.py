@@ -169,6 +169,13 @@ class AsyncEngine:
         finally:
             self.runtime.post(group.cancel)
 
+    def prepare(self, item: GenerateItem) -> GenerateItem:
+        """`item`, checked and with its prompt packed; cheap to submit, and to copy for further samples of the prompt.
+
+        Raises `RequestError` naming the field.
+        """
+        return self._builder.prepare(item)
+
     def submit(self, item: GenerateItem) -> Stream:
         """Start one sequence. To be called on the engine's loop; the stream too is bound to it."""
         self.runtime.check_open()

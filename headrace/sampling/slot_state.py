@@ -106,10 +106,8 @@ class SlotTable:
         for table in (self._seen, self._bias, self._stop_ids):
             table.pop(slot, None)
         if sampling.has_penalties:
-            tokens = init.token_ids
-            self._seen[slot] = SeenTokens(
-                self.vocab_size, tokens[: init.num_prompt_tokens], tokens[init.num_prompt_tokens :]
-            )
+            tokens, first_output = init.token_ids, init.first_output
+            self._seen[slot] = SeenTokens(self.vocab_size, tokens[:first_output], tokens[first_output:])
         if sampling.logit_bias:
             pairs = [(token, value) for token, value in sampling.logit_bias if token < self.vocab_size]
             self._bias[slot] = (np.array([t for t, _ in pairs], np.int64), np.array([v for _, v in pairs], np.float32))

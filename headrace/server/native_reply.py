@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from headrace.engine import Stream
+from headrace.server.errors import body_of
 from headrace.text import Tokenizer
 from headrace.types.generation import Generation
 
@@ -134,4 +135,8 @@ def finish_reason(piece: Generation, num_tokens: int) -> dict[str, Any] | None:
         return {"type": "stop", "matched": piece.matched}
     if piece.finish_reason == "length":
         return {"type": "length", "length": num_tokens}
+    if piece.error is not None:
+        detail = body_of(piece.error.to_exception())["error"]
+        reason = {"type": "abort", "message": detail["message"], "status_code": detail["code"]}
+        return {**reason, "err_type": piece.error.code, "param": detail["param"], "retryable": detail["retryable"]}
     return {"type": "abort", "message": piece.finish_message or "Aborted", "status_code": None, "err_type": None}

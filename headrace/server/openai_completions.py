@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.engine import Stream
+from headrace.engine.fields import per_prompt
 from headrace.engine.stream import StreamGroup
 from headrace.server.native_types import shared_ids
 from headrace.server.openai_calls import OpenAiCall, Prompt, choice_extras, finish_of
@@ -75,13 +76,18 @@ class CompletionsFace:
             check_count(engine, len(prompt), "prompt")
             sources = {f"prompt[{i}]": each for i, each in enumerate(prompt)}
         texts = {field: source for field, source in sources.items() if isinstance(source, str)}
+        key = "num_output_ids_in_prompt"
+        num_output = per_prompt(body.num_output_ids_in_prompt, len(sources), key)
+        if any(num_output) and texts:
+            raise RequestError(f"{key} counts token ids: give the prompt as token ids", field=key)
         max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         bound = prompt_bound(body, engine.resolved.max_length, max_tokens)
         encoded = await encode_texts(engine, texts, add_special_tokens=body.add_special_tokens, bound=bound)
         if body.add_special_tokens:
             warnings += [each for field, ids in encoded.items() for each in begins_twice(engine, ids, field)]
         ids = {field: encoded[field] if field in encoded else last_of(given, bound) for field, given in sources.items()}
-        return [Prompt(shared_ids(engine, each, field), field) for field, each in ids.items()]
+        named = zip(ids.items(), num_output, strict=True)
+        return [Prompt(shared_ids(engine, each, field), field, num) for (field, each), num in named]
 
     def _max_tokens(self, body: CompletionBody, prompts: list[Prompt]) -> Any:
         if body.max_tokens is not None:

@@ -65,6 +65,7 @@ class OpenAiBody(msgspec.Struct, kw_only=True):
     return_tokens_as_token_ids: bool = False
     return_meta_info: bool = False
     truncate_prompt_tokens: int | None = None
+    clip_to_context: bool = False
 
 
 class CompletionBody(OpenAiBody, kw_only=True):
@@ -73,6 +74,7 @@ class CompletionBody(OpenAiBody, kw_only=True):
     prompt: Any = None
     add_special_tokens: bool = True
     logprobs: int | None = None
+    num_output_ids_in_prompt: int | list[int] = 0
 
 
 class ChatBody(OpenAiBody, kw_only=True):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
-from headrace.text.pieces import MAX_CHARACTER_BYTES, ByteStream, PieceStream, begun_character, byte_token
+from headrace.text.pieces import MAX_CHARACTER_BYTES, REPLACEMENT, ByteStream, PieceStream, begun_character, byte_token
 from headrace.text.tokenizer import Tokenizer
 
 _WHOLE_CONTEXT = 16
@@ -53,6 +54,16 @@ class IncrementalDetokenizer:
         """How many characters what is held back shows before the text of `token_id`, were that to come next."""
         return self._stream.num_before(token_id)
 
+    def fork(self) -> IncrementalDetokenizer:
+        """One that goes on from here by itself."""
+        twin = copy.copy(self)
+        twin._stream = self._stream.fork()
+        return twin
+
+    def complete_rest(self) -> str:
+        """The text held back, as far as its characters are complete."""
+        return self._stream.complete_rest()
+
 
 class _Stream(Protocol):
     def push(self, ids: Iterable[int]) -> str: ...
@@ -60,6 +71,10 @@ class _Stream(Protocol):
     def finish(self) -> str: ...
 
     def num_before(self, token_id: int) -> int: ...
+
+    def fork(self) -> Self: ...
+
+    def complete_rest(self) -> str: ...
 
 
 class _Bytes:
@@ -76,6 +91,14 @@ class _Bytes:
 
     def num_before(self, token_id: int) -> int:
         return self._text.num_before(self._pieces[token_id])
+
+    def fork(self) -> Self:
+        twin = copy.copy(self)
+        twin._text = self._text.fork()
+        return twin
+
+    def complete_rest(self) -> str:
+        return self._text.complete_rest()
 
 
 class _Strings:
@@ -95,6 +118,14 @@ class _Strings:
 
     def num_before(self, token_id: int) -> int:
         return self._text.num_before(self._pieces[token_id])
+
+    def fork(self) -> Self:
+        twin = copy.copy(self)
+        twin._text = self._text.fork()
+        return twin
+
+    def complete_rest(self) -> str:
+        return self._text.complete_rest()
 
 
 class _Whole:
@@ -117,6 +148,14 @@ class _Whole:
 
     def num_before(self, token_id: int) -> int:
         return 0
+
+    def fork(self) -> Self:
+        twin = copy.copy(self)
+        twin._ids = self._ids[:]
+        return twin
+
+    def complete_rest(self) -> str:
+        return self.fork().finish().rstrip(REPLACEMENT)
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode([each for each in ids if self._pieces[each] is not None], False)

@@ -15,6 +15,7 @@ reading against the library before it is used.
 from __future__ import annotations
 
 import codecs
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -103,6 +104,17 @@ class ByteStream:
         continues = not data or 0x80 <= data[0] < 0xC0
         return 1 if held and not continues else 0
 
+    def fork(self) -> ByteStream:
+        """One that goes on from here by itself."""
+        twin = ByteStream()
+        twin._decoder.setstate(self._decoder.getstate())
+        twin._own = self._own
+        return twin
+
+    def complete_rest(self) -> str:
+        """What is held back, as far as its characters are complete: none is."""
+        return ""
+
     def _settle(self, data: bytes, text: str) -> str:
         assert self._own is not None
         own = self._own + data
@@ -157,6 +169,19 @@ class PieceStream:
             return len((self._begun + self._byte_run).decode("utf-8", "ignore"))
         return len("".join(self._run_pieces()))
 
+    def fork(self) -> PieceStream:
+        """One that goes on from here by itself."""
+        twin = copy.copy(self)
+        twin._byte_run = self._byte_run[:]
+        return twin
+
+    def complete_rest(self) -> str:
+        """What is held back, as far as its characters are complete."""
+        twin = self.fork()
+        joined = _complete_length(self._begun + self._byte_run)
+        del twin._byte_run[joined - len(self._begun) if joined else _complete_length(self._byte_run) :]
+        return twin.finish()
+
     def _add(self, pieces: list[str], piece: str) -> None:
         pieces.append(_rewrite(self._plan.after, piece, self._is_first_piece))
         self._is_first_piece = False
@@ -186,6 +211,14 @@ class PieceStream:
             text = text[1:]
             self._num_to_strip -= 1
         return text
+
+
+def _complete_length(data: bytes | bytearray) -> int:
+    """The length without a last character that is incomplete; 0 for what is not the beginning of UTF-8."""
+    try:
+        return len(codecs.getincrementaldecoder("utf-8")("strict").decode(data).encode())
+    except UnicodeDecodeError:
+        return 0
 
 
 def _flatten(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:

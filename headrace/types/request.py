@@ -72,6 +72,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     `handle` is unique among the live requests of one front. `stop_token_ids` already holds the end-of-sequence ids
     unless they are ignored. `namespace` separates prefix-cache entries (the caller's `extra_key`).
     `deliver_every` is how many new tokens make a non-terminal `Delta`; 0 delivers only the terminal one.
+    The last `num_output_ids_in_prompt` ids of `prompt` are output of an earlier request, and penalties count them so.
     """
 
     handle: int
@@ -86,6 +87,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     priority: int = 0
     namespace: str = ""
     deliver_every: int = 0
+    num_output_ids_in_prompt: int = 0
 
 
 class Finish(msgspec.Struct, frozen=True, array_like=True):
