@@ -66,7 +66,7 @@ def apply_command(replica: Replica, command: Command, now: float) -> None:
 def submit(replica: Replica, command: Submit, now: float) -> None:
     """Queue requests; what cannot be served is answered at once."""
     refusal = replica.update.refusal()
-    for request in command.requests:
+    for request in command.all_requests():
         try:
             if refusal is not None:
                 raise refusal

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from headrace.engine.requests import GenerateItem
 from headrace.engine.sample import Sample
 from headrace.engine.text_feed import TextFeed, TextStart
+from headrace.text import run_sized
 from headrace.types.errors import HeadraceError, InternalError
 from headrace.types.generation import Generation
 from headrace.types.request import Delta, Finish, Request, unpack_ids
@@ -60,6 +61,11 @@ class Stream:
         ids: list[int] = unpack_ids(self.request.prompt).tolist()
         return ids
 
+    @property
+    def num_extra_values(self) -> int:
+        """Log-probabilities that there are so far beside those of the tokens themselves."""
+        return self._sample.num_extra_values
+
     def __aiter__(self) -> Stream:
         return self
 
@@ -78,8 +84,7 @@ class Stream:
             await self._wait()
         if self._error is not None and not self.item.return_errors:
             raise self._error
-        fields = {**self._sample.fields_from(0), **self._sample.prompt_fields(), **self._finish_fields()}
-        return self._generation(fields, self._whole_text())
+        return await run_sized(self._sample.num_extra_values, self._whole)
 
     def take(self) -> Generation | None:
         """What is new since the last piece, or None. Raises the request's error."""
@@ -146,6 +151,11 @@ class Stream:
                 finish = Finish("stop")
             self._end("answered", finish)
         return finish is not None
+
+    def _whole(self) -> Generation:
+        """The sample, once it has ended."""
+        fields = {**self._sample.fields_from(0), **self._sample.prompt_fields(), **self._finish_fields()}
+        return self._generation(fields, self._whole_text())
 
     def _whole_text(self) -> str:
         if self._feed is not None:

@@ -10,6 +10,7 @@ import msgspec
 
 from headrace.engine import Stream
 from headrace.server.errors import body_of
+from headrace.server.wire import encode_json
 from headrace.text import Tokenizer
 from headrace.types.generation import Generation
 
@@ -116,11 +117,13 @@ class SequenceReply:
 
     def _extend(self, key: str, positions: Sequence[Mapping[int, float] | None]) -> None:
         if positions:
-            lists = [
-                None if values is None else [self._triple(value, token_id) for token_id, value in values.items()]
-                for values in positions
-            ]
-            self._lists.setdefault(key, []).extend(lists)
+            self._lists.setdefault(key, []).extend(map(self._written, positions))
+
+    def _written(self, values: Mapping[int, float] | None) -> msgspec.Raw | None:
+        """The triples of one position as JSON already: an eighth of what they take as objects."""
+        if values is None:
+            return None
+        return msgspec.Raw(encode_json([self._triple(value, token_id) for token_id, value in values.items()]))
 
     def _triple(self, logprob: float | None, token_id: int) -> tuple[float | None, int, str | None]:
         tokenizer = self._style.tokenizer

@@ -18,6 +18,7 @@ from headrace.types.errors import HeadraceError, RequestError
 
 JSON_TYPE = "application/json"
 DONE_EVENT = b"data: [DONE]\n\n"
+_CHUNK_BYTES = 1 << 18
 _ENCODER = msgspec.json.Encoder()
 
 Value = TypeVar("Value")
@@ -25,7 +26,12 @@ Value = TypeVar("Value")
 
 def json_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """`value` as a JSON response; numbers that are not finite become null."""
-    return Response(_ENCODER.encode(value), status, headers, JSON_TYPE)
+    return Response(encode_json(value), status, headers, JSON_TYPE)
+
+
+def encode_json(value: Any) -> bytes:
+    """`value` as JSON; numbers that are not finite become null."""
+    return _ENCODER.encode(value)
 
 
 def event(value: Any) -> bytes:
@@ -89,6 +95,44 @@ def dropping(receive: Receive, cancel: Callable[[], None], on_disconnect: Callab
     finally:
         watcher.cancel()
         cancel()
+
+
+class PartsReply(Response):
+    """A JSON response given in parts, sent one by one: never joined, so that a large one keeps no event loop."""
+
+    media_type = JSON_TYPE
+
+    def __init__(self, parts: list[bytes], write_timeout: float) -> None:
+        self.status_code = 200
+        self.background = None
+        self.body = b""
+        self.init_headers({"content-length": str(sum(map(len, parts)))})
+        self._parts = parts
+        self._write_timeout = write_timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            for part in _in_chunks(self._parts):
+                async with asyncio.timeout(self._write_timeout):
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
+        except TimeoutError:
+            logger.info("a client left its answer unread for %g s; the connection is closed", self._write_timeout)
+            return
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _in_chunks(parts: list[bytes]) -> Iterator[bytes]:
+    """The same bytes with small parts joined."""
+    chunk: list[bytes] = []
+    num_bytes = 0
+    for part in parts:
+        chunk.append(part)
+        num_bytes += len(part)
+        if num_bytes >= _CHUNK_BYTES:
+            yield b"".join(chunk)
+            chunk, num_bytes = [], 0
+    yield b"".join(chunk)
 
 
 class EventStream(Response):

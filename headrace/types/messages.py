@@ -6,17 +6,49 @@ Front to core: `Command`s. `Submit`, `Abort` and `Finished` have no reply of the
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
+from typing import cast
+
 import msgspec
 
 from headrace.types.errors import ErrorInfo
-from headrace.types.request import Delta, Request
+from headrace.types.request import Delta, Request, Sibling
 from headrace.types.weights import BufferEntry, BufferRef, InFlight, PauseMode, TensorInfo, UpdateMode
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
-    """New requests. A request the core refuses is answered by a terminal `Delta` of type "error"."""
+    """New requests. A request the core refuses is answered by a terminal `Delta` of type "error".
+
+    Requests that share their parameters (samples of a prompt, prompts of a call) travel as one and its siblings: a long
+    prompt, logit bias or list of stop ids is sent and held once. `siblings[i]` follow `requests[i]`.
+    """
 
     requests: tuple[Request, ...]
+    siblings: tuple[tuple[Sibling, ...], ...] = ()
+
+    @classmethod
+    def of(cls, requests: Iterable[Request]) -> Submit:
+        """The message that brings these requests, in their order."""
+        families: list[tuple[Request, list[Sibling]]] = []
+        last: Request | None = None
+        for request in requests:
+            sibling = None if last is None else Sibling.between(last, request)
+            if sibling is None:
+                families.append((request, []))
+            else:
+                families[-1][1].append(sibling)
+            last = request
+        return cls(tuple(first for first, _ in families), tuple(tuple(others) for _, others in families))
+
+    def all_requests(self) -> Iterator[Request]:
+        """The requests, in their order."""
+        for request, siblings in zip_longest(self.requests, self.siblings[: len(self.requests)], fillvalue=()):
+            last = cast(Request, request)
+            yield last
+            for sibling in siblings:
+                last = sibling.after(last)
+                yield last
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
