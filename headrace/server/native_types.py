@@ -15,7 +15,7 @@ from headrace.engine.bounds import check_body, check_call
 from headrace.engine.fields import per_prompt
 from headrace.server.errors import fields_named
 from headrace.server.keys import LACKING_GENERATE, LACKING_SAMPLING, refuse_lacking, warnings_for
-from headrace.server.prompts import begins_twice, check_count, encode_text, encode_texts
+from headrace.server.prompts import check_count, encode_text, encode_texts, warnings_about
 from headrace.server.wire import convert
 from headrace.types.errors import RequestError
 from headrace.types.sampling_params import LogprobMode, LogprobOptions, SamplingParams
@@ -86,7 +86,7 @@ async def read_call(engine: AsyncEngine, values: Mapping[str, Any]) -> GenerateC
     prompts = await _prompts(engine, sources, is_batch, field, body.add_special_tokens, refusals)
     if field == "text" and body.add_special_tokens:
         warnings += [
-            each for i, ids in enumerate(prompts) for each in begins_twice(engine, ids, _name(field, i, is_batch))
+            each for i, ids in enumerate(prompts) for each in warnings_about(engine, ids, _name(field, i, is_batch))
         ]
     is_list = is_batch or num_sequences > 1
     items: list[GenerateItem] = []

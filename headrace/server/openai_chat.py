@@ -24,7 +24,7 @@ from headrace.server.openai_types import (
     sampling_params,
     tool_choice,
 )
-from headrace.server.prompts import begins_twice, encode_text, render_chat, tokenizer_of
+from headrace.server.prompts import encode_text, render_chat, tokenizer_of, warnings_about
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.wire import dropping, event, json_reply, read_object
@@ -118,7 +118,7 @@ class ChatFace:
         bound = prompt_bound(body, limit, max_tokens)
         ids = await encode_text(engine, text, "messages", add_special_tokens=is_added, bound=bound)
         if is_added:
-            warnings += begins_twice(engine, ids, "messages")
+            warnings += warnings_about(engine, ids, "messages")
         if len(ids) >= limit:
             raise RequestError(f"messages have {len(ids)} tokens, a sequence holds at most {limit}", field="messages")
         return Prompt(shared_ids(engine, ids, "messages"), "messages")

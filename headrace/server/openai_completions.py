@@ -23,7 +23,7 @@ from headrace.server.openai_types import (
     read_completion,
     sampling_params,
 )
-from headrace.server.prompts import begins_twice, check_count, encode_texts, last_of
+from headrace.server.prompts import check_count, encode_texts, last_of, warnings_about
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.wire import dropping, event, json_reply, read_object
@@ -84,7 +84,7 @@ class CompletionsFace:
         bound = prompt_bound(body, engine.resolved.max_length, max_tokens)
         encoded = await encode_texts(engine, texts, add_special_tokens=body.add_special_tokens, bound=bound)
         if body.add_special_tokens:
-            warnings += [each for field, ids in encoded.items() for each in begins_twice(engine, ids, field)]
+            warnings += [each for field, ids in encoded.items() for each in warnings_about(engine, ids, field)]
         ids = {field: encoded[field] if field in encoded else last_of(given, bound) for field, given in sources.items()}
         named = zip(ids.items(), num_output, strict=True)
         return [Prompt(shared_ids(engine, each, field), field, num) for (field, each), num in named]

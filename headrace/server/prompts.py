@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from headrace.engine import AsyncEngine
-from headrace.text import Tokenizer, encode_bounded, run_sized
+from headrace.text import Tokenizer, begins_twice, encode_bounded, run_sized
 from headrace.types.errors import RequestError
 
 _CHARACTERS_PER_TOKEN = 16  # of a text whose end is wanted, this much is encoded first
@@ -95,9 +95,8 @@ def last_of(ids: Any, bound: int | None) -> Any:
     return ids if bound is None or not isinstance(ids, list) else ids[-bound:]
 
 
-def begins_twice(engine: AsyncEngine, ids: Sequence[int], field: str) -> list[str]:
-    """A warning about ids of a text that begin with two beginnings of sequence: its own and an added one."""
-    bos = None if engine.tokenizer is None else engine.tokenizer.bos_token_id
-    if bos is None or len(ids) < 2 or ids[0] != bos or ids[1] != bos:
+def warnings_about(engine: AsyncEngine, ids: Sequence[int], field: str) -> list[str]:
+    """What to tell a caller about the ids of a text to which special tokens were added."""
+    if engine.tokenizer is None or not begins_twice(engine.tokenizer, ids):
         return []
     return [f"{field} begins with the beginning of sequence, and one was added; add_special_tokens: false adds none"]

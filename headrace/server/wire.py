@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -15,6 +16,8 @@ from starlette.types import Message, Receive, Scope, Send
 from headrace.engine import Stream
 from headrace.server import errors
 from headrace.types.errors import HeadraceError, RequestError
+
+logger = logging.getLogger(__name__)
 
 JSON_TYPE = "application/json"
 DONE_EVENT = b"data: [DONE]\n\n"

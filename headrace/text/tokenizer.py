@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from headrace.text.chat import check_template_arguments
 from headrace.text.pieces import WHOLE, ByteStream, DecoderPlan, PieceStream, byte_token, read_decoder, token_bytes
@@ -142,16 +142,40 @@ class Tokenizer:
         """Refuse the conversations that are being rendered now."""
         self._renderer.interrupt()
 
+    @overload
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        *,
+        tokenize: Literal[True] = True,
         **template_arguments: Any,
-    ) -> list[int]:
-        """Ids of a conversation; raises as `render_chat` does."""
+    ) -> list[int]: ...
+
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        *,
+        tokenize: Literal[False],
+        **template_arguments: Any,
+    ) -> str: ...
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        *,
+        tokenize: bool = True,
+        **template_arguments: Any,
+    ) -> list[int] | str:
+        """Ids of a conversation, or its text with `tokenize=False`; raises as `render_chat` does."""
         text = self.render_chat(messages, tools, add_generation_prompt, **template_arguments)
-        return self.encode(text, add_special_tokens=False)
+        return self.encode(text, add_special_tokens=False) if tokenize else text
 
     def byte_pieces(self, skip_special_tokens: bool, shown: frozenset[str] = frozenset()) -> Mapping[int, bytes]:
         """For a byte-level vocabulary: the bytes of every id, b"" for ids that do not show. Special tokens in `shown`
