@@ -85,9 +85,7 @@ async def read_call(engine: AsyncEngine, values: Mapping[str, Any]) -> GenerateC
     warnings = warnings_for(values, _KNOWN | LACKING_GENERATE)
     prompts = await _prompts(engine, sources, is_batch, field, body.add_special_tokens, refusals)
     if field == "text" and body.add_special_tokens:
-        warnings += [
-            each for i, ids in enumerate(prompts) for each in warnings_about(engine, ids, _name(field, i, is_batch))
-        ]
+        warnings += warnings_about(engine, {_name(field, i, is_batch): ids for i, ids in enumerate(prompts)})
     is_list = is_batch or num_sequences > 1
     items: list[GenerateItem] = []
     names = _names(body.rid, [each.n for each in params], is_list)

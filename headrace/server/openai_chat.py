@@ -118,7 +118,7 @@ class ChatFace:
         bound = prompt_bound(body, limit, max_tokens)
         ids = await encode_text(engine, text, "messages", add_special_tokens=is_added, bound=bound)
         if is_added:
-            warnings += warnings_about(engine, ids, "messages")
+            warnings += warnings_about(engine, {"messages": ids})
         if len(ids) >= limit:
             raise RequestError(f"messages have {len(ids)} tokens, a sequence holds at most {limit}", field="messages")
         return Prompt(shared_ids(engine, ids, "messages"), "messages")

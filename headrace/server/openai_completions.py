@@ -84,7 +84,7 @@ class CompletionsFace:
         bound = prompt_bound(body, engine.resolved.max_length, max_tokens)
         encoded = await encode_texts(engine, texts, add_special_tokens=body.add_special_tokens, bound=bound)
         if body.add_special_tokens:
-            warnings += [each for field, ids in encoded.items() for each in warnings_about(engine, ids, field)]
+            warnings += warnings_about(engine, encoded)
         ids = {field: encoded[field] if field in encoded else last_of(given, bound) for field, given in sources.items()}
         named = zip(ids.items(), num_output, strict=True)
         return [Prompt(shared_ids(engine, each, field), field, num) for (field, each), num in named]

@@ -95,8 +95,11 @@ def last_of(ids: Any, bound: int | None) -> Any:
     return ids if bound is None or not isinstance(ids, list) else ids[-bound:]
 
 
-def warnings_about(engine: AsyncEngine, ids: Sequence[int], field: str) -> list[str]:
-    """What to tell a caller about the ids of a text to which special tokens were added."""
-    if engine.tokenizer is None or not begins_twice(engine.tokenizer, ids):
+def warnings_about(engine: AsyncEngine, texts: Mapping[str, Sequence[int] | None]) -> list[str]:
+    """What to tell a caller about the ids, by field, of texts to which special tokens were added."""
+    tokenizer = engine.tokenizer
+    twice = [field for field, ids in texts.items() if tokenizer and ids is not None and begins_twice(tokenizer, ids)]
+    if not twice:
         return []
-    return [f"{field} begins with the beginning of sequence, and one was added; add_special_tokens: false adds none"]
+    fields = twice[0] if len(twice) == 1 else f"{twice[0]} and {len(twice) - 1} more"
+    return [f"{fields}: the beginning of sequence is there and was added; add_special_tokens: false adds none"]

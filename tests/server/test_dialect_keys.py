@@ -155,7 +155,7 @@ def test_a_second_beginning_of_sequence_is_warned_of_and_can_be_left_out(start: 
         )
         assert native[0]["meta_info"]["prompt_token_ids"] == expected
         warnings = native[0]["meta_info"].get("warnings", [])
-        assert [warning.startswith("text[0] begins with") for warning in warnings] == [True] * special
+        assert [warning.startswith("text[0]: the beginning of sequence") for warning in warnings] == [True] * special
         for given in ({"prompt": text}, {"messages": MESSAGES}):
             assert served.http.post("/tokenize", json={**given, **more}).json()["tokens"] == expected
     assert served.http.post("/tokenize", json={"messages": MESSAGES}).json()["tokens"] == [bos, *plain]
@@ -163,6 +163,10 @@ def test_a_second_beginning_of_sequence_is_warned_of_and_can_be_left_out(start: 
     cut = {"prompt": "hi " * 50, "max_tokens": 1, "return_token_ids": True, "truncate_prompt_tokens": 3}
     kept = served.http.post("/v1/completions", json=cut).json()["choices"][0]["prompt_token_ids"]
     assert kept == [bos, *tokenizer.encode("hi " * 50)[-2:]]
+    many = {"text": [text] * 3 + ["", text], "sampling_params": {"max_new_tokens": 1}, "return_errors": True}
+    assert (
+        served.http.post("/generate", json=many).json()[0]["meta_info"]["warnings"][0].startswith("text[0] and 3 more:")
+    )
     assert "warnings" not in served.generate(text="hi", sampling_params={"max_new_tokens": 1})["meta_info"]
 
 
