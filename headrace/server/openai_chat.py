@@ -215,7 +215,7 @@ class _StreamedChoice:
 
     def _details(self, piece: Generation) -> dict[str, Any]:
         details = choice_extras(self._call, self._call.streams[self._number], piece)
-        if self._body.logprobs:
+        if self._body.logprobs and piece.token_ids:
             details["logprobs"] = chat_logprobs(_writer(self._tokenizer, self._body), piece)
         return details
 
