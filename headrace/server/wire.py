@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -17,6 +18,8 @@ from headrace.server import errors
 from headrace.server.json_bounds import check_json
 from headrace.text import run_sized
 from headrace.types.errors import HeadraceError, RequestError, UnavailableError
+
+logger = logging.getLogger(__name__)
 
 JSON_TYPE = "application/json"
 DONE_EVENT = b"data: [DONE]\n\n"
