@@ -441,8 +441,8 @@ def test_a_server_comes_and_goes_on_a_running_engine(model_folder: Path) -> None
         httpx.get(f"{servers[1].url}/health")
 
 
-def test_a_value_that_cannot_travel_costs_its_own_request_only(spawned: Engine) -> None:
-    """Requests of one loop turn leave in one message."""
+def test_a_number_that_only_looks_like_one_travels_as_its_value(spawned: Engine) -> None:
+    """Requests of one loop turn leave in one message, which would hold no subclass of int."""
 
     class Number(int):
         pass
@@ -457,6 +457,5 @@ def test_a_value_that_cannot_travel_costs_its_own_request_only(spawned: Engine) 
         return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 60)
 
     found = asyncio.run(together())
-    assert isinstance(found.pop(3), RequestError)
-    assert [len(generations[0].token_ids) for generations in found] == [2] * 5
+    assert [len(generations[0].token_ids) for generations in found] == [2] * 6
     assert spawned.asynchronous.runtime.client.num_live == 0
