@@ -91,3 +91,17 @@ def test_at_the_start_of_all_text_there_is_no_space(spaced: Served) -> None:
     assert shown.text == "Hello"
     (unhidden,) = spaced.engine.generate(input_ids=[start], sampling_params={**params, "skip_special_tokens": False})
     assert unhidden.text == " Hello"
+
+
+def test_prompts_of_one_call_have_each_their_own_beginning(spaced: Served) -> None:
+    """What samples share of their text depends on the prompt, though the parameters are the same."""
+    engine = spaced.engine.asynchronous
+    assert engine.tokenizer is not None
+    (start,) = engine.tokenizer.encode("<s>", add_special_tokens=False)[-1:]
+    word = hello(spaced)
+    params = {"max_new_tokens": 1, "temperature": 0, "logit_bias": {word[0]: 1000.0}}
+    for stop in ((), ("never",)):
+        found = spaced.engine.generate(
+            input_ids=[[start], word, [start]], sampling_params={**params, "stop": stop, "n": 2}
+        )
+        assert [each.text for each in found] == ["Hello", "Hello", " Hello", " Hello", "Hello", "Hello"]
