@@ -128,6 +128,16 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path) -
         ModelSpec.from_folder(tmp_path)
 
 
+@pytest.mark.parametrize("value", ["2", 2.0, True, [None], [[2]], {"a": 2}])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_ids_of_an_end_are_whole_numbers(name: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **BASE}))
+    contents = json.loads((tmp_path / name).read_text()) if (tmp_path / name).exists() else {}
+    (tmp_path / name).write_text(json.dumps({**contents, "eos_token_id": value}))
+    with pytest.raises(CheckpointError, match=rf"^{name}: eos_token_id"):
+        ModelSpec.from_folder(tmp_path)
+
+
 def test_of_a_doubled_key_the_last_counts_as_in_every_reader(tmp_path: Path) -> None:
     text = json.dumps({"architectures": ["LlamaForCausalLM"], **BASE})
     (tmp_path / "config.json").write_text(text[:-1] + ', "hidden_size": 96}')

@@ -195,8 +195,10 @@ def test_what_a_vocabulary_alone_takes_is_named(
 def test_a_vocabulary_of_pairs_is_converted_and_an_empty_one_refused(tmp_path: Path) -> None:
     vocabulary = builders.byte_level().backend_tokenizer.get_vocab()
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
-    (tmp_path / "merges.txt").write_text("")
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    with pytest.raises(ConfigError, match=r"merges\.txt"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "merges.txt").write_text("")
     tokenizer = Tokenizer.load(tmp_path)
     assert tokenizer.decode(tokenizer.encode("héllo")) == "héllo"
     (tmp_path / "vocab.json").write_text("{}")
