@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     config = EngineConfig.from_dict({"model": arguments.model, **given(arguments, EngineConfig)})
     resolved = resolve_settings(config, files=CONFIG_FILES)
-    if Path(config.model).expanduser().is_dir():  # of a hub id only configurations are had
+    if os.path.isdir(os.path.expanduser(config.model)):  # of a hub id only configurations are had
         if any(next(Path(resolved.folder).glob(pattern), None) for pattern in _WEIGHT_FILES):
             checked_weight_map(resolved)
         resolved = with_tokenizer(resolved, load_tokenizer(config, resolved.folder))

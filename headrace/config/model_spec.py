@@ -78,7 +78,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
     def with_eos(self, token_ids: Iterable[int], source: str) -> ModelSpec:
         """The same with further end-of-sequence ids; ids outside the vocabulary are never drawn and left out."""
         sources = dict(zip(self.eos_token_ids, self.eos_sources, strict=True))
-        for token_id in token_ids:
+        for token_id in dict.fromkeys(token_ids):
             if 0 <= token_id < self.vocab_size:
                 sources[token_id] = f"{sources[token_id]}, {source}" if token_id in sources else source
         return msgspec.structs.replace(self, eos_token_ids=tuple(sources), eos_sources=tuple(sources.values()))
@@ -157,16 +157,16 @@ _DEFAULT_FULL_LAYERS = 28
 
 def _family(config: Fields) -> _Family:
     """The family that `architectures` and `model_type` name; where both are given they must agree."""
-    named = config.values.get("architectures") or []
+    named = config.values["architectures"] if config.has("architectures") else []
     if not isinstance(named, list) or not all(map(is_text, named)):
         raise config.wrong("architectures", "a list of strings")
     families = [family for family in _FAMILIES if family.architecture in named or not named]
-    model_type = config.text("model_type", "", null=True)
-    if families and not named and not model_type:
+    model_type = config.text("model_type") if config.has("model_type") else None
+    if not named and model_type is None:
         raise config.unsupported("architectures", f"is not given, nor model_type; {_supported()}")
     if not families:
         raise config.unsupported("architectures", f"{shown(named)} is not supported; {_supported()}")
-    if not model_type:
+    if model_type is None:
         return min(families, key=lambda family: named.index(family.architecture))
     for family in families:
         if family.model_type == model_type:
@@ -185,7 +185,7 @@ def _refuse_what_is_not_dense(config: Fields) -> None:
             value = config.values[name]
             method = value.get("quant_method") if isinstance(value, Mapping) else value
             raise config.unsupported(name, f"(quant_method {shown(method)}): quantized weights are not supported")
-    if config.values.get("per_layer_config"):
+    if config.values.get("per_layer_config") not in (None, {}):
         raise config.unsupported("per_layer_config", "is not supported: all layers have one shape")
     if config.text("hidden_act", "silu") not in ("silu", "swish"):
         raise config.unsupported("hidden_act", f"{shown(config.values['hidden_act'])} is not supported")

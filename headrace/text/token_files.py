@@ -141,7 +141,7 @@ def _flags(token: Any) -> dict[str, Any]:
 def _all_special(tokens: Mapping[str, Any]) -> dict[str, Any]:
     """`special_tokens_map.json`, in which no token says that it is special, for all are."""
     return {
-        name: {**token, "special": True} if isinstance(token, Mapping) and "content" in token else token
+        name: {**token, "special": True} if isinstance(token, Mapping) and name in _NAMES else token
         for name, token in tokens.items()
         if token
     }

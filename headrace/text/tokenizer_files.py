@@ -71,7 +71,7 @@ def _from_tokenizer_json(folder: Path, files: Mapping[str, Fields]) -> Any:
     _refuse_what_aborts(Fields(parse_object(text, file), TOKENIZER_FILE))
     with library_faults(ConfigError, f"{file} is not a tokenizer", "tokenizer"):
         library = Tokenizer.from_str(text)
-    if not library.get_vocab_size(with_added_tokens=True):
+    if not library.get_vocab_size(with_added_tokens=False):
         raise ConfigError(f"{file} has an empty vocabulary", field="tokenizer")
     with library_faults(ConfigError, f"the tokenizer files in {folder} cannot be loaded", "tokenizer"):
         names = add_tokens(library, files)
@@ -94,14 +94,15 @@ def _refuse_what_aborts(fields: Fields) -> None:
     for merge in merges:
         parts = merge.split(" ") if isinstance(merge, str) else merge
         if isinstance(parts, list) and not all(isinstance(part, str) and part.startswith(prefix) for part in parts[1:]):
-            wrong = Fields(model, TOKENIZER_FILE, "model").wrong("continuing_subword_prefix", "that of every merge")
-            raise wrong
+            raise Fields(model, fields.file, "model").wrong("continuing_subword_prefix", "that of every merge")
 
 
 def _converted(folder: Path, name: str) -> Any:
     """The tokenizer that transformers makes of other files than `tokenizer.json`."""
     from transformers import AutoTokenizer, LlamaTokenizer
 
+    if name == "vocab.json" and not (folder / "merges.txt").is_file():
+        raise ConfigError(f"{folder / name} cannot be read without merges.txt beside it", field="tokenizer")
     is_pieces = name == "tokenizer.model" and not _is_tiktoken(folder / name)
     missing = _missing_packages(folder / name, is_pieces)
     if missing:

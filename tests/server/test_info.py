@@ -41,6 +41,8 @@ def test_server_info_has_what_routers_and_trainers_read(served: Served) -> None:
         assert info["disaggregation_mode"] == "null"
         assert (info["encoder_only"], info["enable_memory_saver"]) == (False, False)
         assert (info["dtype"], info["device"], info["page_size"]) == ("float32", "cpu", 4)
+        assert info["eos_token_ids"] == list(served.engine.resolved.model.eos_token_ids)
+        assert "the tokenizer's eos_token" in info["eos_sources"][0]
         assert info["max_total_num_tokens"] == served.engine.resolved.max_total_num_tokens
         assert info["max_req_input_len"] < info["context_length"] == 1024
         assert info["internal_states"][0]["effective_max_running_requests_per_dp"] == info["max_running_requests"]

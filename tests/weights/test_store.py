@@ -557,3 +557,15 @@ def test_a_tied_name_that_comes_first_or_alone_fills_the_tensor() -> None:
 def test_the_engine_dtype_must_be_a_float() -> None:
     with pytest.raises(ValueError, match="dtype must be"):
         WeightStore(make_map(), torch.int8, torch.device("cpu"))
+
+
+def test_a_tied_tensor_may_come_under_its_other_name_alone() -> None:
+    weight_map = make_map(tied=True)
+    before, after = make_tensors(weight_map, 1), make_tensors(weight_map, 2)
+    renamed = {HEAD if name == EMBED else name: tensor for name, tensor in after.items()}
+    expected = make_store(weight_map, after)
+    assert live_bits(make_store(weight_map, renamed)) == live_bits(expected)
+    for mode in MODES:
+        store = make_store(weight_map, before)
+        update(store, renamed, mode)  # type: ignore[arg-type]
+        assert live_bits(store) == live_bits(expected)
