@@ -90,7 +90,7 @@ def _check_wanted(command: Command, now: float, given_up: Collection[int]) -> No
 def submit(replica: Replica, command: Submit, now: float) -> None:
     """Queue requests; what cannot be served is answered at once."""
     refusal = replica.update.refusal()
-    for request in command.requests:
+    for request in command.all_requests():
         try:
             if refusal is not None:
                 raise refusal

@@ -80,8 +80,9 @@ class Executor(Protocol):
         """Figures of its own for `CoreStatus.metrics`."""
         ...
 
-    def checkpoint(self, folder: Path) -> tuple[list[TensorInfo], Iterator[tuple[str, Any]]]:
-        """What a checkpoint folder holds, and its tensors, read as they are asked for. Raises `CheckpointError`."""
+    def checkpoint(self, folder: Path, root: Path | None) -> tuple[list[TensorInfo], Iterator[tuple[str, Any]]]:
+        """What a checkpoint folder holds, and its tensors, read as they are asked for. Nothing outside `root` is read,
+        if there is one. Both raise `CheckpointError`."""
         ...
 
     def close(self) -> None:
@@ -123,10 +124,11 @@ class LocalExecutor:
     def counters(self) -> dict[str, float]:
         return self._runner.counters()
 
-    def checkpoint(self, folder: Path) -> tuple[list[TensorInfo], Iterator[tuple[str, Any]]]:
-        from headrace.weights.checkpoint import iterate_checkpoint, read_manifest
+    def checkpoint(self, folder: Path, root: Path | None) -> tuple[list[TensorInfo], Iterator[tuple[str, Any]]]:
+        from headrace.weights.checkpoint import Checkpoint
 
-        return read_manifest(folder), iterate_checkpoint(folder)
+        checkpoint = Checkpoint(folder, root=root)
+        return checkpoint.manifest(), checkpoint.tensors()
 
     def close(self) -> None:
         self._pending.clear()

@@ -62,7 +62,7 @@ class FreeExecutor:
     def counters(self) -> dict[str, float]:
         return {"num_gemm_calls": 0.0}
 
-    def checkpoint(self, folder: Path) -> tuple[list[TensorInfo], Iterator[tuple[str, Any]]]:
+    def checkpoint(self, folder: Path, root: Path | None) -> tuple[list[TensorInfo], Iterator[tuple[str, Any]]]:
         raise CheckpointError(f"{folder}: this executor has no weights", field="path")
 
     def close(self) -> None:

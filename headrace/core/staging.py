@@ -10,7 +10,7 @@ from typing import Any
 
 from headrace.core.executor import StageCopy, Weights
 from headrace.ipc import SharedBuffer
-from headrace.types.errors import InternalError, WeightUpdateError
+from headrace.types.errors import CheckpointError, WeightUpdateError
 from headrace.types.messages import NO_DEADLINE, Stage
 from headrace.types.weights import TensorInfo
 from headrace.weights.session import WeightMachine
@@ -115,7 +115,7 @@ def job_from_tensors(
     def copies() -> Iterator[tuple[int | None, StageCopy]]:
         for name, tensor in tensors:
             if name not in index_of:
-                raise InternalError(f"{folder} changed while it was read: {name} is new")
+                raise CheckpointError(f"{folder} changed while it was read: {name} is new", field=name)
             yield index_of[name], weights.stage(index_of[name], tensor)
 
     return StageJob(machine, session_id, copies(), None)

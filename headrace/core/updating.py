@@ -143,7 +143,8 @@ class UpdateControl:
 
     def from_disk(self, command: UpdateFromDisk, now: float) -> None:
         """A whole session over a checkpoint folder; answered when the weights are live."""
-        manifest, tensors = self._executor.checkpoint(Path(command.path))
+        root = Path(command.root) if command.root else None
+        manifest, tensors = self._executor.checkpoint(Path(command.path), root)
         session = self._open(command, tuple(manifest), command.deadline - now, now)
         job = job_from_tensors(self.machine, self._weights, session.session_id, tensors, Path(command.path))
         self._jobs.append(job)

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack
 import msgspec
 
 from headrace.config import EngineConfig
-from headrace.engine.control import check_choice, check_update, folder_of, seconds_of, version_of
+from headrace.engine.control import check_choice, check_text, check_update, folder_of, seconds_of, version_of
 from headrace.engine.fields import InputIds, Prompts, Sampling
 from headrace.engine.intake import Intake
-from headrace.engine.launch import ExecutorKind, load_tokenizer, resolve_settings
+from headrace.engine.launch import ExecutorKind, load_tokenizer, log_ends, resolve_settings, with_tokenizer
 from headrace.engine.reading import read_weight
 from headrace.engine.requests import GenerateItem, GenerateOptions, RequestBuilder
 from headrace.engine.runtime import Runtime
@@ -28,7 +28,6 @@ from headrace.engine.stream import Stream, StreamGroup
 from headrace.engine.tensors import NamedTensors, to_tensor
 from headrace.engine.update import Manifest, Script, UpdateSession, drive_async, manifest_of
 from headrace.text import run_sized
-from headrace.types.errors import RequestError
 from headrace.types.generation import Generation
 from headrace.types.messages import (
     CoreStatus,
@@ -41,6 +40,7 @@ from headrace.types.messages import (
     WeightBytes,
     WeightsChecker,
 )
+from headrace.types.plain_values import as_flag
 from headrace.types.sampling_params import SamplingParams
 from headrace.types.weights import InFlight, PauseMode, TensorInfo, UpdateMode, UpdateReport
 
@@ -85,6 +85,8 @@ class AsyncEngine:
         is_started = False
         try:
             self.tokenizer = load_tokenizer(self.config, self.resolved.folder)
+            self.resolved = with_tokenizer(self.resolved, self.tokenizer)
+            log_ends(self.resolved.model)
             self.ready = self.runtime.wait(self.runtime.client.start(self.config.start_timeout))
             is_started = True
         finally:
@@ -169,6 +171,13 @@ class AsyncEngine:
         finally:
             self.runtime.post(group.cancel)
 
+    def prepare(self, item: GenerateItem) -> GenerateItem:
+        """`item`, checked and with its prompt packed; cheap to submit, and to copy for further samples of the prompt.
+
+        Raises `RequestError` naming the field.
+        """
+        return self._builder.prepare(item)
+
     def submit(self, item: GenerateItem) -> Stream:
         """Start one sequence. To be called on the engine's loop; the stream too is bound to it."""
         self.runtime.check_open()
@@ -182,7 +191,9 @@ class AsyncEngine:
 
         `request_id` matches exactly, or as a prefix. Returns how many sequences matched; none is no error.
         """
-        return self._intake.abort(request_id, prefix=prefix, everything=all, message=message)
+        check_text(message, "message")
+        by_prefix, everything = as_flag(prefix, "prefix"), as_flag(all, "all")
+        return self._intake.abort(request_id, prefix=by_prefix, everything=everything, message=message)
 
     async def pause(self, mode: PauseMode = "abort", *, timeout: float | None = None) -> None:
         """Stop generating. "keep" and "recompute" hold running sequences, "abort" ends them, "drain" lets them finish.
@@ -225,7 +236,9 @@ class AsyncEngine:
         self.runtime.check_open()
         check_update(mode, in_flight)
         updater = self.runtime.updater
-        begin = updater.begin(version_of(version), manifest_of(manifest), mode, in_flight, partial, timeout)
+        seconds = seconds_of(timeout) or DEFAULT_UPDATE_TIMEOUT
+        is_partial = as_flag(partial, "partial")
+        begin = updater.begin(version_of(version), manifest_of(manifest), mode, in_flight, is_partial, seconds)
         return await self.runtime.run(begin, regret=updater.abort_quietly)
 
     async def stage(self, session: UpdateSession, named_tensors: NamedTensors) -> None:
@@ -265,7 +278,8 @@ class AsyncEngine:
         """A whole update from (name, tensor) pairs: begin, stage, commit; an error leaves no session open.
 
         The pairs are read once before anything is sent, because the manifest comes first: an iterator's tensors are
-        all held until the end. To stream, call `begin_update`, `stage` and `commit`.
+        all held until the end, and refused by name if two share memory or one is written to meanwhile. To stream
+        through one buffer, call `begin_update`, `stage` and `commit`.
         """
         script = self.update_script(named_tensors, version, mode, in_flight, partial, timeout)
         return await drive_async(script, self.runtime.run)
@@ -283,7 +297,9 @@ class AsyncEngine:
         self.runtime.check_open()
         check_update(mode, in_flight)
         updater = self.runtime.updater
-        return updater.update_from_tensors(named_tensors, version_of(version), mode, in_flight, partial, timeout)
+        label, seconds = version_of(version), seconds_of(timeout) or DEFAULT_UPDATE_TIMEOUT
+        is_partial = as_flag(partial, "partial")
+        return updater.update_from_tensors(named_tensors, label, mode, in_flight, is_partial, seconds)
 
     @_on_engine_loop
     async def update_weights_from_disk(
@@ -294,14 +310,17 @@ class AsyncEngine:
         mode: UpdateMode = "auto",
         in_flight: InFlight = "drain",
         timeout: float = DEFAULT_UPDATE_TIMEOUT,
+        root: str | Path | None = None,
     ) -> UpdateReport:
-        """A whole update that the core reads from a checkpoint folder itself. One that is not live within `timeout`
-        seconds, or is cancelled before, is aborted."""
-        seconds = seconds_of(timeout)
+        """A whole update that the core reads from a checkpoint folder itself. `CheckpointError` if a file changes while
+        it is read. With `root` nothing outside that folder is read, wherever links lead: for paths of others. One that
+        is not live within `timeout` seconds, or is cancelled before, is aborted."""
+        seconds = seconds_of(timeout) or DEFAULT_UPDATE_TIMEOUT
         check_update(mode, in_flight)
         folder, label = folder_of(path), version_of(version)
+        below = "" if root is None else folder_of(root)
         return await self.runtime.client.change(
-            lambda call_id: UpdateFromDisk(call_id, folder, label, mode, in_flight), UpdateReport, seconds
+            lambda call_id: UpdateFromDisk(call_id, folder, label, mode, in_flight, root=below), UpdateReport, seconds
         )
 
     @_on_engine_loop
@@ -320,8 +339,7 @@ class AsyncEngine:
     ) -> WeightBytes:
         """As `get_weights_by_name`, for callers without torch: the bytes and what they are. Of the first `max_rows`
         rows only, if `check` does not refuse what the tensor turns out to be."""
-        if not isinstance(name, str):
-            raise RequestError("name must be a string", field="name")
+        check_text(name, "name")
         return await read_weight(self.runtime.client, name, max_rows, check)
 
     @_on_engine_loop
@@ -333,6 +351,7 @@ class AsyncEngine:
     @_on_engine_loop
     async def weights_checker(self, action: str) -> dict[str, str]:
         """SGLang's checker: "snapshot", "reset_tensors" or "compare"."""
+        check_text(action, "action")
         return await self.runtime.client.change(lambda call_id: WeightsChecker(call_id, action), dict[str, str])
 
     @_on_engine_loop
@@ -343,7 +362,7 @@ class AsyncEngine:
     @_on_engine_loop
     async def status(self, timeout: float | None = None) -> CoreStatus:
         """The core's account of itself, now. `DeadlineError` after `timeout` seconds (default `control_timeout`)."""
-        return await self.runtime.client.ask(GetStatus, CoreStatus, timeout)
+        return await self.runtime.client.ask(GetStatus, CoreStatus, seconds_of(timeout))
 
     async def serve(self, port: int = 0, host: str = "127.0.0.1", **options: Any) -> Any:
         """Serve this engine over HTTP, on its own loop. Returns a handle with `port`, `url` and `await stop()`.

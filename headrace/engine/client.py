@@ -276,7 +276,7 @@ class CoreClient:
 
     def _send_requests(self, requests: tuple[Request, ...]) -> None:
         try:
-            self._link.send(Submit(requests))
+            self._link.send(Submit.of(requests))
         except RequestError as error:  # a value that cannot travel costs its own request only
             if len(requests) == 1:
                 self._fail_sinks([requests[0].handle], error)
@@ -340,10 +340,19 @@ def _in_bounded_groups(requests: list[Request]) -> Iterable[tuple[Request, ...]]
     group: list[Request] = []
     num_bytes = 0
     for request in requests:
-        if group and num_bytes + len(request.prompt) > MAX_SUBMIT_BYTES:
+        added = _num_added_bytes(request, group[-1] if group else None)
+        if group and num_bytes + added > MAX_SUBMIT_BYTES:
             yield tuple(group)
-            group, num_bytes = [], 0
+            group, num_bytes, added = [], 0, _num_added_bytes(request, None)
         group.append(request)
-        num_bytes += len(request.prompt) + 256
+        num_bytes += added
     if group:
         yield tuple(group)
+
+
+def _num_added_bytes(request: Request, last: Request | None) -> int:
+    """About what a request adds to a message that ends with `last`."""
+    is_shared = last is not None and last.sampling is request.sampling
+    lists = (request.stop_token_ids, request.logprobs.token_ids, *[request.sampling.logit_bias] * 3)
+    prompt = b"" if last is not None and last.prompt is request.prompt else request.prompt
+    return 256 + len(request.request_id) + len(prompt) + (0 if is_shared else 5 * sum(map(len, lists)))

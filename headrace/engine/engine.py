@@ -182,10 +182,11 @@ class Engine:
         mode: UpdateMode = "auto",
         in_flight: InFlight = "drain",
         timeout: float = DEFAULT_UPDATE_TIMEOUT,
+        root: str | Path | None = None,
     ) -> UpdateReport:
         """See `AsyncEngine.update_weights_from_disk`."""
         update = self.asynchronous.update_weights_from_disk
-        return self._wait(update(path, version, mode=mode, in_flight=in_flight, timeout=timeout))
+        return self._wait(update(path, version, mode=mode, in_flight=in_flight, timeout=timeout, root=root))
 
     def set_weight_version(self, version: str | int) -> None:
         """See `AsyncEngine.set_weight_version`."""

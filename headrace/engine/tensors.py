@@ -1,10 +1,14 @@
-"""Tensors of a caller as bytes and back. Owns the reading of torch and numpy arrays; imports torch only when one needs
-it.
+"""Tensors of a caller as bytes and back. Owns the reading of torch and numpy arrays, and what is refused about them;
+imports torch only when one needs it.
+
+A caller's tensor is only ever read: nothing here changes its storage, or keeps it from being resized or freed later.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import ctypes
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,37 +17,73 @@ import numpy.typing as npt
 from headrace.types.errors import WeightUpdateError
 from headrace.types.messages import WeightBytes
 from headrace.types.weights import TensorInfo
+from headrace.weights.weight_map import TIED_HEAD, is_derived
 
 if TYPE_CHECKING:
     import torch
 
 NamedTensors = Mapping[str, Any] | Iterable[tuple[str, Any]]
 
+_OVERLAP_WORK = 100_000
 
-def named_pairs(named_tensors: NamedTensors) -> Iterable[tuple[str, Any]]:
-    """(name, tensor) pairs, checked one by one as they are read: `WeightUpdateError` for what is no such pair."""
-    if isinstance(named_tensors, Mapping):
-        return _checked(named_tensors.items())
+
+def named_pairs(named_tensors: NamedTensors) -> Iterator[tuple[str, Any]]:
+    """(name, tensor) pairs, checked one by one as they are read: `WeightUpdateError` for what is no such pair. Buffers
+    that every engine recomputes are left out."""
     if not isinstance(named_tensors, Iterable):
         raise WeightUpdateError("named_tensors must be an iterable of (name, tensor) pairs", field="named_tensors")
-    return _checked(named_tensors)
+    return _checked(named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors)
+
+
+class HeldTensors:
+    """Named tensors that are all listed before the first is copied, because the manifest comes first.
+
+    Raises `WeightUpdateError` where that would send other values than were handed over: for two entries in the same
+    memory (but a tied output head), naming both, and for one that was written to after it was listed.
+    """
+
+    def __init__(self, named_tensors: NamedTensors) -> None:
+        self._held = [(name, tensor, _num_writes(tensor)) for name, tensor in named_pairs(named_tensors)]
+        self.manifest = tuple(describe(name, tensor) for name, tensor, _ in self._held)
+        _require_disjoint([(name, tensor) for name, tensor, _ in self._held])
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        for name, tensor, num_writes in self._held:
+            if _num_writes(tensor) != num_writes:
+                message = f"{name} was written to after it was handed over; begin_update, stage and commit copy each"
+                raise WeightUpdateError(f"{message} tensor before the next is asked for", field=name)
+            yield name, tensor
 
 
 def describe(name: str, tensor: Any) -> TensorInfo:
-    """The manifest entry of a tensor."""
-    return TensorInfo(name, tuple(int(size) for size in tensor.shape), _dtype_name(tensor))
+    """The manifest entry of a tensor. `WeightUpdateError` naming it if its values cannot be read."""
+    if not isinstance(tensor, np.ndarray):
+        from headrace.weights.staging import dtype_name, unreadable
+
+        problem = unreadable(tensor)
+        if problem:
+            raise WeightUpdateError(f"{name} {problem}", field=name)
+        return TensorInfo(name, tuple(tensor.shape), dtype_name(tensor.dtype))
+    if isinstance(tensor, np.ma.MaskedArray):
+        raise WeightUpdateError(f"{name} is a masked array", field=name)
+    return TensorInfo(name, tensor.shape, tensor.dtype.name)
 
 
 def tensor_bytes(tensor: Any) -> memoryview:
-    """The bytes of a tensor in row-major order, without a copy when it lies so in CPU memory."""
-    flat: npt.NDArray[Any]
+    """The bytes of a tensor in row-major order and this machine's byte order, without a copy when it lies so in CPU
+    memory. Of a tensor that `describe` accepts."""
     if isinstance(tensor, np.ndarray):
-        flat = np.ascontiguousarray(tensor).reshape(-1)
-    else:
-        import torch
-
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return flat.view(np.uint8).data
+        native = tensor if tensor.dtype.isnative else tensor.astype(tensor.dtype.newbyteorder("="))
+        flat: npt.NDArray[Any] = np.ascontiguousarray(native).reshape(-1)
+        return flat.view(np.uint8).data
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    num_bytes = plain.numel() * plain.element_size()
+    if not num_bytes:
+        return memoryview(b"")
+    # `Tensor.numpy()` would do, but makes the storage unresizable for good: FSDP could not free it any more.
+    memory = (ctypes.c_ubyte * num_bytes).from_address(plain.data_ptr())
+    memory.owner = plain  # so that a copy lives as long as the view
+    return memoryview(memory).cast("B").toreadonly()
 
 
 def to_tensor(weight: WeightBytes) -> torch.Tensor:
@@ -56,15 +96,99 @@ def to_tensor(weight: WeightBytes) -> torch.Tensor:
     return torch.frombuffer(weight.data, dtype=dtype).reshape(weight.info.shape)
 
 
-def _checked(pairs: Iterable[Any]) -> Iterable[tuple[str, Any]]:
+def whole(name: str, tensor: Any) -> Any:
+    """What holds all of a tensor: a DTensor's own part where that is everything, the tensor itself if it is none.
+
+    `WeightUpdateError` naming it where other ranks hold parts: gathering them is for all ranks to begin together.
+    """
+    distributed = sys.modules.get("torch.distributed.tensor")  # not loaded: it can be none
+    if distributed is None or not isinstance(tensor, distributed.DTensor):
+        return tensor
+    mesh = tensor.device_mesh
+    if all(place.is_replicate() or mesh.size(axis) == 1 for axis, place in enumerate(tensor.placements)):
+        return tensor.detach().to_local()
+    message = f"{name} is a DTensor of {mesh.size()} ranks: call full_tensor() on all of them and send it from one"
+    raise WeightUpdateError(message, field=name)
+
+
+def same_memory(left: Any, right: Any) -> bool:
+    """True when two torch tensors are one: the same elements at the same place."""
+    from headrace.weights.staging import unreadable
+
+    if unreadable(left) or unreadable(right) or not left.numel():
+        return False
+    return _place(left) == _place(right)
+
+
+def _place(tensor: Any) -> tuple[Any, ...]:
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _checked(pairs: Iterable[Any]) -> Iterator[tuple[str, Any]]:
     for pair in pairs:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], str):
             raise WeightUpdateError("named_tensors must hold (name, tensor) pairs", field="named_tensors")
         name, tensor = pair
-        if not (isinstance(tensor, np.ndarray) or (hasattr(tensor, "detach") and hasattr(tensor, "shape"))):
+        if is_derived(name):
+            continue
+        if not isinstance(tensor, np.ndarray) and not _is_torch(tensor):
             raise WeightUpdateError(f"{name} is a {type(tensor).__name__}, not a torch or numpy tensor", field=name)
-        yield name, tensor
+        yield name, whole(name, tensor)
 
 
-def _dtype_name(tensor: Any) -> str:
-    return tensor.dtype.name if isinstance(tensor, np.ndarray) else str(tensor.dtype).removeprefix("torch.")
+def _is_torch(tensor: Any) -> bool:
+    torch = sys.modules.get("torch")  # not loaded: it can be none
+    return torch is not None and isinstance(tensor, torch.Tensor)
+
+
+def _num_writes(tensor: Any) -> int:
+    """How often torch has written to a tensor's memory; 0 where nobody counts."""
+    return 0 if isinstance(tensor, np.ndarray) or tensor.is_inference() else int(tensor._version)
+
+
+def _require_disjoint(pairs: list[tuple[str, Any]]) -> None:
+    """No two tensors share an element. Sorted by address, each is compared with those that reach beyond its begin."""
+    spans: list[tuple[str, int, int, str, Any, npt.NDArray[Any]]] = []
+    for name, tensor in pairs:
+        memory = tensor if isinstance(tensor, np.ndarray) else np.asarray(_Elements(tensor))
+        device = "cpu" if isinstance(tensor, np.ndarray) else str(tensor.device)
+        if memory.size:
+            spans.append((device, *np.lib.array_utils.byte_bounds(memory), name, tensor, memory))
+    reaching: list[tuple[str, int, int, str, Any, npt.NDArray[Any]]] = []
+    for span in sorted(spans, key=lambda span: span[:2]):
+        device, low, _, name, tensor, memory = span
+        reaching = [former for former in reaching if former[0] == device and former[2] > low]
+        for _, _, _, former_name, former, former_memory in reaching:
+            is_tied = TIED_HEAD in (name, former_name) and name != former_name and _is_one(former, tensor)
+            if not is_tied and _shares(former_memory, memory):
+                message = f"{former_name} and {name} lie in the same memory, so one holds the other's values; a buffer"
+                hint = "that is filled again and again goes through begin_update, stage and commit"
+                raise WeightUpdateError(f"{message} {hint}", field=name)
+        reaching.append(span)
+
+
+def _is_one(left: Any, right: Any) -> bool:
+    if isinstance(left, np.ndarray) or isinstance(right, np.ndarray):
+        return left is right
+    return _place(left) == _place(right)
+
+
+def _shares(left: npt.NDArray[Any], right: npt.NDArray[Any]) -> bool:
+    try:
+        return np.shares_memory(left, right, max_work=_OVERLAP_WORK)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+class _Elements:
+    """Where a torch tensor's elements lie, for numpy to reason about; nothing is read."""
+
+    def __init__(self, tensor: Any) -> None:
+        size = tensor.element_size()
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": f"|V{size}",
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * size for stride in tensor.stride()),
+            "data": (tensor.data_ptr(), True),
+        }

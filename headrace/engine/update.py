@@ -19,11 +19,12 @@ from typing import Any, TypeVar
 
 from headrace.engine.calls import outlast
 from headrace.engine.client import CoreClient
-from headrace.engine.tensors import NamedTensors, describe, named_pairs, tensor_bytes
+from headrace.engine.tensors import HeldTensors, NamedTensors, describe, named_pairs, tensor_bytes
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import HeadraceError, UnavailableError, WeightUpdateError
 from headrace.types.messages import AbortUpdate, BeginUpdate, CommitUpdate, Stage, UpdateBegun
 from headrace.types.weights import BufferEntry, InFlight, TensorInfo, UpdateMode, UpdateReport
+from headrace.weights.weight_map import is_derived
 
 logger = logging.getLogger(__name__)
 
@@ -181,17 +182,16 @@ class Updater:
         timeout_s: float,
     ) -> Script[UpdateReport]:
         """A whole update. The pairs are read once, before anything is sent, since the manifest comes first."""
-        pairs = list(named_pairs(named_tensors))
-        manifest = tuple(describe(name, tensor) for name, tensor in pairs)
+        held = HeldTensors(named_tensors)
         opened: list[UpdateSession] = []  # also where this script is cancelled before it hears of it
 
         async def begin() -> None:
-            opened.append(await self.begin(version, manifest, mode, in_flight, partial, timeout_s))
+            opened.append(await self.begin(version, held.manifest, mode, in_flight, partial, timeout_s))
 
         try:
             yield begin()
             (session,) = opened
-            yield from self.stage(session, pairs)
+            yield from self.stage(session, held)
             report: UpdateReport = yield self.commit(session)
         except GeneratorExit:
             raise
@@ -311,7 +311,8 @@ class Updater:
 
 
 def manifest_of(entries: Manifest) -> tuple[TensorInfo, ...]:
-    """A manifest from `TensorInfo`s or (name, shape, dtype name) triples. Raises `WeightUpdateError` for the rest."""
+    """A manifest from `TensorInfo`s or (name, shape, dtype name) triples. Raises `WeightUpdateError` for the rest.
+    Buffers that every engine recomputes are left out, as `stage` leaves them out."""
     manifest: list[TensorInfo] = []
     for entry in entries:
         if isinstance(entry, TensorInfo):
@@ -324,7 +325,7 @@ def manifest_of(entries: Manifest) -> tuple[TensorInfo, ...]:
             message = "manifest must hold TensorInfo or (name, shape, dtype) entries"
             raise WeightUpdateError(message, field="manifest") from None
         manifest.append(TensorInfo(str(name), sizes, str(dtype).removeprefix("torch.")))
-    return tuple(manifest)
+    return tuple(info for info in manifest if not is_derived(info.name))
 
 
 def drive(script: Script[Result], run: Callable[[Coroutine[Any, Any, Any]], Any]) -> Result:

@@ -82,7 +82,7 @@ class SocketCoreLink:
     def send(self, output: Output) -> None:
         try:
             frame = pack_frame(self._outputs.encode(output))
-        except FrameError as error:
+        except (FrameError, TypeError, ValueError, OverflowError) as error:
             for smaller in _in_parts(output, error):
                 self.send(smaller)
             return
@@ -174,9 +174,9 @@ class SocketCoreLink:
             self._flush()
 
 
-def _in_parts(output: Output, error: FrameError) -> list[Output]:
-    """A message over the frame bound: the deltas of many sequences in two; what is one answer becomes an error that its
-    receiver can place."""
+def _in_parts(output: Output, error: Exception) -> list[Output]:
+    """A message that cannot be sent, being over the frame bound or holding what cannot be encoded: the deltas of many
+    sequences in two; what is one answer becomes an error that its receiver can place."""
     problem = InternalError(f"the answer cannot be sent: {error}").info()
     if isinstance(output, Deltas) and len(output.deltas) > 1:
         half = len(output.deltas) // 2

@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from headrace.engine import Engine
+from headrace.engine.tensors import same_memory, tensor_bytes, whole
 from headrace.types.errors import WeightUpdateError
 from headrace.types.weights import InFlight, UpdateMode, UpdateReport
+from headrace.weights.weight_map import TIED_HEAD, is_derived
 
 if TYPE_CHECKING:
     import torch
 
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Parts of a parameter's name that data parallelism, compilation, FSDP and activation checkpointing put in."""
-
-TIED_HEAD = "lm_head.weight"
-_DERIVED = (".rotary_emb.inv_freq", ".attn.masked_bias")
 
 
 class PushReport(msgspec.Struct, frozen=True):
@@ -39,11 +38,14 @@ def hf_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def hf_named_tensors(weights: torch.nn.Module | Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+def hf_named_tensors(
+    weights: torch.nn.Module | Mapping[str, torch.Tensor], *, keep_tied_head: bool = False
+) -> list[tuple[str, torch.Tensor]]:
     """(Hugging Face name, tensor) pairs of a module or a state dict; no tensor is copied.
 
-    A tied output head is left out (it *is* the embedding), and so is what every model computes for itself.
-    Raises `WeightUpdateError` if two parameters come to bear one name.
+    A tied output head is left out (it *is* the embedding) unless it is to be kept, for an engine that does not tie;
+    what every model computes for itself is always left out. A DTensor becomes the plain tensor that it is.
+    Raises `WeightUpdateError` if two parameters come to bear one name, or other ranks hold a part of a DTensor.
     """
     state = weights if isinstance(weights, Mapping) else weights.state_dict()
     tensors: dict[str, Any] = {}
@@ -51,10 +53,13 @@ def hf_named_tensors(weights: torch.nn.Module | Mapping[str, torch.Tensor]) -> l
         clean = hf_name(name)
         if clean in tensors:
             raise WeightUpdateError(f"{name} and another parameter are both {clean}", field=clean)
-        if not clean.endswith(_DERIVED):
-            tensors[clean] = tensor.detach()
-    head = tensors.get(TIED_HEAD)
-    if head is not None and any(_same_memory(head, other) for name, other in tensors.items() if name != TIED_HEAD):
+        if is_derived(clean):
+            continue
+        if not hasattr(tensor, "detach"):
+            raise WeightUpdateError(f"{clean} is a {type(tensor).__name__}, not a tensor", field=clean)
+        tensors[clean] = whole(clean, tensor).detach()
+    head = None if keep_tied_head else tensors.get(TIED_HEAD)
+    if head is not None and any(same_memory(head, other) for name, other in tensors.items() if name != TIED_HEAD):
         del tensors[TIED_HEAD]
     return list(tensors.items())
 
@@ -75,14 +80,15 @@ def push_weights(
     the fact, when what it reports or holds is not what was sent.
     """
     started = time.perf_counter()
-    pairs = hf_named_tensors(weights)
+    is_tied = engine.resolved.model.tie_word_embeddings
+    pairs = hf_named_tensors(weights, keep_tied_head=not is_tied)
     report = engine.update_weights_from_tensor(pairs, version, mode=mode, in_flight=in_flight)
     if (report.version, report.num_tensors) != (str(version), len(pairs)):
         sent, got = f"{len(pairs)} as {version}", f"{report.num_tensors} as {report.version}"
         raise WeightUpdateError(f"tensors sent: {sent}; taken by the engine: {got}", field="version")
     if verify:
         digests = tensor_digests(pairs, engine.resolved.dtype)
-        if engine.resolved.model.tie_word_embeddings:
+        if is_tied:
             digests.pop(TIED_HEAD, None)  # a copy; the engine has checked that it equals the embedding, which it holds
         _require_equal(digests, engine.digest())
     return PushReport(report, time.perf_counter() - started, verify)
@@ -98,8 +104,7 @@ def tensor_digests(pairs: Iterable[tuple[str, torch.Tensor]], dtype: str) -> dic
     target: torch.dtype = getattr(torch, dtype)
     digests = {}
     for name, tensor in pairs:
-        flat = tensor.detach().to("cpu", target).contiguous().reshape(-1)
-        digests[name] = hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+        digests[name] = hashlib.sha256(tensor_bytes(tensor.detach().to("cpu", target))).hexdigest()
     return digests
 
 
@@ -108,8 +113,3 @@ def _require_equal(sent: Mapping[str, str], live: Mapping[str, str]) -> None:
     if names:
         shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         raise WeightUpdateError(f"live weights differ from those sent in {len(names)} tensors: {shown}", field=names[0])
-
-
-def _same_memory(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """True when two tensors are one: the same elements at the same place."""
-    return left.data_ptr() == right.data_ptr() and left.shape == right.shape and left.device == right.device

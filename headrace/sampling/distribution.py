@@ -31,12 +31,13 @@ class Distribution(NamedTuple):
         return cls(logits, rows, divisors, row_pass.reduce(logits, rows, divisors))
 
     @classmethod
-    def point(cls, token_ids: Int64Array, vocab_size: int) -> Distribution:
-        """All of the mass on token_ids [n]: what a greedy row is drawn from."""
+    def point(cls, token_ids: Int64Array, vocab_size: int, log_sums: Float64Array) -> Distribution:
+        """All of the mass on token_ids [n]: what a greedy row is drawn from. Where `log_sums` [n], of what they were
+        picked from, is not finite, every log-probability is NaN."""
         rows = np.arange(len(token_ids))
         logits = np.full((len(rows), vocab_size), -np.inf, np.float32)
         logits[rows, token_ids] = 0.0
-        zeros = np.zeros(len(rows))
+        zeros = np.where(np.isfinite(log_sums), 0.0, np.nan)
         return cls(logits, rows, np.ones(len(rows)), Reduced(token_ids, zeros, zeros))
 
     def take(self, chosen: Int64Array) -> Distribution:

@@ -7,6 +7,9 @@ What a log-probability means is written once, here (natural logarithm, reduced i
     sampled       of the distribution the token was drawn from: after bias, mask, penalties, temperature, top-k, top-p
                   and min-p, renormalised. For T = 0 that is all on one token: 0 for it, -inf for every other
 
+A row of logits that is not finite (NaN or +inf anywhere, or all -inf) gives some token and NaN for its log-probability,
+in every mode and on every path: that is how the engine knows of it.
+
 Rows never meet: a row's token and numbers are a pure function of its logits, its slot and its position, whatever runs
 beside it, in either setting of `numerics`. Must not know plans, grammars or text.
 """
@@ -116,18 +119,22 @@ class Sampler:
         logits: Float32Array = logits_MV.detach().cpu().numpy()
         options = self._slots.init_of(slot).logprobs
         temperature = float(self._slots.temperatures[slot])
-        if options.prompt_mode == "sampled":
-            logits = self._shaped_for_scoring(logits, slot, temperature)
+        is_sampled = options.prompt_mode == "sampled"
+        if is_sampled:
+            logits = self._shaped_for_scoring(logits, slot)
         divisor = temperature if temperature and options.prompt_mode != "raw" else 1.0
         distribution = Distribution.of(logits, np.arange(len(logits)), np.full(len(logits), divisor), self._pass)
+        if is_sampled and not temperature:
+            reduced = distribution.reduced
+            distribution = Distribution.point(reduced.argmax, self.vocab_size, reduced.log_sums)
         values = distribution.logprobs(targets_M.detach().cpu().numpy())
         return self._tensor(values), distribution.extras(options) if options.wants_extras else None
 
-    def _shaped_for_scoring(self, logits: Float32Array, slot: int, temperature: float) -> Float32Array:
+    def _shaped_for_scoring(self, logits: Float32Array, slot: int) -> Float32Array:
         shaped = logits.copy()
         for row in shaped:
             self._slots.shape_scored_row(row, slot)
-        return shaped if temperature else Distribution.point(shaped.argmax(axis=1), self.vocab_size).logits
+        return shaped
 
     def _batch(self, logits_SV: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> _Batch:
         indices: Int64Array = slots.detach().cpu().numpy()
@@ -188,7 +195,8 @@ class Sampler:
             yield chosen, picked.source.take(chosen)
         if is_point.any():
             chosen = np.flatnonzero(is_point)
-            yield chosen, Distribution.point(picked.token_ids[chosen], self.vocab_size)
+            log_sums = picked.source.reduced.log_sums[chosen]
+            yield chosen, Distribution.point(picked.token_ids[chosen], self.vocab_size, log_sums)
         chosen = np.flatnonzero(~(is_source | is_point))
         if len(chosen):
             divisors = np.where(modes[chosen] == RAW, 1.0, picked.source.divisors[chosen])

@@ -16,6 +16,7 @@ class Counters(msgspec.Struct):
     num_shared_prefills   requests admitted with a prefix hit
     num_chunked_prompts   admissions whose known tokens did not fit one step
     num_failed_steps      plans that were not executed; num_isolated_failures requests were found to be the cause
+    num_nonfinite         requests that ended because their logits were not finite
     num_invariant_breaches   times the scheduler found its own books wrong and made new ones
     """
 
@@ -35,4 +36,5 @@ class Counters(msgspec.Struct):
     num_failed: int = 0
     num_failed_steps: int = 0
     num_isolated_failures: int = 0
+    num_nonfinite: int = 0
     num_invariant_breaches: int = 0

@@ -14,7 +14,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from headrace.engine import DEFAULT_UPDATE_TIMEOUT
-from headrace.server.coerce import read_control
+from headrace.engine.control import version_of
+from headrace.server.coerce import check_changes, read_control
 from headrace.server.errors import body_of, error_body, fields_named, respond
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
@@ -81,8 +82,8 @@ class AdminFace:
     def __init__(self, state: ServerState) -> None:
         self._state = state
         self._engine = state.engine
-        roots = (self._engine.resolved.folder, *state.options.weight_roots)
-        self._roots = tuple(Path(root).expanduser().resolve() for root in roots)
+        own = _model_root(Path(self._engine.resolved.folder).resolve())
+        self._roots = (own, *(Path(root).expanduser().resolve() for root in state.options.weight_roots))
 
     def endpoints(self) -> list[Endpoint]:
         """The routes of this face."""
@@ -135,7 +136,7 @@ class AdminFace:
         """POST /update_weights_from_disk"""
         body = await read_control(request, DiskBody)
         try:
-            folder = self._allowed_folder(body.model_path)
+            folder, root = self._allowed_folder(body.model_path)
             if body.load_format not in _LOAD_FORMATS:
                 raise RequestError(f"load_format {body.load_format!r} is not supported", field="load_format")
             if body.manifest:
@@ -143,10 +144,10 @@ class AdminFace:
             in_flight = body.in_flight or ("abort" if body.abort_all_requests else "drain")
             version = self._engine.version if body.weight_version is None else str(body.weight_version)
             update = self._engine.update_weights_from_disk
-            with fields_named({"timeout": "timeout_s"}):
+            with fields_named({"timeout": "timeout_s", "version": "weight_version"}):
                 report = await self._do(
                     request,
-                    update(folder, version, mode=body.mode, in_flight=in_flight, timeout=body.timeout_s),
+                    update(folder, version, mode=body.mode, in_flight=in_flight, timeout=body.timeout_s, root=root),
                 )
         except HeadraceError as error:
             return _refusal(error, num_paused_requests=0)
@@ -163,7 +164,8 @@ class AdminFace:
     async def update_weight_version(self, request: Request) -> Response:
         """POST /update_weight_version"""
         body = await read_control(request, VersionBody)
-        version = str(body.new_version)
+        with fields_named({"version": "new_version"}):
+            version = version_of(body.new_version)  # before anything is aborted
         try:
             if body.abort_all_requests:
                 await self._engine.abort(all=True, message="Aborted by a change of the weight version")
@@ -182,8 +184,10 @@ class AdminFace:
         return json_reply(leading_rows(await self._do(request, reading), num_rows))
 
     async def weights_checker(self, request: Request) -> Response:
-        """GET|POST /weights_checker"""
+        """GET|POST /weights_checker: a GET only looks."""
         body = await read_control(request, CheckerBody)
+        if body.action in ("snapshot", "reset_tensors"):
+            check_changes(request, f"action {body.action}", "action")
         try:
             if body.action == "checksum":
                 found = await self._do(request, self._engine.digest())
@@ -200,20 +204,28 @@ class AdminFace:
         """The result of a control call. One whose client goes away is given up: nobody would know what it did."""
         return await unless_gone(request, call, self._state.metrics.count_disconnect)
 
-    def _allowed_folder(self, path: str) -> Path:
-        """The folder, if it lies under the model's or a weight root; links are followed before the check."""
+    def _allowed_folder(self, path: str) -> tuple[Path, Path]:
+        """The folder, if it lies under the model's or a weight root, and that root. Links are followed before the
+        check; that none leads out when files are opened, the core sees to."""
         try:
             folder = Path(path).expanduser().resolve()
-            is_inside = any(folder.is_relative_to(root) for root in self._roots)
-            is_folder = is_inside and folder.is_dir()
+            root = next((root for root in self._roots if folder.is_relative_to(root)), None)
+            is_folder = root is not None and folder.is_dir()
         except (OSError, RuntimeError, ValueError):  # a name too long, a user nobody knows, a null character
             raise RequestError("model_path is not a path on this machine", field="model_path") from None
-        if not is_inside:
+        if root is None:
             message = f"model_path {path} is outside the model's folder and the weight roots of this server"
             raise RequestError(message, field="model_path")
         if not is_folder:
             raise RequestError(f"model_path {path} is not a folder", field="model_path")
-        return folder
+        return folder, root
+
+
+def _model_root(folder: Path) -> Path:
+    """What may be read on request of where the model is: its folder. A snapshot in the Hugging Face cache is links into
+    its repository's `blobs`: there it is the repository."""
+    repository = folder.parent.parent
+    return repository if folder.parent.name == "snapshots" and (repository / "blobs").is_dir() else folder
 
 
 def check_size(info: TensorInfo, num_rows: int) -> None:

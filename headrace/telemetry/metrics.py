@@ -31,6 +31,7 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("num_failed", "counter", "requests that ended with error"),
     MetricSpec("num_failed_steps", "counter", "steps that were not executed"),
     MetricSpec("num_isolated_failures", "counter", "requests found to make steps fail"),
+    MetricSpec("num_nonfinite", "counter", "requests ended because their logits were not finite"),
     MetricSpec("num_invariant_breaches", "counter", "times the scheduler rebuilt its books after a bug of its own"),
     MetricSpec("num_preemptions", "counter", "running requests put back to the queue for want of pages"),
     MetricSpec("num_evicted_pages", "counter", "cached pages freed to make room"),

@@ -15,6 +15,7 @@
     |   +-- EngineDeadError         the core died; the request may be retried         503, retryable
     |   +-- ShutdownError           the engine is shutting down                       503, retryable
     +-- DeadlineError               a wait outlived its deadline                      504, retryable
+    +-- NonFiniteError              the model computed NaN or infinity for a request  500
     +-- InternalError               our own bug, reported and not hidden              500
 
 An error crosses a process boundary as an `ErrorInfo` and is raised again on the other side with the same class.
@@ -25,6 +26,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import msgspec
+
+
+def encodable(text: str) -> str:
+    """The same text where UTF-8 can encode it; lone surrogates, as in names of files, are written out as \\udXXX."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
@@ -50,15 +56,18 @@ class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
 
 
 class HeadraceError(Exception):
-    """Base of all errors raised by Headrace. `field` names the offending input ("" when there is none)."""
+    """Base of all errors raised by Headrace. `field` names the offending input ("" when there is none).
+
+    Whatever text went into them, `message` and `field` can be sent: an answer must not fail for what it quotes.
+    """
 
     status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
 
     def __init__(self, message: str, *, field: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.field = field
+        self.message = encodable(message)
+        self.field = encodable(field)
+        super().__init__(self.message)
 
     def info(self) -> ErrorInfo:
         """This error as a value that can be sent to another process."""
@@ -121,6 +130,10 @@ class ShutdownError(UnavailableError):
 class DeadlineError(HeadraceError):
     status = 504
     retryable = True
+
+
+class NonFiniteError(HeadraceError):
+    pass
 
 
 class InternalError(HeadraceError):

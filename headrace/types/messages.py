@@ -11,21 +11,51 @@ done by then it never does: it refuses a call that it comes to too late, and und
 from __future__ import annotations
 
 import math
-from typing import Final
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
+from typing import Final, cast
 
 import msgspec
 
 from headrace.types.errors import ErrorInfo
-from headrace.types.request import Delta, Request
+from headrace.types.request import Delta, Request, Sibling
 from headrace.types.weights import BufferEntry, BufferRef, InFlight, PauseMode, TensorInfo, UpdateMode
 
 NO_DEADLINE: Final = math.inf
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
-    """New requests. A request the core refuses is answered by a terminal `Delta` of type "error"."""
+    """New requests. A request the core refuses is answered by a terminal `Delta` of type "error".
+
+    Requests that share their parameters (samples of a prompt, prompts of a call) travel as one and its siblings: a long
+    prompt, logit bias or list of stop ids is sent and held once. `siblings[i]` follow `requests[i]`.
+    """
 
     requests: tuple[Request, ...]
+    siblings: tuple[tuple[Sibling, ...], ...] = ()
+
+    @classmethod
+    def of(cls, requests: Iterable[Request]) -> Submit:
+        """The message that brings these requests, in their order."""
+        families: list[tuple[Request, list[Sibling]]] = []
+        last: Request | None = None
+        for request in requests:
+            sibling = None if last is None else Sibling.between(last, request)
+            if sibling is None:
+                families.append((request, []))
+            else:
+                families[-1][1].append(sibling)
+            last = request
+        return cls(tuple(first for first, _ in families), tuple(tuple(others) for _, others in families))
+
+    def all_requests(self) -> Iterator[Request]:
+        """The requests, in their order."""
+        for request, siblings in zip_longest(self.requests, self.siblings[: len(self.requests)], fillvalue=()):
+            last = cast(Request, request)
+            yield last
+            for sibling in siblings:
+                last = sibling.after(last)
+                yield last
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
@@ -124,13 +154,17 @@ class AbortUpdate(msgspec.Struct, frozen=True, array_like=True, tag="abort_updat
 
 
 class UpdateFromDisk(msgspec.Struct, frozen=True, array_like=True, tag="update_from_disk"):
-    """A whole update read by the core itself from a checkpoint folder. Reply: `UpdateReport`."""
+    """A whole update read by the core itself from a checkpoint folder. Reply: `UpdateReport`.
+
+    Nothing outside the folder `root` is read, whatever links lead there; "": links are followed.
+    """
 
     call_id: int
     path: str
     version: str
     mode: UpdateMode = "auto"
     in_flight: InFlight = "drain"
+    root: str = ""
     deadline: float = NO_DEADLINE
 
 

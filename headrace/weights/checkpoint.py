@@ -9,43 +9,119 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from headrace.types.errors import CheckpointError
 from headrace.types.weights import TensorInfo
-from headrace.weights.staging import dtype_name
+from headrace.weights.files import FileState, Folder, OpenFile, changed
+from headrace.weights.safetensors_file import read_tensors
+from headrace.weights.staging import TensorData, info_of, unreadable
 from headrace.weights.store import WeightStore
 from headrace.weights.weight_map import is_derived
 
 MAX_SHARD_BYTES = 4 << 30
 _STEMS = {"safetensors": ("model", ".safetensors"), "bin": ("pytorch_model", ".bin")}
-_SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_MAX_INDEX_BYTES = 100_000_000
+_CLOCK_TICK_NS = 20_000_000
 
 
-def iterate_checkpoint(folder: Path, load_format: str = "auto") -> Iterator[tuple[str, torch.Tensor]]:
-    """(HF name, CPU tensor) of every tensor in a folder, file by file; safetensors are mapped, not read at once.
+class Checkpoint:
+    """The weights of a folder, as they are when it is opened; that they stay so is checked to the end.
 
-    `load_format` is "auto" (safetensors if there are any), "safetensors" or "bin". Buffers that every engine recomputes
-    (`rotary_emb.inv_freq`) are left out. Raises `CheckpointError` naming the file or tensor that is missing or corrupt.
+    `load_format` is "auto" (safetensors if there are any), "safetensors" or "bin"; for `root` see `Folder`. Buffers
+    that every engine recomputes (`rotary_emb.inv_freq`) are left out. Everything raises `CheckpointError` naming the
+    file or tensor that is missing, corrupt or outside the root, or the file that changed while it was read: whoever
+    writes a folder anew replaces it as a whole, or has nobody read it meanwhile.
     """
-    for path, names in _files(folder, load_format):
-        reader = _iterate_safetensors if path.suffix == ".safetensors" else _iterate_bin
-        yield from reader(path, names)
 
+    def __init__(self, folder: Path, load_format: str = "auto", root: Path | None = None) -> None:
+        if load_format not in ("auto", *_STEMS):
+            raise CheckpointError(f"load_format {load_format!r} names no weight files", field="load_format")
+        self._formats = tuple(_STEMS) if load_format == "auto" else (load_format,)
+        self._folder = Folder(folder, root)
+        self._states, self._files = self._look()
+        age = time.time_ns() - max(state.changed_ns for state in self._states.values())
+        if 0 <= age < _CLOCK_TICK_NS:  # another write within the same tick of the file system's clock would not show
+            time.sleep((_CLOCK_TICK_NS - age) * 1e-9)
+            self._require_unchanged()
 
-def read_manifest(folder: Path, load_format: str = "auto") -> list[TensorInfo]:
-    """What `iterate_checkpoint` will yield, in the same order; of safetensors only headers are read. Same errors."""
-    found: list[TensorInfo] = []
-    for path, names in _files(folder, load_format):
-        found += _safetensors_infos(path, names) if path.suffix == ".safetensors" else _bin_infos(path, names)
-    return found
+    def manifest(self) -> list[TensorInfo]:
+        """What `tensors` yields, in the same order; of safetensors only headers are read."""
+        return [info_of(name, data) for path in self._files for name, data in self._file_tensors(path)]
+
+    def tensors(self) -> Iterator[tuple[str, TensorData]]:
+        """(HF name, tensor) of every tensor, file by file, each to be copied before the next is asked for. It ends well
+        only if no file has changed since the folder was opened."""
+        self._require_unchanged()
+        for path in self._files:
+            yield from self._file_tensors(path)
+        self._require_unchanged()
+
+    def _file_tensors(self, file_name: str) -> Iterator[tuple[str, TensorData]]:
+        """The tensors of one file that are wanted. One that was yielded has been read when the next is asked for."""
+        try:
+            with self._folder.open(file_name) or self._gone(file_name) as file:
+                self._require_state(file)
+                found: Mapping[str, TensorData]
+                found = read_tensors(file) if file.path.suffix == ".safetensors" else _read_bin(file)
+                self._require_state(file)
+                for name in _wanted(file.path, list(found), self._files[file_name]):
+                    yield name, found[name]
+                    self._require_state(file)
+        except CheckpointError:  # a file half written looks broken
+            self._require_unchanged()
+            raise
+
+    def _require_state(self, file: OpenFile) -> None:
+        if file.state() != self._states[file.path.name]:
+            raise changed(file.path)
+
+    def _require_unchanged(self) -> None:
+        try:
+            states, _ = self._look()
+        except CheckpointError:
+            states = {}
+        for name in self._states | states:
+            if self._states.get(name) != states.get(name):
+                raise changed(self._folder.path / name)
+
+    def _gone(self, file_name: str) -> NoReturn:
+        raise changed(self._folder.path / file_name)
+
+    def _look(self) -> tuple[dict[str, FileState], dict[str, list[str] | None]]:
+        """The state of every file that plays a part, and the weight files, each with the names to take (None: all)."""
+        looked_for: list[str] = []
+        for kind in self._formats:
+            stem, suffix = _STEMS[kind]
+            single, index = f"{stem}{suffix}", f"{stem}{suffix}.index.json"
+            state = self._folder.state(single)
+            if state is not None:
+                return {single: state}, {single: None}
+            opened = self._folder.open(index)
+            if opened is not None:
+                with opened:
+                    names_of = _read_index(opened)
+                    return {index: opened.state(), **self._shard_states(names_of, opened.path)}, dict(names_of)
+            looked_for += [single, index]
+        folder = self._folder.path
+        raise CheckpointError(f"{folder} has no weights: looked for {', '.join(looked_for)}", field=str(folder))
+
+    def _shard_states(self, names: Iterable[str], index: Path) -> dict[str, FileState]:
+        states = {}
+        for name in names:
+            state = self._folder.state(name)
+            if state is None:
+                raise CheckpointError(f"{index.parent / name} is missing, named by {index.name}", field=name)
+            states[name] = state
+        return states
 
 
 def save_checkpoint(store: WeightStore, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[Path]:
@@ -87,46 +163,34 @@ def _shards(store: WeightStore, max_shard_bytes: int) -> list[list[str]]:
     return shards
 
 
-def _files(folder: Path, load_format: str) -> list[tuple[Path, list[str] | None]]:
-    """The weight files of a folder, each with the names to take from it (None: all)."""
-    if load_format not in ("auto", "safetensors", "bin"):
-        raise CheckpointError(f"load_format {load_format!r} names no weight files", field="load_format")
-    formats = ("safetensors", "bin") if load_format == "auto" else (load_format,)
-    looked_for: list[str] = []
-    for kind in formats:
-        stem, suffix = _STEMS[kind]
-        single, index = folder / f"{stem}{suffix}", folder / f"{stem}{suffix}.index.json"
-        if single.is_file():
-            return [(single, None)]
-        if index.is_file():
-            return _indexed_files(index)
-        looked_for += [single.name, index.name]
-    raise CheckpointError(f"{folder} has no weights: looked for {', '.join(looked_for)}", field=str(folder))
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
 
 
-def _indexed_files(index: Path) -> list[tuple[Path, list[str] | None]]:
+def _read_index(index: OpenFile) -> dict[str, list[str]]:
+    """By file name, the tensors that an index says it holds."""
+    path = index.path
     try:
-        parsed: Any = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{index} cannot be read: {error}", field=index.name) from None
-    weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map", field=index.name)
+        size = index.state().size
+        if size > _MAX_INDEX_BYTES:
+            raise ValueError(f"it has {size} bytes")
+        weight_map = msgspec.json.decode(index.read(0, size), type=_Index).weight_map
+    except (ValueError, RecursionError, msgspec.MsgspecError) as error:
+        message = f"{path} cannot be read as an index with a weight_map: {error}"
+        raise CheckpointError(message, field=path.name) from None
+    if not weight_map:
+        raise CheckpointError(f"{path} has an empty weight_map", field=path.name)
+    expected_suffix = Path(path.name.removesuffix(".index.json")).suffix
     names_of: dict[str, list[str]] = {}
     for name, file_name in weight_map.items():
         # A path here could name any file of the machine.
-        if not isinstance(file_name, str) or file_name in ("", ".", "..") or Path(file_name).name != file_name:
-            raise CheckpointError(
-                f"{index}: {name} is said to be in {file_name!r}, which is not a file name", field=index.name
-            )
-        names_of.setdefault(file_name, []).append(name)
-    expected_suffix = Path(index.name.removesuffix(".index.json")).suffix
-    for file_name in names_of:
+        if file_name in ("", ".", "..") or Path(file_name).name != file_name or "\0" in file_name:
+            message = f"{path}: {name} is said to be in {file_name!r}, which is not a file name"
+            raise CheckpointError(message, field=path.name)
         if Path(file_name).suffix != expected_suffix:
-            raise CheckpointError(f"{index} names {file_name}, which is not a {expected_suffix} file", field=index.name)
-        if not (index.parent / file_name).is_file():
-            raise CheckpointError(f"{index.parent / file_name} is missing, named by {index.name}", field=file_name)
-    return [(index.parent / file_name, names) for file_name, names in names_of.items()]
+            raise CheckpointError(f"{path} names {file_name}, which is not a {expected_suffix} file", field=path.name)
+        names_of.setdefault(file_name, []).append(name)
+    return names_of
 
 
 def _wanted(path: Path, present: list[str], names: list[str] | None) -> list[str]:
@@ -137,45 +201,14 @@ def _wanted(path: Path, present: list[str], names: list[str] | None) -> list[str
     return [name for name in (present if names is None else names) if not is_derived(name)]
 
 
-def _iterate_safetensors(path: Path, names: list[str] | None) -> Iterator[tuple[str, torch.Tensor]]:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            for name in _wanted(path, list(file.keys()), names):
-                yield name, file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}", field=path.name) from None
-
-
-def _safetensors_infos(path: Path, names: list[str] | None) -> list[TensorInfo]:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            found = []
-            for name in _wanted(path, list(file.keys()), names):
-                view = file.get_slice(name)
-                dtype = view.get_dtype()
-                found.append(TensorInfo(name, tuple(view.get_shape()), _SAFETENSORS_DTYPES.get(dtype, dtype)))
-            return found
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}", field=path.name) from None
-
-
-def _iterate_bin(path: Path, names: list[str] | None) -> Iterator[tuple[str, torch.Tensor]]:
-    tensors = _read_bin(path)
-    for name in _wanted(path, list(tensors), names):
-        yield name, tensors[name]
-
-
-def _bin_infos(path: Path, names: list[str] | None) -> list[TensorInfo]:
-    tensors = _read_bin(path)
-    wanted = _wanted(path, list(tensors), names)
-    return [TensorInfo(name, tuple(tensors[name].shape), dtype_name(tensors[name].dtype)) for name in wanted]
-
-
-def _read_bin(path: Path) -> dict[str, torch.Tensor]:
-    if not zipfile.is_zipfile(path):  # the format before torch 1.6, or a broken file; only the zip format can be mapped
+def _read_bin(file: OpenFile) -> dict[str, torch.Tensor]:
+    """The tensors of a `.bin` file, all in memory: its format has no other reader that could not fault."""
+    path = file.path
+    if not zipfile.is_zipfile(file.stream):  # the format before torch 1.6, or a broken file
         raise CheckpointError(f"{path} is not a whole torch checkpoint of the zip format", field=path.name)
+    file.stream.seek(0)
     try:
-        parsed: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        parsed: Any = torch.load(file.stream, map_location="cpu", weights_only=True)
     except Exception as error:  # the bytes are foreign and torch's reader raises classes of a module we never import
         raise CheckpointError(f"{path} cannot be read weights-only: {error}", field=path.name) from None
     if not isinstance(parsed, dict):
@@ -183,4 +216,7 @@ def _read_bin(path: Path) -> dict[str, torch.Tensor]:
     for name, value in parsed.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise CheckpointError(f"{path}: {name!r} is not a named tensor", field=path.name)
+        problem = unreadable(value)
+        if problem:
+            raise CheckpointError(f"{path}: {name} {problem}", field=name)
     return parsed

@@ -27,7 +27,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from headrace.types.errors import HeadraceError, PoisonedError, UnavailableError, UpdateConflictError, WeightUpdateError
+from headrace.types.errors import (
+    HeadraceError,
+    PoisonedError,
+    UnavailableError,
+    UpdateConflictError,
+    WeightUpdateError,
+    encodable,
+)
 from headrace.types.request import DEFAULT_VERSION
 from headrace.types.weights import InFlight, TensorInfo, WeightState
 
@@ -259,6 +266,7 @@ class WeightMachine:
 
 
 def check_version(version: str) -> None:
-    """`WeightUpdateError` unless the label is a string of 1 to 1024 characters."""
-    if not isinstance(version, str) or not 0 < len(version) <= MAX_VERSION_LENGTH:
-        raise WeightUpdateError(f"version must be a string of 1 to {MAX_VERSION_LENGTH} characters", field="version")
+    """`WeightUpdateError` unless the label is a string of 1 to 1024 characters that every reply can hold."""
+    if not isinstance(version, str) or not 0 < len(version) <= MAX_VERSION_LENGTH or version != encodable(version):
+        message = f"version must be a string of 1 to {MAX_VERSION_LENGTH} Unicode characters"
+        raise WeightUpdateError(message, field="version")

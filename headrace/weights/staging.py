@@ -1,14 +1,17 @@
 """Moving one tensor of an update into its place, in slices, with its checks.
 
-Owns `StageWork` and the byte-level helpers: dtype names, block-wise copies, digests. Must not know sessions, versions
-or which memory is live: it is handed a destination.
+Owns `StageWork` and what it takes from any tensor: dtype names, which tensors can be read at all, block-wise copies,
+digests, the search for NaN and infinity. Must not know sessions, versions or which memory is live: it is handed a
+destination.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -52,11 +55,60 @@ def digest_of(tensor: torch.Tensor) -> str:
     return hasher.hexdigest()
 
 
+def unreadable(tensor: torch.Tensor) -> str:
+    """Why the elements of a tensor cannot be copied as they are, as in "is a sparse_coo tensor"; "" where they can."""
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return f"is a {type(tensor).__name__}, which stands for memory elsewhere"
+    if tensor.is_nested:
+        return "is a nested tensor"
+    if tensor.layout is not torch.strided:
+        return f"is a {str(tensor.layout).removeprefix('torch.')} tensor"
+    if tensor.is_quantized:
+        return "is a quantized tensor"
+    if tensor.is_meta:
+        return "is on the meta device: it has no values"
+    if tensor.numel():
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        num_needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+        num_bytes = tensor.untyped_storage().nbytes()
+        if num_bytes < num_needed:
+            return f"needs {num_needed} bytes of its storage, which holds {num_bytes}: its memory was freed"
+    return ""
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity. One pass: no sum over either is finite, and only where a sum
+    overflows is every element looked at."""
+    is_short = tensor.dtype == torch.float16  # 65,504 is soon passed
+    total = float(tensor.sum(dtype=torch.float32) if is_short else tensor.sum())
+    return math.isfinite(total) or bool(tensor.isfinite().all())
+
+
+class Source(Protocol):
+    """Where the elements of one tensor come from."""
+
+    info: TensorInfo
+
+    @property
+    def num_elements(self) -> int:
+        """Elements there are to copy."""
+        ...
+
+    def copy(self, part: slice, destination: torch.Tensor) -> None:
+        """Write these elements, converted, into `destination`, which is flat."""
+        ...
+
+
+TensorData = torch.Tensor | Source
+"""A tensor of this process, or one that is read when it is copied."""
+
+
 class BytesSource:
     """A tensor, or a piece of one, as raw bytes in the manifest's dtype, read-only or not, aligned or not."""
 
     def __init__(self, info: TensorInfo, data: memoryview, start: int | None = None) -> None:
         """`data` are all bytes of the tensor, or whole elements from byte `start` on; else `WeightUpdateError`."""
+        self.info = info
         self._dtype = TORCH_DTYPES[info.dtype]
         size, total = self._dtype.itemsize, num_elements(info.shape) * self._dtype.itemsize
         if start is None and data.nbytes != total:
@@ -83,11 +135,10 @@ class TensorSource:
     """A whole tensor of this process, on any device, contiguous or not."""
 
     def __init__(self, info: TensorInfo, data: torch.Tensor) -> None:
-        if tuple(data.shape) != tuple(info.shape) or dtype_name(data.dtype) != info.dtype:
-            found = f"{dtype_name(data.dtype)} {list(data.shape)}"
-            raise WeightUpdateError(
-                f"{info.name} is {found}, the manifest says {info.dtype} {list(info.shape)}", field=info.name
-            )
+        problem = unreadable(data)
+        if problem:
+            raise WeightUpdateError(f"{info.name} {problem}", field=info.name)
+        self.info = info
         self.num_elements = data.numel()
         self._tensor = data.detach().reshape(-1)
 
@@ -96,12 +147,20 @@ class TensorSource:
         destination.copy_(self._tensor[part])
 
 
-Source = BytesSource | TensorSource
+def info_of(name: str, data: TensorData) -> TensorInfo:
+    """What a tensor is, without its values."""
+    return TensorInfo(name, tuple(data.shape), dtype_name(data.dtype)) if isinstance(data, torch.Tensor) else data.info
 
 
-def source_of(info: TensorInfo, data: memoryview | torch.Tensor, start: int | None = None) -> Source:
+def source_of(info: TensorInfo, data: memoryview | TensorData, start: int | None = None) -> Source:
     """Wrap what a caller stages; `WeightUpdateError` naming the tensor if it is not what the manifest says."""
-    return TensorSource(info, data) if isinstance(data, torch.Tensor) else BytesSource(info, data, start)
+    if isinstance(data, memoryview):
+        return BytesSource(info, data, start)
+    found = info_of(info.name, data)
+    if (tuple(found.shape), found.dtype) != (tuple(info.shape), info.dtype):
+        is_and_says = f"is {found.dtype} {list(found.shape)}, the manifest says {info.dtype} {list(info.shape)}"
+        raise WeightUpdateError(f"{info.name} {is_and_says}", field=info.name)
+    return TensorSource(info, data) if isinstance(data, torch.Tensor) else data
 
 
 class Arrival:
@@ -126,12 +185,19 @@ class StageWork:
     """The copy of one tensor, or of its next piece, done in slices. Holds the caller's buffer until it is done, failed
     or dropped.
 
-    `before_write` is called ahead of every block and raises if the update is no longer open. `on_done` may raise
-    `WeightUpdateError`, and then what was copied does not count.
+    `before_write` is called ahead of every block and raises if the update is no longer open. `check`, if there is one,
+    is shown what was written, on a CPU block by block, elsewhere once. It and `on_done` may raise `WeightUpdateError`,
+    and then what was copied does not count.
     """
 
     def __init__(
-        self, source: Source, arrival: Arrival, *, before_write: Callable[[], None], on_done: Callable[[], None]
+        self,
+        source: Source,
+        arrival: Arrival,
+        *,
+        before_write: Callable[[], None],
+        on_done: Callable[[], None],
+        check: Callable[[torch.Tensor], None] | None = None,
     ) -> None:
         self.is_live = arrival.is_live
         self._source: Source | None = source
@@ -141,13 +207,15 @@ class StageWork:
         self._blocks = row_blocks((count,), self._destination.element_size())
         self._before_write = before_write
         self._on_done = on_done
+        self._check = check
         self.is_done = False
 
     def advance(self, deadline_s: float) -> bool:
         """Copy until done or until about `deadline_s` seconds have passed, at least one block; True when done.
 
-        Raises `WeightUpdateError` for a digest or a tied tensor that does not match, `UpdateConflictError` if the
-        update was aborted or committed meanwhile. Done, it has released the buffer.
+        Raises `WeightUpdateError` for a digest or a tied tensor that does not match, or what the check refuses,
+        `CheckpointError` for a file that changed, `UpdateConflictError` if the update was aborted or committed
+        meanwhile. Done, it has released the buffer.
         """
         if self.is_done:
             return True
@@ -165,12 +233,16 @@ class StageWork:
         self._before_write()
         block = self._destination[part]
         self._source.copy(part, block)
+        if self._check and block.device.type == "cpu":  # while the block is in the cache
+            self._check(block)
         if self._arrival.hasher:
             self._arrival.hasher.update(bytes_of(block).data)
 
     def _finish(self) -> None:
         self._source = None
         self._before_write()
+        if self._check and self._destination.device.type != "cpu":
+            self._check(self._destination)
         self._arrival.num_elements += self._destination.numel()
         self._on_done()
         self.is_done = True

@@ -23,8 +23,11 @@ from headrace.weights.staging import (
     Arrival,
     HostView,
     StageWork,
+    TensorData,
     digest_of,
     dtype_name,
+    info_of,
+    is_finite,
     row_blocks,
     source_of,
 )
@@ -36,6 +39,7 @@ SHADOW_HEADROOM_BYTES = 256 << 20
 """Memory that must stay free beside the shadow buffers, for activations and the producer."""
 
 _INIT_STD = 0.02
+_LOAD_BYTES = 1 << 20
 _FILL_BYTES = {"cpu": BLOCK_BYTES, "cuda": 1 << 28}
 
 
@@ -81,7 +85,8 @@ class _Transaction:
 class WeightStore:
     """Parameters on one device in one dtype: `live[param]` are the tensors the model holds.
 
-    `memory` says how many bytes may still be taken there; None: what the device or the machine has left.
+    `memory` says how many bytes may still be taken there; None: what the device or the machine has left. With
+    `check_finite` no tensor that holds NaN or infinity, once it is in `dtype`, is taken in.
     """
 
     def __init__(
@@ -91,6 +96,7 @@ class WeightStore:
         device: torch.device,
         *,
         memory: Callable[[], int] | None = None,
+        check_finite: bool = True,
     ) -> None:
         if dtype_name(dtype) not in FLOAT_DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(FLOAT_DTYPES)}, got {dtype}")
@@ -100,6 +106,7 @@ class WeightStore:
         self.live = {
             name: torch.empty(spec.shape, dtype=dtype, device=device) for name, spec in weight_map.params.items()
         }
+        self._check_finite = check_finite
         self._memory = memory or _memory_left(device)
         self._resting: WeightState = "needs_weights"
         self._transaction: _Transaction | None = None
@@ -122,54 +129,67 @@ class WeightStore:
 
     # Whole models: from a file, from a seed, to nothing.
 
-    def load(self, source: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load(self, source: Iterable[tuple[str, TensorData]]) -> None:
         """Overwrite live memory with a whole checkpoint and become READY.
 
-        Every element is written exactly once: each rule once, and the map's regions partition the parameters. Raises
-        `CheckpointError` naming a missing, unknown, doubled, misshapen or non-float tensor, or a tied one that differs;
-        the store then holds no weights.
+        Every element is written exactly once: each rule once, and the map's regions partition the parameters. Of tied
+        names the first that comes is written, another one compared. Raises `CheckpointError` naming a missing, unknown,
+        doubled, misshapen, non-float, non-finite or unreadable tensor, or a tied one that differs; the store then holds
+        no weights.
         """
         self._require_no_update()
         self._resting = "needs_weights"
         written: set[str] = set()
-        tied: list[tuple[str, torch.Tensor]] = []
-        for name, tensor in source:
+        filled: set[str] = set()
+        for name, data in source:
             if is_derived(name):
                 continue
-            self._check_loaded(name, tensor, written)
+            self._check_loaded(name, data, written)
             written.add(name)
-            if name in self.weight_map.aliases:
-                tied.append((name, tensor))
-            else:
-                self._region(self.weight_map.rules_by_name[name]).copy_(tensor.detach())
-        missing = [name for name in self.weight_map.rules_by_name if name not in written]
+            target = self.weight_map.aliases.get(name, name)
+            self._take(name, data, self._region(self.weight_map.rules_by_name[target]), is_filled=target in filled)
+            filled.add(target)
+        missing = [name for name in self.weight_map.rules_by_name if name not in filled]
         if missing:
             raise CheckpointError(
                 f"the checkpoint lacks {len(missing)} tensor(s): {', '.join(missing[:8])}", field=missing[0]
             )
-        for name, tensor in tied:
-            self._check_tied(name, tensor)
         self._resting = "ready"
 
-    def _check_loaded(self, name: str, tensor: torch.Tensor, written: set[str]) -> None:
+    def _check_loaded(self, name: str, data: TensorData, written: set[str]) -> None:
         expected = self.weight_map.shape_of(name)
         if expected is None:
             raise CheckpointError(f"{name} is not a tensor of this model", field=name)
         if name in written:
             raise CheckpointError(f"{name} comes twice in the checkpoint", field=name)
-        if tuple(tensor.shape) != expected:
-            raise CheckpointError(f"{name} has shape {list(tensor.shape)}, expected {list(expected)}", field=name)
-        if dtype_name(tensor.dtype) not in FLOAT_DTYPES:
-            raise CheckpointError(
-                f"{name} has dtype {dtype_name(tensor.dtype)}, expected one of {', '.join(FLOAT_DTYPES)}", field=name
-            )
+        info = info_of(name, data)
+        if info.shape != expected:
+            raise CheckpointError(f"{name} has shape {list(info.shape)}, expected {list(expected)}", field=name)
+        if info.dtype not in FLOAT_DTYPES:
+            message = f"{name} has dtype {info.dtype}, expected one of {', '.join(FLOAT_DTYPES)}"
+            raise CheckpointError(message, field=name)
 
-    def _check_tied(self, name: str, tensor: torch.Tensor) -> None:
-        target = self.weight_map.aliases[name]
-        live = self._region(self.weight_map.rules_by_name[target])
-        for rows in row_blocks(tuple(live.shape), live.element_size()):
-            if not torch.equal(live[rows], tensor.detach()[rows].to(live)):
-                raise CheckpointError(f"{name} is tied to {target} by config.json but holds other values", field=name)
+    def _take(self, name: str, data: TensorData, region: torch.Tensor, *, is_filled: bool) -> None:
+        """Write one whole tensor into its region, or compare it with the tied one that is there."""
+        try:
+            source = source_of(info_of(name, data), data)
+        except WeightUpdateError as error:
+            raise CheckpointError(error.message, field=name) from None
+        assert region.is_contiguous(), "a region is whole rows of a parameter"
+        flat = region.view(-1)
+        for part in row_blocks((flat.numel(),), flat.element_size(), _LOAD_BYTES):
+            block = flat[part]
+            if not is_filled:
+                source.copy(part, block)
+                if self._check_finite and not is_finite(block):
+                    raise CheckpointError(_not_finite(name, self.dtype), field=name)
+                continue
+            found = torch.empty_like(block)
+            source.copy(part, found)
+            if not torch.equal(found, block):
+                tied = next(pair for pair in self.weight_map.aliases.items() if name in pair)
+                message = f"{tied[0]} is tied to {tied[1]} by config.json but holds other values"
+                raise CheckpointError(message, field=tied[0])
 
     def fill_random(self, seed: int) -> None:
         """Random weights for tests and dummy models, a pure function of (seed, HF name, shape, dtype, device). READY.
@@ -211,6 +231,8 @@ class WeightStore:
             raise WeightUpdateError(f"mode must be auto, shadow or inplace, got {mode!r}", field="mode")
         if partial and self._resting != "ready":
             raise WeightUpdateError(f"weights are {self._resting}: only a complete update is accepted", field="partial")
+        if not partial:
+            manifest = self.weight_map.untie(manifest)
         self.weight_map.check_manifest(manifest, partial)
         rules = [rule for rule in map(self.weight_map.rules_by_name.get, (info.name for info in manifest)) if rule]
         shadow = self._shadow(mode, rules)
@@ -235,12 +257,12 @@ class WeightStore:
             raise WeightUpdateError(message, field="mode")
         return None
 
-    def stage(self, index: int, data: memoryview | torch.Tensor, start: int | None = None) -> StageWork:
+    def stage(self, index: int, data: memoryview | TensorData, start: int | None = None) -> StageWork:
         """The work of moving manifest entry `index` into place; nothing is written before `advance`.
 
         `data` is the whole tensor: contiguous bytes in the manifest's dtype, or a tensor of its dtype and shape. Or it
         is the next piece of its bytes, from `start` on: one at 0 begins the tensor, the last one completes it. Raises
-        `WeightUpdateError` naming the tensor if it is not that, or was staged before.
+        `WeightUpdateError` naming the tensor if it is not that, was staged before, or cannot be read.
         """
         transaction = self._require_update()
         info = transaction.staged.check(index)
@@ -255,6 +277,7 @@ class WeightStore:
             arrival,
             before_write=lambda: transaction.before_write(arrival.is_live),
             on_done=lambda: self._arrived(transaction, index, info, arrival),
+            check=(lambda written: self._require_finite(info.name, written)) if self._check_finite else None,
         )
 
     def _arrival(self, transaction: _Transaction, info: TensorInfo) -> Arrival:
@@ -269,6 +292,10 @@ class WeightStore:
             transaction.arrivals[index] = arrival
             return
         self._staged(transaction, index, info, arrival.hasher.hexdigest() if arrival.hasher else "")
+
+    def _require_finite(self, name: str, written: torch.Tensor) -> None:
+        if not is_finite(written):
+            raise WeightUpdateError(_not_finite(name, self.dtype), field=name)
 
     def _destination(self, transaction: _Transaction, info: TensorInfo) -> torch.Tensor:
         if info.name in self.weight_map.aliases:  # owns no memory: converted into scratch, to be compared and forgotten
@@ -373,6 +400,10 @@ class WeightStore:
         if self._transaction is None:
             raise UpdateConflictError("no weight update is open", field="session_id")
         return self._transaction
+
+
+def _not_finite(name: str, dtype: torch.dtype) -> str:
+    return f"{name} holds NaN or infinity in {dtype_name(dtype)} (check_finite=False lets such weights in)"
 
 
 def _memory_left(device: torch.device) -> Callable[[], int]:

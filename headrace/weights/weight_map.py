@@ -16,7 +16,16 @@ from headrace.types.weights import TensorInfo
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 """The dtypes a tensor may arrive in; it is converted to the engine's."""
 
-_DERIVED_SUFFIXES = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+TIED_HEAD = "lm_head.weight"
+"""The output head: the one tensor that may be another one's memory, the embedding's."""
+
+_DERIVED_SUFFIXES = (
+    "rotary_emb.inv_freq",
+    "rotary_emb.original_inv_freq",
+    "rotary_emb.cos_cached",
+    "rotary_emb.sin_cached",
+    ".attn.masked_bias",
+)
 _MAX_NAMES_IN_MESSAGE = 8
 _HEX_DIGITS = frozenset("0123456789abcdef")
 
@@ -101,6 +110,12 @@ class WeightMap:
         rule = self.rules_by_name.get(self.aliases.get(hf_name, hf_name))
         return rule.shape if rule else None
 
+    def untie(self, manifest: Sequence[TensorInfo]) -> Sequence[TensorInfo]:
+        """The manifest with a tied name replaced by the one it repeats, where that is absent: they are one tensor."""
+        names = {info.name for info in manifest}
+        alone = {alias: target for alias, target in self.aliases.items() if alias in names and target not in names}
+        return [msgspec.structs.replace(info, name=alone.get(info.name, info.name)) for info in manifest]
+
     def check_manifest(self, manifest: Sequence[TensorInfo], partial: bool) -> None:
         """Check a whole manifest before anything is touched.
 
@@ -153,7 +168,8 @@ def num_elements(shape: Sequence[int]) -> int:
 
 
 def is_derived(hf_name: str) -> bool:
-    """True for buffers that old checkpoints carry and every engine recomputes, such as `rotary_emb.inv_freq`."""
+    """True for buffers that every engine recomputes, such as `rotary_emb.inv_freq`: old checkpoints and state dicts
+    carry them, and they are ignored on every way into the engine."""
     return hf_name.endswith(_DERIVED_SUFFIXES)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
 from headrace.cache import Match, Namespace
 from headrace.core.executor import StepError
-from headrace.core.fake_executor import FREE_LOGPROB, FreeExecutor
+from headrace.core.fake_executor import FREE_LOGPROB, FreeExecutor, free_tokens
 from headrace.core.service import run_core
 from headrace.ipc import SharedBuffer
 from headrace.scheduler import Scheduler
@@ -64,6 +65,30 @@ def test_tokens_do_not_depend_on_the_overlap(overlap_depth: int) -> None:
         finish = core.finish(handle)
         assert finish is not None
         assert (finish.type, finish.matched) == (("stop", 12) if first <= 12 else ("length", None))
+
+
+class SeveralTokens(FreeExecutor):
+    """Samples 1, 2 or 3 tokens a row, by its position."""
+
+    def collect(self) -> StepResult:
+        plan = self._plans[0]
+        first = (plan.row_starts + plan.row_lengths)[plan.row_samples]
+        token_ids = free_tokens((first[:, None] + np.arange(3)).astype(np.int32), VOCAB_SIZE)
+        logprobs = np.full(token_ids.shape, FREE_LOGPROB, np.float32)
+        result = super().collect()
+        return msgspec.structs.replace(result, token_ids=token_ids, logprobs=logprobs, num_tokens=1 + first % 3)
+
+
+@pytest.mark.parametrize("overlap_depth", range(4))
+def test_a_step_may_bring_several_tokens_a_row(overlap_depth: int) -> None:
+    core = Core(SeveralTokens(VOCAB_SIZE), overlap_depth=overlap_depth, max_num_batched_tokens=16)
+    for handle in range(1, 12):
+        core.submit(request(handle, range(1, handle + 2), 12, deliver_every=handle % 3, stop_token_ids=(20,)))
+    core.settle()
+    for handle in range(1, 12):
+        assert core.tokens(handle) == list(range(handle + 2, min(handle + 14, 21)))
+        assert core.spans(handle) == [("default", len(core.tokens(handle)))]
+    assert core.status().metrics["num_invariant_breaches"] == 0
 
 
 def test_streamed_deltas_add_up() -> None:

@@ -28,7 +28,7 @@ from headrace.types.messages import (
     UpdateFromDisk,
 )
 from headrace.types.weights import BufferEntry, BufferRef, InFlight, TensorInfo, UpdateReport
-from headrace.weights.checkpoint import iterate_checkpoint, read_manifest
+from headrace.weights.checkpoint import Checkpoint
 from headrace.weights.store import WeightStore
 from headrace.weights.weight_map import ParamSpec, WeightMap, WeightRule
 from tests.core.harness import (
@@ -473,8 +473,9 @@ def test_a_reader_of_a_bucket_lets_go_of_it() -> None:
 class DiskExecutor(FreeExecutor):
     """The free executor with a checkpoint reader."""
 
-    def checkpoint(self, folder: Path) -> Any:
-        return read_manifest(folder), iterate_checkpoint(folder)
+    def checkpoint(self, folder: Path, root: Path | None) -> Any:
+        checkpoint = Checkpoint(folder, root=root)
+        return checkpoint.manifest(), checkpoint.tensors()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -505,8 +506,8 @@ class SlowDiskExecutor(DiskExecutor):
 
     core: Core
 
-    def checkpoint(self, folder: Path) -> Any:
-        manifest, tensors = super().checkpoint(folder)
+    def checkpoint(self, folder: Path, root: Path | None) -> Any:
+        manifest, tensors = super().checkpoint(folder, root)
         return manifest, self._slowly(tensors)
 
     def _slowly(self, tensors: Any) -> Any:

@@ -115,7 +115,7 @@ def test_requests_of_one_turn_leave_as_one_message() -> None:
         for _ in range(50):
             client.submit(request(client.new_handle()), Recorder())
         [message] = await core.commands()
-        assert isinstance(message, Submit) and [r.handle for r in message.requests] == list(range(1, 51))
+        assert isinstance(message, Submit) and [r.handle for r in message.all_requests()] == list(range(1, 51))
 
     play(scenario)
 
@@ -125,7 +125,7 @@ def test_huge_batches_leave_in_bounded_messages() -> None:
         for _ in range(5):
             client.submit(request(client.new_handle(), 1_000_000), Recorder())
         messages = await core.commands()
-        assert [len(m.requests) for m in messages if isinstance(m, Submit)] == [2, 2, 1]
+        assert [len(list(m.all_requests())) for m in messages if isinstance(m, Submit)] == [2, 2, 1]
 
     play(scenario)
 

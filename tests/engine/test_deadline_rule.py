@@ -198,7 +198,7 @@ class SlowExecutor(FreeExecutor):
         self._world.lose_time(3.0)
         return super().collect()
 
-    def checkpoint(self, folder: Path) -> tuple[list[TensorInfo], Iterator[tuple[str, Any]]]:
+    def checkpoint(self, folder: Path, root: Path | None) -> tuple[list[TensorInfo], Iterator[tuple[str, Any]]]:
         self._world.lose_time(1.0)
         return INFOS, iter(TENSORS.items())
 

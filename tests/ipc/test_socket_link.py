@@ -15,9 +15,9 @@ import uvloop
 from headrace.ipc import PeerClosed, codec
 from headrace.ipc.codec import pack_frame
 from headrace.ipc.socket_link import SocketCoreLink, SocketFrontLink
-from headrace.types.errors import EngineDeadError, RequestError, UnavailableError
+from headrace.types.errors import EngineDeadError, ErrorInfo, RequestError, UnavailableError
 from headrace.types.messages import Abort, Command, Deltas, GetStatus, Output, Reply, SetVersion, Submit
-from headrace.types.request import Delta, Request, pack_ids
+from headrace.types.request import Delta, Finish, Request, pack_ids
 
 Pair = tuple[socket.socket, socket.socket]
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
@@ -170,6 +170,20 @@ def test_a_value_that_cannot_travel_is_refused(pair: Pair, run: Run) -> None:
         await front.close()
 
     run(main())
+
+
+def test_an_answer_that_cannot_be_encoded_costs_its_receiver_only(pair: Pair, run: Run) -> None:
+    core = SocketCoreLink(pair[1])
+    bad = Delta(2, finish=Finish("abort", message="\ud800"))
+    core.send(Deltas((Delta(1), bad, Delta(3))))
+    core.send(Reply(4, error=ErrorInfo("InternalError", "\udcff")))
+    core.send(Reply(5))
+    received = run(outputs_at_front(pair[0], lambda found: bool(found) and found[-1] == Reply(5)))
+    deltas = [delta for output in received if isinstance(output, Deltas) for delta in output.deltas]
+    assert [delta.handle for delta in deltas] == [1, 2, 3]
+    assert [delta.finish is None or delta.finish.type for delta in deltas] == [True, "error", True]
+    replies = [output for output in received if isinstance(output, Reply)]
+    assert [(reply.call_id, reply.error is not None) for reply in replies] == [(4, True), (5, False)]
 
 
 def test_a_front_that_never_reads_ends_the_link(pair: Pair) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 from transformers import Qwen3ForCausalLM
 
 from headrace.engine import Engine
@@ -101,6 +106,91 @@ def test_a_state_dict_of_copies_is_verified_too(engine: Engine, model: Qwen3ForC
     with pytest.raises(WeightUpdateError, match=r"lm_head\.weight"):
         push_weights(engine, copies, "untied", verify=True)
     push_weights(engine, model, "again", verify=True)
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceMesh]:
+    """A group of one process."""
+    store = tmp_path_factory.mktemp("group") / "store"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("placement", [Replicate(), Shard(0)], ids=str)
+def test_dtensors_that_are_whole_are_pushed(
+    engine: Engine, model: Qwen3ForCausalLM, mesh: DeviceMesh, placement: Placement
+) -> None:
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.25)
+    state = {name: distribute_tensor(tensor, mesh, [placement]) for name, tensor in model.state_dict().items()}
+    assert push_weights(engine, state, "distributed", verify=True).is_verified
+    assert torch.equal(engine.get_weights_by_name("model.norm.weight"), model.model.norm.weight)
+    assert engine.update_weights_from_tensor(state, "again").num_tensors == len(state)
+
+
+def test_a_dtensor_of_which_others_hold_a_part_is_refused_by_name(mesh: DeviceMesh) -> None:
+    class Wider(DeviceMesh):
+        """The same mesh, as one of two ranks sees it."""
+
+        def size(self, mesh_dim: int | None = None) -> int:
+            return 2
+
+    part = distribute_tensor(torch.ones(4), mesh, [Shard(0)])
+    part._spec.mesh.__class__ = Wider
+    try:
+        with pytest.raises(WeightUpdateError, match=r"model\.norm\.weight is a DTensor of 2 ranks"):
+            hf_named_tensors({"model.norm.weight": part})
+    finally:
+        mesh.__class__ = DeviceMesh
+
+
+def untied_copy(folder: Path) -> Path:
+    """The policy with a head of its own, which holds the embedding's values."""
+    model = Qwen3ForCausalLM.from_pretrained(POLICY, dtype=torch.float32, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    model.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(POLICY / file, folder / file)
+    return folder
+
+
+def test_a_trainer_that_ties_fills_an_engine_that_does_not(tmp_path: Path, model: Qwen3ForCausalLM) -> None:
+    settings = {"inprocess": True, "num_threads": 1, "context_length": 64}
+    with Engine(model=str(untied_copy(tmp_path)), **settings) as engine:  # type: ignore[arg-type]
+        assert not engine.resolved.model.tie_word_embeddings
+        with torch.no_grad():
+            model.model.embed_tokens.weight.mul_(1.5)
+        assert push_weights(engine, model, "tied", verify=True).is_verified
+        assert torch.equal(engine.get_weights_by_name("lm_head.weight"), model.model.embed_tokens.weight)
+        assert engine.update_weights_from_tensor(model.state_dict(), "pairs").version == "pairs"
+
+
+def test_a_trainer_that_does_not_tie_is_refused_by_an_engine_that_does(engine: Engine, model: Qwen3ForCausalLM) -> None:
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["lm_head.weight"] += 1
+    for send in (push_weights, Engine.update_weights_from_tensor):
+        with pytest.raises(WeightUpdateError, match=r"lm_head\.weight is tied to"):
+            send(engine, state, "untied")
+
+
+def test_buffers_and_freed_and_missing_memory(engine: Engine, model: Qwen3ForCausalLM) -> None:
+    state: dict[str, Any] = {**model.state_dict(), "model.rotary_emb.inv_freq": torch.ones(8)}
+    assert push_weights(engine, state, "with buffers", verify=True).is_verified
+    norm = torch.ones_like(state["model.norm.weight"])
+    norm.untyped_storage().resize_(0)
+    for bad in (norm, torch.ones(3, device="meta"), None, [1.0]):
+        broken: dict[str, Any] = {**state, "model.norm.weight": bad}
+        with pytest.raises(WeightUpdateError, match=r"model\.norm\.weight"):
+            push_weights(engine, broken, "never")
+
+
+def test_a_push_lets_the_trainer_free_its_memory_afterwards(engine: Engine, model: Qwen3ForCausalLM) -> None:
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    push_weights(engine, state, "before", verify=True)
+    for tensor in state.values():
+        tensor.untyped_storage().resize_(0)
 
 
 def test_verification_names_the_tensor_that_is_not_what_was_sent(model: Qwen3ForCausalLM) -> None:

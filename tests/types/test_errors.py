@@ -30,3 +30,13 @@ def test_only_unavailability_and_deadlines_are_retryable() -> None:
         "ShutdownError",
         "DeadlineError",
     }
+
+
+@pytest.mark.parametrize("text", ["plain", "grüße 🙂", "\ud800", "model-\udcff.bin", "a\ud83d", ""])
+def test_an_error_can_be_sent_whatever_text_it_quotes(text: str) -> None:
+    error = errors.CheckpointError(f"{text} is missing", field=text)
+    info = error.info()
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(info), type=ErrorInfo) == info
+    assert msgspec.json.encode({"message": str(error), "param": error.field})
+    assert info.to_exception().message == error.message
+    assert error.field == text.encode("utf-8", "backslashreplace").decode()

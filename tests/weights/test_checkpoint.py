@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from headrace.types.errors import CheckpointError
 from headrace.types.weights import TensorInfo
-from headrace.weights.checkpoint import iterate_checkpoint, read_manifest, save_checkpoint
+from headrace.weights.checkpoint import Checkpoint, save_checkpoint
+from headrace.weights.staging import info_of
 from tests.weights.tiny import make_map, make_store, make_tensors, manifest_of, update
 
 INDEX = "model.safetensors.index.json"
@@ -50,17 +51,20 @@ def test_single_and_sharded_files_load(tmp_path: Path, kind: str, load_format: s
             torch.save(tensors, tmp_path / "pytorch_model.bin")
     chosen = kind if load_format == "named" else "auto"
     store = make_store(make_map())
-    store.load(iterate_checkpoint(tmp_path, chosen))
+    store.load(Checkpoint(tmp_path, chosen).tensors())
     assert store.digest() == make_store(make_map(), tensors).digest()
-    found = [TensorInfo(name, tuple(t.shape), "float32") for name, t in iterate_checkpoint(tmp_path, chosen)]
-    assert read_manifest(tmp_path, chosen) == found and len(found) == len(tensors)
+    checkpoint = Checkpoint(tmp_path, chosen)
+    found = [info_of(name, data) for name, data in checkpoint.tensors()]
+    assert checkpoint.manifest() == found == [TensorInfo(i.name, i.shape, "float32") for i in found]
+    assert len(found) == len(tensors)
 
 
 def test_an_update_from_disk_follows_the_manifest_it_read(tmp_path: Path) -> None:
     tensors = save_sharded(tmp_path)
     store = make_store(make_map(), make_tensors(make_map(), 9))
-    store.begin(read_manifest(tmp_path), "shadow", False)
-    for index, (_, tensor) in enumerate(iterate_checkpoint(tmp_path)):
+    checkpoint = Checkpoint(tmp_path)
+    store.begin(checkpoint.manifest(), "shadow", False)
+    for index, (_, tensor) in enumerate(checkpoint.tensors()):
         store.stage(index, tensor).advance(1.0)
     store.commit()
     assert store.digest() == make_store(make_map(), tensors).digest()
@@ -75,7 +79,7 @@ def test_what_is_saved_loads_again(tmp_path: Path, max_shard_bytes: int, dtype: 
     assert sorted(path.name for path in written) == sorted(os.listdir(tmp_path / "new"))
     assert (len(written) > 2) == (max_shard_bytes == 4000)
     again = make_store(weight_map, dtype=dtype)
-    again.load(iterate_checkpoint(tmp_path / "new"))
+    again.load(Checkpoint(tmp_path / "new").tensors())
     assert again.digest() == store.digest()
 
 
@@ -109,7 +113,7 @@ def test_transformers_reads_what_is_saved_and_its_files_are_read(tmp_path: Path,
     )
     model.save_pretrained(tmp_path / "theirs")
     store = make_store(weight_map)
-    store.load(iterate_checkpoint(tmp_path / "theirs"))
+    store.load(Checkpoint(tmp_path / "theirs").tensors())
     store.load(state.items())  # with the tied head sent as well
     save_checkpoint(store, tmp_path / "ours")
     model.config.save_pretrained(tmp_path / "ours")
@@ -175,7 +179,7 @@ def corrupt(folder: Path, fault: str) -> None:
 def test_a_broken_checkpoint_is_named(tmp_path: Path, fault: str, field: str) -> None:
     save_sharded(tmp_path)
     corrupt(tmp_path, fault)
-    for read in (lambda: list(iterate_checkpoint(tmp_path)), lambda: read_manifest(tmp_path)):
+    for read in (lambda: list(Checkpoint(tmp_path).tensors()), lambda: Checkpoint(tmp_path).manifest()):
         with pytest.raises(CheckpointError) as caught:
             read()
         assert caught.value.field == field and field in caught.value.message
@@ -190,11 +194,11 @@ def test_tensors_that_do_not_fit_the_model_are_named(tmp_path: Path) -> None:
     ):
         save_file(tensors | change, tmp_path / "model.safetensors")
         with pytest.raises(CheckpointError, match=message):
-            make_store(make_map()).load(iterate_checkpoint(tmp_path))
+            make_store(make_map()).load(Checkpoint(tmp_path).tensors())
     del tensors["model.norm.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="lacks 1 tensor.*model.norm.weight"):
-        make_store(make_map()).load(iterate_checkpoint(tmp_path))
+        make_store(make_map()).load(Checkpoint(tmp_path).tensors())
 
 
 def test_derived_buffers_of_old_checkpoints_are_left_out(tmp_path: Path) -> None:
@@ -202,18 +206,18 @@ def test_derived_buffers_of_old_checkpoints_are_left_out(tmp_path: Path) -> None
     save_file(
         tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}, tmp_path / "model.safetensors"
     )
-    assert sorted(name for name, _ in iterate_checkpoint(tmp_path)) == sorted(tensors)
-    assert sorted(info.name for info in read_manifest(tmp_path)) == sorted(tensors)
+    assert sorted(name for name, _ in Checkpoint(tmp_path).tensors()) == sorted(tensors)
+    assert sorted(info.name for info in Checkpoint(tmp_path).manifest()) == sorted(tensors)
 
 
 def test_a_folder_without_weights_says_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="looked for model.safetensors, .*pytorch_model.bin"):
-        list(iterate_checkpoint(tmp_path))
+        list(Checkpoint(tmp_path).tensors())
     torch.save(make_tensors(make_map(), 1), tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="looked for model.safetensors"):
-        list(iterate_checkpoint(tmp_path, "safetensors"))
+        list(Checkpoint(tmp_path, "safetensors").tensors())
     with pytest.raises(CheckpointError, match="load_format"):
-        list(iterate_checkpoint(tmp_path, "gguf"))
+        list(Checkpoint(tmp_path, "gguf").tensors())
 
 
 class Evil:
@@ -230,7 +234,7 @@ def test_a_bin_file_cannot_run_code(tmp_path: Path) -> None:
     made = tmp_path / "made"
     torch.save({"a": Evil(made)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="cannot be read weights-only"):
-        list(iterate_checkpoint(tmp_path))
+        list(Checkpoint(tmp_path).tensors())
     assert not made.exists()
 
 
@@ -245,7 +249,7 @@ def test_a_bin_file_cannot_run_code(tmp_path: Path) -> None:
 def test_a_bin_file_holds_named_tensors(tmp_path: Path, content: object, message: str) -> None:
     torch.save(content, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=message):
-        list(iterate_checkpoint(tmp_path))
+        list(Checkpoint(tmp_path).tensors())
 
 
 @pytest.mark.parametrize("keep", [0, 10, 600, -40])
@@ -253,7 +257,7 @@ def test_a_broken_bin_file_is_named(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "pytorch_model.bin"
     torch.save(make_tensors(make_map(), 1), path)
     path.write_bytes(path.read_bytes()[:keep])
-    for read in (lambda: list(iterate_checkpoint(tmp_path)), lambda: read_manifest(tmp_path)):
+    for read in (lambda: list(Checkpoint(tmp_path).tensors()), lambda: Checkpoint(tmp_path).manifest()):
         with pytest.raises(CheckpointError, match="pytorch_model.bin"):
             read()
 

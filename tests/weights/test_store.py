@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from headrace.types.errors import CheckpointError, NotFoundError, UpdateConflictError, WeightUpdateError
-from headrace.types.weights import TensorInfo
+from headrace.types.weights import TensorInfo, UpdateMode
 from headrace.weights.staging import BLOCK_BYTES
 from headrace.weights.store import SHADOW_HEADROOM_BYTES, WeightStore
 from headrace.weights.weight_map import ParamSpec, WeightMap, WeightRule
@@ -487,13 +488,70 @@ def test_one_store_loads_from_another() -> None:
     assert second.digest() == first.digest()
 
 
-def test_nan_and_infinity_are_the_trainers_business() -> None:
+@pytest.mark.parametrize("mode", ["shadow", "inplace"])
+@pytest.mark.parametrize("raw", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_refused_by_name(mode: UpdateMode, raw: bool, dtype: torch.dtype, value: float) -> None:
+    weight_map = make_map()
+    tensors = make_tensors(weight_map, 1, dtype)
+    good = tensors[Q].clone()
+    tensors[Q][-1, -1] = value
+    store = make_store(weight_map, make_tensors(weight_map, 2), dtype)
+    before = live_bits(store)
+    store.begin(manifest_of(tensors), mode, False)
+    for index, (name, tensor) in enumerate(tensors.items()):
+        work = store.stage(index, as_bytes(tensor) if raw else tensor)
+        if name != Q:
+            assert work.advance(60.0)
+            continue
+        with pytest.raises(WeightUpdateError, match="holds NaN or infinity in") as caught:
+            work.advance(60.0)
+        assert caught.value.field == Q
+    with pytest.raises(WeightUpdateError, match=f"not staged: {Q}"):
+        store.commit()
+    if mode == "shadow":
+        assert live_bits(store) == before
+    assert store.stage(list(tensors).index(Q), good).advance(60.0)  # it may be sent again
+    store.commit()
+    assert store.digest()[Q] == sha256(good)
+
+
+def test_a_switch_lets_nan_and_infinity_in() -> None:
     weight_map = make_map()
     tensors = make_tensors(weight_map, 1)
     tensors[Q][0, 0], tensors[Q][0, 1] = float("nan"), float("inf")
-    store = make_store(weight_map, make_tensors(weight_map, 2))
+    store = make_store(weight_map, make_tensors(weight_map, 2), check_finite=False)
     update(store, tensors)
     assert store.digest() == {name: sha256(tensor) for name, tensor in tensors.items()}
+
+
+def test_large_finite_values_are_no_infinity() -> None:
+    weight_map = make_map()
+    for dtype, value in ((torch.float32, 3e38), (torch.bfloat16, 3e38), (torch.float16, 6e4)):
+        tensors = {name: torch.full_like(t, value) for name, t in make_tensors(weight_map, 1, dtype).items()}
+        update(make_store(weight_map, make_tensors(weight_map, 2), dtype), tensors)
+
+
+def test_a_value_that_overflows_in_the_engines_dtype_is_refused() -> None:
+    weight_map = make_map()
+    tensors = make_tensors(weight_map, 1)
+    tensors[Q][0, 0] = 1e6
+    with pytest.raises(WeightUpdateError, match="infinity in float16"):
+        update(make_store(weight_map, make_tensors(weight_map, 2), torch.float16), tensors)
+
+
+def test_a_tied_name_that_comes_first_or_alone_fills_the_tensor() -> None:
+    weight_map = make_map(tied=True)
+    tensors = make_tensors(weight_map, 1)
+    embedding = tensors.pop("model.embed_tokens.weight")
+    want = make_store(weight_map, {**tensors, "model.embed_tokens.weight": embedding}).digest()
+    assert make_store(weight_map, {"lm_head.weight": embedding, **tensors}).digest() == want
+    both = {"lm_head.weight": embedding, **tensors, "model.embed_tokens.weight": embedding}
+    assert make_store(weight_map, both).digest() == want
+    both["model.embed_tokens.weight"] = embedding + 1
+    with pytest.raises(CheckpointError, match="lm_head.weight is tied to model.embed_tokens.weight"):
+        make_store(weight_map, both)
 
 
 def test_the_engine_dtype_must_be_a_float() -> None:

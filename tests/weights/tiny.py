@@ -65,9 +65,13 @@ def make_tensors(weight_map: WeightMap, seed: int, dtype: torch.dtype = torch.fl
 
 
 def make_store(
-    weight_map: WeightMap, tensors: Tensors | None = None, dtype: torch.dtype = torch.float32, memory: int = 1 << 40
+    weight_map: WeightMap,
+    tensors: Tensors | None = None,
+    dtype: torch.dtype = torch.float32,
+    memory: int = 1 << 40,
+    check_finite: bool = True,
 ) -> WeightStore:
-    store = WeightStore(weight_map, dtype, torch.device("cpu"), memory=lambda: memory)
+    store = WeightStore(weight_map, dtype, torch.device("cpu"), memory=lambda: memory, check_finite=check_finite)
     if tensors is not None:
         store.load(tensors.items())
     return store

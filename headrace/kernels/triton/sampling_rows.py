@@ -249,10 +249,11 @@ def _reduce_kernel(
         row_ptr = copies_ptr + place.to(tl.int64) * VOCAB
     logprob = (tl.load(row_ptr + token).to(tl.float32) - top) * inverse - log_total
     is_point = kind == 2.0
+    zero = log_total - log_total  # NaN for a row that is not finite, whatever it is asked for
     tl.store(norms_ptr + 2 * row, tl.where(is_point, 0.0, top))
-    tl.store(norms_ptr + 2 * row + 1, tl.where(is_point, 0.0, log_total))
+    tl.store(norms_ptr + 2 * row + 1, tl.where(is_point, zero, log_total))
     tl.store(tokens_ptr + row, token)
-    tl.store(logprobs_ptr + row, tl.where(is_point, 0.0, logprob))
+    tl.store(logprobs_ptr + row, tl.where(is_point, zero, logprob))
     if HAS_LAST:
         tl.store(last_ptr + slot, token)
 
@@ -264,7 +265,8 @@ class SamplingWorkspace:
     partial_RB4   float32; word 0 is the greatest logit of the block, of what the log-probability is of
     ids_RB        int32, the best token of the block
     norms_R2      float32 (top, log_total): a logit x has log-probability (x - top) / divisor - log_total; 0, 0 where
-                  all of the probability is on the token itself
+                  all of the probability is on the token itself; a row with NaN or +inf, or all -inf, has a log_total
+                  that makes every one NaN
     """
 
     partial_RB4: Tensor
@@ -305,7 +307,7 @@ def sample_rows(
                   to find, then what `threshold_search` reads, and the number of asked ids
     slot_seeds    int32 [slots, 2]: low and high word
     floors_S      float32: least logit that may be drawn, or None
-    tokens_S, logprobs_S   int32 and float32, written
+    tokens_S, logprobs_S   int32 and float32, written; of a row with NaN or +inf, or all -inf, some token and NaN
     last_tokens   int32 [slots]: where the slot's token is left for the next step, or None
     shaped        rows to draw from reshaped copies instead (logits are float32 then); log-probabilities of the model
                   stay those of logits_SV

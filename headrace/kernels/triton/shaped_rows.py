@@ -111,7 +111,8 @@ def _shape_kernel(
             token = tl.where(code < 0, -1 - code, code)
             mask = (entries < num_entries) & (token >= start) & (token < start + BLOCK_V)
             value = tl.load(logits_ptr + token, mask=mask, other=0.0) + bias
-            value = tl.where((code < 0) & is_masked, float("-inf"), value)
+            # What is not finite stays in sight: the row has to come out as NaN.
+            value = tl.where((code < 0) & is_masked & (value < float("inf")), float("-inf"), value)
             if has_penalties:
                 value = _penalised(value, _count_words(counts_ptr, token, mask), repetition, presence, frequency)
             tl.store(copies_ptr + token, value, mask=mask)

@@ -1,0 +1,95 @@
+"""One safetensors file: its header, checked as a whole, and its tensors, read in pieces when they are copied.
+
+Owns the format. Must not know folders, parameters or sessions.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import msgspec
+import torch
+
+from headrace.types.errors import CheckpointError
+from headrace.types.weights import TensorInfo
+from headrace.weights.files import OpenFile
+from headrace.weights.staging import TORCH_DTYPES, bytes_of
+from headrace.weights.weight_map import num_elements
+
+_MAX_HEADER_BYTES = 100_000_000
+_LENGTH = struct.Struct("<Q")
+_DTYPES = {
+    "F64": ("float64", 8), "F32": ("float32", 4), "BF16": ("bfloat16", 2), "F16": ("float16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1), "C64": ("complex64", 8), "BOOL": ("bool", 1),
+    "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1),
+    "U64": ("uint64", 8), "U32": ("uint32", 4), "U16": ("uint16", 2), "U8": ("uint8", 1),
+}  # fmt: skip
+"""Name and size of the format's dtypes; of others the name in the file is all that is known."""
+
+
+class _Entry(msgspec.Struct):
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+class FileTensor:
+    """A tensor of an open file: nothing of it is read before it is copied. A `headrace.weights.staging.Source`."""
+
+    def __init__(self, file: OpenFile, info: TensorInfo, offset: int) -> None:
+        self.info = info
+        self._file = file
+        self._offset = offset
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of the whole tensor."""
+        return num_elements(self.info.shape)
+
+    def copy(self, part: slice, destination: torch.Tensor) -> None:
+        """Write these elements, converted, into `destination`, which is flat. `CheckpointError` if the file has changed
+        meanwhile."""
+        dtype = TORCH_DTYPES[self.info.dtype]
+        start = self._offset + part.start * dtype.itemsize
+        if destination.device.type == "cpu" and destination.dtype == dtype:
+            self._file.read_into(bytes_of(destination).data, start)
+            return
+        block = torch.empty(part.stop - part.start, dtype=dtype)
+        self._file.read_into(bytes_of(block).data, start)
+        destination.copy_(block)
+
+
+def read_tensors(file: OpenFile) -> dict[str, FileTensor]:
+    """The tensors of a file, in the order of their data. `CheckpointError` unless header and size fit as a whole."""
+    try:
+        size = file.state().size
+        (length,) = _LENGTH.unpack(file.read(0, min(size, _LENGTH.size)))
+        data_start = _LENGTH.size + length
+        if length > _MAX_HEADER_BYTES or data_start > size:
+            raise ValueError(f"a header of {length} bytes in a file of {size}")
+        found: dict[str, Any] = msgspec.json.decode(file.read(_LENGTH.size, length), type=dict[str, Any])
+        found.pop("__metadata__", None)
+        entries = msgspec.convert(found, dict[str, _Entry])
+        return _laid_out(file, entries, data_start, size)
+    except (ValueError, struct.error, RecursionError, msgspec.MsgspecError) as error:
+        message = f"{file.path} is not a whole safetensors file: {error}"
+        raise CheckpointError(message, field=file.path.name) from None
+
+
+def _laid_out(file: OpenFile, entries: dict[str, _Entry], data_start: int, size: int) -> dict[str, FileTensor]:
+    """Every byte of the data belongs to one tensor, whose shape and dtype it fits. Raises `ValueError`."""
+    tensors: dict[str, FileTensor] = {}
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        first, last = entry.data_offsets
+        dtype, element_size = _DTYPES.get(entry.dtype, (entry.dtype, None))
+        if first != end or last < first:
+            raise ValueError(f"{name} begins at byte {first}, the tensor before it ends at {end}")
+        if min(entry.shape, default=0) < 0 or element_size and num_elements(entry.shape) * element_size != last - first:
+            raise ValueError(f"{name} of shape {list(entry.shape)} has {last - first} bytes")
+        tensors[name] = FileTensor(file, TensorInfo(name, entry.shape, dtype), data_start + first)
+        end = last
+    if data_start + end != size:
+        raise ValueError(f"its tensors end at byte {data_start + end}, the file has {size}")
+    return tensors
