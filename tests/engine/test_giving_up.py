@@ -206,3 +206,18 @@ def test_whoever_gives_up_may_try_again_at_once(shared: Engine, new: Tensors) ->
     assert asyncio.run(scenario()) > 2
     shared.update_weights_from_tensor(new, "last")
     check_untouched(shared, "last")
+
+
+def test_a_call_that_is_dropped_by_its_loop_is_given_up(shared: Engine) -> None:
+    async def scenario() -> None:
+        call = shared.asynchronous.pause("drain")
+        call.send(None)  # it runs until it waits
+        while not (await shared.asynchronous.status()).paused:
+            await asyncio.sleep(0.002)
+        call.close()
+        while (await shared.asynchronous.status()).paused:
+            await asyncio.sleep(0.002)
+
+    with load(shared):
+        asyncio.run(asyncio.wait_for(scenario(), 20))
+        check_untouched(shared, shared.version)
