@@ -71,8 +71,9 @@ class CoreLoop:
         now = self._clock()
         replica.pause.advance(now)
         replica.update.expire(now)
+        replica.reading.expire(now)
         budget = STAGE_BUDGET_BUSY_S if stepped else STAGE_BUDGET_IDLE_S
-        progressed = replica.update.advance(budget, now) or replica.reading.advance(budget, now)
+        progressed = replica.update.advance(budget, now) or replica.reading.advance(budget)
         self._expire_held_requests(now)
         replica.outbox.flush()
         return stepped or progressed

@@ -85,10 +85,13 @@ class ReadControl:
 
         self._reads.append(_Read(command.call_id, command.deadline, begin, buffer.close))
 
-    def advance(self, budget_s: float, now: float) -> bool:
-        """Read for about `budget_s` seconds, at least one block. True when it did something."""
+    def expire(self, now: float) -> None:
+        """End what was not read by its deadline."""
         for read in [read for read in self._reads if now >= read.deadline]:
             self._refuse(read, DeadlineError("the weights were not read by the deadline"))
+
+    def advance(self, budget_s: float) -> bool:
+        """Read for about `budget_s` seconds, at least one block. True when it did something."""
         if not self._reads:
             return False
         read = self._reads[0]

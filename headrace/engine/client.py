@@ -1,6 +1,5 @@
-"""The front's side of one core. Owns handles, the live sequences by handle, the watch over the core's pulse, and
-the one moment at which the core is dead for everybody. Knows nothing of text, prompts or
-processes.
+"""The front's side of one core. Owns handles, the live sequences by handle, the watch over the core's pulse, and the
+one moment at which the core is dead for everybody. Knows nothing of text, prompts or processes.
 
 Bound to one event loop: every method is called on it.
 """

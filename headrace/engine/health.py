@@ -1,6 +1,6 @@
 """Judges a core by its pulse: what it suffers from, and whether it is past hope. Pure functions; owns the bounds.
 
-Executing and commanding are work that may last: a long forward, a commit, a digest. Deciding takes milliseconds, and a
+Executing and commanding are work that may last: a long forward, a commit, a reset. Deciding takes milliseconds, and a
 loop with work to do always finds a step.
 """
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 import msgspec
+import numpy as np
 
 from headrace.engine.client import CoreClient
 from headrace.ipc import SharedBuffer
@@ -34,13 +35,13 @@ async def read_weight(
     except OSError as error:
         raise UnavailableError(f"no shared memory to read weights in: {error}") from None
     with buffer:
-        data, stamp, start = bytearray(), -1, 0
+        data, stamp, start = memoryview(b""), -1, 0
         while True:
             part = await _read_part(client, name, buffer.ref, start, max_rows, deadline - time.monotonic())
             if start == 0:
                 if check is not None:
                     check(part.info)
-                data, stamp = bytearray(part.total), part.stamp
+                data, stamp = np.empty(part.total, np.uint8).data, part.stamp  # untouched, unlike a bytearray
             elif part.stamp != stamp:
                 start = 0
                 continue

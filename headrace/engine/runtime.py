@@ -117,7 +117,11 @@ class Runtime:
             errand.cancel()
             await _outlast(errand.result)
             if regret is not None and errand.has_value:
-                await _outlast(self._schedule(regret(errand.result.result())).result)
+                with contextlib.suppress(ShutdownError):  # then nothing is left of it either
+                    await _outlast(self._schedule(regret(errand.result.result())).result)
+            raise
+        except GeneratorExit:  # dropped by whoever ran it: nobody is there to wait
+            errand.cancel()
             raise
 
     def wait(self, coroutine: Coroutine[Any, Any, Result]) -> Result:

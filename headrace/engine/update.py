@@ -268,15 +268,14 @@ class Updater:
         bucket, filling.bucket = filling.bucket, None
         if bucket is not None:
             upload = asyncio.create_task(self._upload(session, bucket))
+            # Whatever comes of it, also if it is cancelled before it begins, the core reads the buffer no more.
+            upload.add_done_callback(lambda _: self._give_back(bucket))
             self._uploads[upload] = session.session_id
             filling.uploads.append(upload)
 
     async def _upload(self, session: UpdateSession, bucket: Bucket) -> None:
         session_id, ref, entries = session.session_id, bucket.buffer.ref, tuple(bucket.entries)
-        try:
-            await self._client.call(lambda call_id: Stage(call_id, session_id, ref, entries), NoneType)
-        finally:  # whatever came of it, the core reads the buffer no more
-            self._give_back(bucket)
+        await self._client.call(lambda call_id: Stage(call_id, session_id, ref, entries), NoneType)
 
     async def _call_off(self, filling: _Filling) -> None:
         """Give up the uploads of a script that is over."""

@@ -9,15 +9,17 @@ either (macOS), the file keeps its name until `close`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import mmap
 import os
 import stat
 import tempfile
 
-from headrace.types.errors import RequestError
+from headrace.types.errors import RequestError, UnavailableError
 from headrace.types.weights import BufferRef
 
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _HAS_PROC = os.path.isdir("/proc/self/fd")
 
 
@@ -57,13 +59,14 @@ class SharedBuffer:
     def open(cls, ref: BufferRef, *, writable: bool = False) -> SharedBuffer:
         """Map another's buffer for reading, or for writing too.
 
-        Raises `RequestError` (field "buffer") when it is not there or too small.
+        Raises `RequestError` (field "buffer") when it is not there or too small, `UnavailableError` when this process
+        is out of descriptors or memory.
         """
         try:
             mode = os.O_RDWR if writable else os.O_RDONLY
             descriptor = os.open(ref.path, mode | os.O_CLOEXEC | os.O_NONBLOCK)
         except (OSError, ValueError) as error:
-            raise RequestError(f"shared buffer {ref.path} cannot be opened: {error}", field="buffer") from None
+            raise _refusal(f"shared buffer {ref.path} cannot be opened: {error}", error) from None
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or ref.size <= 0 or status.st_size < ref.size:
@@ -71,7 +74,7 @@ class SharedBuffer:
             access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
             mapping = mmap.mmap(descriptor, ref.size, access=access)
         except OSError as error:
-            raise RequestError(f"shared buffer {ref.path} cannot be mapped: {error}", field="buffer") from None
+            raise _refusal(f"shared buffer {ref.path} cannot be mapped: {error}", error) from None
         finally:
             os.close(descriptor)  # the mapping keeps the memory
         return cls(-1, mapping, ref)
@@ -96,6 +99,13 @@ class SharedBuffer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _refusal(message: str, error: OSError | ValueError) -> RequestError | UnavailableError:
+    """Of a buffer that cannot be had: what was asked for is wrong, or the process has no more of something."""
+    if isinstance(error, OSError) and error.errno in _SHORTAGES:
+        return UnavailableError(message, field="buffer")
+    return RequestError(message, field="buffer")
 
 
 def _new_descriptor() -> tuple[int, str, str]:

@@ -20,7 +20,7 @@ _PHASE_MASK = (1 << _PHASE_BITS) - 1
 
 
 class Phase:
-    """What the loop does now. Executing and commanding (staging, a commit, a digest) may last; deciding may not.
+    """What the loop does now. Executing and commanding (staging, a commit, a reset) may last; deciding may not.
 
     No enum: the loop names one several times a step, and an enum's members are slow to come by.
     """

@@ -247,7 +247,7 @@ def _kept(info: TensorInfo, num_rows: int) -> tuple[int, ...]:
     return (min(num_rows, info.shape[0]), *info.shape[1:]) if info.shape else ()
 
 
-def _as_floats(data: bytes | bytearray, dtype: str, count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _as_floats(data: memoryview, dtype: str, count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     """A bfloat16 is the upper half of a float32."""
     if dtype == "bfloat16":
         halves = np.frombuffer(data, dtype="<u2", count=count)

@@ -204,7 +204,7 @@ class WeightBytes(msgspec.Struct, frozen=True):
     """A tensor in Hugging Face shape and layout, engine dtype; of its first rows only, if no more were asked for."""
 
     info: TensorInfo
-    data: bytearray
+    data: memoryview
 
 
 class Digest(msgspec.Struct, frozen=True, array_like=True, tag="digest"):

@@ -144,6 +144,17 @@ def test_a_read_that_nobody_waits_for_ends(core: Core, how: str) -> None:
     assert not core.loop.replica.reading._reads
 
 
+def test_a_read_ends_in_time_also_while_an_update_is_staged(core: Core) -> None:
+    session = core.begin(NEW)
+    core.loop.replica.update.advance = lambda budget_s, now: True  # type: ignore[method-assign]
+    core.start_stage(session, NEW)
+    digest = core.start(Digest, core.clock.now + 10.0)
+    core.turn(3)
+    core.clock.now += 10.0
+    core.turn()
+    assert core.error(digest).code == "DeadlineError"
+
+
 def test_parts_of_one_tensor_say_whether_they_are_of_the_same_weights(core: Core) -> None:
     with SharedBuffer.create(32) as buffer:
         first = core.call(GetWeight, "k.weight", buffer.ref, kind=WeightPart)

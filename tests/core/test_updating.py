@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -518,13 +519,14 @@ class SlowDiskExecutor(DiskExecutor):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("how", ["late", "given up"])
-def test_an_update_from_disk_does_not_outlive_its_caller(tmp_path: Path, mode: str, how: str) -> None:
+def test_an_update_from_disk_does_not_outlive_its_caller(tmp_path: Path, mode: Any, how: str) -> None:
     """However often a tensor is staged in between."""
     save_file(NEW, tmp_path / "model.safetensors")
     executor = SlowDiskExecutor(VOCAB_SIZE, weights=tiny_store())
     core = executor.core = Core(executor)
     core.loop.replica.update.advance = _one_block(core.loop.replica.update.advance)  # type: ignore[method-assign]
-    disk = core.start(UpdateFromDisk, str(tmp_path), "disk", mode, "keep", core.clock.now + 25.0)
+    command = partial(UpdateFromDisk, path=str(tmp_path), version="disk", mode=mode, in_flight="keep")
+    disk = core.start(partial(command, deadline=core.clock.now + 25.0))
     core.turn(2)
     assert disk not in core.link.replies
     if how == "given up":

@@ -97,7 +97,7 @@ def test_what_is_cancelled_does_not_happen_later(
 
     async def cancelled() -> None:
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(make(), 0.3)
+            await asyncio.wait_for(make(), 0.15)
         status = await shared.asynchronous.status()  # at once, not some time later
         assert (status.paused, status.updating) == ("", False)
 
@@ -125,7 +125,7 @@ def test_an_interrupted_caller_leaves_nothing_behind(shared: Engine, new: Tensor
     former = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
         with load(shared):
-            signal.setitimer(signal.ITIMER_REAL, 0.5)
+            signal.setitimer(signal.ITIMER_REAL, 0.15)
             with pytest.raises(KeyboardInterrupt):
                 calls[name]()
             status = shared.status()
@@ -146,8 +146,8 @@ def test_time_limits_are_kept_by_the_core(shared: Engine, new_folder: Path) -> N
     version = shared.version
     with load(shared):
         for call in (
-            lambda: shared.pause("drain", timeout=0.3),
-            lambda: shared.update_weights_from_disk(new_folder, "never", timeout=0.3),
+            lambda: shared.pause("drain", timeout=0.15),
+            lambda: shared.update_weights_from_disk(new_folder, "never", timeout=0.15),
         ):
             with pytest.raises(DeadlineError):
                 call()
@@ -206,3 +206,18 @@ def test_whoever_gives_up_may_try_again_at_once(shared: Engine, new: Tensors) ->
     assert asyncio.run(scenario()) > 2
     shared.update_weights_from_tensor(new, "last")
     check_untouched(shared, "last")
+
+
+def test_a_call_that_is_dropped_by_its_loop_is_given_up(shared: Engine) -> None:
+    async def scenario() -> None:
+        call = shared.asynchronous.pause("drain")
+        call.send(None)  # it runs until it waits
+        while not (await shared.asynchronous.status()).paused:
+            await asyncio.sleep(0.002)
+        call.close()
+        while (await shared.asynchronous.status()).paused:
+            await asyncio.sleep(0.002)
+
+    with load(shared):
+        asyncio.run(asyncio.wait_for(scenario(), 20))
+        check_untouched(shared, shared.version)

@@ -364,6 +364,32 @@ def test_failed_allocations_cost_no_bucket(start: Starter, new: Tensors, monkeyp
     assert engine.get_weights_by_name("model.norm.weight").shape == dict(new)["model.norm.weight"].shape
 
 
+@pytest.mark.parametrize("where", ["own loop", "another thread"])
+def test_a_source_that_breaks_keeps_no_bucket(
+    start: Starter, new: Tensors, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Also when the upload it had just sent has not begun."""
+    monkeypatch.setattr(update_module, "BUCKET_BYTES", 1 << 13)
+    engine = start()
+    updater = engine.asynchronous.runtime.updater
+    manifest = [TensorInfo(name, tuple(tensor.shape), "float32") for name, tensor in new]
+
+    def breaks(after: int) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from new[:after]
+        raise ZeroDivisionError
+
+    for after in range(1, 12):
+        session = engine.begin_update("never", manifest, mode="shadow")
+        with pytest.raises(ZeroDivisionError):
+            if where == "own loop":
+                engine.asynchronous.runtime.wait(engine.asynchronous.stage(session, breaks(after)))
+            else:
+                engine.stage(session, breaks(after))
+        engine.abort_update(session)
+        wait_for(lambda: len(updater._free) == updater._num_buckets)
+    assert engine.update_weights_from_tensor(new, version="next").version == "next"
+
+
 @pytest.mark.parametrize("mode", ["shadow", "inplace"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_uploads_are_bounded_in_bytes_whatever_the_tensors(

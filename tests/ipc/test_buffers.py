@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from headrace.ipc import SharedBuffer
-from headrace.types.errors import RequestError
+from headrace.types.errors import RequestError, UnavailableError
 from headrace.types.weights import BufferRef
 
 READER = """
@@ -78,6 +79,24 @@ def test_what_is_no_buffer_is_refused(ref: BufferRef) -> None:
 def test_a_wrong_size_is_refused(size: int) -> None:
     with SharedBuffer.create(100) as buffer, pytest.raises(RequestError):
         SharedBuffer.open(BufferRef(buffer.ref.path, size))
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_a_process_that_has_no_more_to_give_says_so(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Nothing is wrong with the buffer."""
+
+    def fails(*_: object, **__: object) -> int:
+        raise OSError(number, "no more")
+
+    with SharedBuffer.create(8) as buffer:
+        for module, function in (("os", "open"), ("mmap", "mmap")):
+            with monkeypatch.context() as patched:
+                patched.setattr(f"headrace.ipc.buffers.{module}.{function}", fails)
+                with pytest.raises(UnavailableError, match="no more"):
+                    SharedBuffer.open(buffer.ref)
+        with SharedBuffer.open(buffer.ref, writable=True) as other:
+            other.view[0] = 7
+        assert buffer.view[0] == 7
 
 
 def test_an_empty_buffer_is_refused() -> None:

@@ -211,7 +211,7 @@ def given_up(served: Served, path: str, body: dict[str, Any]) -> Callable[[httpx
     async def call(client: httpx.AsyncClient) -> None:
         await until_generating(served)
         with pytest.raises(httpx.ReadTimeout):
-            await client.post(path, json=body, timeout=0.5)
+            await client.post(path, json=body, timeout=0.2)
 
         async def is_over() -> bool:
             status = await asyncio.to_thread(served.engine.status)
@@ -256,7 +256,7 @@ def test_control_calls_have_time_limits_of_their_own(
 
     async def limited(client: httpx.AsyncClient) -> None:
         await until_generating(served)
-        reply = await client.post(path, json={**call, "timeout_s": 0.3})
+        reply = await client.post(path, json={**call, "timeout_s": 0.15})
         assert (reply.status_code, reply.json()["retryable"]) == (504, True)
         status = await asyncio.to_thread(served.engine.status)
         assert (status.paused, status.updating) == ("", False)
