@@ -16,7 +16,7 @@ from types import NoneType
 from typing import Any, TypeVar
 
 from headrace.engine.client import CoreClient
-from headrace.engine.tensors import HeldTensors, NamedTensors, describe, named_pairs, tensor_bytes
+from headrace.engine.tensors import HeldTensors, NamedTensors, TensorBytes, describe, named_pairs
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import DeadlineError, HeadraceError, WeightUpdateError
 from headrace.types.messages import AbortUpdate, BeginUpdate, CommitUpdate, Stage, UpdateBegun
@@ -68,10 +68,10 @@ class Bucket:
         """True when a tensor of that size has room."""
         return _aligned(self._num_used) + num_bytes <= self.buffer.ref.size
 
-    def write(self, index: int, data: memoryview) -> None:
-        """Copy a tensor in."""
+    def write(self, index: int, data: TensorBytes) -> None:
+        """Copy a tensor in. `WeightUpdateError` if it was freed or written to meanwhile."""
         offset = _aligned(self._num_used)
-        self.buffer.view[offset : offset + len(data)] = data
+        data.copy_into(self.buffer.view[offset : offset + len(data)])
         self.entries.append(BufferEntry(index, offset))
         self._num_used = offset + len(data)
 
@@ -171,7 +171,7 @@ class Updater:
         try:
             for name, tensor in named_pairs(named_tensors):
                 index = session.index_of(describe(name, tensor))
-                data = tensor_bytes(tensor)
+                data = TensorBytes(name, tensor)
                 if not filling.has_room(len(data)):
                     yield self._send(session, filling)
                     yield self._take_bucket(session, len(data), filling)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from headrace.engine.tensors import HeldTensors, describe, named_pairs, tensor_bytes
+from headrace.engine.tensors import HeldTensors, TensorBytes, describe, named_pairs, tensor_bytes
 from headrace.engine.update import manifest_of
 from headrace.types.errors import WeightUpdateError
 from headrace.types.weights import TensorInfo
@@ -154,6 +154,36 @@ def test_reading_leaves_the_storage_as_it_was() -> None:
     del data
     assert tensor.untyped_storage().resizable()
     tensor.untyped_storage().resize_(0)
+
+
+def sent(data: TensorBytes) -> bytes:
+    view = bytearray(len(data))
+    data.copy_into(memoryview(view))
+    return bytes(view)
+
+
+def test_bytes_are_sent_whole_or_in_slices() -> None:
+    for tensor in (VALUES, VALUES.t(), VALUES.numpy().astype(">f4"), torch.empty(0, 4), np.empty((0, 4), np.float32)):
+        data, wanted = TensorBytes("w", tensor), bytes(tensor_bytes(tensor))
+        assert sent(data) == wanted and len(data) == len(wanted)
+        pieces = [data[start : start + 10] for start in range(0, len(data), 10)]
+        assert b"".join(map(sent, pieces)) == wanted and sum(map(len, pieces)) == len(wanted)
+        assert sent(data[8:][4:12]) == wanted[12:20]
+
+
+def test_what_is_freed_or_written_to_while_it_waits_is_refused() -> None:
+    tensor = torch.ones(8)
+    data = TensorBytes("model.w", tensor)
+    sent(data[:16])
+    tensor.add_(1)
+    with pytest.raises(WeightUpdateError, match="model.w was written to while it was sent"):
+        sent(data[16:])
+    data = TensorBytes("model.w", tensor)
+    copied = TensorBytes("model.w", tensor[::2])
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(WeightUpdateError, match="model.w .*its memory was freed"):
+        sent(data)
+    assert sent(copied) == np.full(4, 2, np.float32).tobytes()
 
 
 def test_a_copy_lives_as_long_as_its_bytes() -> None:
