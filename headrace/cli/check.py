@@ -1,8 +1,8 @@
 """`headrace check`: say how a model would run here, without running it.
 
 Owns the report: the settings as resolved, with why; the device; the memory plan; the attention backends, why each of
-the others is refused, and which kernel serves which shape. Reads `config.json` only, so it answers for a checkpoint
-whose weights are not there yet.
+the others is refused, and which kernel serves which shape. It refuses what a start would refuse, by the same functions,
+but answers for a checkpoint whose weights are not there yet; of those that are it reads the headers.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -26,6 +27,7 @@ _LOGITS_BYTES = 4
 _CPU_LOGITS_COPIES = 3
 _CUDA_LOGITS_COPIES = 2
 _COUNT_BYTES = 2
+_WEIGHT_FILES = ("model*.safetensors*", "pytorch_model*.bin*")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,10 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report; exit code 2 when no attention backend can run the model or memory does not hold it."""
-    from headrace.engine.launch import CONFIG_FILES, resolve_settings
+    from headrace.engine.launch import CONFIG_FILES, load_tokenizer, resolve_settings, with_tokenizer
+    from headrace.runner.loading import checked_weight_map
 
     config = EngineConfig.from_dict({"model": arguments.model, **given(arguments, EngineConfig)})
-    report = build_report(resolve_settings(config, files=CONFIG_FILES))
+    resolved = resolve_settings(config, files=CONFIG_FILES)
+    if Path(config.model).expanduser().is_dir():  # of a hub id only configurations are had
+        if any(next(Path(resolved.folder).glob(pattern), None) for pattern in _WEIGHT_FILES):
+            checked_weight_map(resolved)
+        resolved = with_tokenizer(resolved, load_tokenizer(config, resolved.folder))
+    report = build_report(resolved)
     if arguments.json:
         print(json.dumps(report))
     else:
@@ -160,6 +168,8 @@ def _print_model(console: Console, report: dict[str, Any]) -> None:
         f"{report['memory']['num_parameters']:,} parameters, {model['num_layers']} layers, {model['num_heads']} heads"
         f" over {model['num_kv_heads']} KV heads of {model['head_dim']}, vocabulary {model['vocab_size']:,}"
     )
+    ends = zip(model["eos_token_ids"], model["eos_sources"], strict=True)
+    console.print("ends: " + (", ".join(f"{token} ({escape(source)})" for token, source in ends) or "no id"))
     if device is not None:
         major, minor = device["capability"]
         console.print(

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from headrace import __version__
 from headrace.cli import check, demo, generate, serve
+from headrace.telemetry import flush_logs
 from headrace.types.errors import HeadraceError
 
 EXIT_BUG = 1
@@ -69,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _report(arguments: argparse.Namespace, message: str, exit_code: int) -> int:
+    flush_logs()
     if arguments.debug:
         traceback.print_exc()
     print(f"headrace {arguments.command}: {' '.join(message.split())}", file=sys.stderr)

@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import gc
 import logging
+import os
 import signal
 import socket
 from typing import Any
@@ -23,7 +24,8 @@ from headrace.server.options import ServerOptions
 from headrace.telemetry import LogContext, configure_logging
 
 DEFAULT_PORT = 30000
-_RENAMED = {"weight_roots": "weight_root"}
+_RENAMED = {"weight_roots": "weight_root", "allowed_hosts": "allowed_host"}
+_KEYS = ("api_key", "admin_api_key")
 logger = logging.getLogger(__name__)
 
 
@@ -48,25 +50,36 @@ def run(arguments: argparse.Namespace) -> int:
 
     configure_logging(LogContext("front"), level=arguments.log_level, as_json=arguments.log_json)
     config = EngineConfig.from_dict({"model": arguments.model, **given(arguments, EngineConfig)})
-    options = given(arguments, ServerOptions, rename=_RENAMED)
-    server_options = ServerOptions.from_dict(options)
+    server_options = ServerOptions.from_dict(with_keys(given(arguments, ServerOptions, rename=_RENAMED)))
     server_options.check_address(arguments.host)
     with listen(arguments.host, arguments.port) as listener:
         logger.debug("starting", extra={"fields": {"url": url_of(listener, arguments.host)}})
         with Starting(listener, server_options), Console(stderr=True).status(f"loading {config.model}"):
             engine = AsyncEngine(**msgspec.structs.asdict(config))
         try:
-            return asyncio.run(_serve(engine, arguments.host, listener, options))
+            return asyncio.run(_serve(engine, arguments.host, listener, server_options))
         finally:
             engine.close()
 
 
-async def _serve(engine: AsyncEngine, host: str, listener: socket.socket, options: dict[str, Any]) -> int:
+def with_keys(options: dict[str, Any]) -> dict[str, Any]:
+    """`options`, and the keys in HEADRACE_API_KEY and HEADRACE_ADMIN_API_KEY that no flag gives.
+
+    They are taken out of the environment that the processes started here inherit.
+    """
+    for name in _KEYS:
+        key = os.environ.pop(f"HEADRACE_{name.upper()}", None)
+        if key is not None and not options.keys() & {name, f"{name}_file"}:
+            options[name] = key.strip()
+    return options
+
+
+async def _serve(engine: AsyncEngine, host: str, listener: socket.socket, options: ServerOptions) -> int:
     """Serve on the engine's loop; this one only waits for a signal, then for the running requests."""
     loop, signalled = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_signal, number, signalled)
-    server = await engine.serve(host=host, listener=listener, **options)
+    server = await engine.serve(host=host, listener=listener, **msgspec.structs.asdict(options))
     # What is loaded by now stays: without this each full collection walks it again, about 1 ms per request.
     gc.collect()
     gc.freeze()

@@ -2,8 +2,9 @@
 
 from headrace.config.devices import CudaDevice, Software, cuda_devices
 from headrace.config.engine_config import EngineConfig, SettledConfig
-from headrace.config.model_spec import KvGroup, ModelSpec, RopeSpec
+from headrace.config.model_spec import KvGroup, ModelSpec
 from headrace.config.resolve import ResolvedConfig, resolve
+from headrace.config.rope import RopeSpec
 
 __all__ = [
     "CudaDevice",

@@ -1,27 +1,32 @@
-"""A Hugging Face `config.json` as a value. Owns what the engine reads from it; refuses by name what it cannot do."""
+"""A Hugging Face `config.json` as a value. Owns what the engine reads from it; refuses by name what it cannot do.
+
+A field means what transformers takes it for, family by family. What transformers would refuse, and what it would
+silently take for something else than is written, is refused here.
+"""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
+from headrace.config.json_files import Fields, is_text, read_object, shown
+from headrace.config.rope import RopeSpec, read_rope
 from headrace.types.errors import CheckpointError, UnsupportedModelError
 
-
-class RopeSpec(msgspec.Struct, frozen=True):
-    """Rotary embedding: base frequency and its scaling. llama3 uses the four last fields, linear only `factor`."""
-
-    theta: float = 10000.0
-    scaling: Literal["default", "linear", "llama3"] = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+_MOST = 2**31 - 1
+_MOST_LAYERS = 4096
+_MOST_POSITIONS = 1 << 24
+_LAYER_KINDS = ("full_attention", "sliding_attention")
+_QUANTIZED = ("quantization_config", "compression_config")
+_DTYPES = {"half": "float16", "float": "float32", "double": "float64"} | {
+    name: name for name in ("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
+}
 
 
 class KvGroup(msgspec.Struct, frozen=True):
@@ -33,7 +38,11 @@ class KvGroup(msgspec.Struct, frozen=True):
 
 
 class ModelSpec(msgspec.Struct, frozen=True):
-    """What a dense decoder is made of. Sizes are in elements; `max_position` in tokens."""
+    """What a dense decoder is made of. Sizes are in elements; `max_position` in tokens.
+
+    `sliding_window` is the window of a layer that really slides, None where none does. `eos_token_ids` are the ids that
+    end a sequence, `eos_sources` where each of them comes from.
+    """
 
     architecture: str
     model_type: str
@@ -54,7 +63,8 @@ class ModelSpec(msgspec.Struct, frozen=True):
     qk_norm: bool
     sliding_window: int | None
     dtype: str
-    eos_token_ids: tuple[int, ...]
+    eos_token_ids: tuple[int, ...] = ()
+    eos_sources: tuple[str, ...] = ()
 
     @property
     def kv_groups(self) -> tuple[KvGroup, ...]:
@@ -65,6 +75,14 @@ class ModelSpec(msgspec.Struct, frozen=True):
         """Bytes of keys and values that one token costs in all layers."""
         return sum(2 * len(g.layer_ids) * g.num_kv_heads * g.head_dim * element_size for g in self.kv_groups)
 
+    def with_eos(self, token_ids: Iterable[int], source: str) -> ModelSpec:
+        """The same with further end-of-sequence ids; ids outside the vocabulary are never drawn and left out."""
+        sources = dict(zip(self.eos_token_ids, self.eos_sources, strict=True))
+        for token_id in token_ids:
+            if 0 <= token_id < self.vocab_size:
+                sources[token_id] = f"{sources[token_id]}, {source}" if token_id in sources else source
+        return msgspec.structs.replace(self, eos_token_ids=tuple(sources), eos_sources=tuple(sources.values()))
+
     @classmethod
     def from_folder(cls, folder: Path) -> ModelSpec:
         """Read `config.json` and, for end-of-sequence ids only, `generation_config.json`.
@@ -72,150 +90,160 @@ class ModelSpec(msgspec.Struct, frozen=True):
         Raises `CheckpointError` for a missing or corrupt file or field, `UnsupportedModelError` for what this build
         cannot run.
         """
-        config = _read_json(folder / "config.json")
-        generation_path = folder / "generation_config.json"
-        generation = _read_json(generation_path) if generation_path.exists() else {}
-        return cls.from_config(config, generation)
+        config, generation = read_object(folder / CONFIG_FILE), folder / GENERATION_FILE
+        return cls.from_config(config, read_object(generation) if os.path.exists(generation) else None)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelSpec:
         """As `from_folder`, from the parsed files."""
-        family = _family(config)
-        hidden_size = _positive(config, "hidden_size")
-        num_heads = _positive(config, "num_attention_heads")
-        num_kv_heads = _positive(config, "num_key_value_heads", num_heads)
-        head_dim = _positive(config, "head_dim", family.head_dim or hidden_size // num_heads)
-        if num_heads % num_kv_heads:
-            raise CheckpointError(
-                f"config.json: {num_heads} heads do not divide into {num_kv_heads} KV heads",
-                field="num_key_value_heads",
-            )
-        if head_dim % 2:
-            raise UnsupportedModelError(
-                f"config.json: head_dim must be even for rotary embeddings, got {head_dim}", field="head_dim"
-            )
-        if config.get("hidden_act", "silu") != "silu":
-            raise UnsupportedModelError(
-                f"config.json: hidden_act {config['hidden_act']!r} is not supported", field="hidden_act"
-            )
-        attention_bias = bool(config.get("attention_bias", False))
-        return cls(
+        fields = Fields(config, CONFIG_FILE)
+        family = _family(fields)
+        _refuse_what_is_not_dense(fields)
+        hidden_size, num_heads, num_kv_heads, head_dim = _head_sizes(fields, family)
+        num_layers = fields.integer("num_hidden_layers", most=_MOST_LAYERS)
+        max_position = fields.integer("max_position_embeddings", most=_MOST_POSITIONS)
+        has_bias = family.bias == "asked" and fields.flag("attention_bias")
+        spec = cls(
             architecture=family.architecture,
-            model_type=str(config.get("model_type", family.model_type)),
-            vocab_size=_positive(config, "vocab_size"),
+            model_type=family.model_type,
+            vocab_size=fields.integer("vocab_size", most=_MOST),
             hidden_size=hidden_size,
-            intermediate_size=_positive(config, "intermediate_size"),
-            num_layers=_positive(config, "num_hidden_layers"),
+            intermediate_size=fields.integer("intermediate_size", most=_MOST),
+            num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            max_position=_positive(config, "max_position_embeddings"),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            rope=_rope(config, family.rope_theta),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=family.always_qkv_bias or attention_bias,
-            o_bias=attention_bias and not family.always_qkv_bias,
-            mlp_bias=bool(config.get("mlp_bias", False)),
+            max_position=max_position,
+            rms_norm_eps=fields.number("rms_norm_eps", 1e-6, may_be_zero=True),
+            rope=read_rope(fields, max_position),
+            tie_word_embeddings=fields.flag("tie_word_embeddings"),
+            qkv_bias=has_bias or family.bias == "qkv",
+            o_bias=has_bias,
+            mlp_bias=family.has_mlp_bias and fields.flag("mlp_bias"),
             qk_norm=family.qk_norm,
-            sliding_window=_sliding_window(config, family),
-            dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
-            eos_token_ids=_eos_ids(config, generation or {}),
+            sliding_window=_sliding_window(fields, family, num_layers),
+            dtype=_dtype(fields),
         )
+        spec = spec.with_eos(_eos_ids(fields), CONFIG_FILE)
+        return spec.with_eos(_eos_ids(Fields(generation or {}, GENERATION_FILE)), GENERATION_FILE)
 
 
 class _Family(msgspec.Struct, frozen=True):
+    """What a family takes a field for. `kv_heads` and `head_dim` are had where the field is absent (None: derived).
+
+    bias    "never" | "qkv" (always, and there only) | "asked" (by `attention_bias`, the output projection too)
+    window  "never" | "all" layers slide | "flagged": by `use_sliding_window`, and by layer
+    """
+
     architecture: str
     model_type: str
-    always_qkv_bias: bool = False
-    qk_norm: bool = False
-    rope_theta: float = 10000.0
+    bias: Literal["never", "qkv", "asked"]
+    window: Literal["never", "all", "flagged"]
+    kv_heads: int | None = None
     head_dim: int | None = None
-    window_needs_flag: bool = False
-    window_default: int | None = None
+    has_mlp_bias: bool = False
+    qk_norm: bool = False
 
 
-_FAMILIES = {
-    family.architecture: family
-    for family in (
-        _Family("LlamaForCausalLM", "llama"),
-        _Family("MistralForCausalLM", "mistral", window_default=4096),
-        _Family("Qwen2ForCausalLM", "qwen2", always_qkv_bias=True, window_needs_flag=True),
-        _Family("Qwen3ForCausalLM", "qwen3", qk_norm=True, head_dim=128, window_needs_flag=True),
-    )
-}
+_FAMILIES = (
+    _Family("LlamaForCausalLM", "llama", bias="asked", window="never", has_mlp_bias=True),
+    _Family("MistralForCausalLM", "mistral", bias="never", window="all", kv_heads=8),
+    _Family("Qwen2ForCausalLM", "qwen2", bias="qkv", window="flagged", kv_heads=32),
+    _Family("Qwen3ForCausalLM", "qwen3", bias="asked", window="flagged", kv_heads=32, head_dim=128, qk_norm=True),
+)
+_DEFAULT_WINDOW = 4096
+_DEFAULT_FULL_LAYERS = 28
 
 
-def _family(config: Mapping[str, Any]) -> _Family:
-    architectures = config.get("architectures") or []
-    for name in architectures:
-        if name in _FAMILIES:
-            return _FAMILIES[name]
-    named = ", ".join(map(str, architectures)) or "(none)"
-    raise UnsupportedModelError(
-        f"config.json: architecture {named} is not supported; supported: {', '.join(_FAMILIES)}", field="architectures"
-    )
+def _family(config: Fields) -> _Family:
+    """The family that `architectures` and `model_type` name; where both are given they must agree."""
+    named = config.values.get("architectures") or []
+    if not isinstance(named, list) or not all(map(is_text, named)):
+        raise config.wrong("architectures", "a list of strings")
+    families = [family for family in _FAMILIES if family.architecture in named or not named]
+    model_type = config.text("model_type", "", null=True)
+    if families and not named and not model_type:
+        raise config.unsupported("architectures", f"is not given, nor model_type; {_supported()}")
+    if not families:
+        raise config.unsupported("architectures", f"{shown(named)} is not supported; {_supported()}")
+    if not model_type:
+        return min(families, key=lambda family: named.index(family.architecture))
+    for family in families:
+        if family.model_type == model_type:
+            return family
+    where = f" with architectures {shown(named)}" if named else ""
+    raise config.unsupported("model_type", f"{model_type[:40]!r}{where} is not supported; {_supported()}")
 
 
-def _positive(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    value = config.get(name)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise CheckpointError(f"config.json: {name} must be a positive integer, got {value!r}", field=name)
-    return value
+def _supported() -> str:
+    return "supported: " + ", ".join(f"{family.architecture} ({family.model_type})" for family in _FAMILIES)
 
 
-def _rope(config: Mapping[str, Any], default_theta: float) -> RopeSpec:
-    """Read `rope_parameters` (new) or `rope_theta` + `rope_scaling` (old)."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(scaling.get("rope_theta") or config.get("rope_theta") or default_theta)
-    if float(config.get("partial_rotary_factor") or scaling.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise UnsupportedModelError(
-            "config.json: partial_rotary_factor is not supported", field="partial_rotary_factor"
-        )
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind == "default":
-        return RopeSpec(theta=theta)
-    if kind not in ("linear", "llama3"):
-        raise UnsupportedModelError(f"config.json: rope scaling {kind!r} is not supported", field="rope_scaling")
-    factor = float(scaling.get("factor", 1.0))
-    if not (math.isfinite(factor) and factor > 0):
-        raise CheckpointError(f"config.json: rope scaling factor must be positive, got {factor}", field="rope_scaling")
-    if kind == "linear":
-        return RopeSpec(theta=theta, scaling="linear", factor=factor)
-    return RopeSpec(
-        theta=theta,
-        scaling="llama3",
-        factor=factor,
-        low_freq_factor=float(scaling.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(scaling.get("high_freq_factor", 4.0)),
-        original_max_position=int(scaling.get("original_max_position_embeddings", 8192)),
-    )
+def _refuse_what_is_not_dense(config: Fields) -> None:
+    for name in _QUANTIZED:
+        if config.has(name):
+            value = config.values[name]
+            method = value.get("quant_method") if isinstance(value, Mapping) else value
+            raise config.unsupported(name, f"(quant_method {shown(method)}): quantized weights are not supported")
+    if config.values.get("per_layer_config"):
+        raise config.unsupported("per_layer_config", "is not supported: all layers have one shape")
+    if config.text("hidden_act", "silu") not in ("silu", "swish"):
+        raise config.unsupported("hidden_act", f"{shown(config.values['hidden_act'])} is not supported")
 
 
-def _sliding_window(config: Mapping[str, Any], family: _Family) -> int | None:
-    if family.window_needs_flag and not config.get("use_sliding_window", False):
+def _head_sizes(config: Fields, family: _Family) -> tuple[int, int, int, int]:
+    """hidden_size, num_heads, num_kv_heads, head_dim."""
+    hidden_size = config.integer("hidden_size", most=_MOST)
+    num_heads = config.integer("num_attention_heads", most=_MOST)
+    kv_default = None if "num_key_value_heads" in config.values else family.kv_heads
+    if kv_default is None or num_heads % kv_default:  # a null, or a default of larger models that this one cannot have
+        kv_default = num_heads
+    num_kv_heads = config.integer("num_key_value_heads", kv_default, most=_MOST, null=True)
+    if num_heads % num_kv_heads:
+        message = f"{CONFIG_FILE}: num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}"
+        raise CheckpointError(message, field="num_key_value_heads")
+    if not (config.has("head_dim") or family.head_dim) and hidden_size % num_heads:
+        raise config.wrong("head_dim", f"given where {num_heads} heads do not divide hidden_size {hidden_size}")
+    head_dim = config.integer("head_dim", family.head_dim or hidden_size // num_heads, most=_MOST, null=True)
+    if head_dim % 2:
+        message = f"{CONFIG_FILE}: head_dim must be even for rotary embeddings, got {head_dim}"
+        raise UnsupportedModelError(message, field="head_dim")
+    return hidden_size, num_heads, num_kv_heads, head_dim
+
+
+def _sliding_window(config: Fields, family: _Family, num_layers: int) -> int | None:
+    """The window if a layer slides. Llama ignores the key; Qwen needs a flag, and its first layers may not slide."""
+    if family.window == "never" or (family.window == "flagged" and not config.flag("use_sliding_window")):
         return None
-    window = config.get("sliding_window", family.window_default)
-    return int(window) if window else None
+    if "sliding_window" in config.values and not config.has("sliding_window"):
+        return None
+    window = config.integer("sliding_window", _DEFAULT_WINDOW, most=_MOST)
+    return window if family.window == "all" or _has_sliding_layer(config, num_layers) else None
 
 
-def _eos_ids(*configs: Mapping[str, Any]) -> tuple[int, ...]:
-    found: dict[int, None] = {}
-    for config in configs:
-        value = config.get("eos_token_id")
-        for token in value if isinstance(value, list) else [value]:
-            if token is not None:
-                found[int(token)] = None
-    return tuple(found)
+def _has_sliding_layer(config: Fields, num_layers: int) -> bool:
+    if not config.has("layer_types"):
+        return config.integer("max_window_layers", _DEFAULT_FULL_LAYERS, least=0, most=_MOST) < num_layers
+    kinds = config.values["layer_types"]
+    if not isinstance(kinds, list) or len(kinds) != num_layers:
+        raise config.wrong("layer_types", f"a list of {num_layers} names")
+    for kind in kinds:
+        if kind not in _LAYER_KINDS:
+            raise config.unsupported("layer_types", f"with {shown(kind)} is not supported")
+    return "sliding_attention" in kinds
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist", field=path.name) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", field=path.name) from None
-    if not isinstance(parsed, dict):
-        raise CheckpointError(f"{path} does not hold an object", field=path.name)
-    return parsed
+def _dtype(config: Fields) -> str:
+    name = "dtype" if config.has("dtype") or not config.has("torch_dtype") else "torch_dtype"
+    dtype = _DTYPES.get(config.text(name, "float32", null=True).removeprefix("torch."))
+    if dtype is None:
+        raise config.wrong(name, f"one of {', '.join(_DTYPES)}")
+    return dtype
+
+
+def _eos_ids(config: Fields) -> list[int]:
+    value = config.values.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
+        raise config.wrong("eos_token_id", "an id, a list of ids or null")
+    return ids

@@ -5,6 +5,7 @@ Nothing here waits for the core to be ready; the client does.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from headrace.config import EngineConfig, ResolvedConfig, resolve
+from headrace.config import EngineConfig, ModelSpec, ResolvedConfig, resolve
 from headrace.ipc import CoreLink, FrontLink, Pulse, PulsePage, launch_core, make_pair
 from headrace.text import Tokenizer
 from headrace.types.errors import ConfigError
@@ -22,6 +23,10 @@ ExecutorKind = Literal["local", "free"]
 MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "*.txt")
 CONFIG_FILES = ("config.json", "generation_config.json")
 """All that resolving settings reads."""
+TOKENIZER_FILES = ("*.json", "*.model", "*.jinja", "*.txt")
+"""All that a tokenizer may be made of."""
+
+logger = logging.getLogger(__name__)
 
 
 class CoreHost(Protocol):
@@ -82,16 +87,19 @@ def resolve_settings(
     return resolve(config, model_folder(config.model, files))
 
 
-def model_folder(model: str, files: Sequence[str] = MODEL_FILES) -> Path:
-    """The folder of a model: a local one, or the snapshot of a hub id (downloaded if need be)."""
+def model_folder(model: str, files: Sequence[str] = MODEL_FILES, field: str = "model") -> Path:
+    """The folder of a model: a local one, or the snapshot of a hub id (downloaded if need be).
+
+    `field` is the setting that an error names.
+    """
     folder = Path(os.path.expanduser(model))  # which leaves "~nobody" as it is
     if folder.is_dir():
         return folder.resolve()
     if folder.exists():
-        raise ConfigError(f"model {model} is a file; a folder or a hub id is needed", field="model")
+        raise ConfigError(f"{field} {model} is a file; a folder or a hub id is needed", field=field)
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise ConfigError(f"model folder {model} does not exist", field="model")
-    return _download(model, files)
+        raise ConfigError(f"{field} folder {model} does not exist", field=field)
+    return _download(model, files, field)
 
 
 def load_tokenizer(config: EngineConfig, folder: str) -> Tokenizer | None:
@@ -99,10 +107,29 @@ def load_tokenizer(config: EngineConfig, folder: str) -> Tokenizer | None:
     if config.skip_tokenizer_init:
         return None
     try:
-        return Tokenizer.load(config.tokenizer or folder)
+        return Tokenizer.load(
+            model_folder(config.tokenizer, TOKENIZER_FILES, "tokenizer") if config.tokenizer else folder
+        )
     except ConfigError as error:
         hint = "give tokenizer=, or skip_tokenizer_init=True for token ids in and out"
         raise ConfigError(f"{error.message}; {hint}", field="tokenizer") from None
+
+
+def with_tokenizer(resolved: ResolvedConfig, tokenizer: Tokenizer | None) -> ResolvedConfig:
+    """The same where the tokenizer's end of sequence ends one too: fine-tunes for chat often name theirs only there."""
+    if tokenizer is None:
+        return resolved
+    model = resolved.model.with_eos(tokenizer.eos_token_ids, "the tokenizer's eos_token")
+    return msgspec.structs.replace(resolved, model=model)
+
+
+def log_ends(model: ModelSpec) -> None:
+    """Say which ids end a sequence, and where each comes from."""
+    if not model.eos_token_ids:
+        logger.warning("no file names an end of sequence: only max_new_tokens, stop strings and stop ids end one")
+        return
+    ends = zip(model.eos_token_ids, model.eos_sources, strict=True)
+    logger.info("ids that end a sequence: %s", "; ".join(f"{token_id} ({source})" for token_id, source in ends))
 
 
 def start_core(resolved: ResolvedConfig, *, inprocess: bool, executor: ExecutorKind) -> tuple[CoreHost, FrontLink]:
@@ -113,7 +140,7 @@ def start_core(resolved: ResolvedConfig, *, inprocess: bool, executor: ExecutorK
     return launch_core(msgspec.msgpack.encode(resolved), executor=executor)
 
 
-def _download(model: str, files: Sequence[str]) -> Path:
+def _download(model: str, files: Sequence[str], field: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -121,5 +148,5 @@ def _download(model: str, files: Sequence[str]) -> Path:
         return Path(snapshot_download(model, allow_patterns=list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        message = f"model {model!r} is no local folder and cannot be had from the hub: {reason}"
-        raise ConfigError(message, field="model") from None
+        message = f"{field} {model!r} is no local folder and cannot be had from the hub: {reason}"
+        raise ConfigError(message, field=field) from None

@@ -7,7 +7,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import msgspec
+
 from headrace.types.request import Delta, Request, TokenExtras, unpack_floats, unpack_ids
+
+Span = tuple[str, int, int]
+"""(version, number of tokens, weight epoch): one label given to two updates makes two spans."""
 
 
 class Sample:
@@ -19,59 +24,72 @@ class Sample:
     def __init__(self, request: Request) -> None:
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
-        self.spans: list[tuple[str, int]] = []
+        self.spans: list[Span] = []
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.num_prompt_tokens = len(request.prompt) // 4
         self._options = request.logprobs
-        self._top: list[dict[int, float]] = []
-        self._asked: list[dict[int, float]] = []
+        self._extras = [bytearray() for _ in TokenExtras.__struct_fields__]  # made into dictionaries when asked for
         self._prompt_logprobs: list[float | None] = []
         self._prompt_extras = TokenExtras()
+        self._prompt_spans: list[tuple[str, int]] = []
 
     def append(self, delta: Delta) -> int:
         """Add what `delta` brings; returns the number of new tokens."""
         new_ids: list[int] = unpack_ids(delta.token_ids).tolist()
         self.token_ids += new_ids
         self.logprobs += unpack_floats(delta.logprobs).tolist()
-        for span in delta.spans:
-            _extend_spans(self.spans, *span)
-        self._top += _tops(delta.extras, len(new_ids))
-        self._asked += _asked(delta.extras, self._options.token_ids)
+        for (version, count), epoch in zip(delta.spans, delta.span_epochs, strict=True):
+            _extend_spans(self.spans, version, count, epoch)
+        for values, name in zip(self._extras, TokenExtras.__struct_fields__, strict=True):
+            values += getattr(delta.extras, name)
         if delta.prompt_logprobs:
             self._add_prompt(delta)
+        if delta.prompt_spans:
+            self._prompt_spans = list(delta.prompt_spans)
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
         self.num_preemptions = max(self.num_preemptions, delta.num_preemptions)
         return len(new_ids)
 
+    @property
+    def num_extra_values(self) -> int:
+        """Log-probabilities beside those of the tokens themselves, of output and prompt."""
+        of_prompt = len(self._prompt_extras.top_logprobs) + len(self._prompt_extras.asked_logprobs)
+        return (of_prompt + len(self._extras[1]) + len(self._extras[2])) // 4
+
     def truncate(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` generated tokens only."""
-        for values in (self.token_ids, self.logprobs, self._top, self._asked):
-            del values[num_tokens:]
+        self._extras = [bytearray(values) for values in msgspec.structs.astuple(self._extras_between(0, num_tokens))]
+        del self.token_ids[num_tokens:], self.logprobs[num_tokens:]
         self.spans = slice_spans(self.spans, 0, num_tokens)
 
     def fields_from(self, start: int) -> dict[str, Any]:
         """The `Generation` fields of the tokens from `start` on; those of the prompt come with the first tokens."""
+        spans = slice_spans(self.spans, start, len(self.token_ids)) if start else self.spans
         fields: dict[str, Any] = {
             "token_ids": self.token_ids[start:] if start else self.token_ids[:],
             "logprobs": self.logprobs[start:] if start else self.logprobs[:],
-            "version_spans": slice_spans(self.spans, start, len(self.token_ids)) if start else self.spans[:],
+            "version_spans": [(version, count) for version, count, _ in spans],
+            "version_epochs": [epoch for _, _, epoch in spans],
             "num_prompt_tokens": self.num_prompt_tokens,
             "num_cached_tokens": self.num_cached_tokens,
             "num_preemptions": self.num_preemptions,
         }
         if self._options.num_top:
-            fields["top_logprobs"] = self._top[start:]
+            extras = self._extras_between(start, len(self.token_ids))
+            fields["top_logprobs"] = _tops(extras, len(self.token_ids) - start)
         if self._options.token_ids:
-            fields["token_ids_logprobs"] = self._asked[start:]
+            extras = self._extras_between(start, len(self.token_ids))
+            fields["token_ids_logprobs"] = _asked(extras, self._options.token_ids)
         return fields
 
     def prompt_fields(self) -> dict[str, Any]:
         """The `Generation` fields of the prompt's scores: one entry per prompt token, None where there is none."""
+        fields: dict[str, Any] = {"prompt_version_spans": self._prompt_spans[:]} if self._prompt_spans else {}
         if not self._prompt_logprobs:
-            return {}
+            return fields
         padding: list[None] = [None] * (self._options.prompt_start or 0)
-        fields: dict[str, Any] = {"prompt_logprobs": padding + self._prompt_logprobs}
+        fields["prompt_logprobs"] = padding + self._prompt_logprobs
         if self._options.num_top:
             top = _tops(self._prompt_extras, len(self._prompt_logprobs))
             fields["prompt_top_logprobs"] = padding + self._where_scored(top)
@@ -79,6 +97,13 @@ class Sample:
             asked = _asked(self._prompt_extras, self._options.token_ids)
             fields["prompt_token_ids_logprobs"] = padding + self._where_scored(asked)
         return fields
+
+    def _extras_between(self, start: int, stop: int) -> TokenExtras:
+        """Those of tokens start..stop-1: rows of 4 bytes each."""
+        num_tokens = len(self.token_ids) or 1
+        widths = [len(values) // num_tokens for values in self._extras]
+        cut = [values[start * width : stop * width] for values, width in zip(self._extras, widths, strict=True)]
+        return TokenExtras(*map(bytes, cut))
 
     def _where_scored(self, values: list[dict[int, float]]) -> list[dict[int, float] | None]:
         pairs = zip(values, self._prompt_logprobs, strict=True)
@@ -90,23 +115,23 @@ class Sample:
         self._prompt_extras = delta.prompt_extras
 
 
-def slice_spans(spans: list[tuple[str, int]], start: int, stop: int) -> list[tuple[str, int]]:
+def slice_spans(spans: list[Span], start: int, stop: int) -> list[Span]:
     """The spans of tokens start..stop-1."""
-    kept: list[tuple[str, int]] = []
+    kept: list[Span] = []
     position = 0
-    for version, count in spans:
+    for version, count, epoch in spans:
         overlap = min(position + count, stop) - max(position, start)
         if overlap > 0:
-            kept.append((version, overlap))
+            kept.append((version, overlap, epoch))
         position += count
     return kept
 
 
-def _extend_spans(spans: list[tuple[str, int]], version: str, count: int) -> None:
-    if spans and spans[-1][0] == version:
-        spans[-1] = (version, spans[-1][1] + count)
+def _extend_spans(spans: list[Span], version: str, count: int, epoch: int) -> None:
+    if spans and (spans[-1][0], spans[-1][2]) == (version, epoch):
+        spans[-1] = (version, spans[-1][1] + count, epoch)
     elif count:
-        spans.append((version, count))
+        spans.append((version, count, epoch))
 
 
 def _tops(extras: TokenExtras, num_positions: int) -> list[dict[int, float]]:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from headrace.config.model_spec import RopeSpec
+from headrace.config import RopeSpec
 
 
 def rope_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:

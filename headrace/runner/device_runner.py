@@ -29,7 +29,7 @@ from headrace.runner.buckets import Buckets
 from headrace.runner.device_step import DeviceStep
 from headrace.runner.graphs import Graphs
 from headrace.runner.launches import Launches, make_tables
-from headrace.runner.loading import Progress, load_weights
+from headrace.runner.loading import Progress, checked_weight_map, load_weights
 from headrace.runner.memory import MemoryPlan, free_bytes
 from headrace.runner.slots import SlotTable
 from headrace.runner.step_buffer import StepBuffer, StepSizes
@@ -59,8 +59,9 @@ class DeviceRunner:
         dtype = getattr(torch, resolved.dtype)
         self._compiled = CompileCounter()
         self._counter = GemmCounter()
-        weight_map = models.weight_map(resolved.model)
-        self.weights = WeightStore(weight_map, dtype, device, check_finite=resolved.engine.check_finite)
+        self.weights = WeightStore(
+            checked_weight_map(resolved), dtype, device, check_finite=resolved.engine.check_finite
+        )
         load_weights(self.weights, resolved, on_progress)
         times.append(time.perf_counter())
         has_graphs = device.type == "cuda" and resolved.engine.cuda_graphs

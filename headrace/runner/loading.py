@@ -1,4 +1,4 @@
-"""Fills a weight store at start: from a folder, or at random. Owns the report of progress."""
+"""Fills a weight store at start: from a folder, or at random. Owns the check of a folder and the report of progress."""
 
 from __future__ import annotations
 
@@ -6,11 +6,32 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from headrace.config import ResolvedConfig
+from headrace.models import weight_map
+from headrace.types.errors import CheckpointError, WeightUpdateError
 from headrace.weights.checkpoint import Checkpoint
 from headrace.weights.staging import TensorData
 from headrace.weights.store import WeightStore
+from headrace.weights.weight_map import WeightMap
 
 Progress = Callable[[int, int], None]
+
+
+def checked_weight_map(resolved: ResolvedConfig) -> WeightMap:
+    """The model's weight map, once the headers of the files in its folder were found to hold just that.
+
+    Raises `CheckpointError` naming every tensor that is missing, unknown, misshapen or of a dtype that no engine
+    computes in, as quantized ones are.
+    """
+    table = weight_map(resolved.model)
+    if resolved.engine.load_format == "dummy":
+        return table
+    manifest = table.untie(Checkpoint(Path(resolved.folder), resolved.engine.load_format).manifest())
+    try:
+        table.check_manifest(manifest, partial=False)
+    except WeightUpdateError as error:
+        message = f"the weights in {resolved.folder} are not those of its config.json: {error.message}"
+        raise CheckpointError(message, field=error.field) from None
+    return table
 
 
 def load_weights(store: WeightStore, resolved: ResolvedConfig, on_progress: Progress | None) -> None:

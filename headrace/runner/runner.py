@@ -19,7 +19,7 @@ from headrace.kernels import select_kernels
 from headrace.kernels.paged_kv import KvGeometry, KvPool
 from headrace.layers.linear import GemmCounter
 from headrace.runner.batch import ForwardBatch, build_batch
-from headrace.runner.loading import Progress, load_weights
+from headrace.runner.loading import Progress, checked_weight_map, load_weights
 from headrace.runner.pending import DoneStep, step_result
 from headrace.runner.prompt_scores import PromptScorer
 from headrace.runner.slots import SlotTable
@@ -44,7 +44,7 @@ class Runner:
         dtype = getattr(torch, resolved.dtype)
         self.resolved = resolved
         self._counter = GemmCounter()
-        self.weights = WeightStore(models.weight_map(spec), dtype, device, check_finite=engine.check_finite)
+        self.weights = WeightStore(checked_weight_map(resolved), dtype, device, check_finite=engine.check_finite)
         kernels = select_kernels("reference" if resolved.attention_backend == "reference" else engine.numerics)
         self._model = models.build(
             spec, self.weights, kernels=kernels, context_length=resolved.context_length, counter=self._counter

@@ -28,6 +28,7 @@ class InFlight(NamedTuple):
     step_id: int
     version: str
     version_index: int
+    epoch: int
     rows: Rows
 
 
@@ -50,7 +51,7 @@ class ResultApplier:
             self._take_tokens(step, sampled, result, deltas)
             self._deliver_due(sampled, deltas)
         if len(sampled) < len(slots):
-            self._finish_scored(slots[~step.rows.samples], deltas)
+            self._finish_scored(step, slots[~step.rows.samples], deltas)
         self._roster.retire(leaving)
 
     def delta(self, sequence: Sequence, finish: Finish | None = None) -> Delta:
@@ -67,17 +68,20 @@ class ResultApplier:
             sequence.num_delivered = known - num_prompt
         prompt_logprobs, prompt_extras = self._prompt_part(sequence, finish)
         first, last = first - num_prompt, known - num_prompt
+        spans, span_epochs = sequence.spans(first, last)
         return Delta(
             handle=sequence.handle,
             token_ids=token_ids.astype("<i4", copy=False).tobytes(),
             logprobs=logprobs.astype("<f4", copy=False).tobytes(),
-            spans=sequence.spans(first, last),
+            spans=spans,
             finish=finish,
             num_cached_tokens=sequence.num_cached_tokens,
             num_preemptions=sequence.num_preemptions,
             extras=TokenExtras() if sequence.extras is None else sequence.extras.pack(first, last),
             prompt_logprobs=prompt_logprobs,
             prompt_extras=prompt_extras,
+            span_epochs=span_epochs,
+            prompt_spans=tuple(sequence.prompt_spans) if prompt_logprobs or finish is not None else (),
         )
 
     def finish(self, sequence: Sequence, finish: Finish, deltas: list[Delta]) -> None:
@@ -105,13 +109,14 @@ class ResultApplier:
             slots += sampled[(is_token & ~np.isfinite(result.logprobs)).any(axis=1)].tolist()
         table = self._roster.table
         ending = [slot for slot in dict.fromkeys(slots) if table.accepts[slot]]
+        if not ending:
+            return
         error = _NOT_FINITE.info()
         for slot in ending:
             self._counters.num_nonfinite += 1
             self._counters.num_failed += 1
             self.finish(table.sequence(slot), Finish("error", message=error.message, error=error), deltas)
-        if ending:
-            self._roster.leases.flush()
+        self._roster.leases.flush()
 
     @staticmethod
     def _prompt_part(sequence: Sequence, finish: Finish | None) -> tuple[bytes, TokenExtras]:
@@ -128,25 +133,33 @@ class ResultApplier:
         for row, scored in result.prompt_logprobs.items():
             slot = int(step.rows.slots[row])
             if self._roster.table.accepts[slot]:
-                scores = self._roster.table.sequence(slot).prompt_scores
+                sequence = self._roster.table.sequence(slot)
+                scores = sequence.prompt_scores
                 assert scores is not None, "a row was scored that did not ask for it"
                 scores.add(scored)
+                sequence.mark_prompt(scores.next_position, step.version)
 
     def _take_tokens(self, step: InFlight, slots: IndexArray, result: StepResult, deltas: list[Delta]) -> None:
-        """Accept up to k tokens per row, column by column, so that a token after the end of its sequence is dropped."""
+        """Accept up to k tokens per row, column by column, so that a token after the end of its sequence is dropped.
+
+        So is a token of a position that is known: a step before brought several, and this one was issued before that.
+        """
         table = self._roster.table
+        positions = (step.rows.starts + step.rows.lengths)[step.rows.samples]
         for column in range(result.token_ids.shape[1]):
             has_token = result.num_tokens > column
-            takes = has_token & table.accepts[slots]
+            takes = has_token & table.accepts[slots] & (positions >= table.num_known[slots])
             self._counters.num_overshoot_tokens += int(np.count_nonzero(has_token) - np.count_nonzero(takes))
-            self._take_column(step, slots, result, column, takes, deltas)
+            self._take_column(step, slots, positions, result, column, takes, deltas)
+            positions = positions + 1
         if result.token_ids.shape[1] > 1:
-            self._expect_computing(slots, result.num_tokens)
+            self._expect_computing(slots)
 
     def _take_column(
         self,
         step: InFlight,
         slots: IndexArray,
+        positions: IndexArray,
         result: StepResult,
         column: int,
         takes: BoolArray,
@@ -156,14 +169,15 @@ class ResultApplier:
         table = self._roster.table
         token_ids, logprobs = result.token_ids[:, column], result.logprobs[:, column]
         if not takes.all():
-            slots, token_ids, logprobs = slots[takes], token_ids[takes], logprobs[takes]
-        positions = table.num_known[slots]
+            slots, positions, token_ids, logprobs = slots[takes], positions[takes], token_ids[takes], logprobs[takes]
+        assert (positions == table.num_known[slots]).all(), "output positions were skipped"
         self._mark_version(step, slots, positions)
         table.token_ids[slots, positions] = token_ids
         table.logprobs[slots, positions] = logprobs
         table.num_known[slots] = positions + 1
         self._counters.num_generated_tokens += len(slots)
-        self._take_extras(step, result, column)
+        if result.extras:
+            self._take_extras(step, result, column, takes)
         stopped = _find_stops(table, slots, positions, token_ids)
         ended = np.flatnonzero(stopped | (positions + 1 >= table.max_length[slots]))
         self._counters.num_finished += len(ended)
@@ -178,26 +192,26 @@ class ResultApplier:
         for index in changed.tolist():
             sequence = table.sequence(int(slots[index]))
             num_output = int(positions[index]) - sequence.num_prompt
-            sequence.change_version(num_output, step.version_index, step.version)
+            sequence.change_version(num_output, step.version_index, step.version, step.epoch)
+            if num_output == 0 and sequence.prompt_scores is not None:
+                sequence.mark_prompt(sequence.num_prompt, step.version)
         if len(changed):
             table.version[slots[changed]] = step.version_index
 
-    def _take_extras(self, step: InFlight, result: StepResult, column: int) -> None:
+    def _take_extras(self, step: InFlight, result: StepResult, column: int, takes: BoolArray) -> None:
         table = self._roster.table
-        for row, values in result.extras.items():
-            slot = int(step.rows.slots[row])
-            sequence = table.sequence(slot) if table.accepts[slot] and column < len(values.top_ids) else None
-            if sequence is not None and sequence.extras is not None:
+        taking = set(np.flatnonzero(step.rows.samples)[takes].tolist())
+        for row in taking.intersection(result.extras):
+            slot, values = int(step.rows.slots[row]), result.extras[row]
+            sequence = table.sequence(slot)
+            if sequence.extras is not None:
                 token = int(table.num_known[slot]) - sequence.num_prompt - 1  # the one just taken
                 sequence.extras.write(token, values, column, column + 1)
 
-    def _expect_computing(self, slots: IndexArray, num_tokens: Int32Array) -> None:
-        """Accepted tokens beyond the first have no KV yet: the next step computes them as known tokens."""
+    def _expect_computing(self, slots: IndexArray) -> None:
+        """Accepted tokens that no step in flight was issued for have no KV yet: the next one computes them as known."""
         table = self._roster.table
-        goes_on = table.accepts[slots] & (num_tokens > 1)
-        more = slots[goes_on]
-        assert (table.num_in_flight[more] == 0).all(), "several tokens a step need their result before the next plan"
-        table.num_expected[more] = table.num_known[more]
+        table.num_expected[slots] = np.maximum(table.num_expected[slots], table.num_known[slots])
 
     def _deliver_due(self, slots: IndexArray, deltas: list[Delta]) -> None:
         """Non-terminal deltas of the streaming sequences that have enough new tokens."""
@@ -207,14 +221,16 @@ class ResultApplier:
         for slot in slots[due].tolist():
             deltas.append(self.delta(table.sequence(slot)))
 
-    def _finish_scored(self, slots: IndexArray, deltas: list[Delta]) -> None:
+    def _finish_scored(self, step: InFlight, slots: IndexArray, deltas: list[Delta]) -> None:
         """End the sequences that wanted no token and whose prompt is computed."""
         table = self._roster.table
         is_done = table.accepts[slots] & (table.num_in_flight[slots] == 0)
         is_done &= table.num_scheduled[slots] >= table.compute_length[slots]
         is_done &= table.max_length[slots] == table.num_prompt[slots]
         for slot in slots[is_done].tolist():
-            self.finish(table.sequence(slot), Finish("length"), deltas)
+            sequence = table.sequence(slot)
+            sequence.mark_prompt(sequence.num_prompt, step.version)
+            self.finish(sequence, Finish("length"), deltas)
             self._counters.num_finished += 1
 
 

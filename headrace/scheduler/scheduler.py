@@ -139,7 +139,7 @@ class Scheduler:
             return None
         plan, rows = planned
         self._num_plans += 1
-        self._in_flight.append(InFlight(plan.step_id, self.version, self._version_index, rows))
+        self._in_flight.append(InFlight(plan.step_id, self.version, self._version_index, self.epoch, rows))
         return plan
 
     def apply(self, result: StepResult) -> list[Delta]:
@@ -199,11 +199,20 @@ class Scheduler:
     def set_weights(self, version: str, epoch: int) -> None:
         """Steps from now on run under other weights: tokens bear `version`, and no prefix of an older epoch matches.
 
-        Only with no plan in flight; `epoch` must grow. Sequences still running keep their KV and are never published.
+        Only with no plan in flight; `epoch` must grow. Sequences still running keep their KV and are never published,
+        but those that sampled nothing since they entered their slot: they have nothing to keep, only part of what they
+        know computed, and are computed again. So a prompt and its scores are always of one set of weights.
         """
         assert not self._in_flight, "weights change only with no step in flight"
         assert epoch > self.epoch, "an epoch is never used twice"
         self.keep_running()
+        table = self._roster.table
+        for slot in self._roster.order().tolist():
+            if table.num_known[slot] == table.num_entered[slot]:
+                self._roster.preempt(slot)
+        for sequence in self._roster.by_handle.values():  # some may have been preempted before
+            if sequence.state is State.PREEMPTED and len(sequence.token_ids) == sequence.num_prompt:
+                sequence.start_again()
         self.version = version
         self.epoch = epoch
         self._version_index += 1
@@ -221,13 +230,9 @@ class Scheduler:
 
     def recompute_running(self) -> None:
         """Running sequences drop their KV, keep their tokens, and are admitted again before any new one. After
-        `set_weights` nothing of the old KV can match, so all of it is rebuilt; prompts not scored to the end are scored
-        anew, whether their sequence runs or waits, so that no mix of weights is reported."""
+        `set_weights` nothing of the old KV can match, so all of it is rebuilt."""
         for slot in self._roster.order().tolist():
             self._roster.preempt(slot)
-        for sequence in self._roster.by_handle.values():  # some may have been preempted before
-            if sequence.prompt_scores is not None and not sequence.prompt_scores.is_complete:
-                sequence.prompt_scores.reset()
 
     def flush_cache(self) -> int:
         """Free all unreferenced cached pages and unpublish the rest; returns the pages freed."""

@@ -37,7 +37,8 @@ class Sequence:
     stop_token_ids  those that can be sampled at all
     extras          further log-probabilities of its output tokens, None: it asked for none
     version_index   index of the version of its last token, -1 before the first
-    version_starts  (index of the first output token, version) each time the version of its tokens changed
+    version_starts  (index of the first output token, version, epoch) each time the version of its tokens changed
+    prompt_spans    (version, count) of the prompt positions scored so far, from the first on
     """
 
     __slots__ = (
@@ -53,6 +54,7 @@ class Sequence:
         "num_preemptions",
         "num_prompt",
         "prompt_scores",
+        "prompt_spans",
         "rank",
         "request",
         "slot",
@@ -80,7 +82,8 @@ class Sequence:
         self.logprobs: Float32Array = np.empty(0, dtype=np.float32)
         self.num_delivered = 0
         self.version_index = -1
-        self.version_starts: list[tuple[int, str]] = []
+        self.version_starts: list[tuple[int, str, int]] = []
+        self.prompt_spans: list[tuple[str, int]] = []
         self.extras = PositionExtras(request.logprobs) if request.logprobs.wants_extras else None
         self.num_cached_tokens = 0
         self.num_preemptions = 0
@@ -99,18 +102,37 @@ class Sequence:
             limit = min(limit, self.prompt_scores.next_position - 1)
         return limit
 
-    def change_version(self, num_output: int, index: int, version: str) -> None:
+    def change_version(self, num_output: int, index: int, version: str, epoch: int) -> None:
         """Tokens after the first `num_output` are of another version."""
         self.version_index = index
-        self.version_starts.append((num_output, version))
+        self.version_starts.append((num_output, version, epoch))
 
-    def spans(self, first: int, last: int) -> tuple[tuple[str, int], ...]:
-        """(version, count) of output tokens first..last-1, in order."""
-        found = []
+    def spans(self, first: int, last: int) -> tuple[tuple[tuple[str, int], ...], tuple[int, ...]]:
+        """(version, count) of output tokens first..last-1, in order, and the epoch of each of these spans."""
         starts = self.version_starts
-        for index, (start, version) in enumerate(starts):
+        if len(starts) == 1 and last > first:  # nearly always, and asked for each token of a stream
+            return ((starts[0][1], last - first),), (starts[0][2],)
+        found, epochs = [], []
+        for index, (start, version, epoch) in enumerate(starts):
             end = starts[index + 1][0] if index + 1 < len(starts) else last
             count = min(end, last) - max(start, first)
             if count > 0:
                 found.append((version, count))
-        return tuple(found)
+                epochs.append(epoch)
+        return tuple(found), tuple(epochs)
+
+    def mark_prompt(self, end: int, version: str) -> None:
+        """Prompt positions before `end` that had no version yet were scored by weights of this one."""
+        count = end - sum(count for _, count in self.prompt_spans)
+        if count <= 0:
+            return
+        if self.prompt_spans and self.prompt_spans[-1][0] == version:
+            count += self.prompt_spans.pop()[1]
+        self.prompt_spans.append((version, count))
+
+    def start_again(self) -> None:
+        """Forget what was learnt of the prompt: a sequence without output meets other weights as if it came now."""
+        self.num_cached_tokens = 0
+        self.prompt_spans.clear()
+        if self.prompt_scores is not None:
+            self.prompt_scores.reset()

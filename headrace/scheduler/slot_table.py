@@ -23,6 +23,7 @@ class SlotTable:
     """Fields by slot (int64 unless stated). Positions are absolute; lengths count from the start of the prompt.
 
     token_ids int32, logprobs float32 [slots, max_length]   by position; touched only as far as sequences reach
+    num_entered    tokens known when the sequence entered the slot
     num_known      tokens known: prompt and accepted output
     num_expected   tokens known or about to be sampled by a step in flight
     num_scheduled  positions computed or being computed by a step in flight
@@ -38,6 +39,7 @@ class SlotTable:
         self.token_ids = np.zeros((count, width), dtype=np.int32)
         self.logprobs = np.zeros((count, width), dtype=np.float32)
         self.num_prompt = np.zeros(count, dtype=np.int64)
+        self.num_entered = np.zeros(count, dtype=np.int64)
         self.num_known = np.zeros(count, dtype=np.int64)
         self.num_expected = np.zeros(count, dtype=np.int64)
         self.num_scheduled = np.zeros(count, dtype=np.int64)
@@ -76,7 +78,7 @@ class SlotTable:
         if num_known > sequence.num_prompt:
             self.logprobs[slot, sequence.num_prompt : num_known] = sequence.logprobs
         self.num_prompt[slot] = sequence.num_prompt
-        self.num_known[slot] = self.num_expected[slot] = num_known
+        self.num_entered[slot] = self.num_known[slot] = self.num_expected[slot] = num_known
         self.num_scheduled[slot] = num_computed
         self.num_delivered[slot] = sequence.num_prompt + sequence.num_delivered
         self.max_length[slot] = sequence.max_length

@@ -7,12 +7,14 @@ import re
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from headrace.engine import AsyncEngine
 from headrace.server import errors
 from headrace.server.admin import AdminFace
-from headrace.server.auth import Access, Auth
+from headrace.server.auth import Access, Auth, keys_of
+from headrace.server.browsers import Browsers, Hosts
 from headrace.server.gate import Gate
 from headrace.server.info import InfoFace
 from headrace.server.limits import Limits
@@ -26,8 +28,8 @@ from headrace.server.state import ServerState
 from headrace.types.errors import HeadraceError
 
 
-def create_app(engine: AsyncEngine, options: ServerOptions) -> FastAPI:
-    """The application. It must run on `engine.loop`; `app.state.server` is its `ServerState`.
+def create_app(engine: AsyncEngine, options: ServerOptions, host: str = "127.0.0.1") -> FastAPI:
+    """The application, to be served on `host`. It must run on `engine.loop`; `app.state.server` is its `ServerState`.
 
     Bodies are decoded and checked by the faces, so that a request costs microseconds and errors read the same
     everywhere: the routes are plain ones, without generated schemas.
@@ -35,18 +37,27 @@ def create_app(engine: AsyncEngine, options: ServerOptions) -> FastAPI:
     state = ServerState(engine, options)
     endpoints = all_endpoints(state)
     access: dict[str, Access] = {endpoint.path: endpoint.access for endpoint in endpoints}
+    keys = keys_of(options.api_key, options.admin_api_key)
+    keyless: list[Access] = [kind for kind in ("data", "admin") if not keys[kind]]
     app = FastAPI(
         title="Headrace",
         openapi_url=None,
         redirect_slashes=False,
         middleware=[
-            Middleware(Limits, max_body_bytes=options.max_body_bytes, body_timeout=options.body_timeout),
-            Middleware(Auth, access=access, api_key=options.api_key, admin_api_key=options.admin_api_key),
+            Middleware(
+                Limits,
+                max_body_bytes=options.max_body_bytes,
+                body_timeout=options.body_timeout,
+                open_paths=[path for path, needed in access.items() if needed == "open"],
+            ),
+            Middleware(Browsers, access=access, keyless=keyless, hosts=Hosts(host, options.allowed_hosts)),
+            Middleware(Auth, access=access, keys=keys),
             Middleware(Gate, state=state, paths=[endpoint.path for endpoint in endpoints if endpoint.generates]),
         ],
         exception_handlers={
             HeadraceError: errors.on_headrace_error,
             HTTPException: errors.on_http_exception,
+            ClientDisconnect: errors.on_disconnect,
             Exception: errors.on_unexpected,
         },
     )

@@ -14,6 +14,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from headrace.server.errors import error_body, respond
 
 Access = Literal["open", "data", "admin"]
+Keys = Mapping[Access, tuple[bytes, ...]]
+"""The keys that open routes of each kind; none: they are open to everybody."""
 _SCHEME = b"bearer "
 
 
@@ -24,16 +26,10 @@ class Auth:
     caller passes, whatever it sends.
     """
 
-    def __init__(
-        self, app: ASGIApp, access: Mapping[str, Access], api_key: str | None, admin_api_key: str | None
-    ) -> None:
+    def __init__(self, app: ASGIApp, access: Mapping[str, Access], keys: Keys) -> None:
         self._app = app
         self._access = access
-        self._keys: dict[Access, tuple[bytes, ...]] = {
-            "open": (),
-            "data": () if api_key is None else _encoded(api_key, admin_api_key),
-            "admin": _encoded(api_key) if admin_api_key is None else _encoded(admin_api_key),
-        }
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -44,9 +40,20 @@ class Auth:
         keys = self._keys[self._access.get(scope["path"], "data")]
         if keys and not _is_one_of(_bearer(scope), keys):
             body = error_body(401, "a valid bearer key is needed", kind="Unauthorized")
-            await respond(401, body)(scope, receive, send)
+            response = respond(401, body)
+            response.headers["connection"] = "close"  # it need not stay for somebody without a key
+            await response(scope, receive, send)
             return
         await self._app(scope, receive, send)
+
+
+def keys_of(api_key: str | None, admin_api_key: str | None) -> Keys:
+    """Which keys open what."""
+    return {
+        "open": (),
+        "data": () if api_key is None else _encoded(api_key, admin_api_key),
+        "admin": _encoded(api_key) if admin_api_key is None else _encoded(admin_api_key),
+    }
 
 
 def _encoded(*keys: str | None) -> tuple[bytes, ...]:

@@ -1,4 +1,8 @@
-"""Control calls as SGLang takes them: a JSON object is needed, values are coerced, unknown keys are ignored."""
+"""Control calls as SGLang takes them: a JSON object is needed, values are coerced, unknown keys are ignored.
+
+A page of anybody's can make a browser send a GET, or a POST of plain text or of a form, but none of JSON: what changes
+something is therefore neither.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,44 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 
 from headrace.server.wire import convert, decode_object, read_object
+from headrace.types.errors import RequestError
 
 Body = TypeVar("Body")
+READING_METHODS = ("GET", "HEAD")
+
+
+class MediaTypeError(RequestError):
+    """The body is not announced as JSON."""
+
+    status = 415
+
+
+class MethodError(RequestError):
+    """The call changes something, and was made by a method that only reads."""
+
+    status = 405
 
 
 async def read_control(request: Request, kind: type[Body]) -> Body:
     """The body as `kind`; a GET may put it in the query instead. Raises `RequestError` naming the field."""
-    if request.method == "GET":
+    if request.method in READING_METHODS:
         raw = await request.body()
         values: Mapping[str, Any] = decode_object(raw) if raw.strip() else dict(request.query_params)
     else:
+        _check_media_type(request)
         values = await read_object(request)
     return convert(values, kind, strict=False)
+
+
+def check_changes(request: Request, what: str, field: str) -> None:
+    """Raise `MethodError` if a request that changes something is a GET."""
+    if request.method in READING_METHODS:
+        raise MethodError(f"{what} changes the engine and needs a POST", field=field)
+
+
+def _check_media_type(request: Request) -> None:
+    """A body of no announced length has none."""
+    given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
+    if has_body and not (given == "application/json" or given.startswith("application/") and given.endswith("+json")):
+        raise MediaTypeError("content-type must be application/json", field="content-type")

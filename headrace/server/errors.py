@@ -7,6 +7,7 @@ A body can be read in both shapes that clients of the dialects know: flat (`mess
 from __future__ import annotations
 
 import http
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from headrace.types.errors import HeadraceError, InternalError, RequestError
+from headrace.types.errors import HeadraceError, InternalError
+
+logger = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 1
 _INTERNAL = "internal error; the server's log has the details"
@@ -71,6 +74,12 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     )
 
 
+async def on_disconnect(request: Request, error: Exception) -> Response:
+    """Exception handler for a client that went away in the middle of its body: nobody reads what is answered."""
+    logger.debug("a client left while it sent its body: %s %s", request.method, request.url.path)
+    return Response(status_code=400)
+
+
 async def on_unexpected(request: Request, error: Exception) -> Response:
     """Exception handler for our own bugs: the log has the traceback, the client a plain 500."""
     return respond(500, error_body(500, _INTERNAL))
@@ -84,7 +93,7 @@ def fields_named(names: Mapping[str, str]) -> Iterator[None]:
     """
     try:
         yield
-    except RequestError as error:
+    except HeadraceError as error:
         for ours in sorted(names, key=len, reverse=True):
             rest = error.field[len(ours) :]
             if error.field.startswith(ours) and (not rest or rest[0] in ".[" or not ours):

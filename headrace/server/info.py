@@ -103,7 +103,7 @@ class InfoFace:
     async def server_info(self, request: Request) -> Response:
         """GET /server_info"""
         status = await self._engine.status(HEALTH_SECONDS)
-        config, resolved = self._engine.config, self._engine.resolved
+        config, resolved, model = self._engine.config, self._engine.resolved, self._engine.resolved.model
         settings = {
             **msgspec.to_builtins(resolved.engine),
             **_SINGLE_RANK,
@@ -115,6 +115,8 @@ class InfoFace:
             "device": resolved.device,
             "context_length": resolved.context_length,
             "attention_backend": resolved.attention_backend,
+            "eos_token_ids": model.eos_token_ids,
+            "eos_sources": model.eos_sources,
             "random_seed": config.seed,
             "mem_fraction_static": config.memory_fraction,
             "incremental_streaming_output": self._state.options.incremental_streaming_output,

@@ -1,18 +1,24 @@
-"""Bounds on what a client may send before anything looks at it. Owns the sizes of bodies and headers."""
+"""Bounds on what a client may send before anything looks at it. Owns the sizes of bodies and headers, and how a
+connection whose body nobody wants is closed."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from headrace.server.connections import CROWDED, LINGERS
 from headrace.server.errors import body_of, error_body, respond
 from headrace.types.errors import HeadraceError, RequestTooLargeError
 
 MAX_HEADER_BYTES = 64 << 10
 MAX_QUERY_BYTES = 8 << 10
-LINGER_SECONDS = 0.05
+LINGER_BYTES = 1 << 30
+LINGER_SECONDS = 30.0
+LINGER_SILENT_SECONDS = 2.0
 _SMALL_BODY_BYTES = 64 << 10
+_SMALL_BODY_SECONDS = 0.05
 
 
 class BodyTimeoutError(HeadraceError):
@@ -22,10 +28,16 @@ class BodyTimeoutError(HeadraceError):
 
 
 class Limits:
-    """ASGI middleware: a body over `max_body_bytes` is 413, announced or not; headers over 64 KiB are 431."""
+    """ASGI middleware: a body over `max_body_bytes` is 413, announced or not; headers over 64 KiB are 431.
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, body_timeout: float) -> None:
+    On a connection over the server's number all but `open_paths` is 503.
+    """
+
+    def __init__(
+        self, app: ASGIApp, max_body_bytes: int, body_timeout: float, open_paths: Collection[str] = ()
+    ) -> None:
         self._app = app
+        self._open_paths = frozenset(open_paths)
         self._max_body_bytes = max_body_bytes
         self._body_timeout = body_timeout
 
@@ -33,29 +45,60 @@ class Limits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        announced = _announced_bytes(scope)
-        if announced != 0:
-            body = _Body(receive, send, announced, self._max_body_bytes, self._body_timeout)
-            receive, send = body.receive, body.send
+        framing = _Framing(scope)
+        app = self._refusal(scope, framing) or self._app
+        if framing.num_announced == 0:
+            await app(scope, receive, send)
+            return
+        body = _Body(scope, receive, send, framing.num_announced, self._max_body_bytes, self._body_timeout)
+        try:
+            await app(scope, body.receive, body.send)
+        finally:
+            await body.finish()
+
+    def _refusal(self, scope: Scope, framing: _Framing) -> ASGIApp | None:
+        """The answer to what is refused by its headers alone."""
         num_header_bytes = sum(len(name) + len(value) for name, value in scope["headers"])
         if num_header_bytes > MAX_HEADER_BYTES or len(scope["query_string"]) > MAX_QUERY_BYTES:
             message = f"headers are over {MAX_HEADER_BYTES} bytes or the query over {MAX_QUERY_BYTES}"
-            await respond(431, error_body(431, message))(scope, receive, send)
-        elif announced is not None and announced > self._max_body_bytes:
-            error = too_large(announced, self._max_body_bytes)
-            await respond(error.status, body_of(error))(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
+            return respond(431, error_body(431, message))
+        if framing.is_ambiguous:
+            return respond(400, error_body(400, "transfer-encoding and content-length exclude each other"))
+        if framing.num_announced is not None and framing.num_announced > self._max_body_bytes:
+            error = too_large(framing.num_announced, self._max_body_bytes)
+            return respond(error.status, body_of(error))
+        if scope["state"].get(CROWDED) and scope["path"] not in self._open_paths:
+            return respond(503, error_body(503, "too many connections", retryable=True), retryable=True)
+        return None
+
+
+class _Framing:
+    """How long the body says it is: `num_announced` is None when it comes in chunks, 0 when there is none.
+
+    Chunks beside a length are ambiguous: whoever stands in front of this server may believe the other of the two.
+    """
+
+    def __init__(self, scope: Scope) -> None:
+        names = {name: value for name, value in scope["headers"]}
+        length, is_chunked = names.get(b"content-length"), b"transfer-encoding" in names
+        self.is_ambiguous = is_chunked and length is not None
+        self.num_announced: int | None = None if is_chunked else 0
+        if length is not None and not is_chunked:
+            self.num_announced = int(length) if length.isdigit() and len(length) < 19 else 1 << 62
 
 
 class _Body:
     """One request's body on its way in. Stands between the server and the application on both sides.
 
     A reply that is sent before the body was read ends the connection: reading what nobody wants, perhaps without end,
-    would be work for nothing. The client is given `LINGER_SECONDS` to see the reply before the connection closes.
+    would be work for nothing. But a client that still sends would see a reset instead of the reply if the connection
+    closed at once; so what it sends is read and forgotten, within bounds, after the reply.
     """
 
-    def __init__(self, receive: Receive, send: Send, announced: int | None, max_bytes: int, timeout: float) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, announced: int | None, max_bytes: int, timeout: float
+    ) -> None:
+        self._scope = scope
         self._receive = receive
         self._send = send
         self._announced = announced
@@ -64,6 +107,7 @@ class _Body:
         self._deadline = asyncio.get_running_loop().time() + timeout
         self._num_bytes = 0
         self._is_read = False
+        self._owes_end = False
 
     async def receive(self) -> Message:
         """The next part; `RequestTooLargeError` beyond the bound, `BodyTimeoutError` when it does not come."""
@@ -85,16 +129,21 @@ class _Body:
             await self._send(message)
         elif message["type"] == "http.response.start":
             if self._announced is not None and self._announced <= _SMALL_BODY_BYTES:
-                await self._linger()
+                await self._forget(_SMALL_BODY_SECONDS, _SMALL_BODY_SECONDS)
             if not self._is_read:
                 message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
             await self._send(message)
-        elif message.get("more_body", False):
-            await self._send(message)
         else:
+            self._owes_end = not message.get("more_body", False)
             await self._send({**message, "more_body": True})
-            await self._linger()
-            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def finish(self) -> None:
+        """End an early reply, and with it the connection, once the client has seen it."""
+        if not self._owes_end:
+            return
+        self._scope["state"][LINGERS] = True
+        await self._forget(LINGER_SECONDS, LINGER_SILENT_SECONDS)
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _next(self) -> Message:
         message = await self._receive()
@@ -102,12 +151,13 @@ class _Body:
         self._is_read = not message.get("more_body", False)
         return message
 
-    async def _linger(self) -> None:
-        """Read and forget, for a moment."""
+    async def _forget(self, seconds: float, silent_seconds: float) -> None:
+        """Read and forget what comes."""
         try:
-            async with asyncio.timeout(LINGER_SECONDS):
-                while not self._is_read:
-                    await self._next()
+            async with asyncio.timeout(seconds):
+                while not self._is_read and self._num_bytes < LINGER_BYTES:
+                    async with asyncio.timeout(silent_seconds):
+                        await self._next()
         except TimeoutError:
             pass
 
@@ -115,14 +165,3 @@ class _Body:
 def too_large(num_bytes: int, max_bytes: int) -> RequestTooLargeError:
     """What a body over the bound is answered."""
     return RequestTooLargeError(f"body has {num_bytes} bytes or more, over {max_bytes}", field="body")
-
-
-def _announced_bytes(scope: Scope) -> int | None:
-    """The length of the body as announced; None when it comes in chunks, 0 when there is none."""
-    num_bytes: int | None = 0
-    for name, value in scope["headers"]:
-        if name == b"content-length" and value.isdigit():
-            num_bytes = int(value[:18]) if len(value) < 19 else 1 << 62
-        elif name == b"transfer-encoding":
-            num_bytes = None
-    return num_bytes

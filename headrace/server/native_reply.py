@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from headrace.engine import Stream
+from headrace.server.errors import body_of
+from headrace.server.wire import encode_json
 from headrace.text import Tokenizer
 from headrace.types.generation import Generation
 
@@ -16,12 +18,12 @@ from headrace.types.generation import Generation
 class ReplyStyle(msgspec.Struct, frozen=True):
     """What the replies of one call have in common. `tokenizer` writes texts beside logprobs, None writes null.
 
-    `received_at` is in seconds of `time.perf_counter`; `live_version` labels a reply without tokens.
+    `received_at` is in seconds of `time.perf_counter`; `live_version` labels a reply of which nothing was computed.
     """
 
     has_text: bool
     tokenizer: Tokenizer | None
-    live_version: str
+    live_version: Callable[[], str]
     received_at: float
     writes_prompt_ids: bool = False
     warnings: Sequence[str] = ()
@@ -38,6 +40,8 @@ class SequenceReply:
         self._ids: list[int] = []
         self._lists: dict[str, list[Any]] = {}
         self._spans: list[tuple[str, int]] = []
+        self._epochs: list[int] = []
+        self._prompt_spans: list[tuple[str, int]] = []
         self._num_tokens = 0
         if wants_logprobs:
             self._lists = {"input_token_logprobs": [], "output_token_logprobs": []}
@@ -52,10 +56,13 @@ class SequenceReply:
         self._text.append(piece.text)
         self._ids += piece.token_ids
         self._num_tokens += len(piece.token_ids)
-        for version, count in piece.version_spans:
-            if self._spans and self._spans[-1][0] == version:
-                count += self._spans.pop()[1]
-            self._spans.append((version, count))
+        self._prompt_spans = piece.prompt_version_spans or self._prompt_spans
+        for (version, count), epoch in zip(piece.version_spans, piece.version_epochs, strict=True):
+            if self._spans and (self._spans[-1][0], self._epochs[-1]) == (version, epoch):
+                self._spans[-1] = (version, self._spans[-1][1] + count)
+            else:
+                self._spans.append((version, count))
+                self._epochs.append(epoch)
         if self._wants_logprobs:
             self._add_logprobs(piece)
 
@@ -68,14 +75,17 @@ class SequenceReply:
             "completion_tokens": self._num_tokens,
             "cached_tokens": piece.num_cached_tokens,
             "reasoning_tokens": 0,
-            "weight_version": self._spans[-1][0] if self._spans else self._style.live_version,
+            "weight_version": self._version(),
             "num_retractions": piece.num_preemptions,
             "dp_rank": 0,
             "version_spans": self._spans,
+            "version_epochs": self._epochs,
             "seed": piece.seed,
             "logprob_mode": piece.logprob_mode,
             "prompt_logprob_mode": piece.prompt_logprob_mode,
         }
+        if self._prompt_spans:
+            meta["prompt_version_spans"] = self._prompt_spans
         if self._style.warnings:
             meta["warnings"] = self._style.warnings
         if self._style.writes_prompt_ids:
@@ -96,6 +106,11 @@ class SequenceReply:
         for values in self._lists.values():
             values.clear()
 
+    def _version(self) -> str:
+        """The last token's, or that of the weights that scored the prompt."""
+        spans = self._spans or self._prompt_spans
+        return spans[-1][0] if spans else self._style.live_version()
+
     def _add_logprobs(self, piece: Generation) -> None:
         pairs = zip(piece.logprobs, piece.token_ids, strict=True)
         if self._style.tokenizer is None:
@@ -115,11 +130,13 @@ class SequenceReply:
 
     def _extend(self, key: str, positions: Sequence[Mapping[int, float] | None]) -> None:
         if positions:
-            lists = [
-                None if values is None else [self._triple(value, token_id) for token_id, value in values.items()]
-                for values in positions
-            ]
-            self._lists.setdefault(key, []).extend(lists)
+            self._lists.setdefault(key, []).extend(map(self._written, positions))
+
+    def _written(self, values: Mapping[int, float] | None) -> msgspec.Raw | None:
+        """The triples of one position as JSON already: an eighth of what they take as objects."""
+        if values is None:
+            return None
+        return msgspec.Raw(encode_json([self._triple(value, token_id) for token_id, value in values.items()]))
 
     def _triple(self, logprob: float | None, token_id: int) -> tuple[float | None, int, str | None]:
         tokenizer = self._style.tokenizer
@@ -134,4 +151,8 @@ def finish_reason(piece: Generation, num_tokens: int) -> dict[str, Any] | None:
         return {"type": "stop", "matched": piece.matched}
     if piece.finish_reason == "length":
         return {"type": "length", "length": num_tokens}
+    if piece.error is not None:
+        detail = body_of(piece.error.to_exception())["error"]
+        reason = {"type": "abort", "message": detail["message"], "status_code": detail["code"]}
+        return {**reason, "err_type": piece.error.code, "param": detail["param"], "retryable": detail["retryable"]}
     return {"type": "abort", "message": piece.finish_message or "Aborted", "status_code": None, "err_type": None}

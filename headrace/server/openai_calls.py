@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from headrace.engine import GenerateItem, Stream
+from headrace.engine.bounds import check_body
 from headrace.server.errors import fields_named
 from headrace.server.openai_types import OpenAiBody
 from headrace.server.prompts import check_count
@@ -25,6 +26,7 @@ class Prompt(msgspec.Struct, frozen=True):
 
     ids: Any
     field: str
+    num_output: int = 0
 
 
 class OpenAiCall:
@@ -36,24 +38,35 @@ class OpenAiCall:
     def __init__(self, state: ServerState, body: OpenAiBody, kind: str, model: str, warnings: Sequence[str]) -> None:
         self._state = state
         self.body = body
-        self.request_id = body.rid or f"{kind}-{uuid.uuid4().hex}"
+        self.request_id = body.rid or body.request_id or f"{kind}-{uuid.uuid4().hex}"
         self.model = model
         self.headers = {"x-headrace-warnings": "; ".join(warnings)} if warnings else {}
         self.created = int(time.time())
         self.streams: list[Stream] = []
+        self._shown: frozenset[str] = frozenset()
         self._totals: dict[int, tuple[int, int]] = {}
         self._num_tokens: Counter[str] = Counter()
-        self._version = state.engine.version
+        self._version: str | None = None
 
-    def submit(self, prompts: Sequence[Prompt], params: SamplingParams, logprobs: LogprobOptions) -> None:
-        """Start all sequences, or none."""
+    def submit(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        logprobs: LogprobOptions,
+        shown: frozenset[str] = frozenset(),
+    ) -> None:
+        """Start all sequences, or none. `shown` are special tokens whose text is wanted although others are skipped."""
+        self._shown = shown
         check_count(self._state.engine, len(prompts) * params.n, prompts[0].field)
+        check_body((logprobs, len(prompt.ids), params) for prompt in prompts)
         is_whole = False
         try:
             for position, prompt in enumerate(prompts):
-                for index in range(params.n):
-                    item = self._item(prompt, position, index, params, logprobs, len(prompts) * params.n)
-                    with fields_named({"input_ids": prompt.field}):
+                with fields_named({"input_ids": prompt.field}):
+                    first = self._state.engine.prepare(self._item(prompt, position, params, logprobs))
+                    for index in range(params.n):
+                        name = self._name(len(prompts) * params.n)
+                        item = msgspec.structs.replace(first, index=index, request_id=name)
                         self.streams.append(self._state.submit(item))
             is_whole = True
         finally:
@@ -66,9 +79,7 @@ class OpenAiCall:
 
     def event_stream(self, events: AsyncIterator[bytes]) -> EventStream:
         """The streamed answer; a client that goes away cancels the call."""
-        state = self._state
-        on_disconnect, write_timeout = state.metrics.count_disconnect, state.options.write_timeout
-        return EventStream(events, self.cancel, on_disconnect, write_timeout, headers=self.headers)
+        return EventStream(events, self.cancel, self._state.metrics.count_disconnect, headers=self.headers)
 
     def numbers(self) -> dict[str, int]:
         """The number of each choice by the name of its sequence."""
@@ -78,8 +89,9 @@ class OpenAiCall:
         """Take a piece into the token counts."""
         self._totals[piece.prompt_index] = (piece.num_prompt_tokens, piece.num_cached_tokens)
         self._num_tokens[piece.request_id] += len(piece.token_ids)
-        if piece.version_spans:
-            self._version = piece.version_spans[-1][0]
+        spans = piece.version_spans or piece.prompt_version_spans
+        if spans:
+            self._version = spans[-1][0]
 
     def usage(self) -> dict[str, Any]:
         """Token counts so far; a prompt counts once, however many samples it has."""
@@ -100,23 +112,25 @@ class OpenAiCall:
             "created": self.created,
             "model": self.model,
             "choices": choices,
-            "metadata": {"weight_version": self._version},
+            "metadata": {"weight_version": self._version or self._state.engine.version},
         }
 
-    def _item(
-        self, prompt: Prompt, position: int, index: int, params: SamplingParams, logprobs: LogprobOptions, total: int
-    ) -> GenerateItem:
-        number = len(self.streams)
+    def _name(self, total: int) -> str:
+        """The name of the next of so many sequences."""
+        return self.request_id if total == 1 else f"{self.request_id}_{len(self.streams)}"
+
+    def _item(self, prompt: Prompt, position: int, params: SamplingParams, logprobs: LogprobOptions) -> GenerateItem:
         return GenerateItem(
             input_ids=prompt.ids,
             params=params,
             logprobs=logprobs,
-            request_id=self.request_id if total == 1 else f"{self.request_id}_{number}",
-            index=index,
             prompt_index=position,
             priority=self.body.priority,
             namespace=self.body.extra_key or self.body.cache_salt,
             stream=self.body.stream,
+            shown_tokens=self._shown,
+            num_output_ids_in_prompt=prompt.num_output,
+            clip_to_context=self.body.clip_to_context,
         )
 
 
@@ -140,6 +154,8 @@ def choice_extras(call: OpenAiCall, stream: Stream, piece: Generation) -> dict[s
         extras["meta_info"] = {
             "id": piece.request_id,
             "version_spans": piece.version_spans,
+            "version_epochs": piece.version_epochs,
+            "prompt_version_spans": piece.prompt_version_spans,
             "seed": piece.seed,
             "logprob_mode": piece.logprob_mode,
             "cached_tokens": piece.num_cached_tokens,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.server.openai_types import check_model
-from headrace.server.prompts import encode_text, encode_texts, tokenizer_of
+from headrace.server.prompts import encode_text, encode_texts, render_chat, tokenizer_of
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.wire import convert, json_reply, read_object
@@ -26,7 +25,7 @@ class TokenizeBody(msgspec.Struct):
     prompt: str | list[str] | None = None
     messages: Any = None
     tools: Any = None
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = None  # None: to a prompt, not to a conversation
     add_generation_prompt: bool = True
     chat_template_kwargs: Any = None
 
@@ -88,21 +87,16 @@ class ModelsFace:
         return json_reply({"text": reply, "prompt": reply})
 
     async def _encode(self, texts: Mapping[str, str], body: TokenizeBody) -> list[list[int]]:
-        special = body.add_special_tokens
+        special = body.add_special_tokens is not False
         encoded = await encode_texts(self._engine, texts, add_special_tokens=special, allow_empty=True)
         return list(encoded.values())
 
     async def _encode_chat(self, body: TokenizeBody) -> list[int]:
-        tokenizer = tokenizer_of(self._engine, "messages")
         messages = normalize_messages(body.messages)
         tools = normalize_tools(body.tools) if body.tools else []
         arguments = check_template_arguments(body.chat_template_kwargs) if body.chat_template_kwargs else {}
-
-        def render() -> str:
-            return tokenizer.render_chat(messages, tools, body.add_generation_prompt, **arguments)
-
-        text = await asyncio.get_running_loop().run_in_executor(None, render)
-        return await encode_text(self._engine, text, "messages", add_special_tokens=False)
+        text = await render_chat(self._engine, messages, tools, body.add_generation_prompt, arguments)
+        return await encode_text(self._engine, text, "messages", add_special_tokens=bool(body.add_special_tokens))
 
     def _decode(self, ids: Any, field: str, body: DetokenizeBody) -> str:
         vocab_size = self._engine.resolved.model.vocab_size

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
+import os
+import stat
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,12 +13,21 @@ import msgspec
 
 from headrace.types.errors import ConfigError
 
+MAX_KEY_BYTES = 4096
+logger = logging.getLogger(__name__)
+
 
 class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How an engine is offered over HTTP.
 
-    api_key                       bearer key of every route but health; None: any bearer passes
-    admin_api_key                 bearer key of control routes; None: they take `api_key`
+    api_key                       bearer key of every route but health; None: any bearer passes. Others on this machine
+                                  can read a command line: prefer `api_key_file`, or HEADRACE_API_KEY in the environment
+                                  of `headrace serve`
+    admin_api_key                 bearer key of control routes; None: they take `api_key`. Prefer the file, or
+                                  HEADRACE_ADMIN_API_KEY
+    api_key_file                  file that holds `api_key`
+    admin_api_key_file            file that holds `admin_api_key`
+    allowed_hosts                 further names by which clients may call a server without a key; "*": any name
     insecure                      allow a non-loopback address without `api_key`
     incremental_streaming_output  `/generate` streams only what is new, instead of everything so far
     weight_roots                  folders that `/update_weights_from_disk` may read besides the model's own
@@ -27,6 +39,9 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     api_key: str | None = None
     admin_api_key: str | None = None
+    api_key_file: str | None = None
+    admin_api_key_file: str | None = None
+    allowed_hosts: tuple[str, ...] = ()
     insecure: bool = False
     incremental_streaming_output: bool = False
     weight_roots: tuple[str, ...] = ()
@@ -37,9 +52,15 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         for name in ("api_key", "admin_api_key"):
-            key = getattr(self, name)
-            if key is not None and not (key and key.isascii() and key.isprintable()):
-                raise ConfigError(f"{name} must be printable ASCII and not empty", field=name)
+            key, file = getattr(self, name), getattr(self, f"{name}_file")
+            if key is None and file is not None:
+                key = _read_key(file, f"{name}_file")
+                msgspec.structs.force_setattr(self, name, key)
+                msgspec.structs.force_setattr(self, f"{name}_file", None)
+            elif file is not None:
+                raise ConfigError(f"give {name} or {name}_file, not both", field=f"{name}_file")
+            if key is not None and not (key.strip() == key != "" and key.isascii() and key.isprintable()):
+                raise ConfigError(f"{name} must be printable ASCII, not empty, without spaces around it", field=name)
         if self.max_body_bytes < 1024:
             raise ConfigError("max_body_bytes must be at least 1024", field="max_body_bytes")
         for name in ("body_timeout", "write_timeout", "drain_timeout"):
@@ -64,6 +85,26 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
         if self.api_key is None and not self.insecure and not is_loopback(host):
             message = f"host {host} is reachable from outside: set api_key, or insecure to serve everybody"
             raise ConfigError(message, field="host")
+
+
+def _read_key(path: str, field: str) -> str:
+    """The key in a file, without the spaces and line ends around it."""
+    try:
+        with open(os.path.expanduser(path), "rb") as file:
+            mode, content = os.fstat(file.fileno()).st_mode, file.read(MAX_KEY_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{field} {path} cannot be read: {error.strerror}", field=field) from None
+    if len(content) > MAX_KEY_BYTES:
+        raise ConfigError(f"{field} {path} holds more than {MAX_KEY_BYTES} bytes", field=field)
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        logger.warning("%s %s is open to others than its owner: chmod 600", field, path)
+    try:
+        key = content.decode("ascii").strip()
+    except UnicodeDecodeError:
+        key = ""
+    if not (key and key.isprintable()):
+        raise ConfigError(f"{field} {path} must hold one line of printable ASCII", field=field)
+    return key
 
 
 def is_loopback(host: str) -> bool:

@@ -16,7 +16,7 @@ from headrace.types.errors import InternalError
 
 logger = logging.getLogger(__name__)
 
-ABORT_SECONDS = 5.0
+ABORT_SECONDS = 2.0
 
 
 class RunningServer:
@@ -69,8 +69,8 @@ async def serve(
     options.check_address(host)
     if listener is None:
         listener = listen(host, port)
-    app = create_app(engine, options)
-    server = EmbeddedServer(app)
+    app = create_app(engine, options, host)
+    server = EmbeddedServer(app, options.write_timeout)
     task = asyncio.get_running_loop().create_task(server.serve(sockets=[listener]))
     while not server.started:
         if task.done():

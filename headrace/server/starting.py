@@ -30,7 +30,7 @@ class Starting:
 
     def __init__(self, listener: socket.socket, options: ServerOptions) -> None:
         app = Limits(_answer, max_body_bytes=options.max_body_bytes, body_timeout=options.body_timeout)
-        self._server = _StartingServer(app)
+        self._server = _StartingServer(app, options.write_timeout)
         self._thread = threading.Thread(target=self._run, args=(listener.dup(),), name="headrace-starting", daemon=True)
 
     def __enter__(self) -> Starting:
@@ -55,8 +55,7 @@ class _StartingServer(EmbeddedServer):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
-        for listener in sockets or ():
-            loop.remove_reader(listener)
+        self.stop_listening()
         deadline = loop.time() + _HAND_OVER_SECONDS
         await asyncio.sleep(_STEP_SECONDS)  # those just accepted are not counted yet
         while self.server_state.connections and loop.time() < deadline:

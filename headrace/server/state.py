@@ -40,6 +40,8 @@ class ServerState:
         handles = [stream.request.handle for stream in self._streams if not stream.is_done]
         with contextlib.suppress(HeadraceError):  # a dead core has answered everything already
             self.engine.runtime.client.abort(handles, message)
+        if self.engine.tokenizer is not None:
+            self.engine.tokenizer.interrupt_chats()
 
     @property
     def model_name(self) -> str:

@@ -1,8 +1,8 @@
 """Log lines: one line per event, key=value or JSON, each naming the process that wrote it.
 
-Owns the handler on the "headrace" logger. Only process entry points configure it: a library that is imported into a
-trainer leaves the trainer's logging alone. Must not know what is being logged; whoever starts a process says its role
-and rank, and every record carries them.
+Owns the handler on the "headrace" logger and on those of the libraries that serve for us. Only process entry points
+configure it: a library that is imported into a trainer leaves the trainer's logging alone. Must not know what is being
+logged; whoever starts a process says its role and rank, and every record carries them.
 
 A caller adds fields with the standard `extra` argument: `logger.info("loaded", extra={"fields": {"seconds": 1.2}})`.
 """
@@ -16,7 +16,10 @@ from typing import Any, TextIO
 
 import msgspec
 
+from headrace.telemetry.log_writer import QueuedHandler
+
 LOGGER_NAME = "headrace"
+LIBRARIES = ("asyncio", "uvicorn")
 
 
 class LogContext(msgspec.Struct, frozen=True):
@@ -31,15 +34,25 @@ def configure_logging(
 ) -> logging.Logger:
     """Send the "headrace" logger's records to `stream` (stderr by default), replacing its handlers.
 
+    Records go to the stream's descriptor, if it has one, without anybody waiting for whoever reads it.
+
     `level` is a standard level's number, or its name in any case; `ValueError` if it is not one.
     """
     logger = logging.getLogger(LOGGER_NAME)
-    handler = logging.StreamHandler(stream or sys.stderr)
+    handler = _handler(stream or sys.stderr)
     handler.setFormatter(_JsonFormatter(context) if as_json else _LineFormatter(context))
-    logger.handlers = [handler]
-    logger.propagate = False
+    for each in (logger, *map(logging.getLogger, LIBRARIES)):
+        each.handlers = [handler]
+        each.propagate = False
     logger.setLevel(level.upper() if isinstance(level, str) else level)
     return logger
+
+
+def flush_logs() -> None:
+    """Wait a moment until what was logged is written."""
+    for handler in logging.getLogger(LOGGER_NAME).handlers:
+        if isinstance(handler, QueuedHandler):
+            handler.flush()
 
 
 def logging_words() -> list[str]:
@@ -47,6 +60,16 @@ def logging_words() -> list[str]:
     logger = logging.getLogger(LOGGER_NAME)
     words = ["--log-level", str(logger.level)] if logger.level else []
     return words + ["--log-json"] * any(isinstance(handler.formatter, _JsonFormatter) for handler in logger.handlers)
+
+
+def _handler(stream: TextIO | None) -> logging.Handler:
+    """A process may have been started without a stream to write to."""
+    if stream is None:
+        return logging.NullHandler()
+    try:
+        return QueuedHandler(stream.fileno())
+    except (OSError, ValueError):
+        return logging.StreamHandler(stream)  # a file in memory, which nobody has to read
 
 
 class _LineFormatter(logging.Formatter):

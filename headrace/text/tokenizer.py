@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
+from headrace.text.chat import check_template_arguments
 from headrace.text.pieces import WHOLE, ByteStream, DecoderPlan, PieceStream, byte_token, read_decoder, token_bytes
+from headrace.text.templates import TemplateRenderer
+from headrace.text.tokenizer_files import library_faults, load_backend
 from headrace.types.errors import ConfigError, RequestError
 
 _NUM_CHECKS = 32
 _CHECK_LENGTH = 24
-_TEMPLATE_FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class Tokenizer:
@@ -31,24 +34,21 @@ class Tokenizer:
         self._library = backend.backend_tokenizer
         self._library.no_truncation()
         self._library.no_padding()
+        self._renderer = TemplateRenderer()
         added = self._library.get_added_tokens_decoder()
         self._special_tokens = frozenset(token.content for token in added.values() if token.special)
         self.vocab_size: int = self._library.get_vocab_size(with_added_tokens=True)
         self._token_strings = TokenStrings(self._library, frozenset())
         self.decoder_plan = self._checked_plan()
-        self._tables = {skip: self._make_tables(skip) for skip in (False, True)}
+        self._tables: dict[frozenset[str], TokenStrings | BytePieces] = {}
 
     @classmethod
-    def load(cls, name_or_path: str) -> Tokenizer:
-        """Load from a folder or hub id. Raises `ConfigError` when there is none that works without running its code."""
-        from transformers import AutoTokenizer
-
-        try:
-            backend = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ConfigError(f"no usable tokenizer in {name_or_path}: {reason}", field="tokenizer") from error
-        return cls(backend)
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """Load from a folder. Raises `ConfigError` when there is none that works without running its code."""
+        backend = load_backend(Path(folder))
+        with library_faults(ConfigError, f"the tokenizer in {folder} does not work", "tokenizer"):
+            backend.backend_tokenizer.encode("")  # a post-processor that names a token there is not fails here
+            return cls(backend)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -60,6 +60,10 @@ class Tokenizer:
     def special_token_ids(self) -> tuple[int, ...]:
         """Ids that `skip_special_tokens` hides."""
         return tuple(sorted(self._library.token_to_id(token) for token in self._special_tokens))
+
+    def special_token_id(self, text: str) -> int | None:
+        """The id of the token that `skip_special_tokens` hides and whose string is `text`, if there is one."""
+        return self._library.token_to_id(text) if text in self._special_tokens else None
 
     @property
     def bos_token_id(self) -> int | None:
@@ -80,7 +84,8 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise RequestError(f"text is not valid Unicode: {error.reason} at {error.start}", field="text") from None
-        ids: list[int] = self._library.encode(text, add_special_tokens=add_special_tokens).ids
+        with library_faults(RequestError, "the tokenizer cannot encode this text", "text"):
+            ids: list[int] = self._library.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def decode(
@@ -115,57 +120,105 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         **template_arguments: Any,
     ) -> str:
-        """The chat template's text, rendered in jinja's immutable sandbox.
+        """The chat template's text, rendered in a process of its own with a bound on time and memory.
 
         Raises `RequestError` when there is no template or it refuses the messages.
         """
-        from jinja2.exceptions import TemplateError
+        return self._renderer.render(*self._rendering(messages, tools, add_generation_prompt, template_arguments))
 
-        if self.chat_template is None:
-            raise RequestError("the tokenizer has no chat template; send token ids or a plain prompt", field="messages")
-        try:
-            text: str = self._backend.apply_chat_template(
-                list(messages),
-                tools=list(tools) if tools else None,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-                **template_arguments,
-            )
-        except (TemplateError, *_TEMPLATE_FAULTS) as error:
-            raise RequestError(f"the chat template refused the messages: {error}", field="messages") from None
-        return text
+    def submit_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **template_arguments: Any,
+    ) -> Future[str]:
+        """As `render_chat`, for a caller that must not wait: the text comes later, and so may its `RequestError`."""
+        return self._renderer.submit(*self._rendering(messages, tools, add_generation_prompt, template_arguments))
+
+    def interrupt_chats(self) -> None:
+        """Refuse the conversations that are being rendered now."""
+        self._renderer.interrupt()
+
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        *,
+        tokenize: Literal[True] = True,
+        **template_arguments: Any,
+    ) -> list[int]: ...
+
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        *,
+        tokenize: Literal[False],
+        **template_arguments: Any,
+    ) -> str: ...
 
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        *,
+        tokenize: bool = True,
         **template_arguments: Any,
-    ) -> list[int]:
-        """Ids of a conversation; raises as `render_chat` does."""
+    ) -> list[int] | str:
+        """Ids of a conversation, or its text with `tokenize=False`; raises as `render_chat` does."""
         text = self.render_chat(messages, tools, add_generation_prompt, **template_arguments)
-        return self.encode(text, add_special_tokens=False)
+        return self.encode(text, add_special_tokens=False) if tokenize else text
 
-    def byte_pieces(self, skip_special_tokens: bool) -> Mapping[int, bytes]:
-        """For a byte-level vocabulary: the bytes of every id, b"" for ids that do not show."""
-        table = self._tables[skip_special_tokens]
+    def byte_pieces(self, skip_special_tokens: bool, shown: frozenset[str] = frozenset()) -> Mapping[int, bytes]:
+        """For a byte-level vocabulary: the bytes of every id, b"" for ids that do not show. Special tokens in `shown`
+        show although others are skipped."""
+        table = self._table(skip_special_tokens, shown)
         assert isinstance(table, BytePieces)
         return table
 
-    def string_pieces(self, skip_special_tokens: bool) -> Mapping[int, str | None]:
-        """The token string of every id, None for ids that do not show."""
-        table = self._tables[skip_special_tokens]
+    def string_pieces(self, skip_special_tokens: bool, shown: frozenset[str] = frozenset()) -> Mapping[int, str | None]:
+        """For the other vocabularies: the token string of every id, None for ids that do not show."""
+        table = self._table(skip_special_tokens, shown)
         assert isinstance(table, TokenStrings)
         return table
+
+    def special_among(self, tokens: Iterable[str]) -> frozenset[str]:
+        """Those of `tokens` that `skip_special_tokens` hides."""
+        return self._special_tokens.intersection(tokens)
+
+    def _rendering(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+        arguments: Mapping[str, Any],
+    ) -> tuple[str, Sequence[Mapping[str, Any]], dict[str, Any]]:
+        """The template, the messages and the variables, as transformers chooses them."""
+        templates = self._backend.chat_template
+        if isinstance(templates, Mapping):
+            templates = templates.get("tool_use" if tools and "tool_use" in templates else "default")
+        if not isinstance(templates, str):
+            raise RequestError("the tokenizer has no chat template; send token ids or a plain prompt", field="messages")
+        given = {"tools": list(tools) if tools else None, "add_generation_prompt": add_generation_prompt}
+        arguments = check_template_arguments(arguments, "template_arguments")
+        return templates, messages, {"documents": None, **self._backend.special_tokens_map, **arguments, **given}
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files into `folder`."""
         self._backend.save_pretrained(str(folder))
 
-    def _make_tables(self, skip_special_tokens: bool) -> TokenStrings | BytePieces:
-        hidden = self._special_tokens if skip_special_tokens else frozenset()
-        strings = TokenStrings(self._library, hidden)
-        return BytePieces(strings) if self.decoder_plan.kind == "bytes" else strings
+    def _table(self, skip_special_tokens: bool, shown: frozenset[str]) -> TokenStrings | BytePieces:
+        hidden = self._special_tokens - shown if skip_special_tokens else frozenset()
+        if hidden not in self._tables:
+            strings = TokenStrings(self._library, hidden)
+            self._tables[hidden] = BytePieces(strings) if self.decoder_plan.kind == "bytes" else strings
+        return self._tables[hidden]
 
     def _checked_plan(self) -> DecoderPlan:
         """The streaming plan, if it decodes random ids exactly as the library does; else the whole-list plan."""

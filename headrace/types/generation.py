@@ -6,9 +6,10 @@ from typing import Literal
 
 import msgspec
 
+from headrace.types.errors import ErrorInfo
 from headrace.types.sampling_params import LogprobMode
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class Generation(msgspec.Struct, frozen=True, kw_only=True):
@@ -16,11 +17,17 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
 
     token_ids, logprobs   generated ids, the stop token included, and one log-probability each (natural log)
     version_spans         ((version, num_tokens), ...), in order, summing to len(token_ids)
+    version_epochs        the weight epoch of each span: it grows with every update, also if a label is given again
+    prompt_version_spans  ((version, num_tokens), ...) of the prompt's positions, from the first on, by the weights that
+                          scored them; only with prompt_logprobs or for no new tokens. They sum to num_prompt_tokens
+                          unless the request was aborted before all were scored
     prompt_logprobs       one per prompt token, None where there is none (always the first); [] if not asked
     top_logprobs          per generated token {id: logprob} of the most probable ids; [] if not asked
     token_ids_logprobs    per generated token {id: logprob} of the asked ids; [] if not asked
     prompt_top_logprobs, prompt_token_ids_logprobs   the same per prompt token (None where there is none)
-    finish_reason         "stop" | "length" | "abort"; None on a stream piece that is not the last
+    finish_reason         "stop" | "length" | "abort" | "error" (with `return_errors` only); None on a stream piece that
+                          is not the last
+    error                 what ended it with finish reason "error": its `to_exception()` is what would have been raised
     matched               the stop token id or stop string that ended it
     seed                  the seed this sample was drawn with: the same request with it gives the same sample
     """
@@ -41,7 +48,10 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
     matched: int | str | None = None
     finish_message: str = ""
+    error: ErrorInfo | None = None
     version_spans: list[tuple[str, int]] = []
+    version_epochs: list[int] = []
+    prompt_version_spans: list[tuple[str, int]] = []
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0

@@ -15,15 +15,19 @@ from headrace.types.request import Float32Array, Int32Array, TokenSampling
 from headrace.types.sampling_params import LogprobOptions
 
 LAST_TOKEN = -1
-"""In `StepPlan.token_ids`: the token this slot sampled last, which the scheduler may not know yet."""
+"""In `StepPlan.token_ids`: the token that this slot sampled for the row's position, not known to the scheduler yet.
+
+With one token a row and step it is the last one sampled. A step that samples several may bring tokens of positions that
+steps in flight sample too: of a position sampled twice the first token counts, on the device as in the scheduler.
+"""
 
 
 class SlotInit(msgspec.Struct, frozen=True):
     """A sequence enters a slot, in place of whatever the slot held.
 
     `token_ids` (int32) are all tokens known on entry: the prompt, and for a sequence that was preempted its output so
-    far; penalties count from them. Stop ids are masked out of the logits while the new token's absolute position is
-    below `min_length`.
+    far; penalties count from them, those from `first_output` on as output. Stop ids are masked out of the logits while
+    the new token's absolute position is below `min_length`.
     """
 
     slot: int
@@ -34,6 +38,12 @@ class SlotInit(msgspec.Struct, frozen=True):
     logprobs: LogprobOptions
     stop_token_ids: tuple[int, ...]
     min_length: int
+    num_output_ids_in_prompt: int = 0
+
+    @property
+    def first_output(self) -> int:
+        """The absolute position of the first token that is output, of this request or of the one that it resumes."""
+        return self.num_prompt_tokens - self.num_output_ids_in_prompt
 
 
 class StepPlan(msgspec.Struct, frozen=True):
@@ -87,8 +97,9 @@ class StepResult(msgspec.Struct, frozen=True):
     """What one step produced. s is the number of True in the plan's `row_samples`; entries are in row order.
 
     token_ids [s, k] int32 and logprobs [s, k] float32 hold `num_tokens` [s] valid tokens each (k is 1 without
-    speculation). `extras` maps a row index to its sampled positions' further log-probabilities, `prompt_logprobs` a row
-    index to the prompt positions scored by it; both hold only rows that asked.
+    speculation), at consecutive positions from row_starts + row_lengths on. `extras` maps a row index to its sampled
+    positions' further log-probabilities, `prompt_logprobs` a row index to the prompt positions scored by it; both hold
+    only rows that asked.
     """
 
     step_id: int

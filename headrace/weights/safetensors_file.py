@@ -42,14 +42,20 @@ class FileTensor:
         self._file = file
         self._offset = offset
 
-    def copy_rows(self, rows: slice, destination: torch.Tensor) -> None:
-        """Write these rows, converted, into `destination`. `CheckpointError` if the file has changed meanwhile."""
-        dtype, tail = TORCH_DTYPES[self.info.dtype], self.info.shape[1:]
-        start = self._offset + rows.start * num_elements(tail) * dtype.itemsize
-        if destination.device.type == "cpu" and destination.dtype == dtype and destination.is_contiguous():
+    @property
+    def num_elements(self) -> int:
+        """Elements of the whole tensor."""
+        return num_elements(self.info.shape)
+
+    def copy(self, part: slice, destination: torch.Tensor) -> None:
+        """Write these elements, converted, into `destination`, which is flat. `CheckpointError` if the file has changed
+        meanwhile."""
+        dtype = TORCH_DTYPES[self.info.dtype]
+        start = self._offset + part.start * dtype.itemsize
+        if destination.device.type == "cpu" and destination.dtype == dtype:
             self._file.read_into(bytes_of(destination).data, start)
             return
-        block = torch.empty((rows.stop - rows.start, *tail), dtype=dtype)
+        block = torch.empty(part.stop - part.start, dtype=dtype)
         self._file.read_into(bytes_of(block).data, start)
         destination.copy_(block)
 

@@ -110,6 +110,12 @@ class WeightMap:
         rule = self.rules_by_name.get(self.aliases.get(hf_name, hf_name))
         return rule.shape if rule else None
 
+    def untie(self, manifest: Sequence[TensorInfo]) -> Sequence[TensorInfo]:
+        """The manifest with a tied name replaced by the one it repeats, where that is absent: they are one tensor."""
+        names = {info.name for info in manifest}
+        alone = {alias: target for alias, target in self.aliases.items() if alias in names and target not in names}
+        return [msgspec.structs.replace(info, name=alone.get(info.name, info.name)) for info in manifest]
+
     def check_manifest(self, manifest: Sequence[TensorInfo], partial: bool) -> None:
         """Check a whole manifest before anything is touched.
 

@@ -23,7 +23,7 @@ from headrace.attention import (
 from headrace.attention.base import DeviceTables, HeadNorms, Launch, RotaryTables, StepRows
 from headrace.attention.flashinfer import FlashInferAttention, Library, page_lists
 from headrace.attention.reference import ReferenceAttention
-from headrace.config.model_spec import RopeSpec
+from headrace.config import RopeSpec
 from headrace.kernels.paged_kv import KvGeometry, KvPool
 from headrace.kernels.rope_tables import rope_tables
 from headrace.kernels.triton.row_operations import HeadLayout, reference_rope

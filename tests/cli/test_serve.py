@@ -17,6 +17,10 @@ from typing import Any
 import httpx
 import pytest
 
+from headrace import ConfigError
+from headrace.cli.serve import with_keys
+from headrace.server import ServerOptions
+
 ROOT = Path(__file__).resolve().parents[2]
 POLICY = ROOT / "headrace" / "rl" / "policy"
 OPEN_PATHS = ("/health", "/health_generate", "/ready")
@@ -65,7 +69,7 @@ def test_a_server_that_loads_answers_503_and_then_serves(process: subprocess.Pop
     refused = httpx.post(f"{url}/generate", json=LONG, timeout=60)
     assert refused.status_code == 503 and refused.headers["retry-after"]
     assert refused.json()["retryable"] is True and "starting" in refused.json()["message"]
-    head = b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000000000\r\n\r\n"
+    head = b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000000000000\r\n\r\n"
     assert raw_exchange(url, head).startswith(b"HTTP/1.1 413")
     statuses: list[int] = []
     while not statuses or statuses[-1] != 200:  # every one of them is answered, also while the servers change
@@ -99,3 +103,18 @@ def test_a_start_that_fails_ends_with_one_line(tmp_path: Path) -> None:
     errors = [line for line in lines if line.startswith("headrace serve: ")]
     assert errors == lines[-1:] and "model.safetensors" in errors[0]
     assert not any("Traceback" in line for line in lines)
+
+
+def test_keys_come_from_the_environment_and_flags_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    for options, expected in (
+        ({}, {"api_key": "one", "admin_api_key": "two"}),
+        ({"api_key": "flag"}, {"api_key": "flag", "admin_api_key": "two"}),
+        ({"api_key_file": "path"}, {"api_key_file": "path", "admin_api_key": "two"}),
+    ):
+        monkeypatch.setenv("HEADRACE_API_KEY", "one\n")
+        monkeypatch.setenv("HEADRACE_ADMIN_API_KEY", "two")
+        assert with_keys(dict(options)) == expected
+        assert "HEADRACE_API_KEY" not in os.environ  # the core and the templates' process need not know it
+    monkeypatch.setenv("HEADRACE_API_KEY", " ")
+    with pytest.raises(ConfigError):
+        ServerOptions.from_dict(with_keys({}))

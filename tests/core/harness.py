@@ -144,6 +144,7 @@ class ScriptLink:
         known = self.deltas.setdefault(delta.handle, [])
         assert not known or known[-1].finish is None, f"request {delta.handle} was answered after its end"
         assert len(delta.token_ids) == len(delta.logprobs) == 4 * sum(count for _, count in delta.spans)
+        assert len(delta.spans) == len(delta.span_epochs)
         known.append(delta)
 
 

@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
+import numpy as np
 import pytest
 import torch
 
 from headrace.cache import Match, Namespace
 from headrace.core.executor import StepError
-from headrace.core.fake_executor import FREE_LOGPROB, FreeExecutor
+from headrace.core.fake_executor import FREE_LOGPROB, FreeExecutor, free_tokens
 from headrace.core.service import run_core
+from headrace.ipc import SharedBuffer
 from headrace.scheduler import Scheduler
 from headrace.scheduler.roster import Roster
 from headrace.scheduler.sequence import Sequence
 from headrace.types.messages import (
     Abort,
+    AbortUpdate,
+    BeginUpdate,
+    Command,
     CommitUpdate,
     Digest,
     Finished,
     FlushCache,
     GetWeight,
+    GiveUp,
+    Pause,
     Resume,
     SetVersion,
     Shutdown,
-    WeightBytes,
+    Stage,
+    UpdateFromDisk,
+    WeightPart,
     WeightsChecker,
 )
 from headrace.types.plan import StepResult
 from headrace.types.request import Request
 from headrace.types.sampling_params import LogprobOptions
-from tests.core.harness import VOCAB_SIZE, Core, digest_of, new_tensors, request
+from headrace.types.weights import BufferEntry, BufferRef
+from tests.core.harness import VOCAB_SIZE, Core, digest_of, manifest_of, new_tensors, request
 
 
 def test_a_request_runs_to_its_end() -> None:
@@ -53,6 +65,30 @@ def test_tokens_do_not_depend_on_the_overlap(overlap_depth: int) -> None:
         finish = core.finish(handle)
         assert finish is not None
         assert (finish.type, finish.matched) == (("stop", 12) if first <= 12 else ("length", None))
+
+
+class SeveralTokens(FreeExecutor):
+    """Samples 1, 2 or 3 tokens a row, by its position."""
+
+    def collect(self) -> StepResult:
+        plan = self._plans[0]
+        first = (plan.row_starts + plan.row_lengths)[plan.row_samples]
+        token_ids = free_tokens((first[:, None] + np.arange(3)).astype(np.int32), VOCAB_SIZE)
+        logprobs = np.full(token_ids.shape, FREE_LOGPROB, np.float32)
+        result = super().collect()
+        return msgspec.structs.replace(result, token_ids=token_ids, logprobs=logprobs, num_tokens=1 + first % 3)
+
+
+@pytest.mark.parametrize("overlap_depth", range(4))
+def test_a_step_may_bring_several_tokens_a_row(overlap_depth: int) -> None:
+    core = Core(SeveralTokens(VOCAB_SIZE), overlap_depth=overlap_depth, max_num_batched_tokens=16)
+    for handle in range(1, 12):
+        core.submit(request(handle, range(1, handle + 2), 12, deliver_every=handle % 3, stop_token_ids=(20,)))
+    core.settle()
+    for handle in range(1, 12):
+        assert core.tokens(handle) == list(range(handle + 2, min(handle + 14, 21)))
+        assert core.spans(handle) == [("default", len(core.tokens(handle)))]
+    assert core.status().metrics["num_invariant_breaches"] == 0
 
 
 def test_streamed_deltas_add_up() -> None:
@@ -162,14 +198,61 @@ def test_set_version_relabels_without_a_new_epoch() -> None:
     assert core.refused(SetVersion, "").field == "version"
 
 
+NOWHERE = BufferRef("/nowhere", 4096)
+CALLS: dict[str, Callable[[int], Command]] = {
+    "pause": lambda call_id: Pause(call_id, "keep"),
+    "drain": lambda call_id: Pause(call_id, "drain"),
+    "resume": Resume,
+    "begin": lambda call_id: BeginUpdate(call_id, "late", manifest_of(new_tensors(1.0))),
+    "stage": lambda call_id: Stage(call_id, 1, NOWHERE, (BufferEntry(0, 0),)),
+    "commit": lambda call_id: CommitUpdate(call_id, 1),
+    "abort": lambda call_id: AbortUpdate(call_id, 1),
+    "disk": lambda call_id: UpdateFromDisk(call_id, "/nowhere", "late"),
+    "version": lambda call_id: SetVersion(call_id, "late"),
+    "read": lambda call_id: GetWeight(call_id, "k.weight", NOWHERE),
+    "digest": Digest,
+    "reset": lambda call_id: WeightsChecker(call_id, "reset_tensors"),
+    "flush": FlushCache,
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("how", ["late", "given up", "given up later"])
+def test_a_call_that_nobody_waits_for_is_not_begun(name: str, how: str) -> None:
+    """A long step was in the way, or the caller went away before it was over."""
+    core = Core()
+    before = core.status()
+    command = CALLS[name](77)
+    if how == "late":
+        core.send(msgspec.structs.replace(command, deadline=core.clock.now))
+    elif how == "given up":
+        core.send(command, GiveUp(78, 77))
+    else:
+        core.call(GiveUp, 77)  # it was answered long ago, or never came
+        core.send(msgspec.structs.replace(command, deadline=core.clock.now - 1.0))
+    core.turn(3)
+    assert core.error(77).code == "DeadlineError" and core.error(77).retryable
+    after = core.status()
+    for field in ("state", "version", "epoch", "paused", "updating"):
+        assert getattr(after, field) == getattr(before, field)
+
+
 def test_weights_are_read_back_by_name() -> None:
     core = Core()
-    found = core.call(GetWeight, "k.weight", kind=WeightBytes)
-    assert (found.info.name, found.info.shape, found.info.dtype) == ("k.weight", (4, 4), "float32")
-    live = core.store.live["qkv"][4:8]
-    assert torch.equal(torch.frombuffer(bytearray(found.data), dtype=torch.float32).view(4, 4), live)
-    assert core.call(GetWeight, "lm_head.weight", kind=WeightBytes).info.shape == (8, 4)
-    assert core.refused(GetWeight, "nothing").code == "NotFoundError"
+    with SharedBuffer.create(4096) as buffer:
+        found = core.call(GetWeight, "k.weight", buffer.ref, kind=WeightPart)
+        assert (found.info.name, found.info.shape, found.info.dtype) == ("k.weight", (4, 4), "float32")
+        live = core.store.live["qkv"][4:8]
+        assert (found.num_bytes, found.total) == (64, 64)
+        assert bytes(buffer.view[:64]) == live.numpy().tobytes()
+        found = core.call(GetWeight, "k.weight", buffer.ref, 16, 3, kind=WeightPart)
+        assert (found.num_bytes, found.total) == (32, 48)
+        assert bytes(buffer.view[:32]) == live[1:3].numpy().tobytes()
+        assert core.call(GetWeight, "lm_head.weight", buffer.ref, kind=WeightPart).info.shape == (8, 4)
+        assert core.refused(GetWeight, "nothing", buffer.ref).code == "NotFoundError"
+        assert core.refused(GetWeight, "k.weight", buffer.ref, 2).field == "start"
+        assert core.refused(GetWeight, "k.weight", buffer.ref, 80).field == "start"
+    assert core.refused(GetWeight, "k.weight", BufferRef("/nowhere", 64)).field == "buffer"
 
 
 def test_digest_sees_one_flipped_bit() -> None:

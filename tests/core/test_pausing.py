@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from headrace.types.messages import Abort, Pause, Resume
+from headrace.types.messages import Abort, GiveUp, Pause, Resume
 from tests.core.harness import Core, request
 
 
@@ -68,10 +68,10 @@ def test_drain_lets_started_ones_finish_and_starts_no_other() -> None:
 
 
 def test_drain_has_a_deadline_and_then_nothing_is_paused() -> None:
-    core = Core(control_timeout=30.0)
+    core = Core()
     core.submit(request(1, max_new_tokens=200))
     core.turn(3)
-    call_id = core.start(Pause, "drain")
+    call_id = core.start(Pause, "drain", core.clock.now + 30.0)
     core.turn()
     core.clock.now += 30.0
     core.turn()
@@ -79,6 +79,82 @@ def test_drain_has_a_deadline_and_then_nothing_is_paused() -> None:
     assert core.status().paused == ""
     core.settle()
     assert core.finish_types(1) == ["length"]
+
+
+@pytest.mark.parametrize("before", ["keep", "recompute", "abort"])
+@pytest.mark.parametrize("how", ["late", "given up"])
+def test_a_drain_that_is_undone_leaves_the_pause_before_it(before: str, how: str) -> None:
+    core = Core()
+    core.submit(request(1, max_new_tokens=200, deliver_every=1))
+    core.turn(3)
+    core.call(Pause, before)
+    core.submit(request(2, max_new_tokens=200))
+    drain = core.start(Pause, "drain", core.clock.now + 5.0)
+    core.turn(3)
+    assert core.status().paused == ("drain" if before == "keep" else core.status().paused)
+    if how == "late":
+        core.clock.now += 5.0
+        core.turn()
+    else:
+        core.call(GiveUp, drain)
+    if before == "keep":
+        assert core.error(drain).code == "DeadlineError"
+        assert core.status().paused == "keep"
+        found = core.tokens(1)
+        core.turn(5)
+        assert core.tokens(1) == found  # no step is left of the drain
+    core.call(Resume)
+    assert core.status().paused == ""
+
+
+@pytest.mark.parametrize("mode", ["keep", "recompute", "abort", "drain"])
+def test_a_pause_given_up_after_its_answer_pauses_nobody(mode: str) -> None:
+    core = Core()
+    core.submit(request(1, max_new_tokens=30))
+    core.turn(3)
+    pause = core.start(Pause, mode)
+    core.until(lambda: pause in core.link.replies)
+    core.call(GiveUp, pause)
+    assert core.status().paused == ""
+    core.submit(request(2, max_new_tokens=3))
+    core.settle()
+    assert core.finish_types(2) == ["length"]
+
+
+def test_of_two_pausers_the_one_who_gives_up_takes_nothing_from_the_other() -> None:
+    core = Core()
+    first, second = core.start(Pause, "keep"), core.start(Pause, "abort")
+    core.turn()
+    core.call(GiveUp, second)
+    assert core.status().paused == "keep"
+    third = core.start(Pause, "recompute")
+    core.turn()
+    core.call(GiveUp, first)
+    assert core.status().paused == "recompute"
+    core.call(GiveUp, third)
+    assert core.status().paused == ""
+    late = core.start(Pause, "keep")
+    core.turn()
+    core.call(Resume)
+    core.call(Pause, "abort")
+    core.call(GiveUp, late)  # a resume has ended it, and another pause is none of its business
+    assert core.status().paused == "abort"
+
+
+def test_each_of_two_drains_has_its_own_deadline() -> None:
+    core = Core()
+    core.submit(request(1, max_new_tokens=60))
+    core.turn(3)
+    hasty, patient = core.start(Pause, "drain", core.clock.now + 5.0), core.start(Pause, "drain", core.clock.now + 90.0)
+    core.turn()
+    assert core.loop._time_to_deadline() <= 5.0
+    core.clock.now += 5.0
+    core.turn()
+    assert core.error(hasty).code == "DeadlineError"
+    assert patient not in core.link.replies and core.status().paused == "drain"
+    core.settle()
+    core.answer(patient)
+    assert core.status().paused == "drain"
 
 
 def test_a_later_pause_or_resume_replaces_a_drain() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -19,6 +21,7 @@ from headrace.types.messages import (
     BeginUpdate,
     CommitUpdate,
     Digest,
+    GiveUp,
     Pause,
     Resume,
     Stage,
@@ -28,7 +31,16 @@ from headrace.types.weights import BufferEntry, BufferRef, InFlight, TensorInfo,
 from headrace.weights.checkpoint import Checkpoint
 from headrace.weights.store import WeightStore
 from headrace.weights.weight_map import ParamSpec, WeightMap, WeightRule
-from tests.core.harness import VOCAB_SIZE, Core, digest_of, manifest_of, new_tensors, request, tiny_store
+from tests.core.harness import (
+    VOCAB_SIZE,
+    Core,
+    bucket_of,
+    digest_of,
+    manifest_of,
+    new_tensors,
+    request,
+    tiny_store,
+)
 
 MODES = ["shadow", "inplace"]
 NEW = new_tensors(3.0)
@@ -487,6 +499,171 @@ def test_a_folder_that_does_not_fit_leaves_the_old_weights(tmp_path: Path) -> No
     assert core.refused(UpdateFromDisk, str(tmp_path / "nothing"), "disk").code == "CheckpointError"
     assert core.call(Digest, kind=dict[str, str]) == before
     assert (core.status().state, core.status().updating) == ("ready", False)
+
+
+class SlowDiskExecutor(DiskExecutor):
+    """Reading a tensor takes ten seconds."""
+
+    core: Core
+
+    def checkpoint(self, folder: Path, root: Path | None) -> Any:
+        manifest, tensors = super().checkpoint(folder, root)
+        return manifest, self._slowly(tensors)
+
+    def _slowly(self, tensors: Any) -> Any:
+        for pair in tensors:
+            self.core.clock.now += 10.0
+            yield pair
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("how", ["late", "given up"])
+def test_an_update_from_disk_does_not_outlive_its_caller(tmp_path: Path, mode: str, how: str) -> None:
+    """However often a tensor is staged in between."""
+    save_file(NEW, tmp_path / "model.safetensors")
+    executor = SlowDiskExecutor(VOCAB_SIZE, weights=tiny_store())
+    core = executor.core = Core(executor)
+    core.loop.replica.update.advance = _one_block(core.loop.replica.update.advance)  # type: ignore[method-assign]
+    disk = core.start(UpdateFromDisk, str(tmp_path), "disk", mode, "keep", core.clock.now + 25.0)
+    core.turn(2)
+    assert disk not in core.link.replies
+    if how == "given up":
+        core.call(GiveUp, disk)
+    core.until(lambda: disk in core.link.replies)
+    assert core.error(disk).code == "DeadlineError"
+    core.settle()
+    status = core.status()
+    assert (status.version, status.epoch, status.updating) == ("default", 0, False)
+    assert status.state == ("ready" if mode == "shadow" else "poisoned")
+    update(core, NEW)
+
+
+def _one_block(advance: Any) -> Any:
+    return lambda budget_s, now: advance(0.0, now)
+
+
+@pytest.mark.parametrize("how", ["late", "given up"])
+def test_a_commit_that_waits_too_long_ends_its_session(how: str) -> None:
+    core = Core()
+    core.submit(request(1, max_new_tokens=200))
+    core.turn(3)
+    session = core.begin(NEW)
+    core.stage(session, NEW)
+    commit = core.start(CommitUpdate, session, core.clock.now + 20.0)
+    core.turn(3)
+    assert core.loop._time_to_deadline() <= 20.0
+    if how == "late":
+        core.clock.now += 20.0
+        core.turn()
+    else:
+        core.call(GiveUp, commit)
+    assert core.error(commit).code == "DeadlineError"
+    assert not core.status().updating
+    core.settle()
+    assert core.spans(1) == [("default", 200)]
+    update(core, NEW)
+
+
+@pytest.mark.parametrize("how", ["late", "given up"])
+def test_a_bucket_that_waits_too_long_is_read_no_more(how: str) -> None:
+    core = Core()
+    core.submit(request(1, max_new_tokens=200))
+    core.turn(3)
+    session = core.begin(NEW, mode="inplace")
+    stage = core.start_stage(session, NEW)
+    core.link.commands[-1] = msgspec.structs.replace(core.link.commands[-1], deadline=core.clock.now + 20.0)
+    core.turn(3)
+    if how == "late":
+        core.clock.now += 20.0
+        core.turn()
+    else:
+        core.call(GiveUp, stage)
+    assert core.error(stage).code == "DeadlineError"
+    core.buffer.view[:] = bytes(len(core.buffer.view))  # its owner fills it again
+    core.settle()
+    core.stage(session, NEW)
+    core.call(CommitUpdate, session, kind=UpdateReport)
+    check_live(core, NEW)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_session_whose_opener_gave_up_is_dropped(mode: str) -> None:
+    core = Core()
+    begin = core.start(BeginUpdate, "never", manifest_of(NEW), mode)
+    core.turn()
+    core.answer(begin, dict)
+    core.call(GiveUp, begin)
+    assert (core.status().updating, core.status().state) == (False, "ready")
+    update(core, NEW)
+    core.begin(NEW)
+    core.call(GiveUp, begin)
+    assert core.status().updating  # that one is another's
+
+
+def test_whichever_session_is_open_can_be_aborted() -> None:
+    core = Core()
+    core.call(AbortUpdate, None)
+    core.begin(NEW)
+    core.call(AbortUpdate, None)
+    assert not core.status().updating
+    update(core, NEW)
+
+
+BIG = {"embed.weight": torch.arange(32, dtype=torch.float32).view(8, 4)} | {
+    name: tensor for name, tensor in NEW.items() if name != "embed.weight"
+}
+
+
+def send_piece(core: Core, session: int, start: int, stop: int) -> int:
+    """Stage bytes of the first tensor."""
+    core.buffer, _ = bucket_of([BIG["embed.weight"].view(-1)[start // 4 : stop // 4]])
+    return core.start(Stage, session, core.buffer.ref, (BufferEntry(0, 0, start, stop - start),))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("cuts", [[0, 64, 128], [0, 4, 8, 124, 128], [0, 128]])
+def test_a_tensor_may_come_in_pieces(mode: str, cuts: list[int]) -> None:
+    core = Core()
+    session = core.begin({**BIG, "lm_head.weight": BIG["embed.weight"]}, mode=mode)
+    for start, stop in pairwise(cuts):
+        assert core.refused(CommitUpdate, session).field == "embed.weight"
+        stage = send_piece(core, session, start, stop)
+        core.until(lambda stage=stage: stage in core.link.replies)  # type: ignore[misc]
+        core.answer(stage)
+    core.stage(session, {**BIG, "lm_head.weight": BIG["embed.weight"]}, [*list(BIG)[1:], "lm_head.weight"])
+    core.call(CommitUpdate, session, kind=UpdateReport)
+    check_live(core, BIG)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [[(64, 128)], [(0, 64), (0, 64), (32, 128)], [(0, 64), (96, 128)], [(0, 64), (64, 130)], [(0, 128), (0, 64)]],
+    ids=["not the first", "overlap", "hole", "too long", "twice"],
+)
+def test_no_element_is_written_twice_or_never(pieces: list[tuple[int, int]]) -> None:
+    core = Core()
+    session = core.begin(BIG)
+    calls = [send_piece(core, session, *piece) for piece in pieces[:-1]]
+    core.until(lambda: all(call in core.link.replies for call in calls))
+    *_, last = [send_piece(core, session, *pieces[-1])]
+    core.until(lambda: last in core.link.replies)
+    assert core.error(last).code == "WeightUpdateError" and core.error(last).field == "embed.weight"
+
+
+def test_a_piece_that_was_dropped_is_begun_with_its_tensor_again() -> None:
+    core = Core()
+    core.submit(request(1, max_new_tokens=100))
+    core.turn(3)
+    session = core.begin(BIG, in_flight="keep")
+    first = send_piece(core, session, 0, 64)
+    core.until(lambda: first in core.link.replies)
+    core.store.stage(0, memoryview(bytes(64)), 64)  # begun, and never done
+    again = send_piece(core, session, 64, 128)
+    core.until(lambda: again in core.link.replies)
+    assert core.error(again).field == "embed.weight"
+    core.stage(session, BIG)
+    core.call(CommitUpdate, session, kind=UpdateReport)
+    check_live(core, BIG)
 
 
 def test_a_tied_tensor_with_other_values_rolls_back(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
+from types import NoneType
 from typing import Any
 
 import msgspec
@@ -31,11 +33,15 @@ from headrace.types.messages import (
     FlushCache,
     GetStatus,
     GetWeight,
+    GiveUp,
+    Pause,
     Reply,
+    Resume,
     Submit,
-    WeightBytes,
+    WeightPart,
 )
 from headrace.types.request import Delta, Finish, Request, pack_ids
+from headrace.types.weights import BufferRef
 
 STATUS = CoreStatus("ready", "default", 0, "", False, 0, 0, 0, 0, {})
 
@@ -57,8 +63,9 @@ class Recorder:
 class ScriptedCore:
     """The core's end of a link, played by the test on the same loop; tells its status by itself."""
 
-    def __init__(self, link: InprocessCoreLink) -> None:
+    def __init__(self, link: InprocessCoreLink, pulse: Pulse) -> None:
         self.link = link
+        self.pulse = pulse
 
     async def commands(self) -> list[Command]:
         """What has arrived since the last call, questions for the status apart."""
@@ -83,9 +90,8 @@ def play(scenario: Scenario, limits: HealthLimits = LIMITS) -> list[str]:
 
     async def main() -> None:
         front, link = make_pair()
-        core = ScriptedCore(link)
         page = PulsePage()
-        Pulse(page)  # beats once, now
+        core = ScriptedCore(link, Pulse(page))  # which beats once, now
         client = CoreClient(front, page, 30.0, lambda: deaths.append("killed"), limits)
         start = asyncio.create_task(client.start(5.0))
         await asyncio.sleep(0)
@@ -109,7 +115,7 @@ def test_requests_of_one_turn_leave_as_one_message() -> None:
         for _ in range(50):
             client.submit(request(client.new_handle()), Recorder())
         [message] = await core.commands()
-        assert isinstance(message, Submit) and [r.handle for r in message.requests] == list(range(1, 51))
+        assert isinstance(message, Submit) and [r.handle for r in message.all_requests()] == list(range(1, 51))
 
     play(scenario)
 
@@ -119,7 +125,7 @@ def test_huge_batches_leave_in_bounded_messages() -> None:
         for _ in range(5):
             client.submit(request(client.new_handle(), 1_000_000), Recorder())
         messages = await core.commands()
-        assert [len(m.requests) for m in messages if isinstance(m, Submit)] == [2, 2, 1]
+        assert [len(list(m.all_requests())) for m in messages if isinstance(m, Submit)] == [2, 2, 1]
 
     play(scenario)
 
@@ -165,7 +171,7 @@ def test_replies_find_their_calls_in_any_order() -> None:
 
 def test_the_core_s_error_is_raised_with_its_class() -> None:
     async def scenario(client: CoreClient, core: ScriptedCore) -> None:
-        call = asyncio.create_task(client.call(lambda i: GetWeight(i, "x"), WeightBytes))
+        call = asyncio.create_task(client.call(lambda i: GetWeight(i, "x", BufferRef("", 1)), WeightPart))
         [command] = await core.commands()
         assert isinstance(command, GetWeight)
         core.link.send(Reply(command.call_id, error=ErrorInfo("NotFoundError", "no x", "name")))
@@ -185,6 +191,94 @@ def test_a_call_has_a_deadline_and_a_late_reply_harms_nobody() -> None:
         core.link.send(Reply(command.call_id, msgspec.msgpack.encode(1)))
         await core.commands()
         assert client.is_alive
+
+    play(scenario)
+
+
+def is_ok(call_id: int) -> Reply:
+    return Reply(call_id, msgspec.msgpack.encode(None))
+
+
+def test_a_call_carries_its_deadline() -> None:
+    async def scenario(client: CoreClient, core: ScriptedCore) -> None:
+        before = time.monotonic()
+        call = asyncio.create_task(client.change(Resume, NoneType, 7.0))
+        [command] = await core.commands()
+        assert isinstance(command, Resume) and before + 7.0 <= command.deadline <= time.monotonic() + 7.0
+        core.link.send(is_ok(command.call_id))
+        await core.commands()
+        await call
+
+    play(scenario)
+
+
+def test_a_call_that_the_core_has_come_to_is_waited_for_beyond_its_deadline() -> None:
+    """It may be done, or be undone; only the core knows."""
+
+    async def scenario(client: CoreClient, core: ScriptedCore) -> None:
+        done = asyncio.create_task(client.call(FlushCache, int, 0.05))
+        undone = asyncio.create_task(client.call(FlushCache, int, 0.05))
+        first, second = await core.commands()
+        assert isinstance(first, FlushCache) and isinstance(second, FlushCache)
+        core.pulse.claim(second.call_id)
+        await asyncio.sleep(0.3)
+        assert not done.done() and not undone.done()
+        core.link.send(Reply(first.call_id, msgspec.msgpack.encode(5)))
+        core.link.send(Reply(second.call_id, error=ErrorInfo("DeadlineError", "undone")))
+        await core.commands()
+        assert await done == 5
+        with pytest.raises(DeadlineError, match="undone"):
+            await undone
+
+    play(scenario)
+
+
+def test_a_cancelled_call_is_over_before_its_caller_goes_on() -> None:
+    async def scenario(client: CoreClient, core: ScriptedCore) -> None:
+        call = asyncio.create_task(client.change(lambda i: Pause(i, "drain"), NoneType))
+        [pause] = await core.commands()
+        assert isinstance(pause, Pause)
+        core.pulse.claim(pause.call_id)
+        for _ in range(3):  # being cancelled again does not end it
+            call.cancel()
+            await asyncio.sleep(0.02)
+        [given_up] = await core.commands()
+        assert isinstance(given_up, GiveUp) and given_up.target == pause.call_id and not call.done()
+        core.link.send(Reply(pause.call_id, error=ErrorInfo("DeadlineError", "given up")))
+        await core.commands()
+        assert not call.done()
+        core.link.send(is_ok(given_up.call_id))
+        while not call.done():
+            await core.commands()
+        assert call.cancelled()
+
+    play(scenario)
+
+
+def test_a_cancelled_call_that_the_core_never_came_to_is_over_at_its_deadline() -> None:
+    async def scenario(client: CoreClient, core: ScriptedCore) -> None:
+        call = asyncio.create_task(client.change(Resume, NoneType, 0.2))
+        await asyncio.sleep(0.02)
+        call.cancel()
+        await asyncio.sleep(0.02)
+        assert not call.done()  # the core may come to it before it hears that it is given up
+        await asyncio.wait([call])
+        assert call.cancelled()
+
+    play(scenario)
+
+
+def test_a_cancelled_call_does_not_outlive_the_core() -> None:
+    async def scenario(client: CoreClient, core: ScriptedCore) -> None:
+        call = asyncio.create_task(client.change(Resume, NoneType))
+        [command] = await core.commands()
+        assert isinstance(command, Resume)
+        core.pulse.claim(command.call_id)
+        call.cancel()
+        await core.commands()
+        core.link.close()
+        await asyncio.wait([call])
+        assert call.cancelled() and not client.is_alive
 
     play(scenario)
 

@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from headrace.config import EngineConfig, ResolvedConfig, resolve
 from headrace.engine.requests import GenerateItem, GenerateOptions, RequestBuilder
@@ -49,6 +50,29 @@ def expand(builder: RequestBuilder, **arguments: Any) -> list[GenerateItem]:
     params = arguments.pop("sampling_params", {"max_new_tokens": 4})
     options: GenerateOptions = arguments  # type: ignore[assignment]
     return builder.expand(prompts, input_ids, params, options, stream=False)
+
+
+def test_special_tokens_are_added_to_texts_unless_told_otherwise(
+    resolved: ResolvedConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = byte_tokenizer()
+    backend.bos_token = "<|user|>"
+    bos = backend.convert_tokens_to_ids("<|user|>")
+    backend.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|user|> $A", special_tokens=[("<|user|>", bos)]
+    )
+    builder = RequestBuilder(resolved, Tokenizer(backend))
+    for text, special, expected in (("a", True, [bos, 97]), ("a", False, [97]), ("<|user|>a", False, [bos, 97])):
+        (item,) = expand(builder, prompts=text, add_special_tokens=special)
+        assert unpack_ids(item.packed or b"").tolist() == expected
+    assert not caplog.records
+    for _ in range(2):
+        (item,) = expand(builder, prompts="<|user|>a")
+        assert unpack_ids(item.packed or b"").tolist() == [bos, bos, 97]
+    assert [record.levelname for record in caplog.records] == ["WARNING"], "told once"
+    with pytest.raises(RequestError) as raised:
+        expand(builder, prompts="a", add_special_tokens="no")
+    assert raised.value.field == "add_special_tokens"
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -265,19 +289,21 @@ def test_numbers_of_numpy_become_plain_ones(builder: RequestBuilder) -> None:
     assert {type(value) for value in (sampling.temperature, sampling.top_p, sampling.logit_bias[0][1])} == {float}
 
 
-def test_an_answer_that_no_message_holds_is_refused(resolved: ResolvedConfig) -> None:
-    """What is asked beside each token, for all positions: 8 bytes per top token, 4 per asked one."""
+def test_more_further_logprobs_than_memory_holds_are_refused(resolved: ResolvedConfig) -> None:
+    """What is asked beside each token, over all positions and samples of a prompt: 2 ** 24 values."""
     model = msgspec.structs.replace(resolved.model, vocab_size=1 << 20)
     roomy = msgspec.structs.replace(resolved, model=model, context_length=1 << 20).with_pool(1 << 20, ())
     long = RequestBuilder(roomy, None)
-    prompt = [1] * 60_000
-    for options, num_new, named in (
-        ({"return_prompt_logprobs": True, "top_logprobs": 1024}, 6000, "top_logprobs"),
-        ({"top_logprobs": 1024}, 66_000, "top_logprobs"),
-        ({"return_prompt_logprobs": True, "logprob_token_ids": list(range(4000))}, 1, "logprob_token_ids"),
+    prompt = [1] * 16_000
+    for options, params, named in (
+        ({"return_prompt_logprobs": True, "top_logprobs": 1024}, {"max_new_tokens": 400}, "top_logprobs"),
+        ({"return_prompt_logprobs": True, "top_logprobs": 1024}, {"max_new_tokens": 0, "n": 2}, "top_logprobs"),
+        ({"top_logprobs": 1024}, {"max_new_tokens": 16_400}, "top_logprobs"),
+        ({"top_logprobs": 1024}, {"max_new_tokens": 1_000, "n": 17}, "top_logprobs"),
+        ({"return_prompt_logprobs": True, "logprob_token_ids": range(4000)}, {}, "logprob_token_ids"),
     ):
         with pytest.raises(RequestError) as caught:
-            expand(long, input_ids=prompt, sampling_params={"max_new_tokens": num_new}, **options)
+            expand(long, input_ids=prompt, sampling_params=params, **options)
         assert caught.value.field == named
     for options in ({"return_prompt_logprobs": True, "top_logprobs": 1024}, {"top_logprobs": 1024}):
-        assert expand(long, input_ids=prompt, sampling_params={"max_new_tokens": 5000}, **options)
+        assert expand(long, input_ids=prompt, sampling_params={"max_new_tokens": 380}, **options)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from headrace.engine.sample import Sample, slice_spans
@@ -13,9 +15,9 @@ def request(**options: object) -> Request:
     return Request(1, "r", pack_ids([1, 2, 3]), 8, 0, logprobs=LogprobOptions(**options))  # type: ignore[arg-type]
 
 
-def delta(ids: list[int], version: str = "a", **fields: object) -> Delta:
-    spans = ((version, len(ids)),) if ids else ()
-    return Delta(1, pack_ids(ids), pack_floats([-float(i) for i in ids]), spans, **fields)  # type: ignore[arg-type]
+def delta(ids: list[int], version: str = "a", epoch: int = 0, **fields: Any) -> Delta:
+    spans, epochs = (((version, len(ids)),), (epoch,)) if ids else ((), ())
+    return Delta(1, pack_ids(ids), pack_floats([-float(i) for i in ids]), spans, span_epochs=epochs, **fields)
 
 
 def test_deltas_add_up_and_spans_merge() -> None:
@@ -23,7 +25,32 @@ def test_deltas_add_up_and_spans_merge() -> None:
     assert [sample.append(d) for d in (delta([5, 6]), delta([7]), delta([8, 9], "b"))] == [2, 1, 2]
     assert sample.token_ids == [5, 6, 7, 8, 9]
     assert sample.logprobs == [-5.0, -6.0, -7.0, -8.0, -9.0]
-    assert sample.spans == [("a", 3), ("b", 2)]
+    assert sample.spans == [("a", 3, 0), ("b", 2, 0)]
+
+
+def test_a_label_given_twice_makes_two_spans_wherever_a_piece_or_a_truncation_cuts() -> None:
+    sample = Sample(request())
+    for each in (delta([1, 2]), delta([3], epoch=1), delta([4, 5], epoch=1), delta([6], "b", 1), delta([7], "a", 1)):
+        sample.append(each)
+    whole = sample.fields_from(0)
+    assert whole["version_spans"] == [("a", 2), ("a", 3), ("b", 1), ("a", 1)]
+    assert whole["version_epochs"] == [0, 1, 1, 1]
+    piece = sample.fields_from(1)
+    assert (piece["version_spans"], piece["version_epochs"]) == ([("a", 1), ("a", 3), ("b", 1), ("a", 1)], [0, 1, 1, 1])
+    sample.truncate(4)
+    cut = sample.fields_from(0)
+    assert (cut["version_spans"], cut["version_epochs"]) == ([("a", 2), ("a", 2)], [0, 1])
+
+
+def test_prompt_spans_come_with_the_prompts_scores_or_alone() -> None:
+    sample = Sample(request())
+    assert sample.prompt_fields() == {}
+    sample.append(delta([], prompt_spans=(("a", 3),)))
+    assert sample.prompt_fields() == {"prompt_version_spans": [("a", 3)]}
+    sample = Sample(request(prompt_start=1))
+    sample.append(delta([5], prompt_logprobs=pack_floats([-1.0, -2.0]), prompt_spans=(("a", 1), ("b", 2))))
+    expected = {"prompt_logprobs": [None, -1.0, -2.0], "prompt_version_spans": [("a", 1), ("b", 2)]}
+    assert sample.prompt_fields() == expected
 
 
 def test_truncation_cuts_everything_alike() -> None:
@@ -52,7 +79,7 @@ def test_pieces_join_to_the_whole() -> None:
     [(0, 5, [("a", 2), ("b", 3)]), (1, 3, [("a", 1), ("b", 1)]), (2, 5, [("b", 3)]), (0, 0, []), (5, 5, [])],
 )
 def test_slices_of_spans(start: int, stop: int, expected: list[tuple[str, int]]) -> None:
-    assert slice_spans([("a", 2), ("b", 3)], start, stop) == expected
+    assert slice_spans([("a", 2, 0), ("b", 3, 0)], start, stop) == [(*span, 0) for span in expected]
 
 
 def test_prompt_scores_have_one_entry_per_prompt_token() -> None:

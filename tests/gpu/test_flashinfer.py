@@ -16,7 +16,7 @@ from torch import Tensor
 from headrace import Generation
 from headrace.attention import AttentionShape, build_device_backend
 from headrace.attention.base import DeviceAttention, DeviceTables, HeadNorms, Launch, RotaryTables, StepRows
-from headrace.config.model_spec import RopeSpec
+from headrace.config import RopeSpec
 from headrace.kernels.paged_kv import KvGeometry, KvPool
 from headrace.kernels.rope_tables import rope_tables
 from headrace.types.request import Int32Array

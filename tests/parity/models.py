@@ -83,9 +83,10 @@ class Device:
         num_pages: int = 300,
         num_slots: int = 40,
         dtype: torch.dtype = torch.float32,
+        spec: ModelSpec | None = None,
     ) -> None:
         config = model.config.to_dict() | {"architectures": [type(model).__name__]}
-        self.spec = spec = ModelSpec.from_config(config)
+        self.spec = spec = spec or ModelSpec.from_config(config)
         self.store = WeightStore(models.weight_map(spec), dtype, torch.device("cpu"))
         self.store.load(model.state_dict().items())
         kernels = "reference" if backend == "reference" else numerics

@@ -2,7 +2,7 @@
 
 It executes plans as they are issued, in order, and hands out results when asked. Each KV cell remembers the weights and
 the token prefix it was computed from; a row whose cells are missing, stale or of other tokens is an error, as is any
-break of the promises of `StepPlan`.
+break of the promises of `StepPlan`. It may sample several tokens a row, also of positions that steps in flight sampled.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Slot:
         self.epoch = epoch
         self.pages: list[int] = []
         self.cells: list[int] = []
-        self.last_token = int(init.token_ids[-1])
+        self.num_sampled = len(init.token_ids)
         self.has_run = False
 
 
@@ -53,9 +53,10 @@ class Issued:
 class FakeDevice:
     """Executes plans for requests whose truth is found by seed."""
 
-    def __init__(self, limits: SchedulerLimits, truths: dict[int, Truth]) -> None:
+    def __init__(self, limits: SchedulerLimits, truths: dict[int, Truth], max_tokens: int = 1) -> None:
         self.limits = limits
         self.truths = truths
+        self.max_tokens = max_tokens
         self.epoch = 0
         self.in_flight: deque[Issued] = deque()
         self.slots: dict[int, Slot] = {}
@@ -126,16 +127,18 @@ class FakeDevice:
             assert start == len(slot.cells), "positions are not contiguous"
         for position, token in enumerate(token_ids, start):
             if token == LAST_TOKEN:
-                assert len(token_ids) == 1
-                token = slot.last_token
+                assert len(token_ids) == 1 and position < slot.num_sampled
+                token = slot.truth.token(position)
             assert token == slot.truth.token(position), "a row holds a token that is not its sequence's"
             page = slot.pages[position // size]
             self._kv[page * size + position % size] = cell_value(self.epoch, slot.truth.prefix_hash(position))
         return slot.init.seed, set(slot.pages), set(slot.pages[start // size : (end - 1) // size + 1])
 
     def _attend(self, slot_id: int, start: int) -> None:
-        """Check every cell before the row: computed for these very tokens, on entry by the weights of now."""
+        """Check every cell before the row: of these very tokens, by the weights of now until the slot has sampled."""
         slot = self.slots[slot_id]
+        has_sampled = slot.num_sampled > len(slot.init.token_ids)
+        assert has_sampled or slot.epoch == self.epoch, "what had nothing to keep goes on over old KV"
         if not slot.has_run:
             slot.cells = [cell_value(slot.epoch, slot.truth.prefix_hash(position)) for position in range(start)]
             slot.has_run = True
@@ -164,8 +167,9 @@ class FakeDevice:
             self.num_grouped_rows += num_rows
 
     def _sample(self, plan: StepPlan) -> StepResult:
-        token_ids: list[int] = []
-        logprobs: list[float] = []
+        token_ids: list[list[int]] = []
+        logprobs: list[list[float]] = []
+        num_tokens: list[int] = []
         extras: dict[int, PositionLogprobs] = {}
         scored: dict[int, PromptLogprobs] = {}
         rows = zip(plan.row_slots.tolist(), plan.row_starts.tolist(), plan.row_lengths.tolist(), strict=True)
@@ -175,17 +179,19 @@ class FakeDevice:
             if slot.init.logprobs.prompt_start is not None:
                 self._score(slot, row, start, end, scored)
             if plan.row_samples[row]:
-                slot.last_token = slot.truth.token(end)
-                token_ids.append(slot.last_token)
-                logprobs.append(logprob(slot.init.seed, end))
+                num_tokens.append(1 + slot.truth.prefix_hash(end - 1) % self.max_tokens)
+                slot.num_sampled = max(slot.num_sampled, end + num_tokens[-1])
+                positions = list(range(end, end + self.max_tokens))
+                token_ids.append([slot.truth.token(position) for position in positions])
+                logprobs.append([logprob(slot.init.seed, position) for position in positions])
                 if slot.init.logprobs.wants_extras:
-                    extras[row] = position_values(slot.init, [end])
-        count = len(token_ids)
+                    extras[row] = position_values(slot.init, positions)
+        shape = len(token_ids), self.max_tokens
         return StepResult(
             plan.step_id,
-            np.array(token_ids, dtype=np.int32).reshape(count, 1),
-            np.array(logprobs, dtype=np.float32).reshape(count, 1),
-            np.ones(count, dtype=np.int32),
+            np.array(token_ids, dtype=np.int32).reshape(shape),
+            np.array(logprobs, dtype=np.float32).reshape(shape),
+            np.array(num_tokens, dtype=np.int32),
             extras,
             scored,
         )

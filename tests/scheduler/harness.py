@@ -12,7 +12,7 @@ from headrace.scheduler import Scheduler, SchedulerLimits
 from headrace.types.errors import ErrorInfo
 from headrace.types.plan import StepPlan
 from headrace.types.request import Delta, Request, unpack_floats, unpack_ids
-from tests.scheduler.fake_device import FakeDevice
+from tests.scheduler.fake_device import FakeDevice, Issued
 from tests.scheduler.oracle import VOCAB_SIZE, Truth, cell_value, extend, logprob
 
 ERROR = ErrorInfo("DeadlineError", "too late")
@@ -27,6 +27,7 @@ class Received:
         self.versions: list[str] = []
         self.num_landed = 0
         self.prompt_logprobs: list[float] | None = None
+        self.prompt_spans: tuple[tuple[str, int], ...] = ()
         self.num_preemptions = 0
         self.final: Delta | None = None
 
@@ -34,13 +35,15 @@ class Received:
 class Harness:
     """One scheduler, one device, and the books of every request, by handle. A request's seed is its handle."""
 
-    def __init__(self, limits: SchedulerLimits) -> None:
+    def __init__(self, limits: SchedulerLimits, max_tokens: int = 1) -> None:
+        """`max_tokens`: most tokens that a row of a step brings."""
         self.limits = limits
         self.scheduler = Scheduler(limits, version="0")
         self.truths: dict[int, Truth] = {}
-        self.device = FakeDevice(limits, self.truths)
+        self.device = FakeDevice(limits, self.truths, max_tokens)
         self.received: dict[int, Received] = {}
-        self.versions: dict[int, dict[int, str]] = {}
+        self.versions: dict[int, dict[int, tuple[str, int]]] = {}
+        self.epochs = {"0": 0}
         self.discarded: set[int] = set()
         self.num_versions = 1
         self.plan_log = hashlib.sha256()
@@ -62,22 +65,29 @@ class Harness:
         for array in (plan.row_slots, plan.row_starts, plan.row_lengths, plan.token_ids, plan.page_ids):
             self.plan_log.update(array.tobytes())
         self.device.submit(plan)
-        ends = (plan.row_starts + plan.row_lengths)[plan.row_samples].tolist()
-        for slot, end in zip(plan.row_slots[plan.row_samples].tolist(), ends, strict=True):
-            versions = self.versions[self.device.slots[slot].init.seed]
-            assert end not in versions, "a position was sampled twice"
-            versions[end] = self.scheduler.version
+        for handle, positions in self._sampled(self.device.in_flight[-1]):
+            versions = self.versions[handle]
+            assert self.device.max_tokens > 1 or positions.start not in versions, "a position was sampled twice"
+            for position in positions:
+                versions.setdefault(position, (self.scheduler.version, plan.step_id))
         self._check_in_flight_pages()
         return plan
 
+    def _sampled(self, issued: Issued) -> list[tuple[int, range]]:
+        """(handle, positions) of the tokens that each row of a step in flight samples."""
+        plan, counts = issued.plan, issued.result.num_tokens.tolist()
+        handles = [self.device.slots[slot].init.seed for slot in plan.row_slots[plan.row_samples].tolist()]
+        ends = (plan.row_starts + plan.row_lengths)[plan.row_samples].tolist()
+        return [(handle, range(end, end + count)) for handle, end, count in zip(handles, ends, counts, strict=True)]
+
     def land(self) -> None:
         """Apply the oldest result."""
-        plan = self.device.in_flight[0].plan
-        seeds = [self.device.slots[slot].init.seed for slot in plan.row_slots[plan.row_samples].tolist()]
+        sampled = self._sampled(self.device.in_flight[0])
         self.take(self.scheduler.apply(self.device.collect()))
-        for handle in seeds:
-            received, every = self.received[handle], self.truths[handle].request.deliver_every
-            received.num_landed += 1
+        for handle, positions in sampled:
+            received, truth = self.received[handle], self.truths[handle]
+            every = truth.request.deliver_every
+            received.num_landed = max(received.num_landed, positions.stop - len(truth.prompt))
             is_live = received.final is None and handle not in self.discarded
             assert not (is_live and every) or received.num_landed - len(received.token_ids) < every, "a delta is late"
         self._check_in_flight_pages()
@@ -100,10 +110,10 @@ class Harness:
         """No plan in flight will have a result: undo what this model of the device and of versions noted for them."""
         for issued in self.device.in_flight:
             self.device.forget(issued)
-            rows = issued.plan.row_slots[issued.plan.row_samples].tolist()
-            ends = (issued.plan.row_starts + issued.plan.row_lengths)[issued.plan.row_samples].tolist()
-            for slot, end in zip(rows, ends, strict=True):
-                self.versions[self.device.slots[slot].init.seed].pop(end)
+            for handle, positions in self._sampled(issued):
+                for position in positions:
+                    if self.versions[handle].get(position, ("", -1))[1] == issued.plan.step_id:
+                        self.versions[handle].pop(position)
         self.device.in_flight.clear()
 
     def lose_steps(self) -> None:
@@ -129,6 +139,7 @@ class Harness:
     def next_version(self) -> str:
         """A label that sorts after all before it as a number."""
         self.num_versions += 1
+        self.epochs[str(self.num_versions - 1)] = self.device.epoch
         return str(self.num_versions - 1)
 
     def discard(self, handles: list[int]) -> None:
@@ -156,7 +167,8 @@ class Harness:
         assert unpack_floats(delta.logprobs).tolist() == [logprob(delta.handle, first + i) for i in range(count)]
         assert sum(number for _, number in delta.spans) == count and all(number > 0 for _, number in delta.spans)
         versions = [version for version, number in delta.spans for _ in range(number)]
-        assert versions == [self.versions[delta.handle][first + index] for index in range(count)]
+        assert versions == [self.versions[delta.handle][first + index][0] for index in range(count)]
+        assert delta.span_epochs == tuple(self.epochs[version] for version, _ in delta.spans)
         options = truth.request.logprobs
         positions = np.arange(first, first + count)
         assert unpack_ids(delta.extras.top_ids).tolist() == np.repeat(positions % VOCAB_SIZE, options.num_top).tolist()
@@ -169,11 +181,14 @@ class Harness:
         assert delta.num_preemptions >= received.num_preemptions
         received.num_preemptions = delta.num_preemptions
         every = truth.request.deliver_every
-        assert delta.finish is not None or (every > 0 and count == every), "a delta that was not due"
+        is_due = every > 0 and every <= count < every + self.device.max_tokens
+        assert delta.finish is not None or is_due, "a delta that was not due"
         if delta.prompt_logprobs:
             assert received.prompt_logprobs is None, "prompt logprobs came twice"
             received.prompt_logprobs = unpack_floats(delta.prompt_logprobs).tolist()
             self._check_prompt_extras(delta, truth)
+        if delta.prompt_spans:
+            received.prompt_spans = delta.prompt_spans
 
     @staticmethod
     def _check_prompt_extras(delta: Delta, truth: Truth) -> None:
@@ -200,9 +215,9 @@ class Harness:
             assert len(received.token_ids) <= len(expected)
         self._check_prompt(truth, received, is_whole=finish.type in ("stop", "length"))
 
-    @staticmethod
-    def _check_prompt(truth: Truth, received: Received, *, is_whole: bool) -> None:
+    def _check_prompt(self, truth: Truth, received: Received, *, is_whole: bool) -> None:
         start, values = truth.request.logprobs.prompt_start, received.prompt_logprobs
+        self._check_prompt_spans(truth, received, is_whole=is_whole)
         if start is None or start >= len(truth.prompt):
             assert values is None
         elif values is not None or is_whole:
@@ -211,6 +226,19 @@ class Harness:
                 is_missing = bool(np.isnan(value))
                 assert is_missing or value == logprob(truth.request.seed, position)
                 assert not is_missing or position == 0 or not is_whole
+
+    def _check_prompt_spans(self, truth: Truth, received: Received, *, is_whole: bool) -> None:
+        """Scores are all of one set of weights, whatever its labels, and of that of the first token."""
+        spans = received.prompt_spans
+        labels = [version for version, _ in spans] + received.versions[:1]
+        assert not spans or len({self.epochs[label] for label in labels}) == 1, "two sets of weights scored a prompt"
+        start = truth.request.logprobs.prompt_start
+        is_scored = (start is not None and start < len(truth.prompt)) or not truth.output()[0]
+        num_scored = sum(count for _, count in spans)
+        assert num_scored == len(truth.prompt) if is_whole and is_scored else num_scored <= len(truth.prompt)
+        if received.prompt_logprobs is not None:
+            known = np.flatnonzero(~np.isnan(received.prompt_logprobs))
+            assert not len(known) or (start or 0) + int(known[-1]) < num_scored, "a score without a version"
 
     def _check_progress(self, *, admit_new: bool) -> None:
         scheduler = self.scheduler

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
 from headrace.scheduler import Scheduler
 from headrace.types.errors import ErrorInfo
-from headrace.types.plan import PositionLogprobs, PromptLogprobs, StepPlan, StepResult
+from headrace.types.plan import LAST_TOKEN, PositionLogprobs, PromptLogprobs, StepPlan, StepResult
 from headrace.types.request import Delta, unpack_floats, unpack_ids
 from headrace.types.sampling_params import LogprobOptions
 from tests.scheduler.builders import answer, finish_all, make, planned, request, rows, step, tokens
@@ -142,6 +143,43 @@ def test_several_tokens_a_step_end_at_the_first_stop() -> None:
     assert scheduler.num_started == 0 and scheduler.metrics()["num_overshoot_tokens"] == 2
 
 
+def several(plan: StepPlan, *token_ids: list[int]) -> StepResult:
+    """The answer with several tokens for each sampling row, each token being its log-probability too."""
+    width = max(map(len, token_ids))
+    padded = np.array([[*row, *[-1] * (width - len(row))] for row in token_ids], dtype=np.int32)
+    return StepResult(
+        plan.step_id, padded, padded.astype(np.float32), np.array([len(row) for row in token_ids], np.int32)
+    )
+
+
+def test_several_tokens_a_step_meet_steps_in_flight() -> None:
+    scheduler = make(overlap_depth=1)
+    scheduler.add(request(1, 5, 9, logprobs=LogprobOptions(num_top=1)), 0.0)
+    first, second = planned(scheduler), planned(scheduler)
+    assert rows(second) == [(0, 5, 1)] and second.token_ids.tolist() == [LAST_TOKEN]
+    assert scheduler.apply(_with_extras(several(first, [50, 60, 70]), 5)) == []
+    third = planned(scheduler)  # position 5 is in flight; 6 and 7 are known now
+    assert rows(third) == [(0, 6, 2)] and third.token_ids.tolist() == [60, 70]
+    assert scheduler.apply(_with_extras(several(second, [60, 70, 80, 90]), 6)) == []
+    fourth = planned(scheduler)  # 8 and 9 came with the second step; the third was issued for the first of them
+    assert rows(fourth) == [(0, 8, 2)] and fourth.token_ids.tolist() == [80, 90]
+    assert scheduler.apply(_with_extras(several(third, [80]), 8)) == []
+    fifth = planned(scheduler)
+    assert rows(fifth) == [(0, 10, 1)] and fifth.token_ids.tolist() == [LAST_TOKEN]
+    delta = finished(scheduler.apply(_with_extras(several(fourth, [100, 110, 120, 130, 140]), 10)))
+    assert tokens(delta) == unpack_floats(delta.logprobs).tolist() == list(range(50, 140, 10))
+    assert unpack_ids(delta.extras.top_ids).tolist() == list(range(5, 14))
+    assert scheduler.apply(several(fifth, [110])) == []
+    assert scheduler.num_used_tokens == 0 and scheduler.metrics()["num_overshoot_tokens"] == 5
+
+
+def _with_extras(result: StepResult, first: int) -> StepResult:
+    """The same, with top ids that say which position they belong to."""
+    positions = np.arange(first, first + result.token_ids.shape[1], dtype=np.int32)[:, None]
+    values = PositionLogprobs(positions, positions.astype(np.float32), np.zeros((len(positions), 0), np.float32))
+    return msgspec.structs.replace(result, extras={0: values})
+
+
 def started(state: str) -> Scheduler:
     """A scheduler whose only request (11 prompt tokens, handle 1) is in the named state."""
     scheduler = make(max_num_batched_tokens=8, overlap_depth=1)
@@ -231,6 +269,99 @@ def test_new_weights_never_meet_old_pages() -> None:
     plan, deltas = step(scheduler)
     assert plan.epoch == 1 and finished(deltas).num_cached_tokens == 0
     assert finished(deltas).spans == (("next", 1),)
+
+
+@pytest.mark.parametrize("state", ["running", "preempted", "scored"])
+@pytest.mark.parametrize("says_so", [True, False])
+def test_without_output_there_is_nothing_to_keep(state: str, says_so: bool) -> None:
+    scheduler = make(max_num_batched_tokens=8)
+    options = LogprobOptions(prompt_start=0) if state == "scored" else LogprobOptions()
+    scheduler.add(request(1, 21, 4, logprobs=options), 0.0)
+    first = planned(scheduler)
+    scheduler.apply(score(first, 1, 8) if state == "scored" else answer(first))
+    scheduler.apply(score(planned(scheduler), 9, 8) if state == "scored" else answer(planned(scheduler)))
+    if state == "preempted":
+        scheduler._roster.preempt(0)
+    if says_so:
+        scheduler.keep_running()
+    scheduler.set_weights("next", 1)
+    plan = planned(scheduler)
+    assert len(plan.new_slots) == 1 and rows(plan)[0][1:] == (0, 8)
+    assert plan.new_slots[0].logprobs == options
+    if state == "scored":
+        scheduler.apply(score(plan, 1, 8))
+        scheduler.apply(score(planned(scheduler), 9, 8))
+        scheduler.apply(score(planned(scheduler), 17, 4))
+    else:
+        scheduler.apply(answer(plan))
+    delta = finished(finish_all(scheduler))
+    assert delta.spans == (("next", 4),) and delta.span_epochs == (1,)
+    assert delta.prompt_spans == ((("next", 21),) if state == "scored" else ())
+    assert delta.num_preemptions == 1 and delta.num_cached_tokens == 0
+
+
+def test_samples_of_one_prompt_share_it_again_after_an_update() -> None:
+    scheduler = make(max_num_batched_tokens=8, max_running_requests=4)
+    prompt = list(range(21))
+    for handle in range(4):
+        scheduler.add(request(handle, prompt, 2), 0.0)
+    step(scheduler)
+    step(scheduler)
+    scheduler.set_weights("next", 1)
+    deltas = finish_all(scheduler)
+    assert [delta.spans for delta in deltas] == [(("next", 2),)] * 4
+    assert scheduler.metrics()["num_prefill_tokens"] < 16 + 21 + 4 * 5
+
+
+def test_a_resumed_sequence_that_computed_only_part_of_what_it_knows_is_computed_again() -> None:
+    scheduler = make(max_num_batched_tokens=8)
+    scheduler.add(request(1, 8, 9), 0.0)
+    for _ in range(4):
+        step(scheduler)
+    scheduler._roster.preempt(0)
+    scheduler.flush_cache()
+    plan, _ = step(scheduler)
+    assert rows(plan) == [(0, 0, 8)]
+    scheduler.set_weights("next", 1)
+    plan, _ = step(scheduler)
+    assert len(plan.new_slots) == 1 and rows(plan) == [(0, 0, 8)]
+    assert finished(finish_all(scheduler)).spans == (("default", 4), ("next", 5))
+
+
+def test_a_label_given_twice_makes_two_spans() -> None:
+    scheduler = make()
+    scheduler.add(request(1, 5, 6), 0.0)
+    step(scheduler)
+    step(scheduler)
+    scheduler.set_weights("default", 1)
+    step(scheduler)
+    scheduler.relabel("other")
+    scheduler.relabel("default")
+    delta = finished(finish_all(scheduler))
+    assert [sum(count for _, count in delta.spans[:number]) for number in (1, 3)] == [2, 6]
+    assert delta.span_epochs == (0, 1, 1) and {version for version, _ in delta.spans} == {"default"}
+
+
+def test_prompt_scores_name_the_labels_they_were_made_under() -> None:
+    scheduler = make(max_num_batched_tokens=8)
+    scheduler.add(request(1, 20, 0, logprobs=LogprobOptions(prompt_start=3)), 0.0)
+    scheduler.apply(score(planned(scheduler), 3, 6))
+    scheduler.relabel("other")
+    scheduler.apply(score(planned(scheduler), 9, 8))
+    delta = finished(scheduler.apply(score(planned(scheduler), 17, 3)))
+    assert delta.prompt_spans == (("default", 9), ("other", 11))
+
+
+@pytest.mark.parametrize("length", [1, 20])
+@pytest.mark.parametrize("wants_scores", [True, False])
+def test_a_request_for_no_tokens_names_the_weights_that_computed_it(length: int, wants_scores: bool) -> None:
+    scheduler = make(max_num_batched_tokens=8)
+    scheduler.add(request(1, 30, 0), 0.0)
+    step(scheduler)
+    scheduler.add(request(2, length, 0, logprobs=LogprobOptions(prompt_start=0 if wants_scores else None)), 0.0)
+    scheduler.set_weights("next", 1)
+    found = {delta.handle: delta.prompt_spans for delta in finish_all(scheduler)}
+    assert found == {1: (("next", 30),), 2: (("next", length),)}
 
 
 @pytest.mark.parametrize("says_so", [True, False])

@@ -74,10 +74,10 @@ def random_request(random_: random.Random, handle: int, harness: Harness, family
     )
 
 
-def play(seed: int, depth: int, num_events: int) -> Harness:
+def play(seed: int, depth: int, num_events: int, max_tokens: int = 1) -> Harness:
     """Run one random event sequence to its end."""
     random_ = random.Random(seed)
-    harness = Harness(random_limits(random_, depth))
+    harness = Harness(random_limits(random_, depth), max_tokens)
     family = random_.randrange(100)
     for now in range(num_events):
         play_event(random_.choice(NAMES), random_, harness, family, float(now))
@@ -152,6 +152,17 @@ def test_random_events_keep_every_promise(depth: int, chunk: int) -> None:
     ):
         assert total[f"num_{name}"] > 0, f"{name} never happened, so it was not tested"
     assert total["num_grouped_rows"] > 0 and total["num_aborted"] > 0 and total["num_failed"] > 0
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 3])
+@pytest.mark.parametrize("max_tokens", [2, 4])
+def test_steps_may_bring_several_tokens_a_row_at_any_depth(depth: int, max_tokens: int) -> None:
+    total: Counter[str] = Counter()
+    for seed in range(300):
+        harness = play(10_000 + seed * 4 + depth, depth, num_events(seed), max_tokens)
+        total.update({name: int(value) for name, value in harness.scheduler.metrics().items()})
+    assert total["num_generated_tokens"] > 300 and total["num_preemptions"] > 0
+    assert total["num_invariant_breaches"] == 0
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])

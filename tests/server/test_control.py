@@ -14,6 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from headrace import UpdateConflictError
+from headrace.engine import reading as reading_module
+from headrace.server import admin as admin_module
 from tests.server.builders import save_random_model
 from tests.server.conftest import START, Served
 
@@ -202,6 +205,100 @@ def test_weights_from_disk(start: START, tmp_path: Path) -> None:
     assert sums[0]["per_engine_checksum"] == sums[1]["per_engine_checksum"]
 
 
+def given_up(served: Served, path: str, body: dict[str, Any]) -> Callable[[httpx.AsyncClient], Awaitable[None]]:
+    """A control call whose client goes away while it waits for requests in flight, and what is left of it: nothing."""
+
+    async def call(client: httpx.AsyncClient) -> None:
+        await until_generating(served)
+        with pytest.raises(httpx.ReadTimeout):
+            await client.post(path, json=body, timeout=0.5)
+
+        async def is_over() -> bool:
+            status = await asyncio.to_thread(served.engine.status)
+            return not status.paused and not status.updating
+
+        await until(is_over)  # the server learns of it a moment later
+        assert (await client.get("/ready")).status_code == 200
+        reply = await client.post("/generate", json={"input_ids": [3], "sampling_params": SHORT})
+        assert reply.json()["meta_info"]["completion_tokens"] == 4
+        await client.post("/abort_request", json={"abort_all": True})
+
+    return call
+
+
+@pytest.mark.parametrize("mode", ["wait", "drain"])
+def test_a_pause_whose_client_goes_away_pauses_nobody(start: START, mode: str) -> None:
+    served = start(settings={"inprocess": False})
+    body = {"input_ids": [1], "sampling_params": LONG}
+    run_beside(served, body, given_up(served, "/pause_generation", {"mode": mode}))
+    assert served.http.get("/ready").status_code == 200
+
+
+@pytest.mark.parametrize("mode", ["shadow", "inplace"])
+def test_an_update_whose_client_goes_away_does_not_land(start: START, tmp_path: Path, mode: str) -> None:
+    served = start(save_random_model(tmp_path / "model", seed=0), weight_roots=(str(tmp_path),))
+    newer = save_random_model(tmp_path / "newer", seed=1)
+    digest = served.engine.digest()
+    call = {"model_path": str(newer), "weight_version": "never", "in_flight": "drain", "mode": mode}
+    run_beside(served, {"input_ids": [1], "sampling_params": LONG}, given_up(served, "/update_weights_from_disk", call))
+    assert served.engine.version == "default" and served.engine.digest() == digest
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [("/pause_generation", {"mode": "wait"}), ("/update_weights_from_disk", {"in_flight": "drain"})],
+)
+def test_control_calls_have_time_limits_of_their_own(
+    start: START, model_folder: Path, path: str, more: dict[str, Any]
+) -> None:
+    served = start()
+    call = {"model_path": str(model_folder), **more}
+
+    async def limited(client: httpx.AsyncClient) -> None:
+        await until_generating(served)
+        reply = await client.post(path, json={**call, "timeout_s": 0.3})
+        assert (reply.status_code, reply.json()["retryable"]) == (504, True)
+        status = await asyncio.to_thread(served.engine.status)
+        assert (status.paused, status.updating) == ("", False)
+        for bad in (0, -1, "soon"):
+            refused = await client.post(path, json={**call, "timeout_s": bad})
+            assert refused.status_code == 400 and "timeout_s" in refused.json()["message"]
+        await client.post("/abort_request", json={"abort_all": True})
+
+    run_beside(served, {"input_ids": [1], "sampling_params": LONG}, limited)
+
+
+def test_an_open_update_is_a_conflict_that_can_be_ended(start: START, model_folder: Path) -> None:
+    """One that somebody left open is in the way of every other; whoever may change weights may end it."""
+    served = start(admin_api_key="admin", api_key="data")
+    manifest = [
+        ("model.norm.weight", load_file(model_folder / "model.safetensors")["model.norm.weight"].shape, "float32")
+    ]
+    session = served.engine.begin_update("left open", manifest, partial=True)
+    call, admin = {"model_path": str(model_folder)}, {"authorization": "Bearer admin"}
+    refused = served.http.post("/update_weights_from_disk", json=call, headers=admin)
+    assert (refused.status_code, refused.json()["retryable"]) == (409, True)
+    assert refused.headers["retry-after"] == "1"
+    stranger = served.http.post("/abort_weight_update", json={}, headers={"authorization": "Bearer data"})
+    assert stranger.status_code in (401, 403)
+    for _ in range(2):  # none open is no error
+        ended = served.http.post("/abort_weight_update", json={}, headers=admin)
+        assert ended.json() == {"success": True, "message": "No weight update is open."}
+    with pytest.raises(UpdateConflictError):
+        served.engine.commit(session)
+    assert served.http.post("/update_weights_from_disk", json=call, headers=admin).status_code == 200
+
+
+def test_too_many_numbers_are_refused_before_they_are_read(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admin_module, "MAX_READ_ELEMENTS", 100)
+    monkeypatch.setattr(reading_module, "PART_BYTES", 64)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    refused = served.http.post("/get_weights_by_name", json={"name": name, "truncate_size": 10**9})
+    assert refused.status_code == 400 and "truncate_size" in refused.json()["message"]
+    assert len(served.http.post("/get_weights_by_name", json={"name": name, "truncate_size": 1}).json()) == 1
+    assert served.http.post("/get_weights_by_name", json={"name": name, "truncate_size": 0}).json() == []
+
+
 def test_paths_outside_are_refused(start: START, tmp_path: Path) -> None:
     model = save_random_model(tmp_path / "model")
     outside = save_random_model(tmp_path / "outside", seed=1)
@@ -313,6 +410,16 @@ def test_weights_checker_notices_reset_tensors(start: START, model_folder: Path)
         ("/get_weights_by_name", {"name": "model.norm.weight", "truncate_size": -1}, "truncate_size"),
         ("/get_weights_by_name", {"name": "model.norm.weight", "truncate_size": "many"}, "truncate_size"),
         ("/weights_checker", {"action": "destroy"}, "action"),
+        ("/pause_generation", {"timeout_s": -1}, "timeout_s"),
+        ("/pause_generation", {"timeout_s": 0}, "timeout_s"),
+        ("/pause_generation", {"timeout_s": "soon"}, "timeout_s"),
+        ("/pause_generation", {"timeout_s": "nan"}, "timeout_s"),
+        ("/pause_generation", {"timeout_s": True}, "timeout_s"),
+        ("/update_weights_from_disk", {"model_path": ".", "in_flight": "kep"}, "in_flight"),
+        ("/update_weights_from_disk", {"model_path": ".", "timeout_s": [5]}, "timeout_s"),
+        ("/update_weight_version", {"new_version": ""}, "new_version"),
+        ("/update_weight_version", {"new_version": "v" * 2000}, "new_version"),
+        ("/update_weight_version", {"new_version": "v", "abort_all_requests": "yes"}, "abort_all_requests"),
     ],
 )
 def test_bad_control_calls_are_named(served: Served, path: str, body: dict[str, Any], field: str) -> None:

@@ -52,7 +52,7 @@ def test_a_client_that_goes_away_frees_its_memory(
     served: Served, path: str, body: dict[str, Any], is_stream: bool
 ) -> None:
     content = json.dumps({**body, "stream": is_stream}).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n".encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}\r\n\r\n".encode()
     before, num_before = served.engine.metrics(), num_disconnects(served)
     with socket.create_connection(("127.0.0.1", served.handle.port), timeout=30) as connection:
         connection.sendall(head + content)
@@ -195,7 +195,7 @@ def test_a_stream_left_unread_is_dropped(start: START) -> None:
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", served.handle.port))
-        head = f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n".encode()
+        head = f"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}\r\n\r\n".encode()
         connection.sendall(head + content)
         wait_for(lambda: num_running(served) == 8)
         wait_for(lambda: num_running(served) == 0)

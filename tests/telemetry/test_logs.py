@@ -3,20 +3,26 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 
-from headrace.telemetry import LOGGER_NAME, LogContext, configure_logging
+from headrace.telemetry import LOGGER_NAME, LogContext, configure_logging, flush_logs
+from headrace.telemetry.log_writer import MAX_WAITING_BYTES
+from headrace.telemetry.logs import LIBRARIES
 
 
 @pytest.fixture(autouse=True)
 def restored_logger() -> Iterator[None]:
-    logger = logging.getLogger(LOGGER_NAME)
-    before = (list(logger.handlers), logger.propagate, logger.level)
+    loggers = [logging.getLogger(name) for name in (LOGGER_NAME, *LIBRARIES)]
+    before = [(list(each.handlers), each.propagate, each.level) for each in loggers]
     yield
-    logger.handlers, logger.propagate = before[0], before[1]
-    logger.setLevel(before[2])
+    for each, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        each.handlers, each.propagate = handlers, propagate
+        each.setLevel(level)
 
 
 def test_a_line_names_the_process_and_its_fields() -> None:
@@ -58,3 +64,52 @@ def test_an_exception_is_part_of_the_record() -> None:
 def test_an_unknown_level_is_refused() -> None:
     with pytest.raises(ValueError, match="LOUD"):
         configure_logging(LogContext(), level="loud")
+
+
+def test_a_pipe_that_nobody_reads_stops_nobody_and_the_loss_is_counted() -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(reading, encoding="utf-8") as reader, os.fdopen(writing, "w", encoding="utf-8") as writer:
+        configure_logging(LogContext(), stream=writer)
+        logger, text = logging.getLogger("headrace"), "x" * 1000
+        num_records = 2 * MAX_WAITING_BYTES // len(text)
+        for _ in range(num_records):
+            logger.info(text)
+        num_lines = 0
+        for line in reader:
+            if "were dropped" in line:
+                break
+            num_lines += 1
+        num_dropped = int(line.split()[0])
+        assert num_lines < num_records and num_dropped > num_records // 3
+        logger.info("after")
+        for line in reader:
+            num_lines += 1
+            if line.endswith("after\n"):
+                break
+        assert num_lines + num_dropped == num_records + 1
+        flush_logs()
+
+
+def test_libraries_that_serve_for_us_log_through_it_too() -> None:
+    stream = io.StringIO()
+    configure_logging(LogContext(), stream=stream)
+    for name in LIBRARIES:
+        logging.getLogger(name).warning("from %s", name)
+        logging.getLogger(name).info("quiet")
+    assert [line.split("from ")[1] for line in stream.getvalue().splitlines()] == list(LIBRARIES)
+
+
+def test_a_process_ends_with_its_log_unread() -> None:
+    script = """
+import logging
+from headrace.telemetry import LogContext, configure_logging
+configure_logging(LogContext())
+for _ in range(5000):
+    logging.getLogger("headrace").warning("x" * 1000)
+print("done", flush=True)
+"""
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "done\n"
+        assert process.wait(60) == 0

@@ -1,0 +1,75 @@
+"""What keeps web pages out of a server without a key. Owns the rule for Host, Origin and Sec-Fetch-Site.
+
+A page of anybody's, open in a browser on this machine, can send requests to it. A key stops them, since no page knows
+it. Without one, a request must name this server as a page of strangers cannot: by an address or name that is ours, and
+from no other site.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Collection, Mapping
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from headrace.server.auth import Access
+from headrace.server.errors import error_body, respond
+from headrace.server.options import is_loopback
+
+
+class Browsers:
+    """ASGI middleware. Routes whose access is one of `keyless` answer only requests to a host that `hosts` knows, and
+    from no page of another site. `access` says for a path what it needs; a path it does not hold is a data route."""
+
+    def __init__(self, app: ASGIApp, access: Mapping[str, Access], keyless: Collection[Access], hosts: Hosts) -> None:
+        self._app = app
+        self._access = access
+        self._keyless = keyless
+        self._hosts = hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_guarded = scope["type"] == "http" and self._access.get(scope["path"], "data") in self._keyless
+        reason = self._fault(scope) if is_guarded else ""
+        if reason:
+            body = error_body(403, f"{reason}; a server without an API key refuses this", kind="Forbidden")
+            await respond(403, body)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _fault(self, scope: Scope) -> str:
+        """Why a request may come from a stranger's page; "" if it cannot."""
+        values = {name: value.decode("latin-1").lower() for name, value in scope["headers"]}
+        host, origin = values.get(b"host", ""), values.get(b"origin")
+        if host and not self._hosts.know(host):
+            return f"host {ascii(host[:100])} is not known here (--allowed-host adds it)"
+        if origin is not None and origin.partition("://")[2] != host:
+            return f"origin {ascii(origin[:100])} is another site"
+        if values.get(b"sec-fetch-site", "none") not in ("none", "same-origin"):
+            return "the request comes from another site"
+        return ""
+
+
+class Hosts:
+    """The names under which a server is meant: those `allowed` ("*" is any), its own, and addresses.
+
+    On a loopback address only loopback ones are its own; elsewhere any address is, since the name of a page that was
+    made to point here is never an address.
+    """
+
+    def __init__(self, bound: str, allowed: Collection[str]) -> None:
+        self._is_local = is_loopback(bound)
+        names = ["localhost", bound, *allowed]
+        if not self._is_local:
+            names += [socket.gethostname(), socket.gethostname().partition(".")[0]]
+        self._names = {name.lower().strip("[]").rstrip(".") for name in names}
+
+    def know(self, host: str) -> bool:
+        """Whether the value of a Host header, in lower case, is one of them; the port does not matter."""
+        name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+        try:
+            is_loopback_address = ipaddress.ip_address(name).is_loopback
+        except ValueError:
+            name = name.rstrip(".")
+            return bool(self._names & {name, "*"}) or name.endswith(".localhost")
+        return is_loopback_address or not self._is_local or name in self._names

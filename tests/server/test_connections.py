@@ -1,0 +1,291 @@
+"""Connections of clients that take their time, come in crowds, or announce one body and send another."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+
+import pytest
+from starlette.types import Receive, Scope, Send
+
+from headrace.server import connections, listening
+from headrace.server.errors import error_body, respond
+from headrace.server.limits import Limits
+from headrace.server.listening import EmbeddedServer, listen
+from tests.arch.source import ROOT
+from tests.server.conftest import START, Served
+
+HUGE = 100 << 20
+GET = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+
+
+async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+    """Reads the body where there is one; `/slow` never answers, `/long` answers much."""
+    if scope["path"] == "/slow":
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        return
+    while (await receive()).get("more_body"):
+        pass
+    await respond(200, error_body(200, "x" * (1 << 24) if scope["path"] == "/long" else "ok"))(scope, receive, send)
+
+
+class Bare:
+    """A server of `answer` in a thread of its own."""
+
+    def __init__(self, write_timeout: float = 60.0) -> None:
+        self.listener = listen("127.0.0.1", 0)
+        self.port = int(self.listener.getsockname()[1])
+        self.server = EmbeddedServer(Limits(answer, 1 << 20, 60.0, ["/health"]), write_timeout)
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve(sockets=[self.listener])))
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.005)
+
+    def connect(self, *parts: bytes) -> socket.socket:
+        client = socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        for part in parts:
+            client.sendall(part)
+        return client
+
+    def close(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture
+def bare() -> Iterator[Callable[..., Bare]]:
+    started: list[Bare] = []
+
+    def start_bare(**options: float) -> Bare:
+        started.append(Bare(**options))
+        return started[-1]
+
+    yield start_bare
+    for each in started:
+        each.close()
+
+
+def status(client: socket.socket) -> int:
+    """Of the next answer, which is read whole; 0 when the server closed."""
+    received = b""
+    with contextlib.suppress(ConnectionError):
+        while data := client.recv(1 << 16):
+            received += data
+            head, _, body = received.partition(b"\r\n\r\n")
+            length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0] or 0)
+            if b"\r\n\r\n" in received and len(body) >= length:
+                return int(head.split()[1])
+    return 0
+
+
+def is_closed(client: socket.socket) -> bool:
+    """Waits for the server to close; what it still sends is read and forgotten."""
+    with contextlib.suppress(ConnectionError):
+        while client.recv(1 << 16):
+            pass
+    return True
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.01)
+
+
+def chunks(num_bytes: int) -> Iterator[bytes]:
+    for _ in range(num_bytes >> 16):
+        yield b"x" * (1 << 16)
+
+
+@pytest.mark.parametrize("is_announced", [True, False])
+def test_a_blocking_client_with_a_huge_body_sees_the_413(served: Served, is_announced: bool) -> None:
+    """It reads nothing before it has sent everything: a connection closed meanwhile would be a reset to it."""
+    client = http.client.HTTPConnection("127.0.0.1", served.handle.port, timeout=60)
+    body = b"x" * HUGE if is_announced else chunks(HUGE)
+    client.request("POST", "/generate", body, {"content-type": "application/json"}, encode_chunked=not is_announced)
+    reply = client.getresponse()
+    assert (reply.status, json.loads(reply.read())["param"]) == (413, "body")
+    client.close()
+
+
+def test_urllib_sees_it_too_and_without_a_key_the_401(start: START) -> None:
+    served = start(api_key="key")
+    for headers, expected in (({"Authorization": "Bearer key"}, 413), ({}, 413), ({"Authorization": "x"}, 401)):
+        size = HUGE if expected == 413 else 20 << 20
+        call = urllib.request.Request(f"{served.url}/generate", b"x" * size, headers)
+        with pytest.raises(urllib.error.HTTPError) as raised:
+            urllib.request.urlopen(call, timeout=60)
+        assert raised.value.code == expected
+        raised.value.close()
+
+
+def test_chunks_beside_a_length_are_refused(bare: Callable[..., Bare]) -> None:
+    server = bare()
+    for length in (0, 5, 1 << 40):
+        head = f"POST / HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\ncontent-length: {length}\r\n\r\n"
+        with server.connect(head.encode(), b"5\r\nhello\r\n0\r\n\r\n") as client:
+            assert status(client) == 400
+            assert is_closed(client)
+
+
+def test_what_is_counted_is_what_comes(served: Served) -> None:
+    """In chunks of one byte as in large ones."""
+    for size in (1, 1 << 20):
+        chunk = b"%x\r\n%s\r\n" % (size, b"x" * size)
+        head = b"POST /generate HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", served.handle.port), timeout=60) as client:
+            client.sendall(head)
+            with contextlib.suppress(ConnectionError):
+                for _ in range(100 if size > 1 else 10):
+                    client.sendall(chunk)
+                client.sendall(b"0\r\n\r\n")
+            assert status(client) == (413 if size > 1 else 400)
+
+
+def test_headers_that_never_end_and_idle_connections_are_closed(
+    bare: Callable[..., Bare], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(connections, "FIRST_BYTE_SECONDS", 0.6)
+    server = bare()
+    silent, slow, honest = server.connect(), server.connect(b"GET / HTTP/1.1\r\n"), server.connect(GET)
+    assert status(honest) == 200
+    stop = threading.Event()
+
+    def trickle() -> None:
+        with contextlib.suppress(OSError):
+            while not stop.wait(0.05):
+                slow.sendall(b"a: b\r\n")
+
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    assert is_closed(slow) and is_closed(silent)
+    stop.set()
+    thread.join()
+    honest.sendall(GET)  # between two requests a client may rest
+    assert status(honest) == 200
+    honest.sendall(GET[:20])
+    assert is_closed(honest)
+    for each in (silent, slow, honest):
+        each.close()
+
+
+def test_a_crowd_of_idle_connections_keeps_nobody_out(bare: Callable[..., Bare]) -> None:
+    server = bare()
+    server.server.max_connections = 100
+    with contextlib.ExitStack() as stack:
+        for _ in range(300):
+            stack.enter_context(server.connect(b"GET / HT"))
+        client = stack.enter_context(server.connect(GET))
+        assert status(client) == 200
+        wait_for(lambda: len(server.server.server_state.connections) <= 100)
+
+
+def test_a_crowd_of_busy_connections_leaves_health_alone(bare: Callable[..., Bare]) -> None:
+    server = bare()
+    server.server.max_connections = 100
+    with contextlib.ExitStack() as stack:
+        busy = [stack.enter_context(server.connect(GET.replace(b"/health", b"/slow"))) for _ in range(100)]
+        wait_for(lambda: all(not each.is_idle for each in server.server._connections()))
+        wait_for(lambda: len(server.server._connections()) == 100)
+        assert status(stack.enter_context(server.connect(GET.replace(b"/health", b"/other")))) == 503
+        for _ in range(100):
+            assert status(stack.enter_context(server.connect(GET))) == 200
+        for each in busy:
+            each.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                each.recv(1)
+
+
+def test_no_descriptor_left_neither_spins_nor_fills_the_log() -> None:
+    """The limit of a child is filled with files; it answers again when they are closed."""
+    script = """
+import asyncio, os, resource, socket, sys, threading, time
+from tests.server.test_connections import Bare, GET, status
+from headrace.server import listening
+listening.raise_descriptor_limit = lambda: 200
+server = Bare()
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+clients = [socket.socket() for _ in range(3)]
+files = []
+try:
+    while True:
+        files.append(os.open("/dev/null", os.O_RDONLY))
+except OSError:
+    pass
+for client in clients:
+    client.settimeout(30)
+    client.connect(("127.0.0.1", server.port))
+    client.sendall(GET)
+used = time.process_time()
+time.sleep(1)
+print(time.process_time() - used)
+for each in files:
+    os.close(each)
+print([status(client) for client in clients])
+for client in clients:
+    client.close()
+server.close()
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    seconds, statuses = done.stdout.splitlines()
+    assert statuses == "[200, 200, 200]"
+    assert float(seconds) < 0.5
+    assert done.stderr.count("\n") <= 1, done.stderr
+
+
+def test_the_descriptor_limit_is_raised() -> None:
+    script = """
+import resource
+from headrace.server.listening import raise_descriptor_limit
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+print(raise_descriptor_limit() == resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 64)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
+
+
+def test_an_answer_left_unread_is_cut_off(bare: Callable[..., Bare]) -> None:
+    server = bare(write_timeout=0.3)
+    with server.connect(GET.replace(b"/health", b"/long")), server.connect(GET) as other:
+        assert status(other) == 200
+        wait_for(lambda: len(server.server._connections()) == 1)
+
+
+def test_closing_does_not_wait_for_clients_that_never_read(bare: Callable[..., Bare]) -> None:
+    server = bare()
+    with contextlib.ExitStack() as stack:
+        for _ in range(20):
+            stack.enter_context(server.connect(GET.replace(b"/health", b"/long")))
+        wait_for(lambda: any(each.transport.get_write_buffer_size() for each in server.server._connections()))
+        started = time.monotonic()
+        server.close()
+        assert time.monotonic() - started < 3 * listening.CLOSE_SECONDS + 5
+
+
+@pytest.mark.parametrize("sent", [b"{", b""])
+def test_a_client_that_leaves_inside_its_body_writes_no_traceback(
+    served: Served, sent: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n"
+    chunked = head.replace(b"content-length: 1000", b"transfer-encoding: chunked")
+    for start in (head + sent, chunked + b"5\r\n{    \r\n", chunked + b"zz\r\n", b"\x00\x01\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", served.handle.port), timeout=30) as client:
+            client.sendall(start)
+    with socket.create_connection(("127.0.0.1", served.handle.port), timeout=30) as client:
+        client.sendall(GET)
+        assert status(client) == 200
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
