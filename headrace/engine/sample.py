@@ -40,7 +40,7 @@ class Sample:
         self.token_ids += new_ids
         self.logprobs += unpack_floats(delta.logprobs).tolist()
         for (version, count), epoch in zip(delta.spans, delta.span_epochs, strict=True):
-            _extend_spans(self.spans, version, count, epoch)
+            extend_spans(self.spans, version, count, epoch)
         for values, name in zip(self._extras, TokenExtras.__struct_fields__, strict=True):
             values += getattr(delta.extras, name)
         if delta.prompt_logprobs:
@@ -127,7 +127,8 @@ def slice_spans(spans: list[Span], start: int, stop: int) -> list[Span]:
     return kept
 
 
-def _extend_spans(spans: list[Span], version: str, count: int, epoch: int) -> None:
+def extend_spans(spans: list[Span], version: str, count: int, epoch: int) -> None:
+    """Add tokens to the last span, or a span, where label or weights are others."""
     if spans and (spans[-1][0], spans[-1][2]) == (version, epoch):
         spans[-1] = (version, spans[-1][1] + count, epoch)
     elif count:

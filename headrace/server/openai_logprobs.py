@@ -7,7 +7,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from headrace.engine import Stream
-from headrace.engine.sample import slice_spans
+from headrace.engine.sample import Span, extend_spans, slice_spans
 from headrace.text import IncrementalDetokenizer, Tokenizer
 from headrace.types.generation import Generation
 
@@ -107,24 +107,33 @@ def _by_text(writer: TokenWriter, values: dict[int, float]) -> dict[str, float]:
 
 
 def _joined(first: Generation, second: Generation) -> Generation:
-    spans = [*first.version_spans, *second.version_spans]
-    border = len(first.version_spans)
-    if 0 < border < len(spans) and spans[border - 1][0] == spans[border][0]:
-        spans[border - 1 : border + 1] = [(spans[border][0], spans[border - 1][1] + spans[border][1])]
-    return replace(
+    spans = _spans(first)
+    for span in _spans(second):
+        extend_spans(spans, *span)
+    return _with_spans(
         second,
+        spans,
         token_ids=first.token_ids + second.token_ids,
         logprobs=first.logprobs + second.logprobs,
         top_logprobs=first.top_logprobs + second.top_logprobs,
-        version_spans=spans,
     )
 
 
 def _part(whole: Generation, start: int, stop: int) -> Generation:
-    return replace(
+    return _with_spans(
         whole,
+        slice_spans(_spans(whole), start, stop),
         token_ids=whole.token_ids[start:stop],
         logprobs=whole.logprobs[start:stop],
         top_logprobs=whole.top_logprobs[start:stop],
-        version_spans=slice_spans(whole.version_spans, start, stop),
     )
+
+
+def _spans(piece: Generation) -> list[Span]:
+    pairs = zip(piece.version_spans, piece.version_epochs, strict=True)
+    return [(version, count, epoch) for (version, count), epoch in pairs]
+
+
+def _with_spans(piece: Generation, spans: list[Span], **fields: Any) -> Generation:
+    labels = [(version, count) for version, count, _ in spans]
+    return replace(piece, version_spans=labels, version_epochs=[epoch for _, _, epoch in spans], **fields)

@@ -37,6 +37,7 @@ def piece(ids: list[int], text: str, last: bool, tops: list[dict[int, float]] | 
         logprobs=[-1.0] * len(ids),
         text=text,
         version_spans=spans,
+        version_epochs=[0] * len(spans),
         finish_reason=reason,  # type: ignore[arg-type]
         top_logprobs=tops or [],
     )

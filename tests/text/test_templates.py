@@ -124,8 +124,7 @@ def test_what_is_no_json_is_refused_and_what_is_nearly_is_not(renderer: Template
         renderer.render("x", [circle], {})
     numbers = {"big": 1 << 80, "half": 0.5, "text": "\ud800", "tuple": (1, 2)}
     assert renderer.render("{{ big + 1 }}{{ half }}{{ tuple[1] }}", [], numbers) == f"{(1 << 80) + 1}0.52"
-    with pytest.raises(RequestError, match="tokenize"):
-        tokenizer_of("x").apply_chat_template(MESSAGES, tokenize=False)
+    assert tokenizer_of("x").apply_chat_template(MESSAGES, tokenize=False) == "x"
 
 
 def test_a_process_that_was_killed_is_replaced() -> None:
