@@ -524,7 +524,7 @@ def test_an_update_from_disk_does_not_outlive_its_caller(tmp_path: Path, mode: s
     executor = SlowDiskExecutor(VOCAB_SIZE, weights=tiny_store())
     core = executor.core = Core(executor)
     core.loop.replica.update.advance = _one_block(core.loop.replica.update.advance)  # type: ignore[method-assign]
-    disk = core.start(UpdateFromDisk, str(tmp_path), "disk", mode, "keep", core.clock.now + 25.0)
+    disk = core.start(UpdateFromDisk, str(tmp_path), "disk", mode, "keep", "", core.clock.now + 25.0)
     core.turn(2)
     assert disk not in core.link.replies
     if how == "given up":
