@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from headrace import Engine
 from headrace.engine.tensors import HeldTensors, TensorBytes, describe, named_pairs, tensor_bytes
 from headrace.engine.update import manifest_of
 from headrace.types.errors import WeightUpdateError
 from headrace.types.weights import TensorInfo
+from tests.engine.builders import model_of, named_tensors
 
 VALUES = torch.arange(12, dtype=torch.float32).reshape(3, 4) - 5
 
@@ -282,3 +284,33 @@ def test_what_every_engine_recomputes_is_ignored_on_every_way() -> None:
     assert [name for name, _ in named_pairs(pairs)] == ["w"]
     assert [info.name for info in HeldTensors(pairs).manifest] == ["w"]
     assert [info.name for info in manifest_of([(name, t.shape, str(t.dtype)) for name, t in pairs])] == ["w"]
+
+
+@pytest.mark.parametrize("mode", ["shadow", "inplace"])
+def test_an_engine_is_not_updated_from_one_buffer_unknowingly(engine: Engine, mode: Any) -> None:
+    tensors = named_tensors(model_of(1))
+    before = engine.digest()
+
+    def one_buffer() -> Iterator[tuple[str, torch.Tensor]]:
+        memory = torch.empty(max(tensor.numel() for _, tensor in tensors))
+        for name, tensor in tensors:
+            yield name, memory.data[: tensor.numel()].view(tensor.shape).copy_(tensor)
+
+    with pytest.raises(WeightUpdateError, match="lie in the same memory"):
+        engine.update_weights_from_tensor(one_buffer(), "never", mode=mode)
+    assert engine.digest() == before and engine.is_ready
+
+
+def test_an_engine_ignores_what_it_recomputes_and_reads_any_byte_order(start: Callable[..., Engine]) -> None:
+    engine, tensors = start(), named_tensors(model_of(1))
+    extra = ("model.rotary_emb.inv_freq", torch.ones(4))
+    engine.update_weights_from_tensor(tensors, "plain")
+    wanted = engine.digest()
+    engine.update_weights_from_tensor(named_tensors(model_of(0)), "other")
+    engine.update_weights_from_tensor({name: tensor.numpy().astype(">f4") for name, tensor in tensors}, "big-endian")
+    assert engine.digest() == wanted
+    assert engine.update_weights_from_tensor([*tensors, extra], "more").num_tensors == len(tensors)
+    manifest = [TensorInfo(name, tuple(tensor.shape), "float32") for name, tensor in [*tensors, extra]]
+    session = engine.begin_update("session", manifest)
+    engine.stage(session, [*tensors, extra])
+    assert engine.commit(session).num_tensors == len(tensors) and engine.digest() == wanted
