@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from headrace.types.errors import ConfigError
+from headrace.types.errors import ConfigError, encodable
 from headrace.types.plain_values import plain_scalar
 from headrace.types.sampling_params import LogprobMode
 
@@ -156,5 +156,9 @@ def _check_bounds(config: EngineConfig) -> None:
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
             raise ConfigError(f"{name} must be in [{low}, {high}], got {value}", field=name)
+    for name in config.__struct_fields__:
+        value = getattr(config, name)
+        if isinstance(value, str) and value != encodable(value):
+            raise ConfigError(f"{name} must be Unicode text, got {value!r}", field=name)
     if not config.model:
         raise ConfigError("model must name a folder or a hub id", field="model")

@@ -11,7 +11,7 @@ import msgspec
 from headrace.config.devices import CudaDevice, Software, cuda_devices, installed_software
 from headrace.config.engine_config import EngineConfig, SettledConfig
 from headrace.config.model_spec import ModelSpec
-from headrace.types.errors import ConfigError
+from headrace.types.errors import ConfigError, encodable
 
 Explanation = tuple[str, str, str]
 
@@ -111,6 +111,8 @@ def resolve(
     `UnsupportedModelError` naming the setting or file.
     """
     why: list[Explanation] = []
+    if str(folder) != encodable(str(folder)):
+        raise ConfigError(f"the folder {folder} has a name that is not Unicode text", field="model")
     model = ModelSpec.from_folder(folder)
     software = installed_software() if software is None else software
     cuda = _cuda(config, devices, software, why)

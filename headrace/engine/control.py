@@ -24,7 +24,7 @@ def folder_of(path: str | Path) -> str:
     """An absolute path, without links."""
     try:
         return str(Path(path).expanduser().resolve())
-    except (OSError, RuntimeError, ValueError):  # a name too long, a user nobody knows, a null character
+    except (OSError, RuntimeError, TypeError, ValueError):  # too long, an unknown user, a null character, no path
         raise CheckpointError(f"{path} is not a path on this machine", field="path") from None
 
 

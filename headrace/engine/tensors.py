@@ -6,6 +6,7 @@ A caller's tensor is only ever read: nothing here changes its storage, or keeps 
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -69,19 +70,56 @@ def describe(name: str, tensor: Any) -> TensorInfo:
     return TensorInfo(name, tensor.shape, tensor.dtype.name)
 
 
+class TensorBytes:
+    """The bytes of a tensor that `describe` accepts, or a slice of them: row-major, in this machine's byte order.
+
+    They are read in `copy_into`, from the caller's own memory where the tensor lies there so: what was freed or written
+    to between the first of these calls and the last is refused by name, and never read.
+    """
+
+    def __init__(self, name: str, tensor: Any) -> None:
+        self._name = name
+        self._plain = _plain(tensor)
+        self._num_writes = _num_writes(self._plain)
+        self._part = range(self._plain.nbytes)
+
+    def __len__(self) -> int:
+        return len(self._part)
+
+    def __getitem__(self, part: slice) -> TensorBytes:
+        found = copy.copy(self)
+        found._part = self._part[part]
+        return found
+
+    def copy_into(self, view: memoryview) -> None:
+        """Write all of them to `view`, which has their size."""
+        if not isinstance(self._plain, np.ndarray):
+            describe(self._name, self._plain)
+            if _num_writes(self._plain) != self._num_writes:
+                raise WeightUpdateError(f"{self._name} was written to while it was sent", field=self._name)
+        view[:] = _memory(self._plain)[self._part.start : self._part.stop]
+
+
 def tensor_bytes(tensor: Any) -> memoryview:
-    """The bytes of a tensor in row-major order and this machine's byte order, without a copy when it lies so in CPU
-    memory. Of a tensor that `describe` accepts."""
-    if isinstance(tensor, np.ndarray):
-        native = tensor if tensor.dtype.isnative else tensor.astype(tensor.dtype.newbyteorder("="))
-        flat: npt.NDArray[Any] = np.ascontiguousarray(native).reshape(-1)
+    """As `TensorBytes`, to be read at once, while the tensor stays as it is."""
+    return _memory(_plain(tensor))
+
+
+def _plain(tensor: Any) -> Any:
+    """The tensor with its elements one after the other in CPU memory: itself where they lie so."""
+    if not isinstance(tensor, np.ndarray):
+        return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    return np.ascontiguousarray(tensor, tensor.dtype.newbyteorder("=") if not tensor.dtype.isnative else None)
+
+
+def _memory(plain: Any) -> memoryview:
+    if isinstance(plain, np.ndarray):
+        flat: npt.NDArray[Any] = plain.reshape(-1)
         return flat.view(np.uint8).data
-    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    num_bytes = plain.numel() * plain.element_size()
-    if not num_bytes:
+    if not plain.nbytes:
         return memoryview(b"")
     # `Tensor.numpy()` would do, but makes the storage unresizable for good: FSDP could not free it any more.
-    memory = (ctypes.c_ubyte * num_bytes).from_address(plain.data_ptr())
+    memory = (ctypes.c_ubyte * plain.nbytes).from_address(plain.data_ptr())
     memory.owner = plain  # so that a copy lives as long as the view
     return memoryview(memory).cast("B").toreadonly()
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from headrace.engine.calls import outlast
 from headrace.engine.client import CoreClient
-from headrace.engine.tensors import HeldTensors, NamedTensors, describe, named_pairs, tensor_bytes
+from headrace.engine.tensors import HeldTensors, NamedTensors, TensorBytes, describe, named_pairs
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import HeadraceError, UnavailableError, WeightUpdateError
 from headrace.types.messages import AbortUpdate, BeginUpdate, CommitUpdate, Stage, UpdateBegun
@@ -72,10 +72,11 @@ class Bucket:
         """True when so many bytes have room."""
         return _aligned(self._num_used) + num_bytes <= self.buffer.ref.size
 
-    def write(self, index: int, start: int, data: memoryview) -> None:
-        """Copy in what a tensor holds from its byte `start` on."""
+    def write(self, index: int, start: int, data: TensorBytes) -> None:
+        """Copy in what a tensor holds from its byte `start` on. `WeightUpdateError` if it was freed or written to
+        meanwhile."""
         offset = _aligned(self._num_used)
-        self.buffer.view[offset : offset + len(data)] = data
+        data.copy_into(self.buffer.view[offset : offset + len(data)])
         self.entries.append(BufferEntry(index, offset, start, len(data)))
         self._num_used = offset + len(data)
 
@@ -153,7 +154,7 @@ class Updater:
         try:
             for name, tensor in named_pairs(named_tensors):
                 index = session.index_of(describe(name, tensor))
-                data = tensor_bytes(tensor)
+                data = TensorBytes(name, tensor)
                 for start in range(0, max(1, len(data)), BUCKET_BYTES):
                     piece = data[start : start + BUCKET_BYTES]
                     if not filling.has_room(len(piece)):

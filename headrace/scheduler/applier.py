@@ -109,13 +109,14 @@ class ResultApplier:
             slots += sampled[(is_token & ~np.isfinite(result.logprobs)).any(axis=1)].tolist()
         table = self._roster.table
         ending = [slot for slot in dict.fromkeys(slots) if table.accepts[slot]]
+        if not ending:
+            return
         error = _NOT_FINITE.info()
         for slot in ending:
             self._counters.num_nonfinite += 1
             self._counters.num_failed += 1
             self.finish(table.sequence(slot), Finish("error", message=error.message, error=error), deltas)
-        if ending:
-            self._roster.leases.flush()
+        self._roster.leases.flush()
 
     @staticmethod
     def _prompt_part(sequence: Sequence, finish: Finish | None) -> tuple[bytes, TokenExtras]:

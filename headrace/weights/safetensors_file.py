@@ -55,7 +55,8 @@ class FileTensor:
         if destination.device.type == "cpu" and destination.dtype == dtype:
             self._file.read_into(bytes_of(destination).data, start)
             return
-        block = torch.empty(part.stop - part.start, dtype=dtype)
+        is_pinned = destination.device.type == "cuda"  # from there a copy to the device takes next to no time
+        block = torch.empty(part.stop - part.start, dtype=dtype, pin_memory=is_pinned)
         self._file.read_into(bytes_of(block).data, start)
         destination.copy_(block)
 

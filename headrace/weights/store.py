@@ -39,7 +39,7 @@ SHADOW_HEADROOM_BYTES = 256 << 20
 """Memory that must stay free beside the shadow buffers, for activations and the producer."""
 
 _INIT_STD = 0.02
-_LOAD_BYTES = 1 << 20
+_LOAD_BYTES = {"cpu": 1 << 20, "cuda": 1 << 24}
 _FILL_BYTES = {"cpu": BLOCK_BYTES, "cuda": 1 << 28}
 
 
@@ -177,7 +177,7 @@ class WeightStore:
             raise CheckpointError(error.message, field=name) from None
         assert region.is_contiguous(), "a region is whole rows of a parameter"
         flat = region.view(-1)
-        for part in row_blocks((flat.numel(),), flat.element_size(), _LOAD_BYTES):
+        for part in row_blocks((flat.numel(),), flat.element_size(), _LOAD_BYTES[self.device.type]):
             block = flat[part]
             if not is_filled:
                 source.copy(part, block)

@@ -361,3 +361,18 @@ def test_files_read_long_ago_are_no_used_memory(tmp_path: Path, monkeypatch: pyt
     assert available_memory() == 1 << 30, "a sandbox may show the limit alone"
     limit.write_text("max\n")
     assert available_memory() == 64 << 30
+
+
+@pytest.mark.parametrize("name", ["model", "tokenizer", "initial_version", "served_model_name", "kernel_cache"])
+def test_a_setting_that_could_not_be_sent_to_a_core_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be Unicode text") as caught:
+        EngineConfig.from_dict({"model": "m", name: "a\udcff"})
+    assert caught.value.field == name
+
+
+def test_a_folder_whose_name_could_not_be_sent_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "a\udcff"
+    folder.mkdir()
+    write(folder)
+    with pytest.raises(ConfigError, match="not Unicode text"):
+        resolve(EngineConfig(model="m"), folder)

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from headrace.engine.tensors import HeldTensors, describe, named_pairs, tensor_bytes
+from headrace import Engine
+from headrace.engine.tensors import HeldTensors, TensorBytes, describe, named_pairs, tensor_bytes
 from headrace.engine.update import manifest_of
 from headrace.types.errors import WeightUpdateError
 from headrace.types.weights import TensorInfo
+from tests.engine.builders import model_of, named_tensors
 
 VALUES = torch.arange(12, dtype=torch.float32).reshape(3, 4) - 5
 
@@ -156,6 +158,36 @@ def test_reading_leaves_the_storage_as_it_was() -> None:
     tensor.untyped_storage().resize_(0)
 
 
+def sent(data: TensorBytes) -> bytes:
+    view = bytearray(len(data))
+    data.copy_into(memoryview(view))
+    return bytes(view)
+
+
+def test_bytes_are_sent_whole_or_in_slices() -> None:
+    for tensor in (VALUES, VALUES.t(), VALUES.numpy().astype(">f4"), torch.empty(0, 4), np.empty((0, 4), np.float32)):
+        data, wanted = TensorBytes("w", tensor), bytes(tensor_bytes(tensor))
+        assert sent(data) == wanted and len(data) == len(wanted)
+        pieces = [data[start : start + 10] for start in range(0, len(data), 10)]
+        assert b"".join(map(sent, pieces)) == wanted and sum(map(len, pieces)) == len(wanted)
+        assert sent(data[8:][4:12]) == wanted[12:20]
+
+
+def test_what_is_freed_or_written_to_while_it_waits_is_refused() -> None:
+    tensor = torch.ones(8)
+    data = TensorBytes("model.w", tensor)
+    sent(data[:16])
+    tensor.add_(1)
+    with pytest.raises(WeightUpdateError, match="model.w was written to while it was sent"):
+        sent(data[16:])
+    data = TensorBytes("model.w", tensor)
+    copied = TensorBytes("model.w", tensor[::2])
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(WeightUpdateError, match="model.w .*its memory was freed"):
+        sent(data)
+    assert sent(copied) == np.full(4, 2, np.float32).tobytes()
+
+
 def test_a_copy_lives_as_long_as_its_bytes() -> None:
     data = [tensor_bytes(VALUES.t() + number) for number in range(50)]
     for number, each in enumerate(data):
@@ -252,3 +284,33 @@ def test_what_every_engine_recomputes_is_ignored_on_every_way() -> None:
     assert [name for name, _ in named_pairs(pairs)] == ["w"]
     assert [info.name for info in HeldTensors(pairs).manifest] == ["w"]
     assert [info.name for info in manifest_of([(name, t.shape, str(t.dtype)) for name, t in pairs])] == ["w"]
+
+
+@pytest.mark.parametrize("mode", ["shadow", "inplace"])
+def test_an_engine_is_not_updated_from_one_buffer_unknowingly(engine: Engine, mode: Any) -> None:
+    tensors = named_tensors(model_of(1))
+    before = engine.digest()
+
+    def one_buffer() -> Iterator[tuple[str, torch.Tensor]]:
+        memory = torch.empty(max(tensor.numel() for _, tensor in tensors))
+        for name, tensor in tensors:
+            yield name, memory.data[: tensor.numel()].view(tensor.shape).copy_(tensor)
+
+    with pytest.raises(WeightUpdateError, match="lie in the same memory"):
+        engine.update_weights_from_tensor(one_buffer(), "never", mode=mode)
+    assert engine.digest() == before and engine.is_ready
+
+
+def test_an_engine_ignores_what_it_recomputes_and_reads_any_byte_order(start: Callable[..., Engine]) -> None:
+    engine, tensors = start(), named_tensors(model_of(1))
+    extra = ("model.rotary_emb.inv_freq", torch.ones(4))
+    engine.update_weights_from_tensor(tensors, "plain")
+    wanted = engine.digest()
+    engine.update_weights_from_tensor(named_tensors(model_of(0)), "other")
+    engine.update_weights_from_tensor({name: tensor.numpy().astype(">f4") for name, tensor in tensors}, "big-endian")
+    assert engine.digest() == wanted
+    assert engine.update_weights_from_tensor([*tensors, extra], "more").num_tensors == len(tensors)
+    manifest = [TensorInfo(name, tuple(tensor.shape), "float32") for name, tensor in [*tensors, extra]]
+    session = engine.begin_update("session", manifest)
+    engine.stage(session, [*tensors, extra])
+    assert engine.commit(session).num_tensors == len(tensors) and engine.digest() == wanted

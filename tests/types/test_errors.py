@@ -29,6 +29,7 @@ def test_only_unavailability_and_deadlines_are_retryable() -> None:
         "EngineDeadError",
         "ShutdownError",
         "DeadlineError",
+        "UpdateConflictError",
     }
 
 
