@@ -32,7 +32,7 @@ from headrace.engine.seeds import SeedSource, sample_seed
 from headrace.scheduler.limits import MAX_PRIORITY
 from headrace.text import Tokenizer, encode_bounded
 from headrace.types.errors import ErrorInfo, RequestError
-from headrace.types.plain_values import as_flag, as_integer, as_integer_array
+from headrace.types.plain_values import as_flag, as_integer, as_integer_array, hint
 from headrace.types.request import Request, TokenSampling, pack_ids
 from headrace.types.sampling_params import (
     MAX_LOGPROB_TOKEN_IDS,
@@ -140,7 +140,8 @@ class RequestBuilder:
         """One item per sample, prompt-major. Raises `RequestError` before anything is submitted."""
         for name in options:
             if name not in GenerateOptions.__annotations__:
-                raise RequestError(f"{name} is not an argument of a request", field=name)
+                message = f"{name} is not an argument of a request{hint(name, GenerateOptions.__annotations__)}"
+                raise RequestError(message, field=name)
         field, given = sources(prompts, input_ids)
         returns_errors = as_flag(options.get("return_errors", False), "return_errors")
         refusals: dict[int, RequestError] = {}

@@ -63,7 +63,7 @@ class Stream:
 
     @property
     def num_extra_values(self) -> int:
-        """Log-probabilities that there are so far beside those of the tokens themselves."""
+        """Log-probabilities that there are so far beside those of the generated tokens."""
         return self._sample.num_extra_values
 
     def __aiter__(self) -> Stream:

@@ -93,7 +93,8 @@ async def read_call(engine: AsyncEngine, values: Mapping[str, Any]) -> GenerateC
             items.append(msgspec.structs.replace(item, index=index, request_id=names[len(items)]))
     firsts = [item for item in items if item.index == 0 and item.packed is not None]
     with item_errors(0, is_list):
-        check_body((item.logprobs, len(item.packed or b"") // 4, item.params) for item in firsts)
+        prompts_asked = ((item.logprobs, len(item.packed or b"") // 4, item.params) for item in firsts)
+        check_body(prompts_asked, "return_prompt_token_ids" if body.return_prompt_token_ids else "")
     return GenerateCall(
         items=items,
         wants_logprobs=[asked.wants_logprobs[item.prompt_index] for item in items],

@@ -50,7 +50,8 @@ class OpenAiCall:
     def submit(self, prompts: Sequence[Prompt], params: SamplingParams, logprobs: LogprobOptions) -> None:
         """Start all sequences, or none."""
         check_count(self._state.engine, len(prompts) * params.n, prompts[0].field)
-        check_body((logprobs, len(prompt.ids), params) for prompt in prompts)
+        prompts_asked = ((logprobs, len(prompt.ids), params) for prompt in prompts)
+        check_body(prompts_asked, "return_token_ids" if self.body.return_token_ids else "")
         is_whole = False
         try:
             for position, prompt in enumerate(prompts):

@@ -118,6 +118,23 @@ def test_max_new_tokens_is_clipped_when_asked(served: Served) -> None:
         ("/v1/completions", {"prompt": IDS, "max_tokens": 1000, "logprobs": 400, "n": 64}, "logprobs"),
         (
             "/generate",
+            {"input_ids": [[1] * 1000] * 3, "return_logprob": True, "logprob_start_len": 0}
+            | {"sampling_params": {"n": 4096, "max_new_tokens": 0}},
+            "logprob_start_len",
+        ),
+        (
+            "/generate",
+            {"input_ids": [[1] * 1000] * 3, "return_prompt_token_ids": True}
+            | {"sampling_params": {"n": 4096, "max_new_tokens": 0}},
+            "return_prompt_token_ids",
+        ),
+        (
+            "/v1/completions",
+            {"prompt": [[1] * 1000] * 3, "return_token_ids": True, "max_tokens": 0, "n": 4096},
+            "return_token_ids",
+        ),
+        (
+            "/generate",
             {"input_ids": [IDS] * 20, "sampling_params": [{"stop": ["x" * 1024] * 64}] * 20},
             "sampling_params.stop",
         ),
@@ -128,7 +145,7 @@ def test_max_new_tokens_is_clipped_when_asked(served: Served) -> None:
             "sampling_params.logit_bias",
         ),
     ],
-    ids=range(6),
+    ids=range(9),
 )
 def test_products_are_bounded_before_anything_is_made(
     served: Served, path: str, body: dict[str, Any], field: str

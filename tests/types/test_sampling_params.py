@@ -162,6 +162,13 @@ def test_unknown_and_doubled_keys_are_refused(values: dict[str, Any]) -> None:
         SamplingParams.from_dict(values)
 
 
+def test_a_name_nearly_right_is_answered_with_the_right_one() -> None:
+    with pytest.raises(RequestError, match="temprature is not a sampling parameter; temperature is"):
+        SamplingParams.from_dict({"temprature": 1.0})
+    with pytest.raises(RequestError, match="parameter$"):
+        SamplingParams.from_dict({"zzz": 1.0})
+
+
 @pytest.mark.parametrize("values", [[], "x", 3])
 def test_not_an_object(values: Any) -> None:
     with pytest.raises(RequestError, match="must be an object"):
