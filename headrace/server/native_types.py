@@ -87,8 +87,7 @@ async def read_call(engine: AsyncEngine, values: Mapping[str, Any]) -> GenerateC
     names = _names(body.rid, [each.n for each in params], is_list)
     for position, prompt in enumerate(prompts):
         item = asked.item(position, prompt, params[position])
-        with item_errors(position, is_list):
-            item = _prepared(engine, item, refusals)
+        item = _prepared(engine, item, is_list, refusals)
         for index in range(params[position].n):
             items.append(msgspec.structs.replace(item, index=index, request_id=names[len(items)]))
     firsts = [item for item in items if item.index == 0 and item.packed is not None]
@@ -176,12 +175,15 @@ def _sources(body: GenerateBody) -> tuple[list[Any], bool, str]:
     return [given], False, field
 
 
-def _prepared(engine: AsyncEngine, item: GenerateItem, refusals: dict[int, RequestError] | None) -> GenerateItem:
+def _prepared(
+    engine: AsyncEngine, item: GenerateItem, is_list: bool, refusals: dict[int, RequestError] | None
+) -> GenerateItem:
     """The item as the engine takes it; a refused one, if refusals are to be returned, as one that fails at once."""
     try:
         if refusals and item.prompt_index in refusals:
             raise refusals[item.prompt_index]
-        return engine.prepare(item)
+        with item_errors(item.prompt_index, is_list):
+            return engine.prepare(item)
     except RequestError as error:
         if refusals is None:
             raise

@@ -90,7 +90,10 @@ def as_list(value: Any, field: str, what: str, max_length: int | None = None) ->
 def as_integer_array(value: Any, field: str) -> np.ndarray[Any, np.dtype[np.integer[Any]]]:
     """A flat integer array of any iterable of integers: list, range, generator, array, tensor (copied to the CPU)."""
     if hasattr(value, "detach"):  # a tensor of torch, wherever it lies
-        value = value.detach().cpu().numpy()
+        try:
+            value = value.detach().cpu().numpy()
+        except (RuntimeError, TypeError):  # of a type that NumPy lacks, or without values
+            raise RequestError(f"{field} must be a flat list of integers", field=field) from None
     if not isinstance(value, np.ndarray):
         values = as_list(value, field, "a list of integers")
         if any(not issubclass(kind, np.integer) for kind in set(map(type, values)) - {int}):

@@ -145,6 +145,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": {1: 2}}, "input_ids"),
     ({"input_ids": torch.tensor([1.0])}, "input_ids"),
     ({"input_ids": torch.tensor(1)}, "input_ids"),
+    ({"input_ids": torch.tensor([1.0], dtype=torch.bfloat16)}, "input_ids"),
+    ({"input_ids": torch.ones(2, dtype=torch.int64, device="meta")}, "input_ids"),
     ({"input_ids": torch.tensor([True])}, "input_ids"),
     ({"input_ids": np.array(1)}, "input_ids"),
     ({"input_ids": np.array(["1"])}, "input_ids"),
