@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -15,17 +14,11 @@ from starlette.types import Message, Receive, Scope, Send
 
 from headrace.engine import Stream
 from headrace.server import errors
-from headrace.text import run_sized
-from headrace.types.errors import HeadraceError, RequestError, RequestTooLargeError
+from headrace.types.errors import HeadraceError, RequestError
 
 JSON_TYPE = "application/json"
 DONE_EVENT = b"data: [DONE]\n\n"
-MAX_VALUES = 1 << 23
-MAX_CONTAINERS = 1 << 18
-INLINE_BODIES = 4
-"""Text costs more to encode than JSON to decode: so much more of a body is decoded without leaving the loop."""
 _ENCODER = msgspec.json.Encoder()
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 Value = TypeVar("Value")
 
@@ -42,16 +35,13 @@ def event(value: Any) -> bytes:
 
 async def read_object(request: Request) -> dict[str, Any]:
     """The JSON object in the body. Raises `RequestError` naming `body` when it is anything else."""
-    raw = await request.body()
-    return await run_sized(len(raw) // INLINE_BODIES, lambda: decode_object(raw))
+    return decode_object(await request.body())
 
 
 def decode_object(raw: bytes) -> dict[str, Any]:
     """As `read_object`, from bytes."""
     if not raw.strip():
         raise RequestError("body is empty; a JSON object is needed", field="body")
-    if raw.count(b",") > MAX_VALUES or raw.count(b"[") + raw.count(b"{") > MAX_CONTAINERS:
-        _check_size(_STRING.sub(b'""', raw))
     try:
         value = msgspec.json.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -61,16 +51,6 @@ def decode_object(raw: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RequestError("body must be a JSON object", field="body")
     return value
-
-
-def _check_size(raw: bytes) -> None:
-    """Raise `RequestTooLargeError` for JSON, its strings taken out, that is small to send and large to hold."""
-    for what, num_found, limit in (
-        ("values", raw.count(b",") + 1, MAX_VALUES),
-        ("lists and objects", raw.count(b"[") + raw.count(b"{"), MAX_CONTAINERS),
-    ):
-        if num_found > limit:
-            raise RequestTooLargeError(f"body has {num_found} {what}, over {limit}", field="body")
 
 
 def convert(values: Mapping[str, Any], kind: type[Value], *, strict: bool = True) -> Value:

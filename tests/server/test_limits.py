@@ -11,7 +11,6 @@ from typing import Any
 import httpx
 import pytest
 
-from headrace.server import wire
 from headrace.text import INLINE_CHARACTERS
 from tests.server.conftest import START, Served
 
@@ -141,37 +140,3 @@ def test_too_many_prompts_are_refused_before_they_are_encoded(
     reply = served.http.post(path, json=body)
     assert (reply.status_code, reply.json()["param"]) == (400, field)
     assert were_on_the_loop() == set()
-
-
-@pytest.mark.parametrize(
-    ("content", "status"),
-    [
-        (b'{"input_ids": [' + b"[]," * (1 << 18) + b"[]]}", 413),
-        (b'{"input_ids": [' + b"1," * ((1 << 23) + 1) + b"1]}", 413),
-        (b'{"a":' * 2000 + b"1" + b"}" * 2000, 400),
-        (b'{"text": "' + rb"[{\"[," * (1 << 18) + b'", "bad": [', 400),
-        (b'{"text": "' + rb"[{\"[," * (1 << 18) + b'", "x": 1, "sampling_params": 3}', 400),
-    ],
-    ids=["lists", "values", "depth", "text-cut", "text"],
-)
-def test_json_that_is_small_to_send_and_large_to_hold_is_refused(served: Served, content: bytes, status: int) -> None:
-    reply = served.http.post("/generate", content=content)
-    assert reply.status_code == status, reply.text
-    assert reply.json()["param"] == ("sampling_params" if content.endswith(b"3}") else "body")
-
-
-def test_large_bodies_are_decoded_off_the_loop(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    loop, original, seen = served.engine.asynchronous.loop, wire.decode_object, list[bool]()
-
-    def noted(raw: bytes) -> dict[str, Any]:
-        seen.append(threading.get_ident() == loop_thread)
-        return original(raw)
-
-    async def identify() -> int:
-        return threading.get_ident()
-
-    loop_thread = asyncio.run_coroutine_threadsafe(identify(), loop).result()
-    monkeypatch.setattr(wire, "decode_object", noted)
-    for size in (10, 1 << 20):
-        served.http.post("/generate", content=b'{"a": "' + b"x" * size + b'"}')
-    assert seen == [True, False]
