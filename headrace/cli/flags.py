@@ -11,7 +11,7 @@ import argparse
 import json
 import re
 import types
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
 import msgspec
@@ -68,9 +68,9 @@ def _options(field: msgspec.structs.FieldInfo, name: str) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction if field.default is True else "store_true"}
     if get_origin(kind) is Literal:
         return {"choices": get_args(kind)}
-    if get_origin(kind) in (tuple, list):
+    if get_origin(kind) in (tuple, list, Sequence):
         return {"action": "append", "type": get_args(kind)[0], "metavar": metavar}
-    if get_origin(kind) is dict:
+    if get_origin(kind) in (dict, Mapping):
         return {"type": _json_object, "metavar": "JSON"}
     if kind in _SCALARS:
         return {"type": kind, "metavar": metavar}

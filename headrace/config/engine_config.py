@@ -5,12 +5,14 @@ Nothing here is decided: `None` and "auto" stay as they are until `resolve()` tu
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
 
 from headrace.types.errors import ConfigError
+from headrace.types.plain_values import plain_scalar
 from headrace.types.sampling_params import LogprobMode
 
 
@@ -87,6 +89,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     watchdog_timeout: float = 1800.0
 
     def __post_init__(self) -> None:
+        _make_plain(self)
         _check_bounds(self)
 
     @classmethod
@@ -95,10 +98,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for key in values:
             if key not in cls.__struct_fields__:
                 raise ConfigError(f"{key} is not an engine setting", field=key)
-        try:
-            return msgspec.convert(dict(values), cls, strict=True)
-        except msgspec.ValidationError as error:
-            raise ConfigError(str(error), field=_field_of(error)) from None
+        if "model" not in values:
+            raise ConfigError("model must name a folder or a hub id", field="model")
+        return cls(**values)
 
 
 class SettledConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -114,10 +116,17 @@ class SettledConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fiel
         return self.max_running_requests + self.max_waiting_requests
 
 
-def _field_of(error: msgspec.ValidationError) -> str:
-    """The field a msgspec message names, as in "Expected `int`, got `str` - at `$.page_size`"."""
-    _, found, path = str(error).partition("`$.")
-    return path.rstrip("`") if found else ""
+def _make_plain(config: EngineConfig) -> None:
+    """Check the type of every field; scalars of NumPy and torch become numbers, paths strings."""
+    for field in msgspec.structs.fields(type(config)):
+        value = getattr(config, field.name)
+        plain = os.fspath(value) if isinstance(value, os.PathLike) else plain_scalar(value)
+        try:
+            plain = msgspec.convert(plain, field.type, strict=True)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{field.name}: {error}", field=field.name) from None
+        if plain is not value:
+            msgspec.structs.force_setattr(config, field.name, plain)
 
 
 _RANGES: dict[str, tuple[float, float]] = {

@@ -1,18 +1,27 @@
 """One function per command. Owns what each command means to a replica; a command is applied between two steps.
 
-A function raises a `HeadraceError` to refuse a command: `apply_command` answers the call with it.
+A function raises a `HeadraceError` to refuse a command: `apply_command` answers the call with it. A call whose deadline
+has passed, or whose caller has given it up, is not begun.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from headrace.core.executor import FAULTS
 from headrace.core.replica import Replica
-from headrace.types.errors import HeadraceError, InternalError, RequestError, ShutdownError, UpdateConflictError
+from headrace.types.errors import (
+    DeadlineError,
+    HeadraceError,
+    InternalError,
+    RequestError,
+    ShutdownError,
+    UpdateConflictError,
+)
 from headrace.types.messages import (
+    NO_DEADLINE,
     Abort,
     AbortUpdate,
     BeginUpdate,
@@ -24,6 +33,7 @@ from headrace.types.messages import (
     FlushCache,
     GetStatus,
     GetWeight,
+    GiveUp,
     Pause,
     Resume,
     SetVersion,
@@ -31,28 +41,33 @@ from headrace.types.messages import (
     Stage,
     Submit,
     UpdateFromDisk,
-    WeightBytes,
     WeightsChecker,
 )
 from headrace.types.request import Delta
-from headrace.types.weights import TensorInfo
 
 logger = logging.getLogger(__name__)
 
 _SCRAMBLE_SALT = 0x5EED_0FF5_5EED_0FF5
-_MIN_DISK_TIMEOUT = 1.0
 
 
-def apply_command(replica: Replica, command: Command, now: float) -> None:
-    """Apply one command, at `now` seconds of the loop's clock. Every call is answered once, now or when it is done."""
+def apply_command(
+    replica: Replica, command: Command, clock: Callable[[], float], given_up: Collection[int] = ()
+) -> None:
+    """Apply one command. Every call is answered once, now or when it is done; those of the ids `given_up` are refused.
+
+    `clock` is the loop's, and that of the deadlines.
+    """
     if isinstance(command, Submit):
-        submit(replica, command, now)
+        submit(replica, command, clock())
     elif isinstance(command, Abort):
         replica.outbox.add(replica.scheduler.abort(command.handles, command.message))
     elif isinstance(command, Finished):
         replica.scheduler.discard(command.handles)
     else:
+        replica.pulse.claim(command.call_id)  # before a look at the clock: the front looks in the opposite order
+        now = clock()
         try:
+            _check_wanted(command, now, given_up)
             _CALLS[type(command)](replica, command, now)
         except HeadraceError as error:
             replica.outbox.refuse(command.call_id, error.info())
@@ -63,10 +78,19 @@ def apply_command(replica: Replica, command: Command, now: float) -> None:
             replica.outbox.refuse(command.call_id, failure.info())
 
 
+def _check_wanted(command: Command, now: float, given_up: Collection[int]) -> None:
+    """`DeadlineError` if nobody waits for the command any more."""
+    name = type(command).__name__
+    if now >= getattr(command, "deadline", NO_DEADLINE):
+        raise DeadlineError(f"{name} came too late to the core and was not begun")
+    if getattr(command, "call_id", 0) in given_up:
+        raise DeadlineError(f"{name} was given up before it was begun")
+
+
 def submit(replica: Replica, command: Submit, now: float) -> None:
     """Queue requests; what cannot be served is answered at once."""
     refusal = replica.update.refusal()
-    for request in command.requests:
+    for request in command.all_requests():
         try:
             if refusal is not None:
                 raise refusal
@@ -81,13 +105,22 @@ def submit(replica: Replica, command: Submit, now: float) -> None:
 
 def pause(replica: Replica, command: Pause, now: float) -> None:
     """Stop stepping; `PauseControl` answers when the mode's promise holds."""
-    replica.pause.pause(command.call_id, command.mode, now)
+    replica.pause.pause(command.call_id, command.mode, now, command.deadline)
 
 
 def resume(replica: Replica, command: Resume, now: float) -> None:
     """Go on stepping, unless live weights are half written."""
     replica.update.check_resume()
     replica.pause.resume()
+    replica.outbox.reply(command.call_id)
+
+
+def give_up(replica: Replica, command: GiveUp, now: float) -> None:
+    """Leave nothing of a call, if it waits, has paused or has opened a session."""
+    error = DeadlineError("the caller gave this up")
+    replica.pause.give_up(command.target, error)
+    replica.update.give_up(command.target, error)
+    replica.reading.give_up(command.target, error)
     replica.outbox.reply(command.call_id)
 
 
@@ -114,8 +147,7 @@ def abort_update(replica: Replica, command: AbortUpdate, now: float) -> None:
 
 def update_from_disk(replica: Replica, command: UpdateFromDisk, now: float) -> None:
     """A whole update from a folder; answered when it is live."""
-    timeout_s = max(_MIN_DISK_TIMEOUT, replica.resolved.engine.control_timeout)
-    replica.update.from_disk(command, timeout_s, now)
+    replica.update.from_disk(command, now)
 
 
 def set_version(replica: Replica, command: SetVersion, now: float) -> None:
@@ -126,17 +158,13 @@ def set_version(replica: Replica, command: SetVersion, now: float) -> None:
 
 
 def get_weight(replica: Replica, command: GetWeight, now: float) -> None:
-    """Read one live tensor back."""
-    tensor = replica.executor.weights.read(command.name)
-    from headrace.weights.staging import bytes_of, dtype_name  # torch: only where there are tensors
-
-    info = TensorInfo(command.name, tuple(tensor.shape), dtype_name(tensor.dtype))
-    replica.outbox.reply(command.call_id, WeightBytes(info, bytes_of(tensor).tobytes()))
+    """Read a part of one live tensor back; answered when it is in the caller's buffer."""
+    replica.reading.copy(command)
 
 
 def digest(replica: Replica, command: Digest, now: float) -> None:
-    """Hash live memory."""
-    replica.outbox.reply(command.call_id, replica.executor.weights.digest())
+    """Hash live memory; answered when all of it was read."""
+    replica.reading.digest(command.call_id, command.deadline, dict)
 
 
 def weights_checker(replica: Replica, command: WeightsChecker, now: float) -> None:
@@ -144,24 +172,31 @@ def weights_checker(replica: Replica, command: WeightsChecker, now: float) -> No
     if command.action not in _CHECKER_ACTIONS:
         known = ", ".join(_CHECKER_ACTIONS)
         raise RequestError(f"action must be one of {known}, got {command.action!r}", field="action")
-    replica.outbox.reply(command.call_id, _CHECKER_ACTIONS[command.action](replica))
+    _CHECKER_ACTIONS[command.action](replica, command)
 
 
-def _snapshot(replica: Replica) -> dict[str, str]:
-    replica.snapshot = replica.executor.weights.digest()
-    return replica.snapshot
+def _snapshot(replica: Replica, command: WeightsChecker) -> None:
+    def keep(live: dict[str, str]) -> dict[str, str]:
+        replica.snapshot = live
+        return live
+
+    replica.reading.digest(command.call_id, command.deadline, keep)
 
 
-def _reset_tensors(replica: Replica) -> dict[str, str]:
+def _reset_tensors(replica: Replica, command: WeightsChecker) -> None:
     replica.update.lose_weights(replica.resolved.engine.seed ^ _SCRAMBLE_SALT)
-    return {}
+    replica.outbox.reply(command.call_id, {})
 
 
-def _compare(replica: Replica) -> dict[str, str]:
-    if replica.snapshot is None:
+def _compare(replica: Replica, command: WeightsChecker) -> None:
+    snapshot = replica.snapshot
+    if snapshot is None:
         raise UpdateConflictError("compare needs a snapshot taken before", field="action")
-    live = replica.executor.weights.digest()
-    return {name: found for name, found in live.items() if replica.snapshot.get(name) != found}
+
+    def differing(live: dict[str, str]) -> dict[str, str]:
+        return {name: found for name, found in live.items() if snapshot.get(name) != found}
+
+    replica.reading.digest(command.call_id, command.deadline, differing)
 
 
 def flush_cache(replica: Replica, command: FlushCache, now: float) -> None:
@@ -208,11 +243,12 @@ def shutdown(replica: Replica, command: Shutdown, now: float) -> None:
     replica.outbox.add(replica.scheduler.abort(None, "The engine is shutting down"))
     replica.pause.end(ShutdownError("the engine is shutting down"))
     replica.update.end(ShutdownError("the engine is shutting down"))
+    replica.reading.end(ShutdownError("the engine is shutting down"))
     replica.outbox.reply(command.call_id)
     replica.is_ending = True
 
 
-_CHECKER_ACTIONS: dict[str, Callable[[Replica], dict[str, str]]] = {
+_CHECKER_ACTIONS: dict[str, Callable[[Replica, WeightsChecker], None]] = {
     "snapshot": _snapshot,
     "reset_tensors": _reset_tensors,
     "compare": _compare,
@@ -221,6 +257,7 @@ _CHECKER_ACTIONS: dict[str, Callable[[Replica], dict[str, str]]] = {
 _CALLS: dict[type, Callable[[Replica, Any, float], None]] = {
     Pause: pause,
     Resume: resume,
+    GiveUp: give_up,
     BeginUpdate: begin_update,
     Stage: stage,
     CommitUpdate: commit_update,

@@ -110,7 +110,7 @@ class FreeWeights:
     def begin(self, manifest: Sequence[TensorInfo], mode: UpdateMode, partial: bool) -> ResolvedMode:
         return "inplace" if mode == "inplace" else "shadow"
 
-    def stage(self, index: int, data: Any) -> StageCopy:
+    def stage(self, index: int, data: Any, start: int | None = None) -> StageCopy:
         return _FreeCopy()
 
     def commit(self) -> None:
@@ -119,11 +119,14 @@ class FreeWeights:
     def abort(self) -> None:
         pass
 
-    def digest(self) -> dict[str, str]:
-        return {}
+    def digest_in_slices(self) -> Iterator[tuple[str, str] | None]:
+        return iter(())
 
-    def read(self, name: str) -> Any:
+    def info(self, name: str) -> TensorInfo:
         raise NotFoundError(f"{name} is not a tensor of this model", field="name")
+
+    def copy_in_slices(self, name: str, start: int, into: memoryview) -> Iterator[None]:
+        return iter(())
 
     def scramble(self, seed: int) -> None:
         pass

@@ -15,9 +15,10 @@ from headrace.core.executor import Executor
 from headrace.core.replica import Replica
 from headrace.ipc import CoreLink, Phase, Pulse
 from headrace.types.errors import ErrorInfo, PauseTimeoutError
+from headrace.types.messages import GiveUp
 
 STAGE_BUDGET_BUSY_S = 0.0008
-"""Seconds of staging at a step boundary while requests run; a boundary costs at most a millisecond."""
+"""Seconds of staging or reading at a step boundary while requests run; a boundary costs at most a millisecond."""
 
 STAGE_BUDGET_IDLE_S = 0.02
 """The same while no step runs: long enough not to matter, short enough to answer commands between two slices."""
@@ -60,16 +61,18 @@ class CoreLoop:
         commands = self._link.poll(timeout)
         if timeout > 0:
             self._pulse.enter(Phase.COMMANDING)
-        now = self._clock()
+        given_up = {command.target for command in commands if isinstance(command, GiveUp)}
         for command in commands:
-            apply_command(replica, command, now)
+            apply_command(replica, command, self._clock, given_up)
             if replica.is_ending:
                 return False
         stepped = self._step()
         replica.outbox.flush()
+        now = self._clock()
         replica.pause.advance(now)
         replica.update.expire(now)
-        progressed = replica.update.advance(STAGE_BUDGET_BUSY_S if stepped else STAGE_BUDGET_IDLE_S, now)
+        budget = STAGE_BUDGET_BUSY_S if stepped else STAGE_BUDGET_IDLE_S
+        progressed = replica.update.advance(budget, now) or replica.reading.advance(budget, now)
         self._expire_held_requests(now)
         replica.outbox.flush(force=not stepped)
         return stepped or progressed
@@ -107,7 +110,7 @@ class CoreLoop:
         replica.outbox.add(replica.scheduler.expire(now - self._pause_timeout, error.info()))
 
     def _time_to_deadline(self) -> float:
-        deadlines = [self.replica.pause.deadline, self.replica.update.deadline]
+        deadlines = [self.replica.pause.deadline, self.replica.update.deadline, self.replica.reading.deadline]
         if self._held_since is not None and self.replica.scheduler.num_waiting:
             deadlines.append(self._next_expiry)
         waits = [deadline - self._clock() for deadline in deadlines if deadline is not None]

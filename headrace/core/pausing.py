@@ -1,87 +1,117 @@
-"""Pausing generation. Owns the pause mode and the calls that wait for a drain; knows no weights.
+"""Pausing generation. Owns the pauses in force and the calls that wait for a drain; knows no weights.
 
     abort       everything accepted so far is answered now with its partial tokens
     keep        steps stop; running requests keep their KV and go on at resume
     recompute   steps stop; running requests give up their KV and are computed again at resume
     drain       started requests run to their end first; answered when none is left
 
-Requests that arrive while paused wait in the queue, for at most the configured time.
+Requests that arrive while paused wait in the queue, for at most the configured time. The last pause counts, and one
+resume ends them all. A pause that fails or is given up leaves what was in force before it.
 """
 
 from __future__ import annotations
+
+import msgspec
 
 from headrace.core.outbox import Outbox
 from headrace.core.stepping import Stepper
 from headrace.scheduler import Scheduler
 from headrace.types.errors import DeadlineError, HeadraceError, UpdateConflictError
+from headrace.types.messages import NO_DEADLINE
 from headrace.types.weights import PauseMode
 
 
-class PauseControl:
-    """The pause state of one replica. `mode` is None while generation is not paused nor about to be."""
+class _Pause(msgspec.Struct):
+    """`waits_until` is the deadline of one that still drains; None: it is in force."""
 
-    def __init__(self, scheduler: Scheduler, stepper: Stepper, outbox: Outbox, drain_timeout: float) -> None:
-        self.mode: PauseMode | None = None
+    mode: PauseMode
+    waits_until: float | None = None
+
+
+class PauseControl:
+    """The pause state of one replica."""
+
+    def __init__(self, scheduler: Scheduler, stepper: Stepper, outbox: Outbox) -> None:
         self._scheduler = scheduler
         self._stepper = stepper
         self._outbox = outbox
-        self._drain_timeout = drain_timeout
-        self._draining_calls: list[int] = []
-        self._deadline = 0.0
+        self._pauses: dict[int, _Pause] = {}  # by call, in order; those that drain are the last ones
+
+    @property
+    def mode(self) -> PauseMode | None:
+        """None while generation is not paused nor about to be."""
+        return next(reversed(self._pauses.values())).mode if self._pauses else None
 
     @property
     def is_draining(self) -> bool:
         """Started requests still run towards the pause; no new one starts."""
-        return bool(self._draining_calls)
+        return bool(self._pauses) and next(reversed(self._pauses.values())).waits_until is not None
 
     @property
     def is_paused(self) -> bool:
         """The pause is in force: no step may run."""
-        return self.mode is not None and not self._draining_calls
+        return bool(self._pauses) and not self.is_draining
 
     @property
     def deadline(self) -> float | None:
         """When a drain fails; None when none is going on."""
-        return self._deadline if self._draining_calls else None
+        return min((each.waits_until for each in self._pauses.values() if each.waits_until is not None), default=None)
 
-    def pause(self, call_id: int, mode: PauseMode, now: float) -> None:
+    def pause(self, call_id: int, mode: PauseMode, now: float, deadline: float = NO_DEADLINE) -> None:
         """Pause, and reply when the mode's promise holds. A later pause replaces one that still drains."""
         if mode == "drain":
-            if not self._draining_calls:
-                self._deadline = now + self._drain_timeout
-            self._draining_calls.append(call_id)
-            self.mode = mode
+            self._pauses[call_id] = _Pause(mode, deadline)
             self.advance(now)
             return
         self.end(UpdateConflictError("a later pause replaced this one"))
-        self.mode = mode
+        self._pauses[call_id] = _Pause(mode)
         if mode == "abort":
             self._outbox.add(self._scheduler.abort(None, "Aborted by a pause"))
-        self._stepper.settle()
-        if mode == "recompute":
-            self._scheduler.recompute_running()
+        self._enforce()
         self._outbox.reply(call_id)
 
     def resume(self) -> None:
-        """End the pause. A drain that was not complete is answered with an error."""
+        """End every pause. A drain that was not complete is answered with an error."""
         self.end(UpdateConflictError("generation was resumed before it had drained"))
-        self.mode = None
+        self._pauses.clear()
 
     def advance(self, now: float) -> None:
-        """Complete a drain when nothing started is left, or fail it when its time is up: then nothing is paused."""
-        if not self._draining_calls:
+        """Fail drains whose time is up, and complete the others when nothing started is left."""
+        if not self.is_draining:
             return
-        if self._scheduler.num_started == 0:
+        for call_id, pause in list(self._pauses.items()):
+            if pause.waits_until is not None and now >= pause.waits_until:
+                self.give_up(call_id, DeadlineError("requests still ran at the deadline of the pause: it is undone"))
+        if self.is_draining and self._scheduler.num_started == 0:
             self._stepper.settle()
-            calls, self._draining_calls = self._draining_calls, []
-            for call_id in calls:
+            for call_id in self._drop_waits():
                 self._outbox.reply(call_id)
-        elif now >= self._deadline:
-            self.end(DeadlineError(f"requests still ran {self._drain_timeout:g} s after the pause was asked for"))
-            self.mode = None
+
+    def give_up(self, call_id: int, error: HeadraceError) -> None:
+        """Undo the pause of this call, if it made one; what was in force before is so again."""
+        pause = self._pauses.pop(call_id, None)
+        if pause is None:
+            return
+        if pause.waits_until is not None:
+            self._outbox.refuse(call_id, error.info())
+            if self.is_paused:
+                self._enforce()  # requests that it had kept ran on towards the drain
 
     def end(self, error: HeadraceError) -> None:
-        """Answer the calls that wait for a drain with `error`."""
-        calls, self._draining_calls = self._draining_calls, []
-        for call_id in calls:
+        """Answer the calls that wait for a drain with `error`; they pause nothing."""
+        for call_id in self._drop_waits():
+            del self._pauses[call_id]
             self._outbox.refuse(call_id, error.info())
+
+    def _drop_waits(self) -> list[int]:
+        """The calls whose drain goes on; they wait no longer."""
+        waiting = [call_id for call_id, pause in self._pauses.items() if pause.waits_until is not None]
+        for call_id in waiting:
+            self._pauses[call_id].waits_until = None
+        return waiting
+
+    def _enforce(self) -> None:
+        """No step is in flight from here on, and nobody runs on KV that the pause in force gives up."""
+        self._stepper.settle()
+        if self.mode == "recompute":
+            self._scheduler.recompute_running()

@@ -6,6 +6,7 @@ from headrace.config import ResolvedConfig
 from headrace.core.executor import Executor
 from headrace.core.outbox import Outbox
 from headrace.core.pausing import PauseControl
+from headrace.core.reading import ReadControl
 from headrace.core.stepping import Stepper
 from headrace.core.updating import UpdateControl
 from headrace.ipc import CoreLink, Pulse
@@ -22,15 +23,17 @@ class Replica:
         settings = resolved.engine
         self.resolved = resolved
         self.executor = executor
+        self.pulse = pulse
         self.started_at = started_at
         self.is_ending = False
         self.snapshot: dict[str, str] | None = None
         self.outbox = Outbox(link)
         self.scheduler = Scheduler(scheduler_limits(resolved), version=settings.initial_version, epoch=0)
         self.stepper = Stepper(self.scheduler, executor, self.outbox, pulse, settings.overlap_depth)
-        self.pause = PauseControl(self.scheduler, self.stepper, self.outbox, settings.control_timeout)
+        self.pause = PauseControl(self.scheduler, self.stepper, self.outbox)
         machine = WeightMachine(settings.initial_version)
         self.update = UpdateControl(machine, executor, self.scheduler, self.stepper, self.outbox, self.pause)
+        self.reading = ReadControl(executor.weights, self.update, self.outbox)
 
 
 def scheduler_limits(resolved: ResolvedConfig) -> SchedulerLimits:

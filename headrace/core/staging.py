@@ -11,7 +11,7 @@ from typing import Any
 from headrace.core.executor import StageCopy, Weights
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import InternalError, WeightUpdateError
-from headrace.types.messages import Stage
+from headrace.types.messages import NO_DEADLINE, Stage
 from headrace.types.weights import TensorInfo
 from headrace.weights.session import WeightMachine
 from headrace.weights.weight_map import num_elements
@@ -20,16 +20,25 @@ ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class StageJob:
-    """Tensors on their way into a session. `call_id` is the call to answer then; None: the core reads a folder."""
+    """Tensors on their way into a session. `call_id` is the call to answer then; None: the core reads a folder.
+
+    `copies` are the index of the tensor that a copy completes, None for a piece before its last one, and the copy.
+    """
 
     def __init__(
-        self, machine: WeightMachine, session_id: int, copies: Iterator[tuple[int, StageCopy]], call_id: int | None
+        self,
+        machine: WeightMachine,
+        session_id: int,
+        copies: Iterator[tuple[int | None, StageCopy]],
+        call_id: int | None,
+        deadline: float = NO_DEADLINE,
     ) -> None:
         self.call_id = call_id
+        self.deadline = deadline
         self._machine = machine
         self._session_id = session_id
         self._copies = copies
-        self._current: tuple[int, StageCopy] | None = None
+        self._current: tuple[int | None, StageCopy] | None = None
         self._resources = ExitStack()
 
     def advance(self, budget_s: float, now: float) -> bool:
@@ -46,7 +55,10 @@ class StageJob:
             index, copy = self._current
             self._machine.note_write(self._session_id)
             if copy.advance(max(0.0, stop_at - time.perf_counter())):
-                self._machine.mark_staged(self._session_id, index, now)
+                if index is None:
+                    self._machine.require(self._session_id).touch(now)
+                else:
+                    self._machine.mark_staged(self._session_id, index, now)
                 self._current = None
             if time.perf_counter() >= stop_at:
                 return False
@@ -68,20 +80,28 @@ def job_from_buffer(machine: WeightMachine, weights: Weights, command: Stage, no
     Raises `UpdateConflictError`, `WeightUpdateError` or `RequestError` naming what is wrong; nothing is held then.
     """
     manifest = machine.require(command.session_id).staged.manifest
+    sizes: list[int] = []
     for entry in command.entries:
         info = machine.check_stage(command.session_id, entry.index, now)
-        if not 0 <= entry.offset <= command.buffer.size - num_bytes_of(info):
+        total = num_bytes_of(info)
+        size = total - entry.start if entry.num_bytes is None else entry.num_bytes
+        if not (entry.start >= 0 and 0 <= size <= total - entry.start):
+            raise WeightUpdateError(f"{info.name}: the piece at {entry.start} is not inside it", field=info.name)
+        if not 0 <= entry.offset <= command.buffer.size - size:
             raise WeightUpdateError(f"{info.name} at offset {entry.offset} is not inside its buffer", field=info.name)
-    if len({entry.index for entry in command.entries}) != len(command.entries):
+        sizes.append(size)
+    if len({(entry.index, entry.start) for entry in command.entries}) != len(command.entries):
         raise WeightUpdateError("a tensor is named twice in one stage call", field="entries")
     buffer = SharedBuffer.open(command.buffer)
 
-    def copies() -> Iterator[tuple[int, StageCopy]]:
-        for entry in command.entries:
-            size = num_bytes_of(manifest[entry.index])
-            yield entry.index, weights.stage(entry.index, buffer.view[entry.offset : entry.offset + size])
+    def copies() -> Iterator[tuple[int | None, StageCopy]]:
+        for entry, size in zip(command.entries, sizes, strict=True):
+            total = num_bytes_of(manifest[entry.index])
+            data, is_last = buffer.view[entry.offset : entry.offset + size], entry.start + size == total
+            copy = weights.stage(entry.index, data, None if size == total else entry.start)
+            yield entry.index if is_last else None, copy
 
-    job = StageJob(machine, command.session_id, copies(), command.call_id)
+    job = StageJob(machine, command.session_id, copies(), command.call_id, command.deadline)
     job.owns(buffer)
     return job
 
@@ -92,7 +112,7 @@ def job_from_tensors(
     """A job over (name, tensor) pairs that the core reads itself."""
     index_of = {info.name: index for index, info in enumerate(machine.require(session_id).staged.manifest)}
 
-    def copies() -> Iterator[tuple[int, StageCopy]]:
+    def copies() -> Iterator[tuple[int | None, StageCopy]]:
         for name, tensor in tensors:
             if name not in index_of:
                 raise InternalError(f"{folder} changed while it was read: {name} is new")

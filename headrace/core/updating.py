@@ -31,7 +31,7 @@ from headrace.types.errors import (
     UnavailableError,
     UpdateConflictError,
 )
-from headrace.types.messages import BeginUpdate, CommitUpdate, Stage, UpdateBegun, UpdateFromDisk
+from headrace.types.messages import NO_DEADLINE, BeginUpdate, CommitUpdate, Stage, UpdateBegun, UpdateFromDisk
 from headrace.types.weights import InFlight, TensorInfo, UpdateReport
 from headrace.weights.session import UpdateSession, WeightMachine
 
@@ -69,11 +69,21 @@ class UpdateControl:
         self._outbox = outbox
         self._pause = pause
         self._jobs: deque[StageJob] = deque()
+        self.live_stamp = 0
+        self._opening_call = 0  # that opened the session: whoever gives it up has no session
         self._commit_call: int | None = None
+        self._commit_deadline = NO_DEADLINE
         self._hold: _Hold | None = None
         self._steps_at_first_stage: int | None = None
 
-    # What the step loop asks.
+    # What the step loop and readers of weights ask. `live_stamp` is another number after live memory was written.
+
+    def check_readable(self) -> None:
+        """`UpdateConflictError` while live weights are being written: nobody could say what was read."""
+        session = self.machine.session
+        if session is not None and session.has_written:
+            message = f"session {session.session_id} is writing live weights in place; read them when it is over"
+            raise UpdateConflictError(message, field="session_id")
 
     @property
     def holds_generation(self) -> bool:
@@ -100,6 +110,7 @@ class UpdateControl:
     def begin(self, command: BeginUpdate, now: float) -> UpdateBegun:
         """Open a session for a manifest that is right as a whole."""
         session = self._open(command, command.manifest, command.timeout_s, now)
+        self._opening_call = command.call_id
         return UpdateBegun(session.session_id, session.mode)
 
     def stage(self, command: Stage, now: float) -> None:
@@ -115,20 +126,28 @@ class UpdateControl:
         session.touch(now)
         if not self._jobs:
             session.staged.check_complete()
-        self._commit_call = command.call_id
+        self._commit_call, self._commit_deadline = command.call_id, command.deadline
 
-    def abort(self, session_id: int) -> None:
-        """Drop the session and answer whatever waits for it."""
-        self.machine.require(session_id)
-        self._abort(UpdateConflictError(f"session {session_id} was aborted"))
+    def abort(self, session_id: int | None) -> None:
+        """Drop the session, or with None whichever is open, and answer whatever waits for it."""
+        session = self.machine.session if session_id is None else self.machine.require(session_id)
+        if session is not None:
+            self._abort(UpdateConflictError(f"session {session.session_id} was aborted"))
 
-    def from_disk(self, command: UpdateFromDisk, timeout_s: float, now: float) -> None:
+    def give_up(self, call_id: int, error: HeadraceError) -> None:
+        """Leave nothing of a call that stages, commits, or opened the session."""
+        for job in [job for job in self._jobs if job.call_id == call_id]:
+            self._drop_job(job, error)
+        if self.machine.session is not None and call_id in (self._commit_call, self._opening_call):
+            self._abort(error)
+
+    def from_disk(self, command: UpdateFromDisk, now: float) -> None:
         """A whole session over a checkpoint folder; answered when the weights are live."""
         manifest, tensors = self._executor.checkpoint(Path(command.path))
-        session = self._open(command, tuple(manifest), timeout_s, now)
+        session = self._open(command, tuple(manifest), command.deadline - now, now)
         job = job_from_tensors(self.machine, self._weights, session.session_id, tensors, Path(command.path))
         self._jobs.append(job)
-        self._commit_call = command.call_id
+        self._commit_call, self._commit_deadline = command.call_id, command.deadline
         self._note_stage()
 
     def check_resume(self) -> None:
@@ -143,6 +162,7 @@ class UpdateControl:
     def lose_weights(self, seed: int) -> None:
         """Overwrite live weights with noise. Every request is answered; none is served until an update lands."""
         self.machine.lose()
+        self.live_stamp += 1
         self._stepper.settle()
         self._weights.scramble(seed)
         self._fail_requests()
@@ -167,17 +187,28 @@ class UpdateControl:
         return False
 
     def expire(self, now: float) -> None:
-        """Abort the session if its deadline has passed."""
+        """Undo what was not done by its deadline: a bucket is dropped; a commit, and its session, and one that nobody
+        has touched for its time, are aborted."""
+        for job in [job for job in self._jobs if now >= job.deadline]:
+            self._drop_job(job, DeadlineError("the bucket was not staged by its deadline; it is dropped"))
         session = self.machine.session
-        if session is not None and now >= session.deadline:
+        if session is None:
+            return
+        if self._commit_call is not None and now >= self._commit_deadline:
+            message = f"weights were not live by the deadline; session {session.session_id} is aborted"
+            self._abort(DeadlineError(message))
+        elif now >= session.deadline:
             logger.warning("session %d outlived its %g s", session.session_id, session.timeout_s)
             message = f"session {session.session_id} was aborted {session.timeout_s:g} s after its last command"
             self._abort(DeadlineError(message))
 
     @property
     def deadline(self) -> float | None:
-        """When the open session is aborted."""
-        return self.machine.session.deadline if self.machine.session else None
+        """When something of the open session is undone."""
+        if self.machine.session is None:
+            return None
+        commit = NO_DEADLINE if self._commit_call is None else self._commit_deadline
+        return min(self.machine.session.deadline, commit, *(job.deadline for job in self._jobs))
 
     @property
     def num_steps_while_staging(self) -> int:
@@ -285,8 +316,13 @@ class UpdateControl:
     def _fail_job(self, job: StageJob, error: HeadraceError) -> None:
         if job.call_id is None:  # the core's own reading of a folder: the whole update is one call
             self._abort(error)
-            return
-        self._jobs.popleft()
+        else:
+            self._drop_job(job, error)
+
+    def _drop_job(self, job: StageJob, error: HeadraceError) -> None:
+        """Forget a bucket, whatever of it was copied; the session stays open."""
+        assert job.call_id is not None
+        self._jobs.remove(job)
         job.close()
         self._outbox.refuse(job.call_id, error.info())
 
@@ -297,6 +333,7 @@ class UpdateControl:
             self._scheduler.recompute_running()
         elif hold.policy == "keep":
             self._scheduler.keep_running()
+        self.live_stamp += 1
         try:
             self._weights.commit()
         except FAULTS as fault:
@@ -326,6 +363,7 @@ class UpdateControl:
     def _abort(self, reason: HeadraceError) -> None:
         """End the open session without a commit; waiting calls are answered with `reason`."""
         assert self.machine.session is not None
+        self.live_stamp += self.machine.session.has_written
         self.machine.abort(self.machine.session.session_id)
         self._weights.abort()
         self._end_session()
@@ -333,6 +371,7 @@ class UpdateControl:
         self.end(reason)
 
     def _end_session(self) -> None:
+        self._opening_call = 0
         self.num_staged_steps = self.num_steps_while_staging
         self._steps_at_first_stage = None
         self._hold = None

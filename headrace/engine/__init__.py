@@ -1,9 +1,18 @@
 """The engine's Python face: requests in, samples out, weights in between. Torch-free."""
 
-from headrace.engine.async_engine import AsyncEngine
+from headrace.engine.async_engine import DEFAULT_UPDATE_TIMEOUT, AsyncEngine
 from headrace.engine.engine import Engine, ServerHandle
 from headrace.engine.requests import GenerateItem, GenerateOptions
 from headrace.engine.stream import Stream
 from headrace.engine.update import UpdateSession
 
-__all__ = ["AsyncEngine", "Engine", "GenerateItem", "GenerateOptions", "ServerHandle", "Stream", "UpdateSession"]
+__all__ = [
+    "DEFAULT_UPDATE_TIMEOUT",
+    "AsyncEngine",
+    "Engine",
+    "GenerateItem",
+    "GenerateOptions",
+    "ServerHandle",
+    "Stream",
+    "UpdateSession",
+]

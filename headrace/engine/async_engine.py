@@ -12,37 +12,37 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack, get_args
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack
 
 import msgspec
 
 from headrace.config import EngineConfig
+from headrace.engine.control import check_choice, check_text, check_update, folder_of, seconds_of, version_of
 from headrace.engine.fields import InputIds, Prompts, Sampling
 from headrace.engine.intake import Intake
 from headrace.engine.launch import ExecutorKind, load_tokenizer, resolve_settings
+from headrace.engine.reading import read_weight
 from headrace.engine.requests import GenerateItem, GenerateOptions, RequestBuilder
 from headrace.engine.runtime import Runtime
 from headrace.engine.stream import Stream, StreamGroup
 from headrace.engine.tensors import NamedTensors, to_tensor
 from headrace.engine.update import Manifest, Script, UpdateSession, drive_async, manifest_of
 from headrace.text import run_sized
-from headrace.types.errors import CheckpointError, RequestError, WeightUpdateError
 from headrace.types.generation import Generation
 from headrace.types.messages import (
     CoreStatus,
     Digest,
     FlushCache,
     GetStatus,
-    GetWeight,
-    Pause,
     Resume,
     SetVersion,
     UpdateFromDisk,
     WeightBytes,
     WeightsChecker,
 )
+from headrace.types.plain_values import as_flag
 from headrace.types.sampling_params import SamplingParams
-from headrace.types.weights import InFlight, PauseMode, UpdateMode, UpdateReport
+from headrace.types.weights import InFlight, PauseMode, TensorInfo, UpdateMode, UpdateReport
 
 if TYPE_CHECKING:
     import torch
@@ -169,6 +169,13 @@ class AsyncEngine:
         finally:
             self.runtime.post(group.cancel)
 
+    def prepare(self, item: GenerateItem) -> GenerateItem:
+        """`item`, checked and with its prompt packed; cheap to submit, and to copy for further samples of the prompt.
+
+        Raises `RequestError` naming the field.
+        """
+        return self._builder.prepare(item)
+
     def submit(self, item: GenerateItem) -> Stream:
         """Start one sequence. To be called on the engine's loop; the stream too is bound to it."""
         self.runtime.check_open()
@@ -182,16 +189,21 @@ class AsyncEngine:
 
         `request_id` matches exactly, or as a prefix. Returns how many sequences matched; none is no error.
         """
-        return self._intake.abort(request_id, prefix=prefix, everything=all, message=message)
+        check_text(message, "message")
+        by_prefix, everything = as_flag(prefix, "prefix"), as_flag(all, "all")
+        return self._intake.abort(request_id, prefix=by_prefix, everything=everything, message=message)
 
-    @_on_engine_loop
-    async def pause(self, mode: PauseMode = "abort") -> None:
+    async def pause(self, mode: PauseMode = "abort", *, timeout: float | None = None) -> None:
         """Stop generating. "keep" and "recompute" hold running sequences, "abort" ends them, "drain" lets them finish.
 
-        New requests wait until `resume`, at most `pause_timeout` seconds. Returns once nothing runs any more.
+        New requests wait until `resume`, at most `pause_timeout` seconds. Returns once nothing runs any more. If that
+        takes longer than `timeout` seconds (default `control_timeout`), or the call is cancelled, the pause is undone.
         """
-        _check_choice(mode, PauseMode, "mode")
-        await self.runtime.client.change(lambda call_id: Pause(call_id, mode), NoneType)
+        check_choice(mode, PauseMode, "mode")
+        seconds = seconds_of(timeout)
+        client = self.runtime.client
+        self.runtime.check_open()
+        await self.runtime.run(client.pause(mode, seconds), regret=client.give_up)
 
     @_on_engine_loop
     async def resume(self) -> None:
@@ -220,10 +232,12 @@ class AsyncEngine:
         after its last call a session is aborted.
         """
         self.runtime.check_open()
-        _check_update(mode, in_flight)
-        return await self.runtime.run(
-            self.runtime.updater.begin(_version(version), manifest_of(manifest), mode, in_flight, partial, timeout)
-        )
+        check_update(mode, in_flight)
+        updater = self.runtime.updater
+        seconds = seconds_of(timeout) or DEFAULT_UPDATE_TIMEOUT
+        is_partial = as_flag(partial, "partial")
+        begin = updater.begin(version_of(version), manifest_of(manifest), mode, in_flight, is_partial, seconds)
+        return await self.runtime.run(begin, regret=updater.abort_quietly)
 
     async def stage(self, session: UpdateSession, named_tensors: NamedTensors) -> None:
         """Send tensors of the manifest: any iterable of (name, tensor) pairs, torch or numpy.
@@ -239,14 +253,14 @@ class AsyncEngine:
 
     @_on_engine_loop
     async def commit(self, session: UpdateSession) -> UpdateReport:
-        """Make the staged weights live between two steps. `WeightUpdateError` names tensors that were not staged. After
-        a `DeadlineError` the session is aborted, so that the weights do not change behind the caller's back."""
+        """Make the staged weights live between two steps. `WeightUpdateError` names tensors that were not staged. With
+        a `DeadlineError`, and when the call is cancelled before it was done, the session is aborted."""
         return await self.runtime.updater.commit(session)
 
     @_on_engine_loop
-    async def abort_update(self, session: UpdateSession) -> None:
-        """Drop a session. The old weights serve on, unless an in-place update had begun to write: then `PoisonedError`
-        answers every request until a complete update lands."""
+    async def abort_update(self, session: UpdateSession | None = None) -> None:
+        """Drop a session; None: whichever is open, whoever opened it, if one is. The old weights serve on, unless an
+        in-place update had begun to write: then `PoisonedError` answers every request until a complete update lands."""
         await self.runtime.updater.abort(session)
 
     async def update_weights_from_tensor(
@@ -278,29 +292,35 @@ class AsyncEngine:
     ) -> Script[UpdateReport]:
         """What `update_weights_from_tensor` does, as a script for `headrace.engine.update.drive`."""
         self.runtime.check_open()
-        _check_update(mode, in_flight)
+        check_update(mode, in_flight)
         updater = self.runtime.updater
-        return updater.update_from_tensors(named_tensors, _version(version), mode, in_flight, partial, timeout)
+        label, seconds = version_of(version), seconds_of(timeout) or DEFAULT_UPDATE_TIMEOUT
+        is_partial = as_flag(partial, "partial")
+        return updater.update_from_tensors(named_tensors, label, mode, in_flight, is_partial, seconds)
 
     @_on_engine_loop
     async def update_weights_from_disk(
-        self, path: str | Path, version: str | int, *, mode: UpdateMode = "auto", in_flight: InFlight = "drain"
+        self,
+        path: str | Path,
+        version: str | int,
+        *,
+        mode: UpdateMode = "auto",
+        in_flight: InFlight = "drain",
+        timeout: float = DEFAULT_UPDATE_TIMEOUT,
     ) -> UpdateReport:
-        """A whole update that the core reads from a checkpoint folder itself."""
-        _check_update(mode, in_flight)
-        try:
-            folder = str(Path(path).expanduser().resolve())
-        except (OSError, RuntimeError, ValueError):  # a name too long, a user nobody knows, a null character
-            raise CheckpointError(f"{path} is not a path on this machine", field="path") from None
-        label = _version(version)
+        """A whole update that the core reads from a checkpoint folder itself. One that is not live within `timeout`
+        seconds, or is cancelled before, is aborted."""
+        seconds = seconds_of(timeout) or DEFAULT_UPDATE_TIMEOUT
+        check_update(mode, in_flight)
+        folder, label = folder_of(path), version_of(version)
         return await self.runtime.client.change(
-            lambda call_id: UpdateFromDisk(call_id, folder, label, mode, in_flight), UpdateReport
+            lambda call_id: UpdateFromDisk(call_id, folder, label, mode, in_flight), UpdateReport, seconds
         )
 
     @_on_engine_loop
     async def set_weight_version(self, version: str | int) -> None:
         """Relabel the live weights without changing them."""
-        label = _version(version)
+        label = version_of(version)
         await self.runtime.client.change(lambda call_id: SetVersion(call_id, label), NoneType)
 
     async def get_weights_by_name(self, name: str) -> torch.Tensor:
@@ -308,31 +328,35 @@ class AsyncEngine:
         return to_tensor(await self.read_weight(name))
 
     @_on_engine_loop
-    async def read_weight(self, name: str) -> WeightBytes:
-        """As `get_weights_by_name`, for callers without torch: the bytes and what they are."""
-        if not isinstance(name, str):
-            raise RequestError("name must be a string", field="name")
-        return await self.runtime.client.call(lambda call_id: GetWeight(call_id, name), WeightBytes)
+    async def read_weight(
+        self, name: str, max_rows: int | None = None, check: Callable[[TensorInfo], None] | None = None
+    ) -> WeightBytes:
+        """As `get_weights_by_name`, for callers without torch: the bytes and what they are. Of the first `max_rows`
+        rows only, if `check` does not refuse what the tensor turns out to be."""
+        check_text(name, "name")
+        return await read_weight(self.runtime.client, name, max_rows, check)
 
     @_on_engine_loop
     async def digest(self) -> dict[str, str]:
-        """SHA-256 of every live tensor by Hugging Face name: comparable with any engine of the same dtype."""
+        """SHA-256 of every live tensor by Hugging Face name: comparable with any engine of the same dtype. Hashed
+        between steps and all of one version: an update in between begins it again."""
         return await self.runtime.client.call(Digest, dict[str, str])
 
     @_on_engine_loop
     async def weights_checker(self, action: str) -> dict[str, str]:
         """SGLang's checker: "snapshot", "reset_tensors" or "compare"."""
+        check_text(action, "action")
         return await self.runtime.client.change(lambda call_id: WeightsChecker(call_id, action), dict[str, str])
 
     @_on_engine_loop
     async def metrics(self) -> dict[str, float]:
         """Counters and gauges of the core (docs/architecture.md lists them)."""
-        return (await self.runtime.client.call(GetStatus, CoreStatus)).metrics
+        return (await self.runtime.client.ask(GetStatus, CoreStatus)).metrics
 
     @_on_engine_loop
     async def status(self, timeout: float | None = None) -> CoreStatus:
         """The core's account of itself, now. `DeadlineError` after `timeout` seconds (default `control_timeout`)."""
-        return await self.runtime.client.call(GetStatus, CoreStatus, timeout)
+        return await self.runtime.client.ask(GetStatus, CoreStatus, seconds_of(timeout))
 
     async def serve(self, port: int = 0, host: str = "127.0.0.1", **options: Any) -> Any:
         """Serve this engine over HTTP, on its own loop. Returns a handle with `port`, `url` and `await stop()`.
@@ -416,20 +440,3 @@ def _score_params(params: Any) -> SamplingParams:
         params = SamplingParams() if params is None else SamplingParams.from_dict(params)
     scoring: SamplingParams = msgspec.structs.replace(params, max_new_tokens=0, min_new_tokens=0, n=1, stop=())
     return scoring
-
-
-def _version(version: Any) -> str:
-    """A version label; an int is accepted."""
-    if isinstance(version, bool) or not isinstance(version, (str, int)) or version == "":
-        raise WeightUpdateError("version must be a non-empty string or an int", field="version")
-    return str(version)
-
-
-def _check_update(mode: Any, in_flight: Any) -> None:
-    _check_choice(mode, UpdateMode, "mode")
-    _check_choice(in_flight, InFlight, "in_flight")
-
-
-def _check_choice(value: Any, choices: Any, field: str) -> None:
-    if value not in get_args(choices):
-        raise RequestError(f"{field} must be one of {', '.join(get_args(choices))}", field=field)

@@ -1,5 +1,5 @@
-"""The front's side of one core. Owns handles, the live sequences by handle, calls by id with their deadlines, the watch
-over the core's pulse, and the one moment at which the core is dead for everybody. Knows nothing of text, prompts or
+"""The front's side of one core. Owns handles, the live sequences by handle, the watch over the core's pulse, and
+the one moment at which the core is dead for everybody. Knows nothing of text, prompts or
 processes.
 
 Bound to one event loop: every method is called on it.
@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
+from headrace.engine.calls import Calls
 from headrace.engine.health import Ailment, HealthLimits, diagnose
 from headrace.ipc import FrontLink, PulsePage
 from headrace.types.errors import DeadlineError, EngineDeadError, HeadraceError, RequestError, ShutdownError
@@ -29,11 +30,13 @@ from headrace.types.messages import (
     Finished,
     GetStatus,
     Output,
+    Pause,
     Reply,
     Shutdown,
     Submit,
 )
 from headrace.types.request import Delta, Request
+from headrace.types.weights import PauseMode
 
 logger = logging.getLogger(__name__)
 
@@ -69,17 +72,18 @@ class CoreClient:
         control_timeout: float,
         on_death: Callable[[], None],
         limits: HealthLimits,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`control_timeout`: default deadline of a call, in seconds. `on_death` ends whatever is left of the core."""
+        """`control_timeout`: default deadline of a call, in seconds. `on_death` ends whatever is left of the core.
+        `clock` is the core's too."""
         self._link = link
         self._pulse = pulse
         self._limits = limits
         self._control_timeout = control_timeout
         self._on_death = on_death
+        self._calls = Calls(self._send, pulse, clock)
         self._sinks: dict[int, Sink] = {}
-        self._calls: dict[int, asyncio.Future[bytes]] = {}
         self._num_handles = 0
-        self._num_calls = 0
         self._submits: list[Request] = []
         self._finished: list[int] = []
         self._flush_scheduled = False
@@ -126,7 +130,7 @@ class CoreClient:
             raise DeadlineError(message, field="start_timeout") from None
         if ready.error is not None:
             raise ready.error.to_exception()
-        self._note(await self.call(GetStatus, CoreStatus))
+        self._note(await self.ask(GetStatus, CoreStatus))
         self._watch = loop.create_task(self._watch_core())
         return ready
 
@@ -159,20 +163,45 @@ class CoreClient:
     ) -> Payload:
         """Send the command made from a call id and return its reply, decoded to the type `reply`.
 
-        Raises the core's error, `DeadlineError` after `timeout` (default `control_timeout`) seconds, or
-        `EngineDeadError`.
+        Raises the core's error, `DeadlineError` if it was not done within `timeout` (default `control_timeout`)
+        seconds, or `EngineDeadError`.
         """
-        payload = await self._call(command, timeout)
+        self.check_alive()
+        payload = await self._calls.call(command, self._limit(timeout))
         return msgspec.msgpack.decode(payload or _NULL, type=reply)
 
     async def change(
         self, command: Callable[[int], Command], reply: type[Payload], timeout: float | None = None
     ) -> Payload:
-        """As `call`, for commands that change the core's state: `status` is fresh afterwards, on errors too."""
-        try:
-            return await self.call(command, reply, timeout)
-        finally:
-            await self._refresh()
+        """As `call`, for commands that change the core's state: `status` is fresh after the core's answer, on errors
+        too."""
+        self.check_alive()
+        payload = await self._calls.call(command, self._limit(timeout), self._refresh)
+        return msgspec.msgpack.decode(payload or _NULL, type=reply)
+
+    async def ask(
+        self, question: Callable[[int], GetStatus | Shutdown], reply: type[Payload], timeout: float | None = None
+    ) -> Payload:
+        """As `call`, for questions whose answer is all that matters: `DeadlineError` at the deadline, at once."""
+        self.check_alive()
+        payload = await self._calls.ask(question, self._limit(timeout))
+        return msgspec.msgpack.decode(payload or _NULL, type=reply)
+
+    async def pause(self, mode: PauseMode, timeout: float | None = None) -> int:
+        """Pause generation. Returns the id of the call, for whom it comes too late: `give_up` undoes it."""
+        ids: list[int] = []
+
+        def command(call_id: int) -> Command:
+            ids.append(call_id)
+            return Pause(call_id, mode)
+
+        await self.change(command, NoneType, timeout)
+        return ids[0]
+
+    async def give_up(self, call_id: int) -> None:
+        """Leave nothing of a call that was answered when nobody listened any more."""
+        await self._calls.give_up(call_id)
+        await self._refresh()
 
     def check_alive(self) -> None:
         """Raise the error that ended this client, if one did."""
@@ -187,7 +216,7 @@ class CoreClient:
         if self._watch is None:
             return False  # still starting: it reads no commands yet
         try:
-            await self.call(Shutdown, NoneType, timeout)
+            await self.ask(Shutdown, NoneType, timeout)
         except HeadraceError as error:
             logger.debug("the core did not take its leave: %s", error)
             return False
@@ -200,26 +229,12 @@ class CoreClient:
             self._watch.cancel()
         await self._link.close()
 
-    async def _call(self, command: Callable[[int], Command], timeout: float | None) -> bytes:
-        self.check_alive()
-        self._num_calls += 1
-        call_id = self._num_calls
-        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        message = command(call_id)
-        limit = self._control_timeout if timeout is None else timeout
-        self._calls[call_id] = future
-        try:
-            self._send(message)
-            return await asyncio.wait_for(future, limit)
-        except TimeoutError:
-            reason = f"{type(message).__name__} had no answer within {limit:g} s"
-            raise DeadlineError(reason, field="control_timeout") from None
-        finally:
-            self._calls.pop(call_id, None)
+    def _limit(self, timeout: float | None) -> float:
+        return self._control_timeout if timeout is None else timeout
 
     async def _refresh(self) -> None:
         with contextlib.suppress(HeadraceError):  # the caller has its own answer; the watch will see what is wrong
-            self._note(await self.call(GetStatus, CoreStatus, STATUS_SECONDS))
+            self._note(await self.ask(GetStatus, CoreStatus, STATUS_SECONDS))
 
     def _note(self, status: CoreStatus) -> None:
         self.status = status
@@ -262,7 +277,7 @@ class CoreClient:
 
     def _send_requests(self, requests: tuple[Request, ...]) -> None:
         try:
-            self._link.send(Submit(requests))
+            self._link.send(Submit.of(requests))
         except RequestError as error:  # a value that cannot travel costs its own request only
             if len(requests) == 1:
                 self._fail_sinks([requests[0].handle], error)
@@ -277,12 +292,7 @@ class CoreClient:
             for delta in output.deltas:
                 self._on_delta(delta)
         elif isinstance(output, Reply):
-            future = self._calls.get(output.call_id)
-            if future is not None and not future.done():
-                if output.error is not None:
-                    future.set_exception(output.error.to_exception())
-                else:
-                    future.set_result(output.payload)
+            self._calls.settle(output)
         elif self._ready is not None and not self._ready.done():
             self._ready.set_result(output)
 
@@ -309,9 +319,7 @@ class CoreClient:
         self._end = error
         self._submits.clear()
         self._finished.clear()
-        for future in self._calls.values():
-            if not future.done():
-                future.set_exception(_copy(error))
+        self._calls.fail(lambda: _copy(error))
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(_copy(error))
         self._fail_sinks(list(self._sinks), error)
@@ -333,10 +341,19 @@ def _in_bounded_groups(requests: list[Request]) -> Iterable[tuple[Request, ...]]
     group: list[Request] = []
     num_bytes = 0
     for request in requests:
-        if group and num_bytes + len(request.prompt) > MAX_SUBMIT_BYTES:
+        added = _num_added_bytes(request, group[-1] if group else None)
+        if group and num_bytes + added > MAX_SUBMIT_BYTES:
             yield tuple(group)
-            group, num_bytes = [], 0
+            group, num_bytes, added = [], 0, _num_added_bytes(request, None)
         group.append(request)
-        num_bytes += len(request.prompt) + 256
+        num_bytes += added
     if group:
         yield tuple(group)
+
+
+def _num_added_bytes(request: Request, last: Request | None) -> int:
+    """About what a request adds to a message that ends with `last`."""
+    is_shared = last is not None and last.sampling is request.sampling
+    lists = (request.stop_token_ids, request.logprobs.token_ids, *[request.sampling.logit_bias] * 3)
+    prompt = b"" if last is not None and last.prompt is request.prompt else request.prompt
+    return 256 + len(request.request_id) + len(prompt) + (0 if is_shared else 5 * sum(map(len, lists)))

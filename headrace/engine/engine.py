@@ -122,9 +122,9 @@ class Engine:
         """See `AsyncEngine.abort`."""
         return self._wait(self.asynchronous.abort(request_id, prefix=prefix, all=all, message=message))
 
-    def pause(self, mode: PauseMode = "abort") -> None:
+    def pause(self, mode: PauseMode = "abort", *, timeout: float | None = None) -> None:
         """See `AsyncEngine.pause`."""
-        self._wait(self.asynchronous.pause(mode))
+        self._wait(self.asynchronous.pause(mode, timeout=timeout))
 
     def resume(self) -> None:
         """See `AsyncEngine.resume`."""
@@ -156,7 +156,7 @@ class Engine:
         """See `AsyncEngine.commit`."""
         return self._wait(self.asynchronous.commit(session))
 
-    def abort_update(self, session: UpdateSession) -> None:
+    def abort_update(self, session: UpdateSession | None = None) -> None:
         """See `AsyncEngine.abort_update`."""
         self._wait(self.asynchronous.abort_update(session))
 
@@ -175,10 +175,17 @@ class Engine:
         return drive(script(named_tensors, version, mode, in_flight, partial, timeout), self._wait)
 
     def update_weights_from_disk(
-        self, path: str | Path, version: str | int, *, mode: UpdateMode = "auto", in_flight: InFlight = "drain"
+        self,
+        path: str | Path,
+        version: str | int,
+        *,
+        mode: UpdateMode = "auto",
+        in_flight: InFlight = "drain",
+        timeout: float = DEFAULT_UPDATE_TIMEOUT,
     ) -> UpdateReport:
         """See `AsyncEngine.update_weights_from_disk`."""
-        return self._wait(self.asynchronous.update_weights_from_disk(path, version, mode=mode, in_flight=in_flight))
+        update = self.asynchronous.update_weights_from_disk
+        return self._wait(update(path, version, mode=mode, in_flight=in_flight, timeout=timeout))
 
     def set_weight_version(self, version: str | int) -> None:
         """See `AsyncEngine.set_weight_version`."""

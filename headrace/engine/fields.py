@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, get_args
 
-import numpy as np
-import numpy.typing as npt
-
 from headrace.types.errors import RequestError
+from headrace.types.plain_values import as_choice, as_integer, as_integer_array, as_list
 from headrace.types.sampling_params import LogprobMode, SamplingParams
 
 MAX_NAME_LENGTH = 1024
@@ -24,18 +22,27 @@ def sources(prompts: Prompts, input_ids: InputIds) -> tuple[str, list[Any]]:
     if (prompts is None) == (input_ids is None):
         field = "prompts" if prompts is not None else "input_ids"
         raise RequestError("exactly one of prompts and input_ids must be given", field=field)
-    if isinstance(prompts, str):
-        return "prompts", [prompts]
-    if prompts is not None:
-        if not isinstance(prompts, (list, tuple)) or not all(isinstance(text, str) for text in prompts):
-            raise RequestError("prompts must be a string or a list of strings", field="prompts")
-        return "prompts", _nonempty(list(prompts), "prompts")
-    if isinstance(input_ids, (str, bytes)) or not hasattr(input_ids, "__len__"):
-        raise RequestError("input_ids must be a list of token ids or a list of such lists", field="input_ids")
-    rows = list(input_ids) if input_ids is not None else []
-    if rows and all(hasattr(row, "__len__") and getattr(row, "shape", None) != () for row in rows):
-        return "input_ids", rows
-    return "input_ids", [_nonempty(rows, "input_ids") if isinstance(input_ids, (list, tuple)) else input_ids]
+    if prompts is None:
+        return "input_ids", _id_rows(input_ids)
+    what = "a string or a list of strings"
+    texts = [prompts] if isinstance(prompts, str) else as_list(prompts, "prompts", what)
+    if not all(isinstance(text, str) for text in texts):
+        raise RequestError(f"prompts must be {what}", field="prompts")
+    return "prompts", _nonempty(texts, "prompts")
+
+
+def _id_rows(input_ids: Any) -> list[Any]:
+    """One prompt's ids, or many prompts', each as it was given. An array or tensor has a prompt per row."""
+    if hasattr(input_ids, "shape"):
+        return list(input_ids) if len(input_ids.shape) == 2 else [input_ids]
+    rows = as_list(input_ids, "input_ids", "a list of token ids or a list of such lists")
+    if isinstance(input_ids, Set):
+        raise RequestError("input_ids must have an order; a set has none", field="input_ids")
+    return rows if rows and all(map(_is_row, rows)) else [_nonempty(rows, "input_ids")]
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, Iterable) and getattr(value, "shape", None) != ()
 
 
 def _nonempty(values: list[Any], field: str) -> list[Any]:
@@ -44,13 +51,24 @@ def _nonempty(values: list[Any], field: str) -> list[Any]:
     return values
 
 
-def params_list(sampling_params: Sampling, num_prompts: int) -> list[SamplingParams]:
-    """One `SamplingParams` per prompt."""
+def params_list(
+    sampling_params: Sampling, num_prompts: int, refusals: dict[int, RequestError] | None = None
+) -> list[SamplingParams]:
+    """One `SamplingParams` per prompt. Of a list, errors go into `refusals` by position if it is given."""
     if not isinstance(sampling_params, (list, tuple)):
         return [_params(sampling_params, "sampling_params")] * num_prompts
     if len(sampling_params) != num_prompts:
         raise RequestError(f"{len(sampling_params)} sampling_params for {num_prompts} prompts", field="sampling_params")
-    return [_params(each, f"sampling_params[{i}]") for i, each in enumerate(sampling_params)]
+    found = []
+    for position, each in enumerate(sampling_params):
+        try:
+            found.append(_params(each, f"sampling_params[{position}]"))
+        except RequestError as error:
+            if refusals is None:
+                raise
+            refusals[position] = error
+            found.append(SamplingParams())
+    return found
 
 
 def _params(value: Any, field: str) -> SamplingParams:
@@ -75,12 +93,22 @@ def request_ids(names: Any, num_prompts: int) -> list[str]:
     return list(names)
 
 
-def check_integer(value: Any, field: str, low: int, high: int) -> None:
-    """An integer, not a bool, within bounds."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise RequestError(f"{field} must be an integer", field=field)
-    if not low <= value <= high:
+def integer_within(value: Any, field: str, low: int, high: int) -> int:
+    """An integer within bounds."""
+    integer = as_integer(value, field)
+    if not low <= integer <= high:
         raise RequestError(f"{field} must be in [{low}, {high}]", field=field)
+    return integer
+
+
+def per_prompt(value: Any, num_prompts: int, field: str) -> list[int]:
+    """An integer for each prompt, from one for all or a list with one each."""
+    if not isinstance(value, Iterable) or getattr(value, "shape", None) == ():
+        return [as_integer(value, field)] * num_prompts
+    values = as_list(value, field, "an integer, or a list with one per prompt", num_prompts)
+    if len(values) != num_prompts:
+        raise RequestError(f"{field} holds {len(values)} values for {num_prompts} prompts", field=field)
+    return [as_integer(each, f"{field}[{i}]") for i, each in enumerate(values)]
 
 
 def check_name(value: Any, field: str) -> None:
@@ -95,30 +123,11 @@ def check_name(value: Any, field: str) -> None:
 
 def check_mode(value: Any, field: str) -> None:
     """A meaning of log-probabilities."""
-    if value not in get_args(LogprobMode):
-        raise RequestError(f"{field} must be one of {', '.join(get_args(LogprobMode))}", field=field)
+    as_choice(value, get_args(LogprobMode), field)
 
 
-def id_tuple(ids: Any, field: str) -> tuple[int, ...]:
+def id_tuple(ids: Any, field: str, max_length: int) -> tuple[int, ...]:
     """A short list of token ids, None being an empty one."""
     if ids is None:
         return ()
-    array = id_array(ids, field)
-    return tuple(array.tolist())
-
-
-def id_array(source: Any, field: str) -> npt.NDArray[Any]:
-    """Token ids as a 1-D integer array. Lists may hold plain ints only: a bool or a float is an error, not a 1."""
-    if isinstance(source, (list, tuple)):
-        wrong = {type(token) for token in source} - {int}
-        if any(not issubclass(kind, np.integer) for kind in wrong):
-            raise RequestError(f"{field} must hold integers only", field=field)
-    if isinstance(source, (str, bytes)):
-        raise RequestError(f"{field} must be a list of token ids", field=field)
-    try:
-        array: npt.NDArray[Any] = np.asarray(source) if len(source) else np.empty(0, dtype=np.int64)
-    except (OverflowError, ValueError, TypeError):
-        raise RequestError(f"{field} must be a list of token ids", field=field) from None
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise RequestError(f"{field} must be a flat list of token ids", field=field)
-    return array
+    return tuple(as_integer_array(as_list(ids, field, "a list of token ids", max_length), field).tolist())

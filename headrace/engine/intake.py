@@ -14,8 +14,10 @@ import msgspec
 from headrace.engine.client import CoreClient
 from headrace.engine.requests import GenerateItem, RequestBuilder
 from headrace.engine.stream import EndKind, Stream
+from headrace.engine.text_feed import TextStart
 from headrace.text import Tokenizer
 from headrace.types.errors import DeadlineError, HeadraceError, RequestError
+from headrace.types.request import Request, unpack_ids
 
 
 class Intake:
@@ -30,6 +32,7 @@ class Intake:
         self._request_timeout = request_timeout
         self._live: dict[str, dict[int, Stream]] = {}
         self._timers: dict[int, asyncio.TimerHandle] = {}
+        self._last_start: tuple[Request, TextStart] | None = None
 
     def submit(self, item: GenerateItem) -> Stream:
         """Send one sequence. Raises `RequestError` naming the field, or that the core is gone."""
@@ -38,8 +41,12 @@ class Intake:
             item = msgspec.structs.replace(item, request_id=uuid.uuid4().hex)
         if item.index in self._live.get(item.request_id, ()):
             raise RequestError(f"request_id {item.request_id!r} is in use by a live request", field="request_id")
+        item = self._builder.prepare(item)
         request = self._builder.build(item, self._client.new_handle())
-        stream = Stream(item, request, self._tokenizer, self._on_end)
+        stream = Stream(item, request, self._text_start(item, request), self._on_end)
+        if item.refusal is not None:
+            stream.on_failure(item.refusal.to_exception())
+            return stream
         self._client.submit(request, stream)
         self._live.setdefault(item.request_id, {})[item.index] = stream
         if self._request_timeout is not None:
@@ -67,6 +74,21 @@ class Intake:
         handles = [stream.request.handle for stream in self._named(request_id, prefix, everything)]
         self._client.abort(handles, message)
         return len(handles)
+
+    def _text_start(self, item: GenerateItem, request: Request) -> TextStart | None:
+        """The samples of one prompt come one after the other and share it."""
+        if self._tokenizer is None:
+            return None
+        num_resumed = request.num_output_ids_in_prompt
+        if self._last_start is not None:
+            last, start = self._last_start
+            is_same_cut = last.num_output_ids_in_prompt == num_resumed
+            if start.params is item.params and is_same_cut and (not num_resumed or last.prompt is request.prompt):
+                return start
+        resumed_ids = unpack_ids(request.prompt)[-num_resumed:].tolist() if num_resumed else ()
+        start = TextStart(self._tokenizer, item.params, resumed_ids)
+        self._last_start = request, start
+        return start
 
     def _named(self, request_id: str | None, prefix: bool, everything: bool) -> list[Stream]:
         if everything:

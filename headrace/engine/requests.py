@@ -14,23 +14,25 @@ import msgspec
 import numpy as np
 
 from headrace.config import ResolvedConfig
+from headrace.engine.bounds import check_call, check_logprob_values, num_logprob_values
 from headrace.engine.fields import (
     InputIds,
     Prompts,
     Sampling,
-    check_integer,
     check_mode,
     check_name,
-    id_array,
     id_tuple,
+    integer_within,
     params_list,
+    per_prompt,
     request_ids,
     sources,
 )
 from headrace.engine.seeds import SeedSource, sample_seed
 from headrace.scheduler.limits import MAX_PRIORITY
 from headrace.text import Tokenizer, encode_bounded
-from headrace.types.errors import RequestError
+from headrace.types.errors import ErrorInfo, RequestError
+from headrace.types.plain_values import as_flag, as_integer, as_integer_array
 from headrace.types.request import Request, TokenSampling, pack_ids
 from headrace.types.sampling_params import (
     MAX_LOGPROB_TOKEN_IDS,
@@ -39,8 +41,6 @@ from headrace.types.sampling_params import (
     LogprobOptions,
     SamplingParams,
 )
-
-_MAX_EXTRA_BYTES = 1 << 29  # half of what a message may have
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -56,6 +56,13 @@ class GenerateOptions(TypedDict, total=False):
     logprob_start            first prompt position to score (0)
     top_logprobs             how many most probable tokens to report per position (0)
     logprob_token_ids        tokens whose log-probability to report per position (none)
+    num_output_ids_in_prompt how many of the last `input_ids` are output already, of a generation that this one
+                             resumes: one number, or one per prompt (0). Penalties count them as output, stop strings
+                             may begin in them, and the text begins behind theirs. With the first reply's seed, and
+                             `max_new_tokens` and `min_new_tokens` less by as many, it goes on as the first would have
+    clip_to_context          cut `max_new_tokens` to what the context has room for, instead of refusing (False)
+    return_errors            an error of one prompt or sample is its own `Generation` with finish reason "error" and
+                             `error`, and the others go on (False: the call raises it, and they are dropped)
     """
 
     request_id: str | Sequence[str] | None
@@ -67,6 +74,9 @@ class GenerateOptions(TypedDict, total=False):
     logprob_start: int
     top_logprobs: int
     logprob_token_ids: Sequence[int] | None
+    num_output_ids_in_prompt: int | Sequence[int]
+    clip_to_context: bool
+    return_errors: bool
 
 
 class GenerateItem(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,7 +88,9 @@ class GenerateItem(msgspec.Struct, frozen=True, kw_only=True):
     seed                 the sample's own seed; None: derived from `params.seed` and `index`, or given by the engine
     namespace            separates prefix-cache entries
     stream               deliver every token as it comes
-    packed               ids already checked and packed by `RequestBuilder.expand`; callers leave it None
+    num_output_ids_in_prompt, clip_to_context, return_errors   as in `GenerateOptions`
+    packed               ids already checked and packed by `RequestBuilder.prepare`; callers leave it None
+    refusal              why it cannot be served; its stream ends with that at once
     """
 
     prompt: str | None = None
@@ -92,7 +104,11 @@ class GenerateItem(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     namespace: str = ""
     stream: bool = False
+    num_output_ids_in_prompt: int = 0
+    clip_to_context: bool = False
+    return_errors: bool = False
     packed: bytes | None = None
+    refusal: ErrorInfo | None = None
 
 
 class RequestBuilder:
@@ -110,6 +126,7 @@ class RequestBuilder:
         self._prompt_mode: LogprobMode = engine.prompt_logprob_mode
         self._max_sequences = engine.max_sequences
         self._seeds = SeedSource(engine.seed)
+        self._last_shared: _Shared | None = None
 
     def expand(
         self,
@@ -125,71 +142,121 @@ class RequestBuilder:
             if name not in GenerateOptions.__annotations__:
                 raise RequestError(f"{name} is not an argument of a request", field=name)
         field, given = sources(prompts, input_ids)
-        params = params_list(sampling_params, len(given))
+        returns_errors = as_flag(options.get("return_errors", False), "return_errors")
+        refusals: dict[int, RequestError] = {}
+        params = params_list(sampling_params, len(given), refusals if returns_errors else None)
         self._check_count(sum(each.n for each in params), field)
+        check_call(params)
         names = request_ids(options.get("request_id"), len(given))
-        logprobs = self._logprob_options(options)
+        num_output = per_prompt(options.get("num_output_ids_in_prompt", 0), len(given), "num_output_ids_in_prompt")
+        common = GenerateItem(
+            logprobs=self._logprob_options(options),
+            priority=options.get("priority", 0),
+            namespace=options.get("extra_key", ""),
+            stream=stream,
+            clip_to_context=as_flag(options.get("clip_to_context", False), "clip_to_context"),
+            return_errors=returns_errors,
+        )
         items: list[GenerateItem] = []
         for position, source in enumerate(given):
-            name = field if len(given) == 1 else f"{field}[{position}]"
-            packed = self._pack_text(source, name) if field == "prompts" else self._pack_ids(source, name)
-            seed = params[position].seed
-            item = GenerateItem(
-                packed=packed,
+            item = msgspec.structs.replace(
+                common,
                 params=params[position],
-                logprobs=logprobs,
                 request_id=names[position],
                 prompt_index=position,
-                seed=self._seeds.take() if seed is None else seed,
-                priority=options.get("priority", 0),
-                namespace=options.get("extra_key", ""),
-                stream=stream,
+                num_output_ids_in_prompt=num_output[position],
             )
-            self.check(item, packed)
-            items += _samples(item)
+            name = field if len(given) == 1 else f"{field}[{position}]"
+            try:
+                if position in refusals:
+                    raise refusals[position]
+                item = self._settle(item, self._pack(field, source, item.num_output_ids_in_prompt, name))
+            except RequestError as error:
+                if not returns_errors:
+                    raise
+                item = msgspec.structs.replace(item, refusal=error.info())
+            items += self._samples(item)
         return items
+
+    def prepare(self, item: GenerateItem) -> GenerateItem:
+        """`item` checked, its prompt packed and `max_new_tokens` clipped if asked. Samples of a prompt are copies of
+        what this returns with another index, name and seed. Raises `RequestError` naming the field."""
+        if item.packed is not None or item.refusal is not None:
+            return item
+        if (item.prompt is None) == (item.input_ids is None):
+            raise RequestError("exactly one of prompt and input_ids must be given", field="input_ids")
+        field = "prompt" if item.input_ids is None else "input_ids"
+        source = item.prompt if item.input_ids is None else item.input_ids
+        return self._settle(item, self._pack(field, source, item.num_output_ids_in_prompt, field))
 
     def build(self, item: GenerateItem, handle: int) -> Request:
         """The core's request for `item`. Raises `RequestError` naming the field."""
-        if (item.prompt is None) == (item.input_ids is None) and item.packed is None:
-            raise RequestError("exactly one of prompt and input_ids must be given", field="input_ids")
-        packed = item.packed
-        if packed is None:
-            is_text = item.input_ids is None
-            packed = self._pack_text(item.prompt, "prompt") if is_text else self._pack_ids(item.input_ids, "input_ids")
-            self.check(item, packed)
-        params = item.params
-        stop_ids = params.stop_token_ids if params.ignore_eos else (*self._eos_ids, *params.stop_token_ids)
+        item = self.prepare(item)
+        check_name(item.request_id, "request_id")
+        params, packed, shared = item.params, item.packed or b"", self._shared(item.params)
         return Request(
             handle=handle,
             request_id=item.request_id,
             prompt=packed,
             max_new_tokens=params.max_new_tokens,
             seed=self._seed_of(item),
-            sampling=_token_sampling(params, self._vocab_size),
+            sampling=shared.sampling,
             logprobs=_effective(item.logprobs, len(packed) // 4),
             min_new_tokens=params.min_new_tokens,
-            stop_token_ids=tuple(dict.fromkeys(stop_ids)),
+            stop_token_ids=shared.stop_token_ids,
             priority=item.priority,
             namespace=item.namespace,
             deliver_every=1 if item.stream or params.stop else 0,
+            num_output_ids_in_prompt=item.num_output_ids_in_prompt,
         )
 
-    def check(self, item: GenerateItem, packed: bytes) -> None:
-        """Raise `RequestError` if `item` cannot run on this engine whatever else runs."""
-        params, num_prompt = item.params, len(packed) // 4
+    def _settle(self, item: GenerateItem, packed: bytes) -> GenerateItem:
+        """`item` with its prompt, after checking that it can run on this engine whatever else runs."""
+        num_prompt = len(packed) // 4
+        params = self._clipped(item.params, num_prompt) if item.clip_to_context else item.params
         self._check_room(num_prompt, params.max_new_tokens)
-        if params.stop and self._tokenizer is None:
-            raise RequestError("stop strings need a tokenizer; use stop_token_ids", field="sampling_params.stop")
-        self._check_ids(params.stop_token_ids, "sampling_params.stop_token_ids")
-        self._check_ids(params.logit_bias or (), "sampling_params.logit_bias")
-        check_integer(item.priority, "priority", -MAX_PRIORITY, MAX_PRIORITY)
+        self._shared(params)
         check_name(item.namespace, "extra_key")
         check_name(item.request_id, "request_id")
         self._check_logprobs(item.logprobs, num_prompt)
-        _check_answer(item.logprobs, num_prompt, params.max_new_tokens)
-        if item.seed is not None:
-            check_integer(item.seed, "seed", 0, (1 << 64) - 1)
+        check_logprob_values(num_logprob_values(item.logprobs, num_prompt, params), item.logprobs)
+        name, num_output = "num_output_ids_in_prompt", item.num_output_ids_in_prompt
+        return msgspec.structs.replace(
+            item,
+            packed=packed,
+            prompt=None,
+            input_ids=None,
+            params=params,
+            seed=None if item.seed is None else integer_within(item.seed, "seed", 0, (1 << 64) - 1),
+            priority=integer_within(item.priority, "priority", -MAX_PRIORITY, MAX_PRIORITY),
+            num_output_ids_in_prompt=integer_within(num_output, name, 0, num_prompt - 1) if num_output else 0,
+        )
+
+    def _clipped(self, params: SamplingParams, num_prompt: int) -> SamplingParams:
+        room = max(0, self._max_length - num_prompt)
+        if params.max_new_tokens <= room:
+            return params
+        shortest = min(params.min_new_tokens, room)
+        clipped: SamplingParams = msgspec.structs.replace(params, max_new_tokens=room, min_new_tokens=shortest)
+        return clipped
+
+    def _shared(self, params: SamplingParams) -> _Shared:
+        """What requests with these parameters share, checked and made once for all that come one after the other."""
+        if self._last_shared is None or self._last_shared.params is not params:
+            if params.stop and self._tokenizer is None:
+                raise RequestError("stop strings need a tokenizer; use stop_token_ids", field="sampling_params.stop")
+            self._check_ids(params.stop_token_ids, "sampling_params.stop_token_ids")
+            self._check_ids(params.logit_bias or (), "sampling_params.logit_bias")
+            stop_ids = params.stop_token_ids if params.ignore_eos else (*self._eos_ids, *params.stop_token_ids)
+            sampling = _token_sampling(params, self._vocab_size)
+            self._last_shared = _Shared(params, sampling, tuple(dict.fromkeys(stop_ids)))
+        return self._last_shared
+
+    def _samples(self, item: GenerateItem) -> list[GenerateItem]:
+        """The `n` samples of one prompt, each with its own seed; `item` is the first."""
+        seed = self._seeds.take() if item.params.seed is None else item.params.seed
+        replace = msgspec.structs.replace
+        return [replace(item, index=index, seed=sample_seed(seed, index)) for index in range(item.params.n)]
 
     def _check_room(self, num_prompt: int, max_new_tokens: int) -> None:
         """The whole sequence must fit the context, and alone the KV pool."""
@@ -202,7 +269,7 @@ class RequestBuilder:
             raise RequestError(f"{total} is over the {bound}", field="sampling_params.max_new_tokens")
 
     def _check_logprobs(self, options: LogprobOptions, num_prompt: int) -> None:
-        check_integer(options.num_top, "top_logprobs", 0, min(MAX_TOP_LOGPROBS, self._vocab_size))
+        integer_within(options.num_top, "top_logprobs", 0, min(MAX_TOP_LOGPROBS, self._vocab_size))
         check_mode(options.output_mode, "logprob_mode")
         check_mode(options.prompt_mode, "prompt_logprob_mode")
         if len(options.token_ids) > MAX_LOGPROB_TOKEN_IDS:
@@ -210,20 +277,17 @@ class RequestBuilder:
             raise RequestError(message, field="logprob_token_ids")
         self._check_ids(options.token_ids, "logprob_token_ids")
         if options.prompt_start is not None:
-            check_integer(options.prompt_start, "logprob_start", 0, num_prompt)
+            integer_within(options.prompt_start, "logprob_start", 0, num_prompt)
 
     def _logprob_options(self, options: GenerateOptions) -> LogprobOptions:
-        wants_prompt = options.get("return_prompt_logprobs", False)
-        if not isinstance(wants_prompt, bool):
-            raise RequestError("return_prompt_logprobs must be true or false", field="return_prompt_logprobs")
-        start = options.get("logprob_start", 0)
-        check_integer(start, "logprob_start", 0, self._context_length)
+        wants_prompt = as_flag(options.get("return_prompt_logprobs", False), "return_prompt_logprobs")
+        start = integer_within(options.get("logprob_start", 0), "logprob_start", 0, self._context_length)
         return LogprobOptions(
             output_mode=options.get("logprob_mode") or self._output_mode,
             prompt_mode=options.get("prompt_logprob_mode") or self._prompt_mode,
             prompt_start=start if wants_prompt else None,
-            num_top=options.get("top_logprobs", 0),
-            token_ids=id_tuple(options.get("logprob_token_ids"), "logprob_token_ids"),
+            num_top=as_integer(options.get("top_logprobs", 0), "top_logprobs"),
+            token_ids=id_tuple(options.get("logprob_token_ids"), "logprob_token_ids", MAX_LOGPROB_TOKEN_IDS),
         )
 
     def _seed_of(self, item: GenerateItem) -> int:
@@ -232,8 +296,16 @@ class RequestBuilder:
         seed = item.params.seed
         return sample_seed(self._seeds.take() if seed is None else seed, item.index)
 
+    def _pack(self, kind: str, source: Any, num_output: int, field: str) -> bytes:
+        if kind == "input_ids":
+            return self._pack_ids(source, field)
+        if num_output:
+            message = "num_output_ids_in_prompt counts token ids: give the prompt as input_ids"
+            raise RequestError(message, field="num_output_ids_in_prompt")
+        return self._pack_text(source, field)
+
     def _pack_ids(self, source: Any, field: str) -> bytes:
-        array = id_array(source, field)
+        array = as_integer_array(source, field)
         if not array.size:
             raise RequestError(f"{field} is empty", field=field)
         self._check_length(array.size, field)
@@ -277,21 +349,12 @@ class RequestBuilder:
             raise RequestError(message, field=field)
 
 
-def _check_answer(options: LogprobOptions, num_prompt: int, max_new_tokens: int) -> None:
-    """What is asked beside each token must fit the one message that ends a sequence."""
-    num_scored = 0 if options.prompt_start is None else num_prompt - options.prompt_start
-    num_bytes = (num_scored + max_new_tokens) * (8 * options.num_top + 4 * len(options.token_ids))
-    if num_bytes > _MAX_EXTRA_BYTES:
-        message = f"log-probabilities of further tokens would take {num_bytes} bytes; at most {_MAX_EXTRA_BYTES} do"
-        raise RequestError(message, field="top_logprobs" if options.num_top else "logprob_token_ids")
+class _Shared(msgspec.Struct, frozen=True):
+    """What the requests of one `SamplingParams` have in common, as the core gets it."""
 
-
-def _samples(item: GenerateItem) -> list[GenerateItem]:
-    """The `n` samples of one prompt, each with its own seed; `item` is the first."""
-    if item.params.n == 1 or item.seed is None:
-        return [item]
-    replace = msgspec.structs.replace
-    return [replace(item, index=index, seed=sample_seed(item.seed, index)) for index in range(item.params.n)]
+    params: SamplingParams
+    sampling: TokenSampling
+    stop_token_ids: tuple[int, ...]
 
 
 def _effective(options: LogprobOptions, num_prompt: int) -> LogprobOptions:
@@ -302,14 +365,13 @@ def _effective(options: LogprobOptions, num_prompt: int) -> LogprobOptions:
 
 
 def _token_sampling(params: SamplingParams, vocab_size: int) -> TokenSampling:
-    """`float` makes plain numbers of numpy's, which do not travel."""
     return TokenSampling(
-        temperature=0.0 if params.is_greedy else float(params.temperature),
+        temperature=0.0 if params.is_greedy else params.temperature,
         top_k=0 if params.top_k >= vocab_size else max(params.top_k, 0),
-        top_p=float(params.top_p),
-        min_p=float(params.min_p),
-        repetition_penalty=float(params.repetition_penalty),
-        presence_penalty=float(params.presence_penalty),
-        frequency_penalty=float(params.frequency_penalty),
-        logit_bias=tuple((token, float(value)) for token, value in (params.logit_bias or {}).items()),
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=tuple((params.logit_bias or {}).items()),
     )

@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from headrace.config import ResolvedConfig
 from headrace.engine.client import CoreClient
@@ -28,6 +28,51 @@ SHUTDOWN_SECONDS = 5.0
 _SHUTTING_DOWN = "the engine is shut down"
 
 Result = TypeVar("Result")
+
+
+class _Errand(Generic[Result]):
+    """A coroutine that runs on a loop for somebody elsewhere. `result` comes when it is over, cancelled or not."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, Result]) -> None:
+        self.result: concurrent.futures.Future[Result] = concurrent.futures.Future()
+        self.result.set_running_or_notify_cancel()  # so that whoever is cancelled while he waits does not end it
+        self._loop = loop
+        self._task: asyncio.Task[Result] | None = None
+        loop.call_soon_threadsafe(self._start, coroutine)
+
+    @property
+    def has_value(self) -> bool:
+        """It ended without an error."""
+        return self.result.done() and self.result.exception() is None
+
+    def cancel(self) -> None:
+        """Cancel it, from any thread. No harm if it is over."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and everything on it over
+            self._loop.call_soon_threadsafe(self._cancel)
+
+    def _start(self, coroutine: Coroutine[Any, Any, Result]) -> None:
+        self._task = self._loop.create_task(coroutine)
+        self._task.add_done_callback(self._finish)
+
+    def _cancel(self) -> None:
+        assert self._task is not None, "it is started before it is cancelled"
+        self._task.cancel()
+
+    def _finish(self, task: asyncio.Task[Result]) -> None:
+        error = concurrent.futures.CancelledError() if task.cancelled() else task.exception()
+        if error is not None:
+            self.result.set_exception(error)
+        else:
+            self.result.set_result(task.result())
+
+
+async def _outlast(future: concurrent.futures.Future[Any]) -> None:
+    """Wait for the end of what was cancelled, whoever else is cancelled meanwhile."""
+    waiter = asyncio.wrap_future(future)
+    waiter.add_done_callback(lambda done: done.cancelled() or done.exception())  # looked at: its caller has his own
+    while not waiter.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([waiter])
 
 
 class Runtime:
@@ -56,22 +101,37 @@ class Runtime:
         """Await this on the loop before the core is ended (a server that runs on the loop, say)."""
         self._closers.append(closer)
 
-    async def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        """Await a coroutine on the engine's loop, from whatever loop this is."""
+    async def run(
+        self,
+        coroutine: Coroutine[Any, Any, Result],
+        regret: Callable[[Result], Coroutine[Any, Any, None]] | None = None,
+    ) -> Result:
+        """Await a coroutine on the engine's loop, from whatever loop this is. Cancelled, it is over before the caller
+        goes on; `regret` undoes a result that came when nobody waited for it any more."""
         if asyncio.get_running_loop() is self.loop:
             return await coroutine
-        return await asyncio.wrap_future(self._schedule(coroutine))
+        errand = self._schedule(coroutine)
+        try:
+            return await asyncio.shield(asyncio.wrap_future(errand.result))
+        except asyncio.CancelledError:
+            errand.cancel()
+            await _outlast(errand.result)
+            if regret is not None and errand.has_value:
+                await _outlast(self._schedule(regret(errand.result.result())).result)
+            raise
 
     def wait(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        """Run a coroutine on the engine's loop and wait for it in this thread."""
+        """Run a coroutine on the engine's loop and wait for it in this thread. Interrupted, it is over before the
+        caller goes on, unless he is interrupted again."""
         if threading.current_thread() is self._thread:
             coroutine.close()
             raise InternalError("a blocking call was made on the engine's own loop, where it would wait for itself")
-        future = self._schedule(coroutine)
+        errand = self._schedule(coroutine)
         try:
-            return future.result()
+            return errand.result.result()
         except BaseException:
-            future.cancel()
+            errand.cancel()
+            concurrent.futures.wait([errand.result])
             raise
 
     def post(self, action: Callable[[], None]) -> None:
@@ -102,11 +162,11 @@ class Runtime:
             self.host.kill()
         self._thread.join(SHUTDOWN_SECONDS)
 
-    def _schedule(self, coroutine: Coroutine[Any, Any, Result]) -> concurrent.futures.Future[Result]:
+    def _schedule(self, coroutine: Coroutine[Any, Any, Result]) -> _Errand[Result]:
         try:
             with self._lock:
                 self.check_open()
-                return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+                return _Errand(self.loop, coroutine)
         except ShutdownError:
             coroutine.close()
             raise

@@ -7,6 +7,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import msgspec
+
 from headrace.types.request import Delta, Request, TokenExtras, unpack_floats, unpack_ids
 
 
@@ -24,8 +26,7 @@ class Sample:
         self.num_preemptions = 0
         self.num_prompt_tokens = len(request.prompt) // 4
         self._options = request.logprobs
-        self._top: list[dict[int, float]] = []
-        self._asked: list[dict[int, float]] = []
+        self._extras = [bytearray() for _ in TokenExtras.__struct_fields__]  # made into dictionaries when asked for
         self._prompt_logprobs: list[float | None] = []
         self._prompt_extras = TokenExtras()
 
@@ -36,18 +37,24 @@ class Sample:
         self.logprobs += unpack_floats(delta.logprobs).tolist()
         for span in delta.spans:
             _extend_spans(self.spans, *span)
-        self._top += _tops(delta.extras, len(new_ids))
-        self._asked += _asked(delta.extras, self._options.token_ids)
+        for values, name in zip(self._extras, TokenExtras.__struct_fields__, strict=True):
+            values += getattr(delta.extras, name)
         if delta.prompt_logprobs:
             self._add_prompt(delta)
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
         self.num_preemptions = max(self.num_preemptions, delta.num_preemptions)
         return len(new_ids)
 
+    @property
+    def num_extra_values(self) -> int:
+        """Log-probabilities beside those of the tokens themselves, of output and prompt."""
+        of_prompt = len(self._prompt_extras.top_logprobs) + len(self._prompt_extras.asked_logprobs)
+        return (of_prompt + len(self._extras[1]) + len(self._extras[2])) // 4
+
     def truncate(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` generated tokens only."""
-        for values in (self.token_ids, self.logprobs, self._top, self._asked):
-            del values[num_tokens:]
+        self._extras = [bytearray(values) for values in msgspec.structs.astuple(self._extras_between(0, num_tokens))]
+        del self.token_ids[num_tokens:], self.logprobs[num_tokens:]
         self.spans = slice_spans(self.spans, 0, num_tokens)
 
     def fields_from(self, start: int) -> dict[str, Any]:
@@ -61,9 +68,11 @@ class Sample:
             "num_preemptions": self.num_preemptions,
         }
         if self._options.num_top:
-            fields["top_logprobs"] = self._top[start:]
+            extras = self._extras_between(start, len(self.token_ids))
+            fields["top_logprobs"] = _tops(extras, len(self.token_ids) - start)
         if self._options.token_ids:
-            fields["token_ids_logprobs"] = self._asked[start:]
+            extras = self._extras_between(start, len(self.token_ids))
+            fields["token_ids_logprobs"] = _asked(extras, self._options.token_ids)
         return fields
 
     def prompt_fields(self) -> dict[str, Any]:
@@ -79,6 +88,13 @@ class Sample:
             asked = _asked(self._prompt_extras, self._options.token_ids)
             fields["prompt_token_ids_logprobs"] = padding + self._where_scored(asked)
         return fields
+
+    def _extras_between(self, start: int, stop: int) -> TokenExtras:
+        """Those of tokens start..stop-1: rows of 4 bytes each."""
+        num_tokens = len(self.token_ids) or 1
+        widths = [len(values) // num_tokens for values in self._extras]
+        cut = [values[start * width : stop * width] for values, width in zip(self._extras, widths, strict=True)]
+        return TokenExtras(*map(bytes, cut))
 
     def _where_scored(self, values: list[dict[int, float]]) -> list[dict[int, float] | None]:
         pairs = zip(values, self._prompt_logprobs, strict=True)

@@ -12,10 +12,10 @@ from typing import Any, Literal
 from headrace.engine.pacing import Pacer
 from headrace.engine.requests import GenerateItem
 from headrace.engine.sample import Sample
-from headrace.engine.text_feed import TextFeed
-from headrace.text import Tokenizer
+from headrace.engine.text_feed import TextFeed, TextStart
+from headrace.text import run_sized
 from headrace.types.errors import HeadraceError, InternalError
-from headrace.types.generation import FinishReason, Generation
+from headrace.types.generation import Generation
 from headrace.types.request import Delta, Finish, Request, unpack_ids
 
 logger = logging.getLogger(__name__)
@@ -37,17 +37,18 @@ class Stream:
         self,
         item: GenerateItem,
         request: Request,
-        tokenizer: Tokenizer | None,
+        text_start: TextStart | None,
         on_end: Callable[[Stream, EndKind], None],
     ) -> None:
+        """`text_start` is None for an engine without a tokenizer, whose samples have no text."""
         self.item = item
         self.request = request
         self.listener: Callable[[Stream], None] | None = None
         self.is_done = False
-        self._tokenizer = tokenizer
+        self._text_start = text_start
         self._on_end = on_end
         self._sample = Sample(request)
-        self._feed = TextFeed(tokenizer, item.params) if tokenizer and request.deliver_every else None
+        self._feed = text_start.feed() if text_start is not None and request.deliver_every else None
         self._finish: Finish | None = None
         self._matched: str | None = None
         self._error: HeadraceError | None = None
@@ -60,6 +61,11 @@ class Stream:
         """The prompt's ids, as they went to the core."""
         ids: list[int] = unpack_ids(self.request.prompt).tolist()
         return ids
+
+    @property
+    def num_extra_values(self) -> int:
+        """Log-probabilities that there are so far beside those of the tokens themselves."""
+        return self._sample.num_extra_values
 
     def __aiter__(self) -> Stream:
         return self
@@ -77,14 +83,13 @@ class Stream:
         """The finished sample, whatever pieces were taken before."""
         while not self.is_done:
             await self._wait()
-        if self._error is not None:
+        if self._error is not None and not self.item.return_errors:
             raise self._error
-        fields = {**self._sample.fields_from(0), **self._sample.prompt_fields(), **self._finish_fields()}
-        return self._generation(fields, self._whole_text())
+        return await run_sized(self._sample.num_extra_values, self._whole)
 
     def take(self) -> Generation | None:
         """What is new since the last piece, or None. Raises the request's error."""
-        if self._error is not None:
+        if self._error is not None and not self.item.return_errors:
             raise self._error
         start = self._num_taken_tokens
         ends_now = self.is_done and not self._has_taken_end
@@ -137,26 +142,31 @@ class Stream:
         for position in range(start, stop - 1 if hides_last else stop):
             self._matched = feed.push(self._sample.token_ids[position], position + 1)
             if self._matched is not None:
-                self._sample.truncate(feed.completing_length(self._sample.token_ids[: position + 1], self._matched))
+                self._sample.truncate(feed.completing_length(self._sample.token_ids[: position + 1]))
                 self._end("dropped" if finish is None else "answered", Finish("stop"))
                 return True
         if finish is not None:
             self._matched = feed.finish(len(self._sample.token_ids))
             if self._matched is not None:
-                self._sample.truncate(feed.completing_length(self._sample.token_ids, self._matched))
+                self._sample.truncate(feed.completing_length(self._sample.token_ids))
                 finish = Finish("stop")
             self._end("answered", finish)
         return finish is not None
 
+    def _whole(self) -> Generation:
+        """The sample, once it has ended."""
+        fields = {**self._sample.fields_from(0), **self._sample.prompt_fields(), **self._finish_fields()}
+        return self._generation(fields, self._whole_text())
+
     def _whole_text(self) -> str:
         if self._feed is not None:
             return self._feed.text
-        if self._tokenizer is None or self._finish is None:
+        if self._text_start is None or self._finish is None:
             return ""
-        ids, params = self._sample.token_ids, self.item.params
-        if self._finish.matched is not None and not params.no_stop_trim:
+        ids = self._sample.token_ids
+        if self._finish.matched is not None and not self.item.params.no_stop_trim:
             ids = ids[:-1]
-        return self._tokenizer.decode(ids, params.skip_special_tokens, params.spaces_between_special_tokens)
+        return self._text_start.whole_text(ids)
 
     def _generation(self, fields: dict[str, Any], text: str) -> Generation:
         return Generation(
@@ -175,15 +185,16 @@ class Stream:
         if finish is None:
             raise InternalError("a sequence without a finish was taken as done")
         return {
-            "finish_reason": _reason(finish),
+            "finish_reason": finish.type,
             "matched": finish.matched if self._matched is None else self._matched,
             "finish_message": finish.message,
+            "error": finish.error,
         }
 
     def _fail(self, error: HeadraceError, kind: EndKind) -> None:
         if not self.is_done:
             self._error = error
-            self._end(kind, Finish("error", error=error.info()))
+            self._end(kind, Finish("error", message=error.message, error=error.info()))
 
     def _end(self, kind: EndKind, finish: Finish) -> None:
         if self.is_done:
@@ -220,7 +231,7 @@ class StreamGroup:
     def __init__(self, streams: Iterable[Stream], pacer: Pacer | None = None) -> None:
         self._pacer = pacer
         self._live = set(streams)
-        self._ready: dict[Stream, None] = {}  # in the order of their news
+        self._ready = {stream: None for stream in self._live if stream.is_done}  # in the order of their news
         self._waiter: asyncio.Future[None] | None = None
         for stream in self._live:
             stream.listener = self._note
@@ -262,9 +273,3 @@ class StreamGroup:
             self._pacer.wake(waiter)
         else:
             waiter.set_result(None)
-
-
-def _reason(finish: Finish) -> FinishReason:
-    if finish.type == "error":
-        raise InternalError("an error was taken as a result")
-    return finish.type

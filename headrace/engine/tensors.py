@@ -47,13 +47,13 @@ def tensor_bytes(tensor: Any) -> memoryview:
 
 
 def to_tensor(weight: WeightBytes) -> torch.Tensor:
-    """A CPU tensor of the caller's own memory."""
+    """A CPU tensor over the memory of `weight`."""
     import torch
 
     dtype = getattr(torch, weight.info.dtype)
     if not weight.data:
         return torch.empty(weight.info.shape, dtype=dtype)
-    return torch.frombuffer(bytearray(weight.data), dtype=dtype).reshape(weight.info.shape)
+    return torch.frombuffer(weight.data, dtype=dtype).reshape(weight.info.shape)
 
 
 def _checked(pairs: Iterable[Any]) -> Iterable[tuple[str, Any]]:

@@ -1,4 +1,5 @@
-"""Weight updates seen from the front. Owns the buckets: shared buffers that carry whole tensors to the core.
+"""Weight updates seen from the front. Owns the buckets: shared buffers that carry tensors to the core, large ones in
+pieces. There are NUM_BUCKETS of at most BUCKET_BYTES, whatever is sent.
 
 An update is a *script*: a generator that yields coroutines for the engine's loop and gets their results. Its own code,
 and with it the caller's iterator of tensors, runs wherever the caller is: `drive` runs a script in a plain thread,
@@ -9,18 +10,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
 from types import NoneType
 from typing import Any, TypeVar
 
+from headrace.engine.calls import outlast
 from headrace.engine.client import CoreClient
 from headrace.engine.tensors import NamedTensors, describe, named_pairs, tensor_bytes
 from headrace.ipc import SharedBuffer
-from headrace.types.errors import DeadlineError, HeadraceError, WeightUpdateError
+from headrace.types.errors import HeadraceError, UnavailableError, WeightUpdateError
 from headrace.types.messages import AbortUpdate, BeginUpdate, CommitUpdate, Stage, UpdateBegun
 from headrace.types.weights import BufferEntry, InFlight, TensorInfo, UpdateMode, UpdateReport
+
+logger = logging.getLogger(__name__)
 
 BUCKET_BYTES = 64 << 20
 NUM_BUCKETS = 2
@@ -55,23 +60,22 @@ class UpdateSession:
 
 
 class Bucket:
-    """A shared buffer being filled with whole tensors."""
+    """A shared buffer being filled with tensors and pieces of tensors."""
 
-    def __init__(self, buffer: SharedBuffer, *, is_reusable: bool) -> None:
+    def __init__(self, buffer: SharedBuffer) -> None:
         self.buffer = buffer
-        self.is_reusable = is_reusable
         self.entries: list[BufferEntry] = []
         self._num_used = 0
 
     def fits(self, num_bytes: int) -> bool:
-        """True when a tensor of that size has room."""
+        """True when so many bytes have room."""
         return _aligned(self._num_used) + num_bytes <= self.buffer.ref.size
 
-    def write(self, index: int, data: memoryview) -> None:
-        """Copy a tensor in."""
+    def write(self, index: int, start: int, data: memoryview) -> None:
+        """Copy in what a tensor holds from its byte `start` on."""
         offset = _aligned(self._num_used)
         self.buffer.view[offset : offset + len(data)] = data
-        self.entries.append(BufferEntry(index, offset))
+        self.entries.append(BufferEntry(index, offset, start, len(data)))
         self._num_used = offset + len(data)
 
     def clear(self) -> None:
@@ -87,9 +91,10 @@ class _Filling:
     def __init__(self) -> None:
         self.bucket: Bucket | None = None
         self.is_over = False
+        self.uploads: list[asyncio.Task[None]] = []
 
     def has_room(self, num_bytes: int) -> bool:
-        """True when there is a bucket, and a tensor of that size has room in it."""
+        """True when there is a bucket, and so many bytes have room in it."""
         return self.bucket is not None and self.bucket.fits(num_bytes)
 
 
@@ -100,12 +105,10 @@ class Updater:
         self._client = client
         self._loop = loop
         self._free: list[Bucket] = []
-        self._unanswered: list[Bucket] = []
         self._num_buckets = 0
         self._bucket_bytes = 0
         self._uploads: dict[asyncio.Task[None], int] = {}
         self._freed = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._inplace_session: int | None = None
 
     @property
@@ -123,46 +126,25 @@ class Updater:
         partial: bool,
         timeout_s: float,
     ) -> UpdateSession:
-        """Have the whole manifest checked and a session opened. One that opens when nobody waits is aborted."""
-        limit = self._client.control_timeout
-        opening = asyncio.ensure_future(
-            self._client.change(
-                lambda call_id: BeginUpdate(call_id, version, manifest, mode, in_flight, partial, timeout_s),
-                UpdateBegun,
-                limit + timeout_s,  # then the core has aborted it by itself
-            )
+        """Have the whole manifest checked and a session opened."""
+        begun = await self._client.change(
+            lambda call_id: BeginUpdate(call_id, version, manifest, mode, in_flight, partial, timeout_s), UpdateBegun
         )
-        try:
-            begun = await asyncio.wait_for(asyncio.shield(opening), limit)
-        except TimeoutError:
-            opening.add_done_callback(self._abort_unclaimed)
-            raise DeadlineError(f"BeginUpdate had no answer within {limit:g} s", field="control_timeout") from None
-        except asyncio.CancelledError:
-            opening.add_done_callback(self._abort_unclaimed)
-            raise
         self._inplace_session = begun.session_id if begun.mode == "inplace" else None
-        self._close_unanswered()  # of a session that was open before: it is over
         return UpdateSession(begun.session_id, version, begun.mode, manifest)
 
     async def commit(self, session: UpdateSession) -> UpdateReport:
-        """Make the staged weights live. One that has no answer in time is aborted, so that it does not land later."""
-        try:
-            report = await self._client.change(lambda call_id: CommitUpdate(call_id, session.session_id), UpdateReport)
-        except DeadlineError:
-            self._start_abort(session)
-            await asyncio.sleep(0)  # sent before whatever the caller asks for next
-            raise
-        self._close_unanswered()
-        return report
+        """Make the staged weights live. One that is not done in time is aborted with its session."""
+        return await self._client.change(lambda call_id: CommitUpdate(call_id, session.session_id), UpdateReport)
 
-    async def abort(self, session: UpdateSession) -> None:
-        """Drop the session."""
-        await self._client.change(lambda call_id: AbortUpdate(call_id, session.session_id), NoneType)
-        self._close_unanswered()
+    async def abort(self, session: UpdateSession | None) -> None:
+        """Drop the session; None: whichever is open, if one is."""
+        session_id = None if session is None else session.session_id
+        await self._client.change(lambda call_id: AbortUpdate(call_id, session_id), NoneType)
 
-    def abort_soon(self, session: UpdateSession) -> None:
-        """Drop the session without waiting, from any thread; commands given later find it dropped."""
-        self._call_soon(lambda: self._start_abort(session))
+    async def abort_quietly(self, session: UpdateSession) -> None:
+        """Drop a session after an error, which its caller gets. Neither cancelled nor late: it must not stay open."""
+        await outlast(self._abort_at_last(session))
 
     def stage(self, session: UpdateSession, named_tensors: NamedTensors) -> Script[None]:
         """Copy tensors into buckets and send them; ends when the core has copied all of them."""
@@ -171,14 +153,21 @@ class Updater:
             for name, tensor in named_pairs(named_tensors):
                 index = session.index_of(describe(name, tensor))
                 data = tensor_bytes(tensor)
-                if not filling.has_room(len(data)):
-                    yield self._send(session, filling)
-                    yield self._take_bucket(session, len(data), filling)
-                assert filling.bucket is not None
-                filling.bucket.write(index, data)
+                for start in range(0, max(1, len(data)), BUCKET_BYTES):
+                    piece = data[start : start + BUCKET_BYTES]
+                    if not filling.has_room(len(piece)):
+                        yield self._send(session, filling)
+                        yield self._take_bucket(session, len(piece), filling)
+                    assert filling.bucket is not None
+                    filling.bucket.write(index, start, piece)
                 session.num_bytes_staged += len(data)
             yield self._send(session, filling)
             yield self._drain(session)
+        except GeneratorExit:
+            raise
+        except BaseException:  # whatever it is, nothing more is staged when the caller hears of it
+            yield self._call_off(filling)
+            raise
         finally:
             self._call_soon(lambda: self._end(filling))
 
@@ -195,7 +184,6 @@ class Updater:
         pairs = list(named_pairs(named_tensors))
         manifest = tuple(describe(name, tensor) for name, tensor in pairs)
         opened: list[UpdateSession] = []  # also where this script is cancelled before it hears of it
-        is_committed = False
 
         async def begin() -> None:
             opened.append(await self.begin(version, manifest, mode, in_flight, partial, timeout_s))
@@ -205,10 +193,12 @@ class Updater:
             (session,) = opened
             yield from self.stage(session, pairs)
             report: UpdateReport = yield self.commit(session)
-            is_committed = True
-        finally:
-            if opened and not is_committed:
-                self.abort_soon(opened[0])
+        except GeneratorExit:
+            raise
+        except BaseException:  # whatever it is, the session is over before the caller hears of it
+            if opened:
+                yield self.abort_quietly(opened[0])
+            raise
         return report
 
     async def close(self) -> None:
@@ -220,27 +210,21 @@ class Updater:
         for bucket in self._free:
             bucket.buffer.close()
         self._free.clear()
-        self._close_unanswered()
 
     def _call_soon(self, action: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the core and its session are gone too
             self._loop.call_soon_threadsafe(action)
 
-    def _start_abort(self, session: UpdateSession) -> None:
-        self._tasks.add(self._loop.create_task(self._abort_quietly(session)))
-
-    def _abort_unclaimed(self, opening: asyncio.Task[UpdateBegun]) -> None:
-        if not opening.cancelled() and opening.exception() is None:
-            begun = opening.result()
-            self._start_abort(UpdateSession(begun.session_id, "", begun.mode, ()))
-
-    async def _abort_quietly(self, session: UpdateSession) -> None:
-        with contextlib.suppress(HeadraceError):  # the session or the core is over: the caller has the first error
-            await self.abort(session)
-        self._tasks = {task for task in self._tasks if not task.done()}
+    async def _abort_at_last(self, session: UpdateSession) -> None:
+        try:
+            await self._client.change(
+                lambda call_id: AbortUpdate(call_id, session.session_id), NoneType, timeout=math.inf
+            )
+        except HeadraceError as error:
+            logger.debug("session %d was over: %s", session.session_id, error)
 
     async def _take_bucket(self, session: UpdateSession, num_bytes: int, filling: _Filling) -> None:
-        """A bucket with room for one tensor of `num_bytes`, waiting for the core to free one if need be."""
+        """A bucket with room for `num_bytes`, waiting for the core to free one if need be."""
         filling.bucket = await self._free_bucket(session, num_bytes)
         if filling.is_over:
             self._end(filling)
@@ -253,8 +237,6 @@ class Updater:
 
     async def _free_bucket(self, session: UpdateSession, num_bytes: int) -> Bucket:
         self._raise_failures(session)
-        if num_bytes > BUCKET_BYTES:
-            return Bucket(SharedBuffer.create(num_bytes), is_reusable=False)
         self._fit_buckets(session, num_bytes)
         while not self._free and self._num_buckets >= NUM_BUCKETS:
             self._freed.clear()
@@ -262,8 +244,12 @@ class Updater:
             self._raise_failures(session)
         if self._free:
             return self._free.pop()
+        try:
+            bucket = Bucket(SharedBuffer.create(self._bucket_bytes))
+        except OSError as error:
+            raise UnavailableError(f"no shared memory to send tensors in: {error}", field="named_tensors") from None
         self._num_buckets += 1
-        return Bucket(SharedBuffer.create(self._bucket_bytes), is_reusable=True)
+        return bucket
 
     def _fit_buckets(self, session: UpdateSession, num_bytes: int) -> None:
         """Buckets are as large as the largest update so far needs, up to BUCKET_BYTES."""
@@ -281,19 +267,22 @@ class Updater:
         self._raise_failures(session)
         bucket, filling.bucket = filling.bucket, None
         if bucket is not None:
-            self._uploads[asyncio.create_task(self._upload(session, bucket))] = session.session_id
+            upload = asyncio.create_task(self._upload(session, bucket))
+            self._uploads[upload] = session.session_id
+            filling.uploads.append(upload)
 
     async def _upload(self, session: UpdateSession, bucket: Bucket) -> None:
         session_id, ref, entries = session.session_id, bucket.buffer.ref, tuple(bucket.entries)
         try:
             await self._client.call(lambda call_id: Stage(call_id, session_id, ref, entries), NoneType)
-        except (DeadlineError, asyncio.CancelledError):
-            self._set_aside(bucket)
-            raise
-        except HeadraceError:
+        finally:  # whatever came of it, the core reads the buffer no more
             self._give_back(bucket)
-            raise
-        self._give_back(bucket)
+
+    async def _call_off(self, filling: _Filling) -> None:
+        """Give up the uploads of a script that is over."""
+        pending = [upload for upload in filling.uploads if upload.cancel()]
+        if pending:
+            await asyncio.wait(pending)
 
     async def _drain(self, session: UpdateSession) -> None:
         mine = [task for task, session_id in self._uploads.items() if session_id == session.session_id]
@@ -312,22 +301,12 @@ class Updater:
         if failures:
             raise failures[0]
 
-    def _set_aside(self, bucket: Bucket) -> None:
-        """The core may still read it, until the session is over: it is neither filled again nor closed before."""
-        self._num_buckets -= bucket.is_reusable
-        self._unanswered.append(bucket)
-        self._freed.set()
-
-    def _close_unanswered(self) -> None:
-        while self._unanswered:
-            self._unanswered.pop().buffer.close()
-
     def _give_back(self, bucket: Bucket) -> None:
         bucket.clear()
-        if bucket.is_reusable and bucket.buffer.ref.size >= self._bucket_bytes:
+        if bucket.buffer.ref.size >= self._bucket_bytes:
             self._free.append(bucket)
         else:
-            self._num_buckets -= bucket.is_reusable
+            self._num_buckets -= 1
             bucket.buffer.close()
         self._freed.set()
 

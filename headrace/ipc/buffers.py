@@ -22,7 +22,7 @@ _HAS_PROC = os.path.isdir("/proc/self/fd")
 
 
 class SharedBuffer:
-    """One mapping of shared bytes. `view` is a flat byte view, writable for the creator and read-only for others."""
+    """One mapping of shared bytes. `view` is a flat byte view, writable for the creator, and for others if they ask."""
 
     def __init__(self, descriptor: int, mapping: mmap.mmap, ref: BufferRef, unlink_path: str = "") -> None:
         self.ref = ref
@@ -54,20 +54,22 @@ class SharedBuffer:
         return cls(descriptor, mapping, BufferRef(path, size), unlink_path)
 
     @classmethod
-    def open(cls, ref: BufferRef) -> SharedBuffer:
-        """Map another's buffer for reading.
+    def open(cls, ref: BufferRef, *, writable: bool = False) -> SharedBuffer:
+        """Map another's buffer for reading, or for writing too.
 
         Raises `RequestError` (field "buffer") when it is not there or too small.
         """
         try:
-            descriptor = os.open(ref.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            mode = os.O_RDWR if writable else os.O_RDONLY
+            descriptor = os.open(ref.path, mode | os.O_CLOEXEC | os.O_NONBLOCK)
         except (OSError, ValueError) as error:
             raise RequestError(f"shared buffer {ref.path} cannot be opened: {error}", field="buffer") from None
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or ref.size <= 0 or status.st_size < ref.size:
                 raise RequestError(f"shared buffer {ref.path} does not hold {ref.size} bytes", field="buffer")
-            mapping = mmap.mmap(descriptor, ref.size, access=mmap.ACCESS_READ)
+            access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+            mapping = mmap.mmap(descriptor, ref.size, access=access)
         except OSError as error:
             raise RequestError(f"shared buffer {ref.path} cannot be mapped: {error}", field="buffer") from None
         finally:

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 PULSE_BYTES = 64
 BEAT_SECONDS = 0.25
 
-_BEAT, _PHASE, _STALLED, _NUM_STEPS = range(4)
+_BEAT, _PHASE, _STALLED, _NUM_STEPS, _CLAIMED = range(5)
 _PHASE_BITS = 2
 _PHASE_MASK = (1 << _PHASE_BITS) - 1
 
@@ -61,6 +61,10 @@ class PulsePage:
         """Let go of the memory; the last reading stays. Whoever reads at this moment holds it until he is done."""
         self.words = memoryview(bytearray(self.words)).cast("q")
 
+    def has_claimed(self, call_id: int) -> bool:
+        """Whether the core has come to this call. Calls arrive in the order of their ids."""
+        return self.words[_CLAIMED] >= call_id
+
     def read(self) -> PulseReading:
         """Phase and the time it was entered share a word: never one without the other."""
         words = self.words
@@ -69,8 +73,8 @@ class PulsePage:
 
 
 class Pulse:
-    """The core's side. `enter`, `stepped` and `found_nothing` are the loop's; a thread beats between `__enter__` and
-    `__exit__`."""
+    """The core's side. `enter`, `claim`, `stepped` and `found_nothing` are the loop's; a thread beats between
+    `__enter__` and `__exit__`."""
 
     def __init__(self, page: PulsePage | None = None) -> None:
         self._words = (page or PulsePage()).words
@@ -83,6 +87,13 @@ class Pulse:
     def enter(self, phase: int) -> None:
         """The loop does something else from now on."""
         self._words[_PHASE] = monotonic_ns() << _PHASE_BITS | phase
+
+    def claim(self, call_id: int) -> None:
+        """The loop comes to this call; it looks at the clock afterwards, and refuses one that comes too late.
+
+        So a front that finds a call unclaimed after its deadline knows that it will never happen.
+        """
+        self._words[_CLAIMED] = call_id
 
     def stepped(self) -> None:
         """A step was completed, or given up."""

@@ -105,8 +105,7 @@ class DeviceSlots:
         bias = tuple((token, value) for token, value in sampling.logit_bias if token < self.vocab_size)
         self._write_row(self.shaping[init.slot], pack_shaping(penalties, bias, stop_ids, init.min_length))
         if sampling.has_penalties:
-            num_prompt = init.num_prompt_tokens
-            seen = count_seen(init.token_ids[:num_prompt], init.token_ids[num_prompt:])
+            seen = count_seen(init.token_ids[: init.first_output], init.token_ids[init.first_output :])
             fill_counts(self.counts[init.slot], self.upload(np.stack(seen)))
 
     def _write_row(self, row: Tensor, values: Int32Array) -> None:

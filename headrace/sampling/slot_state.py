@@ -86,6 +86,7 @@ class SlotTable:
         self.inits: list[SlotInit | None] = [None] * max_slots
         self._seen: dict[int, SeenTokens] = {}
         self._bias: dict[int, tuple[Int64Array, Float32Array]] = {}
+        self._last_bias: tuple[TokenSampling, tuple[Int64Array, Float32Array]] | None = None
         self._stop_ids: dict[int, Int64Array] = {}
 
     @property
@@ -106,13 +107,10 @@ class SlotTable:
         for table in (self._seen, self._bias, self._stop_ids):
             table.pop(slot, None)
         if sampling.has_penalties:
-            tokens = init.token_ids
-            self._seen[slot] = SeenTokens(
-                self.vocab_size, tokens[: init.num_prompt_tokens], tokens[init.num_prompt_tokens :]
-            )
+            tokens, first_output = init.token_ids, init.first_output
+            self._seen[slot] = SeenTokens(self.vocab_size, tokens[:first_output], tokens[first_output:])
         if sampling.logit_bias:
-            pairs = [(token, value) for token, value in sampling.logit_bias if token < self.vocab_size]
-            self._bias[slot] = (np.array([t for t, _ in pairs], np.int64), np.array([v for _, v in pairs], np.float32))
+            self._bias[slot] = self._bias_of(sampling)
         if init.min_length > len(init.token_ids):
             self._stop_ids[slot] = np.array([t for t in init.stop_token_ids if t < self.vocab_size], np.int64)
 
@@ -144,6 +142,14 @@ class SlotTable:
         """As `shape_row` for a prompt position: without penalties and stop-id mask, which depend on the output."""
         self._add_bias(row, slot)
         self._drop_below_threshold(row, self.init_of(slot).sampling)
+
+    def _bias_of(self, sampling: TokenSampling) -> tuple[Int64Array, Float32Array]:
+        """Ids and values. Samples that share their parameters enter one after the other, and share these arrays."""
+        if self._last_bias is None or self._last_bias[0] is not sampling:
+            pairs = [(token, value) for token, value in sampling.logit_bias if token < self.vocab_size]
+            ids, values = np.array([t for t, _ in pairs], np.int64), np.array([v for _, v in pairs], np.float32)
+            self._last_bias = sampling, (ids, values)
+        return self._last_bias[1]
 
     def _add_bias(self, row: Float32Array, slot: int) -> None:
         if slot in self._bias:

@@ -97,6 +97,8 @@ def _check_options(request: Request, num_prompt: int, limits: SchedulerLimits) -
     _require(abs(request.priority) <= MAX_PRIORITY, "priority", f"must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}]")
     _require(request.min_new_tokens >= 0, "min_new_tokens", "must not be negative")
     _require(request.deliver_every >= 0, "deliver_every", "must not be negative")
+    num_output = request.num_output_ids_in_prompt
+    _require(0 <= num_output < num_prompt, "num_output_ids_in_prompt", f"must be in [0, {num_prompt - 1}]")
     start = logprobs.prompt_start
     _require(start is None or 0 <= start <= num_prompt, "logprobs.prompt_start", "must be a position of the prompt")
     _require(0 <= logprobs.num_top <= vocab_size, "logprobs.num_top", f"must be in [0, {vocab_size}]")

@@ -56,6 +56,7 @@ class PlanBuilder:
                 logprobs=logprobs,
                 stop_token_ids=sequence.stop_token_ids,
                 min_length=sequence.num_prompt + request.min_new_tokens,
+                num_output_ids_in_prompt=request.num_output_ids_in_prompt,
             )
         )
 

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from headrace.engine import DEFAULT_UPDATE_TIMEOUT
+from headrace.engine.control import version_of
 from headrace.server.coerce import check_changes, read_control
-from headrace.server.errors import body_of, error_body
+from headrace.server.errors import body_of, error_body, fields_named
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
-from headrace.server.wire import json_reply
+from headrace.server.wire import json_reply, unless_gone
 from headrace.types.errors import HeadraceError, RequestError
 from headrace.types.messages import WeightBytes
-from headrace.types.weights import PauseMode
+from headrace.types.weights import PauseMode, TensorInfo
+
+Result = TypeVar("Result")
 
 MAX_READ_ELEMENTS = 1 << 22
 _PAUSE_MODES: dict[str, PauseMode] = {
@@ -40,6 +44,7 @@ class AbortBody(msgspec.Struct):
 
 class PauseBody(msgspec.Struct):
     mode: str = "abort"
+    timeout_s: float | None = None
 
 
 class DiskBody(msgspec.Struct):
@@ -50,6 +55,7 @@ class DiskBody(msgspec.Struct):
     manifest: Any = None
     mode: Literal["auto", "shadow", "inplace"] = "auto"
     in_flight: Literal["keep", "recompute", "abort", "drain"] | None = None
+    timeout_s: float = DEFAULT_UPDATE_TIMEOUT
 
 
 class VersionBody(msgspec.Struct):
@@ -88,6 +94,7 @@ class AdminFace:
             ("/continue_generation", self.continue_generation, post),
             ("/flush_cache", self.flush_cache, ("GET", "POST")),
             ("/update_weights_from_disk", self.update_weights_from_disk, post),
+            ("/abort_weight_update", self.abort_weight_update, post),
             ("/update_weight_version", self.update_weight_version, post),
             ("/get_weights_by_name", self.get_weights_by_name, ("GET", "POST")),
             ("/weights_checker", self.weights_checker, ("GET", "POST")),
@@ -109,18 +116,20 @@ class AdminFace:
         body = await read_control(request, PauseBody)
         if body.mode not in _PAUSE_MODES:
             raise RequestError(f"mode must be one of {', '.join(_PAUSE_MODES)}", field="mode")
-        await self._engine.pause(_PAUSE_MODES[body.mode])
+        with fields_named({"timeout": "timeout_s"}):
+            await self._do(request, self._engine.pause(_PAUSE_MODES[body.mode], timeout=body.timeout_s))
         return json_reply({"message": "Generation paused successfully.", "status": "ok"})
 
     async def continue_generation(self, request: Request) -> Response:
         """POST /continue_generation"""
         await read_control(request, EmptyBody)
-        await self._engine.resume()
+        await self._do(request, self._engine.resume())
         return json_reply({"message": "Generation continued successfully.", "status": "ok"})
 
     async def flush_cache(self, request: Request) -> Response:
         """GET|POST /flush_cache: never refused, aborts nothing."""
-        num_pages = await self._engine.flush_cache()
+        await request.body()
+        num_pages = await self._do(request, self._engine.flush_cache())
         return PlainTextResponse(f"Cache flushed: {num_pages} pages freed, the rest will not be matched again.\n")
 
     async def update_weights_from_disk(self, request: Request) -> Response:
@@ -134,20 +143,33 @@ class AdminFace:
                 raise RequestError("manifest is not supported by this engine", field="manifest")
             in_flight = body.in_flight or ("abort" if body.abort_all_requests else "drain")
             version = self._engine.version if body.weight_version is None else str(body.weight_version)
-            report = await self._engine.update_weights_from_disk(folder, version, mode=body.mode, in_flight=in_flight)
+            update = self._engine.update_weights_from_disk
+            with fields_named({"timeout": "timeout_s", "version": "weight_version"}):
+                report = await self._do(
+                    request,
+                    update(folder, version, mode=body.mode, in_flight=in_flight, timeout=body.timeout_s),
+                )
         except HeadraceError as error:
             return _refusal(error, num_paused_requests=0)
         reply = {"success": True, "message": "Weights updated.", "num_paused_requests": 0}
         return json_reply({**reply, "report": report})
 
+    async def abort_weight_update(self, request: Request) -> Response:
+        """POST /abort_weight_update: end the open update, whoever began it. The old weights serve on, unless it had
+        begun to write in place: then nothing is served until a complete update lands."""
+        await read_control(request, EmptyBody)
+        await self._do(request, self._engine.abort_update())
+        return json_reply({"success": True, "message": "No weight update is open."})
+
     async def update_weight_version(self, request: Request) -> Response:
         """POST /update_weight_version"""
         body = await read_control(request, VersionBody)
-        version = str(body.new_version)
+        with fields_named({"version": "new_version"}):
+            version = version_of(body.new_version)  # before anything is aborted
         try:
             if body.abort_all_requests:
                 await self._engine.abort(all=True, message="Aborted by a change of the weight version")
-            await self._engine.set_weight_version(version)
+            await self._do(request, self._engine.set_weight_version(version))
         except HeadraceError as error:
             return _refusal(error, new_version=version)
         return json_reply({"success": True, "message": f"Weight version is {version}.", "new_version": version})
@@ -157,7 +179,9 @@ class AdminFace:
         body = await read_control(request, NameBody)
         if body.truncate_size < 0:
             raise RequestError("truncate_size must not be negative", field="truncate_size")
-        return json_reply(leading_rows(await self._engine.read_weight(body.name), body.truncate_size))
+        num_rows = body.truncate_size
+        reading = self._engine.read_weight(body.name, num_rows, lambda info: check_size(info, num_rows))
+        return json_reply(leading_rows(await self._do(request, reading), num_rows))
 
     async def weights_checker(self, request: Request) -> Response:
         """GET|POST /weights_checker: a GET only looks."""
@@ -166,15 +190,19 @@ class AdminFace:
             check_changes(request, f"action {body.action}", "action")
         try:
             if body.action == "checksum":
-                found = await self._engine.digest()
+                found = await self._do(request, self._engine.digest())
             else:
-                found = await self._engine.weights_checker(body.action)
+                found = await self._do(request, self._engine.weights_checker(body.action))
         except HeadraceError as error:
             return _refusal(error)
         if body.action == "compare" and found:
             message = f"{len(found)} tensors differ from the snapshot: {', '.join(sorted(found)[:20])}"
             return json_reply({**error_body(400, message, param="action"), "success": False, "differing": found}, 400)
         return json_reply({"success": True, "message": f"{body.action} done.", **_checksums(found)})
+
+    async def _do(self, request: Request, call: Coroutine[Any, Any, Result]) -> Result:
+        """The result of a control call. One whose client goes away is given up: nobody would know what it did."""
+        return await unless_gone(request, call, self._state.metrics.count_disconnect)
 
     def _allowed_folder(self, path: str) -> Path:
         """The folder, if it lies under the model's or a weight root; links are followed before the check."""
@@ -192,18 +220,26 @@ class AdminFace:
         return folder
 
 
-def leading_rows(weight: WeightBytes, num_rows: int) -> Any:
-    """The first rows of a tensor (of its first axis) as nested lists of floats."""
-    shape = weight.info.shape
-    kept = (min(num_rows, shape[0]), *shape[1:]) if shape else ()
-    num_elements = math.prod(kept)
+def check_size(info: TensorInfo, num_rows: int) -> None:
+    """Refuse to answer with more than MAX_READ_ELEMENTS numbers."""
+    num_elements = math.prod(_kept(info, num_rows))
     if num_elements > MAX_READ_ELEMENTS:
         message = f"truncate_size asks for {num_elements} numbers, over {MAX_READ_ELEMENTS}"
         raise RequestError(message, field="truncate_size")
-    return _as_floats(weight.data, weight.info.dtype, num_elements).reshape(kept).tolist()
 
 
-def _as_floats(data: bytes, dtype: str, count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+def leading_rows(weight: WeightBytes, num_rows: int) -> Any:
+    """The first rows of a tensor (of its first axis) as nested lists of floats."""
+    check_size(weight.info, num_rows)
+    kept = _kept(weight.info, num_rows)
+    return _as_floats(weight.data, weight.info.dtype, math.prod(kept)).reshape(kept).tolist()
+
+
+def _kept(info: TensorInfo, num_rows: int) -> tuple[int, ...]:
+    return (min(num_rows, info.shape[0]), *info.shape[1:]) if info.shape else ()
+
+
+def _as_floats(data: bytes | bytearray, dtype: str, count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     """A bfloat16 is the upper half of a float32."""
     if dtype == "bfloat16":
         halves = np.frombuffer(data, dtype="<u2", count=count)

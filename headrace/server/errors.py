@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from headrace.types.errors import HeadraceError, InternalError, RequestError
+from headrace.types.errors import HeadraceError, InternalError
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def fields_named(names: Mapping[str, str]) -> Iterator[None]:
     """
     try:
         yield
-    except RequestError as error:
+    except HeadraceError as error:
         for ours in sorted(names, key=len, reverse=True):
             rest = error.field[len(ours) :]
             if error.field.startswith(ours) and (not rest or rest[0] in ".[" or not ours):

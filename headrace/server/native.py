@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -15,7 +16,10 @@ from headrace.server.native_reply import ReplyStyle, SequenceReply
 from headrace.server.native_types import GenerateCall, item_errors, read_call
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
-from headrace.server.wire import EventStream, cancel_all, dropping, event, json_reply, read_object
+from headrace.server.wire import EventStream, PartsReply, cancel_all, dropping, encode_json, event, read_object
+from headrace.text import run_sized
+
+_NUM_AT_ONCE = 256
 
 STREAM_HEADER = "x-headrace-stream"
 _STREAMING = {
@@ -39,27 +43,28 @@ class NativeFace:
         received_at = time.perf_counter()
         is_incremental = self._state.options.incremental_streaming_output
         call = await read_call(self._state.engine, await read_object(request), is_incremental)
-        streams = self._submit(call)
+        streams = await self._submit(call)
         replies = self._replies(call, streams, received_at)
         cancel, on_disconnect = functools.partial(cancel_all, streams), self._state.metrics.count_disconnect
         if call.is_stream:
             events = self._events(self._state.group(streams), replies, call)
             return EventStream(events, cancel, on_disconnect, headers={STREAM_HEADER: _STREAMING[call.is_incremental]})
         with dropping(request.receive, cancel, on_disconnect):
-            pieces = [await stream.result() for stream in streams]
-        for reply, piece in zip(replies, pieces, strict=True):
-            reply.add(piece)
-        bodies = [reply.body(piece) for reply, piece in zip(replies, pieces, strict=True)]
-        return json_reply(bodies if call.is_list else bodies[0])
+            bodies = [await _written(*each) for each in zip(streams, replies, strict=True)]
+        parts = [part for body in bodies for part in (b",", body)]
+        parts = [b"[", *parts[1:], b"]"] if call.is_list else bodies
+        return PartsReply(parts)
 
-    def _submit(self, call: GenerateCall) -> list[Stream]:
-        """All sequences or none."""
+    async def _submit(self, call: GenerateCall) -> list[Stream]:
+        """All sequences or none. A long list leaves the loop to others now and then."""
         streams: list[Stream] = []
         is_whole = False
         try:
             for item in call.items:
                 with item_errors(item.prompt_index, call.is_list):
                     streams.append(self._state.submit(item))
+                if len(streams) % _NUM_AT_ONCE == 0:
+                    await asyncio.sleep(0)
             is_whole = True
         finally:
             if not is_whole:
@@ -94,3 +99,17 @@ class NativeFace:
                 if call.is_incremental:
                     reply.forget()
             yield b"".join(events)
+
+
+async def _written(stream: Stream, reply: SequenceReply) -> bytes:
+    """A finished sequence's object as JSON. Written one by one: what is not bytes yet is large, and soon gone."""
+    piece = await stream.result()
+    await asyncio.sleep(0)
+
+    def write() -> bytes:
+        reply.add(piece)
+        body = encode_json(reply.body(piece))
+        reply.forget()
+        return body
+
+    return await run_sized(stream.num_extra_values, write)

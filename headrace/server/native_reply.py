@@ -9,6 +9,8 @@ from typing import Any
 import msgspec
 
 from headrace.engine import Stream
+from headrace.server.errors import body_of
+from headrace.server.wire import encode_json
 from headrace.text import Tokenizer
 from headrace.types.generation import Generation
 
@@ -115,11 +117,13 @@ class SequenceReply:
 
     def _extend(self, key: str, positions: Sequence[Mapping[int, float] | None]) -> None:
         if positions:
-            lists = [
-                None if values is None else [self._triple(value, token_id) for token_id, value in values.items()]
-                for values in positions
-            ]
-            self._lists.setdefault(key, []).extend(lists)
+            self._lists.setdefault(key, []).extend(map(self._written, positions))
+
+    def _written(self, values: Mapping[int, float] | None) -> msgspec.Raw | None:
+        """The triples of one position as JSON already: an eighth of what they take as objects."""
+        if values is None:
+            return None
+        return msgspec.Raw(encode_json([self._triple(value, token_id) for token_id, value in values.items()]))
 
     def _triple(self, logprob: float | None, token_id: int) -> tuple[float | None, int, str | None]:
         tokenizer = self._style.tokenizer
@@ -134,4 +138,8 @@ def finish_reason(piece: Generation, num_tokens: int) -> dict[str, Any] | None:
         return {"type": "stop", "matched": piece.matched}
     if piece.finish_reason == "length":
         return {"type": "length", "length": num_tokens}
+    if piece.error is not None:
+        detail = body_of(piece.error.to_exception())["error"]
+        reason = {"type": "abort", "message": detail["message"], "status_code": detail["code"]}
+        return {**reason, "err_type": piece.error.code, "param": detail["param"], "retryable": detail["retryable"]}
     return {"type": "abort", "message": piece.finish_message or "Aborted", "status_code": None, "err_type": None}

@@ -11,9 +11,11 @@ import msgspec
 import numpy as np
 
 from headrace.engine import AsyncEngine, GenerateItem
+from headrace.engine.bounds import check_body, check_call
+from headrace.engine.fields import per_prompt
 from headrace.server.errors import fields_named
 from headrace.server.keys import LACKING_GENERATE, LACKING_SAMPLING, refuse_lacking, warnings_for
-from headrace.server.prompts import check_count, encode_texts
+from headrace.server.prompts import check_count, encode_text, encode_texts
 from headrace.server.wire import convert
 from headrace.types.errors import RequestError
 from headrace.types.sampling_params import LogprobMode, LogprobOptions, SamplingParams
@@ -38,6 +40,9 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     priority: int | list[int] = 0
     logprob_mode: LogprobMode | None = None
     prompt_logprob_mode: LogprobMode | None = None
+    num_output_ids_in_prompt: int | list[int] = 0
+    clip_to_context: bool = False
+    return_errors: bool = False
     no_logs: bool = False
     log_metrics: bool = True
 
@@ -75,22 +80,28 @@ async def read_call(engine: AsyncEngine, values: Mapping[str, Any], is_increment
     body = convert(values, GenerateBody)
     sources, is_batch, field = _sources(body)
     check_count(engine, len(sources), field)
-    params = _params_list(body.sampling_params, len(sources))
+    refusals: dict[int, RequestError] | None = {} if body.return_errors else None
+    params = _params_list(body.sampling_params, len(sources), refusals)
     num_sequences = sum(each.n for each in params)
     check_count(engine, num_sequences, field)
-    prompts = await _prompts(engine, sources, is_batch, field)
-    asked = _PromptOptions(engine, body, len(prompts))
+    check_call(params)
+    asked = _PromptOptions(engine, body, len(sources))
+    prompts = await _prompts(engine, sources, is_batch, field, refusals)
     is_list = is_batch or num_sequences > 1
     items: list[GenerateItem] = []
-    wants: list[bool] = []
     names = _names(body.rid, [each.n for each in params], is_list)
     for position, prompt in enumerate(prompts):
+        item = asked.item(position, prompt, params[position])
+        with item_errors(position, is_list):
+            item = _prepared(engine, item, refusals)
         for index in range(params[position].n):
-            items.append(asked.item(position, index, prompt, params[position], names[len(items)]))
-            wants.append(asked.wants_logprobs[position])
+            items.append(msgspec.structs.replace(item, index=index, request_id=names[len(items)]))
+    firsts = [item for item in items if item.index == 0 and item.packed is not None]
+    with item_errors(0, is_list):
+        check_body((item.logprobs, len(item.packed or b"") // 4, item.params) for item in firsts)
     return GenerateCall(
         items=items,
-        wants_logprobs=wants,
+        wants_logprobs=[asked.wants_logprobs[item.prompt_index] for item in items],
         is_list=is_list,
         is_stream=body.stream,
         is_incremental=is_incremental
@@ -115,7 +126,11 @@ class _PromptOptions:
         self.wants_logprobs = _per_prompt(body.return_logprob, num_prompts, "return_logprob")
         self._priorities = _per_prompt(body.priority, num_prompts, "priority")
         self._namespaces = _per_prompt(body.extra_key, num_prompts, "extra_key")
-        self._is_stream = body.stream
+        self._num_output = per_prompt(body.num_output_ids_in_prompt, num_prompts, "num_output_ids_in_prompt")
+        if any(self._num_output) and body.text is not None:
+            message = "num_output_ids_in_prompt counts token ids: give the prompt as input_ids"
+            raise RequestError(message, field="num_output_ids_in_prompt")
+        self._body = body
         starts = _per_prompt(body.logprob_start_len, num_prompts, "logprob_start_len")
         tops = _per_prompt(body.top_logprobs_num, num_prompts, "top_logprobs_num")
         asked = _asked_ids(body.token_ids_logprob, num_prompts)
@@ -127,18 +142,19 @@ class _PromptOptions:
             _logprob_options(modes, *each) for each in zip(self.wants_logprobs, starts, tops, asked, strict=True)
         ]
 
-    def item(self, position: int, index: int, prompt: Any, params: SamplingParams, name: str) -> GenerateItem:
-        """Sample `index` of prompt `position`."""
+    def item(self, position: int, prompt: Any, params: SamplingParams) -> GenerateItem:
+        """The first sample of prompt `position`."""
         return GenerateItem(
             input_ids=prompt,
             params=params,
             logprobs=self._logprobs[position],
-            request_id=name,
-            index=index,
             prompt_index=position,
             priority=self._priorities[position],
             namespace=self._namespaces[position] or "",
-            stream=self._is_stream,
+            stream=self._body.stream,
+            num_output_ids_in_prompt=self._num_output[position],
+            clip_to_context=self._body.clip_to_context,
+            return_errors=self._body.return_errors,
         )
 
 
@@ -167,12 +183,36 @@ def _sources(body: GenerateBody) -> tuple[list[Any], bool, str]:
     return [given], False, field
 
 
-async def _prompts(engine: AsyncEngine, sources: Sequence[Any], is_batch: bool, field: str) -> list[Any]:
-    """The prompts as arrays of ids."""
+def _prepared(engine: AsyncEngine, item: GenerateItem, refusals: dict[int, RequestError] | None) -> GenerateItem:
+    """The item as the engine takes it; a refused one, if refusals are to be returned, as one that fails at once."""
+    try:
+        if refusals and item.prompt_index in refusals:
+            raise refusals[item.prompt_index]
+        return engine.prepare(item)
+    except RequestError as error:
+        if refusals is None:
+            raise
+        return msgspec.structs.replace(item, input_ids=None, refusal=error.info())
+
+
+async def _prompts(
+    engine: AsyncEngine, sources: Sequence[Any], is_batch: bool, field: str, refusals: dict[int, RequestError] | None
+) -> list[Any]:
+    """The prompts as arrays of ids; None for one that is among the refusals, or joins them here."""
     named = {f"{field}[{i}]": source for i, source in enumerate(sources)} if is_batch else {field: sources[0]}
-    if field == "text":
-        named = await encode_texts(engine, named)
-    return [shared_ids(engine, ids, name) for name, ids in named.items()]
+    if refusals is None:
+        if field == "text":
+            named = await encode_texts(engine, named)
+        return [shared_ids(engine, ids, name) for name, ids in named.items()]
+    prompts: list[Any] = []
+    for position, (name, source) in enumerate(named.items()):
+        try:
+            ids = await encode_text(engine, source, name) if field == "text" else source
+            prompts.append(shared_ids(engine, ids, name))
+        except RequestError as error:
+            refusals.setdefault(position, error)
+            prompts.append(None)
+    return prompts
 
 
 def shared_ids(engine: AsyncEngine, ids: Any, field: str) -> Any:
@@ -190,13 +230,23 @@ def shared_ids(engine: AsyncEngine, ids: Any, field: str) -> Any:
         raise RequestError(f"{field} holds a number that is no token id", field=field) from None
 
 
-def _params_list(given: Any, num_prompts: int) -> list[SamplingParams]:
+def _params_list(given: Any, num_prompts: int, refusals: dict[int, RequestError] | None = None) -> list[SamplingParams]:
+    """One `SamplingParams` per prompt. Of a list, errors go into `refusals` by position if it is given."""
     if not isinstance(given, list):
         return [read_params(given, "sampling_params")] * num_prompts
     if len(given) != num_prompts:
         message = f"sampling_params holds {len(given)} objects for {num_prompts} prompts"
         raise RequestError(message, field="sampling_params")
-    return [read_params(each, f"sampling_params[{i}]") for i, each in enumerate(given)]
+    found = []
+    for position, each in enumerate(given):
+        try:
+            found.append(read_params(each, f"sampling_params[{position}]"))
+        except RequestError as error:
+            if refusals is None:
+                raise
+            refusals[position] = error
+            found.append(SamplingParams())
+    return found
 
 
 def read_params(values: Any, field: str) -> SamplingParams:

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from headrace.engine import GenerateItem, Stream
+from headrace.engine.bounds import check_body
 from headrace.server.errors import fields_named
 from headrace.server.openai_types import OpenAiBody
 from headrace.server.prompts import check_count
@@ -25,6 +26,7 @@ class Prompt(msgspec.Struct, frozen=True):
 
     ids: Any
     field: str
+    num_output: int = 0
 
 
 class OpenAiCall:
@@ -48,12 +50,15 @@ class OpenAiCall:
     def submit(self, prompts: Sequence[Prompt], params: SamplingParams, logprobs: LogprobOptions) -> None:
         """Start all sequences, or none."""
         check_count(self._state.engine, len(prompts) * params.n, prompts[0].field)
+        check_body((logprobs, len(prompt.ids), params) for prompt in prompts)
         is_whole = False
         try:
             for position, prompt in enumerate(prompts):
-                for index in range(params.n):
-                    item = self._item(prompt, position, index, params, logprobs, len(prompts) * params.n)
-                    with fields_named({"input_ids": prompt.field}):
+                with fields_named({"input_ids": prompt.field}):
+                    first = self._state.engine.prepare(self._item(prompt, position, params, logprobs))
+                    for index in range(params.n):
+                        name = self._name(len(prompts) * params.n)
+                        item = msgspec.structs.replace(first, index=index, request_id=name)
                         self.streams.append(self._state.submit(item))
             is_whole = True
         finally:
@@ -101,20 +106,21 @@ class OpenAiCall:
             "metadata": {"weight_version": self._version},
         }
 
-    def _item(
-        self, prompt: Prompt, position: int, index: int, params: SamplingParams, logprobs: LogprobOptions, total: int
-    ) -> GenerateItem:
-        number = len(self.streams)
+    def _name(self, total: int) -> str:
+        """The name of the next of so many sequences."""
+        return self.request_id if total == 1 else f"{self.request_id}_{len(self.streams)}"
+
+    def _item(self, prompt: Prompt, position: int, params: SamplingParams, logprobs: LogprobOptions) -> GenerateItem:
         return GenerateItem(
             input_ids=prompt.ids,
             params=params,
             logprobs=logprobs,
-            request_id=self.request_id if total == 1 else f"{self.request_id}_{number}",
-            index=index,
             prompt_index=position,
             priority=self.body.priority,
             namespace=self.body.extra_key or self.body.cache_salt,
             stream=self.body.stream,
+            num_output_ids_in_prompt=prompt.num_output,
+            clip_to_context=self.body.clip_to_context,
         )
 
 

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.engine import Stream
+from headrace.engine.fields import per_prompt
 from headrace.server.native_types import shared_ids
 from headrace.server.openai_calls import OpenAiCall, Prompt, choice_extras, finish_of
 from headrace.server.openai_logprobs import completion_logprobs, end_offset
@@ -46,7 +47,7 @@ class CompletionsFace:
         """POST /v1/completions"""
         body, warnings = read_completion(await read_object(request))
         model = check_model(self._state, body.model)
-        prompts = await self._prompts(body.prompt)
+        prompts = await self._prompts(body.prompt, body.num_output_ids_in_prompt)
         call = OpenAiCall(self._state, body, "cmpl", model, warnings)
         with openai_errors("max_tokens", "logprobs"):
             params = sampling_params(body, self._max_tokens(body, prompts))
@@ -63,7 +64,7 @@ class CompletionsFace:
         ]
         return json_reply({**call.envelope(_OBJECT, choices), "usage": call.usage()}, headers=call.headers)
 
-    async def _prompts(self, prompt: Any) -> list[Prompt]:
+    async def _prompts(self, prompt: Any, num_output_ids: int | list[int]) -> list[Prompt]:
         """A text, ids, or a list of either."""
         if not isinstance(prompt, (str, list)) or prompt == []:
             raise RequestError("prompt must be a text, token ids, or a list of either", field="prompt")
@@ -72,8 +73,13 @@ class CompletionsFace:
             check_count(self._state.engine, len(prompt), "prompt")
             sources = {f"prompt[{i}]": each for i, each in enumerate(prompt)}
         texts = {field: source for field, source in sources.items() if isinstance(source, str)}
+        key = "num_output_ids_in_prompt"
+        num_output = per_prompt(num_output_ids, len(sources), key)
+        if any(num_output) and texts:
+            raise RequestError(f"{key} counts token ids: give the prompt as token ids", field=key)
         ids = sources | await encode_texts(self._state.engine, texts)
-        return [Prompt(shared_ids(self._state.engine, each, field), field) for field, each in ids.items()]
+        named = zip(ids.items(), num_output, strict=True)
+        return [Prompt(shared_ids(self._state.engine, each, field), field, num) for (field, each), num in named]
 
     def _max_tokens(self, body: CompletionBody, prompts: list[Prompt]) -> Any:
         if body.max_tokens is not None:

@@ -60,6 +60,7 @@ class OpenAiBody(msgspec.Struct, kw_only=True):
     priority: int = 0
     return_token_ids: bool = False
     return_meta_info: bool = False
+    clip_to_context: bool = False
 
 
 class CompletionBody(OpenAiBody, kw_only=True):
@@ -67,6 +68,7 @@ class CompletionBody(OpenAiBody, kw_only=True):
 
     prompt: Any = None
     logprobs: int | None = None
+    num_output_ids_in_prompt: int | list[int] = 0
 
 
 class ChatBody(OpenAiBody, kw_only=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -14,10 +14,14 @@ from starlette.types import Message, Receive, Scope, Send
 
 from headrace.engine import Stream
 from headrace.server import errors
-from headrace.types.errors import HeadraceError, RequestError
+from headrace.server.json_bounds import check_json
+from headrace.text import run_sized
+from headrace.types.errors import HeadraceError, RequestError, UnavailableError
 
 JSON_TYPE = "application/json"
 DONE_EVENT = b"data: [DONE]\n\n"
+_BYTES_PER_CHARACTER = 8  # JSON is read so much faster than text is encoded
+_CHUNK_BYTES = 1 << 18
 _ENCODER = msgspec.json.Encoder()
 
 Value = TypeVar("Value")
@@ -25,7 +29,12 @@ Value = TypeVar("Value")
 
 def json_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """`value` as a JSON response; numbers that are not finite become null."""
-    return Response(_ENCODER.encode(value), status, headers, JSON_TYPE)
+    return Response(encode_json(value), status, headers, JSON_TYPE)
+
+
+def encode_json(value: Any) -> bytes:
+    """`value` as JSON; numbers that are not finite become null."""
+    return _ENCODER.encode(value)
 
 
 def event(value: Any) -> bytes:
@@ -34,14 +43,19 @@ def event(value: Any) -> bytes:
 
 
 async def read_object(request: Request) -> dict[str, Any]:
-    """The JSON object in the body. Raises `RequestError` naming `body` when it is anything else."""
-    return decode_object(await request.body())
+    """The JSON object in the body. Raises `RequestError` naming `body` when it is anything else.
+
+    A large one is read in another thread, so that streams go on.
+    """
+    raw = await request.body()
+    return await run_sized(len(raw) // _BYTES_PER_CHARACTER, lambda: decode_object(raw))
 
 
 def decode_object(raw: bytes) -> dict[str, Any]:
     """As `read_object`, from bytes."""
     if not raw.strip():
         raise RequestError("body is empty; a JSON object is needed", field="body")
+    check_json(raw)
     try:
         value = msgspec.json.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -89,6 +103,60 @@ def dropping(receive: Receive, cancel: Callable[[], None], on_disconnect: Callab
     finally:
         watcher.cancel()
         cancel()
+
+
+class PartsReply(Response):
+    """A JSON response given in parts, sent one by one: never joined, so that a large one keeps no event loop."""
+
+    media_type = JSON_TYPE
+
+    def __init__(self, parts: list[bytes]) -> None:
+        self.status_code = 200
+        self.background = None
+        self.body = b""
+        self.init_headers({"content-length": str(sum(map(len, parts)))})
+        self._parts = parts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        for part in _in_chunks(self._parts):
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _in_chunks(parts: list[bytes]) -> Iterator[bytes]:
+    """The same bytes with small parts joined."""
+    chunk: list[bytes] = []
+    num_bytes = 0
+    for part in parts:
+        chunk.append(part)
+        num_bytes += len(part)
+        if num_bytes >= _CHUNK_BYTES:
+            yield b"".join(chunk)
+            chunk, num_bytes = [], 0
+    yield b"".join(chunk)
+
+
+async def unless_gone(request: Request, call: Coroutine[Any, Any, Value], on_disconnect: Callable[[], None]) -> Value:
+    """What `call` comes to. It is cancelled, and over, when the client goes away before: nobody would hear of it.
+
+    For use once the body is read, as `dropping`.
+    """
+    is_gone = False
+
+    def give_up() -> None:
+        nonlocal is_gone
+        is_gone = True
+        task.cancel()
+
+    task = asyncio.ensure_future(call)
+    with dropping(request.receive, give_up, on_disconnect):
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if not is_gone:
+                raise
+            raise UnavailableError("the client went away; what it asked for was given up") from None
 
 
 class EventStream(Response):

@@ -3,13 +3,14 @@
 from headrace.text.chat import check_template_arguments, normalize_messages, normalize_tools, tool_names
 from headrace.text.detokenizer import IncrementalDetokenizer
 from headrace.text.encoding import INLINE_CHARACTERS, encode_bounded, run_sized
-from headrace.text.stop_strings import StopStrings
+from headrace.text.stop_strings import StopSet, StopStrings
 from headrace.text.tokenizer import Tokenizer
 from headrace.text.tool_calls import ToolCall, ToolCallParser, ToolCallStyle, tool_call_style
 
 __all__ = [
     "INLINE_CHARACTERS",
     "IncrementalDetokenizer",
+    "StopSet",
     "StopStrings",
     "Tokenizer",
     "ToolCall",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, Self
 
-from headrace.text.pieces import ByteStream, PieceStream
+from headrace.text.pieces import REPLACEMENT, ByteStream, PieceStream
 from headrace.text.tokenizer import Tokenizer
 
 
@@ -35,11 +36,25 @@ class IncrementalDetokenizer:
         """No more ids come; returns the rest of the text."""
         return self._stream.finish()
 
+    def fork(self) -> IncrementalDetokenizer:
+        """One that goes on from here by itself."""
+        twin = copy.copy(self)
+        twin._stream = self._stream.fork()
+        return twin
+
+    def complete_rest(self) -> str:
+        """The text held back, as far as its characters are complete."""
+        return self._stream.complete_rest()
+
 
 class _Stream(Protocol):
     def push(self, ids: Iterable[int]) -> str: ...
 
     def finish(self) -> str: ...
+
+    def fork(self) -> Self: ...
+
+    def complete_rest(self) -> str: ...
 
 
 class _Bytes:
@@ -54,6 +69,14 @@ class _Bytes:
     def finish(self) -> str:
         return self._text.finish()
 
+    def fork(self) -> Self:
+        twin = copy.copy(self)
+        twin._text = self._text.fork()
+        return twin
+
+    def complete_rest(self) -> str:
+        return self._text.complete_rest()
+
 
 class _Strings:
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
@@ -66,6 +89,14 @@ class _Strings:
 
     def finish(self) -> str:
         return self._text.finish()
+
+    def fork(self) -> Self:
+        twin = copy.copy(self)
+        twin._text = self._text.fork()
+        return twin
+
+    def complete_rest(self) -> str:
+        return self._text.complete_rest()
 
 
 class _Whole:
@@ -82,3 +113,11 @@ class _Whole:
     def finish(self) -> str:
         ids, self._ids = self._ids, []
         return self._tokenizer.decode(ids, self._skip_special_tokens, self._spaces_between_special_tokens)
+
+    def fork(self) -> Self:
+        twin = copy.copy(self)
+        twin._ids = self._ids[:]
+        return twin
+
+    def complete_rest(self) -> str:
+        return self.fork().finish().rstrip(REPLACEMENT)

@@ -15,6 +15,7 @@ reading against the library before it is used.
 from __future__ import annotations
 
 import codecs
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -79,6 +80,16 @@ class ByteStream:
         """The rest: one U+FFFD if a character is incomplete."""
         return self._decoder.decode(b"", True)
 
+    def fork(self) -> ByteStream:
+        """One that goes on from here by itself."""
+        twin = ByteStream()
+        twin._decoder.setstate(self._decoder.getstate())
+        return twin
+
+    def complete_rest(self) -> str:
+        """What is held back, as far as its characters are complete: none is."""
+        return ""
+
 
 class PieceStream:
     """The "text" kind: rewrites token by token, holding back only a run of byte tokens."""
@@ -110,6 +121,18 @@ class PieceStream:
         self._end_run(pieces)
         return self._strip("".join(pieces))
 
+    def fork(self) -> PieceStream:
+        """One that goes on from here by itself."""
+        twin = copy.copy(self)
+        twin._byte_run = self._byte_run[:]
+        return twin
+
+    def complete_rest(self) -> str:
+        """What is held back, as far as its characters are complete."""
+        twin = self.fork()
+        del twin._byte_run[_complete_length(twin._byte_run) :]
+        return twin.finish()
+
     def _add(self, pieces: list[str], piece: str) -> None:
         pieces.append(_rewrite(self._plan.after, piece, self._is_first_piece))
         self._is_first_piece = False
@@ -133,6 +156,14 @@ class PieceStream:
             text = text[1:]
             self._num_to_strip -= 1
         return text
+
+
+def _complete_length(data: bytearray) -> int:
+    """The length without a last character that is incomplete; 0 for what is not the beginning of UTF-8."""
+    try:
+        return len(codecs.getincrementaldecoder("utf-8")("strict").decode(data).encode())
+    except UnicodeDecodeError:
+        return 0
 
 
 def _flatten(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -1,107 +1,103 @@
 """Stop strings in streamed text. Owns the text held back because it may be the beginning of one.
 
-The matcher is the automaton of Aho and Corasick (1975): its state is the longest suffix of the text that begins a stop
-string, so each character costs O(1) whatever the number of strings, and the state's length is what must be held back.
+The state of a search is the longest end of the text that begins a stop string. A character is added to it, and
+characters are dropped from its front until it begins one again: each is added once and dropped at most once, so a
+character costs O(1) steps whatever the text. A step is a binary search among the sorted stop strings, so nothing is
+built beforehand and what is kept beside the strings themselves does not grow with their length.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import copy
+from bisect import bisect_left
 from collections.abc import Iterable
+
+
+class StopSet:
+    """The stop strings of a request, ready to be searched for; all its samples share one."""
+
+    def __init__(self, stops: Iterable[str]) -> None:
+        self._stops = tuple(sorted({stop for stop in stops if stop}))
+        self.first_characters = frozenset(stop[0] for stop in self._stops)
+        self.max_length = max(map(len, self._stops), default=0)
+
+    def advance(self, state: str, character: str) -> str:
+        """The longest end of the text that begins a stop string, after `character`."""
+        state += character
+        while state and not self._is_begun(state):
+            state = state[1:]
+        return state
+
+    def match_length(self, state: str) -> int:
+        """The length of the longest stop string that the text now ends with, 0 if there is none."""
+        if not state.endswith(self._stops):
+            return 0
+        return max(len(stop) for stop in self._stops if state.endswith(stop))
+
+    def _is_begun(self, text: str) -> bool:
+        """Strings that begin with `text` follow it immediately in sorted order."""
+        index = bisect_left(self._stops, text)
+        return index < len(self._stops) and self._stops[index].startswith(text)
 
 
 class StopStrings:
     """Finds the first stop string to be complete in a stream of text.
 
     Of strings complete at the same character, the longest counts. The result does not depend on how the text is cut
-    into pieces. `keep_match` leaves the matched string in the text (`no_stop_trim`).
+    into pieces. `keep_match` leaves the matched string in the text (`no_stop_trim`). A string that ends within the
+    first `min_end` characters is passed over as if it were none.
     """
 
-    def __init__(self, stops: Iterable[str], *, keep_match: bool = False) -> None:
-        self._automaton = _Automaton([stop for stop in stops if stop])
+    def __init__(self, stops: StopSet | Iterable[str], *, keep_match: bool = False) -> None:
+        self._stops = stops if isinstance(stops, StopSet) else StopSet(stops)
         self._keep_match = keep_match
-        self._state = 0
         self._held = ""
+        self.min_end = 0
+        self.num_characters = 0
         self.matched: str | None = None
+
+    @property
+    def num_held(self) -> int:
+        """Characters held back."""
+        return len(self._held)
 
     def push(self, text: str) -> tuple[str, str | None]:
         """Add text. Returns the text that may be shown and the stop string now complete, if one is.
 
-        After a match nothing more is shown: what follows the stop string is dropped.
+        After a match nothing more is shown: what follows the stop string is dropped, and `num_characters` is where the
+        stop string ends.
         """
         if self.matched is not None:
             return "", self.matched
-        automaton = self._automaton
-        if not self._state and automaton.first_characters.isdisjoint(text):
+        stops, start, state = self._stops, self.num_characters, self._held
+        if not state and stops.first_characters.isdisjoint(text):
+            self.num_characters = start + len(text)
             return text, None
-        state = self._state
-        for position, character in enumerate(text):
-            state = automaton.step(state, character)
-            length = automaton.match_lengths[state]
+        for end, character in enumerate(text, 1):
+            if not state and character not in stops.first_characters:
+                continue
+            state = stops.advance(state, character)
+            length = stops.match_length(state) if start + end > self.min_end else 0
             if length:
-                return self._end(text[: position + 1], length)
-        self._state = state
+                self.num_characters = start + end
+                return self._end(text[:end], length)
+        self.num_characters = start + len(text)
         pending = self._held + text
-        cut = len(pending) - automaton.depths[state]
-        self._held = pending[cut:]
+        cut = len(pending) - len(state)
+        self._held = state
         return pending[:cut], None
 
     def finish(self) -> str:
         """No more text comes; returns what was held back."""
-        held, self._held, self._state = self._held, "", 0
+        held, self._held = self._held, ""
         return held
+
+    def fork(self) -> StopStrings:
+        """One that goes on from here by itself."""
+        return copy.copy(self)
 
     def _end(self, text: str, length: int) -> tuple[str, str]:
         pending = self._held + text
         self.matched = pending[len(pending) - length :]
         self._held = ""
         return (pending if self._keep_match else pending[: len(pending) - length]), self.matched
-
-
-class _Automaton:
-    """States are numbers, 0 the root; `depths` and `match_lengths` (0: no match) are by state."""
-
-    def __init__(self, words: list[str]) -> None:
-        self.first_characters = frozenset(word[0] for word in words)
-        self._children: list[dict[str, int]] = [{}]
-        self._fallbacks = [0]
-        self.depths = [0]
-        self.match_lengths = [0]
-        for word in words:
-            self._add(word)
-        self._link()
-
-    def step(self, state: int, character: str) -> int:
-        """The state after `character`."""
-        while True:
-            child = self._children[state].get(character)
-            if child is not None:
-                return child
-            if not state:
-                return 0
-            state = self._fallbacks[state]
-
-    def _add(self, word: str) -> None:
-        state = 0
-        for character in word:
-            child = self._children[state].get(character)
-            if child is None:
-                child = len(self._children)
-                self._children[state][character] = child
-                self._children.append({})
-                self._fallbacks.append(0)
-                self.depths.append(self.depths[state] + 1)
-                self.match_lengths.append(0)
-            state = child
-        self.match_lengths[state] = len(word)
-
-    def _link(self) -> None:
-        """Breadth first: a state's fallback is the state of its longest proper suffix."""
-        queue = deque(self._children[0].values())
-        while queue:
-            state = queue.popleft()
-            for character, child in self._children[state].items():
-                fallback = self.step(self._fallbacks[state], character)
-                self._fallbacks[child] = fallback
-                self.match_lengths[child] = self.match_lengths[child] or self.match_lengths[fallback]
-                queue.append(child)

@@ -64,6 +64,10 @@ class Tokenizer:
         """Ids that `skip_special_tokens` hides."""
         return tuple(sorted(self._library.token_to_id(token) for token in self._special_tokens))
 
+    def special_token_id(self, text: str) -> int | None:
+        """The id of the token that `skip_special_tokens` hides and whose string is `text`, if there is one."""
+        return self._library.token_to_id(text) if text in self._special_tokens else None
+
     @property
     def bos_token_id(self) -> int | None:
         """The beginning-of-sequence id, if there is one."""

@@ -8,7 +8,7 @@
     |   +-- RequestTooLargeError    a body or list over its bound                     413
     |   +-- NotFoundError           a named thing does not exist                      404
     +-- WeightUpdateError           a weight update was refused; nothing was written  400
-    |   +-- UpdateConflictError     a command in a state that does not allow it       409
+    |   +-- UpdateConflictError     a command in a state that does not allow it       409, retryable
     +-- UnavailableError            the engine cannot serve this now                  503
     |   +-- PoisonedError           live weights are a mix until a full update lands  503
     |   +-- PauseTimeoutError       queued behind a pause longer than pause_timeout   503, retryable
@@ -95,6 +95,7 @@ class WeightUpdateError(HeadraceError):
 
 class UpdateConflictError(WeightUpdateError):
     status = 409
+    retryable = True
 
 
 class UnavailableError(HeadraceError):

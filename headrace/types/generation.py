@@ -6,9 +6,10 @@ from typing import Literal
 
 import msgspec
 
+from headrace.types.errors import ErrorInfo
 from headrace.types.sampling_params import LogprobMode
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class Generation(msgspec.Struct, frozen=True, kw_only=True):
@@ -20,7 +21,9 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     top_logprobs          per generated token {id: logprob} of the most probable ids; [] if not asked
     token_ids_logprobs    per generated token {id: logprob} of the asked ids; [] if not asked
     prompt_top_logprobs, prompt_token_ids_logprobs   the same per prompt token (None where there is none)
-    finish_reason         "stop" | "length" | "abort"; None on a stream piece that is not the last
+    finish_reason         "stop" | "length" | "abort" | "error" (with `return_errors` only); None on a stream piece that
+                          is not the last
+    error                 what ended it with finish reason "error": its `to_exception()` is what would have been raised
     matched               the stop token id or stop string that ended it
     seed                  the seed this sample was drawn with: the same request with it gives the same sample
     """
@@ -41,6 +44,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
     matched: int | str | None = None
     finish_message: str = ""
+    error: ErrorInfo | None = None
     version_spans: list[tuple[str, int]] = []
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0

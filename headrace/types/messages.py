@@ -2,21 +2,60 @@
 
 Front to core: `Command`s. `Submit`, `Abort` and `Finished` have no reply of their own; every other command carries a
 `call_id` and is answered by exactly one `Reply`. Core to front: `Deltas`, `Reply`, `CoreReady`.
+
+A call carries its `deadline` in seconds of CLOCK_MONOTONIC, which all processes of a host share. What a core has not
+done by then it never does: it refuses a call that it comes to too late, and undoes one that still waits, both with
+`DeadlineError`. `GiveUp` does the same at once.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
+from typing import Final, cast
+
 import msgspec
 
 from headrace.types.errors import ErrorInfo
-from headrace.types.request import Delta, Request
+from headrace.types.request import Delta, Request, Sibling
 from headrace.types.weights import BufferEntry, BufferRef, InFlight, PauseMode, TensorInfo, UpdateMode
+
+NO_DEADLINE: Final = math.inf
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
-    """New requests. A request the core refuses is answered by a terminal `Delta` of type "error"."""
+    """New requests. A request the core refuses is answered by a terminal `Delta` of type "error".
+
+    Requests that share their parameters (samples of a prompt, prompts of a call) travel as one and its siblings: a long
+    prompt, logit bias or list of stop ids is sent and held once. `siblings[i]` follow `requests[i]`.
+    """
 
     requests: tuple[Request, ...]
+    siblings: tuple[tuple[Sibling, ...], ...] = ()
+
+    @classmethod
+    def of(cls, requests: Iterable[Request]) -> Submit:
+        """The message that brings these requests, in their order."""
+        families: list[tuple[Request, list[Sibling]]] = []
+        last: Request | None = None
+        for request in requests:
+            sibling = None if last is None else Sibling.between(last, request)
+            if sibling is None:
+                families.append((request, []))
+            else:
+                families[-1][1].append(sibling)
+            last = request
+        return cls(tuple(first for first, _ in families), tuple(tuple(others) for _, others in families))
+
+    def all_requests(self) -> Iterator[Request]:
+        """The requests, in their order."""
+        for request, siblings in zip_longest(self.requests, self.siblings[: len(self.requests)], fillvalue=()):
+            last = cast(Request, request)
+            yield last
+            for sibling in siblings:
+                last = sibling.after(last)
+                yield last
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
@@ -40,12 +79,25 @@ class Pause(msgspec.Struct, frozen=True, array_like=True, tag="pause"):
 
     call_id: int
     mode: PauseMode
+    deadline: float = NO_DEADLINE
 
 
 class Resume(msgspec.Struct, frozen=True, array_like=True, tag="resume"):
     """Go on stepping. Refused with `UpdateConflictError` while an implicit update session is incomplete."""
 
     call_id: int
+    deadline: float = NO_DEADLINE
+
+
+class GiveUp(msgspec.Struct, frozen=True, array_like=True, tag="give_up"):
+    """Nobody waits for call `target` any more: it is not begun, or undone where it waits, and answered then.
+
+    Of what was done already, two are undone because nobody would know of them: a pause (the one before it is in force
+    again) and an update session that `target` opened. Reply: null, after the answer of `target`.
+    """
+
+    call_id: int
+    target: int
 
 
 class BeginUpdate(msgspec.Struct, frozen=True, array_like=True, tag="begin_update"):
@@ -61,6 +113,7 @@ class BeginUpdate(msgspec.Struct, frozen=True, array_like=True, tag="begin_updat
     in_flight: InFlight = "drain"
     partial: bool = False
     timeout_s: float = 600.0
+    deadline: float = NO_DEADLINE
 
 
 class UpdateBegun(msgspec.Struct, frozen=True):
@@ -71,12 +124,14 @@ class UpdateBegun(msgspec.Struct, frozen=True):
 
 
 class Stage(msgspec.Struct, frozen=True, array_like=True, tag="stage"):
-    """Whole tensors of the session, in one shared buffer. The reply means: copied, the buffer may be reused."""
+    """Tensors of the session, or pieces of them, in one shared buffer. The reply means that the buffer may be reused:
+    all is copied, or nothing reads it any more. The pieces of a tensor come in order; one at 0 begins it again."""
 
     call_id: int
     session_id: int
     buffer: BufferRef
     entries: tuple[BufferEntry, ...]
+    deadline: float = NO_DEADLINE
 
 
 class CommitUpdate(msgspec.Struct, frozen=True, array_like=True, tag="commit_update"):
@@ -84,13 +139,18 @@ class CommitUpdate(msgspec.Struct, frozen=True, array_like=True, tag="commit_upd
 
     call_id: int
     session_id: int
+    deadline: float = NO_DEADLINE
 
 
 class AbortUpdate(msgspec.Struct, frozen=True, array_like=True, tag="abort_update"):
-    """Drop a session. In shadow mode the old weights were never touched; in place after a write: poisoned."""
+    """Drop a session; None: whichever is open, if one is.
+
+    In shadow mode the old weights were never touched; in place after a write: poisoned.
+    """
 
     call_id: int
-    session_id: int
+    session_id: int | None
+    deadline: float = NO_DEADLINE
 
 
 class UpdateFromDisk(msgspec.Struct, frozen=True, array_like=True, tag="update_from_disk"):
@@ -101,6 +161,7 @@ class UpdateFromDisk(msgspec.Struct, frozen=True, array_like=True, tag="update_f
     version: str
     mode: UpdateMode = "auto"
     in_flight: InFlight = "drain"
+    deadline: float = NO_DEADLINE
 
 
 class SetVersion(msgspec.Struct, frozen=True, array_like=True, tag="set_version"):
@@ -108,26 +169,46 @@ class SetVersion(msgspec.Struct, frozen=True, array_like=True, tag="set_version"
 
     call_id: int
     version: str
+    deadline: float = NO_DEADLINE
 
 
 class GetWeight(msgspec.Struct, frozen=True, array_like=True, tag="get_weight"):
-    """Read one live tensor back by Hugging Face name. Reply: `WeightBytes`."""
+    """Copy bytes of one live tensor into the caller's buffer, from byte `start` on, until the buffer is full or the
+    first `max_rows` rows are read. Reply: `WeightPart`."""
 
     call_id: int
     name: str
+    buffer: BufferRef
+    start: int = 0
+    max_rows: int | None = None
+    deadline: float = NO_DEADLINE
+
+
+class WeightPart(msgspec.Struct, frozen=True):
+    """What was read: `num_bytes` at the head of the buffer, of a tensor in Hugging Face layout and engine dtype.
+
+    Parts with one `stamp` are of the same weights. `total` is the size of all that was asked for.
+    """
+
+    info: TensorInfo
+    num_bytes: int
+    stamp: int
+    total: int
 
 
 class WeightBytes(msgspec.Struct, frozen=True):
-    """A tensor in Hugging Face shape and layout, engine dtype."""
+    """A tensor in Hugging Face shape and layout, engine dtype; of its first rows only, if no more were asked for."""
 
     info: TensorInfo
-    data: bytes
+    data: bytearray
 
 
 class Digest(msgspec.Struct, frozen=True, array_like=True, tag="digest"):
-    """Hash live parameter memory. Reply: dict[str, str], HF name to lowercase hex SHA-256."""
+    """Hash live parameter memory, all of it while it holds one version. Reply: dict[str, str], HF name to lowercase hex
+    SHA-256."""
 
     call_id: int
+    deadline: float = NO_DEADLINE
 
 
 class WeightsChecker(msgspec.Struct, frozen=True, array_like=True, tag="weights_checker"):
@@ -136,12 +217,14 @@ class WeightsChecker(msgspec.Struct, frozen=True, array_like=True, tag="weights_
 
     call_id: int
     action: str
+    deadline: float = NO_DEADLINE
 
 
 class FlushCache(msgspec.Struct, frozen=True, array_like=True, tag="flush_cache"):
     """Free unreferenced cached pages and unpublish the rest. Reply: int, the pages freed. Aborts nothing."""
 
     call_id: int
+    deadline: float = NO_DEADLINE
 
 
 class GetStatus(msgspec.Struct, frozen=True, array_like=True, tag="get_status"):
@@ -162,6 +245,7 @@ Command = (
     | Finished
     | Pause
     | Resume
+    | GiveUp
     | BeginUpdate
     | Stage
     | CommitUpdate

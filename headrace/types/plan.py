@@ -22,8 +22,8 @@ class SlotInit(msgspec.Struct, frozen=True):
     """A sequence enters a slot, in place of whatever the slot held.
 
     `token_ids` (int32) are all tokens known on entry: the prompt, and for a sequence that was preempted its output so
-    far; penalties count from them. Stop ids are masked out of the logits while the new token's absolute position is
-    below `min_length`.
+    far; penalties count from them, those from `first_output` on as output. Stop ids are masked out of the logits while
+    the new token's absolute position is below `min_length`.
     """
 
     slot: int
@@ -34,6 +34,12 @@ class SlotInit(msgspec.Struct, frozen=True):
     logprobs: LogprobOptions
     stop_token_ids: tuple[int, ...]
     min_length: int
+    num_output_ids_in_prompt: int = 0
+
+    @property
+    def first_output(self) -> int:
+        """The absolute position of the first token that is output, of this request or of the one that it resumes."""
+        return self.num_prompt_tokens - self.num_output_ids_in_prompt
 
 
 class StepPlan(msgspec.Struct, frozen=True):

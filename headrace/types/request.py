@@ -72,6 +72,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     `handle` is unique among the live requests of one front. `stop_token_ids` already holds the end-of-sequence ids
     unless they are ignored. `namespace` separates prefix-cache entries (the caller's `extra_key`).
     `deliver_every` is how many new tokens make a non-terminal `Delta`; 0 delivers only the terminal one.
+    The last `num_output_ids_in_prompt` ids of `prompt` are output of an earlier request, and penalties count them so.
     """
 
     handle: int
@@ -86,6 +87,39 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     priority: int = 0
     namespace: str = ""
     deliver_every: int = 0
+    num_output_ids_in_prompt: int = 0
+
+
+class Sibling(msgspec.Struct, frozen=True, array_like=True):
+    """A request that is the one before it but for these fields; without a `prompt` it has the same."""
+
+    handle: int
+    request_id: str
+    seed: int
+    prompt: bytes = b""
+
+    @classmethod
+    def between(cls, last: Request, request: Request) -> Sibling | None:
+        """What makes `request` of `last`; None if that takes more. Shared parts are told by their identity."""
+        is_shared = all(getattr(last, name) is getattr(request, name) for name in _SHARED_PARTS)
+        if not is_shared or any(getattr(last, name) != getattr(request, name) for name in _EQUAL_PARTS):
+            return None
+        prompt = b"" if request.prompt is last.prompt else request.prompt
+        return cls(request.handle, request.request_id, request.seed, prompt)
+
+    def after(self, last: Request) -> Request:
+        """The request that differs from `last` by this; what they share stays one object."""
+        prompt = self.prompt or last.prompt
+        request: Request = msgspec.structs.replace(
+            last, handle=self.handle, request_id=self.request_id, seed=self.seed, prompt=prompt
+        )
+        return request
+
+
+_SHARED_PARTS = ("sampling", "logprobs", "stop_token_ids")
+_EQUAL_PARTS = (
+    *("max_new_tokens", "min_new_tokens", "priority", "namespace", "deliver_every", "num_output_ids_in_prompt"),
+)
 
 
 class Finish(msgspec.Struct, frozen=True, array_like=True):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
 
 from headrace.types.errors import RequestError
+from headrace.types.plain_values import as_flag, as_integer, as_list, as_number, plain_scalar
 
 LogprobMode = Literal["raw", "temperature", "sampled"]
 
@@ -26,8 +26,13 @@ GREEDY_TEMPERATURE = 1e-6
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to sample one request. Names are SGLang's; `sampling_seed` is accepted for `seed` by `from_dict`.
 
-    `max_new_tokens=0` generates nothing (scoring). `temperature` below 1e-6 is greedy. `top_k` of -1 or 0 is off.
-    `seed` is any unsigned 64-bit integer; None lets the engine pick one, which the reply names.
+    `max_new_tokens=0` generates nothing (scoring). No stop id is drawn as one of the first `min_new_tokens` tokens, and
+    of stop strings those count that are complete with token number `min_new_tokens` or later, wherever they begin. Both
+    count tokens of this request only. `temperature` below 1e-6 is greedy. `top_k` of -1 or 0 is off. `seed` is any
+    unsigned 64-bit integer; None lets the engine pick one, which the reply names.
+
+    None is the default of every field. `stop` and `stop_token_ids` may be one value or any iterable, keys of
+    `logit_bias` strings, numbers those of NumPy or torch (`headrace.types.plain_values`). What is kept is plain.
 
     Raises `RequestError` naming the field when a value is of a wrong type or out of bounds.
     """
@@ -41,9 +46,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    logit_bias: Mapping[int, float] | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -52,7 +57,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        for name, default in zip(self.__struct_fields__, self.__struct_defaults__, strict=True):
+            value = getattr(self, name)
+            plain = default if value is None else _READERS[name](value, name)
+            if plain is not value:
+                msgspec.structs.force_setattr(self, name, plain)
         _check_bounds(self)
 
     @classmethod
@@ -70,7 +79,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                 continue
             if name in accepted:
                 raise RequestError(f"{field}.{key} and its alias are both given", field=f"{field}.{key}")
-            accepted[name] = _coerce(name, value)
+            accepted[name] = value
         try:
             return cls(**accepted)
         except RequestError as error:
@@ -102,58 +111,44 @@ class LogprobOptions(msgspec.Struct, frozen=True, array_like=True):
         return self.num_top > 0 or bool(self.token_ids)
 
 
-def _coerce(name: str, value: Any) -> Any:
-    """Accept the JSON spellings of a field: a lone stop string, integer keys written as strings."""
-    if name in ("stop", "stop_token_ids"):
-        if isinstance(value, (str, int)) and not isinstance(value, bool):
-            return (value,)
-        return tuple(value) if isinstance(value, (list, tuple)) else value
-    if name == "logit_bias" and isinstance(value, Mapping):
-        try:
-            return {int(token): bias for token, bias in value.items()}
-        except (TypeError, ValueError):
-            raise RequestError("logit_bias keys must be token ids", field="sampling_params.logit_bias") from None
-    return value
+def _read_stop(value: Any, field: str) -> tuple[str, ...]:
+    what = "a string or a list of strings"
+    stops = [value] if isinstance(value, str) else as_list(value, field, what, MAX_STOP_STRINGS)
+    _require(all(isinstance(stop, str) and stop for stop in stops), field, "must hold non-empty strings")
+    return tuple(map(str, stops))
 
 
-_INTEGERS = ("max_new_tokens", "min_new_tokens", "top_k", "n")
-_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-_FLAGS = ("ignore_eos", "skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim")
+def _read_stop_ids(value: Any, field: str) -> tuple[int, ...]:
+    value = plain_scalar(value)
+    ids = [value] if isinstance(value, int) else as_list(value, field, "a list of token ids", MAX_STOP_TOKEN_IDS)
+    return tuple(as_integer(token, field) for token in ids)
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _read_logit_bias(value: Any, field: str) -> dict[int, float] | None:
+    """JSON has no other keys than strings."""
+    _require(isinstance(value, Mapping), field, "must map token ids to numbers")
+    _require(len(value) <= MAX_LOGIT_BIAS, field, f"must hold at most {MAX_LOGIT_BIAS} entries")
+    try:
+        tokens = [int(token) if isinstance(token, str) else as_integer(token, field) for token in value]
+    except ValueError:
+        raise RequestError(f"{field} keys must be token ids", field=field) from None
+    return dict(zip(tokens, [as_number(bias, field) for bias in value.values()], strict=True))
 
 
-def _is_number(value: Any) -> bool:
-    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_real and abs(value) <= sys.float_info.max  # false for NaN, and for integers that no float can hold
+_READERS: dict[str, Callable[[Any, str], Any]] = {
+    **dict.fromkeys(("max_new_tokens", "min_new_tokens", "top_k", "n", "seed"), as_integer),
+    **dict.fromkeys(("temperature", "top_p", "min_p"), as_number),
+    **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), as_number),
+    **dict.fromkeys(("ignore_eos", "skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim"), as_flag),
+    "stop": _read_stop,
+    "stop_token_ids": _read_stop_ids,
+    "logit_bias": _read_logit_bias,
+}
 
 
 def _require(ok: bool, name: str, rule: str) -> None:
     if not ok:
         raise RequestError(f"{name} {rule}", field=name)
-
-
-def _check_types(params: SamplingParams) -> None:
-    for name in _INTEGERS:
-        _require(_is_integer(getattr(params, name)), name, "must be an integer")
-    for name in _NUMBERS:
-        _require(_is_number(getattr(params, name)), name, "must be a finite number")
-    for name in _FLAGS:
-        _require(isinstance(getattr(params, name), bool), name, "must be true or false")
-    _require(params.seed is None or _is_integer(params.seed), "seed", "must be an integer")
-    _require(isinstance(params.stop, tuple), "stop", "must be a string or a list of strings")
-    _require(all(isinstance(s, str) and s for s in params.stop), "stop", "must hold non-empty strings")
-    _require(isinstance(params.stop_token_ids, tuple), "stop_token_ids", "must be a list of token ids")
-    _require(all(map(_is_integer, params.stop_token_ids)), "stop_token_ids", "must hold integers")
-    bias = params.logit_bias
-    _require(bias is None or isinstance(bias, dict), "logit_bias", "must map token ids to numbers")
-    _require(
-        all(_is_integer(k) and _is_number(v) for k, v in (bias or {}).items()),
-        "logit_bias",
-        "must map token ids to finite numbers",
-    )
 
 
 def _check_bounds(params: SamplingParams) -> None:
@@ -168,20 +163,13 @@ def _check_bounds(params: SamplingParams) -> None:
     _require(-100 <= params.frequency_penalty <= 100, "frequency_penalty", "must be in [-100, 100]")
     _require(1 <= params.n <= MAX_N, "n", f"must be in [1, {MAX_N}]")
     _require(params.seed is None or 0 <= params.seed < 1 << 64, "seed", "must be an unsigned 64-bit integer")
-    _require(len(params.stop) <= MAX_STOP_STRINGS, "stop", f"must hold at most {MAX_STOP_STRINGS} strings")
     _require(
         all(len(s) <= MAX_STOP_STRING_LENGTH for s in params.stop),
         "stop",
         f"strings must be at most {MAX_STOP_STRING_LENGTH} characters",
     )
-    _require(
-        len(params.stop_token_ids) <= MAX_STOP_TOKEN_IDS,
-        "stop_token_ids",
-        f"must hold at most {MAX_STOP_TOKEN_IDS} ids",
-    )
     _require(all(0 <= t < 1 << 31 for t in params.stop_token_ids), "stop_token_ids", "must hold token ids")
     bias = params.logit_bias or {}
-    _require(len(bias) <= MAX_LOGIT_BIAS, "logit_bias", f"must hold at most {MAX_LOGIT_BIAS} entries")
     _require(
         all(0 <= token < 1 << 31 and abs(value) <= 1e4 for token, value in bias.items()),
         "logit_bias",

@@ -25,10 +25,15 @@ class TensorInfo(msgspec.Struct, frozen=True, array_like=True):
 
 
 class BufferEntry(msgspec.Struct, frozen=True, array_like=True):
-    """One whole tensor inside a bucket: its place in the session's manifest and its byte offset."""
+    """A tensor inside a bucket, or a piece of it: its place in the session's manifest and its byte offset.
+
+    The piece is `num_bytes` of the tensor from its byte `start` on; None: all from there.
+    """
 
     index: int
     offset: int
+    start: int = 0
+    num_bytes: int | None = None
 
 
 class BufferRef(msgspec.Struct, frozen=True, array_like=True):

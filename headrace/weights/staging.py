@@ -53,31 +53,34 @@ def digest_of(tensor: torch.Tensor) -> str:
 
 
 class BytesSource:
-    """A tensor as raw bytes in the manifest's dtype and shape, read-only or not, aligned or not."""
+    """A tensor, or a piece of one, as raw bytes in the manifest's dtype, read-only or not, aligned or not."""
 
-    def __init__(self, info: TensorInfo, data: memoryview) -> None:
+    def __init__(self, info: TensorInfo, data: memoryview, start: int | None = None) -> None:
+        """`data` are all bytes of the tensor, or whole elements from byte `start` on; else `WeightUpdateError`."""
         self._dtype = TORCH_DTYPES[info.dtype]
-        self._tail = info.shape[1:]
-        self._row_bytes = num_elements(self._tail) * self._dtype.itemsize
-        expected = info.shape[0] * self._row_bytes
-        if data.nbytes != expected:
-            raise WeightUpdateError(f"{info.name} has {data.nbytes} bytes, expected {expected}", field=info.name)
+        size, total = self._dtype.itemsize, num_elements(info.shape) * self._dtype.itemsize
+        if start is None and data.nbytes != total:
+            raise WeightUpdateError(f"{info.name} has {data.nbytes} bytes, expected {total}", field=info.name)
+        start = start or 0
+        if start < 0 or start % size or data.nbytes % size or start + data.nbytes > total:
+            message = f"{info.name} has {total} bytes; bytes {start} to {start + data.nbytes} are no piece of it"
+            raise WeightUpdateError(message, field=info.name)
+        self.num_elements = data.nbytes // size
         self._bytes: Bytes = np.frombuffer(data, dtype=np.uint8)
 
-    def copy_rows(self, rows: slice, destination: torch.Tensor) -> None:
-        """Write these rows, converted, into `destination`."""
-        found = self._bytes[rows.start * self._row_bytes : rows.stop * self._row_bytes]
+    def copy(self, part: slice, destination: torch.Tensor) -> None:
+        """Write these elements, converted, into `destination`, which is flat."""
+        size = self._dtype.itemsize
+        found = self._bytes[part.start * size : part.stop * size]
         if destination.device.type == "cpu" and destination.dtype == self._dtype:
-            assert destination.is_contiguous(), "a region is whole rows of a parameter"
             bytes_of(destination)[:] = found
             return
         # A copy owns its memory: torch neither warns about read-only buffers nor sees unaligned ones.
-        block = torch.from_numpy(found.copy()).view(self._dtype)
-        destination.copy_(block.view(rows.stop - rows.start, *self._tail))
+        destination.copy_(torch.from_numpy(found.copy()).view(self._dtype))
 
 
 class TensorSource:
-    """A tensor of this process, on any device, contiguous or not."""
+    """A whole tensor of this process, on any device, contiguous or not."""
 
     def __init__(self, info: TensorInfo, data: torch.Tensor) -> None:
         if tuple(data.shape) != tuple(info.shape) or dtype_name(data.dtype) != info.dtype:
@@ -85,47 +88,59 @@ class TensorSource:
             raise WeightUpdateError(
                 f"{info.name} is {found}, the manifest says {info.dtype} {list(info.shape)}", field=info.name
             )
-        self._tensor = data.detach()
+        self.num_elements = data.numel()
+        self._tensor = data.detach().reshape(-1)
 
-    def copy_rows(self, rows: slice, destination: torch.Tensor) -> None:
-        """Write these rows, converted, into `destination`."""
-        destination.copy_(self._tensor[rows])
+    def copy(self, part: slice, destination: torch.Tensor) -> None:
+        """Write these elements, converted, into `destination`, which is flat."""
+        destination.copy_(self._tensor[part])
 
 
 Source = BytesSource | TensorSource
 
 
-def source_of(info: TensorInfo, data: memoryview | torch.Tensor) -> Source:
+def source_of(info: TensorInfo, data: memoryview | torch.Tensor, start: int | None = None) -> Source:
     """Wrap what a caller stages; `WeightUpdateError` naming the tensor if it is not what the manifest says."""
-    return TensorSource(info, data) if isinstance(data, torch.Tensor) else BytesSource(info, data)
+    return TensorSource(info, data) if isinstance(data, torch.Tensor) else BytesSource(info, data, start)
+
+
+class Arrival:
+    """A tensor on its way in: where it goes, how many of its elements are there, and the digest of those so far.
+
+    `destination` is flat memory of all its elements in the engine's dtype, live memory if `is_live`.
+    """
+
+    def __init__(self, destination: torch.Tensor, *, is_live: bool, hashes: bool) -> None:
+        self.destination = destination
+        self.is_live = is_live
+        self.num_elements = 0
+        self.hasher = hashlib.sha256() if hashes else None
+
+    @property
+    def is_whole(self) -> bool:
+        """All of it is there."""
+        return self.num_elements == self.destination.numel()
 
 
 class StageWork:
-    """The copy of one tensor, done in slices. Holds the caller's buffer until it is done, failed or dropped.
+    """The copy of one tensor, or of its next piece, done in slices. Holds the caller's buffer until it is done, failed
+    or dropped.
 
-    `destination` is memory of the tensor's shape in the engine's dtype, live memory if `is_live`. `before_write` is
-    called ahead of every block and raises if the update is no longer open. If `hashes` is true, the bytes written are
-    digested on the way; `on_done` receives the hex digest ("" if not asked for), may raise `WeightUpdateError`, and
-    then the tensor does not count as staged.
+    `before_write` is called ahead of every block and raises if the update is no longer open. `on_done` may raise
+    `WeightUpdateError`, and then what was copied does not count.
     """
 
     def __init__(
-        self,
-        source: Source,
-        destination: torch.Tensor,
-        *,
-        is_live: bool,
-        before_write: Callable[[], None],
-        on_done: Callable[[str], None],
-        hashes: bool,
+        self, source: Source, arrival: Arrival, *, before_write: Callable[[], None], on_done: Callable[[], None]
     ) -> None:
-        self.is_live = is_live
+        self.is_live = arrival.is_live
         self._source: Source | None = source
-        self._destination = destination
-        self._blocks = row_blocks(tuple(destination.shape), destination.element_size())
+        self._arrival = arrival
+        first, count = arrival.num_elements, source.num_elements
+        self._destination = arrival.destination[first : first + count]
+        self._blocks = row_blocks((count,), self._destination.element_size())
         self._before_write = before_write
         self._on_done = on_done
-        self._hasher = hashlib.sha256() if hashes else None
         self.is_done = False
 
     def advance(self, deadline_s: float) -> bool:
@@ -137,24 +152,53 @@ class StageWork:
         if self.is_done:
             return True
         stop_at = time.perf_counter() + deadline_s
-        for rows in self._blocks:
-            self._copy(rows)
+        for part in self._blocks:
+            self._copy(part)
             if time.perf_counter() >= stop_at:
                 break
         else:
             self._finish()
         return self.is_done
 
-    def _copy(self, rows: slice) -> None:
+    def _copy(self, part: slice) -> None:
         assert self._source is not None, "a failed stage is not advanced again"
         self._before_write()
-        block = self._destination[rows]
-        self._source.copy_rows(rows, block)
-        if self._hasher:
-            self._hasher.update(bytes_of(block).data)
+        block = self._destination[part]
+        self._source.copy(part, block)
+        if self._arrival.hasher:
+            self._arrival.hasher.update(bytes_of(block).data)
 
     def _finish(self) -> None:
         self._source = None
         self._before_write()
-        self._on_done(self._hasher.hexdigest() if self._hasher else "")
+        self._arrival.num_elements += self._destination.numel()
+        self._on_done()
         self.is_done = True
+
+
+class HostView:
+    """Reads tensors of one device as bytes on the host. On a device, on a stream of its own: beside the steps in
+    flight, after all that was issued before `begin`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._host = torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=True) if self._stream else None
+
+    def begin(self) -> None:
+        """What was written before this is what is read."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+
+    def blocks(self, flat: torch.Tensor) -> Iterator[memoryview]:
+        """The bytes of a flat tensor, block by block; each is good until the next is asked for."""
+        for part in row_blocks((flat.numel(),), flat.element_size()):
+            yield self._bytes(flat[part]).data
+
+    def _bytes(self, block: torch.Tensor) -> Bytes:
+        if self._stream is None or self._host is None:
+            return bytes_of(block)
+        host = self._host[: block.nbytes]
+        with torch.cuda.stream(self._stream):
+            host.copy_(block.view(torch.uint8), non_blocking=True)
+        self._stream.synchronize()
+        return host.numpy()

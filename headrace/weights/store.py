@@ -17,7 +17,17 @@ from headrace.config.resolve import available_memory
 from headrace.types.errors import CheckpointError, NotFoundError, UpdateConflictError, WeightUpdateError
 from headrace.types.weights import TensorInfo, UpdateMode, WeightState
 from headrace.weights.session import ResolvedMode, StagedSet
-from headrace.weights.staging import BLOCK_BYTES, StageWork, digest_of, dtype_name, row_blocks, source_of
+from headrace.weights.staging import (
+    BLOCK_BYTES,
+    TORCH_DTYPES,
+    Arrival,
+    HostView,
+    StageWork,
+    digest_of,
+    dtype_name,
+    row_blocks,
+    source_of,
+)
 from headrace.weights.weight_map import FLOAT_DTYPES, WeightMap, WeightRule, is_derived
 
 logger = logging.getLogger(__name__)
@@ -42,6 +52,7 @@ class _Transaction:
         self.aliases = {name: target for name, target in aliases.items() if name in self.names}
         self.compared = frozenset(self.aliases) | frozenset(self.aliases.values())
         self.digests: dict[str, str] = {}
+        self.arrivals: dict[int, Arrival] = {}  # tensors of which some pieces are in place, and none is under way
 
     def before_write(self, is_live: bool) -> None:
         if not self.is_open:
@@ -92,6 +103,7 @@ class WeightStore:
         self._memory = memory or _memory_left(device)
         self._resting: WeightState = "needs_weights"
         self._transaction: _Transaction | None = None
+        self._host_view: HostView | None = None
 
     @property
     def state(self) -> WeightState:
@@ -223,25 +235,40 @@ class WeightStore:
             raise WeightUpdateError(message, field="mode")
         return None
 
-    def stage(self, index: int, data: memoryview | torch.Tensor) -> StageWork:
+    def stage(self, index: int, data: memoryview | torch.Tensor, start: int | None = None) -> StageWork:
         """The work of moving manifest entry `index` into place; nothing is written before `advance`.
 
-        `data` is the whole tensor: contiguous bytes in the manifest's dtype, or a tensor of its dtype and shape. Raises
+        `data` is the whole tensor: contiguous bytes in the manifest's dtype, or a tensor of its dtype and shape. Or it
+        is the next piece of its bytes, from `start` on: one at 0 begins the tensor, the last one completes it. Raises
         `WeightUpdateError` naming the tensor if it is not that, or was staged before.
         """
         transaction = self._require_update()
         info = transaction.staged.check(index)
-        source = source_of(info, data)
-        destination = self._destination(transaction, info)
-        is_live = transaction.mode == "inplace" and info.name not in self.weight_map.aliases
+        source = source_of(info, data, start)
+        arrival = transaction.arrivals.pop(index, None)  # a piece that is never done leaves a tensor to begin again
+        if not start:
+            arrival = self._arrival(transaction, info)
+        elif arrival is None or arrival.num_elements * TORCH_DTYPES[info.dtype].itemsize != start:
+            raise WeightUpdateError(f"{info.name}: a piece at byte {start} is not the next one", field=info.name)
         return StageWork(
             source,
-            destination,
-            is_live=is_live,
-            before_write=lambda: transaction.before_write(is_live),
-            on_done=lambda digest: self._staged(transaction, index, info, digest),
-            hashes=bool(info.digest) or info.name in transaction.compared,
+            arrival,
+            before_write=lambda: transaction.before_write(arrival.is_live),
+            on_done=lambda: self._arrived(transaction, index, info, arrival),
         )
+
+    def _arrival(self, transaction: _Transaction, info: TensorInfo) -> Arrival:
+        destination = self._destination(transaction, info)
+        assert destination.is_contiguous(), "a region is whole rows of a parameter"
+        is_live = transaction.mode == "inplace" and info.name not in self.weight_map.aliases
+        hashes = bool(info.digest) or info.name in transaction.compared
+        return Arrival(destination.view(-1), is_live=is_live, hashes=hashes)
+
+    def _arrived(self, transaction: _Transaction, index: int, info: TensorInfo, arrival: Arrival) -> None:
+        if not arrival.is_whole:
+            transaction.arrivals[index] = arrival
+            return
+        self._staged(transaction, index, info, arrival.hasher.hexdigest() if arrival.hasher else "")
 
     def _destination(self, transaction: _Transaction, info: TensorInfo) -> torch.Tensor:
         if info.name in self.weight_map.aliases:  # owns no memory: converted into scratch, to be compared and forgotten
@@ -285,17 +312,50 @@ class WeightStore:
 
     def digest(self) -> dict[str, str]:
         """SHA-256 of live memory now, per HF tensor (no aliases), over its bytes in HF layout and engine dtype."""
-        return {name: digest_of(self._region(rule)) for name, rule in self.weight_map.rules_by_name.items()}
+        return dict(filter(None, self.digest_in_slices()))
+
+    def digest_in_slices(self) -> Iterator[tuple[str, str] | None]:
+        """As `digest`, a block at a time: None, or the name and digest of a tensor that is complete."""
+        view = self._begin_reading()
+        for name, rule in self.weight_map.rules_by_name.items():
+            hasher = hashlib.sha256()
+            for block in view.blocks(self._region(rule).view(-1)):
+                hasher.update(block)
+                yield None
+            yield name, hasher.hexdigest()
+
+    def info(self, name: str) -> TensorInfo:
+        """What `name` is, in the engine's dtype. Raises `NotFoundError` naming it."""
+        return TensorInfo(name, self._rule(name).shape, dtype_name(self.dtype))
+
+    def copy_in_slices(self, name: str, start: int, into: memoryview) -> Iterator[None]:
+        """Fill `into` with the bytes of a live tensor from byte `start` on, a block at a time."""
+        view = self._begin_reading()
+        first, count = start // self.dtype.itemsize, len(into) // self.dtype.itemsize
+        num_copied = 0
+        for block in view.blocks(self._region(self._rule(name)).view(-1)[first : first + count]):
+            into[num_copied : num_copied + len(block)] = block
+            num_copied += len(block)
+            yield
+
+    def _begin_reading(self) -> HostView:
+        if self._host_view is None:
+            self._host_view = HostView(self.device)
+        self._host_view.begin()
+        return self._host_view
+
+    def _rule(self, name: str) -> WeightRule:
+        rule = self.weight_map.rules_by_name.get(self.weight_map.aliases.get(name, name))
+        if rule is None:
+            raise NotFoundError(f"{name} is not a tensor of this model", field="name")
+        return rule
 
     def read(self, name: str) -> torch.Tensor:
         """A CPU copy of one live tensor in HF shape, engine dtype; a tied name reads what it is tied to.
 
         Raises `NotFoundError` naming it.
         """
-        rule = self.weight_map.rules_by_name.get(self.weight_map.aliases.get(name, name))
-        if rule is None:
-            raise NotFoundError(f"{name} is not a tensor of this model", field="name")
-        return self._region(rule).detach().to("cpu", copy=True)
+        return self._region(self._rule(name)).detach().to("cpu", copy=True)
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(HF name, CPU copy) of every tensor, one at a time, without aliases: `load` of another store takes it."""

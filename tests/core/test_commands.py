@@ -10,6 +10,7 @@ from headrace.cache import Match, Namespace
 from headrace.core.executor import StepError
 from headrace.core.fake_executor import FREE_LOGPROB, FreeExecutor
 from headrace.core.service import run_core
+from headrace.ipc import SharedBuffer
 from headrace.scheduler import Scheduler
 from headrace.scheduler.roster import Roster
 from headrace.scheduler.sequence import Sequence
@@ -23,12 +24,13 @@ from headrace.types.messages import (
     Resume,
     SetVersion,
     Shutdown,
-    WeightBytes,
+    WeightPart,
     WeightsChecker,
 )
 from headrace.types.plan import StepResult
 from headrace.types.request import Request
 from headrace.types.sampling_params import LogprobOptions
+from headrace.types.weights import BufferRef
 from tests.core.harness import VOCAB_SIZE, Core, digest_of, new_tensors, request
 
 
@@ -164,12 +166,20 @@ def test_set_version_relabels_without_a_new_epoch() -> None:
 
 def test_weights_are_read_back_by_name() -> None:
     core = Core()
-    found = core.call(GetWeight, "k.weight", kind=WeightBytes)
-    assert (found.info.name, found.info.shape, found.info.dtype) == ("k.weight", (4, 4), "float32")
-    live = core.store.live["qkv"][4:8]
-    assert torch.equal(torch.frombuffer(bytearray(found.data), dtype=torch.float32).view(4, 4), live)
-    assert core.call(GetWeight, "lm_head.weight", kind=WeightBytes).info.shape == (8, 4)
-    assert core.refused(GetWeight, "nothing").code == "NotFoundError"
+    with SharedBuffer.create(4096) as buffer:
+        found = core.call(GetWeight, "k.weight", buffer.ref, kind=WeightPart)
+        assert (found.info.name, found.info.shape, found.info.dtype) == ("k.weight", (4, 4), "float32")
+        live = core.store.live["qkv"][4:8]
+        assert (found.num_bytes, found.total) == (64, 64)
+        assert bytes(buffer.view[:64]) == live.numpy().tobytes()
+        found = core.call(GetWeight, "k.weight", buffer.ref, 16, 3, kind=WeightPart)
+        assert (found.num_bytes, found.total) == (32, 48)
+        assert bytes(buffer.view[:32]) == live[1:3].numpy().tobytes()
+        assert core.call(GetWeight, "lm_head.weight", buffer.ref, kind=WeightPart).info.shape == (8, 4)
+        assert core.refused(GetWeight, "nothing", buffer.ref).code == "NotFoundError"
+        assert core.refused(GetWeight, "k.weight", buffer.ref, 2).field == "start"
+        assert core.refused(GetWeight, "k.weight", buffer.ref, 80).field == "start"
+    assert core.refused(GetWeight, "k.weight", BufferRef("/nowhere", 64)).field == "buffer"
 
 
 def test_digest_sees_one_flipped_bit() -> None:

@@ -104,13 +104,18 @@ def test_a_whole_core_runs_in_a_thread(folder: Path, tmp_path: Path) -> None:
         outputs: list[Output] = []
         closed = asyncio.get_running_loop().create_future()
         await front.start(outputs.append, closed.set_result)
+
+        async def answered(call_id: int) -> None:
+            while not any(isinstance(output, Reply) and output.call_id == call_id for output in outputs):
+                await asyncio.sleep(0.01)
+
         front.send(Submit((request(1, max_new_tokens=8),)))
         front.send(UpdateFromDisk(1, str(tmp_path), "v1"))
         front.send(Digest(2))
         front.send(GetStatus(3))
-        while not any(isinstance(output, Reply) and output.call_id == 1 for output in outputs):
-            await asyncio.sleep(0.01)
+        await answered(1)
         front.send(Digest(4))
+        await answered(4)
         front.send(Shutdown(5))
         await asyncio.wait_for(closed, 30.0)
         return outputs

@@ -68,10 +68,10 @@ def test_drain_lets_started_ones_finish_and_starts_no_other() -> None:
 
 
 def test_drain_has_a_deadline_and_then_nothing_is_paused() -> None:
-    core = Core(control_timeout=30.0)
+    core = Core()
     core.submit(request(1, max_new_tokens=200))
     core.turn(3)
-    call_id = core.start(Pause, "drain")
+    call_id = core.start(Pause, "drain", core.clock.now + 30.0)
     core.turn()
     core.clock.now += 30.0
     core.turn()

@@ -33,9 +33,10 @@ from headrace.types.messages import (
     GetWeight,
     Reply,
     Submit,
-    WeightBytes,
+    WeightPart,
 )
 from headrace.types.request import Delta, Finish, Request, pack_ids
+from headrace.types.weights import BufferRef
 
 STATUS = CoreStatus("ready", "default", 0, "", False, 0, 0, 0, 0, {})
 
@@ -109,7 +110,7 @@ def test_requests_of_one_turn_leave_as_one_message() -> None:
         for _ in range(50):
             client.submit(request(client.new_handle()), Recorder())
         [message] = await core.commands()
-        assert isinstance(message, Submit) and [r.handle for r in message.requests] == list(range(1, 51))
+        assert isinstance(message, Submit) and [r.handle for r in message.all_requests()] == list(range(1, 51))
 
     play(scenario)
 
@@ -119,7 +120,7 @@ def test_huge_batches_leave_in_bounded_messages() -> None:
         for _ in range(5):
             client.submit(request(client.new_handle(), 1_000_000), Recorder())
         messages = await core.commands()
-        assert [len(m.requests) for m in messages if isinstance(m, Submit)] == [2, 2, 1]
+        assert [len(list(m.all_requests())) for m in messages if isinstance(m, Submit)] == [2, 2, 1]
 
     play(scenario)
 
@@ -165,7 +166,7 @@ def test_replies_find_their_calls_in_any_order() -> None:
 
 def test_the_core_s_error_is_raised_with_its_class() -> None:
     async def scenario(client: CoreClient, core: ScriptedCore) -> None:
-        call = asyncio.create_task(client.call(lambda i: GetWeight(i, "x"), WeightBytes))
+        call = asyncio.create_task(client.call(lambda i: GetWeight(i, "x", BufferRef("", 1)), WeightPart))
         [command] = await core.commands()
         assert isinstance(command, GetWeight)
         core.link.send(Reply(command.call_id, error=ErrorInfo("NotFoundError", "no x", "name")))

@@ -10,6 +10,7 @@ import pytest
 from headrace.engine.pacing import MAX_WAKES_PER_TURN, Pacer
 from headrace.engine.requests import GenerateItem
 from headrace.engine.stream import EndKind, Stream, StreamGroup
+from headrace.engine.text_feed import TextStart
 from headrace.text import Tokenizer
 from headrace.types.errors import ErrorInfo, HeadraceError, PoisonedError
 from headrace.types.generation import Generation
@@ -33,7 +34,8 @@ class Feed:
         deliver = 1 if stream or sampling.stop else 0
         self.ends: list[EndKind] = []
         request = Request(1, "r", pack_ids([1]), 8, 0, deliver_every=deliver)
-        self.stream = Stream(item, request, tokenizer, lambda _, kind: self.ends.append(kind))
+        start = TextStart(tokenizer, sampling) if tokenizer else None
+        self.stream = Stream(item, request, start, lambda _, kind: self.ends.append(kind))
 
     def tokens(self, data: bytes | list[int], finish: Finish | None = None) -> None:
         ids = list(data)
@@ -98,6 +100,26 @@ def test_a_stop_string_in_the_last_delta_wins_over_its_finish(tokenizer: Tokeniz
         answer = result(feed)
         assert (answer.text, answer.token_ids, answer.matched) == ("t", list(b"two"), "wo")
         assert feed.ends == ["answered"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 50])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_stop_string_may_begin_before_min_new_tokens(tokenizer: Tokenizer, size: int, stream: bool) -> None:
+    """It counts once it is complete with token number `min_new_tokens` or a later one."""
+    for text, stop, minimum, keep, expected in (
+        (b"abcde", "bc", 3, False, ("a", b"abc")),
+        (b"abcde", "bc", 3, True, ("abc", b"abc")),
+        (b"abcde", "bc", 4, False, ("abcde", b"abcde")),
+        (b"abcbc", "bc", 4, False, ("abc", b"abcbc")),
+        (b"aaaaa", "aa", 3, False, ("a", b"aaa")),
+        (b"abcde", "abcde", 5, False, ("", b"abcde")),
+    ):
+        feed = Feed(tokenizer, stream=stream, stop=stop, min_new_tokens=minimum, no_stop_trim=keep)
+        for start in range(0, len(text), size):
+            feed.tokens(text[start : start + size], Finish("length") if start + size >= len(text) else None)
+        answer = result(feed)
+        assert (answer.text, bytes(answer.token_ids)) == expected
+        assert answer.matched == (stop if len(expected[0]) < len(text) else None)
 
 
 def test_text_is_not_searched_before_min_new_tokens(tokenizer: Tokenizer) -> None:

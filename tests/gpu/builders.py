@@ -166,7 +166,7 @@ def shortfall(
         token_ids=np.array(known, np.int32),
         sampling=token_sampling(params),
         logprobs=LogprobOptions(),
-        stop_token_ids=params.stop_token_ids,
+        stop_token_ids=tuple(params.stop_token_ids),
         min_length=len(prompt) + params.min_new_tokens,
     )
     judge = reference.penalised if params.is_greedy else reference.scores

@@ -170,6 +170,28 @@ def test_every_processor_and_every_extra(device: Engine, plain: Engine) -> None:
     assert found[-1].finish_reason == "stop" and found[-1].token_ids[0] >= 80 > found[-1].token_ids[-1]
 
 
+def test_a_resumed_generation_counts_its_output_as_before(device: Engine, plain: Engine) -> None:
+    """The last ids of the prompt are output: presence and frequency penalties go on where they were."""
+    penalties: dict[str, Any] = {
+        "repetition_penalty": 1.2,
+        "presence_penalty": -4.0,
+        "frequency_penalty": -2.0,
+        "seed": 4,
+    }
+    prompt = random_ids(90, 4)
+    [whole] = device.generate(
+        input_ids=prompt, sampling_params=SamplingParams(max_new_tokens=8, ignore_eos=True, **penalties)
+    )
+    rest = SamplingParams(max_new_tokens=4, ignore_eos=True, **penalties)
+    resumed = prompt + whole.token_ids[:4]
+    found, expected = (
+        each.generate(input_ids=[resumed, resumed], sampling_params=rest, num_output_ids_in_prompt=[4, 0])
+        for each in (device, plain)
+    )
+    check_equal(found, expected)
+    assert whole.token_ids[4:] == found[0].token_ids != found[1].token_ids
+
+
 def test_a_slot_and_its_pages_are_used_again(device: Engine, plain: Engine) -> None:
     """More requests than slots, of all lengths."""
     prompts = [random_ids(30 + seed, 1 + seed) for seed in range(7)]

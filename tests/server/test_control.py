@@ -313,6 +313,16 @@ def test_weights_checker_notices_reset_tensors(start: START, model_folder: Path)
         ("/get_weights_by_name", {"name": "model.norm.weight", "truncate_size": -1}, "truncate_size"),
         ("/get_weights_by_name", {"name": "model.norm.weight", "truncate_size": "many"}, "truncate_size"),
         ("/weights_checker", {"action": "destroy"}, "action"),
+        ("/pause_generation", {"timeout_s": -1}, "timeout_s"),
+        ("/pause_generation", {"timeout_s": 0}, "timeout_s"),
+        ("/pause_generation", {"timeout_s": "soon"}, "timeout_s"),
+        ("/pause_generation", {"timeout_s": "nan"}, "timeout_s"),
+        ("/pause_generation", {"timeout_s": True}, "timeout_s"),
+        ("/update_weights_from_disk", {"model_path": ".", "in_flight": "kep"}, "in_flight"),
+        ("/update_weights_from_disk", {"model_path": ".", "timeout_s": [5]}, "timeout_s"),
+        ("/update_weight_version", {"new_version": ""}, "new_version"),
+        ("/update_weight_version", {"new_version": "v" * 2000}, "new_version"),
+        ("/update_weight_version", {"new_version": "v", "abort_all_requests": "yes"}, "abort_all_requests"),
     ],
 )
 def test_bad_control_calls_are_named(served: Served, path: str, body: dict[str, Any], field: str) -> None:

@@ -64,10 +64,9 @@ def test_after_a_match_nothing_is_shown() -> None:
 
 
 def test_many_long_stop_strings_cost_little() -> None:
-    """The states of an adversarial set stay linear in its size."""
+    """Nothing is built of an adversarial set; a character is added to the state once and dropped from it once."""
     stops = ["a" * length for length in range(1000, 1024)] + ["b" * 1024 + str(i) for i in range(40)]
     matcher = StopStrings(stops)
-    assert len(matcher._automaton.depths) <= 1 + sum(map(len, stops))
     shown, matched = matcher.push("a" * 999 + "c" + "b" * 2000 + "7")
     assert matched == "b" * 1024 + "7"
     assert shown == "a" * 999 + "c" + "b" * 976

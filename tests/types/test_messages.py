@@ -1,12 +1,24 @@
 """Every message survives the wire, and nothing outside the closed union is accepted."""
 
+from typing import Any
+
 import msgspec
 import numpy as np
 import pytest
 
 from headrace.types import messages
 from headrace.types.messages import Abort, Command, Deltas, Output, Reply, Submit
-from headrace.types.request import Delta, Finish, Request, pack_floats, pack_ids, unpack_floats, unpack_ids
+from headrace.types.request import (
+    Delta,
+    Finish,
+    Request,
+    TokenSampling,
+    pack_floats,
+    pack_ids,
+    unpack_floats,
+    unpack_ids,
+)
+from headrace.types.sampling_params import LogprobOptions
 
 
 def test_requests_and_deltas_round_trip() -> None:
@@ -48,3 +60,22 @@ def test_every_command_with_a_reply_carries_a_call_id() -> None:
     silent = {"Submit", "Abort", "Finished"}
     for cls in messages.Command.__args__:
         assert ("call_id" in cls.__struct_fields__) == (cls.__name__ not in silent), cls.__name__
+
+
+def test_requests_that_share_their_parameters_travel_once() -> None:
+    """Samples and prompts of a call: one long prompt, one bias, one list of stop ids on the wire and in the core."""
+    sampling = TokenSampling(logit_bias=tuple((token, 1.0) for token in range(4000)))
+    stops, options, prompts = tuple(range(1000)), LogprobOptions(token_ids=tuple(range(500))), [bytes(4000), bytes(8)]
+    shared: dict[str, Any] = {"sampling": sampling, "stop_token_ids": stops, "logprobs": options}
+    requests = [Request(handle, f"r{handle}", prompts[handle // 50], 8, handle * 7, **shared) for handle in range(100)]
+    other = Request(100, "r100", prompts[1], 8, 5, **{**shared, "sampling": TokenSampling(0.5)})
+    requests += [other, msgspec.structs.replace(other, handle=101, max_new_tokens=9)]
+    data = msgspec.msgpack.encode(Submit.of(requests))
+    assert len(data) < 2 * len(msgspec.msgpack.encode(Submit((requests[0],))))
+    sent = msgspec.msgpack.decode(data, type=Command)
+    assert isinstance(sent, Submit)
+    found = list(sent.all_requests())
+    assert found == requests
+    assert all(each.sampling is found[0].sampling for each in found[:100])
+    assert all(each.prompt is found[0].prompt for each in found[:50])
+    assert list(Submit(tuple(requests)).all_requests()) == requests

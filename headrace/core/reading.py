@@ -1,0 +1,145 @@
+"""Reading live weights between steps, a slice at a time. Owns the reads that wait, and that each is of one version.
+
+A commit does not wait for a read: one that it interrupts begins again with the new weights. While an update writes live
+weights in place nothing is read. Reads are done one after the other, in the order they came.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from typing import Any
+
+import msgspec
+
+from headrace.core.executor import FAULTS, Weights
+from headrace.core.outbox import Outbox
+from headrace.core.staging import ELEMENT_BYTES, num_bytes_of
+from headrace.core.updating import UpdateControl
+from headrace.ipc import SharedBuffer
+from headrace.types.errors import DeadlineError, HeadraceError, InternalError, RequestError
+from headrace.types.messages import GetWeight, WeightPart
+from headrace.types.weights import TensorInfo
+from headrace.weights.weight_map import num_elements
+
+logger = logging.getLogger(__name__)
+
+Slices = Generator[None, None, Any]
+"""A read: it rests after each block, and returns what the call is answered with."""
+
+
+class _Read(msgspec.Struct):
+    """`slices` are those begun when live memory had `stamp`; `close` lets go of what the read holds."""
+
+    call_id: int
+    deadline: float
+    begin: Callable[[int], Slices]
+    close: Callable[[], None]
+    slices: Slices | None = None
+    stamp: int = -1
+
+
+class ReadControl:
+    """The reads of live weights of one replica."""
+
+    def __init__(self, weights: Weights, update: UpdateControl, outbox: Outbox) -> None:
+        self._weights = weights
+        self._update = update
+        self._outbox = outbox
+        self._reads: deque[_Read] = deque()
+
+    @property
+    def deadline(self) -> float | None:
+        """When the first of the reads fails; None while there is none."""
+        return min((read.deadline for read in self._reads), default=None)
+
+    def digest(self, call_id: int, deadline: float, finish: Callable[[dict[str, str]], Any]) -> None:
+        """Hash all live weights; the call is answered with what `finish` makes of the digests by name."""
+        self._update.check_readable()
+
+        def begin(stamp: int) -> Slices:
+            digests: dict[str, str] = {}
+            for found in self._weights.digest_in_slices():
+                if found is not None:
+                    digests[found[0]] = found[1]
+                yield
+            return finish(digests)
+
+        self._reads.append(_Read(call_id, deadline, begin, lambda: None))
+
+    def copy(self, command: GetWeight) -> None:
+        """Copy a part of one tensor into the caller's buffer. Raises what is wrong with the command."""
+        self._update.check_readable()
+        info = self._weights.info(command.name)
+        element, start, stop = ELEMENT_BYTES[info.dtype], command.start, _num_bytes_read(info, command.max_rows)
+        if not 0 <= start <= stop or start % element:
+            raise RequestError(f"no element of {command.name} begins at byte {start}", field="start")
+        size = min(stop - start, command.buffer.size - command.buffer.size % element)
+        buffer = SharedBuffer.open(command.buffer, writable=True)
+
+        def begin(stamp: int) -> Slices:
+            yield from self._weights.copy_in_slices(command.name, start, buffer.view[:size])
+            return WeightPart(info, size, stamp, stop)
+
+        self._reads.append(_Read(command.call_id, command.deadline, begin, buffer.close))
+
+    def advance(self, budget_s: float, now: float) -> bool:
+        """Read for about `budget_s` seconds, at least one block. True when it did something."""
+        for read in [read for read in self._reads if now >= read.deadline]:
+            self._refuse(read, DeadlineError("the weights were not read by the deadline"))
+        if not self._reads:
+            return False
+        read = self._reads[0]
+        try:
+            self._update.check_readable()
+            self._advance(read, time.perf_counter() + budget_s)
+        except HeadraceError as error:
+            self._refuse(read, error)
+        except FAULTS as fault:
+            logger.exception("reading weights failed")
+            self._refuse(read, InternalError(f"reading weights failed: {type(fault).__name__}: {fault}"))
+        return True
+
+    def give_up(self, call_id: int, error: HeadraceError) -> None:
+        """Forget the read of this call, if there is one."""
+        for read in [read for read in self._reads if read.call_id == call_id]:
+            self._refuse(read, error)
+
+    def end(self, error: HeadraceError) -> None:
+        """Answer every read with `error`."""
+        for read in list(self._reads):
+            self._refuse(read, error)
+
+    def _advance(self, read: _Read, stop_at: float) -> None:
+        if read.slices is None or read.stamp != self._update.live_stamp:
+            read.stamp = self._update.live_stamp
+            read.slices = read.begin(read.stamp)
+        while True:
+            try:
+                next(read.slices)
+            except StopIteration as end:
+                self._drop(read)
+                self._outbox.reply(read.call_id, end.value)
+                return
+            if time.perf_counter() >= stop_at:
+                return
+
+    def _refuse(self, read: _Read, error: HeadraceError) -> None:
+        self._drop(read)
+        self._outbox.refuse(read.call_id, error.info())
+
+    def _drop(self, read: _Read) -> None:
+        self._reads.remove(read)
+        if read.slices is not None:
+            read.slices.close()
+        read.slices = None
+        read.close()
+
+
+def _num_bytes_read(info: TensorInfo, max_rows: int | None) -> int:
+    """Bytes of the first rows of a tensor; None: of all."""
+    if max_rows is None or not info.shape or max_rows >= info.shape[0]:
+        return num_bytes_of(info)
+    return num_elements((max(0, max_rows), *info.shape[1:])) * ELEMENT_BYTES[info.dtype]

@@ -1,0 +1,66 @@
+"""Bounds on products: what no field is too large for by itself, and all of a call's together are. Owns these constants.
+
+Everything here is checked before anything of that size is made. What the samples of a prompt share (its ids, and its
+`SamplingParams` with stop strings and logit bias) is made once: `n` multiplies nothing of it and needs no bound there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from headrace.types.errors import RequestError
+from headrace.types.sampling_params import LogprobOptions, SamplingParams
+
+MAX_LOGPROB_VALUES = 1 << 24
+"""Further log-probabilities (of top and asked ids) of one prompt's samples: entries of dictionaries, about 120 bytes
+each. So many of one sequence also fit the message that ends it."""
+
+MAX_BODY_LOGPROB_VALUES = 1 << 23
+"""The same of all prompts of one HTTP body, where each is a JSON triple too."""
+
+MAX_CALL_STOP_CHARACTERS = 1 << 20
+"""Characters of the stop strings of all different `sampling_params` of a call: sixteen full sets."""
+
+MAX_CALL_STOP_TOKEN_IDS = 1 << 18
+MAX_CALL_LOGIT_BIAS = 1 << 18
+"""Stop ids, and entries of logit biases, of all different `sampling_params` of a call. An entry takes some 300 bytes
+in the front and the core together: 80 MB at most."""
+
+
+def check_call(params: Iterable[SamplingParams]) -> None:
+    """Raise `RequestError` if the `sampling_params` of one call are too much together. Shared ones count once."""
+    distinct = {id(each): each for each in params}.values()
+    if len(distinct) == 1:
+        return  # the bounds of each field say enough
+    for name, limit, total in (
+        ("stop", MAX_CALL_STOP_CHARACTERS, sum(len(stop) for each in distinct for stop in each.stop)),
+        ("stop_token_ids", MAX_CALL_STOP_TOKEN_IDS, sum(len(each.stop_token_ids) for each in distinct)),
+        ("logit_bias", MAX_CALL_LOGIT_BIAS, sum(len(each.logit_bias or ()) for each in distinct)),
+    ):
+        if total > limit:
+            what = "characters" if name == "stop" else "entries"
+            message = f"sampling_params: {name} has {total} {what} over all prompts of a call; at most {limit} may be"
+            raise RequestError(message, field=f"sampling_params.{name}")
+
+
+def num_logprob_values(options: LogprobOptions, num_prompt: int, params: SamplingParams) -> int:
+    """Most log-probabilities beside the tokens' own that the samples of one prompt can bring."""
+    num_scored = 0 if options.prompt_start is None else max(0, num_prompt - options.prompt_start)
+    return params.n * (num_scored + params.max_new_tokens) * (options.num_top + len(options.token_ids))
+
+
+def check_body(prompts: Iterable[tuple[LogprobOptions, int, SamplingParams]]) -> None:
+    """Raise `RequestError` if all prompts of an HTTP body together, each with its number of ids, may bring too many
+    further log-probabilities."""
+    total = 0
+    for options, num_prompt, params in prompts:
+        total += num_logprob_values(options, num_prompt, params)
+        check_logprob_values(total, options, MAX_BODY_LOGPROB_VALUES)
+
+
+def check_logprob_values(num_values: int, options: LogprobOptions, limit: int = MAX_LOGPROB_VALUES) -> None:
+    """Raise `RequestError` naming the field if so many further log-probabilities are too many."""
+    if num_values > limit:
+        field = "top_logprobs" if options.num_top else "logprob_token_ids"
+        message = f"{field} asks for up to {num_values} values over all tokens and samples; at most {limit} may be"
+        raise RequestError(message, field=field)

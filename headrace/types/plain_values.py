@@ -1,0 +1,120 @@
+"""Plain values of what callers write. Owns which spellings of a number, flag, time or list are taken, for all doors.
+
+A scalar of NumPy or torch is the number that it holds. Nothing is guessed: a string is no number, a bool no integer, a
+float no integer. Every refusal names the field, in the error type that the caller asks for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import operator
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from headrace.types.errors import HeadraceError, RequestError
+
+MAX_SECONDS = 1e9
+"""Longest time that may be asked for: thirty years, which every clock and timer here can hold."""
+
+Refusal = type[HeadraceError]
+
+
+def plain_scalar(value: Any) -> Any:
+    """A scalar of NumPy, or an array or tensor without axes, as the Python value in it; anything else as it is."""
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
+
+
+def as_integer(value: Any, field: str, refusal: Refusal = RequestError) -> int:
+    """An integer; no bool, no float, no string."""
+    value = value if type(value) is int else plain_scalar(value)
+    if hasattr(type(value), "__index__") and not isinstance(value, bool) and not hasattr(value, "shape"):
+        return operator.index(value)
+    raise refusal(f"{field} must be an integer, not {_shown(value)}", field=field)
+
+
+def as_number(value: Any, field: str, refusal: Refusal = RequestError) -> float:
+    """A finite number, which an integer is too."""
+    value = value if type(value) is float else plain_scalar(value)
+    if hasattr(type(value), "__float__") and not isinstance(value, bool) and not hasattr(value, "shape"):
+        with contextlib.suppress(OverflowError, ValueError):  # an integer that no float can hold
+            number = float(value)
+            if math.isfinite(number):
+                return number
+    raise refusal(f"{field} must be a finite number, not {_shown(value)}", field=field)
+
+
+def as_flag(value: Any, field: str, refusal: Refusal = RequestError) -> bool:
+    """True or false; nothing that is merely truthy."""
+    value = plain_scalar(value)
+    if isinstance(value, bool):
+        return value
+    raise refusal(f"{field} must be true or false, not {_shown(value)}", field=field)
+
+
+def as_seconds(value: Any, field: str, refusal: Refusal = RequestError) -> float:
+    """A time to wait: more than 0 seconds, at most `MAX_SECONDS`."""
+    seconds = as_number(value, field, refusal)
+    if not 0 < seconds <= MAX_SECONDS:
+        raise refusal(f"{field} must be more than 0 and at most {MAX_SECONDS:g} seconds, not {seconds:g}", field=field)
+    return seconds
+
+
+def as_choice(value: Any, choices: tuple[str, ...], field: str, refusal: Refusal = RequestError) -> Any:
+    """One of a few words."""
+    if isinstance(value, str) and value in choices:
+        return value
+    raise refusal(f"{field} must be one of {', '.join(choices)}, not {_shown(value)}", field=field)
+
+
+def as_list(value: Any, field: str, what: str, max_length: int | None = None) -> list[Any]:
+    """The elements of any iterable that has an order, or of a set; of an endless one as many as show that it is over
+    `max_length`. `what` describes it in refusals. No string, bytes or mapping: those are iterable by accident."""
+    if isinstance(value, (str, bytes, bytearray, Mapping)) or not isinstance(value, Iterable):
+        raise RequestError(f"{field} must be {what}, not {_shown(value)}", field=field)
+    try:
+        found = list(value) if max_length is None else list(islice(value, max_length + 1))
+    except TypeError:  # an array without axes calls itself iterable
+        raise RequestError(f"{field} must be {what}, not {_shown(value)}", field=field) from None
+    if max_length is not None and len(found) > max_length:
+        raise RequestError(f"{field} must hold at most {max_length}", field=field)
+    return found
+
+
+def as_integer_array(value: Any, field: str) -> np.ndarray[Any, np.dtype[np.integer[Any]]]:
+    """A flat integer array of any iterable of integers: list, range, generator, array, tensor (copied to the CPU)."""
+    if hasattr(value, "detach"):  # a tensor of torch, wherever it lies
+        value = value.detach().cpu().numpy()
+    if not isinstance(value, np.ndarray):
+        values = as_list(value, field, "a list of integers")
+        if any(not issubclass(kind, np.integer) for kind in set(map(type, values)) - {int}):
+            values = [_element(each, field, position) for position, each in enumerate(values)]
+        try:
+            value = np.array(values, dtype=np.int64)
+        except OverflowError:
+            raise RequestError(f"{field} holds an integer of more than 64 bits", field=field) from None
+    if value.ndim != 1 or value.dtype.kind not in "iu":
+        raise RequestError(f"{field} must be a flat list of integers", field=field)
+    array: np.ndarray[Any, np.dtype[np.integer[Any]]] = value
+    return array
+
+
+def _element(value: Any, field: str, position: int) -> int:
+    try:
+        return as_integer(value, field)
+    except RequestError:
+        message = f"{field} must hold integers only; number {position} is {_shown(value)}"
+        raise RequestError(message, field=field) from None
+
+
+def _shown(value: Any) -> str:
+    """A value as an error names it: itself where it is short, else its type."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        text = repr(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "a huge number"
+        return text if len(text) <= 40 else type(value).__name__
+    return type(value).__name__

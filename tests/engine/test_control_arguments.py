@@ -1,0 +1,100 @@
+"""What control calls are given: refused by name, before anything happens, in a typed error that is a 400."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from headrace import Engine
+from headrace.config import EngineConfig
+from headrace.types.errors import ConfigError, HeadraceError
+
+TENSOR = [("model.norm.weight", torch.ones(32))]
+
+
+def push(engine: Engine, **arguments: Any) -> Any:
+    return engine.update_weights_from_tensor(TENSOR, **{"version": "x", "partial": True, **arguments})
+
+
+def begin(engine: Engine, **arguments: Any) -> Any:
+    manifest = [("model.norm.weight", (32,), "float32")]
+    return engine.begin_update(**{"version": "x", "manifest": manifest, "partial": True, **arguments})
+
+
+def from_disk(engine: Engine, **arguments: Any) -> Any:
+    return engine.update_weights_from_disk(**{"path": ".", "version": "x", **arguments})
+
+
+BAD_SECONDS: list[Any] = ["5", True, math.nan, math.inf, -1, 0, 1e300, [5], 10**400]
+CALLS: list[tuple[Callable[..., Any], str, list[Any]]] = [
+    *[(call, "timeout", BAD_SECONDS) for call in (push, begin, from_disk, Engine.status, Engine.pause)],
+    *[(call, "partial", ["yes", 1, None, np.array([True])]) for call in (push, begin)],
+    *[
+        (call, name, ["shadw", 5, ["auto"], None])
+        for call in (push, begin, from_disk)
+        for name in ("mode", "in_flight")
+    ],
+    *[(call, "version", ["", None, 1.5, True, "\ud800", "v" * 2000, b"v"]) for call in (push, begin, from_disk)],
+    (Engine.pause, "mode", ["drian", 5, None, ["abort"]]),
+    (Engine.set_weight_version, "version", ["", None, 1.5, True, "\ud800"]),
+    (Engine.weights_checker, "action", [5, None, "\ud800"]),
+    (Engine.get_weights_by_name, "name", [5, None, "\ud800"]),
+    (lambda engine, **rest: engine.abort("nobody", **rest), "prefix", ["yes", 1, None]),
+    (Engine.abort, "all", ["yes", 1, None]),
+    (lambda engine, **rest: engine.abort("nobody", **rest), "message", [5, None, "\ud800"]),
+]
+
+
+@pytest.mark.parametrize(("call", "field", "values"), CALLS, ids=[f"{i}-{call[1]}" for i, call in enumerate(CALLS)])
+def test_a_bad_argument_is_refused_by_name(
+    engine: Engine, call: Callable[..., Any], field: str, values: list[Any]
+) -> None:
+    before = engine.status()
+    for value in values:
+        with pytest.raises(HeadraceError) as caught:
+            call(engine, **{field: value})
+        assert (caught.value.field, caught.value.status) == (field, 400), value
+    after = engine.status()
+    assert (after.version, after.state, after.paused) == (before.version, before.state, before.paused)
+    assert engine.is_ready
+
+
+def test_plain_values_of_numpy_and_torch_are_taken(engine: Engine) -> None:
+    thirty: Any = np.float32(30)
+    yes: Any = np.bool_(True)
+    assert engine.status(thirty).state == "ready"
+    session = begin(engine, version=np.int64(7), timeout=torch.tensor(60), partial=yes)
+    engine.abort_update(session)
+    assert engine.abort("nobody", prefix=yes) == 0
+    settings: dict[str, Any] = {"page_size": np.int64(8), "memory_fraction": np.float32(0.5), "prefix_cache": yes}
+    config = EngineConfig(model="x", **settings)
+    assert (type(config.page_size), type(config.memory_fraction), config.prefix_cache) == (int, float, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("page_size", "16"),
+        ("page_size", 16.0),
+        ("page_size", True),
+        ("prefix_cache", "yes"),
+        ("prefix_cache", 1),
+        ("control_timeout", "600"),
+        ("control_timeout", math.nan),
+        ("request_timeout", -1),
+        ("device", "gpu"),
+        ("numerics", None),
+        ("tokenizer", 5),
+        ("seed", 1.5),
+    ],
+)
+def test_a_bad_setting_is_refused_by_name(name: str, value: Any) -> None:
+    for make in (EngineConfig.from_dict, lambda values: EngineConfig(**values)):
+        with pytest.raises(ConfigError) as caught:
+            make({"model": "x", name: value})
+        assert caught.value.field == name
