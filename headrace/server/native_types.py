@@ -35,6 +35,7 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     return_text_in_logprobs: bool = False
     return_prompt_token_ids: bool = False
     stream: bool = False
+    incremental_streaming_output: bool | None = None
     extra_key: str | list[str] | None = None
     priority: int | list[int] = 0
     logprob_mode: LogprobMode | None = None
@@ -64,13 +65,17 @@ class GenerateCall(msgspec.Struct):
     wants_logprobs: list[bool]
     is_list: bool
     is_stream: bool
+    is_incremental: bool
     writes_text: bool
     writes_prompt_ids: bool
     warnings: list[str]
 
 
-async def read_call(engine: AsyncEngine, values: Mapping[str, Any]) -> GenerateCall:
-    """Check a whole body. Raises `RequestError` naming the field; nothing has been submitted then."""
+async def read_call(engine: AsyncEngine, values: Mapping[str, Any], is_incremental: bool) -> GenerateCall:
+    """Check a whole body. Raises `RequestError` naming the field; nothing has been submitted then.
+
+    `is_incremental` says how to stream where the body does not.
+    """
     refuse_lacking(values, LACKING_GENERATE)
     body = convert(values, GenerateBody)
     sources, is_batch, field = _sources(body)
@@ -99,6 +104,9 @@ async def read_call(engine: AsyncEngine, values: Mapping[str, Any]) -> GenerateC
         wants_logprobs=[asked.wants_logprobs[item.prompt_index] for item in items],
         is_list=is_list,
         is_stream=body.stream,
+        is_incremental=is_incremental
+        if body.incremental_streaming_output is None
+        else body.incremental_streaming_output,
         writes_text=body.return_text_in_logprobs,
         writes_prompt_ids=body.return_prompt_token_ids,
         warnings=warnings_for(values, _KNOWN | LACKING_GENERATE),

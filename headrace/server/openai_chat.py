@@ -10,7 +10,6 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from headrace.engine.stream import StreamGroup
 from headrace.server.native_types import shared_ids
 from headrace.server.openai_calls import OpenAiCall, Prompt, choice_extras, finish_of
 from headrace.server.openai_logprobs import chat_logprobs
@@ -141,7 +140,7 @@ class ChatFace:
         }
 
     async def _events(self, call: OpenAiCall, body: ChatBody, conversation: Conversation) -> AsyncIterator[bytes]:
-        group, numbers = StreamGroup(call.streams), call.numbers()
+        group, numbers = self._state.group(call.streams), call.numbers()
         choices = [
             _StreamedChoice(call, body, number, _parser(conversation), self._tokenizer)
             for number in range(len(call.streams))

@@ -10,7 +10,6 @@ from starlette.responses import Response
 
 from headrace.engine import Stream
 from headrace.engine.fields import per_prompt
-from headrace.engine.stream import StreamGroup
 from headrace.server.native_types import shared_ids
 from headrace.server.openai_calls import OpenAiCall, Prompt, choice_extras, finish_of
 from headrace.server.openai_logprobs import completion_logprobs, end_offset
@@ -89,7 +88,7 @@ class CompletionsFace:
         return max(0, min(DEFAULT_MAX_TOKENS, room))
 
     async def _events(self, call: OpenAiCall, body: CompletionBody) -> AsyncIterator[bytes]:
-        group, numbers = StreamGroup(call.streams), call.numbers()
+        group, numbers = self._state.group(call.streams), call.numbers()
         offsets = [0] * len(call.streams)
         while pieces := await group.next_pieces():
             events = []
