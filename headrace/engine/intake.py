@@ -80,13 +80,17 @@ class Intake:
         if self._tokenizer is None:
             return None
         num_resumed = request.num_output_ids_in_prompt
+        like: TextStart | None = None
         if self._last_start is not None:
             last, start = self._last_start
-            is_same_cut = last.num_output_ids_in_prompt == num_resumed
-            if start.params is item.params and is_same_cut and (not num_resumed or last.prompt is request.prompt):
+            is_same_cut = last.num_output_ids_in_prompt == num_resumed and last.prompt is request.prompt
+            like = start if start.params is item.params else None
+            if like is not None and is_same_cut and start.shown == item.shown_tokens:
                 return start
-        resumed_ids = unpack_ids(request.prompt)[-num_resumed:].tolist() if num_resumed else ()
-        start = TextStart(self._tokenizer, item.params, resumed_ids)
+        prompt_ids = unpack_ids(request.prompt)
+        cut = len(prompt_ids) - num_resumed
+        before, resumed = prompt_ids[:cut].data, prompt_ids[cut:].data  # views, of which little is read
+        start = TextStart(self._tokenizer, item.params, resumed, before, item.shown_tokens, like)
         self._last_start = request, start
         return start
 

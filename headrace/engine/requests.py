@@ -7,6 +7,7 @@ it (`input_ids[3]`, `sampling_params.top_p`).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, TypedDict
 
@@ -30,7 +31,7 @@ from headrace.engine.fields import (
 )
 from headrace.engine.seeds import SeedSource, sample_seed
 from headrace.scheduler.limits import MAX_PRIORITY
-from headrace.text import Tokenizer, encode_bounded
+from headrace.text import Tokenizer, begins_twice, encode_bounded
 from headrace.types.errors import ErrorInfo, RequestError
 from headrace.types.plain_values import as_flag, as_integer, as_integer_array, hint
 from headrace.types.request import Request, TokenSampling, pack_ids
@@ -42,12 +43,15 @@ from headrace.types.sampling_params import (
     SamplingParams,
 )
 
+logger = logging.getLogger(__name__)
+
 
 class GenerateOptions(TypedDict, total=False):
     """Keywords of `generate`, `stream` and `score`.
 
     request_id               a name, or one per prompt (one name for many prompts becomes name_0, name_1, ...); the
                              samples of one prompt share it. Must not be in use by a live request. None: a fresh one
+    add_special_tokens       add to texts what the tokenizer adds, such as a beginning of sequence (True)
     priority                 higher runs first (0)
     extra_key                separates prefix-cache entries ("")
     logprob_mode             meaning of output log-probabilities (None: the engine's default)
@@ -66,6 +70,7 @@ class GenerateOptions(TypedDict, total=False):
     """
 
     request_id: str | Sequence[str] | None
+    add_special_tokens: bool
     priority: int
     extra_key: str
     logprob_mode: LogprobMode | None
@@ -88,6 +93,7 @@ class GenerateItem(msgspec.Struct, frozen=True, kw_only=True):
     seed                 the sample's own seed; None: derived from `params.seed` and `index`, or given by the engine
     namespace            separates prefix-cache entries
     stream               deliver every token as it comes
+    shown_tokens         special tokens that show in the text although `params` skips special tokens
     num_output_ids_in_prompt, clip_to_context, return_errors   as in `GenerateOptions`
     packed               ids already checked and packed by `RequestBuilder.prepare`; callers leave it None
     refusal              why it cannot be served; its stream ends with that at once
@@ -104,6 +110,7 @@ class GenerateItem(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     namespace: str = ""
     stream: bool = False
+    shown_tokens: frozenset[str] = frozenset()
     num_output_ids_in_prompt: int = 0
     clip_to_context: bool = False
     return_errors: bool = False
@@ -127,6 +134,7 @@ class RequestBuilder:
         self._max_sequences = engine.max_sequences
         self._seeds = SeedSource(engine.seed)
         self._last_shared: _Shared | None = None
+        self._has_warned = False
 
     def expand(
         self,
@@ -148,6 +156,7 @@ class RequestBuilder:
         params = params_list(sampling_params, len(given), refusals if returns_errors else None)
         self._check_count(sum(each.n for each in params), field)
         check_call(params)
+        special = as_flag(options.get("add_special_tokens", True), "add_special_tokens")
         names = request_ids(options.get("request_id"), len(given))
         num_output = per_prompt(options.get("num_output_ids_in_prompt", 0), len(given), "num_output_ids_in_prompt")
         common = GenerateItem(
@@ -171,7 +180,7 @@ class RequestBuilder:
             try:
                 if position in refusals:
                     raise refusals[position]
-                item = self._settle(item, self._pack(field, source, item.num_output_ids_in_prompt, name))
+                item = self._settle(item, self._pack(field, source, item.num_output_ids_in_prompt, name, special))
             except RequestError as error:
                 if not returns_errors:
                     raise
@@ -298,13 +307,13 @@ class RequestBuilder:
         seed = item.params.seed
         return sample_seed(self._seeds.take() if seed is None else seed, item.index)
 
-    def _pack(self, kind: str, source: Any, num_output: int, field: str) -> bytes:
+    def _pack(self, kind: str, source: Any, num_output: int, field: str, special: bool = True) -> bytes:
         if kind == "input_ids":
             return self._pack_ids(source, field)
         if num_output:
             message = "num_output_ids_in_prompt counts token ids: give the prompt as input_ids"
             raise RequestError(message, field="num_output_ids_in_prompt")
-        return self._pack_text(source, field)
+        return self._pack_text(source, field, special)
 
     def _pack_ids(self, source: Any, field: str) -> bytes:
         array = as_integer_array(source, field)
@@ -314,12 +323,15 @@ class RequestBuilder:
         self._check_range(array, field)
         return pack_ids(array.astype(np.int32))
 
-    def _pack_text(self, text: Any, field: str) -> bytes:
+    def _pack_text(self, text: Any, field: str, special: bool) -> bytes:
         if not isinstance(text, str):
             raise RequestError(f"{field} must be a string", field=field)
         if self._tokenizer is None:
             raise RequestError("this engine has no tokenizer; give input_ids", field=field)
-        ids = encode_bounded(self._tokenizer, text, self._context_length, field)
+        ids = encode_bounded(self._tokenizer, text, self._context_length, field, add_special_tokens=special)
+        if special and not self._has_warned and begins_twice(self._tokenizer, ids):
+            self._has_warned = True
+            logger.warning("%s begins with the beginning of sequence, and one was added to it", field)
         if not ids:
             raise RequestError(f"{field} has no tokens", field=field)
         self._check_length(len(ids), field)

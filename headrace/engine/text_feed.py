@@ -17,19 +17,32 @@ class TextStart:
     it, and a character may: it belongs to the token that completes it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, resumed_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        resumed_ids: Sequence[int] = (),
+        prompt_ids: Sequence[int] = (),
+        shown: frozenset[str] = frozenset(),
+        like: TextStart | None = None,
+    ) -> None:
+        """`prompt_ids` stand before `resumed_ids`, `shown` are special tokens that show although others are skipped.
+        What depends on `params` alone is shared with `like`, made of the same ones."""
         self.params = params
-        self._tokenizer = tokenizer
+        self.shown = shown
         self._is_resumed = len(resumed_ids) > 0
         self._detokenizer = IncrementalDetokenizer(
             tokenizer,
             skip_special_tokens=params.skip_special_tokens,
             spaces_between_special_tokens=params.spaces_between_special_tokens,
+            shown=shown,
+            prompt_ids=prompt_ids,
         )
         before = self._detokenizer.push(resumed_ids) if self._is_resumed else ""
         self._num_shown_before = len(self._detokenizer.complete_rest()) if self._is_resumed else 0
-        self._stops = _stops_after(before, params) if params.stop else None
-        self.stop_tokens = _special_stops(tokenizer, params)
+        self._stop_set: StopSet = like._stop_set if like is not None else StopSet(params.stop)
+        self._stops = _stops_after(before, self._stop_set, params) if params.stop else None
+        self.stop_tokens: dict[int, str] = like.stop_tokens if like is not None else _special_stops(tokenizer, params)
 
     def feed(self) -> TextFeed:
         """The text of a new sample."""
@@ -38,9 +51,6 @@ class TextStart:
 
     def whole_text(self, token_ids: Sequence[int]) -> str:
         """The text to show of a sample with these ids, whose stop strings nobody looks for."""
-        if not self._is_resumed:
-            skip, spaces = self.params.skip_special_tokens, self.params.spaces_between_special_tokens
-            return self._tokenizer.decode(token_ids, skip, spaces)
         detokenizer = self._detokenizer.fork()
         return (detokenizer.push(token_ids) + detokenizer.finish())[self._num_shown_before :]
 
@@ -138,9 +148,8 @@ class TextFeed:
             self._pieces.append(text[num_hidden:])
 
 
-def _stops_after(text: str, params: SamplingParams) -> StopStrings:
+def _stops_after(text: str, stops: StopSet, params: SamplingParams) -> StopStrings:
     """The search for the stop strings after `text`, within which none counts."""
-    stops = StopSet(params.stop)
     search = StopStrings(stops, keep_match=params.no_stop_trim)
     search.min_end = sys.maxsize  # until the sequence may end
     search.push(text[-stops.max_length :])

@@ -26,14 +26,24 @@ LACKING_OPENAI = LACKING_GENERATE | {
     *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "functions", "function_call", "audio"),
     *("prediction", "web_search_options", "echo", "suffix", "use_beam_search", "prompt_logprobs", "stop_regex"),
     *("input_ids", "documents", "continue_final_message", "chat_template", "prompt_embeds", "best_of"),
+    *("allowed_token_ids", "bad_words", "logprob_token_ids", "logits_processors", "length_penalty", "early_stopping"),
+    *("guided_decoding_backend", "guided_whitespace_pattern", "mm_processor_kwargs", "media_io_kwargs", "vllm_xargs"),
+    *("kv_transfer_params", "thinking_token_budget", "repetition_detection", "no_repeat_ngram_size"),
 }
+
+_DEFAULTS: dict[str, Any] = {"modalities": ["text"], "length_penalty": 1}
+"""Values that say what this engine does anyway."""
+
+_IDS = frozenset(("allowed_token_ids", "logprob_token_ids", "input_ids"))
+"""Keys whose lists hold token ids: 0 is one."""
 
 _ZERO_IS_SOMETHING = frozenset(("prompt_logprobs",))
 """Keys whose 0 asks for something: here the log-probabilities of the prompt's own tokens."""
 
 
 def refuse_lacking(values: Mapping[str, Any], lacking: Iterable[str], field: str = "") -> None:
-    """Raise `RequestError` for a key of `lacking` that asks for something; null, false, 0 and empty mostly do not."""
+    """Raise `RequestError` for a key of `lacking` that asks for something: null, false, 0 and empty mostly do not, nor
+    do defaults."""
     for key in values.keys() & set(lacking):
         if _is_asked_for(key, values[key]):
             name = f"{field}.{key}" if field else key
@@ -43,6 +53,10 @@ def refuse_lacking(values: Mapping[str, Any], lacking: Iterable[str], field: str
 def _is_asked_for(key: str, value: Any) -> bool:
     if key in _ZERO_IS_SOMETHING:
         return value is not None and value is not False
+    if key in _IDS:
+        return bool(value)
+    if key in _DEFAULTS and type(value) is not bool and value == _DEFAULTS[key]:
+        return False
     return not is_absent(value)
 
 

@@ -15,7 +15,7 @@ from headrace.engine.bounds import check_body, check_call
 from headrace.engine.fields import per_prompt
 from headrace.server.errors import fields_named
 from headrace.server.keys import LACKING_GENERATE, LACKING_SAMPLING, refuse_lacking, warnings_for
-from headrace.server.prompts import check_count, encode_text, encode_texts
+from headrace.server.prompts import check_count, encode_text, encode_texts, warnings_about
 from headrace.server.wire import convert
 from headrace.types.errors import RequestError
 from headrace.types.sampling_params import LogprobMode, LogprobOptions, SamplingParams
@@ -25,6 +25,7 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     """The body as JSON has it. Fields that may be one value or a list of them, one per prompt, are checked later."""
 
     text: str | list[str] | None = None
+    add_special_tokens: bool = True
     input_ids: list[Any] | None = None
     sampling_params: dict[str, Any] | list[Any] | None = None
     rid: str | list[str] | None = None
@@ -86,7 +87,10 @@ async def read_call(engine: AsyncEngine, values: Mapping[str, Any], is_increment
     check_count(engine, num_sequences, field)
     check_call(params)
     asked = _PromptOptions(engine, body, len(sources))
-    prompts = await _prompts(engine, sources, is_batch, field, refusals)
+    warnings = warnings_for(values, _KNOWN | LACKING_GENERATE)
+    prompts = await _prompts(engine, sources, is_batch, field, body.add_special_tokens, refusals)
+    if field == "text" and body.add_special_tokens:
+        warnings += warnings_about(engine, {_name(field, i, is_batch): ids for i, ids in enumerate(prompts)})
     is_list = is_batch or num_sequences > 1
     items: list[GenerateItem] = []
     names = _names(body.rid, [each.n for each in params], is_list)
@@ -109,7 +113,7 @@ async def read_call(engine: AsyncEngine, values: Mapping[str, Any], is_increment
         else body.incremental_streaming_output,
         writes_text=body.return_text_in_logprobs,
         writes_prompt_ids=body.return_prompt_token_ids,
-        warnings=warnings_for(values, _KNOWN | LACKING_GENERATE),
+        warnings=warnings,
     )
 
 
@@ -199,23 +203,33 @@ def _prepared(
 
 
 async def _prompts(
-    engine: AsyncEngine, sources: Sequence[Any], is_batch: bool, field: str, refusals: dict[int, RequestError] | None
+    engine: AsyncEngine,
+    sources: Sequence[Any],
+    is_batch: bool,
+    field: str,
+    special: bool,
+    refusals: dict[int, RequestError] | None,
 ) -> list[Any]:
     """The prompts as arrays of ids; None for one that is among the refusals, or joins them here."""
-    named = {f"{field}[{i}]": source for i, source in enumerate(sources)} if is_batch else {field: sources[0]}
+    named = {_name(field, i, is_batch): source for i, source in enumerate(sources)}
     if refusals is None:
         if field == "text":
-            named = await encode_texts(engine, named)
+            named = await encode_texts(engine, named, add_special_tokens=special)
         return [shared_ids(engine, ids, name) for name, ids in named.items()]
     prompts: list[Any] = []
     for position, (name, source) in enumerate(named.items()):
         try:
-            ids = await encode_text(engine, source, name) if field == "text" else source
+            is_text = field == "text"
+            ids = await encode_text(engine, source, name, add_special_tokens=special) if is_text else source
             prompts.append(shared_ids(engine, ids, name))
         except RequestError as error:
             refusals.setdefault(position, error)
             prompts.append(None)
     return prompts
+
+
+def _name(field: str, position: int, is_batch: bool) -> str:
+    return f"{field}[{position}]" if is_batch else field
 
 
 def shared_ids(engine: AsyncEngine, ids: Any, field: str) -> Any:

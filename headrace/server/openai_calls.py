@@ -38,17 +38,25 @@ class OpenAiCall:
     def __init__(self, state: ServerState, body: OpenAiBody, kind: str, model: str, warnings: Sequence[str]) -> None:
         self._state = state
         self.body = body
-        self.request_id = body.rid or f"{kind}-{uuid.uuid4().hex}"
+        self.request_id = body.rid or body.request_id or f"{kind}-{uuid.uuid4().hex}"
         self.model = model
         self.headers = {"x-headrace-warnings": "; ".join(warnings)} if warnings else {}
         self.created = int(time.time())
         self.streams: list[Stream] = []
+        self._shown: frozenset[str] = frozenset()
         self._totals: dict[int, tuple[int, int]] = {}
         self._num_tokens: Counter[str] = Counter()
         self._version = state.engine.version
 
-    def submit(self, prompts: Sequence[Prompt], params: SamplingParams, logprobs: LogprobOptions) -> None:
-        """Start all sequences, or none."""
+    def submit(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        logprobs: LogprobOptions,
+        shown: frozenset[str] = frozenset(),
+    ) -> None:
+        """Start all sequences, or none. `shown` are special tokens whose text is wanted although others are skipped."""
+        self._shown = shown
         check_count(self._state.engine, len(prompts) * params.n, prompts[0].field)
         prompts_asked = ((logprobs, len(prompt.ids), params) for prompt in prompts)
         check_body(prompts_asked, "return_token_ids" if self.body.return_token_ids else "")
@@ -120,6 +128,7 @@ class OpenAiCall:
             priority=self.body.priority,
             namespace=self.body.extra_key or self.body.cache_salt,
             stream=self.body.stream,
+            shown_tokens=self._shown,
             num_output_ids_in_prompt=prompt.num_output,
             clip_to_context=self.body.clip_to_context,
         )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import msgspec
@@ -12,23 +11,24 @@ from starlette.responses import Response
 
 from headrace.server.native_types import shared_ids
 from headrace.server.openai_calls import OpenAiCall, Prompt, choice_extras, finish_of
-from headrace.server.openai_logprobs import chat_logprobs
+from headrace.server.openai_logprobs import TextTokens, TokenWriter, chat_logprobs
+from headrace.server.openai_tools import ReplyText, ToolReader
 from headrace.server.openai_types import (
     ChatBody,
     check_model,
     logprob_options,
     openai_errors,
+    prompt_bound,
     read_chat,
     sampling_params,
     tool_choice,
 )
-from headrace.server.prompts import encode_text, render_chat
+from headrace.server.prompts import encode_text, render_chat, tokenizer_of, warnings_about
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.wire import dropping, event, json_reply, read_object
 from headrace.text import (
-    ToolCall,
-    ToolCallParser,
+    Tokenizer,
     ToolCallStyle,
     check_template_arguments,
     normalize_messages,
@@ -38,6 +38,7 @@ from headrace.text import (
 )
 from headrace.types.errors import RequestError
 from headrace.types.generation import Generation
+from headrace.types.sampling_params import SamplingParams
 
 _OBJECT = "chat.completion"
 _CHUNK = "chat.completion.chunk"
@@ -69,19 +70,23 @@ class ChatFace:
         body, warnings = read_chat(await read_object(request))
         model = check_model(self._state, body.model)
         conversation = self._conversation(body)
-        prompt = await self._prompt(conversation, body)
+        if conversation.tools and conversation.style is None:
+            warnings.append("tools: calls are not read, the chat template shows no form of them that is known")
+        text = await self._render(conversation, body)
+        prompt = await self._prompt(text, body, warnings)
         call = OpenAiCall(self._state, body, "chatcmpl", model, warnings)
         key = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         with openai_errors(key, "top_logprobs"):
             params = sampling_params(body, self._max_tokens(body, prompt))
-            call.submit([prompt], params, self._logprobs(body))
+            reader = self._reader(conversation, body, text, params)
+            call.submit([prompt], params, self._logprobs(body), shown=reader.hidden if reader else frozenset())
         if body.stream:
-            return call.event_stream(self._events(call, body, conversation))
+            return call.event_stream(self._events(call, body, reader))
         with dropping(request.receive, call.cancel, self._state.metrics.count_disconnect):
             pieces = [await stream.result() for stream in call.streams]
         for piece in pieces:
             call.count(piece)
-        choices = [self._choice(call, body, conversation, number, piece) for number, piece in enumerate(pieces)]
+        choices = [self._choice(call, body, reader, number, piece) for number, piece in enumerate(pieces)]
         reply = {**call.envelope(_OBJECT, choices), "usage": call.usage()}
         if body.return_token_ids:
             reply["prompt_token_ids"] = call.streams[0].prompt_token_ids
@@ -92,22 +97,39 @@ class ChatFace:
         tools = normalize_tools(body.tools) if body.tools else []
         tools = tools if offers_tools else []
         arguments = check_template_arguments(body.chat_template_kwargs) if body.chat_template_kwargs else {}
+        if body.reasoning_effort is not None:
+            arguments.setdefault("reasoning_effort", body.reasoning_effort)
         return Conversation(normalize_messages(body.messages), tools, self._style if tools else None, arguments)
 
-    async def _prompt(self, conversation: Conversation, body: ChatBody) -> Prompt:
-        engine = self._state.engine
-        text = await render_chat(
-            engine,
+    async def _render(self, conversation: Conversation, body: ChatBody) -> str:
+        return await render_chat(
+            self._state.engine,
             conversation.messages,
             conversation.tools,
             body.add_generation_prompt,
             conversation.template_arguments,
         )
-        ids = await encode_text(engine, text, "messages", add_special_tokens=False)
+
+    async def _prompt(self, text: str, body: ChatBody, warnings: list[str]) -> Prompt:
+        engine, is_added = self._state.engine, body.add_special_tokens
         limit = engine.resolved.max_length
+        max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        bound = prompt_bound(body, limit, max_tokens)
+        ids = await encode_text(engine, text, "messages", add_special_tokens=is_added, bound=bound)
+        if is_added:
+            warnings += warnings_about(engine, {"messages": ids})
         if len(ids) >= limit:
             raise RequestError(f"messages have {len(ids)} tokens, a sequence holds at most {limit}", field="messages")
         return Prompt(shared_ids(engine, ids, "messages"), "messages")
+
+    def _reader(
+        self, conversation: Conversation, body: ChatBody, prompt: str, params: SamplingParams
+    ) -> ToolReader | None:
+        if conversation.style is None:
+            return None
+        tokenizer, skips = tokenizer_of(self._state.engine, "messages"), params.skip_special_tokens
+        names, is_parallel = tool_names(conversation.tools), body.parallel_tool_calls
+        return ToolReader.of(conversation.style, names, prompt, tokenizer, skips=skips, is_parallel=is_parallel)
 
     def _max_tokens(self, body: ChatBody, prompt: Prompt) -> Any:
         for given in (body.max_completion_tokens, body.max_tokens):
@@ -121,28 +143,24 @@ class ChatFace:
         return logprob_options(self._state, body.top_logprobs, "top_logprobs")
 
     def _choice(
-        self, call: OpenAiCall, body: ChatBody, conversation: Conversation, number: int, piece: Generation
+        self, call: OpenAiCall, body: ChatBody, reader: ToolReader | None, number: int, piece: Generation
     ) -> dict[str, Any]:
-        text, calls = piece.text, list[ToolCall]()
-        parser = _parser(conversation)
-        if parser is not None:
-            (shown, calls), (rest, more) = parser.push(text), parser.finish()
-            text, calls = shown + rest, calls + more
+        text, calls = ReplyText(reader).push(piece.text, is_last=True)
         message: dict[str, Any] = {"role": "assistant", "content": None if calls and not text else text}
         if calls:
-            message["tool_calls"] = [_tool_call(each) for each in calls]
+            message["tool_calls"] = calls
         return {
             "index": number,
             "message": message,
-            "logprobs": chat_logprobs(self._tokenizer, piece) if body.logprobs else None,
+            "logprobs": chat_logprobs(_writer(self._tokenizer, body), piece) if body.logprobs else None,
             **finish_of(piece, bool(calls)),
             **choice_extras(call, call.streams[number], piece),
         }
 
-    async def _events(self, call: OpenAiCall, body: ChatBody, conversation: Conversation) -> AsyncIterator[bytes]:
+    async def _events(self, call: OpenAiCall, body: ChatBody, reader: ToolReader | None) -> AsyncIterator[bytes]:
         group, numbers = self._state.group(call.streams), call.numbers()
         choices = [
-            _StreamedChoice(call, body, number, _parser(conversation), self._tokenizer)
+            _StreamedChoice(call, body, number, ReplyText(reader), self._tokenizer)
             for number in range(len(call.streams))
         ]
         while pieces := await group.next_pieces():
@@ -160,67 +178,49 @@ class ChatFace:
 class _StreamedChoice:
     """One choice of a streamed reply: a chunk with the role, chunks with text or calls, a chunk with the reason."""
 
-    def __init__(
-        self, call: OpenAiCall, body: ChatBody, number: int, parser: ToolCallParser | None, tokenizer: Any
-    ) -> None:
+    def __init__(self, call: OpenAiCall, body: ChatBody, number: int, text: ReplyText, tokenizer: Any) -> None:
         self._call = call
         self._body = body
         self._number = number
-        self._parser = parser
+        self._text = text
         self._tokenizer = tokenizer
+        self._tokens = TextTokens(tokenizer, call.streams[number]) if body.logprobs else None
         self._has_begun = False
-        self._num_calls = 0
 
     def chunks(self, piece: Generation) -> list[dict[str, Any]]:
-        """The chunks that a piece brings; the first also carries its log-probabilities and ids."""
+        """The chunks that a piece brings; its first one behind the role also has log-probabilities and ids: those of
+        the tokens whose text it begins."""
         is_last = piece.finish_reason is not None
-        text, calls = self._read(piece.text, is_last)
-        deltas: list[dict[str, Any]] = []
-        if not self._has_begun:
-            self._has_begun = True
-            deltas.append({"role": "assistant", "content": ""})
-        if text:
-            deltas.append({"content": text})
-        deltas += [{"tool_calls": [{"index": self._next_index(), **_tool_call(each)}]} for each in calls]
-        has_more = self._body.logprobs or self._body.return_token_ids or self._body.return_meta_info
+        first_index = self._text.num_calls
+        text, calls = self._text.push(piece.text, is_last)
+        deltas: list[dict[str, Any]] = [{"content": text}] if text else []
+        deltas += [{"tool_calls": [{"index": first_index + i, **call}]} for i, call in enumerate(calls)]
+        if self._tokens is not None:
+            piece, _ = self._tokens.push(piece)
+        has_more = bool(piece.token_ids) and (
+            self._body.logprobs or self._body.return_token_ids or self._body.return_meta_info
+        )
         if is_last or (not deltas and has_more):
             deltas.append({})
         chunks = [self._chunk(delta) for delta in deltas]
         if chunks:
             chunks[0] |= self._details(piece)
         if is_last:
-            chunks[-1] |= finish_of(piece, bool(self._num_calls))
-        return chunks
-
-    def _read(self, text: str, is_last: bool) -> tuple[str, Sequence[ToolCall]]:
-        if self._parser is None:
-            return text, ()
-        shown, calls = self._parser.push(text)
-        if is_last:
-            rest, more = self._parser.finish()
-            shown, calls = shown + rest, calls + more
-        return shown, calls
+            chunks[-1] |= finish_of(piece, bool(self._text.num_calls))
+        if self._has_begun:
+            return chunks
+        self._has_begun = True
+        return [self._chunk({"role": "assistant", "content": ""}), *chunks]
 
     def _details(self, piece: Generation) -> dict[str, Any]:
         details = choice_extras(self._call, self._call.streams[self._number], piece)
-        if self._body.logprobs:
-            details["logprobs"] = chat_logprobs(self._tokenizer, piece)
+        if self._body.logprobs and piece.token_ids:
+            details["logprobs"] = chat_logprobs(_writer(self._tokenizer, self._body), piece)
         return details
 
     def _chunk(self, delta: Mapping[str, Any]) -> dict[str, Any]:
         return {"index": self._number, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def _next_index(self) -> int:
-        self._num_calls += 1
-        return self._num_calls - 1
 
-
-def _parser(conversation: Conversation) -> ToolCallParser | None:
-    if conversation.style is None:
-        return None
-    return ToolCallParser(conversation.style, tool_names(conversation.tools))
-
-
-def _tool_call(call: ToolCall) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+def _writer(tokenizer: Tokenizer | None, body: ChatBody) -> TokenWriter:
+    return TokenWriter(tokenizer, body.return_tokens_as_token_ids)

@@ -12,16 +12,17 @@ from headrace.engine import Stream
 from headrace.engine.fields import per_prompt
 from headrace.server.native_types import shared_ids
 from headrace.server.openai_calls import OpenAiCall, Prompt, choice_extras, finish_of
-from headrace.server.openai_logprobs import completion_logprobs, end_offset
+from headrace.server.openai_logprobs import TextTokens, TokenWriter, completion_logprobs
 from headrace.server.openai_types import (
     CompletionBody,
     check_model,
     logprob_options,
     openai_errors,
+    prompt_bound,
     read_completion,
     sampling_params,
 )
-from headrace.server.prompts import check_count, encode_texts
+from headrace.server.prompts import check_count, encode_texts, last_of, warnings_about
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.wire import dropping, event, json_reply, read_object
@@ -47,7 +48,7 @@ class CompletionsFace:
         """POST /v1/completions"""
         body, warnings = read_completion(await read_object(request))
         model = check_model(self._state, body.model)
-        prompts = await self._prompts(body.prompt, body.num_output_ids_in_prompt)
+        prompts = await self._prompts(body, warnings)
         call = OpenAiCall(self._state, body, "cmpl", model, warnings)
         with openai_errors("max_tokens", "logprobs"):
             params = sampling_params(body, self._max_tokens(body, prompts))
@@ -59,27 +60,33 @@ class CompletionsFace:
         for piece in pieces:
             call.count(piece)
         choices = [
-            self._choice(call, body, number, stream, piece, 0)
+            self._choice(call, body, number, piece, self._tokens(body, stream))
             for number, (stream, piece) in enumerate(zip(call.streams, pieces, strict=True))
         ]
         return json_reply({**call.envelope(_OBJECT, choices), "usage": call.usage()}, headers=call.headers)
 
-    async def _prompts(self, prompt: Any, num_output_ids: int | list[int]) -> list[Prompt]:
+    async def _prompts(self, body: CompletionBody, warnings: list[str]) -> list[Prompt]:
         """A text, ids, or a list of either."""
+        engine, prompt = self._state.engine, body.prompt
         if not isinstance(prompt, (str, list)) or prompt == []:
             raise RequestError("prompt must be a text, token ids, or a list of either", field="prompt")
         sources = {"prompt": prompt}
         if isinstance(prompt, list) and isinstance(prompt[0], (str, list)):
-            check_count(self._state.engine, len(prompt), "prompt")
+            check_count(engine, len(prompt), "prompt")
             sources = {f"prompt[{i}]": each for i, each in enumerate(prompt)}
         texts = {field: source for field, source in sources.items() if isinstance(source, str)}
         key = "num_output_ids_in_prompt"
-        num_output = per_prompt(num_output_ids, len(sources), key)
+        num_output = per_prompt(body.num_output_ids_in_prompt, len(sources), key)
         if any(num_output) and texts:
             raise RequestError(f"{key} counts token ids: give the prompt as token ids", field=key)
-        ids = sources | await encode_texts(self._state.engine, texts)
+        max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+        bound = prompt_bound(body, engine.resolved.max_length, max_tokens)
+        encoded = await encode_texts(engine, texts, add_special_tokens=body.add_special_tokens, bound=bound)
+        if body.add_special_tokens:
+            warnings += warnings_about(engine, encoded)
+        ids = {field: encoded[field] if field in encoded else last_of(given, bound) for field, given in sources.items()}
         named = zip(ids.items(), num_output, strict=True)
-        return [Prompt(shared_ids(self._state.engine, each, field), field, num) for (field, each), num in named]
+        return [Prompt(shared_ids(engine, each, field), field, num) for (field, each), num in named]
 
     def _max_tokens(self, body: CompletionBody, prompts: list[Prompt]) -> Any:
         if body.max_tokens is not None:
@@ -89,24 +96,30 @@ class CompletionsFace:
 
     async def _events(self, call: OpenAiCall, body: CompletionBody) -> AsyncIterator[bytes]:
         group, numbers = self._state.group(call.streams), call.numbers()
-        offsets = [0] * len(call.streams)
+        tokens = [self._tokens(body, stream) for stream in call.streams]
         while pieces := await group.next_pieces():
             events = []
             for piece in pieces:
                 number = numbers[piece.request_id]
                 call.count(piece)
-                choice = self._choice(call, body, number, call.streams[number], piece, offsets[number])
-                offsets[number] = end_offset(choice["logprobs"], offsets[number])
+                choice = self._choice(call, body, number, piece, tokens[number])
                 events.append(event(call.chunk(_OBJECT, choice, piece)))
             yield b"".join(events)
         if body.stream_options is not None and body.stream_options.include_usage:
             yield event({**call.envelope(_OBJECT, []), "usage": call.usage()})
 
+    def _tokens(self, body: CompletionBody, stream: Stream) -> TextTokens | None:
+        return None if body.logprobs is None else TextTokens(self._tokenizer, stream)
+
     def _choice(
-        self, call: OpenAiCall, body: CompletionBody, number: int, stream: Stream, piece: Generation, offset: int
+        self, call: OpenAiCall, body: CompletionBody, number: int, piece: Generation, tokens: TextTokens | None
     ) -> dict[str, Any]:
-        logprobs = None if body.logprobs is None else completion_logprobs(self._tokenizer, piece, offset)
-        choice = {"index": number, "text": piece.text, "logprobs": logprobs, **finish_of(piece)}
+        stream = call.streams[number]
+        choice = {"index": number, "text": piece.text, "logprobs": None, **finish_of(piece)}
+        if tokens is not None:
+            piece, offsets = tokens.push(piece)
+            writer = TokenWriter(self._tokenizer, body.return_tokens_as_token_ids)
+            choice["logprobs"] = completion_logprobs(writer, piece, offsets)
         if body.return_token_ids:
             choice["prompt_token_ids"] = stream.prompt_token_ids
         return {**choice, **choice_extras(call, stream, piece)}

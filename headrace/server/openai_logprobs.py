@@ -1,49 +1,130 @@
-"""Log-probabilities in OpenAI's two spellings. Owns nothing; tokens are written as text and, for chat, as bytes."""
+"""Log-probabilities in OpenAI's two spellings. Owns which tokens a part of the text has, and where in it they begin."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from headrace.text import Tokenizer
+from msgspec.structs import replace
+
+from headrace.engine import Stream
+from headrace.engine.sample import slice_spans
+from headrace.text import IncrementalDetokenizer, Tokenizer
 from headrace.types.generation import Generation
 
 
-def completion_logprobs(tokenizer: Tokenizer | None, piece: Generation, text_offset: int) -> dict[str, Any]:
-    """`logprobs` of a completion choice. `text_offset` is the length of all tokens before this piece."""
-    tokens = [_text(tokenizer, token_id) for token_id in piece.token_ids]
-    offsets = []
-    for token in tokens:
-        offsets.append(text_offset)
-        text_offset += len(token)
-    top = [{_text(tokenizer, token_id): value for token_id, value in each.items()} for each in piece.top_logprobs]
-    return {"tokens": tokens, "token_logprobs": piece.logprobs, "top_logprobs": top or None, "text_offset": offsets}
+class TokenWriter:
+    """How tokens are written: as text and, for chat, as bytes; by their ids without a tokenizer, or if asked."""
+
+    def __init__(self, tokenizer: Tokenizer | None, by_id: bool) -> None:
+        self._tokenizer = tokenizer
+        self._by_id = by_id or tokenizer is None
+
+    def text(self, token_id: int) -> str:
+        """The token as it reads inside a sentence; parts of a character are U+FFFD."""
+        if self._tokenizer is None or self._by_id:
+            return f"token_id:{token_id}"
+        return self._tokenizer.token_text(token_id)
+
+    def entry(self, token_id: int, value: float) -> dict[str, Any]:
+        """The token in a chat reply."""
+        data = b"" if self._tokenizer is None else self._tokenizer.token_bytes(token_id)
+        return {"token": self.text(token_id), "logprob": value, "bytes": list(data), "token_id": token_id}
 
 
-def end_offset(logprobs: dict[str, Any] | None, text_offset: int) -> int:
-    """The `text_offset` of the piece after one with these `logprobs`.
+class TextTokens:
+    """The tokens of one choice, given out with the text that they begin: in a stream that may be later than they came.
 
-    Counted in tokens' own texts, as within a piece: text may come later than its tokens (a character in parts), and
-    offsets must not depend on where a stream is cut.
+    What the client is told of tokens beside the text (ids, log-probabilities, spans) stays together.
     """
-    if logprobs is None or not logprobs["tokens"]:
-        return text_offset
-    return int(logprobs["text_offset"][-1]) + len(logprobs["tokens"][-1])
+
+    def __init__(self, tokenizer: Tokenizer | None, stream: Stream) -> None:
+        self._tokenizer = tokenizer
+        self._detokenizer: IncrementalDetokenizer | None = None  # none where text comes all at the end, or never
+        if tokenizer is not None and tokenizer.decoder_plan.kind != "whole":
+            item = stream.item
+            skips, prompt_ids = item.params.skip_special_tokens, stream.prompt_token_ids
+            self._detokenizer = IncrementalDetokenizer(
+                tokenizer, skip_special_tokens=skips, shown=item.shown_tokens, prompt_ids=prompt_ids
+            )
+        self._num_certain = 0
+        self._num_shown = 0
+        self._offsets: list[int] = []
+        self._held: Generation | None = None
+
+    def push(self, piece: Generation) -> tuple[Generation, list[int]]:
+        """`piece` with the tokens that are given out now, and where in the text of all pieces each of them begins."""
+        self._num_shown += len(piece.text)
+        self._offsets += [self._offset(token_id) for token_id in piece.token_ids]
+        whole = piece if self._held is None else _joined(self._held, piece)
+        count = len(self._offsets)
+        if piece.finish_reason is None and self._detokenizer is not None:
+            count = next((i for i, offset in enumerate(self._offsets) if offset >= self._num_shown), count)
+        offsets, self._offsets = self._offsets[:count], self._offsets[count:]
+        self._held = _part(whole, count, len(whole.token_ids)) if self._offsets else None
+        if piece.finish_reason is not None:  # what a stop string takes away is not there to begin in
+            offsets = [min(offset, self._num_shown) for offset in offsets]
+        return _part(whole, 0, count), offsets
+
+    def _offset(self, token_id: int) -> int:
+        if self._detokenizer is None:
+            offset = self._num_certain
+            self._num_certain += len(self._tokenizer.token_text(token_id)) if self._tokenizer is not None else 0
+            return offset
+        offset = self._num_certain + self._detokenizer.num_before(token_id)
+        self._num_certain += len(self._detokenizer.push((token_id,)))
+        return offset
 
 
-def chat_logprobs(tokenizer: Tokenizer | None, piece: Generation) -> dict[str, Any]:
+def completion_logprobs(writer: TokenWriter, piece: Generation, offsets: list[int]) -> dict[str, Any]:
+    """`logprobs` of a completion choice, one entry per token."""
+    tops = piece.top_logprobs or [{}] * len(piece.token_ids)
+    sampled = zip(piece.token_ids, piece.logprobs, tops, strict=True)
+    return {
+        "tokens": [writer.text(token_id) for token_id in piece.token_ids],
+        "token_logprobs": piece.logprobs,
+        "top_logprobs": [_by_text(writer, {**top, token_id: value}) for token_id, value, top in sampled],
+        "text_offset": offsets,
+    }
+
+
+def chat_logprobs(writer: TokenWriter, piece: Generation) -> dict[str, Any]:
     """`logprobs` of a chat choice."""
     tops = piece.top_logprobs or [{}] * len(piece.token_ids)
     content = [
-        {**_entry(tokenizer, token_id, value), "top_logprobs": [_entry(tokenizer, *pair) for pair in top.items()]}
+        {**writer.entry(token_id, value), "top_logprobs": [writer.entry(*pair) for pair in top.items()]}
         for token_id, value, top in zip(piece.token_ids, piece.logprobs, tops, strict=True)
     ]
     return {"content": content, "refusal": None}
 
 
-def _entry(tokenizer: Tokenizer | None, token_id: int, value: float) -> dict[str, Any]:
-    data = b"" if tokenizer is None else tokenizer.token_bytes(token_id)
-    return {"token": _text(tokenizer, token_id), "logprob": value, "bytes": list(data), "token_id": token_id}
+def _by_text(writer: TokenWriter, values: dict[int, float]) -> dict[str, float]:
+    """By text, as the spelling has it; of ids with one text the most probable counts."""
+    best: dict[str, float] = {}
+    for token_id, value in values.items():
+        text = writer.text(token_id)
+        best[text] = max(value, best.get(text, value))
+    return best
 
 
-def _text(tokenizer: Tokenizer | None, token_id: int) -> str:
-    return f"token_id:{token_id}" if tokenizer is None else tokenizer.token_text(token_id)
+def _joined(first: Generation, second: Generation) -> Generation:
+    spans = [*first.version_spans, *second.version_spans]
+    border = len(first.version_spans)
+    if 0 < border < len(spans) and spans[border - 1][0] == spans[border][0]:
+        spans[border - 1 : border + 1] = [(spans[border][0], spans[border - 1][1] + spans[border][1])]
+    return replace(
+        second,
+        token_ids=first.token_ids + second.token_ids,
+        logprobs=first.logprobs + second.logprobs,
+        top_logprobs=first.top_logprobs + second.top_logprobs,
+        version_spans=spans,
+    )
+
+
+def _part(whole: Generation, start: int, stop: int) -> Generation:
+    return replace(
+        whole,
+        token_ids=whole.token_ids[start:stop],
+        logprobs=whole.logprobs[start:stop],
+        top_logprobs=whole.top_logprobs[start:stop],
+        version_spans=slice_spans(whole.version_spans, start, stop),
+    )

@@ -25,7 +25,7 @@ class TokenizeBody(msgspec.Struct):
     prompt: str | list[str] | None = None
     messages: Any = None
     tools: Any = None
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = None  # None: to a prompt, not to a conversation
     add_generation_prompt: bool = True
     chat_template_kwargs: Any = None
 
@@ -87,7 +87,7 @@ class ModelsFace:
         return json_reply({"text": reply, "prompt": reply})
 
     async def _encode(self, texts: Mapping[str, str], body: TokenizeBody) -> list[list[int]]:
-        special = body.add_special_tokens
+        special = body.add_special_tokens is not False
         encoded = await encode_texts(self._engine, texts, add_special_tokens=special, allow_empty=True)
         return list(encoded.values())
 
@@ -96,7 +96,7 @@ class ModelsFace:
         tools = normalize_tools(body.tools) if body.tools else []
         arguments = check_template_arguments(body.chat_template_kwargs) if body.chat_template_kwargs else {}
         text = await render_chat(self._engine, messages, tools, body.add_generation_prompt, arguments)
-        return await encode_text(self._engine, text, "messages", add_special_tokens=False)
+        return await encode_text(self._engine, text, "messages", add_special_tokens=bool(body.add_special_tokens))
 
     def _decode(self, ids: Any, field: str, body: DetokenizeBody) -> str:
         vocab_size = self._engine.resolved.model.vocab_size

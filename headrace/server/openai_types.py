@@ -15,12 +15,13 @@ from headrace.server.wire import convert
 from headrace.types.errors import NotFoundError, RequestError
 from headrace.types.sampling_params import LogprobOptions, SamplingParams
 
-_IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")
+_IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 _SAME_NAMES = (
     *("n", "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty"),
     *("seed", "stop", "stop_token_ids", "logit_bias", "ignore_eos", "skip_special_tokens", "no_stop_trim"),
     "spaces_between_special_tokens",
 )
+LEAST_TOP_P = 1e-9
 
 
 class StreamOptions(msgspec.Struct):
@@ -50,16 +51,20 @@ class OpenAiBody(msgspec.Struct, kw_only=True):
     skip_special_tokens: Any = None
     no_stop_trim: Any = None
     spaces_between_special_tokens: Any = None
+    include_stop_str_in_output: bool = False
     max_tokens: Any = None
     min_tokens: Any = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     rid: str = ""
+    request_id: str = ""
     extra_key: str = ""
     cache_salt: str = ""
     priority: int = 0
     return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
     return_meta_info: bool = False
+    truncate_prompt_tokens: int | None = None
     clip_to_context: bool = False
 
 
@@ -67,6 +72,7 @@ class CompletionBody(OpenAiBody, kw_only=True):
     """POST /v1/completions"""
 
     prompt: Any = None
+    add_special_tokens: bool = True
     logprobs: int | None = None
     num_output_ids_in_prompt: int | list[int] = 0
 
@@ -80,8 +86,11 @@ class ChatBody(OpenAiBody, kw_only=True):
     top_logprobs: int = 0
     tools: Any = None
     tool_choice: Any = None
+    parallel_tool_calls: bool = True
     chat_template_kwargs: Any = None
     add_generation_prompt: bool = True
+    add_special_tokens: bool = False
+    reasoning_effort: str | None = None
 
 
 def read_completion(values: Mapping[str, Any]) -> tuple[CompletionBody, list[str]]:
@@ -104,9 +113,31 @@ def check_model(state: ServerState, name: str) -> str:
 
 
 def sampling_params(body: OpenAiBody, max_new_tokens: Any) -> SamplingParams:
-    """Sampling parameters of a body. Errors name the dialect's keys once inside `openai_errors`."""
+    """Sampling parameters of a body. Errors name the dialect's keys once inside `openai_errors`.
+
+    OpenAI's `seed` is any signed 64-bit integer, of which -1 is none, as in vLLM. A `top_p` of 0 leaves the most
+    probable token, like the least `top_p` there is.
+    """
     values = {name: getattr(body, name) for name in _SAME_NAMES}
+    values["seed"] = _unsigned(body.seed)
+    if type(body.top_p) in (int, float) and body.top_p == 0:
+        values["top_p"] = LEAST_TOP_P
+    if body.include_stop_str_in_output:
+        values["no_stop_trim"] = True
     return SamplingParams.from_dict({**values, "max_new_tokens": max_new_tokens, "min_new_tokens": body.min_tokens})
+
+
+def prompt_bound(body: OpenAiBody, max_length: int, max_tokens: Any) -> int | None:
+    """How many of its last tokens `truncate_prompt_tokens` leaves of a prompt, if given; -1 leaves room for the reply.
+
+    `max_tokens` is what the reply may have, checked later; a reply without a bound is left one token.
+    """
+    field, bound = "truncate_prompt_tokens", body.truncate_prompt_tokens
+    if bound is not None and bound < -1:
+        raise RequestError(f"{field} must be -1 or a number of tokens", field=field)
+    if bound == -1:
+        return max(1, max_length - (max_tokens if type(max_tokens) is int and max_tokens > 0 else 1))
+    return bound or None
 
 
 def openai_errors(max_tokens_key: str, top_logprobs_key: str) -> AbstractContextManager[None]:
@@ -138,6 +169,13 @@ def tool_choice(choice: Any) -> Literal["none", "auto"]:
     if choice == "none":
         return "none"
     raise RequestError("tool_choice must be 'none' or 'auto'; a forced call is not supported", field="tool_choice")
+
+
+def _unsigned(seed: Any) -> Any:
+    """The unsigned 64-bit number that a negative seed is the two's complement of; None for -1."""
+    if type(seed) is not int or not -(1 << 63) <= seed < 0:
+        return seed
+    return None if seed == -1 else seed + (1 << 64)
 
 
 def _refuse(values: Mapping[str, Any]) -> None:

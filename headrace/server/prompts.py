@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from headrace.engine import AsyncEngine
-from headrace.text import Tokenizer, encode_bounded, run_sized
+from headrace.text import Tokenizer, begins_twice, encode_bounded, run_sized
 from headrace.types.errors import RequestError
+
+_CHARACTERS_PER_TOKEN = 16  # of a text whose end is wanted, this much is encoded first
+_MAX_CHARACTERS_PER_TOKEN = 256
 
 
 def tokenizer_of(engine: AsyncEngine, field: str) -> Tokenizer:
@@ -37,15 +40,22 @@ async def render_chat(
     return await asyncio.wrap_future(tokenizer.submit_chat(messages, tools, add_generation_prompt, **arguments))
 
 
-async def encode_text(engine: AsyncEngine, text: str, field: str, *, add_special_tokens: bool = True) -> list[int]:
+async def encode_text(
+    engine: AsyncEngine, text: str, field: str, *, add_special_tokens: bool = True, bound: int | None = None
+) -> list[int]:
     """As `encode_texts`, of one."""
-    return (await encode_texts(engine, {field: text}, add_special_tokens=add_special_tokens))[field]
+    return (await encode_texts(engine, {field: text}, add_special_tokens=add_special_tokens, bound=bound))[field]
 
 
 async def encode_texts(
-    engine: AsyncEngine, texts: Mapping[str, str], *, add_special_tokens: bool = True, allow_empty: bool = False
+    engine: AsyncEngine,
+    texts: Mapping[str, str],
+    *,
+    add_special_tokens: bool = True,
+    allow_empty: bool = False,
+    bound: int | None = None,
 ) -> dict[str, list[int]]:
-    """Ids of texts by the fields they came from, in the same order.
+    """Ids of texts by the fields they came from, in the same order; of each its last `bound` ones, if that is given.
 
     Raises `RequestError` naming the field of a text that is over the context or, without `allow_empty`, has no ids.
     """
@@ -55,13 +65,41 @@ async def encode_texts(
     limit = engine.resolved.context_length
 
     def encode() -> dict[str, list[int]]:
-        encoded = {
-            field: encode_bounded(tokenizer, text, limit, field, add_special_tokens=add_special_tokens)
-            for field, text in texts.items()
-        }
+        encoded: dict[str, list[int]] = {}
+        for field, text in texts.items():
+            if bound is not None:
+                encoded[field] = _encode_end(tokenizer, text, min(bound, limit), field, add_special_tokens)
+                continue
+            encoded[field] = encode_bounded(tokenizer, text, limit, field, add_special_tokens=add_special_tokens)
         for field, ids in encoded.items():
             if not ids and not allow_empty:
                 raise RequestError(f"{field} is empty", field=field)
         return encoded
 
     return await run_sized(len(texts) + sum(map(len, texts.values())), encode)
+
+
+def _encode_end(tokenizer: Tokenizer, text: str, bound: int, field: str, add_special_tokens: bool) -> list[int]:
+    """The last `bound` ids of a text, of which little more is encoded; an added beginning of sequence stays."""
+    size, end, ids = _CHARACTERS_PER_TOKEN * bound, "", list[int]()
+    while len(ids) < bound and len(end) < len(text) and size <= _MAX_CHARACTERS_PER_TOKEN * bound:
+        end, size = text[-size:], 4 * size
+        ids = encode_bounded(tokenizer, end, len(end), field, add_special_tokens=add_special_tokens)
+    if add_special_tokens and 1 < bound < len(ids) and ids[0] == tokenizer.bos_token_id:
+        return [ids[0], *ids[1 - bound :]]
+    return ids[-bound:]
+
+
+def last_of(ids: Any, bound: int | None) -> Any:
+    """The last `bound` of what should be a list of ids, if that is given; whether it is one is checked later."""
+    return ids if bound is None or not isinstance(ids, list) else ids[-bound:]
+
+
+def warnings_about(engine: AsyncEngine, texts: Mapping[str, Sequence[int] | None]) -> list[str]:
+    """What to tell a caller about the ids, by field, of texts to which special tokens were added."""
+    tokenizer = engine.tokenizer
+    twice = [field for field, ids in texts.items() if tokenizer and ids is not None and begins_twice(tokenizer, ids)]
+    if not twice:
+        return []
+    fields = twice[0] if len(twice) == 1 else f"{twice[0]} and {len(twice) - 1} more"
+    return [f"{fields}: the beginning of sequence is there and was added; add_special_tokens: false adds none"]

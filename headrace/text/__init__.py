@@ -2,12 +2,14 @@
 
 from headrace.text.chat import check_template_arguments, normalize_messages, normalize_tools, tool_names
 from headrace.text.detokenizer import IncrementalDetokenizer
-from headrace.text.encoding import INLINE_CHARACTERS, encode_bounded, run_sized
+from headrace.text.encoding import INLINE_CHARACTERS, begins_twice, encode_bounded, run_sized
 from headrace.text.stop_strings import StopSet, StopStrings
 from headrace.text.tokenizer import Tokenizer
-from headrace.text.tool_calls import ToolCall, ToolCallParser, ToolCallStyle, tool_call_style
+from headrace.text.tool_calls import CALL_FORMS, ToolCall, ToolCallStyle, tool_call_style
+from headrace.text.tool_parser import ToolCallParser
 
 __all__ = [
+    "CALL_FORMS",
     "INLINE_CHARACTERS",
     "IncrementalDetokenizer",
     "StopSet",
@@ -16,6 +18,7 @@ __all__ = [
     "ToolCall",
     "ToolCallParser",
     "ToolCallStyle",
+    "begins_twice",
     "check_template_arguments",
     "encode_bounded",
     "normalize_messages",

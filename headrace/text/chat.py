@@ -25,6 +25,8 @@ _RESERVED_ARGUMENTS = frozenset(
 def normalize_messages(messages: Any) -> list[dict[str, Any]]:
     """Checked copies of `messages`: text parts joined, "developer" read as "system", tool-call arguments parsed.
 
+    An empty list of tool calls is as none; an assistant's message may have no content, or a refusal for it.
+
     Raises `RequestError` naming the message and key at fault.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
@@ -61,28 +63,33 @@ def _message(message: Any, field: str) -> dict[str, Any]:
         raise RequestError(f"{field}.role must be one of {', '.join(ROLES)}", field=f"{field}.role")
     checked = {key: value for key, value in message.items() if value is not None}
     checked["role"] = "system" if role == "developer" else role
-    if message.get("tool_calls") is not None:
+    if "tool_calls" in checked:
         checked["tool_calls"] = _tool_calls(message["tool_calls"], f"{field}.tool_calls")
-    checked["content"] = _content(message.get("content"), "tool_calls" in checked, f"{field}.content")
+        if not checked["tool_calls"]:
+            del checked["tool_calls"]
+    content, is_own = message.get("content"), role == "assistant"
+    if is_own and content is None:
+        content = checked.pop("refusal", "")
+    checked["content"] = _content(content, is_own, f"{field}.content")
     return checked
 
 
-def _content(content: Any, may_be_absent: bool, field: str) -> str:
+def _content(content: Any, is_own: bool, field: str) -> str:
+    """`is_own` says that it is the assistant's, which may hold refusals."""
     if isinstance(content, str):
         return content
-    if content is None and may_be_absent:
-        return ""
     if not isinstance(content, (list, tuple)):
         raise RequestError(f"{field} must be a string or a list of text parts", field=field)
-    return "".join(_text_part(part, f"{field}[{index}]") for index, part in enumerate(content))
+    return "".join(_text_part(part, is_own, f"{field}[{index}]") for index, part in enumerate(content))
 
 
-def _text_part(part: Any, field: str) -> str:
-    if not isinstance(part, Mapping) or part.get("type") != "text":
+def _text_part(part: Any, is_own: bool, field: str) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind != "text" and not (is_own and kind == "refusal"):
         raise RequestError(f"{field} must be a text part; this model reads text only", field=field)
-    if not isinstance(part.get("text"), str):
-        raise RequestError(f"{field}.text must be a string", field=f"{field}.text")
-    return str(part["text"])
+    if not isinstance(part.get(kind), str):
+        raise RequestError(f"{field}.{kind} must be a string", field=f"{field}.{kind}")
+    return str(part[kind])
 
 
 def _tool_calls(calls: Any, field: str) -> list[dict[str, Any]]:
@@ -97,12 +104,14 @@ def _tool_call(call: Any, field: str) -> dict[str, Any]:
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise RequestError(f"{field}.function.name must be a string", field=f"{field}.function.name")
     field = f"{field}.function.arguments"
-    arguments = function.get("arguments", {})
+    arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            arguments = msgspec.json.decode(arguments or "{}")
+            arguments = msgspec.json.decode(arguments.strip() or "null")
         except (msgspec.DecodeError, RecursionError, UnicodeEncodeError) as error:
             raise RequestError(f"{field} is not JSON: {error}", field=field) from None
+    if arguments is None:
+        arguments = {}
     if not isinstance(arguments, Mapping):
         raise RequestError(f"{field} must be an object", field=field)
     return {**call, "type": "function", "function": {**function, "arguments": dict(arguments)}}

@@ -3,30 +3,44 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, Self
 
-from headrace.text.pieces import REPLACEMENT, ByteStream, PieceStream
+from headrace.text.pieces import MAX_CHARACTER_BYTES, REPLACEMENT, ByteStream, PieceStream, begun_character, byte_token
 from headrace.text.tokenizer import Tokenizer
+
+_WHOLE_CONTEXT = 16
 
 
 class IncrementalDetokenizer:
     """Streaming decode: the pieces joined are exactly `tokenizer.decode` of all ids pushed.
+
+    With `prompt_ids` they are what the ids add to the prompt's text: a decoder that drops the space at the start of a
+    text keeps it there, and a character that the prompt begins is shown whole by the ids that complete it. `shown` are
+    special tokens that show although others are skipped.
 
     Costs O(1) per token, amortised. Text is held back while it is not certain: an incomplete UTF-8 character, a run of
     byte-fallback tokens; with a decoder that can only decode whole lists, everything until `finish`.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+        shown: frozenset[str] = frozenset(),
+        prompt_ids: Sequence[int] = (),
     ) -> None:
         self._stream: _Stream
         if tokenizer.decoder_plan.kind == "bytes":
-            self._stream = _Bytes(tokenizer, skip_special_tokens)
-        elif tokenizer.decoder_plan.kind == "text":
-            self._stream = _Strings(tokenizer, skip_special_tokens)
+            self._stream = _Bytes(tokenizer.byte_pieces(skip_special_tokens, shown), prompt_ids)
+            return
+        pieces = tokenizer.string_pieces(skip_special_tokens, shown)
+        if tokenizer.decoder_plan.kind == "text":
+            self._stream = _Strings(tokenizer, pieces, prompt_ids)
         else:
-            self._stream = _Whole(tokenizer, skip_special_tokens, spaces_between_special_tokens)
+            self._stream = _Whole(tokenizer, pieces, prompt_ids)
 
     def push(self, ids: Iterable[int]) -> str:
         """Add ids; returns the text that has become certain."""
@@ -35,6 +49,10 @@ class IncrementalDetokenizer:
     def finish(self) -> str:
         """No more ids come; returns the rest of the text."""
         return self._stream.finish()
+
+    def num_before(self, token_id: int) -> int:
+        """How many characters what is held back shows before the text of `token_id`, were that to come next."""
+        return self._stream.num_before(token_id)
 
     def fork(self) -> IncrementalDetokenizer:
         """One that goes on from here by itself."""
@@ -52,15 +70,17 @@ class _Stream(Protocol):
 
     def finish(self) -> str: ...
 
+    def num_before(self, token_id: int) -> int: ...
+
     def fork(self) -> Self: ...
 
     def complete_rest(self) -> str: ...
 
 
 class _Bytes:
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
-        self._pieces = tokenizer.byte_pieces(skip_special_tokens)
-        self._text = ByteStream()
+    def __init__(self, pieces: Mapping[int, bytes], prompt_ids: Sequence[int]) -> None:
+        self._pieces = pieces
+        self._text = ByteStream(_begun_bytes(pieces, prompt_ids))
 
     def push(self, ids: Iterable[int]) -> str:
         pieces = self._pieces
@@ -68,6 +88,9 @@ class _Bytes:
 
     def finish(self) -> str:
         return self._text.finish()
+
+    def num_before(self, token_id: int) -> int:
+        return self._text.num_before(self._pieces[token_id])
 
     def fork(self) -> Self:
         twin = copy.copy(self)
@@ -79,9 +102,12 @@ class _Bytes:
 
 
 class _Strings:
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
-        self._pieces = tokenizer.string_pieces(skip_special_tokens)
-        self._text = PieceStream(tokenizer.decoder_plan)
+    def __init__(self, tokenizer: Tokenizer, pieces: Mapping[int, str | None], prompt_ids: Sequence[int]) -> None:
+        self._pieces = pieces
+        plan = tokenizer.decoder_plan
+        is_first = all(pieces[token_id] is None for token_id in prompt_ids)
+        begun = _begun_run(pieces, prompt_ids) if plan.joins_byte_tokens else b""
+        self._text = PieceStream(plan, is_first=is_first, begun=begun)
 
     def push(self, ids: Iterable[int]) -> str:
         pieces = self._pieces
@@ -89,6 +115,9 @@ class _Strings:
 
     def finish(self) -> str:
         return self._text.finish()
+
+    def num_before(self, token_id: int) -> int:
+        return self._text.num_before(self._pieces[token_id])
 
     def fork(self) -> Self:
         twin = copy.copy(self)
@@ -100,10 +129,12 @@ class _Strings:
 
 
 class _Whole:
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, spaces_between_special_tokens: bool) -> None:
+    """What the ids add to the text of the prompt's last ones, if the decoder leaves that text as it is before them."""
+
+    def __init__(self, tokenizer: Tokenizer, pieces: Mapping[int, str | None], prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
-        self._spaces_between_special_tokens = spaces_between_special_tokens
+        self._pieces = pieces
+        self._context = list(prompt_ids[-_WHOLE_CONTEXT:])
         self._ids: list[int] = []
 
     def push(self, ids: Iterable[int]) -> str:
@@ -112,7 +143,11 @@ class _Whole:
 
     def finish(self) -> str:
         ids, self._ids = self._ids, []
-        return self._tokenizer.decode(ids, self._skip_special_tokens, self._spaces_between_special_tokens)
+        before, text = self._decode(self._context), self._decode([*self._context, *ids])
+        return text[len(before) :] if text.startswith(before) else self._decode(ids)
+
+    def num_before(self, token_id: int) -> int:
+        return 0
 
     def fork(self) -> Self:
         twin = copy.copy(self)
@@ -121,3 +156,28 @@ class _Whole:
 
     def complete_rest(self) -> str:
         return self.fork().finish().rstrip(REPLACEMENT)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode([each for each in ids if self._pieces[each] is not None], False)
+
+
+def _begun_bytes(pieces: Mapping[int, bytes], prompt_ids: Sequence[int]) -> bytes:
+    """The bytes of a character that the prompt begins and does not complete."""
+    tail = b""
+    for token_id in reversed(prompt_ids):
+        tail = pieces[token_id] + tail
+        if len(tail) >= MAX_CHARACTER_BYTES:
+            break
+    return begun_character(tail)
+
+
+def _begun_run(pieces: Mapping[int, str | None], prompt_ids: Sequence[int]) -> bytes:
+    """As `_begun_bytes`, of byte tokens; tokens that do not show part no run."""
+    tail = b""
+    for token_id in reversed(prompt_ids):
+        token = pieces[token_id]
+        byte = None if token is None else byte_token(token)
+        if (token is not None and byte is None) or len(tail) >= MAX_CHARACTER_BYTES:
+            break
+        tail = tail if byte is None else bytes([byte]) + tail
+    return begun_character(tail)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from headrace.text.tokenizer import Tokenizer
@@ -21,6 +21,12 @@ async def run_sized(size: int, work: Callable[[], Result]) -> Result:
     if size <= INLINE_CHARACTERS:
         return work()
     return await asyncio.get_running_loop().run_in_executor(None, work)
+
+
+def begins_twice(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
+    """True for ids that begin with two beginnings of sequence: mostly the text's own and one that was added to it."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and len(ids) > 1 and ids[0] == bos and ids[1] == bos
 
 
 def encode_bounded(

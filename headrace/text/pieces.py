@@ -22,6 +22,7 @@ from typing import Any, Literal
 import msgspec
 
 REPLACEMENT = "\ufffd"
+MAX_CHARACTER_BYTES = 4
 Rewrite = Callable[[str, bool], str]
 
 
@@ -66,40 +67,79 @@ def byte_token(token: str) -> int | None:
     return int(digits, 16) if all(digit in "0123456789abcdefABCDEF" for digit in digits) else None
 
 
-class ByteStream:
-    """UTF-8 over pieces of bytes: incomplete characters are held back, invalid parts become U+FFFD."""
+def begun_character(data: bytes) -> bytes:
+    """The bytes at the end of `data` that begin a character and do not complete it."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(data[-MAX_CHARACTER_BYTES:])
+    return decoder.getstate()[0]
 
-    def __init__(self) -> None:
+
+class ByteStream:
+    """UTF-8 over pieces of bytes: incomplete characters are held back, invalid parts become U+FFFD.
+
+    `begun` are bytes before the stream that begin a character: it is shown whole if the stream completes it, and they
+    show nothing otherwise.
+    """
+
+    def __init__(self, begun: bytes = b"") -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder.decode(begun)
+        self._own: bytes | None = b"" if begun else None  # what came while it is open whether `begun` is completed
 
     def push(self, data: bytes) -> str:
         """Text that is now certain."""
-        return self._decoder.decode(data)
+        text = self._decoder.decode(data)
+        return text if self._own is None else self._settle(data, text)
 
     def finish(self) -> str:
         """The rest: one U+FFFD if a character is incomplete."""
+        if self._own is not None:
+            self._decoder.reset()
+            self._decoder.decode(self._own)
         return self._decoder.decode(b"", True)
+
+    def num_before(self, data: bytes) -> int:
+        """How many characters what is held back shows before `data`, were that to come next."""
+        held = self._decoder.getstate()[0] if self._own is None else self._own
+        continues = not data or 0x80 <= data[0] < 0xC0
+        return 1 if held and not continues else 0
 
     def fork(self) -> ByteStream:
         """One that goes on from here by itself."""
         twin = ByteStream()
         twin._decoder.setstate(self._decoder.getstate())
+        twin._own = self._own
         return twin
 
     def complete_rest(self) -> str:
         """What is held back, as far as its characters are complete: none is."""
         return ""
 
+    def _settle(self, data: bytes, text: str) -> str:
+        assert self._own is not None
+        own = self._own + data
+        if text[:1] != REPLACEMENT:
+            self._own = None if text else own
+            return text
+        self._own = None
+        self._decoder.reset()
+        return self._decoder.decode(own)
+
 
 class PieceStream:
-    """The "text" kind: rewrites token by token, holding back only a run of byte tokens."""
+    """The "text" kind: rewrites token by token, holding back only a run of byte tokens.
 
-    def __init__(self, plan: DecoderPlan) -> None:
+    `is_first` is false when other tokens stand before the stream, so that its spaces are not those of the very start;
+    `begun` is as in `ByteStream`.
+    """
+
+    def __init__(self, plan: DecoderPlan, *, is_first: bool = True, begun: bytes = b"") -> None:
         self._plan = plan
-        self._num_to_strip = plan.strip_count
+        self._num_to_strip = plan.strip_count if is_first else 0
         self._byte_run = bytearray()
-        self._is_first_token = True
-        self._is_first_piece = True
+        self._begun = begun
+        self._is_first_token = is_first
+        self._is_first_piece = is_first
 
     def push(self, tokens: Iterable[str]) -> str:
         """Text that is now certain."""
@@ -121,6 +161,14 @@ class PieceStream:
         self._end_run(pieces)
         return self._strip("".join(pieces))
 
+    def num_before(self, token: str | None) -> int:
+        """How many characters the run held back shows before `token`, were that to come next; None shows nothing."""
+        if not self._byte_run:
+            return 0
+        if token is None or byte_token(_rewrite(self._plan.before, token, False)) is not None:
+            return len((self._begun + self._byte_run).decode("utf-8", "ignore"))
+        return len("".join(self._run_pieces()))
+
     def fork(self) -> PieceStream:
         """One that goes on from here by itself."""
         twin = copy.copy(self)
@@ -130,7 +178,8 @@ class PieceStream:
     def complete_rest(self) -> str:
         """What is held back, as far as its characters are complete."""
         twin = self.fork()
-        del twin._byte_run[_complete_length(twin._byte_run) :]
+        joined = _complete_length(self._begun + self._byte_run)
+        del twin._byte_run[joined - len(self._begun) if joined else _complete_length(self._byte_run) :]
         return twin.finish()
 
     def _add(self, pieces: list[str], piece: str) -> None:
@@ -138,15 +187,21 @@ class PieceStream:
         self._is_first_piece = False
 
     def _end_run(self, pieces: list[str]) -> None:
+        for piece in self._run_pieces():
+            self._add(pieces, piece)
+        self._byte_run.clear()
+        self._begun = b""
+
+    def _run_pieces(self) -> Iterable[str]:
         """A run of byte tokens is valid UTF-8 as a whole, or one replacement character per byte."""
         if not self._byte_run:
-            return
-        try:
-            self._add(pieces, self._byte_run.decode("utf-8"))
-        except UnicodeDecodeError:
-            for _ in self._byte_run:
-                self._add(pieces, REPLACEMENT)
-        self._byte_run.clear()
+            return ()
+        for data in (self._begun + self._byte_run, self._byte_run):
+            try:
+                return (data.decode("utf-8"),)
+            except UnicodeDecodeError:
+                continue
+        return (REPLACEMENT,) * len(self._byte_run)
 
     def _strip(self, text: str) -> str:
         while self._num_to_strip and text:
@@ -158,7 +213,7 @@ class PieceStream:
         return text
 
 
-def _complete_length(data: bytearray) -> int:
+def _complete_length(data: bytes | bytearray) -> int:
     """The length without a last character that is incomplete; 0 for what is not the beginning of UTF-8."""
     try:
         return len(codecs.getincrementaldecoder("utf-8")("strict").decode(data).encode())

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from headrace.text.chat import check_template_arguments
 from headrace.text.pieces import WHOLE, ByteStream, DecoderPlan, PieceStream, byte_token, read_decoder, token_bytes
@@ -39,7 +39,7 @@ class Tokenizer:
         self.vocab_size: int = self._library.get_vocab_size(with_added_tokens=True)
         self._token_strings = TokenStrings(self._library, frozenset())
         self.decoder_plan = self._checked_plan()
-        self._tables = {skip: self._make_tables(skip) for skip in (False, True)}
+        self._tables: dict[frozenset[str], TokenStrings | BytePieces] = {}
 
     @classmethod
     def load(cls, name_or_path: str) -> Tokenizer:
@@ -142,28 +142,57 @@ class Tokenizer:
         """Refuse the conversations that are being rendered now."""
         self._renderer.interrupt()
 
+    @overload
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        *,
+        tokenize: Literal[True] = True,
         **template_arguments: Any,
-    ) -> list[int]:
-        """Ids of a conversation; raises as `render_chat` does."""
-        text = self.render_chat(messages, tools, add_generation_prompt, **template_arguments)
-        return self.encode(text, add_special_tokens=False)
+    ) -> list[int]: ...
 
-    def byte_pieces(self, skip_special_tokens: bool) -> Mapping[int, bytes]:
-        """For a byte-level vocabulary: the bytes of every id, b"" for ids that do not show."""
-        table = self._tables[skip_special_tokens]
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        *,
+        tokenize: Literal[False],
+        **template_arguments: Any,
+    ) -> str: ...
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        *,
+        tokenize: bool = True,
+        **template_arguments: Any,
+    ) -> list[int] | str:
+        """Ids of a conversation, or its text with `tokenize=False`; raises as `render_chat` does."""
+        text = self.render_chat(messages, tools, add_generation_prompt, **template_arguments)
+        return self.encode(text, add_special_tokens=False) if tokenize else text
+
+    def byte_pieces(self, skip_special_tokens: bool, shown: frozenset[str] = frozenset()) -> Mapping[int, bytes]:
+        """For a byte-level vocabulary: the bytes of every id, b"" for ids that do not show. Special tokens in `shown`
+        show although others are skipped."""
+        table = self._table(skip_special_tokens, shown)
         assert isinstance(table, BytePieces)
         return table
 
-    def string_pieces(self, skip_special_tokens: bool) -> Mapping[int, str | None]:
-        """The token string of every id, None for ids that do not show."""
-        table = self._tables[skip_special_tokens]
+    def string_pieces(self, skip_special_tokens: bool, shown: frozenset[str] = frozenset()) -> Mapping[int, str | None]:
+        """For the other vocabularies: the token string of every id, None for ids that do not show."""
+        table = self._table(skip_special_tokens, shown)
         assert isinstance(table, TokenStrings)
         return table
+
+    def special_among(self, tokens: Iterable[str]) -> frozenset[str]:
+        """Those of `tokens` that `skip_special_tokens` hides."""
+        return self._special_tokens.intersection(tokens)
 
     def _rendering(
         self,
@@ -186,10 +215,12 @@ class Tokenizer:
         """Write the tokenizer's files into `folder`."""
         self._backend.save_pretrained(str(folder))
 
-    def _make_tables(self, skip_special_tokens: bool) -> TokenStrings | BytePieces:
-        hidden = self._special_tokens if skip_special_tokens else frozenset()
-        strings = TokenStrings(self._library, hidden)
-        return BytePieces(strings) if self.decoder_plan.kind == "bytes" else strings
+    def _table(self, skip_special_tokens: bool, shown: frozenset[str]) -> TokenStrings | BytePieces:
+        hidden = self._special_tokens - shown if skip_special_tokens else frozenset()
+        if hidden not in self._tables:
+            strings = TokenStrings(self._library, hidden)
+            self._tables[hidden] = BytePieces(strings) if self.decoder_plan.kind == "bytes" else strings
+        return self._tables[hidden]
 
     def _checked_plan(self) -> DecoderPlan:
         """The streaming plan, if it decodes random ids exactly as the library does; else the whole-list plan."""

@@ -12,7 +12,7 @@ import pytest
 from headrace import Engine, Generation, InternalError, SamplingParams
 from headrace.runner import Runner
 from headrace.scheduler.planner import StepPlanner
-from headrace.text.tool_calls import ToolCall, ToolCallParser, ToolCallStyle
+from headrace.text import ToolCall, ToolCallParser, ToolCallStyle
 from headrace.types.plan import StepPlan, StepResult
 
 POISON = 95

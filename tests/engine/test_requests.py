@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from headrace.config import EngineConfig, ResolvedConfig, resolve
 from headrace.engine.requests import GenerateItem, GenerateOptions, RequestBuilder
@@ -51,6 +52,29 @@ def expand(builder: RequestBuilder, **arguments: Any) -> list[GenerateItem]:
     params = arguments.pop("sampling_params", {"max_new_tokens": 4})
     options: GenerateOptions = arguments  # type: ignore[assignment]
     return builder.expand(prompts, input_ids, params, options, stream=False)
+
+
+def test_special_tokens_are_added_to_texts_unless_told_otherwise(
+    resolved: ResolvedConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = byte_tokenizer()
+    backend.bos_token = "<|user|>"
+    bos = backend.convert_tokens_to_ids("<|user|>")
+    backend.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|user|> $A", special_tokens=[("<|user|>", bos)]
+    )
+    builder = RequestBuilder(resolved, Tokenizer(backend))
+    for text, special, expected in (("a", True, [bos, 97]), ("a", False, [97]), ("<|user|>a", False, [bos, 97])):
+        (item,) = expand(builder, prompts=text, add_special_tokens=special)
+        assert unpack_ids(item.packed or b"").tolist() == expected
+    assert not caplog.records
+    for _ in range(2):
+        (item,) = expand(builder, prompts="<|user|>a")
+        assert unpack_ids(item.packed or b"").tolist() == [bos, bos, 97]
+    assert [record.levelname for record in caplog.records] == ["WARNING"], "told once"
+    with pytest.raises(RequestError) as raised:
+        expand(builder, prompts="a", add_special_tokens="no")
+    assert raised.value.field == "add_special_tokens"
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

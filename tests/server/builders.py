@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,13 @@ def save_scripted_model(folder: Path) -> Path:
     """
     tokenizer = builders.byte_level()
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in SCRIPT])
-    chain = [tokenizer.encode("\n")[0], *(tokenizer.convert_tokens_to_ids(text) for text in SCRIPT)]
-    chain.append(tokenizer.eos_token_id)
+    return save_chain(folder, tokenizer, ["\u010a", *SCRIPT])  # U+010A is how byte-level vocabularies write a new line
+
+
+def save_chain(folder: Path, tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]) -> Path:
+    """A model after which each of `tokens` is followed by the next one, and the last by the end of sequence."""
+    chain = [*map(tokenizer.convert_tokens_to_ids, tokens), tokenizer.eos_token_id]
+    assert None not in chain and len(set(chain)) == len(chain)
     model = Qwen3ForCausalLM(_config(hidden_size=VOCAB_SIZE, num_layers=1))
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(torch.eye(VOCAB_SIZE))

@@ -23,6 +23,33 @@ def test_parts_developer_and_tool_calls() -> None:
     assert messages[2] == {"role": "tool", "content": "2", "tool_call_id": "1"}
 
 
+@pytest.mark.parametrize("calls", [[], None, ()])
+def test_no_tool_calls_are_as_absent(calls: Any) -> None:
+    for content, expected in (("4", "4"), (None, ""), ([], "")):
+        message = {"role": "assistant", "content": content, "tool_calls": calls, "function_call": None}
+        assert normalize_messages([message]) == [{"role": "assistant", "content": expected}]
+
+
+@pytest.mark.parametrize("arguments", [None, "", "  ", "null", "{}", {}])
+def test_no_arguments_are_an_empty_object(arguments: Any) -> None:
+    call = {"function": {"name": "f", "arguments": arguments}}
+    (message,) = normalize_messages([{"role": "assistant", "tool_calls": [call, {"function": {"name": "g"}}]}])
+    assert [each["function"]["arguments"] for each in message["tool_calls"]] == [{}, {}]
+
+
+def test_a_refusal_is_what_the_assistant_said() -> None:
+    parts = [{"type": "text", "text": "No. "}, {"type": "refusal", "refusal": "I will not."}]
+    messages = normalize_messages(
+        [
+            {"role": "assistant", "content": parts, "refusal": None},
+            {"role": "assistant", "content": None, "refusal": "I will not."},
+            {"role": "assistant", "content": None},
+        ]
+    )
+    assert [message["content"] for message in messages] == ["No. I will not.", "I will not.", ""]
+    assert all(set(message) == {"role", "content"} for message in messages)
+
+
 @pytest.mark.parametrize(
     ("messages", "field"),
     [
@@ -36,6 +63,9 @@ def test_parts_developer_and_tool_calls() -> None:
         ([{"role": "user", "content": 3}], "messages[0].content"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0]"),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
+        ([{"role": "user", "content": None}], "messages[0].content"),
+        ([{"role": "user", "content": [{"type": "refusal", "refusal": "x"}]}], "messages[0].content[0]"),
+        ([{"role": "assistant", "content": [{"type": "refusal"}]}], "messages[0].content[0].refusal"),
         ([{"role": "assistant", "tool_calls": 1}], "messages[0].tool_calls"),
         ([{"role": "assistant", "tool_calls": [{}]}], "messages[0].tool_calls[0].function.name"),
         (

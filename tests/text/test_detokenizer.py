@@ -106,3 +106,78 @@ def test_cost_does_not_grow_with_the_text() -> None:
     for token in ids:
         detokenizer.push([token])
     assert looked_up == ids
+
+
+def after(tokenizer: Tokenizer, prompt: list[int], ids: list[int], cuts: random.Random, skip: bool = True) -> str:
+    """The text of `ids` behind `prompt`, decoded in pieces."""
+    detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip, prompt_ids=prompt)
+    pieces = []
+    position = 0
+    while position < len(ids):
+        step = cuts.choice((1, 1, 2, 5))
+        pieces.append(detokenizer.push(ids[position : position + step]))
+        position += step
+    return "".join([*pieces, detokenizer.finish()])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_behind_a_prompt_the_text_is_what_the_ids_add_to_it(kind: str) -> None:
+    tokenizer = Tokenizer(KINDS[kind][0]())
+    source = random.Random(kind)
+    num_compared = num_spaces = 0
+    few_bytes = [*range(tokenizer.vocab_size), *[*range(tokenizer.vocab_size)][-20:] * 20]
+    for number in range(3_000):
+        prompt = source.choices(few_bytes, k=source.randrange(6))
+        ids = source.choices(few_bytes, k=source.randrange(1, 12))
+        skip = bool(number & 1)
+        before, whole = tokenizer.decode(prompt, skip), tokenizer.decode(prompt + ids, skip)
+        if before.endswith("\ufffd") or not whole.startswith(before) or whole[len(before) :].startswith("\ufffd"):
+            continue  # the border may part a character or a run of bytes
+        text = after(tokenizer, prompt, ids, source, skip)
+        assert text == whole[len(before) :], (prompt, ids)
+        num_compared += 1
+        num_spaces += text.startswith(" ")
+    assert num_compared > 1_000
+    assert num_spaces > 10 or kind == "byte_level"
+
+
+def test_byte_level_text_is_that_of_its_own_ids() -> None:
+    tokenizer = Tokenizer(builders.byte_level())
+    source = random.Random(3)
+    for _ in range(1_000):
+        prompt = tokenizer.encode(source.choice(builders.CORPUS), add_special_tokens=False)
+        ids = [source.randrange(tokenizer.vocab_size) for _ in range(12)]
+        assert after(tokenizer, prompt, ids, source) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("build", [builders.byte_fallback, builders.metaspace_unigram])
+def test_the_first_space_is_that_of_the_text_not_of_the_completion(build: Callable[[], object]) -> None:
+    tokenizer = Tokenizer(build())
+    word = tokenizer.encode("ab cd e" if build is builders.metaspace_unigram else "the wheel", False)
+    special = tokenizer.encode("</s>", add_special_tokens=False)
+    special = [token for token in special if token in tokenizer.special_token_ids]
+    whole = tokenizer.decode(word)
+    cuts = random.Random(0)
+    assert after(tokenizer, [], word, cuts) == whole
+    assert after(tokenizer, special, word, cuts) == whole, "a prompt that shows nothing is no text"
+    assert after(tokenizer, special, word, cuts, skip=False) == " " + whole
+    assert after(tokenizer, word, word, cuts) == " " + whole
+    assert after(tokenizer, [*word, *special], word, cuts) == " " + whole
+
+
+@pytest.mark.parametrize("build", [builders.byte_level, builders.byte_fallback])
+def test_a_character_begun_by_the_prompt_is_shown_whole_where_it_is_completed(build: Callable[[], object]) -> None:
+    tokenizer = Tokenizer(build())
+    by_byte = {tokenizer.token_bytes(token): token for token in reversed(range(tokenizer.vocab_size))}
+    ids = [by_byte[bytes([byte])] for byte in "世".encode()]
+    letter = max(token for token in range(tokenizer.vocab_size) if tokenizer.token_bytes(token) == b"e")
+    cuts = random.Random(0)
+    for cut in (1, 2):
+        prompt, rest = [letter, *ids[:cut]], ids[cut:]
+        assert after(tokenizer, prompt, [*rest, letter], cuts) == "世e"
+        assert after(tokenizer, [*prompt, *tokenizer.special_token_ids[:1]], rest, cuts) == "世"
+        assert after(tokenizer, prompt, [letter], cuts) == "e", "what the prompt did not complete is the prompt's"
+        assert after(tokenizer, prompt, [], cuts) == ""
+        broken = after(tokenizer, prompt, [rest[0], letter], cuts)
+        assert broken == ("\ufffde" if cut == 1 else "世e")
+    assert after(tokenizer, [letter, *ids], ids, cuts) == "世"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,6 +75,16 @@ def test_chat_template(tokenizer: Tokenizer) -> None:
     assert tokenizer.render_chat(messages, enable_thinking=True).endswith("<think>")
     tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
     assert '"name": "add"' in tokenizer.render_chat(messages, tools=[tool])
+
+
+def test_a_chat_template_may_give_its_text(tokenizer: Tokenizer) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == tokenizer.render_chat(messages)
+    assert tokenizer.apply_chat_template(messages, tokenize=True) == tokenizer.apply_chat_template(messages)
+    for name in ("return_tensors", "return_dict", "chat_template", "continue_final_message"):
+        more: dict[str, Any] = {name: True}
+        with pytest.raises(RequestError, match=f"{name} may not be set"):
+            tokenizer.apply_chat_template(messages, **more)
 
 
 def test_template_faults_are_the_requests_fault(tokenizer: Tokenizer) -> None:

@@ -1,0 +1,77 @@
+"""Tool calls of a chat reply. Owns how those that the text holds are told to the client."""
+
+from __future__ import annotations
+
+import secrets
+import string
+import uuid
+from typing import Any
+
+import msgspec
+
+from headrace.text import CALL_FORMS, Tokenizer, ToolCall, ToolCallParser, ToolCallStyle
+
+_MISTRAL_ID_LENGTH = 9  # their templates refuse a history with any other
+
+
+class ToolReader(msgspec.Struct, frozen=True):
+    """How the replies to one conversation are read. `hidden` are tags that are special tokens which the client does not
+    want to see, `thought` the tag of one that the prompt leaves open."""
+
+    style: ToolCallStyle
+    tool_names: frozenset[str]
+    hidden: frozenset[str]
+    thought: str
+    is_parallel: bool
+
+    @classmethod
+    def of(
+        cls,
+        style: ToolCallStyle,
+        names: frozenset[str],
+        prompt: str,
+        tokenizer: Tokenizer,
+        *,
+        skips: bool,
+        is_parallel: bool,
+    ) -> ToolReader:
+        """The reader for a rendered `prompt`; `skips` says that special tokens are not shown."""
+        form = CALL_FORMS[style]
+        hidden = tokenizer.special_among(form.tags) if skips else frozenset[str]()
+        return cls(style, names, hidden, form.thought_at_end(prompt), is_parallel)
+
+
+class ReplyText:
+    """The text of one choice as it grows: what of it is shown, and the calls in it; without a reader all is shown."""
+
+    def __init__(self, reader: ToolReader | None) -> None:
+        self._reader = reader
+        self._parser = None
+        if reader is not None:
+            self._parser = ToolCallParser(reader.style, reader.tool_names, hidden=reader.hidden, thought=reader.thought)
+        self.num_calls = 0
+
+    def push(self, text: str, is_last: bool) -> tuple[str, list[dict[str, Any]]]:
+        """Add text; returns what of it is shown, and the calls now complete in OpenAI's spelling."""
+        if self._parser is None:
+            return text, []
+        shown, calls = self._parser.push(text)
+        if is_last:
+            rest, more = self._parser.finish()
+            shown, calls = shown + rest, calls + more
+        return shown, [written for call in calls if (written := self._write(call)) is not None]
+
+    def _write(self, call: ToolCall) -> dict[str, Any] | None:
+        """None for a call after the first, where only one was wanted."""
+        assert self._reader is not None
+        if self.num_calls and not self._reader.is_parallel:
+            return None
+        self.num_calls += 1
+        function = {"name": call.name, "arguments": call.arguments}
+        return {"id": _call_id(self._reader.style), "type": "function", "function": function}
+
+
+def _call_id(style: ToolCallStyle) -> str:
+    if style == "mistral":
+        return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(_MISTRAL_ID_LENGTH))
+    return f"call_{uuid.uuid4().hex[:24]}"
