@@ -83,10 +83,7 @@ class ChatFace:
         if body.stream:
             return call.event_stream(self._events(call, body, reader))
         with dropping(request.receive, call.cancel, self._state.metrics.count_disconnect):
-            pieces = [await stream.result() for stream in call.streams]
-        for piece in pieces:
-            call.count(piece)
-        choices = [self._choice(call, body, reader, number, piece) for number, piece in enumerate(pieces)]
+            choices = await call.written(lambda number, piece: self._choice(call, body, reader, number, piece))
         reply = {**call.envelope(_OBJECT, choices), "usage": call.usage()}
         if body.return_token_ids:
             reply["prompt_token_ids"] = call.streams[0].prompt_token_ids

@@ -56,13 +56,9 @@ class CompletionsFace:
         if body.stream:
             return call.event_stream(self._events(call, body))
         with dropping(request.receive, call.cancel, self._state.metrics.count_disconnect):
-            pieces = [await stream.result() for stream in call.streams]
-        for piece in pieces:
-            call.count(piece)
-        choices = [
-            self._choice(call, body, number, piece, self._tokens(body, stream))
-            for number, (stream, piece) in enumerate(zip(call.streams, pieces, strict=True))
-        ]
+            choices = await call.written(
+                lambda number, piece: self._choice(call, body, number, piece, self._tokens(body, call.streams[number]))
+            )
         return json_reply({**call.envelope(_OBJECT, choices), "usage": call.usage()}, headers=call.headers)
 
     async def _prompts(self, body: CompletionBody, warnings: list[str]) -> list[Prompt]:
