@@ -99,15 +99,17 @@ def _request(settings: Settings, prompt: list[int], length: int) -> bytes:
         "sampling_params": {"max_new_tokens": length, "stop_token_ids": [STOP_TOKEN_ID]},
         "return_logprob": True,
         "stream": settings.stream,
+        "incremental_streaming_output": True,
     }
     return post("/generate", body)
 
 
 def _num_tokens(body: bytes, length: int, stream: bool) -> int:
-    if stream:  # cumulative: the last event before [DONE] holds everything
-        body = body.rstrip().split(b"\n\n")[-2].removeprefix(b"data: ")
-    answer = msgspec.json.decode(body, type=Answer)
-    counts = (len(answer.output_ids), len(answer.meta_info.output_token_logprobs), answer.meta_info.completion_tokens)
+    bodies = [line[6:] for line in body.split(b"\n\n")[:-2]] if stream else [body]  # [DONE] and the end are no events
+    answers = [msgspec.json.decode(each, type=Answer) for each in bodies]
+    num_ids = sum(len(answer.output_ids) for answer in answers)
+    num_logprobs = sum(len(answer.meta_info.output_token_logprobs) for answer in answers)
+    counts = (num_ids, num_logprobs, answers[-1].meta_info.completion_tokens)
     if set(counts) != {length}:
         raise RuntimeError(f"asked for {length} tokens, got {counts}")
     return length

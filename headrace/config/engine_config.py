@@ -12,7 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from headrace.types.errors import ConfigError, encodable
-from headrace.types.plain_values import plain_scalar
+from headrace.types.plain_values import hint, plain_scalar
 from headrace.types.sampling_params import LogprobMode
 
 
@@ -99,7 +99,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """Build from keywords; an unknown or ill-typed one raises `ConfigError` naming it."""
         for key in values:
             if key not in cls.__struct_fields__:
-                raise ConfigError(f"{key} is not an engine setting", field=key)
+                raise ConfigError(f"{key} is not an engine setting{hint(key, cls.__struct_fields__)}", field=key)
         if "model" not in values:
             raise ConfigError("model must name a folder or a hub id", field="model")
         return cls(**values)

@@ -75,13 +75,13 @@ class CoreLoop:
         budget = STAGE_BUDGET_BUSY_S if stepped else STAGE_BUDGET_IDLE_S
         progressed = replica.update.advance(budget, now) or replica.reading.advance(budget)
         self._expire_held_requests(now)
-        replica.outbox.flush()
+        replica.outbox.flush(force=not stepped)
         return stepped or progressed
 
     def fail_requests(self, error: ErrorInfo) -> None:
         """Answer every request with `error`: the loop has crashed and does not go on."""
         self.replica.outbox.add(self.replica.scheduler.fail(None, error))
-        self.replica.outbox.flush()
+        self.replica.outbox.flush(force=True)
 
     def _step(self) -> bool:
         pause, update, scheduler = self.replica.pause, self.replica.update, self.replica.scheduler

@@ -1,4 +1,8 @@
-"""What the core sends. Owns the order of its messages: a reply never overtakes the deltas that came before it."""
+"""What the core sends. Owns the order of its messages: a reply never overtakes the deltas that came before it.
+
+A front that reads more slowly than the core steps gets fewer, larger deltas: while the link is behind they stay here
+and are joined, so that a reply waits for little more than one delta a sequence, and not for every token since.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import msgspec
 from headrace.ipc import CoreLink
 from headrace.types.errors import ErrorInfo
 from headrace.types.messages import Deltas, Reply
-from headrace.types.request import Delta
+from headrace.types.request import Delta, TokenExtras
 
 
 class Outbox:
@@ -27,16 +31,55 @@ class Outbox:
 
     def reply(self, call_id: int, payload: Any = None) -> None:
         """Answer a command with the value its docstring names."""
-        self.flush()
+        self.flush(force=True)
         self._link.send(Reply(call_id, payload=self._encoder.encode(payload)))
 
     def refuse(self, call_id: int, error: ErrorInfo) -> None:
         """Answer a command with an error."""
-        self.flush()
+        self.flush(force=True)
         self._link.send(Reply(call_id, error=error))
 
-    def flush(self) -> None:
-        """Send what is queued. Raises `PeerClosed`, as all sending does."""
-        if self._deltas:
-            deltas, self._deltas = self._deltas, []
-            self._link.send(Deltas(tuple(deltas)))
+    def flush(self, *, force: bool = False) -> None:
+        """Send what is queued, unless the link is behind. Raises `PeerClosed`, as all sending does."""
+        if not self._deltas:
+            return
+        if self._link.is_behind and not force:
+            self._deltas = joined(self._deltas)
+            return
+        deltas, self._deltas = self._deltas, []
+        self._link.send(Deltas(tuple(deltas)))
+
+
+def joined(deltas: Iterable[Delta]) -> list[Delta]:
+    """One delta per sequence that brings the same."""
+    found: dict[int, Delta] = {}
+    for delta in deltas:
+        earlier = found.get(delta.handle)
+        found[delta.handle] = delta if earlier is None else _join(earlier, delta)
+    return list(found.values())
+
+
+def _join(first: Delta, second: Delta) -> Delta:
+    """Every field by its place, so that one that is added later cannot be forgotten. Prompt scores come once."""
+    return Delta(
+        second.handle,
+        first.token_ids + second.token_ids,
+        first.logprobs + second.logprobs,
+        first.spans + second.spans,
+        second.finish,
+        max(first.num_cached_tokens, second.num_cached_tokens),
+        max(first.num_preemptions, second.num_preemptions),
+        _join_extras(first.extras, second.extras),
+        first.prompt_logprobs or second.prompt_logprobs,
+        first.prompt_extras if first.prompt_logprobs else second.prompt_extras,
+    )
+
+
+def _join_extras(first: TokenExtras, second: TokenExtras) -> TokenExtras:
+    if not (first.top_ids or first.asked_logprobs):
+        return second
+    return TokenExtras(
+        first.top_ids + second.top_ids,
+        first.top_logprobs + second.top_logprobs,
+        first.asked_logprobs + second.asked_logprobs,
+    )

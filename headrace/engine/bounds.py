@@ -12,11 +12,11 @@ from headrace.types.errors import RequestError
 from headrace.types.sampling_params import LogprobOptions, SamplingParams
 
 MAX_LOGPROB_VALUES = 1 << 24
-"""Further log-probabilities (of top and asked ids) of one prompt's samples: entries of dictionaries, about 120 bytes
-each. So many of one sequence also fit the message that ends it."""
+"""Log-probabilities of one prompt's samples beside those of generated tokens: of the prompt, of top and of asked ids.
+Entries of dictionaries, about 120 bytes each. So many of one sequence also fit the message that ends it."""
 
-MAX_BODY_LOGPROB_VALUES = 1 << 23
-"""The same of all prompts of one HTTP body, where each is a JSON triple too."""
+MAX_BODY_VALUES = 1 << 23
+"""The same of all prompts of one HTTP body, where each is a JSON triple too; and prompt ids that its replies repeat."""
 
 MAX_CALL_STOP_CHARACTERS = 1 << 20
 """Characters of the stop strings of all different `sampling_params` of a call: sixteen full sets."""
@@ -44,23 +44,29 @@ def check_call(params: Iterable[SamplingParams]) -> None:
 
 
 def num_logprob_values(options: LogprobOptions, num_prompt: int, params: SamplingParams) -> int:
-    """Most log-probabilities beside the tokens' own that the samples of one prompt can bring."""
+    """Most log-probabilities beside those of generated tokens that the samples of one prompt can bring."""
     num_scored = 0 if options.prompt_start is None else max(0, num_prompt - options.prompt_start)
-    return params.n * (num_scored + params.max_new_tokens) * (options.num_top + len(options.token_ids))
+    num_further = options.num_top + len(options.token_ids)
+    return params.n * (num_scored * (1 + num_further) + params.max_new_tokens * num_further)
 
 
-def check_body(prompts: Iterable[tuple[LogprobOptions, int, SamplingParams]]) -> None:
+def check_body(prompts: Iterable[tuple[LogprobOptions, int, SamplingParams]], repeats_ids_for: str = "") -> None:
     """Raise `RequestError` if all prompts of an HTTP body together, each with its number of ids, may bring too many
-    further log-probabilities."""
-    total = 0
+    log-probabilities, or prompt ids in the replies to all samples, for which the body's key `repeats_ids_for` asks."""
+    num_values = num_ids = 0
     for options, num_prompt, params in prompts:
-        total += num_logprob_values(options, num_prompt, params)
-        check_logprob_values(total, options, MAX_BODY_LOGPROB_VALUES)
+        num_values += num_logprob_values(options, num_prompt, params)
+        check_logprob_values(num_values, options, MAX_BODY_VALUES)
+        num_ids += params.n * num_prompt if repeats_ids_for else 0
+        if num_ids > MAX_BODY_VALUES:
+            message = f"{repeats_ids_for} asks for more than {MAX_BODY_VALUES} prompt ids over all samples"
+            raise RequestError(message, field=repeats_ids_for)
 
 
 def check_logprob_values(num_values: int, options: LogprobOptions, limit: int = MAX_LOGPROB_VALUES) -> None:
-    """Raise `RequestError` naming the field if so many further log-probabilities are too many."""
+    """Raise `RequestError` naming the field if so many log-probabilities are too many."""
     if num_values > limit:
-        field = "top_logprobs" if options.num_top else "logprob_token_ids"
+        asks_for_ids = "logprob_token_ids" if options.token_ids else "logprob_start"
+        field = "top_logprobs" if options.num_top else asks_for_ids
         message = f"{field} asks for up to {num_values} values over all tokens and samples; at most {limit} may be"
         raise RequestError(message, field=field)

@@ -33,7 +33,7 @@ from headrace.engine.seeds import SeedSource, sample_seed
 from headrace.scheduler.limits import MAX_PRIORITY
 from headrace.text import Tokenizer, begins_twice, encode_bounded
 from headrace.types.errors import ErrorInfo, RequestError
-from headrace.types.plain_values import as_flag, as_integer, as_integer_array
+from headrace.types.plain_values import as_flag, as_integer, as_integer_array, hint
 from headrace.types.request import Request, TokenSampling, pack_ids
 from headrace.types.sampling_params import (
     MAX_LOGPROB_TOKEN_IDS,
@@ -148,7 +148,8 @@ class RequestBuilder:
         """One item per sample, prompt-major. Raises `RequestError` before anything is submitted."""
         for name in options:
             if name not in GenerateOptions.__annotations__:
-                raise RequestError(f"{name} is not an argument of a request", field=name)
+                message = f"{name} is not an argument of a request{hint(name, GenerateOptions.__annotations__)}"
+                raise RequestError(message, field=name)
         field, given = sources(prompts, input_ids)
         returns_errors = as_flag(options.get("return_errors", False), "return_errors")
         refusals: dict[int, RequestError] = {}
@@ -251,15 +252,16 @@ class RequestBuilder:
 
     def _shared(self, params: SamplingParams) -> _Shared:
         """What requests with these parameters share, checked and made once for all that come one after the other."""
-        if self._last_shared is None or self._last_shared.params is not params:
+        shared = self._last_shared
+        if shared is None or shared.params is not params:
             if params.stop and self._tokenizer is None:
                 raise RequestError("stop strings need a tokenizer; use stop_token_ids", field="sampling_params.stop")
             self._check_ids(params.stop_token_ids, "sampling_params.stop_token_ids")
             self._check_ids(params.logit_bias or (), "sampling_params.logit_bias")
             stop_ids = params.stop_token_ids if params.ignore_eos else (*self._eos_ids, *params.stop_token_ids)
             sampling = _token_sampling(params, self._vocab_size)
-            self._last_shared = _Shared(params, sampling, tuple(dict.fromkeys(stop_ids)))
-        return self._last_shared
+            self._last_shared = shared = _Shared(params, sampling, tuple(dict.fromkeys(stop_ids)))
+        return shared
 
     def _samples(self, item: GenerateItem) -> list[GenerateItem]:
         """The `n` samples of one prompt, each with its own seed; `item` is the first."""

@@ -53,9 +53,9 @@ class Sample:
 
     @property
     def num_extra_values(self) -> int:
-        """Log-probabilities beside those of the tokens themselves, of output and prompt."""
+        """Log-probabilities beside those of the generated tokens."""
         of_prompt = len(self._prompt_extras.top_logprobs) + len(self._prompt_extras.asked_logprobs)
-        return (of_prompt + len(self._extras[1]) + len(self._extras[2])) // 4
+        return len(self._prompt_logprobs) + (of_prompt + len(self._extras[1]) + len(self._extras[2])) // 4
 
     def truncate(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` generated tokens only."""

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
+from headrace.engine.pacing import Pacer
 from headrace.engine.requests import GenerateItem
 from headrace.engine.sample import Sample
 from headrace.engine.text_feed import TextFeed, TextStart
@@ -63,7 +64,7 @@ class Stream:
 
     @property
     def num_extra_values(self) -> int:
-        """Log-probabilities that there are so far beside those of the tokens themselves."""
+        """Log-probabilities that there are so far beside those of the generated tokens."""
         return self._sample.num_extra_values
 
     def __aiter__(self) -> Stream:
@@ -224,9 +225,11 @@ class Stream:
 
 
 class StreamGroup:
-    """Many streams read as one, each piece as soon as it is there. For one consumer."""
+    """Many streams read as one, each piece as soon as it is there. For one consumer, which `pacer` wakes if there is
+    one."""
 
-    def __init__(self, streams: Iterable[Stream]) -> None:
+    def __init__(self, streams: Iterable[Stream], pacer: Pacer | None = None) -> None:
+        self._pacer = pacer
         self._live = set(streams)
         self._ready = {stream: None for stream in self._live if stream.is_done}  # in the order of their news
         self._waiter: asyncio.Future[None] | None = None
@@ -263,5 +266,10 @@ class StreamGroup:
 
     def _note(self, stream: Stream) -> None:
         self._ready[stream] = None
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        waiter, self._waiter = self._waiter, None
+        if waiter is None or waiter.done():
+            return
+        if self._pacer is not None:
+            self._pacer.wake(waiter)
+        else:
+            waiter.set_result(None)

@@ -81,6 +81,10 @@ class InprocessCoreLink:
         self._front = front
         self._is_closed = False
 
+    @property
+    def is_behind(self) -> bool:
+        return False  # the two ends share one interpreter: neither gets far ahead of the other
+
     def poll(self, timeout: float) -> list[Command]:
         commands: list[Command] = []
         if self._is_closed:

@@ -19,6 +19,11 @@ class PeerClosed(Exception):
 class CoreLink(Protocol):
     """The core's end; used by one thread, the one that runs the step loop."""
 
+    @property
+    def is_behind(self) -> bool:
+        """True while much of what was sent waits for the front to read it."""
+        ...
+
     def poll(self, timeout: float) -> list[Command]:
         """Every command that has arrived, waiting up to `timeout` seconds for the first one.
 

@@ -5,12 +5,17 @@ The core's end is a non-blocking socket polled between steps; the front's end is
 
 from __future__ import annotations
 
+import array
 import asyncio
+import contextlib
+import fcntl
 import logging
 import select
 import socket
+import termios
 import time
-from collections.abc import Awaitable, Callable
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
 from typing import cast
 
 from headrace.ipc.codec import (
@@ -32,8 +37,11 @@ logger = logging.getLogger(__name__)
 READ_BYTES = 1 << 18
 MAX_READ_BYTES_PER_POLL = 1 << 22
 MAX_BACKLOG_BYTES = 1 << 28
+MAX_UNREAD_BYTES = 1 << 17
 STALL_TIMEOUT = 60.0
 CLOSE_TIMEOUT = 2.0
+DELIVER_SECONDS = 0.01
+SLICE_DELTAS = 64
 
 
 class SocketCoreLink:
@@ -57,6 +65,10 @@ class SocketCoreLink:
         self._max_backlog_bytes = max_backlog_bytes
         self._stall_timeout = stall_timeout
         self._closed_reason = ""
+
+    @property
+    def is_behind(self) -> bool:
+        return bool(self._backlog) or self._num_unread() > MAX_UNREAD_BYTES
 
     def poll(self, timeout: float) -> list[Command]:
         if self._backlog and not self._closed_reason:
@@ -105,6 +117,13 @@ class SocketCoreLink:
             logger.debug("link closed with output unsent: %s", reason)
         self._socket.close()
         self._closed_reason = self._closed_reason or "the link is closed"
+
+    def _num_unread(self) -> int:
+        """Bytes that the kernel holds for the front, which may be many megabytes."""
+        held = array.array("i", [0])
+        with contextlib.suppress(OSError):  # closed: sending says so
+            fcntl.ioctl(self._socket, termios.TIOCOUTQ, held)
+        return held[0]
 
     def _receive(self) -> list[bytes]:
         """Frames that have arrived. Raises `PeerClosed` when there are none and never will be."""
@@ -281,6 +300,7 @@ class _FrontProtocol(asyncio.Protocol):
         self._reader = FrameReader()
         self._codec = OutputCodec()
         self._transport: asyncio.Transport | None = None
+        self._waiting: deque[Output] = deque()
         self.has_ended = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -296,11 +316,36 @@ class _FrontProtocol(asyncio.Protocol):
             self._transport.abort()
             return
         for output in outputs:
-            self._on_output(output)
+            self._waiting.extend(_in_slices(output))
+        self._deliver()
+
+    def _deliver(self) -> None:
+        """Hand on for a moment; then, before the rest, the loop's other work has its turn, and nothing more is read."""
+        until = time.perf_counter() + DELIVER_SECONDS
+        while self._waiting and time.perf_counter() < until:
+            self._on_output(self._waiting.popleft())
+        if self._transport is None or self._transport.is_closing():
+            return
+        if self._waiting:
+            self._transport.pause_reading()
+            asyncio.get_running_loop().call_soon(self._deliver)
+        else:
+            self._transport.resume_reading()
 
     def connection_lost(self, error: Exception | None) -> None:
+        while self._waiting:
+            self._on_output(self._waiting.popleft())
         self.has_ended.set()
         self._on_lost(f"the link to the core broke: {error}" if error else "the core closed the link")
+
+
+def _in_slices(output: Output) -> Iterator[Output]:
+    """The deltas of one step of many sequences, a few at a time."""
+    if not isinstance(output, Deltas) or len(output.deltas) <= SLICE_DELTAS:
+        yield output
+        return
+    for start in range(0, len(output.deltas), SLICE_DELTAS):
+        yield Deltas(output.deltas[start : start + SLICE_DELTAS])
 
 
 def _shut_down(connection: socket.socket) -> None:

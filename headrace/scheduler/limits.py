@@ -54,8 +54,9 @@ def max_output(request: Request, num_prompt: int, limits: SchedulerLimits) -> in
     return min(request.max_new_tokens, limits.context_length - num_prompt)
 
 
-def read_prompt(request: Request, limits: SchedulerLimits) -> Int32Array:
-    """The prompt's token ids, int32, after checking that the request can be served at all.
+def read_prompt(request: Request, limits: SchedulerLimits, like: Request | None = None) -> Int32Array:
+    """The prompt's token ids, int32, after checking that the request can be served at all. Of what it shares with
+    `like`, which was checked before, long lists are not looked through again.
 
     Raises `RequestError` naming the field of `Request` that makes it impossible.
     """
@@ -76,6 +77,8 @@ def read_prompt(request: Request, limits: SchedulerLimits) -> Int32Array:
     _require(request.max_new_tokens >= 0, "max_new_tokens", "must not be negative")
     _check_pool(request, num_prompt, limits)
     _check_options(request, num_prompt, limits)
+    if like is None or like.logprobs is not request.logprobs or like.sampling is not request.sampling:
+        _check_lists(request, limits.vocab_size)
     return prompt
 
 
@@ -102,9 +105,11 @@ def _check_options(request: Request, num_prompt: int, limits: SchedulerLimits) -
     start = logprobs.prompt_start
     _require(start is None or 0 <= start <= num_prompt, "logprobs.prompt_start", "must be a position of the prompt")
     _require(0 <= logprobs.num_top <= vocab_size, "logprobs.num_top", f"must be in [0, {vocab_size}]")
-    _require(
-        all(0 <= token < vocab_size for token in logprobs.token_ids), "logprobs.token_ids", "must be in the vocabulary"
-    )
+
+
+def _check_lists(request: Request, vocab_size: int) -> None:
+    are_known = all(0 <= token < vocab_size for token in request.logprobs.token_ids)
+    _require(are_known, "logprobs.token_ids", "must be in the vocabulary")
     _require(
         all(0 <= token < vocab_size for token, _ in request.sampling.logit_bias),
         "sampling.logit_bias",

@@ -42,6 +42,7 @@ class Scheduler:
         self.epoch = epoch
         self._version_index = 0
         self._num_arrivals = 0
+        self._last_added: Request | None = None
         self._num_plans = 0
         self._counters = Counters()
         self._in_flight: deque[InFlight] = deque()
@@ -88,7 +89,8 @@ class Scheduler:
             raise RequestError(f"handle {request.handle} is in use", field="handle")
         if len(self._roster.waiting) >= self.limits.max_waiting_requests:
             raise UnavailableError(f"{len(self._roster.waiting)} requests are waiting already")
-        prompt = read_prompt(request, self.limits)
+        prompt = read_prompt(request, self.limits, self._last_added)
+        self._last_added = request
         rank = self._num_arrivals - request.priority * _ARRIVALS_PER_PRIORITY
         self._num_arrivals += 1
         self._roster.accept(Sequence(request, prompt, self.limits, rank, now))

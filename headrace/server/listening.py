@@ -82,13 +82,20 @@ class EmbeddedServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: cut off those who do not send their headers, or do not take their answers."""
         now = asyncio.get_running_loop().time()
-        late = [each for each in self._connections() if each.is_late(now)]
-        stuck = [each for each in self._connections() if each.is_stuck(now, self._write_timeout)]
-        for connection in (*late, *stuck):
+        for connection in self._connections():
+            if connection.is_late(now):
+                connection.transport.abort()
+        self.cut_unread(self._write_timeout)
+        return await super().on_tick(counter)
+
+    def cut_unread(self, seconds: float) -> None:
+        """Cut off the clients that have taken nothing of their answers for so long."""
+        now = asyncio.get_running_loop().time()
+        stuck = [each for each in self._connections() if each.is_stuck(now, seconds)]
+        for connection in stuck:
             connection.transport.abort()
         if stuck:
-            logger.info("%d clients left their answers unread for %g s: cut off", len(stuck), self._write_timeout)
-        return await super().on_tick(counter)
+            logger.info("%d clients left their answers unread for %g s: cut off", len(stuck), seconds)
 
     def stop_listening(self) -> None:
         """Leave whoever connects from now on to the socket's backlog."""

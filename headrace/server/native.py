@@ -21,6 +21,12 @@ from headrace.text import run_sized
 
 _NUM_AT_ONCE = 256
 
+STREAM_HEADER = "x-headrace-stream"
+_STREAMING = {
+    True: "incremental",
+    False: "cumulative; each event repeats all before it, incremental_streaming_output in the body sends what is new",
+}
+
 
 class NativeFace:
     """The generation route."""
@@ -35,13 +41,14 @@ class NativeFace:
     async def generate(self, request: Request) -> Response:
         """POST|PUT /generate"""
         received_at = time.perf_counter()
-        call = await read_call(self._state.engine, await read_object(request))
+        is_incremental = self._state.options.incremental_streaming_output
+        call = await read_call(self._state.engine, await read_object(request), is_incremental)
         streams = await self._submit(call)
         replies = self._replies(call, streams, received_at)
         cancel, on_disconnect = functools.partial(cancel_all, streams), self._state.metrics.count_disconnect
         if call.is_stream:
-            events = self._events(StreamGroup(streams), replies, call.is_list)
-            return EventStream(events, cancel, on_disconnect)
+            events = self._events(self._state.group(streams), replies, call)
+            return EventStream(events, cancel, on_disconnect, headers={STREAM_HEADER: _STREAMING[call.is_incremental]})
         with dropping(request.receive, cancel, on_disconnect):
             bodies = [await _written(*each) for each in zip(streams, replies, strict=True)]
         parts = [part for body in bodies for part in (b",", body)]
@@ -77,7 +84,7 @@ class NativeFace:
         return [SequenceReply(style, *each) for each in zip(streams, call.wants_logprobs, strict=True)]
 
     async def _events(
-        self, group: StreamGroup, replies: Sequence[SequenceReply], is_list: bool
+        self, group: StreamGroup, replies: Sequence[SequenceReply], call: GenerateCall
     ) -> AsyncIterator[bytes]:
         """One event per sequence that has news; a client that reads slowly gets fewer, larger ones."""
         numbers = {reply.request_id: number for number, reply in enumerate(replies)}
@@ -88,8 +95,8 @@ class NativeFace:
                 reply = replies[number]
                 reply.add(piece)
                 body = reply.body(piece)
-                events.append(event({**body, "index": number} if is_list else body))
-                if self._state.options.incremental_streaming_output:
+                events.append(event({**body, "index": number} if call.is_list else body))
+                if call.is_incremental:
                     reply.forget()
             yield b"".join(events)
 

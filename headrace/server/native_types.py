@@ -36,6 +36,7 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     return_text_in_logprobs: bool = False
     return_prompt_token_ids: bool = False
     stream: bool = False
+    incremental_streaming_output: bool | None = None
     extra_key: str | list[str] | None = None
     priority: int | list[int] = 0
     logprob_mode: LogprobMode | None = None
@@ -65,13 +66,17 @@ class GenerateCall(msgspec.Struct):
     wants_logprobs: list[bool]
     is_list: bool
     is_stream: bool
+    is_incremental: bool
     writes_text: bool
     writes_prompt_ids: bool
     warnings: list[str]
 
 
-async def read_call(engine: AsyncEngine, values: Mapping[str, Any]) -> GenerateCall:
-    """Check a whole body. Raises `RequestError` naming the field; nothing has been submitted then."""
+async def read_call(engine: AsyncEngine, values: Mapping[str, Any], is_incremental: bool) -> GenerateCall:
+    """Check a whole body. Raises `RequestError` naming the field; nothing has been submitted then.
+
+    `is_incremental` says how to stream where the body does not.
+    """
     refuse_lacking(values, LACKING_GENERATE)
     body = convert(values, GenerateBody)
     sources, is_batch, field = _sources(body)
@@ -91,18 +96,21 @@ async def read_call(engine: AsyncEngine, values: Mapping[str, Any]) -> GenerateC
     names = _names(body.rid, [each.n for each in params], is_list)
     for position, prompt in enumerate(prompts):
         item = asked.item(position, prompt, params[position])
-        with item_errors(position, is_list):
-            item = _prepared(engine, item, refusals)
+        item = _prepared(engine, item, is_list, refusals)
         for index in range(params[position].n):
             items.append(msgspec.structs.replace(item, index=index, request_id=names[len(items)]))
     firsts = [item for item in items if item.index == 0 and item.packed is not None]
     with item_errors(0, is_list):
-        check_body((item.logprobs, len(item.packed or b"") // 4, item.params) for item in firsts)
+        prompts_asked = ((item.logprobs, len(item.packed or b"") // 4, item.params) for item in firsts)
+        check_body(prompts_asked, "return_prompt_token_ids" if body.return_prompt_token_ids else "")
     return GenerateCall(
         items=items,
         wants_logprobs=[asked.wants_logprobs[item.prompt_index] for item in items],
         is_list=is_list,
         is_stream=body.stream,
+        is_incremental=is_incremental
+        if body.incremental_streaming_output is None
+        else body.incremental_streaming_output,
         writes_text=body.return_text_in_logprobs,
         writes_prompt_ids=body.return_prompt_token_ids,
         warnings=warnings,
@@ -179,12 +187,15 @@ def _sources(body: GenerateBody) -> tuple[list[Any], bool, str]:
     return [given], False, field
 
 
-def _prepared(engine: AsyncEngine, item: GenerateItem, refusals: dict[int, RequestError] | None) -> GenerateItem:
+def _prepared(
+    engine: AsyncEngine, item: GenerateItem, is_list: bool, refusals: dict[int, RequestError] | None
+) -> GenerateItem:
     """The item as the engine takes it; a refused one, if refusals are to be returned, as one that fails at once."""
     try:
         if refusals and item.prompt_index in refusals:
             raise refusals[item.prompt_index]
-        return engine.prepare(item)
+        with item_errors(item.prompt_index, is_list):
+            return engine.prepare(item)
     except RequestError as error:
         if refusals is None:
             raise

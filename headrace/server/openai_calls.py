@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -16,7 +18,8 @@ from headrace.server.errors import fields_named
 from headrace.server.openai_types import OpenAiBody
 from headrace.server.prompts import check_count
 from headrace.server.state import ServerState
-from headrace.server.wire import EventStream, cancel_all
+from headrace.server.wire import EventStream, cancel_all, encode_json
+from headrace.text import run_sized
 from headrace.types.generation import Generation
 from headrace.types.sampling_params import LogprobOptions, SamplingParams
 
@@ -58,7 +61,8 @@ class OpenAiCall:
         """Start all sequences, or none. `shown` are special tokens whose text is wanted although others are skipped."""
         self._shown = shown
         check_count(self._state.engine, len(prompts) * params.n, prompts[0].field)
-        check_body((logprobs, len(prompt.ids), params) for prompt in prompts)
+        prompts_asked = ((logprobs, len(prompt.ids), params) for prompt in prompts)
+        check_body(prompts_asked, "return_token_ids" if self.body.return_token_ids else "")
         is_whole = False
         try:
             for position, prompt in enumerate(prompts):
@@ -72,6 +76,18 @@ class OpenAiCall:
         finally:
             if not is_whole:
                 self.cancel()
+
+    async def written(self, make: Callable[[int, Generation], Mapping[str, Any]]) -> list[msgspec.Raw]:
+        """All choices as JSON, once they are finished: `make` gives one by its number. Written one by one, and off the
+        loop where there is much to write."""
+        choices: list[msgspec.Raw] = []
+        for number, stream in enumerate(self.streams):
+            piece = await stream.result()
+            self.count(piece)
+            write = functools.partial(_written, make, number, piece)
+            choices.append(await run_sized(stream.num_extra_values, write))
+            await asyncio.sleep(0)
+        return choices
 
     def cancel(self) -> None:
         """Nobody waits any more."""
@@ -104,7 +120,7 @@ class OpenAiCall:
             chunk["usage"] = _usage([self._totals[piece.prompt_index]], self._num_tokens[piece.request_id])
         return chunk
 
-    def envelope(self, kind: str, choices: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def envelope(self, kind: str, choices: Sequence[Mapping[str, Any] | msgspec.Raw]) -> dict[str, Any]:
         """What every reply and chunk is wrapped in."""
         return {
             "id": self.request_id,
@@ -132,6 +148,10 @@ class OpenAiCall:
             num_output_ids_in_prompt=prompt.num_output,
             clip_to_context=self.body.clip_to_context,
         )
+
+
+def _written(make: Callable[[int, Generation], Mapping[str, Any]], number: int, piece: Generation) -> msgspec.Raw:
+    return msgspec.Raw(encode_json(make(number, piece)))
 
 
 def _usage(prompts: Collection[tuple[int, int]], num_completion_tokens: int) -> dict[str, Any]:

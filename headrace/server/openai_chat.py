@@ -9,7 +9,6 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from headrace.engine.stream import StreamGroup
 from headrace.server.native_types import shared_ids
 from headrace.server.openai_calls import OpenAiCall, Prompt, choice_extras, finish_of
 from headrace.server.openai_logprobs import TextTokens, TokenWriter, chat_logprobs
@@ -84,10 +83,7 @@ class ChatFace:
         if body.stream:
             return call.event_stream(self._events(call, body, reader))
         with dropping(request.receive, call.cancel, self._state.metrics.count_disconnect):
-            pieces = [await stream.result() for stream in call.streams]
-        for piece in pieces:
-            call.count(piece)
-        choices = [self._choice(call, body, reader, number, piece) for number, piece in enumerate(pieces)]
+            choices = await call.written(lambda number, piece: self._choice(call, body, reader, number, piece))
         reply = {**call.envelope(_OBJECT, choices), "usage": call.usage()}
         if body.return_token_ids:
             reply["prompt_token_ids"] = call.streams[0].prompt_token_ids
@@ -159,7 +155,7 @@ class ChatFace:
         }
 
     async def _events(self, call: OpenAiCall, body: ChatBody, reader: ToolReader | None) -> AsyncIterator[bytes]:
-        group, numbers = StreamGroup(call.streams), call.numbers()
+        group, numbers = self._state.group(call.streams), call.numbers()
         choices = [
             _StreamedChoice(call, body, number, ReplyText(reader), self._tokenizer)
             for number in range(len(call.streams))

@@ -10,7 +10,6 @@ from starlette.responses import Response
 
 from headrace.engine import Stream
 from headrace.engine.fields import per_prompt
-from headrace.engine.stream import StreamGroup
 from headrace.server.native_types import shared_ids
 from headrace.server.openai_calls import OpenAiCall, Prompt, choice_extras, finish_of
 from headrace.server.openai_logprobs import TextTokens, TokenWriter, completion_logprobs
@@ -57,13 +56,9 @@ class CompletionsFace:
         if body.stream:
             return call.event_stream(self._events(call, body))
         with dropping(request.receive, call.cancel, self._state.metrics.count_disconnect):
-            pieces = [await stream.result() for stream in call.streams]
-        for piece in pieces:
-            call.count(piece)
-        choices = [
-            self._choice(call, body, number, piece, self._tokens(body, stream))
-            for number, (stream, piece) in enumerate(zip(call.streams, pieces, strict=True))
-        ]
+            choices = await call.written(
+                lambda number, piece: self._choice(call, body, number, piece, self._tokens(body, call.streams[number]))
+            )
         return json_reply({**call.envelope(_OBJECT, choices), "usage": call.usage()}, headers=call.headers)
 
     async def _prompts(self, body: CompletionBody, warnings: list[str]) -> list[Prompt]:
@@ -96,7 +91,7 @@ class CompletionsFace:
         return max(0, min(DEFAULT_MAX_TOKENS, room))
 
     async def _events(self, call: OpenAiCall, body: CompletionBody) -> AsyncIterator[bytes]:
-        group, numbers = StreamGroup(call.streams), call.numbers()
+        group, numbers = self._state.group(call.streams), call.numbers()
         tokens = [self._tokens(body, stream) for stream in call.streams]
         while pieces := await group.next_pieces():
             events = []

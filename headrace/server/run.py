@@ -17,6 +17,7 @@ from headrace.types.errors import InternalError
 logger = logging.getLogger(__name__)
 
 ABORT_SECONDS = 2.0
+UNREAD_SECONDS = 1.0
 
 
 class RunningServer:
@@ -46,6 +47,7 @@ class RunningServer:
             if self._state.num_active:
                 logger.warning("%d requests did not finish in %g s and are aborted", self._state.num_active, limit)
             self._state.abort_all("Aborted: the server is shutting down")
+            self._server.cut_unread(UNREAD_SECONDS)
             await self._state.wait_idle(ABORT_SECONDS)
         self._server.should_exit = True
         await asyncio.shield(self._task)

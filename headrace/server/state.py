@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from headrace.engine import AsyncEngine, GenerateItem, Stream
+from headrace.engine.pacing import Pacer
+from headrace.engine.stream import StreamGroup
 from headrace.server.metrics import ServerMetrics
 from headrace.server.options import ServerOptions
 from headrace.types.errors import HeadraceError
@@ -22,6 +24,7 @@ class ServerState:
         self.engine = engine
         self.options = options
         self.metrics = ServerMetrics()
+        self._pacer = Pacer()
         self.started_at = time.time()
         self.num_active = 0
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
@@ -34,6 +37,10 @@ class ServerState:
         stream = self.engine.submit(item)
         self._streams.add(stream)
         return stream
+
+    def group(self, streams: Iterable[Stream]) -> StreamGroup:
+        """Streams to be read as one, in turn with those of all other requests."""
+        return StreamGroup(streams, self._pacer)
 
     def abort_all(self, message: str) -> None:
         """End this server's sequences, answered with what they have; the engine's other callers are left alone."""

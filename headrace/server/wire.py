@@ -19,8 +19,6 @@ from headrace.server.json_bounds import check_json
 from headrace.text import run_sized
 from headrace.types.errors import HeadraceError, RequestError, UnavailableError
 
-logger = logging.getLogger(__name__)
-
 JSON_TYPE = "application/json"
 DONE_EVENT = b"data: [DONE]\n\n"
 _BYTES_PER_CHARACTER = 8  # JSON is read so much faster than text is encoded

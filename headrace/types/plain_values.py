@@ -7,6 +7,7 @@ float no integer. Every refusal names the field, in the error type that the call
 from __future__ import annotations
 
 import contextlib
+import difflib
 import math
 import operator
 from collections.abc import Iterable, Mapping
@@ -19,6 +20,8 @@ from headrace.types.errors import HeadraceError, RequestError
 
 MAX_SECONDS = 1e9
 """Longest time that may be asked for: thirty years, which every clock and timer here can hold."""
+
+_MAX_NAME_LENGTH = 40
 
 Refusal = type[HeadraceError]
 
@@ -87,7 +90,10 @@ def as_list(value: Any, field: str, what: str, max_length: int | None = None) ->
 def as_integer_array(value: Any, field: str) -> np.ndarray[Any, np.dtype[np.integer[Any]]]:
     """A flat integer array of any iterable of integers: list, range, generator, array, tensor (copied to the CPU)."""
     if hasattr(value, "detach"):  # a tensor of torch, wherever it lies
-        value = value.detach().cpu().numpy()
+        try:
+            value = value.detach().cpu().numpy()
+        except (RuntimeError, TypeError):  # of a type that NumPy lacks, or without values
+            raise RequestError(f"{field} must be a flat list of integers", field=field) from None
     if not isinstance(value, np.ndarray):
         values = as_list(value, field, "a list of integers")
         if any(not issubclass(kind, np.integer) for kind in set(map(type, values)) - {int}):
@@ -100,6 +106,13 @@ def as_integer_array(value: Any, field: str) -> np.ndarray[Any, np.dtype[np.inte
         raise RequestError(f"{field} must be a flat list of integers", field=field)
     array: np.ndarray[Any, np.dtype[np.integer[Any]]] = value
     return array
+
+
+def hint(name: Any, known: Iterable[str]) -> str:
+    """What to add to the refusal of a name that nobody knows: the one that was meant, if one is near."""
+    is_name = isinstance(name, str) and len(name) <= _MAX_NAME_LENGTH  # comparing takes the square of it
+    near = difflib.get_close_matches(name, known, n=1) if is_name else []
+    return f"; {near[0]} is" if near else ""
 
 
 def _element(value: Any, field: str, position: int) -> int:

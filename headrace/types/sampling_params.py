@@ -8,7 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 from headrace.types.errors import RequestError
-from headrace.types.plain_values import as_flag, as_integer, as_list, as_number, plain_scalar
+from headrace.types.plain_values import as_flag, as_integer, as_list, as_number, hint, plain_scalar
 
 LogprobMode = Literal["raw", "temperature", "sampled"]
 
@@ -74,7 +74,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         for key, value in values.items():
             name = "seed" if key == "sampling_seed" else key
             if name not in known:
-                raise RequestError(f"{field}.{key} is not a sampling parameter", field=f"{field}.{key}")
+                message = f"{field}.{key} is not a sampling parameter{hint(key, known)}"
+                raise RequestError(message, field=f"{field}.{key}")
             if value is None:
                 continue
             if name in accepted:

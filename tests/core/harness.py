@@ -121,6 +121,7 @@ class ScriptLink:
         self.replies: dict[int, Reply] = {}
         self.deltas: dict[int, list[Delta]] = {}
         self.is_closed = False
+        self.is_behind = False
 
     def poll(self, timeout: float) -> list[Command]:
         if self.is_closed:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import array
 import json
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+import torch
 from tokenizers.processors import TemplateProcessing
 
 from headrace.config import EngineConfig, ResolvedConfig, resolve
@@ -163,6 +165,21 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": [1], "logprob_token_ids": 7}, "logprob_token_ids"),
     ({"input_ids": [1], "logprob_token_ids": [1] * 5000}, "logprob_token_ids"),
     ({"input_ids": [1], "lora_path": "x"}, "lora_path"),
+    ({"input_ids": {1, 2}}, "input_ids"),
+    ({"input_ids": {1: 2}}, "input_ids"),
+    ({"input_ids": torch.tensor([1.0])}, "input_ids"),
+    ({"input_ids": torch.tensor(1)}, "input_ids"),
+    ({"input_ids": torch.tensor([1.0], dtype=torch.bfloat16)}, "input_ids"),
+    ({"input_ids": torch.ones(2, dtype=torch.int64, device="meta")}, "input_ids"),
+    ({"input_ids": torch.tensor([True])}, "input_ids"),
+    ({"input_ids": np.array(1)}, "input_ids"),
+    ({"input_ids": np.array(["1"])}, "input_ids"),
+    ({"input_ids": iter([])}, "input_ids"),
+    ({"prompts": {"a": 1}}, "prompts"),
+    ({"prompts": iter([])}, "prompts"),
+    ({"input_ids": [1], "return_errors": "yes"}, "return_errors"),
+    ({"input_ids": [1], "clip_to_context": 1}, "clip_to_context"),
+    ({"input_ids": [1], "return_prompt_logprobs": "yes"}, "return_prompt_logprobs"),
 ]
 
 
@@ -191,6 +208,17 @@ def test_bad_input_names_its_field(builder: RequestBuilder, arguments: dict[str,
         {"input_ids": [1], "return_prompt_logprobs": True, "logprob_start": 1},
         {"input_ids": [1], "top_logprobs": VOCAB_SIZE, "logprob_token_ids": np.array([1, 2])},
         {"input_ids": [1], "sampling_params": {"n": 32, "max_new_tokens": 1}},
+        {"prompts": iter(["a", "b"])},
+        {"prompts": np.array(["a", "b"])},
+        {"input_ids": range(1, 9)},
+        {"input_ids": iter([1, 2])},
+        {"input_ids": [range(3), iter([1, 2]), torch.tensor([3]), np.array([4], dtype=np.uint16)]},
+        {"input_ids": torch.tensor([1, 2])},
+        {"input_ids": torch.tensor([[1, 2], [3, 4]], dtype=torch.int32)},
+        {"input_ids": [torch.tensor(1), torch.tensor(2)]},
+        {"input_ids": array.array("i", [1, 2])},
+        {"input_ids": [1], "priority": np.int64(3), "top_logprobs": np.int32(2), "logprob_token_ids": range(3)},
+        {"input_ids": [1], "return_prompt_logprobs": np.bool_(True), "logprob_start": np.int64(0)},
     ],
 )
 def test_good_input_passes(builder: RequestBuilder, arguments: dict[str, Any]) -> None:
@@ -306,4 +334,4 @@ def test_more_further_logprobs_than_memory_holds_are_refused(resolved: ResolvedC
             expand(long, input_ids=prompt, sampling_params=params, **options)
         assert caught.value.field == named
     for options in ({"return_prompt_logprobs": True, "top_logprobs": 1024}, {"top_logprobs": 1024}):
-        assert expand(long, input_ids=prompt, sampling_params={"max_new_tokens": 380}, **options)
+        assert expand(long, input_ids=prompt, sampling_params={"max_new_tokens": 360}, **options)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
+from headrace.engine.pacing import MAX_WAKES_PER_TURN, Pacer
 from headrace.engine.requests import GenerateItem
 from headrace.engine.stream import EndKind, Stream, StreamGroup
 from headrace.engine.text_feed import TextStart
@@ -259,5 +261,46 @@ def test_one_of_two_waiting_is_cancelled_and_the_other_gets_the_answer(tokenizer
         feed.tokens([7, 8], Finish("length"))
         assert (await second).token_ids == [7, 8]
         assert first.cancelled()
+
+    asyncio.run(run())
+
+
+def test_a_pacer_wakes_in_order_and_lets_others_between() -> None:
+    async def run() -> None:
+        loop, pacer = asyncio.get_running_loop(), Pacer()
+        waiters = [loop.create_future() for _ in range(5 * MAX_WAKES_PER_TURN)]
+        for waiter in waiters:
+            pacer.wake(waiter)
+        waiters[3].cancel()
+        counts = []
+        while not all(waiter.done() for waiter in waiters):
+            await asyncio.sleep(0)
+            done = [waiter.done() for waiter in waiters]
+            assert done == sorted(done, reverse=True) or not done[3]
+            counts.append(sum(done))
+        assert len(counts) >= 5 and all(b - a <= MAX_WAKES_PER_TURN for a, b in zip(counts, counts[1:], strict=False))
+        late = loop.create_future()
+        pacer.wake(late)
+        await asyncio.wait_for(late, 10)
+
+    asyncio.run(run())
+
+
+def test_a_paced_group_gives_every_piece() -> None:
+    async def run() -> None:
+        feeds = [Feed(None), Feed(None)]
+        group, seen = StreamGroup((feed.stream for feed in feeds), Pacer()), Counter[int]()
+        for token in range(3):
+            for feed in feeds:
+                feed.tokens([token])
+            while sum(seen.values()) < 2 * (token + 1):
+                for piece in await group.next_pieces():
+                    seen.update(piece.token_ids)
+        for feed in feeds:
+            feed.tokens([9], Finish("length"))
+        while pieces := await group.next_pieces():
+            for piece in pieces:
+                seen.update(piece.token_ids)
+        assert seen == {0: 2, 1: 2, 2: 2, 9: 2}
 
     asyncio.run(run())

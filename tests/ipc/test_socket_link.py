@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
@@ -279,3 +280,50 @@ def test_a_core_that_never_reads_is_refused_more(pair: Pair, run: Run) -> None:
         await link.close()
 
     run(front())
+
+
+def test_many_deltas_leave_the_loop_time_and_all_come_in_order(run: Run, pair: Pair) -> None:
+    core = SocketCoreLink(pair[1])
+    expected = [Delta(handle, pack_ids([handle])) for handle in range(3000)]
+
+    async def receive() -> tuple[list[Output], int]:
+        front, found, ended = SocketFrontLink(pair[0]), list[Output](), asyncio.Event()
+
+        def take(output: Output) -> None:
+            time.sleep(0.002)
+            found.append(output)
+
+        await front.start(take, lambda reason: ended.set())
+        core.send(Deltas(tuple(expected)))
+        core.send(Reply(1))
+        core.close()
+        num_turns = 0
+        while not ended.is_set():
+            num_turns += 1
+            await asyncio.sleep(0)
+        await front.close()
+        return found, num_turns
+
+    found, num_turns = run(receive())
+    assert isinstance(found[-1], Reply)
+    assert [delta for output in found[:-1] if isinstance(output, Deltas) for delta in output.deltas] == expected
+    assert num_turns > 5
+
+
+def test_a_core_knows_that_its_front_is_behind(run: Run, pair: Pair) -> None:
+    core = SocketCoreLink(pair[1])
+    seen = [core.is_behind]
+    core.send(Deltas((Delta(1, b"x" * (1 << 18)),)))
+    seen.append(core.is_behind)
+
+    async def read() -> None:
+        front, came = SocketFrontLink(pair[0]), asyncio.Event()
+        await front.start(lambda output: came.set(), lambda reason: None)
+        while not came.is_set():
+            core.poll(0.0)  # sends what the kernel had no room for
+            await asyncio.sleep(0.001)
+        seen.append(core.is_behind)
+        await front.close()
+
+    run(read())
+    assert seen == [False, True, False]

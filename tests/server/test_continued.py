@@ -76,6 +76,9 @@ def test_a_bad_prompt_of_a_batch_has_an_error_of_its_own(served: Served, is_text
     assert [reason["param"] for reason in reasons[1:]] == fields
     assert all((reason["status_code"], reason["err_type"]) == (400, "RequestError") for reason in reasons[1:])
     assert [each["output_ids"] for each in found[1:]] == [[], [], []]
+    scored = {"return_logprob": True, "logprob_start_len": [0, 9], "return_errors": True}
+    [_, bad] = served.generate(input_ids=[IDS, IDS], sampling_params=params[0], **scored)
+    assert bad["meta_info"]["finish_reason"]["param"] == "logprob_start_len"
     ends = {
         each["index"]: each["meta_info"]["finish_reason"] for each in events(served, {**body, "return_errors": True})
     }
@@ -118,6 +121,23 @@ def test_max_new_tokens_is_clipped_when_asked(served: Served) -> None:
         ("/v1/completions", {"prompt": IDS, "max_tokens": 1000, "logprobs": 400, "n": 64}, "logprobs"),
         (
             "/generate",
+            {"input_ids": [[1] * 1000] * 3, "return_logprob": True, "logprob_start_len": 0}
+            | {"sampling_params": {"n": 4096, "max_new_tokens": 0}},
+            "logprob_start_len",
+        ),
+        (
+            "/generate",
+            {"input_ids": [[1] * 1000] * 3, "return_prompt_token_ids": True}
+            | {"sampling_params": {"n": 4096, "max_new_tokens": 0}},
+            "return_prompt_token_ids",
+        ),
+        (
+            "/v1/completions",
+            {"prompt": [[1] * 1000] * 3, "return_token_ids": True, "max_tokens": 0, "n": 4096},
+            "return_token_ids",
+        ),
+        (
+            "/generate",
             {"input_ids": [IDS] * 20, "sampling_params": [{"stop": ["x" * 1024] * 64}] * 20},
             "sampling_params.stop",
         ),
@@ -128,7 +148,7 @@ def test_max_new_tokens_is_clipped_when_asked(served: Served) -> None:
             "sampling_params.logit_bias",
         ),
     ],
-    ids=range(6),
+    ids=range(9),
 )
 def test_products_are_bounded_before_anything_is_made(
     served: Served, path: str, body: dict[str, Any], field: str

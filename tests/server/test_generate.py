@@ -266,3 +266,21 @@ def test_many_requests_at_once(served: Served) -> None:
     assert [reply.status_code for reply in replies] == [200] * 64
     expected = served.engine.generate(input_ids=[[7, number] for number in range(64)], sampling_params=GREEDY)
     assert [reply.json()["output_ids"] for reply in replies] == [each.token_ids for each in expected]
+
+
+@pytest.mark.parametrize("by_server", [False, True])
+def test_a_request_says_how_it_is_streamed_and_the_headers_say_it_once(start: Any, by_server: bool) -> None:
+    served = start(incremental_streaming_output=by_server)
+    body = {"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 5, "ignore_eos": True, "temperature": 0}}
+    whole = served.generate(**body)["output_ids"]
+    for asked in (None, False, True):
+        is_incremental = by_server if asked is None else asked
+        call = {**body, "stream": True, "incremental_streaming_output": asked}
+        with served.http.stream("POST", "/generate", json=call) as reply:
+            said = reply.headers["x-headrace-stream"]
+            lines = [line[6:] for line in reply.iter_lines() if line.startswith("data: {")]
+        assert said.startswith("incremental" if is_incremental else "cumulative")
+        pieces = [json.loads(line)["output_ids"] for line in lines]
+        assert (sum(pieces, []) if is_incremental else pieces[-1]) == whole
+        assert not any("warnings" in json.loads(line)["meta_info"] for line in lines)
+    assert served.http.post("/generate", json={**body, "incremental_streaming_output": 3}).status_code == 400

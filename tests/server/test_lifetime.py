@@ -223,3 +223,20 @@ def test_ending_the_engine_answers_what_still_runs(start: START) -> None:
         last = json.loads(reply.text.split("\n\n")[-3][6:]) if reply.text.startswith("data") else reply.json()
         assert last["meta_info"]["finish_reason"]["type"] == "abort"
         assert len(last["output_ids"]) == last["meta_info"]["output_token_logprobs_length"] < 1000
+
+
+def test_stopping_cuts_off_clients_that_never_read(start: START) -> None:
+    served = start(drain_timeout=2.0)
+    body = {"input_ids": [[1, 2]] * 8, "sampling_params": LONG, "stream": True, "return_logprob": True}
+    content = json.dumps(body).encode()
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", served.handle.port))
+        head = f"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}\r\n\r\n".encode()
+        connection.sendall(head + content)
+        wait_for(lambda: num_running(served) == 8)
+        stopped = threading.Thread(target=served.handle.stop)
+        stopped.start()
+        stopped.join(60)
+        assert not stopped.is_alive()
+    wait_for(lambda: num_running(served) == 0)
