@@ -29,6 +29,7 @@ _BACKLOG = 4096
 _BATCH = 64
 _KEEP_ALIVE_SECONDS = 75
 _RETRY_SECONDS = 0.2
+_TICKS_PER_LOOK = 10
 _LOG_SECONDS = 60.0
 _OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -60,7 +61,7 @@ class EmbeddedServer(uvicorn.Server):
         super().__init__(config)
         self.max_connections = 0
         self._write_timeout = write_timeout
-        self._accepting: set[asyncio.Task[None]] = set()
+        self._accepting: dict[asyncio.Task[None], Connection] = {}
         self._listeners: list[socket.socket] = []
         self._next_log = 0.0
 
@@ -80,12 +81,14 @@ class EmbeddedServer(uvicorn.Server):
         self.started = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: cut off those who do not send their headers, or do not take their answers."""
-        now = asyncio.get_running_loop().time()
-        for connection in self._connections():
-            if connection.is_late(now):
-                connection.transport.abort()
-        self.cut_unread(self._write_timeout)
+        """Ten times a second; at one of them, cut off those who do not send their headers, or do not take their
+        answers."""
+        if counter % _TICKS_PER_LOOK == 0:
+            now = asyncio.get_running_loop().time()
+            for connection in self._connections():
+                if connection.is_late(now):
+                    connection.transport.abort()
+            self.cut_unread(self._write_timeout)
         return await super().on_tick(counter)
 
     def cut_unread(self, seconds: float) -> None:
@@ -123,7 +126,7 @@ class EmbeddedServer(uvicorn.Server):
     def _accept(self, listener: socket.socket) -> None:
         """Take in what waits, a batch at a time: the loop has other things to do."""
         for _ in range(_BATCH):
-            num_over = len(self.server_state.connections) + len(self._accepting) - self.max_connections
+            num_over = self._num_open() - self.max_connections
             if num_over >= 0 and self._evict():
                 return  # they are gone at the next turn
             try:
@@ -146,14 +149,19 @@ class EmbeddedServer(uvicorn.Server):
         if is_crowded:
             self._warn(f"{self.max_connections} connections are busy: more get 503")
 
+        connection = Connection(self.config, self.server_state, self.lifespan.state, is_crowded)
+
         async def connect() -> None:
-            await loop.connect_accepted_socket(
-                lambda: Connection(self.config, self.server_state, self.lifespan.state, is_crowded), client
-            )
+            await loop.connect_accepted_socket(lambda: connection, client)
 
         task = loop.create_task(connect())
-        self._accepting.add(task)
-        task.add_done_callback(self._accepting.discard)
+        self._accepting[task] = connection
+        task.add_done_callback(self._accepting.pop)
+
+    def _num_open(self) -> int:
+        """A connection is known to uvicorn shortly before its task has ended."""
+        known = self.server_state.connections
+        return len(known) + sum(connection not in known for connection in self._accepting.values())
 
     def _evict(self) -> bool:
         """Close the longest unused of those connections that nobody would miss; False when there is none."""
