@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from headrace.core.executor import FAULTS, Weights
+from headrace.core.executor import FAULTS, Executor
 from headrace.core.outbox import Outbox
 from headrace.core.staging import ELEMENT_BYTES, num_bytes_of
 from headrace.core.updating import UpdateControl
@@ -44,8 +44,8 @@ class _Read(msgspec.Struct):
 class ReadControl:
     """The reads of live weights of one replica."""
 
-    def __init__(self, weights: Weights, update: UpdateControl, outbox: Outbox) -> None:
-        self._weights = weights
+    def __init__(self, executor: Executor, update: UpdateControl, outbox: Outbox) -> None:
+        self._executor = executor
         self._update = update
         self._outbox = outbox
         self._reads: deque[_Read] = deque()
@@ -61,7 +61,7 @@ class ReadControl:
 
         def begin(stamp: int) -> Slices:
             digests: dict[str, str] = {}
-            for found in self._weights.digest_in_slices():
+            for found in self._executor.weights.digest_in_slices():
                 if found is not None:
                     digests[found[0]] = found[1]
                 yield
@@ -72,7 +72,7 @@ class ReadControl:
     def copy(self, command: GetWeight) -> None:
         """Copy a part of one tensor into the caller's buffer. Raises what is wrong with the command."""
         self._update.check_readable()
-        info = self._weights.info(command.name)
+        info = self._executor.weights.info(command.name)
         element, start, stop = ELEMENT_BYTES[info.dtype], command.start, _num_bytes_read(info, command.max_rows)
         if not 0 <= start <= stop or start % element:
             raise RequestError(f"no element of {command.name} begins at byte {start}", field="start")
@@ -80,7 +80,7 @@ class ReadControl:
         buffer = SharedBuffer.open(command.buffer, writable=True)
 
         def begin(stamp: int) -> Slices:
-            yield from self._weights.copy_in_slices(command.name, start, buffer.view[:size])
+            yield from self._executor.weights.copy_in_slices(command.name, start, buffer.view[:size])
             return WeightPart(info, size, stamp, stop)
 
         self._reads.append(_Read(command.call_id, command.deadline, begin, buffer.close))

@@ -33,7 +33,7 @@ class Replica:
         self.pause = PauseControl(self.scheduler, self.stepper, self.outbox)
         machine = WeightMachine(settings.initial_version)
         self.update = UpdateControl(machine, executor, self.scheduler, self.stepper, self.outbox, self.pause)
-        self.reading = ReadControl(executor.weights, self.update, self.outbox)
+        self.reading = ReadControl(executor, self.update, self.outbox)
 
 
 def scheduler_limits(resolved: ResolvedConfig) -> SchedulerLimits:
