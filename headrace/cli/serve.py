@@ -70,7 +70,8 @@ async def _serve(engine: AsyncEngine, host: str, listener: socket.socket, option
     # What is loaded by now stays: without this each full collection walks it again, about 1 ms per request.
     gc.collect()
     gc.freeze()
-    logger.info("serving", extra={"fields": {"url": server.url, "model": engine.config.model}})
+    seed = engine.resolved.engine.seed
+    logger.info("serving", extra={"fields": {"url": server.url, "model": engine.config.model, "seed": seed}})
     await signalled.wait()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.remove_signal_handler(number)

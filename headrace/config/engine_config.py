@@ -39,7 +39,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cuda_graphs              replay steps as CUDA graphs
     max_graph_tokens         most tokens of a step that is captured as a graph
     kernel_cache             folder of built kernels, which may be carried to another host; None: the libraries' own
-    seed                     seeds dummy weights and the seeds given to requests that bring none
+    seed                     seeds dummy weights and the seeds given to requests that bring none; None: drawn from the
+                             system at each start, and reported
     num_threads              torch threads of the core process; None: OMP_NUM_THREADS, else the cores it may use, on
                              cuda at most 4 of them
     logprob_mode             default meaning of output log-probabilities
@@ -74,7 +75,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cuda_graphs: bool = True
     max_graph_tokens: int = 2048
     kernel_cache: str | None = None
-    seed: int = 0
+    seed: int | None = None
     num_threads: int | None = None
     logprob_mode: LogprobMode = "temperature"
     prompt_logprob_mode: LogprobMode = "raw"
@@ -102,11 +103,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class SettledConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An `EngineConfig` whose sizes are known: what `ResolvedConfig.engine` is."""
+    """An `EngineConfig` whose sizes and seed are known: what `ResolvedConfig.engine` is."""
 
     max_running_requests: int
     max_num_batched_tokens: int
     overlap_depth: int
+    seed: int
 
     @property
     def max_sequences(self) -> int:

@@ -23,6 +23,9 @@ FP8_CAPABILITY = (8, 9)
 
 ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 CUDA_THREADS = 4
+_SEED_SHIFT = 11
+"""A drawn seed has 53 bits, so that readers of JSON that know only doubles keep all of it."""
+
 _CGROUPS = Path("/sys/fs/cgroup")
 CPU_KV_POOL_BYTES = 2 << 30
 CPU_KV_POOL_FRACTION = 0.25
@@ -236,6 +239,9 @@ def _settle(config: EngineConfig, device: str, model: ModelSpec, why: list[Expla
         num_tokens, reason = _step_tokens(device, model, values["max_running_requests"])
         values["max_num_batched_tokens"] = num_tokens
         why.append(("max_num_batched_tokens", str(num_tokens), reason))
+    if values["seed"] is None:
+        values["seed"] = int.from_bytes(os.urandom(8), "little") >> _SEED_SHIFT
+        why.append(("seed", str(values["seed"]), "drawn from the system for this start alone"))
     if config.kernel_cache is not None:
         values["kernel_cache"] = _kernel_cache(config.kernel_cache)
     return SettledConfig(**values)

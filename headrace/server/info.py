@@ -115,7 +115,7 @@ class InfoFace:
             "device": resolved.device,
             "context_length": resolved.context_length,
             "attention_backend": resolved.attention_backend,
-            "random_seed": config.seed,
+            "random_seed": resolved.engine.seed,
             "mem_fraction_static": config.memory_fraction,
             "incremental_streaming_output": self._state.options.incremental_streaming_output,
         }

@@ -32,6 +32,7 @@ SETTINGS: dict[str, Any] = {
     "device": "cuda" if torch.cuda.is_available() else "cpu",  # without a device, in the interpreter
     "inprocess": True,
     "skip_tokenizer_init": True,
+    "seed": 0,
     "num_threads": 1,
     "dtype": "float32",
     "page_size": 8,

@@ -40,6 +40,7 @@ def test_server_info_has_what_routers_and_trainers_read(served: Served) -> None:
         assert set(sizes.values()) == {1}
         assert info["disaggregation_mode"] == "null"
         assert (info["encoder_only"], info["enable_memory_saver"]) == (False, False)
+        assert info["random_seed"] == info["seed"] == served.engine.resolved.engine.seed
         assert (info["dtype"], info["device"], info["page_size"]) == ("float32", "cpu", 4)
         assert info["max_total_num_tokens"] == served.engine.resolved.max_total_num_tokens
         assert info["max_req_input_len"] < info["context_length"] == 1024
