@@ -18,6 +18,10 @@ LAST_TOKEN = -1
 """In `StepPlan.token_ids`: the token this slot sampled last, which the scheduler may not know yet."""
 
 
+class StepDisturbed(RuntimeError):
+    """What a step computed is in doubt, through no fault of device or rows: computed again, it will be right."""
+
+
 class SlotInit(msgspec.Struct, frozen=True):
     """A sequence enters a slot, in place of whatever the slot held.
 
