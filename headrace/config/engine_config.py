@@ -52,6 +52,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     start_timeout            seconds the core may take to become ready
     control_timeout          seconds a control call may take
     watchdog_timeout         seconds one step or one command may take before the core is killed
+    max_core_restarts        times a core that died is started again within core_restart_window, unless it shares the
+                             caller's process; None: 3 under `headrace serve`, 0 in Python
+    core_restart_window      seconds
     """
 
     model: str
@@ -86,6 +89,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     start_timeout: float = 600.0
     control_timeout: float = 600.0
     watchdog_timeout: float = 1800.0
+    max_core_restarts: int | None = None
+    core_restart_window: float = 600.0
 
     def __post_init__(self) -> None:
         _check_bounds(self)
@@ -135,6 +140,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "start_timeout": (0.0, 1e9),
     "control_timeout": (0.0, 1e9),
     "watchdog_timeout": (0.0, 1e9),
+    "max_core_restarts": (0, 1 << 16),
+    "core_restart_window": (0.0, 1e9),
     "context_length": (1, 1 << 24),
     "kv_pool_tokens": (1, 1 << 32),
     "num_threads": (1, 4096),

@@ -55,11 +55,27 @@ _BACKENDS = {
 }
 
 
+class Takeover(msgspec.Struct, frozen=True):
+    """What a core is told of those before it, which died: it must not be taken for one of them.
+
+    num_deaths    how many there were; its update sessions have ids that none of them gave
+    version       the label last seen of their weights
+    epoch         greater than any that their replies named
+    is_current    the checkpoint that it loads is what was live: no update had been committed, no label changed
+    """
+
+    num_deaths: int
+    version: str
+    epoch: int
+    is_current: bool
+
+
 class ResolvedConfig(msgspec.Struct, frozen=True):
     """An `EngineConfig` with nothing left open. `kv_dtype` is a torch dtype's name; `cuda` describes the device in use.
 
     `num_pages` includes page 0, which is never given to a sequence; 0 on cuda until the core has measured the pool.
-    `explanations` are (setting, value, why) for each setting that was "auto" or was cut.
+    `explanations` are (setting, value, why) for each setting that was "auto" or was cut. `takeover` is None for an
+    engine's first core.
     """
 
     engine: SettledConfig
@@ -74,6 +90,7 @@ class ResolvedConfig(msgspec.Struct, frozen=True):
     attention_backend: str
     explanations: tuple[Explanation, ...]
     cuda: CudaDevice | None = None
+    takeover: Takeover | None = None
 
     @property
     def max_total_num_tokens(self) -> int:
@@ -146,7 +163,7 @@ def backend_refusal(backend: str, device: str, software: Software) -> str | None
     if (backend == "cpu" and device == "cuda") or (backend == "flashinfer" and device == "cpu"):
         return f"does not run on {device}"
     if backend == "flashinfer" and not software.has_flashinfer:
-        return "needs flashinfer-python, which is not installed (headrace[flashinfer])"
+        return "needs flashinfer-python, which is not installed (pip install flashinfer-python)"
     if backend == "triton" and device == "cpu" and not (software.has_triton and software.interprets_triton):
         return "runs on cpu only in Triton's interpreter (TRITON_INTERPRET=1), for tests"
     return None

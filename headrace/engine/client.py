@@ -18,22 +18,25 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from headrace.engine.health import Ailment, HealthLimits, diagnose
+from headrace.engine.ledger import Ledger
 from headrace.ipc import FrontLink, PulsePage
 from headrace.types.errors import DeadlineError, EngineDeadError, HeadraceError, RequestError, ShutdownError
 from headrace.types.messages import (
     Abort,
     Command,
+    CoreFailed,
     CoreReady,
     CoreStatus,
     Deltas,
     Finished,
     GetStatus,
     Output,
+    Pause,
     Reply,
     Shutdown,
     Submit,
 )
-from headrace.types.request import Delta, Request
+from headrace.types.request import DEFAULT_VERSION, Delta, Request
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +70,12 @@ class CoreClient:
         link: FrontLink,
         pulse: PulsePage,
         control_timeout: float,
-        on_death: Callable[[], None],
+        on_death: Callable[[HeadraceError], object],
         limits: HealthLimits,
+        ledger: Ledger | None = None,
     ) -> None:
         """`control_timeout`: default deadline of a call, in seconds. `on_death` ends whatever is left of the core."""
+        self.ledger = ledger or Ledger(DEFAULT_VERSION)
         self._link = link
         self._pulse = pulse
         self._limits = limits
@@ -87,6 +92,7 @@ class CoreClient:
         self._watch: asyncio.Task[None] | None = None
         self._is_ending = False
         self._end: HeadraceError | None = None
+        self._barred: HeadraceError | None = None
         self.status: CoreStatus | None = None
         self.is_whole = True
 
@@ -97,8 +103,8 @@ class CoreClient:
 
     @property
     def is_alive(self) -> bool:
-        """True from the start until the core's death or `close`."""
-        return self._end is None
+        """True from the start until the core's death or `close`, and again once another core has taken its place."""
+        return self._end is None and self._barred is None
 
     @property
     def is_responsive(self) -> bool:
@@ -126,9 +132,27 @@ class CoreClient:
             raise DeadlineError(message, field="start_timeout") from None
         if ready.error is not None:
             raise ready.error.to_exception()
-        self._note(await self.call(GetStatus, CoreStatus))
+        await self._take_over()
         self._watch = loop.create_task(self._watch_core())
         return ready
+
+    async def detach(self) -> None:
+        """Let go of a dead core."""
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+        await self._link.close()
+
+    def attach(self, link: FrontLink, pulse: PulsePage) -> None:
+        """Another core takes the place of the dead one: `start` it next. Until then nobody is served."""
+        assert self._end is not None, "a core that lives is not replaced"
+        self._link, self._pulse = link, pulse
+        self._barred = type(self._end)(f"{self._end.message}; it is being started again")
+        self._end = None
+
+    def give_up(self, error: HeadraceError) -> None:
+        """No other core comes: `error` is what everybody hears from now on."""
+        self._end = error
 
     def new_handle(self) -> int:
         """A handle no other sequence of this client has had."""
@@ -162,6 +186,7 @@ class CoreClient:
         Raises the core's error, `DeadlineError` after `timeout` (default `control_timeout`) seconds, or
         `EngineDeadError`.
         """
+        self.check_alive()
         payload = await self._call(command, timeout)
         return msgspec.msgpack.decode(payload or _NULL, type=reply)
 
@@ -176,13 +201,14 @@ class CoreClient:
 
     def check_alive(self) -> None:
         """Raise the error that ended this client, if one did."""
-        if self._end is not None:
-            raise type(self._end)(self._end.message)
+        error = self._end or self._barred
+        if error is not None:
+            raise _copy(error)
 
     async def shut_down(self, timeout: float) -> bool:
         """Ask the core to answer what runs and to end. Returns whether it has agreed (or was dead before)."""
         self._is_ending = True
-        if not self.is_alive:
+        if self._end is not None:
             return True
         if self._watch is None:
             return False  # still starting: it reads no commands yet
@@ -200,8 +226,16 @@ class CoreClient:
             self._watch.cancel()
         await self._link.close()
 
-    async def _call(self, command: Callable[[int], Command], timeout: float | None) -> bytes:
+    async def _take_over(self) -> None:
+        """Have a core that is ready be as the one before it was, and serve."""
+        mode = self.ledger.paused
+        if mode is not None:
+            await self._call(lambda call_id: Pause(call_id, mode), None)
+        self._note(msgspec.msgpack.decode(await self._call(GetStatus, None), type=CoreStatus))
+        self._barred = None
         self.check_alive()
+
+    async def _call(self, command: Callable[[int], Command], timeout: float | None) -> bytes:
         self._num_calls += 1
         call_id = self._num_calls
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
@@ -210,6 +244,7 @@ class CoreClient:
         self._calls[call_id] = future
         try:
             self._send(message)
+            self.ledger.sent(message)
             return await asyncio.wait_for(future, limit)
         except TimeoutError:
             reason = f"{type(message).__name__} had no answer within {limit:g} s"
@@ -235,7 +270,7 @@ class CoreClient:
                 await self._refresh()
             num_hopeless = num_hopeless + 1 if ailment is not None and ailment.is_hopeless else 0
             if ailment is not None and num_hopeless >= NUM_HOPELESS_LOOKS:
-                self._die(ailment.message)
+                self._die(EngineDeadError(ailment.message))
             await asyncio.sleep(WATCH_SECONDS)
 
     def _send(self, command: Command) -> None:
@@ -277,12 +312,15 @@ class CoreClient:
             for delta in output.deltas:
                 self._on_delta(delta)
         elif isinstance(output, Reply):
+            self.ledger.answered(output)
             future = self._calls.get(output.call_id)
             if future is not None and not future.done():
                 if output.error is not None:
                     future.set_exception(output.error.to_exception())
                 else:
                     future.set_result(output.payload)
+        elif isinstance(output, CoreFailed):
+            self._die(output.error.to_exception())
         elif self._ready is not None and not self._ready.done():
             self._ready.set_result(output)
 
@@ -293,15 +331,18 @@ class CoreClient:
             sink.on_delta(delta)
 
     def _on_close(self, reason: str) -> None:
-        self._die(reason)
+        self._die(EngineDeadError(reason))
 
-    def _die(self, reason: str) -> None:
-        if self.is_alive and self._is_ending:
+    def _die(self, reason: HeadraceError) -> None:
+        if self._end is not None:
+            return
+        if self._is_ending:
             self._finish_all(ShutdownError("the engine is shut down"))
-        elif self.is_alive:
-            logger.error("the engine core is dead: %s", reason)
-            self._finish_all(EngineDeadError(f"the engine core is dead: {reason}"))
-            self._on_death()
+            return
+        logger.error("the engine core is dead: %s", reason)
+        error = type(reason)(f"the engine core is dead: {reason}")
+        self._finish_all(error)
+        self._on_death(error)
 
     def _finish_all(self, error: HeadraceError) -> None:
         if self._end is not None:

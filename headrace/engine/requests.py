@@ -103,13 +103,17 @@ class RequestBuilder:
         self._tokenizer = tokenizer
         self._vocab_size = model.vocab_size
         self._context_length = resolved.context_length
-        self._max_length = resolved.max_length
-        self._pool_tokens = resolved.max_total_num_tokens
         self._eos_ids = tuple(t for t in model.eos_token_ids if 0 <= t < model.vocab_size)
         self._output_mode: LogprobMode = engine.logprob_mode
         self._prompt_mode: LogprobMode = engine.prompt_logprob_mode
         self._max_sequences = engine.max_sequences
         self._seeds = SeedSource(engine.seed)
+        self.resize(resolved)
+
+    def resize(self, resolved: ResolvedConfig) -> None:
+        """Bound requests by the pool of a core that has just started."""
+        self._max_length = resolved.max_length
+        self._pool_tokens = resolved.max_total_num_tokens
 
     def expand(
         self,

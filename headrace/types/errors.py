@@ -11,8 +11,10 @@
     |   +-- UpdateConflictError     a command in a state that does not allow it       409
     +-- UnavailableError            the engine cannot serve this now                  503
     |   +-- PoisonedError           live weights are a mix until a full update lands  503
+    |   +-- NeedsWeightsError       no current weights until a full update lands    503, retryable
     |   +-- PauseTimeoutError       queued behind a pause longer than pause_timeout   503, retryable
     |   +-- EngineDeadError         the core died; the request may be retried         503, retryable
+    |   |   +-- DeviceLostError     its device executes nothing any more              503, retryable
     |   +-- ShutdownError           the engine is shutting down                       503, retryable
     +-- DeadlineError               a wait outlived its deadline                      504, retryable
     +-- InternalError               our own bug, reported and not hidden              500
@@ -105,12 +107,20 @@ class PoisonedError(UnavailableError):
     pass
 
 
+class NeedsWeightsError(UnavailableError):
+    retryable = True
+
+
 class PauseTimeoutError(UnavailableError):
     retryable = True
 
 
 class EngineDeadError(UnavailableError):
     retryable = True
+
+
+class DeviceLostError(EngineDeadError):
+    pass
 
 
 class ShutdownError(UnavailableError):

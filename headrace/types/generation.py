@@ -22,7 +22,8 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     prompt_top_logprobs, prompt_token_ids_logprobs   the same per prompt token (None where there is none)
     finish_reason         "stop" | "length" | "abort"; None on a stream piece that is not the last
     matched               the stop token id or stop string that ended it
-    seed                  the seed this sample was drawn with: the same request with it gives the same sample
+    seed                  the seed this sample was drawn with; the same request with it draws the same noise, and
+                          under numerics="invariant" gives the same sample, whatever runs beside it
     """
 
     request_id: str

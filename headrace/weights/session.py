@@ -27,7 +27,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from headrace.types.errors import HeadraceError, PoisonedError, UnavailableError, UpdateConflictError, WeightUpdateError
+from headrace.types.errors import (
+    HeadraceError,
+    NeedsWeightsError,
+    PoisonedError,
+    UnavailableError,
+    UpdateConflictError,
+    WeightUpdateError,
+)
 from headrace.types.request import DEFAULT_VERSION
 from headrace.types.weights import InFlight, TensorInfo, WeightState
 
@@ -117,13 +124,15 @@ class WeightMachine:
     session   the open session, or None
     """
 
-    def __init__(self, version: str = DEFAULT_VERSION, *, epoch: int = 0, has_weights: bool = True) -> None:
+    def __init__(
+        self, version: str = DEFAULT_VERSION, *, epoch: int = 0, has_weights: bool = True, num_sessions: int = 0
+    ) -> None:
         check_version(version)
         self.version = version
         self.epoch = epoch
         self.session: UpdateSession | None = None
         self._resting: WeightState = "ready" if has_weights else "needs_weights"
-        self._num_sessions = 0
+        self._num_sessions = num_sessions
 
     @property
     def state(self) -> WeightState:
@@ -144,7 +153,7 @@ class WeightMachine:
             return PoisonedError(
                 "an update in place failed half-way; the engine generates again after a complete update"
             )
-        return UnavailableError("the engine holds no weights; it generates after a complete update")
+        return NeedsWeightsError("the engine holds no current weights; it generates after a complete update")
 
     def check_begin(self, version: str, partial: bool) -> None:
         """`UpdateConflictError` if a session is open, `WeightUpdateError` if only a complete update is accepted."""
