@@ -76,7 +76,7 @@ class CpuStep:
         keys, values = self._pool.keys[layer], self._pool.values[layer]
         if len(self._pieces) == 1 and self._pieces[0].is_whole_step:
             return self._pieces[0].attend(q_THD, keys, values)
-        out_TX = torch.empty(q_THD.shape[0], q_THD.shape[1] * q_THD.shape[2], dtype=q_THD.dtype)
+        out_TX = q_THD.new_empty(q_THD.shape[0], q_THD.shape[1] * q_THD.shape[2])
         for piece in self._pieces:
             out_TX.index_copy_(0, piece.tokens, piece.attend(q_THD, keys, values))
         out_THD = out_TX.view(q_THD.shape)
@@ -176,15 +176,15 @@ class CausalMask:
     """Additive float32 mask for any block of queries at the end of any context, cut from one band."""
 
     def __init__(self) -> None:
-        self._band = torch.zeros(_BLOCK_QUERIES, 0)
+        self._band = torch.zeros(_BLOCK_QUERIES, 0, dtype=torch.float32, device="cpu")
 
     def reserve(self, num_positions: int) -> None:
         """Make the band wide enough; never called while a step still uses a narrower one's views for writing."""
         width = self._band.shape[1]
         if num_positions > width:
             width = max(num_positions, 2 * width, 2 * _BLOCK_QUERIES)
-            band = torch.zeros(_BLOCK_QUERIES, width)
-            corner = torch.full((_BLOCK_QUERIES, _BLOCK_QUERIES), float("-inf")).triu_(1)
+            band = self._band.new_zeros(_BLOCK_QUERIES, width)
+            corner = band.new_full((_BLOCK_QUERIES, _BLOCK_QUERIES), float("-inf")).triu_(1)
             band[:, width - _BLOCK_QUERIES :] = corner
             self._band = band
 
@@ -224,7 +224,7 @@ class DenseRow:
             return
         num_columns = -(-(start + length) // geometry.page_size)
         pages = inputs.page_table[int(inputs.row_slots[row]), :num_columns].long()
-        heads = torch.arange(shape.num_kv_heads) * geometry.page_size
+        heads = torch.arange(shape.num_kv_heads, dtype=torch.int64, device="cpu") * geometry.page_size
         self._context_rows = (token_rows(geometry, pages[None], start + length) + heads[:, None]).view(-1)
         mask.reserve(start + length)
         for at in range(0, length, _BLOCK_QUERIES):

@@ -230,9 +230,7 @@ def import_library() -> Library:
     try:
         package = importlib.import_module("flashinfer")
     except ImportError as error:
-        message = (
-            f"attention backend 'flashinfer' needs flashinfer-python: pip install 'headrace[flashinfer]' ({error})"
-        )
+        message = f"attention backend 'flashinfer' needs a package: pip install flashinfer-python ({error})"
         raise ConfigError(message, field="attention_backend") from error
     return Library(package.BatchDecodeWithPagedKVCacheWrapper, package.BatchPrefillWithPagedKVCacheWrapper)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,7 +55,7 @@ class ReferenceAttention:
         for slot, start, length in zip(
             inputs.row_slots.tolist(), inputs.row_starts.tolist(), inputs.row_lengths.tolist(), strict=True
         ):
-            rows.append(_Row(first, length, start, locate(slot, torch.arange(start + length).numpy())))
+            rows.append(_Row(first, length, start, locate(slot, np.arange(start + length))))
             first += length
         return ReferenceStep(self._shape, pool, locate(inputs.token_slots, inputs.token_positions), rows)
 
@@ -90,12 +91,12 @@ def attend(
     """
     group_size = shape.num_heads // shape.num_kv_heads
     k_LHD, v_LHD = k_LGD.repeat_interleave(group_size, 1), v_LGD.repeat_interleave(group_size, 1)
-    positions_L = torch.arange(k_LGD.shape[0], device=k_LGD.device)
+    positions_L = torch.arange(k_LGD.shape[0], dtype=torch.int64, device=k_LGD.device)
     out_THD = torch.empty_like(q_THD)
     block = max(1, max_scores // (shape.num_heads * len(positions_L)))
     for first in range(0, q_THD.shape[0], block):
         q_BHD = q_THD[first : first + block]
-        last_seen_B = start + first + torch.arange(q_BHD.shape[0], device=q_BHD.device)
+        last_seen_B = start + first + torch.arange(q_BHD.shape[0], dtype=torch.int64, device=q_BHD.device)
         scores_HBL = torch.einsum("bhd,lhd->hbl", q_BHD, k_LHD) * shape.scale
         scores_HBL.masked_fill_(positions_L > last_seen_B[:, None], float("-inf"))
         out_THD[first : first + block] = torch.einsum("hbl,lhd->bhd", torch.softmax(scores_HBL, dim=-1), v_LHD)

@@ -22,6 +22,7 @@ from headrace.engine.launch import model_folder
 
 _PACKAGES = ("torch", "triton", "transformers", "flashinfer-python")
 _GIT_SECONDS = 10.0
+_SEED = 0
 
 
 class EngineSetup(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,14 +60,14 @@ class Prepared(msgspec.Struct, frozen=True):
 
 
 def prepare(setup: EngineSetup, scratch: Path, *, needs_file: bool = False, dummy: bool = False) -> Prepared:
-    """Make the model's folder below `scratch` and decide the settings.
+    """Make the model's folder below `scratch` and decide the settings, with the same seed every time.
 
     `needs_file` writes weights whatever the shape, for somebody else who reads them; `dummy` writes none, whatever the
     shape. Raises `ConfigError` and its kin. Torch threads sleep while they wait unless `OMP_WAIT_POLICY` says otherwise
     (threads that spin make figures depend on whatever else runs): set here, before torch is loaded.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    settings = {"skip_tokenizer_init": True, **setup.engine}
+    settings = {"skip_tokenizer_init": True, "seed": _SEED, **setup.engine}
     if setup.model is not None:
         folder = model_folder(setup.model)
     elif not needs_file and (dummy or settings.get("load_format") == "dummy" or _is_weightless(setup)):

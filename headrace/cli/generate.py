@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -94,11 +95,11 @@ async def _run(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    with console.status(f"loading {config.model}"):
-        engine = AsyncEngine(**msgspec.structs.asdict(config))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     hidden = len(prompts) < 2 or not console.is_terminal
-    async with engine:
+    async with contextlib.AsyncExitStack() as stack:
+        with console.status(f"loading {config.model}"):
+            engine = await stack.enter_async_context(AsyncEngine(**msgspec.structs.asdict(config)))
         with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
             task = progress.add_task("prompts", total=len(prompts))
             await _generate_all(

@@ -1,7 +1,7 @@
 """The `headrace` command. Owns the list of subcommands, exit codes, and how an error looks to a person.
 
-Exit codes: 0 done, 1 our own bug, 2 a wrong argument or anything Headrace refuses, 130 interrupted. An error is one
-line on standard error; `--debug` adds the traceback.
+Exit codes: 0 done, 1 our own bug, 2 a wrong argument or anything Headrace refuses, 3 the engine died, 130 interrupted.
+An error is one line on standard error; `--debug` adds the traceback.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from headrace import __version__
 from headrace.cli import check, demo, generate, serve
 from headrace.telemetry import flush_logs
-from headrace.types.errors import HeadraceError
+from headrace.types.errors import EngineDeadError, HeadraceError
 
 EXIT_BUG = 1
 EXIT_REFUSED = 2
+EXIT_DEAD = 3
 EXIT_INTERRUPTED = 130
 
 
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         exit_code: int = arguments.run(arguments)
         return exit_code
+    except EngineDeadError as error:
+        return _report(arguments, error.message, EXIT_DEAD)
     except HeadraceError as error:
         return _report(arguments, error.message, EXIT_REFUSED)
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
 """`headrace serve`: serve a model over HTTP until interrupted.
 
 Owns the process's signals and its end: the first SIGTERM or SIGINT drains (new requests are refused, running ones
-finish within `--drain-timeout`), a second one ends at once.
+finish within `--drain-timeout`), a second one ends at once. An engine that is dead for good ends the process too.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from headrace.config import EngineConfig
 from headrace.engine import AsyncEngine
 from headrace.server.options import ServerOptions
 from headrace.telemetry import LogContext, configure_logging
+from headrace.types.errors import HeadraceError
 
 DEFAULT_PORT = 30000
+DEFAULT_CORE_RESTARTS = 3
 _RENAMED = {"weight_roots": "weight_root", "allowed_hosts": "allowed_host"}
 _KEYS = ("api_key", "admin_api_key")
 logger = logging.getLogger(__name__)
@@ -49,7 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     from headrace.server.starting import Starting
 
     configure_logging(LogContext("front"), level=arguments.log_level, as_json=arguments.log_json)
-    config = EngineConfig.from_dict({"model": arguments.model, **given(arguments, EngineConfig)})
+    settings = {"max_core_restarts": DEFAULT_CORE_RESTARTS, **given(arguments, EngineConfig)}
+    config = EngineConfig.from_dict({"model": arguments.model, **settings})
     server_options = ServerOptions.from_dict(with_keys(given(arguments, ServerOptions, rename=_RENAMED)))
     server_options.check_address(arguments.host)
     with listen(arguments.host, arguments.port) as listener:
@@ -83,13 +86,27 @@ async def _serve(engine: AsyncEngine, host: str, listener: socket.socket, option
     # What is loaded by now stays: without this each full collection walks it again, about 1 ms per request.
     gc.collect()
     gc.freeze()
-    logger.info("serving", extra={"fields": {"url": server.url, "model": engine.config.model}})
-    await signalled.wait()
+    seed = engine.resolved.engine.seed
+    logger.info("serving", extra={"fields": {"url": server.url, "model": engine.config.model, "seed": seed}})
+    end = await _first_of(signalled, engine)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.remove_signal_handler(number)
+    if end is not None:
+        await server.stop(0.0)
+        raise end
     logger.info("draining; a second signal ends at once")
     await server.stop()
     return 0
+
+
+async def _first_of(signalled: asyncio.Event, engine: AsyncEngine) -> HeadraceError | None:
+    """Wait for a signal; returns the reason if the engine ends before one comes."""
+    signal_comes, engine_ends = asyncio.create_task(signalled.wait()), asyncio.create_task(engine.wait_ended())
+    await asyncio.wait([signal_comes, engine_ends], return_when=asyncio.FIRST_COMPLETED)
+    is_over = engine_ends.done() and not signal_comes.done()
+    signal_comes.cancel()
+    engine_ends.cancel()
+    return engine_ends.result() if is_over else None
 
 
 def _on_signal(number: signal.Signals, signalled: asyncio.Event) -> None:

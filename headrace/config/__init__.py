@@ -3,7 +3,7 @@
 from headrace.config.devices import CudaDevice, Software, cuda_devices
 from headrace.config.engine_config import EngineConfig, SettledConfig
 from headrace.config.model_spec import KvGroup, ModelSpec
-from headrace.config.resolve import ResolvedConfig, resolve
+from headrace.config.resolve import ResolvedConfig, Takeover, resolve
 from headrace.config.rope import RopeSpec
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "RopeSpec",
     "SettledConfig",
     "Software",
+    "Takeover",
     "cuda_devices",
     "resolve",
 ]

@@ -42,7 +42,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cuda_graphs              replay steps as CUDA graphs
     max_graph_tokens         most tokens of a step that is captured as a graph
     kernel_cache             folder of built kernels, which may be carried to another host; None: the libraries' own
-    seed                     seeds dummy weights and the seeds given to requests that bring none
+    seed                     seeds dummy weights and the seeds given to requests that bring none; None: drawn from the
+                             system at each start, and reported
     num_threads              torch threads of the core process; None: OMP_NUM_THREADS, else the cores it may use, on
                              cuda at most 4 of them
     logprob_mode             default meaning of output log-probabilities
@@ -54,6 +55,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     start_timeout            seconds the core may take to become ready
     control_timeout          seconds a control call may take
     watchdog_timeout         seconds one step or one command may take before the core is killed
+    max_core_restarts        times a core that died is started again within core_restart_window, unless it shares the
+                             caller's process; None: 3 under `headrace serve`, 0 in Python
+    core_restart_window      seconds
     """
 
     model: str
@@ -78,7 +82,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cuda_graphs: bool = True
     max_graph_tokens: int = 2048
     kernel_cache: str | None = None
-    seed: int = 0
+    seed: int | None = None
     num_threads: int | None = None
     logprob_mode: LogprobMode = "temperature"
     prompt_logprob_mode: LogprobMode = "raw"
@@ -89,6 +93,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     start_timeout: float = 600.0
     control_timeout: float = 600.0
     watchdog_timeout: float = 1800.0
+    max_core_restarts: int | None = None
+    core_restart_window: float = 600.0
 
     def __post_init__(self) -> None:
         _make_plain(self)
@@ -106,11 +112,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class SettledConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An `EngineConfig` whose sizes are known: what `ResolvedConfig.engine` is."""
+    """An `EngineConfig` whose sizes and seed are known: what `ResolvedConfig.engine` is."""
 
     max_running_requests: int
     max_num_batched_tokens: int
     overlap_depth: int
+    seed: int
 
     @property
     def max_sequences(self) -> int:
@@ -144,6 +151,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "start_timeout": (0.0, 1e9),
     "control_timeout": (0.0, 1e9),
     "watchdog_timeout": (0.0, 1e9),
+    "max_core_restarts": (0, 1 << 16),
+    "core_restart_window": (0.0, 1e9),
     "context_length": (1, 1 << 24),
     "kv_pool_tokens": (1, 1 << 32),
     "num_threads": (1, 4096),

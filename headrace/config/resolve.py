@@ -23,6 +23,9 @@ FP8_CAPABILITY = (8, 9)
 
 ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 CUDA_THREADS = 4
+_SEED_SHIFT = 11
+"""A drawn seed has 53 bits, so that readers of JSON that know only doubles keep all of it."""
+
 _CGROUPS = Path("/sys/fs/cgroup")
 CPU_KV_POOL_BYTES = 2 << 30
 CPU_KV_POOL_FRACTION = 0.25
@@ -52,11 +55,27 @@ _BACKENDS = {
 }
 
 
+class Takeover(msgspec.Struct, frozen=True):
+    """What a core is told of those before it, which died: it must not be taken for one of them.
+
+    num_deaths    how many there were; its update sessions have ids that none of them gave
+    version       the label last seen of their weights
+    epoch         greater than any that their replies named
+    is_current    the checkpoint that it loads is what was live: no update had been committed, no label changed
+    """
+
+    num_deaths: int
+    version: str
+    epoch: int
+    is_current: bool
+
+
 class ResolvedConfig(msgspec.Struct, frozen=True):
     """An `EngineConfig` with nothing left open. `kv_dtype` is a torch dtype's name; `cuda` describes the device in use.
 
     `num_pages` includes page 0, which is never given to a sequence; 0 on cuda until the core has measured the pool.
-    `explanations` are (setting, value, why) for each setting that was "auto" or was cut.
+    `explanations` are (setting, value, why) for each setting that was "auto" or was cut. `takeover` is None for an
+    engine's first core.
     """
 
     engine: SettledConfig
@@ -71,6 +90,7 @@ class ResolvedConfig(msgspec.Struct, frozen=True):
     attention_backend: str
     explanations: tuple[Explanation, ...]
     cuda: CudaDevice | None = None
+    takeover: Takeover | None = None
 
     @property
     def max_total_num_tokens(self) -> int:
@@ -145,7 +165,7 @@ def backend_refusal(backend: str, device: str, software: Software) -> str | None
     if (backend == "cpu" and device == "cuda") or (backend == "flashinfer" and device == "cpu"):
         return f"does not run on {device}"
     if backend == "flashinfer" and not software.has_flashinfer:
-        return "needs flashinfer-python, which is not installed (headrace[flashinfer])"
+        return "needs flashinfer-python, which is not installed (pip install flashinfer-python)"
     if backend == "triton" and device == "cpu" and not (software.has_triton and software.interprets_triton):
         return "runs on cpu only in Triton's interpreter (TRITON_INTERPRET=1), for tests"
     return None
@@ -238,6 +258,9 @@ def _settle(config: EngineConfig, device: str, model: ModelSpec, why: list[Expla
         num_tokens, reason = _step_tokens(device, model, values["max_running_requests"])
         values["max_num_batched_tokens"] = num_tokens
         why.append(("max_num_batched_tokens", str(num_tokens), reason))
+    if values["seed"] is None:
+        values["seed"] = int.from_bytes(os.urandom(8), "little") >> _SEED_SHIFT
+        why.append(("seed", str(values["seed"]), "drawn from the system for this start alone"))
     if config.kernel_cache is not None:
         values["kernel_cache"] = _kernel_cache(config.kernel_cache)
     return SettledConfig(**values)

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Collection
 from typing import Any
 
-from headrace.core.executor import FAULTS
+from headrace.core.faults import FAULTS
 from headrace.core.replica import Replica
 from headrace.types.errors import (
     DeadlineError,
@@ -72,6 +72,7 @@ def apply_command(
         except HeadraceError as error:
             replica.outbox.refuse(command.call_id, error.info())
         except FAULTS as fault:
+            replica.executor.examine(fault)
             name = type(command).__name__
             logger.exception("%s failed", name)
             failure = InternalError(f"{name} failed: {type(fault).__name__}: {fault}")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from headrace.config import ResolvedConfig
-from headrace.types.errors import HeadraceError
-from headrace.types.plan import StepPlan, StepResult
+from headrace.core.faults import FAULTS, DeviceLost, describe, is_of_lost_device
+from headrace.types.plan import StepDisturbed, StepPlan, StepResult
 from headrace.types.weights import TensorInfo, UpdateMode
 from headrace.weights.session import ResolvedMode
 
@@ -21,16 +21,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FAULTS = (OSError, RuntimeError, MemoryError, ValueError, LookupError, ArithmeticError, AssertionError, HeadraceError)
-"""What work on a device or a file may raise: an allocation that failed, a refused input, a broken invariant."""
-
 
 class StepError(Exception):
-    """A plan was not executed. Nothing is known of its rows' KV; later plans may build on it."""
+    """A plan was not executed. Nothing is known of its rows' KV; later plans may build on it. `is_blameless`: neither
+    its rows nor the device are at fault."""
 
     def __init__(self, step_id: int, cause: BaseException) -> None:
         super().__init__(f"step {step_id} failed: {type(cause).__name__}: {cause}")
         self.step_id = step_id
+        self.is_blameless = isinstance(cause, StepDisturbed)
 
 
 class StageCopy(Protocol):
@@ -76,6 +75,11 @@ class Executor(Protocol):
         """Wait for the oldest plan not collected yet. Raises `StepError` if it was not executed."""
         ...
 
+    def examine(self, fault: BaseException) -> None:
+        """Something failed on the device, here or in `submit`, `collect` and `weights`. Raises `DeviceLost` if it was
+        the last that the device did."""
+        ...
+
     def counters(self) -> dict[str, float]:
         """Figures of its own for `CoreStatus.metrics`."""
         ...
@@ -110,7 +114,7 @@ class LocalExecutor:
         try:
             self._pending.append(self._runner.launch(plan))
         except FAULTS as fault:
-            self._pending.append(_failed(plan.step_id, fault))
+            self._pending.append(self._failed(plan.step_id, fault))
 
     def collect(self) -> StepResult:
         step = self._pending.popleft()
@@ -119,7 +123,15 @@ class LocalExecutor:
         try:
             return step.wait()
         except FAULTS as fault:
-            raise _failed(step.step_id, fault) from fault
+            raise self._failed(step.step_id, fault) from fault
+
+    def examine(self, fault: BaseException) -> None:
+        if is_of_lost_device(fault):
+            raise DeviceLost(describe(fault)) from fault
+        try:
+            self._runner.probe()
+        except FAULTS as second:
+            raise DeviceLost(f"{describe(fault)}; and after it {describe(second)}") from second
 
     def counters(self) -> dict[str, float]:
         return self._runner.counters()
@@ -134,7 +146,10 @@ class LocalExecutor:
         self._pending.clear()
         self._runner.close()
 
-
-def _failed(step_id: int, fault: BaseException) -> StepError:
-    logger.error("step %d failed", step_id, exc_info=fault)
-    return StepError(step_id, fault)
+    def _failed(self, step_id: int, fault: BaseException) -> StepError:
+        if isinstance(fault, StepDisturbed):
+            logger.warning("step %d is computed again: %s", step_id, fault)
+            return StepError(step_id, fault)
+        self.examine(fault)
+        logger.error("step %d failed", step_id, exc_info=fault)
+        return StepError(step_id, fault)

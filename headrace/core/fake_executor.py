@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from headrace.core.executor import StageCopy, Weights
+from headrace.core.faults import DeviceLost, describe, is_of_lost_device
 from headrace.types.errors import CheckpointError, NotFoundError
 from headrace.types.plan import PositionLogprobs, PromptLogprobs, SlotInit, StepPlan, StepResult
 from headrace.types.request import Int32Array
@@ -58,6 +59,10 @@ class FreeExecutor:
             extras=extras,
             prompt_logprobs=prompt_logprobs,
         )
+
+    def examine(self, fault: BaseException) -> None:
+        if is_of_lost_device(fault):
+            raise DeviceLost(describe(fault)) from fault
 
     def counters(self) -> dict[str, float]:
         return {"num_gemm_calls": 0.0}

@@ -14,7 +14,8 @@ from typing import Any
 
 import msgspec
 
-from headrace.core.executor import FAULTS, Executor
+from headrace.core.executor import Executor
+from headrace.core.faults import FAULTS
 from headrace.core.outbox import Outbox
 from headrace.core.staging import ELEMENT_BYTES, num_bytes_of
 from headrace.core.updating import UpdateControl
@@ -101,6 +102,7 @@ class ReadControl:
         except HeadraceError as error:
             self._refuse(read, error)
         except FAULTS as fault:
+            self._executor.examine(fault)
             logger.exception("reading weights failed")
             self._refuse(read, InternalError(f"reading weights failed: {type(fault).__name__}: {fault}"))
         return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from headrace.config import ResolvedConfig
+from headrace.config import ResolvedConfig, Takeover
 from headrace.core.executor import Executor
 from headrace.core.outbox import Outbox
 from headrace.core.pausing import PauseControl
@@ -12,6 +12,8 @@ from headrace.core.updating import UpdateControl
 from headrace.ipc import CoreLink, Pulse
 from headrace.scheduler import Scheduler, SchedulerLimits
 from headrace.weights.session import WeightMachine
+
+_SESSIONS_PER_CORE = 1 << 32
 
 
 class Replica:
@@ -28,10 +30,16 @@ class Replica:
         self.is_ending = False
         self.snapshot: dict[str, str] | None = None
         self.outbox = Outbox(link)
-        self.scheduler = Scheduler(scheduler_limits(resolved), version=settings.initial_version, epoch=0)
+        former = resolved.takeover or Takeover(0, settings.initial_version, 0, is_current=True)
+        self.scheduler = Scheduler(scheduler_limits(resolved), version=former.version, epoch=former.epoch)
         self.stepper = Stepper(self.scheduler, executor, self.outbox, pulse, settings.overlap_depth)
         self.pause = PauseControl(self.scheduler, self.stepper, self.outbox)
-        machine = WeightMachine(settings.initial_version)
+        machine = WeightMachine(
+            former.version,
+            epoch=former.epoch,
+            has_weights=former.is_current,
+            num_sessions=former.num_deaths * _SESSIONS_PER_CORE,
+        )
         self.update = UpdateControl(machine, executor, self.scheduler, self.stepper, self.outbox, self.pause)
         self.reading = ReadControl(executor, self.update, self.outbox)
 

@@ -9,14 +9,16 @@ from typing import Literal
 
 from headrace.config import ResolvedConfig
 from headrace.core.executor import Executor, LocalExecutor
+from headrace.core.faults import DeviceLost, describe, is_of_lost_device
 from headrace.core.loop import CoreLoop
 from headrace.ipc import CoreLink, PeerClosed, Pulse
-from headrace.types.errors import ErrorInfo, HeadraceError, InternalError
-from headrace.types.messages import CoreReady
+from headrace.types.errors import DeviceLostError, EngineDeadError, ErrorInfo, HeadraceError, InternalError
+from headrace.types.messages import CoreFailed, CoreReady
 
 logger = logging.getLogger(__name__)
 
 ExecutorKind = Literal["local", "free"]
+DEVICE_LOST_EXIT_CODE = 4
 _PROGRESS_SECONDS = 5.0
 
 
@@ -49,13 +51,16 @@ def run_core(loop: CoreLoop, link: CoreLink) -> int:
     except PeerClosed as reason:
         logger.info("core ends: %s", reason)
         return 0
+    except DeviceLost as lost:
+        logger.error("core ends, its device is lost: %s", lost)
+        _answer_all(loop, link, DeviceLostError(f"the device is lost: {lost}").info())
+        return DEVICE_LOST_EXIT_CODE
     except Exception as error:  # process entry point
         logger.exception("core crashed")
-        _answer_all(loop, InternalError(f"the engine core crashed: {type(error).__name__}: {error}").info())
+        _answer_all(loop, link, EngineDeadError(f"the engine core crashed: {type(error).__name__}: {error}").info())
         return 1
     finally:
-        loop.replica.executor.close()
-        loop.replica.update.close()
+        _let_go(loop)
         link.close()
 
 
@@ -116,6 +121,9 @@ def _report_start_failure(link: CoreLink, error: Exception) -> int:
     if isinstance(error, HeadraceError):
         info = error.info()
         logger.error("core cannot start: %s", error)
+    elif is_of_lost_device(error):
+        info = DeviceLostError(f"the device is lost: {describe(error)}").info()
+        logger.exception("core cannot start", exc_info=error)
     else:
         info = InternalError(f"the engine core cannot start: {type(error).__name__}: {error}").info()
         logger.exception("core cannot start", exc_info=error)
@@ -127,8 +135,18 @@ def _report_start_failure(link: CoreLink, error: Exception) -> int:
     return 1
 
 
-def _answer_all(loop: CoreLoop, error: ErrorInfo) -> None:
+def _answer_all(loop: CoreLoop, link: CoreLink, error: ErrorInfo) -> None:
     try:
         loop.fail_requests(error)
+        link.send(CoreFailed(error))
     except Exception:  # process entry point: what crashed may be what answers; the front answers at end of file
         logger.exception("requests could not be answered")
+
+
+def _let_go(loop: CoreLoop) -> None:
+    """The device first: until it is done with them, shared buffers must stay mapped."""
+    try:
+        loop.replica.executor.close()
+    except Exception:  # process entry point: a device that is lost cannot be closed either
+        logger.exception("the device could not be let go")
+    loop.replica.update.close()

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 
+from headrace.core.canary import check_device
 from headrace.core.executor import Executor, StepError
 from headrace.core.outbox import Outbox
 from headrace.ipc import Phase, Pulse
 from headrace.scheduler import BREACHES, Scheduler
 from headrace.types.errors import InternalError
 from headrace.types.request import Delta
+
+MAX_BLAMELESS = 32
+"""Steps in a row that may fail through nobody's fault; from then on it is treated as somebody's, so that there is an
+end."""
 
 
 class Stepper:
@@ -25,6 +30,7 @@ class Stepper:
         self._pulse = pulse
         self._max_in_flight = overlap_depth + 1
         self._num_uncollected = 0
+        self._num_blameless = 0
 
     def step(self, *, may_submit: bool, admit_new: bool) -> bool:
         """Fill the pipeline if allowed, then complete its oldest plan. False when there was nothing to do."""
@@ -67,7 +73,14 @@ class Stepper:
             result = self._executor.collect()
         except StepError as error:
             self._pulse.enter(Phase.DECIDING)
-            self._go_on(self._scheduler.lose_step(InternalError(str(error)).info()))
+            self._num_blameless = self._num_blameless + 1 if error.is_blameless else 0
+            is_blamed = not 0 < self._num_blameless <= MAX_BLAMELESS
+            convicted = self._scheduler.lose_step(InternalError(str(error)).info(), is_blamed=is_blamed)
+            self._drop_void_results()
+            if convicted:
+                self._pulse.enter(Phase.EXECUTING)
+                check_device(self._executor, error, self._scheduler.epoch)
+            self._outbox.add(convicted)
         else:
             self._pulse.enter(Phase.DECIDING)
             try:
@@ -75,6 +88,7 @@ class Stepper:
             except BREACHES as breach:
                 self._go_on(self._scheduler.recover(breach))
             self.num_completed += 1
+            self._num_blameless = 0
         self._pulse.stepped()
 
     def _go_on(self, deltas: list[Delta]) -> None:

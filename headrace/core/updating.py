@@ -17,7 +17,8 @@ from pathlib import Path
 
 import msgspec
 
-from headrace.core.executor import FAULTS, Executor
+from headrace.core.executor import Executor
+from headrace.core.faults import FAULTS
 from headrace.core.outbox import Outbox
 from headrace.core.pausing import PauseControl
 from headrace.core.staging import StageJob, job_from_buffer, job_from_tensors, num_bytes_of
@@ -27,8 +28,8 @@ from headrace.types.errors import (
     DeadlineError,
     HeadraceError,
     InternalError,
+    NeedsWeightsError,
     PoisonedError,
-    UnavailableError,
     UpdateConflictError,
 )
 from headrace.types.messages import NO_DEADLINE, BeginUpdate, CommitUpdate, Stage, UpdateBegun, UpdateFromDisk
@@ -103,7 +104,7 @@ class UpdateControl:
         if session.former == "ready":
             return None
         message = f"weights are {session.former} until the update to {session.version!r} is complete"
-        return PoisonedError(message) if session.former == "poisoned" else UnavailableError(message)
+        return PoisonedError(message) if session.former == "poisoned" else NeedsWeightsError(message)
 
     # Commands. Errors leave everything as it was.
 
@@ -306,6 +307,7 @@ class UpdateControl:
             self._fail_job(job, error)
             return
         except FAULTS as fault:
+            self._executor.examine(fault)
             logger.exception("staging failed")
             self._fail_job(job, InternalError(f"staging failed: {type(fault).__name__}: {fault}"))
             return
@@ -338,6 +340,7 @@ class UpdateControl:
         try:
             self._weights.commit()
         except FAULTS as fault:
+            self._executor.examine(fault)
             logger.exception("a commit failed half-way")
             self.machine.note_torn_commit(session.session_id)
             self._abort(InternalError(f"the commit failed half-way: {type(fault).__name__}: {fault}"))

@@ -1,4 +1,4 @@
-"""The engine as a caller sees it. Owns nothing but its parts: settings, tokenizer, intake, and the runtime behind them.
+"""The engine as a caller sees it: what it can be asked. Its start, its parts and its end are `EngineLifecycle`'s.
 
 Every coroutine may be awaited from any event loop in any thread: the work is done on the engine's own loop.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import importlib
-import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from pathlib import Path
 from types import NoneType
@@ -16,14 +15,11 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack
 
 import msgspec
 
-from headrace.config import EngineConfig
 from headrace.engine.control import check_choice, check_text, check_update, folder_of, seconds_of, version_of
 from headrace.engine.fields import InputIds, Prompts, Sampling
-from headrace.engine.intake import Intake
-from headrace.engine.launch import ExecutorKind, load_tokenizer, log_ends, resolve_settings, with_tokenizer
+from headrace.engine.lifecycle import EngineLifecycle
 from headrace.engine.reading import read_weight
-from headrace.engine.requests import GenerateItem, GenerateOptions, RequestBuilder
-from headrace.engine.runtime import Runtime
+from headrace.engine.requests import GenerateItem, GenerateOptions
 from headrace.engine.stream import Stream, StreamGroup
 from headrace.engine.tensors import NamedTensors, to_tensor
 from headrace.engine.update import Manifest, Script, UpdateSession, drive_async, manifest_of
@@ -59,14 +55,17 @@ def _on_engine_loop(
 
     @functools.wraps(method)
     async def bridged(self: AsyncEngine, /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        if self._parts is None:
+            await self.start()
         self.runtime.check_open()
         return await self.runtime.run(method(self, *args, **kwargs))
 
     return bridged
 
 
-class AsyncEngine:
-    """A running engine. The constructor returns once it can generate.
+class AsyncEngine(EngineLifecycle):
+    """A running engine. The constructor returns once it can generate; on an event loop it returns at once, and
+    `async with`, `await engine.start()` and every coroutine wait for the rest.
 
     `settings` are the fields of `EngineConfig`. `inprocess=True` runs the core in a thread of this process instead of a
     process of its own. `executor="free"` replaces the model by one that costs nothing (benchmarks).
@@ -74,57 +73,6 @@ class AsyncEngine:
     Raises `ConfigError`, `UnsupportedModelError`, `CheckpointError`; `DeadlineError` after `start_timeout`;
     `EngineDeadError` when the core dies while it starts.
     """
-
-    def __init__(
-        self, model: str | Path, *, inprocess: bool = False, executor: ExecutorKind = "local", **settings: Any
-    ) -> None:
-        self.config = EngineConfig.from_dict({"model": str(model), **settings})
-        self.resolved = resolve_settings(self.config, executor)
-        self.runtime = Runtime(self.resolved, inprocess=inprocess, executor=executor)
-        self._finalizer = weakref.finalize(self, self.runtime.close)
-        is_started = False
-        try:
-            self.tokenizer = load_tokenizer(self.config, self.resolved.folder)
-            self.resolved = with_tokenizer(self.resolved, self.tokenizer)
-            log_ends(self.resolved.model)
-            self.ready = self.runtime.wait(self.runtime.client.start(self.config.start_timeout))
-            is_started = True
-        finally:
-            if not is_started:
-                self._finalizer()
-        # Only the core could measure what a device has room for; requests are bounded by that.
-        self.resolved = self.resolved.with_pool(self.ready.max_total_num_tokens, self.ready.explanations)
-        self._builder = RequestBuilder(self.resolved, self.tokenizer)
-        self._intake = Intake(self.runtime.client, self._builder, self.tokenizer, self.config.request_timeout)
-
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """The engine's own event loop, on which `submit` and its streams must be used."""
-        return self.runtime.loop
-
-    @property
-    def version(self) -> str:
-        """The label of the live weights, as last heard from the core."""
-        status = self.runtime.client.status
-        return self.config.initial_version if status is None else status.version
-
-    @property
-    def is_alive(self) -> bool:
-        """True until the core's death or `shutdown`."""
-        return self.runtime.client.is_alive and not self.runtime.is_closing
-
-    @property
-    def is_responsive(self) -> bool:
-        """True while the core goes on: not stopped, deadlocked or stuck. A long step or command is no such thing."""
-        return self.is_alive and self.runtime.client.is_responsive
-
-    @property
-    def is_ready(self) -> bool:
-        """True when a request would start now: the core answers, is not paused, and its weights are whole."""
-        client = self.runtime.client
-        if not (self.is_responsive and client.is_whole) or client.status is None:
-            return False
-        return not client.status.paused and not self.runtime.updater.holds_generation
 
     async def generate(
         self,
@@ -176,12 +124,12 @@ class AsyncEngine:
 
         Raises `RequestError` naming the field.
         """
-        return self._builder.prepare(item)
+        return self._running.builder.prepare(item)
 
     def submit(self, item: GenerateItem) -> Stream:
         """Start one sequence. To be called on the engine's loop; the stream too is bound to it."""
         self.runtime.check_open()
-        return self._intake.submit(item)
+        return self._running.intake.submit(item)
 
     @_on_engine_loop
     async def abort(
@@ -193,7 +141,7 @@ class AsyncEngine:
         """
         check_text(message, "message")
         by_prefix, everything = as_flag(prefix, "prefix"), as_flag(all, "all")
-        return self._intake.abort(request_id, prefix=by_prefix, everything=everything, message=message)
+        return self._running.intake.abort(request_id, prefix=by_prefix, everything=everything, message=message)
 
     async def pause(self, mode: PauseMode = "abort", *, timeout: float | None = None) -> None:
         """Stop generating. "keep" and "recompute" hold running sequences, "abort" ends them, "drain" lets them finish.
@@ -233,6 +181,7 @@ class AsyncEngine:
         (unless `partial`), doubled or misshapen; `UpdateConflictError` if another update is open. `timeout` seconds
         after its last call a session is aborted.
         """
+        await self.start()
         self.runtime.check_open()
         check_update(mode, in_flight)
         updater = self.runtime.updater
@@ -281,6 +230,7 @@ class AsyncEngine:
         all held until the end, and refused by name if two share memory or one is written to meanwhile. To stream
         through one buffer, call `begin_update`, `stage` and `commit`.
         """
+        await self.start()
         script = self.update_script(named_tensors, version, mode, in_flight, partial, timeout)
         return await drive_async(script, self.runtime.run)
 
@@ -369,39 +319,20 @@ class AsyncEngine:
 
         `options` are those of `headrace.server`.
         """
+        await self.start()
         self.runtime.check_open()
         server = await asyncio.get_running_loop().run_in_executor(None, _load_server)
         running = await self.runtime.run(server.serve(self, host, port, **options))
         self.runtime.add_closer(functools.partial(running.stop, 0.0))
         return running
 
-    async def shutdown(self) -> None:
-        """End the engine: what runs is answered with what there is, then the core ends. Idempotent.
-
-        On the engine's own loop it returns at once, and the end follows.
-        """
-        running = asyncio.get_running_loop()
-        if running is self.loop:
-            self.close()
-        else:
-            await running.run_in_executor(None, self.close)
-
-    def close(self) -> None:
-        """`shutdown`, blocking."""
-        self.runtime.close()
-        self._finalizer.detach()
-
-    async def __aenter__(self) -> AsyncEngine:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.shutdown()
-
     @_on_engine_loop
     async def _generate(
         self, prompts: Prompts, input_ids: InputIds, sampling_params: Sampling, options: GenerateOptions
     ) -> list[Generation]:
-        streams = self._intake.submit_all(await self._expand(prompts, input_ids, sampling_params, options, False))
+        streams = self._running.intake.submit_all(
+            await self._expand(prompts, input_ids, sampling_params, options, False)
+        )
         try:
             return [await stream.result() for stream in streams]
         finally:
@@ -414,13 +345,15 @@ class AsyncEngine:
     ) -> StreamGroup:
         """Start the sequences of `stream`; the group is bound to the engine's loop."""
         items = await self._expand(prompts, input_ids, sampling_params, options, True)
-        return StreamGroup(self._intake.submit_all(items))
+        return StreamGroup(self._running.intake.submit_all(items))
 
     async def _expand(
         self, prompts: Prompts, input_ids: InputIds, sampling_params: Sampling, options: GenerateOptions, stream: bool
     ) -> list[GenerateItem]:
         """Much text is encoded in another thread, so that streams and heartbeats go on."""
-        expand = functools.partial(self._builder.expand, prompts, input_ids, sampling_params, options, stream=stream)
+        expand = functools.partial(
+            self._running.builder.expand, prompts, input_ids, sampling_params, options, stream=stream
+        )
         return await run_sized(_num_characters(prompts), expand)
 
 

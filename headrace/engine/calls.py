@@ -46,6 +46,10 @@ class Calls:
         self._num_calls = 0
         self._waiting: dict[int, Call] = {}
 
+    def follow(self, pulse: PulsePage) -> None:
+        """Calls go to another core from now on, whose pulse this is."""
+        self._pulse = pulse
+
     async def call(
         self, command: Callable[[int], Command], timeout: float, on_answer: Callable[[], Awaitable[None]] | None = None
     ) -> bytes:

@@ -18,11 +18,13 @@ import msgspec
 
 from headrace.engine.calls import Calls
 from headrace.engine.health import Ailment, HealthLimits, diagnose
+from headrace.engine.ledger import Ledger
 from headrace.ipc import FrontLink, PulsePage
 from headrace.types.errors import DeadlineError, EngineDeadError, HeadraceError, RequestError, ShutdownError
 from headrace.types.messages import (
     Abort,
     Command,
+    CoreFailed,
     CoreReady,
     CoreStatus,
     Deltas,
@@ -34,7 +36,7 @@ from headrace.types.messages import (
     Shutdown,
     Submit,
 )
-from headrace.types.request import Delta, Request
+from headrace.types.request import DEFAULT_VERSION, Delta, Request
 from headrace.types.weights import PauseMode
 
 logger = logging.getLogger(__name__)
@@ -69,18 +71,20 @@ class CoreClient:
         link: FrontLink,
         pulse: PulsePage,
         control_timeout: float,
-        on_death: Callable[[], None],
+        on_death: Callable[[HeadraceError], object],
         limits: HealthLimits,
+        ledger: Ledger | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`control_timeout`: default deadline of a call, in seconds. `on_death` ends whatever is left of the core.
         `clock` is the core's too."""
+        self.ledger = ledger or Ledger(DEFAULT_VERSION)
         self._link = link
         self._pulse = pulse
         self._limits = limits
         self._control_timeout = control_timeout
         self._on_death = on_death
-        self._calls = Calls(self._send, pulse, clock)
+        self._calls = Calls(self._send_call, pulse, clock)
         self._sinks: dict[int, Sink] = {}
         self._num_handles = 0
         self._submits: list[Request] = []
@@ -90,6 +94,7 @@ class CoreClient:
         self._watch: asyncio.Task[None] | None = None
         self._is_ending = False
         self._end: HeadraceError | None = None
+        self._barred: HeadraceError | None = None
         self.status: CoreStatus | None = None
         self.is_whole = True
 
@@ -100,8 +105,8 @@ class CoreClient:
 
     @property
     def is_alive(self) -> bool:
-        """True from the start until the core's death or `close`."""
-        return self._end is None
+        """True from the start until the core's death or `close`, and again once another core has taken its place."""
+        return self._end is None and self._barred is None
 
     @property
     def is_responsive(self) -> bool:
@@ -129,9 +134,28 @@ class CoreClient:
             raise DeadlineError(message, field="start_timeout") from None
         if ready.error is not None:
             raise ready.error.to_exception()
-        self._note(await self.ask(GetStatus, CoreStatus))
+        await self._take_over()
         self._watch = loop.create_task(self._watch_core())
         return ready
+
+    async def detach(self) -> None:
+        """Let go of a dead core."""
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+        await self._link.close()
+
+    def attach(self, link: FrontLink, pulse: PulsePage) -> None:
+        """Another core takes the place of the dead one: `start` it next. Until then nobody is served."""
+        assert self._end is not None, "a core that lives is not replaced"
+        self._link, self._pulse = link, pulse
+        self._calls.follow(pulse)
+        self._barred = type(self._end)(f"{self._end.message}; it is being started again")
+        self._end = None
+
+    def end(self, error: HeadraceError) -> None:
+        """No other core comes: `error` is what everybody hears from now on."""
+        self._end = error
 
     def new_handle(self) -> int:
         """A handle no other sequence of this client has had."""
@@ -204,13 +228,14 @@ class CoreClient:
 
     def check_alive(self) -> None:
         """Raise the error that ended this client, if one did."""
-        if self._end is not None:
-            raise type(self._end)(self._end.message)
+        error = self._end or self._barred
+        if error is not None:
+            raise _copy(error)
 
     async def shut_down(self, timeout: float) -> bool:
         """Ask the core to answer what runs and to end. Returns whether it has agreed (or was dead before)."""
         self._is_ending = True
-        if not self.is_alive:
+        if self._end is not None:
             return True
         if self._watch is None:
             return False  # still starting: it reads no commands yet
@@ -228,6 +253,16 @@ class CoreClient:
             self._watch.cancel()
         await self._link.close()
 
+    async def _take_over(self) -> None:
+        """Have a core that is ready be as the one before it was, and serve."""
+        mode = self.ledger.paused
+        if mode is not None:
+            await self._calls.call(lambda call_id: Pause(call_id, mode), self._control_timeout)
+        status = await self._calls.ask(GetStatus, self._control_timeout)
+        self._note(msgspec.msgpack.decode(status, type=CoreStatus))
+        self._barred = None
+        self.check_alive()
+
     def _limit(self, timeout: float | None) -> float:
         return self._control_timeout if timeout is None else timeout
 
@@ -237,6 +272,7 @@ class CoreClient:
 
     def _note(self, status: CoreStatus) -> None:
         self.status = status
+        self.ledger.saw(status)
         if status.state != "updating":  # while updating it stays what it was before
             self.is_whole = status.state == "ready"
 
@@ -249,8 +285,12 @@ class CoreClient:
                 await self._refresh()
             num_hopeless = num_hopeless + 1 if ailment is not None and ailment.is_hopeless else 0
             if ailment is not None and num_hopeless >= NUM_HOPELESS_LOOKS:
-                self._die(ailment.message)
+                self._die(EngineDeadError(ailment.message))
             await asyncio.sleep(WATCH_SECONDS)
+
+    def _send_call(self, command: Command) -> None:
+        self._send(command)
+        self.ledger.sent(command)
 
     def _send(self, command: Command) -> None:
         """Send after everything that was asked before it."""
@@ -291,7 +331,10 @@ class CoreClient:
             for delta in output.deltas:
                 self._on_delta(delta)
         elif isinstance(output, Reply):
+            self.ledger.answered(output)
             self._calls.settle(output)
+        elif isinstance(output, CoreFailed):
+            self._die(output.error.to_exception())
         elif self._ready is not None and not self._ready.done():
             self._ready.set_result(output)
 
@@ -302,15 +345,18 @@ class CoreClient:
             sink.on_delta(delta)
 
     def _on_close(self, reason: str) -> None:
-        self._die(reason)
+        self._die(EngineDeadError(reason))
 
-    def _die(self, reason: str) -> None:
-        if self.is_alive and self._is_ending:
+    def _die(self, reason: HeadraceError) -> None:
+        if self._end is not None:
+            return
+        if self._is_ending:
             self._finish_all(ShutdownError("the engine is shut down"))
-        elif self.is_alive:
-            logger.error("the engine core is dead: %s", reason)
-            self._finish_all(EngineDeadError(f"the engine core is dead: {reason}"))
-            self._on_death()
+            return
+        logger.error("the engine core is dead: %s", reason)
+        error = type(reason)(f"the engine core is dead: {reason}")
+        self._finish_all(error)
+        self._on_death(error)
 
     def _finish_all(self, error: HeadraceError) -> None:
         if self._end is not None:

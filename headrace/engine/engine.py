@@ -15,10 +15,11 @@ from headrace.engine.async_engine import DEFAULT_UPDATE_TIMEOUT, AsyncEngine
 from headrace.engine.fields import InputIds, Prompts, Sampling
 from headrace.engine.launch import ExecutorKind
 from headrace.engine.requests import GenerateOptions
+from headrace.engine.runtime import result_of
 from headrace.engine.tensors import NamedTensors, to_tensor
 from headrace.engine.update import Manifest, UpdateSession, drive
 from headrace.text import Tokenizer
-from headrace.types.errors import ShutdownError
+from headrace.types.errors import HeadraceError, ShutdownError
 from headrace.types.generation import Generation
 from headrace.types.messages import CoreStatus
 from headrace.types.weights import InFlight, PauseMode, UpdateMode, UpdateReport
@@ -52,6 +53,7 @@ class Engine:
     ) -> None:
         """See `AsyncEngine`."""
         self.asynchronous = AsyncEngine(model, inprocess=inprocess, executor=executor, **settings)
+        self.asynchronous.wait_started()
 
     @property
     def config(self) -> EngineConfig:
@@ -215,6 +217,10 @@ class Engine:
     def serve(self, port: int = 0, host: str = "127.0.0.1", **options: Any) -> ServerHandle:
         """Serve this engine over HTTP while it goes on being used here; port 0 takes a free one."""
         return ServerHandle(self._wait(self.asynchronous.serve(port, host, **options)), self.asynchronous)
+
+    def wait_ended(self) -> HeadraceError:
+        """See `AsyncEngine.wait_ended`."""
+        return result_of(self.asynchronous.runtime.supervisor.ended)
 
     def shutdown(self) -> None:
         """See `AsyncEngine.shutdown`."""

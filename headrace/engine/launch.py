@@ -37,6 +37,9 @@ class CoreHost(Protocol):
     @property
     def pid(self) -> int: ...
 
+    @property
+    def is_alive(self) -> bool: ...
+
     def kill(self) -> None:
         """End it now, if that is possible."""
 
@@ -58,6 +61,11 @@ class CoreThread:
     def pid(self) -> int:
         """Process id: this one."""
         return os.getpid()
+
+    @property
+    def is_alive(self) -> bool:
+        """True until it has ended."""
+        return self._thread.is_alive()
 
     def kill(self) -> None:
         """A thread cannot be killed: it ends when it sees its link closed."""

@@ -126,8 +126,6 @@ class RequestBuilder:
         self._tokenizer = tokenizer
         self._vocab_size = model.vocab_size
         self._context_length = resolved.context_length
-        self._max_length = resolved.max_length
-        self._pool_tokens = resolved.max_total_num_tokens
         self._eos_ids = model.eos_token_ids
         self._output_mode: LogprobMode = engine.logprob_mode
         self._prompt_mode: LogprobMode = engine.prompt_logprob_mode
@@ -135,6 +133,12 @@ class RequestBuilder:
         self._seeds = SeedSource(engine.seed)
         self._last_shared: _Shared | None = None
         self._has_warned = False
+        self.resize(resolved)
+
+    def resize(self, resolved: ResolvedConfig) -> None:
+        """Bound requests by the pool of a core that has just started."""
+        self._max_length = resolved.max_length
+        self._pool_tokens = resolved.max_total_num_tokens
 
     def expand(
         self,

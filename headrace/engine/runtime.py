@@ -18,13 +18,17 @@ from typing import Any, Generic, TypeVar
 from headrace.config import ResolvedConfig
 from headrace.engine.client import CoreClient
 from headrace.engine.health import HealthLimits
-from headrace.engine.launch import ExecutorKind, start_core
+from headrace.engine.launch import CoreHost, ExecutorKind, start_core
+from headrace.engine.ledger import Ledger
+from headrace.engine.supervision import Supervisor
 from headrace.engine.update import Updater
+from headrace.ipc import keep_standard_numbers
 from headrace.types.errors import HeadraceError, InternalError, ShutdownError
 
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_SECONDS = 5.0
+_LOOK_SECONDS = 0.5
 _SHUTTING_DOWN = "the engine is shut down"
 
 Result = TypeVar("Result")
@@ -73,6 +77,15 @@ async def _outlast(future: concurrent.futures.Future[Any]) -> None:
     while not waiter.done():
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait([waiter])
+def result_of(future: concurrent.futures.Future[Result]) -> Result:
+    """Wait for a result in this thread. An interrupt that comes in the moment before a wait does not end that wait: so
+    there are many."""
+    while True:
+        try:
+            return future.result(_LOOK_SECONDS)
+        except TimeoutError:
+            if future.done():  # then this is its own error, or it came just now
+                return future.result()
 
 
 class Runtime:
@@ -83,14 +96,30 @@ class Runtime:
         self._lock = threading.Lock()
         self._is_closing = False
         self._has_closed = threading.Event()
+        keep_standard_numbers()
         self.loop = asyncio.new_event_loop()
-        self.host, link = start_core(resolved, inprocess=inprocess, executor=executor)
-        limits = HealthLimits(watchdog=resolved.engine.watchdog_timeout)
-        self.client = CoreClient(link, self.host.pulse, resolved.engine.control_timeout, self.host.kill, limits)
+        engine = resolved.engine
+        host, link = start_core(resolved, inprocess=inprocess, executor=executor)
+        limits = HealthLimits(watchdog=engine.watchdog_timeout)
+        ledger = Ledger(engine.initial_version)
+        self.client = CoreClient(link, host.pulse, engine.control_timeout, self._core_died, limits, ledger)
+        # A core in the caller's process is not restarted: what broke the device for it has broken it for the caller.
+        max_restarts = 0 if inprocess else engine.max_core_restarts or 0
+        self.supervisor = Supervisor(host, self.client, resolved, executor, max_restarts)
         self.updater = Updater(self.client, self.loop)
         self._closers: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._thread = threading.Thread(target=self._run_loop, name="headrace-engine", daemon=True)
         self._thread.start()
+
+    @property
+    def host(self) -> CoreHost:
+        """What the core runs in, now."""
+        return self.supervisor.host
+
+    @property
+    def is_over(self) -> bool:
+        """True once there is no core and will be none."""
+        return self._is_closing or self.supervisor.ended.done()
 
     @property
     def is_closing(self) -> bool:
@@ -132,7 +161,7 @@ class Runtime:
             raise InternalError("a blocking call was made on the engine's own loop, where it would wait for itself")
         errand = self._schedule(coroutine)
         try:
-            return errand.result.result()
+            return result_of(errand.result)
         except BaseException:
             errand.cancel()
             concurrent.futures.wait([errand.result])
@@ -156,6 +185,7 @@ class Runtime:
             return  # a fork: neither the thread nor the core is ours
         with self._lock:
             is_first, self._is_closing = not self._is_closing, True
+        self.supervisor.end(ShutdownError(_SHUTTING_DOWN))
         on_own_thread = threading.current_thread() is self._thread
         if is_first:
             self.loop.call_soon_threadsafe(self._start_closing)
@@ -175,6 +205,9 @@ class Runtime:
             coroutine.close()
             raise
 
+    def _core_died(self, death: HeadraceError) -> None:
+        self.supervisor.core_died(death)
+
     def _start_closing(self) -> None:
         task = self.loop.create_task(self._close())
         task.add_done_callback(lambda _: self.loop.stop())
@@ -183,6 +216,7 @@ class Runtime:
         for closer in self._closers:
             with contextlib.suppress(HeadraceError, TimeoutError):
                 await asyncio.wait_for(closer(), SHUTDOWN_SECONDS)
+        await self.supervisor.stop()
         if not await self.client.shut_down(SHUTDOWN_SECONDS):
             self.host.kill()
         await self.client.close(ShutdownError(_SHUTTING_DOWN))

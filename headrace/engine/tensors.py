@@ -130,7 +130,7 @@ def to_tensor(weight: WeightBytes) -> torch.Tensor:
 
     dtype = getattr(torch, weight.info.dtype)
     if not weight.data:
-        return torch.empty(weight.info.shape, dtype=dtype)
+        return torch.empty(weight.info.shape, dtype=dtype, device="cpu")
     return torch.frombuffer(weight.data, dtype=dtype).reshape(weight.info.shape)
 
 

@@ -5,6 +5,7 @@ Torch-free. Knows the message types and nothing of what they do.
 """
 
 from headrace.ipc.buffers import SharedBuffer
+from headrace.ipc.descriptors import keep_standard_numbers
 from headrace.ipc.inprocess import make_pair
 from headrace.ipc.links import CoreLink, FrontLink, PeerClosed
 from headrace.ipc.pulse import Phase, Pulse, PulsePage, PulseReading
@@ -20,6 +21,7 @@ __all__ = [
     "PulsePage",
     "PulseReading",
     "SharedBuffer",
+    "keep_standard_numbers",
     "launch_core",
     "make_pair",
 ]

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from headrace.ipc.buffers import SharedBuffer
 from headrace.ipc.codec import pack_frame
+from headrace.ipc.descriptors import keep_standard_numbers
 from headrace.ipc.pulse import PULSE_BYTES, PulsePage
 from headrace.ipc.socket_link import SocketFrontLink
 from headrace.telemetry import logging_words
@@ -103,6 +104,7 @@ def launch_core(config: bytes, *, executor: str = "local") -> tuple[CoreProcess,
     `executor` is "local", or "free" for one that computes nothing (benchmarks and tests). The first output on the link
     is `CoreReady`. Raises `OSError` when the process cannot be started.
     """
+    keep_standard_numbers()
     front, core = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     lifeline_read, lifeline_write = os.pipe()
     try:
@@ -135,17 +137,19 @@ def _start(link: int, lifeline: int, pulse: int, executor: str) -> subprocess.Po
         start_new_session=True,
         stdin=subprocess.DEVNULL,
         stdout=_standard_error(),
+        stderr=_standard_error(),
         env={**os.environ, "PYTHONPATH": _python_path()},
     )
 
 
 def _standard_error() -> int:
-    """The child's output goes to our error stream: our output may be somebody's data."""
+    """The child's output goes to our error stream: our output may be somebody's data. Nowhere, if we began without one:
+    its number may be any other file's by now."""
     try:
         os.fstat(2)
     except OSError:
         return subprocess.DEVNULL
-    return 2
+    return 2 if sys.__stderr__ is not None else subprocess.DEVNULL
 
 
 def _python_path() -> str:

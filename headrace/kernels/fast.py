@@ -29,7 +29,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 def rope(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     """Half-rotation in three passes over the output."""
     half = x_THD.shape[-1] // 2
-    rotated = torch.empty(x_THD.shape, dtype=x_THD.dtype)
+    rotated = x_THD.new_empty(x_THD.shape)
     torch.mul(x_THD, cos_TD.unsqueeze(1), out=rotated)
     sin_T1h = sin_TD[:, :half].unsqueeze(1)
     rotated[..., :half].addcmul_(x_THD[..., half:], sin_T1h, value=-1.0)

@@ -50,17 +50,19 @@ class SampledAttention:
         index_dtype = (
             torch.int32 if max(num_rows, num_queries * num_heads * num_positions) <= _INT32_MAX else torch.int64
         )
-        valid_NL = torch.arange(num_positions) < num_context_N[:, None]
+        valid_NL = torch.arange(num_positions, dtype=torch.int64, device="cpu") < num_context_N[:, None]
         rows_NL = (token_rows_NL * valid_NL).to(index_dtype)
         head_offsets = (
-            torch.arange(num_kv_heads, dtype=index_dtype).repeat_interleave(num_heads // num_kv_heads) * head_stride
+            torch.arange(num_kv_heads, dtype=index_dtype, device="cpu").repeat_interleave(num_heads // num_kv_heads)
+            * head_stride
         )
         num_bags = num_queries * num_heads
         self._scale = scale
-        self._bias_N1L = torch.zeros(num_queries, 1, num_positions).masked_fill_(~valid_NL[:, None], float("-inf"))
+        bias_N1L = torch.zeros(num_queries, 1, num_positions, dtype=torch.float32, device="cpu")
+        self._bias_N1L = bias_N1L.masked_fill_(~valid_NL[:, None], float("-inf"))
         self._rows = (rows_NL[:, None] + head_offsets[None, :, None]).view(-1)
-        offsets = torch.arange(0, num_bags * num_positions + 1, num_positions, dtype=index_dtype)
-        self._scores_RL = torch.zeros(num_bags, num_positions)
+        offsets = torch.arange(0, num_bags * num_positions + 1, num_positions, dtype=index_dtype, device="cpu")
+        self._scores_RL = bias_N1L.new_zeros(num_bags, num_positions)
         self._scores_NHL = self._scores_RL.view(num_queries, num_heads, num_positions)
         self._first_of_bag = offsets[:-1]
         self._pattern = _csr(offsets, self._rows, self._scores_RL.view(-1), (num_bags, num_rows))
@@ -88,4 +90,6 @@ def _hear_beta_notice() -> None:
     """torch says once per process that CSR is a beta feature; let it say so to nobody."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), size=(1, 1))
+        offsets = torch.arange(2, dtype=torch.int64, device="cpu")
+        entries = torch.ones(1, dtype=torch.float32, device="cpu")
+        torch.sparse_csr_tensor(offsets, offsets[:1], entries, size=(1, 1))

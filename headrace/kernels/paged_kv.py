@@ -59,13 +59,13 @@ class KvPool:
 
 def store_rows(geometry: KvGeometry, page_ids: Tensor, offsets: Tensor) -> Tensor:
     """Flat rows of tokens at (page, offset), all heads: int64 [T] each -> int64 [T * G]."""
-    heads = torch.arange(geometry.num_kv_heads)
+    heads = torch.arange(geometry.num_kv_heads, dtype=torch.int64, device=page_ids.device)
     return ((page_ids[:, None] * geometry.num_kv_heads + heads) * geometry.page_size + offsets[:, None]).reshape(-1)
 
 
 def token_rows(geometry: KvGeometry, page_ids_NC: Tensor, num_positions: int) -> Tensor:
     """Flat rows of head 0 for positions 0..num_positions-1 of each page list: [N, C] -> [N, num_positions]."""
-    offsets = torch.arange(geometry.page_size, dtype=page_ids_NC.dtype)
+    offsets = torch.arange(geometry.page_size, dtype=page_ids_NC.dtype, device=page_ids_NC.device)
     rows_NCP = (page_ids_NC * (geometry.num_kv_heads * geometry.page_size)).unsqueeze(-1) + offsets
     return rows_NCP.reshape(page_ids_NC.shape[0], -1)[:, :num_positions]
 

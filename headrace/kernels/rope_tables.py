@@ -17,7 +17,7 @@ def rope_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
     exceeds original_max_position / low_freq_factor, keeps those below original_max_position / high_freq_factor, and
     blends between.
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
     base = 1.0 / (rope.theta**exponents)
     if rope.scaling == "default":
         return base
@@ -35,7 +35,7 @@ def rope_tables(rope: RopeSpec, head_dim: int, num_positions: int, dtype: torch.
 
     Angles are float32 products, as everywhere; their cosines are rounded from float64, so that no vector width shows.
     """
-    positions = torch.arange(num_positions, dtype=torch.int64).float()
+    positions = torch.arange(num_positions, dtype=torch.int64, device="cpu").float()
     angles = torch.outer(positions, rope_frequencies(rope, head_dim)).double()
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)

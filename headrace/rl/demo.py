@@ -63,7 +63,8 @@ class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run_demo(options: DemoOptions) -> dict[str, Any]:
-    """Run the demo; its files are in `options.output_dir` when it returns, and its figures in the returned dict.
+    """Run the demo; its files are in `options.output_dir` when it returns, and its figures in the returned dict. When
+    it is interrupted it leaves the picture, the steps and the rollouts so far.
 
     Raises `ConfigError` for options that cannot work, and whatever the engine raises.
     """
@@ -71,22 +72,36 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
     output = _output_folder(options)
     trainer = _start_trainer(options)
     trainer.export(output / "weights_first")
-    log_path = output / "rollouts.jsonl"
-    with ProgressLine(options.steps) as progress, _start_engine(options) as engine, RolloutLog(log_path) as log:
-        demo = Demo(options, engine, trainer, log)
-        for step in range(1, options.steps + 1):
-            progress.show(demo.run_step(step))
-        trainer.export(output / "weights_last")
-        digest_match = engine.digest() == checkpoint_digests(output / "weights_last")
-    draw_picture(output / "training.png", demo.records)
-    (output / "steps.jsonl").write_bytes(msgspec.json.Encoder().encode_lines(demo.records))
+    records: list[StepRecord] = []
+    try:
+        with (
+            ProgressLine(options.steps) as progress,
+            _start_engine(options) as engine,
+            RolloutLog(output / "rollouts.jsonl") as log,
+        ):
+            demo = Demo(options, engine, trainer, log, records)
+            for step in range(1, options.steps + 1):
+                progress.show(demo.run_step(step))
+            trainer.export(output / "weights_last")
+            digest_match = engine.digest() == checkpoint_digests(output / "weights_last")
+    finally:  # an interrupted run leaves what it has come to
+        _write_records(output, records)
     return {**demo.summary(), "digest_match": digest_match, "output_dir": str(output)}
+
+
+def _write_records(output: Path, records: list[StepRecord]) -> None:
+    if records:
+        (output / "steps.jsonl").write_bytes(msgspec.json.Encoder().encode_lines(records))
+        draw_picture(output / "training.png", records)
 
 
 class Demo:
     """The loop's state: who holds which weights, and what was counted."""
 
-    def __init__(self, options: DemoOptions, engine: Engine, trainer: GrpoTrainer, log: RolloutLog) -> None:
+    def __init__(
+        self, options: DemoOptions, engine: Engine, trainer: GrpoTrainer, log: RolloutLog, records: list[StepRecord]
+    ) -> None:
+        """Every finished step is added to `records`."""
         self._options = options
         self._engine = engine
         self._trainer = trainer
@@ -104,7 +119,7 @@ class Demo:
         self._num_lost = 0
         self._num_tokens = 0
         self._seconds = 0.0
-        self.records: list[StepRecord] = []
+        self._records = records
 
     def run_step(self, step: int) -> StepRecord:
         """Push, sample, score, train."""
@@ -124,21 +139,21 @@ class Demo:
             max_abs_logprob_diff=difference,
             is_on_policy=pushed is not None or step == 1,
         )
-        self.records.append(record)
+        self._records.append(record)
         return record
 
     def summary(self) -> dict[str, Any]:
         """The figures the demo answers with, but for what only the finished run knows."""
-        rewards = [record.reward for record in self.records]
-        pauses = [record.update_pause_ms for record in self.records if record.update_pause_ms is not None]
+        rewards = [record.reward for record in self._records]
+        pauses = [record.update_pause_ms for record in self._records if record.update_pause_ms is not None]
         return {
             "reward_start": statistics.fmean(rewards[:WINDOW]),
             "reward_end": statistics.fmean(rewards[-WINDOW:]),
-            "steps": len(self.records),
+            "steps": len(self._records),
             "updates": self._num_updates,
             "requests": self._num_requests,
             "lost_requests": self._num_lost,
-            "max_abs_logprob_diff": max(record.max_abs_logprob_diff for record in self.records if record.is_on_policy),
+            "max_abs_logprob_diff": max(record.max_abs_logprob_diff for record in self._records if record.is_on_policy),
             "tokens_per_second": self._num_tokens / self._seconds,
             "update_pause_ms_p50": statistics.median(pauses) if pauses else 0.0,
             "final_version": self._version,

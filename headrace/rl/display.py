@@ -72,7 +72,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        message = "the demo draws a picture with matplotlib; install it with: pip install 'headrace[demo]'"
+        message = "the demo draws a picture with matplotlib; install it with: pip install matplotlib"
         raise ConfigError(message, field="matplotlib") from None
 
 

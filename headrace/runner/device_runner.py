@@ -57,6 +57,7 @@ class DeviceRunner:
         self._device = device = _open_device(resolved)
         free_at_start = free_bytes() if device.type == "cuda" else 0
         dtype = getattr(torch, resolved.dtype)
+        self._probed = torch.zeros(1, dtype=torch.int32, device=device)
         self._compiled = CompileCounter()
         self._counter = GemmCounter()
         self.weights = WeightStore(
@@ -82,6 +83,12 @@ class DeviceRunner:
     def launch(self, plan: StepPlan) -> DeviceStep:
         """Enqueue one plan. Plans must come in the order they were issued."""
         return self._steps.launch(plan)
+
+    def probe(self) -> None:
+        """Have the device do the least thing there is, without an allocation. Raises what it answers if it cannot."""
+        self._probed.add_(1)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
 
     def counters(self) -> dict[str, float]:
         """Figures of the device since start."""
@@ -200,5 +207,4 @@ def _open_device(resolved: ResolvedConfig) -> torch.device:
     if not torch.cuda.is_available():
         raise ConfigError("device 'cuda' needs a CUDA build of torch and a device that it can use", field="device")
     torch.cuda.init()  # type: ignore[no-untyped-call]
-    torch.backends.cuda.matmul.allow_tf32 = False
     return torch.device("cuda", torch.cuda.current_device())

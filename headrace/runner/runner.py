@@ -19,6 +19,7 @@ from headrace.kernels import select_kernels
 from headrace.kernels.paged_kv import KvGeometry, KvPool
 from headrace.layers.linear import GemmCounter
 from headrace.runner.batch import ForwardBatch, build_batch
+from headrace.runner.exact_products import ExactProducts
 from headrace.runner.loading import Progress, checked_weight_map, load_weights
 from headrace.runner.pending import DoneStep, step_result
 from headrace.runner.prompt_scores import PromptScorer
@@ -57,6 +58,7 @@ class Runner:
         self._slots = SlotTable(engine.max_running_requests, resolved.max_columns)
         self._sampler = Sampler(spec.vocab_size, engine.max_running_requests, torch.device("cpu"), engine.numerics)
         self._scorer = PromptScorer(self._model.logits, self._sampler, spec.vocab_size)
+        self._exact = ExactProducts(device)
         self._max_sampled_rows = max(1, _MAX_LOGITS_BYTES // (4 * spec.vocab_size))
         load_weights(self.weights, resolved, on_progress)
 
@@ -69,6 +71,9 @@ class Runner:
         """Run one step now. Plans must come in the order they were issued."""
         return DoneStep(self.execute(plan))
 
+    def probe(self) -> None:
+        """Nothing to ask: a CPU that runs this works."""
+
     def close(self) -> None:
         """Give the weights back; the pool goes with the runner."""
         self.weights.close()
@@ -79,7 +84,7 @@ class Runner:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. Plans must come in the order they were issued."""
-        with torch.inference_mode():
+        with torch.inference_mode(), self._exact:
             self._slots.apply(plan)
             for init in plan.new_slots:
                 self._sampler.enter(init)

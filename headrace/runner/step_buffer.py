@@ -80,8 +80,8 @@ class HostStep:
     """
 
     def __init__(self, sizes: StepSizes, *, pinned: bool) -> None:
-        self._words = torch.zeros(sizes.num_words, dtype=torch.int32, pin_memory=pinned)
-        self._results = torch.zeros(2, sizes.max_rows, dtype=torch.int32, pin_memory=pinned)
+        self._words = torch.zeros(sizes.num_words, dtype=torch.int32, device="cpu", pin_memory=pinned)
+        self._results = torch.zeros(2, sizes.max_rows, dtype=torch.int32, device="cpu", pin_memory=pinned)
         self.views: StepViews[Int32Array] = StepViews(sizes, self._words.numpy())
         self.token_ids: Int32Array = self._results.numpy()[0]
         self.logprobs = self._results.numpy()[1].view(np.float32)

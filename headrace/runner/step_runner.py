@@ -16,6 +16,7 @@ import torch
 from headrace.attention.base import DeviceAttention, Launch, StepRows
 from headrace.runner.buckets import Buckets
 from headrace.runner.device_step import DeviceClock, DeviceStep, ScoredPrompt, StepMarks
+from headrace.runner.exact_products import ExactProducts
 from headrace.runner.graphs import Graphs
 from headrace.runner.launches import Launches
 from headrace.runner.prompt_scores import scored_spans
@@ -54,19 +55,21 @@ class StepRunner:
         self._graphs = graphs
         self._page_table = page_table
         self._is_cuda = page_table.is_cuda
+        self._exact = ExactProducts(page_table.device)
 
     def launch(self, plan: StepPlan) -> DeviceStep:
         """Enqueue one plan."""
         host = self._buffer.take()
         with torch.inference_mode(), ExitStack() as on_failure:
             on_failure.callback(self._give_back, host)
-            step = self._launch(plan, host)
+            with self._exact:
+                step = self._launch(plan, host)
             on_failure.pop_all()
             return step
 
     def capture(self, buckets: list[Launch], sampled: list[int]) -> None:
         """Capture the launches of these sizes, over an empty step."""
-        with torch.inference_mode():
+        with torch.inference_mode(), self._exact:
             self._launches.make_empty()
             for bucket in buckets:
                 if self._attention.captures:
@@ -79,7 +82,7 @@ class StepRunner:
 
     def warm(self, buckets: list[Launch]) -> None:
         """Run forward launches of these sizes once, over an empty step, for the kernels that they compile."""
-        with torch.inference_mode():
+        with torch.inference_mode(), self._exact:
             self._launches.make_empty()
             for bucket in buckets:
                 self._launches.forward(bucket)

@@ -47,7 +47,7 @@ def to_host(words: Tensor) -> Tensor:
     """A copy on the host; from a device it is only enqueued, into pinned memory."""
     if not words.is_cuda:
         return words.clone()
-    host = torch.empty(words.shape, dtype=words.dtype, pin_memory=True)
+    host = torch.empty(words.shape, dtype=words.dtype, device="cpu", pin_memory=True)
     return host.copy_(words, non_blocking=True)
 
 

@@ -160,18 +160,18 @@ class Scheduler:
             self._clear(tried)
         return deltas
 
-    def lose_step(self, cause: ErrorInfo) -> list[Delta]:
+    def lose_step(self, cause: ErrorInfo, *, is_blamed: bool = True) -> list[Delta]:
         """The oldest plan in flight was not executed, and no result of those after it may be used: they built on it.
 
         Nothing that any of them computed or published is believed: everybody goes on from the tokens he has. Those who
         had a row in the plan are tried apart from the others until it is known whose fault it was, if anybody's: his
-        terminal delta, an error, is returned then.
+        terminal delta, an error, is returned then. Without `is_blamed` nobody is suspected.
         """
         self._counters.num_failed_steps += 1
         step = self._in_flight[0]
         suspects = self._live_rows(step)
         self._restart()
-        return self._accuse(suspects, cause, is_alone=len(step.rows.slots) == 1)
+        return self._accuse(suspects, cause, is_alone=len(step.rows.slots) == 1) if is_blamed else []
 
     def recover(self, breach: BaseException) -> list[Delta]:
         """`plan` or `apply` raised one of BREACHES: make new books from the tokens that everybody has.

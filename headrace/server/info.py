@@ -60,7 +60,10 @@ class InfoFace:
         ]
 
     async def health(self, request: Request) -> Response:
-        """GET /health: this process lives. Until the engine is ready, `headrace.server.starting` answers instead."""
+        """GET /health: this process lives, and so does its core or the next one, which is being started. Until the
+        engine is ready for the first time, `headrace.server.starting` answers instead."""
+        if not self._engine.is_alive:
+            return respond(503, error_body(503, "the engine is dead; this process serves no more"))
         return Response()
 
     async def health_generate(self, request: Request) -> Response:
@@ -117,7 +120,7 @@ class InfoFace:
             "attention_backend": resolved.attention_backend,
             "eos_token_ids": model.eos_token_ids,
             "eos_sources": model.eos_sources,
-            "random_seed": config.seed,
+            "random_seed": resolved.engine.seed,
             "mem_fraction_static": config.memory_fraction,
             "incremental_streaming_output": self._state.options.incremental_streaming_output,
         }
@@ -182,6 +185,8 @@ class InfoFace:
         ailment = self._engine.runtime.client.diagnose()
         if not self._engine.is_alive:
             return "the core is dead"
+        if not self._engine.runtime.client.is_alive:
+            return "the core died and is being started again"
         if self._state.is_draining:
             return "draining"
         return "paused, updating, or without whole weights" if ailment is None else ailment.message

@@ -11,8 +11,10 @@
     |   +-- UpdateConflictError     a command in a state that does not allow it       409, retryable
     +-- UnavailableError            the engine cannot serve this now                  503
     |   +-- PoisonedError           live weights are a mix until a full update lands  503
+    |   +-- NeedsWeightsError       no current weights until a full update lands    503, retryable
     |   +-- PauseTimeoutError       queued behind a pause longer than pause_timeout   503, retryable
     |   +-- EngineDeadError         the core died; the request may be retried         503, retryable
+    |   |   +-- DeviceLostError     its device executes nothing any more              503, retryable
     |   +-- ShutdownError           the engine is shutting down                       503, retryable
     +-- DeadlineError               a wait outlived its deadline                      504, retryable
     +-- NonFiniteError              the model computed NaN or infinity for a request  500
@@ -115,12 +117,20 @@ class PoisonedError(UnavailableError):
     pass
 
 
+class NeedsWeightsError(UnavailableError):
+    retryable = True
+
+
 class PauseTimeoutError(UnavailableError):
     retryable = True
 
 
 class EngineDeadError(UnavailableError):
     retryable = True
+
+
+class DeviceLostError(EngineDeadError):
+    pass
 
 
 class ShutdownError(UnavailableError):

@@ -29,7 +29,8 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
                           is not the last
     error                 what ended it with finish reason "error": its `to_exception()` is what would have been raised
     matched               the stop token id or stop string that ended it
-    seed                  the seed this sample was drawn with: the same request with it gives the same sample
+    seed                  the seed this sample was drawn with; the same request with it draws the same noise, and
+                          under numerics="invariant" gives the same sample, whatever runs beside it
     """
 
     request_id: str

@@ -1,7 +1,7 @@
 """Messages between a front and a core: a closed tagged union each way, decoded only to these types.
 
 Front to core: `Command`s. `Submit`, `Abort` and `Finished` have no reply of their own; every other command carries a
-`call_id` and is answered by exactly one `Reply`. Core to front: `Deltas`, `Reply`, `CoreReady`.
+`call_id` and is answered by exactly one `Reply`. Core to front: `Deltas`, `Reply`, `CoreReady`, `CoreFailed`.
 
 A call carries its `deadline` in seconds of CLOCK_MONOTONIC, which all processes of a host share. What a core has not
 done by then it never does: it refuses a call that it comes to too late, and undoes one that still waits, both with
@@ -307,4 +307,10 @@ class CoreReady(msgspec.Struct, frozen=True, array_like=True, tag="core_ready"):
     error: ErrorInfo | None = None
 
 
-Output = Deltas | Reply | CoreReady
+class CoreFailed(msgspec.Struct, frozen=True, array_like=True, tag="core_failed"):
+    """The core ends, and why. Sent last, if at all: a core that is killed says nothing."""
+
+    error: ErrorInfo
+
+
+Output = Deltas | Reply | CoreReady | CoreFailed

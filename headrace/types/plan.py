@@ -22,6 +22,10 @@ steps in flight sample too: of a position sampled twice the first token counts, 
 """
 
 
+class StepDisturbed(RuntimeError):
+    """What a step computed is in doubt, through no fault of device or rows: computed again, it will be right."""
+
+
 class SlotInit(msgspec.Struct, frozen=True):
     """A sequence enters a slot, in place of whatever the slot held.
 

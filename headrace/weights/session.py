@@ -29,6 +29,7 @@ from typing import Literal
 
 from headrace.types.errors import (
     HeadraceError,
+    NeedsWeightsError,
     PoisonedError,
     UnavailableError,
     UpdateConflictError,
@@ -124,13 +125,15 @@ class WeightMachine:
     session   the open session, or None
     """
 
-    def __init__(self, version: str = DEFAULT_VERSION, *, epoch: int = 0, has_weights: bool = True) -> None:
+    def __init__(
+        self, version: str = DEFAULT_VERSION, *, epoch: int = 0, has_weights: bool = True, num_sessions: int = 0
+    ) -> None:
         check_version(version)
         self.version = version
         self.epoch = epoch
         self.session: UpdateSession | None = None
         self._resting: WeightState = "ready" if has_weights else "needs_weights"
-        self._num_sessions = 0
+        self._num_sessions = num_sessions
 
     @property
     def state(self) -> WeightState:
@@ -151,7 +154,7 @@ class WeightMachine:
             return PoisonedError(
                 "an update in place failed half-way; the engine generates again after a complete update"
             )
-        return UnavailableError("the engine holds no weights; it generates after a complete update")
+        return NeedsWeightsError("the engine holds no current weights; it generates after a complete update")
 
     def check_begin(self, version: str, partial: bool) -> None:
         """`UpdateConflictError` if a session is open, `WeightUpdateError` if only a complete update is accepted."""

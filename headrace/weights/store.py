@@ -215,7 +215,7 @@ class WeightStore:
             key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator(self.device).manual_seed(int.from_bytes(key[:8], "little") >> 1)
             for rows in row_blocks(rule.shape, 4, _FILL_BYTES[self.device.type]):
-                values = torch.empty(region[rows].shape, device=self.device)
+                values = torch.empty(region[rows].shape, dtype=torch.float32, device=self.device)
                 region[rows] = values.normal_(0.0, _INIT_STD, generator=generator).to(region)
 
     # The transaction.

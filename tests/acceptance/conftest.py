@@ -64,6 +64,7 @@ def engine_on(folders: list[Path]) -> Iterator[Callable[..., Engine]]:
             "num_threads": 1,
             "page_size": 4,
             "kv_pool_tokens": 16384,
+            "seed": 0,
             **config,
         }
         started.append(Engine(model=str(folders[index]), **settings))

@@ -80,7 +80,7 @@ def test_a_stopped_core_is_unready_until_it_goes_on_and_a_killed_one_for_good(st
         os.kill(pid, signal.SIGKILL)
         seconds_until(lambda: client.get("/ready").status_code == 503, NOTICE_SECONDS)
         assert "dead" in client.get("/ready").json()["message"]
-        assert client.get("/health").status_code == 200
+        assert client.get("/health").status_code == 503, "no other core comes: the process is of no use"
 
 
 def test_a_deadlocked_and_a_stuck_scheduler_are_seen(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ KERNELS = PACKAGE / "kernels"
 BROAD_EXCEPT_ALLOWED = {
     "headrace/cli/main.py": "process entry point",
     "headrace/core/service.py": "process entry point: the core's whole life",
+    "headrace/engine/starting.py": "hands whatever came to everybody who waits for the start",
     "headrace/engine/update.py": "hands whatever came to the generator that waits for it",
 }
 """Where whatever comes may be caught and not raised again, and why. Cleaning up and raising is fine anywhere."""
@@ -193,3 +194,39 @@ def test_no_test_is_skipped_but_for_absent_hardware() -> None:
         if re.search(r"pytest\.(mark\.)?(skip|skipif|xfail|importorskip)\b", line)
     ]
     assert not found, "\n".join(found)
+
+
+TENSOR_MAKERS = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "linspace", "eye", "as_tensor")
+MAKES_TENSORS = ("kernels", "attention", "weights", "layers", "models", "sampling", "runner", "core", "engine")
+
+
+def _half_made_tensors(tree: ast.AST) -> list[str]:
+    """Calls that make a tensor of the process's default dtype or on its default device."""
+    return [
+        f"{node.lineno}: {ast.unparse(node)}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in TENSOR_MAKERS
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id == "torch"
+        and not {"dtype", "device"} <= {keyword.arg for keyword in node.keywords}
+    ]
+
+
+def test_no_tensor_of_an_engine_depends_on_default_dtype_or_device() -> None:
+    found = [
+        f"{_relative(path)}:{call}"
+        for path, tree in _trees()
+        if path.relative_to(PACKAGE).parts[0] in MAKES_TENSORS
+        for call in _half_made_tensors(tree)
+    ]
+    assert not found, "\n".join(found)
+    assert len(_half_made_tensors(ast.parse("torch.zeros(3); torch.ones(1, dtype=x); torch.full(1, 2, device=y)"))) == 3
+
+
+def test_no_advice_names_a_package_that_no_index_has() -> None:
+    """Headrace is installed from its source tree: `headrace[demo]` is nothing that pip can find."""
+    texts = [*source_files(), ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    found = [_relative(path) for path in texts if re.search(r"headrace\[\w", path.read_text(encoding="utf-8"))]
+    assert not found, found

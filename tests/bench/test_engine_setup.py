@@ -28,7 +28,7 @@ def test_public_shapes_get_no_file_and_small_ones_do(tmp_path: Path) -> None:
 def test_what_the_user_sets_wins(tmp_path: Path) -> None:
     prepared = prepare(EngineSetup(shape="tiny", engine={"max_running_requests": 3}), tmp_path, dummy=True)
     assert prepared.with_defaults(max_running_requests=9, page_size=4) == {
-        "skip_tokenizer_init": True, "load_format": "dummy", "max_running_requests": 3, "page_size": 4,
+        "skip_tokenizer_init": True, "seed": 0, "load_format": "dummy", "max_running_requests": 3, "page_size": 4,
     }  # fmt: skip
     report = describe(EngineSetup(shape="tiny", engine={"max_running_requests": 3}), prepared)
     assert report["settings"] == {"max_running_requests": 3} and report["versions"] == versions()

@@ -118,3 +118,80 @@ def test_keys_come_from_the_environment_and_flags_come_first(monkeypatch: pytest
     monkeypatch.setenv("HEADRACE_API_KEY", " ")
     with pytest.raises(ConfigError):
         ServerOptions.from_dict(with_keys({}))
+def core_of(process: subprocess.Popen[str]) -> int:
+    """The process id of the server's core, once there is one."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for status in Path("/proc").glob("[0-9]*/status"):
+            try:
+                if f"PPid:\t{process.pid}\n" in status.read_text():
+                    return int(status.parent.name)
+            except OSError:
+                continue
+        time.sleep(0.01)
+    raise AssertionError("the server has no core")
+
+
+def wait_until(url: str, status: int, path: str = "/ready") -> None:
+    deadline = time.monotonic() + 60
+    while (found := httpx.get(url + path, timeout=60).status_code) != status:
+        assert time.monotonic() < deadline, f"{path} answers {found}"
+        time.sleep(0.02)
+
+
+def test_a_core_that_is_killed_comes_back_until_the_budget_is_spent() -> None:
+    words = ["--log-json", "--max-core-restarts", "1", "--skip-tokenizer-init"]
+    short = {"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 4, "ignore_eos": True, "temperature": 0}}
+    with serve(POLICY, *words) as process:
+        url = read_event(process, "serving")["url"]
+        expected = httpx.post(f"{url}/generate", json=short, timeout=60).json()["output_ids"]
+        first = core_of(process)
+        with httpx.stream("POST", f"{url}/generate", json=LONG, timeout=60) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            os.kill(first, signal.SIGKILL)
+            error = json.loads([line for line in lines if line][-2][6:])["error"]
+        assert (error["code"], error["retryable"]) == (503, True)
+        assert httpx.get(f"{url}/health", timeout=60).status_code == 200
+        wait_until(url, 200)
+        assert core_of(process) != first and not Path(f"/proc/{first}").exists()
+        assert httpx.post(f"{url}/generate", json=short, timeout=60).json()["output_ids"] == expected
+        os.kill(core_of(process), signal.SIGKILL)
+        assert process.stderr is not None
+        last = process.stderr.read().splitlines()[-1]
+        assert process.wait(60) == 3
+    assert last.startswith("headrace serve: ") and "signal 9" in last and "max_core_restarts 1" in last
+
+
+def test_a_restarted_server_with_an_update_needs_weights_and_a_signal_ends_it_even_while_it_starts() -> None:
+    with serve(POLICY, "--log-json", "--skip-tokenizer-init") as process:
+        url = read_event(process, "serving")["url"]
+        body = {"model_path": str(POLICY), "weight_version": "v1"}
+        assert httpx.post(f"{url}/update_weights_from_disk", json=body, timeout=60).json()["success"]
+        os.kill(core_of(process), signal.SIGKILL)
+        wait_until(url, 503)
+        assert read_event(process, "the core has been started again")["weights"] == "needs_weights"
+        refused = httpx.post(f"{url}/generate", json={"input_ids": [1]}, timeout=60)
+        assert (refused.status_code, refused.json()["retryable"]) == (503, True)
+        assert "complete update" in refused.json()["message"] and refused.headers["retry-after"]
+        assert httpx.get(f"{url}/health", timeout=60).status_code == 200
+        assert httpx.get(f"{url}/ready", timeout=60).status_code == 503
+        assert httpx.get(f"{url}/weight_version", timeout=60).json()["weight_version"] == "v1"
+        assert httpx.post(f"{url}/update_weights_from_disk", json=body, timeout=60).json()["success"]
+        assert httpx.post(f"{url}/generate", json={"input_ids": [1]}, timeout=60).status_code == 200
+        core = core_of(process)
+        os.kill(core, signal.SIGKILL)
+        wait_until(url, 503)
+        process.terminate()
+        assert process.stderr is not None
+        process.stderr.read()
+        assert process.wait(60) == 0
+
+
+def test_a_core_killed_in_the_first_start_ends_the_server() -> None:
+    with serve(POLICY) as process:
+        os.kill(core_of(process), signal.SIGKILL)
+        assert process.stderr is not None
+        last = process.stderr.read().splitlines()[-1]
+        assert process.wait(60) == 3
+    assert last.startswith("headrace serve: ") and "signal 9" in last

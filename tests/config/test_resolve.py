@@ -68,6 +68,7 @@ OPEN = {
     "max_running_requests",
     "max_num_batched_tokens",
     "overlap_depth",
+    "seed",
 }
 
 
@@ -238,6 +239,18 @@ def test_what_was_asked_is_otherwise_untouched(folder: Path) -> None:
     settled = resolve(asked, folder, devices=(H200,), software=FULL).engine
     differing = {name for name in EngineConfig.__struct_fields__ if getattr(asked, name) != getattr(settled, name)}
     assert differing == {"max_running_requests", "max_num_batched_tokens", "overlap_depth"}
+
+
+def test_without_a_seed_every_start_has_its_own_and_says_which(folder: Path) -> None:
+    starts = [resolved(folder) for _ in range(8)]
+    seeds = [start.engine.seed for start in starts]
+    assert len(set(seeds)) == 8 and all(0 <= seed < 1 << 53 for seed in seeds)
+    for start in starts:
+        (explained,) = [value for name, value, _ in start.explanations if name == "seed"]
+        assert explained == str(start.engine.seed)
+    given = [resolved(folder, seed=seed) for seed in (0, 7, (1 << 64) - 1)]
+    assert [start.engine.seed for start in given] == [0, 7, (1 << 64) - 1]
+    assert not any(name == "seed" for start in given for name, _, _ in start.explanations)
 
 
 def test_prompts_of_wide_models_ride_along_with_decode_steps(folder: Path) -> None:

@@ -35,7 +35,7 @@ TINY = {
 
 def tiny_config(**settings: Any) -> ResolvedConfig:
     """Settings of a small replica; keywords override those of `SettledConfig`."""
-    sizes = {"max_num_batched_tokens": 2048, "page_size": 4, "max_running_requests": 8, "overlap_depth": 0}
+    sizes = {"max_num_batched_tokens": 2048, "page_size": 4, "max_running_requests": 8, "overlap_depth": 0, "seed": 0}
     engine = SettledConfig(model="tiny", **(sizes | settings))
     return ResolvedConfig(
         engine=engine,

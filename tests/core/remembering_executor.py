@@ -104,6 +104,9 @@ class RememberingExecutor:
             raise result
         return result
 
+    def examine(self, fault: BaseException) -> None:
+        """No fault is the device's."""
+
     def counters(self) -> dict[str, float]:
         return {}
 

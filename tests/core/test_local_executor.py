@@ -44,7 +44,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def resolved_for(folder: Path, **settings: Any) -> ResolvedConfig:
-    base = {"model": str(folder), "load_format": "dummy", "page_size": 4, "kv_pool_tokens": 2048, "num_threads": 1}
+    base = {
+        "model": str(folder),
+        "load_format": "dummy",
+        "page_size": 4,
+        "kv_pool_tokens": 2048,
+        "num_threads": 1,
+        "seed": 0,
+    }
     return resolve(EngineConfig(**{**base, **settings}), folder)
 
 

@@ -16,7 +16,13 @@ CONTEXT_LENGTH = 1024
 LETTERS = {letter: 100.0 for letter in range(ord("a"), ord("z") + 1)}
 """A logit bias under which only lower-case letters are drawn, so that text is easy to reason about."""
 
-SETTINGS: dict[str, Any] = {"num_threads": 1, "page_size": 4, "kv_pool_tokens": 1 << 15, "dtype": "float32"}
+SETTINGS: dict[str, Any] = {
+    "num_threads": 1,
+    "page_size": 4,
+    "kv_pool_tokens": 1 << 15,
+    "dtype": "float32",
+    "seed": 0,
+}
 
 
 def model_of(seed: int) -> Qwen3ForCausalLM:

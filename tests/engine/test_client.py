@@ -92,7 +92,7 @@ def play(scenario: Scenario, limits: HealthLimits = LIMITS) -> list[str]:
         front, link = make_pair()
         page = PulsePage()
         core = ScriptedCore(link, Pulse(page))  # which beats once, now
-        client = CoreClient(front, page, 30.0, lambda: deaths.append("killed"), limits)
+        client = CoreClient(front, page, 30.0, lambda _: deaths.append("killed"), limits)
         start = asyncio.create_task(client.start(5.0))
         await asyncio.sleep(0)
         link.send(CoreReady(max_total_num_tokens=7))
@@ -338,7 +338,7 @@ def test_closing_answers_what_is_live() -> None:
 def test_a_core_that_cannot_start_says_why() -> None:
     async def main() -> None:
         front, link = make_pair()
-        client = CoreClient(front, PulsePage(), 5.0, lambda: None, LIMITS)
+        client = CoreClient(front, PulsePage(), 5.0, lambda _: None, LIMITS)
         link.send(CoreReady(error=ErrorInfo("CheckpointError", "model.safetensors is corrupt", "model.safetensors")))
         with pytest.raises(HeadraceError, match="corrupt") as caught:
             await client.start(5.0)
@@ -350,7 +350,7 @@ def test_a_core_that_cannot_start_says_why() -> None:
 
 def test_a_core_that_does_not_start_in_time_is_an_error() -> None:
     async def main() -> None:
-        client = CoreClient(make_pair()[0], PulsePage(), 5.0, lambda: None, LIMITS)
+        client = CoreClient(make_pair()[0], PulsePage(), 5.0, lambda _: None, LIMITS)
         with pytest.raises(DeadlineError, match="start_timeout"):
             await client.start(0.01)
         await client.close(ShutdownError("over"))

@@ -127,7 +127,7 @@ class World:
         pulse.claim = claims  # type: ignore[method-assign]
         self._spy()
         limits = HealthLimits(watchdog=1e9, patience=1e9, hopeless=1e9)
-        self.client = CoreClient(front, page, MAX_LIMIT, lambda: None, limits, self.clock.time)
+        self.client = CoreClient(front, page, MAX_LIMIT, lambda _: None, limits, clock=self.clock.time)
         self.updater = Updater(self.client, self.clock)
         self.link.send(CoreReady())
         start = self.clock.create_task(self.client.start(60.0))

@@ -113,6 +113,20 @@ def test_a_seed_gives_one_sample_wherever_it_stands(engine: Engine, start: Calla
         assert replay.token_ids == each.token_ids
 
 
+def test_engines_without_a_seed_draw_different_samples_that_their_seeds_repeat(start: Callable[..., Engine]) -> None:
+    params = {"max_new_tokens": 24, "ignore_eos": True}
+
+    def samples(seed: int | None) -> tuple[list[list[int]], int]:
+        engine = start(seed=seed)
+        return [each.token_ids for each in engine.generate(input_ids=[PROMPT] * 3, sampling_params=params)], (
+            engine.resolved.engine.seed
+        )
+
+    (first, seed), (second, other), (again, _) = samples(None), samples(None), samples(None)
+    assert seed != other and not any(one in second or one in again for one in first)
+    assert samples(seed) == (first, seed)
+
+
 def test_requests_without_a_seed_differ_and_can_be_replayed(engine: Engine) -> None:
     params = {"max_new_tokens": 12, "ignore_eos": True}
     first, second = engine.generate(input_ids=[PROMPT, PROMPT], sampling_params=params)

@@ -129,6 +129,66 @@ def test_one_async_engine_serves_loops_in_several_threads(model_folder: Path) ->
     assert len(found) == 8 and len({tuple(ids) for ids in found}) == 1
 
 
+def test_an_engine_made_on_a_loop_starts_beside_it(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The constructor returns at once, and whatever is asked waits for the start."""
+    may_start = threading.Event()
+
+    def load_later(*_: object) -> None:
+        assert may_start.wait(60)
+
+    monkeypatch.setattr("headrace.engine.starting.load_tokenizer", load_later)
+
+    async def run() -> list[list[int]]:
+        engine = AsyncEngine(model_folder, inprocess=True, executor="free", **SETTINGS)
+        assert (engine.is_alive, engine.is_ready, engine.version) == (False, False, "default")
+        with pytest.raises(TimeoutError):  # whoever gives up waiting does not end the start
+            await asyncio.wait_for(engine.generate(input_ids=PROMPT, sampling_params=SHORT), 0.01)
+        asked = [asyncio.create_task(engine.generate(input_ids=PROMPT, sampling_params=SHORT)) for _ in range(3)]
+        begun = asyncio.create_task(engine.begin_update("x", [("model.norm.weight", (32,), "float32")], partial=True))
+        for _ in range(20):
+            await asyncio.sleep(0.01)
+        assert not any(task.done() for task in (*asked, begun))
+        may_start.set()
+        await begun
+        async with engine as same:
+            assert same is engine and engine.is_alive
+            return [(await task)[0].token_ids for task in asked]
+
+    assert [len(ids) for ids in asyncio.run(run())] == [8, 8, 8]
+
+
+def test_a_start_on_a_loop_that_fails_is_told_to_whoever_waits(tmp_path: Path) -> None:
+    async def run() -> None:
+        engine = AsyncEngine(tmp_path, **SETTINGS)
+        calls: list[Callable[[], Any]] = [engine.start, engine.metrics, engine.wait_ended, lambda: engine.commit(None)]  # type: ignore[arg-type]
+        for call in calls:
+            with pytest.raises(CheckpointError, match="config.json"):
+                await call()
+        assert not engine.is_alive and not engine.is_ready
+        with pytest.raises(CheckpointError):
+            async with engine:
+                pass
+        with pytest.raises(ConfigError):
+            AsyncEngine(tmp_path, page_size=0)
+
+    asyncio.run(run())
+
+
+def test_an_engine_may_be_shut_down_while_it_starts(model_folder: Path) -> None:
+    before = threading.active_count()
+
+    async def run() -> None:
+        for delay in (0.0, 0.05, 0.3):
+            engine = AsyncEngine(model_folder, **SETTINGS)
+            await asyncio.sleep(delay)
+            await engine.shutdown()
+            with pytest.raises(ShutdownError):
+                await engine.generate(input_ids=PROMPT)
+
+    asyncio.run(run())
+    wait_for(lambda: threading.active_count() <= before)
+
+
 def test_two_engines_in_one_process(spawned: Engine, model_folder: Path) -> None:
     with Engine(model_folder, inprocess=True, **SETTINGS) as other:
         other.set_weight_version("other")
@@ -380,7 +440,7 @@ def test_random_weights_need_no_weight_file(model_folder: Path, tmp_path: Path) 
     settings = {**SETTINGS, "load_format": "dummy", "skip_tokenizer_init": True, "inprocess": True}
     digests = []
     for seed in (1, 1, 2):
-        with Engine(tmp_path, seed=seed, **settings) as engine:
+        with Engine(tmp_path, **{**settings, "seed": seed}) as engine:
             assert engine.tokenizer is None
             assert engine.generate(input_ids=PROMPT, sampling_params=SHORT)[0].text == ""
             digests.append(engine.digest())

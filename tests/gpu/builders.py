@@ -30,6 +30,7 @@ SETTINGS: dict[str, Any] = {
     "device": "cuda",
     "inprocess": True,
     "skip_tokenizer_init": True,
+    "seed": 0,
     "kv_pool_tokens": 1 << 17,
     "max_running_requests": 256,
     "max_num_batched_tokens": 1024,

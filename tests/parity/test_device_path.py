@@ -6,6 +6,7 @@ very few numbers. What only a device can show (graphs, streams, speed) is in `te
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from headrace import Engine, Generation, SamplingParams
+from headrace import Engine, Generation, InternalError, SamplingParams
+from headrace.config import EngineConfig, resolve
+from headrace.core.canary import check_device
+from headrace.core.executor import LocalExecutor, StepError
+from headrace.core.faults import DeviceLost
+from headrace.runner import build_runner
+from headrace.runner.device_step import DeviceStep
+from headrace.runner.step_runner import StepRunner
+from headrace.types.plan import StepPlan
 from tests.parity.models import VOCAB_SIZE, make_model, reference_logits, save_model
 
 TOLERANCE = 1e-4
@@ -32,6 +41,7 @@ SETTINGS: dict[str, Any] = {
     "device": "cuda" if torch.cuda.is_available() else "cpu",  # without a device, in the interpreter
     "inprocess": True,
     "skip_tokenizer_init": True,
+    "seed": 0,
     "num_threads": 1,
     "dtype": "float32",
     "page_size": 8,
@@ -243,3 +253,36 @@ def test_invariant_numerics_are_the_same_bits_among_other_mates(begin: Starter) 
         assert one.token_ids == other.token_ids
         assert np.asarray(one.logprobs).tobytes() == np.asarray(other.logprobs).tobytes()
     assert together[0].num_cached_tokens > 0 == alone[0].num_cached_tokens
+
+
+def test_the_canary_tells_a_guilty_request_from_a_lost_device(
+    checkpoint: Checkpoint, begin: Starter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step that any device can execute is one that this path executes, and nobody's tokens suffer from it."""
+    engine, real = begin(attention_backend="triton", overlap_depth=1), StepRunner.launch
+    params: dict[str, Any] = {"max_new_tokens": 6, "ignore_eos": True, "seed": 3}
+    expected = engine.generate(input_ids=[5, 6, 7], sampling_params=params)[0].token_ids
+
+    def launch(runner: StepRunner, plan: StepPlan) -> DeviceStep:
+        if any(9 in init.token_ids for init in plan.new_slots):
+            raise RuntimeError("a poisoned prompt")
+        return real(runner, plan)
+
+    monkeypatch.setattr(StepRunner, "launch", launch)
+
+    async def both() -> list[Any]:
+        calls = [engine.asynchronous.generate(input_ids=ids, sampling_params=params) for ids in ([9, 9], [5, 6, 7])]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    guilty, innocent = asyncio.run(both())
+    assert isinstance(guilty, InternalError) and "a poisoned prompt" in guilty.message
+    assert innocent[0].token_ids == expected and engine.is_alive
+    runner = build_runner(resolve(EngineConfig(model=str(checkpoint[1]), **_device_settings()), checkpoint[1]))
+    check_device(LocalExecutor(runner), StepError(1, RuntimeError("x")), 0)
+    monkeypatch.setattr(StepRunner, "launch", lambda *_: (_ for _ in ()).throw(RuntimeError("nothing works")))
+    with pytest.raises(DeviceLost, match="nothing works"):
+        check_device(LocalExecutor(runner), StepError(1, RuntimeError("x")), 0)
+
+
+def _device_settings() -> dict[str, Any]:
+    return {**{k: v for k, v in SETTINGS.items() if k != "inprocess"}, "attention_backend": "triton"}

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from headrace.rl.arithmetic import Problem, reward
-from headrace.rl.demo import POLICY, DemoOptions, checkpoint_digests, run_demo
+from headrace.rl.demo import POLICY, Demo, DemoOptions, checkpoint_digests, run_demo
+from headrace.rl.display import StepRecord
 from headrace.types.errors import ConfigError
 
 FIELDS = {
@@ -144,3 +145,20 @@ def test_an_output_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(ConfigError, match="output_dir"):
         run_demo(_options(tmp_path / "taken"))
+
+
+def test_an_interrupted_demo_leaves_its_picture_and_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Demo.run_step
+
+    def run_step(demo: Demo, step: int) -> StepRecord:
+        if step == 3:
+            raise KeyboardInterrupt
+        return real(demo, step)
+
+    monkeypatch.setattr(Demo, "run_step", run_step)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(_options(tmp_path))
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "steps.jsonl").read_text(encoding="utf-8").splitlines()]
+    rollouts = (tmp_path / "rollouts.jsonl").read_text(encoding="utf-8").splitlines()
+    assert steps == [1, 2] and {json.loads(line)["step"] for line in rollouts} == {1, 2}

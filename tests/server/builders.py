@@ -14,7 +14,7 @@ from tests.text import builders
 
 CONTEXT_LENGTH = 1024
 VOCAB_SIZE = 416
-SETTINGS: dict[str, Any] = {"num_threads": 1, "page_size": 4, "kv_pool_tokens": 1 << 14, "dtype": "float32"}
+SETTINGS: dict[str, Any] = {"num_threads": 1, "page_size": 4, "kv_pool_tokens": 1 << 14, "dtype": "float32", "seed": 0}
 SCRIPT = ("I will add. ", "<tool_call>", '\n{"name": "add", ', '"arguments": {"a": 1, "b": 2}}\n', "</tool_call>")
 
 

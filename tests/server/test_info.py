@@ -40,6 +40,7 @@ def test_server_info_has_what_routers_and_trainers_read(served: Served) -> None:
         assert set(sizes.values()) == {1}
         assert info["disaggregation_mode"] == "null"
         assert (info["encoder_only"], info["enable_memory_saver"]) == (False, False)
+        assert info["random_seed"] == info["seed"] == served.engine.resolved.engine.seed
         assert (info["dtype"], info["device"], info["page_size"]) == ("float32", "cpu", 4)
         assert info["eos_token_ids"] == list(served.engine.resolved.model.eos_token_ids)
         assert "the tokenizer's eos_token" in info["eos_sources"][0]

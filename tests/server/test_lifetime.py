@@ -100,7 +100,7 @@ def test_a_stream_whose_core_is_killed_ends_with_a_typed_error(start: START) -> 
     error = json.loads(rest[-2][6:])["error"]
     assert (error["code"], error["retryable"]) == (503, True)
     wait_for(lambda: served.http.get("/ready").status_code == 503)
-    assert served.http.get("/health").status_code == 200
+    assert served.http.get("/health").status_code == 503
     assert served.http.get("/health_generate").status_code == 503
     refused = served.http.post("/generate", json={"input_ids": [1]})
     assert refused.status_code == 503

@@ -26,7 +26,9 @@ def test_an_unknown_code_is_an_internal_error() -> None:
 def test_only_unavailability_and_deadlines_are_retryable() -> None:
     assert {cls.__name__ for cls in all_errors() if cls.retryable} == {
         "PauseTimeoutError",
+        "NeedsWeightsError",
         "EngineDeadError",
+        "DeviceLostError",
         "ShutdownError",
         "DeadlineError",
         "UpdateConflictError",

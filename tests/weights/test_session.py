@@ -6,7 +6,13 @@ import random
 
 import pytest
 
-from headrace.types.errors import PoisonedError, UnavailableError, UpdateConflictError, WeightUpdateError
+from headrace.types.errors import (
+    NeedsWeightsError,
+    PoisonedError,
+    UnavailableError,
+    UpdateConflictError,
+    WeightUpdateError,
+)
 from headrace.types.weights import TensorInfo
 from headrace.weights import WeightMachine
 from headrace.weights.session import ResolvedMode
@@ -103,7 +109,7 @@ def test_a_poisoned_or_empty_engine_says_so_and_takes_only_a_complete_update() -
     poisoned.abort(session_id)
     assert isinstance(poisoned.refusal(), PoisonedError)
     empty = WeightMachine(has_weights=False)
-    assert empty.state == "needs_weights" and type(empty.refusal()) is UnavailableError
+    assert empty.state == "needs_weights" and type(empty.refusal()) is NeedsWeightsError
     for machine in (poisoned, empty):
         state = machine.state
         with pytest.raises(WeightUpdateError, match="only a complete update") as caught:

@@ -405,14 +405,14 @@ def reference_attention(
     num_heads, head_dim = q_THD.shape[1:]
     outputs, first = [], 0
     for table_row, start, length in rows:
-        places = torch.arange(start + length, device=q_THD.device)
+        places = torch.arange(start + length, dtype=torch.int64, device=q_THD.device)
         pages = page_table[table_row].long()[places // page_size]
-        heads = torch.arange(num_kv, device=q_THD.device)
+        heads = torch.arange(num_kv, dtype=torch.int64, device=q_THD.device)
         flat = (pages[None] * num_kv + heads[:, None]) * page_size + places % page_size
         k, v = (pool[flat].double().repeat_interleave(num_heads // num_kv, 0) for pool in (keys, values))
         q = q_THD[first : first + length].double().transpose(0, 1)
         scores = q @ k.transpose(1, 2) * head_dim**-0.5
-        seen = places[None] <= start + torch.arange(length, device=q_THD.device)[:, None]
+        seen = places[None] <= start + torch.arange(length, dtype=torch.int64, device=q_THD.device)[:, None]
         weights = torch.softmax(scores.masked_fill(~seen, float("-inf")), -1)
         outputs.append((weights @ v).transpose(0, 1))
         first += length

@@ -1,0 +1,76 @@
+"""What a core has acknowledged, kept in the front for the day on which another core takes its place.
+
+Owns the facts that outlive a core: whether its weights are still those of its checkpoint, their label and epoch, and
+whether it was paused. What was asked for and not acknowledged counts against the checkpoint, never for a new label.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from headrace.config import Takeover
+from headrace.types.messages import (
+    Command,
+    CommitUpdate,
+    CoreStatus,
+    Pause,
+    Reply,
+    Resume,
+    SetVersion,
+    UpdateFromDisk,
+    WeightsChecker,
+)
+from headrace.types.weights import PauseMode, UpdateReport
+
+_Change = CommitUpdate | UpdateFromDisk | SetVersion | WeightsChecker | Pause | Resume
+_OfWeights = CommitUpdate | UpdateFromDisk | SetVersion | WeightsChecker
+
+
+class Ledger:
+    """Fed with every command that is sent and every reply that comes, in order."""
+
+    def __init__(self, version: str) -> None:
+        self.paused: PauseMode | None = None
+        self._version = version
+        self._epoch = 0
+        self._num_deaths = 0
+        self._is_current = True
+        self._open: dict[int, _Change] = {}
+
+    def sent(self, command: Command) -> None:
+        """A command is on its way."""
+        if isinstance(command, _Change) and not (
+            isinstance(command, WeightsChecker) and command.action != "reset_tensors"
+        ):
+            self._open[command.call_id] = command
+
+    def answered(self, reply: Reply) -> None:
+        """A command was done, or refused: then it has changed nothing."""
+        command = self._open.pop(reply.call_id, None)
+        if command is None or reply.error is not None:
+            return
+        if isinstance(command, Pause):
+            self.paused = command.mode
+        elif isinstance(command, Resume):
+            self.paused = None
+        else:
+            self._is_current = False
+            if isinstance(command, SetVersion):
+                self._version = command.version
+            elif not isinstance(command, WeightsChecker):
+                report = msgspec.msgpack.decode(reply.payload, type=UpdateReport)
+                self._version, self._epoch = report.version, report.epoch
+
+    def saw(self, status: CoreStatus) -> None:
+        """The core's account of itself. A pause whose caller gave it up in the end is over without a `Resume`."""
+        if not status.paused:
+            self.paused = None
+
+    def bury(self) -> Takeover:
+        """The core has died; what the next one is told. A commit without an answer may have been seen by requests."""
+        num_unanswered = sum(isinstance(command, _OfWeights) for command in self._open.values())
+        self._open.clear()
+        self._num_deaths += 1
+        self._is_current = self._is_current and not num_unanswered
+        self._epoch += 1 + num_unanswered
+        return Takeover(self._num_deaths, self._version, self._epoch, self._is_current)

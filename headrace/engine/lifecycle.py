@@ -1,0 +1,142 @@
+"""An engine from its start to its end: where its parts are, whether it lives, how to wait for either. Owns the start.
+
+What an engine can be asked in between is `AsyncEngine`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from pathlib import Path
+from typing import Any, Self
+
+from headrace.config import EngineConfig, ResolvedConfig
+from headrace.engine.launch import ExecutorKind
+from headrace.engine.runtime import Runtime
+from headrace.engine.starting import Running, Start
+from headrace.text import Tokenizer
+from headrace.types.errors import HeadraceError
+
+
+class EngineLifecycle:
+    """The part of `AsyncEngine` that is about its life."""
+
+    def __init__(
+        self, model: str | Path, *, inprocess: bool = False, executor: ExecutorKind = "local", **settings: Any
+    ) -> None:
+        self.config = EngineConfig.from_dict({"model": str(model), **settings})
+        self._start = Start(self.config, inprocess=inprocess, executor=executor)
+        self._finalizer = weakref.finalize(self, self._start.close)
+        self._parts: Running | None = None
+        if not _is_on_a_loop():
+            self.wait_started()
+
+    async def start(self) -> Self:
+        """Wait until the engine can generate. Raises what keeps it from that; may be awaited any number of times."""
+        self._parts = await self._start.wait_async()
+        return self
+
+    def wait_started(self) -> None:
+        """`start`, blocking. Interrupted, it ends the engine."""
+        is_started = False
+        try:
+            self._parts = self._start.wait()
+            is_started = True
+        finally:
+            if not is_started:
+                self._finalizer()
+
+    async def wait_ended(self) -> HeadraceError:
+        """Wait for the engine's end and return why: `EngineDeadError` once the core is dead and no other will take its
+        place, `ShutdownError` after `shutdown`. A Ray actor that serves an engine exits on it."""
+        await self.start()
+        ended = self.runtime.supervisor.ended
+        await asyncio.wait([asyncio.wrap_future(ended)])
+        return ended.result()
+
+    @property
+    def runtime(self) -> Runtime:
+        """The engine's loop and core. Waits for the start, as `resolved` and `tokenizer` do."""
+        return self._running.runtime
+
+    @property
+    def resolved(self) -> ResolvedConfig:
+        """The settings as they became."""
+        return self._running.resolved
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self._running.tokenizer
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The engine's own event loop, on which `submit` and its streams must be used."""
+        return self.runtime.loop
+
+    @property
+    def version(self) -> str:
+        """The label of the live weights, as last heard from the core."""
+        status = None if self._parts is None else self._parts.runtime.client.status
+        return self.config.initial_version if status is None else status.version
+
+    @property
+    def is_alive(self) -> bool:
+        """True once it has started, until `shutdown` or a death of the core after which no other takes its place."""
+        running = self._start.running
+        return running is not None and not running.runtime.is_over
+
+    @property
+    def is_responsive(self) -> bool:
+        """True while the core goes on: not stopped, deadlocked or stuck. A long step or command is no such thing."""
+        return self.is_alive and self.runtime.client.is_responsive
+
+    @property
+    def is_ready(self) -> bool:
+        """True when a request would start now: the core answers, is not paused, and its weights are whole."""
+        if not self.is_alive:
+            return False
+        client = self.runtime.client
+        if not (client.is_responsive and client.is_whole) or client.status is None:
+            return False
+        return not client.status.paused and not self.runtime.updater.holds_generation
+
+    @property
+    def _running(self) -> Running:
+        if self._parts is None:
+            self._parts = self._start.wait()
+        return self._parts
+
+    async def shutdown(self) -> None:
+        """End the engine: what runs is answered with what there is, then the core ends. Idempotent.
+
+        On the engine's own loop it returns at once, and the end follows.
+        """
+        running = asyncio.get_running_loop()
+        started = self._start.running
+        if started is not None and running is started.runtime.loop:
+            self.close()
+        else:
+            await running.run_in_executor(None, self.close)
+
+    def close(self) -> None:
+        """`shutdown`, blocking."""
+        self._start.close()
+        self._finalizer.detach()
+
+    async def __aenter__(self) -> Self:
+        try:
+            return await self.start()
+        except BaseException:
+            await self.shutdown()
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.shutdown()
+
+
+def _is_on_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,105 @@
+"""The start of an engine, in a thread of its own: no event loop stands still for it, and a wait may be interrupted.
+
+Owns the order of a start, and the parts of an engine once it has started. Knows nothing of how they are used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import threading
+
+from headrace.config import EngineConfig, ResolvedConfig
+from headrace.engine.intake import Intake
+from headrace.engine.launch import ExecutorKind, load_tokenizer, log_ends, resolve_settings, with_tokenizer
+from headrace.engine.requests import RequestBuilder
+from headrace.engine.runtime import Runtime, result_of
+from headrace.text import Tokenizer
+from headrace.types.errors import ShutdownError
+from headrace.types.messages import CoreReady
+
+logger = logging.getLogger(__name__)
+
+
+class Running:
+    """An engine that has started. `resolved` says what only the core could measure, too."""
+
+    def __init__(
+        self, config: EngineConfig, resolved: ResolvedConfig, tokenizer: Tokenizer | None, runtime: Runtime
+    ) -> None:
+        self.resolved = resolved
+        self.tokenizer = tokenizer
+        self.runtime = runtime
+        self.builder = RequestBuilder(resolved, tokenizer)
+        self.intake = Intake(runtime.client, self.builder, tokenizer, config.request_timeout)
+
+    def note_restart(self, ready: CoreReady) -> None:
+        """Another core may have found room for more or less."""
+        self.resolved = self.resolved.with_pool(ready.max_total_num_tokens, ready.explanations)
+        self.builder.resize(self.resolved)
+
+
+class Start:
+    """Begins at once. `close` may come at any time, from any thread."""
+
+    def __init__(self, config: EngineConfig, *, inprocess: bool, executor: ExecutorKind) -> None:
+        self._config = config
+        self._inprocess = inprocess
+        self._executor: ExecutorKind = executor
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self._runtime: Runtime | None = None
+        self._outcome: concurrent.futures.Future[Running] = concurrent.futures.Future()
+        self._outcome.set_running_or_notify_cancel()  # somebody who stops waiting does not stop the start
+        threading.Thread(target=self._run, name="headrace-start", daemon=True).start()
+
+    @property
+    def running(self) -> Running | None:
+        """The engine, if it has started."""
+        return self._outcome.result() if self._outcome.done() and self._outcome.exception() is None else None
+
+    def wait(self) -> Running:
+        """Wait in this thread. Raises what kept the engine from starting."""
+        return self._outcome.result() if self._outcome.done() else result_of(self._outcome)
+
+    async def wait_async(self) -> Running:
+        """As `wait`, in an event loop."""
+        if not self._outcome.done():
+            outcome = asyncio.wrap_future(self._outcome)
+            outcome.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to see it
+            await asyncio.wait([outcome])
+        return self._outcome.result()
+
+    def close(self) -> None:
+        """End the engine, or its start. Waits until the core is gone."""
+        with self._lock:
+            self._is_closed = True
+        if self._runtime is not None:
+            self._runtime.close()
+
+    def _run(self) -> None:
+        try:
+            running = self._start()
+        except BaseException as error:
+            self.close()
+            self._outcome.set_exception(error)
+        else:
+            self._outcome.set_result(running)
+
+    def _start(self) -> Running:
+        config = self._config
+        resolved = resolve_settings(config, self._executor)
+        with self._lock:
+            if self._is_closed:
+                raise ShutdownError("the engine was shut down before it had started")
+            self._runtime = runtime = Runtime(resolved, inprocess=self._inprocess, executor=self._executor)
+        tokenizer = load_tokenizer(config, resolved.folder)
+        ready = runtime.wait(runtime.supervisor.start())
+        # Only the core could measure what a device has room for; requests are bounded by that.
+        resolved = with_tokenizer(resolved, tokenizer).with_pool(ready.max_total_num_tokens, ready.explanations)
+        log_ends(resolved.model)
+        running = Running(config, resolved, tokenizer, runtime)
+        runtime.supervisor.on_restart = running.note_restart
+        logger.info("ready", extra={"fields": {"model": config.model, "seed": resolved.engine.seed}})
+        return running

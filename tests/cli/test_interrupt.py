@@ -1,0 +1,143 @@
+"""Ctrl-C and SIGTERM at any moment of a start end the process at once, with no traceback and no core left; standard
+streams that the caller closed change nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+POLICY = ROOT / "headrace" / "rl" / "policy"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+SMALL = ["--num-threads", "1", "--kv-pool-tokens", "4096"]
+COMMANDS = {
+    "generate": ["-m", "headrace", "generate", str(POLICY), "1+1=", *SMALL],
+    "serve": ["-m", "headrace", "serve", str(POLICY), "--port", "0", *SMALL],
+    "script": ["-c", f"from headrace import Engine\nEngine({str(POLICY)!r}, num_threads=1)"],
+    "async script": [
+        "-c",
+        "import asyncio\nfrom headrace import AsyncEngine\nasync def main():\n"
+        f"    async with AsyncEngine({str(POLICY)!r}, num_threads=1): pass\nasyncio.run(main())",
+    ],
+}
+AT_ONCE = 5.0
+"""Seconds; a start takes longer than that only where it hangs: the core it would wait for is stopped."""
+
+
+def launch(words: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT
+    )
+
+
+def core_of(parent: int) -> int:
+    """The process id of the core, once there is one; stopped, so that it never gets ready."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (entry / "cmdline").read_text().split("\0")
+                is_child = f"PPid:\t{parent}\n" in (entry / "status").read_text()
+            except OSError:
+                continue
+            if is_child and "headrace.core.process" in words:
+                os.kill(int(entry.name), signal.SIGSTOP)
+                return int(entry.name)
+        time.sleep(0.01)
+    raise AssertionError("no core was started")
+
+
+def is_gone(pid: int) -> bool:
+    deadline = time.monotonic() + AT_ONCE
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_interrupt_while_the_core_starts_ends_at_once(command: str) -> None:
+    with launch(COMMANDS[command]) as process:
+        core = core_of(process.pid)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=AT_ONCE)
+    assert is_gone(core)
+    if "script" in command:  # an interrupt that a script does not catch
+        assert process.returncode in (-signal.SIGINT, 130), errors
+        assert errors.rstrip().endswith("KeyboardInterrupt")
+    else:
+        assert process.returncode == 130 and "Traceback" not in errors
+        assert errors.splitlines()[-1] == f"headrace {command}: interrupted"
+
+
+def test_a_termination_while_the_core_starts_leaves_none() -> None:
+    with launch(COMMANDS["serve"]) as process:
+        core = core_of(process.pid)
+        os.kill(core, signal.SIGCONT)  # it watches its parent itself
+        process.terminate()
+        process.communicate(timeout=AT_ONCE)
+    assert process.returncode != 0 and is_gone(core)
+
+
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+from importlib.abc import MetaPathFinder
+
+class Interrupter(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupter())
+sys.argv = ["headrace", "generate", {folder!r}]
+from headrace.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("module", ["headrace.ipc", "headrace.cli", "numpy", "headrace.bench"])
+def test_an_interrupt_while_modules_are_imported_leaves_no_traceback(module: str) -> None:
+    with launch(["-c", INTERRUPTED_IMPORT.format(module=module, folder=str(POLICY))]) as process:
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "headrace: interrupted\n")
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "0<&- 1>&- 2>&-"])
+def test_the_command_line_starts_whatever_stream_is_closed(closed: str, tmp_path: Path) -> None:
+    line = f'exec "$0" "$@" {closed}'
+    done = subprocess.run(
+        ["sh", "-c", line, sys.executable, *COMMANDS["generate"], "--json"],
+        capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    if "1>&-" not in closed:
+        assert json.loads(done.stdout)["finish_reason"]
+
+
+SCRIPT = f"""
+import os, sys
+from headrace import Engine
+with Engine({str(POLICY)!r}, num_threads=1, inprocess=INPROCESS) as engine:
+    found = engine.generate("1+1=", sampling_params={{"max_new_tokens": 3, "ignore_eos": True}})
+    weights = engine.get_weights_by_name("model.norm.weight")
+    os.write(2, b"printed by some library")  # it must not land in a buffer or a link of ours
+    engine.update_weights_from_tensor([("model.norm.weight", weights)], "x", partial=True)
+    open(sys.argv[1], "w").write(str(len(found[0].token_ids)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("closed", "inprocess"), [("2>&-", False), ("0<&- 1>&- 2>&-", False), ("0<&- 1>&- 2>&-", True)]
+)
+def test_an_engine_starts_in_a_script_whose_streams_are_closed(closed: str, inprocess: bool, tmp_path: Path) -> None:
+    code = SCRIPT.replace("INPROCESS", str(inprocess))
+    line = f'exec "$0" "$@" {closed}'
+    command = ["sh", "-c", line, sys.executable, "-c", code, str(tmp_path / "found")]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, timeout=120)
+    assert done.returncode == 0 and (tmp_path / "found").read_text() == "3"

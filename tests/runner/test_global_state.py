@@ -1,0 +1,204 @@
+"""A core in the trainer's process: none of torch's global settings changes a value, and none is changed."""
+
+from __future__ import annotations
+
+import random
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from headrace import Engine, InternalError
+from headrace.runner.exact_products import ExactProducts
+from headrace.runner.runner import Runner
+from tests.engine.builders import SETTINGS, save_model
+
+PROMPTS = [[index % 90 + 1 for index in range(length)] for length in (3, 17, 40, 90)]
+PARAMS: list[dict[str, Any]] = [
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_k": 5, "min_p": 0.01},
+    {"presence_penalty": 0.5, "logit_bias": {7: 1.5}},
+    {"temperature": 0.0, "top_p": 0.9},
+]
+MKLDNN: Any = torch.backends.mkldnn
+Values = list[tuple[list[int], list[float], list[float | None]]]
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engine]]:
+    folder = save_model(tmp_path_factory.mktemp("model"), seed=0)
+    settings: dict[str, Any] = {**SETTINGS, "inprocess": True, "skip_tokenizer_init": True}
+    variants: dict[str, dict[str, Any]] = {
+        "fast": {},
+        "invariant": {"numerics": "invariant"},
+        "reference": {"attention_backend": "reference"},
+    }
+    started = {name: Engine(folder, **settings, **more) for name, more in variants.items()}
+    yield started
+    for engine in started.values():
+        engine.shutdown()
+
+
+def values(engine: Engine) -> Values:
+    params: list[Any] = [{"max_new_tokens": 6, "ignore_eos": True, "seed": 5, **each} for each in PARAMS]
+    engine.flush_cache()
+    found = engine.generate(input_ids=PROMPTS, sampling_params=params, return_prompt_logprobs=True, top_logprobs=2)
+    return [(each.token_ids, each.logprobs, each.prompt_logprobs) for each in found]
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Put back what a case changes."""
+    dtype, precision, deterministic = (
+        torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(None)
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(deterministic)
+        np.seterr(all="warn")
+
+
+def shorten_matmul() -> None:
+    MKLDNN.matmul.fp32_precision = "bf16"
+
+
+CASES: dict[str, Callable[[], object]] = {
+    "bfloat16": lambda: torch.set_default_dtype(torch.bfloat16),
+    "float64": lambda: torch.set_default_dtype(torch.float64),
+    "device": lambda: torch.set_default_device("meta"),
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "high": lambda: torch.set_float32_matmul_precision("high"),
+    "short products": shorten_matmul,
+    "deterministic": lambda: torch.use_deterministic_algorithms(True),
+    "numpy errors": lambda: np.seterr(all="raise"),
+    "warnings": lambda: warnings.simplefilter("error"),
+}
+
+
+def settings_now() -> list[object]:
+    return [
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        MKLDNN.matmul.fp32_precision,
+        torch.backends.cuda.matmul.fp32_precision,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_num_threads(),
+    ]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("variant", ["fast", "invariant", "reference"])
+def test_no_global_setting_changes_a_value_or_is_changed(engines: dict[str, Engine], variant: str, case: str) -> None:
+    expected = values(engines[variant])
+    with kept(), warnings.catch_warnings():
+        CASES[case]()
+        before = settings_now()
+        assert values(engines[variant]) == expected
+        assert settings_now() == before
+
+
+def test_an_engine_is_built_under_any_setting(engines: dict[str, Engine]) -> None:
+    expected, digest = values(engines["fast"]), engines["fast"].digest()
+    with kept():
+        torch.set_default_dtype(torch.bfloat16)
+        torch.set_float32_matmul_precision("medium")
+        settings: dict[str, Any] = {**SETTINGS, "inprocess": True, "skip_tokenizer_init": True}
+        with Engine(engines["fast"].config.model, **settings) as engine:
+            assert engine.digest() == digest and values(engine) == expected
+            assert torch.get_float32_matmul_precision() == "medium" and torch.get_default_dtype() == torch.bfloat16
+
+
+def test_settings_that_flicker_in_another_thread_change_no_value(engines: dict[str, Engine]) -> None:
+    """As a trainer that loads a model does: for a moment, at any time."""
+    expected = values(engines["invariant"])
+    is_over = threading.Event()
+
+    def flicker() -> None:
+        while not is_over.is_set():
+            torch.set_float32_matmul_precision("medium")
+            for _ in range(40):
+                torch.set_default_dtype(torch.bfloat16)
+                is_over.wait(0.001)
+                torch.set_default_dtype(torch.float32)
+            torch.set_float32_matmul_precision("highest")
+            is_over.wait(0.05)
+
+    thread = threading.Thread(target=flicker)
+    with kept():
+        thread.start()
+        try:
+            found = [values(engines["invariant"]) for _ in range(5)]
+        finally:
+            is_over.set()
+            thread.join()
+    assert found == [expected] * 5
+    assert engines["invariant"].is_alive
+
+
+def test_a_precision_changed_during_a_step_costs_that_step(
+    engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, real = values(engines["invariant"]), Runner._sample
+    num_calls = 0
+
+    def sample(self: Runner, *args: Any) -> Any:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 3:
+            torch.set_float32_matmul_precision("medium")
+        return real(self, *args)
+
+    failed_before = engines["invariant"].metrics()["num_failed_steps"]
+    monkeypatch.setattr(Runner, "_sample", sample)
+    with kept():
+        assert values(engines["invariant"]) == expected
+        assert torch.get_float32_matmul_precision() == "medium"
+    assert engines["invariant"].metrics()["num_failed_steps"] == failed_before + 1
+
+
+def test_a_precision_that_changes_in_every_step_is_an_error_at_last(
+    engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Runner._sample
+
+    def sample(self: Runner, *args: Any) -> Any:
+        torch.set_float32_matmul_precision("medium")
+        return real(self, *args)
+
+    engine = engines["fast"]
+    monkeypatch.setattr(Runner, "_sample", sample)
+    with kept(), pytest.raises(InternalError, match="precision of float32 products"):
+        engine.generate(input_ids=[1, 2], sampling_params={"max_new_tokens": 2})
+    monkeypatch.undo()
+    assert engine.is_alive and engine.generate(input_ids=[1, 2], sampling_params={"max_new_tokens": 2})
+
+
+def test_a_setting_made_during_a_step_is_not_undone_by_its_end() -> None:
+    with kept():
+        torch.set_float32_matmul_precision("medium")
+        with ExactProducts(torch.device("cpu")):
+            assert MKLDNN.matmul.fp32_precision == "ieee"
+            assert torch.get_float32_matmul_precision() == "medium", "who asks meanwhile hears of nothing"
+            torch.set_float32_matmul_precision("highest")
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_no_global_generator_is_drawn_from_or_seeded(engines: dict[str, Engine]) -> None:
+    torch_state, python_state, numpy_state = torch.random.get_rng_state(), random.getstate(), np.random.get_state()
+    for engine in engines.values():
+        values(engine)
+    settings: dict[str, Any] = {**SETTINGS, "inprocess": True, "skip_tokenizer_init": True, "load_format": "dummy"}
+    Engine(engines["fast"].config.model, **settings).shutdown()
+    assert torch.equal(torch_state, torch.random.get_rng_state()) and python_state == random.getstate()
+    assert np.array_equal(numpy_state[1], np.random.get_state()[1])  # type: ignore[index]
