@@ -60,19 +60,20 @@ def joined(deltas: Iterable[Delta]) -> list[Delta]:
 
 
 def _join(first: Delta, second: Delta) -> Delta:
-    """Every field by its place, so that one that is added later cannot be forgotten. Prompt scores come once."""
-    return Delta(
-        second.handle,
-        first.token_ids + second.token_ids,
-        first.logprobs + second.logprobs,
-        first.spans + second.spans,
-        second.finish,
-        max(first.num_cached_tokens, second.num_cached_tokens),
-        max(first.num_preemptions, second.num_preemptions),
-        _join_extras(first.extras, second.extras),
-        first.prompt_logprobs or second.prompt_logprobs,
-        first.prompt_extras if first.prompt_logprobs else second.prompt_extras,
-    )
+    """By kind of field, so that one that is added later is not forgotten."""
+    pairs = ((name, getattr(first, name), getattr(second, name)) for name in Delta.__struct_fields__)
+    return Delta(**{name: _join_values(name, *values) for name, *values in pairs})
+
+
+def _join_values(name: str, first: Any, second: Any) -> Any:
+    """What is said of the prompt is said once; counts stand for all so far; the rest has entries per token or span."""
+    if name in ("handle", "finish"):
+        return second
+    if name.startswith("prompt_"):
+        return first if first and first != TokenExtras() else second
+    if isinstance(first, TokenExtras):
+        return _join_extras(first, second)
+    return max(first, second) if isinstance(first, int) else first + second
 
 
 def _join_extras(first: TokenExtras, second: TokenExtras) -> TokenExtras:
