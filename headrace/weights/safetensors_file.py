@@ -56,7 +56,7 @@ class FileTensor:
             self._file.read_into(bytes_of(destination).data, start)
             return
         is_pinned = destination.device.type == "cuda"  # from there a copy to the device takes next to no time
-        block = torch.empty(part.stop - part.start, dtype=dtype, pin_memory=is_pinned)
+        block = torch.empty(part.stop - part.start, dtype=dtype, device="cpu", pin_memory=is_pinned)
         self._file.read_into(bytes_of(block).data, start)
         destination.copy_(block)
 

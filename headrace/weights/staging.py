@@ -254,7 +254,9 @@ class HostView:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._host = torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=True) if self._stream else None
+        self._host: torch.Tensor | None = None
+        if self._stream is not None:
+            self._host = torch.empty(BLOCK_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def begin(self) -> None:
         """What was written before this is what is read."""

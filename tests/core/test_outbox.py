@@ -45,6 +45,8 @@ def life(source: random.Random, handle: int) -> list[Delta]:
                 extras=extras(source, count) if count else TokenExtras(),
                 prompt_logprobs=floats(source, 5) if has_scores else b"",
                 prompt_extras=extras(source, 5) if has_scores else TokenExtras(),
+                span_epochs=(source.randrange(2),) if count else (),
+                prompt_spans=(("a", 2), ("b", 3)) if has_scores else (),
             )
         )
     return [*found, Delta(handle, finish=Finish("stop", matched=3))]

@@ -236,7 +236,7 @@ class SlowCopy:
 
 def settings(overlap_depth: int) -> ResolvedConfig:
     sizes: dict[str, Any] = {"max_num_batched_tokens": 64, "page_size": 4, "max_running_requests": 4}
-    engine = SettledConfig(model="tiny", overlap_depth=overlap_depth, pause_timeout=1e6, **sizes)
+    engine = SettledConfig(model="tiny", seed=0, overlap_depth=overlap_depth, pause_timeout=1e6, **sizes)
     return ResolvedConfig(
         engine=engine,
         model=ModelSpec.from_config(LLAMA),
