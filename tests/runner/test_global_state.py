@@ -32,7 +32,7 @@ Values = list[tuple[list[int], list[float], list[float | None]]]
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engine]]:
     folder = save_model(tmp_path_factory.mktemp("model"), seed=0)
-    settings: dict[str, Any] = {**SETTINGS, "inprocess": True, "skip_tokenizer_init": True}
+    settings: dict[str, Any] = {**SETTINGS, "device": "cpu", "inprocess": True, "skip_tokenizer_init": True}
     variants: dict[str, dict[str, Any]] = {
         "fast": {},
         "invariant": {"numerics": "invariant"},
@@ -113,7 +113,7 @@ def test_an_engine_is_built_under_any_setting(engines: dict[str, Engine]) -> Non
     with kept():
         torch.set_default_dtype(torch.bfloat16)
         torch.set_float32_matmul_precision("medium")
-        settings: dict[str, Any] = {**SETTINGS, "inprocess": True, "skip_tokenizer_init": True}
+        settings: dict[str, Any] = {**SETTINGS, "device": "cpu", "inprocess": True, "skip_tokenizer_init": True}
         with Engine(engines["fast"].config.model, **settings) as engine:
             assert engine.digest() == digest and values(engine) == expected
             assert torch.get_float32_matmul_precision() == "medium" and torch.get_default_dtype() == torch.bfloat16
