@@ -110,7 +110,8 @@ def split_tokens(tokens: Int64Array, positions_T: Int64Array, num_heads: int) ->
 class Piece:
     """Query tokens of similar context, attended by `SampledAttention`.
 
-    Pools narrower than float32 are widened first: only the pages that these queries read, each once.
+    Pools narrower than float32 are widened first: only the pages that these queries read, each once. So are pools with
+    fewer rows than there are (padded) positions, which `SampledAttention` could not take.
     """
 
     def __init__(
@@ -123,13 +124,15 @@ class Piece:
         num_positions = -(-int(num_context_N.max()) // PAD_POSITIONS) * PAD_POSITIONS
         pages_NC = _pages_of(inputs, tokens, num_context_N, num_positions, geometry.page_size)
         num_pages = geometry.num_pages
+        self._num_page_rows = geometry.num_kv_heads * geometry.page_size
         self._wide_pages: Tensor | None = None
-        if pool.dtype != torch.float32:
+        if pool.dtype != torch.float32 or num_pages * self._num_page_rows < num_positions:
             used, places = torch.unique(
                 F.pad(pages_NC.flatten(), (1, 0)), return_inverse=True
             )  # the zero page comes first
-            self._wide_pages, pages_NC, num_pages = used, places[1:].view(pages_NC.shape), len(used)
-        self._num_page_rows = geometry.num_kv_heads * geometry.page_size
+            num_pages = max(len(used), -(-num_positions // self._num_page_rows))  # no fewer rows than positions
+            self._wide_pages = F.pad(used, (0, num_pages - len(used)))
+            pages_NC = places[1:].view(pages_NC.shape)
         num_rows = num_pages * self._num_page_rows
         rows_NL = token_rows(geometry, pages_NC.to(torch.int32 if num_rows < 1 << 31 else torch.int64), num_positions)
         self._attention = SampledAttention(

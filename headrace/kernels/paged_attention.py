@@ -33,7 +33,7 @@ class SampledAttention:
     token_rows_NL   rows of head 0 in the flat pool, in order of position; entries beyond a query's context are ignored
     num_context_N   int: positions that each query sees, at least 1
     head_stride     rows from one kv head to the next
-    num_rows        rows of the flat pools `run` is given; row 0 must be finite
+    num_rows        rows of the flat pools `run` is given, at least L of them; row 0 must be finite
     """
 
     def __init__(
@@ -47,6 +47,8 @@ class SampledAttention:
         scale: float,
     ) -> None:
         num_queries, num_positions = token_rows_NL.shape
+        # Padding repeats row 0. Of a pattern with more entries in a row than it has columns torch cuts off the rest.
+        assert num_positions <= num_rows, "a pool has at least as many rows as a query has positions"
         index_dtype = (
             torch.int32 if max(num_rows, num_queries * num_heads * num_positions) <= _INT32_MAX else torch.int64
         )

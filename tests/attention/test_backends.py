@@ -97,6 +97,25 @@ def test_narrow_pools(dtype: torch.dtype, numerics: str) -> None:
         torch.testing.assert_close(found.float(), expected.float(), atol=2e-2, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("page_size", [1, 2, 4])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+def test_a_short_context_in_a_few_rows_of_a_pool(num_kv_heads: int, page_size: int, dtype: torch.dtype) -> None:
+    """Contexts are padded to 16 positions, which may be more than the pages that they are in have rows."""
+    shape = AttentionShape(4, num_kv_heads, 16)
+    num_pages = -(-18 // page_size) + 1
+    geometry = KvGeometry(1, num_pages, num_kv_heads, page_size, 16)
+    table = torch.arange(1, num_pages, dtype=torch.int32)[None]
+    pools = [build_backend(name, "fast", shape, KvPool(geometry, dtype)) for name in ("cpu", "reference")]
+    zero = np.zeros(1, np.int64)
+    for position in range(18):
+        inputs = AttentionInputs(table, zero, zero + position, zero + 1, zero + position, zero)
+        q, k, v = vectors(inputs, shape, dtype, position)
+        found, expected = (pool.plan(inputs).run(0, q, k, v) for pool in pools)
+        tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(found.float(), expected.float(), atol=tolerance, rtol=0)
+
+
 def test_long_rows_are_cut_into_blocks_that_share_one_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_backend, "_BLOCK_QUERIES", 32)
     shape, table = SHAPES["gqa"], Table(16, seed=4)
