@@ -272,7 +272,6 @@ class CoreClient:
 
     def _note(self, status: CoreStatus) -> None:
         self.status = status
-        self.ledger.saw(status)
         if status.state != "updating":  # while updating it stays what it was before
             self.is_whole = status.state == "ready"
 

@@ -12,7 +12,7 @@ from headrace.config import Takeover
 from headrace.types.messages import (
     Command,
     CommitUpdate,
-    CoreStatus,
+    GiveUp,
     Pause,
     Reply,
     Resume,
@@ -22,7 +22,7 @@ from headrace.types.messages import (
 )
 from headrace.types.weights import PauseMode, UpdateReport
 
-_Change = CommitUpdate | UpdateFromDisk | SetVersion | WeightsChecker | Pause | Resume
+_Change = CommitUpdate | UpdateFromDisk | SetVersion | WeightsChecker | Pause | Resume | GiveUp
 _OfWeights = CommitUpdate | UpdateFromDisk | SetVersion | WeightsChecker
 
 
@@ -30,12 +30,17 @@ class Ledger:
     """Fed with every command that is sent and every reply that comes, in order."""
 
     def __init__(self, version: str) -> None:
-        self.paused: PauseMode | None = None
+        self._pauses: dict[int, PauseMode] = {}  # by call, as the core keeps them
         self._version = version
         self._epoch = 0
         self._num_deaths = 0
         self._is_current = True
         self._open: dict[int, _Change] = {}
+
+    @property
+    def paused(self) -> PauseMode | None:
+        """The pause in force."""
+        return next(reversed(self._pauses.values()), None)
 
     def sent(self, command: Command) -> None:
         """A command is on its way."""
@@ -50,9 +55,11 @@ class Ledger:
         if command is None or reply.error is not None:
             return
         if isinstance(command, Pause):
-            self.paused = command.mode
+            self._pauses[command.call_id] = command.mode
         elif isinstance(command, Resume):
-            self.paused = None
+            self._pauses.clear()
+        elif isinstance(command, GiveUp):
+            self._pauses.pop(command.target, None)
         else:
             self._is_current = False
             if isinstance(command, SetVersion):
@@ -61,15 +68,12 @@ class Ledger:
                 report = msgspec.msgpack.decode(reply.payload, type=UpdateReport)
                 self._version, self._epoch = report.version, report.epoch
 
-    def saw(self, status: CoreStatus) -> None:
-        """The core's account of itself. A pause whose caller gave it up in the end is over without a `Resume`."""
-        if not status.paused:
-            self.paused = None
-
     def bury(self) -> Takeover:
         """The core has died; what the next one is told. A commit without an answer may have been seen by requests."""
         num_unanswered = sum(isinstance(command, _OfWeights) for command in self._open.values())
         self._open.clear()
+        if self._pauses:
+            self._pauses = {0: next(reversed(self._pauses.values()))}
         self._num_deaths += 1
         self._is_current = self._is_current and not num_unanswered
         self._epoch += 1 + num_unanswered

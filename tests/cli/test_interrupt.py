@@ -32,8 +32,10 @@ AT_ONCE = 5.0
 
 
 def launch(words: list[str]) -> subprocess.Popen[str]:
+    """The interpreter, hearing interrupts also where the tests run in the background of a shell that ignores them."""
+    hearing = ["env", "--default-signal=INT", sys.executable]
     return subprocess.Popen(
-        [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT
+        [*hearing, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT
     )
 
 
