@@ -227,8 +227,9 @@ class AsyncEngine(EngineLifecycle):
         """A whole update from (name, tensor) pairs: begin, stage, commit; an error leaves no session open.
 
         The pairs are read once before anything is sent, because the manifest comes first: an iterator's tensors are
-        all held until the end, and refused by name if two share memory or one is written to meanwhile. To stream
-        through one buffer, call `begin_update`, `stage` and `commit`.
+        all held until the end, and refused by name if two share memory or one is written to meanwhile (a sample of
+        its values tells, so a write to a few elements may pass). To stream through one buffer, or to change weights
+        for as long as they are yielded, call `begin_update`, `stage` and `commit`.
         """
         await self.start()
         script = self.update_script(named_tensors, version, mode, in_flight, partial, timeout)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import sys
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from headrace.types.errors import WeightUpdateError
 from headrace.types.messages import WeightBytes
 from headrace.types.weights import TensorInfo
-from headrace.weights.weight_map import TIED_HEAD, is_derived
+from headrace.weights.weight_map import FLOAT_DTYPES, TIED_HEAD, is_derived
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
 NamedTensors = Mapping[str, Any] | Iterable[tuple[str, Any]]
 
 _OVERLAP_WORK = 100_000
+
+_AT_ONCE = frozenset({list, tuple, dict, OrderedDict, type({}.items()), type(OrderedDict().items())})
+"""What runs no code of the caller between two of its pairs. Not their subclasses, which may."""
+
+_NUM_SAMPLED = 4096
+_MAX_ROWS_SAMPLED = 1 << 18
 
 
 def named_pairs(named_tensors: NamedTensors) -> Iterator[tuple[str, Any]]:
@@ -40,17 +47,28 @@ class HeldTensors:
     """Named tensors that are all listed before the first is copied, because the manifest comes first.
 
     Raises `WeightUpdateError` where that would send other values than were handed over: for two entries in the same
-    memory (but a tied output head), naming both, and for one that was written to after it was listed.
+    memory (but a tied output head), naming both, and for one that was written to after it was listed. Such a write is
+    seen if torch counted it, and, of what an iterator yields (its code runs between two tensors, and what goes through
+    `.data`, numpy or inference mode is not counted), if it changed a sample of the values: every element of small
+    tensors, of large ones 4096 evenly spaced ones, with the first, the last and one of each row (of up to 2^18).
     """
 
     def __init__(self, named_tensors: NamedTensors) -> None:
-        self._held = [(name, tensor, _num_writes(tensor)) for name, tensor in named_pairs(named_tensors)]
-        self.manifest = tuple(describe(name, tensor) for name, tensor, _ in self._held)
-        _require_disjoint([(name, tensor) for name, tensor, _ in self._held])
+        is_sampled = type(named_tensors) not in _AT_ONCE
+        self._held: list[tuple[str, Any, int, bytes | None]] = []
+        manifest: list[TensorInfo] = []
+        for name, tensor in named_pairs(named_tensors):
+            info = describe(name, tensor)
+            manifest.append(info)
+            is_taken = info.dtype in FLOAT_DTYPES  # the core refuses the rest, before any of it is read
+            self._held.append((name, tensor, _num_writes(tensor), _sample(tensor) if is_sampled and is_taken else None))
+        self.manifest = tuple(manifest)
+        _require_disjoint([(name, tensor) for name, tensor, _, _ in self._held])
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
-        for name, tensor, num_writes in self._held:
-            if _num_writes(tensor) != num_writes:
+        for name, tensor, num_writes, sample in self._held:
+            describe(name, tensor)  # it may have been freed
+            if _num_writes(tensor) != num_writes or (sample is not None and _sample(tensor) != sample):
                 message = f"{name} was written to after it was handed over; begin_update, stage and commit copy each"
                 raise WeightUpdateError(f"{message} tensor before the next is asked for", field=name)
             yield name, tensor
@@ -144,7 +162,8 @@ def whole(name: str, tensor: Any) -> Any:
         return tensor
     mesh = tensor.device_mesh
     if all(place.is_replicate() or mesh.size(axis) == 1 for axis, place in enumerate(tensor.placements)):
-        return tensor.detach().to_local()
+        with sys.modules["torch"].no_grad():  # its own part as it is, untouched
+            return tensor.to_local()
     message = f"{name} is a DTensor of {mesh.size()} ranks: call full_tensor() on all of them and send it from one"
     raise WeightUpdateError(message, field=name)
 
@@ -182,6 +201,23 @@ def _is_torch(tensor: Any) -> bool:
 def _num_writes(tensor: Any) -> int:
     """How often torch has written to a tensor's memory; 0 where nobody counts."""
     return 0 if isinstance(tensor, np.ndarray) or tensor.is_inference() else int(tensor._version)
+
+
+def _sample(tensor: Any) -> bytes:
+    """Some of a tensor's bytes, always the same: evenly spaced elements, at least one of each row. On a device one
+    gather and one small copy."""
+    size = int(np.prod(tensor.shape, dtype=np.int64))
+    num_rows = tensor.shape[0] if len(tensor.shape) else 1
+    count = min(size, max(_NUM_SAMPLED, min(num_rows, _MAX_ROWS_SAMPLED)))
+    if count == size:
+        return bytes(tensor_bytes(tensor))
+    places = np.unravel_index(np.arange(count) * (size - 1) // (count - 1), tuple(tensor.shape))
+    if isinstance(tensor, np.ndarray):
+        return bytes(tensor_bytes(tensor[places]))
+    import torch
+
+    indices = tuple(torch.from_numpy(place).to(tensor.device) for place in places)
+    return bytes(tensor_bytes(tensor.detach()[indices]))
 
 
 def _require_disjoint(pairs: list[tuple[str, Any]]) -> None:

@@ -44,6 +44,11 @@ class TextStart:
         self._stops = _stops_after(before, self._stop_set, params) if params.stop else None
         self.stop_tokens: dict[int, str] = like.stop_tokens if like is not None else _special_stops(tokenizer, params)
 
+    @property
+    def max_stop_length(self) -> int:
+        """Characters of the longest stop string."""
+        return self._stop_set.max_length
+
     def feed(self) -> TextFeed:
         """The text of a new sample."""
         stops = self._stops.fork() if self._stops is not None else None
@@ -91,7 +96,10 @@ class TextFeed:
         self._note_minimum(num_tokens)
         if token_id in self._start.stop_tokens and self._may_end:
             return self.finish(num_tokens) or self._start.stop_tokens[token_id]
-        return self._add(self._detokenizer.push((token_id,)), num_tokens)
+        matched = self._add(self._detokenizer.push((token_id,)), num_tokens)
+        if matched is None and self._stops is not None and self._may_end and self._is_complete_in_rest(self._stops):
+            return self._add(self._detokenizer.complete_rest(), num_tokens)
+        return matched
 
     def finish(self, num_tokens: int) -> str | None:
         """No more tokens come: show what was held back. Returns a stop string that is complete only now."""
@@ -129,6 +137,18 @@ class TextFeed:
         self._may_end = True
         if self._stops is not None:
             self._stops.min_end = self._stops.num_characters + len(self._detokenizer.complete_rest())
+
+    def _is_complete_in_rest(self, stops: StopStrings) -> bool:
+        """Whether the text of the ids so far holds a stop string, though its end is held back because further ids might
+        change it: none shall come."""
+        recent = self._detokenizer.recent_rest(self._start.max_stop_length)
+        if not recent:
+            return False
+        search = stops.fork()
+        search.min_end = 0
+        if search.push(recent)[1] is None:
+            return False
+        return stops.fork().push(self._detokenizer.complete_rest())[1] is not None
 
     def _add(self, text: str, num_tokens: int) -> str | None:
         if not text:

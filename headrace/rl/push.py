@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from headrace.engine import Engine
-from headrace.engine.tensors import same_memory, tensor_bytes, whole
+from headrace.engine.tensors import describe, same_memory, tensor_bytes, whole
 from headrace.types.errors import WeightUpdateError
 from headrace.types.weights import InFlight, UpdateMode, UpdateReport
 from headrace.weights.weight_map import TIED_HEAD, is_derived
@@ -45,9 +45,10 @@ def hf_named_tensors(
 
     A tied output head is left out (it *is* the embedding) unless it is to be kept, for an engine that does not tie;
     what every model computes for itself is always left out. A DTensor becomes the plain tensor that it is.
-    Raises `WeightUpdateError` if two parameters come to bear one name, or other ranks hold a part of a DTensor.
+    Raises `WeightUpdateError` if two parameters come to bear one name, other ranks hold a part of a DTensor, or one
+    has no values that can be read.
     """
-    state = weights if isinstance(weights, Mapping) else weights.state_dict()
+    state = weights if isinstance(weights, Mapping) else _state_of(weights)
     tensors: dict[str, Any] = {}
     for name, tensor in state.items():
         clean = hf_name(name)
@@ -57,11 +58,23 @@ def hf_named_tensors(
             continue
         if not hasattr(tensor, "detach"):
             raise WeightUpdateError(f"{clean} is a {type(tensor).__name__}, not a tensor", field=clean)
-        tensors[clean] = whole(clean, tensor).detach()
+        held = whole(clean, tensor)
+        describe(clean, held)
+        tensors[clean] = held.detach()
     head = None if keep_tied_head else tensors.get(TIED_HEAD)
     if head is not None and any(same_memory(head, other) for name, other in tensors.items() if name != TIED_HEAD):
         del tensors[TIED_HEAD]
     return list(tensors.items())
+
+
+def _state_of(module: torch.nn.Module) -> Mapping[str, Any]:
+    """Its state dict. Where torch would fail to make one, `WeightUpdateError` naming its first parameter."""
+    from headrace.weights.staging import unreadable_now
+
+    name, problem = next((hf_name(name) for name, _ in module.named_parameters()), ""), unreadable_now()
+    if problem:
+        raise WeightUpdateError(f"{name} {problem}", field=name)
+    return module.state_dict()
 
 
 def push_weights(

@@ -10,6 +10,7 @@ from headrace.text.pieces import MAX_CHARACTER_BYTES, REPLACEMENT, ByteStream, P
 from headrace.text.tokenizer import Tokenizer
 
 _WHOLE_CONTEXT = 16
+_WHOLE_WINDOW = 128
 
 
 class IncrementalDetokenizer:
@@ -64,6 +65,15 @@ class IncrementalDetokenizer:
         """The text held back, as far as its characters are complete."""
         return self._stream.complete_rest()
 
+    def recent_rest(self, num_before: int) -> str:
+        """The end of `complete_rest`: what changed in it since the last call, and `num_before` characters before that.
+
+        Costs no more per token the more there are, but in a run of byte tokens, and where only whole lists can be
+        decoded and their decoder is not local: fewer ids are decoded only when their text was seen to end as that of
+        more did.
+        """
+        return self._stream.recent_rest(num_before)
+
 
 class _Stream(Protocol):
     def push(self, ids: Iterable[int]) -> str: ...
@@ -75,6 +85,8 @@ class _Stream(Protocol):
     def fork(self) -> Self: ...
 
     def complete_rest(self) -> str: ...
+
+    def recent_rest(self, num_before: int) -> str: ...
 
 
 class _Bytes:
@@ -98,6 +110,9 @@ class _Bytes:
         return twin
 
     def complete_rest(self) -> str:
+        return self._text.complete_rest()
+
+    def recent_rest(self, num_before: int) -> str:
         return self._text.complete_rest()
 
 
@@ -127,6 +142,9 @@ class _Strings:
     def complete_rest(self) -> str:
         return self._text.complete_rest()
 
+    def recent_rest(self, num_before: int) -> str:
+        return self._text.complete_rest() if self._text.holds_run else ""
+
 
 class _Whole:
     """What the ids add to the text of the prompt's last ones, if the decoder leaves that text as it is before them."""
@@ -136,6 +154,9 @@ class _Whole:
         self._pieces = pieces
         self._context = list(prompt_ids[-_WHOLE_CONTEXT:])
         self._ids: list[int] = []
+        self._num_passed = 0  # ids whose text `recent_rest` decodes no more
+        self._max_window = _WHOLE_WINDOW
+        self._recent = ""
 
     def push(self, ids: Iterable[int]) -> str:
         self._ids.extend(ids)
@@ -157,8 +178,34 @@ class _Whole:
     def complete_rest(self) -> str:
         return self.fork().finish().rstrip(REPLACEMENT)
 
+    def recent_rest(self, num_before: int) -> str:
+        window = self._ids[self._num_passed :] if self._num_passed else [*self._context, *self._ids]
+        text = self._decode(window).rstrip(REPLACEMENT)
+        first_new = max(0, _num_equal(self._recent, text) - num_before)
+        self._recent = text
+        if len(window) >= self._max_window:
+            self._shorten(window, num_before)
+        return text[first_new:]
+
+    def _shorten(self, window: list[int], num_before: int) -> None:
+        """Decode only the later half from now on, if it alone gives the same text, but for its beginning."""
+        half = window[len(window) // 2 :]
+        text = self._decode(half).rstrip(REPLACEMENT)
+        ending = text[len(text) // 2 :]
+        if len(ending) > num_before and self._recent.endswith(ending):
+            self._num_passed, self._recent = len(self._ids) - len(half), text
+            window = half
+        self._max_window = max(_WHOLE_WINDOW, 2 * len(window))
+
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode([each for each in ids if self._pieces[each] is not None], False)
+
+
+def _num_equal(left: str, right: str) -> int:
+    """How many characters two texts begin with in common."""
+    if right.startswith(left):
+        return len(left)
+    return next((at for at, (one, other) in enumerate(zip(left, right, strict=False)) if one != other), len(right))
 
 
 def _begun_bytes(pieces: Mapping[int, bytes], prompt_ids: Sequence[int]) -> bytes:

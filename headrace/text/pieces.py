@@ -141,6 +141,11 @@ class PieceStream:
         self._is_first_token = is_first
         self._is_first_piece = is_first
 
+    @property
+    def holds_run(self) -> bool:
+        """True while a run of byte tokens is held back."""
+        return bool(self._byte_run)
+
     def push(self, tokens: Iterable[str]) -> str:
         """Text that is now certain."""
         pieces: list[str] = []

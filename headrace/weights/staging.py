@@ -57,6 +57,11 @@ def digest_of(tensor: torch.Tensor) -> str:
 
 def unreadable(tensor: torch.Tensor) -> str:
     """Why the elements of a tensor cannot be copied as they are, as in "is a sparse_coo tensor"; "" where they can."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor):
+        return "is traced by a transform of torch.func: it has no memory of its own"
+    problem = unreadable_now()
+    if problem:
+        return problem
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         return f"is a {type(tensor).__name__}, which stands for memory elsewhere"
     if tensor.is_nested:
@@ -73,6 +78,15 @@ def unreadable(tensor: torch.Tensor) -> str:
         num_bytes = tensor.untyped_storage().nbytes()
         if num_bytes < num_needed:
             return f"needs {num_needed} bytes of its storage, which holds {num_bytes}: its memory was freed"
+    return ""
+
+
+def unreadable_now() -> str:
+    """Why no tensor can be copied in this thread at the moment: what reads one would be traced or faked; else ""."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "cannot be read inside a transform of torch.func"
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        return "cannot be read while a FakeTensorMode is active"
     return ""
 
 

@@ -17,7 +17,7 @@ from headrace.types.generation import Generation
 from headrace.types.request import Delta, Finish, Request, pack_floats, pack_ids
 from headrace.types.sampling_params import SamplingParams
 from tests.engine.builders import EOS_ID, byte_tokenizer
-from tests.text.builders import byte_fallback
+from tests.text.builders import byte_fallback, word_pieces
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,23 @@ def test_tokens_after_a_stop_string_are_dropped_though_its_text_came_late(size: 
         answer = result(feed)
         assert (answer.token_ids, answer.matched) == (known[:stop_at], "\n")
         assert answer.text == ("é" if min_new_tokens == 0 else "é\né")
+
+
+@pytest.mark.parametrize("build", [byte_fallback, word_pieces])
+def test_no_piece_holds_a_token_beyond_the_stop_string_though_its_text_is_held_back(build: Any) -> None:
+    library = build()
+    tokens = ["e", *("<0xC3>", "<0xA9>") * 4] if build is byte_fallback else ["a", "##b", "c", "##d", *["##b"] * 5]
+    ids, stop = library.convert_tokens_to_ids(tokens), "\u00e9\u00e9" if build is byte_fallback else "b cd"
+    num_kept = 5 if build is byte_fallback else 4
+    feed, pieces = Feed(Tokenizer(library), stop=(stop,)), []
+    for number, token_id in enumerate(ids, 1):
+        feed.tokens([token_id])
+        pieces.append(feed.stream.take())
+        assert feed.stream.is_done == (number >= num_kept)
+    whole = result(feed)
+    assert [token for piece in pieces if piece for token in piece.token_ids] == whole.token_ids == ids[:num_kept]
+    assert "".join(piece.text for piece in pieces if piece) == whole.text == tokens[0] and whole.matched == stop
+    assert feed.ends == ["dropped"]
 
 
 def test_no_stop_trim_keeps_the_matched_text(tokenizer: Tokenizer) -> None:

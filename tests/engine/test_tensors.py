@@ -12,6 +12,7 @@ import torch
 from headrace import Engine
 from headrace.engine.tensors import HeldTensors, TensorBytes, describe, named_pairs, tensor_bytes
 from headrace.engine.update import manifest_of
+from headrace.rl import push_weights
 from headrace.types.errors import WeightUpdateError
 from headrace.types.weights import TensorInfo
 from tests.engine.builders import model_of, named_tensors
@@ -268,6 +269,161 @@ def test_a_tensor_written_to_before_it_was_read_is_refused() -> None:
     held = HeldTensors(one_buffer())
     with pytest.raises(WeightUpdateError, match="first was written to after it was handed over"):
         list(held)
+
+
+def merged_and_unmerged(write: Callable[[torch.Tensor, int], None], rows: slice) -> Iterator[tuple[str, Any]]:
+    """Weights with an adapter in them for as long as they are yielded."""
+    for number in range(2):
+        weight = torch.nn.Parameter(torch.ones(6000, 3))
+        write(weight.detach()[rows], 1)
+        yield f"w{number}", weight
+        write(weight.detach()[rows], -1)
+
+
+def _through_data(part: torch.Tensor, number: int) -> None:
+    part.data += number
+
+
+def _through_numpy(part: torch.Tensor, number: int) -> None:
+    array = part.numpy()
+    array += number
+
+
+UNCOUNTED = {"data": _through_data, "numpy": _through_numpy}
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(4321, 4322)], ids=["all", "one row"])
+@pytest.mark.parametrize("way", UNCOUNTED)
+def test_what_an_iterator_takes_back_behind_torch_is_refused(way: str, rows: slice) -> None:
+    for made in (lambda pairs: pairs, lambda pairs: map(tuple, pairs), Lazy):
+        held = HeldTensors(made(merged_and_unmerged(UNCOUNTED[way], rows)))
+        with pytest.raises(WeightUpdateError, match="w0 was written to after it was handed over"):
+            list(held)
+
+
+class Lazy(dict[str, Any]):
+    """A mapping that makes its items when they are asked for."""
+
+    def __init__(self, pairs: Iterator[tuple[str, Any]]) -> None:
+        super().__init__()
+        self._pairs = pairs
+
+    def items(self) -> Any:
+        return self._pairs
+
+
+def test_arrays_and_inference_tensors_that_an_iterator_takes_back_are_refused() -> None:
+    def pairs(make: Callable[[], Any]) -> Iterator[tuple[str, Any]]:
+        with torch.inference_mode():
+            tensor = make()
+        yield "w", tensor
+        with torch.inference_mode():
+            tensor -= 1
+
+    for make in (
+        lambda: torch.ones(99, 99),
+        lambda: torch.ones(99, 99).t(),
+        lambda: torch.ones(99, 99, dtype=torch.bfloat16),
+        lambda: np.ones((99, 99), ">f4")[:, ::-1],
+        lambda: np.ones((), np.float16),
+    ):
+        with pytest.raises(WeightUpdateError, match="w was written to after"):
+            list(HeldTensors(pairs(make)))
+
+
+def test_an_iterator_of_any_tensors_that_stay_as_they_are_is_sent() -> None:
+    tensors = [VALUES, torch.empty(0, 3), torch.full((200, 300), float("nan")), torch.ones(1).expand(5000, 2)]
+    tensors += [torch.tensor(1.0), torch.ones(99, 99).to(torch.float8_e4m3fn), np.array([None], object)]  # type: ignore[list-item]
+    assert len(list(HeldTensors((f"w{number}", tensor) for number, tensor in enumerate(tensors)))) == len(tensors)
+
+
+def test_an_engine_is_not_updated_with_what_an_adapter_left_behind(engine: Engine) -> None:
+    before = engine.digest()
+
+    def merged() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in named_tensors(model_of(1)):
+            tensor.data += 1
+            yield name, tensor
+            tensor.data -= 1
+
+    with pytest.raises(WeightUpdateError, match="was written to after it was handed over"):
+        engine.update_weights_from_tensor(merged(), "never")
+    assert engine.digest() == before and engine.is_ready
+    session = engine.begin_update("merged", [describe(name, tensor) for name, tensor in named_tensors(model_of(1))])
+    engine.stage(session, merged())
+    engine.commit(session)
+    name, tensor = named_tensors(model_of(1))[0]
+    assert torch.equal(engine.get_weights_by_name(name), tensor + 1)
+
+
+def under_grad(read: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> None:
+    torch.func.grad(lambda traced: (read(traced), traced.sum())[1])(tensor)
+
+
+def beside_grad(read: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> None:
+    torch.func.grad(lambda traced: (read(tensor), traced.sum())[1])(torch.ones(1))
+
+
+def under_vmap(read: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> None:
+    torch.vmap(lambda traced: (read(traced), traced)[1])(tensor[None])
+
+
+def after_grad(read: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> None:
+    left: Any = []
+    torch.func.grad(lambda traced: (left.append(traced), traced.sum())[1])(tensor)
+    read(left[0])
+
+
+def functional(read: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> None:
+    read(torch._to_functional_tensor(tensor))
+
+
+def under_fake_mode(read: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        read(tensor)
+
+
+@pytest.mark.parametrize("make", [under_grad, beside_grad, under_vmap, after_grad, functional, under_fake_mode])
+def test_what_torch_traces_or_fakes_is_refused_by_name_on_every_way(engine: Engine, make: Any) -> None:
+    before = engine.digest()
+    name, tensor = named_tensors(model_of(1))[0]
+    manifest = [describe(*pair) for pair in named_tensors(model_of(1))]
+    said: list[Any] = []
+
+    def stage(found: torch.Tensor) -> None:
+        session = engine.begin_update("never", manifest)
+        try:
+            engine.stage(session, [(name, found)])
+        finally:
+            engine.abort_update()
+
+    ways: list[Callable[[torch.Tensor], Any]] = [
+        lambda found: engine.update_weights_from_tensor([(name, found)], "never", partial=True),
+        lambda found: engine.update_weights_from_tensor(iter([(name, found)]), "never", partial=True),
+        lambda found: push_weights(engine, {f"module.{name}": found}, "never"),
+        stage,
+    ]
+    for way in ways:
+
+        def refused(found: torch.Tensor, way: Callable[[torch.Tensor], Any] = way) -> None:
+            with pytest.raises(WeightUpdateError, match=f"^{name} (is traced|cannot be read)") as caught:
+                way(found)
+            said.append(caught.value.field)
+
+        make(refused, tensor)
+    assert said == [name] * len(ways) and engine.digest() == before
+
+
+def test_a_module_is_refused_by_name_under_a_fake_mode(engine: Engine) -> None:
+    model = model_of(1)
+
+    def push(_: torch.Tensor) -> None:
+        with pytest.raises(WeightUpdateError, match=r"^model\.embed_tokens\.weight cannot be read while"):
+            push_weights(engine, model, "never")
+
+    under_fake_mode(push, VALUES)
 
 
 def test_a_tensor_freed_before_it_was_read_is_refused() -> None:

@@ -7,7 +7,8 @@ import random
 from collections.abc import Callable, Sequence
 
 import pytest
-from tokenizers import decoders
+import tokenizers
+from tokenizers import decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from headrace.engine.text_feed import TextStart
@@ -58,6 +59,7 @@ def run(start: TextStart, ids: list[int], is_streamed: bool) -> tuple[int, str, 
         position, matched = len(ids) - 1, feed.finish(len(ids))
     taken.append(feed.take())
     length = feed.completing_length(ids[: position + 1]) if matched is not None else len(ids)
+    assert length == position + 1, "no token is read beyond the one that completes the stop string"
     assert "".join(taken) == feed.text
     return length, feed.text, matched
 
@@ -95,6 +97,68 @@ def test_stop_strings_end_where_a_search_through_the_text_says(kind: str) -> Non
             num_after_minimum += params.min_new_tokens > 1
             num_across += expected[2] not in expected[1] and cut > 0 and expected[1] == ""
     assert min(num_matched, num_after_minimum, num_across) > 30
+
+
+def words_with_ends() -> PreTrainedTokenizerFast:
+    """A decoder that ends each word with a space, but not the last one."""
+    words = ["<unk>", *(f"{word}</w>" for word in ("a", "b", "c", "ab")), "a", "b"]
+    vocab = {word: index for index, word in enumerate(words)}
+    library = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", end_of_word_suffix="</w>"))
+    library.decoder = decoders.BPEDecoder()
+    return PreTrainedTokenizerFast(tokenizer_object=library, clean_up_tokenization_spaces=False)
+
+
+WHOLE = {"characters": KINDS["whole"], "word pieces": builders.word_pieces, "words": words_with_ends}
+
+
+@pytest.mark.parametrize("build", WHOLE)
+def test_a_stop_string_late_in_a_long_text_ends_it_at_once_where_only_whole_lists_are_decoded(build: str) -> None:
+    tokenizer, source = Tokenizer(WHOLE[build]()), random.Random(4)
+    assert tokenizer.decoder_plan.kind == "whole"
+    for number in range(12):
+        prompt = source.choices(range(1, 7), k=source.choice([0, 3, 40]))
+        ids = source.choices(range(1, 7), k=900)
+        shown = len(tokenizer.decode(prompt + ids[:850])) - len(tokenizer.decode(prompt))
+        stop = tokenizer.decode(prompt + ids)[len(tokenizer.decode(prompt)) :][shown : shown + 40 + 100 * (number % 2)]
+        params = SamplingParams(
+            stop=[stop, "never"], no_stop_trim=True, min_new_tokens=source.choice([0, 5, 800]), max_new_tokens=900
+        )
+        length, text, matched = run(TextStart(tokenizer, params, (), prompt), ids, True)
+        assert matched == stop and text.endswith(stop) and length > 800
+        before = tokenizer.decode(prompt)
+        assert stop not in tokenizer.decode(prompt + ids[: length - 1])[len(before) :]
+        assert text in (whole := tokenizer.decode(prompt + ids[:length])) and whole.startswith(before)
+
+
+def test_what_is_decoded_per_token_does_not_grow_with_the_text() -> None:
+    tokenizer, source = Tokenizer(builders.word_pieces()), random.Random(5)
+    sizes: list[int] = []
+    decode = tokenizer.decode
+
+    def counted(ids: Sequence[int], *args: bool) -> str:
+        sizes.append(len(ids))
+        return decode(ids, *args)
+
+    tokenizer.decode = counted  # type: ignore[method-assign,assignment]
+    feed = TextStart(tokenizer, SamplingParams(stop=["never"])).feed()
+    ids = source.choices(range(1, 9), k=3000)
+    assert not any(feed.push(token_id, number) for number, token_id in enumerate(ids, 1))
+    assert max(sizes) <= 128 and len(sizes) < 3200
+    feed.finish(len(ids))
+    assert feed.text == decode(ids)
+
+
+def test_a_decoder_that_reaches_far_is_searched_as_a_whole() -> None:
+    """Here the number of quotation marks before a token decides about its text."""
+
+    def decode(ids: Sequence[int], *_: bool) -> str:
+        return "".join("'" if token == 3 else "xX"[list(ids[:at]).count(3) % 2] for at, token in enumerate(ids))
+
+    tokenizer = Tokenizer(builders.word_pieces())
+    tokenizer.decode = decode  # type: ignore[method-assign,assignment]
+    ids = [1, 3, *[1] * 400, 3, 1, 1]
+    found = run(TextStart(tokenizer, SamplingParams(stop=["'x"])), ids, True)
+    assert found == (404, "x'" + "X" * 400, "'x")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -303,7 +303,7 @@ def test_a_source_that_breaks_serves_old_bits_or_nothing(
 
 def test_a_bucket_that_is_not_staged_in_time_is_read_no_more(start: Starter, new: Tensors, new_folder: Path) -> None:
     """It waits behind the requests in flight; what its caller was told of the deadline holds when they have ended."""
-    engine = start(control_timeout=1.0)
+    engine = start(control_timeout=0.4)
     updater = engine.asynchronous.runtime.updater
     manifest = [TensorInfo(name, tuple(tensor.shape), "float32") for name, tensor in new]
     with Load(engine):
