@@ -27,6 +27,7 @@ from headrace.engine.fields import (
     params_list,
     per_prompt,
     request_ids,
+    scoring,
     sources,
 )
 from headrace.engine.seeds import SeedSource, sample_seed
@@ -148,8 +149,10 @@ class RequestBuilder:
         options: GenerateOptions,
         *,
         stream: bool,
+        scores: bool = False,
     ) -> list[GenerateItem]:
-        """One item per sample, prompt-major. Raises `RequestError` before anything is submitted."""
+        """One item per sample, prompt-major; `scores` generates nothing, whatever the parameters say. Raises
+        `RequestError` before anything is submitted."""
         for name in options:
             if name not in GenerateOptions.__annotations__:
                 message = f"{name} is not an argument of a request{hint(name, GenerateOptions.__annotations__)}"
@@ -158,6 +161,7 @@ class RequestBuilder:
         returns_errors = as_flag(options.get("return_errors", False), "return_errors")
         refusals: dict[int, RequestError] = {}
         params = params_list(sampling_params, len(given), refusals if returns_errors else None)
+        params = scoring(params) if scores else params
         self._check_count(sum(each.n for each in params), field)
         check_call(params)
         special = as_flag(options.get("add_special_tokens", True), "add_special_tokens")
@@ -223,6 +227,11 @@ class RequestBuilder:
             deliver_every=1 if item.stream or params.stop else 0,
             num_output_ids_in_prompt=item.num_output_ids_in_prompt,
         )
+
+    def refused(self, item: GenerateItem, handle: int) -> Request:
+        """What stands for `item`, which has a refusal, in the front: nothing of it is checked again or sent."""
+        seed, prompt = self._seed_of(item), item.packed or b""
+        return Request(handle, item.request_id, prompt, 0, seed, logprobs=item.logprobs)
 
     def _settle(self, item: GenerateItem, packed: bytes) -> GenerateItem:
         """`item` with its prompt, after checking that it can run on this engine whatever else runs."""
