@@ -8,8 +8,8 @@ it (`input_ids[3]`, `sampling_params.top_p`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from typing import Any, TypedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypedDict, get_args
 
 import msgspec
 import numpy as np
@@ -34,7 +34,7 @@ from headrace.engine.seeds import SeedSource, sample_seed
 from headrace.scheduler.limits import MAX_PRIORITY
 from headrace.text import Tokenizer, begins_twice, encode_bounded
 from headrace.types.errors import ErrorInfo, RequestError
-from headrace.types.plain_values import as_flag, as_integer, as_integer_array, hint
+from headrace.types.plain_values import as_choice, as_flag, as_integer, as_integer_array, hint
 from headrace.types.request import Request, TokenSampling, pack_ids
 from headrace.types.sampling_params import (
     MAX_LOGPROB_TOKEN_IDS,
@@ -307,8 +307,8 @@ class RequestBuilder:
         wants_prompt = as_flag(options.get("return_prompt_logprobs", False), "return_prompt_logprobs")
         start = integer_within(options.get("logprob_start", 0), "logprob_start", 0, self._context_length)
         return LogprobOptions(
-            output_mode=options.get("logprob_mode") or self._output_mode,
-            prompt_mode=options.get("prompt_logprob_mode") or self._prompt_mode,
+            output_mode=_mode(options, "logprob_mode", self._output_mode),
+            prompt_mode=_mode(options, "prompt_logprob_mode", self._prompt_mode),
             prompt_start=start if wants_prompt else None,
             num_top=as_integer(options.get("top_logprobs", 0), "top_logprobs"),
             token_ids=id_tuple(options.get("logprob_token_ids"), "logprob_token_ids", MAX_LOGPROB_TOKEN_IDS),
@@ -382,6 +382,11 @@ class _Shared(msgspec.Struct, frozen=True):
     params: SamplingParams
     sampling: TokenSampling
     stop_token_ids: tuple[int, ...]
+
+
+def _mode(options: Mapping[str, Any], field: str, default: LogprobMode) -> Any:
+    mode = options.get(field)
+    return default if mode is None else as_choice(mode, get_args(LogprobMode), field)
 
 
 def _effective(options: LogprobOptions, num_prompt: int) -> LogprobOptions:

@@ -47,6 +47,9 @@ def hf_named_tensors(
     what every model computes for itself is always left out. A DTensor becomes the plain tensor that it is.
     Raises `WeightUpdateError` if two parameters come to bear one name, or other ranks hold a part of a DTensor.
     """
+    if not isinstance(weights, Mapping) and not hasattr(weights, "state_dict"):
+        message = f"weights must be a module or a state dict, not {type(weights).__name__}"
+        raise WeightUpdateError(message, field="weights")
     state = weights if isinstance(weights, Mapping) else weights.state_dict()
     tensors: dict[str, Any] = {}
     for name, tensor in state.items():

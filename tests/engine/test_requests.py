@@ -152,6 +152,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": [1], "extra_key": "x" * 2000}, "extra_key"),
     ({"input_ids": [1], "extra_key": "\ud800"}, "extra_key"),
     ({"input_ids": [1], "logprob_mode": "rawest"}, "logprob_mode"),
+    ({"input_ids": [1], "logprob_mode": np.array([1, 2])}, "logprob_mode"),
+    ({"input_ids": [1], "prompt_logprob_mode": torch.tensor([1, 2])}, "prompt_logprob_mode"),
     ({"input_ids": [1], "prompt_logprob_mode": 3}, "prompt_logprob_mode"),
     ({"input_ids": [1], "return_prompt_logprobs": 1}, "return_prompt_logprobs"),
     ({"input_ids": [1], "return_prompt_logprobs": True, "logprob_start": 2}, "logprob_start"),

@@ -102,6 +102,12 @@ def test_an_outside_address_needs_a_key(host: str) -> None:
     ServerOptions(insecure=True).check_address(host)
 
 
+def test_a_host_that_is_none_is_told_so() -> None:
+    with pytest.raises(ConfigError, match=r"host no\.such\.host\.invalid cannot be resolved") as raised:
+        ServerOptions().check_address("no.such.host.invalid")
+    assert raised.value.field == "host"
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
 def test_loopback_needs_none(host: str) -> None:
     ServerOptions().check_address(host)
