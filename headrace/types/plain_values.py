@@ -40,7 +40,7 @@ def as_setting(value: Any, kind: Any, field: str, refusal: Refusal) -> Any:
     """The value of a setting of type `kind`: a path as a string, a scalar as its number, text that can be sent."""
     plain = os.fspath(value) if isinstance(value, os.PathLike) else plain_scalar(value)
     if isinstance(plain, str) and plain != encodable(plain):
-        raise refusal(f"{field} must be Unicode text, got {plain!r}", field=field)
+        raise refusal(f"{field} must be Unicode text, without lone surrogates", field=field)  # it may be a key
     try:
         return msgspec.convert(plain, kind, strict=True)
     except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter of text inside a list
