@@ -1,6 +1,7 @@
 """The `headrace` command, and `python -m headrace`: what holds from the first moment, before imports that take long.
 
-Owns two things: every standard stream is open, and Ctrl-C ends without a traceback, whatever is being imported.
+Owns three things: every standard stream is open; what cannot be written to one is lost where it is only news, and a
+plain error where it is the answer; and Ctrl-C ends without a traceback, whatever is being imported.
 """
 
 from __future__ import annotations
@@ -10,9 +11,61 @@ import logging
 import os
 import signal
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO, cast
 
 EXIT_INTERRUPTED = 130
+
+
+class _Answer:
+    """Standard output. A write that fails is an error of the command, and whatever is left then goes nowhere: at the
+    end of the process it would fail again. A reader that has gone stays a `BrokenPipeError`."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._fail(error)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> NoReturn:
+        from headrace.types.errors import HeadraceError
+
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+        if isinstance(error, BrokenPipeError):
+            raise error
+        raise HeadraceError(f"standard output cannot be written: {error.strerror}", field="stdout") from error
+
+
+class _News:
+    """Standard error. A full disk or a reader that has gone ends nobody: there is just nothing to see."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
 
 
 def main() -> int:
@@ -34,14 +87,15 @@ def _leave() -> NoReturn:
     """End now: imports may go on in a thread of a start, and an interpreter that ends under them may hang."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.__stdout__, sys.__stderr__):
         with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+            if stream is not None:
+                stream.flush()
     os._exit(EXIT_INTERRUPTED)
 
 
 def _open_standard_streams() -> None:
-    """Where the caller closed one, its number and its name are the null device."""
+    """Where the caller closed one, its number and its name are the null device. Failing writes: see above."""
     from headrace.ipc.descriptors import keep_standard_numbers
 
     keep_standard_numbers()
@@ -50,6 +104,7 @@ def _open_standard_streams() -> None:
             stream = open(number, "w" if number else "r", encoding="utf-8", closefd=False)  # noqa: SIM115
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
+    sys.stdout, sys.stderr = cast(TextIO, _Answer(sys.stdout)), cast(TextIO, _News(sys.stderr))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import argparse
 import sys
 import traceback
 from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any, NoReturn
 
 from headrace import __version__
 from headrace.cli import check, demo, generate, serve
@@ -24,9 +26,11 @@ EXIT_INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (the process's own by default). Returns the exit code."""
-    arguments = parse(argv)
+    arguments = argparse.Namespace(command="", debug=False)
     try:
+        arguments = parse(argv)
         exit_code: int = arguments.run(arguments)
+        sys.stdout.flush()
         return exit_code
     except EngineDeadError as error:
         return _report(arguments, error.message, EXIT_DEAD)
@@ -35,8 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _report(arguments, "interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
-        sys.stderr.close()  # whoever read our output has gone; there is nobody to tell
-        return EXIT_BUG
+        return EXIT_BUG  # whoever read our output has gone; there is nobody to tell
     except Exception as error:
         return _report(arguments, f"internal error: {type(error).__name__}: {error}", EXIT_BUG)
 
@@ -46,21 +49,40 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     Prompts may stand after flags too, which argparse alone does not allow.
     """
-    parser = build_parser()
-    arguments, rest = parser.parse_known_args(argv)
-    end = rest.index("--") if "--" in rest else len(rest)  # what follows is no flag, whatever it looks like
-    if rest and (arguments.command != "generate" or any(word.startswith("-") for word in rest[:end])):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments, rest = build_parser().parse_known_args(argv)
     if rest:
+        end = _end_of_flags(rest)
         arguments.prompts.extend(rest[:end] + rest[end + 1 :])
     return arguments
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains itself of words that it does not know, so that the usage and the hint are those of its subcommand."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = super().parse_known_args(args, namespace)
+        flags = [word.partition("=")[0] for word in rest[: _end_of_flags(rest)] if word.startswith("-")]
+        if flags or (rest and getattr(found, "command", None) != "generate"):
+            near = [each for flag in flags for each in get_close_matches(flag, self._option_string_actions, n=1)]
+            hint = f" (did you mean {', '.join(near)}?)" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+        return found, rest
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        sys.stdout.flush()  # the text of --help
+        super().exit(status, message)
+
+
+def _end_of_flags(words: Sequence[str]) -> int:
+    """What follows is no flag, whatever it looks like."""
+    return words.index("--") if "--" in words else len(words)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line, every subcommand and flag."""
     from headrace.bench import command as bench
 
-    parser = argparse.ArgumentParser(prog="headrace", description="An LLM rollout engine for reinforcement learning.")
+    parser = _Parser(prog="headrace", description="An LLM rollout engine for reinforcement learning.")
     parser.add_argument("--version", action="version", version=f"headrace {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, module in {"serve": serve, "generate": generate, "demo": demo, "bench": bench, "check": check}.items():
@@ -76,5 +98,5 @@ def _report(arguments: argparse.Namespace, message: str, exit_code: int) -> int:
     flush_logs()
     if arguments.debug:
         traceback.print_exc()
-    print(f"headrace {arguments.command}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"headrace {arguments.command}".rstrip() + f": {' '.join(message.split())}", file=sys.stderr)
     return exit_code

@@ -5,14 +5,13 @@ Nothing here is decided: `None` and "auto" stay as they are until `resolve()` tu
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
 
-from headrace.types.errors import ConfigError, encodable
-from headrace.types.plain_values import hint, plain_scalar
+from headrace.types.errors import ConfigError
+from headrace.types.plain_values import as_setting, hint
 from headrace.types.sampling_params import LogprobMode
 
 
@@ -129,11 +128,7 @@ def _make_plain(config: EngineConfig) -> None:
     """Check the type of every field; scalars of NumPy and torch become numbers, paths strings."""
     for field in msgspec.structs.fields(type(config)):
         value = getattr(config, field.name)
-        plain = os.fspath(value) if isinstance(value, os.PathLike) else plain_scalar(value)
-        try:
-            plain = msgspec.convert(plain, field.type, strict=True)
-        except msgspec.ValidationError as error:
-            raise ConfigError(f"{field.name}: {error}", field=field.name) from None
+        plain = as_setting(value, field.type, field.name, ConfigError)
         if plain is not value:
             msgspec.structs.force_setattr(config, field.name, plain)
 
@@ -165,9 +160,5 @@ def _check_bounds(config: EngineConfig) -> None:
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
             raise ConfigError(f"{name} must be in [{low}, {high}], got {value}", field=name)
-    for name in config.__struct_fields__:
-        value = getattr(config, name)
-        if isinstance(value, str) and value != encodable(value):
-            raise ConfigError(f"{name} must be Unicode text, got {value!r}", field=name)
     if not config.model:
         raise ConfigError("model must name a folder or a hub id", field="model")

@@ -8,12 +8,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import importlib
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack
-
-import msgspec
 
 from headrace.engine.control import check_choice, check_text, check_update, folder_of, seconds_of, version_of
 from headrace.engine.fields import InputIds, Prompts, Sampling
@@ -37,7 +35,6 @@ from headrace.types.messages import (
     WeightsChecker,
 )
 from headrace.types.plain_values import as_flag
-from headrace.types.sampling_params import SamplingParams
 from headrace.types.weights import InFlight, PauseMode, TensorInfo, UpdateMode, UpdateReport
 
 if TYPE_CHECKING:
@@ -98,7 +95,7 @@ class AsyncEngine(EngineLifecycle):
     ) -> list[Generation]:
         """Log-probabilities of given tokens: `generate` with `max_new_tokens=0` and prompt log-probabilities."""
         options["return_prompt_logprobs"] = True
-        return await self._generate(prompts, input_ids, _scoring(sampling_params), options)
+        return await self._generate(prompts, input_ids, sampling_params, options, scores=True)
 
     async def stream(
         self,
@@ -329,10 +326,15 @@ class AsyncEngine(EngineLifecycle):
 
     @_on_engine_loop
     async def _generate(
-        self, prompts: Prompts, input_ids: InputIds, sampling_params: Sampling, options: GenerateOptions
+        self,
+        prompts: Prompts,
+        input_ids: InputIds,
+        sampling_params: Sampling,
+        options: GenerateOptions,
+        scores: bool = False,
     ) -> list[Generation]:
         streams = self._running.intake.submit_all(
-            await self._expand(prompts, input_ids, sampling_params, options, False)
+            await self._expand(prompts, input_ids, sampling_params, options, scores=scores)
         )
         try:
             return [await stream.result() for stream in streams]
@@ -345,15 +347,22 @@ class AsyncEngine(EngineLifecycle):
         self, prompts: Prompts, input_ids: InputIds, sampling_params: Sampling, options: GenerateOptions
     ) -> StreamGroup:
         """Start the sequences of `stream`; the group is bound to the engine's loop."""
-        items = await self._expand(prompts, input_ids, sampling_params, options, True)
+        items = await self._expand(prompts, input_ids, sampling_params, options, stream=True)
         return StreamGroup(self._running.intake.submit_all(items))
 
     async def _expand(
-        self, prompts: Prompts, input_ids: InputIds, sampling_params: Sampling, options: GenerateOptions, stream: bool
+        self,
+        prompts: Prompts,
+        input_ids: InputIds,
+        sampling_params: Sampling,
+        options: GenerateOptions,
+        *,
+        stream: bool = False,
+        scores: bool = False,
     ) -> list[GenerateItem]:
         """Much text is encoded in another thread, so that streams and heartbeats go on."""
         expand = functools.partial(
-            self._running.builder.expand, prompts, input_ids, sampling_params, options, stream=stream
+            self._running.builder.expand, prompts, input_ids, sampling_params, options, stream=stream, scores=scores
         )
         return await run_sized(_num_characters(prompts), expand)
 
@@ -366,17 +375,3 @@ def _load_server() -> Any:
 def _num_characters(prompts: Any) -> int:
     texts = prompts if isinstance(prompts, (list, tuple)) else [prompts]
     return sum(len(text) for text in texts if isinstance(text, str))
-
-
-def _scoring(sampling_params: Sampling) -> Sampling:
-    """The same parameters, generating nothing."""
-    if isinstance(sampling_params, Sequence):
-        return [_score_params(each) for each in sampling_params]
-    return _score_params(sampling_params)
-
-
-def _score_params(params: Any) -> SamplingParams:
-    if not isinstance(params, SamplingParams):
-        params = SamplingParams() if params is None else SamplingParams.from_dict(params)
-    scoring: SamplingParams = msgspec.structs.replace(params, max_new_tokens=0, min_new_tokens=0, n=1, stop=())
-    return scoring

@@ -6,6 +6,8 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, get_args
 
+import msgspec
+
 from headrace.types.errors import RequestError
 from headrace.types.plain_values import as_choice, as_integer, as_integer_array, as_list
 from headrace.types.sampling_params import LogprobMode, SamplingParams
@@ -26,7 +28,7 @@ def sources(prompts: Prompts, input_ids: InputIds) -> tuple[str, list[Any]]:
         return "input_ids", _id_rows(input_ids)
     what = "a string or a list of strings"
     texts = [prompts] if isinstance(prompts, str) else as_list(prompts, "prompts", what)
-    if not all(isinstance(text, str) for text in texts):
+    if texts and not any(isinstance(text, str) for text in texts):  # of single ones each prompt is told
         raise RequestError(f"prompts must be {what}", field="prompts")
     return "prompts", _nonempty(texts, "prompts")
 
@@ -38,11 +40,12 @@ def _id_rows(input_ids: Any) -> list[Any]:
     rows = as_list(input_ids, "input_ids", "a list of token ids or a list of such lists")
     if isinstance(input_ids, Set):
         raise RequestError("input_ids must have an order; a set has none", field="input_ids")
-    return rows if rows and all(map(_is_row, rows)) else [_nonempty(rows, "input_ids")]
+    return rows if any(map(_is_row, rows)) else [_nonempty(rows, "input_ids")]
 
 
 def _is_row(value: Any) -> bool:
-    return isinstance(value, Iterable) and getattr(value, "shape", None) != ()
+    is_list = isinstance(value, Iterable) and not isinstance(value, (str, bytes))
+    return is_list and getattr(value, "shape", None) != ()
 
 
 def _nonempty(values: list[Any], field: str) -> list[Any]:
@@ -69,6 +72,14 @@ def params_list(
             refusals[position] = error
             found.append(SamplingParams())
     return found
+
+
+def scoring(params: list[SamplingParams]) -> list[SamplingParams]:
+    """The same parameters, generating nothing; prompts that shared one object share one again."""
+    asked = {id(each): each for each in params}
+    nothing = {"max_new_tokens": 0, "min_new_tokens": 0, "n": 1, "stop": ()}
+    made = {key: msgspec.structs.replace(each, **nothing) for key, each in asked.items()}
+    return [made[id(each)] for each in params]
 
 
 def _params(value: Any, field: str) -> SamplingParams:

@@ -35,18 +35,23 @@ class Intake:
         self._last_start: tuple[Request, TextStart] | None = None
 
     def submit(self, item: GenerateItem) -> Stream:
-        """Send one sequence. Raises `RequestError` naming the field, or that the core is gone."""
+        """Send one sequence. Raises `RequestError` naming the field (with `return_errors` its stream does), or that
+        the core is gone."""
         self._client.check_alive()
         if not item.request_id:
             item = msgspec.structs.replace(item, request_id=uuid.uuid4().hex)
-        if item.index in self._live.get(item.request_id, ()):
-            raise RequestError(f"request_id {item.request_id!r} is in use by a live request", field="request_id")
-        item = self._builder.prepare(item)
-        request = self._builder.build(item, self._client.new_handle())
-        stream = Stream(item, request, self._text_start(item, request), self._on_end)
         if item.refusal is not None:
-            stream.on_failure(item.refusal.to_exception())
-            return stream
+            return self._refused(item, item.refusal.to_exception())
+        try:
+            if item.index in self._live.get(item.request_id, ()):
+                raise _name_in_use(item.request_id)
+            item = self._builder.prepare(item)
+            request = self._builder.build(item, self._client.new_handle())
+        except RequestError as error:
+            if not item.return_errors:
+                raise
+            return self._refused(item, error)
+        stream = Stream(item, request, self._text_start(item, request), self._on_end)
         self._client.submit(request, stream)
         self._live.setdefault(item.request_id, {})[item.index] = stream
         if self._request_timeout is not None:
@@ -56,13 +61,15 @@ class Intake:
 
     def submit_all(self, items: Sequence[GenerateItem]) -> list[Stream]:
         """Send many sequences, or none: a name in use is found before the first one goes."""
-        for request_id in {item.request_id for item in items}:
-            if request_id in self._live:
-                raise RequestError(f"request_id {request_id!r} is in use by a live request", field="request_id")
+        taken = {item.request_id for item in items}.intersection(self._live)
+        for item in items:
+            if item.request_id in taken and not item.return_errors:
+                raise _name_in_use(item.request_id)
         streams: list[Stream] = []
         try:
             for item in items:
-                streams.append(self.submit(item))
+                is_taken = item.request_id in taken and item.refusal is None
+                streams.append(self._refused(item, _name_in_use(item.request_id)) if is_taken else self.submit(item))
         except HeadraceError:
             for stream in streams:
                 stream.cancel()
@@ -74,6 +81,12 @@ class Intake:
         handles = [stream.request.handle for stream in self._named(request_id, prefix, everything)]
         self._client.abort(handles, encodable(message))
         return len(handles)
+
+    def _refused(self, item: GenerateItem, error: HeadraceError) -> Stream:
+        """A stream that ends with `error` at once, and is never among the live ones."""
+        stream = Stream(item, self._builder.refused(item, self._client.new_handle()), None, lambda *_: None)
+        stream.on_failure(error)
+        return stream
 
     def _text_start(self, item: GenerateItem, request: Request) -> TextStart | None:
         """The samples of one prompt come one after the other and share it."""
@@ -120,3 +133,7 @@ class Intake:
         timer = self._timers.pop(request.handle, None)
         if timer is not None:
             timer.cancel()
+
+
+def _name_in_use(request_id: str) -> RequestError:
+    return RequestError(f"request_id {request_id!r} is in use by a live request", field="request_id")

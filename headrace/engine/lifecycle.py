@@ -8,14 +8,15 @@ from __future__ import annotations
 import asyncio
 import weakref
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from headrace.config import EngineConfig, ResolvedConfig
 from headrace.engine.launch import ExecutorKind
 from headrace.engine.runtime import Runtime
 from headrace.engine.starting import Running, Start
 from headrace.text import Tokenizer
-from headrace.types.errors import HeadraceError
+from headrace.types.errors import ConfigError, HeadraceError
+from headrace.types.plain_values import as_choice, as_flag
 
 
 class EngineLifecycle:
@@ -24,8 +25,9 @@ class EngineLifecycle:
     def __init__(
         self, model: str | Path, *, inprocess: bool = False, executor: ExecutorKind = "local", **settings: Any
     ) -> None:
-        self.config = EngineConfig.from_dict({"model": str(model), **settings})
-        self._start = Start(self.config, inprocess=inprocess, executor=executor)
+        self.config = EngineConfig.from_dict({"model": model, **settings})
+        kind = as_choice(executor, get_args(ExecutorKind), "executor", ConfigError)
+        self._start = Start(self.config, inprocess=as_flag(inprocess, "inprocess", ConfigError), executor=kind)
         self._finalizer = weakref.finalize(self, self._start.close)
         self._parts: Running | None = None
         if not _is_on_a_loop():

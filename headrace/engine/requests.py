@@ -8,8 +8,8 @@ it (`input_ids[3]`, `sampling_params.top_p`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from typing import Any, TypedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypedDict, get_args
 
 import msgspec
 import numpy as np
@@ -27,13 +27,14 @@ from headrace.engine.fields import (
     params_list,
     per_prompt,
     request_ids,
+    scoring,
     sources,
 )
 from headrace.engine.seeds import SeedSource, sample_seed
 from headrace.scheduler.limits import MAX_PRIORITY
 from headrace.text import Tokenizer, begins_twice, encode_bounded
 from headrace.types.errors import ErrorInfo, RequestError
-from headrace.types.plain_values import as_flag, as_integer, as_integer_array, hint
+from headrace.types.plain_values import as_choice, as_flag, as_integer, as_integer_array, hint
 from headrace.types.request import Request, TokenSampling, pack_ids
 from headrace.types.sampling_params import (
     MAX_LOGPROB_TOKEN_IDS,
@@ -148,8 +149,10 @@ class RequestBuilder:
         options: GenerateOptions,
         *,
         stream: bool,
+        scores: bool = False,
     ) -> list[GenerateItem]:
-        """One item per sample, prompt-major. Raises `RequestError` before anything is submitted."""
+        """One item per sample, prompt-major; `scores` generates nothing, whatever the parameters say. Raises
+        `RequestError` before anything is submitted."""
         for name in options:
             if name not in GenerateOptions.__annotations__:
                 message = f"{name} is not an argument of a request{hint(name, GenerateOptions.__annotations__)}"
@@ -158,6 +161,7 @@ class RequestBuilder:
         returns_errors = as_flag(options.get("return_errors", False), "return_errors")
         refusals: dict[int, RequestError] = {}
         params = params_list(sampling_params, len(given), refusals if returns_errors else None)
+        params = scoring(params) if scores else params
         self._check_count(sum(each.n for each in params), field)
         check_call(params)
         special = as_flag(options.get("add_special_tokens", True), "add_special_tokens")
@@ -223,6 +227,11 @@ class RequestBuilder:
             deliver_every=1 if item.stream or params.stop else 0,
             num_output_ids_in_prompt=item.num_output_ids_in_prompt,
         )
+
+    def refused(self, item: GenerateItem, handle: int) -> Request:
+        """What stands for `item`, which has a refusal, in the front: nothing of it is checked again or sent."""
+        seed, prompt = self._seed_of(item), item.packed or b""
+        return Request(handle, item.request_id, prompt, 0, seed, logprobs=item.logprobs)
 
     def _settle(self, item: GenerateItem, packed: bytes) -> GenerateItem:
         """`item` with its prompt, after checking that it can run on this engine whatever else runs."""
@@ -298,8 +307,8 @@ class RequestBuilder:
         wants_prompt = as_flag(options.get("return_prompt_logprobs", False), "return_prompt_logprobs")
         start = integer_within(options.get("logprob_start", 0), "logprob_start", 0, self._context_length)
         return LogprobOptions(
-            output_mode=options.get("logprob_mode") or self._output_mode,
-            prompt_mode=options.get("prompt_logprob_mode") or self._prompt_mode,
+            output_mode=_mode(options, "logprob_mode", self._output_mode),
+            prompt_mode=_mode(options, "prompt_logprob_mode", self._prompt_mode),
             prompt_start=start if wants_prompt else None,
             num_top=as_integer(options.get("top_logprobs", 0), "top_logprobs"),
             token_ids=id_tuple(options.get("logprob_token_ids"), "logprob_token_ids", MAX_LOGPROB_TOKEN_IDS),
@@ -373,6 +382,11 @@ class _Shared(msgspec.Struct, frozen=True):
     params: SamplingParams
     sampling: TokenSampling
     stop_token_ids: tuple[int, ...]
+
+
+def _mode(options: Mapping[str, Any], field: str, default: LogprobMode) -> Any:
+    mode = options.get(field)
+    return default if mode is None else as_choice(mode, get_args(LogprobMode), field)
 
 
 def _effective(options: LogprobOptions, num_prompt: int) -> LogprobOptions:

@@ -38,7 +38,7 @@ _MAX_ROWS_SAMPLED = 1 << 18
 def named_pairs(named_tensors: NamedTensors) -> Iterator[tuple[str, Any]]:
     """(name, tensor) pairs, checked one by one as they are read: `WeightUpdateError` for what is no such pair. Buffers
     that every engine recomputes are left out."""
-    if not isinstance(named_tensors, Iterable):
+    if not isinstance(named_tensors, Iterable) or getattr(named_tensors, "shape", None) == ():
         raise WeightUpdateError("named_tensors must be an iterable of (name, tensor) pairs", field="named_tensors")
     return _checked(named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors)
 

@@ -23,6 +23,7 @@ from headrace.engine.tensors import HeldTensors, NamedTensors, TensorBytes, desc
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import HeadraceError, UnavailableError, WeightUpdateError
 from headrace.types.messages import AbortUpdate, BeginUpdate, CommitUpdate, Stage, UpdateBegun
+from headrace.types.plain_values import as_list
 from headrace.types.weights import BufferEntry, InFlight, TensorInfo, UpdateMode, UpdateReport
 from headrace.weights.weight_map import is_derived
 
@@ -137,10 +138,13 @@ class Updater:
 
     async def commit(self, session: UpdateSession) -> UpdateReport:
         """Make the staged weights live. One that is not done in time is aborted with its session."""
+        check_session(session)
         return await self._client.change(lambda call_id: CommitUpdate(call_id, session.session_id), UpdateReport)
 
     async def abort(self, session: UpdateSession | None) -> None:
         """Drop the session; None: whichever is open, if one is."""
+        if session is not None:
+            check_session(session)
         session_id = None if session is None else session.session_id
         await self._client.change(lambda call_id: AbortUpdate(call_id, session_id), NoneType)
 
@@ -150,6 +154,7 @@ class Updater:
 
     def stage(self, session: UpdateSession, named_tensors: NamedTensors) -> Script[None]:
         """Copy tensors into buckets and send them; ends when the core has copied all of them."""
+        check_session(session)
         filling = _Filling()
         try:
             for name, tensor in named_pairs(named_tensors):
@@ -311,20 +316,27 @@ class Updater:
         self._freed.set()
 
 
+def check_session(session: Any) -> None:
+    """Refuse what `begin_update` did not return."""
+    if not isinstance(session, UpdateSession):
+        message = f"session must be what begin_update returned, not {type(session).__name__}"
+        raise WeightUpdateError(message, field="session")
+
+
 def manifest_of(entries: Manifest) -> tuple[TensorInfo, ...]:
     """A manifest from `TensorInfo`s or (name, shape, dtype name) triples. Raises `WeightUpdateError` for the rest.
     Buffers that every engine recomputes are left out, as `stage` leaves them out."""
+    what = "a list of TensorInfo or (name, shape, dtype) entries"
     manifest: list[TensorInfo] = []
-    for entry in entries:
+    for entry in as_list(entries, "manifest", what, refusal=WeightUpdateError):
         if isinstance(entry, TensorInfo):
             manifest.append(entry)
             continue
         try:
             name, shape, dtype = entry
             sizes = tuple(int(size) for size in shape)
-        except (TypeError, ValueError):
-            message = "manifest must hold TensorInfo or (name, shape, dtype) entries"
-            raise WeightUpdateError(message, field="manifest") from None
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor without a value
+            raise WeightUpdateError(f"manifest must be {what}", field="manifest") from None
         manifest.append(TensorInfo(str(name), sizes, str(dtype).removeprefix("torch.")))
     return tuple(info for info in manifest if not is_derived(info.name))
 

@@ -48,6 +48,9 @@ def hf_named_tensors(
     Raises `WeightUpdateError` if two parameters come to bear one name, other ranks hold a part of a DTensor, or one
     has no values that can be read.
     """
+    if not isinstance(weights, Mapping) and not (hasattr(weights, "state_dict") and hasattr(weights, "named_parameters")):
+        message = f"weights must be a module or a state dict, not {type(weights).__name__}"
+        raise WeightUpdateError(message, field="weights")
     state = weights if isinstance(weights, Mapping) else _state_of(weights)
     tensors: dict[str, Any] = {}
     for name, tensor in state.items():

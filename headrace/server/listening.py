@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 from headrace.server.connections import Connection
 from headrace.server.limits import MAX_HEADER_BYTES
+from headrace.server.options import addresses_of
 from headrace.types.errors import ConfigError
 
 CLOSE_SECONDS = 1.0
@@ -210,12 +211,8 @@ def listen(host: str, port: int) -> socket.socket:
 
     Raises `ConfigError` naming `host` or `port` for an address that does not exist or is taken.
     """
-    if not 0 <= port <= 65535:
-        raise ConfigError(f"port must be in [0, 65535], got {port}", field="port")
+    family, kind, protocol, _, address = addresses_of(host, port)[0]
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
         raise ConfigError(f"host {host} cannot be used: {error}", field="host") from None

@@ -86,7 +86,7 @@ async def read_call(engine: AsyncEngine, values: Mapping[str, Any], is_increment
     num_sequences = sum(each.n for each in params)
     check_count(engine, num_sequences, field)
     check_call(params)
-    asked = _PromptOptions(engine, body, len(sources))
+    asked = _PromptOptions(engine, body, len(sources), refusals)
     warnings = warnings_for(values, _KNOWN | LACKING_GENERATE)
     prompts = await _prompts(engine, sources, is_batch, field, body.add_special_tokens, refusals)
     if field == "text" and body.add_special_tokens:
@@ -95,7 +95,7 @@ async def read_call(engine: AsyncEngine, values: Mapping[str, Any], is_increment
     items: list[GenerateItem] = []
     names = _names(body.rid, [each.n for each in params], is_list)
     for position, prompt in enumerate(prompts):
-        item = asked.item(position, prompt, params[position])
+        item = asked.item(position, prompt, params[position], names[len(items)])
         item = _prepared(engine, item, is_list, refusals)
         for index in range(params[position].n):
             items.append(msgspec.structs.replace(item, index=index, request_id=names[len(items)]))
@@ -126,7 +126,9 @@ def item_errors(position: int, is_list: bool) -> AbstractContextManager[None]:
 class _PromptOptions:
     """The options of each prompt, from values given once or per prompt."""
 
-    def __init__(self, engine: AsyncEngine, body: GenerateBody, num_prompts: int) -> None:
+    def __init__(
+        self, engine: AsyncEngine, body: GenerateBody, num_prompts: int, refusals: dict[int, RequestError] | None
+    ) -> None:
         self.wants_logprobs = _per_prompt(body.return_logprob, num_prompts, "return_logprob")
         self._priorities = _per_prompt(body.priority, num_prompts, "priority")
         self._namespaces = _per_prompt(body.extra_key, num_prompts, "extra_key")
@@ -142,15 +144,23 @@ class _PromptOptions:
             body.logprob_mode or engine.config.logprob_mode,
             body.prompt_logprob_mode or engine.config.prompt_logprob_mode,
         )
-        self._logprobs = [
-            _logprob_options(modes, *each) for each in zip(self.wants_logprobs, starts, tops, asked, strict=True)
-        ]
+        self._logprobs: list[LogprobOptions] = []
+        for position, each in enumerate(zip(self.wants_logprobs, starts, tops, asked, strict=True)):
+            try:
+                options = _logprob_options(modes, *each)
+            except RequestError as error:
+                if refusals is None:
+                    raise
+                refusals.setdefault(position, error)
+                options = LogprobOptions(*modes)
+            self._logprobs.append(options)
 
-    def item(self, position: int, prompt: Any, params: SamplingParams) -> GenerateItem:
+    def item(self, position: int, prompt: Any, params: SamplingParams, name: str) -> GenerateItem:
         """The first sample of prompt `position`."""
         return GenerateItem(
             input_ids=prompt,
             params=params,
+            request_id=name,
             logprobs=self._logprobs[position],
             prompt_index=position,
             priority=self._priorities[position],

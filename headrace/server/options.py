@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import socket
 import stat
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import msgspec
 
 from headrace.types.errors import ConfigError
+from headrace.types.plain_values import as_integer, as_setting, hint
 
 MAX_KEY_BYTES = 4096
 logger = logging.getLogger(__name__)
@@ -70,19 +72,18 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ServerOptions:
         """Build from keywords; an unknown or ill-typed one raises `ConfigError` naming it."""
+        kinds = {field.name: field.type for field in msgspec.structs.fields(cls)}
         for name in values:
-            if name not in cls.__struct_fields__:
-                raise ConfigError(f"{name} is not a server setting", field=name)
-        try:
-            return msgspec.convert(dict(values), cls)
-        except msgspec.ValidationError as error:
-            if isinstance(error.__cause__, ConfigError):
-                raise error.__cause__ from None
-            raise ConfigError(str(error), field=str(error).partition("`$.")[2].rstrip("`")) from None
+            if name not in kinds:
+                raise ConfigError(f"{name} is not a server setting{hint(name, kinds)}", field=name)
+        return cls(**{name: as_setting(value, kinds[name], name, ConfigError) for name, value in values.items()})
 
     def check_address(self, host: str) -> None:
         """Raise `ConfigError` if serving on `host` would expose an engine that anybody may steer."""
-        if self.api_key is None and not self.insecure and not is_loopback(host):
+        if self.api_key is not None or self.insecure:
+            return
+        addresses_of(host)  # what is no address is told so, not that others reach it
+        if not is_loopback(host):
             message = f"host {host} is reachable from outside: set api_key, or insecure to serve everybody"
             raise ConfigError(message, field="host")
 
@@ -94,6 +95,8 @@ def _read_key(path: str, field: str) -> str:
             mode, content = os.fstat(file.fileno()).st_mode, file.read(MAX_KEY_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{field} {path} cannot be read: {error.strerror}", field=field) from None
+    except ValueError:
+        raise ConfigError(f"{field} {path!r} is no path", field=field) from None
     if len(content) > MAX_KEY_BYTES:
         raise ConfigError(f"{field} {path} holds more than {MAX_KEY_BYTES} bytes", field=field)
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
@@ -105,6 +108,19 @@ def _read_key(path: str, field: str) -> str:
     if not (key and key.isprintable()):
         raise ConfigError(f"{field} {path} must hold one line of printable ASCII", field=field)
     return key
+
+
+def addresses_of(host: str, port: int = 0) -> list[tuple[Any, ...]]:
+    """What `socket.getaddrinfo` says of an address to listen on. `ConfigError` naming `host` or `port`."""
+    if not isinstance(host, str):
+        raise ConfigError(f"host must be a name or an address, not {type(host).__name__}", field="host")
+    number = as_integer(port, "port", ConfigError)
+    if not 0 <= number <= 65535:
+        raise ConfigError(f"port must be in [0, 65535], got {number}", field="port")
+    try:
+        return list(socket.getaddrinfo(host, number, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE))
+    except (OSError, ValueError) as error:  # a name that nobody knows; text that can be no name
+        raise ConfigError(f"host {host} cannot be resolved: {error}", field="host") from None
 
 
 def is_loopback(host: str) -> bool:

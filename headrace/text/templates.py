@@ -180,7 +180,7 @@ class _Process:
 def _encode(request: Mapping[str, Any]) -> bytes:
     try:
         payload = json.dumps(request, default=_plain).encode()
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # the last: too deep, or a tensor without values
         raise RequestError(f"messages, tools and arguments must be JSON: {error}", field="messages") from None
     if len(payload) > MAX_PAYLOAD_BYTES:
         raise RequestTooLargeError(f"messages have {len(payload)} bytes, over {MAX_PAYLOAD_BYTES}", field="messages")

@@ -79,7 +79,9 @@ class Tokenizer:
         return template if isinstance(template, str) else None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of `text`. Raises `RequestError` for text that is not Unicode (lone surrogates)."""
+        """Ids of `text`. Raises `RequestError` for what is no text, and text that is not Unicode (lone surrogates)."""
+        if not isinstance(text, str):
+            raise RequestError(f"text must be a string, not {type(text).__name__}", field="text")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -91,8 +93,11 @@ class Tokenizer:
     def decode(
         self, ids: Sequence[int], skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
     ) -> str:
-        """Text of `ids`; ids outside the vocabulary are nothing."""
-        text: str = self._library.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        """Text of `ids`; ids outside the vocabulary are nothing. Raises `RequestError` for what is no list of ids."""
+        try:
+            text: str = self._library.decode(list(ids), skip_special_tokens=bool(skip_special_tokens))
+        except (TypeError, OverflowError):  # no list, or what no id can be in it
+            raise RequestError("ids must be a list of token ids", field="ids") from None
         return text
 
     def token_text(self, token_id: int) -> str:

@@ -10,13 +10,15 @@ import contextlib
 import difflib
 import math
 import operator
+import os
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from headrace.types.errors import HeadraceError, RequestError
+from headrace.types.errors import HeadraceError, RequestError, encodable
 
 MAX_SECONDS = 1e9
 """Longest time that may be asked for: thirty years, which every clock and timer here can hold."""
@@ -28,7 +30,21 @@ Refusal = type[HeadraceError]
 
 def plain_scalar(value: Any) -> Any:
     """A scalar of NumPy, or an array or tensor without axes, as the Python value in it; anything else as it is."""
-    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        with contextlib.suppress(RuntimeError):  # a tensor without a value: on the meta device, or traced
+            return value.item()
+    return value
+
+
+def as_setting(value: Any, kind: Any, field: str, refusal: Refusal) -> Any:
+    """The value of a setting of type `kind`: a path as a string, a scalar as its number, text that can be sent."""
+    plain = os.fspath(value) if isinstance(value, os.PathLike) else plain_scalar(value)
+    if isinstance(plain, str) and plain != encodable(plain):
+        raise refusal(f"{field} must be Unicode text, without lone surrogates", field=field)  # it may be a key
+    try:
+        return msgspec.convert(plain, kind, strict=True)
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter of text inside a list
+        raise refusal(f"{field}: {error}", field=field) from None
 
 
 def as_integer(value: Any, field: str, refusal: Refusal = RequestError) -> int:
@@ -73,17 +89,19 @@ def as_choice(value: Any, choices: tuple[str, ...], field: str, refusal: Refusal
     raise refusal(f"{field} must be one of {', '.join(choices)}, not {_shown(value)}", field=field)
 
 
-def as_list(value: Any, field: str, what: str, max_length: int | None = None) -> list[Any]:
+def as_list(
+    value: Any, field: str, what: str, max_length: int | None = None, refusal: Refusal = RequestError
+) -> list[Any]:
     """The elements of any iterable that has an order, or of a set; of an endless one as many as show that it is over
     `max_length`. `what` describes it in refusals. No string, bytes or mapping: those are iterable by accident."""
     if isinstance(value, (str, bytes, bytearray, Mapping)) or not isinstance(value, Iterable):
-        raise RequestError(f"{field} must be {what}, not {_shown(value)}", field=field)
+        raise refusal(f"{field} must be {what}, not {_shown(value)}", field=field)
     try:
         found = list(value) if max_length is None else list(islice(value, max_length + 1))
     except TypeError:  # an array without axes calls itself iterable
-        raise RequestError(f"{field} must be {what}, not {_shown(value)}", field=field) from None
+        raise refusal(f"{field} must be {what}, not {_shown(value)}", field=field) from None
     if max_length is not None and len(found) > max_length:
-        raise RequestError(f"{field} must hold at most {max_length}", field=field)
+        raise refusal(f"{field} must hold at most {max_length}", field=field)
     return found
 
 

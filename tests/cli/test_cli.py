@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,6 +85,60 @@ def test_a_wrong_command_line_ends_with_usage(words: list[str], capsys: pytest.C
         parse(words)
     assert ended.value.code == 2
     assert "usage: headrace" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "usage", "hint"),
+    [
+        (["generate", "model", "hi", "--max-tokens", "4"], "headrace generate", "--max-new-tokens"),
+        (["serve", "model", "--ports=1"], "headrace serve", "--port"),
+        (["bench", "offline", "--batch-sise", "4"], "headrace bench offline", "--batch-sizes"),
+        (["check", "model", "--page_size", "4"], "headrace check", "--page-size"),
+    ],
+)
+def test_a_flag_that_nobody_knows_is_told_with_the_near_one(
+    words: list[str], usage: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(words)
+    told = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert told.startswith(f"usage: {usage} ") and told.endswith(f"(did you mean {hint}?)\n")
+
+
+def run_on_full_disk(stream: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """The command with one of its streams on a disk that takes nothing."""
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: full}
+        return subprocess.run([sys.executable, "-m", "headrace", *words], text=True, check=False, cwd=ROOT, **streams)
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["generate", POLICY, "1+1=", "--max-new-tokens", "2", *SMALL], 0),
+        (["serve", POLICY, "--port", "70000"], 2),
+        (["check", POLICY, "--bogus"], 2),
+    ],
+)
+def test_standard_error_that_takes_nothing_ends_no_command(words: list[str], code: int) -> None:
+    found = run_on_full_disk("stderr", *words)
+    assert (found.returncode, bool(found.stdout)) == (code, code == 0)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", POLICY, "1+1=", "--max-new-tokens", "2", *SMALL],
+        ["check", POLICY],
+        ["check", POLICY, "--json"],
+        ["serve", "--help"],
+    ],
+)
+def test_standard_output_that_takes_nothing_is_one_line_and_exit_code_2(words: list[str]) -> None:
+    found = run_on_full_disk("stdout", *words)
+    assert found.returncode == 2
+    assert found.stderr.count("\n") == 1 and "standard output cannot be written: No space left" in found.stderr
 
 
 def test_prompts_may_stand_on_both_sides_of_flags() -> None:

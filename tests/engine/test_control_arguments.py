@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from headrace import Engine
+from headrace import Engine, SamplingParams
 from headrace.config import EngineConfig
-from headrace.types.errors import ConfigError, HeadraceError
+from headrace.types.errors import ConfigError, HeadraceError, RequestError
 
 TENSOR = [("model.norm.weight", torch.ones(32))]
 
@@ -40,6 +41,17 @@ CALLS: list[tuple[Callable[..., Any], str, list[Any]]] = [
         for name in ("mode", "in_flight")
     ],
     *[(call, "version", ["", None, 1.5, True, "\ud800", "v" * 2000, b"v"]) for call in (push, begin, from_disk)],
+    *[
+        (call, "session", ["id", 5, [], torch.tensor(1)])
+        for call in (Engine.commit, Engine.abort_update, lambda engine, session: engine.stage(session, []))
+    ],
+    (Engine.commit, "session", [None]),
+    (begin, "manifest", [None, 5, "names", {"a": 1}, np.array(2), [5], [("a", torch.empty((), device="meta"), "b")]]),
+    (
+        lambda engine, named_tensors: engine.update_weights_from_tensor(named_tensors, "x"),
+        "named_tensors",
+        [None, 5, torch.tensor(1.0), torch.ones(2), np.array(1.0)],
+    ),
     (Engine.pause, "mode", ["drian", 5, None, ["abort"]]),
     (Engine.set_weight_version, "version", ["", None, 1.5, True, "\ud800"]),
     (Engine.weights_checker, "action", [5, None, "\ud800"]),
@@ -77,8 +89,74 @@ def test_plain_values_of_numpy_and_torch_are_taken(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        *[({"port": port}, "port") for port in ("30000", None, 1.5, True, -1, 65536, torch.empty((), device="meta"))],
+        *[({"host": host}, "host") for host in (None, 5, b"x", ["127.0.0.1"], "a\0b", "\ud800", "x" * 70 + ".org")],
+        *[({name: "\ud800"}, name) for name in ("insecure", "max_body_bytes", "api_key", "allowed_hosts")],
+        ({"api_key_file": "a\0b"}, "api_key_file"),
+        ({"max_body_bytes": torch.empty((), device="meta")}, "max_body_bytes"),
+        ({"weight_roots": [5]}, "weight_roots"),
+        ({"insecur": True}, "insecur"),
+    ],
+)
+def test_a_bad_argument_of_serve_is_refused_by_name(engine: Engine, settings: dict[str, Any], field: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        engine.serve(**settings)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("executor", ["local ", None, 5, np.array([1, 2])]),
+        ("inprocess", ["yes", None, np.array([1, 2])]),
+        ("model", [None, 5, b"x", np.array([1, 2])]),
+    ],
+)
+def test_how_an_engine_is_to_run_is_checked_by_name(model_folder: Path, name: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(ConfigError) as caught:
+            Engine(**{"model": model_folder, name: value})
+        assert caught.value.field == name
+
+
+def test_a_tensor_without_a_value_is_no_number(engine: Engine) -> None:
+    nothing: Any = torch.empty((), device="meta")
+    for name in ("top_logprobs", "priority", "logprob_start", "return_errors", "num_output_ids_in_prompt"):
+        with pytest.raises(RequestError) as caught:
+            engine.generate("a", **{name: nothing})
+        assert caught.value.field == name
+    for name in ("max_new_tokens", "temperature", "ignore_eos", "stop_token_ids", "seed"):
+        with pytest.raises(RequestError) as caught:
+            SamplingParams(**{name: nothing})
+        assert caught.value.field.startswith(name)
+    with pytest.raises(HeadraceError, match="timeout"):
+        engine.pause(timeout=nothing)
+
+
+def test_a_tokenizer_refuses_by_name_what_is_no_text_and_no_ids(engine: Engine) -> None:
+    tokenizer: Any = engine.tokenizer
+    for text in (None, 5, b"x", ["a"]):
+        with pytest.raises(RequestError) as caught:
+            tokenizer.encode(text)
+        assert caught.value.field == "text"
+    for ids in (5, None, "ab", [None], [-1], [2**70], [1.5]):
+        with pytest.raises(RequestError) as caught:
+            tokenizer.decode(ids)
+        assert caught.value.field == "ids"
+    assert tokenizer.decode(np.array([97, 98])) == tokenizer.decode([97, 98]) == "ab"
+    with pytest.raises(RequestError) as caught:
+        tokenizer.apply_chat_template([{"role": "user", "content": torch.empty(2, device="meta")}])
+    assert caught.value.field.startswith("messages")
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
+        *[(each, "\ud800") for each in EngineConfig.__struct_fields__ if each != "model"],
+        ("dtype", torch.empty((), device="meta")),
+        ("page_size", torch.empty((), device="meta")),
         ("page_size", "16"),
         ("page_size", 16.0),
         ("page_size", True),

@@ -11,7 +11,7 @@ import pytest
 
 from headrace import Engine, Generation
 from headrace.types.errors import RequestError
-from tests.engine.builders import CONTEXT_LENGTH, EOS_ID, LETTERS
+from tests.engine.builders import CONTEXT_LENGTH, EOS_ID, LETTERS, VOCAB_SIZE
 
 PROMPT = list(b"the cat sat on the mat")
 LENGTH = 40
@@ -178,6 +178,61 @@ def test_an_over_long_prompt_is_an_error_of_its_own(engine: Engine) -> None:
     assert good.finish_reason in ("stop", "length")
     with pytest.raises(RequestError):
         engine.generate(input_ids=prompts, sampling_params=params)
+
+
+@pytest.mark.parametrize(
+    ("params", "field"),
+    [
+        ({"stop_token_ids": [VOCAB_SIZE]}, "sampling_params.stop_token_ids"),
+        ({"logit_bias": {VOCAB_SIZE: 1.0}}, "sampling_params.logit_bias"),
+        ({"top_p": 7}, "sampling_params[0].top_p"),
+    ],
+)
+def test_bad_parameters_of_one_prompt_refuse_that_prompt(engine: Engine, params: dict[str, Any], field: str) -> None:
+    asked: Any = dict(sampling_params=[{**params, "n": 1}, {"max_new_tokens": 1}], return_errors=True)
+    calls = (engine.generate, engine.score, lambda prompts, **rest: list(engine.stream(prompts, **rest)))
+    for call in calls:
+        bad, good = sorted(call(["a", "b"], **asked), key=lambda each: each.prompt_index)
+        assert (bad.error and bad.error.field, good.error) == (field, None)
+        assert (bad.finish_reason, bad.token_ids, bad.text) == ("error", [], "")
+        with pytest.raises(RequestError) as caught:
+            call(["a", "b"], **{**asked, "return_errors": False})
+        assert caught.value.field == field
+
+
+def test_scoring_reads_the_parameters_of_each_prompt(engine: Engine) -> None:
+    shared = {"n": 3, "max_new_tokens": 9, "stop": "x"}
+    assert [each.finish_reason for each in engine.score(["ab", "cd"], sampling_params=shared)] == ["length"] * 2
+    with pytest.raises(RequestError, match="max_new_tokens"):
+        engine.score("ab", sampling_params={"max_new_tokens": "x"})
+
+
+def test_what_is_no_prompt_refuses_itself(engine: Engine, start: Callable[..., Engine]) -> None:
+    params = {"max_new_tokens": 1}
+    found = engine.generate(["a", None, "b"], sampling_params=params, return_errors=True)  # type: ignore[list-item]
+    assert [each.error and each.error.field for each in found] == [None, "prompts[1]", None]
+    rows: Any = [[1], None]
+    found = engine.generate(input_ids=rows, sampling_params=params, return_errors=True)
+    assert [each.error and each.error.field for each in found] == [None, "input_ids[1]"]
+    bare = start(skip_tokenizer_init=True)
+    stops: Any = [{**params, "stop": "x"}, params]
+    found = bare.generate(input_ids=[[1], [2]], sampling_params=stops, return_errors=True)
+    assert [each.error and each.error.field for each in found] == ["sampling_params.stop", None]
+
+
+def test_a_bad_name_refuses_its_prompt_and_leaves_its_owner_alone(engine: Engine) -> None:
+    params = {"max_new_tokens": 1}
+    named: Any = dict(sampling_params=params, return_errors=True)
+    found = engine.generate(["a", "b"], request_id=["x" * 2000, "\ud800"], **named)
+    assert [each.error and each.error.field for each in found] == ["request_id"] * 2
+    live = engine.stream("a", sampling_params={"max_new_tokens": 900, "ignore_eos": True}, request_id="taken")
+    next(live)
+    for _ in range(2):  # the refusal must not make the name free either
+        found = engine.generate(["a", "b"], request_id=["taken", "free"], **named)
+        assert [each.error and each.error.field for each in found] == ["request_id", None]
+        assert found[0].error is not None and "in use" in found[0].error.message
+    assert engine.abort("taken") == 1
+    list(live)
 
 
 def test_max_new_tokens_is_clipped_when_asked(engine: Engine) -> None:

@@ -63,6 +63,13 @@ def test_tensors_are_not_copied(model: Qwen3ForCausalLM) -> None:
     assert not sent["model.norm.weight"].requires_grad
 
 
+@pytest.mark.parametrize("weights", [None, 5, torch.ones(2), [("a", torch.ones(2))]])
+def test_what_is_no_model_is_refused_by_name(weights: Any) -> None:
+    with pytest.raises(WeightUpdateError) as caught:
+        hf_named_tensors(weights)
+    assert caught.value.field == "weights"
+
+
 def test_two_parameters_of_one_name_are_refused() -> None:
     with pytest.raises(WeightUpdateError, match=r"model\.norm\.weight"):
         hf_named_tensors({"model.norm.weight": torch.ones(2), "module.model.norm.weight": torch.ones(2)})

@@ -102,6 +102,19 @@ def test_an_outside_address_needs_a_key(host: str) -> None:
     ServerOptions(insecure=True).check_address(host)
 
 
+def test_a_key_is_not_in_its_refusal() -> None:
+    for key in ("sesame\ud800", "sesame ", "sésame"):
+        with pytest.raises(ConfigError) as raised:
+            ServerOptions.from_dict({"api_key": key})
+        assert raised.value.field == "api_key" and "same" not in raised.value.message
+
+
+def test_a_host_that_is_none_is_told_so() -> None:
+    with pytest.raises(ConfigError, match=r"host no\.such\.host\.invalid cannot be resolved") as raised:
+        ServerOptions().check_address("no.such.host.invalid")
+    assert raised.value.field == "host"
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
 def test_loopback_needs_none(host: str) -> None:
     ServerOptions().check_address(host)

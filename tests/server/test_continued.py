@@ -85,6 +85,29 @@ def test_a_bad_prompt_of_a_batch_has_an_error_of_its_own(served: Served, is_text
     assert {index: end["type"] for index, end in ends.items()} == {0: "length", 1: "abort", 2: "abort", 3: "abort"}
 
 
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"sampling_params": [{"stop_token_ids": [9999]}, {"max_new_tokens": 1}]}, "sampling_params.stop_token_ids"),
+        ({"sampling_params": [{"logit_bias": {"9999": 1}}, {"max_new_tokens": 1}]}, "sampling_params.logit_bias"),
+        ({"rid": ["x" * 2000, "short"]}, "rid"),
+        ({"priority": [1 << 40, 0]}, "priority"),
+        ({"extra_key": ["x" * 2000, ""]}, "extra_key"),
+        ({"return_logprob": True, "top_logprobs_num": [-1, 0]}, "top_logprobs_num"),
+        ({"return_logprob": True, "logprob_start_len": [-5, 0]}, "logprob_start_len"),
+    ],
+)
+def test_a_bad_field_of_one_prompt_refuses_that_prompt(served: Served, options: dict[str, Any], field: str) -> None:
+    body = {"input_ids": [IDS, IDS], "sampling_params": {"max_new_tokens": 1}, **options}
+    reply = served.http.post("/generate", json=body)
+    assert (reply.status_code, reply.json()["param"]) == (400, field)
+    bad, good = (each["meta_info"]["finish_reason"] for each in served.generate(**body, return_errors=True))
+    assert (bad["type"], bad["param"], good["type"]) == ("abort", field, "length")
+    streamed = {each["index"]: each for each in events(served, {**body, "return_errors": True})}
+    ends = [streamed[index]["meta_info"]["finish_reason"] for index in (0, 1)]
+    assert (ends[0]["param"], ends[1]["type"]) == (field, "length")
+
+
 def test_max_new_tokens_is_clipped_when_asked(served: Served) -> None:
     ids = [1 + i % 200 for i in range(CONTEXT_LENGTH - 3)]
     params = {"max_new_tokens": 9, "ignore_eos": True}
