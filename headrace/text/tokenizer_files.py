@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from headrace.config.json_files import Fields, parse_object, read_bytes, read_text, shown
+from headrace.config.json_bounds import VOCABULARY
+from headrace.config.json_files import Fields, read_bytes, read_object, shown
 from headrace.text.token_files import CONFIG, MAX_VOCABULARY_BYTES, add_tokens, chat_template, read_token_files
 from headrace.types.errors import CheckpointError, ConfigError, HeadraceError
 
@@ -67,10 +69,11 @@ def _from_tokenizer_json(folder: Path, files: Mapping[str, Fields]) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     file = folder / TOKENIZER_FILE
-    text = read_text(file, MAX_VOCABULARY_BYTES)
-    _refuse_what_aborts(Fields(parse_object(text, file), TOKENIZER_FILE))
+    parts = read_object(file, MAX_VOCABULARY_BYTES, VOCABULARY)
+    _refuse_what_aborts(Fields(parts, TOKENIZER_FILE))
+    without_cuts = {**parts, "padding": None, "truncation": None}  # neither is done, and either may ask for a billion
     with library_faults(ConfigError, f"{file} is not a tokenizer", "tokenizer"):
-        library = Tokenizer.from_str(text)
+        library = Tokenizer.from_str(json.dumps(without_cuts))  # what was checked, whatever the file spells twice
     if not library.get_vocab_size(with_added_tokens=False):
         raise ConfigError(f"{file} has an empty vocabulary", field="tokenizer")
     with library_faults(ConfigError, f"the tokenizer files in {folder} cannot be loaded", "tokenizer"):
