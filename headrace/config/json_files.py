@@ -27,9 +27,10 @@ def read_bytes(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> bytes:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe nobody writes would block
         with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
                 raise CheckpointError(f"{path} is not a regular file", field=path.name)
-            data = file.read(max_bytes + 1)
+            data = file.read(max_bytes + 1) if found.st_size <= max_bytes else bytes(max_bytes + 1)
         if data is None:  # some files that call themselves regular have nothing to say now
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
     except FileNotFoundError:

@@ -19,6 +19,9 @@ CONFIG = "tokenizer_config.json"
 MAX_VOCABULARY_BYTES = 1 << 28
 """The largest vocabularies in use take 40 MB."""
 
+MAX_TOKEN_LENGTH = 4096
+"""Characters; the longest in use have a few hundred."""
+
 MAX_TEMPLATES = 64
 _SPECIAL_MAP = "special_tokens_map.json"
 _ADDED, _VOCABULARY = "added_tokens.json", "vocab.json"
@@ -105,7 +108,7 @@ def _check_special_tokens(fields: Fields) -> None:
 
 def _check_ids(fields: Fields) -> None:
     for token, token_id in fields.values.items():
-        if not is_text(token) or isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
+        if not _is_content(token) or isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
             message = f"{fields.file}: {shown(token)} must have a token id, got {shown(token_id)}"
             raise CheckpointError(message, field=fields.file)
 
@@ -135,8 +138,12 @@ def _is_template(value: Any) -> bool:
 
 def _is_token(value: Any) -> bool:
     if isinstance(value, Mapping):
-        return is_text(value.get("content")) and all(isinstance(value.get(flag, True), bool) for flag in _FLAGS)
-    return is_text(value)
+        return _is_content(value.get("content")) and all(isinstance(value.get(flag, True), bool) for flag in _FLAGS)
+    return _is_content(value)
+
+
+def _is_content(value: Any) -> bool:
+    return is_text(value) and len(value) <= MAX_TOKEN_LENGTH
 
 
 def _content(token: Any) -> str:
