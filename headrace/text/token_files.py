@@ -22,6 +22,7 @@ MAX_VOCABULARY_BYTES = 1 << 28
 MAX_TOKEN_LENGTH = 4096
 """Characters; the longest in use have a few hundred."""
 
+MAX_TOKEN_ID = (1 << 22) - 1
 MAX_TEMPLATES = 64
 _SPECIAL_MAP = "special_tokens_map.json"
 _ADDED, _VOCABULARY = "added_tokens.json", "vocab.json"
@@ -108,7 +109,7 @@ def _check_special_tokens(fields: Fields) -> None:
 
 def _check_ids(fields: Fields) -> None:
     for token, token_id in fields.values.items():
-        if not _is_content(token) or isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
+        if not _is_content(token) or type(token_id) is not int or not 0 <= token_id <= MAX_TOKEN_ID:
             message = f"{fields.file}: {shown(token)} must have a token id, got {shown(token_id)}"
             raise CheckpointError(message, field=fields.file)
 

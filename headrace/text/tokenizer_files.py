@@ -22,6 +22,7 @@ from headrace.config.json_files import Fields, read_bytes, read_object, shown
 from headrace.text.growth import growth_of
 from headrace.text.token_files import (
     CONFIG,
+    MAX_TOKEN_ID,
     MAX_TOKEN_LENGTH,
     MAX_VOCABULARY_BYTES,
     add_tokens,
@@ -98,7 +99,7 @@ def _from_tokenizer_json(folder: Path, files: Mapping[str, Fields]) -> Any:
 
 def _refuse_what_aborts(fields: Fields) -> None:
     """Over merges that their prefix does not fit, and over tokens of a million characters, the library does not raise:
-    it ends the process."""
+    it ends the process. Over ids with a billion between them it counts them all."""
     model = fields.values.get("model")
     if not isinstance(model, Mapping):
         raise fields.wrong("model", "an object")
@@ -109,6 +110,11 @@ def _refuse_what_aborts(fields: Fields) -> None:
     longest = max((len(token) for token in tokens if isinstance(token, str)), default=0)
     if longest > MAX_TOKEN_LENGTH:
         message = f"{fields.file}: a token has {longest} characters, at most {MAX_TOKEN_LENGTH} may be"
+        raise CheckpointError(message, field="vocab")
+    ids = vocabulary.values() if isinstance(vocabulary, Mapping) else ()
+    highest = max((token_id for token_id in ids if isinstance(token_id, int)), default=0)
+    if highest > MAX_TOKEN_ID:
+        message = f"{fields.file}: a token has the id {shown(highest)}, at most {MAX_TOKEN_ID} may be"
         raise CheckpointError(message, field="vocab")
     prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
     if not prefix or not isinstance(prefix, str) or not isinstance(merges, list):

@@ -253,6 +253,17 @@ def test_a_tokenizer_file_of_too_many_parts_is_refused(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize("token_id", [1 << 22, 10**9, (1 << 32) - 1, 10**30])
+def test_an_id_far_from_all_others_is_refused(token_id: int, tmp_path: Path) -> None:
+    """The library counts from 0 to the highest whenever it is copied: minutes, and gigabytes of warnings."""
+    write(tmp_path, digits_in_threes())
+    parts = json.loads((tmp_path / "tokenizer.json").read_text())
+    parts["model"]["vocab"]["far"] = token_id
+    (tmp_path / "tokenizer.json").write_text(json.dumps(parts))
+    with pytest.raises(ConfigError, match="a token has the id"):
+        Tokenizer.load(tmp_path)
+
+
 @pytest.mark.parametrize(("num_files", "size"), [(65, 1), (3, 6 << 20)], ids=["files", "bytes"])
 def test_templates_are_bounded_together(num_files: int, size: int, tmp_path: Path) -> None:
     write(tmp_path, digits_in_threes())
