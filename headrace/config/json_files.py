@@ -5,6 +5,7 @@ Owns what a refusal says: the file, the field and what was found there. Must not
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from headrace.config.json_bounds import MODEL_FILE, JsonBounds, excess
 from headrace.types.errors import CheckpointError, UnsupportedModelError
 
 MAX_CONFIG_BYTES = 16 << 20
@@ -25,9 +27,12 @@ def read_bytes(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> bytes:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe nobody writes would block
         with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
                 raise CheckpointError(f"{path} is not a regular file", field=path.name)
-            data = file.read(max_bytes + 1)
+            data = file.read(max_bytes + 1) if found.st_size <= max_bytes else bytes(max_bytes + 1)
+        if data is None:  # some files that call themselves regular have nothing to say now
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist", field=path.name) from None
     except OSError as error:
@@ -39,26 +44,30 @@ def read_bytes(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> bytes:
 
 def read_text(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> str:
     """A UTF-8 file's text. Raises as `read_bytes`."""
+    return _decoded(read_bytes(path, max_bytes), path)
+
+
+def read_object(path: Path, max_bytes: int = MAX_CONFIG_BYTES, bounds: JsonBounds = MODEL_FILE) -> dict[str, Any]:
+    """The object that a JSON file holds; of a key given twice the last counts. Raises as `read_bytes`, and for one with
+    more parts than `bounds`."""
+    data = read_bytes(path, max_bytes)
+    too_much = excess(data, bounds)
+    if too_much is not None:
+        raise CheckpointError(f"{path} has {too_much} or more; no model needs so many", field=path.name)
     try:
-        return read_bytes(path, max_bytes).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", field=path.name) from None
-
-
-def read_object(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """The object that a JSON file holds; of a key given twice the last counts. Raises as `read_bytes`."""
-    return parse_object(read_text(path, max_bytes), path)
-
-
-def parse_object(text: str, path: Path) -> dict[str, Any]:
-    """The object that `text`, the contents of `path`, holds. Raises `CheckpointError`."""
-    try:
-        parsed = json.loads(text)
+        parsed = json.loads(_decoded(data, path))
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits are a plain ValueError
         raise CheckpointError(f"{path} cannot be read: {error}", field=path.name) from None
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{path} does not hold an object", field=path.name)
     return parsed
+
+
+def _decoded(data: bytes, path: Path) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", field=path.name) from None
 
 
 def shown(value: Any) -> str:

@@ -77,6 +77,8 @@ async def _outlast(future: concurrent.futures.Future[Any]) -> None:
     while not waiter.done():
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait([waiter])
+
+
 def result_of(future: concurrent.futures.Future[Result]) -> Result:
     """Wait for a result in this thread. An interrupt that comes in the moment before a wait does not end that wait: so
     there are many."""

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from headrace.types.errors import WeightUpdateError
 from headrace.types.messages import WeightBytes
-from headrace.types.weights import TensorInfo
+from headrace.types.weights import TensorInfo, shape_problem
 from headrace.weights.weight_map import FLOAT_DTYPES, TIED_HEAD, is_derived
 
 if TYPE_CHECKING:
@@ -79,12 +79,15 @@ def describe(name: str, tensor: Any) -> TensorInfo:
     if not isinstance(tensor, np.ndarray):
         from headrace.weights.staging import dtype_name, unreadable
 
-        problem = unreadable(tensor)
+        problem = unreadable(tensor) or shape_problem(tensor.shape)
         if problem:
             raise WeightUpdateError(f"{name} {problem}", field=name)
         return TensorInfo(name, tuple(tensor.shape), dtype_name(tensor.dtype))
     if isinstance(tensor, np.ma.MaskedArray):
         raise WeightUpdateError(f"{name} is a masked array", field=name)
+    problem = shape_problem(tensor.shape)
+    if problem:
+        raise WeightUpdateError(f"{name} {problem}", field=name)
     return TensorInfo(name, tensor.shape, tensor.dtype.name)
 
 

@@ -14,8 +14,11 @@ import logging
 import math
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
+from itertools import islice
 from types import NoneType
 from typing import Any, TypeVar
+
+import msgspec
 
 from headrace.engine.calls import outlast
 from headrace.engine.client import CoreClient
@@ -24,7 +27,17 @@ from headrace.ipc import SharedBuffer
 from headrace.types.errors import HeadraceError, UnavailableError, WeightUpdateError
 from headrace.types.messages import AbortUpdate, BeginUpdate, CommitUpdate, Stage, UpdateBegun
 from headrace.types.plain_values import as_list
-from headrace.types.weights import BufferEntry, InFlight, TensorInfo, UpdateMode, UpdateReport
+from headrace.types.weights import (
+    MAX_DIMENSIONS,
+    MAX_TENSOR_NAME,
+    MAX_TENSORS,
+    BufferEntry,
+    InFlight,
+    TensorInfo,
+    UpdateMode,
+    UpdateReport,
+    shape_problem,
+)
 from headrace.weights.weight_map import is_derived
 
 logger = logging.getLogger(__name__)
@@ -328,16 +341,21 @@ def manifest_of(entries: Manifest) -> tuple[TensorInfo, ...]:
     Buffers that every engine recomputes are left out, as `stage` leaves them out."""
     what = "a list of TensorInfo or (name, shape, dtype) entries"
     manifest: list[TensorInfo] = []
-    for entry in as_list(entries, "manifest", what, refusal=WeightUpdateError):
-        if isinstance(entry, TensorInfo):
-            manifest.append(entry)
-            continue
+    for entry in as_list(entries, "manifest", what, MAX_TENSORS, refusal=WeightUpdateError):
         try:
-            name, shape, dtype = entry
-            sizes = tuple(int(size) for size in shape)
+            fields = msgspec.structs.astuple(entry) if isinstance(entry, TensorInfo) else (*entry, "")
+            name, shape, dtype, digest = fields
+            sizes = tuple(int(size) for size in islice(shape, MAX_DIMENSIONS + 1))
         except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor without a value
             raise WeightUpdateError(f"manifest must be {what}", field="manifest") from None
-        manifest.append(TensorInfo(str(name), sizes, str(dtype).removeprefix("torch.")))
+        info = TensorInfo(str(name), sizes, str(dtype).removeprefix("torch."), str(digest))
+        if max(map(len, (info.name, info.dtype, info.digest))) > MAX_TENSOR_NAME:
+            message = f"manifest: entry {len(manifest)} has a name of over {MAX_TENSOR_NAME} characters"
+            raise WeightUpdateError(message, field="manifest")
+        problem = shape_problem(sizes)
+        if problem:
+            raise WeightUpdateError(f"manifest: {info.name} {problem}", field=info.name)
+        manifest.append(info)
     return tuple(info for info in manifest if not is_derived(info.name))
 
 

@@ -48,7 +48,8 @@ def hf_named_tensors(
     Raises `WeightUpdateError` if two parameters come to bear one name, other ranks hold a part of a DTensor, or one
     has no values that can be read.
     """
-    if not isinstance(weights, Mapping) and not (hasattr(weights, "state_dict") and hasattr(weights, "named_parameters")):
+    is_module = hasattr(weights, "state_dict") and hasattr(weights, "named_parameters")
+    if not isinstance(weights, Mapping) and not is_module:
         message = f"weights must be a module or a state dict, not {type(weights).__name__}"
         raise WeightUpdateError(message, field="weights")
     state = weights if isinstance(weights, Mapping) else _state_of(weights)

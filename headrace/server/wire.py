@@ -12,11 +12,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from headrace.config.json_bounds import BODY, excess
 from headrace.engine import Stream
 from headrace.server import errors
-from headrace.server.json_bounds import check_json
 from headrace.text import run_sized
-from headrace.types.errors import HeadraceError, RequestError, UnavailableError
+from headrace.types.errors import HeadraceError, RequestError, RequestTooLargeError, UnavailableError
 
 JSON_TYPE = "application/json"
 DONE_EVENT = b"data: [DONE]\n\n"
@@ -55,7 +55,10 @@ def decode_object(raw: bytes) -> dict[str, Any]:
     """As `read_object`, from bytes."""
     if not raw.strip():
         raise RequestError("body is empty; a JSON object is needed", field="body")
-    check_json(raw)
+    too_much = excess(raw, BODY)
+    if too_much is not None:
+        message = f"body has {too_much} or more; no request needs so many"
+        raise RequestTooLargeError(message, field="body")
     try:
         value = msgspec.json.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -11,7 +12,9 @@ from headrace.types.errors import RequestError
 
 INLINE_CHARACTERS = 1 << 15
 _MAX_CHARACTERS_PER_TOKEN = 256
+_MIN_CHARACTERS_PER_TOKEN = 16  # that every tokenizer gets, whatever comes of them
 _PROBE_CHARACTERS_PER_TOKEN = 16
+_USUAL_GROWTH = 4
 
 Result = TypeVar("Result")
 
@@ -35,15 +38,21 @@ def encode_bounded(
     """Ids of `text`, which came in `field`; they may still be over the context.
 
     Raises `RequestError` for text that is not Unicode, and for one that is hopelessly long, by its length or by the ids
-    of its beginning, before all of it is encoded.
+    of its parts, before all of it is encoded. The more a tokenizer can make of a text, the smaller are these.
     """
-    if len(text) > _MAX_CHARACTERS_PER_TOKEN * context_length:
+    excess_growth = max(1.0, tokenizer.growth / _USUAL_GROWTH)
+    if len(text) > max(_MIN_CHARACTERS_PER_TOKEN, _MAX_CHARACTERS_PER_TOKEN / excess_growth) * context_length:
         message = f"{field} has {len(text)} characters, over what a context of {context_length} tokens can hold"
         raise RequestError(message, field=field)
-    num_probed = _PROBE_CHARACTERS_PER_TOKEN * context_length
+    num_probed = math.ceil(_PROBE_CHARACTERS_PER_TOKEN * context_length / excess_growth)
+    num_left = context_length
     try:
-        probe = tokenizer.encode(text[:num_probed], add_special_tokens) if len(text) > 2 * num_probed else []
-        if len(probe) <= context_length + _PROBE_CHARACTERS_PER_TOKEN:  # the cut itself may make a few
+        for start in range(0, len(text) if len(text) > 2 * num_probed else 0, num_probed):
+            num_ids = len(tokenizer.encode(text[start : start + num_probed], add_special_tokens=False))
+            num_left -= max(0, num_ids - _PROBE_CHARACTERS_PER_TOKEN)  # the cut itself may make a few
+            if num_left < 0:
+                break
+        else:
             return tokenizer.encode(text, add_special_tokens)
     except RequestError as error:
         raise RequestError(f"{field}: {error.message}", field=field) from None

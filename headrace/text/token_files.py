@@ -7,14 +7,23 @@ and field. Must not know how a vocabulary is read.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from headrace.config.json_files import Fields, is_text, read_object, read_text, shown
+from headrace.config.json_bounds import VOCABULARY
+from headrace.config.json_files import MAX_CONFIG_BYTES, Fields, is_text, read_object, read_text, shown
 from headrace.types.errors import CheckpointError
 
 CONFIG = "tokenizer_config.json"
-MAX_VOCABULARY_BYTES = 1 << 30
+MAX_VOCABULARY_BYTES = 1 << 28
+"""The largest vocabularies in use take 40 MB."""
+
+MAX_TOKEN_LENGTH = 4096
+"""Characters; the longest in use have a few hundred."""
+
+MAX_TOKEN_ID = (1 << 22) - 1
+MAX_TEMPLATES = 64
 _SPECIAL_MAP = "special_tokens_map.json"
 _ADDED, _VOCABULARY = "added_tokens.json", "vocab.json"
 _TEMPLATE, _TEMPLATES = "chat_template.jinja", "additional_chat_templates"
@@ -29,7 +38,7 @@ def read_token_files(folder: Path) -> dict[str, Fields]:
     files = {}
     for name in (CONFIG, _SPECIAL_MAP, _ADDED, _VOCABULARY):
         path = folder / name
-        files[name] = Fields(read_object(path, MAX_VOCABULARY_BYTES) if path.exists() else {}, name)
+        files[name] = Fields(read_object(path, MAX_VOCABULARY_BYTES, VOCABULARY) if path.exists() else {}, name)
     for name in (CONFIG, _SPECIAL_MAP):
         _check_special_tokens(files[name])
     for name in (_ADDED, _VOCABULARY):
@@ -70,7 +79,14 @@ def add_tokens(library: Any, files: Mapping[str, Fields]) -> dict[str, str]:
 
 def chat_template(folder: Path, config: Fields) -> str | dict[str, str] | None:
     """The template, or several by name: those in files of their own, or else what the configuration holds."""
-    found = {path.stem: read_text(path) for path in sorted((folder / _TEMPLATES).glob("*.jinja"))}
+    files = list(islice((folder / _TEMPLATES).glob("*.jinja"), MAX_TEMPLATES + 1))
+    if len(files) > MAX_TEMPLATES:
+        raise CheckpointError(f"{folder / _TEMPLATES} has over {MAX_TEMPLATES} files", field=_TEMPLATES)
+    found: dict[str, str] = {}
+    num_left = MAX_CONFIG_BYTES  # of all of them together
+    for path in sorted(files):
+        found[path.stem] = read_text(path, num_left)
+        num_left -= len(found[path.stem].encode())
     if (folder / _TEMPLATE).exists():
         found["default"] = read_text(folder / _TEMPLATE)
     if found:
@@ -93,7 +109,7 @@ def _check_special_tokens(fields: Fields) -> None:
 
 def _check_ids(fields: Fields) -> None:
     for token, token_id in fields.values.items():
-        if not is_text(token) or isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
+        if not _is_content(token) or type(token_id) is not int or not 0 <= token_id <= MAX_TOKEN_ID:
             message = f"{fields.file}: {shown(token)} must have a token id, got {shown(token_id)}"
             raise CheckpointError(message, field=fields.file)
 
@@ -123,8 +139,12 @@ def _is_template(value: Any) -> bool:
 
 def _is_token(value: Any) -> bool:
     if isinstance(value, Mapping):
-        return is_text(value.get("content")) and all(isinstance(value.get(flag, True), bool) for flag in _FLAGS)
-    return is_text(value)
+        return _is_content(value.get("content")) and all(isinstance(value.get(flag, True), bool) for flag in _FLAGS)
+    return _is_content(value)
+
+
+def _is_content(value: Any) -> bool:
+    return is_text(value) and len(value) <= MAX_TOKEN_LENGTH
 
 
 def _content(token: Any) -> str:

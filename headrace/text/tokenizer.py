@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from headrace.text.chat import check_template_arguments
+from headrace.text.growth import growth_of
 from headrace.text.pieces import WHOLE, ByteStream, DecoderPlan, PieceStream, byte_token, read_decoder, token_bytes
 from headrace.text.templates import TemplateRenderer
 from headrace.text.tokenizer_files import library_faults, load_backend
@@ -34,6 +35,8 @@ class Tokenizer:
         self._library = backend.backend_tokenizer
         self._library.no_truncation()
         self._library.no_padding()
+        self.growth = growth_of(self._library)
+        """Most bytes that come of a byte of text on its way to ids."""
         self._renderer = TemplateRenderer()
         added = self._library.get_added_tokens_decoder()
         self._special_tokens = frozenset(token.content for token in added.values() if token.special)
@@ -47,8 +50,9 @@ class Tokenizer:
         """Load from a folder. Raises `ConfigError` when there is none that works without running its code."""
         backend = load_backend(Path(folder))
         with library_faults(ConfigError, f"the tokenizer in {folder} does not work", "tokenizer"):
-            backend.backend_tokenizer.encode("")  # a post-processor that names a token there is not fails here
-            return cls(backend)
+            tokenizer = cls(backend)
+            tokenizer._library.encode("")  # a post-processor that names a token there is not fails here
+        return tokenizer
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

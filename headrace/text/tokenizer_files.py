@@ -10,14 +10,25 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from headrace.config.json_files import Fields, parse_object, read_bytes, read_text, shown
-from headrace.text.token_files import CONFIG, MAX_VOCABULARY_BYTES, add_tokens, chat_template, read_token_files
+from headrace.config.json_bounds import VOCABULARY
+from headrace.config.json_files import Fields, read_bytes, read_object, shown
+from headrace.text.growth import growth_of
+from headrace.text.token_files import (
+    CONFIG,
+    MAX_TOKEN_ID,
+    MAX_TOKEN_LENGTH,
+    MAX_VOCABULARY_BYTES,
+    add_tokens,
+    chat_template,
+    read_token_files,
+)
 from headrace.types.errors import CheckpointError, ConfigError, HeadraceError
 
 logger = logging.getLogger(__name__)
@@ -67,10 +78,13 @@ def _from_tokenizer_json(folder: Path, files: Mapping[str, Fields]) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     file = folder / TOKENIZER_FILE
-    text = read_text(file, MAX_VOCABULARY_BYTES)
-    _refuse_what_aborts(Fields(parse_object(text, file), TOKENIZER_FILE))
+    parts = read_object(file, MAX_VOCABULARY_BYTES, VOCABULARY)
+    _refuse_what_aborts(Fields(parts, TOKENIZER_FILE))
+    without_cuts = {**parts, "padding": None, "truncation": None}  # neither is done, and either may ask for a billion
     with library_faults(ConfigError, f"{file} is not a tokenizer", "tokenizer"):
-        library = Tokenizer.from_str(text)
+        steps = {**without_cuts, "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
+        growth_of(Tokenizer.from_str(json.dumps(steps)))  # ahead of the added tokens, which loading sends through them
+        library = Tokenizer.from_str(json.dumps(without_cuts))  # what was checked, whatever the file spells twice
     if not library.get_vocab_size(with_added_tokens=False):
         raise ConfigError(f"{file} has an empty vocabulary", field="tokenizer")
     with library_faults(ConfigError, f"the tokenizer files in {folder} cannot be loaded", "tokenizer"):
@@ -84,10 +98,24 @@ def _from_tokenizer_json(folder: Path, files: Mapping[str, Fields]) -> Any:
 
 
 def _refuse_what_aborts(fields: Fields) -> None:
-    """Over merges that their prefix does not fit, the library does not raise: it ends the process."""
+    """Over merges that their prefix does not fit, and over tokens of a million characters, the library does not raise:
+    it ends the process. Over ids with a billion between them it counts them all."""
     model = fields.values.get("model")
     if not isinstance(model, Mapping):
         raise fields.wrong("model", "an object")
+    vocabulary, added = model.get("vocab"), fields.values.get("added_tokens")
+    tokens = list(vocabulary) if isinstance(vocabulary, (Mapping, list)) else []
+    tokens = [each[0] if isinstance(each, list) and each else each for each in tokens]  # a list holds scores too
+    tokens += [each.get("content") for each in added if isinstance(each, Mapping)] if isinstance(added, list) else []
+    longest = max((len(token) for token in tokens if isinstance(token, str)), default=0)
+    if longest > MAX_TOKEN_LENGTH:
+        message = f"{fields.file}: a token has {longest} characters, at most {MAX_TOKEN_LENGTH} may be"
+        raise CheckpointError(message, field="vocab")
+    ids = vocabulary.values() if isinstance(vocabulary, Mapping) else ()
+    highest = max((token_id for token_id in ids if isinstance(token_id, int)), default=0)
+    if highest > MAX_TOKEN_ID:
+        message = f"{fields.file}: a token has the id {shown(highest)}, at most {MAX_TOKEN_ID} may be"
+        raise CheckpointError(message, field="vocab")
     prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
     if not prefix or not isinstance(prefix, str) or not isinstance(merges, list):
         return

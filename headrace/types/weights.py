@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import msgspec
 
@@ -22,6 +23,22 @@ class TensorInfo(msgspec.Struct, frozen=True, array_like=True):
     shape: tuple[int, ...]
     dtype: str
     digest: str = ""
+
+
+MAX_TENSORS = 1 << 18
+"""Tensors of one update or weight file; the largest models have a tenth of it."""
+
+MAX_DIMENSIONS = 8
+MAX_TENSOR_NAME = 1024
+
+
+def shape_problem(shape: Sequence[Any]) -> str:
+    """Why no tensor has this shape, as in "has 100000 dimensions"; "" where one may. Look before multiplying."""
+    if len(shape) > MAX_DIMENSIONS:
+        return f"has {len(shape)} dimensions, at most {MAX_DIMENSIONS} may be"
+    if any(type(size) is not int or not 0 <= size < 1 << 63 for size in shape):
+        return "has a size that is not an integer from 0 to 2^63 - 1"
+    return ""
 
 
 class BufferEntry(msgspec.Struct, frozen=True, array_like=True):

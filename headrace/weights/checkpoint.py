@@ -19,8 +19,10 @@ import msgspec
 import torch
 from safetensors.torch import save_file
 
+from headrace.config.json_bounds import MODEL_FILE, excess
+from headrace.config.json_files import shown
 from headrace.types.errors import CheckpointError
-from headrace.types.weights import TensorInfo
+from headrace.types.weights import MAX_TENSOR_NAME, TensorInfo, shape_problem
 from headrace.weights.files import FileState, Folder, OpenFile, changed
 from headrace.weights.safetensors_file import read_tensors
 from headrace.weights.staging import TensorData, info_of, unreadable
@@ -29,7 +31,8 @@ from headrace.weights.weight_map import is_derived
 
 MAX_SHARD_BYTES = 4 << 30
 _STEMS = {"safetensors": ("model", ".safetensors"), "bin": ("pytorch_model", ".bin")}
-_MAX_INDEX_BYTES = 100_000_000
+_MAX_INDEX_BYTES = 32 << 20
+_MAX_PICKLE_BYTES = 8 << 20  # some 4 MB for 20,000 tensors
 _CLOCK_TICK_NS = 20_000_000
 
 
@@ -174,7 +177,14 @@ def _read_index(index: OpenFile) -> dict[str, list[str]]:
         size = index.state().size
         if size > _MAX_INDEX_BYTES:
             raise ValueError(f"it has {size} bytes")
-        weight_map = msgspec.json.decode(index.read(0, size), type=_Index).weight_map
+        raw = index.read(0, size)
+        too_much = excess(raw, MODEL_FILE)
+        if too_much is not None:
+            raise ValueError(f"it has {too_much} or more")
+        weight_map = msgspec.json.decode(raw, type=_Index).weight_map
+        longest = max(map(len, (*weight_map, *weight_map.values())), default=0)
+        if longest > MAX_TENSOR_NAME:
+            raise ValueError(f"it holds a name of {longest} characters")
     except (ValueError, RecursionError, msgspec.MsgspecError) as error:
         message = f"{path} cannot be read as an index with a weight_map: {error}"
         raise CheckpointError(message, field=path.name) from None
@@ -201,13 +211,25 @@ def _wanted(path: Path, present: list[str], names: list[str] | None) -> list[str
     return [name for name in (present if names is None else names) if not is_derived(name)]
 
 
+def _require_small_pickle(file: OpenFile) -> None:
+    """What is not tensor data becomes objects, one for a byte, and a compressed record is of any size."""
+    with zipfile.ZipFile(file.stream) as records:
+        for record in records.infolist():
+            if record.file_size > record.compress_size:
+                raise ValueError(f"{shown(record.filename)} is compressed")
+            is_data = "/data/" in record.filename
+            if not is_data and record.file_size > _MAX_PICKLE_BYTES:
+                raise ValueError(f"{shown(record.filename)} has {record.file_size} bytes")
+
+
 def _read_bin(file: OpenFile) -> dict[str, torch.Tensor]:
     """The tensors of a `.bin` file, all in memory: its format has no other reader that could not fault."""
     path = file.path
     if not zipfile.is_zipfile(file.stream):  # the format before torch 1.6, or a broken file
         raise CheckpointError(f"{path} is not a whole torch checkpoint of the zip format", field=path.name)
-    file.stream.seek(0)
     try:
+        _require_small_pickle(file)
+        file.stream.seek(0)
         parsed: Any = torch.load(file.stream, map_location="cpu", weights_only=True)
     except Exception as error:  # the bytes are foreign and torch's reader raises classes of a module we never import
         raise CheckpointError(f"{path} cannot be read weights-only: {error}", field=path.name) from None
@@ -216,7 +238,9 @@ def _read_bin(file: OpenFile) -> dict[str, torch.Tensor]:
     for name, value in parsed.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise CheckpointError(f"{path}: {name!r} is not a named tensor", field=path.name)
-        problem = unreadable(value)
+        if len(name) > MAX_TENSOR_NAME:
+            raise CheckpointError(f"{path}: a tensor's name has {len(name)} characters", field=path.name)
+        problem = unreadable(value) or shape_problem(value.shape)
         if problem:
             raise CheckpointError(f"{path}: {name} {problem}", field=name)
     return parsed

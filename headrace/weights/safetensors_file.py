@@ -11,13 +11,14 @@ from typing import Any
 import msgspec
 import torch
 
+from headrace.config.json_bounds import MODEL_FILE, excess
 from headrace.types.errors import CheckpointError
-from headrace.types.weights import TensorInfo
+from headrace.types.weights import MAX_TENSOR_NAME, TensorInfo, shape_problem
 from headrace.weights.files import OpenFile
 from headrace.weights.staging import TORCH_DTYPES, bytes_of
 from headrace.weights.weight_map import num_elements
 
-_MAX_HEADER_BYTES = 100_000_000
+_MAX_HEADER_BYTES = 32 << 20  # some 3 MB for 20,000 tensors
 _LENGTH = struct.Struct("<Q")
 _DTYPES = {
     "F64": ("float64", 8), "F32": ("float32", 4), "BF16": ("bfloat16", 2), "F16": ("float16", 2),
@@ -69,7 +70,11 @@ def read_tensors(file: OpenFile) -> dict[str, FileTensor]:
         data_start = _LENGTH.size + length
         if length > _MAX_HEADER_BYTES or data_start > size:
             raise ValueError(f"a header of {length} bytes in a file of {size}")
-        found: dict[str, Any] = msgspec.json.decode(file.read(_LENGTH.size, length), type=dict[str, Any])
+        header = file.read(_LENGTH.size, length)
+        too_much = excess(header, MODEL_FILE)
+        if too_much is not None:
+            raise ValueError(f"its header has {too_much} or more")
+        found: dict[str, Any] = msgspec.json.decode(header, type=dict[str, Any])
         found.pop("__metadata__", None)
         entries = msgspec.convert(found, dict[str, _Entry])
         return _laid_out(file, entries, data_start, size)
@@ -83,11 +88,16 @@ def _laid_out(file: OpenFile, entries: dict[str, _Entry], data_start: int, size:
     tensors: dict[str, FileTensor] = {}
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        if len(name) > MAX_TENSOR_NAME:
+            raise ValueError(f"a tensor's name has {len(name)} characters")
+        problem = shape_problem(entry.shape)
+        if problem:
+            raise ValueError(f"{name} {problem}")
         first, last = entry.data_offsets
         dtype, element_size = _DTYPES.get(entry.dtype, (entry.dtype, None))
-        if first != end or last < first:
+        if first != end or not first <= last <= size:
             raise ValueError(f"{name} begins at byte {first}, the tensor before it ends at {end}")
-        if min(entry.shape, default=0) < 0 or element_size and num_elements(entry.shape) * element_size != last - first:
+        if element_size and num_elements(entry.shape) * element_size != last - first:
             raise ValueError(f"{name} of shape {list(entry.shape)} has {last - first} bytes")
         tensors[name] = FileTensor(file, TensorInfo(name, entry.shape, dtype), data_start + first)
         end = last

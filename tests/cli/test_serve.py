@@ -118,6 +118,8 @@ def test_keys_come_from_the_environment_and_flags_come_first(monkeypatch: pytest
     monkeypatch.setenv("HEADRACE_API_KEY", " ")
     with pytest.raises(ConfigError):
         ServerOptions.from_dict(with_keys({}))
+
+
 def core_of(process: subprocess.Popen[str]) -> int:
     """The process id of the server's core, once there is one."""
     deadline = time.monotonic() + 60

@@ -1,5 +1,6 @@
 """`config.json` as the families write it, in both spellings of rotary settings, and what is refused by name."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import transformers
 
 from headrace.config import ModelSpec
+from headrace.config.json_files import read_bytes
 from headrace.types.errors import CheckpointError, UnsupportedModelError
 
 SMALL: dict[str, Any] = {
@@ -112,3 +114,33 @@ def test_missing_and_corrupt_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="object"):
         ModelSpec.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        b'{"vocab_size": ' + b"9" * 5000 + b"}",
+        b'{"vocab_size": ' + b"9" * 4000 + b"}",
+        b'{"x": [' + b"[]," * 2_000_000 + b"0]}",
+    ],
+    ids=["unreadable integer", "huge integer", "lists"],
+)
+def test_a_configuration_is_bounded(tmp_path: Path, contents: bytes) -> None:
+    whole = json.dumps(config()).encode()[:-1] + b", " + contents[1:]
+    (tmp_path / "config.json").write_bytes(whole)
+    with pytest.raises(CheckpointError) as caught:
+        ModelSpec.from_folder(tmp_path)
+    assert len(caught.value.message) < 1000
+
+
+def test_a_file_that_has_nothing_to_say_now_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a link to /proc/kmsg: its type is that of a file, and reading it would block."""
+
+    class Silent(io.FileIO):
+        def read(self, size: int | None = -1, /) -> None:  # type: ignore[override]
+            return None
+
+    monkeypatch.setattr("builtins.open", lambda descriptor, mode: Silent(descriptor, mode))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_bytes(tmp_path / "config.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -470,3 +471,32 @@ def test_an_engine_ignores_what_it_recomputes_and_reads_any_byte_order(start: Ca
     session = engine.begin_update("session", manifest)
     engine.stage(session, [*tensors, extra])
     assert engine.commit(session).num_tensors == len(tensors) and engine.digest() == wanted
+
+
+@pytest.mark.parametrize(
+    ("entries", "what"),
+    [
+        ([("w", itertools.repeat(1 << 62), "float32")], "dimensions"),
+        ([TensorInfo("w", (1,) * 100_000, "float32")], "dimensions"),
+        ([("w", (-1,), "float32")], "2\\^63"),
+        ([TensorInfo("w", (10**4000, 2), "float32")], "2\\^63"),
+        ([("w", (float("inf"),), "float32")], "entries"),
+        ([TensorInfo("w", None, "float32")], "entries"),  # type: ignore[arg-type]
+        ([("w" * 2000, (1,), "float32")], "characters"),
+        ([("w", (1,), "f" * 2000)], "characters"),
+        (itertools.repeat(("w", (1,), "float32")), "at most 262144"),
+    ],
+    ids=range(9),
+)
+def test_a_manifest_is_bounded_before_anything_is_multiplied(entries: Any, what: str) -> None:
+    with pytest.raises(WeightUpdateError, match=what) as caught:
+        manifest_of(entries)
+    assert len(caught.value.message) < 1000
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.zeros(1).expand([1] * 9), np.zeros([1] * 9, np.float32)], ids=["torch", "numpy"]
+)
+def test_a_tensor_of_too_many_dimensions_is_named(tensor: Any) -> None:
+    with pytest.raises(WeightUpdateError, match="w has 9 dimensions"):
+        describe("w", tensor)

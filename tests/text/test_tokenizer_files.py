@@ -215,3 +215,60 @@ def test_code_is_not_run_and_not_needed_beside_tokenizer_json(tmp_path: Path) ->
     with pytest.raises(ConfigError, match="auto_map"):
         Tokenizer.load(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {
+            "padding": {
+                "strategy": {"Fixed": 1_000_000_000},
+                "direction": "Right",
+                "pad_to_multiple_of": None,
+                "pad_id": 0,
+            }
+            | {"pad_type_id": 0, "pad_token": "<pad>"}
+        },
+        {
+            "padding": {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": 1 << 40, "pad_id": 0}
+            | {"pad_type_id": 0, "pad_token": "<pad>"}
+        },
+        {"truncation": {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 5}},
+        {"truncation": {"direction": "Right", "max_length": 1 << 62, "strategy": "LongestFirst", "stride": 1 << 61}},
+    ],
+    ids=["fixed", "multiple", "stride", "length"],
+)
+def test_padding_and_truncation_never_reach_the_library(cut: dict[str, Any], tmp_path: Path) -> None:
+    write(tmp_path, digits_in_threes())
+    expected = Tokenizer.load(tmp_path).encode("12345 apples")
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **cut}))
+    assert Tokenizer.load(tmp_path).encode("12345 apples") == expected
+
+
+def test_a_tokenizer_file_of_too_many_parts_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, digits_in_threes())
+    (tmp_path / "tokenizer.json").write_bytes(b'{"model": [' + b"[]," * (1 << 22) + b"0]}")
+    with pytest.raises(ConfigError, match="lists and objects"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("token_id", [1 << 22, 10**9, (1 << 32) - 1, 10**30])
+def test_an_id_far_from_all_others_is_refused(token_id: int, tmp_path: Path) -> None:
+    """The library counts from 0 to the highest whenever it is copied: minutes, and gigabytes of warnings."""
+    write(tmp_path, digits_in_threes())
+    parts = json.loads((tmp_path / "tokenizer.json").read_text())
+    parts["model"]["vocab"]["far"] = token_id
+    (tmp_path / "tokenizer.json").write_text(json.dumps(parts))
+    with pytest.raises(ConfigError, match="a token has the id"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(("num_files", "size"), [(65, 1), (3, 6 << 20)], ids=["files", "bytes"])
+def test_templates_are_bounded_together(num_files: int, size: int, tmp_path: Path) -> None:
+    write(tmp_path, digits_in_threes())
+    (tmp_path / "additional_chat_templates").mkdir()
+    for number in range(num_files):
+        (tmp_path / f"additional_chat_templates/{number}.jinja").write_text("x" * size)
+    with pytest.raises(ConfigError, match="additional_chat_templates"):
+        Tokenizer.load(tmp_path)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import struct
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -271,3 +274,110 @@ def test_saved_files_hold_engine_bits_and_no_tied_copy(tmp_path: Path) -> None:
     assert set(saved) == set(weight_map.rules_by_name)
     assert manifest_of(saved) == manifest_of({name: store.read(name) for name in saved})
     assert all(torch.equal(tensor, store.read(name)) for name, tensor in saved.items())
+
+
+def write_header(folder: Path, header: bytes, num_data: int = 0) -> None:
+    data = struct.pack("<Q", len(header)) + header + bytes(num_data)
+    (folder / "model.safetensors").write_bytes(data)
+
+
+def header_of(shape: bytes, offsets: bytes = b"0,0") -> bytes:
+    return b'{"a":{"dtype":"F32","shape":[' + shape + b'],"data_offsets":[' + offsets + b"]}}"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        header_of(b",".join([b"4611686018427387903"] * 400_000)),
+        header_of(b",".join([b"9" * 4000] * 2000)),
+        header_of(b"9" * 1_000_000),
+        header_of(b"-1"),
+        header_of(b"9223372036854775808,0"),
+        header_of(b"1", b"0,9223372036854775808"),
+        header_of(b"1", b"-4,0"),
+        header_of(b"1,1,1,1,1,1,1,1,1", b"0,4"),
+        b'{"' + b"a" * 2000 + header_of(b"0")[3:],
+        b" " * (33 << 20),
+    ],
+    ids=[
+        "dimensions",
+        "digits",
+        "one integer",
+        "negative",
+        "2^63",
+        "offset",
+        "offset -4",
+        "nine",
+        "name",
+        "mb",
+    ],
+)
+def test_a_header_is_bounded_before_it_is_reckoned_with(tmp_path: Path, header: bytes) -> None:
+    write_header(tmp_path, header, 4)
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint(tmp_path).manifest()
+    assert caught.value.field == "model.safetensors" and len(caught.value.message) < 1000
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "1"])
+def test_too_many_parts_are_counted_and_not_made(tmp_path: Path, text: str) -> None:
+    header = b'{"a":[' + b",".join([text.encode()] * 3_000_000) + b"]}"
+    write_header(tmp_path, header)
+    with pytest.raises(CheckpointError, match=r"(lists and objects|values) or more"):
+        Checkpoint(tmp_path).manifest()
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / INDEX).write_bytes(b'{"weight_map":{},' + header[1:])
+    with pytest.raises(CheckpointError, match=r"(lists and objects|values) or more"):
+        Checkpoint(tmp_path)
+
+
+def test_a_header_of_many_tensors_is_read(tmp_path: Path) -> None:
+    entries = {
+        f"model.layers.{i}.mlp.experts.{i}.weight": {"dtype": "BF16", "shape": [0], "data_offsets": [0, 0]}
+        for i in range(20_000)
+    }
+    write_header(tmp_path, json.dumps(entries).encode())
+    assert len(Checkpoint(tmp_path).manifest()) == 20_000
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        b'{"weight_map": {"' + b"a" * 2000 + b'": "m.safetensors"}}',
+        b'{"weight_map": {"a": "' + b"a" * 2000 + b'.safetensors"}}',
+        b" " * (33 << 20),
+    ],
+    ids=["name", "file name", "mb"],
+)
+def test_an_index_is_bounded_before_it_is_read(tmp_path: Path, index: bytes) -> None:
+    (tmp_path / INDEX).write_bytes(index)
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint(tmp_path)
+    assert caught.value.field == INDEX and len(caught.value.message) < 1000
+
+
+@pytest.mark.parametrize(
+    ("tensors", "what"),
+    [
+        ({"a": torch.zeros(1).expand([1] * 9)}, "9 dimensions"),
+        ({"a" * 2000: torch.zeros(1)}, "2000 characters"),
+        ({"a": torch.zeros(1), "x": list(range(3_000_000))}, "bytes"),
+    ],
+    ids=["dimensions", "name", "pickle"],
+)
+def test_a_bin_file_is_bounded(tmp_path: Path, tensors: dict[str, Any], what: str) -> None:
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=what):
+        Checkpoint(tmp_path).manifest()
+
+
+def test_a_bin_file_with_compressed_records_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(100_000)}, tmp_path / "stored.bin")
+    with (
+        zipfile.ZipFile(tmp_path / "stored.bin") as stored,
+        zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as compressed,
+    ):
+        for name in stored.namelist():
+            compressed.writestr(name, stored.read(name))
+    with pytest.raises(CheckpointError, match="is compressed"):
+        Checkpoint(tmp_path).manifest()

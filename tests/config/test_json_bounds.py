@@ -7,39 +7,39 @@ import random
 
 import pytest
 
-from headrace.server import json_bounds
-from headrace.server.json_bounds import MAX_CONTAINERS, MAX_KEYS, MAX_STRINGS, MAX_VALUES, check_json
+from headrace.config.json_bounds import BODY, JsonBounds, excess
+from headrace.server.wire import decode_object
 from headrace.types.errors import RequestTooLargeError
 
 
 @pytest.mark.parametrize(
     ("body", "what"),
     [
-        (b'{"x": [' + b"[]," * (MAX_CONTAINERS + 1) + b"1]}", "lists and objects"),
-        (b'{"x": [' + b"{}," * (MAX_CONTAINERS + 1) + b"1]}", "lists and objects"),
-        (b'{"x": ' + b"[" * (MAX_CONTAINERS + 1), "lists and objects"),
-        (b'{"x": [' + b"1," * (MAX_VALUES + 1) + b"1]}", "values"),
-        (b"{" + b'"k":1,' * (MAX_KEYS + 1) + b'"z":1}', "keys"),
-        (b'{"x": [' + b'"",' * (MAX_VALUES + 1) + b"1]}", "strings"),
-        (b'{"x": [' + b'"\\\\",' * (MAX_VALUES + 1) + b"1]}", "strings"),
-        (b'{"t": "[[[", "x": [' + b"[]," * (MAX_CONTAINERS + 1) + b"1]}", "lists and objects"),
+        (b'{"x": [' + b"[]," * (BODY.containers + 1) + b"1]}", "lists and objects"),
+        (b'{"x": [' + b"{}," * (BODY.containers + 1) + b"1]}", "lists and objects"),
+        (b'{"x": ' + b"[" * (BODY.containers + 1), "lists and objects"),
+        (b'{"x": [' + b"1," * (BODY.values + 1) + b"1]}", "values"),
+        (b"{" + b'"k":1,' * (BODY.keys + 1) + b'"z":1}', "keys"),
+        (b'{"x": [' + b'"",' * (BODY.values + 1) + b"1]}", "strings"),
+        (b'{"x": [' + b'"\\\\",' * (BODY.values + 1) + b"1]}", "strings"),
+        (b'{"t": "[[[", "x": [' + b"[]," * (BODY.containers + 1) + b"1]}", "lists and objects"),
     ],
     ids=range(8),
 )
 def test_more_parts_than_a_request_needs_are_refused(body: bytes, what: str) -> None:
     with pytest.raises(RequestTooLargeError, match=what) as caught:
-        check_json(body)
+        decode_object(body)
     assert (caught.value.status, caught.value.field) == (413, "body")
 
 
 @pytest.mark.parametrize(
-    "text", ["[{,:" * 3_000_000, '\\"[{' * 1_000_000, "\\" * 999_999 + "[" * 1_000_000, '"' * MAX_STRINGS]
+    "text", ["[{,:" * 3_000_000, '\\"[{' * 1_000_000, "\\" * 999_999 + "[" * 1_000_000, '"' * BODY.strings]
 )
 def test_text_may_hold_any_number_of_brackets(text: str) -> None:
-    check_json(json.dumps({"text": [text, "", "x"]}).encode())
+    assert excess(json.dumps({"text": [text, "", "x"]}).encode(), BODY) is None
 
 
-def test_marks_are_counted_outside_strings_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_marks_are_counted_outside_strings_only() -> None:
     """Against a plain walk through the bytes, with bounds so small that every body is over one of them at first."""
     source = random.Random(0)
     for _ in range(2_000):
@@ -55,11 +55,5 @@ def test_marks_are_counted_outside_strings_only(monkeypatch: pytest.MonkeyPatch)
                 counts[byte] += 1
             position += 1
         limit = source.randrange(6)
-        marks = ((b"[{", "lists and objects"), (b":", "keys"), (b",", "values"))
-        monkeypatch.setattr(json_bounds, "_LIMITS", tuple((mark, limit, what) for mark, what in marks))
         is_over = counts[ord("[")] + counts[ord("{")] > limit or counts[ord(":")] > limit or counts[ord(",")] > limit
-        if is_over:
-            with pytest.raises(RequestTooLargeError):
-                check_json(raw)
-        else:
-            check_json(raw)
+        assert (excess(raw, JsonBounds(limit, limit, limit, strings=100)) is not None) == is_over
