@@ -139,8 +139,9 @@ class UpdateControl:
         """Leave nothing of a call that stages, commits, or opened the session."""
         for job in [job for job in self._jobs if job.call_id == call_id]:
             self._drop_job(job, error)
-        if self.machine.session is not None and call_id in (self._commit_call, self._opening_call):
-            self._abort(error)
+        session = self.machine.session
+        if session is not None and call_id in (self._commit_call, self._opening_call):
+            self._abort(type(error)(f"session {session.session_id} was aborted: {error.message}"))
 
     def from_disk(self, command: UpdateFromDisk, now: float) -> None:
         """A whole session over a checkpoint folder; answered when the weights are live."""
@@ -201,8 +202,7 @@ class UpdateControl:
             self._abort(DeadlineError(message))
         elif now >= session.deadline:
             logger.warning("session %d outlived its %g s", session.session_id, session.timeout_s)
-            message = f"session {session.session_id} was aborted {session.timeout_s:g} s after its last command"
-            self._abort(DeadlineError(message))
+            self._abort(session.expired())
 
     @property
     def deadline(self) -> float | None:
@@ -368,7 +368,7 @@ class UpdateControl:
         """End the open session without a commit; waiting calls are answered with `reason`."""
         assert self.machine.session is not None
         self.live_stamp += self.machine.session.has_written
-        self.machine.abort(self.machine.session.session_id)
+        self.machine.abort(self.machine.session.session_id, reason)
         self._weights.abort()
         self._end_session()
         self._fail_requests()

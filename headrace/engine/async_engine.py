@@ -18,6 +18,7 @@ from headrace.engine.fields import InputIds, Prompts, Sampling
 from headrace.engine.lifecycle import EngineLifecycle
 from headrace.engine.reading import read_weight
 from headrace.engine.requests import GenerateItem, GenerateOptions
+from headrace.engine.runtime import Undoable
 from headrace.engine.stream import Stream, StreamGroup
 from headrace.engine.tensors import NamedTensors, to_tensor
 from headrace.engine.update import Manifest, Script, UpdateSession, drive_async, manifest_of
@@ -108,13 +109,23 @@ class AsyncEngine(EngineLifecycle):
 
         A sequence's last piece has its `finish_reason`. Leaving the iteration drops what has not ended.
         """
-        group = await self.open_group(prompts, input_ids, sampling_params, options)
+        await self.start()
+        opening, regret = self.undoable_stream(prompts, input_ids, sampling_params, options)
+        group = await self.runtime.run(opening, regret)
         try:
             while pieces := await self.runtime.run(group.next_pieces()):
                 for piece in pieces:
                     yield piece
         finally:
             self.runtime.post(group.cancel)
+
+    def undoable_stream(
+        self, prompts: Prompts, input_ids: InputIds, sampling_params: Sampling, options: GenerateOptions
+    ) -> Undoable[StreamGroup]:
+        """How `stream` starts, and what undoes that: for `Runtime.run` and `wait`. The group is bound to the engine's
+        loop."""
+        self.runtime.check_open()
+        return self._open_group(prompts, input_ids, sampling_params, options), _drop
 
     def prepare(self, item: GenerateItem) -> GenerateItem:
         """`item`, checked and with its prompt packed; cheap to submit, and to copy for further samples of the prompt.
@@ -146,11 +157,17 @@ class AsyncEngine(EngineLifecycle):
         New requests wait until `resume`, at most `pause_timeout` seconds. Returns once nothing runs any more. If that
         takes longer than `timeout` seconds (default `control_timeout`), or the call is cancelled, the pause is undone.
         """
+        await self.start()
+        pausing, regret = self.undoable_pause(mode, timeout)
+        await self.runtime.run(pausing, regret)
+
+    def undoable_pause(self, mode: PauseMode, timeout: float | None) -> Undoable[int]:
+        """What `pause` does, and what undoes it: for `Runtime.run` and `wait`."""
         check_choice(mode, PauseMode, "mode")
         seconds = seconds_of(timeout)
         client = self.runtime.client
         self.runtime.check_open()
-        await self.runtime.run(client.pause(mode, seconds), regret=client.give_up)
+        return client.pause(mode, seconds), client.give_up
 
     @_on_engine_loop
     async def resume(self) -> None:
@@ -179,13 +196,26 @@ class AsyncEngine(EngineLifecycle):
         after its last call a session is aborted.
         """
         await self.start()
+        beginning, regret = self.undoable_begin(version, manifest, mode, in_flight, partial, timeout)
+        return await self.runtime.run(beginning, regret)
+
+    def undoable_begin(
+        self,
+        version: str | int,
+        manifest: Manifest,
+        mode: UpdateMode,
+        in_flight: InFlight,
+        partial: bool,
+        timeout: float,
+    ) -> Undoable[UpdateSession]:
+        """What `begin_update` does, and what undoes it: for `Runtime.run` and `wait`."""
         self.runtime.check_open()
         check_update(mode, in_flight)
         updater = self.runtime.updater
         seconds = seconds_of(timeout) or DEFAULT_UPDATE_TIMEOUT
         is_partial = as_flag(partial, "partial")
         begin = updater.begin(version_of(version), manifest_of(manifest), mode, in_flight, is_partial, seconds)
-        return await self.runtime.run(begin, regret=updater.abort_quietly)
+        return begin, updater.abort_quietly
 
     async def stage(self, session: UpdateSession, named_tensors: NamedTensors) -> None:
         """Send tensors of the manifest: any iterable of (name, tensor) pairs, torch or numpy.
@@ -320,7 +350,7 @@ class AsyncEngine(EngineLifecycle):
         await self.start()
         self.runtime.check_open()
         server = await asyncio.get_running_loop().run_in_executor(None, _load_server)
-        running = await self.runtime.run(server.serve(self, host, port, **options))
+        running = await self.runtime.run(server.serve(self, host, port, **options), regret=stop_server)
         self.runtime.add_closer(functools.partial(running.stop, 0.0))
         return running
 
@@ -342,11 +372,9 @@ class AsyncEngine(EngineLifecycle):
             for stream in streams:
                 stream.cancel()
 
-    @_on_engine_loop
-    async def open_group(
+    async def _open_group(
         self, prompts: Prompts, input_ids: InputIds, sampling_params: Sampling, options: GenerateOptions
     ) -> StreamGroup:
-        """Start the sequences of `stream`; the group is bound to the engine's loop."""
         items = await self._expand(prompts, input_ids, sampling_params, options, stream=True)
         return StreamGroup(self._running.intake.submit_all(items))
 
@@ -365,6 +393,15 @@ class AsyncEngine(EngineLifecycle):
             self._running.builder.expand, prompts, input_ids, sampling_params, options, stream=stream, scores=scores
         )
         return await run_sized(_num_characters(prompts), expand)
+
+
+async def stop_server(running: Any) -> None:
+    """Undo a `serve` of which nobody heard."""
+    await running.stop(0.0)
+
+
+async def _drop(group: StreamGroup) -> None:
+    group.cancel()
 
 
 def _load_server() -> Any:

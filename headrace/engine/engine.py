@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from headrace.config import EngineConfig, ResolvedConfig
-from headrace.engine.async_engine import DEFAULT_UPDATE_TIMEOUT, AsyncEngine
+from headrace.engine.async_engine import DEFAULT_UPDATE_TIMEOUT, AsyncEngine, stop_server
 from headrace.engine.fields import InputIds, Prompts, Sampling
 from headrace.engine.launch import ExecutorKind
 from headrace.engine.requests import GenerateOptions
-from headrace.engine.runtime import result_of
+from headrace.engine.runtime import Regret, result_of
 from headrace.engine.tensors import NamedTensors, to_tensor
 from headrace.engine.update import Manifest, UpdateSession, drive
 from headrace.text import Tokenizer
@@ -111,7 +111,8 @@ class Engine:
         **options: Unpack[GenerateOptions],
     ) -> Generator[Generation, None, None]:
         """See `AsyncEngine.stream`."""
-        group = self._wait(self.asynchronous.open_group(prompts, input_ids, sampling_params, options))
+        opening, regret = self.asynchronous.undoable_stream(prompts, input_ids, sampling_params, options)
+        group = self._wait(opening, regret)
         try:
             while pieces := self._wait(group.next_pieces()):
                 yield from pieces
@@ -126,7 +127,8 @@ class Engine:
 
     def pause(self, mode: PauseMode = "abort", *, timeout: float | None = None) -> None:
         """See `AsyncEngine.pause`."""
-        self._wait(self.asynchronous.pause(mode, timeout=timeout))
+        pausing, regret = self.asynchronous.undoable_pause(mode, timeout)
+        self._wait(pausing, regret)
 
     def resume(self) -> None:
         """See `AsyncEngine.resume`."""
@@ -147,8 +149,9 @@ class Engine:
         timeout: float = DEFAULT_UPDATE_TIMEOUT,
     ) -> UpdateSession:
         """See `AsyncEngine.begin_update`."""
-        begin = self.asynchronous.begin_update
-        return self._wait(begin(version, manifest, mode=mode, in_flight=in_flight, partial=partial, timeout=timeout))
+        begin = self.asynchronous.undoable_begin
+        beginning, regret = begin(version, manifest, mode, in_flight, partial, timeout)
+        return self._wait(beginning, regret)
 
     def stage(self, session: UpdateSession, named_tensors: NamedTensors) -> None:
         """See `AsyncEngine.stage`. The iterable is read in the calling thread."""
@@ -216,7 +219,8 @@ class Engine:
 
     def serve(self, port: int = 0, host: str = "127.0.0.1", **options: Any) -> ServerHandle:
         """Serve this engine over HTTP while it goes on being used here; port 0 takes a free one."""
-        return ServerHandle(self._wait(self.asynchronous.serve(port, host, **options)), self.asynchronous)
+        running = self._wait(self.asynchronous.serve(port, host, **options), stop_server)
+        return ServerHandle(running, self.asynchronous)
 
     def wait_ended(self) -> HeadraceError:
         """See `AsyncEngine.wait_ended`."""
@@ -232,5 +236,5 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    def _wait(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        return self.asynchronous.runtime.wait(coroutine)
+    def _wait(self, coroutine: Coroutine[Any, Any, Result], regret: Regret[Result] | None = None) -> Result:
+        return self.asynchronous.runtime.wait(coroutine, regret)

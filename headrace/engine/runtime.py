@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import logging
 import os
+import queue
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
@@ -32,51 +34,79 @@ _LOOK_SECONDS = 0.5
 _SHUTTING_DOWN = "the engine is shut down"
 
 Result = TypeVar("Result")
+Regret = Callable[[Result], Coroutine[Any, Any, None]]
+Undoable = tuple[Coroutine[Any, Any, Result], Regret[Result]]
+"""A coroutine, and what undoes a result of which nobody heard."""
 
 
 class _Errand(Generic[Result]):
-    """A coroutine that runs on a loop for somebody elsewhere. `result` comes when it is over, cancelled or not."""
+    """A coroutine that runs on a loop for somebody elsewhere, who may give it up. `on_news` is called on that loop when
+    it is over, and when all that came of it is undone."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, Result]) -> None:
-        self.result: concurrent.futures.Future[Result] = concurrent.futures.Future()
-        self.result.set_running_or_notify_cancel()  # so that whoever is cancelled while he waits does not end it
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        coroutine: Coroutine[Any, Any, Result],
+        regret: Regret[Result] | None,
+        on_news: Callable[[], None],
+    ) -> None:
+        """Nothing runs before `start`. `regret` undoes a result that came although it was given up."""
+        self.is_gone = False
         self._loop = loop
+        self._coroutine = coroutine
+        self._regret = regret
+        self._on_news = on_news
         self._task: asyncio.Task[Result] | None = None
-        loop.call_soon_threadsafe(self._start, coroutine)
+        self._undoing: asyncio.Task[None] | None = None
 
     @property
-    def has_value(self) -> bool:
-        """It ended without an error."""
-        return self.result.done() and self.result.exception() is None
+    def is_over(self) -> bool:
+        """It has come to something, which `result` says."""
+        return self._task is not None and self._task.done()
 
-    def cancel(self) -> None:
-        """Cancel it, from any thread. No harm if it is over."""
+    def result(self) -> Result:
+        """What it came to, once it is over."""
+        assert self._task is not None, "it is over"
+        return self._task.result()
+
+    def start(self) -> None:
+        """Run it, from any thread. Whoever is interrupted in here need not know whether it will run: he gives it up."""
+        self._loop.call_soon_threadsafe(self._begin)
+
+    def refuse(self) -> None:
+        """It was not started and will not be."""
+        self._coroutine.close()
+        self.is_gone = True
+
+    def give_up(self) -> None:
+        """Leave nothing of it, from any thread, whether it has begun, is over, or neither. `is_gone` tells the end."""
         with contextlib.suppress(RuntimeError):  # the loop is closed, and everything on it over
-            self._loop.call_soon_threadsafe(self._cancel)
+            self._loop.call_soon_threadsafe(self._give_up)
 
-    def _start(self, coroutine: Coroutine[Any, Any, Result]) -> None:
-        self._task = self._loop.create_task(coroutine)
+    def _begin(self) -> None:
+        self._task = self._loop.create_task(self._coroutine)
         self._task.add_done_callback(self._finish)
 
-    def _cancel(self) -> None:
-        assert self._task is not None, "it is started before it is cancelled"
-        self._task.cancel()
-
     def _finish(self, task: asyncio.Task[Result]) -> None:
-        error = concurrent.futures.CancelledError() if task.cancelled() else task.exception()
-        if error is not None:
-            self.result.set_exception(error)
-        else:
-            self.result.set_result(task.result())
+        self.is_gone = task.cancelled() or task.exception() is not None
+        self._on_news()
 
+    def _give_up(self) -> None:
+        if self._task is None:
+            self.refuse()
+            self._on_news()
+        elif not self.is_gone and self._undoing is None:
+            self._task.cancel()
+            self._undoing = self._loop.create_task(self._undo(self._task))
 
-async def _outlast(future: concurrent.futures.Future[Any]) -> None:
-    """Wait for the end of what was cancelled, whoever else is cancelled meanwhile."""
-    waiter = asyncio.wrap_future(future)
-    waiter.add_done_callback(lambda done: done.cancelled() or done.exception())  # looked at: its caller has his own
-    while not waiter.done():
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait([waiter])
+    async def _undo(self, task: asyncio.Task[Result]) -> None:
+        try:
+            await asyncio.wait([task])
+            if self._regret is not None and not task.cancelled() and task.exception() is None:
+                await self._regret(task.result())
+        finally:
+            self.is_gone = True
+            self._on_news()
 
 
 def result_of(future: concurrent.futures.Future[Result]) -> Result:
@@ -88,6 +118,18 @@ def result_of(future: concurrent.futures.Future[Result]) -> Result:
         except TimeoutError:
             if future.done():  # then this is its own error, or it came just now
                 return future.result()
+
+
+def _look_out(news: queue.SimpleQueue[None]) -> None:
+    """Wait for news, but not for long: an interrupt that comes in the moment before a wait does not end that wait."""
+    with contextlib.suppress(queue.Empty):
+        news.get(timeout=_LOOK_SECONDS)
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, action: Callable[[], None]) -> None:
+    """From any thread; forgotten once the loop is closed."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(action)
 
 
 class Runtime:
@@ -132,47 +174,59 @@ class Runtime:
         """Await this on the loop before the core is ended (a server that runs on the loop, say)."""
         self._closers.append(closer)
 
-    async def run(
-        self,
-        coroutine: Coroutine[Any, Any, Result],
-        regret: Callable[[Result], Coroutine[Any, Any, None]] | None = None,
-    ) -> Result:
+    async def run(self, coroutine: Coroutine[Any, Any, Result], regret: Regret[Result] | None = None) -> Result:
         """Await a coroutine on the engine's loop, from whatever loop this is. Cancelled, it is over before the caller
-        goes on; `regret` undoes a result that came when nobody waited for it any more."""
-        if asyncio.get_running_loop() is self.loop:
+        goes on; `regret` undoes a result that came when nobody waited for it any more. On the engine's own loop none
+        does: between the coroutine's end and its caller nothing is awaited."""
+        caller = asyncio.get_running_loop()
+        if caller is self.loop:
             return await coroutine
-        errand = self._schedule(coroutine)
+        news = asyncio.Event()
+        errand = _Errand(self.loop, coroutine, regret, functools.partial(_call_soon, caller, news.set))
         try:
-            return await asyncio.shield(asyncio.wrap_future(errand.result))
+            self._start(errand)
+            while not errand.is_over:
+                await news.wait()
+            return errand.result()
         except asyncio.CancelledError:
-            errand.cancel()
-            await _outlast(errand.result)
-            if regret is not None and errand.has_value:
-                with contextlib.suppress(ShutdownError):  # then nothing is left of it either
-                    await _outlast(self._schedule(regret(errand.result.result())).result)
+            errand.give_up()
+            while not self._is_rid_of(errand):
+                news.clear()
+                with contextlib.suppress(asyncio.CancelledError, TimeoutError):
+                    await asyncio.wait_for(news.wait(), _LOOK_SECONDS)
             raise
-        except GeneratorExit:  # dropped by whoever ran it: nobody is there to wait
-            errand.cancel()
+        except BaseException:  # its own error, or it is dropped by whoever ran it: nobody is there to wait
+            if not errand.is_gone:
+                errand.give_up()
             raise
 
-    def wait(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        """Run a coroutine on the engine's loop and wait for it in this thread. Interrupted, it is over before the
-        caller goes on, unless he is interrupted again."""
+    def wait(self, coroutine: Coroutine[Any, Any, Result], regret: Regret[Result] | None = None) -> Result:
+        """Run a coroutine on the engine's loop and wait for it in this thread. Interrupted, it is over and its result
+        undone by `regret` before the caller goes on, unless he is interrupted again."""
         if threading.current_thread() is self._thread:
             coroutine.close()
             raise InternalError("a blocking call was made on the engine's own loop, where it would wait for itself")
-        errand = self._schedule(coroutine)
+        # An interrupt may come between any two lines here. So nothing runs before the `try`, and the wait is for a
+        # queue in C: Python's conditions and futures may be left locked by an interrupt.
+        news: queue.SimpleQueue[None] = queue.SimpleQueue()
+        errand = _Errand(self.loop, coroutine, regret, functools.partial(news.put, None))
         try:
-            return result_of(errand.result)
+            self._start(errand)
+            while not errand.is_over:
+                _look_out(news)
+            return errand.result()
+        except asyncio.CancelledError:  # by the end of the engine
+            raise concurrent.futures.CancelledError from None
         except BaseException:
-            errand.cancel()
-            concurrent.futures.wait([errand.result])
+            if not errand.is_gone:
+                errand.give_up()
+            while not self._is_rid_of(errand):
+                _look_out(news)
             raise
 
     def post(self, action: Callable[[], None]) -> None:
         """Call `action` on the loop soon; forgotten once the runtime is closed."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            self.loop.call_soon_threadsafe(action)
+        _call_soon(self.loop, action)
 
     def check_open(self) -> None:
         """Raise `ShutdownError` once the runtime is closing, and in a fork of the process that owns it."""
@@ -198,14 +252,18 @@ class Runtime:
             self.host.kill()
         self._thread.join(SHUTDOWN_SECONDS)
 
-    def _schedule(self, coroutine: Coroutine[Any, Any, Result]) -> _Errand[Result]:
+    def _start(self, errand: _Errand[Any]) -> None:
         try:
             with self._lock:
                 self.check_open()
-                return _Errand(self.loop, coroutine)
+                errand.start()
         except ShutdownError:
-            coroutine.close()
+            errand.refuse()
             raise
+
+    def _is_rid_of(self, errand: _Errand[Any]) -> bool:
+        """Nothing is left of what was given up, or the loop has ended, and everything with it."""
+        return errand.is_gone or self._has_closed.is_set()
 
     def _core_died(self, death: HeadraceError) -> None:
         self.supervisor.core_died(death)

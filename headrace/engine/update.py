@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import logging
 import math
 import re
@@ -360,35 +361,38 @@ def manifest_of(entries: Manifest) -> tuple[TensorInfo, ...]:
 
 
 def drive(script: Script[Result], run: Callable[[Coroutine[Any, Any, Any]], Any]) -> Result:
-    """Run a script here; `run` runs a coroutine on the engine's loop and waits for it."""
-    try:
-        step = next(script)
-        while True:
-            try:
-                value = run(step)
-            except BaseException as error:
-                step = script.throw(error)
-            else:
-                step = script.send(value)
-    except StopIteration as end:
-        result: Result = end.value
-        return result
+    """Run a script here; `run` runs a coroutine on the engine's loop and waits for it. An interrupt, wherever it comes,
+    is the script's to clean up after."""
+    error: BaseException | None = None
+    while True:
+        try:
+            step = next(script) if error is None else script.throw(error)
+            while True:
+                step = script.send(run(step))
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+        except BaseException as caught:
+            if inspect.getgeneratorstate(script) == inspect.GEN_CLOSED:
+                raise
+            error = caught
 
 
 async def drive_async(script: Script[Result], run: Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]]) -> Result:
     """As `drive`, inside an event loop."""
-    try:
-        step = next(script)
-        while True:
-            try:
-                value = await run(step)
-            except BaseException as error:
-                step = script.throw(error)
-            else:
-                step = script.send(value)
-    except StopIteration as end:
-        result: Result = end.value
-        return result
+    error: BaseException | None = None
+    while True:
+        try:
+            step = next(script) if error is None else script.throw(error)
+            while True:
+                step = script.send(await run(step))
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+        except BaseException as caught:
+            if inspect.getgeneratorstate(script) == inspect.GEN_CLOSED:
+                raise
+            error = caught
 
 
 def _aligned(offset: int) -> int:

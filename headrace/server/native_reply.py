@@ -42,6 +42,7 @@ class SequenceReply:
         self._spans: list[tuple[str, int]] = []
         self._epochs: list[int] = []
         self._prompt_spans: list[tuple[str, int]] = []
+        self._last_version: str | None = None
         self._num_tokens = 0
         if wants_logprobs:
             self._lists = {"input_token_logprobs": [], "output_token_logprobs": []}
@@ -57,6 +58,8 @@ class SequenceReply:
         self._ids += piece.token_ids
         self._num_tokens += len(piece.token_ids)
         self._prompt_spans = piece.prompt_version_spans or self._prompt_spans
+        for version, _ in (piece.version_spans or piece.prompt_version_spans)[-1:]:
+            self._last_version = version
         for (version, count), epoch in zip(piece.version_spans, piece.version_epochs, strict=True):
             if self._spans and (self._spans[-1][0], self._epochs[-1]) == (version, epoch):
                 self._spans[-1] = (version, self._spans[-1][1] + count)
@@ -100,16 +103,18 @@ class SequenceReply:
         return {"text": "".join(self._text), **reply} if self._style.has_text else reply
 
     def forget(self) -> None:
-        """What was sent is not sent again."""
+        """What was sent is not sent again; `completion_tokens` and `weight_version` go on to be of the whole."""
         self._text.clear()
         self._ids.clear()
+        self._spans.clear()
+        self._epochs.clear()
+        self._prompt_spans = []
         for values in self._lists.values():
             values.clear()
 
     def _version(self) -> str:
         """The last token's, or that of the weights that scored the prompt."""
-        spans = self._spans or self._prompt_spans
-        return spans[-1][0] if spans else self._style.live_version()
+        return self._last_version or self._style.live_version()
 
     def _add_logprobs(self, piece: Generation) -> None:
         pairs = zip(piece.logprobs, piece.token_ids, strict=True)

@@ -74,8 +74,12 @@ async def serve(
     app = create_app(engine, options, host)
     server = EmbeddedServer(app, options.write_timeout)
     task = asyncio.get_running_loop().create_task(server.serve(sockets=[listener]))
-    while not server.started:
-        if task.done():
-            raise InternalError("the HTTP server ended while it started") from task.exception()
-        await asyncio.sleep(0.005)
+    try:
+        while not server.started:
+            if task.done():
+                raise InternalError("the HTTP server ended while it started") from task.exception()
+            await asyncio.sleep(0.005)
+    except asyncio.CancelledError:
+        server.should_exit = True  # nobody would hear of it
+        raise
     return RunningServer(server, task, app.state.server, listener, host)

@@ -23,6 +23,8 @@ DONE_EVENT = b"data: [DONE]\n\n"
 _BYTES_PER_CHARACTER = 8  # JSON is read so much faster than text is encoded
 _CHUNK_BYTES = 1 << 18
 _ENCODER = msgspec.json.Encoder()
+# U+0085, U+2028 and U+2029, which JSON leaves as they are; they can only be inside its strings.
+_LINE_SEPARATORS = tuple((chr(code).encode(), b"\\u%04x" % code) for code in (0x85, 0x2028, 0x2029))
 
 Value = TypeVar("Value")
 
@@ -38,8 +40,13 @@ def encode_json(value: Any) -> bytes:
 
 
 def event(value: Any) -> bytes:
-    """`value` as one server-sent event."""
-    return b"data: " + _ENCODER.encode(value) + b"\n\n"
+    """`value` as one server-sent event. A line of it has no character that a client which reads text lines may take for
+    the end of one."""
+    written = _ENCODER.encode(value)
+    for separator, escape in _LINE_SEPARATORS:
+        if separator in written:
+            written = written.replace(separator, escape)
+    return b"data: " + written + b"\n\n"
 
 
 async def read_object(request: Request) -> dict[str, Any]:

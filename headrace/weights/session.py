@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from headrace.types.errors import (
+    DeadlineError,
     HeadraceError,
     NeedsWeightsError,
     PoisonedError,
@@ -115,6 +116,10 @@ class UpdateSession:
         """A command arrived: the deadline counts from it."""
         self.deadline = now + self.timeout_s
 
+    def expired(self) -> DeadlineError:
+        """Why it ends when nobody has touched it until its deadline."""
+        return DeadlineError(f"session {self.session_id} was aborted {self.timeout_s:g} s after its last command")
+
 
 class WeightMachine:
     """State, version and epoch of one replica's weights, and the session that may change them.
@@ -134,6 +139,7 @@ class WeightMachine:
         self.session: UpdateSession | None = None
         self._resting: WeightState = "ready" if has_weights else "needs_weights"
         self._num_sessions = num_sessions
+        self._last_end: tuple[int, HeadraceError] | None = None
 
     @property
     def state(self) -> WeightState:
@@ -196,7 +202,11 @@ class WeightMachine:
         return self.session
 
     def require(self, session_id: int) -> UpdateSession:
-        """The open session, if that is its id; else `UpdateConflictError` saying which is."""
+        """The open session, if that is its id. Of the last one that ended, an error that says how; else
+        `UpdateConflictError` saying which is open."""
+        if self._last_end is not None and self._last_end[0] == session_id:
+            end = self._last_end[1]
+            raise type(end)(end.message, field=end.field)
         if self.session is None:
             raise UpdateConflictError(f"session {session_id} is not open; none is", field="session_id")
         if self.session.session_id != session_id:
@@ -239,20 +249,25 @@ class WeightMachine:
         session.staged.check_complete()
         self.version, self.epoch = session.version, self.epoch + 1
         self._resting, self.session = "ready", None
+        committed = UpdateConflictError(f"session {session_id} was committed", field="session_id")
+        self._last_end = session_id, committed
         return session
 
-    def abort(self, session_id: int) -> UpdateSession:
-        """Drop the session: back to the state before it, or POISONED if it had written in place."""
+    def abort(self, session_id: int, reason: HeadraceError | None = None) -> UpdateSession:
+        """Drop the session: back to the state before it, or POISONED if it had written in place. `reason` is what who
+        names the session later gets."""
         session = self.require(session_id)
         self._resting = "poisoned" if session.has_written else session.former
         self.session = None
+        aborted = UpdateConflictError(f"session {session_id} was aborted", field="session_id")
+        self._last_end = session_id, reason or aborted
         return session
 
     def expire(self, now: float) -> UpdateSession | None:
         """Abort the session if its deadline has passed; returns it then, else None."""
         if self.session is None or now < self.session.deadline:
             return None
-        return self.abort(self.session.session_id)
+        return self.abort(self.session.session_id, self.session.expired())
 
     def relabel(self, version: str) -> None:
         """Change the label of the live weights only: same epoch, no state change."""

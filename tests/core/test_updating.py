@@ -406,8 +406,10 @@ def test_a_forgotten_session_is_aborted_at_its_deadline(mode: str) -> None:
     core.clock.now += 5.1
     core.turn()
     assert core.status().state == ("ready" if mode == "shadow" else "poisoned")
-    assert core.refused(CommitUpdate, session).code == "UpdateConflictError"
+    refused = core.refused(CommitUpdate, session)
+    assert refused.code == "DeadlineError" and "was aborted 20 s after its last command" in refused.message
     update(core, NEW)
+    assert "was committed" in core.refused(CommitUpdate, session + 1).message
 
 
 def test_a_drain_that_outlives_the_session_answers_the_commit() -> None:

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from headrace import Generation
+from headrace.server.wire import event
 from tests.server.conftest import Served
 
 IDS = [10, 20, 30, 40, 50]
@@ -208,6 +209,12 @@ def test_incremental_streams_are_deltas(start: Any) -> None:
     triples = [triple for piece in pieces for triple in piece["meta_info"]["output_token_logprobs"]]
     assert triples == whole["meta_info"]["output_token_logprobs"]
     assert pieces[-1]["meta_info"]["completion_tokens"] == 20
+
+
+def test_an_event_is_one_line_for_whoever_reads_text() -> None:
+    text = {"text\u2028": "a\x85b\u2028c\u2029d\u2027\xe9"}
+    written = event(text).decode()
+    assert len(written.splitlines()) == 2 and json.loads(written[6:]) == text
 
 
 def test_streamed_batches_carry_an_index(served: Served) -> None:

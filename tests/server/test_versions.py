@@ -121,13 +121,22 @@ def test_a_label_given_again_by_default_begins_a_span(start: START, folder: Path
     params = {"max_new_tokens": 1000, "ignore_eos": True}
     body = {"input_ids": [1], "sampling_params": params, "stream": True}
     with served.http.stream("POST", "/generate", json=body) as reply:
-        pieces = events(reply.iter_lines())
-        next(pieces)
+        lines = events(reply.iter_lines())
+        pieces = [next(lines)]
         update_beside(served)
-        *_, last = pieces
-    meta = last["meta_info"]
-    assert [version for version, _ in meta["version_spans"]] == ["default", "default"]
-    assert sum(count for _, count in meta["version_spans"]) == 1000 and meta["version_epochs"] == [0, 1]
+        pieces += lines
+    metas = [piece["meta_info"] for piece in pieces]
+    if not is_incremental:
+        spans, epochs = metas[-1]["version_spans"], metas[-1]["version_epochs"]
+        assert [version for version, _ in spans] == ["default", "default"]
+        assert sum(count for _, count in spans) == 1000 and epochs == [0, 1]
+        return
+    for piece, meta in zip(pieces, metas, strict=True):  # of what is new in this event, as its ids
+        assert sum(count for _, count in meta["version_spans"]) == len(piece["output_ids"])
+        assert len(meta["version_spans"]) == len(meta["version_epochs"]) and meta["weight_version"] == "default"
+    epochs = [epoch for meta in metas for epoch in meta["version_epochs"]]
+    assert epochs == sorted(epochs) and set(epochs) == {0, 1}
+    assert metas[-1]["completion_tokens"] == 1000
 
 
 def test_chunks_of_an_openai_stream_say_the_epoch_of_their_spans(changing: Served) -> None:

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from headrace.types.errors import (
+    DeadlineError,
     NeedsWeightsError,
     PoisonedError,
     UnavailableError,
@@ -76,11 +77,16 @@ def test_session_ids_are_never_reused_and_stale_ones_are_conflicts() -> None:
         lambda: machine.commit(first),
         lambda: machine.abort(first),
     ):
-        with pytest.raises(UpdateConflictError, match=f"session {first} is not open; session {second} is"):
+        with pytest.raises(UpdateConflictError, match=f"session {first} was aborted"):
             command()
     machine.abort(second)
-    with pytest.raises(UpdateConflictError, match="none is"):
+    with pytest.raises(UpdateConflictError, match=f"session {second} was aborted"):
         machine.commit(second)
+    with pytest.raises(UpdateConflictError, match=f"session {first} is not open; none is"):
+        machine.commit(first)
+    third = begin(machine)
+    with pytest.raises(UpdateConflictError, match=f"session {first} is not open; session {third} is"):
+        machine.commit(first)
 
 
 @pytest.mark.parametrize("mode", ["shadow", "inplace"])
@@ -144,6 +150,9 @@ def test_the_deadline_counts_from_the_last_command() -> None:
     expired = machine.expire(30.0)
     assert expired is not None and expired.session_id == session_id and machine.state == "ready"
     assert machine.expire(1e9) is None
+    begin(machine)  # also while another is open
+    with pytest.raises(DeadlineError, match=f"session {session_id} was aborted 10 s after its last command"):
+        machine.check_commit(session_id, 40.0)
 
 
 def test_a_stage_is_counted_once_and_a_commit_names_the_rest() -> None:
@@ -185,6 +194,9 @@ def test_a_version_is_a_short_string(version: object) -> None:
         assert caught.value.field == "version"
     with pytest.raises(WeightUpdateError, match="timeout_s"):
         machine.begin("v", MANIFEST, "shadow", now=0.0, timeout_s=0.0)
+
+
+REFUSED = (WeightUpdateError, DeadlineError)  # of a session that is not open, the latter if it outlived its time
 
 
 class Model:
@@ -239,14 +251,14 @@ def play(machine: WeightMachine, model: Model, chance: random.Random) -> None:
             play_stage(machine, model, session_id, index, interrupted=chance.random() < 0.1)
     elif event == "commit":
         if not session or session["staged"] != {0, 1, 2}:
-            with pytest.raises(WeightUpdateError):
+            with pytest.raises(REFUSED):
                 machine.commit(session_id)
             return
         machine.commit(session_id)
         model.resting, model.version, model.epoch, model.open = "ready", str(session["version"]), model.epoch + 1, None
     elif event == "abort":
         if not session:
-            with pytest.raises(UpdateConflictError):
+            with pytest.raises(REFUSED):
                 machine.abort(session_id)
             return
         machine.abort(session_id)
@@ -270,7 +282,7 @@ def play(machine: WeightMachine, model: Model, chance: random.Random) -> None:
     elif event == "stale":
         stale = chance.choice((-1, 0, model.ids + 1, session_id - 1 if session else session_id))
         for command in (machine.commit, machine.abort, machine.note_write):
-            with pytest.raises(UpdateConflictError):
+            with pytest.raises(REFUSED):
                 command(stale)
 
 
@@ -279,7 +291,7 @@ def play_stage(machine: WeightMachine, model: Model, session_id: int, index: int
     staged = session["staged"] if session else set()
     assert isinstance(staged, set)
     if not session or index in staged or not 0 <= index < 3:
-        with pytest.raises(WeightUpdateError):
+        with pytest.raises(REFUSED):
             machine.check_stage(session_id, index, 0.0)
         return
     assert machine.check_stage(session_id, index, 0.0) is MANIFEST[index]

@@ -1,0 +1,164 @@
+"""Callers that are interrupted or cancelled at any moment: what they had begun is undone, and nothing is logged."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from headrace import Engine
+from headrace.engine.runtime import Runtime, _Errand, _look_out
+from headrace.engine.update import drive
+from tests.engine.builders import SETTINGS, model_of, named_tensors
+
+LONG = {"max_new_tokens": 900, "ignore_eos": True}
+TENSORS = named_tensors(model_of(1))
+MANIFEST = [(name, tensor.shape, str(tensor.dtype)) for name, tensor in TENSORS]
+WATCHED = {each.__code__ for each in (Runtime.wait, _Errand.start, _look_out, drive)}
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["inprocess", "process"])
+def engine(request: pytest.FixtureRequest, model_folder: Path) -> Iterator[Engine]:
+    with Engine(model_folder, **{**SETTINGS, "inprocess": request.param}) as engine:
+        yield engine
+
+
+def check_nothing_left(engine: Engine) -> None:
+    status = engine.status()
+    assert (status.paused, status.updating) == ("", False)
+    assert engine.asynchronous.runtime.client.num_live == 0
+    deadline = time.monotonic() + 20
+    while engine.metrics()["num_running"]:
+        assert time.monotonic() < deadline, "a sequence runs on for nobody"
+
+
+class Interrupts:
+    """Raises `KeyboardInterrupt` before the line of that number among those of the code that waits."""
+
+    def __init__(self, number: int) -> None:
+        self.num_left = number
+        self.has_come = False
+
+    def trace(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code not in WATCHED:
+            return None
+        if event == "line":
+            self.num_left -= 1
+            if self.num_left < 0 and not self.has_come:
+                self.has_come = True
+                raise KeyboardInterrupt
+        return self.trace
+
+
+@contextmanager
+def tracing(trace: Any) -> Iterator[None]:
+    former = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(former)
+
+
+def calls_of(engine: Engine) -> dict[str, Callable[[], Any]]:
+    return {
+        "pause": lambda: engine.pause("keep"),
+        "begin": lambda: engine.begin_update("never", MANIFEST, mode="shadow"),
+        "tensors": lambda: engine.update_weights_from_tensor(TENSORS, "never", mode="shadow"),
+        "generate": lambda: engine.generate(input_ids=[[1, 2]], sampling_params={"max_new_tokens": 3}, request_id="a"),
+        "stream": lambda: next(engine.stream(input_ids=[[1, 2]], sampling_params=LONG, request_id="a")),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
+@pytest.mark.parametrize("name", ["pause", "begin", "tensors", "generate", "stream"])
+def test_an_interrupt_at_any_line_leaves_nothing(engine: Engine, name: str) -> None:
+    call = calls_of(engine)[name]
+    for number in range(400):
+        interrupts = Interrupts(number)
+        try:
+            with tracing(interrupts.trace):
+                call()
+        except KeyboardInterrupt:
+            check_nothing_left(engine)
+        if not interrupts.has_come:
+            break
+    engine.resume()
+    engine.abort_update()
+    assert 3 < number < 400
+
+
+@pytest.mark.parametrize("name", ["pause", "begin", "stream", "serve"])
+def test_a_result_that_came_before_the_interrupt_is_undone(
+    engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The coroutine is over, and its caller has not seen that yet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def interrupted(news: Any) -> None:
+        monkeypatch.undo()
+        assert news.get(timeout=20) is None
+        raise KeyboardInterrupt
+
+    call = {**calls_of(engine), "serve": lambda: engine.serve(port)}[name]
+    monkeypatch.setattr("headrace.engine.runtime._look_out", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    check_nothing_left(engine)
+    engine.serve(port).stop(0.0)
+
+
+def test_a_cancelled_stream_leaves_no_sequence(engine: Engine) -> None:
+    async def read(name: str) -> None:
+        async for _ in engine.asynchronous.stream(input_ids=[[1, 2]], sampling_params=LONG, request_id=name):
+            pass
+
+    async def scenario() -> None:
+        for turn in range(60):
+            task = asyncio.create_task(read(f"r{turn % 2}"))
+            await asyncio.sleep(0.0001 * (turn % 30))
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await engine.asynchronous.status()  # what a stream posts as it ends has been done by then
+
+    asyncio.run(scenario())
+    check_nothing_left(engine)
+
+
+@pytest.mark.parametrize("name", ["generate", "pause", "update"])
+def test_a_cancelled_call_is_not_in_the_log(engine: Engine, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    ours = engine.asynchronous
+
+    async def scenario() -> None:
+        calls: dict[str, Callable[[], Any]] = {
+            "generate": lambda: ours.generate(input_ids=[[1, 2]], sampling_params=LONG),
+            "pause": lambda: ours.pause("drain"),
+            "update": lambda: ours.update_weights_from_tensor(TENSORS, "never"),
+        }
+        busy = asyncio.create_task(ours.generate(input_ids=[[1, 2]], sampling_params=LONG))
+        while not (await ours.metrics())["num_running"]:
+            pass
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(calls[name](), 0.02)
+        busy.cancel()
+        await asyncio.wait([busy])
+
+    with caplog.at_level(logging.WARNING, "asyncio"):
+        asyncio.run(scenario())
+        gc.collect()
+    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
+    check_nothing_left(engine)
