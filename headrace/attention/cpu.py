@@ -19,6 +19,7 @@ from torch import Tensor
 from headrace.attention.base import AttentionInputs, AttentionShape, Int64Array
 from headrace.kernels.paged_attention import PAD_POSITIONS, SampledAttention
 from headrace.kernels.paged_kv import KvGeometry, KvPool, store_rows, token_rows
+from headrace.kernels.products import PLAIN, Products
 
 _DENSE_MIN_TOKENS = 4  # a row of fewer tokens never goes by itself, so that steady decode is few calls
 _DENSE_MIN_ENTRIES = 24 << 10  # scores of a row that pay for gathering its context and for its own calls
@@ -30,7 +31,8 @@ _MAX_PIECE_ENTRIES = 1 << 22  # bounds a piece's scores and indices to 16 MiB ea
 class CpuAttention:
     """Plans steps over one pool. Scratch: a causal mask that grows to the longest context seen."""
 
-    def __init__(self, shape: AttentionShape, pool: KvPool, *, invariant: bool) -> None:
+    def __init__(self, shape: AttentionShape, pool: KvPool, *, invariant: bool, products: Products = PLAIN) -> None:
+        self._products = products
         self._shape = shape
         self._pool = pool
         self._invariant = invariant
@@ -49,7 +51,7 @@ class CpuAttention:
         if long_R.any():
             firsts = np.cumsum(inputs.row_lengths) - inputs.row_lengths
             blocks = [
-                DenseRow(self._shape, geometry, inputs, int(row), int(firsts[row]), self._mask)
+                DenseRow(self._shape, geometry, inputs, int(row), int(firsts[row]), self._mask, self._products)
                 for row in np.flatnonzero(long_R)
             ]
         return CpuStep(self._pool, _store_rows(geometry, inputs), pieces, blocks)
@@ -216,8 +218,10 @@ class DenseRow:
         row: int,
         first: int,
         mask: CausalMask,
+        products: Products,
     ) -> None:
         self._shape = shape
+        self._products = products
         self._mask = mask
         start, length = int(inputs.row_starts[row]), int(inputs.row_lengths[row])
         self._first, self._last = first, first + length
@@ -241,7 +245,7 @@ class DenseRow:
         if self._context_rows is None:
             own = slice(self._first, self._last)
             k_GLD, v_GLD = k_TGD[own].transpose(0, 1), v_TGD[own].transpose(0, 1)
-            out_THD[own] = _dense(q_THD[own], k_GLD, v_GLD, None)
+            out_THD[own] = _dense(self._products, q_THD[own], k_GLD, v_GLD, None)
             return
         shape = (self._shape.num_kv_heads, -1, self._shape.head_dim)
         k_GLD = keys.index_select(0, self._context_rows).view(shape)
@@ -249,18 +253,18 @@ class DenseRow:
         for block in self._blocks:
             mask = self._mask.view(block.last - block.first, block.num_positions).to(q_THD.dtype)
             seen = slice(0, block.num_positions)
-            out_THD[block.first : block.last] = _dense(
-                q_THD[block.first : block.last], k_GLD[:, seen], v_GLD[:, seen], mask
-            )
+            own = slice(block.first, block.last)
+            out_THD[own] = _dense(self._products, q_THD[own], k_GLD[:, seen], v_GLD[:, seen], mask)
 
 
-def _dense(q_THD: Tensor, k_GLD: Tensor, v_GLD: Tensor, mask_TL: Tensor | None) -> Tensor:
+def _dense(products: Products, q_THD: Tensor, k_GLD: Tensor, v_GLD: Tensor, mask_TL: Tensor | None) -> Tensor:
     """Causal attention of one sequence; without a mask the queries are all of its positions."""
-    out_1HTD = F.scaled_dot_product_attention(
+    out_1HTD = products.compound(
+        F.scaled_dot_product_attention,
         q_THD.transpose(0, 1).unsqueeze(0),
         k_GLD.unsqueeze(0),
         v_GLD.unsqueeze(0),
-        attn_mask=mask_TL,
+        mask_TL,
         is_causal=mask_TL is None,
         enable_gqa=q_THD.shape[1] != k_GLD.shape[0],
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from headrace.attention.base import AttentionInputs, AttentionShape, Int64Array
 from headrace.kernels.paged_kv import KvPool
+from headrace.kernels.products import PLAIN, Products
 
 _MAX_SCORES = 1 << 26
 """Scores held at once, over all heads: 256 MiB of float32, and a few copies of it."""
@@ -36,9 +37,10 @@ class _Row:
 class ReferenceAttention:
     """Gathers each row's whole context and attends in float32. A narrow pool rounds what is stored, nothing else."""
 
-    def __init__(self, shape: AttentionShape, pool: KvPool) -> None:
+    def __init__(self, shape: AttentionShape, pool: KvPool, products: Products = PLAIN) -> None:
         self._shape = shape
         self._pool = pool
+        self._products = products
 
     def plan(self, inputs: AttentionInputs) -> ReferenceStep:
         """Look up where every token and every context is; the page table may be on any device."""
@@ -57,13 +59,17 @@ class ReferenceAttention:
         ):
             rows.append(_Row(first, length, start, locate(slot, np.arange(start + length))))
             first += length
-        return ReferenceStep(self._shape, pool, locate(inputs.token_slots, inputs.token_positions), rows)
+        tokens = locate(inputs.token_slots, inputs.token_positions)
+        return ReferenceStep(self._shape, pool, tokens, rows, self._products)
 
 
 class ReferenceStep:
     """One step of the oracle."""
 
-    def __init__(self, shape: AttentionShape, pool: KvPool, tokens: _Places, rows: list[_Row]) -> None:
+    def __init__(
+        self, shape: AttentionShape, pool: KvPool, tokens: _Places, rows: list[_Row], products: Products
+    ) -> None:
+        self._products = products
         self._shape = shape
         self._pool = pool
         self._tokens = tokens
@@ -78,12 +84,20 @@ class ReferenceStep:
         for row in self._rows:
             tokens = slice(row.first, row.first + row.length)
             k_LGD, v_LGD = _read(keys, row.context), _read(values, row.context)
-            out_THD[tokens] = attend(q_THD[tokens].float(), k_LGD, v_LGD, row.start, self._shape).to(q_THD.dtype)
+            q_BHD = q_THD[tokens].float()
+            found_BHD = attend(q_BHD, k_LGD, v_LGD, row.start, self._shape, products=self._products)
+            out_THD[tokens] = found_BHD.to(q_THD.dtype)
         return out_THD.view(q_THD.shape[0], -1)
 
 
 def attend(
-    q_THD: Tensor, k_LGD: Tensor, v_LGD: Tensor, start: int, shape: AttentionShape, max_scores: int = _MAX_SCORES
+    q_THD: Tensor,
+    k_LGD: Tensor,
+    v_LGD: Tensor,
+    start: int,
+    shape: AttentionShape,
+    max_scores: int = _MAX_SCORES,
+    products: Products = PLAIN,
 ) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, query i seeing positions up to start + i (Vaswani et al., 2017); float32 [T, H, D].
 
@@ -97,9 +111,10 @@ def attend(
     for first in range(0, q_THD.shape[0], block):
         q_BHD = q_THD[first : first + block]
         last_seen_B = start + first + torch.arange(q_BHD.shape[0], dtype=torch.int64, device=q_BHD.device)
-        scores_HBL = torch.einsum("bhd,lhd->hbl", q_BHD, k_LHD) * shape.scale
+        scores_HBL = products.compound(torch.einsum, "bhd,lhd->hbl", q_BHD, k_LHD) * shape.scale
         scores_HBL.masked_fill_(positions_L > last_seen_B[:, None], float("-inf"))
-        out_THD[first : first + block] = torch.einsum("hbl,lhd->bhd", torch.softmax(scores_HBL, dim=-1), v_LHD)
+        weights_HBL = torch.softmax(scores_HBL, dim=-1)
+        out_THD[first : first + block] = products.compound(torch.einsum, "hbl,lhd->bhd", weights_HBL, v_LHD)
     return out_THD
 
 

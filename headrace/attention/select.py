@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from headrace.attention.base import AttentionBackend, AttentionShape, DeviceAttention, RotaryTables
+from headrace.kernels.products import PLAIN, Products
 from headrace.types.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -117,17 +118,19 @@ def refusals(*, device: str, dtype: str, numerics: str, page_size: int, head_dim
     return {name: why for name, why in answers.items() if why is not None}
 
 
-def build_backend(name: str, numerics: str, shape: AttentionShape, pool: KvPool) -> AttentionBackend:
+def build_backend(
+    name: str, numerics: str, shape: AttentionShape, pool: KvPool, products: Products = PLAIN
+) -> AttentionBackend:
     """The backend over this pool, for models that norm and rotate heads themselves. Raises `ConfigError` naming why it
     cannot run it."""
     _check(name, numerics, shape, pool)
     if name == "reference":
         from headrace.attention.reference import ReferenceAttention
 
-        return ReferenceAttention(shape, pool)
+        return ReferenceAttention(shape, pool, products)
     from headrace.attention.cpu import CpuAttention
 
-    return CpuAttention(shape, pool, invariant=numerics == "invariant")
+    return CpuAttention(shape, pool, invariant=numerics == "invariant", products=products)
 
 
 def build_device_backend(

@@ -153,6 +153,7 @@ def update_from_disk(replica: Replica, command: UpdateFromDisk, now: float) -> N
 
 def set_version(replica: Replica, command: SetVersion, now: float) -> None:
     """Relabel the live weights."""
+    replica.update.check_whole()
     replica.update.machine.relabel(command.version)
     replica.scheduler.relabel(command.version)
     replica.outbox.reply(command.call_id)
@@ -197,7 +198,7 @@ def _compare(replica: Replica, command: WeightsChecker) -> None:
     def differing(live: dict[str, str]) -> dict[str, str]:
         return {name: found for name, found in live.items() if snapshot.get(name) != found}
 
-    replica.reading.digest(command.call_id, command.deadline, differing)
+    replica.reading.compare(command.call_id, command.deadline, differing)
 
 
 def flush_cache(replica: Replica, command: FlushCache, now: float) -> None:
@@ -215,7 +216,8 @@ def status(replica: Replica, now: float) -> CoreStatus:
     scheduler, update = replica.scheduler, replica.update
     return CoreStatus(
         state=update.machine.state,
-        version=update.machine.version,
+        version=update.machine.live_version,
+        last_version=update.machine.version,
         epoch=update.machine.epoch,
         paused=replica.pause.mode or "",
         updating=update.machine.session is not None,

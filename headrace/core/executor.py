@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from headrace.runner.runner import Runner
 
 logger = logging.getLogger(__name__)
+_WARNING_SECONDS = 10.0
 
 
 class StepError(Exception):
@@ -100,6 +102,7 @@ class LocalExecutor:
     def __init__(self, runner: Runner | DeviceRunner) -> None:
         self._runner = runner
         self._pending: deque[PendingStep | StepError] = deque()
+        self._next_warning = 0.0
         self.weights: Weights = runner.weights
 
     @property
@@ -148,8 +151,14 @@ class LocalExecutor:
 
     def _failed(self, step_id: int, fault: BaseException) -> StepError:
         if isinstance(fault, StepDisturbed):
-            logger.warning("step %d is computed again: %s", step_id, fault)
+            self._warn_of_disturbance(step_id, fault)
             return StepError(step_id, fault)
         self.examine(fault)
         logger.error("step %d failed", step_id, exc_info=fault)
         return StepError(step_id, fault)
+
+    def _warn_of_disturbance(self, step_id: int, fault: StepDisturbed) -> None:
+        """Once in a while: what disturbs one step often goes on."""
+        if time.monotonic() >= self._next_warning:
+            self._next_warning = time.monotonic() + _WARNING_SECONDS
+            logger.warning("step %d is computed again: %s", step_id, fault)

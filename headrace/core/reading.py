@@ -32,10 +32,12 @@ Slices = Generator[None, None, Any]
 
 
 class _Read(msgspec.Struct):
-    """`slices` are those begun when live memory had `stamp`; `close` lets go of what the read holds."""
+    """`check` raises why it may not go on. `slices` are those begun when live memory had `stamp`; `close` lets go of
+    what the read holds."""
 
     call_id: int
     deadline: float
+    check: Callable[[], None]
     begin: Callable[[int], Slices]
     close: Callable[[], None]
     slices: Slices | None = None
@@ -58,7 +60,16 @@ class ReadControl:
 
     def digest(self, call_id: int, deadline: float, finish: Callable[[dict[str, str]], Any]) -> None:
         """Hash all live weights; the call is answered with what `finish` makes of the digests by name."""
-        self._update.check_readable()
+        self._hash(call_id, deadline, self._update.check_whole, finish)
+
+    def compare(self, call_id: int, deadline: float, finish: Callable[[dict[str, str]], Any]) -> None:
+        """As `digest`, also of what is left of weights that are not whole: for telling what of them differs."""
+        self._hash(call_id, deadline, self._update.check_readable, finish)
+
+    def _hash(
+        self, call_id: int, deadline: float, check: Callable[[], None], finish: Callable[[dict[str, str]], Any]
+    ) -> None:
+        check()
 
         def begin(stamp: int) -> Slices:
             digests: dict[str, str] = {}
@@ -68,11 +79,11 @@ class ReadControl:
                 yield
             return finish(digests)
 
-        self._reads.append(_Read(call_id, deadline, begin, lambda: None))
+        self._reads.append(_Read(call_id, deadline, check, begin, lambda: None))
 
     def copy(self, command: GetWeight) -> None:
         """Copy a part of one tensor into the caller's buffer. Raises what is wrong with the command."""
-        self._update.check_readable()
+        self._update.check_whole()
         info = self._executor.weights.info(command.name)
         element, start, stop = ELEMENT_BYTES[info.dtype], command.start, _num_bytes_read(info, command.max_rows)
         if not 0 <= start <= stop or start % element:
@@ -84,7 +95,7 @@ class ReadControl:
             yield from self._executor.weights.copy_in_slices(command.name, start, buffer.view[:size])
             return WeightPart(info, size, stamp, stop)
 
-        self._reads.append(_Read(command.call_id, command.deadline, begin, buffer.close))
+        self._reads.append(_Read(command.call_id, command.deadline, self._update.check_whole, begin, buffer.close))
 
     def expire(self, now: float) -> None:
         """End what was not read by its deadline."""
@@ -97,7 +108,7 @@ class ReadControl:
             return False
         read = self._reads[0]
         try:
-            self._update.check_readable()
+            read.check()
             self._advance(read, time.perf_counter() + budget_s)
         except HeadraceError as error:
             self._refuse(read, error)

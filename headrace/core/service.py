@@ -29,15 +29,17 @@ def serve_core(
     *,
     pulse: Pulse | None = None,
     on_built: Callable[[], object] | None = None,
+    shares_process: bool = False,
 ) -> int:
     """Build a core, announce it with `CoreReady`, and step it until it is shut down. Returns the exit code.
 
-    `pulse` beats from here to the end; None: nobody feels it. `on_built` is called once before the announcement. Never
+    `pulse` beats from here to the end; None: nobody feels it. `on_built` is called once before the announcement.
+    `shares_process`: others compute in this process too. Never
     raises: a failure to start is told in `CoreReady.error`, a crash is answered to every live request.
     """
     with pulse or Pulse() as pulse:
         try:
-            loop = _build(resolved, link, executor, pulse, on_built)
+            loop = _build(resolved, link, executor, pulse, on_built, shares_process)
         except Exception as error:  # process entry point
             return _report_start_failure(link, error)
         return 0 if loop is None else run_core(loop, link)
@@ -70,9 +72,10 @@ def _build(
     kind: ExecutorKind,
     pulse: Pulse,
     on_built: Callable[[], object] | None,
+    shares_process: bool,
 ) -> CoreLoop | None:
     """The loop, announced; None when the front went away meanwhile."""
-    executor, resolved = build_executor(resolved, kind)
+    executor, resolved = build_executor(resolved, kind, shares_process=shares_process)
     loop = CoreLoop(resolved, executor, link, pulse=pulse)
     if on_built is not None:
         on_built()
@@ -92,7 +95,9 @@ def _build(
     return loop
 
 
-def build_executor(resolved: ResolvedConfig, kind: ExecutorKind) -> tuple[Executor, ResolvedConfig]:
+def build_executor(
+    resolved: ResolvedConfig, kind: ExecutorKind, *, shares_process: bool = False
+) -> tuple[Executor, ResolvedConfig]:
     """What executes plans: a runner of this process, or, for "free", nothing at all. And the settings it runs with,
     where what could only be measured is filled in."""
     if kind == "free":
@@ -101,7 +106,7 @@ def build_executor(resolved: ResolvedConfig, kind: ExecutorKind) -> tuple[Execut
         return FreeExecutor(resolved.model.vocab_size), resolved
     from headrace.runner import build_runner  # torch: the slow import, made in the core only
 
-    executor = LocalExecutor(build_runner(resolved, on_progress=LoadProgress()))
+    executor = LocalExecutor(build_runner(resolved, on_progress=LoadProgress(), shares_process=shares_process))
     return executor, executor.resolved
 
 

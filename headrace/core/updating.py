@@ -86,6 +86,14 @@ class UpdateControl:
             message = f"session {session.session_id} is writing live weights in place; read them when it is over"
             raise UpdateConflictError(message, field="session_id")
 
+    def check_whole(self) -> None:
+        """Also `NeedsWeightsError` or `PoisonedError` until a complete update lands: what was read then would pass for
+        the weights of a label, and a label for weights, that are not there."""
+        self.check_readable()
+        refusal = self.refusal()
+        if refusal is not None:
+            raise refusal
+
     @property
     def holds_generation(self) -> bool:
         """No step may run for the session's sake."""

@@ -78,7 +78,7 @@ class CoreThread:
     def _run(resolved: ResolvedConfig, link: CoreLink, executor: ExecutorKind, page: PulsePage) -> None:
         from headrace.core import serve_core
 
-        serve_core(resolved, link, executor, pulse=Pulse(page))
+        serve_core(resolved, link, executor, pulse=Pulse(page), shares_process=True)
 
 
 def resolve_settings(

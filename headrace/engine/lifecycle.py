@@ -77,9 +77,12 @@ class EngineLifecycle:
 
     @property
     def version(self) -> str:
-        """The label of the live weights, as last heard from the core."""
+        """The label of the live weights, as last heard from the core; "", which no label is, while none are whole: they
+        were reset, an update in place failed, or a core is dead and the next one waits for its update."""
         status = None if self._parts is None else self._parts.runtime.client.status
-        return self.config.initial_version if status is None else status.version
+        if status is None:
+            return self.config.initial_version
+        return status.version if self.runtime.client.is_alive or not self.is_alive else ""
 
     @property
     def is_alive(self) -> bool:

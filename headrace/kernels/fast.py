@@ -6,15 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headrace.kernels.products import PLAIN, Products
 
-def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+
+def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, products: Products = PLAIN) -> Tensor:
     """One GEMM over all rows."""
-    return F.linear(x_TI, weight_OI, bias_O)
+    return products.linear(x_TI, weight_OI, bias_O)
 
 
-def linear_add_(residual_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+def linear_add_(
+    residual_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, products: Products = PLAIN
+) -> None:
     """One GEMM that accumulates into the residual stream."""
-    residual_TO.addmm_(x_TI, weight_OI.t())
+    products.linear_add_(residual_TO, x_TI, weight_OI)
     if bias_O is not None:
         residual_TO.add_(bias_O)
 

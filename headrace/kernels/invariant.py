@@ -18,21 +18,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headrace.kernels.products import PLAIN, Products
+
 TILE_ROWS = 16
 _CACHE_LINE = 64
 _UNSPLIT_ELEMENTS = 32767  # torch splits element-wise work between threads from 32768 elements on
 _UNSPLIT_COLUMNS = 32736  # the same in one row, as a multiple of 32, the widest vectorised step
 
 
-def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, products: Products = PLAIN) -> Tensor:
     """One GEMM of `TILE_ROWS` rows per tile; the last tile is padded with zero rows."""
     num_tokens = x_TI.shape[0]
     num_padded = -(-num_tokens // TILE_ROWS) * TILE_ROWS
     x_tiles = F.pad(x_TI, (0, 0, 0, num_padded - num_tokens)) if num_padded > num_tokens else _aligned(x_TI)
     y_TO = x_TI.new_empty(num_padded, weight_OI.shape[0])
-    weight_IO = weight_OI.t()
     for first in range(0, num_padded, TILE_ROWS):
-        torch.mm(x_tiles[first : first + TILE_ROWS], weight_IO, out=y_TO[first : first + TILE_ROWS])
+        tile = slice(first, first + TILE_ROWS)
+        products.linear_out(x_tiles[tile], weight_OI, y_TO[tile])
     y_TO = y_TO[:num_tokens]
     return y_TO if bias_O is None else y_TO.add_(bias_O)
 
@@ -44,9 +46,11 @@ def _aligned(x_TI: Tensor) -> Tensor:
     )
 
 
-def linear_add_(residual_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+def linear_add_(
+    residual_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, products: Products = PLAIN
+) -> None:
     """The tiled GEMM, then one sum."""
-    residual_TO.add_(linear(x_TI, weight_OI, bias_O))
+    residual_TO.add_(linear(x_TI, weight_OI, bias_O, products))
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
 
 from headrace.kernels import fast, invariant, reference
+from headrace.kernels.products import PLAIN, Products
 from headrace.types.errors import ConfigError
 
 
@@ -75,9 +77,10 @@ class KernelSet:
 _MODULES = {"reference": reference, "fast": fast, "invariant": invariant}
 
 
-def select_kernels(name: str) -> KernelSet:
+def select_kernels(name: str, products: Products = PLAIN) -> KernelSet:
     """The kernel set called "reference", "fast" or "invariant". Raises `ConfigError` for another name."""
     module = _MODULES.get(name)
     if module is None:
         raise ConfigError(f"numerics {name!r} is not one of {', '.join(_MODULES)}", field="numerics")
-    return KernelSet(name, module.linear, module.linear_add_, module.rms_norm, module.rope, module.silu_and_mul)
+    linear, linear_add_ = partial(module.linear, products=products), partial(module.linear_add_, products=products)
+    return KernelSet(name, linear, linear_add_, module.rms_norm, module.rope, module.silu_and_mul)

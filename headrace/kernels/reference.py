@@ -5,16 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from headrace.kernels.products import PLAIN, Products
 
-def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+
+def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, products: Products = PLAIN) -> Tensor:
     """x W^T + b."""
-    y_TO = torch.einsum("ti,oi->to", x_TI.float(), weight_OI.float())
+    y_TO = products.compound(torch.einsum, "ti,oi->to", x_TI.float(), weight_OI.float())
     return (y_TO if bias_O is None else y_TO + bias_O.float()).to(x_TI.dtype)
 
 
-def linear_add_(residual_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+def linear_add_(
+    residual_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, products: Products = PLAIN
+) -> None:
     """residual += x W^T + b."""
-    residual_TO.copy_(residual_TO + linear(x_TI, weight_OI, bias_O))
+    residual_TO.copy_(residual_TO + linear(x_TI, weight_OI, bias_O, products))
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:

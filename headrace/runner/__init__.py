@@ -16,13 +16,16 @@ __all__ = ["Runner", "build_runner"]
 _DEVICE_BACKENDS = ("triton", "flashinfer")
 
 
-def build_runner(resolved: ResolvedConfig, on_progress: Progress | None = None) -> Runner | DeviceRunner:
-    """The runner that these settings ask for. Raises what its constructor raises, and `ConfigError`."""
+def build_runner(
+    resolved: ResolvedConfig, on_progress: Progress | None = None, *, shares_process: bool = False
+) -> Runner | DeviceRunner:
+    """The runner that these settings ask for, in a process of its own or a caller's. Raises what its constructor
+    raises, and `ConfigError`."""
     if resolved.attention_backend not in _DEVICE_BACKENDS:
-        return Runner(resolved, on_progress)
+        return Runner(resolved, on_progress, shares_process=shares_process)
     from headrace.kernels.cache import use_kernel_cache
 
     use_kernel_cache(resolved.engine.kernel_cache)  # before anything imports triton
     from headrace.runner.device_runner import DeviceRunner
 
-    return DeviceRunner(resolved, on_progress)
+    return DeviceRunner(resolved, on_progress, shares_process=shares_process)

@@ -27,6 +27,7 @@ from headrace.layers.linear import GemmCounter
 from headrace.models.decoder import Decoder
 from headrace.runner.buckets import Buckets
 from headrace.runner.device_step import DeviceStep
+from headrace.runner.exact_products import ExactProducts
 from headrace.runner.graphs import Graphs
 from headrace.runner.launches import Launches, make_tables
 from headrace.runner.loading import Progress, checked_weight_map, load_weights
@@ -47,11 +48,14 @@ _SPARE_BYTES = 256 << 20
 class DeviceRunner:
     """One device's executor. `resolved` is what it was given, with the number of pages filled in.
 
-    `on_progress(done, total)` is called per tensor while weights load. Raises `CheckpointError` for a bad checkpoint,
+    `on_progress(done, total)` is called per tensor while weights load. `shares_process`: a caller's threads run beside
+    it. Raises `CheckpointError` for a bad checkpoint,
     and `ConfigError` for a device that is not there, a backend that cannot run the model, or too little memory.
     """
 
-    def __init__(self, resolved: ResolvedConfig, on_progress: Progress | None = None) -> None:
+    def __init__(
+        self, resolved: ResolvedConfig, on_progress: Progress | None = None, *, shares_process: bool = False
+    ) -> None:
         times = [time.perf_counter()]
         torch.set_num_threads(resolved.num_threads)
         self._device = device = _open_device(resolved)
@@ -66,7 +70,7 @@ class DeviceRunner:
         load_weights(self.weights, resolved, on_progress)
         times.append(time.perf_counter())
         has_graphs = device.type == "cuda" and resolved.engine.cuda_graphs
-        parts = _Parts(resolved, device, self.weights, self._counter)
+        parts = _Parts(resolved, ExactProducts(device, is_shared=shares_process), self.weights, self._counter)
         self.resolved = _size_pool(resolved, parts, free_at_start, has_graphs) if device.type == "cuda" else resolved
         times.append(time.perf_counter())
         self._graphs = Graphs(self._counter, enabled=has_graphs)
@@ -116,17 +120,18 @@ class _Parts:
     """What does not depend on the size of the pool: model, sampler, hidden states, buckets."""
 
     def __init__(
-        self, resolved: ResolvedConfig, device: torch.device, weights: WeightStore, counter: GemmCounter
+        self, resolved: ResolvedConfig, exact: ExactProducts, weights: WeightStore, counter: GemmCounter
     ) -> None:
         spec, engine = resolved.model, resolved.engine
         max_rows = engine.max_running_requests
         self.max_tokens = max(engine.max_num_batched_tokens, max_rows)
-        self._device = device
+        self._device = device = weights.device
+        self._exact = exact
         self._dtype = weights.dtype
         self._model: Decoder = models.build(
             spec,
             weights,
-            kernels=device_kernels(engine.numerics, device),
+            kernels=device_kernels(engine.numerics, device, exact.products),
             context_length=resolved.context_length,
             counter=counter,
         )
@@ -153,7 +158,8 @@ class _Parts:
         tables = make_tables(buffer, max_rows, resolved.max_columns, self._device)
         launches = Launches(self._model, attention, self.sampler, buffer, tables, self._hidden)
         slots = SlotTable(max_rows, resolved.max_columns)
-        return StepRunner(launches, attention, self.sampler, slots, buffer, self.buckets, graphs, tables.page_table)
+        table, exact = tables.page_table, self._exact
+        return StepRunner(launches, attention, self.sampler, slots, buffer, self.buckets, graphs, table, exact)
 
 
 def _size_pool(resolved: ResolvedConfig, parts: _Parts, free_at_start: int, has_graphs: bool) -> ResolvedConfig:

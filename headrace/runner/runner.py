@@ -34,11 +34,14 @@ _MAX_LOGITS_BYTES = 256 << 20
 class Runner:
     """One device's executor.
 
-    `on_progress(done, total)` is called per tensor while weights load. Sets the process's torch thread count. Raises
+    `on_progress(done, total)` is called per tensor while weights load. `shares_process`: a caller's threads run beside
+    it. Sets the process's torch thread count. Raises
     `CheckpointError` for a bad checkpoint and `ConfigError` for a backend that cannot run the model.
     """
 
-    def __init__(self, resolved: ResolvedConfig, on_progress: Progress | None = None) -> None:
+    def __init__(
+        self, resolved: ResolvedConfig, on_progress: Progress | None = None, *, shares_process: bool = False
+    ) -> None:
         spec, engine = resolved.model, resolved.engine
         torch.set_num_threads(resolved.num_threads)
         self._device = device = torch.device(resolved.device)
@@ -46,19 +49,21 @@ class Runner:
         self.resolved = resolved
         self._counter = GemmCounter()
         self.weights = WeightStore(checked_weight_map(resolved), dtype, device, check_finite=engine.check_finite)
-        kernels = select_kernels("reference" if resolved.attention_backend == "reference" else engine.numerics)
+        self._exact = ExactProducts(device, is_shared=shares_process)
+        products = self._exact.products
+        kernel_set = "reference" if resolved.attention_backend == "reference" else engine.numerics
+        kernels = select_kernels(kernel_set, products)
         self._model = models.build(
             spec, self.weights, kernels=kernels, context_length=resolved.context_length, counter=self._counter
         )
         geometry = KvGeometry(spec.num_layers, resolved.num_pages, spec.num_kv_heads, engine.page_size, spec.head_dim)
         shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
         self._attention = build_backend(
-            resolved.attention_backend, engine.numerics, shape, KvPool(geometry, dtype, device)
+            resolved.attention_backend, engine.numerics, shape, KvPool(geometry, dtype, device), products
         )
         self._slots = SlotTable(engine.max_running_requests, resolved.max_columns)
         self._sampler = Sampler(spec.vocab_size, engine.max_running_requests, torch.device("cpu"), engine.numerics)
         self._scorer = PromptScorer(self._model.logits, self._sampler, spec.vocab_size)
-        self._exact = ExactProducts(device)
         self._max_sampled_rows = max(1, _MAX_LOGITS_BYTES // (4 * spec.vocab_size))
         load_weights(self.weights, resolved, on_progress)
 

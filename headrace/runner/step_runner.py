@@ -44,6 +44,7 @@ class StepRunner:
         buckets: Buckets,
         graphs: Graphs,
         page_table: torch.Tensor,
+        exact: ExactProducts,
     ) -> None:
         self.clock = DeviceClock()
         self._launches = launches
@@ -55,7 +56,7 @@ class StepRunner:
         self._graphs = graphs
         self._page_table = page_table
         self._is_cuda = page_table.is_cuda
-        self._exact = ExactProducts(page_table.device)
+        self._exact = exact
 
     def launch(self, plan: StepPlan) -> DeviceStep:
         """Enqueue one plan."""
@@ -89,7 +90,7 @@ class StepRunner:
 
     def run_greatest(self) -> None:
         """Run launches of the greatest sizes, over padding: what their peak of memory is measured by."""
-        with torch.inference_mode():
+        with torch.inference_mode(), self._exact:
             self._launches.make_empty()
             self._launches.forward(self._buckets.greatest)
             num_rows = self._buckets.sampled[0]

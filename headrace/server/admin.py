@@ -142,7 +142,7 @@ class AdminFace:
             if body.manifest:
                 raise RequestError("manifest is not supported by this engine", field="manifest")
             in_flight = body.in_flight or ("abort" if body.abort_all_requests else "drain")
-            version = self._engine.version if body.weight_version is None else str(body.weight_version)
+            version = self._last_version() if body.weight_version is None else str(body.weight_version)
             update = self._engine.update_weights_from_disk
             with fields_named({"timeout": "timeout_s", "version": "weight_version"}):
                 report = await self._do(
@@ -153,6 +153,11 @@ class AdminFace:
             return _refusal(error, num_paused_requests=0)
         reply = {"success": True, "message": "Weights updated.", "num_paused_requests": 0}
         return json_reply({**reply, "report": report})
+
+    def _last_version(self) -> str:
+        """The label of the last weights that were whole."""
+        status = self._engine.runtime.client.status
+        return self._engine.version if status is None else status.last_version
 
     async def abort_weight_update(self, request: Request) -> Response:
         """POST /abort_weight_update: end the open update, whoever began it. The old weights serve on, unless it had

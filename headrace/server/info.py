@@ -92,6 +92,7 @@ class InfoFace:
                 "is_generation": True,
                 "preferred_sampling_params": None,
                 "weight_version": self._engine.version,
+                "weights_state": self._weights_state(),
                 "has_image_understanding": False,
                 "has_audio_understanding": False,
                 "model_type": model.model_type,
@@ -101,7 +102,7 @@ class InfoFace:
 
     async def weight_version(self, request: Request) -> Response:
         """GET /get_weight_version"""
-        return json_reply({"weight_version": self._engine.version})
+        return json_reply({"weight_version": self._engine.version, "weights_state": self._weights_state()})
 
     async def server_info(self, request: Request) -> Response:
         """GET /server_info"""
@@ -135,6 +136,7 @@ class InfoFace:
             "max_total_num_tokens": status.max_total_num_tokens,
             "max_req_input_len": resolved.context_length - 1,
             "weight_version": status.version,
+            "weights_state": status.state,
             "internal_states": [internal],
             "version": __version__,
             "kv_events": None,
@@ -180,6 +182,11 @@ class InfoFace:
         values = {**values, "is_ready": float(self._state.is_ready), "is_alive": float(self._engine.is_alive)}
         labels = {"model_name": self._state.model_name}
         return Response(self._state.metrics.render(values, labels), media_type=metrics.CONTENT_TYPE)
+
+    def _weights_state(self) -> str:
+        """That of the core as last heard of, "no_core" while there is none."""
+        client = self._engine.runtime.client
+        return client.status.state if client.is_alive and client.status is not None else "no_core"
 
     def _why_not(self) -> str:
         ailment = self._engine.runtime.client.diagnose()

@@ -266,7 +266,11 @@ Command = (
 
 
 class CoreStatus(msgspec.Struct, frozen=True):
-    """The core's own account of itself. `metrics` are the counters and gauges listed in docs/architecture.md."""
+    """The core's own account of itself. `metrics` are the counters and gauges listed in docs/architecture.md.
+
+    `version` is the label of the live weights: "", which nobody can give, while no whole weights are live.
+    `last_version` is then that of the last whole ones.
+    """
 
     state: str
     version: str
@@ -278,6 +282,7 @@ class CoreStatus(msgspec.Struct, frozen=True):
     num_used_tokens: int
     max_total_num_tokens: int
     metrics: dict[str, float]
+    last_version: str = ""
 
 
 class Deltas(msgspec.Struct, frozen=True, array_like=True, tag="deltas"):

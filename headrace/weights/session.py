@@ -150,6 +150,11 @@ class WeightMachine:
         """True while live memory is one whole version: READY, or UPDATING from READY, nothing written in place."""
         return self._resting == "ready" and not (self.session and self.session.has_written)
 
+    @property
+    def live_version(self) -> str:
+        """`version` while weights of that label are live, else "", which no label is."""
+        return self.version if self.can_generate else ""
+
     def refusal(self) -> HeadraceError | None:
         """The error a request must be answered with, or None when `can_generate`."""
         if self.can_generate:

@@ -276,7 +276,9 @@ def test_the_weights_checker_proves_that_an_update_writes_everything() -> None:
     core.call(WeightsChecker, "reset_tensors", kind=dict[str, str])
     assert core.finish_types(1) == ["error"]
     assert set(core.call(WeightsChecker, "compare", kind=dict[str, str])) >= {"embed.weight", "q.weight"}
-    assert core.status().state == "needs_weights"
+    assert (core.status().state, core.status().version) == ("needs_weights", "")
+    assert core.refused(Digest).code == core.refused(WeightsChecker, "snapshot").code == "NeedsWeightsError"
+    assert core.refused(SetVersion, "v9").code == "NeedsWeightsError"
     core.submit(request(2))
     core.turn()
     finish = core.finish(2)

@@ -20,6 +20,7 @@ from headrace.types.messages import (
     GetWeight,
     GiveUp,
     Pause,
+    SetVersion,
     Shutdown,
     WeightPart,
     WeightsChecker,
@@ -103,7 +104,12 @@ def test_weights_that_are_being_written_are_not_read(core: Core, name: str) -> N
     if core.link.replies[started].error is not None:
         assert core.error(started).code == "UpdateConflictError" and core.error(started).retryable
     core.call(AbortUpdate, session)
-    assert core.call(Digest, kind=dict[str, str])["q.weight"] == digest_of(NEW["q.weight"])  # poisoned, and readable
+    assert core.refused(Digest).code == core.refused(WeightsChecker, "snapshot").code == "PoisonedError"
+    assert core.refused(SetVersion, "v9").code == "PoisonedError"
+    status = core.status()
+    assert (status.state, status.version, status.last_version) == ("poisoned", "", "default")
+    updated(core)
+    assert core.call(Digest, kind=dict[str, str])["q.weight"] == digest_of(NEW["q.weight"])
 
 
 def test_a_write_that_is_over_between_two_blocks_begins_the_read_again(core: Core) -> None:
@@ -166,6 +172,8 @@ def test_parts_of_one_tensor_say_whether_they_are_of_the_same_weights(core: Core
         assert third.stamp != second.stamp
         assert bytes(buffer.view) == NEW["k.weight"][2:].numpy().tobytes()
         core.call(WeightsChecker, "reset_tensors", kind=dict[str, str])
+        assert core.refused(GetWeight, "k.weight", buffer.ref).code == "NeedsWeightsError"
+        updated(core)
         assert core.call(GetWeight, "k.weight", buffer.ref, kind=WeightPart).stamp != third.stamp
 
 

@@ -537,8 +537,8 @@ def test_an_update_from_disk_does_not_outlive_its_caller(tmp_path: Path, mode: A
     assert core.error(disk).code == "DeadlineError"
     core.settle()
     status = core.status()
-    assert (status.version, status.epoch, status.updating) == ("default", 0, False)
-    assert status.state == ("ready" if mode == "shadow" else "poisoned")
+    assert (status.last_version, status.epoch, status.updating) == ("default", 0, False)
+    assert (status.state, status.version) == (("ready", "default") if mode == "shadow" else ("poisoned", ""))
     update(core, NEW)
 
 

@@ -36,7 +36,7 @@ from headrace import (
 from headrace.config import ResolvedConfig
 from headrace.core import serve_core
 from headrace.engine.launch import ExecutorKind
-from headrace.ipc import CoreLink, Pulse
+from headrace.ipc import CoreLink
 from tests.engine.builders import SETTINGS
 
 ROOT = Path(__file__).parents[2]
@@ -470,8 +470,8 @@ def test_a_pool_that_the_core_measures_bounds_requests(model_folder: Path, monke
     """The core here finds room for less than the front was told; only the core can know on a device."""
     measured = (("kv_pool_tokens", "64", "measured"),)
 
-    def serve_measured(resolved: ResolvedConfig, link: CoreLink, executor: ExecutorKind, *, pulse: Pulse) -> int:
-        return serve_core(resolved.with_pool(64, measured), link, executor, pulse=pulse)
+    def serve_measured(resolved: ResolvedConfig, link: CoreLink, executor: ExecutorKind, **more: Any) -> int:
+        return serve_core(resolved.with_pool(64, measured), link, executor, **more)
 
     monkeypatch.setattr("headrace.core.serve_core", serve_measured)
     with Engine(model_folder, inprocess=True, executor="free", **SETTINGS) as engine:

@@ -163,7 +163,17 @@ def test_a_core_with_an_update_needs_weights_until_a_complete_one_lands(start_pr
     session = engine.begin_update("step-2", [(n, tuple(t.shape), "float32") for n, t in tensors])
     kill_and_wait(engine)
     status = engine.status()
-    assert (status.state, status.version) == ("needs_weights", "step-1") and not is_ready(engine)
+    assert (status.state, status.version, status.last_version) == ("needs_weights", "", "step-1")
+    assert engine.version == "" and not is_ready(engine)
+    reads: list[Callable[[], object]] = [
+        engine.digest,
+        lambda: engine.get_weights_by_name(tensors[0][0]),
+        lambda: engine.weights_checker("snapshot"),
+        lambda: engine.set_weight_version("step-9"),  # a label does not make weights
+    ]
+    for read in reads:
+        with pytest.raises(NeedsWeightsError):
+            read()
     with pytest.raises(NeedsWeightsError) as refused:
         engine.generate(input_ids=PROMPT, sampling_params=SHORT)
     assert refused.value.retryable and refused.value.status == 503
@@ -172,9 +182,6 @@ def test_a_core_with_an_update_needs_weights_until_a_complete_one_lands(start_pr
     for late in (lambda: engine.stage(session, tensors), lambda: engine.commit(session)):
         with pytest.raises(UpdateConflictError):
             late()
-    engine.set_weight_version("step-9")  # a label does not make weights
-    with pytest.raises(NeedsWeightsError):
-        engine.generate(input_ids=PROMPT, sampling_params=SHORT)
     report = engine.update_weights_from_tensor(tensors, "step-1")
     assert report.epoch > before.epoch + 1 and engine.digest() == digest and is_ready(engine)
     again = engine.generate(input_ids=PROMPT, sampling_params=SHORT)[0]

@@ -564,11 +564,12 @@ def test_a_label_changes_and_nothing_else(start: Starter) -> None:
 
 def test_the_checker_sees_a_reset_and_its_repair(start: Starter) -> None:
     engine = start()
+    names = set(engine.digest())
     engine.weights_checker("snapshot")
     assert engine.weights_checker("compare") == {}
     engine.weights_checker("reset_tensors")
     assert not engine.is_ready and engine.status().state == "needs_weights"
-    assert set(engine.weights_checker("compare")) == set(engine.digest())
+    assert set(engine.weights_checker("compare")) == names and engine.version == ""
     engine.update_weights_from_tensor(named_tensors(model_of(0)), version="again")
     assert engine.weights_checker("compare") == {} and engine.is_ready
 

@@ -6,7 +6,7 @@ import random
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,12 @@ import pytest
 import torch
 
 from headrace import Engine, InternalError
-from headrace.runner.exact_products import ExactProducts
+from headrace.kernels.products import PLAIN, Products, direct_products
+from headrace.layers.norm import RmsNorm
+from headrace.runner.exact_products import ExactProducts, WatchedProducts
 from headrace.runner.runner import Runner
+from headrace.runner.slots import SlotTable
+from headrace.types.plan import StepDisturbed
 from tests.engine.builders import SETTINGS, save_model
 
 PROMPTS = [[index % 90 + 1 for index in range(length)] for length in (3, 17, 40, 90)]
@@ -26,6 +30,7 @@ PARAMS: list[dict[str, Any]] = [
     {"temperature": 0.0, "top_p": 0.9},
 ]
 MKLDNN: Any = torch.backends.mkldnn
+EXACT = ExactProducts(torch.device("cpu"))
 Values = list[tuple[list[int], list[float], list[float | None]]]
 
 
@@ -145,42 +150,120 @@ def test_settings_that_flicker_in_another_thread_change_no_value(engines: dict[s
     assert engines["invariant"].is_alive
 
 
-def test_a_precision_changed_during_a_step_costs_that_step(
+def test_a_precision_changed_between_products_changes_no_value(
     engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected, real = values(engines["invariant"]), Runner._sample
-    num_calls = 0
+    """There and back before the step ends: nothing could be seen of it then."""
+    real = RmsNorm.__call__
 
-    def sample(self: Runner, *args: Any) -> Any:
-        nonlocal num_calls
-        num_calls += 1
-        if num_calls == 3:
-            torch.set_float32_matmul_precision("medium")
-        return real(self, *args)
-
-    failed_before = engines["invariant"].metrics()["num_failed_steps"]
-    monkeypatch.setattr(Runner, "_sample", sample)
-    with kept():
-        assert values(engines["invariant"]) == expected
-        assert torch.get_float32_matmul_precision() == "medium"
-    assert engines["invariant"].metrics()["num_failed_steps"] == failed_before + 1
-
-
-def test_a_precision_that_changes_in_every_step_is_an_error_at_last(
-    engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = Runner._sample
-
-    def sample(self: Runner, *args: Any) -> Any:
+    def norm(self: RmsNorm, *args: Any) -> Any:
         torch.set_float32_matmul_precision("medium")
         return real(self, *args)
 
+    for engine in engines.values():
+        expected, real_sample = values(engine), Runner._sample
+        failed_before = engine.metrics()["num_failed_steps"]
+
+        def sample(self: Runner, *args: Any, _real: Any = real_sample) -> Any:
+            found = _real(self, *args)
+            torch.set_float32_matmul_precision("highest")
+            return found
+
+        with kept(), monkeypatch.context() as patch:
+            patch.setattr(RmsNorm, "__call__", norm)
+            patch.setattr(Runner, "_sample", sample)
+            patch.setattr(SlotTable, "apply", shortened(SlotTable.apply))
+            assert values(engine) == expected
+        assert engine.metrics()["num_failed_steps"] == failed_before
+
+
+def shortened(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, behind a change of the setting."""
+
+    def call(*args: Any) -> Any:
+        torch.set_float32_matmul_precision("medium")
+        return method(*args)
+
+    return call
+
+
+def test_a_core_on_a_cpu_never_touches_the_setting(engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    with kept():
+        torch.set_float32_matmul_precision("medium")
+        seen, real = [], Runner._sample
+
+        def sample(*args: Any) -> Any:
+            seen.append(MKLDNN.matmul.fp32_precision)
+            return real(*args)
+
+        monkeypatch.setattr(Runner, "_sample", sample)
+        values(engines["fast"])
+        assert set(seen) == {"bf16"}
+
+
+SIZES = [(1, 64, 48), (2, 16, 5), (16, 130, 70), (37, 512, 1536), (200, 33, 7), (0, 8, 8)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", ["direct", "watched"])
+def test_products_beside_a_trainer_have_the_bits_of_those_alone(kind: str, size: tuple[int, int, int]) -> None:
+    num_rows, num_inputs, num_outputs = size
+    x, weight, target = torch.randn(num_rows, num_inputs), torch.randn(num_outputs, num_inputs), torch.randn(size[::2])
+    bias = torch.randn(num_outputs)
+    watched = WatchedProducts(EXACT, is_repeatable=True)
+    products = watched if kind == "watched" else direct_products() or watched
+
+    def found(products: Products) -> list[torch.Tensor]:
+        out, added = torch.empty_like(target), target.clone()
+        products.linear_out(x, weight, out)
+        products.linear_add_(added, x, weight)
+        return [out, added, products.linear(x, weight, None), products.linear(x, weight, bias)]
+
+    expected = found(PLAIN)
+    with kept():
+        torch.set_float32_matmul_precision("medium")
+        with EXACT if products is watched else nullcontext():
+            assert all(torch.equal(*pair) for pair in zip(found(products), expected, strict=True))
+        assert torch.get_float32_matmul_precision() == "medium" and MKLDNN.matmul.fp32_precision == "bf16"
+
+
+@pytest.mark.parametrize("call", ["linear", "linear_out", "linear_add_"])
+def test_a_watched_product_is_computed_again_until_nothing_changed_in_it(
+    call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight, last = torch.randn(8, 64), torch.randn(32, 64), torch.zeros(8, 32)
+    expected, tries = x @ weight.t(), []
+    real: Callable[..., Any] = getattr(Products, call)
+
+    def flip(*args: Any) -> Any:
+        tries.append(MKLDNN.matmul.fp32_precision)
+        torch.set_float32_matmul_precision("highest" if len(tries) == 3 else "medium")
+        return real(*args)
+
+    monkeypatch.setattr(Products, call, flip)
+    products = WatchedProducts(EXACT, is_repeatable=True)
+    arguments = {"linear": (x, weight, None), "linear_out": (x, weight, last), "linear_add_": (last, x, weight)}[call]
+    with kept(), EXACT:
+        found = getattr(products, call)(*arguments)
+        assert torch.equal(last if found is None else found, expected) and len(tries) == 3
+        assert not set(tries) & {"bf16"}, "each try begins with exact products"
+        with pytest.raises(StepDisturbed):
+            getattr(WatchedProducts(EXACT, is_repeatable=False), call)(*arguments)
+
+
+def test_a_step_that_is_disturbed_again_and_again_is_an_error_at_last(
+    engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def disturbed(*_: Any) -> Any:
+        raise StepDisturbed("the precision of float32 products was changed while a step was computed")
+
     engine = engines["fast"]
-    monkeypatch.setattr(Runner, "_sample", sample)
-    with kept(), pytest.raises(InternalError, match="precision of float32 products"):
+    monkeypatch.setattr(Runner, "execute", disturbed)
+    with pytest.raises(InternalError, match="precision of float32 products"):
         engine.generate(input_ids=[1, 2], sampling_params={"max_new_tokens": 2})
     monkeypatch.undo()
     assert engine.is_alive and engine.generate(input_ids=[1, 2], sampling_params={"max_new_tokens": 2})
+    assert sum("is computed again" in record.message for record in caplog.records) == 1
 
 
 def test_a_setting_made_during_a_step_is_not_undone_by_its_end() -> None:

@@ -384,6 +384,13 @@ def test_weights_checker_notices_reset_tensors(start: START, model_folder: Path)
     assert check("compare").json()["success"] is True
     assert check("reset_tensors").status_code == 200
     assert served.http.get("/ready").status_code == 503
+    for path in ("/model_info", "/get_weight_version", "/server_info"):
+        info = served.http.get(path).json()
+        assert (info["weight_version"], info["weights_state"]) == ("", "needs_weights")
+    assert served.http.post("/update_weight_version", json={"new_version": "v9"}).status_code == 503
+    name = {"name": "model.norm.weight", "truncate_size": 1}
+    assert served.http.post("/get_weights_by_name", json=name).status_code == 503
+    assert check("snapshot").status_code == check("checksum").status_code == 503
     compared = check("compare")
     assert compared.status_code == 400
     assert compared.json()["success"] is False
@@ -391,7 +398,7 @@ def test_weights_checker_notices_reset_tensors(start: START, model_folder: Path)
     assert served.http.post("/generate", json={"input_ids": [1]}).status_code == 503
     served.http.post("/update_weights_from_disk", json={"model_path": str(model_folder)}).raise_for_status()
     assert check("compare").json()["success"] is True
-    assert served.http.get("/ready").status_code == 200
+    assert served.http.get("/ready").json()["weight_version"] == "default", "the label that an update without one keeps"
 
 
 @pytest.mark.parametrize(

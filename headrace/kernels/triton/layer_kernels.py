@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from headrace.kernels import LayerKernels
+from headrace.kernels.products import PLAIN, Products
 from headrace.kernels.triton.fused_products import ProductTile, ProductWorkspace, multiply_fused
 from headrace.kernels.triton.linear_rows import RowTile, multiply_row, multiply_tiles
 from headrace.kernels.triton.product_choice import ProductKind, choose_product
@@ -23,10 +23,12 @@ from headrace.kernels.triton.row_operations import rms_norm, silu_and_mul
 ProductChoice = Callable[[ProductKind, int, int, int, torch.dtype], ProductTile | RowTile | None]
 
 
-def device_kernels(numerics: str, device: torch.device) -> LayerKernels:
+def device_kernels(numerics: str, device: torch.device, products: Products = PLAIN) -> LayerKernels:
     """The set for "fast" or "invariant"."""
     overlap = device.type == "cuda"
-    return InvariantKernels(overlap=overlap) if numerics == "invariant" else FastKernels(device, overlap=overlap)
+    if numerics == "invariant":
+        return InvariantKernels(overlap=overlap)
+    return FastKernels(device, overlap=overlap, products=products)
 
 
 def _normed(x_TI: Tensor, norm_I: Tensor, eps: float, *, overlap: bool = False) -> Tensor:
@@ -46,9 +48,18 @@ class FastKernels:
 
     overlap  our launches may begin before the one ahead ends (programmatic dependent launch)
     choose   as `product_choice.choose_product`
+    products the library's
     """
 
-    def __init__(self, device: torch.device, *, overlap: bool, choose: ProductChoice = choose_product) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        overlap: bool,
+        choose: ProductChoice = choose_product,
+        products: Products = PLAIN,
+    ) -> None:
+        self._products = products
         self._overlap = overlap
         self._choose = choose
         self._workspace = ProductWorkspace(device)
@@ -64,7 +75,7 @@ class FastKernels:
             return out
         normed = _normed(x_TI, norm_I, eps, overlap=over)
         if tile is None:
-            return F.linear(normed, weight_OI, bias_O)
+            return self._products.linear(normed, weight_OI, bias_O)
         out = x_TI.new_empty(num_rows, num_outputs)
         multiply_fused(normed, weight_OI, bias_O, out, tile, self._workspace, overlap=over)
         return out
@@ -78,7 +89,7 @@ class FastKernels:
             return out
         normed = _normed(x_TI, norm_I, eps, overlap=over)
         if tile is None:
-            return _gated(F.linear(normed, weight_OI, bias_O), overlap=over)
+            return _gated(self._products.linear(normed, weight_OI, bias_O), overlap=over)
         out = x_TI.new_empty(num_rows, num_outputs)
         multiply_fused(normed, weight_OI, None, out, tile, self._workspace, gated=True, overlap=over)
         return out
@@ -91,7 +102,7 @@ class FastKernels:
         elif tile is not None:
             multiply_fused(x_TI, weight_OI, bias_O, residual_TO, tile, self._workspace, adds=True, overlap=over)
         else:
-            residual_TO.addmm_(x_TI, weight_OI.t())
+            self._products.linear_add_(residual_TO, x_TI, weight_OI)
             if bias_O is not None:
                 residual_TO.add_(bias_O)
 
@@ -103,7 +114,7 @@ class FastKernels:
         normed = _normed(x_TI, norm_I, eps, overlap=self._overlap)
         if normed.is_cuda and normed.dtype != torch.float32:
             return torch.mm(normed, weight_VI.t(), out_dtype=torch.float32)  # sums as they are, not rounded
-        return F.linear(normed, weight_VI).float()
+        return self._products.linear(normed, weight_VI, None).float()
 
 
 class InvariantKernels:
