@@ -49,6 +49,8 @@ class Stream:
         self._on_end = on_end
         self._sample = Sample(request)
         self._feed = text_start.feed() if text_start is not None and request.deliver_every else None
+        self.abort_message = ""
+        """What to say once the core ends it for an abort of ours: it need not travel there and back for each."""
         self._finish: Finish | None = None
         self._matched: str | None = None
         self._error: HeadraceError | None = None
@@ -187,7 +189,7 @@ class Stream:
         return {
             "finish_reason": finish.type,
             "matched": finish.matched if self._matched is None else self._matched,
-            "finish_message": finish.message,
+            "finish_message": finish.message or (self.abort_message if finish.type == "abort" else ""),
             "error": finish.error,
         }
 

@@ -14,8 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from headrace.engine import Stream
 from headrace.server import errors
-from headrace.server.json_bounds import check_json
-from headrace.text import run_sized
+from headrace.text import check_json, run_sized
 from headrace.types.errors import HeadraceError, RequestError, UnavailableError
 
 JSON_TYPE = "application/json"
@@ -49,6 +48,13 @@ async def read_object(request: Request) -> dict[str, Any]:
     """
     raw = await request.body()
     return await run_sized(len(raw) // _BYTES_PER_CHARACTER, lambda: decode_object(raw))
+
+
+async def read_body(request: Request, make: Callable[[dict[str, Any]], Value]) -> Value:
+    """What `make` makes of the JSON object in the body, in the thread in which a large one is read: a few bytes may
+    cost it as much as a page of text. It must not touch what the loop owns."""
+    raw = await request.body()
+    return await run_sized(len(raw), lambda: make(decode_object(raw)))
 
 
 def decode_object(raw: bytes) -> dict[str, Any]:

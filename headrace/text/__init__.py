@@ -3,6 +3,7 @@
 from headrace.text.chat import check_template_arguments, normalize_messages, normalize_tools, tool_names
 from headrace.text.detokenizer import IncrementalDetokenizer
 from headrace.text.encoding import INLINE_CHARACTERS, begins_twice, encode_bounded, run_sized
+from headrace.text.json_bounds import check_json
 from headrace.text.stop_strings import StopSet, StopStrings
 from headrace.text.tokenizer import Tokenizer
 from headrace.text.tool_calls import CALL_FORMS, ToolCall, ToolCallStyle, tool_call_style
@@ -19,6 +20,7 @@ __all__ = [
     "ToolCallParser",
     "ToolCallStyle",
     "begins_twice",
+    "check_json",
     "check_template_arguments",
     "encode_bounded",
     "normalize_messages",
