@@ -45,9 +45,9 @@ def check_choice(value: Any, choices: Any, field: str) -> None:
 
 
 def check_text(value: Any, field: str) -> None:
-    """Refuse what is not a string that can be sent."""
-    if not isinstance(value, str) or not _is_text(value):
-        raise RequestError(f"{field} must be text", field=field)
+    """Refuse what is not a short string that can be sent."""
+    if not isinstance(value, str) or len(value) > MAX_NAME_LENGTH or not _is_text(value):
+        raise RequestError(f"{field} must be text of at most {MAX_NAME_LENGTH} characters", field=field)
 
 
 def _is_text(value: str) -> bool:

@@ -16,7 +16,7 @@ from headrace.engine.requests import GenerateItem, RequestBuilder
 from headrace.engine.stream import EndKind, Stream
 from headrace.engine.text_feed import TextStart
 from headrace.text import Tokenizer
-from headrace.types.errors import DeadlineError, HeadraceError, RequestError, encodable
+from headrace.types.errors import DeadlineError, HeadraceError, RequestError
 from headrace.types.request import Request, unpack_ids
 
 
@@ -78,9 +78,11 @@ class Intake:
 
     def abort(self, request_id: str | None, *, prefix: bool, everything: bool, message: str) -> int:
         """Ask the core to end the named live sequences now. Returns how many there were."""
-        handles = [stream.request.handle for stream in self._named(request_id, prefix, everything)]
-        self._client.abort(handles, encodable(message))
-        return len(handles)
+        streams = self._named(request_id, prefix, everything)
+        for stream in streams:
+            stream.abort_message = message
+        self._client.abort([stream.request.handle for stream in streams], "")
+        return len(streams)
 
     def _refused(self, item: GenerateItem, error: HeadraceError) -> Stream:
         """A stream that ends with `error` at once, and is never among the live ones."""

@@ -5,6 +5,7 @@ stop string ended it; knows nothing of how deltas arrive. Lives on the engine's 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -22,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 EndKind = Literal["answered", "dropped"]
 """Whether the core has ended the sequence itself, or must be told that the front did."""
+
+MAX_PIECES = 256
+"""Of a group, in one turn of the loop."""
 
 _OUR_BUGS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -49,6 +53,8 @@ class Stream:
         self._on_end = on_end
         self._sample = Sample(request)
         self._feed = text_start.feed() if text_start is not None and request.deliver_every else None
+        self.abort_message = ""
+        """What to say once the core ends it for an abort of ours: it need not travel there and back for each."""
         self._finish: Finish | None = None
         self._matched: str | None = None
         self._error: HeadraceError | None = None
@@ -187,7 +193,7 @@ class Stream:
         return {
             "finish_reason": finish.type,
             "matched": finish.matched if self._matched is None else self._matched,
-            "finish_message": finish.message,
+            "finish_message": finish.message or (self.abort_message if finish.type == "abort" else ""),
             "error": finish.error,
         }
 
@@ -232,16 +238,22 @@ class StreamGroup:
         self._pacer = pacer
         self._live = set(streams)
         self._ready = {stream: None for stream in self._live if stream.is_done}  # in the order of their news
+        self._is_behind = False
         self._waiter: asyncio.Future[None] | None = None
         for stream in self._live:
             stream.listener = self._note
 
     async def next_pieces(self) -> list[Generation]:
-        """The pieces that are there, waiting for one if there is none; [] once all streams have ended."""
+        """The pieces that are there, waiting for one if there is none; [] once all streams have ended. Of very many the
+        first, the others a turn of the loop later."""
         while self._live:
-            pieces = self._take_all()
+            if self._is_behind:
+                await asyncio.sleep(0)
+            pieces = self._take_some()
             if pieces:
                 return pieces
+            if self._is_behind:
+                continue
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         return []
@@ -251,9 +263,12 @@ class StreamGroup:
         for stream in list(self._live):
             stream.cancel()
 
-    def _take_all(self) -> list[Generation]:
+    def _take_some(self) -> list[Generation]:
         pieces: list[Generation] = []
-        ready, self._ready = self._ready, {}
+        ready = list(itertools.islice(self._ready, MAX_PIECES))
+        for stream in ready:
+            del self._ready[stream]
+        self._is_behind = bool(self._ready)
         for stream in ready:
             if stream not in self._live:
                 continue

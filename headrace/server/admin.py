@@ -105,10 +105,11 @@ class AdminFace:
         """POST /abort_request: a name aborts every request whose name begins with it."""
         body = await read_control(request, AbortBody)
         message = body.abort_message or "Aborted"
-        if body.abort_all:
-            await self._engine.abort(all=True, message=message)
-        elif body.rid:
-            await self._engine.abort(body.rid, prefix=True, message=message)
+        with fields_named({"message": "abort_message"}):
+            if body.abort_all:
+                await self._engine.abort(all=True, message=message)
+            elif body.rid:
+                await self._engine.abort(body.rid, prefix=True, message=message)
         return Response()
 
     async def pause_generation(self, request: Request) -> Response:

@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 
 from headrace.server.wire import convert, decode_object, read_object
-from headrace.types.errors import RequestError
+from headrace.types.errors import RequestError, RequestTooLargeError
 
 Body = TypeVar("Body")
 READING_METHODS = ("GET", "HEAD")
+MAX_READING_BYTES = 8 << 10
 
 
 class MediaTypeError(RequestError):
@@ -33,12 +34,23 @@ class MethodError(RequestError):
 async def read_control(request: Request, kind: type[Body]) -> Body:
     """The body as `kind`; a GET may put it in the query instead. Raises `RequestError` naming the field."""
     if request.method in READING_METHODS:
-        raw = await request.body()
+        raw = await _small_body(request)
         values: Mapping[str, Any] = decode_object(raw) if raw.strip() else dict(request.query_params)
     else:
         _check_media_type(request)
         values = await read_object(request)
     return convert(values, kind, strict=False)
+
+
+async def _small_body(request: Request) -> bytes:
+    """The body of a call that only reads: a few fields, as a query would have them."""
+    raw = b""
+    async for part in request.stream():
+        raw += part
+        if len(raw) > MAX_READING_BYTES:
+            message = f"the body of a {request.method} must have at most {MAX_READING_BYTES} bytes"
+            raise RequestTooLargeError(message, field="body")
+    return raw
 
 
 def check_changes(request: Request, what: str, field: str) -> None:
@@ -50,6 +62,6 @@ def check_changes(request: Request, what: str, field: str) -> None:
 def _check_media_type(request: Request) -> None:
     """A body of no announced length has none."""
     given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
+    has_body = bool(request.headers.get("content-length", "").strip("0")) or "transfer-encoding" in request.headers
     if has_body and not (given == "application/json" or given.startswith("application/") and given.endswith("+json")):
         raise MediaTypeError("content-type must be application/json", field="content-type")

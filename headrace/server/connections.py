@@ -1,4 +1,5 @@
-"""One client's connection: how long it may take over what uvicorn waits for without a bound. Knows no route.
+"""One client's connection: how long it may take over what uvicorn waits for without a bound, and how much of what it
+sends is parsed at once. Knows no route.
 
 Owns when a connection is idle, late or stuck. Whoever runs the server looks at that now and then, which costs less than
 a timer each.
@@ -6,13 +7,19 @@ a timer each.
 
 from __future__ import annotations
 
+import asyncio
+import http
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import h11
 from uvicorn.config import Config
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
+
+from headrace.server.framing import Parser, ParsingQueue
 
 FIRST_BYTE_SECONDS = 30.0
 HEADER_SECONDS = 10.0
@@ -21,15 +28,27 @@ LINGERS = "headrace.lingers"
 """Key of a request's state: its answer is sent, and what is left of its body is read and forgotten."""
 CROWDED = "headrace.crowded"
 """Key of a request's state: the server has more connections than it wants; only a short answer is due."""
+NUM_RECEIVED = "headrace.num_received"
+"""Key of a request's state: a function that says how many bytes have come on its connection, framing included."""
 
 
 class Connection(H11Protocol):
     """A connection that can say since when its client keeps the server waiting. Times are the loop's."""
 
     def __init__(
-        self, config: Config, server_state: ServerState, app_state: dict[str, Any], is_crowded: bool = False
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        queue: ParsingQueue,
+        is_crowded: bool = False,
     ) -> None:
-        super().__init__(config, server_state, {**app_state, CROWDED: True} if is_crowded else app_state)
+        parser = Parser(config.h11_max_incomplete_event_size)
+        state = {**app_state, NUM_RECEIVED: lambda: parser.num_received, **({CROWDED: True} if is_crowded else {})}
+        super().__init__(config, server_state, state)
+        self.conn = self._parser = parser
+        self._queue = queue
+        self._waiting = bytearray()
         self.logger = _ClientFaults(__name__)
         self.used_at = self.loop.time()
         self._headers_since: float | None = self.used_at
@@ -54,10 +73,42 @@ class Connection(H11Protocol):
             self._num_unsent, self._unsent_since = num_unsent, now
         return num_unsent > 0 and now - self._unsent_since > limit
 
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """The client is there."""
+        super().connection_made(transport)
+        self.flow = self._flow = _Flow(transport, self._resume)
+
     def data_received(self, data: bytes) -> None:
-        """Bytes of the client."""
+        """Bytes of the client. What costs much to parse waits in line with that of all other connections."""
         self.used_at = self.loop.time()
+        self._waiting += data
+        while self._can_parse and not self._parser.is_in_chunks:
+            self._parse()
+        self._resume()
+
+    def parse_some(self) -> bool:
+        """Parse a little of what waits, when this connection's turn has come; False when there is nothing to do now."""
+        if self._can_parse:
+            self._parse()
+        self._flow.set_backlog(bool(self._waiting))
+        return self._can_parse
+
+    @property
+    def _can_parse(self) -> bool:
+        return bool(self._waiting) and not self._flow.is_full and not self.transport.is_closing()
+
+    def _resume(self) -> None:
+        self._flow.set_backlog(bool(self._waiting))
+        if self._can_parse:
+            self._queue.add(self)
+
+    def _parse(self) -> None:
+        size = self._parser.size_of_slice(self._waiting)
+        data = bytes(self._waiting[:size])
+        del self._waiting[:size]
         super().data_received(data)
+        if self._parser.is_wasteful and not self.transport.is_closing():
+            self.send_400_response("The body's framing is out of all proportion to what is in it.")
         if not self._is_between_requests:
             self._headers_since = None
         elif self._headers_since is None or not self._has_begun:
@@ -65,15 +116,50 @@ class Connection(H11Protocol):
         self._has_begun = True
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP; in the middle of an answer there is nothing left to say."""
+        """Refuse what is no HTTP, or too much of it; in the middle of an answer there is nothing left to say."""
+        text, status = msg.encode("ascii"), self._parser.refusal
+        headers = [("content-type", "text/plain; charset=utf-8"), ("connection", "close")]
+        reply = h11.Response(status_code=status, headers=headers, reason=http.HTTPStatus(status).phrase)
         try:
-            super().send_400_response(msg)
+            for event in (reply, h11.Data(data=text), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+            self.transport.close()
         except h11.LocalProtocolError:
             self.transport.abort()
 
     @property
     def _is_between_requests(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
+
+
+class _Flow(FlowControl):
+    """Reading goes on while neither the application nor the parser has enough. `on_wanted` hears that the application
+    wants more."""
+
+    def __init__(self, transport: asyncio.Transport, on_wanted: Callable[[], None]) -> None:
+        super().__init__(transport)
+        self.is_full = False
+        """True while the application has enough."""
+        self._on_wanted = on_wanted
+
+    def pause_reading(self) -> None:
+        """The application has enough."""
+        self.is_full = True
+        self._settle(is_wanted=False)
+
+    def resume_reading(self) -> None:
+        """The application wants more."""
+        self.is_full = False
+        self._on_wanted()
+
+    def set_backlog(self, has_backlog: bool) -> None:
+        """Say whether what came is still to be parsed."""
+        self._settle(is_wanted=not has_backlog and not self.is_full)
+
+    def _settle(self, *, is_wanted: bool) -> None:
+        """Told to the transport even if nothing changes for us: uvicorn resumes it by itself at times."""
+        self.read_paused = not is_wanted
+        (self._transport.resume_reading if is_wanted else self._transport.pause_reading)()
 
 
 class _ClientFaults(logging.Logger):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from headrace.types.errors import RequestError
 
 MAX_ABSENT_DEPTH = 8
+MAX_NAMED = 32
 
 LACKING_SAMPLING = frozenset(
     ("json_schema", "regex", "ebnf", "structural_tag", "stop_regex", "custom_params", "stream_interval")
@@ -69,5 +71,6 @@ def is_absent(value: Any, depth: int = MAX_ABSENT_DEPTH) -> bool:
 
 def warnings_for(values: Mapping[str, Any], known: Iterable[str]) -> list[str]:
     """What to tell a caller about keys that are not known."""
-    unknown = sorted(values.keys() - set(known))
-    return [f"{ascii(key[:64])} is not known and was ignored" for key in unknown[:32]]
+    unknown = values.keys() - set(known)
+    warnings = [f"{ascii(key[:64])} is not known and was ignored" for key in heapq.nsmallest(MAX_NAMED, unknown)]
+    return warnings if len(unknown) <= MAX_NAMED else [*warnings, f"so were {len(unknown) - MAX_NAMED} more"]

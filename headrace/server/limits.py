@@ -8,15 +8,18 @@ from collections.abc import Collection
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from headrace.server.connections import CROWDED, LINGERS
+from headrace.server.connections import CROWDED, LINGERS, NUM_RECEIVED
 from headrace.server.errors import body_of, error_body, respond
 from headrace.types.errors import HeadraceError, RequestTooLargeError
 
 MAX_HEADER_BYTES = 64 << 10
-MAX_QUERY_BYTES = 8 << 10
+MAX_PATH_BYTES = MAX_QUERY_BYTES = 8 << 10
 LINGER_BYTES = 1 << 30
 LINGER_SECONDS = 30.0
 LINGER_SILENT_SECONDS = 2.0
+STRANGER_LINGER_BYTES = 128 << 20
+STRANGER_LINGER_SECONDS = 5.0
+"""For somebody without a key, to whom little is owed."""
 _SMALL_BODY_BYTES = 64 << 10
 _SMALL_BODY_SECONDS = 0.05
 
@@ -62,6 +65,8 @@ class Limits:
         if num_header_bytes > MAX_HEADER_BYTES or len(scope["query_string"]) > MAX_QUERY_BYTES:
             message = f"headers are over {MAX_HEADER_BYTES} bytes or the query over {MAX_QUERY_BYTES}"
             return respond(431, error_body(431, message))
+        if len(scope["raw_path"]) > MAX_PATH_BYTES:
+            return respond(414, error_body(414, f"the path is over {MAX_PATH_BYTES} bytes"))
         if framing.is_ambiguous:
             return respond(400, error_body(400, "transfer-encoding and content-length exclude each other"))
         if framing.num_announced is not None and framing.num_announced > self._max_body_bytes:
@@ -106,6 +111,8 @@ class _Body:
         self._timeout = timeout
         self._deadline = asyncio.get_running_loop().time() + timeout
         self._num_bytes = 0
+        self._num_received = scope["state"].get(NUM_RECEIVED) or (lambda: self._num_bytes)
+        self._linger_bytes, self._linger_seconds = LINGER_BYTES, LINGER_SECONDS
         self._is_read = False
         self._owes_end = False
 
@@ -128,6 +135,8 @@ class _Body:
         if self._is_read:
             await self._send(message)
         elif message["type"] == "http.response.start":
+            if message["status"] == 401:
+                self._linger_bytes, self._linger_seconds = STRANGER_LINGER_BYTES, STRANGER_LINGER_SECONDS
             if self._announced is not None and self._announced <= _SMALL_BODY_BYTES:
                 await self._forget(_SMALL_BODY_SECONDS, _SMALL_BODY_SECONDS)
             if not self._is_read:
@@ -142,7 +151,7 @@ class _Body:
         if not self._owes_end:
             return
         self._scope["state"][LINGERS] = True
-        await self._forget(LINGER_SECONDS, LINGER_SILENT_SECONDS)
+        await self._forget(self._linger_seconds, LINGER_SILENT_SECONDS)
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _next(self) -> Message:
@@ -152,10 +161,11 @@ class _Body:
         return message
 
     async def _forget(self, seconds: float, silent_seconds: float) -> None:
-        """Read and forget what comes."""
+        """Read and forget what comes, up to so many bytes on the wire."""
+        end = self._num_received() + self._linger_bytes
         try:
             async with asyncio.timeout(seconds):
-                while not self._is_read and self._num_bytes < LINGER_BYTES:
+                while not self._is_read and self._num_received() < end:
                     async with asyncio.timeout(silent_seconds):
                         await self._next()
         except TimeoutError:

@@ -16,6 +16,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from headrace.server.connections import Connection
+from headrace.server.framing import ParsingQueue
 from headrace.server.limits import MAX_HEADER_BYTES
 from headrace.server.options import addresses_of
 from headrace.types.errors import ConfigError
@@ -61,6 +62,7 @@ class EmbeddedServer(uvicorn.Server):
         )
         super().__init__(config)
         self.max_connections = 0
+        self._parsing = ParsingQueue()
         self._write_timeout = write_timeout
         self._accepting: dict[asyncio.Task[None], Connection] = {}
         self._listeners: list[socket.socket] = []
@@ -150,7 +152,7 @@ class EmbeddedServer(uvicorn.Server):
         if is_crowded:
             self._warn(f"{self.max_connections} connections are busy: more get 503")
 
-        connection = Connection(self.config, self.server_state, self.lifespan.state, is_crowded)
+        connection = Connection(self.config, self.server_state, self.lifespan.state, self._parsing, is_crowded)
 
         async def connect() -> None:
             await loop.connect_accepted_socket(lambda: connection, client)

@@ -13,13 +13,12 @@ from starlette.responses import Response
 from headrace.engine import Stream
 from headrace.engine.stream import StreamGroup
 from headrace.server.native_reply import ReplyStyle, SequenceReply
-from headrace.server.native_types import GenerateCall, item_errors, read_call
+from headrace.server.native_types import Draft, GenerateCall, item_errors, read_call
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
-from headrace.server.wire import EventStream, PartsReply, cancel_all, dropping, encode_json, event, read_object
+from headrace.server.turns import in_turns
+from headrace.server.wire import EventStream, PartsReply, cancel_all, dropping, encode_json, event, read_body
 from headrace.text import run_sized
-
-_NUM_AT_ONCE = 256
 
 STREAM_HEADER = "x-headrace-stream"
 _STREAMING = {
@@ -42,7 +41,9 @@ class NativeFace:
         """POST|PUT /generate"""
         received_at = time.perf_counter()
         is_incremental = self._state.options.incremental_streaming_output
-        call = await read_call(self._state.engine, await read_object(request), is_incremental)
+        engine = self._state.engine
+        draft = await read_body(request, functools.partial(Draft, engine))
+        call = await read_call(engine, draft, is_incremental)
         streams = await self._submit(call)
         replies = self._replies(call, streams, received_at)
         cancel, on_disconnect = functools.partial(cancel_all, streams), self._state.metrics.count_disconnect
@@ -60,11 +61,9 @@ class NativeFace:
         streams: list[Stream] = []
         is_whole = False
         try:
-            for item in call.items:
+            async for item in in_turns(call.items):
                 with item_errors(item.prompt_index, call.is_list):
                     streams.append(self._state.submit(item))
-                if len(streams) % _NUM_AT_ONCE == 0:
-                    await asyncio.sleep(0)
             is_whole = True
         finally:
             if not is_whole:

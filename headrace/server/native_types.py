@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,11 +12,13 @@ import numpy as np
 
 from headrace.engine import AsyncEngine, GenerateItem
 from headrace.engine.bounds import check_body, check_call
-from headrace.engine.fields import per_prompt
+from headrace.engine.fields import check_name, per_prompt
 from headrace.server.errors import fields_named
 from headrace.server.keys import LACKING_GENERATE, LACKING_SAMPLING, refuse_lacking, warnings_for
 from headrace.server.prompts import check_count, encode_text, encode_texts, warnings_about
+from headrace.server.turns import in_turns
 from headrace.server.wire import convert
+from headrace.text import run_sized
 from headrace.types.errors import RequestError
 from headrace.types.sampling_params import LogprobMode, LogprobOptions, SamplingParams
 
@@ -72,40 +74,56 @@ class GenerateCall(msgspec.Struct):
     warnings: list[str]
 
 
-async def read_call(engine: AsyncEngine, values: Mapping[str, Any], is_incremental: bool) -> GenerateCall:
-    """Check a whole body. Raises `RequestError` naming the field; nothing has been submitted then.
+class Draft:
+    """A body checked as far as that needs neither the tokenizer nor the engine's loop: in any thread.
+
+    Raises `RequestError` naming the field.
+    """
+
+    def __init__(self, engine: AsyncEngine, values: Mapping[str, Any]) -> None:
+        refuse_lacking(values, LACKING_GENERATE)
+        self.body = body = convert(values, GenerateBody)
+        self.sources, self.is_batch, self.field = _sources(body)
+        check_count(engine, len(self.sources), self.field)
+        self.refusals: dict[int, RequestError] | None = {} if body.return_errors else None
+        self.params = _params_list(body.sampling_params, len(self.sources), self.refusals)
+        counts = [each.n for each in self.params]
+        check_count(engine, sum(counts), self.field)
+        check_call(self.params)
+        self.asked = _PromptOptions(engine, body, len(self.sources), self.refusals)
+        self.warnings = warnings_for(values, _KNOWN | LACKING_GENERATE)
+        self.is_list = self.is_batch or sum(counts) > 1
+        self.names = _names(body.rid, counts, self.is_list, self.refusals)
+
+    def samples(self) -> Iterator[tuple[int, int]]:
+        """Every sequence as the position of its prompt and its number there, in reply order."""
+        return ((position, index) for position, each in enumerate(self.params) for index in range(each.n))
+
+
+async def read_call(engine: AsyncEngine, draft: Draft, is_incremental: bool) -> GenerateCall:
+    """Check the rest of a body. Raises `RequestError` naming the field; nothing has been submitted then.
 
     `is_incremental` says how to stream where the body does not.
     """
-    refuse_lacking(values, LACKING_GENERATE)
-    body = convert(values, GenerateBody)
-    sources, is_batch, field = _sources(body)
-    check_count(engine, len(sources), field)
-    refusals: dict[int, RequestError] | None = {} if body.return_errors else None
-    params = _params_list(body.sampling_params, len(sources), refusals)
-    num_sequences = sum(each.n for each in params)
-    check_count(engine, num_sequences, field)
-    check_call(params)
-    asked = _PromptOptions(engine, body, len(sources), refusals)
-    warnings = warnings_for(values, _KNOWN | LACKING_GENERATE)
-    prompts = await _prompts(engine, sources, is_batch, field, body.add_special_tokens, refusals)
-    if field == "text" and body.add_special_tokens:
-        warnings += warnings_about(engine, {_name(field, i, is_batch): ids for i, ids in enumerate(prompts)})
-    is_list = is_batch or num_sequences > 1
+    body, is_list, warnings = draft.body, draft.is_list, draft.warnings
+    prompts = await _prompts(engine, draft)
+    if draft.field == "text" and body.add_special_tokens:
+        named = {_name(draft.field, i, draft.is_batch): ids for i, ids in enumerate(prompts)}
+        warnings += warnings_about(engine, named)
     items: list[GenerateItem] = []
-    names = _names(body.rid, [each.n for each in params], is_list)
-    for position, prompt in enumerate(prompts):
-        item = asked.item(position, prompt, params[position], names[len(items)])
-        item = _prepared(engine, item, is_list, refusals)
-        for index in range(params[position].n):
-            items.append(msgspec.structs.replace(item, index=index, request_id=names[len(items)]))
+    first = GenerateItem()
+    async for position, index in in_turns(draft.samples()):
+        if index == 0:
+            item = draft.asked.item(position, prompts[position], draft.params[position], draft.names[len(items)])
+            first = _prepared(engine, item, is_list, draft.refusals)
+        items.append(msgspec.structs.replace(first, index=index, request_id=draft.names[len(items)]))
     firsts = [item for item in items if item.index == 0 and item.packed is not None]
     with item_errors(0, is_list):
         prompts_asked = ((item.logprobs, len(item.packed or b"") // 4, item.params) for item in firsts)
         check_body(prompts_asked, "return_prompt_token_ids" if body.return_prompt_token_ids else "")
     return GenerateCall(
         items=items,
-        wants_logprobs=[asked.wants_logprobs[item.prompt_index] for item in items],
+        wants_logprobs=[draft.asked.wants_logprobs[item.prompt_index] for item in items],
         is_list=is_list,
         is_stream=body.stream,
         is_incremental=is_incremental
@@ -212,22 +230,16 @@ def _prepared(
         return msgspec.structs.replace(item, input_ids=None, refusal=error.info())
 
 
-async def _prompts(
-    engine: AsyncEngine,
-    sources: Sequence[Any],
-    is_batch: bool,
-    field: str,
-    special: bool,
-    refusals: dict[int, RequestError] | None,
-) -> list[Any]:
+async def _prompts(engine: AsyncEngine, draft: Draft) -> list[Any]:
     """The prompts as arrays of ids; None for one that is among the refusals, or joins them here."""
-    named = {_name(field, i, is_batch): source for i, source in enumerate(sources)}
+    field, special, refusals = draft.field, draft.body.add_special_tokens, draft.refusals
+    named = {_name(field, i, draft.is_batch): source for i, source in enumerate(draft.sources)}
     if refusals is None:
         if field == "text":
             named = await encode_texts(engine, named, add_special_tokens=special)
-        return [shared_ids(engine, ids, name) for name, ids in named.items()]
+        return await shared_rows(engine, named)
     prompts: list[Any] = []
-    for position, (name, source) in enumerate(named.items()):
+    async for position, (name, source) in in_turns(enumerate(named.items())):
         try:
             is_text = field == "text"
             ids = await encode_text(engine, source, name, add_special_tokens=special) if is_text else source
@@ -240,6 +252,12 @@ async def _prompts(
 
 def _name(field: str, position: int, is_batch: bool) -> str:
     return f"{field}[{position}]" if is_batch else field
+
+
+async def shared_rows(engine: AsyncEngine, rows: Mapping[str, Any]) -> list[Any]:
+    """As `shared_ids`, of many by the fields they came from."""
+    size = sum(1 + len(ids) for ids in rows.values() if isinstance(ids, list))
+    return await run_sized(size, lambda: [shared_ids(engine, ids, field) for field, ids in rows.items()])
 
 
 def shared_ids(engine: AsyncEngine, ids: Any, field: str) -> Any:
@@ -312,18 +330,41 @@ def _id_row(row: Any, field: str) -> tuple[int, ...]:
     return tuple(row)
 
 
-def _names(rid: str | list[str] | None, counts: list[int], is_list: bool) -> list[str]:
+def _checked(name: str | None) -> str | None:
+    """A name, before it is repeated for every sequence."""
+    if name is not None:
+        check_name(name, "rid")
+    return name
+
+
+def _own(name: str, position: int, refusals: dict[int, RequestError] | None) -> str:
+    """What the names of one prompt's samples begin with. One too long is refused, with its prompt where that may be."""
+    try:
+        check_name(name, "rid")
+        return name
+    except RequestError as error:
+        if refusals is None:
+            raise
+        refusals.setdefault(position, error)
+        return uuid.uuid4().hex
+
+
+def _names(
+    rid: str | list[str] | None, counts: list[int], is_list: bool, refusals: dict[int, RequestError] | None
+) -> list[str]:
     """A name per sequence. One name for many becomes name_0, name_1, ...; so does each of a list when n > 1."""
     num_sequences = sum(counts)
+    rid = rid if isinstance(rid, list) else _checked(rid)
     if rid is None or rid == "":
         return [uuid.uuid4().hex for _ in range(num_sequences)]
     if isinstance(rid, str):
         return [f"{rid}_{number}" for number in range(num_sequences)] if is_list else [rid]
     if len(rid) != len(counts) or len(set(rid)) != len(rid) or not all(rid):
         raise RequestError(f"rid must hold {len(counts)} different names, one per prompt", field="rid")
+    checked = [_own(name, position, refusals) for position, name in enumerate(rid)]
     names = [
         name if count == 1 else f"{name}_{index}"
-        for name, count in zip(rid, counts, strict=True)
+        for name, count in zip(checked, counts, strict=True)
         for index in range(count)
     ]
     if len(set(names)) != num_sequences:

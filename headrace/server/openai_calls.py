@@ -18,6 +18,7 @@ from headrace.server.errors import fields_named
 from headrace.server.openai_types import OpenAiBody
 from headrace.server.prompts import check_count
 from headrace.server.state import ServerState
+from headrace.server.turns import in_turns
 from headrace.server.wire import EventStream, cancel_all, encode_json
 from headrace.text import run_sized
 from headrace.types.generation import Generation
@@ -51,7 +52,7 @@ class OpenAiCall:
         self._num_tokens: Counter[str] = Counter()
         self._version: str | None = None
 
-    def submit(
+    async def submit(
         self,
         prompts: Sequence[Prompt],
         params: SamplingParams,
@@ -64,14 +65,16 @@ class OpenAiCall:
         prompts_asked = ((logprobs, len(prompt.ids), params) for prompt in prompts)
         check_body(prompts_asked, "return_token_ids" if self.body.return_token_ids else "")
         is_whole = False
+        total, first = len(prompts) * params.n, GenerateItem()
         try:
-            for position, prompt in enumerate(prompts):
+            async for number in in_turns(range(total)):
+                position, index = divmod(number, params.n)
+                prompt = prompts[position]
                 with fields_named({"input_ids": prompt.field}):
-                    first = self._state.engine.prepare(self._item(prompt, position, params, logprobs))
-                    for index in range(params.n):
-                        name = self._name(len(prompts) * params.n)
-                        item = msgspec.structs.replace(first, index=index, request_id=name)
-                        self.streams.append(self._state.submit(item))
+                    if index == 0:
+                        first = self._state.engine.prepare(self._item(prompt, position, params, logprobs))
+                    item = msgspec.structs.replace(first, index=index, request_id=self._name(total))
+                    self.streams.append(self._state.submit(item))
             is_whole = True
         finally:
             if not is_whole:

@@ -26,7 +26,7 @@ from headrace.server.openai_types import (
 from headrace.server.prompts import encode_text, render_chat, tokenizer_of, warnings_about
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
-from headrace.server.wire import dropping, event, json_reply, read_object
+from headrace.server.wire import dropping, event, json_reply, read_body
 from headrace.text import (
     Tokenizer,
     ToolCallStyle,
@@ -67,9 +67,8 @@ class ChatFace:
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
-        body, warnings = read_chat(await read_object(request))
+        body, warnings, conversation = await read_body(request, self._read)
         model = check_model(self._state, body.model)
-        conversation = self._conversation(body)
         if conversation.tools and conversation.style is None:
             warnings.append("tools: calls are not read, the chat template shows no form of them that is known")
         text = await self._render(conversation, body)
@@ -79,7 +78,7 @@ class ChatFace:
         with openai_errors(key, "top_logprobs"):
             params = sampling_params(body, self._max_tokens(body, prompt))
             reader = self._reader(conversation, body, text, params)
-            call.submit([prompt], params, self._logprobs(body), shown=reader.hidden if reader else frozenset())
+            await call.submit([prompt], params, self._logprobs(body), shown=reader.hidden if reader else frozenset())
         if body.stream:
             return call.event_stream(self._events(call, body, reader))
         with dropping(request.receive, call.cancel, self._state.metrics.count_disconnect):
@@ -88,6 +87,11 @@ class ChatFace:
         if body.return_token_ids:
             reply["prompt_token_ids"] = call.streams[0].prompt_token_ids
         return json_reply(reply, headers=call.headers)
+
+    def _read(self, values: Mapping[str, Any]) -> tuple[ChatBody, list[str], Conversation]:
+        body, warnings = read_chat(values)
+        check_model(self._state, body.model)
+        return body, warnings, self._conversation(body)
 
     def _conversation(self, body: ChatBody) -> Conversation:
         offers_tools = tool_choice(body.tool_choice) == "auto"

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from headrace.engine import Stream
 from headrace.engine.fields import per_prompt
-from headrace.server.native_types import shared_ids
+from headrace.server.native_types import shared_rows
 from headrace.server.openai_calls import OpenAiCall, Prompt, choice_extras, finish_of
 from headrace.server.openai_logprobs import TextTokens, TokenWriter, completion_logprobs
 from headrace.server.openai_types import (
@@ -25,7 +25,7 @@ from headrace.server.openai_types import (
 from headrace.server.prompts import check_count, encode_texts, last_of, warnings_about
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
-from headrace.server.wire import dropping, event, json_reply, read_object
+from headrace.server.wire import dropping, event, json_reply, read_body
 from headrace.types.errors import RequestError
 from headrace.types.generation import Generation
 
@@ -46,13 +46,13 @@ class CompletionsFace:
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions"""
-        body, warnings = read_completion(await read_object(request))
+        body, warnings = await read_body(request, read_completion)
         model = check_model(self._state, body.model)
         prompts = await self._prompts(body, warnings)
         call = OpenAiCall(self._state, body, "cmpl", model, warnings)
         with openai_errors("max_tokens", "logprobs"):
             params = sampling_params(body, self._max_tokens(body, prompts))
-            call.submit(prompts, params, logprob_options(self._state, body.logprobs or 0, "logprobs"))
+            await call.submit(prompts, params, logprob_options(self._state, body.logprobs or 0, "logprobs"))
         if body.stream:
             return call.event_stream(self._events(call, body))
         with dropping(request.receive, call.cancel, self._state.metrics.count_disconnect):
@@ -81,8 +81,8 @@ class CompletionsFace:
         if body.add_special_tokens:
             warnings += warnings_about(engine, encoded)
         ids = {field: encoded[field] if field in encoded else last_of(given, bound) for field, given in sources.items()}
-        named = zip(ids.items(), num_output, strict=True)
-        return [Prompt(shared_ids(engine, each, field), field, num) for (field, each), num in named]
+        rows = await shared_rows(engine, ids)
+        return [Prompt(*each) for each in zip(rows, ids, num_output, strict=True)]
 
     def _max_tokens(self, body: CompletionBody, prompts: list[Prompt]) -> Any:
         if body.max_tokens is not None:

@@ -13,11 +13,12 @@ from headrace.server.openai_types import check_model
 from headrace.server.prompts import encode_text, encode_texts, render_chat, tokenizer_of
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
-from headrace.server.wire import convert, json_reply, read_object
+from headrace.server.wire import convert, json_reply, read_body
 from headrace.text import check_template_arguments, normalize_messages, normalize_tools, run_sized
 from headrace.types.errors import RequestError
 
 MAX_LIST_LENGTH = 1 << 17
+MAX_DETOKENIZE_IDS = 1 << 20
 
 
 class TokenizeBody(msgspec.Struct):
@@ -62,7 +63,7 @@ class ModelsFace:
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize: ids of a prompt, of many, or of a conversation."""
-        body = convert(await read_object(request), TokenizeBody)
+        body = await read_body(request, _read_tokenize)
         check_model(self._state, body.model)
         limit = self._engine.resolved.context_length
         if (body.prompt is None) == (body.messages is None):
@@ -77,11 +78,13 @@ class ModelsFace:
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize: text of ids, or texts of many lists of ids."""
-        body = convert(await read_object(request), DetokenizeBody)
+        body = await read_body(request, lambda values: convert(values, DetokenizeBody))
         check_model(self._state, body.model)
         is_many = bool(body.tokens) and isinstance(body.tokens[0], list)
         rows = _rows(body.tokens, "tokens", is_many)
         size = len(rows) + sum(len(ids) for ids in rows.values() if isinstance(ids, list))
+        if size > MAX_DETOKENIZE_IDS:
+            raise RequestError(f"tokens must hold at most {MAX_DETOKENIZE_IDS} ids", field="tokens")
         texts = await run_sized(size, lambda: [self._decode(ids, field, body) for field, ids in rows.items()])
         reply = texts if is_many else texts[0]
         return json_reply({"text": reply, "prompt": reply})
@@ -92,7 +95,7 @@ class ModelsFace:
         return list(encoded.values())
 
     async def _encode_chat(self, body: TokenizeBody) -> list[int]:
-        messages = normalize_messages(body.messages)
+        messages = body.messages
         tools = normalize_tools(body.tools) if body.tools else []
         arguments = check_template_arguments(body.chat_template_kwargs) if body.chat_template_kwargs else {}
         text = await render_chat(self._engine, messages, tools, body.add_generation_prompt, arguments)
@@ -113,6 +116,13 @@ class ModelsFace:
             "root": self._engine.config.model,
             "max_model_len": self._engine.resolved.context_length,
         }
+
+
+def _read_tokenize(values: Mapping[str, Any]) -> TokenizeBody:
+    body = convert(values, TokenizeBody)
+    if body.messages is not None:
+        body.messages = normalize_messages(body.messages)
+    return body
 
 
 def _rows(values: Any, field: str, is_many: bool) -> dict[str, Any]:

@@ -58,6 +58,13 @@ async def read_object(request: Request) -> dict[str, Any]:
     return await run_sized(len(raw) // _BYTES_PER_CHARACTER, lambda: decode_object(raw))
 
 
+async def read_body(request: Request, make: Callable[[dict[str, Any]], Value]) -> Value:
+    """What `make` makes of the JSON object in the body, in the thread in which a large one is read: a few bytes may
+    cost it as much as a page of text. It must not touch what the loop owns."""
+    raw = await request.body()
+    return await run_sized(len(raw), lambda: make(decode_object(raw)))
+
+
 def decode_object(raw: bytes) -> dict[str, Any]:
     """As `read_object`, from bytes."""
     if not raw.strip():

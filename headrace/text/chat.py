@@ -7,7 +7,8 @@ from typing import Any
 
 import msgspec
 
-from headrace.types.errors import RequestError
+from headrace.config.json_bounds import BODY, JsonCount
+from headrace.types.errors import RequestError, RequestTooLargeError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_MESSAGES = 16384
@@ -27,13 +28,14 @@ def normalize_messages(messages: Any) -> list[dict[str, Any]]:
 
     An empty list of tool calls is as none; an assistant's message may have no content, or a refusal for it.
 
-    Raises `RequestError` naming the message and key at fault.
+    Raises `RequestError` naming the message and key at fault, and for arguments that have too many parts altogether.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise RequestError("messages must be a non-empty list", field="messages")
     if len(messages) > MAX_MESSAGES:
         raise RequestError(f"messages must hold at most {MAX_MESSAGES} messages", field="messages")
-    return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    parts = JsonCount(BODY)
+    return [_message(message, f"messages[{index}]", parts) for index, message in enumerate(messages)]
 
 
 def normalize_tools(tools: Any) -> list[dict[str, Any]]:
@@ -55,7 +57,7 @@ def check_template_arguments(arguments: Any, field: str = "chat_template_kwargs"
     return dict(arguments)
 
 
-def _message(message: Any, field: str) -> dict[str, Any]:
+def _message(message: Any, field: str, parts: JsonCount) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise RequestError(f"{field} must be an object", field=field)
     role = message.get("role")
@@ -64,7 +66,7 @@ def _message(message: Any, field: str) -> dict[str, Any]:
     checked = {key: value for key, value in message.items() if value is not None}
     checked["role"] = "system" if role == "developer" else role
     if "tool_calls" in checked:
-        checked["tool_calls"] = _tool_calls(message["tool_calls"], f"{field}.tool_calls")
+        checked["tool_calls"] = _tool_calls(message["tool_calls"], f"{field}.tool_calls", parts)
         if not checked["tool_calls"]:
             del checked["tool_calls"]
     content, is_own = message.get("content"), role == "assistant"
@@ -92,14 +94,14 @@ def _text_part(part: Any, is_own: bool, field: str) -> str:
     return str(part[kind])
 
 
-def _tool_calls(calls: Any, field: str) -> list[dict[str, Any]]:
+def _tool_calls(calls: Any, field: str, parts: JsonCount) -> list[dict[str, Any]]:
     if not isinstance(calls, (list, tuple)):
         raise RequestError(f"{field} must be a list", field=field)
-    return [_tool_call(call, f"{field}[{index}]") for index, call in enumerate(calls)]
+    return [_tool_call(call, f"{field}[{index}]", parts) for index, call in enumerate(calls)]
 
 
-def _tool_call(call: Any, field: str) -> dict[str, Any]:
-    """Templates iterate over arguments, clients send them as a JSON string."""
+def _tool_call(call: Any, field: str, parts: JsonCount) -> dict[str, Any]:
+    """Templates iterate over arguments, clients send them as a JSON string; `parts` are those of all together."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise RequestError(f"{field}.function.name must be a string", field=f"{field}.function.name")
@@ -107,7 +109,12 @@ def _tool_call(call: Any, field: str) -> dict[str, Any]:
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            arguments = msgspec.json.decode(arguments.strip() or "null")
+            raw = (arguments.strip() or "null").encode()
+            too_much = parts.add(raw)
+            if too_much is not None:
+                message = f"messages has {too_much} or more in arguments; no request needs so many"
+                raise RequestTooLargeError(message, field="messages")
+            arguments = msgspec.json.decode(raw)
         except (msgspec.DecodeError, RecursionError, UnicodeEncodeError) as error:
             raise RequestError(f"{field} is not JSON: {error}", field=field) from None
     if arguments is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 
 import pytest
 
@@ -45,15 +46,45 @@ def test_marks_are_counted_outside_strings_only() -> None:
     for _ in range(2_000):
         raw = "".join(source.choices('[]{}:,"\\a', k=source.randrange(40))).encode()
         counts, is_inside, position = {mark: 0 for mark in b"[{:,"}, False, 0
+        is_broken = False
         while position < len(raw):
             byte = raw[position]
             if is_inside and byte == ord("\\"):
                 position += 1
+            elif byte == ord("\\"):
+                is_broken = True
             elif byte == ord('"'):
                 is_inside = not is_inside
             elif not is_inside and byte in counts:
                 counts[byte] += 1
             position += 1
         limit = source.randrange(6)
+        if is_broken:
+            continue  # reading ends there, before what follows is made into anything
         is_over = counts[ord("[")] + counts[ord("{")] > limit or counts[ord(":")] > limit or counts[ord(",")] > limit
         assert (excess(raw, JsonBounds(limit, limit, limit, strings=100)) is not None) == is_over
+
+
+def test_escaped_quotes_take_no_step_each() -> None:
+    raw = json.dumps({"a": "[" * (BODY.containers + 1) + '"' * 100_000 + "\\" * 100_001}).encode()
+    num_calls = 0
+
+    def count(*event: object) -> None:
+        nonlocal num_calls
+        num_calls += 1
+
+    sys.setprofile(count)
+    try:
+        assert excess(raw, BODY) is None
+    finally:
+        sys.setprofile(None)
+    assert num_calls < 1_000
+
+
+def test_escaped_quotes_hide_nothing() -> None:
+    for text in ('"', "\\", '\\"', '"\\'):
+        quoted = json.dumps(text * 101)
+        body = f'{{"t": {quoted}, "x": [{"[]," * (BODY.containers + 1)}1]}}'.encode()
+        assert str(excess(body, BODY)).endswith("lists and objects")
+    strings = b'{"x": [' + rb'"a\\",' * (BODY.values + 1) + b"1]}"  # each ends in an escaped backslash
+    assert str(excess(strings, BODY)).endswith("strings")

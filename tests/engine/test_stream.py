@@ -9,7 +9,7 @@ import pytest
 
 from headrace.engine.pacing import MAX_WAKES_PER_TURN, Pacer
 from headrace.engine.requests import GenerateItem
-from headrace.engine.stream import EndKind, Stream, StreamGroup
+from headrace.engine.stream import MAX_PIECES, EndKind, Stream, StreamGroup
 from headrace.engine.text_feed import TextStart
 from headrace.text import Tokenizer
 from headrace.types.errors import ErrorInfo, HeadraceError, PoisonedError
@@ -319,5 +319,30 @@ def test_a_paced_group_gives_every_piece() -> None:
             for piece in pieces:
                 seen.update(piece.token_ids)
         assert seen == {0: 2, 1: 2, 2: 2, 9: 2}
+
+    asyncio.run(run())
+
+
+def test_a_group_of_very_many_gives_some_at_a_time_and_others_their_turn() -> None:
+    async def run() -> None:
+        feeds = [Feed(None) for _ in range(2 * MAX_PIECES + 1)]
+        group, num_turns, sizes = StreamGroup(feed.stream for feed in feeds), 0, list[int]()
+
+        async def others() -> None:
+            nonlocal num_turns
+            while True:
+                await asyncio.sleep(0)
+                num_turns += 1
+
+        task = asyncio.create_task(others())
+        await asyncio.sleep(0)
+        for feed in feeds:
+            feed.tokens([7], Finish("length"))
+        before = num_turns
+        while pieces := await group.next_pieces():
+            sizes.append(len(pieces))
+        task.cancel()
+        assert sizes == [MAX_PIECES, MAX_PIECES, 1]
+        assert num_turns - before >= 2
 
     asyncio.run(run())

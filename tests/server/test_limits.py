@@ -10,7 +10,12 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.types import Message
 
+from headrace.server import limits
+from headrace.server.connections import NUM_RECEIVED
+from headrace.server.errors import error_body, respond
+from headrace.server.limits import Limits
 from headrace.text import INLINE_CHARACTERS
 from tests.server.conftest import START, Served
 
@@ -140,3 +145,30 @@ def test_too_many_prompts_are_refused_before_they_are_encoded(
     reply = served.http.post(path, json=body)
     assert (reply.status_code, reply.json()["param"]) == (400, field)
     assert were_on_the_loop() == set()
+
+
+@pytest.mark.parametrize(("status", "bound"), [(200, limits.LINGER_BYTES), (401, limits.STRANGER_LINGER_BYTES)])
+def test_framing_counts_where_a_body_is_read_and_forgotten(status: int, bound: int) -> None:
+    """Each part brings a mebibyte of framing and one byte."""
+    num_parts, sent = 0, list[Message]()
+
+    async def receive() -> Message:
+        nonlocal num_parts
+        num_parts += 1
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "path": "/x",
+        "raw_path": b"/x",
+        "query_string": b"",
+        "headers": [(b"transfer-encoding", b"chunked")],
+        "state": {NUM_RECEIVED: lambda: num_parts << 20},
+    }
+    app = Limits(respond(status, error_body(status, "early")), 1 << 20, 60.0)
+    asyncio.run(app(scope, receive, send))
+    assert num_parts << 20 <= bound + (1 << 20)
+    assert sent[-1] == {"type": "http.response.body", "body": b"", "more_body": False}

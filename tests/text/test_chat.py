@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
+from headrace.config.json_bounds import BODY
 from headrace.text import check_template_arguments, normalize_messages, normalize_tools
-from headrace.types.errors import RequestError
+from headrace.types.errors import RequestError, RequestTooLargeError
 
 
 def test_parts_developer_and_tool_calls() -> None:
@@ -107,3 +108,16 @@ def test_template_arguments_cannot_steer_rendering(name: str) -> None:
         check_template_arguments({name: 1})
     assert raised.value.field == f"chat_template_kwargs.{name}"
     assert check_template_arguments({"enable_thinking": False}) == {"enable_thinking": False}
+
+
+def test_arguments_in_strings_have_the_bounds_of_a_body_all_together() -> None:
+    def messages(count: int, num_lists: int) -> list[dict[str, Any]]:
+        arguments = '{"a": [' + "[]," * num_lists + "1]}"
+        return [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}] * count
+
+    for too_many in (messages(1, BODY.containers), messages(4, BODY.containers // 4)):
+        with pytest.raises(RequestTooLargeError, match="lists and objects") as caught:
+            normalize_messages(too_many)
+        assert caught.value.field == "messages"
+    text = '{"a": "' + "[" * (BODY.containers + 1) + '"}'
+    normalize_messages([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": text}}]}])
