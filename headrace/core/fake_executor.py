@@ -118,6 +118,9 @@ class FreeWeights:
     def stage(self, index: int, data: Any, start: int | None = None) -> StageCopy:
         return _FreeCopy()
 
+    def forget(self, index: int) -> list[int]:
+        return [index]
+
     def commit(self) -> None:
         pass
 

@@ -79,10 +79,10 @@ def job_from_buffer(machine: WeightMachine, weights: Weights, command: Stage, no
 
     Raises `UpdateConflictError`, `WeightUpdateError` or `RequestError` naming what is wrong; nothing is held then.
     """
-    manifest = machine.require(command.session_id).staged.manifest
+    staged = machine.require(command.session_id).staged
     sizes: list[int] = []
     for entry in command.entries:
-        info = machine.check_stage(command.session_id, entry.index, now)
+        info = machine.check_stage(command.session_id, entry.index, now, replaces=entry.replaces)
         total = num_bytes_of(info)
         size = total - entry.start if entry.num_bytes is None else entry.num_bytes
         if not (entry.start >= 0 and 0 <= size <= total - entry.start):
@@ -96,7 +96,9 @@ def job_from_buffer(machine: WeightMachine, weights: Weights, command: Stage, no
 
     def copies() -> Iterator[tuple[int | None, StageCopy]]:
         for entry, size in zip(command.entries, sizes, strict=True):
-            total = num_bytes_of(manifest[entry.index])
+            total = num_bytes_of(staged.manifest[entry.index])
+            for index in weights.forget(entry.index) if entry.replaces and not entry.start else ():
+                staged.forget(index)
             data, is_last = buffer.view[entry.offset : entry.offset + size], entry.start + size == total
             copy = weights.stage(entry.index, data, None if size == total else entry.start)
             yield entry.index if is_last else None, copy

@@ -147,9 +147,8 @@ class UpdateControl:
         """Leave nothing of a call that stages, commits, or opened the session."""
         for job in [job for job in self._jobs if job.call_id == call_id]:
             self._drop_job(job, error)
-        session = self.machine.session
-        if session is not None and call_id in (self._commit_call, self._opening_call):
-            self._abort(type(error)(f"session {session.session_id} was aborted: {error.message}"))
+        if self.machine.session is not None and call_id in (self._commit_call, self._opening_call):
+            self._abort(error)
 
     def from_disk(self, command: UpdateFromDisk, now: float) -> None:
         """A whole session over a checkpoint folder; answered when the weights are live."""
@@ -210,7 +209,7 @@ class UpdateControl:
             self._abort(DeadlineError(message))
         elif now >= session.deadline:
             logger.warning("session %d outlived its %g s", session.session_id, session.timeout_s)
-            self._abort(session.expired())
+            self._abort(session.expired(), has_expired=True)
 
     @property
     def deadline(self) -> float | None:
@@ -372,11 +371,12 @@ class UpdateControl:
         self._outbox.reply(call_id, report)
         logger.debug("weights %r live, epoch %d", session.version, self.machine.epoch)
 
-    def _abort(self, reason: HeadraceError) -> None:
-        """End the open session without a commit; waiting calls are answered with `reason`."""
+    def _abort(self, reason: HeadraceError, *, has_expired: bool = False) -> None:
+        """End the open session without a commit; waiting calls are answered with `reason`, and later ones of a session
+        that `has_expired`."""
         assert self.machine.session is not None
         self.live_stamp += self.machine.session.has_written
-        self.machine.abort(self.machine.session.session_id, reason)
+        self.machine.abort(self.machine.session.session_id, reason if has_expired else None)
         self._weights.abort()
         self._end_session()
         self._fail_requests()

@@ -62,6 +62,18 @@ class UpdateSession:
         self.manifest = manifest
         self._indices = {info.name: index for index, info in enumerate(manifest)}
         self.num_bytes_staged = 0
+        self._sent: set[int] = set()
+        self._settled: set[int] = set()
+
+    def replaces(self, index: int) -> bool:
+        """The tensor may have been staged, by a call that has not succeeded."""
+        return index in self._sent and index not in self._settled
+
+    def note_sent(self, indices: set[int], *, is_settled: bool) -> None:
+        """These were sent by a call that is over; `is_settled` if it succeeded, and they are staged for good."""
+        self._sent |= indices
+        if is_settled:
+            self._settled |= indices
 
     def index_of(self, info: TensorInfo) -> int:
         """The manifest's index of a tensor. Raises `WeightUpdateError` if it is not there as described."""
@@ -87,12 +99,12 @@ class Bucket:
         """True when so many bytes have room."""
         return _aligned(self._num_used) + num_bytes <= self.buffer.ref.size
 
-    def write(self, index: int, start: int, data: TensorBytes) -> None:
+    def write(self, index: int, start: int, data: TensorBytes, *, replaces: bool) -> None:
         """Copy in what a tensor holds from its byte `start` on. `WeightUpdateError` if it was freed or written to
         meanwhile."""
         offset = _aligned(self._num_used)
         data.copy_into(self.buffer.view[offset : offset + len(data)])
-        self.entries.append(BufferEntry(index, offset, start, len(data)))
+        self.entries.append(BufferEntry(index, offset, start, len(data), replaces))
         self._num_used = offset + len(data)
 
     def clear(self) -> None:
@@ -124,7 +136,7 @@ class Updater:
         self._free: list[Bucket] = []
         self._num_buckets = 0
         self._bucket_bytes = 0
-        self._uploads: dict[asyncio.Task[None], int] = {}
+        self._uploads: set[asyncio.Task[None]] = set()
         self._freed = asyncio.Event()
         self._inplace_session: int | None = None
 
@@ -167,12 +179,16 @@ class Updater:
         await outlast(self._abort_at_last(session))
 
     def stage(self, session: UpdateSession, named_tensors: NamedTensors) -> Script[None]:
-        """Copy tensors into buckets and send them; ends when the core has copied all of them."""
+        """Copy tensors into buckets and send them; ends when the core has copied all of them. What a call sends that
+        fails may be sent again, and replaces what came of it."""
         check_session(session)
-        filling = _Filling()
+        filling, sent, num_bytes, is_settled = _Filling(), set[int](), 0, False
         try:
             for name, tensor in named_pairs(named_tensors):
                 index = session.index_of(describe(name, tensor))
+                if index in sent:
+                    raise WeightUpdateError(f"{name} was staged twice", field=name)
+                sent.add(index)
                 data = TensorBytes(name, tensor)
                 for start in range(0, max(1, len(data)), BUCKET_BYTES):
                     piece = data[start : start + BUCKET_BYTES]
@@ -180,16 +196,19 @@ class Updater:
                         yield self._send(session, filling)
                         yield self._take_bucket(session, len(piece), filling)
                     assert filling.bucket is not None
-                    filling.bucket.write(index, start, piece)
-                session.num_bytes_staged += len(data)
+                    filling.bucket.write(index, start, piece, replaces=session.replaces(index))
+                num_bytes += len(data)
             yield self._send(session, filling)
-            yield self._drain(session)
+            yield self._drain(filling)
+            is_settled = True
+            session.num_bytes_staged += num_bytes
         except GeneratorExit:
             raise
         except BaseException:  # whatever it is, nothing more is staged when the caller hears of it
             yield self._call_off(filling)
             raise
         finally:
+            session.note_sent(sent, is_settled=is_settled)
             self._call_soon(lambda: self._end(filling))
 
     def update_from_tensors(
@@ -223,10 +242,11 @@ class Updater:
 
     async def close(self) -> None:
         """Give the buffers back."""
-        for task in self._uploads:
+        uploads = list(self._uploads)
+        for task in uploads:
             task.cancel()
-        if self._uploads:
-            await asyncio.wait(self._uploads)
+        if uploads:
+            await asyncio.wait(uploads)
         for bucket in self._free:
             bucket.buffer.close()
         self._free.clear()
@@ -245,7 +265,7 @@ class Updater:
 
     async def _take_bucket(self, session: UpdateSession, num_bytes: int, filling: _Filling) -> None:
         """A bucket with room for `num_bytes`, waiting for the core to free one if need be."""
-        filling.bucket = await self._free_bucket(session, num_bytes)
+        filling.bucket = await self._free_bucket(session, num_bytes, filling)
         if filling.is_over:
             self._end(filling)
 
@@ -255,13 +275,13 @@ class Updater:
         if bucket is not None:
             self._give_back(bucket)
 
-    async def _free_bucket(self, session: UpdateSession, num_bytes: int) -> Bucket:
-        self._raise_failures(session)
+    async def _free_bucket(self, session: UpdateSession, num_bytes: int, filling: _Filling) -> Bucket:
+        self._raise_failures(filling)
         self._fit_buckets(session, num_bytes)
         while not self._free and self._num_buckets >= NUM_BUCKETS:
             self._freed.clear()
             await self._freed.wait()
-            self._raise_failures(session)
+            self._raise_failures(filling)
         if self._free:
             return self._free.pop()
         try:
@@ -284,13 +304,12 @@ class Updater:
 
     async def _send(self, session: UpdateSession, filling: _Filling) -> None:
         """Make an upload of what has been filled, if anything has."""
-        self._raise_failures(session)
+        self._raise_failures(filling)
         bucket, filling.bucket = filling.bucket, None
         if bucket is not None:
             upload = asyncio.create_task(self._upload(session, bucket))
-            # Whatever comes of it, also if it is cancelled before it begins, the core reads the buffer no more.
-            upload.add_done_callback(lambda _: self._give_back(bucket))
-            self._uploads[upload] = session.session_id
+            upload.add_done_callback(lambda _: self._uploaded(upload, bucket))
+            self._uploads.add(upload)
             filling.uploads.append(upload)
 
     async def _upload(self, session: UpdateSession, bucket: Bucket) -> None:
@@ -303,22 +322,24 @@ class Updater:
         if pending:
             await asyncio.wait(pending)
 
-    async def _drain(self, session: UpdateSession) -> None:
-        mine = [task for task, session_id in self._uploads.items() if session_id == session.session_id]
-        if mine:
-            await asyncio.wait(mine)
-        self._raise_failures(session)
+    async def _drain(self, filling: _Filling) -> None:
+        if filling.uploads:
+            await asyncio.wait(filling.uploads)
+        self._raise_failures(filling)
 
-    def _raise_failures(self, session: UpdateSession) -> None:
-        """Forget uploads that are done; raise the first error among this session's."""
-        failures: list[BaseException] = []
-        for task in [task for task in self._uploads if task.done()]:
-            is_mine = self._uploads.pop(task) == session.session_id
-            error = None if task.cancelled() else task.exception()
-            if error is not None and is_mine:
-                failures.append(error)
-        if failures:
-            raise failures[0]
+    def _raise_failures(self, filling: _Filling) -> None:
+        """Raise the first error among the uploads of a script."""
+        for upload in filling.uploads:
+            error = upload.exception() if upload.done() and not upload.cancelled() else None
+            if error is not None:
+                raise error
+
+    def _uploaded(self, upload: asyncio.Task[None], bucket: Bucket) -> None:
+        """Whatever came of it, also if it was cancelled before it began, the core reads the buffer no more."""
+        self._uploads.discard(upload)
+        if not upload.cancelled():
+            upload.exception()  # looked at: of a script that is over nobody else does
+        self._give_back(bucket)
 
     def _give_back(self, bucket: Bucket) -> None:
         bucket.clear()

@@ -44,13 +44,15 @@ def shape_problem(shape: Sequence[Any]) -> str:
 class BufferEntry(msgspec.Struct, frozen=True, array_like=True):
     """A tensor inside a bucket, or a piece of it: its place in the session's manifest and its byte offset.
 
-    The piece is `num_bytes` of the tensor from its byte `start` on; None: all from there.
+    The piece is `num_bytes` of the tensor from its byte `start` on; None: all from there. `replaces` says that the
+    tensor may have been staged by a call that did not succeed: what that call brought is forgotten.
     """
 
     index: int
     offset: int
     start: int = 0
     num_bytes: int | None = None
+    replaces: bool = False
 
 
 class BufferRef(msgspec.Struct, frozen=True, array_like=True):

@@ -14,6 +14,8 @@ How a core drives it, each line between two steps (an error leaves both sides as
     begin    machine.check_begin(version, partial); mode = store.begin(manifest, mode, partial);
              session = machine.begin(version, manifest, mode, now=now, timeout_s=..., in_flight=..., partial=partial)
     stage    machine.check_stage(session_id, index, now); work = store.stage(index, data);
+             (replaces=True for what a call that failed has staged: then first session.staged.forget each of
+             store.forget(index))
              before the first work.advance(): if work.is_live: machine.note_write(session_id)
              when work.advance() returns True: machine.mark_staged(session_id, index, now)
     commit   machine.check_commit(session_id, now); store.commit(); machine.commit(session_id)
@@ -47,21 +49,21 @@ _MAX_NAMES_IN_MESSAGE = 8
 
 
 class StagedSet:
-    """Which tensors of a manifest have been staged, each exactly once."""
+    """Which tensors of a manifest have been staged, each exactly once since it was last forgotten."""
 
     def __init__(self, manifest: Sequence[TensorInfo]) -> None:
         self.manifest: tuple[TensorInfo, ...] = tuple(manifest)
         self.num_staged = 0
         self._is_staged = bytearray(len(self.manifest))
 
-    def check(self, index: int) -> TensorInfo:
-        """The entry at `index`. `WeightUpdateError` if there is none or it was staged before."""
+    def check(self, index: int, *, replaces: bool = False) -> TensorInfo:
+        """The entry at `index`. `WeightUpdateError` if there is none, or it was staged before and is not replaced."""
         if not 0 <= index < len(self.manifest):
             raise WeightUpdateError(
                 f"tensor index {index} is not in the manifest of {len(self.manifest)}", field="index"
             )
         info = self.manifest[index]
-        if self._is_staged[index]:
+        if self._is_staged[index] and not replaces:
             raise WeightUpdateError(f"{info.name} was staged twice", field=info.name)
         return info
 
@@ -70,6 +72,15 @@ class StagedSet:
         self.check(index)
         self._is_staged[index] = 1
         self.num_staged += 1
+
+    def is_staged(self, index: int) -> bool:
+        """It is whole and checked."""
+        return bool(self._is_staged[index])
+
+    def forget(self, index: int) -> None:
+        """The tensor at `index` has to come again, whether it has come or not."""
+        self.num_staged -= self._is_staged[index]
+        self._is_staged[index] = 0
 
     def missing(self) -> list[str]:
         """Names not staged yet, in manifest order."""
@@ -220,11 +231,11 @@ class WeightMachine:
             )
         return self.session
 
-    def check_stage(self, session_id: int, index: int, now: float) -> TensorInfo:
+    def check_stage(self, session_id: int, index: int, now: float, *, replaces: bool = False) -> TensorInfo:
         """The manifest entry about to be staged; the deadline moves. `WeightUpdateError` for a bad or doubled index."""
         session = self.require(session_id)
         session.touch(now)
-        return session.staged.check(index)
+        return session.staged.check(index, replaces=replaces)
 
     def note_write(self, session_id: int) -> None:
         """Call before the first byte of a stage moves: in place, live memory is no longer whole from here on."""

@@ -75,6 +75,17 @@ class _Transaction:
         if digest:
             self.digests[info.name] = digest
 
+    def forget(self, index: int) -> list[int]:
+        """Count a tensor no longer, nor the one that it is tied to: they are compared when they come again."""
+        name, forgotten = self.staged.manifest[index].name, [index]
+        if name in self.compared:
+            tied = {each for pair in self.aliases.items() if name in pair for each in pair}
+            forgotten = [at for at, info in enumerate(self.staged.manifest) if info.name in tied]
+        for at in forgotten:
+            self.staged.forget(at)
+            self.digests.pop(self.staged.manifest[at].name, None)
+        return forgotten
+
     def _check_tied(self, name: str, digest: str) -> None:
         for alias, target in self.aliases.items():
             other = {alias: target, target: alias}.get(name)
@@ -279,6 +290,12 @@ class WeightStore:
             on_done=lambda: self._arrived(transaction, index, info, arrival),
             check=(lambda written: self._require_finite(info.name, written)) if self._check_finite else None,
         )
+
+    def forget(self, index: int) -> list[int]:
+        """Manifest entry `index` is to be staged again, if it was. Returns what has to be now: it, and the one that was
+        compared with it because they are tied."""
+        transaction = self._require_update()
+        return transaction.forget(index) if transaction.staged.is_staged(index) else []
 
     def _arrival(self, transaction: _Transaction, info: TensorInfo) -> Arrival:
         destination = self._destination(transaction, info)

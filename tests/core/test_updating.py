@@ -618,10 +618,10 @@ BIG = {"embed.weight": torch.arange(32, dtype=torch.float32).view(8, 4)} | {
 }
 
 
-def send_piece(core: Core, session: int, start: int, stop: int) -> int:
+def send_piece(core: Core, session: int, start: int, stop: int, *, replaces: bool = False) -> int:
     """Stage bytes of the first tensor."""
     core.buffer, _ = bucket_of([BIG["embed.weight"].view(-1)[start // 4 : stop // 4]])
-    return core.start(Stage, session, core.buffer.ref, (BufferEntry(0, 0, start, stop - start),))
+    return core.start(Stage, session, core.buffer.ref, (BufferEntry(0, 0, start, stop - start, replaces),))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -652,6 +652,23 @@ def test_no_element_is_written_twice_or_never(pieces: list[tuple[int, int]]) -> 
     *_, last = [send_piece(core, session, *pieces[-1])]
     core.until(lambda: last in core.link.replies)
     assert core.error(last).code == "WeightUpdateError" and core.error(last).field == "embed.weight"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_tensor_that_is_being_replaced_is_missing_until_it_is_whole(mode: str) -> None:
+    core = Core()
+    session = core.begin(BIG, mode=mode)
+    core.stage(session, {**BIG, "embed.weight": BIG["embed.weight"] + 1})
+    doubled = send_piece(core, session, 0, 128)
+    core.until(lambda: doubled in core.link.replies)
+    assert core.error(doubled).message == "embed.weight was staged twice"
+    first = send_piece(core, session, 0, 64, replaces=True)
+    core.until(lambda: first in core.link.replies)
+    assert "embed.weight" in core.refused(CommitUpdate, session).message
+    last = send_piece(core, session, 64, 128, replaces=True)
+    core.until(lambda: last in core.link.replies)
+    core.call(CommitUpdate, session, kind=UpdateReport)
+    check_live(core, BIG)
 
 
 def test_a_piece_that_was_dropped_is_begun_with_its_tensor_again() -> None:

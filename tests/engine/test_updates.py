@@ -31,6 +31,7 @@ from headrace import (
 )
 from headrace.engine import reading as reading_module
 from headrace.engine import update as update_module
+from headrace.engine.update import manifest_of
 from headrace.ipc import SharedBuffer
 from tests.engine.builders import SETTINGS, model_of, named_tensors, save_model
 
@@ -210,6 +211,55 @@ def test_staging_may_be_cut_anywhere(start: Starter, new: Tensors, new_folder: P
         engine.stage(session, new[start_index : start_index + 6])
     engine.commit(session)
     assert engine.digest() == start(new_folder).digest()
+
+
+@pytest.mark.parametrize("mode", ["shadow", "inplace"])
+@pytest.mark.parametrize("bucket_bytes", [4096, 1 << 26], ids=["pieces", "one bucket"])
+def test_a_stage_that_failed_may_be_tried_again(
+    start: Starter, new: Tensors, new_folder: Path, mode: Any, bucket_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With other values, in another order, several times; in the end all is what the call that succeeded sent."""
+    monkeypatch.setattr("headrace.engine.update.BUCKET_BYTES", bucket_bytes)
+    updated = start()
+    session = updated.begin_update("new", manifest_of((n, t.shape, str(t.dtype)) for n, t in new), mode=mode)
+    for count in (5, len(new), 12):
+        with pytest.raises(OSError):
+            updated.stage(session, breaking([(name, tensor + count) for name, tensor in new], count))
+    with pytest.raises(WeightUpdateError, match="staged twice"):
+        updated.stage(session, [*new, new[0]])
+    updated.stage(session, reversed(new))
+    for _ in range(2):  # a refused call does not make it another's to replace
+        with pytest.raises(WeightUpdateError, match="staged twice"):
+            updated.stage(session, new[:1])
+    updated.commit(session)
+    assert updated.digest() == start(new_folder).digest()
+
+
+def breaking(pairs: Tensors, count: int) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from pairs[:count]
+    raise OSError("the source broke")
+
+
+def test_a_stage_that_was_cancelled_may_be_tried_again(start: Starter, new: Tensors, new_folder: Path) -> None:
+    updated = start()
+    engine = updated.asynchronous
+
+    async def scenario() -> int:
+        num_cancelled = 0
+        for turn in range(20):
+            session = await engine.begin_update("new", manifest_of((n, t.shape, str(t.dtype)) for n, t in new))
+            try:
+                await asyncio.wait_for(engine.stage(session, [(n, t + 1) for n, t in new]), 0.0006 * turn)
+            except TimeoutError:
+                num_cancelled += 1
+                await engine.stage(session, new)
+                await engine.commit(session)
+            else:
+                await engine.abort_update(session)
+        return num_cancelled
+
+    assert asyncio.run(scenario()) > 2
+    assert updated.digest() == start(new_folder).digest()
 
 
 def test_an_iterator_may_reuse_its_memory(start: Starter, new: Tensors, new_folder: Path) -> None:
@@ -483,9 +533,26 @@ def test_a_commit_without_an_answer_does_not_land_later(start: Starter, new: Ten
         engine.commit(session)
     wait_for(lambda: not engine.status().updating)
     assert engine.version == "default" and outputs(engine) == before
-    with pytest.raises(UpdateConflictError):
+    with pytest.raises(UpdateConflictError, match="was aborted"):
         engine.commit(session)
     assert engine.update_weights_from_tensor(new, version="next").epoch == 1
+
+
+@pytest.mark.parametrize("mode", ["shadow", "inplace"])
+def test_an_update_slower_than_its_time_says_so(start: Starter, new: Tensors, mode: Any) -> None:
+    engine = start()
+
+    def slow() -> Iterator[tuple[str, torch.Tensor]]:
+        yield new[0]
+        wait_for(lambda: not engine.status().updating)
+        yield from new[1:]
+
+    session = engine.begin_update("late", manifest_of((n, t.shape, "float32") for n, t in new), mode=mode, timeout=0.1)
+    with pytest.raises(DeadlineError, match=r"was aborted 0\.1 s after its last command"):
+        engine.stage(session, slow())
+    with pytest.raises(DeadlineError, match=r"was aborted 0\.1 s after its last command"):
+        engine.commit(session)
+    engine.update_weights_from_tensor(new, version="next")
 
 
 def test_a_tensor_unlike_its_announcement_is_refused_by_name(engine: Engine, new: Tensors) -> None:

@@ -362,6 +362,34 @@ def test_a_tied_tensor_with_other_values_is_refused_by_name(mode: str, first: bo
         store.commit()
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("order", [[HEAD, EMBED], [EMBED, HEAD]])
+def test_what_is_forgotten_comes_again_and_a_tied_tensor_with_it(mode: Any, order: list[str]) -> None:
+    weight_map, after = tied_pair()
+    store = make_store(weight_map, make_tensors(weight_map, 1))
+    both = {**after, HEAD: after[EMBED]}
+    manifest = manifest_of(both)
+    index = {info.name: at for at, info in enumerate(manifest)}
+    store.begin(manifest, mode, False)
+    other = next(name for name in after if name != EMBED)
+    assert store.forget(index[other]) == []  # nothing has come yet
+    for name, tensor in both.items():
+        store.stage(index[name], tensor + 1).advance(1.0)
+    assert store.forget(index[other]) == [index[other]]
+    store.stage(index[other], after[other]).advance(1.0)
+    assert sorted(store.forget(index[order[0]])) == sorted([index[HEAD], index[EMBED]])
+    with pytest.raises(WeightUpdateError, match="not staged"):
+        store.commit()
+    assert store.forget(index[order[1]]) == []
+    for name in order:
+        store.stage(index[name], both[name]).advance(1.0)
+    for name in set(after) - {EMBED, other}:
+        assert store.forget(index[name]) == [index[name]]
+        store.stage(index[name], after[name]).advance(1.0)
+    store.commit()
+    assert store.digest() == make_store(weight_map, after).digest()
+
+
 def test_a_tied_tensor_alone_is_compared_with_what_is_live() -> None:
     weight_map, tensors = tied_pair()
     store = make_store(weight_map, tensors)
