@@ -1,22 +1,25 @@
 """The `headrace` command, and `python -m headrace`: what holds from the first moment, before imports that take long.
 
-Owns two things: every standard stream is open, and Ctrl-C ends without a traceback, whatever is being imported.
+Owns two things: every standard stream is open, and Ctrl-C ends without a traceback, whatever is being imported. Until
+the command runs it ends the process on the spot: an exception in the middle of an import may be lost in it, or abort
+the process. So nothing is imported here that is not part of the interpreter, before that is arranged.
 """
 
-from __future__ import annotations
-
-import contextlib
-import logging
+import _signal  # type: ignore[import-not-found]  # `signal` imports more than the interpreter has
 import os
-import signal
 import sys
-from typing import NoReturn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 EXIT_INTERRUPTED = 130
 
 
 def main() -> int:
     """Run the command line. Returns the exit code."""
+    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+        _signal.signal(_signal.SIGINT, _end_at_once)
     try:
         _open_standard_streams()
         from headrace.cli import main as run
@@ -30,9 +33,22 @@ def main() -> int:
     return exit_code
 
 
-def _leave() -> NoReturn:
+def _end_at_once(number: int, frame: object) -> "NoReturn":
+    try:
+        os.write(2, b"headrace: interrupted\n")
+    finally:
+        os._exit(EXIT_INTERRUPTED)
+
+
+_end_at_once.is_of_start = True  # type: ignore[attr-defined]  # what `headrace.cli.main` knows it by
+
+
+def _leave() -> "NoReturn":
     """End now: imports may go on in a thread of a start, and an interpreter that ends under them may hang."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    import contextlib
+    import logging
+
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):

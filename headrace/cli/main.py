@@ -7,6 +7,8 @@ An error is one line on standard error; `--debug` adds the traceback.
 from __future__ import annotations
 
 import argparse
+import importlib
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -26,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (the process's own by default). Returns the exit code."""
     arguments = parse(argv)
     try:
+        _take_interrupts(arguments.command)
         exit_code: int = arguments.run(arguments)
         return exit_code
     except EngineDeadError as error:
@@ -39,6 +42,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_BUG
     except Exception as error:
         return _report(arguments, f"internal error: {type(error).__name__}: {error}", EXIT_BUG)
+
+
+def _take_interrupts(command: str) -> None:
+    """From here on Ctrl-C is a `KeyboardInterrupt`, not the end on the spot that it is while modules are imported.
+
+    `check` has nothing to end, and imports as it goes. What computes in this process has torch first: it does not
+    survive an exception in the middle of its import.
+    """
+    if command == "check" or not getattr(signal.getsignal(signal.SIGINT), "is_of_start", False):
+        return
+    if command in ("bench", "demo"):
+        importlib.import_module("torch")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
