@@ -4,9 +4,11 @@ Names are looked up where they live when they are first asked for: importing the
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # that of `typing`, which takes longer to import than this package
 if TYPE_CHECKING:
+    from typing import Any
+
     from headrace.config import EngineConfig
     from headrace.engine import AsyncEngine, Engine, UpdateSession
     from headrace.types.errors import (
@@ -80,7 +82,7 @@ _HOMES = {
 """Where the names of `__all__` live; those of errors in `headrace.types.errors`."""
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES.get(name, "headrace.types.errors")), name)

@@ -7,6 +7,8 @@ An error is one line on standard error; `--debug` adds the traceback.
 from __future__ import annotations
 
 import argparse
+import importlib
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -29,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = argparse.Namespace(command="", debug=False)
     try:
         arguments = parse(argv)
+        _take_interrupts(arguments.command)
         exit_code: int = arguments.run(arguments)
         sys.stdout.flush()
         return exit_code
@@ -42,6 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_BUG  # whoever read our output has gone; there is nobody to tell
     except Exception as error:
         return _report(arguments, f"internal error: {type(error).__name__}: {error}", EXIT_BUG)
+
+
+def _take_interrupts(command: str) -> None:
+    """From here on Ctrl-C is a `KeyboardInterrupt`, not the end on the spot that it is while modules are imported.
+
+    `check` has nothing to end, and imports as it goes. What computes in this process has torch first: it does not
+    survive an exception in the middle of its import.
+    """
+    if command == "check" or not getattr(signal.getsignal(signal.SIGINT), "is_of_start", False):
+        return
+    if command in ("bench", "demo"):
+        importlib.import_module("torch")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

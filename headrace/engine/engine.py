@@ -224,7 +224,8 @@ class Engine:
 
     def wait_ended(self) -> HeadraceError:
         """See `AsyncEngine.wait_ended`."""
-        return result_of(self.asynchronous.runtime.supervisor.ended)
+        runtime = self.asynchronous.runtime
+        return runtime.foreign or result_of(runtime.supervisor.ended)
 
     def shutdown(self) -> None:
         """See `AsyncEngine.shutdown`."""

@@ -50,7 +50,10 @@ class EngineLifecycle:
 
     async def wait_ended(self) -> HeadraceError:
         """Wait for the engine's end and return why: `EngineDeadError` once the core is dead and no other will take its
-        place, `ShutdownError` after `shutdown`. A Ray actor that serves an engine exits on it."""
+        place, `ShutdownError` after `shutdown` and in a fork. A Ray actor that serves an engine exits on it."""
+        foreign = self._start.foreign
+        if foreign is not None:
+            return foreign
         await self.start()
         ended = self.runtime.supervisor.ended
         await asyncio.wait([asyncio.wrap_future(ended)])

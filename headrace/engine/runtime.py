@@ -132,6 +132,11 @@ def _call_soon(loop: asyncio.AbstractEventLoop, action: Callable[[], None]) -> N
         loop.call_soon_threadsafe(action)
 
 
+def forked(owner: int) -> ShutdownError:
+    """What an engine of process `owner` is in a fork of it."""
+    return ShutdownError(f"the engine belongs to process {owner}, of which this one is a fork")
+
+
 class Runtime:
     """A loop in a daemon thread with one core. `close` may be called from any thread, any number of times."""
 
@@ -162,8 +167,13 @@ class Runtime:
 
     @property
     def is_over(self) -> bool:
-        """True once there is no core and will be none."""
-        return self._is_closing or self.supervisor.ended.done()
+        """True once there is no core and will be none, as in a fork of the process that owns it."""
+        return self._is_closing or self.supervisor.ended.done() or os.getpid() != self._pid
+
+    @property
+    def foreign(self) -> ShutdownError | None:
+        """What the engine is here, if this process is a fork of the one that owns it."""
+        return forked(self._pid) if os.getpid() != self._pid else None
 
     @property
     def is_closing(self) -> bool:
@@ -230,8 +240,8 @@ class Runtime:
 
     def check_open(self) -> None:
         """Raise `ShutdownError` once the runtime is closing, and in a fork of the process that owns it."""
-        if os.getpid() != self._pid:
-            raise ShutdownError(f"the engine belongs to process {self._pid}, of which this one is a fork")
+        if self.foreign is not None:
+            raise self.foreign
         if self._is_closing:
             raise ShutdownError(_SHUTTING_DOWN)
 

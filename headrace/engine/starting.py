@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import logging
+import os
 import threading
 
 from headrace.config import EngineConfig, ResolvedConfig
 from headrace.engine.intake import Intake
 from headrace.engine.launch import ExecutorKind, load_tokenizer, log_ends, resolve_settings, with_tokenizer
 from headrace.engine.requests import RequestBuilder
-from headrace.engine.runtime import Runtime, result_of
+from headrace.engine.runtime import Runtime, forked, result_of
 from headrace.text import Tokenizer
 from headrace.types.errors import ShutdownError
 from headrace.types.messages import CoreReady
@@ -49,6 +50,7 @@ class Start:
         self._executor: ExecutorKind = executor
         self._lock = threading.Lock()
         self._is_closed = False
+        self._pid = os.getpid()
         self._runtime: Runtime | None = None
         self._outcome: concurrent.futures.Future[Running] = concurrent.futures.Future()
         self._outcome.set_running_or_notify_cancel()  # somebody who stops waiting does not stop the start
@@ -61,15 +63,28 @@ class Start:
 
     def wait(self) -> Running:
         """Wait in this thread. Raises what kept the engine from starting."""
+        self._check_waits_here()
         return self._outcome.result() if self._outcome.done() else result_of(self._outcome)
 
     async def wait_async(self) -> Running:
         """As `wait`, in an event loop."""
+        self._check_waits_here()
         if not self._outcome.done():
             outcome = asyncio.wrap_future(self._outcome)
             outcome.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to see it
             await asyncio.wait([outcome])
         return self._outcome.result()
+
+    @property
+    def foreign(self) -> ShutdownError | None:
+        """What the engine is here, if this process is a fork of the one that owns it."""
+        return forked(self._pid) if os.getpid() != self._pid else None
+
+    def _check_waits_here(self) -> None:
+        """`ShutdownError` in a fork, where the thread that starts it is not."""
+        foreign = self.foreign
+        if foreign is not None and not self._outcome.done():
+            raise foreign
 
     def close(self) -> None:
         """End the engine, or its start. Waits until the core is gone."""

@@ -97,17 +97,33 @@ class Interrupter(MetaPathFinder):
             os.kill(os.getpid(), signal.SIGINT)
 
 sys.meta_path.insert(0, Interrupter())
-sys.argv = ["headrace", "generate", {folder!r}]
+sys.argv = ["headrace", {command!r}, {folder!r}]
 from headrace.__main__ import main
 sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("module", ["headrace.ipc", "headrace.cli", "numpy", "headrace.bench"])
-def test_an_interrupt_while_modules_are_imported_leaves_no_traceback(module: str) -> None:
-    with launch(["-c", INTERRUPTED_IMPORT.format(module=module, folder=str(POLICY))]) as process:
+IMPORTS = [
+    *(("generate", module) for module in ("logging", "headrace.ipc", "headrace.cli", "numpy", "headrace.bench")),
+    *(("check", module) for module in ("torch", "torch.utils", "transformers", "tokenizers")),
+    ("bench", "torch._C"),
+]
+
+
+@pytest.mark.parametrize(("command", "module"), IMPORTS)
+def test_an_interrupt_while_modules_are_imported_leaves_no_traceback(command: str, module: str) -> None:
+    """Nor is it swallowed, nor does it abort the process in the middle of a library's own start."""
+    folder = "offline" if command == "bench" else str(POLICY)
+    with launch(["-c", INTERRUPTED_IMPORT.format(module=module, command=command, folder=folder)]) as process:
         _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, "headrace: interrupted\n")
+
+
+def test_an_interrupt_that_was_ignored_at_the_start_stays_so() -> None:
+    code = INTERRUPTED_IMPORT.format(module="numpy", command="check", folder=str(POLICY))
+    with launch(["-c", "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + code]) as process:
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
 
 
 @pytest.mark.parametrize("closed", ["2>&-", "0<&- 1>&- 2>&-"])

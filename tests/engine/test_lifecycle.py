@@ -325,11 +325,14 @@ def test_shutdown_answers_what_runs_and_can_be_repeated(model_folder: Path) -> N
 def test_a_fork_does_not_touch_the_engine(spawned: Engine) -> None:
     """A forked child ends at once, with all exit handlers, and leaves its parent's engine alone."""
     code = """
-import os, sys
+import asyncio, os, sys
 from headrace import Engine, ShutdownError
 engine = Engine({folder!r}, executor="free", skip_tokenizer_init=True, **{settings!r})
 child = os.fork()
 if child == 0:
+    assert not (engine.is_alive or engine.is_ready or engine.is_responsive)
+    assert isinstance(engine.wait_ended(), ShutdownError)
+    assert isinstance(asyncio.run(engine.asynchronous.wait_ended()), ShutdownError)
     try:
         engine.generate(input_ids=[1])
     except ShutdownError as error:

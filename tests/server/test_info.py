@@ -21,6 +21,7 @@ def test_model_info(served: Served) -> None:
     path = served.engine.config.model
     for alias in ("/model_info", "/get_model_info"):
         assert served.http.get(alias).json() == {
+            "weights_state": "ready",
             "model_path": path,
             "tokenizer_path": path,
             "is_generation": True,

@@ -1,0 +1,65 @@
+"""What the command line writes to. Owns what becomes of a write that fails."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from typing import Any, NoReturn, TextIO, cast
+
+from headrace.types.errors import HeadraceError
+
+
+def watch_streams() -> None:
+    """Put both in place of the standard streams, which are open."""
+    sys.stdout, sys.stderr = cast(TextIO, Answer(sys.stdout)), cast(TextIO, News(sys.stderr))
+
+
+class Answer:
+    """Standard output. A write that fails is an error of the command, and whatever is left then goes nowhere: at the
+    end of the process it would fail again. A reader that has gone stays a `BrokenPipeError`."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._fail(error)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> NoReturn:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+        if isinstance(error, BrokenPipeError):
+            raise error
+        raise HeadraceError(f"standard output cannot be written: {error.strerror}", field="stdout") from error
+
+
+class News:
+    """Standard error. A full disk or a reader that has gone ends nobody: there is just nothing to see."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
