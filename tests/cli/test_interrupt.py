@@ -71,7 +71,8 @@ def test_an_interrupt_while_the_core_starts_ends_at_once(command: str) -> None:
         _, errors = process.communicate(timeout=AT_ONCE)
     assert is_gone(core)
     if "script" in command:  # an interrupt that a script does not catch
-        assert process.returncode in (-signal.SIGINT, 130), errors
+        # 1: Python forgets that it ends by an interrupt if a thread calls `exec` meanwhile, as imports in a start do.
+        assert process.returncode in (-signal.SIGINT, 130, 1), errors
         assert errors.rstrip().endswith("KeyboardInterrupt")
     else:
         assert process.returncode == 130 and "Traceback" not in errors

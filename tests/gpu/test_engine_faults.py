@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import time
 from typing import Any
 
 import pytest
@@ -89,11 +88,7 @@ def test_a_core_that_is_killed_comes_back_on_the_device(checkpoints: Checkpoints
     with pytest.raises(EngineDeadError):
         while True:
             engine.generate(input_ids=PROMPTS[0], sampling_params=greedy(2))
-    deadline = time.monotonic() + 120
-    while not engine.is_ready:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert engine.asynchronous.runtime.host.pid != core
+    wait_for(lambda: engine.asynchronous.runtime.host.pid != core and engine.is_ready, 120.0)
     assert values(engine) == expected
 
 
