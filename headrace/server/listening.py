@@ -128,10 +128,10 @@ class EmbeddedServer(uvicorn.Server):
 
     def _accept(self, listener: socket.socket) -> None:
         """Take in what waits, a batch at a time: the loop has other things to do."""
-        for _ in range(_BATCH):
+        for number in range(_BATCH):
             num_over = self._num_open() - self.max_connections
-            if num_over >= 0 and self._evict():
-                return  # they are gone at the next turn
+            if num_over >= 0 and (number > 0 or self._evict()):
+                return  # who is evicted is gone at the next turn, and only for somebody who waits: known for the first
             try:
                 client, _ = listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
