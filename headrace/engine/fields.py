@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, get_args
 
 import msgspec
@@ -54,18 +54,28 @@ def _nonempty(values: list[Any], field: str) -> list[Any]:
     return values
 
 
+def _params(value: Any, field: str) -> SamplingParams:
+    if isinstance(value, SamplingParams):
+        return value
+    return SamplingParams() if value is None else SamplingParams.from_dict(value, field=field)
+
+
 def params_list(
-    sampling_params: Sampling, num_prompts: int, refusals: dict[int, RequestError] | None = None
+    sampling_params: Sampling,
+    num_prompts: int,
+    refusals: dict[int, RequestError] | None = None,
+    read: Callable[[Any, str], SamplingParams] = _params,
 ) -> list[SamplingParams]:
-    """One `SamplingParams` per prompt. Of a list, errors go into `refusals` by position if it is given."""
+    """One `SamplingParams` per prompt; `read` makes it of a value and its name. Of a list, errors go into `refusals` by
+    position if it is given."""
     if not isinstance(sampling_params, (list, tuple)):
-        return [_params(sampling_params, "sampling_params")] * num_prompts
+        return [read(sampling_params, "sampling_params")] * num_prompts
     if len(sampling_params) != num_prompts:
         raise RequestError(f"{len(sampling_params)} sampling_params for {num_prompts} prompts", field="sampling_params")
     found = []
     for position, each in enumerate(sampling_params):
         try:
-            found.append(_params(each, f"sampling_params[{position}]"))
+            found.append(read(each, f"sampling_params[{position}]"))
         except RequestError as error:
             if refusals is None:
                 raise
@@ -80,12 +90,6 @@ def scoring(params: list[SamplingParams]) -> list[SamplingParams]:
     nothing = {"max_new_tokens": 0, "min_new_tokens": 0, "n": 1, "stop": ()}
     made = {key: msgspec.structs.replace(each, **nothing) for key, each in asked.items()}
     return [made[id(each)] for each in params]
-
-
-def _params(value: Any, field: str) -> SamplingParams:
-    if isinstance(value, SamplingParams):
-        return value
-    return SamplingParams() if value is None else SamplingParams.from_dict(value, field=field)
 
 
 def request_ids(names: Any, num_prompts: int) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from headrace.engine import AsyncEngine, GenerateItem
 from headrace.engine.bounds import check_body, check_call
-from headrace.engine.fields import check_name, per_prompt
+from headrace.engine.fields import check_name, params_list, per_prompt
 from headrace.server.errors import fields_named
 from headrace.server.keys import LACKING_GENERATE, LACKING_SAMPLING, refuse_lacking, warnings_for
 from headrace.server.prompts import check_count, encode_text, encode_texts, warnings_about
@@ -86,7 +86,7 @@ class Draft:
         self.sources, self.is_batch, self.field = _sources(body)
         check_count(engine, len(self.sources), self.field)
         self.refusals: dict[int, RequestError] | None = {} if body.return_errors else None
-        self.params = _params_list(body.sampling_params, len(self.sources), self.refusals)
+        self.params = params_list(body.sampling_params, len(self.sources), self.refusals, read_params)
         counts = [each.n for each in self.params]
         check_count(engine, sum(counts), self.field)
         check_call(self.params)
@@ -273,25 +273,6 @@ def shared_ids(engine: AsyncEngine, ids: Any, field: str) -> Any:
         return np.array(ids, dtype=np.int64)
     except OverflowError:
         raise RequestError(f"{field} holds a number that is no token id", field=field) from None
-
-
-def _params_list(given: Any, num_prompts: int, refusals: dict[int, RequestError] | None = None) -> list[SamplingParams]:
-    """One `SamplingParams` per prompt. Of a list, errors go into `refusals` by position if it is given."""
-    if not isinstance(given, list):
-        return [read_params(given, "sampling_params")] * num_prompts
-    if len(given) != num_prompts:
-        message = f"sampling_params holds {len(given)} objects for {num_prompts} prompts"
-        raise RequestError(message, field="sampling_params")
-    found = []
-    for position, each in enumerate(given):
-        try:
-            found.append(read_params(each, f"sampling_params[{position}]"))
-        except RequestError as error:
-            if refusals is None:
-                raise
-            refusals[position] = error
-            found.append(SamplingParams())
-    return found
 
 
 def read_params(values: Any, field: str) -> SamplingParams:
