@@ -49,7 +49,9 @@ def as_setting(value: Any, kind: Any, field: str, refusal: Refusal) -> Any:
 
 def as_integer(value: Any, field: str, refusal: Refusal = RequestError) -> int:
     """An integer; no bool, no float, no string."""
-    value = value if type(value) is int else plain_scalar(value)
+    if type(value) is int:
+        return value
+    value = plain_scalar(value)
     if hasattr(type(value), "__index__") and not isinstance(value, bool) and not hasattr(value, "shape"):
         return operator.index(value)
     raise refusal(f"{field} must be an integer, not {_shown(value)}", field=field)

@@ -59,6 +59,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         for name, default in zip(self.__struct_fields__, self.__struct_defaults__, strict=True):
             value = getattr(self, name)
+            if value is default:
+                continue
             plain = default if value is None else _READERS[name](value, name)
             if plain is not value:
                 msgspec.structs.force_setattr(self, name, plain)
