@@ -27,7 +27,7 @@ EndKind = Literal["answered", "dropped"]
 MAX_PIECES = 256
 """Of a group, in one turn of the loop."""
 
-_OUR_BUGS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_OUR_BUGS = (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 
 
 class Stream:
@@ -123,6 +123,8 @@ class Stream:
             return
         try:
             self._add(delta)
+        except HeadraceError as error:  # of the tokenizer: these ids have no text
+            self._fail(error, "answered" if delta.finish else "dropped")
         except _OUR_BUGS as error:  # must not reach the link: the other sequences go on
             logger.exception("sequence %s failed in the front", self.request.request_id)
             message = f"the front failed on this sequence: {type(error).__name__}: {error}"

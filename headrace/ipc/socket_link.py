@@ -311,9 +311,7 @@ class _FrontProtocol(asyncio.Protocol):
         try:
             outputs = [self._codec.decode(frame) for frame in self._reader.feed(data)]
         except (FrameError, *DECODE_ERRORS) as error:
-            self._on_lost(f"the core sent what cannot be decoded: {error}")
-            assert self._transport is not None
-            self._transport.abort()
+            self._end(f"the core sent what cannot be decoded: {error}")
             return
         for output in outputs:
             self._waiting.extend(_in_slices(output))
@@ -323,7 +321,7 @@ class _FrontProtocol(asyncio.Protocol):
         """Hand on for a moment; then, before the rest, the loop's other work has its turn, and nothing more is read."""
         until = time.perf_counter() + DELIVER_SECONDS
         while self._waiting and time.perf_counter() < until:
-            self._on_output(self._waiting.popleft())
+            self._hand_on()
         if self._transport is None or self._transport.is_closing():
             return
         if self._waiting:
@@ -332,9 +330,25 @@ class _FrontProtocol(asyncio.Protocol):
         else:
             self._transport.resume_reading()
 
+    def _hand_on(self) -> None:
+        """Give the owner the next output. One that it breaks over ends the link too: somebody would wait for ever."""
+        is_taken = False
+        try:
+            self._on_output(self._waiting.popleft())
+            is_taken = True
+        finally:
+            if not is_taken:
+                self._end("the front broke over what the core sent")
+
+    def _end(self, reason: str) -> None:
+        self._waiting.clear()
+        self._on_lost(reason)
+        assert self._transport is not None
+        self._transport.abort()
+
     def connection_lost(self, error: Exception | None) -> None:
         while self._waiting:
-            self._on_output(self._waiting.popleft())
+            self._hand_on()
         self.has_ended.set()
         self._on_lost(f"the link to the core broke: {error}" if error else "the core closed the link")
 
