@@ -272,6 +272,7 @@ class RequestBuilder:
             self._check_ids(params.stop_token_ids, "sampling_params.stop_token_ids")
             self._check_ids(params.logit_bias or (), "sampling_params.logit_bias")
             stop_ids = params.stop_token_ids if params.ignore_eos else (*self._eos_ids, *params.stop_token_ids)
+            self._check_something_is_left(params, stop_ids)
             sampling = _token_sampling(params, self._vocab_size)
             self._last_shared = shared = _Shared(params, sampling, tuple(dict.fromkeys(stop_ids)))
         return shared
@@ -366,6 +367,12 @@ class RequestBuilder:
         for token in ids:
             if not 0 <= token < self._vocab_size:
                 raise self._not_in_vocabulary(token, field)
+
+    def _check_something_is_left(self, params: SamplingParams, stop_ids: Iterable[int]) -> None:
+        """Where no stop id may be drawn, another token must be there for it."""
+        if params.min_new_tokens and len(set(stop_ids)) == self._vocab_size:
+            message = "min_new_tokens leaves nothing to draw: every token of the vocabulary is a stop id"
+            raise RequestError(f"sampling_params.{message}", field="sampling_params.min_new_tokens")
 
     def _not_in_vocabulary(self, token: int, field: str) -> RequestError:
         return RequestError(f"{field} holds {token}, which is not in the vocabulary of {self._vocab_size}", field=field)

@@ -269,6 +269,24 @@ def test_stop_ids_are_the_union_with_end_of_sequence(builder: RequestBuilder) ->
     assert stops(ignore_eos=True) == ()
 
 
+@pytest.mark.parametrize("ignores", [False, True])
+def test_where_no_stop_id_may_be_drawn_another_token_is_left(builder: RequestBuilder, ignores: bool) -> None:
+    """Whether the caller names all of them or the model's own end-of-sequence ids are the rest."""
+    every = [token for token in range(VOCAB_SIZE) if ignores or token not in (256, 257)]
+    params: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 1, "ignore_eos": ignores, "stop_token_ids": every}
+    full = [1] * CONTEXT_LENGTH
+    with pytest.raises(RequestError, match=r"^sampling_params\.min_new_tokens .* every token") as caught:
+        expand(builder, input_ids=[1], sampling_params=params)
+    assert caught.value.field == "sampling_params.min_new_tokens"
+    with pytest.raises(RequestError, match="every token"):
+        builder.build(GenerateItem(input_ids=[1], params=SamplingParams(**params)), 0)
+    (item,) = expand(builder, input_ids=[1], sampling_params=params, return_errors=True)
+    assert item.refusal is not None and item.refusal.field == "sampling_params.min_new_tokens"
+    expand(builder, input_ids=[1], sampling_params={**params, "min_new_tokens": 0})
+    expand(builder, input_ids=[1], sampling_params={**params, "stop_token_ids": [*every[1:], every[1]]})
+    expand(builder, input_ids=full, sampling_params=params, clip_to_context=True)  # nothing is drawn
+
+
 def test_sampling_reaches_the_core_in_its_own_terms(builder: RequestBuilder) -> None:
     def sampling(**params: Any) -> Any:
         item = GenerateItem(input_ids=[1], params=SamplingParams(max_new_tokens=1, **params))
