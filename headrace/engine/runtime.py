@@ -148,7 +148,11 @@ class Runtime:
         keep_standard_numbers()
         self.loop = asyncio.new_event_loop()
         engine = resolved.engine
-        host, link = start_core(resolved, inprocess=inprocess, executor=executor)
+        try:
+            host, link = start_core(resolved, inprocess=inprocess, executor=executor)
+        except BaseException:  # whatever it is: nobody has this runtime, to close it
+            self.loop.close()
+            raise
         limits = HealthLimits(watchdog=engine.watchdog_timeout)
         ledger = Ledger(engine.initial_version)
         self.client = CoreClient(link, host.pulse, engine.control_timeout, self._core_died, limits, ledger)

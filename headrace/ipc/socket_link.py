@@ -234,10 +234,21 @@ class SocketFrontLink:
         self._is_closed = False
 
     async def start(self, on_output: Callable[[Output], None], on_close: Callable[[str], None]) -> None:
+        if self._socket.fileno() < 0:
+            raise EngineDeadError("the engine core is gone")
         self._loop = asyncio.get_running_loop()
         self._on_close = on_close
         self._protocol = protocol = _FrontProtocol(on_output, self._lost)
-        self._transport, _ = await self._loop.create_unix_connection(lambda: protocol, sock=self._socket)
+        try:
+            self._transport, _ = await self._loop.create_unix_connection(lambda: protocol, sock=self._socket)
+        except BaseException:  # cancelled: not every loop tells a protocol that it has never begun
+            self._socket.close()
+            protocol.has_ended.set()
+            raise
+        if self._is_closed:  # by `close`, which knew no transport yet
+            _shut_down(self._socket)
+            self._transport.abort()
+            return
         self._flush()
 
     def send(self, command: Command) -> None:
@@ -259,20 +270,24 @@ class SocketFrontLink:
 
     async def close(self) -> None:
         was_closed, self._is_closed = self._is_closed, True
-        if self._transport is None or self._protocol is None:
+        if self._protocol is None:
             self._socket.close()
             return
-        if not was_closed:
-            self._flush()
-            deadline = time.monotonic() + CLOSE_TIMEOUT
-            while self._transport.get_write_buffer_size() and time.monotonic() < deadline:
-                await asyncio.sleep(0.005)
-            # Closing is not enough: a process that was forked off this one may still hold the descriptor.
-            _shut_down(self._socket)
-        self._transport.abort()
+        if self._transport is not None:
+            if not was_closed:
+                await self._send_rest(self._transport)
+                # Closing is not enough: a process that was forked off this one may still hold the descriptor.
+                _shut_down(self._socket)
+            self._transport.abort()
         await self._protocol.has_ended.wait()
         if self._report is not None:
             await asyncio.wait([self._report])
+
+    async def _send_rest(self, transport: asyncio.Transport) -> None:
+        self._flush()
+        deadline = time.monotonic() + CLOSE_TIMEOUT
+        while transport.get_write_buffer_size() and time.monotonic() < deadline:
+            await asyncio.sleep(0.005)
 
     def _flush(self) -> None:
         if self._queued and self._transport is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import threading
 import time
@@ -297,6 +298,31 @@ def test_closing_is_not_reported_and_is_seen_by_the_core(pair: Pair, run: Run) -
     with pytest.raises(PeerClosed):
         core.poll(1.0)
     forked_copy.close()
+
+
+@pytest.mark.parametrize("how", ["before", "closed", "cancelled"])
+def test_closing_a_link_that_is_being_connected_leaves_nothing(
+    pair: Pair, run: Run, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def front() -> None:
+        link = SocketFrontLink(pair[0])
+        if how == "before":
+            await link.close()
+        start = asyncio.create_task(link.start(lambda output: None, lambda reason: None))
+        await asyncio.sleep(0)
+        if how == "cancelled":
+            start.cancel()
+        await link.close()
+        await asyncio.wait([start])
+        assert start.cancelled() is (how == "cancelled")
+        assert isinstance(None if start.cancelled() else start.exception(), EngineDeadError) is (how == "before")
+        assert pair[0].fileno() == -1
+
+    run(front())
+    gc.collect()
+    assert caplog.records == []
+    with pytest.raises(PeerClosed):
+        SocketCoreLink(pair[1]).poll(1.0)
 
 
 def test_a_core_that_never_reads_is_refused_more(pair: Pair, run: Run) -> None:

@@ -265,6 +265,22 @@ def test_an_answer_left_unread_is_cut_off(bare: Callable[..., Bare]) -> None:
         wait_for(lambda: len(server.server._connections()) == 1)
 
 
+def test_a_server_that_is_cancelled_closes_its_sockets() -> None:
+    listener = listen("127.0.0.1", 0)
+    server = EmbeddedServer(Limits(answer, 1 << 20, 60.0, ["/health"]), 60.0)
+
+    async def cancelled() -> None:
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server._connections():
+            await asyncio.sleep(0.005)
+        serving.cancel()
+        await asyncio.wait([serving])
+
+    with socket.create_connection(listener.getsockname(), timeout=30) as client:
+        asyncio.run(cancelled())
+        assert listener.fileno() == -1 and is_closed(client)
+
+
 def test_closing_does_not_wait_for_clients_that_never_read(bare: Callable[..., Bare]) -> None:
     server = bare()
     with contextlib.ExitStack() as stack:
