@@ -23,7 +23,7 @@ from headrace.ipc import SharedBuffer
 from headrace.types.errors import DeadlineError, HeadraceError, InternalError, RequestError
 from headrace.types.messages import GetWeight, WeightPart
 from headrace.types.weights import TensorInfo
-from headrace.weights.weight_map import num_elements
+from headrace.weights.boxes import num_elements
 
 logger = logging.getLogger(__name__)
 

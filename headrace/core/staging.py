@@ -13,8 +13,8 @@ from headrace.ipc import SharedBuffer
 from headrace.types.errors import CheckpointError, WeightUpdateError
 from headrace.types.messages import NO_DEADLINE, Stage
 from headrace.types.weights import TensorInfo
+from headrace.weights.boxes import num_elements
 from headrace.weights.session import WeightMachine
-from headrace.weights.weight_map import num_elements
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

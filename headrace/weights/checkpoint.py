@@ -25,7 +25,7 @@ from headrace.types.errors import CheckpointError
 from headrace.types.weights import MAX_TENSOR_NAME, TensorInfo, shape_problem
 from headrace.weights.files import FileState, Folder, OpenFile, changed
 from headrace.weights.safetensors_file import read_tensors
-from headrace.weights.staging import TensorData, info_of, unreadable
+from headrace.weights.staging import TORCH_DTYPES, TensorData, info_of, unreadable
 from headrace.weights.store import WeightStore
 from headrace.weights.weight_map import is_derived
 
@@ -157,7 +157,7 @@ def _shards(store: WeightStore, max_shard_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     used = 0
     for name, rule in store.weight_map.rules_by_name.items():
-        size = torch.Size(rule.shape).numel() * store.dtype.itemsize
+        size = torch.Size(rule.shape).numel() * TORCH_DTYPES[store.info(name).dtype].itemsize
         if shards[-1] and used + size > max_shard_bytes:
             shards.append([])
             used = 0

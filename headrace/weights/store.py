@@ -16,6 +16,8 @@ import torch
 from headrace.config.resolve import available_memory
 from headrace.types.errors import CheckpointError, NotFoundError, UpdateConflictError, WeightUpdateError
 from headrace.types.weights import TensorInfo, UpdateMode, WeightState
+from headrace.weights.boxes import num_elements
+from headrace.weights.region import Region
 from headrace.weights.session import ResolvedMode, StagedSet
 from headrace.weights.staging import (
     BLOCK_BYTES,
@@ -31,7 +33,7 @@ from headrace.weights.staging import (
     row_blocks,
     source_of,
 )
-from headrace.weights.weight_map import FLOAT_DTYPES, WeightMap, WeightRule, is_derived
+from headrace.weights.weight_map import FLOAT_DTYPES, ManifestPlan, WeightMap, WeightRule, is_derived
 
 logger = logging.getLogger(__name__)
 
@@ -43,18 +45,20 @@ _LOAD_BYTES = {"cpu": 1 << 20, "cuda": 1 << 24}
 _FILL_BYTES = {"cpu": BLOCK_BYTES, "cuda": 1 << 28}
 
 
+Memories = dict[str, list[torch.Tensor]]
+"""By tensor, memory for each of its pieces, of the shape of the piece's target."""
+
+
 class _Transaction:
     """An open update: where each tensor goes, what has arrived, and what tied tensors must equal."""
 
-    def __init__(self, manifest: Sequence[TensorInfo], mode: ResolvedMode, aliases: dict[str, str]) -> None:
-        self.mode = mode
-        self.staged = StagedSet(manifest)
+    def __init__(self, plan: ManifestPlan, shadow: Memories | None) -> None:
+        self.plan = plan
+        self.mode: ResolvedMode = "inplace" if shadow is None else "shadow"
+        self.staged = StagedSet(plan.manifest)
         self.is_open = True
         self.has_written = False
-        self.shadow: dict[str, torch.Tensor] = {}
-        self.names = frozenset(info.name for info in manifest)
-        self.aliases = {name: target for name, target in aliases.items() if name in self.names}
-        self.compared = frozenset(self.aliases) | frozenset(self.aliases.values())
+        self.shadow = shadow or {}
         self.digests: dict[str, str] = {}
         self.arrivals: dict[int, Arrival] = {}  # tensors of which some pieces are in place, and none is under way
 
@@ -69,7 +73,7 @@ class _Transaction:
             raise WeightUpdateError(
                 f"{info.name} arrived with digest {digest}, the manifest says {info.digest}", field=info.name
             )
-        if info.name in self.compared:
+        if info.name in self.plan.compared:
             self._check_tied(info.name, digest)
         self.staged.mark(index)
         if digest:
@@ -78,8 +82,8 @@ class _Transaction:
     def forget(self, index: int) -> list[int]:
         """Count a tensor no longer, nor the one that it is tied to: they are compared when they come again."""
         name, forgotten = self.staged.manifest[index].name, [index]
-        if name in self.compared:
-            tied = {each for pair in self.aliases.items() if name in pair for each in pair}
+        if name in self.plan.compared:
+            tied = {each for pair in self.plan.aliases.items() if name in pair for each in pair}
             forgotten = [at for at, info in enumerate(self.staged.manifest) if info.name in tied]
         for at in forgotten:
             self.staged.forget(at)
@@ -87,17 +91,17 @@ class _Transaction:
         return forgotten
 
     def _check_tied(self, name: str, digest: str) -> None:
-        for alias, target in self.aliases.items():
+        for alias, target in self.plan.aliases.items():
             other = {alias: target, target: alias}.get(name)
             if other and self.digests.get(other, digest) != digest:
                 raise WeightUpdateError(f"{alias} is tied to {target} and must hold the same values", field=alias)
 
 
 class WeightStore:
-    """Parameters on one device in one dtype: `live[param]` are the tensors the model holds.
+    """Parameters on one device: `live[param]` are the tensors the model holds, in `dtype` unless the map says another.
 
     `memory` says how many bytes may still be taken there; None: what the device or the machine has left. With
-    `check_finite` no tensor that holds NaN or infinity, once it is in `dtype`, is taken in.
+    `check_finite` no tensor that holds NaN or infinity, once it is in its parameter's dtype, is taken in.
     """
 
     def __init__(
@@ -115,8 +119,14 @@ class WeightStore:
         self.dtype = dtype
         self.device = device
         self.live = {
-            name: torch.empty(spec.shape, dtype=dtype, device=device) for name, spec in weight_map.params.items()
+            name: torch.empty(spec.shape, dtype=TORCH_DTYPES.get(spec.dtype, dtype), device=device)
+            for name, spec in weight_map.params.items()
         }
+        for name, spec in weight_map.params.items():
+            for box in spec.padding:
+                self.live[name][box.slices].zero_()
+        self._regions: dict[str, Region] = {}
+        self._plan: ManifestPlan | None = None
         self._check_finite = check_finite
         self._memory = memory or _memory_left(device)
         self._resting: WeightState = "needs_weights"
@@ -131,11 +141,12 @@ class WeightStore:
     @property
     def num_bytes(self) -> int:
         """Bytes of live parameter memory."""
-        return self.weight_map.num_elements * self.dtype.itemsize
+        return sum(tensor.nbytes for tensor in self.live.values())
 
     def close(self) -> None:
         """Give live and shadow memory back. Nothing may be asked of the store afterwards."""
         self._transaction = None
+        self._regions.clear()
         self.live.clear()
 
     # Whole models: from a file, from a seed, to nothing.
@@ -158,7 +169,7 @@ class WeightStore:
             self._check_loaded(name, data, written)
             written.add(name)
             target = self.weight_map.aliases.get(name, name)
-            self._take(name, data, self._region(self.weight_map.rules_by_name[target]), is_filled=target in filled)
+            self._take(name, data, self._region(target), is_filled=target in filled)
             filled.add(target)
         missing = [name for name in self.weight_map.rules_by_name if name not in filled]
         if missing:
@@ -180,24 +191,23 @@ class WeightStore:
             message = f"{name} has dtype {info.dtype}, expected one of {', '.join(FLOAT_DTYPES)}"
             raise CheckpointError(message, field=name)
 
-    def _take(self, name: str, data: TensorData, region: torch.Tensor, *, is_filled: bool) -> None:
+    def _take(self, name: str, data: TensorData, region: Region, *, is_filled: bool) -> None:
         """Write one whole tensor into its region, or compare it with the tied one that is there."""
         try:
             source = source_of(info_of(name, data), data)
         except WeightUpdateError as error:
             raise CheckpointError(error.message, field=name) from None
-        assert region.is_contiguous(), "a region is whole rows of a parameter"
-        flat = region.view(-1)
-        for part in row_blocks((flat.numel(),), flat.element_size(), _LOAD_BYTES[self.device.type]):
-            block = flat[part]
+        for part in row_blocks((region.num_elements,), region.dtype.itemsize, _LOAD_BYTES[self.device.type]):
             if not is_filled:
+                block = region.room(part)
                 source.copy(part, block)
                 if self._check_finite and not is_finite(block):
-                    raise CheckpointError(_not_finite(name, self.dtype), field=name)
+                    raise CheckpointError(_not_finite(name, block.dtype), field=name)
+                region.put(part, block)
                 continue
-            found = torch.empty_like(block)
-            source.copy(part, found)
-            if not torch.equal(found, block):
+            block = torch.empty(part.stop - part.start, dtype=region.dtype, device=self.device)
+            source.copy(part, block)
+            if not region.holds(part, block):
                 tied = next(pair for pair in self.weight_map.aliases.items() if name in pair)
                 message = f"{tied[0]} is tied to {tied[1]} by config.json but holds other values"
                 raise CheckpointError(message, field=tied[0])
@@ -211,7 +221,8 @@ class WeightStore:
         self._fill_normal(seed)
         for name, rule in self.weight_map.rules_by_name.items():
             if len(rule.shape) == 1 and "norm" in name:
-                self._region(rule).fill_(1.0)
+                for memory in self._live_memories(rule):
+                    memory.fill_(1.0)
         self._resting = "ready"
 
     def scramble(self, seed: int) -> None:
@@ -222,12 +233,17 @@ class WeightStore:
 
     def _fill_normal(self, seed: int) -> None:
         for name, rule in self.weight_map.rules_by_name.items():
-            region = self._region(rule)
+            region = self._region(name)
             key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator(self.device).manual_seed(int.from_bytes(key[:8], "little") >> 1)
+            row_size = num_elements(rule.shape[1:])
             for rows in row_blocks(rule.shape, 4, _FILL_BYTES[self.device.type]):
-                values = torch.empty(region[rows].shape, dtype=torch.float32, device=self.device)
-                region[rows] = values.normal_(0.0, _INIT_STD, generator=generator).to(region)
+                part = slice(rows.start * row_size, rows.stop * row_size)
+                values = torch.empty(part.stop - part.start, dtype=torch.float32, device=self.device)
+                values.normal_(0.0, _INIT_STD, generator=generator)
+                block = region.room(part)
+                block.copy_(values)
+                region.put(part, block)
 
     # The transaction.
 
@@ -242,24 +258,25 @@ class WeightStore:
             raise WeightUpdateError(f"mode must be auto, shadow or inplace, got {mode!r}", field="mode")
         if partial and self._resting != "ready":
             raise WeightUpdateError(f"weights are {self._resting}: only a complete update is accepted", field="partial")
-        if not partial:
-            manifest = self.weight_map.untie(manifest)
-        self.weight_map.check_manifest(manifest, partial)
-        rules = [rule for rule in map(self.weight_map.rules_by_name.get, (info.name for info in manifest)) if rule]
-        shadow = self._shadow(mode, rules)
-        transaction = _Transaction(manifest, "inplace" if shadow is None else "shadow", self.weight_map.aliases)
-        transaction.shadow = shadow or {}
-        self._transaction = transaction
-        return transaction.mode
+        plan = self._plan
+        if plan is None or plan.partial != partial or plan.given != tuple(manifest):
+            plan = self._plan = self.weight_map.plan(manifest, partial)
+        self._transaction = _Transaction(plan, self._shadow(mode, plan.rules))
+        return self._transaction.mode
 
-    def _shadow(self, mode: UpdateMode, rules: list[WeightRule]) -> dict[str, torch.Tensor] | None:
+    def _shadow(self, mode: UpdateMode, rules: Sequence[WeightRule]) -> Memories | None:
         """Memory beside the live weights; None: the update writes in place."""
         if mode == "inplace":
             return None
-        num_bytes, available = sum(self._region(rule).nbytes for rule in rules), self._memory()
+        live = {rule.hf_name: self._live_memories(rule) for rule in rules}
+        num_bytes = sum(memory.nbytes for memories in live.values() for memory in memories)
+        available = self._memory()
         if num_bytes + SHADOW_HEADROOM_BYTES <= available:
             try:
-                return {rule.hf_name: torch.empty(rule.shape, dtype=self.dtype, device=self.device) for rule in rules}
+                return {
+                    name: [torch.empty(each.shape, dtype=each.dtype, device=self.device) for each in memories]
+                    for name, memories in live.items()
+                }
             except torch.OutOfMemoryError:  # what the allocator keeps for graphs looks free, and is in pieces
                 logger.warning("%d bytes of weights found no room beside the live ones", num_bytes)
             torch.cuda.empty_cache()  # of what was had before that
@@ -298,11 +315,10 @@ class WeightStore:
         return transaction.forget(index) if transaction.staged.is_staged(index) else []
 
     def _arrival(self, transaction: _Transaction, info: TensorInfo) -> Arrival:
-        destination = self._destination(transaction, info)
-        assert destination.is_contiguous(), "a region is whole rows of a parameter"
+        destination = self._destination(transaction, info.name)
         is_live = transaction.mode == "inplace" and info.name not in self.weight_map.aliases
-        hashes = bool(info.digest) or info.name in transaction.compared
-        return Arrival(destination.view(-1), is_live=is_live, hashes=hashes)
+        hashes = bool(info.digest) or info.name in transaction.plan.compared
+        return Arrival(destination, is_live=is_live, hashes=hashes)
 
     def _arrived(self, transaction: _Transaction, index: int, info: TensorInfo, arrival: Arrival) -> None:
         if not arrival.is_whole:
@@ -312,19 +328,20 @@ class WeightStore:
 
     def _require_finite(self, name: str, written: torch.Tensor) -> None:
         if not is_finite(written):
-            raise WeightUpdateError(_not_finite(name, self.dtype), field=name)
+            raise WeightUpdateError(_not_finite(name, written.dtype), field=name)
 
-    def _destination(self, transaction: _Transaction, info: TensorInfo) -> torch.Tensor:
-        if info.name in self.weight_map.aliases:  # owns no memory: converted into scratch, to be compared and forgotten
-            return torch.empty(info.shape, dtype=self.dtype, device=self.device)
+    def _destination(self, transaction: _Transaction, name: str) -> Region:
+        rule = self._rule(name)
+        if name in self.weight_map.aliases:  # owns no memory: converted into scratch, to be compared and forgotten
+            return Region(rule.shape, rule.pieces, [torch.empty_like(each) for each in self._live_memories(rule)])
         if transaction.mode == "shadow":
-            return transaction.shadow[info.name]
-        return self._region(self.weight_map.rules_by_name[info.name])
+            return Region(rule.shape, rule.pieces, transaction.shadow[name])
+        return self._region(name)
 
     def _staged(self, transaction: _Transaction, index: int, info: TensorInfo, digest: str) -> None:
         target = self.weight_map.aliases.get(info.name)
-        if target and target not in transaction.names:
-            transaction.digests.setdefault(target, digest_of(self._region(self.weight_map.rules_by_name[target])))
+        if target and target not in transaction.plan.names:
+            transaction.digests.setdefault(target, digest_of(self._region(target)))
         transaction.finish(index, info, digest)
 
     def commit(self) -> None:
@@ -335,8 +352,9 @@ class WeightStore:
         transaction = self._require_update()
         transaction.staged.check_complete()
         transaction.has_written = True  # a copy that fails half-way leaves a mix
-        for name, tensor in transaction.shadow.items():
-            self._region(self.weight_map.rules_by_name[name]).copy_(tensor)
+        for name, memories in transaction.shadow.items():
+            for live, staged in zip(self._live_memories(self._rule(name)), memories, strict=True):
+                live.copy_(staged)
         self._close(transaction)
         self._resting = "ready"
 
@@ -361,23 +379,24 @@ class WeightStore:
     def digest_in_slices(self) -> Iterator[tuple[str, str] | None]:
         """As `digest`, a block at a time: None, or the name and digest of a tensor that is complete."""
         view = self._begin_reading()
-        for name, rule in self.weight_map.rules_by_name.items():
-            hasher = hashlib.sha256()
-            for block in view.blocks(self._region(rule).view(-1)):
+        for name in self.weight_map.rules_by_name:
+            hasher, region = hashlib.sha256(), self._region(name)
+            for block in view.blocks(region, 0, region.num_elements):
                 hasher.update(block)
                 yield None
             yield name, hasher.hexdigest()
 
     def info(self, name: str) -> TensorInfo:
-        """What `name` is, in the engine's dtype. Raises `NotFoundError` naming it."""
-        return TensorInfo(name, self._rule(name).shape, dtype_name(self.dtype))
+        """What `name` is, in the dtype of its memory. Raises `NotFoundError` naming it."""
+        region = self._region(name)
+        return TensorInfo(name, region.shape, dtype_name(region.dtype))
 
     def copy_in_slices(self, name: str, start: int, into: memoryview) -> Iterator[None]:
         """Fill `into` with the bytes of a live tensor from byte `start` on, a block at a time."""
         view = self._begin_reading()
-        first, count = start // self.dtype.itemsize, len(into) // self.dtype.itemsize
-        num_copied = 0
-        for block in view.blocks(self._region(self._rule(name)).view(-1)[first : first + count]):
+        region, num_copied = self._region(name), 0
+        size = region.dtype.itemsize
+        for block in view.blocks(region, start // size, len(into) // size):
             into[num_copied : num_copied + len(block)] = block
             num_copied += len(block)
             yield
@@ -395,19 +414,28 @@ class WeightStore:
         return rule
 
     def read(self, name: str) -> torch.Tensor:
-        """A CPU copy of one live tensor in HF shape, engine dtype; a tied name reads what it is tied to.
+        """A CPU copy of one live tensor in HF shape, its memory's dtype; a tied name reads what it is tied to.
 
         Raises `NotFoundError` naming it.
         """
-        return self._region(self._rule(name)).detach().to("cpu", copy=True)
+        region = self._region(name)
+        return region.read(slice(0, region.num_elements)).view(region.shape).detach().to("cpu", copy=True)
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(HF name, CPU copy) of every tensor, one at a time, without aliases: `load` of another store takes it."""
         for name in self.weight_map.rules_by_name:
             yield name, self.read(name)
 
-    def _region(self, rule: WeightRule) -> torch.Tensor:
-        return self.live[rule.param][rule.start : rule.start + rule.shape[0]]
+    def _live_memories(self, rule: WeightRule) -> list[torch.Tensor]:
+        return [self.live[piece.param][piece.target.slices] for piece in rule.pieces]
+
+    def _region(self, name: str) -> Region:
+        """The live memory of a tensor, or of what it is tied to. Raises `NotFoundError` naming it."""
+        region = self._regions.get(name)
+        if region is None:
+            rule = self._rule(name)
+            region = self._regions[name] = Region(rule.shape, rule.pieces, self._live_memories(rule))
+        return region
 
     def _require_no_update(self) -> None:
         if self._transaction:

@@ -1,4 +1,4 @@
-"""How Hugging Face tensor names map onto regions of parameters, as data, with a proof that nothing is left or doubled.
+"""How Hugging Face tensors map onto parameters, box by box, as data, with a proof that nothing is left or doubled.
 
 Owns `WeightMap`: the one table that loading, updating, reading back, digesting and saving all read. Must not know
 tensors, files or sessions (no torch).
@@ -12,9 +12,10 @@ import msgspec
 
 from headrace.types.errors import InternalError, WeightUpdateError
 from headrace.types.weights import TensorInfo
+from headrace.weights.boxes import Box, find_overlap, num_elements
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
-"""The dtypes a tensor may arrive in; it is converted to the engine's."""
+"""The dtypes a tensor may arrive in; it is converted to that of its parameter."""
 
 TIED_HEAD = "lm_head.weight"
 """The output head: the one tensor that may be another one's memory, the embedding's."""
@@ -31,45 +32,103 @@ _HEX_DIGITS = frozenset("0123456789abcdef")
 
 
 class ParamSpec(msgspec.Struct, frozen=True):
-    """One parameter of the engine: 1-D or 2-D, sizes in elements."""
+    """One parameter of the engine, of any rank, sizes in elements. `dtype` "" is the engine's.
+
+    `padding` are boxes that no tensor fills, as behind a vocabulary that is rounded up: they hold zeros for ever.
+    """
 
     name: str
     shape: tuple[int, ...]
+    dtype: str = ""
+    padding: tuple[Box, ...] = ()
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """Box `source` of a Hugging Face tensor is box `target` of `param`.
+
+    `axes` lists the source's axes in the order the target has them, () for as they are; then both have one shape, apart
+    from axes of size 1. `is_counted` is False for a copy of what another rank holds: only one of them is in a digest.
+    """
+
+    param: str
+    source: Box
+    target: Box
+    axes: tuple[int, ...] = ()
+    is_counted: bool = True
+
+    @property
+    def axes_or_all(self) -> tuple[int, ...]:
+        """`axes`, in full."""
+        return self.axes or tuple(range(len(self.source.shape)))
+
+    @property
+    def is_consistent(self) -> bool:
+        """Both boxes have the same elements in the same order."""
+        axes, shape = self.axes_or_all, self.source.shape
+        if sorted(axes) != list(range(len(shape))):
+            return False
+        return [shape[axis] for axis in axes if shape[axis] != 1] == [size for size in self.target.shape if size != 1]
 
 
 class WeightRule(msgspec.Struct, frozen=True):
-    """Tensor `hf_name` of exactly `shape` is rows `start : start + shape[0]` of `param` (all of its columns).
-
-    `shard_axis` is the axis of the HF tensor that tensor parallelism splits; None: every rank holds the whole of it.
-    """
+    """What becomes of tensor `hf_name` of exactly `shape`: its pieces, all in parameters of one dtype."""
 
     hf_name: str
-    param: str
-    start: int
     shape: tuple[int, ...]
-    shard_axis: int | None = None
+    pieces: tuple[Piece, ...]
+
+
+def whole_rows(hf_name: str, param: str, start: int, shape: tuple[int, ...]) -> WeightRule:
+    """The rule of a tensor that is, whole, the rows of `param` from `start` on."""
+    source = Box.whole(shape)
+    target = Box((start, *source.start[1:]), shape)
+    return WeightRule(hf_name, shape, (Piece(param, source, target),))
+
+
+class ManifestPlan(msgspec.Struct, frozen=True):
+    """A manifest that was found right: what an update of it does, worked out once and good for every later one.
+
+    `manifest` has tied names replaced where they stand alone (`WeightMap.untie`); `rules` are those of the tensors that
+    are written, `aliases` the tied names among the rest, `compared` all that are compared with one another.
+    """
+
+    given: tuple[TensorInfo, ...]
+    partial: bool
+    manifest: tuple[TensorInfo, ...]
+    names: frozenset[str]
+    rules: tuple[WeightRule, ...]
+    aliases: dict[str, str]
+    compared: frozenset[str]
 
 
 class WeightMap:
-    """The table of one model: parameters, the rule of every HF tensor, and aliases.
+    """The table of one model on one rank: parameters, the rule of every HF tensor, and aliases.
 
     `aliases` maps a tied name to the name it repeats, as in {"lm_head.weight": "model.embed_tokens.weight"}: it may be
     sent, in the same shape and with the same values, or left out; it owns no memory.
 
-    Construction proves that the regions of every parameter are disjoint and cover it, so "each rule was written once"
-    implies "each element was written once". A map that fails the proof is our own bug: `InternalError` naming it.
+    Construction proves that the boxes of every parameter are disjoint and cover it, and, unless the map `is_shard` of
+    several, that the boxes of every tensor do: so "each tensor was written once" implies "each element was written
+    once". Of shards `prove_mesh` proves the latter. A map that fails the proof is our own bug: `InternalError` naming
+    what is at fault.
     """
 
     def __init__(
-        self, params: Iterable[ParamSpec], rules: Iterable[WeightRule], aliases: Mapping[str, str] | None = None
+        self,
+        params: Iterable[ParamSpec],
+        rules: Iterable[WeightRule],
+        aliases: Mapping[str, str] | None = None,
+        *,
+        is_shard: bool = False,
     ) -> None:
         self.params: dict[str, ParamSpec] = {}
         for spec in params:
             _prove(spec.name not in self.params, f"parameter {spec.name} is declared twice")
             _prove(
-                len(spec.shape) in (1, 2) and all(size > 0 for size in spec.shape),
+                bool(spec.shape) and all(size > 0 for size in spec.shape),
                 f"parameter {spec.name} has shape {spec.shape}",
             )
+            _prove(spec.dtype in ("", *FLOAT_DTYPES), f"parameter {spec.name} has dtype {spec.dtype}")
             self.params[spec.name] = spec
         self.rules_by_name: dict[str, WeightRule] = {}
         for rule in rules:
@@ -79,31 +138,18 @@ class WeightMap:
         for alias, target in self.aliases.items():
             _prove(alias not in self.rules_by_name, f"alias {alias} has a rule of its own")
             _prove(target in self.rules_by_name, f"alias {alias} repeats {target}, which has no rule")
-        self._prove_coverage()
-
-    def _prove_coverage(self) -> None:
-        rules_of: dict[str, list[WeightRule]] = {name: [] for name in self.params}
-        for rule in self.rules_by_name.values():
-            _prove(rule.param in self.params, f"tensor {rule.hf_name} maps to {rule.param}, which is not a parameter")
-            rules_of[rule.param].append(rule)
-        for name, spec in self.params.items():
-            next_row = 0
-            for rule in sorted(rules_of[name], key=lambda rule: rule.start):
-                _prove(
-                    len(rule.shape) == len(spec.shape) and rule.shape[0] > 0 and rule.shape[1:] == spec.shape[1:],
-                    f"tensor {rule.hf_name} {rule.shape} does not fit {name} {spec.shape}",
-                )
-                _prove(
-                    rule.start == next_row,
-                    f"{name}: rows {next_row} to {rule.start} are covered twice or never, at {rule.hf_name}",
-                )
-                next_row += rule.shape[0]
-            _prove(next_row == spec.shape[0], f"{name}: {next_row} of {spec.shape[0]} rows are covered")
+        _prove_parameters(self.params, self.rules_by_name.values())
+        if not is_shard:
+            prove_mesh([self])
 
     @property
     def num_elements(self) -> int:
         """Elements of all parameters together."""
         return sum(num_elements(spec.shape) for spec in self.params.values())
+
+    def dtype_of(self, rule: WeightRule, engine_dtype: str) -> str:
+        """The dtype that a tensor's memory has."""
+        return self.params[rule.pieces[0].param].dtype or engine_dtype
 
     def shape_of(self, hf_name: str) -> tuple[int, ...] | None:
         """The shape a tensor of this name (aliases included) has, or None when the map has no such name."""
@@ -114,7 +160,19 @@ class WeightMap:
         """The manifest with a tied name replaced by the one it repeats, where that is absent: they are one tensor."""
         names = {info.name for info in manifest}
         alone = {alias: target for alias, target in self.aliases.items() if alias in names and target not in names}
+        if not alone:
+            return manifest
         return [msgspec.structs.replace(info, name=alone.get(info.name, info.name)) for info in manifest]
+
+    def plan(self, given: Sequence[TensorInfo], partial: bool) -> ManifestPlan:
+        """Check a manifest and say what an update of it does. Raises as `check_manifest`."""
+        manifest = tuple(given if partial else self.untie(given))
+        self.check_manifest(manifest, partial)
+        names = frozenset(info.name for info in manifest)
+        aliases = {name: target for name, target in self.aliases.items() if name in names}
+        rules = tuple(self.rules_by_name[info.name] for info in manifest if info.name not in aliases)
+        compared = aliases.keys() | set(aliases.values())
+        return ManifestPlan(tuple(given), partial, manifest, names, rules, aliases, frozenset(compared))
 
     def check_manifest(self, manifest: Sequence[TensorInfo], partial: bool) -> None:
         """Check a whole manifest before anything is touched.
@@ -159,18 +217,63 @@ class WeightMap:
         return ""
 
 
-def num_elements(shape: Sequence[int]) -> int:
-    """The product of the sizes."""
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
 def is_derived(hf_name: str) -> bool:
     """True for buffers that every engine recomputes, such as `rotary_emb.inv_freq`: old checkpoints and state dicts
     carry them, and they are ignored on every way into the engine."""
     return hf_name.endswith(_DERIVED_SUFFIXES)
+
+
+def prove_mesh(maps: Sequence[WeightMap]) -> None:
+    """Prove that the ranks of a mesh hold every element of every tensor: the counted boxes of all ranks together are
+    disjoint and cover it, and a box that is not counted is one of them. `InternalError` otherwise."""
+    for name, rule in maps[0].rules_by_name.items():
+        counted: list[tuple[str, Box]] = []
+        copies: list[Box] = []
+        for rank, table in enumerate(maps):
+            same = table.rules_by_name.get(name)
+            _prove(same is not None and same.shape == rule.shape, f"tensor {name} is another one on rank {rank}")
+            for piece in same.pieces if same else ():
+                if piece.is_counted:
+                    counted.append((f"rank {rank}", piece.source))
+                else:
+                    copies.append(piece.source)
+        _prove_partition(f"tensor {name}", rule.shape, counted)
+        held = {box for _, box in counted}
+        _prove(held.issuperset(copies), f"tensor {name}: a copy is of no box that is counted")
+    for table in maps[1:]:
+        _prove(table.rules_by_name.keys() == maps[0].rules_by_name.keys(), "the ranks have different tensors")
+
+
+def _prove_parameters(params: Mapping[str, ParamSpec], rules: Iterable[WeightRule]) -> None:
+    boxes: dict[str, list[tuple[str, Box]]] = {
+        name: [("padding", box) for box in spec.padding] for name, spec in params.items()
+    }
+    for rule in rules:
+        what = f"tensor {rule.hf_name} {rule.shape}"
+        _prove(bool(rule.pieces), f"{what} goes nowhere")
+        for piece in rule.pieces:
+            _prove(piece.param in params, f"{what} maps to {piece.param}, which is not a parameter")
+            _prove(
+                piece.is_consistent and piece.source.is_inside(rule.shape),
+                f"{what} does not fit {piece.param}: {piece.source} is no {piece.target}",
+            )
+            boxes[piece.param].append((rule.hf_name, piece.target))
+        dtypes = {params[piece.param].dtype for piece in rule.pieces}
+        _prove(len(dtypes) == 1, f"{what} is in parameters of several dtypes")
+    for name, spec in params.items():
+        _prove_partition(name, spec.shape, boxes[name])
+
+
+def _prove_partition(what: str, shape: tuple[int, ...], boxes: list[tuple[str, Box]]) -> None:
+    """The boxes, each with what it is called, lie inside `shape`, are disjoint and cover it."""
+    for name, box in boxes:
+        _prove(box.is_inside(shape), f"{what} {shape}: {box} of {name} is not inside it")
+    overlap = find_overlap([box for _, box in boxes])
+    if overlap is not None:
+        first, second = (boxes[index] for index in overlap)
+        _prove(False, f"{what} {shape}: {first[1]} of {first[0]} and {second[1]} of {second[0]} overlap")
+    num_left = num_elements(shape) - sum(box.num_elements for _, box in boxes)
+    _prove(num_left == 0, f"{what} {shape}: {num_left} elements are not covered")
 
 
 def _prove(holds: bool, otherwise: str) -> None:

@@ -19,7 +19,7 @@ from headrace.types.messages import BeginUpdate, Command, CoreStatus, Deltas, Ge
 from headrace.types.request import Delta, Finish, Request, pack_ids, unpack_floats, unpack_ids
 from headrace.types.weights import BufferEntry, TensorInfo
 from headrace.weights.store import WeightStore
-from headrace.weights.weight_map import ParamSpec, WeightMap, WeightRule
+from headrace.weights.weight_map import ParamSpec, WeightMap, whole_rows
 
 VOCAB_SIZE = 101
 TINY = {
@@ -57,11 +57,11 @@ def tiny_weight_map() -> WeightMap:
     return WeightMap(
         [ParamSpec("embed", (8, 4)), ParamSpec("qkv", (12, 4)), ParamSpec("norm", (4,))],
         [
-            WeightRule("embed.weight", "embed", 0, (8, 4)),
-            WeightRule("q.weight", "qkv", 0, (4, 4)),
-            WeightRule("k.weight", "qkv", 4, (4, 4)),
-            WeightRule("v.weight", "qkv", 8, (4, 4)),
-            WeightRule("norm.weight", "norm", 0, (4,)),
+            whole_rows("embed.weight", "embed", 0, (8, 4)),
+            whole_rows("q.weight", "qkv", 0, (4, 4)),
+            whole_rows("k.weight", "qkv", 4, (4, 4)),
+            whole_rows("v.weight", "qkv", 8, (4, 4)),
+            whole_rows("norm.weight", "norm", 0, (4,)),
         ],
         {"lm_head.weight": "embed.weight"},
     )

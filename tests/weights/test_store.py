@@ -14,7 +14,7 @@ from headrace.types.errors import CheckpointError, NotFoundError, UpdateConflict
 from headrace.types.weights import TensorInfo, UpdateMode
 from headrace.weights.staging import BLOCK_BYTES
 from headrace.weights.store import SHADOW_HEADROOM_BYTES, WeightStore
-from headrace.weights.weight_map import ParamSpec, WeightMap, WeightRule
+from headrace.weights.weight_map import ParamSpec, WeightMap, whole_rows
 from tests.weights.tiny import (
     LAYOUTS,
     Tensors,
@@ -102,7 +102,8 @@ def test_one_flipped_bit_changes_exactly_its_name() -> None:
     store = make_store(weight_map, make_tensors(weight_map, 1))
     clean = store.digest()
     for name, rule in weight_map.rules_by_name.items():
-        region = store.live[rule.param][rule.start : rule.start + rule.shape[0]].view(-1).view(torch.uint8)
+        (piece,) = rule.pieces
+        region = store.live[piece.param][piece.target.slices].view(-1).view(torch.uint8)
         for byte, bit in ((0, 0), (len(region) - 1, 7), (len(region) // 2, 3)):
             region[byte] ^= 1 << bit
             assert {other for other, digest in store.digest().items() if digest != clean[other]} == {name}
@@ -260,7 +261,7 @@ def test_two_works_of_one_tensor_count_once() -> None:
 
 
 def big_map(rows: int = 5000, columns: int = 100) -> WeightMap:
-    return WeightMap([ParamSpec("p", (rows, columns))], [WeightRule("big", "p", 0, (rows, columns))])
+    return WeightMap([ParamSpec("p", (rows, columns))], [whole_rows("big", "p", 0, (rows, columns))])
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -9,7 +9,7 @@ import torch
 from headrace.types.weights import TensorInfo, UpdateMode
 from headrace.weights.staging import dtype_name
 from headrace.weights.store import WeightStore
-from headrace.weights.weight_map import ParamSpec, WeightMap, WeightRule
+from headrace.weights.weight_map import ParamSpec, WeightMap, WeightRule, whole_rows
 
 HIDDEN, HEADS, KV, FFN, VOCAB, LAYERS = 12, 16, 8, 20, 30, 2
 
@@ -25,7 +25,7 @@ def make_map(*, fused: bool = True, tied: bool = False, bias: bool = True) -> We
         start = 0
         for name, rows in pieces:
             shape = (rows,) if columns is None else (rows, columns)
-            rules.append(WeightRule(name, name if split else param, 0 if split else start, shape))
+            rules.append(whole_rows(name, name if split else param, 0 if split else start, shape))
             if split:
                 params.append(ParamSpec(name, shape))
             start += rows
