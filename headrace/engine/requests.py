@@ -155,7 +155,10 @@ class RequestBuilder:
         `RequestError` before anything is submitted."""
         for name in options:
             if name not in GenerateOptions.__annotations__:
-                message = f"{name} is not an argument of a request{hint(name, GenerateOptions.__annotations__)}"
+                meant = hint(name, GenerateOptions.__annotations__)
+                if name in (*SamplingParams.__struct_fields__, "sampling_seed"):
+                    meant = "; it belongs in sampling_params"
+                message = f"{name} is not an argument of a request{meant}"
                 raise RequestError(message, field=name)
         field, given = sources(prompts, input_ids)
         returns_errors = as_flag(options.get("return_errors", False), "return_errors")

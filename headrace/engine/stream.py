@@ -260,6 +260,14 @@ class StreamGroup:
             await self._waiter
         return []
 
+    def rest(self) -> list[Generation]:
+        """As `next_pieces`, once every stream has ended and the engine's loop too: in any thread, without waiting."""
+        while self._ready:
+            pieces = self._take_some()
+            if pieces:
+                return pieces
+        return []
+
     def cancel(self) -> None:
         """Drop every stream that has not ended."""
         for stream in list(self._live):
