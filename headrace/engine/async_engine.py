@@ -19,7 +19,7 @@ from headrace.engine.lifecycle import EngineLifecycle
 from headrace.engine.reading import read_weight
 from headrace.engine.requests import GenerateItem, GenerateOptions
 from headrace.engine.runtime import Undoable
-from headrace.engine.stream import Stream, StreamGroup
+from headrace.engine.stream import SEQUENCES_PER_TURN, Stream, StreamGroup
 from headrace.engine.tensors import NamedTensors, to_tensor
 from headrace.engine.update import Manifest, Script, UpdateSession, drive_async, manifest_of
 from headrace.text import run_sized
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 DEFAULT_UPDATE_TIMEOUT = 600.0
+_CHARACTERS_PER_PROMPT = 128  # whose encoding takes as long as all else that is done about a prompt
 
 
 def _on_engine_loop(
@@ -363,11 +364,15 @@ class AsyncEngine(EngineLifecycle):
         options: GenerateOptions,
         scores: bool = False,
     ) -> list[Generation]:
-        streams = self._running.intake.submit_all(
-            await self._expand(prompts, input_ids, sampling_params, options, scores=scores)
-        )
+        items = await self._expand(prompts, input_ids, sampling_params, options, scores=scores)
+        streams = await self._running.intake.submit_all(items)
+        results: list[Generation] = []
         try:
-            return [await stream.result() for stream in streams]
+            for stream in streams:
+                results.append(await stream.result())
+                if len(results) % SEQUENCES_PER_TURN == 0:
+                    await asyncio.sleep(0)
+            return results
         finally:
             for stream in streams:
                 stream.cancel()
@@ -376,7 +381,7 @@ class AsyncEngine(EngineLifecycle):
         self, prompts: Prompts, input_ids: InputIds, sampling_params: Sampling, options: GenerateOptions
     ) -> StreamGroup:
         items = await self._expand(prompts, input_ids, sampling_params, options, stream=True)
-        return StreamGroup(self._running.intake.submit_all(items))
+        return StreamGroup(await self._running.intake.submit_all(items))
 
     async def _expand(
         self,
@@ -388,11 +393,11 @@ class AsyncEngine(EngineLifecycle):
         stream: bool = False,
         scores: bool = False,
     ) -> list[GenerateItem]:
-        """Much text is encoded in another thread, so that streams and heartbeats go on."""
+        """Much text is encoded, and many prompts are read, in another thread, so that streams and heartbeats go on."""
         expand = functools.partial(
             self._running.builder.expand, prompts, input_ids, sampling_params, options, stream=stream, scores=scores
         )
-        return await run_sized(_num_characters(prompts), expand)
+        return await run_sized(_size_of(prompts if input_ids is None else input_ids), expand)
 
 
 async def stop_server(running: Any) -> None:
@@ -409,6 +414,11 @@ def _load_server() -> Any:
     return importlib.import_module("headrace.server.run")
 
 
-def _num_characters(prompts: Any) -> int:
-    texts = prompts if isinstance(prompts, (list, tuple)) else [prompts]
-    return sum(len(text) for text in texts if isinstance(text, str))
+def _size_of(given: Any) -> int:
+    """About what prompts cost to be read, in characters of text. One prompt's ids cost little."""
+    if isinstance(given, str):
+        return len(given)
+    is_list = isinstance(given, (list, tuple)) and not isinstance(next(iter(given), 0), int)
+    if not is_list and getattr(given, "ndim", 1) != 2:
+        return 0
+    return _CHARACTERS_PER_PROMPT * len(given) + sum(len(text) for text in given if isinstance(text, str))

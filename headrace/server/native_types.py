@@ -121,7 +121,8 @@ async def read_call(engine: AsyncEngine, draft: Draft, is_incremental: bool) -> 
     firsts = [item for item in items if item.index == 0 and item.packed is not None]
     with item_errors(0, is_list):
         prompts_asked = ((item.logprobs, len(item.packed or b"") // 4, item.params) for item in firsts)
-        check_body(prompts_asked, "return_prompt_token_ids" if body.return_prompt_token_ids else "")
+        repeats_ids_for = "return_prompt_token_ids" if body.return_prompt_token_ids else ""
+        await run_sized(len(firsts), lambda: check_body(prompts_asked, repeats_ids_for))
     return GenerateCall(
         items=items,
         wants_logprobs=[draft.asked.wants_logprobs[item.prompt_index] for item in items],

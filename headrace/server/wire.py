@@ -111,7 +111,7 @@ def dropping(receive: Receive, cancel: Callable[[], None], on_disconnect: Callab
     def on_end(watcher: asyncio.Future[Message]) -> None:
         if not watcher.cancelled():
             on_disconnect()
-        cancel()
+            cancel()
 
     watcher = asyncio.ensure_future(receive())
     watcher.add_done_callback(on_end)
