@@ -20,7 +20,9 @@ from headrace.server import limits, wire
 from headrace.server.connections import NUM_RECEIVED
 from headrace.server.errors import error_body, respond
 from headrace.server.limits import Limits
+from headrace.server.options import ServerOptions
 from headrace.text import INLINE_CHARACTERS
+from headrace.types.errors import ConfigError
 from tests.server.conftest import START, Served
 
 HUGE = 100 << 20
@@ -209,3 +211,12 @@ def test_huge_bodies_are_decoded_one_at_a_time_and_others_meanwhile(
             held.release()
         assert [reply.result().status_code for reply in replies] == [400, 200, 400]
     assert counts == [1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["body_timeout", "write_timeout"])
+def test_a_client_is_given_some_time(name: str) -> None:
+    for value in (0, -1, 1e10):
+        with pytest.raises(ConfigError) as caught:
+            ServerOptions.from_dict({name: value})
+        assert caught.value.field == name
+    assert ServerOptions(drain_timeout=0).drain_timeout == 0
