@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -165,6 +166,9 @@ def test_a_tokenizer_refuses_by_name_what_is_no_text_and_no_ids(engine: Engine) 
         ("control_timeout", "600"),
         ("control_timeout", math.nan),
         ("request_timeout", -1),
+        *[(f"{each}_timeout", 0) for each in ("request", "start", "control", "watchdog")],
+        *[(each, "") for each in ("tokenizer", "kernel_cache", "served_model_name", "initial_version")],
+        ("initial_version", "v" * 1025),
         ("device", "gpu"),
         ("numerics", None),
         ("tokenizer", 5),
@@ -176,3 +180,15 @@ def test_a_bad_setting_is_refused_by_name(name: str, value: Any) -> None:
         with pytest.raises(ConfigError) as caught:
             make({"model": "x", name: value})
         assert caught.value.field == name
+
+
+@pytest.mark.parametrize("timeout", ["5", True, math.nan, math.inf, -1, 10**400])
+def test_a_server_stops_within_a_time_and_nothing_else(engine: Engine, timeout: Any) -> None:
+    handle = engine.serve()
+    try:
+        with pytest.raises(RequestError) as caught:
+            handle.stop(timeout)
+        assert caught.value.field == "timeout"
+        assert httpx.get(f"{handle.url}/health").status_code == 200
+    finally:
+        handle.stop(0)

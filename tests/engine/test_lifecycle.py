@@ -493,7 +493,7 @@ def test_a_broken_checkpoint_is_told_from_the_core(model_folder: Path, tmp_path:
 def test_a_core_that_starts_too_slowly_is_killed(model_folder: Path) -> None:
     before = threading.active_count()
     with pytest.raises(DeadlineError, match="start_timeout"):
-        Engine(model_folder, **SETTINGS, start_timeout=0.0)
+        Engine(model_folder, **SETTINGS, start_timeout=1e-6)
     wait_for(lambda: threading.active_count() <= before)
 
 

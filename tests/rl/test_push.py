@@ -210,3 +210,16 @@ def test_verification_names_the_tensor_that_is_not_what_was_sent(model: Qwen3For
     named = pytest.raises(WeightUpdateError, match=r"1 tensors: model\.norm\.weight")
     with Forgetful(model=str(POLICY), inprocess=True, num_threads=1, context_length=64) as engine, named:
         push_weights(engine, model, "tuned", verify=True)
+
+
+@pytest.mark.parametrize("flag", ["yes", 1, None])
+def test_a_flag_that_is_none_is_refused_before_anything_is_pushed(
+    engine: Engine, model: Qwen3ForCausalLM, flag: Any
+) -> None:
+    before = engine.version
+    with pytest.raises(WeightUpdateError) as caught:
+        push_weights(engine, model, "flags", verify=flag)
+    assert caught.value.field == "verify" and engine.version == before
+    with pytest.raises(WeightUpdateError) as caught:
+        hf_named_tensors(model, keep_tied_head=flag)
+    assert caught.value.field == "keep_tied_head"
