@@ -13,7 +13,7 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack
 
-from headrace.engine.control import check_choice, check_text, check_update, folder_of, seconds_of, version_of
+from headrace.engine.control import choice_of, folder_of, modes_of, seconds_of, text_of, version_of
 from headrace.engine.fields import InputIds, Prompts, Sampling
 from headrace.engine.lifecycle import EngineLifecycle
 from headrace.engine.reading import read_weight
@@ -148,7 +148,7 @@ class AsyncEngine(EngineLifecycle):
 
         `request_id` matches exactly, or as a prefix. Returns how many sequences matched; none is no error.
         """
-        check_text(message, "message")
+        message = text_of(message, "message")
         by_prefix, everything = as_flag(prefix, "prefix"), as_flag(all, "all")
         return self._running.intake.abort(request_id, prefix=by_prefix, everything=everything, message=message)
 
@@ -164,7 +164,7 @@ class AsyncEngine(EngineLifecycle):
 
     def undoable_pause(self, mode: PauseMode, timeout: float | None) -> Undoable[int]:
         """What `pause` does, and what undoes it: for `Runtime.run` and `wait`."""
-        check_choice(mode, PauseMode, "mode")
+        mode = choice_of(mode, PauseMode, "mode")
         seconds = seconds_of(timeout)
         client = self.runtime.client
         self.runtime.check_open()
@@ -211,7 +211,7 @@ class AsyncEngine(EngineLifecycle):
     ) -> Undoable[UpdateSession]:
         """What `begin_update` does, and what undoes it: for `Runtime.run` and `wait`."""
         self.runtime.check_open()
-        check_update(mode, in_flight)
+        mode, in_flight = modes_of(mode, in_flight)
         updater = self.runtime.updater
         seconds = seconds_of(timeout) or DEFAULT_UPDATE_TIMEOUT
         is_partial = as_flag(partial, "partial")
@@ -274,7 +274,7 @@ class AsyncEngine(EngineLifecycle):
     ) -> Script[UpdateReport]:
         """What `update_weights_from_tensor` does, as a script for `headrace.engine.update.drive`."""
         self.runtime.check_open()
-        check_update(mode, in_flight)
+        mode, in_flight = modes_of(mode, in_flight)
         updater = self.runtime.updater
         label, seconds = version_of(version), seconds_of(timeout) or DEFAULT_UPDATE_TIMEOUT
         is_partial = as_flag(partial, "partial")
@@ -295,7 +295,7 @@ class AsyncEngine(EngineLifecycle):
         it is read. With `root` nothing outside that folder is read, wherever links lead: for paths of others. One that
         is not live within `timeout` seconds, or is cancelled before, is aborted."""
         seconds = seconds_of(timeout) or DEFAULT_UPDATE_TIMEOUT
-        check_update(mode, in_flight)
+        mode, in_flight = modes_of(mode, in_flight)
         folder, label = folder_of(path), version_of(version)
         below = "" if root is None else folder_of(root)
         return await self.runtime.client.change(
@@ -318,7 +318,7 @@ class AsyncEngine(EngineLifecycle):
     ) -> WeightBytes:
         """As `get_weights_by_name`, for callers without torch: the bytes and what they are. Of the first `max_rows`
         rows only, if `check` does not refuse what the tensor turns out to be."""
-        check_text(name, "name")
+        name = text_of(name, "name")
         return await read_weight(self.runtime.client, name, max_rows, check)
 
     @_on_engine_loop
@@ -330,7 +330,7 @@ class AsyncEngine(EngineLifecycle):
     @_on_engine_loop
     async def weights_checker(self, action: str) -> dict[str, str]:
         """SGLang's checker: "snapshot", "reset_tensors" or "compare"."""
-        check_text(action, "action")
+        action = text_of(action, "action")
         return await self.runtime.client.change(lambda call_id: WeightsChecker(call_id, action), dict[str, str])
 
     @_on_engine_loop

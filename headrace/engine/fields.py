@@ -9,7 +9,7 @@ from typing import Any, get_args
 import msgspec
 
 from headrace.types.errors import RequestError
-from headrace.types.plain_values import as_choice, as_integer, as_integer_array, as_list
+from headrace.types.plain_values import as_choice, as_integer, as_integer_array, as_list, plain_text
 from headrace.types.sampling_params import LogprobMode, SamplingParams
 
 MAX_NAME_LENGTH = 1024
@@ -106,7 +106,7 @@ def request_ids(names: Any, num_prompts: int) -> list[str]:
     if names is None:
         return [uuid.uuid4().hex for _ in range(num_prompts)]
     if isinstance(names, str):
-        check_name(names, "request_id")
+        names = name_of(names, "request_id")
         if not names:
             raise RequestError("request_id is empty", field="request_id")
         return [names] if num_prompts == 1 else [f"{names}_{i}" for i in range(num_prompts)]
@@ -114,7 +114,7 @@ def request_ids(names: Any, num_prompts: int) -> list[str]:
         raise RequestError("request_id must be a string or a list of strings", field="request_id")
     if len(names) != num_prompts or len(set(names)) != num_prompts:
         raise RequestError(f"request_id must hold {num_prompts} different names, one per prompt", field="request_id")
-    return list(names)
+    return list(map(plain_text, names))
 
 
 def integer_within(value: Any, field: str, low: int, high: int) -> int:
@@ -135,14 +135,16 @@ def per_prompt(value: Any, num_prompts: int, field: str) -> list[int]:
     return [as_integer(each, f"{field}[{i}]") for i, each in enumerate(values)]
 
 
-def check_name(value: Any, field: str) -> None:
+def name_of(value: Any, field: str) -> str:
     """A plain string of bounded length, of characters that can be encoded."""
-    if type(value) is not str or len(value) > MAX_NAME_LENGTH:
-        raise RequestError(f"{field} must be a plain string of at most {MAX_NAME_LENGTH} characters", field=field)
+    name = plain_text(value)
+    if not isinstance(name, str) or len(name) > MAX_NAME_LENGTH:
+        raise RequestError(f"{field} must be a string of at most {MAX_NAME_LENGTH} characters", field=field)
     try:
-        value.encode()
+        name.encode()
     except UnicodeEncodeError as error:
         raise RequestError(f"{field} is no text: {error}", field=field) from None
+    return name
 
 
 def check_mode(value: Any, field: str) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from headrace.engine import Engine
+from headrace.engine.control import version_of
 from headrace.engine.tensors import describe, same_memory, tensor_bytes, whole
 from headrace.types.errors import WeightUpdateError
 from headrace.types.plain_values import as_flag
@@ -102,9 +103,10 @@ def push_weights(
     verify = as_flag(verify, "verify", WeightUpdateError)
     is_tied = engine.resolved.model.tie_word_embeddings
     pairs = hf_named_tensors(weights, keep_tied_head=not is_tied)
-    report = engine.update_weights_from_tensor(pairs, version, mode=mode, in_flight=in_flight)
-    if (report.version, report.num_tensors) != (str(version), len(pairs)):
-        sent, got = f"{len(pairs)} as {version}", f"{report.num_tensors} as {report.version}"
+    label = version_of(version)
+    report = engine.update_weights_from_tensor(pairs, label, mode=mode, in_flight=in_flight)
+    if (report.version, report.num_tensors) != (label, len(pairs)):
+        sent, got = f"{len(pairs)} as {label}", f"{report.num_tensors} as {report.version}"
         raise WeightUpdateError(f"tensors sent: {sent}; taken by the engine: {got}", field="version")
     if verify:
         digests = tensor_digests(pairs, engine.resolved.dtype)

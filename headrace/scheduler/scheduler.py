@@ -26,7 +26,7 @@ from headrace.types.request import Delta, Finish, Request
 
 logger = logging.getLogger(__name__)
 
-BREACHES = (AssertionError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+BREACHES = (AssertionError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, Warning)
 """What `plan` and `apply` may raise when the scheduler's books are wrong: always our own bug."""
 
 _ARRIVALS_PER_PRIORITY = 1 << 42

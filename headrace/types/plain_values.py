@@ -36,6 +36,11 @@ def plain_scalar(value: Any) -> Any:
     return value
 
 
+def plain_text(value: Any) -> Any:
+    """A string of NumPy or of an enumeration as the plain string in it; anything else as it is."""
+    return str.__str__(value) if isinstance(value, str) else value  # `str()` of an enumeration's is its member's name
+
+
 def as_setting(value: Any, kind: Any, field: str, refusal: Refusal) -> Any:
     """The value of a setting of type `kind`: a path as a string, a scalar as its number, text that can be sent."""
     plain = os.fspath(value) if isinstance(value, os.PathLike) else plain_scalar(value)
@@ -87,7 +92,7 @@ def as_seconds(value: Any, field: str, refusal: Refusal = RequestError) -> float
 def as_choice(value: Any, choices: tuple[str, ...], field: str, refusal: Refusal = RequestError) -> Any:
     """One of a few words."""
     if isinstance(value, str) and value in choices:
-        return value
+        return plain_text(value)
     raise refusal(f"{field} must be one of {', '.join(choices)}, not {_shown(value)}", field=field)
 
 

@@ -141,7 +141,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": [1], "request_id": 5}, "request_id"),
     ({"input_ids": [1], "request_id": "x" * 2000}, "request_id"),
     ({"input_ids": [1], "request_id": "\ud800"}, "request_id"),
-    ({"input_ids": [1], "request_id": [np.str_("a")]}, "request_id"),
     ({"input_ids": [[1], [2]], "request_id": ["a"]}, "request_id"),
     ({"input_ids": [[1], [2]], "request_id": ["a", "a"]}, "request_id"),
     ({"input_ids": [1], "priority": 1.5}, "priority"),

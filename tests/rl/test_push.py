@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import enum
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -93,6 +95,20 @@ def test_a_push_makes_the_weights_live_and_proves_it(engine: Engine, model: Qwen
     assert changed == {"model.layers.1.self_attn.k_proj.weight"}
     read = engine.get_weights_by_name("model.layers.1.self_attn.k_proj.weight")
     assert torch.equal(read, model.model.layers[1].self_attn.k_proj.weight)
+
+
+class Label(str, enum.Enum):  # noqa: UP042  (`str()` of a `StrEnum` would be its value)
+    SEVEN = "seven"
+
+
+@pytest.mark.parametrize(
+    ("version", "label"),
+    [(np.int64(3), "3"), (torch.tensor(5), "5"), (np.array(6), "6"), (Label.SEVEN, "seven"), (np.str_("n"), "n")],
+)
+def test_a_label_of_any_kind_is_the_one_reported(
+    engine: Engine, model: Qwen3ForCausalLM, version: Any, label: str
+) -> None:
+    assert push_weights(engine, model, version).update.version == label == engine.version
 
 
 def test_a_refused_push_names_the_tensor_and_leaves_the_old_weights(engine: Engine, model: Qwen3ForCausalLM) -> None:
