@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -103,7 +103,7 @@ class NativeFace:
             yield b"".join(events)
 
 
-async def _written(streams: Sequence[Stream], replies: Sequence[SequenceReply]) -> list[bytes]:
+async def _written(streams: Sequence[Stream], replies: Iterable[SequenceReply]) -> list[bytes]:
     """The objects of all sequences as JSON, once they are finished. Written one by one: what is not bytes yet is large,
     and soon gone."""
     bodies: list[bytes] = []
@@ -117,6 +117,4 @@ async def _written(streams: Sequence[Stream], replies: Sequence[SequenceReply]) 
 
 def _write(reply: SequenceReply, piece: Generation) -> bytes:
     reply.add(piece)
-    body = encode_json(reply.body(piece))
-    reply.forget()
-    return body
+    return encode_json(reply.body(piece))
