@@ -114,7 +114,7 @@ class AsyncEngine(EngineLifecycle):
         opening, regret = self.undoable_stream(prompts, input_ids, sampling_params, options)
         group = await self.runtime.run(opening, regret)
         try:
-            while pieces := await self.runtime.run(group.next_pieces()):
+            while pieces := await self.runtime.run_part(group.next_pieces, group.rest):
                 for piece in pieces:
                     yield piece
         finally:

@@ -75,7 +75,8 @@ class Calls:
         """As `call`, for what needs no verdict: `DeadlineError` at the deadline, at once."""
         call = self._open(question, timeout)
         try:
-            return await asyncio.wait_for(call.answer, timeout)
+            async with asyncio.timeout(timeout):  # `wait_for` may miss that it is cancelled
+                return await call.answer
         except TimeoutError:
             raise DeadlineError(f"{call.name} had no answer within {timeout:g} s", field="control_timeout") from None
         finally:

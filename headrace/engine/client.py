@@ -124,6 +124,8 @@ class CoreClient:
 
     async def start(self, timeout: float) -> CoreReady:
         """Wait for the core to be ready. Raises its error, `EngineDeadError`, or `DeadlineError` after `timeout` s."""
+        if self._end is not None:
+            raise _copy(self._end)
         loop = asyncio.get_running_loop()
         self._ready = loop.create_future()
         await self._link.start(self._on_output, self._on_close)
@@ -140,9 +142,10 @@ class CoreClient:
 
     async def detach(self) -> None:
         """Let go of a dead core."""
-        if self._watch is not None:
-            self._watch.cancel()
-            self._watch = None
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.cancel()
+            await asyncio.wait([watch])
         await self._link.close()
 
     def attach(self, link: FrontLink, pulse: PulsePage) -> None:
@@ -249,9 +252,7 @@ class CoreClient:
     async def close(self, error: HeadraceError) -> None:
         """End the link; whatever is still live fails with `error`. Idempotent."""
         self._finish_all(error)
-        if self._watch is not None:
-            self._watch.cancel()
-        await self._link.close()
+        await self.detach()
 
     async def _take_over(self) -> None:
         """Have a core that is ready be as the one before it was, and serve."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 import msgspec
@@ -21,6 +21,10 @@ Sampling = SamplingParams | Mapping[str, Any] | Sequence[SamplingParams | Mappin
 
 def sources(prompts: Prompts, input_ids: InputIds) -> tuple[str, list[Any]]:
     """The field that was used and its prompts as a list: texts, or sequences of ids."""
+    for field, value in (("prompts", prompts), ("input_ids", input_ids)):
+        first = value[0] if isinstance(value, (list, tuple)) and value else value
+        if _is_params(first):
+            raise RequestError(f"{field} must be no sampling parameters: give them as sampling_params", field=field)
     if (prompts is None) == (input_ids is None):
         field = "prompts" if prompts is not None else "input_ids"
         raise RequestError("exactly one of prompts and input_ids must be given", field=field)
@@ -33,13 +37,18 @@ def sources(prompts: Prompts, input_ids: InputIds) -> tuple[str, list[Any]]:
     return "prompts", _nonempty(texts, "prompts")
 
 
+def _is_params(value: Any) -> bool:
+    known = SamplingParams.__struct_fields__
+    return isinstance(value, SamplingParams) or (
+        isinstance(value, Mapping) and bool(value) and set(value) <= set(known)
+    )
+
+
 def _id_rows(input_ids: Any) -> list[Any]:
     """One prompt's ids, or many prompts', each as it was given. An array or tensor has a prompt per row."""
     if hasattr(input_ids, "shape"):
-        return list(input_ids) if len(input_ids.shape) == 2 else [input_ids]
+        return _nonempty(list(input_ids), "input_ids") if len(input_ids.shape) == 2 else [input_ids]
     rows = as_list(input_ids, "input_ids", "a list of token ids or a list of such lists")
-    if isinstance(input_ids, Set):
-        raise RequestError("input_ids must have an order; a set has none", field="input_ids")
     return rows if any(map(_is_row, rows)) else [_nonempty(rows, "input_ids")]
 
 
@@ -145,4 +154,5 @@ def id_tuple(ids: Any, field: str, max_length: int) -> tuple[int, ...]:
     """A short list of token ids, None being an empty one."""
     if ids is None:
         return ()
-    return tuple(as_integer_array(as_list(ids, field, "a list of token ids", max_length), field).tolist())
+    listed = as_list(ids, field, "a list of token ids", max_length, takes_sets=True)
+    return tuple(as_integer_array(listed, field).tolist())

@@ -155,7 +155,10 @@ class RequestBuilder:
         `RequestError` before anything is submitted."""
         for name in options:
             if name not in GenerateOptions.__annotations__:
-                message = f"{name} is not an argument of a request{hint(name, GenerateOptions.__annotations__)}"
+                meant = hint(name, GenerateOptions.__annotations__)
+                if name in (*SamplingParams.__struct_fields__, "sampling_seed"):
+                    meant = "; it belongs in sampling_params"
+                message = f"{name} is not an argument of a request{meant}"
                 raise RequestError(message, field=name)
         field, given = sources(prompts, input_ids)
         returns_errors = as_flag(options.get("return_errors", False), "return_errors")
@@ -272,6 +275,7 @@ class RequestBuilder:
             self._check_ids(params.stop_token_ids, "sampling_params.stop_token_ids")
             self._check_ids(params.logit_bias or (), "sampling_params.logit_bias")
             stop_ids = params.stop_token_ids if params.ignore_eos else (*self._eos_ids, *params.stop_token_ids)
+            self._check_something_is_left(params, stop_ids)
             sampling = _token_sampling(params, self._vocab_size)
             self._last_shared = shared = _Shared(params, sampling, tuple(dict.fromkeys(stop_ids)))
         return shared
@@ -366,6 +370,12 @@ class RequestBuilder:
         for token in ids:
             if not 0 <= token < self._vocab_size:
                 raise self._not_in_vocabulary(token, field)
+
+    def _check_something_is_left(self, params: SamplingParams, stop_ids: Iterable[int]) -> None:
+        """Where no stop id may be drawn, another token must be there for it."""
+        if params.min_new_tokens and len(set(stop_ids)) == self._vocab_size:
+            message = "min_new_tokens leaves nothing to draw: every token of the vocabulary is a stop id"
+            raise RequestError(f"sampling_params.{message}", field="sampling_params.min_new_tokens")
 
     def _not_in_vocabulary(self, token: int, field: str) -> RequestError:
         return RequestError(f"{field} holds {token}, which is not in the vocabulary of {self._vocab_size}", field=field)

@@ -27,7 +27,7 @@ EndKind = Literal["answered", "dropped"]
 SEQUENCES_PER_TURN = 256
 """Of very many, before the event loop's other work has its turn."""
 
-_OUR_BUGS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_OUR_BUGS = (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 
 
 class Stream:
@@ -124,6 +124,8 @@ class Stream:
             return
         try:
             self._add(delta)
+        except HeadraceError as error:  # of the tokenizer: these ids have no text
+            self._fail(error, "answered" if delta.finish else "dropped")
         except _OUR_BUGS as error:  # must not reach the link: the other sequences go on
             logger.exception("sequence %s failed in the front", self.request.request_id)
             message = f"the front failed on this sequence: {type(error).__name__}: {error}"
@@ -255,6 +257,14 @@ class StreamGroup:
                 continue
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
+        return []
+
+    def rest(self) -> list[Generation]:
+        """As `next_pieces`, once every stream has ended and the engine's loop too: in any thread, without waiting."""
+        while self._ready:
+            pieces = self._take_some()
+            if pieces:
+                return pieces
         return []
 
     def cancel(self) -> None:

@@ -155,11 +155,15 @@ class Supervisor:
 
 
 def weight_files(folder: str) -> frozenset[tuple[str, int, int, int]]:
-    """The weight files in a folder, each with what changes when it is replaced or written."""
+    """The weight files in a folder, each with what changes when it is replaced or written. A name that leads nowhere,
+    as of a file that has just been removed, is none."""
     found = set()
     for path in Path(folder).iterdir():
         if path.name.endswith(_WEIGHT_ENDINGS):
-            status = path.stat()
+            try:
+                status = path.stat()
+            except OSError:
+                continue
             found.add((path.name, status.st_ino, status.st_size, status.st_mtime_ns))
     return frozenset(found)
 

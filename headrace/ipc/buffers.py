@@ -94,6 +94,9 @@ class SharedBuffer:
                 os.unlink(self._unlink_path)
             self._unlink_path = ""
 
+    def __del__(self) -> None:
+        self.close()  # a filler in another thread may end after all who could have closed it
+
     def __enter__(self) -> SharedBuffer:
         return self
 

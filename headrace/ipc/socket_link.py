@@ -234,10 +234,21 @@ class SocketFrontLink:
         self._is_closed = False
 
     async def start(self, on_output: Callable[[Output], None], on_close: Callable[[str], None]) -> None:
+        if self._socket.fileno() < 0:
+            raise EngineDeadError("the engine core is gone")
         self._loop = asyncio.get_running_loop()
         self._on_close = on_close
         self._protocol = protocol = _FrontProtocol(on_output, self._lost)
-        self._transport, _ = await self._loop.create_unix_connection(lambda: protocol, sock=self._socket)
+        try:
+            self._transport, _ = await self._loop.create_unix_connection(lambda: protocol, sock=self._socket)
+        except BaseException:  # cancelled: not every loop tells a protocol that it has never begun
+            self._socket.close()
+            protocol.has_ended.set()
+            raise
+        if self._is_closed:  # by `close`, which knew no transport yet
+            _shut_down(self._socket)
+            self._transport.abort()
+            return
         self._flush()
 
     def send(self, command: Command) -> None:
@@ -259,20 +270,24 @@ class SocketFrontLink:
 
     async def close(self) -> None:
         was_closed, self._is_closed = self._is_closed, True
-        if self._transport is None or self._protocol is None:
+        if self._protocol is None:
             self._socket.close()
             return
-        if not was_closed:
-            self._flush()
-            deadline = time.monotonic() + CLOSE_TIMEOUT
-            while self._transport.get_write_buffer_size() and time.monotonic() < deadline:
-                await asyncio.sleep(0.005)
-            # Closing is not enough: a process that was forked off this one may still hold the descriptor.
-            _shut_down(self._socket)
-        self._transport.abort()
+        if self._transport is not None:
+            if not was_closed:
+                await self._send_rest(self._transport)
+                # Closing is not enough: a process that was forked off this one may still hold the descriptor.
+                _shut_down(self._socket)
+            self._transport.abort()
         await self._protocol.has_ended.wait()
         if self._report is not None:
             await asyncio.wait([self._report])
+
+    async def _send_rest(self, transport: asyncio.Transport) -> None:
+        self._flush()
+        deadline = time.monotonic() + CLOSE_TIMEOUT
+        while transport.get_write_buffer_size() and time.monotonic() < deadline:
+            await asyncio.sleep(0.005)
 
     def _flush(self) -> None:
         if self._queued and self._transport is not None:
@@ -311,9 +326,7 @@ class _FrontProtocol(asyncio.Protocol):
         try:
             outputs = [self._codec.decode(frame) for frame in self._reader.feed(data)]
         except (FrameError, *DECODE_ERRORS) as error:
-            self._on_lost(f"the core sent what cannot be decoded: {error}")
-            assert self._transport is not None
-            self._transport.abort()
+            self._end(f"the core sent what cannot be decoded: {error}")
             return
         for output in outputs:
             self._waiting.extend(_in_slices(output))
@@ -323,7 +336,7 @@ class _FrontProtocol(asyncio.Protocol):
         """Hand on for a moment; then, before the rest, the loop's other work has its turn, and nothing more is read."""
         until = time.perf_counter() + DELIVER_SECONDS
         while self._waiting and time.perf_counter() < until:
-            self._on_output(self._waiting.popleft())
+            self._hand_on()
         if self._transport is None or self._transport.is_closing():
             return
         if self._waiting:
@@ -332,9 +345,25 @@ class _FrontProtocol(asyncio.Protocol):
         else:
             self._transport.resume_reading()
 
+    def _hand_on(self) -> None:
+        """Give the owner the next output. One that it breaks over ends the link too: somebody would wait for ever."""
+        is_taken = False
+        try:
+            self._on_output(self._waiting.popleft())
+            is_taken = True
+        finally:
+            if not is_taken:
+                self._end("the front broke over what the core sent")
+
+    def _end(self, reason: str) -> None:
+        self._waiting.clear()
+        self._on_lost(reason)
+        assert self._transport is not None
+        self._transport.abort()
+
     def connection_lost(self, error: Exception | None) -> None:
         while self._waiting:
-            self._on_output(self._waiting.popleft())
+            self._hand_on()
         self.has_ended.set()
         self._on_lost(f"the link to the core broke: {error}" if error else "the core closed the link")
 

@@ -105,21 +105,20 @@ def launch_core(config: bytes, *, executor: str = "local") -> tuple[CoreProcess,
     is `CoreReady`. Raises `OSError` when the process cannot be started.
     """
     keep_standard_numbers()
-    front, core = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    lifeline_read, lifeline_write = os.pipe()
-    try:
+    with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+        front, core = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        ours.enter_context(front)
+        theirs.enter_context(core)
+        lifeline_read, lifeline_write = os.pipe()
+        ours.callback(os.close, lifeline_write)
+        theirs.callback(os.close, lifeline_read)
         for end in (front, core):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LINK_BUFFER_BYTES)
         with SharedBuffer.create(PULSE_BYTES) as page:
             pulse = PulsePage.map(page.descriptor)
+            ours.callback(pulse.close)
             process = _start(core.fileno(), lifeline_read, page.descriptor, executor)
-    except OSError:
-        front.close()
-        os.close(lifeline_write)
-        raise
-    finally:
-        core.close()
-        os.close(lifeline_read)
+        ours.pop_all()  # they stay open
     handle = CoreProcess(process, lifeline_write, pulse)
     with contextlib.suppress(OSError):  # a child that is dead already is reported through the link
         front.sendall(pack_frame(config))

@@ -16,7 +16,7 @@ from starlette.responses import PlainTextResponse, Response
 from headrace.engine import DEFAULT_UPDATE_TIMEOUT
 from headrace.engine.control import version_of
 from headrace.server.coerce import check_changes, read_control
-from headrace.server.errors import body_of, error_body, fields_named, respond
+from headrace.server.errors import FieldNames, body_of, error_body, respond
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.wire import json_reply, unless_gone
@@ -105,7 +105,7 @@ class AdminFace:
         """POST /abort_request: a name aborts every request whose name begins with it."""
         body = await read_control(request, AbortBody)
         message = body.abort_message or "Aborted"
-        with fields_named({"message": "abort_message"}):
+        with FieldNames({"message": "abort_message"}):
             if body.abort_all:
                 await self._engine.abort(all=True, message=message)
             elif body.rid:
@@ -117,7 +117,7 @@ class AdminFace:
         body = await read_control(request, PauseBody)
         if body.mode not in _PAUSE_MODES:
             raise RequestError(f"mode must be one of {', '.join(_PAUSE_MODES)}", field="mode")
-        with fields_named({"timeout": "timeout_s"}):
+        with FieldNames({"timeout": "timeout_s"}):
             await self._do(request, self._engine.pause(_PAUSE_MODES[body.mode], timeout=body.timeout_s))
         return json_reply({"message": "Generation paused successfully.", "status": "ok"})
 
@@ -145,7 +145,7 @@ class AdminFace:
             in_flight = body.in_flight or ("abort" if body.abort_all_requests else "drain")
             version = self._last_version() if body.weight_version is None else str(body.weight_version)
             update = self._engine.update_weights_from_disk
-            with fields_named({"timeout": "timeout_s", "version": "weight_version"}):
+            with FieldNames({"timeout": "timeout_s", "version": "weight_version"}):
                 report = await self._do(
                     request,
                     update(folder, version, mode=body.mode, in_flight=in_flight, timeout=body.timeout_s, root=root),
@@ -170,7 +170,7 @@ class AdminFace:
     async def update_weight_version(self, request: Request) -> Response:
         """POST /update_weight_version"""
         body = await read_control(request, VersionBody)
-        with fields_named({"version": "new_version"}):
+        with FieldNames({"version": "new_version"}):
             version = version_of(body.new_version)  # before anything is aborted
         try:
             if body.abort_all_requests:

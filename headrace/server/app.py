@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from fastapi import FastAPI
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
@@ -28,7 +28,7 @@ from headrace.server.state import ServerState
 from headrace.types.errors import HeadraceError
 
 
-def create_app(engine: AsyncEngine, options: ServerOptions, host: str = "127.0.0.1") -> FastAPI:
+def create_app(engine: AsyncEngine, options: ServerOptions, host: str = "127.0.0.1") -> Starlette:
     """The application, to be served on `host`. It must run on `engine.loop`; `app.state.server` is its `ServerState`.
 
     Bodies are decoded and checked by the faces, so that a request costs microseconds and errors read the same
@@ -39,10 +39,8 @@ def create_app(engine: AsyncEngine, options: ServerOptions, host: str = "127.0.0
     access: dict[str, Access] = {endpoint.path: endpoint.access for endpoint in endpoints}
     keys = keys_of(options.api_key, options.admin_api_key)
     keyless: list[Access] = [kind for kind in ("data", "admin") if not keys[kind]]
-    app = FastAPI(
-        title="Headrace",
-        openapi_url=None,
-        redirect_slashes=False,
+    app = Starlette(
+        routes=[_route(endpoint) for endpoint in endpoints],
         middleware=[
             Middleware(
                 Limits,
@@ -61,8 +59,7 @@ def create_app(engine: AsyncEngine, options: ServerOptions, host: str = "127.0.0
             Exception: errors.on_unexpected,
         },
     )
-    for endpoint in endpoints:
-        app.router.routes.append(_route(endpoint))
+    app.router.redirect_slashes = False
     app.state.server = state
     return app
 

@@ -7,6 +7,7 @@ from no other site.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import socket
 from collections.abc import Collection, Mapping
@@ -16,6 +17,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from headrace.server.auth import Access
 from headrace.server.errors import error_body, respond
 from headrace.server.options import is_loopback
+
+_NUM_REMEMBERED = 64  # values of Host headers: clients of one server write few
 
 
 class Browsers:
@@ -63,9 +66,10 @@ class Hosts:
         if not self._is_local:
             names += [socket.gethostname(), socket.gethostname().partition(".")[0]]
         self._names = {name.lower().strip("[]").rstrip(".") for name in names}
-
-    def know(self, host: str) -> bool:
+        self.know = functools.lru_cache(_NUM_REMEMBERED)(self._know)
         """Whether the value of a Host header, in lower case, is one of them; the port does not matter."""
+
+    def _know(self, host: str) -> bool:
         name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
         try:
             is_loopback_address = ipaddress.ip_address(name).is_loopback

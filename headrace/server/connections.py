@@ -23,6 +23,7 @@ from headrace.server.framing import Parser, ParsingQueue
 
 FIRST_BYTE_SECONDS = 30.0
 HEADER_SECONDS = 10.0
+_MAX_BACKLOG_BYTES = 64 << 10
 
 LINGERS = "headrace.lingers"
 """Key of a request's state: its answer is sent, and what is left of its body is read and forgotten."""
@@ -58,8 +59,9 @@ class Connection(H11Protocol):
 
     @property
     def is_idle(self) -> bool:
-        """True when closing it takes nothing from the client: no request is whole, or its answer is sent."""
-        return self._is_between_requests or LINGERS in self.cycle.scope["state"]
+        """True when closing it takes nothing from the client: no request is whole, or its answer is sent and taken."""
+        is_over = self._is_between_requests or LINGERS in self.cycle.scope["state"]
+        return is_over and self.transport.get_write_buffer_size() == 0
 
     def is_late(self, now: float) -> bool:
         """True when a request's headers do not come: the first byte within 30 s, the rest within 10 s of the first."""
@@ -90,7 +92,7 @@ class Connection(H11Protocol):
         """Parse a little of what waits, when this connection's turn has come; False when there is nothing to do now."""
         if self._can_parse:
             self._parse()
-        self._flow.set_backlog(bool(self._waiting))
+        self._flow.set_backlog(len(self._waiting))
         return self._can_parse
 
     @property
@@ -98,7 +100,7 @@ class Connection(H11Protocol):
         return bool(self._waiting) and not self._flow.is_full and not self.transport.is_closing()
 
     def _resume(self) -> None:
-        self._flow.set_backlog(bool(self._waiting))
+        self._flow.set_backlog(len(self._waiting))
         if self._can_parse:
             self._queue.add(self)
 
@@ -133,8 +135,8 @@ class Connection(H11Protocol):
 
 
 class _Flow(FlowControl):
-    """Reading goes on while neither the application nor the parser has enough. `on_wanted` hears that the application
-    wants more."""
+    """Reading goes on until a little waits that neither the application nor the parser takes: so much, because the end
+    of a connection is only seen by reading. `on_wanted` hears that the application wants more."""
 
     def __init__(self, transport: asyncio.Transport, on_wanted: Callable[[], None]) -> None:
         super().__init__(transport)
@@ -145,21 +147,17 @@ class _Flow(FlowControl):
     def pause_reading(self) -> None:
         """The application has enough."""
         self.is_full = True
-        self._settle(is_wanted=False)
 
     def resume_reading(self) -> None:
         """The application wants more."""
         self.is_full = False
         self._on_wanted()
 
-    def set_backlog(self, has_backlog: bool) -> None:
-        """Say whether what came is still to be parsed."""
-        self._settle(is_wanted=not has_backlog and not self.is_full)
-
-    def _settle(self, *, is_wanted: bool) -> None:
-        """Told to the transport even if nothing changes for us: uvicorn resumes it by itself at times."""
-        self.read_paused = not is_wanted
-        (self._transport.resume_reading if is_wanted else self._transport.pause_reading)()
+    def set_backlog(self, num_bytes: int) -> None:
+        """Say how much of what came is still to be parsed. Told to the transport even if nothing changes for us:
+        uvicorn resumes it by itself at times."""
+        self.read_paused = num_bytes > _MAX_BACKLOG_BYTES
+        (self._transport.pause_reading if self.read_paused else self._transport.resume_reading)()
 
 
 class _ClientFaults(logging.Logger):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import http
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import msgspec
@@ -85,19 +85,26 @@ async def on_unexpected(request: Request, error: Exception) -> Response:
     return respond(500, error_body(500, _INTERNAL))
 
 
-@contextmanager
-def fields_named(names: Mapping[str, str]) -> Iterator[None]:
+class FieldNames(AbstractContextManager[None]):
     """Inside, errors name fields as our code does; outside, as the dialect does: `names` maps the first to the second.
 
     A key names a field with everything below it; the longest key that fits counts.
     """
-    try:
-        yield
-    except HeadraceError as error:
-        for ours in sorted(names, key=len, reverse=True):
-            rest = error.field[len(ours) :]
-            if error.field.startswith(ours) and (not rest or rest[0] in ".[" or not ours):
-                field = names[ours] + (rest if names[ours] else rest.lstrip("."))
-                message = error.message.replace(error.field, field, 1) if error.field else error.message
-                raise type(error)(message, field=field) from None
-        raise
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        self._names = names
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if not isinstance(error, HeadraceError):
+            return
+        for ours in sorted(self._names, key=len, reverse=True):
+            if error.field == ours or not ours or error.field.startswith((f"{ours}.", f"{ours}[")):
+                raise _renamed(error, ours, self._names[ours]) from None
+
+
+def _renamed(error: HeadraceError, ours: str, theirs: str) -> HeadraceError:
+    """The error with the beginning `ours` of its field as `theirs`; nothing of it may be left of a field at the top."""
+    rest = error.field[len(ours) :]
+    field = theirs + (rest if theirs else rest.lstrip("."))
+    message = error.message.replace(error.field, field, 1) if error.field else error.message
+    return type(error)(message, field=field)

@@ -57,11 +57,13 @@ class Parser(h11.Connection):
         return is_over or self.trailing_data[0].count(b"\n") > MAX_HEADERS
 
     def size_of_slice(self, waiting: bytearray) -> int:
-        """How much of what waits is to be parsed next: headers to their end, a body of known length as a whole, of
-        chunks a few."""
+        """How much of what waits is to be parsed next: what little it is as a whole, as a body of known length; else
+        headers to their end, of chunks a few."""
+        size = min(len(waiting), _SLICE_BYTES)
+        if size == len(waiting) and waiting.count(b"\n") <= SLICE_LINES:
+            return size
         if self.their_state is h11.SEND_BODY and not self._is_chunked:
             return len(waiting)
-        size = min(len(waiting), _SLICE_BYTES)
         end = _END_OF_HEADERS.search(waiting, 0, size) if self.their_state is h11.IDLE else None
         if end:
             return end.end()
@@ -93,6 +95,8 @@ class Parser(h11.Connection):
     def _check_headers(self) -> None:
         """What is not parsed yet begins with headers."""
         waiting = self.trailing_data[0]
+        if waiting.count(b"\n") <= MAX_HEADERS:
+            return
         end = _END_OF_HEADERS.search(waiting)
         if waiting.count(b"\n", 0, end.start() if end else len(waiting)) > MAX_HEADERS:
             raise h11.RemoteProtocolError("too many headers", error_status_hint=_TOO_MANY_HEADERS)

@@ -72,6 +72,16 @@ class EmbeddedServer(uvicorn.Server):
     def capture_signals(self) -> Generator[None, None, None]:
         yield
 
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until told to stop. However it ends, cancelled too, no socket of it stays open."""
+        try:
+            await super().serve(sockets)
+        finally:
+            self.stop_listening()
+            for listener in sockets or ():
+                listener.close()
+            self._cut()
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept from now on."""
         await self.lifespan.startup()

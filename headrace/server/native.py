@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -16,9 +15,10 @@ from headrace.server.native_reply import ReplyStyle, SequenceReply
 from headrace.server.native_types import Draft, GenerateCall, item_errors, read_call
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
-from headrace.server.turns import in_turns
+from headrace.server.turns import Turn
 from headrace.server.wire import EventStream, PartsReply, cancel_all, dropping, encode_json, event, read_body
 from headrace.text import run_sized
+from headrace.types.generation import Generation
 
 STREAM_HEADER = "x-headrace-stream"
 _STREAMING = {
@@ -51,7 +51,7 @@ class NativeFace:
             return EventStream(events, cancel, on_disconnect, headers={STREAM_HEADER: _STREAMING[call.is_incremental]})
         replies = map(functools.partial(SequenceReply, style), streams, call.wants_logprobs)  # each when it is written
         with dropping(request.receive, cancel, on_disconnect):
-            bodies = [await _written(*each) for each in zip(streams, replies, strict=True)]
+            bodies = await _written(streams, replies)
         parts = [part for body in bodies for part in (b",", body)]
         parts = [b"[", *parts[1:], b"]"] if call.is_list else bodies
         return PartsReply(parts)
@@ -59,9 +59,10 @@ class NativeFace:
     async def _submit(self, call: GenerateCall) -> list[Stream]:
         """All sequences or none. A long list leaves the loop to others now and then."""
         streams: list[Stream] = []
-        is_whole = False
+        is_whole, turn = False, Turn()
         try:
-            async for item in in_turns(call.items):
+            for item in call.items:
+                await turn.give_way()
                 with item_errors(item.prompt_index, call.is_list):
                     streams.append(self._state.submit(item))
             is_whole = True
@@ -102,15 +103,20 @@ class NativeFace:
             yield b"".join(events)
 
 
-async def _written(stream: Stream, reply: SequenceReply) -> bytes:
-    """A finished sequence's object as JSON. Written one by one: what is not bytes yet is large, and soon gone."""
-    piece = await stream.result()
-    await asyncio.sleep(0)
+async def _written(streams: Iterable[Stream], replies: Iterable[SequenceReply]) -> list[bytes]:
+    """The objects of all sequences as JSON, once they are finished. Written one by one: what is not bytes yet is large,
+    and soon gone."""
+    bodies: list[bytes] = []
+    turn = Turn()
+    for stream, reply in zip(streams, replies, strict=True):
+        await turn.give_way()
+        piece = await stream.result()
+        bodies.append(await run_sized(stream.num_extra_values, functools.partial(_write, reply, piece)))
+    return bodies
 
-    def write() -> bytes:
-        reply.add(piece)
-        body = encode_json(reply.body(piece))
-        reply.forget()
-        return body
 
-    return await run_sized(stream.num_extra_values, write)
+def _write(reply: SequenceReply, piece: Generation) -> bytes:
+    reply.add(piece)
+    body = encode_json(reply.body(piece))
+    reply.forget()
+    return body

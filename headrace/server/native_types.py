@@ -13,10 +13,10 @@ import numpy as np
 from headrace.engine import AsyncEngine, GenerateItem
 from headrace.engine.bounds import check_body, check_call
 from headrace.engine.fields import check_name, params_list, per_prompt
-from headrace.server.errors import fields_named
+from headrace.server.errors import FieldNames
 from headrace.server.keys import LACKING_GENERATE, LACKING_SAMPLING, refuse_lacking, warnings_for
 from headrace.server.prompts import check_count, encode_text, encode_texts, warnings_about
-from headrace.server.turns import in_turns
+from headrace.server.turns import Turn
 from headrace.server.wire import convert
 from headrace.text import run_sized
 from headrace.types.errors import RequestError
@@ -111,8 +111,9 @@ async def read_call(engine: AsyncEngine, draft: Draft, is_incremental: bool) -> 
         named = {_name(draft.field, i, draft.is_batch): ids for i, ids in enumerate(prompts)}
         warnings += warnings_about(engine, named)
     items: list[GenerateItem] = []
-    first = GenerateItem()
-    async for position, index in in_turns(draft.samples()):
+    first, turn = GenerateItem(), Turn()
+    for position, index in draft.samples():
+        await turn.give_way()
         if index == 0:
             item = draft.asked.item(position, prompts[position], draft.params[position], draft.names[len(items)])
             first = _prepared(engine, item, is_list, draft.refusals)
@@ -139,7 +140,7 @@ async def read_call(engine: AsyncEngine, draft: Draft, is_incremental: bool) -> 
 def item_errors(position: int, is_list: bool) -> AbstractContextManager[None]:
     """Inside, the engine's complaints about a sequence name the fields of this dialect."""
     prompt = f"input_ids[{position}]" if is_list else "input_ids"
-    return fields_named({**_FIELDS, "input_ids": prompt})
+    return FieldNames({**_FIELDS, "input_ids": prompt})
 
 
 class _PromptOptions:
@@ -240,7 +241,9 @@ async def _prompts(engine: AsyncEngine, draft: Draft) -> list[Any]:
             named = await encode_texts(engine, named, add_special_tokens=special)
         return await shared_rows(engine, named)
     prompts: list[Any] = []
-    async for position, (name, source) in in_turns(enumerate(named.items())):
+    turn = Turn()
+    for position, (name, source) in enumerate(named.items()):
+        await turn.give_way()
         try:
             is_text = field == "text"
             ids = await encode_text(engine, source, name, add_special_tokens=special) if is_text else source

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import time
 import uuid
@@ -14,11 +13,11 @@ import msgspec
 
 from headrace.engine import GenerateItem, Stream
 from headrace.engine.bounds import check_body
-from headrace.server.errors import fields_named
+from headrace.server.errors import FieldNames
 from headrace.server.openai_types import OpenAiBody
 from headrace.server.prompts import check_count
 from headrace.server.state import ServerState
-from headrace.server.turns import in_turns
+from headrace.server.turns import Turn
 from headrace.server.wire import EventStream, cancel_all, encode_json
 from headrace.text import run_sized
 from headrace.types.generation import Generation
@@ -65,12 +64,13 @@ class OpenAiCall:
         prompts_asked = ((logprobs, len(prompt.ids), params) for prompt in prompts)
         check_body(prompts_asked, "return_token_ids" if self.body.return_token_ids else "")
         is_whole = False
-        total, first = len(prompts) * params.n, GenerateItem()
+        total, first, turn = len(prompts) * params.n, GenerateItem(), Turn()
         try:
-            async for number in in_turns(range(total)):
+            for number in range(total):
+                await turn.give_way()
                 position, index = divmod(number, params.n)
                 prompt = prompts[position]
-                with fields_named({"input_ids": prompt.field}):
+                with FieldNames({"input_ids": prompt.field}):
                     if index == 0:
                         first = self._state.engine.prepare(self._item(prompt, position, params, logprobs))
                     item = msgspec.structs.replace(first, index=index, request_id=self._name(total))
@@ -84,12 +84,13 @@ class OpenAiCall:
         """All choices as JSON, once they are finished: `make` gives one by its number. Written one by one, and off the
         loop where there is much to write."""
         choices: list[msgspec.Raw] = []
+        turn = Turn()
         for number, stream in enumerate(self.streams):
+            await turn.give_way()
             piece = await stream.result()
             self.count(piece)
             write = functools.partial(_written, make, number, piece)
             choices.append(await run_sized(stream.num_extra_values, write))
-            await asyncio.sleep(0)
         return choices
 
     def cancel(self) -> None:

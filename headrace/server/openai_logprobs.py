@@ -38,9 +38,8 @@ class TextTokens:
     """
 
     def __init__(self, tokenizer: Tokenizer | None, stream: Stream) -> None:
-        self._tokenizer = tokenizer
-        self._detokenizer: IncrementalDetokenizer | None = None  # none where text comes all at the end, or never
-        if tokenizer is not None and tokenizer.decoder_plan.kind != "whole":
+        self._detokenizer: IncrementalDetokenizer | None = None
+        if tokenizer is not None:
             item = stream.item
             skips, prompt_ids = item.params.skip_special_tokens, stream.prompt_token_ids
             self._detokenizer = IncrementalDetokenizer(
@@ -48,31 +47,35 @@ class TextTokens:
             )
         self._num_certain = 0
         self._num_shown = 0
+        self._least_offset = 0
         self._offsets: list[int] = []
-        self._held: Generation | None = None
+        self._held: list[Generation] = []
 
     def push(self, piece: Generation) -> tuple[Generation, list[int]]:
         """`piece` with the tokens that are given out now, and where in the text of all pieces each of them begins."""
         self._num_shown += len(piece.text)
         self._offsets += [self._offset(token_id) for token_id in piece.token_ids]
-        whole = piece if self._held is None else _joined(self._held, piece)
         count = len(self._offsets)
         if piece.finish_reason is None and self._detokenizer is not None:
             count = next((i for i, offset in enumerate(self._offsets) if offset >= self._num_shown), count)
+        if count == 0 and piece.finish_reason is None:
+            if piece.token_ids:
+                self._held.append(piece)
+            return _part(piece, 0, 0), []
+        whole = _joined([*self._held, piece]) if self._held else piece
         offsets, self._offsets = self._offsets[:count], self._offsets[count:]
-        self._held = _part(whole, count, len(whole.token_ids)) if self._offsets else None
+        self._held = [_part(whole, count, len(whole.token_ids))] if self._offsets else []
         if piece.finish_reason is not None:  # what a stop string takes away is not there to begin in
             offsets = [min(offset, self._num_shown) for offset in offsets]
         return _part(whole, 0, count), offsets
 
     def _offset(self, token_id: int) -> int:
         if self._detokenizer is None:
-            offset = self._num_certain
-            self._num_certain += len(self._tokenizer.token_text(token_id)) if self._tokenizer is not None else 0
-            return offset
+            return 0
         offset = self._num_certain + self._detokenizer.num_before(token_id)
         self._num_certain += len(self._detokenizer.push((token_id,)))
-        return offset
+        self._least_offset = max(self._least_offset, offset)  # further ids may change what the last ones showed
+        return self._least_offset
 
 
 def completion_logprobs(writer: TokenWriter, piece: Generation, offsets: list[int]) -> dict[str, Any]:
@@ -106,16 +109,17 @@ def _by_text(writer: TokenWriter, values: dict[int, float]) -> dict[str, float]:
     return best
 
 
-def _joined(first: Generation, second: Generation) -> Generation:
-    spans = _spans(first)
-    for span in _spans(second):
-        extend_spans(spans, *span)
+def _joined(pieces: list[Generation]) -> Generation:
+    spans: list[Span] = []
+    for piece in pieces:
+        for span in _spans(piece):
+            extend_spans(spans, *span)
     return _with_spans(
-        second,
+        pieces[-1],
         spans,
-        token_ids=first.token_ids + second.token_ids,
-        logprobs=first.logprobs + second.logprobs,
-        top_logprobs=first.top_logprobs + second.top_logprobs,
+        token_ids=[each for piece in pieces for each in piece.token_ids],
+        logprobs=[each for piece in pieces for each in piece.logprobs],
+        top_logprobs=[each for piece in pieces for each in piece.top_logprobs],
     )
 
 

@@ -13,12 +13,14 @@ from headrace.server.openai_types import check_model
 from headrace.server.prompts import encode_text, encode_texts, render_chat, tokenizer_of
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
-from headrace.server.wire import convert, json_reply, read_body
+from headrace.server.wire import PartsReply, convert, encode_json, json_reply, read_body
 from headrace.text import check_template_arguments, normalize_messages, normalize_tools, run_sized
 from headrace.types.errors import RequestError
 
 MAX_LIST_LENGTH = 1 << 17
 MAX_DETOKENIZE_IDS = 1 << 20
+MAX_DETOKENIZE_CHARACTERS = 1 << 23
+"""As the vocabulary writes them; the reply repeats its text."""
 
 
 class TokenizeBody(msgspec.Struct):
@@ -85,9 +87,15 @@ class ModelsFace:
         size = len(rows) + sum(len(ids) for ids in rows.values() if isinstance(ids, list))
         if size > MAX_DETOKENIZE_IDS:
             raise RequestError(f"tokens must hold at most {MAX_DETOKENIZE_IDS} ids", field="tokens")
-        texts = await run_sized(size, lambda: [self._decode(ids, field, body) for field, ids in rows.items()])
-        reply = texts if is_many else texts[0]
-        return json_reply({"text": reply, "prompt": reply})
+
+        def write() -> bytes:
+            self._check_ids(rows)
+            tokenizer = tokenizer_of(self._engine, "tokens")
+            texts = [tokenizer.decode(ids, body.skip_special_tokens) for ids in rows.values()]
+            reply = texts if is_many else texts[0]
+            return encode_json({"text": reply, "prompt": reply})
+
+        return PartsReply([await run_sized(size, write)])
 
     async def _encode(self, texts: Mapping[str, str], body: TokenizeBody) -> list[list[int]]:
         special = body.add_special_tokens is not False
@@ -101,11 +109,16 @@ class ModelsFace:
         text = await render_chat(self._engine, messages, tools, body.add_generation_prompt, arguments)
         return await encode_text(self._engine, text, "messages", add_special_tokens=bool(body.add_special_tokens))
 
-    def _decode(self, ids: Any, field: str, body: DetokenizeBody) -> str:
-        vocab_size = self._engine.resolved.model.vocab_size
-        if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < vocab_size for token in ids):
-            raise RequestError(f"{field} must be a list of ids below {vocab_size}", field=field)
-        return tokenizer_of(self._engine, field).decode(ids, body.skip_special_tokens)
+    def _check_ids(self, rows: Mapping[str, Any]) -> None:
+        """Before any is decoded: a vocabulary may hold tokens of a thousand characters."""
+        vocab_size, tokenizer, num_characters = self._engine.resolved.model.vocab_size, self._engine.tokenizer, 0
+        for field, ids in rows.items():
+            if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+                raise RequestError(f"{field} must be a list of ids below {vocab_size}", field=field)
+            num_characters += 0 if tokenizer is None else tokenizer.length_of(ids)
+        if num_characters > MAX_DETOKENIZE_CHARACTERS:
+            message = f"tokens have {num_characters} characters; at most {MAX_DETOKENIZE_CHARACTERS} may be"
+            raise RequestError(message, field="tokens")
 
     def _card(self, name: str) -> dict[str, Any]:
         return {

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from headrace.server.errors import fields_named
+from headrace.server.errors import FieldNames
 from headrace.server.keys import LACKING_OPENAI, refuse_lacking, warnings_for
 from headrace.server.state import ServerState
 from headrace.server.wire import convert
@@ -142,7 +142,7 @@ def prompt_bound(body: OpenAiBody, max_length: int, max_tokens: Any) -> int | No
 
 def openai_errors(max_tokens_key: str, top_logprobs_key: str) -> AbstractContextManager[None]:
     """Inside, errors name fields as the engine does; outside, as these routes do."""
-    return fields_named(
+    return FieldNames(
         {
             "sampling_params": "",
             "sampling_params.max_new_tokens": max_tokens_key,

@@ -69,10 +69,10 @@ async def serve(
     """
     options = ServerOptions.from_dict(settings)
     options.check_address(host)
-    if listener is None:
-        listener = listen(host, port)
     app = create_app(engine, options, host)
     server = EmbeddedServer(app, options.write_timeout)
+    if listener is None:
+        listener = listen(host, port)
     task = asyncio.get_running_loop().create_task(server.serve(sockets=[listener]))
     try:
         while not server.started:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
-from typing import TypeVar
 
 TURN_SECONDS = 0.003
-_ITEMS_PER_LOOK = 16
-
-Item = TypeVar("Item")
 
 
-async def in_turns(items: Iterable[Item]) -> AsyncIterator[Item]:
-    """`items`, with a turn for others whenever these have had theirs. What one item costs is the caller's affair."""
-    end = time.perf_counter() + TURN_SECONDS
-    for number, item in enumerate(items, 1):
-        yield item
-        if number % _ITEMS_PER_LOOK == 0 and time.perf_counter() > end:
+class Turn:
+    """The time that a loop has, from now. What one round of it costs is the caller's affair."""
+
+    def __init__(self) -> None:
+        self._end = time.perf_counter() + TURN_SECONDS
+
+    async def give_way(self) -> None:
+        """To be awaited before each round: let others have their turn when this loop has had its own."""
+        if time.perf_counter() > self._end:
             await asyncio.sleep(0)
-            end = time.perf_counter() + TURN_SECONDS
+            self._end = time.perf_counter() + TURN_SECONDS

@@ -131,14 +131,16 @@ class PartsReply(Response):
         self.status_code = 200
         self.background = None
         self.body = b""
-        self.init_headers({"content-length": str(sum(map(len, parts)))})
         self._parts = parts
+        self._num_bytes = sum(map(len, parts))
+        self.init_headers({"content-length": str(self._num_bytes)})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        for part in _in_chunks(self._parts):
-            await send({"type": "http.response.body", "body": part, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        num_left = self._num_bytes
+        for chunk in _in_chunks(self._parts):
+            num_left -= len(chunk)
+            await send({"type": "http.response.body", "body": chunk, "more_body": num_left > 0})
 
 
 def _in_chunks(parts: list[bytes]) -> Iterator[bytes]:
@@ -151,7 +153,8 @@ def _in_chunks(parts: list[bytes]) -> Iterator[bytes]:
         if num_bytes >= _CHUNK_BYTES:
             yield b"".join(chunk)
             chunk, num_bytes = [], 0
-    yield b"".join(chunk)
+    if chunk:
+        yield b"".join(chunk)
 
 
 async def unless_gone(request: Request, call: Coroutine[Any, Any, Value], on_disconnect: Callable[[], None]) -> Value:

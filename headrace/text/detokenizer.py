@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Protocol, Self
 
 from headrace.text.pieces import MAX_CHARACTER_BYTES, REPLACEMENT, ByteStream, PieceStream, begun_character, byte_token
@@ -11,6 +12,7 @@ from headrace.text.tokenizer import Tokenizer
 
 _WHOLE_CONTEXT = 16
 _WHOLE_WINDOW = 128
+_COUNTED_WINDOW = 32
 
 
 class IncrementalDetokenizer:
@@ -56,7 +58,10 @@ class IncrementalDetokenizer:
         return self._stream.finish()
 
     def num_before(self, token_id: int) -> int:
-        """How many characters what is held back shows before the text of `token_id`, were that to come next."""
+        """How many characters what is held back shows before the text of `token_id`, were that to come next.
+
+        Costs no more the more is held back: where only whole lists can be decoded, it is counted by the last ids' text.
+        """
         return self._stream.num_before(token_id)
 
     def fork(self) -> IncrementalDetokenizer:
@@ -128,23 +133,32 @@ class _Whole:
     def __init__(self, tokenizer: Tokenizer, pieces: Mapping[int, str | None], prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._pieces = pieces
-        self._context = list(prompt_ids[-_WHOLE_CONTEXT:])
-        self._ids: list[int] = []
+        self._context = list(islice(self._visible(reversed(prompt_ids)), _WHOLE_CONTEXT))[::-1]
+        self._ids: list[int] = []  # like the context without those that do not show
         self._num_passed = 0  # ids whose text `recent_rest` decodes no more
         self._max_window = _WHOLE_WINDOW
         self._recent = ""
+        self._num_counted = 0  # ids that `num_before` decodes no more, and how many characters they come to
+        self._num_characters = 0
 
     def push(self, ids: Iterable[int]) -> str:
-        self._ids.extend(ids)
+        self._ids.extend(self._visible(ids))
         return ""
 
     def finish(self) -> str:
         ids, self._ids = self._ids, []
-        before, text = self._decode(self._context), self._decode([*self._context, *ids])
-        return text[len(before) :] if text.startswith(before) else self._decode(ids)
+        return self._added(ids)
 
     def num_before(self, token_id: int) -> int:
-        return 0
+        ids = self._ids[self._num_counted :]
+        decode = self._decode if self._num_counted else self._added
+        text, longer = decode(ids), decode([*ids, *self._visible((token_id,))]).rstrip(REPLACEMENT)
+        complete = text.rstrip(REPLACEMENT)  # a character that is begun may spoil the run of bytes that it stands in
+        num_same = len(complete) if complete.startswith(longer) else _num_equal(text, longer)
+        result = self._num_characters + num_same
+        if len(ids) >= (_COUNTED_WINDOW if text == complete else 2 * _COUNTED_WINDOW):
+            self._count(ids, text)
+        return result
 
     def fork(self) -> Self:
         twin = copy.copy(self)
@@ -173,8 +187,24 @@ class _Whole:
             window = half
         self._max_window = max(_WHOLE_WINDOW, 2 * len(window))
 
+    def _count(self, ids: list[int], text: str) -> None:
+        """Decode only the later half from now on; from where its text ends as that of all does, between characters."""
+        halves = [ids[len(ids) // 2 + skipped :] for skipped in range(MAX_CHARACTER_BYTES)]
+        texts = [self._decode(half) for half in halves]
+        ends = [text.endswith(each[len(each) // 2 :]) for each in texts]
+        best = ends.index(True) if True in ends else 0
+        self._num_counted += len(ids) - len(halves[best])
+        self._num_characters += len(text) - len(texts[best])
+
+    def _added(self, ids: list[int]) -> str:
+        before, text = self._decode(self._context), self._decode([*self._context, *ids])
+        return text[len(before) :] if text.startswith(before) else self._decode(ids)
+
+    def _visible(self, ids: Iterable[int]) -> Iterator[int]:
+        return (each for each in ids if self._pieces[each] is not None)
+
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode([each for each in ids if self._pieces[each] is not None], False)
+        return self._tokenizer.decode(ids, False)
 
 
 def _num_equal(left: str, right: str) -> int:

@@ -21,6 +21,9 @@ MAX_GROWTH = 512
 MAX_ADDED_IDS = 1024
 """Ids that a post-processor puts around a text."""
 
+MAX_WORD_CHARACTERS = 1024
+"""Of a word that WordPiece takes apart, which takes the cube of them; usual are 100."""
+
 _UNICODE_FORMS = {"NFC": 3, "NFD": 3, "NFKC": 11, "NFKD": 11, "Lowercase": 1.5, "StripAccents": 1, "BertNormalizer": 9}
 """Most bytes for a byte. One behind another of them finds next to nothing left to lengthen."""
 
@@ -36,6 +39,10 @@ def growth_of(library: Any) -> int:
     split = math.prod(map(_split_growth, _steps(library.pre_tokenizer)))
     _require(normalized * split, "pre_tokenizer")
     model = library.model
+    longest = getattr(model, "max_input_chars_per_word", 0)
+    if longest > MAX_WORD_CHARACTERS:
+        message = f"the tokenizer's max_input_chars_per_word is {shown(longest)}; at most {MAX_WORD_CHARACTERS} may be"
+        raise ConfigError(message, field="tokenizer")
     affixes = (getattr(model, name, None) for name in ("continuing_subword_prefix", "end_of_word_suffix"))
     marked = normalized * split * math.prod(1 + _size(affix) for affix in affixes if affix)
     _require(marked, "model")

@@ -97,12 +97,18 @@ class Tokenizer:
     def decode(
         self, ids: Sequence[int], skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
     ) -> str:
-        """Text of `ids`; ids outside the vocabulary are nothing. Raises `RequestError` for what is no list of ids."""
-        try:
-            text: str = self._library.decode(list(ids), skip_special_tokens=bool(skip_special_tokens))
-        except (TypeError, OverflowError):  # no list, or what no id can be in it
-            raise RequestError("ids must be a list of token ids", field="ids") from None
+        """Text of `ids`; ids outside the vocabulary are nothing. Raises `RequestError` for what is no list of ids, and
+        for ids of which the tokenizer can make no text."""
+        with library_faults(RequestError, "the tokenizer cannot decode these ids", "ids"):
+            try:
+                text: str = self._library.decode(list(ids), skip_special_tokens=bool(skip_special_tokens))
+            except (TypeError, OverflowError):  # no list, or what no id can be in it
+                raise RequestError("ids must be a list of token ids", field="ids") from None
         return text
+
+    def length_of(self, ids: Iterable[int]) -> int:
+        """Characters of these tokens as the vocabulary writes them: what there is to decode. Ids are in its range."""
+        return sum(len(self._token_strings[token_id] or "") for token_id in ids)
 
     def token_text(self, token_id: int) -> str:
         """The text of one token as it reads inside a sentence (a leading space is kept)."""

@@ -11,7 +11,7 @@ import difflib
 import math
 import operator
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from itertools import islice
 from typing import Any
 
@@ -49,7 +49,9 @@ def as_setting(value: Any, kind: Any, field: str, refusal: Refusal) -> Any:
 
 def as_integer(value: Any, field: str, refusal: Refusal = RequestError) -> int:
     """An integer; no bool, no float, no string."""
-    value = value if type(value) is int else plain_scalar(value)
+    if type(value) is int:
+        return value
+    value = plain_scalar(value)
     if hasattr(type(value), "__index__") and not isinstance(value, bool) and not hasattr(value, "shape"):
         return operator.index(value)
     raise refusal(f"{field} must be an integer, not {_shown(value)}", field=field)
@@ -90,10 +92,19 @@ def as_choice(value: Any, choices: tuple[str, ...], field: str, refusal: Refusal
 
 
 def as_list(
-    value: Any, field: str, what: str, max_length: int | None = None, refusal: Refusal = RequestError
+    value: Any,
+    field: str,
+    what: str,
+    max_length: int | None = None,
+    refusal: Refusal = RequestError,
+    *,
+    takes_sets: bool = False,
 ) -> list[Any]:
-    """The elements of any iterable that has an order, or of a set; of an endless one as many as show that it is over
-    `max_length`. `what` describes it in refusals. No string, bytes or mapping: those are iterable by accident."""
+    """The elements of any iterable that has an order, or of a set if order is nothing; of an endless one as many as
+    show that it is over `max_length`. `what` describes it in refusals. No string, bytes or mapping: those are iterable
+    by accident."""
+    if isinstance(value, Set) and not takes_sets:
+        raise refusal(f"{field} must have an order; a set has none", field=field)
     if isinstance(value, (str, bytes, bytearray, Mapping)) or not isinstance(value, Iterable):
         raise refusal(f"{field} must be {what}, not {_shown(value)}", field=field)
     try:

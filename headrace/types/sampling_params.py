@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -21,6 +22,10 @@ MAX_LOGIT_BIAS = 4096
 MAX_TOP_LOGPROBS = 1024
 MAX_LOGPROB_TOKEN_IDS = 4096
 GREEDY_TEMPERATURE = 1e-6
+MIN_REPETITION_PENALTY = 1e-6
+"""Logits are divided by it: far smaller ones would make them infinite, as if the weights were at fault."""
+
+_TOKEN_KEY = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,7 +37,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     unsigned 64-bit integer; None lets the engine pick one, which the reply names.
 
     None is the default of every field. `stop` and `stop_token_ids` may be one value or any iterable, keys of
-    `logit_bias` strings, numbers those of NumPy or torch (`headrace.types.plain_values`). What is kept is plain.
+    `logit_bias` strings of digits, numbers those of NumPy or torch (`headrace.types.plain_values`). What is kept is
+    plain.
 
     Raises `RequestError` naming the field when a value is of a wrong type or out of bounds.
     """
@@ -59,6 +65,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         for name, default in zip(self.__struct_fields__, self.__struct_defaults__, strict=True):
             value = getattr(self, name)
+            if value is default:
+                continue
             plain = default if value is None else _READERS[name](value, name)
             if plain is not value:
                 msgspec.structs.force_setattr(self, name, plain)
@@ -114,26 +122,32 @@ class LogprobOptions(msgspec.Struct, frozen=True, array_like=True):
 
 def _read_stop(value: Any, field: str) -> tuple[str, ...]:
     what = "a string or a list of strings"
-    stops = [value] if isinstance(value, str) else as_list(value, field, what, MAX_STOP_STRINGS)
+    stops = [value] if isinstance(value, str) else as_list(value, field, what, MAX_STOP_STRINGS, takes_sets=True)
     _require(all(isinstance(stop, str) and stop for stop in stops), field, "must hold non-empty strings")
     return tuple(map(str, stops))
 
 
 def _read_stop_ids(value: Any, field: str) -> tuple[int, ...]:
     value = plain_scalar(value)
-    ids = [value] if isinstance(value, int) else as_list(value, field, "a list of token ids", MAX_STOP_TOKEN_IDS)
+    what = "a list of token ids"
+    ids = [value] if isinstance(value, int) else as_list(value, field, what, MAX_STOP_TOKEN_IDS, takes_sets=True)
     return tuple(as_integer(token, field) for token in ids)
 
 
 def _read_logit_bias(value: Any, field: str) -> dict[int, float] | None:
-    """JSON has no other keys than strings."""
     _require(isinstance(value, Mapping), field, "must map token ids to numbers")
     _require(len(value) <= MAX_LOGIT_BIAS, field, f"must hold at most {MAX_LOGIT_BIAS} entries")
-    try:
-        tokens = [int(token) if isinstance(token, str) else as_integer(token, field) for token in value]
-    except ValueError:
-        raise RequestError(f"{field} keys must be token ids", field=field) from None
+    tokens = [_token_key(token, field) for token in value]
+    _require(len(set(tokens)) == len(tokens), field, "must name a token once")
     return dict(zip(tokens, [as_number(bias, field) for bias in value.values()], strict=True))
+
+
+def _token_key(token: Any, field: str) -> int:
+    """JSON has no other keys than strings. An id has one spelling: two of them must not be one token."""
+    if not isinstance(token, str):
+        return as_integer(token, field)
+    _require(_TOKEN_KEY.fullmatch(token) is not None, field, "keys must be token ids")
+    return int(token)
 
 
 _READERS: dict[str, Callable[[Any, str], Any]] = {
@@ -159,7 +173,8 @@ def _check_bounds(params: SamplingParams) -> None:
     _require(0 < params.top_p <= 1, "top_p", "must be in (0, 1]")
     _require(-1 <= params.top_k < 1 << 31, "top_k", "must be -1, 0 (both off) or a positive 32-bit integer")
     _require(0 <= params.min_p <= 1, "min_p", "must be in [0, 1]")
-    _require(0 < params.repetition_penalty <= 100, "repetition_penalty", "must be in (0, 100]")
+    least, penalty = MIN_REPETITION_PENALTY, params.repetition_penalty
+    _require(least <= penalty <= 100, "repetition_penalty", f"must be in [{least:f}, 100]")
     _require(-100 <= params.presence_penalty <= 100, "presence_penalty", "must be in [-100, 100]")
     _require(-100 <= params.frequency_penalty <= 100, "frequency_penalty", "must be in [-100, 100]")
     _require(1 <= params.n <= MAX_N, "n", f"must be in [1, {MAX_N}]")

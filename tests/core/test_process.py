@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -167,6 +168,18 @@ def test_a_core_that_cannot_start_says_why(tmp_path: Path) -> None:
     resolved = msgspec.structs.replace(tiny_config(), folder=str(tmp_path))
     process = with_core(body, resolved, executor="local")
     assert process.exit_code == 1
+
+
+@pytest.mark.parametrize("missing", ["os.pipe", "headrace.ipc.spawn._start"])
+def test_a_core_that_cannot_be_launched_leaves_no_descriptor(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(missing, fails)
+    with pytest.raises(OSError, match="Too many") as caught:
+        launch_core(b"")
+    assert os.listdir("/proc/self/fd") == before, caught
 
 
 def test_a_killed_core_is_noticed_and_named() -> None:

@@ -386,6 +386,34 @@ def test_closing_answers_what_is_live() -> None:
     assert play(scenario) == []
 
 
+@pytest.mark.parametrize("is_answered", [True, False])
+def test_closing_ends_the_watch(is_answered: bool) -> None:
+    """Also when the answer that it waits for comes at that moment."""
+
+    async def scenario(client: CoreClient, core: ScriptedCore) -> None:
+        watch, commands = client._watch, list[Command]()
+        assert watch is not None
+        while not commands:
+            await asyncio.sleep(0.01)
+            commands = core.link.poll(0)
+        if is_answered:
+            client._on_output(Reply(commands[0].call_id, msgspec.msgpack.encode(STATUS)))  # type: ignore[union-attr]
+        await client.close(ShutdownError("over"))
+        assert watch.cancelled()
+
+    play(scenario)
+
+
+def test_a_client_that_was_closed_does_not_start() -> None:
+    async def main() -> None:
+        client = CoreClient(make_pair()[0], PulsePage(), 5.0, lambda _: None, LIMITS)
+        await client.close(ShutdownError("over"))
+        with pytest.raises(ShutdownError, match="over"):
+            await client.start(5.0)
+
+    asyncio.run(main())
+
+
 def test_a_core_that_cannot_start_says_why() -> None:
     async def main() -> None:
         front, link = make_pair()

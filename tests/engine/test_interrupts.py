@@ -156,8 +156,6 @@ def test_a_cancelled_call_is_not_in_the_log(engine: Engine, name: str, caplog: p
         busy.cancel()
         await asyncio.wait([busy])
 
-    gc.collect()  # what other tests left of their loops
-    caplog.clear()
     with caplog.at_level(logging.WARNING, "asyncio"):
         asyncio.run(scenario())
         gc.collect()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from headrace import (
     AsyncEngine,
@@ -37,7 +39,7 @@ from headrace.config import ResolvedConfig
 from headrace.core import serve_core
 from headrace.engine.launch import ExecutorKind
 from headrace.ipc import CoreLink
-from tests.engine.builders import SETTINGS
+from tests.engine.builders import SETTINGS, model_of, named_tensors
 
 ROOT = Path(__file__).parents[2]
 PROMPT = [1, 2, 3]
@@ -322,6 +324,35 @@ def test_shutdown_answers_what_runs_and_can_be_repeated(model_folder: Path) -> N
             call()
 
 
+@pytest.mark.parametrize("inprocess", [False, True])
+def test_shutdown_answers_streams_whose_readers_are_slower(model_folder: Path, inprocess: bool) -> None:
+    engine = Engine(model_folder, inprocess=inprocess, **SETTINGS)
+    streams = [engine.stream(input_ids=[PROMPT] * 2, sampling_params=LONG) for _ in range(3)]
+    pieces = [[next(stream)] for stream in streams]
+    closer = threading.Thread(target=engine.shutdown)
+    closer.start()
+    wait_for(lambda: engine.asynchronous.runtime.is_closing)
+    for found, stream in zip(pieces, streams, strict=True):
+        found.extend(stream)  # the first while the engine ends, the last certainly after
+        closer.join(20)
+        assert sorted(each.prompt_index for each in found if each.finish_reason == "abort") == [0, 1]
+
+
+def test_shutdown_answers_streams_of_an_event_loop(model_folder: Path) -> None:
+    async def run() -> list[Generation]:
+        engine = AsyncEngine(model_folder, **SETTINGS)
+        stream = engine.stream(input_ids=PROMPT, sampling_params=LONG)
+        found = [await anext(stream)]
+        ending = asyncio.create_task(engine.shutdown())
+        while not engine.runtime.is_closing:
+            await asyncio.sleep(0.001)
+        found += [piece async for piece in stream]
+        await ending
+        return found
+
+    assert asyncio.run(run())[-1].finish_reason == "abort"
+
+
 def test_a_fork_does_not_touch_the_engine(spawned: Engine) -> None:
     """A forked child ends at once, with all exit handlers, and leaves its parent's engine alone."""
     code = """
@@ -378,6 +409,34 @@ def test_an_engine_leaves_no_thread_or_descriptor(model_folder: Path, inprocess:
         with Engine(model_folder, inprocess=inprocess, executor="free", **SETTINGS) as engine:
             engine.generate(input_ids=PROMPT, sampling_params=SHORT)
             assert len(held() - before) >= 3
+    wait_for(lambda: held() <= before)
+
+
+def test_an_engine_without_a_core_leaves_no_descriptor(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.EAGAIN, "no more processes")
+
+    before = held()
+    monkeypatch.setattr("headrace.engine.runtime.start_core", fails)
+    with pytest.raises(OSError, match="no more processes") as caught:
+        Engine(model_folder, executor="free", **SETTINGS)
+    wait_for(lambda: held() <= before)
+    assert caught.value.errno == errno.EAGAIN
+
+
+def test_an_engine_that_ends_while_a_caller_sends_tensors_leaves_no_descriptor(model_folder: Path) -> None:
+    tensors = named_tensors(model_of(1))
+
+    def ending() -> Iterator[tuple[str, torch.Tensor]]:
+        yield tensors[0]
+        engine.shutdown()
+        yield tensors[1]
+
+    before = held()
+    engine = Engine(model_folder, inprocess=True, **SETTINGS)
+    session = engine.begin_update("never", [(name, each.shape, str(each.dtype)) for name, each in tensors])
+    with pytest.raises(ShutdownError):
+        engine.stage(session, ending())
     wait_for(lambda: held() <= before)
 
 

@@ -27,7 +27,7 @@ from headrace import (
 )
 from headrace.config import Takeover
 from headrace.engine.ledger import Ledger
-from headrace.engine.supervision import MAX_DELAY_SECONDS, RestartBudget
+from headrace.engine.supervision import MAX_DELAY_SECONDS, RestartBudget, weight_files
 from headrace.runner import Runner
 from headrace.types.messages import CommitUpdate, Pause, Reply, Resume, SetVersion, UpdateFromDisk, WeightsChecker
 from headrace.types.weights import UpdateReport
@@ -345,3 +345,10 @@ def test_a_lost_device_of_the_caller_s_process_is_the_end(model_folder: Path, mo
     assert (reply.status_code, reply.json()["retryable"]) == (503, True)
     assert {httpx.get(server.url + path).status_code for path in ("/health", "/ready", "/health_generate")} == {503}
     engine.shutdown()
+
+
+def test_a_name_that_leads_nowhere_is_no_weight_file(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    for name, target in (("a.bin", "/nonexistent"), ("b.bin", "b.bin")):
+        (tmp_path / name).symlink_to(target)
+    assert [name for name, *_ in weight_files(str(tmp_path))] == ["model.safetensors"]

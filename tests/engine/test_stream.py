@@ -12,7 +12,7 @@ from headrace.engine.requests import GenerateItem
 from headrace.engine.stream import SEQUENCES_PER_TURN, EndKind, Stream, StreamGroup
 from headrace.engine.text_feed import TextStart
 from headrace.text import Tokenizer
-from headrace.types.errors import ErrorInfo, HeadraceError, PoisonedError
+from headrace.types.errors import ErrorInfo, HeadraceError, PoisonedError, RequestError
 from headrace.types.generation import Generation
 from headrace.types.request import Delta, Finish, Request, pack_floats, pack_ids
 from headrace.types.sampling_params import SamplingParams
@@ -236,6 +236,21 @@ def test_a_delta_the_front_cannot_read_fails_its_own_sequence_only(tokenizer: To
     with pytest.raises(HeadraceError, match="failed on this sequence"):
         run(feed.stream.result())
     assert feed.ends == ["dropped"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_ids_without_text_fail_their_own_sequence_only(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    tokenizer = Tokenizer(word_pieces())
+
+    def refuse(*_: Any) -> str:
+        raise RequestError("the tokenizer cannot decode these ids", field="ids")
+
+    monkeypatch.setattr(tokenizer, "decode", refuse)
+    feed = Feed(tokenizer, stream=stream)
+    feed.tokens([1, 2, 3], Finish("length"))
+    with pytest.raises(RequestError, match="cannot decode"):
+        run(feed.stream.result())
+    assert feed.ends == ["answered"]
 
 
 def test_a_group_yields_everything_and_ends(tokenizer: Tokenizer) -> None:

@@ -66,7 +66,7 @@ def test_public_methods_are_listed_here() -> None:
 
 
 def test_importing_headrace_loads_no_heavy_library() -> None:
-    heavy = ("torch", "transformers", "fastapi", "uvicorn", "huggingface_hub", "tokenizers", "zmq")
+    heavy = ("torch", "transformers", "starlette", "uvicorn", "huggingface_hub", "tokenizers", "zmq")
     code = f"import sys, headrace; headrace.Engine; print([name for name in {heavy!r} if name in sys.modules])"
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)

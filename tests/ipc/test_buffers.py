@@ -118,6 +118,14 @@ def test_nothing_is_left_open() -> None:
     assert num_descriptors() == before
 
 
+def test_a_dropped_buffer_is_closed() -> None:
+    num_before = num_descriptors()
+    buffer = SharedBuffer.create(100)
+    assert num_descriptors() > num_before
+    del buffer
+    assert num_descriptors() == num_before
+
+
 @pytest.mark.parametrize("has_proc", [True, False])
 def test_an_unnamed_file_stands_in_for_a_memory_file(monkeypatch: pytest.MonkeyPatch, has_proc: bool) -> None:
     monkeypatch.delattr(os, "memfd_create")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import threading
 import time
@@ -13,8 +14,8 @@ import msgspec
 import pytest
 import uvloop
 
-from headrace.ipc import PeerClosed, codec
-from headrace.ipc.codec import pack_frame
+from headrace.ipc import PeerClosed, codec, socket_link
+from headrace.ipc.codec import OutputCodec, pack_frame
 from headrace.ipc.socket_link import SocketCoreLink, SocketFrontLink
 from headrace.types.errors import EngineDeadError, ErrorInfo, RequestError, UnavailableError
 from headrace.types.messages import Abort, Command, Deltas, GetStatus, Output, Reply, SetVersion, Submit
@@ -247,6 +248,38 @@ def test_an_undecodable_output_ends_the_link_with_its_reason(pair: Pair, run: Ru
     assert "cannot be decoded" in run(front())
 
 
+@pytest.mark.parametrize("is_late", [False, True])
+def test_an_output_that_the_front_breaks_over_ends_the_link(
+    pair: Pair, run: Run, monkeypatch: pytest.MonkeyPatch, is_late: bool
+) -> None:
+    """Also when it was left for a later turn of the loop. What is behind it would be somebody's answer."""
+
+    class Panic(BaseException):
+        pass
+
+    def take(output: Output) -> None:
+        taken.append(output)
+        if len(taken) == 2:
+            raise Panic
+
+    taken: list[Output] = []
+    monkeypatch.setattr(socket_link, "DELIVER_SECONDS", 2e-6 if is_late else 10.0)
+
+    async def front() -> str:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+        link = SocketFrontLink(pair[0])
+        reason: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        await link.start(take, reason.set_result)
+        for _ in range(3):
+            pair[1].sendall(pack_frame(OutputCodec().encode(Deltas(()))))
+        found = await asyncio.wait_for(reason, 5.0)
+        await link.close()
+        return found
+
+    assert "broke over" in run(front())
+    assert len(taken) == 2
+
+
 def test_closing_is_not_reported_and_is_seen_by_the_core(pair: Pair, run: Run) -> None:
     core = SocketCoreLink(pair[1])
     forked_copy = pair[0].dup()  # as a process forked off the front would hold it
@@ -265,6 +298,31 @@ def test_closing_is_not_reported_and_is_seen_by_the_core(pair: Pair, run: Run) -
     with pytest.raises(PeerClosed):
         core.poll(1.0)
     forked_copy.close()
+
+
+@pytest.mark.parametrize("how", ["before", "closed", "cancelled"])
+def test_closing_a_link_that_is_being_connected_leaves_nothing(
+    pair: Pair, run: Run, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def front() -> None:
+        link = SocketFrontLink(pair[0])
+        if how == "before":
+            await link.close()
+        start = asyncio.create_task(link.start(lambda output: None, lambda reason: None))
+        await asyncio.sleep(0)
+        if how == "cancelled":
+            start.cancel()
+        await link.close()
+        await asyncio.wait([start])
+        assert start.cancelled() is (how == "cancelled")
+        assert isinstance(None if start.cancelled() else start.exception(), EngineDeadError) is (how == "before")
+        assert pair[0].fileno() == -1
+
+    run(front())
+    gc.collect()
+    assert caplog.records == []
+    with pytest.raises(PeerClosed):
+        SocketCoreLink(pair[1]).poll(1.0)
 
 
 def test_a_core_that_never_reads_is_refused_more(pair: Pair, run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from headrace.sampling import Sampler
 from headrace.sampling.device_sampler import DeviceSampler
 from headrace.types.plan import SlotInit
 from headrace.types.request import TokenSampling
-from headrace.types.sampling_params import LogprobMode
+from headrace.types.sampling_params import GREEDY_TEMPERATURE, MAX_LOGIT_BIAS, MIN_REPETITION_PENALTY, LogprobMode
 from tests.sampling.device_pair import DEVICE, MODES, VOCAB, Pair, make_init, normal
 
 MASKED = 7
@@ -56,6 +57,21 @@ def masked(slot: int, sampling: str, mode: LogprobMode) -> SlotInit:
     return make_init(slot, SAMPLINGS[sampling], mode=mode, stop_ids=(MASKED,), min_length=20)
 
 
+def sampled_on_device(sampler: DeviceSampler, logits: np.ndarray, position: int) -> tuple[list[float], list[int]]:
+    """Log-probabilities and tokens of all slots, a row each."""
+    slots, positions = np.arange(len(logits), dtype=np.int32), np.full(len(logits), position, np.int32)
+    tokens = torch.full((len(logits),), -5, dtype=torch.int32, device=DEVICE)
+    logprobs = torch.full((len(logits),), 5.0, device=DEVICE)
+    given = (torch.from_numpy(logits).to(DEVICE), torch.from_numpy(slots).to(DEVICE))
+    results = (torch.from_numpy(positions).to(DEVICE), tokens, logprobs)
+    kind = sampler.kind(slots, positions)
+    if kind == "special":
+        sampler.sample_special(*given, *results, slots, positions)
+    else:
+        sampler.sample(*given, *results, kept=kind == "kept")
+    return logprobs.tolist(), tokens.tolist()
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_a_sampled_row_that_is_not_finite_is_nan(sampling: str, mode: LogprobMode) -> None:
@@ -91,17 +107,7 @@ def test_a_sampled_row_that_is_not_finite_is_nan_on_the_device(samplings: tuple[
         logits[row] = broken(logits[row], fault) if fault else logits[row]
         init = masked(row, sampling, mode) if "masked" in fault else make_init(row, SAMPLINGS[sampling], mode=mode)
         sampler.write_slots(torch.from_numpy(sampler.enter(init)[None]).to(DEVICE))
-    slots, positions = np.arange(len(rows), dtype=np.int32), np.full(len(rows), 4, np.int32)
-    tokens = torch.full((len(rows),), -5, dtype=torch.int32, device=DEVICE)
-    logprobs = torch.full((len(rows),), 5.0, device=DEVICE)
-    given = (torch.from_numpy(logits).to(DEVICE), torch.from_numpy(slots).to(DEVICE))
-    results = (torch.from_numpy(positions).to(DEVICE), tokens, logprobs)
-    kind = sampler.kind(slots, positions)
-    if kind == "special":
-        sampler.sample_special(*given, *results, slots, positions)
-    else:
-        sampler.sample(*given, *results, kept=kind == "kept")
-    for case, value, token in zip(rows, logprobs.tolist(), tokens.tolist(), strict=True):
+    for case, value, token in zip(rows, *sampled_on_device(sampler, logits, 4), strict=True):
         assert math.isnan(value) == bool(case[1]) and 0 <= token < VOCAB, case
 
 
@@ -121,6 +127,37 @@ def test_a_scored_row_that_is_not_finite_is_nan(sampling: str, mode: LogprobMode
     ).finish()
     for values in (on_cpu.numpy(), on_device):
         assert np.isnan(values[1::2]).all() and not np.isnan(values[::2]).any()
+
+
+EXTREMES: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (MIN_REPETITION_PENALTY, 100.0),
+    "presence_penalty": (-100.0, 100.0),
+    "frequency_penalty": (-100.0, 100.0),
+    "logit_bias": tuple(tuple((token, value) for token in range(MAX_LOGIT_BIAS)) for value in (-1e4, 1e4)),
+    "top_p": (1e-300,),
+    "top_k": (1,),
+    "min_p": (1e-300, 1.0),
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, GREEDY_TEMPERATURE, 1e4])
+@pytest.mark.parametrize("name", EXTREMES)
+def test_no_parameter_makes_a_finite_row_one_that_is_not(name: str, temperature: float) -> None:
+    """The request would end as if the weights were at fault."""
+    logits = normal(1, 3).repeat(3, axis=0) * 10
+    best = tuple(np.argsort(-logits[0])[:40].tolist())
+    pair = Pair(VOCAB, 3, 3)
+    for value in EXTREMES[name]:
+        sampling = TokenSampling(temperature, **{name: value})
+        for slot, mode in enumerate(MODES):
+            stops = best[:9]
+            pair.enter(make_init(slot, sampling, prompt=best, output=stops, mode=mode, stop_ids=stops, min_length=99))
+        on_cpu = pair.cpu.sample(torch.from_numpy(logits), torch.arange(3), torch.full((3,), 49))
+        for logprobs, tokens in (
+            (on_cpu.logprobs.tolist(), on_cpu.token_ids.tolist()),
+            sampled_on_device(pair.device, logits, 49),
+        ):
+            assert np.isfinite(logprobs).all() and not set(tokens) & set(stops), value
 
 
 def test_masks_and_biases_of_minus_infinity_are_no_fault() -> None:

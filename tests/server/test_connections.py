@@ -265,6 +265,22 @@ def test_an_answer_left_unread_is_cut_off(bare: Callable[..., Bare]) -> None:
         wait_for(lambda: len(server.server._connections()) == 1)
 
 
+def test_a_server_that_is_cancelled_closes_its_sockets() -> None:
+    listener = listen("127.0.0.1", 0)
+    server = EmbeddedServer(Limits(answer, 1 << 20, 60.0, ["/health"]), 60.0)
+
+    async def cancelled() -> None:
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server._connections():
+            await asyncio.sleep(0.005)
+        serving.cancel()
+        await asyncio.wait([serving])
+
+    with socket.create_connection(listener.getsockname(), timeout=30) as client:
+        asyncio.run(cancelled())
+        assert listener.fileno() == -1 and is_closed(client)
+
+
 def test_closing_does_not_wait_for_clients_that_never_read(bare: Callable[..., Bare]) -> None:
     server = bare()
     with contextlib.ExitStack() as stack:
@@ -289,3 +305,29 @@ def test_a_client_that_leaves_inside_its_body_writes_no_traceback(
         client.sendall(GET)
         assert status(client) == 200
     assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+
+
+@pytest.mark.parametrize("more", [b"\r\n", GET])
+def test_a_client_that_goes_away_is_missed_whatever_it_sent_behind_its_request(
+    bare: Callable[..., Bare], more: bytes
+) -> None:
+    server = bare()
+    client = server.connect(GET.replace(b"/health", b"/slow"))
+    wait_for(lambda: any(not each.is_idle for each in server.server._connections()))
+    client.sendall(more)
+    time.sleep(0.1)
+    client.close()
+    wait_for(lambda: not server.server._connections())
+
+
+def test_an_answer_that_is_still_being_taken_does_not_give_way(bare: Callable[..., Bare]) -> None:
+    server = bare()
+    with contextlib.ExitStack() as stack:
+        slow = stack.enter_context(server.connect(GET.replace(b"/health", b"/long")))
+        wait_for(lambda: any(each.transport.get_write_buffer_size() for each in server.server._connections()))
+        server.server.max_connections = 1
+        for _ in range(10):
+            stack.enter_context(server.connect(b"GET / HT"))
+        reply = http.client.HTTPResponse(slow)
+        reply.begin()
+        assert len(reply.read()) > 1 << 24

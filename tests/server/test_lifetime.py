@@ -183,6 +183,21 @@ def test_an_address_that_is_taken_is_named(served: Served) -> None:
     assert served.http.get("/health").status_code == 200
 
 
+def test_a_server_that_cannot_be_made_takes_no_address(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise ConfigError("no such template", field="chat_template")
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setattr("headrace.server.run.create_app", fails)
+    with pytest.raises(ConfigError, match="no such template") as caught:
+        served.engine.serve(port)
+    monkeypatch.undo()
+    served.engine.serve(port).stop()
+    assert caught.value.field == "chat_template"
+
+
 def test_serving_installs_no_signal_handlers(served: Served) -> None:
     assert {number: signal.getsignal(number) for number in HANDLERS} == HANDLERS
 

@@ -78,6 +78,25 @@ def test_offsets_index_the_text(build: Any) -> None:
     assert given[0] == (e, [0]) and given[1] == ([], []), "half a character is given out with the whole"
 
 
+@pytest.mark.parametrize("skips", [True, False])
+def test_offsets_index_a_text_that_comes_all_at_the_end(skips: bool) -> None:
+    tokenizer = Tokenizer(builders.word_pieces())
+    assert tokenizer.decoder_plan.kind == "whole"
+    hidden, a, b, end = tokenizer.special_token_ids[0], 1, 2, 5
+    ids = [a, hidden, a, b, hidden, a, b, end] * 40
+    texts = {a: " a", b: "b", end: ".", hidden: "" if skips else " [UNK]"}
+    text = "".join(texts[token] for token in ids)
+    assert tokenizer.decode([a, *ids], skips) == "a" + text
+    expected = [len("".join(texts[token] for token in ids[:at])) for at in range(len(ids))]
+    assert tokens_of(tokenizer, [a], skip_special_tokens=skips).push(piece(ids, text, True))[1] == expected
+    tokens = tokens_of(tokenizer, [a], skip_special_tokens=skips)
+    parts = [tokens.push(piece([token], "", False)) for token in ids]
+    assert not any(part.token_ids or part.version_spans or offsets for part, offsets in parts)
+    last, offsets = tokens.push(piece([], text, True))
+    assert (last.token_ids, last.version_spans, offsets) == (ids, [("a", len(ids))], expected)
+    assert tokens_of(tokenizer, [a]).push(piece(ids[:4], " a", True))[1] == [0, 2, 2, 2], "a stop string was trimmed"
+
+
 def test_offsets_do_not_pass_a_trimmed_stop_string(tokenizer: Tokenizer) -> None:
     ids = by_byte(tokenizer, b"abcd")
     assert tokens_of(tokenizer, ids).push(piece(ids, "a", True))[1] == [0, 1, 1, 1]

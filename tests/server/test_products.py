@@ -109,6 +109,15 @@ def test_the_ids_of_detokenize_are_bounded(served: Served, rows: list[Any]) -> N
     assert (reply.status_code, reply.json()["param"]) == (400, "tokens")
 
 
+def test_the_text_of_detokenize_is_bounded(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what the tokens are, before any is decoded."""
+    monkeypatch.setattr(openai_models, "MAX_DETOKENIZE_CHARACTERS", 20)
+    ids = served.http.post("/tokenize", json={"prompt": "twenty letters or so"}).json()["tokens"]
+    assert served.http.post("/detokenize", json={"tokens": ids}).status_code == 200
+    reply = served.http.post("/detokenize", json={"tokens": [ids, ids]})
+    assert (reply.status_code, reply.json()["param"]) == (400, "tokens")
+
+
 @pytest.mark.parametrize(("module", "path"), [(openai_chat, "/v1/chat/completions"), (openai_models, "/tokenize")])
 def test_arguments_of_calls_are_read_off_the_loop(
     served: Served, monkeypatch: pytest.MonkeyPatch, module: Any, path: str

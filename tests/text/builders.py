@@ -61,6 +61,14 @@ def byte_fallback(prepend: bool = True) -> PreTrainedTokenizerFast:
     return _wrap(library, None, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
 
 
+def byte_fallback_read_whole() -> PreTrainedTokenizerFast:
+    """The same with a decoder that cannot be read as a stream."""
+    wrapped = byte_fallback()
+    library = wrapped.backend_tokenizer
+    library.decoder = decoders.Sequence([library.decoder, decoders.Replace("headrace", "Headrace")])
+    return wrapped
+
+
 def metaspace_unigram() -> PreTrainedTokenizerFast:
     """Unigram with the metaspace decoder."""
     pieces = [("<unk>", 0.0), ("</s>", 0.0), *((c, -3.0) for c in "\u2581abcdefgh1é")]
@@ -84,7 +92,7 @@ def character_level(decoder: decoders.Decoder | None) -> PreTrainedTokenizerFast
 
 
 def word_pieces() -> PreTrainedTokenizerFast:
-    """A decoder that cannot be read as a stream."""
+    """A decoder that cannot be read as a stream; pieces that continue a word follow without a space."""
     vocab = {token: index for index, token in enumerate(["[UNK]", "a", "##b", "c", "##d", ".", "!", "do", "not"])}
     library = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     library.decoder = decoders.WordPiece(cleanup=True)

@@ -108,6 +108,36 @@ def test_cost_does_not_grow_with_the_text() -> None:
     assert looked_up == ids
 
 
+@pytest.mark.parametrize("build", [builders.word_pieces, builders.byte_fallback_read_whole])
+def test_what_a_whole_list_shows_before_a_token_is_counted_by_its_last_ids(
+    build: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = Tokenizer(build())
+    assert tokenizer.decoder_plan.kind == "whole"
+    character, decode, source = tokenizer.encode("世", add_special_tokens=False), tokenizer.decode, random.Random(5)
+    ids: list[int] = []
+    while len(ids) < 400:
+        ids += source.choice((character * 5, [source.randrange(tokenizer.vocab_size - 8, tokenizer.vocab_size)]))
+    num_decoded = 0
+
+    def counted(ids: list[int], skip: bool) -> str:
+        nonlocal num_decoded
+        num_decoded = max(num_decoded, len(ids))
+        return decode(ids, skip)
+
+    monkeypatch.setattr(tokenizer, "decode", counted)
+    for prompt in ([], ids[:40]):
+        num_before = len(decode(prompt))
+        detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids=prompt)
+        for at, token in enumerate(ids):
+            found = detokenizer.num_before(token)
+            text = decode(prompt + ids[:at])
+            if not text.endswith("\ufffd"):
+                assert found == len(text) - num_before, at
+            detokenizer.push([token])
+    assert num_decoded < 100
+
+
 def after(tokenizer: Tokenizer, prompt: list[int], ids: list[int], cuts: random.Random, skip: bool = True) -> str:
     """The text of `ids` behind `prompt`, decoded in pieces."""
     detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip, prompt_ids=prompt)
@@ -163,6 +193,13 @@ def test_the_first_space_is_that_of_the_text_not_of_the_completion(build: Callab
     assert after(tokenizer, special, word, cuts, skip=False) == " " + whole
     assert after(tokenizer, word, word, cuts) == " " + whole
     assert after(tokenizer, [*word, *special], word, cuts) == " " + whole
+
+
+def test_of_a_whole_list_a_prompt_that_shows_goes_before_one_that_does_not() -> None:
+    tokenizer = Tokenizer(builders.word_pieces())
+    hidden, a = tokenizer.special_token_ids[0], tokenizer.encode("a")[0]
+    assert after(tokenizer, [a, *[hidden] * 50], [a], random.Random(0)) == " a"
+    assert after(tokenizer, [hidden] * 50, [a], random.Random(0)) == "a"
 
 
 @pytest.mark.parametrize("build", [builders.byte_level, builders.byte_fallback])

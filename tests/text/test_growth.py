@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Regex, models, normalizers, pre_tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
 from headrace.text import Tokenizer, encode_bounded
-from headrace.text.growth import MAX_GROWTH, growth_of
+from headrace.text.growth import MAX_GROWTH, MAX_WORD_CHARACTERS, growth_of
 from headrace.types.errors import ConfigError, RequestError
 from tests.text import builders
 
@@ -166,3 +166,20 @@ def test_the_more_a_text_grows_the_less_of_it_is_encoded_at_once(
     with pytest.raises(RequestError, match="characters"):
         encode_bounded(tokenizer, "x" * 1601, 100, "text")
     assert encode_bounded(tokenizer, "x", 100, "text") == encode(tokenizer, "x")
+
+
+def test_the_words_of_word_pieces_are_bounded() -> None:
+    library = builders.word_pieces().backend_tokenizer
+    library.model.max_input_chars_per_word = MAX_WORD_CHARACTERS + 1
+    with pytest.raises(ConfigError, match="max_input_chars_per_word"):
+        growth_of(library)
+
+
+def test_ids_of_which_no_text_can_be_made_are_refused() -> None:
+    """The library panics where its regular expression gives up."""
+    replace = decoders.Replace(Regex("(?:a|a|aa)+[bc]"), "x")
+    tokenizer = Tokenizer(builders.character_level(decoders.Sequence([decoders.Fuse(), replace])))
+    ids = tokenizer.encode("a" * 40)
+    with pytest.raises(RequestError, match="cannot decode") as failure:
+        tokenizer.decode(ids)
+    assert failure.value.field == "ids"
