@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from headrace.server import connections, listening
+from headrace.server import connections
 from headrace.server.errors import error_body, respond
 from headrace.server.limits import Limits
 from headrace.server.listening import EmbeddedServer, listen
