@@ -259,9 +259,8 @@ class DenseRow:
 
 def _flash_attention(q_1HTD: Tensor, k_1GLD: Tensor, v_1GLD: Tensor, mask_TL: Tensor | None) -> Tensor:
     """What `F.scaled_dot_product_attention` calls for these, but where the process has forbidden it to."""
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out_1HTD: Tensor = flash(q_1HTD, k_1GLD, v_1GLD, 0.0, mask_TL is None, attn_mask=mask_TL)[0]
-    return out_1HTD
+    flash = torch._scaled_dot_product_flash_attention_for_cpu
+    return flash(q_1HTD, k_1GLD, v_1GLD, 0.0, mask_TL is None, attn_mask=mask_TL)[0]
 
 
 def _dense(products: Products, q_THD: Tensor, k_GLD: Tensor, v_GLD: Tensor, mask_TL: Tensor | None) -> Tensor:
