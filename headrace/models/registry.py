@@ -10,7 +10,7 @@ from headrace.models.decoder import Decoder
 from headrace.models.family import Family, Size, Tensor
 from headrace.types.errors import UnsupportedModelError
 from headrace.weights.boxes import Box
-from headrace.weights.shard import Shard
+from headrace.weights.shard import ONLY_RANK, Shard
 from headrace.weights.store import WeightStore
 from headrace.weights.weight_map import ParamSpec, Piece, WeightMap, WeightRule
 
@@ -32,7 +32,7 @@ def family_of(spec: ModelSpec) -> Family:
     return family
 
 
-def weight_map(spec: ModelSpec, shard: Shard = Shard()) -> WeightMap:
+def weight_map(spec: ModelSpec, shard: Shard = ONLY_RANK) -> WeightMap:
     """Every Hugging Face tensor of the checkpoint and the boxes of parameters it fills, on one rank.
 
     Parameters: "embed", "lm_head" (unless tied), "final_norm.weight", and per layer "layers.{i}." + the parameter names

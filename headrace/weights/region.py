@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from headrace.weights.boxes import Box, boxes_of_range
+from headrace.weights.boxes import boxes_of_range
 from headrace.weights.weight_map import Piece
 
 
@@ -20,13 +20,19 @@ class Region:
 
     def __init__(self, shape: tuple[int, ...], pieces: Sequence[Piece], memories: Sequence[torch.Tensor]) -> None:
         self.shape = shape
+        self.memories = memories
+        self._pieces = pieces
         self.dtype, self.device = memories[0].dtype, memories[0].device
         self.num_elements = torch.Size(shape).numel()
         held = zip(pieces, memories, strict=True)
         self._parts = [(piece.source, _as_source(piece, memory)) for piece, memory in held]
         box, view = self._parts[0]
-        self.flat = view.view(-1) if box == Box.whole(shape) and view.is_contiguous() else None
+        self.flat = view.view(-1) if box.shape == shape and view.is_contiguous() else None
         """All of it as it lies in memory, where that is in the tensor's own order."""
+
+    def over(self, memories: Sequence[torch.Tensor]) -> Region:
+        """The same tensor in other memory."""
+        return Region(self.shape, self._pieces, memories)
 
     def read(self, part: slice) -> torch.Tensor:
         """These elements, flat: their memory where it is in order, else a copy."""
@@ -67,6 +73,7 @@ class Region:
 
 def _as_source(piece: Piece, memory: torch.Tensor) -> torch.Tensor:
     """The memory of a target box, seen with the axes of the source."""
-    axes = piece.axes_or_all
-    inverse = sorted(range(len(axes)), key=axes.__getitem__)
-    return memory.view([piece.source.shape[axis] for axis in axes]).permute(inverse)
+    if not piece.axes:
+        return memory if memory.shape == piece.source.shape else memory.view(piece.source.shape)
+    inverse = sorted(range(len(piece.axes)), key=piece.axes.__getitem__)
+    return memory.view([piece.source.shape[axis] for axis in piece.axes]).permute(inverse)

@@ -36,6 +36,9 @@ class Shard(msgspec.Struct, frozen=True):
         return _cut(shape, 0, self.rank * share, size), padding
 
 
+ONLY_RANK = Shard()
+
+
 def _cut(shape: tuple[int, ...], axis: int, start: int, size: int) -> Box:
     begin = tuple(start if each == axis else 0 for each in range(len(shape)))
     return Box(begin, tuple(size if each == axis else whole for each, whole in enumerate(shape)))

@@ -18,7 +18,7 @@ from headrace.types.errors import CheckpointError, NotFoundError, UpdateConflict
 from headrace.types.weights import TensorInfo, UpdateMode, WeightState
 from headrace.weights.boxes import num_elements
 from headrace.weights.region import Region
-from headrace.weights.session import ResolvedMode, StagedSet
+from headrace.weights.session import ResolvedMode
 from headrace.weights.staging import (
     BLOCK_BYTES,
     TORCH_DTYPES,
@@ -33,6 +33,7 @@ from headrace.weights.staging import (
     row_blocks,
     source_of,
 )
+from headrace.weights.transaction import Memories, Transaction
 from headrace.weights.weight_map import FLOAT_DTYPES, ManifestPlan, WeightMap, WeightRule, is_derived
 
 logger = logging.getLogger(__name__)
@@ -43,58 +44,6 @@ SHADOW_HEADROOM_BYTES = 256 << 20
 _INIT_STD = 0.02
 _LOAD_BYTES = {"cpu": 1 << 20, "cuda": 1 << 24}
 _FILL_BYTES = {"cpu": BLOCK_BYTES, "cuda": 1 << 28}
-
-
-Memories = dict[str, list[torch.Tensor]]
-"""By tensor, memory for each of its pieces, of the shape of the piece's target."""
-
-
-class _Transaction:
-    """An open update: where each tensor goes, what has arrived, and what tied tensors must equal."""
-
-    def __init__(self, plan: ManifestPlan, shadow: Memories | None) -> None:
-        self.plan = plan
-        self.mode: ResolvedMode = "inplace" if shadow is None else "shadow"
-        self.staged = StagedSet(plan.manifest)
-        self.is_open = True
-        self.has_written = False
-        self.shadow = shadow or {}
-        self.digests: dict[str, str] = {}
-        self.arrivals: dict[int, Arrival] = {}  # tensors of which some pieces are in place, and none is under way
-
-    def before_write(self, is_live: bool) -> None:
-        if not self.is_open:
-            raise UpdateConflictError("the update this tensor belongs to is no longer open")
-        self.has_written = self.has_written or is_live
-
-    def finish(self, index: int, info: TensorInfo, digest: str) -> None:
-        """Check one whole tensor and count it. `WeightUpdateError` naming it, and then it does not count."""
-        if info.digest and digest != info.digest:
-            raise WeightUpdateError(
-                f"{info.name} arrived with digest {digest}, the manifest says {info.digest}", field=info.name
-            )
-        if info.name in self.plan.compared:
-            self._check_tied(info.name, digest)
-        self.staged.mark(index)
-        if digest:
-            self.digests[info.name] = digest
-
-    def forget(self, index: int) -> list[int]:
-        """Count a tensor no longer, nor the one that it is tied to: they are compared when they come again."""
-        name, forgotten = self.staged.manifest[index].name, [index]
-        if name in self.plan.compared:
-            tied = {each for pair in self.plan.aliases.items() if name in pair for each in pair}
-            forgotten = [at for at, info in enumerate(self.staged.manifest) if info.name in tied]
-        for at in forgotten:
-            self.staged.forget(at)
-            self.digests.pop(self.staged.manifest[at].name, None)
-        return forgotten
-
-    def _check_tied(self, name: str, digest: str) -> None:
-        for alias, target in self.plan.aliases.items():
-            other = {alias: target, target: alias}.get(name)
-            if other and self.digests.get(other, digest) != digest:
-                raise WeightUpdateError(f"{alias} is tied to {target} and must hold the same values", field=alias)
 
 
 class WeightStore:
@@ -130,7 +79,7 @@ class WeightStore:
         self._check_finite = check_finite
         self._memory = memory or _memory_left(device)
         self._resting: WeightState = "needs_weights"
-        self._transaction: _Transaction | None = None
+        self._transaction: Transaction | None = None
         self._host_view: HostView | None = None
 
     @property
@@ -221,7 +170,7 @@ class WeightStore:
         self._fill_normal(seed)
         for name, rule in self.weight_map.rules_by_name.items():
             if len(rule.shape) == 1 and "norm" in name:
-                for memory in self._live_memories(rule):
+                for memory in self._region(name).memories:
                     memory.fill_(1.0)
         self._resting = "ready"
 
@@ -261,14 +210,14 @@ class WeightStore:
         plan = self._plan
         if plan is None or plan.partial != partial or plan.given != tuple(manifest):
             plan = self._plan = self.weight_map.plan(manifest, partial)
-        self._transaction = _Transaction(plan, self._shadow(mode, plan.rules))
+        self._transaction = Transaction(plan, self._shadow(mode, plan.rules))
         return self._transaction.mode
 
     def _shadow(self, mode: UpdateMode, rules: Sequence[WeightRule]) -> Memories | None:
         """Memory beside the live weights; None: the update writes in place."""
         if mode == "inplace":
             return None
-        live = {rule.hf_name: self._live_memories(rule) for rule in rules}
+        live = {rule.hf_name: self._region(rule.hf_name).memories for rule in rules}
         num_bytes = sum(memory.nbytes for memories in live.values() for memory in memories)
         available = self._memory()
         if num_bytes + SHADOW_HEADROOM_BYTES <= available:
@@ -314,13 +263,13 @@ class WeightStore:
         transaction = self._require_update()
         return transaction.forget(index) if transaction.staged.is_staged(index) else []
 
-    def _arrival(self, transaction: _Transaction, info: TensorInfo) -> Arrival:
+    def _arrival(self, transaction: Transaction, info: TensorInfo) -> Arrival:
         destination = self._destination(transaction, info.name)
         is_live = transaction.mode == "inplace" and info.name not in self.weight_map.aliases
         hashes = bool(info.digest) or info.name in transaction.plan.compared
         return Arrival(destination, is_live=is_live, hashes=hashes)
 
-    def _arrived(self, transaction: _Transaction, index: int, info: TensorInfo, arrival: Arrival) -> None:
+    def _arrived(self, transaction: Transaction, index: int, info: TensorInfo, arrival: Arrival) -> None:
         if not arrival.is_whole:
             transaction.arrivals[index] = arrival
             return
@@ -330,15 +279,13 @@ class WeightStore:
         if not is_finite(written):
             raise WeightUpdateError(_not_finite(name, written.dtype), field=name)
 
-    def _destination(self, transaction: _Transaction, name: str) -> Region:
-        rule = self._rule(name)
+    def _destination(self, transaction: Transaction, name: str) -> Region:
+        live = self._region(name)
         if name in self.weight_map.aliases:  # owns no memory: converted into scratch, to be compared and forgotten
-            return Region(rule.shape, rule.pieces, [torch.empty_like(each) for each in self._live_memories(rule)])
-        if transaction.mode == "shadow":
-            return Region(rule.shape, rule.pieces, transaction.shadow[name])
-        return self._region(name)
+            return live.over([torch.empty_like(each) for each in live.memories])
+        return live.over(transaction.shadow[name]) if transaction.mode == "shadow" else live
 
-    def _staged(self, transaction: _Transaction, index: int, info: TensorInfo, digest: str) -> None:
+    def _staged(self, transaction: Transaction, index: int, info: TensorInfo, digest: str) -> None:
         target = self.weight_map.aliases.get(info.name)
         if target and target not in transaction.plan.names:
             transaction.digests.setdefault(target, digest_of(self._region(target)))
@@ -353,7 +300,7 @@ class WeightStore:
         transaction.staged.check_complete()
         transaction.has_written = True  # a copy that fails half-way leaves a mix
         for name, memories in transaction.shadow.items():
-            for live, staged in zip(self._live_memories(self._rule(name)), memories, strict=True):
+            for live, staged in zip(self._region(name).memories, memories, strict=True):
                 live.copy_(staged)
         self._close(transaction)
         self._resting = "ready"
@@ -365,7 +312,7 @@ class WeightStore:
         if transaction.has_written:
             self._resting = "poisoned"
 
-    def _close(self, transaction: _Transaction) -> None:
+    def _close(self, transaction: Transaction) -> None:
         transaction.is_open = False
         transaction.shadow.clear()
         self._transaction = None
@@ -426,22 +373,20 @@ class WeightStore:
         for name in self.weight_map.rules_by_name:
             yield name, self.read(name)
 
-    def _live_memories(self, rule: WeightRule) -> list[torch.Tensor]:
-        return [self.live[piece.param][piece.target.slices] for piece in rule.pieces]
-
     def _region(self, name: str) -> Region:
         """The live memory of a tensor, or of what it is tied to. Raises `NotFoundError` naming it."""
         region = self._regions.get(name)
         if region is None:
             rule = self._rule(name)
-            region = self._regions[name] = Region(rule.shape, rule.pieces, self._live_memories(rule))
+            memories = [self.live[piece.param][piece.target.slices] for piece in rule.pieces]
+            region = self._regions[name] = Region(rule.shape, rule.pieces, memories)
         return region
 
     def _require_no_update(self) -> None:
         if self._transaction:
             raise UpdateConflictError("a weight update is open; commit or abort it first", field="session_id")
 
-    def _require_update(self) -> _Transaction:
+    def _require_update(self) -> Transaction:
         if self._transaction is None:
             raise UpdateConflictError("no weight update is open", field="session_id")
         return self._transaction

@@ -57,14 +57,12 @@ class Piece(msgspec.Struct, frozen=True):
     is_counted: bool = True
 
     @property
-    def axes_or_all(self) -> tuple[int, ...]:
-        """`axes`, in full."""
-        return self.axes or tuple(range(len(self.source.shape)))
-
-    @property
     def is_consistent(self) -> bool:
         """Both boxes have the same elements in the same order."""
-        axes, shape = self.axes_or_all, self.source.shape
+        if not self.axes and self.source.shape == self.target.shape:
+            return True
+        shape = self.source.shape
+        axes = self.axes or tuple(range(len(shape)))
         if sorted(axes) != list(range(len(shape))):
             return False
         return [shape[axis] for axis in axes if shape[axis] != 1] == [size for size in self.target.shape if size != 1]
@@ -123,21 +121,18 @@ class WeightMap:
     ) -> None:
         self.params: dict[str, ParamSpec] = {}
         for spec in params:
-            _prove(spec.name not in self.params, f"parameter {spec.name} is declared twice")
-            _prove(
-                bool(spec.shape) and all(size > 0 for size in spec.shape),
-                f"parameter {spec.name} has shape {spec.shape}",
-            )
-            _prove(spec.dtype in ("", *FLOAT_DTYPES), f"parameter {spec.name} has dtype {spec.dtype}")
+            _prove(spec.name not in self.params, "parameter {} is declared twice", spec.name)
+            _prove(bool(spec.shape) and min(spec.shape) > 0, "parameter {} has shape {}", spec.name, spec.shape)
+            _prove(spec.dtype in ("", *FLOAT_DTYPES), "parameter {} has dtype {}", spec.name, spec.dtype)
             self.params[spec.name] = spec
         self.rules_by_name: dict[str, WeightRule] = {}
         for rule in rules:
-            _prove(rule.hf_name not in self.rules_by_name, f"tensor {rule.hf_name} has two rules")
+            _prove(rule.hf_name not in self.rules_by_name, "tensor {} has two rules", rule.hf_name)
             self.rules_by_name[rule.hf_name] = rule
         self.aliases: dict[str, str] = dict(aliases or {})
         for alias, target in self.aliases.items():
-            _prove(alias not in self.rules_by_name, f"alias {alias} has a rule of its own")
-            _prove(target in self.rules_by_name, f"alias {alias} repeats {target}, which has no rule")
+            _prove(alias not in self.rules_by_name, "alias {} has a rule of its own", alias)
+            _prove(target in self.rules_by_name, "alias {} repeats {}, which has no rule", alias, target)
         _prove_parameters(self.params, self.rules_by_name.values())
         if not is_shard:
             prove_mesh([self])
@@ -227,55 +222,57 @@ def prove_mesh(maps: Sequence[WeightMap]) -> None:
     """Prove that the ranks of a mesh hold every element of every tensor: the counted boxes of all ranks together are
     disjoint and cover it, and a box that is not counted is one of them. `InternalError` otherwise."""
     for name, rule in maps[0].rules_by_name.items():
-        counted: list[tuple[str, Box]] = []
+        counted: list[tuple[object, Box]] = []
         copies: list[Box] = []
         for rank, table in enumerate(maps):
             same = table.rules_by_name.get(name)
-            _prove(same is not None and same.shape == rule.shape, f"tensor {name} is another one on rank {rank}")
+            _prove(same is not None and same.shape == rule.shape, "tensor {} is another one on rank {}", name, rank)
             for piece in same.pieces if same else ():
                 if piece.is_counted:
-                    counted.append((f"rank {rank}", piece.source))
+                    counted.append((rank, piece.source))
                 else:
                     copies.append(piece.source)
-        _prove_partition(f"tensor {name}", rule.shape, counted)
+        _prove_partition(name, rule.shape, counted)
         held = {box for _, box in counted}
-        _prove(held.issuperset(copies), f"tensor {name}: a copy is of no box that is counted")
+        _prove(held.issuperset(copies), "tensor {}: a copy is of no box that is counted", name)
     for table in maps[1:]:
         _prove(table.rules_by_name.keys() == maps[0].rules_by_name.keys(), "the ranks have different tensors")
 
 
 def _prove_parameters(params: Mapping[str, ParamSpec], rules: Iterable[WeightRule]) -> None:
-    boxes: dict[str, list[tuple[str, Box]]] = {
+    boxes: dict[str, list[tuple[object, Box]]] = {
         name: [("padding", box) for box in spec.padding] for name, spec in params.items()
     }
     for rule in rules:
-        what = f"tensor {rule.hf_name} {rule.shape}"
-        _prove(bool(rule.pieces), f"{what} goes nowhere")
+        name, shape = rule.hf_name, rule.shape
+        _prove(bool(rule.pieces), "tensor {} {} goes nowhere", name, shape)
         for piece in rule.pieces:
-            _prove(piece.param in params, f"{what} maps to {piece.param}, which is not a parameter")
-            _prove(
-                piece.is_consistent and piece.source.is_inside(rule.shape),
-                f"{what} does not fit {piece.param}: {piece.source} is no {piece.target}",
-            )
-            boxes[piece.param].append((rule.hf_name, piece.target))
+            _prove(piece.param in params, "tensor {} {} maps to {}, which is not a parameter", name, shape, piece.param)
+            is_fit = piece.is_consistent and piece.source.is_inside(shape)
+            source, target = piece.source, piece.target
+            _prove(is_fit, "tensor {} {} does not fit {}: {} is no {}", name, shape, piece.param, source, target)
+            boxes[piece.param].append((name, piece.target))
         dtypes = {params[piece.param].dtype for piece in rule.pieces}
-        _prove(len(dtypes) == 1, f"{what} is in parameters of several dtypes")
+        _prove(len(dtypes) == 1, "tensor {} {} is in parameters of several dtypes", name, shape)
     for name, spec in params.items():
         _prove_partition(name, spec.shape, boxes[name])
 
 
-def _prove_partition(what: str, shape: tuple[int, ...], boxes: list[tuple[str, Box]]) -> None:
+def _prove_partition(what: str, shape: tuple[int, ...], boxes: list[tuple[object, Box]]) -> None:
     """The boxes, each with what it is called, lie inside `shape`, are disjoint and cover it."""
+    if len(boxes) == 1 and boxes[0][1] == Box.whole(shape):
+        return
     for name, box in boxes:
-        _prove(box.is_inside(shape), f"{what} {shape}: {box} of {name} is not inside it")
+        _prove(box.is_inside(shape), "{} {}: {} of {} is not inside it", what, shape, box, name)
     overlap = find_overlap([box for _, box in boxes])
     if overlap is not None:
         first, second = (boxes[index] for index in overlap)
-        _prove(False, f"{what} {shape}: {first[1]} of {first[0]} and {second[1]} of {second[0]} overlap")
+        _prove(False, "{} {}: {} of {} and {} of {} overlap", what, shape, first[1], first[0], second[1], second[0])
     num_left = num_elements(shape) - sum(box.num_elements for _, box in boxes)
-    _prove(num_left == 0, f"{what} {shape}: {num_left} elements are not covered")
+    _prove(num_left == 0, "{} {}: {} elements are not covered", what, shape, num_left)
 
 
-def _prove(holds: bool, otherwise: str) -> None:
+def _prove(holds: bool, otherwise: str, *values: object) -> None:
+    """`otherwise` is formatted only where it is needed: maps have tens of thousands of tensors."""
     if not holds:
-        raise InternalError(f"weight map: {otherwise}")
+        raise InternalError(f"weight map: {otherwise.format(*values)}")

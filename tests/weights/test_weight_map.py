@@ -46,7 +46,7 @@ ALL = Box.whole((4, 3))
         ([PARAM], [WeightRule("a", (3, 4), (piece(Box.whole((3, 4)), ALL),))], {}, "a .* does not fit p"),
         ([PARAM], [WeightRule("a", (4, 3), (piece(ALL, ALL, (0, 2)),))], {}, "a .* does not fit p"),
         ([PARAM], [WeightRule("a", (4, 3), (piece(Box((0, 1), (4, 3)), ALL),))], {}, "a .* does not fit p"),
-        ([PARAM], [WeightRule("a", (5, 3), (piece(ALL, ALL),))], {}, "tensor a .*: 3 elements are not covered"),
+        ([PARAM], [WeightRule("a", (5, 3), (piece(ALL, ALL),))], {}, "a .*: 3 elements are not covered"),
         ([PARAM], [WeightRule("a", (4, 3), (piece(ALL, ALL, is_counted=False),))], {}, "12 elements are not covered"),
         ([ParamSpec("p", (4, 3), padding=(Box((3, 0), (1, 3)),))], [rule("a", 0, 4)], {}, "of padding overlap"),
         (
