@@ -1,8 +1,8 @@
 """The live parameters of one rank, and the memory side of a weight update.
 
-Owns live parameter memory (its addresses never change), shadow memory while an update is open, and the facts about
-both: whole, mixed or absent. Reads everything through one `WeightMap`. Must not know versions, deadlines or requests
-(`headrace.weights.session`), files (`headrace.weights.checkpoint`) or what a parameter is used for.
+Owns live parameter memory (its addresses never change), and shadow memory while an update is open. Reads everything
+through one `WeightMap`. Must not know states, versions, deadlines or requests (`headrace.weights.session`), files
+(`headrace.weights.checkpoint`) or what a parameter is used for.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from headrace.config.resolve import available_memory
 from headrace.types.errors import CheckpointError, NotFoundError, UpdateConflictError, WeightUpdateError
-from headrace.types.weights import TensorInfo, UpdateMode, WeightState
+from headrace.types.weights import TensorInfo, UpdateMode
 from headrace.weights.boxes import num_elements
 from headrace.weights.region import Region
 from headrace.weights.session import ResolvedMode
@@ -78,14 +78,8 @@ class WeightStore:
         self._plan: ManifestPlan | None = None
         self._check_finite = check_finite
         self._memory = memory or _memory_left(device)
-        self._resting: WeightState = "needs_weights"
         self._transaction: Transaction | None = None
         self._host_view: HostView | None = None
-
-    @property
-    def state(self) -> WeightState:
-        """What live memory holds, or "updating" while an update is open."""
-        return "updating" if self._transaction else self._resting
 
     @property
     def num_bytes(self) -> int:
@@ -101,7 +95,7 @@ class WeightStore:
     # Whole models: from a file, from a seed, to nothing.
 
     def load(self, source: Iterable[tuple[str, TensorData]]) -> None:
-        """Overwrite live memory with a whole checkpoint and become READY.
+        """Overwrite live memory with a whole checkpoint.
 
         Every element is written exactly once: each rule once, and the map's regions partition the parameters. Of tied
         names the first that comes is written, another one compared. Raises `CheckpointError` naming a missing, unknown,
@@ -109,7 +103,6 @@ class WeightStore:
         no weights.
         """
         self._require_no_update()
-        self._resting = "needs_weights"
         written: set[str] = set()
         filled: set[str] = set()
         for name, data in source:
@@ -125,7 +118,6 @@ class WeightStore:
             raise CheckpointError(
                 f"the checkpoint lacks {len(missing)} tensor(s): {', '.join(missing[:8])}", field=missing[0]
             )
-        self._resting = "ready"
 
     def _check_loaded(self, name: str, data: TensorData, written: set[str]) -> None:
         expected = self.weight_map.shape_of(name)
@@ -162,7 +154,7 @@ class WeightStore:
                 raise CheckpointError(message, field=tied[0])
 
     def fill_random(self, seed: int) -> None:
-        """Random weights for tests and dummy models, a pure function of (seed, HF name, shape, dtype, device). READY.
+        """Random weights for tests and dummy models, a pure function of (seed, HF name, shape, dtype, device).
 
         Norm weights are 1, all else is normal with standard deviation 0.02, as Hugging Face initialises.
         """
@@ -172,12 +164,10 @@ class WeightStore:
             if len(rule.shape) == 1 and "norm" in name:
                 for memory in self._region(name).memories:
                     memory.fill_(1.0)
-        self._resting = "ready"
 
     def scramble(self, seed: int) -> None:
-        """Overwrite all live memory with noise, as SGLang's `reset_tensors` check does. NEEDS_WEIGHTS then."""
+        """Overwrite all live memory with noise, as SGLang's `reset_tensors` check does."""
         self._require_no_update()
-        self._resting = "needs_weights"
         self._fill_normal(seed)
 
     def _fill_normal(self, seed: int) -> None:
@@ -199,14 +189,12 @@ class WeightStore:
     def begin(self, manifest: Sequence[TensorInfo], mode: UpdateMode, partial: bool) -> ResolvedMode:
         """Check the whole manifest and open an update; returns what `mode` became. On an error nothing has changed.
 
-        Raises `UpdateConflictError` if one is open; `WeightUpdateError` for a bad manifest (naming each tensor), for a
-        partial update of poisoned or absent weights, and for a shadow that does not fit in memory.
+        Raises `UpdateConflictError` if one is open; `WeightUpdateError` for a bad manifest (naming each tensor), and
+        for a shadow that does not fit in memory.
         """
         self._require_no_update()
         if mode not in ("auto", "shadow", "inplace"):
             raise WeightUpdateError(f"mode must be auto, shadow or inplace, got {mode!r}", field="mode")
-        if partial and self._resting != "ready":
-            raise WeightUpdateError(f"weights are {self._resting}: only a complete update is accepted", field="partial")
         plan = self._plan
         if plan is None or plan.partial != partial or plan.given != tuple(manifest):
             plan = self._plan = self.weight_map.plan(manifest, partial)
@@ -239,10 +227,10 @@ class WeightStore:
 
         `data` is the whole tensor: contiguous bytes in the manifest's dtype, or a tensor of its dtype and shape. Or it
         is the next piece of its bytes, from `start` on: one at 0 begins the tensor, the last one completes it. Raises
-        `WeightUpdateError` naming the tensor if it is not that, was staged before, or cannot be read.
+        `WeightUpdateError` naming the tensor if it is not that, or cannot be read.
         """
         transaction = self._require_update()
-        info = transaction.staged.check(index)
+        info = transaction.plan.manifest[index]
         source = source_of(info, data, start)
         arrival = transaction.arrivals.pop(index, None)  # a piece that is never done leaves a tensor to begin again
         if not start:
@@ -252,16 +240,15 @@ class WeightStore:
         return StageWork(
             source,
             arrival,
-            before_write=lambda: transaction.before_write(arrival.is_live),
+            before_write=transaction.require_open,
             on_done=lambda: self._arrived(transaction, index, info, arrival),
             check=(lambda written: self._require_finite(info.name, written)) if self._check_finite else None,
         )
 
     def forget(self, index: int) -> list[int]:
-        """Manifest entry `index` is to be staged again, if it was. Returns what has to be now: it, and the one that was
-        compared with it because they are tied."""
-        transaction = self._require_update()
-        return transaction.forget(index) if transaction.staged.is_staged(index) else []
+        """Manifest entry `index` is to be staged again. Returns what has to be now: it, and the one that was compared
+        with it because they are tied."""
+        return self._require_update().forget(index)
 
     def _arrival(self, transaction: Transaction, info: TensorInfo) -> Arrival:
         destination = self._destination(transaction, info.name)
@@ -273,7 +260,7 @@ class WeightStore:
         if not arrival.is_whole:
             transaction.arrivals[index] = arrival
             return
-        self._staged(transaction, index, info, arrival.hasher.hexdigest() if arrival.hasher else "")
+        self._staged(transaction, info, arrival.hasher.hexdigest() if arrival.hasher else "")
 
     def _require_finite(self, name: str, written: torch.Tensor) -> None:
         if not is_finite(written):
@@ -285,34 +272,23 @@ class WeightStore:
             return live.over([torch.empty_like(each) for each in live.memories])
         return live.over(transaction.shadow[name]) if transaction.mode == "shadow" else live
 
-    def _staged(self, transaction: Transaction, index: int, info: TensorInfo, digest: str) -> None:
+    def _staged(self, transaction: Transaction, info: TensorInfo, digest: str) -> None:
         target = self.weight_map.aliases.get(info.name)
         if target and target not in transaction.plan.names:
             transaction.digests.setdefault(target, digest_of(self._region(target)))
-        transaction.finish(index, info, digest)
+        transaction.finish(info, digest)
 
     def commit(self) -> None:
-        """Make the staged tensors live and become READY; shadow memory is freed.
-
-        Raises `WeightUpdateError` naming what has not been staged; the update stays open then.
-        """
+        """Make all that was staged live, and end the update. One that fails half-way leaves a mix, and is open."""
         transaction = self._require_update()
-        transaction.staged.check_complete()
-        transaction.has_written = True  # a copy that fails half-way leaves a mix
         for name, memories in transaction.shadow.items():
             for live, staged in zip(self._region(name).memories, memories, strict=True):
                 live.copy_(staged)
-        self._close(transaction)
-        self._resting = "ready"
+        self.abort()
 
     def abort(self) -> None:
-        """Drop the open update. Live memory is as before, unless it was written in place: then POISONED."""
+        """End the open update and drop what was not made live. What was written in place stays."""
         transaction = self._require_update()
-        self._close(transaction)
-        if transaction.has_written:
-            self._resting = "poisoned"
-
-    def _close(self, transaction: Transaction) -> None:
         transaction.is_open = False
         transaction.shadow.clear()
         self._transaction = None

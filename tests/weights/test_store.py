@@ -17,6 +17,7 @@ from headrace.weights.store import SHADOW_HEADROOM_BYTES, WeightStore
 from headrace.weights.weight_map import ParamSpec, WeightMap, whole_rows
 from tests.weights.tiny import (
     LAYOUTS,
+    DrivenStore,
     Tensors,
     as_bytes,
     live_bits,
@@ -33,7 +34,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def state_of(store: WeightStore) -> str:
+def state_of(store: DrivenStore) -> str:
     return store.state
 
 
