@@ -4,11 +4,14 @@ that they fill. Must not know names, updates or which memory is live."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import compress
 
 import torch
 
-from headrace.weights.boxes import boxes_of_range
+from headrace.weights.boxes import Box, boxes_of_range
 from headrace.weights.weight_map import Piece
+
+_Parts = list[tuple[Box, torch.Tensor]]
 
 
 class Region:
@@ -26,6 +29,7 @@ class Region:
         self.num_elements = torch.Size(shape).numel()
         held = zip(pieces, memories, strict=True)
         self._parts = [(piece.source, _as_source(piece, memory)) for piece, memory in held]
+        self._counts = [piece.is_counted for piece in pieces]
         box, view = self._parts[0]
         self.flat = view.view(-1) if box.shape == shape and view.is_contiguous() else None
         """All of it as it lies in memory, where that is in the tensor's own order."""
@@ -36,12 +40,13 @@ class Region:
 
     def read(self, part: slice) -> torch.Tensor:
         """These elements, flat: their memory where it is in order, else a copy."""
-        if self.flat is not None:
-            return self.flat[part]
-        block = torch.zeros(part.stop - part.start, dtype=self.dtype, device=self.device)
-        for theirs, ours in self._meetings(part, block):
-            ours.copy_(theirs)
-        return block
+        return self.flat[part] if self.flat is not None else self._copied(part, self._parts)
+
+    def read_counted(self, part: slice) -> torch.Tensor:
+        """As `read`, without what only another rank counts."""
+        if all(self._counts):
+            return self.read(part)
+        return self._copied(part, list(compress(self._parts, self._counts)))
 
     def room(self, part: slice) -> torch.Tensor:
         """Where to write these elements, flat, before they are `put`: their memory where it is in order."""
@@ -52,20 +57,26 @@ class Region:
     def put(self, part: slice, block: torch.Tensor) -> None:
         """Make these elements, written to what `room` gave, the tensor's."""
         if self.flat is None:
-            for theirs, ours in self._meetings(part, block):
+            for theirs, ours in self._meetings(part, block, self._parts):
                 theirs.copy_(ours)
 
     def holds(self, part: slice, block: torch.Tensor) -> bool:
         """Whether these elements, as far as any piece holds them, are those of the block."""
-        return all(torch.equal(theirs, ours) for theirs, ours in self._meetings(part, block))
+        return all(torch.equal(theirs, ours) for theirs, ours in self._meetings(part, block, self._parts))
 
-    def _meetings(self, part: slice, block: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _copied(self, part: slice, parts: _Parts) -> torch.Tensor:
+        block = torch.zeros(part.stop - part.start, dtype=self.dtype, device=self.device)
+        for theirs, ours in self._meetings(part, block, parts):
+            ours.copy_(theirs)
+        return block
+
+    def _meetings(self, part: slice, block: torch.Tensor, parts: _Parts) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Views of the same elements: in a piece's memory and in the block."""
         done = 0
         for box in boxes_of_range(self.shape, part.start, part.stop):
             values = block[done : done + box.num_elements].view(box.shape)
             done += box.num_elements
-            for source, view in self._parts:
+            for source, view in parts:
                 common = box.common(source)
                 if common is not None:
                     yield view[common.seen_from(source).slices], values[common.seen_from(box).slices]

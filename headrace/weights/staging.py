@@ -1,7 +1,7 @@
 """Moving one tensor of an update into its place, in slices, with its checks.
 
 Owns `StageWork` and what it takes from any tensor: dtype names, which tensors can be read at all, block-wise copies,
-digests, the search for NaN and infinity. Must not know sessions, versions or which memory is live: it is handed a
+the search for NaN and infinity. Must not know sessions, versions or which memory is live: it is handed a
 destination.
 """
 
@@ -11,6 +11,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 from headrace.types.errors import WeightUpdateError
 from headrace.types.weights import TensorInfo
 from headrace.weights.boxes import num_elements
+from headrace.weights.position_sum import PositionSum
 from headrace.weights.region import Region
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,14 +48,6 @@ def row_blocks(shape: tuple[int, ...], element_size: int, block_bytes: int = BLO
     num_rows = max(1, block_bytes // max(1, row_bytes))
     for start in range(0, shape[0], num_rows):
         yield slice(start, min(start + num_rows, shape[0]))
-
-
-def digest_of(region: Region) -> str:
-    """Lowercase hex SHA-256 of a tensor's bytes in row-major order, whatever the device."""
-    hasher = hashlib.sha256()
-    for part in row_blocks((region.num_elements,), region.dtype.itemsize):
-        hasher.update(bytes_of(region.read(part)).data)
-    return hasher.hexdigest()
 
 
 def unreadable(tensor: torch.Tensor) -> str:
@@ -181,16 +175,18 @@ def source_of(info: TensorInfo, data: memoryview | TensorData, start: int | None
 
 
 class Arrival:
-    """A tensor on its way in: where it goes, how many of its elements are there, and the digest of those so far.
+    """A tensor on its way in: where it goes, how many of its elements are there, and their digests if they are wanted:
+    `hasher`'s SHA-256 of the bytes, `total` as live weights have it.
 
     `destination` is live memory if `is_live`.
     """
 
-    def __init__(self, destination: Region, *, is_live: bool, hashes: bool) -> None:
+    def __init__(self, destination: Region, *, is_live: bool, hashes: bool, total: PositionSum | None) -> None:
         self.destination = destination
         self.is_live = is_live
         self.num_elements = 0
         self.hasher = hashlib.sha256() if hashes else None
+        self.total = total
 
     @property
     def is_whole(self) -> bool:
@@ -261,6 +257,8 @@ class StageWork:
         if self._arrival.hasher:
             self._arrival.hasher.update(bytes_of(block).data)
         self._destination.put(place, block)
+        if self._arrival.total:
+            self._arrival.total.add(self._destination.read(place), place.start)
 
     def _finish(self) -> None:
         self._source = None
@@ -272,9 +270,9 @@ class StageWork:
         self.is_done = True
 
 
-class HostView:
-    """Reads tensors of one device as bytes on the host. On a device, on a stream of its own: beside the steps in
-    flight, after all that was issued before `begin`."""
+class SideReader:
+    """Reads tensors of one device, as bytes on the host or where they are. On a device, on a stream of its own: beside
+    the steps in flight, after all that was issued before `begin`."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -292,12 +290,21 @@ class HostView:
         for part in row_blocks((count,), region.dtype.itemsize):
             yield self._bytes(region, slice(first + part.start, first + part.stop)).data
 
-    def _bytes(self, region: Region, part: slice) -> Bytes:
-        if self._stream is None or self._host is None:
-            return bytes_of(region.read(part))
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """What is computed inside is done at its end."""
+        if self._stream is None:
+            yield
+            return
         with torch.cuda.stream(self._stream):
+            yield
+        self._stream.synchronize()
+
+    def _bytes(self, region: Region, part: slice) -> Bytes:
+        if self._host is None:
+            return bytes_of(region.read(part))
+        with self.reading():
             block = region.read(part)
             host = self._host[: block.nbytes]
             host.copy_(block.view(torch.uint8), non_blocking=True)
-        self._stream.synchronize()
         return host.numpy()

@@ -17,16 +17,16 @@ from headrace.config.resolve import available_memory
 from headrace.types.errors import CheckpointError, NotFoundError, UpdateConflictError, WeightUpdateError
 from headrace.types.weights import TensorInfo, UpdateMode
 from headrace.weights.boxes import num_elements
+from headrace.weights.position_sum import DIGEST_LENGTH, PositionKeys, PositionSum
 from headrace.weights.region import Region
 from headrace.weights.session import ResolvedMode
 from headrace.weights.staging import (
     BLOCK_BYTES,
     TORCH_DTYPES,
     Arrival,
-    HostView,
+    SideReader,
     StageWork,
     TensorData,
-    digest_of,
     dtype_name,
     info_of,
     is_finite,
@@ -43,6 +43,7 @@ SHADOW_HEADROOM_BYTES = 256 << 20
 
 _INIT_STD = 0.02
 _LOAD_BYTES = {"cpu": 1 << 20, "cuda": 1 << 24}
+_SUM_BYTES = {"cpu": BLOCK_BYTES, "cuda": 1 << 23}
 _FILL_BYTES = {"cpu": BLOCK_BYTES, "cuda": 1 << 28}
 
 
@@ -76,10 +77,11 @@ class WeightStore:
                 self.live[name][box.slices].zero_()
         self._regions: dict[str, Region] = {}
         self._plan: ManifestPlan | None = None
+        self._keys: PositionKeys | None = None
         self._check_finite = check_finite
         self._memory = memory or _memory_left(device)
         self._transaction: Transaction | None = None
-        self._host_view: HostView | None = None
+        self._side_reader: SideReader | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -253,14 +255,21 @@ class WeightStore:
     def _arrival(self, transaction: Transaction, info: TensorInfo) -> Arrival:
         destination = self._destination(transaction, info.name)
         is_live = transaction.mode == "inplace" and info.name not in self.weight_map.aliases
-        hashes = bool(info.digest) or info.name in transaction.plan.compared
-        return Arrival(destination, is_live=is_live, hashes=hashes)
+        is_summed = info.name in transaction.plan.compared or len(info.digest) == DIGEST_LENGTH
+        total = PositionSum(self._sum_keys()) if is_summed else None
+        return Arrival(destination, is_live=is_live, hashes=len(info.digest) > DIGEST_LENGTH, total=total)
 
     def _arrived(self, transaction: Transaction, index: int, info: TensorInfo, arrival: Arrival) -> None:
         if not arrival.is_whole:
             transaction.arrivals[index] = arrival
             return
-        self._staged(transaction, info, arrival.hasher.hexdigest() if arrival.hasher else "")
+        target = self.weight_map.aliases.get(info.name)
+        if target and target not in transaction.plan.names and target not in transaction.totals:
+            total, region = PositionSum(self._sum_keys()), self._region(target)
+            for part in _sum_blocks(region):
+                total.add(region.read(part), part.start)
+            transaction.totals[target] = total.hexdigest()
+        transaction.finish(info, arrival)
 
     def _require_finite(self, name: str, written: torch.Tensor) -> None:
         if not is_finite(written):
@@ -271,12 +280,6 @@ class WeightStore:
         if name in self.weight_map.aliases:  # owns no memory: converted into scratch, to be compared and forgotten
             return live.over([torch.empty_like(each) for each in live.memories])
         return live.over(transaction.shadow[name]) if transaction.mode == "shadow" else live
-
-    def _staged(self, transaction: Transaction, info: TensorInfo, digest: str) -> None:
-        target = self.weight_map.aliases.get(info.name)
-        if target and target not in transaction.plan.names:
-            transaction.digests.setdefault(target, digest_of(self._region(target)))
-        transaction.finish(info, digest)
 
     def commit(self) -> None:
         """Make all that was staged live, and end the update. One that fails half-way leaves a mix, and is open."""
@@ -296,18 +299,23 @@ class WeightStore:
     # Reading live memory.
 
     def digest(self) -> dict[str, str]:
-        """SHA-256 of live memory now, per HF tensor (no aliases), over its bytes in HF layout and engine dtype."""
+        """The `position_sum` of live memory now, per HF tensor (no aliases), in HF layout and its memory's dtype. Of a
+        tensor that several ranks share, the part that counts here: `add_digests` makes one of theirs."""
         return dict(filter(None, self.digest_in_slices()))
 
     def digest_in_slices(self) -> Iterator[tuple[str, str] | None]:
         """As `digest`, a block at a time: None, or the name and digest of a tensor that is complete."""
-        view = self._begin_reading()
+        reader = self._begin_reading()
         for name in self.weight_map.rules_by_name:
-            hasher, region = hashlib.sha256(), self._region(name)
-            for block in view.blocks(region, 0, region.num_elements):
-                hasher.update(block)
-                yield None
-            yield name, hasher.hexdigest()
+            region, total, digest = self._region(name), None, ""
+            for part in _sum_blocks(region):
+                if part.start:
+                    yield None
+                with reader.reading():
+                    total = total or PositionSum(self._sum_keys())
+                    total.add(region.read_counted(part), part.start)
+                    digest = total.hexdigest() if part.stop == region.num_elements else ""
+            yield name, digest
 
     def info(self, name: str) -> TensorInfo:
         """What `name` is, in the dtype of its memory. Raises `NotFoundError` naming it."""
@@ -324,11 +332,16 @@ class WeightStore:
             num_copied += len(block)
             yield
 
-    def _begin_reading(self) -> HostView:
-        if self._host_view is None:
-            self._host_view = HostView(self.device)
-        self._host_view.begin()
-        return self._host_view
+    def _begin_reading(self) -> SideReader:
+        if self._side_reader is None:
+            self._side_reader = SideReader(self.device)
+        self._side_reader.begin()
+        return self._side_reader
+
+    def _sum_keys(self) -> PositionKeys:
+        if self._keys is None:
+            self._keys = PositionKeys(self.device)
+        return self._keys
 
     def _rule(self, name: str) -> WeightRule:
         rule = self.weight_map.rules_by_name.get(self.weight_map.aliases.get(name, name))
@@ -370,6 +383,10 @@ class WeightStore:
 
 def _not_finite(name: str, dtype: torch.dtype) -> str:
     return f"{name} holds NaN or infinity in {dtype_name(dtype)} (check_finite=False lets such weights in)"
+
+
+def _sum_blocks(region: Region) -> Iterator[slice]:
+    return row_blocks((region.num_elements,), region.dtype.itemsize, _SUM_BYTES[region.device.type])
 
 
 def _memory_left(device: torch.device) -> Callable[[], int]:

@@ -207,8 +207,8 @@ class WeightMap:
             return f"{info.name} has shape {list(info.shape)}, expected {list(expected)}"
         if info.dtype not in FLOAT_DTYPES:
             return f"{info.name} has dtype {info.dtype!r}, expected one of {', '.join(FLOAT_DTYPES)}"
-        if info.digest and (len(info.digest) != 64 or not _HEX_DIGITS.issuperset(info.digest)):
-            return f"{info.name} has a digest that is not 64 lowercase hex digits"
+        if info.digest and (len(info.digest) not in (32, 64) or not _HEX_DIGITS.issuperset(info.digest)):
+            return f"{info.name} has a digest that is not 64 or 32 lowercase hex digits"
         return ""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from headrace.types.errors import ErrorInfo
 from headrace.types.messages import BeginUpdate, Command, CoreStatus, Deltas, GetStatus, Output, Reply, Stage, Submit
 from headrace.types.request import Delta, Finish, Request, pack_ids, unpack_floats, unpack_ids
 from headrace.types.weights import BufferEntry, TensorInfo
+from headrace.weights.position_sum import PositionKeys, position_digest
 from headrace.weights.store import WeightStore
 from headrace.weights.weight_map import ParamSpec, WeightMap, whole_rows
 
@@ -81,7 +81,7 @@ def new_tensors(value: float) -> dict[str, torch.Tensor]:
 
 
 def digest_of(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+    return position_digest(tensor.contiguous().reshape(-1), PositionKeys(tensor.device))
 
 
 def manifest_of(tensors: dict[str, torch.Tensor]) -> tuple[TensorInfo, ...]:

@@ -101,7 +101,7 @@ def test_a_misshapen_tensor_is_named(shape: tuple[int, ...]) -> None:
         (lambda m: [*m[:5], *m[6:]], "model.layers.0.self_attn.k_proj.bias is missing"),
         (lambda m: [TensorInfo(m[0].name, m[0].shape, "int8"), *m[1:]], "model.embed_tokens.weight has dtype 'int8'"),
         (lambda m: [TensorInfo(m[0].name, m[0].shape, "torch.float32"), *m[1:]], "has dtype 'torch.float32'"),
-        (lambda m: [TensorInfo(m[0].name, m[0].shape, "float32", "AB"), *m[1:]], "digest that is not 64"),
+        (lambda m: [TensorInfo(m[0].name, m[0].shape, "float32", "AB"), *m[1:]], "digest that is not 64 or 32"),
         (lambda m: [*m, TensorInfo("rotary_emb.inv_freq", (6,), "float32")], "rotary_emb.inv_freq is not a tensor"),
     ],
 )
