@@ -21,22 +21,29 @@ class Region:
     as zero.
     """
 
-    def __init__(self, shape: tuple[int, ...], pieces: Sequence[Piece], memories: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        pieces: Sequence[Piece],
+        memories: Sequence[torch.Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         self.shape = shape
         self.memories = memories
         self._pieces = pieces
-        self.dtype, self.device = memories[0].dtype, memories[0].device
+        self.dtype, self.device = dtype, device
         self.num_elements = torch.Size(shape).numel()
         held = zip(pieces, memories, strict=True)
         self._parts = [(piece.source, _as_source(piece, memory)) for piece, memory in held]
         self._counts = [piece.is_counted for piece in pieces]
-        box, view = self._parts[0]
-        self.flat = view.view(-1) if box.shape == shape and view.is_contiguous() else None
+        is_flat = bool(pieces) and pieces[0].source.shape == shape and self._parts[0][1].is_contiguous()
+        self.flat = self._parts[0][1].view(-1) if is_flat else None
         """All of it as it lies in memory, where that is in the tensor's own order."""
 
     def over(self, memories: Sequence[torch.Tensor]) -> Region:
         """The same tensor in other memory."""
-        return Region(self.shape, self._pieces, memories)
+        return Region(self.shape, self._pieces, memories, self.dtype, self.device)
 
     def read(self, part: slice) -> torch.Tensor:
         """These elements, flat: their memory where it is in order, else a copy."""

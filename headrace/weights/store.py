@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 
 from headrace.config.resolve import available_memory
-from headrace.types.errors import CheckpointError, NotFoundError, UpdateConflictError, WeightUpdateError
+from headrace.types.errors import CheckpointError, InternalError, NotFoundError, UpdateConflictError, WeightUpdateError
 from headrace.types.weights import TensorInfo, UpdateMode
 from headrace.weights.boxes import num_elements
 from headrace.weights.position_sum import DIGEST_LENGTH, PositionKeys, PositionSum
@@ -68,13 +68,12 @@ class WeightStore:
         self.weight_map = weight_map
         self.dtype = dtype
         self.device = device
-        self.live = {
-            name: torch.empty(spec.shape, dtype=TORCH_DTYPES.get(spec.dtype, dtype), device=device)
-            for name, spec in weight_map.params.items()
-        }
-        for name, spec in weight_map.params.items():
+        self.live: dict[str, torch.Tensor] = {}
+        for spec in (*weight_map.params.values(), *(each.parameter for each in weight_map.derived)):
+            tensor = torch.empty(spec.shape, dtype=TORCH_DTYPES.get(spec.dtype, dtype), device=device)
             for box in spec.padding:
-                self.live[name][box.slices].zero_()
+                tensor[box.slices].zero_()
+            self.live[spec.name] = tensor
         self._regions: dict[str, Region] = {}
         self._plan: ManifestPlan | None = None
         self._keys: PositionKeys | None = None
@@ -82,11 +81,6 @@ class WeightStore:
         self._memory = memory or _memory_left(device)
         self._transaction: Transaction | None = None
         self._side_reader: SideReader | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of live parameter memory."""
-        return sum(tensor.nbytes for tensor in self.live.values())
 
     def close(self) -> None:
         """Give live and shadow memory back. Nothing may be asked of the store afterwards."""
@@ -115,11 +109,14 @@ class WeightStore:
             target = self.weight_map.aliases.get(name, name)
             self._take(name, data, self._region(target), is_filled=target in filled)
             filled.add(target)
-        missing = [name for name in self.weight_map.rules_by_name if name not in filled]
+        for name, problem in self.weight_map.find_doubled(filled):
+            raise CheckpointError(problem, field=name)
+        missing = self.weight_map.missing(filled)
         if missing:
             raise CheckpointError(
                 f"the checkpoint lacks {len(missing)} tensor(s): {', '.join(missing[:8])}", field=missing[0]
             )
+        self._derive()
 
     def _check_loaded(self, name: str, data: TensorData, written: set[str]) -> None:
         expected = self.weight_map.shape_of(name)
@@ -166,11 +163,13 @@ class WeightStore:
             if len(rule.shape) == 1 and "norm" in name:
                 for memory in self._region(name).memories:
                     memory.fill_(1.0)
+        self._derive()
 
     def scramble(self, seed: int) -> None:
         """Overwrite all live memory with noise, as SGLang's `reset_tensors` check does."""
         self._require_no_update()
         self._fill_normal(seed)
+        self._derive()
 
     def _fill_normal(self, seed: int) -> None:
         for name, rule in self.weight_map.rules_by_name.items():
@@ -287,6 +286,7 @@ class WeightStore:
         for name, memories in transaction.shadow.items():
             for live, staged in zip(self._region(name).memories, memories, strict=True):
                 live.copy_(staged)
+        self._derive()
         self.abort()
 
     def abort(self) -> None:
@@ -295,6 +295,14 @@ class WeightStore:
         transaction.is_open = False
         transaction.shadow.clear()
         self._transaction = None
+
+    def _derive(self) -> None:
+        """Compute what is derived from the parameters as they are now, into the memory that it has."""
+        for each in self.weight_map.derived:
+            value = each.function(*(self.live[name] for name in each.inputs))
+            if tuple(value.shape) != each.parameter.shape:
+                raise InternalError(f"{each.parameter.name} is derived with shape {tuple(value.shape)}")
+            self.live[each.parameter.name].copy_(value)
 
     # Reading live memory.
 
@@ -344,7 +352,7 @@ class WeightStore:
         return self._keys
 
     def _rule(self, name: str) -> WeightRule:
-        rule = self.weight_map.rules_by_name.get(self.weight_map.aliases.get(name, name))
+        rule = self.weight_map.rule_of(name)
         if rule is None:
             raise NotFoundError(f"{name} is not a tensor of this model", field="name")
         return rule
@@ -368,7 +376,8 @@ class WeightStore:
         if region is None:
             rule = self._rule(name)
             memories = [self.live[piece.param][piece.target.slices] for piece in rule.pieces]
-            region = self._regions[name] = Region(rule.shape, rule.pieces, memories)
+            dtype = memories[0].dtype if memories else self.dtype
+            region = self._regions[name] = Region(rule.shape, rule.pieces, memories, dtype, self.device)
         return region
 
     def _require_no_update(self) -> None:

@@ -6,7 +6,8 @@ tensors, files or sessions (no torch).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import Any
 
 import msgspec
 
@@ -83,6 +84,17 @@ def whole_rows(hf_name: str, param: str, start: int, shape: tuple[int, ...]) -> 
     return WeightRule(hf_name, shape, (Piece(param, source, target),))
 
 
+class Derived(msgspec.Struct, frozen=True):
+    """A parameter that no tensor fills: `function` computes it from those named in `inputs`, and gets their memory.
+
+    It is rebuilt, into the same storage, whenever weights become live, before anybody computes with them.
+    """
+
+    parameter: ParamSpec
+    inputs: tuple[str, ...]
+    function: Callable[..., Any]
+
+
 class ManifestPlan(msgspec.Struct, frozen=True):
     """A manifest that was found right: what an update of it does, worked out once and good for every later one.
 
@@ -103,7 +115,9 @@ class WeightMap:
     """The table of one model on one rank: parameters, the rule of every HF tensor, and aliases.
 
     `aliases` maps a tied name to the name it repeats, as in {"lm_head.weight": "model.embed_tokens.weight"}: it may be
-    sent, in the same shape and with the same values, or left out; it owns no memory.
+    sent, in the same shape and with the same values, or left out; it owns no memory. `other_names` are rules of tensors
+    that are the same memory cut otherwise, as the experts of a layer, one by one or all in one: an update fills a
+    parameter by either, never by both; digests and saving know the first. What is `derived` is in no tensor.
 
     Construction proves that the boxes of every parameter are disjoint and cover it, and, unless the map `is_shard` of
     several, that the boxes of every tensor do: so "each tensor was written once" implies "each element was written
@@ -117,6 +131,8 @@ class WeightMap:
         rules: Iterable[WeightRule],
         aliases: Mapping[str, str] | None = None,
         *,
+        other_names: Iterable[WeightRule] = (),
+        derived: Iterable[Derived] = (),
         is_shard: bool = False,
     ) -> None:
         self.params: dict[str, ParamSpec] = {}
@@ -125,30 +141,52 @@ class WeightMap:
             _prove(bool(spec.shape) and min(spec.shape) > 0, "parameter {} has shape {}", spec.name, spec.shape)
             _prove(spec.dtype in ("", *FLOAT_DTYPES), "parameter {} has dtype {}", spec.name, spec.dtype)
             self.params[spec.name] = spec
-        self.rules_by_name: dict[str, WeightRule] = {}
-        for rule in rules:
-            _prove(rule.hf_name not in self.rules_by_name, "tensor {} has two rules", rule.hf_name)
-            self.rules_by_name[rule.hf_name] = rule
+        self.rules_by_name = _by_name(rules, {})
+        self.other_rules = _by_name(other_names, self.rules_by_name)
         self.aliases: dict[str, str] = dict(aliases or {})
         for alias, target in self.aliases.items():
-            _prove(alias not in self.rules_by_name, "alias {} has a rule of its own", alias)
+            _prove(not self._has_rule(alias), "alias {} has a rule of its own", alias)
             _prove(target in self.rules_by_name, "alias {} repeats {}, which has no rule", alias, target)
-        _prove_parameters(self.params, self.rules_by_name.values())
+        _prove_parameters(self.params, self.rules_by_name.values(), is_shard)
+        self._names_of = self._names_by_parameter(is_shard)
+        self.derived = tuple(derived)
+        known = dict(self.params)
+        for each in self.derived:
+            name = each.parameter.name
+            _prove(name not in known, "parameter {} is declared twice", name)
+            _prove(known.keys() >= set(each.inputs), "{} is derived from what comes later or never", name)
+            known[name] = each.parameter
         if not is_shard:
             prove_mesh([self])
+
+    def _has_rule(self, name: str) -> bool:
+        return name in self.rules_by_name or name in self.other_rules
+
+    def _names_by_parameter(self, is_shard: bool) -> dict[str, list[str]]:
+        """The first names of each parameter that other names fill as well, as is proved."""
+        filled = {piece.param for rule in self.other_rules.values() for piece in rule.pieces}
+        _prove(self.params.keys() >= filled, "other names fill what is no parameter")
+        _prove_parameters({name: self.params[name] for name in filled}, self.other_rules.values(), is_shard)
+        names: dict[str, list[str]] = {name: [] for name in filled}
+        for name, rule in self.rules_by_name.items():
+            params = {piece.param for piece in rule.pieces}
+            _prove(params.isdisjoint(filled) or params <= filled, "tensor {} has other names for a part of it", name)
+            for param in params & filled:
+                names[param].append(name)
+        return names
 
     @property
     def num_elements(self) -> int:
         """Elements of all parameters together."""
         return sum(num_elements(spec.shape) for spec in self.params.values())
 
-    def dtype_of(self, rule: WeightRule, engine_dtype: str) -> str:
-        """The dtype that a tensor's memory has."""
-        return self.params[rule.pieces[0].param].dtype or engine_dtype
+    def rule_of(self, hf_name: str) -> WeightRule | None:
+        """The rule of a tensor of this name, or of what it is tied to; None when the map has no such name."""
+        return self.rules_by_name.get(self.aliases.get(hf_name, hf_name)) or self.other_rules.get(hf_name)
 
     def shape_of(self, hf_name: str) -> tuple[int, ...] | None:
         """The shape a tensor of this name (aliases included) has, or None when the map has no such name."""
-        rule = self.rules_by_name.get(self.aliases.get(hf_name, hf_name))
+        rule = self.rule_of(hf_name)
         return rule.shape if rule else None
 
     def untie(self, manifest: Sequence[TensorInfo]) -> Sequence[TensorInfo]:
@@ -165,7 +203,7 @@ class WeightMap:
         self.check_manifest(manifest, partial)
         names = frozenset(info.name for info in manifest)
         aliases = {name: target for name, target in self.aliases.items() if name in names}
-        rules = tuple(self.rules_by_name[info.name] for info in manifest if info.name not in aliases)
+        rules = tuple(rule for info in manifest if info.name not in aliases and (rule := self.rule_of(info.name)))
         compared = aliases.keys() | set(aliases.values())
         return ManifestPlan(tuple(given), partial, manifest, names, rules, aliases, frozenset(compared))
 
@@ -191,11 +229,38 @@ class WeightMap:
             if text:
                 problems.append((info.name, text))
             seen.add(info.name)
+        problems += self.find_doubled(seen)
         if not partial:
-            problems += [(name, f"{name} is missing") for name in self.rules_by_name if name not in seen]
+            problems += [(name, f"{name} is missing") for name in self.missing(seen)]
         elif not manifest:
             problems.append(("manifest", "a partial update must name at least one tensor"))
         return problems
+
+    def missing(self, seen: Set[str]) -> list[str]:
+        """The names that are needed beside these for all parameters to be filled; what only another rank holds, it
+        misses there."""
+        others = self._filled_by_others(seen)
+        replaced = {name for param in others for name in self._names_of[param]}
+        rules = self.rules_by_name.items()
+        missing = [name for name, rule in rules if name not in seen and name not in replaced and rule.pieces]
+        if others:
+            rules = self.other_rules.items()
+            missing += [
+                name for name, rule in rules if name not in seen and any(piece.param in others for piece in rule.pieces)
+            ]
+        return missing
+
+    def find_doubled(self, seen: Set[str]) -> list[tuple[str, str]]:
+        """(name, what is wrong with it) for tensors whose memory is filled under other names too."""
+        found: dict[str, str] = {}
+        for param in self._filled_by_others(seen):
+            for name in self._names_of[param]:
+                if name in seen:
+                    found[name] = f"{name} is sent under another name too: {param} would be filled twice"
+        return list(found.items())
+
+    def _filled_by_others(self, seen: Set[str]) -> set[str]:
+        return {piece.param for name in self.other_rules.keys() & seen for piece in self.other_rules[name].pieces}
 
     def _problem(self, info: TensorInfo, seen: set[str]) -> str:
         expected = self.shape_of(info.name)
@@ -221,11 +286,11 @@ def is_derived(hf_name: str) -> bool:
 def prove_mesh(maps: Sequence[WeightMap]) -> None:
     """Prove that the ranks of a mesh hold every element of every tensor: the counted boxes of all ranks together are
     disjoint and cover it, and a box that is not counted is one of them. `InternalError` otherwise."""
-    for name, rule in maps[0].rules_by_name.items():
+    for name, rule in (maps[0].rules_by_name | maps[0].other_rules).items():
         counted: list[tuple[object, Box]] = []
         copies: list[Box] = []
         for rank, table in enumerate(maps):
-            same = table.rules_by_name.get(name)
+            same = table.rules_by_name.get(name) or table.other_rules.get(name)
             _prove(same is not None and same.shape == rule.shape, "tensor {} is another one on rank {}", name, rank)
             for piece in same.pieces if same else ():
                 if piece.is_counted:
@@ -239,13 +304,22 @@ def prove_mesh(maps: Sequence[WeightMap]) -> None:
         _prove(table.rules_by_name.keys() == maps[0].rules_by_name.keys(), "the ranks have different tensors")
 
 
-def _prove_parameters(params: Mapping[str, ParamSpec], rules: Iterable[WeightRule]) -> None:
+def _by_name(rules: Iterable[WeightRule], others: Mapping[str, WeightRule]) -> dict[str, WeightRule]:
+    found: dict[str, WeightRule] = {}
+    for rule in rules:
+        name = rule.hf_name
+        _prove(name not in found and name not in others, "tensor {} has two rules", name)
+        found[name] = rule
+    return found
+
+
+def _prove_parameters(params: Mapping[str, ParamSpec], rules: Iterable[WeightRule], is_shard: bool) -> None:
     boxes: dict[str, list[tuple[object, Box]]] = {
         name: [("padding", box) for box in spec.padding] for name, spec in params.items()
     }
     for rule in rules:
         name, shape = rule.hf_name, rule.shape
-        _prove(bool(rule.pieces), "tensor {} {} goes nowhere", name, shape)
+        _prove(is_shard or bool(rule.pieces), "tensor {} {} goes nowhere", name, shape)
         for piece in rule.pieces:
             _prove(piece.param in params, "tensor {} {} maps to {}, which is not a parameter", name, shape, piece.param)
             is_fit = piece.is_consistent and piece.source.is_inside(shape)
@@ -253,7 +327,7 @@ def _prove_parameters(params: Mapping[str, ParamSpec], rules: Iterable[WeightRul
             _prove(is_fit, "tensor {} {} does not fit {}: {} is no {}", name, shape, piece.param, source, target)
             boxes[piece.param].append((name, piece.target))
         dtypes = {params[piece.param].dtype for piece in rule.pieces}
-        _prove(len(dtypes) == 1, "tensor {} {} is in parameters of several dtypes", name, shape)
+        _prove(len(dtypes) <= 1, "tensor {} {} is in parameters of several dtypes", name, shape)
     for name, spec in params.items():
         _prove_partition(name, spec.shape, boxes[name])
 
