@@ -6,7 +6,7 @@
 Owns the set of cases and the recipes of their checkpoints, and asks the engine only what any caller may, so that it
 runs on both sides of any renaming inside. Nothing recorded depends on time: requests are handed over behind a pause,
 each with a priority of its own, so the plans are the same in every run. Both runs need the same machine, torch and
-transformers; the file names them.
+transformers; the file names them. The package is that of the script's own tree: copy it into a tree that lacks it.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ if __name__ == "__main__":  # before the libraries read them; where triton is in
     os.environ.update(TRITON_INTERPRET="1", OMP_WAIT_POLICY="PASSIVE", OMP_NUM_THREADS="1")
     os.environ.update(OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # the package of this tree, whichever is installed
 
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import headrace
 from headrace import AsyncEngine, Generation
 
 VOCAB_SIZE = 263
@@ -495,6 +497,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="PATTERN", help="cases whose names this regular expression finds")
     parser.add_argument("--checkpoints", type=Path, default=DEFAULT_FOLDER, help="where models are kept (%(default)s)")
     options = parser.parse_args(words)
+    print(f"the package is {Path(headrace.__file__).parent}", file=sys.stderr)
     cases = [case for case in all_cases() if re.search(options.only, case.name)]
     if not cases:
         parser.error(f"no case is named like {options.only!r}")
