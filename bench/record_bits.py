@@ -369,8 +369,8 @@ async def ask_stop_strings(session: Session) -> None:
     """
     letters = {"logit_bias": {letter: 9.0 for letter in b"abcdefgh"}}
     stops: tuple[dict[str, Any], ...] = (
-        {"stop": ["a"]},
-        {"stop": ["ab", "cd", "ef", "gh", "ba"], "no_stop_trim": True},
+        {"stop": ["dc", "never"]},
+        {"stop": ["gbg", "ffgf"], "no_stop_trim": True},
         {"stop": ["a", "b", "c"], "min_new_tokens": 8},
         {"stop": ["e"], "stop_token_ids": [97, 98]},
         {"stop": ["never"]},
