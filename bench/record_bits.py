@@ -261,7 +261,7 @@ class Session:
         ends = ("finish_reason", "matched", "text", "seed", "logprob_mode", "prompt_logprob_mode")
         counts = ("num_prompt_tokens", "num_cached_tokens", "num_preemptions")
         self.note(f"{name}.end", [getattr(piece, field) for field in (*ends, *counts)])
-        spans = [piece.version_spans, piece.version_epochs, piece.prompt_version_spans]
+        spans: list[list[Any]] = [piece.version_spans, piece.version_epochs, piece.prompt_version_spans]
         self.note(f"{name}.spans", [[list(span) if isinstance(span, tuple) else span for span in row] for row in spans])
 
 
@@ -367,7 +367,7 @@ async def ask_stop_strings(session: Session) -> None:
 
     Letters are made likely, so that strings of one and two of them do come.
     """
-    letters = {"logit_bias": {letter: 9.0 for letter in b"abcdefgh"}}
+    letters: dict[str, Any] = {"logit_bias": {letter: 9.0 for letter in b"abcdefgh"}}
     stops: tuple[dict[str, Any], ...] = (
         {"stop": ["dc", "never"]},
         {"stop": ["gbg", "ffgf"], "no_stop_trim": True},
