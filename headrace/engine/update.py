@@ -205,6 +205,8 @@ class Updater:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+        for filling in tuple(self._fillings):
+            self._end(filling)
         for bucket in self._free:
             bucket.buffer.close()
         self._free.clear()
