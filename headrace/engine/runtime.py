@@ -309,7 +309,7 @@ class Runtime:
         except ShutdownError:
             if begun.is_true or self.foreign is not None:
                 raise
-        while not self._has_closed.is_set:
+        while not self._has_closed.is_set():
             await asyncio.sleep(_CLOSING_SECONDS)
         return rest()
 
