@@ -48,21 +48,19 @@ class PositionKeys:
         self.scales = torch.from_numpy((np.uint64(1) << shifts).view(np.int64)).to(device)
         self._words = torch.from_numpy(words.view(np.int64).transpose(1, 2, 0).copy()).to(device)
         self.of_units = self._words[0]
-        self._group, self._of_rows = -1, self.of_units
+        self.of_first_rows = self.of_rows(0)
 
     def of_rows(self, group: int) -> torch.Tensor:
         """What each of 4096 rows of 4096 units is multiplied by, as [row, lane]; `group` counts such squares."""
-        if group != self._group:
-            third, fourth = self._words[2, group % _WIDTH], self._words[3, group // _WIDTH]
-            self._group, self._of_rows = group, self._words[1] * third * fourth
-        return self._of_rows
+        return self._words[1] * self._words[2, group % _WIDTH] * self._words[3, group // _WIDTH]
 
 
 class PositionSum:
-    """The sum over elements of one tensor, as far as they were added."""
+    """The sum over elements of one tensor, as far as they were added, on one stream of a device."""
 
     def __init__(self, keys: PositionKeys) -> None:
         self._keys = keys
+        self._group, self._of_rows = 0, keys.of_first_rows
         self._total: torch.Tensor | None = None
 
     def add(self, block: torch.Tensor, start: int) -> None:
@@ -88,7 +86,9 @@ class PositionSum:
         rows = (torch.nn.functional.pad(units, padding) if any(padding) else units).view(num_rows, width)
         sums = self._by_product(rows) if units.device.type == "cpu" else self._by_integers(rows)
         group, row = divmod(row, _WIDTH)
-        sums *= self._keys.of_rows(group)[row : row + num_rows]
+        if group != self._group:
+            self._group, self._of_rows = group, self._keys.of_rows(group)
+        sums *= self._of_rows[row : row + num_rows]
         more = sums.sum(0)
         self._total = more if self._total is None else self._total.add_(more)
 
