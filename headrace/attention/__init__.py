@@ -1,4 +1,4 @@
-"""Attention backends behind `plan(inputs) -> step`, `step.run(layer, q, k, v)`. Which one is a value, chosen once."""
+"""Attention backends behind `plan(inputs) -> step`, `step.run(layer, qkv, norms)`. Which one is chosen once."""
 
 from headrace.attention.base import AttentionBackend, AttentionInputs, AttentionShape, AttentionStep
 from headrace.attention.select import (

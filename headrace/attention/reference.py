@@ -8,9 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.attention.base import AttentionInputs, AttentionShape, Int64Array
+from headrace.attention.base import AttentionInputs, AttentionShape, HeadNorms, Int64Array
+from headrace.attention.heads import StepHeads
+from headrace.kernels import KernelSet
 from headrace.kernels.paged_kv import KvPool
 from headrace.kernels.products import PLAIN, Products
+from headrace.kernels.rope_tables import RotaryTables
 
 _MAX_SCORES = 1 << 26
 """Scores held at once, over all heads: 256 MiB of float32, and a few copies of it."""
@@ -37,9 +40,18 @@ class _Row:
 class ReferenceAttention:
     """Gathers each row's whole context and attends in float32. A narrow pool rounds what is stored, nothing else."""
 
-    def __init__(self, shape: AttentionShape, pool: KvPool, products: Products = PLAIN) -> None:
+    def __init__(
+        self,
+        shape: AttentionShape,
+        pool: KvPool,
+        rotary: RotaryTables,
+        kernels: KernelSet,
+        products: Products = PLAIN,
+    ) -> None:
         self._shape = shape
         self._pool = pool
+        self._rotary = rotary
+        self._kernels = kernels
         self._products = products
 
     def plan(self, inputs: AttentionInputs) -> ReferenceStep:
@@ -60,23 +72,32 @@ class ReferenceAttention:
             rows.append(_Row(first, length, start, locate(slot, np.arange(start + length))))
             first += length
         tokens = locate(inputs.token_slots, inputs.token_positions)
-        return ReferenceStep(self._shape, pool, tokens, rows, self._products)
+        heads = StepHeads(self._shape, self._kernels, self._rotary, inputs.rope_positions)
+        return ReferenceStep(self._shape, pool, heads, tokens, rows, self._products)
 
 
 class ReferenceStep:
     """One step of the oracle."""
 
     def __init__(
-        self, shape: AttentionShape, pool: KvPool, tokens: _Places, rows: list[_Row], products: Products
+        self,
+        shape: AttentionShape,
+        pool: KvPool,
+        heads: StepHeads,
+        tokens: _Places,
+        rows: list[_Row],
+        products: Products,
     ) -> None:
+        self._heads = heads
         self._products = products
         self._shape = shape
         self._pool = pool
         self._tokens = tokens
         self._rows = rows
 
-    def run(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
+    def run(self, layer: int, qkv_TX: Tensor, heads: HeadNorms | None) -> Tensor:
         """As `AttentionStep.run`."""
+        q_THD, k_TGD, v_TGD = self._heads.split(qkv_TX, heads)
         keys, values = self._pool.pages(layer)
         _write(keys, self._tokens, k_TGD)
         _write(values, self._tokens, v_TGD)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from headrace.kernels import LayerKernels
-from headrace.layers.norm import RmsNorm
+from headrace.layers.norm import Normed
 
 
 class GemmCounter:
@@ -25,25 +25,25 @@ class Linear:
         self._weight = weight
         self._bias = bias
 
-    def of_normed(self, x_TI: Tensor, norm: RmsNorm) -> Tensor:
-        """Of the norm of x: [T, in] -> [T, out]."""
+    def __call__(self, x: Normed) -> Tensor:
+        """[T, in] -> [T, out]."""
         self._counter.num_calls += 1
-        return self._kernels.normed_linear(x_TI, norm.weight, norm.eps, self._weight, self._bias)
+        return self._kernels.normed_linear(x.stream_TX, *x.norm, self._weight, self._bias)
 
-    def gate_of_normed(self, x_TI: Tensor, norm: RmsNorm) -> Tensor:
-        """silu(gate) * up of the norm of x, gates being the first half of the outputs: [T, in] -> [T, out / 2]."""
+    def gate(self, x: Normed) -> Tensor:
+        """silu(gate) * up, gates being the first half of the outputs: [T, in] -> [T, out / 2]."""
         self._counter.num_calls += 1
-        return self._kernels.normed_gate(x_TI, norm.weight, norm.eps, self._weight, self._bias)
+        return self._kernels.normed_gate(x.stream_TX, *x.norm, self._weight, self._bias)
 
-    def logits_of_normed(self, x_TI: Tensor, norm: RmsNorm) -> Tensor:
-        """Of the norm of x, in float32; without bias."""
+    def logits(self, x: Normed) -> Tensor:
+        """In float32; without bias."""
         self._counter.num_calls += 1
-        return self._kernels.normed_logits(x_TI, norm.weight, norm.eps, self._weight)
+        return self._kernels.normed_logits(x.stream_TX, *x.norm, self._weight)
 
-    def add_to(self, residual_TO: Tensor, x_TI: Tensor) -> None:
-        """residual += x W^T + b, in place."""
+    def add_to(self, stream_TO: Tensor, x_TI: Tensor) -> None:
+        """stream += x W^T + b, in place."""
         self._counter.num_calls += 1
-        self._kernels.linear_add_(residual_TO, x_TI, self._weight, self._bias)
+        self._kernels.linear_add_(stream_TO, x_TI, self._weight, self._bias)
 
 
 class Embedding:

@@ -1,7 +1,6 @@
-"""What one family of dense decoders says about itself. Data only: names of tensors and where they go.
+"""What one family of decoders says about itself: its layer, and its tensors as data, by name and where they go.
 
-All families share the skeleton of `headrace.models.decoder`; a family states which optional parts its layers have and
-what its checkpoint calls the tensors.
+All families have the tensors of `SKELETON`; a family states which further parts its layers may have.
 """
 
 from __future__ import annotations
@@ -12,6 +11,9 @@ from typing import Literal
 import msgspec
 
 from headrace.config import ModelSpec
+from headrace.layers.params import Params
+from headrace.layers.step import KvPlace
+from headrace.models.decoder import Layer
 
 Size = Literal["hidden", "heads", "kv_heads", "intermediate", "head_dim"]
 
@@ -35,9 +37,10 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class Family(msgspec.Struct, frozen=True):
-    """A dense decoder family; `parts` are what it may have beyond `SKELETON`."""
+    """A decoder family; `layer` makes a layer over its parameters, `parts` are what it may have beyond `SKELETON`."""
 
     architecture: str
+    layer: Callable[[Params, KvPlace], Layer]
     parts: tuple[Part, ...] = ()
 
     def layer_tensors(self, spec: ModelSpec) -> tuple[Tensor, ...]:

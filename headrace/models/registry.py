@@ -5,6 +5,8 @@ from __future__ import annotations
 from headrace.config import ModelSpec
 from headrace.kernels import LayerKernels
 from headrace.layers.linear import GemmCounter
+from headrace.layers.params import Params
+from headrace.layers.step import KvPlace
 from headrace.models import llama, mistral, qwen2, qwen3
 from headrace.models.decoder import Decoder
 from headrace.models.family import Family, Size
@@ -78,9 +80,15 @@ def build(
     store: WeightStore,
     *,
     kernels: LayerKernels,
-    context_length: int,
     counter: GemmCounter | None = None,
 ) -> Decoder:
     """The decoder over `store.live`, whose tensors it keeps."""
-    family_of(spec)
-    return Decoder(spec, store.live, kernels=kernels, context_length=context_length, counter=counter or GemmCounter())
+    family = family_of(spec)
+    params = Params(store.live, kernels, counter or GemmCounter(), spec.rms_norm_eps)
+    places = {
+        layer_id: KvPlace(number, layer)
+        for number, group in enumerate(spec.kv_groups)
+        for layer, layer_id in enumerate(group.layer_ids)
+    }
+    layers = [family.layer(params.below(f"layers.{index}"), places[index]) for index in range(spec.num_layers)]
+    return Decoder(params, layers)

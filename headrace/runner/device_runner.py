@@ -18,10 +18,10 @@ import torch
 
 from headrace import models
 from headrace.attention import AttentionShape, build_device_backend
-from headrace.attention.base import RotaryTables
 from headrace.config import ResolvedConfig
 from headrace.kernels.cache import CompileCounter
 from headrace.kernels.paged_kv import KvGeometry, KvPool
+from headrace.kernels.rope_tables import rope_tables
 from headrace.kernels.triton.layer_kernels import device_kernels
 from headrace.layers.linear import GemmCounter
 from headrace.models.decoder import Decoder
@@ -132,9 +132,9 @@ class _Parts:
             spec,
             weights,
             kernels=device_kernels(engine.numerics, device, exact.products),
-            context_length=resolved.context_length,
             counter=counter,
         )
+        self._rotary = rope_tables(spec.rope, spec.head_dim, resolved.context_length, weights.dtype, device)
         self.sampler = DeviceSampler(spec.vocab_size, max_rows, max_rows, device)
         self.buckets = Buckets(max_rows, self.max_tokens, engine.max_graph_tokens)
         self._hidden = torch.zeros(self.max_tokens, spec.hidden_size, dtype=weights.dtype, device=device)
@@ -149,7 +149,7 @@ class _Parts:
             engine.numerics,
             AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
             pool,
-            RotaryTables(self._model.cos_PD, self._model.sin_PD),
+            self._rotary,
             self._dtype,
             self.max_tokens,
         )

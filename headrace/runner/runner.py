@@ -17,7 +17,9 @@ from headrace.attention import AttentionShape, build_backend
 from headrace.config import ResolvedConfig
 from headrace.kernels import select_kernels
 from headrace.kernels.paged_kv import KvGeometry, KvPool
+from headrace.kernels.rope_tables import rope_tables
 from headrace.layers.linear import GemmCounter
+from headrace.layers.step import ForwardStep
 from headrace.runner.batch import ForwardBatch, build_batch
 from headrace.runner.exact_products import ExactProducts
 from headrace.runner.loading import Progress, checked_weight_map, load_weights
@@ -53,13 +55,13 @@ class Runner:
         products = self._exact.products
         kernel_set = "reference" if resolved.attention_backend == "reference" else engine.numerics
         kernels = select_kernels(kernel_set, products)
-        self._model = models.build(
-            spec, self.weights, kernels=kernels, context_length=resolved.context_length, counter=self._counter
-        )
+        self._model = models.build(spec, self.weights, kernels=kernels, counter=self._counter)
         geometry = KvGeometry(spec.num_layers, resolved.num_pages, spec.num_kv_heads, engine.page_size, spec.head_dim)
         shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        rotary = rope_tables(spec.rope, spec.head_dim, resolved.context_length, dtype, device)
+        pool = KvPool(geometry, dtype, device)
         self._attention = build_backend(
-            resolved.attention_backend, engine.numerics, shape, KvPool(geometry, dtype, device), products
+            resolved.attention_backend, engine.numerics, shape, pool, rotary, kernels, products
         )
         self._slots = SlotTable(engine.max_running_requests, resolved.max_columns)
         self._sampler = Sampler(spec.vocab_size, engine.max_running_requests, torch.device("cpu"), engine.numerics)
@@ -96,8 +98,8 @@ class Runner:
             if len(plan.row_slots) == 0:
                 return step_result(plan.step_id, np.zeros(0, np.int32), np.zeros(0, np.float32), {}, {})
             batch = build_batch(plan, self._slots, self._device)
-            step = self._attention.plan(batch.attention)
-            hidden = self._model.forward(batch.token_ids, batch.positions, step, batch.logit_tokens)
+            step = ForwardStep((self._attention.plan(batch.attention),), batch.logit_tokens)
+            hidden = self._model.forward(self._model.embed(batch.token_ids), step)
             prompts = self._scorer.score(batch, hidden)
             if len(hidden) != len(batch.sampled_tokens):
                 hidden = hidden.index_select(0, batch.sampled_tokens)

@@ -14,6 +14,8 @@ from headrace.attention import AttentionShape, build_backend
 from headrace.config import ModelSpec
 from headrace.kernels import select_kernels
 from headrace.kernels.paged_kv import KvGeometry, KvPool
+from headrace.kernels.rope_tables import rope_tables
+from headrace.layers.step import ForwardStep
 from headrace.runner.batch import build_batch
 from headrace.runner.slots import SlotTable
 from headrace.types.plan import StepPlan
@@ -89,12 +91,13 @@ class Device:
         self.spec = spec = spec or ModelSpec.from_config(config)
         self.store = WeightStore(models.weight_map(spec), dtype, torch.device("cpu"))
         self.store.load(model.state_dict().items())
-        kernels = "reference" if backend == "reference" else numerics
-        self.decoder = models.build(spec, self.store, kernels=select_kernels(kernels), context_length=CONTEXT_LENGTH)
+        kernels = select_kernels("reference" if backend == "reference" else numerics)
+        self.decoder = models.build(spec, self.store, kernels=kernels)
         geometry = KvGeometry(spec.num_layers, num_pages, spec.num_kv_heads, page_size, spec.head_dim)
         shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
         self.pool = KvPool(geometry, dtype)
-        self.attention = build_backend(backend, numerics, shape, self.pool)
+        rotary = rope_tables(spec.rope, spec.head_dim, CONTEXT_LENGTH, dtype)
+        self.attention = build_backend(backend, numerics, shape, self.pool, rotary, kernels)
         self.slots = SlotTable(num_slots, -(-CONTEXT_LENGTH // page_size))
 
     def run(self, plan: StepPlan) -> dict[int, Tensor]:
@@ -102,7 +105,8 @@ class Device:
         with torch.inference_mode():
             self.slots.apply(plan)
             batch = build_batch(plan, self.slots)
-            hidden = self.decoder.forward(batch.token_ids, batch.positions, self.attention.plan(batch.attention))
+            step = ForwardStep((self.attention.plan(batch.attention),))
+            hidden = self.decoder.forward(self.decoder.embed(batch.token_ids), step)
             logits = self.decoder.logits(hidden)
         rows = logits.split([int(length) for length in plan.row_lengths])
         return {int(slot): row for slot, row in zip(plan.row_slots, rows, strict=True)}
