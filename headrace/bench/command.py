@@ -18,6 +18,7 @@ from headrace.bench.rescore import NUM_RESCORED
 from headrace.bench.workloads import ScaleChoice
 from headrace.cli.flags import add_flags, given
 from headrace.config import EngineConfig
+from headrace.types.plain_values import as_seconds
 
 _SET_BY_BENCH = ("model", "skip_tokenizer_init", "num_threads")
 _SET_BY_OVERHEAD = (*_SET_BY_BENCH, "dtype", "max_running_requests")
@@ -115,11 +116,11 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def _add_overhead(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-sizes", type=_integers, default=(16, 64, 256, 1024), help="(default: 16,64,256,1024)")
-    parser.add_argument("--num-waiting", type=int, default=10_000, help="requests queued meanwhile (default: 10000)")
-    parser.add_argument("--prompt-length", type=int, default=512, help="tokens, all prompts different (default: 512)")
-    parser.add_argument("--output-length", type=int, default=256, help="mean tokens per request (default: 256)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="measured time per batch size (default: 5)")
-    parser.add_argument("--http-concurrency", type=int, default=256, help="in flight; 0: no HTTP (default: 256)")
+    parser.add_argument("--num-waiting", type=_count, default=10_000, help="requests queued meanwhile (default: 10000)")
+    parser.add_argument("--prompt-length", type=_positive, default=512, help="tokens, each its own (default: 512)")
+    parser.add_argument("--output-length", type=_positive, default=256, help="mean tokens per request (default: 256)")
+    parser.add_argument("--seconds", type=_seconds, default=5.0, help="measured time per batch size (default: 5)")
+    parser.add_argument("--http-concurrency", type=_count, default=256, help="in flight; 0: no HTTP (default: 256)")
     parser.add_argument("--stream", action="store_true", help="stream over HTTP")
     add_flags(parser, EngineConfig, title="engine settings", skip=_SET_BY_OVERHEAD)
 
@@ -226,6 +227,13 @@ def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError("must be an integer, not negative")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        return as_seconds(float(text), "it")
+    except ValueError as error:  # no number, or one that is refused
+        raise argparse.ArgumentTypeError("must be a number of seconds, more than 0") from error
 
 
 def _integers(text: str) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """`headrace generate`: generate text once and print it.
 
 Prompts come from arguments, from JSON lines, or as one prompt from standard input. Text goes to standard output, or
-with `--json` one JSON object per sample; progress goes to standard error. Output is in the order of the prompts.
+with `--json` one JSON object per sample; progress goes to standard error. Output is in the order of the prompts. What
+is wrong with one prompt is told at the end, and drops no other, unless it can be told before a model is loaded.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import re
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -17,14 +19,17 @@ from typing import Any, TextIO
 import msgspec
 
 from headrace.cli.flags import add_flags, given
+from headrace.cli.streams import print_json
 from headrace.config import EngineConfig
 from headrace.engine import AsyncEngine
-from headrace.types.errors import RequestError
+from headrace.types.errors import ErrorInfo, HeadraceError, RequestError
 from headrace.types.generation import Generation
 from headrace.types.sampling_params import SamplingParams
 
 _RENAMED = {"seed": "sampling_seed"}
 _MAX_CONCURRENT_PROMPTS = 4096
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_HALF_OF_PAIR = re.compile(rb"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])")
 
 
 class Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -34,6 +39,14 @@ class Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     input_ids: list[int] | None = None
     sampling_params: dict[str, Any] = {}
     request_id: str | None = None
+
+
+class Job(msgspec.Struct, frozen=True):
+    """A prompt to run; `where` tells errors of it from those of others."""
+
+    prompt: Prompt
+    params: SamplingParams
+    where: str = ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,92 +66,126 @@ def run(arguments: argparse.Namespace) -> int:
     """Generate for every prompt and print."""
     config = EngineConfig.from_dict({"model": arguments.model, **given(arguments, EngineConfig)})
     sampling = given(arguments, SamplingParams, rename=_RENAMED)
-    SamplingParams.from_dict(sampling)  # a wrong flag is told before a model is loaded
-    prompts = _read_prompts(arguments, sys.stdin)
-    asyncio.run(_run(arguments, config, sampling, prompts))
+    asyncio.run(_run(arguments, config, _read_jobs(arguments, sampling, sys.stdin)))
     return 0
 
 
-def _read_prompts(arguments: argparse.Namespace, stdin: TextIO) -> list[Prompt]:
+def _read_jobs(arguments: argparse.Namespace, sampling: dict[str, Any], stdin: TextIO) -> list[Job]:
+    """What is to be run, checked as far as it can be before a model is loaded."""
+    params = SamplingParams.from_dict(sampling)
     if arguments.jsonl is not None:
         if arguments.prompts:
             raise RequestError("prompts are given as arguments and by --jsonl", field="jsonl")
-        return _read_lines(arguments.jsonl, stdin)
-    if arguments.prompts:
-        return [Prompt(prompt=text) for text in arguments.prompts]
-    return [Prompt(prompt=stdin.read())]
+        return _read_lines(arguments.jsonl, sampling, stdin)
+    prompts = arguments.prompts or [_read_prompt(stdin)]
+    names = [f"prompt {number}" for number in range(1, len(prompts) + 1)] if len(prompts) > 1 else [""]
+    return [Job(Prompt(prompt=text), params, name) for text, name in zip(prompts, names, strict=True)]
 
 
-def _read_lines(source: str, stdin: TextIO) -> list[Prompt]:
+def _read_prompt(stdin: TextIO) -> str:
     try:
-        text = stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+        return stdin.read()
     except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"standard input cannot be read: {error}", field="prompts") from None
+
+
+def _read_lines(source: str, sampling: dict[str, Any], stdin: TextIO) -> list[Job]:
+    try:
+        data = stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+    except OSError as error:
         raise RequestError(f"{source} cannot be read: {error}", field="jsonl") from None
-    prompts = []
-    for number, line in enumerate(text.split("\n"), 1):  # JSON strings may hold what splitlines() takes for line ends
+    jobs = []
+    for number, line in enumerate(data.removeprefix(_BYTE_ORDER_MARK).split(b"\n"), 1):
         if not line.strip():
             continue
+        where = f"{source}, line {number}"
         try:
-            prompt = msgspec.json.decode(line, type=Prompt)
-        except msgspec.DecodeError as error:
-            raise RequestError(f"{source}, line {number}: {error}", field="jsonl") from None
-        if (prompt.prompt is None) == (prompt.input_ids is None):
-            raise RequestError(f"{source}, line {number}: exactly one of prompt and input_ids is needed", field="jsonl")
-        prompts.append(prompt)
-    return prompts
+            prompt = _read_line(line)
+            params = SamplingParams.from_dict({**sampling, **prompt.sampling_params})
+        except RequestError as error:
+            raise _located(error, where) from None
+        jobs.append(Job(prompt, params, where))
+    return jobs
 
 
-async def _run(
-    arguments: argparse.Namespace, config: EngineConfig, sampling: dict[str, Any], prompts: list[Prompt]
-) -> None:
+def _read_line(line: bytes) -> Prompt:
+    try:
+        prompt = msgspec.json.decode(line, type=Prompt)
+    except RecursionError:
+        raise RequestError("JSON is nested too deeply", field="jsonl") from None
+    except UnicodeDecodeError as error:
+        raise RequestError(f"JSON is not UTF-8: {error}", field="jsonl") from None
+    except msgspec.DecodeError as error:
+        is_half = _HALF_OF_PAIR.search(line) and not isinstance(error, msgspec.ValidationError)
+        what = "half of a surrogate pair is no text" if is_half else str(error)
+        raise RequestError(what, field="jsonl") from None
+    if (prompt.prompt is None) == (prompt.input_ids is None):
+        raise RequestError("exactly one of prompt and input_ids is needed", field="jsonl")
+    return prompt
+
+
+def _located(error: HeadraceError, where: str, num_others: int = 0) -> HeadraceError:
+    """The same error, saying whose it is, and how many more prompts failed."""
+    message = f"{where}: {error.message}" if where else error.message
+    message += f" ({num_others} more failed)" if num_others else ""
+    return ErrorInfo(type(error).__name__, message, error.field).to_exception()
+
+
+async def _run(arguments: argparse.Namespace, config: EngineConfig, jobs: list[Job]) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    hidden = len(prompts) < 2 or not console.is_terminal
+    hidden = len(jobs) < 2 or not console.is_terminal
     async with contextlib.AsyncExitStack() as stack:
         with console.status(f"loading {config.model}"):
             engine = await stack.enter_async_context(AsyncEngine(**msgspec.structs.asdict(config)))
         with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
-            task = progress.add_task("prompts", total=len(prompts))
+            task = progress.add_task("prompts", total=len(jobs))
             await _generate_all(
-                engine, arguments, sampling, prompts, on_done=lambda: progress.advance(task), write=_writer(arguments)
+                engine, arguments, jobs, on_done=lambda: progress.advance(task), write=_writer(arguments)
             )
 
 
 async def _generate_all(
     engine: AsyncEngine,
     arguments: argparse.Namespace,
-    sampling: dict[str, Any],
-    prompts: list[Prompt],
+    jobs: list[Job],
     *,
     on_done: Callable[[], None],
     write: Callable[[list[Generation]], None],
 ) -> None:
-    """All prompts at once, within a bound; each is written once those before it are."""
+    """All prompts at once, within a bound; each is written once those before it are. What failed is told then."""
     room = asyncio.Semaphore(_MAX_CONCURRENT_PROMPTS)
 
-    async def generate(prompt: Prompt) -> list[Generation]:
+    async def generate(job: Job) -> list[Generation]:
         async with room:
-            outputs = await _generate_one(engine, arguments, prompt, sampling)
+            outputs = await _generate_one(engine, arguments, job)
         on_done()
         return outputs
 
-    tasks = [asyncio.create_task(generate(prompt)) for prompt in prompts]
+    failures: list[tuple[HeadraceError, str]] = []
+    tasks = [asyncio.create_task(generate(job)) for job in jobs]
     try:
-        for task in tasks:
-            write(await task)
+        for job, task in zip(jobs, tasks, strict=True):
+            try:
+                outputs = await task
+            except RequestError as error:  # of the call, before there were samples
+                failures.append((error, job.where))
+                continue
+            write(outputs)
+            failures += [(each.error.to_exception(), job.where) for each in outputs if each.error is not None][:1]
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+    if failures:
+        raise _located(*failures[0], num_others=len(failures) - 1)
 
 
-def _generate_one(
-    engine: AsyncEngine, arguments: argparse.Namespace, prompt: Prompt, sampling: dict[str, Any]
-) -> Awaitable[list[Generation]]:
-    text, input_ids = prompt.prompt, prompt.input_ids
+def _generate_one(engine: AsyncEngine, arguments: argparse.Namespace, job: Job) -> Awaitable[list[Generation]]:
+    text, input_ids = job.prompt.prompt, job.prompt.input_ids
     if arguments.chat and text is not None:
         if engine.tokenizer is None:
             raise RequestError("--chat needs a tokenizer", field="chat")
@@ -146,17 +193,20 @@ def _generate_one(
     return engine.generate(
         prompts=text,
         input_ids=input_ids,
-        sampling_params=SamplingParams.from_dict({**sampling, **prompt.sampling_params}),
-        request_id=prompt.request_id,
+        sampling_params=job.params,
+        request_id=job.prompt.request_id,
         top_logprobs=arguments.top_logprobs,
         return_prompt_logprobs=arguments.prompt_logprobs,
+        return_errors=True,
     )
 
 
 def _writer(arguments: argparse.Namespace) -> Callable[[list[Generation]], None]:
     def write(outputs: list[Generation]) -> None:
         for output in outputs:
-            line = msgspec.json.encode(output).decode() if arguments.json else output.text
-            print(line, flush=True)
+            if arguments.json:
+                print_json(msgspec.json.encode(output))
+            elif output.error is None:
+                print(output.text, flush=True)
 
     return write

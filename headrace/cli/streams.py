@@ -1,8 +1,9 @@
-"""What the command line writes to. Owns what becomes of a write that fails."""
+"""What the command line writes to. Owns how text is encoded and what becomes of a write that fails."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from typing import Any, NoReturn, TextIO, cast
@@ -11,8 +12,18 @@ from headrace.types.errors import HeadraceError
 
 
 def watch_streams() -> None:
-    """Put both in place of the standard streams, which are open."""
+    """Put both in place of the standard streams, which are open. What standard output's encoding lacks is escaped, as
+    on standard error, unless the user has said what becomes of it."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = cast(TextIO, Answer(sys.stdout)), cast(TextIO, News(sys.stderr))
+
+
+def print_json(line: bytes) -> None:
+    """A line of JSON, which is UTF-8 whatever the encoding of standard output."""
+    if isinstance(sys.stdout, (Answer, io.TextIOWrapper)):
+        sys.stdout.reconfigure(encoding="utf-8")
+    print(line.decode(), flush=True)
 
 
 class Answer:

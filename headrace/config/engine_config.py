@@ -11,8 +11,9 @@ from typing import Any, Literal
 import msgspec
 
 from headrace.types.errors import ConfigError
-from headrace.types.plain_values import as_setting, hint
+from headrace.types.plain_values import as_seconds, as_setting, hint
 from headrace.types.sampling_params import LogprobMode
+from headrace.types.weights import MAX_VERSION_LENGTH
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -143,16 +144,14 @@ _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, (1 << 64) - 1),
     "memory_fraction": (0.01, 1.0),
     "pause_timeout": (0.0, 1e9),
-    "start_timeout": (0.0, 1e9),
-    "control_timeout": (0.0, 1e9),
-    "watchdog_timeout": (0.0, 1e9),
     "max_core_restarts": (0, 1 << 16),
     "core_restart_window": (0.0, 1e9),
     "context_length": (1, 1 << 24),
     "kv_pool_tokens": (1, 1 << 32),
     "num_threads": (1, 4096),
-    "request_timeout": (0.0, 1e9),
 }
+_TIMES_TO_WORK = ("request_timeout", "start_timeout", "control_timeout", "watchdog_timeout")
+_TEXTS = ("model", "tokenizer", "kernel_cache", "served_model_name", "initial_version")
 
 
 def _check_bounds(config: EngineConfig) -> None:
@@ -160,5 +159,12 @@ def _check_bounds(config: EngineConfig) -> None:
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
             raise ConfigError(f"{name} must be in [{low}, {high}], got {value}", field=name)
-    if not config.model:
-        raise ConfigError("model must name a folder or a hub id", field="model")
+    for name in _TIMES_TO_WORK:
+        if getattr(config, name) is not None:
+            as_seconds(getattr(config, name), name, ConfigError)
+    for name in _TEXTS:
+        if getattr(config, name) == "":
+            raise ConfigError(f"{name} is empty", field=name)
+    if len(config.initial_version) > MAX_VERSION_LENGTH:
+        message = f"initial_version must have at most {MAX_VERSION_LENGTH} characters"
+        raise ConfigError(message, field="initial_version")

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 
-from headrace.types.errors import HeadraceError
-
-FAULTS = (OSError, RuntimeError, MemoryError, ValueError, LookupError, ArithmeticError, AssertionError, HeadraceError)
-"""What work on a device or a file may raise: an allocation that failed, a refused input, a broken invariant."""
+FAULTS = (Exception,)
+"""What work on a device or a file may raise: an allocation that failed, a refused input, a broken invariant, a warning
+where the process has those raised, an exception of a compiler's own. It costs that work; whether more is lost,
+`Executor.examine` and the canary find out."""
 
 _OF_A_DEVICE = re.compile(
     r"\b(cuda|hip)( driver| runtime)? error\b|error \[(cuda|hip)\]|\bcudaError[A-Z]|\bCUDA_ERROR_|device-side assert"
@@ -26,8 +26,9 @@ _LEAVES_IT_USABLE = re.compile(
 )
 
 
-class DeviceLost(Exception):
-    """The device executes nothing any more. It passes every handler up to the core's end."""
+class DeviceLost(BaseException):
+    """The device executes nothing any more. No fault among others: it passes every handler up to
+    the core's end."""
 
 
 def is_of_lost_device(fault: BaseException) -> bool:

@@ -341,8 +341,6 @@ class UpdateControl:
         hold = self._hold
         if hold.policy == "recompute":
             self._scheduler.recompute_running()
-        elif hold.policy == "keep":
-            self._scheduler.keep_running()
         self.live_stamp += 1
         try:
             self._weights.commit()

@@ -13,13 +13,13 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack
 
-from headrace.engine.control import check_choice, check_text, check_update, folder_of, seconds_of, version_of
+from headrace.engine.control import choice_of, folder_of, modes_of, seconds_of, text_of, version_of
 from headrace.engine.fields import InputIds, Prompts, Sampling
 from headrace.engine.lifecycle import EngineLifecycle
 from headrace.engine.reading import read_weight
 from headrace.engine.requests import GenerateItem, GenerateOptions
 from headrace.engine.runtime import Undoable
-from headrace.engine.stream import Stream, StreamGroup
+from headrace.engine.stream import SEQUENCES_PER_TURN, Stream, StreamGroup
 from headrace.engine.tensors import NamedTensors, to_tensor
 from headrace.engine.update import Manifest, Script, UpdateSession, drive_async, manifest_of
 from headrace.text import run_sized
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 DEFAULT_UPDATE_TIMEOUT = 600.0
+_CHARACTERS_PER_PROMPT = 128  # whose encoding takes as long as all else that is done about a prompt
 
 
 def _on_engine_loop(
@@ -113,7 +114,7 @@ class AsyncEngine(EngineLifecycle):
         opening, regret = self.undoable_stream(prompts, input_ids, sampling_params, options)
         group = await self.runtime.run(opening, regret)
         try:
-            while pieces := await self.runtime.run(group.next_pieces()):
+            while pieces := await self.runtime.run_part(group.next_pieces, group.rest):
                 for piece in pieces:
                     yield piece
         finally:
@@ -147,7 +148,7 @@ class AsyncEngine(EngineLifecycle):
 
         `request_id` matches exactly, or as a prefix. Returns how many sequences matched; none is no error.
         """
-        check_text(message, "message")
+        message = text_of(message, "message")
         by_prefix, everything = as_flag(prefix, "prefix"), as_flag(all, "all")
         return self._running.intake.abort(request_id, prefix=by_prefix, everything=everything, message=message)
 
@@ -163,7 +164,7 @@ class AsyncEngine(EngineLifecycle):
 
     def undoable_pause(self, mode: PauseMode, timeout: float | None) -> Undoable[int]:
         """What `pause` does, and what undoes it: for `Runtime.run` and `wait`."""
-        check_choice(mode, PauseMode, "mode")
+        mode = choice_of(mode, PauseMode, "mode")
         seconds = seconds_of(timeout)
         client = self.runtime.client
         self.runtime.check_open()
@@ -210,7 +211,7 @@ class AsyncEngine(EngineLifecycle):
     ) -> Undoable[UpdateSession]:
         """What `begin_update` does, and what undoes it: for `Runtime.run` and `wait`."""
         self.runtime.check_open()
-        check_update(mode, in_flight)
+        mode, in_flight = modes_of(mode, in_flight)
         updater = self.runtime.updater
         seconds = seconds_of(timeout) or DEFAULT_UPDATE_TIMEOUT
         is_partial = as_flag(partial, "partial")
@@ -273,7 +274,7 @@ class AsyncEngine(EngineLifecycle):
     ) -> Script[UpdateReport]:
         """What `update_weights_from_tensor` does, as a script for `headrace.engine.update.drive`."""
         self.runtime.check_open()
-        check_update(mode, in_flight)
+        mode, in_flight = modes_of(mode, in_flight)
         updater = self.runtime.updater
         label, seconds = version_of(version), seconds_of(timeout) or DEFAULT_UPDATE_TIMEOUT
         is_partial = as_flag(partial, "partial")
@@ -294,7 +295,7 @@ class AsyncEngine(EngineLifecycle):
         it is read. With `root` nothing outside that folder is read, wherever links lead: for paths of others. One that
         is not live within `timeout` seconds, or is cancelled before, is aborted."""
         seconds = seconds_of(timeout) or DEFAULT_UPDATE_TIMEOUT
-        check_update(mode, in_flight)
+        mode, in_flight = modes_of(mode, in_flight)
         folder, label = folder_of(path), version_of(version)
         below = "" if root is None else folder_of(root)
         return await self.runtime.client.change(
@@ -317,7 +318,7 @@ class AsyncEngine(EngineLifecycle):
     ) -> WeightBytes:
         """As `get_weights_by_name`, for callers without torch: the bytes and what they are. Of the first `max_rows`
         rows only, if `check` does not refuse what the tensor turns out to be."""
-        check_text(name, "name")
+        name = text_of(name, "name")
         return await read_weight(self.runtime.client, name, max_rows, check)
 
     @_on_engine_loop
@@ -329,7 +330,7 @@ class AsyncEngine(EngineLifecycle):
     @_on_engine_loop
     async def weights_checker(self, action: str) -> dict[str, str]:
         """SGLang's checker: "snapshot", "reset_tensors" or "compare"."""
-        check_text(action, "action")
+        action = text_of(action, "action")
         return await self.runtime.client.change(lambda call_id: WeightsChecker(call_id, action), dict[str, str])
 
     @_on_engine_loop
@@ -363,11 +364,15 @@ class AsyncEngine(EngineLifecycle):
         options: GenerateOptions,
         scores: bool = False,
     ) -> list[Generation]:
-        streams = self._running.intake.submit_all(
-            await self._expand(prompts, input_ids, sampling_params, options, scores=scores)
-        )
+        items = await self._expand(prompts, input_ids, sampling_params, options, scores=scores)
+        streams = await self._running.intake.submit_all(items)
+        results: list[Generation] = []
         try:
-            return [await stream.result() for stream in streams]
+            for stream in streams:
+                results.append(await stream.result())
+                if len(results) % SEQUENCES_PER_TURN == 0:
+                    await asyncio.sleep(0)
+            return results
         finally:
             for stream in streams:
                 stream.cancel()
@@ -376,7 +381,7 @@ class AsyncEngine(EngineLifecycle):
         self, prompts: Prompts, input_ids: InputIds, sampling_params: Sampling, options: GenerateOptions
     ) -> StreamGroup:
         items = await self._expand(prompts, input_ids, sampling_params, options, stream=True)
-        return StreamGroup(self._running.intake.submit_all(items))
+        return StreamGroup(await self._running.intake.submit_all(items))
 
     async def _expand(
         self,
@@ -388,11 +393,11 @@ class AsyncEngine(EngineLifecycle):
         stream: bool = False,
         scores: bool = False,
     ) -> list[GenerateItem]:
-        """Much text is encoded in another thread, so that streams and heartbeats go on."""
+        """Much text is encoded, and many prompts are read, in another thread, so that streams and heartbeats go on."""
         expand = functools.partial(
             self._running.builder.expand, prompts, input_ids, sampling_params, options, stream=stream, scores=scores
         )
-        return await run_sized(_num_characters(prompts), expand)
+        return await run_sized(_size_of(prompts if input_ids is None else input_ids), expand)
 
 
 async def stop_server(running: Any) -> None:
@@ -409,6 +414,11 @@ def _load_server() -> Any:
     return importlib.import_module("headrace.server.run")
 
 
-def _num_characters(prompts: Any) -> int:
-    texts = prompts if isinstance(prompts, (list, tuple)) else [prompts]
-    return sum(len(text) for text in texts if isinstance(text, str))
+def _size_of(given: Any) -> int:
+    """About what prompts cost to be read, in characters of text. One prompt's ids cost little."""
+    if isinstance(given, str):
+        return len(given)
+    is_list = isinstance(given, (list, tuple)) and not isinstance(next(iter(given), 0), int)
+    if not is_list and getattr(given, "ndim", 1) != 2:
+        return 0
+    return _CHARACTERS_PER_PROMPT * len(given) + sum(len(text) for text in given if isinstance(text, str))

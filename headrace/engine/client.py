@@ -295,7 +295,16 @@ class CoreClient:
     def _send(self, command: Command) -> None:
         """Send after everything that was asked before it."""
         self._flush()
-        self._link.send(command)
+        self._put(command)
+
+    def _put(self, command: Command) -> None:
+        """Give the link a command. One found gone bars everybody from now on: `_die` follows, once it is known how the
+        core ended."""
+        try:
+            self._link.send(command)
+        except EngineDeadError as error:
+            self._barred = error
+            raise
 
     def _schedule_flush(self) -> None:
         if not self._flush_scheduled:
@@ -310,13 +319,13 @@ class CoreClient:
             self._send_requests(requests)
         if finished and self.is_alive:
             try:
-                self._link.send(Finished(tuple(finished)))
+                self._put(Finished(tuple(finished)))
             except HeadraceError as error:
                 logger.debug("the core was not told of %d ended sequences: %s", len(finished), error)
 
     def _send_requests(self, requests: tuple[Request, ...]) -> None:
         try:
-            self._link.send(Submit.of(requests))
+            self._put(Submit.of(requests))
         except RequestError as error:  # a value that cannot travel costs its own request only
             if len(requests) == 1:
                 self._fail_sinks([requests[0].handle], error)

@@ -7,13 +7,15 @@ from typing import Any, get_args
 
 from headrace.engine.fields import MAX_NAME_LENGTH
 from headrace.types.errors import CheckpointError, RequestError, WeightUpdateError
-from headrace.types.plain_values import as_choice, as_integer, as_seconds
+from headrace.types.plain_values import as_choice, as_integer, as_seconds, plain_text
 from headrace.types.weights import InFlight, UpdateMode
 
 
 def version_of(version: Any) -> str:
     """A version label; an int is accepted."""
-    label = version if isinstance(version, str) else str(as_integer(version, "version", WeightUpdateError))
+    label = plain_text(version)
+    if not isinstance(label, str):
+        label = str(as_integer(version, "version", WeightUpdateError))
     if not label or len(label) > MAX_NAME_LENGTH or not _is_text(label):
         rule = f"must be text of 1 to {MAX_NAME_LENGTH} characters, or an integer"
         raise WeightUpdateError(f"version {rule}", field="version")
@@ -33,21 +35,22 @@ def seconds_of(timeout: Any) -> float | None:
     return None if timeout is None else as_seconds(timeout, "timeout")
 
 
-def check_update(mode: Any, in_flight: Any) -> None:
-    """Refuse modes of an update that do not exist."""
-    check_choice(mode, UpdateMode, "mode")
-    check_choice(in_flight, InFlight, "in_flight")
+def modes_of(mode: Any, in_flight: Any) -> tuple[UpdateMode, InFlight]:
+    """The modes of an update."""
+    return choice_of(mode, UpdateMode, "mode"), choice_of(in_flight, InFlight, "in_flight")
 
 
-def check_choice(value: Any, choices: Any, field: str) -> None:
-    """Refuse what is not one of the strings of a `Literal`."""
-    as_choice(value, get_args(choices), field)
+def choice_of(value: Any, choices: Any, field: str) -> Any:
+    """One of the strings of a `Literal`."""
+    return as_choice(value, get_args(choices), field)
 
 
-def check_text(value: Any, field: str) -> None:
-    """Refuse what is not a short string that can be sent."""
-    if not isinstance(value, str) or len(value) > MAX_NAME_LENGTH or not _is_text(value):
+def text_of(value: Any, field: str) -> str:
+    """A short string that can be sent."""
+    text = plain_text(value)
+    if not isinstance(text, str) or len(text) > MAX_NAME_LENGTH or not _is_text(text):
         raise RequestError(f"{field} must be text of at most {MAX_NAME_LENGTH} characters", field=field)
+    return text
 
 
 def _is_text(value: str) -> bool:

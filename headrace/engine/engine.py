@@ -114,7 +114,7 @@ class Engine:
         opening, regret = self.asynchronous.undoable_stream(prompts, input_ids, sampling_params, options)
         group = self._wait(opening, regret)
         try:
-            while pieces := self._wait(group.next_pieces()):
+            while pieces := self.asynchronous.runtime.wait_part(group.next_pieces, group.rest):
                 yield from pieces
         finally:
             self.asynchronous.runtime.post(group.cancel)

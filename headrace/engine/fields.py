@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 import msgspec
 
 from headrace.types.errors import RequestError
-from headrace.types.plain_values import as_choice, as_integer, as_integer_array, as_list
+from headrace.types.plain_values import as_choice, as_integer, as_integer_array, as_list, plain_text
 from headrace.types.sampling_params import LogprobMode, SamplingParams
 
 MAX_NAME_LENGTH = 1024
@@ -21,6 +21,10 @@ Sampling = SamplingParams | Mapping[str, Any] | Sequence[SamplingParams | Mappin
 
 def sources(prompts: Prompts, input_ids: InputIds) -> tuple[str, list[Any]]:
     """The field that was used and its prompts as a list: texts, or sequences of ids."""
+    for field, value in (("prompts", prompts), ("input_ids", input_ids)):
+        first = value[0] if isinstance(value, (list, tuple)) and value else value
+        if _is_params(first):
+            raise RequestError(f"{field} must be no sampling parameters: give them as sampling_params", field=field)
     if (prompts is None) == (input_ids is None):
         field = "prompts" if prompts is not None else "input_ids"
         raise RequestError("exactly one of prompts and input_ids must be given", field=field)
@@ -33,13 +37,18 @@ def sources(prompts: Prompts, input_ids: InputIds) -> tuple[str, list[Any]]:
     return "prompts", _nonempty(texts, "prompts")
 
 
+def _is_params(value: Any) -> bool:
+    known = SamplingParams.__struct_fields__
+    return isinstance(value, SamplingParams) or (
+        isinstance(value, Mapping) and bool(value) and set(value) <= set(known)
+    )
+
+
 def _id_rows(input_ids: Any) -> list[Any]:
     """One prompt's ids, or many prompts', each as it was given. An array or tensor has a prompt per row."""
     if hasattr(input_ids, "shape"):
-        return list(input_ids) if len(input_ids.shape) == 2 else [input_ids]
+        return _nonempty(list(input_ids), "input_ids") if len(input_ids.shape) == 2 else [input_ids]
     rows = as_list(input_ids, "input_ids", "a list of token ids or a list of such lists")
-    if isinstance(input_ids, Set):
-        raise RequestError("input_ids must have an order; a set has none", field="input_ids")
     return rows if any(map(_is_row, rows)) else [_nonempty(rows, "input_ids")]
 
 
@@ -97,7 +106,7 @@ def request_ids(names: Any, num_prompts: int) -> list[str]:
     if names is None:
         return [uuid.uuid4().hex for _ in range(num_prompts)]
     if isinstance(names, str):
-        check_name(names, "request_id")
+        names = name_of(names, "request_id")
         if not names:
             raise RequestError("request_id is empty", field="request_id")
         return [names] if num_prompts == 1 else [f"{names}_{i}" for i in range(num_prompts)]
@@ -105,7 +114,7 @@ def request_ids(names: Any, num_prompts: int) -> list[str]:
         raise RequestError("request_id must be a string or a list of strings", field="request_id")
     if len(names) != num_prompts or len(set(names)) != num_prompts:
         raise RequestError(f"request_id must hold {num_prompts} different names, one per prompt", field="request_id")
-    return list(names)
+    return list(map(plain_text, names))
 
 
 def integer_within(value: Any, field: str, low: int, high: int) -> int:
@@ -126,14 +135,16 @@ def per_prompt(value: Any, num_prompts: int, field: str) -> list[int]:
     return [as_integer(each, f"{field}[{i}]") for i, each in enumerate(values)]
 
 
-def check_name(value: Any, field: str) -> None:
+def name_of(value: Any, field: str) -> str:
     """A plain string of bounded length, of characters that can be encoded."""
-    if type(value) is not str or len(value) > MAX_NAME_LENGTH:
-        raise RequestError(f"{field} must be a plain string of at most {MAX_NAME_LENGTH} characters", field=field)
+    name = plain_text(value)
+    if not isinstance(name, str) or len(name) > MAX_NAME_LENGTH:
+        raise RequestError(f"{field} must be a string of at most {MAX_NAME_LENGTH} characters", field=field)
     try:
-        value.encode()
+        name.encode()
     except UnicodeEncodeError as error:
         raise RequestError(f"{field} is no text: {error}", field=field) from None
+    return name
 
 
 def check_mode(value: Any, field: str) -> None:
@@ -145,4 +156,5 @@ def id_tuple(ids: Any, field: str, max_length: int) -> tuple[int, ...]:
     """A short list of token ids, None being an empty one."""
     if ids is None:
         return ()
-    return tuple(as_integer_array(as_list(ids, field, "a list of token ids", max_length), field).tolist())
+    listed = as_list(ids, field, "a list of token ids", max_length, takes_sets=True)
+    return tuple(as_integer_array(listed, field).tolist())

@@ -13,7 +13,7 @@ import msgspec
 
 from headrace.engine.client import CoreClient
 from headrace.engine.requests import GenerateItem, RequestBuilder
-from headrace.engine.stream import EndKind, Stream
+from headrace.engine.stream import SEQUENCES_PER_TURN, EndKind, Stream
 from headrace.engine.text_feed import TextStart
 from headrace.text import Tokenizer
 from headrace.types.errors import DeadlineError, HeadraceError, RequestError
@@ -59,21 +59,26 @@ class Intake:
             self._timers[request.handle] = timer
         return stream
 
-    def submit_all(self, items: Sequence[GenerateItem]) -> list[Stream]:
-        """Send many sequences, or none: a name in use is found before the first one goes."""
+    async def submit_all(self, items: Sequence[GenerateItem]) -> list[Stream]:
+        """Send many sequences, or none: a name in use is found before the first one goes. Very many leave the loop to
+        others now and then."""
         taken = {item.request_id for item in items}.intersection(self._live)
         for item in items:
             if item.request_id in taken and not item.return_errors:
                 raise _name_in_use(item.request_id)
         streams: list[Stream] = []
+        is_whole = False
         try:
-            for item in items:
+            for number, item in enumerate(items, 1):
                 is_taken = item.request_id in taken and item.refusal is None
                 streams.append(self._refused(item, _name_in_use(item.request_id)) if is_taken else self.submit(item))
-        except HeadraceError:
-            for stream in streams:
-                stream.cancel()
-            raise
+                if number % SEQUENCES_PER_TURN == 0:
+                    await asyncio.sleep(0)
+            is_whole = True
+        finally:
+            if not is_whole:
+                for stream in streams:
+                    stream.cancel()
         return streams
 
     def abort(self, request_id: str | None, *, prefix: bool, everything: bool, message: str) -> int:

@@ -21,9 +21,9 @@ from headrace.engine.fields import (
     Prompts,
     Sampling,
     check_mode,
-    check_name,
     id_tuple,
     integer_within,
+    name_of,
     params_list,
     per_prompt,
     request_ids,
@@ -155,7 +155,10 @@ class RequestBuilder:
         `RequestError` before anything is submitted."""
         for name in options:
             if name not in GenerateOptions.__annotations__:
-                message = f"{name} is not an argument of a request{hint(name, GenerateOptions.__annotations__)}"
+                meant = hint(name, GenerateOptions.__annotations__)
+                if name in (*SamplingParams.__struct_fields__, "sampling_seed"):
+                    meant = "; it belongs in sampling_params"
+                message = f"{name} is not an argument of a request{meant}"
                 raise RequestError(message, field=name)
         field, given = sources(prompts, input_ids)
         returns_errors = as_flag(options.get("return_errors", False), "return_errors")
@@ -210,11 +213,10 @@ class RequestBuilder:
     def build(self, item: GenerateItem, handle: int) -> Request:
         """The core's request for `item`. Raises `RequestError` naming the field."""
         item = self.prepare(item)
-        check_name(item.request_id, "request_id")
         params, packed, shared = item.params, item.packed or b"", self._shared(item.params)
         return Request(
             handle=handle,
-            request_id=item.request_id,
+            request_id=name_of(item.request_id, "request_id"),
             prompt=packed,
             max_new_tokens=params.max_new_tokens,
             seed=self._seed_of(item),
@@ -239,13 +241,14 @@ class RequestBuilder:
         params = self._clipped(item.params, num_prompt) if item.clip_to_context else item.params
         self._check_room(num_prompt, params.max_new_tokens)
         self._shared(params)
-        check_name(item.namespace, "extra_key")
-        check_name(item.request_id, "request_id")
+        namespace, request_id = name_of(item.namespace, "extra_key"), name_of(item.request_id, "request_id")
         self._check_logprobs(item.logprobs, num_prompt)
         check_logprob_values(num_logprob_values(item.logprobs, num_prompt, params), item.logprobs)
         name, num_output = "num_output_ids_in_prompt", item.num_output_ids_in_prompt
         return msgspec.structs.replace(
             item,
+            request_id=request_id,
+            namespace=namespace,
             packed=packed,
             prompt=None,
             input_ids=None,

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 SHUTDOWN_SECONDS = 5.0
 _LOOK_SECONDS = 0.5
+_CLOSING_SECONDS = 0.02
 _SHUTTING_DOWN = "the engine is shut down"
 
 Result = TypeVar("Result")
@@ -107,6 +108,18 @@ class _Errand(Generic[Result]):
         finally:
             self.is_gone = True
             self._on_news()
+
+
+class _Begun(Generic[Result]):
+    """Tells an error of a coroutine from its refusal."""
+
+    def __init__(self, function: Callable[[], Coroutine[Any, Any, Result]]) -> None:
+        self.is_true = False
+        self._function = function
+
+    async def run(self) -> Result:
+        self.is_true = True
+        return await self._function()
 
 
 def result_of(future: concurrent.futures.Future[Result]) -> Result:
@@ -237,6 +250,31 @@ class Runtime:
             while not self._is_rid_of(errand):
                 _look_out(news)
             raise
+
+    async def run_part(self, part: Callable[[], Coroutine[Any, Any, Result]], rest: Callable[[], Result]) -> Result:
+        """`run` for what comes in parts. While the engine ends, and after, `rest` says the next one, without waiting,
+        once nothing runs on the loop any more: what was answered at the end is heard by those who are slower too."""
+        begun = _Begun(part)
+        try:
+            return await self.run(begun.run())
+        except ShutdownError:
+            if begun.is_true or self.foreign is not None:
+                raise
+        while not self._has_closed.is_set():
+            await asyncio.sleep(_CLOSING_SECONDS)
+        return rest()
+
+    def wait_part(self, part: Callable[[], Coroutine[Any, Any, Result]], rest: Callable[[], Result]) -> Result:
+        """`wait` for what comes in parts; `rest` as in `run_part`."""
+        begun = _Begun(part)
+        try:
+            return self.wait(begun.run())
+        except ShutdownError:
+            if begun.is_true or self.foreign is not None:
+                raise
+        while not self._has_closed.wait(_LOOK_SECONDS):
+            pass
+        return rest()
 
     def post(self, action: Callable[[], None]) -> None:
         """Call `action` on the loop soon; forgotten once the runtime is closed."""

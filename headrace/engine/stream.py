@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 EndKind = Literal["answered", "dropped"]
 """Whether the core has ended the sequence itself, or must be told that the front did."""
 
-MAX_PIECES = 256
-"""Of a group, in one turn of the loop."""
+SEQUENCES_PER_TURN = 256
+"""Of very many, before the event loop's other work has its turn."""
 
 _OUR_BUGS = (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 
@@ -112,7 +112,8 @@ class Stream:
 
     def cancel(self) -> None:
         """Drop the sequence: nothing more is wanted. Does nothing once it has ended."""
-        self._end("dropped", Finish("abort", message="Cancelled"))
+        if not self.is_done:
+            self._end("dropped", Finish("abort", message="Cancelled"))
 
     def on_delta(self, delta: Delta) -> None:
         """What the core sent about this sequence."""
@@ -205,8 +206,6 @@ class Stream:
             self._end(kind, Finish("error", message=error.message, error=error.info()))
 
     def _end(self, kind: EndKind, finish: Finish) -> None:
-        if self.is_done:
-            return
         self.is_done = True
         self._finish = finish
         self._on_end(self, kind)
@@ -260,6 +259,14 @@ class StreamGroup:
             await self._waiter
         return []
 
+    def rest(self) -> list[Generation]:
+        """As `next_pieces`, once every stream has ended and the engine's loop too: in any thread, without waiting."""
+        while self._ready:
+            pieces = self._take_some()
+            if pieces:
+                return pieces
+        return []
+
     def cancel(self) -> None:
         """Drop every stream that has not ended."""
         for stream in list(self._live):
@@ -267,7 +274,7 @@ class StreamGroup:
 
     def _take_some(self) -> list[Generation]:
         pieces: list[Generation] = []
-        ready = list(itertools.islice(self._ready, MAX_PIECES))
+        ready = list(itertools.islice(self._ready, SEQUENCES_PER_TURN))
         for stream in ready:
             del self._ready[stream]
         self._is_behind = bool(self._ready)

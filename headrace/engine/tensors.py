@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from headrace.types.errors import WeightUpdateError
 from headrace.types.messages import WeightBytes
+from headrace.types.plain_values import plain_text
 from headrace.types.weights import TensorInfo, shape_problem
 from headrace.weights.weight_map import FLOAT_DTYPES, TIED_HEAD, is_derived
 
@@ -188,7 +189,7 @@ def _checked(pairs: Iterable[Any]) -> Iterator[tuple[str, Any]]:
     for pair in pairs:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], str):
             raise WeightUpdateError("named_tensors must hold (name, tensor) pairs", field="named_tensors")
-        name, tensor = pair
+        name, tensor = plain_text(pair[0]), pair[1]
         if is_derived(name):
             continue
         if not isinstance(tensor, np.ndarray) and not _is_torch(tensor):

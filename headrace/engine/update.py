@@ -363,7 +363,7 @@ def manifest_of(entries: Manifest) -> tuple[TensorInfo, ...]:
     Buffers that every engine recomputes are left out, as `stage` leaves them out."""
     what = "a list of TensorInfo or (name, shape, dtype) entries"
     manifest: list[TensorInfo] = []
-    for entry in as_list(entries, "manifest", what, MAX_TENSORS, refusal=WeightUpdateError):
+    for entry in as_list(entries, "manifest", what, MAX_TENSORS, refusal=WeightUpdateError, takes_sets=True):
         try:
             fields = msgspec.structs.astuple(entry) if isinstance(entry, TensorInfo) else (*entry, "")
             name, shape, dtype, digest = fields

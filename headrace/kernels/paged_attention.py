@@ -84,7 +84,12 @@ class SampledAttention:
 def _csr(offsets: Tensor, columns: Tensor, entries: Tensor, size: tuple[int, int]) -> Tensor:
     """A CSR matrix over these very tensors, unchecked."""
     _hear_beta_notice()
-    return torch.sparse_csr_tensor(offsets, columns, entries, size=size, check_invariants=False)
+    try:
+        return torch.sparse_csr_tensor(offsets, columns, entries, size=size, check_invariants=False)
+    except UserWarning:  # a caller's process has asked torch to warn always, and Python to raise that
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.sparse_csr_tensor(offsets, columns, entries, size=size, check_invariants=False)
 
 
 @functools.cache

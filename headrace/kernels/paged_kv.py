@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headrace.types.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class KvGeometry:
@@ -33,14 +35,22 @@ class KvGeometry:
 
 
 class KvPool:
-    """Keys and values of all layers, flat: `keys[layer]` and `values[layer]` are [num_rows, head_dim]."""
+    """Keys and values of all layers, flat: `keys[layer]` and `values[layer]` are [num_rows, head_dim].
+
+    Raises `ConfigError` naming `kv_pool_tokens` where memory does not hold it.
+    """
 
     def __init__(self, geometry: KvGeometry, dtype: torch.dtype, device: torch.device | None = None) -> None:
         self.geometry = geometry
         self.dtype = dtype
         shape = (2 * geometry.num_layers, geometry.num_rows, geometry.head_dim)
         is_cpu = device is None or device.type == "cpu"
-        blocks = _lazy_zeros(shape, dtype) if is_cpu else torch.zeros(shape, dtype=dtype, device=device)
+        try:
+            blocks = _lazy_zeros(shape, dtype) if is_cpu else torch.zeros(shape, dtype=dtype, device=device)
+        except (OSError, OverflowError, torch.OutOfMemoryError) as error:
+            size = f"{math.prod(shape) * dtype.itemsize / (1 << 30):,.1f} GiB"
+            message = f"a KV pool of {size} does not fit in memory; lower kv_pool_tokens ({error})"
+            raise ConfigError(message, field="kv_pool_tokens") from None
         self.keys = [blocks[2 * layer] for layer in range(geometry.num_layers)]
         self.values = [blocks[2 * layer + 1] for layer in range(geometry.num_layers)]
 

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from headrace.engine import Engine
+from headrace.engine.control import version_of
 from headrace.engine.tensors import describe, same_memory, tensor_bytes, whole
 from headrace.types.errors import WeightUpdateError
+from headrace.types.plain_values import as_flag
 from headrace.types.weights import InFlight, UpdateMode, UpdateReport
 from headrace.weights.weight_map import TIED_HEAD, is_derived
 
@@ -48,6 +50,7 @@ def hf_named_tensors(
     Raises `WeightUpdateError` if two parameters come to bear one name, other ranks hold a part of a DTensor, or one
     has no values that can be read.
     """
+    keep_tied_head = as_flag(keep_tied_head, "keep_tied_head", WeightUpdateError)
     is_module = hasattr(weights, "state_dict") and hasattr(weights, "named_parameters")
     if not isinstance(weights, Mapping) and not is_module:
         message = f"weights must be a module or a state dict, not {type(weights).__name__}"
@@ -97,11 +100,13 @@ def push_weights(
     the fact, when what it reports or holds is not what was sent.
     """
     started = time.perf_counter()
+    verify = as_flag(verify, "verify", WeightUpdateError)
     is_tied = engine.resolved.model.tie_word_embeddings
     pairs = hf_named_tensors(weights, keep_tied_head=not is_tied)
-    report = engine.update_weights_from_tensor(pairs, version, mode=mode, in_flight=in_flight)
-    if (report.version, report.num_tensors) != (str(version), len(pairs)):
-        sent, got = f"{len(pairs)} as {version}", f"{report.num_tensors} as {report.version}"
+    label = version_of(version)
+    report = engine.update_weights_from_tensor(pairs, label, mode=mode, in_flight=in_flight)
+    if (report.version, report.num_tensors) != (label, len(pairs)):
+        sent, got = f"{len(pairs)} as {label}", f"{report.num_tensors} as {report.version}"
         raise WeightUpdateError(f"tensors sent: {sent}; taken by the engine: {got}", field="version")
     if verify:
         digests = tensor_digests(pairs, engine.resolved.dtype)

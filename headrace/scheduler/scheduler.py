@@ -26,7 +26,7 @@ from headrace.types.request import Delta, Finish, Request
 
 logger = logging.getLogger(__name__)
 
-BREACHES = (AssertionError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+BREACHES = (AssertionError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, Warning)
 """What `plan` and `apply` may raise when the scheduler's books are wrong: always our own bug."""
 
 _ARRIVALS_PER_PRIORITY = 1 << 42
@@ -201,15 +201,15 @@ class Scheduler:
     def set_weights(self, version: str, epoch: int) -> None:
         """Steps from now on run under other weights: tokens bear `version`, and no prefix of an older epoch matches.
 
-        Only with no plan in flight; `epoch` must grow. Sequences still running keep their KV and are never published,
+        Only with no plan in flight; `epoch` must grow. Sequences still running keep their KV, which is never published,
         but those that sampled nothing since they entered their slot: they have nothing to keep, only part of what they
         know computed, and are computed again. So a prompt and its scores are always of one set of weights.
         """
         assert not self._in_flight, "weights change only with no step in flight"
         assert epoch > self.epoch, "an epoch is never used twice"
-        self.keep_running()
         table = self._roster.table
         for slot in self._roster.order().tolist():
+            self._roster.leases.never_publish(slot)
             if table.num_known[slot] == table.num_entered[slot]:
                 self._roster.preempt(slot)
         for sequence in self._roster.by_handle.values():  # some may have been preempted before
@@ -224,11 +224,6 @@ class Scheduler:
         if version != self.version:
             self.version = version
             self._version_index += 1
-
-    def keep_running(self) -> None:
-        """Sequences that run now keep their KV, and it will never be published; computed again, it may be."""
-        for slot in self._roster.order().tolist():
-            self._roster.leases.never_publish(slot)
 
     def recompute_running(self) -> None:
         """Running sequences drop their KV, keep their tokens, and are admitted again before any new one. After

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -42,14 +42,14 @@ class NativeFace:
         received_at = time.perf_counter()
         is_incremental = self._state.options.incremental_streaming_output
         engine = self._state.engine
-        draft = await read_body(request, functools.partial(Draft, engine))
-        call = await read_call(engine, draft, is_incremental)
+        call = await read_call(engine, await read_body(request, functools.partial(Draft, engine)), is_incremental)
         streams = await self._submit(call)
-        replies = self._replies(call, streams, received_at)
+        style = self._style(call, received_at)
         cancel, on_disconnect = functools.partial(cancel_all, streams), self._state.metrics.count_disconnect
         if call.is_stream:
-            events = self._events(self._state.group(streams), replies, call)
+            events = self._events(self._state.group(streams), streams, style, call)
             return EventStream(events, cancel, on_disconnect, headers={STREAM_HEADER: _STREAMING[call.is_incremental]})
+        replies = map(functools.partial(SequenceReply, style), streams, call.wants_logprobs)  # each when it is written
         with dropping(request.receive, cancel, on_disconnect):
             bodies = await _written(streams, replies)
         parts = [part for body in bodies for part in (b",", body)]
@@ -71,9 +71,9 @@ class NativeFace:
                 cancel_all(streams)
         return streams
 
-    def _replies(self, call: GenerateCall, streams: Sequence[Stream], received_at: float) -> list[SequenceReply]:
+    def _style(self, call: GenerateCall, received_at: float) -> ReplyStyle:
         engine = self._state.engine
-        style = ReplyStyle(
+        return ReplyStyle(
             has_text=engine.tokenizer is not None,
             tokenizer=engine.tokenizer if call.writes_text else None,
             live_version=lambda: engine.version,
@@ -81,17 +81,19 @@ class NativeFace:
             writes_prompt_ids=call.writes_prompt_ids,
             warnings=call.warnings,
         )
-        return [SequenceReply(style, *each) for each in zip(streams, call.wants_logprobs, strict=True)]
 
     async def _events(
-        self, group: StreamGroup, replies: Sequence[SequenceReply], call: GenerateCall
+        self, group: StreamGroup, streams: Sequence[Stream], style: ReplyStyle, call: GenerateCall
     ) -> AsyncIterator[bytes]:
         """One event per sequence that has news; a client that reads slowly gets fewer, larger ones."""
-        numbers = {reply.request_id: number for number, reply in enumerate(replies)}
+        numbers = {stream.request.request_id: number for number, stream in enumerate(streams)}
+        replies: dict[int, SequenceReply] = {}
         while pieces := await group.next_pieces():
             events = []
             for piece in pieces:
                 number = numbers[piece.request_id]
+                if number not in replies:
+                    replies[number] = SequenceReply(style, streams[number], call.wants_logprobs[number])
                 reply = replies[number]
                 reply.add(piece)
                 body = reply.body(piece)
@@ -101,7 +103,7 @@ class NativeFace:
             yield b"".join(events)
 
 
-async def _written(streams: Sequence[Stream], replies: Sequence[SequenceReply]) -> list[bytes]:
+async def _written(streams: Sequence[Stream], replies: Iterable[SequenceReply]) -> list[bytes]:
     """The objects of all sequences as JSON, once they are finished. Written one by one: what is not bytes yet is large,
     and soon gone."""
     bodies: list[bytes] = []
@@ -115,6 +117,4 @@ async def _written(streams: Sequence[Stream], replies: Sequence[SequenceReply]) 
 
 def _write(reply: SequenceReply, piece: Generation) -> bytes:
     reply.add(piece)
-    body = encode_json(reply.body(piece))
-    reply.forget()
-    return body
+    return encode_json(reply.body(piece))

@@ -47,11 +47,6 @@ class SequenceReply:
         if wants_logprobs:
             self._lists = {"input_token_logprobs": [], "output_token_logprobs": []}
 
-    @property
-    def request_id(self) -> str:
-        """The sequence's name."""
-        return self._stream.request.request_id
-
     def add(self, piece: Generation) -> None:
         """Take in what is new."""
         self._text.append(piece.text)

@@ -12,7 +12,7 @@ import numpy as np
 
 from headrace.engine import AsyncEngine, GenerateItem
 from headrace.engine.bounds import check_body, check_call
-from headrace.engine.fields import check_name, params_list, per_prompt
+from headrace.engine.fields import name_of, params_list, per_prompt
 from headrace.server.errors import FieldNames
 from headrace.server.keys import LACKING_GENERATE, LACKING_SAMPLING, refuse_lacking, warnings_for
 from headrace.server.prompts import check_count, encode_text, encode_texts, warnings_about
@@ -121,7 +121,8 @@ async def read_call(engine: AsyncEngine, draft: Draft, is_incremental: bool) -> 
     firsts = [item for item in items if item.index == 0 and item.packed is not None]
     with item_errors(0, is_list):
         prompts_asked = ((item.logprobs, len(item.packed or b"") // 4, item.params) for item in firsts)
-        check_body(prompts_asked, "return_prompt_token_ids" if body.return_prompt_token_ids else "")
+        repeats_ids_for = "return_prompt_token_ids" if body.return_prompt_token_ids else ""
+        await run_sized(len(firsts), lambda: check_body(prompts_asked, repeats_ids_for))
     return GenerateCall(
         items=items,
         wants_logprobs=[draft.asked.wants_logprobs[item.prompt_index] for item in items],
@@ -316,16 +317,13 @@ def _id_row(row: Any, field: str) -> tuple[int, ...]:
 
 def _checked(name: str | None) -> str | None:
     """A name, before it is repeated for every sequence."""
-    if name is not None:
-        check_name(name, "rid")
-    return name
+    return None if name is None else name_of(name, "rid")
 
 
 def _own(name: str, position: int, refusals: dict[int, RequestError] | None) -> str:
     """What the names of one prompt's samples begin with. One too long is refused, with its prompt where that may be."""
     try:
-        check_name(name, "rid")
-        return name
+        return name_of(name, "rid")
     except RequestError as error:
         if refusals is None:
             raise

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from headrace.types.errors import ConfigError
-from headrace.types.plain_values import as_integer, as_setting, hint
+from headrace.types.plain_values import as_integer, as_seconds, as_setting, hint
 
 MAX_KEY_BYTES = 4096
 logger = logging.getLogger(__name__)
@@ -65,9 +65,10 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
                 raise ConfigError(f"{name} must be printable ASCII, not empty, without spaces around it", field=name)
         if self.max_body_bytes < 1024:
             raise ConfigError("max_body_bytes must be at least 1024", field="max_body_bytes")
-        for name in ("body_timeout", "write_timeout", "drain_timeout"):
-            if not 0 <= getattr(self, name) <= 1e9:
-                raise ConfigError(f"{name} must be in [0, 1e9] seconds", field=name)
+        for name in ("body_timeout", "write_timeout"):
+            as_seconds(getattr(self, name), name, ConfigError)
+        if not 0 <= self.drain_timeout <= 1e9:
+            raise ConfigError("drain_timeout must be in [0, 1e9] seconds", field="drain_timeout")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ServerOptions:

@@ -12,7 +12,8 @@ from headrace.server.app import create_app
 from headrace.server.listening import EmbeddedServer, listen, url_of
 from headrace.server.options import ServerOptions
 from headrace.server.state import ServerState
-from headrace.types.errors import InternalError
+from headrace.types.errors import InternalError, RequestError
+from headrace.types.plain_values import MAX_SECONDS, as_number
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +39,12 @@ class RunningServer:
 
         What still runs after `timeout` seconds (default `drain_timeout`) is aborted and answered with what there is.
         """
-        await self._state.engine.runtime.run(self._stop(timeout))
+        limit = self._state.options.drain_timeout if timeout is None else as_number(timeout, "timeout")
+        if not 0 <= limit <= MAX_SECONDS:
+            raise RequestError(f"timeout must be in [0, {MAX_SECONDS:g}] seconds, not {limit:g}", field="timeout")
+        await self._state.engine.runtime.run(self._stop(limit))
 
-    async def _stop(self, timeout: float | None) -> None:
-        limit = self._state.options.drain_timeout if timeout is None else timeout
+    async def _stop(self, limit: float) -> None:
         self._state.stop_admitting()
         if not await self._state.wait_idle(limit):
             if self._state.num_active:

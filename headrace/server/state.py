@@ -27,6 +27,8 @@ class ServerState:
         self._pacer = Pacer()
         self.started_at = time.time()
         self.num_active = 0
+        self.huge_bodies = asyncio.Lock()
+        """Held while one is decoded."""
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._is_draining = False
         self._idle = asyncio.Event()

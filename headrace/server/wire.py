@@ -21,6 +21,7 @@ from headrace.types.errors import HeadraceError, RequestError, RequestTooLargeEr
 JSON_TYPE = "application/json"
 DONE_EVENT = b"data: [DONE]\n\n"
 _BYTES_PER_CHARACTER = 8  # JSON is read so much faster than text is encoded
+_HUGE_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 18
 _ENCODER = msgspec.json.Encoder()
 # U+0085, U+2028 and U+2029, which JSON leaves as they are; they can only be inside its strings.
@@ -55,14 +56,22 @@ async def read_object(request: Request) -> dict[str, Any]:
     A large one is read in another thread, so that streams go on.
     """
     raw = await request.body()
-    return await run_sized(len(raw) // _BYTES_PER_CHARACTER, lambda: decode_object(raw))
+    return await _read(request, raw, len(raw) // _BYTES_PER_CHARACTER, decode_object)
 
 
 async def read_body(request: Request, make: Callable[[dict[str, Any]], Value]) -> Value:
     """What `make` makes of the JSON object in the body, in the thread in which a large one is read: a few bytes may
     cost it as much as a page of text. It must not touch what the loop owns."""
     raw = await request.body()
-    return await run_sized(len(raw), lambda: make(decode_object(raw)))
+    return await _read(request, raw, len(raw), lambda whole: make(decode_object(whole)))
+
+
+async def _read(request: Request, raw: bytes, size: int, decode: Callable[[bytes], Value]) -> Value:
+    """Huge bodies are decoded one at a time: each keeps the interpreter, and many times its size, while it is."""
+    if len(raw) <= _HUGE_BYTES:
+        return await run_sized(size, lambda: decode(raw))
+    async with request.app.state.server.huge_bodies:
+        return await run_sized(size, lambda: decode(raw))
 
 
 def decode_object(raw: bytes) -> dict[str, Any]:
@@ -111,7 +120,7 @@ def dropping(receive: Receive, cancel: Callable[[], None], on_disconnect: Callab
     def on_end(watcher: asyncio.Future[Message]) -> None:
         if not watcher.cancelled():
             on_disconnect()
-        cancel()
+            cancel()
 
     watcher = asyncio.ensure_future(receive())
     watcher.add_done_callback(on_end)

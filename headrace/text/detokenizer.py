@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from headrace.text.pieces import MAX_CHARACTER_BYTES, REPLACEMENT, ByteStream, PieceStream, begun_character, byte_token
 from headrace.text.tokenizer import Tokenizer
@@ -36,14 +36,18 @@ class IncrementalDetokenizer:
         prompt_ids: Sequence[int] = (),
     ) -> None:
         self._stream: _Stream
-        if tokenizer.decoder_plan.kind == "bytes":
-            self._stream = _Bytes(tokenizer.byte_pieces(skip_special_tokens, shown), prompt_ids)
+        plan = tokenizer.decoder_plan
+        if plan.kind == "bytes":
+            encoded = tokenizer.byte_pieces(skip_special_tokens, shown)
+            self._stream = _Pieces(encoded, ByteStream(_begun_bytes(encoded, prompt_ids)))
             return
         pieces = tokenizer.string_pieces(skip_special_tokens, shown)
-        if tokenizer.decoder_plan.kind == "text":
-            self._stream = _Strings(tokenizer, pieces, prompt_ids)
-        else:
+        if plan.kind == "whole":
             self._stream = _Whole(tokenizer, pieces, prompt_ids)
+            return
+        is_first = all(pieces[token_id] is None for token_id in prompt_ids)
+        begun = _begun_run(pieces, prompt_ids) if plan.joins_byte_tokens else b""
+        self._stream = _Pieces(pieces, PieceStream(plan, is_first=is_first, begun=begun))
 
     def push(self, ids: Iterable[int]) -> str:
         """Add ids; returns the text that has become certain."""
@@ -94,14 +98,16 @@ class _Stream(Protocol):
     def recent_rest(self, num_before: int) -> str: ...
 
 
-class _Bytes:
-    def __init__(self, pieces: Mapping[int, bytes], prompt_ids: Sequence[int]) -> None:
+class _Pieces:
+    """Every id adds its own piece, whatever comes beside it."""
+
+    def __init__(self, pieces: Mapping[int, Any], text: ByteStream | PieceStream) -> None:
         self._pieces = pieces
-        self._text = ByteStream(_begun_bytes(pieces, prompt_ids))
+        self._text = text
 
     def push(self, ids: Iterable[int]) -> str:
         pieces = self._pieces
-        return self._text.push(b"".join([pieces[token_id] for token_id in ids]))
+        return self._text.push([pieces[token_id] for token_id in ids])
 
     def finish(self) -> str:
         return self._text.finish()
@@ -119,36 +125,6 @@ class _Bytes:
 
     def recent_rest(self, num_before: int) -> str:
         return self._text.complete_rest()
-
-
-class _Strings:
-    def __init__(self, tokenizer: Tokenizer, pieces: Mapping[int, str | None], prompt_ids: Sequence[int]) -> None:
-        self._pieces = pieces
-        plan = tokenizer.decoder_plan
-        is_first = all(pieces[token_id] is None for token_id in prompt_ids)
-        begun = _begun_run(pieces, prompt_ids) if plan.joins_byte_tokens else b""
-        self._text = PieceStream(plan, is_first=is_first, begun=begun)
-
-    def push(self, ids: Iterable[int]) -> str:
-        pieces = self._pieces
-        return self._text.push([piece for token_id in ids if (piece := pieces[token_id]) is not None])
-
-    def finish(self) -> str:
-        return self._text.finish()
-
-    def num_before(self, token_id: int) -> int:
-        return self._text.num_before(self._pieces[token_id])
-
-    def fork(self) -> Self:
-        twin = copy.copy(self)
-        twin._text = self._text.fork()
-        return twin
-
-    def complete_rest(self) -> str:
-        return self._text.complete_rest()
-
-    def recent_rest(self, num_before: int) -> str:
-        return self._text.complete_rest() if self._text.holds_run else ""
 
 
 class _Whole:

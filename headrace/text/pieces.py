@@ -86,8 +86,9 @@ class ByteStream:
         self._decoder.decode(begun)
         self._own: bytes | None = b"" if begun else None  # what came while it is open whether `begun` is completed
 
-    def push(self, data: bytes) -> str:
+    def push(self, pieces: Iterable[bytes]) -> str:
         """Text that is now certain."""
+        data = b"".join(pieces)
         text = self._decoder.decode(data)
         return text if self._own is None else self._settle(data, text)
 
@@ -141,15 +142,12 @@ class PieceStream:
         self._is_first_token = is_first
         self._is_first_piece = is_first
 
-    @property
-    def holds_run(self) -> bool:
-        """True while a run of byte tokens is held back."""
-        return bool(self._byte_run)
-
-    def push(self, tokens: Iterable[str]) -> str:
-        """Text that is now certain."""
+    def push(self, tokens: Iterable[str | None]) -> str:
+        """Text that is now certain. None shows nothing and parts no run."""
         pieces: list[str] = []
         for token in tokens:
+            if token is None:
+                continue
             token = _rewrite(self._plan.before, token, self._is_first_token)
             self._is_first_token = False
             byte = byte_token(token) if self._plan.joins_byte_tokens else None
@@ -167,7 +165,7 @@ class PieceStream:
         return self._strip("".join(pieces))
 
     def num_before(self, token: str | None) -> int:
-        """How many characters the run held back shows before `token`, were that to come next; None shows nothing."""
+        """How many characters the run held back shows before `token`, were that to come next."""
         if not self._byte_run:
             return 0
         if token is None or byte_token(_rewrite(self._plan.before, token, False)) is not None:
@@ -182,6 +180,8 @@ class PieceStream:
 
     def complete_rest(self) -> str:
         """What is held back, as far as its characters are complete."""
+        if not self._byte_run:
+            return ""
         twin = self.fork()
         joined = _complete_length(self._begun + self._byte_run)
         del twin._byte_run[joined - len(self._begun) if joined else _complete_length(self._byte_run) :]

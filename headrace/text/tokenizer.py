@@ -282,6 +282,6 @@ class BytePieces(dict[int, bytes]):
 def _decode_by(plan: DecoderPlan, tokens: Iterable[str]) -> str:
     if plan.kind == "bytes":
         stream = ByteStream()
-        return stream.push(b"".join(map(token_bytes, tokens))) + stream.finish()
+        return stream.push(map(token_bytes, tokens)) + stream.finish()
     pieces = PieceStream(plan)
     return pieces.push(tokens) + pieces.finish()

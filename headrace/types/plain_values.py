@@ -11,7 +11,7 @@ import difflib
 import math
 import operator
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from itertools import islice
 from typing import Any
 
@@ -34,6 +34,11 @@ def plain_scalar(value: Any) -> Any:
         with contextlib.suppress(RuntimeError):  # a tensor without a value: on the meta device, or traced
             return value.item()
     return value
+
+
+def plain_text(value: Any) -> Any:
+    """A string of NumPy or of an enumeration as the plain string in it; anything else as it is."""
+    return str.__str__(value) if isinstance(value, str) else value  # `str()` of an enumeration's is its member's name
 
 
 def as_setting(value: Any, kind: Any, field: str, refusal: Refusal) -> Any:
@@ -87,15 +92,24 @@ def as_seconds(value: Any, field: str, refusal: Refusal = RequestError) -> float
 def as_choice(value: Any, choices: tuple[str, ...], field: str, refusal: Refusal = RequestError) -> Any:
     """One of a few words."""
     if isinstance(value, str) and value in choices:
-        return value
+        return plain_text(value)
     raise refusal(f"{field} must be one of {', '.join(choices)}, not {_shown(value)}", field=field)
 
 
 def as_list(
-    value: Any, field: str, what: str, max_length: int | None = None, refusal: Refusal = RequestError
+    value: Any,
+    field: str,
+    what: str,
+    max_length: int | None = None,
+    refusal: Refusal = RequestError,
+    *,
+    takes_sets: bool = False,
 ) -> list[Any]:
-    """The elements of any iterable that has an order, or of a set; of an endless one as many as show that it is over
-    `max_length`. `what` describes it in refusals. No string, bytes or mapping: those are iterable by accident."""
+    """The elements of any iterable that has an order, or of a set if order is nothing; of an endless one as many as
+    show that it is over `max_length`. `what` describes it in refusals. No string, bytes or mapping: those are iterable
+    by accident."""
+    if isinstance(value, Set) and not takes_sets:
+        raise refusal(f"{field} must have an order; a set has none", field=field)
     if isinstance(value, (str, bytes, bytearray, Mapping)) or not isinstance(value, Iterable):
         raise refusal(f"{field} must be {what}, not {_shown(value)}", field=field)
     try:

@@ -122,14 +122,15 @@ class LogprobOptions(msgspec.Struct, frozen=True, array_like=True):
 
 def _read_stop(value: Any, field: str) -> tuple[str, ...]:
     what = "a string or a list of strings"
-    stops = [value] if isinstance(value, str) else as_list(value, field, what, MAX_STOP_STRINGS)
+    stops = [value] if isinstance(value, str) else as_list(value, field, what, MAX_STOP_STRINGS, takes_sets=True)
     _require(all(isinstance(stop, str) and stop for stop in stops), field, "must hold non-empty strings")
     return tuple(map(str, stops))
 
 
 def _read_stop_ids(value: Any, field: str) -> tuple[int, ...]:
     value = plain_scalar(value)
-    ids = [value] if isinstance(value, int) else as_list(value, field, "a list of token ids", MAX_STOP_TOKEN_IDS)
+    what = "a list of token ids"
+    ids = [value] if isinstance(value, int) else as_list(value, field, what, MAX_STOP_TOKEN_IDS, takes_sets=True)
     return tuple(as_integer(token, field) for token in ids)
 
 

@@ -30,6 +30,7 @@ MAX_TENSORS = 1 << 18
 
 MAX_DIMENSIONS = 8
 MAX_TENSOR_NAME = 1024
+MAX_VERSION_LENGTH = 1024
 
 
 def shape_problem(shape: Sequence[Any]) -> str:

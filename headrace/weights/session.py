@@ -40,11 +40,10 @@ from headrace.types.errors import (
     encodable,
 )
 from headrace.types.request import DEFAULT_VERSION
-from headrace.types.weights import InFlight, TensorInfo, WeightState
+from headrace.types.weights import MAX_VERSION_LENGTH, InFlight, TensorInfo, WeightState
 
 ResolvedMode = Literal["shadow", "inplace"]
 
-MAX_VERSION_LENGTH = 1024
 _MAX_NAMES_IN_MESSAGE = 8
 
 

@@ -78,6 +78,8 @@ def unreadable(tensor: torch.Tensor) -> str:
         num_bytes = tensor.untyped_storage().nbytes()
         if num_bytes < num_needed:
             return f"needs {num_needed} bytes of its storage, which holds {num_bytes}: its memory was freed"
+        if not tensor.data_ptr():
+            return "has no memory of its own, as a zero tensor"
     return ""
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from headrace.cli import main
 from headrace.cli.main import parse
+from headrace.cli.streams import print_json, watch_streams
 from headrace.config import EngineConfig
 from tests.cli.surface import surface
 
@@ -78,6 +80,15 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
         ["bench"],
         ["bench", "overhead", "--batch-sizes", "16,x"],
         ["bench", "overhead", "--batch-sizes", "0"],
+        ["bench", "overhead", "--num-waiting", "-5"],
+        ["bench", "overhead", "--prompt-length", "0"],
+        ["bench", "overhead", "--output-length", "0"],
+        ["bench", "overhead", "--seconds", "-1"],
+        ["bench", "overhead", "--seconds", "0"],
+        ["bench", "overhead", "--seconds", "nan"],
+        ["bench", "overhead", "--seconds", "inf"],
+        ["bench", "overhead", "--seconds", "soon"],
+        ["bench", "overhead", "--http-concurrency", "-1"],
     ],
 )
 def test_a_wrong_command_line_ends_with_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,6 +206,100 @@ def test_a_bad_line_of_a_file_is_named(tmp_path: Path, capsys: pytest.CaptureFix
         file.write_text(text, encoding="utf-8")
         assert main(["generate", POLICY, "--jsonl", str(file)]) == 2
         assert "line 2" in capsys.readouterr().err
+
+
+NESTED = b'{"prompt": "a", "sampling_params": {"stop": ' + b"[" * 5000 + b"]" * 5000 + b"}}"
+
+
+@pytest.mark.parametrize("source", ["file", "-"])
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (b"\xff", "malformed"),
+        (b'{"prompt": "\xff"}', "not UTF-8"),
+        (NESTED, "nested too deeply"),
+        (b'{"prompt": "a\\ud800"}', "half of a surrogate pair"),
+        (b'{"prompt": "a", "sampling_params": {"temperature": -1}}', "sampling_params.temperature"),
+        (b'{"prompt": "a", "sampling_params": {"tempo": 1}}', "sampling_params.tempo"),
+    ],
+)
+def test_a_wrong_line_is_named_before_a_model_is_loaded(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+    line: bytes,
+    told: str,
+) -> None:
+    monkeypatch.setattr("headrace.cli.generate.AsyncEngine", None)
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n' + line + b'\n{"prompt": "c"}\n')  # with a byte order mark
+    if source == "-":
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(file.read_bytes()), encoding="ascii"))
+    assert main(["generate", POLICY, "--jsonl", str(file) if source == "file" else "-"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert "line 2: " in captured.err and told in captured.err
+
+
+def test_a_prompt_that_only_the_model_can_refuse_is_named_and_drops_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Too long, not in the vocabulary, and a name that the call as a whole refuses."""
+    lines = [
+        {"prompt": "1+1="},
+        {"prompt": "1+2=", "sampling_params": {"max_new_tokens": 100000, "n": 2}},
+        {"input_ids": [1 << 40]},
+        {"prompt": "1+3=", "request_id": ""},
+        {"prompt": "1+4="},
+    ]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    words = ["generate", POLICY, "--jsonl", str(file), "--max-new-tokens", "2", *SMALL]
+    assert main([*words, "--json"]) == 2
+    captured = capsys.readouterr()
+    samples = [json.loads(line) for line in captured.out.splitlines()]
+    assert [sample["finish_reason"] == "error" for sample in samples] == [False, True, True, True, False]
+    assert f"{file}, line 2: " in captured.err and captured.err.endswith("(2 more failed)\n")
+
+
+def test_an_argument_that_the_model_refuses_is_named_and_drops_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", POLICY, "1+1=", "1+2=" * 2000, "1+3=", "--ignore-eos", "--max-new-tokens", "2", *SMALL]
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) >= 2 and "headrace generate: prompt 2: " in captured.err
+
+
+def run_with_encoding(encoding: str, given: bytes, *words: str) -> subprocess.CompletedProcess[bytes]:
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    command = [sys.executable, "-m", "headrace", "generate", POLICY, *words]
+    return subprocess.run(command, input=given, capture_output=True, check=False, cwd=ROOT, env=environment)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "ascii:surrogateescape"])
+def test_output_that_the_terminal_cannot_show_is_no_error(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    name, _, errors = encoding.partition(":")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=name, errors=errors or "strict"))
+    watch_streams()
+    print("a\u4e00", flush=True)
+    print_json(b'{"text":"\xe4\xb8\x80"}')
+    assert raw.getvalue() == b'a\\u4e00\n{"text":"\xe4\xb8\x80"}\n'
+
+
+def test_a_users_own_way_with_what_cannot_be_encoded_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii", errors="replace"))
+    watch_streams()
+    print("a\u4e00", flush=True)
+    assert raw.getvalue() == b"a?\n"
+
+
+def test_standard_input_that_is_no_text_is_refused() -> None:
+    found = run_with_encoding("utf-8:strict", b"\xff\n")
+    assert found.returncode == 2 and b"standard input cannot be read" in found.stderr
 
 
 def test_only_line_feeds_end_lines_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from headrace.config.json_bounds import BODY, JsonBounds, excess
+from headrace.config.json_bounds import BODY, MODEL_FILE, VOCABULARY, JsonBounds, excess
 from headrace.server.wire import decode_object
 from headrace.types.errors import RequestTooLargeError
 
@@ -40,13 +40,20 @@ def test_text_may_hold_any_number_of_brackets(text: str) -> None:
     assert excess(json.dumps({"text": [text, "", "x"]}).encode(), BODY) is None
 
 
+@pytest.mark.parametrize("bounds", [BODY, MODEL_FILE, VOCABULARY], ids=["body", "model file", "vocabulary"])
+def test_too_many_strings_are_too_many_where_nothing_else_is(bounds: JsonBounds) -> None:
+    assert bounds.strings < bounds.values
+    assert excess(b"[" + b'"ab",' * (bounds.strings - 1) + b'"a"]', bounds) is None
+    assert excess(b"[" + b'"ab",' * bounds.strings + b'"a"]', bounds) == f"{bounds.strings + 1} strings"
+
+
 def test_marks_are_counted_outside_strings_only() -> None:
     """Against a plain walk through the bytes, with bounds so small that every body is over one of them at first."""
     source = random.Random(0)
     for _ in range(2_000):
         raw = "".join(source.choices('[]{}:,"\\a', k=source.randrange(40))).encode()
         counts, is_inside, position = {mark: 0 for mark in b"[{:,"}, False, 0
-        is_broken = False
+        is_broken, num_quotes = False, 0
         while position < len(raw):
             byte = raw[position]
             if is_inside and byte == ord("\\"):
@@ -54,7 +61,7 @@ def test_marks_are_counted_outside_strings_only() -> None:
             elif byte == ord("\\"):
                 is_broken = True
             elif byte == ord('"'):
-                is_inside = not is_inside
+                is_inside, num_quotes = not is_inside, num_quotes + 1
             elif not is_inside and byte in counts:
                 counts[byte] += 1
             position += 1
@@ -63,6 +70,8 @@ def test_marks_are_counted_outside_strings_only() -> None:
             continue  # reading ends there, before what follows is made into anything
         is_over = counts[ord("[")] + counts[ord("{")] > limit or counts[ord(":")] > limit or counts[ord(",")] > limit
         assert (excess(raw, JsonBounds(limit, limit, limit, strings=100)) is not None) == is_over
+        is_over |= num_quotes // 2 > limit
+        assert (excess(raw, JsonBounds(limit, limit, limit, strings=limit)) is not None) == is_over
 
 
 def test_escaped_quotes_take_no_step_each() -> None:

@@ -16,6 +16,7 @@ from headrace.config import EngineConfig, ResolvedConfig, resolve
 from headrace.core import LocalExecutor, serve_core
 from headrace.ipc import make_pair
 from headrace.runner import Runner
+from headrace.runner.pending import DoneStep
 from headrace.types.messages import (
     CoreReady,
     CoreStatus,
@@ -31,6 +32,7 @@ from headrace.types.messages import (
 from headrace.types.plan import StepPlan, StepResult
 from headrace.types.request import TokenSampling
 from headrace.types.weights import UpdateReport
+from headrace.weights.store import WeightStore
 from tests.core.harness import TINY, Core, request
 
 GREEDY = TokenSampling(temperature=0.0)
@@ -95,6 +97,37 @@ def test_a_failed_allocation_costs_nobody_anything(folder: Path, overlap_depth: 
     assert [core.tokens(handle) for handle in range(1, 6)] == expected
     assert core.status().metrics["num_failed_steps"] == 1 and core.status().num_used_tokens == 0
     assert runner.next_steps[0] == 4 + overlap_depth, "a plan was executed that built on the failed one"
+
+
+class OfACompiler(Exception):
+    """As a kernel compiler's own errors, of no kind that Python has."""
+
+
+@pytest.mark.parametrize("moment", ["execute", "launch", "wait"])
+@pytest.mark.parametrize("kind", [UserWarning, TypeError, AttributeError, BufferError, StopIteration, OfACompiler])
+def test_no_exception_of_a_step_ends_the_core(
+    folder: Path, kind: type[Exception], moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        monkeypatch.undo()
+        raise kind("by chance")
+
+    core = Core(LocalExecutor(Runner(resolved_for(folder))))
+    owner, name = (DoneStep, "wait") if moment == "wait" else (Runner, moment)
+    monkeypatch.setattr(owner, name, fail)
+    core.submit(request(1, range(1, 5), 4, sampling=GREEDY))
+    core.settle()
+    assert core.finish_types(1) == ["length"] and core.status().metrics["num_failed_steps"] == 1
+
+
+def test_no_exception_of_a_call_ends_the_core(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise OfACompiler("by chance")
+
+    core = Core(LocalExecutor(Runner(resolved_for(folder))))
+    monkeypatch.setattr(WeightStore, "digest_in_slices", fail)
+    assert "OfACompiler: by chance" in core.refused(Digest).message
+    assert core.status().state == "ready"
 
 
 def test_a_whole_core_runs_in_a_thread(folder: Path, tmp_path: Path) -> None:

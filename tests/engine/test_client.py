@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import Callable, Coroutine
 from types import NoneType
@@ -13,8 +14,8 @@ import pytest
 
 from headrace.engine.client import CoreClient
 from headrace.engine.health import HealthLimits
-from headrace.ipc import Pulse, PulsePage, make_pair
-from headrace.ipc.inprocess import InprocessCoreLink
+from headrace.ipc import CoreLink, Pulse, PulsePage, make_pair
+from headrace.ipc.socket_link import SocketCoreLink, SocketFrontLink
 from headrace.types.errors import (
     DeadlineError,
     EngineDeadError,
@@ -63,7 +64,7 @@ class Recorder:
 class ScriptedCore:
     """The core's end of a link, played by the test on the same loop; tells its status by itself."""
 
-    def __init__(self, link: InprocessCoreLink, pulse: Pulse) -> None:
+    def __init__(self, link: CoreLink, pulse: Pulse) -> None:
         self.link = link
         self.pulse = pulse
 
@@ -304,6 +305,56 @@ def test_death_answers_everybody_at_once() -> None:
 
     assert play(scenario) == ["killed"]
     assert [[type(error) for error in sink.errors] for sink in sinks] == [[EngineDeadError]] * 64
+
+
+@pytest.mark.parametrize("finds_out", ["a request", "a call", "an end", "an abort"])
+def test_nobody_is_served_once_the_link_is_found_gone(finds_out: str) -> None:
+    async def scenario() -> None:
+        front, back = socket.socketpair()
+        is_known = asyncio.Event()
+
+        async def describe_exit() -> str:
+            await is_known.wait()
+            return "killed by signal 9"
+
+        deaths: list[HeadraceError] = []
+        page = PulsePage()
+        core = ScriptedCore(SocketCoreLink(back), Pulse(page))
+        client = CoreClient(SocketFrontLink(front, describe_exit=describe_exit), page, 30.0, deaths.append, LIMITS)
+        start = asyncio.create_task(client.start(5.0))
+        core.link.send(CoreReady())
+        while not start.done():
+            await core.commands()
+        client.submit(request(1), running := Recorder())
+        await core.commands()
+        core.link.close()
+        await asyncio.sleep(0.05)
+        assert client.num_live == 1, "the client was told already"
+        failed = Recorder()
+        if finds_out == "a request":
+            client.submit(request(2), failed)
+            await asyncio.sleep(0)
+            assert [type(error) for error in failed.errors] == [EngineDeadError]
+        elif finds_out == "a call":
+            with pytest.raises(EngineDeadError):
+                await client.call(FlushCache, int)
+        elif finds_out == "an end":
+            client.drop(1, is_answered=False)
+            await asyncio.sleep(0)
+        else:
+            with pytest.raises(EngineDeadError):
+                client.abort([1], "")
+        assert not client.is_alive and not client.is_responsive and not deaths
+        with pytest.raises(EngineDeadError):
+            client.submit(request(3), Recorder())
+        is_known.set()
+        await asyncio.sleep(0.01)
+        reasons = [error.message for error in (*deaths, *running.errors)]
+        assert len(reasons) == (1 if finds_out == "an end" else 2)
+        assert all("killed by signal 9" in reason for reason in reasons)
+        await client.close(ShutdownError("over"))
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
 
 
 def test_a_core_without_a_pulse_is_unresponsive_and_then_dead() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -88,6 +90,66 @@ def test_plain_values_of_numpy_and_torch_are_taken(engine: Engine) -> None:
     assert (type(config.page_size), type(config.memory_fraction), config.prefix_cache) == (int, float, True)
 
 
+class Word(str, enum.Enum):  # noqa: UP042  (`str()` of a `StrEnum` would be its value)
+    LABEL = "v7"
+    NAME = "model.norm.weight"
+    SNAPSHOT = "snapshot"
+    SHADOW = "shadow"
+    KEEP = "keep"
+    RAW = "raw"
+
+
+def text_of_enum(text: str) -> Any:
+    return Word(text)
+
+
+def pause_and_resume(engine: Engine, text: Callable[[str], Any]) -> None:
+    engine.pause(text("keep"))
+    engine.resume()
+
+
+TEXT_CALLS: dict[str, Callable[[Engine, Callable[[str], Any]], object]] = {
+    "relabel": lambda engine, text: engine.set_weight_version(text("v7")),
+    "get_weights_by_name": lambda engine, text: engine.get_weights_by_name(text("model.norm.weight")),
+    "weights_checker": lambda engine, text: engine.weights_checker(text("snapshot")),
+    "version": lambda engine, text: push(engine, version=text("v7")),
+    "modes": lambda engine, text: push(engine, mode=text("shadow"), in_flight=text("keep")),
+    "begin": lambda engine, text: engine.abort_update(
+        begin(engine, version=text("v7"), mode=text("shadow"), in_flight=text("keep"))
+    ),
+    "tensors": lambda engine, text: engine.update_weights_from_tensor(
+        [(text("model.norm.weight"), TENSOR[0][1])], "x", partial=True
+    ),
+    "disk": lambda engine, text: engine.update_weights_from_disk(
+        engine.config.model, text("v7"), mode=text("shadow"), in_flight=text("keep")
+    ),
+    "pause": pause_and_resume,
+    "abort": lambda engine, text: engine.abort(text("v7"), message=text("v7")),
+    "request": lambda engine, text: engine.generate(
+        input_ids=[1, 2],
+        sampling_params={"max_new_tokens": 2},
+        request_id=text("v7"),
+        extra_key=text("v7"),
+        logprob_mode=text("raw"),
+        prompt_logprob_mode=text("raw"),
+    ),
+    "requests": lambda engine, text: engine.generate(
+        input_ids=[[1, 2], [3]], sampling_params={"max_new_tokens": 2}, request_id=[text("v7"), text("raw")]
+    ),
+}
+
+
+@pytest.mark.parametrize("text", [np.str_, text_of_enum])
+@pytest.mark.parametrize("call", TEXT_CALLS)
+def test_text_of_numpy_or_of_an_enumeration_is_the_text_in_it(
+    engine: Engine, call: str, text: Callable[[str], Any]
+) -> None:
+    TEXT_CALLS[call](engine, text)
+    assert type(engine.version) is str
+    if call in ("relabel", "version", "disk"):
+        assert engine.version == "v7"
+
+
 @pytest.mark.parametrize(
     ("settings", "field"),
     [
@@ -165,6 +227,9 @@ def test_a_tokenizer_refuses_by_name_what_is_no_text_and_no_ids(engine: Engine) 
         ("control_timeout", "600"),
         ("control_timeout", math.nan),
         ("request_timeout", -1),
+        *[(f"{each}_timeout", 0) for each in ("request", "start", "control", "watchdog")],
+        *[(each, "") for each in ("tokenizer", "kernel_cache", "served_model_name", "initial_version")],
+        ("initial_version", "v" * 1025),
         ("device", "gpu"),
         ("numerics", None),
         ("tokenizer", 5),
@@ -176,3 +241,15 @@ def test_a_bad_setting_is_refused_by_name(name: str, value: Any) -> None:
         with pytest.raises(ConfigError) as caught:
             make({"model": "x", name: value})
         assert caught.value.field == name
+
+
+@pytest.mark.parametrize("timeout", ["5", True, math.nan, math.inf, -1, 10**400])
+def test_a_server_stops_within_a_time_and_nothing_else(engine: Engine, timeout: Any) -> None:
+    handle = engine.serve()
+    try:
+        with pytest.raises(RequestError) as caught:
+            handle.stop(timeout)
+        assert caught.value.field == "timeout"
+        assert httpx.get(f"{handle.url}/health").status_code == 200
+    finally:
+        handle.stop(0)

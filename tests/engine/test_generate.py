@@ -8,13 +8,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from headrace import AsyncEngine, DeadlineError, Engine, Generation, RequestError, SamplingParams, ShutdownError
-from headrace.engine import GenerateItem, GenerateOptions
+from headrace.engine import GenerateItem, GenerateOptions, async_engine, intake
 from headrace.engine.seeds import sample_seed
+from headrace.text.encoding import INLINE_CHARACTERS
 from headrace.types.sampling_params import LogprobMode
 from tests.engine.builders import EOS_ID, LETTERS, SETTINGS, VOCAB_SIZE, model_of, reference_logprobs
 
@@ -367,3 +369,63 @@ def test_the_lower_level_runs_on_the_engine_s_loop(engine: Engine) -> None:
     whole, pieces, prompt_ids = engine.asynchronous.runtime.wait(scenario())
     assert (whole.request_id, whole.index, prompt_ids) == ("mine", 1, list(b"hello"))
     assert [token for piece in pieces for token in piece.token_ids] == whole.token_ids
+
+
+@pytest.mark.parametrize(("num_prompts", "num_turns"), [(1, 0), (5, 4)])
+def test_very_many_prompts_leave_the_loop_to_others(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, num_prompts: int, num_turns: int
+) -> None:
+    for module in (async_engine, intake):
+        monkeypatch.setattr(module, "SEQUENCES_PER_TURN", 2)
+    refused = [[VOCAB_SIZE]] * num_prompts  # ended at once: nobody waits for the core
+
+    async def scenario() -> int:
+        num_others = 0
+
+        async def others() -> None:
+            nonlocal num_others
+            while True:
+                num_others += 1
+                await asyncio.sleep(0)
+
+        task = asyncio.create_task(others())
+        await asyncio.sleep(0)
+        before = num_others
+        found = await engine.asynchronous.generate(input_ids=refused, return_errors=True)
+        assert [each.finish_reason for each in found] == ["error"] * num_prompts
+        task.cancel()
+        return num_others - before
+
+    assert engine.asynchronous.runtime.wait(scenario()) == num_turns
+
+
+def test_a_call_cancelled_while_it_sends_leaves_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "SEQUENCES_PER_TURN", 2)
+    client = engine.asynchronous.runtime.client
+
+    async def scenario() -> None:
+        task = asyncio.create_task(engine.asynchronous.generate(input_ids=[PROMPT] * 5, sampling_params=LONG))
+        await asyncio.sleep(0)
+        assert client.num_live == 2
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled() and client.num_live == 0
+
+    engine.asynchronous.runtime.wait(scenario())
+
+
+@pytest.mark.parametrize(
+    ("given", "is_much"),
+    [
+        (list(range(1000)), False),
+        ([PROMPT] * 5, False),
+        (np.zeros((5, 1000)), False),
+        ("a" * 1000, False),
+        ([PROMPT] * 1000, True),
+        (["a"] * 1000, True),
+        (np.zeros((1000, 5)), True),
+        ("a" * 100_000, True),
+    ],
+)
+def test_much_is_read_in_another_thread(given: Any, is_much: bool) -> None:
+    assert (async_engine._size_of(given) > INLINE_CHARACTERS) == is_much

@@ -324,6 +324,35 @@ def test_shutdown_answers_what_runs_and_can_be_repeated(model_folder: Path) -> N
             call()
 
 
+@pytest.mark.parametrize("inprocess", [False, True])
+def test_shutdown_answers_streams_whose_readers_are_slower(model_folder: Path, inprocess: bool) -> None:
+    engine = Engine(model_folder, inprocess=inprocess, **SETTINGS)
+    streams = [engine.stream(input_ids=[PROMPT] * 2, sampling_params=LONG) for _ in range(3)]
+    pieces = [[next(stream)] for stream in streams]
+    closer = threading.Thread(target=engine.shutdown)
+    closer.start()
+    wait_for(lambda: engine.asynchronous.runtime.is_closing)
+    for found, stream in zip(pieces, streams, strict=True):
+        found.extend(stream)  # the first while the engine ends, the last certainly after
+        closer.join(20)
+        assert sorted(each.prompt_index for each in found if each.finish_reason == "abort") == [0, 1]
+
+
+def test_shutdown_answers_streams_of_an_event_loop(model_folder: Path) -> None:
+    async def run() -> list[Generation]:
+        engine = AsyncEngine(model_folder, **SETTINGS)
+        stream = engine.stream(input_ids=PROMPT, sampling_params=LONG)
+        found = [await anext(stream)]
+        ending = asyncio.create_task(engine.shutdown())
+        while not engine.runtime.is_closing:
+            await asyncio.sleep(0.001)
+        found += [piece async for piece in stream]
+        await ending
+        return found
+
+    assert asyncio.run(run())[-1].finish_reason == "abort"
+
+
 def test_a_fork_does_not_touch_the_engine(spawned: Engine) -> None:
     """A forked child ends at once, with all exit handlers, and leaves its parent's engine alone."""
     code = """
@@ -464,7 +493,7 @@ def test_a_broken_checkpoint_is_told_from_the_core(model_folder: Path, tmp_path:
 def test_a_core_that_starts_too_slowly_is_killed(model_folder: Path) -> None:
     before = threading.active_count()
     with pytest.raises(DeadlineError, match="start_timeout"):
-        Engine(model_folder, **SETTINGS, start_timeout=0.0)
+        Engine(model_folder, **SETTINGS, start_timeout=1e-6)
     wait_for(lambda: threading.active_count() <= before)
 
 

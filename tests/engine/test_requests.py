@@ -141,7 +141,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": [1], "request_id": 5}, "request_id"),
     ({"input_ids": [1], "request_id": "x" * 2000}, "request_id"),
     ({"input_ids": [1], "request_id": "\ud800"}, "request_id"),
-    ({"input_ids": [1], "request_id": [np.str_("a")]}, "request_id"),
     ({"input_ids": [[1], [2]], "request_id": ["a"]}, "request_id"),
     ({"input_ids": [[1], [2]], "request_id": ["a", "a"]}, "request_id"),
     ({"input_ids": [1], "priority": 1.5}, "priority"),
@@ -355,3 +354,57 @@ def test_more_further_logprobs_than_memory_holds_are_refused(resolved: ResolvedC
         assert caught.value.field == named
     for options in ({"return_prompt_logprobs": True, "top_logprobs": 1024}, {"top_logprobs": 1024}):
         assert expand(long, input_ids=prompt, sampling_params={"max_new_tokens": 360}, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"input_ids": {200, 5, 7}}, "input_ids"),
+        ({"input_ids": [{200, 5, 7}]}, "input_ids"),
+        ({"input_ids": [[1, 2], frozenset({5, 7})]}, "input_ids[1]"),
+        ({"prompts": {"a", "b"}}, "prompts"),
+        ({"input_ids": [[1, 2], [3, 4]], "num_output_ids_in_prompt": {0, 1}}, "num_output_ids_in_prompt"),
+    ],
+)
+def test_a_set_is_no_list_where_order_counts(builder: RequestBuilder, arguments: dict[str, Any], field: str) -> None:
+    with pytest.raises(RequestError, match="must have an order; a set has none") as refused:
+        expand(builder, **arguments)
+    assert refused.value.field == field
+
+
+def test_a_set_is_taken_where_order_is_nothing(builder: RequestBuilder) -> None:
+    params = {"max_new_tokens": 1, "stop": {"a", "b"}, "stop_token_ids": {3, 4}}
+    item = expand(builder, input_ids=[1], sampling_params=params, logprob_token_ids={5, 6})[0]
+    assert (set(item.params.stop), set(item.params.stop_token_ids)) == ({"a", "b"}, {3, 4})
+    assert set(item.logprobs.token_ids) == {5, 6}
+
+
+@pytest.mark.parametrize("empty", [[], (), range(0), np.zeros((0, 5), np.int64), torch.zeros(0, 5, dtype=torch.int64)])
+def test_no_prompts_at_all_are_refused_in_every_spelling(builder: RequestBuilder, empty: Any) -> None:
+    with pytest.raises(RequestError, match="input_ids is empty"):
+        expand(builder, input_ids=empty)
+
+
+@pytest.mark.parametrize("name", [*SamplingParams.__struct_fields__, "sampling_seed"])
+def test_a_sampling_parameter_as_an_argument_is_told_its_place(builder: RequestBuilder, name: str) -> None:
+    with pytest.raises(RequestError, match=f"^{name} is not an argument of a request; it belongs in sampling_params$"):
+        expand(builder, input_ids=[1], **{name: 1})
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), {"max_new_tokens": 4}, [SamplingParams()], [{"n": 2}]])
+@pytest.mark.parametrize("prompts", ["a", None])
+def test_sampling_parameters_in_the_place_of_prompts_are_told_theirs(
+    builder: RequestBuilder, params: Any, prompts: str | None
+) -> None:
+    for field, arguments in (
+        ("input_ids", {"prompts": prompts, "input_ids": params}),
+        ("prompts", {"prompts": params, "input_ids": None}),
+    ):
+        with pytest.raises(RequestError, match="as sampling_params") as refused:
+            expand(builder, **arguments)
+        assert refused.value.field == field
+
+
+def test_chat_messages_in_the_place_of_prompts_are_not_taken_for_sampling_parameters(builder: RequestBuilder) -> None:
+    with pytest.raises(RequestError, match="prompts must be a string or a list of strings"):
+        expand(builder, prompts=[{"role": "user", "content": "a"}])

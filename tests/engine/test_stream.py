@@ -9,7 +9,7 @@ import pytest
 
 from headrace.engine.pacing import MAX_WAKES_PER_TURN, Pacer
 from headrace.engine.requests import GenerateItem
-from headrace.engine.stream import MAX_PIECES, EndKind, Stream, StreamGroup
+from headrace.engine.stream import SEQUENCES_PER_TURN, EndKind, Stream, StreamGroup
 from headrace.engine.text_feed import TextStart
 from headrace.text import Tokenizer
 from headrace.types.errors import ErrorInfo, HeadraceError, PoisonedError, RequestError
@@ -340,7 +340,7 @@ def test_a_paced_group_gives_every_piece() -> None:
 
 def test_a_group_of_very_many_gives_some_at_a_time_and_others_their_turn() -> None:
     async def run() -> None:
-        feeds = [Feed(None) for _ in range(2 * MAX_PIECES + 1)]
+        feeds = [Feed(None) for _ in range(2 * SEQUENCES_PER_TURN + 1)]
         group, num_turns, sizes = StreamGroup(feed.stream for feed in feeds), 0, list[int]()
 
         async def others() -> None:
@@ -357,7 +357,7 @@ def test_a_group_of_very_many_gives_some_at_a_time_and_others_their_turn() -> No
         while pieces := await group.next_pieces():
             sizes.append(len(pieces))
         task.cancel()
-        assert sizes == [MAX_PIECES, MAX_PIECES, 1]
+        assert sizes == [SEQUENCES_PER_TURN, SEQUENCES_PER_TURN, 1]
         assert num_turns - before >= 2
 
     asyncio.run(run())

@@ -104,6 +104,8 @@ REFUSED: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
     "freed": (freed, "its memory was freed"),
     "freed, a view": (lambda t: freed_under(t), "its memory was freed"),
     "meta": (lambda t: t.to("meta"), "meta device"),
+    "zeros": (lambda t: torch._efficientzerotensor(t.shape), "no memory of its own"),
+    "a view of zeros": (lambda t: torch._efficientzerotensor(t.shape).t(), "no memory of its own"),
     "sparse": (lambda t: t.to_sparse(), "sparse_coo"),
     "sparse rows": (lambda t: t.to_sparse_csr(), "sparse_csr"),
     "nested": (lambda t: torch.nested.nested_tensor([t], layout=torch.jagged), "NestedTensor"),

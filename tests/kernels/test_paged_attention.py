@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from headrace.kernels.paged_attention import SampledAttention, padded
 from headrace.kernels.paged_kv import KvGeometry, KvPool, store_rows, token_rows
+from headrace.types.errors import ConfigError
 
 GEOMETRY = KvGeometry(num_layers=2, num_pages=40, num_kv_heads=2, page_size=8, head_dim=20)
 NUM_HEADS = 6
@@ -99,3 +101,20 @@ def test_what_lies_beyond_a_context_is_never_read() -> None:
         pool.keys[1][at : at + 16] = float("nan")
         pool.values[1][at : at + 16] = float("nan")
     assert torch.equal(attend(pool, pages[:3], contexts[:3], q[:3], 48), expected)
+
+
+@pytest.mark.parametrize("num_pages", [1 << 44, 1 << 60])
+def test_a_pool_that_no_memory_holds_names_the_setting(num_pages: int) -> None:
+    with pytest.raises(ConfigError, match="does not fit in memory") as caught:
+        KvPool(dataclasses.replace(GEOMETRY, num_pages=num_pages), torch.float32)
+    assert caught.value.field == "kv_pool_tokens"
+
+
+def test_a_pool_that_a_device_does_not_hold_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def zeros(*_: object, **__: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(ConfigError) as caught:
+        KvPool(GEOMETRY, torch.float32, torch.device("meta"))
+    assert caught.value.field == "kv_pool_tokens"

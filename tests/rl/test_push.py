@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import enum
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -93,6 +95,20 @@ def test_a_push_makes_the_weights_live_and_proves_it(engine: Engine, model: Qwen
     assert changed == {"model.layers.1.self_attn.k_proj.weight"}
     read = engine.get_weights_by_name("model.layers.1.self_attn.k_proj.weight")
     assert torch.equal(read, model.model.layers[1].self_attn.k_proj.weight)
+
+
+class Label(str, enum.Enum):  # noqa: UP042  (`str()` of a `StrEnum` would be its value)
+    SEVEN = "seven"
+
+
+@pytest.mark.parametrize(
+    ("version", "label"),
+    [(np.int64(3), "3"), (torch.tensor(5), "5"), (np.array(6), "6"), (Label.SEVEN, "seven"), (np.str_("n"), "n")],
+)
+def test_a_label_of_any_kind_is_the_one_reported(
+    engine: Engine, model: Qwen3ForCausalLM, version: Any, label: str
+) -> None:
+    assert push_weights(engine, model, version).update.version == label == engine.version
 
 
 def test_a_refused_push_names_the_tensor_and_leaves_the_old_weights(engine: Engine, model: Qwen3ForCausalLM) -> None:
@@ -210,3 +226,16 @@ def test_verification_names_the_tensor_that_is_not_what_was_sent(model: Qwen3For
     named = pytest.raises(WeightUpdateError, match=r"1 tensors: model\.norm\.weight")
     with Forgetful(model=str(POLICY), inprocess=True, num_threads=1, context_length=64) as engine, named:
         push_weights(engine, model, "tuned", verify=True)
+
+
+@pytest.mark.parametrize("flag", ["yes", 1, None])
+def test_a_flag_that_is_none_is_refused_before_anything_is_pushed(
+    engine: Engine, model: Qwen3ForCausalLM, flag: Any
+) -> None:
+    before = engine.version
+    with pytest.raises(WeightUpdateError) as caught:
+        push_weights(engine, model, "flags", verify=flag)
+    assert caught.value.field == "verify" and engine.version == before
+    with pytest.raises(WeightUpdateError) as caught:
+        hf_named_tensors(model, keep_tied_head=flag)
+    assert caught.value.field == "keep_tied_head"

@@ -66,9 +66,17 @@ def kept() -> Iterator[None]:
         torch.are_deterministic_algorithms_enabled(),
         np.geterr(),
     )
+    always, invariants = torch.is_warn_always_enabled(), torch.sparse.check_sparse_tensor_invariants
+    checks = invariants.is_enabled()
+    is_allowed = [is_enabled() for is_enabled, _ in ATTENTION]
     try:
         yield
     finally:
+        torch.set_warn_always(always)
+        (invariants.enable if checks else invariants.disable)()
+        torch.autograd.set_detect_anomaly(False)
+        for (_, enable), was in zip(ATTENTION, is_allowed, strict=True):
+            enable(was)
         torch.set_default_dtype(dtype)
         torch.set_default_device(None)
         torch.set_float32_matmul_precision(precision)
@@ -78,6 +86,20 @@ def kept() -> Iterator[None]:
 
 def shorten_matmul() -> None:
     MKLDNN.matmul.fp32_precision = "bf16"
+
+
+CUDA: Any = torch.backends.cuda
+ATTENTION = [(getattr(CUDA, f"{name}_sdp_enabled"), getattr(CUDA, f"enable_{name}_sdp")) for name in ("flash", "math")]
+
+
+def raise_every_warning() -> None:
+    torch.set_warn_always(True)
+    warnings.simplefilter("error")
+
+
+def forbid_attention(*ways: int) -> None:
+    for way in ways:
+        ATTENTION[way][1](False)
 
 
 CASES: dict[str, Callable[[], object]] = {
@@ -90,6 +112,11 @@ CASES: dict[str, Callable[[], object]] = {
     "deterministic": lambda: torch.use_deterministic_algorithms(True),
     "numpy errors": lambda: np.seterr(all="raise"),
     "warnings": lambda: warnings.simplefilter("error"),
+    "every warning": raise_every_warning,
+    "no flash attention": lambda: forbid_attention(0),
+    "no attention": lambda: forbid_attention(0, 1),
+    "sparse invariants": lambda: torch.sparse.check_sparse_tensor_invariants.enable(),
+    "anomalies": lambda: torch.autograd.set_detect_anomaly(True),
 }
 
 

@@ -122,7 +122,7 @@ class Harness:
         self.take(self.scheduler.lose_step(ERROR))
 
     def update(self, in_flight: str) -> None:
-        """Change the weights between steps; "none" says nothing about the sequences that run."""
+        """Change the weights between steps."""
         if in_flight == "drain":
             self.run(admit_new=False)
             assert self.scheduler.num_started == 0
@@ -131,8 +131,6 @@ class Harness:
             self.take(self.scheduler.abort(None, "updating"))
         elif in_flight == "recompute":
             self.scheduler.recompute_running()
-        elif in_flight == "keep":
-            self.scheduler.keep_running()
         self.device.epoch += 1
         self.scheduler.set_weights(self.next_version(), self.device.epoch)
 

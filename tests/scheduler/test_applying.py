@@ -272,8 +272,7 @@ def test_new_weights_never_meet_old_pages() -> None:
 
 
 @pytest.mark.parametrize("state", ["running", "preempted", "scored"])
-@pytest.mark.parametrize("says_so", [True, False])
-def test_without_output_there_is_nothing_to_keep(state: str, says_so: bool) -> None:
+def test_without_output_there_is_nothing_to_keep(state: str) -> None:
     scheduler = make(max_num_batched_tokens=8)
     options = LogprobOptions(prompt_start=0) if state == "scored" else LogprobOptions()
     scheduler.add(request(1, 21, 4, logprobs=options), 0.0)
@@ -282,8 +281,6 @@ def test_without_output_there_is_nothing_to_keep(state: str, says_so: bool) -> N
     scheduler.apply(score(planned(scheduler), 9, 8) if state == "scored" else answer(planned(scheduler)))
     if state == "preempted":
         scheduler._roster.preempt(0)
-    if says_so:
-        scheduler.keep_running()
     scheduler.set_weights("next", 1)
     plan = planned(scheduler)
     assert len(plan.new_slots) == 1 and rows(plan)[0][1:] == (0, 8)
@@ -364,14 +361,11 @@ def test_a_request_for_no_tokens_names_the_weights_that_computed_it(length: int,
     assert found == {1: (("next", 30),), 2: (("next", length),)}
 
 
-@pytest.mark.parametrize("says_so", [True, False])
-def test_kept_sequences_go_on_and_are_never_published(says_so: bool) -> None:
+def test_kept_sequences_go_on_and_are_never_published() -> None:
     scheduler = make()
     scheduler.add(request(1, list(range(10)), 9), 0.0)
     for _ in range(3):
         step(scheduler)
-    if says_so:
-        scheduler.keep_running()
     scheduler.set_weights("next", 1)
     plan, _ = step(scheduler)
     assert plan.new_slots == () and rows(plan) == [(0, 12, 1)]

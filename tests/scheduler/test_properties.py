@@ -41,7 +41,7 @@ HAPPENED = (
     "num_aborted",
     "num_failed",
 )
-IN_FLIGHT = ("keep", "keep", "recompute", "abort", "drain", "none")
+IN_FLIGHT = ("keep", "keep", "keep", "recompute", "abort", "drain")
 
 
 def random_request(random_: random.Random, handle: int, harness: Harness, family: int) -> Request:

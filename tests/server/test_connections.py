@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from headrace.server import connections, listening
+from headrace.server import connections
 from headrace.server.errors import error_body, respond
 from headrace.server.limits import Limits
 from headrace.server.listening import EmbeddedServer, listen
@@ -289,7 +289,7 @@ def test_closing_does_not_wait_for_clients_that_never_read(bare: Callable[..., B
         wait_for(lambda: any(each.transport.get_write_buffer_size() for each in server.server._connections()))
         started = time.monotonic()
         server.close()
-        assert time.monotonic() - started < 3 * listening.CLOSE_SECONDS + 5
+        assert time.monotonic() - started < 30  # their writes may take 60 s
 
 
 @pytest.mark.parametrize("sent", [b"{", b""])

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 from starlette.types import Message
 
-from headrace.server import limits
+from headrace.config.json_bounds import JsonBounds, excess
+from headrace.server import limits, wire
 from headrace.server.connections import NUM_RECEIVED
 from headrace.server.errors import error_body, respond
 from headrace.server.limits import Limits
+from headrace.server.options import ServerOptions
 from headrace.text import INLINE_CHARACTERS
+from headrace.types.errors import ConfigError
 from tests.server.conftest import START, Served
 
 HUGE = 100 << 20
@@ -172,3 +178,45 @@ def test_framing_counts_where_a_body_is_read_and_forgotten(status: int, bound: i
     asyncio.run(app(scope, receive, send))
     assert num_parts << 20 <= bound + (1 << 20)
     assert sent[-1] == {"type": "http.response.body", "body": b"", "more_body": False}
+
+
+def test_huge_bodies_are_decoded_one_at_a_time_and_others_meanwhile(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the generation route, and of a control call: each is the only one, and a small one does not wait for it."""
+    held = threading.Semaphore(0)
+    counts: list[int] = []
+    num_inside = 0
+
+    def slow_excess(raw: bytes, bounds: JsonBounds) -> str | None:
+        nonlocal num_inside
+        if len(raw) > 1 << 20:
+            num_inside += 1
+            counts.append(num_inside)
+            held.acquire(timeout=30)
+            num_inside -= 1
+        return excess(raw, bounds)
+
+    monkeypatch.setattr(wire, "excess", slow_excess)
+    huge = b'{"input_ids": "' + b"x" * (1 << 20) + b'"}'
+    paths = ("/generate", "/abort_request", "/generate")
+    with ThreadPoolExecutor(len(paths)) as pool:
+        post = functools.partial(httpx.post, content=huge, headers={"content-type": "application/json"}, timeout=60)
+        replies = [pool.submit(post, served.url + path) for path in paths]
+        for number, _ in enumerate(paths, 1):
+            while len(counts) < number:
+                time.sleep(0.01)
+            for _ in range(3):
+                assert served.generate(input_ids=[1, 2], sampling_params={"max_new_tokens": 1})
+            held.release()
+        assert [reply.result().status_code for reply in replies] == [400, 200, 400]
+    assert counts == [1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["body_timeout", "write_timeout"])
+def test_a_client_is_given_some_time(name: str) -> None:
+    for value in (0, -1, 1e10):
+        with pytest.raises(ConfigError) as caught:
+            ServerOptions.from_dict({name: value})
+        assert caught.value.field == name
+    assert ServerOptions(drain_timeout=0).drain_timeout == 0
