@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from headrace.config import KvGroup
+
 Int64Array = npt.NDArray[np.int64]
 
 
@@ -22,6 +24,11 @@ class AttentionShape:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+
+    @classmethod
+    def of_group(cls, group: KvGroup) -> AttentionShape:
+        """Of every layer of a KV group."""
+        return cls(group.num_heads, group.num_kv_heads, group.head_dim)
 
     @property
     def scale(self) -> float:

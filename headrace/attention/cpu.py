@@ -68,8 +68,9 @@ class CpuAttention:
                 DenseRow(self._shape, geometry, inputs, int(row), int(firsts[row]), self._mask, self._products)
                 for row in np.flatnonzero(long_R)
             ]
+        rows_to_store = _store_rows(geometry, inputs)
         heads = StepHeads(self._shape, self._kernels, self._rotary, inputs.rope_positions)
-        return CpuStep(self._pool, heads, _store_rows(geometry, inputs), pieces, blocks)
+        return CpuStep(self._pool, heads, rows_to_store, pieces, blocks)
 
     def _long_rows(self, inputs: AttentionInputs) -> npt.NDArray[np.bool_]:
         """Rows whose scores are so many that a dense kernel of their own is cheaper."""

@@ -17,33 +17,31 @@ class GemmCounter:
 
 
 class Linear:
-    """x W^T + b; weight [out, in], bias [out] or None."""
+    """x W^T + b of a norm; weight [out, in], bias [out] or None. What is added to the stream is `Residual.add`'s."""
 
     def __init__(self, kernels: LayerKernels, counter: GemmCounter, weight: Tensor, bias: Tensor | None = None) -> None:
-        self._kernels = kernels
-        self._counter = counter
-        self._weight = weight
-        self._bias = bias
+        self.kernels = kernels
+        self.counter = counter
+        self.weight = weight
+        self.bias = bias
 
     def __call__(self, x: Normed) -> Tensor:
         """[T, in] -> [T, out]."""
-        self._counter.num_calls += 1
-        return self._kernels.normed_linear(x.stream_TX, *x.norm, self._weight, self._bias)
+        self.counter.num_calls += 1
+        x_TI, (norm_I, eps) = x
+        return self.kernels.normed_linear(x_TI, norm_I, eps, self.weight, self.bias)
 
     def gate(self, x: Normed) -> Tensor:
         """silu(gate) * up, gates being the first half of the outputs: [T, in] -> [T, out / 2]."""
-        self._counter.num_calls += 1
-        return self._kernels.normed_gate(x.stream_TX, *x.norm, self._weight, self._bias)
+        self.counter.num_calls += 1
+        x_TI, (norm_I, eps) = x
+        return self.kernels.normed_gate(x_TI, norm_I, eps, self.weight, self.bias)
 
     def logits(self, x: Normed) -> Tensor:
         """In float32; without bias."""
-        self._counter.num_calls += 1
-        return self._kernels.normed_logits(x.stream_TX, *x.norm, self._weight)
-
-    def add_to(self, stream_TO: Tensor, x_TI: Tensor) -> None:
-        """stream += x W^T + b, in place."""
-        self._counter.num_calls += 1
-        self._kernels.linear_add_(stream_TO, x_TI, self._weight, self._bias)
+        self.counter.num_calls += 1
+        x_TI, (norm_I, eps) = x
+        return self.kernels.normed_logits(x_TI, norm_I, eps, self.weight)
 
 
 class Embedding:

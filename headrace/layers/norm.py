@@ -14,8 +14,5 @@ class RmsNorm(NamedTuple):
     eps: float
 
 
-class Normed(NamedTuple):
-    """The norm of the residual stream [T, X], not computed yet: the product that takes it may do both at once."""
-
-    stream_TX: Tensor
-    norm: RmsNorm
+Normed = tuple[Tensor, RmsNorm]
+"""The norm of a stream [T, X], not computed yet: the product that takes it may do both at once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,5 +26,5 @@ class ForwardStep:
     kept_tokens   packed tokens whose hidden states anyone reads in the end, int64 [S]; None: all
     """
 
-    attention: tuple[AttentionStep, ...]
+    attention: Sequence[AttentionStep]
     kept_tokens: Tensor | None = None

@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from headrace.config import ModelSpec
+from headrace.config import LayerSpec
 from headrace.layers.params import Params
 from headrace.layers.step import KvPlace
 from headrace.models.decoder import Layer
@@ -30,9 +30,9 @@ class Tensor(msgspec.Struct, frozen=True):
 
 
 class Part(msgspec.Struct, frozen=True):
-    """Tensors that a layer has only if the checkpoint's config says so."""
+    """Tensors that a layer has only if its spec says so."""
 
-    present: Callable[[ModelSpec], bool]
+    present: Callable[[LayerSpec], bool]
     tensors: tuple[Tensor, ...]
 
 
@@ -43,9 +43,9 @@ class Family(msgspec.Struct, frozen=True):
     layer: Callable[[Params, KvPlace], Layer]
     parts: tuple[Part, ...] = ()
 
-    def layer_tensors(self, spec: ModelSpec) -> tuple[Tensor, ...]:
-        """All tensors of one layer of this checkpoint."""
-        return SKELETON + tuple(tensor for part in self.parts if part.present(spec) for tensor in part.tensors)
+    def layer_tensors(self, layer: LayerSpec) -> tuple[Tensor, ...]:
+        """All tensors of one layer."""
+        return SKELETON + tuple(tensor for part in self.parts if part.present(layer) for tensor in part.tensors)
 
 
 SKELETON = (
@@ -62,16 +62,16 @@ SKELETON = (
 """Pre-norm attention and gated MLP, as in Llama."""
 
 QKV_BIAS = Part(
-    lambda spec: spec.qkv_bias,
+    lambda layer: layer.attention.qkv_bias,
     (
         Tensor("self_attn.q_proj.bias", "qkv.bias", ("heads",), 0),
         Tensor("self_attn.k_proj.bias", "qkv.bias", ("kv_heads",), 0),
         Tensor("self_attn.v_proj.bias", "qkv.bias", ("kv_heads",), 0),
     ),
 )
-OUTPUT_BIAS = Part(lambda spec: spec.o_bias, (Tensor("self_attn.o_proj.bias", "output.bias", ("hidden",)),))
+OUTPUT_BIAS = Part(lambda layer: layer.attention.o_bias, (Tensor("self_attn.o_proj.bias", "output.bias", ("hidden",)),))
 MLP_BIAS = Part(
-    lambda spec: spec.mlp_bias,
+    lambda layer: layer.mlp.bias,
     (
         Tensor("mlp.gate_proj.bias", "gate_up.bias", ("intermediate",), 0),
         Tensor("mlp.up_proj.bias", "gate_up.bias", ("intermediate",), 0),
@@ -79,7 +79,7 @@ MLP_BIAS = Part(
     ),
 )
 QK_NORM = Part(
-    lambda spec: spec.qk_norm,
+    lambda layer: layer.attention.qk_norm,
     (
         Tensor("self_attn.q_norm.weight", "q_norm.weight", ("head_dim",)),
         Tensor("self_attn.k_norm.weight", "k_norm.weight", ("head_dim",)),

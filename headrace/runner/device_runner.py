@@ -134,20 +134,23 @@ class _Parts:
             kernels=device_kernels(engine.numerics, device, exact.products),
             counter=counter,
         )
-        self._rotary = rope_tables(spec.rope, spec.head_dim, resolved.context_length, weights.dtype, device)
+        (self._group,) = spec.kv_groups  # the words of a step are those of one
+        self._rotary = rope_tables(
+            self._group.rope, self._group.head_dim, resolved.context_length, weights.dtype, device
+        )
         self.sampler = DeviceSampler(spec.vocab_size, max_rows, max_rows, device)
         self.buckets = Buckets(max_rows, self.max_tokens, engine.max_graph_tokens)
         self._hidden = torch.zeros(self.max_tokens, spec.hidden_size, dtype=weights.dtype, device=device)
 
     def steps(self, resolved: ResolvedConfig, graphs: Graphs) -> StepRunner:
         """Everything else, over a pool of `resolved.num_pages`."""
-        spec, engine, max_rows = resolved.model, resolved.engine, resolved.engine.max_running_requests
-        geometry = KvGeometry(spec.num_layers, resolved.num_pages, spec.num_kv_heads, engine.page_size, spec.head_dim)
+        engine, max_rows = resolved.engine, resolved.engine.max_running_requests
+        geometry = KvGeometry.of_group(self._group, resolved.num_pages, engine.page_size)
         pool = KvPool(geometry, getattr(torch, resolved.kv_dtype), self._device)
         attention = build_device_backend(
             resolved.attention_backend,
             engine.numerics,
-            AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
+            AttentionShape.of_group(self._group),
             pool,
             self._rotary,
             self._dtype,

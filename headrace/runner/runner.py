@@ -1,6 +1,6 @@
 """Executes step plans on a CPU, and with the reference kernels on any device, each when it is issued.
 
-Owns the slot table, the KV pool and the model; must not know requests.
+Owns the slot table, the KV pools and the model; must not know requests.
 
 A step is: enter slots and write pages, one packed forward over all rows, the head for the rows that need logits, one
 sampling pass. Nothing here decides which rows run.
@@ -56,13 +56,18 @@ class Runner:
         kernel_set = "reference" if resolved.attention_backend == "reference" else engine.numerics
         kernels = select_kernels(kernel_set, products)
         self._model = models.build(spec, self.weights, kernels=kernels, counter=self._counter)
-        geometry = KvGeometry(spec.num_layers, resolved.num_pages, spec.num_kv_heads, engine.page_size, spec.head_dim)
-        shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
-        rotary = rope_tables(spec.rope, spec.head_dim, resolved.context_length, dtype, device)
-        pool = KvPool(geometry, dtype, device)
-        self._attention = build_backend(
-            resolved.attention_backend, engine.numerics, shape, pool, rotary, kernels, products
-        )
+        self._attention = [
+            build_backend(
+                resolved.attention_backend,
+                engine.numerics,
+                AttentionShape.of_group(group),
+                KvPool(KvGeometry.of_group(group, resolved.num_pages, engine.page_size), dtype, device),
+                rope_tables(group.rope, group.head_dim, resolved.context_length, dtype, device),
+                kernels,
+                products,
+            )
+            for group in spec.kv_groups
+        ]
         self._slots = SlotTable(engine.max_running_requests, resolved.max_columns)
         self._sampler = Sampler(spec.vocab_size, engine.max_running_requests, torch.device("cpu"), engine.numerics)
         self._scorer = PromptScorer(self._model.logits, self._sampler, spec.vocab_size)
@@ -98,7 +103,7 @@ class Runner:
             if len(plan.row_slots) == 0:
                 return step_result(plan.step_id, np.zeros(0, np.int32), np.zeros(0, np.float32), {}, {})
             batch = build_batch(plan, self._slots, self._device)
-            step = ForwardStep((self._attention.plan(batch.attention),), batch.logit_tokens)
+            step = ForwardStep([backend.plan(batch.attention) for backend in self._attention], batch.logit_tokens)
             hidden = self._model.forward(self._model.embed(batch.token_ids), step)
             prompts = self._scorer.score(batch, hidden)
             if len(hidden) != len(batch.sampled_tokens):
