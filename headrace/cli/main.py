@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from headrace import __version__
 from headrace.cli import check, demo, generate, serve
+from headrace.config.resolve import check_working_directory
 from headrace.telemetry import flush_logs
 from headrace.types.errors import EngineDeadError, HeadraceError
 
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = argparse.Namespace(command="", debug=False)
     try:
         arguments = parse(argv)
+        check_working_directory()
         _take_interrupts(arguments.command)
         exit_code: int = arguments.run(arguments)
         sys.stdout.flush()

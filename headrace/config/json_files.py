@@ -42,6 +42,14 @@ def read_bytes(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> bytes:
     return data
 
 
+def is_there(path: Path) -> bool:
+    """True for a file that exists. `CheckpointError` for one that may not be looked at."""
+    try:
+        return path.exists()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", field=path.name) from None
+
+
 def read_text(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> str:
     """A UTF-8 file's text. Raises as `read_bytes`."""
     return _decoded(read_bytes(path, max_bytes), path)

@@ -6,14 +6,13 @@ silently take for something else than is written, is refused here.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
-from headrace.config.json_files import Fields, is_text, read_object, shown
+from headrace.config.json_files import Fields, is_text, is_there, read_object, shown
 from headrace.config.layer_spec import AttentionSpec, KvGroup, LayerSpec, MlpSpec, kv_groups
 from headrace.config.rope import read_rope
 from headrace.types.errors import CheckpointError, UnsupportedModelError
@@ -80,7 +79,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
         cannot run.
         """
         config, generation = read_object(folder / CONFIG_FILE), folder / GENERATION_FILE
-        return cls.from_config(config, read_object(generation) if os.path.exists(generation) else None)
+        return cls.from_config(config, read_object(generation) if is_there(generation) else None)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelSpec:

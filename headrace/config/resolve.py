@@ -12,6 +12,7 @@ from headrace.config.devices import CudaDevice, Software, cuda_devices, installe
 from headrace.config.engine_config import EngineConfig, SettledConfig
 from headrace.config.model_spec import ModelSpec
 from headrace.types.errors import ConfigError, encodable
+from headrace.types.plain_values import as_path
 
 Explanation = tuple[str, str, str]
 
@@ -197,6 +198,14 @@ def _unused_cache(statistics: Path) -> int:
     return int(values.get("total_inactive_file", values.get("inactive_file", 0)))
 
 
+def check_working_directory() -> None:
+    """Raise `ConfigError` where there is none any more: torch ends the process that imports it there."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError(f"the working directory is gone ({error.strerror}); change to another one") from None
+
+
 def available_cores() -> int:
     """Cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -277,9 +286,12 @@ def _step_tokens(device: str, model: ModelSpec, max_rows: int) -> tuple[int, str
 
 
 def _kernel_cache(name: str) -> str:
-    folder = Path(os.path.expanduser(name)).resolve()  # which leaves "~nobody" as it is
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"kernel_cache {name} is not a folder", field="kernel_cache")
+    folder = as_path(name, "kernel_cache", ConfigError)
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"kernel_cache {name} is not a folder", field="kernel_cache")
+    except OSError as error:
+        raise ConfigError(f"kernel_cache {name} cannot be looked at: {error.strerror}", field="kernel_cache") from None
     return str(folder)
 
 

@@ -214,13 +214,15 @@ def get_status(replica: Replica, command: GetStatus, now: float) -> None:
 def status(replica: Replica, now: float) -> CoreStatus:
     """State, load and counters."""
     scheduler, update = replica.scheduler, replica.update
+    session = update.machine.session
     return CoreStatus(
         state=update.machine.state,
         version=update.machine.live_version,
         last_version=update.machine.version,
         epoch=update.machine.epoch,
         paused=replica.pause.mode or "",
-        updating=update.machine.session is not None,
+        updating=session is not None,
+        updating_in_place=session is not None and session.mode == "inplace",
         num_running=scheduler.num_running,
         num_waiting=scheduler.num_waiting,
         num_used_tokens=scheduler.num_used_tokens,

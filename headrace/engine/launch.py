@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from headrace.config import EngineConfig, ModelSpec, ResolvedConfig, resolve
+from headrace.config.resolve import check_working_directory
 from headrace.ipc import CoreLink, FrontLink, Pulse, PulsePage, launch_core, make_pair
 from headrace.text import Tokenizer
 from headrace.types.errors import ConfigError
@@ -90,6 +91,7 @@ def resolve_settings(
 
     An executor that computes nothing has no device that could measure a pool: whatever is asked, it is on the CPU.
     """
+    check_working_directory()
     if executor == "free":
         config = msgspec.structs.replace(config, device="cpu")
     return resolve(config, model_folder(config.model, files))
@@ -101,9 +103,14 @@ def model_folder(model: str, files: Sequence[str] = MODEL_FILES, field: str = "m
     `field` is the setting that an error names.
     """
     folder = Path(os.path.expanduser(model))  # which leaves "~nobody" as it is
-    if folder.is_dir():
-        return folder.resolve()
-    if folder.exists():
+    try:
+        if folder.is_dir():
+            os.scandir(f"{folder}{os.sep}.").close()  # it may be listed, and entered
+            return folder.resolve()
+        is_file = folder.exists()
+    except OSError as error:
+        raise ConfigError(f"{field} {model} cannot be read: {error.strerror}", field=field) from None
+    if is_file:
         raise ConfigError(f"{field} {model} is a file; a folder or a hub id is needed", field=field)
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise ConfigError(f"{field} folder {model} does not exist", field=field)

@@ -106,7 +106,7 @@ class EngineLifecycle:
         client = self.runtime.client
         if not (client.is_responsive and client.is_whole) or client.status is None:
             return False
-        return not client.status.paused and not self.runtime.updater.holds_generation
+        return not client.status.paused and not client.status.updating_in_place
 
     @property
     def _running(self) -> Running:
@@ -134,12 +134,18 @@ class EngineLifecycle:
     async def __aenter__(self) -> Self:
         try:
             return await self.start()
+        except GeneratorExit:  # dropped by whoever ran it: nothing can be awaited any more
+            self.close()
+            raise
         except BaseException:
             await self.shutdown()
             raise
 
-    async def __aexit__(self, *_: object) -> None:
-        await self.shutdown()
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is GeneratorExit:
+            self.close()
+        else:
+            await self.shutdown()
 
 
 def _is_on_a_loop() -> bool:

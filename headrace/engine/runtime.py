@@ -2,6 +2,9 @@
 
 The thread knows nothing of the engine object: dropping the last reference to an engine, or leaving the interpreter,
 closes its runtime.
+
+Nothing here is locked: a fork would copy a lock as it is, and a signal handler that calls the engine would wait for the
+very call that it interrupted. What must happen in order is done on the loop.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
@@ -50,34 +54,43 @@ class _Errand(Generic[Result]):
         coroutine: Coroutine[Any, Any, Result],
         regret: Regret[Result] | None,
         on_news: Callable[[], None],
+        is_closing: Callable[[], bool],
+        waited_for: set[_Errand[Any]],
     ) -> None:
-        """Nothing runs before `start`. `regret` undoes a result that came although it was given up."""
+        """Nothing runs before `start`, or once `is_closing`. `regret` undoes a result that came although it was given
+        up. It is in `waited_for` from its start until it is over."""
         self.is_gone = False
+        self.is_over = False
+        """It has come to something, which `result` says."""
         self._loop = loop
         self._coroutine = coroutine
         self._regret = regret
         self._on_news = on_news
+        self._is_closing = is_closing
+        self._waited_for = waited_for
         self._task: asyncio.Task[Result] | None = None
         self._undoing: asyncio.Task[None] | None = None
 
-    @property
-    def is_over(self) -> bool:
-        """It has come to something, which `result` says."""
-        return self._task is not None and self._task.done()
-
     def result(self) -> Result:
-        """What it came to, once it is over."""
-        assert self._task is not None, "it is over"
+        """What it came to, once it is over: `ShutdownError` if the loop has ended without it."""
+        if self._task is None or not self._task.done():
+            raise ShutdownError(_SHUTTING_DOWN)
         return self._task.result()
 
     def start(self) -> None:
         """Run it, from any thread. Whoever is interrupted in here need not know whether it will run: he gives it up."""
-        self._loop.call_soon_threadsafe(self._begin)
+        self._waited_for.add(self)  # first: the end of the loop is told to all that are there
+        try:
+            self._loop.call_soon_threadsafe(self._begin)
+        except RuntimeError:  # the loop is closed
+            self.refuse()
 
     def refuse(self) -> None:
-        """It was not started and will not be."""
-        self._coroutine.close()
+        """Nothing more becomes of it: it was not begun and will not be, or the loop has ended."""
+        if self._task is None:
+            self._coroutine.close()
         self.is_gone = True
+        self._end()
 
     def give_up(self) -> None:
         """Leave nothing of it, from any thread, whether it has begun, is over, or neither. `is_gone` tells the end."""
@@ -85,17 +98,24 @@ class _Errand(Generic[Result]):
             self._loop.call_soon_threadsafe(self._give_up)
 
     def _begin(self) -> None:
+        if self._is_closing():
+            self.refuse()
+            return
         self._task = self._loop.create_task(self._coroutine)
         self._task.add_done_callback(self._finish)
 
     def _finish(self, task: asyncio.Task[Result]) -> None:
         self.is_gone = task.cancelled() or task.exception() is not None
+        self._end()
+
+    def _end(self) -> None:
+        self.is_over = True
+        self._waited_for.discard(self)
         self._on_news()
 
     def _give_up(self) -> None:
         if self._task is None:
             self.refuse()
-            self._on_news()
         elif not self.is_gone and self._undoing is None:
             self._task.cancel()
             self._undoing = self._loop.create_task(self._undo(self._task))
@@ -150,14 +170,39 @@ def forked(owner: int) -> ShutdownError:
     return ShutdownError(f"the engine belongs to process {owner}, of which this one is a fork")
 
 
+class _Latch:
+    """Set once. Unlike a `threading.Event`, whose lock is Python's, it may be waited for in a signal handler that has
+    interrupted a wait for it."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def set(self) -> None:
+        """From any thread."""
+        self.is_set = True
+        self._news.put(None)
+
+    def wait(self, timeout: float) -> bool:
+        """Wait up to `timeout` seconds. Returns whether it is set."""
+        deadline = time.monotonic() + timeout
+        while not self.is_set and time.monotonic() < deadline:
+            _look_out(self._news)
+        if self.is_set:
+            self._news.put(None)  # for whoever else waits
+        return self.is_set
+
+
 class Runtime:
-    """A loop in a daemon thread with one core. `close` may be called from any thread, any number of times."""
+    """A loop in a daemon thread with one core. `close` may be called from any thread and any signal handler, any number
+    of times."""
 
     def __init__(self, resolved: ResolvedConfig, *, inprocess: bool, executor: ExecutorKind) -> None:
         self._pid = os.getpid()
-        self._lock = threading.Lock()
         self._is_closing = False
-        self._has_closed = threading.Event()
+        self._closing: asyncio.Task[None] | None = None
+        self._has_closed = _Latch()
+        self._errands: set[_Errand[Any]] = set()  # that somebody waits for
         keep_standard_numbers()
         self.loop = asyncio.new_event_loop()
         engine = resolved.engine
@@ -185,7 +230,7 @@ class Runtime:
     @property
     def is_over(self) -> bool:
         """True once there is no core and will be none, as in a fork of the process that owns it."""
-        return self._is_closing or self.supervisor.ended.done() or os.getpid() != self._pid
+        return self.foreign is not None or self._is_closing or self.supervisor.ended.done()
 
     @property
     def foreign(self) -> ShutdownError | None:
@@ -209,7 +254,7 @@ class Runtime:
         if caller is self.loop:
             return await coroutine
         news = asyncio.Event()
-        errand = _Errand(self.loop, coroutine, regret, functools.partial(_call_soon, caller, news.set))
+        errand = self._errand(coroutine, regret, functools.partial(_call_soon, caller, news.set))
         try:
             self._start(errand)
             while not errand.is_over:
@@ -236,7 +281,7 @@ class Runtime:
         # An interrupt may come between any two lines here. So nothing runs before the `try`, and the wait is for a
         # queue in C: Python's conditions and futures may be left locked by an interrupt.
         news: queue.SimpleQueue[None] = queue.SimpleQueue()
-        errand = _Errand(self.loop, coroutine, regret, functools.partial(news.put, None))
+        errand = self._errand(coroutine, regret, functools.partial(news.put, None))
         try:
             self._start(errand)
             while not errand.is_over:
@@ -260,7 +305,7 @@ class Runtime:
         except ShutdownError:
             if begun.is_true or self.foreign is not None:
                 raise
-        while not self._has_closed.is_set():
+        while not self._has_closed.is_set:
             await asyncio.sleep(_CLOSING_SECONDS)
         return rest()
 
@@ -289,40 +334,42 @@ class Runtime:
 
     def close(self) -> None:
         """Answer what runs, end the core and the loop. A second caller waits for the first one's work."""
-        if os.getpid() != self._pid:
+        if self.foreign is not None:
             return  # a fork: neither the thread nor the core is ours
-        with self._lock:
-            is_first, self._is_closing = not self._is_closing, True
+        self._is_closing = True
         self.supervisor.end(ShutdownError(_SHUTTING_DOWN))
-        on_own_thread = threading.current_thread() is self._thread
-        if is_first:
-            self.loop.call_soon_threadsafe(self._start_closing)
-        if on_own_thread:
+        self.post(self._start_closing)
+        if threading.current_thread() is self._thread:
             return  # called by the garbage collector on the loop: the loop ends by itself
         if not self._has_closed.wait(4 * SHUTDOWN_SECONDS):
             logger.error("the engine did not end in time; its core is killed")
             self.host.kill()
         self._thread.join(SHUTDOWN_SECONDS)
 
+    def _errand(
+        self, coroutine: Coroutine[Any, Any, Result], regret: Regret[Result] | None, on_news: Callable[[], None]
+    ) -> _Errand[Result]:
+        return _Errand(self.loop, coroutine, regret, on_news, lambda: self._is_closing, self._errands)
+
     def _start(self, errand: _Errand[Any]) -> None:
         try:
-            with self._lock:
-                self.check_open()
-                errand.start()
+            self.check_open()
         except ShutdownError:
             errand.refuse()
             raise
+        errand.start()
 
     def _is_rid_of(self, errand: _Errand[Any]) -> bool:
         """Nothing is left of what was given up, or the loop has ended, and everything with it."""
-        return errand.is_gone or self._has_closed.is_set()
+        return errand.is_gone or self._has_closed.is_set
 
     def _core_died(self, death: HeadraceError) -> None:
         self.supervisor.core_died(death)
 
     def _start_closing(self) -> None:
-        task = self.loop.create_task(self._close())
-        task.add_done_callback(lambda _: self.loop.stop())
+        if self._closing is None:
+            self._closing = self.loop.create_task(self._close())
+            self._closing.add_done_callback(lambda _: self.loop.stop())
 
     async def _close(self) -> None:
         for closer in self._closers:
@@ -353,5 +400,7 @@ class Runtime:
             self.loop.run_until_complete(self.loop.shutdown_asyncgens())
             self.host.close(SHUTDOWN_SECONDS)
         finally:
-            self._has_closed.set()
             self.loop.close()
+            for errand in tuple(self._errands):
+                errand.refuse()
+            self._has_closed.set()

@@ -48,7 +48,7 @@ class Start:
         self._config = config
         self._inprocess = inprocess
         self._executor: ExecutorKind = executor
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler or the garbage collector may close what is just being closed
         self._is_closed = False
         self._pid = os.getpid()
         self._runtime: Runtime | None = None
@@ -58,7 +58,9 @@ class Start:
 
     @property
     def running(self) -> Running | None:
-        """The engine, if it has started."""
+        """The engine, if it has started, in this process."""
+        if self.foreign is not None:  # before anything that has a lock, which a fork copies as it is
+            return None
         return self._outcome.result() if self._outcome.done() and self._outcome.exception() is None else None
 
     def wait(self) -> Running:
@@ -82,16 +84,21 @@ class Start:
 
     def _check_waits_here(self) -> None:
         """`ShutdownError` in a fork, where the thread that starts it is not."""
-        foreign = self.foreign
-        if foreign is not None and not self._outcome.done():
-            raise foreign
+        if self.foreign is not None:
+            raise self.foreign
 
     def close(self) -> None:
-        """End the engine, or its start. Waits until the core is gone."""
+        """End the engine, or its start. Waits until the core is gone. Nothing in a fork."""
+        if self.foreign is not None:
+            return
         with self._lock:
             self._is_closed = True
         if self._runtime is not None:
             self._runtime.close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ShutdownError("the engine was shut down before it had started")
 
     def _run(self) -> None:
         try:
@@ -106,9 +113,9 @@ class Start:
         config = self._config
         resolved = resolve_settings(config, self._executor)
         with self._lock:
-            if self._is_closed:
-                raise ShutdownError("the engine was shut down before it had started")
+            self._check_open()
             self._runtime = runtime = Runtime(resolved, inprocess=self._inprocess, executor=self._executor)
+            self._check_open()  # the garbage collector may have closed it in here
         tokenizer = load_tokenizer(config, resolved.folder)
         ready = runtime.wait(runtime.supervisor.start())
         # Only the core could measure what a device has room for; requests are bounded by that.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
 import time
 from collections import deque
@@ -88,8 +89,8 @@ class Supervisor:
             self.end(death)
 
     def end(self, reason: HeadraceError) -> None:
-        """There is no core any more, for good."""
-        if not self.ended.done():
+        """There is no core any more, for good. Of any thread: the first reason stays."""
+        with contextlib.suppress(concurrent.futures.InvalidStateError):
             self.ended.set_result(reason)
 
     async def stop(self) -> None:

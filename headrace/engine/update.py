@@ -1,5 +1,6 @@
 """Weight updates seen from the front. Owns the buckets: shared buffers that carry tensors to the core, large ones in
-pieces. There are NUM_BUCKETS of at most BUCKET_BYTES, whatever is sent.
+pieces. There are NUM_BUCKETS of at most BUCKET_BYTES, whatever is sent. Whoever fills one for a session that is over
+loses it to the next session.
 
 An update is a *script*: a generator that yields coroutines for the engine's loop and gets their results. Its own code,
 and with it the caller's iterator of tensors, runs wherever the caller is: `drive` runs a script in a plain thread,
@@ -21,18 +22,18 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from headrace.engine.buckets import Bucket, Filling, aligned
 from headrace.engine.calls import outlast
 from headrace.engine.client import CoreClient
 from headrace.engine.tensors import HeldTensors, NamedTensors, TensorBytes, describe, named_pairs
 from headrace.ipc import SharedBuffer
-from headrace.types.errors import HeadraceError, UnavailableError, WeightUpdateError
+from headrace.types.errors import DeadlineError, HeadraceError, UnavailableError, WeightUpdateError
 from headrace.types.messages import AbortUpdate, BeginUpdate, CommitUpdate, Stage, UpdateBegun
 from headrace.types.plain_values import as_list
 from headrace.types.weights import (
     MAX_DIMENSIONS,
     MAX_TENSOR_NAME,
     MAX_TENSORS,
-    BufferEntry,
     InFlight,
     TensorInfo,
     UpdateMode,
@@ -45,7 +46,6 @@ logger = logging.getLogger(__name__)
 
 BUCKET_BYTES = 64 << 20
 NUM_BUCKETS = 2
-_ALIGNMENT = 64
 
 Result = TypeVar("Result")
 Script = Generator[Coroutine[Any, Any, Any], Any, Result]
@@ -55,11 +55,14 @@ Manifest = Iterable[TensorInfo | tuple[str, Iterable[int], str]]
 class UpdateSession:
     """An open update. `mode` is what "auto" became; `manifest` is what may be staged, each entry once."""
 
-    def __init__(self, session_id: int, version: str, mode: str, manifest: tuple[TensorInfo, ...]) -> None:
+    def __init__(
+        self, session_id: int, version: str, mode: str, manifest: tuple[TensorInfo, ...], timeout_s: float
+    ) -> None:
         self.session_id = session_id
         self.version = version
         self.mode = mode
         self.manifest = manifest
+        self.timeout_s = timeout_s
         self._indices = {info.name: index for index, info in enumerate(manifest)}
         self.num_bytes_staged = 0
         self._sent: set[int] = set()
@@ -87,46 +90,6 @@ class UpdateSession:
         return index
 
 
-class Bucket:
-    """A shared buffer being filled with tensors and pieces of tensors."""
-
-    def __init__(self, buffer: SharedBuffer) -> None:
-        self.buffer = buffer
-        self.entries: list[BufferEntry] = []
-        self._num_used = 0
-
-    def fits(self, num_bytes: int) -> bool:
-        """True when so many bytes have room."""
-        return _aligned(self._num_used) + num_bytes <= self.buffer.ref.size
-
-    def write(self, index: int, start: int, data: TensorBytes, *, replaces: bool) -> None:
-        """Copy in what a tensor holds from its byte `start` on. `WeightUpdateError` if it was freed or written to
-        meanwhile."""
-        offset = _aligned(self._num_used)
-        data.copy_into(self.buffer.view[offset : offset + len(data)])
-        self.entries.append(BufferEntry(index, offset, start, len(data), replaces))
-        self._num_used = offset + len(data)
-
-    def clear(self) -> None:
-        """Forget the contents: the buffer may be filled again."""
-        self.entries = []
-        self._num_used = 0
-
-
-class _Filling:
-    """The bucket that one running script fills, until it is an upload. A step of a script that was cancelled may still
-    run: it then finds that the script is over."""
-
-    def __init__(self) -> None:
-        self.bucket: Bucket | None = None
-        self.is_over = False
-        self.uploads: list[asyncio.Task[None]] = []
-
-    def has_room(self, num_bytes: int) -> bool:
-        """True when there is a bucket, and so many bytes have room in it."""
-        return self.bucket is not None and self.bucket.fits(num_bytes)
-
-
 class Updater:
     """Opens, fills and ends update sessions on one core. Its coroutines run on the engine's loop."""
 
@@ -136,15 +99,9 @@ class Updater:
         self._free: list[Bucket] = []
         self._num_buckets = 0
         self._bucket_bytes = 0
-        self._uploads: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()  # uploads, and aborts that nobody awaits
         self._freed = asyncio.Event()
-        self._inplace_session: int | None = None
-
-    @property
-    def holds_generation(self) -> bool:
-        """True while an in-place session of ours is open: no request would start."""
-        status = self._client.status
-        return self._inplace_session is not None and status is not None and status.updating
+        self._fillings: set[Filling] = set()
 
     async def begin(
         self,
@@ -155,12 +112,13 @@ class Updater:
         partial: bool,
         timeout_s: float,
     ) -> UpdateSession:
-        """Have the whole manifest checked and a session opened."""
+        """Have the whole manifest checked and a session opened. Every other session is over then."""
         begun = await self._client.change(
             lambda call_id: BeginUpdate(call_id, version, manifest, mode, in_flight, partial, timeout_s), UpdateBegun
         )
-        self._inplace_session = begun.session_id if begun.mode == "inplace" else None
-        return UpdateSession(begun.session_id, version, begun.mode, manifest)
+        for filling in tuple(self._fillings):
+            self._end(filling)
+        return UpdateSession(begun.session_id, version, begun.mode, manifest, timeout_s)
 
     async def commit(self, session: UpdateSession) -> UpdateReport:
         """Make the staged weights live. One that is not done in time is aborted with its session."""
@@ -182,8 +140,9 @@ class Updater:
         """Copy tensors into buckets and send them; ends when the core has copied all of them. What a call sends that
         fails may be sent again, and replaces what came of it."""
         check_session(session)
-        filling, sent, num_bytes, is_settled = _Filling(), set[int](), 0, False
+        filling, sent, num_bytes, is_settled = Filling(session.session_id), set[int](), 0, False
         try:
+            self._fillings.add(filling)
             for name, tensor in named_pairs(named_tensors):
                 index = session.index_of(describe(name, tensor))
                 if index in sent:
@@ -192,11 +151,9 @@ class Updater:
                 data = TensorBytes(name, tensor)
                 for start in range(0, max(1, len(data)), BUCKET_BYTES):
                     piece = data[start : start + BUCKET_BYTES]
-                    if not filling.has_room(len(piece)):
+                    while not filling.write(index, start, piece, replaces=session.replaces(index)):
                         yield self._send(session, filling)
                         yield self._take_bucket(session, len(piece), filling)
-                    assert filling.bucket is not None
-                    filling.bucket.write(index, start, piece, replaces=session.replaces(index))
                 num_bytes += len(data)
             yield self._send(session, filling)
             yield self._drain(filling)
@@ -232,7 +189,8 @@ class Updater:
             (session,) = opened
             yield from self.stage(session, held)
             report: UpdateReport = yield self.commit(session)
-        except GeneratorExit:
+        except GeneratorExit:  # dropped by whoever ran it: nothing can be awaited any more
+            self._call_soon(lambda: self._abort_soon(opened))
             raise
         except BaseException:  # whatever it is, the session is over before the caller hears of it
             if opened:
@@ -242,11 +200,13 @@ class Updater:
 
     async def close(self) -> None:
         """Give the buffers back."""
-        uploads = list(self._uploads)
-        for task in uploads:
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
-        if uploads:
-            await asyncio.wait(uploads)
+        if tasks:
+            await asyncio.wait(tasks)
+        for filling in tuple(self._fillings):
+            self._end(filling)
         for bucket in self._free:
             bucket.buffer.close()
         self._free.clear()
@@ -254,6 +214,12 @@ class Updater:
     def _call_soon(self, action: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the core and its session are gone too
             self._loop.call_soon_threadsafe(action)
+
+    def _abort_soon(self, opened: list[UpdateSession]) -> None:
+        for session in opened:
+            task = self._loop.create_task(self._abort_at_last(session))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     async def _abort_at_last(self, session: UpdateSession) -> None:
         try:
@@ -263,25 +229,33 @@ class Updater:
         except HeadraceError as error:
             logger.debug("session %d was over: %s", session.session_id, error)
 
-    async def _take_bucket(self, session: UpdateSession, num_bytes: int, filling: _Filling) -> None:
+    async def _take_bucket(self, session: UpdateSession, num_bytes: int, filling: Filling) -> None:
         """A bucket with room for `num_bytes`, waiting for the core to free one if need be."""
-        filling.bucket = await self._free_bucket(session, num_bytes, filling)
+        filling.put(await self._free_bucket(session, num_bytes, filling))
         if filling.is_over:
             self._end(filling)
 
-    def _end(self, filling: _Filling) -> None:
+    def _end(self, filling: Filling) -> None:
+        """Leave nothing of a script that is over, or whose session is. One that writes at this moment has its bucket:
+        it finds out after that, and ends."""
         filling.is_over = True
-        bucket, filling.bucket = filling.bucket, None
+        self._fillings.discard(filling)
+        for upload in filling.uploads:
+            upload.cancel()
+        bucket = filling.take()
         if bucket is not None:
             self._give_back(bucket)
+        self._freed.set()  # one that waits for a bucket finds out
 
-    async def _free_bucket(self, session: UpdateSession, num_bytes: int, filling: _Filling) -> Bucket:
+    async def _free_bucket(self, session: UpdateSession, num_bytes: int, filling: Filling) -> Bucket:
         self._raise_failures(filling)
         self._fit_buckets(session, num_bytes)
-        while not self._free and self._num_buckets >= NUM_BUCKETS:
-            self._freed.clear()
-            await self._freed.wait()
-            self._raise_failures(filling)
+        try:
+            async with asyncio.timeout(session.timeout_s):
+                await self._wait_for_bucket(filling)
+        except TimeoutError:
+            message = f"other tensors of session {session.session_id} hold every buffer for its {session.timeout_s:g} s"
+            raise DeadlineError(message, field="timeout") from None
         if self._free:
             return self._free.pop()
         try:
@@ -291,9 +265,15 @@ class Updater:
         self._num_buckets += 1
         return bucket
 
+    async def _wait_for_bucket(self, filling: Filling) -> None:
+        while not self._free and self._num_buckets >= NUM_BUCKETS:
+            self._freed.clear()
+            await self._freed.wait()
+            self._raise_failures(filling)
+
     def _fit_buckets(self, session: UpdateSession, num_bytes: int) -> None:
         """Buckets are as large as the largest update so far needs, up to BUCKET_BYTES."""
-        total = sum(_aligned(_num_bytes(info)) for info in session.manifest)
+        total = sum(aligned(_num_bytes(info)) for info in session.manifest)
         wanted = max(min(total, BUCKET_BYTES), num_bytes, 1)
         if wanted > self._bucket_bytes:
             self._bucket_bytes = wanted
@@ -302,41 +282,42 @@ class Updater:
             self._num_buckets -= 1
             bucket.buffer.close()
 
-    async def _send(self, session: UpdateSession, filling: _Filling) -> None:
+    async def _send(self, session: UpdateSession, filling: Filling) -> None:
         """Make an upload of what has been filled, if anything has."""
         self._raise_failures(filling)
-        bucket, filling.bucket = filling.bucket, None
+        bucket = filling.take()
         if bucket is not None:
             upload = asyncio.create_task(self._upload(session, bucket))
             upload.add_done_callback(lambda _: self._uploaded(upload, bucket))
-            self._uploads.add(upload)
+            self._tasks.add(upload)
             filling.uploads.append(upload)
 
     async def _upload(self, session: UpdateSession, bucket: Bucket) -> None:
         session_id, ref, entries = session.session_id, bucket.buffer.ref, tuple(bucket.entries)
         await self._client.call(lambda call_id: Stage(call_id, session_id, ref, entries), NoneType)
 
-    async def _call_off(self, filling: _Filling) -> None:
+    async def _call_off(self, filling: Filling) -> None:
         """Give up the uploads of a script that is over."""
         pending = [upload for upload in filling.uploads if upload.cancel()]
         if pending:
             await asyncio.wait(pending)
 
-    async def _drain(self, filling: _Filling) -> None:
+    async def _drain(self, filling: Filling) -> None:
         if filling.uploads:
             await asyncio.wait(filling.uploads)
         self._raise_failures(filling)
 
-    def _raise_failures(self, filling: _Filling) -> None:
-        """Raise the first error among the uploads of a script."""
+    def _raise_failures(self, filling: Filling) -> None:
+        """Raise the first error among the uploads of a script, and `UpdateConflictError` once it is over."""
         for upload in filling.uploads:
             error = upload.exception() if upload.done() and not upload.cancelled() else None
             if error is not None:
                 raise error
+        filling.check()
 
     def _uploaded(self, upload: asyncio.Task[None], bucket: Bucket) -> None:
         """Whatever came of it, also if it was cancelled before it began, the core reads the buffer no more."""
-        self._uploads.discard(upload)
+        self._tasks.discard(upload)
         if not upload.cancelled():
             upload.exception()  # looked at: of a script that is over nobody else does
         self._give_back(bucket)
@@ -414,10 +395,6 @@ async def drive_async(script: Script[Result], run: Callable[[Coroutine[Any, Any,
             if inspect.getgeneratorstate(script) == inspect.GEN_CLOSED:
                 raise
             error = caught
-
-
-def _aligned(offset: int) -> int:
-    return -(-offset // _ALIGNMENT) * _ALIGNMENT
 
 
 def _num_bytes(info: TensorInfo) -> int:

@@ -18,6 +18,7 @@ from headrace.rl.display import ProgressLine, StepRecord, draw_picture, require_
 from headrace.rl.push import PushReport, push_weights, tensor_digests
 from headrace.rl.rollouts import Batch, RolloutLog, Sampler
 from headrace.types.errors import ConfigError
+from headrace.types.plain_values import as_path
 from headrace.types.request import DEFAULT_VERSION
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def checkpoint_digests(folder: Path) -> dict[str, str]:
 
 
 def _output_folder(options: DemoOptions) -> Path:
-    output = Path(options.output_dir).expanduser().resolve()
+    output = as_path(options.output_dir, "output_dir", ConfigError)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -20,8 +20,9 @@ from headrace.server.errors import FieldNames, body_of, error_body, respond
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.wire import json_reply, unless_gone
-from headrace.types.errors import HeadraceError, RequestError
+from headrace.types.errors import ConfigError, HeadraceError, RequestError
 from headrace.types.messages import WeightBytes
+from headrace.types.plain_values import as_path
 from headrace.types.weights import PauseMode, TensorInfo
 
 Result = TypeVar("Result")
@@ -83,7 +84,7 @@ class AdminFace:
         self._state = state
         self._engine = state.engine
         own = _model_root(Path(self._engine.resolved.folder).resolve())
-        self._roots = (own, *(Path(root).expanduser().resolve() for root in state.options.weight_roots))
+        self._roots = (own, *(as_path(root, "weight_roots", ConfigError) for root in state.options.weight_roots))
 
     def endpoints(self) -> list[Endpoint]:
         """The routes of this face."""

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from headrace.types.errors import ConfigError
-from headrace.types.plain_values import as_integer, as_seconds, as_setting, hint
+from headrace.types.plain_values import as_integer, as_path, as_seconds, as_setting, hint
 
 MAX_KEY_BYTES = 4096
 logger = logging.getLogger(__name__)
@@ -63,6 +63,8 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
                 raise ConfigError(f"give {name} or {name}_file, not both", field=f"{name}_file")
             if key is not None and not (key.strip() == key != "" and key.isascii() and key.isprintable()):
                 raise ConfigError(f"{name} must be printable ASCII, not empty, without spaces around it", field=name)
+        for root in self.weight_roots:
+            as_path(root, "weight_roots", ConfigError)
         if self.max_body_bytes < 1024:
             raise ConfigError("max_body_bytes must be at least 1024", field="max_body_bytes")
         for name in ("body_timeout", "write_timeout"):

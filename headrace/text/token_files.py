@@ -6,13 +6,14 @@ and field. Must not know how a vocabulary is read.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from headrace.config.json_bounds import VOCABULARY
-from headrace.config.json_files import MAX_CONFIG_BYTES, Fields, is_text, read_object, read_text, shown
+from headrace.config.json_files import MAX_CONFIG_BYTES, Fields, is_text, is_there, read_object, read_text, shown
 from headrace.types.errors import CheckpointError
 
 CONFIG = "tokenizer_config.json"
@@ -38,7 +39,7 @@ def read_token_files(folder: Path) -> dict[str, Fields]:
     files = {}
     for name in (CONFIG, _SPECIAL_MAP, _ADDED, _VOCABULARY):
         path = folder / name
-        files[name] = Fields(read_object(path, MAX_VOCABULARY_BYTES, VOCABULARY) if path.exists() else {}, name)
+        files[name] = Fields(read_object(path, MAX_VOCABULARY_BYTES, VOCABULARY) if is_there(path) else {}, name)
     for name in (CONFIG, _SPECIAL_MAP):
         _check_special_tokens(files[name])
     for name in (_ADDED, _VOCABULARY):
@@ -79,7 +80,7 @@ def add_tokens(library: Any, files: Mapping[str, Fields]) -> dict[str, str]:
 
 def chat_template(folder: Path, config: Fields) -> str | dict[str, str] | None:
     """The template, or several by name: those in files of their own, or else what the configuration holds."""
-    files = list(islice((folder / _TEMPLATES).glob("*.jinja"), MAX_TEMPLATES + 1))
+    files = _template_files(folder / _TEMPLATES)
     if len(files) > MAX_TEMPLATES:
         raise CheckpointError(f"{folder / _TEMPLATES} has over {MAX_TEMPLATES} files", field=_TEMPLATES)
     found: dict[str, str] = {}
@@ -87,12 +88,24 @@ def chat_template(folder: Path, config: Fields) -> str | dict[str, str] | None:
     for path in sorted(files):
         found[path.stem] = read_text(path, num_left)
         num_left -= len(found[path.stem].encode())
-    if (folder / _TEMPLATE).exists():
+    if is_there(folder / _TEMPLATE):
         found["default"] = read_text(folder / _TEMPLATE)
     if found:
         return found["default"] if found.keys() == {"default"} else found
     template: Any = config.values.get("chat_template")
     return {each["name"]: each["template"] for each in template} if isinstance(template, list) else template
+
+
+def _template_files(folder: Path) -> list[Path]:
+    """Those of a folder, if there is one: at most one more than there may be."""
+    try:
+        with os.scandir(folder) as entries:
+            names = (entry.name for entry in entries if entry.name.endswith(".jinja"))
+            return [folder / name for name in islice(names, MAX_TEMPLATES + 1)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}", field=folder.name) from None
 
 
 def _check_special_tokens(fields: Fields) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.config.json_bounds import VOCABULARY
-from headrace.config.json_files import Fields, read_bytes, read_object, shown
+from headrace.config.json_files import Fields, is_there, read_bytes, read_object, shown
 from headrace.text.growth import growth_of
 from headrace.text.token_files import (
     CONFIG,
@@ -60,10 +60,10 @@ def load_backend(folder: Path) -> Any:
     """The `transformers` tokenizer of a folder. Raises `ConfigError` naming the file and what is wrong with it."""
     try:
         files = read_token_files(folder)
-        if (folder / TOKENIZER_FILE).exists():
+        if is_there(folder / TOKENIZER_FILE):
             _refuse_code(files[CONFIG].values)
             return _from_tokenizer_json(folder, files)
-        found = [name for name in _VOCABULARIES if (folder / name).exists()]
+        found = [name for name in _VOCABULARIES if is_there(folder / name)]
         if not found:
             looked_for = ", ".join((TOKENIZER_FILE, *_VOCABULARIES))
             raise ConfigError(f"{folder} has no tokenizer files (looked for {looked_for})", field="tokenizer")
@@ -129,7 +129,7 @@ def _converted(folder: Path, name: str) -> Any:
     """The tokenizer that transformers makes of other files than `tokenizer.json`."""
     from transformers import AutoTokenizer, LlamaTokenizer
 
-    if name == "vocab.json" and not (folder / "merges.txt").is_file():
+    if name == "vocab.json" and not is_there(folder / "merges.txt"):
         raise ConfigError(f"{folder / name} cannot be read without merges.txt beside it", field="tokenizer")
     is_pieces = name == "tokenizer.model" and not _is_tiktoken(folder / name)
     missing = _missing_packages(folder / name, is_pieces)

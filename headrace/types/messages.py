@@ -269,7 +269,8 @@ class CoreStatus(msgspec.Struct, frozen=True):
     """The core's own account of itself. `metrics` are the counters and gauges listed in docs/architecture.md.
 
     `version` is the label of the live weights: "", which nobody can give, while no whole weights are live.
-    `last_version` is then that of the last whole ones.
+    `last_version` is then that of the last whole ones. `updating_in_place` says that the open update will hold all
+    requests while it writes.
     """
 
     state: str
@@ -283,6 +284,7 @@ class CoreStatus(msgspec.Struct, frozen=True):
     max_total_num_tokens: int
     metrics: dict[str, float]
     last_version: str = ""
+    updating_in_place: bool = False
 
 
 class Deltas(msgspec.Struct, frozen=True, array_like=True, tag="deltas"):

@@ -13,6 +13,7 @@ import operator
 import os
 from collections.abc import Iterable, Mapping, Set
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -50,6 +51,14 @@ def as_setting(value: Any, kind: Any, field: str, refusal: Refusal) -> Any:
         return msgspec.convert(plain, kind, strict=True)
     except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter of text inside a list
         raise refusal(f"{field}: {error}", field=field) from None
+
+
+def as_path(name: str, field: str, refusal: Refusal) -> Path:
+    """The absolute path of a name, without links; "~nobody" stays as it is."""
+    try:
+        return Path(os.path.expanduser(name)).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # no working directory, links in a circle, a null character
+        raise refusal(f"{field} {name!r} is not a path on this machine: {error}", field=field) from None
 
 
 def as_integer(value: Any, field: str, refusal: Refusal = RequestError) -> int:

@@ -375,3 +375,17 @@ def test_a_core_logs_as_its_server_does(tmp_path: Path) -> None:
     lines = [line for line in done.stderr.splitlines() if "core" in line]
     assert [json.loads(line)["role"] for line in lines if line.startswith("{")] == ["core"]
     assert not any("core:0" in line for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    "words", [["check", POLICY], ["generate", POLICY, "a"], ["serve", POLICY], ["demo"], ["bench", "overhead"]]
+)
+def test_a_working_directory_that_is_gone_is_refused_before_torch_is_loaded_in_it(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert main(words) == 2
+    assert "the working directory is gone" in capsys.readouterr().err

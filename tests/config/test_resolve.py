@@ -10,7 +10,7 @@ import pytest
 from headrace.config import CudaDevice, EngineConfig, ResolvedConfig, Software, resolve
 from headrace.config.engine_config import SettledConfig
 from headrace.config.resolve import available_cores, available_memory
-from headrace.engine.launch import model_folder
+from headrace.engine.launch import model_folder, resolve_settings
 from headrace.types.errors import ConfigError
 
 H200 = CudaDevice("NVIDIA H200", 150_754_820_096, (9, 0), 132)
@@ -389,3 +389,24 @@ def test_a_folder_whose_name_could_not_be_sent_is_refused(tmp_path: Path) -> Non
     write(folder)
     with pytest.raises(ConfigError, match="not Unicode text"):
         resolve(EngineConfig(model="m"), folder)
+
+
+def test_a_kernel_cache_that_may_not_be_looked_at_or_is_no_path_is_refused(folder: Path) -> None:
+    for name in (f"/tmp/{'x' * 300}", "a\0b"):
+        with pytest.raises(ConfigError) as caught:
+            resolved(folder, kernel_cache=name)
+        assert caught.value.field == "kernel_cache"
+
+
+def test_nothing_starts_where_the_working_directory_is_gone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(ConfigError, match="working directory is gone"):
+        resolve_settings(EngineConfig(model=str(folder)))
+    with pytest.raises(ConfigError) as caught:
+        resolved(folder, kernel_cache="built")
+    assert caught.value.field == "kernel_cache"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -119,3 +121,57 @@ def test_check_answers_for_weights_that_are_not_there_yet(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "training_args.bin").write_bytes(b"x")
     assert check(folder) == 0
+
+
+LOST = "x" * 300  # longer than a name may be: whoever looks at it is told so, root too
+
+
+def test_a_folder_that_may_not_be_looked_at_is_refused_by_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases: list[tuple[str, dict[str, Any]]] = [("model", {}), ("tokenizer", {"tokenizer": f"/tmp/{LOST}"})]
+    for name, settings in cases:
+        with pytest.raises(ConfigError, match=f"{name} .* cannot be read: File name too long") as caught:
+            Engine(folder if settings else f"/tmp/{LOST}", inprocess=True, **SETTINGS, **settings)
+        assert caught.value.field == name
+    assert check(folder / LOST) == check(folder, "--tokenizer", str(folder / LOST)) == 2
+
+    def scandir(path: Any) -> Any:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(os, "scandir", scandir)  # it may be entered, but not listed
+    with pytest.raises(ConfigError, match="cannot be read: Permission denied") as caught:
+        Engine(folder, inprocess=True, **SETTINGS)
+    assert caught.value.field == "model" and check(folder) == 2
+    assert "internal error" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("generation_config.json", "generation_config.json"),
+        ("tokenizer_config.json", "tokenizer"),
+        ("tokenizer.json", "tokenizer"),
+        ("chat_template.jinja", "tokenizer"),
+        ("additional_chat_templates", "tokenizer"),
+    ],
+)
+def test_a_file_that_may_not_be_looked_at_is_not_taken_for_absent(folder: Path, name: str, field: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(LOST)
+    with pytest.raises((CheckpointError, ConfigError), match=f"{name} cannot be read") as caught:
+        Engine(folder, inprocess=True, **SETTINGS)
+    assert caught.value.field == field
+
+
+def test_vocabularies_that_may_not_be_looked_at_are_not_taken_for_absent(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").symlink_to(LOST)
+    with pytest.raises(ConfigError, match=r"tokenizer.model cannot be read") as caught:
+        Engine(folder, inprocess=True, **SETTINGS)
+    assert caught.value.field == "tokenizer"
+    (folder / "tokenizer.model").unlink()
+    (folder / "vocab.json").write_text("{}")
+    (folder / "merges.txt").symlink_to(LOST)
+    with pytest.raises(ConfigError, match=r"merges.txt cannot be read"):
+        Engine(folder, inprocess=True, **SETTINGS)

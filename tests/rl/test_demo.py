@@ -162,3 +162,11 @@ def test_an_interrupted_demo_leaves_its_picture_and_its_steps(tmp_path: Path, mo
     steps = [json.loads(line)["step"] for line in (tmp_path / "steps.jsonl").read_text(encoding="utf-8").splitlines()]
     rollouts = (tmp_path / "rollouts.jsonl").read_text(encoding="utf-8").splitlines()
     assert steps == [1, 2] and {json.loads(line)["step"] for line in rollouts} == {1, 2}
+
+
+@pytest.mark.parametrize("name", ["circle", "a\0b"])
+def test_an_output_dir_that_is_no_path_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "circle").symlink_to("circle")  # some versions of Python resolve it; it cannot be made a folder either
+    with pytest.raises(ConfigError) as caught:
+        run_demo(_options(tmp_path / name))
+    assert caught.value.field == "output_dir"

@@ -6,6 +6,10 @@ import os
 import shutil
 from pathlib import Path
 
+import pytest
+
+from headrace.server.options import ServerOptions
+from headrace.types.errors import ConfigError
 from tests.server.builders import save_random_model
 from tests.server.conftest import START, Served
 
@@ -42,3 +46,9 @@ def test_a_model_of_the_hub_cache_is_served_and_may_be_read_again(start: START, 
     assert ask(served, snapshot)[0] == 200
     other = save_random_model(tmp_path / "models--someone--other", seed=1)
     assert ask(served, other)[0] == 400
+
+
+def test_a_weight_root_that_is_no_path_is_refused_before_anything_is_served() -> None:
+    with pytest.raises(ConfigError) as caught:
+        ServerOptions(weight_roots=("a\0b",))
+    assert caught.value.field == "weight_roots"

@@ -1,0 +1,88 @@
+"""The buffers that carry tensors to a core, while they are filled. Owns what is in one, and who may write to it.
+
+Knows nothing of the core, nor how many there are: that is `Updater`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+
+from headrace.engine.tensors import TensorBytes
+from headrace.ipc import SharedBuffer
+from headrace.types.errors import UpdateConflictError
+from headrace.types.weights import BufferEntry
+
+_ALIGNMENT = 64
+
+
+class Bucket:
+    """A shared buffer being filled with tensors and pieces of tensors."""
+
+    def __init__(self, buffer: SharedBuffer) -> None:
+        self.buffer = buffer
+        self.entries: list[BufferEntry] = []
+        self._num_used = 0
+
+    def fits(self, num_bytes: int) -> bool:
+        """True when so many bytes have room."""
+        return aligned(self._num_used) + num_bytes <= self.buffer.ref.size
+
+    def write(self, index: int, start: int, data: TensorBytes, *, replaces: bool) -> None:
+        """Copy in what a tensor holds from its byte `start` on. `WeightUpdateError` if it was freed or written to
+        meanwhile."""
+        offset = aligned(self._num_used)
+        data.copy_into(self.buffer.view[offset : offset + len(data)])
+        self.entries.append(BufferEntry(index, offset, start, len(data), replaces))
+        self._num_used = offset + len(data)
+
+    def clear(self) -> None:
+        """Forget the contents: the buffer may be filled again."""
+        self.entries = []
+        self._num_used = 0
+
+
+class Filling:
+    """The bucket that one running script fills, until it is an upload. A step of a script that was cancelled may still
+    run, and a script whose session is over does: both then find that it is over."""
+
+    def __init__(self, session_id: int) -> None:
+        self.session_id = session_id
+        self.is_over = False
+        self.uploads: list[asyncio.Task[None]] = []
+        self._buckets: deque[Bucket] = deque()  # one at most; whoever pops it owns it, in whatever thread
+
+    def take(self) -> Bucket | None:
+        """Whoever gets the bucket owns it."""
+        with contextlib.suppress(IndexError):
+            return self._buckets.pop()
+        return None
+
+    def put(self, bucket: Bucket) -> None:
+        """The bucket to be filled on."""
+        self._buckets.append(bucket)
+
+    def write(self, index: int, start: int, data: TensorBytes, *, replaces: bool) -> bool:
+        """Copy what a tensor holds from its byte `start` on, if there is a bucket that has room for it."""
+        bucket = self.take()
+        if bucket is None:
+            return False
+        try:
+            has_room = bucket.fits(len(data))
+            if has_room:
+                bucket.write(index, start, data, replaces=replaces)
+        finally:
+            self.put(bucket)
+        self.check()  # after that: it may have been ended while the bucket was not here
+        return has_room
+
+    def check(self) -> None:
+        """`UpdateConflictError`, as the core has it, once it is over."""
+        if self.is_over:
+            raise UpdateConflictError(f"session {self.session_id} is not open any more", field="session_id")
+
+
+def aligned(offset: int) -> int:
+    """The next offset at which a tensor may begin."""
+    return -(-offset // _ALIGNMENT) * _ALIGNMENT
