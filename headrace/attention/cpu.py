@@ -17,12 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headrace.attention.base import AttentionInputs, AttentionShape, HeadNorms, Int64Array
-from headrace.attention.heads import StepHeads
-from headrace.kernels import KernelSet
+from headrace.attention.heads import Heads, StepHeads
 from headrace.kernels.paged_attention import PAD_POSITIONS, SampledAttention
 from headrace.kernels.paged_kv import KvGeometry, KvPool, store_rows, token_rows
 from headrace.kernels.products import PLAIN, Products
-from headrace.kernels.rope_tables import RotaryTables
 
 _DENSE_MIN_TOKENS = 4  # a row of fewer tokens never goes by itself, so that steady decode is few calls
 _DENSE_MIN_ENTRIES = 24 << 10  # scores of a row that pay for gathering its context and for its own calls
@@ -34,21 +32,11 @@ _MAX_PIECE_ENTRIES = 1 << 22  # bounds a piece's scores and indices to 16 MiB ea
 class CpuAttention:
     """Plans steps over one pool. Scratch: a causal mask that grows to the longest context seen."""
 
-    def __init__(
-        self,
-        shape: AttentionShape,
-        pool: KvPool,
-        rotary: RotaryTables,
-        kernels: KernelSet,
-        *,
-        invariant: bool,
-        products: Products = PLAIN,
-    ) -> None:
+    def __init__(self, heads: Heads, pool: KvPool, *, invariant: bool, products: Products = PLAIN) -> None:
         self._products = products
-        self._shape = shape
+        self._heads = heads
+        self._shape = heads.shape
         self._pool = pool
-        self._rotary = rotary
-        self._kernels = kernels
         self._invariant = invariant
         self._mask = CausalMask()
 
@@ -69,8 +57,7 @@ class CpuAttention:
                 for row in np.flatnonzero(long_R)
             ]
         rows_to_store = _store_rows(geometry, inputs)
-        heads = StepHeads(self._shape, self._kernels, self._rotary, inputs.rope_positions)
-        return CpuStep(self._pool, heads, rows_to_store, pieces, blocks)
+        return CpuStep(self._pool, self._heads.at(inputs.rope_positions), rows_to_store, pieces, blocks)
 
     def _long_rows(self, inputs: AttentionInputs) -> npt.NDArray[np.bool_]:
         """Rows whose scores are so many that a dense kernel of their own is cheaper."""

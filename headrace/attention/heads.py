@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,23 +12,34 @@ from headrace.kernels import KernelSet
 from headrace.kernels.rope_tables import RotaryTables
 
 
-class StepHeads:
-    """Norms and rotates the heads of one step, whose cosines and sines are looked up once for all layers."""
+class Heads(NamedTuple):
+    """The heads of every layer of a KV group, and what norms and rotates them."""
 
-    def __init__(self, shape: AttentionShape, kernels: KernelSet, rotary: RotaryTables, positions_T: Tensor) -> None:
-        self._shape = shape
-        self._kernels = kernels
-        self._cos_TD = rotary.cos_PD.index_select(0, positions_T)
-        self._sin_TD = rotary.sin_PD.index_select(0, positions_T)
+    shape: AttentionShape
+    kernels: KernelSet
+    rotary: RotaryTables
+
+    def at(self, positions_T: Tensor) -> StepHeads:
+        """Those of one step's tokens: cosines and sines are looked up once for all layers."""
+        cos_PD, sin_PD = self.rotary
+        return StepHeads(self, cos_PD.index_select(0, positions_T), sin_PD.index_select(0, positions_T))
+
+
+class StepHeads(NamedTuple):
+    """The heads of one step, whose tokens have these cosines and sines."""
+
+    heads: Heads
+    cos_TD: Tensor
+    sin_TD: Tensor
 
     def split(self, qkv_TX: Tensor, norms: HeadNorms | None) -> tuple[Tensor, Tensor, Tensor]:
         """[T, (H + 2 G) * D] -> queries [T, H, D], keys [T, G, D] and, as they are, values [T, G, D]."""
-        kernels, shape, num_heads = self._kernels, self._shape, self._shape.num_heads
-        num_rotated = num_heads + shape.num_kv_heads
+        shape, kernels, _ = self.heads
+        num_heads, num_rotated = shape.num_heads, shape.num_heads + shape.num_kv_heads
         qkv = qkv_TX.view(qkv_TX.shape[0], num_rotated + shape.num_kv_heads, shape.head_dim)
         qk = qkv[:, :num_rotated]
         if norms is not None:
             q = kernels.rms_norm(qk[:, :num_heads], norms.q_weight, norms.eps)
             qk = torch.cat([q, kernels.rms_norm(qk[:, num_heads:], norms.k_weight, norms.eps)], dim=1)
-        rotated = kernels.rope(qk, self._cos_TD, self._sin_TD)
+        rotated = kernels.rope(qk, self.cos_TD, self.sin_TD)
         return rotated[:, :num_heads], rotated[:, num_heads:], qkv[:, num_rotated:]

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from headrace.attention.base import AttentionInputs, AttentionShape, HeadNorms, Int64Array
-from headrace.attention.heads import StepHeads
-from headrace.kernels import KernelSet
+from headrace.attention.heads import Heads, StepHeads
 from headrace.kernels.paged_kv import KvPool
 from headrace.kernels.products import PLAIN, Products
-from headrace.kernels.rope_tables import RotaryTables
 
 _MAX_SCORES = 1 << 26
 """Scores held at once, over all heads: 256 MiB of float32, and a few copies of it."""
@@ -40,18 +38,9 @@ class _Row:
 class ReferenceAttention:
     """Gathers each row's whole context and attends in float32. A narrow pool rounds what is stored, nothing else."""
 
-    def __init__(
-        self,
-        shape: AttentionShape,
-        pool: KvPool,
-        rotary: RotaryTables,
-        kernels: KernelSet,
-        products: Products = PLAIN,
-    ) -> None:
-        self._shape = shape
+    def __init__(self, heads: Heads, pool: KvPool, products: Products = PLAIN) -> None:
+        self._heads = heads
         self._pool = pool
-        self._rotary = rotary
-        self._kernels = kernels
         self._products = products
 
     def plan(self, inputs: AttentionInputs) -> ReferenceStep:
@@ -72,25 +61,15 @@ class ReferenceAttention:
             rows.append(_Row(first, length, start, locate(slot, np.arange(start + length))))
             first += length
         tokens = locate(inputs.token_slots, inputs.token_positions)
-        heads = StepHeads(self._shape, self._kernels, self._rotary, inputs.rope_positions)
-        return ReferenceStep(self._shape, pool, heads, tokens, rows, self._products)
+        return ReferenceStep(self._heads.at(inputs.rope_positions), pool, tokens, rows, self._products)
 
 
 class ReferenceStep:
     """One step of the oracle."""
 
-    def __init__(
-        self,
-        shape: AttentionShape,
-        pool: KvPool,
-        heads: StepHeads,
-        tokens: _Places,
-        rows: list[_Row],
-        products: Products,
-    ) -> None:
+    def __init__(self, heads: StepHeads, pool: KvPool, tokens: _Places, rows: list[_Row], products: Products) -> None:
         self._heads = heads
         self._products = products
-        self._shape = shape
         self._pool = pool
         self._tokens = tokens
         self._rows = rows
@@ -106,7 +85,7 @@ class ReferenceStep:
             tokens = slice(row.first, row.first + row.length)
             k_LGD, v_LGD = _read(keys, row.context), _read(values, row.context)
             q_BHD = q_THD[tokens].float()
-            found_BHD = attend(q_BHD, k_LGD, v_LGD, row.start, self._shape, products=self._products)
+            found_BHD = attend(q_BHD, k_LGD, v_LGD, row.start, self._heads.heads.shape, products=self._products)
             out_THD[tokens] = found_BHD.to(q_THD.dtype)
         return out_THD.view(q_THD.shape[0], -1)
 

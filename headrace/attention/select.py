@@ -13,7 +13,7 @@ from headrace.types.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from headrace.kernels import KernelSet
+    from headrace.attention.heads import Heads
     from headrace.kernels.paged_kv import KvPool
     from headrace.kernels.rope_tables import RotaryTables
 
@@ -120,25 +120,16 @@ def refusals(*, device: str, dtype: str, numerics: str, page_size: int, head_dim
     return {name: why for name, why in answers.items() if why is not None}
 
 
-def build_backend(
-    name: str,
-    numerics: str,
-    shape: AttentionShape,
-    pool: KvPool,
-    rotary: RotaryTables,
-    kernels: KernelSet,
-    products: Products = PLAIN,
-) -> AttentionBackend:
-    """The backend over this pool, which norms and rotates heads by these kernels. Raises `ConfigError` naming why it
-    cannot run it."""
-    _check(name, numerics, shape, pool)
+def build_backend(name: str, numerics: str, heads: Heads, pool: KvPool, products: Products = PLAIN) -> AttentionBackend:
+    """The backend over this pool, for a CPU's row operations. Raises `ConfigError` naming why it cannot run it."""
+    _check(name, numerics, heads.shape, pool)
     if name == "reference":
         from headrace.attention.reference import ReferenceAttention
 
-        return ReferenceAttention(shape, pool, rotary, kernels, products)
+        return ReferenceAttention(heads, pool, products)
     from headrace.attention.cpu import CpuAttention
 
-    return CpuAttention(shape, pool, rotary, kernels, invariant=numerics == "invariant", products=products)
+    return CpuAttention(heads, pool, invariant=numerics == "invariant", products=products)
 
 
 def build_device_backend(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from headrace import models
-from headrace.attention import AttentionShape, build_backend
+from headrace.attention import AttentionShape, Heads, build_backend
 from headrace.config import ResolvedConfig
 from headrace.kernels import select_kernels
 from headrace.kernels.paged_kv import KvGeometry, KvPool
@@ -60,10 +60,12 @@ class Runner:
             build_backend(
                 resolved.attention_backend,
                 engine.numerics,
-                AttentionShape.of_group(group),
+                Heads(
+                    AttentionShape.of_group(group),
+                    kernels,
+                    rope_tables(group.rope, group.head_dim, resolved.context_length, dtype, device),
+                ),
                 KvPool(KvGeometry.of_group(group, resolved.num_pages, engine.page_size), dtype, device),
-                rope_tables(group.rope, group.head_dim, resolved.context_length, dtype, device),
-                kernels,
                 products,
             )
             for group in spec.kv_groups

@@ -13,6 +13,7 @@ from headrace.attention import (
     AttentionBackend,
     AttentionInputs,
     AttentionShape,
+    Heads,
     build_backend,
     refusals,
 )
@@ -78,7 +79,7 @@ def backend(
 def over(name: str, shape: AttentionShape, pool: KvPool, numerics: str = "fast") -> AttentionBackend:
     """Both backends take the oracle's row operations, so that only what attends differs."""
     rotary = rope_tables(RopeSpec(), shape.head_dim, CONTEXT, pool.dtype)
-    return build_backend(name, numerics, shape, pool, rotary, select_kernels("reference"))
+    return build_backend(name, numerics, Heads(shape, select_kernels("reference"), rotary), pool)
 
 
 def projection(inputs: AttentionInputs, shape: AttentionShape, dtype: torch.dtype, seed: int) -> Tensor:

@@ -17,6 +17,7 @@ from headrace.attention import (
     CHOICES,
     AttentionInputs,
     AttentionShape,
+    Heads,
     build_device_backend,
     refusals,
 )
@@ -138,7 +139,7 @@ class Case:
         self.norms = HeadNorms(weights[0], weights[1], 1e-6) if has_norms else None
         self.fake = FakeLibrary()
         self.backend = FlashInferAttention(shape, self.pool, self.rotary, dtype, self.fake.library)
-        self.oracle = ReferenceAttention(shape, self.oracle_pool, self.rotary, select_kernels("reference"))
+        self.oracle = ReferenceAttention(Heads(shape, select_kernels("reference"), self.rotary), self.oracle_pool)
         self.known = self.random.integers(0, CONTEXT // 2, NUM_SLOTS)
         self._store_known()
         self.fake.ran.clear()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from headrace.attention import AttentionInputs, AttentionShape
+from headrace.attention import AttentionInputs, AttentionShape, Heads
 from headrace.attention.reference import ReferenceAttention, attend
 from headrace.kernels import select_kernels
 from headrace.kernels.paged_kv import KvGeometry, KvPool
@@ -49,7 +49,7 @@ def pool_of(dtype: torch.dtype) -> tuple[KvPool, Tensor]:
 def over(pool: KvPool) -> ReferenceAttention:
     """Heads are turned by no angle at any position."""
     still = RotaryTables(torch.ones(40, SHAPE.head_dim), torch.zeros(40, SHAPE.head_dim))
-    return ReferenceAttention(SHAPE, pool, still, select_kernels("reference"))
+    return ReferenceAttention(Heads(SHAPE, select_kernels("reference"), still), pool)
 
 
 def fused(*heads: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from headrace import models
-from headrace.attention import AttentionShape, build_backend
+from headrace.attention import AttentionShape, Heads, build_backend
 from headrace.config import ModelSpec
 from headrace.kernels import select_kernels
 from headrace.kernels.paged_kv import KvGeometry, KvPool
@@ -103,10 +103,12 @@ class Device:
             build_backend(
                 backend,
                 numerics,
-                AttentionShape.of_group(group),
+                Heads(
+                    AttentionShape.of_group(group),
+                    kernels,
+                    rope_tables(group.rope, group.head_dim, CONTEXT_LENGTH, dtype),
+                ),
                 pool,
-                rope_tables(group.rope, group.head_dim, CONTEXT_LENGTH, dtype),
-                kernels,
             )
             for group, pool in zip(spec.kv_groups, self.pools, strict=True)
         ]
