@@ -171,26 +171,30 @@ def forked(owner: int) -> ShutdownError:
 
 
 class _Latch:
-    """Set once. Unlike a `threading.Event`, whose lock is Python's, it may be waited for in a signal handler that has
-    interrupted a wait for it."""
+    """A `threading.Event` that is set once, and has no lock of Python's: it may be waited for in a signal handler that
+    has interrupted a wait for it."""
 
     def __init__(self) -> None:
-        self.is_set = False
+        self._is_set = False
         self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def is_set(self) -> bool:
+        """True once it is set."""
+        return self._is_set
 
     def set(self) -> None:
         """From any thread."""
-        self.is_set = True
+        self._is_set = True
         self._news.put(None)
 
     def wait(self, timeout: float) -> bool:
         """Wait up to `timeout` seconds. Returns whether it is set."""
         deadline = time.monotonic() + timeout
-        while not self.is_set and time.monotonic() < deadline:
+        while not self._is_set and time.monotonic() < deadline:
             _look_out(self._news)
-        if self.is_set:
+        if self._is_set:
             self._news.put(None)  # for whoever else waits
-        return self.is_set
+        return self._is_set
 
 
 class Runtime:
@@ -361,7 +365,7 @@ class Runtime:
 
     def _is_rid_of(self, errand: _Errand[Any]) -> bool:
         """Nothing is left of what was given up, or the loop has ended, and everything with it."""
-        return errand.is_gone or self._has_closed.is_set
+        return errand.is_gone or self._has_closed.is_set()
 
     def _core_died(self, death: HeadraceError) -> None:
         self.supervisor.core_died(death)

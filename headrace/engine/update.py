@@ -166,6 +166,7 @@ class Updater:
             raise
         finally:
             session.note_sent(sent, is_settled=is_settled)
+            self._fillings.discard(filling)  # here: the loop may be closed
             self._call_soon(lambda: self._end(filling))
 
     def update_from_tensors(
@@ -239,7 +240,6 @@ class Updater:
         """Leave nothing of a script that is over, or whose session is. One that writes at this moment has its bucket:
         it finds out after that, and ends."""
         filling.is_over = True
-        self._fillings.discard(filling)
         for upload in filling.uploads:
             upload.cancel()
         bucket = filling.take()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from headrace import AsyncEngine, DeadlineError, Engine, UpdateConflictError
+from headrace import AsyncEngine, DeadlineError, Engine, ShutdownError, UpdateConflictError
 from headrace.engine.buckets import Bucket, Filling
 from headrace.engine.update import UpdateSession
 from headrace.ipc import SharedBuffer
@@ -50,7 +50,7 @@ class Stuck:
     def _pairs(self) -> Iterator[Any]:
         yield TENSORS[0]
         self.has_begun.set()
-        self._go_on.wait(HANG_SECONDS)
+        self._go_on.wait(10 * HANG_SECONDS)
         yield from self._rest
 
 
@@ -130,6 +130,15 @@ def test_a_script_that_waits_for_a_bucket_learns_that_its_session_is_over(engine
     for each in stuck:
         each.go_on()
     check_buckets(engine)
+
+
+def test_a_script_that_outlives_its_engine_leaves_no_bucket(model_folder: Path) -> None:
+    engine = Engine(model_folder, inprocess=True, **SETTINGS)
+    stuck = Stuck(engine, engine.begin_update("never", MANIFEST, mode="shadow"), TENSORS[1:])
+    engine.shutdown()
+    stuck.go_on()
+    assert isinstance(stuck.outcome, ShutdownError), stuck.outcome
+    assert not engine.asynchronous.runtime.updater._fillings
 
 
 def test_a_bucket_is_not_taken_from_whoever_writes_to_it() -> None:
