@@ -5,6 +5,8 @@ from __future__ import annotations
 from headrace.config import ModelSpec
 from headrace.kernels import LayerKernels
 from headrace.layers.linear import GemmCounter
+from headrace.layers.params import Params
+from headrace.layers.step import KvPlace
 from headrace.models import llama, mistral, qwen2, qwen3
 from headrace.models.decoder import Decoder
 from headrace.models.family import Family, Size
@@ -37,7 +39,7 @@ def weight_map(spec: ModelSpec) -> WeightMap:
     """
     embed_shape = (spec.vocab_size, spec.hidden_size)
     rules = [WeightRule(_EMBED, "embed", 0, embed_shape, 0)]
-    for layer in range(spec.num_layers):
+    for layer in range(len(spec.layers)):
         rules += _layer_rules(spec, layer)
     rules.append(WeightRule("model.norm.weight", "final_norm.weight", 0, (spec.hidden_size,)))
     if not spec.tie_word_embeddings:
@@ -52,16 +54,17 @@ def weight_map(spec: ModelSpec) -> WeightMap:
 
 
 def _layer_rules(spec: ModelSpec, layer: int) -> list[WeightRule]:
+    attention, mlp = spec.layers[layer].attention, spec.layers[layer].mlp
     sizes: dict[Size, int] = {
         "hidden": spec.hidden_size,
-        "heads": spec.num_heads * spec.head_dim,
-        "kv_heads": spec.num_kv_heads * spec.head_dim,
-        "intermediate": spec.intermediate_size,
-        "head_dim": spec.head_dim,
+        "heads": attention.num_heads * attention.head_dim,
+        "kv_heads": attention.num_kv_heads * attention.head_dim,
+        "intermediate": mlp.intermediate_size,
+        "head_dim": attention.head_dim,
     }
     rules: list[WeightRule] = []
     next_row: dict[str, int] = {}
-    for tensor in family_of(spec).layer_tensors(spec):
+    for tensor in family_of(spec).layer_tensors(spec.layers[layer]):
         shape = tuple(sizes[size] for size in tensor.shape)
         start = next_row.get(tensor.param, 0)
         rules.append(
@@ -78,9 +81,15 @@ def build(
     store: WeightStore,
     *,
     kernels: LayerKernels,
-    context_length: int,
     counter: GemmCounter | None = None,
 ) -> Decoder:
     """The decoder over `store.live`, whose tensors it keeps."""
-    family_of(spec)
-    return Decoder(spec, store.live, kernels=kernels, context_length=context_length, counter=counter or GemmCounter())
+    family = family_of(spec)
+    params = Params(store.live, kernels, counter or GemmCounter(), spec.rms_norm_eps)
+    places = {
+        layer_id: KvPlace(number, layer)
+        for number, group in enumerate(spec.kv_groups)
+        for layer, layer_id in enumerate(group.layer_ids)
+    }
+    layers = [family.layer(params.below(f"layers.{index}"), places[index]) for index in range(len(spec.layers))]
+    return Decoder(params, layers)
