@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from headrace.config import ResolvedConfig
 from headrace.core.faults import FAULTS, DeviceLost, describe, is_of_lost_device
 from headrace.types.plan import StepDisturbed, StepPlan, StepResult
-from headrace.types.weights import TensorInfo, UpdateMode
-from headrace.weights.session import ResolvedMode
+from headrace.types.weights import TensorInfo
+from headrace.weights.session import WeightMemory
 
 if TYPE_CHECKING:
     from headrace.runner.device_runner import DeviceRunner
@@ -34,24 +34,8 @@ class StepError(Exception):
         self.is_blameless = isinstance(cause, StepDisturbed)
 
 
-class StageCopy(Protocol):
-    """The copy of one tensor into place, in slices; see `headrace.weights.staging.StageWork`."""
-
-    def advance(self, deadline_s: float) -> bool: ...
-
-
-class Weights(Protocol):
-    """The memory side of a weight update; see `headrace.weights.store.WeightStore`. Tensors are opaque here."""
-
-    def begin(self, manifest: Sequence[TensorInfo], mode: UpdateMode, partial: bool) -> ResolvedMode: ...
-
-    def stage(self, index: int, data: Any, start: int | None = None) -> StageCopy: ...
-
-    def forget(self, index: int) -> list[int]: ...
-
-    def commit(self) -> None: ...
-
-    def abort(self) -> None: ...
+class Weights(WeightMemory, Protocol):
+    """Live weights: what an update does with them, and reading; see `headrace.weights.store.WeightStore`."""
 
     def digest_in_slices(self) -> Iterator[tuple[str, str] | None]: ...
 

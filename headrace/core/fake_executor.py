@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from headrace.core.executor import StageCopy, Weights
+from headrace.core.executor import Weights
 from headrace.core.faults import DeviceLost, describe, is_of_lost_device
 from headrace.types.errors import CheckpointError, NotFoundError
 from headrace.types.plan import PositionLogprobs, PromptLogprobs, SlotInit, StepPlan, StepResult
 from headrace.types.request import Int32Array
 from headrace.types.sampling_params import LogprobOptions
 from headrace.types.weights import TensorInfo, UpdateMode
-from headrace.weights.session import ResolvedMode
+from headrace.weights.session import ResolvedMode, StageCopy
 
 FREE_LOGPROB = -0.5
 

@@ -23,7 +23,7 @@ from headrace.ipc import SharedBuffer
 from headrace.types.errors import DeadlineError, HeadraceError, InternalError, RequestError
 from headrace.types.messages import GetWeight, WeightPart
 from headrace.types.weights import TensorInfo
-from headrace.weights.weight_map import num_elements
+from headrace.weights.boxes import num_elements
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class ReadControl:
         return min((read.deadline for read in self._reads), default=None)
 
     def digest(self, call_id: int, deadline: float, finish: Callable[[dict[str, str]], Any]) -> None:
-        """Hash all live weights; the call is answered with what `finish` makes of the digests by name."""
+        """Digest all live weights; the call is answered with what `finish` makes of the digests by name."""
         self._hash(call_id, deadline, self._update.check_whole, finish)
 
     def compare(self, call_id: int, deadline: float, finish: Callable[[dict[str, str]], Any]) -> None:

@@ -35,6 +35,7 @@ class Replica:
         self.stepper = Stepper(self.scheduler, executor, self.outbox, pulse, settings.overlap_depth)
         self.pause = PauseControl(self.scheduler, self.stepper, self.outbox)
         machine = WeightMachine(
+            executor.weights,
             former.version,
             epoch=former.epoch,
             has_weights=former.is_current,

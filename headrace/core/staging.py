@@ -8,13 +8,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from headrace.core.executor import StageCopy, Weights
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import CheckpointError, WeightUpdateError
 from headrace.types.messages import NO_DEADLINE, Stage
 from headrace.types.weights import TensorInfo
-from headrace.weights.session import WeightMachine
-from headrace.weights.weight_map import num_elements
+from headrace.weights.boxes import num_elements
+from headrace.weights.session import StageCopy, WeightMachine
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -74,7 +73,7 @@ class StageJob:
         self._resources.callback(buffer.close)
 
 
-def job_from_buffer(machine: WeightMachine, weights: Weights, command: Stage, now: float) -> StageJob:
+def job_from_buffer(machine: WeightMachine, command: Stage, now: float) -> StageJob:
     """A job over one shared buffer. Every entry is checked before the first byte moves.
 
     Raises `UpdateConflictError`, `WeightUpdateError` or `RequestError` naming what is wrong; nothing is held then.
@@ -97,10 +96,9 @@ def job_from_buffer(machine: WeightMachine, weights: Weights, command: Stage, no
     def copies() -> Iterator[tuple[int | None, StageCopy]]:
         for entry, size in zip(command.entries, sizes, strict=True):
             total = num_bytes_of(staged.manifest[entry.index])
-            for index in weights.forget(entry.index) if entry.replaces and not entry.start else ():
-                staged.forget(index)
             data, is_last = buffer.view[entry.offset : entry.offset + size], entry.start + size == total
-            copy = weights.stage(entry.index, data, None if size == total else entry.start)
+            start, replaces = None if size == total else entry.start, entry.replaces and not entry.start
+            copy = machine.stage(command.session_id, entry.index, data, start, replaces=replaces)
             yield entry.index if is_last else None, copy
 
     job = StageJob(machine, command.session_id, copies(), command.call_id, command.deadline)
@@ -109,7 +107,7 @@ def job_from_buffer(machine: WeightMachine, weights: Weights, command: Stage, no
 
 
 def job_from_tensors(
-    machine: WeightMachine, weights: Weights, session_id: int, tensors: Iterator[tuple[str, Any]], folder: Path
+    machine: WeightMachine, session_id: int, tensors: Iterator[tuple[str, Any]], folder: Path
 ) -> StageJob:
     """A job over (name, tensor) pairs that the core reads itself."""
     index_of = {info.name: index for index, info in enumerate(machine.require(session_id).staged.manifest)}
@@ -118,7 +116,7 @@ def job_from_tensors(
         for name, tensor in tensors:
             if name not in index_of:
                 raise CheckpointError(f"{folder} changed while it was read: {name} is new", field=name)
-            yield index_of[name], weights.stage(index_of[name], tensor)
+            yield index_of[name], machine.stage(session_id, index_of[name], tensor)
 
     return StageJob(machine, session_id, copies(), None)
 

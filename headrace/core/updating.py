@@ -1,7 +1,7 @@
 """Weight updates on one replica: when bytes may move, when generation holds still, and when weights change.
 
-Owns the open session's jobs, its pending commit and the hold on generation. The rules of the transaction are
-`headrace.weights.session`; the memory is the executor's.
+Owns the open session's jobs, its pending commit and the hold on generation. The rules of the transaction, and the
+memory's part in it, are `headrace.weights.session`.
 
 A shadow session holds generation only to commit. An in-place session holds it from the first staged byte to its end.
 Before a hold begins the requests in flight are treated as the session asks (`in_flight`). While generation is paused
@@ -64,7 +64,6 @@ class UpdateControl:
         self.last_pause_ms = 0.0
         self.num_staged_steps = 0
         self._executor = executor
-        self._weights = executor.weights
         self._scheduler = scheduler
         self._stepper = stepper
         self._outbox = outbox
@@ -125,7 +124,7 @@ class UpdateControl:
     def stage(self, command: Stage, now: float) -> None:
         """Queue the copy of a bucket; it is answered when all of it is in place."""
         self._require_no_commit(command.session_id)
-        self._jobs.append(job_from_buffer(self.machine, self._weights, command, now))
+        self._jobs.append(job_from_buffer(self.machine, command, now))
         self._note_stage()
 
     def commit(self, command: CommitUpdate, now: float) -> None:
@@ -155,7 +154,7 @@ class UpdateControl:
         root = Path(command.root) if command.root else None
         manifest, tensors = self._executor.checkpoint(Path(command.path), root)
         session = self._open(command, tuple(manifest), command.deadline - now, now)
-        job = job_from_tensors(self.machine, self._weights, session.session_id, tensors, Path(command.path))
+        job = job_from_tensors(self.machine, session.session_id, tensors, Path(command.path))
         self._jobs.append(job)
         self._commit_call, self._commit_deadline = command.call_id, command.deadline
         self._note_stage()
@@ -174,7 +173,7 @@ class UpdateControl:
         self.machine.lose()
         self.live_stamp += 1
         self._stepper.settle()
-        self._weights.scramble(seed)
+        self._executor.weights.scramble(seed)
         self._fail_requests()
 
     # Between steps.
@@ -245,22 +244,15 @@ class UpdateControl:
     def _open(
         self, command: BeginUpdate | UpdateFromDisk, manifest: tuple[TensorInfo, ...], timeout_s: float, now: float
     ) -> UpdateSession:
-        partial = isinstance(command, BeginUpdate) and command.partial
-        self.machine.check_begin(command.version, partial)
-        mode = self._weights.begin(manifest, command.mode, partial)
-        try:
-            return self.machine.begin(
-                command.version,
-                manifest,
-                mode,
-                now=now,
-                timeout_s=timeout_s,
-                in_flight=command.in_flight,
-                partial=partial,
-            )
-        except HeadraceError:
-            self._weights.abort()
-            raise
+        return self.machine.begin(
+            command.version,
+            manifest,
+            command.mode,
+            now=now,
+            timeout_s=timeout_s,
+            in_flight=command.in_flight,
+            partial=isinstance(command, BeginUpdate) and command.partial,
+        )
 
     def _require_no_commit(self, session_id: int) -> None:
         self.machine.require(session_id)
@@ -343,14 +335,12 @@ class UpdateControl:
             self._scheduler.recompute_running()
         self.live_stamp += 1
         try:
-            self._weights.commit()
+            self.machine.commit(session.session_id)
         except FAULTS as fault:
             self._executor.examine(fault)
             logger.exception("a commit failed half-way")
-            self.machine.note_torn_commit(session.session_id)
             self._abort(InternalError(f"the commit failed half-way: {type(fault).__name__}: {fault}"))
             return
-        self.machine.commit(session.session_id)
         self._scheduler.set_weights(self.machine.version, self.machine.epoch)
         self.num_updates += 1
         self.last_pause_ms = (time.perf_counter() - hold.since) * 1000.0
@@ -375,7 +365,6 @@ class UpdateControl:
         assert self.machine.session is not None
         self.live_stamp += self.machine.session.has_written
         self.machine.abort(self.machine.session.session_id, reason if has_expired else None)
-        self._weights.abort()
         self._end_session()
         self._fail_requests()
         self.end(reason)

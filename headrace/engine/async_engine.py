@@ -323,8 +323,9 @@ class AsyncEngine(EngineLifecycle):
 
     @_on_engine_loop
     async def digest(self) -> dict[str, str]:
-        """SHA-256 of every live tensor by Hugging Face name: comparable with any engine of the same dtype. Hashed
-        between steps and all of one version: an update in between begins it again."""
+        """The digest of every live tensor by Hugging Face name, 32 hex digits (`headrace.weights.position_sum`):
+        comparable with any engine of the same dtype. Summed between steps and all of one version: an update in
+        between begins it again."""
         return await self.runtime.client.call(Digest, dict[str, str])
 
     @_on_engine_loop

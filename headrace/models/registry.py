@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from headrace.config import ModelSpec
+from collections.abc import Mapping
+
+from headrace.config import LayerSpec, ModelSpec
 from headrace.kernels import LayerKernels
 from headrace.layers.linear import GemmCounter
 from headrace.layers.params import Params
 from headrace.layers.step import KvPlace
 from headrace.models import llama, mistral, qwen2, qwen3
 from headrace.models.decoder import Decoder
-from headrace.models.family import Family, Size
+from headrace.models.family import Family, Size, Tensor
 from headrace.types.errors import UnsupportedModelError
+from headrace.weights.boxes import Box
+from headrace.weights.shard import ONLY_RANK, Shard
 from headrace.weights.store import WeightStore
-from headrace.weights.weight_map import ParamSpec, WeightMap, WeightRule
+from headrace.weights.weight_map import ParamSpec, Piece, WeightMap, WeightRule
 
 _FAMILIES: dict[str, Family] = {
     family.architecture: family for family in (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
 }
 _EMBED, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_FINAL_NORM = Tensor("norm.weight", "final_norm.weight", ("hidden",))
 
 
 def family_of(spec: ModelSpec) -> Family:
@@ -31,49 +36,67 @@ def family_of(spec: ModelSpec) -> Family:
     return family
 
 
-def weight_map(spec: ModelSpec) -> WeightMap:
-    """Every Hugging Face tensor of the checkpoint and the region of a parameter it fills.
+def weight_map(spec: ModelSpec, shard: Shard = ONLY_RANK) -> WeightMap:
+    """Every Hugging Face tensor of the checkpoint and the boxes of parameters it fills, on one rank.
 
     Parameters: "embed", "lm_head" (unless tied), "final_norm.weight", and per layer "layers.{i}." + the parameter names
-    of `headrace.models.family`.
+    of `headrace.models.family`. Raises `UnsupportedModelError` for what does not split over so many ranks.
     """
-    embed_shape = (spec.vocab_size, spec.hidden_size)
-    rules = [WeightRule(_EMBED, "embed", 0, embed_shape, 0)]
-    for layer in range(len(spec.layers)):
-        rules += _layer_rules(spec, layer)
-    rules.append(WeightRule("model.norm.weight", "final_norm.weight", 0, (spec.hidden_size,)))
+    layout = _Layout(spec, shard)
+    layout.add_vocabulary(_EMBED, "embed")
+    for index, layer in enumerate(spec.layers):
+        sizes = _sizes_of(spec, layer)
+        for tensor in family_of(spec).layer_tensors(layer):
+            layout.add(f"model.layers.{index}.{tensor.name}", f"layers.{index}.{tensor.param}", tensor, sizes)
+    layout.add("model.norm.weight", "final_norm.weight", _FINAL_NORM, {"hidden": spec.hidden_size})
     if not spec.tie_word_embeddings:
-        rules.append(WeightRule(_LM_HEAD, "lm_head", 0, embed_shape, 0))
-    num_rows: dict[str, int] = {}
-    columns: dict[str, tuple[int, ...]] = {}
-    for rule in rules:
-        num_rows[rule.param] = rule.start + rule.shape[0]
-        columns[rule.param] = rule.shape[1:]
-    params = [ParamSpec(name, (rows, *columns[name])) for name, rows in num_rows.items()]
-    return WeightMap(params, rules, {_LM_HEAD: _EMBED} if spec.tie_word_embeddings else {})
+        layout.add_vocabulary(_LM_HEAD, "lm_head")
+    return layout.weight_map({_LM_HEAD: _EMBED} if spec.tie_word_embeddings else {})
 
 
-def _layer_rules(spec: ModelSpec, layer: int) -> list[WeightRule]:
-    attention, mlp = spec.layers[layer].attention, spec.layers[layer].mlp
-    sizes: dict[Size, int] = {
+def _sizes_of(spec: ModelSpec, layer: LayerSpec) -> dict[Size, int]:
+    attention = layer.attention
+    return {
         "hidden": spec.hidden_size,
         "heads": attention.num_heads * attention.head_dim,
         "kv_heads": attention.num_kv_heads * attention.head_dim,
-        "intermediate": mlp.intermediate_size,
+        "intermediate": layer.mlp.intermediate_size,
         "head_dim": attention.head_dim,
     }
-    rules: list[WeightRule] = []
-    next_row: dict[str, int] = {}
-    for tensor in family_of(spec).layer_tensors(spec.layers[layer]):
+
+
+class _Layout:
+    """Places tensors in parameters, one behind the other along the first axis, each as far as this rank holds it."""
+
+    def __init__(self, spec: ModelSpec, shard: Shard) -> None:
+        self._shard = shard
+        self._vocabulary = (spec.vocab_size, spec.hidden_size)
+        self._params: dict[str, ParamSpec] = {}
+        self._rules: list[WeightRule] = []
+
+    def add(self, name: str, param: str, tensor: Tensor, sizes: Mapping[Size, int]) -> None:
+        """The next rows of a parameter."""
         shape = tuple(sizes[size] for size in tensor.shape)
-        start = next_row.get(tensor.param, 0)
-        rules.append(
-            WeightRule(
-                f"model.layers.{layer}.{tensor.name}", f"layers.{layer}.{tensor.param}", start, shape, tensor.shard_axis
-            )
-        )
-        next_row[tensor.param] = start + shape[0]
-    return rules
+        held, is_counted = Box.whole(shape), self._shard.rank == 0
+        if tensor.shard_axis is not None:
+            unit = sizes["head_dim"] if tensor.shape[tensor.shard_axis] in ("heads", "kv_heads") else 1
+            held, is_counted = self._shard.part(shape, tensor.shard_axis, unit)
+        before = self._params.get(param, ParamSpec(param, (0,)))
+        target = Box((before.shape[0], *(0 for _ in shape[1:])), held.shape)
+        self._params[param] = ParamSpec(param, (before.shape[0] + held.shape[0], *held.shape[1:]))
+        self._rules.append(WeightRule(name, shape, (Piece(param, held, target, is_counted=is_counted),)))
+
+    def add_vocabulary(self, name: str, param: str) -> None:
+        """A parameter of one row per token, as many on every rank: the last ones may be padding."""
+        held, padding = self._shard.padded_rows(self._vocabulary)
+        target = Box.whole(held.shape)
+        self._rules.append(WeightRule(name, self._vocabulary, (Piece(param, held, target),)))
+        rows = held.shape[0] + sum(box.shape[0] for box in padding)
+        self._params[param] = ParamSpec(param, (rows, *held.shape[1:]), padding=padding)
+
+    def weight_map(self, aliases: dict[str, str]) -> WeightMap:
+        """The table of what was added."""
+        return WeightMap(self._params.values(), self._rules, aliases, is_shard=self._shard.num_ranks > 1)
 
 
 def build(

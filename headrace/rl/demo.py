@@ -185,7 +185,7 @@ def training_samples(batch: Batch) -> list[Sample]:
 
 
 def checkpoint_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every float32 tensor in a checkpoint folder's `model.safetensors`, by name."""
+    """The digest of every float32 tensor in a checkpoint folder's `model.safetensors`, by name."""
     from safetensors.torch import load_file
 
     return tensor_digests(load_file(folder / "model.safetensors").items(), "float32")

@@ -5,7 +5,6 @@ Knows nothing of optimizers or processes: it reads tensors and calls the engine'
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ import msgspec
 
 from headrace.engine import Engine
 from headrace.engine.control import version_of
-from headrace.engine.tensors import describe, same_memory, tensor_bytes, whole
+from headrace.engine.tensors import describe, same_memory, whole
 from headrace.types.errors import WeightUpdateError
 from headrace.types.plain_values import as_flag
 from headrace.types.weights import InFlight, UpdateMode, UpdateReport
@@ -117,16 +116,18 @@ def push_weights(
 
 
 def tensor_digests(pairs: Iterable[tuple[str, torch.Tensor]], dtype: str) -> dict[str, str]:
-    """SHA-256 of each tensor's bytes in `dtype`, lowercase hex: what `Engine.digest` says of an engine that holds it.
+    """The digest of each tensor in `dtype`: what `Engine.digest` says of an engine that holds it.
 
     `dtype` is a torch dtype's name, as "float32".
     """
     import torch
 
+    from headrace.weights.position_sum import PositionKeys, position_digest
+
     target: torch.dtype = getattr(torch, dtype)
-    digests = {}
+    keys, digests = PositionKeys(torch.device("cpu")), {}
     for name, tensor in pairs:
-        digests[name] = hashlib.sha256(tensor_bytes(tensor.detach().to("cpu", target))).hexdigest()
+        digests[name] = position_digest(tensor.detach().to("cpu", target).resolve_neg().contiguous().view(-1), keys)
     return digests
 
 

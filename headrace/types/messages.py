@@ -208,8 +208,8 @@ class WeightBytes(msgspec.Struct, frozen=True):
 
 
 class Digest(msgspec.Struct, frozen=True, array_like=True, tag="digest"):
-    """Hash live parameter memory, all of it while it holds one version. Reply: dict[str, str], HF name to lowercase hex
-    SHA-256."""
+    """Hash live parameter memory, all of it while it holds one version. Reply: dict[str, str], HF name to the 32 hex
+    digits of `headrace.weights.position_sum`."""
 
     call_id: int
     deadline: float = NO_DEADLINE

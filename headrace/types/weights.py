@@ -16,7 +16,8 @@ WeightState = Literal["ready", "updating", "poisoned", "needs_weights"]
 class TensorInfo(msgspec.Struct, frozen=True, array_like=True):
     """One tensor of a manifest: its Hugging Face name, shape, and dtype as in "float32" / "bfloat16" (no "torch.").
 
-    `digest` is the lowercase hex SHA-256 of the tensor's bytes in the engine's dtype, or "" when it is not known.
+    `digest` is of the tensor's bytes in the engine's dtype, in lowercase hex: their SHA-256 (64 digits), or what
+    `Engine.digest` says of it (32), or "" when it is not known.
     """
 
     name: str

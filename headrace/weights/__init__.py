@@ -3,7 +3,20 @@
 This module imports no torch; what holds tensors is in `headrace.weights.store` and `headrace.weights.checkpoint`.
 """
 
+from headrace.weights.boxes import Box
 from headrace.weights.session import UpdateSession, WeightMachine
-from headrace.weights.weight_map import ParamSpec, WeightMap, WeightRule
+from headrace.weights.shard import Shard
+from headrace.weights.weight_map import Derived, ParamSpec, Piece, WeightMap, WeightRule, whole_rows
 
-__all__ = ["ParamSpec", "UpdateSession", "WeightMachine", "WeightMap", "WeightRule"]
+__all__ = [
+    "Box",
+    "Derived",
+    "ParamSpec",
+    "Piece",
+    "Shard",
+    "UpdateSession",
+    "WeightMachine",
+    "WeightMap",
+    "WeightRule",
+    "whole_rows",
+]

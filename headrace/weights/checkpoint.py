@@ -25,7 +25,7 @@ from headrace.types.errors import CheckpointError
 from headrace.types.weights import MAX_TENSOR_NAME, TensorInfo, shape_problem
 from headrace.weights.files import FileState, Folder, OpenFile, changed
 from headrace.weights.safetensors_file import read_tensors
-from headrace.weights.staging import TensorData, info_of, unreadable
+from headrace.weights.staging import TORCH_DTYPES, TensorData, info_of, unreadable
 from headrace.weights.store import WeightStore
 from headrace.weights.weight_map import is_derived
 
@@ -145,7 +145,8 @@ def save_checkpoint(store: WeightStore, folder: Path, *, max_shard_bytes: int = 
         written.append(folder / file_name)
         weight_map |= dict.fromkeys(names, file_name)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": store.num_bytes}, "weight_map": weight_map}
+        total_size = sum(_num_bytes(store, name) for name in weight_map)
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         written.append(folder / "model.safetensors.index.json")
         partial = folder / ".model.safetensors.index.json.partial"
         partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -156,14 +157,19 @@ def save_checkpoint(store: WeightStore, folder: Path, *, max_shard_bytes: int = 
 def _shards(store: WeightStore, max_shard_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     used = 0
-    for name, rule in store.weight_map.rules_by_name.items():
-        size = torch.Size(rule.shape).numel() * store.dtype.itemsize
+    for name in store.weight_map.rules_by_name:
+        size = _num_bytes(store, name)
         if shards[-1] and used + size > max_shard_bytes:
             shards.append([])
             used = 0
         shards[-1].append(name)
         used += size
     return shards
+
+
+def _num_bytes(store: WeightStore, name: str) -> int:
+    info = store.info(name)
+    return torch.Size(info.shape).numel() * TORCH_DTYPES[info.dtype].itemsize
 
 
 class _Index(msgspec.Struct):

@@ -14,9 +14,9 @@ import torch
 from headrace.config.json_bounds import MODEL_FILE, excess
 from headrace.types.errors import CheckpointError
 from headrace.types.weights import MAX_TENSOR_NAME, TensorInfo, shape_problem
+from headrace.weights.boxes import num_elements
 from headrace.weights.files import OpenFile
 from headrace.weights.staging import TORCH_DTYPES, bytes_of
-from headrace.weights.weight_map import num_elements
 
 _MAX_HEADER_BYTES = 32 << 20  # some 3 MB for 20,000 tensors
 _LENGTH = struct.Struct("<Q")

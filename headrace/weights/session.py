@@ -1,7 +1,7 @@
 """The weight transaction as a state machine: which weights are live, and what may be done to them next.
 
-Owns a replica's weight state, version label, epoch, and the one open session with its deadline. Must not know tensors,
-the scheduler or the clock: callers pass `now` (monotonic seconds). The memory itself is `headrace.weights.store`.
+Owns a replica's weight state, version label, epoch, and the one open session with its deadline, and drives the memory
+that they are of. Must not know tensors, the scheduler or the clock: callers pass `now` (monotonic seconds).
 
     READY ---begin--> UPDATING ---commit--> READY (epoch + 1)
       UPDATING ---abort or expiry, nothing written in place--> the state before begin
@@ -9,25 +9,14 @@ the scheduler or the clock: callers pass `now` (monotonic seconds). The memory i
     READY | POISONED ---lose--> NEEDS_WEIGHTS
     POISONED | NEEDS_WEIGHTS ---begin, complete manifests only--> UPDATING
 
-How a core drives it, each line between two steps (an error leaves both sides as they were):
-
-    begin    machine.check_begin(version, partial); mode = store.begin(manifest, mode, partial);
-             session = machine.begin(version, manifest, mode, now=now, timeout_s=..., in_flight=..., partial=partial)
-    stage    machine.check_stage(session_id, index, now); work = store.stage(index, data);
-             (replaces=True for what a call that failed has staged: then first session.staged.forget each of
-             store.forget(index))
-             before the first work.advance(): if work.is_live: machine.note_write(session_id)
-             when work.advance() returns True: machine.mark_staged(session_id, index, now)
-    commit   machine.check_commit(session_id, now); store.commit(); machine.commit(session_id)
-             if store.commit() fails: machine.note_torn_commit(session_id), then abort
-    abort    machine.abort(session_id); store.abort()
-    expiry   if machine.expire(now): store.abort()
+It is the only one: the memory of a replica (`headrace.weights.store`, on each of its ranks) does what it is told here
+and knows no states. An error leaves everything as it was.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from headrace.types.errors import (
     DeadlineError,
@@ -40,11 +29,31 @@ from headrace.types.errors import (
     encodable,
 )
 from headrace.types.request import DEFAULT_VERSION
-from headrace.types.weights import MAX_VERSION_LENGTH, InFlight, TensorInfo, WeightState
+from headrace.types.weights import MAX_VERSION_LENGTH, InFlight, TensorInfo, UpdateMode, WeightState
 
 ResolvedMode = Literal["shadow", "inplace"]
 
 _MAX_NAMES_IN_MESSAGE = 8
+
+
+class StageCopy(Protocol):
+    """The copy of one tensor, or a piece of it, into place, in slices; see `headrace.weights.staging.StageWork`."""
+
+    def advance(self, deadline_s: float) -> bool: ...
+
+
+class WeightMemory(Protocol):
+    """The memory of an update; see `headrace.weights.store.WeightStore`. Tensors are opaque here."""
+
+    def begin(self, manifest: Sequence[TensorInfo], mode: UpdateMode, partial: bool) -> ResolvedMode: ...
+
+    def stage(self, index: int, data: Any, start: int | None = None) -> StageCopy: ...
+
+    def forget(self, index: int) -> list[int]: ...
+
+    def commit(self) -> None: ...
+
+    def abort(self) -> None: ...
 
 
 class StagedSet:
@@ -71,10 +80,6 @@ class StagedSet:
         self.check(index)
         self._is_staged[index] = 1
         self.num_staged += 1
-
-    def is_staged(self, index: int) -> bool:
-        """It is whole and checked."""
-        return bool(self._is_staged[index])
 
     def forget(self, index: int) -> None:
         """The tensor at `index` has to come again, whether it has come or not."""
@@ -141,9 +146,16 @@ class WeightMachine:
     """
 
     def __init__(
-        self, version: str = DEFAULT_VERSION, *, epoch: int = 0, has_weights: bool = True, num_sessions: int = 0
+        self,
+        memory: WeightMemory,
+        version: str = DEFAULT_VERSION,
+        *,
+        epoch: int = 0,
+        has_weights: bool = True,
+        num_sessions: int = 0,
     ) -> None:
         check_version(version)
+        self._memory = memory
         self.version = version
         self.epoch = epoch
         self.session: UpdateSession | None = None
@@ -177,37 +189,35 @@ class WeightMachine:
             )
         return NeedsWeightsError("the engine holds no current weights; it generates after a complete update")
 
-    def check_begin(self, version: str, partial: bool) -> None:
-        """`UpdateConflictError` if a session is open, `WeightUpdateError` if only a complete update is accepted."""
-        check_version(version)
-        if self.session:
-            raise UpdateConflictError(
-                f"session {self.session.session_id} is open; commit or abort it first", field="session_id"
-            )
-        if partial and self._resting != "ready":
-            raise WeightUpdateError(f"weights are {self._resting}: only a complete update is accepted", field="partial")
-
     def begin(
         self,
         version: str,
         manifest: Sequence[TensorInfo],
-        mode: ResolvedMode,
+        mode: UpdateMode,
         *,
         now: float,
         timeout_s: float,
         in_flight: InFlight = "drain",
         partial: bool = False,
     ) -> UpdateSession:
-        """Open a session for a manifest the store accepted. Raises as `check_begin`. Session ids are never reused."""
-        self.check_begin(version, partial)
+        """Open a session for a manifest that is right as a whole. Session ids are never reused.
+
+        Raises `UpdateConflictError` if a session is open; `WeightUpdateError` for arguments that are wrong, a partial
+        update of weights that are not whole, and what the memory refuses.
+        """
+        check_version(version)
+        self._check_no_session()
+        if partial and self._resting != "ready":
+            raise WeightUpdateError(f"weights are {self._resting}: only a complete update is accepted", field="partial")
         if not timeout_s > 0:
             raise WeightUpdateError(f"timeout_s must be positive, got {timeout_s}", field="timeout_s")
+        resolved = self._memory.begin(manifest, mode, partial)
         self._num_sessions += 1
         self.session = UpdateSession(
             self._num_sessions,
             version,
             manifest,
-            mode,
+            resolved,
             former=self._resting,
             in_flight=in_flight,
             partial=partial,
@@ -236,14 +246,21 @@ class WeightMachine:
         session.touch(now)
         return session.staged.check(index, replaces=replaces)
 
+    def stage(
+        self, session_id: int, index: int, data: Any, start: int | None = None, *, replaces: bool = False
+    ) -> StageCopy:
+        """The copy of a tensor, or of its next piece (`start` is its first byte). `replaces` first forgets what was
+        staged of it, and the tensor that it is tied to. Raises as `check_stage`, and what the memory refuses."""
+        session = self.require(session_id)
+        for each in self._memory.forget(index) if replaces else ():
+            session.staged.forget(each)
+        session.staged.check(index)
+        return self._memory.stage(index, data, start)
+
     def note_write(self, session_id: int) -> None:
-        """Call before the first byte of a stage moves: in place, live memory is no longer whole from here on."""
+        """Call before bytes of a stage move: in place, live memory is no longer whole from here on."""
         session = self.require(session_id)
         session.has_written = session.has_written or session.mode == "inplace"
-
-    def note_torn_commit(self, session_id: int) -> None:
-        """`store.commit` failed half-way: live memory may be a mix, whatever the mode. Call `abort` next."""
-        self.require(session_id).has_written = True
 
     def mark_staged(self, session_id: int, index: int, now: float) -> None:
         """The tensor at `index` is whole. Raises as `check_stage`."""
@@ -251,17 +268,13 @@ class WeightMachine:
         session.touch(now)
         session.staged.mark(index)
 
-    def check_commit(self, session_id: int, now: float) -> UpdateSession:
-        """The session if all of its manifest is staged, else `WeightUpdateError` naming what is missing."""
-        session = self.require(session_id)
-        session.touch(now)
-        session.staged.check_complete()
-        return session
-
     def commit(self, session_id: int) -> UpdateSession:
-        """The staged weights are live now: READY, new version, new epoch. Raises as `check_commit`."""
+        """Make the staged weights live: READY, new version, new epoch. `WeightUpdateError` naming what is missing, and
+        the session stays open then. It does as well where the memory fails half-way: abort it."""
         session = self.require(session_id)
         session.staged.check_complete()
+        session.has_written = True  # a copy that fails half-way leaves a mix
+        self._memory.commit()
         self.version, self.epoch = session.version, self.epoch + 1
         self._resting, self.session = "ready", None
         committed = UpdateConflictError(f"session {session_id} was committed", field="session_id")
@@ -272,17 +285,12 @@ class WeightMachine:
         """Drop the session: back to the state before it, or POISONED if it had written in place. `reason` is what who
         names the session later gets."""
         session = self.require(session_id)
+        self._memory.abort()
         self._resting = "poisoned" if session.has_written else session.former
         self.session = None
         aborted = UpdateConflictError(f"session {session_id} was aborted", field="session_id")
         self._last_end = session_id, reason or aborted
         return session
-
-    def expire(self, now: float) -> UpdateSession | None:
-        """Abort the session if its deadline has passed; returns it then, else None."""
-        if self.session is None or now < self.session.deadline:
-            return None
-        return self.abort(self.session.session_id, self.session.expired())
 
     def relabel(self, version: str) -> None:
         """Change the label of the live weights only: same epoch, no state change."""
@@ -291,11 +299,13 @@ class WeightMachine:
 
     def lose(self) -> None:
         """Live memory holds no weights any more (released, overwritten). `UpdateConflictError` in an open session."""
-        if self.session:
-            raise UpdateConflictError(
-                f"session {self.session.session_id} is open; commit or abort it first", field="session_id"
-            )
+        self._check_no_session()
         self._resting = "needs_weights"
+
+    def _check_no_session(self) -> None:
+        if self.session:
+            message = f"session {self.session.session_id} is open; commit or abort it first"
+            raise UpdateConflictError(message, field="session_id")
 
 
 def check_version(version: str) -> None:

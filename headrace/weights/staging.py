@@ -1,7 +1,7 @@
 """Moving one tensor of an update into its place, in slices, with its checks.
 
 Owns `StageWork` and what it takes from any tensor: dtype names, which tensors can be read at all, block-wise copies,
-digests, the search for NaN and infinity. Must not know sessions, versions or which memory is live: it is handed a
+the search for NaN and infinity. Must not know sessions, versions or which memory is live: it is handed a
 destination.
 """
 
@@ -11,6 +11,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +20,9 @@ import torch
 
 from headrace.types.errors import WeightUpdateError
 from headrace.types.weights import TensorInfo
-from headrace.weights.weight_map import num_elements
+from headrace.weights.boxes import num_elements
+from headrace.weights.position_sum import PositionSum
+from headrace.weights.region import Region
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,14 +48,6 @@ def row_blocks(shape: tuple[int, ...], element_size: int, block_bytes: int = BLO
     num_rows = max(1, block_bytes // max(1, row_bytes))
     for start in range(0, shape[0], num_rows):
         yield slice(start, min(start + num_rows, shape[0]))
-
-
-def digest_of(tensor: torch.Tensor) -> str:
-    """Lowercase hex SHA-256 of a tensor's bytes in row-major order, whatever the device."""
-    hasher = hashlib.sha256()
-    for rows in row_blocks(tuple(tensor.shape), tensor.element_size()):
-        hasher.update(bytes_of(tensor[rows]).data)
-    return hasher.hexdigest()
 
 
 def unreadable(tensor: torch.Tensor) -> str:
@@ -180,21 +175,23 @@ def source_of(info: TensorInfo, data: memoryview | TensorData, start: int | None
 
 
 class Arrival:
-    """A tensor on its way in: where it goes, how many of its elements are there, and the digest of those so far.
+    """A tensor on its way in: where it goes, how many of its elements are there, and their digests if they are wanted:
+    `hasher`'s SHA-256 of the bytes, `total` as live weights have it.
 
-    `destination` is flat memory of all its elements in the engine's dtype, live memory if `is_live`.
+    `destination` is live memory if `is_live`.
     """
 
-    def __init__(self, destination: torch.Tensor, *, is_live: bool, hashes: bool) -> None:
+    def __init__(self, destination: Region, *, is_live: bool, hashes: bool, total: PositionSum | None) -> None:
         self.destination = destination
         self.is_live = is_live
         self.num_elements = 0
         self.hasher = hashlib.sha256() if hashes else None
+        self.total = total
 
     @property
     def is_whole(self) -> bool:
         """All of it is there."""
-        return self.num_elements == self.destination.numel()
+        return self.num_elements == self.destination.num_elements
 
 
 class StageWork:
@@ -202,8 +199,8 @@ class StageWork:
     or dropped.
 
     `before_write` is called ahead of every block and raises if the update is no longer open. `check`, if there is one,
-    is shown what was written, on a CPU block by block, elsewhere once. It and `on_done` may raise `WeightUpdateError`,
-    and then what was copied does not count.
+    is shown what was written, block by block; on a device once, where the destination is one memory. It and `on_done`
+    may raise `WeightUpdateError`, and then what was copied does not count.
     """
 
     def __init__(
@@ -218,13 +215,18 @@ class StageWork:
         self.is_live = arrival.is_live
         self._source: Source | None = source
         self._arrival = arrival
-        first, count = arrival.num_elements, source.num_elements
-        self._destination = arrival.destination[first : first + count]
-        self._blocks = row_blocks((count,), self._destination.element_size())
+        self._destination = arrival.destination
+        self._first, self._count = arrival.num_elements, source.num_elements
+        self._blocks = row_blocks((self._count,), self._destination.dtype.itemsize)
         self._before_write = before_write
         self._on_done = on_done
         self._check = check
         self.is_done = False
+
+    @property
+    def _checks_at_end(self) -> bool:
+        """On a device every look at values waits for it."""
+        return self._destination.device.type != "cpu" and self._destination.flat is not None
 
     def advance(self, deadline_s: float) -> bool:
         """Copy until done or until about `deadline_s` seconds have passed, at least one block; True when done.
@@ -247,26 +249,30 @@ class StageWork:
     def _copy(self, part: slice) -> None:
         assert self._source is not None, "a failed stage is not advanced again"
         self._before_write()
-        block = self._destination[part]
+        place = slice(self._first + part.start, self._first + part.stop)
+        block = self._destination.room(place)
         self._source.copy(part, block)
-        if self._check and block.device.type == "cpu":  # while the block is in the cache
+        if self._check and not self._checks_at_end:  # while the block is in the cache
             self._check(block)
         if self._arrival.hasher:
             self._arrival.hasher.update(bytes_of(block).data)
+        self._destination.put(place, block)
+        if self._arrival.total:
+            self._arrival.total.add(self._destination.read(place), place.start)
 
     def _finish(self) -> None:
         self._source = None
         self._before_write()
-        if self._check and self._destination.device.type != "cpu":
-            self._check(self._destination)
-        self._arrival.num_elements += self._destination.numel()
+        if self._check and self._checks_at_end:
+            self._check(self._destination.read(slice(self._first, self._first + self._count)))
+        self._arrival.num_elements += self._count
         self._on_done()
         self.is_done = True
 
 
-class HostView:
-    """Reads tensors of one device as bytes on the host. On a device, on a stream of its own: beside the steps in
-    flight, after all that was issued before `begin`."""
+class SideReader:
+    """Reads tensors of one device, as bytes on the host or where they are. On a device, on a stream of its own: beside
+    the steps in flight, after all that was issued before `begin`."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -279,16 +285,26 @@ class HostView:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
 
-    def blocks(self, flat: torch.Tensor) -> Iterator[memoryview]:
-        """The bytes of a flat tensor, block by block; each is good until the next is asked for."""
-        for part in row_blocks((flat.numel(),), flat.element_size()):
-            yield self._bytes(flat[part]).data
+    def blocks(self, region: Region, first: int, count: int) -> Iterator[memoryview]:
+        """The bytes of so many elements, block by block; each is good until the next is asked for."""
+        for part in row_blocks((count,), region.dtype.itemsize):
+            yield self._bytes(region, slice(first + part.start, first + part.stop)).data
 
-    def _bytes(self, block: torch.Tensor) -> Bytes:
-        if self._stream is None or self._host is None:
-            return bytes_of(block)
-        host = self._host[: block.nbytes]
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """What is computed inside is done at its end."""
+        if self._stream is None:
+            yield
+            return
         with torch.cuda.stream(self._stream):
-            host.copy_(block.view(torch.uint8), non_blocking=True)
+            yield
         self._stream.synchronize()
+
+    def _bytes(self, region: Region, part: slice) -> Bytes:
+        if self._host is None:
+            return bytes_of(region.read(part))
+        with self.reading():
+            block = region.read(part)
+            host = self._host[: block.nbytes]
+            host.copy_(block.view(torch.uint8), non_blocking=True)
         return host.numpy()

@@ -1,8 +1,8 @@
 """The live parameters of one rank, and the memory side of a weight update.
 
-Owns live parameter memory (its addresses never change), shadow memory while an update is open, and the facts about
-both: whole, mixed or absent. Reads everything through one `WeightMap`. Must not know versions, deadlines or requests
-(`headrace.weights.session`), files (`headrace.weights.checkpoint`) or what a parameter is used for.
+Owns live parameter memory (its addresses never change), and shadow memory while an update is open. Reads everything
+through one `WeightMap`. Must not know states, versions, deadlines or requests (`headrace.weights.session`), files
+(`headrace.weights.checkpoint`) or what a parameter is used for.
 """
 
 from __future__ import annotations
@@ -14,24 +14,27 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 
 from headrace.config.resolve import available_memory
-from headrace.types.errors import CheckpointError, NotFoundError, UpdateConflictError, WeightUpdateError
-from headrace.types.weights import TensorInfo, UpdateMode, WeightState
-from headrace.weights.session import ResolvedMode, StagedSet
+from headrace.types.errors import CheckpointError, InternalError, NotFoundError, UpdateConflictError, WeightUpdateError
+from headrace.types.weights import TensorInfo, UpdateMode
+from headrace.weights.boxes import num_elements
+from headrace.weights.position_sum import DIGEST_LENGTH, PositionKeys, PositionSum
+from headrace.weights.region import Region
+from headrace.weights.session import ResolvedMode
 from headrace.weights.staging import (
     BLOCK_BYTES,
     TORCH_DTYPES,
     Arrival,
-    HostView,
+    SideReader,
     StageWork,
     TensorData,
-    digest_of,
     dtype_name,
     info_of,
     is_finite,
     row_blocks,
     source_of,
 )
-from headrace.weights.weight_map import FLOAT_DTYPES, WeightMap, WeightRule, is_derived
+from headrace.weights.transaction import Memories, Transaction
+from headrace.weights.weight_map import FLOAT_DTYPES, ManifestPlan, WeightMap, WeightRule, is_derived
 
 logger = logging.getLogger(__name__)
 
@@ -40,64 +43,15 @@ SHADOW_HEADROOM_BYTES = 256 << 20
 
 _INIT_STD = 0.02
 _LOAD_BYTES = {"cpu": 1 << 20, "cuda": 1 << 24}
+_SUM_BYTES = {"cpu": BLOCK_BYTES, "cuda": 1 << 23}
 _FILL_BYTES = {"cpu": BLOCK_BYTES, "cuda": 1 << 28}
 
 
-class _Transaction:
-    """An open update: where each tensor goes, what has arrived, and what tied tensors must equal."""
-
-    def __init__(self, manifest: Sequence[TensorInfo], mode: ResolvedMode, aliases: dict[str, str]) -> None:
-        self.mode = mode
-        self.staged = StagedSet(manifest)
-        self.is_open = True
-        self.has_written = False
-        self.shadow: dict[str, torch.Tensor] = {}
-        self.names = frozenset(info.name for info in manifest)
-        self.aliases = {name: target for name, target in aliases.items() if name in self.names}
-        self.compared = frozenset(self.aliases) | frozenset(self.aliases.values())
-        self.digests: dict[str, str] = {}
-        self.arrivals: dict[int, Arrival] = {}  # tensors of which some pieces are in place, and none is under way
-
-    def before_write(self, is_live: bool) -> None:
-        if not self.is_open:
-            raise UpdateConflictError("the update this tensor belongs to is no longer open")
-        self.has_written = self.has_written or is_live
-
-    def finish(self, index: int, info: TensorInfo, digest: str) -> None:
-        """Check one whole tensor and count it. `WeightUpdateError` naming it, and then it does not count."""
-        if info.digest and digest != info.digest:
-            raise WeightUpdateError(
-                f"{info.name} arrived with digest {digest}, the manifest says {info.digest}", field=info.name
-            )
-        if info.name in self.compared:
-            self._check_tied(info.name, digest)
-        self.staged.mark(index)
-        if digest:
-            self.digests[info.name] = digest
-
-    def forget(self, index: int) -> list[int]:
-        """Count a tensor no longer, nor the one that it is tied to: they are compared when they come again."""
-        name, forgotten = self.staged.manifest[index].name, [index]
-        if name in self.compared:
-            tied = {each for pair in self.aliases.items() if name in pair for each in pair}
-            forgotten = [at for at, info in enumerate(self.staged.manifest) if info.name in tied]
-        for at in forgotten:
-            self.staged.forget(at)
-            self.digests.pop(self.staged.manifest[at].name, None)
-        return forgotten
-
-    def _check_tied(self, name: str, digest: str) -> None:
-        for alias, target in self.aliases.items():
-            other = {alias: target, target: alias}.get(name)
-            if other and self.digests.get(other, digest) != digest:
-                raise WeightUpdateError(f"{alias} is tied to {target} and must hold the same values", field=alias)
-
-
 class WeightStore:
-    """Parameters on one device in one dtype: `live[param]` are the tensors the model holds.
+    """Parameters on one device: `live[param]` are the tensors the model holds, in `dtype` unless the map says another.
 
     `memory` says how many bytes may still be taken there; None: what the device or the machine has left. With
-    `check_finite` no tensor that holds NaN or infinity, once it is in `dtype`, is taken in.
+    `check_finite` no tensor that holds NaN or infinity, once it is in its parameter's dtype, is taken in.
     """
 
     def __init__(
@@ -114,34 +68,30 @@ class WeightStore:
         self.weight_map = weight_map
         self.dtype = dtype
         self.device = device
-        self.live = {
-            name: torch.empty(spec.shape, dtype=dtype, device=device) for name, spec in weight_map.params.items()
-        }
+        self.live: dict[str, torch.Tensor] = {}
+        for spec in (*weight_map.params.values(), *(each.parameter for each in weight_map.derived)):
+            tensor = torch.empty(spec.shape, dtype=TORCH_DTYPES.get(spec.dtype, dtype), device=device)
+            for box in spec.padding:
+                tensor[box.slices].zero_()
+            self.live[spec.name] = tensor
+        self._regions: dict[str, Region] = {}
+        self._plan: ManifestPlan | None = None
+        self._keys: PositionKeys | None = None
         self._check_finite = check_finite
         self._memory = memory or _memory_left(device)
-        self._resting: WeightState = "needs_weights"
-        self._transaction: _Transaction | None = None
-        self._host_view: HostView | None = None
-
-    @property
-    def state(self) -> WeightState:
-        """What live memory holds, or "updating" while an update is open."""
-        return "updating" if self._transaction else self._resting
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of live parameter memory."""
-        return self.weight_map.num_elements * self.dtype.itemsize
+        self._transaction: Transaction | None = None
+        self._side_reader: SideReader | None = None
 
     def close(self) -> None:
         """Give live and shadow memory back. Nothing may be asked of the store afterwards."""
         self._transaction = None
+        self._regions.clear()
         self.live.clear()
 
     # Whole models: from a file, from a seed, to nothing.
 
     def load(self, source: Iterable[tuple[str, TensorData]]) -> None:
-        """Overwrite live memory with a whole checkpoint and become READY.
+        """Overwrite live memory with a whole checkpoint.
 
         Every element is written exactly once: each rule once, and the map's regions partition the parameters. Of tied
         names the first that comes is written, another one compared. Raises `CheckpointError` naming a missing, unknown,
@@ -149,7 +99,6 @@ class WeightStore:
         no weights.
         """
         self._require_no_update()
-        self._resting = "needs_weights"
         written: set[str] = set()
         filled: set[str] = set()
         for name, data in source:
@@ -158,14 +107,16 @@ class WeightStore:
             self._check_loaded(name, data, written)
             written.add(name)
             target = self.weight_map.aliases.get(name, name)
-            self._take(name, data, self._region(self.weight_map.rules_by_name[target]), is_filled=target in filled)
+            self._take(name, data, self._region(target), is_filled=target in filled)
             filled.add(target)
-        missing = [name for name in self.weight_map.rules_by_name if name not in filled]
+        for name, problem in self.weight_map.find_doubled(filled):
+            raise CheckpointError(problem, field=name)
+        missing = self.weight_map.missing(filled)
         if missing:
             raise CheckpointError(
                 f"the checkpoint lacks {len(missing)} tensor(s): {', '.join(missing[:8])}", field=missing[0]
             )
-        self._resting = "ready"
+        self._derive()
 
     def _check_loaded(self, name: str, data: TensorData, written: set[str]) -> None:
         expected = self.weight_map.shape_of(name)
@@ -180,30 +131,29 @@ class WeightStore:
             message = f"{name} has dtype {info.dtype}, expected one of {', '.join(FLOAT_DTYPES)}"
             raise CheckpointError(message, field=name)
 
-    def _take(self, name: str, data: TensorData, region: torch.Tensor, *, is_filled: bool) -> None:
+    def _take(self, name: str, data: TensorData, region: Region, *, is_filled: bool) -> None:
         """Write one whole tensor into its region, or compare it with the tied one that is there."""
         try:
             source = source_of(info_of(name, data), data)
         except WeightUpdateError as error:
             raise CheckpointError(error.message, field=name) from None
-        assert region.is_contiguous(), "a region is whole rows of a parameter"
-        flat = region.view(-1)
-        for part in row_blocks((flat.numel(),), flat.element_size(), _LOAD_BYTES[self.device.type]):
-            block = flat[part]
+        for part in row_blocks((region.num_elements,), region.dtype.itemsize, _LOAD_BYTES[self.device.type]):
             if not is_filled:
+                block = region.room(part)
                 source.copy(part, block)
                 if self._check_finite and not is_finite(block):
-                    raise CheckpointError(_not_finite(name, self.dtype), field=name)
+                    raise CheckpointError(_not_finite(name, block.dtype), field=name)
+                region.put(part, block)
                 continue
-            found = torch.empty_like(block)
-            source.copy(part, found)
-            if not torch.equal(found, block):
+            block = torch.empty(part.stop - part.start, dtype=region.dtype, device=self.device)
+            source.copy(part, block)
+            if not region.holds(part, block):
                 tied = next(pair for pair in self.weight_map.aliases.items() if name in pair)
                 message = f"{tied[0]} is tied to {tied[1]} by config.json but holds other values"
                 raise CheckpointError(message, field=tied[0])
 
     def fill_random(self, seed: int) -> None:
-        """Random weights for tests and dummy models, a pure function of (seed, HF name, shape, dtype, device). READY.
+        """Random weights for tests and dummy models, a pure function of (seed, HF name, shape, dtype, device).
 
         Norm weights are 1, all else is normal with standard deviation 0.02, as Hugging Face initialises.
         """
@@ -211,55 +161,60 @@ class WeightStore:
         self._fill_normal(seed)
         for name, rule in self.weight_map.rules_by_name.items():
             if len(rule.shape) == 1 and "norm" in name:
-                self._region(rule).fill_(1.0)
-        self._resting = "ready"
+                for memory in self._region(name).memories:
+                    memory.fill_(1.0)
+        self._derive()
 
     def scramble(self, seed: int) -> None:
-        """Overwrite all live memory with noise, as SGLang's `reset_tensors` check does. NEEDS_WEIGHTS then."""
+        """Overwrite all live memory with noise, as SGLang's `reset_tensors` check does."""
         self._require_no_update()
-        self._resting = "needs_weights"
         self._fill_normal(seed)
+        self._derive()
 
     def _fill_normal(self, seed: int) -> None:
         for name, rule in self.weight_map.rules_by_name.items():
-            region = self._region(rule)
+            region = self._region(name)
             key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator(self.device).manual_seed(int.from_bytes(key[:8], "little") >> 1)
+            row_size = num_elements(rule.shape[1:])
             for rows in row_blocks(rule.shape, 4, _FILL_BYTES[self.device.type]):
-                values = torch.empty(region[rows].shape, dtype=torch.float32, device=self.device)
-                region[rows] = values.normal_(0.0, _INIT_STD, generator=generator).to(region)
+                part = slice(rows.start * row_size, rows.stop * row_size)
+                values = torch.empty(part.stop - part.start, dtype=torch.float32, device=self.device)
+                values.normal_(0.0, _INIT_STD, generator=generator)
+                block = region.room(part)
+                block.copy_(values)
+                region.put(part, block)
 
     # The transaction.
 
     def begin(self, manifest: Sequence[TensorInfo], mode: UpdateMode, partial: bool) -> ResolvedMode:
         """Check the whole manifest and open an update; returns what `mode` became. On an error nothing has changed.
 
-        Raises `UpdateConflictError` if one is open; `WeightUpdateError` for a bad manifest (naming each tensor), for a
-        partial update of poisoned or absent weights, and for a shadow that does not fit in memory.
+        Raises `UpdateConflictError` if one is open; `WeightUpdateError` for a bad manifest (naming each tensor), and
+        for a shadow that does not fit in memory.
         """
         self._require_no_update()
         if mode not in ("auto", "shadow", "inplace"):
             raise WeightUpdateError(f"mode must be auto, shadow or inplace, got {mode!r}", field="mode")
-        if partial and self._resting != "ready":
-            raise WeightUpdateError(f"weights are {self._resting}: only a complete update is accepted", field="partial")
-        if not partial:
-            manifest = self.weight_map.untie(manifest)
-        self.weight_map.check_manifest(manifest, partial)
-        rules = [rule for rule in map(self.weight_map.rules_by_name.get, (info.name for info in manifest)) if rule]
-        shadow = self._shadow(mode, rules)
-        transaction = _Transaction(manifest, "inplace" if shadow is None else "shadow", self.weight_map.aliases)
-        transaction.shadow = shadow or {}
-        self._transaction = transaction
-        return transaction.mode
+        plan = self._plan
+        if plan is None or plan.partial != partial or plan.given != tuple(manifest):
+            plan = self._plan = self.weight_map.plan(manifest, partial)
+        self._transaction = Transaction(plan, self._shadow(mode, plan.rules))
+        return self._transaction.mode
 
-    def _shadow(self, mode: UpdateMode, rules: list[WeightRule]) -> dict[str, torch.Tensor] | None:
+    def _shadow(self, mode: UpdateMode, rules: Sequence[WeightRule]) -> Memories | None:
         """Memory beside the live weights; None: the update writes in place."""
         if mode == "inplace":
             return None
-        num_bytes, available = sum(self._region(rule).nbytes for rule in rules), self._memory()
+        live = {rule.hf_name: self._region(rule.hf_name).memories for rule in rules}
+        num_bytes = sum(memory.nbytes for memories in live.values() for memory in memories)
+        available = self._memory()
         if num_bytes + SHADOW_HEADROOM_BYTES <= available:
             try:
-                return {rule.hf_name: torch.empty(rule.shape, dtype=self.dtype, device=self.device) for rule in rules}
+                return {
+                    name: [torch.empty(each.shape, dtype=each.dtype, device=self.device) for each in memories]
+                    for name, memories in live.items()
+                }
             except torch.OutOfMemoryError:  # what the allocator keeps for graphs looks free, and is in pieces
                 logger.warning("%d bytes of weights found no room beside the live ones", num_bytes)
             torch.cuda.empty_cache()  # of what was had before that
@@ -273,10 +228,10 @@ class WeightStore:
 
         `data` is the whole tensor: contiguous bytes in the manifest's dtype, or a tensor of its dtype and shape. Or it
         is the next piece of its bytes, from `start` on: one at 0 begins the tensor, the last one completes it. Raises
-        `WeightUpdateError` naming the tensor if it is not that, was staged before, or cannot be read.
+        `WeightUpdateError` naming the tensor if it is not that, or cannot be read.
         """
         transaction = self._require_update()
-        info = transaction.staged.check(index)
+        info = transaction.plan.manifest[index]
         source = source_of(info, data, start)
         arrival = transaction.arrivals.pop(index, None)  # a piece that is never done leaves a tensor to begin again
         if not start:
@@ -286,134 +241,150 @@ class WeightStore:
         return StageWork(
             source,
             arrival,
-            before_write=lambda: transaction.before_write(arrival.is_live),
+            before_write=transaction.require_open,
             on_done=lambda: self._arrived(transaction, index, info, arrival),
             check=(lambda written: self._require_finite(info.name, written)) if self._check_finite else None,
         )
 
     def forget(self, index: int) -> list[int]:
-        """Manifest entry `index` is to be staged again, if it was. Returns what has to be now: it, and the one that was
-        compared with it because they are tied."""
-        transaction = self._require_update()
-        return transaction.forget(index) if transaction.staged.is_staged(index) else []
+        """Manifest entry `index` is to be staged again. Returns what has to be now: it, and the one that was compared
+        with it because they are tied."""
+        return self._require_update().forget(index)
 
-    def _arrival(self, transaction: _Transaction, info: TensorInfo) -> Arrival:
-        destination = self._destination(transaction, info)
-        assert destination.is_contiguous(), "a region is whole rows of a parameter"
+    def _arrival(self, transaction: Transaction, info: TensorInfo) -> Arrival:
+        destination = self._destination(transaction, info.name)
         is_live = transaction.mode == "inplace" and info.name not in self.weight_map.aliases
-        hashes = bool(info.digest) or info.name in transaction.compared
-        return Arrival(destination.view(-1), is_live=is_live, hashes=hashes)
+        is_summed = info.name in transaction.plan.compared or len(info.digest) == DIGEST_LENGTH
+        total = PositionSum(self._sum_keys()) if is_summed else None
+        return Arrival(destination, is_live=is_live, hashes=len(info.digest) > DIGEST_LENGTH, total=total)
 
-    def _arrived(self, transaction: _Transaction, index: int, info: TensorInfo, arrival: Arrival) -> None:
+    def _arrived(self, transaction: Transaction, index: int, info: TensorInfo, arrival: Arrival) -> None:
         if not arrival.is_whole:
             transaction.arrivals[index] = arrival
             return
-        self._staged(transaction, index, info, arrival.hasher.hexdigest() if arrival.hasher else "")
+        target = self.weight_map.aliases.get(info.name)
+        if target and target not in transaction.plan.names and target not in transaction.totals:
+            total, region = PositionSum(self._sum_keys()), self._region(target)
+            for part in _sum_blocks(region):
+                total.add(region.read(part), part.start)
+            transaction.totals[target] = total.hexdigest()
+        transaction.finish(info, arrival)
 
     def _require_finite(self, name: str, written: torch.Tensor) -> None:
         if not is_finite(written):
-            raise WeightUpdateError(_not_finite(name, self.dtype), field=name)
+            raise WeightUpdateError(_not_finite(name, written.dtype), field=name)
 
-    def _destination(self, transaction: _Transaction, info: TensorInfo) -> torch.Tensor:
-        if info.name in self.weight_map.aliases:  # owns no memory: converted into scratch, to be compared and forgotten
-            return torch.empty(info.shape, dtype=self.dtype, device=self.device)
-        if transaction.mode == "shadow":
-            return transaction.shadow[info.name]
-        return self._region(self.weight_map.rules_by_name[info.name])
-
-    def _staged(self, transaction: _Transaction, index: int, info: TensorInfo, digest: str) -> None:
-        target = self.weight_map.aliases.get(info.name)
-        if target and target not in transaction.names:
-            transaction.digests.setdefault(target, digest_of(self._region(self.weight_map.rules_by_name[target])))
-        transaction.finish(index, info, digest)
+    def _destination(self, transaction: Transaction, name: str) -> Region:
+        live = self._region(name)
+        if name in self.weight_map.aliases:  # owns no memory: converted into scratch, to be compared and forgotten
+            return live.over([torch.empty_like(each) for each in live.memories])
+        return live.over(transaction.shadow[name]) if transaction.mode == "shadow" else live
 
     def commit(self) -> None:
-        """Make the staged tensors live and become READY; shadow memory is freed.
-
-        Raises `WeightUpdateError` naming what has not been staged; the update stays open then.
-        """
+        """Make all that was staged live, and end the update. One that fails half-way leaves a mix, and is open."""
         transaction = self._require_update()
-        transaction.staged.check_complete()
-        transaction.has_written = True  # a copy that fails half-way leaves a mix
-        for name, tensor in transaction.shadow.items():
-            self._region(self.weight_map.rules_by_name[name]).copy_(tensor)
-        self._close(transaction)
-        self._resting = "ready"
+        for name, memories in transaction.shadow.items():
+            for live, staged in zip(self._region(name).memories, memories, strict=True):
+                live.copy_(staged)
+        self._derive()
+        self.abort()
 
     def abort(self) -> None:
-        """Drop the open update. Live memory is as before, unless it was written in place: then POISONED."""
+        """End the open update and drop what was not made live. What was written in place stays."""
         transaction = self._require_update()
-        self._close(transaction)
-        if transaction.has_written:
-            self._resting = "poisoned"
-
-    def _close(self, transaction: _Transaction) -> None:
         transaction.is_open = False
         transaction.shadow.clear()
         self._transaction = None
 
+    def _derive(self) -> None:
+        """Compute what is derived from the parameters as they are now, into the memory that it has."""
+        for each in self.weight_map.derived:
+            value = each.function(*(self.live[name] for name in each.inputs))
+            if tuple(value.shape) != each.parameter.shape:
+                raise InternalError(f"{each.parameter.name} is derived with shape {tuple(value.shape)}")
+            self.live[each.parameter.name].copy_(value)
+
     # Reading live memory.
 
     def digest(self) -> dict[str, str]:
-        """SHA-256 of live memory now, per HF tensor (no aliases), over its bytes in HF layout and engine dtype."""
+        """The `position_sum` of live memory now, per HF tensor (no aliases), in HF layout and its memory's dtype. Of a
+        tensor that several ranks share, the part that counts here: `add_digests` makes one of theirs."""
         return dict(filter(None, self.digest_in_slices()))
 
     def digest_in_slices(self) -> Iterator[tuple[str, str] | None]:
         """As `digest`, a block at a time: None, or the name and digest of a tensor that is complete."""
-        view = self._begin_reading()
-        for name, rule in self.weight_map.rules_by_name.items():
-            hasher = hashlib.sha256()
-            for block in view.blocks(self._region(rule).view(-1)):
-                hasher.update(block)
-                yield None
-            yield name, hasher.hexdigest()
+        reader = self._begin_reading()
+        for name in self.weight_map.rules_by_name:
+            region, total, digest = self._region(name), None, ""
+            for part in _sum_blocks(region):
+                if part.start:
+                    yield None
+                with reader.reading():
+                    total = total or PositionSum(self._sum_keys())
+                    total.add(region.read_counted(part), part.start)
+                    digest = total.hexdigest() if part.stop == region.num_elements else ""
+            yield name, digest
 
     def info(self, name: str) -> TensorInfo:
-        """What `name` is, in the engine's dtype. Raises `NotFoundError` naming it."""
-        return TensorInfo(name, self._rule(name).shape, dtype_name(self.dtype))
+        """What `name` is, in the dtype of its memory. Raises `NotFoundError` naming it."""
+        region = self._region(name)
+        return TensorInfo(name, region.shape, dtype_name(region.dtype))
 
     def copy_in_slices(self, name: str, start: int, into: memoryview) -> Iterator[None]:
         """Fill `into` with the bytes of a live tensor from byte `start` on, a block at a time."""
         view = self._begin_reading()
-        first, count = start // self.dtype.itemsize, len(into) // self.dtype.itemsize
-        num_copied = 0
-        for block in view.blocks(self._region(self._rule(name)).view(-1)[first : first + count]):
+        region, num_copied = self._region(name), 0
+        size = region.dtype.itemsize
+        for block in view.blocks(region, start // size, len(into) // size):
             into[num_copied : num_copied + len(block)] = block
             num_copied += len(block)
             yield
 
-    def _begin_reading(self) -> HostView:
-        if self._host_view is None:
-            self._host_view = HostView(self.device)
-        self._host_view.begin()
-        return self._host_view
+    def _begin_reading(self) -> SideReader:
+        if self._side_reader is None:
+            self._side_reader = SideReader(self.device)
+        self._side_reader.begin()
+        return self._side_reader
+
+    def _sum_keys(self) -> PositionKeys:
+        if self._keys is None:
+            self._keys = PositionKeys(self.device)
+        return self._keys
 
     def _rule(self, name: str) -> WeightRule:
-        rule = self.weight_map.rules_by_name.get(self.weight_map.aliases.get(name, name))
+        rule = self.weight_map.rule_of(name)
         if rule is None:
             raise NotFoundError(f"{name} is not a tensor of this model", field="name")
         return rule
 
     def read(self, name: str) -> torch.Tensor:
-        """A CPU copy of one live tensor in HF shape, engine dtype; a tied name reads what it is tied to.
+        """A CPU copy of one live tensor in HF shape, its memory's dtype; a tied name reads what it is tied to.
 
         Raises `NotFoundError` naming it.
         """
-        return self._region(self._rule(name)).detach().to("cpu", copy=True)
+        region = self._region(name)
+        return region.read(slice(0, region.num_elements)).view(region.shape).detach().to("cpu", copy=True)
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(HF name, CPU copy) of every tensor, one at a time, without aliases: `load` of another store takes it."""
         for name in self.weight_map.rules_by_name:
             yield name, self.read(name)
 
-    def _region(self, rule: WeightRule) -> torch.Tensor:
-        return self.live[rule.param][rule.start : rule.start + rule.shape[0]]
+    def _region(self, name: str) -> Region:
+        """The live memory of a tensor, or of what it is tied to. Raises `NotFoundError` naming it."""
+        region = self._regions.get(name)
+        if region is None:
+            rule = self._rule(name)
+            memories = [self.live[piece.param][piece.target.slices] for piece in rule.pieces]
+            dtype = memories[0].dtype if memories else self.dtype
+            region = self._regions[name] = Region(rule.shape, rule.pieces, memories, dtype, self.device)
+        return region
 
     def _require_no_update(self) -> None:
         if self._transaction:
             raise UpdateConflictError("a weight update is open; commit or abort it first", field="session_id")
 
-    def _require_update(self) -> _Transaction:
+    def _require_update(self) -> Transaction:
         if self._transaction is None:
             raise UpdateConflictError("no weight update is open", field="session_id")
         return self._transaction
@@ -421,6 +392,10 @@ class WeightStore:
 
 def _not_finite(name: str, dtype: torch.dtype) -> str:
     return f"{name} holds NaN or infinity in {dtype_name(dtype)} (check_finite=False lets such weights in)"
+
+
+def _sum_blocks(region: Region) -> Iterator[slice]:
+    return row_blocks((region.num_elements,), region.dtype.itemsize, _SUM_BYTES[region.device.type])
 
 
 def _memory_left(device: torch.device) -> Callable[[], int]:

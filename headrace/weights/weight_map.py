@@ -1,4 +1,4 @@
-"""How Hugging Face tensor names map onto regions of parameters, as data, with a proof that nothing is left or doubled.
+"""How Hugging Face tensors map onto parameters, box by box, as data, with a proof that nothing is left or doubled.
 
 Owns `WeightMap`: the one table that loading, updating, reading back, digesting and saving all read. Must not know
 tensors, files or sessions (no torch).
@@ -6,15 +6,17 @@ tensors, files or sessions (no torch).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import Any
 
 import msgspec
 
 from headrace.types.errors import InternalError, WeightUpdateError
 from headrace.types.weights import TensorInfo
+from headrace.weights.boxes import Box, find_overlap, num_elements
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
-"""The dtypes a tensor may arrive in; it is converted to the engine's."""
+"""The dtypes a tensor may arrive in; it is converted to that of its parameter."""
 
 TIED_HEAD = "lm_head.weight"
 """The output head: the one tensor that may be another one's memory, the embedding's."""
@@ -31,90 +33,179 @@ _HEX_DIGITS = frozenset("0123456789abcdef")
 
 
 class ParamSpec(msgspec.Struct, frozen=True):
-    """One parameter of the engine: 1-D or 2-D, sizes in elements."""
+    """One parameter of the engine, of any rank, sizes in elements. `dtype` "" is the engine's.
+
+    `padding` are boxes that no tensor fills, as behind a vocabulary that is rounded up: they hold zeros for ever.
+    """
 
     name: str
     shape: tuple[int, ...]
+    dtype: str = ""
+    padding: tuple[Box, ...] = ()
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """Box `source` of a Hugging Face tensor is box `target` of `param`.
+
+    `axes` lists the source's axes in the order the target has them, () for as they are; then both have one shape, apart
+    from axes of size 1. `is_counted` is False for a copy of what another rank holds: only one of them is in a digest.
+    """
+
+    param: str
+    source: Box
+    target: Box
+    axes: tuple[int, ...] = ()
+    is_counted: bool = True
+
+    @property
+    def is_consistent(self) -> bool:
+        """Both boxes have the same elements in the same order."""
+        if not self.axes and self.source.shape == self.target.shape:
+            return True
+        shape = self.source.shape
+        axes = self.axes or tuple(range(len(shape)))
+        if sorted(axes) != list(range(len(shape))):
+            return False
+        return [shape[axis] for axis in axes if shape[axis] != 1] == [size for size in self.target.shape if size != 1]
 
 
 class WeightRule(msgspec.Struct, frozen=True):
-    """Tensor `hf_name` of exactly `shape` is rows `start : start + shape[0]` of `param` (all of its columns).
-
-    `shard_axis` is the axis of the HF tensor that tensor parallelism splits; None: every rank holds the whole of it.
-    """
+    """What becomes of tensor `hf_name` of exactly `shape`: its pieces, all in parameters of one dtype."""
 
     hf_name: str
-    param: str
-    start: int
     shape: tuple[int, ...]
-    shard_axis: int | None = None
+    pieces: tuple[Piece, ...]
+
+
+def whole_rows(hf_name: str, param: str, start: int, shape: tuple[int, ...]) -> WeightRule:
+    """The rule of a tensor that is, whole, the rows of `param` from `start` on."""
+    source = Box.whole(shape)
+    target = Box((start, *source.start[1:]), shape)
+    return WeightRule(hf_name, shape, (Piece(param, source, target),))
+
+
+class Derived(msgspec.Struct, frozen=True):
+    """A parameter that no tensor fills: `function` computes it from those named in `inputs`, and gets their memory.
+
+    It is rebuilt, into the same storage, whenever weights become live, before anybody computes with them.
+    """
+
+    parameter: ParamSpec
+    inputs: tuple[str, ...]
+    function: Callable[..., Any]
+
+
+class ManifestPlan(msgspec.Struct, frozen=True):
+    """A manifest that was found right: what an update of it does, worked out once and good for every later one.
+
+    `manifest` has tied names replaced where they stand alone (`WeightMap.untie`); `rules` are those of the tensors that
+    are written, `aliases` the tied names among the rest, `compared` all that are compared with one another.
+    """
+
+    given: tuple[TensorInfo, ...]
+    partial: bool
+    manifest: tuple[TensorInfo, ...]
+    names: frozenset[str]
+    rules: tuple[WeightRule, ...]
+    aliases: dict[str, str]
+    compared: frozenset[str]
 
 
 class WeightMap:
-    """The table of one model: parameters, the rule of every HF tensor, and aliases.
+    """The table of one model on one rank: parameters, the rule of every HF tensor, and aliases.
 
     `aliases` maps a tied name to the name it repeats, as in {"lm_head.weight": "model.embed_tokens.weight"}: it may be
-    sent, in the same shape and with the same values, or left out; it owns no memory.
+    sent, in the same shape and with the same values, or left out; it owns no memory. `other_names` are rules of tensors
+    that are the same memory cut otherwise, as the experts of a layer, one by one or all in one: an update fills a
+    parameter by either, never by both; digests and saving know the first. What is `derived` is in no tensor.
 
-    Construction proves that the regions of every parameter are disjoint and cover it, so "each rule was written once"
-    implies "each element was written once". A map that fails the proof is our own bug: `InternalError` naming it.
+    Construction proves that the boxes of every parameter are disjoint and cover it, and, unless the map `is_shard` of
+    several, that the boxes of every tensor do: so "each tensor was written once" implies "each element was written
+    once". Of shards `prove_mesh` proves the latter. A map that fails the proof is our own bug: `InternalError` naming
+    what is at fault.
     """
 
     def __init__(
-        self, params: Iterable[ParamSpec], rules: Iterable[WeightRule], aliases: Mapping[str, str] | None = None
+        self,
+        params: Iterable[ParamSpec],
+        rules: Iterable[WeightRule],
+        aliases: Mapping[str, str] | None = None,
+        *,
+        other_names: Iterable[WeightRule] = (),
+        derived: Iterable[Derived] = (),
+        is_shard: bool = False,
     ) -> None:
         self.params: dict[str, ParamSpec] = {}
         for spec in params:
-            _prove(spec.name not in self.params, f"parameter {spec.name} is declared twice")
-            _prove(
-                len(spec.shape) in (1, 2) and all(size > 0 for size in spec.shape),
-                f"parameter {spec.name} has shape {spec.shape}",
-            )
+            _prove(spec.name not in self.params, "parameter {} is declared twice", spec.name)
+            _prove(bool(spec.shape) and min(spec.shape) > 0, "parameter {} has shape {}", spec.name, spec.shape)
+            _prove(spec.dtype in ("", *FLOAT_DTYPES), "parameter {} has dtype {}", spec.name, spec.dtype)
             self.params[spec.name] = spec
-        self.rules_by_name: dict[str, WeightRule] = {}
-        for rule in rules:
-            _prove(rule.hf_name not in self.rules_by_name, f"tensor {rule.hf_name} has two rules")
-            self.rules_by_name[rule.hf_name] = rule
+        self.rules_by_name = _by_name(rules, {})
+        self.other_rules = _by_name(other_names, self.rules_by_name)
         self.aliases: dict[str, str] = dict(aliases or {})
         for alias, target in self.aliases.items():
-            _prove(alias not in self.rules_by_name, f"alias {alias} has a rule of its own")
-            _prove(target in self.rules_by_name, f"alias {alias} repeats {target}, which has no rule")
-        self._prove_coverage()
+            _prove(not self._has_rule(alias), "alias {} has a rule of its own", alias)
+            _prove(target in self.rules_by_name, "alias {} repeats {}, which has no rule", alias, target)
+        _prove_parameters(self.params, self.rules_by_name.values(), is_shard)
+        self._names_of = self._names_by_parameter(is_shard)
+        self.derived = tuple(derived)
+        known = dict(self.params)
+        for each in self.derived:
+            name = each.parameter.name
+            _prove(name not in known, "parameter {} is declared twice", name)
+            _prove(known.keys() >= set(each.inputs), "{} is derived from what comes later or never", name)
+            known[name] = each.parameter
+        if not is_shard:
+            prove_mesh([self])
 
-    def _prove_coverage(self) -> None:
-        rules_of: dict[str, list[WeightRule]] = {name: [] for name in self.params}
-        for rule in self.rules_by_name.values():
-            _prove(rule.param in self.params, f"tensor {rule.hf_name} maps to {rule.param}, which is not a parameter")
-            rules_of[rule.param].append(rule)
-        for name, spec in self.params.items():
-            next_row = 0
-            for rule in sorted(rules_of[name], key=lambda rule: rule.start):
-                _prove(
-                    len(rule.shape) == len(spec.shape) and rule.shape[0] > 0 and rule.shape[1:] == spec.shape[1:],
-                    f"tensor {rule.hf_name} {rule.shape} does not fit {name} {spec.shape}",
-                )
-                _prove(
-                    rule.start == next_row,
-                    f"{name}: rows {next_row} to {rule.start} are covered twice or never, at {rule.hf_name}",
-                )
-                next_row += rule.shape[0]
-            _prove(next_row == spec.shape[0], f"{name}: {next_row} of {spec.shape[0]} rows are covered")
+    def _has_rule(self, name: str) -> bool:
+        return name in self.rules_by_name or name in self.other_rules
+
+    def _names_by_parameter(self, is_shard: bool) -> dict[str, list[str]]:
+        """The first names of each parameter that other names fill as well, as is proved."""
+        filled = {piece.param for rule in self.other_rules.values() for piece in rule.pieces}
+        _prove(self.params.keys() >= filled, "other names fill what is no parameter")
+        _prove_parameters({name: self.params[name] for name in filled}, self.other_rules.values(), is_shard)
+        names: dict[str, list[str]] = {name: [] for name in filled}
+        for name, rule in self.rules_by_name.items():
+            params = {piece.param for piece in rule.pieces}
+            _prove(params.isdisjoint(filled) or params <= filled, "tensor {} has other names for a part of it", name)
+            for param in params & filled:
+                names[param].append(name)
+        return names
 
     @property
     def num_elements(self) -> int:
         """Elements of all parameters together."""
         return sum(num_elements(spec.shape) for spec in self.params.values())
 
+    def rule_of(self, hf_name: str) -> WeightRule | None:
+        """The rule of a tensor of this name, or of what it is tied to; None when the map has no such name."""
+        return self.rules_by_name.get(self.aliases.get(hf_name, hf_name)) or self.other_rules.get(hf_name)
+
     def shape_of(self, hf_name: str) -> tuple[int, ...] | None:
         """The shape a tensor of this name (aliases included) has, or None when the map has no such name."""
-        rule = self.rules_by_name.get(self.aliases.get(hf_name, hf_name))
+        rule = self.rule_of(hf_name)
         return rule.shape if rule else None
 
     def untie(self, manifest: Sequence[TensorInfo]) -> Sequence[TensorInfo]:
         """The manifest with a tied name replaced by the one it repeats, where that is absent: they are one tensor."""
         names = {info.name for info in manifest}
         alone = {alias: target for alias, target in self.aliases.items() if alias in names and target not in names}
+        if not alone:
+            return manifest
         return [msgspec.structs.replace(info, name=alone.get(info.name, info.name)) for info in manifest]
+
+    def plan(self, given: Sequence[TensorInfo], partial: bool) -> ManifestPlan:
+        """Check a manifest and say what an update of it does. Raises as `check_manifest`."""
+        manifest = tuple(given if partial else self.untie(given))
+        self.check_manifest(manifest, partial)
+        names = frozenset(info.name for info in manifest)
+        aliases = {name: target for name, target in self.aliases.items() if name in names}
+        rules = tuple(rule for info in manifest if info.name not in aliases and (rule := self.rule_of(info.name)))
+        compared = aliases.keys() | set(aliases.values())
+        return ManifestPlan(tuple(given), partial, manifest, names, rules, aliases, frozenset(compared))
 
     def check_manifest(self, manifest: Sequence[TensorInfo], partial: bool) -> None:
         """Check a whole manifest before anything is touched.
@@ -138,11 +229,38 @@ class WeightMap:
             if text:
                 problems.append((info.name, text))
             seen.add(info.name)
+        problems += self.find_doubled(seen)
         if not partial:
-            problems += [(name, f"{name} is missing") for name in self.rules_by_name if name not in seen]
+            problems += [(name, f"{name} is missing") for name in self.missing(seen)]
         elif not manifest:
             problems.append(("manifest", "a partial update must name at least one tensor"))
         return problems
+
+    def missing(self, seen: Set[str]) -> list[str]:
+        """The names that are needed beside these for all parameters to be filled; what only another rank holds, it
+        misses there."""
+        others = self._filled_by_others(seen)
+        replaced = {name for param in others for name in self._names_of[param]}
+        rules = self.rules_by_name.items()
+        missing = [name for name, rule in rules if name not in seen and name not in replaced and rule.pieces]
+        if others:
+            rules = self.other_rules.items()
+            missing += [
+                name for name, rule in rules if name not in seen and any(piece.param in others for piece in rule.pieces)
+            ]
+        return missing
+
+    def find_doubled(self, seen: Set[str]) -> list[tuple[str, str]]:
+        """(name, what is wrong with it) for tensors whose memory is filled under other names too."""
+        found: dict[str, str] = {}
+        for param in self._filled_by_others(seen):
+            for name in self._names_of[param]:
+                if name in seen:
+                    found[name] = f"{name} is sent under another name too: {param} would be filled twice"
+        return list(found.items())
+
+    def _filled_by_others(self, seen: Set[str]) -> set[str]:
+        return {piece.param for name in self.other_rules.keys() & seen for piece in self.other_rules[name].pieces}
 
     def _problem(self, info: TensorInfo, seen: set[str]) -> str:
         expected = self.shape_of(info.name)
@@ -154,17 +272,9 @@ class WeightMap:
             return f"{info.name} has shape {list(info.shape)}, expected {list(expected)}"
         if info.dtype not in FLOAT_DTYPES:
             return f"{info.name} has dtype {info.dtype!r}, expected one of {', '.join(FLOAT_DTYPES)}"
-        if info.digest and (len(info.digest) != 64 or not _HEX_DIGITS.issuperset(info.digest)):
-            return f"{info.name} has a digest that is not 64 lowercase hex digits"
+        if info.digest and (len(info.digest) not in (32, 64) or not _HEX_DIGITS.issuperset(info.digest)):
+            return f"{info.name} has a digest that is not 64 or 32 lowercase hex digits"
         return ""
-
-
-def num_elements(shape: Sequence[int]) -> int:
-    """The product of the sizes."""
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def is_derived(hf_name: str) -> bool:
@@ -173,6 +283,70 @@ def is_derived(hf_name: str) -> bool:
     return hf_name.endswith(_DERIVED_SUFFIXES)
 
 
-def _prove(holds: bool, otherwise: str) -> None:
+def prove_mesh(maps: Sequence[WeightMap]) -> None:
+    """Prove that the ranks of a mesh hold every element of every tensor: the counted boxes of all ranks together are
+    disjoint and cover it, and a box that is not counted is one of them. `InternalError` otherwise."""
+    for name, rule in (maps[0].rules_by_name | maps[0].other_rules).items():
+        counted: list[tuple[object, Box]] = []
+        copies: list[Box] = []
+        for rank, table in enumerate(maps):
+            same = table.rules_by_name.get(name) or table.other_rules.get(name)
+            _prove(same is not None and same.shape == rule.shape, "tensor {} is another one on rank {}", name, rank)
+            for piece in same.pieces if same else ():
+                if piece.is_counted:
+                    counted.append((rank, piece.source))
+                else:
+                    copies.append(piece.source)
+        _prove_partition(name, rule.shape, counted)
+        held = {box for _, box in counted}
+        _prove(held.issuperset(copies), "tensor {}: a copy is of no box that is counted", name)
+    for table in maps[1:]:
+        _prove(table.rules_by_name.keys() == maps[0].rules_by_name.keys(), "the ranks have different tensors")
+
+
+def _by_name(rules: Iterable[WeightRule], others: Mapping[str, WeightRule]) -> dict[str, WeightRule]:
+    found: dict[str, WeightRule] = {}
+    for rule in rules:
+        name = rule.hf_name
+        _prove(name not in found and name not in others, "tensor {} has two rules", name)
+        found[name] = rule
+    return found
+
+
+def _prove_parameters(params: Mapping[str, ParamSpec], rules: Iterable[WeightRule], is_shard: bool) -> None:
+    boxes: dict[str, list[tuple[object, Box]]] = {
+        name: [("padding", box) for box in spec.padding] for name, spec in params.items()
+    }
+    for rule in rules:
+        name, shape = rule.hf_name, rule.shape
+        _prove(is_shard or bool(rule.pieces), "tensor {} {} goes nowhere", name, shape)
+        for piece in rule.pieces:
+            _prove(piece.param in params, "tensor {} {} maps to {}, which is not a parameter", name, shape, piece.param)
+            is_fit = piece.is_consistent and piece.source.is_inside(shape)
+            source, target = piece.source, piece.target
+            _prove(is_fit, "tensor {} {} does not fit {}: {} is no {}", name, shape, piece.param, source, target)
+            boxes[piece.param].append((name, piece.target))
+        dtypes = {params[piece.param].dtype for piece in rule.pieces}
+        _prove(len(dtypes) <= 1, "tensor {} {} is in parameters of several dtypes", name, shape)
+    for name, spec in params.items():
+        _prove_partition(name, spec.shape, boxes[name])
+
+
+def _prove_partition(what: str, shape: tuple[int, ...], boxes: list[tuple[object, Box]]) -> None:
+    """The boxes, each with what it is called, lie inside `shape`, are disjoint and cover it."""
+    if len(boxes) == 1 and boxes[0][1] == Box.whole(shape):
+        return
+    for name, box in boxes:
+        _prove(box.is_inside(shape), "{} {}: {} of {} is not inside it", what, shape, box, name)
+    overlap = find_overlap([box for _, box in boxes])
+    if overlap is not None:
+        first, second = (boxes[index] for index in overlap)
+        _prove(False, "{} {}: {} of {} and {} of {} overlap", what, shape, first[1], first[0], second[1], second[0])
+    num_left = num_elements(shape) - sum(box.num_elements for _, box in boxes)
+    _prove(num_left == 0, "{} {}: {} elements are not covered", what, shape, num_left)
+
+
+def _prove(holds: bool, otherwise: str, *values: object) -> None:
+    """`otherwise` is formatted only where it is needed: maps have tens of thousands of tensors."""
     if not holds:
-        raise InternalError(f"weight map: {otherwise}")
+        raise InternalError(f"weight map: {otherwise.format(*values)}")

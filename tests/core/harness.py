@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,8 +17,9 @@ from headrace.types.errors import ErrorInfo
 from headrace.types.messages import BeginUpdate, Command, CoreStatus, Deltas, GetStatus, Output, Reply, Stage, Submit
 from headrace.types.request import Delta, Finish, Request, pack_ids, unpack_floats, unpack_ids
 from headrace.types.weights import BufferEntry, TensorInfo
+from headrace.weights.position_sum import PositionKeys, position_digest
 from headrace.weights.store import WeightStore
-from headrace.weights.weight_map import ParamSpec, WeightMap, WeightRule
+from headrace.weights.weight_map import ParamSpec, WeightMap, whole_rows
 
 VOCAB_SIZE = 101
 TINY = {
@@ -57,11 +57,11 @@ def tiny_weight_map() -> WeightMap:
     return WeightMap(
         [ParamSpec("embed", (8, 4)), ParamSpec("qkv", (12, 4)), ParamSpec("norm", (4,))],
         [
-            WeightRule("embed.weight", "embed", 0, (8, 4)),
-            WeightRule("q.weight", "qkv", 0, (4, 4)),
-            WeightRule("k.weight", "qkv", 4, (4, 4)),
-            WeightRule("v.weight", "qkv", 8, (4, 4)),
-            WeightRule("norm.weight", "norm", 0, (4,)),
+            whole_rows("embed.weight", "embed", 0, (8, 4)),
+            whole_rows("q.weight", "qkv", 0, (4, 4)),
+            whole_rows("k.weight", "qkv", 4, (4, 4)),
+            whole_rows("v.weight", "qkv", 8, (4, 4)),
+            whole_rows("norm.weight", "norm", 0, (4,)),
         ],
         {"lm_head.weight": "embed.weight"},
     )
@@ -81,7 +81,7 @@ def new_tensors(value: float) -> dict[str, torch.Tensor]:
 
 
 def digest_of(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+    return position_digest(tensor.contiguous().reshape(-1), PositionKeys(tensor.device))
 
 
 def manifest_of(tensors: dict[str, torch.Tensor]) -> tuple[TensorInfo, ...]:

@@ -43,7 +43,7 @@ POLICIES = ["keep", "recompute", "abort", "drain"]
 def live_views(store: WeightStore) -> list[npt.NDArray[np.float32]]:
     """Live memory as flat arrays, one per tensor, in the order of `new_tensors`: their addresses never change."""
     rules = [store.weight_map.rules_by_name[name] for name in new_tensors(0.0)]
-    return [store.live[r.param][r.start : r.start + r.shape[0]].numpy().reshape(-1) for r in rules]
+    return [store.live[p.param][p.target.slices].numpy().reshape(-1) for r in rules for p in r.pieces]
 
 
 class WatchingExecutor(FreeExecutor):

@@ -31,7 +31,7 @@ from headrace.types.messages import (
 from headrace.types.weights import BufferEntry, BufferRef, InFlight, TensorInfo, UpdateReport
 from headrace.weights.checkpoint import Checkpoint
 from headrace.weights.store import WeightStore
-from headrace.weights.weight_map import ParamSpec, WeightMap, WeightRule
+from headrace.weights.weight_map import ParamSpec, WeightMap, whole_rows
 from tests.core.harness import (
     VOCAB_SIZE,
     Core,
@@ -715,7 +715,7 @@ def test_many_updates_leave_no_descriptor_and_no_mapping() -> None:
 
 def test_a_large_tensor_is_staged_across_many_steps() -> None:
     big = {"embed.weight": torch.arange(8 << 20, dtype=torch.float32).view(4096, 2048)}
-    weight_map = WeightMap([ParamSpec("embed", (4096, 2048))], [WeightRule("embed.weight", "embed", 0, (4096, 2048))])
+    weight_map = WeightMap([ParamSpec("embed", (4096, 2048))], [whole_rows("embed.weight", "embed", 0, (4096, 2048))])
     store = WeightStore(weight_map, torch.float32, torch.device("cpu"), memory=lambda: 1 << 40)
     store.load([("embed.weight", torch.zeros(4096, 2048))])
     core = Core(FreeExecutor(VOCAB_SIZE, weights=store), page_size=16, kv_pool_tokens=4096)

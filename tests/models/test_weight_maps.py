@@ -11,6 +11,9 @@ import torch
 from headrace import models
 from headrace.config import ModelSpec
 from headrace.types.errors import UnsupportedModelError
+from headrace.weights import Shard
+from headrace.weights.store import WeightStore
+from headrace.weights.weight_map import prove_mesh
 from tests.parity.models import Device, make_model
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -30,6 +33,34 @@ def test_it_covers_the_checkpoint(family: str, overrides: dict[str, Any]) -> Non
     known = {name: rule.shape for name, rule in table.rules_by_name.items()}
     assert known | {alias: known[target] for alias, target in table.aliases.items()} == shapes
     assert set(table.aliases) == ({"lm_head.weight"} if overrides.get("tie_word_embeddings") else set())
+
+
+@pytest.mark.parametrize(("family", "overrides"), VARIANTS)
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_ranks_share_the_checkpoint(family: str, overrides: dict[str, Any], num_ranks: int) -> None:
+    """Together they hold every element; fewer key-value heads than ranks are held by several, and counted once."""
+    model = make_model(family, **overrides, num_attention_heads=12, num_key_value_heads=2 if num_ranks < 4 else 4)
+    if num_ranks == 3:
+        model = make_model(family, **overrides, num_attention_heads=12, num_key_value_heads=1, intermediate_size=96)
+    spec = ModelSpec.from_config(model.config.to_dict() | {"architectures": [type(model).__name__]})
+    maps = [models.weight_map(spec, Shard(rank, num_ranks)) for rank in range(num_ranks)]
+    prove_mesh(maps)
+    for table in maps:
+        assert {name: spec.shape for name, spec in table.params.items()} == {
+            name: spec.shape for name, spec in maps[0].params.items()
+        }
+        store = WeightStore(table, torch.float32, torch.device("cpu"))
+        tensors = model.state_dict()
+        store.load(tensors.items())
+        for name, rule in table.rules_by_name.items():
+            (piece,) = rule.pieces
+            assert torch.equal(store.live[piece.param][piece.target.slices], tensors[name][piece.source.slices])
+
+
+def test_what_does_not_split_over_the_ranks_is_refused() -> None:
+    spec = ModelSpec.from_config(make_model("llama").config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
+    with pytest.raises(UnsupportedModelError, match="do not split over 5 ranks"):
+        models.weight_map(spec, Shard(0, 5))
 
 
 def test_live_tensors_are_the_models_own() -> None:

@@ -104,14 +104,14 @@ def qwen3_map_and_model(tied: bool) -> tuple[Qwen3ForCausalLM, dict[str, torch.T
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_transformers_reads_what_is_saved_and_its_files_are_read(tmp_path: Path, tied: bool) -> None:
-    from headrace.weights import ParamSpec, WeightMap, WeightRule
+    from headrace.weights import ParamSpec, WeightMap, whole_rows
 
     model, state = qwen3_map_and_model(tied)
     aliases = {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if name not in aliases}
     weight_map = WeightMap(
         [ParamSpec(name, shape) for name, shape in shapes.items()],
-        [WeightRule(name, name, 0, shape) for name, shape in shapes.items()],
+        [whole_rows(name, name, 0, shape) for name, shape in shapes.items()],
         aliases,
     )
     model.save_pretrained(tmp_path / "theirs")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 
+from headrace.core.fake_executor import FreeWeights
 from headrace.types.errors import (
     DeadlineError,
     NeedsWeightsError,
@@ -14,10 +16,11 @@ from headrace.types.errors import (
     UpdateConflictError,
     WeightUpdateError,
 )
-from headrace.types.weights import TensorInfo
-from headrace.weights import WeightMachine
+from headrace.types.weights import TensorInfo, UpdateMode
+from headrace.weights import UpdateSession, WeightMachine
 from headrace.weights.session import ResolvedMode
-from tests.weights.tiny import live_bits, make_map, make_store, make_tensors, manifest_of
+from headrace.weights.store import WeightStore
+from tests.weights.tiny import Tensors, live_bits, make_map, make_store, make_tensors, manifest_of
 
 MANIFEST = [TensorInfo(name, (2,), "float32") for name in "abc"]
 
@@ -33,6 +36,12 @@ def begin(
     return machine.begin(version, MANIFEST, mode, now=now, timeout_s=10.0, partial=partial).session_id
 
 
+def expire(machine: WeightMachine, now: float) -> UpdateSession | None:
+    """What a core does with a session that nobody has touched in time."""
+    session = machine.session
+    return machine.abort(session.session_id, session.expired()) if session and now >= session.deadline else None
+
+
 def stage_all(machine: WeightMachine, session_id: int, now: float = 0.0) -> None:
     for index in range(len(MANIFEST)):
         machine.check_stage(session_id, index, now)
@@ -41,30 +50,27 @@ def stage_all(machine: WeightMachine, session_id: int, now: float = 0.0) -> None
 
 
 def test_a_commit_gives_the_new_version_and_an_epoch_even_for_the_same_label() -> None:
-    machine = WeightMachine()
+    machine = WeightMachine(FreeWeights())
     assert (machine.state, machine.version, machine.epoch, machine.can_generate) == ("ready", "default", 0, True)
     for epoch in (1, 2, 3):
         session_id = begin(machine, "step")
         assert machine.state == "updating" and machine.version == ("default" if epoch == 1 else "step")
         stage_all(machine, session_id)
-        machine.check_commit(session_id, 0.0)
         machine.commit(session_id)
         assert (machine.state, machine.version, machine.epoch) == ("ready", "step", epoch)
 
 
 def test_a_second_begin_is_a_conflict_naming_the_open_session() -> None:
-    machine = WeightMachine()
+    machine = WeightMachine(FreeWeights())
     session_id = begin(machine)
     with pytest.raises(UpdateConflictError, match=f"session {session_id} is open"):
         begin(machine)
-    with pytest.raises(UpdateConflictError):
-        machine.check_begin("v", False)
     with pytest.raises(UpdateConflictError, match="is open"):
         machine.lose()
 
 
 def test_session_ids_are_never_reused_and_stale_ones_are_conflicts() -> None:
-    machine = WeightMachine()
+    machine = WeightMachine(FreeWeights())
     first = begin(machine)
     machine.abort(first)
     second = begin(machine)
@@ -73,7 +79,7 @@ def test_session_ids_are_never_reused_and_stale_ones_are_conflicts() -> None:
         lambda: machine.check_stage(first, 0, 0.0),
         lambda: machine.note_write(first),
         lambda: machine.mark_staged(first, 0, 0.0),
-        lambda: machine.check_commit(first, 0.0),
+        lambda: machine.stage(first, 0, b""),
         lambda: machine.commit(first),
         lambda: machine.abort(first),
     ):
@@ -93,14 +99,14 @@ def test_session_ids_are_never_reused_and_stale_ones_are_conflicts() -> None:
 @pytest.mark.parametrize("wrote", [False, True])
 @pytest.mark.parametrize("how", ["abort", "expire"])
 def test_an_abort_poisons_only_after_a_write_in_place(mode: ResolvedMode, wrote: bool, how: str) -> None:
-    machine = WeightMachine()
+    machine = WeightMachine(FreeWeights())
     session_id = begin(machine, mode=mode)
     assert machine.can_generate
     if wrote:
         machine.note_write(session_id)
     is_whole = mode == "shadow" or not wrote
     assert machine.can_generate == is_whole
-    ended = machine.abort(session_id) if how == "abort" else machine.expire(10.0)
+    ended = machine.abort(session_id) if how == "abort" else expire(machine, 10.0)
     assert ended is not None and ended.session_id == session_id
     assert machine.state == ("ready" if is_whole else "poisoned")
     assert machine.can_generate == is_whole
@@ -108,13 +114,13 @@ def test_an_abort_poisons_only_after_a_write_in_place(mode: ResolvedMode, wrote:
 
 
 def test_a_poisoned_or_empty_engine_says_so_and_takes_only_a_complete_update() -> None:
-    poisoned = WeightMachine()
+    poisoned = WeightMachine(FreeWeights())
     session_id = begin(poisoned, mode="inplace")
     poisoned.note_write(session_id)
     assert isinstance(poisoned.refusal(), UnavailableError) and not isinstance(poisoned.refusal(), PoisonedError)
     poisoned.abort(session_id)
     assert isinstance(poisoned.refusal(), PoisonedError)
-    empty = WeightMachine(has_weights=False)
+    empty = WeightMachine(FreeWeights(), has_weights=False)
     assert empty.state == "needs_weights" and type(empty.refusal()) is NeedsWeightsError
     for machine in (poisoned, empty):
         state = machine.state
@@ -131,32 +137,31 @@ def test_a_poisoned_or_empty_engine_says_so_and_takes_only_a_complete_update() -
 
 
 def test_lost_weights_need_a_complete_update() -> None:
-    machine = WeightMachine("v1")
+    machine = WeightMachine(FreeWeights(), "v1")
     machine.lose()
     assert machine.state == "needs_weights" and not machine.can_generate and machine.version == "v1"
 
 
 def test_the_deadline_counts_from_the_last_command() -> None:
-    machine = WeightMachine()
+    machine = WeightMachine(FreeWeights())
     session_id = begin(machine, now=0.0)
-    assert machine.expire(9.9) is None
+    assert expire(machine, 9.9) is None
     machine.check_stage(session_id, 0, 5.0)
-    assert machine.expire(14.9) is None
+    assert expire(machine, 14.9) is None
     machine.mark_staged(session_id, 0, 12.0)
-    assert machine.expire(21.9) is None
-    with pytest.raises(WeightUpdateError):
-        machine.check_commit(session_id, 20.0)
-    assert machine.expire(29.9) is None
-    expired = machine.expire(30.0)
+    assert expire(machine, 21.9) is None
+    machine.require(session_id).touch(20.0)
+    assert expire(machine, 29.9) is None
+    expired = expire(machine, 30.0)
     assert expired is not None and expired.session_id == session_id and machine.state == "ready"
-    assert machine.expire(1e9) is None
+    assert expire(machine, 1e9) is None
     begin(machine)  # also while another is open
     with pytest.raises(DeadlineError, match=f"session {session_id} was aborted 10 s after its last command"):
-        machine.check_commit(session_id, 40.0)
+        machine.commit(session_id)
 
 
 def test_a_stage_is_counted_once_and_a_commit_names_the_rest() -> None:
-    machine = WeightMachine()
+    machine = WeightMachine(FreeWeights())
     session_id = begin(machine)
     machine.mark_staged(session_id, 1, 0.0)
     for command in (machine.check_stage, machine.mark_staged):
@@ -171,7 +176,7 @@ def test_a_stage_is_counted_once_and_a_commit_names_the_rest() -> None:
 
 
 def test_relabelling_changes_the_label_alone() -> None:
-    machine = WeightMachine("a")
+    machine = WeightMachine(FreeWeights(), "a")
     session_id = begin(machine, "c")
     machine.relabel("b")
     assert (machine.version, machine.epoch, machine.state) == ("b", 0, "updating")
@@ -182,11 +187,10 @@ def test_relabelling_changes_the_label_alone() -> None:
 
 @pytest.mark.parametrize("version", ["", "x" * 1025, 7, None])
 def test_a_version_is_a_short_string(version: object) -> None:
-    machine = WeightMachine()
+    machine = WeightMachine(FreeWeights())
     for command in (
         machine.relabel,
-        lambda v: machine.check_begin(v, False),
-        WeightMachine,
+        lambda v: WeightMachine(FreeWeights(), v),
         lambda v: begin(machine, v),
     ):
         with pytest.raises(WeightUpdateError, match="version") as caught:
@@ -265,7 +269,7 @@ def play(machine: WeightMachine, model: Model, chance: random.Random) -> None:
         model.close()
     elif event == "expire":
         late = chance.random() < 0.5
-        expired = machine.expire(10.0 if late else 9.0)
+        expired = expire(machine, 10.0 if late else 9.0)
         assert (expired is not None) == (late and session is not None)
         if expired:
             model.close()
@@ -307,7 +311,7 @@ def test_random_event_sequences_agree_with_the_model() -> None:
     num_commits = 0
     for seed in range(10_000):
         chance = random.Random(seed)
-        machine, model = WeightMachine(), Model()
+        machine, model = WeightMachine(FreeWeights()), Model()
         for _ in range(chance.randint(1, 24)):
             epoch = machine.epoch
             play(machine, model, chance)
@@ -321,56 +325,71 @@ def test_random_event_sequences_agree_with_the_model() -> None:
     assert min(outcomes.values()) > 200 and num_commits > 500
 
 
-def test_random_event_sequences_keep_machine_and_memory_in_step() -> None:
-    """The machine and a store driven as a core drives them: same state, and live bits only as some commit made them."""
+def test_random_event_sequences_keep_live_memory_one_version() -> None:
+    """The machine over a real store: whenever it may generate, live bits are those of its version."""
     weight_map = make_map(bias=False)
     versions = {f"v{seed}": make_tensors(weight_map, seed) for seed in range(3)}
     bits = {name: live_bits(make_store(weight_map, tensors)) for name, tensors in versions.items()}
-    store, machine = make_store(weight_map, versions["v0"]), WeightMachine("v0")
+    store = WeightStore(weight_map, torch.float32, torch.device("cpu"), memory=lambda: 1 << 40)
+    store.load(versions["v0"].items())
+    machine = WeightMachine(store, "v0")
     chance, seen = random.Random(5), {"ready": 0, "updating": 0, "poisoned": 0, "needs_weights": 0}
     order: list[int] = []
     for _ in range(3000):
         event = chance.choice(
-            ("begin", "stage", "stage", "stage", "finish", "commit", "abort", "misshapen", "scramble")
+            ("begin", "stage", "stage", "stage", "finish", "commit", "commit", "abort", "misshapen", "scramble")
         )
         session = machine.session
         if event == "begin" and not session:
             version = chance.choice(tuple(versions))
             manifest = manifest_of(versions[version])
-            mode = store.begin(manifest, chance.choice(("auto", "shadow", "inplace")), False)
+            mode: UpdateMode = chance.choice(("auto", "shadow", "inplace"))
             machine.begin(version, manifest, mode, now=0.0, timeout_s=1.0)
             order = chance.sample(range(len(manifest)), len(manifest))
         elif event == "misshapen":
-            with pytest.raises(WeightUpdateError):
-                store.begin(manifest_of(versions["v1"])[1:], "auto", False)
+            with pytest.raises(WeightUpdateError if not session else UpdateConflictError):
+                machine.begin("v1", manifest_of(versions["v1"])[1:], "auto", now=0.0, timeout_s=1.0)
         elif event == "scramble" and not session and chance.random() < 0.2:
             store.scramble(1)
             machine.lose()
         elif session and event in ("stage", "finish"):
             for _ in range(1 if event == "stage" else len(order)):
                 if order:
-                    stage_one(store, machine, versions[session.version], order.pop())
+                    stage_one(machine, versions[session.version], order.pop())
         elif session and event == "abort" and chance.random() < 0.5:
             machine.abort(session.session_id)
-            store.abort()
-        elif session and event == "commit" and not order:
-            machine.check_commit(session.session_id, 0.0)
-            store.commit()
+        elif session and event == "commit" and order:
+            with pytest.raises(WeightUpdateError, match="not staged"):
+                machine.commit(session.session_id)
+        elif session and event == "commit":
             machine.commit(session.session_id)
-        assert machine.state == store.state
-        seen[store.state] += 1
+        seen[machine.state] += 1
         if machine.can_generate:
             assert live_bits(store) == bits[machine.version]
     assert min(seen.values()) > 50 and machine.epoch > 50
 
 
-def stage_one(store, machine: WeightMachine, tensors, index: int) -> None:  # type: ignore[no-untyped-def]
+def test_a_commit_that_fails_half_way_poisons() -> None:
+    class Torn(FreeWeights):
+        def commit(self) -> None:
+            raise RuntimeError("a device is lost")
+
+    machine = WeightMachine(Torn())
+    session_id = begin(machine)
+    stage_all(machine, session_id)
+    with pytest.raises(RuntimeError):
+        machine.commit(session_id)
+    assert not machine.can_generate and machine.session is not None
+    machine.abort(session_id)
+    assert machine.state == "poisoned"
+
+
+def stage_one(machine: WeightMachine, tensors: Tensors, index: int) -> None:
     assert machine.session is not None
     session_id = machine.session.session_id
     info = machine.check_stage(session_id, index, 0.0)
-    work = store.stage(index, tensors[info.name])
-    if work.is_live:
-        machine.note_write(session_id)
+    work = machine.stage(session_id, index, tensors[info.name])
+    machine.note_write(session_id)
     while not work.advance(0.0):
         pass
     machine.mark_staged(session_id, index, 0.0)

@@ -12,11 +12,13 @@ import torch
 
 from headrace.types.errors import CheckpointError, NotFoundError, UpdateConflictError, WeightUpdateError
 from headrace.types.weights import TensorInfo, UpdateMode
+from headrace.weights.position_sum import PositionKeys, position_digest
 from headrace.weights.staging import BLOCK_BYTES
 from headrace.weights.store import SHADOW_HEADROOM_BYTES, WeightStore
-from headrace.weights.weight_map import ParamSpec, WeightMap, WeightRule
+from headrace.weights.weight_map import ParamSpec, WeightMap, whole_rows
 from tests.weights.tiny import (
     LAYOUTS,
+    DrivenStore,
     Tensors,
     as_bytes,
     live_bits,
@@ -29,16 +31,21 @@ from tests.weights.tiny import (
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODES = ("shadow", "inplace")
+KEYS = PositionKeys(torch.device("cpu"))
 Q = "model.layers.1.self_attn.q_proj.weight"
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def state_of(store: WeightStore) -> str:
+def state_of(store: DrivenStore) -> str:
     return store.state
 
 
 def sha256(tensor: torch.Tensor) -> str:
     return hashlib.sha256(bytes(as_bytes(tensor))).hexdigest()
+
+
+def digest_of(tensor: torch.Tensor) -> str:
+    return position_digest(tensor.contiguous().view(-1), KEYS)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -48,7 +55,7 @@ def test_a_load_is_read_back_and_digested_in_hf_layout(layout: dict[str, bool], 
     tensors = make_tensors(weight_map, 1)
     store = make_store(weight_map, tensors, dtype)
     assert state_of(store) == "ready"
-    assert store.digest() == {name: sha256(tensor.to(dtype)) for name, tensor in tensors.items()}
+    assert store.digest() == {name: digest_of(tensor.to(dtype)) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         assert torch.equal(store.read(name), tensor.to(dtype))
 
@@ -102,7 +109,8 @@ def test_one_flipped_bit_changes_exactly_its_name() -> None:
     store = make_store(weight_map, make_tensors(weight_map, 1))
     clean = store.digest()
     for name, rule in weight_map.rules_by_name.items():
-        region = store.live[rule.param][rule.start : rule.start + rule.shape[0]].view(-1).view(torch.uint8)
+        (piece,) = rule.pieces
+        region = store.live[piece.param][piece.target.slices].view(-1).view(torch.uint8)
         for byte, bit in ((0, 0), (len(region) - 1, 7), (len(region) // 2, 3)):
             region[byte] ^= 1 << bit
             assert {other for other, digest in store.digest().items() if digest != clean[other]} == {name}
@@ -260,7 +268,7 @@ def test_two_works_of_one_tensor_count_once() -> None:
 
 
 def big_map(rows: int = 5000, columns: int = 100) -> WeightMap:
-    return WeightMap([ParamSpec("p", (rows, columns))], [WeightRule("big", "p", 0, (rows, columns))])
+    return WeightMap([ParamSpec("p", (rows, columns))], [whole_rows("big", "p", 0, (rows, columns))])
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -312,10 +320,11 @@ def test_a_tensor_that_is_not_contiguous_is_staged_by_value() -> None:
     assert torch.equal(store.read("big"), wide[:, 1::2])
 
 
-def test_a_digest_that_does_not_match_is_named_and_does_not_count() -> None:
+@pytest.mark.parametrize("kind", [sha256, digest_of])
+def test_a_digest_that_does_not_match_is_named_and_does_not_count(kind: Callable[[torch.Tensor], str]) -> None:
     weight_map = make_map()
     after = make_tensors(weight_map, 2)
-    digests = {name: sha256(tensor.bfloat16()) for name, tensor in after.items()}
+    digests = {name: kind(tensor.bfloat16()) for name, tensor in after.items()}
     store = make_store(weight_map, make_tensors(weight_map, 1), torch.bfloat16)
     store.begin(manifest_of(after, digests), "shadow", False)
     names = list(after)
@@ -328,7 +337,7 @@ def test_a_digest_that_does_not_match_is_named_and_does_not_count() -> None:
     for index, name in enumerate(names):
         store.stage(index, after[name]).advance(1.0)
     store.commit()
-    assert store.digest() == digests
+    assert store.digest() == {name: digest_of(tensor.bfloat16()) for name, tensor in after.items()}
 
 
 def tied_pair() -> tuple[WeightMap, Tensors]:
@@ -542,7 +551,7 @@ def test_what_is_not_finite_is_refused_by_name(mode: UpdateMode, raw: bool, dtyp
         assert live_bits(store) == before
     assert store.stage(list(tensors).index(Q), good).advance(60.0)  # it may be sent again
     store.commit()
-    assert store.digest()[Q] == sha256(good)
+    assert store.digest()[Q] == digest_of(good)
 
 
 def test_a_switch_lets_nan_and_infinity_in() -> None:
@@ -551,7 +560,7 @@ def test_a_switch_lets_nan_and_infinity_in() -> None:
     tensors[Q][0, 0], tensors[Q][0, 1] = float("nan"), float("inf")
     store = make_store(weight_map, make_tensors(weight_map, 2), check_finite=False)
     update(store, tensors)
-    assert store.digest() == {name: sha256(tensor) for name, tensor in tensors.items()}
+    assert store.digest() == {name: digest_of(tensor) for name, tensor in tensors.items()}
 
 
 def test_large_finite_values_are_no_infinity() -> None:

@@ -6,46 +6,55 @@ import pytest
 
 from headrace.types.errors import InternalError, WeightUpdateError
 from headrace.types.weights import TensorInfo
-from headrace.weights import ParamSpec, WeightMap, WeightRule
+from headrace.weights import Box, ParamSpec, Piece, WeightMap, WeightRule, whole_rows
 from headrace.weights.weight_map import is_derived
 from tests.weights.tiny import LAYOUTS, make_map, make_tensors, manifest_of
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_regions_of_a_map_partition_its_parameters(layout: dict[str, bool]) -> None:
-    weight_map = make_map(**layout)
-    cells: dict[tuple[str, int], int] = {}
-    for rule in weight_map.rules_by_name.values():
-        for row in range(rule.start, rule.start + rule.shape[0]):
-            cells[rule.param, row] = cells.get((rule.param, row), 0) + 1
-    assert set(cells.values()) == {1}
-    assert len(cells) == sum(spec.shape[0] for spec in weight_map.params.values())
-
 
 PARAM = ParamSpec("p", (4, 3))
 
 
 def rule(name: str, start: int, rows: int, columns: int = 3, param: str = "p") -> WeightRule:
-    return WeightRule(name, param, start, (rows, columns))
+    return whole_rows(name, param, start, (rows, columns))
+
+
+def piece(source: Box, target: Box, axes: tuple[int, ...] = (), **fields: bool) -> Piece:
+    return Piece("p", source, target, axes, **fields)
+
+
+ALL = Box.whole((4, 3))
 
 
 @pytest.mark.parametrize(
     ("params", "rules", "aliases", "named"),
     [
-        ([PARAM], [rule("a", 0, 3)], {}, "3 of 4 rows"),
-        ([PARAM], [rule("a", 0, 2), rule("b", 1, 3)], {}, "covered twice or never, at b"),
-        ([PARAM], [rule("a", 0, 1), rule("b", 2, 2)], {}, "covered twice or never, at b"),
-        ([PARAM], [rule("a", 0, 5)], {}, "5 of 4 rows"),
-        ([PARAM], [rule("a", 0, 4, columns=2)], {}, "a .* does not fit p"),
-        ([PARAM], [WeightRule("a", "p", 0, (4,))], {}, "a .* does not fit p"),
+        ([PARAM], [rule("a", 0, 3)], {}, "3 elements are not covered"),
+        ([PARAM], [rule("a", 0, 2), rule("b", 1, 3)], {}, r"\[0:2, 0:3\] of a and \[1:4, 0:3\] of b overlap"),
+        ([PARAM], [rule("a", 0, 1), rule("b", 2, 2)], {}, "3 elements are not covered"),
+        ([PARAM], [rule("a", 0, 5)], {}, r"\[0:5, 0:3\] of a is not inside"),
+        ([PARAM], [rule("a", 0, 4, columns=2)], {}, "4 elements are not covered"),
+        ([PARAM], [whole_rows("a", "p", 0, (4,))], {}, "of a is not inside"),
         ([PARAM], [rule("a", 0, 4), rule("a", 0, 4)], {}, "a has two rules"),
-        ([PARAM], [rule("a", 0, 4), rule("b", 0, 4, param="q")], {}, "b maps to q"),
+        ([PARAM], [rule("a", 0, 4), rule("b", 0, 4, param="q")], {}, "b .* maps to q"),
         ([PARAM, PARAM], [rule("a", 0, 4)], {}, "p is declared twice"),
-        ([PARAM, ParamSpec("q", (2,))], [rule("a", 0, 4)], {}, "q: 0 of 2"),
-        ([ParamSpec("p", (2, 2, 2))], [], {}, "p has shape"),
+        ([PARAM, ParamSpec("q", (2,))], [rule("a", 0, 4)], {}, "q .*: 2 elements are not covered"),
+        ([ParamSpec("p", ())], [], {}, "p has shape"),
         ([ParamSpec("p", (0,))], [], {}, "p has shape"),
+        ([ParamSpec("p", (4, 3), "int8")], [], {}, "p has dtype int8"),
         ([PARAM], [rule("a", 0, 4)], {"b": "c"}, "repeats c"),
         ([PARAM], [rule("a", 0, 4)], {"a": "a"}, "a has a rule of its own"),
+        ([PARAM], [WeightRule("a", (4, 3), ())], {}, "a .* goes nowhere"),
+        ([PARAM], [WeightRule("a", (3, 4), (piece(Box.whole((3, 4)), ALL),))], {}, "a .* does not fit p"),
+        ([PARAM], [WeightRule("a", (4, 3), (piece(ALL, ALL, (0, 2)),))], {}, "a .* does not fit p"),
+        ([PARAM], [WeightRule("a", (4, 3), (piece(Box((0, 1), (4, 3)), ALL),))], {}, "a .* does not fit p"),
+        ([PARAM], [WeightRule("a", (5, 3), (piece(ALL, ALL),))], {}, "a .*: 3 elements are not covered"),
+        ([PARAM], [WeightRule("a", (4, 3), (piece(ALL, ALL, is_counted=False),))], {}, "12 elements are not covered"),
+        ([ParamSpec("p", (4, 3), padding=(Box((3, 0), (1, 3)),))], [rule("a", 0, 4)], {}, "of padding overlap"),
+        (
+            [ParamSpec("p", (4, 3)), ParamSpec("q", (4, 3), "float32")],
+            [WeightRule("a", (8, 3), (piece(ALL, ALL), Piece("q", Box((4, 0), (4, 3)), ALL)))],
+            {},
+            "a .* is in parameters of several dtypes",
+        ),
     ],
 )
 def test_a_map_that_is_not_a_partition_is_refused_by_name(
@@ -92,7 +101,7 @@ def test_a_misshapen_tensor_is_named(shape: tuple[int, ...]) -> None:
         (lambda m: [*m[:5], *m[6:]], "model.layers.0.self_attn.k_proj.bias is missing"),
         (lambda m: [TensorInfo(m[0].name, m[0].shape, "int8"), *m[1:]], "model.embed_tokens.weight has dtype 'int8'"),
         (lambda m: [TensorInfo(m[0].name, m[0].shape, "torch.float32"), *m[1:]], "has dtype 'torch.float32'"),
-        (lambda m: [TensorInfo(m[0].name, m[0].shape, "float32", "AB"), *m[1:]], "digest that is not 64"),
+        (lambda m: [TensorInfo(m[0].name, m[0].shape, "float32", "AB"), *m[1:]], "digest that is not 64 or 32"),
         (lambda m: [*m, TensorInfo("rotary_emb.inv_freq", (6,), "float32")], "rotary_emb.inv_freq is not a tensor"),
     ],
 )
@@ -140,3 +149,14 @@ def test_the_map_and_the_session_import_no_torch() -> None:
 
     code = "import sys, headrace.weights; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_plan_says_what_is_written_and_what_is_compared() -> None:
+    weight_map = make_map(tied=True)
+    manifest = manifest_of(make_tensors(weight_map, 0))
+    plan = weight_map.plan(manifest, False)
+    assert [rule.hf_name for rule in plan.rules] == [info.name for info in manifest] and not plan.compared
+    plan = weight_map.plan([*manifest, TensorInfo("lm_head.weight", (30, 12), "float32")], False)
+    assert plan.compared == {"lm_head.weight", "model.embed_tokens.weight"} and len(plan.rules) == len(manifest)
+    alone = weight_map.plan([TensorInfo("lm_head.weight", (30, 12), "float32"), *manifest[1:]], False)
+    assert alone.manifest[0].name == "model.embed_tokens.weight" and not alone.compared

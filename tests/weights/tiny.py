@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from headrace.types.weights import TensorInfo, UpdateMode
-from headrace.weights.staging import dtype_name
+from headrace.weights.session import ResolvedMode, WeightMachine
+from headrace.weights.staging import TORCH_DTYPES, StageWork, TensorData, dtype_name
 from headrace.weights.store import WeightStore
-from headrace.weights.weight_map import ParamSpec, WeightMap, WeightRule
+from headrace.weights.weight_map import ParamSpec, WeightMap, WeightRule, whole_rows
 
 HIDDEN, HEADS, KV, FFN, VOCAB, LAYERS = 12, 16, 8, 20, 30, 2
 
@@ -25,7 +26,7 @@ def make_map(*, fused: bool = True, tied: bool = False, bias: bool = True) -> We
         start = 0
         for name, rows in pieces:
             shape = (rows,) if columns is None else (rows, columns)
-            rules.append(WeightRule(name, name if split else param, 0 if split else start, shape))
+            rules.append(whole_rows(name, name if split else param, 0 if split else start, shape))
             if split:
                 params.append(ParamSpec(name, shape))
             start += rows
@@ -64,14 +65,116 @@ def make_tensors(weight_map: WeightMap, seed: int, dtype: torch.dtype = torch.fl
     }
 
 
+class DrivenStore(WeightStore):
+    """A store whose updates go through the state machine that drives it in a core."""
+
+    def __init__(self, weight_map: WeightMap, dtype: torch.dtype, memory: int, check_finite: bool) -> None:
+        super().__init__(weight_map, dtype, torch.device("cpu"), memory=lambda: memory, check_finite=check_finite)
+        self.machine = WeightMachine(_Memory(self), has_weights=False)
+
+    @property
+    def state(self) -> str:
+        return self.machine.state
+
+    def load(self, source: Iterable[tuple[str, TensorData]]) -> None:
+        self._lose()
+        super().load(source)
+        self.machine = WeightMachine(_Memory(self))
+
+    def fill_random(self, seed: int) -> None:
+        self._lose()
+        super().fill_random(seed)
+        self.machine = WeightMachine(_Memory(self))
+
+    def scramble(self, seed: int) -> None:
+        self._lose()
+        super().scramble(seed)
+
+    def _lose(self) -> None:
+        if self.machine.session is None:
+            self.machine.lose()
+
+    def begin(self, manifest: Sequence[TensorInfo], mode: UpdateMode, partial: bool) -> ResolvedMode:
+        return self.machine.begin("v", manifest, mode, now=0.0, timeout_s=1.0, partial=partial).mode
+
+    def stage(self, index: int, data: memoryview | TensorData, start: int | None = None) -> DrivenWork:  # type: ignore[override]
+        return DrivenWork(self, index, data, start)
+
+    def forget(self, index: int) -> list[int]:
+        session, found = self.machine.session, super().forget(index)
+        assert session is not None
+        missing = session.staged.missing()
+        found = [each for each in found if session.staged.manifest[each].name not in missing]
+        for each in found:
+            session.staged.forget(each)
+        return found
+
+    def commit(self) -> None:
+        self.machine.commit(self._session_id())
+
+    def abort(self) -> None:
+        self.machine.abort(self._session_id())
+
+    def _session_id(self) -> int:
+        self._require_update()
+        assert self.machine.session is not None
+        return self.machine.session.session_id
+
+
+class DrivenWork:
+    """The copy of a tensor, noted by the machine before it writes and when it is whole."""
+
+    def __init__(self, store: DrivenStore, index: int, data: memoryview | TensorData, start: int | None) -> None:
+        self._machine, self._session_id, self._index = store.machine, store._session_id(), index
+        info = self._machine.check_stage(self._session_id, index, 0.0)
+        self._work = self._machine.stage(self._session_id, index, data, start)
+        assert isinstance(self._work, StageWork)
+        self.is_live = self._work.is_live
+        total = torch.Size(info.shape).numel() * TORCH_DTYPES[info.dtype].itemsize
+        self._is_last = not isinstance(data, memoryview) or (start or 0) + len(data) == total
+        self._is_done = False
+
+    def advance(self, deadline_s: float) -> bool:
+        if self._is_done:
+            return True
+        if self.is_live and self._machine.session and self._machine.session.session_id == self._session_id:
+            self._machine.note_write(self._session_id)
+        self._is_done = self._work.advance(deadline_s)
+        if self._is_done and self._is_last:
+            self._machine.mark_staged(self._session_id, self._index, 0.0)
+        return self._is_done
+
+
+class _Memory:
+    """What a machine drives: the store's own methods."""
+
+    def __init__(self, store: DrivenStore) -> None:
+        self._store = store
+
+    def begin(self, manifest: Sequence[TensorInfo], mode: UpdateMode, partial: bool) -> ResolvedMode:
+        return WeightStore.begin(self._store, manifest, mode, partial)
+
+    def stage(self, index: int, data: memoryview | TensorData, start: int | None = None) -> StageWork:
+        return WeightStore.stage(self._store, index, data, start)
+
+    def forget(self, index: int) -> list[int]:
+        return WeightStore.forget(self._store, index)
+
+    def commit(self) -> None:
+        WeightStore.commit(self._store)
+
+    def abort(self) -> None:
+        WeightStore.abort(self._store)
+
+
 def make_store(
     weight_map: WeightMap,
     tensors: Tensors | None = None,
     dtype: torch.dtype = torch.float32,
     memory: int = 1 << 40,
     check_finite: bool = True,
-) -> WeightStore:
-    store = WeightStore(weight_map, dtype, torch.device("cpu"), memory=lambda: memory, check_finite=check_finite)
+) -> DrivenStore:
+    store = DrivenStore(weight_map, dtype, memory, check_finite)
     if tensors is not None:
         store.load(tensors.items())
     return store

@@ -1,0 +1,97 @@
+"""Where one tensor is in memory. Owns the way between its elements in Hugging Face order and the boxes of parameters
+that they fill. Must not know names, updates or which memory is live."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import compress
+
+import torch
+
+from headrace.weights.boxes import Box, boxes_of_range
+from headrace.weights.weight_map import Piece
+
+_Parts = list[tuple[Box, torch.Tensor]]
+
+
+class Region:
+    """A tensor of `shape`, of which each piece is in a memory of its own, `memories[i]` of the shape of its target box.
+
+    Its elements are counted in row-major order of the Hugging Face tensor. What no piece holds is not stored, and reads
+    as zero.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        pieces: Sequence[Piece],
+        memories: Sequence[torch.Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.shape = shape
+        self.memories = memories
+        self._pieces = pieces
+        self.dtype, self.device = dtype, device
+        self.num_elements = torch.Size(shape).numel()
+        held = zip(pieces, memories, strict=True)
+        self._parts = [(piece.source, _as_source(piece, memory)) for piece, memory in held]
+        self._counts = [piece.is_counted for piece in pieces]
+        is_flat = bool(pieces) and pieces[0].source.shape == shape and self._parts[0][1].is_contiguous()
+        self.flat = self._parts[0][1].view(-1) if is_flat else None
+        """All of it as it lies in memory, where that is in the tensor's own order."""
+
+    def over(self, memories: Sequence[torch.Tensor]) -> Region:
+        """The same tensor in other memory."""
+        return Region(self.shape, self._pieces, memories, self.dtype, self.device)
+
+    def read(self, part: slice) -> torch.Tensor:
+        """These elements, flat: their memory where it is in order, else a copy."""
+        return self.flat[part] if self.flat is not None else self._copied(part, self._parts)
+
+    def read_counted(self, part: slice) -> torch.Tensor:
+        """As `read`, without what only another rank counts."""
+        if all(self._counts):
+            return self.read(part)
+        return self._copied(part, list(compress(self._parts, self._counts)))
+
+    def room(self, part: slice) -> torch.Tensor:
+        """Where to write these elements, flat, before they are `put`: their memory where it is in order."""
+        if self.flat is not None:
+            return self.flat[part]
+        return torch.empty(part.stop - part.start, dtype=self.dtype, device=self.device)
+
+    def put(self, part: slice, block: torch.Tensor) -> None:
+        """Make these elements, written to what `room` gave, the tensor's."""
+        if self.flat is None:
+            for theirs, ours in self._meetings(part, block, self._parts):
+                theirs.copy_(ours)
+
+    def holds(self, part: slice, block: torch.Tensor) -> bool:
+        """Whether these elements, as far as any piece holds them, are those of the block."""
+        return all(torch.equal(theirs, ours) for theirs, ours in self._meetings(part, block, self._parts))
+
+    def _copied(self, part: slice, parts: _Parts) -> torch.Tensor:
+        block = torch.zeros(part.stop - part.start, dtype=self.dtype, device=self.device)
+        for theirs, ours in self._meetings(part, block, parts):
+            ours.copy_(theirs)
+        return block
+
+    def _meetings(self, part: slice, block: torch.Tensor, parts: _Parts) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Views of the same elements: in a piece's memory and in the block."""
+        done = 0
+        for box in boxes_of_range(self.shape, part.start, part.stop):
+            values = block[done : done + box.num_elements].view(box.shape)
+            done += box.num_elements
+            for source, view in parts:
+                common = box.common(source)
+                if common is not None:
+                    yield view[common.seen_from(source).slices], values[common.seen_from(box).slices]
+
+
+def _as_source(piece: Piece, memory: torch.Tensor) -> torch.Tensor:
+    """The memory of a target box, seen with the axes of the source."""
+    if not piece.axes:
+        return memory if memory.shape == piece.source.shape else memory.view(piece.source.shape)
+    inverse = sorted(range(len(piece.axes)), key=piece.axes.__getitem__)
+    return memory.view([piece.source.shape[axis] for axis in piece.axes]).permute(inverse)
