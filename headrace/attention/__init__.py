@@ -1,6 +1,7 @@
-"""Attention backends behind `plan(inputs) -> step`, `step.run(layer, q, k, v)`. Which one is a value, chosen once."""
+"""Attention backends behind `plan(inputs) -> step`, `step.run(layer, qkv, norms)`. Which one is chosen once."""
 
 from headrace.attention.base import AttentionBackend, AttentionInputs, AttentionShape, AttentionStep
+from headrace.attention.heads import Heads
 from headrace.attention.select import (
     CAPABILITIES,
     CHOICES,
@@ -20,6 +21,7 @@ __all__ = [
     "AttentionStep",
     "Capability",
     "Choice",
+    "Heads",
     "build_backend",
     "build_device_backend",
     "refusals",

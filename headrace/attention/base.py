@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from headrace.config import KvGroup
+
 Int64Array = npt.NDArray[np.int64]
 
 
@@ -22,6 +24,11 @@ class AttentionShape:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+
+    @classmethod
+    def of_group(cls, group: KvGroup) -> AttentionShape:
+        """Of every layer of a KV group."""
+        return cls(group.num_heads, group.num_kv_heads, group.head_dim)
 
     @property
     def scale(self) -> float:
@@ -35,6 +42,7 @@ class AttentionInputs:
 
     page_table      int32 tensor [slots, columns]; only the rows' slots and the columns of their positions are read
     row_slots, row_starts, row_lengths [R], token_positions, token_slots [T]   int64 arrays
+    rope_positions  int64 tensor [T], on the pool's device: what heads are rotated by, wherever their pages are
     """
 
     page_table: Tensor
@@ -43,6 +51,7 @@ class AttentionInputs:
     row_lengths: Int64Array
     token_positions: Int64Array
     token_slots: Int64Array
+    rope_positions: Tensor
 
 
 @dataclass(frozen=True)
@@ -54,23 +63,25 @@ class HeadNorms:
     eps: float
 
 
-class ProjectedStep(Protocol):
-    """A step of a backend whose kernels take the fused projection of a layer."""
+class AttentionStep(Protocol):
+    """A step made ready: the same indices serve every layer."""
 
     def run(self, layer: int, qkv_TX: Tensor, heads: HeadNorms | None) -> Tensor:
-        """Norm and rotate the heads of [T, (H + 2 G) * D], store keys and values, attend: [T, H * D] in qkv's dtype.
+        """Norm and rotate the heads of [T, (H + 2 G) * D], store keys and values, attend causally: [T, H * D] in qkv's
+        dtype.
 
-        Storing comes first for all rows, as in `AttentionStep.run`. The outputs of padding tokens are undefined.
+        The projection holds a token's H query, G key and G value heads in this order. Storing comes first for all rows,
+        so a row may read pages that an earlier row of the same plan writes. What padding tokens get is undefined.
         """
         ...
 
 
-@dataclass(frozen=True)
-class RotaryTables:
-    """Cosines and sines by position, [P, D] each."""
+class AttentionBackend(Protocol):
+    """Owns nothing but the pool it was built over and scratch memory."""
 
-    cos_PD: Tensor
-    sin_PD: Tensor
+    def plan(self, inputs: AttentionInputs) -> AttentionStep:
+        """Everything that does not depend on the layer."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -122,25 +133,6 @@ class DeviceAttention(Protocol):
         """Prepare the next step; returns how many of the words are in use."""
         ...
 
-    def step(self, tables: DeviceTables, launch: Launch) -> ProjectedStep:
+    def step(self, tables: DeviceTables, launch: Launch) -> AttentionStep:
         """The launches of every step of this size."""
-        ...
-
-
-class AttentionStep(Protocol):
-    """A plan made ready: the same indices serve every layer."""
-
-    def run(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
-        """Store all keys and values, then attend causally: [T, H * D] in q's dtype.
-
-        Storing comes first for all rows, so a row may read pages that an earlier row of the same plan writes.
-        """
-        ...
-
-
-class AttentionBackend(Protocol):
-    """Owns nothing but the pool it was built over and scratch memory."""
-
-    def plan(self, inputs: AttentionInputs) -> AttentionStep:
-        """Everything that does not depend on the layer."""
         ...

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.attention.base import AttentionInputs, AttentionShape, Int64Array
+from headrace.attention.base import AttentionInputs, AttentionShape, HeadNorms, Int64Array
+from headrace.attention.heads import Heads, StepHeads
 from headrace.kernels.paged_attention import PAD_POSITIONS, SampledAttention
 from headrace.kernels.paged_kv import KvGeometry, KvPool, store_rows, token_rows
 from headrace.kernels.products import PLAIN, Products
@@ -31,9 +32,10 @@ _MAX_PIECE_ENTRIES = 1 << 22  # bounds a piece's scores and indices to 16 MiB ea
 class CpuAttention:
     """Plans steps over one pool. Scratch: a causal mask that grows to the longest context seen."""
 
-    def __init__(self, shape: AttentionShape, pool: KvPool, *, invariant: bool, products: Products = PLAIN) -> None:
+    def __init__(self, heads: Heads, pool: KvPool, *, invariant: bool, products: Products = PLAIN) -> None:
         self._products = products
-        self._shape = shape
+        self._heads = heads
+        self._shape = heads.shape
         self._pool = pool
         self._invariant = invariant
         self._mask = CausalMask()
@@ -54,7 +56,8 @@ class CpuAttention:
                 DenseRow(self._shape, geometry, inputs, int(row), int(firsts[row]), self._mask, self._products)
                 for row in np.flatnonzero(long_R)
             ]
-        return CpuStep(self._pool, _store_rows(geometry, inputs), pieces, blocks)
+        rows_to_store = _store_rows(geometry, inputs)
+        return CpuStep(self._pool, self._heads.at(inputs.rope_positions), rows_to_store, pieces, blocks)
 
     def _long_rows(self, inputs: AttentionInputs) -> npt.NDArray[np.bool_]:
         """Rows whose scores are so many that a dense kernel of their own is cheaper."""
@@ -66,14 +69,18 @@ class CpuAttention:
 class CpuStep:
     """As `AttentionStep`."""
 
-    def __init__(self, pool: KvPool, rows_to_store: Tensor, pieces: list[Piece], dense_rows: list[DenseRow]) -> None:
+    def __init__(
+        self, pool: KvPool, heads: StepHeads, rows_to_store: Tensor, pieces: list[Piece], dense_rows: list[DenseRow]
+    ) -> None:
         self._pool = pool
+        self._heads = heads
         self._rows_to_store = rows_to_store
         self._pieces = pieces
         self._dense_rows = dense_rows
 
-    def run(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
+    def run(self, layer: int, qkv_TX: Tensor, heads: HeadNorms | None) -> Tensor:
         """As `AttentionStep.run`."""
+        q_THD, k_TGD, v_TGD = self._heads.split(qkv_TX, heads)
         self._pool.store(layer, self._rows_to_store, k_TGD, v_TGD)
         keys, values = self._pool.keys[layer], self._pool.values[layer]
         if len(self._pieces) == 1 and self._pieces[0].is_whole_step:

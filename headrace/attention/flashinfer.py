@@ -20,16 +20,16 @@ from torch import Tensor
 
 from headrace.attention.base import (
     AttentionShape,
+    AttentionStep,
     DeviceTables,
     HeadNorms,
     Int64Array,
     Launch,
-    ProjectedStep,
-    RotaryTables,
     StepRows,
 )
 from headrace.attention.projection import HeadProjection
 from headrace.kernels.paged_kv import KvPool
+from headrace.kernels.rope_tables import RotaryTables
 from headrace.types.errors import ConfigError
 from headrace.types.request import Int32Array
 
@@ -150,7 +150,7 @@ class FlashInferAttention:
         self._planned = _Planned(num_decode, int(lengths.sum()))
         return 0
 
-    def step(self, tables: DeviceTables, launch: Launch) -> ProjectedStep:
+    def step(self, tables: DeviceTables, launch: Launch) -> AttentionStep:
         """The launches of the step that was planned last; before any was, outputs are undefined."""
         return _FlashInferStep(self, tables, self._planned)
 
@@ -212,7 +212,7 @@ class FlashInferAttention:
 
 
 class _FlashInferStep:
-    """As `ProjectedStep`."""
+    """As `AttentionStep`."""
 
     def __init__(self, attention: FlashInferAttention, tables: DeviceTables, planned: _Planned) -> None:
         self._attention = attention
@@ -220,7 +220,7 @@ class _FlashInferStep:
         self._planned = planned
 
     def run(self, layer: int, qkv_TX: Tensor, heads: HeadNorms | None) -> Tensor:
-        """As `ProjectedStep.run`."""
+        """As `AttentionStep.run`."""
         q_THD = self._attention.projection.run(layer, qkv_TX, heads, self._tables)
         return self._attention.attend(layer, q_THD, self._planned).view(qkv_TX.shape[0], -1)
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from headrace.attention.base import AttentionShape, DeviceTables, HeadNorms, RotaryTables
+from headrace.attention.base import AttentionShape, DeviceTables, HeadNorms
 from headrace.kernels.paged_kv import KvPool
+from headrace.kernels.rope_tables import RotaryTables
 from headrace.kernels.triton.row_operations import HeadLayout, rope_and_store
 
 

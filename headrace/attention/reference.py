@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.attention.base import AttentionInputs, AttentionShape, Int64Array
+from headrace.attention.base import AttentionInputs, AttentionShape, HeadNorms, Int64Array
+from headrace.attention.heads import Heads, StepHeads
 from headrace.kernels.paged_kv import KvPool
 from headrace.kernels.products import PLAIN, Products
 
@@ -37,8 +38,8 @@ class _Row:
 class ReferenceAttention:
     """Gathers each row's whole context and attends in float32. A narrow pool rounds what is stored, nothing else."""
 
-    def __init__(self, shape: AttentionShape, pool: KvPool, products: Products = PLAIN) -> None:
-        self._shape = shape
+    def __init__(self, heads: Heads, pool: KvPool, products: Products = PLAIN) -> None:
+        self._heads = heads
         self._pool = pool
         self._products = products
 
@@ -60,23 +61,22 @@ class ReferenceAttention:
             rows.append(_Row(first, length, start, locate(slot, np.arange(start + length))))
             first += length
         tokens = locate(inputs.token_slots, inputs.token_positions)
-        return ReferenceStep(self._shape, pool, tokens, rows, self._products)
+        return ReferenceStep(self._heads.at(inputs.rope_positions), pool, tokens, rows, self._products)
 
 
 class ReferenceStep:
     """One step of the oracle."""
 
-    def __init__(
-        self, shape: AttentionShape, pool: KvPool, tokens: _Places, rows: list[_Row], products: Products
-    ) -> None:
+    def __init__(self, heads: StepHeads, pool: KvPool, tokens: _Places, rows: list[_Row], products: Products) -> None:
+        self._heads = heads
         self._products = products
-        self._shape = shape
         self._pool = pool
         self._tokens = tokens
         self._rows = rows
 
-    def run(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
+    def run(self, layer: int, qkv_TX: Tensor, heads: HeadNorms | None) -> Tensor:
         """As `AttentionStep.run`."""
+        q_THD, k_TGD, v_TGD = self._heads.split(qkv_TX, heads)
         keys, values = self._pool.pages(layer)
         _write(keys, self._tokens, k_TGD)
         _write(values, self._tokens, v_TGD)
@@ -85,7 +85,7 @@ class ReferenceStep:
             tokens = slice(row.first, row.first + row.length)
             k_LGD, v_LGD = _read(keys, row.context), _read(values, row.context)
             q_BHD = q_THD[tokens].float()
-            found_BHD = attend(q_BHD, k_LGD, v_LGD, row.start, self._shape, products=self._products)
+            found_BHD = attend(q_BHD, k_LGD, v_LGD, row.start, self._heads.heads.shape, products=self._products)
             out_THD[tokens] = found_BHD.to(q_THD.dtype)
         return out_THD.view(q_THD.shape[0], -1)
 

@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from headrace.attention.base import AttentionBackend, AttentionShape, DeviceAttention, RotaryTables
+from headrace.attention.base import AttentionBackend, AttentionShape, DeviceAttention
 from headrace.kernels.products import PLAIN, Products
 from headrace.types.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
+    from headrace.attention.heads import Heads
     from headrace.kernels.paged_kv import KvPool
+    from headrace.kernels.rope_tables import RotaryTables
 
 
 class Capability(msgspec.Struct, frozen=True):
@@ -118,19 +120,16 @@ def refusals(*, device: str, dtype: str, numerics: str, page_size: int, head_dim
     return {name: why for name, why in answers.items() if why is not None}
 
 
-def build_backend(
-    name: str, numerics: str, shape: AttentionShape, pool: KvPool, products: Products = PLAIN
-) -> AttentionBackend:
-    """The backend over this pool, for models that norm and rotate heads themselves. Raises `ConfigError` naming why it
-    cannot run it."""
-    _check(name, numerics, shape, pool)
+def build_backend(name: str, numerics: str, heads: Heads, pool: KvPool, products: Products = PLAIN) -> AttentionBackend:
+    """The backend over this pool, for a CPU's row operations. Raises `ConfigError` naming why it cannot run it."""
+    _check(name, numerics, heads.shape, pool)
     if name == "reference":
         from headrace.attention.reference import ReferenceAttention
 
-        return ReferenceAttention(shape, pool, products)
+        return ReferenceAttention(heads, pool, products)
     from headrace.attention.cpu import CpuAttention
 
-    return CpuAttention(shape, pool, invariant=numerics == "invariant", products=products)
+    return CpuAttention(heads, pool, invariant=numerics == "invariant", products=products)
 
 
 def build_device_backend(

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from headrace.attention.base import (
     AttentionShape,
+    AttentionStep,
     DeviceTables,
     HeadNorms,
     Launch,
-    ProjectedStep,
-    RotaryTables,
     StepRows,
 )
 from headrace.attention.projection import HeadProjection
 from headrace.kernels.paged_kv import KvPool
+from headrace.kernels.rope_tables import RotaryTables
 from headrace.kernels.triton.paged_attention import PagedAttention
 from headrace.kernels.triton.work_items import AttentionPlanner, LaunchBounds, WorkLimits
 from headrace.types.request import Int32Array
@@ -66,14 +66,14 @@ class TritonAttention:
         summary = self._planner.fill(words, rows.slots, rows.starts, rows.lengths, rows.prefix_groups, bounds=bounds)
         return summary.num_words
 
-    def step(self, tables: DeviceTables, launch: Launch) -> ProjectedStep:
+    def step(self, tables: DeviceTables, launch: Launch) -> AttentionStep:
         """The launches of every step of this size."""
         bounds = self._planner.bounds(launch.num_rows, launch.num_tokens, is_decode=launch.is_decode)
         return _TritonStep(self._projection, self._pool, tables, self._attention, bounds)
 
 
 class _TritonStep:
-    """As `ProjectedStep`."""
+    """As `AttentionStep`."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class _TritonStep:
         self._bounds = bounds
 
     def run(self, layer: int, qkv_TX: Tensor, heads: HeadNorms | None) -> Tensor:
-        """As `ProjectedStep.run`."""
+        """As `AttentionStep.run`."""
         tables, bounds = self._tables, self._bounds
         q_THD = self._projection.run(layer, qkv_TX, heads, tables)
         out_THD = qkv_TX.new_empty(q_THD.shape)

@@ -69,6 +69,7 @@ def build_report(resolved: ResolvedConfig, software: Software | None = None) -> 
     settings["kv_pool_tokens"] = resolved.max_total_num_tokens or None
     return {
         "model": {"folder": resolved.folder, **msgspec.to_builtins(resolved.model)},
+        "kv_groups": msgspec.to_builtins(resolved.model.kv_groups),
         "device": None if resolved.cuda is None else msgspec.to_builtins(resolved.cuda),
         "settings": settings,
         "explanations": [list(entry) for entry in resolved.explanations],
@@ -81,13 +82,15 @@ def _attention(resolved: ResolvedConfig, software: Software) -> dict[str, Any]:
     """The chosen backend, the possible ones, why others are refused; on cuda also what "auto" runs, by queries."""
     from headrace import attention
 
-    refused = attention.refusals(
-        device=resolved.device,
-        dtype=resolved.dtype,
-        numerics=resolved.engine.numerics,
-        page_size=resolved.engine.page_size,
-        head_dim=resolved.model.head_dim,
-    )
+    refused: dict[str, str] = {}
+    for group in resolved.model.kv_groups:
+        refused |= attention.refusals(
+            device=resolved.device,
+            dtype=resolved.dtype,
+            numerics=resolved.engine.numerics,
+            page_size=resolved.engine.page_size,
+            head_dim=group.head_dim,
+        )
     for name in attention.CAPABILITIES:
         missing = backend_refusal(name, resolved.device, software)
         if missing is not None:
@@ -138,8 +141,8 @@ def _memory_plan(resolved: ResolvedConfig) -> dict[str, int | bool]:
 def _workspace(resolved: ResolvedConfig) -> int:
     """Float32 logits of every row, the widest activations of a full step and, on a device, int16 counts of tokens."""
     engine, model = resolved.engine, resolved.model
-    qkv_width = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    width = 2 * model.intermediate_size + model.hidden_size + qkv_width
+    qkv_width = max((group.num_heads + 2 * group.num_kv_heads) * group.head_dim for group in model.kv_groups)
+    width = 2 * max(layer.mlp.intermediate_size for layer in model.layers) + model.hidden_size + qkv_width
     activations = engine.max_num_batched_tokens * width * ELEMENT_SIZES[resolved.dtype]
     if resolved.device == "cuda":
         logits = engine.max_running_requests * model.vocab_size * _LOGITS_BYTES * _CUDA_LOGITS_COPIES
@@ -165,10 +168,12 @@ def _print_model(console: Console, report: dict[str, Any]) -> None:
 
     model, device = report["model"], report["device"]
     console.print(f"[bold]{model['architecture']}[/] {escape(model['folder'])}")
-    console.print(
-        f"{report['memory']['num_parameters']:,} parameters, {model['num_layers']} layers, {model['num_heads']} heads"
-        f" over {model['num_kv_heads']} KV heads of {model['head_dim']}, vocabulary {model['vocab_size']:,}"
+    layers = ", ".join(
+        f"{len(group['layer_ids'])} layers, {group['num_heads']} heads over {group['num_kv_heads']} KV heads of"
+        f" {group['head_dim']}"
+        for group in report["kv_groups"]
     )
+    console.print(f"{report['memory']['num_parameters']:,} parameters, {layers}, vocabulary {model['vocab_size']:,}")
     ends = zip(model["eos_token_ids"], model["eos_sources"], strict=True)
     console.print("ends: " + (", ".join(f"{token} ({escape(source)})" for token, source in ends) or "no id"))
     if device is not None:

@@ -2,7 +2,8 @@
 
 from headrace.config.devices import CudaDevice, Software, cuda_devices
 from headrace.config.engine_config import EngineConfig, SettledConfig
-from headrace.config.model_spec import KvGroup, ModelSpec
+from headrace.config.layer_spec import KvGroup, LayerSpec
+from headrace.config.model_spec import ModelSpec
 from headrace.config.resolve import ResolvedConfig, Takeover, resolve
 from headrace.config.rope import RopeSpec
 
@@ -10,6 +11,7 @@ __all__ = [
     "CudaDevice",
     "EngineConfig",
     "KvGroup",
+    "LayerSpec",
     "ModelSpec",
     "ResolvedConfig",
     "RopeSpec",

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import msgspec
 
 from headrace.config.json_files import Fields, is_text, is_there, read_object, shown
-from headrace.config.rope import RopeSpec, read_rope
+from headrace.config.layer_spec import AttentionSpec, KvGroup, LayerSpec, MlpSpec, kv_groups
+from headrace.config.rope import read_rope
 from headrace.types.errors import CheckpointError, UnsupportedModelError
 
 CONFIG_FILE = "config.json"
@@ -28,47 +29,35 @@ _DTYPES = {"half": "float16", "float": "float32", "double": "float64"} | {
 }
 
 
-class KvGroup(msgspec.Struct, frozen=True):
-    """Layers that share one KV layout: each page holds [page_size, num_kv_heads, head_dim] keys and as many values."""
-
-    layer_ids: tuple[int, ...]
-    num_kv_heads: int
-    head_dim: int
-
-
 class ModelSpec(msgspec.Struct, frozen=True):
-    """What a dense decoder is made of. Sizes are in elements; `max_position` in tokens.
+    """What a decoder is made of. Sizes are in elements; `max_position` in tokens.
 
-    `sliding_window` is the window of a layer that really slides, None where none does. `eos_token_ids` are the ids that
-    end a sequence, `eos_sources` where each of them comes from.
+    `eos_token_ids` are the ids that end a sequence, `eos_sources` where each of them comes from.
     """
 
     architecture: str
     model_type: str
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    layers: tuple[LayerSpec, ...]
     max_position: int
     rms_norm_eps: float
-    rope: RopeSpec
     tie_word_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    sliding_window: int | None
     dtype: str
     eos_token_ids: tuple[int, ...] = ()
     eos_sources: tuple[str, ...] = ()
 
     @property
     def kv_groups(self) -> tuple[KvGroup, ...]:
-        """KV geometry, one entry per group of layers with the same layout."""
-        return (KvGroup(tuple(range(self.num_layers)), self.num_kv_heads, self.head_dim),)
+        """The layers by what their keys and values need."""
+        return kv_groups(self.layers)
+
+    @property
+    def sliding_window(self) -> int | None:
+        """The least window of a layer that slides; None where none does."""
+        return min(
+            (layer.attention.window for layer in self.layers if layer.attention.window is not None), default=None
+        )
 
     def kv_bytes_per_token(self, element_size: int) -> int:
         """Bytes of keys and values that one token costs in all layers."""
@@ -98,29 +87,17 @@ class ModelSpec(msgspec.Struct, frozen=True):
         fields = Fields(config, CONFIG_FILE)
         family = _family(fields)
         _refuse_what_is_not_dense(fields)
-        hidden_size, num_heads, num_kv_heads, head_dim = _head_sizes(fields, family)
-        num_layers = fields.integer("num_hidden_layers", most=_MOST_LAYERS)
+        hidden_size = fields.integer("hidden_size", most=_MOST)
         max_position = fields.integer("max_position_embeddings", most=_MOST_POSITIONS)
-        has_bias = family.bias == "asked" and fields.flag("attention_bias")
         spec = cls(
             architecture=family.architecture,
             model_type=family.model_type,
             vocab_size=fields.integer("vocab_size", most=_MOST),
             hidden_size=hidden_size,
-            intermediate_size=fields.integer("intermediate_size", most=_MOST),
-            num_layers=num_layers,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
+            layers=_layers(fields, family, hidden_size, max_position),
             max_position=max_position,
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6, may_be_zero=True),
-            rope=read_rope(fields, max_position),
             tie_word_embeddings=fields.flag("tie_word_embeddings"),
-            qkv_bias=has_bias or family.bias == "qkv",
-            o_bias=has_bias,
-            mlp_bias=family.has_mlp_bias and fields.flag("mlp_bias"),
-            qk_norm=family.qk_norm,
-            sliding_window=_sliding_window(fields, family, num_layers),
             dtype=_dtype(fields),
         )
         spec = spec.with_eos(_eos_ids(fields), CONFIG_FILE)
@@ -190,9 +167,29 @@ def _refuse_what_is_not_dense(config: Fields) -> None:
         raise config.unsupported("hidden_act", f"{shown(config.values['hidden_act'])} is not supported")
 
 
-def _head_sizes(config: Fields, family: _Family) -> tuple[int, int, int, int]:
-    """hidden_size, num_heads, num_kv_heads, head_dim."""
-    hidden_size = config.integer("hidden_size", most=_MOST)
+def _layers(config: Fields, family: _Family, hidden_size: int, max_position: int) -> tuple[LayerSpec, ...]:
+    """All alike, but for who slides."""
+    num_layers = config.integer("num_hidden_layers", most=_MOST_LAYERS)
+    num_heads, num_kv_heads, head_dim = _head_sizes(config, family, hidden_size)
+    has_bias = family.bias == "asked" and config.flag("attention_bias")
+    attention = AttentionSpec(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rope=read_rope(config, max_position),
+        qkv_bias=has_bias or family.bias == "qkv",
+        o_bias=has_bias,
+        qk_norm=family.qk_norm,
+        window=None,
+    )
+    has_mlp_bias = family.has_mlp_bias and config.flag("mlp_bias")
+    mlp = MlpSpec(config.integer("intermediate_size", most=_MOST), has_mlp_bias)
+    windows = _windows(config, family, num_layers)
+    return tuple(LayerSpec(msgspec.structs.replace(attention, window=window), mlp) for window in windows)
+
+
+def _head_sizes(config: Fields, family: _Family, hidden_size: int) -> tuple[int, int, int]:
+    """num_heads, num_kv_heads, head_dim."""
     num_heads = config.integer("num_attention_heads", most=_MOST)
     kv_default = None if "num_key_value_heads" in config.values else family.kv_heads
     if kv_default is None or num_heads % kv_default:  # a null, or a default of larger models that this one cannot have
@@ -207,29 +204,31 @@ def _head_sizes(config: Fields, family: _Family) -> tuple[int, int, int, int]:
     if head_dim % 2:
         message = f"{CONFIG_FILE}: head_dim must be even for rotary embeddings, got {head_dim}"
         raise UnsupportedModelError(message, field="head_dim")
-    return hidden_size, num_heads, num_kv_heads, head_dim
+    return num_heads, num_kv_heads, head_dim
 
 
-def _sliding_window(config: Fields, family: _Family, num_layers: int) -> int | None:
-    """The window if a layer slides. Llama ignores the key; Qwen needs a flag, and its first layers may not slide."""
+def _windows(config: Fields, family: _Family, num_layers: int) -> list[int | None]:
+    """Each layer's, if it slides. Llama ignores the key; Qwen needs a flag, and its first layers may not slide."""
     if family.window == "never" or (family.window == "flagged" and not config.flag("use_sliding_window")):
-        return None
+        return [None] * num_layers
     if "sliding_window" in config.values and not config.has("sliding_window"):
-        return None
+        return [None] * num_layers
     window = config.integer("sliding_window", _DEFAULT_WINDOW, most=_MOST)
-    return window if family.window == "all" or _has_sliding_layer(config, num_layers) else None
+    slides = [True] * num_layers if family.window == "all" else _sliding_layers(config, num_layers)
+    return [window if each else None for each in slides]
 
 
-def _has_sliding_layer(config: Fields, num_layers: int) -> bool:
+def _sliding_layers(config: Fields, num_layers: int) -> list[bool]:
     if not config.has("layer_types"):
-        return config.integer("max_window_layers", _DEFAULT_FULL_LAYERS, least=0, most=_MOST) < num_layers
+        first = config.integer("max_window_layers", _DEFAULT_FULL_LAYERS, least=0, most=_MOST)
+        return [layer >= first for layer in range(num_layers)]
     kinds = config.values["layer_types"]
     if not isinstance(kinds, list) or len(kinds) != num_layers:
         raise config.wrong("layer_types", f"a list of {num_layers} names")
     for kind in kinds:
         if kind not in _LAYER_KINDS:
             raise config.unsupported("layer_types", f"with {shown(kind)} is not supported")
-    return "sliding_attention" in kinds
+    return [kind == "sliding_attention" for kind in kinds]
 
 
 def _dtype(config: Fields) -> str:

@@ -82,7 +82,7 @@ def _build(
     ready = CoreReady(
         max_total_num_tokens=resolved.max_total_num_tokens,
         page_size=resolved.engine.page_size,
-        num_layers=resolved.model.num_layers,
+        num_layers=len(resolved.model.layers),
         explanations=resolved.explanations,
     )
     try:

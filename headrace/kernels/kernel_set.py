@@ -21,8 +21,8 @@ from headrace.types.errors import ConfigError
 class LayerKernels(Protocol):
     """What a decoder layer is made of: products over the normed residual stream, and products added back to it.
 
-    A set may fuse what each of these says. All tensors have one dtype unless stated; outputs are new tensors. Sets
-    other than `KernelSet` leave the norms and the rotation of heads to the attention backend (`ProjectedStep`).
+    A set may fuse what each of these says. All tensors have one dtype unless stated; outputs are new tensors. What
+    follows the projection of heads is the attention backend's.
     """
 
     def normed_linear(
@@ -46,7 +46,7 @@ class LayerKernels(Protocol):
 
 @dataclass(frozen=True)
 class KernelSet:
-    """The row operations of a decoder on a CPU. All take and return tensors of one dtype unless stated.
+    """The row operations of a decoder and its attention on a CPU. All are of one dtype unless stated.
 
     linear(x_TI, weight_OI, bias_O or None) -> [T, O]
     linear_add_(residual_TO, x_TI, weight_OI, bias_O or None): residual += linear, in place
@@ -68,10 +68,10 @@ class KernelSet:
         return self.linear(self.rms_norm(x_TI, norm_I, eps), weight_OI, bias_O)
 
     def normed_gate(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        return self.silu_and_mul(self.normed_linear(x_TI, norm_I, eps, weight_OI, bias_O))
+        return self.silu_and_mul(self.linear(self.rms_norm(x_TI, norm_I, eps), weight_OI, bias_O))
 
     def normed_logits(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_VI: Tensor) -> Tensor:
-        return self.normed_linear(x_TI, norm_I, eps, weight_VI, None).float()
+        return self.linear(self.rms_norm(x_TI, norm_I, eps), weight_VI, None).float()
 
 
 _MODULES = {"reference": reference, "fast": fast, "invariant": invariant}

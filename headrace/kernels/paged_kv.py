@@ -1,4 +1,4 @@
-"""The paged KV store of one device. Owns the pool's memory and layout; must not know who leases which page.
+"""The paged KV store of one KV group. Owns the pool's memory and layout; must not know who leases which page.
 
 Layout: per layer, keys and values each [num_pages, num_kv_heads, page_size, head_dim], so that one head's tokens of a
 page are contiguous. Seen flat as [num_rows, head_dim], position `offset` of `page` for head g is row
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headrace.config import KvGroup
 from headrace.types.errors import ConfigError
 
 
@@ -28,6 +29,11 @@ class KvGeometry:
     page_size: int
     head_dim: int
 
+    @classmethod
+    def of_group(cls, group: KvGroup, num_pages: int, page_size: int) -> KvGeometry:
+        """For the layers of one group; a page has one number in the pools of all groups."""
+        return cls(len(group.layer_ids), num_pages, group.num_kv_heads, page_size, group.head_dim)
+
     @property
     def num_rows(self) -> int:
         """Rows of one layer's keys, seen flat."""
@@ -35,7 +41,7 @@ class KvGeometry:
 
 
 class KvPool:
-    """Keys and values of all layers, flat: `keys[layer]` and `values[layer]` are [num_rows, head_dim].
+    """Keys and values of all layers of a group, flat: `keys[layer]` and `values[layer]` are [num_rows, head_dim].
 
     Raises `ConfigError` naming `kv_pool_tokens` where memory does not hold it.
     """

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from headrace.config import RopeSpec
+
+
+class RotaryTables(NamedTuple):
+    """Cosines and sines by position, [P, D] each, both halves of the last axis equal."""
+
+    cos_PD: Tensor
+    sin_PD: Tensor
 
 
 def rope_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
@@ -30,12 +38,14 @@ def rope_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
     return (1.0 - blend) * base / rope.factor + blend * base
 
 
-def rope_tables(rope: RopeSpec, head_dim: int, num_positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each [num_positions, head_dim] in `dtype`, both halves of the last axis equal.
+def rope_tables(
+    rope: RopeSpec, head_dim: int, num_positions: int, dtype: torch.dtype, device: torch.device | None = None
+) -> RotaryTables:
+    """The tables of `num_positions` in `dtype`, computed on the CPU wherever they go.
 
     Angles are float32 products, as everywhere; their cosines are rounded from float64, so that no vector width shows.
     """
     positions = torch.arange(num_positions, dtype=torch.int64, device="cpu").float()
     angles = torch.outer(positions, rope_frequencies(rope, head_dim)).double()
     angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return RotaryTables(angles.cos().to(dtype).to(device), angles.sin().to(dtype).to(device))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from headrace.kernels import LayerKernels
-from headrace.layers.norm import RmsNorm
+from headrace.layers.norm import Normed
 
 
 class GemmCounter:
@@ -17,33 +17,31 @@ class GemmCounter:
 
 
 class Linear:
-    """x W^T + b; weight [out, in], bias [out] or None."""
+    """x W^T + b of a norm; weight [out, in], bias [out] or None. What is added to the stream is `Residual.add`'s."""
 
     def __init__(self, kernels: LayerKernels, counter: GemmCounter, weight: Tensor, bias: Tensor | None = None) -> None:
-        self._kernels = kernels
-        self._counter = counter
-        self._weight = weight
-        self._bias = bias
+        self.kernels = kernels
+        self.counter = counter
+        self.weight = weight
+        self.bias = bias
 
-    def of_normed(self, x_TI: Tensor, norm: RmsNorm) -> Tensor:
-        """Of the norm of x: [T, in] -> [T, out]."""
-        self._counter.num_calls += 1
-        return self._kernels.normed_linear(x_TI, norm.weight, norm.eps, self._weight, self._bias)
+    def __call__(self, x: Normed) -> Tensor:
+        """[T, in] -> [T, out]."""
+        self.counter.num_calls += 1
+        x_TI, (norm_I, eps) = x
+        return self.kernels.normed_linear(x_TI, norm_I, eps, self.weight, self.bias)
 
-    def gate_of_normed(self, x_TI: Tensor, norm: RmsNorm) -> Tensor:
-        """silu(gate) * up of the norm of x, gates being the first half of the outputs: [T, in] -> [T, out / 2]."""
-        self._counter.num_calls += 1
-        return self._kernels.normed_gate(x_TI, norm.weight, norm.eps, self._weight, self._bias)
+    def gate(self, x: Normed) -> Tensor:
+        """silu(gate) * up, gates being the first half of the outputs: [T, in] -> [T, out / 2]."""
+        self.counter.num_calls += 1
+        x_TI, (norm_I, eps) = x
+        return self.kernels.normed_gate(x_TI, norm_I, eps, self.weight, self.bias)
 
-    def logits_of_normed(self, x_TI: Tensor, norm: RmsNorm) -> Tensor:
-        """Of the norm of x, in float32; without bias."""
-        self._counter.num_calls += 1
-        return self._kernels.normed_logits(x_TI, norm.weight, norm.eps, self._weight)
-
-    def add_to(self, residual_TO: Tensor, x_TI: Tensor) -> None:
-        """residual += x W^T + b, in place."""
-        self._counter.num_calls += 1
-        self._kernels.linear_add_(residual_TO, x_TI, self._weight, self._bias)
+    def logits(self, x: Normed) -> Tensor:
+        """In float32; without bias."""
+        self.counter.num_calls += 1
+        x_TI, (norm_I, eps) = x
+        return self.kernels.normed_logits(x_TI, norm_I, eps, self.weight)
 
 
 class Embedding:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class RmsNorm:
+class RmsNorm(NamedTuple):
     """Norm over the last axis: weight [width], and what is added to the mean square."""
 
     weight: Tensor
     eps: float
+
+
+Normed = tuple[Tensor, RmsNorm]
+"""The norm of a stream [T, X], not computed yet: the product that takes it may do both at once."""

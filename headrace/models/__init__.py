@@ -1,4 +1,4 @@
-"""Dense decoders: one stack, one small file per family saying what differs, and the weight map of each as data."""
+"""Decoders: one file per architecture with its layer and its tensors, and what all of them have around that."""
 
 from headrace.models.decoder import Decoder
 from headrace.models.registry import build, family_of, weight_map

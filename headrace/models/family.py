@@ -1,7 +1,6 @@
-"""What one family of dense decoders says about itself. Data only: names of tensors and where they go.
+"""What one family of decoders says about itself: its layer, and its tensors as data, by name and where they go.
 
-All families share the skeleton of `headrace.models.decoder`; a family states which optional parts its layers have and
-what its checkpoint calls the tensors.
+All families have the tensors of `SKELETON`; a family states which further parts its layers may have.
 """
 
 from __future__ import annotations
@@ -11,7 +10,10 @@ from typing import Literal
 
 import msgspec
 
-from headrace.config import ModelSpec
+from headrace.config import LayerSpec
+from headrace.layers.params import Params
+from headrace.layers.step import KvPlace
+from headrace.models.decoder import Layer
 
 Size = Literal["hidden", "heads", "kv_heads", "intermediate", "head_dim"]
 
@@ -28,21 +30,22 @@ class Tensor(msgspec.Struct, frozen=True):
 
 
 class Part(msgspec.Struct, frozen=True):
-    """Tensors that a layer has only if the checkpoint's config says so."""
+    """Tensors that a layer has only if its spec says so."""
 
-    present: Callable[[ModelSpec], bool]
+    present: Callable[[LayerSpec], bool]
     tensors: tuple[Tensor, ...]
 
 
 class Family(msgspec.Struct, frozen=True):
-    """A dense decoder family; `parts` are what it may have beyond `SKELETON`."""
+    """A decoder family; `layer` makes a layer over its parameters, `parts` are what it may have beyond `SKELETON`."""
 
     architecture: str
+    layer: Callable[[Params, KvPlace], Layer]
     parts: tuple[Part, ...] = ()
 
-    def layer_tensors(self, spec: ModelSpec) -> tuple[Tensor, ...]:
-        """All tensors of one layer of this checkpoint."""
-        return SKELETON + tuple(tensor for part in self.parts if part.present(spec) for tensor in part.tensors)
+    def layer_tensors(self, layer: LayerSpec) -> tuple[Tensor, ...]:
+        """All tensors of one layer."""
+        return SKELETON + tuple(tensor for part in self.parts if part.present(layer) for tensor in part.tensors)
 
 
 SKELETON = (
@@ -59,16 +62,16 @@ SKELETON = (
 """Pre-norm attention and gated MLP, as in Llama."""
 
 QKV_BIAS = Part(
-    lambda spec: spec.qkv_bias,
+    lambda layer: layer.attention.qkv_bias,
     (
         Tensor("self_attn.q_proj.bias", "qkv.bias", ("heads",), 0),
         Tensor("self_attn.k_proj.bias", "qkv.bias", ("kv_heads",), 0),
         Tensor("self_attn.v_proj.bias", "qkv.bias", ("kv_heads",), 0),
     ),
 )
-OUTPUT_BIAS = Part(lambda spec: spec.o_bias, (Tensor("self_attn.o_proj.bias", "output.bias", ("hidden",)),))
+OUTPUT_BIAS = Part(lambda layer: layer.attention.o_bias, (Tensor("self_attn.o_proj.bias", "output.bias", ("hidden",)),))
 MLP_BIAS = Part(
-    lambda spec: spec.mlp_bias,
+    lambda layer: layer.mlp.bias,
     (
         Tensor("mlp.gate_proj.bias", "gate_up.bias", ("intermediate",), 0),
         Tensor("mlp.up_proj.bias", "gate_up.bias", ("intermediate",), 0),
@@ -76,7 +79,7 @@ MLP_BIAS = Part(
     ),
 )
 QK_NORM = Part(
-    lambda spec: spec.qk_norm,
+    lambda layer: layer.attention.qk_norm,
     (
         Tensor("self_attn.q_norm.weight", "q_norm.weight", ("head_dim",)),
         Tensor("self_attn.k_norm.weight", "k_norm.weight", ("head_dim",)),

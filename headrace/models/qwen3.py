@@ -1,5 +1,34 @@
 """Qwen3: each query and key head is normed before rotation; biases only where the config asks for them."""
 
+from __future__ import annotations
+
+from torch import Tensor
+
+from headrace.layers.params import Params
+from headrace.layers.residual import Residual
+from headrace.layers.step import ForwardStep, KvPlace
 from headrace.models.family import OUTPUT_BIAS, QK_NORM, QKV_BIAS, Family
 
-FAMILY = Family(architecture="Qwen3ForCausalLM", parts=(QKV_BIAS, OUTPUT_BIAS, QK_NORM))
+
+class Qwen3Layer:
+    """x += attention(norm(x)); x += mlp(norm(x)). Query, key and value heads are one product, gates and ups another."""
+
+    def __init__(self, params: Params, kv: KvPlace) -> None:
+        self.kv = kv
+        self.attention_norm = params.norm("attention_norm")
+        self.qkv = params.linear("qkv")
+        self.head_norms = params.head_norms("q_norm", "k_norm")
+        self.output = params.linear("output")
+        self.mlp_norm = params.norm("mlp_norm")
+        self.gate_up = params.linear("gate_up")
+        self.down = params.linear("down")
+
+    def run(self, x: Residual, step: ForwardStep, kept_tokens: Tensor | None = None) -> None:
+        """As `Layer.run`."""
+        qkv = self.qkv(x.normed(self.attention_norm))
+        attended = step.attention[self.kv.group].run(self.kv.layer, qkv, self.head_norms)
+        x.add(self.output, x.keep(kept_tokens, attended))
+        x.add(self.down, self.gate_up.gate(x.normed(self.mlp_norm)))
+
+
+FAMILY = Family("Qwen3ForCausalLM", Qwen3Layer, parts=(QKV_BIAS, OUTPUT_BIAS, QK_NORM))

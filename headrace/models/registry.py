@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from headrace.config import ModelSpec
+from collections.abc import Mapping
+
+from headrace.config import LayerSpec, ModelSpec
 from headrace.kernels import LayerKernels
 from headrace.layers.linear import GemmCounter
+from headrace.layers.params import Params
+from headrace.layers.step import KvPlace
 from headrace.models import llama, mistral, qwen2, qwen3
 from headrace.models.decoder import Decoder
 from headrace.models.family import Family, Size, Tensor
@@ -40,13 +44,25 @@ def weight_map(spec: ModelSpec, shard: Shard = ONLY_RANK) -> WeightMap:
     """
     layout = _Layout(spec, shard)
     layout.add_vocabulary(_EMBED, "embed")
-    for layer in range(spec.num_layers):
-        for tensor in family_of(spec).layer_tensors(spec):
-            layout.add(f"model.layers.{layer}.{tensor.name}", f"layers.{layer}.{tensor.param}", tensor)
-    layout.add("model.norm.weight", "final_norm.weight", _FINAL_NORM)
+    for index, layer in enumerate(spec.layers):
+        sizes = _sizes_of(spec, layer)
+        for tensor in family_of(spec).layer_tensors(layer):
+            layout.add(f"model.layers.{index}.{tensor.name}", f"layers.{index}.{tensor.param}", tensor, sizes)
+    layout.add("model.norm.weight", "final_norm.weight", _FINAL_NORM, {"hidden": spec.hidden_size})
     if not spec.tie_word_embeddings:
         layout.add_vocabulary(_LM_HEAD, "lm_head")
     return layout.weight_map({_LM_HEAD: _EMBED} if spec.tie_word_embeddings else {})
+
+
+def _sizes_of(spec: ModelSpec, layer: LayerSpec) -> dict[Size, int]:
+    attention = layer.attention
+    return {
+        "hidden": spec.hidden_size,
+        "heads": attention.num_heads * attention.head_dim,
+        "kv_heads": attention.num_kv_heads * attention.head_dim,
+        "intermediate": layer.mlp.intermediate_size,
+        "head_dim": attention.head_dim,
+    }
 
 
 class _Layout:
@@ -55,23 +71,15 @@ class _Layout:
     def __init__(self, spec: ModelSpec, shard: Shard) -> None:
         self._shard = shard
         self._vocabulary = (spec.vocab_size, spec.hidden_size)
-        self._units: dict[Size, int] = {"heads": spec.head_dim, "kv_heads": spec.head_dim}
-        self._sizes: dict[Size, int] = {
-            "hidden": spec.hidden_size,
-            "heads": spec.num_heads * spec.head_dim,
-            "kv_heads": spec.num_kv_heads * spec.head_dim,
-            "intermediate": spec.intermediate_size,
-            "head_dim": spec.head_dim,
-        }
         self._params: dict[str, ParamSpec] = {}
         self._rules: list[WeightRule] = []
 
-    def add(self, name: str, param: str, tensor: Tensor) -> None:
+    def add(self, name: str, param: str, tensor: Tensor, sizes: Mapping[Size, int]) -> None:
         """The next rows of a parameter."""
-        shape = tuple(self._sizes[size] for size in tensor.shape)
+        shape = tuple(sizes[size] for size in tensor.shape)
         held, is_counted = Box.whole(shape), self._shard.rank == 0
         if tensor.shard_axis is not None:
-            unit = self._units.get(tensor.shape[tensor.shard_axis], 1)
+            unit = sizes["head_dim"] if tensor.shape[tensor.shard_axis] in ("heads", "kv_heads") else 1
             held, is_counted = self._shard.part(shape, tensor.shard_axis, unit)
         before = self._params.get(param, ParamSpec(param, (0,)))
         target = Box((before.shape[0], *(0 for _ in shape[1:])), held.shape)
@@ -96,9 +104,15 @@ def build(
     store: WeightStore,
     *,
     kernels: LayerKernels,
-    context_length: int,
     counter: GemmCounter | None = None,
 ) -> Decoder:
     """The decoder over `store.live`, whose tensors it keeps."""
-    family_of(spec)
-    return Decoder(spec, store.live, kernels=kernels, context_length=context_length, counter=counter or GemmCounter())
+    family = family_of(spec)
+    params = Params(store.live, kernels, counter or GemmCounter(), spec.rms_norm_eps)
+    places = {
+        layer_id: KvPlace(number, layer)
+        for number, group in enumerate(spec.kv_groups)
+        for layer, layer_id in enumerate(group.layer_ids)
+    }
+    layers = [family.layer(params.below(f"layers.{index}"), places[index]) for index in range(len(spec.layers))]
+    return Decoder(params, layers)

@@ -17,7 +17,7 @@ from headrace.types.plan import SlotInit, StepPlan
 class ForwardBatch:
     """Everything one forward and its sampling need. R rows, T packed tokens, S rows that sample.
 
-    token_ids, positions [T]      int64 tensors
+    token_ids [T]                 int64 tensor
     row_firsts [R]                index of each row's first packed token
     scored_rows                   rows whose prompt log-probabilities are wanted, each with its sequence
     sampled_rows [S]              rows that sample; `sampled_tokens` [S] (tensor) are their last packed tokens
@@ -26,7 +26,6 @@ class ForwardBatch:
 
     attention: AttentionInputs
     token_ids: Tensor
-    positions: Tensor
     row_firsts: Int64Array
     scored_rows: list[tuple[int, SlotInit]]
     sampled_rows: Int64Array
@@ -50,10 +49,13 @@ def build_batch(plan: StepPlan, slots: SlotTable, device: torch.device | None = 
     token_slots = np.repeat(row_slots, row_lengths)
     positions = np.arange(len(token_slots)) + np.repeat(row_starts - row_firsts, row_lengths)
     sampled_rows = np.flatnonzero(plan.row_samples)
+    rotated_at = torch.from_numpy(positions).to(device)
+    attention = AttentionInputs(
+        slots.page_table, row_slots, row_starts, row_lengths, positions, token_slots, rotated_at
+    )
     return ForwardBatch(
-        attention=AttentionInputs(slots.page_table, row_slots, row_starts, row_lengths, positions, token_slots),
+        attention=attention,
         token_ids=torch.from_numpy(slots.resolve_tokens(plan.token_ids, token_slots)).to(device),
-        positions=torch.from_numpy(positions).to(device),
         row_firsts=row_firsts,
         scored_rows=slots.scored_rows(row_slots, row_starts),
         sampled_rows=sampled_rows,

@@ -18,10 +18,10 @@ import torch
 
 from headrace import models
 from headrace.attention import AttentionShape, build_device_backend
-from headrace.attention.base import RotaryTables
 from headrace.config import ResolvedConfig
 from headrace.kernels.cache import CompileCounter
 from headrace.kernels.paged_kv import KvGeometry, KvPool
+from headrace.kernels.rope_tables import rope_tables
 from headrace.kernels.triton.layer_kernels import device_kernels
 from headrace.layers.linear import GemmCounter
 from headrace.models.decoder import Decoder
@@ -132,8 +132,11 @@ class _Parts:
             spec,
             weights,
             kernels=device_kernels(engine.numerics, device, exact.products),
-            context_length=resolved.context_length,
             counter=counter,
+        )
+        (self._group,) = spec.kv_groups  # the words of a step are those of one
+        self._rotary = rope_tables(
+            self._group.rope, self._group.head_dim, resolved.context_length, weights.dtype, device
         )
         self.sampler = DeviceSampler(spec.vocab_size, max_rows, max_rows, device)
         self.buckets = Buckets(max_rows, self.max_tokens, engine.max_graph_tokens)
@@ -141,15 +144,15 @@ class _Parts:
 
     def steps(self, resolved: ResolvedConfig, graphs: Graphs) -> StepRunner:
         """Everything else, over a pool of `resolved.num_pages`."""
-        spec, engine, max_rows = resolved.model, resolved.engine, resolved.engine.max_running_requests
-        geometry = KvGeometry(spec.num_layers, resolved.num_pages, spec.num_kv_heads, engine.page_size, spec.head_dim)
+        engine, max_rows = resolved.engine, resolved.engine.max_running_requests
+        geometry = KvGeometry.of_group(self._group, resolved.num_pages, engine.page_size)
         pool = KvPool(geometry, getattr(torch, resolved.kv_dtype), self._device)
         attention = build_device_backend(
             resolved.attention_backend,
             engine.numerics,
-            AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
+            AttentionShape.of_group(self._group),
             pool,
-            RotaryTables(self._model.cos_PD, self._model.sin_PD),
+            self._rotary,
             self._dtype,
             self.max_tokens,
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from headrace.attention.base import DeviceAttention, DeviceTables, Launch
 from headrace.kernels.triton.step_tables import embed_tokens, write_cells
+from headrace.layers.step import ForwardStep
 from headrace.models.decoder import Decoder
 from headrace.runner.step_buffer import StepBuffer
 from headrace.sampling.device_sampler import DeviceSampler
@@ -49,10 +50,10 @@ class Launches:
             views.token_ids[:num_tokens],
             views.table_rows[:num_tokens],
             self._sampler.last_tokens,
-            self._model.embedding,
+            self._model.embed.weight,
             hidden_TX,
         )
-        self._model.run_layers(hidden_TX, self._attention.step(self._tables, bucket))
+        self._model.forward(hidden_TX, ForwardStep([self._attention.step(self._tables, bucket)]))
 
     def sample(self, num_rows: int, *, kept: bool) -> None:
         """Tokens and log-probabilities of `num_rows` rows into the step buffer's results."""

@@ -1,6 +1,6 @@
 """Executes step plans on a CPU, and with the reference kernels on any device, each when it is issued.
 
-Owns the slot table, the KV pool and the model; must not know requests.
+Owns the slot table, the KV pools and the model; must not know requests.
 
 A step is: enter slots and write pages, one packed forward over all rows, the head for the rows that need logits, one
 sampling pass. Nothing here decides which rows run.
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from headrace import models
-from headrace.attention import AttentionShape, build_backend
+from headrace.attention import AttentionShape, Heads, build_backend
 from headrace.config import ResolvedConfig
 from headrace.kernels import select_kernels
 from headrace.kernels.paged_kv import KvGeometry, KvPool
+from headrace.kernels.rope_tables import rope_tables
 from headrace.layers.linear import GemmCounter
+from headrace.layers.step import ForwardStep
 from headrace.runner.batch import ForwardBatch, build_batch
 from headrace.runner.exact_products import ExactProducts
 from headrace.runner.loading import Progress, checked_weight_map, load_weights
@@ -53,14 +55,21 @@ class Runner:
         products = self._exact.products
         kernel_set = "reference" if resolved.attention_backend == "reference" else engine.numerics
         kernels = select_kernels(kernel_set, products)
-        self._model = models.build(
-            spec, self.weights, kernels=kernels, context_length=resolved.context_length, counter=self._counter
-        )
-        geometry = KvGeometry(spec.num_layers, resolved.num_pages, spec.num_kv_heads, engine.page_size, spec.head_dim)
-        shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
-        self._attention = build_backend(
-            resolved.attention_backend, engine.numerics, shape, KvPool(geometry, dtype, device), products
-        )
+        self._model = models.build(spec, self.weights, kernels=kernels, counter=self._counter)
+        self._attention = [
+            build_backend(
+                resolved.attention_backend,
+                engine.numerics,
+                Heads(
+                    AttentionShape.of_group(group),
+                    kernels,
+                    rope_tables(group.rope, group.head_dim, resolved.context_length, dtype, device),
+                ),
+                KvPool(KvGeometry.of_group(group, resolved.num_pages, engine.page_size), dtype, device),
+                products,
+            )
+            for group in spec.kv_groups
+        ]
         self._slots = SlotTable(engine.max_running_requests, resolved.max_columns)
         self._sampler = Sampler(spec.vocab_size, engine.max_running_requests, torch.device("cpu"), engine.numerics)
         self._scorer = PromptScorer(self._model.logits, self._sampler, spec.vocab_size)
@@ -96,8 +105,8 @@ class Runner:
             if len(plan.row_slots) == 0:
                 return step_result(plan.step_id, np.zeros(0, np.int32), np.zeros(0, np.float32), {}, {})
             batch = build_batch(plan, self._slots, self._device)
-            step = self._attention.plan(batch.attention)
-            hidden = self._model.forward(batch.token_ids, batch.positions, step, batch.logit_tokens)
+            step = ForwardStep([backend.plan(batch.attention) for backend in self._attention], batch.logit_tokens)
+            hidden = self._model.forward(self._model.embed(batch.token_ids), step)
             prompts = self._scorer.score(batch, hidden)
             if len(hidden) != len(batch.sampled_tokens):
                 hidden = hidden.index_select(0, batch.sampled_tokens)

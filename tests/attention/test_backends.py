@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,12 +13,17 @@ from headrace.attention import (
     AttentionBackend,
     AttentionInputs,
     AttentionShape,
+    Heads,
     build_backend,
     refusals,
 )
 from headrace.attention import cpu as cpu_backend
+from headrace.attention.base import HeadNorms, Int64Array
 from headrace.attention.cpu import CausalMask, split_tokens
+from headrace.config import RopeSpec
+from headrace.kernels import select_kernels
 from headrace.kernels.paged_kv import KvGeometry, KvPool
+from headrace.kernels.rope_tables import rope_tables
 from headrace.types.errors import ConfigError
 
 SHAPES = {
@@ -47,25 +54,44 @@ class Table:
         self.lengths[slots] += lengths
         firsts = np.cumsum(lengths) - lengths
         positions = np.arange(lengths.sum()) + np.repeat(starts - firsts, lengths)
-        return AttentionInputs(self.page_table, slots, starts, lengths, positions, np.repeat(slots, lengths))
+        return inputs_of(self.page_table, slots, starts, lengths, positions, np.repeat(slots, lengths))
+
+
+def inputs_of(
+    page_table: Tensor,
+    slots: Int64Array,
+    starts: Int64Array,
+    lengths: Int64Array,
+    positions: Int64Array,
+    token_slots: Int64Array,
+) -> AttentionInputs:
+    """Heads are rotated by the positions of their pages."""
+    return AttentionInputs(page_table, slots, starts, lengths, positions, token_slots, torch.from_numpy(positions))
 
 
 def backend(
     name: str, shape: AttentionShape, table: Table, numerics: str = "fast", dtype: torch.dtype = torch.float32
 ) -> AttentionBackend:
     geometry = KvGeometry(2, table.num_pages, shape.num_kv_heads, table.page_size, shape.head_dim)
-    return build_backend(name, numerics, shape, KvPool(geometry, dtype))
+    return over(name, shape, KvPool(geometry, dtype), numerics)
 
 
-def vectors(
-    inputs: AttentionInputs, shape: AttentionShape, dtype: torch.dtype, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v with v a strided view, as layers pass it."""
+def over(name: str, shape: AttentionShape, pool: KvPool, numerics: str = "fast") -> AttentionBackend:
+    """Both backends take the oracle's row operations, so that only what attends differs."""
+    rotary = rope_tables(RopeSpec(), shape.head_dim, CONTEXT, pool.dtype)
+    return build_backend(name, numerics, Heads(shape, select_kernels("reference"), rotary), pool)
+
+
+def projection(inputs: AttentionInputs, shape: AttentionShape, dtype: torch.dtype, seed: int) -> Tensor:
+    """Of the step's tokens, as layers pass it."""
     generator = torch.Generator().manual_seed(seed)
     num_tokens, num_heads = len(inputs.token_slots), shape.num_heads + 2 * shape.num_kv_heads
-    qkv = torch.randn(num_tokens, num_heads, shape.head_dim, generator=generator).to(dtype)
-    q, k, v = qkv.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
-    return q.contiguous(), k.contiguous(), v
+    return torch.randn(num_tokens, num_heads * shape.head_dim, generator=generator).to(dtype)
+
+
+def norms(shape: AttentionShape, dtype: torch.dtype) -> HeadNorms:
+    weights = torch.rand(2, shape.head_dim, generator=torch.Generator().manual_seed(0)).to(dtype) + 0.5
+    return HeadNorms(weights[0], weights[1], 1e-6)
 
 
 @pytest.mark.parametrize("numerics", ["fast", "invariant"])
@@ -76,11 +102,11 @@ def test_cpu_equals_reference_on_random_plans(heads: str, page_size: int, numeri
     fast, oracle = backend("cpu", shape, table, numerics), backend("reference", shape, table)
     for step in range(9):
         inputs = table.rows((1, 1, 1, 2, 16, 17, 40, 90) if step < 6 else (1,))
-        q, k, v = vectors(inputs, shape, torch.float32, step)
-        layer = step % 2
-        found, expected = fast.plan(inputs).run(layer, q, k, v), oracle.plan(inputs).run(layer, q, k, v)
+        qkv = projection(inputs, shape, torch.float32, step)
+        layer, weights = step % 2, norms(shape, torch.float32) if step % 4 > 1 else None
+        found, expected = fast.plan(inputs).run(layer, qkv, weights), oracle.plan(inputs).run(layer, qkv, weights)
         # Both layers must hold the whole context: the other one stores the same keys and values.
-        fast.plan(inputs).run(1 - layer, q, k, v), oracle.plan(inputs).run(1 - layer, q, k, v)
+        fast.plan(inputs).run(1 - layer, qkv, weights), oracle.plan(inputs).run(1 - layer, qkv, weights)
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
 
 
@@ -91,8 +117,8 @@ def test_narrow_pools(dtype: torch.dtype, numerics: str) -> None:
     fast, oracle = backend("cpu", shape, table, numerics, dtype), backend("reference", shape, table, dtype=dtype)
     for step in range(6):
         inputs = table.rows((1, 3, 20, 40))
-        q, k, v = vectors(inputs, shape, dtype, step)
-        found, expected = fast.plan(inputs).run(0, q, k, v), oracle.plan(inputs).run(0, q, k, v)
+        qkv = projection(inputs, shape, dtype, step)
+        found, expected = fast.plan(inputs).run(0, qkv, None), oracle.plan(inputs).run(0, qkv, None)
         assert found.dtype == dtype
         torch.testing.assert_close(found.float(), expected.float(), atol=2e-2, rtol=0)
 
@@ -106,14 +132,25 @@ def test_a_short_context_in_a_few_rows_of_a_pool(num_kv_heads: int, page_size: i
     num_pages = -(-18 // page_size) + 1
     geometry = KvGeometry(1, num_pages, num_kv_heads, page_size, 16)
     table = torch.arange(1, num_pages, dtype=torch.int32)[None]
-    pools = [build_backend(name, "fast", shape, KvPool(geometry, dtype)) for name in ("cpu", "reference")]
+    pools = [over(name, shape, KvPool(geometry, dtype)) for name in ("cpu", "reference")]
     zero = np.zeros(1, np.int64)
     for position in range(18):
-        inputs = AttentionInputs(table, zero, zero + position, zero + 1, zero + position, zero)
-        q, k, v = vectors(inputs, shape, dtype, position)
-        found, expected = (pool.plan(inputs).run(0, q, k, v) for pool in pools)
+        inputs = inputs_of(table, zero, zero + position, zero + 1, zero + position, zero)
+        qkv = projection(inputs, shape, dtype, position)
+        found, expected = (pool.plan(inputs).run(0, qkv, None) for pool in pools)
         tolerance = 2e-5 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(found.float(), expected.float(), atol=tolerance, rtol=0)
+
+
+def test_where_keys_are_kept_is_apart_from_what_heads_are_rotated_by() -> None:
+    """Scores depend on differences of rotations: all moved by the same, nothing else changes."""
+    shape, table = SHAPES["gqa"], Table(16, seed=5)
+    moved, oracle = backend("cpu", shape, table), backend("reference", shape, table)
+    for step in range(3):
+        inputs = table.rows((1, 20, 40))
+        qkv = projection(inputs, shape, torch.float32, step)
+        found = moved.plan(replace(inputs, rope_positions=inputs.rope_positions + 100)).run(0, qkv, None)
+        torch.testing.assert_close(found, oracle.plan(inputs).run(0, qkv, None), atol=5e-5, rtol=0)
 
 
 def test_long_rows_are_cut_into_blocks_that_share_one_mask(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,8 +159,8 @@ def test_long_rows_are_cut_into_blocks_that_share_one_mask(monkeypatch: pytest.M
     fast, oracle = backend("cpu", shape, table), backend("reference", shape, table)
     for step in range(3):
         inputs = table.rows((50, 90, 130))
-        q, k, v = vectors(inputs, shape, torch.float32, step)
-        found, expected = fast.plan(inputs).run(0, q, k, v), oracle.plan(inputs).run(0, q, k, v)
+        qkv = projection(inputs, shape, torch.float32, step)
+        found, expected = fast.plan(inputs).run(0, qkv, None), oracle.plan(inputs).run(0, qkv, None)
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
 
 

@@ -17,16 +17,17 @@ from headrace.attention import (
     CHOICES,
     AttentionInputs,
     AttentionShape,
+    Heads,
     build_device_backend,
     refusals,
 )
-from headrace.attention.base import DeviceTables, HeadNorms, Launch, RotaryTables, StepRows
+from headrace.attention.base import DeviceTables, HeadNorms, Launch, StepRows
 from headrace.attention.flashinfer import FlashInferAttention, Library, page_lists
 from headrace.attention.reference import ReferenceAttention
 from headrace.config import RopeSpec
+from headrace.kernels import select_kernels
 from headrace.kernels.paged_kv import KvGeometry, KvPool
-from headrace.kernels.rope_tables import rope_tables
-from headrace.kernels.triton.row_operations import HeadLayout, reference_rope
+from headrace.kernels.rope_tables import RotaryTables, rope_tables
 from headrace.kernels.triton.work_items import FEW_PROGRAMS
 from headrace.types.errors import ConfigError
 
@@ -133,13 +134,12 @@ class Case:
         self.page_table = pages.reshape(NUM_SLOTS, num_columns)
         geometry = KvGeometry(NUM_LAYERS, pages.size + 1, shape.num_kv_heads, page_size, shape.head_dim)
         self.pool, self.oracle_pool = KvPool(geometry, kv_dtype), KvPool(geometry, kv_dtype)
-        self.rotary = RotaryTables(*rope_tables(RopeSpec(theta=1e4), shape.head_dim, CONTEXT, dtype))
+        self.rotary = rope_tables(RopeSpec(theta=1e4), shape.head_dim, CONTEXT, dtype)
         weights = torch.rand(2, shape.head_dim, generator=self.generator) + 0.5
         self.norms = HeadNorms(weights[0], weights[1], 1e-6) if has_norms else None
         self.fake = FakeLibrary()
         self.backend = FlashInferAttention(shape, self.pool, self.rotary, dtype, self.fake.library)
-        self.oracle = ReferenceAttention(shape, self.oracle_pool)
-        self.layout = HeadLayout(shape.num_heads, shape.num_kv_heads, shape.head_dim, page_size)
+        self.oracle = ReferenceAttention(Heads(shape, select_kernels("reference"), self.rotary), self.oracle_pool)
         self.known = self.random.integers(0, CONTEXT // 2, NUM_SLOTS)
         self._store_known()
         self.fake.ran.clear()
@@ -176,18 +176,21 @@ class Case:
         step = self.backend.step(tables, launch)
         row_slots, row_starts, row_lengths = (each.astype(np.int64) for each in (slots, starts, lengths))
         expected_step = self.oracle.plan(
-            AttentionInputs(tables.page_table, row_slots, row_starts, row_lengths, positions, token_slots)
+            AttentionInputs(
+                tables.page_table,
+                row_slots,
+                row_starts,
+                row_lengths,
+                positions,
+                token_slots,
+                torch.from_numpy(positions),
+            )  # fmt: skip
         )
         for layer in range(NUM_LAYERS):
             qkv = self.qkv(num_tokens + padding)
-            norms = None if self.norms is None else (self.norms.q_weight, self.norms.k_weight)
-            q, k, v = reference_rope(
-                qkv[:num_tokens], None, norms, 1e-6, self.rotary.cos_PD, self.rotary.sin_PD,
-                torch.from_numpy(positions), self.layout,
-            )  # fmt: skip
-            expected = expected_step.run(layer, q, k, v)
+            expected = expected_step.run(layer, qkv[:num_tokens].clone(), self.norms)
             found = step.run(layer, qkv, self.norms)
-            assert found.shape == (num_tokens + padding, q.shape[1] * q.shape[2]) and found.dtype == self.dtype
+            assert found.shape == (num_tokens + padding, expected.shape[1]) and found.dtype == self.dtype
             torch.testing.assert_close(found[:num_tokens], expected, atol=tolerance, rtol=0)
             torch.testing.assert_close(self.pool.keys[layer], self.oracle_pool.keys[layer], atol=tolerance, rtol=1e-3)
             torch.testing.assert_close(self.pool.values[layer], self.oracle_pool.values[layer], atol=0, rtol=0)

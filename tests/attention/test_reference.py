@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from headrace.attention import AttentionInputs, AttentionShape
+from headrace.attention import AttentionInputs, AttentionShape, Heads
 from headrace.attention.reference import ReferenceAttention, attend
+from headrace.kernels import select_kernels
 from headrace.kernels.paged_kv import KvGeometry, KvPool
+from headrace.kernels.rope_tables import RotaryTables
 
 SHAPE = AttentionShape(num_heads=6, num_kv_heads=2, head_dim=16)
 PAGE_SIZE, NUM_COLUMNS, NUM_SLOTS = 4, 8, 3
@@ -33,7 +35,8 @@ def inputs_of(page_table: Tensor, rows: list[tuple[int, int, int]]) -> Attention
     """Rows as (slot, start, length)."""
     slots, starts, lengths = (np.array(values, np.int64) for values in zip(*rows, strict=True))
     positions = np.concatenate([np.arange(start, start + length) for _, start, length in rows])
-    return AttentionInputs(page_table, slots, starts, lengths, positions, np.repeat(slots, lengths))
+    token_slots = np.repeat(slots, lengths)
+    return AttentionInputs(page_table, slots, starts, lengths, positions, token_slots, torch.from_numpy(positions))
 
 
 def pool_of(dtype: torch.dtype) -> tuple[KvPool, Tensor]:
@@ -41,6 +44,17 @@ def pool_of(dtype: torch.dtype) -> tuple[KvPool, Tensor]:
     pages = np.random.default_rng(0).permutation(np.arange(1, num_pages)).astype(np.int32)
     geometry = KvGeometry(2, num_pages, SHAPE.num_kv_heads, PAGE_SIZE, SHAPE.head_dim)
     return KvPool(geometry, dtype), torch.from_numpy(pages.reshape(NUM_SLOTS, NUM_COLUMNS))
+
+
+def over(pool: KvPool) -> ReferenceAttention:
+    """Heads are turned by no angle at any position."""
+    still = RotaryTables(torch.ones(40, SHAPE.head_dim), torch.zeros(40, SHAPE.head_dim))
+    return ReferenceAttention(Heads(SHAPE, select_kernels("reference"), still), pool)
+
+
+def fused(*heads: Tensor) -> Tensor:
+    """As the projection of a layer holds them."""
+    return torch.cat(heads, dim=1).flatten(1)
 
 
 @pytest.mark.parametrize("max_scores", [1, 6 * 30 * 4, 1 << 26])
@@ -56,14 +70,14 @@ def test_attend_is_its_definition_in_any_blocks(max_scores: int) -> None:
 def test_rows_attend_to_what_their_pages_hold(dtype: torch.dtype, atol: float) -> None:
     """Two steps of two sequences; the second step's rows attend to keys that the first one stored."""
     pool, page_table = pool_of(dtype)
-    backend = ReferenceAttention(SHAPE, pool)
+    backend = over(pool)
     generator = torch.Generator().manual_seed(2)
     known: dict[int, tuple[Tensor, Tensor]] = {slot: (torch.zeros(0, 2, 16), torch.zeros(0, 2, 16)) for slot in (0, 2)}
     for rows in ([(2, 0, 9), (0, 0, 5)], [(0, 5, 1), (2, 9, 14)]):
         num_tokens = sum(length for _, _, length in rows)
         q = torch.randn(num_tokens, SHAPE.num_heads, SHAPE.head_dim, generator=generator)
         k, v = torch.randn(2, num_tokens, SHAPE.num_kv_heads, SHAPE.head_dim, generator=generator)
-        found = backend.plan(inputs_of(page_table, rows)).run(1, q, k, v).view(q.shape)
+        found = backend.plan(inputs_of(page_table, rows)).run(1, fused(q, k, v), None).view(q.shape)
         first = 0
         for slot, start, length in rows:
             row = slice(first, first + length)
@@ -77,5 +91,5 @@ def test_rows_attend_to_what_their_pages_hold(dtype: torch.dtype, atol: float) -
 def test_an_8_bit_pool_saturates() -> None:
     pool, page_table = pool_of(torch.float8_e4m3fn)
     q, k = torch.zeros(1, SHAPE.num_heads, SHAPE.head_dim), torch.zeros(1, SHAPE.num_kv_heads, SHAPE.head_dim)
-    found = ReferenceAttention(SHAPE, pool).plan(inputs_of(page_table, [(1, 0, 1)])).run(0, q, k, k + 1e6)
+    found = over(pool).plan(inputs_of(page_table, [(1, 0, 1)])).run(0, fused(q, k, k + 1e6), None)
     assert torch.equal(found, torch.full_like(found, 448.0))

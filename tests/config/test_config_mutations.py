@@ -86,7 +86,7 @@ def test_a_wrong_field_is_refused_by_file_and_field_or_read(family: str, tmp_pat
             assert error.field == name or name in error.message, (change, error)
             continue
         json.dumps([spec.model_type, spec.dtype]).encode()
-        if spec.head_dim * spec.num_heads < 1 << 20:  # else a pool holds no page
+        if spec.kv_groups[0].head_dim * spec.kv_groups[0].num_heads < 1 << 20:  # else a pool holds no page
             resolve(EngineConfig(model=str(tmp_path), device="cpu"), tmp_path)
         value = change[name]
         assert isinstance(value, (int, float, dict, list)) or value in (None, MISSING) or name in READ_BY_NONE, change

@@ -42,8 +42,9 @@ def test_transformers_defaults_are_read_as_transformers_reads_them(
     theirs = getattr(transformers, config_class)(**SMALL, architectures=[architecture])
     theirs.save_pretrained(tmp_path)
     ours = ModelSpec.from_folder(tmp_path)
-    assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
-    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+    attention = ours.layers[-1].attention
+    assert attention.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    assert attention.rope.theta == theirs.rope_parameters["rope_theta"]
     assert ours.rms_norm_eps == theirs.rms_norm_eps
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     assert ours.sliding_window == getattr(theirs, "sliding_window", None)
@@ -60,8 +61,9 @@ def test_old_and_new_rope_spellings_agree() -> None:
     }
     old = ModelSpec.from_config(config(rope_theta=500000.0, rope_scaling=scaling))
     new = ModelSpec.from_config(config(rope_parameters={"rope_theta": 500000.0, **scaling}))
-    assert old.rope == new.rope
-    assert (old.rope.scaling, old.rope.theta, old.rope.factor) == ("llama3", 500000.0, 8.0)
+    assert old.layers == new.layers
+    rope = old.layers[0].attention.rope
+    assert (rope.scaling, rope.theta, rope.factor) == ("llama3", 500000.0, 8.0)
 
 
 def test_eos_ids_are_the_union_of_both_files(tmp_path: Path) -> None:
@@ -71,10 +73,19 @@ def test_eos_ids_are_the_union_of_both_files(tmp_path: Path) -> None:
 
 
 def test_biases_differ_by_family() -> None:
-    qwen2 = ModelSpec.from_config(config("Qwen2ForCausalLM"))
-    llama = ModelSpec.from_config(config(attention_bias=True))
+    qwen2 = ModelSpec.from_config(config("Qwen2ForCausalLM")).layers[0].attention
+    llama = ModelSpec.from_config(config(attention_bias=True)).layers[0].attention
     assert (qwen2.qkv_bias, qwen2.o_bias) == (True, False)
     assert (llama.qkv_bias, llama.o_bias) == (True, True)
+
+
+def test_layers_say_who_slides() -> None:
+    kinds = ["full_attention", "sliding_attention"]
+    spec = ModelSpec.from_config(
+        config("Qwen3ForCausalLM", use_sliding_window=True, sliding_window=8, layer_types=kinds)
+    )
+    assert [layer.attention.window for layer in spec.layers] == [None, 8] and spec.sliding_window == 8
+    assert [group.layer_ids for group in spec.kv_groups] == [(0, 1)], "no longer context than the window: one pool"
 
 
 def test_kv_bytes_per_token_counts_keys_and_values_of_all_layers() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headrace import Generation
 from headrace.attention import AttentionShape, build_device_backend
-from headrace.attention.base import DeviceAttention, DeviceTables, HeadNorms, Launch, RotaryTables, StepRows
+from headrace.attention.base import DeviceAttention, DeviceTables, HeadNorms, Launch, StepRows
 from headrace.config import RopeSpec
 from headrace.kernels.paged_kv import KvGeometry, KvPool
 from headrace.kernels.rope_tables import rope_tables
@@ -53,8 +53,7 @@ class Case:
         self.pool = KvPool(geometry, kv_dtype, DEVICE)
         for values in (self.pool.keys[0], self.pool.values[0]):
             values[shape.num_kv_heads * PAGE_SIZE :] = self.normal(*values[shape.num_kv_heads * PAGE_SIZE :].shape)
-        cos, sin = rope_tables(RopeSpec(), shape.head_dim, CONTEXT, torch.bfloat16)
-        self.rotary = RotaryTables(cos.to(DEVICE), sin.to(DEVICE))
+        self.rotary = rope_tables(RopeSpec(), shape.head_dim, CONTEXT, torch.bfloat16, DEVICE)
         self.norms = HeadNorms(self.normal(shape.head_dim), self.normal(shape.head_dim), 1e-6)
 
     def normal(self, *shape: int) -> Tensor:

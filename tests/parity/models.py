@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from headrace import models
-from headrace.attention import AttentionShape, build_backend
+from headrace.attention import AttentionShape, Heads, build_backend
 from headrace.config import ModelSpec
 from headrace.kernels import select_kernels
 from headrace.kernels.paged_kv import KvGeometry, KvPool
+from headrace.kernels.rope_tables import rope_tables
+from headrace.layers.step import ForwardStep
 from headrace.runner.batch import build_batch
 from headrace.runner.slots import SlotTable
 from headrace.types.plan import StepPlan
@@ -71,7 +74,10 @@ def save_model(model: PreTrainedModel, folder: Path) -> Path:
 
 
 class Device:
-    """What the runner is made of, without sampling: executes a plan and returns the logits of every packed token."""
+    """What the runner is made of, without sampling: executes a plan and returns the logits of every packed token.
+
+    `spec` and `state` are the model's own unless given.
+    """
 
     def __init__(
         self,
@@ -84,17 +90,28 @@ class Device:
         num_slots: int = 40,
         dtype: torch.dtype = torch.float32,
         spec: ModelSpec | None = None,
+        state: Mapping[str, Tensor] | None = None,
     ) -> None:
         config = model.config.to_dict() | {"architectures": [type(model).__name__]}
         self.spec = spec = spec or ModelSpec.from_config(config)
         self.store = WeightStore(models.weight_map(spec), dtype, torch.device("cpu"))
-        self.store.load(model.state_dict().items())
-        kernels = "reference" if backend == "reference" else numerics
-        self.decoder = models.build(spec, self.store, kernels=select_kernels(kernels), context_length=CONTEXT_LENGTH)
-        geometry = KvGeometry(spec.num_layers, num_pages, spec.num_kv_heads, page_size, spec.head_dim)
-        shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
-        self.pool = KvPool(geometry, dtype)
-        self.attention = build_backend(backend, numerics, shape, self.pool)
+        self.store.load((state or model.state_dict()).items())
+        kernels = select_kernels("reference" if backend == "reference" else numerics)
+        self.decoder = models.build(spec, self.store, kernels=kernels)
+        self.pools = [KvPool(KvGeometry.of_group(group, num_pages, page_size), dtype) for group in spec.kv_groups]
+        self.attention = [
+            build_backend(
+                backend,
+                numerics,
+                Heads(
+                    AttentionShape.of_group(group),
+                    kernels,
+                    rope_tables(group.rope, group.head_dim, CONTEXT_LENGTH, dtype),
+                ),
+                pool,
+            )
+            for group, pool in zip(spec.kv_groups, self.pools, strict=True)
+        ]
         self.slots = SlotTable(num_slots, -(-CONTEXT_LENGTH // page_size))
 
     def run(self, plan: StepPlan) -> dict[int, Tensor]:
@@ -102,7 +119,8 @@ class Device:
         with torch.inference_mode():
             self.slots.apply(plan)
             batch = build_batch(plan, self.slots)
-            hidden = self.decoder.forward(batch.token_ids, batch.positions, self.attention.plan(batch.attention))
+            step = ForwardStep([backend.plan(batch.attention) for backend in self.attention])
+            hidden = self.decoder.forward(self.decoder.embed(batch.token_ids), step)
             logits = self.decoder.logits(hidden)
         rows = logits.split([int(length) for length in plan.row_lengths])
         return {int(slot): row for slot, row in zip(plan.row_slots, rows, strict=True)}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from tests.parity.models import LLAMA3_ROPE, VOCAB_SIZE, Device, make_model, reference_logits
 from tests.runner.plans import PlanBuilder
@@ -69,6 +70,26 @@ def test_chunks_of_any_size_at_any_page_size(page_size: int, numerics: str) -> N
     assert sum(map(len, found.values())) > len(sequences), "nothing was chunked"
     for slot, tokens in sequences.items():
         torch.testing.assert_close(torch.cat(found[slot]), reference_logits(model, tokens), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_layers_of_several_kv_groups(backend: str) -> None:
+    """A layer whose key and value heads are each written twice computes the same, over a pool of its own."""
+    model = make_model("llama", num_hidden_layers=3, attention_bias=True)
+    spec, state = Device(model).spec, dict(model.state_dict())
+    for name in [name for name in state if "layers.1.self_attn.k_proj" in name or "layers.1.self_attn.v_proj" in name]:
+        heads = state[name].unflatten(0, (2, 12))
+        state[name] = heads.repeat_interleave(2, 0).flatten(0, 1)
+    twice = replace(spec.layers[1], attention=replace(spec.layers[1].attention, num_kv_heads=4))
+    spec = replace(spec, layers=(spec.layers[0], twice, spec.layers[2]))
+    assert [group.layer_ids for group in spec.kv_groups] == [(0, 2), (1,)]
+    assert spec.kv_bytes_per_token(4) == (2 * 2 + 4) * 2 * 12 * 4
+    device = Device(model, backend=backend, spec=spec, state=state)
+    assert [pool.geometry.num_rows for pool in device.pools] == [2 * 300 * 16, 4 * 300 * 16]
+    plans, tokens = PlanBuilder(page_size=16, num_pages=300), tokens_of(0, 60)
+    plans.enter(0, tokens)
+    found = [device.run(plans.step([(0, length)]))[0] for length in (40, 19, 1)]
+    torch.testing.assert_close(torch.cat(found), reference_logits(model, tokens), atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

@@ -15,7 +15,8 @@ import torch
 
 from headrace import Engine, InternalError
 from headrace.kernels.products import PLAIN, Products, direct_products
-from headrace.layers.norm import RmsNorm
+from headrace.layers.norm import Normed, RmsNorm
+from headrace.layers.residual import Residual
 from headrace.runner.exact_products import ExactProducts, WatchedProducts
 from headrace.runner.runner import Runner
 from headrace.runner.slots import SlotTable
@@ -181,11 +182,11 @@ def test_a_precision_changed_between_products_changes_no_value(
     engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There and back before the step ends: nothing could be seen of it then."""
-    real = RmsNorm.__call__
+    real = Residual.normed
 
-    def norm(self: RmsNorm, *args: Any) -> Any:
+    def normed(self: Residual, norm: RmsNorm) -> Normed:
         torch.set_float32_matmul_precision("medium")
-        return real(self, *args)
+        return real(self, norm)
 
     for engine in engines.values():
         expected, real_sample = values(engine), Runner._sample
@@ -197,7 +198,7 @@ def test_a_precision_changed_between_products_changes_no_value(
             return found
 
         with kept(), monkeypatch.context() as patch:
-            patch.setattr(RmsNorm, "__call__", norm)
+            patch.setattr(Residual, "normed", normed)
             patch.setattr(Runner, "_sample", sample)
             patch.setattr(SlotTable, "apply", shortened(SlotTable.apply))
             assert values(engine) == expected

@@ -1,0 +1,34 @@
+"""The residual stream of one step. Owns adding to it and norming it, and so what of that is fused, or shared by ranks.
+
+Legend: T tokens, S tokens kept, X hidden size, I input features.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from headrace.layers.linear import Linear
+from headrace.layers.norm import Normed, RmsNorm
+
+
+class Residual:
+    """A stream [T, X], changed in place until `keep`."""
+
+    def __init__(self, stream_TX: Tensor) -> None:
+        self.stream_TX = stream_TX
+
+    def normed(self, norm: RmsNorm) -> Normed:
+        """The norm of what the stream is now; to be used before the stream changes."""
+        return self.stream_TX, norm
+
+    def add(self, linear: Linear, x_TI: Tensor) -> None:
+        """Add x W^T + b, in place."""
+        linear.counter.num_calls += 1
+        linear.kernels.linear_add_(self.stream_TX, x_TI, linear.weight, linear.bias)
+
+    def keep(self, tokens_S: Tensor | None, x_TI: Tensor) -> Tensor:
+        """Go on with these tokens only (None: all): the stream is theirs from here on, and so is what is returned."""
+        if tokens_S is None:
+            return x_TI
+        self.stream_TX = self.stream_TX.index_select(0, tokens_S)
+        return x_TI.index_select(0, tokens_S)
