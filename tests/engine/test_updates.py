@@ -249,7 +249,7 @@ def test_a_stage_that_was_cancelled_may_be_tried_again(start: Starter, new: Tens
         for turn in range(20):
             session = await engine.begin_update("new", manifest_of((n, t.shape, str(t.dtype)) for n, t in new))
             try:
-                await asyncio.wait_for(engine.stage(session, [(n, t + 1) for n, t in new]), 0.0006 * turn)
+                await asyncio.wait_for(engine.stage(session, [(n, t + 1) for n, t in new]), 0.00015 * turn)
             except TimeoutError:
                 num_cancelled += 1
                 await engine.stage(session, new)
