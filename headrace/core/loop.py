@@ -15,7 +15,7 @@ from headrace.core.executor import Executor
 from headrace.core.replica import Replica
 from headrace.ipc import CoreLink, Phase, Pulse
 from headrace.types.errors import ErrorInfo, PauseTimeoutError
-from headrace.types.messages import GiveUp
+from headrace.types.messages import Command, GiveUp
 
 STAGE_BUDGET_BUSY_S = 0.0008
 """Seconds of staging or reading at a step boundary while requests run; a boundary costs at most a millisecond."""
@@ -61,11 +61,8 @@ class CoreLoop:
         commands = self._link.poll(timeout)
         if timeout > 0:
             self._pulse.enter(Phase.COMMANDING)
-        given_up = {command.target for command in commands if isinstance(command, GiveUp)}
-        for command in commands:
-            apply_command(replica, command, self._clock, given_up)
-            if replica.is_ending:
-                return False
+        if commands and not self._apply(commands):
+            return False
         stepped = self._step()
         replica.outbox.flush()
         now = self._clock()
@@ -77,6 +74,15 @@ class CoreLoop:
         self._expire_held_requests(now)
         replica.outbox.flush(force=not stepped)
         return stepped or progressed
+
+    def _apply(self, commands: list[Command]) -> bool:
+        """Do what the front asks for; False when that is the end."""
+        given_up = {command.target for command in commands if isinstance(command, GiveUp)}
+        for command in commands:
+            apply_command(self.replica, command, self._clock, given_up)
+            if self.replica.is_ending:
+                return False
+        return True
 
     def fail_requests(self, error: ErrorInfo) -> None:
         """Answer every request with `error`: the loop has crashed and does not go on."""

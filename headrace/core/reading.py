@@ -99,6 +99,8 @@ class ReadControl:
 
     def expire(self, now: float) -> None:
         """End what was not read by its deadline."""
+        if not self._reads:
+            return
         for read in [read for read in self._reads if now >= read.deadline]:
             self._refuse(read, DeadlineError("the weights were not read by the deadline"))
 

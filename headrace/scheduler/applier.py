@@ -6,6 +6,7 @@ dropped here.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -102,9 +103,12 @@ class ResultApplier:
         A sampled token has a finite log-probability; one of a prompt may be -inf, where the distribution that was asked
         for excludes it. What they left in the cache may be no number either: nobody shall find it.
         """
+        are_finite = math.isfinite(np.add.reduce(result.logprobs, axis=None))  # the sum of what is not is not
+        if are_finite and not result.prompt_logprobs:
+            return
         scored = result.prompt_logprobs.items()
         slots = [int(step.rows.slots[row]) for row, scores in scored if np.isnan(scores.logprobs).any()]
-        if not np.isfinite(result.logprobs).all():
+        if not are_finite:
             is_token = np.arange(result.logprobs.shape[1]) < result.num_tokens[:, None]
             slots += sampled[(is_token & ~np.isfinite(result.logprobs)).any(axis=1)].tolist()
         table = self._roster.table
