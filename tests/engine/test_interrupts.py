@@ -6,12 +6,9 @@ import asyncio
 import gc
 import logging
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -20,6 +17,7 @@ from headrace import Engine
 from headrace.engine.runtime import Runtime, _Errand, _look_out
 from headrace.engine.update import drive
 from tests.engine.builders import SETTINGS, model_of, named_tensors
+from tests.engine.lines import BeforeLine
 
 LONG = {"max_new_tokens": 900, "ignore_eos": True}
 TENSORS = named_tensors(model_of(1))
@@ -42,32 +40,8 @@ def check_nothing_left(engine: Engine) -> None:
         assert time.monotonic() < deadline, "a sequence runs on for nobody"
 
 
-class Interrupts:
-    """Raises `KeyboardInterrupt` before the line of that number among those of the code that waits."""
-
-    def __init__(self, number: int) -> None:
-        self.num_left = number
-        self.has_come = False
-
-    def trace(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if frame.f_code not in WATCHED:
-            return None
-        if event == "line":
-            self.num_left -= 1
-            if self.num_left < 0 and not self.has_come:
-                self.has_come = True
-                raise KeyboardInterrupt
-        return self.trace
-
-
-@contextmanager
-def tracing(trace: Any) -> Iterator[None]:
-    former = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield
-    finally:
-        sys.settrace(former)
+def interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 def calls_of(engine: Engine) -> dict[str, Callable[[], Any]]:
@@ -85,9 +59,9 @@ def calls_of(engine: Engine) -> dict[str, Callable[[], Any]]:
 def test_an_interrupt_at_any_line_leaves_nothing(engine: Engine, name: str) -> None:
     call = calls_of(engine)[name]
     for number in range(400):
-        interrupts = Interrupts(number)
+        interrupts = BeforeLine(number, WATCHED, interrupt)
         try:
-            with tracing(interrupts.trace):
+            with interrupts.tracing():
                 call()
         except KeyboardInterrupt:
             check_nothing_left(engine)

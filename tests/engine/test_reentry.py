@@ -17,6 +17,7 @@ from headrace.engine.runtime import Runtime, _Errand, _Latch
 from headrace.engine.starting import Start
 from headrace.engine.supervision import Supervisor
 from tests.engine.builders import SETTINGS
+from tests.engine.lines import BeforeLine
 
 ROOT = Path(__file__).parents[2]
 HANG_SECONDS = 60.0
@@ -84,43 +85,23 @@ def test_a_fork_taken_in_the_middle_of_a_call_refuses_at_once(model_folder: Path
     assert done.stdout.split() == ["refused"], done.stderr
 
 
-class Handler:
-    """Calls back before the line of that number among those that a signal may interrupt, as a signal handler would."""
-
-    def __init__(self, number: int, action: Callable[[], None]) -> None:
-        self.num_left = number
-        self.has_come = False
-        self._action = action
-
-    def trace(self, frame: Any, event: str, argument: Any) -> Any:
-        if frame.f_code not in WATCHED:
-            return None
-        if event == "line":
-            self.num_left -= 1
-            if self.num_left < 0 and not self.has_come:
-                self.has_come = True
-                self._action()
-        return self.trace
-
-
 @pytest.mark.parametrize("name", ["status", "shutdown"])
 def test_a_signal_handler_may_shut_the_engine_down_at_any_line(model_folder: Path, name: str) -> None:
     """Of a call, and of another shutdown: neither it nor what it has interrupted waits for the other."""
 
-    def interrupted(engine: Engine, handler: Handler) -> None:
-        sys.settrace(handler.trace)
+    def interrupted(engine: Engine, handler: BeforeLine) -> None:
         try:
-            getattr(engine, name)()
+            with handler.tracing():
+                getattr(engine, name)()
         except ShutdownError:
             assert name == "status"
         finally:
-            sys.settrace(None)
             outcomes.append(engine.is_alive)
 
     for number in range(100):
         outcomes: list[bool] = []
         engine = Engine(model_folder, **FREE)
-        handler = Handler(number, engine.shutdown)
+        handler = BeforeLine(number, WATCHED, engine.shutdown)
         thread = threading.Thread(target=interrupted, args=(engine, handler), daemon=True)
         thread.start()
         thread.join(HANG_SECONDS)
