@@ -31,6 +31,8 @@ CROWDED = "headrace.crowded"
 """Key of a request's state: the server has more connections than it wants; only a short answer is due."""
 NUM_RECEIVED = "headrace.num_received"
 """Key of a request's state: a function that says how many bytes have come on its connection, framing included."""
+HAS_ALL = "headrace.has_all"
+"""Key of a request's state: a function that says whether the end of its body has come."""
 
 
 class Connection(H11Protocol):
@@ -45,8 +47,8 @@ class Connection(H11Protocol):
         is_crowded: bool = False,
     ) -> None:
         parser = Parser(config.h11_max_incomplete_event_size)
-        state = {**app_state, NUM_RECEIVED: lambda: parser.num_received, **({CROWDED: True} if is_crowded else {})}
-        super().__init__(config, server_state, state)
+        state = {**app_state, NUM_RECEIVED: lambda: parser.num_received, HAS_ALL: self._has_all}
+        super().__init__(config, server_state, {**state, CROWDED: True} if is_crowded else state)
         self.conn = self._parser = parser
         self._queue = queue
         self._waiting = bytearray()
@@ -83,15 +85,19 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Bytes of the client. What costs much to parse waits in line with that of all other connections."""
         self.used_at = self.loop.time()
+        is_first = not (self._waiting or self._flow.is_full or self._parser.is_in_chunks)
+        if is_first and self._parser.is_slice(data) and not self.transport.is_closing():
+            self._parse(data)  # nearly always
+            return
         self._waiting += data
         while self._can_parse and not self._parser.is_in_chunks:
-            self._parse()
+            self._parse(self._next_slice())
         self._resume()
 
     def parse_some(self) -> bool:
         """Parse a little of what waits, when this connection's turn has come; False when there is nothing to do now."""
         if self._can_parse:
-            self._parse()
+            self._parse(self._next_slice())
         self._flow.set_backlog(len(self._waiting))
         return self._can_parse
 
@@ -100,14 +106,22 @@ class Connection(H11Protocol):
         return bool(self._waiting) and not self._flow.is_full and not self.transport.is_closing()
 
     def _resume(self) -> None:
+        if not (self._waiting or self._flow.read_paused):
+            return
         self._flow.set_backlog(len(self._waiting))
         if self._can_parse:
             self._queue.add(self)
 
-    def _parse(self) -> None:
+    def _has_all(self) -> bool:
+        return not self.cycle.more_body
+
+    def _next_slice(self) -> bytes:
         size = self._parser.size_of_slice(self._waiting)
         data = bytes(self._waiting[:size])
         del self._waiting[:size]
+        return data
+
+    def _parse(self, data: bytes) -> None:
         super().data_received(data)
         if self._parser.is_wasteful and not self.transport.is_closing():
             self.send_400_response("The body's framing is out of all proportion to what is in it.")
