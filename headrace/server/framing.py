@@ -37,6 +37,7 @@ class Parser(h11.Connection):
         """Bytes so far, of all requests."""
         self.refusal = _BAD_REQUEST
         """The status of what is refused for what it is."""
+        self._head: list[bytes] = []
         self._max_lines = 0  # no more wait to be parsed
         self._is_chunked = False
         self._num_payload = 0
@@ -81,6 +82,15 @@ class Parser(h11.Connection):
         self.num_received += len(data)
         self._max_lines += data.count(b"\n")
         super().receive_data(data)
+
+    def send_with_data_passthrough(self, event: h11.Event) -> list[bytes] | None:
+        """As h11's, but the head of a reply goes with what comes next: one packet, and one wake-up of the client."""
+        written = super().send_with_data_passthrough(event)
+        if isinstance(event, h11.Response):
+            self._head, written = written or [], []
+        elif written is not None:
+            self._head, written = [], self._head + written
+        return written
 
     def next_event(self) -> Any:
         """As h11's; what is refused leaves its status in `refusal`."""

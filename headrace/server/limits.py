@@ -9,7 +9,7 @@ from collections.abc import Collection
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from headrace.server.connections import CROWDED, HAS_ALL, LINGERS, NUM_RECEIVED
+from headrace.server.connections import CLIENT, Connection
 from headrace.server.errors import body_of, error_body, respond
 from headrace.types.errors import HeadraceError, RequestTooLargeError
 
@@ -73,7 +73,7 @@ class Limits:
         if framing.num_announced is not None and framing.num_announced > self._max_body_bytes:
             error = too_large(framing.num_announced, self._max_body_bytes)
             return respond(error.status, body_of(error))
-        if scope["state"].get(CROWDED) and scope["path"] not in self._open_paths:
+        if scope["state"][CLIENT].is_crowded and scope["path"] not in self._open_paths:
             return respond(503, error_body(503, "too many connections", retryable=True), retryable=True)
         return None
 
@@ -104,7 +104,6 @@ class _Body:
     def __init__(
         self, scope: Scope, receive: Receive, send: Send, announced: int | None, max_bytes: int, timeout: float
     ) -> None:
-        self._scope = scope
         self._receive = receive
         self._send = send
         self._announced = announced
@@ -112,8 +111,7 @@ class _Body:
         self._timeout = timeout
         self._deadline = asyncio.get_running_loop().time() + timeout
         self._num_bytes = 0
-        self._num_received = scope["state"].get(NUM_RECEIVED) or (lambda: self._num_bytes)
-        self._has_all = scope["state"].get(HAS_ALL) or (lambda: False)
+        self._client: Connection = scope["state"][CLIENT]
         self._linger_bytes, self._linger_seconds = LINGER_BYTES, LINGER_SECONDS
         self._is_read = False
         self._owes_end = False
@@ -122,7 +120,7 @@ class _Body:
         """The next part; `RequestTooLargeError` beyond the bound, `BodyTimeoutError` when it does not come."""
         if self._is_read:
             return await self._receive()
-        if self._has_all():
+        if self._client.has_all:
             message = await self._next()
         else:
             try:
@@ -155,7 +153,7 @@ class _Body:
         """End an early reply, and with it the connection, once the client has seen it."""
         if not self._owes_end:
             return
-        self._scope["state"][LINGERS] = True
+        self._client.is_lingering = True
         await self._forget(self._linger_seconds, LINGER_SILENT_SECONDS)
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -167,10 +165,10 @@ class _Body:
 
     async def _forget(self, seconds: float, silent_seconds: float) -> None:
         """Read and forget what comes, up to so many bytes on the wire."""
-        end = self._num_received() + self._linger_bytes
+        end = self._client.num_received + self._linger_bytes
         try:
             async with asyncio.timeout(seconds):
-                while not self._is_read and self._num_received() < end:
+                while not self._is_read and self._client.num_received < end:
                     async with asyncio.timeout(silent_seconds):
                         await self._next()
         except TimeoutError:

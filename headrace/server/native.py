@@ -50,7 +50,7 @@ class NativeFace:
             events = self._events(self._state.group(streams), streams, style, call)
             return EventStream(events, cancel, on_disconnect, headers={STREAM_HEADER: _STREAMING[call.is_incremental]})
         replies = map(functools.partial(SequenceReply, style), streams, call.wants_logprobs)  # each when it is written
-        with dropping(request.receive, cancel, on_disconnect):
+        with dropping(request.scope, cancel, on_disconnect):
             bodies = await _written(streams, replies)
         parts = [part for body in bodies for part in (b",", body)]
         parts = [b"[", *parts[1:], b"]"] if call.is_list else bodies

@@ -81,7 +81,7 @@ class ChatFace:
             await call.submit([prompt], params, self._logprobs(body), shown=reader.hidden if reader else frozenset())
         if body.stream:
             return call.event_stream(self._events(call, body, reader))
-        with dropping(request.receive, call.cancel, self._state.metrics.count_disconnect):
+        with dropping(request.scope, call.cancel, self._state.metrics.count_disconnect):
             choices = await call.written(lambda number, piece: self._choice(call, body, reader, number, piece))
         reply = {**call.envelope(_OBJECT, choices), "usage": call.usage()}
         if body.return_token_ids:

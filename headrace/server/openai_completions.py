@@ -55,7 +55,7 @@ class CompletionsFace:
             await call.submit(prompts, params, logprob_options(self._state, body.logprobs or 0, "logprobs"))
         if body.stream:
             return call.event_stream(self._events(call, body))
-        with dropping(request.receive, call.cancel, self._state.metrics.count_disconnect):
+        with dropping(request.scope, call.cancel, self._state.metrics.count_disconnect):
             choices = await call.written(
                 lambda number, piece: self._choice(call, body, number, piece, self._tokens(body, call.streams[number]))
             )
