@@ -65,12 +65,13 @@ class OpenAiCall:
         check_body(prompts_asked, "return_token_ids" if self.body.return_token_ids else "")
         is_whole = False
         total, first, turn = len(prompts) * params.n, GenerateItem(), Turn()
+        key = "extra_key" if self.body.extra_key else "cache_salt"
         try:
             for number in range(total):
                 await turn.give_way()
                 position, index = divmod(number, params.n)
                 prompt = prompts[position]
-                with FieldNames({"input_ids": prompt.field}):
+                with FieldNames({"input_ids": prompt.field, "extra_key": key}):
                     if index == 0:
                         first = self._state.engine.prepare(self._item(prompt, position, params, logprobs))
                     item = msgspec.structs.replace(first, index=index, request_id=self._name(total))
@@ -146,7 +147,7 @@ class OpenAiCall:
             logprobs=logprobs,
             prompt_index=position,
             priority=self.body.priority,
-            namespace=self.body.extra_key or self.body.cache_salt,
+            extra_key=self.body.extra_key or self.body.cache_salt,
             stream=self.body.stream,
             shown_tokens=self._shown,
             num_output_ids_in_prompt=prompt.num_output,

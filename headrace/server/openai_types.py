@@ -149,7 +149,6 @@ def openai_errors(max_tokens_key: str, top_logprobs_key: str) -> AbstractContext
             "sampling_params.min_new_tokens": "min_tokens",
             "top_logprobs": top_logprobs_key,
             "request_id": "rid",
-            "namespace": "extra_key",
         }
     )
 
@@ -184,6 +183,9 @@ def _refuse(values: Mapping[str, Any]) -> None:
         values = {**values, "response_format": None}
     if values.get("best_of") in (1, values.get("n", 1)):
         values = {**values, "best_of": None}
+    key, salt = values.get("extra_key"), values.get("cache_salt")
+    if key and salt and key != salt:
+        raise RequestError("cache_salt is another name of extra_key: give one of them", field="cache_salt")
     refuse_lacking(values, LACKING_OPENAI)
 
 

@@ -69,9 +69,9 @@ class TokenSampling(msgspec.Struct, frozen=True, array_like=True):
 class Request(msgspec.Struct, frozen=True, array_like=True):
     """One sequence to generate. The front expands `n` and batches into single requests and derives their seeds.
 
-    `handle` is unique among the live requests of one front. `stop_token_ids` already holds the end-of-sequence ids
-    unless they are ignored. `namespace` separates prefix-cache entries (the caller's `extra_key`).
-    `deliver_every` is how many new tokens make a non-terminal `Delta`; 0 delivers only the terminal one.
+    `handle` names its front (`types/handles.py`) and is unique among its live requests. `stop_token_ids` already holds
+    the end-of-sequence ids unless they are ignored. `extra_key` keeps prefix-cache entries apart. `deliver_every` is
+    how many new tokens make a non-terminal `Delta`; 0 delivers only the terminal one.
     The last `num_output_ids_in_prompt` ids of `prompt` are output of an earlier request, and penalties count them so.
     """
 
@@ -85,7 +85,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     min_new_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
     priority: int = 0
-    namespace: str = ""
+    extra_key: str = ""
     deliver_every: int = 0
     num_output_ids_in_prompt: int = 0
 
@@ -118,7 +118,7 @@ class Sibling(msgspec.Struct, frozen=True, array_like=True):
 
 _SHARED_PARTS = ("sampling", "logprobs", "stop_token_ids")
 _EQUAL_PARTS = (
-    *("max_new_tokens", "min_new_tokens", "priority", "namespace", "deliver_every", "num_output_ids_in_prompt"),
+    *("max_new_tokens", "min_new_tokens", "priority", "extra_key", "deliver_every", "num_output_ids_in_prompt"),
 )
 
 
