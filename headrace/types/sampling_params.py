@@ -100,7 +100,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         return self.temperature < GREEDY_TEMPERATURE
 
 
-class LogprobOptions(msgspec.Struct, frozen=True, array_like=True):
+class LogprobOptions(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What log-probabilities a request wants beside those of its generated tokens, which are always returned.
 
     `output_mode` and `prompt_mode` say what the numbers mean (docs/architecture.md, "Log-probabilities").
