@@ -86,6 +86,8 @@ async def _serve(engine: AsyncEngine, host: str, listener: socket.socket, option
     # What is loaded by now stays: without this each full collection walks it again, about 1 ms per request.
     gc.collect()
     gc.freeze()
+    # A full collection waits for ten times as many new objects: all else waits for it, and 65,536 sequences are many.
+    gc.set_threshold(*gc.get_threshold()[:2], 100)
     seed = engine.resolved.engine.seed
     logger.info("serving", extra={"fields": {"url": server.url, "model": engine.config.model, "seed": seed}})
     end = await _first_of(signalled, engine)

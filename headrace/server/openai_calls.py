@@ -13,11 +13,11 @@ import msgspec
 
 from headrace.engine import GenerateItem, Stream
 from headrace.engine.bounds import check_body
+from headrace.engine.pacing import Turn
 from headrace.server.errors import FieldNames
 from headrace.server.openai_types import OpenAiBody
 from headrace.server.prompts import check_count
 from headrace.server.state import ServerState
-from headrace.server.turns import Turn
 from headrace.server.wire import EventStream, cancel_all, encode_json
 from headrace.text import run_sized
 from headrace.types.generation import Generation
