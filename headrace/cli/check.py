@@ -19,7 +19,8 @@ import msgspec
 from headrace.cli.flags import add_flags, given
 from headrace.config import EngineConfig, ResolvedConfig, Software
 from headrace.config.devices import installed_software
-from headrace.config.resolve import ELEMENT_SIZES, available_memory, backend_refusal
+from headrace.config.machine import available_memory
+from headrace.config.resolve import ELEMENT_SIZES, backend_refusal
 
 if TYPE_CHECKING:
     from rich.console import Console

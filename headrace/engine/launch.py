@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from headrace.config import EngineConfig, ModelSpec, ResolvedConfig, resolve
-from headrace.config.resolve import check_working_directory
+from headrace.config.machine import check_working_directory
 from headrace.ipc import CoreLink, FrontLink, Pulse, PulsePage, launch_core, make_pair
 from headrace.text import Tokenizer
 from headrace.types.errors import ConfigError
