@@ -44,7 +44,6 @@ def check_working_directory() -> None:
 
 
 def available_cores() -> int:
-    """Cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

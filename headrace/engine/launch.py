@@ -65,14 +65,12 @@ class CoreThread:
 
     @property
     def is_alive(self) -> bool:
-        """True until it has ended."""
         return self._thread.is_alive()
 
     def kill(self) -> None:
         """A thread cannot be killed: it ends when it sees its link closed."""
 
     def close(self, timeout: float) -> None:
-        """Wait for its end."""
         self._thread.join(timeout)
 
     @staticmethod

@@ -19,7 +19,7 @@ from headrace.server.openai_types import (
     logprob_options,
     openai_errors,
     prompt_bound,
-    read_chat,
+    read_openai,
     sampling_params,
     tool_choice,
 )
@@ -54,24 +54,26 @@ class Conversation(msgspec.Struct, frozen=True):
 
 
 class ChatFace:
-    """The chat route."""
-
     def __init__(self, state: ServerState) -> None:
         self._state = state
         self._tokenizer = state.engine.tokenizer
         self._style = tool_call_style(self._tokenizer.chat_template) if self._tokenizer is not None else None
 
     def endpoints(self) -> list[Endpoint]:
-        """The routes of this face."""
         return [Endpoint("/v1/chat/completions", self.chat, ("POST",), generates=True)]
 
     async def chat(self, request: Request) -> Response:
-        """POST /v1/chat/completions"""
         body, warnings, conversation = await read_body(request, self._read)
         model = check_model(self._state, body.model)
         if conversation.tools and conversation.style is None:
             warnings.append("tools: calls are not read, the chat template shows no form of them that is known")
-        text = await self._render(conversation, body)
+        text = await render_chat(
+            self._state.engine,
+            conversation.messages,
+            conversation.tools,
+            body.add_generation_prompt,
+            conversation.template_arguments,
+        )
         prompt = await self._prompt(text, body, warnings)
         call = OpenAiCall(self._state, body, "chatcmpl", model, warnings)
         key = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
@@ -89,7 +91,7 @@ class ChatFace:
         return json_reply(reply, headers=call.headers)
 
     def _read(self, values: Mapping[str, Any]) -> tuple[ChatBody, list[str], Conversation]:
-        body, warnings = read_chat(values)
+        body, warnings = read_openai(values, ChatBody)
         check_model(self._state, body.model)
         return body, warnings, self._conversation(body)
 
@@ -101,15 +103,6 @@ class ChatFace:
         if body.reasoning_effort is not None:
             arguments.setdefault("reasoning_effort", body.reasoning_effort)
         return Conversation(normalize_messages(body.messages), tools, self._style if tools else None, arguments)
-
-    async def _render(self, conversation: Conversation, body: ChatBody) -> str:
-        return await render_chat(
-            self._state.engine,
-            conversation.messages,
-            conversation.tools,
-            body.add_generation_prompt,
-            conversation.template_arguments,
-        )
 
     async def _prompt(self, text: str, body: ChatBody, warnings: list[str]) -> Prompt:
         engine, is_added = self._state.engine, body.add_special_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from headrace.server.openai_types import (
     logprob_options,
     openai_errors,
     prompt_bound,
-    read_completion,
+    read_openai,
     sampling_params,
 )
 from headrace.server.prompts import check_count, encode_texts, last_of, warnings_about
@@ -34,19 +35,15 @@ _OBJECT = "text_completion"
 
 
 class CompletionsFace:
-    """The completion route."""
-
     def __init__(self, state: ServerState) -> None:
         self._state = state
         self._tokenizer = state.engine.tokenizer
 
     def endpoints(self) -> list[Endpoint]:
-        """The routes of this face."""
         return [Endpoint("/v1/completions", self.completions, ("POST",), generates=True)]
 
     async def completions(self, request: Request) -> Response:
-        """POST /v1/completions"""
-        body, warnings = await read_body(request, read_completion)
+        body, warnings = await read_body(request, functools.partial(read_openai, kind=CompletionBody))
         model = check_model(self._state, body.model)
         prompts = await self._prompts(body, warnings)
         call = OpenAiCall(self._state, body, "cmpl", model, warnings)
