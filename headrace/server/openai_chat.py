@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -10,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.server.native_types import shared_ids
-from headrace.server.openai_calls import OpenAiCall, Prompt, choice_extras, finish_of
+from headrace.server.openai_calls import Chunks, OpenAiCall, Prompt, choice_extras, finish_of
 from headrace.server.openai_logprobs import TextTokens, TokenWriter, chat_logprobs
 from headrace.server.openai_tools import ReplyText, ToolReader
 from headrace.server.openai_types import (
@@ -26,7 +27,7 @@ from headrace.server.openai_types import (
 from headrace.server.prompts import encode_text, render_chat, tokenizer_of, warnings_about
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
-from headrace.server.wire import dropping, event, json_reply, read_body
+from headrace.server.wire import dropping, json_reply, read_body
 from headrace.text import (
     Tokenizer,
     ToolCallStyle,
@@ -82,9 +83,9 @@ class ChatFace:
             reader = self._reader(conversation, body, text, params)
             await call.submit([prompt], params, self._logprobs(body), shown=reader.hidden if reader else frozenset())
         if body.stream:
-            return call.event_stream(self._events(call, body, reader))
+            return call.event_stream(_CHUNK, functools.partial(self._chunks, call, body, reader))
         with dropping(request.receive, call.cancel, self._state.metrics.count_disconnect):
-            choices = await call.written(lambda number, piece: self._choice(call, body, reader, number, piece))
+            choices = await call.written(functools.partial(self._choice, call, body, reader))
         reply = {**call.envelope(_OBJECT, choices), "usage": call.usage()}
         if body.return_token_ids:
             reply["prompt_token_ids"] = call.streams[0].prompt_token_ids
@@ -151,22 +152,8 @@ class ChatFace:
             **choice_extras(call, call.streams[number], piece),
         }
 
-    async def _events(self, call: OpenAiCall, body: ChatBody, reader: ToolReader | None) -> AsyncIterator[bytes]:
-        group, numbers = self._state.group(call.streams), call.numbers()
-        choices = [
-            _StreamedChoice(call, body, number, ReplyText(reader), self._tokenizer)
-            for number in range(len(call.streams))
-        ]
-        while pieces := await group.next_pieces():
-            events: list[bytes] = []
-            for piece in pieces:
-                call.count(piece)
-                chunks = choices[numbers[piece.request_id]].chunks(piece)
-                events += [event(call.chunk(_CHUNK, chunk, piece)) for chunk in chunks]
-            if events:
-                yield b"".join(events)
-        if body.stream_options is not None and body.stream_options.include_usage:
-            yield event({**call.envelope(_CHUNK, []), "usage": call.usage()})
+    def _chunks(self, call: OpenAiCall, body: ChatBody, reader: ToolReader | None, number: int) -> Chunks:
+        return _StreamedChoice(call, body, number, ReplyText(reader), self._tokenizer).chunks
 
 
 class _StreamedChoice:
