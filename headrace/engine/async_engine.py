@@ -337,7 +337,7 @@ class AsyncEngine(EngineLifecycle):
 
     @_on_engine_loop
     async def metrics(self) -> dict[str, float]:
-        """Counters and gauges of the core (docs/architecture.md lists them)."""
+        """Counters and gauges of the core (docs/behaviour.md lists them)."""
         return (await self.runtime.client.ask(GetStatus, CoreStatus)).metrics
 
     @_on_engine_loop

@@ -34,11 +34,9 @@ class NativeFace:
         self._state = state
 
     def endpoints(self) -> list[Endpoint]:
-        """The routes of this face."""
         return [Endpoint("/generate", self.generate, ("POST", "PUT"), generates=True)]
 
     async def generate(self, request: Request) -> Response:
-        """POST|PUT /generate"""
         received_at = time.perf_counter()
         is_incremental = self._state.options.incremental_streaming_output
         engine = self._state.engine
