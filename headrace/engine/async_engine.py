@@ -19,7 +19,7 @@ from headrace.engine.pacing import Turn
 from headrace.engine.reading import read_weight
 from headrace.engine.requests import GenerateItem, GenerateOptions
 from headrace.engine.runtime import Undoable
-from headrace.engine.serving import RunningServer, server_door, stop_server
+from headrace.engine.serving import HttpServer, server_door, stop_server
 from headrace.engine.stream import Stream, StreamGroup
 from headrace.engine.tensors import NamedTensors, to_tensor
 from headrace.engine.update import Manifest, Script, UpdateSession, drive_async, manifest_of
@@ -345,7 +345,7 @@ class AsyncEngine(EngineLifecycle):
         """The core's account of itself, now. `DeadlineError` after `timeout` seconds (default `control_timeout`)."""
         return await self.runtime.client.ask(GetStatus, CoreStatus, seconds_of(timeout))
 
-    async def serve(self, port: int = 0, host: str = "127.0.0.1", **options: Any) -> RunningServer:
+    async def serve(self, port: int = 0, host: str = "127.0.0.1", **options: Any) -> HttpServer:
         """Serve this engine over HTTP, on its own loop. Returns a handle with `port`, `url` and `await stop()`.
 
         `options` are those of `headrace.server`.

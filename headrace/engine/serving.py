@@ -13,7 +13,7 @@ from headrace.engine.runtime import Runtime
 from headrace.types.errors import ShutdownError
 
 
-class RunningServer(Protocol):
+class HttpServer(Protocol):
     """A server on the engine's loop. `url` is the base of all routes."""
 
     port: int
@@ -26,7 +26,7 @@ class RunningServer(Protocol):
 class ServerHandle:
     """A running HTTP server of an engine."""
 
-    def __init__(self, running: RunningServer, runtime: Runtime) -> None:
+    def __init__(self, running: HttpServer, runtime: Runtime) -> None:
         self._running = running
         self._runtime = runtime
         self.port = running.port
@@ -38,13 +38,13 @@ class ServerHandle:
             self._runtime.wait(self._running.stop(timeout))
 
 
-def server_door() -> Callable[..., Coroutine[Any, Any, RunningServer]]:
+def server_door() -> Callable[..., Coroutine[Any, Any, HttpServer]]:
     """`headrace.server.serve`. To load it is too slow for a loop with streams on it."""
     from headrace.server.run import serve
 
     return serve
 
 
-async def stop_server(running: RunningServer) -> None:
+async def stop_server(running: HttpServer) -> None:
     """Undo a `serve` of which nobody heard."""
     await running.stop(0.0)
