@@ -54,6 +54,7 @@ _BACKENDS = {
     ),
     "cpu": ("cpu", "the batched CPU kernels; reference is the slow oracle"),
 }
+_NO_EXPERTS = "has no kernels for layers of experts yet"
 
 
 class Takeover(msgspec.Struct, frozen=True):
@@ -136,11 +137,11 @@ def resolve(
         raise ConfigError(f"the folder {folder} has a name that is not Unicode text", field="model")
     model = ModelSpec.from_folder(folder)
     software = installed_software() if software is None else software
-    cuda = _cuda(config, devices, software, why)
+    cuda = _cuda(config, model, devices, software, why)
     device = "cpu" if cuda is None else "cuda"
     engine = _settle(config, device, model, why)
     dtype = _dtype(config, model, device, why)
-    backend = _attention_backend(config, device, software, why)
+    backend = _attention_backend(config, model, device, software, why)
     kv_dtype = _kv_dtype(config, dtype, backend, cuda, why)
     context_length = _context_length(config, model, why)
     num_threads = _num_threads(config, device, why)
@@ -161,8 +162,10 @@ def resolve(
     )
 
 
-def backend_refusal(backend: str, device: str, software: Software) -> str | None:
-    """Why what is installed cannot run an attention backend on a device; None when it can."""
+def backend_refusal(backend: str, model: ModelSpec, device: str, software: Software) -> str | None:
+    """Why what is installed cannot run a model with an attention backend on a device; None when it can."""
+    if model.has_experts and backend in ("triton", "flashinfer"):
+        return _NO_EXPERTS
     if (backend == "cpu" and device == "cuda") or (backend == "flashinfer" and device == "cpu"):
         return f"does not run on {device}"
     if backend == "flashinfer" and not software.has_flashinfer:
@@ -222,13 +225,19 @@ def _meminfo_available() -> int:
 
 
 def _cuda(
-    config: EngineConfig, devices: Sequence[CudaDevice] | None, software: Software, why: list[Explanation]
+    config: EngineConfig,
+    model: ModelSpec,
+    devices: Sequence[CudaDevice] | None,
+    software: Software,
+    why: list[Explanation],
 ) -> CudaDevice | None:
     """The device to run on; None for the CPU. Devices are looked for only where one could be used."""
     if config.device == "cpu":
         return None
     found = cuda_devices() if devices is None else devices
     missing = _missing_for_cuda(found, software)
+    if missing is None and model.has_experts and config.attention_backend != "reference":
+        missing = f"it {_NO_EXPERTS} (device='cpu' has; attention_backend='reference' is slow)"
     if missing is None:
         if config.device == "auto":
             why.append(("device", "cuda", _describe(found[0])))
@@ -308,13 +317,15 @@ def _dtype(config: EngineConfig, model: ModelSpec, device: str, why: list[Explan
     return dtype
 
 
-def _attention_backend(config: EngineConfig, device: str, software: Software, why: list[Explanation]) -> str:
+def _attention_backend(
+    config: EngineConfig, model: ModelSpec, device: str, software: Software, why: list[Explanation]
+) -> str:
     backend = config.attention_backend
     if backend == "auto":
         chosen, reason = _BACKENDS[device]
         why.append(("attention_backend", chosen, reason))
         return chosen
-    refusal = backend_refusal(backend, device, software)
+    refusal = backend_refusal(backend, model, device, software)
     if refusal is not None:
         raise ConfigError(f"attention_backend {backend!r} {refusal}", field="attention_backend")
     return backend
