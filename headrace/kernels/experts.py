@@ -59,11 +59,10 @@ def add_grouped_(
     hidden_NX = routed.hidden_TX.index_select(0, pairs_N // num_per_token)
     gated_NF = silu_and_mul(_grouped(linear, hidden_NX, gate_up_E2FX, sizes_E))
     out_NX = _grouped(linear, gated_NF, down_EXF, sizes_E)
-    by_token_NX = torch.empty_like(out_NX).index_copy_(0, pairs_N, out_NX)
-    parts_TKX = by_token_NX.view(num_tokens, num_per_token, out_NX.shape[1]) * routed.weights_TK.unsqueeze(-1)
-    total_TX = parts_TKX[:, 0].float()
-    for rank in range(1, num_per_token):
-        total_TX = total_TX + parts_TKX[:, rank]
+    places_TK = pairs_N.argsort().view(num_tokens, num_per_token)
+    total_TX = torch.zeros_like(residual_TX, dtype=torch.float32)
+    for rank in range(num_per_token):
+        total_TX += out_NX.index_select(0, places_TK[:, rank]) * routed.weights_TK[:, rank, None]
     residual_TX.add_(total_TX.to(residual_TX.dtype))
 
 

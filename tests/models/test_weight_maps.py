@@ -108,6 +108,33 @@ def test_ranks_share_experts_by_their_columns(family: str, overrides: dict[str, 
     assert {name: add_digests(*(found[name] for found in digests)) for name in expected} == expected
 
 
+SIZES_OF_8X7B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+SIZES_OF_30B = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32}
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_parameters"),
+    [
+        (
+            SIZES_OF_30B
+            | {"architectures": ["Qwen3MoeForCausalLM"], "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128}
+            | {"moe_intermediate_size": 768, "vocab_size": 151936, "max_position_embeddings": 40960},
+            30_532_122_624,
+        ),
+        (
+            SIZES_OF_8X7B
+            | {"architectures": ["MixtralForCausalLM"], "num_key_value_heads": 8, "num_local_experts": 8}
+            | {"vocab_size": 32000, "max_position_embeddings": 32768},
+            46_702_792_704,
+        ),
+    ],
+    ids=["Qwen3-30B-A3B", "Mixtral-8x7B"],
+)
+def test_published_models_have_the_published_number_of_parameters(fields: dict[str, Any], num_parameters: int) -> None:
+    table = models.weight_map(ModelSpec.from_config(fields))
+    assert table.num_elements == num_parameters == sum(part.num_elements for part in table.parts())
+
+
 def test_what_does_not_split_over_the_ranks_is_refused() -> None:
     spec = ModelSpec.from_config(make_model("llama").config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
     with pytest.raises(UnsupportedModelError, match="do not split over 5 ranks"):
