@@ -59,6 +59,7 @@ _BACKENDS = {
     "cuda": Chosen("triton", "the faster one for most steps (docs/benchmarks.md), and it reads shared prompts once"),
     "cpu": Chosen("cpu", "the batched CPU kernels; reference is the slow oracle"),
 }
+_NO_EXPERTS = "has no kernels for layers of experts yet"
 
 
 class Takeover(msgspec.Struct, frozen=True):
@@ -140,12 +141,12 @@ def resolve(
         raise ConfigError(f"the folder {folder} has a name that is not Unicode text", field="model")
     model = ModelSpec.from_folder(folder)
     software = installed_software() if software is None else software
-    cuda, why_device = _cuda(config, devices, software)
+    cuda, why_device = _cuda(config, model, devices, software)
     device = "cpu" if cuda is None else "cuda"
     sizes = _sizes(config, device, model)
     engine = _settled(config, {name: size.value for name, size in sizes.items()})
     dtype = _dtype(config, model, device)
-    backend = _attention_backend(config, device, software)
+    backend = _attention_backend(config, model, device, software)
     kv_dtype = _kv_dtype(config, dtype.value, backend.value, cuda)
     context_length = _context_length(config, model)
     num_threads = _num_threads(config, device)
@@ -183,8 +184,10 @@ def _explanations(choices: Mapping[str, Chosen[Any]]) -> tuple[Explanation, ...]
     return tuple((name, "measured at start" if value is None else str(value), why) for name, value, why in found)
 
 
-def backend_refusal(backend: str, device: str, software: Software) -> str | None:
-    """Why what is installed cannot run an attention backend on a device; None when it can."""
+def backend_refusal(backend: str, model: ModelSpec, device: str, software: Software) -> str | None:
+    """Why what is installed cannot run a model with an attention backend on a device; None when it can."""
+    if model.has_experts and backend in ("triton", "flashinfer"):
+        return _NO_EXPERTS
     if (backend == "cpu" and device == "cuda") or (backend == "flashinfer" and device == "cpu"):
         return f"does not run on {device}"
     if backend == "flashinfer" and not software.has_flashinfer:
@@ -194,12 +197,16 @@ def backend_refusal(backend: str, device: str, software: Software) -> str | None
     return None
 
 
-def _cuda(config: EngineConfig, devices: Sequence[CudaDevice] | None, software: Software) -> Chosen[CudaDevice | None]:
+def _cuda(
+    config: EngineConfig, model: ModelSpec, devices: Sequence[CudaDevice] | None, software: Software
+) -> Chosen[CudaDevice | None]:
     """The device to run on; None for the CPU. Devices are looked for only where one could be used."""
     if config.device == "cpu":
         return Chosen(None)
     found = cuda_devices() if devices is None else devices
     missing = _missing_for_cuda(found, software)
+    if missing is None and model.has_experts and config.attention_backend != "reference":
+        missing = f"it {_NO_EXPERTS} (device='cpu' has; attention_backend='reference' is slow)"
     if missing is None:
         return Chosen(found[0], _describe(found[0]) if config.device == "auto" else "")
     if config.device == "cuda":
@@ -284,11 +291,11 @@ def _dtype(config: EngineConfig, model: ModelSpec, device: str) -> Chosen[str]:
     return Chosen("bfloat16", f"the checkpoint's {model.dtype} has no kernels")
 
 
-def _attention_backend(config: EngineConfig, device: str, software: Software) -> Chosen[str]:
+def _attention_backend(config: EngineConfig, model: ModelSpec, device: str, software: Software) -> Chosen[str]:
     backend = config.attention_backend
     if backend == "auto":
         return _BACKENDS[device]
-    refusal = backend_refusal(backend, device, software)
+    refusal = backend_refusal(backend, model, device, software)
     if refusal is not None:
         raise ConfigError(f"attention_backend {backend!r} {refusal}", field="attention_backend")
     return Chosen(backend)

@@ -1,6 +1,6 @@
 """What one family of decoders says about itself: its layer, and its tensors as data, by name and where they go.
 
-All families have the tensors of `SKELETON`; a family states which further parts its layers may have.
+All layers have the tensors of `SKELETON`, and `DENSE_MLP` or experts; a family states what further parts they may have.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from typing import Literal
 import msgspec
 
 from headrace.config import LayerSpec
+from headrace.config.layer_spec import DenseSpec, ExpertsSpec
 from headrace.layers.params import Params
 from headrace.layers.step import KvPlace
 from headrace.models.decoder import Layer
+from headrace.types.errors import InternalError
 
 Size = Literal["hidden", "heads", "kv_heads", "intermediate", "head_dim"]
 
@@ -36,16 +38,41 @@ class Part(msgspec.Struct, frozen=True):
     tensors: tuple[Tensor, ...]
 
 
+class ExpertLayers(msgspec.Struct, frozen=True):
+    """Layers of experts; `layer` makes one.
+
+    Below "model.layers.{i}." a checkpoint has "{prefix}.gate.weight", the router, and of each expert
+    "{prefix}.experts.{e}.{projection}.weight", for gate, up and down. The modules of transformers hold those of a layer
+    in two tensors (`headrace.weights.experts`), and the router, below "mlp", whatever the prefix. Parameters are
+    "router.weight", "experts_gate_up.weight" and "experts_down.weight".
+    """
+
+    layer: Callable[[Params, KvPlace, ExpertsSpec], Layer]
+    prefix: str
+    projections: tuple[str, str, str]
+
+
 class Family(msgspec.Struct, frozen=True):
-    """A decoder family; `layer` makes a layer over its parameters, `parts` are what it may have beyond `SKELETON`."""
+    """A decoder family. `dense` makes a layer with one feed-forward block for all tokens, and `experts` one of experts,
+    where it has such; `parts` are what any may have beyond `SKELETON`."""
 
     architecture: str
-    layer: Callable[[Params, KvPlace], Layer]
+    dense: Callable[[Params, KvPlace], Layer] | None
     parts: tuple[Part, ...] = ()
+    experts: ExpertLayers | None = None
+
+    def layer(self, params: Params, kv: KvPlace, spec: LayerSpec) -> Layer:
+        """The layer of this spec."""
+        if isinstance(spec.mlp, ExpertsSpec) and self.experts is not None:
+            return self.experts.layer(params, kv, spec.mlp)
+        if isinstance(spec.mlp, DenseSpec) and self.dense is not None:
+            return self.dense(params, kv)
+        raise InternalError(f"{self.architecture} has no layers of {type(spec.mlp).__name__}")
 
     def layer_tensors(self, layer: LayerSpec) -> tuple[Tensor, ...]:
-        """All tensors of one layer."""
-        return SKELETON + tuple(tensor for part in self.parts if part.present(layer) for tensor in part.tensors)
+        """All tensors of one layer, but for those of experts."""
+        parts = (DENSE_MLP, *self.parts)
+        return SKELETON + tuple(tensor for part in parts if part.present(layer) for tensor in part.tensors)
 
 
 SKELETON = (
@@ -55,12 +82,17 @@ SKELETON = (
     Tensor("self_attn.v_proj.weight", "qkv.weight", ("kv_heads", "hidden"), 0),
     Tensor("self_attn.o_proj.weight", "output.weight", ("hidden", "heads"), 1),
     Tensor("post_attention_layernorm.weight", "mlp_norm.weight", ("hidden",)),
-    Tensor("mlp.gate_proj.weight", "gate_up.weight", ("intermediate", "hidden"), 0),
-    Tensor("mlp.up_proj.weight", "gate_up.weight", ("intermediate", "hidden"), 0),
-    Tensor("mlp.down_proj.weight", "down.weight", ("hidden", "intermediate"), 1),
 )
-"""Pre-norm attention and gated MLP, as in Llama."""
+"""Pre-norm attention, and the norm of what follows it, as in Llama."""
 
+DENSE_MLP = Part(
+    lambda layer: isinstance(layer.mlp, DenseSpec),
+    (
+        Tensor("mlp.gate_proj.weight", "gate_up.weight", ("intermediate", "hidden"), 0),
+        Tensor("mlp.up_proj.weight", "gate_up.weight", ("intermediate", "hidden"), 0),
+        Tensor("mlp.down_proj.weight", "down.weight", ("hidden", "intermediate"), 1),
+    ),
+)
 QKV_BIAS = Part(
     lambda layer: layer.attention.qkv_bias,
     (
@@ -71,7 +103,7 @@ QKV_BIAS = Part(
 )
 OUTPUT_BIAS = Part(lambda layer: layer.attention.o_bias, (Tensor("self_attn.o_proj.bias", "output.bias", ("hidden",)),))
 MLP_BIAS = Part(
-    lambda layer: layer.mlp.bias,
+    lambda layer: isinstance(layer.mlp, DenseSpec) and layer.mlp.bias,
     (
         Tensor("mlp.gate_proj.bias", "gate_up.bias", ("intermediate",), 0),
         Tensor("mlp.up_proj.bias", "gate_up.bias", ("intermediate",), 0),
