@@ -1,6 +1,6 @@
-"""What one family of decoders says about itself: its layer, and its tensors as data, by name and where they go.
+"""What a family of decoders is made of: its layers, and the tensors of a layer as data, by name and where they go.
 
-All layers have the tensors of `SKELETON`, and `DENSE_MLP` or experts; a family states what further parts they may have.
+Which tensors a layer has is said by its `LayerSpec` alone: what a family takes a field for is known to `ModelSpec`.
 """
 
 from __future__ import annotations
@@ -31,13 +31,6 @@ class Tensor(msgspec.Struct, frozen=True):
     shard_axis: int | None = None
 
 
-class Part(msgspec.Struct, frozen=True):
-    """Tensors that a layer has only if its spec says so."""
-
-    present: Callable[[LayerSpec], bool]
-    tensors: tuple[Tensor, ...]
-
-
 class ExpertLayers(msgspec.Struct, frozen=True):
     """Layers of experts; `layer` makes one.
 
@@ -54,11 +47,9 @@ class ExpertLayers(msgspec.Struct, frozen=True):
 
 class Family(msgspec.Struct, frozen=True):
     """A decoder family. `dense` makes a layer with one feed-forward block for all tokens, and `experts` one of experts,
-    where it has such; `parts` are what any may have beyond `SKELETON`."""
+    where it has such."""
 
-    architecture: str
     dense: Callable[[Params, KvPlace], Layer] | None
-    parts: tuple[Part, ...] = ()
     experts: ExpertLayers | None = None
 
     def layer(self, params: Params, kv: KvPlace, spec: LayerSpec) -> Layer:
@@ -67,12 +58,20 @@ class Family(msgspec.Struct, frozen=True):
             return self.experts.layer(params, kv, spec.mlp)
         if isinstance(spec.mlp, DenseSpec) and self.dense is not None:
             return self.dense(params, kv)
-        raise InternalError(f"{self.architecture} has no layers of {type(spec.mlp).__name__}")
+        raise InternalError(f"the family has no layers of {type(spec.mlp).__name__}")
 
-    def layer_tensors(self, layer: LayerSpec) -> tuple[Tensor, ...]:
-        """All tensors of one layer, but for those of experts."""
-        parts = (DENSE_MLP, *self.parts)
-        return SKELETON + tuple(tensor for part in parts if part.present(layer) for tensor in part.tensors)
+
+def layer_tensors(layer: LayerSpec) -> tuple[Tensor, ...]:
+    """All tensors of a layer, of whatever family, but for those of experts."""
+    attention, mlp = layer.attention, layer.mlp
+    return (
+        *SKELETON,
+        *(DENSE_MLP if isinstance(mlp, DenseSpec) else ()),
+        *(QKV_BIAS if attention.qkv_bias else ()),
+        *(OUTPUT_BIAS if attention.o_bias else ()),
+        *(MLP_BIAS if isinstance(mlp, DenseSpec) and mlp.bias else ()),
+        *(QK_NORM if attention.qk_norm else ()),
+    )
 
 
 SKELETON = (
@@ -85,35 +84,23 @@ SKELETON = (
 )
 """Pre-norm attention, and the norm of what follows it, as in Llama."""
 
-DENSE_MLP = Part(
-    lambda layer: isinstance(layer.mlp, DenseSpec),
-    (
-        Tensor("mlp.gate_proj.weight", "gate_up.weight", ("intermediate", "hidden"), 0),
-        Tensor("mlp.up_proj.weight", "gate_up.weight", ("intermediate", "hidden"), 0),
-        Tensor("mlp.down_proj.weight", "down.weight", ("hidden", "intermediate"), 1),
-    ),
+DENSE_MLP = (
+    Tensor("mlp.gate_proj.weight", "gate_up.weight", ("intermediate", "hidden"), 0),
+    Tensor("mlp.up_proj.weight", "gate_up.weight", ("intermediate", "hidden"), 0),
+    Tensor("mlp.down_proj.weight", "down.weight", ("hidden", "intermediate"), 1),
 )
-QKV_BIAS = Part(
-    lambda layer: layer.attention.qkv_bias,
-    (
-        Tensor("self_attn.q_proj.bias", "qkv.bias", ("heads",), 0),
-        Tensor("self_attn.k_proj.bias", "qkv.bias", ("kv_heads",), 0),
-        Tensor("self_attn.v_proj.bias", "qkv.bias", ("kv_heads",), 0),
-    ),
+QKV_BIAS = (
+    Tensor("self_attn.q_proj.bias", "qkv.bias", ("heads",), 0),
+    Tensor("self_attn.k_proj.bias", "qkv.bias", ("kv_heads",), 0),
+    Tensor("self_attn.v_proj.bias", "qkv.bias", ("kv_heads",), 0),
 )
-OUTPUT_BIAS = Part(lambda layer: layer.attention.o_bias, (Tensor("self_attn.o_proj.bias", "output.bias", ("hidden",)),))
-MLP_BIAS = Part(
-    lambda layer: isinstance(layer.mlp, DenseSpec) and layer.mlp.bias,
-    (
-        Tensor("mlp.gate_proj.bias", "gate_up.bias", ("intermediate",), 0),
-        Tensor("mlp.up_proj.bias", "gate_up.bias", ("intermediate",), 0),
-        Tensor("mlp.down_proj.bias", "down.bias", ("hidden",)),
-    ),
+OUTPUT_BIAS = (Tensor("self_attn.o_proj.bias", "output.bias", ("hidden",)),)
+MLP_BIAS = (
+    Tensor("mlp.gate_proj.bias", "gate_up.bias", ("intermediate",), 0),
+    Tensor("mlp.up_proj.bias", "gate_up.bias", ("intermediate",), 0),
+    Tensor("mlp.down_proj.bias", "down.bias", ("hidden",)),
 )
-QK_NORM = Part(
-    lambda layer: layer.attention.qk_norm,
-    (
-        Tensor("self_attn.q_norm.weight", "q_norm.weight", ("head_dim",)),
-        Tensor("self_attn.k_norm.weight", "k_norm.weight", ("head_dim",)),
-    ),
+QK_NORM = (
+    Tensor("self_attn.q_norm.weight", "q_norm.weight", ("head_dim",)),
+    Tensor("self_attn.k_norm.weight", "k_norm.weight", ("head_dim",)),
 )

@@ -8,7 +8,6 @@ from headrace.config.layer_spec import ExpertsSpec
 from headrace.layers.params import Params
 from headrace.layers.residual import Residual
 from headrace.layers.step import ForwardStep, KvPlace
-from headrace.models.family import ExpertLayers, Family
 
 
 class MixtralLayer:
@@ -29,6 +28,3 @@ class MixtralLayer:
         attended = step.attention[self.kv.group].run(self.kv.layer, qkv, None)
         x.add(self.output, x.keep(kept_tokens, attended))
         x.add_experts(self.experts, self.router(x.normed(self.mlp_norm)))
-
-
-FAMILY = Family("MixtralForCausalLM", None, experts=ExpertLayers(MixtralLayer, "block_sparse_moe", ("w1", "w3", "w2")))

@@ -8,8 +8,6 @@ from headrace.config.layer_spec import ExpertsSpec
 from headrace.layers.params import Params
 from headrace.layers.residual import Residual
 from headrace.layers.step import ForwardStep, KvPlace
-from headrace.models.family import OUTPUT_BIAS, QK_NORM, QKV_BIAS, ExpertLayers, Family
-from headrace.models.qwen3 import Qwen3Layer
 
 
 class Qwen3MoeLayer:
@@ -31,11 +29,3 @@ class Qwen3MoeLayer:
         attended = step.attention[self.kv.group].run(self.kv.layer, qkv, self.head_norms)
         x.add(self.output, x.keep(kept_tokens, attended))
         x.add_experts(self.experts, self.router(x.normed(self.mlp_norm)))
-
-
-FAMILY = Family(
-    "Qwen3MoeForCausalLM",
-    Qwen3Layer,
-    parts=(QKV_BIAS, OUTPUT_BIAS, QK_NORM),
-    experts=ExpertLayers(Qwen3MoeLayer, "mlp", ("gate_proj", "up_proj", "down_proj")),
-)

@@ -1,4 +1,4 @@
-"""From a `ModelSpec` to its family, its weight map and its decoder."""
+"""From a `ModelSpec` to its weight map and its decoder."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from headrace.kernels import LayerKernels
 from headrace.layers.linear import GemmCounter
 from headrace.layers.params import Params
 from headrace.layers.step import KvPlace
-from headrace.models import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 from headrace.models.decoder import Decoder
-from headrace.models.family import ExpertLayers, Family, Size, Tensor
-from headrace.types.errors import UnsupportedModelError
+from headrace.models.family import ExpertLayers, Family, Size, Tensor, layer_tensors
+from headrace.models.llama import LlamaLayer
+from headrace.models.mixtral import MixtralLayer
+from headrace.models.qwen3 import Qwen3Layer
+from headrace.models.qwen3_moe import Qwen3MoeLayer
 from headrace.weights.boxes import Box
 from headrace.weights.experts import ExpertTensors
 from headrace.weights.shard import ONLY_RANK, Shard
 from headrace.weights.store import WeightStore
 from headrace.weights.weight_map import ParamSpec, Piece, WeightMap, WeightRule
 
-_FAMILIES: dict[str, Family] = {
-    module.FAMILY.architecture: module.FAMILY for module in (llama, mistral, mixtral, qwen2, qwen3, qwen3_moe)
+FAMILIES = {
+    "LlamaForCausalLM": Family(LlamaLayer),
+    "MistralForCausalLM": Family(LlamaLayer),
+    "MixtralForCausalLM": Family(None, ExpertLayers(MixtralLayer, "block_sparse_moe", ("w1", "w3", "w2"))),
+    "Qwen2ForCausalLM": Family(LlamaLayer),
+    "Qwen3ForCausalLM": Family(Qwen3Layer),
+    "Qwen3MoeForCausalLM": Family(
+        Qwen3Layer, ExpertLayers(Qwen3MoeLayer, "mlp", ("gate_proj", "up_proj", "down_proj"))
+    ),
 }
+"""What computes the layers of each architecture that `ModelSpec` knows."""
+
 _EMBED, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _FINAL_NORM = Tensor("norm.weight", "final_norm.weight", ("hidden",))
-
-
-def family_of(spec: ModelSpec) -> Family:
-    """The family of an architecture. Raises `UnsupportedModelError` naming it."""
-    family = _FAMILIES.get(spec.architecture)
-    if family is None:
-        raise UnsupportedModelError(
-            f"architecture {spec.architecture} is not supported; supported: {', '.join(_FAMILIES)}",
-            field="architectures",
-        )
-    return family
 
 
 def weight_map(spec: ModelSpec, shard: Shard = ONLY_RANK) -> WeightMap:
@@ -44,11 +44,11 @@ def weight_map(spec: ModelSpec, shard: Shard = ONLY_RANK) -> WeightMap:
     Parameters: "embed", "lm_head" (unless tied), "final_norm.weight", and per layer "layers.{i}." + the parameter names
     of `headrace.models.family`. Raises `UnsupportedModelError` for what does not split over so many ranks.
     """
-    layout, family = _Layout(spec, shard), family_of(spec)
+    layout, family = _Layout(spec, shard), FAMILIES[spec.architecture]
     layout.add_vocabulary(_EMBED, "embed")
     for index, layer in enumerate(spec.layers):
         sizes = _sizes_of(spec, layer)
-        for tensor in family.layer_tensors(layer):
+        for tensor in layer_tensors(layer):
             layout.add(f"model.layers.{index}.{tensor.name}", f"layers.{index}.{tensor.param}", tensor, sizes)
         if isinstance(layer.mlp, ExpertsSpec) and family.experts is not None:
             layout.add_experts(index, family.experts, layer.mlp)
@@ -133,7 +133,7 @@ def build(
     counter: GemmCounter | None = None,
 ) -> Decoder:
     """The decoder over `store.live`, whose tensors it keeps."""
-    family = family_of(spec)
+    family = FAMILIES[spec.architecture]
     params = Params(store.live, kernels, counter or GemmCounter(), spec.rms_norm_eps)
     places = {
         layer_id: KvPlace(number, layer)
