@@ -22,6 +22,10 @@ steps in flight sample too: of a position sampled twice the first token counts, 
 """
 
 
+class PlanRefused(ValueError):
+    """What was to be executed is no plan that it could be: nothing of it was."""
+
+
 class StepDisturbed(RuntimeError):
     """What a step computed is in doubt, through no fault of device or rows: computed again, it will be right."""
 
