@@ -2,8 +2,8 @@
 
 Little-endian words, wider numbers as two. Version 1, in this order:
 
-    header       `_HEADER`: mark and version, number of words in all, step id, epoch, and how many slots, cells, rows,
-                 tokens and groups follow
+    header       `_HEADER`: mark and version, number of words in all, step id, epoch, waits_to_sample (0 or 1), and how
+                 many slots, cells, rows, tokens and groups follow
     new slots    one `_SLOT` each: numbers, floats with all 64 bits, and how long its lists are
     cells        page_slots, page_columns, page_ids
     rows         row_slots, row_starts, row_lengths, row_samples (0 or 1), then token_ids
@@ -33,7 +33,7 @@ _COUNTS = ("num_slots", "num_cells", "num_rows", "num_tokens", "num_groups")
 _LENGTHS = ("num_token_ids", "num_stop_ids", "num_asked", "num_biased")
 _HEADER = np.dtype(
     [("version", "<i4"), ("num_words", "<i4"), ("step_id", "<i8"), ("epoch", "<i8")]
-    + [(name, "<i4") for name in _COUNTS]
+    + [(name, "<i4") for name in ("waits_to_sample", *_COUNTS)]
 )
 _SLOT = np.dtype(
     [("seed", "<u8")]
@@ -53,7 +53,8 @@ def encode(plan: StepPlan) -> Int32Array:
         parts += [part for init in plan.new_slots for part in _lists(init)]
         num_words = _HEADER_WORDS + _SLOT_WORDS * len(slots) + sum(map(len, parts))
         counts = len(slots), len(plan.page_ids), len(plan.row_slots), len(plan.token_ids), len(plan.prefix_groups)
-        header = np.array((_VERSION_1, num_words, plan.step_id, plan.epoch, *counts), _HEADER)
+        numbers = _VERSION_1, num_words, plan.step_id, plan.epoch, plan.waits_to_sample, *counts
+        header = np.array(numbers, _HEADER)
     except OverflowError as error:
         raise PlanRefused(f"step {plan.step_id} has a number that is too great: {error}") from error
     return np.concatenate([_words(header), _words(slots), *parts])
@@ -75,12 +76,13 @@ def decode(words: Int32Array) -> StepPlan:
     _require(min(part.min(initial=0) for part in (cells, rows, groups)) >= 0, "a number is negative")
     _require(token_ids.min(initial=0) >= LAST_TOKEN, "a token is negative")
     _require(rows[2].all() and rows[2].sum(dtype=np.int64) == num_tokens, "its rows do not have its tokens")
-    _require(rows[3].max(initial=0) <= 1, "whether a row samples is not 0 or 1")
+    waits = int(header["waits_to_sample"])
+    _require(rows[3].max(initial=0) <= 1 and waits in (0, 1), "a flag is not 0 or 1")
     inits = tuple(_init(record, reader) for record in slots)
     _require(reader.at == len(words), "words are left over")
     return StepPlan(
         int(header["step_id"]), int(header["epoch"]), inits, cells[0], cells[1], cells[2],
-        rows[0], rows[1], rows[2], token_ids, rows[3].astype(np.bool_), groups,
+        rows[0], rows[1], rows[2], token_ids, rows[3].astype(np.bool_), groups, bool(waits),
     )  # fmt: skip
 
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from headrace.core.executor import StepError, Weights
+from headrace.core.executor import Weights
 from headrace.core.fake_executor import FreeWeights
+from headrace.core.faults import StepError
 from headrace.types.errors import CheckpointError
-from headrace.types.plan import LAST_TOKEN, PromptLogprobs, SlotInit, StepPlan, StepResult
+from headrace.types.plan import LAST_TOKEN, PromptLogprobs, SamplePatch, SlotInit, StepPlan, StepResult
 from headrace.types.weights import TensorInfo
 
 PAGE_SIZE = 4
@@ -97,6 +98,9 @@ class RememberingExecutor:
             self._results.append(StepError(plan.step_id, MemoryError("no room")))
         else:
             self._results.append(self._execute(plan))
+
+    def sample(self, step_id: int, patch: SamplePatch | None = None) -> None:
+        """No plan waits for it."""
 
     def collect(self) -> StepResult:
         result = self._results.popleft()

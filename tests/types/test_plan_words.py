@@ -37,6 +37,7 @@ def random_plan(chance: random.Random) -> StepPlan:
         token_ids=numbers(chance, sum(lengths), least=LAST_TOKEN),
         row_samples=numbers(chance, len(lengths)) % 2 == 0,
         prefix_groups=numbers(chance, 3 * num_groups).reshape(-1, 3),
+        waits_to_sample=chance.random() < 0.5,
     )
 
 
@@ -117,7 +118,7 @@ def test_a_changed_word_is_refused_or_makes_another_plan_that_is_one() -> None:
     chance, num_refused = random.Random(2), 0
     for _ in range(NUM_PLANS // 2):
         words = encode(random_plan(chance))
-        at = chance.randrange(chance.choice((11, len(words))))
+        at = chance.randrange(chance.choice((12, len(words))))
         words[at] = chance.choice((-1, 0, 1, MOST, -MOST - 1, words[at] ^ 1 << chance.randrange(31)))
         try:
             plan = decode(words)
