@@ -19,7 +19,7 @@ from headrace.types.plan import PositionLogprobs, PromptLogprobs, SamplePatch, S
 from headrace.types.request import Int32Array
 from headrace.types.sampling_params import LogprobOptions
 from headrace.types.weights import TensorInfo, UpdateMode
-from headrace.weights.session import ResolvedMode, StageCopy
+from headrace.weights.session import ResolvedMode, StageCopy, Ticket
 
 FREE_LOGPROB = -0.5
 
@@ -124,8 +124,8 @@ class FreeWeights:
     def forget(self, index: int) -> list[int]:
         return [index]
 
-    def commit(self) -> None:
-        pass
+    def commit(self) -> Ticket:
+        return _FreeCopy()
 
     def abort(self) -> None:
         pass
@@ -145,4 +145,7 @@ class FreeWeights:
 
 class _FreeCopy:
     def advance(self, deadline_s: float) -> bool:
+        return True
+
+    def is_done(self) -> bool:
         return True

@@ -21,6 +21,7 @@ from headrace.core.faults import StepError
 from headrace.types.errors import CheckpointError
 from headrace.types.plan import LAST_TOKEN, PromptLogprobs, SamplePatch, SlotInit, StepPlan, StepResult
 from headrace.types.weights import TensorInfo
+from headrace.weights.session import Ticket
 
 PAGE_SIZE = 4
 _BITS = 20
@@ -61,8 +62,9 @@ class CountingWeights(FreeWeights):
     def __init__(self) -> None:
         self.serial = 0
 
-    def commit(self) -> None:
+    def commit(self) -> Ticket:
         self.serial += 1
+        return super().commit()
 
 
 class _Slot:
