@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.triton.sampling_rows import SamplingWorkspace, sample_rows
-from headrace.kernels.triton.shaped_rows import SKIPPED, UNSHAPED, ShapedRows, count_tokens, shape_rows
+from headrace.kernels.triton.shaped_rows import SKIPPED, UNSHAPED, ShapedRows, count_tokens, mask_rows, shape_rows
 from headrace.kernels.triton.slot_records import SLOT_WORDS, write_records
 from headrace.kernels.triton.threshold_search import find_thresholds, threshold_scratch
 from headrace.kernels.triton.top_rows import LIST_SIZES, SampledRows, asked_rows, top_rows
 from headrace.sampling.device_results import Columns, PendingExtras, PendingScores, to_host
 from headrace.sampling.device_slots import DeviceSlots, slot_params
-from headrace.types.plan import SlotInit
+from headrace.types.plan import SamplePatch, SlotInit
 from headrace.types.sampling_params import MAX_LOGPROB_TOKEN_IDS, MAX_TOP_LOGPROBS
 
 __all__ = ["SLOT_WORDS", "DeviceSampler", "PendingExtras", "PendingScores"]
@@ -122,6 +122,8 @@ class DeviceSampler:
         logprobs_S: Tensor,
         slots: Integers,
         positions: Integers,
+        *,
+        patch: SamplePatch | None = None,
     ) -> PendingExtras | None:
         """As `sample` for any mixture of rows, eagerly; also what log-probabilities they asked for beside their own.
 
@@ -129,12 +131,19 @@ class DeviceSampler:
         """
         columns = self._columns_of(slots)
         is_shaped = self._slots.are_shaped(slots, positions)
+        masks = None
+        if patch is not None:
+            masks = self._slots.upload(patch.rows), self._slots.upload(patch.masks)
+            self._slots.clear_shaping(slots[patch.rows])
+            is_shaped[patch.rows] = True
         is_kept = bool(self._slots.is_kept[slots].any())
         rounds = self._rounds(is_shaped, len(slots_S)) if is_shaped.any() else iter((None,))
         for shaped in rounds:
             if shaped is not None:
                 tables = self._slots.shaping, self._slots.counts
                 shape_rows(logits_SV, shaped, slots_S, positions_S, *tables)
+                if masks is not None:
+                    mask_rows(shaped, *masks)
             rows = self._draw(logits_SV, slots_S, positions_S, tokens_S, logprobs_S, shaped, kept=is_kept)
             self._read(rows, self._slots.asked_ids, columns)
             if shaped is not None:
@@ -179,6 +188,9 @@ class DeviceSampler:
         tables = self._slots.shaping, self._slots.counts
         for scoring in (False, True):
             shape_rows(logits, shaped, slots, positions, *tables, scoring=scoring)
+        mask_rows(
+            shaped, tokens + 1, torch.zeros(1, -(-self._vocab_size // 32), dtype=torch.int32, device=self._device)
+        )
         for kept, copies in ((False, None), (True, None), (True, shaped)):
             rows = self._draw(logits, slots, positions, tokens, logprobs, copies, kept=kept)
         for size in LIST_SIZES:

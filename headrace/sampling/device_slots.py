@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.triton.sampling_rows import seed_words
-from headrace.kernels.triton.shaped_rows import SHAPING_WORDS, count_seen, fill_counts, pack_shaping
+from headrace.kernels.triton.shaped_rows import HEADER_WORDS, SHAPING_WORDS, count_seen, fill_counts, pack_shaping
 from headrace.kernels.triton.slot_records import make_record
 from headrace.kernels.triton.threshold_search import ROW_WORDS
 from headrace.types.plan import SlotInit
@@ -83,6 +83,12 @@ class DeviceSlots:
         """Which rows are drawn from reshaped logits, before anything is dropped of them."""
         result: BoolArray = self.is_reshaped[slots] | (positions < self.min_lengths[slots])
         return result
+
+    def clear_shaping(self, slots: npt.NDArray[np.integer]) -> None:
+        """The words of those that nothing reshapes say so: they may be left from who was in the slot before."""
+        stale = slots[~self.is_reshaped[slots] & (self.min_lengths[slots] == 0)]
+        if len(stale):
+            self.shaping[:, :HEADER_WORDS].index_fill_(0, self.upload(stale.astype(np.int64)), 0)
 
     def want_extras(self, slots: npt.NDArray[np.integer]) -> BoolArray:
         """Which rows need more than their own token's log-probability."""

@@ -27,7 +27,7 @@ from headrace.sampling.distribution import Distribution
 from headrace.sampling.noise import noise_keys
 from headrace.sampling.row_pass import RowPass
 from headrace.sampling.slot_state import RAW, SAMPLED, SlotTable
-from headrace.types.plan import PositionLogprobs, SlotInit
+from headrace.types.plan import PositionLogprobs, SamplePatch, SlotInit
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
@@ -85,8 +85,10 @@ class Sampler:
         """A sequence takes a slot, in place of whatever was there."""
         self._slots.enter(init)
 
-    def sample(self, logits_SV: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> Sampled:
-        """Sample one token per row and count it where penalties act.
+    def sample(
+        self, logits_SV: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, patch: SamplePatch | None = None
+    ) -> Sampled:
+        """Sample one token per row and count it where penalties act; `patch` is of these rows.
 
         logits_SV   float32 [s, V], of any s >= 0; not changed
         slots       int64 [s], distinct
@@ -96,7 +98,7 @@ class Sampler:
         token_ids = np.empty(len(batch.slots), np.int64)
         logprobs = np.empty(len(batch.slots), np.float32)
         extras: dict[int, PositionLogprobs] = {}
-        for picked in self._pick_all(batch):
+        for picked in self._pick_all(batch, patch):
             token_ids[picked.rows] = picked.token_ids
             for chosen, distribution in self._output_distributions(batch, picked):
                 rows = picked.rows[chosen]
@@ -148,15 +150,19 @@ class Sampler:
             modes=table.output_modes[indices],
         )
 
-    def _pick_all(self, batch: _Batch) -> Iterator[_Picked]:
+    def _pick_all(self, batch: _Batch, patch: SamplePatch | None) -> Iterator[_Picked]:
         """Sample every row: the plain ones straight from the batch's logits, the others from reshaped copies."""
         is_shaped = self._slots.is_shaped[batch.slots] | (batch.positions < self._slots.min_lengths[batch.slots])
+        if patch is not None:
+            is_shaped[patch.rows] = True
         plain = np.flatnonzero(~is_shaped)
         yield from self._pick(batch, plain, batch.logits, plain, is_shaped=False)
         shaped = np.flatnonzero(is_shaped)
         for start in range(0, len(shaped), len(self._shaped)):
             rows = shaped[start : start + len(self._shaped)]
             logits = np.take(batch.logits, rows, axis=0, out=self._shaped[: len(rows)])
+            if patch is not None:
+                _apply_masks(logits, rows, patch)
             for row, values in zip(rows.tolist(), logits, strict=True):
                 self._slots.shape_row(values, int(batch.slots[row]), int(batch.positions[row]))
             yield from self._pick(batch, rows, logits, np.arange(len(rows)), is_shaped=True)
@@ -212,3 +218,11 @@ class Sampler:
 
     def _tensor(self, values: npt.NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device)
+
+
+def _apply_masks(logits: Float32Array, rows: Int64Array, patch: SamplePatch) -> None:
+    """Take what a patch forbids from copies of these rows. What is not finite stays in sight."""
+    for index, row in enumerate(rows.tolist()):
+        for mask in patch.masks[patch.rows == row]:
+            is_allowed = np.unpackbits(mask.view(np.uint8), count=logits.shape[1], bitorder="little")
+            logits[index][(is_allowed == 0) & (logits[index] < np.inf)] = -np.inf

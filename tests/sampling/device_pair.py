@@ -7,7 +7,7 @@ import torch
 
 from headrace.sampling import Sampler
 from headrace.sampling.device_sampler import SLOT_WORDS, DeviceSampler
-from headrace.types.plan import PositionLogprobs, SlotInit
+from headrace.types.plan import PositionLogprobs, SamplePatch, SlotInit
 from headrace.types.request import TokenSampling
 from headrace.types.sampling_params import LogprobMode, LogprobOptions
 
@@ -48,9 +48,16 @@ class Pair:
             record[:] = self.device.enter(init)
         self.device.write_slots(torch.from_numpy(records).to(DEVICE))
 
-    def step(self, logits: np.ndarray, slots: list[int], positions: list[int], padding: int = 2) -> np.ndarray:
+    def step(
+        self,
+        logits: np.ndarray,
+        slots: list[int],
+        positions: list[int],
+        padding: int = 2,
+        patch: SamplePatch | None = None,
+    ) -> np.ndarray:
         """Sample once; returns the tokens."""
-        expected = self.cpu.sample(torch.from_numpy(logits), torch.tensor(slots), torch.tensor(positions))
+        expected = self.cpu.sample(torch.from_numpy(logits), torch.tensor(slots), torch.tensor(positions), patch)
         num_rows, num_padded = len(slots), len(slots) + padding
         device_logits = torch.full((num_padded, self.vocab_size), float("nan"), device=DEVICE)
         device_logits[:num_rows] = torch.from_numpy(logits).to(DEVICE)
@@ -63,8 +70,8 @@ class Pair:
         self.kinds.append(kind)
         given = device_logits, device_slots, device_positions, tokens, logprobs
         pending = None
-        if kind == "special":
-            pending = self.device.sample_special(*given, *arrays)
+        if kind == "special" or patch is not None:
+            pending = self.device.sample_special(*given, *arrays, patch=patch)
         else:
             self.device.sample(*given, kept=kind == "kept")
         assert tokens[num_rows:].tolist() == [-5] * padding and logprobs[num_rows:].tolist() == [5.0] * padding

@@ -11,6 +11,7 @@ from headrace.types.plan import SlotInit
 from headrace.types.request import TokenSampling
 from headrace.types.sampling_params import LogprobMode
 from tests.sampling.device_pair import DEVICE, MODES, VOCAB, Pair, make_init, normal
+from tests.sampling.masks import allow
 
 
 def test_plain_and_kept_rows_are_launches_only() -> None:
@@ -114,6 +115,25 @@ def test_reshaped_rows_beyond_the_room_for_copies_go_in_rounds(monkeypatch: pyte
     for position in range(4, 6):
         pair.step(normal(7, position), [6, 5, 4, 3, 2, 1, 0], [position] * 7)
     pair.score(normal(5, 3), np.array([8, 0, 1, 2, 4100]), 1)
+
+
+@pytest.mark.parametrize("mode", ["raw", "sampled"])
+def test_a_mask_that_comes_late_acts_before_every_processor(mode: LogprobMode) -> None:
+    """On plain rows, in slots that a reshaped sequence has left, too; and on these alone."""
+    bias = TokenSampling(logit_bias=((17, 12.0), (18, 30.0)))
+    penalised = TokenSampling(0.7, 4, repetition_penalty=1.4, presence_penalty=0.5)
+    pair = Pair(VOCAB, 6)
+    pair.enter(*(make_init(slot, bias) for slot in range(5)))
+    pair.step(normal(5, 1), [0, 1, 2, 3, 4], [4] * 5)
+    samplings = [TokenSampling(0.0), TokenSampling(), bias, penalised, TokenSampling()]
+    pair.enter(*(make_init(slot, each, mode=mode, num_top=3, asked=(17,)) for slot, each in enumerate(samplings)))
+    ids = [np.arange(5 + row, VOCAB, 37 + row) for row in range(4)]
+    logits = normal(5, 2)
+    patch = allow([3, 0, 2, 1], [ids[3], ids[0], ids[2], ids[1]], VOCAB)
+    tokens = pair.step(logits, [0, 1, 2, 3, 4], [5] * 5, patch=patch)
+    assert all(tokens[row] in ids[row] for row in range(4))
+    assert tokens[0] == ids[0][logits[0, ids[0]].argmax()]
+    assert pair.step(logits[4:], [4], [5]).tolist() == [tokens[4]]
 
 
 @pytest.mark.parametrize("prompt_mode", MODES)

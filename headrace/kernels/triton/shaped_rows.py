@@ -144,6 +144,31 @@ def shape_rows(
     )  # fmt: skip
 
 
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr", "masks_ptr", "places_ptr"])
+def _mask_kernel(
+    copies_ptr, places_ptr, rows_ptr, masks_ptr, VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, WORDS: tl.constexpr
+):
+    place = tl.load(places_ptr + tl.load(rows_ptr + tl.program_id(1)))
+    if place < 0:
+        return
+    tokens = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    word = tl.load(masks_ptr + tl.program_id(1) * WORDS + tokens // 32, mask=tokens < VOCAB, other=0)
+    copies_ptr += place.to(tl.int64) * VOCAB
+    x = tl.load(copies_ptr + tokens, mask=tokens < VOCAB, other=0.0)
+    is_forbidden = ((word >> (tokens % 32)) & 1) == 0
+    # What is not finite stays in sight, as above.
+    tl.store(copies_ptr + tokens, float("-inf"), mask=(tokens < VOCAB) & is_forbidden & (x < float("inf")))
+
+
+def mask_rows(shaped: ShapedRows, rows_M: Tensor, masks_MW: Tensor) -> None:
+    """Take tokens from the copies of rows: of `rows_M` (int32) those whose bit in `masks_MW` (int32) is not set."""
+    vocab_size = shaped.copies_CV.shape[1]
+    _mask_kernel[(triton.cdiv(vocab_size, _BLOCK), len(rows_M))](
+        shaped.copies_CV, shaped.places_S, rows_M, masks_MW,
+        VOCAB=vocab_size, BLOCK_V=_BLOCK, WORDS=masks_MW.shape[1], num_warps=8,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize_on_alignment=["slots_ptr", "tokens_ptr", "places_ptr"])
 def _count_kernel(
     tokens_ptr, slots_ptr, places_ptr, words_ptr, counts_ptr, VOCAB: tl.constexpr, WORDS: tl.constexpr,
