@@ -14,12 +14,10 @@ _SHOWN_BYTES = 300
 
 
 async def connect(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A connection to a server of this machine."""
     return await asyncio.open_connection("127.0.0.1", port, limit=_MAX_BODY_BYTES)
 
 
 def post(path: str, body: dict[str, Any]) -> bytes:
-    """A whole POST request."""
     data = json.dumps(body, separators=(",", ":")).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data

@@ -50,7 +50,6 @@ class Job(msgspec.Struct, frozen=True):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `headrace generate`."""
     parser.add_argument("model", help="a Hugging Face folder or hub id")
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; none: standard input is the prompt")
     parser.add_argument("--jsonl", metavar="FILE", help="objects with prompt or input_ids, one per line; - is stdin")

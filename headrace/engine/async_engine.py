@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack
 from headrace.engine.control import choice_of, folder_of, modes_of, seconds_of, text_of, version_of
 from headrace.engine.fields import InputIds, Prompts, Sampling
 from headrace.engine.lifecycle import EngineLifecycle
+from headrace.engine.pacing import Turn
 from headrace.engine.reading import read_weight
 from headrace.engine.requests import GenerateItem, GenerateOptions
 from headrace.engine.runtime import Undoable
-from headrace.engine.stream import SEQUENCES_PER_TURN, Stream, StreamGroup
+from headrace.engine.stream import Stream, StreamGroup
 from headrace.engine.tensors import NamedTensors, to_tensor
 from headrace.engine.update import Manifest, Script, UpdateSession, drive_async, manifest_of
 from headrace.text import run_sized
@@ -336,7 +337,7 @@ class AsyncEngine(EngineLifecycle):
 
     @_on_engine_loop
     async def metrics(self) -> dict[str, float]:
-        """Counters and gauges of the core (docs/architecture.md lists them)."""
+        """Counters and gauges of the core (docs/behaviour.md lists them)."""
         return (await self.runtime.client.ask(GetStatus, CoreStatus)).metrics
 
     @_on_engine_loop
@@ -367,12 +368,11 @@ class AsyncEngine(EngineLifecycle):
     ) -> list[Generation]:
         items = await self._expand(prompts, input_ids, sampling_params, options, scores=scores)
         streams = await self._running.intake.submit_all(items)
-        results: list[Generation] = []
+        results, turn = list[Generation](), Turn()
         try:
             for stream in streams:
+                await turn.give_way()
                 results.append(await stream.result())
-                if len(results) % SEQUENCES_PER_TURN == 0:
-                    await asyncio.sleep(0)
             return results
         finally:
             for stream in streams:

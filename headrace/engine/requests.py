@@ -85,7 +85,7 @@ class GenerateOptions(TypedDict, total=False):
     return_errors: bool
 
 
-class GenerateItem(msgspec.Struct, frozen=True, kw_only=True):
+class GenerateItem(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One sequence to generate. `params.n` is ignored here: an item is one sample.
 
     prompt / input_ids   exactly one of them; text is encoded with special tokens added

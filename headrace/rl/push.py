@@ -13,11 +13,11 @@ import msgspec
 
 from headrace.engine import Engine
 from headrace.engine.control import version_of
-from headrace.engine.tensors import describe, same_memory, whole
+from headrace.engine.tensors import describe, named_pairs, same_memory, whole
 from headrace.types.errors import WeightUpdateError
-from headrace.types.plain_values import as_flag
+from headrace.types.plain_values import as_choice, as_flag
 from headrace.types.weights import InFlight, UpdateMode, UpdateReport
-from headrace.weights.weight_map import TIED_HEAD, is_derived
+from headrace.weights.weight_map import FLOAT_DTYPES, TIED_HEAD, is_derived
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +57,8 @@ def hf_named_tensors(
     state = weights if isinstance(weights, Mapping) else _state_of(weights)
     tensors: dict[str, Any] = {}
     for name, tensor in state.items():
+        if not isinstance(name, str):
+            raise WeightUpdateError(f"weights holds {name!r}, which is no name", field="weights")
         clean = hf_name(name)
         if clean in tensors:
             raise WeightUpdateError(f"{name} and another parameter are both {clean}", field=clean)
@@ -118,16 +120,19 @@ def push_weights(
 def tensor_digests(pairs: Iterable[tuple[str, torch.Tensor]], dtype: str) -> dict[str, str]:
     """The digest of each tensor in `dtype`: what `Engine.digest` says of an engine that holds it.
 
-    `dtype` is a torch dtype's name, as "float32".
+    `dtype` is a dtype that an engine may hold, as "float32". Raises `WeightUpdateError` naming the field or the tensor.
     """
     import torch
 
     from headrace.weights.position_sum import PositionKeys, position_digest
 
-    target: torch.dtype = getattr(torch, dtype)
+    target: torch.dtype = getattr(torch, as_choice(dtype, FLOAT_DTYPES, "dtype", WeightUpdateError))
     keys, digests = PositionKeys(torch.device("cpu")), {}
-    for name, tensor in pairs:
-        digests[name] = position_digest(tensor.detach().to("cpu", target).resolve_neg().contiguous().view(-1), keys)
+    for name, tensor in named_pairs(pairs):
+        if not isinstance(tensor, torch.Tensor) or describe(name, tensor).dtype not in FLOAT_DTYPES:
+            raise WeightUpdateError(f"{name} is no torch tensor of {', '.join(FLOAT_DTYPES)}", field=name)
+        plain = tensor.detach().to("cpu", target).resolve_neg()
+        digests[name] = position_digest(plain.contiguous().view(-1), keys)
     return digests
 
 

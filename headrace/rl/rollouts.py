@@ -61,7 +61,6 @@ class Batch(msgspec.Struct, frozen=True):
 
     @property
     def num_tokens(self) -> int:
-        """Generated tokens."""
         return sum(len(rollout.ids) for rollout in self.rollouts)
 
 

@@ -13,10 +13,10 @@ import numpy as np
 from headrace.engine import AsyncEngine, GenerateItem
 from headrace.engine.bounds import check_body, check_call
 from headrace.engine.fields import name_of, params_list, per_prompt
+from headrace.engine.pacing import Turn
 from headrace.server.errors import FieldNames
 from headrace.server.keys import LACKING_GENERATE, LACKING_SAMPLING, refuse_lacking, warnings_for
 from headrace.server.prompts import check_count, encode_text, encode_texts, warnings_about
-from headrace.server.turns import Turn
 from headrace.server.wire import convert
 from headrace.text import run_sized
 from headrace.types.errors import RequestError

@@ -15,6 +15,7 @@ from headrace.text.pieces import WHOLE, ByteStream, DecoderPlan, PieceStream, by
 from headrace.text.templates import TemplateRenderer
 from headrace.text.tokenizer_files import library_faults, load_backend
 from headrace.types.errors import ConfigError, RequestError
+from headrace.types.plain_values import plain_text
 
 _NUM_CHECKS = 32
 _CHECK_LENGTH = 24
@@ -48,7 +49,7 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
         """Load from a folder. Raises `ConfigError` when there is none that works without running its code."""
-        backend = load_backend(Path(folder))
+        backend = load_backend(Path(plain_text(folder)))
         with library_faults(ConfigError, f"the tokenizer in {folder} does not work", "tokenizer"):
             tokenizer = cls(backend)
             tokenizer._library.encode("")  # a post-processor that names a token there is not fails here

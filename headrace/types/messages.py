@@ -266,7 +266,7 @@ Command = (
 
 
 class CoreStatus(msgspec.Struct, frozen=True):
-    """The core's own account of itself. `metrics` are the counters and gauges listed in docs/architecture.md.
+    """The core's own account of itself. `metrics` are the counters and gauges listed in docs/behaviour.md.
 
     `version` is the label of the live weights: "", which nobody can give, while no whole weights are live.
     `last_version` is then that of the last whole ones. `updating_in_place` says that the open update will hold all

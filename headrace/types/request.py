@@ -43,7 +43,7 @@ def unpack_floats(data: bytes) -> Float32Array:
     return np.frombuffer(data, dtype="<f4")
 
 
-class TokenSampling(msgspec.Struct, frozen=True, array_like=True):
+class TokenSampling(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The part of `SamplingParams` that acts on logits. `top_k` 0 is off; `temperature` 0.0 is greedy."""
 
     temperature: float = 1.0
@@ -66,7 +66,7 @@ class TokenSampling(msgspec.Struct, frozen=True, array_like=True):
         return not (self.top_k or self.top_p < 1.0 or self.min_p or self.has_penalties or self.logit_bias)
 
 
-class Request(msgspec.Struct, frozen=True, array_like=True):
+class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One sequence to generate. The front expands `n` and batches into single requests and derives their seeds.
 
     `handle` names its front (`types/handles.py`) and is unique among its live requests. `stop_token_ids` already holds
@@ -90,7 +90,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     num_output_ids_in_prompt: int = 0
 
 
-class Sibling(msgspec.Struct, frozen=True, array_like=True):
+class Sibling(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A request that is the one before it but for these fields; without a `prompt` it has the same."""
 
     handle: int
@@ -122,7 +122,7 @@ _EQUAL_PARTS = (
 )
 
 
-class Finish(msgspec.Struct, frozen=True, array_like=True):
+class Finish(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Why a request ended. `matched` is the stop token id that ended it; `error` is set for type "error" only."""
 
     type: FinishType
@@ -131,7 +131,7 @@ class Finish(msgspec.Struct, frozen=True, array_like=True):
     error: ErrorInfo | None = None
 
 
-class TokenExtras(msgspec.Struct, frozen=True, array_like=True):
+class TokenExtras(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Further log-probabilities of n positions, row by row: the top ids (int32 [n, num_top]) with their values
     (float32), and the values of the asked ids (float32 [n, num_asked]). Empty where nothing was asked."""
 
@@ -140,7 +140,7 @@ class TokenExtras(msgspec.Struct, frozen=True, array_like=True):
     asked_logprobs: bytes = b""
 
 
-class Delta(msgspec.Struct, frozen=True, array_like=True):
+class Delta(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What is new about one request since its last `Delta`.
 
     `token_ids` (int32) and `logprobs` (float32) have one entry per new token and `spans` ((version, count), ...) sum to

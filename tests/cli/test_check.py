@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from headrace import attention
-from headrace.cli.check import build_report, print_report
+from headrace.cli.check import build_report
+from headrace.cli.check_report import print_report
 from headrace.config import CudaDevice, EngineConfig, ResolvedConfig, Software, resolve
 
 POLICY = Path(__file__).resolve().parents[2] / "headrace" / "rl" / "policy"

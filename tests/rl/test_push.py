@@ -65,7 +65,7 @@ def test_tensors_are_not_copied(model: Qwen3ForCausalLM) -> None:
     assert not sent["model.norm.weight"].requires_grad
 
 
-@pytest.mark.parametrize("weights", [None, 5, torch.ones(2), [("a", torch.ones(2))]])
+@pytest.mark.parametrize("weights", [None, 5, torch.ones(2), [("a", torch.ones(2))], {3: torch.ones(2)}])
 def test_what_is_no_model_is_refused_by_name(weights: Any) -> None:
     with pytest.raises(WeightUpdateError) as caught:
         hf_named_tensors(weights)
@@ -84,6 +84,32 @@ def test_digests_of_a_tensor_are_of_its_bytes_in_the_asked_dtype() -> None:
     assert as_float != as_half
     assert tensor_digests([("w", tensor.t().contiguous().t())], "float32") == {"w": as_float}
     assert tensor_digests([("w", tensor.bfloat16())], "bfloat16") == {"w": as_half}
+
+
+@pytest.mark.parametrize("dtype", ["nonsense", "int8", "float64", "Tensor", None, 5])
+def test_digests_are_refused_in_a_dtype_that_no_engine_holds(dtype: Any) -> None:
+    with pytest.raises(WeightUpdateError) as caught:
+        tensor_digests([("w", torch.ones(2))], dtype)
+    assert caught.value.field == "dtype"
+
+
+@pytest.mark.parametrize(
+    ("pairs", "field"),
+    [
+        (None, "named_tensors"),
+        ([5], "named_tensors"),
+        ([(3, torch.ones(2))], "named_tensors"),
+        ([("w", 5)], "w"),
+        ([("w", np.ones(2))], "w"),
+        ([("w", torch.ones(2, device="meta"))], "w"),
+        ([("w", torch.ones(2).to_sparse())], "w"),
+        ([("w", torch.ones(2, dtype=torch.complex64))], "w"),
+    ],
+)
+def test_what_has_no_digest_is_refused_by_name(pairs: Any, field: str) -> None:
+    with pytest.raises(WeightUpdateError) as caught:
+        tensor_digests(pairs, "float32")
+    assert caught.value.field == field
 
 
 def test_a_push_makes_the_weights_live_and_proves_it(engine: Engine, model: Qwen3ForCausalLM) -> None:
