@@ -157,7 +157,7 @@ class BreakingHarness(Harness):
         ("table", ("enter", "leave")),
         ("roster", ("admit", "preempt", "end", "retire")),
         ("applier", ("_land", "_take_prompt_scores", "_mark_version", "_take_extras", "_deliver_due", "delta")),
-        ("planner", ("_add_singles", "_add_chunk", "_groups", "_count_admission")),
+        ("planner", ("_add_singles", "_add_chunk", "_groups", "_enter")),
     )
 
     def __init__(self, limits: SchedulerLimits, random_: random.Random) -> None:
