@@ -50,6 +50,12 @@ class SlotInit(msgspec.Struct, frozen=True):
         """The absolute position of the first token that is output, of this request or of the one that it resumes."""
         return self.num_prompt_tokens - self.num_output_ids_in_prompt
 
+    def scored_positions(self, start: int, length: int) -> range:
+        """Prompt positions that are to be scored and that a row of `length` tokens from `start` on predicts."""
+        first = self.logprobs.prompt_start
+        end = start + length + 1
+        return range(0) if first is None else range(max(start + 1, first), min(end, self.num_prompt_tokens))
+
 
 class StepPlan(msgspec.Struct, frozen=True):
     """What one step computes. Arrays are int32 unless stated; r rows, t tokens, p page-table writes.
