@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from headrace.types.errors import ErrorInfo
+from headrace.types.errors import ErrorInfo, RequestError
 from headrace.types.sampling_params import LogprobOptions
 
 Int32Array = npt.NDArray[np.int32]
@@ -41,6 +41,13 @@ def pack_floats(values: Sequence[float] | Float32Array) -> bytes:
 def unpack_floats(data: bytes) -> Float32Array:
     """The float32 array (read-only view) behind `pack_floats`."""
     return np.frombuffer(data, dtype="<f4")
+
+
+def check_prompt_length(num_tokens: int, context_length: int, field: str) -> None:
+    """Raise `RequestError` naming the field if so many tokens are no prompt or not within the context."""
+    if not 0 < num_tokens <= context_length:
+        what = f"has {num_tokens} tokens, over the context of {context_length}" if num_tokens else "is empty"
+        raise RequestError(f"{field} {what}", field=field)
 
 
 class TokenSampling(msgspec.Struct, frozen=True, array_like=True, gc=False):
