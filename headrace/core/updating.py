@@ -38,6 +38,9 @@ from headrace.weights.session import UpdateSession, WeightMachine
 
 logger = logging.getLogger(__name__)
 
+_COMMIT_LOOK_S = 0.0002
+"""Between two looks at a commit under way, where somebody waits for its end."""
+
 
 class _Hold(msgspec.Struct):
     """Generation stands still for the session. `since` is in seconds of `time.perf_counter`."""
@@ -81,7 +84,7 @@ class UpdateControl:
     def check_readable(self) -> None:
         """`UpdateConflictError` while live weights are being written: nobody could say what was read."""
         session = self.machine.session
-        if session is not None and session.has_written:
+        if session is not None and session.mode == "inplace" and session.has_written:
             message = f"session {session.session_id} is writing live weights in place; read them when it is over"
             raise UpdateConflictError(message, field="session_id")
 
@@ -138,12 +141,14 @@ class UpdateControl:
 
     def abort(self, session_id: int | None) -> None:
         """Drop the session, or with None whichever is open, and answer whatever waits for it."""
+        self._finish_commit()
         session = self.machine.session if session_id is None else self.machine.require(session_id)
         if session is not None:
             self._abort(UpdateConflictError(f"session {session.session_id} was aborted"))
 
     def give_up(self, call_id: int, error: HeadraceError) -> None:
         """Leave nothing of a call that stages, commits, or opened the session."""
+        self._finish_commit()
         for job in [job for job in self._jobs if job.call_id == call_id]:
             self._drop_job(job, error)
         if self.machine.session is not None and call_id in (self._commit_call, self._opening_call):
@@ -201,7 +206,7 @@ class UpdateControl:
         for job in [job for job in self._jobs if now >= job.deadline]:
             self._drop_job(job, DeadlineError("the bucket was not staged by its deadline; it is dropped"))
         session = self.machine.session
-        if session is None:
+        if session is None or session.committing is not None:
             return
         if self._commit_call is not None and now >= self._commit_deadline:
             message = f"weights were not live by the deadline; session {session.session_id} is aborted"
@@ -232,6 +237,7 @@ class UpdateControl:
 
     def end(self, reason: HeadraceError) -> None:
         """Answer what waits for the session; weights stay as they are."""
+        self._finish_commit()
         waiting = [job.call_id for job in self._jobs if job.call_id is not None]
         waiting += [self._commit_call] if self._commit_call is not None else []
         self.close()
@@ -328,14 +334,25 @@ class UpdateControl:
         job.close()
         self._outbox.refuse(job.call_id, error.info())
 
+    def _finish_commit(self) -> None:
+        """What the device has begun cannot be undone, and takes no longer than a copy."""
+        session = self.machine.session
+        while session is not None and session.committing is not None and session is self.machine.session:
+            assert self._commit_call is not None
+            self._commit(session, self._commit_call)
+            time.sleep(_COMMIT_LOOK_S)
+
     def _commit(self, session: UpdateSession, call_id: int) -> None:
+        """Begin the copy over live weights, or look whether it is done. Generation is held until then."""
         assert self._hold is not None
         hold = self._hold
-        if hold.policy == "recompute":
-            self._scheduler.recompute_running()
-        self.live_stamp += 1
+        if session.committing is None:
+            if hold.policy == "recompute":
+                self._scheduler.recompute_running()
+            self.live_stamp += 1
         try:
-            self.machine.commit(session.session_id)
+            if not self.machine.commit(session.session_id):
+                return
         except FAULTS as fault:
             self._executor.examine(fault)
             logger.exception("a commit failed half-way")

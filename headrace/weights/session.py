@@ -36,6 +36,12 @@ ResolvedMode = Literal["shadow", "inplace"]
 _MAX_NAMES_IN_MESSAGE = 8
 
 
+class Ticket(Protocol):
+    """Work of the memory that was asked for and may go on; see `headrace.weights.staging.Enqueued`."""
+
+    def is_done(self) -> bool: ...
+
+
 class StageCopy(Protocol):
     """The copy of one tensor, or a piece of it, into place, in slices; see `headrace.weights.staging.StageWork`."""
 
@@ -53,7 +59,7 @@ class WeightMemory(Protocol):
 
     def forget(self, index: int) -> list[int]: ...
 
-    def commit(self) -> None: ...
+    def commit(self) -> Ticket: ...
 
     def abort(self) -> None: ...
 
@@ -103,7 +109,8 @@ class StagedSet:
 
 
 class UpdateSession:
-    """One open update. `has_written` is True once live memory may have changed (in place only)."""
+    """One open update. `has_written` is True once live memory may have changed: in place, and in a commit; `committing`
+    is that of one under way."""
 
     def __init__(
         self,
@@ -127,6 +134,7 @@ class UpdateSession:
         self.timeout_s = timeout_s
         self.deadline = now + timeout_s
         self.has_written = False
+        self.committing: Ticket | None = None
         self.staged = StagedSet(manifest)
 
     def touch(self, now: float) -> None:
@@ -270,18 +278,24 @@ class WeightMachine:
         session.touch(now)
         session.staged.mark(index)
 
-    def commit(self, session_id: int) -> UpdateSession:
-        """Make the staged weights live: READY, new version, new epoch. `WeightUpdateError` naming what is missing, and
-        the session stays open then. It does as well where the memory fails half-way: abort it."""
+    def commit(self, session_id: int) -> bool:
+        """Make the staged weights live: READY, new version, new epoch. False while the memory is at it: ask again.
+
+        `WeightUpdateError` naming what is missing, and the session stays open then. It does as well where the memory
+        fails half-way: abort it.
+        """
         session = self.require(session_id)
-        session.staged.check_complete()
-        session.has_written = True  # a copy that fails half-way leaves a mix
-        self._memory.commit()
+        if session.committing is None:
+            session.staged.check_complete()
+            session.has_written = True  # a copy that fails half-way leaves a mix
+            session.committing = self._memory.commit()
+        if not session.committing.is_done():
+            return False
         self.version, self.epoch = session.version, self.epoch + 1
         self._resting, self.session = "ready", None
         committed = UpdateConflictError(f"session {session_id} was committed", field="session_id")
         self._last_end = session_id, committed
-        return session
+        return True
 
     def abort(self, session_id: int, reason: HeadraceError | None = None) -> UpdateSession:
         """Drop the session: back to the state before it, or POISONED if it had written in place. `reason` is what who

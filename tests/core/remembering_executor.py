@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from headrace.core.executor import StepError, Weights
+from headrace.core.executor import Weights
 from headrace.core.fake_executor import FreeWeights
+from headrace.core.faults import StepError
 from headrace.types.errors import CheckpointError
-from headrace.types.plan import LAST_TOKEN, PromptLogprobs, SlotInit, StepPlan, StepResult
+from headrace.types.plan import LAST_TOKEN, PromptLogprobs, SamplePatch, SlotInit, StepPlan, StepResult
 from headrace.types.weights import TensorInfo
+from headrace.weights.session import Ticket
 
 PAGE_SIZE = 4
 _BITS = 20
@@ -60,8 +62,9 @@ class CountingWeights(FreeWeights):
     def __init__(self) -> None:
         self.serial = 0
 
-    def commit(self) -> None:
+    def commit(self) -> Ticket:
         self.serial += 1
+        return super().commit()
 
 
 class _Slot:
@@ -97,6 +100,9 @@ class RememberingExecutor:
             self._results.append(StepError(plan.step_id, MemoryError("no room")))
         else:
             self._results.append(self._execute(plan))
+
+    def sample(self, step_id: int, patch: SamplePatch | None = None) -> None:
+        """No plan waits for it."""
 
     def collect(self) -> StepResult:
         result = self._results.popleft()

@@ -294,7 +294,7 @@ def test_a_step_that_is_disturbed_again_and_again_is_an_error_at_last(
         raise StepDisturbed("the precision of float32 products was changed while a step was computed")
 
     engine = engines["fast"]
-    monkeypatch.setattr(Runner, "execute", disturbed)
+    monkeypatch.setattr(Runner, "launch", disturbed)
     with pytest.raises(InternalError, match="precision of float32 products"):
         engine.generate(input_ids=[1, 2], sampling_params={"max_new_tokens": 2})
     monkeypatch.undo()

@@ -18,7 +18,7 @@ from headrace.types.errors import (
 )
 from headrace.types.weights import TensorInfo, UpdateMode
 from headrace.weights import UpdateSession, WeightMachine
-from headrace.weights.session import ResolvedMode
+from headrace.weights.session import ResolvedMode, Ticket
 from headrace.weights.store import WeightStore
 from tests.weights.tiny import Tensors, live_bits, make_map, make_store, make_tensors, manifest_of
 
@@ -371,7 +371,7 @@ def test_random_event_sequences_keep_live_memory_one_version() -> None:
 
 def test_a_commit_that_fails_half_way_poisons() -> None:
     class Torn(FreeWeights):
-        def commit(self) -> None:
+        def commit(self) -> Ticket:
             raise RuntimeError("a device is lost")
 
     machine = WeightMachine(Torn())
