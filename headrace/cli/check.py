@@ -20,7 +20,8 @@ from headrace.cli.flags import add_flags, given
 from headrace.config import EngineConfig, ResolvedConfig, Software
 from headrace.config.devices import installed_software
 from headrace.config.machine import available_memory
-from headrace.config.resolve import ELEMENT_SIZES, backend_refusal
+from headrace.config.resolve import backend_refusal
+from headrace.types.weights import ELEMENT_BYTES
 
 _LOGITS_BYTES = 4
 _CPU_LOGITS_COPIES = 3
@@ -113,7 +114,7 @@ def _memory_plan(resolved: ResolvedConfig) -> dict[str, int | bool]:
 
     model, page_size = resolved.model, resolved.engine.page_size
     num_parameters = sum(math.prod(param.shape) for param in weight_map(model).params.values())
-    weights = num_parameters * ELEMENT_SIZES[resolved.dtype]
+    weights = num_parameters * ELEMENT_BYTES[resolved.dtype]
     workspace = _workspace(resolved)
     available = available_memory() if resolved.cuda is None else resolved.cuda.total_bytes
     num_pages, is_estimate = resolved.num_pages, resolved.num_pages == 0
@@ -142,7 +143,7 @@ def _workspace(resolved: ResolvedConfig) -> int:
     engine, model = resolved.engine, resolved.model
     qkv_width = max((group.num_heads + 2 * group.num_kv_heads) * group.head_dim for group in model.kv_groups)
     width = 2 * max(layer.mlp.intermediate_size for layer in model.layers) + model.hidden_size + qkv_width
-    activations = engine.max_num_batched_tokens * width * ELEMENT_SIZES[resolved.dtype]
+    activations = engine.max_num_batched_tokens * width * ELEMENT_BYTES[resolved.dtype]
     if resolved.device == "cuda":
         logits = engine.max_running_requests * model.vocab_size * _LOGITS_BYTES * _CUDA_LOGITS_COPIES
         return logits + engine.max_running_requests * model.vocab_size * _COUNT_BYTES + activations

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from headrace.core.executor import StepError, Weights
+from headrace.core.executor import CheckpointSlices, StepError, Weights
 from headrace.core.fake_executor import FreeWeights
 from headrace.types.errors import CheckpointError
 from headrace.types.plan import LAST_TOKEN, PromptLogprobs, SlotInit, StepPlan, StepResult
-from headrace.types.weights import TensorInfo
 
 PAGE_SIZE = 4
 _BITS = 20
@@ -110,7 +108,7 @@ class RememberingExecutor:
     def counters(self) -> dict[str, float]:
         return {}
 
-    def checkpoint(self, folder: Path, root: Path | None) -> tuple[list[TensorInfo], Iterator[tuple[str, Any]]]:
+    def checkpoint(self, folder: Path, root: Path | None) -> CheckpointSlices:
         raise CheckpointError(f"{folder}: this executor has no weights", field="path")
 
     def close(self) -> None:
