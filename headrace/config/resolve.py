@@ -125,18 +125,19 @@ def resolve(
     *,
     devices: Sequence[CudaDevice] | None = None,
     software: Software | None = None,
+    first_device: int = 0,
 ) -> ResolvedConfig:
     """Decide every open setting of `config` for the checkpoint in `folder`.
 
-    `devices` and `software` are this machine's unless given. Raises `ConfigError`, `CheckpointError` or
-    `UnsupportedModelError` naming the setting or file.
+    `devices` and `software` are this machine's unless given; `first_device` is the index of the one to use. Raises
+    `ConfigError`, `CheckpointError` or `UnsupportedModelError` naming the setting or file.
     """
     why: list[Explanation] = []
     if str(folder) != encodable(str(folder)):
         raise ConfigError(f"the folder {folder} has a name that is not Unicode text", field="model")
     model = ModelSpec.from_folder(folder)
     software = installed_software() if software is None else software
-    cuda = _cuda(config, devices, software, why)
+    cuda = _cuda(config, devices, first_device, software, why)
     device = "cpu" if cuda is None else "cuda"
     engine = _settle(config, device, model, why)
     dtype = _dtype(config, model, device, why)
@@ -222,12 +223,16 @@ def _meminfo_available() -> int:
 
 
 def _cuda(
-    config: EngineConfig, devices: Sequence[CudaDevice] | None, software: Software, why: list[Explanation]
+    config: EngineConfig,
+    devices: Sequence[CudaDevice] | None,
+    first_device: int,
+    software: Software,
+    why: list[Explanation],
 ) -> CudaDevice | None:
     """The device to run on; None for the CPU. Devices are looked for only where one could be used."""
     if config.device == "cpu":
         return None
-    found = cuda_devices() if devices is None else devices
+    found = (cuda_devices() if devices is None else devices)[first_device:]
     missing = _missing_for_cuda(found, software)
     if missing is None:
         if config.device == "auto":
