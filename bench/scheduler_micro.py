@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from headrace.cache import LeaseTable
+from headrace.cache import LeaseTable, Namespace
 from headrace.scheduler import Scheduler, SchedulerLimits
 from headrace.types.plan import StepPlan, StepResult
 from headrace.types.request import Request, pack_ids
@@ -106,18 +106,26 @@ def microseconds_per_page(num_sequences: int, num_pages: int, num_shared: int) -
     """Microseconds per page of matching, leasing, publishing and closing sequences of 1,000 tokens, of which the first
     `num_shared` are one of 100 common prefixes, in a pool of `num_pages`."""
     per_sequence = 1000 // PAGE_SIZE
-    leases = LeaseTable(num_slots=1, num_columns=64, num_pages=num_pages, page_size=PAGE_SIZE, prefix_cache=True)
+    units = b""
+    leases = LeaseTable(
+        lambda _, first, last: units[4 * first : 4 * last],
+        num_slots=1,
+        num_columns=64,
+        num_pages=num_pages,
+        page_size=PAGE_SIZE,
+        prefix_cache=True,
+    )
     generator = np.random.default_rng(1)
     prefixes = generator.integers(0, VOCAB_SIZE, (100, num_shared), dtype=np.int32)
     seconds = 0.0
     for index in range(num_sequences):
         own = generator.integers(0, VOCAB_SIZE, 1000 - num_shared, dtype=np.int32)
-        token_ids = np.concatenate([prefixes[index % 100], own])
+        units = np.concatenate([prefixes[index % 100], own]).tobytes()
         begin = time.perf_counter()
-        match = leases.match((0, 0, ""), token_ids.tobytes(), per_sequence)
-        leases.open(0, (0, 0, ""), match)
+        match = leases.match(Namespace(0), units, per_sequence)
+        leases.open(0, Namespace(0), match)
         leases.grow(0, per_sequence - match.num_pages)
-        leases.publish(0, token_ids, 1000)
+        leases.publish(0, 1000)
         leases.close(0)
         seconds += time.perf_counter() - begin
     return seconds * 1e6 / (num_sequences * per_sequence)

@@ -67,7 +67,7 @@ CAPABILITIES: dict[str, Capability] = {
 
 
 class Choice(NamedTuple):
-    """What "auto" runs on cuda for a part of a step, and the measurement behind it."""
+    """What "auto" runs on cuda for a part of a step, and why; docs/benchmarks.md has what was measured."""
 
     queries: str
     batch_size: str
@@ -80,35 +80,33 @@ CHOICES = (
         "1 token per row",
         "few: up to 264 work items x KV heads",
         "triton: narrow items, 64 positions at a time by 4 warps",
-        "the time of one item decides: 1 row of 384 tokens 7.4 us, FlashInfer 32",
+        "the time of one item decides",
     ),
     Choice(
         "1 token per row",
         "more",
         "triton: narrow items, 32 positions at a time by 1 warp",
-        "reading decides: 256 rows of 800 tokens 203 us, FlashInfer 234; 512 of 900 440 us, 488 (16 heads over 8)",
+        "reading decides",
     ),
     Choice(
         "1 token per row, groups that share pages",
         "any",
         "triton: items of several rows over the shared pages, then one per row over the rest",
-        "shared pages are read once: 512 rows of 900 in groups of 8 that share 512 240 us, FlashInfer 488",
+        "shared pages are read once",
     ),
     Choice(
         "chunks of prompts",
         "any, also beside rows of 1 token",
         "triton: wide items of 128 query rows",
-        "16 prompts of 1,024 246 TFLOP/s (32 heads over 8); FlashInfer 254 (FA2), 320 (FA3), but without graphs, after"
-        " 0.2 to 1.0 ms of planning on the host per step",
+        "FlashInfer multiplies faster, but without graphs, after planning on the host",
     ),
     Choice(
         "any, numerics invariant",
         "any",
         "triton: every context cut at multiples of 256",
-        "256 rows of 800 213 us, prompts 170 TFLOP/s; the flashinfer backend has no such order of summation",
+        "the flashinfer backend has no such order of summation",
     ),
 )
-"""Measured on one H200 in bfloat16, heads of 128 in pages of 16; see docs/benchmarks.md."""
 
 
 def refusals(*, device: str, dtype: str, numerics: str, page_size: int, head_dim: int) -> dict[str, str]:

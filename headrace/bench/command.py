@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from headrace.bench.engine_setup import EngineSetup
 from headrace.bench.request_style import RequestStyle
 from headrace.bench.rescore import NUM_RESCORED
@@ -27,7 +29,6 @@ Progress = Callable[[str], None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `headrace bench` and its kinds."""
     kinds = parser.add_subparsers(title="kinds", dest="kind", metavar="KIND", required=True)
     _add_offline(kinds.add_parser("offline", help="tokens per second of a whole workload", allow_abbrev=False))
     _add_online(kinds.add_parser("online", help="streams in a closed loop: time between tokens", allow_abbrev=False))
@@ -63,7 +64,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _add_offline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workload", choices=("A", "B", "C"), default="B", help="see docs/benchmarks.md (default: B)")
-    parser.add_argument("--vs", choices=("transformers",), help="run the same workload with transformers beside it")
+    parser.add_argument(
+        "--vs", dest="versus", choices=("transformers",), help="run the same workload with transformers beside it"
+    )
     parser.add_argument("--runs", type=_positive, help="timed runs; the median counts (default: 3)")
     parser.add_argument("--batch-sizes", type=_integers, default=(), help="of transformers' generate(), as 8,16,32")
     parser.add_argument("--concurrencies", type=_integers, default=(), help="of transformers' continuous batching")
@@ -109,7 +112,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     """What every benchmark of requests to a whole engine takes."""
     _add_model(parser)
     text = f"sequences re-scored by the reference (default: {NUM_RESCORED})"
-    parser.add_argument("--rescored", type=_count, default=NUM_RESCORED, metavar="N", help=text)
+    parser.add_argument("--rescored", dest="num_rescored", type=_count, default=NUM_RESCORED, metavar="N", help=text)
     add_flags(parser, RequestStyle, title="requests")
     add_flags(parser, EngineConfig, title="engine settings", skip=_SET_BY_BENCH)
 
@@ -134,39 +137,53 @@ def _add_prefix_cache(parser: argparse.ArgumentParser) -> None:
 def _run_offline(arguments: argparse.Namespace, on_progress: Progress) -> dict[str, Any]:
     from headrace.bench.offline import OfflineOptions, run_offline
 
-    options = OfflineOptions(
-        **_common(arguments),
-        **_scaled(arguments),
-        workload=arguments.workload,
-        versus=arguments.vs,
-        batch_sizes=arguments.batch_sizes,
-        concurrencies=arguments.concurrencies,
-    )
-    return run_offline(options, on_progress)
+    return run_offline(OfflineOptions(**_fields(arguments, OfflineOptions)), on_progress)
 
 
 def _run_online(arguments: argparse.Namespace, on_progress: Progress) -> dict[str, Any]:
     from headrace.bench.online import OnlineOptions, run_online
 
-    options = OnlineOptions(
-        **_common(arguments),
-        num_requests=arguments.num_requests,
-        concurrency=arguments.concurrency,
-        length_divisor=arguments.length_divisor,
-    )
-    return run_online(options, on_progress)
+    return run_online(OnlineOptions(**_fields(arguments, OnlineOptions)), on_progress)
 
 
 def _run_serve(arguments: argparse.Namespace, on_progress: Progress) -> dict[str, Any]:
     from headrace.bench.serve import ServeOptions, run_serve
 
-    return run_serve(ServeOptions(**_common(arguments), **_scaled(arguments), workload=arguments.workload), on_progress)
+    return run_serve(ServeOptions(**_fields(arguments, ServeOptions)), on_progress)
 
 
 def _run_start(arguments: argparse.Namespace, on_progress: Progress) -> dict[str, Any]:
     from headrace.bench.start import StartOptions, run_start
 
-    return run_start(StartOptions(setup=_setup(arguments), runs=arguments.runs), on_progress)
+    return run_start(StartOptions(**_fields(arguments, StartOptions)), on_progress)
+
+
+def _run_overhead(arguments: argparse.Namespace, on_progress: Progress) -> dict[str, Any]:
+    from headrace.bench.overhead import OverheadOptions, run_overhead
+
+    engine = given(arguments, EngineConfig, skip=_SET_BY_OVERHEAD)
+    return run_overhead(OverheadOptions(**_fields(arguments, OverheadOptions), engine=engine), on_progress)
+
+
+def _run_prefix_cache(arguments: argparse.Namespace, on_progress: Progress) -> dict[str, Any]:
+    from headrace.bench.prefix_cache import run_prefix_cache
+
+    sizes = {name: getattr(arguments, name) for name in ("num_sequences", "num_tokens", "page_size")}
+    return run_prefix_cache(**sizes, on_progress=on_progress)
+
+
+def _fields(arguments: argparse.Namespace, options: type[msgspec.Struct]) -> dict[str, Any]:
+    """The fields of a benchmark's options: flags of the same name, and what several flags say together."""
+    found = {name: getattr(arguments, name) for name in options.__struct_fields__ if name in arguments}
+    if "setup" in options.__struct_fields__:
+        found["setup"] = _setup(arguments)
+    if "style" in options.__struct_fields__:
+        found["style"] = RequestStyle(**given(arguments, RequestStyle))
+    if "scale" in options.__struct_fields__:
+        preset: Any = "full" if arguments.full else "quick" if arguments.quick else None
+        found["scale"] = ScaleChoice(preset, arguments.num_divisor, arguments.length_divisor)
+        found["runs"] = arguments.runs or (1 if arguments.quick else 3)
+    return found
 
 
 def _setup(arguments: argparse.Namespace) -> EngineSetup:
@@ -174,46 +191,6 @@ def _setup(arguments: argparse.Namespace) -> EngineSetup:
     if arguments.threads is not None:
         engine["num_threads"] = arguments.threads
     return EngineSetup(model=arguments.model, shape=arguments.shape, engine=engine)
-
-
-def _common(arguments: argparse.Namespace) -> dict[str, Any]:
-    style = RequestStyle(**given(arguments, RequestStyle))
-    return {"setup": _setup(arguments), "style": style, "num_rescored": arguments.rescored}
-
-
-def _scaled(arguments: argparse.Namespace) -> dict[str, Any]:
-    preset: Any = "full" if arguments.full else "quick" if arguments.quick else None
-    scale = ScaleChoice(preset, arguments.num_divisor, arguments.length_divisor)
-    return {"scale": scale, "runs": arguments.runs or (1 if arguments.quick else 3)}
-
-
-def _run_overhead(arguments: argparse.Namespace, on_progress: Progress) -> dict[str, Any]:
-    from headrace.bench.overhead import OverheadOptions, run_overhead
-
-    return run_overhead(
-        OverheadOptions(
-            batch_sizes=arguments.batch_sizes,
-            num_waiting=arguments.num_waiting,
-            prompt_length=arguments.prompt_length,
-            output_length=arguments.output_length,
-            seconds=arguments.seconds,
-            http_concurrency=arguments.http_concurrency,
-            stream=arguments.stream,
-            engine=given(arguments, EngineConfig, skip=_SET_BY_OVERHEAD),
-        ),
-        on_progress,
-    )
-
-
-def _run_prefix_cache(arguments: argparse.Namespace, on_progress: Progress) -> dict[str, Any]:
-    from headrace.bench.prefix_cache import run_prefix_cache
-
-    return run_prefix_cache(
-        num_sequences=arguments.num_sequences,
-        num_tokens=arguments.num_tokens,
-        page_size=arguments.page_size,
-        on_progress=on_progress,
-    )
 
 
 def _positive(text: str) -> int:

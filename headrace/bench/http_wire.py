@@ -7,19 +7,34 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from typing import Any
+
+import msgspec
+
+from headrace.types.errors import InternalError
 
 _MAX_BODY_BYTES = 1 << 26
 _SHOWN_BYTES = 300
+TAIL_CHARACTERS = 600
+"""Of what a process that failed wrote last."""
+
+
+def run_client(module: str, what: msgspec.Struct) -> str:
+    """The last line that `python -m headrace.bench.{module}` prints for a load, given as JSON."""
+    command = [sys.executable, "-m", f"headrace.bench.{module}", msgspec.json.encode(what).decode()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise InternalError(f"the HTTP client failed: {done.stderr.strip()[-TAIL_CHARACTERS:]}")
+    return done.stdout.splitlines()[-1]
 
 
 async def connect(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A connection to a server of this machine."""
     return await asyncio.open_connection("127.0.0.1", port, limit=_MAX_BODY_BYTES)
 
 
 def post(path: str, body: dict[str, Any]) -> bytes:
-    """A whole POST request."""
     data = json.dumps(body, separators=(",", ":")).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data

@@ -11,77 +11,40 @@ from typing import Any
 
 from headrace.types.errors import ConfigError
 
-_QWEN3: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "attention_bias": False,
-    "use_sliding_window": False,
-    "sliding_window": None,
-    "initializer_range": 0.02,
-    "torch_dtype": "bfloat16",
-}
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
+)
+
+
+def _qwen3(*sizes: int, dtype: str, is_tied: bool, eos_token_id: int) -> dict[str, Any]:
+    """A `config.json`; `sizes` are those of `_SIZES`."""
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        **dict(zip(_SIZES, sizes, strict=True)),
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "initializer_range": 0.02,
+        "torch_dtype": dtype,
+        "tie_word_embeddings": is_tied,
+        "eos_token_id": eos_token_id,
+    }
+
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "small": {
-        **_QWEN3,
-        "vocab_size": 16384,
-        "hidden_size": 256,
-        "intermediate_size": 768,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 32,
-        "max_position_embeddings": 4096,
-        "rope_theta": 1e6,
-        "tie_word_embeddings": True,
-        "torch_dtype": "float32",
-        "eos_token_id": 16383,
-    },
-    "tiny": {
-        **_QWEN3,
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 4096,
-        "rope_theta": 1e6,
-        "tie_word_embeddings": True,
-        "torch_dtype": "float32",
-        "eos_token_id": 511,
-    },
-    "qwen3-0.6b": {
-        **_QWEN3,
-        "vocab_size": 151936,
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 40960,
-        "rope_theta": 1e6,
-        "tie_word_embeddings": True,
-        "eos_token_id": 151645,
-    },
-    "qwen3-8b": {
-        **_QWEN3,
-        "vocab_size": 151936,
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 40960,
-        "rope_theta": 1e6,
-        "tie_word_embeddings": False,
-        "eos_token_id": 151645,
-    },
+    "small": _qwen3(16384, 256, 768, 6, 8, 4, 32, 4096, dtype="float32", is_tied=True, eos_token_id=16383),
+    "tiny": _qwen3(512, 64, 128, 2, 4, 2, 16, 4096, dtype="float32", is_tied=True, eos_token_id=511),
+    "qwen3-0.6b": _qwen3(
+        151936, 1024, 3072, 28, 16, 8, 128, 40960, dtype="bfloat16", is_tied=True, eos_token_id=151645
+    ),
+    "qwen3-8b": _qwen3(
+        151936, 4096, 12288, 36, 32, 8, 128, 40960, dtype="bfloat16", is_tied=False, eos_token_id=151645
+    ),
 }
 
 WEIGHTLESS_SHAPES = ("qwen3-0.6b", "qwen3-8b")

@@ -65,7 +65,6 @@ class Measured(msgspec.Struct, frozen=True):
 
     @property
     def median_seconds(self) -> float:
-        """The median run."""
         return statistics.median(self.seconds)
 
 

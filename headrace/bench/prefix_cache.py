@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from headrace.cache import PagePool, RadixTree
+from headrace.cache import Namespace, PagePool, RadixTree
 
 _NUM_SHARED_PROMPTS = 1000
-_NAMESPACE = (0, 0, "")
+_NAMESPACE = Namespace(0)
 
 
 def run_prefix_cache(

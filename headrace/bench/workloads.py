@@ -62,12 +62,10 @@ class Workload(msgspec.Struct, frozen=True):
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Prompt tokens of all requests."""
         return sum(map(len, self.prompts))
 
     @property
     def num_output_tokens(self) -> int:
-        """Tokens to generate in all."""
         return sum(self.output_lengths)
 
     @property

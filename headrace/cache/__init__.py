@@ -2,6 +2,6 @@
 
 from headrace.cache.lease_table import LeaseTable
 from headrace.cache.page_pool import PagePool
-from headrace.cache.radix_tree import Match, Namespace, RadixTree
+from headrace.cache.radix_tree import UNIT_BYTES, Match, Namespace, RadixTree
 
-__all__ = ["LeaseTable", "Match", "Namespace", "PagePool", "RadixTree"]
+__all__ = ["UNIT_BYTES", "LeaseTable", "Match", "Namespace", "PagePool", "RadixTree"]

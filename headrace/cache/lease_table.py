@@ -10,6 +10,8 @@ another sequence published the same units first, and `publish_all` once it is ab
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -17,6 +19,8 @@ from headrace.cache.page_pool import PageIds, PagePool
 from headrace.cache.radix_tree import NO_MATCH, Match, Namespace, Node, RadixTree
 
 SlotIds = npt.NDArray[np.int64]
+UnitsOf = Callable[[int, int, int], bytes]
+"""(slot, first, last) -> the units of positions first..last-1 of the sequence that holds the slot."""
 
 
 class LeaseTable:
@@ -28,7 +32,16 @@ class LeaseTable:
     num_matched  int64 [slots], leading pages that were found in the tree when the lease was opened
     """
 
-    def __init__(self, *, num_slots: int, num_columns: int, num_pages: int, page_size: int, prefix_cache: bool) -> None:
+    def __init__(
+        self,
+        units: UnitsOf,
+        *,
+        num_slots: int,
+        num_columns: int,
+        num_pages: int,
+        page_size: int,
+        prefix_cache: bool,
+    ) -> None:
         self.page_size = page_size
         self.pool = PagePool(num_pages)
         self.tree = RadixTree(self.pool, page_size)
@@ -37,12 +50,13 @@ class LeaseTable:
         self.num_pages = np.zeros(num_slots, dtype=np.int64)
         self.capacity = np.zeros(num_slots, dtype=np.int64)
         self.num_matched = np.zeros(num_slots, dtype=np.int64)
+        self._units = units
         self._prefix_cache = prefix_cache
         self._num_published = [0] * num_slots
         self._may_publish = [False] * num_slots
         self._has_met_other = [False] * num_slots
         self._nodes: list[Node | None] = [None] * num_slots
-        self._namespaces: list[Namespace] = [(0, 0, "")] * num_slots
+        self._namespaces = [Namespace(0)] * num_slots
 
     @property
     def num_available(self) -> int:
@@ -55,7 +69,7 @@ class LeaseTable:
         return self.pool.num_usable - self.num_available
 
     def match(self, namespace: Namespace, units: bytes, max_pages: int) -> Match:
-        """The longest published prefix of `units` (int32 token ids) of at most `max_pages` pages. Changes nothing."""
+        """The longest published prefix of `units` of at most `max_pages` pages. Changes nothing."""
         return self.tree.match(namespace, units, max_pages) if self._prefix_cache and max_pages > 0 else NO_MATCH
 
     def open(self, slot: int, namespace: Namespace, match: Match) -> None:
@@ -90,18 +104,18 @@ class LeaseTable:
         self.capacity[slots] += self.page_size
         return columns, pages
 
-    def publish(self, slot: int, token_ids: npt.NDArray[np.int32], num_tokens: int) -> None:
-        """Publish the whole pages among the first `num_tokens` of `token_ids`, whose KV earlier steps, or steps already
+    def publish(self, slot: int, num_tokens: int) -> None:
+        """Publish the whole pages among the first `num_tokens` positions, whose KV earlier steps, or steps already
         decided, write. Stops for good before a page that another sequence published first."""
         count = num_tokens // self.page_size
         if count > self._num_published[slot] and self._may_publish[slot] and not self._has_met_other[slot]:
-            self._insert(slot, token_ids, count, through=False)
+            self._insert(slot, count, through=False)
 
-    def publish_all(self, slot: int, token_ids: npt.NDArray[np.int32], num_tokens: int) -> None:
+    def publish_all(self, slot: int, num_tokens: int) -> None:
         """As `publish`, for a lease about to close: continues below pages that another sequence published first."""
         count = num_tokens // self.page_size
         if count > self._num_published[slot] and self._may_publish[slot]:
-            self._insert(slot, token_ids, count, through=True)
+            self._insert(slot, count, through=True)
 
     def never_publish(self, slot: int) -> None:
         """Publish no more pages of this lease: its KV is not what its namespace promises."""
@@ -124,9 +138,9 @@ class LeaseTable:
         self._may_publish = [False] * len(self._may_publish)
         return num_freed
 
-    def _insert(self, slot: int, token_ids: npt.NDArray[np.int32], count: int, *, through: bool) -> None:
+    def _insert(self, slot: int, count: int, *, through: bool) -> None:
         first = self._num_published[slot]
-        units = token_ids[first * self.page_size : count * self.page_size].tobytes()
+        units = self._units(slot, first * self.page_size, count * self.page_size)
         pages = self.pages[slot, first:count]
         old = self._nodes[slot]
         node, num_reached = self.tree.insert(self._namespaces[slot], units, pages, below=old, through=through)

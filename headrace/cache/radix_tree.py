@@ -1,8 +1,12 @@
-"""The radix tree of published prefixes. Owns which token prefixes have KV pages that new sequences may share.
+"""The radix tree of published prefixes. Owns which prefixes have KV pages that new sequences may share.
 
-Keys are whole pages of units (int32 token ids, as raw bytes) below a namespace, so a prefix computed under other
-weights or another adapter can never match. An edge holds up to `MAX_EDGE_PAGES` pages; children are found by the bytes
-of their first page, so matching compares memory and never loops over tokens in Python.
+Keys are whole pages of *units* below a namespace, so a prefix computed under other weights or another adapter can never
+match. A unit is what a position is known by, UNIT_BYTES in memory. Of text it is the token id: the array that the model
+gets is the key. What is no text has one placeholder id at all its positions; its units are the words of a digest of its
+content, drawn out over them, with the sign bit set, so that none is a token id.
+
+An edge holds up to `MAX_EDGE_PAGES` pages; children are found by the bytes of their first page, so matching compares
+memory and never loops over units in Python.
 
 A lease pins the node where its pages end; a node with a pinned child is pinned. Pages of unpinned nodes are evictable,
 from the leaves, oldest epoch first and least recently used first: a heap holds each unpinned leaf once, and an entry
@@ -20,11 +24,21 @@ import numpy as np
 
 from headrace.cache.page_pool import PageIds, PagePool
 
-Namespace = tuple[int, int, str]
-"""(weight epoch, adapter uid, the caller's extra key)."""
-
 MAX_EDGE_PAGES = 128
 UNIT_BYTES = 4
+
+
+class Namespace(NamedTuple):
+    """What KV depends on beside the units up to it. Prefixes of different ones never match.
+
+    epoch      of the weights
+    adapter    (uid, generation) of what is added to them, None: nothing
+    extra_key  the caller's own, by which prefixes are kept apart
+    """
+
+    epoch: int
+    adapter: tuple[int, int] | None = None
+    extra_key: str = ""
 
 
 class Node:
@@ -272,4 +286,4 @@ class RadixTree:
         if not node.is_queued and len(node.pages):
             node.is_queued = True
             self._num_queued += 1
-            heapq.heappush(self._heap, (node.namespace[0], node.last_use, self._num_queued, node))
+            heapq.heappush(self._heap, (node.namespace.epoch, node.last_use, self._num_queued, node))

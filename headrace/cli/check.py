@@ -1,8 +1,8 @@
 """`headrace check`: say how a model would run here, without running it.
 
-Owns the report: the settings as resolved, with why; the device; the memory plan; the attention backends, why each of
-the others is refused, and which kernel serves which shape. It refuses what a start would refuse, by the same functions,
-but answers for a checkpoint whose weights are not there yet; of those that are it reads the headers.
+Owns what is reported: the settings as resolved, with why; the device; the memory plan; the attention backends, why each
+of the others is refused, and which kernel serves which shape. It refuses what a start would refuse, by the same
+functions, but answers for a checkpoint whose weights are not there yet; of those that are it reads the headers.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import argparse
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from headrace.cli.flags import add_flags, given
-from headrace.config import EngineConfig, ResolvedConfig, Software
+from headrace.config import EngineConfig, ModelSpec, ResolvedConfig, Software
 from headrace.config.devices import installed_software
-from headrace.config.resolve import ELEMENT_SIZES, available_memory, backend_refusal
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from headrace.config.layer_spec import ExpertsSpec
+from headrace.config.machine import available_memory
+from headrace.config.resolve import ELEMENT_SIZES, backend_refusal
 
 _LOGITS_BYTES = 4
 _CPU_LOGITS_COPIES = 3
@@ -32,7 +32,6 @@ _WEIGHT_FILES = ("model*.safetensors*", "pytorch_model*.bin*")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `headrace check`."""
     parser.add_argument("model", help="a Hugging Face folder or hub id")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_flags(parser, EngineConfig, title="engine settings", skip=("model",))
@@ -53,6 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(report))
     else:
+        from headrace.cli.check_report import print_report
+
         print_report(report)
     can_run = report["attention"]["chosen"] in report["attention"]["available"] and report["memory"]["fits"]
     return 0 if can_run else 2
@@ -70,12 +71,19 @@ def build_report(resolved: ResolvedConfig, software: Software | None = None) -> 
     return {
         "model": {"folder": resolved.folder, **msgspec.to_builtins(resolved.model)},
         "kv_groups": msgspec.to_builtins(resolved.model.kv_groups),
+        "experts": _experts(resolved.model),
         "device": None if resolved.cuda is None else msgspec.to_builtins(resolved.cuda),
         "settings": settings,
         "explanations": [list(entry) for entry in resolved.explanations],
         "memory": _memory_plan(resolved),
         "attention": _attention(resolved, installed_software() if software is None else software),
     }
+
+
+def _experts(model: ModelSpec) -> list[dict[str, Any]]:
+    """The kinds of layers of experts, each with the number of its layers."""
+    kinds = Counter(layer.mlp for layer in model.layers if isinstance(layer.mlp, ExpertsSpec))
+    return [{"num_layers": count, **msgspec.to_builtins(kind)} for kind, count in kinds.items()]
 
 
 def _attention(resolved: ResolvedConfig, software: Software) -> dict[str, Any]:
@@ -92,7 +100,7 @@ def _attention(resolved: ResolvedConfig, software: Software) -> dict[str, Any]:
             head_dim=group.head_dim,
         )
     for name in attention.CAPABILITIES:
-        missing = backend_refusal(name, resolved.device, software)
+        missing = backend_refusal(name, resolved.model, resolved.device, software)
         if missing is not None:
             refused.setdefault(name, missing)
     choices = getattr(attention, "CHOICES", ()) if resolved.device == "cuda" else ()
@@ -113,8 +121,9 @@ def _memory_plan(resolved: ResolvedConfig) -> dict[str, int | bool]:
     from headrace.models import weight_map
 
     model, page_size = resolved.model, resolved.engine.page_size
-    num_parameters = sum(math.prod(param.shape) for param in weight_map(model).params.values())
-    weights = num_parameters * ELEMENT_SIZES[resolved.dtype]
+    params = weight_map(model).params.values()
+    num_parameters = sum(math.prod(param.shape) for param in params)
+    weights = sum(math.prod(param.shape) * ELEMENT_SIZES[param.dtype or resolved.dtype] for param in params)
     workspace = _workspace(resolved)
     available = available_memory() if resolved.cuda is None else resolved.cuda.total_bytes
     num_pages, is_estimate = resolved.num_pages, resolved.num_pages == 0
@@ -142,85 +151,10 @@ def _workspace(resolved: ResolvedConfig) -> int:
     """Float32 logits of every row, the widest activations of a full step and, on a device, int16 counts of tokens."""
     engine, model = resolved.engine, resolved.model
     qkv_width = max((group.num_heads + 2 * group.num_kv_heads) * group.head_dim for group in model.kv_groups)
-    width = 2 * max(layer.mlp.intermediate_size for layer in model.layers) + model.hidden_size + qkv_width
+    width = max(layer.mlp.widest(model.hidden_size) for layer in model.layers) + model.hidden_size + qkv_width
     activations = engine.max_num_batched_tokens * width * ELEMENT_SIZES[resolved.dtype]
     if resolved.device == "cuda":
         logits = engine.max_running_requests * model.vocab_size * _LOGITS_BYTES * _CUDA_LOGITS_COPIES
         return logits + engine.max_running_requests * model.vocab_size * _COUNT_BYTES + activations
     rows = min(engine.max_running_requests, engine.max_num_batched_tokens)
     return rows * model.vocab_size * _LOGITS_BYTES * _CPU_LOGITS_COPIES + activations
-
-
-def print_report(report: dict[str, Any]) -> None:
-    """The report as tables on standard output."""
-    from rich.console import Console
-
-    console = Console(highlight=False, soft_wrap=True)
-    _print_model(console, report)
-    _print_memory(console, report)
-    _print_attention(console, report["attention"])
-
-
-def _print_model(console: Console, report: dict[str, Any]) -> None:
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
-    model, device = report["model"], report["device"]
-    console.print(f"[bold]{model['architecture']}[/] {escape(model['folder'])}")
-    layers = ", ".join(
-        f"{len(group['layer_ids'])} layers, {group['num_heads']} heads over {group['num_kv_heads']} KV heads of"
-        f" {group['head_dim']}"
-        for group in report["kv_groups"]
-    )
-    console.print(f"{report['memory']['num_parameters']:,} parameters, {layers}, vocabulary {model['vocab_size']:,}")
-    ends = zip(model["eos_token_ids"], model["eos_sources"], strict=True)
-    console.print("ends: " + (", ".join(f"{token} ({escape(source)})" for token, source in ends) or "no id"))
-    if device is not None:
-        major, minor = device["capability"]
-        console.print(
-            f"{escape(device['name'])}, compute capability {major}.{minor}, {device['num_multiprocessors']}"
-            f" multiprocessors, {_size(device['total_bytes'])}"
-        )
-    why = {name: text for name, _, text in report["explanations"]}
-    settings = Table("setting", "value", "why", box=box.SIMPLE)
-    for name, value in report["settings"].items():
-        settings.add_row(name, escape(str(value)), escape(why.get(name, "")))
-    console.print(settings)
-
-
-def _print_memory(console: Console, report: dict[str, Any]) -> None:
-    from rich import box
-    from rich.table import Table
-
-    memory = report["memory"]
-    plan = Table("memory", "size", box=box.SIMPLE)
-    for name in ("weights", "kv_pool", "workspace", "total", "available"):
-        plan.add_row(name.replace("_", " "), _size(memory[name]))
-    console.print(plan)
-    note = " (an estimate: the core measures it when it starts)" if memory["kv_is_estimate"] else ""
-    console.print(f"KV pool: {memory['kv_pages']:,} pages, {memory['kv_tokens']:,} tokens{note}")
-    if not memory["fits"]:
-        console.print("[bold red]This is more memory than there is.[/]")
-
-
-def _print_attention(console: Console, attention: dict[str, Any]) -> None:
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
-    backends = Table("attention backend", "", box=box.SIMPLE)
-    for name in (*attention["available"], *attention["refused"]):
-        state = "chosen" if name == attention["chosen"] else "available"
-        why_not = attention["refused"].get(name)
-        backends.add_row(name, escape(f"refused: {why_not}") if why_not else state)
-    console.print(backends)
-    if attention["choices"]:
-        choices = Table("queries", "rows", "kernel of auto", "why", box=box.SIMPLE)
-        for choice in attention["choices"]:
-            choices.add_row(*map(escape, choice))
-        console.print(choices)
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / (1 << 30):.2f} GiB" if num_bytes >= 1 << 30 else f"{num_bytes / (1 << 20):.1f} MiB"

@@ -13,11 +13,9 @@ from headrace.rl.demo import DemoOptions, run_demo
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `headrace demo`."""
     add_flags(parser, DemoOptions, title="demo settings")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the demo and print its figures."""
     print(json.dumps(run_demo(DemoOptions(**given(arguments, DemoOptions)))), flush=True)
     return 0

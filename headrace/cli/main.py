@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from headrace import __version__
 from headrace.cli import check, demo, generate, serve
-from headrace.config.resolve import check_working_directory
+from headrace.config.machine import check_working_directory
 from headrace.telemetry import flush_logs
 from headrace.types.errors import EngineDeadError, HeadraceError
 

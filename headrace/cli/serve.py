@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `headrace serve`."""
     parser.add_argument("model", help="a Hugging Face folder or hub id")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help=f"0: any free port (default: {DEFAULT_PORT})")
@@ -86,6 +85,8 @@ async def _serve(engine: AsyncEngine, host: str, listener: socket.socket, option
     # What is loaded by now stays: without this each full collection walks it again, about 1 ms per request.
     gc.collect()
     gc.freeze()
+    # A full collection waits for ten times as many new objects: all else waits for it, and 65,536 sequences are many.
+    gc.set_threshold(*gc.get_threshold()[:2], 100)
     seed = engine.resolved.engine.seed
     logger.info("serving", extra={"fields": {"url": server.url, "model": engine.config.model, "seed": seed}})
     end = await _first_of(signalled, engine)

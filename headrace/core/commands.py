@@ -20,6 +20,7 @@ from headrace.types.errors import (
     ShutdownError,
     UpdateConflictError,
 )
+from headrace.types.handles import front_of, own_handles
 from headrace.types.messages import (
     NO_DEADLINE,
     Abort,
@@ -51,18 +52,19 @@ _SCRAMBLE_SALT = 0x5EED_0FF5_5EED_0FF5
 
 
 def apply_command(
-    replica: Replica, command: Command, clock: Callable[[], float], given_up: Collection[int] = ()
+    replica: Replica, command: Command, front: int, clock: Callable[[], float], given_up: Collection[int] = ()
 ) -> None:
-    """Apply one command. Every call is answered once, now or when it is done; those of the ids `given_up` are refused.
+    """Apply one command of a front, which reaches no request of another. Every call is answered once, now or when it is
+    done; those of the ids `given_up` are refused.
 
     `clock` is the loop's, and that of the deadlines.
     """
     if isinstance(command, Submit):
-        submit(replica, command, clock())
+        submit(replica, command, front, clock())
     elif isinstance(command, Abort):
-        replica.outbox.add(replica.scheduler.abort(command.handles, command.message))
+        replica.outbox.add(replica.scheduler.abort(own_handles(command.handles, front), command.message))
     elif isinstance(command, Finished):
-        replica.scheduler.discard(command.handles)
+        replica.scheduler.discard(own_handles(command.handles, front))
     else:
         replica.pulse.claim(command.call_id)  # before a look at the clock: the front looks in the opposite order
         now = clock()
@@ -88,10 +90,13 @@ def _check_wanted(command: Command, now: float, given_up: Collection[int]) -> No
         raise DeadlineError(f"{name} was given up before it was begun")
 
 
-def submit(replica: Replica, command: Submit, now: float) -> None:
+def submit(replica: Replica, command: Submit, front: int, now: float) -> None:
     """Queue requests; what cannot be served is answered at once."""
     refusal = replica.update.refusal()
     for request in command.all_requests():
+        if front_of(request.handle) != front:  # an answer would reach whoever has that handle
+            logger.error("front %d sent a request under handle %d, which is not its own", front, request.handle)
+            continue
         try:
             if refusal is not None:
                 raise refusal

@@ -144,6 +144,8 @@ class FreeWeights:
 
 
 class _FreeCopy:
+    has_written = True
+
     def advance(self, deadline_s: float) -> bool:
         return True
 

@@ -36,9 +36,12 @@ class CoreLoop:
         executor: Executor,
         link: CoreLink,
         *,
+        front: int = 0,
         clock: Callable[[], float] = time.monotonic,
         pulse: Pulse | None = None,
     ) -> None:
+        """`front` is the number of who is at the other end of `link`."""
+        self.front = front
         self._link = link
         self._pulse = pulse or Pulse()
         self._clock = clock
@@ -79,7 +82,7 @@ class CoreLoop:
         """Do what the front asks for; False when that is the end."""
         given_up = {command.target for command in commands if isinstance(command, GiveUp)}
         for command in commands:
-            apply_command(self.replica, command, self._clock, given_up)
+            apply_command(self.replica, command, self.front, self._clock, given_up)
             if self.replica.is_ending:
                 return False
         return True

@@ -84,6 +84,7 @@ def _build(
         page_size=resolved.engine.page_size,
         num_layers=len(resolved.model.layers),
         explanations=resolved.explanations,
+        front=loop.front,
     )
     try:
         link.send(ready)

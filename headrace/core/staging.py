@@ -52,8 +52,12 @@ class StageJob:
                 if self._current is None:
                     return True
             index, copy = self._current
-            self._machine.note_write(self._session_id)
-            if copy.advance(max(0.0, stop_at - time.perf_counter())):
+            try:
+                is_done = copy.advance(max(0.0, stop_at - time.perf_counter()))
+            finally:
+                if copy.has_written:
+                    self._machine.note_write(self._session_id)
+            if is_done:
                 if index is None:
                     self._machine.require(self._session_id).touch(now)
                 else:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import importlib
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from pathlib import Path
 from types import NoneType
@@ -16,10 +15,12 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack
 from headrace.engine.control import choice_of, folder_of, modes_of, seconds_of, text_of, version_of
 from headrace.engine.fields import InputIds, Prompts, Sampling
 from headrace.engine.lifecycle import EngineLifecycle
+from headrace.engine.pacing import Turn
 from headrace.engine.reading import read_weight
 from headrace.engine.requests import GenerateItem, GenerateOptions
 from headrace.engine.runtime import Undoable
-from headrace.engine.stream import SEQUENCES_PER_TURN, Stream, StreamGroup
+from headrace.engine.serving import HttpServer, server_door, stop_server
+from headrace.engine.stream import Stream, StreamGroup
 from headrace.engine.tensors import NamedTensors, to_tensor
 from headrace.engine.update import Manifest, Script, UpdateSession, drive_async, manifest_of
 from headrace.text import run_sized
@@ -336,7 +337,7 @@ class AsyncEngine(EngineLifecycle):
 
     @_on_engine_loop
     async def metrics(self) -> dict[str, float]:
-        """Counters and gauges of the core (docs/architecture.md lists them)."""
+        """Counters and gauges of the core (docs/behaviour.md lists them)."""
         return (await self.runtime.client.ask(GetStatus, CoreStatus)).metrics
 
     @_on_engine_loop
@@ -344,15 +345,15 @@ class AsyncEngine(EngineLifecycle):
         """The core's account of itself, now. `DeadlineError` after `timeout` seconds (default `control_timeout`)."""
         return await self.runtime.client.ask(GetStatus, CoreStatus, seconds_of(timeout))
 
-    async def serve(self, port: int = 0, host: str = "127.0.0.1", **options: Any) -> Any:
+    async def serve(self, port: int = 0, host: str = "127.0.0.1", **options: Any) -> HttpServer:
         """Serve this engine over HTTP, on its own loop. Returns a handle with `port`, `url` and `await stop()`.
 
         `options` are those of `headrace.server`.
         """
         await self.start()
         self.runtime.check_open()
-        server = await asyncio.get_running_loop().run_in_executor(None, _load_server)
-        running = await self.runtime.run(server.serve(self, host, port, **options), regret=stop_server)
+        serve = await asyncio.get_running_loop().run_in_executor(None, server_door)
+        running = await self.runtime.run(serve(self, host, port, **options), regret=stop_server)
         self.runtime.add_closer(functools.partial(running.stop, 0.0))
         return running
 
@@ -367,12 +368,11 @@ class AsyncEngine(EngineLifecycle):
     ) -> list[Generation]:
         items = await self._expand(prompts, input_ids, sampling_params, options, scores=scores)
         streams = await self._running.intake.submit_all(items)
-        results: list[Generation] = []
+        results, turn = list[Generation](), Turn()
         try:
             for stream in streams:
+                await turn.give_way()
                 results.append(await stream.result())
-                if len(results) % SEQUENCES_PER_TURN == 0:
-                    await asyncio.sleep(0)
             return results
         finally:
             for stream in streams:
@@ -401,18 +401,8 @@ class AsyncEngine(EngineLifecycle):
         return await run_sized(_size_of(prompts if input_ids is None else input_ids), expand)
 
 
-async def stop_server(running: Any) -> None:
-    """Undo a `serve` of which nobody heard."""
-    await running.stop(0.0)
-
-
 async def _drop(group: StreamGroup) -> None:
     group.cancel()
-
-
-def _load_server() -> Any:
-    """The server is a higher layer, imported when somebody serves; that is too slow for a loop with streams on it."""
-    return importlib.import_module("headrace.server.run")
 
 
 def _size_of(given: Any) -> int:

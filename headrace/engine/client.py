@@ -21,6 +21,7 @@ from headrace.engine.health import Ailment, HealthLimits, diagnose
 from headrace.engine.ledger import Ledger
 from headrace.ipc import FrontLink, PulsePage
 from headrace.types.errors import DeadlineError, EngineDeadError, HeadraceError, RequestError, ShutdownError
+from headrace.types.handles import count_of, handle_of
 from headrace.types.messages import (
     Abort,
     Command,
@@ -86,7 +87,7 @@ class CoreClient:
         self._on_death = on_death
         self._calls = Calls(self._send_call, pulse, clock)
         self._sinks: dict[int, Sink] = {}
-        self._num_handles = 0
+        self._last_handle = 0
         self._submits: list[Request] = []
         self._finished: list[int] = []
         self._flush_scheduled = False
@@ -136,6 +137,7 @@ class CoreClient:
             raise DeadlineError(message, field="start_timeout") from None
         if ready.error is not None:
             raise ready.error.to_exception()
+        self._last_handle = handle_of(ready.front, count_of(self._last_handle))
         await self._take_over()
         self._watch = loop.create_task(self._watch_core())
         return ready
@@ -162,8 +164,8 @@ class CoreClient:
 
     def new_handle(self) -> int:
         """A handle no other sequence of this client has had."""
-        self._num_handles += 1
-        return self._num_handles
+        self._last_handle += 1
+        return self._last_handle
 
     def submit(self, request: Request, sink: Sink) -> None:
         """Send a request; those of one loop turn leave as one message. Raises when the core is gone."""

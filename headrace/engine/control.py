@@ -25,7 +25,7 @@ def version_of(version: Any) -> str:
 def folder_of(path: str | Path) -> str:
     """An absolute path, without links."""
     try:
-        return str(Path(path).expanduser().resolve())
+        return str(Path(plain_text(path)).expanduser().resolve())
     except (OSError, RuntimeError, TypeError, ValueError):  # too long, an unknown user, a null character, no path
         raise CheckpointError(f"{path} is not a path on this machine", field="path") from None
 

@@ -5,44 +5,42 @@ Owns nothing. Every method may be called from any thread, also from one in which
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Coroutine, Generator
+import functools
+from collections.abc import Callable, Coroutine, Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack
 
 from headrace.config import EngineConfig, ResolvedConfig
-from headrace.engine.async_engine import DEFAULT_UPDATE_TIMEOUT, AsyncEngine, stop_server
+from headrace.engine.async_engine import DEFAULT_UPDATE_TIMEOUT, AsyncEngine
 from headrace.engine.fields import InputIds, Prompts, Sampling
 from headrace.engine.launch import ExecutorKind
 from headrace.engine.requests import GenerateOptions
 from headrace.engine.runtime import Regret, result_of
+from headrace.engine.serving import ServerHandle, stop_server
 from headrace.engine.tensors import NamedTensors, to_tensor
 from headrace.engine.update import Manifest, UpdateSession, drive
 from headrace.text import Tokenizer
-from headrace.types.errors import HeadraceError, ShutdownError
+from headrace.types.errors import HeadraceError
 from headrace.types.generation import Generation
-from headrace.types.messages import CoreStatus
 from headrace.types.weights import InFlight, PauseMode, UpdateMode, UpdateReport
 
 if TYPE_CHECKING:
     import torch
 
+Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 
-class ServerHandle:
-    """A running HTTP server of an engine."""
+def _blocking(
+    method: Callable[Concatenate[AsyncEngine, Parameters], Coroutine[Any, Any, Result]],
+) -> Callable[Concatenate[Engine, Parameters], Result]:
+    """The method of `Engine` that waits for one of `AsyncEngine`; what it takes, returns and raises is the same."""
 
-    def __init__(self, running: Any, engine: AsyncEngine) -> None:
-        self._running = running
-        self._engine = engine
-        self.port: int = running.port
-        self.url: str = running.url
+    @functools.wraps(method)
+    def wait(self: Engine, /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        return self._wait(method(self.asynchronous, *args, **kwargs))
 
-    def stop(self, timeout: float | None = None) -> None:
-        """Stop serving; the engine runs on. Requests have `timeout` seconds (None: the server's own) to finish."""
-        with contextlib.suppress(ShutdownError):  # the engine has ended, and its servers with it
-            self._engine.runtime.wait(self._running.stop(timeout))
+    return wait
 
 
 class Engine:
@@ -83,25 +81,19 @@ class Engine:
     def is_responsive(self) -> bool:
         return self.asynchronous.is_responsive
 
-    def generate(
-        self,
-        prompts: Prompts = None,
-        input_ids: InputIds = None,
-        sampling_params: Sampling = None,
-        **options: Unpack[GenerateOptions],
-    ) -> list[Generation]:
-        """See `AsyncEngine.generate`."""
-        return self._wait(self.asynchronous.generate(prompts, input_ids, sampling_params, **options))
-
-    def score(
-        self,
-        prompts: Prompts = None,
-        input_ids: InputIds = None,
-        sampling_params: Sampling = None,
-        **options: Unpack[GenerateOptions],
-    ) -> list[Generation]:
-        """See `AsyncEngine.score`."""
-        return self._wait(self.asynchronous.score(prompts, input_ids, sampling_params, **options))
+    generate = _blocking(AsyncEngine.generate)
+    score = _blocking(AsyncEngine.score)
+    abort = _blocking(AsyncEngine.abort)
+    resume = _blocking(AsyncEngine.resume)
+    flush_cache = _blocking(AsyncEngine.flush_cache)
+    commit = _blocking(AsyncEngine.commit)
+    abort_update = _blocking(AsyncEngine.abort_update)
+    update_weights_from_disk = _blocking(AsyncEngine.update_weights_from_disk)
+    set_weight_version = _blocking(AsyncEngine.set_weight_version)
+    digest = _blocking(AsyncEngine.digest)
+    weights_checker = _blocking(AsyncEngine.weights_checker)
+    metrics = _blocking(AsyncEngine.metrics)
+    status = _blocking(AsyncEngine.status)
 
     def stream(
         self,
@@ -119,24 +111,10 @@ class Engine:
         finally:
             self.asynchronous.runtime.post(group.cancel)
 
-    def abort(
-        self, request_id: str | None = None, *, prefix: bool = False, all: bool = False, message: str = "Aborted"
-    ) -> int:
-        """See `AsyncEngine.abort`."""
-        return self._wait(self.asynchronous.abort(request_id, prefix=prefix, all=all, message=message))
-
     def pause(self, mode: PauseMode = "abort", *, timeout: float | None = None) -> None:
         """See `AsyncEngine.pause`."""
         pausing, regret = self.asynchronous.undoable_pause(mode, timeout)
         self._wait(pausing, regret)
-
-    def resume(self) -> None:
-        """See `AsyncEngine.resume`."""
-        self._wait(self.asynchronous.resume())
-
-    def flush_cache(self) -> int:
-        """See `AsyncEngine.flush_cache`."""
-        return self._wait(self.asynchronous.flush_cache())
 
     def begin_update(
         self,
@@ -157,14 +135,6 @@ class Engine:
         """See `AsyncEngine.stage`. The iterable is read in the calling thread."""
         drive(self.asynchronous.stage_script(session, named_tensors), self._wait)
 
-    def commit(self, session: UpdateSession) -> UpdateReport:
-        """See `AsyncEngine.commit`."""
-        return self._wait(self.asynchronous.commit(session))
-
-    def abort_update(self, session: UpdateSession | None = None) -> None:
-        """See `AsyncEngine.abort_update`."""
-        self._wait(self.asynchronous.abort_update(session))
-
     def update_weights_from_tensor(
         self,
         named_tensors: NamedTensors,
@@ -179,48 +149,14 @@ class Engine:
         script = self.asynchronous.update_script
         return drive(script(named_tensors, version, mode, in_flight, partial, timeout), self._wait)
 
-    def update_weights_from_disk(
-        self,
-        path: str | Path,
-        version: str | int,
-        *,
-        mode: UpdateMode = "auto",
-        in_flight: InFlight = "drain",
-        timeout: float = DEFAULT_UPDATE_TIMEOUT,
-        root: str | Path | None = None,
-    ) -> UpdateReport:
-        """See `AsyncEngine.update_weights_from_disk`."""
-        update = self.asynchronous.update_weights_from_disk
-        return self._wait(update(path, version, mode=mode, in_flight=in_flight, timeout=timeout, root=root))
-
-    def set_weight_version(self, version: str | int) -> None:
-        """See `AsyncEngine.set_weight_version`."""
-        self._wait(self.asynchronous.set_weight_version(version))
-
     def get_weights_by_name(self, name: str) -> torch.Tensor:
         """See `AsyncEngine.get_weights_by_name`."""
         return to_tensor(self._wait(self.asynchronous.read_weight(name)))
 
-    def digest(self) -> dict[str, str]:
-        """See `AsyncEngine.digest`."""
-        return self._wait(self.asynchronous.digest())
-
-    def weights_checker(self, action: str) -> dict[str, str]:
-        """See `AsyncEngine.weights_checker`."""
-        return self._wait(self.asynchronous.weights_checker(action))
-
-    def metrics(self) -> dict[str, float]:
-        """See `AsyncEngine.metrics`."""
-        return self._wait(self.asynchronous.metrics())
-
-    def status(self, timeout: float | None = None) -> CoreStatus:
-        """See `AsyncEngine.status`."""
-        return self._wait(self.asynchronous.status(timeout))
-
     def serve(self, port: int = 0, host: str = "127.0.0.1", **options: Any) -> ServerHandle:
         """Serve this engine over HTTP while it goes on being used here; port 0 takes a free one."""
         running = self._wait(self.asynchronous.serve(port, host, **options), stop_server)
-        return ServerHandle(running, self.asynchronous)
+        return ServerHandle(running, self.asynchronous.runtime)
 
     def wait_ended(self) -> HeadraceError:
         """See `AsyncEngine.wait_ended`."""

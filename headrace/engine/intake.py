@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import msgspec
 
 from headrace.engine.client import CoreClient
+from headrace.engine.pacing import Turn
 from headrace.engine.requests import GenerateItem, RequestBuilder
-from headrace.engine.stream import SEQUENCES_PER_TURN, EndKind, Stream
+from headrace.engine.stream import EndKind, Stream
 from headrace.engine.text_feed import TextStart
 from headrace.text import Tokenizer
 from headrace.types.errors import DeadlineError, HeadraceError, RequestError
@@ -33,6 +34,7 @@ class Intake:
         self._live: dict[str, dict[int, Stream]] = {}
         self._timers: dict[int, asyncio.TimerHandle] = {}
         self._last_start: tuple[Request, TextStart] | None = None
+        self._end = self._on_end  # one method object for all streams
 
     def submit(self, item: GenerateItem) -> Stream:
         """Send one sequence. Raises `RequestError` naming the field (with `return_errors` its stream does), or that
@@ -51,7 +53,7 @@ class Intake:
             if not item.return_errors:
                 raise
             return self._refused(item, error)
-        stream = Stream(item, request, self._text_start(item, request), self._on_end)
+        stream = Stream(item, request, self._text_start(item, request), self._end)
         self._client.submit(request, stream)
         self._live.setdefault(item.request_id, {})[item.index] = stream
         if self._request_timeout is not None:
@@ -67,13 +69,12 @@ class Intake:
             if item.request_id in taken and not item.return_errors:
                 raise _name_in_use(item.request_id)
         streams: list[Stream] = []
-        is_whole = False
+        is_whole, turn = False, Turn()
         try:
-            for number, item in enumerate(items, 1):
+            for item in items:
+                await turn.give_way()
                 is_taken = item.request_id in taken and item.refusal is None
                 streams.append(self._refused(item, _name_in_use(item.request_id)) if is_taken else self.submit(item))
-                if number % SEQUENCES_PER_TURN == 0:
-                    await asyncio.sleep(0)
             is_whole = True
         finally:
             if not is_whole:
@@ -109,8 +110,8 @@ class Intake:
                 return start
         prompt_ids = unpack_ids(request.prompt)
         cut = len(prompt_ids) - num_resumed
-        before, resumed = prompt_ids[:cut].data, prompt_ids[cut:].data  # views, of which little is read
-        start = TextStart(self._tokenizer, item.params, resumed, before, item.shown_tokens, like)
+        resumed = prompt_ids[cut:].data
+        start = TextStart(self._tokenizer, item.params, resumed, prompt_ids[:cut], item.shown_tokens, like)
         self._last_start = request, start
         return start
 

@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from headrace.config import EngineConfig, ModelSpec, ResolvedConfig, resolve
-from headrace.config.resolve import check_working_directory
+from headrace.config.machine import check_working_directory
 from headrace.ipc import CoreLink, FrontLink, Pulse, PulsePage, launch_core, make_pair
 from headrace.text import Tokenizer
 from headrace.types.errors import ConfigError
@@ -66,14 +66,12 @@ class CoreThread:
 
     @property
     def is_alive(self) -> bool:
-        """True until it has ended."""
         return self._thread.is_alive()
 
     def kill(self) -> None:
         """A thread cannot be killed: it ends when it sees its link closed."""
 
     def close(self, timeout: float) -> None:
-        """Wait for its end."""
         self._thread.join(timeout)
 
     @staticmethod

@@ -1,11 +1,32 @@
-"""Who is woken when. Owns the order in which many consumers on one loop get their turn; knows not what they do."""
+"""Turns on the engine's loop. Owns how long one goes on before others have theirs, and in what order many consumers are
+woken; knows not what they do."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 
+TURN_SECONDS = 0.003
 MAX_WAKES_PER_TURN = 32
+
+
+class Turn:
+    """The time that a loop over very many has, from now. What one round of it costs is the caller's affair."""
+
+    def __init__(self) -> None:
+        self._end = time.perf_counter() + TURN_SECONDS
+
+    @property
+    def is_over(self) -> bool:
+        """Others are to have their turn."""
+        return time.perf_counter() > self._end
+
+    async def give_way(self) -> None:
+        """To be awaited before each round: let others have their turn when this loop has had its own."""
+        if self.is_over:
+            await asyncio.sleep(0)
+            self._end = time.perf_counter() + TURN_SECONDS
 
 
 class Pacer:

@@ -85,14 +85,14 @@ class GenerateOptions(TypedDict, total=False):
     return_errors: bool
 
 
-class GenerateItem(msgspec.Struct, frozen=True, kw_only=True):
+class GenerateItem(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One sequence to generate. `params.n` is ignored here: an item is one sample.
 
     prompt / input_ids   exactly one of them; text is encoded with special tokens added
     request_id           "" lets the engine make one; (request_id, index) must be unique among live sequences
     index, prompt_index  which sample of which prompt this is; echoed in the reply
     seed                 the sample's own seed; None: derived from `params.seed` and `index`, or given by the engine
-    namespace            separates prefix-cache entries
+    extra_key            as in `GenerateOptions`
     stream               deliver every token as it comes
     shown_tokens         special tokens that show in the text although `params` skips special tokens
     num_output_ids_in_prompt, clip_to_context, return_errors   as in `GenerateOptions`
@@ -109,7 +109,7 @@ class GenerateItem(msgspec.Struct, frozen=True, kw_only=True):
     prompt_index: int = 0
     seed: int | None = None
     priority: int = 0
-    namespace: str = ""
+    extra_key: str = ""
     stream: bool = False
     shown_tokens: frozenset[str] = frozenset()
     num_output_ids_in_prompt: int = 0
@@ -173,7 +173,7 @@ class RequestBuilder:
         common = GenerateItem(
             logprobs=self._logprob_options(options),
             priority=options.get("priority", 0),
-            namespace=options.get("extra_key", ""),
+            extra_key=options.get("extra_key", ""),
             stream=stream,
             clip_to_context=as_flag(options.get("clip_to_context", False), "clip_to_context"),
             return_errors=returns_errors,
@@ -225,7 +225,7 @@ class RequestBuilder:
             min_new_tokens=params.min_new_tokens,
             stop_token_ids=shared.stop_token_ids,
             priority=item.priority,
-            namespace=item.namespace,
+            extra_key=item.extra_key,
             deliver_every=1 if item.stream or params.stop else 0,
             num_output_ids_in_prompt=item.num_output_ids_in_prompt,
         )
@@ -241,14 +241,14 @@ class RequestBuilder:
         params = self._clipped(item.params, num_prompt) if item.clip_to_context else item.params
         self._check_room(num_prompt, params.max_new_tokens)
         self._shared(params)
-        namespace, request_id = name_of(item.namespace, "extra_key"), name_of(item.request_id, "request_id")
+        extra_key, request_id = name_of(item.extra_key, "extra_key"), name_of(item.request_id, "request_id")
         self._check_logprobs(item.logprobs, num_prompt)
         check_logprob_values(num_logprob_values(item.logprobs, num_prompt, params), item.logprobs)
         name, num_output = "num_output_ids_in_prompt", item.num_output_ids_in_prompt
         return msgspec.structs.replace(
             item,
             request_id=request_id,
-            namespace=namespace,
+            extra_key=extra_key,
             packed=packed,
             prompt=None,
             input_ids=None,

@@ -179,7 +179,6 @@ class _Latch:
         self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def is_set(self) -> bool:
-        """True once it is set."""
         return self._is_set
 
     def set(self) -> None:
@@ -243,7 +242,6 @@ class Runtime:
 
     @property
     def is_closing(self) -> bool:
-        """True once `close` was called."""
         return self._is_closing
 
     def add_closer(self, closer: Callable[[], Coroutine[Any, Any, None]]) -> None:

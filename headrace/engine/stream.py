@@ -5,12 +5,12 @@ stop string ended it; knows nothing of how deltas arrive. Lives on the engine's 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-from headrace.engine.pacing import Pacer
+from headrace.engine.pacing import Pacer, Turn
 from headrace.engine.requests import GenerateItem
 from headrace.engine.sample import Sample
 from headrace.engine.text_feed import TextFeed, TextStart
@@ -23,9 +23,6 @@ logger = logging.getLogger(__name__)
 
 EndKind = Literal["answered", "dropped"]
 """Whether the core has ended the sequence itself, or must be told that the front did."""
-
-SEQUENCES_PER_TURN = 256
-"""Of very many, before the event loop's other work has its turn."""
 
 _OUR_BUGS = (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 
@@ -58,7 +55,7 @@ class Stream:
         self._finish: Finish | None = None
         self._matched: str | None = None
         self._error: HeadraceError | None = None
-        self._waiters: list[asyncio.Future[None]] = []
+        self._waiters: tuple[asyncio.Future[None], ...] = ()
         self._num_taken_tokens = 0
         self._has_taken_end = False
 
@@ -212,7 +209,7 @@ class Stream:
         self._notify()
 
     def _notify(self) -> None:
-        waiters, self._waiters = self._waiters, []
+        waiters, self._waiters = self._waiters, ()
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(None)
@@ -222,12 +219,11 @@ class Stream:
     async def _wait(self) -> None:
         """Until there is news. Each caller has a future of its own: one that is cancelled takes no other with it."""
         waiter = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
+        self._waiters += (waiter,)
         try:
             await waiter
         except asyncio.CancelledError:
-            if waiter in self._waiters:
-                self._waiters.remove(waiter)
+            self._waiters = tuple(each for each in self._waiters if each is not waiter)
             raise
 
 
@@ -238,15 +234,16 @@ class StreamGroup:
     def __init__(self, streams: Iterable[Stream], pacer: Pacer | None = None) -> None:
         self._pacer = pacer
         self._live = set(streams)
-        self._ready = {stream: None for stream in self._live if stream.is_done}  # in the order of their news
+        self._ready = OrderedDict((stream, None) for stream in self._live if stream.is_done)  # in order of their news
         self._is_behind = False
         self._waiter: asyncio.Future[None] | None = None
+        note = self._note  # one for all
         for stream in self._live:
-            stream.listener = self._note
+            stream.listener = note
 
     async def next_pieces(self) -> list[Generation]:
-        """The pieces that are there, waiting for one if there is none; [] once all streams have ended. Of very many the
-        first, the others a turn of the loop later."""
+        """The pieces that are there, waiting for one if there is none; [] once all streams have ended. Of very many
+        those of one `Turn`."""
         while self._live:
             if self._is_behind:
                 await asyncio.sleep(0)
@@ -273,12 +270,10 @@ class StreamGroup:
             stream.cancel()
 
     def _take_some(self) -> list[Generation]:
-        pieces: list[Generation] = []
-        ready = list(itertools.islice(self._ready, SEQUENCES_PER_TURN))
-        for stream in ready:
-            del self._ready[stream]
-        self._is_behind = bool(self._ready)
-        for stream in ready:
+        pieces, turn = list[Generation](), Turn()
+        while self._ready and not (pieces and turn.is_over):
+            stream, _ = self._ready.popitem(last=False)
+            self._is_behind = bool(self._ready)  # here: `take` may raise
             if stream not in self._live:
                 continue
             if stream.is_done:

@@ -61,7 +61,6 @@ class Supervisor:
         self.host = host
         self.ended: concurrent.futures.Future[HeadraceError] = concurrent.futures.Future()
         self.ended.set_running_or_notify_cancel()  # somebody who stops waiting for it does not cancel it
-        self.num_restarts = 0
         self.on_restart: Callable[[CoreReady], None] | None = None
         self._client = client
         self._resolved = resolved
@@ -101,7 +100,6 @@ class Supervisor:
 
     async def _revive(self, death: HeadraceError) -> None:
         while (delay := self._budget.take(time.monotonic())) is not None:
-            self.num_restarts += 1
             logger.warning("the core is started again in %g s", delay)
             await asyncio.sleep(delay)
             try:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import sys
 from collections.abc import Iterable, Sequence
 
 from headrace.text import IncrementalDetokenizer, StopSet, StopStrings, Tokenizer
+from headrace.types.request import Int32Array
 from headrace.types.sampling_params import SamplingParams
 
 
@@ -22,7 +24,7 @@ class TextStart:
         tokenizer: Tokenizer,
         params: SamplingParams,
         resumed_ids: Sequence[int] = (),
-        prompt_ids: Sequence[int] = (),
+        prompt_ids: Int32Array | None = None,
         shown: frozenset[str] = frozenset(),
         like: TextStart | None = None,
     ) -> None:
@@ -30,19 +32,25 @@ class TextStart:
         What depends on `params` alone is shared with `like`, made of the same ones."""
         self.params = params
         self.shown = shown
+        self._tokenizer = tokenizer
+        self._prompt_ids = prompt_ids
         self._is_resumed = len(resumed_ids) > 0
-        self._detokenizer = IncrementalDetokenizer(
-            tokenizer,
-            skip_special_tokens=params.skip_special_tokens,
-            spaces_between_special_tokens=params.spaces_between_special_tokens,
-            shown=shown,
-            prompt_ids=prompt_ids,
-        )
         before = self._detokenizer.push(resumed_ids) if self._is_resumed else ""
         self._num_shown_before = len(self._detokenizer.complete_rest()) if self._is_resumed else 0
         self._stop_set: StopSet = like._stop_set if like is not None else StopSet(params.stop)
         self._stops = _stops_after(before, self._stop_set, params) if params.stop else None
         self.stop_tokens: dict[int, str] = like.stop_tokens if like is not None else _special_stops(tokenizer, params)
+
+    @functools.cached_property
+    def _detokenizer(self) -> IncrementalDetokenizer:
+        """Made when a text is wanted: until then it were four objects more for each of very many prompts."""
+        return IncrementalDetokenizer(
+            self._tokenizer,
+            skip_special_tokens=self.params.skip_special_tokens,
+            spaces_between_special_tokens=self.params.spaces_between_special_tokens,
+            shown=self.shown,
+            prompt_ids=() if self._prompt_ids is None else self._prompt_ids.data,  # a view, of which little is read
+        )
 
     @property
     def max_stop_length(self) -> int:

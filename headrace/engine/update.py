@@ -29,7 +29,7 @@ from headrace.engine.tensors import HeldTensors, NamedTensors, TensorBytes, desc
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import DeadlineError, HeadraceError, UnavailableError, WeightUpdateError
 from headrace.types.messages import AbortUpdate, BeginUpdate, CommitUpdate, Stage, UpdateBegun
-from headrace.types.plain_values import as_list
+from headrace.types.plain_values import as_list, plain_text
 from headrace.types.weights import (
     MAX_DIMENSIONS,
     MAX_TENSOR_NAME,
@@ -349,6 +349,7 @@ def manifest_of(entries: Manifest) -> tuple[TensorInfo, ...]:
             fields = msgspec.structs.astuple(entry) if isinstance(entry, TensorInfo) else (*entry, "")
             name, shape, dtype, digest = fields
             sizes = tuple(int(size) for size in islice(shape, MAX_DIMENSIONS + 1))
+            name, dtype, digest = map(plain_text, (name, dtype, digest))
         except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor without a value
             raise WeightUpdateError(f"manifest must be {what}", field="manifest") from None
         info = TensorInfo(str(name), sizes, str(dtype).removeprefix("torch."), str(digest))

@@ -39,6 +39,7 @@ class ResultApplier:
     def __init__(self, roster: Roster, counters: Counters) -> None:
         self._roster = roster
         self._counters = counters
+        self._brought_several = False
 
     def apply(self, step: InFlight, result: StepResult, deltas: list[Delta]) -> None:
         """Take in one result, and append the deltas it makes due, terminal ones included, in row order."""
@@ -103,7 +104,7 @@ class ResultApplier:
         A sampled token has a finite log-probability; one of a prompt may be -inf, where the distribution that was asked
         for excludes it. What they left in the cache may be no number either: nobody shall find it.
         """
-        are_finite = math.isfinite(np.add.reduce(result.logprobs, axis=None))  # the sum of what is not is not
+        are_finite = math.isfinite(np.vdot(result.logprobs, result.logprobs))  # a sum with what is not finite is not
         if are_finite and not result.prompt_logprobs:
             return
         scored = result.prompt_logprobs.items()
@@ -148,15 +149,20 @@ class ResultApplier:
 
         So is a token of a position that is known: a step before brought several, and this one was issued before that.
         """
-        table = self._roster.table
-        positions = (step.rows.starts + step.rows.lengths)[step.rows.samples]
-        for column in range(result.token_ids.shape[1]):
+        table, width = self._roster.table, result.token_ids.shape[1]
+        self._brought_several |= width > 1
+        positions = table.num_known[slots]
+        if self._brought_several:  # else a sequence that takes a token knows those before it, and no more
+            positions = (step.rows.starts + step.rows.lengths)[step.rows.samples]
+        for column in range(width):
             has_token = result.num_tokens > column
-            takes = has_token & table.accepts[slots] & (positions >= table.num_known[slots])
+            takes = has_token & table.accepts[slots]
+            if self._brought_several:
+                takes &= positions >= table.num_known[slots]
             self._counters.num_overshoot_tokens += int(np.count_nonzero(has_token) - np.count_nonzero(takes))
             self._take_column(step, slots, positions, result, column, takes, deltas)
             positions = positions + 1
-        if result.token_ids.shape[1] > 1:
+        if width > 1:
             self._expect_computing(slots)
 
     def _take_column(
@@ -174,7 +180,6 @@ class ResultApplier:
         token_ids, logprobs = result.token_ids[:, column], result.logprobs[:, column]
         if not takes.all():
             slots, positions, token_ids, logprobs = slots[takes], positions[takes], token_ids[takes], logprobs[takes]
-        assert (positions == table.num_known[slots]).all(), "output positions were skipped"
         self._mark_version(step, slots, positions)
         table.token_ids[slots, positions] = token_ids
         table.logprobs[slots, positions] = logprobs

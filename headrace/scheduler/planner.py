@@ -149,7 +149,7 @@ class StepPlanner:
         assert end <= table.num_known[slot], "a chunk holds a token that is not known"
         samples = bool(end == table.num_expected[slot] and end < table.max_length[slot])
         builder.add_chunk(slot, start, table.token_ids[slot, start:end], samples=samples)
-        leases.publish(slot, table.token_ids[slot], end)
+        leases.publish(slot, end)
         table.num_scheduled[slot] = end
         table.num_expected[slot] += samples
         self._counters.num_prefill_tokens += length
@@ -162,10 +162,8 @@ class StepPlanner:
             sequence = self._roster.next_to_admit(admit_new=admit_new)
             if sequence is None:
                 return
-            request = sequence.request
-            namespace = (epoch, 0, request.namespace)
-            units = request.prompt if sequence.state is State.WAITING else sequence.token_ids.tobytes()
-            match = leases.match(namespace, units, sequence.max_hit // self._limits.page_size)
+            namespace = sequence.namespace(epoch)
+            match = leases.match(namespace, sequence.units, sequence.max_hit // self._limits.page_size)
             reserve = self._num_reserved() if reserve < 0 else reserve
             num_known = len(sequence.token_ids)
             needed = self._num_pages_ahead(num_known, sequence.compute_length) - match.num_pages

@@ -30,6 +30,7 @@ class Roster:
         self.limits = limits
         self.table = SlotTable(limits)
         self.leases = LeaseTable(
+            self.table.units,
             num_slots=limits.num_slots,
             num_columns=limits.num_pages_for(limits.max_length),
             num_pages=limits.num_pages,
@@ -145,7 +146,7 @@ class Roster:
         for slot in slots:
             sequence = self.table.sequence(slot)
             num_tokens = int(min(self.table.num_known[slot], self.table.num_scheduled[slot]))
-            self.leases.publish_all(slot, self.table.token_ids[slot], num_tokens)
+            self.leases.publish_all(slot, num_tokens)
             self.leases.close(slot)
             self.table.leave(slot)
             self.generation += 1

@@ -10,6 +10,7 @@ from enum import Enum
 
 import numpy as np
 
+from headrace.cache import Namespace
 from headrace.scheduler.limits import SchedulerLimits, max_output
 from headrace.scheduler.position_extras import PositionExtras
 from headrace.scheduler.prompt_scores import PromptScores
@@ -33,6 +34,7 @@ class Sequence:
     max_length      tokens it may have in all, prompt included
     compute_length  positions it may have to compute: the last token's KV is of no use; a score-only prompt needs one
     token_ids, logprobs   all known tokens and the output's log-probabilities while it holds no slot
+    units           what the prefix cache knows `token_ids` by, as bytes: for text, the very same
     num_delivered   output tokens that have gone out in deltas
     stop_token_ids  those that can be sampled at all
     extras          further log-probabilities of its output tokens, None: it asked for none
@@ -61,6 +63,7 @@ class Sequence:
         "state",
         "stop_token_ids",
         "token_ids",
+        "units",
         "version_index",
         "version_starts",
     )
@@ -79,6 +82,7 @@ class Sequence:
         self.compute_length = max(1, self.max_length - 1)
         self.stop_token_ids = tuple(token for token in request.stop_token_ids if 0 <= token < limits.vocab_size)
         self.token_ids = prompt
+        self.units = request.prompt
         self.logprobs: Float32Array = np.empty(0, dtype=np.float32)
         self.num_delivered = 0
         self.version_index = -1
@@ -101,6 +105,10 @@ class Sequence:
         if self.prompt_scores is not None and not self.prompt_scores.is_complete:
             limit = min(limit, self.prompt_scores.next_position - 1)
         return limit
+
+    def namespace(self, epoch: int) -> Namespace:
+        """Where its prefixes are found and published under the weights of `epoch`."""
+        return Namespace(epoch, None, self.request.extra_key)
 
     def change_version(self, num_output: int, index: int, version: str, epoch: int) -> None:
         """Tokens after the first `num_output` are of another version."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from headrace.cache import UNIT_BYTES
 from headrace.scheduler.limits import SchedulerLimits
 from headrace.scheduler.sequence import Sequence, State
 
@@ -105,10 +106,18 @@ class SlotTable:
         self.is_running[slot] = self.accepts[slot] = False
         self._free.append(slot)
 
+    def units(self, slot: int, first: int, last: int) -> bytes:
+        """What the prefix cache knows positions first..last-1 of a slot by: its sequence's units as it entered, then
+        the ids of the tokens sampled since."""
+        known = self.sequence(slot).units
+        start = max(first, len(known) // UNIT_BYTES)
+        return known[first * UNIT_BYTES : last * UNIT_BYTES] + self.token_ids[slot, start:last].tobytes()
+
     def save(self, sequence: Sequence) -> None:
         """Copy into a sequence the tokens it has, as known here."""
         slot = sequence.slot
         num_known = int(self.num_known[slot])
+        sequence.units = self.units(slot, 0, num_known)
         sequence.token_ids = self.token_ids[slot, :num_known].copy()
         sequence.logprobs = self.logprobs[slot, sequence.num_prompt : num_known].copy()
         sequence.num_delivered = int(self.num_delivered[slot]) - sequence.num_prompt

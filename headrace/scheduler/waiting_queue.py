@@ -96,4 +96,4 @@ class WaitingQueue:
 
 def _group_key(sequence: Sequence) -> tuple[int, int, str, bytes]:
     request = sequence.request
-    return request.priority, int(sequence.arrived // WINDOW_S), request.namespace, request.prompt
+    return request.priority, int(sequence.arrived // WINDOW_S), request.extra_key, sequence.units

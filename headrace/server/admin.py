@@ -87,7 +87,6 @@ class AdminFace:
         self._roots = (own, *(as_path(root, "weight_roots", ConfigError) for root in state.options.weight_roots))
 
     def endpoints(self) -> list[Endpoint]:
-        """The routes of this face."""
         post: tuple[str, ...] = ("POST",)
         table = (
             ("/abort_request", self.abort_request, post),
@@ -114,7 +113,6 @@ class AdminFace:
         return Response()
 
     async def pause_generation(self, request: Request) -> Response:
-        """POST /pause_generation"""
         body = await read_control(request, PauseBody)
         if body.mode not in _PAUSE_MODES:
             raise RequestError(f"mode must be one of {', '.join(_PAUSE_MODES)}", field="mode")
@@ -123,7 +121,6 @@ class AdminFace:
         return json_reply({"message": "Generation paused successfully.", "status": "ok"})
 
     async def continue_generation(self, request: Request) -> Response:
-        """POST /continue_generation"""
         await read_control(request, EmptyBody)
         await self._do(request, self._engine.resume())
         return json_reply({"message": "Generation continued successfully.", "status": "ok"})
@@ -135,7 +132,6 @@ class AdminFace:
         return PlainTextResponse(f"Cache flushed: {num_pages} pages freed, the rest will not be matched again.\n")
 
     async def update_weights_from_disk(self, request: Request) -> Response:
-        """POST /update_weights_from_disk"""
         body = await read_control(request, DiskBody)
         try:
             folder, root = self._allowed_folder(body.model_path)
@@ -169,7 +165,6 @@ class AdminFace:
         return json_reply({"success": True, "message": "No weight update is open."})
 
     async def update_weight_version(self, request: Request) -> Response:
-        """POST /update_weight_version"""
         body = await read_control(request, VersionBody)
         with FieldNames({"version": "new_version"}):
             version = version_of(body.new_version)  # before anything is aborted

@@ -7,8 +7,9 @@ import re
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from headrace.engine import AsyncEngine
 from headrace.server import errors
@@ -23,7 +24,7 @@ from headrace.server.openai_chat import ChatFace
 from headrace.server.openai_completions import CompletionsFace
 from headrace.server.openai_models import ModelsFace
 from headrace.server.options import ServerOptions
-from headrace.server.routes import Endpoint
+from headrace.server.routes import Endpoint, Handler
 from headrace.server.state import ServerState
 from headrace.types.errors import HeadraceError
 
@@ -67,9 +68,21 @@ def create_app(engine: AsyncEngine, options: ServerOptions, host: str = "127.0.0
 def _route(endpoint: Endpoint) -> Route:
     """A route that matches to the last character: Starlette's pattern ends in `$`, which also matches before a final
     line feed, and `Auth` and `Gate` know paths by equality."""
-    route = Route(endpoint.path, endpoint.handler, methods=list(endpoint.methods))
+    route = Route(endpoint.path, _Handled(endpoint.handler), methods=list(endpoint.methods))
     route.path_regex = re.compile(route.path_regex.pattern.removesuffix("$") + r"\Z")
     return route
+
+
+class _Handled:
+    """A handler as an ASGI application. Its errors are answered by the application's handlers, which stand around all
+    routes; Starlette would put them around each route once more."""
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = await self._handler(Request(scope, receive, send))
+        await response(scope, receive, send)
 
 
 def all_endpoints(state: ServerState) -> list[Endpoint]:

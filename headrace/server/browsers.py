@@ -42,13 +42,15 @@ class Browsers:
 
     def _fault(self, scope: Scope) -> str:
         """Why a request may come from a stranger's page; "" if it cannot."""
-        values = {name: value.decode("latin-1").lower() for name, value in scope["headers"]}
-        host, origin = values.get(b"host", ""), values.get(b"origin")
+        values = dict(scope["headers"])
+        host = values.get(b"host", b"").decode("latin-1").lower()
         if host and not self._hosts.know(host):
             return f"host {ascii(host[:100])} is not known here (--allowed-host adds it)"
-        if origin is not None and origin.partition("://")[2] != host:
-            return f"origin {ascii(origin[:100])} is another site"
-        if values.get(b"sec-fetch-site", "none") not in ("none", "same-origin"):
+        if b"origin" in values:
+            origin = values[b"origin"].decode("latin-1").lower()
+            if origin.partition("://")[2] != host:
+                return f"origin {ascii(origin[:100])} is another site"
+        if values.get(b"sec-fetch-site", b"none").lower() not in (b"none", b"same-origin"):
             return "the request comes from another site"
         return ""
 

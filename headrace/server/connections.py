@@ -25,12 +25,8 @@ FIRST_BYTE_SECONDS = 30.0
 HEADER_SECONDS = 10.0
 _MAX_BACKLOG_BYTES = 64 << 10
 
-LINGERS = "headrace.lingers"
-"""Key of a request's state: its answer is sent, and what is left of its body is read and forgotten."""
-CROWDED = "headrace.crowded"
-"""Key of a request's state: the server has more connections than it wants; only a short answer is due."""
-NUM_RECEIVED = "headrace.num_received"
-"""Key of a request's state: a function that says how many bytes have come on its connection, framing included."""
+CLIENT = "headrace.client"
+"""Key of a request's state: the `Connection` that it came on."""
 
 
 class Connection(H11Protocol):
@@ -45,12 +41,17 @@ class Connection(H11Protocol):
         is_crowded: bool = False,
     ) -> None:
         parser = Parser(config.h11_max_incomplete_event_size)
-        state = {**app_state, NUM_RECEIVED: lambda: parser.num_received, **({CROWDED: True} if is_crowded else {})}
-        super().__init__(config, server_state, state)
+        super().__init__(config, server_state, {**app_state, CLIENT: self})
         self.conn = self._parser = parser
         self._queue = queue
         self._waiting = bytearray()
         self.logger = _ClientFaults(__name__)
+        self.is_crowded = is_crowded
+        """The server has more connections than it wants: only a short answer is due."""
+        self.is_lingering = False
+        """The last answer is sent, and what is left of the request's body is read and forgotten."""
+        self.on_lost: Callable[[], None] | None = None
+        """To be called when the client goes away before its answer is complete."""
         self.used_at = self.loop.time()
         self._headers_since: float | None = self.used_at
         self._has_begun = False
@@ -60,8 +61,22 @@ class Connection(H11Protocol):
     @property
     def is_idle(self) -> bool:
         """True when closing it takes nothing from the client: no request is whole, or its answer is sent and taken."""
-        is_over = self._is_between_requests or LINGERS in self.cycle.scope["state"]
-        return is_over and self.transport.get_write_buffer_size() == 0
+        return (self._is_between_requests or self.is_lingering) and self.transport.get_write_buffer_size() == 0
+
+    @property
+    def is_gone(self) -> bool:
+        """True when there is nobody left to take the rest of an answer."""
+        return not self._is_between_requests and self.cycle.disconnected
+
+    @property
+    def has_all(self) -> bool:
+        """True when the end of the request's body has come."""
+        return not self.cycle.more_body
+
+    @property
+    def num_received(self) -> int:
+        """Bytes so far, framing included."""
+        return self._parser.num_received
 
     def is_late(self, now: float) -> bool:
         """True when a request's headers do not come: the first byte within 30 s, the rest within 10 s of the first."""
@@ -80,18 +95,28 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self.flow = self._flow = _Flow(transport, self._resume)
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client is gone, or was sent away."""
+        super().connection_lost(exc)
+        if self.is_gone and self.on_lost is not None:
+            self.on_lost()
+
     def data_received(self, data: bytes) -> None:
         """Bytes of the client. What costs much to parse waits in line with that of all other connections."""
         self.used_at = self.loop.time()
+        is_first = not (self._waiting or self._flow.is_full or self._parser.is_in_chunks)
+        if is_first and self._parser.is_slice(data) and not self.transport.is_closing():
+            self._parse(data)  # nearly always
+            return
         self._waiting += data
         while self._can_parse and not self._parser.is_in_chunks:
-            self._parse()
+            self._parse(self._next_slice())
         self._resume()
 
     def parse_some(self) -> bool:
         """Parse a little of what waits, when this connection's turn has come; False when there is nothing to do now."""
         if self._can_parse:
-            self._parse()
+            self._parse(self._next_slice())
         self._flow.set_backlog(len(self._waiting))
         return self._can_parse
 
@@ -100,14 +125,19 @@ class Connection(H11Protocol):
         return bool(self._waiting) and not self._flow.is_full and not self.transport.is_closing()
 
     def _resume(self) -> None:
+        if not (self._waiting or self._flow.read_paused):
+            return
         self._flow.set_backlog(len(self._waiting))
         if self._can_parse:
             self._queue.add(self)
 
-    def _parse(self) -> None:
+    def _next_slice(self) -> bytes:
         size = self._parser.size_of_slice(self._waiting)
         data = bytes(self._waiting[:size])
         del self._waiting[:size]
+        return data
+
+    def _parse(self, data: bytes) -> None:
         super().data_received(data)
         if self._parser.is_wasteful and not self.transport.is_closing():
             self.send_400_response("The body's framing is out of all proportion to what is in it.")

@@ -60,7 +60,6 @@ def respond(status: int, body: Mapping[str, Any], *, retryable: bool = False) ->
 
 
 async def on_headrace_error(request: Request, error: Exception) -> Response:
-    """Exception handler for our own error tree."""
     assert isinstance(error, HeadraceError)
     return respond(error.status, body_of(error), retryable=error.retryable)
 
@@ -88,7 +87,8 @@ async def on_unexpected(request: Request, error: Exception) -> Response:
 class FieldNames(AbstractContextManager[None]):
     """Inside, errors name fields as our code does; outside, as the dialect does: `names` maps the first to the second.
 
-    A key names a field with everything below it; the longest key that fits counts.
+    A key names a field with everything below it; the longest key that fits counts. A field mapped to "" leaves its
+    parts at the top.
     """
 
     def __init__(self, names: Mapping[str, str]) -> None:
@@ -97,14 +97,17 @@ class FieldNames(AbstractContextManager[None]):
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if not isinstance(error, HeadraceError):
             return
-        for ours in sorted(self._names, key=len, reverse=True):
-            if error.field == ours or not ours or error.field.startswith((f"{ours}.", f"{ours}[")):
-                raise _renamed(error, ours, self._names[ours]) from None
+        field = self._renamed(error.field)
+        if field != error.field:
+            raise type(error)(error.message.replace(error.field, field, 1), field=field) from None
+
+    def _renamed(self, field: str) -> str:
+        ours = max((name for name in self._names if _is_below(field, name)), key=len, default=None)
+        if ours is None:
+            return field
+        theirs, rest = self._names[ours], field[len(ours) :]
+        return theirs + rest if theirs else rest.lstrip(".")
 
 
-def _renamed(error: HeadraceError, ours: str, theirs: str) -> HeadraceError:
-    """The error with the beginning `ours` of its field as `theirs`; nothing of it may be left of a field at the top."""
-    rest = error.field[len(ours) :]
-    field = theirs + (rest if theirs else rest.lstrip("."))
-    message = error.message.replace(error.field, field, 1) if error.field else error.message
-    return type(error)(message, field=field)
+def _is_below(field: str, name: str) -> bool:
+    return field == name or field.startswith((f"{name}.", f"{name}["))

@@ -37,6 +37,8 @@ class Parser(h11.Connection):
         """Bytes so far, of all requests."""
         self.refusal = _BAD_REQUEST
         """The status of what is refused for what it is."""
+        self._head: list[bytes] = []
+        self._max_lines = 0  # no more wait to be parsed
         self._is_chunked = False
         self._num_payload = 0
         self._begun_at = 0
@@ -56,12 +58,16 @@ class Parser(h11.Connection):
         is_over = num_framing > FREE_FRAMING_BYTES + FRAMING_PER_BYTE * self._num_payload
         return is_over or self.trailing_data[0].count(b"\n") > MAX_HEADERS
 
+    def is_slice(self, waiting: bytes | bytearray) -> bool:
+        """Whether what waits is so little that it is parsed as a whole."""
+        return len(waiting) <= _SLICE_BYTES and waiting.count(b"\n") <= SLICE_LINES
+
     def size_of_slice(self, waiting: bytearray) -> int:
         """How much of what waits is to be parsed next: what little it is as a whole, as a body of known length; else
         headers to their end, of chunks a few."""
+        if self.is_slice(waiting):
+            return len(waiting)
         size = min(len(waiting), _SLICE_BYTES)
-        if size == len(waiting) and waiting.count(b"\n") <= SLICE_LINES:
-            return size
         if self.their_state is h11.SEND_BODY and not self._is_chunked:
             return len(waiting)
         end = _END_OF_HEADERS.search(waiting, 0, size) if self.their_state is h11.IDLE else None
@@ -74,28 +80,40 @@ class Parser(h11.Connection):
     def receive_data(self, data: bytes) -> None:
         """Bytes of the client."""
         self.num_received += len(data)
+        self._max_lines += data.count(b"\n")
         super().receive_data(data)
+
+    def send_with_data_passthrough(self, event: h11.Event) -> list[bytes] | None:
+        """As h11's, but the head of a reply goes with what comes next: one packet, and one wake-up of the client."""
+        written = super().send_with_data_passthrough(event)
+        if isinstance(event, h11.Response):
+            self._head, written = written or [], []
+        elif written is not None:
+            self._head, written = [], self._head + written
+        return written
 
     def next_event(self) -> Any:
         """As h11's; what is refused leaves its status in `refusal`."""
         try:
-            if self.their_state is h11.IDLE:
+            if self._max_lines > MAX_HEADERS and self.their_state is h11.IDLE:
                 self._check_headers()
             event = super().next_event()
         except h11.RemoteProtocolError as error:
             self.refusal = error.error_status_hint
             raise
-        if isinstance(event, h11.Request):
-            self._is_chunked = any(name == b"transfer-encoding" for name, _ in event.headers)
-            self._num_payload, self._begun_at = 0, self.num_received - len(self.trailing_data[0])
-        elif isinstance(event, h11.Data):
+        if type(event) is h11.Data:
             self._num_payload += len(event.data)
+        elif type(event) is h11.Request:
+            self._is_chunked = b"transfer-encoding" in [name.lower() for name, _ in event.headers.raw_items()]
+            if self._is_chunked:
+                self._num_payload, self._begun_at = 0, self.num_received - len(self.trailing_data[0])
         return event
 
     def _check_headers(self) -> None:
         """What is not parsed yet begins with headers."""
         waiting = self.trailing_data[0]
-        if waiting.count(b"\n") <= MAX_HEADERS:
+        self._max_lines = waiting.count(b"\n")
+        if self._max_lines <= MAX_HEADERS:
             return
         end = _END_OF_HEADERS.search(waiting)
         if waiting.count(b"\n", 0, end.start() if end else len(waiting)) > MAX_HEADERS:

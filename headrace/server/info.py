@@ -43,7 +43,6 @@ class InfoFace:
         self._throughput = _Throughput()
 
     def endpoints(self) -> list[Endpoint]:
-        """The routes of this face."""
         return [
             Endpoint("/health", self.health, access="open"),
             Endpoint("/health_generate", self.health_generate, access="open"),
@@ -83,7 +82,6 @@ class InfoFace:
         return json_reply({"ready": True, "weight_version": self._engine.version})
 
     async def model_info(self, request: Request) -> Response:
-        """GET /model_info"""
         config, model = self._engine.config, self._engine.resolved.model
         return json_reply(
             {
@@ -101,11 +99,9 @@ class InfoFace:
         )
 
     async def weight_version(self, request: Request) -> Response:
-        """GET /get_weight_version"""
         return json_reply({"weight_version": self._engine.version, "weights_state": self._weights_state()})
 
     async def server_info(self, request: Request) -> Response:
-        """GET /server_info"""
         status = await self._engine.status(HEALTH_SECONDS)
         config, resolved, model = self._engine.config, self._engine.resolved, self._engine.resolved.model
         settings = {
@@ -144,7 +140,6 @@ class InfoFace:
         return json_reply({**settings, **facts})
 
     async def get_load(self, request: Request) -> Response:
-        """GET /get_load"""
         status = await self._engine.status(HEALTH_SECONDS)
         load = {
             "dp_rank": 0,
@@ -157,7 +152,6 @@ class InfoFace:
         return json_reply([load])
 
     async def loads(self, request: Request) -> Response:
-        """GET /v1/loads"""
         query = request.query_params
         if query.get("dp_rank") not in (None, "", "0"):
             raise RequestError("dp_rank must be 0, the only one", field="dp_rank")
@@ -174,7 +168,6 @@ class InfoFace:
         return json_reply({"timestamp": now, "version": __version__, "dp_rank_count": 1, "loads": [load]})
 
     async def metrics(self, request: Request) -> Response:
-        """GET /metrics"""
         try:
             values = await self._engine.metrics()
         except HeadraceError:

@@ -4,11 +4,12 @@ connection whose body nobody wants is closed."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Collection
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from headrace.server.connections import CROWDED, LINGERS, NUM_RECEIVED
+from headrace.server.connections import CLIENT, Connection
 from headrace.server.errors import body_of, error_body, respond
 from headrace.types.errors import HeadraceError, RequestTooLargeError
 
@@ -61,7 +62,7 @@ class Limits:
 
     def _refusal(self, scope: Scope, framing: _Framing) -> ASGIApp | None:
         """The answer to what is refused by its headers alone."""
-        num_header_bytes = sum(len(name) + len(value) for name, value in scope["headers"])
+        num_header_bytes = sum(map(len, itertools.chain.from_iterable(scope["headers"])))
         if num_header_bytes > MAX_HEADER_BYTES or len(scope["query_string"]) > MAX_QUERY_BYTES:
             message = f"headers are over {MAX_HEADER_BYTES} bytes or the query over {MAX_QUERY_BYTES}"
             return respond(431, error_body(431, message))
@@ -72,7 +73,7 @@ class Limits:
         if framing.num_announced is not None and framing.num_announced > self._max_body_bytes:
             error = too_large(framing.num_announced, self._max_body_bytes)
             return respond(error.status, body_of(error))
-        if scope["state"].get(CROWDED) and scope["path"] not in self._open_paths:
+        if scope["state"][CLIENT].is_crowded and scope["path"] not in self._open_paths:
             return respond(503, error_body(503, "too many connections", retryable=True), retryable=True)
         return None
 
@@ -84,8 +85,8 @@ class _Framing:
     """
 
     def __init__(self, scope: Scope) -> None:
-        names = {name: value for name, value in scope["headers"]}
-        length, is_chunked = names.get(b"content-length"), b"transfer-encoding" in names
+        values = dict(scope["headers"])
+        length, is_chunked = values.get(b"content-length"), b"transfer-encoding" in values
         self.is_ambiguous = is_chunked and length is not None
         self.num_announced: int | None = None if is_chunked else 0
         if length is not None and not is_chunked:
@@ -103,7 +104,6 @@ class _Body:
     def __init__(
         self, scope: Scope, receive: Receive, send: Send, announced: int | None, max_bytes: int, timeout: float
     ) -> None:
-        self._scope = scope
         self._receive = receive
         self._send = send
         self._announced = announced
@@ -111,7 +111,7 @@ class _Body:
         self._timeout = timeout
         self._deadline = asyncio.get_running_loop().time() + timeout
         self._num_bytes = 0
-        self._num_received = scope["state"].get(NUM_RECEIVED) or (lambda: self._num_bytes)
+        self._client: Connection = scope["state"][CLIENT]
         self._linger_bytes, self._linger_seconds = LINGER_BYTES, LINGER_SECONDS
         self._is_read = False
         self._owes_end = False
@@ -120,11 +120,14 @@ class _Body:
         """The next part; `RequestTooLargeError` beyond the bound, `BodyTimeoutError` when it does not come."""
         if self._is_read:
             return await self._receive()
-        try:
-            async with asyncio.timeout_at(self._deadline):
-                message = await self._next()
-        except TimeoutError:
-            raise BodyTimeoutError(f"body did not come within {self._timeout:g} s", field="body") from None
+        if self._client.has_all:
+            message = await self._next()
+        else:
+            try:
+                async with asyncio.timeout_at(self._deadline):
+                    message = await self._next()
+            except TimeoutError:
+                raise BodyTimeoutError(f"body did not come within {self._timeout:g} s", field="body") from None
         if self._num_bytes > self._max_bytes:
             self._is_read = False
             raise too_large(self._num_bytes, self._max_bytes)
@@ -150,7 +153,7 @@ class _Body:
         """End an early reply, and with it the connection, once the client has seen it."""
         if not self._owes_end:
             return
-        self._scope["state"][LINGERS] = True
+        self._client.is_lingering = True
         await self._forget(self._linger_seconds, LINGER_SILENT_SECONDS)
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -162,10 +165,10 @@ class _Body:
 
     async def _forget(self, seconds: float, silent_seconds: float) -> None:
         """Read and forget what comes, up to so many bytes on the wire."""
-        end = self._num_received() + self._linger_bytes
+        end = self._client.num_received + self._linger_bytes
         try:
             async with asyncio.timeout(seconds):
-                while not self._is_read and self._num_received() < end:
+                while not self._is_read and self._client.num_received < end:
                     async with asyncio.timeout(silent_seconds):
                         await self._next()
         except TimeoutError:

@@ -33,11 +33,9 @@ class ServerMetrics:
         )
 
     def observe(self, route: str, seconds: float) -> None:
-        """A generation request has ended."""
         self._latency.labels(route).observe(seconds)
 
     def count_disconnect(self) -> None:
-        """A client went away before its answer."""
         self._disconnects.inc()
 
     def render(self, engine_metrics: Mapping[str, float], labels: Mapping[str, str]) -> bytes:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.engine import Stream
+from headrace.engine.pacing import Turn
 from headrace.engine.stream import StreamGroup
 from headrace.server.native_reply import ReplyStyle, SequenceReply
 from headrace.server.native_types import Draft, GenerateCall, item_errors, read_call
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
-from headrace.server.turns import Turn
 from headrace.server.wire import EventStream, PartsReply, cancel_all, dropping, encode_json, event, read_body
 from headrace.text import run_sized
 from headrace.types.generation import Generation
@@ -34,11 +34,9 @@ class NativeFace:
         self._state = state
 
     def endpoints(self) -> list[Endpoint]:
-        """The routes of this face."""
         return [Endpoint("/generate", self.generate, ("POST", "PUT"), generates=True)]
 
     async def generate(self, request: Request) -> Response:
-        """POST|PUT /generate"""
         received_at = time.perf_counter()
         is_incremental = self._state.options.incremental_streaming_output
         engine = self._state.engine
@@ -49,9 +47,8 @@ class NativeFace:
         if call.is_stream:
             events = self._events(self._state.group(streams), streams, style, call)
             return EventStream(events, cancel, on_disconnect, headers={STREAM_HEADER: _STREAMING[call.is_incremental]})
-        replies = map(functools.partial(SequenceReply, style), streams, call.wants_logprobs)  # each when it is written
-        with dropping(request.receive, cancel, on_disconnect):
-            bodies = await _written(streams, replies)
+        with dropping(request.scope, cancel, on_disconnect):
+            bodies = await _written(streams, style, call.wants_logprobs)
         parts = [part for body in bodies for part in (b",", body)]
         parts = [b"[", *parts[1:], b"]"] if call.is_list else bodies
         return PartsReply(parts)
@@ -103,15 +100,18 @@ class NativeFace:
             yield b"".join(events)
 
 
-async def _written(streams: Sequence[Stream], replies: Iterable[SequenceReply]) -> list[bytes]:
-    """The objects of all sequences as JSON, once they are finished. Written one by one: what is not bytes yet is large,
-    and soon gone."""
-    bodies: list[bytes] = []
-    turn = Turn()
-    for stream, reply in zip(streams, replies, strict=True):
+async def _written(streams: list[Stream], style: ReplyStyle, wants_logprobs: Sequence[bool]) -> list[bytes]:
+    """The objects of all sequences as JSON, once they are finished. Written one by one, and none is kept: what is not
+    bytes yet is large, and many objects for the garbage collector."""
+    bodies, turn = list[bytes](), Turn()
+    streams.reverse()
+    for is_wanted in wants_logprobs:
         await turn.give_way()
+        stream = streams[-1]
         piece = await stream.result()
+        reply = SequenceReply(style, stream, is_wanted)
         bodies.append(await run_sized(stream.num_extra_values, functools.partial(_write, reply, piece)))
+        streams.pop()
     return bodies
 
 

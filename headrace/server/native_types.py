@@ -13,10 +13,10 @@ import numpy as np
 from headrace.engine import AsyncEngine, GenerateItem
 from headrace.engine.bounds import check_body, check_call
 from headrace.engine.fields import name_of, params_list, per_prompt
+from headrace.engine.pacing import Turn
 from headrace.server.errors import FieldNames
 from headrace.server.keys import LACKING_GENERATE, LACKING_SAMPLING, refuse_lacking, warnings_for
 from headrace.server.prompts import check_count, encode_text, encode_texts, warnings_about
-from headrace.server.turns import Turn
 from headrace.server.wire import convert
 from headrace.text import run_sized
 from headrace.types.errors import RequestError
@@ -53,7 +53,6 @@ class GenerateBody(msgspec.Struct, kw_only=True):
 _KNOWN = frozenset(GenerateBody.__struct_fields__)
 _FIELDS = {
     "request_id": "rid",
-    "namespace": "extra_key",
     "logprob_start": "logprob_start_len",
     "top_logprobs": "top_logprobs_num",
     "logprob_token_ids": "token_ids_logprob",
@@ -151,7 +150,7 @@ class _PromptOptions:
     ) -> None:
         self.wants_logprobs = _per_prompt(body.return_logprob, num_prompts, "return_logprob")
         self._priorities = _per_prompt(body.priority, num_prompts, "priority")
-        self._namespaces = _per_prompt(body.extra_key, num_prompts, "extra_key")
+        self._extra_keys = _per_prompt(body.extra_key, num_prompts, "extra_key")
         self._num_output = per_prompt(body.num_output_ids_in_prompt, num_prompts, "num_output_ids_in_prompt")
         if any(self._num_output) and body.text is not None:
             message = "num_output_ids_in_prompt counts token ids: give the prompt as input_ids"
@@ -184,7 +183,7 @@ class _PromptOptions:
             logprobs=self._logprobs[position],
             prompt_index=position,
             priority=self._priorities[position],
-            namespace=self._namespaces[position] or "",
+            extra_key=self._extra_keys[position] or "",
             stream=self._body.stream,
             num_output_ids_in_prompt=self._num_output[position],
             clip_to_context=self._body.clip_to_context,

@@ -13,15 +13,18 @@ import msgspec
 
 from headrace.engine import GenerateItem, Stream
 from headrace.engine.bounds import check_body
+from headrace.engine.pacing import Turn
 from headrace.server.errors import FieldNames
 from headrace.server.openai_types import OpenAiBody
 from headrace.server.prompts import check_count
 from headrace.server.state import ServerState
-from headrace.server.turns import Turn
-from headrace.server.wire import EventStream, cancel_all, encode_json
+from headrace.server.wire import EventStream, cancel_all, encode_json, event
 from headrace.text import run_sized
 from headrace.types.generation import Generation
 from headrace.types.sampling_params import LogprobOptions, SamplingParams
+
+Chunks = Callable[[Generation], list[dict[str, Any]]]
+"""The chunks that a piece of one choice brings."""
 
 
 class Prompt(msgspec.Struct, frozen=True):
@@ -65,12 +68,13 @@ class OpenAiCall:
         check_body(prompts_asked, "return_token_ids" if self.body.return_token_ids else "")
         is_whole = False
         total, first, turn = len(prompts) * params.n, GenerateItem(), Turn()
+        key = "extra_key" if self.body.extra_key else "cache_salt"
         try:
             for number in range(total):
                 await turn.give_way()
                 position, index = divmod(number, params.n)
                 prompt = prompts[position]
-                with FieldNames({"input_ids": prompt.field}):
+                with FieldNames({"input_ids": prompt.field, "extra_key": key}):
                     if index == 0:
                         first = self._state.engine.prepare(self._item(prompt, position, params, logprobs))
                     item = msgspec.structs.replace(first, index=index, request_id=self._name(total))
@@ -97,13 +101,24 @@ class OpenAiCall:
         """Nobody waits any more."""
         cancel_all(self.streams)
 
-    def event_stream(self, events: AsyncIterator[bytes]) -> EventStream:
-        """The streamed answer; a client that goes away cancels the call."""
+    def event_stream(self, kind: str, begin: Callable[[int], Chunks]) -> EventStream:
+        """The streamed answer; `begin` says for each choice, by its number, what a piece of it brings. A client that
+        goes away cancels the call."""
+        events = self._events(kind, begin)
         return EventStream(events, self.cancel, self._state.metrics.count_disconnect, headers=self.headers)
 
-    def numbers(self) -> dict[str, int]:
-        """The number of each choice by the name of its sequence."""
-        return {stream.request.request_id: number for number, stream in enumerate(self.streams)}
+    async def _events(self, kind: str, begin: Callable[[int], Chunks]) -> AsyncIterator[bytes]:
+        group, options = self._state.group(self.streams), self.body.stream_options
+        chunks = {stream.request.request_id: begin(number) for number, stream in enumerate(self.streams)}
+        while pieces := await group.next_pieces():
+            events: list[bytes] = []
+            for piece in pieces:
+                self.count(piece)
+                events += [event(self._chunk(kind, each, piece)) for each in chunks[piece.request_id](piece)]
+            if events:
+                yield b"".join(events)
+        if options is not None and options.include_usage:
+            yield event({**self.envelope(kind, []), "usage": self.usage()})
 
     def count(self, piece: Generation) -> None:
         """Take a piece into the token counts."""
@@ -117,7 +132,7 @@ class OpenAiCall:
         """Token counts so far; a prompt counts once, however many samples it has."""
         return _usage(self._totals.values(), self._num_tokens.total())
 
-    def chunk(self, kind: str, choice: Mapping[str, Any], piece: Generation) -> dict[str, Any]:
+    def _chunk(self, kind: str, choice: Mapping[str, Any], piece: Generation) -> dict[str, Any]:
         """A streamed chunk about one choice, of which `piece` was counted last; with its own counts if asked for."""
         chunk, options = self.envelope(kind, [choice]), self.body.stream_options
         if options is not None and options.continuous_usage_stats:
@@ -146,7 +161,7 @@ class OpenAiCall:
             logprobs=logprobs,
             prompt_index=position,
             priority=self.body.priority,
-            namespace=self.body.extra_key or self.body.cache_salt,
+            extra_key=self.body.extra_key or self.body.cache_salt,
             stream=self.body.stream,
             shown_tokens=self._shown,
             num_output_ids_in_prompt=prompt.num_output,

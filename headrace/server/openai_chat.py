@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -10,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.server.native_types import shared_ids
-from headrace.server.openai_calls import OpenAiCall, Prompt, choice_extras, finish_of
+from headrace.server.openai_calls import Chunks, OpenAiCall, Prompt, choice_extras, finish_of
 from headrace.server.openai_logprobs import TextTokens, TokenWriter, chat_logprobs
 from headrace.server.openai_tools import ReplyText, ToolReader
 from headrace.server.openai_types import (
@@ -19,14 +20,14 @@ from headrace.server.openai_types import (
     logprob_options,
     openai_errors,
     prompt_bound,
-    read_chat,
+    read_openai,
     sampling_params,
     tool_choice,
 )
 from headrace.server.prompts import encode_text, render_chat, tokenizer_of, warnings_about
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
-from headrace.server.wire import dropping, event, json_reply, read_body
+from headrace.server.wire import dropping, json_reply, read_body
 from headrace.text import (
     Tokenizer,
     ToolCallStyle,
@@ -54,24 +55,26 @@ class Conversation(msgspec.Struct, frozen=True):
 
 
 class ChatFace:
-    """The chat route."""
-
     def __init__(self, state: ServerState) -> None:
         self._state = state
         self._tokenizer = state.engine.tokenizer
         self._style = tool_call_style(self._tokenizer.chat_template) if self._tokenizer is not None else None
 
     def endpoints(self) -> list[Endpoint]:
-        """The routes of this face."""
         return [Endpoint("/v1/chat/completions", self.chat, ("POST",), generates=True)]
 
     async def chat(self, request: Request) -> Response:
-        """POST /v1/chat/completions"""
         body, warnings, conversation = await read_body(request, self._read)
         model = check_model(self._state, body.model)
         if conversation.tools and conversation.style is None:
             warnings.append("tools: calls are not read, the chat template shows no form of them that is known")
-        text = await self._render(conversation, body)
+        text = await render_chat(
+            self._state.engine,
+            conversation.messages,
+            conversation.tools,
+            body.add_generation_prompt,
+            conversation.template_arguments,
+        )
         prompt = await self._prompt(text, body, warnings)
         call = OpenAiCall(self._state, body, "chatcmpl", model, warnings)
         key = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
@@ -80,16 +83,16 @@ class ChatFace:
             reader = self._reader(conversation, body, text, params)
             await call.submit([prompt], params, self._logprobs(body), shown=reader.hidden if reader else frozenset())
         if body.stream:
-            return call.event_stream(self._events(call, body, reader))
-        with dropping(request.receive, call.cancel, self._state.metrics.count_disconnect):
-            choices = await call.written(lambda number, piece: self._choice(call, body, reader, number, piece))
+            return call.event_stream(_CHUNK, functools.partial(self._chunks, call, body, reader))
+        with dropping(request.scope, call.cancel, self._state.metrics.count_disconnect):
+            choices = await call.written(functools.partial(self._choice, call, body, reader))
         reply = {**call.envelope(_OBJECT, choices), "usage": call.usage()}
         if body.return_token_ids:
             reply["prompt_token_ids"] = call.streams[0].prompt_token_ids
         return json_reply(reply, headers=call.headers)
 
     def _read(self, values: Mapping[str, Any]) -> tuple[ChatBody, list[str], Conversation]:
-        body, warnings = read_chat(values)
+        body, warnings = read_openai(values, ChatBody)
         check_model(self._state, body.model)
         return body, warnings, self._conversation(body)
 
@@ -101,15 +104,6 @@ class ChatFace:
         if body.reasoning_effort is not None:
             arguments.setdefault("reasoning_effort", body.reasoning_effort)
         return Conversation(normalize_messages(body.messages), tools, self._style if tools else None, arguments)
-
-    async def _render(self, conversation: Conversation, body: ChatBody) -> str:
-        return await render_chat(
-            self._state.engine,
-            conversation.messages,
-            conversation.tools,
-            body.add_generation_prompt,
-            conversation.template_arguments,
-        )
 
     async def _prompt(self, text: str, body: ChatBody, warnings: list[str]) -> Prompt:
         engine, is_added = self._state.engine, body.add_special_tokens
@@ -158,22 +152,8 @@ class ChatFace:
             **choice_extras(call, call.streams[number], piece),
         }
 
-    async def _events(self, call: OpenAiCall, body: ChatBody, reader: ToolReader | None) -> AsyncIterator[bytes]:
-        group, numbers = self._state.group(call.streams), call.numbers()
-        choices = [
-            _StreamedChoice(call, body, number, ReplyText(reader), self._tokenizer)
-            for number in range(len(call.streams))
-        ]
-        while pieces := await group.next_pieces():
-            events: list[bytes] = []
-            for piece in pieces:
-                call.count(piece)
-                chunks = choices[numbers[piece.request_id]].chunks(piece)
-                events += [event(call.chunk(_CHUNK, chunk, piece)) for chunk in chunks]
-            if events:
-                yield b"".join(events)
-        if body.stream_options is not None and body.stream_options.include_usage:
-            yield event({**call.envelope(_CHUNK, []), "usage": call.usage()})
+    def _chunks(self, call: OpenAiCall, body: ChatBody, reader: ToolReader | None, number: int) -> Chunks:
+        return _StreamedChoice(call, body, number, ReplyText(reader), self._tokenizer).chunks
 
 
 class _StreamedChoice:

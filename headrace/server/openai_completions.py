@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import functools
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from headrace.engine import Stream
 from headrace.engine.fields import per_prompt
 from headrace.server.native_types import shared_rows
-from headrace.server.openai_calls import OpenAiCall, Prompt, choice_extras, finish_of
+from headrace.server.openai_calls import Chunks, OpenAiCall, Prompt, choice_extras, finish_of
 from headrace.server.openai_logprobs import TextTokens, TokenWriter, completion_logprobs
 from headrace.server.openai_types import (
     CompletionBody,
@@ -19,13 +18,13 @@ from headrace.server.openai_types import (
     logprob_options,
     openai_errors,
     prompt_bound,
-    read_completion,
+    read_openai,
     sampling_params,
 )
 from headrace.server.prompts import check_count, encode_texts, last_of, warnings_about
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
-from headrace.server.wire import dropping, event, json_reply, read_body
+from headrace.server.wire import dropping, json_reply, read_body
 from headrace.types.errors import RequestError
 from headrace.types.generation import Generation
 
@@ -34,19 +33,15 @@ _OBJECT = "text_completion"
 
 
 class CompletionsFace:
-    """The completion route."""
-
     def __init__(self, state: ServerState) -> None:
         self._state = state
         self._tokenizer = state.engine.tokenizer
 
     def endpoints(self) -> list[Endpoint]:
-        """The routes of this face."""
         return [Endpoint("/v1/completions", self.completions, ("POST",), generates=True)]
 
     async def completions(self, request: Request) -> Response:
-        """POST /v1/completions"""
-        body, warnings = await read_body(request, read_completion)
+        body, warnings = await read_body(request, functools.partial(read_openai, kind=CompletionBody))
         model = check_model(self._state, body.model)
         prompts = await self._prompts(body, warnings)
         call = OpenAiCall(self._state, body, "cmpl", model, warnings)
@@ -54,11 +49,9 @@ class CompletionsFace:
             params = sampling_params(body, self._max_tokens(body, prompts))
             await call.submit(prompts, params, logprob_options(self._state, body.logprobs or 0, "logprobs"))
         if body.stream:
-            return call.event_stream(self._events(call, body))
-        with dropping(request.receive, call.cancel, self._state.metrics.count_disconnect):
-            choices = await call.written(
-                lambda number, piece: self._choice(call, body, number, piece, self._tokens(body, call.streams[number]))
-            )
+            return call.event_stream(_OBJECT, functools.partial(self._chunks, call, body))
+        with dropping(request.scope, call.cancel, self._state.metrics.count_disconnect):
+            choices = await call.written(functools.partial(self._choice, call, body))
         return json_reply({**call.envelope(_OBJECT, choices), "usage": call.usage()}, headers=call.headers)
 
     async def _prompts(self, body: CompletionBody, warnings: list[str]) -> list[Prompt]:
@@ -90,27 +83,18 @@ class CompletionsFace:
         room = self._state.engine.resolved.max_length - max(len(prompt.ids) for prompt in prompts)
         return max(0, min(DEFAULT_MAX_TOKENS, room))
 
-    async def _events(self, call: OpenAiCall, body: CompletionBody) -> AsyncIterator[bytes]:
-        group, numbers = self._state.group(call.streams), call.numbers()
-        tokens = [self._tokens(body, stream) for stream in call.streams]
-        while pieces := await group.next_pieces():
-            events = []
-            for piece in pieces:
-                number = numbers[piece.request_id]
-                call.count(piece)
-                choice = self._choice(call, body, number, piece, tokens[number])
-                events.append(event(call.chunk(_OBJECT, choice, piece)))
-            yield b"".join(events)
-        if body.stream_options is not None and body.stream_options.include_usage:
-            yield event({**call.envelope(_OBJECT, []), "usage": call.usage()})
+    def _chunks(self, call: OpenAiCall, body: CompletionBody, number: int) -> Chunks:
+        tokens = self._tokens(call, body, number)
+        return lambda piece: [self._choice(call, body, number, piece, tokens)]
 
-    def _tokens(self, body: CompletionBody, stream: Stream) -> TextTokens | None:
-        return None if body.logprobs is None else TextTokens(self._tokenizer, stream)
+    def _tokens(self, call: OpenAiCall, body: CompletionBody, number: int) -> TextTokens | None:
+        return None if body.logprobs is None else TextTokens(self._tokenizer, call.streams[number])
 
     def _choice(
-        self, call: OpenAiCall, body: CompletionBody, number: int, piece: Generation, tokens: TextTokens | None
+        self, call: OpenAiCall, body: CompletionBody, number: int, piece: Generation, tokens: TextTokens | None = None
     ) -> dict[str, Any]:
-        stream = call.streams[number]
+        """`tokens` are those of a stream, of which `piece` is only what is new."""
+        stream, tokens = call.streams[number], tokens or self._tokens(call, body, number)
         choice = {"index": number, "text": piece.text, "logprobs": None, **finish_of(piece)}
         if tokens is not None:
             piece, offsets = tokens.push(piece)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from msgspec.structs import replace
 
 from headrace.engine import Stream
-from headrace.engine.sample import Span, extend_spans, slice_spans
+from headrace.engine.sample import Span, extended_spans, slice_spans
 from headrace.text import IncrementalDetokenizer, Tokenizer
 from headrace.types.generation import Generation
 
@@ -110,10 +111,10 @@ def _by_text(writer: TokenWriter, values: dict[int, float]) -> dict[str, float]:
 
 
 def _joined(pieces: list[Generation]) -> Generation:
-    spans: list[Span] = []
+    spans: tuple[Span, ...] = ()
     for piece in pieces:
         for span in _spans(piece):
-            extend_spans(spans, *span)
+            spans = extended_spans(spans, *span)
     return _with_spans(
         pieces[-1],
         spans,
@@ -138,6 +139,6 @@ def _spans(piece: Generation) -> list[Span]:
     return [(version, count, epoch) for (version, count), epoch in pairs]
 
 
-def _with_spans(piece: Generation, spans: list[Span], **fields: Any) -> Generation:
+def _with_spans(piece: Generation, spans: Sequence[Span], **fields: Any) -> Generation:
     labels = [(version, count) for version, count, _ in spans]
     return replace(piece, version_spans=labels, version_epochs=[epoch for _, _, epoch in spans], **fields)

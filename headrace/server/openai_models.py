@@ -47,7 +47,6 @@ class ModelsFace:
         self._engine = state.engine
 
     def endpoints(self) -> list[Endpoint]:
-        """The routes of this face."""
         return [
             Endpoint("/v1/models", self.models),
             Endpoint("/v1/models/{model:path}", self.model),
@@ -56,11 +55,9 @@ class ModelsFace:
         ]
 
     async def models(self, request: Request) -> Response:
-        """GET /v1/models"""
         return json_reply({"object": "list", "data": [self._card(self._state.model_name)]})
 
     async def model(self, request: Request) -> Response:
-        """GET /v1/models/{model}"""
         return json_reply(self._card(check_model(self._state, request.path_params["model"])))
 
     async def tokenize(self, request: Request) -> Response:

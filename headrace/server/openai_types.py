@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -93,16 +93,13 @@ class ChatBody(OpenAiBody, kw_only=True):
     reasoning_effort: str | None = None
 
 
-def read_completion(values: Mapping[str, Any]) -> tuple[CompletionBody, list[str]]:
-    """The checked body and warnings about keys nobody knows."""
-    _refuse(values)
-    return convert(values, CompletionBody), _warnings(values, CompletionBody)
+Body = TypeVar("Body", bound=OpenAiBody)
 
 
-def read_chat(values: Mapping[str, Any]) -> tuple[ChatBody, list[str]]:
+def read_openai(values: Mapping[str, Any], kind: type[Body]) -> tuple[Body, list[str]]:
     """The checked body and warnings about keys nobody knows."""
     _refuse(values)
-    return convert(values, ChatBody), _warnings(values, ChatBody)
+    return convert(values, kind), warnings_for(values, {*kind.__struct_fields__, *LACKING_OPENAI, *_IGNORED})
 
 
 def check_model(state: ServerState, name: str) -> str:
@@ -149,7 +146,6 @@ def openai_errors(max_tokens_key: str, top_logprobs_key: str) -> AbstractContext
             "sampling_params.min_new_tokens": "min_tokens",
             "top_logprobs": top_logprobs_key,
             "request_id": "rid",
-            "namespace": "extra_key",
         }
     )
 
@@ -184,8 +180,7 @@ def _refuse(values: Mapping[str, Any]) -> None:
         values = {**values, "response_format": None}
     if values.get("best_of") in (1, values.get("n", 1)):
         values = {**values, "best_of": None}
+    key, salt = values.get("extra_key"), values.get("cache_salt")
+    if key and salt and key != salt:
+        raise RequestError("cache_salt is another name of extra_key: give one of them", field="cache_salt")
     refuse_lacking(values, LACKING_OPENAI)
-
-
-def _warnings(values: Mapping[str, Any], kind: type[OpenAiBody]) -> list[str]:
-    return warnings_for(values, {*kind.__struct_fields__, *LACKING_OPENAI, *_IGNORED})

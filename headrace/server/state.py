@@ -54,12 +54,10 @@ class ServerState:
 
     @property
     def model_name(self) -> str:
-        """The name that the OpenAI routes answer."""
         return self.engine.config.served_model_name or self.engine.config.model
 
     @property
     def is_draining(self) -> bool:
-        """True once the server takes no new requests."""
         return self._is_draining
 
     @property
@@ -82,7 +80,6 @@ class ServerState:
                 self._idle.set()
 
     def stop_admitting(self) -> None:
-        """Refuse new requests from now on."""
         self._is_draining = True
 
     async def wait_idle(self, timeout: float) -> bool:

@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from headrace.config.json_bounds import BODY, excess
 from headrace.engine import Stream
 from headrace.server import errors
+from headrace.server.connections import CLIENT, Connection
 from headrace.text import run_sized
 from headrace.types.errors import HeadraceError, RequestError, RequestTooLargeError, UnavailableError
 
@@ -111,23 +112,21 @@ def cancel_all(streams: Iterable[Stream]) -> None:
 
 
 @contextmanager
-def dropping(receive: Receive, cancel: Callable[[], None], on_disconnect: Callable[[], None]) -> Iterator[None]:
-    """Call `on_disconnect` and `cancel` when the client goes away, `cancel` also when the block is left for any reason.
+def dropping(scope: Scope, cancel: Callable[[], None], on_disconnect: Callable[[], None]) -> Iterator[None]:
+    """Call `on_disconnect` and `cancel` when the client goes away, `cancel` also when the block is left."""
 
-    For use once the body is read and until the answer is: whatever the client's connection then brings is its end.
-    """
+    def on_lost() -> None:
+        on_disconnect()
+        cancel()
 
-    def on_end(watcher: asyncio.Future[Message]) -> None:
-        if not watcher.cancelled():
-            on_disconnect()
-            cancel()
-
-    watcher = asyncio.ensure_future(receive())
-    watcher.add_done_callback(on_end)
+    client: Connection = scope["state"][CLIENT]
+    client.on_lost = on_lost
+    if client.is_gone:
+        on_lost()
     try:
         yield
     finally:
-        watcher.cancel()
+        client.on_lost = None
         cancel()
 
 
@@ -167,10 +166,7 @@ def _in_chunks(parts: list[bytes]) -> Iterator[bytes]:
 
 
 async def unless_gone(request: Request, call: Coroutine[Any, Any, Value], on_disconnect: Callable[[], None]) -> Value:
-    """What `call` comes to. It is cancelled, and over, when the client goes away before: nobody would hear of it.
-
-    For use once the body is read, as `dropping`.
-    """
+    """What `call` comes to. It is cancelled, and over, when the client goes away before: nobody would hear of it."""
     is_gone = False
 
     def give_up() -> None:
@@ -179,7 +175,7 @@ async def unless_gone(request: Request, call: Coroutine[Any, Any, Value], on_dis
         task.cancel()
 
     task = asyncio.ensure_future(call)
-    with dropping(request.receive, give_up, on_disconnect):
+    with dropping(request.scope, give_up, on_disconnect):
         try:
             return await task
         except asyncio.CancelledError:
@@ -214,7 +210,7 @@ class EventStream(Response):
         self._on_disconnect = on_disconnect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with dropping(receive, self._cancel, self._on_disconnect):
+        with dropping(scope, self._cancel, self._on_disconnect):
             try:
                 first = await anext(self._events, DONE_EVENT)
             except HeadraceError as error:

@@ -9,6 +9,7 @@ import msgspec
 
 from headrace.config.json_bounds import BODY, JsonCount
 from headrace.types.errors import RequestError, RequestTooLargeError
+from headrace.types.plain_values import plain_text
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_MESSAGES = 16384
@@ -64,7 +65,7 @@ def _message(message: Any, field: str, parts: JsonCount) -> dict[str, Any]:
     if role not in ROLES:
         raise RequestError(f"{field}.role must be one of {', '.join(ROLES)}", field=f"{field}.role")
     checked = {key: value for key, value in message.items() if value is not None}
-    checked["role"] = "system" if role == "developer" else role
+    checked["role"] = "system" if role == "developer" else plain_text(role)
     if "tool_calls" in checked:
         checked["tool_calls"] = _tool_calls(message["tool_calls"], f"{field}.tool_calls", parts)
         if not checked["tool_calls"]:
@@ -79,7 +80,7 @@ def _message(message: Any, field: str, parts: JsonCount) -> dict[str, Any]:
 def _content(content: Any, is_own: bool, field: str) -> str:
     """`is_own` says that it is the assistant's, which may hold refusals."""
     if isinstance(content, str):
-        return content
+        return str(plain_text(content))
     if not isinstance(content, (list, tuple)):
         raise RequestError(f"{field} must be a string or a list of text parts", field=field)
     return "".join(_text_part(part, is_own, f"{field}[{index}]") for index, part in enumerate(content))
@@ -91,7 +92,7 @@ def _text_part(part: Any, is_own: bool, field: str) -> str:
         raise RequestError(f"{field} must be a text part; this model reads text only", field=field)
     if not isinstance(part.get(kind), str):
         raise RequestError(f"{field}.{kind} must be a string", field=f"{field}.{kind}")
-    return str(part[kind])
+    return str(plain_text(part[kind]))
 
 
 def _tool_calls(calls: Any, field: str, parts: JsonCount) -> list[dict[str, Any]]:
@@ -138,4 +139,4 @@ def _check_tool(tool: Any, field: str) -> None:
 
 def tool_names(tools: Sequence[Mapping[str, Any]]) -> frozenset[str]:
     """Names of the functions in checked tools."""
-    return frozenset(str(tool["function"]["name"]) for tool in tools)
+    return frozenset(plain_text(tool["function"]["name"]) for tool in tools)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from headrace.config.json_files import shown
 from headrace.types.errors import ConfigError
 
 MAX_GROWTH = 512
-"""Bytes for a byte of text, at worst; of common tokenizers 2 to 20, of those with a map of characters up to 264."""
+"""Bytes for a byte of text, at worst; of common tokenizers 2 to 20, of those with a map of characters up to 484."""
 
 MAX_ADDED_IDS = 1024
 """Ids that a post-processor puts around a text."""
@@ -27,6 +28,7 @@ MAX_WORD_CHARACTERS = 1024
 _UNICODE_FORMS = {"NFC": 3, "NFD": 3, "NFKC": 11, "NFKD": 11, "Lowercase": 1.5, "StripAccents": 1, "BertNormalizer": 9}
 """Most bytes for a byte. One behind another of them finds next to nothing left to lengthen."""
 
+_SPACES = re.compile(r"(?: |\\s)(?:\+|\{([1-9][0-9]{0,3}),\})")
 _REPLACEMENT_BYTES = 3
 _LISTS = ("normalizers", "pretokenizers", "processors", "decoders")
 
@@ -116,20 +118,26 @@ def _decoder_growth(step: Mapping[str, Any]) -> float:
 
 
 def _replaced(step: Mapping[str, Any]) -> float:
-    """What matches a regular expression may be one byte, or none between any two."""
+    """What matches a regular expression may be one byte, or none between any two, but for runs of spaces."""
     found, written = step["pattern"].get("String"), _size(step["content"])
-    return max(1, written / _size(found)) if found else 1 + written
+    spaces = _SPACES.fullmatch(step["pattern"].get("Regex", ""))
+    num_found = int(spaces[1] or 1) if spaces else _size(found or "")
+    return max(1, written / num_found) if num_found else 1 + written
 
 
 def _mapped(charsmap: Any) -> float:
-    """Of sentencepiece's map: the longest text that it writes, for two bytes or what is written for one."""
+    """Of sentencepiece's map: what it writes for one byte and for two, and the longest text, which is for three."""
     from tokenizers import normalizers
 
     data = base64.b64decode(charsmap) if isinstance(charsmap, str) else bytes(charsmap)
     normalizer = normalizers.Precompiled(data)
     texts = data[4 + int.from_bytes(data[:4], "little") :]
-    of_one_byte = max(_size(normalizer.normalize_str(chr(code))) for code in range(128))
-    return max(1, of_one_byte, max(map(len, texts.split(b"\0"))) / 2)
+    short = [*map(chr, range(0x800)), "\r\n"]  # of further characters the map is asked one by one
+    return max(
+        1,
+        max(_size(normalizer.normalize_str(text)) / _size(text) for text in short),
+        max(map(len, texts.split(b"\0"))) / 3,
+    )
 
 
 def _template(step: Mapping[str, Any]) -> tuple[int, int]:

@@ -87,7 +87,6 @@ class ByteStream:
         self._own: bytes | None = b"" if begun else None  # what came while it is open whether `begun` is completed
 
     def push(self, pieces: Iterable[bytes]) -> str:
-        """Text that is now certain."""
         data = b"".join(pieces)
         text = self._decoder.decode(data)
         return text if self._own is None else self._settle(data, text)
@@ -159,7 +158,6 @@ class PieceStream:
         return self._strip("".join(pieces))
 
     def finish(self) -> str:
-        """The rest."""
         pieces: list[str] = []
         self._end_run(pieces)
         return self._strip("".join(pieces))

@@ -59,17 +59,17 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
-    """End requests now; each is answered at once by a terminal `Delta` with its partial tokens. None: all requests.
+    """End requests now; each is answered at once by a terminal `Delta` with its partial tokens.
 
-    Unknown handles are ignored: they have had their terminal answer.
+    Unknown handles are ignored: they have had their terminal answer. So are those of other fronts.
     """
 
-    handles: tuple[int, ...] | None
+    handles: tuple[int, ...]
     message: str = "Aborted"
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True, tag="finished"):
-    """The front ended these requests itself (a stop string): free them; no `Delta` is wanted any more."""
+    """The front ended these requests of its own (a stop string): free them; no `Delta` is wanted any more."""
 
     handles: tuple[int, ...]
 
@@ -266,7 +266,7 @@ Command = (
 
 
 class CoreStatus(msgspec.Struct, frozen=True):
-    """The core's own account of itself. `metrics` are the counters and gauges listed in docs/architecture.md.
+    """The core's own account of itself. `metrics` are the counters and gauges listed in docs/behaviour.md.
 
     `version` is the label of the live weights: "", which nobody can give, while no whole weights are live.
     `last_version` is then that of the last whole ones. `updating_in_place` says that the open update will hold all
@@ -304,7 +304,8 @@ class Reply(msgspec.Struct, frozen=True, array_like=True, tag="reply"):
 class CoreReady(msgspec.Struct, frozen=True, array_like=True, tag="core_ready"):
     """The core holds weights and steps, or failed to start (`error`). Sent once, first.
 
-    `explanations` are (setting, value, why) of everything that was "auto".
+    `explanations` are (setting, value, why) of everything that was "auto". `front` is the number of the front that is
+    told so, for its handles.
     """
 
     max_total_num_tokens: int = 0
@@ -312,6 +313,7 @@ class CoreReady(msgspec.Struct, frozen=True, array_like=True, tag="core_ready"):
     num_layers: int = 0
     explanations: tuple[tuple[str, str, str], ...] = ()
     error: ErrorInfo | None = None
+    front: int = 0
 
 
 class CoreFailed(msgspec.Struct, frozen=True, array_like=True, tag="core_failed"):

@@ -44,7 +44,7 @@ def plain_text(value: Any) -> Any:
 
 def as_setting(value: Any, kind: Any, field: str, refusal: Refusal) -> Any:
     """The value of a setting of type `kind`: a path as a string, a scalar as its number, text that can be sent."""
-    plain = os.fspath(value) if isinstance(value, os.PathLike) else plain_scalar(value)
+    plain = os.fspath(value) if isinstance(value, os.PathLike) else plain_text(plain_scalar(value))
     if isinstance(plain, str) and plain != encodable(plain):
         raise refusal(f"{field} must be Unicode text, without lone surrogates", field=field)  # it may be a key
     try:
@@ -56,7 +56,7 @@ def as_setting(value: Any, kind: Any, field: str, refusal: Refusal) -> Any:
 def as_path(name: str, field: str, refusal: Refusal) -> Path:
     """The absolute path of a name, without links; "~nobody" stays as it is."""
     try:
-        return Path(os.path.expanduser(name)).resolve()
+        return Path(os.path.expanduser(plain_text(name))).resolve()
     except (OSError, RuntimeError, ValueError) as error:  # no working directory, links in a circle, a null character
         raise refusal(f"{field} {name!r} is not a path on this machine: {error}", field=field) from None
 

@@ -43,7 +43,7 @@ def unpack_floats(data: bytes) -> Float32Array:
     return np.frombuffer(data, dtype="<f4")
 
 
-class TokenSampling(msgspec.Struct, frozen=True, array_like=True):
+class TokenSampling(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The part of `SamplingParams` that acts on logits. `top_k` 0 is off; `temperature` 0.0 is greedy."""
 
     temperature: float = 1.0
@@ -66,12 +66,12 @@ class TokenSampling(msgspec.Struct, frozen=True, array_like=True):
         return not (self.top_k or self.top_p < 1.0 or self.min_p or self.has_penalties or self.logit_bias)
 
 
-class Request(msgspec.Struct, frozen=True, array_like=True):
+class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One sequence to generate. The front expands `n` and batches into single requests and derives their seeds.
 
-    `handle` is unique among the live requests of one front. `stop_token_ids` already holds the end-of-sequence ids
-    unless they are ignored. `namespace` separates prefix-cache entries (the caller's `extra_key`).
-    `deliver_every` is how many new tokens make a non-terminal `Delta`; 0 delivers only the terminal one.
+    `handle` names its front (`types/handles.py`) and is unique among its live requests. `stop_token_ids` already holds
+    the end-of-sequence ids unless they are ignored. `extra_key` keeps prefix-cache entries apart. `deliver_every` is
+    how many new tokens make a non-terminal `Delta`; 0 delivers only the terminal one.
     The last `num_output_ids_in_prompt` ids of `prompt` are output of an earlier request, and penalties count them so.
     """
 
@@ -85,12 +85,12 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     min_new_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
     priority: int = 0
-    namespace: str = ""
+    extra_key: str = ""
     deliver_every: int = 0
     num_output_ids_in_prompt: int = 0
 
 
-class Sibling(msgspec.Struct, frozen=True, array_like=True):
+class Sibling(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A request that is the one before it but for these fields; without a `prompt` it has the same."""
 
     handle: int
@@ -118,11 +118,11 @@ class Sibling(msgspec.Struct, frozen=True, array_like=True):
 
 _SHARED_PARTS = ("sampling", "logprobs", "stop_token_ids")
 _EQUAL_PARTS = (
-    *("max_new_tokens", "min_new_tokens", "priority", "namespace", "deliver_every", "num_output_ids_in_prompt"),
+    *("max_new_tokens", "min_new_tokens", "priority", "extra_key", "deliver_every", "num_output_ids_in_prompt"),
 )
 
 
-class Finish(msgspec.Struct, frozen=True, array_like=True):
+class Finish(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Why a request ended. `matched` is the stop token id that ended it; `error` is set for type "error" only."""
 
     type: FinishType
@@ -131,7 +131,7 @@ class Finish(msgspec.Struct, frozen=True, array_like=True):
     error: ErrorInfo | None = None
 
 
-class TokenExtras(msgspec.Struct, frozen=True, array_like=True):
+class TokenExtras(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Further log-probabilities of n positions, row by row: the top ids (int32 [n, num_top]) with their values
     (float32), and the values of the asked ids (float32 [n, num_asked]). Empty where nothing was asked."""
 
@@ -140,7 +140,7 @@ class TokenExtras(msgspec.Struct, frozen=True, array_like=True):
     asked_logprobs: bytes = b""
 
 
-class Delta(msgspec.Struct, frozen=True, array_like=True):
+class Delta(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What is new about one request since its last `Delta`.
 
     `token_ids` (int32) and `logprobs` (float32) have one entry per new token and `spans` ((version, count), ...) sum to

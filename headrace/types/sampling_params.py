@@ -9,7 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from headrace.types.errors import RequestError
-from headrace.types.plain_values import as_flag, as_integer, as_list, as_number, hint, plain_scalar
+from headrace.types.plain_values import as_flag, as_integer, as_list, as_number, hint, plain_scalar, plain_text
 
 LogprobMode = Literal["raw", "temperature", "sampled"]
 
@@ -100,7 +100,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         return self.temperature < GREEDY_TEMPERATURE
 
 
-class LogprobOptions(msgspec.Struct, frozen=True, array_like=True):
+class LogprobOptions(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What log-probabilities a request wants beside those of its generated tokens, which are always returned.
 
     `output_mode` and `prompt_mode` say what the numbers mean (docs/architecture.md, "Log-probabilities").
@@ -124,7 +124,7 @@ def _read_stop(value: Any, field: str) -> tuple[str, ...]:
     what = "a string or a list of strings"
     stops = [value] if isinstance(value, str) else as_list(value, field, what, MAX_STOP_STRINGS, takes_sets=True)
     _require(all(isinstance(stop, str) and stop for stop in stops), field, "must hold non-empty strings")
-    return tuple(map(str, stops))
+    return tuple(map(plain_text, stops))
 
 
 def _read_stop_ids(value: Any, field: str) -> tuple[int, ...]:

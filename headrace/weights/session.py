@@ -45,6 +45,8 @@ class Ticket(Protocol):
 class StageCopy(Protocol):
     """The copy of one tensor, or a piece of it, into place, in slices; see `headrace.weights.staging.StageWork`."""
 
+    has_written: bool
+
     def advance(self, deadline_s: float) -> bool: ...
 
 
@@ -266,7 +268,7 @@ class WeightMachine:
         return self._memory.stage(index, data, start)
 
     def note_write(self, session_id: int) -> None:
-        """Call before bytes of a stage move: in place, live memory is no longer whole from here on."""
+        """A copy has written: in place, live memory is no longer whole from here on."""
         session = self.require(session_id)
         session.has_written = session.has_written or session.mode == "inplace"
 

@@ -252,7 +252,8 @@ class StageWork:
 
     `before_write` is called ahead of every block and raises if the update is no longer open. `check`, if there is one,
     is shown what was written, block by block; on a device once, where the destination is one memory. It and `on_done`
-    may raise `WeightUpdateError`, and then what was copied does not count.
+    may raise `WeightUpdateError`, and then what was copied does not count. `has_written` once live memory may have
+    changed.
     """
 
     def __init__(
@@ -265,7 +266,7 @@ class StageWork:
         on_done: Callable[[], None],
         check: Callable[[torch.Tensor], None] | None = None,
     ) -> None:
-        self.is_live = arrival.is_live
+        self.has_written = False
         self._source: Source | None = source
         self._arrival = arrival
         self._side = side
@@ -306,11 +307,13 @@ class StageWork:
         self._before_write()
         place = slice(self._first + part.start, self._first + part.stop)
         block = self._destination.room(place)
+        self.has_written |= self._arrival.is_live and self._destination.flat is not None
         self._source.copy(part, block)
         if self._check and not self._checks_at_end:  # while the block is in the cache
             self._check(block)
         if self._arrival.hasher:
             self._arrival.hasher.update(bytes_of(block).data)
+        self.has_written |= self._arrival.is_live
         self._destination.put(place, block)
         if self._arrival.total:
             self._arrival.total.add(self._destination.read(place), place.start)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from headrace.config.resolve import available_memory
+from headrace.config.machine import available_memory
 from headrace.types.errors import CheckpointError, InternalError, NotFoundError, UpdateConflictError, WeightUpdateError
 from headrace.types.weights import TensorInfo, UpdateMode
 from headrace.weights.boxes import num_elements

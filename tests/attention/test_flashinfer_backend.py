@@ -324,9 +324,9 @@ def test_queries_and_pools_must_go_together() -> None:
         build_device_backend("flashinfer", "fast", shape, KvPool(geometry, torch.float16), rotary, torch.float16, 16)
 
 
-def test_choices_of_auto_are_backends_with_a_measurement() -> None:
+def test_choices_of_auto_are_backends_with_a_reason() -> None:
     for choice in CHOICES:
         backend = choice.kernel.split(":")[0]
         assert backend in CAPABILITIES and "cuda" in CAPABILITIES[backend].devices
-        assert any(character.isdigit() for character in choice.why) and all(isinstance(each, str) for each in choice)
+        assert choice.why and all(isinstance(each, str) for each in choice)
     assert f"up to {FEW_PROGRAMS} " in CHOICES[0].batch_size

@@ -7,17 +7,24 @@ import numpy.typing as npt
 
 from headrace.cache import LeaseTable, Namespace
 
-NOW: Namespace = (0, 0, "")
+NOW = Namespace(0)
 TOKENS: npt.NDArray[np.int32] = np.arange(20, dtype=np.int32)
 
 
 def make_leases(*, num_pages: int = 20, prefix_cache: bool = True) -> LeaseTable:
-    return LeaseTable(num_slots=4, num_columns=10, num_pages=num_pages, page_size=2, prefix_cache=prefix_cache)
+    return LeaseTable(
+        lambda _, first, last: TOKENS[first:last].tobytes(),
+        num_slots=4,
+        num_columns=10,
+        num_pages=num_pages,
+        page_size=2,
+        prefix_cache=prefix_cache,
+    )
 
 
-def lease(leases: LeaseTable, slot: int, num_tokens: int, token_ids: npt.NDArray[np.int32] = TOKENS) -> int:
+def lease(leases: LeaseTable, slot: int, num_tokens: int) -> int:
     """Open a lease for that many tokens, as admission does; returns the pages it shares."""
-    match = leases.match(NOW, token_ids[:num_tokens].tobytes(), (num_tokens - 1) // 2)
+    match = leases.match(NOW, TOKENS[:num_tokens].tobytes(), (num_tokens - 1) // 2)
     leases.open(slot, NOW, match)
     leases.grow(slot, -(-num_tokens // 2) - match.num_pages)
     return match.num_pages
@@ -26,7 +33,7 @@ def lease(leases: LeaseTable, slot: int, num_tokens: int, token_ids: npt.NDArray
 def test_a_second_lease_shares_what_the_first_published() -> None:
     leases = make_leases()
     assert lease(leases, 0, 7) == 0
-    leases.publish(0, TOKENS, 7)
+    leases.publish(0, 7)
     assert lease(leases, 1, 7) == 3
     assert leases.pages[0, :3].tolist() == leases.pages[1, :3].tolist()
     assert leases.pages[0, 3] != leases.pages[1, 3]
@@ -40,7 +47,7 @@ def test_a_second_lease_shares_what_the_first_published() -> None:
 def test_growing_evicts_what_nobody_holds() -> None:
     leases = make_leases(num_pages=5)
     lease(leases, 0, 8)
-    leases.publish_all(0, TOKENS, 8)
+    leases.publish_all(0, 8)
     leases.close(0)
     assert leases.pool.num_free == 0 and leases.num_available == 4
     leases.open(1, NOW, leases.match(NOW, TOKENS[:2].tobytes(), 1))
@@ -64,11 +71,11 @@ def test_a_page_published_by_another_stops_publishing_until_the_end() -> None:
     for slot in (0, 1):
         leases.open(slot, NOW, leases.match(NOW, b"", 0))
         leases.grow(slot, 4)
-    leases.publish(0, TOKENS, 4)
-    leases.publish(1, TOKENS, 6)
-    leases.publish(1, TOKENS, 8)
+    leases.publish(0, 4)
+    leases.publish(1, 6)
+    leases.publish(1, 8)
     assert leases.tree.num_pages == 2 and leases.num_used == 8
-    leases.publish_all(1, TOKENS, 8)
+    leases.publish_all(1, 8)
     assert leases.tree.num_pages == 4
     leases.close(1)
     assert leases.num_used == 4 and leases.tree.num_evictable == 2
@@ -80,26 +87,26 @@ def test_a_page_published_by_another_stops_publishing_until_the_end() -> None:
 def test_kept_leases_are_never_published() -> None:
     leases = make_leases()
     lease(leases, 0, 8)
-    leases.publish(0, TOKENS, 2)
+    leases.publish(0, 2)
     leases.never_publish(0)
-    leases.publish(0, TOKENS, 4)
-    leases.publish_all(0, TOKENS, 8)
+    leases.publish(0, 4)
+    leases.publish_all(0, 8)
     assert leases.tree.num_pages == 1
     leases.close(0)
     assert leases.pool.num_free == 18
     lease(leases, 0, 8)
-    leases.publish_all(0, TOKENS, 8)
+    leases.publish_all(0, 8)
     assert leases.tree.num_pages == 4, "a new lease of the slot publishes again"
 
 
 def test_flush_unpublishes_leased_pages_for_good() -> None:
     leases = make_leases()
     lease(leases, 0, 8)
-    leases.publish(0, TOKENS, 8)
+    leases.publish(0, 8)
     lease(leases, 1, 8)
     leases.close(1)
     assert leases.flush() == 0
-    leases.publish_all(0, TOKENS, 8)
+    leases.publish_all(0, 8)
     assert leases.match(NOW, TOKENS.tobytes(), 10).num_pages == 0 and leases.num_used == 4
     leases.close(0)
     assert leases.pool.num_free == 19
@@ -109,7 +116,7 @@ def test_without_the_prefix_cache_nothing_is_kept() -> None:
     leases = make_leases(prefix_cache=False)
     for _ in range(2):
         assert lease(leases, 0, 8) == 0
-        leases.publish(0, TOKENS, 8)
-        leases.publish_all(0, TOKENS, 8)
+        leases.publish(0, 8)
+        leases.publish_all(0, 8)
         leases.close(0)
         assert leases.pool.num_free == 19 and leases.tree.num_pages == 0

@@ -10,8 +10,7 @@ import numpy.typing as npt
 from headrace.cache import Namespace, PagePool, RadixTree
 from headrace.cache.radix_tree import MAX_EDGE_PAGES, Node
 
-NOW: Namespace = (1, 0, "")
-OLD: Namespace = (0, 0, "")
+NOW, OLD = Namespace(1), Namespace(0)
 
 
 def units(*token_ids: int) -> bytes:
@@ -45,10 +44,13 @@ def test_matches_whole_pages_up_to_the_limit() -> None:
 def test_namespaces_never_match_each_other() -> None:
     pool = PagePool(20)
     tree = RadixTree(pool, 2)
-    published(tree, pool, (1, 0, "a"), 1, 2)
-    for other in ((2, 0, "a"), (1, 1, "a"), (1, 0, "b"), (0, 0, "a")):
+    own = Namespace(1, (7, 2), "a")
+    published(tree, pool, own, 1, 2)
+    others = [own._replace(epoch=epoch) for epoch in (0, 2)] + [own._replace(extra_key=key) for key in ("", "b")]
+    others += [own._replace(adapter=adapter) for adapter in (None, (7, 1), (8, 2), (2, 7))]
+    for other in others:
         assert num_matched(tree, other, 1, 2) == 0
-    assert num_matched(tree, (1, 0, "a"), 1, 2) == 1
+    assert num_matched(tree, Namespace(1, (7, 2), "a"), 1, 2) == 1
 
 
 def test_units_published_already_keep_their_pages() -> None:
@@ -163,6 +165,10 @@ def test_use_without_eviction_does_not_grow_the_heap() -> None:
     assert not tree._heap and not tree._roots
 
 
+UNIT_PAIRS = ((0, 1), (-1, 1), (-(1 << 31), 0), ((1 << 31) - 1, -(1 << 31)), (0x01010101, 0x01010100))
+"""Token ids, and words of a digest: units of any value, those that differ in one byte only among them."""
+
+
 class Model:
     """Every published prefix by (namespace, tokens), with its page and the leases that hold it."""
 
@@ -202,11 +208,12 @@ def test_random_use_agrees_with_the_model() -> None:
     for seed in range(120):
         random_ = random.Random(seed)
         size = random_.choice((1, 2, 3))
+        values = random_.choice(UNIT_PAIRS)
         pool = PagePool(40)
         tree, model = RadixTree(pool, size), Model()
         pinned: dict[Node, list[int]] = {}
         for _ in range(60):
-            play_event(random_, size, pool, tree, model, pinned)
+            play_event(random_, size, values, pool, tree, model, pinned)
             assert tree.num_pages == len(model.pages)
             held = {page for pages in pinned.values() for page in pages}
             assert tree.num_evictable == len(set(model.pages.values()) - held)
@@ -218,10 +225,16 @@ def test_random_use_agrees_with_the_model() -> None:
 
 
 def play_event(
-    random_: random.Random, size: int, pool: PagePool, tree: RadixTree, model: Model, pinned: dict[Node, list[int]]
+    random_: random.Random,
+    size: int,
+    values: tuple[int, int],
+    pool: PagePool,
+    tree: RadixTree,
+    model: Model,
+    pinned: dict[Node, list[int]],
 ) -> None:
-    namespace: Namespace = (random_.randrange(2), 0, random_.choice(("", "x")))
-    token_ids = random_tokens(random_)
+    namespace = Namespace(random_.randrange(2), None, random_.choice(("", "x")))
+    token_ids = [values[unit] for unit in random_tokens(random_)]
     expected = model.match(namespace, token_ids, size)
     match = tree.match(namespace, units(*token_ids), 100)
     assert match.page_ids().tolist() == expected and match.num_pages == len(expected)
@@ -261,5 +274,5 @@ def evict(count: int, tree: RadixTree, model: Model, pinned: dict[Node, list[int
     check_eviction(model, tree, pinned)
     held = {page for pages in pinned.values() for page in pages}
     gone = {key for key in before if key not in model.pages}
-    if any(namespace[0] == 1 for namespace, _ in gone):
-        assert all(namespace[0] == 1 or page in held for (namespace, _), page in model.pages.items())
+    if any(namespace.epoch == 1 for namespace, _ in gone):
+        assert all(namespace.epoch == 1 or page in held for (namespace, _), page in model.pages.items())

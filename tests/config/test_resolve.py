@@ -7,9 +7,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from headrace.config import CudaDevice, EngineConfig, ResolvedConfig, Software, resolve
+from headrace.config import CudaDevice, EngineConfig, ResolvedConfig, Software, machine, resolve
 from headrace.config.engine_config import SettledConfig
-from headrace.config.resolve import available_cores, available_memory
+from headrace.config.machine import available_cores, available_memory
 from headrace.engine.launch import model_folder, resolve_settings
 from headrace.types.errors import ConfigError
 
@@ -93,7 +93,7 @@ def test_the_defaults_of_a_cuda_device(folder: Path) -> None:
     assert (result.engine.max_running_requests, result.engine.overlap_depth) == (512, 1)
     assert (result.attention_backend, result.cuda) == ("triton", H200)
     assert "H200" in why(result, "device") and "9.0" in why(result, "device")
-    assert "203" in why(result, "attention_backend") and "234" in why(result, "attention_backend")
+    assert "docs/benchmarks.md" in why(result, "attention_backend")
 
 
 def test_what_was_resolved_travels(folder: Path) -> None:
@@ -171,6 +171,29 @@ def test_backends_run_where_they_can(
     with pytest.raises(ConfigError, match=refusal) as caught:
         resolved(folder, **settings)
     assert caught.value.field == "attention_backend"
+
+
+EXPERTS = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
+
+
+def test_experts_run_on_a_cpu_and_by_the_reference_alone(folder: Path) -> None:
+    write(folder, **EXPERTS)
+    found = on_cuda(folder)
+    assert (found.device, found.attention_backend) == ("cpu", "cpu") and "experts" in why(found, "device")
+    with pytest.raises(
+        ConfigError, match="device 'cuda' cannot be used: it has no kernels for layers of experts"
+    ) as no:
+        on_cuda(folder, device="cuda")
+    assert no.value.field == "device"
+    for backend in ("triton", "flashinfer"):
+        for devices in ((), (H200,)):
+            with pytest.raises(ConfigError, match="has no kernels for layers of experts") as no:
+                resolved(folder, devices=devices, software=INTERPRETED, attention_backend=backend)
+            assert no.value.field == "attention_backend"
+    reference = on_cuda(folder, attention_backend="reference")
+    assert (reference.device, resolved(folder, attention_backend="reference").device) == ("cuda", "cpu")
+    copy = msgspec.msgpack.decode(msgspec.msgpack.encode(found), type=ResolvedConfig)
+    assert copy == found and copy.model.has_experts
 
 
 @pytest.mark.parametrize(
@@ -360,9 +383,8 @@ CGROUPS = {
 @pytest.mark.parametrize("version", CGROUPS)
 def test_files_read_long_ago_are_no_used_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     limit, usage, statistics, cached = (tmp_path / name for name in CGROUPS[version])
-    module = available_memory.__globals__  # its name is also that of a function
-    monkeypatch.setitem(module, "_CGROUPS", tmp_path)
-    monkeypatch.setitem(module, "_meminfo_available", lambda: 64 << 30)
+    monkeypatch.setattr(machine, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "_meminfo_available", lambda: 64 << 30)
     assert available_memory() == 64 << 30
     limit.parent.mkdir(exist_ok=True)
     limit.write_text(f"{16 << 30}\n")

@@ -140,7 +140,7 @@ def test_abort_answers_at_once_with_what_there_is() -> None:
     assert finish is not None
     assert (finish.type, finish.message) == ("abort", "enough")
     assert 4 <= len(core.tokens(1)) <= 6
-    core.send(Abort(None))
+    core.send(Abort((1, 2, 3)))
     core.settle()
     assert core.finish_types(2, 3) == ["abort", "abort"]
     assert core.status().num_used_tokens == 0

@@ -244,6 +244,6 @@ def test_a_paused_loop_sleeps_until_its_next_deadline() -> None:
     core.submit(request(2))
     core.settle()
     assert 9.0 < core.loop._time_to_deadline() <= 10.0
-    core.send(Abort(None))
+    core.send(Abort((1, 2, 3)))
     core.settle()
     assert core.loop._time_to_deadline() > 1000.0

@@ -121,7 +121,7 @@ class Driver:
         self.core.turn(self.chance.randint(1, 4))
 
     def abort(self) -> None:
-        self.core.send(Abort(self.some_handles() or None))
+        self.core.send(Abort(self.some_handles() or tuple(self.prompts)))
 
     def discard(self) -> None:
         handles = self.some_handles()

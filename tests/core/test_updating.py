@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,11 @@ from headrace.types.messages import (
     UpdateFromDisk,
 )
 from headrace.types.weights import BufferEntry, BufferRef, InFlight, TensorInfo, UpdateReport
+from headrace.weights.boxes import Box
 from headrace.weights.checkpoint import Checkpoint
 from headrace.weights.staging import Enqueued
 from headrace.weights.store import WeightStore
-from headrace.weights.weight_map import ParamSpec, WeightMap, whole_rows
+from headrace.weights.weight_map import ParamSpec, Piece, WeightMap, WeightRule, whole_rows
 from tests.core.harness import (
     VOCAB_SIZE,
     Core,
@@ -359,6 +361,74 @@ def test_a_torn_update_in_place_poisons_and_a_full_one_heals() -> None:
     core.submit(request(6))
     core.settle()
     assert core.spans(6) == [("v1", 10)]
+
+
+def tied_head(value: float) -> tuple[WeightStore, dict[str, torch.Tensor]]:
+    return tiny_store(), {"lm_head.weight": torch.full((8, 4), value)}
+
+
+def turned(value: float) -> tuple[WeightStore, dict[str, torch.Tensor]]:
+    """A tensor that lies in its parameter with its axes turned, so that blocks are made ready beside it."""
+    piece = Piece("down", Box.whole((3, 4)), Box.whole((4, 3)), axes=(1, 0))
+    weight_map = WeightMap([ParamSpec("down", (4, 3))], [WeightRule("down", (3, 4), (piece,))])
+    store = WeightStore(weight_map, torch.float32, torch.device("cpu"), memory=lambda: 1 << 40)
+    store.fill_random(1)
+    return store, {"down": torch.full((3, 4), value)}
+
+
+@pytest.mark.parametrize("make", [tied_head, turned])
+@pytest.mark.parametrize("is_finite", [True, False])
+def test_a_refusal_before_the_first_write_in_place_leaves_the_old_weights(make: Any, is_finite: bool) -> None:
+    store, tensors = make(9.0 if is_finite else torch.nan)
+    core = Core(FreeExecutor(VOCAB_SIZE, weights=store))
+    before = core.call(Digest, kind=dict[str, str])
+    core.submit(request(1, max_new_tokens=30))
+    core.turn(2)
+    session = core.begin(tensors, mode="inplace", in_flight="keep", partial=True)
+    stage = core.start_stage(session, tensors)
+    core.until(lambda: stage in core.link.replies)
+    if make is turned and is_finite:
+        assert core.link.replies[stage].error is None
+        core.call(AbortUpdate, session)
+        assert core.status().state == "poisoned"
+        return
+    assert core.error(stage).field in ("lm_head.weight", "down")
+    assert core.call(Digest, kind=dict[str, str]) == before  # also while it is open
+    core.call(AbortUpdate, session)
+    assert (core.status().state, core.status().version) == ("ready", "default")
+    core.settle()
+    assert core.spans(1) == [("default", 30)]
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_folder_that_is_refused_before_the_first_write_in_place_leaves_the_old_weights(
+    tmp_path: Path, suffix: str
+) -> None:
+    """The head, which comes first, owns no memory, and the next file has changed."""
+    files = {"1": {"lm_head.weight": NEW["embed.weight"]}, "2": NEW}
+    for number, tensors in files.items():
+        save = save_file if suffix == "safetensors" else torch.save
+        save(tensors, tmp_path / f"{number}.{suffix}")
+    places = {name: f"{number}.{suffix}" for number, tensors in files.items() for name in tensors}
+    stem = "model.safetensors" if suffix == "safetensors" else "pytorch_model.bin"
+    (tmp_path / f"{stem}.index.json").write_text(json.dumps({"weight_map": places}))
+
+    class Changing(DiskExecutor):
+        def checkpoint(self, folder: Path, root: Path | None) -> Any:
+            manifest, tensors = super().checkpoint(folder, root)
+
+            def changing() -> Iterator[tuple[str, Any]]:
+                yield from islice(tensors, 1)
+                os.truncate(folder / f"2.{suffix}", 10)
+                yield from tensors
+
+            return manifest, changing()
+
+    core = Core(Changing(VOCAB_SIZE, weights=tiny_store()))
+    before = core.call(Digest, kind=dict[str, str])
+    error = core.refused(UpdateFromDisk, str(tmp_path), "disk", "inplace")
+    assert (error.code, error.field) == ("CheckpointError", f"2.{suffix}")
+    assert core.status().state == "ready" and core.call(Digest, kind=dict[str, str]) == before
 
 
 def test_a_commit_that_fails_half_way_poisons_and_a_full_update_heals(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from headrace.types.errors import (
     NotFoundError,
     ShutdownError,
 )
+from headrace.types.handles import handle_of
 from headrace.types.messages import (
     Abort,
     Command,
@@ -85,8 +86,8 @@ Scenario = Callable[[CoreClient, ScriptedCore], Coroutine[Any, Any, None]]
 LIMITS = HealthLimits(watchdog=60.0)
 
 
-def play(scenario: Scenario, limits: HealthLimits = LIMITS) -> list[str]:
-    """Run a scenario on a started client. Returns "killed" if the client asked for the core's end."""
+def play(scenario: Scenario, limits: HealthLimits = LIMITS, number: int = 0) -> list[str]:
+    """Run a scenario on a started client, front `number`. Returns "killed" if it asked for the core's end."""
     deaths: list[str] = []
 
     async def main() -> None:
@@ -96,7 +97,7 @@ def play(scenario: Scenario, limits: HealthLimits = LIMITS) -> list[str]:
         client = CoreClient(front, page, 30.0, lambda _: deaths.append("killed"), limits)
         start = asyncio.create_task(client.start(5.0))
         await asyncio.sleep(0)
-        link.send(CoreReady(max_total_num_tokens=7))
+        link.send(CoreReady(max_total_num_tokens=7, front=number))
         while not start.done():
             await core.commands()
         assert (await start).max_total_num_tokens == 7
@@ -119,6 +120,25 @@ def test_requests_of_one_turn_leave_as_one_message() -> None:
         assert isinstance(message, Submit) and [r.handle for r in message.all_requests()] == list(range(1, 51))
 
     play(scenario)
+
+
+def test_handles_are_of_the_front_that_the_core_names() -> None:
+    async def scenario(client: CoreClient, core: ScriptedCore) -> None:
+        handles = [client.new_handle() for _ in range(3)]
+        assert handles == [handle_of(9, count) for count in (1, 2, 3)]
+
+        core.link.close()
+        await asyncio.sleep(0.01)
+        link, back = make_pair()
+        page = PulsePage()
+        client.attach(link, page)
+        start, core = asyncio.create_task(client.start(5.0)), ScriptedCore(back, Pulse(page))
+        back.send(CoreReady(front=2))
+        while not start.done():
+            await core.commands()
+        assert client.new_handle() == handle_of(2, 4), "the next core may meet handles of the one before"
+
+    play(scenario, number=9)
 
 
 def test_huge_batches_leave_in_bounded_messages() -> None:

@@ -15,7 +15,11 @@ import torch
 
 from headrace import Engine, SamplingParams
 from headrace.config import EngineConfig
+from headrace.text import Tokenizer
+from headrace.text.chat import normalize_messages, tool_names
 from headrace.types.errors import ConfigError, HeadraceError, RequestError
+from headrace.types.plain_values import as_path
+from headrace.types.weights import TensorInfo
 from tests.engine.builders import SETTINGS
 
 TENSOR = [("model.norm.weight", torch.ones(32))]
@@ -94,6 +98,8 @@ def test_plain_values_of_numpy_and_torch_are_taken(engine: Engine) -> None:
 class Word(str, enum.Enum):  # noqa: UP042  (`str()` of a `StrEnum` would be its value)
     LABEL = "v7"
     NAME = "model.norm.weight"
+    DTYPE = "float32"
+    USER = "user"
     SNAPSHOT = "snapshot"
     SHADOW = "shadow"
     KEEP = "keep"
@@ -101,7 +107,8 @@ class Word(str, enum.Enum):  # noqa: UP042  (`str()` of a `StrEnum` would be its
 
 
 def text_of_enum(text: str) -> Any:
-    return Word(text)
+    known = {word.value: word for word in Word}
+    return known.get(text) or enum.Enum("Other", {"OTHER": text}, type=str).OTHER  # type: ignore[attr-defined]
 
 
 def pause_and_resume(engine: Engine, text: Callable[[str], Any]) -> None:
@@ -118,11 +125,17 @@ TEXT_CALLS: dict[str, Callable[[Engine, Callable[[str], Any]], object]] = {
     "begin": lambda engine, text: engine.abort_update(
         begin(engine, version=text("v7"), mode=text("shadow"), in_flight=text("keep"))
     ),
+    "manifest": lambda engine, text: engine.abort_update(
+        begin(engine, manifest=[TensorInfo(text("model.norm.weight"), (32,), text("float32"), text("0" * 64))])
+    ),
+    "manifest of triples": lambda engine, text: engine.abort_update(
+        begin(engine, manifest=[(text("model.norm.weight"), (32,), text("float32"))])
+    ),
     "tensors": lambda engine, text: engine.update_weights_from_tensor(
         [(text("model.norm.weight"), TENSOR[0][1])], "x", partial=True
     ),
     "disk": lambda engine, text: engine.update_weights_from_disk(
-        engine.config.model, text("v7"), mode=text("shadow"), in_flight=text("keep")
+        text(engine.config.model), text("v7"), mode=text("shadow"), in_flight=text("keep"), root=text("/")
     ),
     "pause": pause_and_resume,
     "abort": lambda engine, text: engine.abort(text("v7"), message=text("v7")),
@@ -156,6 +169,24 @@ def test_text_of_numpy_or_of_an_enumeration_is_the_text_in_it(
     assert type(changed.version) is str
     if call in ("relabel", "version", "disk"):
         assert changed.version == "v7"
+
+
+@pytest.mark.parametrize("text", [np.str_, text_of_enum])
+def test_text_of_an_enumeration_is_the_text_in_it_where_no_engine_is_asked(
+    model_folder: Path, text: Callable[[str], Any]
+) -> None:
+    assert SamplingParams(stop=text("raw")).stop == SamplingParams(stop=[text("raw")]).stop == ("raw",)
+    setting = EngineConfig(model=text("raw")).model
+    paths = [str(as_path(text("/raw"), "field", ConfigError)), str(as_path(text("~/raw"), "field", ConfigError))]
+    said = {"role": text("user"), "content": text("raw")}
+    parts = {"role": "user", "content": [{"type": text("text"), "text": text("raw")}]}
+    messages = normalize_messages([said, parts])
+    (name,) = tool_names([{"type": "function", "function": {"name": text("raw")}}])
+    assert messages == [{"role": "user", "content": "raw"}] * 2
+    assert (setting, name, *paths) == ("raw", "raw", "/raw", str(Path.home() / "raw"))
+    found = [setting, name, *SamplingParams(stop=text("raw")).stop, *messages[0].values(), *messages[1].values()]
+    assert set(map(type, found)) == {str}
+    assert Tokenizer.load(text(str(model_folder))).eos_token_ids == Tokenizer.load(model_folder).eos_token_ids
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,9 @@ def delta(ids: list[int], version: str = "a", epoch: int = 0, **fields: Any) -> 
 def test_deltas_add_up_and_spans_merge() -> None:
     sample = Sample(request())
     assert [sample.append(d) for d in (delta([5, 6]), delta([7]), delta([8, 9], "b"))] == [2, 1, 2]
-    assert sample.token_ids == [5, 6, 7, 8, 9]
-    assert sample.logprobs == [-5.0, -6.0, -7.0, -8.0, -9.0]
-    assert sample.spans == [("a", 3, 0), ("b", 2, 0)]
+    assert sample.token_ids.tolist() == [5, 6, 7, 8, 9]
+    assert sample.logprobs.tolist() == [-5.0, -6.0, -7.0, -8.0, -9.0]
+    assert sample.spans == (("a", 3, 0), ("b", 2, 0))
 
 
 def test_a_label_given_twice_makes_two_spans_wherever_a_piece_or_a_truncation_cuts() -> None:
@@ -79,7 +79,7 @@ def test_pieces_join_to_the_whole() -> None:
     [(0, 5, [("a", 2), ("b", 3)]), (1, 3, [("a", 1), ("b", 1)]), (2, 5, [("b", 3)]), (0, 0, []), (5, 5, [])],
 )
 def test_slices_of_spans(start: int, stop: int, expected: list[tuple[str, int]]) -> None:
-    assert slice_spans([("a", 2, 0), ("b", 3, 0)], start, stop) == [(*span, 0) for span in expected]
+    assert slice_spans([("a", 2, 0), ("b", 3, 0)], start, stop) == tuple((*span, 0) for span in expected)
 
 
 def test_prompt_scores_have_one_entry_per_prompt_token() -> None:

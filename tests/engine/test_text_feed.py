@@ -6,6 +6,7 @@ import codecs
 import random
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 import tokenizers
 from tokenizers import decoders, models
@@ -123,7 +124,7 @@ def test_a_stop_string_late_in_a_long_text_ends_it_at_once_where_only_whole_list
         params = SamplingParams(
             stop=[stop, "never"], no_stop_trim=True, min_new_tokens=source.choice([0, 5, 800]), max_new_tokens=900
         )
-        length, text, matched = run(TextStart(tokenizer, params, (), prompt), ids, True)
+        length, text, matched = run(TextStart(tokenizer, params, (), np.array(prompt, np.int32)), ids, True)
         assert matched == stop and text.endswith(stop) and length > 800
         before = tokenizer.decode(prompt)
         assert stop not in tokenizer.decode(prompt + ids[: length - 1])[len(before) :]

@@ -29,7 +29,7 @@ from headrace.types.weights import BufferEntry, BufferRef, TensorInfo
 INFO = TensorInfo("model.norm.weight", (4,), "float32")
 COMMANDS: list[Command] = [
     Submit((Request(1, "a", pack_ids([1, 2]), 3, 2**64 - 1, logprobs=LogprobOptions(token_ids=(4, 5))),)),
-    Abort(None),
+    Abort(()),
     Abort((1, 2), "why"),
     Finished((3,)),
     messages.Pause(1, "keep"),

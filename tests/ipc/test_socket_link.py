@@ -109,9 +109,9 @@ def test_poll_returns_at_once_and_waits_when_told(pair: Pair) -> None:
 
 def test_commands_before_the_end_of_file_are_returned_first(pair: Pair) -> None:
     core = SocketCoreLink(pair[1])
-    pair[0].sendall(pack_frame(msgspec.msgpack.encode(Abort(None))))
+    pair[0].sendall(pack_frame(msgspec.msgpack.encode(Abort(()))))
     pair[0].close()
-    assert core.poll(1.0) == [Abort(None, "Aborted")]
+    assert core.poll(1.0) == [Abort((), "Aborted")]
     with pytest.raises(PeerClosed):
         core.poll(1.0)
     with pytest.raises(PeerClosed):

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from headrace.rl.arithmetic import Problem, draw_problems, read_reply
 from headrace.rl.demo import POLICY
-from headrace.rl.make_policy import (
+from tools.make_policy import (
     TURN_END,
     encode_batch,
     make_config,

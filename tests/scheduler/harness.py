@@ -13,7 +13,7 @@ from headrace.types.errors import ErrorInfo
 from headrace.types.plan import StepPlan
 from headrace.types.request import Delta, Request, unpack_floats, unpack_ids
 from tests.scheduler.fake_device import FakeDevice, Issued
-from tests.scheduler.oracle import VOCAB_SIZE, Truth, cell_value, extend, logprob
+from tests.scheduler.oracle import VOCAB_SIZE, Truth, cell_value, empty_prefix, extend, logprob
 
 ERROR = ErrorInfo("DeadlineError", "too late")
 
@@ -46,13 +46,20 @@ class Harness:
         self.epochs = {"0": 0}
         self.discarded: set[int] = set()
         self.num_versions = 1
+        self.has_pictures = False
         self.plan_log = hashlib.sha256()
 
-    def add(self, request: Request, now: float = 0.0) -> None:
-        """Add a request, which must be acceptable."""
+    def add(self, request: Request, now: float = 0.0, units: bytes = b"") -> None:
+        """Add a request, which must be acceptable. `units` are those of its prompt, where they are not its ids."""
         assert request.seed == request.handle
         self.scheduler.add(request, now)
-        self.truths[request.handle] = Truth(request, self.limits.context_length)
+        if units:
+            roster = self.scheduler._roster
+            sequence = roster.by_handle[request.handle]
+            roster.waiting.remove(sequence)
+            sequence.units = units
+            roster.waiting.push(sequence)
+        self.truths[request.handle] = Truth(request, self.limits.context_length, units or request.prompt)
         self.received[request.handle] = Received()
         self.versions[request.handle] = {}
 
@@ -254,25 +261,25 @@ class Harness:
         for node, prefix_hash in self._published():
             units = np.frombuffer(node.key, dtype=np.int32).tolist()
             cells: list[int | None] = []
-            for token in units:
-                prefix_hash = extend(prefix_hash, token)
-                cells.append(cell_value(node.namespace[0], prefix_hash))
+            for unit in units:
+                prefix_hash = extend(prefix_hash, unit)
+                cells.append(cell_value(node.namespace.epoch, prefix_hash))
             assert self.device.cells(node.pages.tolist()) == cells, "a published page holds something else"
 
     def _published(self) -> list[tuple[Node, int]]:
-        """Nodes of the tree with the hash of the tokens before them."""
+        """Nodes of the tree with the hash of what is before them."""
         hashes: dict[Node, int] = {}
         found = []
         for node in self.scheduler._roster.leases.tree.nodes():
             path = [node]
             while path[-1].parent is not None:
                 path.append(path[-1].parent)
-            before = 1
+            before = empty_prefix(node.namespace.extra_key)
             for above in reversed(path[1:]):
                 if above not in hashes:
                     hashes[above] = before
-                    for token in np.frombuffer(above.key, dtype=np.int32).tolist():
-                        hashes[above] = extend(hashes[above], token)
+                    for unit in np.frombuffer(above.key, dtype=np.int32).tolist():
+                        hashes[above] = extend(hashes[above], unit)
                 before = hashes[above]
             found.append((node, before))
         return found

@@ -118,8 +118,8 @@ def test_without_the_prefix_cache_nothing_is_shared() -> None:
 
 def test_namespaces_share_nothing() -> None:
     scheduler = make()
-    for handle, namespace in enumerate(("a", "b", "a")):
-        scheduler.add(request(handle, list(range(20)), namespace=namespace), 0.0)
+    for handle, extra_key in enumerate(("a", "b", "a")):
+        scheduler.add(request(handle, list(range(20)), extra_key=extra_key), 0.0)
     assert planned(scheduler).row_lengths.tolist() == [20, 4, 20]  # one prompt of one namespace stays together
 
 

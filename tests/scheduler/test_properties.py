@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import msgspec
+import numpy as np
 import pytest
 
-from headrace.types.request import Request, pack_ids
+from headrace.types.request import Request, pack_ids, unpack_ids
 from headrace.types.sampling_params import LogprobOptions
 from tests.scheduler.harness import ERROR, Harness, random_limits
 
@@ -29,6 +31,8 @@ EVENTS = (
     ("lose_step", 1),
     ("books", 6),
 )
+PICTURE_ID = 4
+PICTURES = [np.random.default_rng(content).integers(-(1 << 31), 0, 64, dtype=np.int32) for content in range(2)]
 NAMES = [name for name, weight in EVENTS for _ in range(weight)]
 HAPPENED = (
     "num_preemptions",
@@ -69,15 +73,27 @@ def random_request(random_: random.Random, handle: int, harness: Harness, family
         min_new_tokens=random_.randint(0, longest) if random_.random() < 0.2 else 0,
         stop_token_ids=random_.choice(((), (), (2,), (0, 4), tuple(range(1, 20)))),
         priority=random_.choice((0, 0, 0, 1, -1)),
-        namespace=random_.choice(("", "", "", "b")),
+        extra_key=random_.choice(("", "", "", "b")),
         deliver_every=random_.choice((0, 0, 1, 3)),
     )
 
 
-def play(seed: int, depth: int, num_events: int, max_tokens: int = 1) -> Harness:
+def with_a_picture(random_: random.Random, request: Request) -> tuple[Request, bytes]:
+    """One of two pictures in the middle of the prompt: the ids there are all the same, the units are of its content."""
+    prompt = unpack_ids(request.prompt).copy()
+    first = random_.choice((0, len(prompt) // 3))
+    last = random_.randint(first, len(prompt))
+    prompt[first:last] = PICTURE_ID
+    units = prompt.copy()
+    units[first:last] = random_.choice(PICTURES)[: last - first]
+    return msgspec.structs.replace(request, prompt=pack_ids(prompt)), units.tobytes()
+
+
+def play(seed: int, depth: int, num_events: int, max_tokens: int = 1, *, has_pictures: bool = False) -> Harness:
     """Run one random event sequence to its end."""
     random_ = random.Random(seed)
     harness = Harness(random_limits(random_, depth), max_tokens)
+    harness.has_pictures = has_pictures
     family = random_.randrange(100)
     for now in range(num_events):
         play_event(random_.choice(NAMES), random_, harness, family, float(now))
@@ -96,7 +112,10 @@ def play_event(name: str, random_: random.Random, harness: Harness, family: int,
         harness.land()
     elif name == "add":
         for _ in range(random_.choice((1, 1, 5))):
-            harness.add(random_request(random_, len(harness.received), harness, family), now)
+            request, units = random_request(random_, len(harness.received), harness, family), b""
+            if harness.has_pictures and random_.random() < 0.7:
+                request, units = with_a_picture(random_, request)
+            harness.add(request, now, units)
     elif name == "abort":
         harness.take(scheduler.abort([*handles, 10**6], "stopped"))
     elif name == "discard":
@@ -163,6 +182,15 @@ def test_steps_may_bring_several_tokens_a_row_at_any_depth(depth: int, max_token
         total.update({name: int(value) for name, value in harness.scheduler.metrics().items()})
     assert total["num_generated_tokens"] > 300 and total["num_preemptions"] > 0
     assert total["num_invariant_breaches"] == 0
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_prefixes_of_equal_ids_and_other_units_are_never_shared(depth: int) -> None:
+    total: Counter[str] = Counter()
+    for seed in range(500):
+        harness = play(20_000 + seed * 4 + depth, depth, num_events(seed), has_pictures=True)
+        total.update({name: int(value) for name, value in harness.scheduler.metrics().items()})
+    assert total["num_cached_tokens"] > 100 and total["num_resumed_tokens"] > 0 and total["num_preemptions"] > 0
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])

@@ -11,10 +11,10 @@ from tests.scheduler.builders import ROOMY
 
 
 def sequence(
-    handle: int, length: int, *, prompt: int | None = None, arrived: float = 0.5, priority: int = 0, namespace: str = ""
+    handle: int, length: int, *, prompt: int | None = None, arrived: float = 0.5, priority: int = 0, extra_key: str = ""
 ) -> Sequence:
     ids = pack_ids([handle if prompt is None else prompt, 1])
-    request = Request(handle, str(handle), ids, length, handle, priority=priority, namespace=namespace)
+    request = Request(handle, str(handle), ids, length, handle, priority=priority, extra_key=extra_key)
     return Sequence(request, unpack_ids(ids), ROOMY, handle, arrived)
 
 
@@ -55,7 +55,7 @@ def test_requests_of_one_prompt_stay_together_at_the_place_of_the_first() -> Non
         sequence(3, 1, prompt=8),
     ]
     assert order(*batch) == [1, 3, 0, 2]
-    assert order(sequence(0, 300, prompt=7, namespace="a"), sequence(1, 500, prompt=7, namespace="b")) == [1, 0]
+    assert order(sequence(0, 300, prompt=7, extra_key="a"), sequence(1, 500, prompt=7, extra_key="b")) == [1, 0]
 
 
 def test_old_ones_are_found_as_they_came() -> None:

@@ -164,6 +164,8 @@ CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": [USER], "chat_template": "{{ 1 }}"}, "chat_template"),
     ({"messages": [USER], "functions": [{"name": "f"}]}, "functions"),
     ({"messages": [USER], "model": "gpt-4"}, "model"),
+    ({"messages": [USER], "cache_salt": "k" * 5000}, "cache_salt"),
+    ({"messages": [USER], "cache_salt": "a", "extra_key": "b"}, "cache_salt"),
 ]
 COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({}, "prompt"),
@@ -181,6 +183,9 @@ COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "a", "max_tokens": 1.5}, "max_tokens"),
     ({"prompt": "a", "min_tokens": 99}, "min_tokens"),
     ({"prompt": "a", "seed": "x"}, "seed"),
+    ({"prompt": "a", "cache_salt": 5}, "cache_salt"),
+    ({"prompt": "a", "cache_salt": ["a"], "extra_key": {}}, "cache_salt"),
+    ({"prompt": "a", "extra_key": "k" * 5000}, "extra_key"),
 ]
 ALL = [
     *(("/generate", json.dumps({"input_ids": [1], "sampling_params": p}).encode(), field) for p, field in SAMPLING),

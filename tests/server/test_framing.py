@@ -32,6 +32,19 @@ def chunks(parts: Iterable[bytes]) -> bytes:
     return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
 
 
+def test_the_head_of_a_reply_goes_with_its_first_bytes() -> None:
+    for body in ([h11.Data(data=b"ab"), h11.Data(data=b"c")], []):
+        parser = Parser(None)
+        parser.receive_data(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+        while parser.next_event() is not h11.NEED_DATA and parser.their_state is not h11.DONE:
+            pass
+        length = b"%d" % (3 if body else 0)
+        assert parser.send(h11.Response(status_code=200, headers=[(b"content-length", length)])) == b""
+        first, *others = [parser.send(event) for event in (*body, h11.EndOfMessage())]
+        assert first == b"HTTP/1.1 200 \r\ncontent-length: " + length + b"\r\n\r\n" + (b"ab" if body else b"")
+        assert others == ([b"c", b""] if body else [])
+
+
 def test_a_body_that_is_hardly_anything_but_framing_is_refused(served: Served) -> None:
     assert status_of(served, CHUNKED, b"1\r\n \r\n" * 18_000) == 400
     assert status_of(served, CHUNKED, b"1;" + b"x" * 20_000 + b"\r\n") == 400

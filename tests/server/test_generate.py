@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import time
+import weakref
 from typing import Any
 
 import httpx
 import pytest
 
 from headrace import Generation
+from headrace.engine import GenerateItem, Stream
+from headrace.server import native
+from headrace.server.native_reply import SequenceReply
+from headrace.server.state import ServerState
 from headrace.server.wire import event
 from tests.server.conftest import Served
 
@@ -291,3 +296,24 @@ def test_a_request_says_how_it_is_streamed_and_the_headers_say_it_once(start: An
         assert (sum(pieces, []) if is_incremental else pieces[-1]) == whole
         assert not any("warnings" in json.loads(line)["meta_info"] for line in lines)
     assert served.http.post("/generate", json={**body, "incremental_streaming_output": 3}).status_code == 400
+
+
+def test_a_sequence_is_dropped_once_it_is_written(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of very many, those that are bytes already are no objects any more."""
+    streams, alive = list[weakref.ref[Stream]](), list[int]()
+    submit, write = ServerState.submit, native._write
+
+    def noting(self: ServerState, item: GenerateItem) -> Stream:
+        stream = submit(self, item)
+        streams.append(weakref.ref(stream))
+        return stream
+
+    def counting(reply: SequenceReply, piece: Generation) -> bytes:
+        alive.append(sum(each() is not None for each in streams))
+        return write(reply, piece)
+
+    monkeypatch.setattr(ServerState, "submit", noting)
+    monkeypatch.setattr(native, "_write", counting)
+    body = {"input_ids": [[5]] * 8, "sampling_params": {"max_new_tokens": 1}}
+    ids = [reply["meta_info"]["id"] for reply in served.http.post("/generate", json=body).json()]
+    assert len(set(ids)) == 8 and alive == list(range(8, 0, -1))

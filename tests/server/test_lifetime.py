@@ -67,6 +67,19 @@ def test_a_client_that_goes_away_frees_its_memory(
     assert after["num_generated_tokens"] < before["num_generated_tokens"] + 4 * 990
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_client_that_is_gone_before_its_request_is_looked_at_is_noticed(served: Served, is_stream: bool) -> None:
+    body = {"input_ids": [[1, 2, 3]] * 4, "sampling_params": LONG, "stream": is_stream}
+    content, num_before = json.dumps(body).encode(), num_disconnects(served)
+    head = f"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}\r\n\r\n".encode()
+    for _ in range(10):
+        with socket.create_connection(("127.0.0.1", served.handle.port), timeout=30) as connection:
+            connection.sendall(head + content)
+    wait_for(lambda: num_disconnects(served) == num_before + 10)
+    wait_for(lambda: num_running(served) == 0)
+    assert served.engine.metrics()["num_used_tokens"] == 0
+
+
 def test_clients_that_get_their_answer_are_no_disconnects(start: START) -> None:
     served = start(settings={"pause_timeout": 0.1})
     calls: list[tuple[str, dict[str, Any]]] = [

@@ -17,7 +17,7 @@ from starlette.types import Message
 
 from headrace.config.json_bounds import JsonBounds, excess
 from headrace.server import limits, wire
-from headrace.server.connections import NUM_RECEIVED
+from headrace.server.connections import CLIENT
 from headrace.server.errors import error_body, respond
 from headrace.server.limits import Limits
 from headrace.server.options import ServerOptions
@@ -158,6 +158,13 @@ def test_framing_counts_where_a_body_is_read_and_forgotten(status: int, bound: i
     """Each part brings a mebibyte of framing and one byte."""
     num_parts, sent = 0, list[Message]()
 
+    class Client:
+        is_crowded = has_all = is_lingering = False
+
+        @property
+        def num_received(self) -> int:
+            return num_parts << 20
+
     async def receive() -> Message:
         nonlocal num_parts
         num_parts += 1
@@ -172,7 +179,7 @@ def test_framing_counts_where_a_body_is_read_and_forgotten(status: int, bound: i
         "raw_path": b"/x",
         "query_string": b"",
         "headers": [(b"transfer-encoding", b"chunked")],
-        "state": {NUM_RECEIVED: lambda: num_parts << 20},
+        "state": {CLIENT: Client()},
     }
     app = Limits(respond(status, error_body(status, "early")), 1 << 20, 60.0)
     asyncio.run(app(scope, receive, send))

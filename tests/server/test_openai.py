@@ -65,6 +65,22 @@ def test_completion_defaults_to_sixteen_tokens(client: openai.OpenAI) -> None:
     assert near_the_end.usage is not None and near_the_end.usage.completion_tokens == 3
 
 
+@pytest.mark.parametrize("route", ["completions", "chat/completions"])
+def test_two_salts_never_share_a_prefix(served: Served, route: str) -> None:
+    text = f"{route} salt " * 20
+    prompt = {"prompt": text} if route == "completions" else {"messages": [{"role": "user", "content": text}]}
+
+    def num_cached(**fields: str) -> int:
+        reply = served.http.post(f"/v1/{route}", json={**prompt, "max_tokens": 1, **fields}).json()
+        return int(reply["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    served.engine.flush_cache()  # other tests have no salt
+    assert num_cached(cache_salt="a") == num_cached(cache_salt="b") == num_cached() == 0
+    for fields in ({"cache_salt": "a"}, {"cache_salt": "b"}, {}, {"extra_key": "a"}):
+        assert num_cached(**fields) > 20, "the same key finds its own"
+    assert num_cached(cache_salt="aa") == 0
+
+
 def test_completion_prompts_of_every_kind_and_samples(served: Served, client: openai.OpenAI) -> None:
     prompts: list[Any] = ["a", ["a", "b"], [1, 2, 3], [[1, 2], [3]]]
     for prompt, count in zip(prompts, (1, 2, 1, 2), strict=True):

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from headrace import Engine
-from headrace.engine import GenerateItem
+from headrace.engine import GenerateItem, pacing
 from headrace.engine.client import CoreClient
-from headrace.server import native_types, openai_chat, openai_models, turns
+from headrace.server import native_types, openai_chat, openai_models
 from headrace.server.coerce import MAX_READING_BYTES
 from headrace.server.openai_models import MAX_DETOKENIZE_IDS
 from headrace.types.errors import RequestError
@@ -157,7 +157,7 @@ def test_arguments_of_calls_are_read_off_the_loop(
 def test_many_sequences_leave_the_loop_to_others(
     served: Served, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(turns, "TURN_SECONDS", -1.0)
+    monkeypatch.setattr(pacing, "TURN_SECONDS", -1.0)
     engine, turn, num_by_turn = served.engine.asynchronous, 0, dict[tuple[int, str], int]()
 
     def noting(what: str, call: Any) -> Any:

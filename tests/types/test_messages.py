@@ -53,7 +53,7 @@ def test_commands_and_outputs_do_not_mix() -> None:
     with pytest.raises(msgspec.ValidationError):
         msgspec.msgpack.decode(msgspec.msgpack.encode(Reply(1)), type=Command)
     with pytest.raises(msgspec.ValidationError):
-        msgspec.msgpack.decode(msgspec.msgpack.encode(Abort(None)), type=Output)
+        msgspec.msgpack.decode(msgspec.msgpack.encode(Abort(())), type=Output)
 
 
 def test_every_command_with_a_reply_carries_a_call_id() -> None:

@@ -131,17 +131,23 @@ class DrivenWork:
         info = self._machine.check_stage(self._session_id, index, 0.0)
         self._work = self._machine.stage(self._session_id, index, data, start)
         assert isinstance(self._work, StageWork)
-        self.is_live = self._work.is_live
         total = torch.Size(info.shape).numel() * TORCH_DTYPES[info.dtype].itemsize
         self._is_last = not isinstance(data, memoryview) or (start or 0) + len(data) == total
         self._is_done = False
 
+    @property
+    def has_written(self) -> bool:
+        return self._work.has_written
+
     def advance(self, deadline_s: float) -> bool:
         if self._is_done:
             return True
-        if self.is_live and self._machine.session and self._machine.session.session_id == self._session_id:
-            self._machine.note_write(self._session_id)
-        self._is_done = self._work.advance(deadline_s)
+        try:
+            self._is_done = self._work.advance(deadline_s)
+        finally:
+            is_open = self._machine.session is not None and self._machine.session.session_id == self._session_id
+            if self.has_written and is_open:
+                self._machine.note_write(self._session_id)
         if self._is_done and self._is_last:
             self._machine.mark_staged(self._session_id, self._index, 0.0)
         return self._is_done

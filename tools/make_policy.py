@@ -1,4 +1,4 @@
-"""Makes the policy the demo ships with, from nothing but this file: `python -m headrace.rl.make_policy [FOLDER]`.
+"""Makes the policy the demo ships with, from nothing but this file: `python -m tools.make_policy [FOLDER]`.
 
 Owns the policy's tokenizer, architecture and warm-up. The warm-up has two halves. First the model learns to add from
 right answers; then it imitates a sloppy teacher who keeps the format but is right in one reply of four. What results
@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from headrace.rl.arithmetic import Problem, draw_problems, reply
+from headrace.rl.demo import POLICY
 
 SEED = 20
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -138,4 +139,4 @@ def make_policy(folder: Path, seed: int = SEED) -> None:
 
 
 if __name__ == "__main__":
-    make_policy(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "policy")
+    make_policy(Path(sys.argv[1]) if len(sys.argv) > 1 else POLICY)

@@ -1,0 +1,31 @@
+"""Handles: the integers by which a front and a core speak of a request. Each names its front, so that several fronts
+may share a core: no front makes a handle of another, and the core lets none touch another's requests.
+
+A front is given its number when it is linked; it counts its requests in the low bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+_FRONT_SHIFT = 48
+
+
+def handle_of(front: int, count: int) -> int:
+    """The handle of a front's request number `count`."""
+    return front << _FRONT_SHIFT | count
+
+
+def front_of(handle: int) -> int:
+    """The front whose request this is."""
+    return handle >> _FRONT_SHIFT
+
+
+def count_of(handle: int) -> int:
+    """Which of its front's requests this is."""
+    return handle & (1 << _FRONT_SHIFT) - 1
+
+
+def own_handles(handles: Iterable[int], front: int) -> list[int]:
+    """Those of `handles` that are of this front."""
+    return [handle for handle in handles if handle >> _FRONT_SHIFT == front]
