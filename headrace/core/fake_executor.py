@@ -92,18 +92,11 @@ class FreeExecutor:
                 continue
             if entry.logprobs.wants_extras and plan.row_samples[row]:
                 extras[row] = _free_extras(1, entry.logprobs)
-            scored = _scored_positions(entry, int(plan.row_starts[row]), int(plan.row_lengths[row]))
+            scored = entry.scored_positions(int(plan.row_starts[row]), int(plan.row_lengths[row]))
             if scored:
                 further = _free_extras(len(scored), entry.logprobs) if entry.logprobs.wants_extras else None
                 prompts[row] = PromptLogprobs(scored.start, np.full(len(scored), FREE_LOGPROB, np.float32), further)
         return extras, prompts
-
-
-def _scored_positions(entry: SlotInit, start: int, length: int) -> range:
-    """Prompt positions whose tokens the logits of this row predict."""
-    if entry.logprobs.prompt_start is None:
-        return range(0)
-    return range(max(start + 1, entry.logprobs.prompt_start), min(start + length + 1, entry.num_prompt_tokens))
 
 
 def _free_extras(count: int, options: LogprobOptions) -> PositionLogprobs:

@@ -76,12 +76,12 @@ class Stepper:
             self._pulse.enter(Phase.DECIDING)
             self._num_blameless = self._num_blameless + 1 if error.is_blameless else 0
             is_blamed = not 0 < self._num_blameless <= MAX_BLAMELESS
-            convicted = self._scheduler.lose_step(InternalError(str(error)).info(), is_blamed=is_blamed)
+            failed = self._scheduler.lose_step(InternalError(str(error)).info(), is_blamed=is_blamed)
             self._drop_void_results()
-            if convicted and not error.is_refusal:
+            if failed and not error.is_refusal:
                 self._pulse.enter(Phase.EXECUTING)
                 check_device(self._executor, error, self._scheduler.epoch)
-            self._outbox.add(convicted)
+            self._outbox.add(failed)
         else:
             self._pulse.enter(Phase.DECIDING)
             try:

@@ -93,8 +93,9 @@ class StepRunner:
                 else:
                     self._launches.forward(bucket)  # compiles what it needs; later steps of this size run as they are
             for num_rows in sampled:
-                for kept in (False, True):
-                    self._graphs.capture((num_rows, kept), partial(self._launches.sample, num_rows, kept=kept))
+                for truncated in (False, True):
+                    body = partial(self._launches.sample, num_rows, truncated=truncated)
+                    self._graphs.capture((num_rows, truncated), body)
 
     def warm(self, buckets: list[Launch]) -> None:
         """Run forward launches of these sizes once, over an empty step, for the kernels that they compile."""
@@ -109,7 +110,7 @@ class StepRunner:
             self._launches.make_empty()
             self._launches.forward(self._buckets.greatest)
             num_rows = self._buckets.sampled[0]
-            self._launches.sample(num_rows, kept=True)
+            self._launches.sample(num_rows, truncated=True)
             self._launches.logits_of(slice(0, num_rows)).clone()  # prompt scores work on a copy at times
 
     def _give_back(self, host: HostStep) -> None:
@@ -178,13 +179,13 @@ class StepRunner:
     def _sample(self, step: DeviceStep, patch: SamplePatch | None) -> None:
         views, num_sampled, num_padded = step.host.views, len(step.sampled_rows), step.num_padded
         slots, positions = views.sampled_slots[:num_sampled], views.sampled_positions[:num_sampled]
-        kind = self._sampler.kind(slots, positions)
-        if kind != "special" and patch is None:
-            is_kept = kind == "kept"
-            self._graphs.run((num_padded, is_kept), partial(self._launches.sample, num_padded, kept=is_kept))
+        path = self._sampler.path(slots, positions)
+        if path != "eager" and patch is None:
+            truncated = path == "truncated"
+            self._graphs.run((num_padded, truncated), partial(self._launches.sample, num_padded, truncated=truncated))
             return
         buffer, device_views = self._buffer, self._buffer.views
-        step.extras = self._sampler.sample_special(
+        step.extras = self._sampler.sample_eager(
             self._launches.sampled_logits(num_padded),
             device_views.sampled_slots[:num_padded],
             device_views.sampled_positions[:num_padded],

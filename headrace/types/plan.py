@@ -18,7 +18,8 @@ LAST_TOKEN = -1
 """In `StepPlan.token_ids`: the token that this slot sampled for the row's position, not known to the scheduler yet.
 
 With one token a row and step it is the last one sampled. A step that samples several may bring tokens of positions that
-steps in flight sample too: of a position sampled twice the first token counts, on the device as in the scheduler.
+steps in flight sample too: of a position sampled twice the first token counts, on the device as in the scheduler. A
+step may sample none: what comes of rows in flight behind it is dropped, and the slot is entered again.
 """
 
 
@@ -52,6 +53,12 @@ class SlotInit(msgspec.Struct, frozen=True):
     def first_output(self) -> int:
         """The absolute position of the first token that is output, of this request or of the one that it resumes."""
         return self.num_prompt_tokens - self.num_output_ids_in_prompt
+
+    def scored_positions(self, start: int, length: int) -> range:
+        """Prompt positions that are to be scored and that a row of `length` tokens from `start` on predicts."""
+        first = self.logprobs.prompt_start
+        end = start + length + 1
+        return range(0) if first is None else range(max(start + 1, first), min(end, self.num_prompt_tokens))
 
 
 class StepPlan(msgspec.Struct, frozen=True):
@@ -123,7 +130,7 @@ class PromptLogprobs(msgspec.Struct, frozen=True):
 class StepResult(msgspec.Struct, frozen=True):
     """What one step produced. s is the number of True in the plan's `row_samples`; entries are in row order.
 
-    token_ids [s, k] int32 and logprobs [s, k] float32 hold `num_tokens` [s] valid tokens each (k is 1 without
+    token_ids [s, k] int32 and logprobs [s, k] float32 hold `num_tokens` [s] valid tokens each, 0 to k (k is 1 without
     speculation), at consecutive positions from row_starts + row_lengths on. `extras` maps a row index to its sampled
     positions' further log-probabilities, `prompt_logprobs` a row index to the prompt positions scored by it; both hold
     only rows that asked.

@@ -14,16 +14,16 @@ from tests.sampling.device_pair import DEVICE, MODES, VOCAB, Pair, make_init, no
 from tests.sampling.masks import allow
 
 
-def test_plain_and_kept_rows_are_launches_only() -> None:
+def test_plain_and_truncated_rows_are_launches_only() -> None:
     pair = Pair(VOCAB, 8)
-    kept = [TokenSampling(0.8, top_k=5), TokenSampling(1.2, top_p=0.7), TokenSampling(min_p=0.2)]
+    truncated = [TokenSampling(0.8, top_k=5), TokenSampling(1.2, top_p=0.7), TokenSampling(min_p=0.2)]
     plain = [TokenSampling(), TokenSampling(0.0), TokenSampling(0.6), TokenSampling(0.0, top_k=3), TokenSampling(1.5)]
     modes = (*MODES, *MODES, "raw", "sampled")
-    pair.enter(*(make_init(slot, sampling, mode=modes[slot]) for slot, sampling in enumerate(plain + kept)))
+    pair.enter(*(make_init(slot, sampling, mode=modes[slot]) for slot, sampling in enumerate(plain + truncated)))
     for position in range(4, 6):
         pair.step(normal(5, position), [4, 0, 1, 3, 2], [position] * 5)
         pair.step(normal(8, 10 * position), [7, 0, 6, 1, 5, 2, 3, 4], list(range(position, position + 8)))
-    assert pair.kinds == ["plain", "kept"] * 2
+    assert pair.paths == ["plain", "truncated"] * 2
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -51,7 +51,7 @@ def test_bias_mask_and_penalties_in_every_mode(mode: LogprobMode) -> None:
     )  # fmt: skip
     masked, unmasked = (pair.step(logits, [0, 1, 2, 3, 4, 5], [position] * 6)[4] for position in (8, 9))
     assert masked != best[4] and unmasked == best[4]
-    assert pair.kinds == ["special"] * 2
+    assert pair.paths == ["eager"] * 2
 
 
 def test_penalties_follow_the_tokens_that_are_sampled_without_the_host() -> None:
@@ -70,7 +70,7 @@ def test_penalties_follow_the_tokens_that_are_sampled_without_the_host() -> None
     assert pair.step(logits[:1], [1], [9]).tolist() == [80]
     pair.step(normal(2, 4), [0, 1], [4, 10])
     pair.step(normal(1, 5), [0], [5])
-    assert pair.kinds[-1] == "plain"
+    assert pair.paths[-1] == "plain"
 
 
 def test_extras_alone_change_nothing_about_sampling() -> None:
@@ -102,7 +102,7 @@ def test_more_top_ids_than_tokens_and_rows_with_few_left() -> None:
     pair.step(logits, [0, 1, 2], [4, 5, 6])
 
 
-def test_reshaped_rows_beyond_the_room_for_copies_go_in_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processed_rows_beyond_the_room_for_copies_go_in_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headrace.sampling.device_sampler._COPIED_ELEMENTS", 2 * VOCAB)
     pair = Pair(VOCAB, 7)
     samplings = [TokenSampling(0.9, repetition_penalty=1.5), TokenSampling(logit_bias=((8, 9.0),)), TokenSampling(0.4)]
@@ -189,7 +189,7 @@ def test_random_mixes_over_steps_with_reentry() -> None:
         pair.step(logits, slots, [lengths[slot] for slot in slots], padding=int(generator.integers(0, 3)))
         for slot in slots:
             lengths[slot] += 1
-    assert pair.kinds.count("special") > 8
+    assert pair.paths.count("eager") > 8
 
 
 def test_warming_changes_no_state() -> None:
@@ -212,7 +212,7 @@ def test_a_row_of_nan_gives_a_token_and_harms_no_other() -> None:
         if poisoned:
             logits[0, ::2], logits[1, 7] = float("nan"), float("nan")
         tokens, logprobs = torch.full_like(slots, -1), torch.zeros(3, device=DEVICE)
-        pending = sampler.sample_special(logits, slots, positions, tokens, logprobs, np.arange(3), np.arange(3))
+        pending = sampler.sample_eager(logits, slots, positions, tokens, logprobs, np.arange(3), np.arange(3))
         assert pending is not None
         results.append((tokens, logprobs, pending.finish()))
     (tokens, logprobs, extras), (poisoned_tokens, poisoned_logprobs, poisoned_extras) = results
