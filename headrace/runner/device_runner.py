@@ -27,6 +27,7 @@ from headrace.layers.linear import GemmCounter
 from headrace.models.decoder import Decoder
 from headrace.runner.buckets import Buckets
 from headrace.runner.device_step import DeviceStep
+from headrace.runner.device_thread import take_device
 from headrace.runner.exact_products import ExactProducts
 from headrace.runner.graphs import Graphs
 from headrace.runner.launches import Launches, make_tables
@@ -36,7 +37,6 @@ from headrace.runner.slots import SlotTable
 from headrace.runner.step_buffer import StepBuffer, StepSizes
 from headrace.runner.step_runner import MAX_CELLS, StepRunner
 from headrace.sampling.device_sampler import RECORD_SIZE, DeviceSampler
-from headrace.types.errors import ConfigError
 from headrace.types.plan import StepPlan
 from headrace.weights.store import WeightStore
 
@@ -58,7 +58,7 @@ class DeviceRunner:
     ) -> None:
         times = [time.perf_counter()]
         torch.set_num_threads(resolved.num_threads)
-        self._device = device = _open_device(resolved)
+        self._device = device = take_device(resolved, shares_process=shares_process)
         free_at_start = free_bytes() if device.type == "cuda" else 0
         dtype = getattr(torch, resolved.dtype)
         self._probed = torch.zeros(1, dtype=torch.int32, device=device)
@@ -70,7 +70,9 @@ class DeviceRunner:
         load_weights(self.weights, resolved, on_progress)
         times.append(time.perf_counter())
         has_graphs = device.type == "cuda" and resolved.engine.cuda_graphs
-        parts = _Parts(resolved, ExactProducts(device, is_shared=shares_process), self.weights, self._counter)
+        has_float32 = any(tensor.dtype == torch.float32 for tensor in self.weights.live.values())
+        exact = ExactProducts(device, is_shared=shares_process, has_float32=has_float32)
+        parts = _Parts(resolved, exact, self.weights, self._counter)
         self.resolved = _size_pool(resolved, parts, free_at_start, has_graphs) if device.type == "cuda" else resolved
         times.append(time.perf_counter())
         self._graphs = Graphs(self._counter, enabled=has_graphs)
@@ -91,8 +93,7 @@ class DeviceRunner:
     def probe(self) -> None:
         """Have the device do the least thing there is, without an allocation. Raises what it answers if it cannot."""
         self._probed.add_(1)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
+        self._synchronize()
 
     def counters(self) -> dict[str, float]:
         """Figures of the device since start."""
@@ -107,13 +108,17 @@ class DeviceRunner:
     def close(self) -> None:
         """Wait for what is enqueued and give all memory back."""
         self._compiled.disarm()
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
+        self._synchronize()
         del self._steps, self._graphs
         self.weights.close()
         if self._device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
+
+    def _synchronize(self) -> None:
+        """Wait for this thread's stream, as a trainer may be capturing one of his."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
 
 
 class _Parts:
@@ -208,12 +213,3 @@ def _measure_graphs(tiny: ResolvedConfig, parts: _Parts) -> int:
     torch.cuda.empty_cache()
     each = mean(sorted(added)[1:-1] or added)
     return max(0, int(greatest + each * (num_graphs - num_greatest)))
-
-
-def _open_device(resolved: ResolvedConfig) -> torch.device:
-    if resolved.device == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError("device 'cuda' needs a CUDA build of torch and a device that it can use", field="device")
-    torch.cuda.init()  # type: ignore[no-untyped-call]
-    return torch.device("cuda", torch.cuda.current_device())
