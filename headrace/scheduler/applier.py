@@ -14,8 +14,8 @@ import numpy as np
 from headrace.scheduler.counters import Counters
 from headrace.scheduler.plan_builder import Rows
 from headrace.scheduler.roster import Roster
+from headrace.scheduler.running_table import BoolArray, IndexArray, RunningTable
 from headrace.scheduler.sequence import Sequence
-from headrace.scheduler.slot_table import BoolArray, IndexArray, SlotTable
 from headrace.types.errors import NonFiniteError
 from headrace.types.plan import StepResult
 from headrace.types.request import Delta, Finish, Int32Array, TokenExtras
@@ -254,7 +254,7 @@ class ResultApplier:
             self._counters.num_finished += 1
 
 
-def _find_stops(table: SlotTable, slots: IndexArray, positions: IndexArray, token_ids: Int32Array) -> BoolArray:
+def _find_stops(table: RunningTable, slots: IndexArray, positions: IndexArray, token_ids: Int32Array) -> BoolArray:
     """Which of these new tokens are stop ids of their sequence, past its minimum length; bool like `slots`."""
     stopped = (table.stop_ids[slots] == token_ids[:, None]).any(axis=1)
     if table.many_stops:
