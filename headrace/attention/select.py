@@ -79,13 +79,13 @@ CHOICES = (
     Choice(
         "1 token per row",
         "few: up to 264 work items x KV heads",
-        "triton: narrow items, 64 positions at a time by 4 warps",
+        "triton: decode items, 64 positions at a time by 4 warps",
         "the time of one item decides: 1 row of 384 tokens 7.4 us, FlashInfer 32",
     ),
     Choice(
         "1 token per row",
         "more",
-        "triton: narrow items, 32 positions at a time by 1 warp",
+        "triton: decode items, 32 positions at a time by 1 warp",
         "reading decides: 256 rows of 800 tokens 203 us, FlashInfer 234; 512 of 900 440 us, 488 (16 heads over 8)",
     ),
     Choice(
@@ -97,7 +97,7 @@ CHOICES = (
     Choice(
         "chunks of prompts",
         "any, also beside rows of 1 token",
-        "triton: wide items of 128 query rows",
+        "triton: prefill items of 128 query rows",
         "16 prompts of 1,024 246 TFLOP/s (32 heads over 8); FlashInfer 254 (FA2), 320 (FA3), but without graphs, after"
         " 0.2 to 1.0 ms of planning on the host per step",
     ),
