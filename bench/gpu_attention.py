@@ -22,6 +22,7 @@ from headrace.kernels.triton.paged_attention import (
     PagedAttention,
     choose_tiles,
 )
+from headrace.kernels.triton.row_operations import HeadLayout
 from headrace.kernels.triton.work_items import AttentionPlanner, LaunchBounds, WorkLimits, WorkSummary
 from tests.kernels.oracles import reference_attention
 
@@ -72,9 +73,8 @@ class Paged:
         self, fixed: int | None = None, bounds: LaunchBounds | None = None, **options: object
     ) -> tuple[PagedAttention, torch.Tensor, WorkSummary]:
         limits = WorkLimits(max(len(self.q), 8), 8192, 16384)
-        attention = PagedAttention(
-            self.heads, self.kv, self.dim, self.page, limits, BF16, DEVICE, fixed_split=fixed, **options
-        )  # type: ignore[arg-type]
+        layout = HeadLayout(self.heads, self.kv, self.dim, self.page)
+        attention = PagedAttention(layout, limits, BF16, DEVICE, fixed_split=fixed, **options)  # type: ignore[arg-type]
         planner = AttentionPlanner(limits, attention.tile_sizes, self.page, self.kv, fixed)
         buffer = np.zeros(limits.size, np.int32)
         rows = np.arange(len(self.lengths))

@@ -133,6 +133,6 @@ class DeviceAttention(Protocol):
         """Prepare the next step; returns how many of the words are in use."""
         ...
 
-    def step(self, tables: DeviceTables, bucket: Bucket) -> AttentionStep:
-        """The launches of every step of this size."""
+    def steps(self, tables: DeviceTables, bucket: Bucket) -> list[AttentionStep]:
+        """The launches of every step of this size, by KV group."""
         ...

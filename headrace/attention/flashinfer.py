@@ -150,9 +150,9 @@ class FlashInferAttention:
         self._planned = _Planned(num_decode, int(lengths.sum()))
         return 0
 
-    def step(self, tables: DeviceTables, bucket: Bucket) -> AttentionStep:
+    def steps(self, tables: DeviceTables, bucket: Bucket) -> list[AttentionStep]:
         """The launches of the step that was planned last; before any was, outputs are undefined."""
-        return _FlashInferStep(self, tables, self._planned)
+        return [_FlashInferStep(self, tables, self._planned)]
 
     def attend(self, layer: int, q_THD: Tensor, planned: _Planned) -> Tensor:
         """As planned: [T, H, D], contiguous; tokens of no row are left as they are found."""

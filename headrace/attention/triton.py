@@ -15,6 +15,7 @@ from headrace.attention.projection import HeadProjection
 from headrace.kernels.paged_kv import KvPool
 from headrace.kernels.rope_tables import RotaryTables
 from headrace.kernels.triton.paged_attention import PagedAttention
+from headrace.kernels.triton.row_operations import HeadLayout
 from headrace.kernels.triton.work_items import AttentionPlanner, LaunchBounds, WorkLimits
 from headrace.types.request import Int32Array
 
@@ -42,10 +43,10 @@ class TritonAttention:
         page_size, device = pool.geometry.page_size, rotary.cos_PD.device
         split = FIXED_SPLIT if invariant else None
         limits = WorkLimits.of_steps(max_tokens)
-        sizes = (shape.num_heads, shape.num_kv_heads, shape.head_dim, page_size)
+        layout = HeadLayout(shape.num_heads, shape.num_kv_heads, shape.head_dim, page_size)
         pdl = device.type == "cuda"
         self.pool = pool
-        self.attention = PagedAttention(*sizes, limits, dtype, device, split, pdl=pdl)
+        self.attention = PagedAttention(layout, limits, dtype, device, split, pdl=pdl)
         self.projection = HeadProjection(shape, pool, rotary, pdl=pdl)
         self.metadata_size = limits.size
         self._planner = AttentionPlanner(
@@ -57,9 +58,9 @@ class TritonAttention:
         bounds = self._bounds(bucket)
         return self._planner.fill(metadata, rows.slots, rows.starts, rows.lengths, rows.prefix_groups, bounds).size
 
-    def step(self, tables: DeviceTables, bucket: Bucket) -> AttentionStep:
-        """The launches of every step of this size."""
-        return _TritonStep(self, tables, self._bounds(bucket))
+    def steps(self, tables: DeviceTables, bucket: Bucket) -> list[AttentionStep]:
+        """The launches of every step of this size, for its one group."""
+        return [_TritonStep(self, tables, self._bounds(bucket))]
 
     def _bounds(self, bucket: Bucket) -> LaunchBounds:
         return self._planner.bounds(bucket.num_rows, bucket.num_tokens, is_decode=bucket.is_decode)

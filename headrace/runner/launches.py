@@ -53,7 +53,7 @@ class Launches:
             self._model.embed.weight,
             hidden_TX,
         )
-        self._model.forward(hidden_TX, ForwardStep([self._attention.step(self._tables, bucket)]))
+        self._model.forward(hidden_TX, ForwardStep(self._attention.steps(self._tables, bucket)))
 
     def sample(self, num_rows: int, *, truncated: bool) -> None:
         """Tokens and log-probabilities of `num_rows` rows into the step buffer's results."""

@@ -173,7 +173,7 @@ class Case:
         bucket = Bucket(num_tokens + padding, len(rows) + padding, is_decode=False)
         tables = self.tables(positions, token_slots, padding)
         assert self.backend.fill(NO_METADATA, StepRows(slots, starts, lengths, NO_GROUPS, self.page_table), bucket) == 0
-        step = self.backend.step(tables, bucket)
+        (step,) = self.backend.steps(tables, bucket)
         row_slots, row_starts, row_lengths = (each.astype(np.int64) for each in (slots, starts, lengths))
         expected_step = self.oracle.plan(
             AttentionInputs(
@@ -237,7 +237,9 @@ def test_a_step_before_any_plan_is_padding() -> None:
     """As at a start, where launches are run for what they compile and the memory they take."""
     case = Case(SHAPES["groups of 4"], 16)
     nobody = np.zeros(0, np.int64)
-    found = case.backend.step(case.tables(nobody, nobody, 5), Bucket(5, 5, is_decode=True)).run(0, case.qkv(5), None)
+    found = case.backend.steps(case.tables(nobody, nobody, 5), Bucket(5, 5, is_decode=True))[0].run(
+        0, case.qkv(5), None
+    )
     assert found.shape == (5, 8 * 64) and case.fake.ran == []
     assert torch.equal(case.pool.keys[0], case.oracle_pool.keys[0])
 
