@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from headrace.core.executor import Weights
+from headrace.core.executor import CheckpointSlices, Weights
 from headrace.core.faults import DeviceLost, describe, is_of_lost_device
 from headrace.types.errors import CheckpointError, NotFoundError
-from headrace.types.plan import PositionLogprobs, PromptLogprobs, SlotInit, StepPlan, StepResult
+from headrace.types.plan import PositionLogprobs, PromptLogprobs, SamplePatch, SlotInit, StepPlan, StepResult
 from headrace.types.request import Int32Array
 from headrace.types.sampling_params import LogprobOptions
 from headrace.types.weights import TensorInfo, UpdateMode
-from headrace.weights.session import ResolvedMode, StageCopy
+from headrace.weights.session import ResolvedMode, StageCopy, Ticket
 
 FREE_LOGPROB = -0.5
 
@@ -41,6 +41,9 @@ class FreeExecutor:
 
     def submit(self, plan: StepPlan) -> None:
         self._plans.append(plan)
+
+    def sample(self, step_id: int, patch: SamplePatch | None = None) -> None:
+        """Nothing is computed of a plan before it is collected, and no mask changes that."""
 
     def collect(self) -> StepResult:
         plan = self._plans.popleft()
@@ -67,7 +70,7 @@ class FreeExecutor:
     def counters(self) -> dict[str, float]:
         return {"num_gemm_calls": 0.0}
 
-    def checkpoint(self, folder: Path, root: Path | None) -> tuple[list[TensorInfo], Iterator[tuple[str, Any]]]:
+    def checkpoint(self, folder: Path, root: Path | None) -> CheckpointSlices:
         raise CheckpointError(f"{folder}: this executor has no weights", field="path")
 
     def close(self) -> None:
@@ -114,8 +117,8 @@ class FreeWeights:
     def forget(self, index: int) -> list[int]:
         return [index]
 
-    def commit(self) -> None:
-        pass
+    def commit(self) -> Ticket:
+        return _FreeCopy()
 
     def abort(self) -> None:
         pass
@@ -137,4 +140,7 @@ class _FreeCopy:
     has_written = True
 
     def advance(self, deadline_s: float) -> bool:
+        return True
+
+    def is_done(self) -> bool:
         return True

@@ -23,6 +23,10 @@ step may sample none: what comes of rows in flight behind it is dropped, and the
 """
 
 
+class PlanRefused(ValueError):
+    """What was to be executed is no plan that it could be: nothing of it was."""
+
+
 class StepDisturbed(RuntimeError):
     """What a step computed is in doubt, through no fault of device or rows: computed again, it will be right."""
 
@@ -69,6 +73,7 @@ class StepPlan(msgspec.Struct, frozen=True):
     row_samples [r]     bool: the row reaches the end of its known tokens, so a token is sampled after it, at absolute
                         position row_starts + row_lengths
     prefix_groups [g,3] (first_row, num_rows, num_pages): adjacent rows sharing their leading pages; may be ignored
+    waits_to_sample     bool: sampling is issued apart, with what is known only then; else with the forward
     """
 
     step_id: int
@@ -83,6 +88,24 @@ class StepPlan(msgspec.Struct, frozen=True):
     token_ids: Int32Array
     row_samples: npt.NDArray[np.bool_]
     prefix_groups: Int32Array
+    waits_to_sample: bool = False
+
+
+class SamplePatch(msgspec.Struct, frozen=True):
+    """What was decided of a step while its forward ran: the tokens that some of its rows may sample.
+
+    rows [m]            int32: of the rows that sample, by their order in the result; distinct
+    masks [m,w]         int32, w words for V tokens: bit i of word j stands for token 32 j + i. At least one of each row
+                        is set. What is not has no probability, before any other processor
+    """
+
+    rows: Int32Array
+    masks: Int32Array
+
+    def within(self, rows: range) -> SamplePatch:
+        """What it says of these, numbered from the first of them."""
+        chosen = (self.rows >= rows.start) & (self.rows < rows.stop)
+        return SamplePatch(self.rows[chosen] - np.int32(rows.start), self.masks[chosen])
 
 
 class PositionLogprobs(msgspec.Struct, frozen=True):

@@ -68,9 +68,14 @@ class TokenSampling(msgspec.Struct, frozen=True, array_like=True, gc=False):
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     @property
+    def truncates(self) -> bool:
+        """True when top-k, top-p or min-p leave some tokens no probability."""
+        return bool(self.top_k) or self.top_p < 1.0 or self.min_p > 0.0
+
+    @property
     def is_plain(self) -> bool:
         """True when only the temperature acts: one pass over the logits is enough."""
-        return not (self.top_k or self.top_p < 1.0 or self.min_p or self.has_penalties or self.logit_bias)
+        return not (self.truncates or self.has_penalties or self.logit_bias)
 
 
 class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):

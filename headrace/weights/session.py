@@ -36,6 +36,12 @@ ResolvedMode = Literal["shadow", "inplace"]
 _MAX_NAMES_IN_MESSAGE = 8
 
 
+class Ticket(Protocol):
+    """Work of the memory that was asked for and may go on; see `headrace.weights.staging.Enqueued`."""
+
+    def is_done(self) -> bool: ...
+
+
 class StageCopy(Protocol):
     """The copy of one tensor, or a piece of it, into place, in slices; see `headrace.weights.staging.StageWork`."""
 
@@ -53,7 +59,7 @@ class WeightMemory(Protocol):
 
     def forget(self, index: int) -> list[int]: ...
 
-    def commit(self) -> None: ...
+    def commit(self) -> Ticket: ...
 
     def abort(self) -> None: ...
 
@@ -102,8 +108,9 @@ class StagedSet:
         raise WeightUpdateError(f"not staged: {shown}", field=names[0])
 
 
-class UpdateSession:
-    """One open update. `has_written` is True once live memory may have changed (in place only)."""
+class OpenUpdate:
+    """One open update, as the core has it. `has_written` is True once live memory may have changed: in place, and in a
+    commit; `committing` is that of one under way."""
 
     def __init__(
         self,
@@ -127,6 +134,7 @@ class UpdateSession:
         self.timeout_s = timeout_s
         self.deadline = now + timeout_s
         self.has_written = False
+        self.committing: Ticket | None = None
         self.staged = StagedSet(manifest)
 
     def touch(self, now: float) -> None:
@@ -160,7 +168,7 @@ class WeightMachine:
         self._memory = memory
         self.version = version
         self.epoch = epoch
-        self.session: UpdateSession | None = None
+        self.session: OpenUpdate | None = None
         self._resting: WeightState = "ready" if has_weights else "needs_weights"
         self._num_sessions = num_sessions
         self._last_end: tuple[int, HeadraceError] | None = None
@@ -201,21 +209,21 @@ class WeightMachine:
         timeout_s: float,
         in_flight: InFlight = "drain",
         partial: bool = False,
-    ) -> UpdateSession:
+    ) -> OpenUpdate:
         """Open a session for a manifest that is right as a whole. Session ids are never reused.
 
         Raises `UpdateConflictError` if a session is open; `WeightUpdateError` for arguments that are wrong, a partial
         update of weights that are not whole, and what the memory refuses.
         """
         check_version(version)
-        self._check_no_session()
+        self.check_no_session()
         if partial and self._resting != "ready":
             raise WeightUpdateError(f"weights are {self._resting}: only a complete update is accepted", field="partial")
         if not timeout_s > 0:
             raise WeightUpdateError(f"timeout_s must be positive, got {timeout_s}", field="timeout_s")
         resolved = self._memory.begin(manifest, mode, partial)
         self._num_sessions += 1
-        self.session = UpdateSession(
+        self.session = OpenUpdate(
             self._num_sessions,
             version,
             manifest,
@@ -228,7 +236,7 @@ class WeightMachine:
         )
         return self.session
 
-    def require(self, session_id: int) -> UpdateSession:
+    def require(self, session_id: int) -> OpenUpdate:
         """The open session, if that is its id. Of the last one that ended, an error that says how; else
         `UpdateConflictError` saying which is open."""
         if self._last_end is not None and self._last_end[0] == session_id:
@@ -270,20 +278,26 @@ class WeightMachine:
         session.touch(now)
         session.staged.mark(index)
 
-    def commit(self, session_id: int) -> UpdateSession:
-        """Make the staged weights live: READY, new version, new epoch. `WeightUpdateError` naming what is missing, and
-        the session stays open then. It does as well where the memory fails half-way: abort it."""
+    def commit(self, session_id: int) -> bool:
+        """Make the staged weights live: READY, new version, new epoch. False while the memory is at it: ask again.
+
+        `WeightUpdateError` naming what is missing, and the session stays open then. It does as well where the memory
+        fails half-way: abort it.
+        """
         session = self.require(session_id)
-        session.staged.check_complete()
-        session.has_written = True  # a copy that fails half-way leaves a mix
-        self._memory.commit()
+        if session.committing is None:
+            session.staged.check_complete()
+            session.has_written = True  # a copy that fails half-way leaves a mix
+            session.committing = self._memory.commit()
+        if not session.committing.is_done():
+            return False
         self.version, self.epoch = session.version, self.epoch + 1
         self._resting, self.session = "ready", None
         committed = UpdateConflictError(f"session {session_id} was committed", field="session_id")
         self._last_end = session_id, committed
-        return session
+        return True
 
-    def abort(self, session_id: int, reason: HeadraceError | None = None) -> UpdateSession:
+    def abort(self, session_id: int, reason: HeadraceError | None = None) -> OpenUpdate:
         """Drop the session: back to the state before it, or POISONED if it had written in place. `reason` is what who
         names the session later gets."""
         session = self.require(session_id)
@@ -301,10 +315,11 @@ class WeightMachine:
 
     def lose(self) -> None:
         """Live memory holds no weights any more (released, overwritten). `UpdateConflictError` in an open session."""
-        self._check_no_session()
+        self.check_no_session()
         self._resting = "needs_weights"
 
-    def _check_no_session(self) -> None:
+    def check_no_session(self) -> None:
+        """`UpdateConflictError` while one is open."""
         if self.session:
             message = f"session {self.session.session_id} is open; commit or abort it first"
             raise UpdateConflictError(message, field="session_id")

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import numpy as np
@@ -20,7 +20,6 @@ import torch
 
 from headrace.types.errors import WeightUpdateError
 from headrace.types.weights import TensorInfo
-from headrace.weights.boxes import num_elements
 from headrace.weights.position_sum import PositionSum
 from headrace.weights.region import Region
 
@@ -44,7 +43,7 @@ def bytes_of(tensor: torch.Tensor) -> Bytes:
 
 def row_blocks(shape: tuple[int, ...], element_size: int, block_bytes: int = BLOCK_BYTES) -> Iterator[slice]:
     """Slices of axis 0 that cover it in order, each of about `block_bytes`."""
-    row_bytes = num_elements(shape[1:]) * element_size
+    row_bytes = math.prod(shape[1:]) * element_size
     num_rows = max(1, block_bytes // max(1, row_bytes))
     for start in range(0, shape[0], num_rows):
         yield slice(start, min(start + num_rows, shape[0]))
@@ -121,7 +120,7 @@ class BytesSource:
         """`data` are all bytes of the tensor, or whole elements from byte `start` on; else `WeightUpdateError`."""
         self.info = info
         self._dtype = TORCH_DTYPES[info.dtype]
-        size, total = self._dtype.itemsize, num_elements(info.shape) * self._dtype.itemsize
+        size, total = self._dtype.itemsize, math.prod(info.shape) * self._dtype.itemsize
         if start is None and data.nbytes != total:
             raise WeightUpdateError(f"{info.name} has {data.nbytes} bytes, expected {total}", field=info.name)
         start = start or 0
@@ -175,23 +174,77 @@ def source_of(info: TensorInfo, data: memoryview | TensorData, start: int | None
 
 
 class Arrival:
-    """A tensor on its way in: where it goes, how many of its elements are there, and their digests if they are wanted:
-    `hasher`'s SHA-256 of the bytes, `total` as live weights have it.
+    """A tensor on its way in: where it goes, how many of its elements are there, and what is reckoned of them block by
+    block: `hasher`'s SHA-256 of the bytes, and `sums`, each of what is in one region at the same place.
 
     `destination` is live memory if `is_live`.
     """
 
-    def __init__(self, destination: Region, *, is_live: bool, hashes: bool, total: PositionSum | None) -> None:
+    def __init__(
+        self, destination: Region, sums: Sequence[tuple[Region, PositionSum]], *, is_live: bool, hashes: bool
+    ) -> None:
         self.destination = destination
         self.is_live = is_live
         self.num_elements = 0
         self.hasher = hashlib.sha256() if hashes else None
-        self.total = total
+        self.sums = sums
 
     @property
     def is_whole(self) -> bool:
         """All of it is there."""
         return self.num_elements == self.destination.num_elements
+
+
+class Enqueued:
+    """A ticket: done when the device has done all that this thread has enqueued so far, on a CPU at once. Then `then`
+    is called."""
+
+    def __init__(self, device: torch.device, then: Callable[[], None] | None = None) -> None:
+        self._then = then
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.current_stream(device).record_event()
+        else:
+            self.is_done()
+
+    def is_done(self) -> bool:
+        """Whether it is; waits for nothing. Raises what the device answers instead, or `then`."""
+        if self._event is not None and not self._event.query():  # type: ignore[no-untyped-call]
+            return False
+        then, self._event, self._then = self._then, None, None
+        if then is not None:
+            then()
+        return True
+
+
+class SideStream:
+    """Where a device works beside the steps in flight, without waiting for them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._begun = Enqueued(device)
+
+    def begin(self) -> None:
+        """What this thread has enqueued comes before what is done here: see `is_ready`."""
+        if self._stream is not None:
+            self._begun = Enqueued(self._device)
+
+    def is_ready(self) -> bool:
+        """Whether that has come."""
+        return self._begun.is_done()
+
+    def using(self) -> AbstractContextManager[None]:
+        """What is computed inside is done at its end."""
+        return nullcontext() if self._stream is None else self._run(self._stream)
+
+    @contextmanager
+    def _run(self, stream: torch.cuda.Stream) -> Iterator[None]:
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            stream.synchronize()
 
 
 class StageWork:
@@ -208,6 +261,7 @@ class StageWork:
         self,
         source: Source,
         arrival: Arrival,
+        side: SideStream,
         *,
         before_write: Callable[[], None],
         on_done: Callable[[], None],
@@ -216,6 +270,7 @@ class StageWork:
         self.has_written = False
         self._source: Source | None = source
         self._arrival = arrival
+        self._side = side
         self._destination = arrival.destination
         self._first, self._count = arrival.num_elements, source.num_elements
         self._blocks = row_blocks((self._count,), self._destination.dtype.itemsize)
@@ -236,15 +291,16 @@ class StageWork:
         `CheckpointError` for a file that changed, `UpdateConflictError` if the update was aborted or committed
         meanwhile. Done, it has released the buffer.
         """
-        if self.is_done:
-            return True
+        if self.is_done or not self._side.is_ready():
+            return self.is_done
         stop_at = time.perf_counter() + deadline_s
-        for part in self._blocks:
-            self._copy(part)
-            if time.perf_counter() >= stop_at:
-                break
-        else:
-            self._finish()
+        with self._side.using():
+            for part in self._blocks:
+                self._copy(part)
+                if time.perf_counter() >= stop_at:
+                    break
+            else:
+                self._finish()
         return self.is_done
 
     def _copy(self, part: slice) -> None:
@@ -260,8 +316,8 @@ class StageWork:
             self._arrival.hasher.update(bytes_of(block).data)
         self.has_written |= self._arrival.is_live
         self._destination.put(place, block)
-        if self._arrival.total:
-            self._arrival.total.add(self._destination.read(place), place.start)
+        for region, total in self._arrival.sums:
+            total.add(region.read(place), place.start)
 
     def _finish(self) -> None:
         self._source = None
@@ -273,12 +329,12 @@ class StageWork:
         self.is_done = True
 
 
-class SideReader:
-    """Reads tensors of one device, as bytes on the host or where they are. On a device, on a stream of its own: beside
-    the steps in flight, after all that was issued before `begin`."""
+class SideReader(SideStream):
+    """Reads tensors of one device, as bytes on the host or where they are: after all that was enqueued before
+    `begin`."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        super().__init__(device)
         self._host: torch.Tensor | None = None
         if self._stream is not None:
             self._host = torch.empty(BLOCK_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
@@ -293,20 +349,10 @@ class SideReader:
         for part in row_blocks((count,), region.dtype.itemsize):
             yield self._bytes(region, slice(first + part.start, first + part.stop)).data
 
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """What is computed inside is done at its end."""
-        if self._stream is None:
-            yield
-            return
-        with torch.cuda.stream(self._stream):
-            yield
-        self._stream.synchronize()
-
     def _bytes(self, region: Region, part: slice) -> Bytes:
         if self._host is None:
             return bytes_of(region.read(part))
-        with self.reading():
+        with self.using():
             block = region.read(part)
             host = self._host[: block.nbytes]
             host.copy_(block.view(torch.uint8), non_blocking=True)

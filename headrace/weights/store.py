@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -16,7 +17,6 @@ import torch
 from headrace.config.machine import available_memory
 from headrace.types.errors import CheckpointError, InternalError, NotFoundError, UpdateConflictError, WeightUpdateError
 from headrace.types.weights import TensorInfo, UpdateMode
-from headrace.weights.boxes import num_elements
 from headrace.weights.position_sum import DIGEST_LENGTH, PositionKeys, PositionSum
 from headrace.weights.region import Region
 from headrace.weights.session import ResolvedMode
@@ -24,7 +24,9 @@ from headrace.weights.staging import (
     BLOCK_BYTES,
     TORCH_DTYPES,
     Arrival,
+    Enqueued,
     SideReader,
+    SideStream,
     StageWork,
     TensorData,
     dtype_name,
@@ -80,6 +82,7 @@ class WeightStore:
         self._check_finite = check_finite
         self._memory = memory or _memory_left(device)
         self._transaction: Transaction | None = None
+        self._side = SideStream(device)
         self._side_reader: SideReader | None = None
 
     def close(self) -> None:
@@ -176,7 +179,7 @@ class WeightStore:
             region = self._region(name)
             key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator(self.device).manual_seed(int.from_bytes(key[:8], "little") >> 1)
-            row_size = num_elements(rule.shape[1:])
+            row_size = math.prod(rule.shape[1:])
             for rows in row_blocks(rule.shape, 4, _FILL_BYTES[self.device.type]):
                 part = slice(rows.start * row_size, rows.stop * row_size)
                 values = torch.empty(part.stop - part.start, dtype=torch.float32, device=self.device)
@@ -200,6 +203,7 @@ class WeightStore:
         if plan is None or plan.partial != partial or plan.given != tuple(manifest):
             plan = self._plan = self.weight_map.plan(manifest, partial)
         self._transaction = Transaction(plan, self._shadow(mode, plan.rules))
+        self._side.begin()
         return self._transaction.mode
 
     def _shadow(self, mode: UpdateMode, rules: Sequence[WeightRule]) -> Memories | None:
@@ -235,12 +239,14 @@ class WeightStore:
         source = source_of(info, data, start)
         arrival = transaction.arrivals.pop(index, None)  # a piece that is never done leaves a tensor to begin again
         if not start:
-            arrival = self._arrival(transaction, info)
+            with self._side.using():
+                arrival = self._arrival(transaction, info)
         elif arrival is None or arrival.num_elements * TORCH_DTYPES[info.dtype].itemsize != start:
             raise WeightUpdateError(f"{info.name}: a piece at byte {start} is not the next one", field=info.name)
         return StageWork(
             source,
             arrival,
+            self._side,
             before_write=transaction.require_open,
             on_done=lambda: self._arrived(transaction, index, info, arrival),
             check=(lambda written: self._require_finite(info.name, written)) if self._check_finite else None,
@@ -255,19 +261,24 @@ class WeightStore:
         destination = self._destination(transaction, info.name)
         is_live = transaction.mode == "inplace" and info.name not in self.weight_map.aliases
         is_summed = info.name in transaction.plan.compared or len(info.digest) == DIGEST_LENGTH
-        total = PositionSum(self._sum_keys()) if is_summed else None
-        return Arrival(destination, is_live=is_live, hashes=len(info.digest) > DIGEST_LENGTH, total=total)
+        summed = [destination] if is_summed else []
+        if self._tied_live(transaction, info.name):  # owns no memory: its destination is scratch
+            summed.append(self._region(info.name))
+        sums = [(region, PositionSum(self._sum_keys())) for region in summed]
+        return Arrival(destination, sums, is_live=is_live, hashes=len(info.digest) > DIGEST_LENGTH)
+
+    def _tied_live(self, transaction: Transaction, name: str) -> str:
+        """What `name` has to equal as it is live, since it is not sent as well; else ""."""
+        target = self.weight_map.aliases.get(name, "")
+        return "" if target in transaction.plan.names else target
 
     def _arrived(self, transaction: Transaction, index: int, info: TensorInfo, arrival: Arrival) -> None:
         if not arrival.is_whole:
             transaction.arrivals[index] = arrival
             return
-        target = self.weight_map.aliases.get(info.name)
-        if target and target not in transaction.plan.names and target not in transaction.totals:
-            total, region = PositionSum(self._sum_keys()), self._region(target)
-            for part in _sum_blocks(region):
-                total.add(region.read(part), part.start)
-            transaction.totals[target] = total.hexdigest()
+        target = self._tied_live(transaction, info.name)
+        if target:
+            transaction.totals[target] = arrival.sums[-1][1].hexdigest()
         transaction.finish(info, arrival)
 
     def _require_finite(self, name: str, written: torch.Tensor) -> None:
@@ -280,14 +291,15 @@ class WeightStore:
             return live.over([torch.empty_like(each) for each in live.memories])
         return live.over(transaction.shadow[name]) if transaction.mode == "shadow" else live
 
-    def commit(self) -> None:
-        """Make all that was staged live, and end the update. One that fails half-way leaves a mix, and is open."""
+    def commit(self) -> Enqueued:
+        """Make all that was staged live; once that is done, the update is over. One that fails half-way leaves a mix,
+        and is open."""
         transaction = self._require_update()
         for name, memories in transaction.shadow.items():
             for live, staged in zip(self._region(name).memories, memories, strict=True):
                 live.copy_(staged)
         self._derive()
-        self.abort()
+        return Enqueued(self.device, self.abort)
 
     def abort(self) -> None:
         """End the open update and drop what was not made live. What was written in place stays."""
@@ -319,7 +331,7 @@ class WeightStore:
             for part in _sum_blocks(region):
                 if part.start:
                     yield None
-                with reader.reading():
+                with reader.using():
                     total = total or PositionSum(self._sum_keys())
                     total.add(region.read_counted(part), part.start)
                     digest = total.hexdigest() if part.stop == region.num_elements else ""

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from headrace.core.executor import StepError, Weights
+from headrace.core.executor import CheckpointSlices, Weights
 from headrace.core.fake_executor import FreeWeights
+from headrace.core.faults import StepError
 from headrace.types.errors import CheckpointError
-from headrace.types.plan import LAST_TOKEN, PromptLogprobs, SlotInit, StepPlan, StepResult
-from headrace.types.weights import TensorInfo
+from headrace.types.plan import LAST_TOKEN, PromptLogprobs, SamplePatch, SlotInit, StepPlan, StepResult
+from headrace.weights.session import Ticket
 
 PAGE_SIZE = 4
 _BITS = 20
@@ -60,8 +60,9 @@ class CountingWeights(FreeWeights):
     def __init__(self) -> None:
         self.serial = 0
 
-    def commit(self) -> None:
+    def commit(self) -> Ticket:
         self.serial += 1
+        return super().commit()
 
 
 class _Slot:
@@ -98,6 +99,9 @@ class RememberingExecutor:
         else:
             self._results.append(self._execute(plan))
 
+    def sample(self, step_id: int, patch: SamplePatch | None = None) -> None:
+        """No plan waits for it."""
+
     def collect(self) -> StepResult:
         result = self._results.popleft()
         if isinstance(result, StepError):
@@ -110,7 +114,7 @@ class RememberingExecutor:
     def counters(self) -> dict[str, float]:
         return {}
 
-    def checkpoint(self, folder: Path, root: Path | None) -> tuple[list[TensorInfo], Iterator[tuple[str, Any]]]:
+    def checkpoint(self, folder: Path, root: Path | None) -> CheckpointSlices:
         raise CheckpointError(f"{folder}: this executor has no weights", field="path")
 
     def close(self) -> None:

@@ -1,4 +1,5 @@
 """The sampling pass against the published noise, and thresholds against their exact meaning."""
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
 
 from __future__ import annotations
 
@@ -7,11 +8,15 @@ import math
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
-from headrace.kernels.triton.sampling_rows import SamplingWorkspace, device_noise_words, sample_rows, seed_words
-from headrace.kernels.triton.threshold_search import ROW_WORDS, find_thresholds, threshold_scratch
-from headrace.sampling.noise import gumbel_of, noise_keys, noise_words
-from headrace.sampling.thresholds import keep_threshold
+from headrace.kernels.triton.sampling_rows import SamplingWorkspace, noise_words, philox_keys, sample_rows
+from headrace.kernels.triton.slot_params import NUM_PARAMS, seed_words
+from headrace.kernels.triton.threshold_search import find_thresholds, threshold_scratch
+from headrace.sampling import noise
+from headrace.sampling.noise import gumbel_of, noise_keys
+from headrace.sampling.thresholds import truncation_threshold
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCAB = 9001
@@ -23,15 +28,26 @@ def on_device(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).to(DEVICE)
 
 
+@triton.jit
+def noise_kernel(seeds_ptr, positions_ptr, words_ptr, NUM_TOKENS: tl.constexpr):
+    row, tokens = tl.program_id(0), tl.arange(0, NUM_TOKENS)
+    seed_ptr = seeds_ptr + 2 * row
+    key0, key1 = philox_keys(tl.load(seed_ptr), tl.load(seed_ptr + 1), tl.load(positions_ptr + row))
+    words = noise_words(tokens, key0, key1).to(tl.int32, bitcast=True)
+    tl.store(words_ptr + row * NUM_TOKENS + tokens, words)
+
+
 def test_noise_words_are_the_published_ones() -> None:
-    found = device_noise_words(on_device(seed_words(SEEDS)), on_device(POSITIONS.astype(np.int32)), 300)
-    expected = noise_words(noise_keys(SEEDS, POSITIONS), np.arange(300))
-    np.testing.assert_array_equal(found.cpu().numpy().view(np.uint32), expected)
+    words = torch.empty(len(SEEDS), 256, dtype=torch.int32, device=DEVICE)
+    positions = on_device(POSITIONS.astype(np.int32))
+    noise_kernel[(len(SEEDS),)](on_device(seed_words(SEEDS)), positions, words, NUM_TOKENS=256)
+    expected = noise.noise_words(noise_keys(SEEDS, POSITIONS), np.arange(256))
+    np.testing.assert_array_equal(words.cpu().numpy().view(np.uint32), expected)
 
 
 def params(*rows: tuple[float, float, float, int, float, float]) -> torch.Tensor:
     """Rows of (temperature, divisor, mode, top_k, top_p, min_p)."""
-    table = np.zeros((len(rows), ROW_WORDS), np.float32)
+    table = np.zeros((len(rows), NUM_PARAMS), np.float32)
     for row, (temperature, divisor, mode, top_k, top_p, min_p) in zip(table, rows, strict=True):
         reach = temperature * math.log(min_p) if min_p else -math.inf
         row[:7] = (temperature, divisor, mode, 0.0, top_k, top_p, reach)
@@ -66,12 +82,12 @@ def test_tokens_and_logprobs_of_every_mode() -> None:
         on_device(seed_words(SEEDS)), None, SamplingWorkspace.make(7, VOCAB, DEVICE), tokens, logprobs, last,
     )  # fmt: skip
     assert int(tokens[4]) == -7, "a skipped row"
-    noise = gumbel_of(noise_words(noise_keys(SEEDS, POSITIONS), np.arange(VOCAB)))
+    gumbel = gumbel_of(noise.noise_words(noise_keys(SEEDS, POSITIONS), np.arange(VOCAB)))
     for at, slot in enumerate(slots.tolist()):
         if slot < 0:
             continue
         temperature, divisor, mode = table[slot, :3].tolist()
-        scores = values[slot].astype(np.float64) / temperature + noise[slot] if temperature else values[slot]
+        scores = values[slot].astype(np.float64) / temperature + gumbel[slot] if temperature else values[slot]
         assert int(tokens[at]) == int(scores.argmax()) == int(last[slot])
         expected = 0.0 if mode == 2 else log_softmax(values[slot] / np.float32(divisor))[int(tokens[at])]
         assert abs(float(logprobs[at]) - expected) < 1e-5
@@ -84,7 +100,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "masked", "peak", "plateau", "one lane"])
-def test_thresholds_keep_what_they_mean(kind: str) -> None:
+def test_thresholds_leave_what_they_mean(kind: str) -> None:
     values = logits(len(CASES), 3)
     if kind == "ties":
         values = np.round(values)
@@ -98,31 +114,31 @@ def test_thresholds_keep_what_they_mean(kind: str) -> None:
         values[:, ::512] += 30.0
     table = params(*[(t, t or 1.0, 1, top_k, top_p, min_p) for t, top_k, top_p, min_p in CASES])
     slots = on_device(np.arange(len(CASES), dtype=np.int32))
-    floors = torch.full((len(CASES),), float("nan"), device=DEVICE)
-    find_thresholds(on_device(values), table, slots, threshold_scratch(len(CASES), DEVICE), floors)
-    for row, found, (temperature, top_k, top_p, min_p) in zip(values, floors.tolist(), CASES, strict=True):
+    thresholds = torch.full((len(CASES),), float("nan"), device=DEVICE)
+    find_thresholds(on_device(values), table, slots, threshold_scratch(len(CASES), DEVICE), thresholds)
+    for row, found, (temperature, top_k, top_p, min_p) in zip(values, thresholds.tolist(), CASES, strict=True):
         if temperature == 0.0:
             assert found == -math.inf
             continue
-        expected = keep_threshold(row, temperature, top_k, top_p, min_p)
-        kept, wanted = np.flatnonzero(row >= np.float32(found)), np.flatnonzero(row >= expected)
+        expected = truncation_threshold(row, temperature, top_k, top_p, min_p)
+        left, wanted = np.flatnonzero(row >= np.float32(found)), np.flatnonzero(row >= expected)
         finite = np.isfinite(row)
-        kept, wanted = kept[finite[kept]], wanted[finite[wanted]]
-        assert np.array_equal(kept, wanted), (temperature, top_k, top_p, min_p, len(kept), len(wanted))
+        left, wanted = left[finite[left]], wanted[finite[wanted]]
+        assert np.array_equal(left, wanted), (temperature, top_k, top_p, min_p, len(left), len(wanted))
 
 
-def test_only_kept_tokens_are_drawn_and_renormalised() -> None:
+def test_only_tokens_above_the_threshold_are_drawn_and_renormalised() -> None:
     values = logits(3, 5)
     table = params(*[(1.0, 1.0, 1, 4, 1.0, 0.0)] * 3)
     slots, seeds = on_device(np.arange(3, dtype=np.int32)), on_device(seed_words(SEEDS[:3]))
-    floors = torch.zeros(3, device=DEVICE)
+    thresholds = torch.zeros(3, device=DEVICE)
     device_logits = on_device(values)
-    find_thresholds(device_logits, table, slots, threshold_scratch(3, DEVICE), floors)
+    find_thresholds(device_logits, table, slots, threshold_scratch(3, DEVICE), thresholds)
     workspace = SamplingWorkspace.make(3, VOCAB, DEVICE)
     tokens, logprobs = torch.zeros(3, dtype=torch.int32, device=DEVICE), torch.zeros(3, device=DEVICE)
     for position in range(5):
         positions = torch.full((3,), position, dtype=torch.int32, device=DEVICE)
-        sample_rows(device_logits, slots, positions, table, seeds, floors, workspace, tokens, logprobs, None)
+        sample_rows(device_logits, slots, positions, table, seeds, thresholds, workspace, tokens, logprobs, None)
         for row, token, logprob in zip(values, tokens.tolist(), logprobs.tolist(), strict=True):
             top = np.sort(row)[::-1][:4]
             assert row[token] in top

@@ -9,6 +9,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from headrace.layers.residual import Residual
 from tests.parity.models import LLAMA3_ROPE, VOCAB_SIZE, Device, make_model, reference_logits
 from tests.runner.plans import PlanBuilder
 
@@ -27,6 +28,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-mha-tied": ("qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 24}),
     "qwen3-tied-biases": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True, "num_attention_heads": 6}),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "qwen3_moe-tied-biases": ("qwen3_moe", {"tie_word_embeddings": True, "attention_bias": True}),
+    "qwen3_moe-plain-weights": ("qwen3_moe", {"norm_topk_prob": False, "num_experts": 16, "num_experts_per_tok": 4}),
+    "qwen3_moe-one-of-four": ("qwen3_moe", {"norm_topk_prob": False, "num_experts": 4, "num_experts_per_tok": 1}),
+    "qwen3_moe-all-of-four": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 4}),
+    "qwen3_moe-every-other": (
+        "qwen3_moe",
+        {"decoder_sparse_step": 2, "mlp_only_layers": [3], "num_hidden_layers": 6, "num_experts": 5},
+    ),
+    "qwen3_moe-none": ("qwen3_moe", {"num_experts": 0}),
+    "mixtral": ("mixtral", {}),
+    "mixtral-one-of-four": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 1, "num_key_value_heads": 1}),
+    "mixtral-four-of-sixteen": ("mixtral", {"num_local_experts": 16, "num_experts_per_tok": 4, "head_dim": None}),
 }
 
 
@@ -51,10 +65,44 @@ def test_prefill_and_decode_logits(variant: str) -> None:
         torch.testing.assert_close(torch.cat(found[slot]), reference_logits(model, tokens), atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("kernels", ["fast", "invariant", "reference"])
+def test_experts_by_every_set_of_kernels(family: str, kernels: str) -> None:
+    backend, numerics = ("reference", "fast") if kernels == "reference" else ("cpu", kernels)
+    model, plans = make_model(family), PlanBuilder(page_size=16, num_pages=300)
+    device = Device(model, numerics=numerics, backend=backend)
+    tokens = tokens_of(0, 60)
+    plans.enter(0, tokens)
+    found = [device.run(plans.step([(0, length)]))[0] for length in (40, 3, 1, 1, 15)]
+    torch.testing.assert_close(torch.cat(found), reference_logits(model, tokens), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "overrides"), [("qwen3_moe", {}), ("qwen3_moe", {"norm_topk_prob": False}), ("mixtral", {})]
+)
+def test_routers_weigh_experts_as_those_of_transformers_do(
+    family: str, overrides: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """The same experts in the same order, with weights of the same dtype and bits."""
+    model = make_model(family, **overrides)
+    device, theirs = Device(model, dtype=dtype), model.to(dtype).model.layers[0]
+    stream = torch.randn(50, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with torch.inference_mode():
+        layer: Any = device.decoder._layers[0]
+        hidden, experts, weights = layer.router(Residual(stream).normed(layer.mlp_norm))
+        expected = theirs.post_attention_layernorm(stream)
+        _, expected_weights, expected_experts = theirs.mlp.gate(expected)
+    torch.testing.assert_close(hidden, expected, atol=1e-6, rtol=1e-2)
+    assert weights.dtype == expected_weights.dtype and torch.equal(experts, expected_experts)
+    torch.testing.assert_close(weights, expected_weights, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 @pytest.mark.parametrize("numerics", ["fast", "invariant"])
 @pytest.mark.parametrize("page_size", [1, 4, 16, 48, 64])
-def test_chunks_of_any_size_at_any_page_size(page_size: int, numerics: str) -> None:
-    model = make_model("qwen3")
+def test_chunks_of_any_size_at_any_page_size(page_size: int, numerics: str, family: str) -> None:
+    model = make_model(family)
     device = Device(model, page_size=page_size, numerics=numerics, num_pages=1 + 720 // page_size)
     plans = PlanBuilder(page_size=page_size, num_pages=1 + 720 // page_size)
     sequences = {slot: tokens_of(slot, length) for slot, length in enumerate((150, 37, 90))}
@@ -128,8 +176,9 @@ def merge(*plans: Any) -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("numerics", ["fast", "invariant"])
-def test_narrow_dtypes_follow_the_float32_model(dtype: torch.dtype, numerics: str) -> None:
-    model = make_model("qwen3", initializer_range=0.05)
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "mixtral"])
+def test_narrow_dtypes_follow_the_float32_model(dtype: torch.dtype, numerics: str, family: str) -> None:
+    model = make_model(family, initializer_range=0.05)
     device = Device(model, dtype=dtype, numerics=numerics)
     plans = PlanBuilder(page_size=16, num_pages=300)
     tokens = tokens_of(0, 60)

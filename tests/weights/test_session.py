@@ -17,8 +17,8 @@ from headrace.types.errors import (
     WeightUpdateError,
 )
 from headrace.types.weights import TensorInfo, UpdateMode
-from headrace.weights import UpdateSession, WeightMachine
-from headrace.weights.session import ResolvedMode
+from headrace.weights import OpenUpdate, WeightMachine
+from headrace.weights.session import ResolvedMode, Ticket
 from headrace.weights.store import WeightStore
 from tests.weights.tiny import Tensors, live_bits, make_map, make_store, make_tensors, manifest_of
 
@@ -36,7 +36,7 @@ def begin(
     return machine.begin(version, MANIFEST, mode, now=now, timeout_s=10.0, partial=partial).session_id
 
 
-def expire(machine: WeightMachine, now: float) -> UpdateSession | None:
+def expire(machine: WeightMachine, now: float) -> OpenUpdate | None:
     """What a core does with a session that nobody has touched in time."""
     session = machine.session
     return machine.abort(session.session_id, session.expired()) if session and now >= session.deadline else None
@@ -371,7 +371,7 @@ def test_random_event_sequences_keep_live_memory_one_version() -> None:
 
 def test_a_commit_that_fails_half_way_poisons() -> None:
     class Torn(FreeWeights):
-        def commit(self) -> None:
+        def commit(self) -> Ticket:
             raise RuntimeError("a device is lost")
 
     machine = WeightMachine(Torn())
