@@ -15,6 +15,7 @@ from headrace.config.machine import available_cores, available_memory
 from headrace.config.model_spec import ModelSpec
 from headrace.types.errors import ConfigError, encodable
 from headrace.types.plain_values import as_path
+from headrace.types.weights import ELEMENT_BYTES
 
 Explanation = tuple[str, str, str]
 
@@ -24,7 +25,6 @@ MIN_CAPABILITY = (8, 0)
 FP8_CAPABILITY = (8, 9)
 """The first with float8_e4m3fn conversions in hardware, without which Triton has none."""
 
-ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 CUDA_THREADS = 4
 CPU_KV_POOL_BYTES = 2 << 30
 CPU_KV_POOL_FRACTION = 0.25
@@ -117,7 +117,7 @@ class ResolvedConfig(msgspec.Struct, frozen=True):
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values of one token in all layers, as stored."""
-        return self.model.kv_bytes_per_token(ELEMENT_SIZES[self.kv_dtype])
+        return self.model.kv_bytes_per_token(ELEMENT_BYTES[self.kv_dtype])
 
     def with_pool(self, max_total_num_tokens: int, explanations: tuple[Explanation, ...]) -> ResolvedConfig:
         """The same with the pool a core announced, and its explanations of everything."""
@@ -131,17 +131,18 @@ def resolve(
     *,
     devices: Sequence[CudaDevice] | None = None,
     software: Software | None = None,
+    first_device: int = 0,
 ) -> ResolvedConfig:
     """Decide every open setting of `config` for the checkpoint in `folder`.
 
-    `devices` and `software` are this machine's unless given. Raises `ConfigError`, `CheckpointError` or
-    `UnsupportedModelError` naming the setting or file.
+    `devices` and `software` are this machine's unless given; `first_device` is the index of the one to use. Raises
+    `ConfigError`, `CheckpointError` or `UnsupportedModelError` naming the setting or file.
     """
     if str(folder) != encodable(str(folder)):
         raise ConfigError(f"the folder {folder} has a name that is not Unicode text", field="model")
     model = ModelSpec.from_folder(folder)
     software = installed_software() if software is None else software
-    cuda, why_device = _cuda(config, model, devices, software)
+    cuda, why_device = _cuda(config, model, devices, first_device, software)
     device = "cpu" if cuda is None else "cuda"
     sizes = _sizes(config, device, model)
     engine = _settled(config, {name: size.value for name, size in sizes.items()})
@@ -150,7 +151,7 @@ def resolve(
     kv_dtype = _kv_dtype(config, dtype.value, backend.value, cuda)
     context_length = _context_length(config, model)
     num_threads = _num_threads(config, device)
-    page_bytes = model.kv_bytes_per_token(ELEMENT_SIZES[kv_dtype.value]) * config.page_size
+    page_bytes = model.kv_bytes_per_token(ELEMENT_BYTES[kv_dtype.value]) * config.page_size
     is_measured = device == "cuda" and backend.value != "reference"
     pool_tokens = _pool_tokens(engine, is_measured, page_bytes, context_length.value)
     choices: dict[str, Chosen[Any]] = {
@@ -198,12 +199,16 @@ def backend_refusal(backend: str, model: ModelSpec, device: str, software: Softw
 
 
 def _cuda(
-    config: EngineConfig, model: ModelSpec, devices: Sequence[CudaDevice] | None, software: Software
+    config: EngineConfig,
+    model: ModelSpec,
+    devices: Sequence[CudaDevice] | None,
+    first_device: int,
+    software: Software,
 ) -> Chosen[CudaDevice | None]:
     """The device to run on; None for the CPU. Devices are looked for only where one could be used."""
     if config.device == "cpu":
         return Chosen(None)
-    found = cuda_devices() if devices is None else devices
+    found = (cuda_devices() if devices is None else devices)[first_device:]
     missing = _missing_for_cuda(found, software)
     if missing is None and model.has_experts and config.attention_backend != "reference":
         missing = f"it {_NO_EXPERTS} (device='cpu' has; attention_backend='reference' is slow)"
