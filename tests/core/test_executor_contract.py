@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,6 +15,7 @@ from headrace.core.faults import StepError
 from headrace.runner import build_runner
 from headrace.types.plan import SamplePatch, StepPlan, StepResult
 from headrace.types.request import TokenSampling
+from tests.core.rank_executor import RankExecutor
 from tests.parity.models import VOCAB_SIZE, make_model, save_model
 from tests.runner.plans import PlanBuilder
 from tests.sampling.masks import allow
@@ -46,11 +46,15 @@ Make = Callable[[], Executor]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-@pytest.fixture(scope="module", params=["cpu", "triton"])
+@pytest.fixture(scope="module", params=["cpu", "triton", "ranks"])
 def executor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
     folder = save_model(make_model("qwen3", **SIZES), tmp_path_factory.mktemp("tiny"))
-    config = EngineConfig(model=str(folder), attention_backend=request.param, **SETTINGS)
-    found = LocalExecutor(build_runner(resolve(config, Path(folder))))
+    found: Executor
+    if request.param == "ranks":
+        found = RankExecutor(resolve(EngineConfig(model=str(folder), **SETTINGS), folder))
+    else:
+        config = EngineConfig(model=str(folder), attention_backend=request.param, **SETTINGS)
+        found = LocalExecutor(build_runner(resolve(config, folder)))
     yield found
     found.close()
 
