@@ -22,7 +22,8 @@ from headrace.config import EngineConfig, ModelSpec, ResolvedConfig, Software
 from headrace.config.devices import installed_software
 from headrace.config.layer_spec import ExpertsSpec
 from headrace.config.machine import available_memory
-from headrace.config.resolve import ELEMENT_SIZES, backend_refusal
+from headrace.config.resolve import backend_refusal
+from headrace.types.weights import ELEMENT_BYTES
 
 _LOGITS_BYTES = 4
 _CPU_LOGITS_COPIES = 3
@@ -123,7 +124,7 @@ def _memory_plan(resolved: ResolvedConfig) -> dict[str, int | bool]:
     model, page_size = resolved.model, resolved.engine.page_size
     params = weight_map(model).params.values()
     num_parameters = sum(math.prod(param.shape) for param in params)
-    weights = sum(math.prod(param.shape) * ELEMENT_SIZES[param.dtype or resolved.dtype] for param in params)
+    weights = sum(math.prod(param.shape) * ELEMENT_BYTES[param.dtype or resolved.dtype] for param in params)
     workspace = _workspace(resolved)
     available = available_memory() if resolved.cuda is None else resolved.cuda.total_bytes
     num_pages, is_estimate = resolved.num_pages, resolved.num_pages == 0
@@ -152,7 +153,7 @@ def _workspace(resolved: ResolvedConfig) -> int:
     engine, model = resolved.engine, resolved.model
     qkv_width = max((group.num_heads + 2 * group.num_kv_heads) * group.head_dim for group in model.kv_groups)
     width = max(layer.mlp.widest(model.hidden_size) for layer in model.layers) + model.hidden_size + qkv_width
-    activations = engine.max_num_batched_tokens * width * ELEMENT_SIZES[resolved.dtype]
+    activations = engine.max_num_batched_tokens * width * ELEMENT_BYTES[resolved.dtype]
     if resolved.device == "cuda":
         logits = engine.max_running_requests * model.vocab_size * _LOGITS_BYTES * _CUDA_LOGITS_COPIES
         return logits + engine.max_running_requests * model.vocab_size * _COUNT_BYTES + activations

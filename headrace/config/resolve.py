@@ -15,6 +15,7 @@ from headrace.config.machine import available_cores, available_memory
 from headrace.config.model_spec import ModelSpec
 from headrace.types.errors import ConfigError, encodable
 from headrace.types.plain_values import as_path
+from headrace.types.weights import ELEMENT_BYTES
 
 Explanation = tuple[str, str, str]
 
@@ -24,7 +25,6 @@ MIN_CAPABILITY = (8, 0)
 FP8_CAPABILITY = (8, 9)
 """The first with float8_e4m3fn conversions in hardware, without which Triton has none."""
 
-ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 CUDA_THREADS = 4
 CPU_KV_POOL_BYTES = 2 << 30
 CPU_KV_POOL_FRACTION = 0.25
@@ -117,7 +117,7 @@ class ResolvedConfig(msgspec.Struct, frozen=True):
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values of one token in all layers, as stored."""
-        return self.model.kv_bytes_per_token(ELEMENT_SIZES[self.kv_dtype])
+        return self.model.kv_bytes_per_token(ELEMENT_BYTES[self.kv_dtype])
 
     def with_pool(self, max_total_num_tokens: int, explanations: tuple[Explanation, ...]) -> ResolvedConfig:
         """The same with the pool a core announced, and its explanations of everything."""
@@ -151,7 +151,7 @@ def resolve(
     kv_dtype = _kv_dtype(config, dtype.value, backend.value, cuda)
     context_length = _context_length(config, model)
     num_threads = _num_threads(config, device)
-    page_bytes = model.kv_bytes_per_token(ELEMENT_SIZES[kv_dtype.value]) * config.page_size
+    page_bytes = model.kv_bytes_per_token(ELEMENT_BYTES[kv_dtype.value]) * config.page_size
     is_measured = device == "cuda" and backend.value != "reference"
     pool_tokens = _pool_tokens(engine, is_measured, page_bytes, context_length.value)
     choices: dict[str, Chosen[Any]] = {

@@ -10,8 +10,9 @@ import logging
 from collections.abc import Callable, Collection
 from typing import Any
 
-from headrace.core.faults import FAULTS
+from headrace.core.faults import FAULTS, failure
 from headrace.core.replica import Replica
+from headrace.core.updating import Phase
 from headrace.types.errors import (
     DeadlineError,
     HeadraceError,
@@ -75,10 +76,7 @@ def apply_command(
             replica.outbox.refuse(command.call_id, error.info())
         except FAULTS as fault:
             replica.executor.examine(fault)
-            name = type(command).__name__
-            logger.exception("%s failed", name)
-            failure = InternalError(f"{name} failed: {type(fault).__name__}: {fault}")
-            replica.outbox.refuse(command.call_id, failure.info())
+            replica.outbox.refuse(command.call_id, failure(type(command).__name__, fault).info())
 
 
 def _check_wanted(command: Command, now: float, given_up: Collection[int]) -> None:
@@ -105,8 +103,8 @@ def submit(replica: Replica, command: Submit, front: int, now: float) -> None:
             replica.outbox.add([Delta.failed(request.handle, error.info())])
         except FAULTS as fault:
             logger.exception("request %s was not taken", request.request_id)
-            failure = InternalError(f"the request was not taken: {type(fault).__name__}: {fault}")
-            replica.outbox.add([Delta.failed(request.handle, failure.info())])
+            refused = InternalError(f"the request was not taken: {type(fault).__name__}: {fault}")
+            replica.outbox.add([Delta.failed(request.handle, refused.info())])
 
 
 def pause(replica: Replica, command: Pause, now: float) -> None:
@@ -226,7 +224,7 @@ def status(replica: Replica, now: float) -> CoreStatus:
         last_version=update.machine.version,
         epoch=update.machine.epoch,
         paused=replica.pause.mode or "",
-        updating=session is not None,
+        updating=update.phase is not Phase.IDLE,
         updating_in_place=session is not None and session.mode == "inplace",
         num_running=scheduler.num_running,
         num_waiting=scheduler.num_waiting,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from headrace.runner.device_runner import DeviceRunner
     from headrace.runner.pending import PendingStep
     from headrace.runner.runner import Runner
+
+CheckpointSlices = Generator[None, None, tuple[list[TensorInfo], Iterator[tuple[str, Any]]]]
 
 logger = logging.getLogger(__name__)
 _WARNING_SECONDS = 10.0
@@ -69,9 +71,9 @@ class Executor(Protocol):
         """Figures of its own for `CoreStatus.metrics`."""
         ...
 
-    def checkpoint(self, folder: Path, root: Path | None) -> tuple[list[TensorInfo], Iterator[tuple[str, Any]]]:
-        """What a checkpoint folder holds, and its tensors, read as they are asked for. Nothing outside `root` is read,
-        if there is one. Both raise `CheckpointError`."""
+    def checkpoint(self, folder: Path, root: Path | None) -> CheckpointSlices:
+        """What a checkpoint folder holds, and its tensors, read as they are asked for: told at the end, after resting
+        now and then. Nothing outside `root` is read, if there is one. Both raise `CheckpointError`."""
         ...
 
     def close(self) -> None:
@@ -160,11 +162,12 @@ class LocalExecutor:
     def counters(self) -> dict[str, float]:
         return self._runner.counters()
 
-    def checkpoint(self, folder: Path, root: Path | None) -> tuple[list[TensorInfo], Iterator[tuple[str, Any]]]:
+    def checkpoint(self, folder: Path, root: Path | None) -> CheckpointSlices:
         from headrace.weights.checkpoint import Checkpoint
 
         checkpoint = Checkpoint(folder, root=root)
-        return checkpoint.manifest(), checkpoint.tensors()
+        manifest = yield from checkpoint.manifest_in_slices()
+        return manifest, checkpoint.tensors()
 
     def close(self) -> None:
         self._pending.clear()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from headrace.core.executor import Weights
+from headrace.core.executor import CheckpointSlices, Weights
 from headrace.core.faults import DeviceLost, describe, is_of_lost_device
 from headrace.types.errors import CheckpointError, NotFoundError
 from headrace.types.plan import PositionLogprobs, PromptLogprobs, SamplePatch, SlotInit, StepPlan, StepResult
@@ -70,7 +70,7 @@ class FreeExecutor:
     def counters(self) -> dict[str, float]:
         return {"num_gemm_calls": 0.0}
 
-    def checkpoint(self, folder: Path, root: Path | None) -> tuple[list[TensorInfo], Iterator[tuple[str, Any]]]:
+    def checkpoint(self, folder: Path, root: Path | None) -> CheckpointSlices:
         raise CheckpointError(f"{folder}: this executor has no weights", field="path")
 
     def close(self) -> None:

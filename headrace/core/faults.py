@@ -11,9 +11,13 @@ core's end. Knows no torch: whether a fault is the device's is judged by its typ
 
 from __future__ import annotations
 
+import logging
 import re
 
+from headrace.types.errors import InternalError
 from headrace.types.plan import PlanRefused, StepDisturbed
+
+logger = logging.getLogger(__name__)
 
 FAULTS = (Exception,)
 """What work on a device or a file may raise: an allocation that failed, a refused input, a broken invariant, a warning
@@ -56,6 +60,12 @@ def is_of_lost_device(fault: BaseException) -> bool:
     if _LEAVES_IT_USABLE.search(text) or "OutOfMemoryError" in names:
         return False
     return "AcceleratorError" in names or _OF_A_DEVICE.search(text) is not None
+
+
+def failure(what: str, fault: BaseException) -> InternalError:
+    """What a call is answered with for which something failed. To be asked where the fault is handled: it is logged."""
+    logger.exception("%s failed", what)
+    return InternalError(f"{what} failed: {describe(fault)}")
 
 
 def describe(fault: BaseException) -> str:

@@ -6,7 +6,6 @@ weights in place nothing is read. Reads are done one after the other, in the ord
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Generator
@@ -15,17 +14,13 @@ from typing import Any
 import msgspec
 
 from headrace.core.executor import Executor
-from headrace.core.faults import FAULTS
+from headrace.core.faults import FAULTS, failure
 from headrace.core.outbox import Outbox
-from headrace.core.staging import ELEMENT_BYTES, num_bytes_of
 from headrace.core.updating import UpdateControl
 from headrace.ipc import SharedBuffer
-from headrace.types.errors import DeadlineError, HeadraceError, InternalError, RequestError
+from headrace.types.errors import DeadlineError, HeadraceError, RequestError
 from headrace.types.messages import GetWeight, WeightPart
-from headrace.types.weights import TensorInfo
-from headrace.weights.boxes import num_elements
-
-logger = logging.getLogger(__name__)
+from headrace.types.weights import ELEMENT_BYTES, TensorInfo
 
 Slices = Generator[None, None, Any]
 """A read: it rests after each block, and returns what the call is answered with."""
@@ -116,8 +111,7 @@ class ReadControl:
             self._refuse(read, error)
         except FAULTS as fault:
             self._executor.examine(fault)
-            logger.exception("reading weights failed")
-            self._refuse(read, InternalError(f"reading weights failed: {type(fault).__name__}: {fault}"))
+            self._refuse(read, failure("reading weights", fault))
         return True
 
     def give_up(self, call_id: int, error: HeadraceError) -> None:
@@ -159,5 +153,5 @@ class ReadControl:
 def _num_bytes_read(info: TensorInfo, max_rows: int | None) -> int:
     """Bytes of the first rows of a tensor; None: of all."""
     if max_rows is None or not info.shape or max_rows >= info.shape[0]:
-        return num_bytes_of(info)
-    return num_elements((max(0, max_rows), *info.shape[1:])) * ELEMENT_BYTES[info.dtype]
+        return info.num_bytes
+    return msgspec.structs.replace(info, shape=(max(0, max_rows), *info.shape[1:])).num_bytes

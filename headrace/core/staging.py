@@ -11,11 +11,7 @@ from typing import Any
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import CheckpointError, WeightUpdateError
 from headrace.types.messages import NO_DEADLINE, Stage
-from headrace.types.weights import TensorInfo
-from headrace.weights.boxes import num_elements
 from headrace.weights.session import StageCopy, WeightMachine
-
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class StageJob:
@@ -86,7 +82,7 @@ def job_from_buffer(machine: WeightMachine, command: Stage, now: float) -> Stage
     sizes: list[int] = []
     for entry in command.entries:
         info = machine.check_stage(command.session_id, entry.index, now, replaces=entry.replaces)
-        total = num_bytes_of(info)
+        total = info.num_bytes
         size = total - entry.start if entry.num_bytes is None else entry.num_bytes
         if not (entry.start >= 0 and 0 <= size <= total - entry.start):
             raise WeightUpdateError(f"{info.name}: the piece at {entry.start} is not inside it", field=info.name)
@@ -99,7 +95,7 @@ def job_from_buffer(machine: WeightMachine, command: Stage, now: float) -> Stage
 
     def copies() -> Iterator[tuple[int | None, StageCopy]]:
         for entry, size in zip(command.entries, sizes, strict=True):
-            total = num_bytes_of(staged.manifest[entry.index])
+            total = staged.manifest[entry.index].num_bytes
             data, is_last = buffer.view[entry.offset : entry.offset + size], entry.start + size == total
             start, replaces = None if size == total else entry.start, entry.replaces and not entry.start
             copy = machine.stage(command.session_id, entry.index, data, start, replaces=replaces)
@@ -123,8 +119,3 @@ def job_from_tensors(
             yield index_of[name], machine.stage(session_id, index_of[name], tensor)
 
     return StageJob(machine, session_id, copies(), None)
-
-
-def num_bytes_of(info: TensorInfo) -> int:
-    """Bytes of the tensor in the manifest's dtype."""
-    return num_elements(info.shape) * ELEMENT_BYTES[info.dtype]

@@ -3,43 +3,65 @@
 Owns the open session's jobs, its pending commit and the hold on generation. The rules of the transaction, and the
 memory's part in it, are `headrace.weights.session`.
 
-A shadow session holds generation only to commit. An in-place session holds it from the first staged byte to its end.
-Before a hold begins the requests in flight are treated as the session asks (`in_flight`). While generation is paused
-the hold begins at once: nothing can drain then, so "drain" treats what the pause kept as "keep" does.
+    IDLE ---begin--> FILLING                    IDLE ---from disk--> LOOKING ---manifest--> FILLING
+    FILLING ---a hold is needed--> DRAINING (if that is the policy) ---nothing runs--> HOLDING
+    any ---commit, abort, expiry--> IDLE
+
+A shadow session needs a hold only to commit. An in-place session needs it from the first staged byte to its end. Before
+a hold begins the requests in flight are treated as the session asks (`in_flight`). While generation is paused the hold
+begins at once: nothing can drain then, so "drain" treats what the pause kept as "keep" does.
 """
 
 from __future__ import annotations
 
+import enum
 import logging
 import time
 from collections import deque
+from collections.abc import Generator
 from pathlib import Path
 
 import msgspec
 
 from headrace.core.executor import Executor
-from headrace.core.faults import FAULTS
+from headrace.core.faults import FAULTS, failure
 from headrace.core.outbox import Outbox
 from headrace.core.pausing import PauseControl
-from headrace.core.staging import StageJob, job_from_buffer, job_from_tensors, num_bytes_of
+from headrace.core.staging import StageJob, job_from_buffer, job_from_tensors
 from headrace.core.stepping import Stepper
 from headrace.scheduler import Scheduler
 from headrace.types.errors import (
     DeadlineError,
     HeadraceError,
-    InternalError,
     NeedsWeightsError,
     PoisonedError,
     UpdateConflictError,
 )
 from headrace.types.messages import NO_DEADLINE, BeginUpdate, CommitUpdate, Stage, UpdateBegun, UpdateFromDisk
 from headrace.types.weights import InFlight, TensorInfo, UpdateReport
-from headrace.weights.session import UpdateSession, WeightMachine
+from headrace.weights.session import OpenUpdate, WeightMachine
 
 logger = logging.getLogger(__name__)
 
 _COMMIT_LOOK_S = 0.0002
 """Between two looks at a commit under way, where somebody waits for its end."""
+
+
+class Phase(enum.Enum):
+    """What an update has come to."""
+
+    IDLE = "there is none"
+    LOOKING = "a folder is looked through, and no session is open yet"
+    FILLING = "a session is open: tensors are staged beside running steps, or are waited for"
+    DRAINING = "what has started runs to its end, and nothing new starts"
+    HOLDING = "no step runs: tensors are staged in place, or the commit is done"
+
+
+class _Call(msgspec.Struct, frozen=True):
+    """Who waits for the weights to be live."""
+
+    call_id: int
+    deadline: float
 
 
 class _Hold(msgspec.Struct):
@@ -71,15 +93,24 @@ class UpdateControl:
         self._stepper = stepper
         self._outbox = outbox
         self._pause = pause
-        self._jobs: deque[StageJob] = deque()
         self.live_stamp = 0
+        self._looking: tuple[_Call, Generator[None]] | None = None  # through a folder, for this call
         self._opening_call = 0  # that opened the session: whoever gives it up has no session
-        self._commit_call: int | None = None
-        self._commit_deadline = NO_DEADLINE
+        self._jobs: deque[StageJob] = deque()
+        self._commit: _Call | None = None
         self._hold: _Hold | None = None
         self._steps_at_first_stage: int | None = None
 
     # What the step loop and readers of weights ask. `live_stamp` is another number after live memory was written.
+
+    @property
+    def phase(self) -> Phase:
+        session = self.machine.session
+        if session is None:
+            return Phase.IDLE if self._looking is None else Phase.LOOKING
+        if self._hold is not None:
+            return Phase.HOLDING
+        return Phase.DRAINING if self._needs_hold(session) and self._policy(session) == "drain" else Phase.FILLING
 
     def check_readable(self) -> None:
         """`UpdateConflictError` while live weights are being written: nobody could say what was read."""
@@ -104,7 +135,7 @@ class UpdateControl:
     @property
     def is_draining(self) -> bool:
         """Started requests run to their end before the hold begins; no new one starts."""
-        return self._wants_hold() and self._hold is None and self._policy() == "drain"
+        return self.phase is Phase.DRAINING
 
     def refusal(self) -> HeadraceError | None:
         """What every request is answered with until a complete update lands; None while weights are whole."""
@@ -120,6 +151,7 @@ class UpdateControl:
 
     def begin(self, command: BeginUpdate, now: float) -> UpdateBegun:
         """Open a session for a manifest that is right as a whole."""
+        self._check_idle()
         session = self._open(command, command.manifest, command.timeout_s, now)
         self._opening_call = command.call_id
         return UpdateBegun(session.session_id, session.mode)
@@ -137,7 +169,7 @@ class UpdateControl:
         session.touch(now)
         if not self._jobs:
             session.staged.check_complete()
-        self._commit_call, self._commit_deadline = command.call_id, command.deadline
+        self._commit = _Call(command.call_id, command.deadline)
 
     def abort(self, session_id: int | None) -> None:
         """Drop the session, or with None whichever is open, and answer whatever waits for it."""
@@ -145,29 +177,28 @@ class UpdateControl:
         session = self.machine.session if session_id is None else self.machine.require(session_id)
         if session is not None:
             self._abort(UpdateConflictError(f"session {session.session_id} was aborted"))
+        self._stop_looking(UpdateConflictError("the update was aborted"))
 
     def give_up(self, call_id: int, error: HeadraceError) -> None:
-        """Leave nothing of a call that stages, commits, or opened the session."""
+        """Leave nothing of a call that reads a folder, stages, commits, or opened the session."""
         self._finish_commit()
+        if self._looking is not None and call_id == self._looking[0].call_id:
+            self._stop_looking(error)
         for job in [job for job in self._jobs if job.call_id == call_id]:
             self._drop_job(job, error)
-        if self.machine.session is not None and call_id in (self._commit_call, self._opening_call):
+        commit_call = None if self._commit is None else self._commit.call_id
+        if self.machine.session is not None and call_id in (commit_call, self._opening_call):
             self._abort(error)
 
     def from_disk(self, command: UpdateFromDisk, now: float) -> None:
         """A whole session over a checkpoint folder; answered when the weights are live."""
-        root = Path(command.root) if command.root else None
-        manifest, tensors = self._executor.checkpoint(Path(command.path), root)
-        session = self._open(command, tuple(manifest), command.deadline - now, now)
-        job = job_from_tensors(self.machine, session.session_id, tensors, Path(command.path))
-        self._jobs.append(job)
-        self._commit_call, self._commit_deadline = command.call_id, command.deadline
-        self._note_stage()
+        self._check_idle()
+        self._looking = _Call(command.call_id, command.deadline), self._look_through(command, now)
 
     def check_resume(self) -> None:
         """`UpdateConflictError` while live weights are half overwritten: resuming could not mean anything yet."""
         session = self.machine.session
-        if session is not None and session.has_written and self._commit_call is None:
+        if session is not None and session.has_written and self._commit is None:
             missing = session.staged.missing()
             named = f"; not staged yet: {', '.join(missing[:8])}" if missing else ""
             message = f"session {session.session_id} is open and writes in place{named}"
@@ -175,6 +206,7 @@ class UpdateControl:
 
     def lose_weights(self, seed: int) -> None:
         """Overwrite live weights with noise. Every request is answered; none is served until an update lands."""
+        self._check_idle()
         self.machine.lose()
         self.live_stamp += 1
         self._stepper.settle()
@@ -184,31 +216,34 @@ class UpdateControl:
     # Between steps.
 
     def advance(self, budget_s: float, now: float) -> bool:
-        """Move staged bytes for about `budget_s` seconds, or begin the hold, or commit. True when it did something."""
+        """Look through a folder or move staged bytes for about `budget_s` seconds, or begin the hold, or commit. True
+        when it did something."""
         session = self.machine.session
         if session is None:
-            return False
-        if self._commit_call is not None and not self._jobs and not self._is_complete(session, self._commit_call):
+            return self._looking is not None and self._look(self._looking[1], budget_s)
+        if self._commit is not None and not self._jobs and not self._is_complete(session, self._commit):
             return True
-        if self._wants_hold() and self._hold is None and not self._begin_hold():
+        if self.phase is not Phase.HOLDING and self._needs_hold(session) and not self._begin_hold(session):
             return False
         if self._jobs:
-            self._advance_job(budget_s, now)
+            self._advance_job(self._jobs[0], budget_s, now)
             return True
-        if self._commit_call is not None:
-            self._commit(session, self._commit_call)
+        if self._commit is not None:
+            self._make_live(session, self._commit)
             return True
         return False
 
     def expire(self, now: float) -> None:
         """Undo what was not done by its deadline: a bucket is dropped; a commit, and its session, and one that nobody
         has touched for its time, are aborted."""
+        if self._looking is not None and now >= self._looking[0].deadline:
+            self._stop_looking(DeadlineError("weights were not live by the deadline; the folder is not read"))
         for job in [job for job in self._jobs if now >= job.deadline]:
             self._drop_job(job, DeadlineError("the bucket was not staged by its deadline; it is dropped"))
         session = self.machine.session
         if session is None or session.committing is not None:
             return
-        if self._commit_call is not None and now >= self._commit_deadline:
+        if self._commit is not None and now >= self._commit.deadline:
             message = f"weights were not live by the deadline; session {session.session_id} is aborted"
             self._abort(DeadlineError(message))
         elif now >= session.deadline:
@@ -217,10 +252,10 @@ class UpdateControl:
 
     @property
     def deadline(self) -> float | None:
-        """When something of the open session is undone."""
+        """When something of the update is undone."""
         if self.machine.session is None:
-            return None
-        commit = NO_DEADLINE if self._commit_call is None else self._commit_deadline
+            return None if self._looking is None else self._looking[0].deadline
+        commit = NO_DEADLINE if self._commit is None else self._commit.deadline
         return min(self.machine.session.deadline, commit, *(job.deadline for job in self._jobs))
 
     @property
@@ -236,12 +271,13 @@ class UpdateControl:
         self._jobs.clear()
 
     def end(self, reason: HeadraceError) -> None:
-        """Answer what waits for the session; weights stay as they are."""
+        """Answer what waits for an update; weights stay as they are."""
         self._finish_commit()
+        self._stop_looking(reason)
         waiting = [job.call_id for job in self._jobs if job.call_id is not None]
-        waiting += [self._commit_call] if self._commit_call is not None else []
+        waiting += [self._commit.call_id] if self._commit is not None else []
         self.close()
-        self._commit_call = None
+        self._commit = None
         for call_id in waiting:
             self._outbox.refuse(call_id, reason.info())
 
@@ -249,7 +285,7 @@ class UpdateControl:
 
     def _open(
         self, command: BeginUpdate | UpdateFromDisk, manifest: tuple[TensorInfo, ...], timeout_s: float, now: float
-    ) -> UpdateSession:
+    ) -> OpenUpdate:
         return self.machine.begin(
             command.version,
             manifest,
@@ -262,29 +298,57 @@ class UpdateControl:
 
     def _require_no_commit(self, session_id: int) -> None:
         self.machine.require(session_id)
-        if self._commit_call is not None:
+        if self._commit is not None:
             raise UpdateConflictError(f"session {session_id} is being committed", field="session_id")
+
+    def _check_idle(self) -> None:
+        self.machine.check_no_session()
+        if self._looking is not None:
+            raise UpdateConflictError("an update from a folder has begun; abort it first", field="session_id")
+
+    def _look_through(self, command: UpdateFromDisk, now: float) -> Generator[None]:
+        """Find out what a folder holds; then open a session for it, in which all of it is staged and committed."""
+        folder, root = Path(command.path), Path(command.root) if command.root else None
+        manifest, tensors = yield from self._executor.checkpoint(folder, root)
+        session = self._open(command, tuple(manifest), command.deadline - now, now)
+        self._jobs.append(job_from_tensors(self.machine, session.session_id, tensors, folder))
+        self._commit, self._looking = _Call(command.call_id, command.deadline), None
+        self._note_stage()
+
+    def _look(self, slices: Generator[None], budget_s: float) -> bool:
+        stop_at = time.perf_counter() + budget_s
+        try:
+            next(slices, None)
+            while self._looking is not None and time.perf_counter() < stop_at:
+                next(slices, None)
+        except HeadraceError as error:
+            self._stop_looking(error)
+        except FAULTS as fault:
+            self._executor.examine(fault)
+            self._stop_looking(failure("reading a folder", fault))
+        return True
+
+    def _stop_looking(self, reason: HeadraceError) -> None:
+        if self._looking is not None:
+            (call, slices), self._looking = self._looking, None
+            slices.close()
+            self._outbox.refuse(call.call_id, reason.info())
 
     def _note_stage(self) -> None:
         if self._steps_at_first_stage is None:
             self._steps_at_first_stage = self._stepper.num_completed
 
-    def _wants_hold(self) -> bool:
-        session = self.machine.session
-        if session is None:
-            return False
+    def _needs_hold(self, session: OpenUpdate) -> bool:
         if session.mode == "inplace":
-            return bool(self._jobs) or self._commit_call is not None
-        return self._commit_call is not None and not self._jobs
+            return bool(self._jobs) or self._commit is not None
+        return self._commit is not None and not self._jobs
 
-    def _policy(self) -> InFlight:
-        assert self.machine.session is not None
-        policy = self.machine.session.in_flight
-        return "keep" if policy == "drain" and self._pause.is_paused else policy
+    def _policy(self, session: OpenUpdate) -> InFlight:
+        return "keep" if session.in_flight == "drain" and self._pause.is_paused else session.in_flight
 
-    def _begin_hold(self) -> bool:
+    def _begin_hold(self, session: OpenUpdate) -> bool:
         """Stop generation as the policy says. False while requests still drain."""
-        policy = self._policy()
+        policy = self._policy(session)
         if policy == "drain" and self._scheduler.num_started:
             return False
         aborted = self._scheduler.abort(None, "Aborted by a weight update") if policy == "abort" else []
@@ -293,18 +357,17 @@ class UpdateControl:
         self._hold = _Hold(policy, time.perf_counter(), sum(delta.finish is not None for delta in aborted))
         return True
 
-    def _is_complete(self, session: UpdateSession, call_id: int) -> bool:
+    def _is_complete(self, session: OpenUpdate, commit: _Call) -> bool:
         """Whether the commit may go on; if not, its call is answered and the session stays open."""
         try:
             session.staged.check_complete()
         except HeadraceError as error:
-            self._commit_call = None
-            self._outbox.refuse(call_id, error.info())
+            self._commit = None
+            self._outbox.refuse(commit.call_id, error.info())
             return False
         return True
 
-    def _advance_job(self, budget_s: float, now: float) -> None:
-        job = self._jobs[0]
+    def _advance_job(self, job: StageJob, budget_s: float, now: float) -> None:
         try:
             if not job.advance(budget_s, now):
                 return
@@ -313,8 +376,7 @@ class UpdateControl:
             return
         except FAULTS as fault:
             self._executor.examine(fault)
-            logger.exception("staging failed")
-            self._fail_job(job, InternalError(f"staging failed: {type(fault).__name__}: {fault}"))
+            self._fail_job(job, failure("staging", fault))
             return
         self._jobs.popleft()
         job.close()
@@ -338,11 +400,11 @@ class UpdateControl:
         """What the device has begun cannot be undone, and takes no longer than a copy."""
         session = self.machine.session
         while session is not None and session.committing is not None and session is self.machine.session:
-            assert self._commit_call is not None
-            self._commit(session, self._commit_call)
+            assert self._commit is not None
+            self._make_live(session, self._commit)
             time.sleep(_COMMIT_LOOK_S)
 
-    def _commit(self, session: UpdateSession, call_id: int) -> None:
+    def _make_live(self, session: OpenUpdate, commit: _Call) -> None:
         """Begin the copy over live weights, or look whether it is done. Generation is held until then."""
         assert self._hold is not None
         hold = self._hold
@@ -355,25 +417,24 @@ class UpdateControl:
                 return
         except FAULTS as fault:
             self._executor.examine(fault)
-            logger.exception("a commit failed half-way")
-            self._abort(InternalError(f"the commit failed half-way: {type(fault).__name__}: {fault}"))
+            self._abort(failure("the commit", fault))
             return
         self._scheduler.set_weights(self.machine.version, self.machine.epoch)
         self.num_updates += 1
         self.last_pause_ms = (time.perf_counter() - hold.since) * 1000.0
-        self._commit_call = None
+        self._commit = None
         self._end_session()
         manifest = session.staged.manifest
         report = UpdateReport(
             version=session.version,
             epoch=self.machine.epoch,
             num_tensors=len(manifest),
-            num_bytes=sum(map(num_bytes_of, manifest)),
+            num_bytes=sum(info.num_bytes for info in manifest),
             mode=session.mode,
             pause_ms=self.last_pause_ms,
             num_aborted=hold.num_aborted,
         )
-        self._outbox.reply(call_id, report)
+        self._outbox.reply(commit.call_id, report)
         logger.debug("weights %r live, epoch %d", session.version, self.machine.epoch)
 
     def _abort(self, reason: HeadraceError, *, has_expired: bool = False) -> None:

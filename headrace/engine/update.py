@@ -14,7 +14,6 @@ import contextlib
 import inspect
 import logging
 import math
-import re
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
 from itertools import islice
 from types import NoneType
@@ -273,7 +272,7 @@ class Updater:
 
     def _fit_buckets(self, session: UpdateSession, num_bytes: int) -> None:
         """Buckets are as large as the largest update so far needs, up to BUCKET_BYTES."""
-        total = sum(aligned(_num_bytes(info)) for info in session.manifest)
+        total = sum(aligned(info.num_bytes) for info in session.manifest)
         wanted = max(min(total, BUCKET_BYTES), num_bytes, 1)
         if wanted > self._bucket_bytes:
             self._bucket_bytes = wanted
@@ -396,9 +395,3 @@ async def drive_async(script: Script[Result], run: Callable[[Coroutine[Any, Any,
             if inspect.getgeneratorstate(script) == inspect.GEN_CLOSED:
                 raise
             error = caught
-
-
-def _num_bytes(info: TensorInfo) -> int:
-    """Bytes of a tensor; dtype names say their width in bits (bfloat16, float32, ...)."""
-    width = re.search(r"\d+", info.dtype)
-    return math.prod(info.shape) * (int(width.group()) // 8 if width else 1)

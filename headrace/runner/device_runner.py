@@ -18,6 +18,8 @@ import torch
 
 from headrace import models
 from headrace.attention import AttentionShape, build_device_backend
+from headrace.attention.base import DeviceAttention
+from headrace.attention.groups import GroupedAttention
 from headrace.config import ResolvedConfig
 from headrace.kernels.cache import CompileCounter
 from headrace.kernels.paged_kv import KvGeometry, KvPool
@@ -139,10 +141,10 @@ class _Parts:
             kernels=device_kernels(engine.numerics, device, exact.products),
             counter=counter,
         )
-        (self._group,) = spec.kv_groups  # the words of a step are those of one
-        self._rotary = rope_tables(
-            self._group.rope, self._group.head_dim, resolved.context_length, weights.dtype, device
-        )
+        self._groups = [
+            (group, rope_tables(group.rope, group.head_dim, resolved.context_length, weights.dtype, device))
+            for group in spec.kv_groups
+        ]
         self.sampler = DeviceSampler(spec.vocab_size, max_rows, max_rows, device)
         self.buckets = Buckets(max_rows, self.max_tokens, engine.max_graph_tokens)
         self._hidden = torch.zeros(self.max_tokens, spec.hidden_size, dtype=weights.dtype, device=device)
@@ -150,24 +152,31 @@ class _Parts:
     def steps(self, resolved: ResolvedConfig, graphs: Graphs) -> StepRunner:
         """Everything else, over a pool of `resolved.num_pages`."""
         engine, max_rows = resolved.engine, resolved.engine.max_running_requests
-        geometry = KvGeometry.of_group(self._group, resolved.num_pages, engine.page_size)
-        pool = KvPool(geometry, getattr(torch, resolved.kv_dtype), self._device)
-        attention = build_device_backend(
-            resolved.attention_backend,
-            engine.numerics,
-            AttentionShape.of_group(self._group),
-            pool,
-            self._rotary,
-            self._dtype,
-            self.max_tokens,
-        )
-        sizes = StepSizes(self.max_tokens, max_rows, MAX_CELLS, RECORD_SIZE, attention.num_words)
+        attention = self._attention(resolved)
+        sizes = StepSizes(self.max_tokens, max_rows, MAX_CELLS, RECORD_SIZE, attention.metadata_size)
         buffer = StepBuffer(sizes, self._device, engine.overlap_depth + 2)
         tables = make_tables(buffer, max_rows, resolved.max_columns, self._device)
         launches = Launches(self._model, attention, self.sampler, buffer, tables, self._hidden)
         slots = SlotTable(max_rows, resolved.max_columns)
         table, exact = tables.page_table, self._exact
         return StepRunner(launches, attention, self.sampler, slots, buffer, self.buckets, graphs, table, exact)
+
+    def _attention(self, resolved: ResolvedConfig) -> DeviceAttention:
+        """A backend over a pool for each KV group."""
+        kv_dtype, page_size = getattr(torch, resolved.kv_dtype), resolved.engine.page_size
+        backends = [
+            build_device_backend(
+                resolved.attention_backend,
+                resolved.engine.numerics,
+                AttentionShape.of_group(group),
+                KvPool(KvGeometry.of_group(group, resolved.num_pages, page_size), kv_dtype, self._device),
+                rotary,
+                self._dtype,
+                self.max_tokens,
+            )
+            for group, rotary in self._groups
+        ]
+        return backends[0] if len(backends) == 1 else GroupedAttention(backends)
 
 
 def _size_pool(resolved: ResolvedConfig, parts: _Parts, free_at_start: int, has_graphs: bool) -> ResolvedConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -13,7 +14,14 @@ PauseMode = InFlight
 WeightState = Literal["ready", "updating", "poisoned", "needs_weights"]
 
 
-class TensorInfo(msgspec.Struct, frozen=True, array_like=True):
+ELEMENT_BYTES = {
+    **{"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "complex64": 8},
+    **{"int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint64": 8, "uint32": 4, "uint16": 2, "uint8": 1, "bool": 1},
+}
+"""The size of an element, of every dtype that a weight file may name."""
+
+
+class TensorInfo(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One tensor of a manifest: its Hugging Face name, shape, and dtype as in "float32" / "bfloat16" (no "torch.").
 
     `digest` is of the tensor's bytes in the engine's dtype, in lowercase hex: their SHA-256 (64 digits), or what
@@ -24,6 +32,11 @@ class TensorInfo(msgspec.Struct, frozen=True, array_like=True):
     shape: tuple[int, ...]
     dtype: str
     digest: str = ""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor, which is of a known dtype."""
+        return math.prod(self.shape) * ELEMENT_BYTES[self.dtype]
 
 
 MAX_TENSORS = 1 << 18

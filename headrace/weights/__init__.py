@@ -4,17 +4,17 @@ This module imports no torch; what holds tensors is in `headrace.weights.store` 
 """
 
 from headrace.weights.boxes import Box
-from headrace.weights.session import UpdateSession, WeightMachine
+from headrace.weights.session import OpenUpdate, WeightMachine
 from headrace.weights.shard import Shard
 from headrace.weights.weight_map import Derived, ParamSpec, Piece, WeightMap, WeightRule, whole_rows
 
 __all__ = [
     "Box",
     "Derived",
+    "OpenUpdate",
     "ParamSpec",
     "Piece",
     "Shard",
-    "UpdateSession",
     "WeightMachine",
     "WeightMap",
     "WeightRule",

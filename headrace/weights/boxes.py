@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import msgspec
@@ -24,7 +25,7 @@ class Box(msgspec.Struct, frozen=True):
     @property
     def num_elements(self) -> int:
         """Elements in it."""
-        return num_elements(self.shape)
+        return math.prod(self.shape)
 
     @property
     def slices(self) -> tuple[slice, ...]:
@@ -54,14 +55,6 @@ class Box(msgspec.Struct, frozen=True):
         return Box(tuple(mine - first for mine, first in zip(self.start, outer.start, strict=True)), self.shape)
 
 
-def num_elements(shape: Sequence[int]) -> int:
-    """The product of the sizes."""
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
 def find_overlap(boxes: Sequence[Box]) -> tuple[int, int] | None:
     """Two boxes of one array that share an element, as indices; None if no two do.
 
@@ -84,7 +77,7 @@ def boxes_of_range(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Bo
     if len(shape) == 1:
         yield Box((start,), (stop - start,))
         return
-    inner = num_elements(shape[1:])
+    inner = math.prod(shape[1:])
     while start < stop:
         row, within = divmod(start, inner)
         num_rows = (stop - start) // inner if within == 0 else 0

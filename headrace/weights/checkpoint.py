@@ -11,9 +11,10 @@ import json
 import os
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 import torch
@@ -24,8 +25,8 @@ from headrace.config.json_files import shown
 from headrace.types.errors import CheckpointError
 from headrace.types.weights import MAX_TENSOR_NAME, TensorInfo, shape_problem
 from headrace.weights.files import FileState, Folder, OpenFile, changed
-from headrace.weights.safetensors_file import read_tensors
-from headrace.weights.staging import TORCH_DTYPES, TensorData, info_of, unreadable
+from headrace.weights.safetensors_file import FileTensor, read_header
+from headrace.weights.staging import TensorData, info_of, unreadable
 from headrace.weights.store import WeightStore
 from headrace.weights.weight_map import is_derived
 
@@ -34,6 +35,9 @@ _STEMS = {"safetensors": ("model", ".safetensors"), "bin": ("pytorch_model", ".b
 _MAX_INDEX_BYTES = 32 << 20
 _MAX_PICKLE_BYTES = 8 << 20  # some 4 MB for 20,000 tensors
 _CLOCK_TICK_NS = 20_000_000
+_NAP_NS = 500_000
+
+Result = TypeVar("Result")
 
 
 class Checkpoint:
@@ -51,37 +55,67 @@ class Checkpoint:
         self._formats = tuple(_STEMS) if load_format == "auto" else (load_format,)
         self._folder = Folder(folder, root)
         self._states, self._files = self._look()
-        age = time.time_ns() - max(state.changed_ns for state in self._states.values())
-        if 0 <= age < _CLOCK_TICK_NS:  # another write within the same tick of the file system's clock would not show
-            time.sleep((_CLOCK_TICK_NS - age) * 1e-9)
-            self._require_unchanged()
+        self._headers: dict[str, dict[str, tuple[TensorInfo, int]]] = {}  # of safetensors files, once they were read
 
     def manifest(self) -> list[TensorInfo]:
         """What `tensors` yields, in the same order; of safetensors only headers are read."""
-        return [info_of(name, data) for path in self._files for name, data in self._file_tensors(path)]
+        return _finished(self.manifest_in_slices())
+
+    def manifest_in_slices(self) -> Generator[None, None, list[TensorInfo]]:
+        """As `manifest`, resting after a millisecond or so; a `.bin` file is read in one go."""
+        yield from self._settled()
+        manifest: list[TensorInfo] = []
+        for file_name in self._files:
+            with self._opened(file_name) as file:
+                found = yield from self._found(file)
+                manifest += [info_of(name, data) for name, data in found]
+            yield
+        return manifest
 
     def tensors(self) -> Iterator[tuple[str, TensorData]]:
         """(HF name, tensor) of every tensor, file by file, each to be copied before the next is asked for. It ends well
         only if no file has changed since the folder was opened."""
+        _finished(self._settled())
         self._require_unchanged()
-        for path in self._files:
-            yield from self._file_tensors(path)
+        for file_name in self._files:
+            with self._opened(file_name) as file:
+                for name, data in _finished(self._found(file)):
+                    yield name, data
+                    self._require_state(file)
         self._require_unchanged()
 
-    def _file_tensors(self, file_name: str) -> Iterator[tuple[str, TensorData]]:
-        """The tensors of one file that are wanted. One that was yielded has been read when the next is asked for."""
+    def _settled(self) -> Generator[None, None, None]:
+        """Wait until no other write can come within the tick of the file system's clock that the last one was in, and
+        would not show."""
+        changed_ns = max(state.changed_ns for state in self._states.values())
+        while 0 <= (age := time.time_ns() - changed_ns) < _CLOCK_TICK_NS:
+            time.sleep(min(_CLOCK_TICK_NS - age, _NAP_NS) * 1e-9)
+            yield
+
+    @contextmanager
+    def _opened(self, file_name: str) -> Iterator[OpenFile]:
+        """A file, which is and stays as it was."""
         try:
             with self._folder.open(file_name) or self._gone(file_name) as file:
                 self._require_state(file)
-                found: Mapping[str, TensorData]
-                found = read_tensors(file) if file.path.suffix == ".safetensors" else _read_bin(file)
-                self._require_state(file)
-                for name in _wanted(file.path, list(found), self._files[file_name]):
-                    yield name, found[name]
-                    self._require_state(file)
+                yield file
         except CheckpointError:  # a file half written looks broken
             self._require_unchanged()
             raise
+
+    def _found(self, file: OpenFile) -> Generator[None, None, Iterator[tuple[str, TensorData]]]:
+        """The tensors of one file that are wanted. A header is read once."""
+        names = self._files[file.path.name]
+        if file.path.suffix != ".safetensors":
+            tensors = _read_bin(file)
+            self._require_state(file)
+            return ((name, tensors[name]) for name in _wanted(file.path, tensors, names))
+        header = self._headers.get(file.path.name)
+        if header is None:
+            header = yield from read_header(file)
+            self._require_state(file)
+            self._headers[file.path.name] = header
+        return ((name, FileTensor(file, *header[name])) for name in _wanted(file.path, header, names))
 
     def _require_state(self, file: OpenFile) -> None:
         if file.state() != self._states[file.path.name]:
@@ -145,7 +179,7 @@ def save_checkpoint(store: WeightStore, folder: Path, *, max_shard_bytes: int = 
         written.append(folder / file_name)
         weight_map |= dict.fromkeys(names, file_name)
     if len(shards) > 1:
-        total_size = sum(_num_bytes(store, name) for name in weight_map)
+        total_size = sum(store.info(name).num_bytes for name in weight_map)
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         written.append(folder / "model.safetensors.index.json")
         partial = folder / ".model.safetensors.index.json.partial"
@@ -158,18 +192,13 @@ def _shards(store: WeightStore, max_shard_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     used = 0
     for name in store.weight_map.rules_by_name:
-        size = _num_bytes(store, name)
+        size = store.info(name).num_bytes
         if shards[-1] and used + size > max_shard_bytes:
             shards.append([])
             used = 0
         shards[-1].append(name)
         used += size
     return shards
-
-
-def _num_bytes(store: WeightStore, name: str) -> int:
-    info = store.info(name)
-    return torch.Size(info.shape).numel() * TORCH_DTYPES[info.dtype].itemsize
 
 
 class _Index(msgspec.Struct):
@@ -199,17 +228,28 @@ def _read_index(index: OpenFile) -> dict[str, list[str]]:
     expected_suffix = Path(path.name.removesuffix(".index.json")).suffix
     names_of: dict[str, list[str]] = {}
     for name, file_name in weight_map.items():
+        names_of.setdefault(file_name, []).append(name)
+    for file_name, names in names_of.items():
         # A path here could name any file of the machine.
         if file_name in ("", ".", "..") or Path(file_name).name != file_name or "\0" in file_name:
-            message = f"{path}: {name} is said to be in {file_name!r}, which is not a file name"
+            message = f"{path}: {names[0]} is said to be in {file_name!r}, which is not a file name"
             raise CheckpointError(message, field=path.name)
         if Path(file_name).suffix != expected_suffix:
             raise CheckpointError(f"{path} names {file_name}, which is not a {expected_suffix} file", field=path.name)
-        names_of.setdefault(file_name, []).append(name)
     return names_of
 
 
-def _wanted(path: Path, present: list[str], names: list[str] | None) -> list[str]:
+def _finished(slices: Generator[None, None, Result]) -> Result:
+    """What slices return, without a rest between them."""
+    while True:
+        try:
+            next(slices)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+
+
+def _wanted(path: Path, present: Collection[str], names: list[str] | None) -> list[str]:
     """The names to take from a file that holds `present`."""
     absent = sorted(set(names or ()) - set(present))
     if absent:

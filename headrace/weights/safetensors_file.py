@@ -5,34 +5,39 @@ Owns the format. Must not know folders, parameters or sessions.
 
 from __future__ import annotations
 
+import math
 import struct
-from typing import Any
+from collections.abc import Generator
 
 import msgspec
 import torch
 
 from headrace.config.json_bounds import MODEL_FILE, excess
 from headrace.types.errors import CheckpointError
-from headrace.types.weights import MAX_TENSOR_NAME, TensorInfo, shape_problem
-from headrace.weights.boxes import num_elements
+from headrace.types.weights import ELEMENT_BYTES, MAX_TENSOR_NAME, TensorInfo, shape_problem
 from headrace.weights.files import OpenFile
 from headrace.weights.staging import TORCH_DTYPES, bytes_of
 
 _MAX_HEADER_BYTES = 32 << 20  # some 3 MB for 20,000 tensors
 _LENGTH = struct.Struct("<Q")
 _DTYPES = {
-    "F64": ("float64", 8), "F32": ("float32", 4), "BF16": ("bfloat16", 2), "F16": ("float16", 2),
-    "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1), "C64": ("complex64", 8), "BOOL": ("bool", 1),
-    "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1),
-    "U64": ("uint64", 8), "U32": ("uint32", 4), "U16": ("uint16", 2), "U8": ("uint8", 1),
+    "F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16", "C64": "complex64", "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
 }  # fmt: skip
-"""Name and size of the format's dtypes; of others the name in the file is all that is known."""
+"""The format's dtypes; of others the name in the file is all that is known."""
+
+ENTRIES_PER_SLICE = 256
+"""Tensors of a header that are checked at once, about a millisecond's worth."""
 
 
-class _Entry(msgspec.Struct):
+class _Entry(msgspec.Struct, gc=False):
     dtype: str
     shape: tuple[int, ...]
     data_offsets: tuple[int, int]
+
+
+_HEADER, _ENTRY = msgspec.json.Decoder(dict[str, msgspec.Raw]), msgspec.json.Decoder(_Entry)
 
 
 class FileTensor:
@@ -46,7 +51,7 @@ class FileTensor:
     @property
     def num_elements(self) -> int:
         """Elements of the whole tensor."""
-        return num_elements(self.info.shape)
+        return math.prod(self.info.shape)
 
     def copy(self, part: slice, destination: torch.Tensor) -> None:
         """Write these elements, converted, into `destination`, which is flat. `CheckpointError` if the file has changed
@@ -62,8 +67,9 @@ class FileTensor:
         destination.copy_(block)
 
 
-def read_tensors(file: OpenFile) -> dict[str, FileTensor]:
-    """The tensors of a file, in the order of their data. `CheckpointError` unless header and size fit as a whole."""
+def read_header(file: OpenFile) -> Generator[None, None, dict[str, tuple[TensorInfo, int]]]:
+    """The tensors of a file, in the order of their data, each with its byte in the file: told at the end, after resting
+    now and then. `CheckpointError` unless header and size fit as a whole."""
     try:
         size = file.state().size
         (length,) = _LENGTH.unpack(file.read(0, min(size, _LENGTH.size)))
@@ -74,18 +80,24 @@ def read_tensors(file: OpenFile) -> dict[str, FileTensor]:
         too_much = excess(header, MODEL_FILE)
         if too_much is not None:
             raise ValueError(f"its header has {too_much} or more")
-        found: dict[str, Any] = msgspec.json.decode(header, type=dict[str, Any])
+        found = _HEADER.decode(header)
         found.pop("__metadata__", None)
-        entries = msgspec.convert(found, dict[str, _Entry])
-        return _laid_out(file, entries, data_start, size)
+        entries: dict[str, _Entry] = {}
+        for name, raw in found.items():
+            entries[name] = _ENTRY.decode(raw)
+            if len(entries) % ENTRIES_PER_SLICE == 0:
+                yield
+        return (yield from _laid_out(entries, data_start, size))
     except (ValueError, struct.error, RecursionError, msgspec.MsgspecError) as error:
         message = f"{file.path} is not a whole safetensors file: {error}"
         raise CheckpointError(message, field=file.path.name) from None
 
 
-def _laid_out(file: OpenFile, entries: dict[str, _Entry], data_start: int, size: int) -> dict[str, FileTensor]:
+def _laid_out(
+    entries: dict[str, _Entry], data_start: int, size: int
+) -> Generator[None, None, dict[str, tuple[TensorInfo, int]]]:
     """Every byte of the data belongs to one tensor, whose shape and dtype it fits. Raises `ValueError`."""
-    tensors: dict[str, FileTensor] = {}
+    tensors: dict[str, tuple[TensorInfo, int]] = {}
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         if len(name) > MAX_TENSOR_NAME:
@@ -94,13 +106,15 @@ def _laid_out(file: OpenFile, entries: dict[str, _Entry], data_start: int, size:
         if problem:
             raise ValueError(f"{name} {problem}")
         first, last = entry.data_offsets
-        dtype, element_size = _DTYPES.get(entry.dtype, (entry.dtype, None))
+        info = TensorInfo(name, entry.shape, _DTYPES.get(entry.dtype, entry.dtype))
         if first != end or not first <= last <= size:
             raise ValueError(f"{name} begins at byte {first}, the tensor before it ends at {end}")
-        if element_size and num_elements(entry.shape) * element_size != last - first:
+        if info.dtype in ELEMENT_BYTES and info.num_bytes != last - first:
             raise ValueError(f"{name} of shape {list(entry.shape)} has {last - first} bytes")
-        tensors[name] = FileTensor(file, TensorInfo(name, entry.shape, dtype), data_start + first)
+        tensors[name] = info, data_start + first
         end = last
+        if len(tensors) % ENTRIES_PER_SLICE == 0:
+            yield
     if data_start + end != size:
         raise ValueError(f"its tensors end at byte {data_start + end}, the file has {size}")
     return tensors

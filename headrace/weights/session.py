@@ -108,9 +108,9 @@ class StagedSet:
         raise WeightUpdateError(f"not staged: {shown}", field=names[0])
 
 
-class UpdateSession:
-    """One open update. `has_written` is True once live memory may have changed: in place, and in a commit; `committing`
-    is that of one under way."""
+class OpenUpdate:
+    """One open update, as the core has it. `has_written` is True once live memory may have changed: in place, and in a
+    commit; `committing` is that of one under way."""
 
     def __init__(
         self,
@@ -168,7 +168,7 @@ class WeightMachine:
         self._memory = memory
         self.version = version
         self.epoch = epoch
-        self.session: UpdateSession | None = None
+        self.session: OpenUpdate | None = None
         self._resting: WeightState = "ready" if has_weights else "needs_weights"
         self._num_sessions = num_sessions
         self._last_end: tuple[int, HeadraceError] | None = None
@@ -209,21 +209,21 @@ class WeightMachine:
         timeout_s: float,
         in_flight: InFlight = "drain",
         partial: bool = False,
-    ) -> UpdateSession:
+    ) -> OpenUpdate:
         """Open a session for a manifest that is right as a whole. Session ids are never reused.
 
         Raises `UpdateConflictError` if a session is open; `WeightUpdateError` for arguments that are wrong, a partial
         update of weights that are not whole, and what the memory refuses.
         """
         check_version(version)
-        self._check_no_session()
+        self.check_no_session()
         if partial and self._resting != "ready":
             raise WeightUpdateError(f"weights are {self._resting}: only a complete update is accepted", field="partial")
         if not timeout_s > 0:
             raise WeightUpdateError(f"timeout_s must be positive, got {timeout_s}", field="timeout_s")
         resolved = self._memory.begin(manifest, mode, partial)
         self._num_sessions += 1
-        self.session = UpdateSession(
+        self.session = OpenUpdate(
             self._num_sessions,
             version,
             manifest,
@@ -236,7 +236,7 @@ class WeightMachine:
         )
         return self.session
 
-    def require(self, session_id: int) -> UpdateSession:
+    def require(self, session_id: int) -> OpenUpdate:
         """The open session, if that is its id. Of the last one that ended, an error that says how; else
         `UpdateConflictError` saying which is open."""
         if self._last_end is not None and self._last_end[0] == session_id:
@@ -297,7 +297,7 @@ class WeightMachine:
         self._last_end = session_id, committed
         return True
 
-    def abort(self, session_id: int, reason: HeadraceError | None = None) -> UpdateSession:
+    def abort(self, session_id: int, reason: HeadraceError | None = None) -> OpenUpdate:
         """Drop the session: back to the state before it, or POISONED if it had written in place. `reason` is what who
         names the session later gets."""
         session = self.require(session_id)
@@ -315,10 +315,11 @@ class WeightMachine:
 
     def lose(self) -> None:
         """Live memory holds no weights any more (released, overwritten). `UpdateConflictError` in an open session."""
-        self._check_no_session()
+        self.check_no_session()
         self._resting = "needs_weights"
 
-    def _check_no_session(self) -> None:
+    def check_no_session(self) -> None:
+        """`UpdateConflictError` while one is open."""
         if self.session:
             message = f"session {self.session.session_id} is open; commit or abort it first"
             raise UpdateConflictError(message, field="session_id")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
@@ -20,7 +20,6 @@ import torch
 
 from headrace.types.errors import WeightUpdateError
 from headrace.types.weights import TensorInfo
-from headrace.weights.boxes import num_elements
 from headrace.weights.position_sum import PositionSum
 from headrace.weights.region import Region
 
@@ -44,7 +43,7 @@ def bytes_of(tensor: torch.Tensor) -> Bytes:
 
 def row_blocks(shape: tuple[int, ...], element_size: int, block_bytes: int = BLOCK_BYTES) -> Iterator[slice]:
     """Slices of axis 0 that cover it in order, each of about `block_bytes`."""
-    row_bytes = num_elements(shape[1:]) * element_size
+    row_bytes = math.prod(shape[1:]) * element_size
     num_rows = max(1, block_bytes // max(1, row_bytes))
     for start in range(0, shape[0], num_rows):
         yield slice(start, min(start + num_rows, shape[0]))
@@ -121,7 +120,7 @@ class BytesSource:
         """`data` are all bytes of the tensor, or whole elements from byte `start` on; else `WeightUpdateError`."""
         self.info = info
         self._dtype = TORCH_DTYPES[info.dtype]
-        size, total = self._dtype.itemsize, num_elements(info.shape) * self._dtype.itemsize
+        size, total = self._dtype.itemsize, math.prod(info.shape) * self._dtype.itemsize
         if start is None and data.nbytes != total:
             raise WeightUpdateError(f"{info.name} has {data.nbytes} bytes, expected {total}", field=info.name)
         start = start or 0
@@ -175,18 +174,20 @@ def source_of(info: TensorInfo, data: memoryview | TensorData, start: int | None
 
 
 class Arrival:
-    """A tensor on its way in: where it goes, how many of its elements are there, and their digests if they are wanted:
-    `hasher`'s SHA-256 of the bytes, `total` as live weights have it.
+    """A tensor on its way in: where it goes, how many of its elements are there, and what is reckoned of them block by
+    block: `hasher`'s SHA-256 of the bytes, and `sums`, each of what is in one region at the same place.
 
     `destination` is live memory if `is_live`.
     """
 
-    def __init__(self, destination: Region, *, is_live: bool, hashes: bool, total: PositionSum | None) -> None:
+    def __init__(
+        self, destination: Region, sums: Sequence[tuple[Region, PositionSum]], *, is_live: bool, hashes: bool
+    ) -> None:
         self.destination = destination
         self.is_live = is_live
         self.num_elements = 0
         self.hasher = hashlib.sha256() if hashes else None
-        self.total = total
+        self.sums = sums
 
     @property
     def is_whole(self) -> bool:
@@ -315,8 +316,8 @@ class StageWork:
             self._arrival.hasher.update(bytes_of(block).data)
         self.has_written |= self._arrival.is_live
         self._destination.put(place, block)
-        if self._arrival.total:
-            self._arrival.total.add(self._destination.read(place), place.start)
+        for region, total in self._arrival.sums:
+            total.add(region.read(place), place.start)
 
     def _finish(self) -> None:
         self._source = None

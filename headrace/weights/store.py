@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -16,7 +17,6 @@ import torch
 from headrace.config.machine import available_memory
 from headrace.types.errors import CheckpointError, InternalError, NotFoundError, UpdateConflictError, WeightUpdateError
 from headrace.types.weights import TensorInfo, UpdateMode
-from headrace.weights.boxes import num_elements
 from headrace.weights.position_sum import DIGEST_LENGTH, PositionKeys, PositionSum
 from headrace.weights.region import Region
 from headrace.weights.session import ResolvedMode
@@ -179,7 +179,7 @@ class WeightStore:
             region = self._region(name)
             key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator(self.device).manual_seed(int.from_bytes(key[:8], "little") >> 1)
-            row_size = num_elements(rule.shape[1:])
+            row_size = math.prod(rule.shape[1:])
             for rows in row_blocks(rule.shape, 4, _FILL_BYTES[self.device.type]):
                 part = slice(rows.start * row_size, rows.stop * row_size)
                 values = torch.empty(part.stop - part.start, dtype=torch.float32, device=self.device)
@@ -261,19 +261,24 @@ class WeightStore:
         destination = self._destination(transaction, info.name)
         is_live = transaction.mode == "inplace" and info.name not in self.weight_map.aliases
         is_summed = info.name in transaction.plan.compared or len(info.digest) == DIGEST_LENGTH
-        total = PositionSum(self._sum_keys()) if is_summed else None
-        return Arrival(destination, is_live=is_live, hashes=len(info.digest) > DIGEST_LENGTH, total=total)
+        summed = [destination] if is_summed else []
+        if self._tied_live(transaction, info.name):  # owns no memory: its destination is scratch
+            summed.append(self._region(info.name))
+        sums = [(region, PositionSum(self._sum_keys())) for region in summed]
+        return Arrival(destination, sums, is_live=is_live, hashes=len(info.digest) > DIGEST_LENGTH)
+
+    def _tied_live(self, transaction: Transaction, name: str) -> str:
+        """What `name` has to equal as it is live, since it is not sent as well; else ""."""
+        target = self.weight_map.aliases.get(name, "")
+        return "" if target in transaction.plan.names else target
 
     def _arrived(self, transaction: Transaction, index: int, info: TensorInfo, arrival: Arrival) -> None:
         if not arrival.is_whole:
             transaction.arrivals[index] = arrival
             return
-        target = self.weight_map.aliases.get(info.name)
-        if target and target not in transaction.plan.names and target not in transaction.totals:
-            total, region = PositionSum(self._sum_keys()), self._region(target)
-            for part in _sum_blocks(region):
-                total.add(region.read(part), part.start)
-            transaction.totals[target] = total.hexdigest()
+        target = self._tied_live(transaction, info.name)
+        if target:
+            transaction.totals[target] = arrival.sums[-1][1].hexdigest()
         transaction.finish(info, arrival)
 
     def _require_finite(self, name: str, written: torch.Tensor) -> None:

@@ -33,7 +33,7 @@ class Transaction:
 
     def finish(self, info: TensorInfo, arrival: Arrival) -> None:
         """Check one whole tensor. `WeightUpdateError` naming it."""
-        total = arrival.total.hexdigest() if arrival.total else ""
+        total = arrival.sums[0][1].hexdigest() if arrival.sums else ""
         digest = arrival.hasher.hexdigest() if arrival.hasher else total
         if info.digest and digest != info.digest:
             raise WeightUpdateError(

@@ -6,6 +6,7 @@ tensors, files or sessions (no torch).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
@@ -13,7 +14,7 @@ import msgspec
 
 from headrace.types.errors import InternalError, WeightUpdateError
 from headrace.types.weights import TensorInfo
-from headrace.weights.boxes import Box, find_overlap, num_elements
+from headrace.weights.boxes import Box, find_overlap
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 """The dtypes a tensor may arrive in; it is converted to that of its parameter."""
@@ -188,7 +189,7 @@ class WeightMap:
     @property
     def num_elements(self) -> int:
         """Elements of all parameters together."""
-        return sum(num_elements(spec.shape) for spec in self.params.values())
+        return sum(math.prod(spec.shape) for spec in self.params.values())
 
     def rule_of(self, hf_name: str) -> WeightRule | None:
         """The rule of a tensor of this name, or of what it is tied to; None when the map has no such name."""
@@ -352,7 +353,7 @@ def _prove_partition(what: str, shape: tuple[int, ...], boxes: list[tuple[object
     if overlap is not None:
         first, second = (boxes[index] for index in overlap)
         _prove(False, "{} {}: {} of {} and {} of {} overlap", what, shape, first[1], first[0], second[1], second[0])
-    num_left = num_elements(shape) - sum(box.num_elements for _, box in boxes)
+    num_left = math.prod(shape) - sum(box.num_elements for _, box in boxes)
     _prove(num_left == 0, "{} {}: {} elements are not covered", what, shape, num_left)
 
 

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from headrace.core.executor import Weights
+from headrace.core.executor import CheckpointSlices, Weights
 from headrace.core.fake_executor import FreeWeights
 from headrace.core.faults import StepError
 from headrace.types.errors import CheckpointError
 from headrace.types.plan import LAST_TOKEN, PromptLogprobs, SamplePatch, SlotInit, StepPlan, StepResult
-from headrace.types.weights import TensorInfo
 from headrace.weights.session import Ticket
 
 PAGE_SIZE = 4
@@ -116,7 +114,7 @@ class RememberingExecutor:
     def counters(self) -> dict[str, float]:
         return {}
 
-    def checkpoint(self, folder: Path, root: Path | None) -> tuple[list[TensorInfo], Iterator[tuple[str, Any]]]:
+    def checkpoint(self, folder: Path, root: Path | None) -> CheckpointSlices:
         raise CheckpointError(f"{folder}: this executor has no weights", field="path")
 
     def close(self) -> None:

@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from headrace.core.executor import LocalExecutor
 from headrace.core.fake_executor import FreeExecutor
-from headrace.core.staging import num_bytes_of
 from headrace.ipc import SharedBuffer
 from headrace.types.messages import (
     AbortUpdate,
@@ -34,7 +34,6 @@ from headrace.types.messages import (
 )
 from headrace.types.weights import BufferEntry, BufferRef, InFlight, TensorInfo, UpdateReport
 from headrace.weights.boxes import Box
-from headrace.weights.checkpoint import Checkpoint
 from headrace.weights.staging import Enqueued
 from headrace.weights.store import WeightStore
 from headrace.weights.weight_map import ParamSpec, Piece, WeightMap, WeightRule, whole_rows
@@ -246,7 +245,7 @@ def test_a_second_session_is_refused_while_one_is_open() -> None:
     core = Core()
     session = core.begin(NEW)
     assert core.refused(BeginUpdate, "v2", manifest_of(NEW)).code == "UpdateConflictError"
-    assert core.refused(UpdateFromDisk, "/nowhere", "v2").code == "CheckpointError"
+    assert core.refused(UpdateFromDisk, "/nowhere", "v2").code == "UpdateConflictError"
     assert core.refused(CommitUpdate, session + 1).code == "UpdateConflictError"
     assert core.refused(AbortUpdate, session + 1).code == "UpdateConflictError"
     core.call(AbortUpdate, session)
@@ -415,7 +414,7 @@ def test_a_folder_that_is_refused_before_the_first_write_in_place_leaves_the_old
 
     class Changing(DiskExecutor):
         def checkpoint(self, folder: Path, root: Path | None) -> Any:
-            manifest, tensors = super().checkpoint(folder, root)
+            manifest, tensors = yield from super().checkpoint(folder, root)
 
             def changing() -> Iterator[tuple[str, Any]]:
                 yield from islice(tensors, 1)
@@ -449,7 +448,7 @@ def test_a_commit_that_fails_half_way_poisons_and_a_full_update_heals(monkeypatc
     with monkeypatch.context() as patched:
         patched.setattr(torch.Tensor, "copy_", failing_copy)
         error = core.refused(CommitUpdate, session)
-    assert "half-way" in error.message and "out of memory" in error.message
+    assert "the commit failed" in error.message and "out of memory" in error.message
     assert core.status().state == "poisoned"
     assert core.finish_types(1) == ["error"]
     session = core.begin(NEW)
@@ -646,7 +645,7 @@ def test_a_reader_of_a_bucket_lets_go_of_it() -> None:
     core = Core()
     session = core.begin(NEW)
     core.stage(session, NEW)
-    size = sum(num_bytes_of(info) for info in manifest_of(NEW))
+    size = sum(info.num_bytes for info in manifest_of(NEW))
     maps = Path("/proc/self/maps").read_text().count("memfd:headrace")
     core.buffer.close()
     with SharedBuffer.create(size) as fresh:
@@ -658,8 +657,7 @@ class DiskExecutor(FreeExecutor):
     """The free executor with a checkpoint reader."""
 
     def checkpoint(self, folder: Path, root: Path | None) -> Any:
-        checkpoint = Checkpoint(folder, root=root)
-        return checkpoint.manifest(), checkpoint.tensors()
+        return LocalExecutor.checkpoint(self, folder, root)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -691,7 +689,7 @@ class SlowDiskExecutor(DiskExecutor):
     core: Core
 
     def checkpoint(self, folder: Path, root: Path | None) -> Any:
-        manifest, tensors = super().checkpoint(folder, root)
+        manifest, tensors = yield from super().checkpoint(folder, root)
         return manifest, self._slowly(tensors)
 
     def _slowly(self, tensors: Any) -> Any:
@@ -709,8 +707,9 @@ def test_an_update_from_disk_does_not_outlive_its_caller(tmp_path: Path, mode: A
     core = executor.core = Core(executor)
     core.loop.replica.update.advance = _one_block(core.loop.replica.update.advance)  # type: ignore[method-assign]
     command = partial(UpdateFromDisk, path=str(tmp_path), version="disk", mode=mode, in_flight="keep")
-    disk = core.start(partial(command, deadline=core.clock.now + 25.0))
-    core.turn(2)
+    started_at = core.clock.now
+    disk = core.start(partial(command, deadline=started_at + 25.0))
+    core.until(lambda: core.clock.now > started_at)  # the first tensor is read
     assert disk not in core.link.replies
     if how == "given up":
         core.call(GiveUp, disk)

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from headrace.config import ModelSpec, ResolvedConfig, SettledConfig
+from headrace.core.executor import CheckpointSlices
 from headrace.core.fake_executor import FreeExecutor, FreeWeights
 from headrace.core.loop import CoreLoop
 from headrace.engine.client import CoreClient
@@ -198,8 +199,10 @@ class SlowExecutor(FreeExecutor):
         self._world.lose_time(3.0)
         return super().collect()
 
-    def checkpoint(self, folder: Path, root: Path | None) -> tuple[list[TensorInfo], Iterator[tuple[str, Any]]]:
-        self._world.lose_time(1.0)
+    def checkpoint(self, folder: Path, root: Path | None) -> CheckpointSlices:
+        for _ in range(2):
+            self._world.lose_time(0.5)
+            yield
         return INFOS, iter(TENSORS.items())
 
 

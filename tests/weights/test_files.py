@@ -127,6 +127,7 @@ def test_a_write_in_the_same_tick_of_the_clock_shows(tmp_path: Path) -> None:
     for number in range(20):
         save(tmp_path, number, sharded=False)
         checkpoint = Checkpoint(tmp_path)
+        checkpoint.manifest()
         content = (tmp_path / "model.safetensors").read_bytes()
         rewrite(tmp_path / "model.safetensors", content)
         with pytest.raises(CheckpointError, match="changed while it was read"):

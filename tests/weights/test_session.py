@@ -17,7 +17,7 @@ from headrace.types.errors import (
     WeightUpdateError,
 )
 from headrace.types.weights import TensorInfo, UpdateMode
-from headrace.weights import UpdateSession, WeightMachine
+from headrace.weights import OpenUpdate, WeightMachine
 from headrace.weights.session import ResolvedMode, Ticket
 from headrace.weights.store import WeightStore
 from tests.weights.tiny import Tensors, live_bits, make_map, make_store, make_tensors, manifest_of
@@ -36,7 +36,7 @@ def begin(
     return machine.begin(version, MANIFEST, mode, now=now, timeout_s=10.0, partial=partial).session_id
 
 
-def expire(machine: WeightMachine, now: float) -> UpdateSession | None:
+def expire(machine: WeightMachine, now: float) -> OpenUpdate | None:
     """What a core does with a session that nobody has touched in time."""
     session = machine.session
     return machine.abort(session.session_id, session.expired()) if session and now >= session.deadline else None
