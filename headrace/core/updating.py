@@ -43,8 +43,7 @@ from headrace.weights.session import OpenUpdate, WeightMachine
 
 logger = logging.getLogger(__name__)
 
-_COMMIT_LOOK_S = 0.0002
-"""Between two looks at a commit under way, where somebody waits for its end."""
+_LOOK_S = 0.0002  # between two looks at a commit under way, where somebody waits for its end
 
 
 class Phase(enum.Enum):
@@ -398,11 +397,10 @@ class UpdateControl:
 
     def _finish_commit(self) -> None:
         """What the device has begun cannot be undone, and takes no longer than a copy."""
-        session = self.machine.session
-        while session is not None and session.committing is not None and session is self.machine.session:
+        while (session := self.machine.session) is not None and session.committing is not None:
             assert self._commit is not None
             self._make_live(session, self._commit)
-            time.sleep(_COMMIT_LOOK_S)
+            time.sleep(_LOOK_S)
 
     def _make_live(self, session: OpenUpdate, commit: _Call) -> None:
         """Begin the copy over live weights, or look whether it is done. Generation is held until then."""
@@ -424,22 +422,13 @@ class UpdateControl:
         self.last_pause_ms = (time.perf_counter() - hold.since) * 1000.0
         self._commit = None
         self._end_session()
-        manifest = session.staged.manifest
-        report = UpdateReport(
-            version=session.version,
-            epoch=self.machine.epoch,
-            num_tensors=len(manifest),
-            num_bytes=sum(info.num_bytes for info in manifest),
-            mode=session.mode,
-            pause_ms=self.last_pause_ms,
-            num_aborted=hold.num_aborted,
-        )
-        self._outbox.reply(commit.call_id, report)
+        sizes = [info.num_bytes for info in session.staged.manifest]
+        figures = len(sizes), sum(sizes), session.mode, self.last_pause_ms, hold.num_aborted
+        self._outbox.reply(commit.call_id, UpdateReport(session.version, self.machine.epoch, *figures))
         logger.debug("weights %r live, epoch %d", session.version, self.machine.epoch)
 
     def _abort(self, reason: HeadraceError, *, has_expired: bool = False) -> None:
-        """End the open session without a commit; waiting calls are answered with `reason`, and later ones of a session
-        that `has_expired`."""
+        """End the open session without a commit; its calls get `reason`, and so do later ones if it `has_expired`."""
         assert self.machine.session is not None
         self.live_stamp += self.machine.session.has_written
         self.machine.abort(self.machine.session.session_id, reason if has_expired else None)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from headrace.config import ResolvedConfig
-from headrace.core.executor import Weights
+from headrace.core.executor import CheckpointSlices, Weights
 from headrace.core.faults import DeviceLost
 from headrace.types.errors import WeightUpdateError
 from headrace.types.plan import PlanRefused, SamplePatch, StepPlan, StepResult
@@ -214,7 +214,7 @@ class RankExecutor:
     def counters(self) -> dict[str, float]:
         return self._rank.counters()
 
-    def checkpoint(self, folder: Path, root: Path | None) -> tuple[list[TensorInfo], Iterator[tuple[str, Any]]]:
+    def checkpoint(self, folder: Path, root: Path | None) -> CheckpointSlices:
         return self._rank.checkpoint(folder, root)
 
     def close(self) -> None:
