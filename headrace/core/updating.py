@@ -30,23 +30,18 @@ from headrace.core.pausing import PauseControl
 from headrace.core.staging import StageJob, job_from_buffer, job_from_tensors
 from headrace.core.stepping import Stepper
 from headrace.scheduler import Scheduler
-from headrace.types.errors import (
-    DeadlineError,
-    HeadraceError,
-    NeedsWeightsError,
-    PoisonedError,
-    UpdateConflictError,
-)
+from headrace.types.errors import DeadlineError, HeadraceError, NeedsWeightsError, PoisonedError, UpdateConflictError
 from headrace.types.messages import NO_DEADLINE, BeginUpdate, CommitUpdate, Stage, UpdateBegun, UpdateFromDisk
-from headrace.types.weights import InFlight, TensorInfo, UpdateReport
+from headrace.types.weights import InFlight, TensorInfo
 from headrace.weights.session import OpenUpdate, WeightMachine
 
 logger = logging.getLogger(__name__)
 
-_LOOK_S = 0.0002  # between two looks at a commit under way, where somebody waits for its end
+_COMMIT_LOOK_S = 0.0002
+"""Between two looks at a commit under way, where somebody waits for its end."""
 
 
-class Phase(enum.Enum):
+class UpdatePhase(enum.Enum):
     """What an update has come to."""
 
     IDLE = "there is none"
@@ -103,13 +98,14 @@ class UpdateControl:
     # What the step loop and readers of weights ask. `live_stamp` is another number after live memory was written.
 
     @property
-    def phase(self) -> Phase:
+    def phase(self) -> UpdatePhase:
         session = self.machine.session
         if session is None:
-            return Phase.IDLE if self._looking is None else Phase.LOOKING
+            return UpdatePhase.IDLE if self._looking is None else UpdatePhase.LOOKING
         if self._hold is not None:
-            return Phase.HOLDING
-        return Phase.DRAINING if self._needs_hold(session) and self._policy(session) == "drain" else Phase.FILLING
+            return UpdatePhase.HOLDING
+        drains = self._needs_hold(session) and self._policy(session) == "drain"
+        return UpdatePhase.DRAINING if drains else UpdatePhase.FILLING
 
     def check_readable(self) -> None:
         """`UpdateConflictError` while live weights are being written: nobody could say what was read."""
@@ -134,7 +130,7 @@ class UpdateControl:
     @property
     def is_draining(self) -> bool:
         """Started requests run to their end before the hold begins; no new one starts."""
-        return self.phase is Phase.DRAINING
+        return self.phase is UpdatePhase.DRAINING
 
     def refusal(self) -> HeadraceError | None:
         """What every request is answered with until a complete update lands; None while weights are whole."""
@@ -222,7 +218,7 @@ class UpdateControl:
             return self._looking is not None and self._look(self._looking[1], budget_s)
         if self._commit is not None and not self._jobs and not self._is_complete(session, self._commit):
             return True
-        if self.phase is not Phase.HOLDING and self._needs_hold(session) and not self._begin_hold(session):
+        if self.phase is not UpdatePhase.HOLDING and self._needs_hold(session) and not self._begin_hold(session):
             return False
         if self._jobs:
             self._advance_job(self._jobs[0], budget_s, now)
@@ -243,8 +239,9 @@ class UpdateControl:
         if session is None or session.committing is not None:
             return
         if self._commit is not None and now >= self._commit.deadline:
-            message = f"weights were not live by the deadline; session {session.session_id} is aborted"
-            self._abort(DeadlineError(message))
+            self._abort(
+                DeadlineError(f"weights were not live by the deadline; session {session.session_id} is aborted")
+            )
         elif now >= session.deadline:
             logger.warning("session %d outlived its %g s", session.session_id, session.timeout_s)
             self._abort(session.expired(), has_expired=True)
@@ -317,9 +314,10 @@ class UpdateControl:
     def _look(self, slices: Generator[None], budget_s: float) -> bool:
         stop_at = time.perf_counter() + budget_s
         try:
-            next(slices, None)
-            while self._looking is not None and time.perf_counter() < stop_at:
+            while self._looking is not None:
                 next(slices, None)
+                if time.perf_counter() >= stop_at:
+                    break
         except HeadraceError as error:
             self._stop_looking(error)
         except FAULTS as fault:
@@ -400,7 +398,7 @@ class UpdateControl:
         while (session := self.machine.session) is not None and session.committing is not None:
             assert self._commit is not None
             self._make_live(session, self._commit)
-            time.sleep(_LOOK_S)
+            time.sleep(_COMMIT_LOOK_S)
 
     def _make_live(self, session: OpenUpdate, commit: _Call) -> None:
         """Begin the copy over live weights, or look whether it is done. Generation is held until then."""
@@ -422,13 +420,13 @@ class UpdateControl:
         self.last_pause_ms = (time.perf_counter() - hold.since) * 1000.0
         self._commit = None
         self._end_session()
-        sizes = [info.num_bytes for info in session.staged.manifest]
-        figures = len(sizes), sum(sizes), session.mode, self.last_pause_ms, hold.num_aborted
-        self._outbox.reply(commit.call_id, UpdateReport(session.version, self.machine.epoch, *figures))
+        report = session.report(self.machine.epoch, self.last_pause_ms, hold.num_aborted)
+        self._outbox.reply(commit.call_id, report)
         logger.debug("weights %r live, epoch %d", session.version, self.machine.epoch)
 
     def _abort(self, reason: HeadraceError, *, has_expired: bool = False) -> None:
-        """End the open session without a commit; its calls get `reason`, and so do later ones if it `has_expired`."""
+        """End the open session without a commit; waiting calls are answered with `reason`, and later ones of a session
+        that `has_expired`."""
         assert self.machine.session is not None
         self.live_stamp += self.machine.session.has_written
         self.machine.abort(self.machine.session.session_id, reason if has_expired else None)

@@ -17,7 +17,7 @@ from headrace.types.weights import BufferEntry
 _ALIGNMENT = 64
 
 
-class Bucket:
+class UploadBuffer:
     """A shared buffer being filled with tensors and pieces of tensors."""
 
     def __init__(self, buffer: SharedBuffer) -> None:
@@ -51,15 +51,15 @@ class Filling:
         self.session_id = session_id
         self.is_over = False
         self.uploads: list[asyncio.Task[None]] = []
-        self._buckets: deque[Bucket] = deque()  # one at most; whoever pops it owns it, in whatever thread
+        self._buckets: deque[UploadBuffer] = deque()  # one at most; whoever pops it owns it, in whatever thread
 
-    def take(self) -> Bucket | None:
+    def take(self) -> UploadBuffer | None:
         """Whoever gets the bucket owns it."""
         with contextlib.suppress(IndexError):
             return self._buckets.pop()
         return None
 
-    def put(self, bucket: Bucket) -> None:
+    def put(self, bucket: UploadBuffer) -> None:
         """The bucket to be filled on."""
         self._buckets.append(bucket)
 

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from headrace.engine.buckets import Bucket, Filling, aligned
+from headrace.engine.buckets import Filling, UploadBuffer, aligned
 from headrace.engine.calls import outlast
 from headrace.engine.client import CoreClient
 from headrace.engine.tensors import HeldTensors, NamedTensors, TensorBytes, describe, named_pairs
@@ -95,7 +95,7 @@ class Updater:
     def __init__(self, client: CoreClient, loop: asyncio.AbstractEventLoop) -> None:
         self._client = client
         self._loop = loop
-        self._free: list[Bucket] = []
+        self._free: list[UploadBuffer] = []
         self._num_buckets = 0
         self._bucket_bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()  # uploads, and aborts that nobody awaits
@@ -246,7 +246,7 @@ class Updater:
             self._give_back(bucket)
         self._freed.set()  # one that waits for a bucket finds out
 
-    async def _free_bucket(self, session: UpdateSession, num_bytes: int, filling: Filling) -> Bucket:
+    async def _free_bucket(self, session: UpdateSession, num_bytes: int, filling: Filling) -> UploadBuffer:
         self._raise_failures(filling)
         self._fit_buckets(session, num_bytes)
         try:
@@ -258,7 +258,7 @@ class Updater:
         if self._free:
             return self._free.pop()
         try:
-            bucket = Bucket(SharedBuffer.create(self._bucket_bytes))
+            bucket = UploadBuffer(SharedBuffer.create(self._bucket_bytes))
         except OSError as error:
             raise UnavailableError(f"no shared memory to send tensors in: {error}", field="named_tensors") from None
         self._num_buckets += 1
@@ -291,7 +291,7 @@ class Updater:
             self._tasks.add(upload)
             filling.uploads.append(upload)
 
-    async def _upload(self, session: UpdateSession, bucket: Bucket) -> None:
+    async def _upload(self, session: UpdateSession, bucket: UploadBuffer) -> None:
         session_id, ref, entries = session.session_id, bucket.buffer.ref, tuple(bucket.entries)
         await self._client.call(lambda call_id: Stage(call_id, session_id, ref, entries), NoneType)
 
@@ -314,14 +314,14 @@ class Updater:
                 raise error
         filling.check()
 
-    def _uploaded(self, upload: asyncio.Task[None], bucket: Bucket) -> None:
+    def _uploaded(self, upload: asyncio.Task[None], bucket: UploadBuffer) -> None:
         """Whatever came of it, also if it was cancelled before it began, the core reads the buffer no more."""
         self._tasks.discard(upload)
         if not upload.cancelled():
             upload.exception()  # looked at: of a script that is over nobody else does
         self._give_back(bucket)
 
-    def _give_back(self, bucket: Bucket) -> None:
+    def _give_back(self, bucket: UploadBuffer) -> None:
         bucket.clear()
         if bucket.buffer.ref.size >= self._bucket_bytes:
             self._free.append(bucket)

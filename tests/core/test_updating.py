@@ -556,7 +556,7 @@ def test_a_commit_that_fails_under_way_poisons_and_a_full_update_heals(mode: str
     core, store, _, call = begin_late_commit(mode)
     store.ticket.num_looks_needed, store.ticket.fault = 0, RuntimeError("a rank did not take it")
     core.until(lambda: call in core.link.replies)
-    assert "did not take it" in core.error(call).message and core.status().state == "poisoned"
+    assert "the commit failed" in core.error(call).message and core.status().state == "poisoned"
     session = core.begin(NEW, "v2", mode=mode)
     core.stage(session, NEW)
     call = core.start(CommitUpdate, session)

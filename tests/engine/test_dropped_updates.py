@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from headrace import AsyncEngine, DeadlineError, Engine, ShutdownError, UpdateConflictError
-from headrace.engine.buckets import Bucket, Filling
+from headrace.engine.buckets import Filling, UploadBuffer
 from headrace.engine.update import UpdateSession
 from headrace.ipc import SharedBuffer
 from tests.engine.builders import SETTINGS, model_of, named_tensors, save_model
@@ -144,7 +144,7 @@ def test_a_script_that_outlives_its_engine_leaves_no_bucket(model_folder: Path) 
 def test_a_bucket_is_not_taken_from_whoever_writes_to_it() -> None:
     """He finds out after that, and the bucket can be taken then."""
     filling = Filling(1)
-    filling.put(Bucket(SharedBuffer.create(64)))
+    filling.put(UploadBuffer(SharedBuffer.create(64)))
 
     class Data(bytes):
         def copy_into(self, _: object) -> None:
