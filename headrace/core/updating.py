@@ -395,8 +395,7 @@ class UpdateControl:
 
     def _finish_commit(self) -> None:
         """What the device has begun cannot be undone, and takes no longer than a copy."""
-        session = self.machine.session
-        while session is not None and session.committing is not None and session is self.machine.session:
+        while (session := self.machine.session) is not None and session.committing is not None:
             assert self._commit is not None
             self._make_live(session, self._commit)
             time.sleep(_COMMIT_LOOK_S)

