@@ -252,7 +252,7 @@ def idle_share(spans: list[Span]) -> float:
 _MODULE_CLASSES = (
     (re.compile(r"attention"), "attention"),
     (re.compile(r"linear|products"), "GEMM"),
-    (re.compile(r"sampl|threshold|shaped|top_rows|slot_records"), "sampling"),
+    (re.compile(r"sampl|threshold|logits_processors|top_rows|slot_params"), "sampling"),
     (re.compile(r"row_operations|norm|rope"), "norm, rope, store"),
 )
 _NAME_CLASSES = (

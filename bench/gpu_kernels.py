@@ -26,6 +26,7 @@ from gpu_attention import Paged
 from gpu_timing import BF16, DEVICE, FLOAT8, Table, num_copies, relative_error, time_us
 
 from headrace.kernels.triton import linear_rows, row_operations, sampling_rows, threshold_search, top_rows
+from headrace.kernels.triton.slot_params import DIVISOR, MIN_P, NUM_PARAMS, NUM_TOP, TEMPERATURE, TOP_K, TOP_P
 
 
 def rows(table: Table) -> None:
@@ -78,20 +79,22 @@ def sampling(table: Table) -> None:
     for num_rows, dtype in ((1, BF16), (256, BF16), (512, BF16), (512, torch.float32)):
         logits = (torch.randn(num_rows, vocab, device=DEVICE) * 3).to(dtype)
         slots = torch.arange(num_rows, dtype=torch.int32, device=DEVICE)
-        params = torch.zeros(num_rows, threshold_search.ROW_WORDS, device=DEVICE)
-        params[:, 0], params[:, 1], params[:, 5], params[:, 6] = 1.0, 1.0, 1.0, float("-inf")
+        params = torch.zeros(num_rows, NUM_PARAMS, device=DEVICE)
+        params[:, [TEMPERATURE.value, DIVISOR.value, TOP_P.value]] = 1.0
+        params[:, MIN_P.value] = float("-inf")
         seeds = torch.randint(0, 2**31, (num_rows, 2), dtype=torch.int32, device=DEVICE)
         workspace = sampling_rows.SamplingWorkspace.make(num_rows, vocab, DEVICE)
         tokens, logprobs = torch.zeros_like(slots), torch.zeros(num_rows, device=DEVICE)
-        floors, scratch = torch.zeros(num_rows, device=DEVICE), threshold_search.threshold_scratch(num_rows, DEVICE)
+        thresholds = torch.zeros(num_rows, device=DEVICE)
+        scratch = threshold_search.threshold_scratch(num_rows, DEVICE)
 
-        def call(floor: torch.Tensor | None = None) -> None:
+        def call() -> None:
             sampling_rows.sample_rows(
-                logits, slots, slots, params, seeds, floor, workspace, tokens, logprobs, None  # noqa: B023
+                logits, slots, slots, params, seeds, None, workspace, tokens, logprobs, None  # noqa: B023
             )  # fmt: skip
 
         def search() -> None:
-            threshold_search.find_thresholds(logits, params, slots, scratch, floors)  # noqa: B023
+            threshold_search.find_thresholds(logits, params, slots, scratch, thresholds)  # noqa: B023
 
         call()
         expected = torch.log_softmax(logits.double(), -1).gather(1, tokens.long()[:, None])[:, 0]
@@ -101,15 +104,15 @@ def sampling(table: Table) -> None:
         for num_top in (5, 20, 100):
             _time_top(table, rows, num_top, label)
         for name, top_k, top_p in (("top_k 50 top_p 0.95", 50, 0.95), ("top_p 0.95", 0, 0.95), ("top_k 50", 50, 1.0)):
-            params[:, 4], params[:, 5] = top_k, top_p
+            params[:, TOP_K.value], params[:, TOP_P.value] = top_k, top_p
             search()
-            error = _kept_error(logits, floors, params)
+            error = _threshold_error(logits, thresholds, params)
             table.add(f"thresholds {name}, {label}", time_us(search), logits.nbytes, 0, error)
 
 
 def _time_top(table: Table, rows: top_rows.SampledRows, num_top: int, label: str) -> None:
     """The most probable ids of rows just sampled; the error is the share of wrong log-probabilities."""
-    rows.slot_params[:, 3] = num_top
+    rows.slot_params[:, NUM_TOP.value] = num_top
     out = torch.zeros(len(rows.slots_S), 2 * num_top, dtype=torch.int32, device=DEVICE)
     microseconds = time_us(lambda: top_rows.top_rows(rows, out, num_top))
     expected = torch.log_softmax(rows.logits_SV.float(), -1).topk(num_top).values
@@ -118,19 +121,19 @@ def _time_top(table: Table, rows: top_rows.SampledRows, num_top: int, label: str
     table.add(f"top {num_top}, {label}", microseconds, rows.logits_SV.nbytes, 0, error)
 
 
-def _kept_error(logits: torch.Tensor, floors: torch.Tensor, params: torch.Tensor) -> float:
-    """Share of four rows whose kept set has a length other than a sort's (equal logits kept together)."""
+def _threshold_error(logits: torch.Tensor, thresholds: torch.Tensor, params: torch.Tensor) -> float:
+    """Share of four rows of which another number of tokens is left than by a sort (equal logits stay together)."""
     wrong = 0
     for row in range(min(4, len(logits))):
         values = logits[row].double().sort(descending=True).values
-        top_k, top_p = int(params[row, 4]), float(params[row, 5])
+        top_k, top_p = int(params[row, TOP_K.value]), float(params[row, TOP_P.value])
         if top_k:
             values = values[values >= values[top_k - 1]]
         if top_p < 1.0:
             masses = torch.softmax(values, 0).cumsum(0)
             values = values[values >= values[int(torch.searchsorted(masses, top_p))]]
-        kept = int((logits[row].float() >= floors[row]).sum())
-        wrong += abs(kept - len(values)) > max(2, len(values) // 10000)  # a sum's last bit may move a flat tail's edge
+        left = int((logits[row].float() >= thresholds[row]).sum())
+        wrong += abs(left - len(values)) > max(2, len(values) // 10000)  # a sum's last bit may move a flat tail's edge
     return wrong / min(4, len(logits))
 
 

@@ -7,6 +7,7 @@ Owns the set of cases and the recipes of their checkpoints, and asks the engine 
 runs on both sides of any renaming inside. Nothing recorded depends on time: requests are handed over behind a pause,
 each with a priority of its own, so the plans are the same in every run. Both runs need the same machine, torch and
 transformers; the file names them. The package is that of the script's own tree: copy it into a tree that lacks it.
+A case that is younger than the record is named and not run.
 """
 
 from __future__ import annotations
@@ -98,11 +99,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Llama",
         {**SMALL, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     ),
+    "qwen3-experts": (
+        "Qwen3Moe",
+        {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "mlp_only_layers": [0]},
+    ),
+    "mixtral-experts": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
 }
-"""Family and what differs from `SIZES`. The "small" ones are for Triton's interpreter."""
+"""Family and what differs from `SIZES`. The "small" ones are for Triton's interpreter; "experts" came later."""
 
 FACTORS: dict[str, tuple[Any, ...]] = {
-    "model": tuple(name for name in MODELS if "small" not in name),
+    "model": tuple(name for name in MODELS if "small" not in name and "experts" not in name),
     "kernels": ("fast", "invariant", "reference"),
     "dtype": ("float32", "bfloat16"),
     "page_size": (4, 1, 16),
@@ -117,8 +123,14 @@ FURTHER: tuple[dict[str, Any], ...] = (
     {"model": "qwen3-wide", "kernels": "invariant", "dtype": "bfloat16", "num_threads": 2, "overlap_depth": 1},
     {"model": "llama-mha-llama3-tied", "kernels": "fast", "dtype": "float16", "page_size": 64},
     {"model": "qwen3-gqa-biases", "kernels": "invariant", "dtype": "float16", "page_size": 64, "overlap_depth": 3},
+    *(
+        {"model": model, "kernels": kernels, "dtype": dtype, "page_size": 4, "max_num_batched_tokens": 24}
+        for model in ("qwen3-experts", "mixtral-experts")
+        for kernels in ("fast", "invariant", "reference")
+        for dtype in ("float32", "bfloat16")
+    ),
 )
-"""What is too slow, or too rare, to be a factor."""
+"""What is too slow, or too rare, to be a factor, or would change which values of older ones occur together."""
 KERNELS = {
     "fast": {"attention_backend": "cpu", "numerics": "fast"},
     "invariant": {"attention_backend": "cpu", "numerics": "invariant"},
@@ -502,6 +514,10 @@ def main(words: Sequence[str] | None = None) -> int:
     if not cases:
         parser.error(f"no case is named like {options.only!r}")
     before = json.loads(options.file.read_text()) if options.action == "compare" else None
+    if before is not None:
+        new = [case.name for case in cases if case.name not in before["cases"]]
+        cases = [case for case in cases if case.name not in new]
+        print("\n".join(f"not in the record: {name}" for name in new), file=sys.stderr)
     found = {"environment": environment(), "cases": run_cases(cases, options.checkpoints)}
     num_values = sum(1 for _ in flatten(found, ""))
     if before is None:

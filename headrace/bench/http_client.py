@@ -16,10 +16,12 @@ from typing import Any
 import msgspec
 
 from headrace.bench.http_wire import connect, post, read_body
-from headrace.bench.overhead import MAX_WARM_UP_SECONDS, STOP_TOKEN_ID, output_lengths, unique_prompt
+
+STOP_TOKEN_ID = 0
+MAX_WARM_UP_SECONDS = 1.5
 
 
-class Settings(msgspec.Struct, frozen=True):
+class SteadyLoad(msgspec.Struct, frozen=True):
     """What to send, and for how long to count."""
 
     port: int
@@ -52,15 +54,29 @@ class Counter:
         self.num_requests = 0
 
 
-async def count(settings: Settings) -> dict[str, Any]:
-    """Run the load; returns what came within `settings.seconds` after a warm-up."""
+def output_lengths(mean: int) -> Iterator[int]:
+    """Lengths around `mean`, so spread that requests which start together do not end together."""
+    index = 0
+    while True:
+        index += 1
+        yield max(1, mean // 2 + index * 7919 % mean)
+
+
+def unique_prompt(number: int, length: int) -> list[int]:
+    """Prompt `number`: its first two tokens are its own, so that no page of it is shared."""
+    head = [1 + number % 16000, 1 + number // 16000]
+    return [*head, *(1 + (number + position) % 16000 for position in range(length - 2))]
+
+
+async def count(load: SteadyLoad) -> dict[str, Any]:
+    """Run the load; returns what came within `load.seconds` after a warm-up."""
     counter = Counter()
-    lengths = output_lengths(settings.output_length)
-    tasks = [asyncio.create_task(_client(settings, number, lengths, counter)) for number in range(settings.concurrency)]
+    lengths = output_lengths(load.output_length)
+    tasks = [asyncio.create_task(_client(load, number, lengths, counter)) for number in range(load.concurrency)]
     try:
-        await _sleep(min(MAX_WARM_UP_SECONDS, settings.seconds), tasks)
+        await _sleep(min(MAX_WARM_UP_SECONDS, load.seconds), tasks)
         start, num_tokens, num_requests = time.perf_counter(), counter.num_tokens, counter.num_requests
-        await _sleep(settings.seconds, tasks)
+        await _sleep(load.seconds, tasks)
         return {
             "seconds": time.perf_counter() - start,
             "num_tokens": counter.num_tokens - num_tokens,
@@ -79,26 +95,26 @@ async def _sleep(seconds: float, tasks: list[asyncio.Task[None]]) -> None:
         task.result()
 
 
-async def _client(settings: Settings, number: int, lengths: Iterator[int], counter: Counter) -> None:
-    reader, writer = await connect(settings.port)
+async def _client(load: SteadyLoad, number: int, lengths: Iterator[int], counter: Counter) -> None:
+    reader, writer = await connect(load.port)
     try:
         while True:
             length = next(lengths)
-            writer.write(_request(settings, unique_prompt(number, settings.prompt_length), length))
-            number += settings.concurrency
+            writer.write(_request(load, unique_prompt(number, load.prompt_length), length))
+            number += load.concurrency
             body = await read_body(reader)
-            counter.num_tokens += _num_tokens(body, length, settings.stream)
+            counter.num_tokens += _num_tokens(body, length, load.stream)
             counter.num_requests += 1
     finally:
         writer.close()
 
 
-def _request(settings: Settings, prompt: list[int], length: int) -> bytes:
+def _request(load: SteadyLoad, prompt: list[int], length: int) -> bytes:
     body = {
         "input_ids": prompt,
         "sampling_params": {"max_new_tokens": length, "stop_token_ids": [STOP_TOKEN_ID]},
         "return_logprob": True,
-        "stream": settings.stream,
+        "stream": load.stream,
         "incremental_streaming_output": True,
     }
     return post("/generate", body)
@@ -116,4 +132,4 @@ def _num_tokens(body: bytes, length: int, stream: bool) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(count(msgspec.json.decode(sys.argv[1], type=Settings)))), flush=True)
+    print(json.dumps(asyncio.run(count(msgspec.json.decode(sys.argv[1], type=SteadyLoad)))), flush=True)

@@ -7,10 +7,27 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from typing import Any
+
+import msgspec
+
+from headrace.types.errors import InternalError
 
 _MAX_BODY_BYTES = 1 << 26
 _SHOWN_BYTES = 300
+TAIL_CHARACTERS = 600
+"""Of what a process that failed wrote last."""
+
+
+def run_client(module: str, what: msgspec.Struct) -> str:
+    """The last line that `python -m headrace.bench.{module}` prints for a load, given as JSON."""
+    command = [sys.executable, "-m", f"headrace.bench.{module}", msgspec.json.encode(what).decode()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise InternalError(f"the HTTP client failed: {done.stderr.strip()[-TAIL_CHARACTERS:]}")
+    return done.stdout.splitlines()[-1]
 
 
 async def connect(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from headrace.bench.http_client import MAX_WARM_UP_SECONDS, STOP_TOKEN_ID, SteadyLoad, output_lengths, unique_prompt
+from headrace.bench.http_wire import run_client
 from headrace.bench.models import write_config
 from headrace.engine import AsyncEngine, GenerateItem
 from headrace.types.errors import InternalError
@@ -28,8 +28,6 @@ from headrace.types.sampling_params import SamplingParams
 
 STEP_MICROSECONDS = 200.0
 TOKEN_MICROSECONDS = 4.0
-STOP_TOKEN_ID = 0
-MAX_WARM_UP_SECONDS = 1.5
 _FILL_SECONDS = 120.0
 _NEARLY = 0.95
 
@@ -70,20 +68,6 @@ def run_overhead(options: OverheadOptions, on_progress: Callable[[str], None] = 
             on_progress(f"{options.http_concurrency} requests at once over HTTP")
             report.update(_measure_http(options, folder))
         return report
-
-
-def output_lengths(mean: int) -> Iterator[int]:
-    """Lengths around `mean`, so spread that requests which start together do not end together."""
-    index = 0
-    while True:
-        index += 1
-        yield max(1, mean // 2 + index * 7919 % mean)
-
-
-def unique_prompt(number: int, length: int) -> list[int]:
-    """Prompt `number`: its first two tokens are its own, so that no page of it is shared."""
-    head = [1 + number % 16000, 1 + number // 16000]
-    return [*head, *(1 + (number + position) % 16000 for position in range(length - 2))]
 
 
 def _start(options: OverheadOptions, folder: Path, num_running: int) -> AsyncEngine:
@@ -180,7 +164,15 @@ def _measure_http(options: OverheadOptions, folder: Path) -> dict[str, Any]:
     engine = _start(options, folder, options.http_concurrency)
     try:
         server = asyncio.run_coroutine_threadsafe(engine.serve(port=0), engine.loop).result()
-        counted = _run_client(options, server.port)
+        load = SteadyLoad(
+            port=server.port,
+            concurrency=options.http_concurrency,
+            prompt_length=options.prompt_length,
+            output_length=options.output_length,
+            seconds=options.seconds,
+            stream=options.stream,
+        )
+        counted = json.loads(run_client("http_client", load))
     finally:
         engine.close()
     return {
@@ -189,20 +181,3 @@ def _measure_http(options: OverheadOptions, folder: Path) -> dict[str, Any]:
         "http_concurrency": options.http_concurrency,
         "http_stream": options.stream,
     }
-
-
-def _run_client(options: OverheadOptions, port: int) -> dict[str, Any]:
-    settings = {
-        "port": port,
-        "concurrency": options.http_concurrency,
-        "prompt_length": options.prompt_length,
-        "output_length": options.output_length,
-        "seconds": options.seconds,
-        "stream": options.stream,
-    }
-    command = [sys.executable, "-m", "headrace.bench.http_client", json.dumps(settings)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise InternalError(f"the HTTP client failed: {done.stderr.strip()[-500:]}")
-    counted: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return counted

@@ -180,7 +180,7 @@ def scoring_plan(step_id: int, sequence: ScoredSequence, page_size: int) -> Step
 
 
 def _score(runner: Runner, step_id: int, sequence: ScoredSequence, page_size: int) -> Float32Array:
-    result = runner.execute(scoring_plan(step_id, sequence, page_size))
+    result = runner.launch(scoring_plan(step_id, sequence, page_size)).wait()
     logprobs = result.prompt_logprobs[0].logprobs
     if not len(logprobs) == len(sequence.token_ids) == len(sequence.logprobs):
         raise InternalError(f"{len(sequence.token_ids)} tokens were to be re-scored, {len(logprobs)} were")

@@ -22,6 +22,7 @@ import msgspec
 
 from headrace.bench.engine_setup import EngineSetup, Prepared, describe, flag_words, prepare
 from headrace.bench.http_load import Load, Loaded
+from headrace.bench.http_wire import TAIL_CHARACTERS, run_client
 from headrace.bench.offline import check_rescoring, measure, whole_settings, workload_report
 from headrace.bench.request_style import RequestStyle
 from headrace.bench.rescore import NUM_RESCORED, ScoredSequence, evenly_spaced, rescore
@@ -30,7 +31,6 @@ from headrace.types.errors import InternalError
 
 _STOP_SECONDS = 30.0
 _POLL_SECONDS = 0.05
-_TAIL_CHARACTERS = 600
 
 
 class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,12 +87,8 @@ def _measure_http(
     on_progress("starting the server")
     with _server(prepared.folder, settings, prepared.resolved.engine.start_timeout, scratch / "serve.log") as port:
         on_progress(f"{len(workload.prompts)} requests at once over HTTP")
-        what = msgspec.json.encode(msgspec.structs.replace(load, port=port)).decode()
-        command = [sys.executable, "-m", "headrace.bench.http_load", what]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise InternalError(f"the HTTP client failed: {done.stderr.strip()[-_TAIL_CHARACTERS:]}")
-    return msgspec.json.decode(done.stdout.splitlines()[-1], type=Loaded)
+        line = run_client("http_load", msgspec.structs.replace(load, port=port))
+    return msgspec.json.decode(line, type=Loaded)
 
 
 def _sequences(workload: Workload, loaded: Loaded) -> list[ScoredSequence]:
@@ -126,5 +122,5 @@ def _port(process: subprocess.Popen[bytes], log: Path, deadline: float) -> int:
             if line.startswith("{") and line.endswith("}") and (event := json.loads(line))["message"] == "serving":
                 return int(event["url"].rpartition(":")[2])
         if process.poll() is not None or time.monotonic() > deadline:
-            raise InternalError(f"the server did not start: {text.strip()[-_TAIL_CHARACTERS:]}")
+            raise InternalError(f"the server did not start: {text.strip()[-TAIL_CHARACTERS:]}")
         time.sleep(_POLL_SECONDS)

@@ -22,11 +22,11 @@ from typing import Any
 import msgspec
 
 from headrace.bench.engine_setup import EngineSetup, Prepared, describe, flag_words, prepare
+from headrace.bench.http_wire import TAIL_CHARACTERS
 from headrace.types.errors import InternalError
 
 _PROMPT = '{"input_ids": [1, 2, 3, 4]}\n'
 _PHASE = re.compile(r"\b([a-z][a-z_]*)(?:_s=([0-9.]+)| ([0-9.]+) s\b)")
-_TAIL_CHARACTERS = 600
 
 
 class StartOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,7 +36,7 @@ class StartOptions(msgspec.Struct, frozen=True, kw_only=True):
     runs: int = 3
 
 
-class Start(msgspec.Struct, frozen=True):
+class TimedStart(msgspec.Struct, frozen=True):
     """One start: seconds to the first token, and those of its phases."""
 
     seconds: float
@@ -68,7 +68,7 @@ def run_start(options: StartOptions, on_progress: Callable[[str], None] = lambda
         }
 
 
-def _start(prepared: Prepared, kernels: Path) -> Start:
+def _start(prepared: Prepared, kernels: Path) -> TimedStart:
     """Start once. Kernel libraries that know of no such folder are pointed to it by their own variable."""
     settings = {**prepared.settings, "kernel_cache": str(kernels)}
     command = [sys.executable, "-m", "headrace", "generate", str(prepared.folder), "--jsonl", "-", "--json"]
@@ -91,8 +91,8 @@ def _start(prepared: Prepared, kernels: Path) -> Start:
         log.seek(0)
         lines = log.read().splitlines()
     if process.returncode != 0 or '"token_ids"' not in answer:
-        raise InternalError(f"the process did not generate: {' '.join(lines)[-_TAIL_CHARACTERS:]}")
-    return Start(seconds, phases_of(lines))
+        raise InternalError(f"the process did not generate: {' '.join(lines)[-TAIL_CHARACTERS:]}")
+    return TimedStart(seconds, phases_of(lines))
 
 
 def phases_of(lines: Sequence[str]) -> dict[str, float]:

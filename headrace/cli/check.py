@@ -11,14 +11,16 @@ import argparse
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from headrace.cli.flags import add_flags, given
-from headrace.config import EngineConfig, ResolvedConfig, Software
+from headrace.config import EngineConfig, ModelSpec, ResolvedConfig, Software
 from headrace.config.devices import installed_software
+from headrace.config.layer_spec import ExpertsSpec
 from headrace.config.machine import available_memory
 from headrace.config.resolve import backend_refusal
 from headrace.types.weights import ELEMENT_BYTES
@@ -70,12 +72,19 @@ def build_report(resolved: ResolvedConfig, software: Software | None = None) -> 
     return {
         "model": {"folder": resolved.folder, **msgspec.to_builtins(resolved.model)},
         "kv_groups": msgspec.to_builtins(resolved.model.kv_groups),
+        "experts": _experts(resolved.model),
         "device": None if resolved.cuda is None else msgspec.to_builtins(resolved.cuda),
         "settings": settings,
         "explanations": [list(entry) for entry in resolved.explanations],
         "memory": _memory_plan(resolved),
         "attention": _attention(resolved, installed_software() if software is None else software),
     }
+
+
+def _experts(model: ModelSpec) -> list[dict[str, Any]]:
+    """The kinds of layers of experts, each with the number of its layers."""
+    kinds = Counter(layer.mlp for layer in model.layers if isinstance(layer.mlp, ExpertsSpec))
+    return [{"num_layers": count, **msgspec.to_builtins(kind)} for kind, count in kinds.items()]
 
 
 def _attention(resolved: ResolvedConfig, software: Software) -> dict[str, Any]:
@@ -92,7 +101,7 @@ def _attention(resolved: ResolvedConfig, software: Software) -> dict[str, Any]:
             head_dim=group.head_dim,
         )
     for name in attention.CAPABILITIES:
-        missing = backend_refusal(name, resolved.device, software)
+        missing = backend_refusal(name, resolved.model, resolved.device, software)
         if missing is not None:
             refused.setdefault(name, missing)
     choices = getattr(attention, "CHOICES", ()) if resolved.device == "cuda" else ()
@@ -113,8 +122,9 @@ def _memory_plan(resolved: ResolvedConfig) -> dict[str, int | bool]:
     from headrace.models import weight_map
 
     model, page_size = resolved.model, resolved.engine.page_size
-    num_parameters = sum(math.prod(param.shape) for param in weight_map(model).params.values())
-    weights = num_parameters * ELEMENT_BYTES[resolved.dtype]
+    params = weight_map(model).params.values()
+    num_parameters = sum(math.prod(param.shape) for param in params)
+    weights = sum(math.prod(param.shape) * ELEMENT_BYTES[param.dtype or resolved.dtype] for param in params)
     workspace = _workspace(resolved)
     available = available_memory() if resolved.cuda is None else resolved.cuda.total_bytes
     num_pages, is_estimate = resolved.num_pages, resolved.num_pages == 0
@@ -142,7 +152,7 @@ def _workspace(resolved: ResolvedConfig) -> int:
     """Float32 logits of every row, the widest activations of a full step and, on a device, int16 counts of tokens."""
     engine, model = resolved.engine, resolved.model
     qkv_width = max((group.num_heads + 2 * group.num_kv_heads) * group.head_dim for group in model.kv_groups)
-    width = 2 * max(layer.mlp.intermediate_size for layer in model.layers) + model.hidden_size + qkv_width
+    width = max(layer.mlp.widest(model.hidden_size) for layer in model.layers) + model.hidden_size + qkv_width
     activations = engine.max_num_batched_tokens * width * ELEMENT_BYTES[resolved.dtype]
     if resolved.device == "cuda":
         logits = engine.max_running_requests * model.vocab_size * _LOGITS_BYTES * _CUDA_LOGITS_COPIES

@@ -27,6 +27,9 @@ def _print_model(console: Console, report: dict[str, Any]) -> None:
         for group in report["kv_groups"]
     )
     console.print(f"{report['memory']['num_parameters']:,} parameters, {layers}, vocabulary {model['vocab_size']:,}")
+    for kind in report["experts"]:
+        picked = f"{kind['num_per_token']} of {kind['num_experts']} per token, {kind['intermediate_size']:,} wide"
+        console.print(f"experts: {picked}, in {kind['num_layers']} layers")
     ends = zip(model["eos_token_ids"], model["eos_sources"], strict=True)
     console.print("ends: " + (", ".join(f"{token} ({escape(source)})" for token, source in ends) or "no id"))
     if device is not None:

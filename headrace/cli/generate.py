@@ -32,7 +32,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _HALF_OF_PAIR = re.compile(rb"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])")
 
 
-class Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class PromptLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One line of a `--jsonl` file: text or token ids, and sampling parameters that win over the flags."""
 
     prompt: str | None = None
@@ -44,7 +44,7 @@ class Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Job(msgspec.Struct, frozen=True):
     """A prompt to run; `where` tells errors of it from those of others."""
 
-    prompt: Prompt
+    prompt: PromptLine
     params: SamplingParams
     where: str = ""
 
@@ -78,7 +78,7 @@ def _read_jobs(arguments: argparse.Namespace, sampling: dict[str, Any], stdin: T
         return _read_lines(arguments.jsonl, sampling, stdin)
     prompts = arguments.prompts or [_read_prompt(stdin)]
     names = [f"prompt {number}" for number in range(1, len(prompts) + 1)] if len(prompts) > 1 else [""]
-    return [Job(Prompt(prompt=text), params, name) for text, name in zip(prompts, names, strict=True)]
+    return [Job(PromptLine(prompt=text), params, name) for text, name in zip(prompts, names, strict=True)]
 
 
 def _read_prompt(stdin: TextIO) -> str:
@@ -107,9 +107,9 @@ def _read_lines(source: str, sampling: dict[str, Any], stdin: TextIO) -> list[Jo
     return jobs
 
 
-def _read_line(line: bytes) -> Prompt:
+def _read_line(line: bytes) -> PromptLine:
     try:
-        prompt = msgspec.json.decode(line, type=Prompt)
+        prompt = msgspec.json.decode(line, type=PromptLine)
     except RecursionError:
         raise RequestError("JSON is nested too deeply", field="jsonl") from None
     except UnicodeDecodeError as error:

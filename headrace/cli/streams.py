@@ -16,17 +16,17 @@ def watch_streams() -> None:
     on standard error, unless the user has said what becomes of it."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         sys.stdout.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = cast(TextIO, Answer(sys.stdout)), cast(TextIO, News(sys.stderr))
+    sys.stdout, sys.stderr = cast(TextIO, StandardOutput(sys.stdout)), cast(TextIO, StandardError(sys.stderr))
 
 
 def print_json(line: bytes) -> None:
     """A line of JSON, which is UTF-8 whatever the encoding of standard output."""
-    if isinstance(sys.stdout, (Answer, io.TextIOWrapper)):
+    if isinstance(sys.stdout, (StandardOutput, io.TextIOWrapper)):
         sys.stdout.reconfigure(encoding="utf-8")
     print(line.decode(), flush=True)
 
 
-class Answer:
+class StandardOutput:
     """Standard output. A write that fails is an error of the command, and whatever is left then goes nowhere: at the
     end of the process it would fail again. A reader that has gone stays a `BrokenPipeError`."""
 
@@ -57,7 +57,7 @@ class Answer:
         raise HeadraceError(f"standard output cannot be written: {error.strerror}", field="stdout") from error
 
 
-class News:
+class StandardError:
     """Standard error. A full disk or a reader that has gone ends nobody: there is just nothing to see."""
 
     def __init__(self, stream: TextIO) -> None:

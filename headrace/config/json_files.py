@@ -21,6 +21,9 @@ from headrace.types.errors import CheckpointError, UnsupportedModelError
 MAX_CONFIG_BYTES = 16 << 20
 """Far above any `config.json`; a file over it is none."""
 
+MOST = 2**31 - 1
+"""Of any number in a configuration: sizes are multiplied, and some are 32-bit integers on a device."""
+
 
 def read_bytes(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> bytes:
     """A regular file's bytes. `CheckpointError` for one that is absent, unreadable, over `max_bytes` or a pipe."""
@@ -110,7 +113,9 @@ class Fields:
         """True for a field that is there and not null."""
         return self.values.get(name) is not None
 
-    def integer(self, name: str, default: int | None = None, *, least: int = 1, most: int, null: bool = False) -> int:
+    def integer(
+        self, name: str, default: int | None = None, *, least: int = 1, most: int = MOST, null: bool = False
+    ) -> int:
         """A whole number within bounds."""
         value = self._value(name, default, null)
         if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:

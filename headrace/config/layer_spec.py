@@ -25,11 +25,32 @@ class AttentionSpec(msgspec.Struct, frozen=True):
     window: int | None
 
 
-class MlpSpec(msgspec.Struct, frozen=True):
-    """A dense gated feed-forward block."""
+class DenseSpec(msgspec.Struct, frozen=True, tag="dense"):
+    """A gated feed-forward block."""
 
     intermediate_size: int
     bias: bool
+
+    def widest(self, hidden_size: int) -> int:
+        """Elements per token of what it computes, where they are most."""
+        return 2 * self.intermediate_size
+
+
+class ExpertsSpec(msgspec.Struct, frozen=True, tag="experts"):
+    """Gated feed-forward blocks, of which a router picks `num_per_token` for each token and adds them up by their
+    probabilities, scaled to a sum of 1 where it `normalizes` them. `intermediate_size` is that of each."""
+
+    num_experts: int
+    num_per_token: int
+    intermediate_size: int
+    normalizes: bool
+
+    def widest(self, hidden_size: int) -> int:
+        """As `DenseSpec.widest`: each picked expert has the token's input and what it makes of it."""
+        return self.num_per_token * (2 * self.intermediate_size + hidden_size)
+
+
+MlpSpec = DenseSpec | ExpertsSpec
 
 
 class LayerSpec(msgspec.Struct, frozen=True):

@@ -6,20 +6,20 @@ silently take for something else than is written, is refused here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
+from headrace.config.experts import ExpertFields, read_mlps
 from headrace.config.json_files import Fields, is_text, is_there, read_object, shown
-from headrace.config.layer_spec import AttentionSpec, KvGroup, LayerSpec, MlpSpec, kv_groups
-from headrace.config.rope import read_rope
+from headrace.config.layer_spec import AttentionSpec, DenseSpec, ExpertsSpec, KvGroup, LayerSpec, MlpSpec, kv_groups
+from headrace.config.rope import DEFAULT_THETA, read_rope
 from headrace.types.errors import CheckpointError, UnsupportedModelError
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
-_MOST = 2**31 - 1
 _MOST_LAYERS = 4096
 _MOST_POSITIONS = 1 << 24
 _LAYER_KINDS = ("full_attention", "sliding_attention")
@@ -59,6 +59,11 @@ class ModelSpec(msgspec.Struct, frozen=True):
             (layer.attention.window for layer in self.layers if layer.attention.window is not None), default=None
         )
 
+    @property
+    def has_experts(self) -> bool:
+        """True if any layer picks experts for its tokens."""
+        return any(isinstance(layer.mlp, ExpertsSpec) for layer in self.layers)
+
     def kv_bytes_per_token(self, element_size: int) -> int:
         """Bytes of keys and values that one token costs in all layers."""
         return sum(2 * len(g.layer_ids) * g.num_kv_heads * g.head_dim * element_size for g in self.kv_groups)
@@ -86,17 +91,17 @@ class ModelSpec(msgspec.Struct, frozen=True):
         """As `from_folder`, from the parsed files."""
         fields = Fields(config, CONFIG_FILE)
         family = _family(fields)
-        _refuse_what_is_not_dense(fields)
-        hidden_size = fields.integer("hidden_size", most=_MOST)
+        _refuse_unsupported(fields)
+        hidden_size = fields.integer("hidden_size")
         max_position = fields.integer("max_position_embeddings", most=_MOST_POSITIONS)
         spec = cls(
             architecture=family.architecture,
             model_type=family.model_type,
-            vocab_size=fields.integer("vocab_size", most=_MOST),
+            vocab_size=fields.integer("vocab_size"),
             hidden_size=hidden_size,
             layers=_layers(fields, family, hidden_size, max_position),
             max_position=max_position,
-            rms_norm_eps=fields.number("rms_norm_eps", 1e-6, may_be_zero=True),
+            rms_norm_eps=fields.number("rms_norm_eps", family.rms_norm_eps, may_be_zero=True),
             tie_word_embeddings=fields.flag("tie_word_embeddings"),
             dtype=_dtype(fields),
         )
@@ -105,29 +110,47 @@ class ModelSpec(msgspec.Struct, frozen=True):
 
 
 class _Family(msgspec.Struct, frozen=True):
-    """What a family takes a field for. `kv_heads` and `head_dim` are had where the field is absent (None: derived).
+    """What a family takes a field for. `kv_heads` and `head_dim` (None: derived), `default_window` (None: no layer
+    slides), `theta` and `rms_norm_eps` are had where the field is absent.
 
     bias    "never" | "qkv" (always, and there only) | "asked" (by `attention_bias`, the output projection too)
-    window  "never" | "all" layers slide | "flagged": by `use_sliding_window`, and by layer
+    window  "never" | "all" layers slide | "flagged": all by `use_sliding_window` | "by layer": some of them then
     """
 
     architecture: str
     model_type: str
     bias: Literal["never", "qkv", "asked"]
-    window: Literal["never", "all", "flagged"]
+    window: Literal["never", "all", "flagged", "by layer"]
     kv_heads: int | None = None
     head_dim: int | None = None
+    default_window: int | None = 4096
+    theta: float = DEFAULT_THETA
+    rms_norm_eps: float = 1e-6
     has_mlp_bias: bool = False
     qk_norm: bool = False
+    experts: ExpertFields | None = None
 
 
 _FAMILIES = (
     _Family("LlamaForCausalLM", "llama", bias="asked", window="never", has_mlp_bias=True),
     _Family("MistralForCausalLM", "mistral", bias="never", window="all", kv_heads=8),
-    _Family("Qwen2ForCausalLM", "qwen2", bias="qkv", window="flagged", kv_heads=32),
-    _Family("Qwen3ForCausalLM", "qwen3", bias="asked", window="flagged", kv_heads=32, head_dim=128, qk_norm=True),
+    _Family("Qwen2ForCausalLM", "qwen2", bias="qkv", window="by layer", kv_heads=32),
+    _Family("Qwen3ForCausalLM", "qwen3", bias="asked", window="by layer", kv_heads=32, head_dim=128, qk_norm=True),
+    _Family(
+        *("Qwen3MoeForCausalLM", "qwen3_moe", "asked", "flagged"),
+        kv_heads=4,
+        qk_norm=True,
+        experts=ExpertFields("moe_intermediate_size", num_per_token=8, normalizes=False, has_dense_layers=True),
+    ),
+    _Family(
+        *("MixtralForCausalLM", "mixtral", "never", "all"),
+        kv_heads=8,
+        default_window=None,
+        theta=1e6,
+        rms_norm_eps=1e-5,
+        experts=ExpertFields("intermediate_size", num_per_token=2, normalizes=True, has_dense_layers=False),
+    ),
 )
-_DEFAULT_WINDOW = 4096
 _DEFAULT_FULL_LAYERS = 28
 
 
@@ -155,7 +178,7 @@ def _supported() -> str:
     return "supported: " + ", ".join(f"{family.architecture} ({family.model_type})" for family in _FAMILIES)
 
 
-def _refuse_what_is_not_dense(config: Fields) -> None:
+def _refuse_unsupported(config: Fields) -> None:
     for name in _QUANTIZED:
         if config.has(name):
             value = config.values[name]
@@ -168,7 +191,7 @@ def _refuse_what_is_not_dense(config: Fields) -> None:
 
 
 def _layers(config: Fields, family: _Family, hidden_size: int, max_position: int) -> tuple[LayerSpec, ...]:
-    """All alike, but for who slides."""
+    """All attend alike, but for who slides."""
     num_layers = config.integer("num_hidden_layers", most=_MOST_LAYERS)
     num_heads, num_kv_heads, head_dim = _head_sizes(config, family, hidden_size)
     has_bias = family.bias == "asked" and config.flag("attention_bias")
@@ -176,31 +199,39 @@ def _layers(config: Fields, family: _Family, hidden_size: int, max_position: int
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        rope=read_rope(config, max_position),
+        rope=read_rope(config, max_position, family.theta),
         qkv_bias=has_bias or family.bias == "qkv",
         o_bias=has_bias,
         qk_norm=family.qk_norm,
         window=None,
     )
-    has_mlp_bias = family.has_mlp_bias and config.flag("mlp_bias")
-    mlp = MlpSpec(config.integer("intermediate_size", most=_MOST), has_mlp_bias)
-    windows = _windows(config, family, num_layers)
-    return tuple(LayerSpec(msgspec.structs.replace(attention, window=window), mlp) for window in windows)
+    mlps, windows = _mlps(config, family, num_layers), _windows(config, family, num_layers)
+    return tuple(
+        LayerSpec(msgspec.structs.replace(attention, window=window), mlp)
+        for window, mlp in zip(windows, mlps, strict=True)
+    )
+
+
+def _mlps(config: Fields, family: _Family, num_layers: int) -> Sequence[MlpSpec]:
+    if family.experts is not None:
+        return read_mlps(config, family.experts, num_layers)
+    has_bias = family.has_mlp_bias and config.flag("mlp_bias")
+    return [DenseSpec(config.integer("intermediate_size"), has_bias)] * num_layers
 
 
 def _head_sizes(config: Fields, family: _Family, hidden_size: int) -> tuple[int, int, int]:
     """num_heads, num_kv_heads, head_dim."""
-    num_heads = config.integer("num_attention_heads", most=_MOST)
+    num_heads = config.integer("num_attention_heads")
     kv_default = None if "num_key_value_heads" in config.values else family.kv_heads
     if kv_default is None or num_heads % kv_default:  # a null, or a default of larger models that this one cannot have
         kv_default = num_heads
-    num_kv_heads = config.integer("num_key_value_heads", kv_default, most=_MOST, null=True)
+    num_kv_heads = config.integer("num_key_value_heads", kv_default, null=True)
     if num_heads % num_kv_heads:
         message = f"{CONFIG_FILE}: num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}"
         raise CheckpointError(message, field="num_key_value_heads")
     if not (config.has("head_dim") or family.head_dim) and hidden_size % num_heads:
         raise config.wrong("head_dim", f"given where {num_heads} heads do not divide hidden_size {hidden_size}")
-    head_dim = config.integer("head_dim", family.head_dim or hidden_size // num_heads, most=_MOST, null=True)
+    head_dim = config.integer("head_dim", family.head_dim or hidden_size // num_heads, null=True)
     if head_dim % 2:
         message = f"{CONFIG_FILE}: head_dim must be even for rotary embeddings, got {head_dim}"
         raise UnsupportedModelError(message, field="head_dim")
@@ -209,18 +240,19 @@ def _head_sizes(config: Fields, family: _Family, hidden_size: int) -> tuple[int,
 
 def _windows(config: Fields, family: _Family, num_layers: int) -> list[int | None]:
     """Each layer's, if it slides. Llama ignores the key; Qwen needs a flag, and its first layers may not slide."""
-    if family.window == "never" or (family.window == "flagged" and not config.flag("use_sliding_window")):
+    is_asked = family.window in ("flagged", "by layer")
+    if family.window == "never" or (is_asked and not config.flag("use_sliding_window")):
         return [None] * num_layers
-    if "sliding_window" in config.values and not config.has("sliding_window"):
+    if config.values.get("sliding_window", family.default_window) is None:
         return [None] * num_layers
-    window = config.integer("sliding_window", _DEFAULT_WINDOW, most=_MOST)
-    slides = [True] * num_layers if family.window == "all" else _sliding_layers(config, num_layers)
+    window = config.integer("sliding_window", family.default_window)
+    slides = _sliding_layers(config, num_layers) if family.window == "by layer" else [True] * num_layers
     return [window if each else None for each in slides]
 
 
 def _sliding_layers(config: Fields, num_layers: int) -> list[bool]:
     if not config.has("layer_types"):
-        first = config.integer("max_window_layers", _DEFAULT_FULL_LAYERS, least=0, most=_MOST)
+        first = config.integer("max_window_layers", _DEFAULT_FULL_LAYERS, least=0)
         return [layer >= first for layer in range(num_layers)]
     kinds = config.values["layer_types"]
     if not isinstance(kinds, list) or len(kinds) != num_layers:

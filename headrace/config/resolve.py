@@ -38,27 +38,28 @@ WIDE_PROMPT_TOKENS = 256
 Value = TypeVar("Value")
 
 
-class Choice(NamedTuple, Generic[Value]):
+class Chosen(NamedTuple, Generic[Value]):
     """What a setting became, and why; "" where it was given."""
 
     value: Value
     why: str = ""
 
 
-_SIZES: dict[str, dict[str, Choice[int]]] = {
+_SIZES: dict[str, dict[str, Chosen[int]]] = {
     "cuda": {
-        "max_running_requests": Choice(512, "decode gains from every row up to there"),
-        "overlap_depth": Choice(1, "the next step is decided while the device computes"),
+        "max_running_requests": Chosen(512, "decode gains from every row up to there"),
+        "overlap_depth": Chosen(1, "the next step is decided while the device computes"),
     },
     "cpu": {
-        "max_running_requests": Choice(256, "plenty to keep a CPU busy"),
-        "overlap_depth": Choice(0, "a step is computed where it is decided: nothing to overlap"),
+        "max_running_requests": Chosen(256, "plenty to keep a CPU busy"),
+        "overlap_depth": Chosen(0, "a step is computed where it is decided: nothing to overlap"),
     },
 }
 _BACKENDS = {
-    "cuda": Choice("triton", "the faster one for most steps (docs/benchmarks.md), and it reads shared prompts once"),
-    "cpu": Choice("cpu", "the batched CPU kernels; reference is the slow oracle"),
+    "cuda": Chosen("triton", "the faster one for most steps (docs/benchmarks.md), and it reads shared prompts once"),
+    "cpu": Chosen("cpu", "the batched CPU kernels; reference is the slow oracle"),
 }
+_NO_EXPERTS = "has no kernels for layers of experts yet"
 
 
 class Takeover(msgspec.Struct, frozen=True):
@@ -140,20 +141,20 @@ def resolve(
         raise ConfigError(f"the folder {folder} has a name that is not Unicode text", field="model")
     model = ModelSpec.from_folder(folder)
     software = installed_software() if software is None else software
-    cuda, why_device = _cuda(config, devices, software)
+    cuda, why_device = _cuda(config, model, devices, software)
     device = "cpu" if cuda is None else "cuda"
     sizes = _sizes(config, device, model)
     engine = _settled(config, {name: size.value for name, size in sizes.items()})
     dtype = _dtype(config, model, device)
-    backend = _attention_backend(config, device, software)
+    backend = _attention_backend(config, model, device, software)
     kv_dtype = _kv_dtype(config, dtype.value, backend.value, cuda)
     context_length = _context_length(config, model)
     num_threads = _num_threads(config, device)
     page_bytes = model.kv_bytes_per_token(ELEMENT_BYTES[kv_dtype.value]) * config.page_size
     is_measured = device == "cuda" and backend.value != "reference"
     pool_tokens = _pool_tokens(engine, is_measured, page_bytes, context_length.value)
-    choices: dict[str, Choice[Any]] = {
-        "device": Choice(device, why_device),
+    choices: dict[str, Chosen[Any]] = {
+        "device": Chosen(device, why_device),
         **sizes,
         "dtype": dtype,
         "attention_backend": backend,
@@ -178,13 +179,15 @@ def resolve(
     )
 
 
-def _explanations(choices: Mapping[str, Choice[Any]]) -> tuple[Explanation, ...]:
+def _explanations(choices: Mapping[str, Chosen[Any]]) -> tuple[Explanation, ...]:
     found = ((name, choice.value, choice.why) for name, choice in choices.items() if choice.why)
     return tuple((name, "measured at start" if value is None else str(value), why) for name, value, why in found)
 
 
-def backend_refusal(backend: str, device: str, software: Software) -> str | None:
-    """Why what is installed cannot run an attention backend on a device; None when it can."""
+def backend_refusal(backend: str, model: ModelSpec, device: str, software: Software) -> str | None:
+    """Why what is installed cannot run a model with an attention backend on a device; None when it can."""
+    if model.has_experts and backend in ("triton", "flashinfer"):
+        return _NO_EXPERTS
     if (backend == "cpu" and device == "cuda") or (backend == "flashinfer" and device == "cpu"):
         return f"does not run on {device}"
     if backend == "flashinfer" and not software.has_flashinfer:
@@ -194,17 +197,21 @@ def backend_refusal(backend: str, device: str, software: Software) -> str | None
     return None
 
 
-def _cuda(config: EngineConfig, devices: Sequence[CudaDevice] | None, software: Software) -> Choice[CudaDevice | None]:
+def _cuda(
+    config: EngineConfig, model: ModelSpec, devices: Sequence[CudaDevice] | None, software: Software
+) -> Chosen[CudaDevice | None]:
     """The device to run on; None for the CPU. Devices are looked for only where one could be used."""
     if config.device == "cpu":
-        return Choice(None)
+        return Chosen(None)
     found = cuda_devices() if devices is None else devices
     missing = _missing_for_cuda(found, software)
+    if missing is None and model.has_experts and config.attention_backend != "reference":
+        missing = f"it {_NO_EXPERTS} (device='cpu' has; attention_backend='reference' is slow)"
     if missing is None:
-        return Choice(found[0], _describe(found[0]) if config.device == "auto" else "")
+        return Chosen(found[0], _describe(found[0]) if config.device == "auto" else "")
     if config.device == "cuda":
         raise ConfigError(f"device 'cuda' cannot be used: {missing}", field="device")
-    return Choice(None, missing)
+    return Chosen(None, missing)
 
 
 def _missing_for_cuda(devices: Sequence[CudaDevice], software: Software) -> str | None:
@@ -225,7 +232,7 @@ def _dotted(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"
 
 
-def _sizes(config: EngineConfig, device: str, model: ModelSpec) -> dict[str, Choice[int]]:
+def _sizes(config: EngineConfig, device: str, model: ModelSpec) -> dict[str, Chosen[int]]:
     """The fields of `SettledConfig` that are numbers an `EngineConfig` may leave open."""
     sizes = {name: _given(config, name) or choice for name, choice in _SIZES[device].items()}
     tokens = _given(config, "max_num_batched_tokens")
@@ -233,23 +240,23 @@ def _sizes(config: EngineConfig, device: str, model: ModelSpec) -> dict[str, Cho
     return {
         **sizes,
         "max_num_batched_tokens": tokens or _step_tokens(device, model, sizes["max_running_requests"].value),
-        "seed": seed or Choice(_draw_seed(), "drawn from the system for this start alone"),
+        "seed": seed or Chosen(_draw_seed(), "drawn from the system for this start alone"),
     }
 
 
-def _given(config: EngineConfig, name: str) -> Choice[int] | None:
+def _given(config: EngineConfig, name: str) -> Chosen[int] | None:
     value = getattr(config, name)
-    return None if value is None else Choice(value)
+    return None if value is None else Chosen(value)
 
 
-def _step_tokens(device: str, model: ModelSpec, max_rows: int) -> Choice[int]:
+def _step_tokens(device: str, model: ModelSpec, max_rows: int) -> Chosen[int]:
     if device == "cpu" or model.hidden_size < WIDE_HIDDEN_SIZE:
-        return Choice(STEP_TOKENS, "long enough for the products to be efficient")
+        return Chosen(STEP_TOKENS, "long enough for the products to be efficient")
     why = (
         f"a chunk of {WIDE_PROMPT_TOKENS} beside all rows: products this wide are efficient at a few hundred tokens,"
         " and prompts then ride along with decode steps"
     )
-    return Choice(max_rows + WIDE_PROMPT_TOKENS, why)
+    return Chosen(max_rows + WIDE_PROMPT_TOKENS, why)
 
 
 def _draw_seed() -> int:
@@ -274,76 +281,76 @@ def _kernel_cache(name: str) -> str:
     return str(folder)
 
 
-def _dtype(config: EngineConfig, model: ModelSpec, device: str) -> Choice[str]:
+def _dtype(config: EngineConfig, model: ModelSpec, device: str) -> Chosen[str]:
     if config.dtype != "auto":
-        return Choice(config.dtype)
+        return Chosen(config.dtype)
     if device == "cpu":
-        return Choice("float32", "CPU kernels are fastest and exact in float32")
+        return Chosen("float32", "CPU kernels are fastest and exact in float32")
     if model.dtype in _MODEL_DTYPES:
-        return Choice(model.dtype, "the checkpoint's")
-    return Choice("bfloat16", f"the checkpoint's {model.dtype} has no kernels")
+        return Chosen(model.dtype, "the checkpoint's")
+    return Chosen("bfloat16", f"the checkpoint's {model.dtype} has no kernels")
 
 
-def _attention_backend(config: EngineConfig, device: str, software: Software) -> Choice[str]:
+def _attention_backend(config: EngineConfig, model: ModelSpec, device: str, software: Software) -> Chosen[str]:
     backend = config.attention_backend
     if backend == "auto":
         return _BACKENDS[device]
-    refusal = backend_refusal(backend, device, software)
+    refusal = backend_refusal(backend, model, device, software)
     if refusal is not None:
         raise ConfigError(f"attention_backend {backend!r} {refusal}", field="attention_backend")
-    return Choice(backend)
+    return Chosen(backend)
 
 
-def _kv_dtype(config: EngineConfig, dtype: str, backend: str, cuda: CudaDevice | None) -> Choice[str]:
+def _kv_dtype(config: EngineConfig, dtype: str, backend: str, cuda: CudaDevice | None) -> Chosen[str]:
     if config.kv_dtype == "auto":
-        return Choice(dtype, "as dtype")
+        return Chosen(dtype, "as dtype")
     if backend not in ("triton", "flashinfer"):
         message = f"kv_dtype {config.kv_dtype!r} needs attention_backend triton or flashinfer, not {backend}"
         raise ConfigError(message, field="kv_dtype")
     if cuda is not None and cuda.capability < FP8_CAPABILITY:
         message = f"kv_dtype {config.kv_dtype!r} needs compute capability {_dotted(FP8_CAPABILITY)}: {_describe(cuda)}"
         raise ConfigError(message, field="kv_dtype")
-    return Choice("float8_e4m3fn")
+    return Chosen("float8_e4m3fn")
 
 
-def _context_length(config: EngineConfig, model: ModelSpec) -> Choice[int]:
-    longest = Choice(model.max_position, "max_position_embeddings")
+def _context_length(config: EngineConfig, model: ModelSpec) -> Chosen[int]:
+    longest = Chosen(model.max_position, "max_position_embeddings")
     if model.sliding_window is not None and model.sliding_window < model.max_position:
-        longest = Choice(model.sliding_window, "the sliding window: beyond it attention would differ")
+        longest = Chosen(model.sliding_window, "the sliding window: beyond it attention would differ")
     if config.context_length is None:
         return longest
     if config.context_length > longest.value:
         message = f"context_length {config.context_length} is over the model's {longest.value} ({longest.why})"
         raise ConfigError(message, field="context_length")
-    return Choice(config.context_length)
+    return Chosen(config.context_length)
 
 
-def _num_threads(config: EngineConfig, device: str) -> Choice[int]:
+def _num_threads(config: EngineConfig, device: str) -> Chosen[int]:
     if config.num_threads is not None:
-        return Choice(config.num_threads)
+        return Chosen(config.num_threads)
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdigit() and int(asked) > 0:
-        return Choice(int(asked), "OMP_NUM_THREADS")
+        return Chosen(int(asked), "OMP_NUM_THREADS")
     if device == "cuda":
-        return Choice(min(CUDA_THREADS, available_cores()), "the device computes; loading weights uses a few")
-    return Choice(available_cores(), "the cores this process may run on")
+        return Chosen(min(CUDA_THREADS, available_cores()), "the device computes; loading weights uses a few")
+    return Chosen(available_cores(), "the cores this process may run on")
 
 
 def _pool_tokens(
     engine: SettledConfig, is_measured: bool, page_bytes: int, context_length: int
-) -> Choice[int] | Choice[None]:
+) -> Chosen[int] | Chosen[None]:
     """Tokens that the pool has room for; None where a start on the device measures it."""
     if engine.kv_pool_tokens is None and is_measured:
         share = f"what {engine.memory_fraction:g} of the free device memory leaves"
-        return Choice(None, f"{share} beside weights, workspace and graphs")
+        return Chosen(None, f"{share} beside weights, workspace and graphs")
     if engine.kv_pool_tokens is not None:
-        choice = Choice(engine.kv_pool_tokens)
+        choice = Chosen(engine.kv_pool_tokens)
     else:
         pool_bytes = min(CPU_KV_POOL_BYTES, int(CPU_KV_POOL_FRACTION * available_memory()))
         enough = min(engine.max_running_requests * context_length, _GENEROUS_POOL_TOKENS)
         num_pages = min(pool_bytes // page_bytes, -(-enough // engine.page_size))
         why = "the least of 2 GiB, 25 % of the memory left, and what the slots could ever hold"
-        choice = Choice(num_pages * engine.page_size, why)
+        choice = Chosen(num_pages * engine.page_size, why)
     if choice.value < engine.page_size:
         raise ConfigError("the KV pool would hold no page; raise kv_pool_tokens or free memory", field="kv_pool_tokens")
     return choice

@@ -17,7 +17,6 @@ from headrace.config.json_files import Fields
 from headrace.types.errors import CheckpointError
 
 DEFAULT_THETA = 10000.0
-_MOST_POSITIONS = 2**31 - 1
 _SPELLINGS = ("rope_parameters", "rope_scaling")
 _ORIGINAL = "original_max_position_embeddings"
 
@@ -33,12 +32,14 @@ class RopeSpec(msgspec.Struct, frozen=True):
     original_max_position: int = 8192
 
 
-def read_rope(config: Fields, max_position: int) -> RopeSpec:
-    """The rotary embedding of a `config.json`. Raises `CheckpointError` or `UnsupportedModelError` naming the field."""
+def read_rope(config: Fields, max_position: int, theta: float) -> RopeSpec:
+    """The rotary embedding of a `config.json`; `theta` is the family's where none is given. Raises `CheckpointError` or
+    `UnsupportedModelError` naming the field."""
     _refuse_partial(config)
-    specs = [_read(config, _settings(config, name), max_position) for name in _SPELLINGS if _is_given(config, name)]
+    given = [_settings(config, name) for name in _SPELLINGS if _is_given(config, name)]
+    specs = [_read(config, settings, max_position, theta) for settings in given]
     if not specs:
-        return RopeSpec(theta=config.number("rope_theta", DEFAULT_THETA))
+        return RopeSpec(theta=config.number("rope_theta", theta))
     taken, replaced = specs[-1], specs[0]
     has_theta = config.has("rope_theta") or "rope_theta" in (config.values.get("rope_scaling") or {})
     is_lost = replaced.scaling != "default" or (replaced.theta != taken.theta and not has_theta)
@@ -61,10 +62,9 @@ def _settings(config: Fields, name: str) -> Fields:
     return Fields(values, "config.json", within=name)
 
 
-def _read(config: Fields, settings: Fields, max_position: int) -> RopeSpec:
+def _read(config: Fields, settings: Fields, max_position: int, theta: float) -> RopeSpec:
     _refuse_partial(settings)
-    theta_from = settings if "rope_theta" in settings.values else config
-    theta = theta_from.number("rope_theta", DEFAULT_THETA)
+    theta = (settings if "rope_theta" in settings.values else config).number("rope_theta", theta)
     kind = _kind(settings)
     if kind == "default":
         return RopeSpec(theta=theta)
@@ -96,7 +96,7 @@ def _original_max_position(config: Fields, settings: Fields, max_position: int) 
     """The length that llama3 scaling starts from."""
     for place in (config, settings):
         if place.has(_ORIGINAL):
-            return place.integer(_ORIGINAL, most=_MOST_POSITIONS)
+            return place.integer(_ORIGINAL)
     return max_position
 
 

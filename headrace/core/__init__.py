@@ -1,6 +1,7 @@
 """A replica's core: the step loop, its commands, the process it runs in. Imports no torch before it builds a runner."""
 
-from headrace.core.executor import Executor, LocalExecutor, StepError
+from headrace.core.executor import Executor, LocalExecutor
+from headrace.core.faults import StepError
 from headrace.core.loop import CoreLoop
 from headrace.core.service import serve_core
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from headrace.core.executor import Executor, StepError
-from headrace.core.faults import DeviceLost
+from headrace.core.executor import Executor
+from headrace.core.faults import DeviceLost, StepError
 from headrace.types.plan import SlotInit, StepPlan
 from headrace.types.request import TokenSampling
 from headrace.types.sampling_params import LogprobOptions

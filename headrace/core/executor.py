@@ -1,4 +1,5 @@
-"""Who executes plans. Owns the order of results; decides nothing and knows no requests."""
+"""Who executes plans. Owns the order of results; decides nothing and knows no requests. What goes wrong is of the three
+kinds of `headrace.core.faults`."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from headrace.config import ResolvedConfig
-from headrace.core.faults import FAULTS, DeviceLost, describe, is_of_lost_device
-from headrace.types.plan import StepDisturbed, StepPlan, StepResult
+from headrace.core.faults import FAULTS, DeviceLost, StepError, describe, is_of_lost_device
+from headrace.types.plan import PlanRefused, SamplePatch, StepDisturbed, StepPlan, StepResult
 from headrace.types.weights import TensorInfo
 from headrace.weights.session import WeightMemory
 
@@ -24,16 +25,6 @@ CheckpointSlices = Generator[None, None, tuple[list[TensorInfo], Iterator[tuple[
 
 logger = logging.getLogger(__name__)
 _WARNING_SECONDS = 10.0
-
-
-class StepError(Exception):
-    """A plan was not executed. Nothing is known of its rows' KV; later plans may build on it. `is_blameless`: neither
-    its rows nor the device are at fault."""
-
-    def __init__(self, step_id: int, cause: BaseException) -> None:
-        super().__init__(f"step {step_id} failed: {type(cause).__name__}: {cause}")
-        self.step_id = step_id
-        self.is_blameless = isinstance(cause, StepDisturbed)
 
 
 class Weights(WeightMemory, Protocol):
@@ -54,11 +45,17 @@ class Executor(Protocol):
     weights: Weights
 
     def submit(self, plan: StepPlan) -> None:
-        """Issue a plan. Returns before it is done where the device allows.
+        """Issue a plan: its forward, and its sampling unless that waits. Returns before it is done where the device
+        allows, and raises nothing but `DeviceLost`: what else goes wrong, `collect` tells.
 
         After a plan that failed none is executed until that failure was collected: slots and pages of the failed plan
         are not what later ones take them for.
         """
+        ...
+
+    def sample(self, step_id: int, patch: SamplePatch | None = None) -> None:
+        """Issue the sampling of the plan submitted last, which waits for it, with what was decided meanwhile. A plan
+        that is submitted or collected before that fails, as does the one that waits."""
         ...
 
     def collect(self) -> StepResult:
@@ -90,6 +87,8 @@ class LocalExecutor:
     def __init__(self, runner: Runner | DeviceRunner) -> None:
         self._runner = runner
         self._pending: deque[PendingStep | StepError] = deque()
+        self._num_failed = 0  # of those
+        self._waiting: PendingStep | None = None  # to be sampled
         self._next_warning = 0.0
         self.weights: Weights = runner.weights
 
@@ -99,22 +98,58 @@ class LocalExecutor:
         return self._runner.resolved
 
     def submit(self, plan: StepPlan) -> None:
-        if any(isinstance(step, StepError) for step in self._pending):
-            self._pending.append(StepError(plan.step_id, RuntimeError("a step before it failed")))
+        if self._waiting is not None:
+            self._give_up_waiting()
+        if self._num_failed:
+            self._fail(StepError(plan.step_id, RuntimeError("a step before it failed")))
             return
         try:
-            self._pending.append(self._runner.launch(plan))
+            step = self._runner.launch(plan)
         except FAULTS as fault:
-            self._pending.append(self._failed(plan.step_id, fault))
+            self._fail(self._failed(plan.step_id, fault))
+            return
+        self._pending.append(step)
+        if plan.waits_to_sample:
+            self._waiting = step
+
+    def sample(self, step_id: int, patch: SamplePatch | None = None) -> None:
+        step, self._waiting = self._waiting, None
+        if step is None:
+            return  # it has failed
+        assert step.step_id == step_id, f"step {step.step_id} waits to be sampled, not {step_id}"
+        try:
+            step.sample(patch)
+        except FAULTS as fault:
+            self._pending.pop()
+            self._fail(self._failed(step_id, fault))
 
     def collect(self) -> StepResult:
+        if self._waiting is not None and len(self._pending) == 1:
+            self._give_up_waiting()
         step = self._pending.popleft()
         if isinstance(step, StepError):
+            self._num_failed -= 1
             raise step
         try:
             return step.wait()
         except FAULTS as fault:
             raise self._failed(step.step_id, fault) from fault
+
+    def _fail(self, error: StepError) -> None:
+        self._pending.append(error)
+        self._num_failed += 1
+
+    def _give_up_waiting(self) -> None:
+        """Nobody will say what the step may sample: what it samples without that is nobody's."""
+        assert self._waiting is not None
+        step_id = self._waiting.step_id
+        self.sample(step_id)
+        step = self._pending.pop()
+        if isinstance(step, StepError):
+            self._num_failed -= 1
+        else:
+            step.wait()
+        self._fail(StepError(step_id, PlanRefused("it was to be sampled before anything else")))
 
     def examine(self, fault: BaseException) -> None:
         if is_of_lost_device(fault):
@@ -142,7 +177,8 @@ class LocalExecutor:
         if isinstance(fault, StepDisturbed):
             self._warn_of_disturbance(step_id, fault)
             return StepError(step_id, fault)
-        self.examine(fault)
+        if not isinstance(fault, PlanRefused):
+            self.examine(fault)
         logger.error("step %d failed", step_id, exc_info=fault)
         return StepError(step_id, fault)
 

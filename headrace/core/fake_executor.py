@@ -15,11 +15,11 @@ import numpy as np
 from headrace.core.executor import CheckpointSlices, Weights
 from headrace.core.faults import DeviceLost, describe, is_of_lost_device
 from headrace.types.errors import CheckpointError, NotFoundError
-from headrace.types.plan import PositionLogprobs, PromptLogprobs, SlotInit, StepPlan, StepResult
+from headrace.types.plan import PositionLogprobs, PromptLogprobs, SamplePatch, SlotInit, StepPlan, StepResult
 from headrace.types.request import Int32Array
 from headrace.types.sampling_params import LogprobOptions
 from headrace.types.weights import TensorInfo, UpdateMode
-from headrace.weights.session import ResolvedMode, StageCopy
+from headrace.weights.session import ResolvedMode, StageCopy, Ticket
 
 FREE_LOGPROB = -0.5
 
@@ -41,6 +41,9 @@ class FreeExecutor:
 
     def submit(self, plan: StepPlan) -> None:
         self._plans.append(plan)
+
+    def sample(self, step_id: int, patch: SamplePatch | None = None) -> None:
+        """Nothing is computed of a plan before it is collected, and no mask changes that."""
 
     def collect(self) -> StepResult:
         plan = self._plans.popleft()
@@ -89,18 +92,11 @@ class FreeExecutor:
                 continue
             if entry.logprobs.wants_extras and plan.row_samples[row]:
                 extras[row] = _free_extras(1, entry.logprobs)
-            scored = _scored_positions(entry, int(plan.row_starts[row]), int(plan.row_lengths[row]))
+            scored = entry.scored_positions(int(plan.row_starts[row]), int(plan.row_lengths[row]))
             if scored:
                 further = _free_extras(len(scored), entry.logprobs) if entry.logprobs.wants_extras else None
                 prompts[row] = PromptLogprobs(scored.start, np.full(len(scored), FREE_LOGPROB, np.float32), further)
         return extras, prompts
-
-
-def _scored_positions(entry: SlotInit, start: int, length: int) -> range:
-    """Prompt positions whose tokens the logits of this row predict."""
-    if entry.logprobs.prompt_start is None:
-        return range(0)
-    return range(max(start + 1, entry.logprobs.prompt_start), min(start + length + 1, entry.num_prompt_tokens))
 
 
 def _free_extras(count: int, options: LogprobOptions) -> PositionLogprobs:
@@ -121,8 +117,8 @@ class FreeWeights:
     def forget(self, index: int) -> list[int]:
         return [index]
 
-    def commit(self) -> None:
-        pass
+    def commit(self) -> Ticket:
+        return _FreeCopy()
 
     def abort(self) -> None:
         pass
@@ -144,4 +140,7 @@ class _FreeCopy:
     has_written = True
 
     def advance(self, deadline_s: float) -> bool:
+        return True
+
+    def is_done(self) -> bool:
         return True

@@ -1,7 +1,12 @@
-"""Tells a fault of the device from one of the work it was given. Owns the words by which the two are known.
+"""The three kinds of faults of whoever executes plans. Owns their types, and the words by which a lost device is known.
 
-After the first kind nothing that the process asks of the device works any more (an illegal access, a device that is
-lost): only a new process helps. Knows no torch: an error is judged by its type's name and its text.
+    plan refused   `PlanRefused`: it is no plan that could be executed, and nothing of it was. The device is not asked
+    step failed    one of `FAULTS` while it was executed: whatever of it is done is in doubt, the device goes on
+    device lost    `DeviceLost`: nothing that the process asks of the device works any more (an illegal access, a rank
+                   that is gone); only a new process helps
+
+The first two come to who collects the plan, as a `StepError` with the cause; the third passes every handler up to the
+core's end. Knows no torch: whether a fault is the device's is judged by its type's name and its text.
 """
 
 from __future__ import annotations
@@ -10,13 +15,15 @@ import logging
 import re
 
 from headrace.types.errors import InternalError
+from headrace.types.plan import PlanRefused, StepDisturbed
 
 logger = logging.getLogger(__name__)
 
 FAULTS = (Exception,)
 """What work on a device or a file may raise: an allocation that failed, a refused input, a broken invariant, a warning
-where the process has those raised, an exception of a compiler's own. It costs that work; whether more is lost,
-`Executor.examine` and the canary find out."""
+where the process has those raised, an exception of a compiler's own. There is no narrower set: whoever writes a kernel
+or a reader chooses its classes. It costs that work; whether more is lost, `Executor.examine` and the canary find out.
+The places that catch it are listed in a test, as are those of `Exception`."""
 
 _OF_A_DEVICE = re.compile(
     r"\b(cuda|hip)( driver| runtime)? error\b|error \[(cuda|hip)\]|\bcudaError[A-Z]|\bCUDA_ERROR_|device-side assert"
@@ -31,9 +38,19 @@ _LEAVES_IT_USABLE = re.compile(
 )
 
 
+class StepError(Exception):
+    """A plan was not executed. Nothing is known of its rows' KV; later plans may build on it. `is_refusal`: nothing of
+    it was begun. `is_blameless`: neither its rows nor the device are at fault."""
+
+    def __init__(self, step_id: int, cause: BaseException) -> None:
+        super().__init__(f"step {step_id} failed: {type(cause).__name__}: {cause}")
+        self.step_id = step_id
+        self.is_refusal = isinstance(cause, PlanRefused)
+        self.is_blameless = isinstance(cause, StepDisturbed)
+
+
 class DeviceLost(BaseException):
-    """The device executes nothing any more. No fault among others: it passes every handler up to
-    the core's end."""
+    """The device executes nothing any more. No fault among others: it passes every handler up to the core's end."""
 
 
 def is_of_lost_device(fault: BaseException) -> bool:

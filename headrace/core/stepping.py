@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 
 from headrace.core.canary import check_device
-from headrace.core.executor import Executor, StepError
+from headrace.core.executor import Executor
+from headrace.core.faults import StepError
 from headrace.core.outbox import Outbox
 from headrace.ipc import Phase, Pulse
 from headrace.scheduler import BREACHES, Scheduler
@@ -75,12 +76,12 @@ class Stepper:
             self._pulse.enter(Phase.DECIDING)
             self._num_blameless = self._num_blameless + 1 if error.is_blameless else 0
             is_blamed = not 0 < self._num_blameless <= MAX_BLAMELESS
-            convicted = self._scheduler.lose_step(InternalError(str(error)).info(), is_blamed=is_blamed)
+            failed = self._scheduler.lose_step(InternalError(str(error)).info(), is_blamed=is_blamed)
             self._drop_void_results()
-            if convicted:
+            if failed and not error.is_refusal:
                 self._pulse.enter(Phase.EXECUTING)
                 check_device(self._executor, error, self._scheduler.epoch)
-            self._outbox.add(convicted)
+            self._outbox.add(failed)
         else:
             self._pulse.enter(Phase.DECIDING)
             try:

@@ -4,8 +4,8 @@ Owns the open session's jobs, its pending commit and the hold on generation. The
 memory's part in it, are `headrace.weights.session`.
 
     IDLE ---begin--> FILLING                    IDLE ---from disk--> LOOKING ---manifest--> FILLING
-    FILLING ---a hold is needed--> DRAINING (if that is the policy) ---nothing runs--> HOLDING
-    any ---commit, abort, expiry--> IDLE
+    FILLING ---a hold is needed--> DRAINING (if that is the policy) ---nothing runs--> HOLDING ---> COMMITTING ---> IDLE
+    any but COMMITTING ---abort, expiry--> IDLE
 
 A shadow session needs a hold only to commit. An in-place session needs it from the first staged byte to its end. Before
 a hold begins the requests in flight are treated as the session asks (`in_flight`). While generation is paused the hold
@@ -33,8 +33,6 @@ from headrace.scheduler import Scheduler
 from headrace.types.errors import (
     DeadlineError,
     HeadraceError,
-    NeedsWeightsError,
-    PoisonedError,
     UpdateConflictError,
 )
 from headrace.types.messages import NO_DEADLINE, BeginUpdate, CommitUpdate, Stage, UpdateBegun, UpdateFromDisk
@@ -42,6 +40,9 @@ from headrace.types.weights import InFlight, TensorInfo, UpdateReport
 from headrace.weights.session import OpenUpdate, WeightMachine
 
 logger = logging.getLogger(__name__)
+
+_COMMIT_LOOK_S = 0.0002
+"""Between two looks at a commit under way, where somebody waits for its end."""
 
 
 class Phase(enum.Enum):
@@ -51,7 +52,8 @@ class Phase(enum.Enum):
     LOOKING = "a folder is looked through, and no session is open yet"
     FILLING = "a session is open: tensors are staged beside running steps, or are waited for"
     DRAINING = "what has started runs to its end, and nothing new starts"
-    HOLDING = "no step runs: tensors are staged in place, or the commit is done"
+    HOLDING = "no step runs: tensors are staged in place, or the commit is due"
+    COMMITTING = "no step runs while the copy over live weights goes on: there is no way back"
 
 
 class _Call(msgspec.Struct, frozen=True):
@@ -106,13 +108,13 @@ class UpdateControl:
         if session is None:
             return Phase.IDLE if self._looking is None else Phase.LOOKING
         if self._hold is not None:
-            return Phase.HOLDING
+            return Phase.HOLDING if session.committing is None else Phase.COMMITTING
         return Phase.DRAINING if self._needs_hold(session) and self._policy(session) == "drain" else Phase.FILLING
 
     def check_readable(self) -> None:
         """`UpdateConflictError` while live weights are being written: nobody could say what was read."""
         session = self.machine.session
-        if session is not None and session.has_written:
+        if session is not None and session.mode == "inplace" and session.has_written:
             message = f"session {session.session_id} is writing live weights in place; read them when it is over"
             raise UpdateConflictError(message, field="session_id")
 
@@ -120,7 +122,7 @@ class UpdateControl:
         """Also `NeedsWeightsError` or `PoisonedError` until a complete update lands: what was read then would pass for
         the weights of a label, and a label for weights, that are not there."""
         self.check_readable()
-        refusal = self.refusal()
+        refusal = self.machine.refusal()
         if refusal is not None:
             raise refusal
 
@@ -133,16 +135,6 @@ class UpdateControl:
     def is_draining(self) -> bool:
         """Started requests run to their end before the hold begins; no new one starts."""
         return self.phase is Phase.DRAINING
-
-    def refusal(self) -> HeadraceError | None:
-        """What every request is answered with until a complete update lands; None while weights are whole."""
-        session = self.machine.session
-        if session is None:
-            return self.machine.refusal()
-        if session.former == "ready":
-            return None
-        message = f"weights are {session.former} until the update to {session.version!r} is complete"
-        return PoisonedError(message) if session.former == "poisoned" else NeedsWeightsError(message)
 
     # Commands. Errors leave everything as it was.
 
@@ -170,6 +162,7 @@ class UpdateControl:
 
     def abort(self, session_id: int | None) -> None:
         """Drop the session, or with None whichever is open, and answer whatever waits for it."""
+        self._finish_commit()
         session = self.machine.session if session_id is None else self.machine.require(session_id)
         if session is not None:
             self._abort(UpdateConflictError(f"session {session.session_id} was aborted"))
@@ -177,6 +170,7 @@ class UpdateControl:
 
     def give_up(self, call_id: int, error: HeadraceError) -> None:
         """Leave nothing of a call that reads a folder, stages, commits, or opened the session."""
+        self._finish_commit()
         if self._looking is not None and call_id == self._looking[0].call_id:
             self._stop_looking(error)
         for job in [job for job in self._jobs if job.call_id == call_id]:
@@ -218,7 +212,7 @@ class UpdateControl:
             return self._looking is not None and self._look(self._looking[1], budget_s)
         if self._commit is not None and not self._jobs and not self._is_complete(session, self._commit):
             return True
-        if self.phase is not Phase.HOLDING and self._needs_hold(session) and not self._begin_hold(session):
+        if self._hold is None and self._needs_hold(session) and not self._begin_hold(session):
             return False
         if self._jobs:
             self._advance_job(self._jobs[0], budget_s, now)
@@ -236,7 +230,7 @@ class UpdateControl:
         for job in [job for job in self._jobs if now >= job.deadline]:
             self._drop_job(job, DeadlineError("the bucket was not staged by its deadline; it is dropped"))
         session = self.machine.session
-        if session is None:
+        if session is None or self.phase is Phase.COMMITTING:
             return
         if self._commit is not None and now >= self._commit.deadline:
             message = f"weights were not live by the deadline; session {session.session_id} is aborted"
@@ -267,6 +261,7 @@ class UpdateControl:
 
     def end(self, reason: HeadraceError) -> None:
         """Answer what waits for an update; weights stay as they are."""
+        self._finish_commit()
         self._stop_looking(reason)
         waiting = [job.call_id for job in self._jobs if job.call_id is not None]
         waiting += [self._commit.call_id] if self._commit is not None else []
@@ -390,14 +385,23 @@ class UpdateControl:
         job.close()
         self._outbox.refuse(job.call_id, error.info())
 
+    def _finish_commit(self) -> None:
+        """What the device has begun cannot be undone, and takes no longer than a copy."""
+        while self.phase is Phase.COMMITTING and self.machine.session is not None and self._commit is not None:
+            self._make_live(self.machine.session, self._commit)
+            time.sleep(_COMMIT_LOOK_S)
+
     def _make_live(self, session: OpenUpdate, commit: _Call) -> None:
+        """Begin the copy over live weights, or look whether it is done. Generation is held until then."""
         assert self._hold is not None
         hold = self._hold
-        if hold.policy == "recompute":
-            self._scheduler.recompute_running()
-        self.live_stamp += 1
+        if session.committing is None:
+            if hold.policy == "recompute":
+                self._scheduler.recompute_running()
+            self.live_stamp += 1
         try:
-            self.machine.commit(session.session_id)
+            if not self.machine.commit(session.session_id):
+                return
         except FAULTS as fault:
             self._executor.examine(fault)
             self._abort(failure("the commit", fault))
@@ -438,7 +442,7 @@ class UpdateControl:
 
     def _fail_requests(self) -> None:
         """Answer every request if the weights cannot serve any."""
-        refusal = self.refusal()
+        refusal = self.machine.refusal()
         if refusal is not None:
             self._outbox.add(self._scheduler.fail(None, refusal.info()))
             logger.error("weights are %s: %s", self.machine.state, refusal.message)

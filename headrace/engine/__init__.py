@@ -1,8 +1,9 @@
 """The engine's Python face: requests in, samples out, weights in between. Torch-free."""
 
 from headrace.engine.async_engine import DEFAULT_UPDATE_TIMEOUT, AsyncEngine
-from headrace.engine.engine import Engine, ServerHandle
+from headrace.engine.engine import Engine
 from headrace.engine.requests import GenerateItem, GenerateOptions
+from headrace.engine.serving import ServerHandle
 from headrace.engine.stream import Stream
 from headrace.engine.update import UpdateSession
 

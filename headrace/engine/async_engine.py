@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import importlib
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from pathlib import Path
 from types import NoneType
@@ -20,6 +19,7 @@ from headrace.engine.pacing import Turn
 from headrace.engine.reading import read_weight
 from headrace.engine.requests import GenerateItem, GenerateOptions
 from headrace.engine.runtime import Undoable
+from headrace.engine.serving import HttpServer, server_door, stop_server
 from headrace.engine.stream import Stream, StreamGroup
 from headrace.engine.tensors import NamedTensors, to_tensor
 from headrace.engine.update import Manifest, Script, UpdateSession, drive_async, manifest_of
@@ -345,15 +345,15 @@ class AsyncEngine(EngineLifecycle):
         """The core's account of itself, now. `DeadlineError` after `timeout` seconds (default `control_timeout`)."""
         return await self.runtime.client.ask(GetStatus, CoreStatus, seconds_of(timeout))
 
-    async def serve(self, port: int = 0, host: str = "127.0.0.1", **options: Any) -> Any:
+    async def serve(self, port: int = 0, host: str = "127.0.0.1", **options: Any) -> HttpServer:
         """Serve this engine over HTTP, on its own loop. Returns a handle with `port`, `url` and `await stop()`.
 
         `options` are those of `headrace.server`.
         """
         await self.start()
         self.runtime.check_open()
-        server = await asyncio.get_running_loop().run_in_executor(None, _load_server)
-        running = await self.runtime.run(server.serve(self, host, port, **options), regret=stop_server)
+        serve = await asyncio.get_running_loop().run_in_executor(None, server_door)
+        running = await self.runtime.run(serve(self, host, port, **options), regret=stop_server)
         self.runtime.add_closer(functools.partial(running.stop, 0.0))
         return running
 
@@ -401,18 +401,8 @@ class AsyncEngine(EngineLifecycle):
         return await run_sized(_size_of(prompts if input_ids is None else input_ids), expand)
 
 
-async def stop_server(running: Any) -> None:
-    """Undo a `serve` of which nobody heard."""
-    await running.stop(0.0)
-
-
 async def _drop(group: StreamGroup) -> None:
     group.cancel()
-
-
-def _load_server() -> Any:
-    """The server is a higher layer, imported when somebody serves; that is too slow for a loop with streams on it."""
-    return importlib.import_module("headrace.server.run")
 
 
 def _size_of(given: Any) -> int:

@@ -5,22 +5,22 @@ Owns nothing. Every method may be called from any thread, also from one in which
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Coroutine, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack
 
 from headrace.config import EngineConfig, ResolvedConfig
-from headrace.engine.async_engine import DEFAULT_UPDATE_TIMEOUT, AsyncEngine, stop_server
+from headrace.engine.async_engine import DEFAULT_UPDATE_TIMEOUT, AsyncEngine
 from headrace.engine.fields import InputIds, Prompts, Sampling
 from headrace.engine.launch import ExecutorKind
 from headrace.engine.requests import GenerateOptions
 from headrace.engine.runtime import Regret, result_of
+from headrace.engine.serving import ServerHandle, stop_server
 from headrace.engine.tensors import NamedTensors, to_tensor
 from headrace.engine.update import Manifest, UpdateSession, drive
 from headrace.text import Tokenizer
-from headrace.types.errors import HeadraceError, ShutdownError
+from headrace.types.errors import HeadraceError
 from headrace.types.generation import Generation
 from headrace.types.weights import InFlight, PauseMode, UpdateMode, UpdateReport
 
@@ -41,21 +41,6 @@ def _blocking(
         return self._wait(method(self.asynchronous, *args, **kwargs))
 
     return wait
-
-
-class ServerHandle:
-    """A running HTTP server of an engine."""
-
-    def __init__(self, running: Any, engine: AsyncEngine) -> None:
-        self._running = running
-        self._engine = engine
-        self.port: int = running.port
-        self.url: str = running.url
-
-    def stop(self, timeout: float | None = None) -> None:
-        """Stop serving; the engine runs on. Requests have `timeout` seconds (None: the server's own) to finish."""
-        with contextlib.suppress(ShutdownError):  # the engine has ended, and its servers with it
-            self._engine.runtime.wait(self._running.stop(timeout))
 
 
 class Engine:
@@ -171,7 +156,7 @@ class Engine:
     def serve(self, port: int = 0, host: str = "127.0.0.1", **options: Any) -> ServerHandle:
         """Serve this engine over HTTP while it goes on being used here; port 0 takes a free one."""
         running = self._wait(self.asynchronous.serve(port, host, **options), stop_server)
-        return ServerHandle(running, self.asynchronous)
+        return ServerHandle(running, self.asynchronous.runtime)
 
     def wait_ended(self) -> HeadraceError:
         """See `AsyncEngine.wait_ended`."""

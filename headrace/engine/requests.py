@@ -35,7 +35,7 @@ from headrace.scheduler.limits import MAX_PRIORITY
 from headrace.text import Tokenizer, begins_twice, encode_bounded
 from headrace.types.errors import ErrorInfo, RequestError
 from headrace.types.plain_values import as_choice, as_flag, as_integer, as_integer_array, hint
-from headrace.types.request import Request, TokenSampling, pack_ids
+from headrace.types.request import Request, TokenSampling, check_prompt_length, pack_ids
 from headrace.types.sampling_params import (
     MAX_LOGPROB_TOKEN_IDS,
     MAX_TOP_LOGPROBS,
@@ -326,19 +326,11 @@ class RequestBuilder:
 
     def _pack(self, kind: str, source: Any, num_output: int, field: str, special: bool = True) -> bytes:
         if kind == "input_ids":
-            return self._pack_ids(source, field)
+            return self._packed(as_integer_array(source, field), field)
         if num_output:
             message = "num_output_ids_in_prompt counts token ids: give the prompt as input_ids"
             raise RequestError(message, field="num_output_ids_in_prompt")
         return self._pack_text(source, field, special)
-
-    def _pack_ids(self, source: Any, field: str) -> bytes:
-        array = as_integer_array(source, field)
-        if not array.size:
-            raise RequestError(f"{field} is empty", field=field)
-        self._check_length(array.size, field)
-        self._check_range(array, field)
-        return pack_ids(array.astype(np.int32))
 
     def _pack_text(self, text: Any, field: str, special: bool) -> bytes:
         if not isinstance(text, str):
@@ -349,22 +341,14 @@ class RequestBuilder:
         if special and not self._has_warned and begins_twice(self._tokenizer, ids):
             self._has_warned = True
             logger.warning("%s begins with the beginning of sequence, and one was added to it", field)
-        if not ids:
-            raise RequestError(f"{field} has no tokens", field=field)
-        self._check_length(len(ids), field)
-        array = np.asarray(ids, dtype=np.int64)
-        self._check_range(array, field)
-        return pack_ids(array.astype(np.int32))
+        return self._packed(np.asarray(ids, dtype=np.int64), field)
 
-    def _check_length(self, num_tokens: int, field: str) -> None:
-        if num_tokens > self._context_length:
-            message = f"{field} has {num_tokens} tokens, over the context of {self._context_length}"
-            raise RequestError(message, field=field)
-
-    def _check_range(self, ids: Any, field: str) -> None:
+    def _packed(self, ids: Any, field: str) -> bytes:
+        check_prompt_length(ids.size, self._context_length, field)
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self._vocab_size:
             raise self._not_in_vocabulary(low if low < 0 else high, field)
+        return pack_ids(ids.astype(np.int32))
 
     def _check_ids(self, ids: Iterable[int], field: str) -> None:
         for token in ids:

@@ -118,9 +118,9 @@ def slice_spans(spans: Sequence[Span], start: int, stop: int) -> tuple[Span, ...
     kept: list[Span] = []
     position = 0
     for version, count, epoch in spans:
-        overlap = min(position + count, stop) - max(position, start)
-        if overlap > 0:
-            kept.append((version, overlap, epoch))
+        num_inside = min(position + count, stop) - max(position, start)
+        if num_inside > 0:
+            kept.append((version, num_inside, epoch))
         position += count
     return tuple(kept)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headrace.kernels.experts import Routed, add_grouped_
 from headrace.kernels.products import PLAIN, Products
 
 
@@ -45,3 +48,10 @@ def silu_and_mul(x_T2F: Tensor) -> Tensor:
     """Two passes, one temporary."""
     num_features = x_T2F.shape[-1] // 2
     return F.silu(x_T2F[:, :num_features]).mul_(x_T2F[:, num_features:])
+
+
+def experts_add_(
+    residual_TX: Tensor, routed: Routed, gate_up_E2FX: Tensor, down_EXF: Tensor, products: Products = PLAIN
+) -> None:
+    """One product per expert and projection, over the rows of all tokens that are given to it."""
+    add_grouped_(residual_TX, routed, gate_up_E2FX, down_EXF, partial(linear, products=products), silu_and_mul)

@@ -14,10 +14,13 @@ The bits may differ between thread counts, machines and torch versions.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headrace.kernels.experts import Routed, add_grouped_
 from headrace.kernels.products import PLAIN, Products
 
 TILE_ROWS = 16
@@ -82,3 +85,10 @@ def silu_and_mul(x_T2F: Tensor) -> Tensor:
                 x_T2F[first_row : first_row + block_rows, first:last]
             )
     return gate_TF.mul_(x_T2F[:, num_features:])
+
+
+def experts_add_(
+    residual_TX: Tensor, routed: Routed, gate_up_E2FX: Tensor, down_EXF: Tensor, products: Products = PLAIN
+) -> None:
+    """Each expert's rows in tiles of their own, and a token's experts summed in one order."""
+    add_grouped_(residual_TX, routed, gate_up_E2FX, down_EXF, partial(linear, products=products), silu_and_mul)

@@ -1,7 +1,7 @@
 """Which implementation of the row operations a model is built with. Owns the choice; must not know models or plans.
 
 Shape legend: T tokens, I input features, O output features, F half of a gated projection, H heads, D head size,
-V vocabulary.
+V vocabulary, X hidden size, E experts.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Protocol
 from torch import Tensor
 
 from headrace.kernels import fast, invariant, reference
+from headrace.kernels.experts import Routed, RouterRule, route
 from headrace.kernels.products import PLAIN, Products
 from headrace.types.errors import ConfigError
 
@@ -43,6 +44,23 @@ class LayerKernels(Protocol):
         """rms_norm(x) W^T -> float32 [T, V]."""
         ...
 
+    @property
+    def experts(self) -> ExpertKernels | None:
+        """What layers of experts are made of; None where this set has nothing for them."""
+        ...
+
+
+class ExpertKernels(Protocol):
+    """As `LayerKernels`, for layers whose tokens are given to a few of many gated blocks."""
+
+    def normed_route(self, x_TX: Tensor, norm_X: Tensor, eps: float, router_EX: Tensor, rule: RouterRule) -> Routed:
+        """rms_norm(x), and the experts that a router picks for it."""
+        ...
+
+    def experts_add_(self, residual_TX: Tensor, routed: Routed, gate_up_E2FX: Tensor, down_EXF: Tensor) -> None:
+        """residual += the weighted sum of W_down silu_and_mul(W_gate_up hidden) over each token's experts, in place."""
+        ...
+
 
 @dataclass(frozen=True)
 class KernelSet:
@@ -53,6 +71,7 @@ class KernelSet:
     rms_norm(x_..D, weight_D, eps) -> [..., D], reduced in float32
     rope(x_THD, cos_TD, sin_TD) -> [T, H, D] contiguous; half-rotation convention, tables from `rope_tables`
     silu_and_mul(x_T2F) -> silu(x[:, :F]) * x[:, F:]
+    experts_add_(residual_TX, routed, gate_up_E2FX, down_EXF): as `ExpertKernels.experts_add_`
     """
 
     name: str
@@ -61,6 +80,11 @@ class KernelSet:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     rope: Callable[[Tensor, Tensor, Tensor], Tensor]
     silu_and_mul: Callable[[Tensor], Tensor]
+    experts_add_: Callable[[Tensor, Routed, Tensor, Tensor], None]
+
+    @property
+    def experts(self) -> ExpertKernels:
+        return self
 
     def normed_linear(
         self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None
@@ -73,6 +97,10 @@ class KernelSet:
     def normed_logits(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_VI: Tensor) -> Tensor:
         return self.linear(self.rms_norm(x_TI, norm_I, eps), weight_VI, None).float()
 
+    def normed_route(self, x_TX: Tensor, norm_X: Tensor, eps: float, router_EX: Tensor, rule: RouterRule) -> Routed:
+        hidden_TX = self.rms_norm(x_TX, norm_X, eps)
+        return route(hidden_TX, self.linear(hidden_TX, router_EX, None), rule)
+
 
 _MODULES = {"reference": reference, "fast": fast, "invariant": invariant}
 
@@ -83,4 +111,5 @@ def select_kernels(name: str, products: Products = PLAIN) -> KernelSet:
     if module is None:
         raise ConfigError(f"numerics {name!r} is not one of {', '.join(_MODULES)}", field="numerics")
     linear, linear_add_ = partial(module.linear, products=products), partial(module.linear_add_, products=products)
-    return KernelSet(name, linear, linear_add_, module.rms_norm, module.rope, module.silu_and_mul)
+    experts_add_ = partial(module.experts_add_, products=products)
+    return KernelSet(name, linear, linear_add_, module.rms_norm, module.rope, module.silu_and_mul, experts_add_)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from headrace.kernels.experts import Routed
 from headrace.kernels.products import PLAIN, Products
 
 
@@ -39,3 +40,16 @@ def silu_and_mul(x_T2F: Tensor) -> Tensor:
     """x1 * sigmoid(x1) * x2 (SwiGLU; Shazeer, 2020)."""
     gate, up = x_T2F.float().chunk(2, dim=-1)
     return (gate / (1.0 + torch.exp(-gate)) * up).to(x_T2F.dtype)
+
+
+def experts_add_(
+    residual_TX: Tensor, routed: Routed, gate_up_E2FX: Tensor, down_EXF: Tensor, products: Products = PLAIN
+) -> None:
+    """residual += sum of w_e W_down,e SwiGLU(W_gate_up,e h) over a token's experts e (Shazeer et al., 2017)."""
+    total_TX = torch.zeros_like(residual_TX, dtype=torch.float32)
+    for expert in range(gate_up_E2FX.shape[0]):
+        tokens, ranks = torch.where(routed.experts_TK == expert)
+        gated = silu_and_mul(linear(routed.hidden_TX[tokens], gate_up_E2FX[expert], None, products))
+        part = linear(gated, down_EXF[expert], None, products)
+        total_TX.index_add_(0, tokens, (part * routed.weights_TK[tokens, ranks, None]).float())
+    residual_TX.copy_(residual_TX + total_TX.to(residual_TX.dtype))

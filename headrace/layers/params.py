@@ -8,9 +8,13 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from headrace.attention.base import HeadNorms
-from headrace.kernels import LayerKernels
+from headrace.config.layer_spec import ExpertsSpec
+from headrace.kernels import ExpertKernels, LayerKernels
+from headrace.kernels.experts import RouterRule
+from headrace.layers.experts import Experts, Router
 from headrace.layers.linear import GemmCounter, Linear
 from headrace.layers.norm import RmsNorm
+from headrace.types.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -39,3 +43,19 @@ class Params:
     def head_norms(self, q_name: str, k_name: str) -> HeadNorms:
         """The norms of all query heads and all key heads."""
         return HeadNorms(self.norm(q_name).weight, self.norm(k_name).weight, self.eps)
+
+    def router(self, name: str, spec: ExpertsSpec, *, rounds: bool) -> Router:
+        """Over that weight, by the rule of `spec`; `rounds` as in `RouterRule`."""
+        rule = RouterRule(spec.num_per_token, spec.normalizes, rounds)
+        return Router(self._expert_kernels, self.counter, self.tensors[f"{self.prefix}{name}.weight"], rule)
+
+    def experts(self, gate_up: str, down: str) -> Experts:
+        """Over the weights of all experts."""
+        gate_up_E2FX, down_EXF = (self.tensors[f"{self.prefix}{name}.weight"] for name in (gate_up, down))
+        return Experts(self._expert_kernels, self.counter, gate_up_E2FX, down_EXF)
+
+    @property
+    def _expert_kernels(self) -> ExpertKernels:
+        if self.kernels.experts is None:
+            raise UnsupportedModelError("these kernels compute no layers of experts", field="architectures")
+        return self.kernels.experts

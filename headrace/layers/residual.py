@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from headrace.kernels.experts import Routed
+from headrace.layers.experts import Experts
 from headrace.layers.linear import Linear
 from headrace.layers.norm import Normed, RmsNorm
 
@@ -25,6 +27,11 @@ class Residual:
         """Add x W^T + b, in place."""
         linear.counter.num_calls += 1
         linear.kernels.linear_add_(self.stream_TX, x_TI, linear.weight, linear.bias)
+
+    def add_experts(self, experts: Experts, routed: Routed) -> None:
+        """Add what each token's experts make of it, in place."""
+        experts.counter.num_calls += 2
+        experts.kernels.experts_add_(self.stream_TX, routed, experts.gate_up, experts.down)
 
     def keep(self, tokens_S: Tensor | None, x_TI: Tensor) -> Tensor:
         """Go on with these tokens only (None: all): the stream is theirs from here on, and so is what is returned."""

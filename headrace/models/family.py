@@ -1,6 +1,6 @@
-"""What one family of decoders says about itself: its layer, and its tensors as data, by name and where they go.
+"""What a family of decoders is made of: its layers, and the tensors of a layer as data, by name and where they go.
 
-All families have the tensors of `SKELETON`; a family states which further parts its layers may have.
+Which tensors a layer has is said by its `LayerSpec` alone: what a family takes a field for is known to `ModelSpec`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from typing import Literal
 import msgspec
 
 from headrace.config import LayerSpec
+from headrace.config.layer_spec import DenseSpec, ExpertsSpec
 from headrace.layers.params import Params
 from headrace.layers.step import KvPlace
 from headrace.models.decoder import Layer
+from headrace.types.errors import InternalError
 
 Size = Literal["hidden", "heads", "kv_heads", "intermediate", "head_dim"]
 
@@ -29,23 +31,47 @@ class Tensor(msgspec.Struct, frozen=True):
     shard_axis: int | None = None
 
 
-class Part(msgspec.Struct, frozen=True):
-    """Tensors that a layer has only if its spec says so."""
+class ExpertLayers(msgspec.Struct, frozen=True):
+    """Layers of experts; `layer` makes one.
 
-    present: Callable[[LayerSpec], bool]
-    tensors: tuple[Tensor, ...]
+    Below "model.layers.{i}." a checkpoint has "{prefix}.gate.weight", the router, and of each expert
+    "{prefix}.experts.{e}.{projection}.weight", for gate, up and down. The modules of transformers hold those of a layer
+    in two tensors (`headrace.weights.experts`), and the router, below "mlp", whatever the prefix. Parameters are
+    "router.weight", "experts_gate_up.weight" and "experts_down.weight".
+    """
+
+    layer: Callable[[Params, KvPlace, ExpertsSpec], Layer]
+    prefix: str
+    projections: tuple[str, str, str]
 
 
 class Family(msgspec.Struct, frozen=True):
-    """A decoder family; `layer` makes a layer over its parameters, `parts` are what it may have beyond `SKELETON`."""
+    """A decoder family. `dense` makes a layer with one feed-forward block for all tokens, and `experts` one of experts,
+    where it has such."""
 
-    architecture: str
-    layer: Callable[[Params, KvPlace], Layer]
-    parts: tuple[Part, ...] = ()
+    dense: Callable[[Params, KvPlace], Layer] | None
+    experts: ExpertLayers | None = None
 
-    def layer_tensors(self, layer: LayerSpec) -> tuple[Tensor, ...]:
-        """All tensors of one layer."""
-        return SKELETON + tuple(tensor for part in self.parts if part.present(layer) for tensor in part.tensors)
+    def layer(self, params: Params, kv: KvPlace, spec: LayerSpec) -> Layer:
+        """The layer of this spec."""
+        if isinstance(spec.mlp, ExpertsSpec) and self.experts is not None:
+            return self.experts.layer(params, kv, spec.mlp)
+        if isinstance(spec.mlp, DenseSpec) and self.dense is not None:
+            return self.dense(params, kv)
+        raise InternalError(f"the family has no layers of {type(spec.mlp).__name__}")
+
+
+def layer_tensors(layer: LayerSpec) -> tuple[Tensor, ...]:
+    """All tensors of a layer, of whatever family, but for those of experts."""
+    attention, mlp = layer.attention, layer.mlp
+    return (
+        *SKELETON,
+        *(DENSE_MLP if isinstance(mlp, DenseSpec) else ()),
+        *(QKV_BIAS if attention.qkv_bias else ()),
+        *(OUTPUT_BIAS if attention.o_bias else ()),
+        *(MLP_BIAS if isinstance(mlp, DenseSpec) and mlp.bias else ()),
+        *(QK_NORM if attention.qk_norm else ()),
+    )
 
 
 SKELETON = (
@@ -55,33 +81,26 @@ SKELETON = (
     Tensor("self_attn.v_proj.weight", "qkv.weight", ("kv_heads", "hidden"), 0),
     Tensor("self_attn.o_proj.weight", "output.weight", ("hidden", "heads"), 1),
     Tensor("post_attention_layernorm.weight", "mlp_norm.weight", ("hidden",)),
+)
+"""Pre-norm attention, and the norm of what follows it, as in Llama."""
+
+DENSE_MLP = (
     Tensor("mlp.gate_proj.weight", "gate_up.weight", ("intermediate", "hidden"), 0),
     Tensor("mlp.up_proj.weight", "gate_up.weight", ("intermediate", "hidden"), 0),
     Tensor("mlp.down_proj.weight", "down.weight", ("hidden", "intermediate"), 1),
 )
-"""Pre-norm attention and gated MLP, as in Llama."""
-
-QKV_BIAS = Part(
-    lambda layer: layer.attention.qkv_bias,
-    (
-        Tensor("self_attn.q_proj.bias", "qkv.bias", ("heads",), 0),
-        Tensor("self_attn.k_proj.bias", "qkv.bias", ("kv_heads",), 0),
-        Tensor("self_attn.v_proj.bias", "qkv.bias", ("kv_heads",), 0),
-    ),
+QKV_BIAS = (
+    Tensor("self_attn.q_proj.bias", "qkv.bias", ("heads",), 0),
+    Tensor("self_attn.k_proj.bias", "qkv.bias", ("kv_heads",), 0),
+    Tensor("self_attn.v_proj.bias", "qkv.bias", ("kv_heads",), 0),
 )
-OUTPUT_BIAS = Part(lambda layer: layer.attention.o_bias, (Tensor("self_attn.o_proj.bias", "output.bias", ("hidden",)),))
-MLP_BIAS = Part(
-    lambda layer: layer.mlp.bias,
-    (
-        Tensor("mlp.gate_proj.bias", "gate_up.bias", ("intermediate",), 0),
-        Tensor("mlp.up_proj.bias", "gate_up.bias", ("intermediate",), 0),
-        Tensor("mlp.down_proj.bias", "down.bias", ("hidden",)),
-    ),
+OUTPUT_BIAS = (Tensor("self_attn.o_proj.bias", "output.bias", ("hidden",)),)
+MLP_BIAS = (
+    Tensor("mlp.gate_proj.bias", "gate_up.bias", ("intermediate",), 0),
+    Tensor("mlp.up_proj.bias", "gate_up.bias", ("intermediate",), 0),
+    Tensor("mlp.down_proj.bias", "down.bias", ("hidden",)),
 )
-QK_NORM = Part(
-    lambda layer: layer.attention.qk_norm,
-    (
-        Tensor("self_attn.q_norm.weight", "q_norm.weight", ("head_dim",)),
-        Tensor("self_attn.k_norm.weight", "k_norm.weight", ("head_dim",)),
-    ),
+QK_NORM = (
+    Tensor("self_attn.q_norm.weight", "q_norm.weight", ("head_dim",)),
+    Tensor("self_attn.k_norm.weight", "k_norm.weight", ("head_dim",)),
 )

@@ -1,4 +1,4 @@
-"""Llama 2 and 3.x; biases only where the config asks for them. Mistral and Qwen2 compute the same."""
+"""Llama 2 and 3.x, Mistral, Qwen2 and Qwen2.5, which differ in their biases only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from torch import Tensor
 from headrace.layers.params import Params
 from headrace.layers.residual import Residual
 from headrace.layers.step import ForwardStep, KvPlace
-from headrace.models.family import MLP_BIAS, OUTPUT_BIAS, QKV_BIAS, Family
 
 
 class LlamaLayer:
@@ -28,6 +27,3 @@ class LlamaLayer:
         attended = step.attention[self.kv.group].run(self.kv.layer, qkv, None)
         x.add(self.output, x.keep(kept_tokens, attended))
         x.add(self.down, self.gate_up.gate(x.normed(self.mlp_norm)))
-
-
-FAMILY = Family("LlamaForCausalLM", LlamaLayer, parts=(QKV_BIAS, OUTPUT_BIAS, MLP_BIAS))

@@ -1,4 +1,4 @@
-"""Qwen3: each query and key head is normed before rotation; biases only where the config asks for them."""
+"""Qwen3: each query and key head is normed before rotation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from torch import Tensor
 from headrace.layers.params import Params
 from headrace.layers.residual import Residual
 from headrace.layers.step import ForwardStep, KvPlace
-from headrace.models.family import OUTPUT_BIAS, QK_NORM, QKV_BIAS, Family
 
 
 class Qwen3Layer:
@@ -29,6 +28,3 @@ class Qwen3Layer:
         attended = step.attention[self.kv.group].run(self.kv.layer, qkv, self.head_norms)
         x.add(self.output, x.keep(kept_tokens, attended))
         x.add(self.down, self.gate_up.gate(x.normed(self.mlp_norm)))
-
-
-FAMILY = Family("Qwen3ForCausalLM", Qwen3Layer, parts=(QKV_BIAS, OUTPUT_BIAS, QK_NORM))

@@ -1,39 +1,41 @@
-"""From a `ModelSpec` to its family, its weight map and its decoder."""
+"""From a `ModelSpec` to its weight map and its decoder."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from headrace.config import LayerSpec, ModelSpec
+from headrace.config.layer_spec import ExpertsSpec
 from headrace.kernels import LayerKernels
 from headrace.layers.linear import GemmCounter
 from headrace.layers.params import Params
 from headrace.layers.step import KvPlace
-from headrace.models import llama, mistral, qwen2, qwen3
 from headrace.models.decoder import Decoder
-from headrace.models.family import Family, Size, Tensor
-from headrace.types.errors import UnsupportedModelError
+from headrace.models.family import ExpertLayers, Family, Size, Tensor, layer_tensors
+from headrace.models.llama import LlamaLayer
+from headrace.models.mixtral import MixtralLayer
+from headrace.models.qwen3 import Qwen3Layer
+from headrace.models.qwen3_moe import Qwen3MoeLayer
 from headrace.weights.boxes import Box
+from headrace.weights.experts import ExpertTensors
 from headrace.weights.shard import ONLY_RANK, Shard
 from headrace.weights.store import WeightStore
 from headrace.weights.weight_map import ParamSpec, Piece, WeightMap, WeightRule
 
-_FAMILIES: dict[str, Family] = {
-    family.architecture: family for family in (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
+FAMILIES = {
+    "LlamaForCausalLM": Family(LlamaLayer),
+    "MistralForCausalLM": Family(LlamaLayer),
+    "MixtralForCausalLM": Family(None, ExpertLayers(MixtralLayer, "block_sparse_moe", ("w1", "w3", "w2"))),
+    "Qwen2ForCausalLM": Family(LlamaLayer),
+    "Qwen3ForCausalLM": Family(Qwen3Layer),
+    "Qwen3MoeForCausalLM": Family(
+        Qwen3Layer, ExpertLayers(Qwen3MoeLayer, "mlp", ("gate_proj", "up_proj", "down_proj"))
+    ),
 }
+"""What computes the layers of each architecture that `ModelSpec` knows."""
+
 _EMBED, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _FINAL_NORM = Tensor("norm.weight", "final_norm.weight", ("hidden",))
-
-
-def family_of(spec: ModelSpec) -> Family:
-    """The family of an architecture. Raises `UnsupportedModelError` naming it."""
-    family = _FAMILIES.get(spec.architecture)
-    if family is None:
-        raise UnsupportedModelError(
-            f"architecture {spec.architecture} is not supported; supported: {', '.join(_FAMILIES)}",
-            field="architectures",
-        )
-    return family
 
 
 def weight_map(spec: ModelSpec, shard: Shard = ONLY_RANK) -> WeightMap:
@@ -42,12 +44,14 @@ def weight_map(spec: ModelSpec, shard: Shard = ONLY_RANK) -> WeightMap:
     Parameters: "embed", "lm_head" (unless tied), "final_norm.weight", and per layer "layers.{i}." + the parameter names
     of `headrace.models.family`. Raises `UnsupportedModelError` for what does not split over so many ranks.
     """
-    layout = _Layout(spec, shard)
+    layout, family = _Layout(spec, shard), FAMILIES[spec.architecture]
     layout.add_vocabulary(_EMBED, "embed")
     for index, layer in enumerate(spec.layers):
         sizes = _sizes_of(spec, layer)
-        for tensor in family_of(spec).layer_tensors(layer):
+        for tensor in layer_tensors(layer):
             layout.add(f"model.layers.{index}.{tensor.name}", f"layers.{index}.{tensor.param}", tensor, sizes)
+        if isinstance(layer.mlp, ExpertsSpec) and family.experts is not None:
+            layout.add_experts(index, family.experts, layer.mlp)
     layout.add("model.norm.weight", "final_norm.weight", _FINAL_NORM, {"hidden": spec.hidden_size})
     if not spec.tie_word_embeddings:
         layout.add_vocabulary(_LM_HEAD, "lm_head")
@@ -73,6 +77,7 @@ class _Layout:
         self._vocabulary = (spec.vocab_size, spec.hidden_size)
         self._params: dict[str, ParamSpec] = {}
         self._rules: list[WeightRule] = []
+        self._other_names: list[WeightRule] = []
 
     def add(self, name: str, param: str, tensor: Tensor, sizes: Mapping[Size, int]) -> None:
         """The next rows of a parameter."""
@@ -86,6 +91,26 @@ class _Layout:
         self._params[param] = ParamSpec(param, (before.shape[0] + held.shape[0], *held.shape[1:]))
         self._rules.append(WeightRule(name, shape, (Piece(param, held, target, is_counted=is_counted),)))
 
+    def add_experts(self, layer: int, family: ExpertLayers, spec: ExpertsSpec) -> None:
+        """The router and the experts of a layer, both by a checkpoint's names and by those of transformers' modules.
+        Every rank has all experts, and a part of each."""
+        (_, hidden), param = self._vocabulary, f"layers.{layer}."
+        prefix, whole_prefix = (f"model.layers.{layer}.{below}" for below in (family.prefix, "mlp"))
+        tensors = ExpertTensors(
+            *(f"{prefix}.experts", f"{param}experts_gate_up.weight", f"{param}experts_down.weight"),
+            *(spec.num_experts, hidden, spec.intermediate_size),
+            whole_prefix=f"{whole_prefix}.experts",
+            projections=family.projections,
+            width=self._shard,
+        )
+        box = Box.whole((spec.num_experts, hidden))
+        router = Piece(f"{param}router.weight", box, box, is_counted=self._shard.rank == 0)
+        names = dict.fromkeys((prefix, whole_prefix))
+        routers = [WeightRule(f"{name}.gate.weight", box.shape, (router,)) for name in names]
+        self._params |= {each.name: each for each in (ParamSpec(router.param, box.shape), *tensors.params())}
+        self._rules += [routers[0], *tensors.one_by_one()]
+        self._other_names += [*routers[1:], *tensors.all_in_one()]
+
     def add_vocabulary(self, name: str, param: str) -> None:
         """A parameter of one row per token, as many on every rank: the last ones may be padding."""
         held, padding = self._shard.padded_rows(self._vocabulary)
@@ -96,7 +121,8 @@ class _Layout:
 
     def weight_map(self, aliases: dict[str, str]) -> WeightMap:
         """The table of what was added."""
-        return WeightMap(self._params.values(), self._rules, aliases, is_shard=self._shard.num_ranks > 1)
+        others, is_shard = self._other_names, self._shard.num_ranks > 1
+        return WeightMap(self._params.values(), self._rules, aliases, other_names=others, is_shard=is_shard)
 
 
 def build(
@@ -107,12 +133,14 @@ def build(
     counter: GemmCounter | None = None,
 ) -> Decoder:
     """The decoder over `store.live`, whose tensors it keeps."""
-    family = family_of(spec)
+    family = FAMILIES[spec.architecture]
     params = Params(store.live, kernels, counter or GemmCounter(), spec.rms_norm_eps)
     places = {
         layer_id: KvPlace(number, layer)
         for number, group in enumerate(spec.kv_groups)
         for layer, layer_id in enumerate(group.layer_ids)
     }
-    layers = [family.layer(params.below(f"layers.{index}"), places[index]) for index in range(len(spec.layers))]
+    layers = [
+        family.layer(params.below(f"layers.{index}"), places[index], layer) for index, layer in enumerate(spec.layers)
+    ]
     return Decoder(params, layers)

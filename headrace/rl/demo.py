@@ -16,13 +16,13 @@ import msgspec
 from headrace.engine import Engine
 from headrace.rl.display import ProgressLine, StepRecord, draw_picture, require_matplotlib
 from headrace.rl.push import PushReport, push_weights, tensor_digests
-from headrace.rl.rollouts import Batch, RolloutLog, Sampler
+from headrace.rl.rollouts import Batch, RolloutLog, RolloutSampler
 from headrace.types.errors import ConfigError
 from headrace.types.plain_values import as_path
 from headrace.types.request import DEFAULT_VERSION
 
 if TYPE_CHECKING:
-    from headrace.rl.trainer import GrpoTrainer, Sample
+    from headrace.rl.trainer import GrpoTrainer, TrainingSample
 
 POLICY = Path(__file__).parent / "policy"
 WINDOW = 5
@@ -107,7 +107,7 @@ class Demo:
         self._engine = engine
         self._trainer = trainer
         self._log = log
-        self._sampler = Sampler(
+        self._sampler = RolloutSampler(
             engine,
             num_groups=options.num_groups,
             group_size=options.group_size,
@@ -173,12 +173,12 @@ class Demo:
         self._seconds += batch.seconds
 
 
-def training_samples(batch: Batch) -> list[Sample]:
+def training_samples(batch: Batch) -> list[TrainingSample]:
     """The batch as the trainer takes it, each sample with its advantage within its group."""
-    from headrace.rl.trainer import Sample, group_advantages
+    from headrace.rl.trainer import TrainingSample, group_advantages
 
     return [
-        Sample(rollout.prompt_ids, rollout.ids, rollout.logprobs, advantage)
+        TrainingSample(rollout.prompt_ids, rollout.ids, rollout.logprobs, advantage)
         for group in batch.groups
         for rollout, advantage in zip(group, group_advantages([r.reward for r in group]), strict=True)
     ]

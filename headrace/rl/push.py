@@ -17,7 +17,7 @@ from headrace.engine.tensors import describe, named_pairs, same_memory, whole
 from headrace.types.errors import WeightUpdateError
 from headrace.types.plain_values import as_choice, as_flag
 from headrace.types.weights import InFlight, UpdateMode, UpdateReport
-from headrace.weights.weight_map import FLOAT_DTYPES, TIED_HEAD, is_derived
+from headrace.weights.weight_map import FLOAT_DTYPES, TIED_HEAD, WeightMap, is_derived
 
 if TYPE_CHECKING:
     import torch
@@ -100,20 +100,19 @@ def push_weights(
     Raises `WeightUpdateError` naming the tensor when the engine refuses the weights (the old ones serve on), or, after
     the fact, when what it reports or holds is not what was sent.
     """
+    from headrace.models import weight_map
+
     started = time.perf_counter()
     verify = as_flag(verify, "verify", WeightUpdateError)
-    is_tied = engine.resolved.model.tie_word_embeddings
-    pairs = hf_named_tensors(weights, keep_tied_head=not is_tied)
+    model, dtype = engine.resolved.model, engine.resolved.dtype
+    pairs = hf_named_tensors(weights, keep_tied_head=not model.tie_word_embeddings)
     label = version_of(version)
     report = engine.update_weights_from_tensor(pairs, label, mode=mode, in_flight=in_flight)
     if (report.version, report.num_tensors) != (label, len(pairs)):
         sent, got = f"{len(pairs)} as {label}", f"{report.num_tensors} as {report.version}"
         raise WeightUpdateError(f"tensors sent: {sent}; taken by the engine: {got}", field="version")
     if verify:
-        digests = tensor_digests(pairs, engine.resolved.dtype)
-        if is_tied:
-            digests.pop(TIED_HEAD, None)  # a copy; the engine has checked that it equals the embedding, which it holds
-        _require_equal(digests, engine.digest())
+        _require_equal(live_digests(pairs, weight_map(model), dtype), engine.digest())
     return PushReport(report, time.perf_counter() - started, verify)
 
 
@@ -133,6 +132,26 @@ def tensor_digests(pairs: Iterable[tuple[str, torch.Tensor]], dtype: str) -> dic
             raise WeightUpdateError(f"{name} is no torch tensor of {', '.join(FLOAT_DTYPES)}", field=name)
         plain = tensor.detach().to("cpu", target).resolve_neg()
         digests[name] = position_digest(plain.contiguous().view(-1), keys)
+    return digests
+
+
+def live_digests(pairs: Iterable[tuple[str, torch.Tensor]], table: WeightMap, dtype: str) -> dict[str, str]:
+    """What `Engine.digest` says of an engine of that dtype that took these tensors: by the names of files, whichever
+    names of the table they have, and in the dtypes that its parameters have. A parameter is built at a time."""
+    import torch
+
+    from headrace.weights.store import WeightStore
+
+    tensors = dict(pairs)
+    digests: dict[str, str] = {}
+    for alias, target in table.aliases.items():
+        if alias in tensors:  # the engine has checked that both are equal where both are sent
+            tensors.setdefault(target, tensors[alias])
+    for part in table.parts():
+        names = part.rules_by_name.keys() | part.other_rules.keys()
+        store = WeightStore(part, getattr(torch, dtype), torch.device("cpu"), check_finite=False)
+        store.load((name, tensors[name]) for name in names & tensors.keys())
+        digests |= store.digest()
     return digests
 
 

@@ -64,7 +64,7 @@ class Batch(msgspec.Struct, frozen=True):
         return sum(len(rollout.ids) for rollout in self.rollouts)
 
 
-class Sampler:
+class RolloutSampler:
     """Draws problems and asks the engine for replies to them; the same seed asks for the same samples."""
 
     def __init__(self, engine: Engine, *, num_groups: int, group_size: int, max_new_tokens: int, seed: int) -> None:

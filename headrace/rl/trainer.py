@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 
-class Sample(msgspec.Struct, frozen=True):
+class TrainingSample(msgspec.Struct, frozen=True):
     """One reply to learn from: its ids, the sampler's logprob of each reply token (at T = 1), and its advantage."""
 
     prompt_ids: list[int]
@@ -54,7 +54,7 @@ class GrpoTrainer:
         """The live parameters by Hugging Face name, tied ones under both names."""
         return dict(self._model.state_dict())
 
-    def logprobs(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+    def logprobs(self, samples: Sequence[TrainingSample]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of the reply tokens, float32 [samples, longest row - 1], and the mask of real ones."""
         num_rows, longest = len(samples), max(len(s.prompt_ids) + len(s.token_ids) for s in samples)
         input_ids = torch.zeros(num_rows, longest, dtype=torch.int64)
@@ -69,7 +69,7 @@ class GrpoTrainer:
         mask = is_reply[:, 1:]
         return logprobs.masked_fill(~mask, 0.0), mask
 
-    def train(self, samples: Sequence[Sample]) -> TrainStep:
+    def train(self, samples: Sequence[TrainingSample]) -> TrainStep:
         """One gradient step on `samples`."""
         difference, mask = self._difference(samples)
         advantages = torch.tensor([sample.advantage for sample in samples]).unsqueeze(1)
@@ -83,7 +83,7 @@ class GrpoTrainer:
         return TrainStep(loss.item(), difference.detach().abs().max().item())
 
     @torch.no_grad()
-    def compare(self, samples: Sequence[Sample]) -> float:
+    def compare(self, samples: Sequence[TrainingSample]) -> float:
         """The largest absolute difference between the trainer's logprobs and the sampler's; trains nothing."""
         difference, _ = self._difference(samples)
         return difference.abs().max().item()
@@ -93,7 +93,7 @@ class GrpoTrainer:
         self._model.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
 
-    def _difference(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _difference(self, samples: Sequence[TrainingSample]) -> tuple[torch.Tensor, torch.Tensor]:
         """Trainer's less sampler's logprob of every reply token (0 elsewhere), and the mask of real ones."""
         logprobs, mask = self.logprobs(samples)
         sampled = torch.tensor([logprob for sample in samples for logprob in sample.logprobs])

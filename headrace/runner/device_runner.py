@@ -35,7 +35,7 @@ from headrace.runner.memory import MemoryPlan, free_bytes
 from headrace.runner.slots import SlotTable
 from headrace.runner.step_buffer import StepBuffer, StepSizes
 from headrace.runner.step_runner import MAX_CELLS, StepRunner
-from headrace.sampling.device_sampler import SLOT_WORDS, DeviceSampler
+from headrace.sampling.device_sampler import RECORD_SIZE, DeviceSampler
 from headrace.types.errors import ConfigError
 from headrace.types.plan import StepPlan
 from headrace.weights.store import WeightStore
@@ -156,7 +156,7 @@ class _Parts:
             self._dtype,
             self.max_tokens,
         )
-        sizes = StepSizes(self.max_tokens, max_rows, MAX_CELLS, SLOT_WORDS, attention.num_words)
+        sizes = StepSizes(self.max_tokens, max_rows, MAX_CELLS, RECORD_SIZE, attention.num_words)
         buffer = StepBuffer(sizes, self._device, engine.overlap_depth + 2)
         tables = make_tables(buffer, max_rows, resolved.max_columns, self._device)
         launches = Launches(self._model, attention, self.sampler, buffer, tables, self._hidden)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,10 @@ import torch
 from headrace.runner.pending import join_extras, step_result
 from headrace.runner.step_buffer import HostStep
 from headrace.sampling.device_sampler import PendingExtras, PendingScores
-from headrace.types.plan import PromptLogprobs, StepResult
+from headrace.types.plan import PromptLogprobs, SamplePatch, StepResult
+
+if TYPE_CHECKING:
+    from headrace.runner.step_runner import StepRunner
 
 
 @dataclass
@@ -64,21 +68,28 @@ class ScoredPrompt:
 
 @dataclass
 class DeviceStep:
-    """A plan whose work is enqueued; `sampled_rows` are the plan's rows that sample. `marks` None: it ran already."""
+    """A plan whose work is enqueued by `runner`; `sampled_rows` of the plan sample, padded to `num_padded`. Without
+    `marks` it ran already."""
 
     step_id: int
     host: HostStep
-    clock: DeviceClock
+    runner: StepRunner
     sampled_rows: npt.NDArray[np.int64]
+    num_padded: int = 0
+    begin: torch.cuda.Event | None = None
     marks: StepMarks | None = None
     extras: PendingExtras | None = None
     prompts: list[ScoredPrompt] = field(default_factory=list)
+
+    def sample(self, patch: SamplePatch | None) -> None:
+        """As `PendingStep.sample`."""
+        self.runner.sample(self, patch)
 
     def wait(self) -> StepResult:
         """As `PendingStep.wait`; its host copy is free afterwards."""
         if self.marks is not None:
             self.marks.end.synchronize()
-            self.clock.add(self.marks)
+            self.runner.clock.add(self.marks)
         num_rows = len(self.sampled_rows)
         token_ids, logprobs = self.host.token_ids[:num_rows].copy(), self.host.logprobs[:num_rows].copy()
         self.host.is_free = True

@@ -55,7 +55,7 @@ class Launches:
         )
         self._model.forward(hidden_TX, ForwardStep([self._attention.step(self._tables, bucket)]))
 
-    def sample(self, num_rows: int, *, kept: bool) -> None:
+    def sample(self, num_rows: int, *, truncated: bool) -> None:
         """Tokens and log-probabilities of `num_rows` rows into the step buffer's results."""
         views = self._buffer.views
         self._sampler.sample(
@@ -64,7 +64,7 @@ class Launches:
             views.sampled_positions[:num_rows],
             self._buffer.token_ids[:num_rows],
             self._buffer.logprobs[:num_rows],
-            kept=kept,
+            truncated=truncated,
         )
 
     def sampled_logits(self, num_rows: int) -> Tensor:

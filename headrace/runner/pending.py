@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from headrace.types.plan import PositionLogprobs, PromptLogprobs, StepResult
+from headrace.types.plan import PositionLogprobs, PromptLogprobs, SamplePatch, StepResult
 from headrace.types.request import Float32Array, Int32Array
 
 
@@ -19,25 +18,13 @@ class PendingStep(Protocol):
         """The plan's."""
         ...
 
+    def sample(self, patch: SamplePatch | None) -> None:
+        """Issue the sampling of a plan that waits for it; before the next plan is issued."""
+        ...
+
     def wait(self) -> StepResult:
         """Its result, as soon as the device has it."""
         ...
-
-
-@dataclass(frozen=True)
-class DoneStep:
-    """A plan that ran when it was issued."""
-
-    result: StepResult
-
-    @property
-    def step_id(self) -> int:
-        """As `PendingStep.step_id`."""
-        return self.result.step_id
-
-    def wait(self) -> StepResult:
-        """As `PendingStep.wait`."""
-        return self.result
 
 
 def step_result(

@@ -70,12 +70,6 @@ def scored_spans(
     """What a step scores of the rows that asked; rows [R] by absolute start, length and first packed token."""
     for row, init in scored_rows:
         start = int(row_starts[row])
-        first, last = _scored_positions(init, start, int(row_lengths[row]))
-        if first < last:
-            yield ScoredSpan(row, init, first, last, int(row_firsts[row]) - start - 1)
-
-
-def _scored_positions(init: SlotInit, start: int, length: int) -> tuple[int, int]:
-    """Prompt positions [first, last) that its request wants scored and a row of `length` tokens at `start` predicts."""
-    assert init.logprobs.prompt_start is not None
-    return max(start + 1, init.logprobs.prompt_start), min(start + length + 1, init.num_prompt_tokens)
+        scored = init.scored_positions(start, int(row_lengths[row]))
+        if scored:
+            yield ScoredSpan(row, init, scored.start, scored.stop, int(row_firsts[row]) - start - 1)

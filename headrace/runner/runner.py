@@ -8,6 +8,8 @@ sampling pass. Nothing here decides which rows run.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,11 +25,11 @@ from headrace.layers.step import ForwardStep
 from headrace.runner.batch import ForwardBatch, build_batch
 from headrace.runner.exact_products import ExactProducts
 from headrace.runner.loading import Progress, checked_weight_map, load_weights
-from headrace.runner.pending import DoneStep, step_result
+from headrace.runner.pending import step_result
 from headrace.runner.prompt_scores import PromptScorer
 from headrace.runner.slots import SlotTable
 from headrace.sampling import Sampler
-from headrace.types.plan import PositionLogprobs, StepPlan, StepResult
+from headrace.types.plan import PositionLogprobs, PromptLogprobs, SamplePatch, StepPlan, StepResult
 from headrace.weights.store import WeightStore
 
 _MAX_LOGITS_BYTES = 256 << 20
@@ -81,9 +83,18 @@ class Runner:
         """Linear layers run so far."""
         return self._counter.num_calls
 
-    def launch(self, plan: StepPlan) -> DoneStep:
-        """Run one step now. Plans must come in the order they were issued."""
-        return DoneStep(self.execute(plan))
+    def launch(self, plan: StepPlan) -> RunnerStep:
+        """Run one step now, up to its sampling if that waits. Plans must come in the order they were issued."""
+        with torch.inference_mode(), self._exact:
+            step = self._forward(plan)
+            if not plan.waits_to_sample:
+                step.result = self._finish(step, None)
+        return step
+
+    def sample(self, step: RunnerStep, patch: SamplePatch | None) -> None:
+        """The rest of a step whose sampling waits."""
+        with torch.inference_mode(), self._exact:
+            step.result = self._finish(step, patch)
 
     def probe(self) -> None:
         """Nothing to ask: a CPU that runs this works."""
@@ -96,26 +107,30 @@ class Runner:
         """Figures of its own for the metrics."""
         return {"num_gemm_calls": float(self._counter.num_calls)}
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step. Plans must come in the order they were issued."""
-        with torch.inference_mode(), self._exact:
-            self._slots.apply(plan)
-            for init in plan.new_slots:
-                self._sampler.enter(init)
-            if len(plan.row_slots) == 0:
-                return step_result(plan.step_id, np.zeros(0, np.int32), np.zeros(0, np.float32), {}, {})
-            batch = build_batch(plan, self._slots, self._device)
-            step = ForwardStep([backend.plan(batch.attention) for backend in self._attention], batch.logit_tokens)
-            hidden = self._model.forward(self._model.embed(batch.token_ids), step)
-            prompts = self._scorer.score(batch, hidden)
-            if len(hidden) != len(batch.sampled_tokens):
-                hidden = hidden.index_select(0, batch.sampled_tokens)
-            token_ids, logprobs, extras = self._sample(batch, hidden)
-            self._slots.record(batch.sampled_slots, token_ids)
-        return step_result(plan.step_id, token_ids.astype(np.int32), logprobs, extras, prompts)
+    def _forward(self, plan: StepPlan) -> RunnerStep:
+        self._slots.apply(plan)
+        for init in plan.new_slots:
+            self._sampler.enter(init)
+        if len(plan.row_slots) == 0:
+            return RunnerStep(plan.step_id, self, None)
+        batch = build_batch(plan, self._slots, self._device)
+        step = ForwardStep([backend.plan(batch.attention) for backend in self._attention], batch.logit_tokens)
+        hidden = self._model.forward(self._model.embed(batch.token_ids), step)
+        prompts = self._scorer.score(batch, hidden)
+        if len(hidden) != len(batch.sampled_tokens):
+            hidden = hidden.index_select(0, batch.sampled_tokens)
+        return RunnerStep(plan.step_id, self, (batch, hidden), prompts)
+
+    def _finish(self, step: RunnerStep, patch: SamplePatch | None) -> StepResult:
+        if step.sampled is None:
+            return step_result(step.step_id, np.zeros(0, np.int32), np.zeros(0, np.float32), {}, {})
+        batch, hidden = step.sampled
+        token_ids, logprobs, extras = self._sample(batch, hidden, patch)
+        self._slots.record(batch.sampled_slots, token_ids)
+        return step_result(step.step_id, token_ids.astype(np.int32), logprobs, extras, step.prompts)
 
     def _sample(
-        self, batch: ForwardBatch, hidden_SX: Tensor
+        self, batch: ForwardBatch, hidden_SX: Tensor, patch: SamplePatch | None
     ) -> tuple[np.ndarray, np.ndarray, dict[int, PositionLogprobs]]:
         """Token ids int64 [S], logprobs float32 [S], and the extras of those rows that asked, by row of the plan."""
         slots, positions = torch.from_numpy(batch.sampled_slots), torch.from_numpy(batch.sampled_positions)
@@ -124,8 +139,29 @@ class Runner:
         for first in range(0, len(slots), self._max_sampled_rows):
             chunk = slice(first, first + self._max_sampled_rows)
             logits_SV = self._model.logits(hidden_SX[chunk])
-            sampled = self._sampler.sample(logits_SV, slots[chunk], positions[chunk])
+            part = patch and patch.within(range(chunk.start, chunk.stop))
+            sampled = self._sampler.sample(logits_SV, slots[chunk], positions[chunk], part)
             token_ids.append(sampled.token_ids.numpy())
             logprobs.append(sampled.logprobs.numpy())
             extras.update({int(batch.sampled_rows[first + row]): extra for row, extra in sampled.extras.items()})
         return np.concatenate(token_ids), np.concatenate(logprobs), extras
+
+
+@dataclass
+class RunnerStep:
+    """A plan that ran when it was issued; `sampled` are the rows that sample and their hidden states."""
+
+    step_id: int
+    runner: Runner
+    sampled: tuple[ForwardBatch, Tensor] | None
+    prompts: dict[int, PromptLogprobs] = field(default_factory=dict)
+    result: StepResult | None = None
+
+    def sample(self, patch: SamplePatch | None) -> None:
+        """As `PendingStep.sample`."""
+        self.runner.sample(self, patch)
+
+    def wait(self) -> StepResult:
+        """As `PendingStep.wait`."""
+        assert self.result is not None, "a step is collected that was not sampled"
+        return self.result

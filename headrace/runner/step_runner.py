@@ -7,7 +7,7 @@ tokens sampled stay on it. Must not know how anything was built, nor requests.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -23,7 +23,7 @@ from headrace.runner.prompt_scores import scored_spans
 from headrace.runner.slots import SlotTable
 from headrace.runner.step_buffer import HostStep, StepBuffer
 from headrace.sampling.device_sampler import DeviceSampler
-from headrace.types.plan import StepPlan
+from headrace.types.plan import SamplePatch, StepPlan
 
 MAX_CELLS = 2048
 """Page cells that travel with a step; more are written one copy by one."""
@@ -59,14 +59,29 @@ class StepRunner:
         self._exact = exact
 
     def launch(self, plan: StepPlan) -> DeviceStep:
-        """Enqueue one plan."""
+        """Enqueue one plan, up to its sampling if that waits."""
         host = self._buffer.take()
-        with torch.inference_mode(), ExitStack() as on_failure:
-            on_failure.callback(self._give_back, host)
-            with self._exact:
-                step = self._launch(plan, host)
-            on_failure.pop_all()
-            return step
+        with self._enqueueing(host):
+            step = self._forward(plan, host)
+            if not plan.waits_to_sample:
+                self._finish(step, None)
+        return step
+
+    def sample(self, step: DeviceStep, patch: SamplePatch | None) -> None:
+        """Enqueue the rest of a step whose sampling waits. No other may have been enqueued since."""
+        with self._enqueueing(step.host):
+            self._finish(step, patch)
+
+    @contextmanager
+    def _enqueueing(self, host: HostStep) -> Iterator[None]:
+        """What is launched inside is one step's; where that fails its host copy is free again."""
+        with torch.inference_mode():
+            try:
+                with self._exact:
+                    yield
+            except BaseException:
+                self._give_back(host)
+                raise
 
     def capture(self, buckets: list[Launch], sampled: list[int]) -> None:
         """Capture the launches of these sizes, over an empty step."""
@@ -78,8 +93,9 @@ class StepRunner:
                 else:
                     self._launches.forward(bucket)  # compiles what it needs; later steps of this size run as they are
             for num_rows in sampled:
-                for kept in (False, True):
-                    self._graphs.capture((num_rows, kept), partial(self._launches.sample, num_rows, kept=kept))
+                for truncated in (False, True):
+                    body = partial(self._launches.sample, num_rows, truncated=truncated)
+                    self._graphs.capture((num_rows, truncated), body)
 
     def warm(self, buckets: list[Launch]) -> None:
         """Run forward launches of these sizes once, over an empty step, for the kernels that they compile."""
@@ -94,7 +110,7 @@ class StepRunner:
             self._launches.make_empty()
             self._launches.forward(self._buckets.greatest)
             num_rows = self._buckets.sampled[0]
-            self._launches.sample(num_rows, kept=True)
+            self._launches.sample(num_rows, truncated=True)
             self._launches.logits_of(slice(0, num_rows)).clone()  # prompt scores work on a copy at times
 
     def _give_back(self, host: HostStep) -> None:
@@ -102,20 +118,24 @@ class StepRunner:
             torch.cuda.current_stream().synchronize()  # nothing may read the host copy when it is taken again
         host.is_free = True
 
-    def _launch(self, plan: StepPlan, host: HostStep) -> DeviceStep:
+    def _forward(self, plan: StepPlan, host: HostStep) -> DeviceStep:
         num_records = self._enter(plan, host)
         self._slots.apply(plan)
         self._pack_cells(plan, host)
         sampled_rows = np.flatnonzero(plan.row_samples)
-        step = DeviceStep(plan.step_id, host, self.clock, sampled_rows)
-        begin = self._mark()
+        step = DeviceStep(plan.step_id, host, self, sampled_rows, begin=self._mark())
         if len(plan.row_slots):
-            self._forward(plan, host, num_records, step)
+            self._run_rows(plan, host, num_records, step)
         else:
             self._send(host, 0, num_records)
             self._launches.write_cells()
-        step.marks = self._marks(begin)
         return step
+
+    def _finish(self, step: DeviceStep, patch: SamplePatch | None) -> None:
+        if len(step.sampled_rows):
+            self._sample(step, patch)
+            step.host.receive(self._buffer.results)
+        step.marks = self._marks(step.begin)
 
     def _enter(self, plan: StepPlan, host: HostStep) -> int:
         for index, init in enumerate(plan.new_slots):
@@ -138,37 +158,34 @@ class StepRunner:
             plan.page_ids[:count],
         )
 
-    def _forward(self, plan: StepPlan, host: HostStep, num_records: int, step: DeviceStep) -> None:
+    def _run_rows(self, plan: StepPlan, host: HostStep, num_records: int, step: DeviceStep) -> None:
         num_tokens, num_rows = len(plan.token_ids), len(plan.row_slots)
         bucket = self._buckets.of_step(num_tokens, num_rows)
         num_sampled = len(step.sampled_rows)
-        num_padded = self._buckets.num_sampled(num_sampled) if num_sampled else 0
-        row_firsts = _pack_rows(plan, host, bucket, step.sampled_rows, num_padded)
+        step.num_padded = self._buckets.num_sampled(num_sampled) if num_sampled else 0
+        row_firsts = _pack_rows(plan, host, bucket, step.sampled_rows, step.num_padded)
         row_slots, row_starts, row_lengths = plan.row_slots, plan.row_starts, plan.row_lengths
         rows = StepRows(row_slots, row_starts, row_lengths, plan.prefix_groups, self._slots.page_table.numpy())
         num_words = self._attention.fill(host.views.attention, rows, bucket)
         self._send(host, num_words, num_records)
         self._graphs.run(bucket, partial(self._launches.forward, bucket))
         step.prompts = list(self._score_prompts(plan, row_firsts))
-        if num_sampled:
-            self._sample(host, num_sampled, num_padded, step)
-            host.receive(self._buffer.results)
 
     def _send(self, host: HostStep, num_attention_words: int, num_records: int) -> None:
         host.send(self._buffer.words, num_attention_words)
         if num_records:
             self._sampler.write_slots(self._buffer.views.records[:num_records])
 
-    def _sample(self, host: HostStep, num_sampled: int, num_padded: int, step: DeviceStep) -> None:
-        views = host.views
+    def _sample(self, step: DeviceStep, patch: SamplePatch | None) -> None:
+        views, num_sampled, num_padded = step.host.views, len(step.sampled_rows), step.num_padded
         slots, positions = views.sampled_slots[:num_sampled], views.sampled_positions[:num_sampled]
-        kind = self._sampler.kind(slots, positions)
-        if kind != "special":
-            is_kept = kind == "kept"
-            self._graphs.run((num_padded, is_kept), partial(self._launches.sample, num_padded, kept=is_kept))
+        path = self._sampler.path(slots, positions)
+        if path != "eager" and patch is None:
+            truncated = path == "truncated"
+            self._graphs.run((num_padded, truncated), partial(self._launches.sample, num_padded, truncated=truncated))
             return
         buffer, device_views = self._buffer, self._buffer.views
-        step.extras = self._sampler.sample_special(
+        step.extras = self._sampler.sample_eager(
             self._launches.sampled_logits(num_padded),
             device_views.sampled_slots[:num_padded],
             device_views.sampled_positions[:num_padded],
@@ -176,6 +193,7 @@ class StepRunner:
             buffer.logprobs[:num_padded],
             slots.copy(),
             positions.copy(),
+            patch=patch,
         )
 
     def _score_prompts(self, plan: StepPlan, row_firsts: Int64Array) -> Iterator[ScoredPrompt]:

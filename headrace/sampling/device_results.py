@@ -1,6 +1,6 @@
 """Log-probabilities on their way from the device: what was enqueued to be copied, and how it reads once it is there.
 
-Owns the layout of a row of results, int32 words: `num_top` ids, the float32 bits of their log-probabilities, those of
+Owns the layout of a row of results, int32: `num_top` ids, the float32 bits of their log-probabilities, those of
 `num_asked` ids, and for prompt scores one more, the prompt token's. Must not know slots.
 """
 
@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from headrace.types.plan import PositionLogprobs
-
-Float32Array = npt.NDArray[np.float32]
-Int32Array = npt.NDArray[np.int32]
+from headrace.types.request import Float32Array, Int32Array
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Words of a row of results; rows may use fewer of each kind."""
+    """Columns of a row of results; rows may use fewer of each kind."""
 
     num_top: int
     num_asked: int
@@ -38,22 +36,20 @@ class Columns:
         return 2 * self.num_top + self.num_asked
 
     @property
-    def num_words(self) -> int:
+    def size(self) -> int:
         """Length of a row."""
         return self.first_own + self.num_own
 
 
-def to_host(words: Tensor) -> Tensor:
+def to_host(results: Tensor) -> Tensor:
     """A copy on the host; from a device it is only enqueued, into pinned memory."""
-    if not words.is_cuda:
-        return words.clone()
-    host = torch.empty(words.shape, dtype=words.dtype, device="cpu", pin_memory=True)
-    return host.copy_(words, non_blocking=True)
+    host = torch.empty(results.shape, dtype=results.dtype, device="cpu", pin_memory=results.is_cuda)
+    return host.copy_(results, non_blocking=True)
 
 
 @dataclass(frozen=True)
 class PendingExtras:
-    """Extras of some rows of a step: `host` [S, words] is on its way; `rows`, `num_top` and `num_asked` go together."""
+    """Extras of some rows of a step: `host` [S, size] is on its way; `rows`, `num_top` and `num_asked` go together."""
 
     host: Tensor
     columns: Columns
@@ -63,13 +59,13 @@ class PendingExtras:
 
     def finish(self) -> dict[int, PositionLogprobs]:
         """By row, one position each; called once the step has ended on the device."""
-        words: Int32Array = self.host.numpy()[self.rows]  # a copy: pinned memory goes back
-        values = words.view(np.float32)
+        ids: Int32Array = self.host.numpy()[self.rows]  # a copy: pinned memory goes back
+        values = ids.view(np.float32)
         top, asked = self.columns.num_top, self.columns.first_asked
         counts = zip(self.rows.tolist(), self.num_top.tolist(), self.num_asked.tolist(), strict=True)
         return {
             row: PositionLogprobs(
-                top_ids=words[at : at + 1, :num_top],
+                top_ids=ids[at : at + 1, :num_top],
                 top_logprobs=values[at : at + 1, top : top + num_top],
                 asked_logprobs=values[at : at + 1, asked : asked + num_asked],
             )
@@ -79,20 +75,20 @@ class PendingExtras:
 
 @dataclass(frozen=True)
 class PendingScores:
-    """Prompt scores on their way, in parts of [m, words]."""
+    """Prompt scores on their way, in parts of [m, size]."""
 
     parts: list[Tensor]
     columns: Columns
 
     def finish(self) -> tuple[Float32Array, PositionLogprobs | None]:
         """Float32 [m], and what else was asked for of each position; called once the step has ended on the device."""
-        words: Int32Array = np.concatenate([part.numpy() for part in self.parts])
-        values, columns = words.view(np.float32), self.columns
+        ids: Int32Array = np.concatenate([part.numpy() for part in self.parts])
+        values, columns = ids.view(np.float32), self.columns
         own = values[:, columns.first_own].copy()
         if columns.first_own == 0:
             return own, None
         extras = PositionLogprobs(
-            top_ids=words[:, : columns.num_top],
+            top_ids=ids[:, : columns.num_top],
             top_logprobs=values[:, columns.num_top : columns.first_asked],
             asked_logprobs=values[:, columns.first_asked : columns.first_own],
         )

@@ -1,9 +1,9 @@
 """Tokens and log-probabilities from logits that stay on a device, with `headrace.sampling.sampler`'s meaning of both.
 
-Owns the order of launches and their workspaces. Plain and kept rows are pure launches that may be captured; rows that
-want more (bias, penalties, stop-id mask, further log-probabilities) are enqueued eagerly, any mixture at once:
+Owns the order of launches and their workspaces. Steps of plain and truncated rows are pure launches that may be
+captured; rows that want more (logits processors, further log-probabilities) are enqueued eagerly, any mixture at once:
 
-    reshape      only rows that ask for it are copied, a bounded number at a time, and drawn from their copies
+    process      rows that logits processors act on are copied, a bounded number at a time, and drawn from their copies
     thresholds   top-k, top-p and min-p
     sample       one pass over the logits, which also leaves each row's normaliser
     top, asked   further log-probabilities, from what that pass left
@@ -23,29 +23,36 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from headrace.kernels.triton.logits_processors import (
+    NO_COPY,
+    SKIPPED,
+    ProcessedRows,
+    count_tokens,
+    mask_rows,
+    process_rows,
+)
 from headrace.kernels.triton.sampling_rows import SamplingWorkspace, sample_rows
-from headrace.kernels.triton.shaped_rows import SKIPPED, UNSHAPED, ShapedRows, count_tokens, shape_rows
-from headrace.kernels.triton.slot_records import SLOT_WORDS, write_records
+from headrace.kernels.triton.slot_params import NUM_ASKED, NUM_TOP, RECORD_SIZE, TEMPERATURE, write_records
 from headrace.kernels.triton.threshold_search import find_thresholds, threshold_scratch
 from headrace.kernels.triton.top_rows import LIST_SIZES, SampledRows, asked_rows, top_rows
 from headrace.sampling.device_results import Columns, PendingExtras, PendingScores, to_host
 from headrace.sampling.device_slots import DeviceSlots, slot_params
-from headrace.types.plan import SlotInit
+from headrace.types.plan import SamplePatch, SlotInit
 from headrace.types.sampling_params import MAX_LOGPROB_TOKEN_IDS, MAX_TOP_LOGPROBS
 
-__all__ = ["SLOT_WORDS", "DeviceSampler", "PendingExtras", "PendingScores"]
+__all__ = ["RECORD_SIZE", "DeviceSampler", "PendingExtras", "PendingScores"]
 
 Integers = npt.NDArray[np.integer]
-Kind = Literal["plain", "kept", "special"]
+SamplingPath = Literal["plain", "truncated", "eager"]
 
 _COPIED_ELEMENTS = 1 << 25
-"""Logits copied at once for rows that are reshaped."""
+"""Logits copied at once for rows that are processed."""
 
 
 class DeviceSampler:
     """Samples from logits of `vocab_size` tokens for sequences in slots 0..max_slots-1, up to `max_rows` at once.
 
-    slot_params   float32 [max_slots, words] and slot_seeds int32 [max_slots, 2], written by `write_slots`
+    slot_params   float32 [max_slots, NUM_PARAMS] and slot_seeds int32 [max_slots, 2], written by `write_slots`
     last_tokens   int32 [max_slots], the token each slot sampled last
 
     All memory is allocated here, but for what carries results of single steps to the host.
@@ -61,11 +68,11 @@ class DeviceSampler:
         self.last_tokens = self._slots.last_tokens
         self._workspace = SamplingWorkspace.make(max_rows, vocab_size, device)
         self._scratch = threshold_scratch(max_rows, device)
-        self._floors = torch.empty(max_rows, dtype=torch.float32, device=device)
+        self._thresholds = torch.empty(max_rows, dtype=torch.float32, device=device)
         num_copies = min(max_rows, max(1, _COPIED_ELEMENTS // vocab_size))
         self._copies = torch.empty(num_copies, vocab_size, dtype=torch.float32, device=device)
         most = Columns(min(MAX_TOP_LOGPROBS, vocab_size), MAX_LOGPROB_TOKEN_IDS, 1)
-        self._results = torch.empty(max_rows * most.num_words, dtype=torch.int32, device=device)
+        self._results = torch.empty(max_rows * most.size, dtype=torch.int32, device=device)
         # Prompt scores: every position reads row 0 of its own parameters, thresholds read row 1.
         self._zeros, self._ones = (torch.full((max_rows,), n, dtype=torch.int32, device=device) for n in (0, 1))
         self._range = torch.arange(max_rows, dtype=torch.int32, device=device)
@@ -74,26 +81,26 @@ class DeviceSampler:
         self._own_logprobs = torch.empty(max_rows, dtype=torch.float32, device=device)
 
     def enter(self, init: SlotInit) -> npt.NDArray[np.int32]:
-        """A sequence takes a slot, in place of whatever was there: its record for `write_slots`, int32 [SLOT_WORDS].
+        """A sequence takes a slot, in place of whatever was there: its record for `write_slots`, int32 [RECORD_SIZE].
 
         What else the device has to know of it is enqueued on the current stream.
         """
         return self._slots.enter(init)
 
     def write_slots(self, records: Tensor) -> None:
-        """Write int32 records [n, SLOT_WORDS] on the device to the slots' tables; one with slot -1 is skipped."""
+        """Write int32 records [n, RECORD_SIZE] on the device to the slots' tables; one with slot -1 is skipped."""
         write_records(records, self.slot_params, self.slot_seeds)
 
-    def kind(self, slots: Integers, positions: Integers) -> Kind:
+    def path(self, slots: Integers, positions: Integers) -> SamplingPath:
         """How rows of these slots are to be sampled at these positions: the least that does for all of them.
 
-        plain     `sample` with kept=False: only temperatures act
-        kept      `sample` with kept=True: top-k, top-p or min-p act
-        special   `sample_special`
+        plain       `sample` with truncated=False: only temperatures act
+        truncated   `sample` with truncated=True: top-k, top-p or min-p act
+        eager       `sample_eager`
         """
-        if self._slots.want_extras(slots).any() or self._slots.are_shaped(slots, positions).any():
-            return "special"
-        return "kept" if self._slots.is_kept[slots].any() else "plain"
+        if self._slots.want_extras(slots).any() or self._slots.are_processed(slots, positions).any():
+            return "eager"
+        return "truncated" if self._slots.is_truncated[slots].any() else "plain"
 
     def sample(
         self,
@@ -103,7 +110,7 @@ class DeviceSampler:
         tokens_S: Tensor,
         logprobs_S: Tensor,
         *,
-        kept: bool,
+        truncated: bool,
     ) -> None:
         """Sample one token per row. Pure launches on static memory: may be captured.
 
@@ -111,9 +118,9 @@ class DeviceSampler:
         slots_S, positions_S   int32; a row whose slot is -1 is skipped; positions are those of the new tokens
         tokens_S, logprobs_S   int32 and float32, written; tokens also go to `last_tokens`
         """
-        self._draw(logits_SV, slots_S, positions_S, tokens_S, logprobs_S, None, kept=kept)
+        self._draw(logits_SV, slots_S, positions_S, tokens_S, logprobs_S, None, truncated=truncated)
 
-    def sample_special(
+    def sample_eager(
         self,
         logits_SV: Tensor,
         slots_S: Tensor,
@@ -122,23 +129,31 @@ class DeviceSampler:
         logprobs_S: Tensor,
         slots: Integers,
         positions: Integers,
+        *,
+        patch: SamplePatch | None = None,
     ) -> PendingExtras | None:
         """As `sample` for any mixture of rows, eagerly; also what log-probabilities they asked for beside their own.
 
         `slots` and `positions` are the host's copy of the first rows; tensors may be longer, padded with slot -1.
         """
         columns = self._columns_of(slots)
-        is_shaped = self._slots.are_shaped(slots, positions)
-        is_kept = bool(self._slots.is_kept[slots].any())
-        rounds = self._rounds(is_shaped, len(slots_S)) if is_shaped.any() else iter((None,))
-        for shaped in rounds:
-            if shaped is not None:
-                tables = self._slots.shaping, self._slots.counts
-                shape_rows(logits_SV, shaped, slots_S, positions_S, *tables)
-            rows = self._draw(logits_SV, slots_S, positions_S, tokens_S, logprobs_S, shaped, kept=is_kept)
+        is_processed = self._slots.are_processed(slots, positions)
+        masks = None
+        if patch is not None:
+            masks = self._slots.upload(patch.rows), self._slots.upload(patch.masks)
+            self._slots.clear_processors(slots[patch.rows])
+            is_processed[patch.rows] = True
+        truncated = bool(self._slots.is_truncated[slots].any())
+        rounds = self._rounds(is_processed, len(slots_S)) if is_processed.any() else iter((None,))
+        for processed in rounds:
+            if processed is not None:
+                process_rows(logits_SV, processed, slots_S, positions_S, self._slots.processors, self._slots.counts)
+                if masks is not None:
+                    mask_rows(processed, *masks)
+            rows = self._draw(logits_SV, slots_S, positions_S, tokens_S, logprobs_S, processed, truncated=truncated)
             self._read(rows, self._slots.asked_ids, columns)
-            if shaped is not None:
-                count_tokens(tokens_S, slots_S, shaped, *tables)
+            if processed is not None:
+                count_tokens(tokens_S, slots_S, processed, self._slots.processors, self._slots.counts)
         return self._pending_extras(slots, columns)
 
     def score(self, logits_MV: Tensor, targets_M: Tensor, slot: int) -> PendingScores:
@@ -151,20 +166,20 @@ class DeviceSampler:
         """
         sampling, options = self._slots.request_of(slot)
         params = slot_params(sampling, options, options.prompt_mode, self._vocab_size)
-        columns = Columns(int(params[3]), int(params[7]), num_own=1)
+        columns = Columns(int(params[NUM_TOP]), int(params[NUM_ASKED]), num_own=1)
         both = np.stack((params, params))
-        both[0, 0] = 0.0  # nothing is drawn: the greatest logit is taken
+        both[0, TEMPERATURE] = 0.0  # nothing is drawn: the greatest logit is taken
         device_params = self._slots.upload(both)
         is_biased = options.prompt_mode == "sampled" and bool(sampling.logit_bias)
-        is_kept = options.prompt_mode == "sampled" and bool(self._slots.is_kept[slot])
+        truncated = options.prompt_mode == "sampled" and bool(self._slots.is_truncated[slot])
         step = min(self._max_rows, len(self._copies)) if is_biased else self._max_rows
         parts = []
         for first in range(0, len(logits_MV), step):
             logits = logits_MV[first : first + step]
             if logits.data_ptr() % 16:
                 logits = logits.clone()  # kernels are compiled for aligned rows
-            shaped = self._biased(logits, slot) if is_biased else None
-            rows = self._reduce(logits, device_params, shaped, kept=is_kept)
+            processed = self._biased(logits, slot) if is_biased else None
+            rows = self._score(logits, device_params, processed, truncated=truncated)
             targets = targets_M[first : first + step].to(torch.int32)
             parts.append(to_host(self._read(rows, self._slots.asked_ids[slot : slot + 1], columns, targets)))
         return PendingScores(parts, columns)
@@ -174,16 +189,18 @@ class DeviceSampler:
         logits = torch.zeros(1, self._vocab_size, dtype=torch.float32, device=self._device)
         slots, positions, tokens = (torch.full((1,), -1, dtype=torch.int32, device=self._device) for _ in range(3))
         logprobs = torch.zeros(1, dtype=torch.float32, device=self._device)
-        self.write_slots(torch.full((1, SLOT_WORDS), -1, dtype=torch.int32, device=self._device))
-        shaped = ShapedRows(self._copies, self._slots.upload(np.full(1, SKIPPED, np.int32)))
-        tables = self._slots.shaping, self._slots.counts
+        self.write_slots(torch.full((1, RECORD_SIZE), -1, dtype=torch.int32, device=self._device))
+        processed = ProcessedRows(self._copies, self._slots.upload(np.full(1, SKIPPED, np.int32)))
+        tables = self._slots.processors, self._slots.counts
         for scoring in (False, True):
-            shape_rows(logits, shaped, slots, positions, *tables, scoring=scoring)
-        for kept, copies in ((False, None), (True, None), (True, shaped)):
-            rows = self._draw(logits, slots, positions, tokens, logprobs, copies, kept=kept)
+            process_rows(logits, processed, slots, positions, *tables, scoring=scoring)
+        masks = torch.zeros(1, -(-self._vocab_size // 32), dtype=torch.int32, device=self._device)
+        mask_rows(processed, tokens + 1, masks)
+        for truncated, copies in ((False, None), (True, None), (True, processed)):
+            rows = self._draw(logits, slots, positions, tokens, logprobs, copies, truncated=truncated)
         for size in LIST_SIZES:
             self._read(rows, self._slots.asked_ids, Columns(min(size, self._vocab_size), 1, 1), tokens)
-        count_tokens(tokens, slots, shaped, *tables)
+        count_tokens(tokens, slots, processed, *tables)
         self._slots.warm()
 
     def _draw(
@@ -193,56 +210,60 @@ class DeviceSampler:
         positions_S: Tensor,
         tokens_S: Tensor,
         logprobs_S: Tensor,
-        shaped: ShapedRows | None,
+        processed: ProcessedRows | None,
         *,
-        kept: bool,
+        truncated: bool,
     ) -> SampledRows:
-        """Thresholds where anything is kept or reshaped, and the sampling pass."""
+        """The sampling pass over rows with parameters of their own; tokens also go to `last_tokens`."""
         assert len(slots_S) <= self._max_rows, f"{len(slots_S)} rows, room for {self._max_rows}"
-        floors = None
-        if kept or shaped is not None:
-            floors = self._floors[: len(slots_S)]
-            find_thresholds(logits_SV, self.slot_params, slots_S, self._scratch, floors, shaped)
-        sample_rows(
-            logits_SV, slots_S, positions_S, self.slot_params, self.slot_seeds, floors, self._workspace, tokens_S,
-            logprobs_S, self.last_tokens, shaped,
-        )  # fmt: skip
-        return SampledRows(logits_SV, slots_S, tokens_S, self.slot_params, floors, self._workspace, shaped)
+        outputs = tokens_S, logprobs_S, self.last_tokens
+        return self._pass(logits_SV, slots_S, slots_S, positions_S, self.slot_params, *outputs, processed, truncated)
 
-    def _reduce(self, logits_MV: Tensor, params: Tensor, shaped: ShapedRows | None, *, kept: bool) -> SampledRows:
-        """As `_draw` for prompt positions that all read the same parameters, without noise."""
-        num_rows = len(logits_MV)
-        floors, zeros = None, self._zeros[:num_rows]
-        if kept or shaped is not None:
-            floors = self._floors[:num_rows]
-            find_thresholds(logits_MV, params, self._ones[:num_rows], self._scratch, floors, shaped)
-        tokens = self._own_tokens[:num_rows]
-        sample_rows(
-            logits_MV, zeros, zeros, params, self.slot_seeds, floors, self._workspace, tokens,
-            self._own_logprobs[:num_rows], self._last, shaped,
-        )  # fmt: skip
-        return SampledRows(logits_MV, zeros, tokens, params, floors, self._workspace, shaped)
+    def _score(
+        self, logits_MV: Tensor, params: Tensor, processed: ProcessedRows | None, *, truncated: bool
+    ) -> SampledRows:
+        """The same pass over prompt positions: no noise, row 0 of `params` for all of them, row 1 for thresholds."""
+        zeros, ones, tokens, logprobs = (
+            each[: len(logits_MV)] for each in (self._zeros, self._ones, self._own_tokens, self._own_logprobs)
+        )
+        outputs = tokens, logprobs, self._last
+        return self._pass(logits_MV, zeros, ones, zeros, params, *outputs, processed, truncated)
 
-    def _biased(self, logits_MV: Tensor, slot: int) -> ShapedRows:
+    def _pass(
+        self, logits_SV: Tensor, slots_S: Tensor, threshold_slots_S: Tensor, positions_S: Tensor, params: Tensor,
+        tokens_S: Tensor, logprobs_S: Tensor, last_tokens: Tensor, processed: ProcessedRows | None, truncated: bool,
+    ) -> SampledRows:  # fmt: skip
+        """Thresholds where rows are truncated or processed, then tokens and log-probabilities."""
+        thresholds = None
+        if truncated or processed is not None:
+            thresholds = self._thresholds[: len(slots_S)]
+            find_thresholds(logits_SV, params, threshold_slots_S, self._scratch, thresholds, processed)
+        sample_rows(
+            logits_SV, slots_S, positions_S, params, self.slot_seeds, thresholds, self._workspace, tokens_S,
+            logprobs_S, last_tokens, processed,
+        )  # fmt: skip
+        return SampledRows(logits_SV, slots_S, tokens_S, params, thresholds, self._workspace, processed)
+
+    def _biased(self, logits_MV: Tensor, slot: int) -> ProcessedRows:
         num_rows = len(logits_MV)
         slots = torch.full((num_rows,), slot, dtype=torch.int32, device=self._device)
-        shaped = ShapedRows(self._copies, self._range[:num_rows])
-        tables = self._slots.shaping, self._slots.counts
-        shape_rows(logits_MV, shaped, slots, self._zeros[:num_rows], *tables, scoring=True)
-        return shaped
+        processed = ProcessedRows(self._copies, self._range[:num_rows])
+        tables = self._slots.processors, self._slots.counts
+        process_rows(logits_MV, processed, slots, self._zeros[:num_rows], *tables, scoring=True)
+        return processed
 
-    def _rounds(self, is_shaped: npt.NDArray[np.bool_], num_rows: int) -> Iterator[ShapedRows]:
-        """Rows in launches of at most as many copies as there is room for; rows without one go with the first."""
-        shaped, room = np.flatnonzero(is_shaped), len(self._copies)
-        starts = range(0, len(shaped), room)
-        places = np.full((len(starts), num_rows), SKIPPED, np.int32)
-        places[0] = UNSHAPED
-        places[0, shaped] = SKIPPED
-        for launch, start in zip(places, starts, strict=True):
-            chosen = shaped[start : start + room]
-            launch[chosen] = np.arange(len(chosen))
-        for launch in self._slots.upload(places):
-            yield ShapedRows(self._copies, launch)
+    def _rounds(self, is_processed: npt.NDArray[np.bool_], num_rows: int) -> Iterator[ProcessedRows]:
+        """As many rounds as the room for copies asks for; rows without a copy go with the first."""
+        processed, room = np.flatnonzero(is_processed), len(self._copies)
+        starts = range(0, len(processed), room)
+        copy_of = np.full((len(starts), num_rows), SKIPPED, np.int32)
+        copy_of[0] = NO_COPY
+        copy_of[0, processed] = SKIPPED
+        for each, start in zip(copy_of, starts, strict=True):
+            chosen = processed[start : start + room]
+            each[chosen] = np.arange(len(chosen))
+        for each_S in self._slots.upload(copy_of):
+            yield ProcessedRows(self._copies, each_S)
 
     def _columns_of(self, slots: Integers) -> Columns:
         if len(slots) == 0:
@@ -250,9 +271,9 @@ class DeviceSampler:
         return Columns(int(self._slots.num_top[slots].max()), int(self._slots.num_asked[slots].max()))
 
     def _read(self, rows: SampledRows, asked_ids: Tensor, columns: Columns, own: Tensor | None = None) -> Tensor:
-        """Log-probabilities of top, asked and own ids into the results [S, words], as far as there are any."""
+        """Log-probabilities of top, asked and own ids into the results [S, columns.size], as far as there are any."""
         num_rows = len(rows.slots_S)
-        results = self._results[: num_rows * columns.num_words].view(num_rows, columns.num_words)
+        results = self._results[: num_rows * columns.size].view(num_rows, columns.size)
         if columns.num_top:
             top_rows(rows, results, columns.num_top)
         if columns.num_asked:
@@ -265,6 +286,6 @@ class DeviceSampler:
         rows = np.flatnonzero(self._slots.want_extras(slots))
         if len(rows) == 0:
             return None
-        words = self._results[: len(slots) * columns.num_words].view(len(slots), columns.num_words)
+        results = self._results[: len(slots) * columns.size].view(len(slots), columns.size)
         counts = self._slots.num_top[slots[rows]], self._slots.num_asked[slots[rows]]
-        return PendingExtras(to_host(words), columns, rows, *counts)
+        return PendingExtras(to_host(results), columns, rows, *counts)

@@ -10,9 +10,9 @@ import numpy.typing as npt
 from headrace.sampling.row_pass import Reduced, RowPass
 from headrace.sampling.thresholds import kth_greatest
 from headrace.types.plan import PositionLogprobs
+from headrace.types.request import Float32Array
 from headrace.types.sampling_params import LogprobOptions
 
-Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
 

@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.sampling.noise import TOKEN_MULTIPLIER, UInt32Array, exponential_of, gumbel_of, mix_in_place, noise_words
+from headrace.types.request import Float32Array
 
-Float32Matrix = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
 
@@ -73,7 +73,7 @@ class RowPass:
         self._scaled_tokens = np.arange(vocab_size, dtype=np.uint32) * TOKEN_MULTIPLIER
         self._rows_per_block = max(1, BLOCK_ELEMENTS // vocab_size)
 
-    def reduce(self, logits: Float32Matrix, rows: Int64Array, temperatures: Float64Array) -> Reduced:
+    def reduce(self, logits: Float32Array, rows: Int64Array, temperatures: Float64Array) -> Reduced:
         """Reduce logits[rows] / temperatures; `rows` and `temperatures` are [n], all temperatures > 0."""
         result = Reduced(np.empty(len(rows), np.int64), np.empty(len(rows)), np.empty(len(rows)))
 
@@ -84,7 +84,7 @@ class RowPass:
         self._for_each_block(len(rows), work)
         return result
 
-    def draw(self, logits: Float32Matrix, rows: Int64Array, temperatures: Float64Array, keys: UInt32Array) -> Drawn:
+    def draw(self, logits: Float32Array, rows: Int64Array, temperatures: Float64Array, keys: UInt32Array) -> Drawn:
         """Draw a token from softmax(logits[rows] / temperatures) with the noise of keys [n, 2].
 
         A row with NaN or without a finite logit gives some id and NaN log-probabilities, and does not harm the others.
@@ -118,7 +118,7 @@ class RowPass:
 
     def _reduce(
         self,
-        block: Float32Matrix,
+        block: Float32Array,
         temperatures: Float64Array,
         scratch: _Scratch,
         keys: UInt32Array | None,
@@ -144,7 +144,7 @@ class RowPass:
             result.argmax[:], result.maxima[:], result.log_sums[:] = argmax, maxima, np.log(sums)
 
     def _bound(
-        self, weights: Float32Matrix, columns: slice, keys: UInt32Array, scratch: _Scratch, bounds: Float32Matrix
+        self, weights: Float32Array, columns: slice, keys: UInt32Array, scratch: _Scratch, bounds: Float32Array
     ) -> None:
         """bounds = weights / v, in units of 2^32: no token's exact e / E is greater."""
         words = scratch.words[: weights.size].reshape(weights.shape)
@@ -159,7 +159,7 @@ class RowPass:
         np.divide(weights, uniform, out=bounds)
 
 
-def _take(logits: Float32Matrix, rows: Int64Array) -> Float32Matrix:
+def _take(logits: Float32Array, rows: Int64Array) -> Float32Array:
     """logits[rows], without a copy when the rows are neighbours."""
     first, last = int(rows[0]), int(rows[-1])
     if last - first + 1 == len(rows) and (len(rows) < 3 or bool((np.diff(rows) == 1).all())):
@@ -171,7 +171,7 @@ def _part(result: Reduced, part: slice) -> Reduced:
     return Reduced(result.argmax[part], result.maxima[part], result.log_sums[part])
 
 
-def _winners(block: Float32Matrix, bounds: Float32Matrix, temperatures: Float64Array, keys: UInt32Array) -> Int64Array:
+def _winners(block: Float32Array, bounds: Float32Array, temperatures: Float64Array, keys: UInt32Array) -> Int64Array:
     """The exact Gumbel-max winner of each row of block [n, V], given upper bounds of every token's score."""
     num_rows = len(block)
     best: Int64Array = bounds.argmax(axis=1)

@@ -26,15 +26,15 @@ import torch
 from headrace.sampling.distribution import Distribution
 from headrace.sampling.noise import noise_keys
 from headrace.sampling.row_pass import RowPass
-from headrace.sampling.slot_state import RAW, SAMPLED, SlotTable
-from headrace.types.plan import PositionLogprobs, SlotInit
+from headrace.sampling.slot_state import RAW, SAMPLED, SamplingSlots
+from headrace.types.plan import PositionLogprobs, SamplePatch, SlotInit
+from headrace.types.request import Float32Array
 
-Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
 
-_SHAPED_ELEMENTS = 1 << 21
-"""Logits copied at once for rows whose distribution is reshaped."""
+_COPIED_ELEMENTS = 1 << 21
+"""Logits copied at once for rows that are processed."""
 
 
 class Sampled(NamedTuple):
@@ -55,13 +55,26 @@ class _Batch(NamedTuple):
     modes: npt.NDArray[np.int8]
 
 
+class _Rows(NamedTuple):
+    """Rows of the batch [n] and what they are drawn from: logits[at], the batch's own or processed copies."""
+
+    rows: Int64Array
+    logits: Float32Array
+    at: Int64Array
+    is_processed: bool
+
+    def where(self, chosen: npt.NDArray[np.bool_]) -> _Rows:
+        """Those that `chosen` [n] marks."""
+        return self._replace(rows=self.rows[chosen], at=self.at[chosen])
+
+
 class _Picked(NamedTuple):
     """Rows of the batch [n], their tokens [n], and what those were drawn from; a greedy one's is softmax at T = 1."""
 
     rows: Int64Array
     token_ids: Int64Array
     source: Distribution
-    is_shaped: bool
+    is_processed: bool
     is_greedy: bool
 
 
@@ -76,17 +89,19 @@ class Sampler:
             raise ValueError(f"numerics must be fast or invariant, got {numerics!r}")
         self.vocab_size = vocab_size
         self._device = device
-        self._slots = SlotTable(vocab_size, max_slots)
+        self._slots = SamplingSlots(vocab_size, max_slots)
         self._pass = RowPass(vocab_size, torch.get_num_threads())
-        num_shaped = min(max_slots, max(1, _SHAPED_ELEMENTS // vocab_size))
-        self._shaped = np.empty((num_shaped, vocab_size), np.float32)  # kept: fresh memory costs more than the copy
+        num_copies = min(max_slots, max(1, _COPIED_ELEMENTS // vocab_size))
+        self._copies = np.empty((num_copies, vocab_size), np.float32)  # held: fresh memory costs more than the copy
 
     def enter(self, init: SlotInit) -> None:
         """A sequence takes a slot, in place of whatever was there."""
         self._slots.enter(init)
 
-    def sample(self, logits_SV: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> Sampled:
-        """Sample one token per row and count it where penalties act.
+    def sample(
+        self, logits_SV: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, patch: SamplePatch | None = None
+    ) -> Sampled:
+        """Sample one token per row and count it where penalties act; `patch` is of these rows.
 
         logits_SV   float32 [s, V], of any s >= 0; not changed
         slots       int64 [s], distinct
@@ -96,7 +111,7 @@ class Sampler:
         token_ids = np.empty(len(batch.slots), np.int64)
         logprobs = np.empty(len(batch.slots), np.float32)
         extras: dict[int, PositionLogprobs] = {}
-        for picked in self._pick_all(batch):
+        for picked in self._pick(batch, patch):
             token_ids[picked.rows] = picked.token_ids
             for chosen, distribution in self._output_distributions(batch, picked):
                 rows = picked.rows[chosen]
@@ -121,7 +136,7 @@ class Sampler:
         temperature = float(self._slots.temperatures[slot])
         is_sampled = options.prompt_mode == "sampled"
         if is_sampled:
-            logits = self._shaped_for_scoring(logits, slot)
+            logits = self._processed_for_scoring(logits, slot)
         divisor = temperature if temperature and options.prompt_mode != "raw" else 1.0
         distribution = Distribution.of(logits, np.arange(len(logits)), np.full(len(logits), divisor), self._pass)
         if is_sampled and not temperature:
@@ -130,60 +145,66 @@ class Sampler:
         values = distribution.logprobs(targets_M.detach().cpu().numpy())
         return self._tensor(values), distribution.extras(options) if options.wants_extras else None
 
-    def _shaped_for_scoring(self, logits: Float32Array, slot: int) -> Float32Array:
-        shaped = logits.copy()
-        for row in shaped:
-            self._slots.shape_scored_row(row, slot)
-        return shaped
+    def _processed_for_scoring(self, logits: Float32Array, slot: int) -> Float32Array:
+        processed = logits.copy()
+        for row in processed:
+            self._slots.process_scored_row(row, slot)
+        return processed
 
     def _batch(self, logits_SV: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> _Batch:
         indices: Int64Array = slots.detach().cpu().numpy()
-        places: Int64Array = positions.detach().cpu().numpy()
         table = self._slots
         return _Batch(
             logits=logits_SV.detach().cpu().numpy(),
             slots=indices,
-            positions=places,
+            positions=positions.detach().cpu().numpy(),
             temperatures=table.temperatures[indices],
             modes=table.output_modes[indices],
         )
 
-    def _pick_all(self, batch: _Batch) -> Iterator[_Picked]:
-        """Sample every row: the plain ones straight from the batch's logits, the others from reshaped copies."""
-        is_shaped = self._slots.is_shaped[batch.slots] | (batch.positions < self._slots.min_lengths[batch.slots])
-        plain = np.flatnonzero(~is_shaped)
-        yield from self._pick(batch, plain, batch.logits, plain, is_shaped=False)
-        shaped = np.flatnonzero(is_shaped)
-        for start in range(0, len(shaped), len(self._shaped)):
-            rows = shaped[start : start + len(self._shaped)]
-            logits = np.take(batch.logits, rows, axis=0, out=self._shaped[: len(rows)])
-            for row, values in zip(rows.tolist(), logits, strict=True):
-                self._slots.shape_row(values, int(batch.slots[row]), int(batch.positions[row]))
-            yield from self._pick(batch, rows, logits, np.arange(len(rows)), is_shaped=True)
+    def _pick(self, batch: _Batch, patch: SamplePatch | None) -> Iterator[_Picked]:
+        """A token for every row: the greatest logit where T = 0, Gumbel-max elsewhere."""
+        for rows in self._processed(batch, patch):
+            is_greedy = batch.temperatures[rows.rows] == 0.0
+            if is_greedy.any():
+                yield self._take_greatest(rows.where(is_greedy))
+            if not is_greedy.all():
+                yield self._draw(batch, rows.where(~is_greedy))
 
-    def _pick(
-        self, batch: _Batch, rows: Int64Array, logits: Float32Array, local: Int64Array, *, is_shaped: bool
-    ) -> Iterator[_Picked]:
-        """Sample `rows` from logits[local]: the greatest logit where T = 0, Gumbel-max elsewhere."""
-        is_greedy = batch.temperatures[rows] == 0.0
-        if is_greedy.any():
-            chosen, places = rows[is_greedy], local[is_greedy]
-            source = Distribution.of(logits, places, np.ones(len(chosen)), self._pass)
-            yield _Picked(chosen, source.reduced.argmax, source, is_shaped, True)
-        if not is_greedy.all():
-            chosen, places = rows[~is_greedy], local[~is_greedy]
-            temperatures = batch.temperatures[chosen]
-            keys = noise_keys(self._slots.seeds[batch.slots[chosen]], batch.positions[chosen])
-            drawn = self._pass.draw(logits, places, temperatures, keys)
-            source = Distribution(logits, places, temperatures, drawn.reduced)
-            yield _Picked(chosen, drawn.token_ids, source, is_shaped, False)
+    def _processed(self, batch: _Batch, patch: SamplePatch | None) -> Iterator[_Rows]:
+        """Every row: the plain ones straight from the batch's logits, the others from copies, a few at a time."""
+        is_processed = self._slots.is_processed[batch.slots] | (batch.positions < self._slots.min_lengths[batch.slots])
+        if patch is not None:
+            is_processed[patch.rows] = True
+        plain = np.flatnonzero(~is_processed)
+        yield _Rows(plain, batch.logits, plain, is_processed=False)
+        processed = np.flatnonzero(is_processed)
+        for start in range(0, len(processed), len(self._copies)):
+            rows = processed[start : start + len(self._copies)]
+            logits = np.take(batch.logits, rows, axis=0, out=self._copies[: len(rows)])
+            if patch is not None:
+                _apply_masks(logits, rows, patch)
+            for row, values in zip(rows.tolist(), logits, strict=True):
+                self._slots.process_row(values, int(batch.slots[row]), int(batch.positions[row]))
+            yield _Rows(rows, logits, np.arange(len(rows)), is_processed=True)
+
+    def _take_greatest(self, rows: _Rows) -> _Picked:
+        source = Distribution.of(rows.logits, rows.at, np.ones(len(rows.at)), self._pass)
+        return _Picked(rows.rows, source.reduced.argmax, source, rows.is_processed, is_greedy=True)
+
+    def _draw(self, batch: _Batch, rows: _Rows) -> _Picked:
+        temperatures = batch.temperatures[rows.rows]
+        keys = noise_keys(self._slots.seeds[batch.slots[rows.rows]], batch.positions[rows.rows])
+        drawn = self._pass.draw(rows.logits, rows.at, temperatures, keys)
+        source = Distribution(rows.logits, rows.at, temperatures, drawn.reduced)
+        return _Picked(rows.rows, drawn.token_ids, source, rows.is_processed, is_greedy=False)
 
     def _output_distributions(self, batch: _Batch, picked: _Picked) -> Iterator[tuple[Int64Array, Distribution]]:
         """Indices into `picked` and the distributions their log-probabilities are of, by each slot's output mode."""
         modes = batch.modes[picked.rows]
         is_sampled = modes == SAMPLED
         is_point = is_sampled & picked.is_greedy
-        if picked.is_shaped:
+        if picked.is_processed:
             is_source = is_sampled & ~is_point
         else:  # plain: the source is the model's own distribution, at T
             is_source = ~is_point & ((modes != RAW) | (picked.source.divisors == 1.0))
@@ -212,3 +233,11 @@ class Sampler:
 
     def _tensor(self, values: npt.NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device)
+
+
+def _apply_masks(logits: Float32Array, rows: Int64Array, patch: SamplePatch) -> None:
+    """Take what a patch forbids from copies of these rows. What is not finite stays in sight."""
+    for index, row in enumerate(rows.tolist()):
+        for mask in patch.masks[patch.rows == row]:
+            is_allowed = np.unpackbits(mask.view(np.uint8), count=logits.shape[1], bitorder="little")
+            logits[index][(is_allowed == 0) & (logits[index] < np.inf)] = -np.inf

@@ -1,6 +1,6 @@
 """What the sampler remembers of each slot: parameters in arrays indexed by slot, seen tokens only where penalties act.
 
-Owns per-slot sampling state and how it reshapes a row of logits (`shape_row`). Must not know batches or draws.
+Owns per-slot sampling state and the logits processors (`process_row`). Must not know batches or draws.
 
 Order of the processors: logit bias and the mask of stop ids (while the new token's position is below `min_length`),
 repetition penalty, presence and frequency penalties; then temperature; then top-k, top-p, min-p as one threshold.
@@ -15,12 +15,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from headrace.sampling.thresholds import NOTHING_DROPPED, keep_threshold
+from headrace.sampling.thresholds import NOTHING_DROPPED, truncation_threshold
 from headrace.types.plan import SlotInit
-from headrace.types.request import TokenSampling
+from headrace.types.request import Float32Array, TokenSampling
 from headrace.types.sampling_params import GREEDY_TEMPERATURE, LogprobMode
 
-Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
 
 RAW, TEMPERATURE, SAMPLED = 0, 1, 2
@@ -63,13 +62,13 @@ class SeenTokens:
         row[ids] = values - (counts > 0) * np.float32(sampling.presence_penalty)
 
 
-class SlotTable:
+class SamplingSlots:
     """Sampling state of all slots. The arrays are [max_slots]; a slot is written by `enter` and read by index.
 
     temperatures   float64; 0 is greedy
     seeds          uint64
     output_modes   int8: RAW, TEMPERATURE or SAMPLED
-    is_shaped      bool: something beside the temperature acts on the logits at every position
+    is_processed   bool: something beside the temperature acts on the logits at every position
     min_lengths    int64: stop ids are masked below this absolute position
     wants_extras   bool
     inits          the `SlotInit` each slot was entered with
@@ -80,7 +79,7 @@ class SlotTable:
         self.temperatures = np.ones(max_slots)
         self.seeds = np.zeros(max_slots, np.uint64)
         self.output_modes = np.zeros(max_slots, np.int8)
-        self.is_shaped = np.zeros(max_slots, np.bool_)
+        self.is_processed = np.zeros(max_slots, np.bool_)
         self.min_lengths = np.zeros(max_slots, np.int64)
         self.wants_extras = np.zeros(max_slots, np.bool_)
         self.inits: list[SlotInit | None] = [None] * max_slots
@@ -100,7 +99,7 @@ class SlotTable:
         self.temperatures[slot] = sampling.temperature if sampling.temperature >= GREEDY_TEMPERATURE else 0.0
         self.seeds[slot] = init.seed
         self.output_modes[slot] = _MODE_CODES[init.logprobs.output_mode]
-        self.is_shaped[slot] = not sampling.is_plain
+        self.is_processed[slot] = not sampling.is_plain
         self.min_lengths[slot] = init.min_length
         self.wants_extras[slot] = init.logprobs.wants_extras
         self.inits[slot] = init
@@ -127,7 +126,7 @@ class SlotTable:
             if seen:
                 seen.add(token_id)
 
-    def shape_row(self, row: Float32Array, slot: int, position: int) -> None:
+    def process_row(self, row: Float32Array, slot: int, position: int) -> None:
         """Turn the model's logits [V] into those the new token at `position` is drawn from, but for 1 / T, in place."""
         sampling = self.init_of(slot).sampling
         self._add_bias(row, slot)
@@ -138,12 +137,12 @@ class SlotTable:
         seen = self._seen.get(slot)
         if seen:
             seen.penalise(row, sampling)
-        self._drop_below_threshold(row, sampling)
+        self._truncate(row, sampling)
 
-    def shape_scored_row(self, row: Float32Array, slot: int) -> None:
-        """As `shape_row` for a prompt position: without penalties and stop-id mask, which depend on the output."""
+    def process_scored_row(self, row: Float32Array, slot: int) -> None:
+        """As `process_row` for a prompt position: without penalties and stop-id mask, which depend on the output."""
         self._add_bias(row, slot)
-        self._drop_below_threshold(row, self.init_of(slot).sampling)
+        self._truncate(row, self.init_of(slot).sampling)
 
     def _bias_of(self, sampling: TokenSampling) -> tuple[Int64Array, Float32Array]:
         """Ids and values. Samples that share their parameters enter one after the other, and share these arrays."""
@@ -158,10 +157,10 @@ class SlotTable:
             ids, values = self._bias[slot]
             row[ids] += values
 
-    def _drop_below_threshold(self, row: Float32Array, sampling: TokenSampling) -> None:
+    def _truncate(self, row: Float32Array, sampling: TokenSampling) -> None:
         """Drop what top-k, top-p and min-p drop. Greedy rows take the greatest logit, which none of them drops."""
         if sampling.temperature < GREEDY_TEMPERATURE:
             return
-        threshold = keep_threshold(row, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+        threshold = truncation_threshold(row, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
         if threshold != NOTHING_DROPPED:
             row[row < threshold] = -np.inf

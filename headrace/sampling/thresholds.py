@@ -15,9 +15,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import numpy.typing as npt
 
-Float32Array = npt.NDArray[np.float32]
+from headrace.types.request import Float32Array
 
 NOTHING_DROPPED = np.float32(-np.inf)
 
@@ -27,7 +26,7 @@ _SORT_AT_MOST = 2048
 
 
 @np.errstate(over="ignore", under="ignore")  # what is that far below the maximum has no weight
-def keep_threshold(row: Float32Array, temperature: float, top_k: int, top_p: float, min_p: float) -> np.float32:
+def truncation_threshold(row: Float32Array, temperature: float, top_k: int, top_p: float, min_p: float) -> np.float32:
     """The least logit kept of row [V], before division by `temperature` > 0. Off are top_k 0, top_p 1, min_p 0."""
     maximum = row.max()
     if not math.isfinite(maximum):
@@ -56,17 +55,17 @@ def _nucleus_threshold(
     row: Float32Array, maximum: float, temperature: float, top_p: float, at_least: np.float32
 ) -> np.float32:
     """Walk down from the maximum in bands until their mass reaches `top_p` of all, then select within the last band."""
-    kept = row if at_least == NOTHING_DROPPED else row[row >= at_least]
-    needed = top_p * float(_weights(kept, maximum, temperature).sum(dtype=np.float64))
+    left = row if at_least == NOTHING_DROPPED else row[row >= at_least]
+    needed = top_p * float(_weights(left, maximum, temperature).sum(dtype=np.float64))
     upper = np.float32(np.inf)
-    for reach in (*_REACHES, math.inf) if len(kept) > _SORT_AT_MOST else (math.inf,):
+    for reach in (*_REACHES, math.inf) if len(left) > _SORT_AT_MOST else (math.inf,):
         lower = _round_up(maximum - reach * temperature)
-        band = kept[(kept >= lower) & (kept < upper)]
+        band = left[(left >= lower) & (left < upper)]
         mass = float(_weights(band, maximum, temperature).sum(dtype=np.float64))
         if len(band) and (mass >= needed or reach == math.inf):
             return _select_by_mass(band, maximum, temperature, needed)
         needed, upper = needed - mass, lower
-    return at_least  # rounding left a mass of nearly nothing to find: everything is kept
+    return at_least  # rounding left a mass of nearly nothing to find: nothing is dropped
 
 
 def _select_by_mass(values: Float32Array, maximum: float, temperature: float, needed: float) -> np.float32:

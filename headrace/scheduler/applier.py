@@ -154,16 +154,27 @@ class ResultApplier:
         positions = table.num_known[slots]
         if self._brought_several:  # else a sequence that takes a token knows those before it, and no more
             positions = (step.rows.starts + step.rows.lengths)[step.rows.samples]
+        if not result.num_tokens.all():
+            self._start_over(slots[(result.num_tokens == 0) & (positions == table.num_known[slots])])
         for column in range(width):
             has_token = result.num_tokens > column
             takes = has_token & table.accepts[slots]
             if self._brought_several:
                 takes &= positions >= table.num_known[slots]
-            self._counters.num_overshoot_tokens += int(np.count_nonzero(has_token) - np.count_nonzero(takes))
             self._take_column(step, slots, positions, result, column, takes, deltas)
+            if not takes.all():
+                self._counters.num_overshoot_tokens += int(np.count_nonzero(has_token) - np.count_nonzero(takes))
             positions = positions + 1
         if width > 1:
             self._expect_computing(slots)
+
+    def _start_over(self, slots: IndexArray) -> None:
+        """A step brought no token where the next one was due: what steps in flight compute behind it is void, and its
+        sequence goes on from the tokens it has, in another slot."""
+        table = self._roster.table
+        table.accepts[slots] = False
+        for slot in slots[table.is_running[slots]].tolist():
+            self._roster.preempt(slot)
 
     def _take_column(
         self,

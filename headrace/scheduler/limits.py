@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 
 from headrace.types.errors import RequestError
-from headrace.types.request import Int32Array, Request
+from headrace.types.request import Int32Array, Request, check_prompt_length
 
 MAX_PRIORITY = 1 << 20
 
@@ -63,12 +63,7 @@ def read_prompt(request: Request, limits: SchedulerLimits, like: Request | None 
     _require(len(request.prompt) % 4 == 0, "prompt", "must be int32 token ids")
     prompt = np.frombuffer(request.prompt, dtype="<i4")
     num_prompt = len(prompt)
-    _require(num_prompt > 0, "prompt", "must hold at least one token")
-    _require(
-        num_prompt <= limits.context_length,
-        "prompt",
-        f"has {num_prompt} tokens, over the context length of {limits.context_length}",
-    )
+    check_prompt_length(num_prompt, limits.context_length, "prompt")
     _require(
         int(prompt.min()) >= 0 and int(prompt.max()) < limits.vocab_size,
         "prompt",

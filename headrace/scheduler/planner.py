@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from headrace.cache import Match, Namespace
 from headrace.scheduler.counters import Counters
 from headrace.scheduler.limits import SchedulerLimits
 from headrace.scheduler.plan_builder import PlanBuilder, Rows
@@ -50,81 +51,62 @@ class StepPlanner:
     def _add_running(self, builder: PlanBuilder, order: IndexArray, budget: int) -> int:
         """Serve the sequences that hold slots; returns the tokens spent."""
         table, leases = self._roster.table, self._roster.leases
-        scheduled = table.num_scheduled[order]
-        pending = np.minimum(table.num_expected[order], table.compute_length[order]) - scheduled
-        is_single = pending == 1
-        singles, positions = order[is_single][:budget], scheduled[is_single][:budget]
-        chunks = self._chunks(order[pending > 1], budget - len(singles))
-        needs_page = positions >= leases.capacity[singles]
-        wanted = int(np.count_nonzero(needs_page)) + sum(self._num_missing(slot, length) for slot, length in chunks)
-        if wanted > leases.num_available:
-            granted = self._make_room(order, singles, chunks)
-            keep = np.array([slot in granted for slot in singles.tolist()], dtype=np.bool_)
-            singles, positions, needs_page = singles[keep], positions[keep], needs_page[keep]
+        pending = np.minimum(table.num_expected[order], table.compute_length[order]) - table.num_scheduled[order]
+        singles = order[pending == 1][:budget]
+        are_long = pending > 1
+        chunks = _cut(order[are_long], pending[are_long], budget - len(singles))
+        growing = singles[table.num_scheduled[singles] >= leases.capacity[singles]]
+        num_missing = len(growing) + sum(self._num_missing(slot, length) for slot, length in chunks)
+        if num_missing > leases.num_available:
+            granted = self._share_pages(order, dict(chunks) | dict.fromkeys(singles.tolist(), 1))
+            singles, growing = (slots[[slot in granted for slot in slots.tolist()]] for slots in (singles, growing))
             chunks = [(slot, granted[slot]) for slot, _ in chunks if slot in granted]
         if len(singles):
-            self._add_singles(builder, singles, positions, singles[needs_page])
+            self._add_singles(builder, singles, growing)
         for slot, length in chunks:
             self._add_chunk(builder, slot, length)
         return len(singles) + sum(length for _, length in chunks)
-
-    def _chunks(self, slots: IndexArray, budget: int) -> list[tuple[int, int]]:
-        """(slot, tokens) of the sequences with more than one token to compute, as far as the budget goes."""
-        table = self._roster.table
-        found = []
-        for slot in slots.tolist():
-            if budget <= 0:
-                break
-            end = min(table.num_expected[slot], table.compute_length[slot])
-            length = min(budget, int(end - table.num_scheduled[slot]))
-            found.append((slot, length))
-            budget -= length
-        return found
 
     def _num_missing(self, slot: int, length: int) -> int:
         """Pages the lease of `slot` lacks for its next `length` tokens."""
         end = int(self._roster.table.num_scheduled[slot]) + length
         return max(0, self._limits.num_pages_for(end) - int(self._roster.leases.num_pages[slot]))
 
-    def _make_room(self, order: IndexArray, singles: IndexArray, chunks: list[tuple[int, int]]) -> dict[int, int]:
-        """Share out the pages by rank, preempting from the end of it; returns the tokens each slot may compute now.
-
-        Pages of a victim that steps in flight still refer to come back later; then nobody else is preempted for them,
-        and the sequence that needs them waits.
-        """
-        wanted = dict(chunks) | dict.fromkeys(singles.tolist(), 1)
+    def _share_pages(self, order: IndexArray, wanted: dict[int, int]) -> dict[int, int]:
+        """Not everybody gets the pages for the tokens that are wanted of his slot: serve by rank, preempting from the
+        end of it. Returns how many tokens each slot computes now."""
         table, leases = self._roster.table, self._roster.leases
         granted: dict[int, int] = {}
-        promised = 0
+        num_promised = 0
         for slot in order.tolist():
-            if slot not in wanted or not table.is_running[slot]:
+            if slot not in wanted or not table.is_running[slot]:  # it has been preempted meanwhile
                 continue
             missing = self._num_missing(slot, wanted[slot])
-            if missing > leases.num_available - promised:
-                self._preempt_for(slot, missing + promised)
-            missing = min(missing, leases.num_available - promised)
-            promised += missing
-            capacity = int(leases.capacity[slot]) + missing * self._limits.page_size
-            length = min(wanted[slot], capacity - int(table.num_scheduled[slot]))
-            if length > 0:
-                granted[slot] = length
+            self._preempt_after(slot, num_promised + missing)
+            missing = min(missing, leases.num_available - num_promised)
+            num_promised += missing
+            room = int(leases.capacity[slot] - table.num_scheduled[slot]) + missing * self._limits.page_size
+            if room > 0:
+                granted[slot] = min(wanted[slot], room)
         return granted
 
-    def _preempt_for(self, slot: int, num_pages: int) -> None:
-        """Preempt sequences ranked after `slot` until `num_pages` pages are available or will be."""
+    def _preempt_after(self, slot: int, num_pages: int) -> None:
+        """Preempt from the end of the ranks, up to `slot`, until so many pages are available or will be: those that
+        steps in flight still refer to come back later, and nobody else is preempted for them."""
         roster = self._roster
-        while True:
+        while roster.leases.num_available < num_pages:
             coming = int(roster.leases.num_pages[roster.table.leaving()].sum())
-            victim = int(roster.order()[-1])
-            if roster.leases.num_available + coming >= num_pages or victim == slot:
+            last = int(roster.order()[-1])
+            if roster.leases.num_available + coming >= num_pages or last == slot:
                 return
-            roster.preempt(victim)
+            roster.preempt(last)
 
-    def _add_singles(self, builder: PlanBuilder, slots: IndexArray, positions: IndexArray, growing: IndexArray) -> None:
+    def _add_singles(self, builder: PlanBuilder, slots: IndexArray, growing: IndexArray) -> None:
+        """A row of one token for each of these, known or just being sampled; those that grow get a page first."""
         table = self._roster.table
         if len(growing):
-            columns, page_ids = self._roster.leases.grow_each(growing)
-            builder.add_page_each(growing, columns, page_ids)
+            builder.add_page_each(growing, *self._roster.leases.grow_each(growing))
+        positions = table.num_scheduled[slots]
         token_ids = table.token_ids[slots, positions]
         token_ids[positions >= table.num_known[slots]] = LAST_TOKEN
         ends = positions + 1
@@ -156,45 +138,42 @@ class StepPlanner:
 
     def _admit(self, builder: PlanBuilder, budget: int, epoch: int, *, admit_new: bool) -> None:
         """Let sequences into free slots while budget and pages last, never past one that does not fit."""
-        leases = self._roster.leases
-        reserve = -1
+        leases, limits = self._roster.leases, self._limits
+        num_reserved: int | None = None
         while budget > 0:
             sequence = self._roster.next_to_admit(admit_new=admit_new)
             if sequence is None:
                 return
-            namespace = sequence.namespace(epoch)
-            match = leases.match(namespace, sequence.units, sequence.max_hit // self._limits.page_size)
-            reserve = self._num_reserved() if reserve < 0 else reserve
-            num_known = len(sequence.token_ids)
-            needed = self._num_pages_ahead(num_known, sequence.compute_length) - match.num_pages
-            if needed + match.num_unpinned + reserve > leases.num_available:
+            if num_reserved is None:
+                num_reserved = self._num_reserved()
+            namespace, num_known = sequence.namespace(epoch), len(sequence.token_ids)
+            match = leases.match(namespace, sequence.units, sequence.max_hit // limits.page_size)
+            ahead = limits.num_pages_for(min(num_known + limits.page_size, sequence.compute_length))  # one of output
+            if ahead - match.num_pages + match.num_unpinned + num_reserved > leases.num_available:
                 return
-            is_new = sequence.state is State.WAITING
-            slot = self._roster.admit(sequence, namespace, match)
-            builder.add_new_slot(sequence, slot)
-            if match.num_pages:
-                builder.add_page_run(slot, 0, leases.pages[slot, : match.num_pages].copy())
-            num_hit = match.num_pages * self._limits.page_size
-            self._count_admission(sequence, num_hit, is_new=is_new)
-            wanted = min(num_known, sequence.compute_length) - num_hit
-            self._counters.num_chunked_prompts += wanted > budget
-            self._add_chunk(builder, slot, min(wanted, budget))
-            budget -= min(wanted, budget)
-            reserve += match.num_pages + needed - int(leases.num_pages[slot])
+            slot = self._enter(builder, sequence, namespace, match)
+            pending = min(num_known, sequence.compute_length) - int(leases.capacity[slot])
+            self._counters.num_chunked_prompts += pending > budget
+            self._add_chunk(builder, slot, min(pending, budget))
+            budget -= pending
+            num_reserved += ahead - int(leases.num_pages[slot])
 
-    def _count_admission(self, sequence: Sequence, num_hit: int, *, is_new: bool) -> None:
-        counters = self._counters
-        if not is_new:
+    def _enter(self, builder: PlanBuilder, sequence: Sequence, namespace: Namespace, match: Match) -> int:
+        """Give a sequence a slot and the pages of `match`, and count the hit."""
+        counters, num_hit = self._counters, match.num_pages * self._limits.page_size
+        is_new = sequence.state is State.WAITING
+        slot = self._roster.admit(sequence, namespace, match)
+        builder.add_new_slot(sequence, slot)
+        if num_hit:
+            builder.add_page_run(slot, 0, self._roster.leases.pages[slot, : match.num_pages].copy())
+        if is_new:
+            sequence.num_cached_tokens = num_hit
+            counters.num_prompt_tokens += sequence.num_prompt
+            counters.num_cached_tokens += num_hit
+            counters.num_shared_prefills += num_hit > 0
+        else:
             counters.num_resumed_tokens += num_hit
-            return
-        sequence.num_cached_tokens = num_hit
-        counters.num_prompt_tokens += sequence.num_prompt
-        counters.num_cached_tokens += num_hit
-        counters.num_shared_prefills += num_hit > 0
-
-    def _num_pages_ahead(self, num_known: int, compute_length: int) -> int:
-        """Pages a sequence holds one page of output from now: what admission reserves for it."""
-        return self._limits.num_pages_for(min(num_known + self._limits.page_size, compute_length))
+        return slot
 
     def _num_reserved(self) -> int:
         """Pages the running sequences lack for all their known tokens and one page of output each."""
@@ -216,3 +195,14 @@ class StepPlanner:
         if (rows.lengths == 1).all():
             self._grouped = (self._roster.generation, rows.slots, groups)
         return groups
+
+
+def _cut(slots: IndexArray, lengths: IndexArray, budget: int) -> list[tuple[int, int]]:
+    """(slot, tokens) of each, as far as the budget goes."""
+    chunks = []
+    for slot, length in zip(slots.tolist(), lengths.tolist(), strict=True):
+        if budget <= 0:
+            break
+        chunks.append((slot, min(length, budget)))
+        budget -= length
+    return chunks

@@ -22,7 +22,7 @@ from headrace.scheduler.waiting_queue import WaitingQueue
 class Roster:
     """Live sequences by handle, and where each of them stands.
 
-    `generation` changes whenever a slot changes hands or stops running. While `on_trial` names sequences, no other is
+    `generation` changes whenever a slot changes hands or stops running. While `isolated` names sequences, no other is
     admitted.
     """
 
@@ -43,7 +43,7 @@ class Roster:
         self.num_running = 0
         self.num_preemptions = 0
         self.generation = 0
-        self.on_trial: list[Sequence] = []
+        self.isolated: list[Sequence] = []
         self._num_coming_back = 0
         self._order: IndexArray = np.empty(0, dtype=np.int64)
         self._order_generation = -1
@@ -69,8 +69,8 @@ class Roster:
         """The sequence that may enter a slot next: preempted ones first. None while one is still leaving its slot."""
         if self.table.num_free == 0 or self._num_coming_back:
             return None
-        if self.on_trial:
-            return next((sequence for sequence in self.on_trial if sequence.slot < 0), None)
+        if self.isolated:
+            return next((sequence for sequence in self.isolated if sequence.slot < 0), None)
         if self.preempted:
             return self.preempted[0]
         return self.waiting.first() if admit_new else None

@@ -15,11 +15,11 @@ import msgspec
 
 from headrace.scheduler.applier import InFlight, ResultApplier
 from headrace.scheduler.counters import Counters
+from headrace.scheduler.fault_isolation import FaultIsolation
 from headrace.scheduler.limits import SchedulerLimits, read_prompt
 from headrace.scheduler.planner import StepPlanner
 from headrace.scheduler.roster import Roster
 from headrace.scheduler.sequence import Sequence, State
-from headrace.scheduler.suspicion import Suspicion
 from headrace.types.errors import ErrorInfo, InternalError, RequestError, UnavailableError
 from headrace.types.plan import StepPlan, StepResult
 from headrace.types.request import Delta, Finish, Request
@@ -47,7 +47,7 @@ class Scheduler:
         self._counters = Counters()
         self._in_flight: deque[InFlight] = deque()
         self._interrupted: tuple[InFlight, list[Delta]] | None = None
-        self._suspicion = Suspicion()
+        self._isolation = FaultIsolation()
         self._keep_books(Roster(limits))
 
     @property
@@ -132,10 +132,10 @@ class Scheduler:
         """
         if len(self._in_flight) > self.limits.overlap_depth:
             return None
-        if self._suspicion.is_active:
+        if self._isolation.is_active:
             if self._in_flight:
-                return None  # trials are run one by one
-            self._roster.on_trial = self._suspicion.on_trial()
+                return None  # suspects run one step at a time
+            self._roster.isolated = self._isolation.isolated()
         planned = self._planner.plan(self._num_plans, self.epoch, admit_new=admit_new)
         if planned is None:
             return None
@@ -153,25 +153,25 @@ class Scheduler:
         deltas: list[Delta] = []
         self._interrupted = step, deltas
         assert step.step_id == result.step_id, f"result {result.step_id} came for step {step.step_id}"
-        tried = self._sampling(step) if self._suspicion.is_active else []
+        cleared = self._sampling(step) if self._isolation.is_active else []
         self._applier.apply(step, result, deltas)
         self._interrupted = None
-        if tried:
-            self._clear(tried)
+        if cleared:
+            self._clear(cleared)
         return deltas
 
     def lose_step(self, cause: ErrorInfo, *, is_blamed: bool = True) -> list[Delta]:
         """The oldest plan in flight was not executed, and no result of those after it may be used: they built on it.
 
         Nothing that any of them computed or published is believed: everybody goes on from the tokens he has. Those who
-        had a row in the plan are tried apart from the others until it is known whose fault it was, if anybody's: his
+        had a row in the plan run isolated from the others until it is known whose fault it was, if anybody's: his
         terminal delta, an error, is returned then. Without `is_blamed` nobody is suspected.
         """
         self._counters.num_failed_steps += 1
         step = self._in_flight[0]
         suspects = self._live_rows(step)
         self._restart()
-        return self._accuse(suspects, cause, is_alone=len(step.rows.slots) == 1) if is_blamed else []
+        return self._narrow(suspects, cause, is_alone=len(step.rows.slots) == 1) if is_blamed else []
 
     def recover(self, breach: BaseException) -> list[Delta]:
         """`plan` or `apply` raised one of BREACHES: make new books from the tokens that everybody has.
@@ -183,11 +183,11 @@ class Scheduler:
         cause = self._note(breach)
         interrupted, self._interrupted = self._interrupted, None
         if interrupted is None:
-            suspects = self._suspicion.on_trial()
+            suspects = self._isolation.isolated()
             self._restart()
             first = self._roster.waiting.first()
             suspects = suspects or self._roster.preempted + ([first] if first is not None else [])
-            return self._accuse(suspects, cause, is_alone=len(suspects) == 1)
+            return self._narrow(suspects, cause, is_alone=len(suspects) == 1)
         step, deltas = interrupted
         answered = {delta.handle for delta in deltas if delta.finish is not None}
         for sequence in self._live_rows(step):
@@ -279,22 +279,22 @@ class Scheduler:
         """The sequences that a step takes to the end of their known tokens."""
         return list(map(self._roster.table.sequence, step.rows.slots[step.rows.samples].tolist()))
 
-    def _clear(self, tried: list[Sequence]) -> None:
-        """These have passed their trial. They make room for the others' until the last is over."""
-        self._suspicion.clear(tried)
-        self._roster.on_trial = self._suspicion.on_trial()
-        if self._roster.on_trial:
-            for sequence in tried:
+    def _clear(self, cleared: list[Sequence]) -> None:
+        """These are suspects no longer. They make room for the others until the last is cleared."""
+        self._isolation.clear(cleared)
+        self._roster.isolated = self._isolation.isolated()
+        if self._roster.isolated:
+            for sequence in cleared:
                 if sequence.state is State.RUNNING:
                     self._roster.preempt(sequence.slot)
 
-    def _accuse(self, suspects: list[Sequence], cause: ErrorInfo, *, is_alone: bool) -> list[Delta]:
-        guilty = self._suspicion.accuse(suspects, is_alone=is_alone)
-        if guilty is None:
+    def _narrow(self, suspects: list[Sequence], cause: ErrorInfo, *, is_alone: bool) -> list[Delta]:
+        culprit = self._isolation.narrow(suspects, is_alone=is_alone)
+        if culprit is None:
             return []
         self._counters.num_isolated_failures += 1
         error = InternalError(f"steps fail with this request, with no other in them too: {cause.message}")
-        return self.fail([guilty.handle], error.info())
+        return self.fail([culprit.handle], error.info())
 
     def _note(self, breach: BaseException) -> ErrorInfo:
         """Report a breach; returns it as an error."""

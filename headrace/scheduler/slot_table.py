@@ -30,7 +30,7 @@ class SlotTable:
     num_scheduled  positions computed or being computed by a step in flight
     num_in_flight  steps in flight that hold a row of the slot
     is_running     bool: may get rows; False also while its sequence is leaving
-    accepts        bool: results are its sequence's; False once that has had its terminal delta
+    accepts        bool: results are its sequence's; False once that has had its terminal delta, or brought no token
     stop_ids       int32 [slots, STOP_IDS_PER_SLOT], NO_STOP_ID where unused; `many_stops` holds the longer sets
     version        index of the version of the last accepted token, -1 before the first
     """

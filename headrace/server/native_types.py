@@ -20,6 +20,7 @@ from headrace.server.prompts import check_count, encode_text, encode_texts, warn
 from headrace.server.wire import convert
 from headrace.text import run_sized
 from headrace.types.errors import RequestError
+from headrace.types.request import check_prompt_length
 from headrace.types.sampling_params import LogprobMode, LogprobOptions, SamplingParams
 
 
@@ -265,13 +266,10 @@ async def shared_rows(engine: AsyncEngine, rows: Mapping[str, Any]) -> list[Any]
 
 def shared_ids(engine: AsyncEngine, ids: Any, field: str) -> Any:
     """Ids as an array that all samples of a prompt may share; the engine checks their range."""
-    limit = engine.resolved.context_length
-    if isinstance(ids, list) and len(ids) > limit:  # before all of them are looked at
-        raise RequestError(f"{field} has {len(ids)} tokens, over the context of {limit}", field=field)
-    if not isinstance(ids, list) or (ids and set(map(type, ids)) != {int}):
+    if isinstance(ids, list):  # before all of them are looked at
+        check_prompt_length(len(ids), engine.resolved.context_length, field)
+    if not isinstance(ids, list) or set(map(type, ids)) != {int}:
         raise RequestError(f"{field} must be a list of integers", field=field)
-    if not ids:
-        raise RequestError(f"{field} is empty", field=field)
     try:
         return np.array(ids, dtype=np.int64)
     except OverflowError:

@@ -17,6 +17,10 @@ from headrace.text.tokenizer_files import library_faults, load_backend
 from headrace.types.errors import ConfigError, RequestError
 from headrace.types.plain_values import plain_text
 
+Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]] | None
+"""As OpenAI's API has them."""
+
 _NUM_CHECKS = 32
 _CHECK_LENGTH = 24
 
@@ -130,11 +134,7 @@ class Tokenizer:
         return (anchor + stream.push((token,)) + stream.finish())[len(anchor) :].encode("utf-8", "replace")
 
     def render_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        **template_arguments: Any,
+        self, messages: Messages, tools: Tools = None, add_generation_prompt: bool = True, **template_arguments: Any
     ) -> str:
         """The chat template's text, rendered in a process of its own with a bound on time and memory.
 
@@ -143,11 +143,7 @@ class Tokenizer:
         return self._renderer.render(*self._rendering(messages, tools, add_generation_prompt, template_arguments))
 
     def submit_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        **template_arguments: Any,
+        self, messages: Messages, tools: Tools = None, add_generation_prompt: bool = True, **template_arguments: Any
     ) -> Future[str]:
         """As `render_chat`, for a caller that must not wait: the text comes later, and so may its `RequestError`."""
         return self._renderer.submit(*self._rendering(messages, tools, add_generation_prompt, template_arguments))
@@ -159,8 +155,8 @@ class Tokenizer:
     @overload
     def apply_chat_template(
         self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        messages: Messages,
+        tools: Tools = None,
         add_generation_prompt: bool = True,
         *,
         tokenize: Literal[True] = True,
@@ -170,8 +166,8 @@ class Tokenizer:
     @overload
     def apply_chat_template(
         self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        messages: Messages,
+        tools: Tools = None,
         add_generation_prompt: bool = True,
         *,
         tokenize: Literal[False],
@@ -180,8 +176,8 @@ class Tokenizer:
 
     def apply_chat_template(
         self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        messages: Messages,
+        tools: Tools = None,
         add_generation_prompt: bool = True,
         *,
         tokenize: bool = True,
@@ -209,12 +205,8 @@ class Tokenizer:
         return self._special_tokens.intersection(tokens)
 
     def _rendering(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
-        add_generation_prompt: bool,
-        arguments: Mapping[str, Any],
-    ) -> tuple[str, Sequence[Mapping[str, Any]], dict[str, Any]]:
+        self, messages: Messages, tools: Tools, add_generation_prompt: bool, arguments: Mapping[str, Any]
+    ) -> tuple[str, Messages, dict[str, Any]]:
         """The template, the messages and the variables, as transformers chooses them."""
         templates = self._backend.chat_template
         if isinstance(templates, Mapping):

@@ -18,8 +18,13 @@ LAST_TOKEN = -1
 """In `StepPlan.token_ids`: the token that this slot sampled for the row's position, not known to the scheduler yet.
 
 With one token a row and step it is the last one sampled. A step that samples several may bring tokens of positions that
-steps in flight sample too: of a position sampled twice the first token counts, on the device as in the scheduler.
+steps in flight sample too: of a position sampled twice the first token counts, on the device as in the scheduler. A
+step may sample none: what comes of rows in flight behind it is dropped, and the slot is entered again.
 """
+
+
+class PlanRefused(ValueError):
+    """What was to be executed is no plan that it could be: nothing of it was."""
 
 
 class StepDisturbed(RuntimeError):
@@ -49,6 +54,12 @@ class SlotInit(msgspec.Struct, frozen=True):
         """The absolute position of the first token that is output, of this request or of the one that it resumes."""
         return self.num_prompt_tokens - self.num_output_ids_in_prompt
 
+    def scored_positions(self, start: int, length: int) -> range:
+        """Prompt positions that are to be scored and that a row of `length` tokens from `start` on predicts."""
+        first = self.logprobs.prompt_start
+        end = start + length + 1
+        return range(0) if first is None else range(max(start + 1, first), min(end, self.num_prompt_tokens))
+
 
 class StepPlan(msgspec.Struct, frozen=True):
     """What one step computes. Arrays are int32 unless stated; r rows, t tokens, p page-table writes.
@@ -62,6 +73,7 @@ class StepPlan(msgspec.Struct, frozen=True):
     row_samples [r]     bool: the row reaches the end of its known tokens, so a token is sampled after it, at absolute
                         position row_starts + row_lengths
     prefix_groups [g,3] (first_row, num_rows, num_pages): adjacent rows sharing their leading pages; may be ignored
+    waits_to_sample     bool: sampling is issued apart, with what is known only then; else with the forward
     """
 
     step_id: int
@@ -76,6 +88,24 @@ class StepPlan(msgspec.Struct, frozen=True):
     token_ids: Int32Array
     row_samples: npt.NDArray[np.bool_]
     prefix_groups: Int32Array
+    waits_to_sample: bool = False
+
+
+class SamplePatch(msgspec.Struct, frozen=True):
+    """What was decided of a step while its forward ran: the tokens that some of its rows may sample.
+
+    rows [m]            int32: of the rows that sample, by their order in the result; distinct
+    masks [m,w]         int32, w words for V tokens: bit i of word j stands for token 32 j + i. At least one of each row
+                        is set. What is not has no probability, before any other processor
+    """
+
+    rows: Int32Array
+    masks: Int32Array
+
+    def within(self, rows: range) -> SamplePatch:
+        """What it says of these, numbered from the first of them."""
+        chosen = (self.rows >= rows.start) & (self.rows < rows.stop)
+        return SamplePatch(self.rows[chosen] - np.int32(rows.start), self.masks[chosen])
 
 
 class PositionLogprobs(msgspec.Struct, frozen=True):
@@ -100,7 +130,7 @@ class PromptLogprobs(msgspec.Struct, frozen=True):
 class StepResult(msgspec.Struct, frozen=True):
     """What one step produced. s is the number of True in the plan's `row_samples`; entries are in row order.
 
-    token_ids [s, k] int32 and logprobs [s, k] float32 hold `num_tokens` [s] valid tokens each (k is 1 without
+    token_ids [s, k] int32 and logprobs [s, k] float32 hold `num_tokens` [s] valid tokens each, 0 to k (k is 1 without
     speculation), at consecutive positions from row_starts + row_lengths on. `extras` maps a row index to its sampled
     positions' further log-probabilities, `prompt_logprobs` a row index to the prompt positions scored by it; both hold
     only rows that asked.

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from headrace.types.errors import ErrorInfo
+from headrace.types.errors import ErrorInfo, RequestError
 from headrace.types.sampling_params import LogprobOptions
 
 Int32Array = npt.NDArray[np.int32]
@@ -43,6 +43,13 @@ def unpack_floats(data: bytes) -> Float32Array:
     return np.frombuffer(data, dtype="<f4")
 
 
+def check_prompt_length(num_tokens: int, context_length: int, field: str) -> None:
+    """Raise `RequestError` naming the field if so many tokens are no prompt or not within the context."""
+    if not 0 < num_tokens <= context_length:
+        what = f"has {num_tokens} tokens, over the context of {context_length}" if num_tokens else "is empty"
+        raise RequestError(f"{field} {what}", field=field)
+
+
 class TokenSampling(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The part of `SamplingParams` that acts on logits. `top_k` 0 is off; `temperature` 0.0 is greedy."""
 
@@ -61,9 +68,14 @@ class TokenSampling(msgspec.Struct, frozen=True, array_like=True, gc=False):
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     @property
+    def truncates(self) -> bool:
+        """True when top-k, top-p or min-p leave some tokens no probability."""
+        return bool(self.top_k) or self.top_p < 1.0 or self.min_p > 0.0
+
+    @property
     def is_plain(self) -> bool:
         """True when only the temperature acts: one pass over the logits is enough."""
-        return not (self.top_k or self.top_p < 1.0 or self.min_p or self.has_penalties or self.logit_bias)
+        return not (self.truncates or self.has_penalties or self.logit_bias)
 
 
 class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):

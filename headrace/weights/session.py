@@ -23,7 +23,6 @@ from headrace.types.errors import (
     HeadraceError,
     NeedsWeightsError,
     PoisonedError,
-    UnavailableError,
     UpdateConflictError,
     WeightUpdateError,
     encodable,
@@ -34,6 +33,12 @@ from headrace.types.weights import MAX_VERSION_LENGTH, InFlight, TensorInfo, Upd
 ResolvedMode = Literal["shadow", "inplace"]
 
 _MAX_NAMES_IN_MESSAGE = 8
+
+
+class Ticket(Protocol):
+    """Work of the memory that was asked for and may go on; see `headrace.weights.staging.Enqueued`."""
+
+    def is_done(self) -> bool: ...
 
 
 class StageCopy(Protocol):
@@ -53,7 +58,7 @@ class WeightMemory(Protocol):
 
     def forget(self, index: int) -> list[int]: ...
 
-    def commit(self) -> None: ...
+    def commit(self) -> Ticket: ...
 
     def abort(self) -> None: ...
 
@@ -103,7 +108,8 @@ class StagedSet:
 
 
 class OpenUpdate:
-    """One open update, as the core has it. `has_written` is True once live memory may have changed (in place only)."""
+    """One open update, as the core has it. `has_written` is True once live memory may have changed: in place, and in a
+    commit; `committing` is that of one under way."""
 
     def __init__(
         self,
@@ -112,7 +118,6 @@ class OpenUpdate:
         manifest: Sequence[TensorInfo],
         mode: ResolvedMode,
         *,
-        former: WeightState,
         in_flight: InFlight,
         partial: bool,
         timeout_s: float,
@@ -121,12 +126,12 @@ class OpenUpdate:
         self.session_id = session_id
         self.version = version
         self.mode = mode
-        self.former: WeightState = former
         self.in_flight: InFlight = in_flight
         self.partial = partial
         self.timeout_s = timeout_s
         self.deadline = now + timeout_s
         self.has_written = False
+        self.committing: Ticket | None = None
         self.staged = StagedSet(manifest)
 
     def touch(self, now: float) -> None:
@@ -180,16 +185,16 @@ class WeightMachine:
         return self.version if self.can_generate else ""
 
     def refusal(self) -> HeadraceError | None:
-        """The error a request must be answered with, or None when `can_generate`."""
-        if self.can_generate:
+        """What every request is answered with until a complete update lands; None while weights are whole, or will be
+        when an update of whole ones is over, for which requests wait."""
+        if self._resting == "ready":
             return None
+        message = "the engine holds no current weights; it generates after a complete update"
         if self.session:
-            return UnavailableError(f"weights are being updated in place to {self.session.version!r}")
-        if self._resting == "poisoned":
-            return PoisonedError(
-                "an update in place failed half-way; the engine generates again after a complete update"
-            )
-        return NeedsWeightsError("the engine holds no current weights; it generates after a complete update")
+            message = f"weights are {self._resting} until the update to {self.session.version!r} is complete"
+        elif self._resting == "poisoned":
+            message = "an update in place failed half-way; the engine generates again after a complete update"
+        return PoisonedError(message) if self._resting == "poisoned" else NeedsWeightsError(message)
 
     def begin(
         self,
@@ -220,7 +225,6 @@ class WeightMachine:
             version,
             manifest,
             resolved,
-            former=self._resting,
             in_flight=in_flight,
             partial=partial,
             timeout_s=timeout_s,
@@ -270,25 +274,31 @@ class WeightMachine:
         session.touch(now)
         session.staged.mark(index)
 
-    def commit(self, session_id: int) -> OpenUpdate:
-        """Make the staged weights live: READY, new version, new epoch. `WeightUpdateError` naming what is missing, and
-        the session stays open then. It does as well where the memory fails half-way: abort it."""
+    def commit(self, session_id: int) -> bool:
+        """Make the staged weights live: READY, new version, new epoch. False while the memory is at it: ask again.
+
+        `WeightUpdateError` naming what is missing, and the session stays open then. It does as well where the memory
+        fails half-way: abort it.
+        """
         session = self.require(session_id)
-        session.staged.check_complete()
-        session.has_written = True  # a copy that fails half-way leaves a mix
-        self._memory.commit()
+        if session.committing is None:
+            session.staged.check_complete()
+            session.has_written = True  # a copy that fails half-way leaves a mix
+            session.committing = self._memory.commit()
+        if not session.committing.is_done():
+            return False
         self.version, self.epoch = session.version, self.epoch + 1
         self._resting, self.session = "ready", None
         committed = UpdateConflictError(f"session {session_id} was committed", field="session_id")
         self._last_end = session_id, committed
-        return session
+        return True
 
     def abort(self, session_id: int, reason: HeadraceError | None = None) -> OpenUpdate:
         """Drop the session: back to the state before it, or POISONED if it had written in place. `reason` is what who
         names the session later gets."""
         session = self.require(session_id)
         self._memory.abort()
-        self._resting = "poisoned" if session.has_written else session.former
+        self._resting = "poisoned" if session.has_written else self._resting
         self.session = None
         aborted = UpdateConflictError(f"session {session_id} was aborted", field="session_id")
         self._last_end = session_id, reason or aborted

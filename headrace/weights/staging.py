@@ -11,7 +11,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import numpy as np
@@ -195,6 +195,58 @@ class Arrival:
         return self.num_elements == self.destination.num_elements
 
 
+class Enqueued:
+    """A ticket: done when the device has done all that this thread has enqueued so far, on a CPU at once. Then `then`
+    is called."""
+
+    def __init__(self, device: torch.device, then: Callable[[], None] | None = None) -> None:
+        self._then = then
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.current_stream(device).record_event()
+        else:
+            self.is_done()
+
+    def is_done(self) -> bool:
+        """Whether it is; waits for nothing. Raises what the device answers instead, or `then`."""
+        if self._event is not None and not self._event.query():  # type: ignore[no-untyped-call]
+            return False
+        then, self._event, self._then = self._then, None, None
+        if then is not None:
+            then()
+        return True
+
+
+class SideStream:
+    """Where a device works beside the steps in flight, without waiting for them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._begun = Enqueued(device)
+
+    def begin(self) -> None:
+        """What this thread has enqueued comes before what is done here: see `is_ready`."""
+        if self._stream is not None:
+            self._begun = Enqueued(self._device)
+
+    def is_ready(self) -> bool:
+        """Whether that has come."""
+        return self._begun.is_done()
+
+    def using(self) -> AbstractContextManager[None]:
+        """What is computed inside is done at its end."""
+        return nullcontext() if self._stream is None else self._run(self._stream)
+
+    @contextmanager
+    def _run(self, stream: torch.cuda.Stream) -> Iterator[None]:
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            stream.synchronize()
+
+
 class StageWork:
     """The copy of one tensor, or of its next piece, done in slices. Holds the caller's buffer until it is done, failed
     or dropped.
@@ -209,6 +261,7 @@ class StageWork:
         self,
         source: Source,
         arrival: Arrival,
+        side: SideStream,
         *,
         before_write: Callable[[], None],
         on_done: Callable[[], None],
@@ -217,6 +270,7 @@ class StageWork:
         self.has_written = False
         self._source: Source | None = source
         self._arrival = arrival
+        self._side = side
         self._destination = arrival.destination
         self._first, self._count = arrival.num_elements, source.num_elements
         self._blocks = row_blocks((self._count,), self._destination.dtype.itemsize)
@@ -237,15 +291,16 @@ class StageWork:
         `CheckpointError` for a file that changed, `UpdateConflictError` if the update was aborted or committed
         meanwhile. Done, it has released the buffer.
         """
-        if self.is_done:
-            return True
+        if self.is_done or not self._side.is_ready():
+            return self.is_done
         stop_at = time.perf_counter() + deadline_s
-        for part in self._blocks:
-            self._copy(part)
-            if time.perf_counter() >= stop_at:
-                break
-        else:
-            self._finish()
+        with self._side.using():
+            for part in self._blocks:
+                self._copy(part)
+                if time.perf_counter() >= stop_at:
+                    break
+            else:
+                self._finish()
         return self.is_done
 
     def _copy(self, part: slice) -> None:
@@ -274,12 +329,12 @@ class StageWork:
         self.is_done = True
 
 
-class SideReader:
-    """Reads tensors of one device, as bytes on the host or where they are. On a device, on a stream of its own: beside
-    the steps in flight, after all that was issued before `begin`."""
+class SideReader(SideStream):
+    """Reads tensors of one device, as bytes on the host or where they are: after all that was enqueued before
+    `begin`."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        super().__init__(device)
         self._host: torch.Tensor | None = None
         if self._stream is not None:
             self._host = torch.empty(BLOCK_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
@@ -294,20 +349,10 @@ class SideReader:
         for part in row_blocks((count,), region.dtype.itemsize):
             yield self._bytes(region, slice(first + part.start, first + part.stop)).data
 
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """What is computed inside is done at its end."""
-        if self._stream is None:
-            yield
-            return
-        with torch.cuda.stream(self._stream):
-            yield
-        self._stream.synchronize()
-
     def _bytes(self, region: Region, part: slice) -> Bytes:
         if self._host is None:
             return bytes_of(region.read(part))
-        with self.reading():
+        with self.using():
             block = region.read(part)
             host = self._host[: block.nbytes]
             host.copy_(block.view(torch.uint8), non_blocking=True)

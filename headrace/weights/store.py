@@ -24,7 +24,9 @@ from headrace.weights.staging import (
     BLOCK_BYTES,
     TORCH_DTYPES,
     Arrival,
+    Enqueued,
     SideReader,
+    SideStream,
     StageWork,
     TensorData,
     dtype_name,
@@ -80,6 +82,7 @@ class WeightStore:
         self._check_finite = check_finite
         self._memory = memory or _memory_left(device)
         self._transaction: Transaction | None = None
+        self._side = SideStream(device)
         self._side_reader: SideReader | None = None
 
     def close(self) -> None:
@@ -200,6 +203,7 @@ class WeightStore:
         if plan is None or plan.partial != partial or plan.given != tuple(manifest):
             plan = self._plan = self.weight_map.plan(manifest, partial)
         self._transaction = Transaction(plan, self._shadow(mode, plan.rules))
+        self._side.begin()
         return self._transaction.mode
 
     def _shadow(self, mode: UpdateMode, rules: Sequence[WeightRule]) -> Memories | None:
@@ -235,12 +239,14 @@ class WeightStore:
         source = source_of(info, data, start)
         arrival = transaction.arrivals.pop(index, None)  # a piece that is never done leaves a tensor to begin again
         if not start:
-            arrival = self._arrival(transaction, info)
+            with self._side.using():
+                arrival = self._arrival(transaction, info)
         elif arrival is None or arrival.num_elements * TORCH_DTYPES[info.dtype].itemsize != start:
             raise WeightUpdateError(f"{info.name}: a piece at byte {start} is not the next one", field=info.name)
         return StageWork(
             source,
             arrival,
+            self._side,
             before_write=transaction.require_open,
             on_done=lambda: self._arrived(transaction, index, info, arrival),
             check=(lambda written: self._require_finite(info.name, written)) if self._check_finite else None,
@@ -285,14 +291,15 @@ class WeightStore:
             return live.over([torch.empty_like(each) for each in live.memories])
         return live.over(transaction.shadow[name]) if transaction.mode == "shadow" else live
 
-    def commit(self) -> None:
-        """Make all that was staged live, and end the update. One that fails half-way leaves a mix, and is open."""
+    def commit(self) -> Enqueued:
+        """Make all that was staged live; once that is done, the update is over. One that fails half-way leaves a mix,
+        and is open."""
         transaction = self._require_update()
         for name, memories in transaction.shadow.items():
             for live, staged in zip(self._region(name).memories, memories, strict=True):
                 live.copy_(staged)
         self._derive()
-        self.abort()
+        return Enqueued(self.device, self.abort)
 
     def abort(self) -> None:
         """End the open update and drop what was not made live. What was written in place stays."""
@@ -324,7 +331,7 @@ class WeightStore:
             for part in _sum_blocks(region):
                 if part.start:
                     yield None
-                with reader.reading():
+                with reader.using():
                     total = total or PositionSum(self._sum_keys())
                     total.add(region.read_counted(part), part.start)
                     digest = total.hexdigest() if part.stop == region.num_elements else ""

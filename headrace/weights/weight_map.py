@@ -7,7 +7,7 @@ tensors, files or sessions (no torch).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import msgspec
@@ -159,6 +159,16 @@ class WeightMap:
             known[name] = each.parameter
         if not is_shard:
             prove_mesh([self])
+
+    def parts(self) -> Iterator[WeightMap]:
+        """A map of each parameter alone, whose tensors are all in it; without aliases and what is derived."""
+        rules: dict[str, tuple[list[WeightRule], list[WeightRule]]] = {name: ([], []) for name in self.params}
+        for world, known in enumerate((self.rules_by_name, self.other_rules)):
+            for rule in known.values():
+                for param in {piece.param for piece in rule.pieces}:
+                    rules[param][world].append(rule)
+        for name, (first, other) in rules.items():
+            yield WeightMap([self.params[name]], first, other_names=other)
 
     def _has_rule(self, name: str) -> bool:
         return name in self.rules_by_name or name in self.other_rules

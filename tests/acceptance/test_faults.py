@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from headrace import Engine, Generation, InternalError, SamplingParams
-from headrace.runner import Runner
+from headrace.runner.runner import Runner, RunnerStep
 from headrace.scheduler.planner import StepPlanner
 from headrace.text import ToolCall, ToolCallParser, ToolCallStyle
-from headrace.types.plan import StepPlan, StepResult
+from headrace.types.plan import StepPlan
 
 POISON = 95
 DEPTHS = pytest.mark.parametrize("overlap_depth", [0, 1, 3])
@@ -47,17 +47,17 @@ class Faults:
 def faults(monkeypatch: pytest.MonkeyPatch) -> Faults:
     """Off until a test switches one of them on. A step fails before its plan is looked at, or after it was executed."""
     found = Faults()
-    execute = Runner.execute
+    launch = Runner.launch
 
-    def faulty(runner: Runner, plan: StepPlan) -> StepResult:
+    def faulty(runner: Runner, plan: StepPlan) -> RunnerStep:
         if plan.step_id % 2:
             found.strike(plan)
-            return execute(runner, plan)
-        result = execute(runner, plan)
+            return launch(runner, plan)
+        step = launch(runner, plan)
         found.strike(plan)
-        return result
+        return step
 
-    monkeypatch.setattr(Runner, "execute", faulty)
+    monkeypatch.setattr(Runner, "launch", faulty)
     return found
 
 

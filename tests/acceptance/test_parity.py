@@ -21,6 +21,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None, "num_key_value_heads": 4},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 16},
+    "qwen3_moe": {"head_dim": 16, "norm_topk_prob": False},
+    "mixtral": {},
 }
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=64, ignore_eos=True)
 TOLERANCE = 1e-4
@@ -121,7 +123,7 @@ def bits(pieces: list[Generation]) -> list[tuple[list[int], bytes]]:
     return [(piece.token_ids, np.asarray(piece.logprobs).tobytes()) for piece in pieces]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe", "mixtral"])
 def test_invariant_numerics_are_the_same_bits_whatever_runs_beside(
     models: dict[str, tuple[PreTrainedModel, Path]], start: Callable[..., Engine], family: str
 ) -> None:

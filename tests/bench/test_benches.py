@@ -72,10 +72,10 @@ def test_offline_of_one_request_reports_its_latency(capsys: pytest.CaptureFixtur
     assert result["rescored"] == 1 and result["versions"]["headrace"] and result["dtype"] == "float32"  # type: ignore[index]
 
 
-def test_offline_with_shaped_sampling_and_top_logprobs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_offline_with_truncated_sampling_and_top_logprobs(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["bench", "offline", "--workload", "A", "--num-divisor", "64", "--length-divisor", "32", "--runs", "2"]
-    shaped = ["--top-p", "0.9", "--top-k", "40", "--top-logprobs", "3", "--rescored", "3", "--dtype", "bfloat16"]
-    assert main([*words, *shaped, "--shape", "tiny", "--threads", "1", "--load-format", "dummy", "--json"]) == 0
+    truncated = ["--top-p", "0.9", "--top-k", "40", "--top-logprobs", "3", "--rescored", "3", "--dtype", "bfloat16"]
+    assert main([*words, *truncated, "--shape", "tiny", "--threads", "1", "--load-format", "dummy", "--json"]) == 0
     result = _last_line(capsys)
     assert (result["top_p"], result["top_k"], result["top_logprobs"], result["rescored"]) == (0.9, 40, 3, 3)
     assert len(result["seconds"]) == 2 and result["dtype"] == "bfloat16"  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.record_bits import FACTORS, all_cases, checkpoint, covering, differences, main
+from bench.record_bits import FACTORS, all_cases, checkpoint, covering, differences, environment, main
 
 CASE = "engine/qwen2-gqa-tied/invariant-float32-page_size=16"
 
@@ -29,6 +29,17 @@ def test_only_what_computes_otherwise_differs(
     assert main(["compare", *words]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert any(".logprobs[" in line for line in lines) and int(lines[-1].split()[0]) == len(lines) - 1
+
+
+def test_a_case_younger_than_the_record_is_named_and_a_lost_one_is_a_difference(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = {"environment": environment(), "cases": {"gone": {"ids": [1]}}}
+    (tmp_path / "bits.json").write_text(json.dumps(record))
+    assert main(["compare", words[0], "--only", "experts|gone"]) == 1
+    captured = capsys.readouterr()
+    assert len([line for line in captured.err.splitlines() if line.startswith("not in the record: engine/")]) == 12
+    assert captured.out.splitlines() == ["cases gone ids[0]: 1 -> nothing", "1 differences in 4 values of 0 cases"]
 
 
 def test_one_bit_or_one_value_more_is_a_difference() -> None:

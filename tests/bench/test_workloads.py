@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from headrace.bench.http_client import output_lengths, unique_prompt
 from headrace.bench.models import SHAPES, write_config
-from headrace.bench.overhead import output_lengths, unique_prompt
 from headrace.bench.workloads import (
     CPU_SCALE,
     FULL_SCALE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,26 @@ def test_which_kernel_serves_which_shape_is_shown(
     assert "1 query, 1-16 rows" in shown(on_cuda(), capsys)
     on_cpu = resolve(EngineConfig(model=str(POLICY)), POLICY, devices=())
     assert build_report(on_cpu)["attention"]["choices"] == [] and build_report(on_cpu)["device"] is None
+
+
+def test_experts_are_shown_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fields = {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 6, "num_experts_per_tok": 3, "vocab_size": 32}
+    sizes = {"hidden_size": 16, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    layers = {"num_hidden_layers": 4, "mlp_only_layers": [1], "moe_intermediate_size": 8, "max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps(fields | sizes | layers))
+    resolved = resolve(EngineConfig(model=str(tmp_path), dtype="bfloat16"), tmp_path, devices=())
+    report = build_report(resolved)
+    (kind,) = report["experts"]
+    assert (kind["num_layers"], kind["num_experts"], kind["num_per_token"]) == (3, 6, 3)
+    experts, dense, attention = 3 * (6 * 3 * 8 * 16 + 6 * 16), 3 * 64 * 16, 4 * (32 * 16 + 16 * 16 + 2 * 16 + 2 * 8)
+    assert report["memory"]["num_parameters"] == experts + dense + attention + 2 * 32 * 16 + 16
+    assert report["memory"]["weights"] == 2 * report["memory"]["num_parameters"]
+    assert "refused: has no kernels for layers of experts yet" in (text := shown(resolved, capsys))
+    assert "experts: 3 of 6 per token, 8 wide, in 3 layers" in text
+    assert "experts" not in shown(on_cuda(), capsys) and build_report(on_cuda())["experts"] == []
+    workspaces = []
+    for picked in (1, 6):
+        (tmp_path / "config.json").write_text(json.dumps(fields | sizes | layers | {"num_experts_per_tok": picked}))
+        resolved = resolve(EngineConfig(model=str(tmp_path), dtype="bfloat16"), tmp_path, devices=())
+        workspaces.append(build_report(resolved)["memory"]["workspace"])
+    assert workspaces[1] > workspaces[0]  # more per token than the dense layer has

@@ -40,6 +40,11 @@ BASE: dict[str, Any] = {
     "use_sliding_window": True,
     "max_window_layers": 2,
     "eos_token_id": 2,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [0],
 }
 FURTHER = (
     "dtype",
@@ -48,9 +53,20 @@ FURTHER = (
     "partial_rotary_factor",
     "quantization_config",
     "per_layer_config",
+    "num_local_experts",
+    "decoder_sparse_step",
+    "router_jitter_noise",
+    "n_shared_experts",
 )
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+FAMILIES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe",
+    "mixtral": "Mixtral",
+}
 READ_BY_NONE = {
     "attention_bias",
     "mlp_bias",
@@ -58,7 +74,17 @@ READ_BY_NONE = {
     "use_sliding_window",
     "max_window_layers",
     "layer_types",
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+    "router_jitter_noise",
+    "n_shared_experts",
 }
+"""By some family, that is."""
 
 
 def mutations() -> Iterator[dict[str, Any]]:

@@ -34,6 +34,8 @@ def config(architecture: str = "LlamaForCausalLM", **changes: Any) -> dict[str, 
         ("MistralConfig", "MistralForCausalLM"),
         ("Qwen2Config", "Qwen2ForCausalLM"),
         ("Qwen3Config", "Qwen3ForCausalLM"),
+        ("Qwen3MoeConfig", "Qwen3MoeForCausalLM"),
+        ("MixtralConfig", "MixtralForCausalLM"),
     ],
 )
 def test_transformers_defaults_are_read_as_transformers_reads_them(

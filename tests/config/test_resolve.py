@@ -172,6 +172,29 @@ def test_backends_run_where_they_can(
     assert caught.value.field == "attention_backend"
 
 
+EXPERTS = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
+
+
+def test_experts_run_on_a_cpu_and_by_the_reference_alone(folder: Path) -> None:
+    write(folder, **EXPERTS)
+    found = on_cuda(folder)
+    assert (found.device, found.attention_backend) == ("cpu", "cpu") and "experts" in why(found, "device")
+    with pytest.raises(
+        ConfigError, match="device 'cuda' cannot be used: it has no kernels for layers of experts"
+    ) as no:
+        on_cuda(folder, device="cuda")
+    assert no.value.field == "device"
+    for backend in ("triton", "flashinfer"):
+        for devices in ((), (H200,)):
+            with pytest.raises(ConfigError, match="has no kernels for layers of experts") as no:
+                resolved(folder, devices=devices, software=INTERPRETED, attention_backend=backend)
+            assert no.value.field == "attention_backend"
+    reference = on_cuda(folder, attention_backend="reference")
+    assert (reference.device, resolved(folder, attention_backend="reference").device) == ("cuda", "cpu")
+    copy = msgspec.msgpack.decode(msgspec.msgpack.encode(found), type=ResolvedConfig)
+    assert copy == found and copy.model.has_experts
+
+
 @pytest.mark.parametrize(
     ("devices", "backend", "is_possible"),
     [

@@ -210,7 +210,10 @@ class Core:
 
     def call(self, command: Callable[..., Command], *args: Any, kind: Any = None) -> Any:
         """Queue a call, turn until it is answered, and return the value."""
-        call_id = self.start(command, *args)
+        return self.call_answer(self.start(command, *args), kind)
+
+    def call_answer(self, call_id: int, kind: Any = None) -> Any:
+        """Turn until a queued call is answered, and return the value."""
         self.until(lambda: call_id in self.link.replies)
         return self.answer(call_id, kind)
 

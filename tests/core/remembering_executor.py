@@ -14,10 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from headrace.core.executor import CheckpointSlices, StepError, Weights
+from headrace.core.executor import CheckpointSlices, Weights
 from headrace.core.fake_executor import FreeWeights
+from headrace.core.faults import StepError
 from headrace.types.errors import CheckpointError
-from headrace.types.plan import LAST_TOKEN, PromptLogprobs, SlotInit, StepPlan, StepResult
+from headrace.types.plan import LAST_TOKEN, PromptLogprobs, SamplePatch, SlotInit, StepPlan, StepResult
+from headrace.weights.session import Ticket
 
 PAGE_SIZE = 4
 _BITS = 20
@@ -58,8 +60,9 @@ class CountingWeights(FreeWeights):
     def __init__(self) -> None:
         self.serial = 0
 
-    def commit(self) -> None:
+    def commit(self) -> Ticket:
         self.serial += 1
+        return super().commit()
 
 
 class _Slot:
@@ -95,6 +98,9 @@ class RememberingExecutor:
             self._results.append(StepError(plan.step_id, MemoryError("no room")))
         else:
             self._results.append(self._execute(plan))
+
+    def sample(self, step_id: int, patch: SamplePatch | None = None) -> None:
+        """No plan waits for it."""
 
     def collect(self) -> StepResult:
         result = self._results.popleft()

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from headrace.cache import Match, Namespace
-from headrace.core.executor import StepError
 from headrace.core.fake_executor import FREE_LOGPROB, FreeExecutor, free_tokens
+from headrace.core.faults import StepError
 from headrace.core.service import run_core
 from headrace.ipc import SharedBuffer
 from headrace.scheduler import Scheduler

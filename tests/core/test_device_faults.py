@@ -6,12 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from headrace.core.executor import StepError
 from headrace.core.fake_executor import FreeExecutor
-from headrace.core.faults import is_of_lost_device
+from headrace.core.faults import StepError, is_of_lost_device
 from headrace.core.service import DEVICE_LOST_EXIT_CODE, run_core
 from headrace.types.messages import CommitUpdate, CoreFailed, Digest
-from headrace.types.plan import StepPlan, StepResult
+from headrace.types.plan import PlanRefused, StepPlan, StepResult
 from headrace.weights.store import WeightStore
 from tests.core.harness import VOCAB_SIZE, Core, new_tensors, request, tiny_store
 
@@ -34,7 +33,7 @@ class FaultyExecutor(FreeExecutor):
         plan = self._plans[0]
         try:
             self._strike(plan)
-        except RuntimeError as fault:
+        except (RuntimeError, PlanRefused) as fault:
             self._plans.popleft()
             self.examine(fault)
             raise StepError(plan.step_id, fault) from fault
@@ -190,3 +189,19 @@ def test_a_command_that_meets_a_lost_device_ends_the_core(what: str, monkeypatch
             core.start(CommitUpdate, session_id)
     assert run_to_the_end(core) == DEVICE_LOST_EXIT_CODE
     check_all_may_try_again(core, 1)
+
+
+def test_a_plan_that_is_refused_is_nobodys_fault_but_that_of_its_rows() -> None:
+    """Whose request has no place in a plan is found as any that fails, and the device is not asked."""
+
+    def strike(plan: StepPlan) -> None:
+        if plan.step_id < 0:
+            raise AssertionError("nobody doubts the device")
+        if any(9 in init.token_ids for init in plan.new_slots):
+            raise PlanRefused("a number that is too great")
+
+    core = Core(FaultyExecutor(strike))
+    core.submit(request(1, [9, 9]), *(request(handle) for handle in range(2, 5)))
+    core.settle()
+    assert core.finish_types(1, 2, 3, 4) == ["error", "length", "length", "length"]
+    assert core.status().metrics["num_isolated_failures"] == 1

@@ -16,7 +16,7 @@ from headrace.config import EngineConfig, ResolvedConfig, resolve
 from headrace.core import LocalExecutor, serve_core
 from headrace.ipc import make_pair
 from headrace.runner import Runner
-from headrace.runner.pending import DoneStep
+from headrace.runner.runner import RunnerStep
 from headrace.types.messages import (
     CoreReady,
     CoreStatus,
@@ -29,7 +29,7 @@ from headrace.types.messages import (
     Submit,
     UpdateFromDisk,
 )
-from headrace.types.plan import StepPlan, StepResult
+from headrace.types.plan import StepPlan
 from headrace.types.request import TokenSampling
 from headrace.types.weights import UpdateReport
 from headrace.weights.store import WeightStore
@@ -77,13 +77,13 @@ class FaultyRunner(Runner):
 
     broken_step = 3
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def launch(self, plan: StepPlan) -> RunnerStep:
         if plan.step_id == self.broken_step:
             self.next_steps: list[int] = []
             torch.empty(1 << 60)
         if plan.step_id > self.broken_step:
             self.next_steps.append(plan.step_id)
-        return super().execute(plan)
+        return super().launch(plan)
 
 
 @pytest.mark.parametrize("overlap_depth", [0, 1, 3])
@@ -103,7 +103,7 @@ class OfACompiler(Exception):
     """As a kernel compiler's own errors, of no kind that Python has."""
 
 
-@pytest.mark.parametrize("moment", ["execute", "launch", "wait"])
+@pytest.mark.parametrize("moment", ["launch", "wait"])
 @pytest.mark.parametrize("kind", [UserWarning, TypeError, AttributeError, BufferError, StopIteration, OfACompiler])
 def test_no_exception_of_a_step_ends_the_core(
     folder: Path, kind: type[Exception], moment: str, monkeypatch: pytest.MonkeyPatch
@@ -113,7 +113,7 @@ def test_no_exception_of_a_step_ends_the_core(
         raise kind("by chance")
 
     core = Core(LocalExecutor(Runner(resolved_for(folder))))
-    owner, name = (DoneStep, "wait") if moment == "wait" else (Runner, moment)
+    owner, name = (RunnerStep, "wait") if moment == "wait" else (Runner, moment)
     monkeypatch.setattr(owner, name, fail)
     core.submit(request(1, range(1, 5), 4, sampling=GREEDY))
     core.settle()

@@ -14,8 +14,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from headrace.core.executor import StepError
 from headrace.core.fake_executor import FreeExecutor
+from headrace.core.faults import StepError
 from headrace.ipc import SharedBuffer
 from headrace.types.messages import (
     Abort,

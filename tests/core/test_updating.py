@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
@@ -27,11 +28,13 @@ from headrace.types.messages import (
     GiveUp,
     Pause,
     Resume,
+    Shutdown,
     Stage,
     UpdateFromDisk,
 )
 from headrace.types.weights import BufferEntry, BufferRef, InFlight, TensorInfo, UpdateReport
 from headrace.weights.boxes import Box
+from headrace.weights.staging import Enqueued
 from headrace.weights.store import WeightStore
 from headrace.weights.weight_map import ParamSpec, Piece, WeightMap, WeightRule, whole_rows
 from tests.core.harness import (
@@ -43,6 +46,7 @@ from tests.core.harness import (
     new_tensors,
     request,
     tiny_store,
+    tiny_weight_map,
 )
 
 MODES = ["shadow", "inplace"]
@@ -454,6 +458,112 @@ def test_a_commit_that_fails_half_way_poisons_and_a_full_update_heals(monkeypatc
     core.submit(request(2))
     core.settle()
     assert core.spans(2) == [("v1", 10)]
+
+
+class LateTicket:
+    """Done when it is told: the device copies at that moment, or answers with `fault`."""
+
+    def __init__(self, commit: Callable[[], Enqueued]) -> None:
+        self.commit = commit
+        self.num_looks = 0
+        self.num_looks_needed = 1 << 60
+        self.fault: Exception | None = None
+
+    def is_done(self) -> bool:
+        self.num_looks += 1
+        if self.num_looks < self.num_looks_needed:
+            return False
+        if self.fault is not None:
+            raise self.fault
+        return self.commit().is_done()
+
+
+class LateStore(WeightStore):
+    """A memory whose commits go on after they were begun, as a device's do."""
+
+    def commit(self) -> Any:
+        self.ticket = LateTicket(super().commit)
+        return self.ticket
+
+
+def late_core() -> tuple[Core, LateStore]:
+    store = LateStore(tiny_weight_map(), torch.float32, torch.device("cpu"), memory=lambda: 1 << 40)
+    store.fill_random(1)
+    return Core(FreeExecutor(VOCAB_SIZE, weights=store)), store
+
+
+def begin_late_commit(mode: str) -> tuple[Core, LateStore, int, int]:
+    """A core whose commit is under way beside a request, with the session and the call."""
+    core, store = late_core()
+    core.submit(request(1, max_new_tokens=200, deliver_every=1))
+    core.turn(3)
+    session = core.begin(NEW, "v1", mode=mode, in_flight="keep")
+    core.stage(session, NEW)
+    call = core.start(CommitUpdate, session)
+    core.turn(5)
+    assert store.ticket.num_looks > 1
+    return core, store, session, call
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_reply_no_step_and_no_pause_time_precedes_the_copy_of_a_commit(mode: str) -> None:
+    core, store, _, call = begin_late_commit(mode)
+    num_tokens = len(core.tokens(1))
+    time.sleep(0.02)
+    core.turn(5)
+    assert call not in core.link.replies and len(core.tokens(1)) == num_tokens and core.is_busy
+    status = core.status()
+    assert (status.state, status.epoch, status.last_version) == ("updating", 0, "default")
+    store.ticket.num_looks_needed = 0
+    report = core.call_answer(call, UpdateReport)
+    assert report.version == "v1" and 20.0 <= report.pause_ms == core.status().metrics["last_update_pause_ms"]
+    check_live(core, NEW)
+    core.settle()
+    assert core.finish_types(1) == ["length"]
+    assert core.spans(1) == [("default", num_tokens), ("v1", 200 - num_tokens)]
+
+
+@pytest.mark.parametrize("how", ["abort", "give up", "deadline", "shutdown"])
+def test_a_commit_that_is_under_way_is_not_undone(how: str) -> None:
+    core, store, session, call = begin_late_commit("shadow")
+    store.ticket.num_looks_needed = store.ticket.num_looks + 3
+    if how == "abort":
+        assert "committed" in core.refused(AbortUpdate, session).message
+    elif how == "give up":
+        core.call(GiveUp, call)
+    elif how == "deadline":
+        core.clock.now += 1e6
+    else:
+        core.call(Shutdown)
+    report = core.call_answer(call, UpdateReport)
+    assert report.version == "v1" and report.epoch == 1
+    if how != "shutdown":
+        check_live(core, NEW)
+
+
+def test_a_read_that_meets_a_commit_under_way_is_of_the_new_weights() -> None:
+    core, store, _, _ = begin_late_commit("shadow")
+    call = core.start(Digest)
+    core.turn(3)
+    assert call not in core.link.replies
+    store.ticket.num_looks_needed = 0
+    core.until(lambda: call in core.link.replies)
+    assert core.answer(call, dict[str, str]) == {name: digest_of(tensor) for name, tensor in NEW.items()}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_commit_that_fails_under_way_poisons_and_a_full_update_heals(mode: str) -> None:
+    core, store, _, call = begin_late_commit(mode)
+    store.ticket.num_looks_needed, store.ticket.fault = 0, RuntimeError("a rank did not take it")
+    core.until(lambda: call in core.link.replies)
+    assert "the commit failed" in core.error(call).message and core.status().state == "poisoned"
+    session = core.begin(NEW, "v2", mode=mode)
+    core.stage(session, NEW)
+    call = core.start(CommitUpdate, session)
+    core.turn(5)
+    store.ticket.num_looks_needed = 0
+    assert core.call_answer(call, UpdateReport).version == "v2"
+    check_live(core, NEW)
 
 
 def test_a_partial_update_changes_what_it_names() -> None:

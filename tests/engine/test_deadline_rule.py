@@ -44,7 +44,7 @@ from headrace.types.messages import (
 from headrace.types.plan import StepResult
 from headrace.types.request import Delta, Request, pack_ids
 from headrace.types.weights import TensorInfo, UpdateMode, UpdateReport
-from headrace.weights.session import ResolvedMode
+from headrace.weights.session import ResolvedMode, Ticket
 
 NUM_WORLDS = 100
 NUM_SEQUENCES = 100
@@ -149,9 +149,9 @@ class World:
         commit = replica.update.machine.commit
 
         def logged_commit(session_id: int) -> Any:
-            session = commit(session_id)
-            self.log.append(("commit", session.version))
-            return session
+            is_live = commit(session_id)
+            self.log.append(("commit", replica.update.machine.version))
+            return is_live
 
         replica.update.machine.commit = logged_commit  # type: ignore[method-assign]
 
@@ -219,8 +219,9 @@ class SlowWeights(FreeWeights):
     def stage(self, index: int, data: Any, start: int | None = None) -> Any:
         return SlowCopy(self._world)
 
-    def commit(self) -> None:
+    def commit(self) -> Ticket:
         self._world.lose_time(3.0)
+        return super().commit()
 
     def digest_in_slices(self) -> Iterator[tuple[str, str] | None]:
         for name in TENSORS:

@@ -331,10 +331,10 @@ def test_a_lost_device_of_the_caller_s_process_is_the_end(model_folder: Path, mo
     server = engine.serve()
     assert httpx.get(f"{server.url}/health").status_code == 200
 
-    def execute(*_: object) -> None:
+    def launch(*_: object) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(Runner, "execute", execute)
+    monkeypatch.setattr(Runner, "launch", launch)
     for _ in range(2):
         with pytest.raises(DeviceLostError, match="illegal memory access") as lost:
             engine.generate(input_ids=[PROMPT] * 4, sampling_params=SHORT)

@@ -35,10 +35,10 @@ def test_offline_at_full_scale_compiles_nothing_and_is_rescored(capsys: pytest.C
     assert result["num_compiled_after_ready"] == 0 and result["num_failed_steps"] == 0
 
 
-def test_shaped_sampling_in_float32_is_rescored(capsys: pytest.CaptureFixture[str]) -> None:
+def test_truncated_sampling_in_float32_is_rescored(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["bench", "offline", "--workload", "B", "--num-divisor", "16", "--length-divisor", "4", "--runs", "1"]
-    shaped = ["--top-p", "0.9", "--top-k", "40", "--top-logprobs", "5", "--dtype", "float32"]
-    assert main([*words, *shaped, "--shape", "tiny", "--load-format", "dummy", "--json"]) == 0
+    truncated = ["--top-p", "0.9", "--top-k", "40", "--top-logprobs", "5", "--dtype", "float32"]
+    assert main([*words, *truncated, "--shape", "tiny", "--load-format", "dummy", "--json"]) == 0
     result = last_line(capsys)
     assert result["rescored"] == 16 and result["max_logprob_difference"] < 2e-3
     assert result["num_compiled_after_ready"] == 0

@@ -48,11 +48,11 @@ def test_it_equals_the_cpu_at_real_sizes(num_top: int) -> None:
     for position in (4, 5, 6):
         slots = order.permutation(NUM_SLOTS).tolist()
         pair.step(normal(NUM_SLOTS, position, VOCAB), slots, [position] * NUM_SLOTS)
-    plain, kept = [0, 1, 2, 9, 10], [1, 2, 3, 11, 17]
-    pair.enter(*(make_init(slot, SAMPLINGS[slot % 8]) for slot in {*plain, *kept}))
-    for slots in (plain, kept):
+    plain, truncated = [0, 1, 2, 9, 10], [1, 2, 3, 11, 17]
+    pair.enter(*(make_init(slot, SAMPLINGS[slot % 8]) for slot in {*plain, *truncated}))
+    for slots in (plain, truncated):
         pair.step(normal(5, slots[0], VOCAB), slots, [4] * 5)
-    assert pair.kinds == ["special"] * 3 + ["plain", "kept"]
+    assert pair.paths == ["eager"] * 3 + ["plain", "truncated"]
     for slot in range(0, NUM_SLOTS, 5):
         pair.score(normal(3, slot, VOCAB), np.array([0, slot, VOCAB - 1]), slot)
 
@@ -68,13 +68,13 @@ class Batch:
         self.logprobs = torch.zeros(num_rows, device=DEVICE)
         self.arrays = np.arange(num_rows, dtype=np.int32), np.full(num_rows, 4, np.int32)
 
-    def sample(self, sampler: DeviceSampler, *, kept: bool) -> None:
-        sampler.sample(self.logits, self.slots, self.positions, self.tokens, self.logprobs, kept=kept)
+    def sample(self, sampler: DeviceSampler, *, truncated: bool) -> None:
+        sampler.sample(self.logits, self.slots, self.positions, self.tokens, self.logprobs, truncated=truncated)
 
-    def sample_special(
+    def sample_eager(
         self, sampler: DeviceSampler, rows: slice = slice(None), logits: torch.Tensor | None = None
     ) -> PendingExtras | None:
-        return sampler.sample_special(
+        return sampler.sample_eager(
             (self.logits if logits is None else logits)[rows], self.slots[rows], self.positions[rows],
             self.tokens[rows], self.logprobs[rows], *(array[rows] for array in self.arrays),
         )  # fmt: skip
@@ -88,18 +88,18 @@ def entered(*inits: SlotInit) -> DeviceSampler:
     return sampler
 
 
-@pytest.mark.parametrize("kept", [False, True])
-def test_a_captured_step_repeats_the_eager_one(kept: bool) -> None:
-    inits = [make_init(slot, SAMPLINGS[slot % (5 if kept else 3)], mode=MODES[slot % 2]) for slot in range(32)]
+@pytest.mark.parametrize("truncated", [False, True])
+def test_a_captured_step_repeats_the_eager_one(truncated: bool) -> None:
+    inits = [make_init(slot, SAMPLINGS[slot % (5 if truncated else 3)], mode=MODES[slot % 2]) for slot in range(32)]
     sampler, batch = entered(*inits), Batch(32)
-    batch.sample(sampler, kept=kept)
+    batch.sample(sampler, truncated=truncated)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        batch.sample(sampler, kept=kept)
+        batch.sample(sampler, truncated=truncated)
     for position in (4, 5):
         batch.positions.fill_(position)
-        batch.sample(sampler, kept=kept)
+        batch.sample(sampler, truncated=truncated)
         tokens, logprobs = batch.tokens.clone(), batch.logprobs.clone()
         batch.tokens.fill_(-1)
         graph.replay()
@@ -113,12 +113,12 @@ def test_rows_have_the_same_bits_alone_and_their_numbers_agree() -> None:
     batch.positions.fill_(7)
     batch.arrays[1].fill(7)
     unpenalised = [slot for slot in range(16) if not SAMPLINGS[slot % 8].has_penalties]
-    pending = batch.sample_special(sampler)
+    pending = batch.sample_eager(sampler)
     torch.cuda.synchronize()
     assert pending is not None
     extras, tokens, logprobs = pending.finish(), batch.tokens.tolist(), batch.logprobs.tolist()
     for slot in unpenalised:
-        again = batch.sample_special(sampler, slice(slot, slot + 1))
+        again = batch.sample_eager(sampler, slice(slot, slot + 1))
         torch.cuda.synchronize()
         assert batch.tokens[slot] == tokens[slot] and batch.logprobs[slot] == logprobs[slot]
         if again is not None:
@@ -146,7 +146,7 @@ def no_waiting() -> Iterator[None]:
 def test_steps_are_enqueued_without_waiting_and_keep_their_own_results() -> None:
     inits = [any_init(slot, 5) for slot in range(16)]
     sampler, batch = entered(*inits), Batch(16)
-    expected = batch.sample_special(sampler)
+    expected = batch.sample_eager(sampler)
     other_logits = batch.logits.flip(1).contiguous()
     targets = torch.arange(16, device=DEVICE)
     with no_waiting():
@@ -154,8 +154,8 @@ def test_steps_are_enqueued_without_waiting_and_keep_their_own_results() -> None
             sampler.enter(init)
         sampler.score(batch.logits, targets, 14)
         scores = sampler.score(batch.logits, targets, 8)
-        first = batch.sample_special(sampler)
-        second = batch.sample_special(sampler, logits=other_logits)
+        first = batch.sample_eager(sampler)
+        second = batch.sample_eager(sampler, logits=other_logits)
         other_scores = sampler.score(other_logits, targets, 8)
     torch.cuda.synchronize()
     assert expected is not None and first is not None and second is not None

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from headrace.kernels.triton.sampling_rows import SamplingWorkspace, device_noise_words, sample_rows, seed_words
-from headrace.kernels.triton.threshold_search import ROW_WORDS, find_thresholds, threshold_scratch
+from headrace.kernels.triton.sampling_rows import SamplingWorkspace, device_noise_words, sample_rows
+from headrace.kernels.triton.slot_params import NUM_PARAMS, seed_words
+from headrace.kernels.triton.threshold_search import find_thresholds, threshold_scratch
 from headrace.sampling.noise import gumbel_of, noise_keys, noise_words
-from headrace.sampling.thresholds import keep_threshold
+from headrace.sampling.thresholds import truncation_threshold
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCAB = 9001
@@ -31,7 +32,7 @@ def test_noise_words_are_the_published_ones() -> None:
 
 def params(*rows: tuple[float, float, float, int, float, float]) -> torch.Tensor:
     """Rows of (temperature, divisor, mode, top_k, top_p, min_p)."""
-    table = np.zeros((len(rows), ROW_WORDS), np.float32)
+    table = np.zeros((len(rows), NUM_PARAMS), np.float32)
     for row, (temperature, divisor, mode, top_k, top_p, min_p) in zip(table, rows, strict=True):
         reach = temperature * math.log(min_p) if min_p else -math.inf
         row[:7] = (temperature, divisor, mode, 0.0, top_k, top_p, reach)
@@ -84,7 +85,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "masked", "peak", "plateau", "one lane"])
-def test_thresholds_keep_what_they_mean(kind: str) -> None:
+def test_thresholds_leave_what_they_mean(kind: str) -> None:
     values = logits(len(CASES), 3)
     if kind == "ties":
         values = np.round(values)
@@ -98,31 +99,31 @@ def test_thresholds_keep_what_they_mean(kind: str) -> None:
         values[:, ::512] += 30.0
     table = params(*[(t, t or 1.0, 1, top_k, top_p, min_p) for t, top_k, top_p, min_p in CASES])
     slots = on_device(np.arange(len(CASES), dtype=np.int32))
-    floors = torch.full((len(CASES),), float("nan"), device=DEVICE)
-    find_thresholds(on_device(values), table, slots, threshold_scratch(len(CASES), DEVICE), floors)
-    for row, found, (temperature, top_k, top_p, min_p) in zip(values, floors.tolist(), CASES, strict=True):
+    thresholds = torch.full((len(CASES),), float("nan"), device=DEVICE)
+    find_thresholds(on_device(values), table, slots, threshold_scratch(len(CASES), DEVICE), thresholds)
+    for row, found, (temperature, top_k, top_p, min_p) in zip(values, thresholds.tolist(), CASES, strict=True):
         if temperature == 0.0:
             assert found == -math.inf
             continue
-        expected = keep_threshold(row, temperature, top_k, top_p, min_p)
-        kept, wanted = np.flatnonzero(row >= np.float32(found)), np.flatnonzero(row >= expected)
+        expected = truncation_threshold(row, temperature, top_k, top_p, min_p)
+        left, wanted = np.flatnonzero(row >= np.float32(found)), np.flatnonzero(row >= expected)
         finite = np.isfinite(row)
-        kept, wanted = kept[finite[kept]], wanted[finite[wanted]]
-        assert np.array_equal(kept, wanted), (temperature, top_k, top_p, min_p, len(kept), len(wanted))
+        left, wanted = left[finite[left]], wanted[finite[wanted]]
+        assert np.array_equal(left, wanted), (temperature, top_k, top_p, min_p, len(left), len(wanted))
 
 
-def test_only_kept_tokens_are_drawn_and_renormalised() -> None:
+def test_only_tokens_above_the_threshold_are_drawn_and_renormalised() -> None:
     values = logits(3, 5)
     table = params(*[(1.0, 1.0, 1, 4, 1.0, 0.0)] * 3)
     slots, seeds = on_device(np.arange(3, dtype=np.int32)), on_device(seed_words(SEEDS[:3]))
-    floors = torch.zeros(3, device=DEVICE)
+    thresholds = torch.zeros(3, device=DEVICE)
     device_logits = on_device(values)
-    find_thresholds(device_logits, table, slots, threshold_scratch(3, DEVICE), floors)
+    find_thresholds(device_logits, table, slots, threshold_scratch(3, DEVICE), thresholds)
     workspace = SamplingWorkspace.make(3, VOCAB, DEVICE)
     tokens, logprobs = torch.zeros(3, dtype=torch.int32, device=DEVICE), torch.zeros(3, device=DEVICE)
     for position in range(5):
         positions = torch.full((3,), position, dtype=torch.int32, device=DEVICE)
-        sample_rows(device_logits, slots, positions, table, seeds, floors, workspace, tokens, logprobs, None)
+        sample_rows(device_logits, slots, positions, table, seeds, thresholds, workspace, tokens, logprobs, None)
         for row, token, logprob in zip(values, tokens.tolist(), logprobs.tolist(), strict=True):
             top = np.sort(row)[::-1][:4]
             assert row[token] in top

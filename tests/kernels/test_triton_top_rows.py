@@ -1,4 +1,4 @@
-"""The most probable ids against a sort: ties, rows with few tokens left, more ids than blocks, floors, points."""
+"""The most probable ids against a sort: ties, rows with few tokens left, more ids than blocks, thresholds, points."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ import pytest
 import torch
 
 from headrace.kernels.triton.sampling_rows import BLOCK, SamplingWorkspace, sample_rows
-from headrace.kernels.triton.threshold_search import ROW_WORDS
+from headrace.kernels.triton.slot_params import DIVISOR, LOGPROBS_OF, NUM_ASKED, NUM_PARAMS, NUM_TOP
 from headrace.kernels.triton.top_rows import SampledRows, asked_rows, top_rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCAB = 5 * BLOCK + 123
 
 
-def sampled(logits: np.ndarray, *, num_top: list[int], kinds: list[float], floors: np.ndarray | None) -> SampledRows:
+def sampled(logits: np.ndarray, *, num_top: list[int], of: list[int], thresholds: np.ndarray | None) -> SampledRows:
     """The rows after a greedy pass at divisor 2."""
     num_rows = len(logits)
-    params = np.zeros((num_rows, ROW_WORDS), np.float32)
-    params[:, 1], params[:, 2], params[:, 3], params[:, 7] = 2.0, kinds, num_top, 3
+    params = np.zeros((num_rows, NUM_PARAMS), np.float32)
+    params[:, DIVISOR], params[:, LOGPROBS_OF], params[:, NUM_TOP], params[:, NUM_ASKED] = 2.0, of, num_top, 3
     slots = torch.arange(num_rows, dtype=torch.int32, device=DEVICE)
     tokens, logprobs = torch.zeros_like(slots), torch.zeros(num_rows, device=DEVICE)
-    device_floors = None if floors is None else torch.from_numpy(floors).to(DEVICE)
+    device_thresholds = None if thresholds is None else torch.from_numpy(thresholds).to(DEVICE)
     workspace = SamplingWorkspace.make(num_rows, logits.shape[1], DEVICE)
     values, table = torch.from_numpy(logits).to(DEVICE), torch.from_numpy(params).to(DEVICE)
     seeds = torch.zeros(num_rows, 2, dtype=torch.int32, device=DEVICE)
-    sample_rows(values, slots, slots, table, seeds, device_floors, workspace, tokens, logprobs, None)
-    return SampledRows(values, slots, tokens, table, device_floors, workspace, None)
+    sample_rows(values, slots, slots, table, seeds, device_thresholds, workspace, tokens, logprobs, None)
+    return SampledRows(values, slots, tokens, table, device_thresholds, workspace, None)
 
 
 def found_in(rows: SampledRows, most: int) -> tuple[np.ndarray, np.ndarray]:
     out = torch.full((len(rows.slots_S), 2 * most + 1), -3, dtype=torch.int32, device=DEVICE)
     top_rows(rows, out, most)
-    words = out.cpu().numpy()
-    assert (words[:, -1] == -3).all()
-    return words[:, :most], words[:, most : 2 * most].view(np.float32)
+    found = out.cpu().numpy()
+    assert (found[:, -1] == -3).all()
+    return found[:, :most], found[:, most : 2 * most].view(np.float32)
 
 
 def log_softmax(row: np.ndarray) -> np.ndarray:
@@ -56,7 +56,7 @@ def test_ids_come_greatest_first_and_lowest_first_among_equals(most: int) -> Non
     logits[4] = 0.0
     logits[4, ::2] = -0.0
     num_top = [most, most, 4, most, 1]
-    ids, values = found_in(sampled(logits, num_top=num_top, kinds=[0.0] * 5, floors=None), most)
+    ids, values = found_in(sampled(logits, num_top=num_top, of=[0] * 5, thresholds=None), most)
     for row, found, logprobs, count in zip(logits, ids, values, num_top, strict=True):
         expected = np.lexsort((np.arange(VOCAB), -row))[:count]
         np.testing.assert_array_equal(found[:count], expected)
@@ -66,14 +66,14 @@ def test_ids_come_greatest_first_and_lowest_first_among_equals(most: int) -> Non
 
 def test_dropped_tokens_have_no_probability() -> None:
     logits = (np.random.default_rng(2).standard_normal((3, VOCAB)) * 3).astype(np.float32)
-    floors = np.sort(logits, axis=1)[:, -3].copy()
-    rows = sampled(logits, num_top=[5] * 3, kinds=[1.0, 0.0, 2.0], floors=floors)
+    thresholds = np.sort(logits, axis=1)[:, -3].copy()
+    rows = sampled(logits, num_top=[5] * 3, of=[1, 0, 2], thresholds=thresholds)
     ids, values = found_in(rows, 5)
-    kept = np.where(logits[0] >= floors[0], logits[0], -np.inf)
-    first = np.argsort(-kept, kind="stable")[:5]
+    left = np.where(logits[0] >= thresholds[0], logits[0], -np.inf)
+    first = np.argsort(-left, kind="stable")[:5]
     best = int(logits[2].argmax())
     np.testing.assert_array_equal(ids, [first, np.argsort(-logits[1], kind="stable")[:5], [best, 0, 1, 2, 3]])
-    np.testing.assert_allclose(values[0], log_softmax(kept)[first], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(values[0], log_softmax(left)[first], rtol=0, atol=1e-5)
     assert np.isfinite(values[1]).all()
     assert values[2].tolist() == [0.0] + [-math.inf] * 4
 

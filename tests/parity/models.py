@@ -8,7 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from headrace import models
 from headrace.attention import AttentionShape, Heads, build_backend
@@ -25,7 +34,25 @@ from headrace.weights.store import WeightStore
 VOCAB_SIZE = 101
 CONTEXT_LENGTH = 256
 
-CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+CONFIGS = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "qwen3_moe": Qwen3MoeConfig,
+    "mixtral": MixtralConfig,
+}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+        "num_hidden_layers": 3,
+    },
+    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2},
+}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -51,7 +78,7 @@ def make_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedMod
         "initializer_range": 0.15,
         "tie_word_embeddings": False,
     }
-    config = CONFIGS[family](**(settings | overrides))
+    config = CONFIGS[family](**(settings | EXPERTS.get(family, {}) | overrides))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

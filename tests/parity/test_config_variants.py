@@ -39,11 +39,14 @@ CHANGES: dict[str, dict[str, Any]] = {
     "kv heads of null": {"num_key_value_heads": None},
 }
 REFUSED_NULLS = {("nulls", "qwen2"): {"head_dim": 12}, ("nulls", "qwen3"): {"head_dim": 12}}
-REFUSED_NULLS |= {("kv heads of null", "mistral"): {"num_key_value_heads": 4}}
+REFUSED_NULLS |= {("nulls", "qwen3_moe"): {"head_dim": 12}}
+REFUSED_NULLS |= {
+    ("kv heads of null", family): {"num_key_value_heads": 4} for family in ("mistral", "mixtral", "qwen3_moe")
+}
 """What transformers takes no null for."""
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral"])
 def test_logits_are_those_of_transformers_reading_the_same_file(family: str, tmp_path: Path) -> None:
     base = make_model(family).config.to_dict()
     tokens = torch.randint(0, VOCAB_SIZE, (200,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -57,7 +60,8 @@ def test_logits_are_those_of_transformers_reading_the_same_file(family: str, tmp
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(torch.randn_like(parameter) * 0.15 + float("norm" in name))
-        assert spec.sliding_window == (8 if (variant, family) == ("stray window", "mistral") else None)
+        is_window = variant == "stray window" and family in ("mistral", "mixtral")
+        assert spec.sliding_window == (8 if is_window else None)
         seen = tokens[: spec.sliding_window]
         device, plans = Device(model, spec=spec), PlanBuilder(page_size=16, num_pages=300)
         plans.enter(0, seen)

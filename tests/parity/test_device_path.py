@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from headrace import Engine, Generation, InternalError, SamplingParams
 from headrace.config import EngineConfig, resolve
 from headrace.core.canary import check_device
-from headrace.core.executor import LocalExecutor, StepError
-from headrace.core.faults import DeviceLost
+from headrace.core.executor import LocalExecutor
+from headrace.core.faults import DeviceLost, StepError
 from headrace.runner import build_runner
 from headrace.runner.device_step import DeviceStep
 from headrace.runner.step_runner import StepRunner

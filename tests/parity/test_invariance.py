@@ -31,7 +31,7 @@ def alone(device: Device, tokens: list[int]) -> Tensor:
     return device.run(plans.step([(0, len(tokens))]))[0]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe", "mixtral"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_batch_order_chunking_page_size_and_cache_state(family: str, dtype: torch.dtype) -> None:
     model = make_model(family, num_attention_heads=6, hidden_size=72, intermediate_size=100, mlp_bias=family == "llama")

@@ -27,6 +27,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-mha-tied": ("qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 24}),
     "qwen3-tied-biases": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True, "num_attention_heads": 6}),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "qwen3_moe-tied-biases": ("qwen3_moe", {"tie_word_embeddings": True, "attention_bias": True}),
+    "qwen3_moe-plain-weights": ("qwen3_moe", {"norm_topk_prob": False, "num_experts": 16, "num_experts_per_tok": 4}),
+    "qwen3_moe-one-of-four": ("qwen3_moe", {"norm_topk_prob": False, "num_experts": 4, "num_experts_per_tok": 1}),
+    "qwen3_moe-all-of-four": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 4}),
+    "qwen3_moe-every-other": (
+        "qwen3_moe",
+        {"decoder_sparse_step": 2, "mlp_only_layers": [3], "num_hidden_layers": 6, "num_experts": 5},
+    ),
+    "qwen3_moe-none": ("qwen3_moe", {"num_experts": 0}),
+    "mixtral": ("mixtral", {}),
+    "mixtral-one-of-four": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 1, "num_key_value_heads": 1}),
+    "mixtral-four-of-sixteen": ("mixtral", {"num_local_experts": 16, "num_experts_per_tok": 4, "head_dim": None}),
 }
 
 
@@ -51,10 +64,23 @@ def test_prefill_and_decode_logits(variant: str) -> None:
         torch.testing.assert_close(torch.cat(found[slot]), reference_logits(model, tokens), atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("kernels", ["fast", "invariant", "reference"])
+def test_experts_by_every_set_of_kernels(family: str, kernels: str) -> None:
+    backend, numerics = ("reference", "fast") if kernels == "reference" else ("cpu", kernels)
+    model, plans = make_model(family), PlanBuilder(page_size=16, num_pages=300)
+    device = Device(model, numerics=numerics, backend=backend)
+    tokens = tokens_of(0, 60)
+    plans.enter(0, tokens)
+    found = [device.run(plans.step([(0, length)]))[0] for length in (40, 3, 1, 1, 15)]
+    torch.testing.assert_close(torch.cat(found), reference_logits(model, tokens), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 @pytest.mark.parametrize("numerics", ["fast", "invariant"])
 @pytest.mark.parametrize("page_size", [1, 4, 16, 48, 64])
-def test_chunks_of_any_size_at_any_page_size(page_size: int, numerics: str) -> None:
-    model = make_model("qwen3")
+def test_chunks_of_any_size_at_any_page_size(page_size: int, numerics: str, family: str) -> None:
+    model = make_model(family)
     device = Device(model, page_size=page_size, numerics=numerics, num_pages=1 + 720 // page_size)
     plans = PlanBuilder(page_size=page_size, num_pages=1 + 720 // page_size)
     sequences = {slot: tokens_of(slot, length) for slot, length in enumerate((150, 37, 90))}
@@ -128,8 +154,9 @@ def merge(*plans: Any) -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("numerics", ["fast", "invariant"])
-def test_narrow_dtypes_follow_the_float32_model(dtype: torch.dtype, numerics: str) -> None:
-    model = make_model("qwen3", initializer_range=0.05)
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "mixtral"])
+def test_narrow_dtypes_follow_the_float32_model(dtype: torch.dtype, numerics: str, family: str) -> None:
+    model = make_model(family, initializer_range=0.05)
     device = Device(model, dtype=dtype, numerics=numerics)
     plans = PlanBuilder(page_size=16, num_pages=300)
     tokens = tokens_of(0, 60)

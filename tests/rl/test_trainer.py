@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from headrace.rl.demo import POLICY, checkpoint_digests
-from headrace.rl.trainer import GrpoTrainer, Sample, group_advantages
+from headrace.rl.trainer import GrpoTrainer, TrainingSample, group_advantages
 
 PROMPT = "<|im_start|>user\n17+25=?<|im_end|>\n<|im_start|>assistant\n"
 
@@ -19,7 +19,7 @@ def trainer() -> GrpoTrainer:
     return GrpoTrainer(POLICY, learning_rate=1e-3)
 
 
-def _sample(reply: str, advantage: float = 1.0, prompt: str = PROMPT) -> Sample:
+def _sample(reply: str, advantage: float = 1.0, prompt: str = PROMPT) -> TrainingSample:
     """A reply with the logprobs that transformers gives it, one sequence at a time."""
     tokenizer = AutoTokenizer.from_pretrained(POLICY)
     prompt_ids, token_ids = tokenizer.encode(prompt), tokenizer.encode(reply)
@@ -27,7 +27,7 @@ def _sample(reply: str, advantage: float = 1.0, prompt: str = PROMPT) -> Sample:
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt_ids + token_ids])).logits[0, len(prompt_ids) - 1 : -1]
     logprobs = logits.log_softmax(-1).gather(1, torch.tensor(token_ids).unsqueeze(1)).squeeze(1)
-    return Sample(prompt_ids, token_ids, logprobs.tolist(), advantage)
+    return TrainingSample(prompt_ids, token_ids, logprobs.tolist(), advantage)
 
 
 def test_advantages_are_normalised_within_the_group() -> None:
@@ -50,7 +50,7 @@ def test_logprobs_of_a_padded_batch_are_those_of_each_row_alone(trainer: GrpoTra
 
 def test_the_difference_is_the_trainers_less_the_samplers(trainer: GrpoTrainer) -> None:
     sample = _sample("<answer>42</answer><|im_end|>")
-    shifted = Sample(sample.prompt_ids, sample.token_ids, [p - 0.25 for p in sample.logprobs], 1.0)
+    shifted = TrainingSample(sample.prompt_ids, sample.token_ids, [p - 0.25 for p in sample.logprobs], 1.0)
     assert trainer.compare([sample, shifted]) == pytest.approx(0.25, abs=1e-5)
 
 
@@ -71,7 +71,7 @@ def test_no_advantage_no_change(trainer: GrpoTrainer) -> None:
 
 def test_a_ratio_beyond_the_clip_stops_pushing(trainer: GrpoTrainer) -> None:
     sample = _sample("<answer>42</answer><|im_end|>")
-    already_likelier = Sample(sample.prompt_ids, sample.token_ids, [p - 1.0 for p in sample.logprobs], 1.0)
+    already_likelier = TrainingSample(sample.prompt_ids, sample.token_ids, [p - 1.0 for p in sample.logprobs], 1.0)
     before = {name: tensor.clone() for name, tensor in trainer.state_dict().items()}
     trainer.train([already_likelier])
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.state_dict().items())

@@ -22,6 +22,8 @@ from headrace.runner.runner import Runner
 from headrace.runner.slots import SlotTable
 from headrace.types.plan import StepDisturbed
 from tests.engine.builders import SETTINGS, save_model
+from tests.parity.models import make_model
+from tests.parity.models import save_model as save_experts
 
 PROMPTS = [[index % 90 + 1 for index in range(length)] for length in (3, 17, 40, 90)]
 PARAMS: list[dict[str, Any]] = [
@@ -45,6 +47,8 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engi
         "reference": {"attention_backend": "reference"},
     }
     started = {name: Engine(folder, **settings, **more) for name, more in variants.items()}
+    experts = save_experts(make_model("mixtral"), tmp_path_factory.mktemp("experts"))
+    started |= {f"{name} experts": Engine(experts, **settings, **more) for name, more in variants.items()}
     yield started
     for engine in started.values():
         engine.shutdown()
@@ -132,8 +136,12 @@ def settings_now() -> list[object]:
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("experts", ["", " experts"])
 @pytest.mark.parametrize("variant", ["fast", "invariant", "reference"])
-def test_no_global_setting_changes_a_value_or_is_changed(engines: dict[str, Engine], variant: str, case: str) -> None:
+def test_no_global_setting_changes_a_value_or_is_changed(
+    engines: dict[str, Engine], variant: str, experts: str, case: str
+) -> None:
+    variant += experts
     expected = values(engines[variant])
     with kept(), warnings.catch_warnings():
         CASES[case]()
@@ -286,7 +294,7 @@ def test_a_step_that_is_disturbed_again_and_again_is_an_error_at_last(
         raise StepDisturbed("the precision of float32 products was changed while a step was computed")
 
     engine = engines["fast"]
-    monkeypatch.setattr(Runner, "execute", disturbed)
+    monkeypatch.setattr(Runner, "launch", disturbed)
     with pytest.raises(InternalError, match="precision of float32 products"):
         engine.generate(input_ids=[1, 2], sampling_params={"max_new_tokens": 2})
     monkeypatch.undo()

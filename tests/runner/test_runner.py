@@ -58,7 +58,7 @@ def decode(runner: Runner, plans: PlanBuilder, slots: list[int], num_steps: int)
     for _ in range(num_steps):
         for slot in slots:
             plans.append(slot)
-        results.append(runner.execute(plans.step([(slot, 1) for slot in slots])))
+        results.append(runner.launch(plans.step([(slot, 1) for slot in slots])).wait())
     return results
 
 
@@ -73,7 +73,7 @@ def test_greedy_tokens_and_logprobs_equal_transformers(
     for slot, tokens in prompts.items():
         plans.enter(slot, tokens, sampling=GREEDY)
     num_steps = 12 if "attention_backend" in settings else 64
-    results = [runner.execute(plans.step([(slot, len(tokens)) for slot, tokens in prompts.items()]))]
+    results = [runner.launch(plans.step([(slot, len(tokens)) for slot, tokens in prompts.items()])).wait()]
     results += decode(runner, plans, list(prompts), num_steps - 1)
     assert [result.step_id for result in results] == list(range(num_steps))
     for row, tokens in enumerate(prompts.values()):
@@ -92,25 +92,25 @@ def test_result_shapes_and_a_chunk_that_samples_nothing(folder: Path) -> None:
     runner, plans = build(folder), plans_for()
     plans.enter(0, tokens_of(0, 30))
     plans.enter(1, tokens_of(1, 4))
-    first = runner.execute(plans.step([(0, 20), (1, 4)]))
+    first = runner.launch(plans.step([(0, 20), (1, 4)])).wait()
     assert first.token_ids.shape == first.logprobs.shape == (1, 1) and first.num_tokens.tolist() == [1]
     assert first.token_ids.dtype == np.int32 and first.logprobs.dtype == np.float32
-    alone = runner.execute(plans.step([(0, 5)]))
+    alone = runner.launch(plans.step([(0, 5)])).wait()
     assert alone.token_ids.shape == (0, 1) and not alone.prompt_logprobs
-    empty = runner.execute(plans.step([]))
+    empty = runner.launch(plans.step([])).wait()
     assert empty.step_id == 2 and empty.token_ids.shape == (0, 1)
 
 
 def test_a_slot_is_reused_and_its_old_tokens_and_pages_forgotten(folder: Path) -> None:
     runner, plans = build(folder), plans_for()
     plans.enter(0, tokens_of(0, 40), sampling=GREEDY)
-    runner.execute(plans.step([(0, 40)]))
+    runner.launch(plans.step([(0, 40)])).wait()
     decode(runner, plans, [0], 10)
     plans.enter(0, tokens_of(5, 7), sampling=GREEDY)
-    again = [runner.execute(plans.step([(0, 7)])), *decode(runner, plans, [0], 10)]
+    again = [runner.launch(plans.step([(0, 7)])).wait(), *decode(runner, plans, [0], 10)]
     fresh_runner, fresh_plans = build(folder), plans_for()
     fresh_plans.enter(0, tokens_of(5, 7), sampling=GREEDY)
-    fresh = [fresh_runner.execute(fresh_plans.step([(0, 7)])), *decode(fresh_runner, fresh_plans, [0], 10)]
+    fresh = [fresh_runner.launch(fresh_plans.step([(0, 7)])).wait(), *decode(fresh_runner, fresh_plans, [0], 10)]
     assert [r.token_ids.tolist() for r in again] == [r.token_ids.tolist() for r in fresh]
 
 
@@ -119,9 +119,9 @@ def test_known_and_last_tokens_give_the_same_result(folder: Path) -> None:
     for known in (False, True):
         runner, plans = build(folder), plans_for()
         plans.enter(0, tokens_of(0, 12), sampling=GREEDY)
-        token = int(runner.execute(plans.step([(0, 12)])).token_ids[0, 0])
+        token = int(runner.launch(plans.step([(0, 12)])).wait().token_ids[0, 0])
         plans.append(0, token if known else LAST_TOKEN)
-        results.append(runner.execute(plans.step([(0, 1)])).logprobs.tolist())
+        results.append(runner.launch(plans.step([(0, 1)])).wait().logprobs.tolist())
     assert results[0] == results[1]
 
 
@@ -139,7 +139,7 @@ def test_prompt_logprobs_in_chunks(
     expected = torch.log_softmax(reference_logits(model, tokens) / (0.7 if mode == "temperature" else 1.0), -1)
     found: dict[int, float] = {}
     for rows in ([(1, 20), (0, 8)], [(0, 1)], [(0, 21)]):
-        for row, scores in runner.execute(plans.step(rows)).prompt_logprobs.items():
+        for row, scores in runner.launch(plans.step(rows)).wait().prompt_logprobs.items():
             assert rows[row][0] == 0 and scores.extras is not None
             for index, value in enumerate(scores.logprobs):
                 position = scores.first + index
@@ -162,7 +162,7 @@ def test_a_preempted_sequence_scores_its_prompt_only(folder: Path) -> None:
     runner, plans = build(folder), plans_for()
     tokens = tokens_of(0, 12)
     plans.enter(0, tokens + [3, 4, 5], num_prompt_tokens=12, logprobs=LogprobOptions(prompt_start=0))
-    result = runner.execute(plans.step([(0, 15)]))
+    result = runner.launch(plans.step([(0, 15)])).wait()
     assert result.prompt_logprobs[0].first == 1 and len(result.prompt_logprobs[0].logprobs) == 11
 
 
@@ -171,7 +171,7 @@ def test_extras_are_keyed_by_the_plans_rows(folder: Path, monkeypatch: pytest.Mo
     runner, plans = build(folder), plans_for()
     for slot in range(5):
         plans.enter(slot, tokens_of(slot, 20), logprobs=LogprobOptions(num_top=3 if slot in (2, 4) else 0))
-    result = runner.execute(plans.step([(3, 20), (0, 10), (2, 20), (1, 20), (4, 20)]))
+    result = runner.launch(plans.step([(3, 20), (0, 10), (2, 20), (1, 20), (4, 20)])).wait()
     assert set(result.extras) == {2, 4} and len(result.token_ids) == 4
     assert result.extras[2].top_ids.shape == (1, 3)
 
@@ -184,7 +184,7 @@ def test_seeded_samples_do_not_depend_on_the_batch(folder: Path, seed_mates: int
         for slot in range(num_mates):
             plans.enter(slot, tokens_of(100 + slot, 3 + slot), seed=slot)
         rows = [(slot, 3 + slot) for slot in range(num_mates)] + [(35, 20)]
-        results = [runner.execute(plans.step(rows))]
+        results = [runner.launch(plans.step(rows)).wait()]
         results += decode(runner, plans, [slot for slot, _ in rows], 12)
         return [int(result.token_ids[-1, 0]) for result in results]
 
@@ -198,7 +198,7 @@ def test_gemm_calls_do_not_grow_with_the_number_of_sequences(folder: Path) -> No
         for slot in range(num_rows):
             plans.enter(slot, tokens_of(slot, 5 + slot))
         before = runner.num_gemm_calls
-        runner.execute(plans.step([(slot, 5 + slot) for slot in range(num_rows)]))
+        runner.launch(plans.step([(slot, 5 + slot) for slot in range(num_rows)])).wait()
         prefill = runner.num_gemm_calls - before
         decode(runner, plans, list(range(num_rows)), 1)
         counts.append((prefill, runner.num_gemm_calls - before - prefill))

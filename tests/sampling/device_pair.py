@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from headrace.sampling import Sampler
-from headrace.sampling.device_sampler import SLOT_WORDS, DeviceSampler
-from headrace.types.plan import PositionLogprobs, SlotInit
+from headrace.sampling.device_sampler import RECORD_SIZE, DeviceSampler
+from headrace.types.plan import PositionLogprobs, SamplePatch, SlotInit
 from headrace.types.request import TokenSampling
 from headrace.types.sampling_params import LogprobMode, LogprobOptions
 
@@ -39,18 +39,25 @@ class Pair:
         self.vocab_size = vocab_size
         self.cpu = Sampler(vocab_size, max_slots, torch.device("cpu"), "fast")
         self.device = DeviceSampler(vocab_size, max_slots, max_rows or max_slots + 2, DEVICE)
-        self.kinds: list[str] = []
+        self.paths: list[str] = []
 
     def enter(self, *inits: SlotInit) -> None:
-        records = np.full((len(inits) + 1, SLOT_WORDS), -1, np.int32)
+        records = np.full((len(inits) + 1, RECORD_SIZE), -1, np.int32)
         for record, init in zip(records, inits, strict=False):
             self.cpu.enter(init)
             record[:] = self.device.enter(init)
         self.device.write_slots(torch.from_numpy(records).to(DEVICE))
 
-    def step(self, logits: np.ndarray, slots: list[int], positions: list[int], padding: int = 2) -> np.ndarray:
+    def step(
+        self,
+        logits: np.ndarray,
+        slots: list[int],
+        positions: list[int],
+        padding: int = 2,
+        patch: SamplePatch | None = None,
+    ) -> np.ndarray:
         """Sample once; returns the tokens."""
-        expected = self.cpu.sample(torch.from_numpy(logits), torch.tensor(slots), torch.tensor(positions))
+        expected = self.cpu.sample(torch.from_numpy(logits), torch.tensor(slots), torch.tensor(positions), patch)
         num_rows, num_padded = len(slots), len(slots) + padding
         device_logits = torch.full((num_padded, self.vocab_size), float("nan"), device=DEVICE)
         device_logits[:num_rows] = torch.from_numpy(logits).to(DEVICE)
@@ -59,14 +66,14 @@ class Pair:
         tokens = torch.full((num_padded,), -5, dtype=torch.int32, device=DEVICE)
         logprobs = torch.full((num_padded,), 5.0, device=DEVICE)
         arrays = np.array(slots, np.int32), np.array(positions, np.int32)
-        kind = self.device.kind(*arrays)
-        self.kinds.append(kind)
+        path = self.device.path(*arrays)
+        self.paths.append(path)
         given = device_logits, device_slots, device_positions, tokens, logprobs
         pending = None
-        if kind == "special":
-            pending = self.device.sample_special(*given, *arrays)
+        if path == "eager" or patch is not None:
+            pending = self.device.sample_eager(*given, *arrays, patch=patch)
         else:
-            self.device.sample(*given, kept=kind == "kept")
+            self.device.sample(*given, truncated=path == "truncated")
         assert tokens[num_rows:].tolist() == [-5] * padding and logprobs[num_rows:].tolist() == [5.0] * padding
         np.testing.assert_array_equal(tokens[:num_rows].cpu().numpy(), expected.token_ids.numpy())
         assert_close(logprobs[:num_rows].cpu().numpy(), expected.logprobs.numpy())

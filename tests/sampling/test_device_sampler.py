@@ -11,18 +11,19 @@ from headrace.types.plan import SlotInit
 from headrace.types.request import TokenSampling
 from headrace.types.sampling_params import LogprobMode
 from tests.sampling.device_pair import DEVICE, MODES, VOCAB, Pair, make_init, normal
+from tests.sampling.masks import allow
 
 
-def test_plain_and_kept_rows_are_launches_only() -> None:
+def test_plain_and_truncated_rows_are_launches_only() -> None:
     pair = Pair(VOCAB, 8)
-    kept = [TokenSampling(0.8, top_k=5), TokenSampling(1.2, top_p=0.7), TokenSampling(min_p=0.2)]
+    truncated = [TokenSampling(0.8, top_k=5), TokenSampling(1.2, top_p=0.7), TokenSampling(min_p=0.2)]
     plain = [TokenSampling(), TokenSampling(0.0), TokenSampling(0.6), TokenSampling(0.0, top_k=3), TokenSampling(1.5)]
     modes = (*MODES, *MODES, "raw", "sampled")
-    pair.enter(*(make_init(slot, sampling, mode=modes[slot]) for slot, sampling in enumerate(plain + kept)))
+    pair.enter(*(make_init(slot, sampling, mode=modes[slot]) for slot, sampling in enumerate(plain + truncated)))
     for position in range(4, 6):
         pair.step(normal(5, position), [4, 0, 1, 3, 2], [position] * 5)
         pair.step(normal(8, 10 * position), [7, 0, 6, 1, 5, 2, 3, 4], list(range(position, position + 8)))
-    assert pair.kinds == ["plain", "kept"] * 2
+    assert pair.paths == ["plain", "truncated"] * 2
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -50,7 +51,7 @@ def test_bias_mask_and_penalties_in_every_mode(mode: LogprobMode) -> None:
     )  # fmt: skip
     masked, unmasked = (pair.step(logits, [0, 1, 2, 3, 4, 5], [position] * 6)[4] for position in (8, 9))
     assert masked != best[4] and unmasked == best[4]
-    assert pair.kinds == ["special"] * 2
+    assert pair.paths == ["eager"] * 2
 
 
 def test_penalties_follow_the_tokens_that_are_sampled_without_the_host() -> None:
@@ -69,7 +70,7 @@ def test_penalties_follow_the_tokens_that_are_sampled_without_the_host() -> None
     assert pair.step(logits[:1], [1], [9]).tolist() == [80]
     pair.step(normal(2, 4), [0, 1], [4, 10])
     pair.step(normal(1, 5), [0], [5])
-    assert pair.kinds[-1] == "plain"
+    assert pair.paths[-1] == "plain"
 
 
 def test_extras_alone_change_nothing_about_sampling() -> None:
@@ -101,7 +102,7 @@ def test_more_top_ids_than_tokens_and_rows_with_few_left() -> None:
     pair.step(logits, [0, 1, 2], [4, 5, 6])
 
 
-def test_reshaped_rows_beyond_the_room_for_copies_go_in_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processed_rows_beyond_the_room_for_copies_go_in_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headrace.sampling.device_sampler._COPIED_ELEMENTS", 2 * VOCAB)
     pair = Pair(VOCAB, 7)
     samplings = [TokenSampling(0.9, repetition_penalty=1.5), TokenSampling(logit_bias=((8, 9.0),)), TokenSampling(0.4)]
@@ -114,6 +115,25 @@ def test_reshaped_rows_beyond_the_room_for_copies_go_in_rounds(monkeypatch: pyte
     for position in range(4, 6):
         pair.step(normal(7, position), [6, 5, 4, 3, 2, 1, 0], [position] * 7)
     pair.score(normal(5, 3), np.array([8, 0, 1, 2, 4100]), 1)
+
+
+@pytest.mark.parametrize("mode", ["raw", "sampled"])
+def test_a_mask_that_comes_late_acts_before_every_processor(mode: LogprobMode) -> None:
+    """On plain rows, in slots that a reshaped sequence has left, too; and on these alone."""
+    bias = TokenSampling(logit_bias=((17, 12.0), (18, 30.0)))
+    penalised = TokenSampling(0.7, 4, repetition_penalty=1.4, presence_penalty=0.5)
+    pair = Pair(VOCAB, 6)
+    pair.enter(*(make_init(slot, bias) for slot in range(5)))
+    pair.step(normal(5, 1), [0, 1, 2, 3, 4], [4] * 5)
+    samplings = [TokenSampling(0.0), TokenSampling(), bias, penalised, TokenSampling()]
+    pair.enter(*(make_init(slot, each, mode=mode, num_top=3, asked=(17,)) for slot, each in enumerate(samplings)))
+    ids = [np.arange(5 + row, VOCAB, 37 + row) for row in range(4)]
+    logits = normal(5, 2)
+    patch = allow([3, 0, 2, 1], [ids[3], ids[0], ids[2], ids[1]], VOCAB)
+    tokens = pair.step(logits, [0, 1, 2, 3, 4], [5] * 5, patch=patch)
+    assert all(tokens[row] in ids[row] for row in range(4))
+    assert tokens[0] == ids[0][logits[0, ids[0]].argmax()]
+    assert pair.step(logits[4:], [4], [5]).tolist() == [tokens[4]]
 
 
 @pytest.mark.parametrize("prompt_mode", MODES)
@@ -169,7 +189,7 @@ def test_random_mixes_over_steps_with_reentry() -> None:
         pair.step(logits, slots, [lengths[slot] for slot in slots], padding=int(generator.integers(0, 3)))
         for slot in slots:
             lengths[slot] += 1
-    assert pair.kinds.count("special") > 8
+    assert pair.paths.count("eager") > 8
 
 
 def test_warming_changes_no_state() -> None:
@@ -192,7 +212,7 @@ def test_a_row_of_nan_gives_a_token_and_harms_no_other() -> None:
         if poisoned:
             logits[0, ::2], logits[1, 7] = float("nan"), float("nan")
         tokens, logprobs = torch.full_like(slots, -1), torch.zeros(3, device=DEVICE)
-        pending = sampler.sample_special(logits, slots, positions, tokens, logprobs, np.arange(3), np.arange(3))
+        pending = sampler.sample_eager(logits, slots, positions, tokens, logprobs, np.arange(3), np.arange(3))
         assert pending is not None
         results.append((tokens, logprobs, pending.finish()))
     (tokens, logprobs, extras), (poisoned_tokens, poisoned_logprobs, poisoned_extras) = results

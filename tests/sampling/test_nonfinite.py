@@ -64,11 +64,11 @@ def sampled_on_device(sampler: DeviceSampler, logits: np.ndarray, position: int)
     logprobs = torch.full((len(logits),), 5.0, device=DEVICE)
     given = (torch.from_numpy(logits).to(DEVICE), torch.from_numpy(slots).to(DEVICE))
     results = (torch.from_numpy(positions).to(DEVICE), tokens, logprobs)
-    kind = sampler.kind(slots, positions)
-    if kind == "special":
-        sampler.sample_special(*given, *results, slots, positions)
+    path = sampler.path(slots, positions)
+    if path == "eager":
+        sampler.sample_eager(*given, *results, slots, positions)
     else:
-        sampler.sample(*given, *results, kept=kind == "kept")
+        sampler.sample(*given, *results, truncated=path == "truncated")
     return logprobs.tolist(), tokens.tolist()
 
 
@@ -99,7 +99,7 @@ def test_a_sampled_row_that_is_not_finite_is_nan(sampling: str, mode: LogprobMod
 @pytest.mark.parametrize("samplings", [("greedy", "plain"), ("all three",), ("greedy with penalties", "bias")], ids=str)
 def test_a_sampled_row_that_is_not_finite_is_nan_on_the_device(samplings: tuple[str, ...]) -> None:
     faults = ("", "one NaN", "NaN where it is masked", "inf", "all -inf")
-    mode: LogprobMode = "sampled"  # the one that is of the reshaped row, where it is reshaped
+    mode: LogprobMode = "sampled"  # the one that is of the processed row, where it is processed
     rows = [(sampling, fault) for sampling in samplings for fault in faults]
     logits = normal(len(rows), 3)
     sampler = DeviceSampler(VOCAB, len(rows), len(rows), DEVICE)

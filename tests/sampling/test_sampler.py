@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from headrace.types.plan import SlotInit
 from headrace.types.request import TokenSampling
 from headrace.types.sampling_params import LogprobMode, LogprobOptions
 from tests.sampling import reference
+from tests.sampling.masks import allow
 
 MODES: tuple[LogprobMode, ...] = ("raw", "temperature", "sampled")
 CPU = torch.device("cpu")
@@ -314,6 +316,14 @@ def test_stop_ids_are_masked_until_the_minimum_length() -> None:
     tokens = [int(draw(sampler, logits, [0], [position]).token_ids[0]) for position in range(4, 9)]
     assert 7 not in tokens[:2] and 8 not in tokens[:2]
     assert tokens[2:] == [7, 7, 7]
+
+
+def test_what_is_not_finite_stays_in_sight_behind_a_mask() -> None:
+    sampler = make_sampler(*(make_init(slot, mode="sampled") for slot in range(3)), vocab_size=100)
+    logits = torch.zeros(3, 100)
+    logits[0, 7], logits[1, 7] = math.nan, math.inf
+    found = sampler.sample(logits, torch.arange(3), torch.full((3,), 9), allow([0, 1, 2], [[5], [5], [5]], 100))
+    assert found.logprobs.isnan().tolist() == [True, True, False] and found.token_ids[2] == 5
 
 
 def test_ids_beyond_the_vocabulary_are_harmless() -> None:

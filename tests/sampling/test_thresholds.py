@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from headrace.sampling.thresholds import NOTHING_DROPPED, keep_threshold, kth_greatest
+from headrace.sampling.thresholds import NOTHING_DROPPED, kth_greatest, truncation_threshold
 from headrace.types.request import TokenSampling
 from tests.sampling import reference
 
@@ -44,7 +44,7 @@ def test_the_kept_set_is_the_reference_one(size: int, spread: float) -> None:
             or np.abs(np.exp((wide - wide.max()) / temperature) - min_p).min() < 1e-7
         ):
             continue
-        threshold = keep_threshold(row, temperature, top_k, top_p, min_p)
+        threshold = truncation_threshold(row, temperature, top_k, top_p, min_p)
         assert np.array_equal(row >= threshold, reference.kept(wide, sampling)), (temperature, top_k, top_p, min_p)
         num_compared += 1
     assert num_compared > 10
@@ -52,30 +52,38 @@ def test_the_kept_set_is_the_reference_one(size: int, spread: float) -> None:
 
 def test_equal_logits_are_kept_or_dropped_together() -> None:
     row = np.array([2.0, 1.0, 2.0, 1.0, 1.0, -3.0, -3.0], np.float32)
-    assert (row >= keep_threshold(row, 1.0, 1, 1.0, 0.0)).tolist() == [True, False, True, False, False, False, False]
-    assert (row >= keep_threshold(row, 1.0, 3, 1.0, 0.0)).sum() == 5
-    assert (row >= keep_threshold(row, 1.0, 0, 0.65, 0.0)).sum() == 5
-    assert (row >= keep_threshold(row, 1.0, 0, 0.1, 0.0)).sum() == 2
+    assert (row >= truncation_threshold(row, 1.0, 1, 1.0, 0.0)).tolist() == [
+        True,
+        False,
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
+    assert (row >= truncation_threshold(row, 1.0, 3, 1.0, 0.0)).sum() == 5
+    assert (row >= truncation_threshold(row, 1.0, 0, 0.65, 0.0)).sum() == 5
+    assert (row >= truncation_threshold(row, 1.0, 0, 0.1, 0.0)).sum() == 2
 
 
 def test_the_most_probable_token_is_always_kept() -> None:
     row = np.array([1.0, 5.0, -np.inf], np.float32)
-    assert (row >= keep_threshold(row, 1e-6, 1, 1e-30, 1.0)).tolist() == [False, True, False]
-    assert (row >= keep_threshold(row, 1e4, 0, 1e-30, 0.0)).tolist() == [False, True, False]
+    assert (row >= truncation_threshold(row, 1e-6, 1, 1e-30, 1.0)).tolist() == [False, True, False]
+    assert (row >= truncation_threshold(row, 1e4, 0, 1e-30, 0.0)).tolist() == [False, True, False]
 
 
 def test_top_p_counts_over_what_top_k_left() -> None:
     row = np.log(np.array([0.4, 0.3, 0.2, 0.1])).astype(np.float32)
     # Of the first two, renormalised to 4/7 and 3/7, the first alone holds 0.55; of all four it holds 0.4.
-    assert (row >= keep_threshold(row, 1.0, 2, 0.55, 0.0)).sum() == 1
-    assert (row >= keep_threshold(row, 1.0, 0, 0.55, 0.0)).sum() == 2
+    assert (row >= truncation_threshold(row, 1.0, 2, 0.55, 0.0)).sum() == 1
+    assert (row >= truncation_threshold(row, 1.0, 0, 0.55, 0.0)).sum() == 2
 
 
 def test_nothing_is_dropped_when_all_is_off_or_the_row_is_broken() -> None:
     row = np.array([1.0, 5.0], np.float32)
-    assert keep_threshold(row, 1.0, 0, 1.0, 0.0) == NOTHING_DROPPED
-    assert keep_threshold(row, 1.0, 2, 1.0, 0.0) == NOTHING_DROPPED
-    assert keep_threshold(np.array([np.nan, 1.0], np.float32), 1.0, 1, 0.5, 0.1) == NOTHING_DROPPED
+    assert truncation_threshold(row, 1.0, 0, 1.0, 0.0) == NOTHING_DROPPED
+    assert truncation_threshold(row, 1.0, 2, 1.0, 0.0) == NOTHING_DROPPED
+    assert truncation_threshold(np.array([np.nan, 1.0], np.float32), 1.0, 1, 0.5, 0.1) == NOTHING_DROPPED
 
 
 @pytest.mark.parametrize("size", [1, 10, 5000])
@@ -93,5 +101,5 @@ def test_logits_masked_with_the_least_float_are_no_trouble() -> None:
     row = np.full(5000, np.finfo(np.float32).min, np.float32)
     row[:3] = (1.0, 2.0, 0.0)
     for temperature in (1e-6, 1.0, 1e4):
-        assert (row >= keep_threshold(row, temperature, 10, 0.9999, 1e-4))[3:].sum() in (0, 4997)
-    assert (row >= keep_threshold(row, 1.0, 0, 0.9999, 0.0)).sum() == 3
+        assert (row >= truncation_threshold(row, temperature, 10, 0.9999, 1e-4))[3:].sum() in (0, 4997)
+    assert (row >= truncation_threshold(row, 1.0, 0, 0.9999, 0.0)).sum() == 3

@@ -2,7 +2,8 @@
 
 It executes plans as they are issued, in order, and hands out results when asked. Each KV cell remembers the weights and
 the token prefix it was computed from; a row whose cells are missing, stale or of other tokens is an error, as is any
-break of the promises of `StepPlan`. It may sample several tokens a row, also of positions that steps in flight sampled.
+break of the promises of `StepPlan`. It may sample several tokens a row, also of positions that steps in flight sampled,
+or none: rows that go on from what was never sampled compute and bring junk.
 """
 
 from __future__ import annotations
@@ -20,11 +21,16 @@ from headrace.types.plan import (
     StepPlan,
     StepResult,
 )
-from tests.scheduler.oracle import VOCAB_SIZE, Truth, cell_value, logprob
+from tests.scheduler.oracle import VOCAB_SIZE, Truth, cell_value, extend, logprob
+
+JUNK = -77
 
 
 class Slot:
-    """What the device holds for a slot: whose it is, its page row, and what it expects in its KV cells."""
+    """What the device holds for a slot: whose it is, its page row, and what it expects in its KV cells.
+
+    `is_void`: a row of it was issued behind one that sampled nothing; so is all that comes until it is entered again.
+    """
 
     def __init__(self, init: SlotInit, truth: Truth, epoch: int) -> None:
         self.init = init
@@ -34,15 +40,24 @@ class Slot:
         self.cells: list[int] = []
         self.num_sampled = len(init.token_ids)
         self.has_run = False
+        self.is_void = False
 
 
 class Issued:
-    """A plan in flight: its result, and per row (seed, pages it may read, pages it writes)."""
+    """A plan in flight: its result, per row (seed, pages it may read, pages it writes), and per sampling row the
+    (seed, positions) of its tokens, of those that are not void."""
 
-    def __init__(self, plan: StepPlan, result: StepResult, rows: list[tuple[int, set[int], set[int]]]) -> None:
+    def __init__(
+        self,
+        plan: StepPlan,
+        result: StepResult,
+        rows: list[tuple[int, set[int], set[int]]],
+        sampled: list[tuple[int, range]],
+    ) -> None:
         self.plan = plan
         self.result = result
         self.rows = rows
+        self.sampled = sampled
 
     @property
     def pages(self) -> set[int]:
@@ -51,12 +66,12 @@ class Issued:
 
 
 class FakeDevice:
-    """Executes plans for requests whose truth is found by seed."""
+    """Executes plans for requests whose truth is found by seed. A sampling row brings `num_tokens`, first to last."""
 
-    def __init__(self, limits: SchedulerLimits, truths: dict[int, Truth], max_tokens: int = 1) -> None:
+    def __init__(self, limits: SchedulerLimits, truths: dict[int, Truth], num_tokens: tuple[int, int] = (1, 1)) -> None:
         self.limits = limits
         self.truths = truths
-        self.max_tokens = max_tokens
+        self.min_tokens, self.max_tokens = num_tokens
         self.epoch = 0
         self.in_flight: deque[Issued] = deque()
         self.slots: dict[int, Slot] = {}
@@ -80,7 +95,8 @@ class FakeDevice:
         self._check_groups(plan)
         for slot, start in zip(plan.row_slots.tolist(), plan.row_starts.tolist(), strict=True):
             self._attend(slot, start)
-        self.in_flight.append(Issued(plan, self._sample(plan), rows))
+        result, sampled = self._sample(plan)
+        self.in_flight.append(Issued(plan, result, rows, sampled))
 
     def collect(self) -> StepResult:
         """The result of the oldest plan in flight."""
@@ -127,11 +143,15 @@ class FakeDevice:
             assert start == len(slot.cells), "positions are not contiguous"
         for position, token in enumerate(token_ids, start):
             if token == LAST_TOKEN:
-                assert len(token_ids) == 1 and position < slot.num_sampled
+                assert len(token_ids) == 1
+                slot.is_void |= position >= slot.num_sampled
+                assert not slot.is_void or self.min_tokens == 0, "a token that was never sampled"
                 token = slot.truth.token(position)
+            else:
+                assert not slot.is_void, "a row of known tokens behind one that sampled nothing"
             assert token == slot.truth.token(position), "a row holds a token that is not its sequence's"
             page = slot.pages[position // size]
-            self._kv[page * size + position % size] = cell_value(self.epoch, slot.truth.prefix_hash(position))
+            self._kv[page * size + position % size] = self._cell(slot, position)
         return slot.init.seed, set(slot.pages), set(slot.pages[start // size : (end - 1) // size + 1])
 
     def _attend(self, slot_id: int, start: int) -> None:
@@ -143,6 +163,10 @@ class FakeDevice:
             slot.cells = [cell_value(slot.epoch, slot.truth.prefix_hash(position)) for position in range(start)]
             slot.has_run = True
         assert self.cells(slot.pages)[:start] == slot.cells, "a row attends to missing, stale or foreign KV"
+
+    def _cell(self, slot: Slot, position: int) -> int:
+        """What a row of the slot writes there now."""
+        return JUNK if slot.is_void else cell_value(self.epoch, slot.truth.prefix_hash(position))
 
     def _check_ownership(self, rows: list[tuple[int, set[int], set[int]]]) -> None:
         """A page that a row writes is written by no other row, and touched by no other sequence's step in flight."""
@@ -166,35 +190,50 @@ class FakeDevice:
             assert (plan.row_starts[first:last] >= num_pages * self.limits.page_size).all()
             self.num_grouped_rows += num_rows
 
-    def _sample(self, plan: StepPlan) -> StepResult:
+    def _num_tokens(self, slot: Slot, end: int, step_id: int) -> int:
+        """How many tokens a row that ends before `end` brings: of the same prefix not always none."""
+        choice = extend(slot.truth.prefix_hash(end - 1), step_id) >> 20
+        return 0 if self.min_tokens == 0 and choice % 6 == 0 else 1 + choice % self.max_tokens
+
+    def _sample(self, plan: StepPlan) -> tuple[StepResult, list[tuple[int, range]]]:
+        slots = [self.slots[slot] for slot in plan.row_slots[plan.row_samples].tolist()]
+        ends = (plan.row_starts + plan.row_lengths)[plan.row_samples].tolist()
+        counts = [self._num_tokens(slot, end, plan.step_id) for slot, end in zip(slots, ends, strict=True)]
+        width = max(counts, default=0)
         token_ids: list[list[int]] = []
         logprobs: list[list[float]] = []
-        num_tokens: list[int] = []
+        sampled: list[tuple[int, range]] = []
         extras: dict[int, PositionLogprobs] = {}
         scored: dict[int, PromptLogprobs] = {}
         rows = zip(plan.row_slots.tolist(), plan.row_starts.tolist(), plan.row_lengths.tolist(), strict=True)
         for row, (slot_id, start, length) in enumerate(rows):
             slot, end = self.slots[slot_id], start + length
-            slot.cells += [cell_value(self.epoch, slot.truth.prefix_hash(at)) for at in range(start, end)]
+            slot.cells += [self._cell(slot, at) for at in range(start, end)]
             if slot.init.logprobs.prompt_start is not None:
                 self._score(slot, row, start, end, scored)
             if plan.row_samples[row]:
-                num_tokens.append(1 + slot.truth.prefix_hash(end - 1) % self.max_tokens)
-                slot.num_sampled = max(slot.num_sampled, end + num_tokens[-1])
-                positions = list(range(end, end + self.max_tokens))
+                count = counts[len(token_ids)]
+                if slot.is_void:
+                    token_ids.append([JUNK] * width)
+                    logprobs.append([0.0] * width)
+                    continue
+                slot.num_sampled = max(slot.num_sampled, end + count)
+                sampled.append((slot.init.seed, range(end, end + count)))
+                positions = list(range(end, end + width))
                 token_ids.append([slot.truth.token(position) for position in positions])
                 logprobs.append([logprob(slot.init.seed, position) for position in positions])
                 if slot.init.logprobs.wants_extras:
                     extras[row] = position_values(slot.init, positions)
-        shape = len(token_ids), self.max_tokens
-        return StepResult(
+        shape = len(token_ids), width
+        result = StepResult(
             plan.step_id,
             np.array(token_ids, dtype=np.int32).reshape(shape),
             np.array(logprobs, dtype=np.float32).reshape(shape),
-            np.array(num_tokens, dtype=np.int32),
+            np.array(counts, dtype=np.int32),
             extras,
             scored,
         )
+        return result, sampled
 
     @staticmethod
     def _score(slot: Slot, row: int, start: int, end: int, scored: dict[int, PromptLogprobs]) -> None:

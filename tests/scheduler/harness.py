@@ -12,7 +12,7 @@ from headrace.scheduler import Scheduler, SchedulerLimits
 from headrace.types.errors import ErrorInfo
 from headrace.types.plan import StepPlan
 from headrace.types.request import Delta, Request, unpack_floats, unpack_ids
-from tests.scheduler.fake_device import FakeDevice, Issued
+from tests.scheduler.fake_device import FakeDevice
 from tests.scheduler.oracle import VOCAB_SIZE, Truth, cell_value, empty_prefix, extend, logprob
 
 ERROR = ErrorInfo("DeadlineError", "too late")
@@ -35,12 +35,12 @@ class Received:
 class Harness:
     """One scheduler, one device, and the books of every request, by handle. A request's seed is its handle."""
 
-    def __init__(self, limits: SchedulerLimits, max_tokens: int = 1) -> None:
-        """`max_tokens`: most tokens that a row of a step brings."""
+    def __init__(self, limits: SchedulerLimits, num_tokens: tuple[int, int] = (1, 1)) -> None:
+        """`num_tokens`: fewest and most tokens that a row of a step brings."""
         self.limits = limits
         self.scheduler = Scheduler(limits, version="0")
         self.truths: dict[int, Truth] = {}
-        self.device = FakeDevice(limits, self.truths, max_tokens)
+        self.device = FakeDevice(limits, self.truths, num_tokens)
         self.received: dict[int, Received] = {}
         self.versions: dict[int, dict[int, tuple[str, int]]] = {}
         self.epochs = {"0": 0}
@@ -72,7 +72,7 @@ class Harness:
         for array in (plan.row_slots, plan.row_starts, plan.row_lengths, plan.token_ids, plan.page_ids):
             self.plan_log.update(array.tobytes())
         self.device.submit(plan)
-        for handle, positions in self._sampled(self.device.in_flight[-1]):
+        for handle, positions in self.device.in_flight[-1].sampled:
             versions = self.versions[handle]
             assert self.device.max_tokens > 1 or positions.start not in versions, "a position was sampled twice"
             for position in positions:
@@ -80,16 +80,9 @@ class Harness:
         self._check_in_flight_pages()
         return plan
 
-    def _sampled(self, issued: Issued) -> list[tuple[int, range]]:
-        """(handle, positions) of the tokens that each row of a step in flight samples."""
-        plan, counts = issued.plan, issued.result.num_tokens.tolist()
-        handles = [self.device.slots[slot].init.seed for slot in plan.row_slots[plan.row_samples].tolist()]
-        ends = (plan.row_starts + plan.row_lengths)[plan.row_samples].tolist()
-        return [(handle, range(end, end + count)) for handle, end, count in zip(handles, ends, counts, strict=True)]
-
     def land(self) -> None:
         """Apply the oldest result."""
-        sampled = self._sampled(self.device.in_flight[0])
+        sampled = self.device.in_flight[0].sampled
         self.take(self.scheduler.apply(self.device.collect()))
         for handle, positions in sampled:
             received, truth = self.received[handle], self.truths[handle]
@@ -117,7 +110,7 @@ class Harness:
         """No plan in flight will have a result: undo what this model of the device and of versions noted for them."""
         for issued in self.device.in_flight:
             self.device.forget(issued)
-            for handle, positions in self._sampled(issued):
+            for handle, positions in issued.sampled:
                 for position in positions:
                     if self.versions[handle].get(position, ("", -1))[1] == issued.plan.step_id:
                         self.versions[handle].pop(position)

@@ -1,4 +1,4 @@
-"""Failing steps and broken books at random moments: the guilty are found, and nobody else notices.
+"""Failing steps and broken books at random moments: the culprits are found, and nobody else notices.
 
 Everything is checked against the strict device and the true tokens of each request, as in `test_properties`.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from headrace.scheduler import SchedulerLimits
-from headrace.scheduler.suspicion import MAX_STRIKES
+from headrace.scheduler.fault_isolation import MAX_LONE_FAILURES
 from headrace.types.plan import StepPlan
 from tests.scheduler.harness import Harness, random_limits
 from tests.scheduler.test_properties import NAMES, play_event
@@ -27,9 +27,9 @@ class Injected(AssertionError):
 
 
 class FailingHarness(Harness):
-    """Plans fail at random, and always when they take a guilty request past its fatal position.
+    """Plans fail at random, and always when they take a culprit past its fatal position.
 
-    What fails at random never fails so often that a request would be thought guilty.
+    What fails at random never fails so often that a request would be thought the culprit.
     """
 
     def __init__(self, limits: SchedulerLimits, random_: random.Random) -> None:
@@ -73,7 +73,7 @@ class FailingHarness(Harness):
             if self._is_doomed:
                 return False  # what is in flight decides how often it has failed already
             self._num_alone[handles[0]] += 1
-            return self._num_alone[handles[0]] < MAX_STRIKES
+            return self._num_alone[handles[0]] < MAX_LONE_FAILURES
         return True
 
     def _rows(self, plan: StepPlan) -> list[tuple[int, bool]]:
@@ -85,13 +85,13 @@ def play_failures(seed: int, depth: int) -> FailingHarness:
     random_ = random.Random(seed)
     harness = FailingHarness(random_limits(random_, depth), random_)
     harness.failure_rate = random_.choice((0.0, 0.05, 0.3))
-    guilt_rate = random_.choice((0.0, 0.1, 0.5, 1.0)) if seed % 3 else 0.0
+    culprit_rate = random_.choice((0.0, 0.1, 0.5, 1.0)) if seed % 3 else 0.0
     family = random_.randrange(100)
     for now in range(8 + seed % 12):
         num_known = len(harness.truths)
         play_event(random_.choice(EVENTS), random_, harness, family, float(now))
         for handle in list(harness.truths)[num_known:]:
-            if random_.random() < guilt_rate:
+            if random_.random() < culprit_rate:
                 harness.fatal[handle] = random_.randrange(harness.limits.context_length)
     harness.run()
     harness.check_end()
@@ -99,7 +99,7 @@ def play_failures(seed: int, depth: int) -> FailingHarness:
 
 
 def check_verdicts(harness: FailingHarness) -> int:
-    """Only the guilty were condemned, and all who went too far; returns how many."""
+    """Only culprits were ended, and all who went too far; returns how many."""
     num_condemned = 0
     for handle, received in harness.received.items():
         if received.final is None or received.final.finish is None:
@@ -115,7 +115,7 @@ def check_verdicts(harness: FailingHarness) -> int:
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
 @pytest.mark.parametrize("chunk", range(2))
-def test_only_the_guilty_fail_whatever_else_happens(depth: int, chunk: int) -> None:
+def test_only_culprits_fail_whatever_else_happens(depth: int, chunk: int) -> None:
     num_condemned = num_failures = num_whole = 0
     for seed in range(chunk * NUM_SEQUENCES, (chunk + 1) * NUM_SEQUENCES):
         harness = play_failures(4 * seed + depth, depth)
@@ -157,7 +157,7 @@ class BreakingHarness(Harness):
         ("table", ("enter", "leave")),
         ("roster", ("admit", "preempt", "end", "retire")),
         ("applier", ("_land", "_take_prompt_scores", "_mark_version", "_take_extras", "_deliver_due", "delta")),
-        ("planner", ("_add_singles", "_add_chunk", "_groups", "_count_admission")),
+        ("planner", ("_add_singles", "_add_chunk", "_groups", "_enter")),
     )
 
     def __init__(self, limits: SchedulerLimits, random_: random.Random) -> None:
@@ -168,7 +168,7 @@ class BreakingHarness(Harness):
         self._num_plans_broken = 0
 
     def issue(self, *, admit_new: bool = True) -> StepPlan | None:
-        if self._num_plans_broken >= MAX_STRIKES - 1:
+        if self._num_plans_broken >= MAX_LONE_FAILURES - 1:
             return super().issue(admit_new=admit_new)
         try:
             plan: StepPlan | None = self._breaking(lambda: super(BreakingHarness, self).issue(admit_new=admit_new))

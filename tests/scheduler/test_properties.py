@@ -89,10 +89,12 @@ def with_a_picture(random_: random.Random, request: Request) -> tuple[Request, b
     return msgspec.structs.replace(request, prompt=pack_ids(prompt)), units.tobytes()
 
 
-def play(seed: int, depth: int, num_events: int, max_tokens: int = 1, *, has_pictures: bool = False) -> Harness:
+def play(
+    seed: int, depth: int, num_events: int, num_tokens: tuple[int, int] = (1, 1), *, has_pictures: bool = False
+) -> Harness:
     """Run one random event sequence to its end."""
     random_ = random.Random(seed)
-    harness = Harness(random_limits(random_, depth), max_tokens)
+    harness = Harness(random_limits(random_, depth), num_tokens)
     harness.has_pictures = has_pictures
     family = random_.randrange(100)
     for now in range(num_events):
@@ -174,11 +176,11 @@ def test_random_events_keep_every_promise(depth: int, chunk: int) -> None:
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 3])
-@pytest.mark.parametrize("max_tokens", [2, 4])
-def test_steps_may_bring_several_tokens_a_row_at_any_depth(depth: int, max_tokens: int) -> None:
+@pytest.mark.parametrize("num_tokens", [(1, 2), (1, 4), (0, 1), (0, 4)])
+def test_steps_may_bring_any_number_of_tokens_a_row_at_any_depth(depth: int, num_tokens: tuple[int, int]) -> None:
     total: Counter[str] = Counter()
     for seed in range(300):
-        harness = play(10_000 + seed * 4 + depth, depth, num_events(seed), max_tokens)
+        harness = play(10_000 + seed * 4 + depth, depth, num_events(seed), num_tokens)
         total.update({name: int(value) for name, value in harness.scheduler.metrics().items()})
     assert total["num_generated_tokens"] > 300 and total["num_preemptions"] > 0
     assert total["num_invariant_breaches"] == 0

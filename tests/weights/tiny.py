@@ -8,7 +8,7 @@ import torch
 
 from headrace.types.weights import TensorInfo, UpdateMode
 from headrace.weights.session import ResolvedMode, WeightMachine
-from headrace.weights.staging import TORCH_DTYPES, StageWork, TensorData, dtype_name
+from headrace.weights.staging import TORCH_DTYPES, Enqueued, StageWork, TensorData, dtype_name
 from headrace.weights.store import WeightStore
 from headrace.weights.weight_map import ParamSpec, WeightMap, WeightRule, whole_rows
 
@@ -109,8 +109,10 @@ class DrivenStore(WeightStore):
             session.staged.forget(each)
         return found
 
-    def commit(self) -> None:
-        self.machine.commit(self._session_id())
+    def commit(self) -> Enqueued:
+        """Done at once, as on any CPU."""
+        assert self.machine.commit(self._session_id())
+        return Enqueued(self.device)
 
     def abort(self) -> None:
         self.machine.abort(self._session_id())
@@ -166,8 +168,8 @@ class _Memory:
     def forget(self, index: int) -> list[int]:
         return WeightStore.forget(self._store, index)
 
-    def commit(self) -> None:
-        WeightStore.commit(self._store)
+    def commit(self) -> Enqueued:
+        return WeightStore.commit(self._store)
 
     def abort(self) -> None:
         WeightStore.abort(self._store)

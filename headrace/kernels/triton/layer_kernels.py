@@ -51,6 +51,8 @@ class FastKernels:
     products the library's
     """
 
+    experts = None
+
     def __init__(
         self,
         device: torch.device,
@@ -119,6 +121,8 @@ class FastKernels:
 
 class InvariantKernels:
     """Every product in the same steps along its inputs, whatever the number of rows. `overlap` as in `FastKernels`."""
+
+    experts = None
 
     def __init__(self, *, overlap: bool) -> None:
         self._overlap = overlap

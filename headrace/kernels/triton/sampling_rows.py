@@ -5,6 +5,9 @@ the greatest logit, the sum of exponentials and the best candidate, the second r
 result is a function of that row alone, whatever the batch. The greatest logit of each block and the normaliser of each
 row stay in the workspace, where `top_rows` finds them.
 
+Two rows of logits are told apart: the token is *drawn* from what logits processors left (`drawn`), its log-probability
+may be *stated* of that or of the model's (`stated`). Without processors they are the same memory, read once.
+
 Noise words are those of `headrace.sampling.noise`, bit for bit, keyed on the device by (seed, position, token). Scores
 and sums are float32, where the CPU's are float64: two tokens whose scores lie within about 1e-6 of each other may
 change places. Sources: Philox, Salmon et al. (SC 2011); lowbias32, Chris Wellons (public domain).
@@ -17,16 +20,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from headrace.kernels.triton.fast_math import fast_exp, fast_log2, fast_reciprocal
-from headrace.kernels.triton.shaped_rows import ShapedRows, place_of
-from headrace.kernels.triton.threshold_search import ROW_WORDS
+from headrace.kernels.triton.logits_processors import (
+    ProcessedRows,
+    drawn_row,
+    load_logits,
+    slot_and_copy,
+    stated_row,
+)
+from headrace.kernels.triton.slot_params import (
+    DIVISOR,
+    LOGPROBS_OF,
+    OF_POINT,
+    OF_SAMPLED,
+    TEMPERATURE,
+    load_param,
+)
 
+_GREATEST, _TOTAL, _SCORE, _BASE = (tl.constexpr(word) for word in range(4))  # what the first kernel leaves of a block
 _SLACK = tl.constexpr(1.0 - 1e-5)  # what the rounding of a bound and of a score can come to
 _LANES = 512  # columns at a time
 BLOCK = 4096
@@ -96,9 +112,76 @@ def _noise_kernel(seeds_ptr, positions_ptr, words_ptr, NUM_TOKENS: tl.constexpr,
 
 
 @triton.jit
-def _draw(
-    drawn_ptr, first, base, inverse, key0, key1, floor,
-    VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr, HAS_FLOORS: tl.constexpr,
+def _best_of_lanes(scores, tokens, VOCAB: tl.constexpr):
+    """The greatest score and its token, the lowest among equals."""
+    best = tl.max(scores, 0)
+    return best, tl.min(tl.where(scores == best, tokens, VOCAB - 1), 0)
+
+
+@triton.jit
+def _greatest_logits(
+    stated_ptr, drawn_ptr, first, VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr,
+    HAS_COPIES: tl.constexpr,
+):  # fmt: skip
+    """The block's greatest logit of both rows."""
+    lanes = tl.arange(0, LANES)
+    stated = tl.full([LANES], float("-inf"), tl.float32)
+    drawn = stated
+    for start in tl.range(0, BLOCK_V, LANES, loop_unroll_factor=2):
+        tokens = first + start + lanes
+        stated = tl.maximum(stated, load_logits(stated_ptr, tokens, VOCAB))
+        if HAS_COPIES:
+            drawn = tl.maximum(drawn, load_logits(drawn_ptr, tokens, VOCAB))
+    greatest = tl.max(stated, 0)
+    drawn_greatest = greatest
+    if HAS_COPIES:
+        drawn_greatest = tl.max(drawn, 0)
+    return greatest, drawn_greatest
+
+
+@triton.jit
+def _weigh_and_score(
+    stated_ptr, drawn_ptr, first, base, drawn_base, divisor, temperature, inverse, key0, key1, stated_threshold,
+    threshold, VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr, HAS_THRESHOLDS: tl.constexpr,
+    HAS_COPIES: tl.constexpr,
+):  # fmt: skip
+    """Per lane [LANES]: the sum of exp((l - base) / divisor) of what is stated; of what is drawn the best score, the
+    second best, and the best one's token. At T = 0 a score is the logit; else an upper bound of exp((l - base) / T) / E
+    with E the token's exponential noise: the greatest of those is the Gumbel-max winner, as it is the greatest
+    l / T - log(E). With v uniform and E = -log1p(-v) >= v, exp(...) / v is such a bound, and needs no logarithm."""
+    lanes = tl.arange(0, LANES)
+    sums = tl.zeros([LANES], tl.float32)
+    bests = tl.full([LANES], float("-inf"), tl.float32)
+    seconds = bests
+    winners = tl.full([LANES], -1, tl.int32)
+    for start in tl.range(0, BLOCK_V, LANES, loop_unroll_factor=2):
+        tokens = first + start + lanes
+        stated = load_logits(stated_ptr, tokens, VOCAB)
+        weights = fast_exp((stated - base) * (1.0 / divisor))
+        sums += tl.where(stated < stated_threshold, 0.0, weights)  # NaN stays NaN
+        logits = stated
+        if HAS_COPIES:
+            logits = load_logits(drawn_ptr, tokens, VOCAB)
+        scores = logits
+        if temperature > 0.0:
+            if HAS_COPIES:
+                weights = fast_exp((logits - drawn_base) * inverse)
+            else:
+                if temperature != divisor:
+                    weights = fast_exp((logits - drawn_base) * inverse)
+            scores = weights * fast_reciprocal(_uniform(_noise_words(tokens, key0, key1)))
+        if HAS_THRESHOLDS:
+            scores = tl.where(logits >= threshold, scores, float("-inf"))
+        is_better = scores > bests
+        seconds = tl.maximum(seconds, tl.where(is_better, bests, scores))
+        bests, winners = tl.where(is_better, scores, bests), tl.where(is_better, tokens, winners)
+    return tl.sum(sums, 0), bests, seconds, winners
+
+
+@triton.jit
+def _score_exactly(
+    drawn_ptr, first, base, inverse, key0, key1, threshold,
+    VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr, HAS_THRESHOLDS: tl.constexpr,
 ):  # fmt: skip
     """The block's best score and its token, every score exact."""
     lanes = tl.arange(0, LANES)
@@ -106,149 +189,102 @@ def _draw(
     winners = tl.full([LANES], -1, tl.int32)
     for start in tl.range(0, BLOCK_V, LANES):
         tokens = first + start + lanes
-        logits = tl.load(drawn_ptr + tokens, mask=tokens < VOCAB, other=float("-inf")).to(tl.float32)
+        logits = load_logits(drawn_ptr, tokens, VOCAB)
         words = _noise_words(tokens, key0, key1)
         scores = fast_exp((logits - base) * inverse) * fast_reciprocal(_exponential(words))
-        if HAS_FLOORS:
-            scores = tl.where(logits >= floor, scores, float("-inf"))
+        if HAS_THRESHOLDS:
+            scores = tl.where(logits >= threshold, scores, float("-inf"))
         is_better = scores > bests
         bests, winners = tl.where(is_better, scores, bests), tl.where(is_better, tokens, winners)
-    best = tl.max(bests, 0)
-    return best, tl.min(tl.where(bests == best, winners, VOCAB - 1), 0)
+    return _best_of_lanes(bests, winners, VOCAB)
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots_ptr", "positions_ptr", "places_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr", "positions_ptr", "copy_of_ptr"])
 def _blocks_kernel(
-    logits_ptr, copies_ptr, places_ptr, params_ptr, slots_ptr, seeds_ptr, positions_ptr, floors_ptr, partial_ptr,
-    ids_ptr, VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, WORDS: tl.constexpr, LANES: tl.constexpr,
-    HAS_FLOORS: tl.constexpr, HAS_PLACES: tl.constexpr,
+    logits_ptr, copies_ptr, copy_of_ptr, params_ptr, slots_ptr, seeds_ptr, positions_ptr, thresholds_ptr, partial_ptr,
+    ids_ptr, VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr, HAS_THRESHOLDS: tl.constexpr,
+    HAS_COPIES: tl.constexpr,
 ):  # fmt: skip
-    """Per (row, block): of what the log-probability is of, the greatest logit and the sum of exp((l - it) / divisor);
-    of what the token is drawn from, the best score, the logit it is relative to, and its token.
-
-    The block is walked twice, LANES columns at a time, so that little is held at once: for the greatest logits, then
-    for everything else."""
+    """One (block, row), LANES columns at a time, so that little is held at once. The block is walked twice: for its
+    greatest logit, then for everything relative to that; a third time where the bounds do not tell who won."""
     block = tl.program_id(0)
     row = tl.program_id(1)
-    slot, place = place_of(slots_ptr, places_ptr, row, HAS_PLACES)
+    slot, copy = slot_and_copy(slots_ptr, copy_of_ptr, row, HAS_COPIES)
     if slot < 0:
         return
-    temperature = tl.load(params_ptr + slot * WORDS)
-    divisor = tl.load(params_ptr + slot * WORDS + 1)
-    kind = tl.load(params_ptr + slot * WORDS + 2)
+    temperature = load_param(params_ptr, slot, TEMPERATURE)
+    divisor = load_param(params_ptr, slot, DIVISOR)
+    logprobs_of = load_param(params_ptr, slot, LOGPROBS_OF)
     seed_ptr = seeds_ptr + 2 * slot
     key0, key1 = _philox_keys(tl.load(seed_ptr), tl.load(seed_ptr + 1), tl.load(positions_ptr + row))
-    floor = float("-inf")
-    sum_floor = float("-inf")
-    if HAS_FLOORS:
-        floor = tl.load(floors_ptr + row)
-        sum_floor = tl.where(kind == 1.0, floor, sum_floor)
-    drawn_ptr = logits_ptr + row.to(tl.int64) * VOCAB
-    stated_ptr = drawn_ptr
-    if HAS_PLACES and place >= 0:
-        drawn_ptr = copies_ptr + place.to(tl.int64) * VOCAB
-        if kind != 0.0:
-            stated_ptr = drawn_ptr
+    threshold = float("-inf")
+    stated_threshold = float("-inf")
+    if HAS_THRESHOLDS:
+        threshold = tl.load(thresholds_ptr + row)
+        stated_threshold = tl.where(logprobs_of == OF_SAMPLED, threshold, stated_threshold)
+    drawn_ptr = drawn_row(logits_ptr, copies_ptr, row, copy, VOCAB, HAS_COPIES)
+    stated_ptr = stated_row(logits_ptr, copies_ptr, row, copy, logprobs_of, VOCAB, HAS_COPIES)
     first = block * BLOCK_V
-    lanes = tl.arange(0, LANES)
 
-    tops = tl.full([LANES], float("-inf"), tl.float32)
-    peaks = tops
-    for start in tl.range(0, BLOCK_V, LANES, loop_unroll_factor=2):
-        tokens = first + start + lanes
-        tops = tl.maximum(tops, tl.load(stated_ptr + tokens, mask=tokens < VOCAB, other=float("-inf")).to(tl.float32))
-        if HAS_PLACES:
-            drawn = tl.load(drawn_ptr + tokens, mask=tokens < VOCAB, other=float("-inf")).to(tl.float32)
-            peaks = tl.maximum(peaks, drawn)
-    greatest = tl.max(tops, 0)
+    greatest, drawn_greatest = _greatest_logits(stated_ptr, drawn_ptr, first, VOCAB, BLOCK_V, LANES, HAS_COPIES)
     base = tl.where(greatest == float("-inf"), 0.0, greatest)
-    drawn_base = base
-    if HAS_PLACES:
-        peak = tl.max(peaks, 0)
-        drawn_base = tl.where(peak == float("-inf"), 0.0, peak)
-
+    drawn_base = tl.where(drawn_greatest == float("-inf"), 0.0, drawn_greatest)
     inverse = 1.0 / tl.where(temperature > 0.0, temperature, 1.0)
-    sums = tl.zeros([LANES], tl.float32)
-    bests = tl.full([LANES], float("-inf"), tl.float32)
-    seconds = bests
-    winners = tl.full([LANES], -1, tl.int32)
-    for start in tl.range(0, BLOCK_V, LANES, loop_unroll_factor=2):
-        tokens = first + start + lanes
-        stated = tl.load(stated_ptr + tokens, mask=tokens < VOCAB, other=float("-inf")).to(tl.float32)
-        weights = fast_exp((stated - base) * (1.0 / divisor))
-        sums += tl.where(stated < sum_floor, 0.0, weights)  # NaN stays NaN
-        logits = stated
-        if HAS_PLACES:
-            logits = tl.load(drawn_ptr + tokens, mask=tokens < VOCAB, other=float("-inf")).to(tl.float32)
-        scores = logits
-        if temperature > 0.0:
-            # With E exponential noise, the greatest exp(l / T) / E is the greatest l / T - log(E): the Gumbel-max
-            # winner. As v <= E, no score is above the weight over v, which needs no logarithm.
-            if HAS_PLACES:
-                weights = fast_exp((logits - drawn_base) * inverse)
-            else:
-                if temperature != divisor:
-                    weights = fast_exp((logits - drawn_base) * inverse)
-            scores = weights * fast_reciprocal(_uniform(_noise_words(tokens, key0, key1)))
-        if HAS_FLOORS:
-            scores = tl.where(logits >= floor, scores, float("-inf"))
-        is_better = scores > bests
-        seconds = tl.maximum(seconds, tl.where(is_better, bests, scores))
-        bests, winners = tl.where(is_better, scores, bests), tl.where(is_better, tokens, winners)
-    total = tl.sum(sums, 0)
-    best = tl.max(bests, 0)
-    token = tl.min(tl.where(bests == best, winners, VOCAB - 1), 0)
+    total, bests, seconds, winners = _weigh_and_score(
+        stated_ptr, drawn_ptr, first, base, drawn_base, divisor, temperature, inverse, key0, key1, stated_threshold,
+        threshold, VOCAB, BLOCK_V, LANES, HAS_THRESHOLDS, HAS_COPIES,
+    )  # fmt: skip
+    best, token = _best_of_lanes(bests, winners, VOCAB)
     if temperature > 0.0:
         rival = tl.max(tl.where(winners == token, seconds, bests), 0)
         word = _noise_words(token, key0, key1)
-        best *= _uniform(word) * fast_reciprocal(_exponential(word))
+        best *= _uniform(word) * fast_reciprocal(_exponential(word))  # from its bound to its score
         if rival >= best * _SLACK:  # rarely: another's bound reaches the best score
-            best, token = _draw(
-                drawn_ptr, first, drawn_base, inverse, key0, key1, floor, VOCAB, BLOCK_V, LANES, HAS_FLOORS
+            best, token = _score_exactly(
+                drawn_ptr, first, drawn_base, inverse, key0, key1, threshold, VOCAB, BLOCK_V, LANES, HAS_THRESHOLDS
             )
         best = tl.where(best > 0.0, tl.log(tl.maximum(best, 1e-37)), float("-inf"))
     index = row * tl.cdiv(VOCAB, BLOCK_V) + block
-    tl.store(partial_ptr + 4 * index, greatest)
-    tl.store(partial_ptr + 4 * index + 1, total)
-    tl.store(partial_ptr + 4 * index + 2, best)
-    tl.store(partial_ptr + 4 * index + 3, drawn_base)
+    tl.store(partial_ptr + 4 * index + _GREATEST, greatest)
+    tl.store(partial_ptr + 4 * index + _TOTAL, total)
+    tl.store(partial_ptr + 4 * index + _SCORE, best)
+    tl.store(partial_ptr + 4 * index + _BASE, drawn_base)
     tl.store(ids_ptr + index, tl.maximum(token, first))  # some token, should all be NaN
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots_ptr", "places_ptr", "tokens_ptr", "logprobs_ptr", "last_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr", "copy_of_ptr", "tokens_ptr", "logprobs_ptr", "last_ptr"])
 def _reduce_kernel(
-    logits_ptr, copies_ptr, places_ptr, params_ptr, slots_ptr, partial_ptr, ids_ptr, norms_ptr, tokens_ptr,
-    logprobs_ptr, last_ptr, VOCAB: tl.constexpr, NUM_BLOCKS: tl.constexpr, WORDS: tl.constexpr, BLOCKS: tl.constexpr,
-    HAS_LAST: tl.constexpr, HAS_PLACES: tl.constexpr,
+    logits_ptr, copies_ptr, copy_of_ptr, params_ptr, slots_ptr, partial_ptr, ids_ptr, norms_ptr, tokens_ptr,
+    logprobs_ptr, last_ptr, VOCAB: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
+    HAS_LAST: tl.constexpr, HAS_COPIES: tl.constexpr,
 ):  # fmt: skip
+    """One row: the best of its blocks' candidates, and what log-probabilities are reckoned with."""
     row = tl.program_id(0)
-    slot, place = place_of(slots_ptr, places_ptr, row, HAS_PLACES)
+    slot, copy = slot_and_copy(slots_ptr, copy_of_ptr, row, HAS_COPIES)
     if slot < 0:
         return
-    temperature = tl.load(params_ptr + slot * WORDS)
-    inverse = 1.0 / tl.load(params_ptr + slot * WORDS + 1)
-    kind = tl.load(params_ptr + slot * WORDS + 2)
+    temperature = load_param(params_ptr, slot, TEMPERATURE)
+    inverse = 1.0 / load_param(params_ptr, slot, DIVISOR)
+    logprobs_of = load_param(params_ptr, slot, LOGPROBS_OF)
     blocks = tl.arange(0, BLOCKS)
     mask = blocks < NUM_BLOCKS
     source = partial_ptr + (row * NUM_BLOCKS + blocks) * 4
-    greatest = tl.load(source, mask=mask, other=float("-inf"))
-    totals = tl.load(source + 1, mask=mask, other=0.0)
-    scores = tl.load(source + 2, mask=mask, other=float("-inf"))
+    greatest = tl.load(source + _GREATEST, mask=mask, other=float("-inf"))
+    totals = tl.load(source + _TOTAL, mask=mask, other=0.0)
+    scores = tl.load(source + _SCORE, mask=mask, other=float("-inf"))
     is_score = scores > float("-inf")  # neither an empty block nor NaN
     scores = tl.where(is_score, scores, float("-inf"))
     if temperature > 0.0:  # a block's score is relative to its base
-        bases = tl.load(source + 3, mask=mask, other=0.0)
+        bases = tl.load(source + _BASE, mask=mask, other=0.0)
         highest = tl.max(tl.where(is_score, bases, float("-inf")), 0)
         scores = tl.where(is_score, (bases - highest) * (1.0 / temperature) + scores, float("-inf"))
     _, winner = tl.max(scores, 0, return_indices=True)
     token = tl.load(ids_ptr + row * NUM_BLOCKS + tl.minimum(winner, NUM_BLOCKS - 1))
     top = tl.max(greatest, 0)
     log_total = tl.log(tl.sum(tl.where(totals == 0.0, 0.0, totals * tl.exp((greatest - top) * inverse)), 0))
-    row_ptr = logits_ptr + row.to(tl.int64) * VOCAB
-    if HAS_PLACES and (place >= 0) & (kind != 0.0):
-        row_ptr = copies_ptr + place.to(tl.int64) * VOCAB
+    row_ptr = stated_row(logits_ptr, copies_ptr, row, copy, logprobs_of, VOCAB, HAS_COPIES)
     logprob = (tl.load(row_ptr + token).to(tl.float32) - top) * inverse - log_total
-    is_point = kind == 2.0
+    is_point = logprobs_of == OF_POINT
     zero = log_total - log_total  # NaN for a row that is not finite, whatever it is asked for
     tl.store(norms_ptr + 2 * row, tl.where(is_point, 0.0, top))
     tl.store(norms_ptr + 2 * row + 1, tl.where(is_point, zero, log_total))
@@ -290,43 +326,40 @@ def sample_rows(
     positions_S: Tensor,
     slot_params: Tensor,
     slot_seeds: Tensor,
-    floors_S: Tensor | None,
+    thresholds_S: Tensor | None,
     workspace: SamplingWorkspace,
     tokens_S: Tensor,
     logprobs_S: Tensor,
     last_tokens: Tensor | None,
-    shaped: ShapedRows | None = None,
+    processed: ProcessedRows | None = None,
 ) -> None:
     """Sample one token per row.
 
     logits_SV     any float dtype, contiguous; not changed
     slots_S       int32; a row whose slot is below 0 is skipped
     positions_S   int32, absolute positions of the new tokens
-    slot_params   float32 [slots, ROW_WORDS]: temperature (0 greedy), divisor of the log-probabilities (T or 1), what
-                  they are of (0 model, 1 kept tokens, 2 the token itself: 0 always), number of top ids `top_rows` is
-                  to find, then what `threshold_search` reads, and the number of asked ids
-    slot_seeds    int32 [slots, 2]: low and high word
-    floors_S      float32: least logit that may be drawn, or None
+    slot_params, slot_seeds   as `slot_params` has them
+    thresholds_S  float32: least logit that may be drawn, or None
     tokens_S, logprobs_S   int32 and float32, written; of a row with NaN or +inf, or all -inf, some token and NaN
     last_tokens   int32 [slots]: where the slot's token is left for the next step, or None
-    shaped        rows to draw from reshaped copies instead (logits are float32 then); log-probabilities of the model
+    processed     rows to draw from processed copies instead (logits are float32 then); log-probabilities of the model
                   stay those of logits_SV
     """
     assert logits_SV.is_contiguous()
     num_rows, vocab_size = logits_SV.shape
     num_blocks = triton.cdiv(vocab_size, BLOCK)
-    copies, places = (logits_SV, slots_S) if shaped is None else (shaped.copies_CV, shaped.places_S)
+    copies, copy_of = (logits_SV, slots_S) if processed is None else (processed.copies_CV, processed.copy_of_S)
     _blocks_kernel[(num_blocks, num_rows)](
-        logits_SV, copies, places, slot_params, slots_S, slot_seeds, positions_S,
-        slot_params if floors_S is None else floors_S, workspace.partial_RB4, workspace.ids_RB,
-        VOCAB=vocab_size, BLOCK_V=BLOCK, WORDS=ROW_WORDS, LANES=_LANES, HAS_FLOORS=floors_S is not None,
-        HAS_PLACES=shaped is not None, num_warps=4,
+        logits_SV, copies, copy_of, slot_params, slots_S, slot_seeds, positions_S,
+        slot_params if thresholds_S is None else thresholds_S, workspace.partial_RB4, workspace.ids_RB,
+        VOCAB=vocab_size, BLOCK_V=BLOCK, LANES=_LANES, HAS_THRESHOLDS=thresholds_S is not None,
+        HAS_COPIES=processed is not None, num_warps=4,
     )  # fmt: skip
     _reduce_kernel[(num_rows,)](
-        logits_SV, copies, places, slot_params, slots_S, workspace.partial_RB4, workspace.ids_RB, workspace.norms_R2,
+        logits_SV, copies, copy_of, slot_params, slots_S, workspace.partial_RB4, workspace.ids_RB, workspace.norms_R2,
         tokens_S, logprobs_S, tokens_S if last_tokens is None else last_tokens,
-        VOCAB=vocab_size, NUM_BLOCKS=num_blocks, WORDS=ROW_WORDS, BLOCKS=triton.next_power_of_2(num_blocks),
-        HAS_LAST=last_tokens is not None, HAS_PLACES=shaped is not None, num_warps=1,
+        VOCAB=vocab_size, NUM_BLOCKS=num_blocks, BLOCKS=triton.next_power_of_2(num_blocks),
+        HAS_LAST=last_tokens is not None, HAS_COPIES=processed is not None, num_warps=1,
     )  # fmt: skip
 
 
@@ -337,8 +370,3 @@ def device_noise_words(seeds: Tensor, positions: Tensor, num_tokens: int) -> Ten
         seeds, positions, words, NUM_TOKENS=num_tokens, BLOCK_V=triton.next_power_of_2(num_tokens)
     )
     return words
-
-
-def seed_words(seeds: np.ndarray) -> np.ndarray:
-    """uint64 seeds [n] as `slot_seeds` rows, int32 [n, 2]."""
-    return np.ascontiguousarray(seeds, dtype="<u8").view("<i4").reshape(-1, 2)

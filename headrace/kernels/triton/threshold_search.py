@@ -1,12 +1,31 @@
 """Top-k, top-p and min-p as one threshold per row of logits, on the device and without sorting the vocabulary.
 
-Meaning and ties are those of `headrace.sampling.thresholds`. One program finds a row's threshold. It keeps the three
-greatest values of each of its lanes: where a threshold lies above every lane's third, the first two of all lanes are
-all that it can depend on. So one pass settles a top-k of up to about 100, and two a nucleus of that size. Otherwise it
-narrows a range of values by counting (top-k) or weighing (top-p) what lies above three values at a time, until what is
-left inside fits a buffer, and copies that there. What was found either way is settled exactly by bisection over the
-bits of the float. Sums are float32 in an order that the vocabulary size fixes: a row's threshold never depends on the
-batch.
+Meaning and ties are those of `headrace.sampling.thresholds`: a token stays if its logit is at least the threshold. One
+program does a row. Sums are float32 in an order that the vocabulary size fixes, so a row's threshold never depends on
+the batch.
+
+Both top-k and top-p ask for *the greatest t such that the values >= t weigh `wanted`*. For top-k each value weighs 1
+and k is wanted. For top-p a value x of those that top-k left weighs exp((x - top) / T), and top_p of their sum is
+wanted. The weight of {x >= t} only grows as t falls, so t can be bracketed. Every search below keeps one invariant:
+
+    weight{x >= low} >= wanted > weight{x >= high},   low <= t < high,   above = weight{x >= high}
+
+`_narrow` reads the row again and again: it weighs at three values between low and high at once, and goes on with the
+quarter that keeps the invariant, until few enough values are left in [low, high). `_bisect` then settles t exactly over
+values that are at hand: float32, taken as integers in the same order, are halved until high is low's neighbour.
+
+Example: the values 5 3 3 1 0, a top-k of 2, T = 1. Begin with low = 0 (5 values reach it) and high just above 5 (none):
+
+    narrow at 1.25, 2.5, 3.75   3, 3 and 1 values reach them, 2 are wanted: [2.5, 3.75), above = 1
+    bisect [2.5, 3.75)          at 3.125 1 value reaches, at 2.8125 3 do, ... t = 3, and both that tie there stay
+
+Then top_p = 0.8 of what is left, 5 3 3: they weigh 1, e^-2 and e^-2, together 1.27. From [3, just above 5) with 1.02
+wanted: 5 alone weighs 1, too little; all three do, so again t = 3. With top_p = 0.7, 0.89 is wanted, and t = 5.
+
+Reading the row is what costs, so the first pass keeps the three greatest values of each of its lanes (a lane sees every
+`_BLOCK`-th column). Where t lies above every lane's third, whatever reaches t is among the first two of all lanes, and
+`_bisect` over those settles it: one pass does for a top-k of up to about 100, two for a nucleus of that size. Else
+what that bisection found bounds t from below (fewer values can only weigh less), and `_narrow` begins there.
 
 Legend: S rows, V vocabulary.
 """
@@ -20,10 +39,8 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace.kernels.triton.fast_math import fast_exp
-from headrace.kernels.triton.shaped_rows import ShapedRows, place_of
-
-ROW_WORDS = 8
-"""float32 words of a slot's sampling parameters; see `sample_rows`. Words 4-6: top_k, top_p, T log(min_p)."""
+from headrace.kernels.triton.logits_processors import ProcessedRows, drawn_row, load_logits, slot_and_copy
+from headrace.kernels.triton.slot_params import MIN_P, TEMPERATURE, TOP_K, TOP_P, load_param
 
 CAPACITY = 2048
 """Values copied to be settled at once."""
@@ -53,56 +70,39 @@ def _next_above(x):
 
 @triton.jit
 def _load(row_ptr, start, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
-    columns = start + tl.arange(0, BLOCK)
-    return tl.load(row_ptr + columns, mask=columns < VOCAB, other=float("-inf")).to(tl.float32)
+    return load_logits(row_ptr, start + tl.arange(0, BLOCK), VOCAB)
 
 
 @triton.jit
-def _count_above(row_ptr, a, b, c, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
-    """How many values reach a, b and c."""
-    num = tl.zeros([BLOCK], tl.int32)
-    for start in tl.range(0, VOCAB, BLOCK, loop_unroll_factor=2):
-        x = _load(row_ptr, start, VOCAB, BLOCK)
-        # Three counts share a word: a lane sees V / BLOCK values, fewer than 1024.
-        num += tl.where(x >= a, 1, 0) + tl.where(x >= b, 1024, 0) + tl.where(x >= c, 1048576, 0)
-    return tl.sum(num & 1023, 0), tl.sum((num >> 10) & 1023, 0), tl.sum(num >> 20, 0)
+def _weights(x, least, top, inverse):
+    """What softmax gives values, in units of the greatest's; those below `least` weigh nothing."""
+    return tl.where(x >= least, fast_exp((x - top) * inverse), 0.0)
 
 
 @triton.jit
-def _weights(x, floor, top, inverse):
-    """What softmax gives values, in units of the greatest's; those below `floor` weigh nothing."""
-    return tl.where(x >= floor, fast_exp((x - top) * inverse), 0.0)
-
-
-@triton.jit
-def _weigh_above(row_ptr, a, b, c, floor, top, inverse, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
-    """The mass of the values that reach a, b and c, of those that reach `floor`, in units of the greatest's; and how
-    many reach a, b and c."""
+def _weigh_above(
+    row_ptr, a, b, c, least, top, inverse, VOCAB: tl.constexpr, BLOCK: tl.constexpr, BY_MASS: tl.constexpr
+):  # fmt: skip
+    """What the values that reach a, b and c weigh (BY_MASS: as `_weights`; else one each), and how many they are."""
     sum_a = tl.zeros([BLOCK], tl.float32)
     sum_b = tl.zeros([BLOCK], tl.float32)
     sum_c = tl.zeros([BLOCK], tl.float32)
     num = tl.zeros([BLOCK], tl.int32)
     for start in tl.range(0, VOCAB, BLOCK, loop_unroll_factor=2):
         x = _load(row_ptr, start, VOCAB, BLOCK)
-        weight = _weights(x, floor, top, inverse)
-        sum_a += tl.where(x >= a, weight, 0.0)
-        sum_b += tl.where(x >= b, weight, 0.0)
-        sum_c += tl.where(x >= c, weight, 0.0)
+        if BY_MASS:
+            weight = _weights(x, least, top, inverse)
+            sum_a += tl.where(x >= a, weight, 0.0)
+            sum_b += tl.where(x >= b, weight, 0.0)
+            sum_c += tl.where(x >= c, weight, 0.0)
+        # Three counts share an int32: a lane sees V / BLOCK values, fewer than 1024.
         num += tl.where(x >= a, 1, 0) + tl.where(x >= b, 1024, 0) + tl.where(x >= c, 1048576, 0)
-    num_a = tl.sum(num & 1023, 0)
-    num_b = tl.sum((num >> 10) & 1023, 0)
-    return tl.sum(sum_a, 0), tl.sum(sum_b, 0), tl.sum(sum_c, 0), num_a, num_b, tl.sum(num >> 20, 0)
-
-
-@triton.jit
-def _above(row_ptr, a, b, c, floor, top, inverse, VOCAB: tl.constexpr, BLOCK: tl.constexpr, BY_MASS: tl.constexpr):
-    """What the values that reach a, b and c weigh (their mass, or one each), and how many they are."""
+    num_a, num_b = tl.sum(num & 1023, 0), tl.sum((num >> 10) & 1023, 0)
     if BY_MASS:
-        sum_a, sum_b, sum_c, num_a, num_b, num_c = _weigh_above(row_ptr, a, b, c, floor, top, inverse, VOCAB, BLOCK)
+        return tl.sum(sum_a, 0), tl.sum(sum_b, 0), tl.sum(sum_c, 0), num_a, num_b, tl.sum(num >> 20, 0)
     else:
-        num_a, num_b, num_c = _count_above(row_ptr, a, b, c, VOCAB, BLOCK)
-        sum_a, sum_b, sum_c = num_a.to(tl.float32), num_b.to(tl.float32), num_c.to(tl.float32)
-    return sum_a, sum_b, sum_c, num_a, num_b, num_c
+        num_c = tl.sum(num >> 20, 0)
+        return num_a.to(tl.float32), num_b.to(tl.float32), num_c.to(tl.float32), num_a, num_b, num_c
 
 
 @triton.jit
@@ -114,12 +114,12 @@ def _collect(row_ptr, scratch, low, high, VOCAB: tl.constexpr, BLOCK: tl.constex
         inside = ((x >= low) & (x < high)).to(tl.int32)
         num_inside = tl.sum(inside, 0)
         if num_inside > 0:
-            places = count + tl.cumsum(inside, 0) - 1
-            tl.store(scratch + places, x, mask=(inside > 0) & (places < CAP))
+            targets = count + tl.cumsum(inside, 0) - 1
+            tl.store(scratch + targets, x, mask=(inside > 0) & (targets < CAP))
         count += num_inside
     tl.debug_barrier()  # this program's own stores, read by its other threads
-    slots = tl.arange(0, CAP)
-    x = tl.load(scratch + slots, mask=slots < count, other=float("-inf"))
+    indices = tl.arange(0, CAP)
+    x = tl.load(scratch + indices, mask=indices < count, other=float("-inf"))
     tl.debug_barrier()
     return x, count
 
@@ -140,12 +140,12 @@ def _bisect(x, weight, low, high, above, wanted):
 
 @triton.jit
 def _narrow(
-    row_ptr, low, num_low, top, wanted, floor, inverse,
+    row_ptr, low, num_low, top, wanted, least, inverse,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr, BY_MASS: tl.constexpr,
 ):  # fmt: skip
-    """A range [low, high) of at most CAP values, or of one value, where the weight from above reaches `wanted`.
+    """A range [low, high) that holds the threshold and at most CAP values, or equal ones alone.
 
-    Values >= the given low weigh enough, and are `num_low`. Returns the range, the weight from beyond it, and the
+    `num_low` values reach the given low, and weigh enough. Returns the range, the weight from beyond it, and the
     numbers of values >= low and >= high.
     """
     high = _next_above(top)
@@ -156,8 +156,10 @@ def _narrow(
         b = low + (high - low) * 0.5
         a = low + (b - low) * 0.5
         c = b + (high - b) * 0.5
-        sum_a, sum_b, sum_c, num_a, num_b, num_c = _above(row_ptr, a, b, c, floor, top, inverse, VOCAB, BLOCK, BY_MASS)
-        shrinks = (b > low) & (b < high)
+        sum_a, sum_b, sum_c, num_a, num_b, num_c = _weigh_above(
+            row_ptr, a, b, c, least, top, inverse, VOCAB, BLOCK, BY_MASS
+        )
+        shrinks = (b > low) & (b < high)  # else low and high are neighbours
         has_a = sum_a >= wanted
         has_b = sum_b >= wanted
         has_c = sum_c >= wanted
@@ -174,22 +176,22 @@ def _kth(
     row_ptr, scratch, best, third, top, top_k, top_p, inverse,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """The k-th greatest value, or -inf if there are fewer; or, where everything above it was at hand and top_p asks for
-    less, the nucleus of that.
+    """(threshold, whether top_p is done with): the k-th greatest value, or -inf if there are fewer; or, where
+    everything that reaches it was at hand and top_p asks for less, the nucleus of that.
 
-    Also returns whether top_p is done with.
+    `best` holds the greatest two values of every lane, `third` the greatest that is not among them.
     """
     high = _next_above(top)
     nothing = tl.full([], float("-inf"), tl.float32)
-    least = _bisect(best, tl.where(best > nothing, 1.0, 0.0), nothing, high, 0.0, top_k)
-    threshold = least
+    found = _bisect(best, tl.where(best > nothing, 1.0, 0.0), nothing, high, 0.0, top_k)
+    threshold = found
     is_done = top_p >= 1.0
-    if third < least:
+    if third < found:
         if top_p < 1.0:
-            threshold = _nucleus_within(best, least, high, top, top_p, inverse)
+            threshold = _nucleus_within(best, found, high, top, top_p, inverse)
             is_done = True
     else:
-        threshold, is_done = _kth_from(row_ptr, scratch, least, high, top, top_k, top_p, inverse, VOCAB, BLOCK, CAP)
+        threshold, is_done = _kth_from(row_ptr, scratch, found, high, top, top_k, top_p, inverse, VOCAB, BLOCK, CAP)
     return threshold, is_done
 
 
@@ -230,26 +232,26 @@ def _kth_from(
 
 @triton.jit
 def _nucleus(
-    row_ptr, scratch, best, third, floor, reach, top, top_p, inverse,
+    row_ptr, scratch, best, third, least, reach, top, top_p, inverse,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """The greatest threshold whose values hold top_p of the mass of those that reach `floor`."""
-    low = tl.maximum(reach, floor)
+    """The greatest threshold whose values hold top_p of the mass of those that reach `least`; at least `reach`."""
+    low = tl.maximum(reach, least)
     high = _next_above(top)
-    total, near, _, _, num_low, _ = _above(row_ptr, floor, low, top, floor, top, inverse, VOCAB, BLOCK, True)
+    total, near, _, _, num_low, _ = _weigh_above(row_ptr, least, low, top, least, top, inverse, VOCAB, BLOCK, True)
     wanted = top_p * total
     nothing = tl.full([], float("-inf"), tl.float32)
-    threshold = _bisect(best, _weights(best, floor, top, inverse), nothing, high, 0.0, wanted)
+    threshold = _bisect(best, _weights(best, least, top, inverse), nothing, high, 0.0, wanted)
     if third >= threshold:
-        threshold = floor  # should rounding leave a mass of nearly nothing to find: everything is kept
+        threshold = least  # should rounding leave a mass of nearly nothing to find: everything stays
         if near >= wanted:
             low, high, above, num_low, num_high = _narrow(
-                row_ptr, low, num_low, top, wanted, floor, inverse, VOCAB, BLOCK, CAP, True
+                row_ptr, low, num_low, top, wanted, least, inverse, VOCAB, BLOCK, CAP, True
             )
             threshold = low
             if num_low - num_high <= CAP:
                 x, _ = _collect(row_ptr, scratch, low, high, VOCAB, BLOCK, CAP)
-                threshold = _bisect(x, _weights(x, floor, top, inverse), low, high, above, wanted)
+                threshold = _bisect(x, _weights(x, least, top, inverse), low, high, above, wanted)
     return threshold
 
 
@@ -278,44 +280,42 @@ def _lowest(row_ptr, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
     return tl.min(lows, 0)
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots_ptr", "places_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr", "copy_of_ptr"])
 def _thresholds_kernel(
-    logits_ptr, copies_ptr, places_ptr, params_ptr, slots_ptr, scratch_ptr, floors_ptr,
-    VOCAB: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr, WORDS: tl.constexpr, REACH: tl.constexpr,
-    HAS_PLACES: tl.constexpr,
+    logits_ptr, copies_ptr, copy_of_ptr, params_ptr, slots_ptr, scratch_ptr, thresholds_ptr,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr, REACH: tl.constexpr, HAS_COPIES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    slot, place = place_of(slots_ptr, places_ptr, row, HAS_PLACES)
+    slot, copy = slot_and_copy(slots_ptr, copy_of_ptr, row, HAS_COPIES)
     if slot < 0:
         return
-    params = params_ptr + slot * WORDS
-    temperature = tl.load(params)
-    top_k = tl.load(params + 4)
-    top_p = tl.load(params + 5)
-    min_reach = tl.load(params + 6)
-    is_off = (top_k <= 0.0) & (top_p >= 1.0) & (min_reach == float("-inf"))
+    temperature = load_param(params_ptr, slot, TEMPERATURE)
+    top_k = load_param(params_ptr, slot, TOP_K)
+    top_p = load_param(params_ptr, slot, TOP_P)
+    min_p_reach = load_param(params_ptr, slot, MIN_P)
+    is_off = (top_k <= 0.0) & (top_p >= 1.0) & (min_p_reach == float("-inf"))
     if is_off | (temperature <= 0.0):
-        tl.store(floors_ptr + row, float("-inf"))
+        tl.store(thresholds_ptr + row, float("-inf"))
         return
-    row_ptr = logits_ptr + row.to(tl.int64) * VOCAB
-    if HAS_PLACES and place >= 0:
-        row_ptr = copies_ptr + place.to(tl.int64) * VOCAB
+    row_ptr = drawn_row(logits_ptr, copies_ptr, row, copy, VOCAB, HAS_COPIES)
     scratch = scratch_ptr + row * CAP
-    first, second, third = _greatest_of_lanes(row_ptr, VOCAB, BLOCK)
+    first, second, thirds = _greatest_of_lanes(row_ptr, VOCAB, BLOCK)
     top = tl.max(first, 0)
-    floor = float("-inf")
+    threshold = float("-inf")
     if (top < float("inf")) & (top > float("-inf")):
         best = tl.reshape(tl.join(first, second), [2 * BLOCK])
-        best_third = tl.max(third, 0)
+        third = tl.max(thirds, 0)
         inverse = 1.0 / temperature
         is_done = top_p >= 1.0
         if (top_k > 0.0) & (top_k < VOCAB):
-            floor, is_done = _kth(row_ptr, scratch, best, best_third, top, top_k, top_p, inverse, VOCAB, BLOCK, CAP)
+            threshold, is_done = _kth(row_ptr, scratch, best, third, top, top_k, top_p, inverse, VOCAB, BLOCK, CAP)
         if is_done == 0:
             reach = top - REACH * temperature
-            floor = _nucleus(row_ptr, scratch, best, best_third, floor, reach, top, top_p, inverse, VOCAB, BLOCK, CAP)
-        floor = tl.maximum(floor, top + min_reach)
-    tl.store(floors_ptr + row, floor)
+            threshold = _nucleus(
+                row_ptr, scratch, best, third, threshold, reach, top, top_p, inverse, VOCAB, BLOCK, CAP
+            )
+        threshold = tl.maximum(threshold, top + min_p_reach)
+    tl.store(thresholds_ptr + row, threshold)
 
 
 def threshold_scratch(max_rows: int, device: torch.device) -> Tensor:
@@ -328,22 +328,20 @@ def find_thresholds(
     slot_params: Tensor,
     slots_S: Tensor,
     scratch: Tensor,
-    floors_S: Tensor,
-    shaped: ShapedRows | None = None,
+    thresholds_S: Tensor,
+    processed: ProcessedRows | None = None,
 ) -> None:
-    """Write the least logit kept of each row to `floors_S` (float32; -inf where nothing is dropped).
+    """Write the least logit of each row that may be drawn to `thresholds_S` (float32; -inf: all may).
 
     logits_SV     before division by the temperature, any float dtype, contiguous
-    slot_params   float32 [slots, ROW_WORDS]: word 0 temperature (0: nothing is dropped), 4 top_k (0 off), 5 top_p
-                  (1 off), 6 T log(min_p) (-inf off)
+    slot_params   as `slot_params` has them; nothing is dropped at temperature 0
     slots_S       int32; a row whose slot is below 0 is skipped
-    shaped        rows to read from reshaped copies instead (logits are float32 then)
+    processed     rows to read from processed copies instead (logits are float32 then)
     """
     num_rows, vocab_size = logits_SV.shape
     assert logits_SV.is_contiguous() and vocab_size < 1024 * _BLOCK
-    copies, places = (logits_SV, slots_S) if shaped is None else (shaped.copies_CV, shaped.places_S)
+    copies, copy_of = (logits_SV, slots_S) if processed is None else (processed.copies_CV, processed.copy_of_S)
     _thresholds_kernel[(num_rows,)](
-        logits_SV, copies, places, slot_params, slots_S, scratch, floors_S,
-        VOCAB=vocab_size, BLOCK=_BLOCK, CAP=CAPACITY, WORDS=ROW_WORDS, REACH=_REACH, HAS_PLACES=shaped is not None,
-        num_warps=8,
+        logits_SV, copies, copy_of, slot_params, slots_S, scratch, thresholds_S,
+        VOCAB=vocab_size, BLOCK=_BLOCK, CAP=CAPACITY, REACH=_REACH, HAS_COPIES=processed is not None, num_warps=8,
     )  # fmt: skip

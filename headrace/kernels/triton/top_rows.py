@@ -7,7 +7,7 @@ make it onto the list. One program does a row, whatever the batch.
 
 A candidate is one int64, the logit's bits in order above those of its id: greatest first, lowest id first among equals.
 
-Legend: S rows, V vocabulary, W words of a row of results.
+Legend: S rows, V vocabulary, W int32 of a row of results.
 """
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-any-return"
 
@@ -19,9 +19,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headrace.kernels.triton.logits_processors import ProcessedRows, stated_row
 from headrace.kernels.triton.sampling_rows import BLOCK, SamplingWorkspace
-from headrace.kernels.triton.shaped_rows import ShapedRows
-from headrace.kernels.triton.threshold_search import ROW_WORDS, ordered_bits, unordered_bits
+from headrace.kernels.triton.slot_params import (
+    DIVISOR,
+    LOGPROBS_OF,
+    NUM_ASKED,
+    NUM_TOP,
+    OF_POINT,
+    OF_SAMPLED,
+    load_param,
+)
+from headrace.kernels.triton.threshold_search import ordered_bits, unordered_bits
 
 LIST_SIZES = (8, 32, 1024)
 """Numbers of top ids that a kernel is compiled for."""
@@ -39,35 +48,35 @@ class SampledRows:
     slots_S: Tensor
     tokens_S: Tensor
     slot_params: Tensor
-    floors_S: Tensor | None
+    thresholds_S: Tensor | None
     workspace: SamplingWorkspace
-    shaped: ShapedRows | None
+    processed: ProcessedRows | None
 
 
 @triton.jit
 def _distribution_of(
-    logits_ptr, copies_ptr, places_ptr, floors_ptr, row, kind, has_places, has_floors, VOCAB: tl.constexpr
+    logits_ptr, copies_ptr, copy_of_ptr, thresholds_ptr, row, logprobs_of, has_copies, has_thresholds,
+    VOCAB: tl.constexpr,
 ):  # fmt: skip
     """Where the logits are of which a row's log-probabilities are; the least that counts; whether to leave it alone."""
     row_ptr = logits_ptr + row.to(tl.int64) * VOCAB
-    floor = kind * 0.0 + float("-inf")
-    is_skipped = kind < 0.0
-    if has_places:
-        place = tl.load(places_ptr + row)
-        is_skipped = place < -1
-        if (place >= 0) & (kind != 0.0):
-            row_ptr = copies_ptr + place.to(tl.int64) * VOCAB
-    if has_floors & (kind == 1.0):
-        floor = tl.load(floors_ptr + row)
-    return row_ptr, floor, is_skipped
+    threshold = logprobs_of * 0.0 + float("-inf")
+    is_skipped = logprobs_of < 0.0
+    if has_copies:
+        copy = tl.load(copy_of_ptr + row)
+        is_skipped = copy < -1
+        row_ptr = stated_row(logits_ptr, copies_ptr, row, copy, logprobs_of, VOCAB, True)
+    if has_thresholds & (logprobs_of == OF_SAMPLED):
+        threshold = tl.load(thresholds_ptr + row)
+    return row_ptr, threshold, is_skipped
 
 
 @triton.jit
-def _stated(row_ptr, ids, mask, floor, is_point, token):
+def _load_stated(row_ptr, ids, mask, threshold, is_point, token):
     """The logits of a distribution: -inf where nothing is left of an id."""
     x = tl.load(row_ptr + ids, mask=mask, other=float("-inf")).to(tl.float32)
     x = tl.where(is_point, tl.where(ids == token, 0.0, float("-inf")), x)
-    return tl.where(x >= floor, x, float("-inf"))
+    return tl.where(x >= threshold, x, float("-inf"))
 
 
 @triton.jit
@@ -82,32 +91,31 @@ def _packed_id(key):
 
 
 @triton.jit(
-    do_not_specialize=["has_places", "has_floors", "out_stride", "values_at"],
-    do_not_specialize_on_alignment=["slots_ptr", "places_ptr", "tokens_ptr"],
+    do_not_specialize=["has_copies", "has_thresholds", "out_stride", "values_at"],
+    do_not_specialize_on_alignment=["slots_ptr", "copy_of_ptr", "tokens_ptr"],
 )
 def _top_kernel(
-    logits_ptr, copies_ptr, places_ptr, floors_ptr, params_ptr, slots_ptr, tokens_ptr, partial_ptr, norms_ptr, out_ptr,
-    has_places, has_floors, out_stride, values_at,
-    VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, WORDS: tl.constexpr,
-    LIST: tl.constexpr,
+    logits_ptr, copies_ptr, copy_of_ptr, thresholds_ptr, params_ptr, slots_ptr, tokens_ptr, partial_ptr, norms_ptr,
+    out_ptr, has_copies, has_thresholds, out_stride, values_at,
+    VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, LIST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     slot = tl.load(slots_ptr + row)
     if slot < 0:
         return
-    num_top = tl.load(params_ptr + slot * WORDS + 3).to(tl.int32)
-    kind = tl.load(params_ptr + slot * WORDS + 2)
-    row_ptr, floor, is_skipped = _distribution_of(
-        logits_ptr, copies_ptr, places_ptr, floors_ptr, row, kind, has_places, has_floors, VOCAB
+    num_top = load_param(params_ptr, slot, NUM_TOP).to(tl.int32)
+    logprobs_of = load_param(params_ptr, slot, LOGPROBS_OF)
+    row_ptr, threshold, is_skipped = _distribution_of(
+        logits_ptr, copies_ptr, copy_of_ptr, thresholds_ptr, row, logprobs_of, has_copies, has_thresholds, VOCAB
     )
     if is_skipped | (num_top == 0):
         return
-    is_point = kind == 2.0
+    is_point = logprobs_of == OF_POINT
     token = tl.load(tokens_ptr + row)
     blocks = tl.arange(0, BLOCKS)
     greatest = tl.load(partial_ptr + (row * NUM_BLOCKS + blocks) * 4, mask=blocks < NUM_BLOCKS, other=float("-inf"))
     greatest = tl.where(is_point, tl.where(blocks == token // BLOCK_V, 0.0, float("-inf")), greatest)
-    greatest = tl.where(greatest >= floor, greatest, float("-inf"))
+    greatest = tl.where(greatest >= threshold, greatest, float("-inf"))
     bounds = tl.where(blocks < NUM_BLOCKS, _pack(greatest, blocks * BLOCK_V), _LOWEST)  # nothing in a block is greater
     lanes = tl.arange(0, LIST)
     found = tl.where(lanes < num_top, lanes.to(tl.int64) + _LOWEST, _HIGHEST)  # distinct, and below every candidate
@@ -117,7 +125,7 @@ def _top_kernel(
         bounds = tl.where(bounds == bound, _LOWEST, bounds)
         ids = (_packed_id(bound) // BLOCK_V) * BLOCK_V + tl.arange(0, BLOCK_V)  # seen to be aligned
         mask = ids < VOCAB
-        keys = tl.where(mask, _pack(_stated(row_ptr, ids, mask, floor, is_point, token), ids), _LOWEST)
+        keys = tl.where(mask, _pack(_load_stated(row_ptr, ids, mask, threshold, is_point, token), ids), _LOWEST)
         key = tl.max(keys, 0)
         while key > least:
             found = tl.where(found == least, key, found)
@@ -125,7 +133,7 @@ def _top_kernel(
             least = tl.min(found, 0)
             key = tl.max(keys, 0)
         bound = tl.max(bounds, 0)
-    inverse = 1.0 / tl.load(params_ptr + slot * WORDS + 1)
+    inverse = 1.0 / load_param(params_ptr, slot, DIVISOR)
     top = tl.load(norms_ptr + 2 * row)
     log_total = tl.load(norms_ptr + 2 * row + 1)
     out_ptr += row.to(tl.int64) * out_stride
@@ -139,34 +147,35 @@ def _top_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["has_places", "has_floors", "out_stride", "values_at", "ids_stride", "one_per_row"],
-    do_not_specialize_on_alignment=["slots_ptr", "places_ptr", "tokens_ptr", "ids_ptr"],
+    do_not_specialize=["has_copies", "has_thresholds", "out_stride", "values_at", "ids_stride", "one_per_row"],
+    do_not_specialize_on_alignment=["slots_ptr", "copy_of_ptr", "tokens_ptr", "ids_ptr"],
 )
 def _asked_kernel(
-    logits_ptr, copies_ptr, places_ptr, floors_ptr, params_ptr, slots_ptr, tokens_ptr, ids_ptr, norms_ptr, out_ptr,
-    has_places, has_floors, out_stride, values_at, ids_stride, one_per_row,
-    VOCAB: tl.constexpr, WORDS: tl.constexpr, BLOCK_A: tl.constexpr,
+    logits_ptr, copies_ptr, copy_of_ptr, thresholds_ptr, params_ptr, slots_ptr, tokens_ptr, ids_ptr, norms_ptr, out_ptr,
+    has_copies, has_thresholds, out_stride, values_at, ids_stride, one_per_row,
+    VOCAB: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     slot = tl.load(slots_ptr + row)
     if slot < 0:
         return
-    num_asked = tl.load(params_ptr + slot * WORDS + 7).to(tl.int32)
+    num_asked = load_param(params_ptr, slot, NUM_ASKED).to(tl.int32)
     start = slot.to(tl.int64) * ids_stride
     if one_per_row:
         num_asked = 1
         start = row.to(tl.int64)
-    kind = tl.load(params_ptr + slot * WORDS + 2)
-    row_ptr, floor, is_skipped = _distribution_of(
-        logits_ptr, copies_ptr, places_ptr, floors_ptr, row, kind, has_places, has_floors, VOCAB
+    logprobs_of = load_param(params_ptr, slot, LOGPROBS_OF)
+    row_ptr, threshold, is_skipped = _distribution_of(
+        logits_ptr, copies_ptr, copy_of_ptr, thresholds_ptr, row, logprobs_of, has_copies, has_thresholds, VOCAB
     )
     if is_skipped:
         return
     columns = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
     mask = columns < num_asked
     ids = tl.load(ids_ptr + start + columns, mask=mask, other=VOCAB)
-    x = _stated(row_ptr, ids, mask & (ids < VOCAB), floor, kind == 2.0, tl.load(tokens_ptr + row))
-    inverse = 1.0 / tl.load(params_ptr + slot * WORDS + 1)
+    is_point = logprobs_of == OF_POINT
+    x = _load_stated(row_ptr, ids, mask & (ids < VOCAB), threshold, is_point, tl.load(tokens_ptr + row))
+    inverse = 1.0 / load_param(params_ptr, slot, DIVISOR)
     value = (x - tl.load(norms_ptr + 2 * row)) * inverse - tl.load(norms_ptr + 2 * row + 1)
     value = tl.where(ids < VOCAB, value, float("-inf"))
     tl.store(out_ptr + row.to(tl.int64) * out_stride + values_at + columns, value.to(tl.int32, bitcast=True), mask=mask)
@@ -174,18 +183,18 @@ def _asked_kernel(
 
 def _common(rows: SampledRows) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
     """The leading tensors of both kernels, and which of them mean something."""
-    copies, places = rows.logits_SV, rows.slots_S
-    if rows.shaped is not None:
-        copies, places = rows.shaped.copies_CV, rows.shaped.places_S
-    floors = rows.slot_params if rows.floors_S is None else rows.floors_S
-    tensors = (rows.logits_SV, copies, places, floors, rows.slot_params, rows.slots_S, rows.tokens_S)
-    return tensors, (int(rows.shaped is not None), int(rows.floors_S is not None))
+    copies, copy_of = rows.logits_SV, rows.slots_S
+    if rows.processed is not None:
+        copies, copy_of = rows.processed.copies_CV, rows.processed.copy_of_S
+    thresholds = rows.slot_params if rows.thresholds_S is None else rows.thresholds_S
+    tensors = (rows.logits_SV, copies, copy_of, thresholds, rows.slot_params, rows.slots_S, rows.tokens_S)
+    return tensors, (int(rows.processed is not None), int(rows.thresholds_S is not None))
 
 
 def top_rows(rows: SampledRows, out_SW: Tensor, most: int) -> None:
     """The most probable ids of each row and their log-probabilities, of what the row's own log-probability is of.
 
-    Each row gets as many as word 3 of its slot's parameters says, at most `most` <= V: the ids in columns 0.. of out_SW
+    Each row gets as many as its slot's parameters say, at most `most` <= V: the ids in columns 0.. of out_SW
     (int32), greatest first and the lowest id first among equals, the bits of their log-probabilities in columns most...
     Logits are float32. A row with NaN gets ids in no promised order.
     """
@@ -195,15 +204,15 @@ def top_rows(rows: SampledRows, out_SW: Tensor, most: int) -> None:
     _top_kernel[(num_rows,)](
         *tensors, rows.workspace.partial_RB4, rows.workspace.norms_R2, out_SW, *flags, out_SW.stride(0), most,
         VOCAB=vocab_size, BLOCK_V=BLOCK, NUM_BLOCKS=num_blocks, BLOCKS=triton.next_power_of_2(num_blocks),
-        WORDS=ROW_WORDS, LIST=next(size for size in LIST_SIZES if size >= most), num_warps=8,
+        LIST=next(size for size in LIST_SIZES if size >= most), num_warps=8,
     )  # fmt: skip
 
 
 def asked_rows(rows: SampledRows, ids: Tensor, out_SW: Tensor, first: int, most: int) -> None:
     """The log-probabilities of given ids, of what the row's own log-probability is of, as bits from column `first` on.
 
-    ids     int32 [slots, *], of which word 7 of the slot's parameters says how many count, at most `most`; or [S], one
-            id per row. One outside the vocabulary has log-probability -inf
+    ids     int32 [slots, *], of which as many count as the slot's parameters say, at most `most`; or [S], one per row.
+            One outside the vocabulary has log-probability -inf
     """
     tensors, flags = _common(rows)
     num_rows, vocab_size = rows.logits_SV.shape
@@ -211,5 +220,5 @@ def asked_rows(rows: SampledRows, ids: Tensor, out_SW: Tensor, first: int, most:
     _asked_kernel[(num_rows, triton.cdiv(most, _ASKED))](
         *tensors, ids, rows.workspace.norms_R2, out_SW, *flags, out_SW.stride(0), first,
         ids.stride(0) if is_table else 0, int(not is_table),
-        VOCAB=vocab_size, WORDS=ROW_WORDS, BLOCK_A=_ASKED, num_warps=4,
+        VOCAB=vocab_size, BLOCK_A=_ASKED, num_warps=4,
     )  # fmt: skip

@@ -1,0 +1,30 @@
+"""Mixtral: Mistral whose feed-forward block is experts, in every layer; the weights of a token's add up to 1."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from headrace.config.layer_spec import ExpertsSpec
+from headrace.layers.params import Params
+from headrace.layers.residual import Residual
+from headrace.layers.step import ForwardStep, KvPlace
+
+
+class MixtralLayer:
+    """x += attention(norm(x)); x += experts(norm(x)). The weights of a token's experts stay in float32."""
+
+    def __init__(self, params: Params, kv: KvPlace, spec: ExpertsSpec) -> None:
+        self.kv = kv
+        self.attention_norm = params.norm("attention_norm")
+        self.qkv = params.linear("qkv")
+        self.output = params.linear("output")
+        self.mlp_norm = params.norm("mlp_norm")
+        self.router = params.router("router", spec, rounds=False)
+        self.experts = params.experts("experts_gate_up", "experts_down")
+
+    def run(self, x: Residual, step: ForwardStep, kept_tokens: Tensor | None = None) -> None:
+        """As `Layer.run`."""
+        qkv = self.qkv(x.normed(self.attention_norm))
+        attended = step.attention[self.kv.group].run(self.kv.layer, qkv, None)
+        x.add(self.output, x.keep(kept_tokens, attended))
+        x.add_experts(self.experts, self.router(x.normed(self.mlp_norm)))

@@ -1,0 +1,171 @@
+"""What every executor keeps to, whoever computes: order, sampling that waits, failures, and one answer per plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from headrace.config import EngineConfig, resolve
+from headrace.core.executor import Executor, LocalExecutor
+from headrace.core.faults import StepError
+from headrace.runner import build_runner
+from headrace.types.plan import SamplePatch, StepPlan, StepResult
+from headrace.types.request import TokenSampling
+from tests.parity.models import VOCAB_SIZE, make_model, save_model
+from tests.runner.plans import PlanBuilder
+from tests.sampling.masks import allow
+
+PAGE_SIZE = 8
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+NUM_STEPS = 3
+SETTINGS: dict[str, Any] = {
+    "device": "cpu",
+    "dtype": "float32",
+    "page_size": PAGE_SIZE,
+    "kv_pool_tokens": 512,
+    "max_running_requests": 4,
+    "max_num_batched_tokens": 12,
+    "overlap_depth": 2,
+    "num_threads": 1,
+}
+Make = Callable[[], Executor]
+
+# Rows that pad a step compute something from whatever memory held; numpy, which interprets them, says so.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.fixture(scope="module", params=["cpu", "triton"])
+def executor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
+    folder = save_model(make_model("qwen3", **SIZES), tmp_path_factory.mktemp("tiny"))
+    config = EngineConfig(model=str(folder), attention_backend=request.param, **SETTINGS)
+    found = LocalExecutor(build_runner(resolve(config, Path(folder))))
+    yield found
+    found.close()
+
+
+class Story:
+    """A few sequences, sampled differently, from their prompts on: their plans, each with another token per slot."""
+
+    SAMPLINGS = (TokenSampling(0.0), TokenSampling(1.0), TokenSampling(0.8, 5, 0.9, 0.0, 1.2, 0.3, 0.2, ((7, 3.0),)))
+
+    def __init__(self) -> None:
+        self._plans = PlanBuilder(page_size=PAGE_SIZE, num_pages=60)
+        self._is_first = True
+
+    def next(self, *, waits: bool = False) -> StepPlan:
+        slots = range(len(self.SAMPLINGS))
+        for slot, sampling in enumerate(self.SAMPLINGS):
+            if self._is_first:
+                self._plans.enter(slot, [slot + 3, 5, 9], sampling=sampling, seed=slot)
+            else:
+                self._plans.append(slot)
+        plan = self._plans.step([(slot, 3 if self._is_first else 1) for slot in slots])
+        self._is_first = False
+        return msgspec.structs.replace(plan, waits_to_sample=waits)
+
+
+def run(executor: Executor, num_steps: int, *, waits: bool = False, patch: SamplePatch | None = None) -> list[Any]:
+    """Tokens and bits of log-probabilities of so many steps, each submitted while the one before is in flight."""
+    story, found = Story(), []
+    for number in range(num_steps):
+        plan = story.next(waits=waits)
+        executor.submit(plan)
+        if number:
+            found.append(values(executor.collect(), number - 1))
+        if waits:
+            executor.sample(plan.step_id, patch)
+    return [*found, values(executor.collect(), num_steps - 1)]
+
+
+def values(result: StepResult, step_id: int) -> Any:
+    assert result.step_id == step_id
+    return result.token_ids.tolist(), result.logprobs.view(np.int32).tolist()
+
+
+def check_it_goes_on(executor: Executor, expected: list[Any]) -> None:
+    """Whatever happened before, new sequences in all slots get what they get alone."""
+    assert run(executor, len(expected)) == expected
+
+
+@pytest.fixture(scope="module")
+def expected(executor: Executor) -> list[Any]:
+    """Of steps that do not wait."""
+    return run(executor, NUM_STEPS)
+
+
+def test_sampling_apart_gives_the_same_bits(executor: Executor, expected: list[Any]) -> None:
+    assert run(executor, NUM_STEPS, waits=True) == expected
+
+
+def test_a_patch_that_comes_late_says_what_may_be_sampled(executor: Executor, expected: list[Any]) -> None:
+    ids = [11, 30, 31, 32, 64, VOCAB_SIZE - 1]
+    for tokens, _ in run(executor, 2, waits=True, patch=allow([0, 2], [ids, ids[:1]], VOCAB_SIZE)):
+        assert tokens[0][0] in ids and tokens[2][0] == ids[0]
+    everything = allow([0, 1, 2], [range(VOCAB_SIZE)] * 3, VOCAB_SIZE)
+    found = run(executor, NUM_STEPS, waits=True, patch=everything)
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
+
+
+def test_plans_are_answered_in_their_order_however_many_are_in_flight(executor: Executor, expected: list[Any]) -> None:
+    story = Story()
+    for _ in range(3):
+        executor.submit(story.next())
+    assert [values(executor.collect(), step_id) for step_id in range(3)] == expected
+
+
+def test_a_plan_before_the_sampling_of_the_last_fails_with_it(executor: Executor, expected: list[Any]) -> None:
+    story = Story()
+    executor.submit(story.next())
+    for _ in range(2):
+        executor.submit(story.next(waits=True))
+    executor.sample(2)
+    assert values(executor.collect(), 0) == expected[0]
+    for step_id in (1, 2):
+        with pytest.raises(StepError, match=f"step {step_id}") as failure:
+            executor.collect()
+        assert failure.value.is_refusal == (step_id == 1)
+    check_it_goes_on(executor, expected)
+
+
+def test_a_plan_that_is_collected_before_its_sampling_fails(executor: Executor, expected: list[Any]) -> None:
+    story = Story()
+    for _ in range(5):  # more often than there are copies of what travels
+        executor.submit(story.next(waits=True))
+        with pytest.raises(StepError):
+            executor.collect()
+        story = Story()
+    check_it_goes_on(executor, expected)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_after_a_failure_none_is_executed_until_it_was_collected(
+    executor: Executor, expected: list[Any], waits: bool
+) -> None:
+    """It writes to a page table that no device has: what that is called depends on it, that it fails does not."""
+    story = Story()
+    executor.submit(story.next())
+    plan = story.next()
+    cell = [np.array([at], np.int32) for at in (1 << 20, 0, 1)]
+    cells = dict(zip(("page_slots", "page_columns", "page_ids"), cell, strict=True))
+    executor.submit(msgspec.structs.replace(plan, **cells, waits_to_sample=waits))
+    if waits:
+        executor.sample(plan.step_id)
+    executor.submit(story.next())
+    assert values(executor.collect(), 0) == expected[0]
+    for step_id in (1, 2):
+        with pytest.raises(StepError, match=f"step {step_id}") as failure:
+            executor.collect()
+        assert not failure.value.is_refusal
+    check_it_goes_on(executor, expected)
