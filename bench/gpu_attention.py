@@ -21,9 +21,10 @@ from headrace.kernels.triton.paged_attention import (
     AttentionTiles,
     PagedAttention,
     choose_tiles,
-    reference_attention,
 )
+from headrace.kernels.triton.row_operations import HeadLayout
 from headrace.kernels.triton.work_items import AttentionPlanner, LaunchBounds, WorkLimits, WorkSummary
+from tests.kernels.oracles import reference_attention
 
 
 @dataclass
@@ -72,11 +73,10 @@ class Paged:
         self, fixed: int | None = None, bounds: LaunchBounds | None = None, **options: object
     ) -> tuple[PagedAttention, torch.Tensor, WorkSummary]:
         limits = WorkLimits(max(len(self.q), 8), 8192, 16384)
-        attention = PagedAttention(
-            self.heads, self.kv, self.dim, self.page, limits, BF16, DEVICE, fixed_split=fixed, **options
-        )  # type: ignore[arg-type]
+        layout = HeadLayout(self.heads, self.kv, self.dim, self.page)
+        attention = PagedAttention(layout, limits, BF16, DEVICE, fixed_split=fixed, **options)  # type: ignore[arg-type]
         planner = AttentionPlanner(limits, attention.tile_sizes, self.page, self.kv, fixed)
-        buffer = np.zeros(limits.num_words, np.int32)
+        buffer = np.zeros(limits.size, np.int32)
         rows = np.arange(len(self.lengths))
         steps = np.full(len(rows), self.num_q)
         summary = planner.fill(buffer, rows, self.lengths - self.num_q, steps, self.groups, bounds)
@@ -90,17 +90,14 @@ class Paged:
         spare    programs per item beyond what is needed
         bounds   cut for these, and launch as many programs
         """
-        attention, work, summary = self.build(bounds=bounds, **options)  # type: ignore[arg-type]
-        num_merged = len(self.q) if summary.num_slots else 0
-        launched = bounds or LaunchBounds(summary.num_narrow * (1 + spare), summary.num_wide, num_merged)
+        attention, metadata, summary = self.build(bounds=bounds, **options)  # type: ignore[arg-type]
+        num_merged = len(self.q) if summary.num_partials else 0
+        launched = bounds or LaunchBounds(summary.num_decode * (1 + spare), summary.num_prefill, num_merged)
         turn = count()
 
         def call() -> None:
             keys, values = self.pools[next(turn) % self.copies]
-            attention.run(
-                self.q, keys, values, self.table, work, self.out,
-                num_narrow=launched.narrow, num_wide=launched.wide, num_merged=launched.merged,
-            )  # fmt: skip
+            attention.run(self.q, keys, values, self.table, metadata, self.out, launched)
 
         call()
         error = self.error()
@@ -149,7 +146,7 @@ def attention(table: Table) -> None:
         cases.append((name, Paged(lengths, 16, 8, copies=copies)))
     for name, case in cases:
         us, error, summary = case.measure()
-        table.add(name, us, case.num_bytes, case.flops, error, f"split {summary.split}, {summary.num_narrow} items")
+        table.add(name, us, case.num_bytes, case.flops, error, f"split {summary.split}, {summary.num_decode} items")
         if name.startswith(("decode 256 x 800, 16q", "decode 512 x 900, groups of 8 share 512, 16q")):
             us, error, _ = case.measure(spare=1)
             table.add(f"{name}; twice the programs", us, case.num_bytes, case.flops, error)
@@ -173,12 +170,12 @@ def float8(table: Table) -> None:
     for name, case in cases.items():
         for fixed in (None, 256):
             us, error, summary = case.measure(fixed=fixed)
-            note = f"split {summary.split}, {summary.num_narrow} + {summary.num_wide} items"
+            note = f"split {summary.split}, {summary.num_decode} + {summary.num_prefill} items"
             label = f"float8 {name}{'; invariant' if fixed else ''}"
             table.add(label, us, case.num_bytes, case.flops, error, note)
-    wide = choose_tiles(2, 128, BF16, invariant=False, packed=True).wide
+    prefill = choose_tiles(2, 128, BF16, invariant=False, packed=True).prefill
     for block_n, warps, stages in ((32, 1, 4), (32, 2, 4), (64, 1, 3), (64, 2, 2), (64, 2, 4), (64, 4, 2), (128, 4, 3)):
-        tiles = AttentionTiles(AttentionTile(16, block_n, warps, stages), wide)
+        tiles = AttentionTiles(AttentionTile(16, block_n, warps, stages), prefill)
         for name in ("decode 256 x 800, 16q/8kv", "decode 512 x 900, 16q/8kv"):
             case = cases[name]
             us, error, _ = case.measure(tiles=tiles)
@@ -195,13 +192,13 @@ def bounds(table: Table) -> None:
         )
         held = planner.bounds(num_rows, num_rows, is_decode=True)
         choices = {"to measure": None, "of its launch": held, "mixed": planner.bounds(512, 2048)}
-        choices |= {f"{narrow}": LaunchBounds(narrow, 0, num_rows) for narrow in (33, 64, 128, 256) if num_rows < 64}
+        choices |= {f"{most}": LaunchBounds(most, 0, num_rows) for most in (33, 64, 128, 256) if num_rows < 64}
         for note, choice in choices.items():
             if choice is not None and choice.merged > num_rows:
-                choice = LaunchBounds(choice.narrow, choice.wide, num_rows)
+                choice = LaunchBounds(choice.decode, choice.prefill, num_rows)
             us, error, summary = case.measure(bounds=choice)
             label = f"decode {num_rows} x {context}, 16q/8kv; bounds {note}"
-            plan = f"split {summary.split}, {summary.num_narrow} items of {choice.narrow if choice else 'as many'}"
+            plan = f"split {summary.split}, {summary.num_decode} items of {choice.decode if choice else 'as many'}"
             table.add(label, us, case.num_bytes, case.flops, error, plan)
 
 
@@ -214,7 +211,7 @@ def planning(table: Table) -> None:
         groups = np.array([(first, size, 25) for first in firsts], np.int32).reshape(-1, 3)
         limits = WorkLimits(8192, 8192, 16384)
         planner = AttentionPlanner(limits, choose_tiles(2, 128, BF16, invariant=False).tokens(2), 16, 8)
-        held, buffer = planner.bounds(num_rows, num_rows, is_decode=True), np.zeros(limits.num_words, np.int32)
+        held, buffer = planner.bounds(num_rows, num_rows, is_decode=True), np.zeros(limits.size, np.int32)
         arguments = buffer, np.arange(num_rows), starts, ones, groups, held
         best = min(timeit.repeat(lambda a=arguments, p=planner: p.fill(*a), number=20, repeat=20)) / 20
         table.add(f"plan of decode {num_rows} x 900, groups of {size}", best * 1e6, 0, 0, 0)

@@ -27,6 +27,8 @@ from gpu_timing import BF16, DEVICE, FLOAT8, Table, num_copies, relative_error, 
 
 from headrace.kernels.triton import linear_rows, row_operations, sampling_rows, threshold_search, top_rows
 from headrace.kernels.triton.slot_params import DIVISOR, MIN_P, NUM_PARAMS, NUM_TOP, TEMPERATURE, TOP_K, TOP_P
+from headrace.kernels.triton.work_items import LaunchBounds
+from tests.kernels import oracles
 
 
 def rows(table: Table) -> None:
@@ -42,12 +44,12 @@ def _norm_and_gate(table: Table, num_rows: int) -> None:
         x, out = (torch.randn(num_rows, width, device=DEVICE, dtype=BF16) for _ in range(2))
         weight = torch.randn(width, device=DEVICE, dtype=BF16)
         row_operations.rms_norm(x, weight, 1e-6, out)
-        error = relative_error(out, row_operations.reference_rms_norm(x, weight, 1e-6))
+        error = relative_error(out, oracles.reference_rms_norm(x, weight, 1e-6))
         us = time_us(lambda x=x, w=weight, o=out: row_operations.rms_norm(x, w, 1e-6, o))
         table.add(f"norm, {num_rows} x {width}", us, 2 * x.nbytes, 0, error)
         x, out = (torch.randn(num_rows, n, device=DEVICE, dtype=BF16) for n in (2 * inner, inner))
         row_operations.silu_and_mul(x, out)
-        error = relative_error(out, row_operations.reference_silu_and_mul(x))
+        error = relative_error(out, oracles.reference_silu_and_mul(x))
         us = time_us(lambda x=x, o=out: row_operations.silu_and_mul(x, o))
         table.add(f"silu and mul, {num_rows} x {inner}", us, 3 * out.nbytes, 0, error)
 
@@ -68,7 +70,7 @@ def _rope(table: Table, num_rows: int, heads: int, kv: int, pool_dtype: torch.dt
         )
 
     call()
-    expected = row_operations.reference_rope(qkv, None, norms, 1e-6, cos, sin, positions, layout)[0]
+    expected = oracles.reference_rope(qkv, None, norms, 1e-6, cos, sin, positions, layout)[0]
     error = relative_error(case.q, expected)
     label = f"norms + rope + store, {num_rows} rows, {heads}q/{kv}kv, {str(pool_dtype)[6:]}"
     table.add(label, time_us(call), 2 * qkv.nbytes, 0, error)
@@ -151,7 +153,7 @@ def linear(table: Table) -> None:
         for num_rows in (1, 256, 512):
             x = torch.randn(num_rows, inputs, device=DEVICE, dtype=BF16)
             out = torch.empty(num_rows, outputs, device=DEVICE, dtype=BF16)
-            expected = linear_rows.reference_linear(x, weights[0], None)
+            expected = oracles.reference_linear(x, weights[0], None)
             num_bytes = weights[0].nbytes + x.nbytes + out.nbytes
             runs = {
                 "library": lambda w, x=x, o=out: torch.mm(x, w.T, out=o),
@@ -159,7 +161,7 @@ def linear(table: Table) -> None:
             }
             if num_rows == 1:
                 runs["row"] = lambda w, x=x, o=out: linear_rows.multiply_row(x, w, o)
-                runs["row, overlap"] = lambda w, x=x, o=out: linear_rows.multiply_row(x, w, o, overlap=True)
+                runs["row, pdl"] = lambda w, x=x, o=out: linear_rows.multiply_row(x, w, o, pdl=True)
             for kind, run in runs.items():
                 turn = count()
                 run(weights[0])
@@ -171,15 +173,16 @@ def linear(table: Table) -> None:
 class Chain:
     """Every kernel of a decode step of a Qwen3 decoder on random weights, as one graph: what a step costs at best."""
 
-    def __init__(self, layers: int, hidden: int, inner: int, heads: int, context: np.ndarray, overlap: bool) -> None:
+    def __init__(self, layers: int, hidden: int, inner: int, heads: int, context: np.ndarray, pdl: bool) -> None:
         self.rows, self.heads, self.kv, self.dim = len(context), heads, 8, 128
-        self.overlap = overlap
+        self.pdl = pdl
 
         def weight(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, device=DEVICE, dtype=BF16) * 0.02
 
         self.case = Paged(context, heads, 8, copies=layers)
-        self.attention, self.work, self.summary = self.case.build(overlap=overlap)
+        self.attention, self.metadata, summary = self.case.build(pdl=pdl)
+        self.bounds = LaunchBounds(summary.num_decode, 0, self.rows if summary.num_partials else 0)
         qkv = (heads + 16) * 128
         self.layers = [
             (weight(hidden), weight(qkv, hidden), weight(128), weight(128), weight(hidden, heads * 128), weight(hidden),
@@ -198,34 +201,31 @@ class Chain:
         case, pools = self.case, self.case.pools[layer]
         row_operations.rope_and_store(
             self.qkv, None, (q_norm, k_norm), 1e-6, self.cos, self.cos, self.positions, self.table_rows, case.table,
-            self.layout, case.q, *pools, overlap=self.overlap,
+            self.layout, case.q, *pools, pdl=self.pdl,
         )  # fmt: skip
-        self.attention.run(
-            case.q, *pools, case.table, self.work, case.out, num_narrow=self.summary.num_narrow, num_wide=0,
-            num_merged=self.rows if self.summary.num_slots else 0,
-        )  # fmt: skip
+        self.attention.run(case.q, *pools, case.table, self.metadata, case.out, self.bounds)
         return case.out.view(self.rows, -1)
 
     def step_of_one(self) -> None:
-        row, over = linear_rows.multiply_row, self.overlap
+        row, pdl = linear_rows.multiply_row, self.pdl
         for layer, (norm1, qkv, q_norm, k_norm, o, norm2, gate_up, down) in enumerate(self.layers):
-            row(self.residual, qkv, self.qkv, norm_K=norm1, eps=1e-6, overlap=over)
-            row(self.attend(layer, q_norm, k_norm), o, self.residual, adds=True, overlap=over)
-            row(self.residual, gate_up, self.inner, norm_K=norm2, eps=1e-6, gated=True, overlap=over)
-            row(self.inner, down, self.residual, adds=True, overlap=over)
-        row(self.residual, self.head, self.logits, norm_K=self.norm, eps=1e-6, overlap=over)
+            row(self.residual, qkv, self.qkv, norm_K=norm1, eps=1e-6, pdl=pdl)
+            row(self.attend(layer, q_norm, k_norm), o, self.residual, adds=True, pdl=pdl)
+            row(self.residual, gate_up, self.inner, norm_K=norm2, eps=1e-6, gated=True, pdl=pdl)
+            row(self.inner, down, self.residual, adds=True, pdl=pdl)
+        row(self.residual, self.head, self.logits, norm_K=self.norm, eps=1e-6, pdl=pdl)
 
     def step_of_many(self) -> None:
         ops = row_operations
         for layer, (norm1, qkv, q_norm, k_norm, o, norm2, gate_up, down) in enumerate(self.layers):
-            ops.rms_norm(self.residual, norm1, 1e-6, self.x, overlap=self.overlap)
+            ops.rms_norm(self.residual, norm1, 1e-6, self.x, pdl=self.pdl)
             torch.mm(self.x, qkv.T, out=self.qkv)
             self.residual.addmm_(self.attend(layer, q_norm, k_norm), o.T)
-            ops.rms_norm(self.residual, norm2, 1e-6, self.x, overlap=self.overlap)
+            ops.rms_norm(self.residual, norm2, 1e-6, self.x, pdl=self.pdl)
             torch.mm(self.x, gate_up.T, out=self.gate_up)
-            ops.silu_and_mul(self.gate_up, self.inner, overlap=self.overlap)
+            ops.silu_and_mul(self.gate_up, self.inner, pdl=self.pdl)
             self.residual.addmm_(self.inner, down.T)
-        ops.rms_norm(self.residual, self.norm, 1e-6, self.x, overlap=self.overlap)
+        ops.rms_norm(self.residual, self.norm, 1e-6, self.x, pdl=self.pdl)
         torch.mm(self.x, self.head.T, out=self.logits)
 
     @property
@@ -239,14 +239,14 @@ def chain(table: Table) -> None:
         for rows_, context in ((1, 384), (256, 800), (512, 900)):
             if name == "8B" and rows_ == 512:
                 continue
-            for overlap in (False, True):
-                step = Chain(*sizes, np.full(rows_, context), overlap)
+            for pdl in (False, True):
+                step = Chain(*sizes, np.full(rows_, context), pdl)
                 calls = {"library products": step.step_of_many}
                 if rows_ == 1:
                     calls["row products"] = step.step_of_one
                 for kind, call in calls.items():
                     us = time_us(call, repeats=1)
-                    label = f"step {name}, {rows_} x {context}, {kind}{', overlap' if overlap else ''}"
+                    label = f"step {name}, {rows_} x {context}, {kind}{', pdl' if pdl else ''}"
                     table.add(label, us, step.num_bytes, 0, float(not step.logits.isfinite().all()))
                 del step, calls, call
                 torch.cuda.empty_cache()

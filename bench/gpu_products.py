@@ -49,7 +49,7 @@ def _compare(table: Table, case: Products, label: str, num_rows: int) -> None:
     choices: dict[str, ProductChoice] = {"library": lambda *_: None, "chosen": choose_product}
     expected: torch.Tensor | None = None
     for kind, choose in choices.items():
-        kernels, residual = FastKernels(DEVICE, overlap=True, choose=choose), start.clone()
+        kernels, residual = FastKernels(DEVICE, pdl=True, choose=choose), start.clone()
         case.run(kernels, residual)
         found = residual.clone()
         expected = found if expected is None else expected

@@ -90,13 +90,13 @@ class DeviceTables:
 
     page_table               [slots, columns]
     positions, table_rows    [max_tokens], of the packed tokens; a table row of -1 is padding
-    words                    what the backend's `fill` wrote for this step
+    metadata                 what the backend's `fill` wrote for this step
     """
 
     page_table: Tensor
     positions: Tensor
     table_rows: Tensor
-    words: Tensor
+    metadata: Tensor
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ class StepRows:
 
 
 @dataclass(frozen=True)
-class Launch:
-    """The size a step is padded to: packed tokens, the most rows they belong to, and whether each has one token."""
+class Bucket:
+    """What a step is padded to: packed tokens, the most rows they belong to, and whether each has one token."""
 
     num_tokens: int
     num_rows: int
@@ -120,19 +120,19 @@ class Launch:
 
 
 class DeviceAttention(Protocol):
-    """A backend whose launches are prepared once per size and fed by words that travel with each step.
+    """A backend whose launches are prepared once per bucket and fed by metadata that travel with each step.
 
-    num_words   int32 words of the step buffer that it may fill
-    captures    its steps may be captured in a graph
+    metadata_size   int32 words of the step buffer that it may fill
+    captures        its steps may be captured in a graph
     """
 
-    num_words: int
+    metadata_size: int
     captures: bool
 
-    def fill(self, words: npt.NDArray[np.int32], rows: StepRows, launch: Launch) -> int:
+    def fill(self, metadata: npt.NDArray[np.int32], rows: StepRows, bucket: Bucket) -> int:
         """Prepare the next step; returns how many of the words are in use."""
         ...
 
-    def step(self, tables: DeviceTables, launch: Launch) -> AttentionStep:
-        """The launches of every step of this size."""
+    def steps(self, tables: DeviceTables, bucket: Bucket) -> list[AttentionStep]:
+        """The launches of every step of this size, by KV group."""
         ...

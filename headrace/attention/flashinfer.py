@@ -21,10 +21,10 @@ from torch import Tensor
 from headrace.attention.base import (
     AttentionShape,
     AttentionStep,
+    Bucket,
     DeviceTables,
     HeadNorms,
     Int64Array,
-    Launch,
     StepRows,
 )
 from headrace.attention.projection import HeadProjection
@@ -104,7 +104,7 @@ class FlashInferAttention:
     """
 
     captures = False
-    num_words = 0
+    metadata_size = 0
 
     def __init__(
         self,
@@ -130,8 +130,8 @@ class FlashInferAttention:
         self._copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._warm()
 
-    def fill(self, words: Int32Array, rows: StepRows, launch: Launch) -> int:
-        """Plan the next step; uses none of the words."""
+    def fill(self, metadata: Int32Array, rows: StepRows, bucket: Bucket) -> int:
+        """Plan the next step; writes no metadata."""
         starts, lengths = rows.starts.astype(np.int64), rows.lengths.astype(np.int64)
         contexts, slots = starts + lengths, rows.slots.astype(np.int64)
         is_longer = lengths != 1
@@ -150,9 +150,9 @@ class FlashInferAttention:
         self._planned = _Planned(num_decode, int(lengths.sum()))
         return 0
 
-    def step(self, tables: DeviceTables, launch: Launch) -> AttentionStep:
+    def steps(self, tables: DeviceTables, bucket: Bucket) -> list[AttentionStep]:
         """The launches of the step that was planned last; before any was, outputs are undefined."""
-        return _FlashInferStep(self, tables, self._planned)
+        return [_FlashInferStep(self, tables, self._planned)]
 
     def attend(self, layer: int, q_THD: Tensor, planned: _Planned) -> Tensor:
         """As planned: [T, H, D], contiguous; tokens of no row are left as they are found."""
@@ -205,7 +205,7 @@ class FlashInferAttention:
         """Run both kernels over page 0, so that no step waits for a compiler."""
         nothing = np.zeros((1, 2), np.int32)
         rows = StepRows(nothing[0], nothing[0], np.array([1, 2]), np.zeros((0, 3), np.int32), nothing)
-        self.fill(nothing[0, :0], rows, Launch(3, 2, is_decode=False))
+        self.fill(nothing[0, :0], rows, Bucket(3, 2, is_decode=False))
         q_shape = (self._planned.num_tokens, self._shape.num_heads, self._shape.head_dim)
         self.attend(0, torch.zeros(q_shape, dtype=self._dtype, device=self._device), self._planned)
         self._planned = _Planned(0, 0)

@@ -14,13 +14,13 @@ from headrace.kernels.triton.row_operations import HeadLayout, rope_and_store
 
 
 class HeadProjection:
-    """Norms, rotates and stores heads. `overlap`: its launch may begin before the one ahead ends."""
+    """Norms, rotates and stores heads. `pdl`: its launch may begin before the one ahead ends."""
 
-    def __init__(self, shape: AttentionShape, pool: KvPool, rotary: RotaryTables, *, overlap: bool = False) -> None:
+    def __init__(self, shape: AttentionShape, pool: KvPool, rotary: RotaryTables, *, pdl: bool = False) -> None:
         self._layout = HeadLayout(shape.num_heads, shape.num_kv_heads, shape.head_dim, pool.geometry.page_size)
         self._pool = pool
         self._rotary = rotary
-        self._overlap = overlap
+        self._pdl = pdl
 
     def run(self, layer: int, qkv_TX: Tensor, heads: HeadNorms | None, tables: DeviceTables) -> Tensor:
         """Queries [T, H, D], normed and rotated, in their place in [T, (H + 2 G) * D]; keys and values are stored."""
@@ -30,6 +30,6 @@ class HeadProjection:
         rope_and_store(
             qkv_TX, None, norms, 0.0 if heads is None else heads.eps, rotary.cos_PD, rotary.sin_PD,
             tables.positions[:num_tokens], tables.table_rows[:num_tokens], tables.page_table, layout, q_THD,
-            self._pool.keys[layer], self._pool.values[layer], overlap=self._overlap,
+            self._pool.keys[layer], self._pool.values[layer], pdl=self._pdl,
         )  # fmt: skip
         return q_THD

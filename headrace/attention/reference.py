@@ -18,7 +18,7 @@ _MAX_SCORES = 1 << 26
 
 
 @dataclass(frozen=True)
-class _Places:
+class _Locations:
     """Where tokens are in the pool: page and offset, int64 [n] each, on the pool's device."""
 
     pages: Tensor
@@ -32,7 +32,7 @@ class _Row:
     first: int
     length: int
     start: int
-    context: _Places
+    context: _Locations
 
 
 class ReferenceAttention:
@@ -48,11 +48,11 @@ class ReferenceAttention:
         pool = self._pool
         device, page_size = pool.keys[0].device, pool.geometry.page_size
 
-        def locate(slots: Int64Array | int, positions: Int64Array) -> _Places:
+        def locate(slots: Int64Array | int, positions: Int64Array) -> _Locations:
             where = torch.from_numpy(positions).to(inputs.page_table.device)
             rows = slots if isinstance(slots, int) else torch.from_numpy(slots).to(where.device)
             pages = inputs.page_table[rows, where // page_size]
-            return _Places(pages.to(device, torch.int64), (where % page_size).to(device))
+            return _Locations(pages.to(device, torch.int64), (where % page_size).to(device))
 
         rows, first = [], 0
         for slot, start, length in zip(
@@ -67,7 +67,9 @@ class ReferenceAttention:
 class ReferenceStep:
     """One step of the oracle."""
 
-    def __init__(self, heads: StepHeads, pool: KvPool, tokens: _Places, rows: list[_Row], products: Products) -> None:
+    def __init__(
+        self, heads: StepHeads, pool: KvPool, tokens: _Locations, rows: list[_Row], products: Products
+    ) -> None:
         self._heads = heads
         self._products = products
         self._pool = pool
@@ -118,17 +120,17 @@ def attend(
     return out_THD
 
 
-def _write(pages: Tensor, places: _Places, values_TGD: Tensor) -> None:
+def _write(pages: Tensor, locations: _Locations, values_TGD: Tensor) -> None:
     """Put one vector per token and KV head into the pool, in its dtype."""
     if pages.element_size() == 1:  # 8-bit floats have no infinity: too large a value is stored as the largest
         limit = torch.finfo(pages.dtype).max
         values_TGD = values_TGD.clamp(-limit, limit)
-    _bits(pages)[places.pages, :, places.offsets] = _bits(values_TGD.to(pages.dtype))
+    _bits(pages)[locations.pages, :, locations.offsets] = _bits(values_TGD.to(pages.dtype))
 
 
-def _read(pages: Tensor, places: _Places) -> Tensor:
-    """The vectors at `places`, float32 [n, G, D]."""
-    return _bits(pages)[places.pages, :, places.offsets].view(pages.dtype).float()
+def _read(pages: Tensor, locations: _Locations) -> Tensor:
+    """The vectors at `locations`, float32 [n, G, D]."""
+    return _bits(pages)[locations.pages, :, locations.offsets].view(pages.dtype).float()
 
 
 def _bits(values: Tensor) -> Tensor:

@@ -79,13 +79,13 @@ CHOICES = (
     Choice(
         "1 token per row",
         "few: up to 264 work items x KV heads",
-        "triton: narrow items, 64 positions at a time by 4 warps",
+        "triton: decode items, 64 positions at a time by 4 warps",
         "the time of one item decides",
     ),
     Choice(
         "1 token per row",
         "more",
-        "triton: narrow items, 32 positions at a time by 1 warp",
+        "triton: decode items, 32 positions at a time by 1 warp",
         "reading decides",
     ),
     Choice(
@@ -97,7 +97,7 @@ CHOICES = (
     Choice(
         "chunks of prompts",
         "any, also beside rows of 1 token",
-        "triton: wide items of 128 query rows",
+        "triton: prefill items of 128 query rows",
         "FlashInfer multiplies faster, but without graphs, after planning on the host",
     ),
     Choice(

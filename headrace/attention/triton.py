@@ -10,18 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace.attention.base import (
-    AttentionShape,
-    AttentionStep,
-    DeviceTables,
-    HeadNorms,
-    Launch,
-    StepRows,
-)
+from headrace.attention.base import AttentionShape, AttentionStep, Bucket, DeviceTables, HeadNorms, StepRows
 from headrace.attention.projection import HeadProjection
 from headrace.kernels.paged_kv import KvPool
 from headrace.kernels.rope_tables import RotaryTables
 from headrace.kernels.triton.paged_attention import PagedAttention
+from headrace.kernels.triton.row_operations import HeadLayout
 from headrace.kernels.triton.work_items import AttentionPlanner, LaunchBounds, WorkLimits
 from headrace.types.request import Int32Array
 
@@ -46,56 +40,45 @@ class TritonAttention:
         *,
         invariant: bool,
     ) -> None:
-        geometry, device = pool.geometry, rotary.cos_PD.device
-        self._pool = pool
+        page_size, device = pool.geometry.page_size, rotary.cos_PD.device
         split = FIXED_SPLIT if invariant else None
         limits = WorkLimits.of_steps(max_tokens)
-        sizes = (shape.num_heads, shape.num_kv_heads, shape.head_dim, geometry.page_size)
-        overlap = device.type == "cuda"
-        self._attention = PagedAttention(*sizes, limits, dtype, device, split, overlap=overlap)
-        self._projection = HeadProjection(shape, pool, rotary, overlap=overlap)
-        tiles, max_positions = self._attention.tile_sizes, rotary.cos_PD.shape[0]
+        layout = HeadLayout(shape.num_heads, shape.num_kv_heads, shape.head_dim, page_size)
+        pdl = device.type == "cuda"
+        self.pool = pool
+        self.attention = PagedAttention(layout, limits, dtype, device, split, pdl=pdl)
+        self.projection = HeadProjection(shape, pool, rotary, pdl=pdl)
+        self.metadata_size = limits.size
         self._planner = AttentionPlanner(
-            limits, tiles, geometry.page_size, shape.num_kv_heads, split, max_positions=max_positions
+            limits, self.attention.tile_sizes, page_size, shape.num_kv_heads, split, max_positions=len(rotary.cos_PD)
         )
-        self.num_words = limits.num_words
 
-    def fill(self, words: Int32Array, rows: StepRows, launch: Launch) -> int:
+    def fill(self, metadata: Int32Array, rows: StepRows, bucket: Bucket) -> int:
         """Write a step's work items; returns how many words are in use."""
-        bounds = self._planner.bounds(launch.num_rows, launch.num_tokens, is_decode=launch.is_decode)
-        summary = self._planner.fill(words, rows.slots, rows.starts, rows.lengths, rows.prefix_groups, bounds=bounds)
-        return summary.num_words
+        bounds = self._bounds(bucket)
+        return self._planner.fill(metadata, rows.slots, rows.starts, rows.lengths, rows.prefix_groups, bounds).size
 
-    def step(self, tables: DeviceTables, launch: Launch) -> AttentionStep:
-        """The launches of every step of this size."""
-        bounds = self._planner.bounds(launch.num_rows, launch.num_tokens, is_decode=launch.is_decode)
-        return _TritonStep(self._projection, self._pool, tables, self._attention, bounds)
+    def steps(self, tables: DeviceTables, bucket: Bucket) -> list[AttentionStep]:
+        """The launches of every step of this size, for its one group."""
+        return [_TritonStep(self, tables, self._bounds(bucket))]
+
+    def _bounds(self, bucket: Bucket) -> LaunchBounds:
+        return self._planner.bounds(bucket.num_rows, bucket.num_tokens, is_decode=bucket.is_decode)
 
 
 class _TritonStep:
     """As `AttentionStep`."""
 
-    def __init__(
-        self,
-        projection: HeadProjection,
-        pool: KvPool,
-        tables: DeviceTables,
-        attention: PagedAttention,
-        bounds: LaunchBounds,
-    ) -> None:
-        self._projection = projection
-        self._pool = pool
+    def __init__(self, backend: TritonAttention, tables: DeviceTables, bounds: LaunchBounds) -> None:
+        self._backend = backend
         self._tables = tables
-        self._attention = attention
         self._bounds = bounds
 
     def run(self, layer: int, qkv_TX: Tensor, heads: HeadNorms | None) -> Tensor:
         """As `AttentionStep.run`."""
-        tables, bounds = self._tables, self._bounds
-        q_THD = self._projection.run(layer, qkv_TX, heads, tables)
+        backend, tables = self._backend, self._tables
+        q_THD = backend.projection.run(layer, qkv_TX, heads, tables)
         out_THD = qkv_TX.new_empty(q_THD.shape)
-        self._attention.run(
-            q_THD, self._pool.keys[layer], self._pool.values[layer], tables.page_table, tables.words, out_THD,
-            num_narrow=bounds.narrow, num_wide=bounds.wide, num_merged=bounds.merged,
-        )  # fmt: skip
+        keys, values = backend.pool.keys[layer], backend.pool.values[layer]
+        backend.attention.run(q_THD, keys, values, tables.page_table, tables.metadata, out_THD, self._bounds)
         return out_THD.view(len(q_THD), -1)

@@ -23,7 +23,6 @@ from headrace.bench.http_wire import run_client
 from headrace.bench.models import write_config
 from headrace.engine import AsyncEngine, GenerateItem
 from headrace.types.errors import InternalError
-from headrace.types.messages import CoreStatus
 from headrace.types.sampling_params import SamplingParams
 
 STEP_MICROSECONDS = 200.0
@@ -113,16 +112,12 @@ async def _drive(engine: AsyncEngine, options: OverheadOptions, num_running: int
         await asyncio.sleep(options.seconds)
         after, seconds = await engine.status(), time.perf_counter() - start
         _check(clients)
-        return _window(before, after, seconds, delivered[0] - count)
+        num_steps = after.metrics["num_steps"] - before.metrics["num_steps"]
+        return Window(seconds, delivered[0] - count, num_steps, after.num_running, after.num_waiting)
     finally:
         for task in clients:
             task.cancel()
         await asyncio.gather(*clients, return_exceptions=True)
-
-
-def _window(before: CoreStatus, after: CoreStatus, seconds: float, num_tokens: int) -> Window:
-    num_steps = after.metrics["num_steps"] - before.metrics["num_steps"]
-    return Window(seconds, num_tokens, num_steps, after.num_running, after.num_waiting)
 
 
 async def _until_full(engine: AsyncEngine, num_running: int, clients: list[asyncio.Task[None]]) -> None:

@@ -63,6 +63,10 @@ def run_serve(options: ServeOptions, on_progress: Callable[[str], None] = lambda
         loaded = _measure_http(prepared, workload, load, Path(scratch), on_progress)
         offline = measure(prepared, workload, options.style, options.runs, options.num_rescored, on_progress)
         seconds = statistics.median(loaded.seconds)
+        scored = [
+            ScoredSequence(workload.prompts[each.index], each.token_ids, each.logprobs, each.mode)
+            for each in loaded.kept
+        ]
         return {
             "bench": "serve",
             "workload": workload.name,
@@ -76,7 +80,7 @@ def run_serve(options: ServeOptions, on_progress: Callable[[str], None] = lambda
             "offline_seconds": [round(value, 3) for value in offline.seconds],
             "offline_tokens_per_second": round(workload.num_output_tokens / offline.median_seconds, 1),
             "ratio": round(offline.median_seconds / seconds, 4),
-            **rescore(prepared.resolved, [*_sequences(workload, loaded), *offline.kept], on_progress),
+            **rescore(prepared.resolved, [*scored, *offline.kept], on_progress),
         }
 
 
@@ -89,12 +93,6 @@ def _measure_http(
         on_progress(f"{len(workload.prompts)} requests at once over HTTP")
         line = run_client("http_load", msgspec.structs.replace(load, port=port))
     return msgspec.json.decode(line, type=Loaded)
-
-
-def _sequences(workload: Workload, loaded: Loaded) -> list[ScoredSequence]:
-    return [
-        ScoredSequence(workload.prompts[kept.index], kept.token_ids, kept.logprobs, kept.mode) for kept in loaded.kept
-    ]
 
 
 @contextlib.contextmanager

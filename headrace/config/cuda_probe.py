@@ -40,6 +40,7 @@ def _read_device(driver: Any, ordinal: int) -> dict[str, Any]:
         "total_bytes": total.value,
         "capability": [_attribute(driver, device, _MAJOR), _attribute(driver, device, _MINOR)],
         "num_multiprocessors": _attribute(driver, device, _MULTIPROCESSORS),
+        "index": ordinal,
     }
 
 

@@ -25,12 +25,14 @@ _TORCH_CUDA = re.compile(r"^cuda\b[^=\n]*=\s*['\"]([^'\"]+)['\"]", re.MULTILINE)
 
 
 class CudaDevice(msgspec.Struct, frozen=True):
-    """A device as the driver describes it. `capability` is (major, minor), (9, 0) for an H200."""
+    """A device as the driver describes it. `capability` is (major, minor), (9, 0) for an H200; `index` counts what a
+    process sees."""
 
     name: str
     total_bytes: int
     capability: tuple[int, int]
     num_multiprocessors: int
+    index: int = 0
 
 
 class Software(msgspec.Struct, frozen=True):

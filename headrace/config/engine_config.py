@@ -22,7 +22,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     model                    a Hugging Face folder or hub id
     tokenizer                folder or id of the tokenizer; None: the model's
     skip_tokenizer_init      no tokenizer at all: token ids in, token ids out
-    device                   "auto" (cuda where it can run) | "cpu" | "cuda" (the first that CUDA_VISIBLE_DEVICES shows)
+    device                   "auto" (cuda where it can run) | "cpu" | "cuda" (the caller's current device of torch, or
+                             before torch uses one the first that CUDA_VISIBLE_DEVICES shows)
     dtype                    "auto" (the checkpoint's on cuda, float32 on cpu) | "float32" | "bfloat16" | "float16"
     kv_dtype                 "auto" (dtype) | "fp8_e4m3" (half the memory, less accurate; triton and flashinfer only)
     load_format              "auto" | "safetensors" | "bin" | "dummy" (random weights from `seed`)

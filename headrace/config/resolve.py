@@ -131,17 +131,18 @@ def resolve(
     *,
     devices: Sequence[CudaDevice] | None = None,
     software: Software | None = None,
+    first_device: int = 0,
 ) -> ResolvedConfig:
     """Decide every open setting of `config` for the checkpoint in `folder`.
 
-    `devices` and `software` are this machine's unless given. Raises `ConfigError`, `CheckpointError` or
-    `UnsupportedModelError` naming the setting or file.
+    `devices` and `software` are this machine's unless given; `first_device` is the index of the one to use. Raises
+    `ConfigError`, `CheckpointError` or `UnsupportedModelError` naming the setting or file.
     """
     if str(folder) != encodable(str(folder)):
         raise ConfigError(f"the folder {folder} has a name that is not Unicode text", field="model")
     model = ModelSpec.from_folder(folder)
     software = installed_software() if software is None else software
-    cuda, why_device = _cuda(config, model, devices, software)
+    cuda, why_device = _cuda(config, model, devices, first_device, software)
     device = "cpu" if cuda is None else "cuda"
     sizes = _sizes(config, device, model)
     engine = _settled(config, {name: size.value for name, size in sizes.items()})
@@ -198,12 +199,16 @@ def backend_refusal(backend: str, model: ModelSpec, device: str, software: Softw
 
 
 def _cuda(
-    config: EngineConfig, model: ModelSpec, devices: Sequence[CudaDevice] | None, software: Software
+    config: EngineConfig,
+    model: ModelSpec,
+    devices: Sequence[CudaDevice] | None,
+    first_device: int,
+    software: Software,
 ) -> Chosen[CudaDevice | None]:
     """The device to run on; None for the CPU. Devices are looked for only where one could be used."""
     if config.device == "cpu":
         return Chosen(None)
-    found = cuda_devices() if devices is None else devices
+    found = (cuda_devices() if devices is None else devices)[first_device:]
     missing = _missing_for_cuda(found, software)
     if missing is None and model.has_experts and config.attention_backend != "reference":
         missing = f"it {_NO_EXPERTS} (device='cpu' has; attention_backend='reference' is slow)"

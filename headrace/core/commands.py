@@ -134,7 +134,7 @@ def begin_update(replica: Replica, command: BeginUpdate, now: float) -> None:
 
 
 def stage(replica: Replica, command: Stage, now: float) -> None:
-    """Queue a bucket; answered when it is copied."""
+    """Queue an upload; answered when it is copied."""
     replica.update.stage(command, now)
 
 

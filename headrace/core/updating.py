@@ -146,7 +146,7 @@ class UpdateControl:
         return UpdateBegun(session.session_id, session.mode)
 
     def stage(self, command: Stage, now: float) -> None:
-        """Queue the copy of a bucket; it is answered when all of it is in place."""
+        """Queue the copy of an upload; it is answered when all of it is in place."""
         self._require_no_commit(command.session_id)
         self._jobs.append(job_from_buffer(self.machine, command, now))
         self._note_stage()
@@ -223,12 +223,12 @@ class UpdateControl:
         return False
 
     def expire(self, now: float) -> None:
-        """Undo what was not done by its deadline: a bucket is dropped; a commit, and its session, and one that nobody
+        """Undo what was not done by its deadline: an upload is dropped; a commit, and its session, and one that nobody
         has touched for its time, are aborted."""
         if self._looking is not None and now >= self._looking[0].deadline:
             self._stop_looking(DeadlineError("weights were not live by the deadline; the folder is not read"))
         for job in [job for job in self._jobs if now >= job.deadline]:
-            self._drop_job(job, DeadlineError("the bucket was not staged by its deadline; it is dropped"))
+            self._drop_job(job, DeadlineError("the upload was not staged by its deadline; it is dropped"))
         session = self.machine.session
         if session is None or self.phase is Phase.COMMITTING:
             return
@@ -379,7 +379,7 @@ class UpdateControl:
             self._drop_job(job, error)
 
     def _drop_job(self, job: StageJob, error: HeadraceError) -> None:
-        """Forget a bucket, whatever of it was copied; the session stays open."""
+        """Forget an upload, whatever of it was copied; the session stays open."""
         assert job.call_id is not None
         self._jobs.remove(job)
         job.close()

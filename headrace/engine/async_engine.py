@@ -22,7 +22,7 @@ from headrace.engine.runtime import Undoable
 from headrace.engine.serving import HttpServer, server_door, stop_server
 from headrace.engine.stream import Stream, StreamGroup
 from headrace.engine.tensors import NamedTensors, to_tensor
-from headrace.engine.update import Manifest, Script, UpdateSession, drive_async, manifest_of
+from headrace.engine.update import Manifest, Run, UpdateSession, manifest_of
 from headrace.text import run_sized
 from headrace.types.generation import Generation
 from headrace.types.messages import (
@@ -224,12 +224,12 @@ class AsyncEngine(EngineLifecycle):
 
         Each tensor is copied before the next is asked for. Returns once the core has copied all of them.
         """
-        await drive_async(self.stage_script(session, named_tensors), self.runtime.run)
+        await self.stage_by(self.runtime.run, session, named_tensors)
 
-    def stage_script(self, session: UpdateSession, named_tensors: NamedTensors) -> Script[None]:
-        """What `stage` does, as a script for `headrace.engine.update.drive`."""
+    async def stage_by(self, run: Run, session: UpdateSession, named_tensors: NamedTensors) -> None:
+        """As `stage`, awaiting nothing but what `run` makes of coroutines for the engine's loop."""
         self.runtime.check_open()
-        return self.runtime.updater.stage(session, named_tensors)
+        await self.runtime.updater.stage(run, session, named_tensors)
 
     @_on_engine_loop
     async def commit(self, session: UpdateSession) -> UpdateReport:
@@ -261,25 +261,25 @@ class AsyncEngine(EngineLifecycle):
         for as long as they are yielded, call `begin_update`, `stage` and `commit`.
         """
         await self.start()
-        script = self.update_script(named_tensors, version, mode, in_flight, partial, timeout)
-        return await drive_async(script, self.runtime.run)
+        return await self.update_by(self.runtime.run, named_tensors, version, mode, in_flight, partial, timeout)
 
-    def update_script(
+    async def update_by(
         self,
+        run: Run,
         named_tensors: NamedTensors,
         version: str | int,
         mode: UpdateMode,
         in_flight: InFlight,
         partial: bool,
         timeout: float,
-    ) -> Script[UpdateReport]:
-        """What `update_weights_from_tensor` does, as a script for `headrace.engine.update.drive`."""
+    ) -> UpdateReport:
+        """As `update_weights_from_tensor`, awaiting nothing but what `run` makes of coroutines for the loop."""
         self.runtime.check_open()
         mode, in_flight = modes_of(mode, in_flight)
         updater = self.runtime.updater
         label, seconds = version_of(version), seconds_of(timeout) or DEFAULT_UPDATE_TIMEOUT
         is_partial = as_flag(partial, "partial")
-        return updater.update_from_tensors(named_tensors, label, mode, in_flight, is_partial, seconds)
+        return await updater.update_from_tensors(run, named_tensors, label, mode, in_flight, is_partial, seconds)
 
     @_on_engine_loop
     async def update_weights_from_disk(

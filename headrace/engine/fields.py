@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
 
 from headrace.types.errors import RequestError
-from headrace.types.plain_values import as_choice, as_integer, as_integer_array, as_list, plain_text
-from headrace.types.sampling_params import LogprobMode, SamplingParams
+from headrace.types.plain_values import as_integer, as_integer_array, as_list, plain_text
+from headrace.types.sampling_params import SamplingParams
 
 MAX_NAME_LENGTH = 1024
 
@@ -145,11 +145,6 @@ def name_of(value: Any, field: str) -> str:
     except UnicodeEncodeError as error:
         raise RequestError(f"{field} is no text: {error}", field=field) from None
     return name
-
-
-def check_mode(value: Any, field: str) -> None:
-    """A meaning of log-probabilities."""
-    as_choice(value, get_args(LogprobMode), field)
 
 
 def id_tuple(ids: Any, field: str, max_length: int) -> tuple[int, ...]:

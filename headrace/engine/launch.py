@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,18 +82,27 @@ class CoreThread:
 
 
 def resolve_settings(
-    config: EngineConfig, executor: ExecutorKind = "local", files: Sequence[str] = MODEL_FILES
+    config: EngineConfig,
+    executor: ExecutorKind = "local",
+    files: Sequence[str] = MODEL_FILES,
+    first_device: int = 0,
 ) -> ResolvedConfig:
     """Find the model's files and decide every open setting. Raises `ConfigError` and its kin.
 
-    `files` are the patterns of those to have of a hub id.
+    `files` are the patterns of those to have of a hub id, `first_device` is the index of the CUDA device to use.
 
     An executor that computes nothing has no device that could measure a pool: whatever is asked, it is on the CPU.
     """
     check_working_directory()
     if executor == "free":
         config = msgspec.structs.replace(config, device="cpu")
-    return resolve(config, model_folder(config.model, files))
+    return resolve(config, model_folder(config.model, files), first_device=first_device)
+
+
+def current_device() -> int:
+    """Index of the CUDA device that torch uses in this thread; 0 where it uses none yet. Initialises nothing."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.current_device() if torch is not None and torch.cuda.is_initialized() else 0
 
 
 def model_folder(model: str, files: Sequence[str] = MODEL_FILES, field: str = "model") -> Path:

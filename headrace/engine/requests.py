@@ -20,7 +20,6 @@ from headrace.engine.fields import (
     InputIds,
     Prompts,
     Sampling,
-    check_mode,
     id_tuple,
     integer_within,
     name_of,
@@ -45,6 +44,8 @@ from headrace.types.sampling_params import (
 )
 
 logger = logging.getLogger(__name__)
+
+_MODES = get_args(LogprobMode)
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -298,8 +299,8 @@ class RequestBuilder:
 
     def _check_logprobs(self, options: LogprobOptions, num_prompt: int) -> None:
         integer_within(options.num_top, "top_logprobs", 0, min(MAX_TOP_LOGPROBS, self._vocab_size))
-        check_mode(options.output_mode, "logprob_mode")
-        check_mode(options.prompt_mode, "prompt_logprob_mode")
+        as_choice(options.output_mode, _MODES, "logprob_mode")
+        as_choice(options.prompt_mode, _MODES, "prompt_logprob_mode")
         if len(options.token_ids) > MAX_LOGPROB_TOKEN_IDS:
             message = f"logprob_token_ids must hold at most {MAX_LOGPROB_TOKEN_IDS} ids"
             raise RequestError(message, field="logprob_token_ids")
@@ -380,7 +381,7 @@ class _Shared(msgspec.Struct, frozen=True):
 
 def _mode(options: Mapping[str, Any], field: str, default: LogprobMode) -> Any:
     mode = options.get(field)
-    return default if mode is None else as_choice(mode, get_args(LogprobMode), field)
+    return default if mode is None else as_choice(mode, _MODES, field)
 
 
 def _effective(options: LogprobOptions, num_prompt: int) -> LogprobOptions:

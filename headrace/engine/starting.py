@@ -13,7 +13,14 @@ import threading
 
 from headrace.config import EngineConfig, ResolvedConfig
 from headrace.engine.intake import Intake
-from headrace.engine.launch import ExecutorKind, load_tokenizer, log_ends, resolve_settings, with_tokenizer
+from headrace.engine.launch import (
+    ExecutorKind,
+    current_device,
+    load_tokenizer,
+    log_ends,
+    resolve_settings,
+    with_tokenizer,
+)
 from headrace.engine.requests import RequestBuilder
 from headrace.engine.runtime import Runtime, forked, result_of
 from headrace.text import Tokenizer
@@ -48,6 +55,7 @@ class Start:
         self._config = config
         self._inprocess = inprocess
         self._executor: ExecutorKind = executor
+        self._device = current_device()  # here, in the caller's thread
         self._lock = threading.RLock()  # a signal handler or the garbage collector may close what is just being closed
         self._is_closed = False
         self._pid = os.getpid()
@@ -111,7 +119,7 @@ class Start:
 
     def _start(self) -> Running:
         config = self._config
-        resolved = resolve_settings(config, self._executor)
+        resolved = resolve_settings(config, self._executor, first_device=self._device)
         with self._lock:
             self._check_open()
             self._runtime = runtime = Runtime(resolved, inprocess=self._inprocess, executor=self._executor)

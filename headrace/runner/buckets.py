@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-from headrace.attention.base import Launch
+from headrace.attention.base import Bucket
 
 _LAST_CHOICE = 2048  # tokens; larger steps pick what a smaller one or the greatest has picked
 
@@ -31,21 +31,21 @@ class Buckets:
         self._token_sizes = token_sizes(min(max_tokens, max_graph_tokens))
 
     @property
-    def captured(self) -> list[Launch]:
+    def captured(self) -> list[Bucket]:
         """Every bucket worth capturing, the largest first: later captures reuse its memory."""
         mixed = [self._mixed(size) for size in self._token_sizes]
-        decode = [Launch(size, size, True) for size in self._row_sizes]
+        decode = [Bucket(size, size, True) for size in self._row_sizes]
         return sorted(mixed + decode, key=lambda bucket: -bucket.num_tokens)
 
     @property
-    def uncaptured(self) -> list[Launch]:
+    def uncaptured(self) -> list[Bucket]:
         """Sizes beyond the captured ones to run once at start: kernels are picked by size, finely up to 256 rows."""
         most = min(self._max_tokens, _LAST_CHOICE)
         sizes = {*row_sizes(min(most, 256)), *token_sizes(most)}
         return [self._mixed(size) for size in sorted(sizes) if size > self._token_sizes[-1]]
 
     @property
-    def greatest(self) -> Launch:
+    def greatest(self) -> Bucket:
         """The largest step there may be."""
         return self._mixed(self._max_tokens)
 
@@ -54,11 +54,11 @@ class Buckets:
         """Every number of sampled rows worth capturing, the largest first."""
         return self._row_sizes[::-1]
 
-    def of_step(self, num_tokens: int, num_rows: int) -> Launch:
+    def of_step(self, num_tokens: int, num_rows: int) -> Bucket:
         """The least bucket that holds a step."""
         if num_tokens == num_rows:
             size = self.num_sampled(num_rows)
-            return Launch(size, size, True)
+            return Bucket(size, size, True)
         if num_tokens > self._token_sizes[-1]:
             return self._mixed(num_tokens)
         return self._mixed(self._token_sizes[bisect_left(self._token_sizes, num_tokens)])
@@ -67,5 +67,5 @@ class Buckets:
         """The least number of rows to sample that holds these."""
         return self._row_sizes[bisect_left(self._row_sizes, num_rows)]
 
-    def _mixed(self, num_tokens: int) -> Launch:
-        return Launch(num_tokens, min(num_tokens, self._max_rows), False)
+    def _mixed(self, num_tokens: int) -> Bucket:
+        return Bucket(num_tokens, min(num_tokens, self._max_rows), False)

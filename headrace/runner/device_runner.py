@@ -18,6 +18,8 @@ import torch
 
 from headrace import models
 from headrace.attention import AttentionShape, build_device_backend
+from headrace.attention.base import DeviceAttention
+from headrace.attention.groups import GroupedAttention
 from headrace.config import ResolvedConfig
 from headrace.kernels.cache import CompileCounter
 from headrace.kernels.paged_kv import KvGeometry, KvPool
@@ -27,6 +29,7 @@ from headrace.layers.linear import GemmCounter
 from headrace.models.decoder import Decoder
 from headrace.runner.buckets import Buckets
 from headrace.runner.device_step import DeviceStep
+from headrace.runner.device_thread import take_device
 from headrace.runner.exact_products import ExactProducts
 from headrace.runner.graphs import Graphs
 from headrace.runner.launches import Launches, make_tables
@@ -36,7 +39,6 @@ from headrace.runner.slots import SlotTable
 from headrace.runner.step_buffer import StepBuffer, StepSizes
 from headrace.runner.step_runner import MAX_CELLS, StepRunner
 from headrace.sampling.device_sampler import RECORD_SIZE, DeviceSampler
-from headrace.types.errors import ConfigError
 from headrace.types.plan import StepPlan
 from headrace.weights.store import WeightStore
 
@@ -58,7 +60,7 @@ class DeviceRunner:
     ) -> None:
         times = [time.perf_counter()]
         torch.set_num_threads(resolved.num_threads)
-        self._device = device = _open_device(resolved)
+        self._device = device = take_device(resolved, shares_process=shares_process)
         free_at_start = free_bytes() if device.type == "cuda" else 0
         dtype = getattr(torch, resolved.dtype)
         self._probed = torch.zeros(1, dtype=torch.int32, device=device)
@@ -70,7 +72,9 @@ class DeviceRunner:
         load_weights(self.weights, resolved, on_progress)
         times.append(time.perf_counter())
         has_graphs = device.type == "cuda" and resolved.engine.cuda_graphs
-        parts = _Parts(resolved, ExactProducts(device, is_shared=shares_process), self.weights, self._counter)
+        has_float32 = any(tensor.dtype == torch.float32 for tensor in self.weights.live.values())
+        exact = ExactProducts(device, is_shared=shares_process, has_float32=has_float32)
+        parts = _Parts(resolved, exact, self.weights, self._counter)
         self.resolved = _size_pool(resolved, parts, free_at_start, has_graphs) if device.type == "cuda" else resolved
         times.append(time.perf_counter())
         self._graphs = Graphs(self._counter, enabled=has_graphs)
@@ -91,8 +95,7 @@ class DeviceRunner:
     def probe(self) -> None:
         """Have the device do the least thing there is, without an allocation. Raises what it answers if it cannot."""
         self._probed.add_(1)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
+        self._synchronize()
 
     def counters(self) -> dict[str, float]:
         """Figures of the device since start."""
@@ -107,13 +110,17 @@ class DeviceRunner:
     def close(self) -> None:
         """Wait for what is enqueued and give all memory back."""
         self._compiled.disarm()
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
+        self._synchronize()
         del self._steps, self._graphs
         self.weights.close()
         if self._device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
+
+    def _synchronize(self) -> None:
+        """Wait for this thread's stream, as a trainer may be capturing one of his."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
 
 
 class _Parts:
@@ -134,10 +141,10 @@ class _Parts:
             kernels=device_kernels(engine.numerics, device, exact.products),
             counter=counter,
         )
-        (self._group,) = spec.kv_groups  # the words of a step are those of one
-        self._rotary = rope_tables(
-            self._group.rope, self._group.head_dim, resolved.context_length, weights.dtype, device
-        )
+        self._groups = [
+            (group, rope_tables(group.rope, group.head_dim, resolved.context_length, weights.dtype, device))
+            for group in spec.kv_groups
+        ]
         self.sampler = DeviceSampler(spec.vocab_size, max_rows, max_rows, device)
         self.buckets = Buckets(max_rows, self.max_tokens, engine.max_graph_tokens)
         self._hidden = torch.zeros(self.max_tokens, spec.hidden_size, dtype=weights.dtype, device=device)
@@ -145,24 +152,31 @@ class _Parts:
     def steps(self, resolved: ResolvedConfig, graphs: Graphs) -> StepRunner:
         """Everything else, over a pool of `resolved.num_pages`."""
         engine, max_rows = resolved.engine, resolved.engine.max_running_requests
-        geometry = KvGeometry.of_group(self._group, resolved.num_pages, engine.page_size)
-        pool = KvPool(geometry, getattr(torch, resolved.kv_dtype), self._device)
-        attention = build_device_backend(
-            resolved.attention_backend,
-            engine.numerics,
-            AttentionShape.of_group(self._group),
-            pool,
-            self._rotary,
-            self._dtype,
-            self.max_tokens,
-        )
-        sizes = StepSizes(self.max_tokens, max_rows, MAX_CELLS, RECORD_SIZE, attention.num_words)
+        attention = self._attention(resolved)
+        sizes = StepSizes(self.max_tokens, max_rows, MAX_CELLS, RECORD_SIZE, attention.metadata_size)
         buffer = StepBuffer(sizes, self._device, engine.overlap_depth + 2)
         tables = make_tables(buffer, max_rows, resolved.max_columns, self._device)
         launches = Launches(self._model, attention, self.sampler, buffer, tables, self._hidden)
         slots = SlotTable(max_rows, resolved.max_columns)
         table, exact = tables.page_table, self._exact
         return StepRunner(launches, attention, self.sampler, slots, buffer, self.buckets, graphs, table, exact)
+
+    def _attention(self, resolved: ResolvedConfig) -> DeviceAttention:
+        """A backend over a pool for each KV group."""
+        kv_dtype, page_size = getattr(torch, resolved.kv_dtype), resolved.engine.page_size
+        backends = [
+            build_device_backend(
+                resolved.attention_backend,
+                resolved.engine.numerics,
+                AttentionShape.of_group(group),
+                KvPool(KvGeometry.of_group(group, resolved.num_pages, page_size), kv_dtype, self._device),
+                rotary,
+                self._dtype,
+                self.max_tokens,
+            )
+            for group, rotary in self._groups
+        ]
+        return backends[0] if len(backends) == 1 else GroupedAttention(backends)
 
 
 def _size_pool(resolved: ResolvedConfig, parts: _Parts, free_at_start: int, has_graphs: bool) -> ResolvedConfig:
@@ -208,12 +222,3 @@ def _measure_graphs(tiny: ResolvedConfig, parts: _Parts) -> int:
     torch.cuda.empty_cache()
     each = mean(sorted(added)[1:-1] or added)
     return max(0, int(greatest + each * (num_graphs - num_greatest)))
-
-
-def _open_device(resolved: ResolvedConfig) -> torch.device:
-    if resolved.device == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError("device 'cuda' needs a CUDA build of torch and a device that it can use", field="device")
-    torch.cuda.init()  # type: ignore[no-untyped-call]
-    return torch.device("cuda", torch.cuda.current_device())

@@ -24,11 +24,12 @@ _MAX_TRIES = 100
 class ExactProducts:
     """A context around a step, which makes products exact from its beginning on.
 
-    In a process that is shared (`is_shared`) the setting may change at any moment. `products` are then such as do not
-    ask for it; where there are none, on a device above all, `WatchedProducts`.
+    Without `has_float32` there are no such products, and the setting is left alone. In a process that is shared
+    (`is_shared`) it may change at any moment. `products` are then such as do not ask for it; where there are none, on a
+    device above all, `WatchedProducts`.
     """
 
-    def __init__(self, device: torch.device, *, is_shared: bool = False) -> None:
+    def __init__(self, device: torch.device, *, is_shared: bool = False, has_float32: bool = True) -> None:
         self._is_cuda = device.type == "cuda"
         backend: Any = (
             torch.backends.cuda if self._is_cuda else torch.backends.mkldnn
@@ -36,8 +37,8 @@ class ExactProducts:
         self._matmul = backend.matmul
         self._name = ""
         self._former = ""  # what `make_exact` found, until it is put back
-        self._is_asked = True  # whether any product asks for the setting
-        self.products = self._shared_products() if is_shared else PLAIN
+        self._is_asked = has_float32  # whether any product asks for the setting
+        self.products = self._shared_products() if is_shared and has_float32 else PLAIN
 
     def _shared_products(self) -> Products:
         if not self._is_cuda:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable
 import torch
 
 from headrace.layers.linear import GemmCounter
+from headrace.runner.device_thread import CAPTURE_MODE
 
 
 class Graphs:
@@ -23,6 +24,7 @@ class Graphs:
         self._counter = counter
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, int]] = {}
         self._pool = torch.cuda.graph_pool_handle() if enabled else None
+        self._stream = torch.cuda.Stream() if enabled else None  # type: ignore[no-untyped-call]
 
     @property
     def num_graphs(self) -> int:
@@ -40,7 +42,7 @@ class Graphs:
         collects = gc.isenabled()
         gc.disable()  # a tensor freed meanwhile would end the capture
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=CAPTURE_MODE):
                 body()
         finally:
             if collects:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace.attention.base import DeviceAttention, DeviceTables, Launch
+from headrace.attention.base import Bucket, DeviceAttention, DeviceTables
 from headrace.kernels.triton.step_tables import embed_tokens, write_cells
 from headrace.layers.step import ForwardStep
 from headrace.models.decoder import Decoder
@@ -41,7 +41,7 @@ class Launches:
         views = self._buffer.views
         write_cells(views.cells, views.cell_count, self._tables.page_table)
 
-    def forward(self, bucket: Launch) -> None:
+    def forward(self, bucket: Bucket) -> None:
         """Cells, embeddings and every layer; the residual stream stays in `hidden`."""
         self.write_cells()
         views, num_tokens = self._buffer.views, bucket.num_tokens
@@ -53,7 +53,7 @@ class Launches:
             self._model.embed.weight,
             hidden_TX,
         )
-        self._model.forward(hidden_TX, ForwardStep([self._attention.step(self._tables, bucket)]))
+        self._model.forward(hidden_TX, ForwardStep(self._attention.steps(self._tables, bucket)))
 
     def sample(self, num_rows: int, *, truncated: bool) -> None:
         """Tokens and log-probabilities of `num_rows` rows into the step buffer's results."""
@@ -85,4 +85,4 @@ class Launches:
 def make_tables(buffer: StepBuffer, num_slots: int, num_columns: int, device: torch.device) -> DeviceTables:
     """The page table, all zero, beside the step buffer's positions and table rows."""
     page_table = torch.zeros(num_slots, num_columns, dtype=torch.int32, device=device)
-    return DeviceTables(page_table, buffer.views.positions, buffer.views.table_rows, buffer.views.attention)
+    return DeviceTables(page_table, buffer.views.positions, buffer.views.table_rows, buffer.views.metadata)

@@ -23,6 +23,7 @@ from headrace.kernels.rope_tables import rope_tables
 from headrace.layers.linear import GemmCounter
 from headrace.layers.step import ForwardStep
 from headrace.runner.batch import ForwardBatch, build_batch
+from headrace.runner.device_thread import take_device
 from headrace.runner.exact_products import ExactProducts
 from headrace.runner.loading import Progress, checked_weight_map, load_weights
 from headrace.runner.pending import step_result
@@ -48,7 +49,7 @@ class Runner:
     ) -> None:
         spec, engine = resolved.model, resolved.engine
         torch.set_num_threads(resolved.num_threads)
-        self._device = device = torch.device(resolved.device)
+        self._device = device = take_device(resolved, shares_process=shares_process)
         dtype = getattr(torch, resolved.dtype)
         self.resolved = resolved
         self._counter = GemmCounter()

@@ -4,8 +4,8 @@ Owns the layout, the host's pinned copies (a ring: one may still be read while t
 copy, at one address for ever, so that captured graphs read each step's values. Must not know models or sampling.
 
 Sections, each aligned to 64 words: the number of page cells; token ids, table rows and positions of the packed tokens;
-the packed token, slot and position of each sampled row; page cells; slot records; and last the attention backend's own
-words, of which only those in use travel. Padding tokens and rows have table row and slot -1.
+the packed token, slot and position of each sampled row; page cells; slot records; and last the attention backend's
+metadata, of which only what is in use travels. Padding tokens and rows have table row and slot -1.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _Array = TypeVar("_Array")
 
 @dataclass(frozen=True)
 class StepSizes:
-    """Capacities of a step: packed tokens, rows, page cells; words of a slot record; the attention backend's words."""
+    """Capacities of a step: packed tokens, rows, page cells; lengths of a slot record and of the attention metadata."""
 
     max_tokens: int
     max_rows: int
     max_cells: int
-    record_words: int
-    attention_words: int
+    record_size: int
+    metadata_size: int
 
     def sections(self) -> tuple[int, ...]:
         """Words of each section, in the order of the array."""
         tokens, rows = 3 * (self.max_tokens,), 3 * (self.max_rows,)
-        return 1, *tokens, *rows, 3 * self.max_cells, self.record_words * self.max_rows, self.attention_words
+        return 1, *tokens, *rows, 3 * self.max_cells, self.record_size * self.max_rows, self.metadata_size
 
     @property
     def num_words(self) -> int:
@@ -56,7 +56,7 @@ class StepViews(Generic[_Array]):
     sampled_positions: _Array
     cells: _Array
     records: _Array
-    attention: _Array
+    metadata: _Array
 
     def __init__(self, sizes: StepSizes, whole: Any) -> None:
         parts: list[Any] = []
@@ -66,11 +66,11 @@ class StepViews(Generic[_Array]):
             parts.append(whole[at : at + words])
             starts.append(at)
             at += -(-words // _ALIGN) * _ALIGN
-        self.attention_at = starts[-1]
+        self.metadata_at = starts[-1]
         self.cell_count, self.token_ids, self.table_rows, self.positions, *rest = parts
-        self.sampled_tokens, self.sampled_slots, self.sampled_positions, cells, records, self.attention = rest
+        self.sampled_tokens, self.sampled_slots, self.sampled_positions, cells, records, self.metadata = rest
         self.cells = cells.reshape(-1, 3)
-        self.records = records.reshape(-1, sizes.record_words)
+        self.records = records.reshape(-1, sizes.record_size)
 
 
 class HostStep:
@@ -87,9 +87,9 @@ class HostStep:
         self.logprobs = self._results.numpy()[1].view(np.float32)
         self.is_free = True
 
-    def send(self, device_words: Tensor, num_attention_words: int) -> None:
-        """Enqueue the copy of everything up to the attention words in use."""
-        num_words = self.views.attention_at + num_attention_words
+    def send(self, device_words: Tensor, metadata_size: int) -> None:
+        """Enqueue the copy of everything up to the attention metadata in use."""
+        num_words = self.views.metadata_at + metadata_size
         device_words[:num_words].copy_(self._words[:num_words], non_blocking=True)
 
     def receive(self, device_results: Tensor) -> None:

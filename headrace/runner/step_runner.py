@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from headrace.attention.base import DeviceAttention, Launch, StepRows
+from headrace.attention.base import Bucket, DeviceAttention, StepRows
 from headrace.runner.buckets import Buckets
 from headrace.runner.device_step import DeviceClock, DeviceStep, ScoredPrompt, StepMarks
 from headrace.runner.exact_products import ExactProducts
@@ -83,7 +83,7 @@ class StepRunner:
                 self._give_back(host)
                 raise
 
-    def capture(self, buckets: list[Launch], sampled: list[int]) -> None:
+    def capture(self, buckets: list[Bucket], sampled: list[int]) -> None:
         """Capture the launches of these sizes, over an empty step."""
         with torch.inference_mode(), self._exact:
             self._launches.make_empty()
@@ -97,7 +97,7 @@ class StepRunner:
                     body = partial(self._launches.sample, num_rows, truncated=truncated)
                     self._graphs.capture((num_rows, truncated), body)
 
-    def warm(self, buckets: list[Launch]) -> None:
+    def warm(self, buckets: list[Bucket]) -> None:
         """Run forward launches of these sizes once, over an empty step, for the kernels that they compile."""
         with torch.inference_mode(), self._exact:
             self._launches.make_empty()
@@ -166,13 +166,13 @@ class StepRunner:
         row_firsts = _pack_rows(plan, host, bucket, step.sampled_rows, step.num_padded)
         row_slots, row_starts, row_lengths = plan.row_slots, plan.row_starts, plan.row_lengths
         rows = StepRows(row_slots, row_starts, row_lengths, plan.prefix_groups, self._slots.page_table.numpy())
-        num_words = self._attention.fill(host.views.attention, rows, bucket)
-        self._send(host, num_words, num_records)
+        metadata_size = self._attention.fill(host.views.metadata, rows, bucket)
+        self._send(host, metadata_size, num_records)
         self._graphs.run(bucket, partial(self._launches.forward, bucket))
         step.prompts = list(self._score_prompts(plan, row_firsts))
 
-    def _send(self, host: HostStep, num_attention_words: int, num_records: int) -> None:
-        host.send(self._buffer.words, num_attention_words)
+    def _send(self, host: HostStep, metadata_size: int, num_records: int) -> None:
+        host.send(self._buffer.words, metadata_size)
         if num_records:
             self._sampler.write_slots(self._buffer.views.records[:num_records])
 
@@ -221,7 +221,7 @@ class StepRunner:
         return self.clock.mark(begin, end)
 
 
-def _pack_rows(plan: StepPlan, host: HostStep, bucket: Launch, sampled_rows: Int64Array, num_padded: int) -> Int64Array:
+def _pack_rows(plan: StepPlan, host: HostStep, bucket: Bucket, sampled_rows: Int64Array, num_padded: int) -> Int64Array:
     """Write packed tokens and sampled rows, padded; returns each row's first packed token."""
     views, num_tokens, num_sampled = host.views, len(plan.token_ids), len(sampled_rows)
     lengths, starts, slots = plan.row_lengths, plan.row_starts, plan.row_slots

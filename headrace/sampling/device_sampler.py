@@ -179,7 +179,10 @@ class DeviceSampler:
             if logits.data_ptr() % 16:
                 logits = logits.clone()  # kernels are compiled for aligned rows
             processed = self._biased(logits, slot) if is_biased else None
-            rows = self._score(logits, device_params, processed, truncated=truncated)
+            zeros, tokens, logprobs = (t[: len(logits)] for t in (self._zeros, self._own_tokens, self._own_logprobs))
+            rows = self._draw(
+                logits, zeros, zeros, tokens, logprobs, processed, truncated=truncated, scored_params=device_params
+            )
             targets = targets_M[first : first + step].to(torch.int32)
             parts.append(to_host(self._read(rows, self._slots.asked_ids[slot : slot + 1], columns, targets)))
         return PendingScores(parts, columns)
@@ -213,34 +216,24 @@ class DeviceSampler:
         processed: ProcessedRows | None,
         *,
         truncated: bool,
+        scored_params: Tensor | None = None,
     ) -> SampledRows:
-        """The sampling pass over rows with parameters of their own; tokens also go to `last_tokens`."""
-        assert len(slots_S) <= self._max_rows, f"{len(slots_S)} rows, room for {self._max_rows}"
-        outputs = tokens_S, logprobs_S, self.last_tokens
-        return self._pass(logits_SV, slots_S, slots_S, positions_S, self.slot_params, *outputs, processed, truncated)
+        """Thresholds where rows are truncated or processed, then the sampling pass.
 
-    def _score(
-        self, logits_MV: Tensor, params: Tensor, processed: ProcessedRows | None, *, truncated: bool
-    ) -> SampledRows:
-        """The same pass over prompt positions: no noise, row 0 of `params` for all of them, row 1 for thresholds."""
-        zeros, ones, tokens, logprobs = (
-            each[: len(logits_MV)] for each in (self._zeros, self._ones, self._own_tokens, self._own_logprobs)
-        )
-        outputs = tokens, logprobs, self._last
-        return self._pass(logits_MV, zeros, ones, zeros, params, *outputs, processed, truncated)
-
-    def _pass(
-        self, logits_SV: Tensor, slots_S: Tensor, threshold_slots_S: Tensor, positions_S: Tensor, params: Tensor,
-        tokens_S: Tensor, logprobs_S: Tensor, last_tokens: Tensor, processed: ProcessedRows | None, truncated: bool,
-    ) -> SampledRows:  # fmt: skip
-        """Thresholds where rows are truncated or processed, then tokens and log-probabilities."""
+        scored_params   of prompt positions: row 0 is what slot 0 reads, row 1 what thresholds are found with
+        """
+        num_rows = len(slots_S)
+        assert num_rows <= self._max_rows, f"{num_rows} rows, room for {self._max_rows}"
+        params, threshold_slots, last = self.slot_params, slots_S, self.last_tokens
+        if scored_params is not None:
+            params, threshold_slots, last = scored_params, self._ones[:num_rows], self._last
         thresholds = None
         if truncated or processed is not None:
-            thresholds = self._thresholds[: len(slots_S)]
-            find_thresholds(logits_SV, params, threshold_slots_S, self._scratch, thresholds, processed)
+            thresholds = self._thresholds[:num_rows]
+            find_thresholds(logits_SV, params, threshold_slots, self._scratch, thresholds, processed)
         sample_rows(
             logits_SV, slots_S, positions_S, params, self.slot_seeds, thresholds, self._workspace, tokens_S,
-            logprobs_S, last_tokens, processed,
+            logprobs_S, last, processed,
         )  # fmt: skip
         return SampledRows(logits_SV, slots_S, tokens_S, params, thresholds, self._workspace, processed)
 

@@ -14,8 +14,8 @@ import numpy as np
 from headrace.scheduler.counters import Counters
 from headrace.scheduler.plan_builder import Rows
 from headrace.scheduler.roster import Roster
+from headrace.scheduler.running_table import BoolArray, IndexArray, RunningTable
 from headrace.scheduler.sequence import Sequence
-from headrace.scheduler.slot_table import BoolArray, IndexArray, SlotTable
 from headrace.types.errors import NonFiniteError
 from headrace.types.plan import StepResult
 from headrace.types.request import Delta, Finish, Int32Array, TokenExtras
@@ -154,16 +154,18 @@ class ResultApplier:
         positions = table.num_known[slots]
         if self._brought_several:  # else a sequence that takes a token knows those before it, and no more
             positions = (step.rows.starts + step.rows.lengths)[step.rows.samples]
-        if not result.num_tokens.all():
-            self._start_over(slots[(result.num_tokens == 0) & (positions == table.num_known[slots])])
         for column in range(width):
             has_token = result.num_tokens > column
             takes = has_token & table.accepts[slots]
             if self._brought_several:
                 takes &= positions >= table.num_known[slots]
-            self._take_column(step, slots, positions, result, column, takes, deltas)
+            rows: BoolArray | slice = slice(None)
             if not takes.all():
+                rows = takes
                 self._counters.num_overshoot_tokens += int(np.count_nonzero(has_token) - np.count_nonzero(takes))
+                if column == 0:
+                    self._start_over(slots[~has_token & (positions == table.num_known[slots])])
+            self._take_column(step, result, column, rows, slots[rows], positions[rows], deltas)
             positions = positions + 1
         if width > 1:
             self._expect_computing(slots)
@@ -179,25 +181,23 @@ class ResultApplier:
     def _take_column(
         self,
         step: InFlight,
-        slots: IndexArray,
-        positions: IndexArray,
         result: StepResult,
         column: int,
-        takes: BoolArray,
+        rows: BoolArray | slice,
+        slots: IndexArray,
+        positions: IndexArray,
         deltas: list[Delta],
     ) -> None:
-        """Accept one token of each row that `takes` one, and append the terminal deltas of those that end with it."""
+        """Accept one token of each of these rows, and append the terminal deltas of those that end with it."""
         table = self._roster.table
-        token_ids, logprobs = result.token_ids[:, column], result.logprobs[:, column]
-        if not takes.all():
-            slots, positions, token_ids, logprobs = slots[takes], positions[takes], token_ids[takes], logprobs[takes]
+        token_ids = result.token_ids[rows, column]
         self._mark_version(step, slots, positions)
         table.token_ids[slots, positions] = token_ids
-        table.logprobs[slots, positions] = logprobs
+        table.logprobs[slots, positions] = result.logprobs[rows, column]
         table.num_known[slots] = positions + 1
         self._counters.num_generated_tokens += len(slots)
         if result.extras:
-            self._take_extras(step, result, column, takes)
+            self._take_extras(step, result, column, rows)
         stopped = _find_stops(table, slots, positions, token_ids)
         ended = np.flatnonzero(stopped | (positions + 1 >= table.max_length[slots]))
         self._counters.num_finished += len(ended)
@@ -218,9 +218,9 @@ class ResultApplier:
         if len(changed):
             table.version[slots[changed]] = step.version_index
 
-    def _take_extras(self, step: InFlight, result: StepResult, column: int, takes: BoolArray) -> None:
+    def _take_extras(self, step: InFlight, result: StepResult, column: int, rows: BoolArray | slice) -> None:
         table = self._roster.table
-        taking = set(np.flatnonzero(step.rows.samples)[takes].tolist())
+        taking = set(np.flatnonzero(step.rows.samples)[rows].tolist())
         for row in taking.intersection(result.extras):
             slot, values = int(step.rows.slots[row]), result.extras[row]
             sequence = table.sequence(slot)
@@ -254,7 +254,7 @@ class ResultApplier:
             self._counters.num_finished += 1
 
 
-def _find_stops(table: SlotTable, slots: IndexArray, positions: IndexArray, token_ids: Int32Array) -> BoolArray:
+def _find_stops(table: RunningTable, slots: IndexArray, positions: IndexArray, token_ids: Int32Array) -> BoolArray:
     """Which of these new tokens are stop ids of their sequence, past its minimum length; bool like `slots`."""
     stopped = (table.stop_ids[slots] == token_ids[:, None]).any(axis=1)
     if table.many_stops:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
 from headrace.scheduler.prefix_groups import NO_GROUPS
+from headrace.scheduler.running_table import BoolArray, IndexArray
 from headrace.scheduler.sequence import Sequence
-from headrace.scheduler.slot_table import BoolArray, IndexArray
 from headrace.types.plan import SlotInit, StepPlan
 from headrace.types.request import Int32Array
 
@@ -29,14 +29,14 @@ class PlanBuilder:
     def __init__(self) -> None:
         self.new_slots: list[SlotInit] = []
         self._cells: list[tuple[IndexArray, IndexArray, Int32Array]] = []
-        self._rows: list[Rows] = []
+        self._singles: Rows | None = None
         self._tokens: list[Int32Array] = []
         self._chunks: list[tuple[int, int, int, bool]] = []
 
     @property
     def is_empty(self) -> bool:
         """True while no row was added."""
-        return not self._rows and not self._chunks
+        return self._singles is None and not self._chunks
 
     def add_new_slot(self, sequence: Sequence, slot: int) -> None:
         """A sequence enters a slot with the tokens it has; prompt positions scored already are not asked again."""
@@ -71,8 +71,8 @@ class PlanBuilder:
         self._cells.append((slots, columns, page_ids))
 
     def add_singles(self, slots: IndexArray, positions: IndexArray, token_ids: Int32Array, samples: BoolArray) -> None:
-        """Rows of one token each."""
-        self._rows.append(Rows(slots, positions, np.ones(len(slots), dtype=np.int64), samples))
+        """Rows of one token each; once, before any chunk."""
+        self._singles = Rows(slots, positions, np.ones(len(slots), dtype=np.int64), samples)
         self._tokens.append(token_ids)
 
     def add_chunk(self, slot: int, start: int, token_ids: Int32Array, *, samples: bool) -> None:
@@ -82,14 +82,13 @@ class PlanBuilder:
 
     def rows(self) -> Rows:
         """All rows added so far."""
-        parts = self._rows
-        if self._chunks:
-            slots, starts, lengths, samples = zip(*self._chunks, strict=True)
-            parts = [*parts, Rows(np.array(slots), np.array(starts), np.array(lengths), np.array(samples))]
-        if len(parts) == 1:
-            return parts[0]
-        slots_, starts_, lengths_, samples_ = zip(*parts, strict=True)
-        return Rows(*map(np.concatenate, (slots_, starts_, lengths_, samples_)))
+        singles = self._singles
+        if not self._chunks:
+            assert singles is not None, "a plan without a row"
+            return singles
+        chunks = Rows(*(np.array(part) for part in zip(*self._chunks, strict=True)))
+        parts = [chunks] if singles is None else [singles, chunks]
+        return Rows(*map(np.concatenate, list[Any](zip(*parts, strict=True))))
 
     def build(self, step_id: int, epoch: int, rows: Rows, prefix_groups: Int32Array = NO_GROUPS) -> StepPlan:
         """The plan of `rows`, which are `self.rows()`."""

@@ -15,8 +15,8 @@ from headrace.scheduler.limits import SchedulerLimits
 from headrace.scheduler.plan_builder import PlanBuilder, Rows
 from headrace.scheduler.prefix_groups import NO_GROUPS, find_groups
 from headrace.scheduler.roster import Roster
+from headrace.scheduler.running_table import IndexArray
 from headrace.scheduler.sequence import Sequence, State
-from headrace.scheduler.slot_table import IndexArray
 from headrace.types.plan import LAST_TOKEN, StepPlan
 from headrace.types.request import Int32Array
 

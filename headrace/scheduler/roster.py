@@ -14,8 +14,8 @@ import numpy as np
 
 from headrace.cache import LeaseTable, Match, Namespace
 from headrace.scheduler.limits import SchedulerLimits
+from headrace.scheduler.running_table import IndexArray, RunningTable
 from headrace.scheduler.sequence import Sequence, State
-from headrace.scheduler.slot_table import IndexArray, SlotTable
 from headrace.scheduler.waiting_queue import WaitingQueue
 
 
@@ -28,7 +28,7 @@ class Roster:
 
     def __init__(self, limits: SchedulerLimits) -> None:
         self.limits = limits
-        self.table = SlotTable(limits)
+        self.table = RunningTable(limits)
         self.leases = LeaseTable(
             self.table.units,
             num_slots=limits.num_slots,

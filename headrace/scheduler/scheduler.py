@@ -93,7 +93,7 @@ class Scheduler:
         self._last_added = request
         rank = self._num_arrivals - request.priority * _ARRIVALS_PER_PRIORITY
         self._num_arrivals += 1
-        self._roster.accept(Sequence(request, prompt, self.limits, rank, now))
+        self._roster.accept(Sequence.of(request, prompt, self.limits, rank, now))
 
     def abort(self, handles: Iterable[int] | None, message: str) -> list[Delta]:
         """End requests now (None: all); returns their terminal deltas with all tokens not delivered yet. Unknown

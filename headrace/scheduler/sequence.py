@@ -1,13 +1,14 @@
 """One request's life in the scheduler. Owns what outlives a slot: state, saved tokens, versions, what was delivered.
 
-While a sequence holds a slot its tokens, log-probabilities and counters live in the slot table; `SlotTable.leave` saves
-them here.
+While a sequence holds a slot its tokens, log-probabilities and counters live in the running table, which saves them
+here when it leaves.
 """
 
 from __future__ import annotations
 
 from enum import Enum
 
+import msgspec
 import numpy as np
 
 from headrace.cache import Namespace
@@ -15,6 +16,8 @@ from headrace.scheduler.limits import SchedulerLimits, max_output
 from headrace.scheduler.position_extras import PositionExtras
 from headrace.scheduler.prompt_scores import PromptScores
 from headrace.types.request import Float32Array, Int32Array, Request
+
+_NO_LOGPROBS: Float32Array = np.empty(0, dtype=np.float32)
 
 
 class State(Enum):
@@ -26,7 +29,7 @@ class State(Enum):
     ENDED = "ended"
 
 
-class Sequence:
+class Sequence(msgspec.Struct, eq=False, kw_only=True):
     """A request and what has become of it.
 
     rank            sort key: smaller is served first (priority, then arrival)
@@ -43,59 +46,48 @@ class Sequence:
     prompt_spans    (version, count) of the prompt positions scored so far, from the first on
     """
 
-    __slots__ = (
-        "arrived",
-        "compute_length",
-        "extras",
-        "handle",
-        "is_prompt_delivered",
-        "logprobs",
-        "max_length",
-        "num_cached_tokens",
-        "num_delivered",
-        "num_preemptions",
-        "num_prompt",
-        "prompt_scores",
-        "prompt_spans",
-        "rank",
-        "request",
-        "slot",
-        "state",
-        "stop_token_ids",
-        "token_ids",
-        "units",
-        "version_index",
-        "version_starts",
-    )
+    request: Request
+    handle: int
+    rank: int
+    arrived: float
+    num_prompt: int
+    max_length: int
+    compute_length: int
+    stop_token_ids: tuple[int, ...]
+    token_ids: Int32Array
+    units: bytes
+    logprobs: Float32Array = _NO_LOGPROBS
+    extras: PositionExtras | None
+    prompt_scores: PromptScores | None
+    state: State = State.WAITING
+    slot: int = -1
+    num_delivered: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    is_prompt_delivered: bool = False
+    version_index: int = -1
+    version_starts: list[tuple[int, str, int]] = []
+    prompt_spans: list[tuple[str, int]] = []
 
-    def __init__(
-        self, request: Request, prompt: Int32Array, limits: SchedulerLimits, rank: int, arrived: float
-    ) -> None:
-        self.request = request
-        self.handle = request.handle
-        self.rank = rank
-        self.arrived = arrived
-        self.state = State.WAITING
-        self.slot = -1
-        self.num_prompt = len(prompt)
-        self.max_length = self.num_prompt + max_output(request, self.num_prompt, limits)
-        self.compute_length = max(1, self.max_length - 1)
-        self.stop_token_ids = tuple(token for token in request.stop_token_ids if 0 <= token < limits.vocab_size)
-        self.token_ids = prompt
-        self.units = request.prompt
-        self.logprobs: Float32Array = np.empty(0, dtype=np.float32)
-        self.num_delivered = 0
-        self.version_index = -1
-        self.version_starts: list[tuple[int, str, int]] = []
-        self.prompt_spans: list[tuple[str, int]] = []
-        self.extras = PositionExtras(request.logprobs) if request.logprobs.wants_extras else None
-        self.num_cached_tokens = 0
-        self.num_preemptions = 0
-        self.is_prompt_delivered = False
-        self.prompt_scores: PromptScores | None = None
-        start = request.logprobs.prompt_start
-        if start is not None and start < self.num_prompt:
-            self.prompt_scores = PromptScores(start, self.num_prompt, request.logprobs)
+    @classmethod
+    def of(cls, request: Request, prompt: Int32Array, limits: SchedulerLimits, rank: int, arrived: float) -> Sequence:
+        """One that has just come; `prompt` is the request's, as ids."""
+        num_prompt, options, start = len(prompt), request.logprobs, request.logprobs.prompt_start
+        max_length = num_prompt + max_output(request, num_prompt, limits)
+        return cls(
+            request=request,
+            handle=request.handle,
+            rank=rank,
+            arrived=arrived,
+            num_prompt=num_prompt,
+            max_length=max_length,
+            compute_length=max(1, max_length - 1),
+            stop_token_ids=tuple(token for token in request.stop_token_ids if 0 <= token < limits.vocab_size),
+            token_ids=prompt,
+            units=request.prompt,
+            extras=PositionExtras(options) if options.wants_extras else None,
+            prompt_scores=None if start is None or start >= num_prompt else PromptScores(start, num_prompt, options),
+        )
 
     @property
     def max_hit(self) -> int:

@@ -20,7 +20,7 @@ WINDOW_S = 1.0
 _MIN_STALE = 64
 
 
-class _Place(NamedTuple):
+class _SortKey(NamedTuple):
     """Sorts requests; `number` counts arrivals, `group_number` is that of the first request of the same prompt."""
 
     minus_priority: int
@@ -34,7 +34,7 @@ class _Place(NamedTuple):
 class _Group:
     """Waiting requests of one prompt that came in one second."""
 
-    first: _Place
+    first: _SortKey
     count: int = 0
 
 
@@ -43,9 +43,9 @@ class WaitingQueue:
 
     def __init__(self) -> None:
         self._sequences: dict[int, Sequence] = {}  # by handle, as they came
-        self._places: dict[int, _Place] = {}
+        self._keys: dict[int, _SortKey] = {}
         self._groups: dict[tuple[int, int, str, bytes], _Group] = {}
-        self._heap: list[tuple[_Place, int]] = []  # with some that have left
+        self._heap: list[tuple[_SortKey, int]] = []  # with some that have left
         self._num_arrived = 0
 
     def __len__(self) -> int:
@@ -54,34 +54,33 @@ class WaitingQueue:
     def push(self, sequence: Sequence) -> None:
         """Enter a sequence."""
         request, window = sequence.request, int(sequence.arrived // WINDOW_S)
-        own = _Place(-request.priority, window, -request.max_new_tokens, self._num_arrived, self._num_arrived)
+        own = _SortKey(-request.priority, window, -request.max_new_tokens, self._num_arrived, self._num_arrived)
         group = self._groups.setdefault(_group_key(sequence), _Group(own))
         group.count += 1
-        place = group.first._replace(number=self._num_arrived)
+        key = group.first._replace(number=self._num_arrived)
         self._num_arrived += 1
         self._sequences[sequence.handle] = sequence
-        self._places[sequence.handle] = place
-        heappush(self._heap, (place, sequence.handle))
+        self._keys[sequence.handle] = key
+        heappush(self._heap, (key, sequence.handle))
 
     def first(self) -> Sequence | None:
         """The next to be admitted, left in place."""
         while self._heap:
-            place, handle = self._heap[0]
-            if self._places.get(handle) == place:
+            key, handle = self._heap[0]
+            if self._keys.get(handle) == key:
                 return self._sequences[handle]
             heappop(self._heap)
         return None
 
     def remove(self, sequence: Sequence) -> None:
         """Take a queued sequence out, wherever it stands."""
-        del self._sequences[sequence.handle], self._places[sequence.handle]
-        key = _group_key(sequence)
-        group = self._groups[key]
+        del self._sequences[sequence.handle], self._keys[sequence.handle]
+        group = self._groups[_group_key(sequence)]
         group.count -= 1
         if not group.count:
-            del self._groups[key]
+            del self._groups[_group_key(sequence)]
         if len(self._heap) > 2 * len(self._sequences) + _MIN_STALE:
-            self._heap = [(place, handle) for handle, place in self._places.items()]
+            self._heap = [(key, handle) for handle, key in self._keys.items()]
             heapify(self._heap)
 
     def arrived_before(self, moment: float) -> list[Sequence]:

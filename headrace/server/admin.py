@@ -73,10 +73,6 @@ class CheckerBody(msgspec.Struct):
     action: Literal["checksum", "snapshot", "reset_tensors", "compare"] = "checksum"
 
 
-class EmptyBody(msgspec.Struct):
-    pass
-
-
 class AdminFace:
     """The control routes. Without an admin key they take the data key."""
 
@@ -121,7 +117,7 @@ class AdminFace:
         return json_reply({"message": "Generation paused successfully.", "status": "ok"})
 
     async def continue_generation(self, request: Request) -> Response:
-        await read_control(request, EmptyBody)
+        await read_control(request, dict[str, Any])
         await self._do(request, self._engine.resume())
         return json_reply({"message": "Generation continued successfully.", "status": "ok"})
 
@@ -160,7 +156,7 @@ class AdminFace:
     async def abort_weight_update(self, request: Request) -> Response:
         """POST /abort_weight_update: end the open update, whoever began it. The old weights serve on, unless it had
         begun to write in place: then nothing is served until a complete update lands."""
-        await read_control(request, EmptyBody)
+        await read_control(request, dict[str, Any])
         await self._do(request, self._engine.abort_update())
         return json_reply({"success": True, "message": "No weight update is open."})
 

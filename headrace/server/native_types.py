@@ -312,11 +312,6 @@ def _id_row(row: Any, field: str) -> tuple[int, ...]:
     return tuple(row)
 
 
-def _checked(name: str | None) -> str | None:
-    """A name, before it is repeated for every sequence."""
-    return None if name is None else name_of(name, "rid")
-
-
 def _own(name: str, position: int, refusals: dict[int, RequestError] | None) -> str:
     """What the names of one prompt's samples begin with. One too long is refused, with its prompt where that may be."""
     try:
@@ -333,10 +328,10 @@ def _names(
 ) -> list[str]:
     """A name per sequence. One name for many becomes name_0, name_1, ...; so does each of a list when n > 1."""
     num_sequences = sum(counts)
-    rid = rid if isinstance(rid, list) else _checked(rid)
     if rid is None or rid == "":
         return [uuid.uuid4().hex for _ in range(num_sequences)]
     if isinstance(rid, str):
+        rid = name_of(rid, "rid")
         return [f"{rid}_{number}" for number in range(num_sequences)] if is_list else [rid]
     if len(rid) != len(counts) or len(set(rid)) != len(rid) or not all(rid):
         raise RequestError(f"rid must hold {len(counts)} different names, one per prompt", field="rid")

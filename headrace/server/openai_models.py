@@ -70,7 +70,10 @@ class ModelsFace:
         if body.prompt is None:
             rows = [await self._encode_chat(body)]
         else:
-            rows = await self._encode(_rows(body.prompt, "prompt", isinstance(body.prompt, list)), body)
+            texts = _rows(body.prompt, "prompt", isinstance(body.prompt, list))
+            special = body.add_special_tokens is not False
+            encoded = await encode_texts(self._engine, texts, add_special_tokens=special, allow_empty=True)
+            rows = list(encoded.values())
         if isinstance(body.prompt, list):
             return json_reply({"tokens": rows, "count": [len(ids) for ids in rows], "max_model_len": limit})
         return json_reply({"tokens": rows[0], "count": len(rows[0]), "max_model_len": limit})
@@ -93,11 +96,6 @@ class ModelsFace:
             return encode_json({"text": reply, "prompt": reply})
 
         return PartsReply([await run_sized(size, write)])
-
-    async def _encode(self, texts: Mapping[str, str], body: TokenizeBody) -> list[list[int]]:
-        special = body.add_special_tokens is not False
-        encoded = await encode_texts(self._engine, texts, add_special_tokens=special, allow_empty=True)
-        return list(encoded.values())
 
     async def _encode_chat(self, body: TokenizeBody) -> list[int]:
         messages = body.messages

@@ -131,7 +131,7 @@ def _converted(folder: Path, name: str) -> Any:
 
     if name == "vocab.json" and not is_there(folder / "merges.txt"):
         raise ConfigError(f"{folder / name} cannot be read without merges.txt beside it", field="tokenizer")
-    is_pieces = name == "tokenizer.model" and not _is_tiktoken(folder / name)
+    is_pieces = name == "tokenizer.model" and not _TIKTOKEN_LINE.match(read_bytes(folder / name, MAX_VOCABULARY_BYTES))
     missing = _missing_packages(folder / name, is_pieces)
     if missing:
         message = f"{folder / name} cannot be read without {' and '.join(missing)}"
@@ -164,10 +164,6 @@ def _follow_sentencepiece(library: Any, file: Path) -> None:
         if found != ids or library.decode(ids) != pieces.decode(ids):
             message = f"{file} is of a kind that cannot be converted ({text!r} differs); save it as {TOKENIZER_FILE}"
             raise ConfigError(message, field="tokenizer")
-
-
-def _is_tiktoken(vocabulary: Path) -> bool:
-    return _TIKTOKEN_LINE.match(read_bytes(vocabulary, MAX_VOCABULARY_BYTES)) is not None
 
 
 def _missing_packages(vocabulary: Path, is_pieces: bool) -> list[str]:

@@ -131,9 +131,9 @@ class StepResult(msgspec.Struct, frozen=True):
     """What one step produced. s is the number of True in the plan's `row_samples`; entries are in row order.
 
     token_ids [s, k] int32 and logprobs [s, k] float32 hold `num_tokens` [s] valid tokens each, 0 to k (k is 1 without
-    speculation), at consecutive positions from row_starts + row_lengths on. `extras` maps a row index to its sampled
-    positions' further log-probabilities, `prompt_logprobs` a row index to the prompt positions scored by it; both hold
-    only rows that asked.
+    speculation, never 0), at consecutive positions from row_starts + row_lengths on. `extras` maps a row index to its
+    sampled positions' further log-probabilities, `prompt_logprobs` a row index to the prompt positions scored by it;
+    both hold only rows that asked.
     """
 
     step_id: int

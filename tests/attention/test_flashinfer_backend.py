@@ -21,14 +21,14 @@ from headrace.attention import (
     build_device_backend,
     refusals,
 )
-from headrace.attention.base import DeviceTables, HeadNorms, Launch, StepRows
+from headrace.attention.base import Bucket, DeviceTables, HeadNorms, StepRows
 from headrace.attention.flashinfer import FlashInferAttention, Library, page_lists
 from headrace.attention.reference import ReferenceAttention
 from headrace.config import RopeSpec
 from headrace.kernels import select_kernels
 from headrace.kernels.paged_kv import KvGeometry, KvPool
 from headrace.kernels.rope_tables import RotaryTables, rope_tables
-from headrace.kernels.triton.work_items import FEW_PROGRAMS
+from headrace.kernels.triton.work_cuts import FEW_PROGRAMS
 from headrace.types.errors import ConfigError
 
 SHAPES = {
@@ -37,7 +37,7 @@ SHAPES = {
     "no groups": AttentionShape(2, 2, 64),
 }
 NUM_SLOTS, CONTEXT, NUM_LAYERS = 6, 90, 2
-NO_GROUPS, NO_WORDS = np.zeros((0, 3), np.int32), np.zeros(0, np.int32)
+NO_GROUPS, NO_METADATA = np.zeros((0, 3), np.int32), np.zeros(0, np.int32)
 
 
 @dataclass
@@ -170,10 +170,10 @@ class Case:
         num_tokens = int(lengths.sum())
         positions = (np.arange(num_tokens) + np.repeat(starts - firsts, lengths)).astype(np.int64)
         token_slots = np.repeat(slots, lengths).astype(np.int64)
-        launch = Launch(num_tokens + padding, len(rows) + padding, is_decode=False)
+        bucket = Bucket(num_tokens + padding, len(rows) + padding, is_decode=False)
         tables = self.tables(positions, token_slots, padding)
-        assert self.backend.fill(NO_WORDS, StepRows(slots, starts, lengths, NO_GROUPS, self.page_table), launch) == 0
-        step = self.backend.step(tables, launch)
+        assert self.backend.fill(NO_METADATA, StepRows(slots, starts, lengths, NO_GROUPS, self.page_table), bucket) == 0
+        (step,) = self.backend.steps(tables, bucket)
         row_slots, row_starts, row_lengths = (each.astype(np.int64) for each in (slots, starts, lengths))
         expected_step = self.oracle.plan(
             AttentionInputs(
@@ -237,7 +237,9 @@ def test_a_step_before_any_plan_is_padding() -> None:
     """As at a start, where launches are run for what they compile and the memory they take."""
     case = Case(SHAPES["groups of 4"], 16)
     nobody = np.zeros(0, np.int64)
-    found = case.backend.step(case.tables(nobody, nobody, 5), Launch(5, 5, is_decode=True)).run(0, case.qkv(5), None)
+    found = case.backend.steps(case.tables(nobody, nobody, 5), Bucket(5, 5, is_decode=True))[0].run(
+        0, case.qkv(5), None
+    )
     assert found.shape == (5, 8 * 64) and case.fake.ran == []
     assert torch.equal(case.pool.keys[0], case.oracle_pool.keys[0])
 

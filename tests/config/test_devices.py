@@ -67,8 +67,9 @@ def test_every_device_is_read_in_the_drivers_order() -> None:
         "total_bytes": 150_754_820_096,
         "capability": [9, 0],
         "num_multiprocessors": 132,
+        "index": 0,
     }
-    assert (second["name"], second["capability"]) == ("NVIDIA A10", [8, 6])
+    assert (second["name"], second["capability"], second["index"]) == ("NVIDIA A10", [8, 6], 1)
 
 
 def test_no_device_is_no_error_but_a_failing_driver_is() -> None:

@@ -144,6 +144,19 @@ def test_wrong_fields_of_qwen3_are_refused_by_name(changes: dict[str, Any], fiel
     assert caught.value.field == field
 
 
+@pytest.mark.parametrize("base", [QWEN3, MIXTRAL], ids=lambda base: str(base["model_type"]))
+def test_what_is_absent_is_what_transformers_has_for_the_family(base: dict[str, Any], tmp_path: Path) -> None:
+    config = {name: value for name, value in base.items() if name not in ("num_key_value_heads", "num_experts_per_tok")}
+    config |= {"hidden_size": 64, "num_attention_heads": 16} | ({"num_experts": 9} if base is QWEN3 else {})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours, theirs = ModelSpec.from_folder(tmp_path), AutoConfig.from_pretrained(tmp_path)
+    attention, mlp = ours.layers[0].attention, ours.layers[0].mlp
+    assert isinstance(mlp, ExpertsSpec) and mlp.num_per_token == theirs.num_experts_per_tok
+    assert (ours.rms_norm_eps, attention.rope.theta) == (theirs.rms_norm_eps, theirs.rope_parameters["rope_theta"])
+    assert attention.num_kv_heads == theirs.num_key_value_heads and attention.head_dim == 64 // attention.num_heads
+    assert (ours.tie_word_embeddings, ours.sliding_window) == (False, None) and theirs.sliding_window is None
+
+
 def test_no_dense_width_is_asked_for_where_no_layer_is_dense() -> None:
     assert read(QWEN3, {"intermediate_size": ...}).has_experts
 

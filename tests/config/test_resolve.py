@@ -123,6 +123,7 @@ def test_a_device_that_cannot_be_used_is_said_to_be_so(
 
 def test_the_least_capability_is_enough_and_the_first_device_counts(folder: Path) -> None:
     assert resolved(folder, devices=(A100, T4)).cuda == A100
+    assert resolve(EngineConfig(model="m"), folder, devices=(T4, A100), software=FULL, first_device=1).cuda == A100
 
 
 def test_a_given_device_is_not_explained(folder: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headrace import Generation
 from headrace.attention import AttentionShape, build_device_backend
-from headrace.attention.base import DeviceAttention, DeviceTables, HeadNorms, Launch, StepRows
+from headrace.attention.base import Bucket, DeviceAttention, DeviceTables, HeadNorms, StepRows
 from headrace.config import RopeSpec
 from headrace.kernels.paged_kv import KvGeometry, KvPool
 from headrace.kernels.rope_tables import rope_tables
@@ -88,18 +88,18 @@ class Case:
         """Enqueue one step, padded to the tokens of `qkv`; nothing waits for the device."""
         slots, starts, lengths = rows
         num_tokens = int(lengths.sum())
-        launch = Launch(len(qkv), min(len(qkv), NUM_SLOTS), is_decode=False)
-        words = np.zeros(backend.num_words, np.int32)
-        backend.fill(words, StepRows(slots, starts, lengths, NO_GROUPS, self.page_table), launch)
+        bucket = Bucket(len(qkv), min(len(qkv), NUM_SLOTS), is_decode=False)
+        metadata = np.zeros(backend.metadata_size, np.int32)
+        backend.fill(metadata, StepRows(slots, starts, lengths, NO_GROUPS, self.page_table), bucket)
         positions = np.zeros(len(qkv), np.int32)
         positions[:num_tokens] = np.arange(num_tokens) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
         table_rows = np.full(len(qkv), -1, np.int32)
         table_rows[:num_tokens] = np.repeat(slots, lengths)
         device = [
             torch.from_numpy(each).pin_memory().to(DEVICE, non_blocking=True)
-            for each in (self.page_table, positions, table_rows, words)
+            for each in (self.page_table, positions, table_rows, metadata)
         ]
-        return backend.step(DeviceTables(*device), launch).run(0, qkv, self.norms)[:num_tokens]
+        return backend.steps(DeviceTables(*device), bucket)[0].run(0, qkv, self.norms)[:num_tokens]
 
     def check(self, tolerance: float) -> None:
         """Steps of every kind, enqueued without waiting behind a device that is busy: the pinned memory that one step

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from headrace.kernels.triton.fused_products import ProductTile, ProductWorkspace, multiply_fused
 from headrace.kernels.triton.layer_kernels import FastKernels
-from headrace.kernels.triton.linear_rows import reference_linear
 from headrace.kernels.triton.product_choice import ProductKind, choose_product
-from headrace.kernels.triton.row_operations import reference_silu_and_mul
+from tests.kernels.oracles import reference_linear, reference_silu_and_mul
 
 DEVICE = torch.device("cuda")
 BF16 = torch.bfloat16
@@ -36,8 +35,8 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("kind", "num_outputs", "num_inputs"), SHAPES)
-@pytest.mark.parametrize("overlap", [False, True])
-def test_every_tile_that_is_picked(kind: ProductKind, num_outputs: int, num_inputs: int, overlap: bool) -> None:
+@pytest.mark.parametrize("pdl", [False, True])
+def test_every_tile_that_is_picked(kind: ProductKind, num_outputs: int, num_inputs: int, pdl: bool) -> None:
     weight = random(num_outputs * (2 if kind == "gate" else 1), num_inputs) * num_inputs**-0.5
     workspace, num_tiles = ProductWorkspace(DEVICE), 0
     workspace.parts.fill_(float("nan"))
@@ -54,9 +53,7 @@ def test_every_tile_that_is_picked(kind: ProductKind, num_outputs: int, num_inpu
             expected += out.double()
         again = out.clone()
         for target in (out, again):
-            multiply_fused(
-                x, weight, None, target, tile, workspace, gated=kind == "gate", adds=kind == "add", overlap=overlap
-            )
+            multiply_fused(x, weight, None, target, tile, workspace, gated=kind == "gate", adds=kind == "add", pdl=pdl)
         assert error(out, expected) < 1e-2, f"{num_rows} rows"
         assert torch.equal(out, again), "the order of a split sum is fixed"
     assert num_tiles > 0
@@ -80,8 +77,8 @@ def test_a_graph_of_overlapping_layers_agrees_with_the_library(num_rows: int) ->
             kernels.linear_add_(residual, kernels.normed_gate(residual, norm2, eps, gate_up, None), down, None)
         return residual
 
-    expected = run(FastKernels(DEVICE, overlap=False, choose=lambda *_: None))
-    kernels = FastKernels(DEVICE, overlap=True)
+    expected = run(FastKernels(DEVICE, pdl=False, choose=lambda *_: None))
+    kernels = FastKernels(DEVICE, pdl=True)
     first = run(kernels)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -11,16 +11,17 @@ import torch
 import triton
 from torch import Tensor
 
-from headrace.kernels.triton.linear_rows import MatrixTile, matrix_tile, multiply_row, multiply_tiles, reference_linear
-from headrace.kernels.triton.paged_attention import PagedAttention, reference_attention
+from headrace.kernels.triton.linear_rows import MatrixTile, matrix_tile, multiply_row, multiply_tiles
+from headrace.kernels.triton.paged_attention import PagedAttention
 from headrace.kernels.triton.row_operations import HeadLayout, rms_norm, rope_and_store, silu_and_mul
 from headrace.kernels.triton.sampling_rows import SamplingWorkspace, sample_rows
 from headrace.kernels.triton.work_items import AttentionPlanner, LaunchBounds, WorkLimits
+from tests.kernels.oracles import reference_attention, reference_linear
 
 DEVICE = torch.device("cuda")
 BF16 = torch.bfloat16
 FLOAT8 = torch.float8_e4m3fn
-LIMITS = WorkLimits(max_tokens=4096, max_items=8192, max_slots=8192)
+LIMITS = WorkLimits(max_tokens=4096, max_items=8192, max_partials=8192)
 PAGE, DIM = 16, 128
 NO_GROUPS = np.zeros((0, 3), np.int32)
 
@@ -49,10 +50,10 @@ def test_products_have_the_same_bits_at_any_number_of_rows(num_outputs: int, num
     for num_rows in (1, 2, 8, 16, 17, 32, 33, 64, 100, 128, 129, 200, 256, 300, 512, 1000):
         tiles.add(matrix_tile(num_rows, num_outputs, BF16))
         rows = torch.randperm(2048, device=DEVICE)[:num_rows]
-        for overlap in (False, True):
+        for pdl in (False, True):
             found = torch.empty(num_rows, num_outputs, device=DEVICE, dtype=BF16)
-            multiply_tiles(x[rows], weight, None, found, overlap=overlap)
-            assert torch.equal(found, whole[rows]), f"{num_rows} rows, overlap {overlap}"
+            multiply_tiles(x[rows], weight, None, found, pdl=pdl)
+            assert torch.equal(found, whole[rows]), f"{num_rows} rows, pdl {pdl}"
     every = {matrix_tile(num_rows, num_outputs, BF16) for num_rows in range(1, 2049)}
     assert tiles | {matrix_tile(2048, num_outputs, BF16)} == every, "the sizes above try every tile that is picked"
 
@@ -60,7 +61,7 @@ def test_products_have_the_same_bits_at_any_number_of_rows(num_outputs: int, num
 class Pages:
     """Eight groups of eight sequences that share 600 positions of up to 2500."""
 
-    def __init__(self, heads: int, fixed: int | None, overlap: bool = False, pool_dtype: torch.dtype = BF16) -> None:
+    def __init__(self, heads: int, fixed: int | None, pdl: bool = False, pool_dtype: torch.dtype = BF16) -> None:
         self.heads, self.fixed = heads, fixed
         table = torch.randperm(64 * 160, device=DEVICE).view(64, 160) + 1
         for first in range(0, 64, 8):
@@ -71,22 +72,20 @@ class Pages:
             pool[: 8 * PAGE] = 0.0
         self.keys, self.values = (pool.to(pool_dtype) for pool in pools)
         self.groups = np.array([(first, 8, 37) for first in range(0, 64, 8)], np.int32)
-        self.attention = PagedAttention(heads, 8, DIM, PAGE, LIMITS, BF16, DEVICE, fixed, overlap=overlap)
+        self.attention = PagedAttention(HeadLayout(heads, 8, DIM, PAGE), LIMITS, BF16, DEVICE, fixed, pdl=pdl)
         self.planner = AttentionPlanner(LIMITS, self.attention.tile_sizes, PAGE, 8, fixed)
 
     def run(
         self, rows: list[tuple[int, int, int]], q: Tensor, groups: np.ndarray, bounds: LaunchBounds | None = None
     ) -> Tensor:
         """With `bounds` as a captured launch would, else with no more programs than items."""
-        buffer = np.full(LIMITS.num_words, 7, np.int32)
+        buffer = np.full(LIMITS.size, 7, np.int32)
         arrays = np.array(rows, np.int64).T
         summary = self.planner.fill(buffer, arrays[0], arrays[1], arrays[2], groups, bounds)
-        held = bounds or LaunchBounds(summary.num_narrow, summary.num_wide, len(q))
+        held = bounds or LaunchBounds(summary.num_decode, summary.num_prefill, len(q))
         out = torch.full_like(q, float("nan"))
-        self.attention.run(
-            q, self.keys, self.values, self.table, torch.from_numpy(buffer).to(DEVICE), out,
-            num_narrow=held.narrow, num_wide=held.wide, num_merged=held.merged,
-        )  # fmt: skip
+        metadata = torch.from_numpy(buffer).to(DEVICE)
+        self.attention.run(q, self.keys, self.values, self.table, metadata, out, held)
         return out
 
 
@@ -225,19 +224,19 @@ def replayed(call: Callable[[], None]) -> None:
 def test_overlapped_launches_in_a_graph_change_no_bit() -> None:
     weights = [random(4096, 1024) / 32 for _ in range(6)], [random(1024, 2048) / 45 for _ in range(6)]
     norm, results = random(1024), []
-    for overlap in (False, True):
+    for pdl in (False, True):
         residual, start = random(1, 1024), torch.arange(1024, device=DEVICE).to(BF16)[None] / 1024
         inner, normed, mixed = (torch.empty(1, n, device=DEVICE, dtype=BF16) for n in (2048, 1024, 4096))
 
-        def chain(residual=residual, inner=inner, normed=normed, mixed=mixed, start=start, overlap=overlap) -> None:  # type: ignore[no-untyped-def]
+        def chain(residual=residual, inner=inner, normed=normed, mixed=mixed, start=start, pdl=pdl) -> None:  # type: ignore[no-untyped-def]
             residual.copy_(start)
             for up, down in zip(*weights, strict=True):
-                multiply_row(residual, up, inner, norm_K=norm, eps=1e-6, gated=True, overlap=overlap)
-                multiply_row(inner, down, residual, adds=True, overlap=overlap)
-                rms_norm(residual, norm, 1e-6, normed, overlap=overlap)
-                multiply_row(normed, up, mixed, overlap=overlap)
-                silu_and_mul(mixed, inner, overlap=overlap)
-                multiply_row(inner, down, residual, adds=True, overlap=overlap)
+                multiply_row(residual, up, inner, norm_K=norm, eps=1e-6, gated=True, pdl=pdl)
+                multiply_row(inner, down, residual, adds=True, pdl=pdl)
+                rms_norm(residual, norm, 1e-6, normed, pdl=pdl)
+                multiply_row(normed, up, mixed, pdl=pdl)
+                silu_and_mul(mixed, inner, pdl=pdl)
+                multiply_row(inner, down, residual, adds=True, pdl=pdl)
 
         for _ in range(20):
             replayed(chain)

@@ -52,7 +52,7 @@ def test_a_layer_agrees_whatever_is_chosen(tile: ProductTile | RowTile | None, h
         return torch.randn(*shape, generator=generator).to(DEVICE)
 
     generator = torch.Generator().manual_seed(0)
-    kernels = FastKernels(DEVICE, overlap=False, choose=lambda *_: tile)
+    kernels = FastKernels(DEVICE, pdl=False, choose=lambda *_: tile)
     x, norm, residual = random(num_rows, 64), random(64), random(num_rows, 96)
     weight, bias, half_bias = random(192, 64), random(192), random(96)
     normed = reference.rms_norm(x, norm, 1e-6)

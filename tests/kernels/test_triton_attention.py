@@ -7,13 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from headrace.kernels.triton.paged_attention import AttentionTile, AttentionTiles, PagedAttention, reference_attention
+from headrace.kernels.triton.paged_attention import AttentionTile, AttentionTiles, PagedAttention
+from headrace.kernels.triton.row_operations import HeadLayout
 from headrace.kernels.triton.work_items import AttentionPlanner, LaunchBounds, WorkLimits
+from tests.kernels.oracles import reference_attention
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter's dot has no bfloat16
 FLOAT8 = torch.float8_e4m3fn
-LIMITS = WorkLimits(max_tokens=64, max_items=256, max_slots=512)
+LIMITS = WorkLimits(max_tokens=64, max_items=256, max_partials=512)
 NO_GROUPS = np.zeros((0, 3), np.int32)
 SMALL = AttentionTiles(AttentionTile(16, 16, 4, 2), AttentionTile(32, 16, 4, 2))
 ONE = AttentionTiles(AttentionTile(16, 16, 4, 2), AttentionTile(16, 16, 4, 2))
@@ -43,11 +45,10 @@ class Case:
         self, rows: list[tuple[int, int, int]], groups: list[tuple[int, int, int]], q: Tensor, fixed: int | None,
         tiles: AttentionTiles, bounds: LaunchBounds | None = None,
     ) -> Tensor:  # fmt: skip
-        attention = PagedAttention(
-            self.heads, self.kv, self.dim, self.page, LIMITS, self.dtype, DEVICE, fixed_split=fixed, tiles=tiles
-        )
+        layout = HeadLayout(self.heads, self.kv, self.dim, self.page)
+        attention = PagedAttention(layout, LIMITS, self.dtype, DEVICE, fixed_split=fixed, tiles=tiles)
         planner = AttentionPlanner(LIMITS, attention.tile_sizes, self.page, self.kv, fixed)
-        buffer = np.full(LIMITS.num_words, 77, np.int32)
+        buffer = np.full(LIMITS.size, 77, np.int32)
         group_array = np.array(groups, np.int32) if groups else NO_GROUPS
         table_rows, starts, lengths = np.array(rows, np.int64).T
         summary = planner.fill(buffer, table_rows, starts, lengths, group_array, bounds)
@@ -55,8 +56,7 @@ class Case:
         attention.run(
             q.to(DEVICE), self.keys.to(DEVICE), self.values.to(DEVICE), self.table.to(DEVICE),
             torch.from_numpy(buffer).to(DEVICE), out,
-            num_narrow=summary.num_narrow + 1 if summary.num_narrow else 0, num_wide=summary.num_wide,
-            num_merged=len(q),
+            LaunchBounds(summary.num_decode + 1 if summary.num_decode else 0, summary.num_prefill, len(q)),
         )  # fmt: skip
         return out.cpu()
 

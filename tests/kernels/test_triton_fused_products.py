@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.triton.fused_products import ProductTile, ProductWorkspace, multiply_fused
-from headrace.kernels.triton.linear_rows import reference_linear
-from headrace.kernels.triton.row_operations import reference_silu_and_mul
+from tests.kernels.oracles import reference_linear, reference_silu_and_mul
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter's dot has no bfloat16

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from headrace.kernels.triton.linear_rows import MatrixTile, multiply_row, multiply_tiles, reference_linear
-from headrace.kernels.triton.row_operations import reference_rms_norm, reference_silu_and_mul
+from headrace.kernels.triton.linear_rows import MatrixTile, multiply_row, multiply_tiles
+from tests.kernels.oracles import reference_linear, reference_rms_norm, reference_silu_and_mul
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter's dot has no bfloat16

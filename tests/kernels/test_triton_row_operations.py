@@ -6,15 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from headrace.kernels.triton.row_operations import (
-    HeadLayout,
-    reference_rms_norm,
-    reference_rope,
-    reference_silu_and_mul,
-    rms_norm,
-    rope_and_store,
-    silu_and_mul,
-)
+from headrace.kernels.triton.row_operations import HeadLayout, rms_norm, rope_and_store, silu_and_mul
+from tests.kernels.oracles import reference_rms_norm, reference_rope, reference_silu_and_mul
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter truncates to bfloat16

@@ -1,4 +1,5 @@
 """The sampling pass against the published noise, and thresholds against their exact meaning."""
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
 
 from __future__ import annotations
 
@@ -7,11 +8,14 @@ import math
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
-from headrace.kernels.triton.sampling_rows import SamplingWorkspace, device_noise_words, sample_rows
+from headrace.kernels.triton.sampling_rows import SamplingWorkspace, noise_words, philox_keys, sample_rows
 from headrace.kernels.triton.slot_params import NUM_PARAMS, seed_words
 from headrace.kernels.triton.threshold_search import find_thresholds, threshold_scratch
-from headrace.sampling.noise import gumbel_of, noise_keys, noise_words
+from headrace.sampling import noise
+from headrace.sampling.noise import gumbel_of, noise_keys
 from headrace.sampling.thresholds import truncation_threshold
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -24,10 +28,21 @@ def on_device(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).to(DEVICE)
 
 
+@triton.jit
+def noise_kernel(seeds_ptr, positions_ptr, words_ptr, NUM_TOKENS: tl.constexpr):
+    row, tokens = tl.program_id(0), tl.arange(0, NUM_TOKENS)
+    seed_ptr = seeds_ptr + 2 * row
+    key0, key1 = philox_keys(tl.load(seed_ptr), tl.load(seed_ptr + 1), tl.load(positions_ptr + row))
+    words = noise_words(tokens, key0, key1).to(tl.int32, bitcast=True)
+    tl.store(words_ptr + row * NUM_TOKENS + tokens, words)
+
+
 def test_noise_words_are_the_published_ones() -> None:
-    found = device_noise_words(on_device(seed_words(SEEDS)), on_device(POSITIONS.astype(np.int32)), 300)
-    expected = noise_words(noise_keys(SEEDS, POSITIONS), np.arange(300))
-    np.testing.assert_array_equal(found.cpu().numpy().view(np.uint32), expected)
+    words = torch.empty(len(SEEDS), 256, dtype=torch.int32, device=DEVICE)
+    positions = on_device(POSITIONS.astype(np.int32))
+    noise_kernel[(len(SEEDS),)](on_device(seed_words(SEEDS)), positions, words, NUM_TOKENS=256)
+    expected = noise.noise_words(noise_keys(SEEDS, POSITIONS), np.arange(256))
+    np.testing.assert_array_equal(words.cpu().numpy().view(np.uint32), expected)
 
 
 def params(*rows: tuple[float, float, float, int, float, float]) -> torch.Tensor:
@@ -67,12 +82,12 @@ def test_tokens_and_logprobs_of_every_mode() -> None:
         on_device(seed_words(SEEDS)), None, SamplingWorkspace.make(7, VOCAB, DEVICE), tokens, logprobs, last,
     )  # fmt: skip
     assert int(tokens[4]) == -7, "a skipped row"
-    noise = gumbel_of(noise_words(noise_keys(SEEDS, POSITIONS), np.arange(VOCAB)))
+    gumbel = gumbel_of(noise.noise_words(noise_keys(SEEDS, POSITIONS), np.arange(VOCAB)))
     for at, slot in enumerate(slots.tolist()):
         if slot < 0:
             continue
         temperature, divisor, mode = table[slot, :3].tolist()
-        scores = values[slot].astype(np.float64) / temperature + noise[slot] if temperature else values[slot]
+        scores = values[slot].astype(np.float64) / temperature + gumbel[slot] if temperature else values[slot]
         assert int(tokens[at]) == int(scores.argmax()) == int(last[slot])
         expected = 0.0 if mode == 2 else log_softmax(values[slot] / np.float32(divisor))[int(tokens[at])]
         assert abs(float(logprobs[at]) - expected) < 1e-5

@@ -8,7 +8,7 @@ import torch
 
 from headrace.kernels.triton.paged_attention import choose_tiles
 from headrace.kernels.triton.work_items import (
-    ITEM_WORDS,
+    ITEM_SIZE,
     WHOLE,
     AttentionPlanner,
     LaunchBounds,
@@ -16,7 +16,7 @@ from headrace.kernels.triton.work_items import (
     WorkLimits,
 )
 
-LIMITS = WorkLimits(max_tokens=600, max_items=2000, max_slots=3000)
+LIMITS = WorkLimits(max_tokens=600, max_items=2000, max_partials=3000)
 PAGE = 16
 
 
@@ -44,8 +44,8 @@ def check(
     num_merged: int = LIMITS.max_tokens,
 ) -> int:
     """Walk every item as the kernel does; returns how many positions are read less than one row each would read."""
-    _, num_narrow, wide_first, num_wide, num_tokens = buffer[:5].tolist()
-    assert wide_first == num_narrow and num_tokens == lengths.sum()
+    _, num_decode, prefill_first, num_prefill, num_tokens = buffer[:5].tolist()
+    assert prefill_first == num_decode and num_tokens == lengths.sum()
     row_of = np.repeat(np.arange(len(starts)), lengths)
     position_of = np.concatenate([start + np.arange(length) for start, length in zip(starts, lengths, strict=True)])
     leader = np.arange(len(starts))
@@ -53,9 +53,9 @@ def check(
         leader[first : first + size] = first
     seen: list[list[tuple[int, int, int]]] = [[] for _ in row_of]
     saved = 0
-    items = buffer[LIMITS.items_at :][: ITEM_WORDS * (num_narrow + num_wide)].reshape(-1, ITEM_WORDS).tolist()
-    for q_start, num_q, table_row, first, end, part, position, is_wide in items:
-        assert is_wide in (0, 1) and num_q >= 1 and first < end
+    items = buffer[LIMITS.items_at :][: ITEM_SIZE * (num_decode + num_prefill)].reshape(-1, ITEM_SIZE).tolist()
+    for q_start, num_q, table_row, first, end, part, position, is_prefill in items:
+        assert is_prefill in (0, 1) and num_q >= 1 and first < end
         saved += (num_q - 1) * (end - first)
         for at in range(num_q):
             token = q_start + at
@@ -65,17 +65,17 @@ def check(
             shares = end <= next((pages * page for f, _, pages in groups.tolist() if f == leader[row]), 0)
             assert table_row == table_rows[row] or (shares and table_row == table_rows[leader[row]])
             seen[token].append((part, first, visible))
-    slots = np.zeros(LIMITS.max_slots, np.int64)
+    used = np.zeros(LIMITS.max_partials, np.int64)
     for token, parts in enumerate(seen):
         parts.sort()
-        num_parts, slot = int(buffer[LIMITS.parts_at + token]), int(buffer[LIMITS.slots_at + token])
+        num_parts, first = int(buffer[LIMITS.parts_at + token]), int(buffer[LIMITS.partials_at + token])
         assert [part for part, *_ in parts] == ([WHOLE] if num_parts == 1 else list(range(num_parts)))
         if num_parts > 1:
-            slots[slot : slot + num_parts] += 1
+            used[first : first + num_parts] += 1
         assert parts[0][1] == 0 and max(end for *_, end in parts) == position_of[token] + 1
         for (_, _, end), (_, first, _) in zip(parts, parts[1:], strict=False):
             assert first >= end == min(first, position_of[token] + 1)
-    assert slots.max() <= 1, "no slot twice"
+    assert used.max() <= 1, "no partial result twice"
     assert not buffer[LIMITS.parts_at :][num_tokens:num_merged].any(), "no part of an absent token"
     return saved
 
@@ -86,9 +86,9 @@ def test_random_steps(fixed: int | None) -> None:
     planner = AttentionPlanner(LIMITS, TileSizes(4, 4 if fixed else 16), PAGE, 8, fixed)
     for _ in range(60):
         table_rows, starts, lengths, groups = random_step(rng)
-        buffer = rng.integers(0, 99, LIMITS.num_words).astype(np.int32)
+        buffer = rng.integers(0, 99, LIMITS.size).astype(np.int32)
         summary = planner.fill(buffer, table_rows, starts, lengths, groups)
-        assert summary.num_narrow + summary.num_wide == buffer[1] + buffer[3]
+        assert summary.num_decode + summary.num_prefill == buffer[1] + buffer[3]
         check(buffer, table_rows, starts, lengths, groups)
 
 
@@ -96,7 +96,7 @@ def test_a_group_reads_its_shared_pages_once_per_tile() -> None:
     planner = AttentionPlanner(LIMITS, TileSizes(8, 32), PAGE, 8)
     rows = np.arange(64)
     groups = np.array([(first, 8, 31) for first in range(0, 64, 8)], np.int32)
-    buffer = np.zeros(LIMITS.num_words, np.int32)
+    buffer = np.zeros(LIMITS.size, np.int32)
     planner.fill(buffer, rows, np.full(64, 900), np.ones(64, np.int64), groups)
     walked = (np.arange(64), np.full(64, 900), np.ones(64, np.int64), groups)
     assert check(buffer, *walked) >= 8 * 7 * 496
@@ -105,12 +105,12 @@ def test_a_group_reads_its_shared_pages_once_per_tile() -> None:
 def test_longest_items_come_first_in_each_class() -> None:
     planner = AttentionPlanner(LIMITS, TileSizes(4, 16), PAGE, 8)
     rng = np.random.default_rng(3)
-    buffer = np.zeros(LIMITS.num_words, np.int32)
+    buffer = np.zeros(LIMITS.size, np.int32)
     lengths = np.where(np.arange(30) % 10 == 0, 30, 1)
     summary = planner.fill(buffer, np.arange(30), rng.integers(0, 3000, 30), lengths, np.zeros((0, 3), np.int32))
-    items = buffer[LIMITS.items_at : summary.num_words].reshape(-1, ITEM_WORDS)
+    items = buffer[LIMITS.items_at : summary.size].reshape(-1, ITEM_SIZE)
     sizes = items[:, 4] - items[:, 3]
-    for part in (sizes[: summary.num_narrow], sizes[summary.num_narrow :]):
+    for part in (sizes[: summary.num_decode], sizes[summary.num_decode :]):
         assert len(part) and (np.diff(part) <= 0).all()
 
 
@@ -146,9 +146,9 @@ def test_the_items_of_decode_rows_are_those_of_the_rules() -> None:
     for _ in range(40):
         table_rows, starts, lengths, groups = random_step(rng)
         lengths[:] = 1
-        buffer = np.zeros(LIMITS.num_words, np.int32)
+        buffer = np.zeros(LIMITS.size, np.int32)
         summary = planner.fill(buffer, table_rows, starts, lengths, groups)
-        items = buffer[LIMITS.items_at : summary.num_words].reshape(-1, ITEM_WORDS).tolist()
+        items = buffer[LIMITS.items_at : summary.size].reshape(-1, ITEM_SIZE).tolist()
         assert items == plain_items(summary.split, table_rows, starts, [tuple(group) for group in groups.tolist()], 4)
 
 
@@ -157,8 +157,8 @@ def test_cutting_gives_way_to_what_fits() -> None:
     arguments = np.arange(64), starts, lengths, np.zeros((0, 3), np.int32)
     for fixed in (None, 64):
         planner = AttentionPlanner(LIMITS, TileSizes(8, 32), PAGE, 8, fixed)
-        buffer = np.zeros(LIMITS.num_words, np.int32)
-        assert 64 <= planner.fill(buffer, *arguments, LaunchBounds(130, 0, 64)).num_narrow <= 130
+        buffer = np.zeros(LIMITS.size, np.int32)
+        assert 64 <= planner.fill(buffer, *arguments, LaunchBounds(130, 0, 64)).num_decode <= 130
         with pytest.raises(ValueError, match="do not fit"):
             planner.fill(buffer, *arguments, LaunchBounds(63, 0, 64))
         with pytest.raises(ValueError, match="do not fit"):
@@ -166,16 +166,16 @@ def test_cutting_gives_way_to_what_fits() -> None:
 
 
 def step_of(
-    rng: np.random.Generator, num_rows: int, num_tokens: int, longest: int, page: int, narrow: int
+    rng: np.random.Generator, num_rows: int, num_tokens: int, longest: int, page: int, decode_tile: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Any step of at most so many rows and tokens, the extremes often; every context ends within `longest`."""
     rows = num_rows if rng.random() < 0.5 else int(rng.integers(1, num_rows + 1))
     lengths, room, kind = np.ones(rows, np.int64), num_tokens - rows, rng.integers(4)
     if kind == 0:
         lengths[rng.integers(rows)] += room
-    elif kind == 1:  # as many rows as possible that want wide tiles
-        wide_rows = max(1, min(rows, num_tokens // (narrow + 1)))
-        lengths[:wide_rows] = min(narrow + 1, 1 + room // wide_rows)
+    elif kind == 1:  # as many rows as possible that want prefill tiles
+        prefill_rows = max(1, min(rows, num_tokens // (decode_tile + 1)))
+        lengths[:prefill_rows] = min(decode_tile + 1, 1 + room // prefill_rows)
     elif kind == 2:
         lengths += rng.multinomial(int(rng.integers(room + 1)), np.ones(rows) / rows)
     latest = np.maximum(longest - lengths, 0)
@@ -201,17 +201,17 @@ def test_bounds_hold_every_step_of_their_size(fixed: int | None) -> None:
         num_rows = int(rng.choice([num_tokens, max(1, num_tokens // 7)]))
         is_decode = num_rows == num_tokens and turn % 3 == 0
         bounds = planner.bounds(num_rows, num_tokens, is_decode=is_decode)
-        assert bounds.narrow + bounds.wide <= limits.max_items and bounds.merged == num_tokens
+        assert bounds.decode + bounds.prefill <= limits.max_items and bounds.merged == num_tokens
         for _ in range(4):
             size = num_rows if is_decode else num_tokens
-            step = step_of(rng, num_rows, size, longest, page, tiles.narrow)
+            step = step_of(rng, num_rows, size, longest, page, tiles.decode)
             if is_decode:
                 step[2][:] = 1
-            buffer = rng.integers(0, 99, limits.num_words).astype(np.int32)
+            buffer = rng.integers(0, 99, limits.size).astype(np.int32)
             summary = planner.fill(buffer, *step, bounds=bounds)
-            assert summary.num_narrow <= bounds.narrow and summary.num_wide <= bounds.wide
-            assert summary.num_slots <= limits.max_slots
-            if turn % 10 == 0 and limits.max_slots == LIMITS.max_slots:
+            assert summary.num_decode <= bounds.decode and summary.num_prefill <= bounds.prefill
+            assert summary.num_partials <= limits.max_partials
+            if turn % 10 == 0 and limits.max_partials == LIMITS.max_partials:
                 check(buffer, *step, page, num_merged=num_tokens)
 
 
@@ -219,13 +219,13 @@ def test_bounds_are_not_wasteful() -> None:
     planner = AttentionPlanner(WorkLimits(8192, 8192, 16384), TileSizes(8, 64), PAGE, 8)
     for num_rows in (1, 8, 64, 256, 512):
         bounds = planner.bounds(num_rows, num_rows, is_decode=True)
-        assert bounds.wide == 0 and bounds.narrow <= max(256, 3 * num_rows)
-    assert planner.bounds(1, 1).narrow * 8 <= 264, "the variant for few programs"
+        assert bounds.prefill == 0 and bounds.decode <= max(256, 3 * num_rows)
+    assert planner.bounds(1, 1).decode * 8 <= 264, "the variant for few programs"
     mixed = planner.bounds(512, 2048)
-    assert mixed.narrow <= 1024 and mixed.wide <= 256
-    assert planner.bounds(1, 1).wide == planner.bounds(64, 64).wide == 0
+    assert mixed.decode <= 1024 and mixed.prefill <= 256
+    assert planner.bounds(1, 1).prefill == planner.bounds(64, 64).prefill == 0
     with_limit = AttentionPlanner(planner.limits, TileSizes(8, 64), PAGE, 8, max_positions=256)
-    assert with_limit.bounds(1, 1).narrow <= 5
+    assert with_limit.bounds(1, 1).decode <= 5
 
 
 @pytest.mark.parametrize("group_size", [1, 2, 3, 4, 6, 7, 8, 12, 16, 32, 71, 128])
@@ -254,7 +254,7 @@ def test_a_decode_step_keeps_its_cut_in_bounds() -> None:
     planner = AttentionPlanner(LIMITS, TileSizes(8, 64), PAGE, 8)
     starts = np.random.default_rng(2).integers(450, 1350, 256)
     arguments = np.arange(256), starts, np.ones(256, np.int64), np.zeros((0, 3), np.int32)
-    free, bound = np.zeros(LIMITS.num_words, np.int32), np.zeros(LIMITS.num_words, np.int32)
+    free, bound = np.zeros(LIMITS.size, np.int32), np.zeros(LIMITS.size, np.int32)
     bounds = planner.bounds(256, 256, is_decode=True)
     assert planner.fill(free, *arguments) == planner.fill(bound, *arguments, bounds)
     assert (free == bound).all()
@@ -265,24 +265,24 @@ def test_full_parts_of_a_decode_step_run_at_once() -> None:
     rng = np.random.default_rng(8)
     for kv in (2, 4, 8):
         planner = AttentionPlanner(WorkLimits(512, 8192, 16384), TileSizes(8, 64), PAGE, kv)
-        buffer, num_cut = np.zeros(planner.limits.num_words, np.int32), 0
+        buffer, num_cut = np.zeros(planner.limits.size, np.int32), 0
         for _ in range(100):
             num_rows = int(rng.integers(133 * 8 // (4 * kv) + 1, 513))
             starts = rng.integers(0, int(rng.choice([300, 3000, 30000])), num_rows)
             bounds = planner.bounds(num_rows, num_rows, is_decode=True)
             ones = np.ones(num_rows, np.int64)
             summary = planner.fill(buffer, np.arange(num_rows), starts, ones, np.zeros((0, 3), np.int32), bounds)
-            items = buffer[planner.limits.items_at : summary.num_words].reshape(-1, ITEM_WORDS)
+            items = buffer[planner.limits.items_at : summary.size].reshape(-1, ITEM_SIZE)
             lengths = items[:, 4] - items[:, 3]
             assert lengths.sum() == (starts + 1).sum() and (lengths <= summary.split).all()
             assert np.count_nonzero(lengths == summary.split) <= 1056 // kv
-            num_cut += summary.num_narrow > num_rows
+            num_cut += summary.num_decode > num_rows
         assert num_cut > 10
 
 
 def test_a_step_without_rows() -> None:
     planner = AttentionPlanner(LIMITS, TileSizes(8, 32), PAGE, 8)
     empty = np.zeros(0, np.int64)
-    buffer = np.ones(LIMITS.num_words, np.int32)
+    buffer = np.ones(LIMITS.size, np.int32)
     summary = planner.fill(buffer, empty, empty, empty, np.zeros((0, 3), np.int32))
-    assert (summary.num_narrow, summary.num_wide, summary.num_slots) == (0, 0, 0) and not buffer[:5].any()
+    assert (summary.num_decode, summary.num_prefill, summary.num_partials) == (0, 0, 0) and not buffer[:5].any()

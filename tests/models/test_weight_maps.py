@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from headrace import models
 from headrace.config import ModelSpec, model_spec
+from headrace.kernels.triton.layer_kernels import device_kernels
 from headrace.models import registry
 from headrace.types.errors import UnsupportedModelError
 from headrace.weights import Shard
@@ -143,6 +144,13 @@ def test_what_does_not_split_over_the_ranks_is_refused() -> None:
     spec = ModelSpec.from_config(make_model("llama").config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
     with pytest.raises(UnsupportedModelError, match="do not split over 5 ranks"):
         models.weight_map(spec, Shard(0, 5))
+
+
+def test_kernels_without_experts_refuse_them_by_name() -> None:
+    device, kernels = Device(make_model("mixtral")), device_kernels("fast", torch.device("cpu"))
+    with pytest.raises(UnsupportedModelError, match="no layers of experts") as caught:
+        models.build(device.spec, device.store, kernels=kernels)
+    assert caught.value.field == "architectures"
 
 
 def test_live_tensors_are_the_models_own() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from transformers import PreTrainedModel
 
 from headrace import Engine, Generation, InternalError, SamplingParams
@@ -25,8 +26,9 @@ from headrace.core.faults import DeviceLost, StepError
 from headrace.runner import build_runner
 from headrace.runner.device_step import DeviceStep
 from headrace.runner.step_runner import StepRunner
-from headrace.types.plan import StepPlan
+from headrace.types.plan import StepPlan, StepResult
 from tests.parity.models import VOCAB_SIZE, make_model, reference_logits, save_model
+from tests.runner.plans import PlanBuilder
 
 TOLERANCE = 1e-4
 SIZES: dict[str, Any] = {
@@ -282,6 +284,30 @@ def test_the_canary_tells_a_guilty_request_from_a_lost_device(
     monkeypatch.setattr(StepRunner, "launch", lambda *_: (_ for _ in ()).throw(RuntimeError("nothing works")))
     with pytest.raises(DeviceLost, match="nothing works"):
         check_device(LocalExecutor(runner), StepError(1, RuntimeError("x")), 0)
+
+
+def test_layers_of_several_kv_groups(checkpoint: Checkpoint) -> None:
+    """A layer that is rotated in another way has a pool, and a part of the metadata, of its own."""
+    found: list[list[StepResult]] = []
+    for backend in ("triton", "cpu"):
+        settings = {**_device_settings(), "attention_backend": backend}
+        resolved = resolve(EngineConfig(model=str(checkpoint[1]), **settings), checkpoint[1])
+        first, *others = resolved.model.layers
+        attention = replace(first.attention, rope=replace(first.attention.rope, theta=50.0))
+        model = replace(resolved.model, layers=(replace(first, attention=attention), *others))
+        assert len(model.kv_groups) == 2
+        runner, plans = build_runner(replace(resolved, model=model)), PlanBuilder(page_size=8, num_pages=30)
+        for slot in range(2):
+            plans.enter(slot, random_ids(slot, 13 - 8 * slot))
+        found.append([runner.launch(plans.step([(0, 9), (1, 5)])).wait()])
+        for rows in ([(1, 1), (0, 4)], [(0, 1), (1, 1)]):
+            for slot in (slot for slot, length in rows if length == 1):
+                plans.append(slot)
+            found[-1].append(runner.launch(plans.step(rows)).wait())
+        runner.close()
+    for on_device, on_cpu in zip(*found, strict=True):
+        np.testing.assert_array_equal(on_device.token_ids, on_cpu.token_ids)
+        np.testing.assert_allclose(on_device.logprobs, on_cpu.logprobs, atol=TOLERANCE, rtol=0)
 
 
 def _device_settings() -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from headrace.layers.residual import Residual
 from tests.parity.models import LLAMA3_ROPE, VOCAB_SIZE, Device, make_model, reference_logits
 from tests.runner.plans import PlanBuilder
 
@@ -74,6 +75,27 @@ def test_experts_by_every_set_of_kernels(family: str, kernels: str) -> None:
     plans.enter(0, tokens)
     found = [device.run(plans.step([(0, length)]))[0] for length in (40, 3, 1, 1, 15)]
     torch.testing.assert_close(torch.cat(found), reference_logits(model, tokens), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "overrides"), [("qwen3_moe", {}), ("qwen3_moe", {"norm_topk_prob": False}), ("mixtral", {})]
+)
+def test_routers_weigh_experts_as_those_of_transformers_do(
+    family: str, overrides: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """The same experts in the same order, with weights of the same dtype and bits."""
+    model = make_model(family, **overrides)
+    device, theirs = Device(model, dtype=dtype), model.to(dtype).model.layers[0]
+    stream = torch.randn(50, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with torch.inference_mode():
+        layer: Any = device.decoder._layers[0]
+        hidden, experts, weights = layer.router(Residual(stream).normed(layer.mlp_norm))
+        expected = theirs.post_attention_layernorm(stream)
+        _, expected_weights, expected_experts = theirs.mlp.gate(expected)
+    torch.testing.assert_close(hidden, expected, atol=1e-6, rtol=1e-2)
+    assert weights.dtype == expected_weights.dtype and torch.equal(experts, expected_experts)
+    torch.testing.assert_close(weights, expected_weights, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])

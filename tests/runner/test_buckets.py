@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from headrace.attention.base import Launch
+from headrace.attention.base import Bucket
 from headrace.kernels.triton.linear_rows import matrix_tile
 from headrace.kernels.triton.product_choice import ProductKind, choose_product
 from headrace.runner.buckets import Buckets, row_sizes, token_sizes
@@ -34,8 +34,8 @@ def test_every_step_finds_a_bucket_that_holds_it_and_is_captured_if_small() -> N
 
 def test_a_step_beyond_the_captured_sizes_is_not_padded() -> None:
     buckets = Buckets(max_rows=8, max_tokens=5000, max_graph_tokens=2048)
-    assert buckets.of_step(3001, 4) == Launch(3001, 8, False)
-    assert buckets.greatest == Launch(5000, 8, False)
+    assert buckets.of_step(3001, 4) == Bucket(3001, 8, False)
+    assert buckets.greatest == Bucket(5000, 8, False)
 
 
 def test_padding_is_bounded() -> None:

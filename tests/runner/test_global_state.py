@@ -320,3 +320,12 @@ def test_no_global_generator_is_drawn_from_or_seeded(engines: dict[str, Engine])
     Engine(engines["fast"].config.model, **settings).shutdown()
     assert torch.equal(torch_state, torch.random.get_rng_state()) and python_state == random.getstate()
     assert np.array_equal(numpy_state[1], np.random.get_state()[1])  # type: ignore[index]
+
+
+def test_a_model_without_float32_leaves_the_setting_alone() -> None:
+    exact = ExactProducts(torch.device("cpu"), is_shared=True, has_float32=False)
+    assert exact.products is PLAIN
+    with kept():
+        torch.set_float32_matmul_precision("medium")
+        with exact:
+            assert torch.get_float32_matmul_precision() == "medium" and MKLDNN.matmul.fp32_precision == "bf16"

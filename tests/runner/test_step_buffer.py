@@ -7,10 +7,10 @@ import torch
 
 from headrace.runner.step_buffer import StepBuffer, StepSizes
 
-SIZES = StepSizes(max_tokens=100, max_rows=10, max_cells=7, record_words=5, attention_words=33)
+SIZES = StepSizes(max_tokens=100, max_rows=10, max_cells=7, record_size=5, metadata_size=33)
 NAMES = (
     "cell_count", "token_ids", "table_rows", "positions", "sampled_tokens", "sampled_slots", "sampled_positions",
-    "cells", "records", "attention",
+    "cells", "records", "metadata",
 )  # fmt: skip
 
 
@@ -23,9 +23,9 @@ def test_sections_do_not_overlap_and_the_copy_brings_each_to_its_place() -> None
     for value, name in enumerate(NAMES, 1):
         section = getattr(buffer.views, name)
         assert section.data_ptr() % 256 == buffer.words.data_ptr() % 256
-        expected = [value] * (20 if name == "attention" else section.numel())
+        expected = [value] * (20 if name == "metadata" else section.numel())
         assert section.flatten().tolist()[: len(expected)] == expected
-    assert not (buffer.views.attention[20:] == len(NAMES)).any(), "words not in use do not travel"
+    assert not (buffer.views.metadata[20:] == len(NAMES)).any(), "what is not in use do not travel"
 
 
 def test_results_arrive_in_the_copy_that_asked() -> None:

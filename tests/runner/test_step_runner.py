@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from headrace.attention.base import Launch
+from headrace.attention.base import Bucket
 from headrace.config import EngineConfig, resolve
 from headrace.runner import build_runner
 from headrace.runner.device_runner import DeviceRunner
@@ -43,7 +43,7 @@ def test_what_a_start_runs_leaves_the_next_step_as_it_is(runner: DeviceRunner) -
     plans.enter(0, [5, 6, 7, 8])
     expected = runner.launch(plans.step([(0, 4)])).wait()
     runner._steps.run_greatest()
-    runner._steps.capture([Launch(4, 2, False), Launch(2, 2, True)], [2, 1])
+    runner._steps.capture([Bucket(4, 2, False), Bucket(2, 2, True)], [2, 1])
     again = PlanBuilder(page_size=8, num_pages=20)
     again.enter(1, [5, 6, 7, 8])
     found = runner.launch(again.step([(1, 4)])).wait()

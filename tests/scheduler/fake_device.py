@@ -199,7 +199,7 @@ class FakeDevice:
         slots = [self.slots[slot] for slot in plan.row_slots[plan.row_samples].tolist()]
         ends = (plan.row_starts + plan.row_lengths)[plan.row_samples].tolist()
         counts = [self._num_tokens(slot, end, plan.step_id) for slot, end in zip(slots, ends, strict=True)]
-        width = max(counts, default=0)
+        width = max([1, *counts])
         token_ids: list[list[int]] = []
         logprobs: list[list[float]] = []
         sampled: list[tuple[int, range]] = []

@@ -15,7 +15,7 @@ def sequence(
 ) -> Sequence:
     ids = pack_ids([handle if prompt is None else prompt, 1])
     request = Request(handle, str(handle), ids, length, handle, priority=priority, extra_key=extra_key)
-    return Sequence(request, unpack_ids(ids), ROOMY, handle, arrived)
+    return Sequence.of(request, unpack_ids(ids), ROOMY, handle, arrived)
 
 
 def order(*sequences: Sequence) -> list[int]:

@@ -3,7 +3,7 @@
 Owns one kernel and its workspace; which shapes it serves, and with which tile, belongs to `product_choice`. Weights are
 the matrix instruction's long side, so that a tile of 16 rows wastes little. Long sums are split among programs: each
 leaves its part in a workspace, and the last to come adds them in the order of the parts, so results never depend on
-who that was. With `overlap` a launch begins before the one ahead of it ends (programmatic dependent launch).
+who that was. With `pdl` a launch begins before the one ahead of it ends (programmatic dependent launch).
 
 Legend: M rows, K input features, N output features.
 """
@@ -18,21 +18,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace.kernels.triton.overlap import fetch_ahead, launch_options
+from headrace.kernels.triton.dependent_launch import fetch_ahead, launch_options
 
 
 @triton.jit
 def _sum_of_parts(acc, parts_ptr, arrivals_ptr, part, SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """(sum, whether this program is the last of its tile and has it); leaves the tile's arrivals at 0."""
-    places = parts_ptr + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    tl.store(places + part * (ROWS * COLUMNS), acc)
+    sums_ptr = parts_ptr + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    tl.store(sums_ptr + part * (ROWS * COLUMNS), acc)
     tl.debug_barrier()  # every thread's part is written before one thread says so
     is_last = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == SPLITS - 1
     if is_last:
         tl.store(arrivals_ptr, 0)
-        acc = tl.load(places, cache_modifier=".cg")
+        acc = tl.load(sums_ptr, cache_modifier=".cg")
         for other in tl.static_range(1, SPLITS):
-            acc += tl.load(places + other * (ROWS * COLUMNS), cache_modifier=".cg")
+            acc += tl.load(sums_ptr + other * (ROWS * COLUMNS), cache_modifier=".cg")
     return acc, is_last
 
 
@@ -60,7 +60,7 @@ def _product_kernel(
     x_ptr, w_ptr, bias_ptr, out_ptr, parts_ptr, arrivals_ptr, x_stride, out_stride, M,
     N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr,
-    ADDS: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    ADDS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One part of the sums of one output tile; programs that share weights are neighbours."""
     num_tiles_m = tl.cdiv(M, BLOCK_M)
@@ -69,7 +69,7 @@ def _product_kernel(
     rows, outputs = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
     DEPTH: tl.constexpr = K // SPLITS
     first = part * DEPTH
-    if OVERLAP:
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         if LINES > 0:  # weights do not come from the launch ahead
             fetch_ahead(w_ptr, outputs, first, K, LINES)
@@ -149,13 +149,13 @@ def multiply_fused(
     *,
     gated: bool = False,
     adds: bool = False,
-    overlap: bool = False,
+    pdl: bool = False,
 ) -> None:
     """out = x W^T + b, in a dtype that all share; weight and x with contiguous last axes, float32 sums.
 
     gated    the weight is [2 N, K], gates first, without bias: out = silu(gate) * up
     adds     out += instead (the residual stream), rounded once
-    overlap  as in `linear_rows.multiply_row`
+    pdl      as in `linear_rows.multiply_row`
     """
     num_rows, num_inputs = x_MK.shape
     num_outputs = out_MN.shape[1]
@@ -168,6 +168,6 @@ def multiply_fused(
         workspace.arrivals, x_MK.stride(0), out_MN.stride(0), num_rows,
         N=num_outputs, K=num_inputs, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         SPLITS=tile.splits, STAGES=tile.num_stages, LINES=tile.ahead, HAS_BIAS=bias_N is not None, GATED=gated,
-        ADDS=adds, PRECISION="ieee" if x_MK.dtype == torch.float32 else "tf32", OVERLAP=overlap,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(overlap),
+        ADDS=adds, PRECISION="ieee" if x_MK.dtype == torch.float32 else "tf32", PDL=pdl,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(pdl),
     )  # fmt: skip

@@ -25,28 +25,28 @@ ProductChoice = Callable[[ProductKind, int, int, int, torch.dtype], ProductTile 
 
 def device_kernels(numerics: str, device: torch.device, products: Products = PLAIN) -> LayerKernels:
     """The set for "fast" or "invariant"."""
-    overlap = device.type == "cuda"
+    pdl = device.type == "cuda"
     if numerics == "invariant":
-        return InvariantKernels(overlap=overlap)
-    return FastKernels(device, overlap=overlap, products=products)
+        return InvariantKernels(pdl=pdl)
+    return FastKernels(device, pdl=pdl, products=products)
 
 
-def _normed(x_TI: Tensor, norm_I: Tensor, eps: float, *, overlap: bool = False) -> Tensor:
+def _normed(x_TI: Tensor, norm_I: Tensor, eps: float, *, pdl: bool = False) -> Tensor:
     out = torch.empty_like(x_TI)
-    rms_norm(x_TI, norm_I, eps, out, overlap=overlap)
+    rms_norm(x_TI, norm_I, eps, out, pdl=pdl)
     return out
 
 
-def _gated(x_T2F: Tensor, *, overlap: bool = False) -> Tensor:
+def _gated(x_T2F: Tensor, *, pdl: bool = False) -> Tensor:
     out = x_T2F.new_empty(x_T2F.shape[0], x_T2F.shape[1] // 2)
-    silu_and_mul(x_T2F, out, overlap=overlap)
+    silu_and_mul(x_T2F, out, pdl=pdl)
     return out
 
 
 class FastKernels:
     """A library's products, and ours where they are faster.
 
-    overlap  our launches may begin before the one ahead ends (programmatic dependent launch)
+    pdl      our launches may begin before the one ahead ends (programmatic dependent launch)
     choose   as `product_choice.choose_product`
     products the library's
     """
@@ -57,52 +57,52 @@ class FastKernels:
         self,
         device: torch.device,
         *,
-        overlap: bool,
+        pdl: bool,
         choose: ProductChoice = choose_product,
         products: Products = PLAIN,
     ) -> None:
         self._products = products
-        self._overlap = overlap
+        self._pdl = pdl
         self._choose = choose
         self._workspace = ProductWorkspace(device)
 
     def normed_linear(
         self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None
     ) -> Tensor:
-        (num_rows, num_inputs), num_outputs, over = x_TI.shape, weight_OI.shape[0], self._overlap
+        (num_rows, num_inputs), num_outputs, pdl = x_TI.shape, weight_OI.shape[0], self._pdl
         tile = self._choose("plain", num_rows, num_outputs, num_inputs, x_TI.dtype)
         if isinstance(tile, RowTile):
             out = x_TI.new_empty(num_rows, num_outputs)
-            multiply_row(x_TI, weight_OI, out, norm_K=norm_I, eps=eps, bias_N=bias_O, overlap=over, tile=tile)
+            multiply_row(x_TI, weight_OI, out, norm_K=norm_I, eps=eps, bias_N=bias_O, pdl=pdl, tile=tile)
             return out
-        normed = _normed(x_TI, norm_I, eps, overlap=over)
+        normed = _normed(x_TI, norm_I, eps, pdl=pdl)
         if tile is None:
             return self._products.linear(normed, weight_OI, bias_O)
         out = x_TI.new_empty(num_rows, num_outputs)
-        multiply_fused(normed, weight_OI, bias_O, out, tile, self._workspace, overlap=over)
+        multiply_fused(normed, weight_OI, bias_O, out, tile, self._workspace, pdl=pdl)
         return out
 
     def normed_gate(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        (num_rows, num_inputs), num_outputs, over = x_TI.shape, weight_OI.shape[0] // 2, self._overlap
+        (num_rows, num_inputs), num_outputs, pdl = x_TI.shape, weight_OI.shape[0] // 2, self._pdl
         tile = self._choose("gate", num_rows, num_outputs, num_inputs, x_TI.dtype) if bias_O is None else None
         if isinstance(tile, RowTile):
             out = x_TI.new_empty(num_rows, num_outputs)
-            multiply_row(x_TI, weight_OI, out, norm_K=norm_I, eps=eps, gated=True, overlap=over, tile=tile)
+            multiply_row(x_TI, weight_OI, out, norm_K=norm_I, eps=eps, gated=True, pdl=pdl, tile=tile)
             return out
-        normed = _normed(x_TI, norm_I, eps, overlap=over)
+        normed = _normed(x_TI, norm_I, eps, pdl=pdl)
         if tile is None:
-            return _gated(self._products.linear(normed, weight_OI, bias_O), overlap=over)
+            return _gated(self._products.linear(normed, weight_OI, bias_O), pdl=pdl)
         out = x_TI.new_empty(num_rows, num_outputs)
-        multiply_fused(normed, weight_OI, None, out, tile, self._workspace, gated=True, overlap=over)
+        multiply_fused(normed, weight_OI, None, out, tile, self._workspace, gated=True, pdl=pdl)
         return out
 
     def linear_add_(self, residual_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> None:
-        (num_rows, num_inputs), num_outputs, over = x_TI.shape, weight_OI.shape[0], self._overlap
+        (num_rows, num_inputs), num_outputs, pdl = x_TI.shape, weight_OI.shape[0], self._pdl
         tile = self._choose("add", num_rows, num_outputs, num_inputs, x_TI.dtype)
         if isinstance(tile, RowTile):
-            multiply_row(x_TI, weight_OI, residual_TO, bias_N=bias_O, adds=True, overlap=over, tile=tile)
+            multiply_row(x_TI, weight_OI, residual_TO, bias_N=bias_O, adds=True, pdl=pdl, tile=tile)
         elif tile is not None:
-            multiply_fused(x_TI, weight_OI, bias_O, residual_TO, tile, self._workspace, adds=True, overlap=over)
+            multiply_fused(x_TI, weight_OI, bias_O, residual_TO, tile, self._workspace, adds=True, pdl=pdl)
         else:
             self._products.linear_add_(residual_TO, x_TI, weight_OI)
             if bias_O is not None:
@@ -111,38 +111,38 @@ class FastKernels:
     def normed_logits(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_VI: Tensor) -> Tensor:
         if x_TI.shape[0] == 1:
             out = x_TI.new_empty(1, weight_VI.shape[0], dtype=torch.float32)
-            multiply_row(x_TI, weight_VI, out, norm_K=norm_I, eps=eps, overlap=self._overlap)
+            multiply_row(x_TI, weight_VI, out, norm_K=norm_I, eps=eps, pdl=self._pdl)
             return out
-        normed = _normed(x_TI, norm_I, eps, overlap=self._overlap)
+        normed = _normed(x_TI, norm_I, eps, pdl=self._pdl)
         if normed.is_cuda and normed.dtype != torch.float32:
             return torch.mm(normed, weight_VI.t(), out_dtype=torch.float32)  # sums as they are, not rounded
         return self._products.linear(normed, weight_VI, None).float()
 
 
 class InvariantKernels:
-    """Every product in the same steps along its inputs, whatever the number of rows. `overlap` as in `FastKernels`."""
+    """Every product in the same steps along its inputs, whatever the number of rows. `pdl` as in `FastKernels`."""
 
     experts = None
 
-    def __init__(self, *, overlap: bool) -> None:
-        self._overlap = overlap
+    def __init__(self, *, pdl: bool) -> None:
+        self._pdl = pdl
 
     def normed_linear(
         self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None
     ) -> Tensor:
         out = x_TI.new_empty(x_TI.shape[0], weight_OI.shape[0])
-        normed = _normed(x_TI, norm_I, eps, overlap=self._overlap)
-        multiply_tiles(normed, weight_OI, bias_O, out, overlap=self._overlap)
+        normed = _normed(x_TI, norm_I, eps, pdl=self._pdl)
+        multiply_tiles(normed, weight_OI, bias_O, out, pdl=self._pdl)
         return out
 
     def normed_gate(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        return _gated(self.normed_linear(x_TI, norm_I, eps, weight_OI, bias_O), overlap=self._overlap)
+        return _gated(self.normed_linear(x_TI, norm_I, eps, weight_OI, bias_O), pdl=self._pdl)
 
     def linear_add_(self, residual_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> None:
-        multiply_tiles(x_TI, weight_OI, bias_O, residual_TO, adds=True, overlap=self._overlap)
+        multiply_tiles(x_TI, weight_OI, bias_O, residual_TO, adds=True, pdl=self._pdl)
 
     def normed_logits(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_VI: Tensor) -> Tensor:
         out = x_TI.new_empty(x_TI.shape[0], weight_VI.shape[0], dtype=torch.float32)
-        normed = _normed(x_TI, norm_I, eps, overlap=self._overlap)
-        multiply_tiles(normed, weight_VI, None, out, overlap=self._overlap)
+        normed = _normed(x_TI, norm_I, eps, pdl=self._pdl)
+        multiply_tiles(normed, weight_VI, None, out, pdl=self._pdl)
         return out

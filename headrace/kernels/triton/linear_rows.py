@@ -1,7 +1,7 @@
 """Matrix products where a library's are slow or not reproducible enough. Owns two kernels and their tile sizes.
 
 `multiply_row` is for one row (or very few): it streams the weight once, has the norm before it and the residual sum or
-the gate after it inside, and so makes a decoder layer at batch 1 a handful of launches. With `overlap` a launch may
+the gate after it inside, and so makes a decoder layer at batch 1 a handful of launches. With `pdl` a launch may
 begin before the one ahead of it ends and fetch its weights meanwhile (programmatic dependent launch).
 
 `multiply_tiles` is the batch-invariant product: every tile size sums a row's products in the same steps of 16 along K,
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace.kernels.triton.overlap import fetch_ahead, launch_options
+from headrace.kernels.triton.dependent_launch import fetch_ahead, launch_options
 
 
 @triton.jit
@@ -34,20 +34,20 @@ def _weight_tile(w_ptr, outputs, inputs, N, K: tl.constexpr):
 def _row_kernel(
     x_ptr, w_ptr, norm_ptr, bias_ptr, out_ptr, x_stride, out_stride, eps, N,
     K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, ADDS: tl.constexpr, OVERLAP: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, ADDS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of one row."""
     row = tl.program_id(1).to(tl.int64)
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inputs = tl.arange(0, BLOCK_K)
     dtype = out_ptr.dtype.element_ty
-    if OVERLAP:
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     w = _weight_tile(w_ptr, outputs, inputs, N, K)  # weights do not come from the launch ahead: fetched before the wait
     up = w
     if GATED:
         up = _weight_tile(w_ptr + N.to(tl.int64) * K, outputs, inputs, N, K)
-    if OVERLAP:
+    if PDL:
         tl.extra.cuda.gdc_wait()
     x_ptr += row * x_stride
     scale = 1.0
@@ -60,15 +60,15 @@ def _row_kernel(
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     up_acc = acc
     for start in tl.static_range(0, K, BLOCK_K):
-        places = start + inputs
-        x = tl.load(x_ptr + places, mask=places < K, other=0.0).to(tl.float32)
+        columns = start + inputs
+        x = tl.load(x_ptr + columns, mask=columns < K, other=0.0).to(tl.float32)
         if HAS_NORM:
-            weight = tl.load(norm_ptr + places, mask=places < K, other=0.0).to(tl.float32)
+            weight = tl.load(norm_ptr + columns, mask=columns < K, other=0.0).to(tl.float32)
             x = ((x * scale).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
         if start > 0:
-            w = _weight_tile(w_ptr, outputs, places, N, K)
+            w = _weight_tile(w_ptr, outputs, columns, N, K)
             if GATED:
-                up = _weight_tile(w_ptr + N.to(tl.int64) * K, outputs, places, N, K)
+                up = _weight_tile(w_ptr + N.to(tl.int64) * K, outputs, columns, N, K)
         acc += w.to(tl.float32) * x[None, :]
         if GATED:
             up_acc += up.to(tl.float32) * x[None, :]
@@ -113,7 +113,7 @@ def multiply_row(
     bias_N: Tensor | None = None,
     gated: bool = False,
     adds: bool = False,
-    overlap: bool = False,
+    pdl: bool = False,
     tile: RowTile | None = None,
 ) -> None:
     """out = x W^T for one row or very few; each row streams the weight again, from the cache if it fits.
@@ -121,7 +121,7 @@ def multiply_row(
     norm_K   weight of an RMS norm of x that comes first
     gated    the weight is [2 N, K], gates first: out = silu(gate) * up
     adds     out += instead (the residual stream)
-    overlap  launch with programmatic dependence; every kernel ahead of it in the stream must wait for its own
+    pdl      launch with programmatic dependence; every kernel ahead of it in the stream must wait for its own
              predecessor before it ends, as ours do
     """
     num_rows, num_inputs = x_MK.shape
@@ -131,8 +131,8 @@ def multiply_row(
         x_MK, weight_NK, weight_NK if norm_K is None else norm_K, weight_NK if bias_N is None else bias_N, out_MN,
         x_MK.stride(0), out_MN.stride(0), eps, num_outputs,
         K=num_inputs, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, HAS_NORM=norm_K is not None,
-        HAS_BIAS=bias_N is not None, GATED=gated, ADDS=adds, OVERLAP=overlap, num_warps=tile.num_warps,
-        **launch_options(overlap),
+        HAS_BIAS=bias_N is not None, GATED=gated, ADDS=adds, PDL=pdl, num_warps=tile.num_warps,
+        **launch_options(pdl),
     )  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def multiply_row(
 def _tile_kernel(
     x_ptr, w_ptr, bias_ptr, out_ptr, x_stride, out_stride, M, N, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One output tile; programs that share a weight tile are neighbours."""
     num_tiles_m = tl.cdiv(M, BLOCK_M)
@@ -148,7 +148,7 @@ def _tile_kernel(
     rows = program % num_tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     outputs = program // num_tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
     inputs = tl.arange(0, BLOCK_K)
-    if OVERLAP:
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         fetch_ahead(w_ptr, outputs % N, 0, K, 2)  # weights do not come from the launch ahead
         tl.extra.cuda.gdc_wait()
@@ -201,12 +201,12 @@ def multiply_tiles(
     out_MN: Tensor,
     *,
     adds: bool = False,
-    overlap: bool = False,
+    pdl: bool = False,
     tile: MatrixTile | None = None,
 ) -> None:
     """out = x W^T + b (out += with `adds`), the same bits for a row whatever the other rows and their number.
 
-    overlap  as in `multiply_row`
+    pdl      as in `multiply_row`
     """
     num_rows, num_inputs = x_MK.shape
     num_outputs = out_MN.shape[1]
@@ -216,12 +216,6 @@ def multiply_tiles(
         x_MK, weight_NK, weight_NK if bias_N is None else bias_N, out_MN, x_MK.stride(0), out_MN.stride(0),
         num_rows, num_outputs, num_inputs,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, HAS_BIAS=bias_N is not None, ADDS=adds,
-        PRECISION="ieee" if x_MK.dtype == torch.float32 else "tf32", OVERLAP=overlap, num_warps=tile.num_warps,
-        num_stages=tile.num_stages, **launch_options(overlap),
+        PRECISION="ieee" if x_MK.dtype == torch.float32 else "tf32", PDL=pdl, num_warps=tile.num_warps,
+        num_stages=tile.num_stages, **launch_options(pdl),
     )  # fmt: skip
-
-
-def reference_linear(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-    """x W^T + b in float64."""
-    y = x_MK.double() @ weight_NK.double().T
-    return y if bias_N is None else y + bias_N.double()

@@ -24,12 +24,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headrace.kernels.triton.dependent_launch import launch_options
 from headrace.kernels.triton.float8 import as_pairs, even_halves, is_float8, odd_halves
-from headrace.kernels.triton.overlap import launch_options
+from headrace.kernels.triton.row_operations import HeadLayout
 from headrace.kernels.triton.work_cuts import FEW_PROGRAMS, TileSizes
-from headrace.kernels.triton.work_items import WorkLimits
+from headrace.kernels.triton.work_items import DECODE, ITEM_SIZE, PREFILL, LaunchBounds, WorkLimits
 
 _LOG2_E = 1.4426950408889634
+_ITEM_SIZE = tl.constexpr(ITEM_SIZE)
 
 
 @triton.jit
@@ -53,19 +55,21 @@ def _widened(q):
 
 @triton.jit
 def _attend_block(
-    q, q_odd, k_ptr, v_ptr, table, position, start, end, m, mass, acc, acc_odd, scale_log2, page_stride, head_offset,
-    WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+    queries, pool, start, end, m, mass, acc, acc_odd, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One block of positions into the running maximum, sum and weighted values (of even and odd dimensions if PACKED).
 
     WIDTH is that of a pool's row in its elements.
     """
-    place = start + tl.arange(0, BLOCK_N)
+    q, q_odd, q_position, scale_log2 = queries
+    k_ptr, v_ptr, table, page_stride, head_offset = pool
+    position = start + tl.arange(0, BLOCK_N)
     dims = tl.arange(0, WIDTH_BLOCK)
     # Beyond the end page 0 is read, which is finite: pages hold whatever was there before.
-    page = tl.load(table + place // PAGE, mask=place < end, other=0) if MASKED else tl.load(table + place // PAGE)
-    offset = page.to(tl.int64) * page_stride + head_offset + (place % PAGE) * WIDTH
+    column = table + position // PAGE
+    page = tl.load(column, mask=position < end, other=0) if MASKED else tl.load(column)
+    offset = page.to(tl.int64) * page_stride + head_offset + (position % PAGE) * WIDTH
     if WIDTH == WIDTH_BLOCK:
         k = tl.load(k_ptr + offset[None, :] + dims[:, None])
     else:
@@ -76,7 +80,7 @@ def _attend_block(
     else:
         scores = tl.dot(q, k, input_precision=PRECISION) * scale_log2
     if MASKED:
-        scores = tl.where((place[None, :] <= position[:, None]) & (place < end)[None, :], scores, -1e30)
+        scores = tl.where((position[None, :] <= q_position[:, None]) & (position < end)[None, :], scores, -1e30)
     new_m = tl.maximum(m, tl.max(scores, 1))  # m is never below -1e20, so a masked score has weight 0 exactly
     weights = tl.exp2(scores - new_m[:, None])
     factor = tl.exp2(m - new_m)
@@ -95,33 +99,96 @@ def _attend_block(
 
 
 @triton.jit
-def attention_items_kernel(
-    q_ptr, k_ptr, v_ptr, table_ptr, work_ptr, partial_ptr, lse_ptr, out_ptr, scale_log2,
-    q_stride, out_stride, table_stride, page_stride, slots_at, items_at,
-    NUM_KV: tl.constexpr, GQA: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, PEEL: tl.constexpr,
-    PRECISION: tl.constexpr, PACKED: tl.constexpr, OVERLAP: tl.constexpr,
+def _attend_range(
+    queries, pool, first, unmasked_end, end, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PEEL: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """One (kv head, item). SPLIT 0 walks the item's range at once; else part by part, merging.
+    """Positions first..end - 1: greatest score, mass and weighted values. PEEL: nothing before `unmasked_end`, whole
+    blocks from the first, has to be masked."""
+    m = tl.full([BLOCK_M], -1e20, tl.float32)
+    mass = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, WIDTH_BLOCK], tl.float32)
+    acc_odd = acc
+    if PEEL:
+        for start in range(first, unmasked_end, BLOCK_N):
+            m, mass, acc, acc_odd = _attend_block(
+                queries, pool, start, end, m, mass, acc, acc_odd,
+                WIDTH, WIDTH_BLOCK, PAGE, BLOCK_N, False, PRECISION, PACKED,
+            )  # fmt: skip
+        first = tl.maximum(first, unmasked_end)
+    for start in range(first, end, BLOCK_N):
+        m, mass, acc, acc_odd = _attend_block(
+            queries, pool, start, end, m, mass, acc, acc_odd,
+            WIDTH, WIDTH_BLOCK, PAGE, BLOCK_N, True, PRECISION, PACKED,
+        )  # fmt: skip
+    return m, mass, acc, acc_odd
 
-    PACKED: pools are int16, pairs of float8 values, and `page_stride` is in pairs.
+
+@triton.jit
+def _log_sum(m, mass):
+    """What to divide the weighted values by, and the log-sum-exp; of nothing 1 and -1e30."""
+    is_seen = mass > 0
+    divisor = tl.where(is_seen, mass, 1.0)
+    return divisor, tl.where(is_seen, m + tl.log2(divisor), -1e30)
+
+
+@triton.jit
+def _attend_in_parts(
+    queries, pool, first, end, SPLIT: tl.constexpr, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """As `_attend_range`, in parts of SPLIT positions, merged as parts of different items are."""
+    m = tl.full([BLOCK_M], -1e20, tl.float32)
+    mass = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, WIDTH_BLOCK], tl.float32)
+    acc_odd = acc
+    for start in range(first, end, SPLIT):
+        part_end = tl.minimum(start + SPLIT, end)
+        part_m, part_mass, part_acc, part_odd = _attend_range(
+            queries, pool, start, start, part_end, WIDTH, WIDTH_BLOCK, PAGE, BLOCK_M, BLOCK_N, False, PRECISION, PACKED
+        )  # fmt: skip
+        divisor, lse = _log_sum(part_m, part_mass)
+        m, mass, old_factor, factor = _merge_part(m, mass, lse)
+        acc = tl.fma(acc, old_factor[:, None], (part_acc / divisor[:, None]) * factor[:, None])
+        if PACKED:
+            acc_odd = tl.fma(acc_odd, old_factor[:, None], (part_odd / divisor[:, None]) * factor[:, None])
+    return m, mass, acc, acc_odd
+
+
+@triton.jit
+def _load_item(item, table_ptr, table_stride):
+    """An item in the order in which `work_items` lays it out: first query token, number of query tokens, where its
+    page-table row begins, first and end position, part, position of the first query token."""
+    q_start, num_q, table_row = tl.load(item), tl.load(item + 1), tl.load(item + 2)
+    table = table_ptr + table_row.to(tl.int64) * table_stride
+    return q_start, num_q, table, tl.load(item + 3), tl.load(item + 4), tl.load(item + 5), tl.load(item + 6)
+
+
+@triton.jit
+def attention_items_kernel(
+    q_ptr, k_ptr, v_ptr, table_ptr, metadata_ptr, partial_ptr, lse_ptr, out_ptr, scale_log2,
+    q_stride, out_stride, table_stride, page_stride, partials_at, items_at,
+    NUM_KV: tl.constexpr, GQA: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, TILE_CLASS: tl.constexpr, PEEL: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One (kv head, item): the queries of its tokens and of the GQA heads that share a kv head, over its positions.
+
+    BLOCK_M query rows, BLOCK_N positions at a time; SPLIT 0 walks the item's range at once, else part by part, merging.
+    PEEL: blocks that every query sees whole are not masked. PACKED: pools are int16, pairs of float8 values, and
+    `page_stride` is in pairs. An item that is one part of a context leaves a partial result, else the output.
     """
-    if OVERLAP:
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(0)
     index = tl.program_id(1)
-    if index >= tl.load(work_ptr + 2 * WIDE + 1):
-        if OVERLAP:  # a grid that ends early must not let the next one overtake the one before
+    header = metadata_ptr + 2 * TILE_CLASS  # first and number of the class's items
+    if index >= tl.load(header + 1):
+        if PDL:  # a grid that ends early must not let the next one overtake the one before
             tl.extra.cuda.gdc_wait()
         return
-    item = work_ptr + items_at + (tl.load(work_ptr + 2 * WIDE) + index) * 8
-    q_start = tl.load(item)
-    num_q = tl.load(item + 1)
-    table = table_ptr + tl.load(item + 2).to(tl.int64) * table_stride
-    first = tl.load(item + 3)
-    end = tl.load(item + 4)
-    part = tl.load(item + 5)
-    first_position = tl.load(item + 6)
+    item = metadata_ptr + items_at + (tl.load(header) + index) * _ITEM_SIZE
+    q_start, num_q, table, first, end, part, first_position = _load_item(item, table_ptr, table_stride)
 
     rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, DIM_BLOCK)
@@ -130,7 +197,7 @@ def attention_items_kernel(
     q_head = head * GQA + rows % GQA
     q_mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
     q_offset = token.to(tl.int64) * q_stride + q_head * HEAD_DIM
-    if OVERLAP:  # the plan is older than the step; queries, keys and values come from the launch ahead
+    if PDL:  # the plan is older than the step; queries, keys and values come from the launch ahead
         tl.extra.cuda.gdc_wait()
     q = tl.load(q_ptr + q_offset[:, None] + dims[None, :], mask=q_mask, other=0.0)
     position = first_position + rows // GQA
@@ -139,77 +206,49 @@ def attention_items_kernel(
     WIDTH_BLOCK: tl.constexpr = DIM_BLOCK // 2 if PACKED else DIM_BLOCK
     if PACKED:
         q, q_odd = tl.split(tl.reshape(_widened(q), [BLOCK_M, WIDTH_BLOCK, 2]))
-    head_offset = head * PAGE * WIDTH
+    queries = (q, q_odd, position, scale_log2)
+    pool = (k_ptr, v_ptr, table, page_stride, head * PAGE * WIDTH)
 
-    total_m = tl.full([BLOCK_M], -1e20, tl.float32)
-    total_mass = tl.zeros([BLOCK_M], tl.float32)
-    total_acc = tl.zeros([BLOCK_M, WIDTH_BLOCK], tl.float32)
-    total_odd = total_acc
     if SPLIT == 0:
-        if PEEL:
-            unmasked_end = first + (tl.minimum(end, first_position + 1) - first) // BLOCK_N * BLOCK_N
-            for start in range(first, unmasked_end, BLOCK_N):
-                total_m, total_mass, total_acc, total_odd = _attend_block(
-                    q, q_odd, k_ptr, v_ptr, table, position, start, end, total_m, total_mass, total_acc, total_odd,
-                    scale_log2, page_stride, head_offset, WIDTH, WIDTH_BLOCK, PAGE, BLOCK_N, False, PRECISION, PACKED,
-                )  # fmt: skip
-            first = tl.maximum(first, unmasked_end)
-        for start in range(first, end, BLOCK_N):
-            total_m, total_mass, total_acc, total_odd = _attend_block(
-                q, q_odd, k_ptr, v_ptr, table, position, start, end, total_m, total_mass, total_acc, total_odd,
-                scale_log2, page_stride, head_offset, WIDTH, WIDTH_BLOCK, PAGE, BLOCK_N, True, PRECISION, PACKED,
-            )  # fmt: skip
+        unmasked_end = first + (tl.minimum(end, first_position + 1) - first) // BLOCK_N * BLOCK_N
+        m, mass, acc, acc_odd = _attend_range(
+            queries, pool, first, unmasked_end, end, WIDTH, WIDTH_BLOCK, PAGE, BLOCK_M, BLOCK_N, PEEL, PRECISION, PACKED
+        )  # fmt: skip
     else:
-        for part_start in range(first, end, SPLIT):
-            m = tl.full([BLOCK_M], -1e20, tl.float32)
-            mass = tl.zeros([BLOCK_M], tl.float32)
-            acc = tl.zeros([BLOCK_M, WIDTH_BLOCK], tl.float32)
-            odd = acc
-            part_end = tl.minimum(part_start + SPLIT, end)
-            for start in range(part_start, part_end, BLOCK_N):
-                m, mass, acc, odd = _attend_block(
-                    q, q_odd, k_ptr, v_ptr, table, position, start, part_end, m, mass, acc, odd,
-                    scale_log2, page_stride, head_offset, WIDTH, WIDTH_BLOCK, PAGE, BLOCK_N, True, PRECISION, PACKED,
-                )  # fmt: skip
-            seen = mass > 0
-            safe = tl.where(seen, mass, 1.0)
-            lse = tl.where(seen, m + tl.log2(safe), -1e30)
-            total_m, total_mass, old_factor, factor = _merge_part(total_m, total_mass, lse)
-            total_acc = tl.fma(total_acc, old_factor[:, None], (acc / safe[:, None]) * factor[:, None])
-            if PACKED:
-                total_odd = tl.fma(total_odd, old_factor[:, None], (odd / safe[:, None]) * factor[:, None])
-
+        m, mass, acc, acc_odd = _attend_in_parts(
+            queries, pool, first, end, SPLIT, WIDTH, WIDTH_BLOCK, PAGE, BLOCK_M, BLOCK_N, PRECISION, PACKED
+        )
     if PACKED:
-        total_acc = tl.interleave(total_acc, total_odd)
+        acc = tl.interleave(acc, acc_odd)
+
     if part < 0:
-        out = total_acc / total_mass[:, None]
+        out = acc / mass[:, None]
         out_offset = token.to(tl.int64) * out_stride + q_head * HEAD_DIM
         tl.store(out_ptr + out_offset[:, None] + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=q_mask)
     else:
-        slot = tl.load(work_ptr + slots_at + token, mask=valid, other=0) + part
-        seen = total_mass > 0
-        safe = tl.where(seen, total_mass, 1.0)
-        row = slot.to(tl.int64) * (NUM_KV * GQA) + q_head
-        tl.store(partial_ptr + row[:, None] * HEAD_DIM + dims[None, :], total_acc / safe[:, None], mask=q_mask)
-        tl.store(lse_ptr + row, tl.where(seen, total_m + tl.log2(safe), -1e30), mask=valid)
+        partial = tl.load(metadata_ptr + partials_at + token, mask=valid, other=0) + part
+        divisor, lse = _log_sum(m, mass)
+        row = partial.to(tl.int64) * (NUM_KV * GQA) + q_head
+        tl.store(partial_ptr + row[:, None] * HEAD_DIM + dims[None, :], acc / divisor[:, None], mask=q_mask)
+        tl.store(lse_ptr + row, lse, mask=valid)
 
 
 @triton.jit
 def merge_parts_kernel(
-    partial_ptr, lse_ptr, work_ptr, out_ptr, out_stride, slots_at, parts_at,
+    partial_ptr, lse_ptr, metadata_ptr, out_ptr, out_stride, partials_at, parts_at,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, HEADS: tl.constexpr,
-    PARTS: tl.constexpr, IN_ORDER: tl.constexpr, OVERLAP: tl.constexpr,
+    PARTS: tl.constexpr, IN_ORDER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One (token, HEADS heads): the output from the parts of a context that was cut.
 
     IN_ORDER merges one part after the other, as the items kernel does; else PARTS at a time, for few tokens.
     """
-    if OVERLAP:
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0)
-    num_parts = tl.load(work_ptr + parts_at + token)
-    first = tl.load(work_ptr + slots_at + token).to(tl.int64)
-    if OVERLAP:
+    num_parts = tl.load(metadata_ptr + parts_at + token)
+    first = tl.load(metadata_ptr + partials_at + token).to(tl.int64)
+    if PDL:
         tl.extra.cuda.gdc_wait()
     if num_parts < 2:
         return
@@ -232,8 +271,8 @@ def merge_parts_kernel(
             row = (first + start + parts)[:, None] * NUM_HEADS + heads[None, :]
             inside = (start + parts < num_parts)[:, None] & (heads < NUM_HEADS)[None, :]
             lse = tl.load(lse_ptr + row, mask=inside, other=-1e30)
-            places = row[:, :, None] * HEAD_DIM + dims[None, None, :]
-            acc = tl.load(partial_ptr + places, mask=inside[:, :, None] & (dims < HEAD_DIM)[None, None, :], other=0.0)
+            offsets = row[:, :, None] * HEAD_DIM + dims[None, None, :]
+            acc = tl.load(partial_ptr + offsets, mask=inside[:, :, None] & (dims < HEAD_DIM)[None, None, :], other=0.0)
             new_m = tl.maximum(total_m, tl.max(lse, 0))
             factor = tl.exp2(lse - new_m[None, :])
             old_factor = tl.exp2(total_m - new_m)
@@ -257,15 +296,15 @@ class AttentionTile:
 
 @dataclass(frozen=True)
 class AttentionTiles:
-    """The variants of both item classes, and of launches of few narrow items (same BLOCK_M as `narrow`)."""
+    """The variants of both item classes, and of launches of few decode items (same BLOCK_M as `decode`)."""
 
-    narrow: AttentionTile
-    wide: AttentionTile
+    decode: AttentionTile
+    prefill: AttentionTile
     few: AttentionTile | None = None
 
     def tokens(self, group_size: int) -> TileSizes:
         """Query tokens per item of each class, for `group_size` query heads per kv head."""
-        return TileSizes(self.narrow.block_m // group_size, self.wide.block_m // group_size)
+        return TileSizes(self.decode.block_m // group_size, self.prefill.block_m // group_size)
 
 
 def choose_tiles(
@@ -276,54 +315,52 @@ def choose_tiles(
     With `invariant` both classes walk blocks of one size and give every row's columns to one warp in one layout, so
     that their sums are the same to the bit.
     """
-    least_m = max(16, triton.next_power_of_2(group_size))
-    wide_m = max(128, least_m)
+    decode_m = max(16, triton.next_power_of_2(group_size))
+    prefill_m = max(128, decode_m)
     if dtype == torch.float32:
-        tile = AttentionTile(least_m, 32, 4, 2)
+        tile = AttentionTile(decode_m, 32, 4, 2)
         return AttentionTiles(tile, tile)
     if invariant:
-        return AttentionTiles(AttentionTile(least_m, 32, 1, 4), AttentionTile(wide_m, 32, 8 if packed else 4, 3))
-    few = AttentionTile(least_m, 64, 4, 2)
+        return AttentionTiles(AttentionTile(decode_m, 32, 1, 4), AttentionTile(prefill_m, 32, 8 if packed else 4, 3))
+    few = AttentionTile(decode_m, 64, 4, 2)
     if packed:  # half the bytes per position: as many in flight with twice the positions
-        return AttentionTiles(AttentionTile(least_m, 64, 2, 3), AttentionTile(wide_m, 64, 8, 3), few)
-    return AttentionTiles(AttentionTile(least_m, 32, 1, 4), AttentionTile(wide_m, 32, 4, 3), few)
+        return AttentionTiles(AttentionTile(decode_m, 64, 2, 3), AttentionTile(prefill_m, 64, 8, 3), few)
+    return AttentionTiles(AttentionTile(decode_m, 32, 1, 4), AttentionTile(prefill_m, 32, 4, 3), few)
 
 
 class PagedAttention:
     """Attention of one model's layers. Owns the workspace of partial results; allocates nothing after construction.
 
     fixed_split   None, or the split size of batch-invariant results; the planner must be given the same
-    overlap       launch with programmatic dependence (see `linear_rows.multiply_row`)
+    pdl           launch with programmatic dependence (see `linear_rows.multiply_row`)
     """
 
     def __init__(
         self,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        page_size: int,
+        layout: HeadLayout,
         limits: WorkLimits,
         dtype: torch.dtype,
         device: torch.device,
         fixed_split: int | None = None,
         tiles: AttentionTiles | None = None,
         *,
-        overlap: bool = False,
+        pdl: bool = False,
     ) -> None:
-        self._overlap = overlap
-        self._options = launch_options(overlap)
-        self.group_size = num_heads // num_kv_heads
+        self._pdl = pdl
+        self._options = launch_options(pdl)
+        self.group_size = layout.num_heads // layout.num_kv_heads
         self.limits = limits
         self._tiles, self._packed_tiles = (
-            tiles or choose_tiles(self.group_size, head_dim, dtype, invariant=fixed_split is not None, packed=packed)
+            tiles
+            or choose_tiles(self.group_size, layout.head_dim, dtype, invariant=fixed_split is not None, packed=packed)
             for packed in (False, True)
         )
-        self._num_heads, self._num_kv_heads = num_heads, num_kv_heads
-        self._head_dim, self._page_size = head_dim, page_size
+        self._layout = layout
         self._split = fixed_split or 0
         self._precision = "ieee" if dtype == torch.float32 else "tf32"
-        self._partial = torch.empty(limits.max_slots, num_heads, head_dim, dtype=torch.float32, device=device)
-        self._lse = torch.empty(limits.max_slots, num_heads, dtype=torch.float32, device=device)
+        partials = limits.max_partials, layout.num_heads
+        self._partial = torch.empty(*partials, layout.head_dim, dtype=torch.float32, device=device)
+        self._lse = torch.empty(partials, dtype=torch.float32, device=device)
 
     @property
     def tile_sizes(self) -> TileSizes:
@@ -336,12 +373,9 @@ class PagedAttention:
         keys: Tensor,
         values: Tensor,
         page_table: Tensor,
-        work: Tensor,
+        metadata: Tensor,
         out_THD: Tensor,
-        *,
-        num_narrow: int,
-        num_wide: int,
-        num_merged: int,
+        bounds: LaunchBounds,
     ) -> None:
         """Attend, causally, to keys and values already stored.
 
@@ -349,71 +383,43 @@ class PagedAttention:
         keys, values     flat pools [rows, D] of one layer, rows (page * G + head) * page_size + offset; in the dtype of
                          queries, or float8_e4m3fn
         page_table       int32 [rows, columns]
-        work             the planner's buffer, int32 on the device
-        num_narrow, num_wide, num_merged   launch bounds: at least the items of each class and the tokens; programs
-                         beyond what `work` holds leave at once. 0 launches nothing
+        metadata         the planner's buffer, int32 on the device
+        bounds           at least the items of each class and the tokens; programs beyond what `metadata` holds leave
+                         at once. 0 launches nothing
         """
         tiles = self._packed_tiles if is_float8(keys) else self._tiles
-        operands = (q_THD, *as_pairs(keys, values), page_table, work, out_THD)
-        if num_narrow:
-            few = tiles.few if num_narrow * self._num_kv_heads <= FEW_PROGRAMS else None
-            self._launch(few or tiles.narrow, 0, num_narrow, *operands)
-        if num_wide:
-            self._launch(tiles.wide, 1, num_wide, *operands)
-        if num_merged:
-            self._merge(num_merged, work, out_THD)
+        operands = (q_THD, *as_pairs(keys, values), page_table, metadata, out_THD)
+        if bounds.decode:
+            few = tiles.few if bounds.decode * self._layout.num_kv_heads <= FEW_PROGRAMS else None
+            self._launch(few or tiles.decode, DECODE, bounds.decode, *operands)
+        if bounds.prefill:
+            self._launch(tiles.prefill, PREFILL, bounds.prefill, *operands)
+        if bounds.merged:
+            self._merge(bounds.merged, metadata, out_THD)
 
-    def _merge(self, num_tokens: int, work: Tensor, out: Tensor) -> None:
-        heads = 1 if num_tokens < 16 else min(4, triton.next_power_of_2(self._num_heads))
-        merge_parts_kernel[(num_tokens, triton.cdiv(self._num_heads, heads))](
-            self._partial, self._lse, work, out, out.stride(0), self.limits.slots_at, self.limits.parts_at,
-            NUM_HEADS=self._num_heads, HEAD_DIM=self._head_dim, DIM_BLOCK=triton.next_power_of_2(self._head_dim),
-            HEADS=heads, PARTS=16, IN_ORDER=self._split > 0 or heads > 1, OVERLAP=self._overlap,
+    def _merge(self, num_tokens: int, metadata: Tensor, out: Tensor) -> None:
+        num_heads, head_dim = self._layout.num_heads, self._layout.head_dim
+        heads = 1 if num_tokens < 16 else min(4, triton.next_power_of_2(num_heads))
+        merge_parts_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
+            self._partial, self._lse, metadata, out, out.stride(0), self.limits.partials_at, self.limits.parts_at,
+            NUM_HEADS=num_heads, HEAD_DIM=head_dim, DIM_BLOCK=triton.next_power_of_2(head_dim),
+            HEADS=heads, PARTS=16, IN_ORDER=self._split > 0 or heads > 1, PDL=self._pdl,
             num_warps=4, **self._options,
         )  # fmt: skip
 
     def _launch(
-        self, tile: AttentionTile, wide: int, num_items: int, q: Tensor, keys: Tensor, values: Tensor,
-        page_table: Tensor, work: Tensor, out: Tensor,
+        self, tile: AttentionTile, tile_class: int, num_items: int, q: Tensor, keys: Tensor, values: Tensor,
+        page_table: Tensor, metadata: Tensor, out: Tensor,
     ) -> None:  # fmt: skip
-        packed = keys.dtype == torch.int16
-        page_stride = self._num_kv_heads * self._page_size * keys.shape[1]
-        attention_items_kernel[(self._num_kv_heads, num_items)](
-            q, keys, values, page_table, work, self._partial, self._lse, out, self._head_dim**-0.5 * _LOG2_E,
-            q.stride(0), out.stride(0), page_table.stride(0), page_stride, self.limits.slots_at, self.limits.items_at,
-            NUM_KV=self._num_kv_heads, GQA=self.group_size, HEAD_DIM=self._head_dim,
-            DIM_BLOCK=max(32 if packed else 16, triton.next_power_of_2(self._head_dim)), PAGE=self._page_size,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLIT=self._split, WIDE=wide,
-            PEEL=wide == 1 and self._split == 0, PRECISION=self._precision, PACKED=packed, OVERLAP=self._overlap,
+        layout, packed = self._layout, keys.dtype == torch.int16
+        page_stride = layout.num_kv_heads * layout.page_size * keys.shape[1]
+        attention_items_kernel[(layout.num_kv_heads, num_items)](
+            q, keys, values, page_table, metadata, self._partial, self._lse, out, layout.head_dim**-0.5 * _LOG2_E,
+            q.stride(0), out.stride(0), page_table.stride(0), page_stride, self.limits.partials_at,
+            self.limits.items_at,
+            NUM_KV=layout.num_kv_heads, GQA=self.group_size, HEAD_DIM=layout.head_dim,
+            DIM_BLOCK=max(32 if packed else 16, triton.next_power_of_2(layout.head_dim)), PAGE=layout.page_size,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLIT=self._split, TILE_CLASS=tile_class,
+            PEEL=tile_class == PREFILL and self._split == 0, PRECISION=self._precision, PACKED=packed, PDL=self._pdl,
             num_warps=tile.num_warps, num_stages=tile.num_stages, **self._options,
         )  # fmt: skip
-
-
-def reference_attention(
-    q_THD: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    page_table: Tensor,
-    rows: list[tuple[int, int, int]],
-    num_kv: int,
-    page_size: int,
-) -> Tensor:
-    """The oracle in float64: rows are (page-table row, first position, number of tokens), packed in order.
-
-    Keys and values count as the pools hold them.
-    """
-    num_heads, head_dim = q_THD.shape[1:]
-    outputs, first = [], 0
-    for table_row, start, length in rows:
-        places = torch.arange(start + length, dtype=torch.int64, device=q_THD.device)
-        pages = page_table[table_row].long()[places // page_size]
-        heads = torch.arange(num_kv, dtype=torch.int64, device=q_THD.device)
-        flat = (pages[None] * num_kv + heads[:, None]) * page_size + places % page_size
-        k, v = (pool[flat].double().repeat_interleave(num_heads // num_kv, 0) for pool in (keys, values))
-        q = q_THD[first : first + length].double().transpose(0, 1)
-        scores = q @ k.transpose(1, 2) * head_dim**-0.5
-        seen = places[None] <= start + torch.arange(length, dtype=torch.int64, device=q_THD.device)[:, None]
-        weights = torch.softmax(scores.masked_fill(~seen, float("-inf")), -1)
-        outputs.append((weights @ v).transpose(0, 1))
-        first += length
-    return torch.cat(outputs)

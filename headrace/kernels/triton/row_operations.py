@@ -12,19 +12,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from headrace.kernels.triton.dependent_launch import launch_options
 from headrace.kernels.triton.float8 import as_bytes, to_float8_bytes
-from headrace.kernels.triton.overlap import launch_options
 
 
 @triton.jit
-def _take_turn(OVERLAP: tl.constexpr):
+def _take_turn(PDL: tl.constexpr):
     """Let the next launch begin, and wait for the one ahead."""
-    if OVERLAP:
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
@@ -32,9 +31,9 @@ def _take_turn(OVERLAP: tl.constexpr):
 @triton.jit
 def _norm_kernel(
     x_ptr, weight_ptr, out_ptr, x_stride, out_stride, eps,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    _take_turn(OVERLAP)
+    _take_turn(PDL)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < WIDTH
@@ -46,28 +45,21 @@ def _norm_kernel(
     tl.store(out_ptr + row * out_stride + columns, normed.to(dtype), mask=mask)
 
 
-def rms_norm(x_TX: Tensor, weight_X: Tensor, eps: float, out_TX: Tensor, *, overlap: bool = False) -> None:
+def rms_norm(x_TX: Tensor, weight_X: Tensor, eps: float, out_TX: Tensor, *, pdl: bool = False) -> None:
     """out = rms_norm(x) * weight. Last axes contiguous."""
     num_rows, width = out_TX.shape
     block = triton.next_power_of_2(width)
     _norm_kernel[(num_rows,)](
         x_TX, weight_X, out_TX, x_TX.stride(0), out_TX.stride(0), eps,
-        WIDTH=width, BLOCK=block, OVERLAP=overlap, num_warps=max(1, min(8, block // 512)), **launch_options(overlap),
+        WIDTH=width, BLOCK=block, PDL=pdl, num_warps=max(1, min(8, block // 512)), **launch_options(pdl),
     )  # fmt: skip
-
-
-def reference_rms_norm(x_TX: Tensor, weight_X: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, 2019)."""
-    wide = x_TX.double()
-    scale = 1.0 / torch.sqrt((wide * wide).mean(-1, keepdim=True) + eps)
-    return ((wide * scale).to(x_TX.dtype).double() * weight_X.double()).to(x_TX.dtype)
 
 
 @triton.jit
 def _silu_mul_kernel(
-    x_ptr, out_ptr, x_stride, out_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+    x_ptr, out_ptr, x_stride, out_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
-    _take_turn(OVERLAP)
+    _take_turn(PDL)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < WIDTH
@@ -77,20 +69,14 @@ def _silu_mul_kernel(
     tl.store(out_ptr + row * out_stride + columns, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def silu_and_mul(x_T2F: Tensor, out_TF: Tensor, *, overlap: bool = False) -> None:
+def silu_and_mul(x_T2F: Tensor, out_TF: Tensor, *, pdl: bool = False) -> None:
     """out = silu(x[:, :F]) * x[:, F:]. Last axes contiguous."""
     num_rows, width = out_TF.shape
     block = min(1024, triton.next_power_of_2(width))
     _silu_mul_kernel[(num_rows, triton.cdiv(width, block))](
         x_T2F, out_TF, x_T2F.stride(0), out_TF.stride(0),
-        WIDTH=width, BLOCK=block, OVERLAP=overlap, num_warps=4, **launch_options(overlap),
+        WIDTH=width, BLOCK=block, PDL=pdl, num_warps=4, **launch_options(pdl),
     )  # fmt: skip
-
-
-def reference_silu_and_mul(x_T2F: Tensor) -> Tensor:
-    """x1 * sigmoid(x1) * x2 (SwiGLU; Shazeer, 2020)."""
-    gate, up = x_T2F.double().chunk(2, dim=-1)
-    return (gate * torch.sigmoid(gate) * up).to(x_T2F.dtype)
 
 
 @triton.jit
@@ -109,14 +95,14 @@ def _rope_store_kernel(
     qkv_ptr, bias_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, positions_ptr, rows_ptr, table_ptr,
     q_ptr, keys_ptr, values_ptr, qkv_stride, q_stride, rope_stride, table_stride, eps,
     NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, HEADS: tl.constexpr,
-    PAGE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, OVERLAP: tl.constexpr,
+    PAGE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if OVERLAP:
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0)
     table_row = tl.load(rows_ptr + token)
     if table_row < 0:
-        if OVERLAP:
+        if PDL:
             tl.extra.cuda.gdc_wait()
         return
     position = tl.load(positions_ptr + token)
@@ -127,31 +113,31 @@ def _rope_store_kernel(
     halves = tl.arange(0, HALF_BLOCK)
     half_mask = halves < HALF
     mask = half_mask[None, :]
-    places = heads[:, None] * dim + halves[None, :]
-    source = qkv_ptr + token.to(tl.int64) * qkv_stride + places
+    offsets = heads[:, None] * dim + halves[None, :]
+    source = qkv_ptr + token.to(tl.int64) * qkv_stride + offsets
     cos = tl.load(cos_ptr + position * rope_stride + halves, mask=half_mask, other=0.0).to(tl.float32)[None, :]
     sin = tl.load(sin_ptr + position * rope_stride + halves, mask=half_mask, other=0.0).to(tl.float32)[None, :]
     page = tl.load(table_ptr + table_row.to(tl.int64) * table_stride + position // PAGE).to(tl.int64)
-    if OVERLAP:  # positions and tables are older than the step; the projection comes from the launch ahead
+    if PDL:  # positions and tables are older than the step; the projection comes from the launch ahead
         tl.extra.cuda.gdc_wait()
     first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        first = (first + tl.load(bias_ptr + places, mask=mask, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
-        second += tl.load(bias_ptr + HALF + places, mask=mask, other=0.0).to(tl.float32)
+        first = (first + tl.load(bias_ptr + offsets, mask=mask, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+        second += tl.load(bias_ptr + HALF + offsets, mask=mask, other=0.0).to(tl.float32)
         second = second.to(dtype).to(tl.float32)
-    turned_x, turned_y = first.to(dtype), second.to(dtype)
+    rotated_x, rotated_y = first.to(dtype), second.to(dtype)
     if first_head < NUM_Q + NUM_KV:
         if HAS_NORM:
             weight_ptr = q_weight_ptr
             if first_head >= NUM_Q:
                 weight_ptr = k_weight_ptr
             first, second = _norm_half_pair(first, second, weight_ptr, halves, half_mask, eps, HALF, dtype)
-        turned_x, turned_y = (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
+        rotated_x, rotated_y = (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
     if first_head < NUM_Q:
-        q_target = q_ptr + token.to(tl.int64) * q_stride + places
-        tl.store(q_target, turned_x, mask=mask)
-        tl.store(q_target + HALF, turned_y, mask=mask)
+        q_target = q_ptr + token.to(tl.int64) * q_stride + offsets
+        tl.store(q_target, rotated_x, mask=mask)
+        tl.store(q_target + HALF, rotated_y, mask=mask)
         return
     pool_ptr = keys_ptr
     kv_head = heads[:, None] - NUM_Q
@@ -160,11 +146,11 @@ def _rope_store_kernel(
         kv_head -= NUM_KV
     target = pool_ptr + ((page * NUM_KV + kv_head) * PAGE + position % PAGE) * dim + halves[None, :]
     if keys_ptr.dtype.element_ty == tl.uint8:
-        tl.store(target, to_float8_bytes(turned_x.to(tl.float32)), mask=mask)
-        tl.store(target + HALF, to_float8_bytes(turned_y.to(tl.float32)), mask=mask)
+        tl.store(target, to_float8_bytes(rotated_x.to(tl.float32)), mask=mask)
+        tl.store(target + HALF, to_float8_bytes(rotated_y.to(tl.float32)), mask=mask)
     else:
-        tl.store(target, turned_x, mask=mask)
-        tl.store(target + HALF, turned_y, mask=mask)
+        tl.store(target, rotated_x, mask=mask)
+        tl.store(target + HALF, rotated_y, mask=mask)
 
 
 @dataclass(frozen=True)
@@ -192,7 +178,7 @@ def rope_and_store(
     keys: Tensor,
     values: Tensor,
     *,
-    overlap: bool = False,
+    pdl: bool = False,
 ) -> None:
     """Bias, per-head RMS norms of queries and keys, rotary embedding; queries to `q_THD`, the rest to its page.
 
@@ -212,27 +198,6 @@ def rope_and_store(
         page_table, q_THD, *as_bytes(keys, values),
         qkv_TX.stride(0), q_THD.stride(0), cos_PD.stride(0), page_table.stride(0), eps,
         NUM_Q=num_heads, NUM_KV=num_kv, HALF=dim // 2, HALF_BLOCK=triton.next_power_of_2(dim // 2), HEADS=heads,
-        PAGE=layout.page_size, HAS_BIAS=bias_X is not None, HAS_NORM=norms is not None, OVERLAP=overlap,
-        num_warps=2, **launch_options(overlap),
+        PAGE=layout.page_size, HAS_BIAS=bias_X is not None, HAS_NORM=norms is not None, PDL=pdl,
+        num_warps=2, **launch_options(pdl),
     )  # fmt: skip
-
-
-def reference_rope(
-    qkv_TX: Tensor, bias_X: Tensor | None, norms: tuple[Tensor, Tensor] | None, eps: float,
-    cos_PD: Tensor, sin_PD: Tensor, positions_T: Tensor, layout: HeadLayout,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Queries [T, H, D], keys and values [T, G, D] by definition, in float64 between the roundings."""
-    num_heads, num_kv, dim = layout.num_heads, layout.num_kv_heads, layout.head_dim
-    x = qkv_TX if bias_X is None else (qkv_TX.double() + bias_X.double()).to(qkv_TX.dtype)
-    heads = x.view(len(x), -1, dim)
-    q, k, v = heads[:, :num_heads], heads[:, num_heads : num_heads + num_kv], heads[:, num_heads + num_kv :]
-    if norms is not None:
-        q, k = (reference_rms_norm(part, weight, eps) for part, weight in zip((q, k), norms, strict=True))
-    cos, sin = (table[positions_T.long()].double()[:, None] for table in (cos_PD, sin_PD))
-
-    def turn(part: Tensor) -> Tensor:
-        wide = part.double()
-        first, second = wide.chunk(2, dim=-1)
-        return (wide * cos + torch.cat([-second, first], -1) * sin).to(part.dtype)
-
-    return turn(q), turn(k), v

@@ -50,7 +50,7 @@ BLOCK = 4096
 
 
 @triton.jit
-def _philox_keys(seed_low, seed_high, position):
+def philox_keys(seed_low, seed_high, position):
     """k0 and k1 of Philox4x32-10 with counter (position, 0, 0, 0): positions stay below 2^31."""
     a = position.to(tl.uint32)
     b = a * 0
@@ -82,7 +82,8 @@ def _mix(x):
 
 
 @triton.jit
-def _noise_words(tokens, key0, key1):
+def noise_words(tokens, key0, key1):
+    """As `headrace.sampling.noise.noise_words`."""
     return _mix(_mix(tokens.to(tl.uint32) * 0x9E3779B1 + key0) ^ key1)
 
 
@@ -98,17 +99,6 @@ def _exponential(words):
     v = _uniform(words)
     series = v * (1.0 + v * (0.5 + v * (0.33333334 + v * (0.25 + v * (0.2 + v * 0.16666667)))))
     return tl.where(v < 0.1, series, -0.6931471805599453 * fast_log2(tl.maximum(1.0 - v, 2.9802322387695312e-08)))
-
-
-@triton.jit
-def _noise_kernel(seeds_ptr, positions_ptr, words_ptr, NUM_TOKENS: tl.constexpr, BLOCK_V: tl.constexpr):
-    row = tl.program_id(0)
-    tokens = tl.arange(0, BLOCK_V)
-    key0, key1 = _philox_keys(
-        tl.load(seeds_ptr + 2 * row), tl.load(seeds_ptr + 2 * row + 1), tl.load(positions_ptr + row)
-    )
-    words = _noise_words(tokens, key0, key1).to(tl.int32, bitcast=True)
-    tl.store(words_ptr + row * NUM_TOKENS + tokens, words, mask=tokens < NUM_TOKENS)
 
 
 @triton.jit
@@ -169,7 +159,7 @@ def _weigh_and_score(
             else:
                 if temperature != divisor:
                     weights = fast_exp((logits - drawn_base) * inverse)
-            scores = weights * fast_reciprocal(_uniform(_noise_words(tokens, key0, key1)))
+            scores = weights * fast_reciprocal(_uniform(noise_words(tokens, key0, key1)))
         if HAS_THRESHOLDS:
             scores = tl.where(logits >= threshold, scores, float("-inf"))
         is_better = scores > bests
@@ -190,7 +180,7 @@ def _score_exactly(
     for start in tl.range(0, BLOCK_V, LANES):
         tokens = first + start + lanes
         logits = load_logits(drawn_ptr, tokens, VOCAB)
-        words = _noise_words(tokens, key0, key1)
+        words = noise_words(tokens, key0, key1)
         scores = fast_exp((logits - base) * inverse) * fast_reciprocal(_exponential(words))
         if HAS_THRESHOLDS:
             scores = tl.where(logits >= threshold, scores, float("-inf"))
@@ -216,7 +206,7 @@ def _blocks_kernel(
     divisor = load_param(params_ptr, slot, DIVISOR)
     logprobs_of = load_param(params_ptr, slot, LOGPROBS_OF)
     seed_ptr = seeds_ptr + 2 * slot
-    key0, key1 = _philox_keys(tl.load(seed_ptr), tl.load(seed_ptr + 1), tl.load(positions_ptr + row))
+    key0, key1 = philox_keys(tl.load(seed_ptr), tl.load(seed_ptr + 1), tl.load(positions_ptr + row))
     threshold = float("-inf")
     stated_threshold = float("-inf")
     if HAS_THRESHOLDS:
@@ -237,7 +227,7 @@ def _blocks_kernel(
     best, token = _best_of_lanes(bests, winners, VOCAB)
     if temperature > 0.0:
         rival = tl.max(tl.where(winners == token, seconds, bests), 0)
-        word = _noise_words(token, key0, key1)
+        word = noise_words(token, key0, key1)
         best *= _uniform(word) * fast_reciprocal(_exponential(word))  # from its bound to its score
         if rival >= best * _SLACK:  # rarely: another's bound reaches the best score
             best, token = _score_exactly(
@@ -361,12 +351,3 @@ def sample_rows(
         VOCAB=vocab_size, NUM_BLOCKS=num_blocks, BLOCKS=triton.next_power_of_2(num_blocks),
         HAS_LAST=last_tokens is not None, HAS_COPIES=processed is not None, num_warps=1,
     )  # fmt: skip
-
-
-def device_noise_words(seeds: Tensor, positions: Tensor, num_tokens: int) -> Tensor:
-    """The words the sampling kernel draws for tokens 0..num_tokens-1 (int32 bits [S, num_tokens]); for tests."""
-    words = torch.empty(len(positions), num_tokens, dtype=torch.int32, device=positions.device)
-    _noise_kernel[(len(positions),)](
-        seeds, positions, words, NUM_TOKENS=num_tokens, BLOCK_V=triton.next_power_of_2(num_tokens)
-    )
-    return words

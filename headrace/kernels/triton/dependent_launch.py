@@ -1,4 +1,4 @@
-"""What launches share that may begin before the one ahead of them has ended (programmatic dependent launch).
+"""What launches share that may begin before the one ahead of them has ended (programmatic dependent launch, PDL).
 
 Owns no kernel. What such a launch may do before it waits: read and ask for what the one ahead does not write.
 """
@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 
-def launch_options(overlap: bool) -> dict[str, bool]:
-    """Options of a launch; with `overlap` its kernel must wait for the one ahead. See `linear_rows.multiply_row`."""
-    return {"launch_pdl": True} if overlap else {}
+def launch_options(pdl: bool) -> dict[str, bool]:
+    """Options of a launch; with `pdl` its kernel must wait for the one ahead. See `linear_rows.multiply_row`."""
+    return {"launch_pdl": True} if pdl else {}
 
 
 @triton.jit

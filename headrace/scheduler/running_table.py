@@ -20,7 +20,7 @@ STOP_IDS_PER_SLOT = 8
 NO_STOP_ID = -2
 
 
-class SlotTable:
+class RunningTable:
     """Fields by slot (int64 unless stated). Positions are absolute; lengths count from the start of the prompt.
 
     token_ids int32, logprobs float32 [slots, max_length]   by position; touched only as far as sequences reach

@@ -1,0 +1,38 @@
+"""The thread that drives a device: its current device, its stream, and how it stands to the graph captures of others.
+
+Owns what is set for the thread, once, before anything is allocated; a core's thread keeps it to its end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from headrace.config import ResolvedConfig
+from headrace.config.devices import DRIVER
+from headrace.types.errors import ConfigError
+
+CAPTURE_MODE = "thread_local"
+"""Our own captures do not mind what a trainer's threads do meanwhile."""
+
+_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+
+
+def take_device(resolved: ResolvedConfig, *, shares_process: bool) -> torch.device:
+    """Make this thread that of the device. Raises `ConfigError` if torch cannot use it.
+
+    In a process that is shared the thread has a stream of its own, as the default one waits for a trainer's work and is
+    waited for by it; and what it asks of the driver neither breaks nor is refused by a capture in another thread.
+    """
+    if resolved.device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("device 'cuda' needs a CUDA build of torch and a device that it can use", field="device")
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    device = torch.device("cuda", resolved.cuda.index if resolved.cuda is not None else 0)
+    torch.cuda.set_device(device)
+    if shares_process:
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+        ctypes.CDLL(DRIVER).cuThreadExchangeStreamCaptureMode(ctypes.byref(ctypes.c_int(_THREAD_LOCAL)))
+    return device
