@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack
 
 from headrace.config import EngineConfig, ResolvedConfig
-from headrace.engine.async_engine import DEFAULT_UPDATE_TIMEOUT, AsyncEngine
+from headrace.engine.async_engine import AsyncEngine
+from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, terms_of
 from headrace.engine.fields import InputIds, Prompts, Sampling
 from headrace.engine.launch import ExecutorKind
 from headrace.engine.requests import GenerateOptions
@@ -127,9 +128,8 @@ class Engine:
         timeout: float = DEFAULT_UPDATE_TIMEOUT,
     ) -> UpdateSession:
         """See `AsyncEngine.begin_update`."""
-        begin = self.asynchronous.undoable_begin
-        beginning, regret = begin(version, manifest, mode, in_flight, partial, timeout)
-        return self._wait(beginning, regret)
+        terms = terms_of(version, mode, in_flight, timeout, partial)
+        return self._wait(*self.asynchronous.undoable_begin(manifest, terms))
 
     def stage(self, session: UpdateSession, named_tensors: NamedTensors) -> None:
         """See `AsyncEngine.stage`. The iterable is read in the calling thread."""
@@ -146,8 +146,8 @@ class Engine:
         timeout: float = DEFAULT_UPDATE_TIMEOUT,
     ) -> UpdateReport:
         """See `AsyncEngine.update_weights_from_tensor`. The iterable is read in the calling thread."""
-        update = self.asynchronous.update_by
-        return run_here(update(self._run, named_tensors, version, mode, in_flight, partial, timeout))
+        terms = terms_of(version, mode, in_flight, timeout, partial)
+        return run_here(self.asynchronous.update_by(self._run, named_tensors, terms))
 
     def get_weights_by_name(self, name: str) -> torch.Tensor:
         """See `AsyncEngine.get_weights_by_name`."""

@@ -22,6 +22,7 @@ import msgspec
 
 from headrace.engine.calls import outlast
 from headrace.engine.client import CoreClient
+from headrace.engine.control import UpdateTerms
 from headrace.engine.tensors import HeldTensors, NamedTensors, TensorBytes, describe, named_pairs
 from headrace.engine.upload_buffers import Filling, UploadBuffer, aligned
 from headrace.ipc import SharedBuffer
@@ -32,13 +33,11 @@ from headrace.types.weights import (
     MAX_DIMENSIONS,
     MAX_TENSOR_NAME,
     MAX_TENSORS,
-    InFlight,
     TensorInfo,
-    UpdateMode,
     UpdateReport,
     shape_problem,
 )
-from headrace.weights.weight_map import is_derived
+from headrace.weights.weight_map import is_recomputed
 
 logger = logging.getLogger(__name__)
 
@@ -101,22 +100,17 @@ class Updater:
         self._freed = asyncio.Event()
         self._fillings: set[Filling] = set()
 
-    async def begin(
-        self,
-        version: str,
-        manifest: tuple[TensorInfo, ...],
-        mode: UpdateMode,
-        in_flight: InFlight,
-        partial: bool,
-        timeout_s: float,
-    ) -> UpdateSession:
+    async def begin(self, manifest: tuple[TensorInfo, ...], terms: UpdateTerms) -> UpdateSession:
         """Have the whole manifest checked and a session opened. Every other session is over then."""
         begun = await self._client.change(
-            lambda call_id: BeginUpdate(call_id, version, manifest, mode, in_flight, partial, timeout_s), UpdateBegun
+            lambda call_id: BeginUpdate(
+                call_id, terms.version, manifest, terms.mode, terms.in_flight, terms.partial, terms.timeout_s
+            ),
+            UpdateBegun,
         )
         for filling in tuple(self._fillings):
             self._end(filling)
-        return UpdateSession(begun.session_id, version, begun.mode, manifest, timeout_s)
+        return UpdateSession(begun.session_id, terms.version, begun.mode, manifest, terms.timeout_s)
 
     async def commit(self, session: UpdateSession) -> UpdateReport:
         """Make the staged weights live. One that is not done in time is aborted with its session."""
@@ -167,22 +161,13 @@ class Updater:
             self._fillings.discard(filling)  # here: the loop may be closed
             self._call_soon(lambda: self._end(filling))
 
-    async def update_from_tensors(
-        self,
-        run: Run,
-        named_tensors: NamedTensors,
-        version: str,
-        mode: UpdateMode,
-        in_flight: InFlight,
-        partial: bool,
-        timeout_s: float,
-    ) -> UpdateReport:
+    async def update_from_tensors(self, run: Run, named_tensors: NamedTensors, terms: UpdateTerms) -> UpdateReport:
         """A whole update. The pairs are read once, before anything is sent, since the manifest comes first."""
         held = HeldTensors(named_tensors)
         opened: list[UpdateSession] = []  # also where this is cancelled before it hears of it
 
         async def begin() -> None:
-            opened.append(await self.begin(version, held.manifest, mode, in_flight, partial, timeout_s))
+            opened.append(await self.begin(held.manifest, terms))
 
         try:
             await run(begin())
@@ -359,7 +344,7 @@ def manifest_of(entries: Manifest) -> tuple[TensorInfo, ...]:
         if problem:
             raise WeightUpdateError(f"manifest: {info.name} {problem}", field=info.name)
         manifest.append(info)
-    return tuple(info for info in manifest if not is_derived(info.name))
+    return tuple(info for info in manifest if not is_recomputed(info.name))
 
 
 def run_here(coroutine: Coroutine[Any, Any, Result]) -> Result:

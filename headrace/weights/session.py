@@ -119,7 +119,6 @@ class OpenUpdate:
         mode: ResolvedMode,
         *,
         in_flight: InFlight,
-        partial: bool,
         timeout_s: float,
         now: float,
     ) -> None:
@@ -127,7 +126,6 @@ class OpenUpdate:
         self.version = version
         self.mode = mode
         self.in_flight: InFlight = in_flight
-        self.partial = partial
         self.timeout_s = timeout_s
         self.deadline = now + timeout_s
         self.has_written = False
@@ -226,7 +224,6 @@ class WeightMachine:
             manifest,
             resolved,
             in_flight=in_flight,
-            partial=partial,
             timeout_s=timeout_s,
             now=now,
         )

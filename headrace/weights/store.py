@@ -36,7 +36,7 @@ from headrace.weights.staging import (
     source_of,
 )
 from headrace.weights.transaction import Memories, Transaction
-from headrace.weights.weight_map import FLOAT_DTYPES, ManifestPlan, WeightMap, WeightRule, is_derived
+from headrace.weights.weight_map import FLOAT_DTYPES, ManifestPlan, WeightMap, WeightRule, is_recomputed
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class WeightStore:
         written: set[str] = set()
         filled: set[str] = set()
         for name, data in source:
-            if is_derived(name):
+            if is_recomputed(name):
                 continue
             self._check_loaded(name, data, written)
             written.add(name)
@@ -376,11 +376,6 @@ class WeightStore:
         """
         region = self._region(name)
         return region.read(slice(0, region.num_elements)).view(region.shape).detach().to("cpu", copy=True)
-
-    def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(HF name, CPU copy) of every tensor, one at a time, without aliases: `load` of another store takes it."""
-        for name in self.weight_map.rules_by_name:
-            yield name, self.read(name)
 
     def _region(self, name: str) -> Region:
         """The live memory of a tensor, or of what it is tied to. Raises `NotFoundError` naming it."""

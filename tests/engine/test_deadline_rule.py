@@ -26,6 +26,7 @@ from headrace.core.executor import CheckpointSlices
 from headrace.core.fake_executor import FreeExecutor, FreeWeights
 from headrace.core.loop import CoreLoop
 from headrace.engine.client import CoreClient
+from headrace.engine.control import UpdateTerms
 from headrace.engine.health import HealthLimits
 from headrace.engine.update import Updater
 from headrace.ipc import Pulse, PulsePage, make_pair
@@ -332,7 +333,7 @@ class Callers:
             disk = functools.partial(UpdateFromDisk, path="/", version=label, mode=mode, in_flight=in_flight)
             return Attempt("disk", label), self._change(disk, self._limit(), UpdateReport)
         update = self.world.updater.update_from_tensors
-        return Attempt("update", label), update(_await, TENSORS, label, mode, in_flight, False, 30.0)
+        return Attempt("update", label), update(_await, TENSORS, UpdateTerms(label, mode, in_flight, 30.0))
 
     def _pause(self) -> tuple[Attempt, Coroutine[Any, Any, Any]]:
         attempt = Attempt("pause")
