@@ -12,7 +12,7 @@ from typing import Any
 
 from headrace.core.faults import FAULTS, failure
 from headrace.core.replica import Replica
-from headrace.core.updating import Phase
+from headrace.core.updating import UpdatePhase
 from headrace.types.errors import (
     DeadlineError,
     HeadraceError,
@@ -224,7 +224,7 @@ def status(replica: Replica, now: float) -> CoreStatus:
         last_version=update.machine.version,
         epoch=update.machine.epoch,
         paused=replica.pause.mode or "",
-        updating=update.phase is not Phase.IDLE,
+        updating=update.phase is not UpdatePhase.IDLE,
         updating_in_place=session is not None and session.mode == "inplace",
         num_running=scheduler.num_running,
         num_waiting=scheduler.num_waiting,

@@ -36,7 +36,7 @@ from headrace.types.errors import (
     UpdateConflictError,
 )
 from headrace.types.messages import NO_DEADLINE, BeginUpdate, CommitUpdate, Stage, UpdateBegun, UpdateFromDisk
-from headrace.types.weights import InFlight, TensorInfo, UpdateReport
+from headrace.types.weights import InFlight, TensorInfo
 from headrace.weights.session import OpenUpdate, WeightMachine
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ _COMMIT_LOOK_S = 0.0002
 """Between two looks at a commit under way, where somebody waits for its end."""
 
 
-class Phase(enum.Enum):
+class UpdatePhase(enum.Enum):
     """What an update has come to."""
 
     IDLE = "there is none"
@@ -103,13 +103,17 @@ class UpdateControl:
     # What the step loop and readers of weights ask. `live_stamp` is another number after live memory was written.
 
     @property
-    def phase(self) -> Phase:
+    def phase(self) -> UpdatePhase:
         session = self.machine.session
         if session is None:
-            return Phase.IDLE if self._looking is None else Phase.LOOKING
+            return UpdatePhase.IDLE if self._looking is None else UpdatePhase.LOOKING
         if self._hold is not None:
-            return Phase.HOLDING if session.committing is None else Phase.COMMITTING
-        return Phase.DRAINING if self._needs_hold(session) and self._policy(session) == "drain" else Phase.FILLING
+            return UpdatePhase.HOLDING if session.committing is None else UpdatePhase.COMMITTING
+        return (
+            UpdatePhase.DRAINING
+            if self._needs_hold(session) and self._policy(session) == "drain"
+            else UpdatePhase.FILLING
+        )
 
     def check_readable(self) -> None:
         """`UpdateConflictError` while live weights are being written: nobody could say what was read."""
@@ -134,7 +138,7 @@ class UpdateControl:
     @property
     def is_draining(self) -> bool:
         """Started requests run to their end before the hold begins; no new one starts."""
-        return self.phase is Phase.DRAINING
+        return self.phase is UpdatePhase.DRAINING
 
     # Commands. Errors leave everything as it was.
 
@@ -230,7 +234,7 @@ class UpdateControl:
         for job in [job for job in self._jobs if now >= job.deadline]:
             self._drop_job(job, DeadlineError("the upload was not staged by its deadline; it is dropped"))
         session = self.machine.session
-        if session is None or self.phase is Phase.COMMITTING:
+        if session is None or self.phase is UpdatePhase.COMMITTING:
             return
         if self._commit is not None and now >= self._commit.deadline:
             message = f"weights were not live by the deadline; session {session.session_id} is aborted"
@@ -307,9 +311,10 @@ class UpdateControl:
     def _look(self, slices: Generator[None], budget_s: float) -> bool:
         stop_at = time.perf_counter() + budget_s
         try:
-            next(slices, None)
-            while self._looking is not None and time.perf_counter() < stop_at:
+            while self._looking is not None:
                 next(slices, None)
+                if time.perf_counter() >= stop_at:
+                    break
         except HeadraceError as error:
             self._stop_looking(error)
         except FAULTS as fault:
@@ -387,7 +392,7 @@ class UpdateControl:
 
     def _finish_commit(self) -> None:
         """What the device has begun cannot be undone, and takes no longer than a copy."""
-        while self.phase is Phase.COMMITTING and self.machine.session is not None and self._commit is not None:
+        while self.phase is UpdatePhase.COMMITTING and self.machine.session is not None and self._commit is not None:
             self._make_live(self.machine.session, self._commit)
             time.sleep(_COMMIT_LOOK_S)
 
@@ -411,17 +416,7 @@ class UpdateControl:
         self.last_pause_ms = (time.perf_counter() - hold.since) * 1000.0
         self._commit = None
         self._end_session()
-        manifest = session.staged.manifest
-        report = UpdateReport(
-            version=session.version,
-            epoch=self.machine.epoch,
-            num_tensors=len(manifest),
-            num_bytes=sum(info.num_bytes for info in manifest),
-            mode=session.mode,
-            pause_ms=self.last_pause_ms,
-            num_aborted=hold.num_aborted,
-        )
-        self._outbox.reply(commit.call_id, report)
+        self._outbox.reply(commit.call_id, session.report(self.machine.epoch, self.last_pause_ms, hold.num_aborted))
         logger.debug("weights %r live, epoch %d", session.version, self.machine.epoch)
 
     def _abort(self, reason: HeadraceError, *, has_expired: bool = False) -> None:

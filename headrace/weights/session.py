@@ -28,7 +28,7 @@ from headrace.types.errors import (
     encodable,
 )
 from headrace.types.request import DEFAULT_VERSION
-from headrace.types.weights import MAX_VERSION_LENGTH, InFlight, TensorInfo, UpdateMode, WeightState
+from headrace.types.weights import MAX_VERSION_LENGTH, InFlight, TensorInfo, UpdateMode, UpdateReport, WeightState
 
 ResolvedMode = Literal["shadow", "inplace"]
 
@@ -131,6 +131,12 @@ class OpenUpdate:
         self.has_written = False
         self.committing: Ticket | None = None
         self.staged = StagedSet(manifest)
+
+    def report(self, epoch: int, pause_ms: float, num_aborted: int) -> UpdateReport:
+        """What is said of it once its weights are live."""
+        manifest = self.staged.manifest
+        num_bytes = sum(info.num_bytes for info in manifest)
+        return UpdateReport(self.version, epoch, len(manifest), num_bytes, self.mode, pause_ms, num_aborted)
 
     def touch(self, now: float) -> None:
         """A command arrived: the deadline counts from it."""

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from headrace.core.executor import LocalExecutor
 from headrace.core.fake_executor import FreeExecutor
-from headrace.core.updating import Phase
+from headrace.core.updating import UpdatePhase
 from headrace.types.messages import (
     AbortUpdate,
     BeginUpdate,
@@ -155,7 +155,7 @@ def looking_core(folder: Path) -> tuple[Core, int]:
 
 
 def is_looking(core: Core) -> bool:
-    return core.loop.replica.update.phase is Phase.LOOKING
+    return core.loop.replica.update.phase is UpdatePhase.LOOKING
 
 
 def test_steps_go_on_while_a_folder_is_looked_through(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_folder_is_looked_through_no_more(tmp_path: Path, how: str) -> None:
         core.start(Shutdown)
     core.turn()
     assert core.error(disk).code == codes.get(how, "DeadlineError")
-    assert core.loop.replica.update.phase is Phase.IDLE
+    assert core.loop.replica.update.phase is UpdatePhase.IDLE
 
 
 def test_a_header_of_many_tensors_is_looked_through_in_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
