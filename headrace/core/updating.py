@@ -109,11 +109,8 @@ class UpdateControl:
             return UpdatePhase.IDLE if self._looking is None else UpdatePhase.LOOKING
         if self._hold is not None:
             return UpdatePhase.HOLDING if session.committing is None else UpdatePhase.COMMITTING
-        return (
-            UpdatePhase.DRAINING
-            if self._needs_hold(session) and self._policy(session) == "drain"
-            else UpdatePhase.FILLING
-        )
+        drains = self._needs_hold(session) and self._policy(session) == "drain"
+        return UpdatePhase.DRAINING if drains else UpdatePhase.FILLING
 
     def check_readable(self) -> None:
         """`UpdateConflictError` while live weights are being written: nobody could say what was read."""

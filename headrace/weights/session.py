@@ -46,7 +46,7 @@ class StageCopy(Protocol):
 
     has_written: bool
 
-    def advance(self, deadline_s: float) -> bool: ...
+    def advance(self, budget_s: float) -> bool: ...
 
 
 class WeightMemory(Protocol):

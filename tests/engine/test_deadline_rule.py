@@ -234,7 +234,7 @@ class SlowCopy:
     def __init__(self, world: World) -> None:
         self._world = world
 
-    def advance(self, deadline_s: float) -> bool:
+    def advance(self, budget_s: float) -> bool:
         self._world.lose_time(1.0)
         return self._world.chance.random() < 0.7
 
