@@ -203,6 +203,39 @@ def test_tensors_travel_in_few_buffers_and_large_ones_alone(
     assert spawned.digest() == start(model_folder).digest()
 
 
+def test_bytes_in_flight_are_bounded_whatever_is_sent_or_read(
+    start: Starter, new: Tensors, new_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shared memory that exists at one time, in bytes, while an update of tensors far larger is sent and read back."""
+    limit = 1 << 12
+    for module, name in ((update_module, "BUFFER_BYTES"), (reading_module, "PART_BYTES")):
+        monkeypatch.setattr(module, name, limit)
+    engine, held, peaks = start(), dict[int, int](), list[int]()
+    create, close = SharedBuffer.create, SharedBuffer.close
+
+    def created(size: int) -> SharedBuffer:
+        buffer = create(size)
+        held[id(buffer)] = size
+        peaks.append(sum(held.values()))
+        return buffer
+
+    def closed(buffer: SharedBuffer) -> None:
+        held.pop(id(buffer), None)
+        close(buffer)
+
+    monkeypatch.setattr(SharedBuffer, "create", created)
+    monkeypatch.setattr(SharedBuffer, "close", closed)
+    assert sum(tensor.numel() * 4 for _, tensor in new) > 20 * limit
+    engine.update_weights_from_tensor(new, version="new")
+    assert max(peaks) <= update_module.NUM_BUFFERS * limit
+    name, largest = max(new, key=lambda pair: pair[1].numel())
+    assert largest.numel() * 4 > 2 * limit
+    peaks.clear()
+    assert torch.equal(engine.get_weights_by_name(name), largest)
+    assert max(peaks) <= (update_module.NUM_BUFFERS + 1) * limit
+    assert engine.digest() == start(new_folder).digest()
+
+
 def test_staging_may_be_cut_anywhere(start: Starter, new: Tensors, new_folder: Path) -> None:
     engine = start()
     manifest = [(name, tensor.shape, tensor.dtype) for name, tensor in new]
