@@ -46,7 +46,7 @@ class CpuAttention:
         long_R = self._long_rows(inputs)
         short_T = np.repeat(~long_R, inputs.row_lengths)
         pieces = [
-            Piece(self._shape, self._pool, inputs, tokens, is_whole_step=len(tokens) == len(short_T))
+            QueryGroup(self._shape, self._pool, inputs, tokens, is_whole_step=len(tokens) == len(short_T))
             for tokens in split_tokens(np.flatnonzero(short_T), inputs.token_positions, self._shape.num_heads)
         ]
         blocks: list[DenseRow] = []
@@ -70,7 +70,12 @@ class CpuStep:
     """As `AttentionStep`."""
 
     def __init__(
-        self, pool: KvPool, heads: StepHeads, rows_to_store: Tensor, pieces: list[Piece], dense_rows: list[DenseRow]
+        self,
+        pool: KvPool,
+        heads: StepHeads,
+        rows_to_store: Tensor,
+        pieces: list[QueryGroup],
+        dense_rows: list[DenseRow],
     ) -> None:
         self._pool = pool
         self._heads = heads
@@ -116,7 +121,7 @@ def split_tokens(tokens: Int64Array, positions_T: Int64Array, num_heads: int) ->
     return pieces
 
 
-class Piece:
+class QueryGroup:
     """Query tokens of similar context, attended by `SampledAttention`.
 
     Pools narrower than float32 are widened first: only the pages that these queries read, each once. So are pools with
