@@ -5,7 +5,7 @@ A lease is a row of pages: first those shared with the radix tree, then its own.
 requests or steps; arrays are indexed by slot, so that growing many leases by a page is one vector operation.
 
 Pages move from a lease's own to published only as a whole prefix: `publish` while the sequence computes, stopping where
-another sequence published the same units first, and `publish_all` once it is about to leave.
+another sequence published the same units first, and for the last time once it is about to leave.
 """
 
 from __future__ import annotations
@@ -33,14 +33,7 @@ class LeaseTable:
     """
 
     def __init__(
-        self,
-        units: UnitsOf,
-        *,
-        num_slots: int,
-        num_columns: int,
-        num_pages: int,
-        page_size: int,
-        prefix_cache: bool,
+        self, units: UnitsOf, *, num_slots: int, num_columns: int, num_pages: int, page_size: int, prefix_cache: bool
     ) -> None:
         self.page_size = page_size
         self.pool = PagePool(num_pages)
@@ -104,18 +97,23 @@ class LeaseTable:
         self.capacity[slots] += self.page_size
         return columns, pages
 
-    def publish(self, slot: int, num_tokens: int) -> None:
+    def publish(self, slot: int, num_tokens: int, *, is_last: bool = False) -> None:
         """Publish the whole pages among the first `num_tokens` positions, whose KV earlier steps, or steps already
-        decided, write. Stops for good before a page that another sequence published first."""
-        count = num_tokens // self.page_size
-        if count > self._num_published[slot] and self._may_publish[slot] and not self._has_met_other[slot]:
-            self._insert(slot, count, through=False)
-
-    def publish_all(self, slot: int, num_tokens: int) -> None:
-        """As `publish`, for a lease about to close: continues below pages that another sequence published first."""
-        count = num_tokens // self.page_size
-        if count > self._num_published[slot] and self._may_publish[slot]:
-            self._insert(slot, count, through=True)
+        decided, write. Stops for good before a page that another sequence published first, but for the last time: a
+        lease about to close goes on below it."""
+        first, count = self._num_published[slot], num_tokens // self.page_size
+        if count <= first or not self._may_publish[slot] or (self._has_met_other[slot] and not is_last):
+            return
+        units = self._units(slot, first * self.page_size, count * self.page_size)
+        pages, old = self.pages[slot, first:count], self._nodes[slot]
+        node, num_reached = self.tree.insert(self._namespaces[slot], units, pages, below=old, through=is_last)
+        self._has_met_other[slot] = num_reached < count - first
+        self._num_published[slot] = first + num_reached
+        if num_reached:
+            self.tree.pin(node)
+            self._nodes[slot] = node
+            if old is not None:
+                self.tree.unpin(old)
 
     def never_publish(self, slot: int) -> None:
         """Publish no more pages of this lease: its KV is not what its namespace promises."""
@@ -137,20 +135,6 @@ class LeaseTable:
         self._nodes = [None] * len(self._nodes)
         self._may_publish = [False] * len(self._may_publish)
         return num_freed
-
-    def _insert(self, slot: int, count: int, *, through: bool) -> None:
-        first = self._num_published[slot]
-        units = self._units(slot, first * self.page_size, count * self.page_size)
-        pages = self.pages[slot, first:count]
-        old = self._nodes[slot]
-        node, num_reached = self.tree.insert(self._namespaces[slot], units, pages, below=old, through=through)
-        self._has_met_other[slot] = num_reached < count - first
-        self._num_published[slot] = first + num_reached
-        if num_reached:
-            self.tree.pin(node)
-            self._nodes[slot] = node
-            if old is not None:
-                self.tree.unpin(old)
 
     def _take(self, num_pages: int) -> PageIds:
         short = num_pages - self.pool.num_free

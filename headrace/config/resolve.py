@@ -211,7 +211,7 @@ def _cuda(
     found = (cuda_devices() if devices is None else devices)[first_device:]
     missing = _missing_for_cuda(found, software)
     if missing is None and model.has_experts and config.attention_backend != "reference":
-        missing = f"it {_NO_EXPERTS} (device='cpu' has; attention_backend='reference' is slow)"
+        missing = f"{_describe(found[0])} {_NO_EXPERTS} (device='cpu' has; attention_backend='reference' is slow)"
     if missing is None:
         return Chosen(found[0], _describe(found[0]) if config.device == "auto" else "")
     if config.device == "cuda":

@@ -229,7 +229,7 @@ def status(replica: Replica, now: float) -> CoreStatus:
         num_running=scheduler.num_running,
         num_waiting=scheduler.num_waiting,
         num_used_tokens=scheduler.num_used_tokens,
-        max_total_num_tokens=scheduler.max_total_num_tokens,
+        max_total_num_tokens=scheduler.limits.max_total_num_tokens,
         metrics=metrics(replica, now),
     )
 

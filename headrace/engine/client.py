@@ -21,7 +21,7 @@ from headrace.engine.health import Ailment, HealthLimits, diagnose
 from headrace.engine.ledger import Ledger
 from headrace.ipc import FrontLink, PulsePage
 from headrace.types.errors import DeadlineError, EngineDeadError, HeadraceError, RequestError, ShutdownError
-from headrace.types.handles import count_of, handle_of
+from headrace.types.handles import handle_of
 from headrace.types.messages import (
     Abort,
     Command,
@@ -137,7 +137,7 @@ class CoreClient:
             raise DeadlineError(message, field="start_timeout") from None
         if ready.error is not None:
             raise ready.error.to_exception()
-        self._last_handle = handle_of(ready.front, count_of(self._last_handle))
+        self._last_handle = handle_of(ready.front, self._last_handle)
         await self._take_over()
         self._watch = loop.create_task(self._watch_core())
         return ready

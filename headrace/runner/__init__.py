@@ -1,4 +1,4 @@
-"""Executes plans: slot table, KV pool, one packed forward, sampling. Ranks execute; they never decide."""
+"""Executes plans: input table, KV pool, one packed forward, sampling. Ranks execute; they never decide."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from headrace.attention.base import AttentionInputs, Int64Array
-from headrace.runner.slots import SlotTable
+from headrace.runner.slots import InputTable
 from headrace.types.plan import SlotInit, StepPlan
 
 
@@ -39,7 +39,7 @@ class ForwardBatch:
         return None if self.scored_rows or len(self.sampled_tokens) == len(self.token_ids) else self.sampled_tokens
 
 
-def build_batch(plan: StepPlan, slots: SlotTable, device: torch.device | None = None) -> ForwardBatch:
+def build_batch(plan: StepPlan, slots: InputTable, device: torch.device | None = None) -> ForwardBatch:
     """Lay the plan's rows out, tensors on `device`. `slots` has already been shown the plan."""
     row_slots, row_starts, row_lengths = (
         array.astype(np.int64) for array in (plan.row_slots, plan.row_starts, plan.row_lengths)

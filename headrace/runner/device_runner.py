@@ -35,7 +35,7 @@ from headrace.runner.graphs import Graphs
 from headrace.runner.launches import Launches, make_tables
 from headrace.runner.loading import Progress, checked_weight_map, load_weights
 from headrace.runner.memory import MemoryPlan, free_bytes
-from headrace.runner.slots import SlotTable
+from headrace.runner.slots import InputTable
 from headrace.runner.step_buffer import StepBuffer, StepSizes
 from headrace.runner.step_runner import MAX_CELLS, StepRunner
 from headrace.sampling.device_sampler import RECORD_SIZE, DeviceSampler
@@ -157,7 +157,7 @@ class _Parts:
         buffer = StepBuffer(sizes, self._device, engine.overlap_depth + 2)
         tables = make_tables(buffer, max_rows, resolved.max_columns, self._device)
         launches = Launches(self._model, attention, self.sampler, buffer, tables, self._hidden)
-        slots = SlotTable(max_rows, resolved.max_columns)
+        slots = InputTable(max_rows, resolved.max_columns)
         table, exact = tables.page_table, self._exact
         return StepRunner(launches, attention, self.sampler, slots, buffer, self.buckets, graphs, table, exact)
 

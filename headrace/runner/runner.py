@@ -1,6 +1,6 @@
 """Executes step plans on a CPU, and with the reference kernels on any device, each when it is issued.
 
-Owns the slot table, the KV pools and the model; must not know requests.
+Owns the input table, the KV pools and the model; must not know requests.
 
 A step is: enter slots and write pages, one packed forward over all rows, the head for the rows that need logits, one
 sampling pass. Nothing here decides which rows run.
@@ -28,7 +28,7 @@ from headrace.runner.exact_products import ExactProducts
 from headrace.runner.loading import Progress, checked_weight_map, load_weights
 from headrace.runner.pending import step_result
 from headrace.runner.prompt_scores import PromptScorer
-from headrace.runner.slots import SlotTable
+from headrace.runner.slots import InputTable
 from headrace.sampling import Sampler
 from headrace.types.plan import PositionLogprobs, PromptLogprobs, SamplePatch, StepPlan, StepResult
 from headrace.weights.store import WeightStore
@@ -73,7 +73,7 @@ class Runner:
             )
             for group in spec.kv_groups
         ]
-        self._slots = SlotTable(engine.max_running_requests, resolved.max_columns)
+        self._slots = InputTable(engine.max_running_requests, resolved.max_columns)
         self._sampler = Sampler(spec.vocab_size, engine.max_running_requests, torch.device("cpu"), engine.numerics)
         self._scorer = PromptScorer(self._model.logits, self._sampler, spec.vocab_size)
         self._max_sampled_rows = max(1, _MAX_LOGITS_BYTES // (4 * spec.vocab_size))

@@ -11,7 +11,7 @@ from headrace.types.plan import LAST_TOKEN, SlotInit, StepPlan
 from headrace.types.request import Int32Array
 
 
-class SlotTable:
+class InputTable:
     """Changed only by the plans it is shown, in the order they were issued, and by the tokens they sample.
 
     page_table   int32 tensor [num_slots, num_columns]; cells a plan never wrote read page 0

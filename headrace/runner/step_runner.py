@@ -20,7 +20,7 @@ from headrace.runner.exact_products import ExactProducts
 from headrace.runner.graphs import Graphs
 from headrace.runner.launches import Launches
 from headrace.runner.prompt_scores import scored_spans
-from headrace.runner.slots import SlotTable
+from headrace.runner.slots import InputTable
 from headrace.runner.step_buffer import HostStep, StepBuffer
 from headrace.sampling.device_sampler import DeviceSampler
 from headrace.types.plan import SamplePatch, StepPlan
@@ -39,7 +39,7 @@ class StepRunner:
         launches: Launches,
         attention: DeviceAttention,
         sampler: DeviceSampler,
-        slots: SlotTable,
+        slots: InputTable,
         buffer: StepBuffer,
         buckets: Buckets,
         graphs: Graphs,

@@ -167,8 +167,8 @@ class ResultApplier:
                     self._start_over(slots[~has_token & (positions == table.num_known[slots])])
             self._take_column(step, result, column, rows, slots[rows], positions[rows], deltas)
             positions = positions + 1
-        if width > 1:
-            self._expect_computing(slots)
+        if width > 1:  # those that no step in flight was issued for have no KV: the next one computes them as known
+            table.num_expected[slots] = np.maximum(table.num_expected[slots], table.num_known[slots])
 
     def _start_over(self, slots: IndexArray) -> None:
         """A step brought no token where the next one was due: what steps in flight compute behind it is void, and its
@@ -227,11 +227,6 @@ class ResultApplier:
             if sequence.extras is not None:
                 token = int(table.num_known[slot]) - sequence.num_prompt - 1  # the one just taken
                 sequence.extras.write(token, values, column, column + 1)
-
-    def _expect_computing(self, slots: IndexArray) -> None:
-        """Accepted tokens that no step in flight was issued for have no KV yet: the next one computes them as known."""
-        table = self._roster.table
-        table.num_expected[slots] = np.maximum(table.num_expected[slots], table.num_known[slots])
 
     def _deliver_due(self, slots: IndexArray, deltas: list[Delta]) -> None:
         """Non-terminal deltas of the streaming sequences that have enough new tokens."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import msgspec
 import numpy as np
 
@@ -25,14 +27,9 @@ class SchedulerLimits(msgspec.Struct, frozen=True):
     vocab_size: int
 
     @property
-    def num_usable_pages(self) -> int:
-        """Pages that sequences can hold."""
-        return self.num_pages - 1
-
-    @property
     def max_total_num_tokens(self) -> int:
         """Tokens the KV pool can hold."""
-        return self.num_usable_pages * self.page_size
+        return (self.num_pages - 1) * self.page_size
 
     @property
     def max_length(self) -> int:
@@ -42,7 +39,7 @@ class SchedulerLimits(msgspec.Struct, frozen=True):
     @property
     def num_slots(self) -> int:
         """Sequences that can run at once: each needs a page."""
-        return min(self.max_running_requests, self.num_usable_pages)
+        return min(self.max_running_requests, self.num_pages - 1)
 
     def num_pages_for(self, num_tokens: int) -> int:
         """Pages that hold `num_tokens`."""
@@ -60,58 +57,42 @@ def read_prompt(request: Request, limits: SchedulerLimits, like: Request | None 
 
     Raises `RequestError` naming the field of `Request` that makes it impossible.
     """
-    _require(len(request.prompt) % 4 == 0, "prompt", "must be int32 token ids")
+    if len(request.prompt) % 4:
+        raise RequestError("prompt must be int32 token ids", field="prompt")
     prompt = np.frombuffer(request.prompt, dtype="<i4")
-    num_prompt = len(prompt)
-    check_prompt_length(num_prompt, limits.context_length, "prompt")
-    _require(
-        int(prompt.min()) >= 0 and int(prompt.max()) < limits.vocab_size,
-        "prompt",
-        f"holds token ids outside the vocabulary of {limits.vocab_size}",
-    )
-    _require(request.max_new_tokens >= 0, "max_new_tokens", "must not be negative")
-    _check_pool(request, num_prompt, limits)
-    _check_options(request, num_prompt, limits)
-    if like is None or like.logprobs is not request.logprobs or like.sampling is not request.sampling:
-        _check_lists(request, limits.vocab_size)
+    check_prompt_length(len(prompt), limits.context_length, "prompt")
+    is_like = like is not None and like.logprobs is request.logprobs and like.sampling is request.sampling
+    for problems in (_problems(request, prompt, limits), () if is_like else _list_problems(request, limits.vocab_size)):
+        for field, rule in problems:
+            raise RequestError(f"{field} {rule}", field=field)
     return prompt
 
 
-def _check_pool(request: Request, num_prompt: int, limits: SchedulerLimits) -> None:
-    """Alone in the pool, a sequence must be able to reach its last token."""
-    capacity = limits.max_total_num_tokens
-    _require(num_prompt - 1 <= capacity, "prompt", f"has {num_prompt} tokens; the KV pool holds {capacity}")
+def _problems(request: Request, prompt: Int32Array, limits: SchedulerLimits) -> Iterator[tuple[str, str]]:
+    """(field, the rule that it breaks)."""
+    num_prompt, capacity, logprobs = len(prompt), limits.max_total_num_tokens, request.logprobs
+    if prompt.min() < 0 or prompt.max() >= limits.vocab_size:
+        yield "prompt", f"holds token ids outside the vocabulary of {limits.vocab_size}"
+    for name in ("max_new_tokens", "min_new_tokens", "deliver_every"):
+        if getattr(request, name) < 0:
+            yield name, "must not be negative"
+    if num_prompt - 1 > capacity:
+        yield "prompt", f"has {num_prompt} tokens; the KV pool holds {capacity}"
     needed = num_prompt + max_output(request, num_prompt, limits) - 1
-    _require(
-        needed <= capacity,
-        "max_new_tokens",
-        f"and the prompt need {needed} tokens of KV; the pool holds {capacity}",
-    )
+    if needed > capacity:  # alone in the pool, a sequence must be able to reach its last token
+        yield "max_new_tokens", f"and the prompt need {needed} tokens of KV; the pool holds {capacity}"
+    if abs(request.priority) > MAX_PRIORITY:
+        yield "priority", f"must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}]"
+    if not 0 <= request.num_output_ids_in_prompt < num_prompt:
+        yield "num_output_ids_in_prompt", f"must be in [0, {num_prompt - 1}]"
+    if logprobs.prompt_start is not None and not 0 <= logprobs.prompt_start <= num_prompt:
+        yield "logprobs.prompt_start", "must be a position of the prompt"
+    if not 0 <= logprobs.num_top <= limits.vocab_size:
+        yield "logprobs.num_top", f"must be in [0, {limits.vocab_size}]"
 
 
-def _check_options(request: Request, num_prompt: int, limits: SchedulerLimits) -> None:
-    logprobs = request.logprobs
-    vocab_size = limits.vocab_size
-    _require(abs(request.priority) <= MAX_PRIORITY, "priority", f"must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}]")
-    _require(request.min_new_tokens >= 0, "min_new_tokens", "must not be negative")
-    _require(request.deliver_every >= 0, "deliver_every", "must not be negative")
-    num_output = request.num_output_ids_in_prompt
-    _require(0 <= num_output < num_prompt, "num_output_ids_in_prompt", f"must be in [0, {num_prompt - 1}]")
-    start = logprobs.prompt_start
-    _require(start is None or 0 <= start <= num_prompt, "logprobs.prompt_start", "must be a position of the prompt")
-    _require(0 <= logprobs.num_top <= vocab_size, "logprobs.num_top", f"must be in [0, {vocab_size}]")
-
-
-def _check_lists(request: Request, vocab_size: int) -> None:
-    are_known = all(0 <= token < vocab_size for token in request.logprobs.token_ids)
-    _require(are_known, "logprobs.token_ids", "must be in the vocabulary")
-    _require(
-        all(0 <= token < vocab_size for token, _ in request.sampling.logit_bias),
-        "sampling.logit_bias",
-        "must name ids in the vocabulary",
-    )
-
-
-def _require(is_met: bool, field: str, rule: str) -> None:
-    if not is_met:
-        raise RequestError(f"{field} {rule}", field=field)
+def _list_problems(request: Request, vocab_size: int) -> Iterator[tuple[str, str]]:
+    if not all(0 <= token < vocab_size for token in request.logprobs.token_ids):
+        yield "logprobs.token_ids", "must be in the vocabulary"
+    if not all(0 <= token < vocab_size for token, _ in request.sampling.logit_bias):
+        yield "sampling.logit_bias", "must name ids in the vocabulary"

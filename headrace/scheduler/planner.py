@@ -95,7 +95,8 @@ class StepPlanner:
         steps in flight still refer to come back later, and nobody else is preempted for them."""
         roster = self._roster
         while roster.leases.num_available < num_pages:
-            coming = int(roster.leases.num_pages[roster.table.leaving()].sum())
+            leaving = ~roster.table.is_running & (roster.table.num_in_flight > 0)
+            coming = int(roster.leases.num_pages[leaving].sum())
             last = int(roster.order()[-1])
             if roster.leases.num_available + coming >= num_pages or last == slot:
                 return

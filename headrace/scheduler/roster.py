@@ -56,7 +56,8 @@ class Roster:
     def order(self) -> IndexArray:
         """Running slots, first to be served first, int64."""
         if self._order_generation != self.generation:
-            self._order = self.table.by_rank()
+            slots = np.flatnonzero(self.table.is_running)
+            self._order = slots[np.argsort(self.table.rank[slots], kind="stable")]
             self._order_generation = self.generation
         return self._order
 
@@ -146,7 +147,7 @@ class Roster:
         for slot in slots:
             sequence = self.table.sequence(slot)
             num_tokens = int(min(self.table.num_known[slot], self.table.num_scheduled[slot]))
-            self.leases.publish_all(slot, num_tokens)
+            self.leases.publish(slot, num_tokens, is_last=True)
             self.leases.close(slot)
             self.table.leave(slot)
             self.generation += 1

@@ -21,41 +21,29 @@ NO_STOP_ID = -2
 
 
 class RunningTable:
-    """Fields by slot (int64 unless stated). Positions are absolute; lengths count from the start of the prompt.
-
-    token_ids int32, logprobs float32 [slots, max_length]   by position; touched only as far as sequences reach
-    num_entered    tokens known when the sequence entered the slot
-    num_known      tokens known: prompt and accepted output
-    num_expected   tokens known or about to be sampled by a step in flight
-    num_scheduled  positions computed or being computed by a step in flight
-    num_in_flight  steps in flight that hold a row of the slot
-    is_running     bool: may get rows; False also while its sequence is leaving
-    accepts        bool: results are its sequence's; False once that has had its terminal delta, or brought no token
-    stop_ids       int32 [slots, STOP_IDS_PER_SLOT], NO_STOP_ID where unused; `many_stops` holds the longer sets
-    version        index of the version of the last accepted token, -1 before the first
-    """
+    """Fields by slot. Positions are absolute; lengths count from the start of the prompt."""
 
     def __init__(self, limits: SchedulerLimits) -> None:
         count, width = limits.num_slots, limits.max_length
-        self.token_ids = np.zeros((count, width), dtype=np.int32)
+        self.token_ids = np.zeros((count, width), dtype=np.int32)  # by position, as far as the sequence reaches
         self.logprobs = np.zeros((count, width), dtype=np.float32)
         self.num_prompt = np.zeros(count, dtype=np.int64)
-        self.num_entered = np.zeros(count, dtype=np.int64)
-        self.num_known = np.zeros(count, dtype=np.int64)
-        self.num_expected = np.zeros(count, dtype=np.int64)
-        self.num_scheduled = np.zeros(count, dtype=np.int64)
+        self.num_entered = np.zeros(count, dtype=np.int64)  # tokens known when the sequence entered the slot
+        self.num_known = np.zeros(count, dtype=np.int64)  # prompt and accepted output
+        self.num_expected = np.zeros(count, dtype=np.int64)  # known, or about to be sampled by a step in flight
+        self.num_scheduled = np.zeros(count, dtype=np.int64)  # positions computed, or being so by a step in flight
         self.num_delivered = np.zeros(count, dtype=np.int64)
-        self.num_in_flight = np.zeros(count, dtype=np.int64)
+        self.num_in_flight = np.zeros(count, dtype=np.int64)  # steps in flight that hold a row of the slot
         self.max_length = np.zeros(count, dtype=np.int64)
         self.compute_length = np.zeros(count, dtype=np.int64)
         self.min_length = np.zeros(count, dtype=np.int64)
         self.deliver_every = np.zeros(count, dtype=np.int64)
         self.rank = np.zeros(count, dtype=np.int64)
-        self.version = np.full(count, -1, dtype=np.int64)
+        self.version = np.full(count, -1, dtype=np.int64)  # its index, of the last accepted token; -1 before the first
         self.stop_ids = np.full((count, STOP_IDS_PER_SLOT), NO_STOP_ID, dtype=np.int32)
-        self.many_stops: dict[int, frozenset[int]] = {}
-        self.is_running = np.zeros(count, dtype=np.bool_)
-        self.accepts = np.zeros(count, dtype=np.bool_)
+        self.many_stops: dict[int, frozenset[int]] = {}  # the sets that are longer
+        self.is_running = np.zeros(count, dtype=np.bool_)  # may get rows; its sequence is not leaving
+        self.accepts = np.zeros(count, dtype=np.bool_)  # False once its sequence was answered, or was brought no token
         self.sequences: list[Sequence | None] = [None] * count
         self._free = list(range(count - 1, -1, -1))
 
@@ -121,15 +109,6 @@ class RunningTable:
         sequence.token_ids = self.token_ids[slot, :num_known].copy()
         sequence.logprobs = self.logprobs[slot, sequence.num_prompt : num_known].copy()
         sequence.num_delivered = int(self.num_delivered[slot]) - sequence.num_prompt
-
-    def by_rank(self) -> IndexArray:
-        """Running slots, first to be served first."""
-        slots = np.flatnonzero(self.is_running)
-        return slots[np.argsort(self.rank[slots], kind="stable")]
-
-    def leaving(self) -> IndexArray:
-        """Slots whose sequence gets no more rows but which steps in flight still refer to."""
-        return np.flatnonzero(~self.is_running & (self.num_in_flight > 0))
 
     def _set_stops(self, slot: int, stop_token_ids: tuple[int, ...]) -> None:
         self.stop_ids[slot] = NO_STOP_ID

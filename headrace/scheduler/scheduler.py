@@ -75,11 +75,6 @@ class Scheduler:
         """KV capacity, in tokens, of the pages that are neither free nor reclaimable."""
         return self._roster.leases.num_used * self.limits.page_size
 
-    @property
-    def max_total_num_tokens(self) -> int:
-        """KV capacity of the pool, in tokens."""
-        return self.limits.max_total_num_tokens
-
     def add(self, request: Request, now: float) -> None:
         """Queue a request that arrived at `now` (seconds, any clock that never goes back).
 
@@ -247,7 +242,7 @@ class Scheduler:
             "num_free_pages": leases.pool.num_free,
             "num_cached_pages": leases.tree.num_evictable,
             "num_used_tokens": self.num_used_tokens,
-            "max_total_num_tokens": self.max_total_num_tokens,
+            "max_total_num_tokens": self.limits.max_total_num_tokens,
         }
 
     def _find(self, handles: Iterable[int] | None) -> list[Sequence]:

@@ -30,44 +30,30 @@ class State(Enum):
 
 
 class Sequence(msgspec.Struct, eq=False, kw_only=True):
-    """A request and what has become of it.
-
-    rank            sort key: smaller is served first (priority, then arrival)
-    slot            the slot it holds, -1: none; an ended sequence holds one until its last step in flight retires
-    max_length      tokens it may have in all, prompt included
-    compute_length  positions it may have to compute: the last token's KV is of no use; a score-only prompt needs one
-    token_ids, logprobs   all known tokens and the output's log-probabilities while it holds no slot
-    units           what the prefix cache knows `token_ids` by, as bytes: for text, the very same
-    num_delivered   output tokens that have gone out in deltas
-    stop_token_ids  those that can be sampled at all
-    extras          further log-probabilities of its output tokens, None: it asked for none
-    version_index   index of the version of its last token, -1 before the first
-    version_starts  (index of the first output token, version, epoch) each time the version of its tokens changed
-    prompt_spans    (version, count) of the prompt positions scored so far, from the first on
-    """
+    """A request and what has become of it."""
 
     request: Request
     handle: int
-    rank: int
+    rank: int  # smaller is served first (priority, then arrival)
     arrived: float
     num_prompt: int
-    max_length: int
-    compute_length: int
-    stop_token_ids: tuple[int, ...]
-    token_ids: Int32Array
-    units: bytes
+    max_length: int  # tokens it may have in all, prompt included
+    compute_length: int  # positions it may compute: the last token's KV is of no use; a score-only prompt needs one
+    stop_token_ids: tuple[int, ...]  # those that can be sampled at all
+    token_ids: Int32Array  # all known tokens, and the output's log-probabilities, while it holds no slot
     logprobs: Float32Array = _NO_LOGPROBS
-    extras: PositionExtras | None
+    units: bytes  # what the prefix cache knows `token_ids` by: for text, the very same
+    extras: PositionExtras | None  # further log-probabilities of its output tokens, if it asked for any
     prompt_scores: PromptScores | None
     state: State = State.WAITING
-    slot: int = -1
-    num_delivered: int = 0
+    slot: int = -1  # -1: none; an ended sequence holds one until its last step in flight retires
+    num_delivered: int = 0  # output tokens that have gone out in deltas
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     is_prompt_delivered: bool = False
-    version_index: int = -1
-    version_starts: list[tuple[int, str, int]] = []
-    prompt_spans: list[tuple[str, int]] = []
+    version_index: int = -1  # of its last token, -1 before the first
+    version_starts: list[tuple[int, str, int]] = []  # (first output token of a version, the version, its epoch)
+    prompt_spans: list[tuple[str, int]] = []  # (version, count) of the prompt positions scored so far
 
     @classmethod
     def of(cls, request: Request, prompt: Int32Array, limits: SchedulerLimits, rank: int, arrived: float) -> Sequence:

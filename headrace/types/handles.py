@@ -8,24 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-_FRONT_SHIFT = 48
+_COUNT_BITS = 48
 
 
 def handle_of(front: int, count: int) -> int:
-    """The handle of a front's request number `count`."""
-    return front << _FRONT_SHIFT | count
+    """The handle of a front's request number `count`; of a handle, the one with the same count."""
+    return front << _COUNT_BITS | count & (1 << _COUNT_BITS) - 1
 
 
 def front_of(handle: int) -> int:
     """The front whose request this is."""
-    return handle >> _FRONT_SHIFT
-
-
-def count_of(handle: int) -> int:
-    """Which of its front's requests this is."""
-    return handle & (1 << _FRONT_SHIFT) - 1
+    return handle >> _COUNT_BITS
 
 
 def own_handles(handles: Iterable[int], front: int) -> list[int]:
     """Those of `handles` that are of this front."""
-    return [handle for handle in handles if handle >> _FRONT_SHIFT == front]
+    return [handle for handle in handles if front_of(handle) == front]

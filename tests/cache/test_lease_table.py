@@ -47,7 +47,7 @@ def test_a_second_lease_shares_what_the_first_published() -> None:
 def test_growing_evicts_what_nobody_holds() -> None:
     leases = make_leases(num_pages=5)
     lease(leases, 0, 8)
-    leases.publish_all(0, 8)
+    leases.publish(0, 8, is_last=True)
     leases.close(0)
     assert leases.pool.num_free == 0 and leases.num_available == 4
     leases.open(1, NOW, leases.match(NOW, TOKENS[:2].tobytes(), 1))
@@ -75,7 +75,7 @@ def test_a_page_published_by_another_stops_publishing_until_the_end() -> None:
     leases.publish(1, 6)
     leases.publish(1, 8)
     assert leases.tree.num_pages == 2 and leases.num_used == 8
-    leases.publish_all(1, 8)
+    leases.publish(1, 8, is_last=True)
     assert leases.tree.num_pages == 4
     leases.close(1)
     assert leases.num_used == 4 and leases.tree.num_evictable == 2
@@ -90,12 +90,12 @@ def test_kept_leases_are_never_published() -> None:
     leases.publish(0, 2)
     leases.never_publish(0)
     leases.publish(0, 4)
-    leases.publish_all(0, 8)
+    leases.publish(0, 8, is_last=True)
     assert leases.tree.num_pages == 1
     leases.close(0)
     assert leases.pool.num_free == 18
     lease(leases, 0, 8)
-    leases.publish_all(0, 8)
+    leases.publish(0, 8, is_last=True)
     assert leases.tree.num_pages == 4, "a new lease of the slot publishes again"
 
 
@@ -106,7 +106,7 @@ def test_flush_unpublishes_leased_pages_for_good() -> None:
     lease(leases, 1, 8)
     leases.close(1)
     assert leases.flush() == 0
-    leases.publish_all(0, 8)
+    leases.publish(0, 8, is_last=True)
     assert leases.match(NOW, TOKENS.tobytes(), 10).num_pages == 0 and leases.num_used == 4
     leases.close(0)
     assert leases.pool.num_free == 19
@@ -117,6 +117,6 @@ def test_without_the_prefix_cache_nothing_is_kept() -> None:
     for _ in range(2):
         assert lease(leases, 0, 8) == 0
         leases.publish(0, 8)
-        leases.publish_all(0, 8)
+        leases.publish(0, 8, is_last=True)
         leases.close(0)
         assert leases.pool.num_free == 19 and leases.tree.num_pages == 0

@@ -180,9 +180,7 @@ def test_experts_run_on_a_cpu_and_by_the_reference_alone(folder: Path) -> None:
     write(folder, **EXPERTS)
     found = on_cuda(folder)
     assert (found.device, found.attention_backend) == ("cpu", "cpu") and "experts" in why(found, "device")
-    with pytest.raises(
-        ConfigError, match="device 'cuda' cannot be used: it has no kernels for layers of experts"
-    ) as no:
+    with pytest.raises(ConfigError, match="'cuda' cannot be used: NVIDIA H200 .* has no kernels for layers of") as no:
         on_cuda(folder, device="cuda")
     assert no.value.field == "device"
     for backend in ("triton", "flashinfer"):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from headrace import Engine, Generation, SamplingParams
+from headrace.types.errors import ConfigError
 from tests.gpu.builders import (
+    CONTEXT_LENGTH,
+    VOCAB_SIZE,
     Checkpoint,
     Checkpoints,
     Starter,
@@ -18,7 +22,9 @@ from tests.gpu.builders import (
     check_samples_agree,
     greedy,
     random_ids,
+    start_engine,
 )
+from tests.parity.models import make_model
 
 FLOAT32 = torch.float32
 BFLOAT16 = torch.bfloat16
@@ -212,3 +218,20 @@ def test_the_reference_backend_starts_with_what_settings_it_has(checkpoints: Che
     asked = prompts()[:4]
     for prompt, piece in zip(asked, run(engine, asked, [greedy(8)] * len(asked)), strict=True):
         check_greedy(checkpoint, prompt, piece, 1e-3)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_are_refused_but_by_the_reference(family: str, tmp_path: Path) -> None:
+    """It says what a CPU says."""
+    make_model(family, vocab_size=VOCAB_SIZE, max_position_embeddings=CONTEXT_LENGTH).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="no kernels for layers of experts"):
+        start_engine(tmp_path)
+    found = []
+    for device, backend in (("cpu", "cpu"), ("cuda", "reference")):
+        settings = {"dtype": "float32", "kv_pool_tokens": 4096, "num_threads": 1}
+        with start_engine(tmp_path, device=device, attention_backend=backend, **settings) as engine:
+            assert engine.resolved.device == device
+            found.append(run(engine, prompts()[:4], [greedy(8)] * 4))
+    for expected, piece in zip(*found, strict=True):
+        assert piece.token_ids == expected.token_ids
+        torch.testing.assert_close(piece.logprobs, expected.logprobs, atol=1e-3, rtol=0)

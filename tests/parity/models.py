@@ -27,7 +27,7 @@ from headrace.kernels.paged_kv import KvGeometry, KvPool
 from headrace.kernels.rope_tables import rope_tables
 from headrace.layers.step import ForwardStep
 from headrace.runner.batch import build_batch
-from headrace.runner.slots import SlotTable
+from headrace.runner.slots import InputTable
 from headrace.types.plan import StepPlan
 from headrace.weights.store import WeightStore
 
@@ -139,7 +139,7 @@ class Device:
             )
             for group, pool in zip(spec.kv_groups, self.pools, strict=True)
         ]
-        self.slots = SlotTable(num_slots, -(-CONTEXT_LENGTH // page_size))
+        self.slots = InputTable(num_slots, -(-CONTEXT_LENGTH // page_size))
 
     def run(self, plan: StepPlan) -> dict[int, Tensor]:
         """Logits [row length, V] by slot."""

@@ -65,18 +65,6 @@ def test_prefill_and_decode_logits(variant: str) -> None:
         torch.testing.assert_close(torch.cat(found[slot]), reference_logits(model, tokens), atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
-@pytest.mark.parametrize("kernels", ["fast", "invariant", "reference"])
-def test_experts_by_every_set_of_kernels(family: str, kernels: str) -> None:
-    backend, numerics = ("reference", "fast") if kernels == "reference" else ("cpu", kernels)
-    model, plans = make_model(family), PlanBuilder(page_size=16, num_pages=300)
-    device = Device(model, numerics=numerics, backend=backend)
-    tokens = tokens_of(0, 60)
-    plans.enter(0, tokens)
-    found = [device.run(plans.step([(0, length)]))[0] for length in (40, 3, 1, 1, 15)]
-    torch.testing.assert_close(torch.cat(found), reference_logits(model, tokens), atol=TOLERANCE, rtol=0)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("family", "overrides"), [("qwen3_moe", {}), ("qwen3_moe", {"norm_topk_prob": False}), ("mixtral", {})]

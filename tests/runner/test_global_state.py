@@ -19,7 +19,7 @@ from headrace.layers.norm import Normed, RmsNorm
 from headrace.layers.residual import Residual
 from headrace.runner.exact_products import ExactProducts, WatchedProducts
 from headrace.runner.runner import Runner
-from headrace.runner.slots import SlotTable
+from headrace.runner.slots import InputTable
 from headrace.types.plan import StepDisturbed
 from tests.engine.builders import SETTINGS, save_model
 from tests.parity.models import make_model
@@ -208,7 +208,7 @@ def test_a_precision_changed_between_products_changes_no_value(
         with kept(), monkeypatch.context() as patch:
             patch.setattr(Residual, "normed", normed)
             patch.setattr(Runner, "_sample", sample)
-            patch.setattr(SlotTable, "apply", shortened(SlotTable.apply))
+            patch.setattr(InputTable, "apply", shortened(InputTable.apply))
             assert values(engine) == expected
         assert engine.metrics()["num_failed_steps"] == failed_before
 

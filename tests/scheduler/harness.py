@@ -302,7 +302,7 @@ class Harness:
         assert len(free) == leases.pool.num_free and not free & set(np.flatnonzero(references).tolist())
         assert len(evictable) == leases.tree.num_evictable and not evictable & leased
         assert self.scheduler.num_used_tokens == leases.num_used * self.limits.page_size
-        assert leases.pool.num_free + leases.num_used + leases.tree.num_evictable == self.limits.num_usable_pages
+        assert leases.pool.num_free + leases.num_used + leases.tree.num_evictable == self.limits.num_pages - 1
         assert table.num_free + sum(s is not None for s in table.sequences) == self.limits.num_slots
 
     def check_end(self) -> None:
@@ -314,7 +314,7 @@ class Harness:
         self.check_published()
         assert self.scheduler.num_used_tokens == 0
         self.scheduler.flush_cache()
-        assert self.scheduler.metrics()["num_free_pages"] == self.limits.num_usable_pages
+        assert self.scheduler.metrics()["num_free_pages"] == self.limits.num_pages - 1
         self.check_books()
 
 

@@ -173,6 +173,27 @@ def test_several_tokens_a_step_meet_steps_in_flight() -> None:
     assert scheduler.num_used_tokens == 0 and scheduler.metrics()["num_overshoot_tokens"] == 5
 
 
+def test_behind_a_step_without_a_token_nothing_counts() -> None:
+    scheduler = make(overlap_depth=1)
+    scheduler.add(request(1, 5, 4), 0.0)
+    scheduler.add(request(2, 5, 4), 0.0)
+    scheduler.apply(answer(planned(scheduler)))
+    second, third = planned(scheduler), planned(scheduler)
+    empty = answer(second)
+    assert scheduler.apply(msgspec.structs.replace(empty, num_tokens=np.array([0, 1], np.int32))) == []
+    fourth = planned(scheduler)
+    assert rows(fourth) == [(1, 7, 1)], "the other goes on, and it waits for the step behind"
+    assert scheduler.apply(answer(third, lambda slot: 99 if slot == 0 else 7)) == []
+    plan = planned(scheduler)
+    assert [init.token_ids.tolist() for init in plan.new_slots] == [[100, 101, 102, 103, 104, 7]]
+    assert rows(plan) == [(0, 4, 2)], "the whole page is found again"
+    (first,) = scheduler.apply(answer(fourth))
+    last = finished([*scheduler.apply(answer(plan)), *finish_all(scheduler)])
+    assert tokens(first) == tokens(last) == [7] * 4
+    assert (first.num_preemptions, last.num_preemptions) == (0, 1)
+    assert scheduler.metrics()["num_overshoot_tokens"] == 1 and scheduler.num_used_tokens == 0
+
+
 def _with_extras(result: StepResult, first: int) -> StepResult:
     """The same, with top ids that say which position they belong to."""
     positions = np.arange(first, first + result.token_ids.shape[1], dtype=np.int32)[:, None]

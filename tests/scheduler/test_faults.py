@@ -153,7 +153,7 @@ class BreakingHarness(Harness):
     """Breaks methods behind `plan`, `apply`, `abort` and `discard`, and recovers as the core does."""
 
     METHODS = (
-        ("leases", ("match", "open", "grow", "grow_each", "publish", "publish_all", "close")),
+        ("leases", ("match", "open", "grow", "grow_each", "publish", "close")),
         ("table", ("enter", "leave")),
         ("roster", ("admit", "preempt", "end", "retire")),
         ("applier", ("_land", "_take_prompt_scores", "_mark_version", "_take_extras", "_deliver_due", "delta")),
