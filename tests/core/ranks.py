@@ -31,7 +31,7 @@ from headrace.runner.exact_products import ExactProducts
 from headrace.runner.loading import load_weights
 from headrace.runner.prompt_scores import PromptScorer
 from headrace.runner.runner import Runner
-from headrace.runner.slots import SlotTable
+from headrace.runner.slots import InputTable
 from headrace.sampling import Sampler
 from headrace.types.plan import PlanRefused, SamplePatch, StepPlan, StepResult
 from headrace.weights.shard import Shard
@@ -164,7 +164,7 @@ class RankRunner(Runner):
             heads = Heads(AttentionShape.of_group(held), kernels, tables)
             backend = build_backend(resolved.attention_backend, engine.numerics, heads, pool, self._exact.products)
             self._attention.append(backend)
-        self._slots = SlotTable(engine.max_running_requests, resolved.max_columns)
+        self._slots = InputTable(engine.max_running_requests, resolved.max_columns)
         self._sampler = Sampler(spec.vocab_size, engine.max_running_requests, CPU, engine.numerics)
         self._scorer = PromptScorer(self._model.logits, self._sampler, spec.vocab_size)
         self._max_sampled_rows = 64

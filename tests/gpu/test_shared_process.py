@@ -86,8 +86,6 @@ def test_a_trainer_may_capture_while_the_engine_works(folder: Path) -> None:
         stream.synchronize()
         assert torch.equal(y, x)
 
-    with torch.cuda.stream(stream):
-        x @ weight
     with Engine(folder, **SMALL, numerics="invariant") as engine:
         expected = generate(engine, 200)
         with beside(capture):
