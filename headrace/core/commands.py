@@ -90,7 +90,7 @@ def _check_wanted(command: Command, now: float, given_up: Collection[int]) -> No
 
 def submit(replica: Replica, command: Submit, front: int, now: float) -> None:
     """Queue requests; what cannot be served is answered at once."""
-    refusal = replica.update.refusal()
+    refusal = replica.update.machine.refusal()
     for request in command.all_requests():
         if front_of(request.handle) != front:  # an answer would reach whoever has that handle
             logger.error("front %d sent a request under handle %d, which is not its own", front, request.handle)
@@ -134,7 +134,7 @@ def begin_update(replica: Replica, command: BeginUpdate, now: float) -> None:
 
 
 def stage(replica: Replica, command: Stage, now: float) -> None:
-    """Queue a bucket; answered when it is copied."""
+    """Queue an upload; answered when it is copied."""
     replica.update.stage(command, now)
 
 

@@ -139,7 +139,7 @@ class FreeWeights:
 class _FreeCopy:
     has_written = True
 
-    def advance(self, deadline_s: float) -> bool:
+    def advance(self, budget_s: float) -> bool:
         return True
 
     def is_done(self) -> bool:

@@ -4,8 +4,8 @@ Owns the open session's jobs, its pending commit and the hold on generation. The
 memory's part in it, are `headrace.weights.session`.
 
     IDLE ---begin--> FILLING                    IDLE ---from disk--> LOOKING ---manifest--> FILLING
-    FILLING ---a hold is needed--> DRAINING (if that is the policy) ---nothing runs--> HOLDING
-    any ---commit, abort, expiry--> IDLE
+    FILLING ---a hold is needed--> DRAINING (if that is the policy) ---nothing runs--> HOLDING ---> COMMITTING ---> IDLE
+    any but COMMITTING ---abort, expiry--> IDLE
 
 A shadow session needs a hold only to commit. An in-place session needs it from the first staged byte to its end. Before
 a hold begins the requests in flight are treated as the session asks (`in_flight`). While generation is paused the hold
@@ -30,7 +30,11 @@ from headrace.core.pausing import PauseControl
 from headrace.core.staging import StageJob, job_from_buffer, job_from_tensors
 from headrace.core.stepping import Stepper
 from headrace.scheduler import Scheduler
-from headrace.types.errors import DeadlineError, HeadraceError, NeedsWeightsError, PoisonedError, UpdateConflictError
+from headrace.types.errors import (
+    DeadlineError,
+    HeadraceError,
+    UpdateConflictError,
+)
 from headrace.types.messages import NO_DEADLINE, BeginUpdate, CommitUpdate, Stage, UpdateBegun, UpdateFromDisk
 from headrace.types.weights import InFlight, TensorInfo
 from headrace.weights.session import OpenUpdate, WeightMachine
@@ -48,7 +52,8 @@ class UpdatePhase(enum.Enum):
     LOOKING = "a folder is looked through, and no session is open yet"
     FILLING = "a session is open: tensors are staged beside running steps, or are waited for"
     DRAINING = "what has started runs to its end, and nothing new starts"
-    HOLDING = "no step runs: tensors are staged in place, or the commit is done"
+    HOLDING = "no step runs: tensors are staged in place, or the commit is due"
+    COMMITTING = "no step runs while the copy over live weights goes on: there is no way back"
 
 
 class _Call(msgspec.Struct, frozen=True):
@@ -103,7 +108,7 @@ class UpdateControl:
         if session is None:
             return UpdatePhase.IDLE if self._looking is None else UpdatePhase.LOOKING
         if self._hold is not None:
-            return UpdatePhase.HOLDING
+            return UpdatePhase.HOLDING if session.committing is None else UpdatePhase.COMMITTING
         drains = self._needs_hold(session) and self._policy(session) == "drain"
         return UpdatePhase.DRAINING if drains else UpdatePhase.FILLING
 
@@ -118,7 +123,7 @@ class UpdateControl:
         """Also `NeedsWeightsError` or `PoisonedError` until a complete update lands: what was read then would pass for
         the weights of a label, and a label for weights, that are not there."""
         self.check_readable()
-        refusal = self.refusal()
+        refusal = self.machine.refusal()
         if refusal is not None:
             raise refusal
 
@@ -132,16 +137,6 @@ class UpdateControl:
         """Started requests run to their end before the hold begins; no new one starts."""
         return self.phase is UpdatePhase.DRAINING
 
-    def refusal(self) -> HeadraceError | None:
-        """What every request is answered with until a complete update lands; None while weights are whole."""
-        session = self.machine.session
-        if session is None:
-            return self.machine.refusal()
-        if session.former == "ready":
-            return None
-        message = f"weights are {session.former} until the update to {session.version!r} is complete"
-        return PoisonedError(message) if session.former == "poisoned" else NeedsWeightsError(message)
-
     # Commands. Errors leave everything as it was.
 
     def begin(self, command: BeginUpdate, now: float) -> UpdateBegun:
@@ -152,7 +147,7 @@ class UpdateControl:
         return UpdateBegun(session.session_id, session.mode)
 
     def stage(self, command: Stage, now: float) -> None:
-        """Queue the copy of a bucket; it is answered when all of it is in place."""
+        """Queue the copy of an upload; it is answered when all of it is in place."""
         self._require_no_commit(command.session_id)
         self._jobs.append(job_from_buffer(self.machine, command, now))
         self._note_stage()
@@ -218,7 +213,7 @@ class UpdateControl:
             return self._looking is not None and self._look(self._looking[1], budget_s)
         if self._commit is not None and not self._jobs and not self._is_complete(session, self._commit):
             return True
-        if self.phase is not UpdatePhase.HOLDING and self._needs_hold(session) and not self._begin_hold(session):
+        if self._hold is None and self._needs_hold(session) and not self._begin_hold(session):
             return False
         if self._jobs:
             self._advance_job(self._jobs[0], budget_s, now)
@@ -229,19 +224,18 @@ class UpdateControl:
         return False
 
     def expire(self, now: float) -> None:
-        """Undo what was not done by its deadline: a bucket is dropped; a commit, and its session, and one that nobody
+        """Undo what was not done by its deadline: an upload is dropped; a commit, and its session, and one that nobody
         has touched for its time, are aborted."""
         if self._looking is not None and now >= self._looking[0].deadline:
             self._stop_looking(DeadlineError("weights were not live by the deadline; the folder is not read"))
         for job in [job for job in self._jobs if now >= job.deadline]:
-            self._drop_job(job, DeadlineError("the bucket was not staged by its deadline; it is dropped"))
+            self._drop_job(job, DeadlineError("the upload was not staged by its deadline; it is dropped"))
         session = self.machine.session
-        if session is None or session.committing is not None:
+        if session is None or self.phase is UpdatePhase.COMMITTING:
             return
         if self._commit is not None and now >= self._commit.deadline:
-            self._abort(
-                DeadlineError(f"weights were not live by the deadline; session {session.session_id} is aborted")
-            )
+            message = f"weights were not live by the deadline; session {session.session_id} is aborted"
+            self._abort(DeadlineError(message))
         elif now >= session.deadline:
             logger.warning("session %d outlived its %g s", session.session_id, session.timeout_s)
             self._abort(session.expired(), has_expired=True)
@@ -387,7 +381,7 @@ class UpdateControl:
             self._drop_job(job, error)
 
     def _drop_job(self, job: StageJob, error: HeadraceError) -> None:
-        """Forget a bucket, whatever of it was copied; the session stays open."""
+        """Forget an upload, whatever of it was copied; the session stays open."""
         assert job.call_id is not None
         self._jobs.remove(job)
         job.close()
@@ -420,8 +414,7 @@ class UpdateControl:
         self.last_pause_ms = (time.perf_counter() - hold.since) * 1000.0
         self._commit = None
         self._end_session()
-        report = session.report(self.machine.epoch, self.last_pause_ms, hold.num_aborted)
-        self._outbox.reply(commit.call_id, report)
+        self._outbox.reply(commit.call_id, session.report(self.machine.epoch, self.last_pause_ms, hold.num_aborted))
         logger.debug("weights %r live, epoch %d", session.version, self.machine.epoch)
 
     def _abort(self, reason: HeadraceError, *, has_expired: bool = False) -> None:
@@ -442,7 +435,7 @@ class UpdateControl:
 
     def _fail_requests(self) -> None:
         """Answer every request if the weights cannot serve any."""
-        refusal = self.refusal()
+        refusal = self.machine.refusal()
         if refusal is not None:
             self._outbox.add(self._scheduler.fail(None, refusal.info()))
             logger.error("weights are %s: %s", self.machine.state, refusal.message)

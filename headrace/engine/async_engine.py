@@ -12,7 +12,16 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack
 
-from headrace.engine.control import choice_of, folder_of, modes_of, seconds_of, text_of, version_of
+from headrace.engine.control import (
+    DEFAULT_UPDATE_TIMEOUT,
+    UpdateTerms,
+    choice_of,
+    folder_of,
+    seconds_of,
+    terms_of,
+    text_of,
+    version_of,
+)
 from headrace.engine.fields import InputIds, Prompts, Sampling
 from headrace.engine.lifecycle import EngineLifecycle
 from headrace.engine.pacing import Turn
@@ -22,7 +31,7 @@ from headrace.engine.runtime import Undoable
 from headrace.engine.serving import HttpServer, server_door, stop_server
 from headrace.engine.stream import Stream, StreamGroup
 from headrace.engine.tensors import NamedTensors, to_tensor
-from headrace.engine.update import Manifest, Script, UpdateSession, drive_async, manifest_of
+from headrace.engine.update import Manifest, Run, UpdateSession, manifest_of
 from headrace.text import run_sized
 from headrace.types.generation import Generation
 from headrace.types.messages import (
@@ -44,7 +53,6 @@ if TYPE_CHECKING:
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
-DEFAULT_UPDATE_TIMEOUT = 600.0
 _CHARACTERS_PER_PROMPT = 128  # whose encoding takes as long as all else that is done about a prompt
 
 
@@ -198,38 +206,26 @@ class AsyncEngine(EngineLifecycle):
         after its last call a session is aborted.
         """
         await self.start()
-        beginning, regret = self.undoable_begin(version, manifest, mode, in_flight, partial, timeout)
-        return await self.runtime.run(beginning, regret)
+        terms = terms_of(version, mode, in_flight, timeout, partial)
+        return await self.runtime.run(*self.undoable_begin(manifest, terms))
 
-    def undoable_begin(
-        self,
-        version: str | int,
-        manifest: Manifest,
-        mode: UpdateMode,
-        in_flight: InFlight,
-        partial: bool,
-        timeout: float,
-    ) -> Undoable[UpdateSession]:
+    def undoable_begin(self, manifest: Manifest, terms: UpdateTerms) -> Undoable[UpdateSession]:
         """What `begin_update` does, and what undoes it: for `Runtime.run` and `wait`."""
         self.runtime.check_open()
-        mode, in_flight = modes_of(mode, in_flight)
         updater = self.runtime.updater
-        seconds = seconds_of(timeout) or DEFAULT_UPDATE_TIMEOUT
-        is_partial = as_flag(partial, "partial")
-        begin = updater.begin(version_of(version), manifest_of(manifest), mode, in_flight, is_partial, seconds)
-        return begin, updater.abort_quietly
+        return updater.begin(manifest_of(manifest), terms), updater.abort_quietly
 
     async def stage(self, session: UpdateSession, named_tensors: NamedTensors) -> None:
         """Send tensors of the manifest: any iterable of (name, tensor) pairs, torch or numpy.
 
         Each tensor is copied before the next is asked for. Returns once the core has copied all of them.
         """
-        await drive_async(self.stage_script(session, named_tensors), self.runtime.run)
+        await self.stage_by(self.runtime.run, session, named_tensors)
 
-    def stage_script(self, session: UpdateSession, named_tensors: NamedTensors) -> Script[None]:
-        """What `stage` does, as a script for `headrace.engine.update.drive`."""
+    async def stage_by(self, run: Run, session: UpdateSession, named_tensors: NamedTensors) -> None:
+        """As `stage`, awaiting nothing but what `run` makes of coroutines for the engine's loop."""
         self.runtime.check_open()
-        return self.runtime.updater.stage(session, named_tensors)
+        await self.runtime.updater.stage(run, session, named_tensors)
 
     @_on_engine_loop
     async def commit(self, session: UpdateSession) -> UpdateReport:
@@ -261,25 +257,13 @@ class AsyncEngine(EngineLifecycle):
         for as long as they are yielded, call `begin_update`, `stage` and `commit`.
         """
         await self.start()
-        script = self.update_script(named_tensors, version, mode, in_flight, partial, timeout)
-        return await drive_async(script, self.runtime.run)
+        terms = terms_of(version, mode, in_flight, timeout, partial)
+        return await self.update_by(self.runtime.run, named_tensors, terms)
 
-    def update_script(
-        self,
-        named_tensors: NamedTensors,
-        version: str | int,
-        mode: UpdateMode,
-        in_flight: InFlight,
-        partial: bool,
-        timeout: float,
-    ) -> Script[UpdateReport]:
-        """What `update_weights_from_tensor` does, as a script for `headrace.engine.update.drive`."""
+    async def update_by(self, run: Run, named_tensors: NamedTensors, terms: UpdateTerms) -> UpdateReport:
+        """As `update_weights_from_tensor`, awaiting nothing but what `run` makes of coroutines for the loop."""
         self.runtime.check_open()
-        mode, in_flight = modes_of(mode, in_flight)
-        updater = self.runtime.updater
-        label, seconds = version_of(version), seconds_of(timeout) or DEFAULT_UPDATE_TIMEOUT
-        is_partial = as_flag(partial, "partial")
-        return updater.update_from_tensors(named_tensors, label, mode, in_flight, is_partial, seconds)
+        return await self.runtime.updater.update_from_tensors(run, named_tensors, terms)
 
     @_on_engine_loop
     async def update_weights_from_disk(
@@ -295,12 +279,12 @@ class AsyncEngine(EngineLifecycle):
         """A whole update that the core reads from a checkpoint folder itself. `CheckpointError` if a file changes while
         it is read. With `root` nothing outside that folder is read, wherever links lead: for paths of others. One that
         is not live within `timeout` seconds, or is cancelled before, is aborted."""
-        seconds = seconds_of(timeout) or DEFAULT_UPDATE_TIMEOUT
-        mode, in_flight = modes_of(mode, in_flight)
-        folder, label = folder_of(path), version_of(version)
+        terms, folder = terms_of(version, mode, in_flight, timeout), folder_of(path)
         below = "" if root is None else folder_of(root)
         return await self.runtime.client.change(
-            lambda call_id: UpdateFromDisk(call_id, folder, label, mode, in_flight, root=below), UpdateReport, seconds
+            lambda call_id: UpdateFromDisk(call_id, folder, terms.version, terms.mode, terms.in_flight, root=below),
+            UpdateReport,
+            terms.timeout_s,
         )
 
     @_on_engine_loop

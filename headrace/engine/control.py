@@ -5,10 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, get_args
 
+import msgspec
+
 from headrace.engine.fields import MAX_NAME_LENGTH
 from headrace.types.errors import CheckpointError, RequestError, WeightUpdateError
-from headrace.types.plain_values import as_choice, as_integer, as_seconds, plain_text
+from headrace.types.plain_values import as_choice, as_flag, as_integer, as_seconds, plain_text
 from headrace.types.weights import InFlight, UpdateMode
+
+DEFAULT_UPDATE_TIMEOUT = 600.0
+
+
+class UpdateTerms(msgspec.Struct, frozen=True):
+    """How an update is to come about, checked; see `AsyncEngine.begin_update`."""
+
+    version: str
+    mode: UpdateMode
+    in_flight: InFlight
+    timeout_s: float
+    partial: bool = False
+
+
+def terms_of(version: Any, mode: Any, in_flight: Any, timeout: Any, partial: Any = False) -> UpdateTerms:
+    """What an update call says, apart from its tensors."""
+    is_partial, seconds = as_flag(partial, "partial"), seconds_of(timeout) or DEFAULT_UPDATE_TIMEOUT
+    return UpdateTerms(version_of(version), *modes_of(mode, in_flight), seconds, is_partial)
 
 
 def version_of(version: Any) -> str:

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack
 
 from headrace.config import EngineConfig, ResolvedConfig
-from headrace.engine.async_engine import DEFAULT_UPDATE_TIMEOUT, AsyncEngine
+from headrace.engine.async_engine import AsyncEngine
+from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, terms_of
 from headrace.engine.fields import InputIds, Prompts, Sampling
 from headrace.engine.launch import ExecutorKind
 from headrace.engine.requests import GenerateOptions
 from headrace.engine.runtime import Regret, result_of
 from headrace.engine.serving import ServerHandle, stop_server
 from headrace.engine.tensors import NamedTensors, to_tensor
-from headrace.engine.update import Manifest, UpdateSession, drive
+from headrace.engine.update import Manifest, UpdateSession, run_here
 from headrace.text import Tokenizer
 from headrace.types.errors import HeadraceError
 from headrace.types.generation import Generation
@@ -127,13 +128,12 @@ class Engine:
         timeout: float = DEFAULT_UPDATE_TIMEOUT,
     ) -> UpdateSession:
         """See `AsyncEngine.begin_update`."""
-        begin = self.asynchronous.undoable_begin
-        beginning, regret = begin(version, manifest, mode, in_flight, partial, timeout)
-        return self._wait(beginning, regret)
+        terms = terms_of(version, mode, in_flight, timeout, partial)
+        return self._wait(*self.asynchronous.undoable_begin(manifest, terms))
 
     def stage(self, session: UpdateSession, named_tensors: NamedTensors) -> None:
         """See `AsyncEngine.stage`. The iterable is read in the calling thread."""
-        drive(self.asynchronous.stage_script(session, named_tensors), self._wait)
+        run_here(self.asynchronous.stage_by(self._run, session, named_tensors))
 
     def update_weights_from_tensor(
         self,
@@ -146,8 +146,8 @@ class Engine:
         timeout: float = DEFAULT_UPDATE_TIMEOUT,
     ) -> UpdateReport:
         """See `AsyncEngine.update_weights_from_tensor`. The iterable is read in the calling thread."""
-        script = self.asynchronous.update_script
-        return drive(script(named_tensors, version, mode, in_flight, partial, timeout), self._wait)
+        terms = terms_of(version, mode, in_flight, timeout, partial)
+        return run_here(self.asynchronous.update_by(self._run, named_tensors, terms))
 
     def get_weights_by_name(self, name: str) -> torch.Tensor:
         """See `AsyncEngine.get_weights_by_name`."""
@@ -172,6 +172,9 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.shutdown()
+
+    async def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return self._wait(coroutine)
 
     def _wait(self, coroutine: Coroutine[Any, Any, Result], regret: Regret[Result] | None = None) -> Result:
         return self.asynchronous.runtime.wait(coroutine, regret)

@@ -20,7 +20,7 @@ from headrace.types.errors import WeightUpdateError
 from headrace.types.messages import WeightBytes
 from headrace.types.plain_values import plain_text
 from headrace.types.weights import TensorInfo, shape_problem
-from headrace.weights.weight_map import FLOAT_DTYPES, TIED_HEAD, is_derived
+from headrace.weights.weight_map import FLOAT_DTYPES, TIED_HEAD, is_recomputed
 
 if TYPE_CHECKING:
     import torch
@@ -190,7 +190,7 @@ def _checked(pairs: Iterable[Any]) -> Iterator[tuple[str, Any]]:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], str):
             raise WeightUpdateError("named_tensors must hold (name, tensor) pairs", field="named_tensors")
         name, tensor = plain_text(pair[0]), pair[1]
-        if is_derived(name):
+        if is_recomputed(name):
             continue
         if not isinstance(tensor, np.ndarray) and not _is_torch(tensor):
             raise WeightUpdateError(f"{name} is a {type(tensor).__name__}, not a torch or numpy tensor", field=name)

@@ -1,53 +1,51 @@
-"""Weight updates seen from the front. Owns the buckets: shared buffers that carry tensors to the core, large ones in
-pieces. There are NUM_BUCKETS of at most BUCKET_BYTES, whatever is sent. Whoever fills one for a session that is over
-loses it to the next session.
+"""Weight updates seen from the front. Owns the upload buffers, which are shared memory: they carry tensors to the core,
+large ones in pieces. There are NUM_BUFFERS of at most BUFFER_BYTES, whatever is sent. Whoever fills one for a session
+that is over loses it to the next session.
 
-An update is a *script*: a generator that yields coroutines for the engine's loop and gets their results. Its own code,
-and with it the caller's iterator of tensors, runs wherever the caller is: `drive` runs a script in a plain thread,
-`drive_async` inside any event loop. A tensor has been copied before the next one is asked for.
+The caller's iterator of tensors runs wherever the caller is, on a loop of his or on none. So what reads it is told how
+to `run` a coroutine on the engine's loop, and awaits nothing else: with a `run` that blocks it never waits, and can be
+stepped without a loop (`run_here`). A tensor has been copied before the next one is asked for.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import logging
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from itertools import islice
 from types import NoneType
 from typing import Any, TypeVar
 
 import msgspec
 
-from headrace.engine.buckets import Filling, UploadBuffer, aligned
 from headrace.engine.calls import outlast
 from headrace.engine.client import CoreClient
+from headrace.engine.control import UpdateTerms
 from headrace.engine.tensors import HeldTensors, NamedTensors, TensorBytes, describe, named_pairs
+from headrace.engine.upload_buffers import Filling, UploadBuffer, aligned
 from headrace.ipc import SharedBuffer
-from headrace.types.errors import DeadlineError, HeadraceError, UnavailableError, WeightUpdateError
+from headrace.types.errors import DeadlineError, HeadraceError, InternalError, UnavailableError, WeightUpdateError
 from headrace.types.messages import AbortUpdate, BeginUpdate, CommitUpdate, Stage, UpdateBegun
 from headrace.types.plain_values import as_list, plain_text
 from headrace.types.weights import (
     MAX_DIMENSIONS,
     MAX_TENSOR_NAME,
     MAX_TENSORS,
-    InFlight,
     TensorInfo,
-    UpdateMode,
     UpdateReport,
     shape_problem,
 )
-from headrace.weights.weight_map import is_derived
+from headrace.weights.weight_map import is_recomputed
 
 logger = logging.getLogger(__name__)
 
-BUCKET_BYTES = 64 << 20
-NUM_BUCKETS = 2
+BUFFER_BYTES = 64 << 20
+NUM_BUFFERS = 2
 
 Result = TypeVar("Result")
-Script = Generator[Coroutine[Any, Any, Any], Any, Result]
+Run = Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]]
 Manifest = Iterable[TensorInfo | tuple[str, Iterable[int], str]]
 
 
@@ -96,28 +94,23 @@ class Updater:
         self._client = client
         self._loop = loop
         self._free: list[UploadBuffer] = []
-        self._num_buckets = 0
-        self._bucket_bytes = 0
+        self._num_buffers = 0
+        self._buffer_bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()  # uploads, and aborts that nobody awaits
         self._freed = asyncio.Event()
         self._fillings: set[Filling] = set()
 
-    async def begin(
-        self,
-        version: str,
-        manifest: tuple[TensorInfo, ...],
-        mode: UpdateMode,
-        in_flight: InFlight,
-        partial: bool,
-        timeout_s: float,
-    ) -> UpdateSession:
+    async def begin(self, manifest: tuple[TensorInfo, ...], terms: UpdateTerms) -> UpdateSession:
         """Have the whole manifest checked and a session opened. Every other session is over then."""
         begun = await self._client.change(
-            lambda call_id: BeginUpdate(call_id, version, manifest, mode, in_flight, partial, timeout_s), UpdateBegun
+            lambda call_id: BeginUpdate(
+                call_id, terms.version, manifest, terms.mode, terms.in_flight, terms.partial, terms.timeout_s
+            ),
+            UpdateBegun,
         )
         for filling in tuple(self._fillings):
             self._end(filling)
-        return UpdateSession(begun.session_id, version, begun.mode, manifest, timeout_s)
+        return UpdateSession(begun.session_id, terms.version, begun.mode, manifest, terms.timeout_s)
 
     async def commit(self, session: UpdateSession) -> UpdateReport:
         """Make the staged weights live. One that is not done in time is aborted with its session."""
@@ -135,8 +128,8 @@ class Updater:
         """Drop a session after an error, which its caller gets. Neither cancelled nor late: it must not stay open."""
         await outlast(self._abort_at_last(session))
 
-    def stage(self, session: UpdateSession, named_tensors: NamedTensors) -> Script[None]:
-        """Copy tensors into buckets and send them; ends when the core has copied all of them. What a call sends that
+    async def stage(self, run: Run, session: UpdateSession, named_tensors: NamedTensors) -> None:
+        """Copy tensors into buffers and send them; ends when the core has copied all of them. What a call sends that
         fails may be sent again, and replaces what came of it."""
         check_session(session)
         filling, sent, num_bytes, is_settled = Filling(session.session_id), set[int](), 0, False
@@ -148,53 +141,45 @@ class Updater:
                     raise WeightUpdateError(f"{name} was staged twice", field=name)
                 sent.add(index)
                 data = TensorBytes(name, tensor)
-                for start in range(0, max(1, len(data)), BUCKET_BYTES):
-                    piece = data[start : start + BUCKET_BYTES]
+                for start in range(0, max(1, len(data)), BUFFER_BYTES):
+                    piece = data[start : start + BUFFER_BYTES]
                     while not filling.write(index, start, piece, replaces=session.replaces(index)):
-                        yield self._send(session, filling)
-                        yield self._take_bucket(session, len(piece), filling)
+                        await run(self._send(session, filling))
+                        await run(self._take_buffer(session, len(piece), filling))
                 num_bytes += len(data)
-            yield self._send(session, filling)
-            yield self._drain(filling)
+            await run(self._send(session, filling))
+            await run(self._drain(filling))
             is_settled = True
             session.num_bytes_staged += num_bytes
         except GeneratorExit:
             raise
         except BaseException:  # whatever it is, nothing more is staged when the caller hears of it
-            yield self._call_off(filling)
+            await run(self._call_off(filling))
             raise
         finally:
             session.note_sent(sent, is_settled=is_settled)
             self._fillings.discard(filling)  # here: the loop may be closed
             self._call_soon(lambda: self._end(filling))
 
-    def update_from_tensors(
-        self,
-        named_tensors: NamedTensors,
-        version: str,
-        mode: UpdateMode,
-        in_flight: InFlight,
-        partial: bool,
-        timeout_s: float,
-    ) -> Script[UpdateReport]:
+    async def update_from_tensors(self, run: Run, named_tensors: NamedTensors, terms: UpdateTerms) -> UpdateReport:
         """A whole update. The pairs are read once, before anything is sent, since the manifest comes first."""
         held = HeldTensors(named_tensors)
-        opened: list[UpdateSession] = []  # also where this script is cancelled before it hears of it
+        opened: list[UpdateSession] = []  # also where this is cancelled before it hears of it
 
         async def begin() -> None:
-            opened.append(await self.begin(version, held.manifest, mode, in_flight, partial, timeout_s))
+            opened.append(await self.begin(held.manifest, terms))
 
         try:
-            yield begin()
+            await run(begin())
             (session,) = opened
-            yield from self.stage(session, held)
-            report: UpdateReport = yield self.commit(session)
+            await self.stage(run, session, held)
+            report: UpdateReport = await run(self.commit(session))
         except GeneratorExit:  # dropped by whoever ran it: nothing can be awaited any more
             self._call_soon(lambda: self._abort_soon(opened))
             raise
         except BaseException:  # whatever it is, the session is over before the caller hears of it
             if opened:
-                yield self.abort_quietly(opened[0])
+                await run(self.abort_quietly(opened[0]))
             raise
         return report
 
@@ -207,8 +192,8 @@ class Updater:
             await asyncio.wait(tasks)
         for filling in tuple(self._fillings):
             self._end(filling)
-        for bucket in self._free:
-            bucket.buffer.close()
+        for buffer in self._free:
+            buffer.memory.close()
         self._free.clear()
 
     def _call_soon(self, action: Callable[[], None]) -> None:
@@ -229,74 +214,74 @@ class Updater:
         except HeadraceError as error:
             logger.debug("session %d was over: %s", session.session_id, error)
 
-    async def _take_bucket(self, session: UpdateSession, num_bytes: int, filling: Filling) -> None:
-        """A bucket with room for `num_bytes`, waiting for the core to free one if need be."""
-        filling.put(await self._free_bucket(session, num_bytes, filling))
+    async def _take_buffer(self, session: UpdateSession, num_bytes: int, filling: Filling) -> None:
+        """A buffer with room for `num_bytes`, waiting for the core to free one if need be."""
+        filling.put(await self._free_buffer(session, num_bytes, filling))
         if filling.is_over:
             self._end(filling)
 
     def _end(self, filling: Filling) -> None:
-        """Leave nothing of a script that is over, or whose session is. One that writes at this moment has its bucket:
+        """Leave nothing of a call that is over, or whose session is. One that writes at this moment has its buffer:
         it finds out after that, and ends."""
         filling.is_over = True
         for upload in filling.uploads:
             upload.cancel()
-        bucket = filling.take()
-        if bucket is not None:
-            self._give_back(bucket)
-        self._freed.set()  # one that waits for a bucket finds out
+        buffer = filling.take()
+        if buffer is not None:
+            self._give_back(buffer)
+        self._freed.set()  # one that waits for a buffer finds out
 
-    async def _free_bucket(self, session: UpdateSession, num_bytes: int, filling: Filling) -> UploadBuffer:
+    async def _free_buffer(self, session: UpdateSession, num_bytes: int, filling: Filling) -> UploadBuffer:
         self._raise_failures(filling)
-        self._fit_buckets(session, num_bytes)
+        self._fit_buffers(session, num_bytes)
         try:
             async with asyncio.timeout(session.timeout_s):
-                await self._wait_for_bucket(filling)
+                await self._wait_for_buffer(filling)
         except TimeoutError:
             message = f"other tensors of session {session.session_id} hold every buffer for its {session.timeout_s:g} s"
             raise DeadlineError(message, field="timeout") from None
         if self._free:
             return self._free.pop()
         try:
-            bucket = UploadBuffer(SharedBuffer.create(self._bucket_bytes))
+            buffer = UploadBuffer(SharedBuffer.create(self._buffer_bytes))
         except OSError as error:
             raise UnavailableError(f"no shared memory to send tensors in: {error}", field="named_tensors") from None
-        self._num_buckets += 1
-        return bucket
+        self._num_buffers += 1
+        return buffer
 
-    async def _wait_for_bucket(self, filling: Filling) -> None:
-        while not self._free and self._num_buckets >= NUM_BUCKETS:
+    async def _wait_for_buffer(self, filling: Filling) -> None:
+        while not self._free and self._num_buffers >= NUM_BUFFERS:
             self._freed.clear()
             await self._freed.wait()
             self._raise_failures(filling)
 
-    def _fit_buckets(self, session: UpdateSession, num_bytes: int) -> None:
-        """Buckets are as large as the largest update so far needs, up to BUCKET_BYTES."""
+    def _fit_buffers(self, session: UpdateSession, num_bytes: int) -> None:
+        """Buffers are as large as the largest update so far needs, up to BUFFER_BYTES."""
         total = sum(aligned(info.num_bytes) for info in session.manifest)
-        wanted = max(min(total, BUCKET_BYTES), num_bytes, 1)
-        if wanted > self._bucket_bytes:
-            self._bucket_bytes = wanted
-        for bucket in [b for b in self._free if b.buffer.ref.size < self._bucket_bytes]:
-            self._free.remove(bucket)
-            self._num_buckets -= 1
-            bucket.buffer.close()
+        wanted = max(min(total, BUFFER_BYTES), num_bytes, 1)
+        if wanted > self._buffer_bytes:
+            self._buffer_bytes = wanted
+        for buffer in [b for b in self._free if b.memory.ref.size < self._buffer_bytes]:
+            self._free.remove(buffer)
+            self._num_buffers -= 1
+            buffer.memory.close()
 
     async def _send(self, session: UpdateSession, filling: Filling) -> None:
         """Make an upload of what has been filled, if anything has."""
         self._raise_failures(filling)
-        bucket = filling.take()
-        if bucket is not None:
-            upload = asyncio.create_task(self._upload(session, bucket))
-            upload.add_done_callback(lambda _: self._uploaded(upload, bucket))
+        buffer = filling.take()
+        if buffer is not None:
+            upload = asyncio.create_task(self._upload(session, buffer))
+            upload.add_done_callback(lambda _: self._uploaded(upload, buffer))
             self._tasks.add(upload)
             filling.uploads.append(upload)
 
-    async def _upload(self, session: UpdateSession, bucket: UploadBuffer) -> None:
-        session_id, ref, entries = session.session_id, bucket.buffer.ref, tuple(bucket.entries)
+    async def _upload(self, session: UpdateSession, buffer: UploadBuffer) -> None:
+        session_id, ref, entries = session.session_id, buffer.memory.ref, tuple(buffer.entries)
         await self._client.call(lambda call_id: Stage(call_id, session_id, ref, entries), NoneType)
 
     async def _call_off(self, filling: Filling) -> None:
-        """Give up the uploads of a script that is over."""
+        """Give up the uploads of a call that is over."""
         pending = [upload for upload in filling.uploads if upload.cancel()]
         if pending:
             await asyncio.wait(pending)
@@ -307,27 +292,27 @@ class Updater:
         self._raise_failures(filling)
 
     def _raise_failures(self, filling: Filling) -> None:
-        """Raise the first error among the uploads of a script, and `UpdateConflictError` once it is over."""
+        """Raise the first error among the uploads of a call, and `UpdateConflictError` once it is over."""
         for upload in filling.uploads:
             error = upload.exception() if upload.done() and not upload.cancelled() else None
             if error is not None:
                 raise error
         filling.check()
 
-    def _uploaded(self, upload: asyncio.Task[None], bucket: UploadBuffer) -> None:
+    def _uploaded(self, upload: asyncio.Task[None], buffer: UploadBuffer) -> None:
         """Whatever came of it, also if it was cancelled before it began, the core reads the buffer no more."""
         self._tasks.discard(upload)
         if not upload.cancelled():
-            upload.exception()  # looked at: of a script that is over nobody else does
-        self._give_back(bucket)
+            upload.exception()  # looked at: of an upload that is over nobody else does
+        self._give_back(buffer)
 
-    def _give_back(self, bucket: UploadBuffer) -> None:
-        bucket.clear()
-        if bucket.buffer.ref.size >= self._bucket_bytes:
-            self._free.append(bucket)
+    def _give_back(self, buffer: UploadBuffer) -> None:
+        buffer.clear()
+        if buffer.memory.ref.size >= self._buffer_bytes:
+            self._free.append(buffer)
         else:
-            self._num_buckets -= 1
-            bucket.buffer.close()
+            self._num_buffers -= 1
+            buffer.memory.close()
         self._freed.set()
 
 
@@ -359,39 +344,16 @@ def manifest_of(entries: Manifest) -> tuple[TensorInfo, ...]:
         if problem:
             raise WeightUpdateError(f"manifest: {info.name} {problem}", field=info.name)
         manifest.append(info)
-    return tuple(info for info in manifest if not is_derived(info.name))
+    return tuple(info for info in manifest if not is_recomputed(info.name))
 
 
-def drive(script: Script[Result], run: Callable[[Coroutine[Any, Any, Any]], Any]) -> Result:
-    """Run a script here; `run` runs a coroutine on the engine's loop and waits for it. An interrupt, wherever it comes,
-    is the script's to clean up after."""
-    error: BaseException | None = None
-    while True:
-        try:
-            step = next(script) if error is None else script.throw(error)
-            while True:
-                step = script.send(run(step))
-        except StopIteration as end:
-            result: Result = end.value
-            return result
-        except BaseException as caught:
-            if inspect.getgeneratorstate(script) == inspect.GEN_CLOSED:
-                raise
-            error = caught
-
-
-async def drive_async(script: Script[Result], run: Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]]) -> Result:
-    """As `drive`, inside an event loop."""
-    error: BaseException | None = None
-    while True:
-        try:
-            step = next(script) if error is None else script.throw(error)
-            while True:
-                step = script.send(await run(step))
-        except StopIteration as end:
-            result: Result = end.value
-            return result
-        except BaseException as caught:
-            if inspect.getgeneratorstate(script) == inspect.GEN_CLOSED:
-                raise
-            error = caught
+def run_here(coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """What comes of a coroutine that awaits nothing that waits, in this thread, with or without a loop."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        result: Result = end.value
+        return result
+    finally:
+        coroutine.close()
+    raise InternalError(f"{coroutine} waits, and nobody would wake it")

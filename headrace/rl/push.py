@@ -17,7 +17,7 @@ from headrace.engine.tensors import describe, named_pairs, same_memory, whole
 from headrace.types.errors import WeightUpdateError
 from headrace.types.plain_values import as_choice, as_flag
 from headrace.types.weights import InFlight, UpdateMode, UpdateReport
-from headrace.weights.weight_map import FLOAT_DTYPES, TIED_HEAD, WeightMap, is_derived
+from headrace.weights.weight_map import FLOAT_DTYPES, TIED_HEAD, WeightMap, is_recomputed
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,7 @@ def hf_named_tensors(
         clean = hf_name(name)
         if clean in tensors:
             raise WeightUpdateError(f"{name} and another parameter are both {clean}", field=clean)
-        if is_derived(clean):
+        if is_recomputed(clean):
             continue
         if not hasattr(tensor, "detach"):
             raise WeightUpdateError(f"{clean} is a {type(tensor).__name__}, not a tensor", field=clean)

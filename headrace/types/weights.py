@@ -57,7 +57,7 @@ def shape_problem(shape: Sequence[Any]) -> str:
 
 
 class BufferEntry(msgspec.Struct, frozen=True, array_like=True):
-    """A tensor inside a bucket, or a piece of it: its place in the session's manifest and its byte offset.
+    """A tensor inside an upload buffer, or a piece of it: its place in the session's manifest and its byte offset.
 
     The piece is `num_bytes` of the tensor from its byte `start` on; None: all from there. `replaces` says that the
     tensor may have been staged by a call that did not succeed: what that call brought is forgotten.

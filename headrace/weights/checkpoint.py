@@ -28,7 +28,7 @@ from headrace.weights.files import FileState, Folder, OpenFile, changed
 from headrace.weights.safetensors_file import FileTensor, read_header
 from headrace.weights.staging import TensorData, info_of, unreadable
 from headrace.weights.store import WeightStore
-from headrace.weights.weight_map import is_derived
+from headrace.weights.weight_map import is_recomputed
 
 MAX_SHARD_BYTES = 4 << 30
 _STEMS = {"safetensors": ("model", ".safetensors"), "bin": ("pytorch_model", ".bin")}
@@ -254,7 +254,7 @@ def _wanted(path: Path, present: Collection[str], names: list[str] | None) -> li
     absent = sorted(set(names or ()) - set(present))
     if absent:
         raise CheckpointError(f"{path} lacks {absent[0]}, which the index says it holds", field=absent[0])
-    return [name for name in (present if names is None else names) if not is_derived(name)]
+    return [name for name in (present if names is None else names) if not is_recomputed(name)]
 
 
 def _require_small_pickle(file: OpenFile) -> None:

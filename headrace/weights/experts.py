@@ -2,7 +2,7 @@
 
 All experts of a layer are two parameters, [expert, gate rows then up rows, hidden] and [expert, hidden, intermediate].
 Checkpoints list a tensor per expert and projection; the state dicts of newer transformers hold one for all experts, in
-the same order or with the last two axes turned.
+the same order or with the last two axes transposed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from headrace.weights.boxes import Box
 from headrace.weights.shard import ONLY_RANK, Shard
 from headrace.weights.weight_map import ParamSpec, Piece, WeightRule
 
-_TURNED = (0, 2, 1)
+_TRANSPOSED = (0, 2, 1)
 
 
 class ExpertTensors(msgspec.Struct, frozen=True):
@@ -60,26 +60,26 @@ class ExpertTensors(msgspec.Struct, frozen=True):
             rules.append(WeightRule(self._name(expert, down), wide, (piece,) if is_held else ()))
         return rules
 
-    def all_in_one(self, *, is_turned: bool = False) -> list[WeightRule]:
-        """The rules of `gate_up_proj` and `down_proj`; `is_turned`: [expert, in, out] instead of [expert, out, in]."""
+    def all_in_one(self, *, is_transposed: bool = False) -> list[WeightRule]:
+        """The rules of `gate_up_proj` and `down_proj`; `is_transposed`: [expert, in, out], not [expert, out, in]."""
         (first, num_held), (start, width), counts = self._held()
         halves = []
         for number in (0, 1):
             source = Box((first, number * self.intermediate + start, 0), (num_held, width, self.hidden))
             halves.append((source, Box((0, number * width, 0), source.shape)))
         source = Box((first, 0, start), (num_held, self.hidden, width))
-        shape = (self.num_experts, 2 * self.intermediate, self.hidden)
-        turned = (self.num_experts, self.hidden, self.intermediate)
+        gate_up_shape = (self.num_experts, 2 * self.intermediate, self.hidden)
+        down_shape = (self.num_experts, self.hidden, self.intermediate)
 
         def rule(name: str, param: str, shape: tuple[int, ...], boxes: list[tuple[Box, Box]]) -> WeightRule:
-            axes = _TURNED if is_turned else ()
-            pieces = [Piece(param, _turned(source, axes), target, axes, counts) for source, target in boxes]
+            axes = _TRANSPOSED if is_transposed else ()
+            pieces = [Piece(param, _transposed(source, axes), target, axes, counts) for source, target in boxes]
             prefix = self.whole_prefix or self.prefix
             return WeightRule(f"{prefix}.{name}", tuple(shape[axis] for axis in axes or (0, 1, 2)), tuple(pieces))
 
         return [
-            rule("gate_up_proj", self.gate_up, shape, halves),
-            rule("down_proj", self.down, turned, [(source, Box.whole(source.shape))]),
+            rule("gate_up_proj", self.gate_up, gate_up_shape, halves),
+            rule("down_proj", self.down, down_shape, [(source, Box.whole(source.shape))]),
         ]
 
     def _name(self, expert: int, projection: str) -> str:
@@ -92,7 +92,7 @@ class ExpertTensors(msgspec.Struct, frozen=True):
         return (experts.start[0], experts.shape[0]), (width.start[0], width.shape[0]), is_first and counts
 
 
-def _turned(box: Box, axes: tuple[int, ...]) -> Box:
+def _transposed(box: Box, axes: tuple[int, ...]) -> Box:
     if not axes:
         return box
     return Box(tuple(box.start[axis] for axis in axes), tuple(box.shape[axis] for axis in axes))

@@ -36,7 +36,11 @@ _CHUNK_UNITS = {"cpu": 1 << 17, "cuda": 1 << 22}
 
 
 class PositionKeys:
-    """The keys, on one device."""
+    """The keys, on one device.
+
+    `limbs` are key 0 as [unit, lane and limb], three limbs of 24 bits each, and `scales` what the limbs count for; on a
+    device `of_units` is key 0 as [unit, lane]. Both serve sums over rows of 4096 units, which `of_rows` multiplies.
+    """
 
     def __init__(self, device: torch.device) -> None:
         stream = hashlib.shake_256(b"headrace position sum").digest(_LANES * _DIGITS * _WIDTH * 8)

@@ -55,30 +55,32 @@ class Region:
             return self.read(part)
         return self._copied(part, list(compress(self._parts, self._counts)))
 
-    def room(self, part: slice) -> torch.Tensor:
-        """Where to write these elements, flat, before they are `put`: their memory where it is in order."""
+    def write_view(self, part: slice) -> torch.Tensor:
+        """Where to write these elements, flat, before they are written back: their memory where it is in order, else
+        scratch."""
         if self.flat is not None:
             return self.flat[part]
         return torch.empty(part.stop - part.start, dtype=self.dtype, device=self.device)
 
-    def put(self, part: slice, block: torch.Tensor) -> None:
-        """Make these elements, written to what `room` gave, the tensor's."""
+    def write_back(self, part: slice, block: torch.Tensor) -> None:
+        """Make these elements, written to a `write_view`, the tensor's."""
         if self.flat is None:
-            for theirs, ours in self._meetings(part, block, self._parts):
-                theirs.copy_(ours)
+            for held, given in self._overlaps(part, block, self._parts):
+                held.copy_(given)
 
-    def holds(self, part: slice, block: torch.Tensor) -> bool:
+    def equals(self, part: slice, block: torch.Tensor) -> bool:
         """Whether these elements, as far as any piece holds them, are those of the block."""
-        return all(torch.equal(theirs, ours) for theirs, ours in self._meetings(part, block, self._parts))
+        return all(torch.equal(held, given) for held, given in self._overlaps(part, block, self._parts))
 
     def _copied(self, part: slice, parts: _Parts) -> torch.Tensor:
         block = torch.zeros(part.stop - part.start, dtype=self.dtype, device=self.device)
-        for theirs, ours in self._meetings(part, block, parts):
-            ours.copy_(theirs)
+        for held, wanted in self._overlaps(part, block, parts):
+            wanted.copy_(held)
         return block
 
-    def _meetings(self, part: slice, block: torch.Tensor, parts: _Parts) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Views of the same elements: in a piece's memory and in the block."""
+    def _overlaps(self, part: slice, block: torch.Tensor, parts: _Parts) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Views of the same elements: in a piece's memory and in the block. A run of elements in row-major order is a
+        few boxes of the tensor, and each of them shares a box with some pieces."""
         done = 0
         for box in boxes_of_range(self.shape, part.start, part.stop):
             values = block[done : done + box.num_elements].view(box.shape)

@@ -23,7 +23,6 @@ from headrace.types.errors import (
     HeadraceError,
     NeedsWeightsError,
     PoisonedError,
-    UnavailableError,
     UpdateConflictError,
     WeightUpdateError,
     encodable,
@@ -47,7 +46,7 @@ class StageCopy(Protocol):
 
     has_written: bool
 
-    def advance(self, deadline_s: float) -> bool: ...
+    def advance(self, budget_s: float) -> bool: ...
 
 
 class WeightMemory(Protocol):
@@ -119,18 +118,14 @@ class OpenUpdate:
         manifest: Sequence[TensorInfo],
         mode: ResolvedMode,
         *,
-        former: WeightState,
         in_flight: InFlight,
-        partial: bool,
         timeout_s: float,
         now: float,
     ) -> None:
         self.session_id = session_id
         self.version = version
         self.mode = mode
-        self.former: WeightState = former
         self.in_flight: InFlight = in_flight
-        self.partial = partial
         self.timeout_s = timeout_s
         self.deadline = now + timeout_s
         self.has_written = False
@@ -194,16 +189,16 @@ class WeightMachine:
         return self.version if self.can_generate else ""
 
     def refusal(self) -> HeadraceError | None:
-        """The error a request must be answered with, or None when `can_generate`."""
-        if self.can_generate:
+        """What every request is answered with until a complete update lands; None while weights are whole, or will be
+        when an update of whole ones is over, for which requests wait."""
+        if self._resting == "ready":
             return None
+        message = "the engine holds no current weights; it generates after a complete update"
         if self.session:
-            return UnavailableError(f"weights are being updated in place to {self.session.version!r}")
-        if self._resting == "poisoned":
-            return PoisonedError(
-                "an update in place failed half-way; the engine generates again after a complete update"
-            )
-        return NeedsWeightsError("the engine holds no current weights; it generates after a complete update")
+            message = f"weights are {self._resting} until the update to {self.session.version!r} is complete"
+        elif self._resting == "poisoned":
+            message = "an update in place failed half-way; the engine generates again after a complete update"
+        return PoisonedError(message) if self._resting == "poisoned" else NeedsWeightsError(message)
 
     def begin(
         self,
@@ -234,9 +229,7 @@ class WeightMachine:
             version,
             manifest,
             resolved,
-            former=self._resting,
             in_flight=in_flight,
-            partial=partial,
             timeout_s=timeout_s,
             now=now,
         )
@@ -308,7 +301,7 @@ class WeightMachine:
         names the session later gets."""
         session = self.require(session_id)
         self._memory.abort()
-        self._resting = "poisoned" if session.has_written else session.former
+        self._resting = "poisoned" if session.has_written else self._resting
         self.session = None
         aborted = UpdateConflictError(f"session {session_id} was aborted", field="session_id")
         self._last_end = session_id, reason or aborted

@@ -284,8 +284,8 @@ class StageWork:
         """On a device every look at values waits for it."""
         return self._destination.device.type != "cpu" and self._destination.flat is not None
 
-    def advance(self, deadline_s: float) -> bool:
-        """Copy until done or until about `deadline_s` seconds have passed, at least one block; True when done.
+    def advance(self, budget_s: float) -> bool:
+        """Copy until done or until about `budget_s` seconds have passed, at least one block; True when done.
 
         Raises `WeightUpdateError` for a digest or a tied tensor that does not match, or what the check refuses,
         `CheckpointError` for a file that changed, `UpdateConflictError` if the update was aborted or committed
@@ -293,7 +293,7 @@ class StageWork:
         """
         if self.is_done or not self._side.is_ready():
             return self.is_done
-        stop_at = time.perf_counter() + deadline_s
+        stop_at = time.perf_counter() + budget_s
         with self._side.using():
             for part in self._blocks:
                 self._copy(part)
@@ -307,15 +307,15 @@ class StageWork:
         assert self._source is not None, "a failed stage is not advanced again"
         self._before_write()
         place = slice(self._first + part.start, self._first + part.stop)
-        block = self._destination.room(place)
-        self.has_written |= self._arrival.is_live and self._destination.flat is not None
+        block = self._destination.write_view(place)
+        self.has_written |= self._arrival.is_live and self._destination.flat is not None  # the block is live memory
         self._source.copy(part, block)
         if self._check and not self._checks_at_end:  # while the block is in the cache
             self._check(block)
         if self._arrival.hasher:
             self._arrival.hasher.update(bytes_of(block).data)
         self.has_written |= self._arrival.is_live
-        self._destination.put(place, block)
+        self._destination.write_back(place, block)
         for region, total in self._arrival.sums:
             total.add(region.read(place), place.start)
 

@@ -36,7 +36,7 @@ from headrace.weights.staging import (
     source_of,
 )
 from headrace.weights.transaction import Memories, Transaction
-from headrace.weights.weight_map import FLOAT_DTYPES, ManifestPlan, WeightMap, WeightRule, is_derived
+from headrace.weights.weight_map import FLOAT_DTYPES, ManifestPlan, WeightMap, WeightRule, is_recomputed
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class WeightStore:
         written: set[str] = set()
         filled: set[str] = set()
         for name, data in source:
-            if is_derived(name):
+            if is_recomputed(name):
                 continue
             self._check_loaded(name, data, written)
             written.add(name)
@@ -142,15 +142,15 @@ class WeightStore:
             raise CheckpointError(error.message, field=name) from None
         for part in row_blocks((region.num_elements,), region.dtype.itemsize, _LOAD_BYTES[self.device.type]):
             if not is_filled:
-                block = region.room(part)
+                block = region.write_view(part)
                 source.copy(part, block)
                 if self._check_finite and not is_finite(block):
                     raise CheckpointError(_not_finite(name, block.dtype), field=name)
-                region.put(part, block)
+                region.write_back(part, block)
                 continue
             block = torch.empty(part.stop - part.start, dtype=region.dtype, device=self.device)
             source.copy(part, block)
-            if not region.holds(part, block):
+            if not region.equals(part, block):
                 tied = next(pair for pair in self.weight_map.aliases.items() if name in pair)
                 message = f"{tied[0]} is tied to {tied[1]} by config.json but holds other values"
                 raise CheckpointError(message, field=tied[0])
@@ -184,9 +184,9 @@ class WeightStore:
                 part = slice(rows.start * row_size, rows.stop * row_size)
                 values = torch.empty(part.stop - part.start, dtype=torch.float32, device=self.device)
                 values.normal_(0.0, _INIT_STD, generator=generator)
-                block = region.room(part)
+                block = region.write_view(part)
                 block.copy_(values)
-                region.put(part, block)
+                region.write_back(part, block)
 
     # The transaction.
 
@@ -376,11 +376,6 @@ class WeightStore:
         """
         region = self._region(name)
         return region.read(slice(0, region.num_elements)).view(region.shape).detach().to("cpu", copy=True)
-
-    def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(HF name, CPU copy) of every tensor, one at a time, without aliases: `load` of another store takes it."""
-        for name in self.weight_map.rules_by_name:
-            yield name, self.read(name)
 
     def _region(self, name: str) -> Region:
         """The live memory of a tensor, or of what it is tied to. Raises `NotFoundError` naming it."""

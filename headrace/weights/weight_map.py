@@ -22,7 +22,7 @@ FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 TIED_HEAD = "lm_head.weight"
 """The output head: the one tensor that may be another one's memory, the embedding's."""
 
-_DERIVED_SUFFIXES = (
+_RECOMPUTED_SUFFIXES = (
     "rotary_emb.inv_freq",
     "rotary_emb.original_inv_freq",
     "rotary_emb.cos_cached",
@@ -288,10 +288,10 @@ class WeightMap:
         return ""
 
 
-def is_derived(hf_name: str) -> bool:
+def is_recomputed(hf_name: str) -> bool:
     """True for buffers that every engine recomputes, such as `rotary_emb.inv_freq`: old checkpoints and state dicts
     carry them, and they are ignored on every way into the engine."""
-    return hf_name.endswith(_DERIVED_SUFFIXES)
+    return hf_name.endswith(_RECOMPUTED_SUFFIXES)
 
 
 def prove_mesh(maps: Sequence[WeightMap]) -> None:

@@ -32,7 +32,6 @@ BROAD_EXCEPT_ALLOWED = {
     "headrace/core/service.py": "process entry point: the core's whole life",
     "headrace/core/updating.py": "where updates meet the device",
     "headrace/engine/starting.py": "hands whatever came to everybody who waits for the start",
-    "headrace/engine/update.py": "hands whatever came to the generator that waits for it",
 }
 """Where whatever comes may be caught and not raised again, and why. Cleaning up and raising is fine anywhere."""
 

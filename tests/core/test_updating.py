@@ -366,8 +366,8 @@ def tied_head(value: float) -> tuple[WeightStore, dict[str, torch.Tensor]]:
     return tiny_store(), {"lm_head.weight": torch.full((8, 4), value)}
 
 
-def turned(value: float) -> tuple[WeightStore, dict[str, torch.Tensor]]:
-    """A tensor that lies in its parameter with its axes turned, so that blocks are made ready beside it."""
+def transposed(value: float) -> tuple[WeightStore, dict[str, torch.Tensor]]:
+    """A tensor that lies in its parameter with its axes transposed, so that blocks are made ready beside it."""
     piece = Piece("down", Box.whole((3, 4)), Box.whole((4, 3)), axes=(1, 0))
     weight_map = WeightMap([ParamSpec("down", (4, 3))], [WeightRule("down", (3, 4), (piece,))])
     store = WeightStore(weight_map, torch.float32, torch.device("cpu"), memory=lambda: 1 << 40)
@@ -375,7 +375,7 @@ def turned(value: float) -> tuple[WeightStore, dict[str, torch.Tensor]]:
     return store, {"down": torch.full((3, 4), value)}
 
 
-@pytest.mark.parametrize("make", [tied_head, turned])
+@pytest.mark.parametrize("make", [tied_head, transposed])
 @pytest.mark.parametrize("is_finite", [True, False])
 def test_a_refusal_before_the_first_write_in_place_leaves_the_old_weights(make: Any, is_finite: bool) -> None:
     store, tensors = make(9.0 if is_finite else torch.nan)
@@ -386,7 +386,7 @@ def test_a_refusal_before_the_first_write_in_place_leaves_the_old_weights(make: 
     session = core.begin(tensors, mode="inplace", in_flight="keep", partial=True)
     stage = core.start_stage(session, tensors)
     core.until(lambda: stage in core.link.replies)
-    if make is turned and is_finite:
+    if make is transposed and is_finite:
         assert core.link.replies[stage].error is None
         core.call(AbortUpdate, session)
         assert core.status().state == "poisoned"

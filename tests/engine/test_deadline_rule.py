@@ -26,8 +26,9 @@ from headrace.core.executor import CheckpointSlices
 from headrace.core.fake_executor import FreeExecutor, FreeWeights
 from headrace.core.loop import CoreLoop
 from headrace.engine.client import CoreClient
+from headrace.engine.control import UpdateTerms
 from headrace.engine.health import HealthLimits
-from headrace.engine.update import Updater, drive_async
+from headrace.engine.update import Updater
 from headrace.ipc import Pulse, PulsePage, make_pair
 from headrace.types.errors import DeadlineError, HeadraceError, ShutdownError, UpdateConflictError
 from headrace.types.messages import (
@@ -233,7 +234,7 @@ class SlowCopy:
     def __init__(self, world: World) -> None:
         self._world = world
 
-    def advance(self, deadline_s: float) -> bool:
+    def advance(self, budget_s: float) -> bool:
         self._world.lose_time(1.0)
         return self._world.chance.random() < 0.7
 
@@ -331,8 +332,8 @@ class Callers:
         if self.chance.random() < 0.5:
             disk = functools.partial(UpdateFromDisk, path="/", version=label, mode=mode, in_flight=in_flight)
             return Attempt("disk", label), self._change(disk, self._limit(), UpdateReport)
-        script = self.world.updater.update_from_tensors(TENSORS, label, mode, in_flight, False, 30.0)
-        return Attempt("update", label), drive_async(script, _await)
+        update = self.world.updater.update_from_tensors
+        return Attempt("update", label), update(_await, TENSORS, UpdateTerms(label, mode, in_flight, 30.0))
 
     def _pause(self) -> tuple[Attempt, Coroutine[Any, Any, Any]]:
         attempt = Attempt("pause")
@@ -425,7 +426,7 @@ def play_sequence(world: World) -> None:
         world.clock.pass_time(0.1)
     for attempt in callers.attempts:
         check_attempt(attempt, world.log)
-    assert len(world.updater._free) == world.updater._num_buckets
+    assert len(world.updater._free) == world.updater._num_buffers
     ending = world.clock.create_task(begin_again(world.client))
     world.run_until(ending.done)
     ending.result()

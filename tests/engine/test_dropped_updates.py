@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from headrace import AsyncEngine, DeadlineError, Engine, ShutdownError, UpdateConflictError
-from headrace.engine.buckets import Filling, UploadBuffer
 from headrace.engine.update import UpdateSession
+from headrace.engine.upload_buffers import Filling, UploadBuffer
 from headrace.ipc import SharedBuffer
 from tests.engine.builders import SETTINGS, model_of, named_tensors, save_model
 
@@ -71,13 +71,13 @@ def in_time(call: Callable[[], Any]) -> Any:
     return outcomes[0]
 
 
-def check_buckets(engine: Engine) -> None:
+def check_buffers(engine: Engine) -> None:
     updater = engine.asynchronous.runtime.updater
     deadline = time.monotonic() + HANG_SECONDS
-    while len(updater._free) != updater._num_buckets or updater._fillings or updater._tasks:
-        assert time.monotonic() < deadline, "a bucket is lost"
+    while len(updater._free) != updater._num_buffers or updater._fillings or updater._tasks:
+        assert time.monotonic() < deadline, "a buffer is lost"
         time.sleep(0.005)
-    assert updater._num_buckets <= 2
+    assert updater._num_buffers <= 2
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["inprocess", "process"])
@@ -86,7 +86,7 @@ def engine(request: pytest.FixtureRequest, model_folder: Path) -> Iterator[Engin
         yield engine
 
 
-def test_sessions_that_are_over_hold_no_bucket(engine: Engine) -> None:
+def test_sessions_that_are_over_hold_no_buffer(engine: Engine) -> None:
     """Their callers learn it when they go on, also those that have nothing more to send."""
     stuck = []
     for rest in (TENSORS[1:], []):
@@ -97,11 +97,11 @@ def test_sessions_that_are_over_hold_no_bucket(engine: Engine) -> None:
     for each in stuck:
         each.go_on()
         assert isinstance(each.outcome, UpdateConflictError), each.outcome
-    check_buckets(engine)
+    check_buffers(engine)
     assert engine.update_weights_from_tensor(TENSORS, "fourth").version == "fourth"
 
 
-def test_a_wait_for_a_bucket_has_a_deadline(engine: Engine) -> None:
+def test_a_wait_for_a_buffer_has_a_deadline(engine: Engine) -> None:
     session = engine.begin_update("never", MANIFEST, mode="shadow", timeout=1.0)
     stuck = [Stuck(engine, session, []) for _ in range(2)]
     error = in_time(lambda: engine.stage(session, TENSORS[1:]))
@@ -110,11 +110,11 @@ def test_a_wait_for_a_bucket_has_a_deadline(engine: Engine) -> None:
     for each in stuck:
         each.go_on()
         assert isinstance(each.outcome, (DeadlineError, UpdateConflictError)), each.outcome
-    check_buckets(engine)
+    check_buffers(engine)
 
 
-def test_a_script_that_waits_for_a_bucket_learns_that_its_session_is_over(engine: Engine) -> None:
-    """At once, not when the bucket comes."""
+def test_a_script_that_waits_for_a_buffer_learns_that_its_session_is_over(engine: Engine) -> None:
+    """At once, not when the buffer comes."""
     session = engine.begin_update("never", MANIFEST, mode="shadow", timeout=500.0)
     stuck = [Stuck(engine, session, []) for _ in range(2)]
     outcomes: list[Any] = []
@@ -129,10 +129,10 @@ def test_a_script_that_waits_for_a_bucket_learns_that_its_session_is_over(engine
     assert isinstance(outcomes[0], UpdateConflictError), outcomes
     for each in stuck:
         each.go_on()
-    check_buckets(engine)
+    check_buffers(engine)
 
 
-def test_a_script_that_outlives_its_engine_leaves_no_bucket(model_folder: Path) -> None:
+def test_a_script_that_outlives_its_engine_leaves_no_buffer(model_folder: Path) -> None:
     engine = Engine(model_folder, inprocess=True, **SETTINGS)
     stuck = Stuck(engine, engine.begin_update("never", MANIFEST, mode="shadow"), TENSORS[1:])
     engine.shutdown()
@@ -141,8 +141,8 @@ def test_a_script_that_outlives_its_engine_leaves_no_bucket(model_folder: Path) 
     assert not engine.asynchronous.runtime.updater._fillings
 
 
-def test_a_bucket_is_not_taken_from_whoever_writes_to_it() -> None:
-    """He finds out after that, and the bucket can be taken then."""
+def test_a_buffer_is_not_taken_from_whoever_writes_to_it() -> None:
+    """He finds out after that, and the buffer can be taken then."""
     filling = Filling(1)
     filling.put(UploadBuffer(SharedBuffer.create(64)))
 
@@ -153,9 +153,9 @@ def test_a_bucket_is_not_taken_from_whoever_writes_to_it() -> None:
 
     with pytest.raises(UpdateConflictError):
         filling.write(0, 0, Data(8), replaces=False)  # type: ignore[arg-type]
-    bucket = filling.take()
-    assert bucket is not None
-    bucket.buffer.close()
+    buffer = filling.take()
+    assert buffer is not None
+    buffer.memory.close()
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 3, 4, 5])
@@ -194,7 +194,7 @@ def test_a_coroutine_that_is_closed_leaves_nothing(engine: Engine, name: str, nu
     finally:
         engine.resume()
         engine.abort_update()
-    check_buckets(engine)
+    check_buffers(engine)
     assert engine.update_weights_from_tensor(TENSORS, "whole").version == "whole"
 
 

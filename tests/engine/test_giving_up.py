@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from headrace import AsyncEngine, DeadlineError, Engine, RequestError
-from headrace.engine.update import UpdateSession, manifest_of
+from headrace.engine.update import UpdateSession
 from tests.engine.builders import SETTINGS, model_of, named_tensors, save_model
 
 Tensors = list[tuple[str, torch.Tensor]]
@@ -65,13 +65,12 @@ def check_untouched(engine: Engine, version: str) -> None:
 
 
 def waits_for_drain(
-    engine: AsyncEngine, new: Tensors, folder: Path
+    engine: AsyncEngine, new: Tensors, folder: Path, session: UpdateSession | None = None
 ) -> dict[str, Callable[[], Coroutine[Any, Any, Any]]]:
-    """Calls that wait until requests in flight have ended."""
+    """Calls that wait until requests in flight have ended; `session` is one that is staged."""
 
     async def commit() -> None:
-        session = await engine.begin_update("never", manifest_of((n, t.shape, str(t.dtype)) for n, t in new))
-        await engine.stage(session, new)
+        assert session is not None
         await engine.commit(session)
 
     return {
@@ -93,7 +92,8 @@ def test_what_is_cancelled_does_not_happen_later(
     shared: Engine, new: Tensors, new_folder: Path, name: str, where: str
 ) -> None:
     version = shared.version
-    make = waits_for_drain(shared.asynchronous, new, new_folder)[name]
+    session = staged(shared, new) if name == "commit" else None
+    make = waits_for_drain(shared.asynchronous, new, new_folder, session)[name]
 
     async def cancelled() -> None:
         with pytest.raises(TimeoutError):
@@ -114,13 +114,14 @@ def test_what_is_cancelled_does_not_happen_later(
 def test_an_interrupted_caller_leaves_nothing_behind(shared: Engine, new: Tensors, new_folder: Path, name: str) -> None:
     """Ctrl-C while a blocking call waits."""
     version = shared.version
+    session = staged(shared, new) if name == "commit" else None
     calls: dict[str, Callable[[], Any]] = {
         "pause": lambda: shared.pause("drain"),
         "tensors": lambda: shared.update_weights_from_tensor(new, "never"),
         "tensors in place": lambda: shared.update_weights_from_tensor(new, "never", mode="inplace"),
         "disk": lambda: shared.update_weights_from_disk(new_folder, "never"),
         "disk in place": lambda: shared.update_weights_from_disk(new_folder, "never", mode="inplace"),
-        "commit": lambda: shared.commit(staged(shared, new)),
+        "commit": lambda: shared.commit(session),  # type: ignore[arg-type]
     }
     former = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:

@@ -15,14 +15,15 @@ import pytest
 
 from headrace import Engine
 from headrace.engine.runtime import Runtime, _Errand, _look_out
-from headrace.engine.update import drive
+from headrace.engine.update import run_here
+from headrace.types.errors import InternalError
 from tests.engine.builders import SETTINGS, model_of, named_tensors
 from tests.engine.lines import BeforeLine
 
 LONG = {"max_new_tokens": 900, "ignore_eos": True}
 TENSORS = named_tensors(model_of(1))
 MANIFEST = [(name, tensor.shape, str(tensor.dtype)) for name, tensor in TENSORS]
-WATCHED = {each.__code__ for each in (Runtime.wait, _Errand.start, _look_out, drive)}
+WATCHED = {each.__code__ for each in (Runtime.wait, _Errand.start, _look_out, run_here)}
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["inprocess", "process"])
@@ -136,3 +137,15 @@ def test_a_cancelled_call_is_not_in_the_log(engine: Engine, name: str, caplog: p
         gc.collect()
     assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
     check_nothing_left(engine)
+
+
+def test_what_waits_is_not_stepped_without_a_loop() -> None:
+    async def waits() -> None:
+        await asyncio.sleep(0)
+
+    async def returns() -> int:
+        return 5
+
+    assert run_here(returns()) == 5
+    with pytest.raises(InternalError, match="waits"):
+        run_here(waits())

@@ -192,14 +192,14 @@ def test_bfloat16_tensors_are_cast_to_the_engine_s_dtype(start: Starter, new: Te
         assert torch.equal(engine.get_weights_by_name(name), tensor.float())
 
 
-def test_tensors_travel_in_few_buckets_and_large_ones_alone(
+def test_tensors_travel_in_few_buffers_and_large_ones_alone(
     spawned: Engine, new: Tensors, model_folder: Path, start: Starter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With buckets of 8 KiB some tensors fill one many times over and most share one."""
-    monkeypatch.setattr(update_module, "BUCKET_BYTES", 1 << 13)
+    """With buffers of 8 KiB some tensors fill one many times over and most share one."""
+    monkeypatch.setattr(update_module, "BUFFER_BYTES", 1 << 13)
     assert max(tensor.numel() * 4 for _, tensor in new) > 1 << 13
     for tensors in (new, named_tensors(model_of(2)), named_tensors(model_of(0))):
-        spawned.update_weights_from_tensor(tensors, version="small buckets")
+        spawned.update_weights_from_tensor(tensors, version="small buffers")
     assert spawned.digest() == start(model_folder).digest()
 
 
@@ -214,12 +214,12 @@ def test_staging_may_be_cut_anywhere(start: Starter, new: Tensors, new_folder: P
 
 
 @pytest.mark.parametrize("mode", ["shadow", "inplace"])
-@pytest.mark.parametrize("bucket_bytes", [4096, 1 << 26], ids=["pieces", "one bucket"])
+@pytest.mark.parametrize("buffer_bytes", [4096, 1 << 26], ids=["pieces", "one buffer"])
 def test_a_stage_that_failed_may_be_tried_again(
-    start: Starter, new: Tensors, new_folder: Path, mode: Any, bucket_bytes: int, monkeypatch: pytest.MonkeyPatch
+    start: Starter, new: Tensors, new_folder: Path, mode: Any, buffer_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With other values, in another order, several times; in the end all is what the call that succeeded sent."""
-    monkeypatch.setattr("headrace.engine.update.BUCKET_BYTES", bucket_bytes)
+    monkeypatch.setattr("headrace.engine.update.BUFFER_BYTES", buffer_bytes)
     updated = start()
     session = updated.begin_update("new", manifest_of((n, t.shape, str(t.dtype)) for n, t in new), mode=mode)
     for count in (5, len(new), 12):
@@ -351,7 +351,7 @@ def test_a_source_that_breaks_serves_old_bits_or_nothing(
     assert is_ready(engine) and engine.digest() == start(new_folder).digest()
 
 
-def test_a_bucket_that_is_not_staged_in_time_is_read_no_more(start: Starter, new: Tensors, new_folder: Path) -> None:
+def test_a_buffer_that_is_not_staged_in_time_is_read_no_more(start: Starter, new: Tensors, new_folder: Path) -> None:
     """It waits behind the requests in flight; what its caller was told of the deadline holds when they have ended."""
     engine = start(control_timeout=0.4)
     updater = engine.asynchronous.runtime.updater
@@ -361,7 +361,7 @@ def test_a_bucket_that_is_not_staged_in_time_is_read_no_more(start: Starter, new
         for part in (new[:4], new[4:8]):
             with pytest.raises(DeadlineError):
                 engine.stage(session, [(name, torch.zeros_like(tensor)) for name, tensor in part])
-            assert len(updater._free) == updater._num_buckets
+            assert len(updater._free) == updater._num_buffers
     with pytest.raises(WeightUpdateError, match="not staged"):
         engine.commit(session)
     engine.stage(session, new)
@@ -372,8 +372,8 @@ def test_a_bucket_that_is_not_staged_in_time_is_read_no_more(start: Starter, new
 def test_updates_that_are_cancelled_anywhere_cost_nothing(
     spawned: Engine, new: Tensors, new_folder: Path, start: Starter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No bucket and no session is lost, whatever the script was waiting for: the next one finds none open."""
-    monkeypatch.setattr(update_module, "BUCKET_BYTES", 1 << 13)
+    """No buffer and no session is lost, whatever the script was waiting for: the next one finds none open."""
+    monkeypatch.setattr(update_module, "BUFFER_BYTES", 1 << 13)
     engine, updater = spawned.asynchronous, spawned.asynchronous.runtime.updater
 
     async def cancelled(seconds: float) -> bool:
@@ -389,13 +389,13 @@ def test_updates_that_are_cancelled_anywhere_cost_nothing(
 
     assert asyncio.run(many()) > 2
     wait_for(lambda: not spawned.status().updating)
-    wait_for(lambda: len(updater._free) == updater._num_buckets)
+    wait_for(lambda: len(updater._free) == updater._num_buffers)
     spawned.update_weights_from_tensor(new, version="last")
     assert spawned.digest() == start(new_folder).digest()
 
 
-def test_failed_allocations_cost_no_bucket(start: Starter, new: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Out of descriptors, out of memory: told as such, and what comes later finds all its buckets."""
+def test_failed_allocations_cost_no_buffer(start: Starter, new: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of descriptors, out of memory: told as such, and what comes later finds all its buffers."""
     engine = start()
     create = SharedBuffer.create
 
@@ -403,7 +403,7 @@ def test_failed_allocations_cost_no_bucket(start: Starter, new: Tensors, monkeyp
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(SharedBuffer, "create", fails)
-    for _ in range(update_module.NUM_BUCKETS + 1):
+    for _ in range(update_module.NUM_BUFFERS + 1):
         with pytest.raises(UnavailableError, match="Too many open files") as caught:
             engine.update_weights_from_tensor(new, version="never")
         assert caught.value.field == "named_tensors"
@@ -415,11 +415,11 @@ def test_failed_allocations_cost_no_bucket(start: Starter, new: Tensors, monkeyp
 
 
 @pytest.mark.parametrize("where", ["own loop", "another thread"])
-def test_a_source_that_breaks_keeps_no_bucket(
+def test_a_source_that_breaks_keeps_no_buffer(
     start: Starter, new: Tensors, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """Also when the upload it had just sent has not begun."""
-    monkeypatch.setattr(update_module, "BUCKET_BYTES", 1 << 13)
+    monkeypatch.setattr(update_module, "BUFFER_BYTES", 1 << 13)
     engine = start()
     updater = engine.asynchronous.runtime.updater
     manifest = [TensorInfo(name, tuple(tensor.shape), "float32") for name, tensor in new]
@@ -436,7 +436,7 @@ def test_a_source_that_breaks_keeps_no_bucket(
             else:
                 engine.stage(session, breaks(after))
         engine.abort_update(session)
-        wait_for(lambda: len(updater._free) == updater._num_buckets)
+        wait_for(lambda: len(updater._free) == updater._num_buffers)
     assert engine.update_weights_from_tensor(new, version="next").version == "next"
 
 
@@ -445,7 +445,7 @@ def test_a_source_that_breaks_keeps_no_bucket(
 def test_uploads_are_bounded_in_bytes_whatever_the_tensors(
     start: Starter, new: Tensors, monkeypatch: pytest.MonkeyPatch, mode: Any, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(update_module, "BUCKET_BYTES", 1 << 10)
+    monkeypatch.setattr(update_module, "BUFFER_BYTES", 1 << 10)
     engine = start()
     updater = engine.asynchronous.runtime.updater
     sizes: list[int] = []
@@ -459,8 +459,8 @@ def test_uploads_are_bounded_in_bytes_whatever_the_tensors(
     sent = [(name, tensor.to(dtype)) for name, tensor in new]
     assert max(tensor.nbytes for _, tensor in sent) > 16 << 10
     assert engine.update_weights_from_tensor(sent, version="pieces", mode=mode).num_tensors == len(new)
-    assert sizes == [1 << 10] * len(sizes) and len(sizes) <= update_module.NUM_BUCKETS
-    assert len(updater._free) == updater._num_buckets
+    assert sizes == [1 << 10] * len(sizes) and len(sizes) <= update_module.NUM_BUFFERS
+    assert len(updater._free) == updater._num_buffers
     for name, tensor in sent:
         assert torch.equal(engine.get_weights_by_name(name), tensor.float())
 
@@ -491,8 +491,8 @@ def test_a_tensor_larger_than_what_travels_at_once_is_read_back(
     assert found and all(torch.equal(each, old[name]) or torch.equal(each, dict(new)[name]) for each in found)
 
 
-def test_an_upload_that_failed_keeps_no_bucket(spawned: Engine, new: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(update_module, "BUCKET_BYTES", 1 << 13)
+def test_an_upload_that_failed_keeps_no_buffer(spawned: Engine, new: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(update_module, "BUFFER_BYTES", 1 << 13)
     manifest = [TensorInfo(name, tuple(tensor.shape), "float32") for name, tensor in new]
     updater = spawned.asynchronous.runtime.updater
 
@@ -506,7 +506,7 @@ def test_an_upload_that_failed_keeps_no_bucket(spawned: Engine, new: Tensors, mo
         session = spawned.begin_update("never", manifest, mode="shadow")
         with pytest.raises(UpdateConflictError):
             spawned.stage(session, aborted_between())
-    wait_for(lambda: len(updater._free) == updater._num_buckets)
+    wait_for(lambda: len(updater._free) == updater._num_buffers)
     assert spawned.update_weights_from_tensor(new, version="last").num_tensors == len(new)
 
 

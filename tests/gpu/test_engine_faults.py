@@ -63,7 +63,7 @@ def test_weights_that_are_no_numbers_end_their_requests_and_leave_nothing(
 def test_updates_in_pieces_and_reads_between_steps(
     checkpoints: Checkpoints, start: Starter, monkeypatch: pytest.MonkeyPatch, mode: Any
 ) -> None:
-    monkeypatch.setattr(update, "BUCKET_BYTES", 1 << 18)
+    monkeypatch.setattr(update, "BUFFER_BYTES", 1 << 18)
     old, new = checkpoints.get(dtype=torch.bfloat16), checkpoints.get(seed=1, dtype=torch.bfloat16)
     engine, cold = start(old), start(new)
     running = Background(engine, input_ids=PROMPTS * 16, sampling_params=greedy(2000))

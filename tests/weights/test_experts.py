@@ -27,7 +27,7 @@ def row_sums(values: torch.Tensor) -> torch.Tensor:
     return values.sum(1)
 
 
-def make_map(*, is_turned: bool = False, experts: Shard | None = None, width: Shard | None = None) -> WeightMap:
+def make_map(*, is_transposed: bool = False, experts: Shard | None = None, width: Shard | None = None) -> WeightMap:
     tensors = ExpertTensors("mlp.experts", "gate_up", "down", EXPERTS, HIDDEN, WIDTH)
     tensors = msgspec.structs.replace(tensors, experts=experts or Shard(), width=width or Shard())
     is_counted = not any(shard and shard.rank for shard in (experts, width))
@@ -36,13 +36,13 @@ def make_map(*, is_turned: bool = False, experts: Shard | None = None, width: Sh
     return WeightMap(
         [ParamSpec("router", (EXPERTS, HIDDEN), "float32"), *tensors.params()],
         [router, *tensors.one_by_one()],
-        other_names=tensors.all_in_one(is_turned=is_turned),
+        other_names=tensors.all_in_one(is_transposed=is_transposed),
         derived=[Derived(ParamSpec("sums", (EXPERTS,), "float32"), ("router",), row_sums)],
         is_shard=experts is not None or width is not None,
     )
 
 
-def make_worlds(seed: int, *, is_turned: bool = False) -> tuple[Tensors, Tensors]:
+def make_worlds(seed: int, *, is_transposed: bool = False) -> tuple[Tensors, Tensors]:
     """The same weights, one tensor per expert, and one for all."""
     generator = torch.Generator().manual_seed(seed)
     gate, up = (torch.randn(EXPERTS, WIDTH, HIDDEN, generator=generator) for _ in range(2))
@@ -53,18 +53,18 @@ def make_worlds(seed: int, *, is_turned: bool = False) -> tuple[Tensors, Tensors
         for name, tensor in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
             single[f"mlp.experts.{expert}.{name}.weight"] = tensor[expert]
     fused = {"mlp.experts.gate_up_proj": torch.cat([gate, up], 1), "mlp.experts.down_proj": down}
-    if is_turned:
+    if is_transposed:
         fused = {name: tensor.transpose(1, 2).contiguous() for name, tensor in fused.items()}
     return single, {ROUTER: router, **fused}
 
 
-@pytest.mark.parametrize("is_turned", [False, True])
+@pytest.mark.parametrize("is_transposed", [False, True])
 @pytest.mark.parametrize("mode", ["shadow", "inplace"])
 @pytest.mark.parametrize("raw", [True, False])
-def test_both_name_worlds_fill_the_same_memory(is_turned: bool, mode: UpdateMode, raw: bool) -> None:
+def test_both_name_worlds_fill_the_same_memory(is_transposed: bool, mode: UpdateMode, raw: bool) -> None:
     """A -> B -> A -> B, each in another world than the last, with the bits of cold loads."""
-    weight_map = make_map(is_turned=is_turned)
-    worlds = [make_worlds(seed, is_turned=is_turned) for seed in (1, 2)]
+    weight_map = make_map(is_transposed=is_transposed)
+    worlds = [make_worlds(seed, is_transposed=is_transposed) for seed in (1, 2)]
     bits = [live_bits(make_store(weight_map, single, torch.bfloat16)) for single, _ in worlds]
     digests = [make_store(weight_map, single, torch.bfloat16).digest() for single, _ in worlds]
     assert bits[0] == live_bits(make_store(weight_map, worlds[0][1], torch.bfloat16)) != bits[1]
@@ -136,13 +136,13 @@ def test_a_manifest_of_both_worlds_or_of_a_part_of_one_is_refused() -> None:
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
 @pytest.mark.parametrize("axis", ["experts", "width"])
-@pytest.mark.parametrize("is_turned", [False, True])
-def test_ranks_share_experts_or_their_columns(num_ranks: int, axis: str, is_turned: bool) -> None:
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_ranks_share_experts_or_their_columns(num_ranks: int, axis: str, is_transposed: bool) -> None:
     if axis == "width" and num_ranks == 3:
         num_ranks = 8  # two ranks hold each column
-    maps = [make_map(is_turned=is_turned, **{axis: Shard(rank, num_ranks)}) for rank in range(num_ranks)]
+    maps = [make_map(is_transposed=is_transposed, **{axis: Shard(rank, num_ranks)}) for rank in range(num_ranks)]
     prove_mesh(maps)
-    single, fused = make_worlds(3, is_turned=is_turned)
+    single, fused = make_worlds(3, is_transposed=is_transposed)
     expected = make_store(make_map(), single).digest()
     stores = []
     for table in maps:

@@ -7,7 +7,7 @@ import pytest
 from headrace.types.errors import InternalError, WeightUpdateError
 from headrace.types.weights import TensorInfo
 from headrace.weights import Box, ParamSpec, Piece, WeightMap, WeightRule, whole_rows
-from headrace.weights.weight_map import is_derived
+from headrace.weights.weight_map import is_recomputed
 from tests.weights.tiny import LAYOUTS, make_map, make_tensors, manifest_of
 
 PARAM = ParamSpec("p", (4, 3))
@@ -139,8 +139,8 @@ def test_a_tied_name_may_be_left_out_or_sent_in_its_shape() -> None:
 
 
 def test_derived_buffers_are_known() -> None:
-    assert is_derived("model.layers.0.self_attn.rotary_emb.inv_freq")
-    assert not is_derived("model.layers.0.self_attn.q_proj.bias")
+    assert is_recomputed("model.layers.0.self_attn.rotary_emb.inv_freq")
+    assert not is_recomputed("model.layers.0.self_attn.q_proj.bias")
 
 
 def test_the_map_and_the_session_import_no_torch() -> None:

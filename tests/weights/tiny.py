@@ -139,11 +139,11 @@ class DrivenWork:
     def has_written(self) -> bool:
         return self._work.has_written
 
-    def advance(self, deadline_s: float) -> bool:
+    def advance(self, budget_s: float) -> bool:
         if self._is_done:
             return True
         try:
-            self._is_done = self._work.advance(deadline_s)
+            self._is_done = self._work.advance(budget_s)
         finally:
             is_open = self._machine.session is not None and self._machine.session.session_id == self._session_id
             if self.has_written and is_open:

@@ -1,4 +1,4 @@
-"""Kernels for CUDA devices, each beside its torch reference. Nothing here is imported before such a device is chosen.
+"""Kernels for CUDA devices, held against `tests.kernels.oracles`. Nothing here is imported before one is chosen.
 
 Every operation writes into tensors it is given and neither allocates nor waits for the device, so that a step of them
 can be captured as one graph. Counts that change from step to step are read on the device from int32 arrays.

@@ -26,21 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace.kernels.triton.fast_math import fast_exp, fast_log2, fast_reciprocal
-from headrace.kernels.triton.logits_processors import (
-    ProcessedRows,
-    drawn_row,
-    load_logits,
-    slot_and_copy,
-    stated_row,
-)
-from headrace.kernels.triton.slot_params import (
-    DIVISOR,
-    LOGPROBS_OF,
-    OF_POINT,
-    OF_SAMPLED,
-    TEMPERATURE,
-    load_param,
-)
+from headrace.kernels.triton.logits_processors import ProcessedRows, drawn_row, load_logits, slot_and_copy, stated_row
+from headrace.kernels.triton.slot_params import DIVISOR, LOGPROBS_OF, OF_POINT, OF_SAMPLED, TEMPERATURE, load_param
 
 _GREATEST, _TOTAL, _SCORE, _BASE = (tl.constexpr(word) for word in range(4))  # what the first kernel leaves of a block
 _SLACK = tl.constexpr(1.0 - 1e-5)  # what the rounding of a bound and of a score can come to

@@ -6,6 +6,7 @@ Everything here depends on its inputs alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, overload
 
@@ -94,7 +95,12 @@ class Cut(NamedTuple):
 
 
 class CutRules:
-    """The rules of one model on one device; the arguments are those of `work_items.AttentionPlanner`."""
+    """The rules of one model on one device; the arguments are those of `work_items.AttentionPlanner`.
+
+    cut   the finest cut wanted of these tiles that fits these bounds; None if even the coarsest does not
+    """
+
+    cut: Callable[[TileRanges, LaunchBounds], Cut | None]
 
     def __init__(
         self,
@@ -111,6 +117,7 @@ class CutRules:
         self._max_positions = max_positions
         self._max_items = max_items
         self._max_partials = max_partials
+        self.cut = self._cut_freely if fixed_split is None else self._cut_at_multiples
 
     def bounds(self, num_rows: int, num_tokens: int, *, is_decode: bool) -> LaunchBounds:
         """As `work_items.AttentionPlanner.bounds`."""
@@ -154,10 +161,6 @@ class CutRules:
             is_prefill = lengths > decode_up_to
         return is_prefill
 
-    def cut(self, tiles: TileRanges, bounds: LaunchBounds) -> Cut | None:
-        """The finest cut wanted that fits; None if even the coarsest does not."""
-        return self._cut_freely(tiles, bounds) if self._fixed_split is None else self._cut_at_multiples(tiles, bounds)
-
     def _cut_freely(self, tiles: TileRanges, bounds: LaunchBounds) -> Cut | None:
         """Parts of one length that keep the device busy. Where they do not fit, prefill tiles are left whole and
         decode tiles cut into longer parts, each where it is the one in the way."""
@@ -168,7 +171,7 @@ class CutRules:
         prefill_splits = None if tiles.is_prefill is None else self._prefill_splits(tiles.own, tiles.is_prefill)
         while True:
             cut = self._cut(tiles, split, prefill_splits)
-            has_room = self._has_room(cut)
+            has_room = cut.num_partials <= self._max_partials and cut.num_decode + cut.num_prefill <= self._max_items
             if has_room and cut.num_decode <= bounds.decode and cut.num_prefill <= bounds.prefill:
                 return cut
             is_whole = split >= int(tiles.ends.max())
@@ -186,14 +189,12 @@ class CutRules:
         whole_up_to = 1  # parts
         while True:
             cut = self._cut(tiles, self._fixed_split, None, whole_up_to)
-            if self._has_room(cut) and cut.num_decode <= bounds.decode and cut.num_prefill <= bounds.prefill:
+            has_room = cut.num_partials <= self._max_partials and cut.num_decode + cut.num_prefill <= self._max_items
+            if has_room and cut.num_decode <= bounds.decode and cut.num_prefill <= bounds.prefill:
                 return cut
             if whole_up_to * self._fixed_split >= int(tiles.ends.max()):
                 return None
             whole_up_to *= 2
-
-    def _has_room(self, cut: Cut) -> bool:
-        return cut.num_partials <= self._max_partials and cut.num_decode + cut.num_prefill <= self._max_items
 
     def _cut(self, tiles: TileRanges, split: int, prefill_splits: Int64Array | None, whole_up_to: int = 1) -> Cut:
         """`prefill_splits` None leaves prefill tiles whole; `whole_up_to` is that of `_cut_at_multiples`."""

@@ -51,6 +51,7 @@ __all__ = ["DECODE", "ITEM_SIZE", "PREFILL", "WHOLE", "AttentionPlanner", "Launc
 DECODE, PREFILL = 0, 1
 ITEM_SIZE = 8
 WHOLE = -1
+_Q_START, _NUM_Q, _TABLE_ROW, _FIRST, _END, _PART, _POSITION, _CLASS = range(ITEM_SIZE)
 
 _HEADER_SIZE = 8
 _LEAST_ITEMS = 8192
@@ -293,16 +294,17 @@ class AttentionPlanner:
         items_at, size_in_use = self.limits.items_at, self.limits.items_at + ITEM_SIZE * len(tile)
         items = buffer[items_at:size_in_use].reshape(-1, ITEM_SIZE)
         self._records.take(tile[order], axis=0, out=items, mode="clip")  # "raise" would copy once more
-        items[:, 3], items[:, 4] = first[order], (first + size)[order]
-        items[:, 5] = (first_part[tile] + part)[order]
+        items[:, _FIRST], items[:, _END] = first[order], (first + size)[order]
+        items[:, _PART] = (first_part[tile] + part)[order]
         buffer[:_HEADER_SIZE] = (0, cut.num_decode, cut.num_decode, cut.num_prefill, ranges.num_tokens, 0, 0, 0)
         return WorkSummary(cut.num_decode, cut.num_prefill, cut.num_partials, size_in_use, cut.split)
 
     def _record(self, tiles: _Tiles, at: int) -> None:
         """What all items of a tile have in common."""
         records = self._records[at : at + len(tiles.end)]
-        records[:, 0], records[:, 1], records[:, 2] = tiles.q_start, tiles.num_q, tiles.table_row
-        records[:, 6], records[:, 7] = tiles.position, DECODE if tiles.is_prefill is None else tiles.is_prefill
+        records[:, _Q_START], records[:, _NUM_Q], records[:, _TABLE_ROW] = tiles.q_start, tiles.num_q, tiles.table_row
+        records[:, _POSITION] = tiles.position
+        records[:, _CLASS] = DECODE if tiles.is_prefill is None else tiles.is_prefill
 
     def _within(self, counts: Int64Array, owner: Int64Array) -> Int64Array:
         """0..count-1 for each of the counts, one after the other; `owner` names the count that each place is of."""

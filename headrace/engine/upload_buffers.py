@@ -20,20 +20,20 @@ _ALIGNMENT = 64
 class UploadBuffer:
     """A shared buffer being filled with tensors and pieces of tensors."""
 
-    def __init__(self, buffer: SharedBuffer) -> None:
-        self.buffer = buffer
+    def __init__(self, memory: SharedBuffer) -> None:
+        self.memory = memory
         self.entries: list[BufferEntry] = []
         self._num_used = 0
 
     def fits(self, num_bytes: int) -> bool:
         """True when so many bytes have room."""
-        return aligned(self._num_used) + num_bytes <= self.buffer.ref.size
+        return aligned(self._num_used) + num_bytes <= self.memory.ref.size
 
     def write(self, index: int, start: int, data: TensorBytes, *, replaces: bool) -> None:
         """Copy in what a tensor holds from its byte `start` on. `WeightUpdateError` if it was freed or written to
         meanwhile."""
         offset = aligned(self._num_used)
-        data.copy_into(self.buffer.view[offset : offset + len(data)])
+        data.copy_into(self.memory.view[offset : offset + len(data)])
         self.entries.append(BufferEntry(index, offset, start, len(data), replaces))
         self._num_used = offset + len(data)
 
@@ -44,37 +44,37 @@ class UploadBuffer:
 
 
 class Filling:
-    """The bucket that one running script fills, until it is an upload. A step of a script that was cancelled may still
-    run, and a script whose session is over does: both then find that it is over."""
+    """The buffer that one `stage` call fills, until it is an upload. A part of a call that was cancelled may still run,
+    and a call whose session is over does: both then find that it is over."""
 
     def __init__(self, session_id: int) -> None:
         self.session_id = session_id
         self.is_over = False
         self.uploads: list[asyncio.Task[None]] = []
-        self._buckets: deque[UploadBuffer] = deque()  # one at most; whoever pops it owns it, in whatever thread
+        self._buffers: deque[UploadBuffer] = deque()  # one at most; whoever pops it owns it, in whatever thread
 
     def take(self) -> UploadBuffer | None:
-        """Whoever gets the bucket owns it."""
+        """Whoever gets the buffer owns it."""
         with contextlib.suppress(IndexError):
-            return self._buckets.pop()
+            return self._buffers.pop()
         return None
 
-    def put(self, bucket: UploadBuffer) -> None:
-        """The bucket to be filled on."""
-        self._buckets.append(bucket)
+    def put(self, buffer: UploadBuffer) -> None:
+        """The buffer to be filled on."""
+        self._buffers.append(buffer)
 
     def write(self, index: int, start: int, data: TensorBytes, *, replaces: bool) -> bool:
-        """Copy what a tensor holds from its byte `start` on, if there is a bucket that has room for it."""
-        bucket = self.take()
-        if bucket is None:
+        """Copy what a tensor holds from its byte `start` on, if there is a buffer that has room for it."""
+        buffer = self.take()
+        if buffer is None:
             return False
         try:
-            has_room = bucket.fits(len(data))
+            has_room = buffer.fits(len(data))
             if has_room:
-                bucket.write(index, start, data, replaces=replaces)
+                buffer.write(index, start, data, replaces=replaces)
         finally:
-            self.put(bucket)
-        self.check()  # after that: it may have been ended while the bucket was not here
+            self.put(buffer)
+        self.check()  # after that: it may have been ended while the buffer was not here
         return has_room
 
     def check(self) -> None:
