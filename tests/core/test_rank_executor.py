@@ -220,7 +220,7 @@ def test_a_plan_that_one_rank_cannot_read_is_refused_by_all(ranks: RankExecutor)
 def test_a_rank_that_is_gone_or_stands_still_is_a_lost_device(
     resolved: ResolvedConfig, how: signal.Signals, moment: str
 ) -> None:
-    executor = RankExecutor(resolved, seconds=3.0)
+    executor = RankExecutor(resolved, seconds=6.0)
     try:
         check_loss(executor, how, moment)
     finally:
@@ -239,7 +239,7 @@ def check_loss(executor: RankExecutor, how: signal.Signals, moment: str) -> None
         core.start(CommitUpdate, session)
     started = time.monotonic()
     assert run_core(core.loop, core.link) == DEVICE_LOST_EXIT_CODE
-    assert time.monotonic() - started < 30.0
+    assert time.monotonic() - started < 60.0
     last = core.link.outputs[-1]
     assert isinstance(last, CoreFailed) and last.error.code == "DeviceLostError"
     assert "a rank is lost" in last.error.message
