@@ -129,14 +129,18 @@ class SlowOnce:
 
 def test_a_long_forward_and_a_long_commit_never_trip_it(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     forward, commit = SlowOnce(), SlowOnce()
-    real_collect = FreeExecutor.collect
+    real_collect, real_commit = FreeExecutor.collect, FreeWeights.commit
 
     def collect(executor: FreeExecutor) -> StepResult:
         forward.run()
         return real_collect(executor)
 
+    def slow_commit(weights: FreeWeights) -> Ticket:
+        commit.run()
+        return real_commit(weights)
+
     monkeypatch.setattr(FreeExecutor, "collect", collect)
-    monkeypatch.setattr(FreeWeights, "commit", lambda weights: commit.run())
+    monkeypatch.setattr(FreeWeights, "commit", slow_commit)
     executing, committing = start(inprocess=True), start(inprocess=True)
     outcomes: list[object] = []
     session = committing.begin_update("next", [("norm.weight", (4,), "float32")])
