@@ -12,7 +12,6 @@ from typing import Any
 
 from headrace.core.faults import FAULTS, failure
 from headrace.core.replica import Replica
-from headrace.core.updating import UpdatePhase
 from headrace.types.errors import (
     DeadlineError,
     HeadraceError,
@@ -224,7 +223,7 @@ def status(replica: Replica, now: float) -> CoreStatus:
         last_version=update.machine.version,
         epoch=update.machine.epoch,
         paused=replica.pause.mode or "",
-        updating=update.phase is not UpdatePhase.IDLE,
+        updating=not update.is_idle,
         updating_in_place=session is not None and session.mode == "inplace",
         num_running=scheduler.num_running,
         num_waiting=scheduler.num_waiting,

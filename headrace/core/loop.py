@@ -66,14 +66,21 @@ class CoreLoop:
             self._pulse.enter(Phase.COMMANDING)
         if commands and not self._apply(commands):
             return False
-        stepped = self._step()
+        if self._is_quiet:  # nearly always
+            self._held_since = None
+            stepped = self._step(may_submit=True, admit_new=True)
+            replica.outbox.flush(force=not stepped)
+            return stepped
+        pause, update = replica.pause, replica.update
+        may_submit = not pause.is_paused and not update.holds_generation
+        stepped = self._step(may_submit=may_submit, admit_new=not pause.is_draining and not update.is_draining)
         replica.outbox.flush()
         now = self._clock()
-        replica.pause.advance(now)
-        replica.update.expire(now)
+        pause.advance(now)
+        update.expire(now)
         replica.reading.expire(now)
         budget = STAGE_BUDGET_BUSY_S if stepped else STAGE_BUDGET_IDLE_S
-        progressed = replica.update.advance(budget, now) or replica.reading.advance(budget)
+        progressed = update.advance(budget, now) or replica.reading.advance(budget)
         self._expire_held_requests(now)
         replica.outbox.flush(force=not stepped)
         return stepped or progressed
@@ -92,10 +99,13 @@ class CoreLoop:
         self.replica.outbox.add(self.replica.scheduler.fail(None, error))
         self.replica.outbox.flush(force=True)
 
-    def _step(self) -> bool:
-        pause, update, scheduler = self.replica.pause, self.replica.update, self.replica.scheduler
-        may_submit = not pause.is_paused and not update.holds_generation
-        admit_new = not pause.is_draining and not update.is_draining
+    @property
+    def _is_quiet(self) -> bool:
+        """Nothing waits for what happens between steps, and nothing holds them up."""
+        return self.replica.update.is_idle and not (self.replica.pause.pauses or self.replica.reading.reads)
+
+    def _step(self, *, may_submit: bool, admit_new: bool) -> bool:
+        scheduler = self.replica.scheduler
         stepped = self.replica.stepper.step(may_submit=may_submit, admit_new=admit_new)
         self._pulse.enter(Phase.COMMANDING)
         if not stepped:
@@ -120,6 +130,8 @@ class CoreLoop:
         replica.outbox.add(replica.scheduler.expire(now - self._pause_timeout, error.info()))
 
     def _time_to_deadline(self) -> float:
+        if self._is_quiet:
+            return _LONGEST_WAIT_S
         deadlines = [self.replica.pause.deadline, self.replica.update.deadline, self.replica.reading.deadline]
         if self._held_since is not None and self.replica.scheduler.num_waiting:
             deadlines.append(self._next_expiry)

@@ -35,36 +35,37 @@ class PauseControl:
         self._scheduler = scheduler
         self._stepper = stepper
         self._outbox = outbox
-        self._pauses: dict[int, _Pause] = {}  # by call, in order; those that drain are the last ones
+        self.pauses: dict[int, _Pause] = {}
+        """By call, in order; those that drain are the last ones."""
 
     @property
     def mode(self) -> PauseMode | None:
         """None while generation is not paused nor about to be."""
-        return next(reversed(self._pauses.values())).mode if self._pauses else None
+        return next(reversed(self.pauses.values())).mode if self.pauses else None
 
     @property
     def is_draining(self) -> bool:
         """Started requests still run towards the pause; no new one starts."""
-        return bool(self._pauses) and next(reversed(self._pauses.values())).waits_until is not None
+        return bool(self.pauses) and next(reversed(self.pauses.values())).waits_until is not None
 
     @property
     def is_paused(self) -> bool:
         """The pause is in force: no step may run."""
-        return bool(self._pauses) and not self.is_draining
+        return bool(self.pauses) and not self.is_draining
 
     @property
     def deadline(self) -> float | None:
         """When a drain fails; None when none is going on."""
-        return min((each.waits_until for each in self._pauses.values() if each.waits_until is not None), default=None)
+        return min((each.waits_until for each in self.pauses.values() if each.waits_until is not None), default=None)
 
     def pause(self, call_id: int, mode: PauseMode, now: float, deadline: float = NO_DEADLINE) -> None:
         """Pause, and reply when the mode's promise holds. A later pause replaces one that still drains."""
         if mode == "drain":
-            self._pauses[call_id] = _Pause(mode, deadline)
+            self.pauses[call_id] = _Pause(mode, deadline)
             self.advance(now)
             return
         self.end(UpdateConflictError("a later pause replaced this one"))
-        self._pauses[call_id] = _Pause(mode)
+        self.pauses[call_id] = _Pause(mode)
         if mode == "abort":
             self._outbox.add(self._scheduler.abort(None, "Aborted by a pause"))
         self._enforce()
@@ -73,13 +74,13 @@ class PauseControl:
     def resume(self) -> None:
         """End every pause. A drain that was not complete is answered with an error."""
         self.end(UpdateConflictError("generation was resumed before it had drained"))
-        self._pauses.clear()
+        self.pauses.clear()
 
     def advance(self, now: float) -> None:
         """Fail drains whose time is up, and complete the others when nothing started is left."""
         if not self.is_draining:
             return
-        for call_id, pause in list(self._pauses.items()):
+        for call_id, pause in list(self.pauses.items()):
             if pause.waits_until is not None and now >= pause.waits_until:
                 self.give_up(call_id, DeadlineError("requests still ran at the deadline of the pause: it is undone"))
         if self.is_draining and self._scheduler.num_started == 0:
@@ -89,7 +90,7 @@ class PauseControl:
 
     def give_up(self, call_id: int, error: HeadraceError) -> None:
         """Undo the pause of this call, if it made one; what was in force before is so again."""
-        pause = self._pauses.pop(call_id, None)
+        pause = self.pauses.pop(call_id, None)
         if pause is None:
             return
         if pause.waits_until is not None:
@@ -100,14 +101,14 @@ class PauseControl:
     def end(self, error: HeadraceError) -> None:
         """Answer the calls that wait for a drain with `error`; they pause nothing."""
         for call_id in self._drop_waits():
-            del self._pauses[call_id]
+            del self.pauses[call_id]
             self._outbox.refuse(call_id, error.info())
 
     def _drop_waits(self) -> list[int]:
         """The calls whose drain goes on; they wait no longer."""
-        waiting = [call_id for call_id, pause in self._pauses.items() if pause.waits_until is not None]
+        waiting = [call_id for call_id, pause in self.pauses.items() if pause.waits_until is not None]
         for call_id in waiting:
-            self._pauses[call_id].waits_until = None
+            self.pauses[call_id].waits_until = None
         return waiting
 
     def _enforce(self) -> None:

@@ -46,12 +46,12 @@ class ReadControl:
         self._executor = executor
         self._update = update
         self._outbox = outbox
-        self._reads: deque[_Read] = deque()
+        self.reads: deque[_Read] = deque()
 
     @property
     def deadline(self) -> float | None:
         """When the first of the reads fails; None while there is none."""
-        return min((read.deadline for read in self._reads), default=None)
+        return min((read.deadline for read in self.reads), default=None)
 
     def digest(self, call_id: int, deadline: float, finish: Callable[[dict[str, str]], Any]) -> None:
         """Digest all live weights; the call is answered with what `finish` makes of the digests by name."""
@@ -74,7 +74,7 @@ class ReadControl:
                 yield
             return finish(digests)
 
-        self._reads.append(_Read(call_id, deadline, check, begin, lambda: None))
+        self.reads.append(_Read(call_id, deadline, check, begin, lambda: None))
 
     def copy(self, command: GetWeight) -> None:
         """Copy a part of one tensor into the caller's buffer. Raises what is wrong with the command."""
@@ -90,20 +90,20 @@ class ReadControl:
             yield from self._executor.weights.copy_in_slices(command.name, start, buffer.view[:size])
             return WeightPart(info, size, stamp, stop)
 
-        self._reads.append(_Read(command.call_id, command.deadline, self._update.check_whole, begin, buffer.close))
+        self.reads.append(_Read(command.call_id, command.deadline, self._update.check_whole, begin, buffer.close))
 
     def expire(self, now: float) -> None:
         """End what was not read by its deadline."""
-        if not self._reads:
+        if not self.reads:
             return
-        for read in [read for read in self._reads if now >= read.deadline]:
+        for read in [read for read in self.reads if now >= read.deadline]:
             self._refuse(read, DeadlineError("the weights were not read by the deadline"))
 
     def advance(self, budget_s: float) -> bool:
         """Read for about `budget_s` seconds, at least one block. True when it did something."""
-        if not self._reads:
+        if not self.reads:
             return False
-        read = self._reads[0]
+        read = self.reads[0]
         try:
             read.check()
             self._advance(read, time.perf_counter() + budget_s)
@@ -116,12 +116,12 @@ class ReadControl:
 
     def give_up(self, call_id: int, error: HeadraceError) -> None:
         """Forget the read of this call, if there is one."""
-        for read in [read for read in self._reads if read.call_id == call_id]:
+        for read in [read for read in self.reads if read.call_id == call_id]:
             self._refuse(read, error)
 
     def end(self, error: HeadraceError) -> None:
         """Answer every read with `error`."""
-        for read in list(self._reads):
+        for read in list(self.reads):
             self._refuse(read, error)
 
     def _advance(self, read: _Read, stop_at: float) -> None:
@@ -143,7 +143,7 @@ class ReadControl:
         self._outbox.refuse(read.call_id, error.info())
 
     def _drop(self, read: _Read) -> None:
-        self._reads.remove(read)
+        self.reads.remove(read)
         if read.slices is not None:
             read.slices.close()
         read.slices = None

@@ -103,6 +103,10 @@ class UpdateControl:
     # What the step loop and readers of weights ask. `live_stamp` is another number after live memory was written.
 
     @property
+    def is_idle(self) -> bool:
+        return self.machine.session is None and self._looking is None
+
+    @property
     def phase(self) -> UpdatePhase:
         session = self.machine.session
         if session is None:

@@ -142,12 +142,13 @@ class AsyncEngine(EngineLifecycle):
 
         Raises `RequestError` naming the field.
         """
-        return self._running.builder.prepare(item)
+        return (self._parts or self._running).builder.prepare(item)
 
     def submit(self, item: GenerateItem) -> Stream:
         """Start one sequence. To be called on the engine's loop; the stream too is bound to it."""
-        self.runtime.check_open()
-        return self._running.intake.submit(item)
+        running = self._parts or self._running
+        running.runtime.check_open()
+        return running.intake.submit(item)
 
     @_on_engine_loop
     async def abort(

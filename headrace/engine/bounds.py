@@ -6,7 +6,7 @@ Everything here is checked before anything of that size is made. What the sample
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from headrace.types.errors import RequestError
 from headrace.types.sampling_params import LogprobOptions, SamplingParams
@@ -27,9 +27,9 @@ MAX_CALL_LOGIT_BIAS = 1 << 18
 in the front and the core together: 80 MB at most."""
 
 
-def check_call(params: Iterable[SamplingParams]) -> None:
+def check_call(params: Sequence[SamplingParams]) -> None:
     """Raise `RequestError` if the `sampling_params` of one call are too much together. Shared ones count once."""
-    distinct = {id(each): each for each in params}.values()
+    distinct = dict(zip(map(id, params), params, strict=True)).values()
     if len(distinct) == 1:
         return  # the bounds of each field say enough
     for name, limit, total in (

@@ -317,8 +317,11 @@ class CoreClient:
         self._flush_scheduled = False
         submits, self._submits = self._submits, []
         finished, self._finished = self._finished, []
-        for requests in _in_bounded_groups(submits):
-            self._send_requests(requests)
+        if len(submits) == 1:
+            self._send_requests(tuple(submits))
+        elif submits:
+            for requests in _in_bounded_groups(submits):
+                self._send_requests(requests)
         if finished and self.is_alive:
             try:
                 self._put(Finished(tuple(finished)))
@@ -340,7 +343,10 @@ class CoreClient:
     def _on_output(self, output: Output) -> None:
         if isinstance(output, Deltas):
             for delta in output.deltas:
-                self._on_delta(delta)
+                is_last = delta.finish is not None
+                sink = self._sinks.pop(delta.handle, None) if is_last else self._sinks.get(delta.handle)
+                if sink is not None:
+                    sink.on_delta(delta)
         elif isinstance(output, Reply):
             self.ledger.answered(output)
             self._calls.settle(output)
@@ -348,12 +354,6 @@ class CoreClient:
             self._die(output.error.to_exception())
         elif self._ready is not None and not self._ready.done():
             self._ready.set_result(output)
-
-    def _on_delta(self, delta: Delta) -> None:
-        is_last = delta.finish is not None
-        sink = self._sinks.pop(delta.handle, None) if is_last else self._sinks.get(delta.handle)
-        if sink is not None:
-            sink.on_delta(delta)
 
     def _on_close(self, reason: str) -> None:
         self._die(EngineDeadError(reason))

@@ -137,7 +137,7 @@ def per_prompt(value: Any, num_prompts: int, field: str) -> list[int]:
 
 def name_of(value: Any, field: str) -> str:
     """A plain string of bounded length, of characters that can be encoded."""
-    name = plain_text(value)
+    name = value if type(value) is str else plain_text(value)
     if not isinstance(name, str) or len(name) > MAX_NAME_LENGTH:
         raise RequestError(f"{field} must be a string of at most {MAX_NAME_LENGTH} characters", field=field)
     try:

@@ -53,7 +53,8 @@ class Intake:
             if not item.return_errors:
                 raise
             return self._refused(item, error)
-        stream = Stream(item, request, self._text_start(item, request), self._end)
+        start = None if self._tokenizer is None else self._text_start(self._tokenizer, item, request)
+        stream = Stream(item, request, start, self._end)
         self._client.submit(request, stream)
         self._live.setdefault(item.request_id, {})[item.index] = stream
         if self._request_timeout is not None:
@@ -96,10 +97,8 @@ class Intake:
         stream.on_failure(error)
         return stream
 
-    def _text_start(self, item: GenerateItem, request: Request) -> TextStart | None:
+    def _text_start(self, tokenizer: Tokenizer, item: GenerateItem, request: Request) -> TextStart:
         """The samples of one prompt come one after the other and share it."""
-        if self._tokenizer is None:
-            return None
         num_resumed = request.num_output_ids_in_prompt
         like: TextStart | None = None
         if self._last_start is not None:
@@ -111,7 +110,7 @@ class Intake:
         prompt_ids = unpack_ids(request.prompt)
         cut = len(prompt_ids) - num_resumed
         resumed = prompt_ids[cut:].data
-        start = TextStart(self._tokenizer, item.params, resumed, prompt_ids[:cut], item.shown_tokens, like)
+        start = TextStart(tokenizer, item.params, resumed, prompt_ids[:cut], item.shown_tokens, like)
         self._last_start = request, start
         return start
 

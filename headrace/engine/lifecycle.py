@@ -62,16 +62,16 @@ class EngineLifecycle:
     @property
     def runtime(self) -> Runtime:
         """The engine's loop and core. Waits for the start, as `resolved` and `tokenizer` do."""
-        return self._running.runtime
+        return (self._parts or self._running).runtime
 
     @property
     def resolved(self) -> ResolvedConfig:
         """The settings as they became."""
-        return self._running.resolved
+        return (self._parts or self._running).resolved
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        return self._running.tokenizer
+        return (self._parts or self._running).tokenizer
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:

@@ -24,7 +24,7 @@ class Turn:
 
     async def give_way(self) -> None:
         """To be awaited before each round: let others have their turn when this loop has had its own."""
-        if self.is_over:
+        if time.perf_counter() > self._end:
             await asyncio.sleep(0)
             self._end = time.perf_counter() + TURN_SECONDS
 

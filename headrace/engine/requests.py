@@ -36,6 +36,7 @@ from headrace.types.errors import ErrorInfo, RequestError
 from headrace.types.plain_values import as_choice, as_flag, as_integer, as_integer_array, hint
 from headrace.types.request import Request, TokenSampling, check_prompt_length, pack_ids
 from headrace.types.sampling_params import (
+    GREEDY_TEMPERATURE,
     MAX_LOGPROB_TOKEN_IDS,
     MAX_TOP_LOGPROBS,
     LogprobMode,
@@ -131,6 +132,7 @@ class RequestBuilder:
         self._eos_ids = model.eos_token_ids
         self._output_mode: LogprobMode = engine.logprob_mode
         self._prompt_mode: LogprobMode = engine.prompt_logprob_mode
+        self._no_logprobs = LogprobOptions(self._output_mode, self._prompt_mode)
         self._max_sequences = engine.max_sequences
         self._seeds = SeedSource(engine.seed)
         self._last_shared: _Shared | None = None
@@ -213,8 +215,11 @@ class RequestBuilder:
 
     def build(self, item: GenerateItem, handle: int) -> Request:
         """The core's request for `item`. Raises `RequestError` naming the field."""
-        item = self.prepare(item)
+        item = item if item.packed is not None else self.prepare(item)
         params, packed, shared = item.params, item.packed or b"", self._shared(item.params)
+        logprobs = item.logprobs
+        if logprobs.prompt_start is not None and logprobs.prompt_start >= len(packed) // 4:
+            logprobs = msgspec.structs.replace(logprobs, prompt_start=None)  # none are left to give
         return Request(
             handle=handle,
             request_id=name_of(item.request_id, "request_id"),
@@ -222,7 +227,7 @@ class RequestBuilder:
             max_new_tokens=params.max_new_tokens,
             seed=self._seed_of(item),
             sampling=shared.sampling,
-            logprobs=_effective(item.logprobs, len(packed) // 4),
+            logprobs=logprobs,
             min_new_tokens=params.min_new_tokens,
             stop_token_ids=shared.stop_token_ids,
             priority=item.priority,
@@ -240,11 +245,16 @@ class RequestBuilder:
         """`item` with its prompt, after checking that it can run on this engine whatever else runs."""
         num_prompt = len(packed) // 4
         params = self._clipped(item.params, num_prompt) if item.clip_to_context else item.params
-        self._check_room(num_prompt, params.max_new_tokens)
+        if num_prompt + params.max_new_tokens > self._max_length:
+            raise self._without_room(num_prompt, params.max_new_tokens)
         self._shared(params)
         extra_key, request_id = name_of(item.extra_key, "extra_key"), name_of(item.request_id, "request_id")
-        self._check_logprobs(item.logprobs, num_prompt)
-        check_logprob_values(num_logprob_values(item.logprobs, num_prompt, params), item.logprobs)
+        options, priority = item.logprobs, item.priority
+        if options != self._no_logprobs or type(options.num_top) is not int:
+            self._check_logprobs(options, num_prompt)
+            check_logprob_values(num_logprob_values(options, num_prompt, params), options)
+        if type(priority) is not int or abs(priority) > MAX_PRIORITY:
+            priority = integer_within(priority, "priority", -MAX_PRIORITY, MAX_PRIORITY)
         name, num_output = "num_output_ids_in_prompt", item.num_output_ids_in_prompt
         return msgspec.structs.replace(
             item,
@@ -255,7 +265,7 @@ class RequestBuilder:
             input_ids=None,
             params=params,
             seed=None if item.seed is None else integer_within(item.seed, "seed", 0, (1 << 64) - 1),
-            priority=integer_within(item.priority, "priority", -MAX_PRIORITY, MAX_PRIORITY),
+            priority=priority,
             num_output_ids_in_prompt=integer_within(num_output, name, 0, num_prompt - 1) if num_output else 0,
         )
 
@@ -273,12 +283,16 @@ class RequestBuilder:
         if shared is None or shared.params is not params:
             if params.stop and self._tokenizer is None:
                 raise RequestError("stop strings need a tokenizer; use stop_token_ids", field="sampling_params.stop")
-            self._check_ids(params.stop_token_ids, "sampling_params.stop_token_ids")
-            self._check_ids(params.logit_bias or (), "sampling_params.logit_bias")
+            if params.stop_token_ids:
+                self._check_ids(params.stop_token_ids, "sampling_params.stop_token_ids")
+            if params.logit_bias:
+                self._check_ids(params.logit_bias, "sampling_params.logit_bias")
             stop_ids = params.stop_token_ids if params.ignore_eos else (*self._eos_ids, *params.stop_token_ids)
-            self._check_something_is_left(params, stop_ids)
-            sampling = _token_sampling(params, self._vocab_size)
-            self._last_shared = shared = _Shared(params, sampling, tuple(dict.fromkeys(stop_ids)))
+            stop_ids = tuple(dict.fromkeys(stop_ids))
+            if params.min_new_tokens and len(stop_ids) == self._vocab_size:
+                message = "min_new_tokens leaves nothing to draw: every token of the vocabulary is a stop id"
+                raise RequestError(f"sampling_params.{message}", field="sampling_params.min_new_tokens")
+            self._last_shared = shared = _Shared(params, _token_sampling(params, self._vocab_size), stop_ids)
         return shared
 
     def _samples(self, item: GenerateItem) -> list[GenerateItem]:
@@ -287,15 +301,13 @@ class RequestBuilder:
         replace = msgspec.structs.replace
         return [replace(item, index=index, seed=sample_seed(seed, index)) for index in range(item.params.n)]
 
-    def _check_room(self, num_prompt: int, max_new_tokens: int) -> None:
+    def _without_room(self, num_prompt: int, max_new_tokens: int) -> RequestError:
         """The whole sequence must fit the context, and alone the KV pool."""
-        length = num_prompt + max_new_tokens
-        if length > self._max_length:
-            total = f"{num_prompt} prompt tokens + max_new_tokens {max_new_tokens}"
-            bound = f"{self._pool_tokens} tokens of the KV pool"
-            if length > self._context_length:
-                bound = f"context of {self._context_length}"
-            raise RequestError(f"{total} is over the {bound}", field="sampling_params.max_new_tokens")
+        total = f"{num_prompt} prompt tokens + max_new_tokens {max_new_tokens}"
+        bound = f"{self._pool_tokens} tokens of the KV pool"
+        if num_prompt + max_new_tokens > self._context_length:
+            bound = f"context of {self._context_length}"
+        return RequestError(f"{total} is over the {bound}", field="sampling_params.max_new_tokens")
 
     def _check_logprobs(self, options: LogprobOptions, num_prompt: int) -> None:
         integer_within(options.num_top, "top_logprobs", 0, min(MAX_TOP_LOGPROBS, self._vocab_size))
@@ -356,12 +368,6 @@ class RequestBuilder:
             if not 0 <= token < self._vocab_size:
                 raise self._not_in_vocabulary(token, field)
 
-    def _check_something_is_left(self, params: SamplingParams, stop_ids: Iterable[int]) -> None:
-        """Where no stop id may be drawn, another token must be there for it."""
-        if params.min_new_tokens and len(set(stop_ids)) == self._vocab_size:
-            message = "min_new_tokens leaves nothing to draw: every token of the vocabulary is a stop id"
-            raise RequestError(f"sampling_params.{message}", field="sampling_params.min_new_tokens")
-
     def _not_in_vocabulary(self, token: int, field: str) -> RequestError:
         return RequestError(f"{field} holds {token}, which is not in the vocabulary of {self._vocab_size}", field=field)
 
@@ -384,16 +390,9 @@ def _mode(options: Mapping[str, Any], field: str, default: LogprobMode) -> Any:
     return default if mode is None else as_choice(mode, _MODES, field)
 
 
-def _effective(options: LogprobOptions, num_prompt: int) -> LogprobOptions:
-    """The same, without prompt scores when none are left to give."""
-    if options.prompt_start is None or options.prompt_start < num_prompt:
-        return options
-    return msgspec.structs.replace(options, prompt_start=None)
-
-
 def _token_sampling(params: SamplingParams, vocab_size: int) -> TokenSampling:
     return TokenSampling(
-        temperature=0.0 if params.is_greedy else params.temperature,
+        temperature=0.0 if params.temperature < GREEDY_TEMPERATURE else params.temperature,
         top_k=0 if params.top_k >= vocab_size else max(params.top_k, 0),
         top_p=params.top_p,
         min_p=params.min_p,

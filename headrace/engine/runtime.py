@@ -329,8 +329,8 @@ class Runtime:
 
     def check_open(self) -> None:
         """Raise `ShutdownError` once the runtime is closing, and in a fork of the process that owns it."""
-        if self.foreign is not None:
-            raise self.foreign
+        if os.getpid() != self._pid:
+            raise forked(self._pid)
         if self._is_closing:
             raise ShutdownError(_SHUTTING_DOWN)
 

@@ -5,6 +5,7 @@ links or event loops.
 from __future__ import annotations
 
 import math
+import operator
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from headrace.types.request import Delta, Request, TokenExtras, unpack_floats, u
 
 Span = tuple[str, int, int]
 """(version, number of tokens, weight epoch): one label given to two updates makes two spans."""
+_LABEL, _EPOCH = operator.itemgetter(0, 1), operator.itemgetter(2)
 
 
 class Sample:
@@ -74,8 +76,8 @@ class Sample:
         fields: dict[str, Any] = {
             "token_ids": self.token_ids[start:].tolist(),
             "logprobs": self.logprobs[start:].tolist(),
-            "version_spans": [(version, count) for version, count, _ in spans],
-            "version_epochs": [epoch for _, _, epoch in spans],
+            "version_spans": list(map(_LABEL, spans)),
+            "version_epochs": list(map(_EPOCH, spans)),
             "num_prompt_tokens": self.num_prompt_tokens,
             "num_cached_tokens": self.num_cached_tokens,
             "num_preemptions": self.num_preemptions,
@@ -86,6 +88,8 @@ class Sample:
         if self._options.token_ids:
             extras = self._extras_between(start, len(self.token_ids))
             fields["token_ids_logprobs"] = _asked(extras, self._options.token_ids)
+        if start == 0 and (self._prompt_spans or self._prompt_logprobs):
+            fields |= self.prompt_fields()
         return fields
 
     def prompt_fields(self) -> dict[str, Any]:

@@ -8,13 +8,13 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Literal
 
 from headrace.engine.pacing import Pacer, Turn
 from headrace.engine.requests import GenerateItem
 from headrace.engine.sample import Sample
 from headrace.engine.text_feed import TextFeed, TextStart
-from headrace.text import run_sized
+from headrace.text import INLINE_CHARACTERS, run_sized
 from headrace.types.errors import HeadraceError, InternalError
 from headrace.types.generation import Generation
 from headrace.types.request import Delta, Finish, Request, unpack_ids
@@ -48,7 +48,7 @@ class Stream:
         self.is_done = False
         self._text_start = text_start
         self._on_end = on_end
-        self._sample = Sample(request)
+        self.sample = Sample(request)
         self._feed = text_start.feed() if text_start is not None and request.deliver_every else None
         self.abort_message = ""
         """What to say once the core ends it for an abort of ours: it need not travel there and back for each."""
@@ -64,11 +64,6 @@ class Stream:
         """The prompt's ids, as they went to the core."""
         ids: list[int] = unpack_ids(self.request.prompt).tolist()
         return ids
-
-    @property
-    def num_extra_values(self) -> int:
-        """Log-probabilities that there are so far beside those of the generated tokens."""
-        return self._sample.num_extra_values
 
     def __aiter__(self) -> Stream:
         return self
@@ -88,7 +83,8 @@ class Stream:
             await self._wait()
         if self._error is not None and not self.item.return_errors:
             raise self._error
-        return await run_sized(self._sample.num_extra_values, self._whole)
+        size = self.sample.num_extra_values
+        return self._whole() if size <= INLINE_CHARACTERS else await run_sized(size, self._whole)
 
     def take(self) -> Generation | None:
         """What is new since the last piece, or None. Raises the request's error."""
@@ -96,16 +92,11 @@ class Stream:
             raise self._error
         start = self._num_taken_tokens
         ends_now = self.is_done and not self._has_taken_end
-        if not ends_now and start == len(self._sample.token_ids):
+        if not ends_now and start == len(self.sample.token_ids):
             return None
-        fields = self._sample.fields_from(start)
-        if start == 0:
-            fields |= self._sample.prompt_fields()
-        if ends_now:
-            fields |= self._finish_fields()
-        self._num_taken_tokens = len(self._sample.token_ids)
+        self._num_taken_tokens = len(self.sample.token_ids)
         self._has_taken_end = ends_now
-        return self._generation(fields, self._feed.take() if self._feed else "")
+        return self._generation(start, self._feed.take() if self._feed else "")
 
     def cancel(self) -> None:
         """Drop the sequence: nothing more is wanted. Does nothing once it has ended."""
@@ -133,8 +124,8 @@ class Stream:
         self._fail(error, "dropped")
 
     def _add(self, delta: Delta) -> None:
-        start = len(self._sample.token_ids)
-        num_new = self._sample.append(delta)
+        start = len(self.sample.token_ids)
+        num_new = self.sample.append(delta)
         if self._feed is not None and self._match(self._feed, start, start + num_new, delta.finish):
             return
         if delta.finish is not None:
@@ -146,35 +137,36 @@ class Stream:
         """Turn new ids into text; True when a stop string ended the sequence."""
         hides_last = finish is not None and finish.matched is not None and not self.item.params.no_stop_trim
         for position in range(start, stop - 1 if hides_last else stop):
-            self._matched = feed.push(self._sample.token_ids[position], position + 1)
+            self._matched = feed.push(self.sample.token_ids[position], position + 1)
             if self._matched is not None:
-                self._sample.truncate(feed.completing_length(self._sample.token_ids[: position + 1]))
+                self.sample.truncate(feed.completing_length(self.sample.token_ids[: position + 1]))
                 self._end("dropped" if finish is None else "answered", Finish("stop"))
                 return True
         if finish is not None:
-            self._matched = feed.finish(len(self._sample.token_ids))
+            self._matched = feed.finish(len(self.sample.token_ids))
             if self._matched is not None:
-                self._sample.truncate(feed.completing_length(self._sample.token_ids))
+                self.sample.truncate(feed.completing_length(self.sample.token_ids))
                 finish = Finish("stop")
             self._end("answered", finish)
         return finish is not None
 
     def _whole(self) -> Generation:
         """The sample, once it has ended."""
-        fields = {**self._sample.fields_from(0), **self._sample.prompt_fields(), **self._finish_fields()}
-        return self._generation(fields, self._whole_text())
+        text = "" if self._feed is None else self._feed.text
+        if self._feed is None and self._text_start is not None and self._finish is not None:
+            ids = self.sample.token_ids
+            is_trimmed = self._finish.matched is not None and not self.item.params.no_stop_trim
+            text = self._text_start.whole_text(ids[:-1] if is_trimmed else ids)
+        return self._generation(0, text)
 
-    def _whole_text(self) -> str:
-        if self._feed is not None:
-            return self._feed.text
-        if self._text_start is None or self._finish is None:
-            return ""
-        ids = self._sample.token_ids
-        if self._finish.matched is not None and not self.item.params.no_stop_trim:
-            ids = ids[:-1]
-        return self._text_start.whole_text(ids)
-
-    def _generation(self, fields: dict[str, Any], text: str) -> Generation:
+    def _generation(self, start: int, text: str) -> Generation:
+        """What there is of the tokens from `start` on, and how it ended if it has."""
+        fields = self.sample.fields_from(start)
+        finish = self._finish
+        if finish is not None:
+            fields["finish_reason"], fields["error"] = finish.type, finish.error
+            fields["matched"] = finish.matched if self._matched is None else self._matched
+            fields["finish_message"] = finish.message or (self.abort_message if finish.type == "abort" else "")
         return Generation(
             request_id=self.request.request_id,
             index=self.item.index,
@@ -185,17 +177,6 @@ class Stream:
             seed=self.request.seed,
             **fields,
         )
-
-    def _finish_fields(self) -> dict[str, Any]:
-        finish = self._finish
-        if finish is None:
-            raise InternalError("a sequence without a finish was taken as done")
-        return {
-            "finish_reason": finish.type,
-            "matched": finish.matched if self._matched is None else self._matched,
-            "finish_message": finish.message or (self.abort_message if finish.type == "abort" else ""),
-            "error": finish.error,
-        }
 
     def _fail(self, error: HeadraceError, kind: EndKind) -> None:
         if not self.is_done:

@@ -80,10 +80,7 @@ class InprocessCoreLink:
     def __init__(self, front: InprocessFrontLink) -> None:
         self._front = front
         self._is_closed = False
-
-    @property
-    def is_behind(self) -> bool:
-        return False  # the two ends share one interpreter: neither gets far ahead of the other
+        self.is_behind = False  # the two ends share one interpreter: neither gets far ahead of the other
 
     def poll(self, timeout: float) -> list[Command]:
         commands: list[Command] = []

@@ -45,7 +45,7 @@ class Connection(H11Protocol):
         self.conn = self._parser = parser
         self._queue = queue
         self._waiting = bytearray()
-        self.logger = _ClientFaults(__name__)
+        self.logger = _CLIENT_FAULTS
         self.is_crowded = is_crowded
         """The server has more connections than it wants: only a short answer is due."""
         self.is_lingering = False
@@ -98,7 +98,7 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone, or was sent away."""
         super().connection_lost(exc)
-        if self.is_gone and self.on_lost is not None:
+        if self.on_lost is not None and self.is_gone:
             self.on_lost()
 
     def data_received(self, data: bytes) -> None:
@@ -139,7 +139,7 @@ class Connection(H11Protocol):
 
     def _parse(self, data: bytes) -> None:
         super().data_received(data)
-        if self._parser.is_wasteful and not self.transport.is_closing():
+        if self._parser.is_in_chunks and self._parser.is_wasteful and not self.transport.is_closing():
             self.send_400_response("The body's framing is out of all proportion to what is in it.")
         if not self._is_between_requests:
             self._headers_since = None
@@ -199,3 +199,6 @@ class _ClientFaults(logging.Logger):
 
     def warning(self, msg: object, *args: object, **more: Any) -> None:
         self.debug(msg, *args, **more)
+
+
+_CLIENT_FAULTS = _ClientFaults(__name__)

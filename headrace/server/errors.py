@@ -95,18 +95,18 @@ class FieldNames(AbstractContextManager[None]):
         self._names = names
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if not isinstance(error, HeadraceError):
-            return
-        field = self._renamed(error.field)
-        if field != error.field:
-            raise type(error)(error.message.replace(error.field, field, 1), field=field) from None
+        if isinstance(error, HeadraceError) and (told := renamed(error, self._names)) is not error:
+            raise told from None
 
-    def _renamed(self, field: str) -> str:
-        ours = max((name for name in self._names if _is_below(field, name)), key=len, default=None)
-        if ours is None:
-            return field
-        theirs, rest = self._names[ours], field[len(ours) :]
-        return theirs + rest if theirs else rest.lstrip(".")
+
+def renamed(error: HeadraceError, names: Mapping[str, str]) -> HeadraceError:
+    """The same error in the dialect's words; see `FieldNames`."""
+    ours = max((name for name in names if _is_below(error.field, name)), key=len, default=None)
+    if ours is None:
+        return error
+    theirs, rest = names[ours], error.field[len(ours) :]
+    field = theirs + rest if theirs else rest.lstrip(".")
+    return error if field == error.field else type(error)(error.message.replace(error.field, field, 1), field=field)
 
 
 def _is_below(field: str, name: str) -> bool:

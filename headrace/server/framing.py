@@ -50,10 +50,8 @@ class Parser(h11.Connection):
 
     @property
     def is_wasteful(self) -> bool:
-        """True when too much of the body so far is framing, or it ends in too many trailers. To be asked when
+        """True when too much of the body in chunks so far is framing, or it ends in too many trailers. To be asked when
         everything is parsed that can be."""
-        if not self.is_in_chunks:
-            return False
         num_framing = self.num_received - self._begun_at - self._num_payload
         is_over = num_framing > FREE_FRAMING_BYTES + FRAMING_PER_BYTE * self._num_payload
         return is_over or self.trailing_data[0].count(b"\n") > MAX_HEADERS
@@ -104,7 +102,7 @@ class Parser(h11.Connection):
         if type(event) is h11.Data:
             self._num_payload += len(event.data)
         elif type(event) is h11.Request:
-            self._is_chunked = b"transfer-encoding" in [name.lower() for name, _ in event.headers.raw_items()]
+            self._is_chunked = b"transfer-encoding" in dict(event.headers)
             if self._is_chunked:
                 self._num_payload, self._begun_at = 0, self.num_received - len(self.trailing_data[0])
         return event

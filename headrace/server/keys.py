@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 from headrace.types.errors import RequestError
@@ -69,8 +69,10 @@ def is_absent(value: Any, depth: int = MAX_ABSENT_DEPTH) -> bool:
     return not value
 
 
-def warnings_for(values: Mapping[str, Any], known: Iterable[str]) -> list[str]:
+def warnings_for(values: Mapping[str, Any], known: Set[str]) -> list[str]:
     """What to tell a caller about keys that are not known."""
-    unknown = values.keys() - set(known)
+    unknown = values.keys() - known
+    if not unknown:
+        return []
     warnings = [f"{ascii(key[:64])} is not known and was ignored" for key in heapq.nsmallest(MAX_NAMED, unknown)]
     return warnings if len(unknown) <= MAX_NAMED else [*warnings, f"so were {len(unknown) - MAX_NAMED} more"]

@@ -49,48 +49,40 @@ class Limits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        framing = _Framing(scope)
-        app = self._refusal(scope, framing) or self._app
-        if framing.num_announced == 0:
+        values = dict(scope["headers"])
+        length, num_announced = values.get(b"content-length"), 0
+        if length is not None:
+            num_announced = int(length) if length.isdigit() and len(length) < 19 else 1 << 62
+        is_chunked = b"transfer-encoding" in values
+        app = self._refusal(scope, num_announced, is_ambiguous=is_chunked and length is not None) or self._app
+        if num_announced == 0 and not is_chunked:
             await app(scope, receive, send)
             return
-        body = _Body(scope, receive, send, framing.num_announced, self._max_body_bytes, self._body_timeout)
+        announced = None if is_chunked else num_announced
+        body = _Body(scope, receive, send, announced, self._max_body_bytes, self._body_timeout)
         try:
             await app(scope, body.receive, body.send)
         finally:
-            await body.finish()
+            if body.owes_end:
+                await body.finish()
 
-    def _refusal(self, scope: Scope, framing: _Framing) -> ASGIApp | None:
-        """The answer to what is refused by its headers alone."""
+    def _refusal(self, scope: Scope, num_announced: int, *, is_ambiguous: bool) -> ASGIApp | None:
+        """The answer to what is refused by its headers alone. Chunks beside a length are ambiguous: whoever stands in
+        front of this server may believe the other of the two."""
         num_header_bytes = sum(map(len, itertools.chain.from_iterable(scope["headers"])))
         if num_header_bytes > MAX_HEADER_BYTES or len(scope["query_string"]) > MAX_QUERY_BYTES:
             message = f"headers are over {MAX_HEADER_BYTES} bytes or the query over {MAX_QUERY_BYTES}"
             return respond(431, error_body(431, message))
         if len(scope["raw_path"]) > MAX_PATH_BYTES:
             return respond(414, error_body(414, f"the path is over {MAX_PATH_BYTES} bytes"))
-        if framing.is_ambiguous:
+        if is_ambiguous:
             return respond(400, error_body(400, "transfer-encoding and content-length exclude each other"))
-        if framing.num_announced is not None and framing.num_announced > self._max_body_bytes:
-            error = too_large(framing.num_announced, self._max_body_bytes)
+        if num_announced > self._max_body_bytes:
+            error = too_large(num_announced, self._max_body_bytes)
             return respond(error.status, body_of(error))
         if scope["state"][CLIENT].is_crowded and scope["path"] not in self._open_paths:
             return respond(503, error_body(503, "too many connections", retryable=True), retryable=True)
         return None
-
-
-class _Framing:
-    """How long the body says it is: `num_announced` is None when it comes in chunks, 0 when there is none.
-
-    Chunks beside a length are ambiguous: whoever stands in front of this server may believe the other of the two.
-    """
-
-    def __init__(self, scope: Scope) -> None:
-        values = dict(scope["headers"])
-        length, is_chunked = values.get(b"content-length"), b"transfer-encoding" in values
-        self.is_ambiguous = is_chunked and length is not None
-        self.num_announced: int | None = None if is_chunked else 0
-        if length is not None and not is_chunked:
-            self.num_announced = int(length) if length.isdigit() and len(length) < 19 else 1 << 62
 
 
 class _Body:
@@ -114,7 +106,8 @@ class _Body:
         self._client: Connection = scope["state"][CLIENT]
         self._linger_bytes, self._linger_seconds = LINGER_BYTES, LINGER_SECONDS
         self._is_read = False
-        self._owes_end = False
+        self.owes_end = False
+        """An early reply was sent, all but its end."""
 
     async def receive(self) -> Message:
         """The next part; `RequestTooLargeError` beyond the bound, `BodyTimeoutError` when it does not come."""
@@ -146,13 +139,11 @@ class _Body:
                 message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
             await self._send(message)
         else:
-            self._owes_end = not message.get("more_body", False)
+            self.owes_end = not message.get("more_body", False)
             await self._send({**message, "more_body": True})
 
     async def finish(self) -> None:
         """End an early reply, and with it the connection, once the client has seen it."""
-        if not self._owes_end:
-            return
         self._client.is_lingering = True
         await self._forget(self._linger_seconds, LINGER_SILENT_SECONDS)
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -11,6 +11,7 @@ import os
 import resource
 import socket
 from collections.abc import Generator
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -64,7 +65,7 @@ class EmbeddedServer(uvicorn.Server):
         self.max_connections = 0
         self._parsing = ParsingQueue()
         self._write_timeout = write_timeout
-        self._accepting: dict[asyncio.Task[None], Connection] = {}
+        self._accepting: dict[asyncio.Task[Any], Connection] = {}
         self._listeners: list[socket.socket] = []
         self._next_log = 0.0
 
@@ -163,18 +164,13 @@ class EmbeddedServer(uvicorn.Server):
             self._warn(f"{self.max_connections} connections are busy: more get 503")
 
         connection = Connection(self.config, self.server_state, self.lifespan.state, self._parsing, is_crowded)
-
-        async def connect() -> None:
-            await loop.connect_accepted_socket(lambda: connection, client)
-
-        task = loop.create_task(connect())
+        task = loop.create_task(loop.connect_accepted_socket(lambda: connection, client))
         self._accepting[task] = connection
         task.add_done_callback(self._accepting.pop)
 
     def _num_open(self) -> int:
         """A connection is known to uvicorn shortly before its task has ended."""
-        known = self.server_state.connections
-        return len(known) + sum(connection not in known for connection in self._accepting.values())
+        return len(self.server_state.connections.union(self._accepting.values()))
 
     def _evict(self) -> bool:
         """Close the longest unused of those connections that nobody would miss; False when there is none."""

@@ -13,11 +13,12 @@ from headrace.engine import Stream
 from headrace.engine.pacing import Turn
 from headrace.engine.stream import StreamGroup
 from headrace.server.native_reply import ReplyStyle, SequenceReply
-from headrace.server.native_types import Draft, GenerateCall, item_errors, read_call
+from headrace.server.native_types import Draft, GenerateCall, in_dialect, read_call
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.wire import EventStream, PartsReply, cancel_all, dropping, encode_json, event, read_body
-from headrace.text import run_sized
+from headrace.text import INLINE_CHARACTERS, run_sized
+from headrace.types.errors import HeadraceError
 from headrace.types.generation import Generation
 
 STREAM_HEADER = "x-headrace-stream"
@@ -49,9 +50,10 @@ class NativeFace:
             return EventStream(events, cancel, on_disconnect, headers={STREAM_HEADER: _STREAMING[call.is_incremental]})
         with dropping(request.scope, cancel, on_disconnect):
             bodies = await _written(streams, style, call.wants_logprobs)
-        parts = [part for body in bodies for part in (b",", body)]
-        parts = [b"[", *parts[1:], b"]"] if call.is_list else bodies
-        return PartsReply(parts)
+        if call.is_list:
+            parts = [part for body in bodies for part in (b",", body)]
+            bodies = [b"[", *parts[1:], b"]"]
+        return PartsReply(bodies)
 
     async def _submit(self, call: GenerateCall) -> list[Stream]:
         """All sequences or none. A long list leaves the loop to others now and then."""
@@ -60,9 +62,10 @@ class NativeFace:
         try:
             for item in call.items:
                 await turn.give_way()
-                with item_errors(item.prompt_index, call.is_list):
-                    streams.append(self._state.submit(item))
+                streams.append(self._state.submit(item))
             is_whole = True
+        except HeadraceError as error:
+            raise in_dialect(error, item.prompt_index, call.is_list) from None
         finally:
             if not is_whole:
                 cancel_all(streams)
@@ -110,7 +113,8 @@ async def _written(streams: list[Stream], style: ReplyStyle, wants_logprobs: Seq
         stream = streams[-1]
         piece = await stream.result()
         reply = SequenceReply(style, stream, is_wanted)
-        bodies.append(await run_sized(stream.num_extra_values, functools.partial(_write, reply, piece)))
+        size, write = stream.sample.num_extra_values, functools.partial(_write, reply, piece)
+        bodies.append(write() if size <= INLINE_CHARACTERS else await run_sized(size, write))
         streams.pop()
     return bodies
 

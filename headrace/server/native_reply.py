@@ -73,7 +73,7 @@ class SequenceReply:
             "completion_tokens": self._num_tokens,
             "cached_tokens": piece.num_cached_tokens,
             "reasoning_tokens": 0,
-            "weight_version": self._version(),
+            "weight_version": self._last_version or self._style.live_version(),  # the latter of nothing computed
             "num_retractions": piece.num_preemptions,
             "dp_rank": 0,
             "version_spans": self._spans,
@@ -106,10 +106,6 @@ class SequenceReply:
         self._prompt_spans = []
         for values in self._lists.values():
             values.clear()
-
-    def _version(self) -> str:
-        """The last token's, or that of the weights that scored the prompt."""
-        return self._last_version or self._style.live_version()
 
     def _add_logprobs(self, piece: Generation) -> None:
         pairs = zip(piece.logprobs, piece.token_ids, strict=True)

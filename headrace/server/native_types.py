@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -12,14 +12,14 @@ import numpy as np
 
 from headrace.engine import AsyncEngine, GenerateItem
 from headrace.engine.bounds import check_body, check_call
-from headrace.engine.fields import name_of, params_list, per_prompt
+from headrace.engine.fields import name_of, params_list
 from headrace.engine.pacing import Turn
-from headrace.server.errors import FieldNames
+from headrace.server.errors import renamed
 from headrace.server.keys import LACKING_GENERATE, LACKING_SAMPLING, refuse_lacking, warnings_for
 from headrace.server.prompts import check_count, encode_text, encode_texts, warnings_about
 from headrace.server.wire import convert
 from headrace.text import run_sized
-from headrace.types.errors import RequestError
+from headrace.types.errors import HeadraceError, RequestError
 from headrace.types.request import check_prompt_length
 from headrace.types.sampling_params import LogprobMode, LogprobOptions, SamplingParams
 
@@ -51,7 +51,8 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     log_metrics: bool = True
 
 
-_KNOWN = frozenset(GenerateBody.__struct_fields__)
+_KNOWN = LACKING_GENERATE.union(GenerateBody.__struct_fields__)
+_NUM_SAMPLES = operator.attrgetter("n")
 _FIELDS = {
     "request_id": "rid",
     "logprob_start": "logprob_start_len",
@@ -85,19 +86,28 @@ class Draft:
         self.body = body = convert(values, GenerateBody)
         self.sources, self.is_batch, self.field = _sources(body)
         check_count(engine, len(self.sources), self.field)
+        self.fields = [f"{self.field}[{i}]" for i in range(len(self.sources))] if self.is_batch else [self.field]
         self.refusals: dict[int, RequestError] | None = {} if body.return_errors else None
         self.params = params_list(body.sampling_params, len(self.sources), self.refusals, read_params)
-        counts = [each.n for each in self.params]
-        check_count(engine, sum(counts), self.field)
-        check_call(self.params)
+        counts = list(map(_NUM_SAMPLES, self.params))
+        if sum(counts) > len(counts):
+            check_count(engine, sum(counts), self.field)
+        if len(self.params) > 1:
+            check_call(self.params)
         self.asked = _PromptOptions(engine, body, len(self.sources), self.refusals)
-        self.warnings = warnings_for(values, _KNOWN | LACKING_GENERATE)
+        self.warnings = warnings_for(values, _KNOWN)
         self.is_list = self.is_batch or sum(counts) > 1
         self.names = _names(body.rid, counts, self.is_list, self.refusals)
-
-    def samples(self) -> Iterator[tuple[int, int]]:
-        """Every sequence as the position of its prompt and its number there, in reply order."""
-        return ((position, index) for position, each in enumerate(self.params) for index in range(each.n))
+        self.prompts: list[Any] = []
+        """Arrays of ids; None for one that is refused. Texts are encoded later."""
+        for position, ids in enumerate(self.sources if body.text is None else ()):
+            try:
+                self.prompts.append(shared_ids(engine, ids, self.fields[position]))
+            except RequestError as error:
+                if self.refusals is None:
+                    raise
+                self.refusals.setdefault(position, error)
+                self.prompts.append(None)
 
 
 async def read_call(engine: AsyncEngine, draft: Draft, is_incremental: bool) -> GenerateCall:
@@ -106,26 +116,29 @@ async def read_call(engine: AsyncEngine, draft: Draft, is_incremental: bool) -> 
     `is_incremental` says how to stream where the body does not.
     """
     body, is_list, warnings = draft.body, draft.is_list, draft.warnings
-    prompts = await _prompts(engine, draft)
-    if draft.field == "text" and body.add_special_tokens:
-        named = {_name(draft.field, i, draft.is_batch): ids for i, ids in enumerate(prompts)}
-        warnings += warnings_about(engine, named)
-    items: list[GenerateItem] = []
-    first, turn = GenerateItem(), Turn()
-    for position, index in draft.samples():
-        await turn.give_way()
-        if index == 0:
-            item = draft.asked.item(position, prompts[position], draft.params[position], draft.names[len(items)])
-            first = _prepared(engine, item, is_list, draft.refusals)
-        items.append(msgspec.structs.replace(first, index=index, request_id=draft.names[len(items)]))
-    firsts = [item for item in items if item.index == 0 and item.packed is not None]
-    with item_errors(0, is_list):
+    if body.text is not None:
+        await _encode(engine, draft)
+        if body.add_special_tokens:
+            warnings += warnings_about(engine, dict(zip(draft.fields, draft.prompts, strict=True)))
+    items, wants_logprobs, turn = list[GenerateItem](), list[bool](), Turn()
+    for position, params in enumerate(draft.params):
+        item = draft.asked.item(position, draft.prompts[position], params, draft.names[len(items)])
+        first = _prepared(engine, item, is_list, draft.refusals)
+        for index in range(params.n):
+            await turn.give_way()
+            items.append(msgspec.structs.replace(first, index=index, request_id=draft.names[len(items)]))
+            wants_logprobs.append(draft.asked.wants_logprobs[position])
+    if body.return_prompt_token_ids or any(wants_logprobs):  # else there is nothing to count
+        firsts = [item for item in items if item.index == 0 and item.packed is not None]
         prompts_asked = ((item.logprobs, len(item.packed or b"") // 4, item.params) for item in firsts)
         repeats_ids_for = "return_prompt_token_ids" if body.return_prompt_token_ids else ""
-        await run_sized(len(firsts), lambda: check_body(prompts_asked, repeats_ids_for))
+        try:
+            await run_sized(len(firsts), lambda: check_body(prompts_asked, repeats_ids_for))
+        except RequestError as error:
+            raise in_dialect(error, 0, is_list) from None
     return GenerateCall(
         items=items,
-        wants_logprobs=[draft.asked.wants_logprobs[item.prompt_index] for item in items],
+        wants_logprobs=wants_logprobs,
         is_list=is_list,
         is_stream=body.stream,
         is_incremental=is_incremental
@@ -137,10 +150,10 @@ async def read_call(engine: AsyncEngine, draft: Draft, is_incremental: bool) -> 
     )
 
 
-def item_errors(position: int, is_list: bool) -> AbstractContextManager[None]:
-    """Inside, the engine's complaints about a sequence name the fields of this dialect."""
+def in_dialect(error: HeadraceError, position: int, is_list: bool) -> HeadraceError:
+    """The engine's complaint about a sequence, naming the fields of this dialect."""
     prompt = f"input_ids[{position}]" if is_list else "input_ids"
-    return FieldNames({**_FIELDS, "input_ids": prompt})
+    return renamed(error, {**_FIELDS, "input_ids": prompt})
 
 
 class _PromptOptions:
@@ -149,31 +162,30 @@ class _PromptOptions:
     def __init__(
         self, engine: AsyncEngine, body: GenerateBody, num_prompts: int, refusals: dict[int, RequestError] | None
     ) -> None:
-        self.wants_logprobs = _per_prompt(body.return_logprob, num_prompts, "return_logprob")
-        self._priorities = _per_prompt(body.priority, num_prompts, "priority")
-        self._extra_keys = _per_prompt(body.extra_key, num_prompts, "extra_key")
-        self._num_output = per_prompt(body.num_output_ids_in_prompt, num_prompts, "num_output_ids_in_prompt")
+        lists = []
+        for field in _PER_PROMPT:
+            value = getattr(body, field)
+            lists.append(_per_prompt(value, num_prompts, field) if isinstance(value, list) else [value] * num_prompts)
+        self.wants_logprobs, self._priorities, self._extra_keys, self._num_output, starts, tops = lists
         if any(self._num_output) and body.text is not None:
             message = "num_output_ids_in_prompt counts token ids: give the prompt as input_ids"
             raise RequestError(message, field="num_output_ids_in_prompt")
         self._body = body
-        starts = _per_prompt(body.logprob_start_len, num_prompts, "logprob_start_len")
-        tops = _per_prompt(body.top_logprobs_num, num_prompts, "top_logprobs_num")
-        asked = _asked_ids(body.token_ids_logprob, num_prompts)
+        asked = _asked_ids(body.token_ids_logprob, num_prompts) if body.token_ids_logprob else [()] * num_prompts
         modes = (
             body.logprob_mode or engine.config.logprob_mode,
             body.prompt_logprob_mode or engine.config.prompt_logprob_mode,
         )
-        self._logprobs: list[LogprobOptions] = []
+        self._logprobs = [LogprobOptions(*modes)] * num_prompts
         for position, each in enumerate(zip(self.wants_logprobs, starts, tops, asked, strict=True)):
+            if each == _NO_LOGPROBS:
+                continue
             try:
-                options = _logprob_options(modes, *each)
+                self._logprobs[position] = _logprob_options(modes, *each)
             except RequestError as error:
                 if refusals is None:
                     raise
                 refusals.setdefault(position, error)
-                options = LogprobOptions(*modes)
-            self._logprobs.append(options)
 
     def item(self, position: int, prompt: Any, params: SamplingParams, name: str) -> GenerateItem:
         """The first sample of prompt `position`."""
@@ -190,6 +202,12 @@ class _PromptOptions:
             clip_to_context=self._body.clip_to_context,
             return_errors=self._body.return_errors,
         )
+
+
+_PER_PROMPT = (
+    *("return_logprob", "priority", "extra_key", "num_output_ids_in_prompt", "logprob_start_len", "top_logprobs_num"),
+)
+_NO_LOGPROBS = False, -1, 0, ()
 
 
 def _logprob_options(
@@ -221,41 +239,32 @@ def _prepared(
     engine: AsyncEngine, item: GenerateItem, is_list: bool, refusals: dict[int, RequestError] | None
 ) -> GenerateItem:
     """The item as the engine takes it; a refused one, if refusals are to be returned, as one that fails at once."""
-    try:
-        if refusals and item.prompt_index in refusals:
-            raise refusals[item.prompt_index]
-        with item_errors(item.prompt_index, is_list):
+    refusal: HeadraceError | None = refusals.get(item.prompt_index) if refusals else None
+    if refusal is None:
+        try:
             return engine.prepare(item)
-    except RequestError as error:
-        if refusals is None:
-            raise
-        return msgspec.structs.replace(item, input_ids=None, refusal=error.info())
-
-
-async def _prompts(engine: AsyncEngine, draft: Draft) -> list[Any]:
-    """The prompts as arrays of ids; None for one that is among the refusals, or joins them here."""
-    field, special, refusals = draft.field, draft.body.add_special_tokens, draft.refusals
-    named = {_name(field, i, draft.is_batch): source for i, source in enumerate(draft.sources)}
+        except RequestError as error:
+            refusal = in_dialect(error, item.prompt_index, is_list)
     if refusals is None:
-        if field == "text":
-            named = await encode_texts(engine, named, add_special_tokens=special)
-        return await shared_rows(engine, named)
-    prompts: list[Any] = []
+        raise refusal
+    return msgspec.structs.replace(item, input_ids=None, refusal=refusal.info())
+
+
+async def _encode(engine: AsyncEngine, draft: Draft) -> None:
+    """Texts become prompts; one that cannot is among the refusals where these are to be returned."""
+    special, named = draft.body.add_special_tokens, dict(zip(draft.fields, draft.sources, strict=True))
+    if draft.refusals is None:
+        draft.prompts = await shared_rows(engine, await encode_texts(engine, named, add_special_tokens=special))
+        return
     turn = Turn()
-    for position, (name, source) in enumerate(named.items()):
+    for position, (name, text) in enumerate(named.items()):
         await turn.give_way()
         try:
-            is_text = field == "text"
-            ids = await encode_text(engine, source, name, add_special_tokens=special) if is_text else source
-            prompts.append(shared_ids(engine, ids, name))
+            ids = await encode_text(engine, text, name, add_special_tokens=special)
+            draft.prompts.append(shared_ids(engine, ids, name))
         except RequestError as error:
-            refusals.setdefault(position, error)
-            prompts.append(None)
-    return prompts
-
-
-def _name(field: str, position: int, is_batch: bool) -> str:
-    return f"{field}[{position}]" if is_batch else field
+            draft.refusals.setdefault(position, error)
+            draft.prompts.append(None)
 
 
 async def shared_rows(engine: AsyncEngine, rows: Mapping[str, Any]) -> list[Any]:
@@ -288,18 +297,14 @@ def read_params(values: Any, field: str) -> SamplingParams:
     return SamplingParams.from_dict(values, field=field)
 
 
-def _per_prompt(value: Any, num_prompts: int, field: str) -> list[Any]:
-    if not isinstance(value, list):
-        return [value] * num_prompts
+def _per_prompt(value: list[Any], num_prompts: int, field: str) -> list[Any]:
     if len(value) != num_prompts:
         raise RequestError(f"{field} holds {len(value)} values for {num_prompts} prompts", field=field)
     return value
 
 
-def _asked_ids(given: list[Any] | None, num_prompts: int) -> list[tuple[int, ...]]:
+def _asked_ids(given: list[Any], num_prompts: int) -> list[tuple[int, ...]]:
     """`token_ids_logprob` is a list of ids for all prompts, or a list of such lists."""
-    if not given:
-        return [()] * num_prompts
     if isinstance(given[0], list) or given[0] is None:
         rows = _per_prompt(given, num_prompts, "token_ids_logprob")
         return [_id_row(row or [], f"token_ids_logprob[{i}]") for i, row in enumerate(rows)]
@@ -329,7 +334,7 @@ def _names(
     """A name per sequence. One name for many becomes name_0, name_1, ...; so does each of a list when n > 1."""
     num_sequences = sum(counts)
     if rid is None or rid == "":
-        return [uuid.uuid4().hex for _ in range(num_sequences)]
+        return [""] * num_sequences  # the engine makes them
     if isinstance(rid, str):
         rid = name_of(rid, "rid")
         return [f"{rid}_{number}" for number in range(num_sequences)] if is_list else [rid]

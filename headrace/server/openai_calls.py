@@ -94,7 +94,7 @@ class OpenAiCall:
             piece = await stream.result()
             self.count(piece)
             write = functools.partial(_written, make, number, piece)
-            choices.append(await run_sized(stream.num_extra_values, write))
+            choices.append(await run_sized(stream.sample.num_extra_values, write))
         return choices
 
     def cancel(self) -> None:

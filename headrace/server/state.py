@@ -30,7 +30,7 @@ class ServerState:
         self.huge_bodies = asyncio.Lock()
         """Held while one is decoded."""
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
-        self._is_draining = False
+        self.is_draining = False
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -57,13 +57,9 @@ class ServerState:
         return self.engine.config.served_model_name or self.engine.config.model
 
     @property
-    def is_draining(self) -> bool:
-        return self._is_draining
-
-    @property
     def is_ready(self) -> bool:
         """True when a request that came now would start now."""
-        return self.engine.is_ready and not self._is_draining
+        return self.engine.is_ready and not self.is_draining
 
     @contextmanager
     def active(self, route: str) -> Iterator[None]:
@@ -80,7 +76,7 @@ class ServerState:
                 self._idle.set()
 
     def stop_admitting(self) -> None:
-        self._is_draining = True
+        self.is_draining = True
 
     async def wait_idle(self, timeout: float) -> bool:
         """Wait until no request runs; False if some still do after `timeout` seconds."""

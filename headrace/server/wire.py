@@ -16,7 +16,7 @@ from headrace.config.json_bounds import BODY, excess
 from headrace.engine import Stream
 from headrace.server import errors
 from headrace.server.connections import CLIENT, Connection
-from headrace.text import run_sized
+from headrace.text import INLINE_CHARACTERS, run_sized
 from headrace.types.errors import HeadraceError, RequestError, RequestTooLargeError, UnavailableError
 
 JSON_TYPE = "application/json"
@@ -24,7 +24,6 @@ DONE_EVENT = b"data: [DONE]\n\n"
 _BYTES_PER_CHARACTER = 8  # JSON is read so much faster than text is encoded
 _HUGE_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 18
-_ENCODER = msgspec.json.Encoder()
 # U+0085, U+2028 and U+2029, which JSON leaves as they are; they can only be inside its strings.
 _LINE_SEPARATORS = tuple((chr(code).encode(), b"\\u%04x" % code) for code in (0x85, 0x2028, 0x2029))
 
@@ -36,15 +35,14 @@ def json_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None 
     return Response(encode_json(value), status, headers, JSON_TYPE)
 
 
-def encode_json(value: Any) -> bytes:
-    """`value` as JSON; numbers that are not finite become null."""
-    return _ENCODER.encode(value)
+encode_json = msgspec.json.Encoder().encode
+"""A value as JSON bytes; numbers that are not finite become null."""
 
 
 def event(value: Any) -> bytes:
     """`value` as one server-sent event. A line of it has no character that a client which reads text lines may take for
     the end of one."""
-    written = _ENCODER.encode(value)
+    written = encode_json(value)
     for separator, escape in _LINE_SEPARATORS:
         if separator in written:
             written = written.replace(separator, escape)
@@ -64,6 +62,8 @@ async def read_body(request: Request, make: Callable[[dict[str, Any]], Value]) -
     """What `make` makes of the JSON object in the body, in the thread in which a large one is read: a few bytes may
     cost it as much as a page of text. It must not touch what the loop owns."""
     raw = await request.body()
+    if len(raw) <= INLINE_CHARACTERS:  # nearly always
+        return make(decode_object(raw))
     return await _read(request, raw, len(raw), lambda whole: make(decode_object(whole)))
 
 
@@ -96,9 +96,10 @@ def decode_object(raw: bytes) -> dict[str, Any]:
 
 def convert(values: Mapping[str, Any], kind: type[Value], *, strict: bool = True) -> Value:
     """`values` as the struct `kind`; nulls and unknown keys are left out. Raises `RequestError` naming the field."""
-    present = {key: value for key, value in values.items() if value is not None}
+    if None in values.values():
+        values = {key: value for key, value in values.items() if value is not None}
     try:
-        return msgspec.convert(present, kind, strict=strict)
+        return msgspec.convert(values, kind, strict=strict)
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at `$")
         field = path.rstrip("`").lstrip(".").replace("[...]", "") or "body"
@@ -146,7 +147,7 @@ class PartsReply(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         num_left = self._num_bytes
-        for chunk in _in_chunks(self._parts):
+        for chunk in _in_chunks(self._parts) if num_left > _CHUNK_BYTES else (b"".join(self._parts),):
             num_left -= len(chunk)
             await send({"type": "http.response.body", "body": chunk, "more_body": num_left > 0})
 

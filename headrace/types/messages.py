@@ -37,16 +37,17 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
     @classmethod
     def of(cls, requests: Iterable[Request]) -> Submit:
         """The message that brings these requests, in their order."""
-        families: list[tuple[Request, list[Sibling]]] = []
+        firsts, siblings = list[Request](), list[list[Sibling]]()
         last: Request | None = None
         for request in requests:
             sibling = None if last is None else Sibling.between(last, request)
             if sibling is None:
-                families.append((request, []))
+                firsts.append(request)
+                siblings.append([])
             else:
-                families[-1][1].append(sibling)
+                siblings[-1].append(sibling)
             last = request
-        return cls(tuple(first for first, _ in families), tuple(tuple(others) for _, others in families))
+        return cls(tuple(firsts), tuple(map(tuple, siblings)))
 
     def all_requests(self) -> Iterator[Request]:
         """The requests, in their order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -68,9 +69,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             if value is default:
                 continue
             plain = default if value is None else _READERS[name](value, name)
+            low, high, rule = _BOUNDS.get(name, _NO_BOUNDS)
+            if rule and plain is not None and not low <= plain <= high:
+                raise RequestError(f"{name} {rule}", field=name)
             if plain is not value:
                 msgspec.structs.force_setattr(self, name, plain)
-        _check_bounds(self)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise RequestError("min_new_tokens must be in [0, max_new_tokens]", field="min_new_tokens")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, field: str = "sampling_params") -> SamplingParams:
@@ -124,6 +129,8 @@ def _read_stop(value: Any, field: str) -> tuple[str, ...]:
     what = "a string or a list of strings"
     stops = [value] if isinstance(value, str) else as_list(value, field, what, MAX_STOP_STRINGS, takes_sets=True)
     _require(all(isinstance(stop, str) and stop for stop in stops), field, "must hold non-empty strings")
+    is_short = all(len(stop) <= MAX_STOP_STRING_LENGTH for stop in stops)
+    _require(is_short, field, f"strings must be at most {MAX_STOP_STRING_LENGTH} characters")
     return tuple(map(plain_text, stops))
 
 
@@ -131,7 +138,9 @@ def _read_stop_ids(value: Any, field: str) -> tuple[int, ...]:
     value = plain_scalar(value)
     what = "a list of token ids"
     ids = [value] if isinstance(value, int) else as_list(value, field, what, MAX_STOP_TOKEN_IDS, takes_sets=True)
-    return tuple(as_integer(token, field) for token in ids)
+    tokens = tuple(as_integer(token, field) for token in ids)
+    _require(all(0 <= token < 1 << 31 for token in tokens), field, "must hold token ids")
+    return tokens
 
 
 def _read_logit_bias(value: Any, field: str) -> dict[int, float] | None:
@@ -139,7 +148,10 @@ def _read_logit_bias(value: Any, field: str) -> dict[int, float] | None:
     _require(len(value) <= MAX_LOGIT_BIAS, field, f"must hold at most {MAX_LOGIT_BIAS} entries")
     tokens = [_token_key(token, field) for token in value]
     _require(len(set(tokens)) == len(tokens), field, "must name a token once")
-    return dict(zip(tokens, [as_number(bias, field) for bias in value.values()], strict=True))
+    found = dict(zip(tokens, [as_number(bias, field) for bias in value.values()], strict=True))
+    is_bounded = all(0 <= token < 1 << 31 and abs(bias) <= 1e4 for token, bias in found.items())
+    _require(is_bounded, field, "must map token ids to numbers in [-10000, 10000]")
+    return found
 
 
 def _token_key(token: Any, field: str) -> int:
@@ -160,34 +172,22 @@ _READERS: dict[str, Callable[[Any, str], Any]] = {
     "logit_bias": _read_logit_bias,
 }
 
+_BOUNDS: dict[str, tuple[float, float, str]] = {
+    "max_new_tokens": (0, MAX_NEW_TOKENS, f"must be in [0, {MAX_NEW_TOKENS}]"),
+    "min_new_tokens": (0, MAX_NEW_TOKENS, "must be in [0, max_new_tokens]"),
+    "temperature": (0, 1e4, "must be in [0, 10000]"),
+    "top_p": (math.ulp(0.0), 1, "must be in (0, 1]"),
+    "top_k": (-1, (1 << 31) - 1, "must be -1, 0 (both off) or a positive 32-bit integer"),
+    "min_p": (0, 1, "must be in [0, 1]"),
+    "repetition_penalty": (MIN_REPETITION_PENALTY, 100, f"must be in [{MIN_REPETITION_PENALTY:f}, 100]"),
+    "presence_penalty": (-100, 100, "must be in [-100, 100]"),
+    "frequency_penalty": (-100, 100, "must be in [-100, 100]"),
+    "n": (1, MAX_N, f"must be in [1, {MAX_N}]"),
+    "seed": (0, (1 << 64) - 1, "must be an unsigned 64-bit integer"),
+}
+_NO_BOUNDS = 0, 0, ""
+
 
 def _require(ok: bool, name: str, rule: str) -> None:
     if not ok:
         raise RequestError(f"{name} {rule}", field=name)
-
-
-def _check_bounds(params: SamplingParams) -> None:
-    _require(0 <= params.max_new_tokens <= MAX_NEW_TOKENS, "max_new_tokens", f"must be in [0, {MAX_NEW_TOKENS}]")
-    _require(0 <= params.min_new_tokens <= params.max_new_tokens, "min_new_tokens", "must be in [0, max_new_tokens]")
-    _require(0 <= params.temperature <= 1e4, "temperature", "must be in [0, 10000]")
-    _require(0 < params.top_p <= 1, "top_p", "must be in (0, 1]")
-    _require(-1 <= params.top_k < 1 << 31, "top_k", "must be -1, 0 (both off) or a positive 32-bit integer")
-    _require(0 <= params.min_p <= 1, "min_p", "must be in [0, 1]")
-    least, penalty = MIN_REPETITION_PENALTY, params.repetition_penalty
-    _require(least <= penalty <= 100, "repetition_penalty", f"must be in [{least:f}, 100]")
-    _require(-100 <= params.presence_penalty <= 100, "presence_penalty", "must be in [-100, 100]")
-    _require(-100 <= params.frequency_penalty <= 100, "frequency_penalty", "must be in [-100, 100]")
-    _require(1 <= params.n <= MAX_N, "n", f"must be in [1, {MAX_N}]")
-    _require(params.seed is None or 0 <= params.seed < 1 << 64, "seed", "must be an unsigned 64-bit integer")
-    _require(
-        all(len(s) <= MAX_STOP_STRING_LENGTH for s in params.stop),
-        "stop",
-        f"strings must be at most {MAX_STOP_STRING_LENGTH} characters",
-    )
-    _require(all(0 <= t < 1 << 31 for t in params.stop_token_ids), "stop_token_ids", "must hold token ids")
-    bias = params.logit_bias or {}
-    _require(
-        all(0 <= token < 1 << 31 and abs(value) <= 1e4 for token, value in bias.items()),
-        "logit_bias",
-        "must map token ids to numbers in [-10000, 10000]",
-    )

@@ -147,7 +147,7 @@ def test_a_read_that_nobody_waits_for_ends(core: Core, how: str) -> None:
             core.turn()
     code = "ShutdownError" if how == "shutdown" else "DeadlineError"
     assert core.error(digest).code == core.error(read).code == code
-    assert not core.loop.replica.reading._reads
+    assert not core.loop.replica.reading.reads
 
 
 def test_a_read_ends_in_time_also_while_an_update_is_staged(core: Core) -> None:

@@ -396,7 +396,7 @@ def check_attempt(attempt: Attempt, log: list[tuple[str, Any]]) -> None:
 def check_pauses(world: World, attempts: list[Attempt]) -> None:
     """Nobody is paused by who was told that he is not, and who was told so has paused."""
     acknowledged = {a.key for a in attempts if a.name == "pause" and a.outcome == "done"}
-    in_force = set(world.core.replica.pause._pauses)
+    in_force = set(world.core.replica.pause.pauses)
     assert in_force <= acknowledged, f"paused by nobody: {in_force - acknowledged}"
     resumes = [at for at, event in enumerate(world.log) if event[0] == "resume"]
     later = {key for kind, key in world.log[resumes[-1] :] if kind == "resume"} if resumes else {0}
@@ -419,7 +419,7 @@ def play_sequence(world: World) -> None:
         task.result()
     replica = world.core.replica
     assert replica.update.machine.session is None, "a session is left over"
-    assert not replica.update._jobs and not replica.reading._reads
+    assert not replica.update._jobs and not replica.reading.reads
     check_pauses(world, callers.attempts)
     for _ in range(3):
         world.core.turn(0.0)
