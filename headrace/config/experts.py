@@ -8,7 +8,7 @@ from headrace.config.json_files import Fields
 from headrace.config.layer_spec import DenseSpec, ExpertsSpec, MlpSpec
 from headrace.types.errors import CheckpointError
 
-_MOST_EXPERTS = 1 << 16
+_MOST_EXPERTS = 1 << 16  # of all layers
 _COUNTS = ("num_experts", "num_local_experts")
 _ONLY: dict[str, object] = {
     "shared_expert_intermediate_size": 0,
@@ -47,6 +47,9 @@ def read_mlps(config: Fields, names: ExpertFields, num_layers: int) -> list[MlpS
     dense_layers = _dense_layers(config, num_layers) if names.has_dense_layers else set()
     if num_experts == 0 or len(dense_layers) == num_layers:
         return [_dense(config)] * num_layers
+    if num_experts * (num_layers - len(dense_layers)) > _MOST_EXPERTS:
+        message = f"{config.file}: num_experts {num_experts} in each of {num_layers} layers are over {_MOST_EXPERTS}"
+        raise CheckpointError(message, field="num_experts")
     num_per_token = config.integer("num_experts_per_tok", names.num_per_token)
     if num_per_token > num_experts:
         message = f"{config.file}: num_experts_per_tok {num_per_token} is over the number of experts, {num_experts}"

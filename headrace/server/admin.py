@@ -113,7 +113,8 @@ class AdminFace:
         if body.mode not in _PAUSE_MODES:
             raise RequestError(f"mode must be one of {', '.join(_PAUSE_MODES)}", field="mode")
         with FieldNames({"timeout": "timeout_s"}):
-            await self._do(request, self._engine.pause(_PAUSE_MODES[body.mode], timeout=body.timeout_s))
+            pausing, regret = self._engine.undoable_pause(_PAUSE_MODES[body.mode], body.timeout_s)
+            await unless_gone(request, pausing, self._state.metrics.count_disconnect, regret)
         return json_reply({"message": "Generation paused successfully.", "status": "ok"})
 
     async def continue_generation(self, request: Request) -> Response:

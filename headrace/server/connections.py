@@ -66,7 +66,7 @@ class Connection(H11Protocol):
     @property
     def is_gone(self) -> bool:
         """True when there is nobody left to take the rest of an answer."""
-        return not self._is_between_requests and self.cycle.disconnected
+        return not self._is_between_requests and (self.cycle.disconnected or self.transport.is_closing())
 
     @property
     def has_all(self) -> bool:

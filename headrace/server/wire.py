@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from headrace.config.json_bounds import BODY, excess
 from headrace.engine import Stream
+from headrace.engine.runtime import Regret
 from headrace.server import errors
 from headrace.server.connections import CLIENT, Connection
 from headrace.text import INLINE_CHARACTERS, run_sized
@@ -121,9 +122,10 @@ def dropping(scope: Scope, cancel: Callable[[], None], on_disconnect: Callable[[
         cancel()
 
     client: Connection = scope["state"][CLIENT]
-    client.on_lost = on_lost
     if client.is_gone:
         on_lost()
+    else:
+        client.on_lost = on_lost
     try:
         yield
     finally:
@@ -166,8 +168,15 @@ def _in_chunks(parts: list[bytes]) -> Iterator[bytes]:
         yield b"".join(chunk)
 
 
-async def unless_gone(request: Request, call: Coroutine[Any, Any, Value], on_disconnect: Callable[[], None]) -> Value:
-    """What `call` comes to. It is cancelled, and over, when the client goes away before: nobody would hear of it."""
+async def unless_gone(
+    request: Request,
+    call: Coroutine[Any, Any, Value],
+    on_disconnect: Callable[[], None],
+    regret: Regret[Value] | None = None,
+) -> Value:
+    """What `call` comes to. It is cancelled, and over, when the client goes away before: nobody would hear of it. What
+    it came to in that very moment is undone by `regret`."""
+    client: Connection = request.scope["state"][CLIENT]
     is_gone = False
 
     def give_up() -> None:
@@ -178,11 +187,14 @@ async def unless_gone(request: Request, call: Coroutine[Any, Any, Value], on_dis
     task = asyncio.ensure_future(call)
     with dropping(request.scope, give_up, on_disconnect):
         try:
-            return await task
+            value = await task
+            if regret is None or not client.is_gone:
+                return value
+            await regret(value)
         except asyncio.CancelledError:
             if not is_gone:
                 raise
-            raise UnavailableError("the client went away; what it asked for was given up") from None
+        raise UnavailableError("the client went away; what it asked for was given up")
 
 
 class EventStream(Response):

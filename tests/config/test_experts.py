@@ -206,3 +206,12 @@ def test_windows() -> None:
     assert read(QWEN3, {"use_sliding_window": True, "sliding_window": None}).sliding_window is None
     assert read(MIXTRAL, {}).sliding_window is None and read(MIXTRAL, {"sliding_window": None}).sliding_window is None
     assert read(MIXTRAL, {"sliding_window": 8}).sliding_window == 8
+
+
+@pytest.mark.parametrize(("base", "name"), [(QWEN3, "num_experts"), (MIXTRAL, "num_local_experts")])
+def test_experts_of_all_layers_together_are_bounded(base: dict[str, Any], name: str) -> None:
+    """A configuration of a few bytes would else be a weight map of many gigabytes."""
+    with pytest.raises(CheckpointError, match="in each of 64 layers") as refused:
+        read(base, {name: 1 << 16, "num_hidden_layers": 64})
+    assert refused.value.field == "num_experts"
+    assert read(base, {name: 512, "num_hidden_layers": 100}).layers[0].mlp == read(base, {name: 512}).layers[0].mlp

@@ -16,12 +16,16 @@ import urllib.request
 from collections.abc import Callable, Iterator
 
 import pytest
+from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from headrace.server import connections
+from headrace.server.connections import CLIENT
 from headrace.server.errors import error_body, respond
 from headrace.server.limits import Limits
 from headrace.server.listening import EmbeddedServer, listen
+from headrace.server.wire import unless_gone
+from headrace.types.errors import UnavailableError
 from tests.arch.source import ROOT
 from tests.server.conftest import START, Served
 
@@ -331,3 +335,33 @@ def test_an_answer_that_is_still_being_taken_does_not_give_way(bare: Callable[..
         reply = http.client.HTTPResponse(slow)
         reply.begin()
         assert len(reply.read()) > 1 << 24
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_what_came_to_its_end_in_the_moment_the_client_left_is_undone(leaves: bool) -> None:
+    """No task is left to cancel then, and nobody reads the reply."""
+    undone: list[int] = []
+
+    class Client:
+        is_gone = False
+        on_lost: Callable[[], None] | None = None
+
+    client = Client()
+
+    async def call() -> int:
+        client.is_gone = leaves
+        return 7
+
+    async def regret(value: int) -> None:
+        undone.append(value)
+
+    async def run() -> int:
+        request = Request({"type": "http", "state": {CLIENT: client}})
+        return await unless_gone(request, call(), lambda: None, regret)
+
+    if leaves:
+        with pytest.raises(UnavailableError):
+            asyncio.run(run())
+    else:
+        assert asyncio.run(run()) == 7
+    assert undone == ([7] if leaves else [])
