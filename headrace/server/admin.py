@@ -15,6 +15,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from headrace.engine import DEFAULT_UPDATE_TIMEOUT
 from headrace.engine.control import version_of
+from headrace.engine.runtime import Regret
 from headrace.server.coerce import check_changes, read_control
 from headrace.server.errors import FieldNames, body_of, error_body, respond
 from headrace.server.routes import Endpoint
@@ -114,7 +115,7 @@ class AdminFace:
             raise RequestError(f"mode must be one of {', '.join(_PAUSE_MODES)}", field="mode")
         with FieldNames({"timeout": "timeout_s"}):
             pausing, regret = self._engine.undoable_pause(_PAUSE_MODES[body.mode], body.timeout_s)
-            await unless_gone(request, pausing, self._state.metrics.count_disconnect, regret)
+            await self._do(request, pausing, regret)
         return json_reply({"message": "Generation paused successfully.", "status": "ok"})
 
     async def continue_generation(self, request: Request) -> Response:
@@ -199,9 +200,11 @@ class AdminFace:
             return json_reply({**error_body(400, message, param="action"), "success": False, "differing": found}, 400)
         return json_reply({"success": True, "message": f"{body.action} done.", **_checksums(found)})
 
-    async def _do(self, request: Request, call: Coroutine[Any, Any, Result]) -> Result:
+    async def _do(
+        self, request: Request, call: Coroutine[Any, Any, Result], regret: Regret[Result] | None = None
+    ) -> Result:
         """The result of a control call. One whose client goes away is given up: nobody would know what it did."""
-        return await unless_gone(request, call, self._state.metrics.count_disconnect)
+        return await unless_gone(request, call, self._state.metrics.count_disconnect, regret)
 
     def _allowed_folder(self, path: str) -> tuple[Path, Path]:
         """The folder, if it lies under the model's or a weight root, and that root. Links are followed before the
