@@ -48,11 +48,3 @@ class PagePool:
         self._free[self.num_free : self.num_free + len(freed)] = freed
         self.num_free += len(freed)
         return len(freed)
-
-    def references(self) -> npt.NDArray[np.int32]:
-        """References by page id, int32 [num_pages], a copy: for checks and reports."""
-        return self._references.copy()
-
-    def free_pages(self) -> PageIds:
-        """Ids of the free pages, a copy: for checks and reports."""
-        return self._free[: self.num_free].copy()

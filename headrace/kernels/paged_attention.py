@@ -22,11 +22,6 @@ PAD_POSITIONS = 16
 _INT32_MAX = 2**31 - 1
 
 
-def padded(num_positions: int) -> int:
-    """The least multiple of `PAD_POSITIONS` that holds them."""
-    return -(-num_positions // PAD_POSITIONS) * PAD_POSITIONS
-
-
 class SampledAttention:
     """A reusable pattern: N query tokens, each attending to its own list of rows.
 

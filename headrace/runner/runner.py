@@ -79,11 +79,6 @@ class Runner:
         self._max_sampled_rows = max(1, _MAX_LOGITS_BYTES // (4 * spec.vocab_size))
         load_weights(self.weights, resolved, on_progress)
 
-    @property
-    def num_gemm_calls(self) -> int:
-        """Linear layers run so far."""
-        return self._counter.num_calls
-
     def launch(self, plan: StepPlan) -> RunnerStep:
         """Run one step now, up to its sampling if that waits. Plans must come in the order they were issued."""
         with torch.inference_mode(), self._exact:

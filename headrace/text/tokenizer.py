@@ -65,11 +65,6 @@ class Tokenizer:
         eos = self._backend.eos_token_id
         return () if eos is None else (int(eos),)
 
-    @property
-    def special_token_ids(self) -> tuple[int, ...]:
-        """Ids that `skip_special_tokens` hides."""
-        return tuple(sorted(self._library.token_to_id(token) for token in self._special_tokens))
-
     def special_token_id(self, text: str) -> int | None:
         """The id of the token that `skip_special_tokens` hides and whose string is `text`, if there is one."""
         return self._library.token_to_id(text) if text in self._special_tokens else None

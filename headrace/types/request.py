@@ -1,7 +1,7 @@
 """What the core is asked for and what it answers. Token ids only: text never reaches the core.
 
 Arrays travel as raw little-endian bytes (`int32` token ids, `float32` log-probabilities), so that a message costs one
-copy whatever its length. `pack_ids` / `unpack_ids` and `pack_floats` / `unpack_floats` convert.
+copy whatever its length. `pack_ids`, `unpack_ids` and `unpack_floats` convert.
 """
 
 from __future__ import annotations
@@ -33,13 +33,8 @@ def unpack_ids(data: bytes) -> Int32Array:
     return np.frombuffer(data, dtype="<i4")
 
 
-def pack_floats(values: Sequence[float] | Float32Array) -> bytes:
-    """Log-probabilities as little-endian float32 bytes."""
-    return np.asarray(values, dtype="<f4").tobytes()
-
-
 def unpack_floats(data: bytes) -> Float32Array:
-    """The float32 array (read-only view) behind `pack_floats`."""
+    """Log-probabilities as a float32 array, a read-only view."""
     return np.frombuffer(data, dtype="<f4")
 
 

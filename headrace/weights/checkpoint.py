@@ -1,4 +1,4 @@
-"""Checkpoint folders: reading and writing Hugging Face weight files, as data only.
+"""Checkpoint folders: reading Hugging Face weight files, as data only.
 
 Owns file names, shard indexes and what a broken file is called. Never runs code from a folder: safetensors holds none,
 and `.bin` files go through torch's weights-only reader, which builds tensors and containers and nothing else. Must not
@@ -7,8 +7,6 @@ know parameters or sessions.
 
 from __future__ import annotations
 
-import json
-import os
 import time
 import zipfile
 from collections.abc import Collection, Generator, Iterable, Iterator
@@ -18,7 +16,6 @@ from typing import Any, NoReturn, TypeVar
 
 import msgspec
 import torch
-from safetensors.torch import save_file
 
 from headrace.config.json_bounds import MODEL_FILE, excess
 from headrace.config.json_files import shown
@@ -27,10 +24,8 @@ from headrace.types.weights import MAX_TENSOR_NAME, TensorInfo, shape_problem
 from headrace.weights.files import FileState, Folder, OpenFile, changed
 from headrace.weights.safetensors_file import FileTensor, read_header
 from headrace.weights.staging import TensorData, info_of, unreadable
-from headrace.weights.store import WeightStore
 from headrace.weights.weight_map import is_recomputed
 
-MAX_SHARD_BYTES = 4 << 30
 _STEMS = {"safetensors": ("model", ".safetensors"), "bin": ("pytorch_model", ".bin")}
 _MAX_INDEX_BYTES = 32 << 20
 _MAX_PICKLE_BYTES = 8 << 20  # some 4 MB for 20,000 tensors
@@ -159,46 +154,6 @@ class Checkpoint:
                 raise CheckpointError(f"{index.parent / name} is missing, named by {index.name}", field=name)
             states[name] = state
         return states
-
-
-def save_checkpoint(store: WeightStore, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[Path]:
-    """Write the live weights as safetensors in HF layout, engine dtype; tied names are left out. Returns the files.
-
-    One `model.safetensors`, or shards with an index when the weights are larger than `max_shard_bytes`. Each file
-    appears whole or not at all; the index comes last. `config.json` is the caller's.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    shards = _shards(store, max_shard_bytes)
-    written: list[Path] = []
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file_name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        partial = folder / f".{file_name}.partial"
-        save_file({name: store.read(name) for name in names}, partial, metadata={"format": "pt"})
-        os.replace(partial, folder / file_name)
-        written.append(folder / file_name)
-        weight_map |= dict.fromkeys(names, file_name)
-    if len(shards) > 1:
-        total_size = sum(store.info(name).num_bytes for name in weight_map)
-        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-        written.append(folder / "model.safetensors.index.json")
-        partial = folder / ".model.safetensors.index.json.partial"
-        partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, written[-1])
-    return written
-
-
-def _shards(store: WeightStore, max_shard_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    used = 0
-    for name in store.weight_map.rules_by_name:
-        size = store.info(name).num_bytes
-        if shards[-1] and used + size > max_shard_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append(name)
-        used += size
-    return shards
 
 
 class _Index(msgspec.Struct):

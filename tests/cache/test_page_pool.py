@@ -23,7 +23,7 @@ def test_a_page_is_free_only_after_its_last_reference() -> None:
     assert pool.release(pages) == 1
     assert pool.num_free == 2
     assert pool.release(pages[:1]) == 1
-    assert pool.num_free == 3 and not pool.references().any()
+    assert pool.num_free == 3 and not pool._references.any()
 
 
 def test_our_own_mistakes_are_caught() -> None:
@@ -52,5 +52,5 @@ def test_random_holders_are_counted_exactly() -> None:
             pool.release(np.array(some, dtype=np.int32))
             for page in some:
                 held.remove(page)
-        assert pool.references().tolist() == [held.count(page) for page in range(33)]
-        assert sorted(pool.free_pages().tolist()) == [page for page in range(1, 33) if page not in held]
+        assert pool._references.tolist() == [held.count(page) for page in range(33)]
+        assert sorted(pool._free[: pool.num_free].tolist()) == [page for page in range(1, 33) if page not in held]

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from headrace.engine.sample import Sample, slice_spans
-from headrace.types.request import Delta, Request, TokenExtras, pack_floats, pack_ids
+from headrace.types.request import Delta, Request, TokenExtras, pack_ids
 from headrace.types.sampling_params import LogprobOptions
+from tests.types.packing import pack_floats
 
 NAN = float("nan")
 

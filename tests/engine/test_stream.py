@@ -16,10 +16,11 @@ from headrace.engine.text_feed import TextStart
 from headrace.text import Tokenizer
 from headrace.types.errors import ErrorInfo, HeadraceError, PoisonedError, RequestError
 from headrace.types.generation import Generation
-from headrace.types.request import Delta, Finish, Request, pack_floats, pack_ids
+from headrace.types.request import Delta, Finish, Request, pack_ids
 from headrace.types.sampling_params import SamplingParams
 from tests.engine.builders import EOS_ID, byte_tokenizer
 from tests.text.builders import byte_fallback, word_pieces
+from tests.types.packing import pack_floats
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from headrace.kernels.paged_attention import SampledAttention, padded
+from headrace.kernels.paged_attention import SampledAttention
 from headrace.kernels.paged_kv import KvGeometry, KvPool, store_rows, token_rows
 from headrace.types.errors import ConfigError
 
@@ -68,7 +68,7 @@ def test_the_pool_is_aligned_and_zero() -> None:
 
 def test_attention_equals_softmax_over_gathered_rows() -> None:
     pool, (pages, contexts, q) = filled_pool(), queries()
-    found = attend(pool, pages, contexts, q, padded(100)).view(len(contexts), NUM_HEADS, -1)
+    found = attend(pool, pages, contexts, q, 112).view(len(contexts), NUM_HEADS, -1)
     for n, context in enumerate(contexts.tolist()):
         rows = token_rows(GEOMETRY, pages[n : n + 1], context)[0]
         for head in range(NUM_HEADS):
@@ -81,7 +81,7 @@ def test_attention_equals_softmax_over_gathered_rows() -> None:
 def test_bits_do_not_depend_on_batch_order_or_padding(num_threads: int) -> None:
     pool, (pages, contexts, q) = filled_pool(), queries()
     alone = torch.cat([
-        attend(pool, pages[n : n + 1], contexts[n : n + 1], q[n : n + 1], padded(int(contexts[n])))
+        attend(pool, pages[n : n + 1], contexts[n : n + 1], q[n : n + 1], int(contexts[n] + 15) // 16 * 16)
         for n in range(len(contexts))
     ])  # fmt: skip
     generator = torch.Generator().manual_seed(2)

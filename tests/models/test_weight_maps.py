@@ -15,11 +15,11 @@ from headrace.kernels.triton.layer_kernels import device_kernels
 from headrace.models import registry
 from headrace.types.errors import UnsupportedModelError
 from headrace.weights import Shard
-from headrace.weights.checkpoint import save_checkpoint
 from headrace.weights.position_sum import add_digests
 from headrace.weights.store import WeightStore
 from headrace.weights.weight_map import prove_mesh
 from tests.parity.models import Device, make_model
+from tests.weights.saving import save_checkpoint
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),

@@ -197,11 +197,11 @@ def test_gemm_calls_do_not_grow_with_the_number_of_sequences(folder: Path) -> No
         runner, plans = build(folder), plans_for()
         for slot in range(num_rows):
             plans.enter(slot, tokens_of(slot, 5 + slot))
-        before = runner.num_gemm_calls
+        before = runner.counters()["num_gemm_calls"]
         runner.launch(plans.step([(slot, 5 + slot) for slot in range(num_rows)])).wait()
-        prefill = runner.num_gemm_calls - before
+        prefill = runner.counters()["num_gemm_calls"] - before
         decode(runner, plans, list(range(num_rows)), 1)
-        counts.append((prefill, runner.num_gemm_calls - before - prefill))
+        counts.append((prefill, runner.counters()["num_gemm_calls"] - before - prefill))
     assert counts == [(9, 9)] * 3  # four linear layers in each of two blocks, and the head
 
 

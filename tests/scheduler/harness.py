@@ -245,7 +245,7 @@ class Harness:
             assert scheduler.num_waiting == 0 or not admit_new, "waiting requests are not admitted"
 
     def _check_in_flight_pages(self) -> None:
-        free = set(self.scheduler._roster.leases.pool.free_pages().tolist())
+        free = set(self.scheduler._roster.leases.pool._free[: self.scheduler._roster.leases.pool.num_free].tolist())
         for issued in self.device.in_flight:
             assert not free & issued.pages, "a page of a step in flight is free"
 
@@ -297,8 +297,8 @@ class Harness:
             references[node.pages] += 1
             assert (node.num_pins > 0) == (node in pinned)
         evictable = {page for node in nodes if node not in pinned for page in node.pages.tolist()}
-        free = set(leases.pool.free_pages().tolist())
-        assert references.tolist() == leases.pool.references().tolist()
+        free = set(leases.pool._free[: leases.pool.num_free].tolist())
+        assert references.tolist() == leases.pool._references.tolist()
         assert len(free) == leases.pool.num_free and not free & set(np.flatnonzero(references).tolist())
         assert len(evictable) == leases.tree.num_evictable and not evictable & leased
         assert self.scheduler.num_used_tokens == leases.num_used * self.limits.page_size

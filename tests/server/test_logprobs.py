@@ -63,7 +63,7 @@ def test_of_ids_with_one_text_the_best_counts_and_the_sampled_is_there(tokenizer
 def test_offsets_index_the_text(build: Any) -> None:
     tokenizer = Tokenizer(build())
     e, rest = by_byte(tokenizer, b"e"), by_byte(tokenizer, "世\n".encode())
-    special = [tokenizer.special_token_ids[0]]
+    special = [builders.special_token_ids(tokenizer)[0]]
     ids = [*e, *rest, *special, *e]
     whole = tokens_of(tokenizer, e).push(piece(ids, "e世\ne", True))
     assert whole[1] == [0, 1, 1, 1, 2, 3, 3]
@@ -82,7 +82,7 @@ def test_offsets_index_the_text(build: Any) -> None:
 def test_offsets_index_a_text_that_comes_all_at_the_end(skips: bool) -> None:
     tokenizer = Tokenizer(builders.word_pieces())
     assert tokenizer.decoder_plan.kind == "whole"
-    hidden, a, b, end = tokenizer.special_token_ids[0], 1, 2, 5
+    hidden, a, b, end = builders.special_token_ids(tokenizer)[0], 1, 2, 5
     ids = [a, hidden, a, b, hidden, a, b, end] * 40
     texts = {a: " a", b: "b", end: ".", hidden: "" if skips else " [UNK]"}
     text = "".join(texts[token] for token in ids)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from headrace import text
+
 CORPUS = [
     "The headrace feeds the wheel, and it must never stall it.",
     "héllo wörld, naïve café - ça va? Ünïcödé",
@@ -103,3 +105,9 @@ def _wrap(library: Tokenizer, template: str | None, **special_tokens: str) -> Pr
     wrapped = PreTrainedTokenizerFast(tokenizer_object=library, clean_up_tokenization_spaces=False, **special_tokens)
     wrapped.chat_template = template
     return wrapped
+
+
+def special_token_ids(tokenizer: text.Tokenizer) -> list[int]:
+    """Those that `skip_special_tokens` hides."""
+    found = map(tokenizer.special_token_id, tokenizer._special_tokens)
+    return sorted(token_id for token_id in found if token_id is not None)

@@ -52,7 +52,7 @@ def test_sequences_rich_in_bytes_and_specials() -> None:
     source = random.Random(1)
     for build in (builders.byte_level, builders.byte_fallback):
         tokenizer = Tokenizer(build())
-        specials = list(tokenizer.special_token_ids)
+        specials = builders.special_token_ids(tokenizer)
         alphabet = [tokenizer.encode(character, add_special_tokens=False) for character in "é世🙂Ünx "]
         for number in range(2_000):
             ids: list[int] = []
@@ -185,7 +185,7 @@ def test_the_first_space_is_that_of_the_text_not_of_the_completion(build: Callab
     tokenizer = Tokenizer(build())
     word = tokenizer.encode("ab cd e" if build is builders.metaspace_unigram else "the wheel", False)
     special = tokenizer.encode("</s>", add_special_tokens=False)
-    special = [token for token in special if token in tokenizer.special_token_ids]
+    special = [token for token in special if token in builders.special_token_ids(tokenizer)]
     whole = tokenizer.decode(word)
     cuts = random.Random(0)
     assert after(tokenizer, [], word, cuts) == whole
@@ -197,7 +197,7 @@ def test_the_first_space_is_that_of_the_text_not_of_the_completion(build: Callab
 
 def test_of_a_whole_list_a_prompt_that_shows_goes_before_one_that_does_not() -> None:
     tokenizer = Tokenizer(builders.word_pieces())
-    hidden, a = tokenizer.special_token_ids[0], tokenizer.encode("a")[0]
+    hidden, a = builders.special_token_ids(tokenizer)[0], tokenizer.encode("a")[0]
     assert after(tokenizer, [a, *[hidden] * 50], [a], random.Random(0)) == " a"
     assert after(tokenizer, [hidden] * 50, [a], random.Random(0)) == "a"
 
@@ -212,7 +212,7 @@ def test_a_character_begun_by_the_prompt_is_shown_whole_where_it_is_completed(bu
     for cut in (1, 2):
         prompt, rest = [letter, *ids[:cut]], ids[cut:]
         assert after(tokenizer, prompt, [*rest, letter], cuts) == "世e"
-        assert after(tokenizer, [*prompt, *tokenizer.special_token_ids[:1]], rest, cuts) == "世"
+        assert after(tokenizer, [*prompt, *builders.special_token_ids(tokenizer)[:1]], rest, cuts) == "世"
         assert after(tokenizer, prompt, [letter], cuts) == "e", "what the prompt did not complete is the prompt's"
         assert after(tokenizer, prompt, [], cuts) == ""
         broken = after(tokenizer, prompt, [rest[0], letter], cuts)

@@ -13,12 +13,12 @@ from headrace.types.request import (
     Finish,
     Request,
     TokenSampling,
-    pack_floats,
     pack_ids,
     unpack_floats,
     unpack_ids,
 )
 from headrace.types.sampling_params import LogprobOptions
+from tests.types.packing import pack_floats
 
 
 def test_requests_and_deltas_round_trip() -> None:

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from headrace.types.errors import CheckpointError
 from headrace.types.weights import TensorInfo
-from headrace.weights.checkpoint import Checkpoint, save_checkpoint
+from headrace.weights.checkpoint import Checkpoint
 from headrace.weights.staging import info_of
+from tests.weights.saving import save_checkpoint
 from tests.weights.tiny import make_map, make_store, make_tensors, manifest_of, update
 
 INDEX = "model.safetensors.index.json"
