@@ -16,13 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gpu_timing import BF16, DEVICE, FLOAT8, Table, num_copies, relative_error, time_us
 
 from headrace.bench.workloads import make_workload
+from headrace.kernels.paged_kv import AttentionShape
 from headrace.kernels.triton.paged_attention import (
     AttentionTile,
     AttentionTiles,
     PagedAttention,
     choose_tiles,
 )
-from headrace.kernels.triton.row_operations import HeadLayout
 from headrace.kernels.triton.work_items import AttentionPlanner, LaunchBounds, WorkLimits, WorkSummary
 from tests.kernels.oracles import reference_attention
 
@@ -73,8 +73,16 @@ class Paged:
         self, fixed: int | None = None, bounds: LaunchBounds | None = None, **options: object
     ) -> tuple[PagedAttention, torch.Tensor, WorkSummary]:
         limits = WorkLimits(max(len(self.q), 8), 8192, 16384)
-        layout = HeadLayout(self.heads, self.kv, self.dim, self.page)
-        attention = PagedAttention(layout, limits, BF16, DEVICE, fixed_split=fixed, **options)  # type: ignore[arg-type]
+        shape = AttentionShape(self.heads, self.kv, self.dim)
+        attention = PagedAttention(
+            shape,
+            self.page,
+            limits,
+            BF16,
+            DEVICE,
+            fixed_split=fixed,
+            **options,  # type: ignore[arg-type]
+        )
         planner = AttentionPlanner(limits, attention.tile_sizes, self.page, self.kv, fixed)
         buffer = np.zeros(limits.size, np.int32)
         rows = np.arange(len(self.lengths))

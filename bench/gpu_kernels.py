@@ -25,6 +25,7 @@ import gpu_products
 from gpu_attention import Paged
 from gpu_timing import BF16, DEVICE, FLOAT8, Table, num_copies, relative_error, time_us
 
+from headrace.kernels.paged_kv import AttentionShape
 from headrace.kernels.triton import linear_rows, row_operations, sampling_rows, threshold_search, top_rows
 from headrace.kernels.triton.slot_params import DIVISOR, MIN_P, NUM_PARAMS, NUM_TOP, TEMPERATURE, TOP_K, TOP_P
 from headrace.kernels.triton.work_items import LaunchBounds
@@ -56,7 +57,7 @@ def _norm_and_gate(table: Table, num_rows: int) -> None:
 
 def _rope(table: Table, num_rows: int, heads: int, kv: int, pool_dtype: torch.dtype) -> None:
     case = Paged(np.full(num_rows, 900), heads, kv, pool_dtype=pool_dtype)
-    layout = row_operations.HeadLayout(heads, kv, 128, 16)
+    shape = AttentionShape(heads, kv, 128)
     qkv = torch.randn(num_rows, (heads + 2 * kv) * 128, device=DEVICE, dtype=BF16)
     cos, sin = (torch.randn(1024, 128, device=DEVICE) for _ in range(2))
     cos[:, 64:], sin[:, 64:] = cos[:, :64], sin[:, :64]
@@ -66,11 +67,11 @@ def _rope(table: Table, num_rows: int, heads: int, kv: int, pool_dtype: torch.dt
 
     def call() -> None:
         row_operations.rope_and_store(
-            qkv, None, norms, 1e-6, cos, sin, positions, table_rows, case.table, layout, case.q, *case.pools[0]
+            qkv, None, norms, 1e-6, cos, sin, positions, table_rows, case.table, shape, 16, case.q, *case.pools[0]
         )
 
     call()
-    expected = oracles.reference_rope(qkv, None, norms, 1e-6, cos, sin, positions, layout)[0]
+    expected = oracles.reference_rope(qkv, None, norms, 1e-6, cos, sin, positions, shape)[0]
     error = relative_error(case.q, expected)
     label = f"norms + rope + store, {num_rows} rows, {heads}q/{kv}kv, {str(pool_dtype)[6:]}"
     table.add(label, time_us(call), 2 * qkv.nbytes, 0, error)
@@ -195,13 +196,13 @@ class Chain:
         self.cos = torch.randn(65536, 128, device=DEVICE)
         self.positions = torch.from_numpy(context.astype(np.int32) - 1).to(DEVICE)
         self.table_rows = torch.arange(self.rows, dtype=torch.int32, device=DEVICE)
-        self.layout = row_operations.HeadLayout(heads, 8, 128, 16)
+        self.shape = AttentionShape(heads, 8, 128)
 
     def attend(self, layer: int, q_norm: torch.Tensor, k_norm: torch.Tensor) -> torch.Tensor:
         case, pools = self.case, self.case.pools[layer]
         row_operations.rope_and_store(
             self.qkv, None, (q_norm, k_norm), 1e-6, self.cos, self.cos, self.positions, self.table_rows, case.table,
-            self.layout, case.q, *pools, pdl=self.pdl,
+            self.shape, 16, case.q, *pools, pdl=self.pdl,
         )  # fmt: skip
         self.attention.run(case.q, *pools, case.table, self.metadata, case.out, self.bounds)
         return case.out.view(self.rows, -1)

@@ -1,6 +1,6 @@
 """Attention backends behind `plan(inputs) -> step`, `step.run(layer, qkv, norms)`. Which one is chosen once."""
 
-from headrace.attention.base import AttentionBackend, AttentionInputs, AttentionShape, AttentionStep
+from headrace.attention.base import AttentionBackend, AttentionInputs, AttentionStep
 from headrace.attention.heads import Heads
 from headrace.attention.select import (
     CAPABILITIES,
@@ -11,6 +11,7 @@ from headrace.attention.select import (
     build_device_backend,
     refusals,
 )
+from headrace.kernels.paged_kv import AttentionShape
 
 __all__ = [
     "CAPABILITIES",

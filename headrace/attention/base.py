@@ -12,28 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from headrace.config import KvGroup
-
 Int64Array = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """Heads of one layer. Scores are scaled by 1 / sqrt(head_dim)."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-
-    @classmethod
-    def of_group(cls, group: KvGroup) -> AttentionShape:
-        """Of every layer of a KV group."""
-        return cls(group.num_heads, group.num_kv_heads, group.head_dim)
-
-    @property
-    def scale(self) -> float:
-        """Factor on every score."""
-        return float(self.head_dim**-0.5)
 
 
 @dataclass(frozen=True)
@@ -73,7 +52,6 @@ class AttentionStep(Protocol):
         The projection holds a token's H query, G key and G value heads in this order. Storing comes first for all rows,
         so a row may read pages that an earlier row of the same plan writes. What padding tokens get is undefined.
         """
-        ...
 
 
 class AttentionBackend(Protocol):
@@ -81,7 +59,6 @@ class AttentionBackend(Protocol):
 
     def plan(self, inputs: AttentionInputs) -> AttentionStep:
         """Everything that does not depend on the layer."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -131,8 +108,6 @@ class DeviceAttention(Protocol):
 
     def fill(self, metadata: npt.NDArray[np.int32], rows: StepRows, bucket: Bucket) -> int:
         """Prepare the next step; returns how many of the words are in use."""
-        ...
 
     def steps(self, tables: DeviceTables, bucket: Bucket) -> list[AttentionStep]:
         """The launches of every step of this size, by KV group."""
-        ...

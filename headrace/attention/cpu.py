@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.attention.base import AttentionInputs, AttentionShape, HeadNorms, Int64Array
+from headrace.attention.base import AttentionInputs, HeadNorms, Int64Array
 from headrace.attention.heads import Heads, StepHeads
 from headrace.kernels.paged_attention import PAD_POSITIONS, SampledAttention
-from headrace.kernels.paged_kv import KvGeometry, KvPool, store_rows, token_rows
+from headrace.kernels.paged_kv import AttentionShape, KvGeometry, KvPool, store_rows, token_rows
 from headrace.kernels.products import PLAIN, Products
 
 _DENSE_MIN_TOKENS = 4  # a row of fewer tokens never goes by itself, so that steady decode is few calls
@@ -278,10 +278,6 @@ def _flash_attention(q_1HTD: Tensor, k_1GLD: Tensor, v_1GLD: Tensor, mask_TL: Te
 def _dense(products: Products, q_THD: Tensor, k_GLD: Tensor, v_GLD: Tensor, mask_TL: Tensor | None) -> Tensor:
     """Causal attention of one sequence; without a mask the queries are all of its positions."""
     out_1HTD = products.compound(
-        _flash_attention,
-        q_THD.transpose(0, 1).unsqueeze(0),
-        k_GLD.unsqueeze(0),
-        v_GLD.unsqueeze(0),
-        mask_TL,
+        _flash_attention, q_THD.transpose(0, 1).unsqueeze(0), k_GLD.unsqueeze(0), v_GLD.unsqueeze(0), mask_TL
     )
     return out_1HTD.squeeze(0).transpose(0, 1)

@@ -18,17 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.attention.base import (
-    AttentionShape,
-    AttentionStep,
-    Bucket,
-    DeviceTables,
-    HeadNorms,
-    Int64Array,
-    StepRows,
-)
+from headrace.attention.base import AttentionStep, Bucket, DeviceTables, HeadNorms, Int64Array, StepRows
 from headrace.attention.projection import HeadProjection
-from headrace.kernels.paged_kv import KvPool
+from headrace.kernels.paged_kv import AttentionShape, KvPool
 from headrace.kernels.rope_tables import RotaryTables
 from headrace.types.errors import ConfigError
 from headrace.types.request import Int32Array

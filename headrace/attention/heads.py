@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headrace.attention.base import AttentionShape, HeadNorms
+from headrace.attention.base import HeadNorms
 from headrace.kernels import KernelSet
+from headrace.kernels.paged_kv import AttentionShape
 from headrace.kernels.rope_tables import RotaryTables
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.attention.base import AttentionInputs, AttentionShape, HeadNorms, Int64Array
+from headrace.attention.base import AttentionInputs, HeadNorms, Int64Array
 from headrace.attention.heads import Heads, StepHeads
-from headrace.kernels.paged_kv import KvPool
+from headrace.kernels.paged_kv import AttentionShape, KvPool
 from headrace.kernels.products import PLAIN, Products
 
 _MAX_SCORES = 1 << 26

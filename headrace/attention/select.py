@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from headrace.attention.base import AttentionBackend, AttentionShape, DeviceAttention
+from headrace.attention.base import AttentionBackend, DeviceAttention
 from headrace.kernels.products import PLAIN, Products
 from headrace.types.errors import ConfigError
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from headrace.attention.heads import Heads
-    from headrace.kernels.paged_kv import KvPool
+    from headrace.kernels.paged_kv import AttentionShape, KvPool
     from headrace.kernels.rope_tables import RotaryTables
 
 
@@ -82,12 +82,7 @@ CHOICES = (
         "triton: decode items, 64 positions at a time by 4 warps",
         "the time of one item decides",
     ),
-    Choice(
-        "1 token per row",
-        "more",
-        "triton: decode items, 32 positions at a time by 1 warp",
-        "reading decides",
-    ),
+    Choice("1 token per row", "more", "triton: decode items, 32 positions at a time by 1 warp", "reading decides"),
     Choice(
         "1 token per row, groups that share pages",
         "any",

@@ -10,12 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace.attention.base import AttentionShape, AttentionStep, Bucket, DeviceTables, HeadNorms, StepRows
+from headrace.attention.base import AttentionStep, Bucket, DeviceTables, HeadNorms, StepRows
 from headrace.attention.projection import HeadProjection
-from headrace.kernels.paged_kv import KvPool
+from headrace.kernels.paged_kv import AttentionShape, KvPool
 from headrace.kernels.rope_tables import RotaryTables
 from headrace.kernels.triton.paged_attention import PagedAttention
-from headrace.kernels.triton.row_operations import HeadLayout
 from headrace.kernels.triton.work_items import AttentionPlanner, LaunchBounds, WorkLimits
 from headrace.types.request import Int32Array
 
@@ -43,10 +42,9 @@ class TritonAttention:
         page_size, device = pool.geometry.page_size, rotary.cos_PD.device
         split = FIXED_SPLIT if invariant else None
         limits = WorkLimits.of_steps(max_tokens)
-        layout = HeadLayout(shape.num_heads, shape.num_kv_heads, shape.head_dim, page_size)
         pdl = device.type == "cuda"
         self.pool = pool
-        self.attention = PagedAttention(layout, limits, dtype, device, split, pdl=pdl)
+        self.attention = PagedAttention(shape, page_size, limits, dtype, device, split, pdl=pdl)
         self.projection = HeadProjection(shape, pool, rotary, pdl=pdl)
         self.metadata_size = limits.size
         self._planner = AttentionPlanner(

@@ -1,16 +1,16 @@
 """`headrace bench`: measure throughput, latency, start, the engine's own overhead, and the prefix cache.
 
 Owns the flags of the benchmarks and how a result is printed: a few lines for a person, or with `--json` one object as
-the last line of standard output.
+the last line of standard output. The module of a kind says by its `run` what it takes; it is loaded when it is wanted.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
-from collections.abc import Callable
-from typing import Any
+from typing import Any, get_type_hints
 
 import msgspec
 
@@ -25,15 +25,13 @@ from headrace.types.plain_values import as_seconds
 _SET_BY_BENCH = ("model", "skip_tokenizer_init", "num_threads")
 _SET_BY_OVERHEAD = (*_SET_BY_BENCH, "dtype", "max_running_requests")
 
-Progress = Callable[[str], None]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(title="kinds", dest="kind", metavar="KIND", required=True)
     _add_offline(kinds.add_parser("offline", help="tokens per second of a whole workload", allow_abbrev=False))
     _add_online(kinds.add_parser("online", help="streams in a closed loop: time between tokens", allow_abbrev=False))
     _add_serve(kinds.add_parser("serve", help="a whole workload over HTTP, and without it", allow_abbrev=False))
-    _add_start(kinds.add_parser("start", help="from launching a process to its first token", allow_abbrev=False))
+    _add_start(kinds.add_parser("start", help="from starting a process to its first token", allow_abbrev=False))
     _add_overhead(kinds.add_parser("overhead", help="what the engine costs beside the model", allow_abbrev=False))
     _add_prefix_cache(kinds.add_parser("prefix-cache", help="match and insert, per page", allow_abbrev=False))
     for kind in kinds.choices.values():
@@ -45,16 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Run one benchmark and print its result; what is running is shown on standard error."""
     from rich.console import Console
 
-    bodies: dict[str, Callable[[argparse.Namespace, Progress], dict[str, Any]]] = {
-        "offline": _run_offline,
-        "online": _run_online,
-        "serve": _run_serve,
-        "start": _run_start,
-        "overhead": _run_overhead,
-        "prefix-cache": _run_prefix_cache,
-    }
     with Console(stderr=True).status("starting") as status:
-        result = bodies[arguments.kind](arguments, status.update)
+        benchmark = importlib.import_module(f"headrace.bench.{arguments.kind.replace('-', '_')}")
+        options = get_type_hints(benchmark.run)["options"]
+        result = benchmark.run(options(**_fields(arguments, options)), status.update)
     if arguments.json:
         print(json.dumps(result), flush=True)
     else:
@@ -134,49 +126,13 @@ def _add_prefix_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--page-size", type=_positive, default=16, help="tokens per page (default: 16)")
 
 
-def _run_offline(arguments: argparse.Namespace, on_progress: Progress) -> dict[str, Any]:
-    from headrace.bench.offline import OfflineOptions, run_offline
-
-    return run_offline(OfflineOptions(**_fields(arguments, OfflineOptions)), on_progress)
-
-
-def _run_online(arguments: argparse.Namespace, on_progress: Progress) -> dict[str, Any]:
-    from headrace.bench.online import OnlineOptions, run_online
-
-    return run_online(OnlineOptions(**_fields(arguments, OnlineOptions)), on_progress)
-
-
-def _run_serve(arguments: argparse.Namespace, on_progress: Progress) -> dict[str, Any]:
-    from headrace.bench.serve import ServeOptions, run_serve
-
-    return run_serve(ServeOptions(**_fields(arguments, ServeOptions)), on_progress)
-
-
-def _run_start(arguments: argparse.Namespace, on_progress: Progress) -> dict[str, Any]:
-    from headrace.bench.start import StartOptions, run_start
-
-    return run_start(StartOptions(**_fields(arguments, StartOptions)), on_progress)
-
-
-def _run_overhead(arguments: argparse.Namespace, on_progress: Progress) -> dict[str, Any]:
-    from headrace.bench.overhead import OverheadOptions, run_overhead
-
-    engine = given(arguments, EngineConfig, skip=_SET_BY_OVERHEAD)
-    return run_overhead(OverheadOptions(**_fields(arguments, OverheadOptions), engine=engine), on_progress)
-
-
-def _run_prefix_cache(arguments: argparse.Namespace, on_progress: Progress) -> dict[str, Any]:
-    from headrace.bench.prefix_cache import run_prefix_cache
-
-    sizes = {name: getattr(arguments, name) for name in ("num_sequences", "num_tokens", "page_size")}
-    return run_prefix_cache(**sizes, on_progress=on_progress)
-
-
 def _fields(arguments: argparse.Namespace, options: type[msgspec.Struct]) -> dict[str, Any]:
     """The fields of a benchmark's options: flags of the same name, and what several flags say together."""
     found = {name: getattr(arguments, name) for name in options.__struct_fields__ if name in arguments}
     if "setup" in options.__struct_fields__:
         found["setup"] = _setup(arguments)
+    if "engine" in options.__struct_fields__:
+        found["engine"] = given(arguments, EngineConfig, skip=_SET_BY_OVERHEAD)
     if "style" in options.__struct_fields__:
         found["style"] = RequestStyle(**given(arguments, RequestStyle))
     if "scale" in options.__struct_fields__:

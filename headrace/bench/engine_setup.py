@@ -18,7 +18,7 @@ import msgspec
 from headrace import __version__
 from headrace.bench.models import WEIGHTLESS_SHAPES, write_config, write_model
 from headrace.config import EngineConfig, ResolvedConfig, resolve
-from headrace.engine.launch import model_folder
+from headrace.engine.core_host import model_folder
 
 _PACKAGES = ("torch", "triton", "transformers", "flashinfer-python")
 _GIT_SECONDS = 10.0
@@ -68,9 +68,11 @@ def prepare(setup: EngineSetup, scratch: Path, *, needs_file: bool = False, dumm
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     settings = {"skip_tokenizer_init": True, "seed": _SEED, **setup.engine}
+    load_format = settings.get("load_format")
+    is_weightless = setup.shape in WEIGHTLESS_SHAPES and load_format in (None, "auto")
     if setup.model is not None:
         folder = model_folder(setup.model)
-    elif not needs_file and (dummy or settings.get("load_format") == "dummy" or _is_weightless(setup)):
+    elif not needs_file and (dummy or load_format == "dummy" or is_weightless):
         folder = write_config(scratch / setup.shape, setup.shape)
         settings["load_format"] = "dummy"
     else:
@@ -159,7 +161,3 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
-
-
-def _is_weightless(setup: EngineSetup) -> bool:
-    return setup.shape in WEIGHTLESS_SHAPES and setup.engine.get("load_format") in (None, "auto")

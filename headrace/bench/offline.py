@@ -68,7 +68,7 @@ class Measured(msgspec.Struct, frozen=True):
         return statistics.median(self.seconds)
 
 
-def run_offline(options: OfflineOptions, on_progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+def run(options: OfflineOptions, on_progress: Callable[[str], None]) -> dict[str, Any]:
     """Run the benchmark; returns the JSON object that is printed last. `on_progress` is told what is running."""
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as scratch:
         prepared = prepare(options.setup, Path(scratch), needs_file=options.versus is not None)

@@ -66,7 +66,7 @@ class Arrivals:
         return found
 
 
-def run_online(options: OnlineOptions, on_progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+def run(options: OnlineOptions, on_progress: Callable[[str], None]) -> dict[str, Any]:
     """Run the benchmark; returns the JSON object that is printed last. `on_progress` is told what is running."""
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as scratch:
         prepared = prepare(options.setup, Path(scratch))

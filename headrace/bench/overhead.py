@@ -54,7 +54,7 @@ class Window(msgspec.Struct, frozen=True):
     num_waiting: int
 
 
-def run_overhead(options: OverheadOptions, on_progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+def run(options: OverheadOptions, on_progress: Callable[[str], None]) -> dict[str, Any]:
     """Run the benchmark; returns the JSON object that is printed last. `on_progress` is told what is running."""
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as scratch:
         folder = write_config(Path(scratch), "small")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from headrace.cache import Namespace, PagePool, RadixTree
@@ -19,19 +20,21 @@ _NUM_SHARED_PROMPTS = 1000
 _NAMESPACE = Namespace(0)
 
 
-def run_prefix_cache(
-    *,
-    num_sequences: int = 100_000,
-    num_tokens: int = 1000,
-    page_size: int = 16,
-    seed: int = 0,
-    on_progress: Callable[[str], None] = lambda _: None,
-) -> dict[str, Any]:
+class PrefixCacheOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How much to match and insert."""
+
+    num_sequences: int = 100_000
+    num_tokens: int = 1000
+    page_size: int = 16
+
+
+def run(options: PrefixCacheOptions, on_progress: Callable[[str], None]) -> dict[str, Any]:
     """Match and insert `num_sequences` sequences of `num_tokens` tokens; returns microseconds per page."""
+    num_sequences, num_tokens, page_size = msgspec.structs.astuple(options)
     num_pages = num_tokens // page_size
     pool = PagePool(num_sequences * num_pages + 1)
     tree = RadixTree(pool, page_size)
-    source = np.random.default_rng(seed)
+    source = np.random.default_rng(0)
     prompts = source.integers(0, 150_000, (_NUM_SHARED_PROMPTS, num_tokens // 2), dtype=np.int32)
     match_seconds = insert_seconds = 0.0
     num_matched = 0

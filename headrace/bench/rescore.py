@@ -59,9 +59,7 @@ def evenly_spaced(num_items: int, num_wanted: int) -> list[int]:
 
 
 def rescore(
-    measured: ResolvedConfig,
-    sequences: Sequence[ScoredSequence],
-    on_progress: Callable[[str], None] = lambda _: None,
+    measured: ResolvedConfig, sequences: Sequence[ScoredSequence], on_progress: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
     """Score every sequence again with the oracle of `measured`'s model; returns the fields of a report.
 

@@ -44,7 +44,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     num_rescored: int = NUM_RESCORED
 
 
-def run_serve(options: ServeOptions, on_progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+def run(options: ServeOptions, on_progress: Callable[[str], None]) -> dict[str, Any]:
     """Run the benchmark; returns the JSON object that is printed last. `on_progress` is told what is running."""
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as scratch:
         prepared = prepare(options.setup, Path(scratch))

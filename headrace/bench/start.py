@@ -1,7 +1,7 @@
-"""`headrace bench start`: from launching a process to its first token.
+"""`headrace bench start`: from starting a process to its first token.
 
 Owns how a start is measured: `headrace generate` in a fresh process, a model with random weights, one prompt of token
-ids, one new token, no tokenizer; the clock runs from the launch until the answer is on its standard output. The first
+ids, one new token, no tokenizer; the clock runs from there until the answer is on its standard output. The first
 start has an empty folder of built kernels (`cold`), the others find what it left there (`cached`; the median counts).
 Phases are what the engine's own log says of them: `name_s=number` and "name number s" of its lines.
 """
@@ -43,7 +43,7 @@ class TimedStart(msgspec.Struct, frozen=True):
     phases: dict[str, float]
 
 
-def run_start(options: StartOptions, on_progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+def run(options: StartOptions, on_progress: Callable[[str], None]) -> dict[str, Any]:
     """Run the benchmark; returns the JSON object that is printed last. `on_progress` is told what is running."""
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as scratch:
         prepared = prepare(options.setup, Path(scratch), dummy=True)

@@ -119,13 +119,7 @@ def _generation_config(num_tokens: int) -> Any:
     from transformers import GenerationConfig
 
     return GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=num_tokens,
-        eos_token_id=-1,
-        pad_token_id=0,
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=num_tokens, eos_token_id=-1, pad_token_id=0
     )
 
 

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report; exit code 2 when no attention backend can run the model or memory does not hold it."""
-    from headrace.engine.launch import CONFIG_FILES, load_tokenizer, resolve_settings, with_tokenizer
+    from headrace.engine.core_host import CONFIG_FILES, load_tokenizer, resolve_settings, with_tokenizer
     from headrace.runner.loading import checked_weight_map
 
     config = EngineConfig.from_dict({"model": arguments.model, **given(arguments, EngineConfig)})

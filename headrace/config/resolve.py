@@ -199,11 +199,7 @@ def backend_refusal(backend: str, model: ModelSpec, device: str, software: Softw
 
 
 def _cuda(
-    config: EngineConfig,
-    model: ModelSpec,
-    devices: Sequence[CudaDevice] | None,
-    first_device: int,
-    software: Software,
+    config: EngineConfig, model: ModelSpec, devices: Sequence[CudaDevice] | None, first_device: int, software: Software
 ) -> Chosen[CudaDevice | None]:
     """The device to run on; None for the CPU. Devices are looked for only where one could be used."""
     if config.device == "cpu":

@@ -200,7 +200,7 @@ def _compare(replica: Replica, command: WeightsChecker) -> None:
     def differing(live: dict[str, str]) -> dict[str, str]:
         return {name: found for name, found in live.items() if snapshot.get(name) != found}
 
-    replica.reading.compare(command.call_id, command.deadline, differing)
+    replica.reading.digest(command.call_id, command.deadline, differing, of_whole=False)
 
 
 def flush_cache(replica: Replica, command: FlushCache, now: float) -> None:

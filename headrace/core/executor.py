@@ -51,34 +51,27 @@ class Executor(Protocol):
         After a plan that failed none is executed until that failure was collected: slots and pages of the failed plan
         are not what later ones take them for.
         """
-        ...
 
     def sample(self, step_id: int, patch: SamplePatch | None = None) -> None:
         """Issue the sampling of the plan submitted last, which waits for it, with what was decided meanwhile. A plan
         that is submitted or collected before that fails, as does the one that waits."""
-        ...
 
     def collect(self) -> StepResult:
         """Wait for the oldest plan not collected yet. Raises `StepError` if it was not executed."""
-        ...
 
     def examine(self, fault: BaseException) -> None:
         """Something failed on the device, here or in `submit`, `collect` and `weights`. Raises `DeviceLost` if it was
         the last that the device did."""
-        ...
 
     def counters(self) -> dict[str, float]:
         """Figures of its own for `CoreStatus.metrics`."""
-        ...
 
     def checkpoint(self, folder: Path, root: Path | None) -> CheckpointSlices:
         """What a checkpoint folder holds, and its tensors, read as they are asked for: told at the end, after resting
         now and then. Nothing outside `root` is read, if there is one. Both raise `CheckpointError`."""
-        ...
 
     def close(self) -> None:
         """Free the device."""
-        ...
 
 
 class LocalExecutor:

@@ -53,17 +53,12 @@ class ReadControl:
         """When the first of the reads fails; None while there is none."""
         return min((read.deadline for read in self.reads), default=None)
 
-    def digest(self, call_id: int, deadline: float, finish: Callable[[dict[str, str]], Any]) -> None:
-        """Digest all live weights; the call is answered with what `finish` makes of the digests by name."""
-        self._hash(call_id, deadline, self._update.check_whole, finish)
-
-    def compare(self, call_id: int, deadline: float, finish: Callable[[dict[str, str]], Any]) -> None:
-        """As `digest`, also of what is left of weights that are not whole: for telling what of them differs."""
-        self._hash(call_id, deadline, self._update.check_readable, finish)
-
-    def _hash(
-        self, call_id: int, deadline: float, check: Callable[[], None], finish: Callable[[dict[str, str]], Any]
+    def digest(
+        self, call_id: int, deadline: float, finish: Callable[[dict[str, str]], Any], *, of_whole: bool = True
     ) -> None:
+        """Digest all live weights; the call is answered with what `finish` makes of the digests by name. Not `of_whole`
+        ones: also what is left of weights that are not whole, for telling what of them differs."""
+        check = self._update.check_whole if of_whole else self._update.check_readable
         check()
 
         def begin(stamp: int) -> Slices:

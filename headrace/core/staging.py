@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from headrace.weights.session import StageCopy, WeightMachine
 class StageJob:
     """Tensors on their way into a session. `call_id` is the call to answer then; None: the core reads a folder.
 
-    `copies` are the index of the tensor that a copy completes, None for a piece before its last one, and the copy.
+    `copies` are the index of the tensor that a copy completes, None for a piece before its last one, and the copy;
+    `buffer` is what they are taken from.
     """
 
     def __init__(
@@ -27,6 +27,7 @@ class StageJob:
         copies: Iterator[tuple[int | None, StageCopy]],
         call_id: int | None,
         deadline: float = NO_DEADLINE,
+        buffer: SharedBuffer | None = None,
     ) -> None:
         self.call_id = call_id
         self.deadline = deadline
@@ -34,7 +35,7 @@ class StageJob:
         self._session_id = session_id
         self._copies = copies
         self._current: tuple[int | None, StageCopy] | None = None
-        self._resources = ExitStack()
+        self._buffer = buffer
 
     def advance(self, budget_s: float, now: float) -> bool:
         """Copy for about `budget_s` seconds, at least one block. True when all of it is staged.
@@ -66,11 +67,8 @@ class StageJob:
         """Let go of the buffer. Idempotent."""
         self._current = None
         self._copies = iter(())
-        self._resources.close()
-
-    def owns(self, buffer: SharedBuffer) -> None:
-        """Close `buffer` with the job."""
-        self._resources.callback(buffer.close)
+        if self._buffer is not None:
+            self._buffer.close()
 
 
 def job_from_buffer(machine: WeightMachine, command: Stage, now: float) -> StageJob:
@@ -101,9 +99,7 @@ def job_from_buffer(machine: WeightMachine, command: Stage, now: float) -> Stage
             copy = machine.stage(command.session_id, entry.index, data, start, replaces=replaces)
             yield entry.index if is_last else None, copy
 
-    job = StageJob(machine, command.session_id, copies(), command.call_id, command.deadline)
-    job.owns(buffer)
-    return job
+    return StageJob(machine, command.session_id, copies(), command.call_id, command.deadline, buffer)
 
 
 def job_from_tensors(

@@ -30,11 +30,7 @@ from headrace.core.pausing import PauseControl
 from headrace.core.staging import StageJob, job_from_buffer, job_from_tensors
 from headrace.core.stepping import Stepper
 from headrace.scheduler import Scheduler
-from headrace.types.errors import (
-    DeadlineError,
-    HeadraceError,
-    UpdateConflictError,
-)
+from headrace.types.errors import DeadlineError, HeadraceError, UpdateConflictError
 from headrace.types.messages import NO_DEADLINE, BeginUpdate, CommitUpdate, Stage, UpdateBegun, UpdateFromDisk
 from headrace.types.weights import InFlight, TensorInfo
 from headrace.weights.session import OpenUpdate, WeightMachine

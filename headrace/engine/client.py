@@ -83,7 +83,7 @@ class CoreClient:
         self._link = link
         self._pulse = pulse
         self._limits = limits
-        self._control_timeout = control_timeout
+        self.control_timeout = control_timeout
         self._on_death = on_death
         self._calls = Calls(self._send_call, pulse, clock)
         self._sinks: dict[int, Sink] = {}
@@ -98,11 +98,6 @@ class CoreClient:
         self._barred: HeadraceError | None = None
         self.status: CoreStatus | None = None
         self.is_whole = True
-
-    @property
-    def control_timeout(self) -> float:
-        """Default deadline of a call, in seconds."""
-        return self._control_timeout
 
     @property
     def is_alive(self) -> bool:
@@ -260,14 +255,14 @@ class CoreClient:
         """Have a core that is ready be as the one before it was, and serve."""
         mode = self.ledger.paused
         if mode is not None:
-            await self._calls.call(lambda call_id: Pause(call_id, mode), self._control_timeout)
-        status = await self._calls.ask(GetStatus, self._control_timeout)
+            await self._calls.call(lambda call_id: Pause(call_id, mode), self.control_timeout)
+        status = await self._calls.ask(GetStatus, self.control_timeout)
         self._note(msgspec.msgpack.decode(status, type=CoreStatus))
         self._barred = None
         self.check_alive()
 
     def _limit(self, timeout: float | None) -> float:
-        return self._control_timeout if timeout is None else timeout
+        return self.control_timeout if timeout is None else timeout
 
     async def _refresh(self) -> None:
         with contextlib.suppress(HeadraceError):  # the caller has its own answer; the watch will see what is wrong

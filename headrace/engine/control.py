@@ -28,7 +28,8 @@ class UpdateTerms(msgspec.Struct, frozen=True):
 def terms_of(version: Any, mode: Any, in_flight: Any, timeout: Any, partial: Any = False) -> UpdateTerms:
     """What an update call says, apart from its tensors."""
     is_partial, seconds = as_flag(partial, "partial"), seconds_of(timeout) or DEFAULT_UPDATE_TIMEOUT
-    return UpdateTerms(version_of(version), *modes_of(mode, in_flight), seconds, is_partial)
+    modes = choice_of(mode, UpdateMode, "mode"), choice_of(in_flight, InFlight, "in_flight")
+    return UpdateTerms(version_of(version), *modes, seconds, is_partial)
 
 
 def version_of(version: Any) -> str:
@@ -53,11 +54,6 @@ def folder_of(path: str | Path) -> str:
 def seconds_of(timeout: Any) -> float | None:
     """A time limit; None stands for the default."""
     return None if timeout is None else as_seconds(timeout, "timeout")
-
-
-def modes_of(mode: Any, in_flight: Any) -> tuple[UpdateMode, InFlight]:
-    """The modes of an update."""
-    return choice_of(mode, UpdateMode, "mode"), choice_of(in_flight, InFlight, "in_flight")
 
 
 def choice_of(value: Any, choices: Any, field: str) -> Any:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack
 from headrace.config import EngineConfig, ResolvedConfig
 from headrace.engine.async_engine import AsyncEngine
 from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, terms_of
+from headrace.engine.core_host import ExecutorKind
 from headrace.engine.fields import InputIds, Prompts, Sampling
-from headrace.engine.launch import ExecutorKind
 from headrace.engine.requests import GenerateOptions
 from headrace.engine.runtime import Regret, result_of
 from headrace.engine.serving import ServerHandle, stop_server

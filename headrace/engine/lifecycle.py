@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self, get_args
 
 from headrace.config import EngineConfig, ResolvedConfig
-from headrace.engine.launch import ExecutorKind
+from headrace.engine.core_host import ExecutorKind
 from headrace.engine.runtime import Runtime
 from headrace.engine.starting import Running, Start
 from headrace.text import Tokenizer

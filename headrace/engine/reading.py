@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 
@@ -12,17 +13,14 @@ from headrace.engine.client import CoreClient
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import UnavailableError
 from headrace.types.messages import GetWeight, WeightBytes, WeightPart
-from headrace.types.weights import BufferRef, TensorInfo
+from headrace.types.weights import TensorInfo
 
 PART_BYTES = 8 << 20
 """What travels at once: more than a busy core copies between two steps, and little for the front's loop to take."""
 
 
 async def read_weight(
-    client: CoreClient,
-    name: str,
-    max_rows: int | None = None,
-    check: Callable[[TensorInfo], None] | None = None,
+    client: CoreClient, name: str, max_rows: int | None = None, check: Callable[[TensorInfo], None] | None = None
 ) -> WeightBytes:
     """One live tensor, or its first rows, all of one version: an update in between begins the reading again.
 
@@ -37,7 +35,8 @@ async def read_weight(
     with buffer:
         data, stamp, start = memoryview(b""), -1, 0
         while True:
-            part = await _read_part(client, name, buffer.ref, start, max_rows, deadline - time.monotonic())
+            command = functools.partial(GetWeight, name=name, buffer=buffer.ref, start=start, max_rows=max_rows)
+            part = await client.call(command, WeightPart, deadline - time.monotonic())
             if start == 0:
                 if check is not None:
                     check(part.info)
@@ -51,9 +50,3 @@ async def read_weight(
                 break
     shape = part.info.shape if max_rows is None else (min(max_rows, part.info.shape[0]), *part.info.shape[1:])
     return WeightBytes(msgspec.structs.replace(part.info, shape=shape), data)
-
-
-async def _read_part(
-    client: CoreClient, name: str, buffer: BufferRef, start: int, max_rows: int | None, timeout: float
-) -> WeightPart:
-    return await client.call(lambda call_id: GetWeight(call_id, name, buffer, start, max_rows), WeightPart, timeout)

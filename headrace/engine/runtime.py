@@ -23,8 +23,8 @@ from typing import Any, Generic, TypeVar
 
 from headrace.config import ResolvedConfig
 from headrace.engine.client import CoreClient
+from headrace.engine.core_host import CoreHost, ExecutorKind, start_core
 from headrace.engine.health import HealthLimits
-from headrace.engine.launch import CoreHost, ExecutorKind, start_core
 from headrace.engine.ledger import Ledger
 from headrace.engine.supervision import Supervisor
 from headrace.engine.update import Updater
@@ -202,7 +202,7 @@ class Runtime:
 
     def __init__(self, resolved: ResolvedConfig, *, inprocess: bool, executor: ExecutorKind) -> None:
         self._pid = os.getpid()
-        self._is_closing = False
+        self.is_closing = False
         self._closing: asyncio.Task[None] | None = None
         self._has_closed = _Latch()
         self._errands: set[_Errand[Any]] = set()  # that somebody waits for
@@ -233,16 +233,12 @@ class Runtime:
     @property
     def is_over(self) -> bool:
         """True once there is no core and will be none, as in a fork of the process that owns it."""
-        return self.foreign is not None or self._is_closing or self.supervisor.ended.done()
+        return self.foreign is not None or self.is_closing or self.supervisor.ended.done()
 
     @property
     def foreign(self) -> ShutdownError | None:
         """What the engine is here, if this process is a fork of the one that owns it."""
         return forked(self._pid) if os.getpid() != self._pid else None
-
-    @property
-    def is_closing(self) -> bool:
-        return self._is_closing
 
     def add_closer(self, closer: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Await this on the loop before the core is ended (a server that runs on the loop, say)."""
@@ -331,14 +327,14 @@ class Runtime:
         """Raise `ShutdownError` once the runtime is closing, and in a fork of the process that owns it."""
         if os.getpid() != self._pid:
             raise forked(self._pid)
-        if self._is_closing:
+        if self.is_closing:
             raise ShutdownError(_SHUTTING_DOWN)
 
     def close(self) -> None:
         """Answer what runs, end the core and the loop. A second caller waits for the first one's work."""
         if self.foreign is not None:
             return  # a fork: neither the thread nor the core is ours
-        self._is_closing = True
+        self.is_closing = True
         self.supervisor.end(ShutdownError(_SHUTTING_DOWN))
         self.post(self._start_closing)
         if threading.current_thread() is self._thread:
@@ -351,7 +347,7 @@ class Runtime:
     def _errand(
         self, coroutine: Coroutine[Any, Any, Result], regret: Regret[Result] | None, on_news: Callable[[], None]
     ) -> _Errand[Result]:
-        return _Errand(self.loop, coroutine, regret, on_news, lambda: self._is_closing, self._errands)
+        return _Errand(self.loop, coroutine, regret, on_news, lambda: self.is_closing, self._errands)
 
     def _start(self, errand: _Errand[Any]) -> None:
         try:

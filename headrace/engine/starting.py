@@ -12,8 +12,7 @@ import os
 import threading
 
 from headrace.config import EngineConfig, ResolvedConfig
-from headrace.engine.intake import Intake
-from headrace.engine.launch import (
+from headrace.engine.core_host import (
     ExecutorKind,
     current_device,
     load_tokenizer,
@@ -21,6 +20,7 @@ from headrace.engine.launch import (
     resolve_settings,
     with_tokenizer,
 )
+from headrace.engine.intake import Intake
 from headrace.engine.requests import RequestBuilder
 from headrace.engine.runtime import Runtime, forked, result_of
 from headrace.text import Tokenizer

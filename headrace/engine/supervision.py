@@ -21,7 +21,7 @@ import msgspec
 
 from headrace.config import ResolvedConfig
 from headrace.engine.client import CoreClient
-from headrace.engine.launch import CoreHost, ExecutorKind, start_core
+from headrace.engine.core_host import CoreHost, ExecutorKind, start_core
 from headrace.types.errors import EngineDeadError, HeadraceError
 from headrace.types.messages import CoreReady
 

@@ -29,14 +29,7 @@ from headrace.ipc import SharedBuffer
 from headrace.types.errors import DeadlineError, HeadraceError, InternalError, UnavailableError, WeightUpdateError
 from headrace.types.messages import AbortUpdate, BeginUpdate, CommitUpdate, Stage, UpdateBegun
 from headrace.types.plain_values import as_list, plain_text
-from headrace.types.weights import (
-    MAX_DIMENSIONS,
-    MAX_TENSOR_NAME,
-    MAX_TENSORS,
-    TensorInfo,
-    UpdateReport,
-    shape_problem,
-)
+from headrace.types.weights import MAX_DIMENSIONS, MAX_TENSOR_NAME, MAX_TENSORS, TensorInfo, UpdateReport, shape_problem
 from headrace.weights.weight_map import is_recomputed
 
 logger = logging.getLogger(__name__)

@@ -25,17 +25,16 @@ class UploadBuffer:
         self.entries: list[BufferEntry] = []
         self._num_used = 0
 
-    def fits(self, num_bytes: int) -> bool:
-        """True when so many bytes have room."""
-        return aligned(self._num_used) + num_bytes <= self.memory.ref.size
-
-    def write(self, index: int, start: int, data: TensorBytes, *, replaces: bool) -> None:
-        """Copy in what a tensor holds from its byte `start` on. `WeightUpdateError` if it was freed or written to
-        meanwhile."""
+    def write(self, index: int, start: int, data: TensorBytes, *, replaces: bool) -> bool:
+        """Copy in what a tensor holds from its byte `start` on, if there is room for it. `WeightUpdateError` if it was
+        freed or written to meanwhile."""
         offset = aligned(self._num_used)
+        if offset + len(data) > self.memory.ref.size:
+            return False
         data.copy_into(self.memory.view[offset : offset + len(data)])
         self.entries.append(BufferEntry(index, offset, start, len(data), replaces))
         self._num_used = offset + len(data)
+        return True
 
     def clear(self) -> None:
         """Forget the contents: the buffer may be filled again."""
@@ -69,9 +68,7 @@ class Filling:
         if buffer is None:
             return False
         try:
-            has_room = buffer.fits(len(data))
-            if has_room:
-                buffer.write(index, start, data, replaces=replaces)
+            has_room = buffer.write(index, start, data, replaces=replaces)
         finally:
             self.put(buffer)
         self.check()  # after that: it may have been ended while the buffer was not here

@@ -9,7 +9,7 @@ from headrace.ipc.descriptors import keep_standard_numbers
 from headrace.ipc.inprocess import make_pair
 from headrace.ipc.links import CoreLink, FrontLink, PeerClosed
 from headrace.ipc.pulse import Phase, Pulse, PulsePage, PulseReading
-from headrace.ipc.spawn import CoreProcess, launch_core
+from headrace.ipc.spawn import CoreProcess, start_process
 
 __all__ = [
     "CoreLink",
@@ -22,6 +22,6 @@ __all__ = [
     "PulseReading",
     "SharedBuffer",
     "keep_standard_numbers",
-    "launch_core",
+    "start_process",
     "make_pair",
 ]

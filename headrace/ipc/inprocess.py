@@ -104,6 +104,5 @@ class InprocessCoreLink:
         self._front.push(output)
 
     def close(self) -> None:
-        if not self._is_closed:
-            self._is_closed = True
+        self._is_closed = True
         self._front.push(None)

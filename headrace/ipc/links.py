@@ -22,25 +22,21 @@ class CoreLink(Protocol):
     @property
     def is_behind(self) -> bool:
         """True while much of what was sent waits for the front to read it."""
-        ...
 
     def poll(self, timeout: float) -> list[Command]:
         """Every command that has arrived, waiting up to `timeout` seconds for the first one.
 
         Raises `PeerClosed` once the front is gone and all it sent has been returned.
         """
-        ...
 
     def send(self, output: Output) -> None:
         """Send without waiting; waits only while the backlog is over its bound, and not for ever.
 
         Raises `PeerClosed` when the front is gone or has not read for the link's stall timeout.
         """
-        ...
 
     def close(self) -> None:
         """Send what is still queued, within a short deadline, and close. Idempotent."""
-        ...
 
 
 class FrontLink(Protocol):
@@ -51,15 +47,12 @@ class FrontLink(Protocol):
 
         `on_close(reason)` is called once if the core goes away; it is not called after `close`.
         """
-        ...
 
     def send(self, command: Command) -> None:
         """Queue a command; never blocks.
 
         Raises `EngineDeadError` when the link is closed, `UnavailableError` when too much waits to be sent.
         """
-        ...
 
     async def close(self) -> None:
         """Close this end, which ends the core. Idempotent."""
-        ...

@@ -98,7 +98,7 @@ class CoreProcess:
         self._exited.set()
 
 
-def launch_core(config: bytes, *, executor: str = "local") -> tuple[CoreProcess, SocketFrontLink]:
+def start_process(config: bytes, *, executor: str = "local") -> tuple[CoreProcess, SocketFrontLink]:
     """Start `python -m headrace.core.process` with `config`, the msgpack of a `ResolvedConfig`.
 
     `executor` is "local", or "free" for one that computes nothing (benchmarks and tests). The first output on the link

@@ -30,24 +30,19 @@ class LayerKernels(Protocol):
         self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None
     ) -> Tensor:
         """rms_norm(x) W^T + b -> [T, O]."""
-        ...
 
     def normed_gate(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         """silu(gate) * up of rms_norm(x) W^T + b, whose first half are the gates -> [T, F]."""
-        ...
 
     def linear_add_(self, residual_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> None:
         """residual += x W^T + b, in place."""
-        ...
 
     def normed_logits(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_VI: Tensor) -> Tensor:
         """rms_norm(x) W^T -> float32 [T, V]."""
-        ...
 
     @property
     def experts(self) -> ExpertKernels | None:
         """What layers of experts are made of; None where this set has nothing for them."""
-        ...
 
 
 class ExpertKernels(Protocol):
@@ -55,11 +50,9 @@ class ExpertKernels(Protocol):
 
     def normed_route(self, x_TX: Tensor, norm_X: Tensor, eps: float, router_EX: Tensor, rule: RouterRule) -> Routed:
         """rms_norm(x), and the experts that a router picks for it."""
-        ...
 
     def experts_add_(self, residual_TX: Tensor, routed: Routed, gate_up_E2FX: Tensor, down_EXF: Tensor) -> None:
         """residual += the weighted sum of W_down silu_and_mul(W_gate_up hidden) over each token's experts, in place."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,25 @@ from headrace.types.errors import ConfigError
 
 
 @dataclass(frozen=True)
+class AttentionShape:
+    """Heads of one layer: H query, G key and G value heads of D. Scores are scaled by 1 / sqrt(head_dim)."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of_group(cls, group: KvGroup) -> AttentionShape:
+        """Of every layer of a KV group."""
+        return cls(group.num_heads, group.num_kv_heads, group.head_dim)
+
+    @property
+    def scale(self) -> float:
+        """Factor on every score."""
+        return float(self.head_dim**-0.5)
+
+
+@dataclass(frozen=True)
 class KvGeometry:
     """Sizes of a pool, in elements."""
 

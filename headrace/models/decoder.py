@@ -21,7 +21,6 @@ class Layer(Protocol):
 
     def run(self, x: Residual, step: ForwardStep, kept_tokens: Tensor | None = None) -> None:
         """Attend and transform, onto the stream; with `kept_tokens` it goes on with these once all keys are stored."""
-        ...
 
 
 class Decoder:

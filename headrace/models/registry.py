@@ -125,13 +125,7 @@ class _Layout:
         return WeightMap(self._params.values(), self._rules, aliases, other_names=others, is_shard=is_shard)
 
 
-def build(
-    spec: ModelSpec,
-    store: WeightStore,
-    *,
-    kernels: LayerKernels,
-    counter: GemmCounter | None = None,
-) -> Decoder:
+def build(spec: ModelSpec, store: WeightStore, *, kernels: LayerKernels, counter: GemmCounter | None = None) -> Decoder:
     """The decoder over `store.live`, whose tensors it keeps."""
     family = FAMILIES[spec.architecture]
     params = Params(store.live, kernels, counter or GemmCounter(), spec.rms_norm_eps)

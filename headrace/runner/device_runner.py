@@ -136,10 +136,7 @@ class _Parts:
         self._exact = exact
         self._dtype = weights.dtype
         self._model: Decoder = models.build(
-            spec,
-            weights,
-            kernels=device_kernels(engine.numerics, device, exact.products),
-            counter=counter,
+            spec, weights, kernels=device_kernels(engine.numerics, device, exact.products), counter=counter
         )
         self._groups = [
             (group, rope_tables(group.rope, group.head_dim, resolved.context_length, weights.dtype, device))
@@ -158,8 +155,7 @@ class _Parts:
         tables = make_tables(buffer, max_rows, resolved.max_columns, self._device)
         launches = Launches(self._model, attention, self.sampler, buffer, tables, self._hidden)
         slots = InputTable(max_rows, resolved.max_columns)
-        table, exact = tables.page_table, self._exact
-        return StepRunner(launches, attention, self.sampler, slots, buffer, self.buckets, graphs, table, exact)
+        return StepRunner(launches, slots, self.buckets, graphs, self._exact)
 
     def _attention(self, resolved: ResolvedConfig) -> DeviceAttention:
         """A backend over a pool for each KV group."""

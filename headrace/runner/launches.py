@@ -6,6 +6,8 @@ read from the step buffer. Must not know plans. Legend: T packed tokens, S sampl
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -17,69 +19,61 @@ from headrace.runner.step_buffer import StepBuffer
 from headrace.sampling.device_sampler import DeviceSampler
 
 
+@dataclass(frozen=True, eq=False)
 class Launches:
     """Bodies of launches: nothing in them waits for the device or looks at the host's values."""
 
-    def __init__(
-        self,
-        model: Decoder,
-        attention: DeviceAttention,
-        sampler: DeviceSampler,
-        buffer: StepBuffer,
-        tables: DeviceTables,
-        hidden_TX: Tensor,
-    ) -> None:
-        self._model = model
-        self._attention = attention
-        self._sampler = sampler
-        self._buffer = buffer
-        self._tables = tables
-        self._hidden_TX = hidden_TX
+    model: Decoder
+    attention: DeviceAttention
+    sampler: DeviceSampler
+    buffer: StepBuffer
+    tables: DeviceTables
+    hidden_TX: Tensor
 
     def write_cells(self) -> None:
         """The page cells of the step buffer, into the page table."""
-        views = self._buffer.views
-        write_cells(views.cells, views.cell_count, self._tables.page_table)
+        views = self.buffer.views
+        write_cells(views.cells, views.cell_count, self.tables.page_table)
 
     def forward(self, bucket: Bucket) -> None:
         """Cells, embeddings and every layer; the residual stream stays in `hidden`."""
         self.write_cells()
-        views, num_tokens = self._buffer.views, bucket.num_tokens
-        hidden_TX = self._hidden_TX[:num_tokens]
+        views, num_tokens = self.buffer.views, bucket.num_tokens
+        hidden_TX = self.hidden_TX[:num_tokens]
         embed_tokens(
             views.token_ids[:num_tokens],
             views.table_rows[:num_tokens],
-            self._sampler.last_tokens,
-            self._model.embed.weight,
+            self.sampler.last_tokens,
+            self.model.embed.weight,
             hidden_TX,
         )
-        self._model.forward(hidden_TX, ForwardStep(self._attention.steps(self._tables, bucket)))
+        self.model.forward(hidden_TX, ForwardStep(self.attention.steps(self.tables, bucket)))
 
     def sample(self, num_rows: int, *, truncated: bool) -> None:
         """Tokens and log-probabilities of `num_rows` rows into the step buffer's results."""
-        views = self._buffer.views
-        self._sampler.sample(
+        views = self.buffer.views
+        self.sampler.sample(
             self.sampled_logits(num_rows),
             views.sampled_slots[:num_rows],
             views.sampled_positions[:num_rows],
-            self._buffer.token_ids[:num_rows],
-            self._buffer.logprobs[:num_rows],
+            self.buffer.token_ids[:num_rows],
+            self.buffer.logprobs[:num_rows],
             truncated=truncated,
         )
 
     def sampled_logits(self, num_rows: int) -> Tensor:
         """float32 [num_rows, V] of the rows that sample."""
-        return self._model.logits(self._hidden_TX.index_select(0, self._buffer.views.sampled_tokens[:num_rows]))
+        return self.model.logits(self.hidden_TX.index_select(0, self.buffer.views.sampled_tokens[:num_rows]))
 
     def logits_of(self, tokens: slice) -> Tensor:
         """float32 [n, V] of n consecutive packed tokens."""
-        return self._model.logits(self._hidden_TX[tokens])
+        return self.model.logits(self.hidden_TX[tokens])
 
     def make_empty(self) -> None:
         """Nothing to do in the step buffer: launches then compute padding and write no page."""
-        self._buffer.words.zero_()
-        self._buffer.views.table_rows.fill_(-1)
-        self._buffer.views.sampled_slots.fill_(-1)
+        self.buffer.words.zero_()
+        self.buffer.views.table_rows.fill_(-1)
+        self.buffer.views.sampled_slots.fill_(-1)
 
 
 def make_tables(buffer: StepBuffer, num_slots: int, num_columns: int, device: torch.device) -> DeviceTables:

@@ -16,15 +16,12 @@ class PendingStep(Protocol):
     @property
     def step_id(self) -> int:
         """The plan's."""
-        ...
 
     def sample(self, patch: SamplePatch | None) -> None:
         """Issue the sampling of a plan that waits for it; before the next plan is issued."""
-        ...
 
     def wait(self) -> StepResult:
         """Its result, as soon as the device has it."""
-        ...
 
 
 def step_result(

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from headrace.attention.base import Bucket, DeviceAttention, StepRows
+from headrace.attention.base import Bucket, StepRows
 from headrace.runner.buckets import Buckets
 from headrace.runner.device_step import DeviceClock, DeviceStep, ScoredPrompt, StepMarks
 from headrace.runner.exact_products import ExactProducts
@@ -21,8 +21,7 @@ from headrace.runner.graphs import Graphs
 from headrace.runner.launches import Launches
 from headrace.runner.prompt_scores import scored_spans
 from headrace.runner.slots import InputTable
-from headrace.runner.step_buffer import HostStep, StepBuffer
-from headrace.sampling.device_sampler import DeviceSampler
+from headrace.runner.step_buffer import HostStep
 from headrace.types.plan import SamplePatch, StepPlan
 
 MAX_CELLS = 2048
@@ -35,27 +34,18 @@ class StepRunner:
     """Turns plans into launches, in the order they are issued."""
 
     def __init__(
-        self,
-        launches: Launches,
-        attention: DeviceAttention,
-        sampler: DeviceSampler,
-        slots: InputTable,
-        buffer: StepBuffer,
-        buckets: Buckets,
-        graphs: Graphs,
-        page_table: torch.Tensor,
-        exact: ExactProducts,
+        self, launches: Launches, slots: InputTable, buckets: Buckets, graphs: Graphs, exact: ExactProducts
     ) -> None:
         self.clock = DeviceClock()
         self._launches = launches
-        self._attention = attention
-        self._sampler = sampler
+        self._attention = launches.attention
+        self._sampler = launches.sampler
+        self._buffer = launches.buffer
+        self._page_table = launches.tables.page_table
+        self._is_cuda = self._page_table.is_cuda
         self._slots = slots
-        self._buffer = buffer
         self._buckets = buckets
         self._graphs = graphs
-        self._page_table = page_table
-        self._is_cuda = page_table.is_cuda
         self._exact = exact
 
     def launch(self, plan: StepPlan) -> DeviceStep:

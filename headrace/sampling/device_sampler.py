@@ -109,16 +109,33 @@ class DeviceSampler:
         positions_S: Tensor,
         tokens_S: Tensor,
         logprobs_S: Tensor,
+        processed: ProcessedRows | None = None,
         *,
         truncated: bool,
-    ) -> None:
-        """Sample one token per row. Pure launches on static memory: may be captured.
+        scored_params: Tensor | None = None,
+    ) -> SampledRows:
+        """Sample one token per row: thresholds where rows are truncated or processed, then the sampling pass. Pure
+        launches on static memory: may be captured.
 
         logits_SV     float32, contiguous, S <= max_rows; not changed
         slots_S, positions_S   int32; a row whose slot is -1 is skipped; positions are those of the new tokens
         tokens_S, logprobs_S   int32 and float32, written; tokens also go to `last_tokens`
+        scored_params   of prompt positions: row 0 is what slot 0 reads, row 1 what thresholds are found with
         """
-        self._draw(logits_SV, slots_S, positions_S, tokens_S, logprobs_S, None, truncated=truncated)
+        num_rows = len(slots_S)
+        assert num_rows <= self._max_rows, f"{num_rows} rows, room for {self._max_rows}"
+        params, threshold_slots, last = self.slot_params, slots_S, self.last_tokens
+        if scored_params is not None:
+            params, threshold_slots, last = scored_params, self._ones[:num_rows], self._last
+        thresholds = None
+        if truncated or processed is not None:
+            thresholds = self._thresholds[:num_rows]
+            find_thresholds(logits_SV, params, threshold_slots, self._scratch, thresholds, processed)
+        sample_rows(
+            logits_SV, slots_S, positions_S, params, self.slot_seeds, thresholds, self._workspace, tokens_S,
+            logprobs_S, last, processed,
+        )  # fmt: skip
+        return SampledRows(logits_SV, slots_S, tokens_S, params, thresholds, self._workspace, processed)
 
     def sample_eager(
         self,
@@ -150,7 +167,7 @@ class DeviceSampler:
                 process_rows(logits_SV, processed, slots_S, positions_S, self._slots.processors, self._slots.counts)
                 if masks is not None:
                     mask_rows(processed, *masks)
-            rows = self._draw(logits_SV, slots_S, positions_S, tokens_S, logprobs_S, processed, truncated=truncated)
+            rows = self.sample(logits_SV, slots_S, positions_S, tokens_S, logprobs_S, processed, truncated=truncated)
             self._read(rows, self._slots.asked_ids, columns)
             if processed is not None:
                 count_tokens(tokens_S, slots_S, processed, self._slots.processors, self._slots.counts)
@@ -180,7 +197,7 @@ class DeviceSampler:
                 logits = logits.clone()  # kernels are compiled for aligned rows
             processed = self._biased(logits, slot) if is_biased else None
             zeros, tokens, logprobs = (t[: len(logits)] for t in (self._zeros, self._own_tokens, self._own_logprobs))
-            rows = self._draw(
+            rows = self.sample(
                 logits, zeros, zeros, tokens, logprobs, processed, truncated=truncated, scored_params=device_params
             )
             targets = targets_M[first : first + step].to(torch.int32)
@@ -200,42 +217,11 @@ class DeviceSampler:
         masks = torch.zeros(1, -(-self._vocab_size // 32), dtype=torch.int32, device=self._device)
         mask_rows(processed, tokens + 1, masks)
         for truncated, copies in ((False, None), (True, None), (True, processed)):
-            rows = self._draw(logits, slots, positions, tokens, logprobs, copies, truncated=truncated)
+            rows = self.sample(logits, slots, positions, tokens, logprobs, copies, truncated=truncated)
         for size in LIST_SIZES:
             self._read(rows, self._slots.asked_ids, Columns(min(size, self._vocab_size), 1, 1), tokens)
         count_tokens(tokens, slots, processed, *tables)
         self._slots.warm()
-
-    def _draw(
-        self,
-        logits_SV: Tensor,
-        slots_S: Tensor,
-        positions_S: Tensor,
-        tokens_S: Tensor,
-        logprobs_S: Tensor,
-        processed: ProcessedRows | None,
-        *,
-        truncated: bool,
-        scored_params: Tensor | None = None,
-    ) -> SampledRows:
-        """Thresholds where rows are truncated or processed, then the sampling pass.
-
-        scored_params   of prompt positions: row 0 is what slot 0 reads, row 1 what thresholds are found with
-        """
-        num_rows = len(slots_S)
-        assert num_rows <= self._max_rows, f"{num_rows} rows, room for {self._max_rows}"
-        params, threshold_slots, last = self.slot_params, slots_S, self.last_tokens
-        if scored_params is not None:
-            params, threshold_slots, last = scored_params, self._ones[:num_rows], self._last
-        thresholds = None
-        if truncated or processed is not None:
-            thresholds = self._thresholds[:num_rows]
-            find_thresholds(logits_SV, params, threshold_slots, self._scratch, thresholds, processed)
-        sample_rows(
-            logits_SV, slots_S, positions_S, params, self.slot_seeds, thresholds, self._workspace, tokens_S,
-            logprobs_S, last, processed,
-        )  # fmt: skip
-        return SampledRows(logits_SV, slots_S, tokens_S, params, thresholds, self._workspace, processed)
 
     def _biased(self, logits_MV: Tensor, slot: int) -> ProcessedRows:
         num_rows = len(logits_MV)

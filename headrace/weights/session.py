@@ -225,13 +225,7 @@ class WeightMachine:
         resolved = self._memory.begin(manifest, mode, partial)
         self._num_sessions += 1
         self.session = OpenUpdate(
-            self._num_sessions,
-            version,
-            manifest,
-            resolved,
-            in_flight=in_flight,
-            timeout_s=timeout_s,
-            now=now,
+            self._num_sessions, version, manifest, resolved, in_flight=in_flight, timeout_s=timeout_s, now=now
         )
         return self.session
 

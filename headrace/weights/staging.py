@@ -102,11 +102,9 @@ class Source(Protocol):
     @property
     def num_elements(self) -> int:
         """Elements there are to copy."""
-        ...
 
     def copy(self, part: slice, destination: torch.Tensor) -> None:
         """Write these elements, converted, into `destination`, which is flat."""
-        ...
 
 
 TensorData = torch.Tensor | Source

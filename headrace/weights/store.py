@@ -328,7 +328,7 @@ class WeightStore:
         reader = self._begin_reading()
         for name in self.weight_map.rules_by_name:
             region, total, digest = self._region(name), None, ""
-            for part in _sum_blocks(region):
+            for part in row_blocks((region.num_elements,), region.dtype.itemsize, _SUM_BYTES[self.device.type]):
                 if part.start:
                     yield None
                 with reader.using():
@@ -399,10 +399,6 @@ class WeightStore:
 
 def _not_finite(name: str, dtype: torch.dtype) -> str:
     return f"{name} holds NaN or infinity in {dtype_name(dtype)} (check_finite=False lets such weights in)"
-
-
-def _sum_blocks(region: Region) -> Iterator[slice]:
-    return row_blocks((region.num_elements,), region.dtype.itemsize, _SUM_BYTES[region.device.type])
 
 
 def _memory_left(device: torch.device) -> Callable[[], int]:

@@ -10,7 +10,7 @@ import pytest
 from headrace.config import CudaDevice, EngineConfig, ResolvedConfig, Software, machine, resolve
 from headrace.config.engine_config import SettledConfig
 from headrace.config.machine import available_cores, available_memory
-from headrace.engine.launch import model_folder, resolve_settings
+from headrace.engine.core_host import model_folder, resolve_settings
 from headrace.types.errors import ConfigError
 
 H200 = CudaDevice("NVIDIA H200", 150_754_820_096, (9, 0), 132)

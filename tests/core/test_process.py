@@ -17,7 +17,7 @@ import msgspec
 import pytest
 
 from headrace.config import ResolvedConfig
-from headrace.ipc import CoreProcess, FrontLink, launch_core
+from headrace.ipc import CoreProcess, FrontLink, start_process
 from headrace.ipc.codec import pack_frame
 from headrace.types.messages import (
     BeginUpdate,
@@ -93,7 +93,7 @@ def with_core(
     """Run `body` against a new core process; returns the process, ended."""
 
     async def run() -> CoreProcess:
-        process, link = launch_core(msgspec.msgpack.encode(resolved or tiny_config()), executor=executor)
+        process, link = start_process(msgspec.msgpack.encode(resolved or tiny_config()), executor=executor)
         front = Front(process, link)
         try:
             await front.start()
@@ -178,7 +178,7 @@ def test_a_core_that_cannot_be_launched_leaves_no_descriptor(monkeypatch: pytest
     before = os.listdir("/proc/self/fd")
     monkeypatch.setattr(missing, fails)
     with pytest.raises(OSError, match="Too many") as caught:
-        launch_core(b"")
+        start_process(b"")
     assert os.listdir("/proc/self/fd") == before, caught
 
 
@@ -214,13 +214,13 @@ def test_closing_the_link_ends_an_idle_core() -> None:
 
 PARENT = """
 import asyncio, os, sys, time, msgspec
-from headrace.ipc import launch_core
+from headrace.ipc import start_process
 from headrace.types.messages import Submit
 
 config, submit = map(bytes.fromhex, sys.argv[2:])
 
 async def main():
-    process, link = launch_core(config, executor="free")
+    process, link = start_process(config, executor="free")
     ready = asyncio.Event()
     await link.start(lambda output: ready.set(), print)
     await ready.wait()

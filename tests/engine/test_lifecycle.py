@@ -37,7 +37,7 @@ from headrace import (
 )
 from headrace.config import ResolvedConfig
 from headrace.core import serve_core
-from headrace.engine.launch import ExecutorKind
+from headrace.engine.core_host import ExecutorKind
 from headrace.ipc import CoreLink
 from tests.engine.builders import SETTINGS, model_of, named_tensors
 

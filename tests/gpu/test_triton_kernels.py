@@ -11,9 +11,10 @@ import torch
 import triton
 from torch import Tensor
 
+from headrace.kernels.paged_kv import AttentionShape
 from headrace.kernels.triton.linear_rows import MatrixTile, matrix_tile, multiply_row, multiply_tiles
 from headrace.kernels.triton.paged_attention import PagedAttention
-from headrace.kernels.triton.row_operations import HeadLayout, rms_norm, rope_and_store, silu_and_mul
+from headrace.kernels.triton.row_operations import rms_norm, rope_and_store, silu_and_mul
 from headrace.kernels.triton.sampling_rows import SamplingWorkspace, sample_rows
 from headrace.kernels.triton.work_items import AttentionPlanner, LaunchBounds, WorkLimits
 from tests.kernels.oracles import reference_attention, reference_linear
@@ -72,7 +73,7 @@ class Pages:
             pool[: 8 * PAGE] = 0.0
         self.keys, self.values = (pool.to(pool_dtype) for pool in pools)
         self.groups = np.array([(first, 8, 37) for first in range(0, 64, 8)], np.int32)
-        self.attention = PagedAttention(HeadLayout(heads, 8, DIM, PAGE), LIMITS, BF16, DEVICE, fixed, pdl=pdl)
+        self.attention = PagedAttention(AttentionShape(heads, 8, DIM), PAGE, LIMITS, BF16, DEVICE, fixed, pdl=pdl)
         self.planner = AttentionPlanner(LIMITS, self.attention.tile_sizes, PAGE, 8, fixed)
 
     def run(
@@ -134,7 +135,7 @@ def test_fast_attention_against_the_oracle(heads: int, pool_dtype: torch.dtype) 
 
 @pytest.mark.parametrize("num_rows", [1, 300])
 def test_float8_pools_hold_what_others_hold_rounded(num_rows: int) -> None:
-    layout = HeadLayout(16, 8, DIM, PAGE)
+    shape = AttentionShape(16, 8, DIM)
     qkv = random(num_rows, 32 * DIM) * torch.logspace(-3, 3, num_rows, device=DEVICE)[:, None].to(BF16)
     cos, sin, norms = (
         torch.rand(600, DIM, device=DEVICE),
@@ -148,7 +149,7 @@ def test_float8_pools_hold_what_others_hold_rounded(num_rows: int) -> None:
     for dtype in (BF16, FLOAT8):
         pools = [torch.zeros((num_rows * 40 + 1) * 8 * PAGE, DIM, device=DEVICE).to(dtype) for _ in range(2)]
         q = torch.zeros(num_rows, 16, DIM, device=DEVICE, dtype=BF16)
-        rope_and_store(qkv, None, norms, 1e-6, cos, sin, positions, rows, table, layout, q, pools[0], pools[1])
+        rope_and_store(qkv, None, norms, 1e-6, cos, sin, positions, rows, table, shape, PAGE, q, pools[0], pools[1])
         results.append(pools)
     for wide, packed in zip(*results, strict=True):
         expected = wide.float().clamp(-448, 448).to(FLOAT8)
@@ -180,9 +181,9 @@ class Steps:
         silu_and_mul(residual, inner)
         q = qkv.view(num_tokens, 32, DIM)[:, :16]
         positions = torch.zeros(num_tokens, dtype=torch.int32, device=DEVICE)
-        layout = HeadLayout(16, 8, DIM, PAGE)
+        shape = AttentionShape(16, 8, DIM)
         rope_and_store(
-            qkv, None, None, 0.0, self.cos, self.cos, positions, positions - 1, pages.table, layout, q,
+            qkv, None, None, 0.0, self.cos, self.cos, positions, positions - 1, pages.table, shape, PAGE, q,
             pages.keys, pages.values,
         )  # fmt: skip
         pages.run(list(zip(range(rows), starts.tolist(), lengths.tolist(), strict=True)), q, groups, bounds)

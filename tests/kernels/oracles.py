@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace.kernels.triton.row_operations import HeadLayout
+from headrace.kernels.paged_kv import AttentionShape
 
 
 def reference_rms_norm(x_TX: Tensor, weight_X: Tensor, eps: float) -> Tensor:
@@ -27,10 +27,10 @@ def reference_silu_and_mul(x_T2F: Tensor) -> Tensor:
 
 def reference_rope(
     qkv_TX: Tensor, bias_X: Tensor | None, norms: tuple[Tensor, Tensor] | None, eps: float,
-    cos_PD: Tensor, sin_PD: Tensor, positions_T: Tensor, layout: HeadLayout,
+    cos_PD: Tensor, sin_PD: Tensor, positions_T: Tensor, shape: AttentionShape,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Queries [T, H, D], keys and values [T, G, D] by definition, in float64 between the roundings."""
-    num_heads, num_kv, dim = layout.num_heads, layout.num_kv_heads, layout.head_dim
+    num_heads, num_kv, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
     x = qkv_TX if bias_X is None else (qkv_TX.double() + bias_X.double()).to(qkv_TX.dtype)
     heads = x.view(len(x), -1, dim)
     q, k, v = heads[:, :num_heads], heads[:, num_heads : num_heads + num_kv], heads[:, num_heads + num_kv :]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from headrace.kernels.paged_kv import AttentionShape
 from headrace.kernels.triton.paged_attention import AttentionTile, AttentionTiles, PagedAttention
-from headrace.kernels.triton.row_operations import HeadLayout
 from headrace.kernels.triton.work_items import AttentionPlanner, LaunchBounds, WorkLimits
 from tests.kernels.oracles import reference_attention
 
@@ -45,8 +45,8 @@ class Case:
         self, rows: list[tuple[int, int, int]], groups: list[tuple[int, int, int]], q: Tensor, fixed: int | None,
         tiles: AttentionTiles, bounds: LaunchBounds | None = None,
     ) -> Tensor:  # fmt: skip
-        layout = HeadLayout(self.heads, self.kv, self.dim, self.page)
-        attention = PagedAttention(layout, LIMITS, self.dtype, DEVICE, fixed_split=fixed, tiles=tiles)
+        shape = AttentionShape(self.heads, self.kv, self.dim)
+        attention = PagedAttention(shape, self.page, LIMITS, self.dtype, DEVICE, fixed_split=fixed, tiles=tiles)
         planner = AttentionPlanner(LIMITS, attention.tile_sizes, self.page, self.kv, fixed)
         buffer = np.full(LIMITS.size, 77, np.int32)
         group_array = np.array(groups, np.int32) if groups else NO_GROUPS

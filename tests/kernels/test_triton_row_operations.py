@@ -6,12 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from headrace.kernels.triton.row_operations import HeadLayout, rms_norm, rope_and_store, silu_and_mul
+from headrace.kernels.paged_kv import AttentionShape
+from headrace.kernels.triton.row_operations import rms_norm, rope_and_store, silu_and_mul
 from tests.kernels.oracles import reference_rms_norm, reference_rope, reference_silu_and_mul
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter truncates to bfloat16
 TOLERANCES = {torch.float32: 2e-6, HALF: 1e-2}
+
+SHAPES = [(AttentionShape(4, 2, 64), 16), (AttentionShape(7, 1, 80), 1)]
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -44,12 +47,12 @@ def test_silu_and_mul(width: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("layout", [HeadLayout(4, 2, 64, 16), HeadLayout(7, 1, 80, 1), HeadLayout(3, 3, 128, 24)])
+@pytest.mark.parametrize(("shape", "page"), [*SHAPES, (AttentionShape(3, 3, 128), 24)])
 @pytest.mark.parametrize(("has_norm", "has_bias"), [(True, False), (False, True), (False, False)])
-def test_rope_and_store(layout: HeadLayout, has_norm: bool, has_bias: bool, dtype: torch.dtype) -> None:
-    num_heads, num_kv, dim, page = layout.num_heads, layout.num_kv_heads, layout.head_dim, layout.page_size
+def test_rope_and_store(shape: AttentionShape, page: int, has_norm: bool, has_bias: bool, dtype: torch.dtype) -> None:
+    num_heads, num_kv, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
     width = (num_heads + 2 * num_kv) * dim
-    qkv, cos, sin = (random(*shape, dtype=dtype, seed=7) for shape in ((4, width), (50, dim), (50, dim)))
+    qkv, cos, sin = (random(*size, dtype=dtype, seed=7) for size in ((4, width), (50, dim), (50, dim)))
     cos[:, dim // 2 :], sin[:, dim // 2 :] = cos[:, : dim // 2], sin[:, : dim // 2]
     bias = random(width, dtype=dtype, seed=8) if has_bias else None
     norms = (random(dim, dtype=dtype, seed=9), random(dim, dtype=dtype, seed=10)) if has_norm else None
@@ -58,8 +61,8 @@ def test_rope_and_store(layout: HeadLayout, has_norm: bool, has_bias: bool, dtyp
     table = (torch.randperm(100, generator=torch.Generator().manual_seed(3)).view(2, 50).int() + 1).to(DEVICE)
     q = torch.full((4, num_heads, dim), float("nan"), dtype=dtype, device=DEVICE)
     pools = [torch.zeros(101 * num_kv * page, dim, dtype=dtype, device=DEVICE) for _ in range(2)]
-    expected = reference_rope(qkv, bias, norms, 1e-6, cos, sin, positions, layout)
-    rope_and_store(qkv, bias, norms, 1e-6, cos, sin, positions, rows, table, layout, q, pools[0], pools[1])
+    expected = reference_rope(qkv, bias, norms, 1e-6, cos, sin, positions, shape)
+    rope_and_store(qkv, bias, norms, 1e-6, cos, sin, positions, rows, table, shape, page, q, pools[0], pools[1])
     assert_near(q[:3], expected[0][:3], dtype)
     assert q[3].isnan().all(), "a skipped token"
     for pool, values in zip(pools, expected[1:], strict=True):
@@ -73,11 +76,11 @@ def test_rope_and_store(layout: HeadLayout, has_norm: bool, has_bias: bool, dtyp
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("layout", [HeadLayout(4, 2, 64, 16), HeadLayout(7, 1, 80, 1)])
-def test_float8_pools_hold_the_same_values_rounded(layout: HeadLayout, dtype: torch.dtype) -> None:
-    num_kv, dim, page = layout.num_kv_heads, layout.head_dim, layout.page_size
-    width = (layout.num_heads + 2 * num_kv) * dim
-    qkv, cos, sin = (random(*shape, dtype=dtype, seed=11) for shape in ((4, width), (50, dim), (50, dim)))
+@pytest.mark.parametrize(("shape", "page"), SHAPES)
+def test_float8_pools_hold_the_same_values_rounded(shape: AttentionShape, page: int, dtype: torch.dtype) -> None:
+    num_kv, dim = shape.num_kv_heads, shape.head_dim
+    width = (shape.num_heads + 2 * num_kv) * dim
+    qkv, cos, sin = (random(*size, dtype=dtype, seed=11) for size in ((4, width), (50, dim), (50, dim)))
     qkv[0] *= 400  # beyond what float8 holds
     qkv[1] /= 100  # where it is subnormal
     norms = (random(dim, dtype=dtype, seed=12), random(dim, dtype=dtype, seed=13))
@@ -86,9 +89,9 @@ def test_float8_pools_hold_the_same_values_rounded(layout: HeadLayout, dtype: to
     table = (torch.randperm(100, generator=torch.Generator().manual_seed(3)).view(2, 50).int() + 1).to(DEVICE)
     results = []
     for pool_dtype in (dtype, torch.float8_e4m3fn):
-        q = torch.zeros(4, layout.num_heads, dim, dtype=dtype, device=DEVICE)
+        q = torch.zeros(4, shape.num_heads, dim, dtype=dtype, device=DEVICE)
         pools = [torch.zeros(101 * num_kv * page, dim, device=DEVICE).to(pool_dtype) for _ in range(2)]
-        rope_and_store(qkv, None, norms, 1e-6, cos, sin, positions, rows, table, layout, q, pools[0], pools[1])
+        rope_and_store(qkv, None, norms, 1e-6, cos, sin, positions, rows, table, shape, page, q, pools[0], pools[1])
         results.append((q, *pools))
     (q, *pools), (packed_q, *packed_pools) = results
     torch.testing.assert_close(q, packed_q, atol=1e-5, rtol=1e-5)  # another kernel may contract its products

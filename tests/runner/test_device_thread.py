@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from headrace.config import CudaDevice
-from headrace.engine.launch import current_device
+from headrace.engine.core_host import current_device
 from headrace.runner import device_thread
 from headrace.types.errors import ConfigError
 from tests.core.harness import tiny_config

@@ -54,12 +54,7 @@ class FastKernels:
     experts = None
 
     def __init__(
-        self,
-        device: torch.device,
-        *,
-        pdl: bool,
-        choose: ProductChoice = choose_product,
-        products: Products = PLAIN,
+        self, device: torch.device, *, pdl: bool, choose: ProductChoice = choose_product, products: Products = PLAIN
     ) -> None:
         self._products = products
         self._pdl = pdl

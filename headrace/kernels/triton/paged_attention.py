@@ -24,9 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headrace.kernels.paged_kv import AttentionShape
 from headrace.kernels.triton.dependent_launch import launch_options
 from headrace.kernels.triton.float8 import as_pairs, even_halves, is_float8, odd_halves
-from headrace.kernels.triton.row_operations import HeadLayout
 from headrace.kernels.triton.work_cuts import FEW_PROGRAMS, TileSizes
 from headrace.kernels.triton.work_items import DECODE, ITEM_SIZE, PREFILL, LaunchBounds, WorkLimits
 
@@ -337,7 +337,8 @@ class PagedAttention:
 
     def __init__(
         self,
-        layout: HeadLayout,
+        shape: AttentionShape,
+        page_size: int,
         limits: WorkLimits,
         dtype: torch.dtype,
         device: torch.device,
@@ -348,18 +349,19 @@ class PagedAttention:
     ) -> None:
         self._pdl = pdl
         self._options = launch_options(pdl)
-        self.group_size = layout.num_heads // layout.num_kv_heads
+        self.group_size = shape.num_heads // shape.num_kv_heads
         self.limits = limits
         self._tiles, self._packed_tiles = (
             tiles
-            or choose_tiles(self.group_size, layout.head_dim, dtype, invariant=fixed_split is not None, packed=packed)
+            or choose_tiles(self.group_size, shape.head_dim, dtype, invariant=fixed_split is not None, packed=packed)
             for packed in (False, True)
         )
-        self._layout = layout
+        self._shape = shape
+        self._page_size = page_size
         self._split = fixed_split or 0
         self._precision = "ieee" if dtype == torch.float32 else "tf32"
-        partials = limits.max_partials, layout.num_heads
-        self._partial = torch.empty(*partials, layout.head_dim, dtype=torch.float32, device=device)
+        partials = limits.max_partials, shape.num_heads
+        self._partial = torch.empty(*partials, shape.head_dim, dtype=torch.float32, device=device)
         self._lse = torch.empty(partials, dtype=torch.float32, device=device)
 
     @property
@@ -390,7 +392,7 @@ class PagedAttention:
         tiles = self._packed_tiles if is_float8(keys) else self._tiles
         operands = (q_THD, *as_pairs(keys, values), page_table, metadata, out_THD)
         if bounds.decode:
-            few = tiles.few if bounds.decode * self._layout.num_kv_heads <= FEW_PROGRAMS else None
+            few = tiles.few if bounds.decode * self._shape.num_kv_heads <= FEW_PROGRAMS else None
             self._launch(few or tiles.decode, DECODE, bounds.decode, *operands)
         if bounds.prefill:
             self._launch(tiles.prefill, PREFILL, bounds.prefill, *operands)
@@ -398,7 +400,7 @@ class PagedAttention:
             self._merge(bounds.merged, metadata, out_THD)
 
     def _merge(self, num_tokens: int, metadata: Tensor, out: Tensor) -> None:
-        num_heads, head_dim = self._layout.num_heads, self._layout.head_dim
+        num_heads, head_dim = self._shape.num_heads, self._shape.head_dim
         heads = 1 if num_tokens < 16 else min(4, triton.next_power_of_2(num_heads))
         merge_parts_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
             self._partial, self._lse, metadata, out, out.stride(0), self.limits.partials_at, self.limits.parts_at,
@@ -411,14 +413,14 @@ class PagedAttention:
         self, tile: AttentionTile, tile_class: int, num_items: int, q: Tensor, keys: Tensor, values: Tensor,
         page_table: Tensor, metadata: Tensor, out: Tensor,
     ) -> None:  # fmt: skip
-        layout, packed = self._layout, keys.dtype == torch.int16
-        page_stride = layout.num_kv_heads * layout.page_size * keys.shape[1]
-        attention_items_kernel[(layout.num_kv_heads, num_items)](
-            q, keys, values, page_table, metadata, self._partial, self._lse, out, layout.head_dim**-0.5 * _LOG2_E,
+        shape, packed = self._shape, keys.dtype == torch.int16
+        page_stride = shape.num_kv_heads * self._page_size * keys.shape[1]
+        attention_items_kernel[(shape.num_kv_heads, num_items)](
+            q, keys, values, page_table, metadata, self._partial, self._lse, out, shape.head_dim**-0.5 * _LOG2_E,
             q.stride(0), out.stride(0), page_table.stride(0), page_stride, self.limits.partials_at,
             self.limits.items_at,
-            NUM_KV=layout.num_kv_heads, GQA=self.group_size, HEAD_DIM=layout.head_dim,
-            DIM_BLOCK=max(32 if packed else 16, triton.next_power_of_2(layout.head_dim)), PAGE=layout.page_size,
+            NUM_KV=shape.num_kv_heads, GQA=self.group_size, HEAD_DIM=shape.head_dim,
+            DIM_BLOCK=max(32 if packed else 16, triton.next_power_of_2(shape.head_dim)), PAGE=self._page_size,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLIT=self._split, TILE_CLASS=tile_class,
             PEEL=tile_class == PREFILL and self._split == 0, PRECISION=self._precision, PACKED=packed, PDL=self._pdl,
             num_warps=tile.num_warps, num_stages=tile.num_stages, **self._options,

@@ -10,12 +10,12 @@ heads, D head size, P positions.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from headrace.kernels.paged_kv import AttentionShape
 from headrace.kernels.triton.dependent_launch import launch_options
 from headrace.kernels.triton.float8 import as_bytes, to_float8_bytes
 
@@ -153,16 +153,6 @@ def _rope_store_kernel(
         tl.store(target + HALF, rotated_y, mask=mask)
 
 
-@dataclass(frozen=True)
-class HeadLayout:
-    """Heads of a fused projection: H query, then G key, then G value heads of D; pages of `page_size` positions."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    page_size: int
-
-
 def rope_and_store(
     qkv_TX: Tensor,
     bias_X: Tensor | None,
@@ -173,7 +163,8 @@ def rope_and_store(
     positions_T: Tensor,
     table_rows_T: Tensor,
     page_table: Tensor,
-    layout: HeadLayout,
+    shape: AttentionShape,
+    page_size: int,
     q_THD: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -182,14 +173,14 @@ def rope_and_store(
 ) -> None:
     """Bias, per-head RMS norms of queries and keys, rotary embedding; queries to `q_THD`, the rest to its page.
 
-    qkv_TX         [T, (H + 2 G) * D]
+    qkv_TX         [T, (H + 2 G) * D]: H query, then G key, then G value heads
     norms          weights [D] of the query and the key norm, or None
     cos_PD, sin_PD tables by position, as `rope_tables` makes them, in any dtype
     positions_T, table_rows_T   int32: absolute position and page-table row; a row below 0 skips the token
     q_THD          [T, H, D], contiguous but for the stride of T; may be the queries' part of qkv itself
     keys, values   flat pools of one layer, in the dtype of queries or float8_e4m3fn: then unscaled, saturated at 448
     """
-    num_heads, num_kv, dim = layout.num_heads, layout.num_kv_heads, layout.head_dim
+    num_heads, num_kv, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
     total = num_heads + 2 * num_kv
     heads = math.gcd(8, num_heads, num_kv)
     q_weight, k_weight = norms or (qkv_TX, qkv_TX)
@@ -198,6 +189,6 @@ def rope_and_store(
         page_table, q_THD, *as_bytes(keys, values),
         qkv_TX.stride(0), q_THD.stride(0), cos_PD.stride(0), page_table.stride(0), eps,
         NUM_Q=num_heads, NUM_KV=num_kv, HALF=dim // 2, HALF_BLOCK=triton.next_power_of_2(dim // 2), HEADS=heads,
-        PAGE=layout.page_size, HAS_BIAS=bias_X is not None, HAS_NORM=norms is not None, PDL=pdl,
+        PAGE=page_size, HAS_BIAS=bias_X is not None, HAS_NORM=norms is not None, PDL=pdl,
         num_warps=2, **launch_options(pdl),
     )  # fmt: skip

@@ -17,7 +17,7 @@ import msgspec
 
 from headrace.config import EngineConfig, ModelSpec, ResolvedConfig, resolve
 from headrace.config.machine import check_working_directory
-from headrace.ipc import CoreLink, FrontLink, Pulse, PulsePage, launch_core, make_pair
+from headrace.ipc import CoreLink, FrontLink, Pulse, PulsePage, make_pair, start_process
 from headrace.text import Tokenizer
 from headrace.types.errors import ConfigError
 
@@ -82,10 +82,7 @@ class CoreThread:
 
 
 def resolve_settings(
-    config: EngineConfig,
-    executor: ExecutorKind = "local",
-    files: Sequence[str] = MODEL_FILES,
-    first_device: int = 0,
+    config: EngineConfig, executor: ExecutorKind = "local", files: Sequence[str] = MODEL_FILES, first_device: int = 0
 ) -> ResolvedConfig:
     """Find the model's files and decide every open setting. Raises `ConfigError` and its kin.
 
@@ -160,7 +157,7 @@ def start_core(resolved: ResolvedConfig, *, inprocess: bool, executor: ExecutorK
     if inprocess:
         front, core = make_pair()
         return CoreThread(resolved, core, executor), front
-    return launch_core(msgspec.msgpack.encode(resolved), executor=executor)
+    return start_process(msgspec.msgpack.encode(resolved), executor=executor)
 
 
 def _download(model: str, files: Sequence[str], field: str) -> Path:
