@@ -244,6 +244,28 @@ def test_wide_tensors_into_narrow_weights(checkpoints: Checkpoints, start: Start
     assert found == start(new, cuda_graphs=False).digest()
 
 
+@pytest.mark.parametrize("mode", ["shadow", "inplace"])
+def test_an_update_of_the_head_alone_keeps_the_rest(checkpoints: Checkpoints, start: Starter, mode: Any) -> None:
+    old, new = checkpoints.get(), checkpoints.get(seed=1)
+    engine = start(old, dtype="float32", cuda_graphs=True)
+    before = engine.digest()
+    engine.update_weights_from_tensor(head_of(new), version="head", mode=mode, partial=True)
+    mixed = engine.digest()
+    engine.update_weights_from_tensor(head_of(old), version="old again", mode=mode, partial=True)
+    outputs(engine, old)
+    assert engine.digest() == before != mixed
+    engine.shutdown()
+    cold = start(new, dtype="float32", cuda_graphs=False)
+    rest = [(name, tensor) for name, tensor in old.named_tensors() if name != "lm_head.weight"]
+    cold.update_weights_from_tensor(rest, version="mixed", partial=True)
+    assert cold.digest() == mixed
+
+
+def head_of(checkpoint: Checkpoint) -> list[tuple[str, torch.Tensor]]:
+    """The tensor of the head, by itself."""
+    return [(name, tensor) for name, tensor in checkpoint.named_tensors() if name == "lm_head.weight"]
+
+
 @pytest.mark.parametrize("in_flight", ["keep", "recompute", "abort", "drain"])
 def test_requests_in_flight_across_an_update(checkpoints: Checkpoints, start: Starter, in_flight: Any) -> None:
     old, new = checkpoints.get(), checkpoints.get(seed=1)
