@@ -24,12 +24,11 @@ from headrace.engine.control import (
 )
 from headrace.engine.fields import InputIds, Prompts, Sampling
 from headrace.engine.lifecycle import EngineLifecycle
-from headrace.engine.pacing import Turn
 from headrace.engine.reading import read_weight
 from headrace.engine.requests import GenerateItem, GenerateOptions
 from headrace.engine.runtime import Undoable
 from headrace.engine.serving import HttpServer, server_door, stop_server
-from headrace.engine.stream import Stream, StreamGroup
+from headrace.engine.stream import Stream, StreamGroup, whole_samples
 from headrace.engine.tensors import NamedTensors, to_tensor
 from headrace.engine.update import Manifest, Run, UpdateSession, manifest_of
 from headrace.text import run_sized
@@ -353,12 +352,8 @@ class AsyncEngine(EngineLifecycle):
     ) -> list[Generation]:
         items = await self._expand(prompts, input_ids, sampling_params, options, scores=scores)
         streams = await self._running.intake.submit_all(items)
-        results, turn = list[Generation](), Turn()
         try:
-            for stream in streams:
-                await turn.give_way()
-                results.append(await stream.result())
-            return results
+            return await whole_samples(streams)
         finally:
             for stream in streams:
                 stream.cancel()

@@ -4,10 +4,11 @@ links or event loops.
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -142,16 +143,19 @@ def _where_scored(values: list[dict[int, float]], scores: list[float | None]) ->
 
 def _tops(extras: TokenExtras, num_positions: int) -> list[dict[int, float]]:
     """{id: logprob} of the most probable ids of each position; [] if none were asked."""
-    if not extras.top_ids:
-        return []
-    shape = (num_positions, -1)
-    ids, values = unpack_ids(extras.top_ids).reshape(shape), unpack_floats(extras.top_logprobs).reshape(shape)
-    return [dict(zip(*pair, strict=True)) for pair in zip(ids.tolist(), values.tolist(), strict=True)]
+    ids: list[int] = unpack_ids(extras.top_ids).tolist()
+    return _by_position(ids, extras.top_logprobs, len(ids) // max(1, num_positions))
 
 
 def _asked(extras: TokenExtras, asked: tuple[int, ...]) -> list[dict[int, float]]:
     """{id: logprob} of the ids asked for at each position; [] if none were."""
-    if not asked:
+    return _by_position(itertools.cycle(asked), extras.asked_logprobs, len(asked))
+
+
+def _by_position(ids: Iterable[int], logprobs: bytes, width: int) -> list[dict[int, float]]:
+    """One dictionary for each `width` pairs."""
+    if not width:
         return []
-    values = unpack_floats(extras.asked_logprobs).reshape(-1, len(asked)).tolist()
-    return [dict(zip(asked, each, strict=True)) for each in values]
+    values: list[float] = unpack_floats(logprobs).tolist()
+    pairs = zip(ids, values, strict=False)  # `ids` may have no end
+    return [dict(itertools.islice(pairs, width)) for _ in range(0, len(values), width)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from headrace.engine.pacing import Pacer, Turn
@@ -206,6 +206,29 @@ class Stream:
         except asyncio.CancelledError:
             self._waiters = tuple(each for each in self._waiters if each is not waiter)
             raise
+
+
+async def whole_samples(streams: Sequence[Stream]) -> list[Generation]:
+    """The finished samples, in the order of `streams`; the first error raises.
+
+    Each is made as soon as it ends, while others still run: made at the end, all of them keep the caller waiting.
+    """
+    ended = asyncio.Queue[Stream]()
+
+    def note_end(stream: Stream) -> None:
+        if stream.is_done:
+            ended.put_nowait(stream)
+
+    for stream in streams:
+        stream.listener = note_end
+        note_end(stream)
+    found: dict[Stream, Generation] = {}
+    turn = Turn()
+    while len(found) < len(streams):
+        await turn.give_way()
+        stream = await ended.get()
+        found[stream] = await stream.result()
+    return [found[stream] for stream in streams]
 
 
 class StreamGroup:

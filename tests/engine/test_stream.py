@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from headrace.engine import pacing
 from headrace.engine.pacing import MAX_WAKES_PER_TURN, Pacer
 from headrace.engine.requests import GenerateItem
-from headrace.engine.stream import EndKind, Stream, StreamGroup
+from headrace.engine.stream import EndKind, Stream, StreamGroup, whole_samples
 from headrace.engine.text_feed import TextStart
 from headrace.text import Tokenizer
 from headrace.types.errors import ErrorInfo, HeadraceError, PoisonedError, RequestError
@@ -221,6 +222,27 @@ def test_an_error_raises_from_result_and_from_iteration(tokenizer: Tokenizer) ->
         with pytest.raises(PoisonedError, match="no"):
             run(read(feed.stream))
         assert feed.ends == ["answered"]
+
+
+def test_whole_samples_are_in_order_whichever_ends_first() -> None:
+    feeds = [Feed(None, stream=False) for _ in range(50)]
+
+    async def read() -> list[Generation]:
+        feeds[7].tokens([7], Finish("length"))
+        reading = asyncio.create_task(whole_samples([feed.stream for feed in feeds]))
+        await asyncio.sleep(0)
+        for number in random.Random(0).sample(range(50), 50):
+            feeds[number].tokens([number], Finish("length"))
+        return await reading
+
+    assert [piece.token_ids for piece in run(read())] == [[number] for number in range(50)]
+
+
+def test_an_error_is_told_though_earlier_samples_still_run() -> None:
+    feeds = [Feed(None, stream=False) for _ in range(3)]
+    feeds[2].tokens(b"", Finish("error", error=ErrorInfo("PoisonedError", "no")))
+    with pytest.raises(PoisonedError, match="no"):
+        run(whole_samples([feed.stream for feed in feeds]))
 
 
 def test_cancelling_tells_the_core_once(tokenizer: Tokenizer) -> None:
