@@ -27,7 +27,15 @@ from headrace.engine.tensors import HeldTensors, NamedTensors, TensorBytes, desc
 from headrace.engine.upload_buffers import Filling, UploadBuffer, aligned
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import DeadlineError, HeadraceError, InternalError, UnavailableError, WeightUpdateError
-from headrace.types.messages import AbortUpdate, BeginUpdate, CommitUpdate, Stage, UpdateBegun
+from headrace.types.messages import (
+    AbortUpdate,
+    BeginUpdate,
+    CommitUpdate,
+    ExtendUpdate,
+    Stage,
+    UpdateBegun,
+    UpdateExtended,
+)
 from headrace.types.plain_values import as_list, plain_text
 from headrace.types.weights import MAX_DIMENSIONS, MAX_TENSOR_NAME, MAX_TENSORS, TensorInfo, UpdateReport, shape_problem
 from headrace.weights.weight_map import is_recomputed
@@ -43,7 +51,10 @@ Manifest = Iterable[TensorInfo | tuple[str, Iterable[int], str]]
 
 
 class UpdateSession:
-    """An open update. `mode` is what "auto" became; `manifest` is what may be staged, each entry once."""
+    """An open update. `mode` is what "auto" became; `manifest` is what may be staged, each entry once.
+
+    One that is open-ended grows by `Updater.extend`, and `num_missing` tensors of the model are in no part of it yet.
+    """
 
     def __init__(
         self, session_id: int, version: str, mode: str, manifest: tuple[TensorInfo, ...], timeout_s: float
@@ -51,12 +62,26 @@ class UpdateSession:
         self.session_id = session_id
         self.version = version
         self.mode = mode
-        self.manifest = manifest
+        self.manifest: list[TensorInfo] = []
         self.timeout_s = timeout_s
-        self._indices = {info.name: index for index, info in enumerate(manifest)}
+        self.num_missing = 0
         self.num_bytes_staged = 0
+        self.max_part_bytes = 0  # in upload buffers
+        self._indices: dict[str, int] = {}
         self._sent: set[int] = set()
         self._settled: set[int] = set()
+        self.grow(manifest)
+
+    def grow(self, manifest: tuple[TensorInfo, ...]) -> None:
+        """These are in the manifest as well."""
+        first = len(self.manifest)
+        self._indices.update((info.name, index) for index, info in enumerate(manifest, first))
+        self.manifest += manifest
+        self.max_part_bytes = max(self.max_part_bytes, sum(aligned(info.num_bytes) for info in manifest))
+
+    def __contains__(self, name: object) -> bool:
+        """A tensor of that name is in the manifest."""
+        return name in self._indices
 
     def replaces(self, index: int) -> bool:
         """The tensor may have been staged, by a call that has not succeeded."""
@@ -93,22 +118,38 @@ class Updater:
         self._freed = asyncio.Event()
         self._fillings: set[Filling] = set()
 
-    async def begin(self, manifest: tuple[TensorInfo, ...], terms: UpdateTerms) -> UpdateSession:
-        """Have the whole manifest checked and a session opened. Every other session is over then."""
-        begun = await self._client.change(
-            lambda call_id: BeginUpdate(
-                call_id, terms.version, manifest, terms.mode, terms.in_flight, terms.partial, terms.timeout_s
-            ),
-            UpdateBegun,
-        )
+    async def begin(
+        self, manifest: tuple[TensorInfo, ...], terms: UpdateTerms, *, is_open: bool = False
+    ) -> UpdateSession:
+        """Have the whole manifest checked and a session opened; one that `is_open` is open-ended. Every other session
+        is over then."""
+
+        def command(call_id: int) -> BeginUpdate:
+            policies = terms.mode, terms.in_flight, terms.partial, terms.timeout_s
+            return BeginUpdate(call_id, terms.version, manifest, *policies, is_open=is_open)
+
+        begun = await self._client.change(command, UpdateBegun)
         for filling in tuple(self._fillings):
             self._end(filling)
         return UpdateSession(begun.session_id, terms.version, begun.mode, manifest, terms.timeout_s)
 
-    async def commit(self, session: UpdateSession) -> UpdateReport:
-        """Make the staged weights live. One that is not done in time is aborted with its session."""
+    async def extend(self, session: UpdateSession, manifest: tuple[TensorInfo, ...]) -> range:
+        """Have more tensors of an open-ended session checked; returns their indices. After one that was cancelled the
+        session is of no use: nobody knows whether it has them."""
+        extended = await self._client.call(
+            lambda call_id: ExtendUpdate(call_id, session.session_id, manifest), UpdateExtended
+        )
+        session.grow(manifest)
+        session.num_missing = extended.num_missing
+        return range(extended.first_index, extended.first_index + len(manifest))
+
+    async def commit(self, session: UpdateSession, version: str = "") -> UpdateReport:
+        """Make the staged weights live, under the session's label unless another is given. One that is not done in
+        time is aborted with its session."""
         check_session(session)
-        return await self._client.change(lambda call_id: CommitUpdate(call_id, session.session_id), UpdateReport)
+        return await self._client.change(
+            lambda call_id: CommitUpdate(call_id, session.session_id, version=version), UpdateReport
+        )
 
     async def abort(self, session: UpdateSession | None) -> None:
         """Drop the session; None: whichever is open, if one is."""
@@ -250,8 +291,7 @@ class Updater:
 
     def _fit_buffers(self, session: UpdateSession, num_bytes: int) -> None:
         """Buffers are as large as the largest update so far needs, up to BUFFER_BYTES."""
-        total = sum(aligned(info.num_bytes) for info in session.manifest)
-        wanted = max(min(total, BUFFER_BYTES), num_bytes, 1)
+        wanted = max(min(session.max_part_bytes, BUFFER_BYTES), num_bytes, 1)
         if wanted > self._buffer_bytes:
             self._buffer_bytes = wanted
         for buffer in [b for b in self._free if b.memory.ref.size < self._buffer_bytes]:
