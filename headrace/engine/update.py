@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from itertools import islice
 from types import NoneType
 from typing import Any, TypeVar
@@ -27,12 +27,14 @@ from headrace.engine.tensors import HeldTensors, NamedTensors, TensorBytes, desc
 from headrace.engine.upload_buffers import Filling, UploadBuffer, aligned
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import DeadlineError, HeadraceError, InternalError, UnavailableError, WeightUpdateError
+from headrace.types.foreign import Payload
 from headrace.types.messages import (
     AbortUpdate,
     BeginUpdate,
     CommitUpdate,
     ExtendUpdate,
     Stage,
+    StagePayload,
     UpdateBegun,
     UpdateExtended,
 )
@@ -210,6 +212,15 @@ class Updater:
             session.note_sent(sent, is_settled=is_settled)
             self._fillings.discard(filling)  # here: the loop may be closed
             self.call_soon(lambda: self._end(filling))
+
+    async def stage_payload(self, session: UpdateSession, payload: Payload, indices: Sequence[int]) -> None:
+        """Have what another engine's client shares copied, to these places of the manifest."""
+        replaced = tuple(index for index in indices if session.replaces(index))
+
+        def command(call_id: int) -> StagePayload:
+            return StagePayload(call_id, session.session_id, payload, tuple(indices), replaced)
+
+        await self._client.call(command, NoneType, session.timeout_s)
 
     async def update_from_tensors(self, run: Run, named_tensors: NamedTensors, terms: UpdateTerms) -> UpdateReport:
         """A whole update. The pairs are read once, before anything is sent, since the manifest comes first."""

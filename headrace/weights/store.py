@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 
 from headrace.types.errors import CheckpointError, InternalError, NotFoundError, UpdateConflictError, WeightUpdateError
+from headrace.types.foreign import Payload
 from headrace.types.weights import TensorInfo, UpdateMode
+from headrace.weights.foreign_memory import ForeignMemory
 from headrace.weights.open_plan import OpenPlan
 from headrace.weights.position_sum import DIGEST_LENGTH, PositionKeys, PositionSum
 from headrace.weights.region import Region
@@ -282,6 +284,11 @@ class WeightStore:
             on_done=lambda: self._arrived(transaction, index, info, arrival),
             check=(lambda written: self._require_finite(info.name, written)) if self._check_finite else None,
         )
+
+    def open_payload(self, payload: Payload) -> ForeignMemory:
+        """What another engine's client shares, to be staged until that is closed. `WeightUpdateError` without it."""
+        with self._side.using():  # on a device the sender is waited for where it is copied
+            return ForeignMemory(payload)
 
     def forget(self, index: int) -> list[int]:
         """Manifest entry `index` is to be staged again. Returns what has to be now: it, and the one that was compared

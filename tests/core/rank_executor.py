@@ -22,7 +22,9 @@ import torch
 from headrace.config import ResolvedConfig
 from headrace.core.executor import CheckpointSlices, Weights
 from headrace.core.faults import DeviceLost
+from headrace.core.staging import SharedTensors
 from headrace.types.errors import WeightUpdateError
+from headrace.types.foreign import Payload
 from headrace.types.plan import PlanRefused, SamplePatch, StepPlan, StepResult
 from headrace.types.plan_words import encode
 from headrace.types.request import Int32Array
@@ -157,6 +159,9 @@ class RankWeights:
         message = ticket.to_bytes(8, "little") + payload
         self._others.tell(Kind.STAGE, index, -1 if start is None else start, message)
         return RankCopy(work, self._others, ticket)
+
+    def open_payload(self, payload: Payload) -> SharedTensors:
+        return self._store.open_payload(payload)
 
     def forget(self, index: int) -> list[int]:
         self._others.tell(Kind.FORGET, index)
