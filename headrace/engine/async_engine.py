@@ -28,7 +28,7 @@ from headrace.engine.reading import read_weight
 from headrace.engine.requests import GenerateItem, GenerateOptions
 from headrace.engine.runtime import Undoable
 from headrace.engine.serving import HttpServer, server_door, stop_server
-from headrace.engine.stream import Stream, StreamGroup, whole_samples
+from headrace.engine.stream import Stream, StreamGroup, cancel_all, whole_samples
 from headrace.engine.tensors import NamedTensors, to_tensor
 from headrace.engine.update import Manifest, Run, UpdateSession, manifest_of
 from headrace.text import run_sized
@@ -355,8 +355,7 @@ class AsyncEngine(EngineLifecycle):
         try:
             return await whole_samples(streams)
         finally:
-            for stream in streams:
-                stream.cancel()
+            cancel_all(streams)
 
     async def _open_group(
         self, prompts: Prompts, input_ids: InputIds, sampling_params: Sampling, options: GenerateOptions

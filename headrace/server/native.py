@@ -11,12 +11,12 @@ from starlette.responses import Response
 
 from headrace.engine import Stream
 from headrace.engine.pacing import Turn
-from headrace.engine.stream import StreamGroup
+from headrace.engine.stream import StreamGroup, all_or_none, cancel_all
 from headrace.server.native_reply import ReplyStyle, SequenceReply
 from headrace.server.native_types import Draft, GenerateCall, in_dialect, read_call
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
-from headrace.server.wire import EventStream, PartsReply, cancel_all, dropping, encode_json, event, read_body
+from headrace.server.wire import EventStream, PartsReply, dropping, encode_json, event, read_body
 from headrace.text import INLINE_CHARACTERS, run_sized
 from headrace.types.errors import HeadraceError
 from headrace.types.generation import Generation
@@ -57,18 +57,14 @@ class NativeFace:
 
     async def _submit(self, call: GenerateCall) -> list[Stream]:
         """All sequences or none. A long list leaves the loop to others now and then."""
-        streams: list[Stream] = []
-        is_whole, turn = False, Turn()
+        streams, turn = list[Stream](), Turn()
         try:
-            for item in call.items:
-                await turn.give_way()
-                streams.append(self._state.submit(item))
-            is_whole = True
+            with all_or_none(streams):
+                for item in call.items:
+                    await turn.give_way()
+                    streams.append(self._state.submit(item))
         except HeadraceError as error:
             raise in_dialect(error, item.prompt_index, call.is_list) from None
-        finally:
-            if not is_whole:
-                cancel_all(streams)
         return streams
 
     def _style(self, call: GenerateCall, received_at: float) -> ReplyStyle:

@@ -18,11 +18,11 @@ from headrace.server.openai_types import (
     ChatBody,
     check_model,
     logprob_options,
+    offers_tools,
     openai_errors,
     prompt_bound,
     read_openai,
     sampling_params,
-    tool_choice,
 )
 from headrace.server.prompts import encode_text, render_chat, tokenizer_of, warnings_about
 from headrace.server.routes import Endpoint
@@ -75,11 +75,14 @@ class ChatFace:
             body.add_generation_prompt,
             conversation.template_arguments,
         )
-        prompt = await self._prompt(text, body, warnings)
-        call = OpenAiCall(self._state, body, "chatcmpl", model, warnings)
         key = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        max_tokens = getattr(body, key)
+        prompt = await self._prompt(text, body, max_tokens, warnings)
+        call = OpenAiCall(self._state, body, "chatcmpl", model, warnings)
+        if max_tokens is None:
+            max_tokens = self._state.engine.resolved.max_length - len(prompt.ids)
         with openai_errors(key, "top_logprobs"):
-            params = sampling_params(body, self._max_tokens(body, prompt))
+            params = sampling_params(body, max_tokens)
             reader = self._reader(conversation, body, text, params)
             await call.submit([prompt], params, self._logprobs(body), shown=reader.hidden if reader else frozenset())
         if body.stream:
@@ -97,18 +100,17 @@ class ChatFace:
         return body, warnings, self._conversation(body)
 
     def _conversation(self, body: ChatBody) -> Conversation:
-        offers_tools = tool_choice(body.tool_choice) == "auto"
+        is_offered = offers_tools(body)
         tools = normalize_tools(body.tools) if body.tools else []
-        tools = tools if offers_tools else []
+        tools = tools if is_offered else []
         arguments = check_template_arguments(body.chat_template_kwargs) if body.chat_template_kwargs else {}
         if body.reasoning_effort is not None:
             arguments.setdefault("reasoning_effort", body.reasoning_effort)
         return Conversation(normalize_messages(body.messages), tools, self._style if tools else None, arguments)
 
-    async def _prompt(self, text: str, body: ChatBody, warnings: list[str]) -> Prompt:
+    async def _prompt(self, text: str, body: ChatBody, max_tokens: Any, warnings: list[str]) -> Prompt:
         engine, is_added = self._state.engine, body.add_special_tokens
         limit = engine.resolved.max_length
-        max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         bound = prompt_bound(body, limit, max_tokens)
         ids = await encode_text(engine, text, "messages", add_special_tokens=is_added, bound=bound)
         if is_added:
@@ -125,12 +127,6 @@ class ChatFace:
         tokenizer, skips = tokenizer_of(self._state.engine, "messages"), params.skip_special_tokens
         names, is_parallel = tool_names(conversation.tools), body.parallel_tool_calls
         return ToolReader.of(conversation.style, names, prompt, tokenizer, skips=skips, is_parallel=is_parallel)
-
-    def _max_tokens(self, body: ChatBody, prompt: Prompt) -> Any:
-        for given in (body.max_completion_tokens, body.max_tokens):
-            if given is not None:
-                return given
-        return self._state.engine.resolved.max_length - len(prompt.ids)
 
     def _logprobs(self, body: ChatBody) -> Any:
         if body.top_logprobs and not body.logprobs:
@@ -185,19 +181,15 @@ class _StreamedChoice:
             deltas.append({})
         chunks = [self._chunk(delta) for delta in deltas]
         if chunks:
-            chunks[0] |= self._details(piece)
+            chunks[0] |= choice_extras(self._call, self._call.streams[self._number], piece)
+            if self._body.logprobs and piece.token_ids:
+                chunks[0]["logprobs"] = chat_logprobs(_writer(self._tokenizer, self._body), piece)
         if is_last:
             chunks[-1] |= finish_of(piece, bool(self._text.num_calls))
         if self._has_begun:
             return chunks
         self._has_begun = True
         return [self._chunk({"role": "assistant", "content": ""}), *chunks]
-
-    def _details(self, piece: Generation) -> dict[str, Any]:
-        details = choice_extras(self._call, self._call.streams[self._number], piece)
-        if self._body.logprobs and piece.token_ids:
-            details["logprobs"] = chat_logprobs(_writer(self._tokenizer, self._body), piece)
-        return details
 
     def _chunk(self, delta: Mapping[str, Any]) -> dict[str, Any]:
         return {"index": self._number, "delta": delta, "logprobs": None, "finish_reason": None}
