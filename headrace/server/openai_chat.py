@@ -29,6 +29,7 @@ from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.wire import dropping, json_reply, read_body
 from headrace.text import (
+    CALL_FORMS,
     Tokenizer,
     ToolCallStyle,
     check_template_arguments,
@@ -84,7 +85,10 @@ class ChatFace:
         with openai_errors(key, "top_logprobs"):
             params = sampling_params(body, max_tokens)
             reader = self._reader(conversation, body, text, params)
-            await call.submit([prompt], params, self._logprobs(body), shown=reader.hidden if reader else frozenset())
+            if body.top_logprobs and not body.logprobs:
+                raise RequestError("top_logprobs needs logprobs to be true", field="top_logprobs")
+            logprobs = logprob_options(self._state, body.top_logprobs, "top_logprobs")
+            await call.submit([prompt], params, logprobs, shown=reader.hidden if reader else frozenset())
         if body.stream:
             return call.event_stream(_CHUNK, functools.partial(self._chunks, call, body, reader))
         with dropping(request.scope, call.cancel, self._state.metrics.count_disconnect):
@@ -124,26 +128,23 @@ class ChatFace:
     ) -> ToolReader | None:
         if conversation.style is None:
             return None
-        tokenizer, skips = tokenizer_of(self._state.engine, "messages"), params.skip_special_tokens
-        names, is_parallel = tool_names(conversation.tools), body.parallel_tool_calls
-        return ToolReader.of(conversation.style, names, prompt, tokenizer, skips=skips, is_parallel=is_parallel)
-
-    def _logprobs(self, body: ChatBody) -> Any:
-        if body.top_logprobs and not body.logprobs:
-            raise RequestError("top_logprobs needs logprobs to be true", field="top_logprobs")
-        return logprob_options(self._state, body.top_logprobs, "top_logprobs")
+        style, form = conversation.style, CALL_FORMS[conversation.style]
+        tokenizer, names = tokenizer_of(self._state.engine, "messages"), tool_names(conversation.tools)
+        hidden = tokenizer.special_among(form.tags) if params.skip_special_tokens else frozenset[str]()
+        return ToolReader(style, names, hidden, form.thought_at_end(prompt), body.parallel_tool_calls)
 
     def _choice(
         self, call: OpenAiCall, body: ChatBody, reader: ToolReader | None, number: int, piece: Generation
     ) -> dict[str, Any]:
         text, calls = ReplyText(reader).push(piece.text, is_last=True)
+        writer = TokenWriter(self._tokenizer, body.return_tokens_as_token_ids)
         message: dict[str, Any] = {"role": "assistant", "content": None if calls and not text else text}
         if calls:
             message["tool_calls"] = calls
         return {
             "index": number,
             "message": message,
-            "logprobs": chat_logprobs(_writer(self._tokenizer, body), piece) if body.logprobs else None,
+            "logprobs": chat_logprobs(writer, piece) if body.logprobs else None,
             **finish_of(piece, bool(calls)),
             **choice_extras(call, call.streams[number], piece),
         }
@@ -155,12 +156,14 @@ class ChatFace:
 class _StreamedChoice:
     """One choice of a streamed reply: a chunk with the role, chunks with text or calls, a chunk with the reason."""
 
-    def __init__(self, call: OpenAiCall, body: ChatBody, number: int, text: ReplyText, tokenizer: Any) -> None:
+    def __init__(
+        self, call: OpenAiCall, body: ChatBody, number: int, text: ReplyText, tokenizer: Tokenizer | None
+    ) -> None:
         self._call = call
         self._body = body
         self._number = number
         self._text = text
-        self._tokenizer = tokenizer
+        self._writer = TokenWriter(tokenizer, body.return_tokens_as_token_ids)
         self._tokens = TextTokens(tokenizer, call.streams[number]) if body.logprobs else None
         self._has_begun = False
 
@@ -183,7 +186,7 @@ class _StreamedChoice:
         if chunks:
             chunks[0] |= choice_extras(self._call, self._call.streams[self._number], piece)
             if self._body.logprobs and piece.token_ids:
-                chunks[0]["logprobs"] = chat_logprobs(_writer(self._tokenizer, self._body), piece)
+                chunks[0]["logprobs"] = chat_logprobs(self._writer, piece)
         if is_last:
             chunks[-1] |= finish_of(piece, bool(self._text.num_calls))
         if self._has_begun:
@@ -193,7 +196,3 @@ class _StreamedChoice:
 
     def _chunk(self, delta: Mapping[str, Any]) -> dict[str, Any]:
         return {"index": self._number, "delta": delta, "logprobs": None, "finish_reason": None}
-
-
-def _writer(tokenizer: Tokenizer | None, body: ChatBody) -> TokenWriter:
-    return TokenWriter(tokenizer, body.return_tokens_as_token_ids)

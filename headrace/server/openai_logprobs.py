@@ -26,7 +26,6 @@ class TokenWriter:
         return self._tokenizer.token_text(token_id)
 
     def entry(self, token_id: int, value: float) -> dict[str, Any]:
-        """The token in a chat reply."""
         data = b"" if self._tokenizer is None else self._tokenizer.token_bytes(token_id)
         return {"token": self.text(token_id), "logprob": value, "bytes": list(data), "token_id": token_id}
 
@@ -42,7 +41,7 @@ class TextTokens:
         if tokenizer is not None:
             item = stream.item
             skips, prompt_ids = item.params.skip_special_tokens, stream.prompt_token_ids
-            self._detokenizer = IncrementalDetokenizer(
+            self._detokenizer = IncrementalDetokenizer.of(
                 tokenizer, skip_special_tokens=skips, shown=item.shown_tokens, prompt_ids=prompt_ids
             )
         self._num_certain = 0
