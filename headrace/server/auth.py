@@ -47,7 +47,6 @@ class Auth:
 
 
 def keys_of(api_key: str | None, admin_api_key: str | None) -> Keys:
-    """Which keys open what."""
     return {
         "open": (),
         "data": () if api_key is None else _encoded(api_key, admin_api_key),

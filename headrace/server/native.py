@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from headrace.engine import Stream
 from headrace.engine.pacing import Turn
-from headrace.engine.stream import StreamGroup, all_or_none, cancel_all
+from headrace.engine.stream import all_or_none, cancel_all
 from headrace.server.native_reply import ReplyStyle, SequenceReply
 from headrace.server.native_types import Draft, GenerateCall, in_dialect, read_call
 from headrace.server.routes import Endpoint
@@ -39,15 +39,17 @@ class NativeFace:
 
     async def generate(self, request: Request) -> Response:
         received_at = time.perf_counter()
-        is_incremental = self._state.options.incremental_streaming_output
         engine = self._state.engine
-        call = await read_call(engine, await read_body(request, functools.partial(Draft, engine)), is_incremental)
+        call = await read_call(engine, await read_body(request, functools.partial(Draft, engine)))
         streams = await self._submit(call)
         style = self._style(call, received_at)
         cancel, on_disconnect = functools.partial(cancel_all, streams), self._state.metrics.count_disconnect
         if call.is_stream:
-            events = self._events(self._state.group(streams), streams, style, call)
-            return EventStream(events, cancel, on_disconnect, headers={STREAM_HEADER: _STREAMING[call.is_incremental]})
+            is_incremental = call.is_incremental
+            if is_incremental is None:
+                is_incremental = self._state.options.incremental_streaming_output
+            events = self._events(streams, style, call, is_incremental)
+            return EventStream(events, cancel, on_disconnect, headers={STREAM_HEADER: _STREAMING[is_incremental]})
         with dropping(request.scope, cancel, on_disconnect):
             bodies = await _written(streams, style, call.wants_logprobs)
         if call.is_list:
@@ -79,9 +81,10 @@ class NativeFace:
         )
 
     async def _events(
-        self, group: StreamGroup, streams: Sequence[Stream], style: ReplyStyle, call: GenerateCall
+        self, streams: Sequence[Stream], style: ReplyStyle, call: GenerateCall, is_incremental: bool
     ) -> AsyncIterator[bytes]:
         """One event per sequence that has news; a client that reads slowly gets fewer, larger ones."""
+        group = self._state.group(streams)
         numbers = {stream.request.request_id: number for number, stream in enumerate(streams)}
         replies: dict[int, SequenceReply] = {}
         while pieces := await group.next_pieces():
@@ -94,7 +97,7 @@ class NativeFace:
                 reply.add(piece)
                 body = reply.body(piece)
                 events.append(event({**body, "index": number} if call.is_list else body))
-                if call.is_incremental:
+                if is_incremental:
                     reply.forget()
             yield b"".join(events)
 

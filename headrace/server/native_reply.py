@@ -48,7 +48,6 @@ class SequenceReply:
             self._lists = {"input_token_logprobs": [], "output_token_logprobs": []}
 
     def add(self, piece: Generation) -> None:
-        """Take in what is new."""
         self._text.append(piece.text)
         self._ids += piece.token_ids
         self._num_tokens += len(piece.token_ids)

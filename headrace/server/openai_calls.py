@@ -95,7 +95,6 @@ class OpenAiCall:
         return choices
 
     def cancel(self) -> None:
-        """Nobody waits any more."""
         cancel_all(self.streams)
 
     def event_stream(self, kind: str, begin: Callable[[int], Chunks]) -> EventStream:

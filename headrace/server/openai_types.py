@@ -63,7 +63,7 @@ class OpenAiBody(msgspec.Struct, kw_only=True):
     clip_to_context: bool = False
 
 
-_SAME_NAMES = [name for name in OpenAiBody.__struct_fields__ if name in SamplingParams.__struct_fields__]
+_SAME_NAMES = tuple(name for name in OpenAiBody.__struct_fields__ if name in SamplingParams.__struct_fields__)
 
 
 class CompletionBody(OpenAiBody, kw_only=True):
@@ -149,7 +149,6 @@ def openai_errors(max_tokens_key: str, top_logprobs_key: str) -> AbstractContext
 
 
 def logprob_options(state: ServerState, num_top: int, field: str) -> LogprobOptions:
-    """What to report beside each token."""
     if num_top < 0:
         raise RequestError(f"{field} must not be negative", field=field)
     config = state.engine.config

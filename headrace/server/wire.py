@@ -119,12 +119,9 @@ class PartsReply(Response):
     media_type = JSON_TYPE
 
     def __init__(self, parts: list[bytes]) -> None:
-        self.status_code = 200
-        self.background = None
-        self.body = b""
         self._parts = parts
         self._num_bytes = sum(map(len, parts))
-        self.init_headers({"content-length": str(self._num_bytes)})
+        super().__init__(headers={"content-length": str(self._num_bytes)})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -193,10 +190,7 @@ class EventStream(Response):
         on_disconnect: Callable[[], None],
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        self.status_code = 200
-        self.background = None
-        self.body = b""
-        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
         del self.headers["content-length"]
         self._events = events
         self._cancel = cancel
