@@ -19,7 +19,7 @@ import msgspec
 
 from headrace.types.errors import ErrorInfo
 from headrace.types.request import Delta, Request, Sibling
-from headrace.types.weights import BufferEntry, BufferRef, InFlight, PauseMode, TensorInfo, UpdateMode
+from headrace.types.weights import BufferEntry, BufferRef, DeviceRef, InFlight, PauseMode, TensorInfo, UpdateMode
 
 NO_DEADLINE: Final = math.inf
 
@@ -130,7 +130,7 @@ class Stage(msgspec.Struct, frozen=True, array_like=True, tag="stage"):
 
     call_id: int
     session_id: int
-    buffer: BufferRef
+    buffer: BufferRef | DeviceRef
     entries: tuple[BufferEntry, ...]
     deadline: float = NO_DEADLINE
 
@@ -306,7 +306,7 @@ class CoreReady(msgspec.Struct, frozen=True, array_like=True, tag="core_ready"):
     """The core holds weights and steps, or failed to start (`error`). Sent once, first.
 
     `explanations` are (setting, value, why) of everything that was "auto". `front` is the number of the front that is
-    told so, for its handles.
+    told so, for its handles. `device` is the UUID of the device that weights are on, "" on a CPU.
     """
 
     max_total_num_tokens: int = 0
@@ -315,6 +315,7 @@ class CoreReady(msgspec.Struct, frozen=True, array_like=True, tag="core_ready"):
     explanations: tuple[tuple[str, str, str], ...] = ()
     error: ErrorInfo | None = None
     front: int = 0
+    device: str = ""
 
 
 class CoreFailed(msgspec.Struct, frozen=True, array_like=True, tag="core_failed"):

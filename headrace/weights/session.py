@@ -15,7 +15,8 @@ and knows no states. An error leaves everything as it was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from headrace.types.errors import (
@@ -28,7 +29,16 @@ from headrace.types.errors import (
     encodable,
 )
 from headrace.types.request import DEFAULT_VERSION
-from headrace.types.weights import MAX_VERSION_LENGTH, InFlight, TensorInfo, UpdateMode, UpdateReport, WeightState
+from headrace.types.weights import (
+    MAX_VERSION_LENGTH,
+    BufferRef,
+    DeviceRef,
+    InFlight,
+    TensorInfo,
+    UpdateMode,
+    UpdateReport,
+    WeightState,
+)
 
 ResolvedMode = Literal["shadow", "inplace"]
 
@@ -49,18 +59,57 @@ class StageCopy(Protocol):
     def advance(self, budget_s: float) -> bool: ...
 
 
+class StageBuffer(Protocol):
+    """What tensors are staged from; see `headrace.weights.stage_buffers`. `close` when nothing reads it any more."""
+
+    def part(self, offset: int, size: int) -> Any: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A tensor, or what of it begins at byte `start`, in a buffer. `is_last`: the tensor is whole with it."""
+
+    index: int
+    data: Any
+    start: int | None
+    is_last: bool
+    replaces: bool
+
+
+Copies = Iterator[tuple[Sequence[int], StageCopy]]
+"""Copies to be done one after the other, each with the tensors that are whole then."""
+
+
 class WeightMemory(Protocol):
-    """The memory of an update; see `headrace.weights.store.WeightStore`. Tensors are opaque here."""
+    """The memory of an update; see `headrace.weights.store.WeightStore`. Tensors are opaque here.
+
+    `device_id` is the UUID of the device that it is on, "" where it is a CPU's.
+    """
+
+    @property
+    def device_id(self) -> str: ...
+
+    def open_buffer(self, ref: BufferRef | DeviceRef) -> StageBuffer: ...
 
     def begin(self, manifest: Sequence[TensorInfo], mode: UpdateMode, partial: bool) -> ResolvedMode: ...
 
     def stage(self, index: int, data: Any, start: int | None = None) -> StageCopy: ...
+
+    def stage_pieces(self, pieces: Iterator[Piece]) -> Copies: ...
 
     def forget(self, index: int) -> list[int]: ...
 
     def commit(self) -> Ticket: ...
 
     def abort(self) -> None: ...
+
+
+def one_by_one(stage: Callable[[int, Any, int | None], StageCopy], pieces: Iterator[Piece]) -> Copies:
+    """`WeightMemory.stage_pieces` of a memory that takes a piece at a time."""
+    for piece in pieces:
+        yield (piece.index,) if piece.is_last else (), stage(piece.index, piece.data, piece.start)
 
 
 class StagedSet:
@@ -254,11 +303,29 @@ class WeightMachine:
     ) -> StageCopy:
         """The copy of a tensor, or of its next piece (`start` is its first byte). `replaces` first forgets what was
         staged of it, and the tensor that it is tied to. Raises as `check_stage`, and what the memory refuses."""
+        self._make_way(session_id, index, replaces)
+        return self._memory.stage(index, data, start)
+
+    def stage_pieces(self, session_id: int, pieces: Iterable[Piece]) -> Copies:
+        """The copies of pieces, in their order, one by one or many together as the memory likes. Raises as `stage`."""
+
+        def make_way() -> Iterator[Piece]:
+            for piece in pieces:
+                self._make_way(session_id, piece.index, piece.replaces)
+                yield piece
+
+        return self._memory.stage_pieces(make_way())
+
+    def open_buffer(self, ref: BufferRef | DeviceRef) -> StageBuffer:
+        """What a stage command's bytes are in. Raises `RequestError` or `UnavailableError` if it is not to be had."""
+        return self._memory.open_buffer(ref)
+
+    def _make_way(self, session_id: int, index: int, replaces: bool) -> None:
+        """Forget what was staged of a tensor that is replaced; `WeightUpdateError` if one that is not was staged."""
         session = self.require(session_id)
         for each in self._memory.forget(index) if replaces else ():
             session.staged.forget(each)
         session.staged.check(index)
-        return self._memory.stage(index, data, start)
 
     def note_write(self, session_id: int) -> None:
         """A copy has written: in place, live memory is no longer whole from here on."""

@@ -15,11 +15,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 
 from headrace.config.machine import available_memory
+from headrace.ipc import SharedBuffer
 from headrace.types.errors import CheckpointError, InternalError, NotFoundError, UpdateConflictError, WeightUpdateError
-from headrace.types.weights import TensorInfo, UpdateMode
+from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
+from headrace.weights.device_memory import device_uuid
+from headrace.weights.device_staging import ArrivingPiece, DeviceBatch, in_batches
 from headrace.weights.position_sum import DIGEST_LENGTH, PositionKeys, PositionSum
 from headrace.weights.region import Region
-from headrace.weights.session import ResolvedMode
+from headrace.weights.session import Copies, Piece, ResolvedMode, StageBuffer, one_by_one
+from headrace.weights.stage_buffers import DeviceBuffers
 from headrace.weights.staging import (
     BLOCK_BYTES,
     TORCH_DTYPES,
@@ -83,6 +87,7 @@ class WeightStore:
         self._memory = memory or _memory_left(device)
         self._transaction: Transaction | None = None
         self._side = SideStream(device)
+        self._buffers = DeviceBuffers(device) if device.type == "cuda" else None
         self._side_reader: SideReader | None = None
 
     def close(self) -> None:
@@ -237,12 +242,7 @@ class WeightStore:
         transaction = self._require_update()
         info = transaction.plan.manifest[index]
         source = source_of(info, data, start)
-        arrival = transaction.arrivals.pop(index, None)  # a piece that is never done leaves a tensor to begin again
-        if not start:
-            with self._side.using():
-                arrival = self._arrival(transaction, info)
-        elif arrival is None or arrival.num_elements * TORCH_DTYPES[info.dtype].itemsize != start:
-            raise WeightUpdateError(f"{info.name}: a piece at byte {start} is not the next one", field=info.name)
+        arrival = self._arriving(transaction, index, start)
         return StageWork(
             source,
             arrival,
@@ -251,6 +251,53 @@ class WeightStore:
             on_done=lambda: self._arrived(transaction, index, info, arrival),
             check=(lambda written: self._require_finite(info.name, written)) if self._check_finite else None,
         )
+
+    @property
+    def device_id(self) -> str:
+        """The UUID of the device that the parameters are on, "" of a CPU."""
+        return device_uuid(self.device) if self.device.type == "cuda" else ""
+
+    def open_buffer(self, ref: BufferRef | DeviceRef) -> StageBuffer:
+        """A buffer of the open update to stage from. Raises `RequestError` or `UnavailableError`."""
+        return SharedBuffer.open(ref) if self._buffers is None else self._buffers.open(ref)
+
+    def stage_pieces(self, pieces: Iterator[Piece]) -> Copies:
+        """The work of moving pieces in a buffer into place: on a device, many of them at once."""
+        if self._buffers is None:
+            return one_by_one(self.stage, pieces)
+        return in_batches(pieces, self.stage_batch)
+
+    def stage_batch(self, batch: Sequence[Piece]) -> DeviceBatch:
+        """As `stage`, of many pieces at once, whose `data` are uint8 [size] on the store's device or pinned. They are
+        read until it is done."""
+        transaction = self._require_update()
+        arriving = [self._arriving_piece(transaction, piece) for piece in batch]
+        return DeviceBatch(arriving, self._side, before_write=transaction.require_open)
+
+    def _arriving_piece(self, transaction: Transaction, piece: Piece) -> ArrivingPiece:
+        info = transaction.plan.manifest[piece.index]
+        arrival = self._arriving(transaction, piece.index, piece.start)
+
+        def refuse(dtype: torch.dtype) -> None:
+            raise WeightUpdateError(_not_finite(info.name, dtype), field=info.name)
+
+        return ArrivingPiece(
+            piece.data.view(TORCH_DTYPES[info.dtype]),
+            arrival,
+            lambda: self._arrived(transaction, piece.index, info, arrival),
+            refuse if self._check_finite else None,
+        )
+
+    def _arriving(self, transaction: Transaction, index: int, start: int | None) -> Arrival:
+        """The tensor that a piece at byte `start` is of, begun anew by its first."""
+        info = transaction.plan.manifest[index]
+        arrival = transaction.arrivals.pop(index, None)  # a piece that is never done leaves a tensor to begin again
+        if not start:
+            with self._side.enqueuing():
+                return self._arrival(transaction, info)
+        if arrival is None or arrival.num_elements * TORCH_DTYPES[info.dtype].itemsize != start:
+            raise WeightUpdateError(f"{info.name}: a piece at byte {start} is not the next one", field=info.name)
+        return arrival
 
     def forget(self, index: int) -> list[int]:
         """Manifest entry `index` is to be staged again. Returns what has to be now: it, and the one that was compared
@@ -304,9 +351,12 @@ class WeightStore:
     def abort(self) -> None:
         """End the open update and drop what was not made live. What was written in place stays."""
         transaction = self._require_update()
+        self._side.settle()  # copies under way write to what is given back here
         transaction.is_open = False
         transaction.shadow.clear()
         self._transaction = None
+        if self._buffers is not None:
+            self._buffers.close()
 
     def _derive(self) -> None:
         """Compute what is derived from the parameters as they are now, into the memory that it has."""
