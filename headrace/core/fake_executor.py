@@ -20,7 +20,7 @@ from headrace.types.plan import PositionLogprobs, PromptLogprobs, SamplePatch, S
 from headrace.types.request import Int32Array
 from headrace.types.sampling_params import LogprobOptions
 from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
-from headrace.weights.session import Copies, Piece, ResolvedMode, StageBuffer, StageCopy, Ticket, one_by_one
+from headrace.weights.session import Copies, ResolvedMode, StageBuffer, StageCopy, StagePiece, Ticket, one_by_one
 
 FREE_LOGPROB = -0.5
 
@@ -120,7 +120,7 @@ class FreeWeights:
     def stage(self, index: int, data: Any, start: int | None = None) -> StageCopy:
         return _FreeCopy()
 
-    def stage_pieces(self, pieces: Iterator[Piece]) -> Copies:
+    def stage_pieces(self, pieces: Iterator[StagePiece]) -> Copies:
         return one_by_one(self.stage, pieces)
 
     def forget(self, index: int) -> list[int]:

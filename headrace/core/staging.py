@@ -9,7 +9,7 @@ from typing import Any
 
 from headrace.types.errors import CheckpointError, WeightUpdateError
 from headrace.types.messages import NO_DEADLINE, Stage
-from headrace.weights.session import Copies, Piece, StageBuffer, StageCopy, WeightMachine
+from headrace.weights.session import Copies, StageBuffer, StageCopy, StagePiece, WeightMachine
 
 
 class StageJob:
@@ -89,12 +89,12 @@ def job_from_buffer(machine: WeightMachine, command: Stage, now: float) -> Stage
         raise WeightUpdateError("a tensor is named twice in one stage call", field="entries")
     buffer = machine.open_buffer(command.buffer)
 
-    def pieces() -> Iterator[Piece]:
+    def pieces() -> Iterator[StagePiece]:
         for entry, size in zip(command.entries, sizes, strict=True):
             total = staged.manifest[entry.index].num_bytes
             start, is_last = None if size == total else entry.start, entry.start + size == total
             data, replaces = buffer.part(entry.offset, size), entry.replaces and not entry.start
-            yield Piece(entry.index, data, start, is_last, replaces)
+            yield StagePiece(entry.index, data, start, is_last, replaces)
 
     copies = machine.stage_pieces(command.session_id, pieces())
     return StageJob(machine, command.session_id, copies, command.call_id, command.deadline, buffer)

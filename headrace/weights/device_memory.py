@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -24,21 +24,66 @@ class _Handle(ctypes.Structure):
     _fields_ = (("reserved", ctypes.c_char * _HANDLE_BYTES),)
 
 
-def export_memory(buffer: torch.Tensor) -> DeviceRef:
-    """What another process maps a contiguous tensor by. `UnavailableError` where the driver cannot share its memory, as
-    that of torch's expandable segments."""
-    base, size = ctypes.c_ulonglong(), ctypes.c_size_t()
-    address = ctypes.c_ulonglong(buffer.data_ptr())
-    _check(_driver().cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(size), address), "find the allocation")
-    handle = _Handle()
-    _check(_driver().cuIpcGetMemHandle(ctypes.byref(handle), base), "share memory of the device")
-    offset = buffer.data_ptr() - base.value
-    return DeviceRef(device_uuid(buffer.device), bytes(bytearray(handle)), offset, buffer.nbytes)
-
-
 def device_uuid(device: torch.device) -> str:
     """What tells a device from all others, in every process."""
     return str(torch.cuda.get_device_properties(device).uuid)
+
+
+class FillsMemory(Protocol):
+    """Bytes that can be copied; see `headrace.engine.tensors.DeviceBytes`."""
+
+    def __len__(self) -> int: ...
+
+    def copy_into(self, view: Any) -> None: ...
+
+
+class SharedDeviceMemory:
+    """Memory of our own that others may map by `ref`, or in this very process with `shares_process`.
+
+    It is the driver's, not of torch's allocator, whose segments may be of a kind that cannot be shared, and hold what
+    is none of theirs.
+    """
+
+    def __init__(self, size: int, device: torch.device, *, shares_process: bool) -> None:
+        """Raises `UnavailableError` if the device has no room, or the driver does not share it."""
+        self._address = ctypes.c_ulonglong()
+        with torch.cuda.device(device):
+            torch.cuda.current_stream(device)  # makes the device's context that of the thread
+            _check(_driver().cuMemAlloc_v2(ctypes.byref(self._address), ctypes.c_size_t(size)), f"give {size} bytes")
+            handle = b"" if shares_process else self._export()
+        self._bytes = torch.as_tensor(_Bytes(self._address.value, size), dtype=torch.uint8, device=device)
+        self._stream: torch.cuda.Stream | None = None
+        self.ref = DeviceRef(device_uuid(device), handle, self._address.value if shares_process else 0, size)
+
+    def _export(self) -> bytes:
+        handle = _Handle()
+        exported = _driver().cuIpcGetMemHandle(ctypes.byref(handle), self._address)
+        if exported:
+            self._free()
+        _check(exported, "share memory of the device")
+        return bytes(bytearray(handle))
+
+    def fill(self, offset: int, data: FillsMemory) -> None:
+        """Enqueue the copy of some bytes to `offset`, where the caller's own work on them is enqueued too."""
+        self._stream = torch.cuda.current_stream(self._bytes.device)
+        data.copy_into(self._bytes[offset : offset + len(data)])
+
+    def flush(self) -> None:
+        """Wait for the copies that were enqueued."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.synchronize()
+
+    def close(self) -> None:
+        """Give the memory back. Nobody else may read it any more. Idempotent."""
+        self.flush()
+        self._bytes = self._bytes.new_empty(0)
+        self._free()
+
+    def _free(self) -> None:
+        address, self._address = self._address, ctypes.c_ulonglong()
+        if address.value:
+            _check(_driver().cuMemFree_v2(address), "take memory back")
 
 
 class MappedMemory:
@@ -57,7 +102,7 @@ class MappedMemory:
             opened = _driver().cuIpcOpenMemHandle_v2(ctypes.byref(base), handle, ctypes.c_uint(_LAZY_PEER_ACCESS))
             _check(opened, "map another's memory")
             self._base = base.value
-        self.bytes = torch.as_tensor(_Bytes(self._base + ref.offset, ref.size), device=device)
+        self.bytes = torch.as_tensor(_Bytes(self._base + ref.offset, ref.size), dtype=torch.uint8, device=device)
 
     def close(self) -> None:
         """Unmap it. What was enqueued that reads it has to be done. Idempotent."""

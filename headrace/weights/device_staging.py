@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import msgspec
 import torch
 
-from headrace.weights.session import Copies, Piece, StageCopy
+from headrace.weights.session import Copies, StageCopy, StagePiece
 from headrace.weights.staging import Arrival, Enqueued, SideStream
 
 MAX_BATCH = 256
@@ -77,7 +77,8 @@ class DeviceBatch:
             torch._foreach_copy_(into, sources, non_blocking=True)
         if any(piece.refuse for piece in self._pieces):
             greatest = [norm.float() for norm in torch._foreach_norm(blocks, math.inf)]
-            host = torch.empty(len(blocks), device="cpu", pin_memory=self._side.device.type == "cuda")
+            is_pinned = self._side.device.type == "cuda"
+            host = torch.empty(len(blocks), dtype=torch.float32, device="cpu", pin_memory=is_pinned)
             self._norms = host.copy_(torch.stack(greatest), non_blocking=True)
         for piece, block in zip(self._pieces, blocks, strict=True):
             place = _place(piece)
@@ -97,10 +98,10 @@ class DeviceBatch:
         self.is_done = True
 
 
-def in_batches(pieces: Iterator[Piece], stage: Callable[[Sequence[Piece]], StageCopy]) -> Copies:
+def in_batches(pieces: Iterator[StagePiece], stage: Callable[[Sequence[StagePiece]], StageCopy]) -> Copies:
     """`WeightMemory.stage_pieces` of a memory that takes many at once, of different tensors: the next piece of one can
     come only when the one before is there."""
-    batch: dict[int, Piece] = {}
+    batch: dict[int, StagePiece] = {}
     for piece in pieces:
         if len(batch) == MAX_BATCH or piece.index in batch:
             yield _whole(batch), stage(list(batch.values()))
@@ -110,7 +111,7 @@ def in_batches(pieces: Iterator[Piece], stage: Callable[[Sequence[Piece]], Stage
         yield _whole(batch), stage(list(batch.values()))
 
 
-def _whole(batch: dict[int, Piece]) -> list[int]:
+def _whole(batch: dict[int, StagePiece]) -> list[int]:
     return [index for index, piece in batch.items() if piece.is_last]
 
 

@@ -68,7 +68,7 @@ class StageBuffer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class StagePiece:
     """A tensor, or what of it begins at byte `start`, in a buffer. `is_last`: the tensor is whole with it."""
 
     index: int
@@ -97,7 +97,7 @@ class WeightMemory(Protocol):
 
     def stage(self, index: int, data: Any, start: int | None = None) -> StageCopy: ...
 
-    def stage_pieces(self, pieces: Iterator[Piece]) -> Copies: ...
+    def stage_pieces(self, pieces: Iterator[StagePiece]) -> Copies: ...
 
     def forget(self, index: int) -> list[int]: ...
 
@@ -106,7 +106,7 @@ class WeightMemory(Protocol):
     def abort(self) -> None: ...
 
 
-def one_by_one(stage: Callable[[int, Any, int | None], StageCopy], pieces: Iterator[Piece]) -> Copies:
+def one_by_one(stage: Callable[[int, Any, int | None], StageCopy], pieces: Iterator[StagePiece]) -> Copies:
     """`WeightMemory.stage_pieces` of a memory that takes a piece at a time."""
     for piece in pieces:
         yield (piece.index,) if piece.is_last else (), stage(piece.index, piece.data, piece.start)
@@ -306,10 +306,10 @@ class WeightMachine:
         self._make_way(session_id, index, replaces)
         return self._memory.stage(index, data, start)
 
-    def stage_pieces(self, session_id: int, pieces: Iterable[Piece]) -> Copies:
+    def stage_pieces(self, session_id: int, pieces: Iterable[StagePiece]) -> Copies:
         """The copies of pieces, in their order, one by one or many together as the memory likes. Raises as `stage`."""
 
-        def make_way() -> Iterator[Piece]:
+        def make_way() -> Iterator[StagePiece]:
             for piece in pieces:
                 self._make_way(session_id, piece.index, piece.replaces)
                 yield piece

@@ -22,7 +22,7 @@ from headrace.weights.device_memory import device_uuid
 from headrace.weights.device_staging import ArrivingPiece, DeviceBatch, in_batches
 from headrace.weights.position_sum import DIGEST_LENGTH, PositionKeys, PositionSum
 from headrace.weights.region import Region
-from headrace.weights.session import Copies, Piece, ResolvedMode, StageBuffer, one_by_one
+from headrace.weights.session import Copies, ResolvedMode, StageBuffer, StagePiece, one_by_one
 from headrace.weights.stage_buffers import DeviceBuffers
 from headrace.weights.staging import (
     BLOCK_BYTES,
@@ -87,7 +87,7 @@ class WeightStore:
         self._memory = memory or _memory_left(device)
         self._transaction: Transaction | None = None
         self._side = SideStream(device)
-        self._buffers = DeviceBuffers(device) if device.type == "cuda" else None
+        self._buffers = DeviceBuffers(device, self._side.settle) if device.type == "cuda" else None
         self._side_reader: SideReader | None = None
 
     def close(self) -> None:
@@ -261,20 +261,20 @@ class WeightStore:
         """A buffer of the open update to stage from. Raises `RequestError` or `UnavailableError`."""
         return SharedBuffer.open(ref) if self._buffers is None else self._buffers.open(ref)
 
-    def stage_pieces(self, pieces: Iterator[Piece]) -> Copies:
+    def stage_pieces(self, pieces: Iterator[StagePiece]) -> Copies:
         """The work of moving pieces in a buffer into place: on a device, many of them at once."""
         if self._buffers is None:
             return one_by_one(self.stage, pieces)
         return in_batches(pieces, self.stage_batch)
 
-    def stage_batch(self, batch: Sequence[Piece]) -> DeviceBatch:
+    def stage_batch(self, batch: Sequence[StagePiece]) -> DeviceBatch:
         """As `stage`, of many pieces at once, whose `data` are uint8 [size] on the store's device or pinned. They are
         read until it is done."""
         transaction = self._require_update()
         arriving = [self._arriving_piece(transaction, piece) for piece in batch]
         return DeviceBatch(arriving, self._side, before_write=transaction.require_open)
 
-    def _arriving_piece(self, transaction: Transaction, piece: Piece) -> ArrivingPiece:
+    def _arriving_piece(self, transaction: Transaction, piece: StagePiece) -> ArrivingPiece:
         info = transaction.plan.manifest[piece.index]
         arrival = self._arriving(transaction, piece.index, piece.start)
 
@@ -351,7 +351,7 @@ class WeightStore:
     def abort(self) -> None:
         """End the open update and drop what was not made live. What was written in place stays."""
         transaction = self._require_update()
-        self._side.settle()  # copies under way write to what is given back here
+        self._side.settle()  # copies that are under way write to what is given back here
         transaction.is_open = False
         transaction.shadow.clear()
         self._transaction = None

@@ -28,7 +28,7 @@ from headrace.types.plan_words import encode
 from headrace.types.request import Int32Array
 from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
 from headrace.weights.position_sum import add_digests
-from headrace.weights.session import Copies, Piece, ResolvedMode, StageBuffer, StageCopy, Ticket, one_by_one
+from headrace.weights.session import Copies, ResolvedMode, StageBuffer, StageCopy, StagePiece, Ticket, one_by_one
 from headrace.weights.staging import TORCH_DTYPES, StageWork, source_of
 from tests.core.ranks import START_SECONDS, Group, Kind, Rank, dist
 
@@ -142,7 +142,7 @@ class RankWeights:
         self._others.tell(Kind.STAGE, index, -1 if start is None else start, message)
         return RankCopy(work, self._others, ticket)
 
-    def stage_pieces(self, pieces: Iterator[Piece]) -> Copies:
+    def stage_pieces(self, pieces: Iterator[StagePiece]) -> Copies:
         return one_by_one(self.stage, pieces)
 
     def open_buffer(self, ref: BufferRef | DeviceRef) -> StageBuffer:

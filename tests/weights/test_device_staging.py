@@ -10,7 +10,7 @@ import torch
 
 from headrace.types.errors import UpdateConflictError, WeightUpdateError
 from headrace.types.weights import TensorInfo, UpdateMode
-from headrace.weights.session import Piece
+from headrace.weights.session import StagePiece
 from headrace.weights.store import WeightStore
 from headrace.weights.weight_map import WeightMap
 from tests.weights.tiny import LAYOUTS, Tensors, live_bits, make_map, make_store, make_tensors, manifest_of
@@ -25,18 +25,18 @@ def store_of(weight_map: WeightMap, tensors: Tensors, dtype: torch.dtype) -> Wei
     return store
 
 
-def pieces_of(tensors: Tensors, choose: random.Random) -> Iterator[Piece]:
+def pieces_of(tensors: Tensors, choose: random.Random) -> Iterator[StagePiece]:
     """Every tensor, whole or cut at random elements, in order of its bytes."""
     for index, tensor in enumerate(tensors.values()):
         flat, size = tensor.contiguous().view(-1).view(torch.uint8), tensor.element_size()
         cuts = sorted({choose.randrange(1, tensor.numel()) * size for _ in range(choose.randrange(3))})
         for start, stop in zip([0, *cuts], [*cuts, len(flat)], strict=True):
-            yield Piece(index, flat[start:stop], start if cuts else None, stop == len(flat), False)
+            yield StagePiece(index, flat[start:stop], start if cuts else None, stop == len(flat), False)
 
 
-def whole_pieces(tensors: Tensors) -> list[Piece]:
+def whole_pieces(tensors: Tensors) -> list[StagePiece]:
     return [
-        Piece(index, tensor.contiguous().view(-1).view(torch.uint8), None, True, False)
+        StagePiece(index, tensor.contiguous().view(-1).view(torch.uint8), None, True, False)
         for index, tensor in enumerate(tensors.values())
     ]
 
@@ -44,7 +44,7 @@ def whole_pieces(tensors: Tensors) -> list[Piece]:
 def fill(store: WeightStore, tensors: Tensors, mode: UpdateMode, choose: random.Random) -> None:
     """An update in batches of one to six pieces, of different tensors each."""
     store.begin(manifest_of(tensors), mode, False)
-    batch: list[Piece] = []
+    batch: list[StagePiece] = []
     size = choose.randrange(1, 7)
     for piece in pieces_of(tensors, choose):
         if len(batch) == size or any(each.index == piece.index for each in batch):
@@ -107,7 +107,7 @@ def test_a_piece_that_is_not_the_next_one_is_refused() -> None:
     store.begin(manifest_of(tensors), "shadow", False)
     flat = next(iter(tensors.values())).view(-1).view(torch.uint8)
     with pytest.raises(WeightUpdateError, match="is not the next one"):
-        store.stage_batch([Piece(0, flat[4:8], 4, False, False)])
+        store.stage_batch([StagePiece(0, flat[4:8], 4, False, False)])
 
 
 def test_digests_of_the_manifest_and_tied_tensors_are_checked() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
-from headrace.weights.session import Copies, Piece, ResolvedMode, StageBuffer, WeightMachine, one_by_one
+from headrace.weights.session import Copies, ResolvedMode, StageBuffer, StagePiece, WeightMachine, one_by_one
 from headrace.weights.staging import TORCH_DTYPES, Enqueued, StageWork, TensorData, dtype_name
 from headrace.weights.store import WeightStore
 from headrace.weights.weight_map import ParamSpec, WeightMap, WeightRule, whole_rows
@@ -172,7 +172,7 @@ class _Memory:
     def open_buffer(self, ref: BufferRef | DeviceRef) -> StageBuffer:
         return self._store.open_buffer(ref)
 
-    def stage_pieces(self, pieces: Iterator[Piece]) -> Copies:
+    def stage_pieces(self, pieces: Iterator[StagePiece]) -> Copies:
         return one_by_one(self.stage, pieces)
 
     def forget(self, index: int) -> list[int]:
