@@ -20,7 +20,7 @@ from headrace.types.plan import PositionLogprobs, PromptLogprobs, SamplePatch, S
 from headrace.types.request import Int32Array
 from headrace.types.sampling_params import LogprobOptions
 from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
-from headrace.weights.session import Copies, ResolvedMode, StageBuffer, StageCopy, StagePiece, Ticket, one_by_one
+from headrace.weights.memory import Copies, ResolvedMode, StageBuffer, StageCopy, StagePiece, Ticket, one_by_one
 
 FREE_LOGPROB = -0.5
 
@@ -115,7 +115,16 @@ class FreeWeights:
         return SharedBuffer.open(ref)
 
     def begin(self, manifest: Sequence[TensorInfo], mode: UpdateMode, partial: bool) -> ResolvedMode:
+        return self.begin_open(mode, partial)
+
+    def begin_open(self, mode: UpdateMode, partial: bool) -> ResolvedMode:
         return "inplace" if mode == "inplace" else "shadow"
+
+    def extend(self, manifest: Sequence[TensorInfo]) -> int:
+        return 0
+
+    def missing(self) -> list[str]:
+        return []
 
     def stage(self, index: int, data: Any, start: int | None = None) -> StageCopy:
         return _FreeCopy()

@@ -9,7 +9,8 @@ from typing import Any
 
 from headrace.types.errors import CheckpointError, WeightUpdateError
 from headrace.types.messages import NO_DEADLINE, Stage
-from headrace.weights.session import Copies, StageBuffer, StageCopy, StagePiece, WeightMachine
+from headrace.weights.memory import Copies, StageBuffer, StageCopy, StagePiece
+from headrace.weights.session import WeightMachine
 
 
 class StageJob:

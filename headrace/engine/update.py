@@ -36,7 +36,15 @@ from headrace.engine.tensors import (
 )
 from headrace.engine.upload_buffers import BufferPool, Filling, HostMemory, UploadBuffer, aligned
 from headrace.types.errors import DeadlineError, HeadraceError, InternalError, UnavailableError, WeightUpdateError
-from headrace.types.messages import AbortUpdate, BeginUpdate, CommitUpdate, Stage, UpdateBegun
+from headrace.types.messages import (
+    AbortUpdate,
+    BeginUpdate,
+    CommitUpdate,
+    ExtendUpdate,
+    Stage,
+    UpdateBegun,
+    UpdateExtended,
+)
 from headrace.types.plain_values import as_list, plain_text
 from headrace.types.weights import MAX_DIMENSIONS, MAX_TENSOR_NAME, MAX_TENSORS, TensorInfo, UpdateReport, shape_problem
 from headrace.weights.weight_map import is_recomputed
@@ -54,7 +62,10 @@ Manifest = Iterable[TensorInfo | tuple[str, Iterable[int], str]]
 
 
 class UpdateSession:
-    """An open update. `mode` is what "auto" became; `manifest` is what may be staged, each entry once."""
+    """An open update. `mode` is what "auto" became; `manifest` is what may be staged, each entry once.
+
+    One that is open-ended grows by `Updater.extend`, and `num_missing` tensors of the model are in no part of it yet.
+    """
 
     def __init__(
         self, session_id: int, version: str, mode: str, manifest: tuple[TensorInfo, ...], timeout_s: float
@@ -62,12 +73,26 @@ class UpdateSession:
         self.session_id = session_id
         self.version = version
         self.mode = mode
-        self.manifest = manifest
+        self.manifest: list[TensorInfo] = []
         self.timeout_s = timeout_s
-        self._indices = {info.name: index for index, info in enumerate(manifest)}
+        self.num_missing = 0
         self.num_bytes_staged = 0
+        self.max_part_bytes = 0  # in upload buffers
+        self._indices: dict[str, int] = {}
         self._sent: set[int] = set()
         self._settled: set[int] = set()
+        self.grow(manifest)
+
+    def grow(self, manifest: tuple[TensorInfo, ...]) -> None:
+        """These are in the manifest as well."""
+        first = len(self.manifest)
+        self._indices.update((info.name, index) for index, info in enumerate(manifest, first))
+        self.manifest += manifest
+        self.max_part_bytes = max(self.max_part_bytes, sum(aligned(info.num_bytes) for info in manifest))
+
+    def __contains__(self, name: object) -> bool:
+        """A tensor of that name is in the manifest."""
+        return name in self._indices
 
     def replaces(self, index: int) -> bool:
         """The tensor may have been staged, by a call that has not succeeded."""
@@ -106,22 +131,38 @@ class Updater:
         self._freed = asyncio.Event()
         self._fillings: set[Filling] = set()
 
-    async def begin(self, manifest: tuple[TensorInfo, ...], terms: UpdateTerms) -> UpdateSession:
-        """Have the whole manifest checked and a session opened. Every other session is over then."""
-        begun = await self._client.change(
-            lambda call_id: BeginUpdate(
-                call_id, terms.version, manifest, terms.mode, terms.in_flight, terms.partial, terms.timeout_s
-            ),
-            UpdateBegun,
-        )
+    async def begin(
+        self, manifest: tuple[TensorInfo, ...], terms: UpdateTerms, *, is_open: bool = False
+    ) -> UpdateSession:
+        """Have the whole manifest checked and a session opened; one that `is_open` is open-ended. Every other session
+        is over then."""
+
+        def command(call_id: int) -> BeginUpdate:
+            policies = terms.mode, terms.in_flight, terms.partial, terms.timeout_s
+            return BeginUpdate(call_id, terms.version, manifest, *policies, is_open=is_open)
+
+        begun = await self._client.change(command, UpdateBegun)
         for filling in tuple(self._fillings):
             self._end(filling)
         return UpdateSession(begun.session_id, terms.version, begun.mode, manifest, terms.timeout_s)
 
-    async def commit(self, session: UpdateSession) -> UpdateReport:
-        """Make the staged weights live. One that is not done in time is aborted with its session."""
+    async def extend(self, session: UpdateSession, manifest: tuple[TensorInfo, ...]) -> range:
+        """Have more tensors of an open-ended session checked; returns their indices. After one that was cancelled the
+        session is of no use: nobody knows whether it has them."""
+        extended = await self._client.call(
+            lambda call_id: ExtendUpdate(call_id, session.session_id, manifest), UpdateExtended
+        )
+        session.grow(manifest)
+        session.num_missing = extended.num_missing
+        return range(extended.first_index, extended.first_index + len(manifest))
+
+    async def commit(self, session: UpdateSession, version: str = "") -> UpdateReport:
+        """Make the staged weights live, under the session's label unless another is given. One that is not done in
+        time is aborted with its session."""
         check_session(session)
-        return await self._client.change(lambda call_id: CommitUpdate(call_id, session.session_id), UpdateReport)
+        return await self._client.change(
+            lambda call_id: CommitUpdate(call_id, session.session_id, version=version), UpdateReport
+        )
 
     async def abort(self, session: UpdateSession | None) -> None:
         """Drop the session; None: whichever is open, if one is."""
@@ -229,7 +270,7 @@ class Updater:
         is_there = bool(device_id) and device_of(tensor) == device_id
         if is_there and self._device is None and self._short_of_device != session.session_id:
             try:
-                self._device = self._device_pool(tensor, min(total_bytes(session), DEVICE_BUFFER_BYTES))
+                self._device = self._device_pool(tensor, min(session.max_part_bytes, DEVICE_BUFFER_BYTES))
             except UnavailableError as error:
                 logger.warning("tensors of session %d go through the host: %s", session.session_id, error)
                 self._short_of_device = session.session_id
@@ -270,7 +311,7 @@ class Updater:
         self, session: UpdateSession, pool: BufferPool, num_bytes: int, filling: Filling
     ) -> UploadBuffer:
         self._raise_failures(filling)
-        pool.fit(max(min(total_bytes(session), pool.max_bytes), num_bytes))
+        pool.fit(max(min(session.max_part_bytes, pool.max_bytes), num_bytes))
         try:
             async with asyncio.timeout(session.timeout_s):
                 while pool.is_exhausted or (buffer := pool.take()) is None:
@@ -327,11 +368,6 @@ class Updater:
     def _give_back(self, buffer: UploadBuffer) -> None:
         buffer.pool.give_back(buffer)
         self._freed.set()
-
-
-def total_bytes(session: UpdateSession) -> int:
-    """What a buffer needs that holds all tensors of an update."""
-    return sum(aligned(info.num_bytes) for info in session.manifest)
 
 
 def check_session(session: Any) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import msgspec
 import torch
 
-from headrace.weights.session import Copies, StageCopy, StagePiece
+from headrace.weights.memory import Copies, StageCopy, StagePiece
 from headrace.weights.staging import Arrival, Enqueued, SideStream
 
 MAX_BATCH = 256

@@ -14,7 +14,7 @@ from headrace.ipc import SharedBuffer
 from headrace.types.errors import UnavailableError
 from headrace.types.weights import BufferRef, DeviceRef
 from headrace.weights.device_memory import MappedMemory
-from headrace.weights.session import StageBuffer
+from headrace.weights.memory import StageBuffer
 
 
 class DeviceBuffers:

@@ -94,6 +94,11 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return math.isfinite(total) or bool(tensor.isfinite().all())
 
 
+def not_finite(name: str, dtype: torch.dtype) -> str:
+    """Why a tensor is refused."""
+    return f"{name} holds NaN or infinity in {dtype_name(dtype)} (check_finite=False lets such weights in)"
+
+
 class Source(Protocol):
     """Where the elements of one tensor come from."""
 

@@ -45,7 +45,7 @@ from headrace.types.messages import (
 from headrace.types.plan import StepResult
 from headrace.types.request import Delta, Request, pack_ids
 from headrace.types.weights import TensorInfo, UpdateMode, UpdateReport
-from headrace.weights.session import ResolvedMode, Ticket
+from headrace.weights.memory import ResolvedMode, Ticket
 
 NUM_WORLDS = 100
 NUM_SEQUENCES = 100

@@ -10,7 +10,7 @@ import torch
 
 from headrace.types.errors import UpdateConflictError, WeightUpdateError
 from headrace.types.weights import TensorInfo, UpdateMode
-from headrace.weights.session import StagePiece
+from headrace.weights.memory import StagePiece
 from headrace.weights.store import WeightStore
 from headrace.weights.weight_map import WeightMap
 from tests.weights.tiny import LAYOUTS, Tensors, live_bits, make_map, make_store, make_tensors, manifest_of
