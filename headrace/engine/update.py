@@ -68,13 +68,20 @@ class UpdateSession:
     """
 
     def __init__(
-        self, session_id: int, version: str, mode: str, manifest: tuple[TensorInfo, ...], timeout_s: float
+        self,
+        session_id: int,
+        version: str,
+        mode: str,
+        manifest: tuple[TensorInfo, ...],
+        timeout_s: float,
+        is_partial: bool = False,
     ) -> None:
         self.session_id = session_id
         self.version = version
         self.mode = mode
         self.manifest: list[TensorInfo] = []
         self.timeout_s = timeout_s
+        self.is_partial = is_partial
         self.num_missing = 0
         self.num_bytes_staged = 0
         self.max_part_bytes = 0  # in upload buffers
@@ -103,6 +110,15 @@ class UpdateSession:
         self._sent |= indices
         if is_settled:
             self._settled |= indices
+
+    def unsettle(self, indices: Iterable[int]) -> None:
+        """These come again, and replace what has come."""
+        self._settled.difference_update(indices)
+
+    @property
+    def is_staged(self) -> bool:
+        """All of the manifest has been staged for good."""
+        return len(self._settled) == len(self.manifest)
 
     def index_of(self, info: TensorInfo) -> int:
         """The manifest's index of a tensor. Raises `WeightUpdateError` if it is not there as described."""
@@ -144,7 +160,7 @@ class Updater:
         begun = await self._client.change(command, UpdateBegun)
         for filling in tuple(self._fillings):
             self._end(filling)
-        return UpdateSession(begun.session_id, terms.version, begun.mode, manifest, terms.timeout_s)
+        return UpdateSession(begun.session_id, terms.version, begun.mode, manifest, terms.timeout_s, terms.partial)
 
     async def extend(self, session: UpdateSession, manifest: tuple[TensorInfo, ...]) -> range:
         """Have more tensors of an open-ended session checked; returns their indices. After one that was cancelled the
@@ -208,7 +224,7 @@ class Updater:
         finally:
             session.note_sent(sent, is_settled=is_settled)
             self._fillings.discard(filling)  # here: the loop may be closed
-            self._call_soon(lambda: self._end(filling))
+            self.call_soon(lambda: self._end(filling))
 
     async def update_from_tensors(self, run: Run, named_tensors: NamedTensors, terms: UpdateTerms) -> UpdateReport:
         """A whole update. The pairs are read once, before anything is sent, since the manifest comes first."""
@@ -224,7 +240,7 @@ class Updater:
             await self.stage(run, session, held)
             report: UpdateReport = await run(self.commit(session))
         except GeneratorExit:  # dropped by whoever ran it: nothing can be awaited any more
-            self._call_soon(lambda: self._abort_soon(opened))
+            self.call_soon(lambda: self.start_aborts(opened))
             raise
         except BaseException:  # whatever it is, the session is over before the caller hears of it
             if opened:
@@ -245,12 +261,14 @@ class Updater:
             if pool is not None:
                 pool.close()
 
-    def _call_soon(self, action: Callable[[], None]) -> None:
+    def call_soon(self, action: Callable[[], None]) -> None:
+        """Call `action` on the engine's loop, from any thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: the core and its session are gone too
             self._loop.call_soon_threadsafe(action)
 
-    def _abort_soon(self, opened: list[UpdateSession]) -> None:
-        for session in opened:
+    def start_aborts(self, sessions: Iterable[UpdateSession]) -> None:
+        """Drop these without waiting for it."""
+        for session in sessions:
             task = self._loop.create_task(self._abort_at_last(session))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
