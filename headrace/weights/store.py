@@ -40,6 +40,9 @@ from headrace.weights.weight_map import FLOAT_DTYPES, ManifestPlan, WeightMap, W
 
 logger = logging.getLogger(__name__)
 
+Allocate = Callable[[Sequence[tuple[tuple[int, ...], torch.dtype]]], list[torch.Tensor]]
+"""Tensors of these shapes and dtypes, all at once."""
+
 SHADOW_HEADROOM_BYTES = 256 << 20
 """Memory that must stay free beside the shadow buffers, for activations and the producer."""
 
@@ -52,7 +55,8 @@ _FILL_BYTES = {"cpu": BLOCK_BYTES, "cuda": 1 << 28}
 class WeightStore:
     """Parameters on one device: `live[param]` are the tensors the model holds, in `dtype` unless the map says another.
 
-    `memory` says how many bytes may still be taken there; None: what the device or the machine has left. With
+    `memory` says how many bytes may still be taken there; None: what the device or the machine has left. `allocate`
+    makes the parameters; memory that it takes away and brings again must then be zero, or hold what it held. With
     `check_finite` no tensor that holds NaN or infinity, once it is in its parameter's dtype, is taken in.
     """
 
@@ -63,6 +67,7 @@ class WeightStore:
         device: torch.device,
         *,
         memory: Callable[[], int] | None = None,
+        allocate: Allocate | None = None,
         check_finite: bool = True,
     ) -> None:
         if dtype_name(dtype) not in FLOAT_DTYPES:
@@ -70,12 +75,13 @@ class WeightStore:
         self.weight_map = weight_map
         self.dtype = dtype
         self.device = device
-        self.live: dict[str, torch.Tensor] = {}
-        for spec in (*weight_map.params.values(), *(each.parameter for each in weight_map.derived)):
-            tensor = torch.empty(spec.shape, dtype=TORCH_DTYPES.get(spec.dtype, dtype), device=device)
+        specs = (*weight_map.params.values(), *(each.parameter for each in weight_map.derived))
+        shapes = [(spec.shape, TORCH_DTYPES.get(spec.dtype, dtype)) for spec in specs]
+        tensors = allocate(shapes) if allocate else [torch.empty(s, dtype=d, device=device) for s, d in shapes]
+        for spec, tensor in zip(specs, tensors, strict=True):
             for box in spec.padding:
                 tensor[box.slices].zero_()
-            self.live[spec.name] = tensor
+        self.live: dict[str, torch.Tensor] = {spec.name: each for spec, each in zip(specs, tensors, strict=True)}
         self._regions: dict[str, Region] = {}
         self._plan: ManifestPlan | None = None
         self._keys: PositionKeys | None = None
@@ -94,7 +100,12 @@ class WeightStore:
     # Whole models: from a file, from a seed, to nothing.
 
     def load(self, source: Iterable[tuple[str, TensorData]]) -> None:
-        """Overwrite live memory with a whole checkpoint.
+        """As `load_in_slices`, at once."""
+        for _ in self.load_in_slices(source):
+            pass
+
+    def load_in_slices(self, source: Iterable[tuple[str, TensorData]]) -> Iterator[None]:
+        """Overwrite live memory with a whole checkpoint, resting after each tensor.
 
         Every element is written exactly once: each rule once, and the map's regions partition the parameters. Of tied
         names the first that comes is written, another one compared. Raises `CheckpointError` naming a missing, unknown,
@@ -112,6 +123,7 @@ class WeightStore:
             target = self.weight_map.aliases.get(name, name)
             self._take(name, data, self._region(target), is_filled=target in filled)
             filled.add(target)
+            yield
         for name, problem in self.weight_map.find_doubled(filled):
             raise CheckpointError(problem, field=name)
         missing = self.weight_map.missing(filled)
