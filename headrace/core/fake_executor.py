@@ -6,7 +6,7 @@ Its tokens and log-probabilities are pure functions of the position, in the exac
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from headrace.core.executor import CheckpointSlices, Weights
 from headrace.core.faults import DeviceLost, describe, is_of_lost_device
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import CheckpointError, NotFoundError
+from headrace.types.memory import MemoryTag, Restore
 from headrace.types.plan import PositionLogprobs, PromptLogprobs, SamplePatch, SlotInit, StepPlan, StepResult
 from headrace.types.request import Int32Array
 from headrace.types.sampling_params import LogprobOptions
@@ -73,6 +74,12 @@ class FreeExecutor:
 
     def checkpoint(self, folder: Path, root: Path | None) -> CheckpointSlices:
         raise CheckpointError(f"{folder}: this executor has no weights", field="path")
+
+    def release(self, tags: Collection[MemoryTag], *, keeps_copy: bool) -> Generator[None]:
+        yield  # there is none
+
+    def resume(self, tags: Collection[MemoryTag], restore: Restore) -> Generator[None]:
+        yield
 
     def close(self) -> None:
         self._plans.clear()

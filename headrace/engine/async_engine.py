@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack, get_args
@@ -17,6 +17,7 @@ from headrace.engine.control import (
     UpdateTerms,
     folder_of,
     seconds_of,
+    tags_of,
     terms_of,
     terms_of_part,
     version_of,
@@ -32,12 +33,15 @@ from headrace.engine.tensors import HeldTensors, NamedTensors, to_tensor
 from headrace.engine.update import Manifest, Run, UpdateSession, manifest_of
 from headrace.text import run_sized
 from headrace.types.generation import Generation
+from headrace.types.memory import MemoryTag, OnRelease, Restore
 from headrace.types.messages import (
     CoreStatus,
     Digest,
     FlushCache,
     GetStatus,
+    ReleaseMemory,
     Resume,
+    ResumeMemory,
     SetVersion,
     UpdateFromDisk,
     WeightBytes,
@@ -183,6 +187,33 @@ class AsyncEngine(EngineLifecycle):
         """Go on after `pause`. `UpdateConflictError`, naming what is missing, while an update in buckets is not
         complete, and while live weights are half written."""
         await self.runtime.client.change(Resume, NoneType)
+
+    @_on_engine_loop
+    async def release_memory_occupation(
+        self, tags: Sequence[MemoryTag] | None = None, *, in_flight: OnRelease = "abort", timeout: float | None = None
+    ) -> None:
+        """Give memory back to the system: "weights", "kv_cache", "cuda_graph", or all. Returns when it is free; what is
+        released already stays so.
+
+        Requests in flight are ended with what they have, or, with "recompute", kept and computed again after the
+        resume. Requests that come meanwhile wait, at most `pause_timeout` seconds. `UpdateConflictError` while an
+        update is open.
+        """
+        given, how, seconds = tags_of(tags), as_choice(in_flight, get_args(OnRelease), "in_flight"), seconds_of(timeout)
+        await self.runtime.client.change(lambda call_id: ReleaseMemory(call_id, given, how), NoneType, seconds)
+
+    @_on_engine_loop
+    async def resume_memory_occupation(
+        self, tags: Sequence[MemoryTag] | None = None, *, restore: Restore = "auto", timeout: float | None = None
+    ) -> None:
+        """Take released memory again, in any order. Generation goes on when weights and KV cache are there.
+
+        Weights come from the copy that `keep_weights_copy` left ("copy"), from the engine's folder if they were its
+        own ("disk"), or from a complete update that follows ("await"), until which requests get a `NeedsWeightsError`.
+        "auto": from the copy if there is one. Where there is no room, `UnavailableError`, and all stays released.
+        """
+        given, source, seconds = tags_of(tags), as_choice(restore, get_args(Restore), "restore"), seconds_of(timeout)
+        await self.runtime.client.change(lambda call_id: ResumeMemory(call_id, given, source), NoneType, seconds)
 
     @_on_engine_loop
     async def flush_cache(self) -> int:

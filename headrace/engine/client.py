@@ -33,6 +33,7 @@ from headrace.types.messages import (
     GetStatus,
     Output,
     Pause,
+    ReleaseMemory,
     Reply,
     Shutdown,
     Submit,
@@ -253,6 +254,9 @@ class CoreClient:
         mode = self.ledger.paused
         if mode is not None:
             await self._calls.call(lambda call_id: Pause(call_id, mode), self.control_timeout)
+        tags = tuple(self.ledger.released)
+        if tags:
+            await self._calls.call(lambda call_id: ReleaseMemory(call_id, tags), self.control_timeout)
         status = await self._calls.ask(GetStatus, self.control_timeout)
         self._note(msgspec.msgpack.decode(status, type=CoreStatus))
         self._barred = None

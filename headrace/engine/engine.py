@@ -86,6 +86,8 @@ class Engine:
     score = _blocking(AsyncEngine.score)
     abort = _blocking(AsyncEngine.abort)
     resume = _blocking(AsyncEngine.resume)
+    release_memory_occupation = _blocking(AsyncEngine.release_memory_occupation)
+    resume_memory_occupation = _blocking(AsyncEngine.resume_memory_occupation)
     flush_cache = _blocking(AsyncEngine.flush_cache)
     commit = _blocking(AsyncEngine.commit)
     abort_update = _blocking(AsyncEngine.abort_update)

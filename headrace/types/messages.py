@@ -18,6 +18,7 @@ from typing import Final, cast
 import msgspec
 
 from headrace.types.errors import ErrorInfo
+from headrace.types.memory import MemoryTag, OnRelease, Restore
 from headrace.types.request import Delta, Request, Sibling
 from headrace.types.weights import BufferEntry, BufferRef, DeviceRef, InFlight, PauseMode, TensorInfo, UpdateMode
 
@@ -231,6 +232,22 @@ class WeightsChecker(_Call, frozen=True, tag="weights_checker"):
     action: str
 
 
+class ReleaseMemory(_Call, frozen=True, tag="release_memory"):
+    """Give memory back to the system; no tags are all. Answered when it is free; what was released before stays so.
+    `UpdateConflictError` while an update is open. Reply: null."""
+
+    tags: tuple[MemoryTag, ...] = ()
+    in_flight: OnRelease = "abort"
+
+
+class ResumeMemory(_Call, frozen=True, tag="resume_memory"):
+    """Take released memory again, at the addresses it had; no tags are all. `restore` says where weights come from.
+    Where there is no room, or they cannot be restored, all of it stays released. Reply: null."""
+
+    tags: tuple[MemoryTag, ...] = ()
+    restore: Restore = "auto"
+
+
 class FlushCache(_Call, frozen=True, tag="flush_cache"):
     """Free unreferenced cached pages and unpublish the rest. Reply: int, the pages freed. Aborts nothing."""
 
@@ -260,6 +277,8 @@ Command = (
     | GetWeight
     | Digest
     | WeightsChecker
+    | ReleaseMemory
+    | ResumeMemory
     | FlushCache
     | GetStatus
     | Shutdown
@@ -271,7 +290,7 @@ class CoreStatus(msgspec.Struct, frozen=True):
 
     `version` is the label of the live weights: "", which nobody can give, while no whole weights are live.
     `last_version` is then that of the last whole ones. `updating_in_place` says that the open update will hold all
-    requests while it writes.
+    requests while it writes. `released` are the tags of memory that was given back.
     """
 
     state: str
@@ -286,6 +305,7 @@ class CoreStatus(msgspec.Struct, frozen=True):
     metrics: dict[str, float]
     last_version: str = ""
     updating_in_place: bool = False
+    released: tuple[MemoryTag, ...] = ()
 
 
 class Deltas(msgspec.Struct, frozen=True, array_like=True, tag="deltas"):

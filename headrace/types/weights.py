@@ -11,7 +11,7 @@ import msgspec
 UpdateMode = Literal["auto", "shadow", "inplace"]
 InFlight = Literal["keep", "recompute", "abort", "drain"]
 PauseMode = InFlight
-WeightState = Literal["ready", "updating", "poisoned", "needs_weights"]
+WeightState = Literal["ready", "updating", "poisoned", "needs_weights", "released"]
 
 
 ELEMENT_BYTES = {

@@ -8,6 +8,7 @@ that they are of. Must not know tensors, the scheduler or the clock: callers pas
       UPDATING ---abort or expiry, after a write in place----> POISONED
     READY | POISONED ---lose--> NEEDS_WEIGHTS
     POISONED | NEEDS_WEIGHTS ---begin, complete manifests only--> UPDATING
+    any without a session ---release--> RELEASED ---restore--> the state before it, or NEEDS_WEIGHTS
     UPDATING ---extend, of an open-ended session only--> UPDATING
 
 A session has its whole manifest from the beginning, or is open-ended: then it is extended part by part, each checked
@@ -149,7 +150,7 @@ class OpenUpdate:
 class WeightMachine:
     """State, version and epoch of one replica's weights, and the session that may change them.
 
-    state     "ready" | "updating" | "poisoned" | "needs_weights"
+    state     "ready" | "updating" | "poisoned" | "needs_weights" | "released"
     version   label of the live weights; of the last whole ones while they are poisoned or lost
     epoch     bumped at every commit, even if the label repeats: what order and cache keys use
     session   the open session, or None
@@ -170,6 +171,7 @@ class WeightMachine:
         self.epoch = epoch
         self.session: OpenUpdate | None = None
         self._resting: WeightState = "ready" if has_weights else "needs_weights"
+        self._before_release: WeightState = self._resting
         self._num_sessions = num_sessions
         self._last_end: tuple[int, HeadraceError] | None = None
 
@@ -189,9 +191,12 @@ class WeightMachine:
 
     def refusal(self) -> HeadraceError | None:
         """What every request is answered with until a complete update lands; None while weights are whole, or will be
-        when an update of whole ones is over, for which requests wait."""
+        when an update of whole ones is over, for which requests wait. They wait for released memory too, but what asks
+        for weights is answered with this."""
         if self._resting == "ready":
             return None
+        if self._resting == "released":
+            return NeedsWeightsError("the weights' memory is released; resume_memory_occupation(['weights']) first")
         message = "the engine holds no current weights; it generates after a complete update"
         if self.session:
             message = f"weights are {self._resting} until the update to {self.session.version!r} is complete"
@@ -380,8 +385,21 @@ class WeightMachine:
         self.check_no_session()
         self._resting = "needs_weights"
 
+    def release(self) -> None:
+        """The memory of live weights is given back. `UpdateConflictError` in an open session."""
+        self.check_no_session()
+        self._before_release, self._resting = self._resting, "released"
+
+    def restore(self, *, has_values: bool) -> None:
+        """That memory is there again, with what it held or with nothing. The version and epoch are the same."""
+        assert self._resting == "released"
+        self._resting = self._before_release if has_values else "needs_weights"
+
     def check_no_session(self) -> None:
-        """`UpdateConflictError` while one is open."""
+        """`UpdateConflictError` while one is open, and while none can be: live weights have no memory."""
+        if self._resting == "released":
+            message = "the weights' memory is released: resume_memory_occupation(['weights']) first"
+            raise UpdateConflictError(message, field="tags")
         if self.session:
             message = f"session {self.session.session_id} is open; commit or abort it first"
             if self.session.is_open_ended:

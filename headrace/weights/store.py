@@ -40,6 +40,9 @@ from headrace.weights.transaction import Memories, Transaction, memory_beside, m
 from headrace.weights.weight_map import FLOAT_DTYPES, ManifestPlan, WeightMap, WeightRule
 from headrace.weights.whole_models import fill_normal, load_checkpoint
 
+Allocate = Callable[[Sequence[tuple[tuple[int, ...], torch.dtype]]], list[torch.Tensor]]
+"""Tensors of these shapes and dtypes, all at once."""
+
 SHADOW_HEADROOM_BYTES = 256 << 20
 """Memory that must stay free beside the shadow buffers, for activations and the producer."""
 
@@ -49,7 +52,8 @@ _SUM_BYTES = {"cpu": BLOCK_BYTES, "cuda": 1 << 23}
 class WeightStore:
     """Parameters on one device: `live[param]` are the tensors the model holds, in `dtype` unless the map says another.
 
-    `memory` says how many bytes may still be taken there; None: what the device or the machine has left. With
+    `memory` says how many bytes may still be taken there; None: what the device or the machine has left. `allocate`
+    makes the parameters; memory that it takes away and brings again must then be zero, or hold what it held. With
     `check_finite` no tensor that holds NaN or infinity, once it is in its parameter's dtype, is taken in.
     """
 
@@ -60,6 +64,7 @@ class WeightStore:
         device: torch.device,
         *,
         memory: Callable[[], int] | None = None,
+        allocate: Allocate | None = None,
         check_finite: bool = True,
     ) -> None:
         if dtype_name(dtype) not in FLOAT_DTYPES:
@@ -67,12 +72,13 @@ class WeightStore:
         self.weight_map = weight_map
         self.dtype = dtype
         self.device = device
-        self.live: dict[str, torch.Tensor] = {}
-        for spec in (*weight_map.params.values(), *(each.parameter for each in weight_map.derived)):
-            tensor = torch.empty(spec.shape, dtype=TORCH_DTYPES.get(spec.dtype, dtype), device=device)
+        specs = (*weight_map.params.values(), *(each.parameter for each in weight_map.derived))
+        shapes = [(spec.shape, TORCH_DTYPES.get(spec.dtype, dtype)) for spec in specs]
+        tensors = allocate(shapes) if allocate else [torch.empty(s, dtype=d, device=device) for s, d in shapes]
+        for spec, tensor in zip(specs, tensors, strict=True):
             for box in spec.padding:
                 tensor[box.slices].zero_()
-            self.live[spec.name] = tensor
+        self.live: dict[str, torch.Tensor] = {spec.name: each for spec, each in zip(specs, tensors, strict=True)}
         self._regions: dict[str, Region] = {}
         self._plan: ManifestPlan | None = None
         self._parts: OpenPlan | None = None
@@ -93,9 +99,15 @@ class WeightStore:
     # Whole models: from a file, from a seed, to nothing.
 
     def load(self, source: Iterable[tuple[str, TensorData]]) -> None:
-        """Overwrite live memory with a whole checkpoint. Raises as `load_checkpoint`; there are no weights then."""
+        """As `load_in_slices`, at once."""
+        for _ in self.load_in_slices(source):
+            pass
+
+    def load_in_slices(self, source: Iterable[tuple[str, TensorData]]) -> Iterator[None]:
+        """Overwrite live memory with a whole checkpoint, resting after each tensor. Raises as `load_checkpoint`; there
+        are no weights then."""
         self._require_no_update()
-        load_checkpoint(self.weight_map, self._region, source, check_finite=self._check_finite)
+        yield from load_checkpoint(self.weight_map, self._region, source, check_finite=self._check_finite)
         self._derive()
 
     def fill_random(self, seed: int) -> None:

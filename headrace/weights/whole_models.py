@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
@@ -26,8 +26,8 @@ _FILL_BYTES = {"cpu": BLOCK_BYTES, "cuda": 1 << 28}
 
 def load_checkpoint(
     weight_map: WeightMap, region_of: RegionOf, source: Iterable[tuple[str, TensorData]], *, check_finite: bool
-) -> None:
-    """Overwrite live memory with a whole checkpoint.
+) -> Iterator[None]:
+    """Overwrite live memory with a whole checkpoint, resting after each tensor.
 
     Every element is written exactly once: each rule once, and the map's regions partition the parameters. Of tied names
     the first that comes is written, another one compared. Raises `CheckpointError` naming a missing, unknown, doubled,
@@ -44,6 +44,7 @@ def load_checkpoint(
         target = aliases.get(name, name)
         _take(name, data, region_of(target), aliases, is_filled=target in filled, check_finite=check_finite)
         filled.add(target)
+        yield
     for name, problem in weight_map.find_doubled(filled):
         raise CheckpointError(problem, field=name)
     missing = weight_map.missing(filled)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +23,7 @@ from headrace.config import ResolvedConfig
 from headrace.core.executor import CheckpointSlices, Weights
 from headrace.core.faults import DeviceLost
 from headrace.types.errors import WeightUpdateError
+from headrace.types.memory import MemoryTag, Restore
 from headrace.types.plan import PlanRefused, SamplePatch, StepPlan, StepResult
 from headrace.types.plan_words import encode
 from headrace.types.request import Int32Array
@@ -240,6 +241,27 @@ class RankExecutor:
 
     def checkpoint(self, folder: Path, root: Path | None) -> CheckpointSlices:
         return self._rank.checkpoint(folder, root)
+
+    def release(self, tags: Collection[MemoryTag], *, keeps_copy: bool) -> Generator[None]:
+        ticket, since = self.others.new_ticket(), time.monotonic()
+        self.others.tell(Kind.RELEASE, ticket, int(keeps_copy), msgspec.msgpack.encode(list(tags)))
+        yield from self._rank.release(tags, keeps_copy=keeps_copy)
+        while not self.others.have_done(ticket, since):
+            yield
+
+    def resume(self, tags: Collection[MemoryTag], restore: Restore) -> Generator[None]:
+        ticket, since = self.others.new_ticket(), time.monotonic()
+        self.others.tell(Kind.RESUME, ticket, data=msgspec.msgpack.encode((list(tags), restore)))
+        is_there = False
+        try:
+            yield from self._rank.resume(tags, restore)
+            while not self.others.have_done(ticket, since):
+                yield
+            is_there = True
+        finally:
+            if not is_there:
+                undoing, keeps_copy = self.others.new_ticket(), restore == "copy" and "weights" in tags
+                self.others.tell(Kind.RELEASE, undoing, int(keeps_copy), msgspec.msgpack.encode(list(tags)))
 
     def close(self) -> None:
         self.others.close()
