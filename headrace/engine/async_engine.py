@@ -131,8 +131,8 @@ class AsyncEngine(EngineLifecycle):
     def undoable_stream(
         self, prompts: Prompts, input_ids: InputIds, sampling_params: Sampling, options: GenerateOptions
     ) -> Undoable[StreamGroup]:
-        """How `stream` starts, and what undoes that: for `Runtime.run` and `wait`. The group is bound to the engine's
-        loop."""
+        """How `stream` starts, and what undoes that: for `EngineLoop.run` and `wait`. The group is bound to the
+        engine's loop."""
         self.runtime.check_open()
         return self._open_group(prompts, input_ids, sampling_params, options), _drop
 
@@ -148,6 +148,26 @@ class AsyncEngine(EngineLifecycle):
         running = self._parts or self._running
         running.runtime.check_open()
         return running.intake.submit(item)
+
+    async def open_streams(
+        self,
+        prompts: Prompts,
+        input_ids: InputIds,
+        sampling_params: Sampling,
+        options: GenerateOptions,
+        *,
+        stream: bool = False,
+        scores: bool = False,
+    ) -> list[Stream]:
+        """Start all that a call asks for, or nothing. On the engine's loop; the streams too are bound to it.
+
+        Much text is encoded, and many prompts are read, in another thread, so that streams and heartbeats go on."""
+        self.runtime.check_open()
+        expand = functools.partial(
+            self._running.builder.expand, prompts, input_ids, sampling_params, options, stream=stream, scores=scores
+        )
+        items = await run_sized(_size_of(prompts if input_ids is None else input_ids), expand)
+        return await self._running.intake.submit_all(items)
 
     @_on_engine_loop
     async def abort(
@@ -172,7 +192,7 @@ class AsyncEngine(EngineLifecycle):
         await self.runtime.run(pausing, regret)
 
     def undoable_pause(self, mode: PauseMode, timeout: float | None) -> Undoable[int]:
-        """What `pause` does, and what undoes it: for `Runtime.run` and `wait`."""
+        """What `pause` does, and what undoes it: for `EngineLoop.run` and `wait`."""
         mode = choice_of(mode, PauseMode, "mode")
         seconds = seconds_of(timeout)
         client = self.runtime.client
@@ -210,7 +230,7 @@ class AsyncEngine(EngineLifecycle):
         return await self.runtime.run(*self.undoable_begin(manifest, terms))
 
     def undoable_begin(self, manifest: Manifest, terms: UpdateTerms) -> Undoable[UpdateSession]:
-        """What `begin_update` does, and what undoes it: for `Runtime.run` and `wait`."""
+        """What `begin_update` does, and what undoes it: for `EngineLoop.run` and `wait`."""
         self.runtime.check_open()
         updater = self.runtime.updater
         return updater.begin(manifest_of(manifest), terms), updater.abort_quietly
@@ -350,8 +370,7 @@ class AsyncEngine(EngineLifecycle):
         options: GenerateOptions,
         scores: bool = False,
     ) -> list[Generation]:
-        items = await self._expand(prompts, input_ids, sampling_params, options, scores=scores)
-        streams = await self._running.intake.submit_all(items)
+        streams = await self.open_streams(prompts, input_ids, sampling_params, options, scores=scores)
         try:
             return await whole_samples(streams)
         finally:
@@ -361,24 +380,7 @@ class AsyncEngine(EngineLifecycle):
     async def _open_group(
         self, prompts: Prompts, input_ids: InputIds, sampling_params: Sampling, options: GenerateOptions
     ) -> StreamGroup:
-        items = await self._expand(prompts, input_ids, sampling_params, options, stream=True)
-        return StreamGroup(await self._running.intake.submit_all(items))
-
-    async def _expand(
-        self,
-        prompts: Prompts,
-        input_ids: InputIds,
-        sampling_params: Sampling,
-        options: GenerateOptions,
-        *,
-        stream: bool = False,
-        scores: bool = False,
-    ) -> list[GenerateItem]:
-        """Much text is encoded, and many prompts are read, in another thread, so that streams and heartbeats go on."""
-        expand = functools.partial(
-            self._running.builder.expand, prompts, input_ids, sampling_params, options, stream=stream, scores=scores
-        )
-        return await run_sized(_size_of(prompts if input_ids is None else input_ids), expand)
+        return StreamGroup(await self.open_streams(prompts, input_ids, sampling_params, options, stream=True))
 
 
 async def _drop(group: StreamGroup) -> None:

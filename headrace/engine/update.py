@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from itertools import islice
 from types import NoneType
 from typing import Any, TypeVar
@@ -24,12 +24,22 @@ from headrace.engine.calls import outlast
 from headrace.engine.client import CoreClient
 from headrace.engine.control import UpdateTerms
 from headrace.engine.tensors import HeldTensors, NamedTensors, TensorBytes, describe, named_pairs
-from headrace.engine.upload_buffers import Filling, UploadBuffer, aligned
+from headrace.engine.upload_buffers import Fill, Filling, UploadBuffer, aligned
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import DeadlineError, HeadraceError, InternalError, UnavailableError, WeightUpdateError
+from headrace.types.http import TensorPiece
 from headrace.types.messages import AbortUpdate, BeginUpdate, CommitUpdate, Stage, UpdateBegun
 from headrace.types.plain_values import as_list, plain_text
-from headrace.types.weights import MAX_DIMENSIONS, MAX_TENSOR_NAME, MAX_TENSORS, TensorInfo, UpdateReport, shape_problem
+from headrace.types.weights import (
+    MAX_DIMENSIONS,
+    MAX_TENSOR_NAME,
+    MAX_TENSORS,
+    BufferEntry,
+    BufferRef,
+    TensorInfo,
+    UpdateReport,
+    shape_problem,
+)
 from headrace.weights.weight_map import is_recomputed
 
 logger = logging.getLogger(__name__)
@@ -153,6 +163,28 @@ class Updater:
             session.note_sent(sent, is_settled=is_settled)
             self._fillings.discard(filling)  # here: the loop may be closed
             self._call_soon(lambda: self._end(filling))
+
+    async def stage_pieces(self, session: UpdateSession, pieces: Iterable[TensorPiece], fill: Fill) -> None:
+        """As `stage`, of pieces of tensors in the order in which `fill` brings their bytes."""
+        filling = Filling(session.session_id)
+        self._fillings.add(filling)
+        try:
+            for piece in _cut(pieces):
+                while not await filling.fill(piece, fill):
+                    await self._send(session, filling)
+                    await self._take_buffer(session, piece.num_bytes, filling)
+            await self._send(session, filling)
+            await self._drain(filling)
+        except BaseException:  # whatever it is, nothing more is staged when the caller hears of it
+            await outlast(self._call_off(filling))
+            raise
+        finally:
+            self._fillings.discard(filling)
+            self._end(filling)
+
+    async def stage_buffer(self, session: UpdateSession, ref: BufferRef, entries: tuple[BufferEntry, ...]) -> None:
+        """Stage what lies in a buffer of somebody else's. It is read no more when this ends."""
+        await self._client.call(lambda call_id: Stage(call_id, session.session_id, ref, entries), NoneType)
 
     async def update_from_tensors(self, run: Run, named_tensors: NamedTensors, terms: UpdateTerms) -> UpdateReport:
         """A whole update. The pairs are read once, before anything is sent, since the manifest comes first."""
@@ -338,6 +370,14 @@ def manifest_of(entries: Manifest) -> tuple[TensorInfo, ...]:
             raise WeightUpdateError(f"manifest: {info.name} {problem}", field=info.name)
         manifest.append(info)
     return tuple(info for info in manifest if not is_recomputed(info.name))
+
+
+def _cut(pieces: Iterable[TensorPiece]) -> Iterator[TensorPiece]:
+    """The same bytes in pieces that fit a buffer."""
+    for piece in pieces:
+        for start in range(0, max(1, piece.num_bytes), BUFFER_BYTES):
+            num_bytes = min(BUFFER_BYTES, piece.num_bytes - start)
+            yield TensorPiece(piece.index, piece.start + start, num_bytes, piece.replaces)
 
 
 def run_here(coroutine: Coroutine[Any, Any, Result]) -> Result:

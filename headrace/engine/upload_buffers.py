@@ -8,13 +8,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
+from collections.abc import Awaitable, Callable
 
 from headrace.engine.tensors import TensorBytes
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import UpdateConflictError
+from headrace.types.http import TensorPiece
 from headrace.types.weights import BufferEntry
 
 _ALIGNMENT = 64
+
+Fill = Callable[[memoryview], Awaitable[None]]
+"""Writes the next bytes of somewhere to all of a view."""
 
 
 class UploadBuffer:
@@ -28,12 +33,30 @@ class UploadBuffer:
     def write(self, index: int, start: int, data: TensorBytes, *, replaces: bool) -> bool:
         """Copy in what a tensor holds from its byte `start` on, if there is room for it. `WeightUpdateError` if it was
         freed or written to meanwhile."""
-        offset = aligned(self._num_used)
-        if offset + len(data) > self.memory.ref.size:
+        view = self.place(len(data))
+        if view is None:
             return False
-        data.copy_into(self.memory.view[offset : offset + len(data)])
-        self.entries.append(BufferEntry(index, offset, start, len(data), replaces))
-        self._num_used = offset + len(data)
+        data.copy_into(view)
+        self.add(BufferEntry(index, aligned(self._num_used), start, len(data), replaces))
+        return True
+
+    def place(self, num_bytes: int) -> memoryview | None:
+        """Where the next entry's bytes go, if there is room for them."""
+        offset = aligned(self._num_used)
+        return self.memory.view[offset : offset + num_bytes] if offset + num_bytes <= self.memory.ref.size else None
+
+    def add(self, entry: BufferEntry) -> None:
+        """The bytes are in place."""
+        self.entries.append(entry)
+        self._num_used = entry.offset + (entry.num_bytes or 0)
+
+    async def fill(self, piece: TensorPiece, fill: Fill) -> bool:
+        """As `write`, of bytes that `fill` brings."""
+        view = self.place(piece.num_bytes)
+        if view is None:
+            return False
+        await fill(view)
+        self.add(BufferEntry(piece.index, aligned(self._num_used), piece.start, piece.num_bytes, piece.replaces))
         return True
 
     def clear(self) -> None:
@@ -72,6 +95,18 @@ class Filling:
         finally:
             self.put(buffer)
         self.check()  # after that: it may have been ended while the buffer was not here
+        return has_room
+
+    async def fill(self, piece: TensorPiece, fill: Fill) -> bool:
+        """As `write`, of bytes that `fill` brings."""
+        buffer = self.take()
+        if buffer is None:
+            return False
+        try:
+            has_room = await buffer.fill(piece, fill)
+        finally:
+            self.put(buffer)
+        self.check()
         return has_room
 
     def check(self) -> None:
