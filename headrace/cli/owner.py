@@ -47,7 +47,10 @@ class Owner:
     def _receive(self, size: int) -> bytes:
         found = b""
         while len(found) < size:
-            part = self._link.recv(size - len(found))
+            try:
+                part = self._link.recv(size - len(found))
+            except OSError as error:
+                raise UnavailableError(f"the owner of this server says nothing: {error}") from None
             if not part:
                 raise UnavailableError("the owner of this server has gone")
             found += part

@@ -27,12 +27,14 @@ from headrace.config import EngineConfig
 from headrace.ipc.spawn import python_path, standard_error
 from headrace.types.errors import ConfigError, DeadlineError, EngineDeadError
 from headrace.types.http import LENGTH_BYTES, OwnerOrder, OwnerReport
-from headrace.types.plain_values import as_seconds
+from headrace.types.plain_values import as_choice, as_seconds
 
 CLOSE_SECONDS = 30.0
 START_SECONDS = 60.0
 """For all of a start but the core's own `start_timeout`."""
 _DRAIN_SECONDS = 2.0
+_KEY_NAMES = ("HEADRACE_API_KEY", "HEADRACE_ADMIN_API_KEY")
+_LEVELS = ("debug", "info", "warning", "error")
 _START_TIMEOUT = {field.name: field.default for field in msgspec.structs.fields(EngineConfig)}["start_timeout"]
 
 
@@ -57,9 +59,10 @@ class Runtime(Client):
     ) -> None:
         for name in {"api_key_file", "admin_api_key_file"} & config.keys():
             raise ConfigError(f"{name}: give the key itself, which goes to the server through a socket", field=name)
+        level = as_choice(log_level, _LEVELS, "log_level", ConfigError)
         config = {"api_key": secrets.token_urlsafe(32), "drain_timeout": _DRAIN_SECONDS, **config}
         limit = as_seconds(config.get("start_timeout", _START_TIMEOUT), "start_timeout", ConfigError)
-        self._server = ServerProcess(model, _packed(OwnerOrder(config)), log_level)
+        self._server = ServerProcess(model, _packed(OwnerOrder(config)), level)
         try:
             url = self._server.wait_started(limit + START_SECONDS)
             self.api_key: str = config["api_key"]
@@ -161,8 +164,13 @@ def _start(model: str | Path, link: int, log_level: str) -> subprocess.Popen[byt
         stdin=subprocess.DEVNULL,
         stdout=standard_error(),
         stderr=standard_error(),
-        env={**os.environ, "PYTHONPATH": python_path()},
+        env={**_inherited(), "PYTHONPATH": python_path()},
     )
+
+
+def _inherited() -> dict[str, str]:
+    """The environment without the keys of a server that this process may be."""
+    return {name: value for name, value in os.environ.items() if name not in _KEY_NAMES}
 
 
 def _end(link: socket.socket, process: subprocess.Popen[bytes], owner: int) -> None:
@@ -178,4 +186,5 @@ def _end(link: socket.socket, process: subprocess.Popen[bytes], owner: int) -> N
     except subprocess.TimeoutExpired:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(CLOSE_SECONDS)

@@ -6,6 +6,7 @@ A tensor has been copied before the next one is asked for; one that is larger th
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -71,11 +72,12 @@ class UploadMemory:
 
 
 class Uploads:
-    """The staging of one client: one call at a time fills one memory, which is kept for the next."""
+    """The staging of one client: a call fills one memory, which is kept for the next."""
 
     def __init__(self, ask: Ask, *, shares_memory: bool) -> None:
         self._ask = ask
         self._shares = shares_memory
+        self._refused_by: int | None = None  # the session whose server has not taken our memory
         self._begun: SessionBegun | None = None
         self._free: list[UploadMemory] = []
 
@@ -115,15 +117,14 @@ class Uploads:
 
     def close(self) -> None:
         """Give the memory back."""
-        while self._free:
-            self._free.pop().shared.close()
+        while (memory := self._kept()) is not None:
+            memory.shared.close()
 
     def _take(self, session: UpdateSession, begun: SessionBegun) -> UploadMemory:
         head_bytes = min(begun.max_body_bytes // 2, _HEAD_BYTES_PER_PIECE * MAX_PIECES)
         room = _whole(begun.max_body_bytes - head_bytes)
         wanted = min(BUFFER_BYTES, room, max(1, sum(aligned(info.num_bytes) for info in session.manifest)))
-        while self._free:
-            memory = self._free.pop()
+        while (memory := self._kept()) is not None:
             if wanted <= memory.capacity <= room:
                 return memory
             memory.shared.close()
@@ -131,6 +132,12 @@ class Uploads:
             return UploadMemory(aligned(wanted), head_bytes // _HEAD_BYTES_PER_PIECE - 2)
         except OSError as error:
             raise UnavailableError(f"no shared memory to send tensors in: {error}", field="named_tensors") from None
+
+    def _kept(self) -> UploadMemory | None:
+        """One that is free, for whichever thread comes first."""
+        with contextlib.suppress(IndexError):
+            return self._free.pop()
+        return None
 
     async def _send(self, begun: SessionBegun, memory: UploadMemory) -> None:
         """Have the server stage what the memory holds; it reads it no more when this returns."""
@@ -145,8 +152,8 @@ class Uploads:
         memory.clear()
 
     async def _is_lent(self, begun: SessionBegun, memory: UploadMemory) -> bool:
-        """Whether the server reads this memory itself. One that cannot is not asked again."""
-        if not self._shares:
+        """Whether the server reads this memory itself. One that cannot is not asked again in a session."""
+        if not self._shares or self._refused_by == begun.session_id:
             return False
         if memory.lent_to is None or memory.lent_to[0] != begun.session_id:
             memory.sign(begun.token)
@@ -158,7 +165,7 @@ class Uploads:
             except RequestError as error:
                 if error.field != "buffer":
                     raise
-                self._shares = False
+                self._refused_by = begun.session_id
                 return False
             memory.lent_to = begun.session_id, msgspec.msgpack.decode(answer, type=int)
         return True

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack
@@ -149,7 +149,7 @@ class AsyncEngine(EngineLifecycle):
         running.runtime.check_open()
         return running.intake.submit(item)
 
-    async def open_streams(
+    async def expand(
         self,
         prompts: Prompts,
         input_ids: InputIds,
@@ -158,15 +158,19 @@ class AsyncEngine(EngineLifecycle):
         *,
         stream: bool = False,
         scores: bool = False,
-    ) -> list[Stream]:
-        """Start all that a call asks for, or nothing. On the engine's loop; the streams too are bound to it.
+    ) -> list[GenerateItem]:
+        """One item per sample that a call asks for, prompt-major, checked. To be called on the engine's loop.
 
         Much text is encoded, and many prompts are read, in another thread, so that streams and heartbeats go on."""
         self.runtime.check_open()
         expand = functools.partial(
             self._running.builder.expand, prompts, input_ids, sampling_params, options, stream=stream, scores=scores
         )
-        items = await run_sized(_size_of(prompts if input_ids is None else input_ids), expand)
+        return await run_sized(_size_of(prompts if input_ids is None else input_ids), expand)
+
+    async def submit_all(self, items: Sequence[GenerateItem]) -> list[Stream]:
+        """Start all of them, or none. To be called on the engine's loop; the streams too are bound to it."""
+        self.runtime.check_open()
         return await self._running.intake.submit_all(items)
 
     @_on_engine_loop
@@ -370,7 +374,7 @@ class AsyncEngine(EngineLifecycle):
         options: GenerateOptions,
         scores: bool = False,
     ) -> list[Generation]:
-        streams = await self.open_streams(prompts, input_ids, sampling_params, options, scores=scores)
+        streams = await self.submit_all(await self.expand(prompts, input_ids, sampling_params, options, scores=scores))
         try:
             return await whole_samples(streams)
         finally:
@@ -380,7 +384,8 @@ class AsyncEngine(EngineLifecycle):
     async def _open_group(
         self, prompts: Prompts, input_ids: InputIds, sampling_params: Sampling, options: GenerateOptions
     ) -> StreamGroup:
-        return StreamGroup(await self.open_streams(prompts, input_ids, sampling_params, options, stream=True))
+        items = await self.expand(prompts, input_ids, sampling_params, options, stream=True)
+        return StreamGroup(await self.submit_all(items))
 
 
 async def _drop(group: StreamGroup) -> None:

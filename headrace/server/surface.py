@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.engine import AsyncEngine, Stream
+from headrace.engine.bounds import check_body
 from headrace.engine.pacing import Turn
 from headrace.engine.stream import StreamGroup, whole_samples
 from headrace.server.auth import Access
@@ -55,9 +56,13 @@ class SurfaceFace:
     async def generate(self, request: Request) -> Response:
         """`generate`, `score` and `stream`."""
         ask = await read_body(request, lambda values: convert(values, GenerateAsk))
-        streams = await self._engine.open_streams(
+        items = await self._engine.expand(
             ask.prompts, ask.input_ids, ask.sampling_params, _options(ask), stream=ask.stream, scores=ask.scores
         )
+        firsts = [item for item in items if item.index == 0]
+        asked = ((item.logprobs, len(item.packed or b"") // 4, item.params) for item in firsts)
+        await run_sized(len(firsts), lambda: check_body(asked))
+        streams = await self._engine.submit_all(items)
         self._state.adopt(streams)
         cancel, on_disconnect = functools.partial(cancel_all, streams), self._state.metrics.count_disconnect
         if ask.stream:

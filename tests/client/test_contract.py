@@ -164,6 +164,15 @@ def test_an_infinite_logprob_arrives_as_one(model_folder: Path) -> None:
     assert any(math.isinf(value) for row in ours.token_ids_logprobs for value in row.values())
 
 
+def test_a_body_that_asks_for_too_many_logprobs_is_refused(model_folder: Path) -> None:
+    """Of one prompt they are few enough; of all that an answer would hold they are not."""
+    with OPENERS["engine"](model_folder) as door, Client(door.serve().url) as client:
+        client.generate(input_ids=[[1]] * 2, sampling_params={"max_new_tokens": 2}, top_logprobs=300)
+        with pytest.raises(headrace.RequestError) as caught:
+            client.generate(input_ids=[[1]] * 200, sampling_params={"max_new_tokens": 500}, top_logprobs=300)
+    assert caught.value.field == "top_logprobs"
+
+
 def test_the_async_client_is_the_same_surface(model_folder: Path, expected: list[Any]) -> None:
     async def talk(url: str) -> None:
         async with AsyncClient(url) as client:

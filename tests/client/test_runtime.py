@@ -85,6 +85,7 @@ def test_what_keeps_it_from_starting_is_raised_here(model_folder: Path, tmp_path
         (model_folder, {"api_key": " "}, ConfigError, "api_key"),
         (model_folder, {"api_key_file": "x"}, ConfigError, "api_key_file"),
         (model_folder, {"start_timeout": -1}, ConfigError, "start_timeout"),
+        (model_folder, {"log_level": "loud"}, ConfigError, "log_level"),
         (model_folder, {"seed": object()}, ConfigError, "config"),
         (broken(model_folder, tmp_path / "broken"), {}, CheckpointError, ""),
         (tmp_path / "-nothing", {}, ConfigError, "model"),
@@ -96,7 +97,11 @@ def test_what_keeps_it_from_starting_is_raised_here(model_folder: Path, tmp_path
         assert children(os.getpid()) == before, config
 
 
-def test_own_keys_and_server_settings_are_taken(model_folder: Path) -> None:
+def test_own_keys_and_server_settings_are_taken(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADRACE_API_KEY", "of a server that this process is")
+    monkeypatch.setenv("HEADRACE_ADMIN_API_KEY", "the same")
+    with Runtime(model_folder, **CONFIG) as runtime:
+        assert runtime.generate(input_ids=[1], sampling_params={"max_new_tokens": 1}) and runtime.digest()
     options: dict[str, Any] = {"api_key": "data", "admin_api_key": "admin", "max_body_bytes": 4096}
     with Runtime(model_folder, **CONFIG, **options) as runtime:
         assert runtime.api_key == "data" and runtime.digest()
@@ -134,3 +139,14 @@ def test_it_ends_with_its_owner(model_folder: Path, end: str) -> None:
             wait_gone(pids)
         finally:
             os.killpg(owner.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("seconds", [0.5, 2.0, 3.5])
+def test_an_owner_killed_while_it_starts_leaves_nothing(model_folder: Path, seconds: float) -> None:
+    words = [sys.executable, "-c", OWNER, str(model_folder), json.dumps(CONFIG), "kill"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.DEVNULL) as owner:
+        time.sleep(seconds)
+        pids = children(owner.pid)
+        owner.send_signal(signal.SIGKILL)
+    wait_gone(pids)

@@ -273,10 +273,15 @@ def test_a_client_whose_memory_is_not_here_sends_bytes(
     connect: CONNECT, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = connect()
-    monkeypatch.setattr(UploadMemory, "sign", lambda self, token: None)
-    for values in (VALUES, OTHER):
-        client.update_weights_from_tensor({NORM: values}, "b", partial=True)
-        assert live(engine) == values.tolist()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(UploadMemory, "sign", lambda self, token: None)
+        for values in (VALUES, OTHER):
+            client.update_weights_from_tensor({NORM: values}, "b", partial=True)
+            assert live(engine) == values.tolist()
+    (memory,) = client.asynchronous._uploads._free
+    assert memory.lent_to is None
+    client.update_weights_from_tensor({NORM: VALUES}, "b", partial=True)
+    assert live(engine) == VALUES.tolist() and memory.lent_to is not None, "each session asks once"
 
 
 def test_a_stage_that_fails_may_be_repeated(connect: CONNECT, engine: Engine) -> None:
