@@ -19,7 +19,8 @@ from headrace.engine.requests import GenerateOptions
 from headrace.engine.runtime import Regret, result_of
 from headrace.engine.serving import ServerHandle, stop_server
 from headrace.engine.tensors import NamedTensors, to_tensor
-from headrace.engine.update import Manifest, UpdateSession, run_here
+from headrace.engine.update import run_here
+from headrace.engine.update_session import Manifest, UpdateSession
 from headrace.text import Tokenizer
 from headrace.types.errors import HeadraceError
 from headrace.types.generation import Generation

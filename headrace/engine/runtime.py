@@ -196,7 +196,7 @@ class _Latch:
         return self._is_set
 
 
-class Runtime:
+class EngineLoop:
     """A loop in a daemon thread with one core. `close` may be called from any thread and any signal handler, any number
     of times."""
 

@@ -15,12 +15,9 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from itertools import islice
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from types import NoneType
 from typing import Any, TypeVar
-
-import msgspec
 
 from headrace.engine.calls import outlast
 from headrace.engine.client import CoreClient
@@ -34,8 +31,10 @@ from headrace.engine.tensors import (
     device_of,
     named_pairs,
 )
-from headrace.engine.upload_buffers import BufferPool, Filling, HostMemory, UploadBuffer, aligned
+from headrace.engine.update_session import UpdateSession, check_session
+from headrace.engine.upload_buffers import BufferPool, Fill, Filling, HostMemory, UploadBuffer
 from headrace.types.errors import DeadlineError, HeadraceError, InternalError, UnavailableError, WeightUpdateError
+from headrace.types.http import TensorPiece
 from headrace.types.messages import (
     AbortUpdate,
     BeginUpdate,
@@ -45,9 +44,12 @@ from headrace.types.messages import (
     UpdateBegun,
     UpdateExtended,
 )
-from headrace.types.plain_values import as_list, plain_text
-from headrace.types.weights import MAX_DIMENSIONS, MAX_TENSOR_NAME, MAX_TENSORS, TensorInfo, UpdateReport, shape_problem
-from headrace.weights.weight_map import is_recomputed
+from headrace.types.weights import (
+    BufferEntry,
+    BufferRef,
+    TensorInfo,
+    UpdateReport,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -58,78 +60,6 @@ DEVICE_BUFFER_BYTES = 512 << 20
 
 Result = TypeVar("Result")
 Run = Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]]
-Manifest = Iterable[TensorInfo | tuple[str, Iterable[int], str]]
-
-
-class UpdateSession:
-    """An open update. `mode` is what "auto" became; `manifest` is what may be staged, each entry once.
-
-    One that is open-ended grows by `Updater.extend`, and `num_missing` tensors of the model are in no part of it yet.
-    """
-
-    def __init__(
-        self,
-        session_id: int,
-        version: str,
-        mode: str,
-        manifest: tuple[TensorInfo, ...],
-        timeout_s: float,
-        is_partial: bool = False,
-    ) -> None:
-        self.session_id = session_id
-        self.version = version
-        self.mode = mode
-        self.manifest: list[TensorInfo] = []
-        self.timeout_s = timeout_s
-        self.is_partial = is_partial
-        self.num_missing = 0
-        self.num_bytes_staged = 0
-        self.max_part_bytes = 0  # in upload buffers
-        self._indices: dict[str, int] = {}
-        self._sent: set[int] = set()
-        self._settled: set[int] = set()
-        self.grow(manifest)
-
-    def grow(self, manifest: tuple[TensorInfo, ...]) -> None:
-        """These are in the manifest as well."""
-        first = len(self.manifest)
-        self._indices.update((info.name, index) for index, info in enumerate(manifest, first))
-        self.manifest += manifest
-        self.max_part_bytes = max(self.max_part_bytes, sum(aligned(info.num_bytes) for info in manifest))
-
-    def __contains__(self, name: object) -> bool:
-        """A tensor of that name is in the manifest."""
-        return name in self._indices
-
-    def replaces(self, index: int) -> bool:
-        """The tensor may have been staged, by a call that has not succeeded."""
-        return index in self._sent and index not in self._settled
-
-    def note_sent(self, indices: set[int], *, is_settled: bool) -> None:
-        """These were sent by a call that is over; `is_settled` if it succeeded, and they are staged for good."""
-        self._sent |= indices
-        if is_settled:
-            self._settled |= indices
-
-    def unsettle(self, indices: Iterable[int]) -> None:
-        """These come again, and replace what has come."""
-        self._settled.difference_update(indices)
-
-    @property
-    def is_staged(self) -> bool:
-        """All of the manifest has been staged for good."""
-        return len(self._settled) == len(self.manifest)
-
-    def index_of(self, info: TensorInfo) -> int:
-        """The manifest's index of a tensor. Raises `WeightUpdateError` if it is not there as described."""
-        index = self._indices.get(info.name)
-        if index is None:
-            raise WeightUpdateError(f"{info.name} is not in this update's manifest", field=info.name)
-        meant = self.manifest[index]
-        if (meant.shape, meant.dtype) != (info.shape, info.dtype):
-            got, announced = f"{info.dtype} {list(info.shape)}", f"{meant.dtype} {list(meant.shape)}"
-            raise WeightUpdateError(f"{info.name} is {got}, announced as {announced}", field=info.name)
-        return index
 
 
 class Updater:
@@ -225,6 +155,28 @@ class Updater:
             session.note_sent(sent, is_settled=is_settled)
             self._fillings.discard(filling)  # here: the loop may be closed
             self.call_soon(lambda: self._end(filling))
+
+    async def stage_pieces(self, session: UpdateSession, pieces: Iterable[TensorPiece], fill: Fill) -> None:
+        """As `stage`, of pieces of tensors in the order in which `fill` brings their bytes."""
+        filling = Filling(session.session_id)
+        self._fillings.add(filling)
+        try:
+            for piece in _cut(pieces):
+                while not await filling.fill(piece, fill):
+                    await self._send(session, filling)
+                    await self._take_buffer(session, self._host, piece.num_bytes, filling)
+            await self._send(session, filling)
+            await self._drain(filling)
+        except BaseException:  # whatever it is, nothing more is staged when the caller hears of it
+            await outlast(self._call_off(filling))
+            raise
+        finally:
+            self._fillings.discard(filling)
+            self._end(filling)
+
+    async def stage_buffer(self, session: UpdateSession, ref: BufferRef, entries: tuple[BufferEntry, ...]) -> None:
+        """Stage what lies in a buffer of somebody else's. It is read no more when this ends."""
+        await self._client.call(lambda call_id: Stage(call_id, session.session_id, ref, entries), NoneType)
 
     async def update_from_tensors(self, run: Run, named_tensors: NamedTensors, terms: UpdateTerms) -> UpdateReport:
         """A whole update. The pairs are read once, before anything is sent, since the manifest comes first."""
@@ -388,35 +340,12 @@ class Updater:
         self._freed.set()
 
 
-def check_session(session: Any) -> None:
-    """Refuse what `begin_update` did not return."""
-    if not isinstance(session, UpdateSession):
-        message = f"session must be what begin_update returned, not {type(session).__name__}"
-        raise WeightUpdateError(message, field="session")
-
-
-def manifest_of(entries: Manifest) -> tuple[TensorInfo, ...]:
-    """A manifest from `TensorInfo`s or (name, shape, dtype name) triples. Raises `WeightUpdateError` for the rest.
-    Buffers that every engine recomputes are left out, as `stage` leaves them out."""
-    what = "a list of TensorInfo or (name, shape, dtype) entries"
-    manifest: list[TensorInfo] = []
-    for entry in as_list(entries, "manifest", what, MAX_TENSORS, refusal=WeightUpdateError, takes_sets=True):
-        try:
-            fields = msgspec.structs.astuple(entry) if isinstance(entry, TensorInfo) else (*entry, "")
-            name, shape, dtype, digest = fields
-            sizes = tuple(int(size) for size in islice(shape, MAX_DIMENSIONS + 1))
-            name, dtype, digest = map(plain_text, (name, dtype, digest))
-        except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor without a value
-            raise WeightUpdateError(f"manifest must be {what}", field="manifest") from None
-        info = TensorInfo(str(name), sizes, str(dtype).removeprefix("torch."), str(digest))
-        if max(map(len, (info.name, info.dtype, info.digest))) > MAX_TENSOR_NAME:
-            message = f"manifest: entry {len(manifest)} has a name of over {MAX_TENSOR_NAME} characters"
-            raise WeightUpdateError(message, field="manifest")
-        problem = shape_problem(sizes)
-        if problem:
-            raise WeightUpdateError(f"manifest: {info.name} {problem}", field=info.name)
-        manifest.append(info)
-    return tuple(info for info in manifest if not is_recomputed(info.name))
+def _cut(pieces: Iterable[TensorPiece]) -> Iterator[TensorPiece]:
+    """The same bytes in pieces that fit a buffer."""
+    for piece in pieces:
+        for start in range(0, max(1, piece.num_bytes), BUFFER_BYTES):
+            num_bytes = min(BUFFER_BYTES, piece.num_bytes - start)
+            yield TensorPiece(piece.index, piece.start + start, num_bytes, piece.replaces)
 
 
 def run_here(coroutine: Coroutine[Any, Any, Result]) -> Result:

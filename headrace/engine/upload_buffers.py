@@ -9,25 +9,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
 
 from headrace.engine.tensors import TensorBytes
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import UnavailableError, UpdateConflictError
+from headrace.types.http import TensorPiece
 from headrace.types.weights import BufferEntry, BufferRef, DeviceRef
 
 NUM_BUFFERS = 2
 _ALIGNMENT = 64
 
+Fill = Callable[[memoryview], Awaitable[None]]
+"""Writes the next bytes of somewhere to all of a view."""
+
 
 class UploadMemory(Protocol):
-    """Bytes that a core can read. `fill` may go on when it returns, until `flush`."""
+    """Bytes that a core can read. `view` is of some of them, to be written at once; on a device that may go on until
+    `flush`."""
 
     @property
     def ref(self) -> BufferRef | DeviceRef: ...
 
-    def fill(self, offset: int, data: TensorBytes) -> None: ...
+    def view(self, offset: int, size: int) -> Any: ...
 
     def flush(self) -> None: ...
 
@@ -42,9 +47,9 @@ class HostMemory:
         self._shared = SharedBuffer.create(size)
         self.ref: BufferRef = self._shared.ref
 
-    def fill(self, offset: int, data: TensorBytes) -> None:
-        """Copy the bytes to `offset`."""
-        data.copy_into(self._shared.view[offset : offset + len(data)])
+    def view(self, offset: int, size: int) -> memoryview:
+        """These bytes, to be written."""
+        return self._shared.part(offset, size)
 
     def flush(self) -> None:
         """They are there."""
@@ -124,12 +129,30 @@ class UploadBuffer:
     def write(self, index: int, start: int, data: TensorBytes, *, replaces: bool) -> bool:
         """Copy in what a tensor holds from its byte `start` on, if there is room for it. `WeightUpdateError` if it was
         freed or written to meanwhile."""
-        offset = aligned(self._num_used)
-        if offset + len(data) > self.memory.ref.size:
+        view = self.place(len(data))
+        if view is None:
             return False
-        self.memory.fill(offset, data)
-        self.entries.append(BufferEntry(index, offset, start, len(data), replaces))
-        self._num_used = offset + len(data)
+        data.copy_into(view)
+        self.add(BufferEntry(index, aligned(self._num_used), start, len(data), replaces))
+        return True
+
+    def place(self, num_bytes: int) -> Any:
+        """Where the next entry's bytes go, or None if there is no room for them."""
+        offset = aligned(self._num_used)
+        return self.memory.view(offset, num_bytes) if offset + num_bytes <= self.memory.ref.size else None
+
+    def add(self, entry: BufferEntry) -> None:
+        """The bytes are in place."""
+        self.entries.append(entry)
+        self._num_used = entry.offset + (entry.num_bytes or 0)
+
+    async def fill(self, piece: TensorPiece, fill: Fill) -> bool:
+        """As `write`, of bytes that `fill` brings."""
+        view = self.place(piece.num_bytes)
+        if view is None:
+            return False
+        await fill(view)
+        self.add(BufferEntry(piece.index, aligned(self._num_used), piece.start, piece.num_bytes, piece.replaces))
         return True
 
     def clear(self) -> None:
@@ -178,6 +201,18 @@ class Filling:
                 buffer.memory.flush()
             finally:
                 self.put(buffer)
+
+    async def fill(self, piece: TensorPiece, fill: Fill) -> bool:
+        """As `write`, of bytes that `fill` brings."""
+        buffer = self.take()
+        if buffer is None:
+            return False
+        try:
+            has_room = await buffer.fill(piece, fill)
+        finally:
+            self.put(buffer)
+        self.check()
+        return has_room
 
     def check(self) -> None:
         """`UpdateConflictError`, as the core has it, once it is over."""

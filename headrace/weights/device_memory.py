@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -27,14 +27,6 @@ class _Handle(ctypes.Structure):
 def device_uuid(device: torch.device) -> str:
     """What tells a device from all others, in every process."""
     return str(torch.cuda.get_device_properties(device).uuid)
-
-
-class FillsMemory(Protocol):
-    """Bytes that can be copied; see `headrace.engine.tensors.DeviceBytes`."""
-
-    def __len__(self) -> int: ...
-
-    def copy_into(self, view: Any) -> None: ...
 
 
 class SharedDeviceMemory:
@@ -63,13 +55,13 @@ class SharedDeviceMemory:
         _check(exported, "share memory of the device")
         return bytes(bytearray(handle))
 
-    def fill(self, offset: int, data: FillsMemory) -> None:
-        """Enqueue the copy of some bytes to `offset`, where the caller's own work on them is enqueued too."""
+    def view(self, offset: int, size: int) -> torch.Tensor:
+        """These bytes, to be written on the stream that is the caller's now: where his own work on them is enqueued."""
         self._stream = torch.cuda.current_stream(self._bytes.device)
-        data.copy_into(self._bytes[offset : offset + len(data)])
+        return self._bytes[offset : offset + size]
 
     def flush(self) -> None:
-        """Wait for the copies that were enqueued."""
+        """Wait for what was enqueued to write them."""
         stream, self._stream = self._stream, None
         if stream is not None:
             stream.synchronize()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from headrace import AsyncEngine, DeadlineError, Engine, ShutdownError, UpdateConflictError
-from headrace.engine.update import UpdateSession
+from headrace.engine.update_session import UpdateSession
 from headrace.engine.upload_buffers import BufferPool, Filling, HostMemory, UploadBuffer
 from tests.engine.builders import SETTINGS, model_of, named_tensors, save_model
 

@@ -31,7 +31,7 @@ from headrace import (
 )
 from headrace.engine import reading as reading_module
 from headrace.engine import update as update_module
-from headrace.engine.update import manifest_of
+from headrace.engine.update_session import manifest_of
 from headrace.engine.upload_buffers import NUM_BUFFERS
 from headrace.ipc import SharedBuffer
 from tests.engine.builders import SETTINGS, model_of, named_tensors, save_model
