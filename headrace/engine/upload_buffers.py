@@ -25,7 +25,7 @@ Fill = Callable[[memoryview], Awaitable[None]]
 """Writes the next bytes of somewhere to all of a view."""
 
 
-class UploadMemory(Protocol):
+class BufferMemory(Protocol):
     """Bytes that a core can read. `view` is of some of them, to be written at once; on a device that may go on until
     `flush`."""
 
@@ -62,7 +62,7 @@ class HostMemory:
 class BufferPool:
     """Buffers of one kind: at most NUM_BUFFERS, each as large as the largest update so far needs, up to a limit."""
 
-    def __init__(self, make: Callable[[int], UploadMemory], max_bytes: int) -> None:
+    def __init__(self, make: Callable[[int], BufferMemory], max_bytes: int) -> None:
         """`make` gives memory of so many bytes."""
         self.max_bytes = max_bytes
         self._make = make
@@ -120,7 +120,7 @@ class BufferPool:
 class UploadBuffer:
     """A shared buffer being filled with tensors and pieces of tensors."""
 
-    def __init__(self, memory: UploadMemory, pool: BufferPool) -> None:
+    def __init__(self, memory: BufferMemory, pool: BufferPool) -> None:
         self.memory = memory
         self.pool = pool
         self.entries: list[BufferEntry] = []

@@ -206,10 +206,10 @@ class Core:
         """Queue requests."""
         self.send(Submit(requests))
 
-    def start(self, command: Callable[..., Command], *args: Any) -> int:
+    def start(self, command: Callable[..., Command], *args: Any, **named: Any) -> int:
         """Queue a call; returns its id."""
         self._next_call += 1
-        self.send(command(self._next_call, *args))
+        self.send(command(self._next_call, *args, **named))
         return self._next_call
 
     def answer(self, call_id: int, kind: Any = None) -> Any:

@@ -224,11 +224,11 @@ class Driver:
 
     def release(self) -> None:
         how = self.chance.choice(["abort", "recompute"])
-        self.calls.append(self.core.start(ReleaseMemory, self.some_tags(), how, self.some_deadline()))
+        self.calls.append(self.core.start(ReleaseMemory, self.some_tags(), how, deadline=self.some_deadline()))
 
     def resume_memory(self) -> None:
         source = self.chance.choice(["auto", "auto", "copy", "disk", "await"])
-        self.calls.append(self.core.start(ResumeMemory, self.some_tags(), source, self.some_deadline()))
+        self.calls.append(self.core.start(ResumeMemory, self.some_tags(), source, deadline=self.some_deadline()))
 
     def some_tags(self) -> tuple[MemoryTag, ...]:
         return tuple(self.chance.sample(MEMORY_TAGS, self.chance.randint(0, 3)))
