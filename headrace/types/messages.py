@@ -18,8 +18,9 @@ from typing import Final, cast
 import msgspec
 
 from headrace.types.errors import ErrorInfo
+from headrace.types.memory import MemoryTag, OnRelease, Restore
 from headrace.types.request import Delta, Request, Sibling
-from headrace.types.weights import BufferEntry, BufferRef, InFlight, PauseMode, TensorInfo, UpdateMode
+from headrace.types.weights import BufferEntry, BufferRef, DeviceRef, InFlight, PauseMode, TensorInfo, UpdateMode
 
 NO_DEADLINE: Final = math.inf
 
@@ -93,7 +94,7 @@ class Pause(_Call, frozen=True, tag="pause"):
 
 
 class Resume(_Call, frozen=True, tag="resume"):
-    """Go on stepping. Refused with `UpdateConflictError` while an implicit update session is incomplete."""
+    """Go on stepping. Refused with `UpdateConflictError` while an open-ended update session is incomplete."""
 
 
 class GiveUp(_Answered, frozen=True, tag="give_up"):
@@ -109,7 +110,8 @@ class GiveUp(_Answered, frozen=True, tag="give_up"):
 class BeginUpdate(_Call, frozen=True, tag="begin_update"):
     """Open a weight session; the whole manifest is checked before anything is touched. Reply: `UpdateBegun`.
 
-    The session is aborted by the core `timeout_s` after its last command.
+    One that `is_open` is open-ended: its manifest may be empty, and `ExtendUpdate` brings the rest. The session is
+    aborted by the core `timeout_s` after its last command.
     """
 
     version: str
@@ -118,6 +120,7 @@ class BeginUpdate(_Call, frozen=True, tag="begin_update"):
     in_flight: InFlight = "drain"
     partial: bool = False
     timeout_s: float = 600.0
+    is_open: bool = False
 
 
 class UpdateBegun(msgspec.Struct, frozen=True):
@@ -127,19 +130,37 @@ class UpdateBegun(msgspec.Struct, frozen=True):
     mode: str
 
 
+class ExtendUpdate(_Call, frozen=True, tag="extend_update"):
+    """Name more tensors of an open-ended session; they are checked beside those before them, and none is taken where
+    one is wrong. Reply: `UpdateExtended`."""
+
+    session_id: int
+    manifest: tuple[TensorInfo, ...]
+
+
+class UpdateExtended(msgspec.Struct, frozen=True):
+    """`first_index` is the place of the first of them in the session's manifest. `num_missing` tensors of the model
+    have not been named yet."""
+
+    first_index: int
+    num_missing: int
+
+
 class Stage(_Call, frozen=True, tag="stage"):
     """Tensors of the session, or pieces of them, in one shared buffer. The reply means that the buffer may be reused:
     all is copied, or nothing reads it any more. The pieces of a tensor come in order; one at 0 begins it again."""
 
     session_id: int
-    buffer: BufferRef
+    buffer: BufferRef | DeviceRef
     entries: tuple[BufferEntry, ...]
 
 
 class CommitUpdate(_Call, frozen=True, tag="commit_update"):
-    """Make the staged weights live between two steps. Reply: `UpdateReport`."""
+    """Make the staged weights live between two steps, under the session's label unless `version` is another. An
+    open-ended session has to be complete, unless it is partial. Reply: `UpdateReport`."""
 
     session_id: int
+    version: str = ""
 
 
 class AbortUpdate(_Call, frozen=True, tag="abort_update"):
@@ -211,6 +232,22 @@ class WeightsChecker(_Call, frozen=True, tag="weights_checker"):
     action: str
 
 
+class ReleaseMemory(_Call, frozen=True, tag="release_memory"):
+    """Give memory back to the system; no tags are all. Answered when it is free; what was released before stays so.
+    `UpdateConflictError` while an update is open. Reply: null."""
+
+    tags: tuple[MemoryTag, ...] = ()
+    in_flight: OnRelease = "abort"
+
+
+class ResumeMemory(_Call, frozen=True, tag="resume_memory"):
+    """Take released memory again, at the addresses it had; no tags are all. `restore` says where weights come from.
+    Where there is no room, or they cannot be restored, all of it stays released. Reply: null."""
+
+    tags: tuple[MemoryTag, ...] = ()
+    restore: Restore = "auto"
+
+
 class FlushCache(_Call, frozen=True, tag="flush_cache"):
     """Free unreferenced cached pages and unpublish the rest. Reply: int, the pages freed. Aborts nothing."""
 
@@ -231,6 +268,7 @@ Command = (
     | Resume
     | GiveUp
     | BeginUpdate
+    | ExtendUpdate
     | Stage
     | CommitUpdate
     | AbortUpdate
@@ -239,6 +277,8 @@ Command = (
     | GetWeight
     | Digest
     | WeightsChecker
+    | ReleaseMemory
+    | ResumeMemory
     | FlushCache
     | GetStatus
     | Shutdown
@@ -250,7 +290,7 @@ class CoreStatus(msgspec.Struct, frozen=True):
 
     `version` is the label of the live weights: "", which nobody can give, while no whole weights are live.
     `last_version` is then that of the last whole ones. `updating_in_place` says that the open update will hold all
-    requests while it writes.
+    requests while it writes. `released` are the tags of memory that was given back.
     """
 
     state: str
@@ -265,6 +305,7 @@ class CoreStatus(msgspec.Struct, frozen=True):
     metrics: dict[str, float]
     last_version: str = ""
     updating_in_place: bool = False
+    released: tuple[MemoryTag, ...] = ()
 
 
 class Deltas(msgspec.Struct, frozen=True, array_like=True, tag="deltas"):
@@ -285,7 +326,7 @@ class CoreReady(msgspec.Struct, frozen=True, array_like=True, tag="core_ready"):
     """The core holds weights and steps, or failed to start (`error`). Sent once, first.
 
     `explanations` are (setting, value, why) of everything that was "auto". `front` is the number of the front that is
-    told so, for its handles.
+    told so, for its handles. `device` is the UUID of the device that weights are on, "" on a CPU.
     """
 
     max_total_num_tokens: int = 0
@@ -294,6 +335,7 @@ class CoreReady(msgspec.Struct, frozen=True, array_like=True, tag="core_ready"):
     explanations: tuple[tuple[str, str, str], ...] = ()
     error: ErrorInfo | None = None
     front: int = 0
+    device: str = ""
 
 
 class CoreFailed(msgspec.Struct, frozen=True, array_like=True, tag="core_failed"):
