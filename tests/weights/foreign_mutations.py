@@ -81,8 +81,9 @@ def _without_frames(data: bytes) -> bytes:
 class Mutants:
     """Changed payloads, one after another: by seed always the same."""
 
-    def __init__(self, seed: int) -> None:
-        self.payloads = real_payloads()
+    def __init__(self, seed: int, payloads: list[bytes] | None = None) -> None:
+        """`payloads`: real ones, or those of an earlier call, as torch names its files anew each time."""
+        self.payloads = payloads or real_payloads()
         self._chance = random.Random(seed)
         self._programs = [_opcodes(data) for data in self.payloads if data[1] < 4 or b"\x95" not in data[:3]]
 
