@@ -30,6 +30,7 @@ from headrace.types.messages import (
     CommitUpdate,
     CoreStatus,
     Digest,
+    DropPayload,
     ExtendUpdate,
     Finished,
     FlushCache,
@@ -151,6 +152,12 @@ def stage(replica: Replica, command: Stage, now: float) -> None:
 def stage_payload(replica: Replica, command: StagePayload, now: float) -> None:
     """Queue what another engine's client shares; answered when it is copied."""
     replica.update.stage_payload(command, now)
+
+
+def drop_payload(replica: Replica, command: DropPayload, now: float) -> None:
+    """Give back what another engine's client shares."""
+    replica.executor.weights.open_payload(command.payload).close()
+    replica.outbox.reply(command.call_id)
 
 
 def commit_update(replica: Replica, command: CommitUpdate, now: float) -> None:
@@ -292,6 +299,7 @@ _CALLS: dict[type, Callable[[Replica, Any, float], None]] = {
     ExtendUpdate: extend_update,
     Stage: stage,
     StagePayload: stage_payload,
+    DropPayload: drop_payload,
     CommitUpdate: commit_update,
     AbortUpdate: abort_update,
     UpdateFromDisk: update_from_disk,

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import binascii
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
+from headrace.engine.calls import outlast
 from headrace.engine.control import UpdateTerms
 from headrace.engine.joined_update import JoinedUpdate
 from headrace.engine.update import Updater
+from headrace.engine.update_session import UpdateSession
 from headrace.types.errors import WeightUpdateError
 from headrace.types.foreign import CudaHandle, Payload
 from headrace.types.weights import UpdateReport
@@ -28,16 +31,25 @@ async def add_payload(
     joined: JoinedUpdate, updater: Updater, encoded: str, load_format: str | None, terms: UpdateTerms, device: str
 ) -> UpdateReport | None:
     """What `JoinedUpdate.add` makes of a payload in base64, for an engine on `device`. Whatever is wrong with it ends
-    the update."""
+    the update. Memory that the payload names is given back in any case."""
+    payload, is_staged = Payload(), False
+
+    async def stage(session: UpdateSession, indices: Sequence[int]) -> None:
+        nonlocal is_staged
+        is_staged = True
+        await updater.stage_payload(session, payload, indices)
+
     try:
-        payload = _kept(await asyncio.get_running_loop().run_in_executor(None, _read, encoded))
-        _check(payload, load_format, device)
-    except BaseException:  # whatever it is, as in `add`
-        await joined.end()
-        raise
-    return await joined.add(
-        payload.manifest(), terms, lambda session, indices: updater.stage_payload(session, payload, indices)
-    )
+        try:
+            payload = _kept(await asyncio.get_running_loop().run_in_executor(None, _read, encoded))
+            _check(payload, load_format, device)
+        except BaseException:  # whatever it is, as in `add`
+            await joined.end()
+            raise
+        return await joined.add(payload.manifest(), terms, stage)
+    finally:
+        if payload.files and not is_staged:
+            await outlast(updater.drop_payload(payload))
 
 
 def _read(encoded: str) -> Payload:

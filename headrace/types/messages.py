@@ -167,6 +167,12 @@ class StagePayload(_Call, frozen=True, tag="stage_payload"):
     replaced: tuple[int, ...] = ()
 
 
+class DropPayload(_Call, frozen=True, tag="drop_payload"):
+    """Give back what another engine's client shares, and nobody stages. Reply: null."""
+
+    payload: Payload
+
+
 class CommitUpdate(_Call, frozen=True, tag="commit_update"):
     """Make the staged weights live between two steps, under the session's label unless `version` is another. An
     open-ended session has to be complete, unless it is partial. Reply: `UpdateReport`."""
@@ -283,6 +289,7 @@ Command = (
     | ExtendUpdate
     | Stage
     | StagePayload
+    | DropPayload
     | CommitUpdate
     | AbortUpdate
     | UpdateFromDisk

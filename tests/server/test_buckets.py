@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -201,6 +203,28 @@ def test_what_is_wrong_with_a_bucket_is_named_and_ends_the_update(
     for body in bodies("verl", tensors, ""):
         served.http.post(ROUTE, json=body).raise_for_status()
     assert served.engine.digest() == digests[1]
+
+
+def test_memory_is_given_back_that_nothing_comes_of(start: START, tensors: dict[str, torch.Tensor]) -> None:
+    """Of refused buckets, and of one without tensors: their sender counts on it."""
+    served = start()
+    name, tensor = next(iter(tensors.items()))
+
+    def shared() -> int:
+        gc.collect()
+        return len(list(SHARED.glob(f"torch_{os.getpid()}_*")))
+
+    before = shared()
+    for made, load_format in (
+        (lambda: serialized([("nobody", tensor.clone())]), None),
+        (lambda: serialized([(name, tensor[:1].clone())]), None),
+        (lambda: serialized([(name, tensor.clone())]), "flattened_bucket"),
+        (lambda: flattened({}), "flattened_bucket"),
+        (lambda: flattened({"model.rotary_emb.inv_freq": tensor}), "flattened_bucket"),
+    ):
+        body = {"serialized_named_tensors": encoded(made()), "load_format": load_format}
+        assert served.http.post(ROUTE, json=body).status_code in (200, 400)
+        assert shared() == before
 
 
 def test_an_open_update_of_another_kind_is_a_conflict_both_ways(
