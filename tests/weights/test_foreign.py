@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import collections
 import os
 import pickle
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing import reductions
 
 from headrace.types.errors import WeightUpdateError
 from headrace.types.foreign import CudaHandle, FlatTensor, ForeignTensor, Inline, Payload, SharedFile
@@ -424,6 +426,57 @@ def test_the_last_counter_is_one() -> None:
 )
 def test_a_payload_has_one_of_two_shapes(value: object, words: str) -> None:
     assert words in _refused(serialized(value))
+
+
+STORAGE = torch.storage.UntypedStorage
+FILE = (STORAGE, b"/tmp/manager.sock", b"/torch_1_2_3", 8)
+
+
+def _over(storage: object) -> object:
+    """A tensor of two float32 over what should be a storage."""
+    typed = Reduced(reductions.rebuild_typed_storage, storage, torch.float32)
+    return Reduced(reductions.rebuild_tensor, torch.Tensor, typed, (0, torch.Size([2]), (1,), False))
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (Reduced(codecs.encode, "a", "utf-8"), "not of latin1"),
+        (Reduced(codecs.encode, "\u0100", "latin1"), "not of latin1"),
+        (Reduced(codecs.encode, "a"), "not of 2 values"),
+        (Reduced(collections.OrderedDict, [("a", 1)]), "a dict is made of arguments"),
+        (_over(Reduced(reductions.rebuild_storage_filename, torch.Tensor, *FILE[1:])), "makes no storage"),
+        (
+            _over(Reduced(reductions.rebuild_storage_filename, *FILE[:2], b"/torch_" + b"1" * 250, 8)),
+            "makes no storage",
+        ),
+        (_over(Reduced(reductions.rebuild_storage_filename, STORAGE, b"m" * 256, *FILE[2:])), "makes no storage"),
+        (_over(Reduced(reductions.rebuild_storage_filename, *FILE[:3], -1)), "size is not a number"),
+        (
+            _over(Reduced(reductions.rebuild_storage_filename, *FILE[:3], 1 << 62, torch.float32)),
+            "size is not a number",
+        ),
+        (_over(Reduced(reductions.rebuild_storage_filename, *FILE, torch.Tensor)), "no dtype"),
+        (_over(Reduced(reductions.rebuild_storage_filename, *FILE, 4)), "a int for a Known"),
+        (_over(Reduced(reductions.rebuild_storage_filename, *FILE[:3])), "not of 4 values"),
+        (_over(Reduced(reductions.rebuild_storage_empty, torch.Tensor)), "makes no storage"),
+        (_over(5), "a int for a storage"),
+        (_over(_over(Reduced(reductions.rebuild_storage_filename, *FILE))), "a ForeignTensor for a storage"),
+        (_over(Reduced(reductions.rebuild_storage_empty, STORAGE)), "needs 8 bytes of its storage, which has 0"),
+    ],
+)
+def test_functions_of_the_table_check_what_they_are_given(value: object, words: str) -> None:
+    assert words in _refused(serialized([("a", value)]))
+
+
+def test_older_torch_counts_a_typed_storage_in_elements() -> None:
+    named = [("a", _over(Reduced(reductions.rebuild_storage_filename, *FILE[:3], 2, torch.float32)))]
+    (tensor,) = read_payload(serialized(named)).tensors
+    assert tensor.storage == SharedFile("/tmp/manager.sock", "/torch_1_2_3", 8)
+
+
+def test_bytes_of_protocol_2_are_empty_or_nothing() -> None:
+    assert "a bytes is made of arguments" in _refused(b"\x80\x02c__builtin__\nbytes\nK\1\x85R.")
 
 
 def test_an_empty_list_is_an_empty_payload() -> None:
