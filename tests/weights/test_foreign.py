@@ -490,6 +490,18 @@ def test_ranks_do_not_nest() -> None:
     assert "no bytes for rank -1" in _refused(local({"a": [serialized(torch.zeros(2))]}), rank=-1)
 
 
+def test_instances_of_one_class_are_none_of_the_other() -> None:
+    local_tensor, metadata = type("LocalSerializedTensor", (), {}), type("FlattenedTensorMetadata", (), {})
+    with standing_in(LOCAL_HOMES[0], local_tensor), standing_in(BUCKET_HOMES[0], metadata):
+        local_one, entry = local_tensor(), metadata()
+        local_one.__dict__["values"] = [serialized(torch.zeros(2))]
+        entry.__dict__.update(TENSOR_OF_BUCKET)
+        in_bucket = serialized({"flattened_tensor": BYTES, "metadata": [local_one]})
+        as_tensor = serialized([("a", entry)])
+    assert "the metadata of a bucket has a sglang.srt.model_executor.model_runner.Local" in _refused(in_bucket)
+    assert "a FlattenedTensorMetadata has no bytes for rank 0" in _refused(as_tensor)
+
+
 # What would take forever.
 
 
