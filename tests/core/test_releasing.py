@@ -190,6 +190,11 @@ def test_an_open_update_refuses_a_release_and_a_resume_goes_on_beside_one() -> N
     assert error.code == "UpdateConflictError" and f"session {session}" in error.message
     assert core.status().released == ("kv_cache",)
     core.call(ResumeMemory, ("kv_cache",))
+    core.submit(request(2, max_new_tokens=200))
+    core.turn(3)
+    for tags in ((), ("kv_cache",), ("weights",)):
+        assert core.refused(ReleaseMemory, tags).code == "UpdateConflictError"
+        assert core.finish(2) is None and core.status().released == ()
     core.call(AbortUpdate, session)
     core.call(ReleaseMemory, ())
     assert core.status().released == tuple(sorted(MEMORY_TAGS))
