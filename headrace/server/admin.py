@@ -297,4 +297,4 @@ def _checksums(digests: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _refusal(error: HeadraceError, **more: Any) -> Response:
-    return respond(error.status, {**body_of(error), "success": False, **more}, retryable=error.retryable)
+    return respond({**body_of(error), "success": False, **more})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Generator
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -224,11 +225,13 @@ class Driver:
 
     def release(self) -> None:
         how = self.chance.choice(["abort", "recompute"])
-        self.calls.append(self.core.start(ReleaseMemory, self.some_tags(), how, self.some_deadline()))
+        release = partial(ReleaseMemory, deadline=self.some_deadline())
+        self.calls.append(self.core.start(release, self.some_tags(), how))
 
     def resume_memory(self) -> None:
         source = self.chance.choice(["auto", "auto", "copy", "disk", "await"])
-        self.calls.append(self.core.start(ResumeMemory, self.some_tags(), source, self.some_deadline()))
+        resume = partial(ResumeMemory, deadline=self.some_deadline())
+        self.calls.append(self.core.start(resume, self.some_tags(), source))
 
     def some_tags(self) -> tuple[MemoryTag, ...]:
         return tuple(self.chance.sample(MEMORY_TAGS, self.chance.randint(0, 3)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Generator
+from functools import partial
 from itertools import permutations
 
 import pytest
@@ -301,7 +302,7 @@ def test_a_release_that_nobody_waits_for_leaves_all_as_it_was(how: str, is_begun
     executor = TurningExecutor(5)
     core = core_over(executor)
     before = [] if is_begun else [core.start(ResumeMemory, ()), core.start(ReleaseMemory, ("kv_cache",))]
-    release = core.start(ReleaseMemory, ("weights",), "abort", core.clock.now + 5.0)
+    release = core.start(partial(ReleaseMemory, deadline=core.clock.now + 5.0), ("weights",))
     core.turn(2)
     if how == "late":
         core.clock.now += 5.0
