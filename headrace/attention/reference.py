@@ -101,7 +101,7 @@ def attend(
     max_scores: int = _MAX_SCORES,
     products: Products = PLAIN,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, query i seeing positions up to start + i (Vaswani et al., 2017); float32 [T, H, D].
+    """softmax(scale * q k^T) v, query i seeing positions up to start + i (Vaswani et al., 2017); float32 [T, H, D].
 
     Queries are taken a block at a time, so that no more than `max_scores` scores are held at once.
     """
