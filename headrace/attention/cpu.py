@@ -83,9 +83,9 @@ class CpuStep:
         self._pieces = pieces
         self._dense_rows = dense_rows
 
-    def run(self, layer: int, qkv_TX: Tensor, heads: HeadNorms | None) -> Tensor:
+    def run(self, layer: int, qkv_TX: Tensor, norms: HeadNorms | None) -> Tensor:
         """As `AttentionStep.run`."""
-        q_THD, k_TGD, v_TGD = self._heads.split(qkv_TX, heads)
+        q_THD, k_TGD, v_TGD = self._heads.split(qkv_TX, norms)
         self._pool.store(layer, self._rows_to_store, k_TGD, v_TGD)
         keys, values = self._pool.keys[layer], self._pool.values[layer]
         if len(self._pieces) == 1 and self._pieces[0].is_whole_step:

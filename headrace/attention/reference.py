@@ -76,9 +76,9 @@ class ReferenceStep:
         self._tokens = tokens
         self._rows = rows
 
-    def run(self, layer: int, qkv_TX: Tensor, heads: HeadNorms | None) -> Tensor:
+    def run(self, layer: int, qkv_TX: Tensor, norms: HeadNorms | None) -> Tensor:
         """As `AttentionStep.run`."""
-        q_THD, k_TGD, v_TGD = self._heads.split(qkv_TX, heads)
+        q_THD, k_TGD, v_TGD = self._heads.split(qkv_TX, norms)
         keys, values = self._pool.pages(layer)
         _write(keys, self._tokens, k_TGD)
         _write(values, self._tokens, v_TGD)
