@@ -131,7 +131,7 @@ def load_tokenizer(config: EngineConfig, folder: str) -> Tokenizer | None:
             model_folder(config.tokenizer, TOKENIZER_FILES, "tokenizer") if config.tokenizer else folder
         )
     except ConfigError as error:
-        hint = "give tokenizer=, or skip_tokenizer_init=True for token ids in and out"
+        hint = "give tokenizer, or skip_tokenizer_init for token ids in and out"
         raise ConfigError(f"{error.message}; {hint}", field="tokenizer") from None
 
 
