@@ -18,7 +18,6 @@ from headrace.types.errors import (
     InternalError,
     RequestError,
     ShutdownError,
-    UpdateConflictError,
 )
 from headrace.types.handles import front_of, own_handles
 from headrace.types.messages import (
@@ -177,7 +176,7 @@ def get_weight(replica: Replica, command: GetWeight, now: float) -> None:
 
 
 def digest(replica: Replica, command: Digest, now: float) -> None:
-    """Hash live memory; answered when all of it was read."""
+    """Digest live memory; answered when all of it was read."""
     replica.reading.digest(command.call_id, command.deadline, dict)
 
 
@@ -190,11 +189,7 @@ def weights_checker(replica: Replica, command: WeightsChecker, now: float) -> No
 
 
 def _snapshot(replica: Replica, command: WeightsChecker) -> None:
-    def keep(live: dict[str, str]) -> dict[str, str]:
-        replica.snapshot = live
-        return live
-
-    replica.reading.digest(command.call_id, command.deadline, keep)
+    replica.reading.snapshot(command.call_id, command.deadline)
 
 
 def _reset_tensors(replica: Replica, command: WeightsChecker) -> None:
@@ -203,14 +198,7 @@ def _reset_tensors(replica: Replica, command: WeightsChecker) -> None:
 
 
 def _compare(replica: Replica, command: WeightsChecker) -> None:
-    snapshot = replica.snapshot
-    if snapshot is None:
-        raise UpdateConflictError("compare needs a snapshot taken before", field="action")
-
-    def differing(live: dict[str, str]) -> dict[str, str]:
-        return {name: found for name, found in live.items() if snapshot.get(name) != found}
-
-    replica.reading.digest(command.call_id, command.deadline, differing, of_whole=False)
+    replica.reading.compare(command.call_id, command.deadline)
 
 
 def move_memory(replica: Replica, command: ReleaseMemory | ResumeMemory, now: float) -> None:

@@ -1,7 +1,8 @@
 """The step loop. Owns the order of things in a turn: commands, one step, then what may happen between steps.
 
-A turn never waits: the loop sleeps only in `CoreLink.poll`, and only when the last turn found nothing to do, until the
-next command or the next deadline.
+A turn waits for the oldest step in flight, and where a commit that the device has begun must end first, 0.2 ms at a
+time. Else the loop sleeps only in `CoreLink.poll`, when the last turn found nothing to do, until the next command or
+the next deadline.
 """
 
 from __future__ import annotations

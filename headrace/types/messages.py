@@ -221,7 +221,7 @@ class WeightBytes(msgspec.Struct, frozen=True):
 
 
 class Digest(_Call, frozen=True, tag="digest"):
-    """Hash live parameter memory, all of it while it holds one version. Reply: dict[str, str], HF name to the 32 hex
+    """Digest live parameter memory, all of it while it holds one version. Reply: dict[str, str], HF name to the 32 hex
     digits of `headrace.weights.position_sum`."""
 
 
