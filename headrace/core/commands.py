@@ -42,6 +42,7 @@ from headrace.types.messages import (
     SetVersion,
     Shutdown,
     Stage,
+    StagePayload,
     Submit,
     UpdateFromDisk,
     WeightsChecker,
@@ -144,6 +145,11 @@ def extend_update(replica: Replica, command: ExtendUpdate, now: float) -> None:
 def stage(replica: Replica, command: Stage, now: float) -> None:
     """Queue an upload; answered when it is copied."""
     replica.update.stage(command, now)
+
+
+def stage_payload(replica: Replica, command: StagePayload, now: float) -> None:
+    """Queue what another engine's client shares; answered when it is copied."""
+    replica.update.stage_payload(command, now)
 
 
 def commit_update(replica: Replica, command: CommitUpdate, now: float) -> None:
@@ -273,6 +279,7 @@ _CALLS: dict[type, Callable[[Replica, Any, float], None]] = {
     BeginUpdate: begin_update,
     ExtendUpdate: extend_update,
     Stage: stage,
+    StagePayload: stage_payload,
     CommitUpdate: commit_update,
     AbortUpdate: abort_update,
     UpdateFromDisk: update_from_disk,

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from headrace.config import ResolvedConfig
 from headrace.core.faults import FAULTS, DeviceLost, StepError, describe, is_of_lost_device
+from headrace.core.staging import SharedTensors
+from headrace.types.foreign import Payload
 from headrace.types.memory import MemoryTag, Restore
 from headrace.types.plan import PlanRefused, SamplePatch, StepDisturbed, StepPlan, StepResult
 from headrace.types.weights import TensorInfo
@@ -30,6 +32,8 @@ _WARNING_SECONDS = 10.0
 
 class Weights(WeightMemory, Protocol):
     """Live weights: what an update does with them, and reading; see `headrace.weights.store.WeightStore`."""
+
+    def open_payload(self, payload: Payload) -> SharedTensors: ...
 
     def digest_in_slices(self) -> Iterator[tuple[str, str] | None]: ...
 

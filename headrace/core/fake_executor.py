@@ -14,8 +14,10 @@ import numpy as np
 
 from headrace.core.executor import CheckpointSlices, Weights
 from headrace.core.faults import DeviceLost, describe, is_of_lost_device
+from headrace.core.staging import SharedTensors
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import CheckpointError, NotFoundError
+from headrace.types.foreign import Payload
 from headrace.types.memory import MemoryTag, Restore
 from headrace.types.plan import PositionLogprobs, PromptLogprobs, SamplePatch, SlotInit, StepPlan, StepResult
 from headrace.types.request import Int32Array
@@ -139,6 +141,9 @@ class FreeWeights:
     def stage_pieces(self, pieces: Iterator[StagePiece]) -> Copies:
         return one_by_one(self.stage, pieces)
 
+    def open_payload(self, payload: Payload) -> SharedTensors:
+        return _FreeTensors([(info.name, info) for info in payload.manifest()])
+
     def forget(self, index: int) -> list[int]:
         return [index]
 
@@ -158,6 +163,14 @@ class FreeWeights:
         return iter(())
 
     def scramble(self, seed: int) -> None:
+        pass
+
+
+class _FreeTensors:
+    def __init__(self, tensors: list[tuple[str, Any]]) -> None:
+        self.tensors = tensors
+
+    def close(self) -> None:
         pass
 
 

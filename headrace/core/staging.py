@@ -5,12 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from headrace.types.errors import CheckpointError, WeightUpdateError
-from headrace.types.messages import NO_DEADLINE, Stage
-from headrace.weights.memory import Copies, StageBuffer, StageCopy, StagePiece
+from headrace.types.errors import CheckpointError, HeadraceError, WeightUpdateError
+from headrace.types.messages import NO_DEADLINE, Stage, StagePayload
+from headrace.weights.memory import Copies, StageCopy, StagePiece
 from headrace.weights.session import WeightMachine
+
+
+class Closable(Protocol):
+    """Memory of somebody else, to be given back."""
+
+    def close(self) -> None: ...
+
+
+class SharedTensors(Closable, Protocol):
+    """Tensors in it, by name; see `headrace.weights.foreign_memory`."""
+
+    tensors: list[tuple[str, Any]]
 
 
 class StageJob:
@@ -27,7 +39,7 @@ class StageJob:
         copies: Copies,
         call_id: int | None,
         deadline: float = NO_DEADLINE,
-        buffer: StageBuffer | None = None,
+        buffer: Closable | None = None,
     ) -> None:
         self.call_id = call_id
         self.deadline = deadline
@@ -99,6 +111,25 @@ def job_from_buffer(machine: WeightMachine, command: Stage, now: float) -> Stage
 
     copies = machine.stage_pieces(command.session_id, pieces())
     return StageJob(machine, command.session_id, copies, command.call_id, command.deadline, buffer)
+
+
+def job_from_payload(machine: WeightMachine, command: StagePayload, memory: SharedTensors, now: float) -> StageJob:
+    """A job over memory that is open, and closed with it. Raises as `job_from_buffer`; it is closed then."""
+    session_id, indices = command.session_id, command.indices
+    try:
+        for index in indices:
+            machine.check_stage(session_id, index, now, replaces=index in command.replaced)
+        if not len(memory.tensors) == len(indices) == len(set(indices)):
+            raise WeightUpdateError(f"{len(memory.tensors)} tensors have {len(indices)} places", field="indices")
+    except HeadraceError:
+        memory.close()
+        raise
+
+    def copies() -> Copies:
+        for index, (_, data) in zip(indices, tuple(memory.tensors), strict=True):
+            yield (index,), machine.stage(session_id, index, data, replaces=index in command.replaced)
+
+    return StageJob(machine, session_id, copies(), command.call_id, command.deadline, memory)
 
 
 def job_from_tensors(

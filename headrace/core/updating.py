@@ -25,7 +25,7 @@ from pathlib import Path
 from headrace.core.executor import Executor
 from headrace.core.faults import FAULTS, failure
 from headrace.core.outbox import Outbox
-from headrace.core.staging import StageJob, job_from_buffer, job_from_tensors
+from headrace.core.staging import StageJob, job_from_buffer, job_from_payload, job_from_tensors
 from headrace.core.stepping import Stepper
 from headrace.core.update_phase import Hold, PendingCall, UpdatePhase
 from headrace.scheduler import Scheduler
@@ -36,6 +36,7 @@ from headrace.types.messages import (
     CommitUpdate,
     ExtendUpdate,
     Stage,
+    StagePayload,
     UpdateBegun,
     UpdateExtended,
     UpdateFromDisk,
@@ -148,6 +149,13 @@ class UpdateControl:
         """Queue the copy of an upload; it is answered when all of it is in place."""
         self._require_no_commit(command.session_id)
         self._jobs.append(job_from_buffer(self.machine, command, now))
+        self._note_stage()
+
+    def stage_payload(self, command: StagePayload, now: float) -> None:
+        """As `stage`, from memory that another engine's client shares."""
+        self._require_no_commit(command.session_id)
+        memory = self._executor.weights.open_payload(command.payload)
+        self._jobs.append(job_from_payload(self.machine, command, memory, now))
         self._note_stage()
 
     def commit(self, command: CommitUpdate, now: float) -> None:

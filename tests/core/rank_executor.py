@@ -22,7 +22,9 @@ import torch
 from headrace.config import ResolvedConfig
 from headrace.core.executor import CheckpointSlices, Weights
 from headrace.core.faults import DeviceLost
+from headrace.core.staging import SharedTensors
 from headrace.types.errors import WeightUpdateError
+from headrace.types.foreign import Payload
 from headrace.types.memory import MemoryTag, Restore
 from headrace.types.plan import PlanRefused, SamplePatch, StepPlan, StepResult
 from headrace.types.plan_words import encode
@@ -165,6 +167,9 @@ class RankWeights:
 
     def open_buffer(self, ref: BufferRef | DeviceRef) -> StageBuffer:
         return self._store.open_buffer(ref)
+
+    def open_payload(self, payload: Payload) -> SharedTensors:
+        return self._store.open_payload(payload)
 
     def forget(self, index: int) -> list[int]:
         self._others.tell(Kind.FORGET, index)
