@@ -6,12 +6,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from headrace.config import ResolvedConfig
 from headrace.core.faults import FAULTS, DeviceLost, StepError, describe, is_of_lost_device
+from headrace.types.errors import HeadraceError
+from headrace.types.messages import JoinGroup
 from headrace.types.plan import PlanRefused, SamplePatch, StepDisturbed, StepPlan, StepResult
 from headrace.types.weights import TensorInfo
 from headrace.weights.session import WeightMemory
@@ -37,6 +39,32 @@ class Weights(WeightMemory, Protocol):
     def copy_in_slices(self, name: str, start: int, into: memoryview) -> Iterator[None]: ...
 
     def scramble(self, seed: int) -> None: ...
+
+
+class ArrivingTensors(Protocol):
+    """What one call receives over a group, as it comes; see `headrace.weights.group.GroupArrivals`."""
+
+    @property
+    def is_complete(self) -> bool: ...
+
+    def take(self) -> tuple[int, Any] | None: ...
+
+    def free(self) -> None: ...
+
+    def drop(self) -> None: ...
+
+
+class WeightGroup(Protocol):
+    """A trainer's group that this replica is part of; see `headrace.weights.group.TorchGroup`."""
+
+    is_joined: bool
+    problem: HeadraceError | None
+
+    def refusal(self) -> HeadraceError | None: ...
+
+    def receive(self, tensors: Sequence[TensorInfo], is_bucket: bool, seconds: float) -> ArrivingTensors: ...
+
+    def fail(self, reason: str) -> None: ...
 
 
 class Executor(Protocol):
@@ -69,6 +97,10 @@ class Executor(Protocol):
     def checkpoint(self, folder: Path, root: Path | None) -> CheckpointSlices:
         """What a checkpoint folder holds, and its tensors, read as they are asked for: told at the end, after resting
         now and then. Nothing outside `root` is read, if there is one. Both raise `CheckpointError`."""
+
+    def join_group(self, terms: JoinGroup, seconds: float) -> WeightGroup:
+        """Begin to join a trainer's group; the ranks of a replica follow each other from `terms.rank` on. Raises what
+        is wrong with the terms. Whoever joins it makes it `fail` in the end."""
 
     def close(self) -> None:
         """Free the device."""
@@ -161,6 +193,11 @@ class LocalExecutor:
         checkpoint = Checkpoint(folder, root=root)
         manifest = yield from checkpoint.manifest_in_slices()
         return manifest, checkpoint.tensors()
+
+    def join_group(self, terms: JoinGroup, seconds: float) -> WeightGroup:
+        from headrace.weights import group
+
+        return group.TorchGroup(terms, self._runner.weights.device, seconds)
 
     def close(self) -> None:
         self._pending.clear()

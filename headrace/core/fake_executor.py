@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from headrace.core.executor import CheckpointSlices, Weights
+from headrace.core.executor import CheckpointSlices, WeightGroup, Weights
 from headrace.core.faults import DeviceLost, describe, is_of_lost_device
-from headrace.types.errors import CheckpointError, NotFoundError
+from headrace.types.errors import CheckpointError, NotFoundError, WeightUpdateError
+from headrace.types.messages import JoinGroup
 from headrace.types.plan import PositionLogprobs, PromptLogprobs, SamplePatch, SlotInit, StepPlan, StepResult
 from headrace.types.request import Int32Array
 from headrace.types.sampling_params import LogprobOptions
@@ -72,6 +73,9 @@ class FreeExecutor:
 
     def checkpoint(self, folder: Path, root: Path | None) -> CheckpointSlices:
         raise CheckpointError(f"{folder}: this executor has no weights", field="path")
+
+    def join_group(self, terms: JoinGroup, seconds: float) -> WeightGroup:
+        raise WeightUpdateError("this executor has no weights", field="group_name")
 
     def close(self) -> None:
         self._plans.clear()

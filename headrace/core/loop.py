@@ -25,6 +25,8 @@ STAGE_BUDGET_IDLE_S = 0.02
 
 _LONGEST_WAIT_S = 3600.0
 _EXPIRY_CHECK_S = 0.25
+_ARRIVAL_LOOK_S = 0.001
+"""Between two looks, where nothing else is done, at what comes over a group: its thread does not wake the loop."""
 
 
 class CoreLoop:
@@ -79,6 +81,7 @@ class CoreLoop:
         pause.advance(now)
         update.expire(now)
         replica.reading.expire(now)
+        replica.groups.advance(now)
         budget = STAGE_BUDGET_BUSY_S if stepped else STAGE_BUDGET_IDLE_S
         progressed = update.advance(budget, now) or replica.reading.advance(budget)
         self._expire_held_requests(now)
@@ -102,7 +105,8 @@ class CoreLoop:
     @property
     def _is_quiet(self) -> bool:
         """Nothing waits for what happens between steps, and nothing holds them up."""
-        return self.replica.update.is_idle and not (self.replica.pause.pauses or self.replica.reading.reads)
+        replica = self.replica
+        return replica.update.is_idle and not (replica.pause.pauses or replica.reading.reads or replica.groups.joining)
 
     def _step(self, *, may_submit: bool, admit_new: bool) -> bool:
         scheduler = self.replica.scheduler
@@ -132,8 +136,11 @@ class CoreLoop:
     def _time_to_deadline(self) -> float:
         if self._is_quiet:
             return _LONGEST_WAIT_S
-        deadlines = [self.replica.pause.deadline, self.replica.update.deadline, self.replica.reading.deadline]
-        if self._held_since is not None and self.replica.scheduler.num_waiting:
+        replica = self.replica
+        if replica.update.waits_for_arrivals or replica.groups.joining:
+            return _ARRIVAL_LOOK_S
+        deadlines = [replica.pause.deadline, replica.update.deadline, replica.reading.deadline]
+        if self._held_since is not None and replica.scheduler.num_waiting:
             deadlines.append(self._next_expiry)
         waits = [deadline - self._clock() for deadline in deadlines if deadline is not None]
         return max(0.0, min([*waits, _LONGEST_WAIT_S]))

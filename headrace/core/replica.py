@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from headrace.config import ResolvedConfig, Takeover
 from headrace.core.executor import Executor
+from headrace.core.grouping import GroupControl
 from headrace.core.outbox import Outbox
 from headrace.core.pausing import PauseControl
 from headrace.core.reading import ReadControl
@@ -43,6 +44,7 @@ class Replica:
         )
         self.update = UpdateControl(machine, executor, self.scheduler, self.stepper, self.outbox, self.pause)
         self.reading = ReadControl(executor, self.update, self.outbox)
+        self.groups = GroupControl(executor, self.outbox)
 
 
 def scheduler_limits(resolved: ResolvedConfig) -> SchedulerLimits:

@@ -1,41 +1,50 @@
-"""Copies of staged tensors, taken a slice at a time between steps. Owns one Stage command's progress and its buffer."""
+"""Copies of staged tensors, taken a slice at a time between steps. Owns the progress of one command that brings some,
+and what they are taken from."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from headrace.core.executor import WeightGroup
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import CheckpointError, WeightUpdateError
-from headrace.types.messages import NO_DEADLINE, Stage
+from headrace.types.messages import NO_DEADLINE, Receive, Stage
 from headrace.weights.session import StageCopy, WeightMachine
+
+Copies = Iterator[tuple[int | None, StageCopy] | None]
+"""The index of the tensor that a copy completes, None for a piece before its last one, and the copy. Or None, where the
+next tensor has not come yet: ask again."""
 
 
 class StageJob:
     """Tensors on their way into a session. `call_id` is the call to answer then; None: the core reads a folder.
 
-    `copies` are the index of the tensor that a copy completes, None for a piece before its last one, and the copy;
-    `buffer` is what they are taken from.
+    `what` they are, for messages; `close` lets go of what the copies are taken from. `is_waiting`: the last `advance`
+    found that the next tensor has not come.
     """
 
     def __init__(
         self,
         machine: WeightMachine,
         session_id: int,
-        copies: Iterator[tuple[int | None, StageCopy]],
+        copies: Copies,
         call_id: int | None,
         deadline: float = NO_DEADLINE,
-        buffer: SharedBuffer | None = None,
+        close: Callable[[], None] | None = None,
+        what: str = "the upload",
     ) -> None:
         self.call_id = call_id
         self.deadline = deadline
+        self.what = what
+        self.is_waiting = False
         self._machine = machine
         self._session_id = session_id
         self._copies = copies
         self._current: tuple[int | None, StageCopy] | None = None
-        self._buffer = buffer
+        self._close = close
 
     def advance(self, budget_s: float, now: float) -> bool:
         """Copy for about `budget_s` seconds, at least one block. True when all of it is staged.
@@ -43,11 +52,16 @@ class StageJob:
         Raises a `HeadraceError` when a tensor is not what the manifest says; the job is over then.
         """
         stop_at = time.perf_counter() + budget_s
+        self.is_waiting = False
         while True:
             if self._current is None:
-                self._current = next(self._copies, None)
-                if self._current is None:
+                try:
+                    self._current = next(self._copies)
+                except StopIteration:
                     return True
+            if self._current is None:
+                self.is_waiting = True
+                return False
             index, copy = self._current
             try:
                 is_done = copy.advance(max(0.0, stop_at - time.perf_counter()))
@@ -64,11 +78,11 @@ class StageJob:
                 return False
 
     def close(self) -> None:
-        """Let go of the buffer. Idempotent."""
+        """Let go of what the copies are taken from. Idempotent."""
         self._current = None
         self._copies = iter(())
-        if self._buffer is not None:
-            self._buffer.close()
+        if self._close is not None:
+            self._close()
 
 
 def job_from_buffer(machine: WeightMachine, command: Stage, now: float) -> StageJob:
@@ -91,7 +105,7 @@ def job_from_buffer(machine: WeightMachine, command: Stage, now: float) -> Stage
         raise WeightUpdateError("a tensor is named twice in one stage call", field="entries")
     buffer = SharedBuffer.open(command.buffer)
 
-    def copies() -> Iterator[tuple[int | None, StageCopy]]:
+    def copies() -> Copies:
         for entry, size in zip(command.entries, sizes, strict=True):
             total = staged.manifest[entry.index].num_bytes
             data, is_last = buffer.view[entry.offset : entry.offset + size], entry.start + size == total
@@ -99,7 +113,44 @@ def job_from_buffer(machine: WeightMachine, command: Stage, now: float) -> Stage
             copy = machine.stage(command.session_id, entry.index, data, start, replaces=replaces)
             yield entry.index if is_last else None, copy
 
-    return StageJob(machine, command.session_id, copies(), command.call_id, command.deadline, buffer)
+    return StageJob(machine, command.session_id, copies(), command.call_id, command.deadline, buffer.close)
+
+
+def job_from_group(machine: WeightMachine, command: Receive, group: WeightGroup, now: float) -> StageJob:
+    """A job over what arrives at a group. Every entry is checked before anything is received for it.
+
+    Raises as `job_from_buffer`; nothing is received then.
+    """
+    session = machine.require(command.session_id)
+    taken = [each for each in command.tensors if each.index >= 0]
+    for each in taken:
+        info = machine.check_stage(command.session_id, each.index, now, replaces=each.replaces)
+        if (info.name, info.shape, info.dtype) != (each.info.name, each.info.shape, each.info.dtype):
+            is_and_says = (
+                f"{each.info.dtype} {list(each.info.shape)}, the manifest says {info.dtype} {list(info.shape)}"
+            )
+            raise WeightUpdateError(f"{each.info.name} is announced as {is_and_says}", field=each.info.name)
+    if len({each.index for each in taken}) != len(taken):
+        raise WeightUpdateError("a tensor is named twice in one call", field="names")
+    session.touch(now)
+    infos = [each.info for each in command.tensors]
+    arrivals = group.receive(infos, command.is_bucket, command.deadline - now)
+
+    def copies() -> Copies:
+        while not arrivals.is_complete:
+            found = arrivals.take()
+            if found is None:
+                yield None
+                continue
+            place, data = found
+            each = command.tensors[place]
+            if each.index >= 0:
+                copy = machine.stage(command.session_id, each.index, data, replaces=each.replaces)
+                yield each.index, copy
+            arrivals.free()
+
+    what = f"what weight group {command.group!r} brings"
+    return StageJob(machine, command.session_id, copies(), command.call_id, command.deadline, arrivals.drop, what)
 
 
 def job_from_tensors(
@@ -108,7 +159,7 @@ def job_from_tensors(
     """A job over (name, tensor) pairs that the core reads itself."""
     index_of = {info.name: index for index, info in enumerate(machine.require(session_id).staged.manifest)}
 
-    def copies() -> Iterator[tuple[int | None, StageCopy]]:
+    def copies() -> Copies:
         for name, tensor in tensors:
             if name not in index_of:
                 raise CheckpointError(f"{folder} changed while it was read: {name} is new", field=name)

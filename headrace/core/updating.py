@@ -14,24 +14,30 @@ begins at once: nothing can drain then, so "drain" treats what the pause kept as
 
 from __future__ import annotations
 
-import enum
 import logging
 import time
 from collections import deque
 from collections.abc import Generator
 from pathlib import Path
 
-import msgspec
-
-from headrace.core.executor import Executor
+from headrace.core.executor import Executor, WeightGroup
 from headrace.core.faults import FAULTS, failure
 from headrace.core.outbox import Outbox
 from headrace.core.pausing import PauseControl
-from headrace.core.staging import StageJob, job_from_buffer, job_from_tensors
+from headrace.core.staging import StageJob, job_from_buffer, job_from_group, job_from_tensors
 from headrace.core.stepping import Stepper
+from headrace.core.update_phase import Hold, PendingCall, UpdatePhase
 from headrace.scheduler import Scheduler
 from headrace.types.errors import DeadlineError, HeadraceError, UpdateConflictError
-from headrace.types.messages import NO_DEADLINE, BeginUpdate, CommitUpdate, Stage, UpdateBegun, UpdateFromDisk
+from headrace.types.messages import (
+    NO_DEADLINE,
+    BeginUpdate,
+    CommitUpdate,
+    Receive,
+    Stage,
+    UpdateBegun,
+    UpdateFromDisk,
+)
 from headrace.types.weights import InFlight, TensorInfo
 from headrace.weights.session import OpenUpdate, WeightMachine
 
@@ -39,32 +45,6 @@ logger = logging.getLogger(__name__)
 
 _COMMIT_LOOK_S = 0.0002
 """Between two looks at a commit under way, where somebody waits for its end."""
-
-
-class UpdatePhase(enum.Enum):
-    """What an update has come to."""
-
-    IDLE = "there is none"
-    LOOKING = "a folder is looked through, and no session is open yet"
-    FILLING = "a session is open: tensors are staged beside running steps, or are waited for"
-    DRAINING = "what has started runs to its end, and nothing new starts"
-    HOLDING = "no step runs: tensors are staged in place, or the commit is due"
-    COMMITTING = "no step runs while the copy over live weights goes on: there is no way back"
-
-
-class _Call(msgspec.Struct, frozen=True):
-    """Who waits for the weights to be live."""
-
-    call_id: int
-    deadline: float
-
-
-class _Hold(msgspec.Struct):
-    """Generation stands still for the session. `since` is in seconds of `time.perf_counter`."""
-
-    policy: InFlight
-    since: float
-    num_aborted: int
 
 
 class UpdateControl:
@@ -89,11 +69,11 @@ class UpdateControl:
         self._outbox = outbox
         self._pause = pause
         self.live_stamp = 0
-        self._looking: tuple[_Call, Generator[None]] | None = None  # through a folder, for this call
+        self._looking: tuple[PendingCall, Generator[None]] | None = None  # through a folder, for this call
         self._opening_call = 0  # that opened the session: whoever gives it up has no session
         self._jobs: deque[StageJob] = deque()
-        self._commit: _Call | None = None
-        self._hold: _Hold | None = None
+        self._commit: PendingCall | None = None
+        self._hold: Hold | None = None
         self._steps_at_first_stage: int | None = None
 
     # What the step loop and readers of weights ask. `live_stamp` is another number after live memory was written.
@@ -152,6 +132,12 @@ class UpdateControl:
         self._jobs.append(job_from_buffer(self.machine, command, now))
         self._note_stage()
 
+    def receive(self, command: Receive, group: WeightGroup, now: float) -> None:
+        """Queue what arrives at a group; it is answered when all of it is in place."""
+        self._require_no_commit(command.session_id)
+        self._jobs.append(job_from_group(self.machine, command, group, now))
+        self._note_stage()
+
     def commit(self, command: CommitUpdate, now: float) -> None:
         """Ask for the commit; it is answered when the weights are live."""
         self._require_no_commit(command.session_id)
@@ -159,7 +145,7 @@ class UpdateControl:
         session.touch(now)
         if not self._jobs:
             session.staged.check_complete()
-        self._commit = _Call(command.call_id, command.deadline)
+        self._commit = PendingCall(command.call_id, command.deadline)
 
     def abort(self, session_id: int | None) -> None:
         """Drop the session, or with None whichever is open, and answer whatever waits for it."""
@@ -183,7 +169,7 @@ class UpdateControl:
     def from_disk(self, command: UpdateFromDisk, now: float) -> None:
         """A whole session over a checkpoint folder; answered when the weights are live."""
         self._check_idle()
-        self._looking = _Call(command.call_id, command.deadline), self._look_through(command, now)
+        self._looking = PendingCall(command.call_id, command.deadline), self._look_through(command, now)
 
     def check_resume(self) -> None:
         """`UpdateConflictError` while live weights are half overwritten: resuming could not mean anything yet."""
@@ -216,8 +202,11 @@ class UpdateControl:
         if self._hold is None and self._needs_hold(session) and not self._begin_hold(session):
             return False
         if self._jobs:
-            self._advance_job(self._jobs[0], budget_s, now)
-            return True
+            job = self._jobs[0]
+            self._advance_job(job, budget_s, now)
+            if job.is_waiting and job in self._jobs:
+                self._jobs.rotate(-1)  # another may have something
+            return not job.is_waiting
         if self._commit is not None:
             self._make_live(session, self._commit)
             return True
@@ -229,7 +218,7 @@ class UpdateControl:
         if self._looking is not None and now >= self._looking[0].deadline:
             self._stop_looking(DeadlineError("weights were not live by the deadline; the folder is not read"))
         for job in [job for job in self._jobs if now >= job.deadline]:
-            self._drop_job(job, DeadlineError("the upload was not staged by its deadline; it is dropped"))
+            self._drop_job(job, DeadlineError(f"{job.what} was not staged by the deadline; it is dropped"))
         session = self.machine.session
         if session is None or self.phase is UpdatePhase.COMMITTING:
             return
@@ -247,6 +236,11 @@ class UpdateControl:
             return None if self._looking is None else self._looking[0].deadline
         commit = NO_DEADLINE if self._commit is None else self._commit.deadline
         return min(self.machine.session.deadline, commit, *(job.deadline for job in self._jobs))
+
+    @property
+    def waits_for_arrivals(self) -> bool:
+        """Tensors are to come of which nobody will tell."""
+        return any(job.is_waiting for job in self._jobs)
 
     @property
     def num_steps_while_staging(self) -> int:
@@ -302,7 +296,7 @@ class UpdateControl:
         manifest, tensors = yield from self._executor.checkpoint(folder, root)
         session = self._open(command, tuple(manifest), command.deadline - now, now)
         self._jobs.append(job_from_tensors(self.machine, session.session_id, tensors, folder))
-        self._commit, self._looking = _Call(command.call_id, command.deadline), None
+        self._commit, self._looking = PendingCall(command.call_id, command.deadline), None
         self._note_stage()
 
     def _look(self, slices: Generator[None], budget_s: float) -> bool:
@@ -345,10 +339,10 @@ class UpdateControl:
         aborted = self._scheduler.abort(None, "Aborted by a weight update") if policy == "abort" else []
         self._outbox.add(aborted)
         self._stepper.settle()
-        self._hold = _Hold(policy, time.perf_counter(), sum(delta.finish is not None for delta in aborted))
+        self._hold = Hold(policy, time.perf_counter(), sum(delta.finish is not None for delta in aborted))
         return True
 
-    def _is_complete(self, session: OpenUpdate, commit: _Call) -> bool:
+    def _is_complete(self, session: OpenUpdate, commit: PendingCall) -> bool:
         """Whether the commit may go on; if not, its call is answered and the session stays open."""
         try:
             session.staged.check_complete()
@@ -394,7 +388,7 @@ class UpdateControl:
             self._make_live(session, self._commit)
             time.sleep(_COMMIT_LOOK_S)
 
-    def _make_live(self, session: OpenUpdate, commit: _Call) -> None:
+    def _make_live(self, session: OpenUpdate, commit: PendingCall) -> None:
         """Begin the copy over live weights, or look whether it is done. Generation is held until then."""
         assert self._hold is not None
         hold = self._hold

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 
 from headrace.config import ResolvedConfig
-from headrace.core.executor import CheckpointSlices, Weights
+from headrace.core.executor import CheckpointSlices, WeightGroup, Weights
 from headrace.core.faults import DeviceLost
 from headrace.types.errors import WeightUpdateError
+from headrace.types.messages import JoinGroup
 from headrace.types.plan import PlanRefused, SamplePatch, StepPlan, StepResult
 from headrace.types.plan_words import encode
 from headrace.types.request import Int32Array
@@ -216,6 +217,9 @@ class RankExecutor:
 
     def checkpoint(self, folder: Path, root: Path | None) -> CheckpointSlices:
         return self._rank.checkpoint(folder, root)
+
+    def join_group(self, terms: JoinGroup, seconds: float) -> WeightGroup:
+        raise WeightUpdateError("these ranks join no group", field="group_name")
 
     def close(self) -> None:
         self.others.close()

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from headrace.core.executor import CheckpointSlices, Weights
+from headrace.core.executor import CheckpointSlices, WeightGroup, Weights
 from headrace.core.fake_executor import FreeWeights
 from headrace.core.faults import StepError
-from headrace.types.errors import CheckpointError
+from headrace.types.errors import CheckpointError, WeightUpdateError
+from headrace.types.messages import JoinGroup
 from headrace.types.plan import LAST_TOKEN, PromptLogprobs, SamplePatch, SlotInit, StepPlan, StepResult
 from headrace.weights.session import Ticket
 
@@ -116,6 +117,9 @@ class RememberingExecutor:
 
     def checkpoint(self, folder: Path, root: Path | None) -> CheckpointSlices:
         raise CheckpointError(f"{folder}: this executor has no weights", field="path")
+
+    def join_group(self, terms: JoinGroup, seconds: float) -> WeightGroup:
+        raise WeightUpdateError("this executor has no weights", field="group_name")
 
     def close(self) -> None:
         self._results.clear()
