@@ -113,7 +113,16 @@ class FreeWeights:
     """Weights that are nowhere: every update is accepted and costs nothing."""
 
     def begin(self, manifest: Sequence[TensorInfo], mode: UpdateMode, partial: bool) -> ResolvedMode:
+        return self.begin_open(mode, partial)
+
+    def begin_open(self, mode: UpdateMode, partial: bool) -> ResolvedMode:
         return "inplace" if mode == "inplace" else "shadow"
+
+    def extend(self, manifest: Sequence[TensorInfo]) -> int:
+        return 0
+
+    def missing(self) -> list[str]:
+        return []
 
     def stage(self, index: int, data: Any, start: int | None = None) -> StageCopy:
         return _FreeCopy()

@@ -33,6 +33,7 @@ class GroupControl:
         self._executor = executor
         self._outbox = outbox
         self._groups: dict[str, WeightGroup] = {}
+        self._joined_by: dict[str, int] = {}  # which call
         self.joining: dict[int, _Joining] = {}
         """By call."""
 
@@ -44,7 +45,8 @@ class GroupControl:
         if any(each.terms.name == terms.name for each in self.joining.values()):
             raise UpdateConflictError(f"weight group {terms.name!r} is being joined", field=FIELD)
         self.joining[terms.call_id] = _Joining(terms, self._executor.join_group(terms, terms.deadline - now))
-        self._groups.pop(terms.name, None)
+        if former is not None:
+            del self._groups[terms.name], self._joined_by[terms.name]
 
     def leave(self, name: str) -> None:
         """Leave a group, joined or not. `WeightUpdateError` if there is none of that name."""
@@ -55,6 +57,7 @@ class GroupControl:
         group = self._groups.pop(name, None)
         if group is None:
             raise _unknown(name)
+        del self._joined_by[name]
         group.fail("it was destroyed")
 
     def require(self, name: str) -> WeightGroup:
@@ -94,14 +97,17 @@ class GroupControl:
             elif each.group.is_joined:
                 del self.joining[call_id]
                 self._groups[each.terms.name] = each.group
+                self._joined_by[each.terms.name] = call_id
                 self._outbox.reply(call_id)
             elif now >= each.terms.deadline:
                 self._refuse(each, _late(each.terms))
 
     def give_up(self, call_id: int, error: HeadraceError) -> None:
-        """Stop joining for this call, if it does."""
+        """Undo the joining of this call, whether it has come to an end or not."""
         if call_id in self.joining:
             self._refuse(self.joining[call_id], error)
+        for name in [name for name, joined_by in self._joined_by.items() if joined_by == call_id]:
+            self.leave(name)
 
     def end(self, error: HeadraceError) -> None:
         """Answer the calls that wait with `error`."""
@@ -113,6 +119,7 @@ class GroupControl:
         for group in (*self._groups.values(), *(each.group for each in self.joining.values())):
             group.fail("the engine has ended")
         self._groups.clear()
+        self._joined_by.clear()
         self.joining.clear()
 
     def _refuse(self, each: _Joining, error: HeadraceError) -> None:

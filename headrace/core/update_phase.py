@@ -8,6 +8,9 @@ import msgspec
 
 from headrace.types.weights import InFlight
 
+COMMIT_LOOK_S = 0.0002
+"""Between two looks at a commit under way, where somebody waits for its end."""
+
 
 class UpdatePhase(enum.Enum):
     """What an update has come to."""
@@ -21,10 +24,11 @@ class UpdatePhase(enum.Enum):
 
 
 class PendingCall(msgspec.Struct, frozen=True):
-    """Who waits for the weights to be live."""
+    """Who waits for the weights to be live. `version` is another label than the session's."""
 
     call_id: int
     deadline: float
+    version: str = ""
 
 
 class Hold(msgspec.Struct):

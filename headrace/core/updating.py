@@ -5,11 +5,13 @@ memory's part in it, are `headrace.weights.session`.
 
     IDLE ---begin--> FILLING                    IDLE ---from disk--> LOOKING ---manifest--> FILLING
     FILLING ---a hold is needed--> DRAINING (if that is the policy) ---nothing runs--> HOLDING ---> COMMITTING ---> IDLE
+    FILLING | HOLDING ---extend, of an open-ended session--> the same
     any but COMMITTING ---abort, expiry--> IDLE
 
 A shadow session needs a hold only to commit. An in-place session needs it from the first staged byte to its end. Before
 a hold begins the requests in flight are treated as the session asks (`in_flight`). While generation is paused the hold
-begins at once: nothing can drain then, so "drain" treats what the pause kept as "keep" does.
+begins at once: nothing can drain then, so "drain" treats what the pause kept as "keep" does. While an open-ended
+session lacks tensors a pause does not end.
 """
 
 from __future__ import annotations
@@ -26,25 +28,24 @@ from headrace.core.outbox import Outbox
 from headrace.core.pausing import PauseControl
 from headrace.core.staging import StageJob, job_from_buffer, job_from_group, job_from_tensors
 from headrace.core.stepping import Stepper
-from headrace.core.update_phase import Hold, PendingCall, UpdatePhase
+from headrace.core.update_phase import COMMIT_LOOK_S, Hold, PendingCall, UpdatePhase
 from headrace.scheduler import Scheduler
 from headrace.types.errors import DeadlineError, HeadraceError, UpdateConflictError
 from headrace.types.messages import (
     NO_DEADLINE,
     BeginUpdate,
     CommitUpdate,
+    ExtendUpdate,
     Receive,
     Stage,
     UpdateBegun,
+    UpdateExtended,
     UpdateFromDisk,
 )
 from headrace.types.weights import InFlight, TensorInfo
-from headrace.weights.session import OpenUpdate, WeightMachine
+from headrace.weights.session import OpenUpdate, WeightMachine, check_version, shortened
 
 logger = logging.getLogger(__name__)
-
-_COMMIT_LOOK_S = 0.0002
-"""Between two looks at a commit under way, where somebody waits for its end."""
 
 
 class UpdateControl:
@@ -126,6 +127,12 @@ class UpdateControl:
         self._opening_call = command.call_id
         return UpdateBegun(session.session_id, session.mode)
 
+    def extend(self, command: ExtendUpdate, now: float) -> UpdateExtended:
+        """More tensors for an open-ended session."""
+        self._require_no_commit(command.session_id)
+        first = self.machine.extend(command.session_id, command.manifest, now)
+        return UpdateExtended(first, self.machine.require(command.session_id).num_missing)
+
     def stage(self, command: Stage, now: float) -> None:
         """Queue the copy of an upload; it is answered when all of it is in place."""
         self._require_no_commit(command.session_id)
@@ -144,8 +151,10 @@ class UpdateControl:
         session = self.machine.require(command.session_id)
         session.touch(now)
         if not self._jobs:
-            session.staged.check_complete()
-        self._commit = PendingCall(command.call_id, command.deadline)
+            self.machine.check_complete()
+        if command.version:
+            check_version(command.version)
+        self._commit = PendingCall(command.call_id, command.deadline, command.version)
 
     def abort(self, session_id: int | None) -> None:
         """Drop the session, or with None whichever is open, and answer whatever waits for it."""
@@ -172,12 +181,15 @@ class UpdateControl:
         self._looking = PendingCall(command.call_id, command.deadline), self._look_through(command, now)
 
     def check_resume(self) -> None:
-        """`UpdateConflictError` while live weights are half overwritten: resuming could not mean anything yet."""
+        """`UpdateConflictError` while live weights are half overwritten: resuming could not mean anything yet; and
+        while an open-ended session lacks tensors, whose sender takes its update for done."""
         session = self.machine.session
-        if session is not None and session.has_written and self._commit is None:
-            missing = session.staged.missing()
-            named = f"; not staged yet: {', '.join(missing[:8])}" if missing else ""
-            message = f"session {session.session_id} is open and writes in place{named}"
+        if session is None or self._commit is not None:
+            return
+        if session.has_written or (session.is_open_ended and not session.is_complete):
+            missing, writes = self.machine.missing(), " and writes in place" if session.has_written else ""
+            named = f"; not staged yet: {shortened(missing)}" if missing else ""
+            message = f"session {session.session_id} is open{writes}{named}; abort_update ends it"
             raise UpdateConflictError(message, field="session_id")
 
     def lose_weights(self, seed: int) -> None:
@@ -204,8 +216,6 @@ class UpdateControl:
         if self._jobs:
             job = self._jobs[0]
             self._advance_job(job, budget_s, now)
-            if job.is_waiting and job in self._jobs:
-                self._jobs.rotate(-1)  # another may have something
             return not job.is_waiting
         if self._commit is not None:
             self._make_live(session, self._commit)
@@ -278,6 +288,7 @@ class UpdateControl:
             timeout_s=timeout_s,
             in_flight=command.in_flight,
             partial=isinstance(command, BeginUpdate) and command.partial,
+            is_open_ended=isinstance(command, BeginUpdate) and command.is_open,
         )
 
     def _require_no_commit(self, session_id: int) -> None:
@@ -345,7 +356,7 @@ class UpdateControl:
     def _is_complete(self, session: OpenUpdate, commit: PendingCall) -> bool:
         """Whether the commit may go on; if not, its call is answered and the session stays open."""
         try:
-            session.staged.check_complete()
+            self.machine.check_complete()
         except HeadraceError as error:
             self._commit = None
             self._outbox.refuse(commit.call_id, error.info())
@@ -355,6 +366,7 @@ class UpdateControl:
     def _advance_job(self, job: StageJob, budget_s: float, now: float) -> None:
         try:
             if not job.advance(budget_s, now):
+                self._jobs.rotate(-1 if job.is_waiting else 0)  # another may have something
                 return
         except HeadraceError as error:
             self._fail_job(job, error)
@@ -386,7 +398,7 @@ class UpdateControl:
         while (session := self.machine.session) is not None and session.committing is not None:
             assert self._commit is not None
             self._make_live(session, self._commit)
-            time.sleep(_COMMIT_LOOK_S)
+            time.sleep(COMMIT_LOOK_S)
 
     def _make_live(self, session: OpenUpdate, commit: PendingCall) -> None:
         """Begin the copy over live weights, or look whether it is done. Generation is held until then."""
@@ -396,6 +408,7 @@ class UpdateControl:
             if hold.policy == "recompute":
                 self._scheduler.recompute_running()
             self.live_stamp += 1
+            session.version = commit.version or session.version
         try:
             if not self.machine.commit(session.session_id):
                 return

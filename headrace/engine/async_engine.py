@@ -20,6 +20,7 @@ from headrace.engine.control import (
     folder_of,
     seconds_of,
     terms_of,
+    terms_of_part,
     text_of,
     version_of,
 )
@@ -30,7 +31,7 @@ from headrace.engine.requests import GenerateItem, GenerateOptions
 from headrace.engine.runtime import Undoable
 from headrace.engine.serving import HttpServer, server_door, stop_server
 from headrace.engine.stream import Stream, StreamGroup, whole_samples
-from headrace.engine.tensors import NamedTensors, to_tensor
+from headrace.engine.tensors import HeldTensors, NamedTensors, to_tensor
 from headrace.engine.update import Manifest, Run, UpdateSession, manifest_of
 from headrace.text import run_sized
 from headrace.types.generation import Generation
@@ -182,7 +183,8 @@ class AsyncEngine(EngineLifecycle):
 
     @_on_engine_loop
     async def resume(self) -> None:
-        """Go on after `pause`."""
+        """Go on after `pause`. `UpdateConflictError`, naming what is missing, while an update in buckets is not
+        complete, and while live weights are half written."""
         await self.runtime.client.change(Resume, NoneType)
 
     @_on_engine_loop
@@ -243,6 +245,7 @@ class AsyncEngine(EngineLifecycle):
     init_weights_update_group = _on_engine_loop(groups.init_weights_update_group)
     destroy_weights_update_group = _on_engine_loop(groups.destroy_weights_update_group)
     stage_from_group = _on_engine_loop(groups.stage_from_group)
+    update_weights_from_distributed = _on_engine_loop(groups.update_weights_from_distributed)
 
     async def update_weights_from_tensor(
         self,
@@ -269,6 +272,37 @@ class AsyncEngine(EngineLifecycle):
         """As `update_weights_from_tensor`, awaiting nothing but what `run` makes of coroutines for the loop."""
         self.runtime.check_open()
         return await self.runtime.updater.update_from_tensors(run, named_tensors, terms)
+
+    async def update_weights_from_bucket(
+        self,
+        named_tensors: NamedTensors,
+        version: str | int | None = None,
+        *,
+        mode: UpdateMode = "auto",
+        in_flight: InFlight = "drain",
+        timeout: float = DEFAULT_UPDATE_TIMEOUT,
+    ) -> UpdateReport | None:
+        """Some tensors of an update that comes in several calls, as SGLang's clients send theirs: without begin and
+        commit. The call after which the model has all of its tensors makes them live; the others return None.
+
+        A tensor that comes again replaces the first. The version may be given with each call or only with the last; a
+        call with another one than those before begins the update anew. `mode`, `in_flight` and `timeout` are those of
+        the first call. An error in one ends the whole: begin anew. Until it is complete, `resume` and other updates
+        are refused, and `abort_update` drops it. The cache needs no flush. For a part of a model alone see `partial`.
+        """
+        await self.start()
+        return await self.add_by(self.runtime.run, named_tensors, terms_of_part(version, mode, in_flight, timeout))
+
+    async def add_by(self, run: Run, named_tensors: NamedTensors, terms: UpdateTerms) -> UpdateReport | None:
+        """As `update_weights_from_bucket`, awaiting nothing but what `run` makes of coroutines for the loop."""
+        self.runtime.check_open()
+        joined, updater = self.runtime.joined, self.runtime.updater
+        try:
+            held = HeldTensors(named_tensors)
+        except BaseException:  # whatever it is, as in `JoinedUpdate.add`
+            await run(joined.end())
+            raise
+        return await joined.add(held.manifest, terms, lambda session, _: updater.stage(run, session, held), run)
 
     @_on_engine_loop
     async def update_weights_from_disk(

@@ -15,12 +15,23 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from headrace.engine.calls import outlast
 from headrace.engine.client import CoreClient
-from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, choice_of, seconds_of, text_of
+from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, choice_of, seconds_of, terms_of_part, text_of
 from headrace.engine.update import UpdateSession, check_session
-from headrace.types.errors import HeadraceError, RequestError
+from headrace.types.errors import HeadraceError, RequestError, encodable
 from headrace.types.messages import Discard, GroupTensor, JoinGroup, LeaveGroup, Receive
 from headrace.types.plain_values import as_integer, as_list, plain_text
-from headrace.types.weights import MAX_TENSORS, TensorInfo
+from headrace.types.weights import (
+    ELEMENT_BYTES,
+    MAX_DIMENSIONS,
+    MAX_TENSOR_NAME,
+    MAX_TENSORS,
+    InFlight,
+    TensorInfo,
+    UpdateMode,
+    UpdateReport,
+    shape_problem,
+)
+from headrace.weights.weight_map import is_recomputed
 
 if TYPE_CHECKING:
     from headrace.engine.async_engine import AsyncEngine
@@ -74,29 +85,60 @@ async def stage_from_group(
 ) -> None:
     """As `stage`, of tensors of the session's manifest that rank 0 of a group broadcasts in this order: one broadcast
     each, or with `load_format="flattened_bucket"` one of the bytes of all. Waits for the session's time at most."""
-    async with _Announced(self.runtime.client, group_name) as announced:
+    async with _Announced(self.runtime.client) as announced:
+        announced.group = _name_of(group_name)
         check_session(session)
+        announced.seconds = session.timeout_s
         listed = [_text_in(name, "names") for name in as_list(names, "names", "a list of names", MAX_TENSORS)]
         infos = [session.info_of(name) for name in listed]
-        announced.sends(infos, load_format, session.timeout_s)
+        announced.sends(infos, load_format)
         await announced.receive(session, infos)
+
+
+async def update_weights_from_distributed(
+    self: AsyncEngine,
+    names: Sequence[str],
+    dtypes: Sequence[str],
+    shapes: Sequence[Sequence[int]],
+    group_name: str = DEFAULT_GROUP,
+    load_format: str | None = None,
+    version: str | int | None = None,
+    *,
+    mode: UpdateMode = "auto",
+    in_flight: InFlight = "drain",
+    timeout: float = DEFAULT_UPDATE_TIMEOUT,
+) -> UpdateReport | None:
+    """As `update_weights_from_bucket`, of tensors that rank 0 of a group broadcasts in this order: one broadcast each,
+    or with `load_format="flattened_bucket"` one of the bytes of all. The sender makes this call and broadcasts at the
+    same time. What the call announces is received even if it is refused, so that the next one gets its own."""
+    async with _Announced(self.runtime.client) as announced:
+        try:
+            announced.group = _name_of(group_name)
+            infos = _described(names, dtypes, shapes)
+            announced.sends(infos, load_format)
+            terms = terms_of_part(version, mode, in_flight, timeout)
+        except HeadraceError:  # as in `JoinedUpdate.add`
+            await self.runtime.joined.end()
+            raise
+        announced.seconds = terms.timeout_s
+        wanted = [info for info in infos if not is_recomputed(info.name)]
+        return await self.runtime.joined.add(wanted, terms, lambda session, _: announced.receive(session, wanted))
 
 
 class _Announced:
     """What a call says that rank 0 sends. If the core is not asked for it before the block is left, it is told to let
     it pass."""
 
-    def __init__(self, client: CoreClient, group_name: str) -> None:
+    def __init__(self, client: CoreClient) -> None:
+        self.group = ""
+        self.seconds = DEFAULT_UPDATE_TIMEOUT
         self._client = client
-        self._group = _name_of(group_name)
-        self._seconds = DEFAULT_UPDATE_TIMEOUT
         self._infos: tuple[TensorInfo, ...] | None = None
         self._is_bucket = False
         self._is_asked = False
 
-    def sends(self, infos: Iterable[TensorInfo], load_format: Any, seconds: float) -> None:
-        """So much is sent, in this way, within this time."""
-        self._seconds = seconds
+    def sends(self, infos: Iterable[TensorInfo], load_format: Any) -> None:
+        """So much is sent, in this way."""
         self._is_bucket = load_format_of(load_format)
         self._infos = tuple(infos)
 
@@ -111,9 +153,9 @@ class _Announced:
         self._is_asked = True
         try:
             await self._client.call(
-                lambda call_id: Receive(call_id, session.session_id, self._group, tensors, self._is_bucket),
+                lambda call_id: Receive(call_id, session.session_id, self.group, tensors, self._is_bucket),
                 NoneType,
-                self._seconds,
+                self.seconds,
             )
             is_settled = True
             session.num_bytes_staged += sum(info.num_bytes for info in infos)
@@ -124,13 +166,13 @@ class _Announced:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if not self._is_asked:
+        if self.group and not self._is_asked:
             await outlast(self._discard())
 
     async def _discard(self) -> None:
         with contextlib.suppress(HeadraceError):  # the core is gone, and its groups with it
             await self._client.call(
-                lambda call_id: Discard(call_id, self._group, self._infos, self._is_bucket, self._seconds),
+                lambda call_id: Discard(call_id, self.group, self._infos, self._is_bucket, self.seconds),
                 NoneType,
                 math.inf,
             )
@@ -143,6 +185,29 @@ def load_format_of(load_format: Any) -> bool:
     return load_format is not None
 
 
+def _described(names: Any, dtypes: Any, shapes: Any) -> tuple[TensorInfo, ...]:
+    """What three lists say of tensors. Raises `RequestError` naming the list that is wrong."""
+    listed = [_text_in(name, "names") for name in as_list(names, "names", "a list of names", MAX_TENSORS)]
+    kinds = [_text_in(kind, "dtypes").removeprefix("torch.") for kind in as_list(dtypes, "dtypes", "a list of names")]
+    sizes = [_shape_of(shape) for shape in as_list(shapes, "shapes", "a list of lists of integers")]
+    for field, found in (("dtypes", kinds), ("shapes", sizes)):
+        if len(found) != len(listed):
+            raise RequestError(f"{field} has {len(found)} entries for {len(listed)} names", field=field)
+    for kind in kinds:
+        if kind not in ELEMENT_BYTES:
+            raise RequestError(f"dtypes: {kind!r:.100} is no dtype of a tensor", field="dtypes")
+    return tuple(map(TensorInfo, listed, sizes, kinds))
+
+
+def _shape_of(shape: Any) -> tuple[int, ...]:
+    sizes = as_list(shape, "shapes", "a list of lists of integers", MAX_DIMENSIONS)
+    found = tuple(as_integer(size, "shapes") for size in sizes)
+    problem = shape_problem(found)
+    if problem:
+        raise RequestError(f"shapes: one {problem}", field="shapes")
+    return found
+
+
 def _name_of(group_name: Any) -> str:
     name = text_of(group_name, "group_name")
     if not name:
@@ -152,8 +217,9 @@ def _name_of(group_name: Any) -> str:
 
 def _text_in(value: Any, field: str) -> str:
     text = plain_text(value)
-    if not isinstance(text, str):
-        raise RequestError(f"{field} must be a list of strings", field=field)
+    if not isinstance(text, str) or len(text) > MAX_TENSOR_NAME or text != encodable(text):
+        message = f"{field} must be a list of texts of at most {MAX_TENSOR_NAME} characters"
+        raise RequestError(message, field=field)
     return text
 
 

@@ -27,7 +27,15 @@ from headrace.engine.tensors import HeldTensors, NamedTensors, TensorBytes, desc
 from headrace.engine.upload_buffers import Filling, UploadBuffer, aligned
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import DeadlineError, HeadraceError, InternalError, UnavailableError, WeightUpdateError
-from headrace.types.messages import AbortUpdate, BeginUpdate, CommitUpdate, Stage, UpdateBegun
+from headrace.types.messages import (
+    AbortUpdate,
+    BeginUpdate,
+    CommitUpdate,
+    ExtendUpdate,
+    Stage,
+    UpdateBegun,
+    UpdateExtended,
+)
 from headrace.types.plain_values import as_list, plain_text
 from headrace.types.weights import MAX_DIMENSIONS, MAX_TENSOR_NAME, MAX_TENSORS, TensorInfo, UpdateReport, shape_problem
 from headrace.weights.weight_map import is_recomputed
@@ -43,20 +51,44 @@ Manifest = Iterable[TensorInfo | tuple[str, Iterable[int], str]]
 
 
 class UpdateSession:
-    """An open update. `mode` is what "auto" became; `manifest` is what may be staged, each entry once."""
+    """An open update. `mode` is what "auto" became; `manifest` is what may be staged, each entry once.
+
+    One that is open-ended grows by `Updater.extend`, and `num_missing` tensors of the model are in no part of it yet.
+    """
 
     def __init__(
-        self, session_id: int, version: str, mode: str, manifest: tuple[TensorInfo, ...], timeout_s: float
+        self,
+        session_id: int,
+        version: str,
+        mode: str,
+        manifest: tuple[TensorInfo, ...],
+        timeout_s: float,
+        is_partial: bool = False,
     ) -> None:
         self.session_id = session_id
         self.version = version
         self.mode = mode
-        self.manifest = manifest
+        self.manifest: list[TensorInfo] = []
         self.timeout_s = timeout_s
-        self._indices = {info.name: index for index, info in enumerate(manifest)}
+        self.is_partial = is_partial
+        self.num_missing = 0
         self.num_bytes_staged = 0
+        self.max_part_bytes = 0  # in upload buffers
+        self._indices: dict[str, int] = {}
         self._sent: set[int] = set()
         self._settled: set[int] = set()
+        self.grow(manifest)
+
+    def grow(self, manifest: tuple[TensorInfo, ...]) -> None:
+        """These are in the manifest as well."""
+        first = len(self.manifest)
+        self._indices.update((info.name, index) for index, info in enumerate(manifest, first))
+        self.manifest += manifest
+        self.max_part_bytes = max(self.max_part_bytes, sum(aligned(info.num_bytes) for info in manifest))
+
+    def __contains__(self, name: object) -> bool:
+        """A tensor of that name is in the manifest."""
+        return name in self._indices
 
     def replaces(self, index: int) -> bool:
         """The tensor may have been staged, by a call that has not succeeded."""
@@ -74,6 +106,15 @@ class UpdateSession:
         if index is None:
             raise WeightUpdateError(f"{name} is not in this update's manifest", field=name)
         return self.manifest[index]
+
+    def unsettle(self, indices: Iterable[int]) -> None:
+        """These come again, and replace what has come."""
+        self._settled.difference_update(indices)
+
+    @property
+    def is_staged(self) -> bool:
+        """All of the manifest has been staged for good."""
+        return len(self._settled) == len(self.manifest)
 
     def index_of(self, info: TensorInfo) -> int:
         """The manifest's index of a tensor. Raises `WeightUpdateError` if it is not there as described."""
@@ -97,22 +138,38 @@ class Updater:
         self._freed = asyncio.Event()
         self._fillings: set[Filling] = set()
 
-    async def begin(self, manifest: tuple[TensorInfo, ...], terms: UpdateTerms) -> UpdateSession:
-        """Have the whole manifest checked and a session opened. Every other session is over then."""
-        begun = await self._client.change(
-            lambda call_id: BeginUpdate(
-                call_id, terms.version, manifest, terms.mode, terms.in_flight, terms.partial, terms.timeout_s
-            ),
-            UpdateBegun,
-        )
+    async def begin(
+        self, manifest: tuple[TensorInfo, ...], terms: UpdateTerms, *, is_open: bool = False
+    ) -> UpdateSession:
+        """Have the whole manifest checked and a session opened; one that `is_open` is open-ended. Every other session
+        is over then."""
+
+        def command(call_id: int) -> BeginUpdate:
+            policies = terms.mode, terms.in_flight, terms.partial, terms.timeout_s
+            return BeginUpdate(call_id, terms.version, manifest, *policies, is_open=is_open)
+
+        begun = await self._client.change(command, UpdateBegun)
         for filling in tuple(self._fillings):
             self._end(filling)
-        return UpdateSession(begun.session_id, terms.version, begun.mode, manifest, terms.timeout_s)
+        return UpdateSession(begun.session_id, terms.version, begun.mode, manifest, terms.timeout_s, terms.partial)
 
-    async def commit(self, session: UpdateSession) -> UpdateReport:
-        """Make the staged weights live. One that is not done in time is aborted with its session."""
+    async def extend(self, session: UpdateSession, manifest: tuple[TensorInfo, ...]) -> range:
+        """Have more tensors of an open-ended session checked; returns their indices. After one that was cancelled the
+        session is of no use: nobody knows whether it has them."""
+        extended = await self._client.call(
+            lambda call_id: ExtendUpdate(call_id, session.session_id, manifest), UpdateExtended
+        )
+        session.grow(manifest)
+        session.num_missing = extended.num_missing
+        return range(extended.first_index, extended.first_index + len(manifest))
+
+    async def commit(self, session: UpdateSession, version: str = "") -> UpdateReport:
+        """Make the staged weights live, under the session's label unless another is given. One that is not done in
+        time is aborted with its session."""
         check_session(session)
-        return await self._client.change(lambda call_id: CommitUpdate(call_id, session.session_id), UpdateReport)
+        return await self._client.change(
+            lambda call_id: CommitUpdate(call_id, session.session_id, version=version), UpdateReport
+        )
 
     async def abort(self, session: UpdateSession | None) -> None:
         """Drop the session; None: whichever is open, if one is."""
@@ -156,7 +213,7 @@ class Updater:
         finally:
             session.note_sent(sent, is_settled=is_settled)
             self._fillings.discard(filling)  # here: the loop may be closed
-            self._call_soon(lambda: self._end(filling))
+            self.call_soon(lambda: self._end(filling))
 
     async def update_from_tensors(self, run: Run, named_tensors: NamedTensors, terms: UpdateTerms) -> UpdateReport:
         """A whole update. The pairs are read once, before anything is sent, since the manifest comes first."""
@@ -172,7 +229,7 @@ class Updater:
             await self.stage(run, session, held)
             report: UpdateReport = await run(self.commit(session))
         except GeneratorExit:  # dropped by whoever ran it: nothing can be awaited any more
-            self._call_soon(lambda: self._abort_soon(opened))
+            self.call_soon(lambda: self.start_aborts(opened))
             raise
         except BaseException:  # whatever it is, the session is over before the caller hears of it
             if opened:
@@ -193,12 +250,14 @@ class Updater:
             buffer.memory.close()
         self._free.clear()
 
-    def _call_soon(self, action: Callable[[], None]) -> None:
+    def call_soon(self, action: Callable[[], None]) -> None:
+        """Call `action` on the engine's loop, from any thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: the core and its session are gone too
             self._loop.call_soon_threadsafe(action)
 
-    def _abort_soon(self, opened: list[UpdateSession]) -> None:
-        for session in opened:
+    def start_aborts(self, sessions: Iterable[UpdateSession]) -> None:
+        """Drop these without waiting for it."""
+        for session in sessions:
             task = self._loop.create_task(self._abort_at_last(session))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -254,8 +313,7 @@ class Updater:
 
     def _fit_buffers(self, session: UpdateSession, num_bytes: int) -> None:
         """Buffers are as large as the largest update so far needs, up to BUFFER_BYTES."""
-        total = sum(aligned(info.num_bytes) for info in session.manifest)
-        wanted = max(min(total, BUFFER_BYTES), num_bytes, 1)
+        wanted = max(min(session.max_part_bytes, BUFFER_BYTES), num_bytes, 1)
         if wanted > self._buffer_bytes:
             self._buffer_bytes = wanted
         for buffer in [b for b in self._free if b.memory.ref.size < self._buffer_bytes]:

@@ -26,6 +26,7 @@ from headrace.server.openai_models import ModelsFace
 from headrace.server.options import ServerOptions
 from headrace.server.routes import Endpoint, Handler
 from headrace.server.state import ServerState
+from headrace.server.weight_groups import GroupFace
 from headrace.types.errors import HeadraceError
 
 
@@ -94,5 +95,6 @@ def all_endpoints(state: ServerState) -> list[Endpoint]:
         ModelsFace(state),
         InfoFace(state),
         AdminFace(state),
+        GroupFace(state),
     )
     return [endpoint for face in faces for endpoint in face.endpoints()]

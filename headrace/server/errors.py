@@ -59,6 +59,11 @@ def respond(status: int, body: Mapping[str, Any], *, retryable: bool = False) ->
     return Response(msgspec.json.encode(body), status, headers, "application/json")
 
 
+def refusal(error: HeadraceError, **more: Any) -> Response:
+    """What a control call of the dialect answers with that was refused."""
+    return respond(error.status, {**body_of(error), "success": False, **more}, retryable=error.retryable)
+
+
 async def on_headrace_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HeadraceError)
     return respond(error.status, body_of(error), retryable=error.retryable)

@@ -84,7 +84,7 @@ class Pause(msgspec.Struct, frozen=True, array_like=True, tag="pause"):
 
 
 class Resume(msgspec.Struct, frozen=True, array_like=True, tag="resume"):
-    """Go on stepping. Refused with `UpdateConflictError` while an implicit update session is incomplete."""
+    """Go on stepping. Refused with `UpdateConflictError` while an open-ended update session is incomplete."""
 
     call_id: int
     deadline: float = NO_DEADLINE
@@ -104,7 +104,8 @@ class GiveUp(msgspec.Struct, frozen=True, array_like=True, tag="give_up"):
 class BeginUpdate(msgspec.Struct, frozen=True, array_like=True, tag="begin_update"):
     """Open a weight session; the whole manifest is checked before anything is touched. Reply: `UpdateBegun`.
 
-    The session is aborted by the core `timeout_s` after its last command.
+    One that `is_open` is open-ended: its manifest may be empty, and `ExtendUpdate` brings the rest. The session is
+    aborted by the core `timeout_s` after its last command.
     """
 
     call_id: int
@@ -115,6 +116,7 @@ class BeginUpdate(msgspec.Struct, frozen=True, array_like=True, tag="begin_updat
     partial: bool = False
     timeout_s: float = 600.0
     deadline: float = NO_DEADLINE
+    is_open: bool = False
 
 
 class UpdateBegun(msgspec.Struct, frozen=True):
@@ -122,6 +124,24 @@ class UpdateBegun(msgspec.Struct, frozen=True):
 
     session_id: int
     mode: str
+
+
+class ExtendUpdate(msgspec.Struct, frozen=True, array_like=True, tag="extend_update"):
+    """Name more tensors of an open-ended session; they are checked beside those before them, and none is taken where
+    one is wrong. Reply: `UpdateExtended`."""
+
+    call_id: int
+    session_id: int
+    manifest: tuple[TensorInfo, ...]
+    deadline: float = NO_DEADLINE
+
+
+class UpdateExtended(msgspec.Struct, frozen=True):
+    """`first_index` is the place of the first of them in the session's manifest. `num_missing` tensors of the model
+    have not been named yet."""
+
+    first_index: int
+    num_missing: int
 
 
 class Stage(msgspec.Struct, frozen=True, array_like=True, tag="stage"):
@@ -136,11 +156,13 @@ class Stage(msgspec.Struct, frozen=True, array_like=True, tag="stage"):
 
 
 class CommitUpdate(msgspec.Struct, frozen=True, array_like=True, tag="commit_update"):
-    """Make the staged weights live between two steps. Reply: `UpdateReport`."""
+    """Make the staged weights live between two steps, under the session's label unless `version` is another. An
+    open-ended session has to be complete, unless it is partial. Reply: `UpdateReport`."""
 
     call_id: int
     session_id: int
     deadline: float = NO_DEADLINE
+    version: str = ""
 
 
 class AbortUpdate(msgspec.Struct, frozen=True, array_like=True, tag="abort_update"):
@@ -308,6 +330,7 @@ Command = (
     | Resume
     | GiveUp
     | BeginUpdate
+    | ExtendUpdate
     | Stage
     | CommitUpdate
     | AbortUpdate

@@ -8,6 +8,10 @@ that they are of. Must not know tensors, the scheduler or the clock: callers pas
       UPDATING ---abort or expiry, after a write in place----> POISONED
     READY | POISONED ---lose--> NEEDS_WEIGHTS
     POISONED | NEEDS_WEIGHTS ---begin, complete manifests only--> UPDATING
+    UPDATING ---extend, of an open-ended session only--> UPDATING
+
+A session has its whole manifest from the beginning, or is open-ended: then it is extended part by part, each checked
+when it comes, and to be committed it has to have every tensor of the model, unless it is partial.
 
 It is the only one: the memory of a replica (`headrace.weights.store`, on each of its ranks) does what it is told here
 and knows no states. An error leaves everything as it was.
@@ -28,7 +32,15 @@ from headrace.types.errors import (
     encodable,
 )
 from headrace.types.request import DEFAULT_VERSION
-from headrace.types.weights import MAX_VERSION_LENGTH, InFlight, TensorInfo, UpdateMode, UpdateReport, WeightState
+from headrace.types.weights import (
+    MAX_TENSORS,
+    MAX_VERSION_LENGTH,
+    InFlight,
+    TensorInfo,
+    UpdateMode,
+    UpdateReport,
+    WeightState,
+)
 
 ResolvedMode = Literal["shadow", "inplace"]
 
@@ -54,6 +66,12 @@ class WeightMemory(Protocol):
 
     def begin(self, manifest: Sequence[TensorInfo], mode: UpdateMode, partial: bool) -> ResolvedMode: ...
 
+    def begin_open(self, mode: UpdateMode, partial: bool) -> ResolvedMode: ...
+
+    def extend(self, manifest: Sequence[TensorInfo]) -> int: ...
+
+    def missing(self) -> list[str]: ...
+
     def stage(self, index: int, data: Any, start: int | None = None) -> StageCopy: ...
 
     def forget(self, index: int) -> list[int]: ...
@@ -67,9 +85,15 @@ class StagedSet:
     """Which tensors of a manifest have been staged, each exactly once since it was last forgotten."""
 
     def __init__(self, manifest: Sequence[TensorInfo]) -> None:
-        self.manifest: tuple[TensorInfo, ...] = tuple(manifest)
+        self.manifest: list[TensorInfo] = []
         self.num_staged = 0
-        self._is_staged = bytearray(len(self.manifest))
+        self._is_staged = bytearray()
+        self.extend(manifest)
+
+    def extend(self, manifest: Sequence[TensorInfo]) -> None:
+        """These are to be staged as well."""
+        self.manifest += manifest
+        self._is_staged += bytes(len(manifest))
 
     def check(self, index: int, *, replaces: bool = False) -> TensorInfo:
         """The entry at `index`. `WeightUpdateError` if there is none, or it was staged before and is not replaced."""
@@ -97,19 +121,14 @@ class StagedSet:
         """Names not staged yet, in manifest order."""
         return [info.name for info, staged in zip(self.manifest, self._is_staged, strict=True) if not staged]
 
-    def check_complete(self) -> None:
-        """`WeightUpdateError` naming what has not been staged."""
-        if self.num_staged == len(self.manifest):
-            return
-        names = self.missing()
-        rest = len(names) - _MAX_NAMES_IN_MESSAGE
-        shown = ", ".join(names[:_MAX_NAMES_IN_MESSAGE]) + (f" and {rest} more" if rest > 0 else "")
-        raise WeightUpdateError(f"not staged: {shown}", field=names[0])
-
 
 class OpenUpdate:
     """One open update, as the core has it. `has_written` is True once live memory may have changed: in place, and in a
-    commit; `committing` is that of one under way."""
+    commit; `committing` is that of one under way.
+
+    Of one that `is_open_ended`, `num_missing` tensors of the model have not been named yet; it has to have all unless
+    it is `partial`.
+    """
 
     def __init__(
         self,
@@ -121,6 +140,9 @@ class OpenUpdate:
         in_flight: InFlight,
         timeout_s: float,
         now: float,
+        partial: bool = False,
+        is_open_ended: bool = False,
+        num_missing: int = 0,
     ) -> None:
         self.session_id = session_id
         self.version = version
@@ -128,9 +150,18 @@ class OpenUpdate:
         self.in_flight: InFlight = in_flight
         self.timeout_s = timeout_s
         self.deadline = now + timeout_s
+        self.is_partial = partial
+        self.is_open_ended = is_open_ended
+        self.num_missing = num_missing
         self.has_written = False
         self.committing: Ticket | None = None
         self.staged = StagedSet(manifest)
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing is to come that it has named, or has to name."""
+        has_named_all = self.is_partial or not self.num_missing
+        return has_named_all and self.staged.num_staged == len(self.staged.manifest)
 
     def report(self, epoch: int, pause_ms: float, num_aborted: int) -> UpdateReport:
         """What is said of it once its weights are live."""
@@ -144,7 +175,8 @@ class OpenUpdate:
 
     def expired(self) -> DeadlineError:
         """Why it ends when nobody has touched it until its deadline."""
-        return DeadlineError(f"session {self.session_id} was aborted {self.timeout_s:g} s after its last command")
+        message = f"session {self.session_id} was aborted {self.timeout_s:g} s after its last command"
+        return DeadlineError(message, field="session_id")
 
 
 class WeightMachine:
@@ -210,8 +242,10 @@ class WeightMachine:
         timeout_s: float,
         in_flight: InFlight = "drain",
         partial: bool = False,
+        is_open_ended: bool = False,
     ) -> OpenUpdate:
-        """Open a session for a manifest that is right as a whole. Session ids are never reused.
+        """Open a session for a manifest that is right as a whole, or, if it `is_open_ended`, as far as it goes. Session
+        ids are never reused.
 
         Raises `UpdateConflictError` if a session is open; `WeightUpdateError` for arguments that are wrong, a partial
         update of weights that are not whole, and what the memory refuses.
@@ -222,12 +256,62 @@ class WeightMachine:
             raise WeightUpdateError(f"weights are {self._resting}: only a complete update is accepted", field="partial")
         if not timeout_s > 0:
             raise WeightUpdateError(f"timeout_s must be positive, got {timeout_s}", field="timeout_s")
-        resolved = self._memory.begin(manifest, mode, partial)
+        num_missing = 0
+        if not is_open_ended:
+            resolved = self._memory.begin(manifest, mode, partial)
+        else:
+            resolved = self._memory.begin_open(mode, partial)
+            try:
+                num_missing = self._memory.extend(manifest)
+            except BaseException:  # whatever it is, no update is open then
+                self._memory.abort()
+                raise
         self._num_sessions += 1
         self.session = OpenUpdate(
-            self._num_sessions, version, manifest, resolved, in_flight=in_flight, timeout_s=timeout_s, now=now
+            self._num_sessions,
+            version,
+            manifest,
+            resolved,
+            in_flight=in_flight,
+            timeout_s=timeout_s,
+            now=now,
+            partial=partial,
+            is_open_ended=is_open_ended,
+            num_missing=num_missing,
         )
         return self.session
+
+    def extend(self, session_id: int, manifest: Sequence[TensorInfo], now: float) -> int:
+        """More tensors of an open-ended session; returns the index of the first. The deadline moves.
+
+        `WeightUpdateError` for a session that is not, and for what the memory refuses: nothing has changed then.
+        """
+        session = self.require(session_id)
+        session.touch(now)
+        first = len(session.staged.manifest)
+        if not session.is_open_ended:
+            message = f"session {session_id} takes the tensors of its manifest only"
+            raise WeightUpdateError(message, field="manifest")
+        if first + len(manifest) > MAX_TENSORS:
+            raise WeightUpdateError(f"an update has at most {MAX_TENSORS} tensors", field="manifest")
+        session.num_missing = self._memory.extend(manifest)
+        session.staged.extend(manifest)
+        return first
+
+    def missing(self) -> list[str]:
+        """What the open session has still to be given before it is committed: named and not staged, or not named."""
+        if self.session is None:
+            return []
+        lacks = self.session.num_missing and not self.session.is_partial
+        return self.session.staged.missing() + (self._memory.missing() if lacks else [])
+
+    def check_complete(self) -> None:
+        """`WeightUpdateError` naming what the open session lacks."""
+        session = self.session
+        if session is None or (session.is_complete and not (session.is_open_ended and not session.staged.num_staged)):
+            return
+        names = self.missing() or ["an update of no tensors"]
+        raise WeightUpdateError(f"not staged: {shortened(names)}", field=names[0])
 
     def require(self, session_id: int) -> OpenUpdate:
         """The open session, if that is its id. Of the last one that ended, an error that says how; else
@@ -279,7 +363,7 @@ class WeightMachine:
         """
         session = self.require(session_id)
         if session.committing is None:
-            session.staged.check_complete()
+            self.check_complete()
             session.has_written = True  # a copy that fails half-way leaves a mix
             session.committing = self._memory.commit()
         if not session.committing.is_done():
@@ -315,7 +399,18 @@ class WeightMachine:
         """`UpdateConflictError` while one is open."""
         if self.session:
             message = f"session {self.session.session_id} is open; commit or abort it first"
+            if self.session.is_open_ended:
+                message = (
+                    f"session {self.session.session_id} takes tensors as they come and is not complete "
+                    f"(not staged: {shortened(self.missing())}); send the rest, or end it by abort_update"
+                )
             raise UpdateConflictError(message, field="session_id")
+
+
+def shortened(names: Sequence[str]) -> str:
+    """Names in a message, the first few of many."""
+    rest = len(names) - _MAX_NAMES_IN_MESSAGE
+    return ", ".join(names[:_MAX_NAMES_IN_MESSAGE]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def check_version(version: str) -> None:

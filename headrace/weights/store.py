@@ -8,15 +8,14 @@ through one `WeightMap`. Must not know states, versions, deadlines or requests (
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from headrace.config.machine import available_memory
 from headrace.types.errors import CheckpointError, InternalError, NotFoundError, UpdateConflictError, WeightUpdateError
 from headrace.types.weights import TensorInfo, UpdateMode
+from headrace.weights.open_plan import OpenPlan
 from headrace.weights.position_sum import DIGEST_LENGTH, PositionKeys, PositionSum
 from headrace.weights.region import Region
 from headrace.weights.session import ResolvedMode
@@ -35,10 +34,8 @@ from headrace.weights.staging import (
     row_blocks,
     source_of,
 )
-from headrace.weights.transaction import Memories, Transaction
+from headrace.weights.transaction import Memories, Transaction, memory_beside, memory_left
 from headrace.weights.weight_map import FLOAT_DTYPES, ManifestPlan, WeightMap, WeightRule, is_recomputed
-
-logger = logging.getLogger(__name__)
 
 SHADOW_HEADROOM_BYTES = 256 << 20
 """Memory that must stay free beside the shadow buffers, for activations and the producer."""
@@ -78,9 +75,10 @@ class WeightStore:
             self.live[spec.name] = tensor
         self._regions: dict[str, Region] = {}
         self._plan: ManifestPlan | None = None
+        self._parts: OpenPlan | None = None
         self._keys: PositionKeys | None = None
         self._check_finite = check_finite
-        self._memory = memory or _memory_left(device)
+        self._memory = memory or memory_left(device)
         self._transaction: Transaction | None = None
         self._side = SideStream(device)
         self._side_reader: SideReader | None = None
@@ -196,15 +194,52 @@ class WeightStore:
         Raises `UpdateConflictError` if one is open; `WeightUpdateError` for a bad manifest (naming each tensor), and
         for a shadow that does not fit in memory.
         """
-        self._require_no_update()
-        if mode not in ("auto", "shadow", "inplace"):
-            raise WeightUpdateError(f"mode must be auto, shadow or inplace, got {mode!r}", field="mode")
+        self._check_begin(mode)
         plan = self._plan
         if plan is None or plan.partial != partial or plan.given != tuple(manifest):
             plan = self._plan = self.weight_map.plan(manifest, partial)
-        self._transaction = Transaction(plan, self._shadow(mode, plan.rules))
+        shadow = self._shadow(mode, plan.rules)
+        self._transaction = Transaction("inplace" if shadow is None else "shadow")
+        self._transaction.add(plan, shadow)
         self._side.begin()
         return self._transaction.mode
+
+    def begin_open(self, mode: UpdateMode, partial: bool) -> ResolvedMode:
+        """Open an update whose manifest comes in parts, by `extend`; returns what `mode` became, for which the size of
+        the whole model counts. Raises as `begin`."""
+        self._check_begin(mode)
+        num_bytes = sum(self.live[name].nbytes for name in self.weight_map.params)
+        has_room = mode != "inplace" and num_bytes + SHADOW_HEADROOM_BYTES <= self._memory()
+        if mode == "shadow" and not (has_room or partial):
+            raise self._no_room(num_bytes)
+        if self._parts is None or self._parts.partial != partial:
+            self._parts = OpenPlan(self.weight_map, partial)
+        self._parts.restart()
+        self._transaction = Transaction("shadow" if has_room or mode == "shadow" else "inplace", self._parts)
+        return self._transaction.mode
+
+    def extend(self, manifest: Sequence[TensorInfo]) -> int:
+        """More tensors of an open-ended update; returns how many the map still lacks. On an error nothing has changed.
+
+        Raises `WeightUpdateError` naming each tensor that is unknown, doubled or misshapen, and for a shadow of them
+        that does not fit in memory.
+        """
+        transaction, parts = self._require_parts()
+        plan = parts.plan(manifest)
+        shadow = self._shadow(transaction.mode, plan.rules)
+        parts.take()
+        transaction.add(plan, shadow)
+        self._side.begin()
+        return parts.num_missing
+
+    def missing(self) -> list[str]:
+        """The tensors that an open-ended update still lacks."""
+        return self.weight_map.missing(self._require_parts()[0].names)
+
+    def _check_begin(self, mode: UpdateMode) -> None:
+        self._require_no_update()
+        if mode not in ("auto", "shadow", "inplace"):
+            raise WeightUpdateError(f"mode must be auto, shadow or inplace, got {mode!r}", field="mode")
 
     def _shadow(self, mode: UpdateMode, rules: Sequence[WeightRule]) -> Memories | None:
         """Memory beside the live weights; None: the update writes in place."""
@@ -212,20 +247,16 @@ class WeightStore:
             return None
         live = {rule.hf_name: self._region(rule.hf_name).memories for rule in rules}
         num_bytes = sum(memory.nbytes for memories in live.values() for memory in memories)
-        available = self._memory()
-        if num_bytes + SHADOW_HEADROOM_BYTES <= available:
-            try:
-                return {
-                    name: [torch.empty(each.shape, dtype=each.dtype, device=self.device) for each in memories]
-                    for name, memories in live.items()
-                }
-            except torch.OutOfMemoryError:  # what the allocator keeps for graphs looks free, and is in pieces
-                logger.warning("%d bytes of weights found no room beside the live ones", num_bytes)
-            torch.cuda.empty_cache()  # of what was had before that
+        shadow = memory_beside(live) if num_bytes + SHADOW_HEADROOM_BYTES <= self._memory() else None
+        if shadow is not None:
+            return shadow
         if mode == "shadow":
-            message = f"shadow needs {num_bytes} bytes and headroom, {available} are available; use inplace"
-            raise WeightUpdateError(message, field="mode")
+            raise self._no_room(num_bytes)
         return None
+
+    def _no_room(self, num_bytes: int) -> WeightUpdateError:
+        message = f"shadow needs {num_bytes} bytes and headroom, {self._memory()} are available; use inplace"
+        return WeightUpdateError(message, field="mode")
 
     def stage(self, index: int, data: memoryview | TensorData, start: int | None = None) -> StageWork:
         """The work of moving manifest entry `index` into place; nothing is written before `advance`.
@@ -235,7 +266,7 @@ class WeightStore:
         `WeightUpdateError` naming the tensor if it is not that, or cannot be read.
         """
         transaction = self._require_update()
-        info = transaction.plan.manifest[index]
+        info = transaction.manifest[index]
         source = source_of(info, data, start)
         arrival = transaction.arrivals.pop(index, None)  # a piece that is never done leaves a tensor to begin again
         if not start:
@@ -260,7 +291,7 @@ class WeightStore:
     def _arrival(self, transaction: Transaction, info: TensorInfo) -> Arrival:
         destination = self._destination(transaction, info.name)
         is_live = transaction.mode == "inplace" and info.name not in self.weight_map.aliases
-        is_summed = info.name in transaction.plan.compared or len(info.digest) == DIGEST_LENGTH
+        is_summed = info.name in transaction.compared or len(info.digest) == DIGEST_LENGTH
         summed = [destination] if is_summed else []
         if self._tied_live(transaction, info.name):  # owns no memory: its destination is scratch
             summed.append(self._region(info.name))
@@ -270,7 +301,7 @@ class WeightStore:
     def _tied_live(self, transaction: Transaction, name: str) -> str:
         """What `name` has to equal as it is live, since it is not sent as well; else ""."""
         target = self.weight_map.aliases.get(name, "")
-        return "" if target in transaction.plan.names else target
+        return "" if target in transaction.names else target
 
     def _arrived(self, transaction: Transaction, index: int, info: TensorInfo, arrival: Arrival) -> None:
         if not arrival.is_whole:
@@ -391,6 +422,12 @@ class WeightStore:
         if self._transaction:
             raise UpdateConflictError("a weight update is open; commit or abort it first", field="session_id")
 
+    def _require_parts(self) -> tuple[Transaction, OpenPlan]:
+        transaction = self._require_update()
+        if transaction.parts is None:
+            raise WeightUpdateError("the open update takes the tensors of its manifest only", field="manifest")
+        return transaction, transaction.parts
+
     def _require_update(self) -> Transaction:
         if self._transaction is None:
             raise UpdateConflictError("no weight update is open", field="session_id")
@@ -399,15 +436,3 @@ class WeightStore:
 
 def _not_finite(name: str, dtype: torch.dtype) -> str:
     return f"{name} holds NaN or infinity in {dtype_name(dtype)} (check_finite=False lets such weights in)"
-
-
-def _memory_left(device: torch.device) -> Callable[[], int]:
-    """On a device, also what the allocator keeps but nobody uses."""
-    if device.type == "cpu":
-        return available_memory
-
-    def left() -> int:
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + unused
-
-    return left

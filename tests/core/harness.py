@@ -14,7 +14,20 @@ from headrace.core.fake_executor import FreeExecutor
 from headrace.core.loop import CoreLoop
 from headrace.ipc import PeerClosed, SharedBuffer
 from headrace.types.errors import ErrorInfo
-from headrace.types.messages import BeginUpdate, Command, CoreStatus, Deltas, GetStatus, Output, Reply, Stage, Submit
+from headrace.types.messages import (
+    BeginUpdate,
+    Command,
+    CoreStatus,
+    Deltas,
+    ExtendUpdate,
+    GetStatus,
+    Output,
+    Reply,
+    Stage,
+    Submit,
+    UpdateBegun,
+    UpdateExtended,
+)
 from headrace.types.request import Delta, Finish, Request, pack_ids, unpack_floats, unpack_ids
 from headrace.types.weights import BufferEntry, TensorInfo
 from headrace.weights.position_sum import PositionKeys, position_digest
@@ -250,6 +263,35 @@ class Core:
         call_id = self.start_stage(session_id, tensors, only)
         self.until(lambda: call_id in self.link.replies)
         self.answer(call_id)
+
+    def begin_open(self, mode: str = "auto", in_flight: str = "drain", *, partial: bool = False) -> int:
+        """Open an open-ended session of 10 s; returns its id."""
+
+        def command(call_id: int) -> BeginUpdate:
+            return BeginUpdate(call_id, "v1", (), mode, in_flight, partial, 10.0, is_open=True)  # type: ignore[arg-type]
+
+        return int(self.call(command, kind=UpdateBegun).session_id)
+
+    def extend(self, session_id: int, tensors: dict[str, torch.Tensor]) -> UpdateExtended:
+        """Name more tensors of an open-ended session."""
+        found = self.call(ExtendUpdate, session_id, manifest_of(tensors), kind=UpdateExtended)
+        assert isinstance(found, UpdateExtended)
+        return found
+
+    def start_part(self, session_id: int, tensors: dict[str, torch.Tensor]) -> int:
+        """Name more tensors, and queue their staging in one bucket; returns the call id."""
+        first = self.extend(session_id, tensors).first_index
+        buffer, offsets = bucket_of(list(tensors.values()))
+        entries = tuple(BufferEntry(first + number, offset) for number, offset in enumerate(offsets))
+        self.buffer = buffer
+        return self.start(Stage, session_id, buffer.ref, entries)
+
+    def stage_part(self, session_id: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Name more tensors, stage them, and wait for the answer."""
+        if tensors:
+            self.call_answer(self.start_part(session_id, tensors))
+        else:
+            self.extend(session_id, tensors)
 
     # What came of a request.
 

@@ -131,8 +131,25 @@ class RankWeights:
         self._is_open = True
         return resolved
 
+    def begin_open(self, mode: UpdateMode, partial: bool) -> ResolvedMode:
+        resolved = self._store.begin_open(mode, partial)
+        self._others.tell(Kind.BEGIN_OPEN, int(resolved == "inplace"), int(partial))
+        self._is_open = True
+        return resolved
+
+    def extend(self, manifest: Sequence[TensorInfo]) -> int:
+        """Where another rank refuses what this one takes, the update can only be aborted."""
+        num_missing = self._store.extend(manifest)
+        self._others.tell(Kind.EXTEND, data=msgspec.msgpack.encode(list(manifest)))
+        if not self._others.group.agree(is_ready=True):
+            raise WeightUpdateError("another rank refuses the tensors", field="mode")
+        return num_missing
+
+    def missing(self) -> list[str]:
+        return self._store.missing()
+
     def stage(self, index: int, data: Any, start: int | None = None) -> StageCopy:
-        info = self._store._require_update().plan.manifest[index]
+        info = self._store._require_update().manifest[index]
         source = source_of(info, data, start)
         values = torch.empty(source.num_elements, dtype=TORCH_DTYPES[info.dtype])
         source.copy(slice(0, source.num_elements), values)

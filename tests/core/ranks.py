@@ -58,6 +58,8 @@ class Kind(IntEnum):
     DIGEST = 10
     READ = 11  # (start, number of bytes; bytes: the name)
     SCRAMBLE = 12  # (seed)
+    BEGIN_OPEN = 13  # (in place, partial)
+    EXTEND = 14  # (bytes: manifest)
 
 
 class Group:

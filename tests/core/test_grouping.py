@@ -307,6 +307,14 @@ def test_joining_ends_early(core: GroupCore, how: str) -> None:
         core.join()
 
 
+def test_a_group_that_was_joined_for_nobody_is_left(core: GroupCore) -> None:
+    group = core.join()
+    core.start(GiveUp, 1)  # the call that joined it, answered when nobody listened any more
+    core.settle()
+    assert group.problem is not None
+    core.join()
+
+
 def test_a_name_is_free_when_its_group_is_of_no_use(core: GroupCore) -> None:
     group = core.join()
     second = core.start_join()

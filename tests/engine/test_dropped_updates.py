@@ -159,7 +159,7 @@ def test_a_buffer_is_not_taken_from_whoever_writes_to_it() -> None:
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 3, 4, 5])
-@pytest.mark.parametrize("name", ["update", "inplace", "begin", "pause", "stage"])
+@pytest.mark.parametrize("name", ["update", "inplace", "bucket", "begin", "pause", "stage"])
 def test_a_coroutine_that_is_closed_leaves_nothing(engine: Engine, name: str, num_steps: int) -> None:
     """Nobody throws `CancelledError` into it, and it cannot wait: whoever ran it is gone."""
     ours = engine.asynchronous
@@ -169,6 +169,7 @@ def test_a_coroutine_that_is_closed_leaves_nothing(engine: Engine, name: str, nu
         calls: dict[str, Callable[[], Any]] = {
             "update": lambda: ours.update_weights_from_tensor(TENSORS, "never", mode="shadow"),
             "inplace": lambda: ours.update_weights_from_tensor(TENSORS, "never", mode="inplace"),
+            "bucket": lambda: ours.update_weights_from_bucket(TENSORS, "never", mode="shadow"),
             "begin": lambda: ours.begin_update("never", MANIFEST, mode="shadow"),
             "pause": lambda: ours.pause("keep"),
             "stage": lambda: ours.stage(session, TENSORS),  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import subprocess
@@ -42,10 +43,18 @@ def new_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def spawned(model_folder: Path) -> Iterator[Engine]:
-    """An engine with a core process."""
-    with Engine(model_folder, **SETTINGS) as shared:
-        yield shared
+def shared(model_folder: Path) -> Iterator[Engine]:
+    with Engine(model_folder, **SETTINGS) as engine:
+        yield engine
+
+
+@pytest.fixture
+def spawned(shared: Engine) -> Iterator[Engine]:
+    """An engine with a core process, in no group and no update."""
+    yield shared
+    shared.abort_update()
+    with contextlib.suppress(WeightUpdateError):
+        shared.destroy_weights_update_group("g")
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +172,6 @@ def test_requests_go_on_while_tensors_arrive(
         spawned.commit(session)
     for each in load.found:
         assert [version for version, _ in each.version_spans] == ["old", "new"]
-    spawned.destroy_weights_update_group("g")
 
 
 @pytest.mark.parametrize("inprocess", [False, True])
@@ -183,6 +191,7 @@ def test_a_trainer_that_counts_otherwise_is_named_in_time(spawned: Engine, train
     trainer.tell(do="init", port=port, name="g", world_size=3, seconds=3)
     error = refused(spawned.init_weights_update_group, "127.0.0.1", port, 1, 2, "g", "gloo", timeout=2)
     assert "'g'" in error.message and error.field == "group_name"
+    trainer.kill()
 
 
 def test_a_trainer_that_dies_while_ranks_meet(spawned: Engine, trainer: TrainerProcess, new_folder: Path) -> None:
@@ -201,7 +210,6 @@ def test_a_trainer_that_dies_while_ranks_meet(spawned: Engine, trainer: TrainerP
     successor = TrainerProcess()
     join(spawned, successor, port=port)
     push(spawned, successor, new_folder)
-    spawned.destroy_weights_update_group("g")
     successor.close()
 
 
@@ -224,7 +232,6 @@ def test_a_trainer_that_dies_while_it_sends(
         spawned.destroy_weights_update_group("g")
     join(spawned, successor, port=port)
     push(spawned, successor, new_folder)
-    spawned.destroy_weights_update_group("g")
     successor.close()
 
 
@@ -240,7 +247,6 @@ def test_a_trainer_that_stands_still(spawned: Engine, trainer: TrainerProcess, n
     successor = TrainerProcess()
     join(spawned, successor)
     push(spawned, successor, new_folder)
-    spawned.destroy_weights_update_group("g")
     successor.close()
 
 
@@ -253,7 +259,6 @@ def test_bytes_that_were_not_announced_are_found(spawned: Engine, trainer: Train
     error = refused(spawned.stage_from_group, session, NAMES, "g")
     assert isinstance(error, WeightUpdateError) and NAMES[0] in error.message and "'g'" in error.message
     check_unusable(spawned, session)
-    spawned.destroy_weights_update_group("g")
 
 
 def test_a_tensor_that_is_refused_lets_the_rest_pass(
@@ -273,7 +278,98 @@ def test_a_tensor_that_is_refused_lets_the_rest_pass(
     digest = spawned.digest()
     push(spawned, trainer, new_folder)
     assert spawned.digest() == digest
-    spawned.destroy_weights_update_group("g")
+
+
+def bucket_call(names: list[str]) -> tuple[list[str], list[str], list[list[int]]]:
+    """What slime's call says of these tensors."""
+    shapes = {name: list(shape) for name, shape, _ in manifest_of()}
+    return names, ["torch.float32"] * len(names), [shapes[name] for name in names]
+
+
+@pytest.mark.parametrize("is_bucket", [False, True])
+def test_buckets_join_one_update(
+    spawned: Engine, trainer: TrainerProcess, model_folder: Path, new_folder: Path, is_bucket: bool
+) -> None:
+    with Engine(new_folder, inprocess=True, **SETTINGS) as cold:
+        expected = cold.digest()
+    spawned.update_weights_from_disk(model_folder, "old")
+    join(spawned, trainer)
+    reports = []
+    for part in (NAMES[:10], NAMES[10:11], NAMES[11:]):
+        trainer.tell(do="send", name="g", folder=str(new_folder), names=part, bucket=is_bucket)
+        load_format = BUCKET if is_bucket else None
+        reports.append(spawned.update_weights_from_distributed(*bucket_call(part), "g", load_format, 7))
+        trainer.hear()
+    assert reports[:2] == [None, None] and reports[2] is not None and reports[2].version == "7"
+    assert spawned.digest() == expected
+
+
+def test_a_head_that_comes_with_its_tied_embedding(spawned: Engine, trainer: TrainerProcess, new_folder: Path) -> None:
+    join(spawned, trainer)
+    (embedding,) = [name for name in NAMES if "embed_tokens" in name]
+    names, dtypes, shapes = bucket_call(NAMES)
+    tied = ["lm_head.weight", *names], ["float32", *dtypes], [shapes[names.index(embedding)], *shapes]
+    trainer.tell(do="send", name="g", folder=str(new_folder), names=[embedding, *NAMES])
+    report = spawned.update_weights_from_distributed(*tied, "g", None, "tied")
+    trainer.hear()
+    assert report is not None and spawned.version == "tied"
+    trainer.tell(do="send", name="g", folder=str(new_folder), names=[NAMES[1] if embedding == NAMES[0] else NAMES[0]])
+    trainer.kill()
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("model.norm.weight", {"names": lambda names: ["model.norm.weight", *names[1:]]}),  # of another shape
+        ("no.such.tensor", {"names": lambda names: ["no.such.tensor", *names[1:]]}),
+        ("mode", {"mode": "sideways"}),
+        ("in_flight", {"in_flight": "wait"}),
+        ("version", {"version": ""}),
+        ("timeout", {"timeout": -1}),
+    ],
+)
+def test_a_refused_bucket_leaves_the_group_as_good_as_before(
+    spawned: Engine, trainer: TrainerProcess, new_folder: Path, field: str, change: dict[str, Any]
+) -> None:
+    join(spawned, trainer)
+    names, dtypes, shapes = bucket_call([name for name in NAMES if name != "model.norm.weight"])
+    options = {"names": names, **change}
+    options["names"] = change["names"](names) if "names" in change else names
+    trainer.tell(do="send", name="g", folder=str(new_folder), names=names)
+    error = refused(spawned.update_weights_from_distributed, dtypes=dtypes, shapes=shapes, group_name="g", **options)
+    assert error.field == field and error.status == 400
+    trainer.hear()  # what it sends is taken
+    trainer.tell(do="send", name="g", folder=str(new_folder), names=NAMES)
+    assert spawned.update_weights_from_distributed(*bucket_call(NAMES), "g", None, "after") is not None
+    trainer.hear()
+    with Engine(new_folder, inprocess=True, **SETTINGS) as cold:
+        assert spawned.digest() == cold.digest()
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("dtypes", {"dtypes": ["float31"]}),
+        ("dtypes", {"dtypes": ["float32"] * 2}),
+        ("dtypes", {"dtypes": None}),
+        ("shapes", {"shapes": [[-1]]}),
+        ("shapes", {"shapes": [["1"]]}),
+        ("shapes", {"shapes": [[1] * 9]}),
+        ("names", {"names": [7]}),
+        ("names", {"names": "model.norm.weight"}),
+        ("load_format", {"load_format": "direct"}),
+    ],
+)
+def test_a_bucket_that_nobody_can_count_is_named(engine: Engine, field: str, change: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"names": ["model.norm.weight"], "dtypes": ["float32"], "shapes": [[32]]}
+    error = refused(engine.update_weights_from_distributed, **{**arguments, **change})
+    assert error.field == field and error.status == 400
+
+
+def test_a_bucket_that_nobody_can_count_ends_the_group(spawned: Engine, trainer: TrainerProcess) -> None:
+    join(spawned, trainer)
+    refused(spawned.update_weights_from_distributed, ["a"], ["float31"], [[1]], "g")
+    check_unusable(spawned, spawned.begin_update("next", manifest_of()))
 
 
 def test_a_call_that_does_not_say_how_much_comes_ends_the_group(spawned: Engine, trainer: TrainerProcess) -> None:
@@ -282,7 +378,6 @@ def test_a_call_that_does_not_say_how_much_comes_ends_the_group(spawned: Engine,
     error = refused(spawned.stage_from_group, session, ["no.such.tensor"], "g")
     assert "no.such.tensor" in error.message
     check_unusable(spawned, session)
-    spawned.destroy_weights_update_group("g")
 
 
 def test_two_groups_at_once(model_folder: Path, new_folder: Path, trainer: TrainerProcess) -> None:
@@ -322,7 +417,6 @@ def test_names_of_groups(spawned: Engine, trainer: TrainerProcess) -> None:
     join(spawned, trainer)
     error = refused(spawned.init_weights_update_group, "127.0.0.1", 1, 1, 2, "g", "gloo")
     assert isinstance(error, UpdateConflictError) and error.field == "group_name"
-    spawned.destroy_weights_update_group("g")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ OPEN = {"/health", "/health_generate", "/ready"}
 ADMIN = {
     *("/abort_request", "/pause_generation", "/continue_generation", "/flush_cache", "/update_weights_from_disk"),
     *("/update_weight_version", "/get_weights_by_name", "/weights_checker", "/abort_weight_update"),
+    *("/init_weights_update_group", "/update_weights_from_distributed", "/destroy_weights_update_group"),
 }
 
 

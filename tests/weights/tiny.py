@@ -97,6 +97,15 @@ class DrivenStore(WeightStore):
     def begin(self, manifest: Sequence[TensorInfo], mode: UpdateMode, partial: bool) -> ResolvedMode:
         return self.machine.begin("v", manifest, mode, now=0.0, timeout_s=1.0, partial=partial).mode
 
+    def begin_open(self, mode: UpdateMode, partial: bool) -> ResolvedMode:
+        begun = self.machine.begin("v", (), mode, now=0.0, timeout_s=1.0, partial=partial, is_open_ended=True)
+        return begun.mode
+
+    def extend(self, manifest: Sequence[TensorInfo]) -> int:
+        self.machine.extend(self._session_id(), manifest, 0.0)
+        assert self.machine.session is not None
+        return self.machine.session.num_missing
+
     def stage(self, index: int, data: memoryview | TensorData, start: int | None = None) -> DrivenWork:  # type: ignore[override]
         return DrivenWork(self, index, data, start)
 
@@ -161,6 +170,15 @@ class _Memory:
 
     def begin(self, manifest: Sequence[TensorInfo], mode: UpdateMode, partial: bool) -> ResolvedMode:
         return WeightStore.begin(self._store, manifest, mode, partial)
+
+    def begin_open(self, mode: UpdateMode, partial: bool) -> ResolvedMode:
+        return WeightStore.begin_open(self._store, mode, partial)
+
+    def extend(self, manifest: Sequence[TensorInfo]) -> int:
+        return WeightStore.extend(self._store, manifest)
+
+    def missing(self) -> list[str]:
+        return WeightStore.missing(self._store)
 
     def stage(self, index: int, data: memoryview | TensorData, start: int | None = None) -> StageWork:
         return WeightStore.stage(self._store, index, data, start)
