@@ -10,27 +10,25 @@ import functools
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack, get_args
 
 from headrace.engine import groups
 from headrace.engine.control import (
     DEFAULT_UPDATE_TIMEOUT,
     UpdateTerms,
-    choice_of,
     folder_of,
     seconds_of,
     terms_of,
     terms_of_part,
-    text_of,
     version_of,
 )
-from headrace.engine.fields import InputIds, Prompts, Sampling
+from headrace.engine.fields import InputIds, Prompts, Sampling, name_of
 from headrace.engine.lifecycle import EngineLifecycle
 from headrace.engine.reading import read_weight
-from headrace.engine.requests import GenerateItem, GenerateOptions
+from headrace.engine.requests import CallArguments, GenerateItem, GenerateOptions
 from headrace.engine.runtime import Undoable
 from headrace.engine.serving import HttpServer, server_door, stop_server
-from headrace.engine.stream import Stream, StreamGroup, whole_samples
+from headrace.engine.stream import Stream, StreamGroup, cancel_all, whole_samples
 from headrace.engine.tensors import HeldTensors, NamedTensors, to_tensor
 from headrace.engine.update import Manifest, Run, UpdateSession, manifest_of
 from headrace.text import run_sized
@@ -46,7 +44,7 @@ from headrace.types.messages import (
     WeightBytes,
     WeightsChecker,
 )
-from headrace.types.plain_values import as_flag
+from headrace.types.plain_values import as_choice, as_flag
 from headrace.types.weights import InFlight, PauseMode, TensorInfo, UpdateMode, UpdateReport
 
 if TYPE_CHECKING:
@@ -96,7 +94,7 @@ class AsyncEngine(EngineLifecycle):
         Raises `RequestError` naming the field; `UnavailableError` and `DeadlineError` as their classes say. An error of
         one sequence drops the others of the call.
         """
-        return await self._generate(prompts, input_ids, sampling_params, options)
+        return await self._generate(CallArguments(prompts, input_ids, sampling_params, options))
 
     async def score(
         self,
@@ -107,7 +105,7 @@ class AsyncEngine(EngineLifecycle):
     ) -> list[Generation]:
         """Log-probabilities of given tokens: `generate` with `max_new_tokens=0` and prompt log-probabilities."""
         options["return_prompt_logprobs"] = True
-        return await self._generate(prompts, input_ids, sampling_params, options, scores=True)
+        return await self._generate(CallArguments(prompts, input_ids, sampling_params, options, scores=True))
 
     async def stream(
         self,
@@ -136,7 +134,7 @@ class AsyncEngine(EngineLifecycle):
         """How `stream` starts, and what undoes that: for `Runtime.run` and `wait`. The group is bound to the engine's
         loop."""
         self.runtime.check_open()
-        return self._open_group(prompts, input_ids, sampling_params, options), _drop
+        return self._open_group(CallArguments(prompts, input_ids, sampling_params, options, stream=True)), _drop
 
     def prepare(self, item: GenerateItem) -> GenerateItem:
         """`item`, checked and with its prompt packed; cheap to submit, and to copy for further samples of the prompt.
@@ -159,7 +157,7 @@ class AsyncEngine(EngineLifecycle):
 
         `request_id` matches exactly, or as a prefix. Returns how many sequences matched; none is no error.
         """
-        message = text_of(message, "message")
+        message = name_of(message, "message")
         by_prefix, everything = as_flag(prefix, "prefix"), as_flag(all, "all")
         return self._running.intake.abort(request_id, prefix=by_prefix, everything=everything, message=message)
 
@@ -175,7 +173,7 @@ class AsyncEngine(EngineLifecycle):
 
     def undoable_pause(self, mode: PauseMode, timeout: float | None) -> Undoable[int]:
         """What `pause` does, and what undoes it: for `Runtime.run` and `wait`."""
-        mode = choice_of(mode, PauseMode, "mode")
+        mode = as_choice(mode, get_args(PauseMode), "mode")
         seconds = seconds_of(timeout)
         client = self.runtime.client
         self.runtime.check_open()
@@ -342,7 +340,7 @@ class AsyncEngine(EngineLifecycle):
     ) -> WeightBytes:
         """As `get_weights_by_name`, for callers without torch: the bytes and what they are. Of the first `max_rows`
         rows only, if `check` does not refuse what the tensor turns out to be."""
-        name = text_of(name, "name")
+        name = name_of(name, "name")
         return await read_weight(self.runtime.client, name, max_rows, check)
 
     @_on_engine_loop
@@ -355,7 +353,7 @@ class AsyncEngine(EngineLifecycle):
     @_on_engine_loop
     async def weights_checker(self, action: str) -> dict[str, str]:
         """SGLang's checker: "snapshot", "reset_tensors" or "compare"."""
-        action = text_of(action, "action")
+        action = name_of(action, "action")
         return await self.runtime.client.change(lambda call_id: WeightsChecker(call_id, action), dict[str, str])
 
     @_on_engine_loop
@@ -381,43 +379,20 @@ class AsyncEngine(EngineLifecycle):
         return running
 
     @_on_engine_loop
-    async def _generate(
-        self,
-        prompts: Prompts,
-        input_ids: InputIds,
-        sampling_params: Sampling,
-        options: GenerateOptions,
-        scores: bool = False,
-    ) -> list[Generation]:
-        items = await self._expand(prompts, input_ids, sampling_params, options, scores=scores)
-        streams = await self._running.intake.submit_all(items)
+    async def _generate(self, call: CallArguments) -> list[Generation]:
+        streams = await self._running.intake.submit_all(await self._expand(call))
         try:
             return await whole_samples(streams)
         finally:
-            for stream in streams:
-                stream.cancel()
+            cancel_all(streams)
 
-    async def _open_group(
-        self, prompts: Prompts, input_ids: InputIds, sampling_params: Sampling, options: GenerateOptions
-    ) -> StreamGroup:
-        items = await self._expand(prompts, input_ids, sampling_params, options, stream=True)
-        return StreamGroup(await self._running.intake.submit_all(items))
+    async def _open_group(self, call: CallArguments) -> StreamGroup:
+        return StreamGroup(await self._running.intake.submit_all(await self._expand(call)))
 
-    async def _expand(
-        self,
-        prompts: Prompts,
-        input_ids: InputIds,
-        sampling_params: Sampling,
-        options: GenerateOptions,
-        *,
-        stream: bool = False,
-        scores: bool = False,
-    ) -> list[GenerateItem]:
+    async def _expand(self, call: CallArguments) -> list[GenerateItem]:
         """Much text is encoded, and many prompts are read, in another thread, so that streams and heartbeats go on."""
-        expand = functools.partial(
-            self._running.builder.expand, prompts, input_ids, sampling_params, options, stream=stream, scores=scores
-        )
-        return await run_sized(_size_of(prompts if input_ids is None else input_ids), expand)
+        size = _size_of(call.prompts if call.input_ids is None else call.input_ids)
+        return await run_sized(size, functools.partial(self._running.builder.expand, call))
 
 
 async def _drop(group: StreamGroup) -> None:

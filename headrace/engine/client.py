@@ -113,11 +113,6 @@ class CoreClient:
         """What is wrong with the core now, by its pulse alone; of any thread."""
         return diagnose(self._pulse.read(), time.monotonic_ns(), self._limits)
 
-    @property
-    def num_live(self) -> int:
-        """Sequences without a terminal answer."""
-        return len(self._sinks)
-
     async def start(self, timeout: float) -> CoreReady:
         """Wait for the core to be ready. Raises its error, `EngineDeadError`, or `DeadlineError` after `timeout` s."""
         if self._end is not None:
@@ -138,7 +133,6 @@ class CoreClient:
         return ready
 
     async def detach(self) -> None:
-        """Let go of a dead core."""
         watch, self._watch = self._watch, None
         if watch is not None:
             watch.cancel()

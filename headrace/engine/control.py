@@ -8,7 +8,7 @@ from typing import Any, get_args
 import msgspec
 
 from headrace.engine.fields import MAX_NAME_LENGTH
-from headrace.types.errors import CheckpointError, RequestError, WeightUpdateError
+from headrace.types.errors import CheckpointError, WeightUpdateError, encodable
 from headrace.types.plain_values import as_choice, as_flag, as_integer, as_seconds, plain_text
 from headrace.types.weights import InFlight, UpdateMode
 
@@ -34,7 +34,7 @@ def terms_of_part(version: Any, mode: Any, in_flight: Any, timeout: Any) -> Upda
 def terms_of(version: Any, mode: Any, in_flight: Any, timeout: Any, partial: Any = False) -> UpdateTerms:
     """What an update call says, apart from its tensors."""
     is_partial, seconds = as_flag(partial, "partial"), seconds_of(timeout) or DEFAULT_UPDATE_TIMEOUT
-    modes = choice_of(mode, UpdateMode, "mode"), choice_of(in_flight, InFlight, "in_flight")
+    modes = as_choice(mode, get_args(UpdateMode), "mode"), as_choice(in_flight, get_args(InFlight), "in_flight")
     return UpdateTerms(version_of(version), *modes, seconds, is_partial)
 
 
@@ -43,7 +43,7 @@ def version_of(version: Any) -> str:
     label = plain_text(version)
     if not isinstance(label, str):
         label = str(as_integer(version, "version", WeightUpdateError))
-    if not label or len(label) > MAX_NAME_LENGTH or not _is_text(label):
+    if not label or len(label) > MAX_NAME_LENGTH or label != encodable(label):
         rule = f"must be text of 1 to {MAX_NAME_LENGTH} characters, or an integer"
         raise WeightUpdateError(f"version {rule}", field="version")
     return label
@@ -60,24 +60,3 @@ def folder_of(path: str | Path) -> str:
 def seconds_of(timeout: Any) -> float | None:
     """A time limit; None stands for the default."""
     return None if timeout is None else as_seconds(timeout, "timeout")
-
-
-def choice_of(value: Any, choices: Any, field: str) -> Any:
-    """One of the strings of a `Literal`."""
-    return as_choice(value, get_args(choices), field)
-
-
-def text_of(value: Any, field: str) -> str:
-    """A short string that can be sent."""
-    text = plain_text(value)
-    if not isinstance(text, str) or len(text) > MAX_NAME_LENGTH or not _is_text(text):
-        raise RequestError(f"{field} must be text of at most {MAX_NAME_LENGTH} characters", field=field)
-    return text
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # a lone surrogate
-        return False
-    return True

@@ -11,15 +11,16 @@ import contextlib
 import math
 from collections.abc import Iterable, Sequence
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from headrace.engine.calls import outlast
 from headrace.engine.client import CoreClient
-from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, choice_of, seconds_of, terms_of_part, text_of
+from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, seconds_of, terms_of_part
+from headrace.engine.fields import name_of
 from headrace.engine.update import UpdateSession, check_session
 from headrace.types.errors import HeadraceError, RequestError, encodable
 from headrace.types.messages import Discard, GroupTensor, JoinGroup, LeaveGroup, Receive
-from headrace.types.plain_values import as_integer, as_list, plain_text
+from headrace.types.plain_values import as_choice, as_integer, as_list, plain_text
 from headrace.types.weights import (
     ELEMENT_BYTES,
     MAX_DIMENSIONS,
@@ -58,13 +59,13 @@ async def init_weights_update_group(
     only. Raises `WeightUpdateError` and `RequestError` naming the field, `UpdateConflictError` for a name that is in
     use, and `DeadlineError` after `timeout` seconds; nothing is left of the group then.
     """
-    name, address = _name_of(group_name), text_of(master_address, "master_address").strip("[]")
+    name, address = _group_of(group_name), name_of(master_address, "master_address").strip("[]")
     if not address:
         raise RequestError("master_address must not be empty", field="master_address")
     port = _integer_of(master_port, "master_port", 1, 65535)
     size = _integer_of(world_size, "world_size", 2, 1 << 20)
     rank = _integer_of(rank_offset, "rank_offset", 1, size - 1)
-    kind = choice_of(backend, Backend, "backend")
+    kind = as_choice(backend, get_args(Backend), "backend")
     await self.runtime.client.call(
         lambda call_id: JoinGroup(call_id, name, address, port, rank, size, kind), NoneType, seconds_of(timeout)
     )
@@ -72,7 +73,7 @@ async def init_weights_update_group(
 
 async def destroy_weights_update_group(self: AsyncEngine, group_name: str = DEFAULT_GROUP) -> None:
     """Leave a group. What is being received of it fails. `WeightUpdateError` if there is none of that name."""
-    name = _name_of(group_name)
+    name = _group_of(group_name)
     await self.runtime.client.call(lambda call_id: LeaveGroup(call_id, name), NoneType)
 
 
@@ -86,7 +87,7 @@ async def stage_from_group(
     """As `stage`, of tensors of the session's manifest that rank 0 of a group broadcasts in this order: one broadcast
     each, or with `load_format="flattened_bucket"` one of the bytes of all. Waits for the session's time at most."""
     async with _Announced(self.runtime.client) as announced:
-        announced.group = _name_of(group_name)
+        announced.group = _group_of(group_name)
         check_session(session)
         announced.seconds = session.timeout_s
         listed = [_text_in(name, "names") for name in as_list(names, "names", "a list of names", MAX_TENSORS)]
@@ -113,7 +114,7 @@ async def update_weights_from_distributed(
     same time. What the call announces is received even if it is refused, so that the next one gets its own."""
     async with _Announced(self.runtime.client) as announced:
         try:
-            announced.group = _name_of(group_name)
+            announced.group = _group_of(group_name)
             infos = _described(names, dtypes, shapes)
             announced.sends(infos, load_format)
             terms = terms_of_part(version, mode, in_flight, timeout)
@@ -208,8 +209,8 @@ def _shape_of(shape: Any) -> tuple[int, ...]:
     return found
 
 
-def _name_of(group_name: Any) -> str:
-    name = text_of(group_name, "group_name")
+def _group_of(group_name: Any) -> str:
+    name = name_of(group_name, "group_name")
     if not name:
         raise RequestError("group_name must not be empty", field="group_name")
     return name

@@ -39,14 +39,11 @@ class Ledger:
 
     @property
     def paused(self) -> PauseMode | None:
-        """The pause in force."""
         return next(reversed(self._pauses.values()), None)
 
     def sent(self, command: Command) -> None:
-        """A command is on its way."""
-        if isinstance(command, _Change) and not (
-            isinstance(command, WeightsChecker) and command.action != "reset_tensors"
-        ):
+        only_looks = isinstance(command, WeightsChecker) and command.action != "reset_tensors"
+        if isinstance(command, _Change) and not only_looks:
             self._open[command.call_id] = command
 
     def answered(self, reply: Reply) -> None:

@@ -66,7 +66,6 @@ class EngineLifecycle:
 
     @property
     def resolved(self) -> ResolvedConfig:
-        """The settings as they became."""
         return (self._parts or self._running).resolved
 
     @property

@@ -95,8 +95,7 @@ class _Errand(Generic[Result]):
 
     def give_up(self) -> None:
         """Leave nothing of it, from any thread, whether it has begun, is over, or neither. `is_gone` tells the end."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and everything on it over
-            self._loop.call_soon_threadsafe(self._give_up)
+        _call_soon(self._loop, self._give_up)  # once the loop is closed everything on it is over
 
     def _begin(self) -> None:
         if self._is_closing():
@@ -229,7 +228,6 @@ class Runtime:
 
     @property
     def host(self) -> CoreHost:
-        """What the core runs in, now."""
         return self.supervisor.host
 
     @property

@@ -50,7 +50,6 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
         return cls(tuple(firsts), tuple(map(tuple, siblings)))
 
     def all_requests(self) -> Iterator[Request]:
-        """The requests, in their order."""
         for request, siblings in zip_longest(self.requests, self.siblings[: len(self.requests)], fillvalue=()):
             last = cast(Request, request)
             yield last
@@ -75,47 +74,51 @@ class Finished(msgspec.Struct, frozen=True, array_like=True, tag="finished"):
     handles: tuple[int, ...]
 
 
-class Pause(msgspec.Struct, frozen=True, array_like=True, tag="pause"):
+class _Answered(msgspec.Struct, frozen=True, array_like=True):
+    """A command that is answered."""
+
+    call_id: int
+
+
+class _Call(_Answered, frozen=True, kw_only=True):
+    """One with a deadline, which is the last field of each."""
+
+    deadline: float = NO_DEADLINE
+
+
+class Pause(_Call, frozen=True, tag="pause"):
     """Stop stepping. Answered once the mode's promise holds (no step in flight; for drain and abort: nothing runs)."""
 
-    call_id: int
     mode: PauseMode
-    deadline: float = NO_DEADLINE
 
 
-class Resume(msgspec.Struct, frozen=True, array_like=True, tag="resume"):
+class Resume(_Call, frozen=True, tag="resume"):
     """Go on stepping. Refused with `UpdateConflictError` while an open-ended update session is incomplete."""
 
-    call_id: int
-    deadline: float = NO_DEADLINE
 
-
-class GiveUp(msgspec.Struct, frozen=True, array_like=True, tag="give_up"):
+class GiveUp(_Answered, frozen=True, tag="give_up"):
     """Nobody waits for call `target` any more: it is not begun, or undone where it waits, and answered then.
 
     Of what was done already, two are undone because nobody would know of them: a pause (the one before it is in force
     again) and an update session that `target` opened. Reply: null, after the answer of `target`.
     """
 
-    call_id: int
     target: int
 
 
-class BeginUpdate(msgspec.Struct, frozen=True, array_like=True, tag="begin_update"):
+class BeginUpdate(_Call, frozen=True, tag="begin_update"):
     """Open a weight session; the whole manifest is checked before anything is touched. Reply: `UpdateBegun`.
 
     One that `is_open` is open-ended: its manifest may be empty, and `ExtendUpdate` brings the rest. The session is
     aborted by the core `timeout_s` after its last command.
     """
 
-    call_id: int
     version: str
     manifest: tuple[TensorInfo, ...]
     mode: UpdateMode = "auto"
     in_flight: InFlight = "drain"
     partial: bool = False
     timeout_s: float = 600.0
-    deadline: float = NO_DEADLINE
     is_open: bool = False
 
 
@@ -126,14 +129,12 @@ class UpdateBegun(msgspec.Struct, frozen=True):
     mode: str
 
 
-class ExtendUpdate(msgspec.Struct, frozen=True, array_like=True, tag="extend_update"):
+class ExtendUpdate(_Call, frozen=True, tag="extend_update"):
     """Name more tensors of an open-ended session; they are checked beside those before them, and none is taken where
     one is wrong. Reply: `UpdateExtended`."""
 
-    call_id: int
     session_id: int
     manifest: tuple[TensorInfo, ...]
-    deadline: float = NO_DEADLINE
 
 
 class UpdateExtended(msgspec.Struct, frozen=True):
@@ -144,58 +145,48 @@ class UpdateExtended(msgspec.Struct, frozen=True):
     num_missing: int
 
 
-class Stage(msgspec.Struct, frozen=True, array_like=True, tag="stage"):
+class Stage(_Call, frozen=True, tag="stage"):
     """Tensors of the session, or pieces of them, in one shared buffer. The reply means that the buffer may be reused:
     all is copied, or nothing reads it any more. The pieces of a tensor come in order; one at 0 begins it again."""
 
-    call_id: int
     session_id: int
     buffer: BufferRef
     entries: tuple[BufferEntry, ...]
-    deadline: float = NO_DEADLINE
 
 
-class CommitUpdate(msgspec.Struct, frozen=True, array_like=True, tag="commit_update"):
+class CommitUpdate(_Call, frozen=True, tag="commit_update"):
     """Make the staged weights live between two steps, under the session's label unless `version` is another. An
     open-ended session has to be complete, unless it is partial. Reply: `UpdateReport`."""
 
-    call_id: int
     session_id: int
-    deadline: float = NO_DEADLINE
     version: str = ""
 
 
-class AbortUpdate(msgspec.Struct, frozen=True, array_like=True, tag="abort_update"):
+class AbortUpdate(_Call, frozen=True, tag="abort_update"):
     """Drop a session; None: whichever is open, if one is.
 
     In shadow mode the old weights were never touched; in place after a write: poisoned.
     """
 
-    call_id: int
     session_id: int | None
-    deadline: float = NO_DEADLINE
 
 
-class JoinGroup(msgspec.Struct, frozen=True, array_like=True, tag="join_group"):
+class JoinGroup(_Call, frozen=True, tag="join_group"):
     """Become rank `rank` of a `torch.distributed` group of `world_size` that a trainer, its rank 0, makes at `address`.
     Reply: null, once all are there. A group that cannot be used any more gives its name to the new one."""
 
-    call_id: int
     name: str
     address: str
     port: int
     rank: int
     world_size: int
     backend: str
-    deadline: float = NO_DEADLINE
 
 
-class LeaveGroup(msgspec.Struct, frozen=True, array_like=True, tag="leave_group"):
+class LeaveGroup(_Call, frozen=True, tag="leave_group"):
     """Leave a group, or stop joining it. What was to be received of it fails."""
 
-    call_id: int
     name: str
-    deadline: float = NO_DEADLINE
 
 
 class GroupTensor(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -207,64 +198,54 @@ class GroupTensor(msgspec.Struct, frozen=True, array_like=True, gc=False):
     replaces: bool = False
 
 
-class Receive(msgspec.Struct, frozen=True, array_like=True, tag="receive"):
+class Receive(_Call, frozen=True, tag="receive"):
     """Stage tensors that rank 0 of a group broadcasts in this order: one broadcast each, or with `is_bucket` one of the
     bytes of all. Reply: null, once all are staged. Of one that fails, what is still to come is received and forgotten
     until its deadline, since it is sent all the same; what did not come until then leaves the group unusable."""
 
-    call_id: int
     session_id: int
     group: str
     tensors: tuple[GroupTensor, ...]
     is_bucket: bool = False
-    deadline: float = NO_DEADLINE
 
 
-class Discard(msgspec.Struct, frozen=True, array_like=True, tag="discard"):
+class Discard(_Call, frozen=True, tag="discard"):
     """As `Receive`, of what nobody takes. Reply: null, at once. `tensors` is None where nobody can tell how much is
     sent: the group cannot be used any more. `seconds`: how long it may take to come."""
 
-    call_id: int
     group: str
     tensors: tuple[TensorInfo, ...] | None
     is_bucket: bool
     seconds: float
-    deadline: float = NO_DEADLINE
 
 
-class UpdateFromDisk(msgspec.Struct, frozen=True, array_like=True, tag="update_from_disk"):
+class UpdateFromDisk(_Call, frozen=True, tag="update_from_disk"):
     """A whole update read by the core itself from a checkpoint folder. Reply: `UpdateReport`.
 
     Nothing outside the folder `root` is read, whatever links lead there; "": links are followed.
     """
 
-    call_id: int
     path: str
     version: str
     mode: UpdateMode = "auto"
     in_flight: InFlight = "drain"
     root: str = ""
-    deadline: float = NO_DEADLINE
 
 
-class SetVersion(msgspec.Struct, frozen=True, array_like=True, tag="set_version"):
+class SetVersion(_Call, frozen=True, tag="set_version"):
     """Relabel the live weights without changing them. Bumps no epoch; aborts nothing."""
 
-    call_id: int
     version: str
-    deadline: float = NO_DEADLINE
 
 
-class GetWeight(msgspec.Struct, frozen=True, array_like=True, tag="get_weight"):
+class GetWeight(_Call, frozen=True, tag="get_weight"):
     """Copy bytes of one live tensor into the caller's buffer, from byte `start` on, until the buffer is full or the
     first `max_rows` rows are read. Reply: `WeightPart`."""
 
-    call_id: int
     name: str
     buffer: BufferRef
     start: int = 0
     max_rows: int | None = None
-    deadline: float = NO_DEADLINE
 
 
 class WeightPart(msgspec.Struct, frozen=True):
@@ -286,40 +267,28 @@ class WeightBytes(msgspec.Struct, frozen=True):
     data: memoryview
 
 
-class Digest(msgspec.Struct, frozen=True, array_like=True, tag="digest"):
+class Digest(_Call, frozen=True, tag="digest"):
     """Hash live parameter memory, all of it while it holds one version. Reply: dict[str, str], HF name to the 32 hex
     digits of `headrace.weights.position_sum`."""
 
-    call_id: int
-    deadline: float = NO_DEADLINE
 
-
-class WeightsChecker(msgspec.Struct, frozen=True, array_like=True, tag="weights_checker"):
+class WeightsChecker(_Call, frozen=True, tag="weights_checker"):
     """SGLang's checker: "snapshot" keeps digests, "reset_tensors" overwrites live weights (then NEEDS_WEIGHTS),
     "compare" compares live digests with the snapshot. Reply: dict[str, str] (digests, or the names that differ)."""
 
-    call_id: int
     action: str
-    deadline: float = NO_DEADLINE
 
 
-class FlushCache(msgspec.Struct, frozen=True, array_like=True, tag="flush_cache"):
+class FlushCache(_Call, frozen=True, tag="flush_cache"):
     """Free unreferenced cached pages and unpublish the rest. Reply: int, the pages freed. Aborts nothing."""
 
-    call_id: int
-    deadline: float = NO_DEADLINE
 
-
-class GetStatus(msgspec.Struct, frozen=True, array_like=True, tag="get_status"):
+class GetStatus(_Answered, frozen=True, tag="get_status"):
     """Reply: `CoreStatus`."""
 
-    call_id: int
 
-
-class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag="shutdown"):
+class Shutdown(_Answered, frozen=True, tag="shutdown"):
     """Abort what runs, answer it, and end the core. Reply: null, the last message."""
-
-    call_id: int
 
 
 Command = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -101,7 +102,8 @@ class GroupCore(Core):
         super().__init__(self.groups, **settings)
 
     def start_join(self, name: str = "g", seconds: float = 30.0) -> int:
-        return self.start(JoinGroup, name, "localhost", 1, 1, 2, "gloo", self.clock.now + seconds)
+        joining = functools.partial(JoinGroup, deadline=self.clock.now + seconds)
+        return self.start(joining, name, "localhost", 1, 1, 2, "gloo")
 
     def join(self, name: str = "g") -> ScriptGroup:
         call_id = self.start_join(name)
@@ -110,10 +112,13 @@ class GroupCore(Core):
         self.call_answer(call_id)
         return self.groups.groups[-1]
 
+    def receiving(self, seconds: float = 60.0) -> Any:
+        return functools.partial(Receive, deadline=self.clock.now + seconds)
+
     def start_receive(self, session_id: int, names: Sequence[str] = NAMES, **fields: Any) -> int:
         infos = {info.name: info for info in manifest_of(TENSORS)}
         tensors = tuple(GroupTensor(infos[name], NAMES.index(name), **fields) for name in names)
-        return self.start(Receive, session_id, "g", tensors, False, self.clock.now + 60)
+        return self.start(self.receiving(), session_id, "g", tensors)
 
 
 @pytest.fixture
@@ -173,14 +178,14 @@ def test_one_group_that_waits_does_not_hold_up_another(core: GroupCore) -> None:
 
 def test_a_call_that_is_refused_lets_pass_what_it_announces(core: GroupCore) -> None:
     group = core.join()
-    assert core.refused(Receive, 77, "g", _announced(), True, core.clock.now + 60).code == "UpdateConflictError"
+    assert core.refused(core.receiving(), 77, "g", _announced(), True).code == "UpdateConflictError"
     (arrivals,) = group.calls
     assert arrivals.is_dropped and arrivals.is_bucket and arrivals.names == NAMES and arrivals.seconds == 60
 
 
 def test_a_call_that_comes_too_late_lets_pass_what_it_announces(core: GroupCore) -> None:
     group = core.join()
-    assert core.refused(Receive, 77, "g", _announced(), False, core.clock.now - 1).code == "DeadlineError"
+    assert core.refused(core.receiving(-1.0), 77, "g", _announced(), False).code == "DeadlineError"
     assert group.calls[0].is_dropped and group.calls[0].seconds >= 5
 
 
@@ -246,7 +251,7 @@ def test_what_the_manifest_does_not_say_is_refused_by_name(core: GroupCore, chan
     session_id = core.begin(TENSORS)
     entries = {"name": NAMES[0], "shape": tuple(TENSORS[NAMES[0]].shape), "dtype": "float32"} | change
     tensors = (GroupTensor(TensorInfo(**entries), 0),)
-    error = core.refused(Receive, session_id, "g", tensors, False, core.clock.now + 60)
+    error = core.refused(core.receiving(), session_id, "g", tensors, False)
     assert error.code == "WeightUpdateError" and error.field == field
 
 
@@ -254,13 +259,13 @@ def test_a_tensor_named_twice_is_refused(core: GroupCore) -> None:
     core.join()
     session_id = core.begin(TENSORS)
     tensors = _announced()[:1] * 2
-    assert core.refused(Receive, session_id, "g", tensors, False, core.clock.now + 60).field == "names"
+    assert core.refused(core.receiving(), session_id, "g", tensors, False).field == "names"
 
 
 def test_a_tensor_that_nobody_wants_is_received_and_forgotten(core: GroupCore) -> None:
     group, session_id = core.join(), core.begin(TENSORS)
     tensors = (GroupTensor(TensorInfo("rotary_emb.inv_freq", (2,), "float32"), -1), _announced()[0])
-    call_id = core.start(Receive, session_id, "g", tensors, False, core.clock.now + 60)
+    call_id = core.start(core.receiving(), session_id, "g", tensors, False)
     core.turn()
     group.calls[0].come(torch.zeros(2), TENSORS[NAMES[0]])
     core.call_answer(call_id)
@@ -274,7 +279,7 @@ def test_what_nobody_can_count_ends_the_group(core: GroupCore) -> None:
     core.call(Discard, "unknown", None, False, 5.0)
     core.call(Discard, "g", None, False, 5.0)
     assert group.problem is not None
-    assert core.refused(Receive, 1, "g", (), False, core.clock.now + 60).code == "UpdateConflictError"
+    assert core.refused(core.receiving(), 1, "g", (), False).code == "UpdateConflictError"
 
 
 def test_joining_is_answered_by_its_deadline(core: GroupCore) -> None:

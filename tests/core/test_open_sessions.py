@@ -191,7 +191,7 @@ def test_an_extension_that_comes_late_or_is_given_up_is_not_begun() -> None:
     core = Core()
     session = core.begin_open()
     manifest = manifest_of(only(["q.weight"]))
-    late = core.refused(lambda call_id: ExtendUpdate(call_id, session, manifest, core.clock.now - 1.0))
+    late = core.refused(lambda call_id: ExtendUpdate(call_id, session, manifest, deadline=core.clock.now - 1.0))
     assert late.code == "DeadlineError"
     call_id = core.start(ExtendUpdate, session, manifest)
     core.call(GiveUp, call_id)

@@ -35,7 +35,7 @@ def engine(request: pytest.FixtureRequest, model_folder: Path) -> Iterator[Engin
 def check_nothing_left(engine: Engine) -> None:
     status = engine.status()
     assert (status.paused, status.updating) == ("", False)
-    assert engine.asynchronous.runtime.client.num_live == 0
+    assert not engine.asynchronous.runtime.client._sinks
     deadline = time.monotonic() + 20
     while engine.metrics()["num_running"]:
         assert time.monotonic() < deadline, "a sequence runs on for nobody"

@@ -580,4 +580,4 @@ def test_a_number_that_only_looks_like_one_travels_as_its_value(spawned: Engine)
 
     found = asyncio.run(together())
     assert [len(generations[0].token_ids) for generations in found] == [2] * 6
-    assert spawned.asynchronous.runtime.client.num_live == 0
+    assert not spawned.asynchronous.runtime.client._sinks

@@ -225,7 +225,7 @@ def test_what_runs_is_answered_at_once_and_told_what_goes_on(start_process: Star
     async def run() -> list[Any]:
         calls = [engine.asynchronous.generate(input_ids=PROMPT, sampling_params=LONG) for _ in range(8)]
         tasks = [asyncio.ensure_future(call) for call in calls]
-        while engine.asynchronous.runtime.client.num_live < 8:
+        while len(engine.asynchronous.runtime.client._sinks) < 8:
             await asyncio.sleep(0.01)
         kill(engine)
         found = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
