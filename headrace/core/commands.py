@@ -29,13 +29,17 @@ from headrace.types.messages import (
     CommitUpdate,
     CoreStatus,
     Digest,
+    Discard,
     ExtendUpdate,
     Finished,
     FlushCache,
     GetStatus,
     GetWeight,
     GiveUp,
+    JoinGroup,
+    LeaveGroup,
     Pause,
+    Receive,
     ReleaseMemory,
     Resume,
     ResumeMemory,
@@ -75,6 +79,8 @@ def apply_command(
             _check_wanted(command, now, given_up)
             _CALLS[type(command)](replica, command, now)
         except HeadraceError as error:
+            if isinstance(command, Receive):
+                replica.groups.skip(command, clock())  # it is sent all the same
             replica.outbox.refuse(command.call_id, error.info())
         except FAULTS as fault:
             replica.executor.examine(fault)
@@ -129,6 +135,7 @@ def give_up(replica: Replica, command: GiveUp, now: float) -> None:
     replica.update.give_up(command.target, error)
     replica.reading.give_up(command.target, error)
     replica.memory.give_up(command.target, error)
+    replica.groups.give_up(command.target, error)
     replica.outbox.reply(command.call_id)
 
 
@@ -160,6 +167,28 @@ def commit_update(replica: Replica, command: CommitUpdate, now: float) -> None:
 def abort_update(replica: Replica, command: AbortUpdate, now: float) -> None:
     """Drop the session."""
     replica.update.abort(command.session_id)
+    replica.outbox.reply(command.call_id)
+
+
+def join_group(replica: Replica, command: JoinGroup, now: float) -> None:
+    """Become part of a trainer's group; answered when all its ranks are there."""
+    replica.groups.join(command, now)
+
+
+def leave_group(replica: Replica, command: LeaveGroup, now: float) -> None:
+    """Leave a group."""
+    replica.groups.leave(command.name)
+    replica.outbox.reply(command.call_id)
+
+
+def receive(replica: Replica, command: Receive, now: float) -> None:
+    """Stage what arrives at a group; answered when it is copied."""
+    replica.update.receive(command, replica.groups.require(command.group), now)
+
+
+def discard(replica: Replica, command: Discard, now: float) -> None:
+    """Receive what nobody takes."""
+    replica.groups.discard(command)
     replica.outbox.reply(command.call_id)
 
 
@@ -262,6 +291,7 @@ def shutdown(replica: Replica, command: Shutdown, now: float) -> None:
     replica.update.end(ShutdownError("the engine is shutting down"))
     replica.reading.end(ShutdownError("the engine is shutting down"))
     replica.memory.end(ShutdownError("the engine is shutting down"))
+    replica.groups.end(ShutdownError("the engine is shutting down"))
     replica.outbox.reply(command.call_id)
     replica.is_ending = True
 
@@ -282,6 +312,10 @@ _CALLS: dict[type, Callable[[Replica, Any, float], None]] = {
     StagePayload: stage_payload,
     CommitUpdate: commit_update,
     AbortUpdate: abort_update,
+    JoinGroup: join_group,
+    LeaveGroup: leave_group,
+    Receive: receive,
+    Discard: discard,
     UpdateFromDisk: update_from_disk,
     SetVersion: set_version,
     GetWeight: get_weight,
