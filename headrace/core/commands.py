@@ -12,6 +12,7 @@ from typing import Any
 
 from headrace.core.faults import FAULTS, failure
 from headrace.core.replica import Replica
+from headrace.core.staging import StageJob, job_from_buffer, job_from_group, job_from_payload
 from headrace.types.errors import (
     DeadlineError,
     HeadraceError,
@@ -52,6 +53,7 @@ from headrace.types.messages import (
     WeightsChecker,
 )
 from headrace.types.request import Delta
+from headrace.weights.session import WeightMachine
 
 logger = logging.getLogger(__name__)
 
@@ -151,12 +153,16 @@ def extend_update(replica: Replica, command: ExtendUpdate, now: float) -> None:
 
 def stage(replica: Replica, command: Stage, now: float) -> None:
     """Queue an upload; answered when it is copied."""
-    replica.update.stage(command, now)
+    replica.update.stage(command.session_id, lambda machine: job_from_buffer(machine, command, now))
 
 
 def stage_payload(replica: Replica, command: StagePayload, now: float) -> None:
     """Queue what another engine's client shares; answered when it is copied."""
-    replica.update.stage_payload(command, now)
+
+    def job(machine: WeightMachine) -> StageJob:
+        return job_from_payload(machine, command, replica.executor.weights.open_payload(command.payload), now)
+
+    replica.update.stage(command.session_id, job)
 
 
 def commit_update(replica: Replica, command: CommitUpdate, now: float) -> None:
@@ -183,7 +189,8 @@ def leave_group(replica: Replica, command: LeaveGroup, now: float) -> None:
 
 def receive(replica: Replica, command: Receive, now: float) -> None:
     """Stage what arrives at a group; answered when it is copied."""
-    replica.update.receive(command, replica.groups.require(command.group), now)
+    group = replica.groups.require(command.group)
+    replica.update.stage(command.session_id, lambda machine: job_from_group(machine, command, group, now))
 
 
 def discard(replica: Replica, command: Discard, now: float) -> None:

@@ -22,10 +22,10 @@ from collections import deque
 from collections.abc import Callable, Generator
 from pathlib import Path
 
-from headrace.core.executor import Executor, WeightGroup
+from headrace.core.executor import Executor
 from headrace.core.faults import FAULTS, failure
 from headrace.core.outbox import Outbox
-from headrace.core.staging import StageJob, job_from_buffer, job_from_group, job_from_payload, job_from_tensors
+from headrace.core.staging import StageJob, job_from_tensors
 from headrace.core.stepping import Stepper
 from headrace.core.update_phase import COMMIT_LOOK_S, Hold, PendingCall, UpdatePhase
 from headrace.scheduler import Scheduler
@@ -35,9 +35,6 @@ from headrace.types.messages import (
     BeginUpdate,
     CommitUpdate,
     ExtendUpdate,
-    Receive,
-    Stage,
-    StagePayload,
     UpdateBegun,
     UpdateExtended,
     UpdateFromDisk,
@@ -143,22 +140,10 @@ class UpdateControl:
         first = self.machine.extend(command.session_id, command.manifest, now)
         return UpdateExtended(first, self.machine.require(command.session_id).num_missing)
 
-    def stage(self, command: Stage, now: float) -> None:
-        """Queue the copy of an upload; it is answered when all of it is in place."""
-        self._require_no_commit(command.session_id)
-        self._jobs.append(job_from_buffer(self.machine, command, now))
-        self._note_stage()
-
-    def stage_payload(self, command: StagePayload, now: float) -> None:
-        """As `stage`, from memory that another engine's client shares."""
-        self._require_no_commit(command.session_id)
-        memory = self._executor.weights.open_payload(command.payload)
-        self._jobs.append(job_from_payload(self.machine, command, memory, now))
-
-    def receive(self, command: Receive, group: WeightGroup, now: float) -> None:
-        """Queue what arrives at a group; it is answered when all of it is in place."""
-        self._require_no_commit(command.session_id)
-        self._jobs.append(job_from_group(self.machine, command, group, now))
+    def stage(self, session_id: int, job: Callable[[WeightMachine], StageJob]) -> None:
+        """Queue the copies that a command brings; it is answered when all of them are in place."""
+        self._require_no_commit(session_id)
+        self._jobs.append(job(self.machine))
         self._note_stage()
 
     def commit(self, command: CommitUpdate, now: float) -> None:
