@@ -22,7 +22,7 @@ from headrace.engine.core_host import (
 )
 from headrace.engine.intake import Intake
 from headrace.engine.requests import RequestBuilder
-from headrace.engine.runtime import Runtime, forked, result_of
+from headrace.engine.runtime import EngineLoop, forked, result_of
 from headrace.text import Tokenizer
 from headrace.types.errors import ShutdownError
 from headrace.types.messages import CoreReady
@@ -34,7 +34,7 @@ class Running:
     """An engine that has started. `resolved` says what only the core could measure, too."""
 
     def __init__(
-        self, config: EngineConfig, resolved: ResolvedConfig, tokenizer: Tokenizer | None, runtime: Runtime
+        self, config: EngineConfig, resolved: ResolvedConfig, tokenizer: Tokenizer | None, runtime: EngineLoop
     ) -> None:
         self.resolved = resolved
         self.tokenizer = tokenizer
@@ -59,7 +59,7 @@ class Start:
         self._lock = threading.RLock()  # a signal handler or the garbage collector may close what is just being closed
         self._is_closed = False
         self._pid = os.getpid()
-        self._runtime: Runtime | None = None
+        self._runtime: EngineLoop | None = None
         self._outcome: concurrent.futures.Future[Running] = concurrent.futures.Future()
         self._outcome.set_running_or_notify_cancel()  # somebody who stops waiting does not stop the start
         threading.Thread(target=self._run, name="headrace-start", daemon=True).start()
@@ -73,12 +73,13 @@ class Start:
 
     def wait(self) -> Running:
         """Wait in this thread. Raises what kept the engine from starting."""
-        self._check_waits_here()
+        if self.foreign is not None:
+            raise self.foreign
         return self._outcome.result() if self._outcome.done() else result_of(self._outcome)
 
     async def wait_async(self) -> Running:
-        """As `wait`, in an event loop."""
-        self._check_waits_here()
+        if self.foreign is not None:
+            raise self.foreign
         if not self._outcome.done():
             outcome = asyncio.wrap_future(self._outcome)
             outcome.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to see it
@@ -87,13 +88,8 @@ class Start:
 
     @property
     def foreign(self) -> ShutdownError | None:
-        """What the engine is here, if this process is a fork of the one that owns it."""
+        """What the engine is here, if this process is a fork of the one that owns it, and that starts it."""
         return forked(self._pid) if os.getpid() != self._pid else None
-
-    def _check_waits_here(self) -> None:
-        """`ShutdownError` in a fork, where the thread that starts it is not."""
-        if self.foreign is not None:
-            raise self.foreign
 
     def close(self) -> None:
         """End the engine, or its start. Waits until the core is gone. Nothing in a fork."""
@@ -122,7 +118,7 @@ class Start:
         resolved = resolve_settings(config, self._executor, first_device=self._device)
         with self._lock:
             self._check_open()
-            self._runtime = runtime = Runtime(resolved, inprocess=self._inprocess, executor=self._executor)
+            self._runtime = runtime = EngineLoop(resolved, inprocess=self._inprocess, executor=self._executor)
             self._check_open()  # the garbage collector may have closed it in here
         tokenizer = load_tokenizer(config, resolved.folder)
         ready = runtime.wait(runtime.supervisor.start())

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from headrace.types.errors import HeadraceError, InternalError
+from headrace.types.errors import ErrorInfo, HeadraceError, InternalError
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +26,10 @@ _INTERNAL = "internal error; the server's log has the details"
 
 
 def error_body(
-    status: int, message: str, *, param: str = "", kind: str = "", retryable: bool = False
+    status: int, message: str, *, param: str = "", kind: str = "", retryable: bool = False, err_type: str = ""
 ) -> dict[str, Any]:
-    """The JSON object that describes an error. `param` is the field at fault."""
+    """The JSON object that describes an error. `param` is the field at fault, `err_type` the class of `types/errors`
+    that a client of ours raises again."""
     detail = {
         "message": message,
         "type": kind or http.HTTPStatus(status).phrase,
@@ -36,41 +37,46 @@ def error_body(
         "code": status,
         "retryable": retryable,
     }
+    if err_type:
+        detail["err_type"] = err_type
     return {"object": "error", **detail, "error": detail}
 
 
-def body_of(error: HeadraceError) -> dict[str, Any]:
+def body_of(error: HeadraceError, kind: str = "") -> dict[str, Any]:
     """As `error_body`, of one of our errors; what an internal error says stays in the log."""
-    message = _INTERNAL if isinstance(error, InternalError) else error.message
-    return error_body(error.status, message, param=error.field, retryable=error.retryable)
+    told = shown(error.info())
+    return error_body(
+        error.status, told.message, param=error.field, kind=kind, retryable=error.retryable, err_type=told.code
+    )
+
+
+def shown(error: ErrorInfo) -> ErrorInfo:
+    """What a client is told of an error."""
+    return ErrorInfo(error.code, _INTERNAL, error.field) if error.code == InternalError.__name__ else error
 
 
 def event_body(error: HeadraceError) -> dict[str, Any]:
     """The object sent inside a stream that has already begun."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
-    message = _INTERNAL if isinstance(error, InternalError) else error.message
-    detail = {"message": message, "type": kind, "param": error.field or None, "code": error.status}
-    return {"error": {**detail, "retryable": error.retryable}}
+    return {"error": body_of(error, kind)["error"]}
 
 
-def respond(status: int, body: Mapping[str, Any], *, retryable: bool = False) -> Response:
-    """An error body as a response."""
-    headers = {"retry-after": str(RETRY_AFTER_SECONDS)} if retryable else None
-    return Response(msgspec.json.encode(body), status, headers, "application/json")
+def respond(body: Mapping[str, Any]) -> Response:
+    """An error body as a response, which has the status that it says."""
+    headers = {"retry-after": str(RETRY_AFTER_SECONDS)} if body["retryable"] else None
+    return Response(msgspec.json.encode(body), body["code"], headers, "application/json")
 
 
 async def on_headrace_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HeadraceError)
-    return respond(error.status, body_of(error), retryable=error.retryable)
+    return respond(body_of(error))
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
     """Exception handler for what the router refuses: unknown paths and methods."""
     assert isinstance(error, HTTPException)
-    what = f"{request.method} {request.url.path}"
-    return respond(
-        error.status_code, error_body(error.status_code, f"{error.detail}: {what}", kind=str(error.status_code))
-    )
+    status, what = error.status_code, f"{request.method} {request.url.path}"
+    return respond(error_body(status, f"{error.detail}: {what}", kind=str(status)))
 
 
 async def on_disconnect(request: Request, error: Exception) -> Response:
@@ -81,7 +87,7 @@ async def on_disconnect(request: Request, error: Exception) -> Response:
 
 async def on_unexpected(request: Request, error: Exception) -> Response:
     """Exception handler for our own bugs: the log has the traceback, the client a plain 500."""
-    return respond(500, error_body(500, _INTERNAL))
+    return respond(error_body(500, _INTERNAL))
 
 
 class FieldNames(AbstractContextManager[None]):

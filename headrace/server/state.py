@@ -40,6 +40,10 @@ class ServerState:
         self._streams.add(stream)
         return stream
 
+    def adopt(self, streams: Iterable[Stream]) -> None:
+        """They are among those that `abort_all` ends."""
+        self._streams.update(streams)
+
     def group(self, streams: Iterable[Stream]) -> StreamGroup:
         """Streams to be read as one, in turn with those of all other requests."""
         return StreamGroup(streams, self._pacer)
@@ -74,9 +78,6 @@ class ServerState:
             self.num_active -= 1
             if not self.num_active:
                 self._idle.set()
-
-    def stop_admitting(self) -> None:
-        self.is_draining = True
 
     async def wait_idle(self, timeout: float) -> bool:
         """Wait until no request runs; False if some still do after `timeout` seconds."""

@@ -30,6 +30,7 @@ ORDER = (
     "text",
     "engine",
     "server",
+    "client",
     "rl",
     "cluster",
     "cli",
@@ -48,6 +49,7 @@ TORCH_FREE_PACKAGES = (
     "text",
     "engine",
     "server",
+    "client",
     "cli",
     "bench",
 )

@@ -20,7 +20,7 @@ ANSWERED = ALL - {Submit, Abort, Finished}
 WITH_DEADLINE = frozenset(kind for kind in ALL if "deadline" in kind.__struct_fields__)  # type: ignore[attr-defined]
 FORGOTTEN_WITH_ITS_CORE: frozenset[type] = frozenset(
     {
-        *(messages.BeginUpdate, messages.Stage, messages.AbortUpdate),  # a session ends with its core
+        *(messages.BeginUpdate, messages.ExtendUpdate, messages.Stage, messages.AbortUpdate),  # end with their core
         *(messages.GetWeight, messages.Digest, messages.GetStatus),
         *(messages.FlushCache, messages.Shutdown),
     }

@@ -24,12 +24,15 @@ from headrace.types.messages import (
     Command,
     CommitUpdate,
     Digest,
+    ExtendUpdate,
     Finished,
     FlushCache,
     GetWeight,
     GiveUp,
     Pause,
+    ReleaseMemory,
     Resume,
+    ResumeMemory,
     SetVersion,
     Shutdown,
     Stage,
@@ -213,6 +216,9 @@ CALLS: dict[str, Callable[[int], Command]] = {
     "digest": Digest,
     "reset": lambda call_id: WeightsChecker(call_id, "reset_tensors"),
     "flush": FlushCache,
+    "extend": lambda call_id: ExtendUpdate(call_id, 1, manifest_of(new_tensors(1.0))),
+    "release": ReleaseMemory,
+    "take": ResumeMemory,
 }
 
 
