@@ -30,6 +30,7 @@ from headrace.types.messages import (
     CommitUpdate,
     CoreStatus,
     Digest,
+    ExtendUpdate,
     Finished,
     FlushCache,
     GetStatus,
@@ -134,6 +135,11 @@ def give_up(replica: Replica, command: GiveUp, now: float) -> None:
 def begin_update(replica: Replica, command: BeginUpdate, now: float) -> None:
     """Open a session."""
     replica.outbox.reply(command.call_id, replica.update.begin(command, now))
+
+
+def extend_update(replica: Replica, command: ExtendUpdate, now: float) -> None:
+    """Name more tensors of an open-ended session."""
+    replica.outbox.reply(command.call_id, replica.update.extend(command, now))
 
 
 def stage(replica: Replica, command: Stage, now: float) -> None:
@@ -277,6 +283,7 @@ _CALLS: dict[type, Callable[[Replica, Any, float], None]] = {
     Resume: resume,
     GiveUp: give_up,
     BeginUpdate: begin_update,
+    ExtendUpdate: extend_update,
     Stage: stage,
     CommitUpdate: commit_update,
     AbortUpdate: abort_update,

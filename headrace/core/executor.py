@@ -15,7 +15,7 @@ from headrace.core.faults import FAULTS, DeviceLost, StepError, describe, is_of_
 from headrace.types.memory import MemoryTag, Restore
 from headrace.types.plan import PlanRefused, SamplePatch, StepDisturbed, StepPlan, StepResult
 from headrace.types.weights import TensorInfo
-from headrace.weights.session import WeightMemory
+from headrace.weights.memory import WeightMemory
 
 if TYPE_CHECKING:
     from headrace.runner.device_runner import DeviceRunner

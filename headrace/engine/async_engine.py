@@ -19,6 +19,7 @@ from headrace.engine.control import (
     seconds_of,
     tags_of,
     terms_of,
+    terms_of_part,
     version_of,
 )
 from headrace.engine.fields import InputIds, Prompts, Sampling, name_of
@@ -28,8 +29,9 @@ from headrace.engine.requests import CallArguments, GenerateItem, GenerateOption
 from headrace.engine.runtime import Undoable
 from headrace.engine.serving import HttpServer, server_door, stop_server
 from headrace.engine.stream import Stream, StreamGroup, cancel_all, whole_samples
-from headrace.engine.tensors import NamedTensors, to_tensor
-from headrace.engine.update import Manifest, Run, UpdateSession, manifest_of
+from headrace.engine.tensors import HeldTensors, NamedTensors, to_tensor
+from headrace.engine.update import Run
+from headrace.engine.update_session import Manifest, UpdateSession, manifest_of
 from headrace.text import run_sized
 from headrace.types.generation import Generation
 from headrace.types.memory import MemoryTag, OnRelease, Restore
@@ -133,8 +135,8 @@ class AsyncEngine(EngineLifecycle):
     def undoable_stream(
         self, prompts: Prompts, input_ids: InputIds, sampling_params: Sampling, options: GenerateOptions
     ) -> Undoable[StreamGroup]:
-        """How `stream` starts, and what undoes that: for `Runtime.run` and `wait`. The group is bound to the engine's
-        loop."""
+        """How `stream` starts, and what undoes that: for `EngineLoop.run` and `wait`. The group is bound to the
+        engine's loop."""
         self.runtime.check_open()
         return self._open_group(CallArguments(prompts, input_ids, sampling_params, options, stream=True)), _drop
 
@@ -150,6 +152,20 @@ class AsyncEngine(EngineLifecycle):
         running = self._parts or self._running
         running.runtime.check_open()
         return running.intake.submit(item)
+
+    async def expand(self, call: CallArguments) -> list[GenerateItem]:
+        """One item per sample that a call asks for, prompt-major, checked. To be called on the engine's loop.
+
+        Much text is encoded, and many prompts are read, in another thread, so that streams and heartbeats go on.
+        """
+        self.runtime.check_open()
+        size = _size_of(call.prompts if call.input_ids is None else call.input_ids)
+        return await run_sized(size, functools.partial(self._running.builder.expand, call))
+
+    async def submit_all(self, items: Sequence[GenerateItem]) -> list[Stream]:
+        """Start all of them, or none. To be called on the engine's loop; the streams too are bound to it."""
+        self.runtime.check_open()
+        return await self._running.intake.submit_all(items)
 
     @_on_engine_loop
     async def abort(
@@ -174,7 +190,7 @@ class AsyncEngine(EngineLifecycle):
         await self.runtime.run(pausing, regret)
 
     def undoable_pause(self, mode: PauseMode, timeout: float | None) -> Undoable[int]:
-        """What `pause` does, and what undoes it: for `Runtime.run` and `wait`."""
+        """What `pause` does, and what undoes it: for `EngineLoop.run` and `wait`."""
         mode = as_choice(mode, get_args(PauseMode), "mode")
         seconds = seconds_of(timeout)
         client = self.runtime.client
@@ -183,7 +199,8 @@ class AsyncEngine(EngineLifecycle):
 
     @_on_engine_loop
     async def resume(self) -> None:
-        """Go on after `pause`."""
+        """Go on after `pause`. `UpdateConflictError`, naming what is missing, while an update in buckets is not
+        complete, and while live weights are half written."""
         await self.runtime.client.change(Resume, NoneType)
 
     @_on_engine_loop
@@ -239,7 +256,7 @@ class AsyncEngine(EngineLifecycle):
         return await self.runtime.run(*self.undoable_begin(manifest, terms))
 
     def undoable_begin(self, manifest: Manifest, terms: UpdateTerms) -> Undoable[UpdateSession]:
-        """What `begin_update` does, and what undoes it: for `Runtime.run` and `wait`."""
+        """What `begin_update` does, and what undoes it: for `EngineLoop.run` and `wait`."""
         self.runtime.check_open()
         updater = self.runtime.updater
         return updater.begin(manifest_of(manifest), terms), updater.abort_quietly
@@ -293,6 +310,37 @@ class AsyncEngine(EngineLifecycle):
         """As `update_weights_from_tensor`, awaiting nothing but what `run` makes of coroutines for the loop."""
         self.runtime.check_open()
         return await self.runtime.updater.update_from_tensors(run, named_tensors, terms)
+
+    async def update_weights_from_bucket(
+        self,
+        named_tensors: NamedTensors,
+        version: str | int | None = None,
+        *,
+        mode: UpdateMode = "auto",
+        in_flight: InFlight = "drain",
+        timeout: float = DEFAULT_UPDATE_TIMEOUT,
+    ) -> UpdateReport | None:
+        """Some tensors of an update that comes in several calls, as SGLang's clients send theirs: without begin and
+        commit. The call after which the model has all of its tensors makes them live; the others return None.
+
+        A tensor that comes again replaces the first. The version may be given with each call or only with the last; a
+        call with another one than those before begins the update anew. `mode`, `in_flight` and `timeout` are those of
+        the first call. An error in one ends the whole: begin anew. Until it is complete, `resume` and other updates
+        are refused, and `abort_update` drops it. The cache needs no flush. For a part of a model alone see `partial`.
+        """
+        await self.start()
+        return await self.add_by(self.runtime.run, named_tensors, terms_of_part(version, mode, in_flight, timeout))
+
+    async def add_by(self, run: Run, named_tensors: NamedTensors, terms: UpdateTerms) -> UpdateReport | None:
+        """As `update_weights_from_bucket`, awaiting nothing but what `run` makes of coroutines for the loop."""
+        self.runtime.check_open()
+        joined, updater = self.runtime.joined, self.runtime.updater
+        try:
+            held = HeldTensors(named_tensors)
+        except BaseException:  # whatever it is, as in `JoinedUpdate.add`
+            await run(joined.end())
+            raise
+        return await joined.add(held.manifest, terms, lambda session, _: updater.stage(run, session, held), run)
 
     @_on_engine_loop
     async def update_weights_from_disk(
@@ -372,19 +420,14 @@ class AsyncEngine(EngineLifecycle):
 
     @_on_engine_loop
     async def _generate(self, call: CallArguments) -> list[Generation]:
-        streams = await self._running.intake.submit_all(await self._expand(call))
+        streams = await self.submit_all(await self.expand(call))
         try:
             return await whole_samples(streams)
         finally:
             cancel_all(streams)
 
     async def _open_group(self, call: CallArguments) -> StreamGroup:
-        return StreamGroup(await self._running.intake.submit_all(await self._expand(call)))
-
-    async def _expand(self, call: CallArguments) -> list[GenerateItem]:
-        """Much text is encoded, and many prompts are read, in another thread, so that streams and heartbeats go on."""
-        size = _size_of(call.prompts if call.input_ids is None else call.input_ids)
-        return await run_sized(size, functools.partial(self._running.builder.expand, call))
+        return StreamGroup(await self.submit_all(await self.expand(call)))
 
 
 async def _drop(group: StreamGroup) -> None:

@@ -27,6 +27,12 @@ class UpdateTerms(msgspec.Struct, frozen=True):
     partial: bool = False
 
 
+def terms_of_part(version: Any, mode: Any, in_flight: Any, timeout: Any) -> UpdateTerms:
+    """What a call says that brings a part of an update: None is no version."""
+    terms = terms_of(0 if version is None else version, mode, in_flight, timeout)
+    return msgspec.structs.replace(terms, version="") if version is None else terms
+
+
 def terms_of(version: Any, mode: Any, in_flight: Any, timeout: Any, partial: Any = False) -> UpdateTerms:
     """What an update call says, apart from its tensors."""
     is_partial, seconds = as_flag(partial, "partial"), seconds_of(timeout) or DEFAULT_UPDATE_TIMEOUT

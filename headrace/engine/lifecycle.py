@@ -12,7 +12,7 @@ from typing import Any, Self, get_args
 
 from headrace.config import EngineConfig, ResolvedConfig
 from headrace.engine.core_host import ExecutorKind
-from headrace.engine.runtime import Runtime
+from headrace.engine.runtime import EngineLoop
 from headrace.engine.starting import Running, Start
 from headrace.text import Tokenizer
 from headrace.types.errors import ConfigError, HeadraceError
@@ -60,7 +60,7 @@ class EngineLifecycle:
         return ended.result()
 
     @property
-    def runtime(self) -> Runtime:
+    def runtime(self) -> EngineLoop:
         """The engine's loop and core. Waits for the start, as `resolved` and `tokenizer` do."""
         return (self._parts or self._running).runtime
 

@@ -20,7 +20,7 @@ import msgspec
 from headrace.types.errors import ErrorInfo
 from headrace.types.memory import MemoryTag, OnRelease, Restore
 from headrace.types.request import Delta, Request, Sibling
-from headrace.types.weights import BufferEntry, BufferRef, InFlight, PauseMode, TensorInfo, UpdateMode
+from headrace.types.weights import BufferEntry, BufferRef, DeviceRef, InFlight, PauseMode, TensorInfo, UpdateMode
 
 NO_DEADLINE: Final = math.inf
 
@@ -94,7 +94,7 @@ class Pause(_Call, frozen=True, tag="pause"):
 
 
 class Resume(_Call, frozen=True, tag="resume"):
-    """Go on stepping. Refused with `UpdateConflictError` while an implicit update session is incomplete."""
+    """Go on stepping. Refused with `UpdateConflictError` while an open-ended update session is incomplete."""
 
 
 class GiveUp(_Answered, frozen=True, tag="give_up"):
@@ -110,7 +110,8 @@ class GiveUp(_Answered, frozen=True, tag="give_up"):
 class BeginUpdate(_Call, frozen=True, tag="begin_update"):
     """Open a weight session; the whole manifest is checked before anything is touched. Reply: `UpdateBegun`.
 
-    The session is aborted by the core `timeout_s` after its last command.
+    One that `is_open` is open-ended: its manifest may be empty, and `ExtendUpdate` brings the rest. The session is
+    aborted by the core `timeout_s` after its last command.
     """
 
     version: str
@@ -119,6 +120,7 @@ class BeginUpdate(_Call, frozen=True, tag="begin_update"):
     in_flight: InFlight = "drain"
     partial: bool = False
     timeout_s: float = 600.0
+    is_open: bool = False
 
 
 class UpdateBegun(msgspec.Struct, frozen=True):
@@ -128,19 +130,37 @@ class UpdateBegun(msgspec.Struct, frozen=True):
     mode: str
 
 
+class ExtendUpdate(_Call, frozen=True, tag="extend_update"):
+    """Name more tensors of an open-ended session; they are checked beside those before them, and none is taken where
+    one is wrong. Reply: `UpdateExtended`."""
+
+    session_id: int
+    manifest: tuple[TensorInfo, ...]
+
+
+class UpdateExtended(msgspec.Struct, frozen=True):
+    """`first_index` is the place of the first of them in the session's manifest. `num_missing` tensors of the model
+    have not been named yet."""
+
+    first_index: int
+    num_missing: int
+
+
 class Stage(_Call, frozen=True, tag="stage"):
     """Tensors of the session, or pieces of them, in one shared buffer. The reply means that the buffer may be reused:
     all is copied, or nothing reads it any more. The pieces of a tensor come in order; one at 0 begins it again."""
 
     session_id: int
-    buffer: BufferRef
+    buffer: BufferRef | DeviceRef
     entries: tuple[BufferEntry, ...]
 
 
 class CommitUpdate(_Call, frozen=True, tag="commit_update"):
-    """Make the staged weights live between two steps. Reply: `UpdateReport`."""
+    """Make the staged weights live between two steps, under the session's label unless `version` is another. An
+    open-ended session has to be complete, unless it is partial. Reply: `UpdateReport`."""
 
     session_id: int
+    version: str = ""
 
 
 class AbortUpdate(_Call, frozen=True, tag="abort_update"):
@@ -248,6 +268,7 @@ Command = (
     | Resume
     | GiveUp
     | BeginUpdate
+    | ExtendUpdate
     | Stage
     | CommitUpdate
     | AbortUpdate
@@ -305,7 +326,7 @@ class CoreReady(msgspec.Struct, frozen=True, array_like=True, tag="core_ready"):
     """The core holds weights and steps, or failed to start (`error`). Sent once, first.
 
     `explanations` are (setting, value, why) of everything that was "auto". `front` is the number of the front that is
-    told so, for its handles.
+    told so, for its handles. `device` is the UUID of the device that weights are on, "" on a CPU.
     """
 
     max_total_num_tokens: int = 0
@@ -314,6 +335,7 @@ class CoreReady(msgspec.Struct, frozen=True, array_like=True, tag="core_ready"):
     explanations: tuple[tuple[str, str, str], ...] = ()
     error: ErrorInfo | None = None
     front: int = 0
+    device: str = ""
 
 
 class CoreFailed(msgspec.Struct, frozen=True, array_like=True, tag="core_failed"):

@@ -22,7 +22,7 @@ from headrace.types.memory import MemoryTag, Restore
 from headrace.types.plan import PlanRefused
 from headrace.types.plan_words import decode
 from headrace.types.weights import TensorInfo
-from headrace.weights.session import ResolvedMode
+from headrace.weights.memory import ResolvedMode
 from tests.core.ranks import START_SECONDS, Group, Kind, Rank, dist, patch_of
 
 
@@ -58,6 +58,11 @@ class Follower:
         elif kind == Kind.BEGIN:
             manifest, mode, partial = msgspec.msgpack.decode(data, type=tuple[list[TensorInfo], ResolvedMode, bool])
             rank.group.agree(is_ready=_succeeds(lambda: rank.store.begin(manifest, mode, partial)) == "")
+        elif kind == Kind.BEGIN_OPEN:
+            rank.store.begin_open("inplace" if first else "shadow", second == 1)
+        elif kind == Kind.EXTEND:
+            part = msgspec.msgpack.decode(data, type=list[TensorInfo])
+            rank.group.agree(is_ready=_succeeds(lambda: rank.store.extend(part)) == "")
         elif kind == Kind.STAGE:
             ticket, payload = int.from_bytes(data[:8], "little"), memoryview(data)[8:]
             self._answer(ticket, lambda: self._stage(first, payload, None if second < 0 else second))

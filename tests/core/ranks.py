@@ -60,8 +60,10 @@ class Kind(IntEnum):
     DIGEST = 10
     READ = 11  # (start, number of bytes; bytes: the name)
     SCRAMBLE = 12  # (seed)
-    RELEASE = 13  # (ticket, whether a copy is kept; bytes: tags)
-    RESUME = 14  # (ticket; bytes: tags, where weights come from)
+    BEGIN_OPEN = 13  # (in place, partial)
+    EXTEND = 14  # (bytes: manifest)
+    RELEASE = 15  # (ticket, whether a copy is kept; bytes: tags)
+    RESUME = 16  # (ticket; bytes: tags, where weights come from)
 
 
 class Group:

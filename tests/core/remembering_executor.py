@@ -20,7 +20,7 @@ from headrace.core.faults import StepError
 from headrace.types.errors import CheckpointError
 from headrace.types.memory import MemoryTag, Restore
 from headrace.types.plan import LAST_TOKEN, PromptLogprobs, SamplePatch, SlotInit, StepPlan, StepResult
-from headrace.weights.session import Ticket
+from headrace.weights.memory import Ticket
 
 PAGE_SIZE = 4
 _BITS = 20

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Generator
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -225,13 +224,11 @@ class Driver:
 
     def release(self) -> None:
         how = self.chance.choice(["abort", "recompute"])
-        release = partial(ReleaseMemory, deadline=self.some_deadline())
-        self.calls.append(self.core.start(release, self.some_tags(), how))
+        self.calls.append(self.core.start(ReleaseMemory, self.some_tags(), how, deadline=self.some_deadline()))
 
     def resume_memory(self) -> None:
         source = self.chance.choice(["auto", "auto", "copy", "disk", "await"])
-        resume = partial(ResumeMemory, deadline=self.some_deadline())
-        self.calls.append(self.core.start(resume, self.some_tags(), source))
+        self.calls.append(self.core.start(ResumeMemory, self.some_tags(), source, deadline=self.some_deadline()))
 
     def some_tags(self) -> tuple[MemoryTag, ...]:
         return tuple(self.chance.sample(MEMORY_TAGS, self.chance.randint(0, 3)))

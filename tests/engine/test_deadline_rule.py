@@ -48,7 +48,7 @@ from headrace.types.messages import (
 from headrace.types.plan import StepResult
 from headrace.types.request import Delta, Request, pack_ids
 from headrace.types.weights import TensorInfo, UpdateMode, UpdateReport
-from headrace.weights.session import ResolvedMode, Ticket
+from headrace.weights.memory import ResolvedMode, Ticket
 
 NUM_WORLDS = 100
 NUM_SEQUENCES = 100
@@ -133,7 +133,7 @@ class World:
         self._spy()
         limits = HealthLimits(watchdog=1e9, patience=1e9, hopeless=1e9)
         self.client = CoreClient(front, page, MAX_LIMIT, lambda _: None, limits, clock=self.clock.time)
-        self.updater = Updater(self.client, self.clock)
+        self.updater = Updater(self.client, self.clock, shares_process=False)
         self.link.send(CoreReady())
         start = self.clock.create_task(self.client.start(60.0))
         self.run_until(start.done)
@@ -455,7 +455,7 @@ def play_sequence(world: World) -> None:
         world.clock.pass_time(0.1)
     for attempt in callers.attempts:
         check_attempt(attempt, world.log)
-    assert len(world.updater._free) == world.updater._num_buffers
+    assert len(world.updater._host._free) == world.updater._host._num_buffers
     ending = world.clock.create_task(begin_again(world.client))
     world.run_until(ending.done)
     ending.result()

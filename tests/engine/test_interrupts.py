@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from headrace import Engine
-from headrace.engine.runtime import Runtime, _Errand, _look_out
+from headrace.engine.runtime import EngineLoop, _Errand, _look_out
 from headrace.engine.update import run_here
 from headrace.types.errors import InternalError
 from tests.engine.builders import SETTINGS, model_of, named_tensors
@@ -23,7 +23,7 @@ from tests.engine.lines import BeforeLine
 LONG = {"max_new_tokens": 900, "ignore_eos": True}
 TENSORS = named_tensors(model_of(1))
 MANIFEST = [(name, tensor.shape, str(tensor.dtype)) for name, tensor in TENSORS]
-WATCHED = {each.__code__ for each in (Runtime.wait, _Errand.start, _look_out, run_here)}
+WATCHED = {each.__code__ for each in (EngineLoop.wait, _Errand.start, _look_out, run_here)}
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["inprocess", "process"])
@@ -50,13 +50,14 @@ def calls_of(engine: Engine) -> dict[str, Callable[[], Any]]:
         "pause": lambda: engine.pause("keep"),
         "begin": lambda: engine.begin_update("never", MANIFEST, mode="shadow"),
         "tensors": lambda: engine.update_weights_from_tensor(TENSORS, "never", mode="shadow"),
+        "bucket": lambda: engine.update_weights_from_bucket(TENSORS, "never", mode="shadow"),
         "generate": lambda: engine.generate(input_ids=[[1, 2]], sampling_params={"max_new_tokens": 3}, request_id="a"),
         "stream": lambda: next(engine.stream(input_ids=[[1, 2]], sampling_params=LONG, request_id="a")),
     }
 
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
-@pytest.mark.parametrize("name", ["pause", "begin", "tensors", "generate", "stream"])
+@pytest.mark.parametrize("name", ["pause", "begin", "tensors", "bucket", "generate", "stream"])
 def test_an_interrupt_at_any_line_leaves_nothing(engine: Engine, name: str) -> None:
     call = calls_of(engine)[name]
     for number in range(400):

@@ -31,6 +31,7 @@ METHODS = {
     "stage",
     "status",
     "stream",
+    "update_weights_from_bucket",
     "update_weights_from_disk",
     "update_weights_from_tensor",
     "wait_ended",
