@@ -92,6 +92,9 @@ def scenario(door: Any, folder: Path) -> list[Any]:
     seen += door.generate(["Up", "Down"], sampling_params={**DRAWN, "top_k": 4}, request_id=["a", "b"])
     seen += door.generate(input_ids=torch.tensor(IDS[1]), sampling_params=DRAWN, request_id="tensor")
     seen += door.generate(input_ids=[*IDS, [10**6]], request_id="r", sampling_params=DRAWN, return_errors=True)
+    refused: Any = [{"temperature": math.nan}, DRAWN]  # JSON has no such number
+    samples = door.generate(input_ids=IDS, sampling_params=refused, request_id="nan", return_errors=True)
+    seen += [(sample.error and sample.error.field, sample.token_ids) for sample in samples]
     seen += door.score(input_ids=np.array(IDS[:1]), request_id="score", top_logprobs=2)
     pieces = list(door.stream(input_ids=IDS, sampling_params=SamplingParams(n=2, **DRAWN), request_id="stream"))
     seen += [whole(pieces, index) for index in ((0, 0), (0, 1), (1, 0), (1, 1))]
