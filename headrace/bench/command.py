@@ -130,7 +130,10 @@ def _fields(arguments: argparse.Namespace, options: type[msgspec.Struct]) -> dic
     """The fields of a benchmark's options: flags of the same name, and what several flags say together."""
     found = {name: getattr(arguments, name) for name in options.__struct_fields__ if name in arguments}
     if "setup" in options.__struct_fields__:
-        found["setup"] = _setup(arguments)
+        engine = given(arguments, EngineConfig, skip=_SET_BY_BENCH)
+        if arguments.threads is not None:
+            engine["num_threads"] = arguments.threads
+        found["setup"] = EngineSetup(model=arguments.model, shape=arguments.shape, engine=engine)
     if "engine" in options.__struct_fields__:
         found["engine"] = given(arguments, EngineConfig, skip=_SET_BY_OVERHEAD)
     if "style" in options.__struct_fields__:
@@ -140,13 +143,6 @@ def _fields(arguments: argparse.Namespace, options: type[msgspec.Struct]) -> dic
         found["scale"] = ScaleChoice(preset, arguments.num_divisor, arguments.length_divisor)
         found["runs"] = arguments.runs or (1 if arguments.quick else 3)
     return found
-
-
-def _setup(arguments: argparse.Namespace) -> EngineSetup:
-    engine = given(arguments, EngineConfig, skip=_SET_BY_BENCH)
-    if arguments.threads is not None:
-        engine["num_threads"] = arguments.threads
-    return EngineSetup(model=arguments.model, shape=arguments.shape, engine=engine)
 
 
 def _positive(text: str) -> int:

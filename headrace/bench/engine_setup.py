@@ -36,11 +36,6 @@ class EngineSetup(msgspec.Struct, frozen=True, kw_only=True):
     shape: str = "small"
     engine: dict[str, Any] = {}
 
-    @property
-    def name(self) -> str:
-        """How reports call the model."""
-        return self.model or self.shape
-
 
 class Prepared(msgspec.Struct, frozen=True):
     """A setup made ready: `settings` are keywords of `Engine(folder, **settings)`, `resolved` what they amount to."""
@@ -84,7 +79,7 @@ def describe(setup: EngineSetup, prepared: Prepared) -> dict[str, Any]:
     """Of which engine, of what versions, on what machine a figure is."""
     resolved = prepared.resolved
     found: dict[str, Any] = {
-        "model": setup.name,
+        "model": setup.model or setup.shape,
         "device": resolved.device,
         "gpu": resolved.cuda.name if resolved.cuda is not None else None,
         "dtype": resolved.dtype,

@@ -78,11 +78,8 @@ def run(options: OfflineOptions, on_progress: Callable[[str], None]) -> dict[str
         measured = measure(prepared, workload, options.style, options.runs, options.num_rescored, on_progress)
         report = {
             "bench": "offline",
-            "workload": workload.name,
+            **workload_report(workload, options.style, options.setup, prepared),
             "scale": msgspec.to_builtins(scale),
-            **workload_report(workload),
-            **options.style.report(),
-            **describe(options.setup, prepared),
             "runs": options.runs,
             **timing_report(measured, workload),
             **measured.metrics,
@@ -119,7 +116,8 @@ def measure(
     """Start an engine, warm it up, time `num_runs` runs of the workload, and end it."""
     on_progress("starting the engine")
     with Engine(model=prepared.folder, **whole_settings(prepared, workload)) as engine:
-        warm_up(engine, workload, style)
+        warm = style.params(WARM_TOKENS)
+        engine.generate(input_ids=workload.strangers(), sampling_params=warm, top_logprobs=style.top_logprobs)
         time_once = _time_stream if workload.name == "C" else _time_batch
         before = engine.metrics()
         runs: list[Run] = []
@@ -131,11 +129,13 @@ def measure(
             if number:
                 runs[-2].outputs.clear()  # only the last run's are looked at again
         after = engine.metrics()
+    last = runs[-1].outputs
+    kept = evenly_spaced(len(last), num_rescored)
     return Measured(
         [run.seconds for run in runs],
         [run.milliseconds_per_token for run in runs if run.milliseconds_per_token is not None],
         metric_deltas(before, after, num_runs),
-        kept_sequences(workload, runs[-1].outputs, num_rescored),
+        [ScoredSequence(workload.prompts[i], last[i].token_ids, last[i].logprobs, last[i].logprob_mode) for i in kept],
     )
 
 
@@ -146,20 +146,15 @@ def whole_settings(prepared: Prepared, workload: Workload) -> dict[str, Any]:
     )
 
 
-def kept_sequences(workload: Workload, outputs: Sequence[Generation], num_wanted: int) -> list[ScoredSequence]:
-    """Evenly spaced requests of the workload with their outputs."""
-    return [
-        ScoredSequence(workload.prompts[i], outputs[i].token_ids, outputs[i].logprobs, outputs[i].logprob_mode)
-        for i in evenly_spaced(len(outputs), num_wanted)
-    ]
-
-
-def workload_report(workload: Workload) -> dict[str, Any]:
-    """The fields of a report that say how much was run."""
+def workload_report(workload: Workload, style: RequestStyle, setup: EngineSetup, prepared: Prepared) -> dict[str, Any]:
+    """The fields of a report that say what was run, and by which engine."""
     return {
+        "workload": workload.name,
         "num_requests": len(workload.prompts),
         "num_prompt_tokens": workload.num_prompt_tokens,
         "num_output_tokens": workload.num_output_tokens,
+        **style.report(),
+        **describe(setup, prepared),
     }
 
 
@@ -174,12 +169,6 @@ def timing_report(measured: Measured, workload: Workload) -> dict[str, Any]:
     if measured.milliseconds_per_token:
         report["milliseconds_per_token"] = round(statistics.median(measured.milliseconds_per_token), 3)
     return report
-
-
-def warm_up(engine: Engine, workload: Workload, style: RequestStyle) -> None:
-    """Run a few short requests of the workload's shape whose prompts share nothing with it."""
-    prompts = workload.strangers()
-    engine.generate(input_ids=prompts, sampling_params=style.params(WARM_TOKENS), top_logprobs=style.top_logprobs)
 
 
 def _time_batch(engine: Engine, workload: Workload, style: RequestStyle) -> Run:

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from headrace.bench.engine_setup import EngineSetup, describe, metric_deltas, prepare
+from headrace.bench.engine_setup import EngineSetup, metric_deltas, prepare
 from headrace.bench.offline import check_rescoring, workload_report
 from headrace.bench.request_style import RequestStyle
 from headrace.bench.rescore import NUM_RESCORED, ScoredSequence, evenly_spaced, rescore
@@ -28,6 +28,9 @@ from headrace.bench.workloads import CLOSED_LOOP_REQUESTS, CPU_SCALE, WARM_TOKEN
 from headrace.engine import AsyncEngine, GenerateItem
 from headrace.types.errors import InternalError
 from headrace.types.sampling_params import LogprobMode, LogprobOptions
+
+_Request = tuple[list[int], int]
+"""A prompt, and how many tokens to generate."""
 
 CPU_CONCURRENCY, GPU_CONCURRENCY = 32, 256
 CPU_REQUESTS = 100
@@ -89,10 +92,7 @@ def run(options: OnlineOptions, on_progress: Callable[[str], None]) -> dict[str,
             engine.close()
         return {
             "bench": "online",
-            "workload": workload.name,
-            **workload_report(workload),
-            **options.style.report(),
-            **describe(options.setup, prepared),
+            **workload_report(workload, options.style, options.setup, prepared),
             "concurrency": concurrency,
             "seconds": round(seconds, 3),
             "tokens_per_second": round(workload.num_output_tokens / seconds, 1),
@@ -107,9 +107,9 @@ async def _measure(
 ) -> tuple[float, Arrivals, dict[str, float]]:
     """Warm up and serve the workload, on the engine's loop. What exists is frozen first, as `headrace serve` does:
     else each full garbage collection walks it again, in the middle of every stream."""
-    warm = [_Request(prompt, WARM_TOKENS) for prompt in workload.strangers()]
+    warm = [(prompt, WARM_TOKENS) for prompt in workload.strangers()]
     await _serve(engine, warm, options, concurrency, frozenset())
-    requests = [_Request(p, n) for p, n in zip(workload.prompts, workload.output_lengths, strict=True)]
+    requests = list(zip(workload.prompts, workload.output_lengths, strict=True))
     kept = frozenset(evenly_spaced(len(requests), options.num_rescored))
     await engine.flush_cache()
     gc.collect()
@@ -121,11 +121,6 @@ async def _measure(
         return seconds, arrivals, metric_deltas(before, await engine.metrics(), 1)
     finally:
         gc.unfreeze()
-
-
-class _Request(msgspec.Struct, frozen=True):
-    prompt: list[int]
-    num_tokens: int
 
 
 async def _serve(
@@ -154,9 +149,10 @@ async def _serve(
 async def _stream(
     engine: AsyncEngine, request: _Request, style: RequestStyle, mode: LogprobMode, arrivals: Arrivals
 ) -> ScoredSequence:
+    prompt, num_tokens = request
     item = GenerateItem(
-        input_ids=request.prompt,
-        params=style.params(request.num_tokens),
+        input_ids=prompt,
+        params=style.params(num_tokens),
         logprobs=LogprobOptions(output_mode=mode, num_top=style.top_logprobs),
         stream=True,
     )
@@ -175,9 +171,9 @@ async def _stream(
         last = now
         token_ids += piece.token_ids
         logprobs += piece.logprobs
-    if not len(token_ids) == len(logprobs) == request.num_tokens:
+    if not len(token_ids) == len(logprobs) == num_tokens:
         raise InternalError("a stream did not bring the tokens that were asked for; the figure would be wrong")
-    return ScoredSequence(request.prompt, token_ids, logprobs, mode)
+    return ScoredSequence(prompt, token_ids, logprobs, mode)
 
 
 def _percentiles(seconds: array.array[float]) -> dict[str, float]:

@@ -22,7 +22,6 @@ class RequestStyle(msgspec.Struct, frozen=True):
     top_logprobs: int = 0
 
     def params(self, num_tokens: int) -> SamplingParams:
-        """Sampling parameters of a request of that many tokens."""
         return SamplingParams(
             max_new_tokens=num_tokens, temperature=1.0, top_p=self.top_p, top_k=self.top_k, ignore_eos=True
         )

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from headrace.config import EngineConfig, ResolvedConfig, resolve
 from headrace.types.errors import InternalError
 from headrace.types.plan import SlotInit, StepPlan
-from headrace.types.request import Float32Array, Int32Array, TokenSampling
+from headrace.types.request import Float32Array, TokenSampling
 from headrace.types.sampling_params import LogprobMode, LogprobOptions
 
 if TYPE_CHECKING:
@@ -168,9 +168,9 @@ def scoring_plan(step_id: int, sequence: ScoredSequence, page_size: int) -> Step
         page_slots=np.zeros_like(columns),
         page_columns=columns,
         page_ids=columns + np.int32(1),
-        row_slots=_int32(0),
-        row_starts=_int32(0),
-        row_lengths=_int32(num_computed),
+        row_slots=np.zeros(1, np.int32),
+        row_starts=np.zeros(1, np.int32),
+        row_lengths=np.array([num_computed], np.int32),
         token_ids=token_ids[:-1],
         row_samples=np.zeros(1, np.bool_),
         prefix_groups=np.zeros((0, 3), np.int32),
@@ -192,7 +192,3 @@ def _free(device: str) -> None:
         import torch
 
         torch.cuda.empty_cache()
-
-
-def _int32(value: int) -> Int32Array:
-    return np.array([value], np.int32)

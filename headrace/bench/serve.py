@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from headrace.bench.engine_setup import EngineSetup, Prepared, describe, flag_words, prepare
+from headrace.bench.engine_setup import EngineSetup, Prepared, flag_words, prepare
 from headrace.bench.http_load import Load, Loaded
 from headrace.bench.http_wire import TAIL_CHARACTERS, run_client
 from headrace.bench.offline import check_rescoring, measure, whole_settings, workload_report
@@ -69,11 +69,8 @@ def run(options: ServeOptions, on_progress: Callable[[str], None]) -> dict[str, 
         ]
         return {
             "bench": "serve",
-            "workload": workload.name,
+            **workload_report(workload, options.style, options.setup, prepared),
             "scale": msgspec.to_builtins(scale),
-            **workload_report(workload),
-            **options.style.report(),
-            **describe(options.setup, prepared),
             "runs": options.runs,
             "seconds": [round(value, 3) for value in loaded.seconds],
             "tokens_per_second": round(workload.num_output_tokens / seconds, 1),

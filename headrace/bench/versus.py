@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from headrace.bench.workloads import Workload
@@ -49,17 +50,10 @@ def time_transformers(
     sizes = options.batch_sizes or _up_to(_BATCH_SIZES, num_requests)
     _generate_batch(model, workload.prompts[:1], 4)
 
-    def run_generate(size: int) -> float:
-        on_progress(f"transformers generate(), batch size {size}")
-        return _run_generate(model, workload, size)
-
-    def run_continuous(size: int) -> float:
-        on_progress(f"transformers continuous batching, {size} requests at once")
-        return _run_continuous(model, workload, size)
-
-    report = {"generate": _sweep(sizes, run_generate, workload, options.runs)}
+    report = {"generate": _sweep(sizes, partial(_run_generate, model, workload, on_progress), workload, options.runs)}
     if workload.name == "C":
         report["generate"]["milliseconds_per_token"] = _milliseconds_per_token(model, workload, options.runs)
+    run_continuous = partial(_run_continuous, model, workload, on_progress)
     concurrencies = options.concurrencies or _up_to(_CONCURRENCIES, num_requests)
     try:
         report["continuous_batching"] = _sweep(concurrencies, run_continuous, workload, options.runs)
@@ -91,7 +85,8 @@ def _sweep(sizes: Sequence[int], run: Callable[[int], float], workload: Workload
     }
 
 
-def _run_generate(model: Any, workload: Workload, batch_size: int) -> float:
+def _run_generate(model: Any, workload: Workload, on_progress: Callable[[str], None], batch_size: int) -> float:
+    on_progress(f"transformers generate(), batch size {batch_size}")
     start = time.perf_counter()
     for first in range(0, len(workload.prompts), batch_size):
         last = first + batch_size
@@ -123,8 +118,9 @@ def _generation_config(num_tokens: int) -> Any:
     )
 
 
-def _run_continuous(model: Any, workload: Workload, concurrency: int) -> float:
+def _run_continuous(model: Any, workload: Workload, on_progress: Callable[[str], None], concurrency: int) -> float:
     """One run of transformers' continuous batching with at most `concurrency` requests per step."""
+    on_progress(f"transformers continuous batching, {concurrency} requests at once")
     with _continuous_manager(model, workload, concurrency) as manager:
         start = time.perf_counter()
         lengths: dict[str, int] = {}

@@ -47,7 +47,6 @@ class ScaleChoice(msgspec.Struct, frozen=True):
     length_divisor: int | None = None
 
     def on(self, *, is_cpu: bool) -> Scale:
-        """The scale on this kind of device."""
         scale = {"full": FULL_SCALE, "quick": QUICK_SCALE, None: CPU_SCALE if is_cpu else FULL_SCALE}[self.preset]
         return Scale(self.num_divisor or scale.num_divisor, self.length_divisor or scale.length_divisor)
 
@@ -58,7 +57,6 @@ class Workload(msgspec.Struct, frozen=True):
     name: WorkloadName | Literal["D"]
     prompts: list[list[int]]
     output_lengths: list[int]
-    group_size: int = 1
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -123,7 +121,7 @@ def _workload_b(scale: Scale) -> Workload:
         for _ in range(num_groups * GROUP_SIZE)
     ]
     prompts = [prompt for prompt in groups for _ in range(GROUP_SIZE)]
-    return Workload("B", prompts, output_lengths, GROUP_SIZE)
+    return Workload("B", prompts, output_lengths)
 
 
 def _workload_c(scale: Scale) -> Workload:

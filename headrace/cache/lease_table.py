@@ -59,7 +59,7 @@ class LeaseTable:
     @property
     def num_used(self) -> int:
         """Pages that are neither free nor reclaimable."""
-        return self.pool.num_usable - self.num_available
+        return self.pool.num_pages - 1 - self.num_available
 
     def match(self, namespace: Namespace, units: bytes, max_pages: int) -> Match:
         """The longest published prefix of `units` of at most `max_pages` pages. Changes nothing."""

@@ -22,11 +22,6 @@ class PagePool:
         self._references = np.zeros(num_pages, dtype=np.int32)
         self._free = np.arange(num_pages - 1, 0, -1, dtype=np.int32)
 
-    @property
-    def num_usable(self) -> int:
-        """Pages that can be held at all: every one but page 0."""
-        return self.num_pages - 1
-
     def allocate(self, num_pages: int) -> PageIds:
         """Take free pages, int32 [num_pages], with one reference each. The caller has checked `num_free`."""
         assert num_pages <= self.num_free, f"{num_pages} pages wanted, {self.num_free} free"

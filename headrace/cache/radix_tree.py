@@ -82,7 +82,6 @@ class RadixTree:
     """Published prefixes of `page_size` units per page, whose pages come from `pool`."""
 
     def __init__(self, pool: PagePool, page_size: int) -> None:
-        self.num_pages = 0
         self.num_evictable = 0
         self._pool = pool
         self._page_bytes = page_size * UNIT_BYTES
@@ -195,19 +194,8 @@ class RadixTree:
             node.parent = None
         self._roots.clear()
         self._heap.clear()
-        self.num_pages = self.num_evictable = 0
+        self.num_evictable = 0
         return num_freed
-
-    def nodes(self) -> list[Node]:
-        """Every node that has pages: for checks and reports."""
-        found: list[Node] = []
-        stack = list(self._roots.values())
-        while stack:
-            node = stack.pop()
-            stack.extend(node.children.values())
-            if len(node.pages):
-                found.append(node)
-        return found
 
     def _root(self, namespace: Namespace) -> Node:
         root = self._roots.get(namespace)
@@ -236,7 +224,6 @@ class RadixTree:
             child = Node(node.namespace, node, key, pages[first : first + step].copy(), self._clock)
             node.children[key[: self._page_bytes]] = child
             node = child
-        self.num_pages += len(pages)
         self.num_evictable += len(pages)
         self._queue(node)
         return node
@@ -258,7 +245,6 @@ class RadixTree:
     def _trim(self, node: Node, num_pages: int) -> int:
         """Drop the last pages of an unpinned leaf, and the leaf with its last page."""
         keep = len(node.pages) - num_pages
-        self.num_pages -= num_pages
         self.num_evictable -= num_pages
         num_freed = self._pool.release(node.pages[keep:])
         if keep:

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from headrace.cli.flags import add_flags, given
-from headrace.config import EngineConfig, ModelSpec, ResolvedConfig, Software
+from headrace.config import EngineConfig, ResolvedConfig, Software
 from headrace.config.devices import installed_software
 from headrace.config.layer_spec import ExpertsSpec
 from headrace.config.machine import available_memory
@@ -69,22 +69,17 @@ def build_report(resolved: ResolvedConfig, software: Software | None = None) -> 
     for name in ("device", "dtype", "kv_dtype", "context_length", "num_threads", "attention_backend"):
         settings[name] = getattr(resolved, name)
     settings["kv_pool_tokens"] = resolved.max_total_num_tokens or None
+    experts = Counter(layer.mlp for layer in resolved.model.layers if isinstance(layer.mlp, ExpertsSpec))
     return {
         "model": {"folder": resolved.folder, **msgspec.to_builtins(resolved.model)},
         "kv_groups": msgspec.to_builtins(resolved.model.kv_groups),
-        "experts": _experts(resolved.model),
+        "experts": [{"num_layers": count, **msgspec.to_builtins(kind)} for kind, count in experts.items()],
         "device": None if resolved.cuda is None else msgspec.to_builtins(resolved.cuda),
         "settings": settings,
         "explanations": [list(entry) for entry in resolved.explanations],
         "memory": _memory_plan(resolved),
         "attention": _attention(resolved, installed_software() if software is None else software),
     }
-
-
-def _experts(model: ModelSpec) -> list[dict[str, Any]]:
-    """The kinds of layers of experts, each with the number of its layers."""
-    kinds = Counter(layer.mlp for layer in model.layers if isinstance(layer.mlp, ExpertsSpec))
-    return [{"num_layers": count, **msgspec.to_builtins(kind)} for kind, count in kinds.items()]
 
 
 def _attention(resolved: ResolvedConfig, software: Software) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from rich.table import Table
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """The report as tables on standard output."""
     console = Console(highlight=False, soft_wrap=True)
     _print_model(console, report)
     _print_memory(console, report)

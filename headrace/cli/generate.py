@@ -62,7 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Generate for every prompt and print."""
     config = EngineConfig.from_dict({"model": arguments.model, **given(arguments, EngineConfig)})
     sampling = given(arguments, SamplingParams, rename=_RENAMED)
     asyncio.run(_run(arguments, config, _read_jobs(arguments, sampling, sys.stdin)))
@@ -142,20 +141,13 @@ async def _run(arguments: argparse.Namespace, config: EngineConfig, jobs: list[J
             engine = await stack.enter_async_context(AsyncEngine(**msgspec.structs.asdict(config)))
         with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
             task = progress.add_task("prompts", total=len(jobs))
-            await _generate_all(
-                engine, arguments, jobs, on_done=lambda: progress.advance(task), write=_writer(arguments)
-            )
+            await _generate_all(engine, arguments, jobs, on_done=lambda: progress.advance(task))
 
 
 async def _generate_all(
-    engine: AsyncEngine,
-    arguments: argparse.Namespace,
-    jobs: list[Job],
-    *,
-    on_done: Callable[[], None],
-    write: Callable[[list[Generation]], None],
+    engine: AsyncEngine, arguments: argparse.Namespace, jobs: list[Job], *, on_done: Callable[[], None]
 ) -> None:
-    """All prompts at once, within a bound; each is written once those before it are. What failed is told then."""
+    """All prompts at once, within a bound; each is printed once those before it are. What failed is told then."""
     room = asyncio.Semaphore(_MAX_CONCURRENT_PROMPTS)
 
     async def generate(job: Job) -> list[Generation]:
@@ -173,7 +165,7 @@ async def _generate_all(
             except RequestError as error:  # of the call, before there were samples
                 failures.append((error, job.where))
                 continue
-            write(outputs)
+            _print(outputs, as_json=arguments.json)
             failures += [(each.error.to_exception(), job.where) for each in outputs if each.error is not None][:1]
     finally:
         for task in tasks:
@@ -200,12 +192,9 @@ def _generate_one(engine: AsyncEngine, arguments: argparse.Namespace, job: Job) 
     )
 
 
-def _writer(arguments: argparse.Namespace) -> Callable[[list[Generation]], None]:
-    def write(outputs: list[Generation]) -> None:
-        for output in outputs:
-            if arguments.json:
-                print_json(msgspec.json.encode(output))
-            elif output.error is None:
-                print(output.text, flush=True)
-
-    return write
+def _print(outputs: list[Generation], *, as_json: bool) -> None:
+    for output in outputs:
+        if as_json:
+            print_json(msgspec.json.encode(output))
+        elif output.error is None:
+            print(output.text, flush=True)

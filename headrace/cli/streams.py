@@ -26,15 +26,19 @@ def print_json(line: bytes) -> None:
     print(line.decode(), flush=True)
 
 
-class StandardOutput:
-    """Standard output. A write that fails is an error of the command, and whatever is left then goes nowhere: at the
-    end of the process it would fail again. A reader that has gone stays a `BrokenPipeError`."""
+class _Stream:
+    """What it does not do itself the stream in it does."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+class StandardOutput(_Stream):
+    """Standard output. A write that fails is an error of the command, and whatever is left then goes nowhere: at the
+    end of the process it would fail again. A reader that has gone stays a `BrokenPipeError`."""
 
     def write(self, text: str) -> int:
         try:
@@ -57,14 +61,8 @@ class StandardOutput:
         raise HeadraceError(f"standard output cannot be written: {error.strerror}", field="stdout") from error
 
 
-class StandardError:
+class StandardError(_Stream):
     """Standard error. A full disk or a reader that has gone ends nobody: there is just nothing to see."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):

@@ -18,11 +18,11 @@ import msgspec
 from headrace.client.asks import generate_body, message_body
 from headrace.client.transport import HttpAnswer, HttpCall, LoopTransport, Transport, check_key, check_url
 from headrace.client.uploads import Uploads
-from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, seconds_of, terms_of, text_of, version_of
-from headrace.engine.fields import InputIds, Prompts, Sampling
+from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, seconds_of, terms_of, version_of
+from headrace.engine.fields import InputIds, Prompts, Sampling, name_of
 from headrace.engine.requests import GenerateOptions
 from headrace.engine.tensors import HeldTensors, NamedTensors, to_tensor
-from headrace.engine.update import Manifest, UpdateSession, check_session, manifest_of
+from headrace.engine.update_session import Manifest, UpdateSession, check_session, manifest_of
 from headrace.types.errors import HeadraceError, UnavailableError, UnreachableError
 from headrace.types.generation import Generation
 from headrace.types.http import (
@@ -232,7 +232,7 @@ class AsyncClient:
 
     async def get_weights_by_name(self, name: str) -> torch.Tensor:
         """See `AsyncEngine.get_weights_by_name`."""
-        body = message_body({"name": text_of(name, "name")})
+        body = message_body({"name": name_of(name, "name")})
         answer = await self._transport.send(self._admin_call("get_weights_by_name", body))
         info = msgspec.convert(json.loads(answer.headers[TENSOR_HEADER]), TensorInfo)
         return to_tensor(WeightBytes(info, memoryview(answer.body)))

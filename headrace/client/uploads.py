@@ -14,7 +14,7 @@ import msgspec
 
 from headrace.client.asks import message_body
 from headrace.engine.tensors import NamedTensors, TensorBytes, describe, named_pairs
-from headrace.engine.update import UpdateSession
+from headrace.engine.update_session import UpdateSession
 from headrace.engine.upload_buffers import aligned
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import RequestError, UnavailableError, UpdateConflictError, WeightUpdateError

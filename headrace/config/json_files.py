@@ -5,6 +5,7 @@ Owns what a refusal says: the file, the field and what was found there. Must not
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -128,9 +129,10 @@ class Fields:
         """A finite number over zero, or from zero on."""
         value = self._value(name, default, False)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            converted = _finite(value)
-            if converted is not None and (converted > 0 or (may_be_zero and converted == 0)):
-                return converted
+            with contextlib.suppress(OverflowError):  # an integer that no float can hold
+                converted = float(value)
+                if math.isfinite(converted) and (converted > 0 or (may_be_zero and converted == 0)):
+                    return converted
         raise self.wrong(name, "a finite number of at least 0" if may_be_zero else "a finite number over 0")
 
     def flag(self, name: str, default: bool = False) -> bool:
@@ -158,11 +160,3 @@ class Fields:
 def is_text(value: Any) -> bool:
     """True for a string that can be encoded: JSON can spell lone surrogates, which can be neither printed nor sent."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
-
-
-def _finite(value: float) -> float | None:
-    try:
-        converted = float(value)
-    except OverflowError:
-        return None
-    return converted if math.isfinite(converted) else None

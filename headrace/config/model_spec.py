@@ -6,7 +6,7 @@ silently take for something else than is written, is refused here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ import msgspec
 
 from headrace.config.experts import ExpertFields, read_mlps
 from headrace.config.json_files import Fields, is_text, is_there, read_object, shown
-from headrace.config.layer_spec import AttentionSpec, DenseSpec, ExpertsSpec, KvGroup, LayerSpec, MlpSpec, kv_groups
+from headrace.config.layer_spec import AttentionSpec, DenseSpec, ExpertsSpec, KvGroup, LayerSpec, kv_groups
 from headrace.config.rope import DEFAULT_THETA, read_rope
 from headrace.types.errors import CheckpointError, UnsupportedModelError
 
@@ -49,7 +49,6 @@ class ModelSpec(msgspec.Struct, frozen=True):
 
     @property
     def kv_groups(self) -> tuple[KvGroup, ...]:
-        """The layers by what their keys and values need."""
         return kv_groups(self.layers)
 
     @property
@@ -61,7 +60,6 @@ class ModelSpec(msgspec.Struct, frozen=True):
 
     @property
     def has_experts(self) -> bool:
-        """True if any layer picks experts for its tokens."""
         return any(isinstance(layer.mlp, ExpertsSpec) for layer in self.layers)
 
     def kv_bytes_per_token(self, element_size: int) -> int:
@@ -205,18 +203,16 @@ def _layers(config: Fields, family: _Family, hidden_size: int, max_position: int
         qk_norm=family.qk_norm,
         window=None,
     )
-    mlps, windows = _mlps(config, family, num_layers), _windows(config, family, num_layers)
+    if family.experts is not None:
+        mlps = read_mlps(config, family.experts, num_layers)
+    else:
+        mlp_bias = family.has_mlp_bias and config.flag("mlp_bias")
+        mlps = [DenseSpec(config.integer("intermediate_size"), mlp_bias)] * num_layers
+    windows = _windows(config, family, num_layers)
     return tuple(
         LayerSpec(msgspec.structs.replace(attention, window=window), mlp)
         for window, mlp in zip(windows, mlps, strict=True)
     )
-
-
-def _mlps(config: Fields, family: _Family, num_layers: int) -> Sequence[MlpSpec]:
-    if family.experts is not None:
-        return read_mlps(config, family.experts, num_layers)
-    has_bias = family.has_mlp_bias and config.flag("mlp_bias")
-    return [DenseSpec(config.integer("intermediate_size"), has_bias)] * num_layers
 
 
 def _head_sizes(config: Fields, family: _Family, hidden_size: int) -> tuple[int, int, int]:

@@ -9,23 +9,25 @@ which a scaling or a base frequency would be lost that way is refused.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
 from headrace.config.json_files import Fields
 from headrace.types.errors import CheckpointError
 
+RopeScaling = Literal["default", "linear", "llama3"]
 DEFAULT_THETA = 10000.0
+_KINDS: tuple[RopeScaling, ...] = get_args(RopeScaling)
 _SPELLINGS = ("rope_parameters", "rope_scaling")
-_ORIGINAL = "original_max_position_embeddings"
+_ORIGINAL = "original_max_position_embeddings"  # the length that llama3 scaling starts from
 
 
 class RopeSpec(msgspec.Struct, frozen=True):
     """Rotary embedding: base frequency and its scaling. llama3 uses the four last fields, linear only `factor`."""
 
     theta: float = DEFAULT_THETA
-    scaling: Literal["default", "linear", "llama3"] = "default"
+    scaling: RopeScaling = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -36,7 +38,7 @@ def read_rope(config: Fields, max_position: int, theta: float) -> RopeSpec:
     """The rotary embedding of a `config.json`; `theta` is the family's where none is given. Raises `CheckpointError` or
     `UnsupportedModelError` naming the field."""
     _refuse_partial(config)
-    given = [_settings(config, name) for name in _SPELLINGS if _is_given(config, name)]
+    given = [_settings(config, name) for name in _SPELLINGS if config.values.get(name) not in (None, {})]
     specs = [_read(config, settings, max_position, theta) for settings in given]
     if not specs:
         return RopeSpec(theta=config.number("rope_theta", theta))
@@ -47,10 +49,6 @@ def read_rope(config: Fields, max_position: int, theta: float) -> RopeSpec:
         message = "config.json: rope_parameters and rope_scaling say different things; keep the one that is meant"
         raise CheckpointError(message, field="rope_scaling")
     return taken
-
-
-def _is_given(config: Fields, name: str) -> bool:
-    return config.has(name) and config.values[name] != {}
 
 
 def _settings(config: Fields, name: str) -> Fields:
@@ -74,30 +72,19 @@ def _read(config: Fields, settings: Fields, max_position: int, theta: float) -> 
     low, high = settings.number("low_freq_factor"), settings.number("high_freq_factor")
     if high <= low:
         raise settings.wrong("high_freq_factor", f"over low_freq_factor ({low:g})")
-    original = _original_max_position(config, settings, max_position)
+    original = next((each.integer(_ORIGINAL) for each in (config, settings) if each.has(_ORIGINAL)), max_position)
     return RopeSpec(theta, "llama3", factor, low, high, original)
 
 
-def _kind(settings: Fields) -> Literal["default", "linear", "llama3"]:
+def _kind(settings: Fields) -> RopeScaling:
     name = "type" if "rope_type" not in settings.values and "type" in settings.values else "rope_type"
     kind = settings.text(name, "default")
-    if kind == "default":
-        if name not in settings.values and settings.has("factor"):
-            raise settings.wrong("rope_type", "given where there is a factor")
-        return "default"
-    if kind == "linear":
-        return "linear"
-    if kind == "llama3":
-        return "llama3"
+    if name not in settings.values and settings.has("factor"):
+        raise settings.wrong("rope_type", "given where there is a factor")
+    for known in _KINDS:
+        if kind == known:
+            return known
     raise settings.unsupported(name, f"{kind[:40]!r} is not supported")
-
-
-def _original_max_position(config: Fields, settings: Fields, max_position: int) -> int:
-    """The length that llama3 scaling starts from."""
-    for place in (config, settings):
-        if place.has(_ORIGINAL):
-            return place.integer(_ORIGINAL)
-    return max_position
 
 
 def _refuse_partial(fields: Fields) -> None:

@@ -30,13 +30,16 @@ from headrace.types.messages import (
     CommitUpdate,
     CoreStatus,
     Digest,
+    ExtendUpdate,
     Finished,
     FlushCache,
     GetStatus,
     GetWeight,
     GiveUp,
     Pause,
+    ReleaseMemory,
     Resume,
+    ResumeMemory,
     SetVersion,
     Shutdown,
     Stage,
@@ -88,8 +91,9 @@ def _check_wanted(command: Command, now: float, given_up: Collection[int]) -> No
 
 
 def submit(replica: Replica, command: Submit, front: int, now: float) -> None:
-    """Queue requests; what cannot be served is answered at once."""
-    refusal = replica.update.machine.refusal()
+    """Queue requests; what cannot be served is answered at once. While weights are released all wait for them."""
+    machine = replica.update.machine
+    refusal = None if machine.state == "released" else machine.refusal()
     for request in command.all_requests():
         if front_of(request.handle) != front:  # an answer would reach whoever has that handle
             logger.error("front %d sent a request under handle %d, which is not its own", front, request.handle)
@@ -124,12 +128,18 @@ def give_up(replica: Replica, command: GiveUp, now: float) -> None:
     replica.pause.give_up(command.target, error)
     replica.update.give_up(command.target, error)
     replica.reading.give_up(command.target, error)
+    replica.memory.give_up(command.target, error)
     replica.outbox.reply(command.call_id)
 
 
 def begin_update(replica: Replica, command: BeginUpdate, now: float) -> None:
     """Open a session."""
     replica.outbox.reply(command.call_id, replica.update.begin(command, now))
+
+
+def extend_update(replica: Replica, command: ExtendUpdate, now: float) -> None:
+    """Name more tensors of an open-ended session."""
+    replica.outbox.reply(command.call_id, replica.update.extend(command, now))
 
 
 def stage(replica: Replica, command: Stage, now: float) -> None:
@@ -203,6 +213,11 @@ def _compare(replica: Replica, command: WeightsChecker) -> None:
     replica.reading.digest(command.call_id, command.deadline, differing, of_whole=False)
 
 
+def move_memory(replica: Replica, command: ReleaseMemory | ResumeMemory, now: float) -> None:
+    """Release memory or take it again; `MemoryControl` answers when the system has it, or the replica."""
+    replica.memory.add(command)
+
+
 def flush_cache(replica: Replica, command: FlushCache, now: float) -> None:
     """Free unreferenced cached pages and unpublish the rest."""
     replica.outbox.reply(command.call_id, replica.scheduler.flush_cache())
@@ -225,6 +240,7 @@ def status(replica: Replica, now: float) -> CoreStatus:
         paused=replica.pause.mode or "",
         updating=not update.is_idle,
         updating_in_place=session is not None and session.mode == "inplace",
+        released=tuple(sorted(replica.memory.released)),
         num_running=scheduler.num_running,
         num_waiting=scheduler.num_waiting,
         num_used_tokens=scheduler.num_used_tokens,
@@ -251,6 +267,7 @@ def shutdown(replica: Replica, command: Shutdown, now: float) -> None:
     replica.pause.end(ShutdownError("the engine is shutting down"))
     replica.update.end(ShutdownError("the engine is shutting down"))
     replica.reading.end(ShutdownError("the engine is shutting down"))
+    replica.memory.end(ShutdownError("the engine is shutting down"))
     replica.outbox.reply(command.call_id)
     replica.is_ending = True
 
@@ -266,6 +283,7 @@ _CALLS: dict[type, Callable[[Replica, Any, float], None]] = {
     Resume: resume,
     GiveUp: give_up,
     BeginUpdate: begin_update,
+    ExtendUpdate: extend_update,
     Stage: stage,
     CommitUpdate: commit_update,
     AbortUpdate: abort_update,
@@ -274,6 +292,8 @@ _CALLS: dict[type, Callable[[Replica, Any, float], None]] = {
     GetWeight: get_weight,
     Digest: digest,
     WeightsChecker: weights_checker,
+    ReleaseMemory: move_memory,
+    ResumeMemory: move_memory,
     FlushCache: flush_cache,
     GetStatus: get_status,
     Shutdown: shutdown,

@@ -6,15 +6,16 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from headrace.config import ResolvedConfig
 from headrace.core.faults import FAULTS, DeviceLost, StepError, describe, is_of_lost_device
+from headrace.types.memory import MemoryTag, Restore
 from headrace.types.plan import PlanRefused, SamplePatch, StepDisturbed, StepPlan, StepResult
 from headrace.types.weights import TensorInfo
-from headrace.weights.session import WeightMemory
+from headrace.weights.memory import WeightMemory
 
 if TYPE_CHECKING:
     from headrace.runner.device_runner import DeviceRunner
@@ -69,6 +70,16 @@ class Executor(Protocol):
     def checkpoint(self, folder: Path, root: Path | None) -> CheckpointSlices:
         """What a checkpoint folder holds, and its tensors, read as they are asked for: told at the end, after resting
         now and then. Nothing outside `root` is read, if there is one. Both raise `CheckpointError`."""
+
+    def release(self, tags: Collection[MemoryTag], *, keeps_copy: bool) -> Generator[None]:
+        """Give the memory of these tags back to the system, which has it at the end; told after resting now and then.
+        No plan is in flight. The host keeps a copy of the weights if `keeps_copy`. Closed before its end, or failed, it
+        has released nothing."""
+
+    def resume(self, tags: Collection[MemoryTag], restore: Restore) -> Generator[None]:
+        """Take the memory of these tags again, as zeros at the addresses it had; weights from where `restore` says,
+        which is not "auto". Closed before its end, or failed, it has taken nothing, and a copy is still there. Raises
+        `UnavailableError` where there is no room, `CheckpointError` where the folder has changed."""
 
     def close(self) -> None:
         """Free the device."""
@@ -161,6 +172,12 @@ class LocalExecutor:
         checkpoint = Checkpoint(folder, root=root)
         manifest = yield from checkpoint.manifest_in_slices()
         return manifest, checkpoint.tensors()
+
+    def release(self, tags: Collection[MemoryTag], *, keeps_copy: bool) -> Generator[None]:
+        return self._runner.memory.release(tags, keeps_copy=keeps_copy)
+
+    def resume(self, tags: Collection[MemoryTag], restore: Restore) -> Generator[None]:
+        return self._runner.memory.resume(tags, restore)
 
     def close(self) -> None:
         self._pending.clear()

@@ -6,7 +6,7 @@ Its tokens and log-probabilities are pure functions of the position, in the exac
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ import numpy as np
 
 from headrace.core.executor import CheckpointSlices, Weights
 from headrace.core.faults import DeviceLost, describe, is_of_lost_device
+from headrace.ipc import SharedBuffer
 from headrace.types.errors import CheckpointError, NotFoundError
+from headrace.types.memory import MemoryTag, Restore
 from headrace.types.plan import PositionLogprobs, PromptLogprobs, SamplePatch, SlotInit, StepPlan, StepResult
 from headrace.types.request import Int32Array
 from headrace.types.sampling_params import LogprobOptions
-from headrace.types.weights import TensorInfo, UpdateMode
-from headrace.weights.session import ResolvedMode, StageCopy, Ticket
+from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
+from headrace.weights.memory import Copies, ResolvedMode, StageBuffer, StageCopy, StagePiece, Ticket, one_by_one
 
 FREE_LOGPROB = -0.5
 
@@ -73,6 +75,12 @@ class FreeExecutor:
     def checkpoint(self, folder: Path, root: Path | None) -> CheckpointSlices:
         raise CheckpointError(f"{folder}: this executor has no weights", field="path")
 
+    def release(self, tags: Collection[MemoryTag], *, keeps_copy: bool) -> Generator[None]:
+        yield  # there is none
+
+    def resume(self, tags: Collection[MemoryTag], restore: Restore) -> Generator[None]:
+        yield
+
     def close(self) -> None:
         self._plans.clear()
 
@@ -108,11 +116,28 @@ def _free_extras(count: int, options: LogprobOptions) -> PositionLogprobs:
 class FreeWeights:
     """Weights that are nowhere: every update is accepted and costs nothing."""
 
+    device_id = ""
+
+    def open_buffer(self, ref: BufferRef | DeviceRef) -> StageBuffer:
+        return SharedBuffer.open(ref)
+
     def begin(self, manifest: Sequence[TensorInfo], mode: UpdateMode, partial: bool) -> ResolvedMode:
+        return self.begin_open(mode, partial)
+
+    def begin_open(self, mode: UpdateMode, partial: bool) -> ResolvedMode:
         return "inplace" if mode == "inplace" else "shadow"
+
+    def extend(self, manifest: Sequence[TensorInfo]) -> int:
+        return 0
+
+    def missing(self) -> list[str]:
+        return []
 
     def stage(self, index: int, data: Any, start: int | None = None) -> StageCopy:
         return _FreeCopy()
+
+    def stage_pieces(self, pieces: Iterator[StagePiece]) -> Copies:
+        return one_by_one(self.stage, pieces)
 
     def forget(self, index: int) -> list[int]:
         return [index]

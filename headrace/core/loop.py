@@ -71,16 +71,17 @@ class CoreLoop:
             stepped = self._step(may_submit=True, admit_new=True)
             replica.outbox.flush(force=not stepped)
             return stepped
-        pause, update = replica.pause, replica.update
-        may_submit = not pause.is_paused and not update.holds_generation
+        pause, update, memory = replica.pause, replica.update, replica.memory
+        may_submit = not replica.stands_still and not update.holds_generation
         stepped = self._step(may_submit=may_submit, admit_new=not pause.is_draining and not update.is_draining)
         replica.outbox.flush()
         now = self._clock()
         pause.advance(now)
         update.expire(now)
         replica.reading.expire(now)
+        memory.expire(now)
         budget = STAGE_BUDGET_BUSY_S if stepped else STAGE_BUDGET_IDLE_S
-        progressed = update.advance(budget, now) or replica.reading.advance(budget)
+        progressed = memory.advance(budget) or update.advance(budget, now) or replica.reading.advance(budget)
         self._expire_held_requests(now)
         replica.outbox.flush(force=not stepped)
         return stepped or progressed
@@ -102,7 +103,10 @@ class CoreLoop:
     @property
     def _is_quiet(self) -> bool:
         """Nothing waits for what happens between steps, and nothing holds them up."""
-        return self.replica.update.is_idle and not (self.replica.pause.pauses or self.replica.reading.reads)
+        replica, memory = self.replica, self.replica.memory
+        if not replica.update.is_idle or memory.lacks or memory.jobs:
+            return False
+        return not (replica.pause.pauses or replica.reading.reads)
 
     def _step(self, *, may_submit: bool, admit_new: bool) -> bool:
         scheduler = self.replica.scheduler
@@ -114,9 +118,10 @@ class CoreLoop:
         return stepped
 
     def _expire_held_requests(self, now: float) -> None:
-        """Answer requests that have waited behind a pause or an update for `pause_timeout`."""
+        """Answer requests that have waited behind a pause, an update or for memory for `pause_timeout`."""
         replica = self.replica
         held = replica.pause.mode is not None or replica.update.holds_generation or replica.update.is_draining
+        held = held or bool(replica.memory.lacks)
         if not held:
             self._held_since = None
             return
@@ -132,7 +137,9 @@ class CoreLoop:
     def _time_to_deadline(self) -> float:
         if self._is_quiet:
             return _LONGEST_WAIT_S
-        deadlines = [self.replica.pause.deadline, self.replica.update.deadline, self.replica.reading.deadline]
+        replica = self.replica
+        owners = (replica.pause, replica.update, replica.reading, replica.memory)
+        deadlines = [owner.deadline for owner in owners]
         if self._held_since is not None and self.replica.scheduler.num_waiting:
             deadlines.append(self._next_expiry)
         waits = [deadline - self._clock() for deadline in deadlines if deadline is not None]

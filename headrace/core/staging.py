@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from headrace.ipc import SharedBuffer
 from headrace.types.errors import CheckpointError, WeightUpdateError
 from headrace.types.messages import NO_DEADLINE, Stage
-from headrace.weights.session import StageCopy, WeightMachine
+from headrace.weights.memory import Copies, StageBuffer, StageCopy, StagePiece
+from headrace.weights.session import WeightMachine
 
 
 class StageJob:
     """Tensors on their way into a session. `call_id` is the call to answer then; None: the core reads a folder.
 
-    `copies` are the index of the tensor that a copy completes, None for a piece before its last one, and the copy;
+    `copies` are the indices of the tensors that a copy completes, none for a piece before its last one, and the copy;
     `buffer` is what they are taken from.
     """
 
@@ -24,17 +24,17 @@ class StageJob:
         self,
         machine: WeightMachine,
         session_id: int,
-        copies: Iterator[tuple[int | None, StageCopy]],
+        copies: Copies,
         call_id: int | None,
         deadline: float = NO_DEADLINE,
-        buffer: SharedBuffer | None = None,
+        buffer: StageBuffer | None = None,
     ) -> None:
         self.call_id = call_id
         self.deadline = deadline
         self._machine = machine
         self._session_id = session_id
         self._copies = copies
-        self._current: tuple[int | None, StageCopy] | None = None
+        self._current: tuple[Sequence[int], StageCopy] | None = None
         self._buffer = buffer
 
     def advance(self, budget_s: float, now: float) -> bool:
@@ -48,19 +48,18 @@ class StageJob:
                 self._current = next(self._copies, None)
                 if self._current is None:
                     return True
-            index, copy = self._current
+            indices, copy = self._current
             try:
                 is_done = copy.advance(max(0.0, stop_at - time.perf_counter()))
             finally:
                 if copy.has_written:
                     self._machine.note_write(self._session_id)
             if is_done:
-                if index is None:
-                    self._machine.require(self._session_id).touch(now)
-                else:
+                self._machine.require(self._session_id).touch(now)
+                for index in indices:
                     self._machine.mark_staged(self._session_id, index, now)
                 self._current = None
-            if time.perf_counter() >= stop_at:
+            if not is_done or time.perf_counter() >= stop_at:
                 return False
 
     def close(self) -> None:
@@ -89,17 +88,17 @@ def job_from_buffer(machine: WeightMachine, command: Stage, now: float) -> Stage
         sizes.append(size)
     if len({(entry.index, entry.start) for entry in command.entries}) != len(command.entries):
         raise WeightUpdateError("a tensor is named twice in one stage call", field="entries")
-    buffer = SharedBuffer.open(command.buffer)
+    buffer = machine.open_buffer(command.buffer)
 
-    def copies() -> Iterator[tuple[int | None, StageCopy]]:
+    def pieces() -> Iterator[StagePiece]:
         for entry, size in zip(command.entries, sizes, strict=True):
             total = staged.manifest[entry.index].num_bytes
-            data, is_last = buffer.view[entry.offset : entry.offset + size], entry.start + size == total
-            start, replaces = None if size == total else entry.start, entry.replaces and not entry.start
-            copy = machine.stage(command.session_id, entry.index, data, start, replaces=replaces)
-            yield entry.index if is_last else None, copy
+            start, is_last = None if size == total else entry.start, entry.start + size == total
+            data, replaces = buffer.part(entry.offset, size), entry.replaces and not entry.start
+            yield StagePiece(entry.index, data, start, is_last, replaces)
 
-    return StageJob(machine, command.session_id, copies(), command.call_id, command.deadline, buffer)
+    copies = machine.stage_pieces(command.session_id, pieces())
+    return StageJob(machine, command.session_id, copies, command.call_id, command.deadline, buffer)
 
 
 def job_from_tensors(
@@ -108,10 +107,10 @@ def job_from_tensors(
     """A job over (name, tensor) pairs that the core reads itself."""
     index_of = {info.name: index for index, info in enumerate(machine.require(session_id).staged.manifest)}
 
-    def copies() -> Iterator[tuple[int | None, StageCopy]]:
+    def copies() -> Copies:
         for name, tensor in tensors:
             if name not in index_of:
                 raise CheckpointError(f"{folder} changed while it was read: {name} is new", field=name)
-            yield index_of[name], machine.stage(session_id, index_of[name], tensor)
+            yield (index_of[name],), machine.stage(session_id, index_of[name], tensor)
 
     return StageJob(machine, session_id, copies(), None)

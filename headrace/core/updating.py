@@ -5,66 +5,48 @@ memory's part in it, are `headrace.weights.session`.
 
     IDLE ---begin--> FILLING                    IDLE ---from disk--> LOOKING ---manifest--> FILLING
     FILLING ---a hold is needed--> DRAINING (if that is the policy) ---nothing runs--> HOLDING ---> COMMITTING ---> IDLE
+    FILLING | HOLDING ---extend, of an open-ended session--> the same
     any but COMMITTING ---abort, expiry--> IDLE
 
 A shadow session needs a hold only to commit. An in-place session needs it from the first staged byte to its end. Before
-a hold begins the requests in flight are treated as the session asks (`in_flight`). While generation is paused the hold
-begins at once: nothing can drain then, so "drain" treats what the pause kept as "keep" does.
+a hold begins the requests in flight are treated as the session asks (`in_flight`). While generation is paused, or lacks
+memory, the hold begins at once: nothing can drain then, so "drain" treats what was kept as "keep" does. While an
+open-ended session lacks tensors a pause does not end.
 """
 
 from __future__ import annotations
 
-import enum
 import logging
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
-
-import msgspec
 
 from headrace.core.executor import Executor
 from headrace.core.faults import FAULTS, failure
 from headrace.core.outbox import Outbox
-from headrace.core.pausing import PauseControl
 from headrace.core.staging import StageJob, job_from_buffer, job_from_tensors
 from headrace.core.stepping import Stepper
+from headrace.core.update_phase import Hold, PendingCall, UpdatePhase
 from headrace.scheduler import Scheduler
 from headrace.types.errors import DeadlineError, HeadraceError, UpdateConflictError
-from headrace.types.messages import NO_DEADLINE, BeginUpdate, CommitUpdate, Stage, UpdateBegun, UpdateFromDisk
+from headrace.types.messages import (
+    NO_DEADLINE,
+    BeginUpdate,
+    CommitUpdate,
+    ExtendUpdate,
+    Stage,
+    UpdateBegun,
+    UpdateExtended,
+    UpdateFromDisk,
+)
 from headrace.types.weights import InFlight, TensorInfo
-from headrace.weights.session import OpenUpdate, WeightMachine
+from headrace.weights.session import OpenUpdate, WeightMachine, check_version, shortened
 
 logger = logging.getLogger(__name__)
 
 _COMMIT_LOOK_S = 0.0002
 """Between two looks at a commit under way, where somebody waits for its end."""
-
-
-class UpdatePhase(enum.Enum):
-    """What an update has come to."""
-
-    IDLE = "there is none"
-    LOOKING = "a folder is looked through, and no session is open yet"
-    FILLING = "a session is open: tensors are staged beside running steps, or are waited for"
-    DRAINING = "what has started runs to its end, and nothing new starts"
-    HOLDING = "no step runs: tensors are staged in place, or the commit is due"
-    COMMITTING = "no step runs while the copy over live weights goes on: there is no way back"
-
-
-class _Call(msgspec.Struct, frozen=True):
-    """Who waits for the weights to be live."""
-
-    call_id: int
-    deadline: float
-
-
-class _Hold(msgspec.Struct):
-    """Generation stands still for the session. `since` is in seconds of `time.perf_counter`."""
-
-    policy: InFlight
-    since: float
-    num_aborted: int
 
 
 class UpdateControl:
@@ -77,8 +59,9 @@ class UpdateControl:
         scheduler: Scheduler,
         stepper: Stepper,
         outbox: Outbox,
-        pause: PauseControl,
+        stands_still: Callable[[], bool],
     ) -> None:
+        """`stands_still`: generation is paused, or lacks memory, so that nothing can drain."""
         self.machine = machine
         self.num_updates = 0
         self.last_pause_ms = 0.0
@@ -87,13 +70,13 @@ class UpdateControl:
         self._scheduler = scheduler
         self._stepper = stepper
         self._outbox = outbox
-        self._pause = pause
+        self._stands_still = stands_still
         self.live_stamp = 0
-        self._looking: tuple[_Call, Generator[None]] | None = None  # through a folder, for this call
+        self._looking: tuple[PendingCall, Generator[None]] | None = None  # through a folder, for this call
         self._opening_call = 0  # that opened the session: whoever gives it up has no session
         self._jobs: deque[StageJob] = deque()
-        self._commit: _Call | None = None
-        self._hold: _Hold | None = None
+        self._commit: PendingCall | None = None
+        self._hold: Hold | None = None
         self._steps_at_first_stage: int | None = None
 
     # What the step loop and readers of weights ask. `live_stamp` is another number after live memory was written.
@@ -113,8 +96,11 @@ class UpdateControl:
         return UpdatePhase.DRAINING if drains else UpdatePhase.FILLING
 
     def check_readable(self) -> None:
-        """`UpdateConflictError` while live weights are being written: nobody could say what was read."""
+        """`UpdateConflictError` while live weights are being written: nobody could say what was read. There is nothing
+        to read while they are released: `NeedsWeightsError`."""
         session = self.machine.session
+        if self.machine.state == "released" and (refusal := self.machine.refusal()) is not None:
+            raise refusal
         if session is not None and session.mode == "inplace" and session.has_written:
             message = f"session {session.session_id} is writing live weights in place; read them when it is over"
             raise UpdateConflictError(message, field="session_id")
@@ -126,6 +112,12 @@ class UpdateControl:
         refusal = self.machine.refusal()
         if refusal is not None:
             raise refusal
+
+    def check_idle(self) -> None:
+        """`UpdateConflictError` unless an update could begin: none has, and weights have memory."""
+        self.machine.check_no_session()
+        if self._looking is not None:
+            raise UpdateConflictError("an update from a folder has begun; abort it first", field="session_id")
 
     @property
     def holds_generation(self) -> bool:
@@ -141,10 +133,16 @@ class UpdateControl:
 
     def begin(self, command: BeginUpdate, now: float) -> UpdateBegun:
         """Open a session for a manifest that is right as a whole."""
-        self._check_idle()
+        self.check_idle()
         session = self._open(command, command.manifest, command.timeout_s, now)
         self._opening_call = command.call_id
         return UpdateBegun(session.session_id, session.mode)
+
+    def extend(self, command: ExtendUpdate, now: float) -> UpdateExtended:
+        """More tensors for an open-ended session."""
+        self._require_no_commit(command.session_id)
+        first = self.machine.extend(command.session_id, command.manifest, now)
+        return UpdateExtended(first, self.machine.require(command.session_id).num_missing)
 
     def stage(self, command: Stage, now: float) -> None:
         """Queue the copy of an upload; it is answered when all of it is in place."""
@@ -158,8 +156,10 @@ class UpdateControl:
         session = self.machine.require(command.session_id)
         session.touch(now)
         if not self._jobs:
-            session.staged.check_complete()
-        self._commit = _Call(command.call_id, command.deadline)
+            self.machine.check_complete()
+        if command.version:
+            check_version(command.version)
+        self._commit = PendingCall(command.call_id, command.deadline, command.version)
 
     def abort(self, session_id: int | None) -> None:
         """Drop the session, or with None whichever is open, and answer whatever waits for it."""
@@ -182,21 +182,24 @@ class UpdateControl:
 
     def from_disk(self, command: UpdateFromDisk, now: float) -> None:
         """A whole session over a checkpoint folder; answered when the weights are live."""
-        self._check_idle()
-        self._looking = _Call(command.call_id, command.deadline), self._look_through(command, now)
+        self.check_idle()
+        self._looking = PendingCall(command.call_id, command.deadline), self._look_through(command, now)
 
     def check_resume(self) -> None:
-        """`UpdateConflictError` while live weights are half overwritten: resuming could not mean anything yet."""
+        """`UpdateConflictError` while live weights are half overwritten: resuming could not mean anything yet; and
+        while an open-ended session lacks tensors, whose sender takes its update for done."""
         session = self.machine.session
-        if session is not None and session.has_written and self._commit is None:
-            missing = session.staged.missing()
-            named = f"; not staged yet: {', '.join(missing[:8])}" if missing else ""
-            message = f"session {session.session_id} is open and writes in place{named}"
+        if session is None or self._commit is not None:
+            return
+        if session.has_written or (session.is_open_ended and not session.is_complete):
+            missing, writes = self.machine.missing(), " and writes in place" if session.has_written else ""
+            named = f"; not staged yet: {shortened(missing)}" if missing else ""
+            message = f"session {session.session_id} is open{writes}{named}; abort_update ends it"
             raise UpdateConflictError(message, field="session_id")
 
     def lose_weights(self, seed: int) -> None:
         """Overwrite live weights with noise. Every request is answered; none is served until an update lands."""
-        self._check_idle()
+        self.check_idle()
         self.machine.lose()
         self.live_stamp += 1
         self._stepper.settle()
@@ -284,6 +287,7 @@ class UpdateControl:
             timeout_s=timeout_s,
             in_flight=command.in_flight,
             partial=isinstance(command, BeginUpdate) and command.partial,
+            is_open_ended=isinstance(command, BeginUpdate) and command.is_open,
         )
 
     def _require_no_commit(self, session_id: int) -> None:
@@ -291,18 +295,13 @@ class UpdateControl:
         if self._commit is not None:
             raise UpdateConflictError(f"session {session_id} is being committed", field="session_id")
 
-    def _check_idle(self) -> None:
-        self.machine.check_no_session()
-        if self._looking is not None:
-            raise UpdateConflictError("an update from a folder has begun; abort it first", field="session_id")
-
     def _look_through(self, command: UpdateFromDisk, now: float) -> Generator[None]:
         """Find out what a folder holds; then open a session for it, in which all of it is staged and committed."""
         folder, root = Path(command.path), Path(command.root) if command.root else None
         manifest, tensors = yield from self._executor.checkpoint(folder, root)
         session = self._open(command, tuple(manifest), command.deadline - now, now)
         self._jobs.append(job_from_tensors(self.machine, session.session_id, tensors, folder))
-        self._commit, self._looking = _Call(command.call_id, command.deadline), None
+        self._commit, self._looking = PendingCall(command.call_id, command.deadline), None
         self._note_stage()
 
     def _look(self, slices: Generator[None], budget_s: float) -> bool:
@@ -335,7 +334,7 @@ class UpdateControl:
         return self._commit is not None and not self._jobs
 
     def _policy(self, session: OpenUpdate) -> InFlight:
-        return "keep" if session.in_flight == "drain" and self._pause.is_paused else session.in_flight
+        return "keep" if session.in_flight == "drain" and self._stands_still() else session.in_flight
 
     def _begin_hold(self, session: OpenUpdate) -> bool:
         """Stop generation as the policy says. False while requests still drain."""
@@ -345,13 +344,13 @@ class UpdateControl:
         aborted = self._scheduler.abort(None, "Aborted by a weight update") if policy == "abort" else []
         self._outbox.add(aborted)
         self._stepper.settle()
-        self._hold = _Hold(policy, time.perf_counter(), sum(delta.finish is not None for delta in aborted))
+        self._hold = Hold(policy, time.perf_counter(), sum(delta.finish is not None for delta in aborted))
         return True
 
-    def _is_complete(self, session: OpenUpdate, commit: _Call) -> bool:
+    def _is_complete(self, session: OpenUpdate, commit: PendingCall) -> bool:
         """Whether the commit may go on; if not, its call is answered and the session stays open."""
         try:
-            session.staged.check_complete()
+            self.machine.check_complete()
         except HeadraceError as error:
             self._commit = None
             self._outbox.refuse(commit.call_id, error.info())
@@ -394,7 +393,7 @@ class UpdateControl:
             self._make_live(session, self._commit)
             time.sleep(_COMMIT_LOOK_S)
 
-    def _make_live(self, session: OpenUpdate, commit: _Call) -> None:
+    def _make_live(self, session: OpenUpdate, commit: PendingCall) -> None:
         """Begin the copy over live weights, or look whether it is done. Generation is held until then."""
         assert self._hold is not None
         hold = self._hold
@@ -402,6 +401,7 @@ class UpdateControl:
             if hold.policy == "recompute":
                 self._scheduler.recompute_running()
             self.live_stamp += 1
+            session.version = commit.version or session.version
         try:
             if not self.machine.commit(session.session_id):
                 return

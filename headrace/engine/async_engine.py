@@ -10,41 +10,45 @@ import functools
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack, get_args
 
 from headrace.engine.control import (
     DEFAULT_UPDATE_TIMEOUT,
     UpdateTerms,
-    choice_of,
     folder_of,
     seconds_of,
+    tags_of,
     terms_of,
-    text_of,
+    terms_of_part,
     version_of,
 )
-from headrace.engine.fields import InputIds, Prompts, Sampling
+from headrace.engine.fields import InputIds, Prompts, Sampling, name_of
 from headrace.engine.lifecycle import EngineLifecycle
 from headrace.engine.reading import read_weight
-from headrace.engine.requests import GenerateItem, GenerateOptions
+from headrace.engine.requests import CallArguments, GenerateItem, GenerateOptions
 from headrace.engine.runtime import Undoable
 from headrace.engine.serving import HttpServer, server_door, stop_server
-from headrace.engine.stream import Stream, StreamGroup, whole_samples
-from headrace.engine.tensors import NamedTensors, to_tensor
-from headrace.engine.update import Manifest, Run, UpdateSession, manifest_of
+from headrace.engine.stream import Stream, StreamGroup, cancel_all, whole_samples
+from headrace.engine.tensors import HeldTensors, NamedTensors, to_tensor
+from headrace.engine.update import Run
+from headrace.engine.update_session import Manifest, UpdateSession, manifest_of
 from headrace.text import run_sized
 from headrace.types.generation import Generation
+from headrace.types.memory import MemoryTag, OnRelease, Restore
 from headrace.types.messages import (
     CoreStatus,
     Digest,
     FlushCache,
     GetStatus,
+    ReleaseMemory,
     Resume,
+    ResumeMemory,
     SetVersion,
     UpdateFromDisk,
     WeightBytes,
     WeightsChecker,
 )
-from headrace.types.plain_values import as_flag
+from headrace.types.plain_values import as_choice, as_flag
 from headrace.types.weights import InFlight, PauseMode, TensorInfo, UpdateMode, UpdateReport
 
 if TYPE_CHECKING:
@@ -94,7 +98,7 @@ class AsyncEngine(EngineLifecycle):
         Raises `RequestError` naming the field; `UnavailableError` and `DeadlineError` as their classes say. An error of
         one sequence drops the others of the call.
         """
-        return await self._generate(prompts, input_ids, sampling_params, options)
+        return await self._generate(CallArguments(prompts, input_ids, sampling_params, options))
 
     async def score(
         self,
@@ -105,7 +109,7 @@ class AsyncEngine(EngineLifecycle):
     ) -> list[Generation]:
         """Log-probabilities of given tokens: `generate` with `max_new_tokens=0` and prompt log-probabilities."""
         options["return_prompt_logprobs"] = True
-        return await self._generate(prompts, input_ids, sampling_params, options, scores=True)
+        return await self._generate(CallArguments(prompts, input_ids, sampling_params, options, scores=True))
 
     async def stream(
         self,
@@ -134,7 +138,7 @@ class AsyncEngine(EngineLifecycle):
         """How `stream` starts, and what undoes that: for `EngineLoop.run` and `wait`. The group is bound to the
         engine's loop."""
         self.runtime.check_open()
-        return self._open_group(prompts, input_ids, sampling_params, options), _drop
+        return self._open_group(CallArguments(prompts, input_ids, sampling_params, options, stream=True)), _drop
 
     def prepare(self, item: GenerateItem) -> GenerateItem:
         """`item`, checked and with its prompt packed; cheap to submit, and to copy for further samples of the prompt.
@@ -149,24 +153,14 @@ class AsyncEngine(EngineLifecycle):
         running.runtime.check_open()
         return running.intake.submit(item)
 
-    async def expand(
-        self,
-        prompts: Prompts,
-        input_ids: InputIds,
-        sampling_params: Sampling,
-        options: GenerateOptions,
-        *,
-        stream: bool = False,
-        scores: bool = False,
-    ) -> list[GenerateItem]:
+    async def expand(self, call: CallArguments) -> list[GenerateItem]:
         """One item per sample that a call asks for, prompt-major, checked. To be called on the engine's loop.
 
-        Much text is encoded, and many prompts are read, in another thread, so that streams and heartbeats go on."""
+        Much text is encoded, and many prompts are read, in another thread, so that streams and heartbeats go on.
+        """
         self.runtime.check_open()
-        expand = functools.partial(
-            self._running.builder.expand, prompts, input_ids, sampling_params, options, stream=stream, scores=scores
-        )
-        return await run_sized(_size_of(prompts if input_ids is None else input_ids), expand)
+        size = _size_of(call.prompts if call.input_ids is None else call.input_ids)
+        return await run_sized(size, functools.partial(self._running.builder.expand, call))
 
     async def submit_all(self, items: Sequence[GenerateItem]) -> list[Stream]:
         """Start all of them, or none. To be called on the engine's loop; the streams too are bound to it."""
@@ -181,7 +175,7 @@ class AsyncEngine(EngineLifecycle):
 
         `request_id` matches exactly, or as a prefix. Returns how many sequences matched; none is no error.
         """
-        message = text_of(message, "message")
+        message = name_of(message, "message")
         by_prefix, everything = as_flag(prefix, "prefix"), as_flag(all, "all")
         return self._running.intake.abort(request_id, prefix=by_prefix, everything=everything, message=message)
 
@@ -197,7 +191,7 @@ class AsyncEngine(EngineLifecycle):
 
     def undoable_pause(self, mode: PauseMode, timeout: float | None) -> Undoable[int]:
         """What `pause` does, and what undoes it: for `EngineLoop.run` and `wait`."""
-        mode = choice_of(mode, PauseMode, "mode")
+        mode = as_choice(mode, get_args(PauseMode), "mode")
         seconds = seconds_of(timeout)
         client = self.runtime.client
         self.runtime.check_open()
@@ -205,8 +199,36 @@ class AsyncEngine(EngineLifecycle):
 
     @_on_engine_loop
     async def resume(self) -> None:
-        """Go on after `pause`."""
+        """Go on after `pause`. `UpdateConflictError`, naming what is missing, while an update in buckets is not
+        complete, and while live weights are half written."""
         await self.runtime.client.change(Resume, NoneType)
+
+    @_on_engine_loop
+    async def release_memory_occupation(
+        self, tags: Sequence[MemoryTag] | None = None, *, in_flight: OnRelease = "abort", timeout: float | None = None
+    ) -> None:
+        """Give memory back to the system: "weights", "kv_cache", "cuda_graph", or all. Returns when it is free; what is
+        released already stays so.
+
+        Requests in flight are ended with what they have, or, with "recompute", kept and computed again after the
+        resume. Requests that come meanwhile wait, at most `pause_timeout` seconds. `UpdateConflictError` while an
+        update is open.
+        """
+        given, how, seconds = tags_of(tags), as_choice(in_flight, get_args(OnRelease), "in_flight"), seconds_of(timeout)
+        await self.runtime.client.change(lambda call_id: ReleaseMemory(call_id, given, how), NoneType, seconds)
+
+    @_on_engine_loop
+    async def resume_memory_occupation(
+        self, tags: Sequence[MemoryTag] | None = None, *, restore: Restore = "auto", timeout: float | None = None
+    ) -> None:
+        """Take released memory again, in any order. Generation goes on when weights and KV cache are there.
+
+        Weights come from the copy that `keep_weights_copy` left ("copy"), from the engine's folder if they were its
+        own ("disk"), or from a complete update that follows ("await"), until which requests get a `NeedsWeightsError`.
+        "auto": from the copy if there is one. Where there is no room, `UnavailableError`, and all stays released.
+        """
+        given, source, seconds = tags_of(tags), as_choice(restore, get_args(Restore), "restore"), seconds_of(timeout)
+        await self.runtime.client.change(lambda call_id: ResumeMemory(call_id, given, source), NoneType, seconds)
 
     @_on_engine_loop
     async def flush_cache(self) -> int:
@@ -289,6 +311,37 @@ class AsyncEngine(EngineLifecycle):
         self.runtime.check_open()
         return await self.runtime.updater.update_from_tensors(run, named_tensors, terms)
 
+    async def update_weights_from_bucket(
+        self,
+        named_tensors: NamedTensors,
+        version: str | int | None = None,
+        *,
+        mode: UpdateMode = "auto",
+        in_flight: InFlight = "drain",
+        timeout: float = DEFAULT_UPDATE_TIMEOUT,
+    ) -> UpdateReport | None:
+        """Some tensors of an update that comes in several calls, as SGLang's clients send theirs: without begin and
+        commit. The call after which the model has all of its tensors makes them live; the others return None.
+
+        A tensor that comes again replaces the first. The version may be given with each call or only with the last; a
+        call with another one than those before begins the update anew. `mode`, `in_flight` and `timeout` are those of
+        the first call. An error in one ends the whole: begin anew. Until it is complete, `resume` and other updates
+        are refused, and `abort_update` drops it. The cache needs no flush. For a part of a model alone see `partial`.
+        """
+        await self.start()
+        return await self.add_by(self.runtime.run, named_tensors, terms_of_part(version, mode, in_flight, timeout))
+
+    async def add_by(self, run: Run, named_tensors: NamedTensors, terms: UpdateTerms) -> UpdateReport | None:
+        """As `update_weights_from_bucket`, awaiting nothing but what `run` makes of coroutines for the loop."""
+        self.runtime.check_open()
+        joined, updater = self.runtime.joined, self.runtime.updater
+        try:
+            held = HeldTensors(named_tensors)
+        except BaseException:  # whatever it is, as in `JoinedUpdate.add`
+            await run(joined.end())
+            raise
+        return await joined.add(held.manifest, terms, lambda session, _: updater.stage(run, session, held), run)
+
     @_on_engine_loop
     async def update_weights_from_disk(
         self,
@@ -327,7 +380,7 @@ class AsyncEngine(EngineLifecycle):
     ) -> WeightBytes:
         """As `get_weights_by_name`, for callers without torch: the bytes and what they are. Of the first `max_rows`
         rows only, if `check` does not refuse what the tensor turns out to be."""
-        name = text_of(name, "name")
+        name = name_of(name, "name")
         return await read_weight(self.runtime.client, name, max_rows, check)
 
     @_on_engine_loop
@@ -340,7 +393,7 @@ class AsyncEngine(EngineLifecycle):
     @_on_engine_loop
     async def weights_checker(self, action: str) -> dict[str, str]:
         """SGLang's checker: "snapshot", "reset_tensors" or "compare"."""
-        action = text_of(action, "action")
+        action = name_of(action, "action")
         return await self.runtime.client.change(lambda call_id: WeightsChecker(call_id, action), dict[str, str])
 
     @_on_engine_loop
@@ -366,26 +419,15 @@ class AsyncEngine(EngineLifecycle):
         return running
 
     @_on_engine_loop
-    async def _generate(
-        self,
-        prompts: Prompts,
-        input_ids: InputIds,
-        sampling_params: Sampling,
-        options: GenerateOptions,
-        scores: bool = False,
-    ) -> list[Generation]:
-        streams = await self.submit_all(await self.expand(prompts, input_ids, sampling_params, options, scores=scores))
+    async def _generate(self, call: CallArguments) -> list[Generation]:
+        streams = await self.submit_all(await self.expand(call))
         try:
             return await whole_samples(streams)
         finally:
-            for stream in streams:
-                stream.cancel()
+            cancel_all(streams)
 
-    async def _open_group(
-        self, prompts: Prompts, input_ids: InputIds, sampling_params: Sampling, options: GenerateOptions
-    ) -> StreamGroup:
-        items = await self.expand(prompts, input_ids, sampling_params, options, stream=True)
-        return StreamGroup(await self.submit_all(items))
+    async def _open_group(self, call: CallArguments) -> StreamGroup:
+        return StreamGroup(await self.submit_all(await self.expand(call)))
 
 
 async def _drop(group: StreamGroup) -> None:

@@ -66,7 +66,7 @@ class Calls:
                 await on_answer()
             return call.answer.result()
         except asyncio.CancelledError:
-            await self._give_up(call, on_answer)
+            await outlast(self._give_up(call, on_answer))
             raise
         finally:
             self._waiting.pop(call.call_id, None)
@@ -86,7 +86,7 @@ class Calls:
         """Leave nothing of a call that was answered when nobody listened any more."""
         answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         answer.set_result(b"")
-        await self._give_up(Call(call_id, "", -math.inf, answer), None)
+        await outlast(self._give_up(Call(call_id, "", -math.inf, answer), None))
 
     def settle(self, reply: Reply) -> None:
         """The core has answered. Nothing happens if nobody waits for it any more."""
@@ -132,9 +132,6 @@ class Calls:
 
     async def _give_up(self, call: Call, on_answer: Callable[[], Awaitable[None]] | None) -> None:
         """Have the core forget a call whose caller was cancelled."""
-        await outlast(self._tell_given_up(call, on_answer))
-
-    async def _tell_given_up(self, call: Call, on_answer: Callable[[], Awaitable[None]] | None) -> None:
         try:
             telling = self._open(lambda call_id: GiveUp(call_id, call.call_id), math.inf)
         except HeadraceError:  # the core is gone and does nothing any more, or takes no commands before the deadline

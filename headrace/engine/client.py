@@ -33,6 +33,7 @@ from headrace.types.messages import (
     GetStatus,
     Output,
     Pause,
+    ReleaseMemory,
     Reply,
     Shutdown,
     Submit,
@@ -98,6 +99,8 @@ class CoreClient:
         self._barred: HeadraceError | None = None
         self.status: CoreStatus | None = None
         self.is_whole = True
+        self.device = ""
+        """The UUID of the device that the core's weights are on; "" on a CPU."""
 
     @property
     def is_alive(self) -> bool:
@@ -112,11 +115,6 @@ class CoreClient:
     def diagnose(self) -> Ailment | None:
         """What is wrong with the core now, by its pulse alone; of any thread."""
         return diagnose(self._pulse.read(), time.monotonic_ns(), self._limits)
-
-    @property
-    def num_live(self) -> int:
-        """Sequences without a terminal answer."""
-        return len(self._sinks)
 
     async def start(self, timeout: float) -> CoreReady:
         """Wait for the core to be ready. Raises its error, `EngineDeadError`, or `DeadlineError` after `timeout` s."""
@@ -133,12 +131,12 @@ class CoreClient:
         if ready.error is not None:
             raise ready.error.to_exception()
         self._last_handle = handle_of(ready.front, self._last_handle)
+        self.device = ready.device
         await self._take_over()
         self._watch = loop.create_task(self._watch_core())
         return ready
 
     async def detach(self) -> None:
-        """Let go of a dead core."""
         watch, self._watch = self._watch, None
         if watch is not None:
             watch.cancel()
@@ -256,6 +254,9 @@ class CoreClient:
         mode = self.ledger.paused
         if mode is not None:
             await self._calls.call(lambda call_id: Pause(call_id, mode), self.control_timeout)
+        tags = tuple(self.ledger.released)
+        if tags:
+            await self._calls.call(lambda call_id: ReleaseMemory(call_id, tags), self.control_timeout)
         status = await self._calls.ask(GetStatus, self.control_timeout)
         self._note(msgspec.msgpack.decode(status, type=CoreStatus))
         self._barred = None

@@ -8,11 +8,13 @@ from typing import Any, get_args
 import msgspec
 
 from headrace.engine.fields import MAX_NAME_LENGTH
-from headrace.types.errors import CheckpointError, RequestError, WeightUpdateError
-from headrace.types.plain_values import as_choice, as_flag, as_integer, as_seconds, plain_text
+from headrace.types.errors import CheckpointError, WeightUpdateError, encodable
+from headrace.types.memory import MEMORY_TAGS, MemoryTag
+from headrace.types.plain_values import as_choice, as_flag, as_integer, as_list, as_seconds, plain_text
 from headrace.types.weights import InFlight, UpdateMode
 
 DEFAULT_UPDATE_TIMEOUT = 600.0
+MAX_TAGS = 64
 
 
 class UpdateTerms(msgspec.Struct, frozen=True):
@@ -25,10 +27,16 @@ class UpdateTerms(msgspec.Struct, frozen=True):
     partial: bool = False
 
 
+def terms_of_part(version: Any, mode: Any, in_flight: Any, timeout: Any) -> UpdateTerms:
+    """What a call says that brings a part of an update: None is no version."""
+    terms = terms_of(0 if version is None else version, mode, in_flight, timeout)
+    return msgspec.structs.replace(terms, version="") if version is None else terms
+
+
 def terms_of(version: Any, mode: Any, in_flight: Any, timeout: Any, partial: Any = False) -> UpdateTerms:
     """What an update call says, apart from its tensors."""
     is_partial, seconds = as_flag(partial, "partial"), seconds_of(timeout) or DEFAULT_UPDATE_TIMEOUT
-    modes = choice_of(mode, UpdateMode, "mode"), choice_of(in_flight, InFlight, "in_flight")
+    modes = as_choice(mode, get_args(UpdateMode), "mode"), as_choice(in_flight, get_args(InFlight), "in_flight")
     return UpdateTerms(version_of(version), *modes, seconds, is_partial)
 
 
@@ -37,7 +45,7 @@ def version_of(version: Any) -> str:
     label = plain_text(version)
     if not isinstance(label, str):
         label = str(as_integer(version, "version", WeightUpdateError))
-    if not label or len(label) > MAX_NAME_LENGTH or not _is_text(label):
+    if not label or len(label) > MAX_NAME_LENGTH or label != encodable(label):
         rule = f"must be text of 1 to {MAX_NAME_LENGTH} characters, or an integer"
         raise WeightUpdateError(f"version {rule}", field="version")
     return label
@@ -56,22 +64,10 @@ def seconds_of(timeout: Any) -> float | None:
     return None if timeout is None else as_seconds(timeout, "timeout")
 
 
-def choice_of(value: Any, choices: Any, field: str) -> Any:
-    """One of the strings of a `Literal`."""
-    return as_choice(value, get_args(choices), field)
-
-
-def text_of(value: Any, field: str) -> str:
-    """A short string that can be sent."""
-    text = plain_text(value)
-    if not isinstance(text, str) or len(text) > MAX_NAME_LENGTH or not _is_text(text):
-        raise RequestError(f"{field} must be text of at most {MAX_NAME_LENGTH} characters", field=field)
-    return text
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # a lone surrogate
-        return False
-    return True
+def tags_of(tags: Any) -> tuple[MemoryTag, ...]:
+    """Tags of memory, each once; none are all."""
+    given = (
+        () if tags is None else as_list(tags, "tags", f"a list of {', '.join(MEMORY_TAGS)}", MAX_TAGS, takes_sets=True)
+    )
+    found = [as_choice(tag, MEMORY_TAGS, "tags") for tag in given]
+    return tuple(tag for tag in MEMORY_TAGS if tag in found)

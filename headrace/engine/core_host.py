@@ -61,7 +61,6 @@ class CoreThread:
 
     @property
     def pid(self) -> int:
-        """Process id: this one."""
         return os.getpid()
 
     @property
@@ -127,9 +126,8 @@ def load_tokenizer(config: EngineConfig, folder: str) -> Tokenizer | None:
     if config.skip_tokenizer_init:
         return None
     try:
-        return Tokenizer.load(
-            model_folder(config.tokenizer, TOKENIZER_FILES, "tokenizer") if config.tokenizer else folder
-        )
+        own = model_folder(config.tokenizer, TOKENIZER_FILES, "tokenizer") if config.tokenizer else None
+        return Tokenizer.load(own or folder)
     except ConfigError as error:
         hint = "give tokenizer=, or skip_tokenizer_init=True for token ids in and out"
         raise ConfigError(f"{error.message}; {hint}", field="tokenizer") from None

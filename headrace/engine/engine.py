@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack
 
 from headrace.config import EngineConfig, ResolvedConfig
 from headrace.engine.async_engine import AsyncEngine
-from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, terms_of
+from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, terms_of, terms_of_part
 from headrace.engine.core_host import ExecutorKind
 from headrace.engine.fields import InputIds, Prompts, Sampling
 from headrace.engine.requests import GenerateOptions
 from headrace.engine.runtime import Regret, result_of
 from headrace.engine.serving import ServerHandle, stop_server
 from headrace.engine.tensors import NamedTensors, to_tensor
-from headrace.engine.update import Manifest, UpdateSession, run_here
+from headrace.engine.update import run_here
+from headrace.engine.update_session import Manifest, UpdateSession
 from headrace.text import Tokenizer
 from headrace.types.errors import HeadraceError
 from headrace.types.generation import Generation
@@ -86,6 +87,8 @@ class Engine:
     score = _blocking(AsyncEngine.score)
     abort = _blocking(AsyncEngine.abort)
     resume = _blocking(AsyncEngine.resume)
+    release_memory_occupation = _blocking(AsyncEngine.release_memory_occupation)
+    resume_memory_occupation = _blocking(AsyncEngine.resume_memory_occupation)
     flush_cache = _blocking(AsyncEngine.flush_cache)
     commit = _blocking(AsyncEngine.commit)
     abort_update = _blocking(AsyncEngine.abort_update)
@@ -148,6 +151,19 @@ class Engine:
         """See `AsyncEngine.update_weights_from_tensor`. The iterable is read in the calling thread."""
         terms = terms_of(version, mode, in_flight, timeout, partial)
         return run_here(self.asynchronous.update_by(self._run, named_tensors, terms))
+
+    def update_weights_from_bucket(
+        self,
+        named_tensors: NamedTensors,
+        version: str | int | None = None,
+        *,
+        mode: UpdateMode = "auto",
+        in_flight: InFlight = "drain",
+        timeout: float = DEFAULT_UPDATE_TIMEOUT,
+    ) -> UpdateReport | None:
+        """See `AsyncEngine.update_weights_from_bucket`. The iterable is read in the calling thread."""
+        terms = terms_of_part(version, mode, in_flight, timeout)
+        return run_here(self.asynchronous.add_by(self._run, named_tensors, terms))
 
     def get_weights_by_name(self, name: str) -> torch.Tensor:
         """See `AsyncEngine.get_weights_by_name`."""

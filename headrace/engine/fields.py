@@ -38,10 +38,8 @@ def sources(prompts: Prompts, input_ids: InputIds) -> tuple[str, list[Any]]:
 
 
 def _is_params(value: Any) -> bool:
-    known = SamplingParams.__struct_fields__
-    return isinstance(value, SamplingParams) or (
-        isinstance(value, Mapping) and bool(value) and set(value) <= set(known)
-    )
+    is_like = isinstance(value, Mapping) and bool(value) and set(value) <= set(SamplingParams.__struct_fields__)
+    return is_like or isinstance(value, SamplingParams)
 
 
 def _id_rows(input_ids: Any) -> list[Any]:
@@ -102,7 +100,6 @@ def scoring(params: list[SamplingParams]) -> list[SamplingParams]:
 
 
 def request_ids(names: Any, num_prompts: int) -> list[str]:
-    """One name per prompt."""
     if names is None:
         return [uuid.uuid4().hex for _ in range(num_prompts)]
     if isinstance(names, str):
@@ -118,7 +115,6 @@ def request_ids(names: Any, num_prompts: int) -> list[str]:
 
 
 def integer_within(value: Any, field: str, low: int, high: int) -> int:
-    """An integer within bounds."""
     integer = as_integer(value, field)
     if not low <= integer <= high:
         raise RequestError(f"{field} must be in [{low}, {high}]", field=field)

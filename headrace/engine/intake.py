@@ -14,7 +14,7 @@ import msgspec
 from headrace.engine.client import CoreClient
 from headrace.engine.pacing import Turn
 from headrace.engine.requests import GenerateItem, RequestBuilder
-from headrace.engine.stream import EndKind, Stream
+from headrace.engine.stream import EndKind, Stream, all_or_none
 from headrace.engine.text_feed import TextStart
 from headrace.text import Tokenizer
 from headrace.types.errors import DeadlineError, HeadraceError, RequestError
@@ -69,18 +69,12 @@ class Intake:
         for item in items:
             if item.request_id in taken and not item.return_errors:
                 raise _name_in_use(item.request_id)
-        streams: list[Stream] = []
-        is_whole, turn = False, Turn()
-        try:
+        streams, turn = list[Stream](), Turn()
+        with all_or_none(streams):
             for item in items:
                 await turn.give_way()
                 is_taken = item.request_id in taken and item.refusal is None
                 streams.append(self._refused(item, _name_in_use(item.request_id)) if is_taken else self.submit(item))
-            is_whole = True
-        finally:
-            if not is_whole:
-                for stream in streams:
-                    stream.cancel()
         return streams
 
     def abort(self, request_id: str | None, *, prefix: bool, everything: bool, message: str) -> int:

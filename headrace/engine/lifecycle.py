@@ -66,7 +66,6 @@ class EngineLifecycle:
 
     @property
     def resolved(self) -> ResolvedConfig:
-        """The settings as they became."""
         return (self._parts or self._running).resolved
 
     @property
@@ -100,13 +99,14 @@ class EngineLifecycle:
 
     @property
     def is_ready(self) -> bool:
-        """True when a request would start now: the core answers, is not paused, and its weights are whole."""
+        """True when a request would start now: the core answers, is not paused, has its memory and whole weights."""
         if not self.is_alive:
             return False
         client = self.runtime.client
         if not (client.is_responsive and client.is_whole) or client.status is None:
             return False
-        return not client.status.paused and not client.status.updating_in_place
+        status = client.status
+        return not (status.paused or status.updating_in_place or status.released)
 
     @property
     def _running(self) -> Running:

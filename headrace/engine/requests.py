@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypedDict, get_args
+from typing import Any, NamedTuple, TypedDict, get_args
 
 import msgspec
 import numpy as np
@@ -36,7 +36,6 @@ from headrace.types.errors import ErrorInfo, RequestError
 from headrace.types.plain_values import as_choice, as_flag, as_integer, as_integer_array, hint
 from headrace.types.request import Request, TokenSampling, check_prompt_length, pack_ids
 from headrace.types.sampling_params import (
-    GREEDY_TEMPERATURE,
     MAX_LOGPROB_TOKEN_IDS,
     MAX_TOP_LOGPROBS,
     LogprobMode,
@@ -87,6 +86,17 @@ class GenerateOptions(TypedDict, total=False):
     return_errors: bool
 
 
+class CallArguments(NamedTuple):
+    """What one call brings, as its caller wrote it; `scores` generates nothing, whatever the parameters say."""
+
+    prompts: Prompts
+    input_ids: InputIds
+    sampling_params: Sampling
+    options: GenerateOptions
+    stream: bool = False
+    scores: bool = False
+
+
 class GenerateItem(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One sequence to generate. `params.n` is ignored here: an item is one sample.
 
@@ -130,9 +140,7 @@ class RequestBuilder:
         self._vocab_size = model.vocab_size
         self._context_length = resolved.context_length
         self._eos_ids = model.eos_token_ids
-        self._output_mode: LogprobMode = engine.logprob_mode
-        self._prompt_mode: LogprobMode = engine.prompt_logprob_mode
-        self._no_logprobs = LogprobOptions(self._output_mode, self._prompt_mode)
+        self._no_logprobs = LogprobOptions(engine.logprob_mode, engine.prompt_logprob_mode)
         self._max_sequences = engine.max_sequences
         self._seeds = SeedSource(engine.seed)
         self._last_shared: _Shared | None = None
@@ -144,18 +152,9 @@ class RequestBuilder:
         self._max_length = resolved.max_length
         self._pool_tokens = resolved.max_total_num_tokens
 
-    def expand(
-        self,
-        prompts: Prompts,
-        input_ids: InputIds,
-        sampling_params: Sampling,
-        options: GenerateOptions,
-        *,
-        stream: bool,
-        scores: bool = False,
-    ) -> list[GenerateItem]:
-        """One item per sample, prompt-major; `scores` generates nothing, whatever the parameters say. Raises
-        `RequestError` before anything is submitted."""
+    def expand(self, call: CallArguments) -> list[GenerateItem]:
+        """One item per sample, prompt-major. Raises `RequestError` before anything is submitted."""
+        options = call.options
         for name in options:
             if name not in GenerateOptions.__annotations__:
                 meant = hint(name, GenerateOptions.__annotations__)
@@ -163,11 +162,11 @@ class RequestBuilder:
                     meant = "; it belongs in sampling_params"
                 message = f"{name} is not an argument of a request{meant}"
                 raise RequestError(message, field=name)
-        field, given = sources(prompts, input_ids)
+        field, given = sources(call.prompts, call.input_ids)
         returns_errors = as_flag(options.get("return_errors", False), "return_errors")
         refusals: dict[int, RequestError] = {}
-        params = params_list(sampling_params, len(given), refusals if returns_errors else None)
-        params = scoring(params) if scores else params
+        params = params_list(call.sampling_params, len(given), refusals if returns_errors else None)
+        params = scoring(params) if call.scores else params
         self._check_count(sum(each.n for each in params), field)
         check_call(params)
         special = as_flag(options.get("add_special_tokens", True), "add_special_tokens")
@@ -177,7 +176,7 @@ class RequestBuilder:
             logprobs=self._logprob_options(options),
             priority=options.get("priority", 0),
             extra_key=options.get("extra_key", ""),
-            stream=stream,
+            stream=call.stream,
             clip_to_context=as_flag(options.get("clip_to_context", False), "clip_to_context"),
             return_errors=returns_errors,
         )
@@ -324,8 +323,8 @@ class RequestBuilder:
         wants_prompt = as_flag(options.get("return_prompt_logprobs", False), "return_prompt_logprobs")
         start = integer_within(options.get("logprob_start", 0), "logprob_start", 0, self._context_length)
         return LogprobOptions(
-            output_mode=_mode(options, "logprob_mode", self._output_mode),
-            prompt_mode=_mode(options, "prompt_logprob_mode", self._prompt_mode),
+            output_mode=_mode(options, "logprob_mode", self._no_logprobs.output_mode),
+            prompt_mode=_mode(options, "prompt_logprob_mode", self._no_logprobs.prompt_mode),
             prompt_start=start if wants_prompt else None,
             num_top=as_integer(options.get("top_logprobs", 0), "top_logprobs"),
             token_ids=id_tuple(options.get("logprob_token_ids"), "logprob_token_ids", MAX_LOGPROB_TOKEN_IDS),
@@ -392,7 +391,7 @@ def _mode(options: Mapping[str, Any], field: str, default: LogprobMode) -> Any:
 
 def _token_sampling(params: SamplingParams, vocab_size: int) -> TokenSampling:
     return TokenSampling(
-        temperature=0.0 if params.temperature < GREEDY_TEMPERATURE else params.temperature,
+        temperature=0.0 if params.is_greedy else params.temperature,
         top_k=0 if params.top_k >= vocab_size else max(params.top_k, 0),
         top_p=params.top_p,
         min_p=params.min_p,

@@ -25,6 +25,7 @@ from headrace.config import ResolvedConfig
 from headrace.engine.client import CoreClient
 from headrace.engine.core_host import CoreHost, ExecutorKind, start_core
 from headrace.engine.health import HealthLimits
+from headrace.engine.joined_update import JoinedUpdate
 from headrace.engine.ledger import Ledger
 from headrace.engine.supervision import Supervisor
 from headrace.engine.update import Updater
@@ -94,8 +95,7 @@ class _Errand(Generic[Result]):
 
     def give_up(self) -> None:
         """Leave nothing of it, from any thread, whether it has begun, is over, or neither. `is_gone` tells the end."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and everything on it over
-            self._loop.call_soon_threadsafe(self._give_up)
+        _call_soon(self._loop, self._give_up)  # once the loop is closed everything on it is over
 
     def _begin(self) -> None:
         if self._is_closing():
@@ -220,14 +220,14 @@ class EngineLoop:
         # A core in the caller's process is not restarted: what broke the device for it has broken it for the caller.
         max_restarts = 0 if inprocess else engine.max_core_restarts or 0
         self.supervisor = Supervisor(host, self.client, resolved, executor, max_restarts)
-        self.updater = Updater(self.client, self.loop)
+        self.updater = Updater(self.client, self.loop, shares_process=inprocess)
+        self.joined = JoinedUpdate(self.updater, self.client)
         self._closers: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._thread = threading.Thread(target=self._run_loop, name="headrace-engine", daemon=True)
         self._thread.start()
 
     @property
     def host(self) -> CoreHost:
-        """What the core runs in, now."""
         return self.supervisor.host
 
     @property

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from headrace.types.generation import Generation
 from headrace.types.request import Delta, Request, TokenExtras, unpack_floats, unpack_ids
 
 Span = tuple[str, int, int]
@@ -73,12 +74,10 @@ class Sample:
 
     def fields_from(self, start: int) -> dict[str, Any]:
         """The `Generation` fields of the tokens from `start` on; those of the prompt come with the first tokens."""
-        spans = slice_spans(self.spans, start, len(self.token_ids)) if start else self.spans
         fields: dict[str, Any] = {
             "token_ids": self.token_ids[start:].tolist(),
             "logprobs": self.logprobs[start:].tolist(),
-            "version_spans": list(map(_LABEL, spans)),
-            "version_epochs": list(map(_EPOCH, spans)),
+            **span_fields(slice_spans(self.spans, start, len(self.token_ids)) if start else self.spans),
             "num_prompt_tokens": self.num_prompt_tokens,
             "num_cached_tokens": self.num_cached_tokens,
             "num_preemptions": self.num_preemptions,
@@ -135,6 +134,18 @@ def extended_spans(spans: tuple[Span, ...], version: str, count: int, epoch: int
     if spans and (spans[-1][0], spans[-1][2]) == (version, epoch):
         return (*spans[:-1], (version, spans[-1][1] + count, epoch))
     return (*spans, (version, count, epoch)) if count else spans
+
+
+def spans_of(piece: Generation) -> list[Span]:
+    """The spans of what a caller was given."""
+    pairs = zip(piece.version_spans, piece.version_epochs, strict=True)
+    return [(version, count, epoch) for (version, count), epoch in pairs]
+
+
+def span_fields(spans: Iterable[Span]) -> dict[str, list[Any]]:
+    """The `Generation` fields that say these."""
+    spans = tuple(spans)
+    return {"version_spans": list(map(_LABEL, spans)), "version_epochs": list(map(_EPOCH, spans))}
 
 
 def _where_scored(values: list[dict[int, float]], scores: list[float | None]) -> list[dict[int, float] | None]:

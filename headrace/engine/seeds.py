@@ -36,5 +36,4 @@ class SeedSource:
         self._numbers = itertools.count(1)  # atomic: seeds are taken in several threads
 
     def take(self) -> int:
-        """The next seed."""
         return mix(self._base + next(self._numbers) * _GOLDEN)

@@ -73,12 +73,13 @@ class Start:
 
     def wait(self) -> Running:
         """Wait in this thread. Raises what kept the engine from starting."""
-        self._check_waits_here()
+        if self.foreign is not None:
+            raise self.foreign
         return self._outcome.result() if self._outcome.done() else result_of(self._outcome)
 
     async def wait_async(self) -> Running:
-        """As `wait`, in an event loop."""
-        self._check_waits_here()
+        if self.foreign is not None:
+            raise self.foreign
         if not self._outcome.done():
             outcome = asyncio.wrap_future(self._outcome)
             outcome.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to see it
@@ -87,13 +88,8 @@ class Start:
 
     @property
     def foreign(self) -> ShutdownError | None:
-        """What the engine is here, if this process is a fork of the one that owns it."""
+        """What the engine is here, if this process is a fork of the one that owns it, and that starts it."""
         return forked(self._pid) if os.getpid() != self._pid else None
-
-    def _check_waits_here(self) -> None:
-        """`ShutdownError` in a fork, where the thread that starts it is not."""
-        if self.foreign is not None:
-            raise self.foreign
 
     def close(self) -> None:
         """End the engine, or its start. Waits until the core is gone. Nothing in a fork."""

@@ -5,9 +5,10 @@ stop string ended it; knows nothing of how deltas arrive. Lives on the engine's 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 from headrace.engine.pacing import Pacer, Turn
@@ -208,6 +209,21 @@ class Stream:
             raise
 
 
+def cancel_all(streams: Iterable[Stream]) -> None:
+    """Free sequences whose answer nobody reads; those that have ended are left alone."""
+    for stream in streams:
+        stream.cancel()
+
+
+@contextlib.contextmanager
+def all_or_none(streams: Iterable[Stream]) -> Iterator[None]:
+    """The block starts `streams`; when it fails, or is cancelled, none of them goes on."""
+    with contextlib.ExitStack() as undoing:
+        undoing.callback(cancel_all, streams)
+        yield
+        undoing.pop_all()
+
+
 async def whole_samples(streams: Sequence[Stream]) -> list[Generation]:
     """The finished samples, in the order of `streams`; the first error raises.
 
@@ -270,8 +286,7 @@ class StreamGroup:
 
     def cancel(self) -> None:
         """Drop every stream that has not ended."""
-        for stream in list(self._live):
-            stream.cancel()
+        cancel_all(list(self._live))
 
     def _take_some(self) -> list[Generation]:
         pieces, turn = list[Generation](), Turn()

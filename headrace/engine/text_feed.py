@@ -37,28 +37,21 @@ class TextStart:
         self._is_resumed = len(resumed_ids) > 0
         before = self._detokenizer.push(resumed_ids) if self._is_resumed else ""
         self._num_shown_before = len(self._detokenizer.complete_rest()) if self._is_resumed else 0
-        self._stop_set: StopSet = like._stop_set if like is not None else StopSet(params.stop)
-        self._stops = _stops_after(before, self._stop_set, params) if params.stop else None
+        self.stop_set: StopSet = like.stop_set if like is not None else StopSet(params.stop)
+        self._stops = _stops_after(before, self.stop_set, params) if params.stop else None
         self.stop_tokens: dict[int, str] = like.stop_tokens if like is not None else _special_stops(tokenizer, params)
 
     @functools.cached_property
     def _detokenizer(self) -> IncrementalDetokenizer:
-        """Made when a text is wanted: until then it were four objects more for each of very many prompts."""
-        return IncrementalDetokenizer(
+        """Made when a text is wanted: until then it were three objects more for each of very many prompts."""
+        return IncrementalDetokenizer.of(
             self._tokenizer,
             skip_special_tokens=self.params.skip_special_tokens,
-            spaces_between_special_tokens=self.params.spaces_between_special_tokens,
             shown=self.shown,
             prompt_ids=() if self._prompt_ids is None else self._prompt_ids.data,  # a view, of which little is read
         )
 
-    @property
-    def max_stop_length(self) -> int:
-        """Characters of the longest stop string."""
-        return self._stop_set.max_length
-
     def feed(self) -> TextFeed:
-        """The text of a new sample."""
         stops = self._stops.fork() if self._stops is not None else None
         return TextFeed(self, self._detokenizer.fork(), stops, self._num_shown_before)
 
@@ -149,7 +142,7 @@ class TextFeed:
     def _is_complete_in_rest(self, stops: StopStrings) -> bool:
         """Whether the text of the ids so far holds a stop string, though its end is held back because further ids might
         change it: none shall come."""
-        recent = self._detokenizer.recent_rest(self._start.max_stop_length)
+        recent = self._detokenizer.recent_rest(self._start.stop_set.max_length)
         if not recent:
             return False
         search = stops.fork()

@@ -19,7 +19,7 @@ import stat
 import tempfile
 
 from headrace.types.errors import RequestError, UnavailableError
-from headrace.types.weights import BufferRef
+from headrace.types.weights import BufferRef, DeviceRef
 
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _LENT_PATH = re.compile(r"/proc/[1-9][0-9]{0,9}/fd/[0-9]{1,9}")
@@ -60,12 +60,14 @@ class SharedBuffer:
         return cls(descriptor, mapping, BufferRef(path, size), unlink_path)
 
     @classmethod
-    def open(cls, ref: BufferRef, *, writable: bool = False) -> SharedBuffer:
+    def open(cls, ref: BufferRef | DeviceRef, *, writable: bool = False) -> SharedBuffer:
         """Map another's buffer for reading, or for writing too.
 
-        Raises `RequestError` (field "buffer") when it is not there or too small, `UnavailableError` when this process
-        is out of descriptors or memory.
+        Raises `RequestError` (field "buffer") when it is not there, too small or a device's, `UnavailableError` when
+        this process is out of descriptors or memory.
         """
+        if isinstance(ref, DeviceRef):
+            raise RequestError("the buffer is on a device, and what it is for is not", field="buffer")
         try:
             mode = os.O_RDWR if writable else os.O_RDONLY
             descriptor = os.open(ref.path, mode | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -82,6 +84,10 @@ class SharedBuffer:
         finally:
             os.close(descriptor)  # the mapping keeps the memory
         return cls(-1, mapping, ref)
+
+    def part(self, offset: int, size: int) -> memoryview:
+        """These bytes."""
+        return self.view[offset : offset + size]
 
     def close(self) -> None:
         """Give the memory back. Views handed out elsewhere keep it mapped until they go. Idempotent."""

@@ -19,12 +19,10 @@ class Problem(msgspec.Struct, frozen=True):
 
     @property
     def question(self) -> str:
-        """The user's message."""
         return f"{self.left}+{self.right}=?"
 
     @property
     def answer(self) -> int:
-        """The right result."""
         return self.left + self.right
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
 
 from headrace.engine import Engine
 from headrace.rl.display import ProgressLine, StepRecord, draw_picture, require_matplotlib
 from headrace.rl.push import PushReport, push_weights, tensor_digests
-from headrace.rl.rollouts import Batch, RolloutLog, RolloutSampler
+from headrace.rl.rollouts import Batch, RolloutSampler
 from headrace.types.errors import ConfigError
 from headrace.types.plain_values import as_path
 from headrace.types.request import DEFAULT_VERSION
@@ -78,31 +78,27 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
         with (
             ProgressLine(options.steps) as progress,
             _start_engine(options) as engine,
-            RolloutLog(output / "rollouts.jsonl") as log,
+            (output / "rollouts.jsonl").open("wb") as log,
         ):
             demo = Demo(options, engine, trainer, log, records)
             for step in range(1, options.steps + 1):
                 progress.show(demo.run_step(step))
             trainer.export(output / "weights_last")
             digest_match = engine.digest() == checkpoint_digests(output / "weights_last")
-    finally:  # an interrupted run leaves what it has come to
-        _write_records(output, records)
+    finally:
+        if records:  # an interrupted run leaves what it has come to
+            (output / "steps.jsonl").write_bytes(msgspec.json.Encoder().encode_lines(records))
+            draw_picture(output / "training.png", records)
     return {**demo.summary(), "digest_match": digest_match, "output_dir": str(output)}
-
-
-def _write_records(output: Path, records: list[StepRecord]) -> None:
-    if records:
-        (output / "steps.jsonl").write_bytes(msgspec.json.Encoder().encode_lines(records))
-        draw_picture(output / "training.png", records)
 
 
 class Demo:
     """The loop's state: who holds which weights, and what was counted."""
 
     def __init__(
-        self, options: DemoOptions, engine: Engine, trainer: GrpoTrainer, log: RolloutLog, records: list[StepRecord]
+        self, options: DemoOptions, engine: Engine, trainer: GrpoTrainer, log: BinaryIO, records: list[StepRecord]
     ) -> None:
-        """Every finished step is added to `records`."""
+        """Every finished step is added to `records`, its rollouts to `log`."""
         self._options = options
         self._engine = engine
         self._trainer = trainer
@@ -115,7 +111,6 @@ class Demo:
             seed=options.seed,
         )
         self._version = DEFAULT_VERSION
-        self._num_updates = 0
         self._num_requests = 0
         self._num_lost = 0
         self._num_tokens = 0
@@ -124,13 +119,20 @@ class Demo:
 
     def run_step(self, step: int) -> StepRecord:
         """Push, sample, score, train."""
-        pushed = self._push(f"step-{step}") if self._options.push else None
+        pushed: PushReport | None = None
+        if self._options.push:
+            self._version = f"step-{step}"
+            pushed = push_weights(self._engine, self._trainer.state_dict(), self._version, verify=True)
         batch = self._sampler.sample(step)
-        self._count(batch)
-        self._log.write(batch)
+        self._num_requests += batch.num_requests
+        self._num_lost += batch.num_requests - len(batch.rollouts)
+        self._num_tokens += batch.num_tokens
+        self._seconds += batch.seconds
+        self._log.write(msgspec.json.Encoder().encode_lines(batch.rollouts))
+        self._log.flush()
         samples = training_samples(batch)
         is_last = step == self._options.steps
-        difference = self._trainer.compare(samples) if is_last else self._trainer.train(samples).max_abs_logprob_diff
+        difference = self._trainer.compare(samples) if is_last else self._trainer.train(samples)
         record = StepRecord(
             step=step,
             version=self._version,
@@ -151,7 +153,7 @@ class Demo:
             "reward_start": statistics.fmean(rewards[:WINDOW]),
             "reward_end": statistics.fmean(rewards[-WINDOW:]),
             "steps": len(self._records),
-            "updates": self._num_updates,
+            "updates": len(pauses),
             "requests": self._num_requests,
             "lost_requests": self._num_lost,
             "max_abs_logprob_diff": max(record.max_abs_logprob_diff for record in self._records if record.is_on_policy),
@@ -159,18 +161,6 @@ class Demo:
             "update_pause_ms_p50": statistics.median(pauses) if pauses else 0.0,
             "final_version": self._version,
         }
-
-    def _push(self, version: str) -> PushReport:
-        report = push_weights(self._engine, self._trainer.state_dict(), version, verify=True)
-        self._version = version
-        self._num_updates += 1
-        return report
-
-    def _count(self, batch: Batch) -> None:
-        self._num_requests += batch.num_requests
-        self._num_lost += batch.num_requests - len(batch.rollouts)
-        self._num_tokens += batch.num_tokens
-        self._seconds += batch.seconds
 
 
 def training_samples(batch: Batch) -> list[TrainingSample]:

@@ -47,7 +47,6 @@ class ProgressLine:
         self._task = self._progress.add_task("demo", total=num_steps, figures="starting the engine")
 
     def show(self, record: StepRecord) -> None:
-        """Show a finished step."""
         figures = describe(record)
         self._progress.update(self._task, completed=record.step, figures=figures)
         if not self._console.is_terminal and (record.step % _PLAIN_EVERY == 1 or record.step == self._num_steps):

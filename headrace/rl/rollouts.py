@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from pathlib import Path
 
 import msgspec
 
@@ -50,12 +49,10 @@ class Batch(msgspec.Struct, frozen=True):
 
     @property
     def rollouts(self) -> list[Rollout]:
-        """All rollouts, problem by problem."""
         return [rollout for group in self.groups for rollout in group]
 
     @property
     def mean_reward(self) -> float:
-        """Mean over all rollouts; 0.0 without any."""
         rewards = [rollout.reward for rollout in self.rollouts]
         return sum(rewards) / max(1, len(rewards))
 
@@ -77,7 +74,6 @@ class RolloutSampler:
         self._source = random.Random(seed)
 
     def sample(self, step: int) -> Batch:
-        """One batch of groups."""
         problems = draw_problems(self._source, self._num_groups)
         prompts = [self._tokenizer.apply_chat_template([{"role": "user", "content": p.question}]) for p in problems]
         params = [
@@ -111,22 +107,3 @@ class RolloutSampler:
             finish_reason=generation.finish_reason,
             seed=generation.seed,
         )
-
-
-class RolloutLog:
-    """`rollouts.jsonl`: one line per rollout, in the order they were drawn."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
-        self._encoder = msgspec.json.Encoder()
-
-    def write(self, batch: Batch) -> None:
-        """Append a batch; it is on disk when this returns."""
-        self._file.write(self._encoder.encode_lines(batch.rollouts))
-        self._file.flush()
-
-    def __enter__(self) -> RolloutLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()

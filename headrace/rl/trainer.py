@@ -24,13 +24,6 @@ class TrainingSample(msgspec.Struct, frozen=True):
     advantage: float
 
 
-class TrainStep(msgspec.Struct, frozen=True):
-    """What one gradient step saw. `max_abs_logprob_diff` is between trainer and sampler, before the gradient."""
-
-    loss: float
-    max_abs_logprob_diff: float
-
-
 def group_advantages(rewards: Sequence[float]) -> list[float]:
     """Rewards of one prompt's samples, less their mean, over their standard deviation; zeros when all agree."""
     if not rewards:
@@ -69,8 +62,8 @@ class GrpoTrainer:
         mask = is_reply[:, 1:]
         return logprobs.masked_fill(~mask, 0.0), mask
 
-    def train(self, samples: Sequence[TrainingSample]) -> TrainStep:
-        """One gradient step on `samples`."""
+    def train(self, samples: Sequence[TrainingSample]) -> float:
+        """One gradient step on `samples`; returns what `compare` would have said of them before it."""
         difference, mask = self._difference(samples)
         advantages = torch.tensor([sample.advantage for sample in samples]).unsqueeze(1)
         ratio = difference.exp()
@@ -80,7 +73,7 @@ class GrpoTrainer:
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._max_grad_norm)
         self._optimizer.step()
-        return TrainStep(loss.item(), difference.detach().abs().max().item())
+        return difference.detach().abs().max().item()
 
     @torch.no_grad()
     def compare(self, samples: Sequence[TrainingSample]) -> float:

@@ -5,16 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from headrace.sampling.row_pass import Reduced, RowPass
+from headrace.sampling.noise import Float64Array
+from headrace.sampling.row_pass import Int64Array, Reduced, RowPass
 from headrace.sampling.thresholds import kth_greatest
 from headrace.types.plan import PositionLogprobs
 from headrace.types.request import Float32Array
 from headrace.types.sampling_params import LogprobOptions
-
-Float64Array = npt.NDArray[np.float64]
-Int64Array = npt.NDArray[np.int64]
 
 
 class Distribution(NamedTuple):
@@ -41,7 +38,6 @@ class Distribution(NamedTuple):
         return cls(logits, rows, np.ones(len(rows)), Reduced(token_ids, zeros, zeros))
 
     def take(self, chosen: Int64Array) -> Distribution:
-        """Those of the n distributions that `chosen` indexes."""
         reduced = Reduced(self.reduced.argmax[chosen], self.reduced.maxima[chosen], self.reduced.log_sums[chosen])
         return Distribution(self.logits, self.rows[chosen], self.divisors[chosen], reduced)
 

@@ -24,14 +24,11 @@ import numpy.typing as npt
 import torch
 
 from headrace.sampling.distribution import Distribution
-from headrace.sampling.noise import noise_keys
-from headrace.sampling.row_pass import RowPass
+from headrace.sampling.noise import Float64Array, noise_keys
+from headrace.sampling.row_pass import Int64Array, RowPass
 from headrace.sampling.slot_state import RAW, SAMPLED, SamplingSlots
 from headrace.types.plan import PositionLogprobs, SamplePatch, SlotInit
 from headrace.types.request import Float32Array
-
-Float64Array = npt.NDArray[np.float64]
-Int64Array = npt.NDArray[np.int64]
 
 _COPIED_ELEMENTS = 1 << 21
 """Logits copied at once for rows that are processed."""
@@ -95,7 +92,6 @@ class Sampler:
         self._copies = np.empty((num_copies, vocab_size), np.float32)  # held: fresh memory costs more than the copy
 
     def enter(self, init: SlotInit) -> None:
-        """A sequence takes a slot, in place of whatever was there."""
         self._slots.enter(init)
 
     def sample(
@@ -136,7 +132,9 @@ class Sampler:
         temperature = float(self._slots.temperatures[slot])
         is_sampled = options.prompt_mode == "sampled"
         if is_sampled:
-            logits = self._processed_for_scoring(logits, slot)
+            logits = logits.copy()
+            for row in logits:
+                self._slots.process_scored_row(row, slot)
         divisor = temperature if temperature and options.prompt_mode != "raw" else 1.0
         distribution = Distribution.of(logits, np.arange(len(logits)), np.full(len(logits), divisor), self._pass)
         if is_sampled and not temperature:
@@ -144,12 +142,6 @@ class Sampler:
             distribution = Distribution.point(reduced.argmax, self.vocab_size, reduced.log_sums)
         values = distribution.logprobs(targets_M.detach().cpu().numpy())
         return self._tensor(values), distribution.extras(options) if options.wants_extras else None
-
-    def _processed_for_scoring(self, logits: Float32Array, slot: int) -> Float32Array:
-        processed = logits.copy()
-        for row in processed:
-            self._slots.process_scored_row(row, slot)
-        return processed
 
     def _batch(self, logits_SV: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> _Batch:
         indices: Int64Array = slots.detach().cpu().numpy()

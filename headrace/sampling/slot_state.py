@@ -40,7 +40,6 @@ class SeenTokens:
         self._ids = np.concatenate((ids, np.zeros(max(64, len(ids)), np.int64)))
 
     def add(self, token_id: int) -> None:
-        """`token_id` was generated."""
         self._output_counts[token_id] += 1
         if self._is_seen[token_id]:
             return
@@ -114,13 +113,11 @@ class SamplingSlots:
             self._stop_ids[slot] = np.array([t for t in init.stop_token_ids if t < self.vocab_size], np.int64)
 
     def init_of(self, slot: int) -> SlotInit:
-        """What the slot was entered with."""
         init = self.inits[slot]
         assert init is not None, f"slot {slot} was never entered"
         return init
 
     def add_tokens(self, slots: Sequence[int], token_ids: Sequence[int]) -> None:
-        """These tokens were sampled in these slots."""
         for slot, token_id in zip(slots, token_ids, strict=True):
             seen = self._seen.get(slot)
             if seen:

@@ -212,7 +212,8 @@ class ResultApplier:
         for index in changed.tolist():
             sequence = table.sequence(int(slots[index]))
             num_output = int(positions[index]) - sequence.num_prompt
-            sequence.change_version(num_output, step.version_index, step.version, step.epoch)
+            sequence.version_index = step.version_index
+            sequence.version_starts.append((num_output, step.version, step.epoch))
             if num_output == 0 and sequence.prompt_scores is not None:
                 sequence.mark_prompt(sequence.num_prompt, step.version)
         if len(changed):

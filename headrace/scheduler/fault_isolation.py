@@ -12,20 +12,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from headrace.scheduler.sequence import Sequence, State
 
 MAX_LONE_FAILURES = 3
 
 
+@dataclass(slots=True)
 class Suspect:
     """A sequence, and how often it has failed with no other sequence in the step."""
 
-    __slots__ = ("num_lone_failures", "sequence")
-
-    def __init__(self, sequence: Sequence) -> None:
-        self.sequence = sequence
-        self.num_lone_failures = 0
+    sequence: Sequence
+    num_lone_failures: int = 0
 
 
 class FaultIsolation:

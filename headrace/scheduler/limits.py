@@ -42,7 +42,6 @@ class SchedulerLimits(msgspec.Struct, frozen=True):
         return min(self.max_running_requests, self.num_pages - 1)
 
     def num_pages_for(self, num_tokens: int) -> int:
-        """Pages that hold `num_tokens`."""
         return -(-num_tokens // self.page_size)
 
 

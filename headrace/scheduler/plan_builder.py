@@ -35,7 +35,6 @@ class PlanBuilder:
 
     @property
     def is_empty(self) -> bool:
-        """True while no row was added."""
         return self._singles is None and not self._chunks
 
     def add_new_slot(self, sequence: Sequence, slot: int) -> None:
@@ -81,7 +80,6 @@ class PlanBuilder:
         self._tokens.append(token_ids)
 
     def rows(self) -> Rows:
-        """All rows added so far."""
         singles = self._singles
         if not self._chunks:
             assert singles is not None, "a plan without a row"

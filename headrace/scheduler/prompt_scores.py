@@ -31,7 +31,6 @@ class PromptScores:
 
     @property
     def is_complete(self) -> bool:
-        """True when no position is left to score."""
         return self.next_position >= self.num_prompt
 
     @property

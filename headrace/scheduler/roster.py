@@ -62,7 +62,6 @@ class Roster:
         return self._order
 
     def accept(self, sequence: Sequence) -> None:
-        """A new request enters the queue."""
         self.by_handle[sequence.handle] = sequence
         self.waiting.push(sequence)
 

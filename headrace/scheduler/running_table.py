@@ -49,11 +49,9 @@ class RunningTable:
 
     @property
     def num_free(self) -> int:
-        """Slots that a sequence could enter."""
         return len(self._free)
 
     def sequence(self, slot: int) -> Sequence:
-        """The sequence that holds `slot`."""
         found = self.sequences[slot]
         assert found is not None, f"slot {slot} is free"
         return found

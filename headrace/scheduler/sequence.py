@@ -88,11 +88,6 @@ class Sequence(msgspec.Struct, eq=False, kw_only=True):
         """Where its prefixes are found and published under the weights of `epoch`."""
         return Namespace(epoch, None, self.request.extra_key)
 
-    def change_version(self, num_output: int, index: int, version: str, epoch: int) -> None:
-        """Tokens after the first `num_output` are of another version."""
-        self.version_index = index
-        self.version_starts.append((num_output, version, epoch))
-
     def spans(self, first: int, last: int) -> tuple[tuple[tuple[str, int], ...], tuple[int, ...]]:
         """(version, count) of output tokens first..last-1, in order, and the epoch of each of these spans."""
         starts = self.version_starts

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from itertools import takewhile
 from typing import NamedTuple
 
 from headrace.scheduler.sequence import Sequence
@@ -52,7 +53,6 @@ class WaitingQueue:
         return len(self._sequences)
 
     def push(self, sequence: Sequence) -> None:
-        """Enter a sequence."""
         request, window = sequence.request, int(sequence.arrived // WINDOW_S)
         own = _SortKey(-request.priority, window, -request.max_new_tokens, self._num_arrived, self._num_arrived)
         group = self._groups.setdefault(_group_key(sequence), _Group(own))
@@ -85,12 +85,7 @@ class WaitingQueue:
 
     def arrived_before(self, moment: float) -> list[Sequence]:
         """Those that arrived before `moment`, as they came; looks no further than the first younger one."""
-        found = []
-        for sequence in self._sequences.values():
-            if sequence.arrived >= moment:
-                break
-            found.append(sequence)
-        return found
+        return list(takewhile(lambda sequence: sequence.arrived < moment, self._sequences.values()))
 
 
 def _group_key(sequence: Sequence) -> tuple[int, int, str, bytes]:

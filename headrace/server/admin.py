@@ -59,6 +59,18 @@ class DiskBody(msgspec.Struct):
     timeout_s: float = DEFAULT_UPDATE_TIMEOUT
 
 
+class ReleaseBody(msgspec.Struct):
+    tags: list[Any] | None = None
+    in_flight: str = "abort"
+    timeout_s: float | None = None
+
+
+class ResumeBody(msgspec.Struct):
+    tags: list[Any] | None = None
+    restore: str = "auto"
+    timeout_s: float | None = None
+
+
 class VersionBody(msgspec.Struct):
     new_version: str | int
     abort_all_requests: bool = True
@@ -87,6 +99,8 @@ class AdminFace:
             ("/abort_request", self.abort_request, post),
             ("/pause_generation", self.pause_generation, post),
             ("/continue_generation", self.continue_generation, post),
+            ("/release_memory_occupation", self.release_memory, post),
+            ("/resume_memory_occupation", self.resume_memory, post),
             ("/flush_cache", self.flush_cache, ("GET", "POST")),
             ("/update_weights_from_disk", self.update_weights_from_disk, post),
             ("/abort_weight_update", self.abort_weight_update, post),
@@ -120,6 +134,22 @@ class AdminFace:
         await read_control(request, dict[str, Any])
         await self._do(request, self._engine.resume())
         return json_reply({"message": "Generation continued successfully.", "status": "ok"})
+
+    async def release_memory(self, request: Request) -> Response:
+        """POST /release_memory_occupation: null when the memory is free, the dialect's whole reply."""
+        body = await read_control(request, ReleaseBody)
+        release: Any = self._engine.release_memory_occupation
+        with FieldNames({"timeout": "timeout_s"}):
+            await self._do(request, release(body.tags, in_flight=body.in_flight, timeout=body.timeout_s))
+        return json_reply(None)
+
+    async def resume_memory(self, request: Request) -> Response:
+        """POST /resume_memory_occupation: null when the memory is there."""
+        body = await read_control(request, ResumeBody)
+        resume: Any = self._engine.resume_memory_occupation
+        with FieldNames({"timeout": "timeout_s"}):
+            await self._do(request, resume(body.tags, restore=body.restore, timeout=body.timeout_s))
+        return json_reply(None)
 
     async def flush_cache(self, request: Request) -> Response:
         """GET|POST /flush_cache: never refused, aborts nothing."""
@@ -242,4 +272,4 @@ def _checksums(digests: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _refusal(error: HeadraceError, **more: Any) -> Response:
-    return respond(error.status, {**body_of(error), "success": False, **more}, retryable=error.retryable)
+    return respond({**body_of(error), "success": False, **more})

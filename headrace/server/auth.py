@@ -39,8 +39,7 @@ class Auth:
             return  # no other protocol is served
         keys = self._keys[self._access.get(scope["path"], "data")]
         if keys and not _is_one_of(_bearer(scope), keys):
-            body = error_body(401, "a valid bearer key is needed", kind="Unauthorized")
-            response = respond(401, body)
+            response = respond(error_body(401, "a valid bearer key is needed", kind="Unauthorized"))
             response.headers["connection"] = "close"  # it need not stay for somebody without a key
             await response(scope, receive, send)
             return
@@ -48,7 +47,6 @@ class Auth:
 
 
 def keys_of(api_key: str | None, admin_api_key: str | None) -> Keys:
-    """Which keys open what."""
     return {
         "open": (),
         "data": () if api_key is None else _encoded(api_key, admin_api_key),

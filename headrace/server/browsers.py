@@ -36,7 +36,7 @@ class Browsers:
         reason = self._fault(scope) if is_guarded else ""
         if reason:
             body = error_body(403, f"{reason}; a server without an API key refuses this", kind="Forbidden")
-            await respond(403, body)(scope, receive, send)
+            await respond(body)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 

@@ -6,12 +6,11 @@ something is therefore neither.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from starlette.requests import Request
 
-from headrace.server.wire import convert, decode_object, read_object
+from headrace.server.wire import convert, decode_object, read_body
 from headrace.types.errors import RequestError, RequestTooLargeError
 
 Body = TypeVar("Body")
@@ -35,11 +34,9 @@ async def read_control(request: Request, kind: type[Body]) -> Body:
     """The body as `kind`; a GET may put it in the query instead. Raises `RequestError` naming the field."""
     if request.method in READING_METHODS:
         raw = await _small_body(request)
-        values: Mapping[str, Any] = decode_object(raw) if raw.strip() else dict(request.query_params)
-    else:
-        _check_media_type(request)
-        values = await read_object(request)
-    return convert(values, kind, strict=False)
+        return convert(decode_object(raw) if raw.strip() else dict(request.query_params), kind, strict=False)
+    _check_media_type(request)
+    return await read_body(request, lambda values: convert(values, kind, strict=False))
 
 
 async def _small_body(request: Request) -> bytes:

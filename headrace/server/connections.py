@@ -91,7 +91,6 @@ class Connection(H11Protocol):
         return num_unsent > 0 and now - self._unsent_since > limit
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """The client is there."""
         super().connection_made(transport)
         self.flow = self._flow = _Flow(transport, self._resume)
 
@@ -175,11 +174,9 @@ class _Flow(FlowControl):
         self._on_wanted = on_wanted
 
     def pause_reading(self) -> None:
-        """The application has enough."""
         self.is_full = True
 
     def resume_reading(self) -> None:
-        """The application wants more."""
         self.is_full = False
         self._on_wanted()
 

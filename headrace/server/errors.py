@@ -42,10 +42,12 @@ def error_body(
     return {"object": "error", **detail, "error": detail}
 
 
-def body_of(error: HeadraceError) -> dict[str, Any]:
+def body_of(error: HeadraceError, kind: str = "") -> dict[str, Any]:
     """As `error_body`, of one of our errors; what an internal error says stays in the log."""
     told = shown(error.info())
-    return error_body(error.status, told.message, param=error.field, retryable=error.retryable, err_type=told.code)
+    return error_body(
+        error.status, told.message, param=error.field, kind=kind, retryable=error.retryable, err_type=told.code
+    )
 
 
 def shown(error: ErrorInfo) -> ErrorInfo:
@@ -56,28 +58,25 @@ def shown(error: ErrorInfo) -> ErrorInfo:
 def event_body(error: HeadraceError) -> dict[str, Any]:
     """The object sent inside a stream that has already begun."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
-    detail = {"message": shown(error.info()).message, "type": kind, "param": error.field or None, "code": error.status}
-    return {"error": {**detail, "retryable": error.retryable}}
+    return {"error": body_of(error, kind)["error"]}
 
 
-def respond(status: int, body: Mapping[str, Any], *, retryable: bool = False) -> Response:
-    """An error body as a response."""
-    headers = {"retry-after": str(RETRY_AFTER_SECONDS)} if retryable else None
-    return Response(msgspec.json.encode(body), status, headers, "application/json")
+def respond(body: Mapping[str, Any]) -> Response:
+    """An error body as a response, which has the status that it says."""
+    headers = {"retry-after": str(RETRY_AFTER_SECONDS)} if body["retryable"] else None
+    return Response(msgspec.json.encode(body), body["code"], headers, "application/json")
 
 
 async def on_headrace_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HeadraceError)
-    return respond(error.status, body_of(error), retryable=error.retryable)
+    return respond(body_of(error))
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
     """Exception handler for what the router refuses: unknown paths and methods."""
     assert isinstance(error, HTTPException)
-    what = f"{request.method} {request.url.path}"
-    return respond(
-        error.status_code, error_body(error.status_code, f"{error.detail}: {what}", kind=str(error.status_code))
-    )
+    status, what = error.status_code, f"{request.method} {request.url.path}"
+    return respond(error_body(status, f"{error.detail}: {what}", kind=str(status)))
 
 
 async def on_disconnect(request: Request, error: Exception) -> Response:
@@ -88,7 +87,7 @@ async def on_disconnect(request: Request, error: Exception) -> Response:
 
 async def on_unexpected(request: Request, error: Exception) -> Response:
     """Exception handler for our own bugs: the log has the traceback, the client a plain 500."""
-    return respond(500, error_body(500, _INTERNAL))
+    return respond(error_body(500, _INTERNAL))
 
 
 class FieldNames(AbstractContextManager[None]):

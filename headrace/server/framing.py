@@ -76,7 +76,6 @@ class Parser(h11.Connection):
         return size
 
     def receive_data(self, data: bytes) -> None:
-        """Bytes of the client."""
         self.num_received += len(data)
         self._max_lines += data.count(b"\n")
         super().receive_data(data)

@@ -25,7 +25,7 @@ class Gate:
             return
         if self._state.is_draining:
             error = ShutdownError("the server is shutting down; try another replica")
-            await respond(error.status, body_of(error), retryable=True)(scope, receive, send)
+            await respond(body_of(error))(scope, receive, send)
             return
         with self._state.active(scope["path"]):
             await self._app(scope, receive, send)

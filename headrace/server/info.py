@@ -26,7 +26,6 @@ _SINGLE_RANK: dict[str, Any] = {
     "disaggregation_mode": "null",
     "disaggregation_bootstrap_port": None,
     "encoder_only": False,
-    "enable_memory_saver": False,
     "enable_return_routed_experts": False,
     "load_balance_method": "round_robin",
     "trust_remote_code": False,
@@ -47,12 +46,9 @@ class InfoFace:
             Endpoint("/health", self.health, access="open"),
             Endpoint("/health_generate", self.health_generate, access="open"),
             Endpoint("/ready", self.ready, access="open"),
-            Endpoint("/model_info", self.model_info),
-            Endpoint("/get_model_info", self.model_info),
-            Endpoint("/server_info", self.server_info),
-            Endpoint("/get_server_info", self.server_info),
-            Endpoint("/weight_version", self.weight_version),
-            Endpoint("/get_weight_version", self.weight_version),
+            *(Endpoint(path, self.model_info) for path in ("/model_info", "/get_model_info")),
+            *(Endpoint(path, self.server_info) for path in ("/server_info", "/get_server_info")),
+            *(Endpoint(path, self.weight_version) for path in ("/weight_version", "/get_weight_version")),
             Endpoint("/get_load", self.get_load),
             Endpoint("/v1/loads", self.loads),
             Endpoint("/metrics", self.metrics),
@@ -62,7 +58,7 @@ class InfoFace:
         """GET /health: this process lives, and so does its core or the next one, which is being started. Until the
         engine is ready for the first time, `headrace.server.starting` answers instead."""
         if not self._engine.is_alive:
-            return respond(503, error_body(503, "the engine is dead; this process serves no more"))
+            return respond(error_body(503, "the engine is dead; this process serves no more"))
         return Response()
 
     async def health_generate(self, request: Request) -> Response:
@@ -72,13 +68,13 @@ class InfoFace:
         except HeadraceError as error:
             is_busy = isinstance(error, DeadlineError) and self._engine.is_responsive
             if not is_busy:
-                return respond(503, error_body(503, f"the core does not answer: {error.message}"))
+                return respond(error_body(503, f"the core does not answer: {error.message}"))
         return Response()
 
     async def ready(self, request: Request) -> Response:
         """GET /ready: a request that came now would start now."""
         if not self._state.is_ready:
-            return respond(503, error_body(503, f"not ready: {self._why_not()}", retryable=True), retryable=True)
+            return respond(error_body(503, f"not ready: {self._why_not()}", retryable=True))
         return json_reply({"ready": True, "weight_version": self._engine.version})
 
     async def model_info(self, request: Request) -> Response:
@@ -107,6 +103,7 @@ class InfoFace:
         settings = {
             **msgspec.to_builtins(resolved.engine),
             **_SINGLE_RANK,
+            "enable_memory_saver": resolved.engine.memory_saver,
             "model_path": config.model,
             "tokenizer_path": config.tokenizer or config.model,
             "served_model_name": self._state.model_name,
@@ -189,7 +186,7 @@ class InfoFace:
             return "the core died and is being started again"
         if self._state.is_draining:
             return "draining"
-        return "paused, updating, or without whole weights" if ailment is None else ailment.message
+        return "paused, updating, or without memory or whole weights" if ailment is None else ailment.message
 
     def _load(self, status: CoreStatus) -> dict[str, Any]:
         counts = status.metrics

@@ -72,16 +72,15 @@ class Limits:
         num_header_bytes = sum(map(len, itertools.chain.from_iterable(scope["headers"])))
         if num_header_bytes > MAX_HEADER_BYTES or len(scope["query_string"]) > MAX_QUERY_BYTES:
             message = f"headers are over {MAX_HEADER_BYTES} bytes or the query over {MAX_QUERY_BYTES}"
-            return respond(431, error_body(431, message))
+            return respond(error_body(431, message))
         if len(scope["raw_path"]) > MAX_PATH_BYTES:
-            return respond(414, error_body(414, f"the path is over {MAX_PATH_BYTES} bytes"))
+            return respond(error_body(414, f"the path is over {MAX_PATH_BYTES} bytes"))
         if is_ambiguous:
-            return respond(400, error_body(400, "transfer-encoding and content-length exclude each other"))
+            return respond(error_body(400, "transfer-encoding and content-length exclude each other"))
         if num_announced > self._max_body_bytes:
-            error = too_large(num_announced, self._max_body_bytes)
-            return respond(error.status, body_of(error))
+            return respond(body_of(too_large(num_announced, self._max_body_bytes)))
         if scope["state"][CLIENT].is_crowded and scope["path"] not in self._open_paths:
-            return respond(503, error_body(503, "too many connections", retryable=True), retryable=True)
+            return respond(error_body(503, "too many connections", retryable=True))
         return None
 
 

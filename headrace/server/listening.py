@@ -84,7 +84,6 @@ class EmbeddedServer(uvicorn.Server):
             self._cut()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept from now on."""
         await self.lifespan.startup()
         self.servers = []
         self.max_connections = _max_connections()

@@ -11,12 +11,12 @@ from starlette.responses import Response
 
 from headrace.engine import Stream
 from headrace.engine.pacing import Turn
-from headrace.engine.stream import StreamGroup
+from headrace.engine.stream import all_or_none, cancel_all
 from headrace.server.native_reply import ReplyStyle, SequenceReply
 from headrace.server.native_types import Draft, GenerateCall, in_dialect, read_call
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
-from headrace.server.wire import EventStream, PartsReply, cancel_all, dropping, encode_json, event, read_body
+from headrace.server.wire import EventStream, PartsReply, dropping, encode_json, event, read_body
 from headrace.text import INLINE_CHARACTERS, run_sized
 from headrace.types.errors import HeadraceError
 from headrace.types.generation import Generation
@@ -39,15 +39,17 @@ class NativeFace:
 
     async def generate(self, request: Request) -> Response:
         received_at = time.perf_counter()
-        is_incremental = self._state.options.incremental_streaming_output
         engine = self._state.engine
-        call = await read_call(engine, await read_body(request, functools.partial(Draft, engine)), is_incremental)
+        call = await read_call(engine, await read_body(request, functools.partial(Draft, engine)))
         streams = await self._submit(call)
         style = self._style(call, received_at)
         cancel, on_disconnect = functools.partial(cancel_all, streams), self._state.metrics.count_disconnect
         if call.is_stream:
-            events = self._events(self._state.group(streams), streams, style, call)
-            return EventStream(events, cancel, on_disconnect, headers={STREAM_HEADER: _STREAMING[call.is_incremental]})
+            is_incremental = call.is_incremental
+            if is_incremental is None:
+                is_incremental = self._state.options.incremental_streaming_output
+            events = self._events(streams, style, call, is_incremental)
+            return EventStream(events, cancel, on_disconnect, headers={STREAM_HEADER: _STREAMING[is_incremental]})
         with dropping(request.scope, cancel, on_disconnect):
             bodies = await _written(streams, style, call.wants_logprobs)
         if call.is_list:
@@ -57,18 +59,14 @@ class NativeFace:
 
     async def _submit(self, call: GenerateCall) -> list[Stream]:
         """All sequences or none. A long list leaves the loop to others now and then."""
-        streams: list[Stream] = []
-        is_whole, turn = False, Turn()
+        streams, turn = list[Stream](), Turn()
         try:
-            for item in call.items:
-                await turn.give_way()
-                streams.append(self._state.submit(item))
-            is_whole = True
+            with all_or_none(streams):
+                for item in call.items:
+                    await turn.give_way()
+                    streams.append(self._state.submit(item))
         except HeadraceError as error:
             raise in_dialect(error, item.prompt_index, call.is_list) from None
-        finally:
-            if not is_whole:
-                cancel_all(streams)
         return streams
 
     def _style(self, call: GenerateCall, received_at: float) -> ReplyStyle:
@@ -83,9 +81,10 @@ class NativeFace:
         )
 
     async def _events(
-        self, group: StreamGroup, streams: Sequence[Stream], style: ReplyStyle, call: GenerateCall
+        self, streams: Sequence[Stream], style: ReplyStyle, call: GenerateCall, is_incremental: bool
     ) -> AsyncIterator[bytes]:
         """One event per sequence that has news; a client that reads slowly gets fewer, larger ones."""
+        group = self._state.group(streams)
         numbers = {stream.request.request_id: number for number, stream in enumerate(streams)}
         replies: dict[int, SequenceReply] = {}
         while pieces := await group.next_pieces():
@@ -98,7 +97,7 @@ class NativeFace:
                 reply.add(piece)
                 body = reply.body(piece)
                 events.append(event({**body, "index": number} if call.is_list else body))
-                if call.is_incremental:
+                if is_incremental:
                     reply.forget()
             yield b"".join(events)
 

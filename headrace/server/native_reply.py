@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from headrace.engine import Stream
+from headrace.engine.sample import Span, extended_spans, span_fields, spans_of
 from headrace.server.errors import body_of
 from headrace.server.wire import encode_json
 from headrace.text import Tokenizer
@@ -39,8 +40,7 @@ class SequenceReply:
         self._text: list[str] = []
         self._ids: list[int] = []
         self._lists: dict[str, list[Any]] = {}
-        self._spans: list[tuple[str, int]] = []
-        self._epochs: list[int] = []
+        self._spans: tuple[Span, ...] = ()
         self._prompt_spans: list[tuple[str, int]] = []
         self._last_version: str | None = None
         self._num_tokens = 0
@@ -48,19 +48,14 @@ class SequenceReply:
             self._lists = {"input_token_logprobs": [], "output_token_logprobs": []}
 
     def add(self, piece: Generation) -> None:
-        """Take in what is new."""
         self._text.append(piece.text)
         self._ids += piece.token_ids
         self._num_tokens += len(piece.token_ids)
         self._prompt_spans = piece.prompt_version_spans or self._prompt_spans
         for version, _ in (piece.version_spans or piece.prompt_version_spans)[-1:]:
             self._last_version = version
-        for (version, count), epoch in zip(piece.version_spans, piece.version_epochs, strict=True):
-            if self._spans and (self._spans[-1][0], self._epochs[-1]) == (version, epoch):
-                self._spans[-1] = (version, self._spans[-1][1] + count)
-            else:
-                self._spans.append((version, count))
-                self._epochs.append(epoch)
+        for span in spans_of(piece):
+            self._spans = extended_spans(self._spans, *span)
         if self._wants_logprobs:
             self._add_logprobs(piece)
 
@@ -76,8 +71,7 @@ class SequenceReply:
             "weight_version": self._last_version or self._style.live_version(),  # the latter of nothing computed
             "num_retractions": piece.num_preemptions,
             "dp_rank": 0,
-            "version_spans": self._spans,
-            "version_epochs": self._epochs,
+            **span_fields(self._spans),
             "seed": piece.seed,
             "logprob_mode": piece.logprob_mode,
             "prompt_logprob_mode": piece.prompt_logprob_mode,
@@ -101,8 +95,7 @@ class SequenceReply:
         """What was sent is not sent again; `completion_tokens` and `weight_version` go on to be of the whole."""
         self._text.clear()
         self._ids.clear()
-        self._spans.clear()
-        self._epochs.clear()
+        self._spans = ()
         self._prompt_spans = []
         for values in self._lists.values():
             values.clear()
@@ -116,13 +109,11 @@ class SequenceReply:
         self._extend("output_top_logprobs", piece.top_logprobs)
         self._extend("output_token_ids_logprobs", piece.token_ids_logprobs)
         if piece.prompt_logprobs:
-            self._add_prompt_logprobs(piece, self._stream.item.logprobs.prompt_start or 0)
-
-    def _add_prompt_logprobs(self, piece: Generation, start: int) -> None:
-        pairs = zip(piece.prompt_logprobs[start:], self._stream.prompt_token_ids[start:], strict=True)
-        self._lists["input_token_logprobs"] += [self._triple(logprob, token_id) for logprob, token_id in pairs]
-        self._extend("input_top_logprobs", piece.prompt_top_logprobs[start:])
-        self._extend("input_token_ids_logprobs", piece.prompt_token_ids_logprobs[start:])
+            start = self._stream.item.logprobs.prompt_start or 0
+            scored = zip(piece.prompt_logprobs[start:], self._stream.prompt_token_ids[start:], strict=True)
+            self._lists["input_token_logprobs"] += [self._triple(logprob, token_id) for logprob, token_id in scored]
+            self._extend("input_top_logprobs", piece.prompt_top_logprobs[start:])
+            self._extend("input_token_ids_logprobs", piece.prompt_token_ids_logprobs[start:])
 
     def _extend(self, key: str, positions: Sequence[Mapping[int, float] | None]) -> None:
         if positions:

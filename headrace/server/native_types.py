@@ -69,7 +69,7 @@ class GenerateCall(msgspec.Struct):
     wants_logprobs: list[bool]
     is_list: bool
     is_stream: bool
-    is_incremental: bool
+    is_incremental: bool | None  # None: as the server streams
     writes_text: bool
     writes_prompt_ids: bool
     warnings: list[str]
@@ -110,11 +110,8 @@ class Draft:
                 self.prompts.append(None)
 
 
-async def read_call(engine: AsyncEngine, draft: Draft, is_incremental: bool) -> GenerateCall:
-    """Check the rest of a body. Raises `RequestError` naming the field; nothing has been submitted then.
-
-    `is_incremental` says how to stream where the body does not.
-    """
+async def read_call(engine: AsyncEngine, draft: Draft) -> GenerateCall:
+    """Check the rest of a body. Raises `RequestError` naming the field; nothing has been submitted then."""
     body, is_list, warnings = draft.body, draft.is_list, draft.warnings
     if body.text is not None:
         await _encode(engine, draft)
@@ -141,9 +138,7 @@ async def read_call(engine: AsyncEngine, draft: Draft, is_incremental: bool) -> 
         wants_logprobs=wants_logprobs,
         is_list=is_list,
         is_stream=body.stream,
-        is_incremental=is_incremental
-        if body.incremental_streaming_output is None
-        else body.incremental_streaming_output,
+        is_incremental=body.incremental_streaming_output,
         writes_text=body.return_text_in_logprobs,
         writes_prompt_ids=body.return_prompt_token_ids,
         warnings=warnings,
@@ -162,10 +157,7 @@ class _PromptOptions:
     def __init__(
         self, engine: AsyncEngine, body: GenerateBody, num_prompts: int, refusals: dict[int, RequestError] | None
     ) -> None:
-        lists = []
-        for field in _PER_PROMPT:
-            value = getattr(body, field)
-            lists.append(_per_prompt(value, num_prompts, field) if isinstance(value, list) else [value] * num_prompts)
+        lists = [_per_prompt(getattr(body, field), num_prompts, field) for field in _PER_PROMPT]
         self.wants_logprobs, self._priorities, self._extra_keys, self._num_output, starts, tops = lists
         if any(self._num_output) and body.text is not None:
             message = "num_output_ids_in_prompt counts token ids: give the prompt as input_ids"
@@ -297,7 +289,9 @@ def read_params(values: Any, field: str) -> SamplingParams:
     return SamplingParams.from_dict(values, field=field)
 
 
-def _per_prompt(value: list[Any], num_prompts: int, field: str) -> list[Any]:
+def _per_prompt(value: Any, num_prompts: int, field: str) -> list[Any]:
+    if not isinstance(value, list):
+        return [value] * num_prompts
     if len(value) != num_prompts:
         raise RequestError(f"{field} holds {len(value)} values for {num_prompts} prompts", field=field)
     return value

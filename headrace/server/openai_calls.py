@@ -14,11 +14,12 @@ import msgspec
 from headrace.engine import GenerateItem, Stream
 from headrace.engine.bounds import check_body
 from headrace.engine.pacing import Turn
+from headrace.engine.stream import all_or_none, cancel_all
 from headrace.server.errors import FieldNames
 from headrace.server.openai_types import OpenAiBody
 from headrace.server.prompts import check_count
 from headrace.server.state import ServerState
-from headrace.server.wire import EventStream, cancel_all, encode_json, event
+from headrace.server.wire import EventStream, encode_json, event
 from headrace.text import run_sized
 from headrace.types.generation import Generation
 from headrace.types.sampling_params import LogprobOptions, SamplingParams
@@ -66,10 +67,9 @@ class OpenAiCall:
         check_count(self._state.engine, len(prompts) * params.n, prompts[0].field)
         prompts_asked = ((logprobs, len(prompt.ids), params) for prompt in prompts)
         check_body(prompts_asked, "return_token_ids" if self.body.return_token_ids else "")
-        is_whole = False
         total, first, turn = len(prompts) * params.n, GenerateItem(), Turn()
         key = "extra_key" if self.body.extra_key else "cache_salt"
-        try:
+        with all_or_none(self.streams):
             for number in range(total):
                 await turn.give_way()
                 position, index = divmod(number, params.n)
@@ -77,12 +77,9 @@ class OpenAiCall:
                 with FieldNames({"input_ids": prompt.field, "extra_key": key}):
                     if index == 0:
                         first = self._state.engine.prepare(self._item(prompt, position, params, logprobs))
-                    item = msgspec.structs.replace(first, index=index, request_id=self._name(total))
+                    name = self.request_id if total == 1 else f"{self.request_id}_{number}"
+                    item = msgspec.structs.replace(first, index=index, request_id=name)
                     self.streams.append(self._state.submit(item))
-            is_whole = True
-        finally:
-            if not is_whole:
-                self.cancel()
 
     async def written(self, make: Callable[[int, Generation], Mapping[str, Any]]) -> list[msgspec.Raw]:
         """All choices as JSON, once they are finished: `make` gives one by its number. Written one by one, and off the
@@ -98,7 +95,6 @@ class OpenAiCall:
         return choices
 
     def cancel(self) -> None:
-        """Nobody waits any more."""
         cancel_all(self.streams)
 
     def event_stream(self, kind: str, begin: Callable[[int], Chunks]) -> EventStream:
@@ -149,10 +145,6 @@ class OpenAiCall:
             "choices": choices,
             "metadata": {"weight_version": self._version or self._state.engine.version},
         }
-
-    def _name(self, total: int) -> str:
-        """The name of the next of so many sequences."""
-        return self.request_id if total == 1 else f"{self.request_id}_{len(self.streams)}"
 
     def _item(self, prompt: Prompt, position: int, params: SamplingParams, logprobs: LogprobOptions) -> GenerateItem:
         return GenerateItem(

@@ -18,17 +18,18 @@ from headrace.server.openai_types import (
     ChatBody,
     check_model,
     logprob_options,
+    offers_tools,
     openai_errors,
     prompt_bound,
     read_openai,
     sampling_params,
-    tool_choice,
 )
 from headrace.server.prompts import encode_text, render_chat, tokenizer_of, warnings_about
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.wire import dropping, json_reply, read_body
 from headrace.text import (
+    CALL_FORMS,
     Tokenizer,
     ToolCallStyle,
     check_template_arguments,
@@ -75,13 +76,19 @@ class ChatFace:
             body.add_generation_prompt,
             conversation.template_arguments,
         )
-        prompt = await self._prompt(text, body, warnings)
-        call = OpenAiCall(self._state, body, "chatcmpl", model, warnings)
         key = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        max_tokens = getattr(body, key)
+        prompt = await self._prompt(text, body, max_tokens, warnings)
+        call = OpenAiCall(self._state, body, "chatcmpl", model, warnings)
+        if max_tokens is None:
+            max_tokens = self._state.engine.resolved.max_length - len(prompt.ids)
         with openai_errors(key, "top_logprobs"):
-            params = sampling_params(body, self._max_tokens(body, prompt))
+            params = sampling_params(body, max_tokens)
             reader = self._reader(conversation, body, text, params)
-            await call.submit([prompt], params, self._logprobs(body), shown=reader.hidden if reader else frozenset())
+            if body.top_logprobs and not body.logprobs:
+                raise RequestError("top_logprobs needs logprobs to be true", field="top_logprobs")
+            logprobs = logprob_options(self._state, body.top_logprobs, "top_logprobs")
+            await call.submit([prompt], params, logprobs, shown=reader.hidden if reader else frozenset())
         if body.stream:
             return call.event_stream(_CHUNK, functools.partial(self._chunks, call, body, reader))
         with dropping(request.scope, call.cancel, self._state.metrics.count_disconnect):
@@ -97,18 +104,17 @@ class ChatFace:
         return body, warnings, self._conversation(body)
 
     def _conversation(self, body: ChatBody) -> Conversation:
-        offers_tools = tool_choice(body.tool_choice) == "auto"
+        is_offered = offers_tools(body)
         tools = normalize_tools(body.tools) if body.tools else []
-        tools = tools if offers_tools else []
+        tools = tools if is_offered else []
         arguments = check_template_arguments(body.chat_template_kwargs) if body.chat_template_kwargs else {}
         if body.reasoning_effort is not None:
             arguments.setdefault("reasoning_effort", body.reasoning_effort)
         return Conversation(normalize_messages(body.messages), tools, self._style if tools else None, arguments)
 
-    async def _prompt(self, text: str, body: ChatBody, warnings: list[str]) -> Prompt:
+    async def _prompt(self, text: str, body: ChatBody, max_tokens: Any, warnings: list[str]) -> Prompt:
         engine, is_added = self._state.engine, body.add_special_tokens
         limit = engine.resolved.max_length
-        max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         bound = prompt_bound(body, limit, max_tokens)
         ids = await encode_text(engine, text, "messages", add_special_tokens=is_added, bound=bound)
         if is_added:
@@ -122,32 +128,23 @@ class ChatFace:
     ) -> ToolReader | None:
         if conversation.style is None:
             return None
-        tokenizer, skips = tokenizer_of(self._state.engine, "messages"), params.skip_special_tokens
-        names, is_parallel = tool_names(conversation.tools), body.parallel_tool_calls
-        return ToolReader.of(conversation.style, names, prompt, tokenizer, skips=skips, is_parallel=is_parallel)
-
-    def _max_tokens(self, body: ChatBody, prompt: Prompt) -> Any:
-        for given in (body.max_completion_tokens, body.max_tokens):
-            if given is not None:
-                return given
-        return self._state.engine.resolved.max_length - len(prompt.ids)
-
-    def _logprobs(self, body: ChatBody) -> Any:
-        if body.top_logprobs and not body.logprobs:
-            raise RequestError("top_logprobs needs logprobs to be true", field="top_logprobs")
-        return logprob_options(self._state, body.top_logprobs, "top_logprobs")
+        style, form = conversation.style, CALL_FORMS[conversation.style]
+        tokenizer, names = tokenizer_of(self._state.engine, "messages"), tool_names(conversation.tools)
+        hidden = tokenizer.special_among(form.tags) if params.skip_special_tokens else frozenset[str]()
+        return ToolReader(style, names, hidden, form.thought_at_end(prompt), body.parallel_tool_calls)
 
     def _choice(
         self, call: OpenAiCall, body: ChatBody, reader: ToolReader | None, number: int, piece: Generation
     ) -> dict[str, Any]:
         text, calls = ReplyText(reader).push(piece.text, is_last=True)
+        writer = TokenWriter(self._tokenizer, body.return_tokens_as_token_ids)
         message: dict[str, Any] = {"role": "assistant", "content": None if calls and not text else text}
         if calls:
             message["tool_calls"] = calls
         return {
             "index": number,
             "message": message,
-            "logprobs": chat_logprobs(_writer(self._tokenizer, body), piece) if body.logprobs else None,
+            "logprobs": chat_logprobs(writer, piece) if body.logprobs else None,
             **finish_of(piece, bool(calls)),
             **choice_extras(call, call.streams[number], piece),
         }
@@ -159,12 +156,14 @@ class ChatFace:
 class _StreamedChoice:
     """One choice of a streamed reply: a chunk with the role, chunks with text or calls, a chunk with the reason."""
 
-    def __init__(self, call: OpenAiCall, body: ChatBody, number: int, text: ReplyText, tokenizer: Any) -> None:
+    def __init__(
+        self, call: OpenAiCall, body: ChatBody, number: int, text: ReplyText, tokenizer: Tokenizer | None
+    ) -> None:
         self._call = call
         self._body = body
         self._number = number
         self._text = text
-        self._tokenizer = tokenizer
+        self._writer = TokenWriter(tokenizer, body.return_tokens_as_token_ids)
         self._tokens = TextTokens(tokenizer, call.streams[number]) if body.logprobs else None
         self._has_begun = False
 
@@ -185,7 +184,9 @@ class _StreamedChoice:
             deltas.append({})
         chunks = [self._chunk(delta) for delta in deltas]
         if chunks:
-            chunks[0] |= self._details(piece)
+            chunks[0] |= choice_extras(self._call, self._call.streams[self._number], piece)
+            if self._body.logprobs and piece.token_ids:
+                chunks[0]["logprobs"] = chat_logprobs(self._writer, piece)
         if is_last:
             chunks[-1] |= finish_of(piece, bool(self._text.num_calls))
         if self._has_begun:
@@ -193,15 +194,5 @@ class _StreamedChoice:
         self._has_begun = True
         return [self._chunk({"role": "assistant", "content": ""}), *chunks]
 
-    def _details(self, piece: Generation) -> dict[str, Any]:
-        details = choice_extras(self._call, self._call.streams[self._number], piece)
-        if self._body.logprobs and piece.token_ids:
-            details["logprobs"] = chat_logprobs(_writer(self._tokenizer, self._body), piece)
-        return details
-
     def _chunk(self, delta: Mapping[str, Any]) -> dict[str, Any]:
         return {"index": self._number, "delta": delta, "logprobs": None, "finish_reason": None}
-
-
-def _writer(tokenizer: Tokenizer | None, body: ChatBody) -> TokenWriter:
-    return TokenWriter(tokenizer, body.return_tokens_as_token_ids)

@@ -21,7 +21,7 @@ from headrace.server.openai_types import (
     read_openai,
     sampling_params,
 )
-from headrace.server.prompts import check_count, encode_texts, last_of, warnings_about
+from headrace.server.prompts import check_count, encode_texts, warnings_about
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.wire import dropping, json_reply, read_body
@@ -73,7 +73,9 @@ class CompletionsFace:
         encoded = await encode_texts(engine, texts, add_special_tokens=body.add_special_tokens, bound=bound)
         if body.add_special_tokens:
             warnings += warnings_about(engine, encoded)
-        ids = {field: encoded[field] if field in encoded else last_of(given, bound) for field, given in sources.items()}
+        ids = {field: encoded.get(field, given) for field, given in sources.items()}
+        if bound is not None:  # of ids as of texts; whether they are a list of ids is checked later
+            ids = {field: each[-bound:] if isinstance(each, list) else each for field, each in ids.items()}
         rows = await shared_rows(engine, ids)
         return [Prompt(*each) for each in zip(rows, ids, num_output, strict=True)]
 

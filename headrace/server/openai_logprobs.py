@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from msgspec.structs import replace
 
 from headrace.engine import Stream
-from headrace.engine.sample import Span, extended_spans, slice_spans
+from headrace.engine.sample import Span, extended_spans, slice_spans, span_fields, spans_of
 from headrace.text import IncrementalDetokenizer, Tokenizer
 from headrace.types.generation import Generation
 
@@ -27,7 +26,6 @@ class TokenWriter:
         return self._tokenizer.token_text(token_id)
 
     def entry(self, token_id: int, value: float) -> dict[str, Any]:
-        """The token in a chat reply."""
         data = b"" if self._tokenizer is None else self._tokenizer.token_bytes(token_id)
         return {"token": self.text(token_id), "logprob": value, "bytes": list(data), "token_id": token_id}
 
@@ -43,7 +41,7 @@ class TextTokens:
         if tokenizer is not None:
             item = stream.item
             skips, prompt_ids = item.params.skip_special_tokens, stream.prompt_token_ids
-            self._detokenizer = IncrementalDetokenizer(
+            self._detokenizer = IncrementalDetokenizer.of(
                 tokenizer, skip_special_tokens=skips, shown=item.shown_tokens, prompt_ids=prompt_ids
             )
         self._num_certain = 0
@@ -113,11 +111,11 @@ def _by_text(writer: TokenWriter, values: dict[int, float]) -> dict[str, float]:
 def _joined(pieces: list[Generation]) -> Generation:
     spans: tuple[Span, ...] = ()
     for piece in pieces:
-        for span in _spans(piece):
+        for span in spans_of(piece):
             spans = extended_spans(spans, *span)
-    return _with_spans(
+    return replace(
         pieces[-1],
-        spans,
+        **span_fields(spans),
         token_ids=[each for piece in pieces for each in piece.token_ids],
         logprobs=[each for piece in pieces for each in piece.logprobs],
         top_logprobs=[each for piece in pieces for each in piece.top_logprobs],
@@ -125,20 +123,10 @@ def _joined(pieces: list[Generation]) -> Generation:
 
 
 def _part(whole: Generation, start: int, stop: int) -> Generation:
-    return _with_spans(
+    return replace(
         whole,
-        slice_spans(_spans(whole), start, stop),
+        **span_fields(slice_spans(spans_of(whole), start, stop)),
         token_ids=whole.token_ids[start:stop],
         logprobs=whole.logprobs[start:stop],
         top_logprobs=whole.top_logprobs[start:stop],
     )
-
-
-def _spans(piece: Generation) -> list[Span]:
-    pairs = zip(piece.version_spans, piece.version_epochs, strict=True)
-    return [(version, count, epoch) for (version, count), epoch in pairs]
-
-
-def _with_spans(piece: Generation, spans: Sequence[Span], **fields: Any) -> Generation:
-    labels = [(version, count) for version, count, _ in spans]
-    return replace(piece, version_spans=labels, version_epochs=[epoch for _, _, epoch in spans], **fields)

@@ -68,7 +68,11 @@ class ModelsFace:
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("exactly one of prompt and messages must be given", field="prompt")
         if body.prompt is None:
-            rows = [await self._encode_chat(body)]
+            tools = normalize_tools(body.tools) if body.tools else []
+            arguments = check_template_arguments(body.chat_template_kwargs) if body.chat_template_kwargs else {}
+            text = await render_chat(self._engine, body.messages, tools, body.add_generation_prompt, arguments)
+            special = bool(body.add_special_tokens)
+            rows = [await encode_text(self._engine, text, "messages", add_special_tokens=special)]
         else:
             texts = _rows(body.prompt, "prompt", isinstance(body.prompt, list))
             special = body.add_special_tokens is not False
@@ -96,13 +100,6 @@ class ModelsFace:
             return encode_json({"text": reply, "prompt": reply})
 
         return PartsReply([await run_sized(size, write)])
-
-    async def _encode_chat(self, body: TokenizeBody) -> list[int]:
-        messages = body.messages
-        tools = normalize_tools(body.tools) if body.tools else []
-        arguments = check_template_arguments(body.chat_template_kwargs) if body.chat_template_kwargs else {}
-        text = await render_chat(self._engine, messages, tools, body.add_generation_prompt, arguments)
-        return await encode_text(self._engine, text, "messages", add_special_tokens=bool(body.add_special_tokens))
 
     def _check_ids(self, rows: Mapping[str, Any]) -> None:
         """Before any is decoded: a vocabulary may hold tokens of a thousand characters."""

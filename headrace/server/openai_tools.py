@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from headrace.text import CALL_FORMS, Tokenizer, ToolCall, ToolCallParser, ToolCallStyle
+from headrace.text import ToolCall, ToolCallParser, ToolCallStyle
 
 _MISTRAL_ID_LENGTH = 9  # their templates refuse a history with any other
 
@@ -23,22 +23,6 @@ class ToolReader(msgspec.Struct, frozen=True):
     hidden: frozenset[str]
     thought: str
     is_parallel: bool
-
-    @classmethod
-    def of(
-        cls,
-        style: ToolCallStyle,
-        names: frozenset[str],
-        prompt: str,
-        tokenizer: Tokenizer,
-        *,
-        skips: bool,
-        is_parallel: bool,
-    ) -> ToolReader:
-        """The reader for a rendered `prompt`; `skips` says that special tokens are not shown."""
-        form = CALL_FORMS[style]
-        hidden = tokenizer.special_among(form.tags) if skips else frozenset[str]()
-        return cls(style, names, hidden, form.thought_at_end(prompt), is_parallel)
 
 
 class ReplyText:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -16,11 +16,6 @@ from headrace.types.errors import NotFoundError, RequestError
 from headrace.types.sampling_params import LogprobOptions, SamplingParams
 
 _IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-_SAME_NAMES = (
-    *("n", "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty"),
-    *("seed", "stop", "stop_token_ids", "logit_bias", "ignore_eos", "skip_special_tokens", "no_stop_trim"),
-    "spaces_between_special_tokens",
-)
 LEAST_TOP_P = 1e-9
 
 
@@ -66,6 +61,9 @@ class OpenAiBody(msgspec.Struct, kw_only=True):
     return_meta_info: bool = False
     truncate_prompt_tokens: int | None = None
     clip_to_context: bool = False
+
+
+_SAME_NAMES = tuple(name for name in OpenAiBody.__struct_fields__ if name in SamplingParams.__struct_fields__)
 
 
 class CompletionBody(OpenAiBody, kw_only=True):
@@ -151,20 +149,17 @@ def openai_errors(max_tokens_key: str, top_logprobs_key: str) -> AbstractContext
 
 
 def logprob_options(state: ServerState, num_top: int, field: str) -> LogprobOptions:
-    """What to report beside each token."""
     if num_top < 0:
         raise RequestError(f"{field} must not be negative", field=field)
     config = state.engine.config
     return LogprobOptions(config.logprob_mode, config.prompt_logprob_mode, num_top=num_top)
 
 
-def tool_choice(choice: Any) -> Literal["none", "auto"]:
-    """Whether tools are offered. Choices that force a call need a grammar, which this engine lacks."""
-    if choice is None or choice == "auto":
-        return "auto"
-    if choice == "none":
-        return "none"
-    raise RequestError("tool_choice must be 'none' or 'auto'; a forced call is not supported", field="tool_choice")
+def offers_tools(body: ChatBody) -> bool:
+    """Choices that force a call need a grammar, which this engine lacks."""
+    if body.tool_choice not in (None, "auto", "none"):
+        raise RequestError("tool_choice must be 'none' or 'auto'; a forced call is not supported", field="tool_choice")
+    return bool(body.tool_choice != "none")
 
 
 def _unsigned(seed: Any) -> Any:

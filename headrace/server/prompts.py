@@ -90,11 +90,6 @@ def _encode_end(tokenizer: Tokenizer, text: str, bound: int, field: str, add_spe
     return ids[-bound:]
 
 
-def last_of(ids: Any, bound: int | None) -> Any:
-    """The last `bound` of what should be a list of ids, if that is given; whether it is one is checked later."""
-    return ids if bound is None or not isinstance(ids, list) else ids[-bound:]
-
-
 def warnings_about(engine: AsyncEngine, texts: Mapping[str, Sequence[int] | None]) -> list[str]:
     """What to tell a caller about the ids, by field, of texts to which special tokens were added."""
     tokenizer = engine.tokenizer

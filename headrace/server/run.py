@@ -45,7 +45,7 @@ class RunningServer:
         await self._state.engine.runtime.run(self._stop(limit))
 
     async def _stop(self, limit: float) -> None:
-        self._state.stop_admitting()
+        self._state.is_draining = True
         if not await self._state.wait_idle(limit):
             if self._state.num_active:
                 logger.warning("%d requests did not finish in %g s and are aborted", self._state.num_active, limit)

@@ -67,6 +67,6 @@ async def _answer(scope: Scope, receive: Receive, send: Send) -> None:
     """The ASGI application. Every connection ends with its reply, so that the next one meets the real server."""
     if scope["type"] != "http":
         return
-    response = respond(503, error_body(503, "the engine is starting", retryable=True), retryable=True)
+    response = respond(error_body(503, "the engine is starting", retryable=True))
     response.headers["connection"] = "close"
     await response(scope, receive, send)

@@ -79,9 +79,6 @@ class ServerState:
             if not self.num_active:
                 self._idle.set()
 
-    def stop_admitting(self) -> None:
-        self.is_draining = True
-
     async def wait_idle(self, timeout: float) -> bool:
         """Wait until no request runs; False if some still do after `timeout` seconds."""
         try:

@@ -18,13 +18,14 @@ from starlette.responses import Response
 from headrace.engine import AsyncEngine, Stream
 from headrace.engine.bounds import check_body
 from headrace.engine.pacing import Turn
-from headrace.engine.stream import StreamGroup, whole_samples
+from headrace.engine.requests import CallArguments
+from headrace.engine.stream import StreamGroup, cancel_all, whole_samples
 from headrace.server.auth import Access
 from headrace.server.coerce import MediaTypeError
 from headrace.server.errors import shown
 from headrace.server.routes import Endpoint, Handler
 from headrace.server.state import ServerState
-from headrace.server.wire import EventStream, PartsReply, cancel_all, convert, dropping, read_body, unless_gone
+from headrace.server.wire import EventStream, PartsReply, convert, dropping, read_body, unless_gone
 from headrace.text import INLINE_CHARACTERS, run_sized
 from headrace.types.errors import HeadraceError, RequestError, RequestTooLargeError
 from headrace.types.generation import Generation
@@ -56,9 +57,8 @@ class SurfaceFace:
     async def generate(self, request: Request) -> Response:
         """`generate`, `score` and `stream`."""
         ask = await read_body(request, lambda values: convert(values, GenerateAsk))
-        items = await self._engine.expand(
-            ask.prompts, ask.input_ids, ask.sampling_params, _options(ask), stream=ask.stream, scores=ask.scores
-        )
+        arguments = ask.prompts, ask.input_ids, ask.sampling_params, _options(ask)
+        items = await self._engine.expand(CallArguments(*arguments, stream=ask.stream, scores=ask.scores))
         firsts = [item for item in items if item.index == 0]
         asked = ((item.logprobs, len(item.packed or b"") // 4, item.params) for item in firsts)
         await run_sized(len(firsts), lambda: check_body(asked))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -13,7 +13,6 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from headrace.config.json_bounds import BODY, excess
-from headrace.engine import Stream
 from headrace.engine.runtime import Regret
 from headrace.server import errors
 from headrace.server.connections import CLIENT, Connection
@@ -22,7 +21,6 @@ from headrace.types.errors import HeadraceError, RequestError, RequestTooLargeEr
 
 JSON_TYPE = "application/json"
 DONE_EVENT = b"data: [DONE]\n\n"
-_BYTES_PER_CHARACTER = 8  # JSON is read so much faster than text is encoded
 _HUGE_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 18
 # U+0085, U+2028 and U+2029, which JSON leaves as they are; they can only be inside its strings.
@@ -50,34 +48,22 @@ def event(value: Any) -> bytes:
     return b"data: " + written + b"\n\n"
 
 
-async def read_object(request: Request) -> dict[str, Any]:
-    """The JSON object in the body. Raises `RequestError` naming `body` when it is anything else.
-
-    A large one is read in another thread, so that streams go on.
-    """
-    raw = await request.body()
-    return await _read(request, raw, len(raw) // _BYTES_PER_CHARACTER, decode_object)
-
-
 async def read_body(request: Request, make: Callable[[dict[str, Any]], Value]) -> Value:
-    """What `make` makes of the JSON object in the body, in the thread in which a large one is read: a few bytes may
-    cost it as much as a page of text. It must not touch what the loop owns."""
+    """What `make` makes of the JSON object in the body. Raises `RequestError` naming `body` when it is anything else.
+
+    A large one is read and made in another thread, so that streams go on: a few bytes may cost `make` as much as a page
+    of text. It must not touch what the loop owns. Huge ones are decoded one at a time: each keeps the interpreter, and
+    many times its size, while it is.
+    """
     raw = await request.body()
     if len(raw) <= INLINE_CHARACTERS:  # nearly always
         return make(decode_object(raw))
-    return await _read(request, raw, len(raw), lambda whole: make(decode_object(whole)))
-
-
-async def _read(request: Request, raw: bytes, size: int, decode: Callable[[bytes], Value]) -> Value:
-    """Huge bodies are decoded one at a time: each keeps the interpreter, and many times its size, while it is."""
-    if len(raw) <= _HUGE_BYTES:
-        return await run_sized(size, lambda: decode(raw))
-    async with request.app.state.server.huge_bodies:
-        return await run_sized(size, lambda: decode(raw))
+    async with request.app.state.server.huge_bodies if len(raw) > _HUGE_BYTES else contextlib.nullcontext():
+        return await run_sized(len(raw), lambda: make(decode_object(raw)))
 
 
 def decode_object(raw: bytes) -> dict[str, Any]:
-    """As `read_object`, from bytes."""
+    """The JSON object in these bytes."""
     if not raw.strip():
         raise RequestError("body is empty; a JSON object is needed", field="body")
     too_much = excess(raw, BODY)
@@ -107,13 +93,7 @@ def convert(values: Mapping[str, Any], kind: type[Value], *, strict: bool = True
         raise RequestError(f"{field}: {reason}", field=field) from None
 
 
-def cancel_all(streams: Iterable[Stream]) -> None:
-    """Free sequences whose answer nobody reads; those that have ended are left alone."""
-    for stream in streams:
-        stream.cancel()
-
-
-@contextmanager
+@contextlib.contextmanager
 def dropping(scope: Scope, cancel: Callable[[], None], on_disconnect: Callable[[], None]) -> Iterator[None]:
     """Call `on_disconnect` and `cancel` when the client goes away, `cancel` also when the block is left."""
 
@@ -220,10 +200,7 @@ class EventStream(Response):
         on_disconnect: Callable[[], None],
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        self.status_code = 200
-        self.background = None
-        self.body = b""
-        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
         del self.headers["content-length"]
         self._events = events
         self._cancel = cancel
@@ -234,8 +211,7 @@ class EventStream(Response):
             try:
                 first = await anext(self._events, self.end)
             except HeadraceError as error:
-                reply = errors.respond(error.status, errors.body_of(error), retryable=error.retryable)
-                await reply(scope, receive, send)
+                await errors.respond(errors.body_of(error))(scope, receive, send)
                 return
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await self._send_all(first, send)

@@ -138,5 +138,4 @@ def _check_tool(tool: Any, field: str) -> None:
 
 
 def tool_names(tools: Sequence[Mapping[str, Any]]) -> frozenset[str]:
-    """Names of the functions in checked tools."""
     return frozenset(plain_text(tool["function"]["name"]) for tool in tools)

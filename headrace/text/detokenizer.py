@@ -8,14 +8,14 @@ from itertools import islice
 from typing import Any, Protocol, Self
 
 from headrace.text.pieces import MAX_CHARACTER_BYTES, REPLACEMENT, ByteStream, PieceStream, begun_character, byte_token
-from headrace.text.tokenizer import Tokenizer
+from headrace.text.tokenizer import BytePieces, Tokenizer
 
 _WHOLE_CONTEXT = 16
 _WHOLE_WINDOW = 128
 _COUNTED_WINDOW = 32
 
 
-class IncrementalDetokenizer:
+class IncrementalDetokenizer(Protocol):
     """Streaming decode: the pieces joined are exactly `tokenizer.decode` of all ids pushed.
 
     With `prompt_ids` they are what the ids add to the prompt's text: a decoder that drops the space at the start of a
@@ -26,53 +26,41 @@ class IncrementalDetokenizer:
     byte-fallback tokens; with a decoder that can only decode whole lists, everything until `finish`.
     """
 
-    def __init__(
-        self,
+    @staticmethod
+    def of(
         tokenizer: Tokenizer,
         *,
         skip_special_tokens: bool = True,
-        spaces_between_special_tokens: bool = True,
         shown: frozenset[str] = frozenset(),
         prompt_ids: Sequence[int] = (),
-    ) -> None:
-        self._stream: _Stream
-        plan = tokenizer.decoder_plan
-        if plan.kind == "bytes":
-            encoded = tokenizer.byte_pieces(skip_special_tokens, shown)
-            self._stream = _Pieces(encoded, ByteStream(_begun_bytes(encoded, prompt_ids)))
-            return
-        pieces = tokenizer.string_pieces(skip_special_tokens, shown)
+    ) -> IncrementalDetokenizer:
+        """The one for this tokenizer's decoder."""
+        plan, pieces = tokenizer.decoder_plan, tokenizer.pieces(skip_special_tokens, shown)
+        if isinstance(pieces, BytePieces):
+            return _Pieces(pieces, ByteStream(_begun_bytes(pieces, prompt_ids)))
         if plan.kind == "whole":
-            self._stream = _Whole(tokenizer, pieces, prompt_ids)
-            return
+            return _Whole(tokenizer, pieces, prompt_ids)
         is_first = all(pieces[token_id] is None for token_id in prompt_ids)
         begun = _begun_run(pieces, prompt_ids) if plan.joins_byte_tokens else b""
-        self._stream = _Pieces(pieces, PieceStream(plan, is_first=is_first, begun=begun))
+        return _Pieces(pieces, PieceStream(plan, is_first=is_first, begun=begun))
 
     def push(self, ids: Iterable[int]) -> str:
         """Add ids; returns the text that has become certain."""
-        return self._stream.push(ids)
 
     def finish(self) -> str:
         """No more ids come; returns the rest of the text."""
-        return self._stream.finish()
 
     def num_before(self, token_id: int) -> int:
         """How many characters what is held back shows before the text of `token_id`, were that to come next.
 
         Costs no more the more is held back: where only whole lists can be decoded, it is counted by the last ids' text.
         """
-        return self._stream.num_before(token_id)
 
-    def fork(self) -> IncrementalDetokenizer:
+    def fork(self) -> Self:
         """One that goes on from here by itself."""
-        twin = copy.copy(self)
-        twin._stream = self._stream.fork()
-        return twin
 
     def complete_rest(self) -> str:
         """The text held back, as far as its characters are complete."""
-        return self._stream.complete_rest()
 
     def recent_rest(self, num_before: int) -> str:
         """The end of `complete_rest`: what changed in it since the last call, and `num_before` characters before that.
@@ -81,24 +69,9 @@ class IncrementalDetokenizer:
         decoded and their decoder is not local: fewer ids are decoded only when their text was seen to end as that of
         more did.
         """
-        return self._stream.recent_rest(num_before)
 
 
-class _Stream(Protocol):
-    def push(self, ids: Iterable[int]) -> str: ...
-
-    def finish(self) -> str: ...
-
-    def num_before(self, token_id: int) -> int: ...
-
-    def fork(self) -> Self: ...
-
-    def complete_rest(self) -> str: ...
-
-    def recent_rest(self, num_before: int) -> str: ...
-
-
-class _Pieces:
+class _Pieces(IncrementalDetokenizer):
     """Every id adds its own piece, whatever comes beside it."""
 
     def __init__(self, pieces: Mapping[int, Any], text: ByteStream | PieceStream) -> None:
@@ -127,7 +100,7 @@ class _Pieces:
         return self._text.complete_rest()
 
 
-class _Whole:
+class _Whole(IncrementalDetokenizer):
     """What the ids add to the text of the prompt's last ones, if the decoder leaves that text as it is before them."""
 
     def __init__(self, tokenizer: Tokenizer, pieces: Mapping[int, str | None], prompt_ids: Sequence[int]) -> None:

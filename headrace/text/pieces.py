@@ -105,7 +105,6 @@ class ByteStream:
         return 1 if held and not continues else 0
 
     def fork(self) -> ByteStream:
-        """One that goes on from here by itself."""
         twin = ByteStream()
         twin._decoder.setstate(self._decoder.getstate())
         twin._own = self._own
@@ -171,7 +170,6 @@ class PieceStream:
         return len("".join(self._run_pieces()))
 
     def fork(self) -> PieceStream:
-        """One that goes on from here by itself."""
         twin = copy.copy(self)
         twin._byte_run = self._byte_run[:]
         return twin

@@ -58,7 +58,6 @@ class StopStrings:
 
     @property
     def num_held(self) -> int:
-        """Characters held back."""
         return len(self._held)
 
     def push(self, text: str) -> tuple[str, str | None]:
@@ -93,7 +92,6 @@ class StopStrings:
         return held
 
     def fork(self) -> StopStrings:
-        """One that goes on from here by itself."""
         return copy.copy(self)
 
     def _end(self, text: str, length: int) -> tuple[str, str]:

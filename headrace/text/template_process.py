@@ -56,7 +56,6 @@ class _Dict:
         return dict(*args, **more)
 
     def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        """As `dict.fromkeys`."""
         return dict.fromkeys(*args)
 
 

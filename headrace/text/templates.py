@@ -144,7 +144,6 @@ class _Process:
 
     @property
     def is_alive(self) -> bool:
-        """False once it has ended."""
         return self._process.poll() is None
 
     def exchange(self, payload: bytes) -> dict[str, str]:
@@ -157,11 +156,9 @@ class _Process:
         return reply
 
     def kill(self) -> None:
-        """Kill it, whoever uses it."""
         self._process.kill()
 
     def end(self) -> None:
-        """Kill it and wait until it is gone."""
         self._link.close()
         self._process.kill()
         self._process.wait()

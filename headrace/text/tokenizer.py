@@ -71,7 +71,6 @@ class Tokenizer:
 
     @property
     def bos_token_id(self) -> int | None:
-        """The beginning-of-sequence id, if there is one."""
         return None if self._backend.bos_token_id is None else int(self._backend.bos_token_id)
 
     @property
@@ -182,18 +181,14 @@ class Tokenizer:
         text = self.render_chat(messages, tools, add_generation_prompt, **template_arguments)
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
-    def byte_pieces(self, skip_special_tokens: bool, shown: frozenset[str] = frozenset()) -> Mapping[int, bytes]:
-        """For a byte-level vocabulary: the bytes of every id, b"" for ids that do not show. Special tokens in `shown`
-        show although others are skipped."""
-        table = self._table(skip_special_tokens, shown)
-        assert isinstance(table, BytePieces)
-        return table
-
-    def string_pieces(self, skip_special_tokens: bool, shown: frozenset[str] = frozenset()) -> Mapping[int, str | None]:
-        """For the other vocabularies: the token string of every id, None for ids that do not show."""
-        table = self._table(skip_special_tokens, shown)
-        assert isinstance(table, TokenStrings)
-        return table
+    def pieces(self, skip_special_tokens: bool, shown: frozenset[str]) -> TokenStrings | BytePieces:
+        """The token strings, or for a byte-level vocabulary the bytes, of every id. Special tokens in `shown` show
+        although others are skipped."""
+        hidden = self._special_tokens - shown if skip_special_tokens else frozenset()
+        if hidden not in self._tables:
+            strings = TokenStrings(self._library, hidden)
+            self._tables[hidden] = BytePieces(strings) if self.decoder_plan.kind == "bytes" else strings
+        return self._tables[hidden]
 
     def special_among(self, tokens: Iterable[str]) -> frozenset[str]:
         """Those of `tokens` that `skip_special_tokens` hides."""
@@ -211,17 +206,6 @@ class Tokenizer:
         given = {"tools": list(tools) if tools else None, "add_generation_prompt": add_generation_prompt}
         arguments = check_template_arguments(arguments, "template_arguments")
         return templates, messages, {"documents": None, **self._backend.special_tokens_map, **arguments, **given}
-
-    def save(self, folder: Path) -> None:
-        """Write the tokenizer's files into `folder`."""
-        self._backend.save_pretrained(str(folder))
-
-    def _table(self, skip_special_tokens: bool, shown: frozenset[str]) -> TokenStrings | BytePieces:
-        hidden = self._special_tokens - shown if skip_special_tokens else frozenset()
-        if hidden not in self._tables:
-            strings = TokenStrings(self._library, hidden)
-            self._tables[hidden] = BytePieces(strings) if self.decoder_plan.kind == "bytes" else strings
-        return self._tables[hidden]
 
     def _checked_plan(self) -> DecoderPlan:
         """The streaming plan, if it decodes random ids exactly as the library does; else the whole-list plan."""

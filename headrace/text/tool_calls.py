@@ -39,7 +39,6 @@ class CallForm(msgspec.Struct, frozen=True):
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """All of them."""
         every = (self.opening, self.closing, *self.markers, *self.thoughts, *self.thoughts.values())
         return tuple(tag for tag in every if tag)
 

@@ -45,7 +45,6 @@ class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def status(self) -> int:
-        """The HTTP status this error is answered with."""
         return _BY_CODE.get(self.code, InternalError).status
 
     @property
@@ -54,7 +53,6 @@ class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
         return _BY_CODE.get(self.code, InternalError).retryable
 
     def to_exception(self) -> HeadraceError:
-        """The exception this value describes."""
         return _BY_CODE.get(self.code, InternalError)(self.message, field=self.field)
 
 

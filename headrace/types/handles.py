@@ -17,7 +17,6 @@ def handle_of(front: int, count: int) -> int:
 
 
 def front_of(handle: int) -> int:
-    """The front whose request this is."""
     return handle >> _COUNT_BITS
 
 

@@ -18,8 +18,9 @@ from typing import Final, cast
 import msgspec
 
 from headrace.types.errors import ErrorInfo
+from headrace.types.memory import MemoryTag, OnRelease, Restore
 from headrace.types.request import Delta, Request, Sibling
-from headrace.types.weights import BufferEntry, BufferRef, InFlight, PauseMode, TensorInfo, UpdateMode
+from headrace.types.weights import BufferEntry, BufferRef, DeviceRef, InFlight, PauseMode, TensorInfo, UpdateMode
 
 NO_DEADLINE: Final = math.inf
 
@@ -50,7 +51,6 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
         return cls(tuple(firsts), tuple(map(tuple, siblings)))
 
     def all_requests(self) -> Iterator[Request]:
-        """The requests, in their order."""
         for request, siblings in zip_longest(self.requests, self.siblings[: len(self.requests)], fillvalue=()):
             last = cast(Request, request)
             yield last
@@ -75,46 +75,52 @@ class Finished(msgspec.Struct, frozen=True, array_like=True, tag="finished"):
     handles: tuple[int, ...]
 
 
-class Pause(msgspec.Struct, frozen=True, array_like=True, tag="pause"):
+class _Answered(msgspec.Struct, frozen=True, array_like=True):
+    """A command that is answered."""
+
+    call_id: int
+
+
+class _Call(_Answered, frozen=True, kw_only=True):
+    """One with a deadline, which is the last field of each."""
+
+    deadline: float = NO_DEADLINE
+
+
+class Pause(_Call, frozen=True, tag="pause"):
     """Stop stepping. Answered once the mode's promise holds (no step in flight; for drain and abort: nothing runs)."""
 
-    call_id: int
     mode: PauseMode
-    deadline: float = NO_DEADLINE
 
 
-class Resume(msgspec.Struct, frozen=True, array_like=True, tag="resume"):
-    """Go on stepping. Refused with `UpdateConflictError` while an implicit update session is incomplete."""
-
-    call_id: int
-    deadline: float = NO_DEADLINE
+class Resume(_Call, frozen=True, tag="resume"):
+    """Go on stepping. Refused with `UpdateConflictError` while an open-ended update session is incomplete."""
 
 
-class GiveUp(msgspec.Struct, frozen=True, array_like=True, tag="give_up"):
+class GiveUp(_Answered, frozen=True, tag="give_up"):
     """Nobody waits for call `target` any more: it is not begun, or undone where it waits, and answered then.
 
     Of what was done already, two are undone because nobody would know of them: a pause (the one before it is in force
     again) and an update session that `target` opened. Reply: null, after the answer of `target`.
     """
 
-    call_id: int
     target: int
 
 
-class BeginUpdate(msgspec.Struct, frozen=True, array_like=True, tag="begin_update"):
+class BeginUpdate(_Call, frozen=True, tag="begin_update"):
     """Open a weight session; the whole manifest is checked before anything is touched. Reply: `UpdateBegun`.
 
-    The session is aborted by the core `timeout_s` after its last command.
+    One that `is_open` is open-ended: its manifest may be empty, and `ExtendUpdate` brings the rest. The session is
+    aborted by the core `timeout_s` after its last command.
     """
 
-    call_id: int
     version: str
     manifest: tuple[TensorInfo, ...]
     mode: UpdateMode = "auto"
     in_flight: InFlight = "drain"
     partial: bool = False
     timeout_s: float = 600.0
-    deadline: float = NO_DEADLINE
+    is_open: bool = False
 
 
 class UpdateBegun(msgspec.Struct, frozen=True):
@@ -124,69 +130,75 @@ class UpdateBegun(msgspec.Struct, frozen=True):
     mode: str
 
 
-class Stage(msgspec.Struct, frozen=True, array_like=True, tag="stage"):
+class ExtendUpdate(_Call, frozen=True, tag="extend_update"):
+    """Name more tensors of an open-ended session; they are checked beside those before them, and none is taken where
+    one is wrong. Reply: `UpdateExtended`."""
+
+    session_id: int
+    manifest: tuple[TensorInfo, ...]
+
+
+class UpdateExtended(msgspec.Struct, frozen=True):
+    """`first_index` is the place of the first of them in the session's manifest. `num_missing` tensors of the model
+    have not been named yet."""
+
+    first_index: int
+    num_missing: int
+
+
+class Stage(_Call, frozen=True, tag="stage"):
     """Tensors of the session, or pieces of them, in one shared buffer. The reply means that the buffer may be reused:
     all is copied, or nothing reads it any more. The pieces of a tensor come in order; one at 0 begins it again."""
 
-    call_id: int
     session_id: int
-    buffer: BufferRef
+    buffer: BufferRef | DeviceRef
     entries: tuple[BufferEntry, ...]
-    deadline: float = NO_DEADLINE
 
 
-class CommitUpdate(msgspec.Struct, frozen=True, array_like=True, tag="commit_update"):
-    """Make the staged weights live between two steps. Reply: `UpdateReport`."""
+class CommitUpdate(_Call, frozen=True, tag="commit_update"):
+    """Make the staged weights live between two steps, under the session's label unless `version` is another. An
+    open-ended session has to be complete, unless it is partial. Reply: `UpdateReport`."""
 
-    call_id: int
     session_id: int
-    deadline: float = NO_DEADLINE
+    version: str = ""
 
 
-class AbortUpdate(msgspec.Struct, frozen=True, array_like=True, tag="abort_update"):
+class AbortUpdate(_Call, frozen=True, tag="abort_update"):
     """Drop a session; None: whichever is open, if one is.
 
     In shadow mode the old weights were never touched; in place after a write: poisoned.
     """
 
-    call_id: int
     session_id: int | None
-    deadline: float = NO_DEADLINE
 
 
-class UpdateFromDisk(msgspec.Struct, frozen=True, array_like=True, tag="update_from_disk"):
+class UpdateFromDisk(_Call, frozen=True, tag="update_from_disk"):
     """A whole update read by the core itself from a checkpoint folder. Reply: `UpdateReport`.
 
     Nothing outside the folder `root` is read, whatever links lead there; "": links are followed.
     """
 
-    call_id: int
     path: str
     version: str
     mode: UpdateMode = "auto"
     in_flight: InFlight = "drain"
     root: str = ""
-    deadline: float = NO_DEADLINE
 
 
-class SetVersion(msgspec.Struct, frozen=True, array_like=True, tag="set_version"):
+class SetVersion(_Call, frozen=True, tag="set_version"):
     """Relabel the live weights without changing them. Bumps no epoch; aborts nothing."""
 
-    call_id: int
     version: str
-    deadline: float = NO_DEADLINE
 
 
-class GetWeight(msgspec.Struct, frozen=True, array_like=True, tag="get_weight"):
+class GetWeight(_Call, frozen=True, tag="get_weight"):
     """Copy bytes of one live tensor into the caller's buffer, from byte `start` on, until the buffer is full or the
     first `max_rows` rows are read. Reply: `WeightPart`."""
 
-    call_id: int
     name: str
     buffer: BufferRef
     start: int = 0
     max_rows: int | None = None
-    deadline: float = NO_DEADLINE
 
 
 class WeightPart(msgspec.Struct, frozen=True):
@@ -208,40 +220,44 @@ class WeightBytes(msgspec.Struct, frozen=True):
     data: memoryview
 
 
-class Digest(msgspec.Struct, frozen=True, array_like=True, tag="digest"):
+class Digest(_Call, frozen=True, tag="digest"):
     """Hash live parameter memory, all of it while it holds one version. Reply: dict[str, str], HF name to the 32 hex
     digits of `headrace.weights.position_sum`."""
 
-    call_id: int
-    deadline: float = NO_DEADLINE
 
-
-class WeightsChecker(msgspec.Struct, frozen=True, array_like=True, tag="weights_checker"):
+class WeightsChecker(_Call, frozen=True, tag="weights_checker"):
     """SGLang's checker: "snapshot" keeps digests, "reset_tensors" overwrites live weights (then NEEDS_WEIGHTS),
     "compare" compares live digests with the snapshot. Reply: dict[str, str] (digests, or the names that differ)."""
 
-    call_id: int
     action: str
-    deadline: float = NO_DEADLINE
 
 
-class FlushCache(msgspec.Struct, frozen=True, array_like=True, tag="flush_cache"):
+class ReleaseMemory(_Call, frozen=True, tag="release_memory"):
+    """Give memory back to the system; no tags are all. Answered when it is free; what was released before stays so.
+    `UpdateConflictError` while an update is open. Reply: null."""
+
+    tags: tuple[MemoryTag, ...] = ()
+    in_flight: OnRelease = "abort"
+
+
+class ResumeMemory(_Call, frozen=True, tag="resume_memory"):
+    """Take released memory again, at the addresses it had; no tags are all. `restore` says where weights come from.
+    Where there is no room, or they cannot be restored, all of it stays released. Reply: null."""
+
+    tags: tuple[MemoryTag, ...] = ()
+    restore: Restore = "auto"
+
+
+class FlushCache(_Call, frozen=True, tag="flush_cache"):
     """Free unreferenced cached pages and unpublish the rest. Reply: int, the pages freed. Aborts nothing."""
 
-    call_id: int
-    deadline: float = NO_DEADLINE
 
-
-class GetStatus(msgspec.Struct, frozen=True, array_like=True, tag="get_status"):
+class GetStatus(_Answered, frozen=True, tag="get_status"):
     """Reply: `CoreStatus`."""
 
-    call_id: int
 
-
-class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag="shutdown"):
+class Shutdown(_Answered, frozen=True, tag="shutdown"):
     """Abort what runs, answer it, and end the core. Reply: null, the last message."""
-
-    call_id: int
 
 
 Command = (
@@ -252,6 +268,7 @@ Command = (
     | Resume
     | GiveUp
     | BeginUpdate
+    | ExtendUpdate
     | Stage
     | CommitUpdate
     | AbortUpdate
@@ -260,6 +277,8 @@ Command = (
     | GetWeight
     | Digest
     | WeightsChecker
+    | ReleaseMemory
+    | ResumeMemory
     | FlushCache
     | GetStatus
     | Shutdown
@@ -271,7 +290,7 @@ class CoreStatus(msgspec.Struct, frozen=True):
 
     `version` is the label of the live weights: "", which nobody can give, while no whole weights are live.
     `last_version` is then that of the last whole ones. `updating_in_place` says that the open update will hold all
-    requests while it writes.
+    requests while it writes. `released` are the tags of memory that was given back.
     """
 
     state: str
@@ -286,6 +305,7 @@ class CoreStatus(msgspec.Struct, frozen=True):
     metrics: dict[str, float]
     last_version: str = ""
     updating_in_place: bool = False
+    released: tuple[MemoryTag, ...] = ()
 
 
 class Deltas(msgspec.Struct, frozen=True, array_like=True, tag="deltas"):
@@ -306,7 +326,7 @@ class CoreReady(msgspec.Struct, frozen=True, array_like=True, tag="core_ready"):
     """The core holds weights and steps, or failed to start (`error`). Sent once, first.
 
     `explanations` are (setting, value, why) of everything that was "auto". `front` is the number of the front that is
-    told so, for its handles.
+    told so, for its handles. `device` is the UUID of the device that weights are on, "" on a CPU.
     """
 
     max_total_num_tokens: int = 0
@@ -315,6 +335,7 @@ class CoreReady(msgspec.Struct, frozen=True, array_like=True, tag="core_ready"):
     explanations: tuple[tuple[str, str, str], ...] = ()
     error: ErrorInfo | None = None
     front: int = 0
+    device: str = ""
 
 
 class CoreFailed(msgspec.Struct, frozen=True, array_like=True, tag="core_failed"):

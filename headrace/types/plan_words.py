@@ -94,7 +94,6 @@ class _Reader:
         self.at = at
 
     def take(self, count: int, size: int = 1) -> Int32Array:
-        """The words of `count` things."""
         end = self.at + count * size
         _require(self.at <= end <= len(self.words), "it is cut off")
         self.at, found = end, self.words[self.at : end]

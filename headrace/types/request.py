@@ -124,8 +124,8 @@ class Sibling(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 _SHARED_PARTS = ("sampling", "logprobs", "stop_token_ids")
-_EQUAL_PARTS = (
-    *("max_new_tokens", "min_new_tokens", "priority", "extra_key", "deliver_every", "num_output_ids_in_prompt"),
+_EQUAL_PARTS = tuple(
+    name for name in Request.__struct_fields__ if name not in (*Sibling.__struct_fields__, *_SHARED_PARTS)
 )
 
 

@@ -8,6 +8,11 @@ that they are of. Must not know tensors, the scheduler or the clock: callers pas
       UPDATING ---abort or expiry, after a write in place----> POISONED
     READY | POISONED ---lose--> NEEDS_WEIGHTS
     POISONED | NEEDS_WEIGHTS ---begin, complete manifests only--> UPDATING
+    any without a session ---release--> RELEASED ---restore--> the state before it, or NEEDS_WEIGHTS
+    UPDATING ---extend, of an open-ended session only--> UPDATING
+
+A session has its whole manifest from the beginning, or is open-ended: then it is extended part by part, each checked
+when it comes, and to be committed it has to have every tensor of the model, unless it is partial.
 
 It is the only one: the memory of a replica (`headrace.weights.store`, on each of its ranks) does what it is told here
 and knows no states. An error leaves everything as it was.
@@ -15,8 +20,8 @@ and knows no states. An error leaves everything as it was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from headrace.types.errors import (
     DeadlineError,
@@ -28,48 +33,35 @@ from headrace.types.errors import (
     encodable,
 )
 from headrace.types.request import DEFAULT_VERSION
-from headrace.types.weights import MAX_VERSION_LENGTH, InFlight, TensorInfo, UpdateMode, UpdateReport, WeightState
-
-ResolvedMode = Literal["shadow", "inplace"]
+from headrace.types.weights import (
+    MAX_TENSORS,
+    MAX_VERSION_LENGTH,
+    BufferRef,
+    DeviceRef,
+    InFlight,
+    TensorInfo,
+    UpdateMode,
+    UpdateReport,
+    WeightState,
+)
+from headrace.weights.memory import Copies, ResolvedMode, StageBuffer, StageCopy, StagePiece, Ticket, WeightMemory
 
 _MAX_NAMES_IN_MESSAGE = 8
-
-
-class Ticket(Protocol):
-    """Work of the memory that was asked for and may go on; see `headrace.weights.staging.Enqueued`."""
-
-    def is_done(self) -> bool: ...
-
-
-class StageCopy(Protocol):
-    """The copy of one tensor, or a piece of it, into place, in slices; see `headrace.weights.staging.StageWork`."""
-
-    has_written: bool
-
-    def advance(self, budget_s: float) -> bool: ...
-
-
-class WeightMemory(Protocol):
-    """The memory of an update; see `headrace.weights.store.WeightStore`. Tensors are opaque here."""
-
-    def begin(self, manifest: Sequence[TensorInfo], mode: UpdateMode, partial: bool) -> ResolvedMode: ...
-
-    def stage(self, index: int, data: Any, start: int | None = None) -> StageCopy: ...
-
-    def forget(self, index: int) -> list[int]: ...
-
-    def commit(self) -> Ticket: ...
-
-    def abort(self) -> None: ...
 
 
 class StagedSet:
     """Which tensors of a manifest have been staged, each exactly once since it was last forgotten."""
 
     def __init__(self, manifest: Sequence[TensorInfo]) -> None:
-        self.manifest: tuple[TensorInfo, ...] = tuple(manifest)
+        self.manifest: list[TensorInfo] = []
         self.num_staged = 0
-        self._is_staged = bytearray(len(self.manifest))
+        self._is_staged = bytearray()
+        self.extend(manifest)
+
+    def extend(self, manifest: Sequence[TensorInfo]) -> None:
+        """These are to be staged as well."""
+        self.manifest += manifest
+        self._is_staged += bytes(len(manifest))
 
     def check(self, index: int, *, replaces: bool = False) -> TensorInfo:
         """The entry at `index`. `WeightUpdateError` if there is none, or it was staged before and is not replaced."""
@@ -97,19 +89,14 @@ class StagedSet:
         """Names not staged yet, in manifest order."""
         return [info.name for info, staged in zip(self.manifest, self._is_staged, strict=True) if not staged]
 
-    def check_complete(self) -> None:
-        """`WeightUpdateError` naming what has not been staged."""
-        if self.num_staged == len(self.manifest):
-            return
-        names = self.missing()
-        rest = len(names) - _MAX_NAMES_IN_MESSAGE
-        shown = ", ".join(names[:_MAX_NAMES_IN_MESSAGE]) + (f" and {rest} more" if rest > 0 else "")
-        raise WeightUpdateError(f"not staged: {shown}", field=names[0])
-
 
 class OpenUpdate:
     """One open update, as the core has it. `has_written` is True once live memory may have changed: in place, and in a
-    commit; `committing` is that of one under way."""
+    commit; `committing` is that of one under way.
+
+    Of one that `is_open_ended`, `num_missing` tensors of the model have not been named yet; it has to have all unless
+    it is `partial`.
+    """
 
     def __init__(
         self,
@@ -121,6 +108,9 @@ class OpenUpdate:
         in_flight: InFlight,
         timeout_s: float,
         now: float,
+        partial: bool = False,
+        is_open_ended: bool = False,
+        num_missing: int = 0,
     ) -> None:
         self.session_id = session_id
         self.version = version
@@ -128,9 +118,18 @@ class OpenUpdate:
         self.in_flight: InFlight = in_flight
         self.timeout_s = timeout_s
         self.deadline = now + timeout_s
+        self.is_partial = partial
+        self.is_open_ended = is_open_ended
+        self.num_missing = num_missing
         self.has_written = False
         self.committing: Ticket | None = None
         self.staged = StagedSet(manifest)
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing is to come that it has named, or has to name."""
+        has_named_all = self.is_partial or not self.num_missing
+        return has_named_all and self.staged.num_staged == len(self.staged.manifest)
 
     def report(self, epoch: int, pause_ms: float, num_aborted: int) -> UpdateReport:
         """What is said of it once its weights are live."""
@@ -144,13 +143,14 @@ class OpenUpdate:
 
     def expired(self) -> DeadlineError:
         """Why it ends when nobody has touched it until its deadline."""
-        return DeadlineError(f"session {self.session_id} was aborted {self.timeout_s:g} s after its last command")
+        message = f"session {self.session_id} was aborted {self.timeout_s:g} s after its last command"
+        return DeadlineError(message, field="session_id")
 
 
 class WeightMachine:
     """State, version and epoch of one replica's weights, and the session that may change them.
 
-    state     "ready" | "updating" | "poisoned" | "needs_weights"
+    state     "ready" | "updating" | "poisoned" | "needs_weights" | "released"
     version   label of the live weights; of the last whole ones while they are poisoned or lost
     epoch     bumped at every commit, even if the label repeats: what order and cache keys use
     session   the open session, or None
@@ -171,6 +171,7 @@ class WeightMachine:
         self.epoch = epoch
         self.session: OpenUpdate | None = None
         self._resting: WeightState = "ready" if has_weights else "needs_weights"
+        self._before_release: WeightState = self._resting
         self._num_sessions = num_sessions
         self._last_end: tuple[int, HeadraceError] | None = None
 
@@ -190,9 +191,12 @@ class WeightMachine:
 
     def refusal(self) -> HeadraceError | None:
         """What every request is answered with until a complete update lands; None while weights are whole, or will be
-        when an update of whole ones is over, for which requests wait."""
+        when an update of whole ones is over, for which requests wait. They wait for released memory too, but what asks
+        for weights is answered with this."""
         if self._resting == "ready":
             return None
+        if self._resting == "released":
+            return NeedsWeightsError("the weights' memory is released; resume_memory_occupation(['weights']) first")
         message = "the engine holds no current weights; it generates after a complete update"
         if self.session:
             message = f"weights are {self._resting} until the update to {self.session.version!r} is complete"
@@ -210,8 +214,10 @@ class WeightMachine:
         timeout_s: float,
         in_flight: InFlight = "drain",
         partial: bool = False,
+        is_open_ended: bool = False,
     ) -> OpenUpdate:
-        """Open a session for a manifest that is right as a whole. Session ids are never reused.
+        """Open a session for a manifest that is right as a whole, or, if it `is_open_ended`, as far as it goes. Session
+        ids are never reused.
 
         Raises `UpdateConflictError` if a session is open; `WeightUpdateError` for arguments that are wrong, a partial
         update of weights that are not whole, and what the memory refuses.
@@ -222,12 +228,62 @@ class WeightMachine:
             raise WeightUpdateError(f"weights are {self._resting}: only a complete update is accepted", field="partial")
         if not timeout_s > 0:
             raise WeightUpdateError(f"timeout_s must be positive, got {timeout_s}", field="timeout_s")
-        resolved = self._memory.begin(manifest, mode, partial)
+        num_missing = 0
+        if not is_open_ended:
+            resolved = self._memory.begin(manifest, mode, partial)
+        else:
+            resolved = self._memory.begin_open(mode, partial)
+            try:
+                num_missing = self._memory.extend(manifest)
+            except BaseException:  # whatever it is, no update is open then
+                self._memory.abort()
+                raise
         self._num_sessions += 1
         self.session = OpenUpdate(
-            self._num_sessions, version, manifest, resolved, in_flight=in_flight, timeout_s=timeout_s, now=now
+            self._num_sessions,
+            version,
+            manifest,
+            resolved,
+            in_flight=in_flight,
+            timeout_s=timeout_s,
+            now=now,
+            partial=partial,
+            is_open_ended=is_open_ended,
+            num_missing=num_missing,
         )
         return self.session
+
+    def extend(self, session_id: int, manifest: Sequence[TensorInfo], now: float) -> int:
+        """More tensors of an open-ended session; returns the index of the first. The deadline moves.
+
+        `WeightUpdateError` for a session that is not, and for what the memory refuses: nothing has changed then.
+        """
+        session = self.require(session_id)
+        session.touch(now)
+        first = len(session.staged.manifest)
+        if not session.is_open_ended:
+            message = f"session {session_id} takes the tensors of its manifest only"
+            raise WeightUpdateError(message, field="manifest")
+        if first + len(manifest) > MAX_TENSORS:
+            raise WeightUpdateError(f"an update has at most {MAX_TENSORS} tensors", field="manifest")
+        session.num_missing = self._memory.extend(manifest)
+        session.staged.extend(manifest)
+        return first
+
+    def missing(self) -> list[str]:
+        """What the open session has still to be given before it is committed: named and not staged, or not named."""
+        if self.session is None:
+            return []
+        lacks = self.session.num_missing and not self.session.is_partial
+        return self.session.staged.missing() + (self._memory.missing() if lacks else [])
+
+    def check_complete(self) -> None:
+        """`WeightUpdateError` naming what the open session lacks."""
+        session = self.session
+        if session is None or (session.is_complete and not (session.is_open_ended and not session.staged.num_staged)):
+            return
+        names = self.missing() or ["an update of no tensors"]
+        raise WeightUpdateError(f"not staged: {shortened(names)}", field=names[0])
 
     def require(self, session_id: int) -> OpenUpdate:
         """The open session, if that is its id. Of the last one that ended, an error that says how; else
@@ -254,11 +310,29 @@ class WeightMachine:
     ) -> StageCopy:
         """The copy of a tensor, or of its next piece (`start` is its first byte). `replaces` first forgets what was
         staged of it, and the tensor that it is tied to. Raises as `check_stage`, and what the memory refuses."""
+        self._make_way(session_id, index, replaces)
+        return self._memory.stage(index, data, start)
+
+    def stage_pieces(self, session_id: int, pieces: Iterable[StagePiece]) -> Copies:
+        """The copies of pieces, in their order, one by one or many together as the memory likes. Raises as `stage`."""
+
+        def make_way() -> Iterator[StagePiece]:
+            for piece in pieces:
+                self._make_way(session_id, piece.index, piece.replaces)
+                yield piece
+
+        return self._memory.stage_pieces(make_way())
+
+    def open_buffer(self, ref: BufferRef | DeviceRef) -> StageBuffer:
+        """What a stage command's bytes are in. Raises `RequestError` or `UnavailableError` if it is not to be had."""
+        return self._memory.open_buffer(ref)
+
+    def _make_way(self, session_id: int, index: int, replaces: bool) -> None:
+        """Forget what was staged of a tensor that is replaced; `WeightUpdateError` if one that is not was staged."""
         session = self.require(session_id)
         for each in self._memory.forget(index) if replaces else ():
             session.staged.forget(each)
         session.staged.check(index)
-        return self._memory.stage(index, data, start)
 
     def note_write(self, session_id: int) -> None:
         """A copy has written: in place, live memory is no longer whole from here on."""
@@ -279,7 +353,7 @@ class WeightMachine:
         """
         session = self.require(session_id)
         if session.committing is None:
-            session.staged.check_complete()
+            self.check_complete()
             session.has_written = True  # a copy that fails half-way leaves a mix
             session.committing = self._memory.commit()
         if not session.committing.is_done():
@@ -311,11 +385,35 @@ class WeightMachine:
         self.check_no_session()
         self._resting = "needs_weights"
 
+    def release(self) -> None:
+        """The memory of live weights is given back. `UpdateConflictError` in an open session."""
+        self.check_no_session()
+        self._before_release, self._resting = self._resting, "released"
+
+    def restore(self, *, has_values: bool) -> None:
+        """That memory is there again, with what it held or with nothing. The version and epoch are the same."""
+        assert self._resting == "released"
+        self._resting = self._before_release if has_values else "needs_weights"
+
     def check_no_session(self) -> None:
-        """`UpdateConflictError` while one is open."""
+        """`UpdateConflictError` while one is open, and while none can be: live weights have no memory."""
+        if self._resting == "released":
+            message = "the weights' memory is released: resume_memory_occupation(['weights']) first"
+            raise UpdateConflictError(message, field="tags")
         if self.session:
             message = f"session {self.session.session_id} is open; commit or abort it first"
+            if self.session.is_open_ended:
+                message = (
+                    f"session {self.session.session_id} takes tensors as they come and is not complete "
+                    f"(not staged: {shortened(self.missing())}); send the rest, or end it by abort_update"
+                )
             raise UpdateConflictError(message, field="session_id")
+
+
+def shortened(names: Sequence[str]) -> str:
+    """Names in a message, the first few of many."""
+    rest = len(names) - _MAX_NAMES_IN_MESSAGE
+    return ", ".join(names[:_MAX_NAMES_IN_MESSAGE]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def check_version(version: str) -> None:

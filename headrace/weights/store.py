@@ -7,19 +7,20 @@ through one `WeightMap`. Must not know states, versions, deadlines or requests (
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from headrace.config.machine import available_memory
-from headrace.types.errors import CheckpointError, InternalError, NotFoundError, UpdateConflictError, WeightUpdateError
-from headrace.types.weights import TensorInfo, UpdateMode
+from headrace.ipc import SharedBuffer
+from headrace.types.errors import InternalError, NotFoundError, UpdateConflictError, WeightUpdateError
+from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
+from headrace.weights.device_memory import device_uuid
+from headrace.weights.device_staging import ArrivingPiece, DeviceBatch, in_batches
+from headrace.weights.memory import Copies, ResolvedMode, StageBuffer, StagePiece, one_by_one
+from headrace.weights.open_plan import OpenPlan
 from headrace.weights.position_sum import DIGEST_LENGTH, PositionKeys, PositionSum
 from headrace.weights.region import Region
-from headrace.weights.session import ResolvedMode
+from headrace.weights.stage_buffers import DeviceBuffers
 from headrace.weights.staging import (
     BLOCK_BYTES,
     TORCH_DTYPES,
@@ -30,29 +31,29 @@ from headrace.weights.staging import (
     StageWork,
     TensorData,
     dtype_name,
-    info_of,
     is_finite,
+    not_finite,
     row_blocks,
     source_of,
 )
-from headrace.weights.transaction import Memories, Transaction
-from headrace.weights.weight_map import FLOAT_DTYPES, ManifestPlan, WeightMap, WeightRule, is_recomputed
+from headrace.weights.transaction import Memories, Transaction, memory_beside, memory_left
+from headrace.weights.weight_map import FLOAT_DTYPES, ManifestPlan, WeightMap, WeightRule
+from headrace.weights.whole_models import fill_normal, load_checkpoint
 
-logger = logging.getLogger(__name__)
+Allocate = Callable[[Sequence[tuple[tuple[int, ...], torch.dtype]]], list[torch.Tensor]]
+"""Tensors of these shapes and dtypes, all at once."""
 
 SHADOW_HEADROOM_BYTES = 256 << 20
 """Memory that must stay free beside the shadow buffers, for activations and the producer."""
 
-_INIT_STD = 0.02
-_LOAD_BYTES = {"cpu": 1 << 20, "cuda": 1 << 24}
 _SUM_BYTES = {"cpu": BLOCK_BYTES, "cuda": 1 << 23}
-_FILL_BYTES = {"cpu": BLOCK_BYTES, "cuda": 1 << 28}
 
 
 class WeightStore:
     """Parameters on one device: `live[param]` are the tensors the model holds, in `dtype` unless the map says another.
 
-    `memory` says how many bytes may still be taken there; None: what the device or the machine has left. With
+    `memory` says how many bytes may still be taken there; None: what the device or the machine has left. `allocate`
+    makes the parameters; memory that it takes away and brings again must then be zero, or hold what it held. With
     `check_finite` no tensor that holds NaN or infinity, once it is in its parameter's dtype, is taken in.
     """
 
@@ -63,6 +64,7 @@ class WeightStore:
         device: torch.device,
         *,
         memory: Callable[[], int] | None = None,
+        allocate: Allocate | None = None,
         check_finite: bool = True,
     ) -> None:
         if dtype_name(dtype) not in FLOAT_DTYPES:
@@ -70,19 +72,22 @@ class WeightStore:
         self.weight_map = weight_map
         self.dtype = dtype
         self.device = device
-        self.live: dict[str, torch.Tensor] = {}
-        for spec in (*weight_map.params.values(), *(each.parameter for each in weight_map.derived)):
-            tensor = torch.empty(spec.shape, dtype=TORCH_DTYPES.get(spec.dtype, dtype), device=device)
+        specs = (*weight_map.params.values(), *(each.parameter for each in weight_map.derived))
+        shapes = [(spec.shape, TORCH_DTYPES.get(spec.dtype, dtype)) for spec in specs]
+        tensors = allocate(shapes) if allocate else [torch.empty(s, dtype=d, device=device) for s, d in shapes]
+        for spec, tensor in zip(specs, tensors, strict=True):
             for box in spec.padding:
                 tensor[box.slices].zero_()
-            self.live[spec.name] = tensor
+        self.live: dict[str, torch.Tensor] = {spec.name: each for spec, each in zip(specs, tensors, strict=True)}
         self._regions: dict[str, Region] = {}
         self._plan: ManifestPlan | None = None
+        self._parts: OpenPlan | None = None
         self._keys: PositionKeys | None = None
         self._check_finite = check_finite
-        self._memory = memory or _memory_left(device)
+        self._memory = memory or memory_left(device)
         self._transaction: Transaction | None = None
         self._side = SideStream(device)
+        self._buffers = DeviceBuffers(device, self._side.settle) if device.type == "cuda" else None
         self._side_reader: SideReader | None = None
 
     def close(self) -> None:
@@ -94,66 +99,16 @@ class WeightStore:
     # Whole models: from a file, from a seed, to nothing.
 
     def load(self, source: Iterable[tuple[str, TensorData]]) -> None:
-        """Overwrite live memory with a whole checkpoint.
+        """As `load_in_slices`, at once."""
+        for _ in self.load_in_slices(source):
+            pass
 
-        Every element is written exactly once: each rule once, and the map's regions partition the parameters. Of tied
-        names the first that comes is written, another one compared. Raises `CheckpointError` naming a missing, unknown,
-        doubled, misshapen, non-float, non-finite or unreadable tensor, or a tied one that differs; the store then holds
-        no weights.
-        """
+    def load_in_slices(self, source: Iterable[tuple[str, TensorData]]) -> Iterator[None]:
+        """Overwrite live memory with a whole checkpoint, resting after each tensor. Raises as `load_checkpoint`; there
+        are no weights then."""
         self._require_no_update()
-        written: set[str] = set()
-        filled: set[str] = set()
-        for name, data in source:
-            if is_recomputed(name):
-                continue
-            self._check_loaded(name, data, written)
-            written.add(name)
-            target = self.weight_map.aliases.get(name, name)
-            self._take(name, data, self._region(target), is_filled=target in filled)
-            filled.add(target)
-        for name, problem in self.weight_map.find_doubled(filled):
-            raise CheckpointError(problem, field=name)
-        missing = self.weight_map.missing(filled)
-        if missing:
-            raise CheckpointError(
-                f"the checkpoint lacks {len(missing)} tensor(s): {', '.join(missing[:8])}", field=missing[0]
-            )
+        yield from load_checkpoint(self.weight_map, self._region, source, check_finite=self._check_finite)
         self._derive()
-
-    def _check_loaded(self, name: str, data: TensorData, written: set[str]) -> None:
-        expected = self.weight_map.shape_of(name)
-        if expected is None:
-            raise CheckpointError(f"{name} is not a tensor of this model", field=name)
-        if name in written:
-            raise CheckpointError(f"{name} comes twice in the checkpoint", field=name)
-        info = info_of(name, data)
-        if info.shape != expected:
-            raise CheckpointError(f"{name} has shape {list(info.shape)}, expected {list(expected)}", field=name)
-        if info.dtype not in FLOAT_DTYPES:
-            message = f"{name} has dtype {info.dtype}, expected one of {', '.join(FLOAT_DTYPES)}"
-            raise CheckpointError(message, field=name)
-
-    def _take(self, name: str, data: TensorData, region: Region, *, is_filled: bool) -> None:
-        """Write one whole tensor into its region, or compare it with the tied one that is there."""
-        try:
-            source = source_of(info_of(name, data), data)
-        except WeightUpdateError as error:
-            raise CheckpointError(error.message, field=name) from None
-        for part in row_blocks((region.num_elements,), region.dtype.itemsize, _LOAD_BYTES[self.device.type]):
-            if not is_filled:
-                block = region.write_view(part)
-                source.copy(part, block)
-                if self._check_finite and not is_finite(block):
-                    raise CheckpointError(_not_finite(name, block.dtype), field=name)
-                region.write_back(part, block)
-                continue
-            block = torch.empty(part.stop - part.start, dtype=region.dtype, device=self.device)
-            source.copy(part, block)
-            if not region.equals(part, block):
-                tied = next(pair for pair in self.weight_map.aliases.items() if name in pair)
-                message = f"{tied[0]} is tied to {tied[1]} by config.json but holds other values"
-                raise CheckpointError(message, field=tied[0])
 
     def fill_random(self, seed: int) -> None:
         """Random weights for tests and dummy models, a pure function of (seed, HF name, shape, dtype, device).
@@ -161,7 +116,7 @@ class WeightStore:
         Norm weights are 1, all else is normal with standard deviation 0.02, as Hugging Face initialises.
         """
         self._require_no_update()
-        self._fill_normal(seed)
+        fill_normal(self.weight_map, self._region, seed)
         for name, rule in self.weight_map.rules_by_name.items():
             if len(rule.shape) == 1 and "norm" in name:
                 for memory in self._region(name).memories:
@@ -171,22 +126,8 @@ class WeightStore:
     def scramble(self, seed: int) -> None:
         """Overwrite all live memory with noise, as SGLang's `reset_tensors` check does."""
         self._require_no_update()
-        self._fill_normal(seed)
+        fill_normal(self.weight_map, self._region, seed)
         self._derive()
-
-    def _fill_normal(self, seed: int) -> None:
-        for name, rule in self.weight_map.rules_by_name.items():
-            region = self._region(name)
-            key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator(self.device).manual_seed(int.from_bytes(key[:8], "little") >> 1)
-            row_size = math.prod(rule.shape[1:])
-            for rows in row_blocks(rule.shape, 4, _FILL_BYTES[self.device.type]):
-                part = slice(rows.start * row_size, rows.stop * row_size)
-                values = torch.empty(part.stop - part.start, dtype=torch.float32, device=self.device)
-                values.normal_(0.0, _INIT_STD, generator=generator)
-                block = region.write_view(part)
-                block.copy_(values)
-                region.write_back(part, block)
 
     # The transaction.
 
@@ -196,15 +137,52 @@ class WeightStore:
         Raises `UpdateConflictError` if one is open; `WeightUpdateError` for a bad manifest (naming each tensor), and
         for a shadow that does not fit in memory.
         """
-        self._require_no_update()
-        if mode not in ("auto", "shadow", "inplace"):
-            raise WeightUpdateError(f"mode must be auto, shadow or inplace, got {mode!r}", field="mode")
+        self._check_begin(mode)
         plan = self._plan
         if plan is None or plan.partial != partial or plan.given != tuple(manifest):
             plan = self._plan = self.weight_map.plan(manifest, partial)
-        self._transaction = Transaction(plan, self._shadow(mode, plan.rules))
+        shadow = self._shadow(mode, plan.rules)
+        self._transaction = Transaction("inplace" if shadow is None else "shadow")
+        self._transaction.add(plan, shadow)
         self._side.begin()
         return self._transaction.mode
+
+    def begin_open(self, mode: UpdateMode, partial: bool) -> ResolvedMode:
+        """Open an update whose manifest comes in parts, by `extend`; returns what `mode` became, for which the size of
+        the whole model counts. Raises as `begin`."""
+        self._check_begin(mode)
+        num_bytes = sum(self.live[name].nbytes for name in self.weight_map.params)
+        has_room = mode != "inplace" and num_bytes + SHADOW_HEADROOM_BYTES <= self._memory()
+        if mode == "shadow" and not (has_room or partial):
+            raise self._no_room(num_bytes)
+        if self._parts is None or self._parts.partial != partial:
+            self._parts = OpenPlan(self.weight_map, partial)
+        self._parts.restart()
+        self._transaction = Transaction("shadow" if has_room or mode == "shadow" else "inplace", self._parts)
+        return self._transaction.mode
+
+    def extend(self, manifest: Sequence[TensorInfo]) -> int:
+        """More tensors of an open-ended update; returns how many the map still lacks. On an error nothing has changed.
+
+        Raises `WeightUpdateError` naming each tensor that is unknown, doubled or misshapen, and for a shadow of them
+        that does not fit in memory.
+        """
+        transaction, parts = self._require_parts()
+        plan = parts.plan(manifest)
+        shadow = self._shadow(transaction.mode, plan.rules)
+        parts.take()
+        transaction.add(plan, shadow)
+        self._side.begin()
+        return parts.num_missing
+
+    def missing(self) -> list[str]:
+        """The tensors that an open-ended update still lacks."""
+        return self.weight_map.missing(self._require_parts()[0].names)
+
+    def _check_begin(self, mode: UpdateMode) -> None:
+        self._require_no_update()
+        if mode not in ("auto", "shadow", "inplace"):
+            raise WeightUpdateError(f"mode must be auto, shadow or inplace, got {mode!r}", field="mode")
 
     def _shadow(self, mode: UpdateMode, rules: Sequence[WeightRule]) -> Memories | None:
         """Memory beside the live weights; None: the update writes in place."""
@@ -212,20 +190,16 @@ class WeightStore:
             return None
         live = {rule.hf_name: self._region(rule.hf_name).memories for rule in rules}
         num_bytes = sum(memory.nbytes for memories in live.values() for memory in memories)
-        available = self._memory()
-        if num_bytes + SHADOW_HEADROOM_BYTES <= available:
-            try:
-                return {
-                    name: [torch.empty(each.shape, dtype=each.dtype, device=self.device) for each in memories]
-                    for name, memories in live.items()
-                }
-            except torch.OutOfMemoryError:  # what the allocator keeps for graphs looks free, and is in pieces
-                logger.warning("%d bytes of weights found no room beside the live ones", num_bytes)
-            torch.cuda.empty_cache()  # of what was had before that
+        shadow = memory_beside(live) if num_bytes + SHADOW_HEADROOM_BYTES <= self._memory() else None
+        if shadow is not None:
+            return shadow
         if mode == "shadow":
-            message = f"shadow needs {num_bytes} bytes and headroom, {available} are available; use inplace"
-            raise WeightUpdateError(message, field="mode")
+            raise self._no_room(num_bytes)
         return None
+
+    def _no_room(self, num_bytes: int) -> WeightUpdateError:
+        message = f"shadow needs {num_bytes} bytes and headroom, {self._memory()} are available; use inplace"
+        return WeightUpdateError(message, field="mode")
 
     def stage(self, index: int, data: memoryview | TensorData, start: int | None = None) -> StageWork:
         """The work of moving manifest entry `index` into place; nothing is written before `advance`.
@@ -235,14 +209,9 @@ class WeightStore:
         `WeightUpdateError` naming the tensor if it is not that, or cannot be read.
         """
         transaction = self._require_update()
-        info = transaction.plan.manifest[index]
+        info = transaction.manifest[index]
         source = source_of(info, data, start)
-        arrival = transaction.arrivals.pop(index, None)  # a piece that is never done leaves a tensor to begin again
-        if not start:
-            with self._side.using():
-                arrival = self._arrival(transaction, info)
-        elif arrival is None or arrival.num_elements * TORCH_DTYPES[info.dtype].itemsize != start:
-            raise WeightUpdateError(f"{info.name}: a piece at byte {start} is not the next one", field=info.name)
+        arrival = self._arriving(transaction, index, start)
         return StageWork(
             source,
             arrival,
@@ -252,6 +221,53 @@ class WeightStore:
             check=(lambda written: self._require_finite(info.name, written)) if self._check_finite else None,
         )
 
+    @property
+    def device_id(self) -> str:
+        """The UUID of the device that the parameters are on, "" of a CPU."""
+        return device_uuid(self.device) if self.device.type == "cuda" else ""
+
+    def open_buffer(self, ref: BufferRef | DeviceRef) -> StageBuffer:
+        """A buffer of the open update to stage from. Raises `RequestError` or `UnavailableError`."""
+        return SharedBuffer.open(ref) if self._buffers is None else self._buffers.open(ref)
+
+    def stage_pieces(self, pieces: Iterator[StagePiece]) -> Copies:
+        """The work of moving pieces in a buffer into place: on a device, many of them at once."""
+        if self._buffers is None:
+            return one_by_one(self.stage, pieces)
+        return in_batches(pieces, self.stage_batch)
+
+    def stage_batch(self, batch: Sequence[StagePiece]) -> DeviceBatch:
+        """As `stage`, of many pieces at once, whose `data` are uint8 [size] on the store's device or pinned. They are
+        read until it is done."""
+        transaction = self._require_update()
+        arriving = [self._arriving_piece(transaction, piece) for piece in batch]
+        return DeviceBatch(arriving, self._side, before_write=transaction.require_open)
+
+    def _arriving_piece(self, transaction: Transaction, piece: StagePiece) -> ArrivingPiece:
+        info = transaction.manifest[piece.index]
+        arrival = self._arriving(transaction, piece.index, piece.start)
+
+        def refuse(dtype: torch.dtype) -> None:
+            raise WeightUpdateError(not_finite(info.name, dtype), field=info.name)
+
+        return ArrivingPiece(
+            piece.data.view(TORCH_DTYPES[info.dtype]),
+            arrival,
+            lambda: self._arrived(transaction, piece.index, info, arrival),
+            refuse if self._check_finite else None,
+        )
+
+    def _arriving(self, transaction: Transaction, index: int, start: int | None) -> Arrival:
+        """The tensor that a piece at byte `start` is of, begun anew by its first."""
+        info = transaction.manifest[index]
+        arrival = transaction.arrivals.pop(index, None)  # a piece that is never done leaves a tensor to begin again
+        if not start:
+            with self._side.enqueuing():
+                return self._arrival(transaction, info)
+        if arrival is None or arrival.num_elements * TORCH_DTYPES[info.dtype].itemsize != start:
+            raise WeightUpdateError(f"{info.name}: a piece at byte {start} is not the next one", field=info.name)
+        return arrival
+
     def forget(self, index: int) -> list[int]:
         """Manifest entry `index` is to be staged again. Returns what has to be now: it, and the one that was compared
         with it because they are tied."""
@@ -260,7 +276,7 @@ class WeightStore:
     def _arrival(self, transaction: Transaction, info: TensorInfo) -> Arrival:
         destination = self._destination(transaction, info.name)
         is_live = transaction.mode == "inplace" and info.name not in self.weight_map.aliases
-        is_summed = info.name in transaction.plan.compared or len(info.digest) == DIGEST_LENGTH
+        is_summed = info.name in transaction.compared or len(info.digest) == DIGEST_LENGTH
         summed = [destination] if is_summed else []
         if self._tied_live(transaction, info.name):  # owns no memory: its destination is scratch
             summed.append(self._region(info.name))
@@ -270,7 +286,7 @@ class WeightStore:
     def _tied_live(self, transaction: Transaction, name: str) -> str:
         """What `name` has to equal as it is live, since it is not sent as well; else ""."""
         target = self.weight_map.aliases.get(name, "")
-        return "" if target in transaction.plan.names else target
+        return "" if target in transaction.names else target
 
     def _arrived(self, transaction: Transaction, index: int, info: TensorInfo, arrival: Arrival) -> None:
         if not arrival.is_whole:
@@ -283,7 +299,7 @@ class WeightStore:
 
     def _require_finite(self, name: str, written: torch.Tensor) -> None:
         if not is_finite(written):
-            raise WeightUpdateError(_not_finite(name, written.dtype), field=name)
+            raise WeightUpdateError(not_finite(name, written.dtype), field=name)
 
     def _destination(self, transaction: Transaction, name: str) -> Region:
         live = self._region(name)
@@ -304,9 +320,12 @@ class WeightStore:
     def abort(self) -> None:
         """End the open update and drop what was not made live. What was written in place stays."""
         transaction = self._require_update()
+        self._side.settle()  # copies that are under way write to what is given back here
         transaction.is_open = False
         transaction.shadow.clear()
         self._transaction = None
+        if self._buffers is not None:
+            self._buffers.close()
 
     def _derive(self) -> None:
         """Compute what is derived from the parameters as they are now, into the memory that it has."""
@@ -391,23 +410,13 @@ class WeightStore:
         if self._transaction:
             raise UpdateConflictError("a weight update is open; commit or abort it first", field="session_id")
 
+    def _require_parts(self) -> tuple[Transaction, OpenPlan]:
+        transaction = self._require_update()
+        if transaction.parts is None:
+            raise WeightUpdateError("the open update takes the tensors of its manifest only", field="manifest")
+        return transaction, transaction.parts
+
     def _require_update(self) -> Transaction:
         if self._transaction is None:
             raise UpdateConflictError("no weight update is open", field="session_id")
         return self._transaction
-
-
-def _not_finite(name: str, dtype: torch.dtype) -> str:
-    return f"{name} holds NaN or infinity in {dtype_name(dtype)} (check_finite=False lets such weights in)"
-
-
-def _memory_left(device: torch.device) -> Callable[[], int]:
-    """On a device, also what the allocator keeps but nobody uses."""
-    if device.type == "cpu":
-        return available_memory
-
-    def left() -> int:
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + unused
-
-    return left

@@ -1,30 +1,50 @@
 """What one rank has of an open update. Owns its shadow memory, tensors half arrived, and the comparison of tied ones.
-Must not know live memory, or what is staged (`headrace.weights.session`)."""
+Must not know which memory is live, or what is staged (`headrace.weights.session`)."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
 import torch
 
+from headrace.config.machine import available_memory
 from headrace.types.errors import UpdateConflictError, WeightUpdateError
 from headrace.types.weights import TensorInfo
-from headrace.weights.session import ResolvedMode
+from headrace.weights.memory import ResolvedMode
+from headrace.weights.open_plan import OpenPlan
 from headrace.weights.staging import Arrival
 from headrace.weights.weight_map import ManifestPlan
+
+logger = logging.getLogger(__name__)
 
 Memories = dict[str, list[torch.Tensor]]
 """By tensor, memory for each of its pieces, of the shape of the piece's target."""
 
 
 class Transaction:
-    """An open update: where each tensor goes, what has arrived, and what tied tensors must equal."""
+    """An open update: where each tensor goes, what has arrived, and what tied tensors must equal. `parts` are those of
+    one that is open-ended."""
 
-    def __init__(self, plan: ManifestPlan, shadow: Memories | None) -> None:
-        self.plan = plan
-        self.mode: ResolvedMode = "inplace" if shadow is None else "shadow"
+    def __init__(self, mode: ResolvedMode, parts: OpenPlan | None = None) -> None:
+        self.mode: ResolvedMode = mode
+        self.parts = parts
         self.is_open = True
-        self.shadow = shadow or {}
+        self.manifest: list[TensorInfo] = []
+        self.names: set[str] = set()
+        self.shadow: Memories = {}
+        self._aliases: dict[str, str] = {}
+        self.compared: set[str] = set()
         self.totals: dict[str, str] = {}  # of tensors that are compared
         self.arrivals: dict[int, Arrival] = {}  # tensors of which some pieces are in place, and none is under way
+
+    def add(self, plan: ManifestPlan, shadow: Memories | None) -> None:
+        """What a manifest, or the next part of one, says is to come."""
+        self.manifest += plan.manifest
+        self.names |= plan.names
+        self.shadow |= shadow or {}
+        self._aliases |= plan.aliases
+        self.compared |= plan.compared
 
     def require_open(self) -> None:
         """`UpdateConflictError` once it is not: a copy that is left over must not write."""
@@ -39,22 +59,47 @@ class Transaction:
             raise WeightUpdateError(
                 f"{info.name} arrived with digest {digest}, the manifest says {info.digest}", field=info.name
             )
-        if info.name in self.plan.compared:
+        if info.name in self.compared:
             self._check_tied(info.name, total)
             self.totals[info.name] = total
 
     def forget(self, index: int) -> list[int]:
         """What is to come again with a tensor: itself, and if it was compared, what it is tied to."""
-        name = self.plan.manifest[index].name
-        if name not in self.plan.compared or name not in self.totals:
+        name = self.manifest[index].name
+        if name not in self.compared or name not in self.totals:
             return [index]
-        tied = {each for pair in self.plan.aliases.items() if name in pair for each in pair}
+        tied = {name, *(each for pair in self._aliases.items() if name in pair for each in pair)}
         for each in tied:
             self.totals.pop(each, None)
-        return [at for at, info in enumerate(self.plan.manifest) if info.name in tied]
+        return [at for at, info in enumerate(self.manifest) if info.name in tied]
 
     def _check_tied(self, name: str, total: str) -> None:
-        for alias, target in self.plan.aliases.items():
+        for alias, target in self._aliases.items():
             other = {alias: target, target: alias}.get(name)
             if other and self.totals.get(other, total) != total:
                 raise WeightUpdateError(f"{alias} is tied to {target} and must hold the same values", field=alias)
+
+
+def memory_beside(live: Mapping[str, Sequence[torch.Tensor]]) -> Memories | None:
+    """Memory for as much as each of these holds; None where there is no room for it after all."""
+    try:
+        return {
+            name: [torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in memories]
+            for name, memories in live.items()
+        }
+    except torch.OutOfMemoryError:  # what the allocator keeps for graphs looks free, and is in pieces
+        logger.warning("the weights of %d tensors found no room beside the live ones", len(live))
+    torch.cuda.empty_cache()  # of what was had before that
+    return None
+
+
+def memory_left(device: torch.device) -> Callable[[], int]:
+    """How many bytes may be taken on a device: also what the allocator keeps but nobody uses."""
+    if device.type == "cpu":
+        return available_memory
+
+    def left() -> int:
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+
+    return left

@@ -120,6 +120,9 @@ class WeightMap:
     that are the same memory cut otherwise, as the experts of a layer, one by one or all in one: an update fills a
     parameter by either, never by both; digests and saving know the first. What is `derived` is in no tensor.
 
+    `first_names` and `other_names` are both sets of names of the parameters that have two, and `num_needed` is how many
+    tensors fill all parameters under their first names.
+
     Construction proves that the boxes of every parameter are disjoint and cover it, and, unless the map `is_shard` of
     several, that the boxes of every tensor do: so "each tensor was written once" implies "each element was written
     once". Of shards `prove_mesh` proves the latter. A map that fails the proof is our own bug: `InternalError` naming
@@ -149,7 +152,9 @@ class WeightMap:
             _prove(not self._has_rule(alias), "alias {} has a rule of its own", alias)
             _prove(target in self.rules_by_name, "alias {} repeats {}, which has no rule", alias, target)
         _prove_parameters(self.params, self.rules_by_name.values(), is_shard)
-        self._names_of = self._names_by_parameter(is_shard)
+        self.num_needed = sum(bool(rule.pieces) for rule in self.rules_by_name.values())
+        self.other_names = self._names_of_others()
+        self.first_names = self._names_by_parameter(is_shard)
         self.derived = tuple(derived)
         known = dict(self.params)
         for each in self.derived:
@@ -175,7 +180,7 @@ class WeightMap:
 
     def _names_by_parameter(self, is_shard: bool) -> dict[str, list[str]]:
         """The first names of each parameter that other names fill as well, as is proved."""
-        filled = {piece.param for rule in self.other_rules.values() for piece in rule.pieces}
+        filled = self.other_names.keys()
         _prove(self.params.keys() >= filled, "other names fill what is no parameter")
         _prove_parameters({name: self.params[name] for name in filled}, self.other_rules.values(), is_shard)
         names: dict[str, list[str]] = {name: [] for name in filled}
@@ -184,6 +189,13 @@ class WeightMap:
             _prove(params.isdisjoint(filled) or params <= filled, "tensor {} has other names for a part of it", name)
             for param in params & filled:
                 names[param].append(name)
+        return names
+
+    def _names_of_others(self) -> dict[str, list[str]]:
+        names: dict[str, list[str]] = {}
+        for name, rule in self.other_rules.items():
+            for param in {piece.param for piece in rule.pieces}:
+                names.setdefault(param, []).append(name)
         return names
 
     @property
@@ -224,19 +236,14 @@ class WeightMap:
         Raises `WeightUpdateError` naming every unknown, doubled, misshapen, non-float or (unless `partial`) missing
         tensor; its `field` is the first of them.
         """
-        problems = self.find_problems(manifest, partial)
-        if not problems:
-            return
-        shown = "; ".join(text for _, text in problems[:_MAX_NAMES_IN_MESSAGE])
-        rest = len(problems) - _MAX_NAMES_IN_MESSAGE
-        raise WeightUpdateError(shown + (f"; and {rest} more" if rest > 0 else ""), field=problems[0][0])
+        refuse_manifest(self.find_problems(manifest, partial))
 
     def find_problems(self, manifest: Sequence[TensorInfo], partial: bool) -> list[tuple[str, str]]:
         """(name, what is wrong with it) for each fault of a manifest; empty when it may be believed."""
         problems: list[tuple[str, str]] = []
         seen: set[str] = set()
         for info in manifest:
-            text = self._problem(info, seen)
+            text = self.problem_of(info, seen)
             if text:
                 problems.append((info.name, text))
             seen.add(info.name)
@@ -251,7 +258,7 @@ class WeightMap:
         """The names that are needed beside these for all parameters to be filled; what only another rank holds, it
         misses there."""
         others = self._filled_by_others(seen)
-        replaced = {name for param in others for name in self._names_of[param]}
+        replaced = {name for param in others for name in self.first_names[param]}
         rules = self.rules_by_name.items()
         missing = [name for name, rule in rules if name not in seen and name not in replaced and rule.pieces]
         if others:
@@ -265,7 +272,7 @@ class WeightMap:
         """(name, what is wrong with it) for tensors whose memory is filled under other names too."""
         found: dict[str, str] = {}
         for param in self._filled_by_others(seen):
-            for name in self._names_of[param]:
+            for name in self.first_names[param]:
                 if name in seen:
                     found[name] = f"{name} is sent under another name too: {param} would be filled twice"
         return list(found.items())
@@ -273,7 +280,8 @@ class WeightMap:
     def _filled_by_others(self, seen: Set[str]) -> set[str]:
         return {piece.param for name in self.other_rules.keys() & seen for piece in self.other_rules[name].pieces}
 
-    def _problem(self, info: TensorInfo, seen: set[str]) -> str:
+    def problem_of(self, info: TensorInfo, seen: Set[str]) -> str:
+        """What is wrong with an entry of a manifest that has named these, by itself; "" when nothing is."""
         expected = self.shape_of(info.name)
         if expected is None:
             return f"{info.name} is not a tensor of this model"
@@ -286,6 +294,14 @@ class WeightMap:
         if info.digest and (len(info.digest) not in (32, 64) or not _HEX_DIGITS.issuperset(info.digest)):
             return f"{info.name} has a digest that is not 64 or 32 lowercase hex digits"
         return ""
+
+
+def refuse_manifest(problems: Sequence[tuple[str, str]]) -> None:
+    """`WeightUpdateError` that tells what is wrong with tensors of a manifest, by name, if anything is."""
+    if problems:
+        shown = "; ".join(text for _, text in problems[:_MAX_NAMES_IN_MESSAGE])
+        rest = len(problems) - _MAX_NAMES_IN_MESSAGE
+        raise WeightUpdateError(shown + (f"; and {rest} more" if rest > 0 else ""), field=problems[0][0])
 
 
 def is_recomputed(hf_name: str) -> bool:

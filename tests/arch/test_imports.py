@@ -29,7 +29,13 @@ LAZY_UPWARD_IMPORTS = {
 ROOT_RANK = ORDER.index("engine") + 0.5
 """The root package re-exports the engine: only what comes later may import it."""
 
-TORCH_FREE_MODULES = ("headrace", "headrace.weights", "headrace.weights.weight_map", "headrace.weights.session")
+TORCH_FREE_MODULES = (
+    "headrace",
+    "headrace.weights",
+    "headrace.weights.weight_map",
+    "headrace.weights.session",
+    "headrace.weights.foreign",
+)
 
 TORCH_MODULES_OF_TORCH_FREE_PACKAGES: tuple[str, ...] = ()
 

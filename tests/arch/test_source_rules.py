@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
 import statistics
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +31,7 @@ BROAD_EXCEPT_ALLOWED = {
     "headrace/core/commands.py": "a command or a request that fails costs itself",
     "headrace/core/executor.py": "where steps meet the device",
     "headrace/core/reading.py": "where reads meet the device",
+    "headrace/core/releasing.py": "where memory meets the device",
     "headrace/core/service.py": "process entry point: the core's whole life",
     "headrace/core/updating.py": "where updates meet the device",
     "headrace/engine/starting.py": "hands whatever came to everybody who waits for the start",
@@ -56,18 +59,42 @@ def _num_lines(function: Function) -> int:
     return function.end_lineno - function.lineno + 1
 
 
+NAMES_AS_DATA = {
+    "headrace/weights/foreign_table.py": "names of others' modules, which are compared and never looked up"
+}
+"""Where strings may hold forbidden names, and why."""
+
+
 def _forbidden_in(text: str) -> list[str]:
     return [match.group(0) for match in FORBIDDEN.finditer(text)]
+
+
+def _without_strings(text: str) -> str:
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return tokenize.untokenize(
+        token._replace(string='""') if token.type == tokenize.STRING else token for token in tokens
+    )
+
+
+def _code(path: Path) -> str:
+    text = path.read_text(encoding="utf-8")
+    return _without_strings(text) if _relative(path) in NAMES_AS_DATA else text
 
 
 def test_nothing_decodes_objects_or_runs_foreign_code() -> None:
     found = [
         f"{_relative(path)}:{number}: {name}"
         for path in source_files()
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        for number, line in enumerate(_code(path).splitlines(), 1)
         for name in _forbidden_in(line)
     ]
     assert not found, "\n".join(found)
+
+
+def test_the_gate_lets_names_pass_as_data_only() -> None:
+    assert not _forbidden_in(_without_strings('NAME = "multiprocessing"\n'))
+    assert _forbidden_in(_without_strings('import multiprocessing\nNAME = "multiprocessing"\n')) == ["multiprocessing"]
+    assert all(_forbidden_in((ROOT / path).read_text(encoding="utf-8")) for path in NAMES_AS_DATA)
 
 
 @pytest.mark.parametrize(

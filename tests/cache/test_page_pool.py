@@ -13,7 +13,7 @@ from headrace.cache import PagePool
 def test_page_zero_is_never_handed_out() -> None:
     pool = PagePool(5)
     assert sorted(pool.allocate(4).tolist()) == [1, 2, 3, 4]
-    assert pool.num_free == 0 and pool.num_usable == 4
+    assert pool.num_free == 0
 
 
 def test_a_page_is_free_only_after_its_last_reference() -> None:

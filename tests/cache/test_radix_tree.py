@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from headrace.cache import Namespace, PagePool, RadixTree
 from headrace.cache.radix_tree import MAX_EDGE_PAGES, Node
+from tests.cache.trees import nodes, num_pages
 
 NOW, OLD = Namespace(1), Namespace(0)
 
@@ -70,7 +71,7 @@ def test_insert_can_stop_before_units_published_already() -> None:
     root = published(tree, pool, NOW, 1, 2)
     published(tree, pool, NOW, 1, 2, 3, 4)
     node, count = tree.insert(NOW, units(3, 4, 7, 8), pool.allocate(2), below=root, through=False)
-    assert node is root and count == 0 and tree.num_pages == 2
+    assert node is root and count == 0 and num_pages(tree) == 2
 
 
 def test_evicts_least_recently_used_leaves_first() -> None:
@@ -84,7 +85,7 @@ def test_evicts_least_recently_used_leaves_first() -> None:
     assert num_matched(tree, NOW, 5, 6) == 0 and num_matched(tree, NOW, 1, 2, 3, 4) == 2
     assert tree.evict(1) == 1
     assert num_matched(tree, NOW, 1, 2, 3, 4) == 1
-    assert tree.evict(5) == 1 and tree.num_evictable == tree.num_pages == 0
+    assert tree.evict(5) == 1 and tree.num_evictable == num_pages(tree) == 0
     assert pool.num_free == 19
 
 
@@ -136,7 +137,7 @@ def test_flush_frees_what_nothing_else_holds() -> None:
     held = tree.match(NOW, units(1, 2), 1).page_ids()
     pool.retain(held)
     assert tree.flush() == 1
-    assert num_matched(tree, NOW, 1, 2) == 0 and tree.num_pages == tree.num_evictable == 0
+    assert num_matched(tree, NOW, 1, 2) == 0 and num_pages(tree) == tree.num_evictable == 0
     assert pool.release(held) == 1 and pool.num_free == 19
 
 
@@ -145,7 +146,7 @@ def test_long_prefixes_are_cut_into_short_edges() -> None:
     pool = PagePool(count + 1)
     tree = RadixTree(pool, 2)
     published(tree, pool, NOW, *range(2 * count))
-    assert max(len(node.pages) for node in tree.nodes()) == MAX_EDGE_PAGES
+    assert max(len(node.pages) for node in nodes(tree)) == MAX_EDGE_PAGES
     assert num_matched(tree, NOW, *range(2 * count)) == 100
     assert tree.match(NOW, units(*range(2 * count)), count).num_pages == count
     assert tree.evict(count) == count
@@ -187,7 +188,7 @@ class Model:
 
 def drop_evicted(model: Model, tree: RadixTree) -> None:
     """Forget the pages the tree let go."""
-    left = {page for node in tree.nodes() for page in node.pages.tolist()}
+    left = {page for node in nodes(tree) for page in node.pages.tolist()}
     model.pages = {key: page for key, page in model.pages.items() if page in left}
 
 
@@ -214,7 +215,7 @@ def test_random_use_agrees_with_the_model() -> None:
         pinned: dict[Node, list[int]] = {}
         for _ in range(60):
             play_event(random_, size, values, pool, tree, model, pinned)
-            assert tree.num_pages == len(model.pages)
+            assert num_pages(tree) == len(model.pages)
             held = {page for pages in pinned.values() for page in pages}
             assert tree.num_evictable == len(set(model.pages.values()) - held)
             assert pool.num_free == 39 - len(model.pages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,20 @@ from headrace.core.fake_executor import FreeExecutor
 from headrace.core.loop import CoreLoop
 from headrace.ipc import PeerClosed, SharedBuffer
 from headrace.types.errors import ErrorInfo
-from headrace.types.messages import BeginUpdate, Command, CoreStatus, Deltas, GetStatus, Output, Reply, Stage, Submit
+from headrace.types.messages import (
+    BeginUpdate,
+    Command,
+    CoreStatus,
+    Deltas,
+    ExtendUpdate,
+    GetStatus,
+    Output,
+    Reply,
+    Stage,
+    Submit,
+    UpdateBegun,
+    UpdateExtended,
+)
 from headrace.types.request import Delta, Finish, Request, pack_ids, unpack_floats, unpack_ids
 from headrace.types.weights import BufferEntry, TensorInfo
 from headrace.weights.position_sum import PositionKeys, position_digest
@@ -180,9 +194,11 @@ class Core:
 
     def until(self, condition: Callable[[], bool], max_turns: int = 2000) -> None:
         """Run until the condition holds."""
-        for _ in range(max_turns):
+        for turn in range(max_turns):
             if condition():
                 return
+            if turn > max_turns // 4:
+                time.sleep(0.001)  # other processes have their share in it
             self.turn()
         raise AssertionError("it never happened")
 
@@ -190,10 +206,10 @@ class Core:
         """Queue requests."""
         self.send(Submit(requests))
 
-    def start(self, command: Callable[..., Command], *args: Any) -> int:
+    def start(self, command: Callable[..., Command], *args: Any, **named: Any) -> int:
         """Queue a call; returns its id."""
         self._next_call += 1
-        self.send(command(self._next_call, *args))
+        self.send(command(self._next_call, *args, **named))
         return self._next_call
 
     def answer(self, call_id: int, kind: Any = None) -> Any:
@@ -250,6 +266,35 @@ class Core:
         call_id = self.start_stage(session_id, tensors, only)
         self.until(lambda: call_id in self.link.replies)
         self.answer(call_id)
+
+    def begin_open(self, mode: str = "auto", in_flight: str = "drain", *, partial: bool = False) -> int:
+        """Open an open-ended session of 10 s; returns its id."""
+
+        def command(call_id: int) -> BeginUpdate:
+            return BeginUpdate(call_id, "v1", (), mode, in_flight, partial, 10.0, is_open=True)  # type: ignore[arg-type]
+
+        return int(self.call(command, kind=UpdateBegun).session_id)
+
+    def extend(self, session_id: int, tensors: dict[str, torch.Tensor]) -> UpdateExtended:
+        """Name more tensors of an open-ended session."""
+        found = self.call(ExtendUpdate, session_id, manifest_of(tensors), kind=UpdateExtended)
+        assert isinstance(found, UpdateExtended)
+        return found
+
+    def start_part(self, session_id: int, tensors: dict[str, torch.Tensor]) -> int:
+        """Name more tensors, and queue their staging in one bucket; returns the call id."""
+        first = self.extend(session_id, tensors).first_index
+        buffer, offsets = bucket_of(list(tensors.values()))
+        entries = tuple(BufferEntry(first + number, offset) for number, offset in enumerate(offsets))
+        self.buffer = buffer
+        return self.start(Stage, session_id, buffer.ref, entries)
+
+    def stage_part(self, session_id: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Name more tensors, stage them, and wait for the answer."""
+        if tensors:
+            self.call_answer(self.start_part(session_id, tensors))
+        else:
+            self.extend(session_id, tensors)
 
     # What came of a request.
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from headrace.core.executor import LocalExecutor
 from headrace.core.fake_executor import FreeExecutor
-from headrace.core.updating import UpdatePhase
+from headrace.core.update_phase import UpdatePhase
 from headrace.types.messages import (
     AbortUpdate,
     BeginUpdate,

@@ -182,6 +182,19 @@ def test_an_update_lands_on_both_ranks_and_is_read_back_from_both(ranks: RankExe
                 assert bytes(buffer.view) == tensors[name].numpy().tobytes()
 
 
+@pytest.mark.parametrize("mode", ["shadow", "inplace"])
+def test_an_update_in_parts_lands_on_both_ranks(ranks: RankExecutor, mode: str) -> None:
+    core = Core(ranks, **CORE)
+    for tensors in (NEW, OLD):
+        session, names = core.begin_open(mode), list(tensors)
+        random.Random(1).shuffle(names)
+        for start in range(0, len(names), 5):
+            core.stage_part(session, {name: tensors[name] for name in names[start : start + 5]})
+        assert core.extend(session, {}).num_missing == 0
+        core.call(CommitUpdate, session, kind=UpdateReport)
+        assert core.call(Digest, kind=dict[str, str]) == digests_of(tensors)
+
+
 def test_a_commit_that_fails_on_one_rank_poisons_and_a_full_update_heals(ranks: RankExecutor) -> None:
     core = Core(ranks, **CORE)
     session = core.begin(NEW, "v1")

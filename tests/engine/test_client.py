@@ -173,7 +173,7 @@ def test_deltas_go_to_their_sink_until_the_terminal_one() -> None:
         core.link.send(Deltas((Delta(1), Delta(2, finish=last), Delta(77))))
         core.link.send(Deltas((Delta(2), Delta(1, finish=last), Delta(1))))
         await core.commands()
-        assert [len(one.deltas), len(two.deltas), client.num_live] == [2, 1, 0]
+        assert [len(one.deltas), len(two.deltas), len(client._sinks)] == [2, 1, 0]
 
     play(scenario)
 
@@ -316,7 +316,7 @@ def test_death_answers_everybody_at_once() -> None:
         core.link.close()
         with pytest.raises(EngineDeadError):
             await call
-        assert not client.is_alive and client.num_live == 0
+        assert not client.is_alive and not client._sinks
         assert [type(error) for error in late.errors] == [EngineDeadError]
         with pytest.raises(EngineDeadError):
             client.submit(request(101), Recorder())
@@ -349,7 +349,7 @@ def test_nobody_is_served_once_the_link_is_found_gone(finds_out: str) -> None:
         await core.commands()
         core.link.close()
         await asyncio.sleep(0.05)
-        assert client.num_live == 1, "the client was told already"
+        assert len(client._sinks) == 1, "the client was told already"
         failed = Recorder()
         if finds_out == "a request":
             client.submit(request(2), failed)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from headrace import AsyncEngine, DeadlineError, Engine, RequestError
-from headrace.engine.update import UpdateSession
+from headrace.engine.update_session import UpdateSession
 from tests.engine.builders import SETTINGS, model_of, named_tensors, save_model
 
 Tensors = list[tuple[str, torch.Tensor]]
@@ -76,6 +76,7 @@ def waits_for_drain(
     return {
         "pause": lambda: engine.pause("drain"),
         "tensors": lambda: engine.update_weights_from_tensor(new, "never"),
+        "bucket": lambda: engine.update_weights_from_bucket(new, "never"),
         "tensors in place": lambda: engine.update_weights_from_tensor(new, "never", mode="inplace"),
         "disk": lambda: engine.update_weights_from_disk(folder, "never"),
         "disk in place": lambda: engine.update_weights_from_disk(folder, "never", mode="inplace"),
@@ -83,7 +84,7 @@ def waits_for_drain(
     }
 
 
-NAMES = ["pause", "tensors", "tensors in place", "disk", "disk in place", "commit"]
+NAMES = ["pause", "tensors", "bucket", "tensors in place", "disk", "disk in place", "commit"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -118,6 +119,7 @@ def test_an_interrupted_caller_leaves_nothing_behind(shared: Engine, new: Tensor
     calls: dict[str, Callable[[], Any]] = {
         "pause": lambda: shared.pause("drain"),
         "tensors": lambda: shared.update_weights_from_tensor(new, "never"),
+        "bucket": lambda: shared.update_weights_from_bucket(new, "never"),
         "tensors in place": lambda: shared.update_weights_from_tensor(new, "never", mode="inplace"),
         "disk": lambda: shared.update_weights_from_disk(new_folder, "never"),
         "disk in place": lambda: shared.update_weights_from_disk(new_folder, "never", mode="inplace"),

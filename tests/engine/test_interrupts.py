@@ -35,7 +35,7 @@ def engine(request: pytest.FixtureRequest, model_folder: Path) -> Iterator[Engin
 def check_nothing_left(engine: Engine) -> None:
     status = engine.status()
     assert (status.paused, status.updating) == ("", False)
-    assert engine.asynchronous.runtime.client.num_live == 0
+    assert not engine.asynchronous.runtime.client._sinks
     deadline = time.monotonic() + 20
     while engine.metrics()["num_running"]:
         assert time.monotonic() < deadline, "a sequence runs on for nobody"
@@ -50,13 +50,14 @@ def calls_of(engine: Engine) -> dict[str, Callable[[], Any]]:
         "pause": lambda: engine.pause("keep"),
         "begin": lambda: engine.begin_update("never", MANIFEST, mode="shadow"),
         "tensors": lambda: engine.update_weights_from_tensor(TENSORS, "never", mode="shadow"),
+        "bucket": lambda: engine.update_weights_from_bucket(TENSORS, "never", mode="shadow"),
         "generate": lambda: engine.generate(input_ids=[[1, 2]], sampling_params={"max_new_tokens": 3}, request_id="a"),
         "stream": lambda: next(engine.stream(input_ids=[[1, 2]], sampling_params=LONG, request_id="a")),
     }
 
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
-@pytest.mark.parametrize("name", ["pause", "begin", "tensors", "generate", "stream"])
+@pytest.mark.parametrize("name", ["pause", "begin", "tensors", "bucket", "generate", "stream"])
 def test_an_interrupt_at_any_line_leaves_nothing(engine: Engine, name: str) -> None:
     call = calls_of(engine)[name]
     for number in range(400):

@@ -313,6 +313,8 @@ def test_shutdown_answers_what_runs_and_can_be_repeated(model_folder: Path) -> N
         lambda: engine.update_weights_from_tensor([], version="x"),
         engine.pause,
         engine.resume,
+        engine.release_memory_occupation,
+        engine.resume_memory_occupation,
         engine.flush_cache,
         engine.metrics,
         engine.digest,
@@ -580,4 +582,4 @@ def test_a_number_that_only_looks_like_one_travels_as_its_value(spawned: Engine)
 
     found = asyncio.run(together())
     assert [len(generations[0].token_ids) for generations in found] == [2] * 6
-    assert spawned.asynchronous.runtime.client.num_live == 0
+    assert not spawned.asynchronous.runtime.client._sinks

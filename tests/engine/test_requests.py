@@ -11,7 +11,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from headrace.config import EngineConfig, ResolvedConfig, resolve
-from headrace.engine.requests import GenerateItem, GenerateOptions, RequestBuilder
+from headrace.engine.requests import CallArguments, GenerateItem, GenerateOptions, RequestBuilder
 from headrace.engine.seeds import sample_seed
 from headrace.text import Tokenizer
 from headrace.types.errors import RequestError
@@ -51,7 +51,7 @@ def expand(builder: RequestBuilder, **arguments: Any) -> list[GenerateItem]:
     prompts, input_ids = arguments.pop("prompts", None), arguments.pop("input_ids", None)
     params = arguments.pop("sampling_params", {"max_new_tokens": 4})
     options: GenerateOptions = arguments  # type: ignore[assignment]
-    return builder.expand(prompts, input_ids, params, options, stream=False)
+    return builder.expand(CallArguments(prompts, input_ids, params, options))
 
 
 def test_special_tokens_are_added_to_texts_unless_told_otherwise(

@@ -27,10 +27,11 @@ from headrace import (
 )
 from headrace.config import Takeover
 from headrace.engine.ledger import Ledger
-from headrace.engine.supervision import MAX_DELAY_SECONDS, RestartBudget, weight_files
+from headrace.engine.supervision import MAX_DELAY_SECONDS, RestartBudget
 from headrace.runner import Runner
 from headrace.types.messages import CommitUpdate, Pause, Reply, Resume, SetVersion, UpdateFromDisk, WeightsChecker
 from headrace.types.weights import UpdateReport
+from headrace.weights.files import weight_files
 from tests.engine.builders import SETTINGS, model_of, named_tensors
 
 PROMPT = [1, 2, 3]
@@ -225,7 +226,7 @@ def test_what_runs_is_answered_at_once_and_told_what_goes_on(start_process: Star
     async def run() -> list[Any]:
         calls = [engine.asynchronous.generate(input_ids=PROMPT, sampling_params=LONG) for _ in range(8)]
         tasks = [asyncio.ensure_future(call) for call in calls]
-        while engine.asynchronous.runtime.client.num_live < 8:
+        while len(engine.asynchronous.runtime.client._sinks) < 8:
             await asyncio.sleep(0.01)
         kill(engine)
         found = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)

@@ -56,8 +56,8 @@ def test_the_difference_is_the_trainers_less_the_samplers(trainer: GrpoTrainer) 
 
 def test_a_step_makes_the_rewarded_reply_more_likely_than_the_other(trainer: GrpoTrainer) -> None:
     good, bad = _sample("<answer>42</answer><|im_end|>"), _sample("<answer>45</answer><|im_end|>", -1.0)
-    step = trainer.train([good, bad])
-    assert step.max_abs_logprob_diff < 1e-5
+    difference = trainer.train([good, bad])
+    assert difference < 1e-5
     logprobs, mask = trainer.logprobs([good, bad])
     after = (logprobs * mask).sum(1).tolist()
     assert after[0] - after[1] > sum(good.logprobs) - sum(bad.logprobs)

@@ -12,6 +12,7 @@ from headrace.scheduler import Scheduler, SchedulerLimits
 from headrace.types.errors import ErrorInfo
 from headrace.types.plan import StepPlan
 from headrace.types.request import Delta, Request, unpack_floats, unpack_ids
+from tests.cache.trees import nodes
 from tests.scheduler.fake_device import FakeDevice
 from tests.scheduler.oracle import VOCAB_SIZE, Truth, cell_value, empty_prefix, extend, logprob
 
@@ -263,7 +264,7 @@ class Harness:
         """Nodes of the tree with the hash of what is before them."""
         hashes: dict[Node, int] = {}
         found = []
-        for node in self.scheduler._roster.leases.tree.nodes():
+        for node in nodes(self.scheduler._roster.leases.tree):
             path = [node]
             while path[-1].parent is not None:
                 path.append(path[-1].parent)
@@ -292,11 +293,11 @@ class Harness:
             while node is not None and node not in pinned:
                 pinned.add(node)
                 node = node.parent
-        nodes = leases.tree.nodes()
-        for node in nodes:
+        found = nodes(leases.tree)
+        for node in found:
             references[node.pages] += 1
             assert (node.num_pins > 0) == (node in pinned)
-        evictable = {page for node in nodes if node not in pinned for page in node.pages.tolist()}
+        evictable = {page for node in found if node not in pinned for page in node.pages.tolist()}
         free = set(leases.pool._free[: leases.pool.num_free].tolist())
         assert references.tolist() == leases.pool._references.tolist()
         assert len(free) == leases.pool.num_free and not free & set(np.flatnonzero(references).tolist())

@@ -41,7 +41,7 @@ async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         return
     while (await receive()).get("more_body"):
         pass
-    await respond(200, error_body(200, "x" * (1 << 24) if scope["path"] == "/long" else "ok"))(scope, receive, send)
+    await respond(error_body(200, "x" * (1 << 24) if scope["path"] == "/long" else "ok"))(scope, receive, send)
 
 
 class Bare:

@@ -181,7 +181,7 @@ def test_framing_counts_where_a_body_is_read_and_forgotten(status: int, bound: i
         "headers": [(b"transfer-encoding", b"chunked")],
         "state": {CLIENT: Client()},
     }
-    app = Limits(respond(status, error_body(status, "early")), 1 << 20, 60.0)
+    app = Limits(respond(error_body(status, "early")), 1 << 20, 60.0)
     asyncio.run(app(scope, receive, send))
     assert num_parts << 20 <= bound + (1 << 20)
     assert sent[-1] == {"type": "http.response.body", "body": b"", "more_body": False}

@@ -9,6 +9,7 @@ import pytest
 from tokenizers import decoders
 
 from headrace.text import IncrementalDetokenizer, Tokenizer
+from headrace.text.tokenizer import TokenStrings
 from tests.text import builders
 
 NUM_SEQUENCES = 10_000
@@ -24,7 +25,7 @@ KINDS: dict[str, tuple[Callable[[], object], str]] = {
 
 
 def stream(tokenizer: Tokenizer, ids: list[int], cuts: random.Random, skip: bool) -> list[str]:
-    detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip)
+    detokenizer = IncrementalDetokenizer.of(tokenizer, skip_special_tokens=skip)
     pieces = []
     position = 0
     while position < len(ids):
@@ -75,7 +76,7 @@ def test_decode_is_what_transformers_says(kind: str) -> None:
 
 def test_text_appears_as_soon_as_it_is_certain() -> None:
     tokenizer = Tokenizer(builders.byte_level())
-    detokenizer = IncrementalDetokenizer(tokenizer)
+    detokenizer = IncrementalDetokenizer.of(tokenizer)
     ids = [token for character in "a🙂b" for token in tokenizer.encode(character, add_special_tokens=False)]
     pieces = [detokenizer.push([token]) for token in ids]
     assert [piece for piece in pieces if piece] == ["a", "🙂", "b"]
@@ -85,7 +86,7 @@ def test_text_appears_as_soon_as_it_is_certain() -> None:
 def test_an_incomplete_character_appears_at_the_end() -> None:
     tokenizer = Tokenizer(builders.byte_level())
     half = tokenizer.encode("🙂", add_special_tokens=False)[:1]
-    detokenizer = IncrementalDetokenizer(tokenizer)
+    detokenizer = IncrementalDetokenizer.of(tokenizer)
     assert detokenizer.push(half) == ""
     assert detokenizer.finish() == tokenizer.decode(half) == "\ufffd"
 
@@ -95,13 +96,15 @@ def test_cost_does_not_grow_with_the_text() -> None:
     tokenizer = Tokenizer(builders.byte_fallback())
     looked_up: list[int] = []
 
+    strings = TokenStrings(tokenizer._library, tokenizer._special_tokens)
+
     class Counting(dict[int, str | None]):
         def __getitem__(self, token_id: int) -> str | None:
             looked_up.append(token_id)
-            return tokenizer.string_pieces(True)[token_id]
+            return strings[token_id]
 
-    detokenizer = IncrementalDetokenizer(tokenizer)
-    detokenizer._stream._pieces = Counting()  # type: ignore[attr-defined]
+    detokenizer = IncrementalDetokenizer.of(tokenizer)
+    detokenizer._pieces = Counting()  # type: ignore[attr-defined]
     ids = [300 + index % 20 for index in range(3_000)]
     for token in ids:
         detokenizer.push([token])
@@ -128,7 +131,7 @@ def test_what_a_whole_list_shows_before_a_token_is_counted_by_its_last_ids(
     monkeypatch.setattr(tokenizer, "decode", counted)
     for prompt in ([], ids[:40]):
         num_before = len(decode(prompt))
-        detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids=prompt)
+        detokenizer = IncrementalDetokenizer.of(tokenizer, prompt_ids=prompt)
         for at, token in enumerate(ids):
             found = detokenizer.num_before(token)
             text = decode(prompt + ids[:at])
@@ -140,7 +143,7 @@ def test_what_a_whole_list_shows_before_a_token_is_counted_by_its_last_ids(
 
 def after(tokenizer: Tokenizer, prompt: list[int], ids: list[int], cuts: random.Random, skip: bool = True) -> str:
     """The text of `ids` behind `prompt`, decoded in pieces."""
-    detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip, prompt_ids=prompt)
+    detokenizer = IncrementalDetokenizer.of(tokenizer, skip_special_tokens=skip, prompt_ids=prompt)
     pieces = []
     position = 0
     while position < len(ids):

@@ -18,7 +18,7 @@ def tokenizer() -> Tokenizer:
 
 
 def test_load_from_a_folder_gives_the_same_tokenizer(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    tokenizer.save(tmp_path)
+    tokenizer._backend.save_pretrained(str(tmp_path))
     loaded = Tokenizer.load(str(tmp_path))
     text = "héllo 🙂 <|im_end|> wheel"
     assert loaded.encode(text) == tokenizer.encode(text)
@@ -34,7 +34,7 @@ def test_a_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
 
 
 def test_code_in_a_model_folder_is_not_run(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    tokenizer.save(tmp_path)
+    tokenizer._backend.save_pretrained(str(tmp_path))
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass T: pass\n")
     config = tmp_path / "tokenizer_config.json"
     config.write_text('{"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}}')

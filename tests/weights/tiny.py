@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from headrace.types.weights import TensorInfo, UpdateMode
-from headrace.weights.session import ResolvedMode, WeightMachine
+from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
+from headrace.weights.memory import Copies, ResolvedMode, StageBuffer, StagePiece, one_by_one
+from headrace.weights.session import WeightMachine
 from headrace.weights.staging import TORCH_DTYPES, Enqueued, StageWork, TensorData, dtype_name
 from headrace.weights.store import WeightStore
 from headrace.weights.weight_map import ParamSpec, WeightMap, WeightRule, whole_rows
@@ -97,6 +98,15 @@ class DrivenStore(WeightStore):
     def begin(self, manifest: Sequence[TensorInfo], mode: UpdateMode, partial: bool) -> ResolvedMode:
         return self.machine.begin("v", manifest, mode, now=0.0, timeout_s=1.0, partial=partial).mode
 
+    def begin_open(self, mode: UpdateMode, partial: bool) -> ResolvedMode:
+        begun = self.machine.begin("v", (), mode, now=0.0, timeout_s=1.0, partial=partial, is_open_ended=True)
+        return begun.mode
+
+    def extend(self, manifest: Sequence[TensorInfo]) -> int:
+        self.machine.extend(self._session_id(), manifest, 0.0)
+        assert self.machine.session is not None
+        return self.machine.session.num_missing
+
     def stage(self, index: int, data: memoryview | TensorData, start: int | None = None) -> DrivenWork:  # type: ignore[override]
         return DrivenWork(self, index, data, start)
 
@@ -162,8 +172,27 @@ class _Memory:
     def begin(self, manifest: Sequence[TensorInfo], mode: UpdateMode, partial: bool) -> ResolvedMode:
         return WeightStore.begin(self._store, manifest, mode, partial)
 
+    def begin_open(self, mode: UpdateMode, partial: bool) -> ResolvedMode:
+        return WeightStore.begin_open(self._store, mode, partial)
+
+    def extend(self, manifest: Sequence[TensorInfo]) -> int:
+        return WeightStore.extend(self._store, manifest)
+
+    def missing(self) -> list[str]:
+        return WeightStore.missing(self._store)
+
     def stage(self, index: int, data: memoryview | TensorData, start: int | None = None) -> StageWork:
         return WeightStore.stage(self._store, index, data, start)
+
+    @property
+    def device_id(self) -> str:
+        return self._store.device_id
+
+    def open_buffer(self, ref: BufferRef | DeviceRef) -> StageBuffer:
+        return self._store.open_buffer(ref)
+
+    def stage_pieces(self, pieces: Iterator[StagePiece]) -> Copies:
+        return one_by_one(self.stage, pieces)
 
     def forget(self, index: int) -> list[int]:
         return WeightStore.forget(self._store, index)

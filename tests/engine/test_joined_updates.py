@@ -1,0 +1,283 @@
+"""Updates in buckets, without begin and commit, on a real model."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from headrace import DeadlineError, Engine, TensorInfo, UpdateConflictError, UpdateReport, WeightUpdateError
+from headrace.engine.control import terms_of_part
+from headrace.engine.update_session import UpdateSession
+from tests.engine.builders import SETTINGS, model_of, named_tensors, save_model
+
+Starter = Callable[..., Engine]
+Tensors = list[tuple[str, torch.Tensor]]
+HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@pytest.fixture(scope="module")
+def new() -> Tensors:
+    return named_tensors(model_of(1))
+
+
+@pytest.fixture(scope="module")
+def digests(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """Of the weights of seeds 0, 1 and 2, loaded cold."""
+    found = []
+    for seed in range(3):
+        with Engine(save_model(tmp_path_factory.mktemp("cold"), seed), inprocess=True, **SETTINGS) as cold:
+            found.append(cold.digest())
+    return found
+
+
+@pytest.fixture(scope="module")
+def shared(model_folder: Path) -> Iterator[Engine]:
+    """An engine with a core process."""
+    with Engine(model_folder, **SETTINGS) as engine:
+        yield engine
+
+
+@pytest.fixture
+def engine(shared: Engine) -> Iterator[Engine]:
+    """The same, with the weights of its checkpoint and without a pause."""
+    shared.abort_update()
+    shared.update_weights_from_tensor(named_tensors(model_of(0)), "old")
+    yield shared
+    shared.abort_update()
+    shared.resume()
+
+
+def buckets(tensors: Tensors, size: int = 7) -> list[Tensors]:
+    return [tensors[start : start + size] for start in range(0, len(tensors), size)]
+
+
+def send(engine: Engine, parts: list[Tensors], versions: list[Any] | None = None, **terms: Any) -> UpdateReport:
+    """The report of the last bucket; those before have none."""
+    given = versions or [None] * len(parts)
+    found = [
+        engine.update_weights_from_bucket(part, version, **terms) for part, version in zip(parts, given, strict=True)
+    ]
+    assert found[:-1] == [None] * (len(parts) - 1) and found[-1] is not None
+    return found[-1]
+
+
+@pytest.mark.parametrize("mode", ["auto", "shadow", "inplace"])
+def test_buckets_end_as_a_cold_load(engine: Engine, new: Tensors, digests: list[dict[str, str]], mode: Any) -> None:
+    parts = buckets(new)
+    report = send(engine, parts, [None] * (len(parts) - 1) + [7], mode=mode)
+    assert (report.version, report.num_tensors, engine.version) == ("7", len(new), "7")
+    assert engine.digest() == digests[1]
+    for seed, version in ((2, "8"), (1, "8"), (2, "9")):  # a second, third and fourth, all with every bucket's label
+        parts = buckets(named_tensors(model_of(seed)))
+        assert send(engine, parts, [version] * len(parts), mode=mode).version == version
+        assert engine.digest() == digests[seed]
+    [found] = engine.generate(input_ids=[1], sampling_params={"max_new_tokens": 3, "ignore_eos": True})
+    assert found.version_spans == [("9", 3)]
+
+
+def test_without_a_label_the_weights_keep_theirs_in_a_new_epoch(engine: Engine, new: Tensors) -> None:
+    epoch = engine.status().epoch
+    report = send(engine, buckets(new))
+    assert (report.version, report.epoch) == ("old", epoch + 1)
+
+
+def test_shuffled_buckets_with_the_tied_head_anywhere_and_empty_ones(
+    engine: Engine, digests: list[dict[str, str]]
+) -> None:
+    for number in range(6):
+        chance, seed = random.Random(number), 1 + number % 2
+        tensors = named_tensors(model_of(seed))
+        if number % 3 == 1:
+            tensors.append((HEAD, dict(tensors)[EMBED]))
+        elif number % 3 == 2:
+            tensors = [(HEAD if name == EMBED else name, tensor) for name, tensor in tensors]
+        chance.shuffle(tensors)
+        parts = buckets(tensors, chance.randint(3, 12))
+        if number % 3 == 1:  # else the model may be whole before the second of the two has come
+            parts = [[pair for pair in part if pair[0] != "model.norm.weight"] for part in parts]
+            parts.append([pair for pair in tensors if pair[0] == "model.norm.weight"])
+        parts.insert(chance.randrange(len(parts)), [])
+        send(engine, parts, mode=chance.choice(["shadow", "inplace"]))
+        assert engine.digest() == digests[seed]
+
+
+def test_a_tensor_that_comes_again_replaces_the_first(
+    engine: Engine, new: Tensors, digests: list[dict[str, str]]
+) -> None:
+    wrong = [(name, tensor + 1) for name, tensor in new[2:5]]
+    for mode in ("shadow", "inplace"):
+        assert engine.update_weights_from_bucket([*new[:2], *wrong], "v", mode=mode) is None
+        assert engine.update_weights_from_bucket(new[2:4]) is None
+        send(engine, [new[4:8], new[8:]])
+        assert engine.digest() == digests[1] and engine.version == "v"
+
+
+@pytest.mark.parametrize("mode", ["shadow", "inplace"])
+def test_a_wrong_bucket_ends_the_update_and_the_next_begins_anew(
+    engine: Engine, new: Tensors, digests: list[dict[str, str]], mode: Any
+) -> None:
+    name = new[-1][0]
+    wrong: list[tuple[Tensors, str]] = [
+        ([("nobody", torch.zeros(2))], "nobody"),
+        ([(name, torch.zeros(3, 3, 3))], name),
+        ([(new[0][0], torch.zeros(1))], new[0][0]),  # unlike the one that came
+        ([new[-1], new[-1]], name),
+        ([(name, torch.full_like(new[-1][1], torch.nan))], name),
+    ]
+    for bucket, field in wrong:
+        assert engine.update_weights_from_bucket(new[:9], "v", mode=mode) is None
+        with pytest.raises(WeightUpdateError) as caught:
+            engine.update_weights_from_bucket(bucket)
+        assert caught.value.field == field
+        assert not engine.status().updating
+        send(engine, buckets(new), mode=mode)
+        assert engine.digest() == digests[1]
+
+
+@pytest.mark.parametrize("label", [None, "v"])
+def test_a_tied_head_that_comes_after_everything_else_is_compared_and_is_no_new_update(
+    engine: Engine, new: Tensors, digests: list[dict[str, str]], label: Any
+) -> None:
+    """The model was whole without it, and a sender that stops there must find nothing open."""
+    head = dict(new)[EMBED].clone()
+    for _ in range(2):
+        parts = buckets(new)
+        report = send(engine, parts, [label] * len(parts))
+        assert engine.update_weights_from_bucket([(HEAD, head)], label) == report
+        engine.resume()
+        assert not engine.status().updating and engine.status().epoch == report.epoch
+        assert engine.digest() == digests[1]
+    with pytest.raises(WeightUpdateError, match="is tied to"):
+        engine.update_weights_from_bucket([(HEAD, head + 1)], label)
+    assert not engine.status().updating and engine.digest() == digests[1]
+    assert engine.update_weights_from_bucket([(HEAD, head)], "another") is None  # the first of another update
+    send(engine, [[pair for pair in new if pair[0] != EMBED]])
+    assert engine.digest() == digests[1] and engine.version == "another"
+    assert engine.update_weights_from_bucket([(HEAD, head)]) is None  # this sender begins with it
+
+
+def test_no_tensors_begin_no_update(engine: Engine) -> None:
+    assert engine.update_weights_from_bucket([]) is None
+    assert engine.update_weights_from_bucket([("model.rotary_emb.inv_freq", torch.zeros(3))], "v") is None
+    assert not engine.status().updating
+
+
+def test_a_pause_does_not_end_while_tensors_are_missing(engine: Engine, new: Tensors) -> None:
+    engine.pause("keep")
+    assert engine.update_weights_from_bucket(new[:-2], "v") is None
+    with pytest.raises(UpdateConflictError, match=new[-1][0]) as caught:
+        engine.resume()
+    assert "abort_update" in caught.value.message and engine.status().paused == "keep"
+    assert engine.update_weights_from_bucket(new[-2:]) is not None
+    engine.resume()
+
+
+def test_other_updates_are_told_how_to_drop_it(
+    engine: Engine, new: Tensors, model_folder: Path, digests: list[dict[str, str]]
+) -> None:
+    assert engine.update_weights_from_bucket(new[:3], "v") is None
+    manifest = [(name, tuple(tensor.shape), "float32") for name, tensor in new]
+    for call in (
+        lambda: engine.begin_update("x", manifest),
+        lambda: engine.update_weights_from_disk(model_folder, "x"),
+        lambda: engine.update_weights_from_tensor(new, "x"),
+    ):
+        with pytest.raises(UpdateConflictError, match="abort_update"):
+            call()
+    engine.abort_update()
+    session = engine.begin_update("x", manifest)
+    with pytest.raises(UpdateConflictError, match=f"session {session.session_id} is open; commit or abort"):
+        engine.update_weights_from_bucket(new[:3], "v")
+    engine.abort_update(session)
+    send(engine, buckets(new))  # the dropped ones are forgotten: all have to come
+    assert engine.digest() == digests[1]
+
+
+def test_another_label_begins_anew_so_that_no_weights_are_mixed(
+    engine: Engine, new: Tensors, digests: list[dict[str, str]]
+) -> None:
+    """A trainer that died half-way, and another that sends its buckets in another order."""
+    other = named_tensors(model_of(2))
+    assert engine.update_weights_from_bucket(new[:-3], "1") is None
+    parts = buckets(other)[::-1]
+    assert send(engine, parts, ["2"] * len(parts)).version == "2"
+    assert engine.digest() == digests[2]
+
+
+def test_a_session_that_ran_out_of_its_time_is_begun_anew(
+    engine: Engine, new: Tensors, digests: list[dict[str, str]]
+) -> None:
+    assert engine.update_weights_from_bucket(new[:4], "v", timeout=0.05) is None
+    while engine.status().updating:
+        pass
+    send(engine, buckets(new))
+    assert engine.digest() == digests[1]
+
+
+def test_parts_may_be_staged_at_the_same_time(engine: Engine, new: Tensors, digests: list[dict[str, str]]) -> None:
+    ours = engine.asynchronous
+
+    async def scenario() -> list[UpdateReport | None]:
+        return await asyncio.gather(*(ours.update_weights_from_bucket(part, "all") for part in buckets(new)))
+
+    found = asyncio.run(scenario())
+    assert [report.version for report in found if report] == ["all"]
+    assert engine.digest() == digests[1]
+
+
+def test_whatever_happens_while_a_part_is_staged_ends_the_update(engine: Engine, new: Tensors) -> None:
+    runtime = engine.asynchronous.runtime
+    infos = [TensorInfo(name, tuple(tensor.shape), "float32") for name, tensor in new[:2]]
+    terms = terms_of_part(None, "shadow", "drain", None)
+
+    async def fail(session: UpdateSession, indices: Any) -> None:
+        assert list(indices) == [0, 1]
+        raise DeadlineError("the sender is gone")
+
+    async def hang(session: UpdateSession, indices: Any) -> None:
+        await asyncio.sleep(60)
+
+    async def cancelled() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(runtime.joined.add(infos, terms, hang), 0.1)
+
+    with pytest.raises(DeadlineError):
+        runtime.wait(runtime.joined.add(infos, terms, fail))
+    assert not engine.status().updating
+    runtime.wait(cancelled())
+    assert not engine.status().updating
+
+
+def test_generation_goes_on_between_buckets(engine: Engine, new: Tensors) -> None:
+    """And crosses the commit with `keep`."""
+    found: list[Any] = []
+    params = {"max_new_tokens": 400, "ignore_eos": True, "seed": 1}
+    thread = threading.Thread(target=lambda: found.extend(engine.generate(input_ids=[1], sampling_params=params)))
+    thread.start()
+    while not engine.metrics()["num_running"]:
+        pass
+    parts = buckets(new)
+    for part in parts[:-1]:
+        before = engine.metrics()["num_steps"]
+        assert engine.update_weights_from_bucket(part, "v", mode="shadow", in_flight="keep") is None
+        while thread.is_alive() and engine.metrics()["num_steps"] == before:
+            pass
+    assert engine.update_weights_from_bucket(parts[-1]) is not None
+    thread.join(60)
+    assert [version for version, _ in found[0].version_spans][0] == "old"
+
+
+def test_an_engine_without_weights_takes_them_in_buckets(
+    start: Starter, new: Tensors, digests: list[dict[str, str]]
+) -> None:
+    engine = start()
+    engine.weights_checker("reset_tensors")
+    send(engine, buckets(new))
+    assert engine.digest() == digests[1]
