@@ -69,6 +69,9 @@ def wrong_calls(door: Any) -> list[Any]:
         error_of(lambda: door.begin_update("v", [("model.norm.weight", (32,), "float32")], timeout=0)),
         error_of(lambda: door.begin_update("", [])),
         error_of(lambda: door.weights_checker("dance")),
+        error_of(lambda: door.release_memory_occupation(["nothing"])),
+        error_of(lambda: door.release_memory_occupation(in_flight="keep")),
+        error_of(lambda: door.resume_memory_occupation(restore="nowhere")),
         error_of(lambda: door.get_weights_by_name("nobody")),
         error_of(lambda: door.set_weight_version("x" * 2000)),
         error_of(lambda: door.commit(session))[:2],  # a server says that it is its own
@@ -114,6 +117,10 @@ def scenario(door: Any, folder: Path) -> list[Any]:
     door.pause("keep", timeout=30)
     assert door.status().paused == "keep"
     door.resume()
+    door.release_memory_occupation(["kv_cache"], timeout=60)
+    door.release_memory_occupation(["kv_cache"])
+    door.resume_memory_occupation()
+    seen += door.generate(input_ids=IDS, sampling_params=DRAWN, request_id="resumed")
     door.set_weight_version("label")
     seen += [
         door.weights_checker("snapshot"),
@@ -208,5 +215,5 @@ def test_methods_take_what_the_engine_s_take() -> None:
         assert list(inspect.signature(twins).parameters) == [each.name for each in expected], name
     missing = {name for name in vars(Engine) if not name.startswith("_")} - set(vars(Client))
     assert missing == {"config", "resolved", "tokenizer", "version", "is_alive", "is_ready", "is_responsive"} | {
-        *("serve", "wait_ended", "shutdown")
+        *("serve", "wait_ended", "shutdown", "update_weights_from_bucket")
     }

@@ -236,7 +236,7 @@ def test_an_update_that_fails_leaves_no_session(connect: CONNECT, engine: Engine
 
 async def _stalling_update(client: AsyncClient) -> None:
     """One that never comes to its commit, but is cancelled before."""
-    client._uploads.stage = _never  # type: ignore[method-assign]
+    client._uploads.stage = _never  # type: ignore[assignment, method-assign]
     await client.update_weights_from_tensor({NORM: np.ones(32, np.float32)}, "b", partial=True)
 
 
