@@ -9,6 +9,7 @@ TYPE_CHECKING = False  # that of `typing`, which takes longer to import than thi
 if TYPE_CHECKING:
     from typing import Any
 
+    from headrace.client import AsyncClient, Client, Runtime
     from headrace.config import EngineConfig
     from headrace.engine import AsyncEngine, Engine, UpdateSession
     from headrace.types.errors import (
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         RequestTooLargeError,
         ShutdownError,
         UnavailableError,
+        UnreachableError,
         UnsupportedModelError,
         UpdateConflictError,
         WeightUpdateError,
@@ -39,8 +41,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncClient",
     "AsyncEngine",
     "CheckpointError",
+    "Client",
     "ConfigError",
     "DeadlineError",
     "DeviceLostError",
@@ -57,10 +61,12 @@ __all__ = [
     "PoisonedError",
     "RequestError",
     "RequestTooLargeError",
+    "Runtime",
     "SamplingParams",
     "ShutdownError",
     "TensorInfo",
     "UnavailableError",
+    "UnreachableError",
     "UnsupportedModelError",
     "UpdateConflictError",
     "UpdateReport",
@@ -70,10 +76,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AsyncClient": "headrace.client",
     "AsyncEngine": "headrace.engine",
+    "Client": "headrace.client",
     "Engine": "headrace.engine",
     "EngineConfig": "headrace.config",
     "Generation": "headrace.types.generation",
+    "Runtime": "headrace.client",
     "SamplingParams": "headrace.types.sampling_params",
     "TensorInfo": "headrace.types.weights",
     "UpdateReport": "headrace.types.weights",

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from headrace.cli.flags import add_flags, given
+from headrace.cli.owner import Owner
 from headrace.config import EngineConfig
 from headrace.engine import AsyncEngine
 from headrace.server.options import ServerOptions
@@ -38,11 +39,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     levels = ("debug", "info", "warning", "error")
     parser.add_argument("--log-level", default="info", choices=levels, help="(default: info)")
     parser.add_argument("--log-json", action="store_true", help="log JSON lines")
+    parser.add_argument("--owner", type=int, metavar="FD", help=argparse.SUPPRESS)
     add_flags(parser, ServerOptions, title="server settings", rename=_RENAMED)
     add_flags(parser, EngineConfig, title="engine settings", skip=("model",))
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Serve until a signal, or until the process ends that owns this one."""
+    owner = None if arguments.owner is None else Owner(arguments.owner)
+    try:
+        return _run(arguments, owner)
+    except HeadraceError as error:
+        if owner is not None:
+            owner.tell(error=error)
+        raise
+
+
+def _run(arguments: argparse.Namespace, owner: Owner | None) -> int:
     """Serve until a signal. Every setting is checked before the model is loaded; until it is, the answer is 503."""
     from rich.console import Console
 
@@ -50,16 +63,20 @@ def run(arguments: argparse.Namespace) -> int:
     from headrace.server.starting import Starting
 
     configure_logging(LogContext("front"), level=arguments.log_level, as_json=arguments.log_json)
-    settings = {"max_core_restarts": DEFAULT_CORE_RESTARTS, **given(arguments, EngineConfig)}
-    config = EngineConfig.from_dict({"model": arguments.model, **settings})
-    server_options = ServerOptions.from_dict(with_keys(given(arguments, ServerOptions, rename=_RENAMED)))
+    given_settings, given_options = given(arguments, EngineConfig), given(arguments, ServerOptions, rename=_RENAMED)
+    if owner is not None:
+        for name, value in owner.read_order().config.items():
+            (given_options if name in ServerOptions.__struct_fields__ else given_settings)[name] = value
+    settings = {"model": arguments.model, "max_core_restarts": DEFAULT_CORE_RESTARTS, **given_settings}
+    config = EngineConfig.from_dict(settings)
+    server_options = ServerOptions.from_dict(with_keys(given_options))
     server_options.check_address(arguments.host)
     with listen(arguments.host, arguments.port) as listener:
         logger.debug("starting", extra={"fields": {"url": url_of(listener, arguments.host)}})
         with Starting(listener, server_options), Console(stderr=True).status(f"loading {config.model}"):
             engine = AsyncEngine(**msgspec.structs.asdict(config))
         try:
-            return asyncio.run(_serve(engine, arguments.host, listener, server_options))
+            return asyncio.run(_serve(engine, arguments.host, listener, server_options, owner))
         finally:
             engine.close()
 
@@ -76,7 +93,9 @@ def with_keys(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-async def _serve(engine: AsyncEngine, host: str, listener: socket.socket, options: ServerOptions) -> int:
+async def _serve(
+    engine: AsyncEngine, host: str, listener: socket.socket, options: ServerOptions, owner: Owner | None
+) -> int:
     """Serve on the engine's loop; this one only waits for a signal, then for the running requests."""
     loop, signalled = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -89,6 +108,8 @@ async def _serve(engine: AsyncEngine, host: str, listener: socket.socket, option
     gc.set_threshold(*gc.get_threshold()[:2], 100)
     seed = engine.resolved.engine.seed
     logger.info("serving", extra={"fields": {"url": server.url, "model": engine.config.model, "seed": seed}})
+    if owner is not None:
+        owner.tell(url=server.url)
     end = await _first_of(signalled, engine)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.remove_signal_handler(number)

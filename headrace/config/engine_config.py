@@ -33,6 +33,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_pool_tokens           tokens the KV pool holds; None: on cuda measured at start, on cpu see docs/architecture.md
     memory_fraction          cuda: share of the device memory that is free when the core starts, for weights,
                              workspace, graphs and KV together
+    memory_saver             cuda: take weights and KV so that their memory can be released (a CPU's always can)
+    keep_weights_copy        a release of weights leaves a copy of them in host memory, as large as they are, from which
+                             they come back; it is dropped then
     max_running_requests     sequences that may hold a slot at once; None: 512 on cuda, 256 on cpu
     max_waiting_requests     queue bound; more are refused with 503
     max_num_batched_tokens   token budget of one step; None: 2048, on cuda for wide models max_running_requests + 256
@@ -73,6 +76,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     page_size: int = 16
     kv_pool_tokens: int | None = None
     memory_fraction: float = 0.9
+    memory_saver: bool = False
+    keep_weights_copy: bool = False
     max_running_requests: int | None = None
     max_waiting_requests: int = 65536
     max_num_batched_tokens: int | None = None

@@ -119,6 +119,13 @@ class ResolvedConfig(msgspec.Struct, frozen=True):
         """Bytes of keys and values of one token in all layers, as stored."""
         return self.model.kv_bytes_per_token(ELEMENT_BYTES[self.kv_dtype])
 
+    @property
+    def memory_is_kept(self) -> str:
+        """Why weights and KV cannot give their memory back; "" where they can."""
+        if self.device == "cpu" or self.engine.memory_saver:
+            return ""
+        return "memory of a CUDA device is released only by an engine that was started with memory_saver=True"
+
     def with_pool(self, max_total_num_tokens: int, explanations: tuple[Explanation, ...]) -> ResolvedConfig:
         """The same with the pool a core announced, and its explanations of everything."""
         num_pages = max_total_num_tokens // self.engine.page_size + 1

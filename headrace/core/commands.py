@@ -41,7 +41,9 @@ from headrace.types.messages import (
     LeaveGroup,
     Pause,
     Receive,
+    ReleaseMemory,
     Resume,
+    ResumeMemory,
     SetVersion,
     Shutdown,
     Stage,
@@ -95,8 +97,9 @@ def _check_wanted(command: Command, now: float, given_up: Collection[int]) -> No
 
 
 def submit(replica: Replica, command: Submit, front: int, now: float) -> None:
-    """Queue requests; what cannot be served is answered at once."""
-    refusal = replica.update.machine.refusal()
+    """Queue requests; what cannot be served is answered at once. While weights are released all wait for them."""
+    machine = replica.update.machine
+    refusal = None if machine.state == "released" else machine.refusal()
     for request in command.all_requests():
         if front_of(request.handle) != front:  # an answer would reach whoever has that handle
             logger.error("front %d sent a request under handle %d, which is not its own", front, request.handle)
@@ -132,6 +135,7 @@ def give_up(replica: Replica, command: GiveUp, now: float) -> None:
     replica.update.give_up(command.target, error)
     replica.reading.give_up(command.target, error)
     replica.groups.give_up(command.target, error)
+    replica.memory.give_up(command.target, error)
     replica.outbox.reply(command.call_id)
 
 
@@ -238,6 +242,11 @@ def _compare(replica: Replica, command: WeightsChecker) -> None:
     replica.reading.digest(command.call_id, command.deadline, differing, of_whole=False)
 
 
+def move_memory(replica: Replica, command: ReleaseMemory | ResumeMemory, now: float) -> None:
+    """Release memory or take it again; `MemoryControl` answers when the system has it, or the replica."""
+    replica.memory.add(command)
+
+
 def flush_cache(replica: Replica, command: FlushCache, now: float) -> None:
     """Free unreferenced cached pages and unpublish the rest."""
     replica.outbox.reply(command.call_id, replica.scheduler.flush_cache())
@@ -260,6 +269,7 @@ def status(replica: Replica, now: float) -> CoreStatus:
         paused=replica.pause.mode or "",
         updating=not update.is_idle,
         updating_in_place=session is not None and session.mode == "inplace",
+        released=tuple(sorted(replica.memory.released)),
         num_running=scheduler.num_running,
         num_waiting=scheduler.num_waiting,
         num_used_tokens=scheduler.num_used_tokens,
@@ -287,6 +297,7 @@ def shutdown(replica: Replica, command: Shutdown, now: float) -> None:
     replica.update.end(ShutdownError("the engine is shutting down"))
     replica.reading.end(ShutdownError("the engine is shutting down"))
     replica.groups.end(ShutdownError("the engine is shutting down"))
+    replica.memory.end(ShutdownError("the engine is shutting down"))
     replica.outbox.reply(command.call_id)
     replica.is_ending = True
 
@@ -315,6 +326,8 @@ _CALLS: dict[type, Callable[[Replica, Any, float], None]] = {
     GetWeight: get_weight,
     Digest: digest,
     WeightsChecker: weights_checker,
+    ReleaseMemory: move_memory,
+    ResumeMemory: move_memory,
     FlushCache: flush_cache,
     GetStatus: get_status,
     Shutdown: shutdown,

@@ -6,17 +6,18 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from headrace.config import ResolvedConfig
 from headrace.core.faults import FAULTS, DeviceLost, StepError, describe, is_of_lost_device
 from headrace.types.errors import HeadraceError
+from headrace.types.memory import MemoryTag, Restore
 from headrace.types.messages import JoinGroup
 from headrace.types.plan import PlanRefused, SamplePatch, StepDisturbed, StepPlan, StepResult
 from headrace.types.weights import TensorInfo
-from headrace.weights.session import WeightMemory
+from headrace.weights.memory import WeightMemory
 
 if TYPE_CHECKING:
     from headrace.runner.device_runner import DeviceRunner
@@ -101,6 +102,16 @@ class Executor(Protocol):
     def join_group(self, terms: JoinGroup, seconds: float) -> WeightGroup:
         """Begin to join a trainer's group; the ranks of a replica follow each other from `terms.rank` on. Raises what
         is wrong with the terms. Whoever joins it makes it `fail` in the end."""
+
+    def release(self, tags: Collection[MemoryTag], *, keeps_copy: bool) -> Generator[None]:
+        """Give the memory of these tags back to the system, which has it at the end; told after resting now and then.
+        No plan is in flight. The host keeps a copy of the weights if `keeps_copy`. Closed before its end, or failed, it
+        has released nothing."""
+
+    def resume(self, tags: Collection[MemoryTag], restore: Restore) -> Generator[None]:
+        """Take the memory of these tags again, as zeros at the addresses it had; weights from where `restore` says,
+        which is not "auto". Closed before its end, or failed, it has taken nothing, and a copy is still there. Raises
+        `UnavailableError` where there is no room, `CheckpointError` where the folder has changed."""
 
     def close(self) -> None:
         """Free the device."""
@@ -198,6 +209,12 @@ class LocalExecutor:
         from headrace.weights import group
 
         return group.TorchGroup(terms, self._runner.weights.device, seconds)
+
+    def release(self, tags: Collection[MemoryTag], *, keeps_copy: bool) -> Generator[None]:
+        return self._runner.memory.release(tags, keeps_copy=keeps_copy)
+
+    def resume(self, tags: Collection[MemoryTag], restore: Restore) -> Generator[None]:
+        return self._runner.memory.resume(tags, restore)
 
     def close(self) -> None:
         self._pending.clear()

@@ -6,7 +6,7 @@ Its tokens and log-probabilities are pure functions of the position, in the exac
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,15 @@ import numpy as np
 
 from headrace.core.executor import CheckpointSlices, WeightGroup, Weights
 from headrace.core.faults import DeviceLost, describe, is_of_lost_device
+from headrace.ipc import SharedBuffer
 from headrace.types.errors import CheckpointError, NotFoundError, WeightUpdateError
+from headrace.types.memory import MemoryTag, Restore
 from headrace.types.messages import JoinGroup
 from headrace.types.plan import PositionLogprobs, PromptLogprobs, SamplePatch, SlotInit, StepPlan, StepResult
 from headrace.types.request import Int32Array
 from headrace.types.sampling_params import LogprobOptions
-from headrace.types.weights import TensorInfo, UpdateMode
-from headrace.weights.session import ResolvedMode, StageCopy, Ticket
+from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
+from headrace.weights.memory import Copies, ResolvedMode, StageBuffer, StageCopy, StagePiece, Ticket, one_by_one
 
 FREE_LOGPROB = -0.5
 
@@ -77,6 +79,12 @@ class FreeExecutor:
     def join_group(self, terms: JoinGroup, seconds: float) -> WeightGroup:
         raise WeightUpdateError("this executor has no weights", field="group_name")
 
+    def release(self, tags: Collection[MemoryTag], *, keeps_copy: bool) -> Generator[None]:
+        yield  # there is none
+
+    def resume(self, tags: Collection[MemoryTag], restore: Restore) -> Generator[None]:
+        yield
+
     def close(self) -> None:
         self._plans.clear()
 
@@ -112,6 +120,11 @@ def _free_extras(count: int, options: LogprobOptions) -> PositionLogprobs:
 class FreeWeights:
     """Weights that are nowhere: every update is accepted and costs nothing."""
 
+    device_id = ""
+
+    def open_buffer(self, ref: BufferRef | DeviceRef) -> StageBuffer:
+        return SharedBuffer.open(ref)
+
     def begin(self, manifest: Sequence[TensorInfo], mode: UpdateMode, partial: bool) -> ResolvedMode:
         return self.begin_open(mode, partial)
 
@@ -126,6 +139,9 @@ class FreeWeights:
 
     def stage(self, index: int, data: Any, start: int | None = None) -> StageCopy:
         return _FreeCopy()
+
+    def stage_pieces(self, pieces: Iterator[StagePiece]) -> Copies:
+        return one_by_one(self.stage, pieces)
 
     def forget(self, index: int) -> list[int]:
         return [index]

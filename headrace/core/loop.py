@@ -73,8 +73,8 @@ class CoreLoop:
             stepped = self._step(may_submit=True, admit_new=True)
             replica.outbox.flush(force=not stepped)
             return stepped
-        pause, update = replica.pause, replica.update
-        may_submit = not pause.is_paused and not update.holds_generation
+        pause, update, memory = replica.pause, replica.update, replica.memory
+        may_submit = not replica.stands_still and not update.holds_generation
         stepped = self._step(may_submit=may_submit, admit_new=not pause.is_draining and not update.is_draining)
         replica.outbox.flush()
         now = self._clock()
@@ -82,8 +82,9 @@ class CoreLoop:
         update.expire(now)
         replica.reading.expire(now)
         replica.groups.advance(now)
+        memory.expire(now)
         budget = STAGE_BUDGET_BUSY_S if stepped else STAGE_BUDGET_IDLE_S
-        progressed = update.advance(budget, now) or replica.reading.advance(budget)
+        progressed = memory.advance(budget) or update.advance(budget, now) or replica.reading.advance(budget)
         self._expire_held_requests(now)
         replica.outbox.flush(force=not stepped)
         return stepped or progressed
@@ -105,8 +106,10 @@ class CoreLoop:
     @property
     def _is_quiet(self) -> bool:
         """Nothing waits for what happens between steps, and nothing holds them up."""
-        replica = self.replica
-        return replica.update.is_idle and not (replica.pause.pauses or replica.reading.reads or replica.groups.joining)
+        replica, memory = self.replica, self.replica.memory
+        if not replica.update.is_idle or memory.lacks or memory.jobs:
+            return False
+        return not (replica.pause.pauses or replica.reading.reads or replica.groups.joining)
 
     def _step(self, *, may_submit: bool, admit_new: bool) -> bool:
         scheduler = self.replica.scheduler
@@ -118,9 +121,10 @@ class CoreLoop:
         return stepped
 
     def _expire_held_requests(self, now: float) -> None:
-        """Answer requests that have waited behind a pause or an update for `pause_timeout`."""
+        """Answer requests that have waited behind a pause, an update or for memory for `pause_timeout`."""
         replica = self.replica
         held = replica.pause.mode is not None or replica.update.holds_generation or replica.update.is_draining
+        held = held or bool(replica.memory.lacks)
         if not held:
             self._held_since = None
             return
@@ -137,10 +141,11 @@ class CoreLoop:
         if self._is_quiet:
             return _LONGEST_WAIT_S
         replica = self.replica
-        if replica.update.waits_for_arrivals or replica.groups.joining:
+        if self.replica.update.waits_for_arrivals or self.replica.groups.joining:
             return _ARRIVAL_LOOK_S
-        deadlines = [replica.pause.deadline, replica.update.deadline, replica.reading.deadline]
-        if self._held_since is not None and replica.scheduler.num_waiting:
+        owners = (replica.pause, replica.update, replica.reading, replica.memory)
+        deadlines = [owner.deadline for owner in owners]
+        if self._held_since is not None and self.replica.scheduler.num_waiting:
             deadlines.append(self._next_expiry)
         waits = [deadline - self._clock() for deadline in deadlines if deadline is not None]
         return max(0.0, min([*waits, _LONGEST_WAIT_S]))

@@ -8,6 +8,7 @@ from headrace.core.grouping import GroupControl
 from headrace.core.outbox import Outbox
 from headrace.core.pausing import PauseControl
 from headrace.core.reading import ReadControl
+from headrace.core.releasing import MemoryControl, MemorySettings
 from headrace.core.stepping import Stepper
 from headrace.core.updating import UpdateControl
 from headrace.ipc import CoreLink, Pulse
@@ -42,9 +43,18 @@ class Replica:
             has_weights=former.is_current,
             num_sessions=former.num_deaths * _SESSIONS_PER_CORE,
         )
-        self.update = UpdateControl(machine, executor, self.scheduler, self.stepper, self.outbox, self.pause)
+        self.update = UpdateControl(
+            machine, executor, self.scheduler, self.stepper, self.outbox, lambda: self.stands_still
+        )
+        memory = MemorySettings(resolved.memory_is_kept, settings.keep_weights_copy)
+        self.memory = MemoryControl(memory, executor, self.update, self.scheduler, self.stepper, self.outbox)
         self.reading = ReadControl(executor, self.update, self.outbox)
         self.groups = GroupControl(executor, self.outbox)
+
+    @property
+    def stands_still(self) -> bool:
+        """No step may run, and no update is why."""
+        return self.pause.is_paused or bool(self.memory.lacks)
 
 
 def scheduler_limits(resolved: ResolvedConfig) -> SchedulerLimits:

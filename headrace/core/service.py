@@ -85,6 +85,7 @@ def _build(
         num_layers=len(resolved.model.layers),
         explanations=resolved.explanations,
         front=loop.front,
+        device=executor.weights.device_id,
     )
     try:
         link.send(ready)

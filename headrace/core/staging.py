@@ -4,33 +4,33 @@ and what they are taken from."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from headrace.core.executor import WeightGroup
-from headrace.ipc import SharedBuffer
 from headrace.types.errors import CheckpointError, WeightUpdateError
 from headrace.types.messages import NO_DEADLINE, Receive, Stage
-from headrace.weights.session import StageCopy, WeightMachine
+from headrace.weights.memory import Copies, StageCopy, StagePiece
+from headrace.weights.session import WeightMachine
 
-Copies = Iterator[tuple[int | None, StageCopy] | None]
-"""The index of the tensor that a copy completes, None for a piece before its last one, and the copy. Or None, where the
-next tensor has not come yet: ask again."""
+ArrivingCopies = Iterator[tuple[Sequence[int], StageCopy] | None]
+"""As `Copies`, or None, where the next tensor has not come yet: ask again."""
 
 
 class StageJob:
     """Tensors on their way into a session. `call_id` is the call to answer then; None: the core reads a folder.
 
-    `what` they are, for messages; `close` lets go of what the copies are taken from. `is_waiting`: the last `advance`
-    found that the next tensor has not come.
+    `copies` are the indices of the tensors that a copy completes, none for a piece before its last one, and the copy;
+    `close` lets go of what they are taken from; `what` they are, for messages. `is_waiting`: the last `advance` found
+    that the next tensor has not come.
     """
 
     def __init__(
         self,
         machine: WeightMachine,
         session_id: int,
-        copies: Copies,
+        copies: ArrivingCopies,
         call_id: int | None,
         deadline: float = NO_DEADLINE,
         close: Callable[[], None] | None = None,
@@ -43,7 +43,7 @@ class StageJob:
         self._machine = machine
         self._session_id = session_id
         self._copies = copies
-        self._current: tuple[int | None, StageCopy] | None = None
+        self._current: tuple[Sequence[int], StageCopy] | None = None
         self._close = close
 
     def advance(self, budget_s: float, now: float) -> bool:
@@ -62,19 +62,18 @@ class StageJob:
             if self._current is None:
                 self.is_waiting = True
                 return False
-            index, copy = self._current
+            indices, copy = self._current
             try:
                 is_done = copy.advance(max(0.0, stop_at - time.perf_counter()))
             finally:
                 if copy.has_written:
                     self._machine.note_write(self._session_id)
             if is_done:
-                if index is None:
-                    self._machine.require(self._session_id).touch(now)
-                else:
+                self._machine.require(self._session_id).touch(now)
+                for index in indices:
                     self._machine.mark_staged(self._session_id, index, now)
                 self._current = None
-            if time.perf_counter() >= stop_at:
+            if not is_done or time.perf_counter() >= stop_at:
                 return False
 
     def close(self) -> None:
@@ -103,17 +102,17 @@ def job_from_buffer(machine: WeightMachine, command: Stage, now: float) -> Stage
         sizes.append(size)
     if len({(entry.index, entry.start) for entry in command.entries}) != len(command.entries):
         raise WeightUpdateError("a tensor is named twice in one stage call", field="entries")
-    buffer = SharedBuffer.open(command.buffer)
+    buffer = machine.open_buffer(command.buffer)
 
-    def copies() -> Copies:
+    def pieces() -> Iterator[StagePiece]:
         for entry, size in zip(command.entries, sizes, strict=True):
             total = staged.manifest[entry.index].num_bytes
-            data, is_last = buffer.view[entry.offset : entry.offset + size], entry.start + size == total
-            start, replaces = None if size == total else entry.start, entry.replaces and not entry.start
-            copy = machine.stage(command.session_id, entry.index, data, start, replaces=replaces)
-            yield entry.index if is_last else None, copy
+            start, is_last = None if size == total else entry.start, entry.start + size == total
+            data, replaces = buffer.part(entry.offset, size), entry.replaces and not entry.start
+            yield StagePiece(entry.index, data, start, is_last, replaces)
 
-    return StageJob(machine, command.session_id, copies(), command.call_id, command.deadline, buffer.close)
+    copies = machine.stage_pieces(command.session_id, pieces())
+    return StageJob(machine, command.session_id, copies, command.call_id, command.deadline, buffer.close)
 
 
 def job_from_group(machine: WeightMachine, command: Receive, group: WeightGroup, now: float) -> StageJob:
@@ -126,17 +125,15 @@ def job_from_group(machine: WeightMachine, command: Receive, group: WeightGroup,
     for each in taken:
         info = machine.check_stage(command.session_id, each.index, now, replaces=each.replaces)
         if (info.name, info.shape, info.dtype) != (each.info.name, each.info.shape, each.info.dtype):
-            is_and_says = (
-                f"{each.info.dtype} {list(each.info.shape)}, the manifest says {info.dtype} {list(info.shape)}"
-            )
-            raise WeightUpdateError(f"{each.info.name} is announced as {is_and_says}", field=each.info.name)
+            announced, meant = (f"{of.name} {of.dtype} {list(of.shape)}" for of in (each.info, info))
+            raise WeightUpdateError(f"{announced} is announced where the manifest has {meant}", field=each.info.name)
     if len({each.index for each in taken}) != len(taken):
         raise WeightUpdateError("a tensor is named twice in one call", field="names")
     session.touch(now)
     infos = [each.info for each in command.tensors]
     arrivals = group.receive(infos, command.is_bucket, command.deadline - now)
 
-    def copies() -> Copies:
+    def copies() -> ArrivingCopies:
         while not arrivals.is_complete:
             found = arrivals.take()
             if found is None:
@@ -146,7 +143,7 @@ def job_from_group(machine: WeightMachine, command: Receive, group: WeightGroup,
             each = command.tensors[place]
             if each.index >= 0:
                 copy = machine.stage(command.session_id, each.index, data, replaces=each.replaces)
-                yield each.index, copy
+                yield (each.index,), copy
             arrivals.free()
 
     what = f"what weight group {command.group!r} brings"
@@ -163,6 +160,6 @@ def job_from_tensors(
         for name, tensor in tensors:
             if name not in index_of:
                 raise CheckpointError(f"{folder} changed while it was read: {name} is new", field=name)
-            yield index_of[name], machine.stage(session_id, index_of[name], tensor)
+            yield (index_of[name],), machine.stage(session_id, index_of[name], tensor)
 
     return StageJob(machine, session_id, copies(), None)

@@ -9,9 +9,9 @@ memory's part in it, are `headrace.weights.session`.
     any but COMMITTING ---abort, expiry--> IDLE
 
 A shadow session needs a hold only to commit. An in-place session needs it from the first staged byte to its end. Before
-a hold begins the requests in flight are treated as the session asks (`in_flight`). While generation is paused the hold
-begins at once: nothing can drain then, so "drain" treats what the pause kept as "keep" does. While an open-ended
-session lacks tensors a pause does not end.
+a hold begins the requests in flight are treated as the session asks (`in_flight`). While generation is paused, or lacks
+memory, the hold begins at once: nothing can drain then, so "drain" treats what was kept as "keep" does. While an
+open-ended session lacks tensors a pause does not end.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 from headrace.core.executor import Executor, WeightGroup
 from headrace.core.faults import FAULTS, failure
 from headrace.core.outbox import Outbox
-from headrace.core.pausing import PauseControl
 from headrace.core.staging import StageJob, job_from_buffer, job_from_group, job_from_tensors
 from headrace.core.stepping import Stepper
 from headrace.core.update_phase import COMMIT_LOOK_S, Hold, PendingCall, UpdatePhase
@@ -58,8 +57,9 @@ class UpdateControl:
         scheduler: Scheduler,
         stepper: Stepper,
         outbox: Outbox,
-        pause: PauseControl,
+        stands_still: Callable[[], bool],
     ) -> None:
+        """`stands_still`: generation is paused, or lacks memory, so that nothing can drain."""
         self.machine = machine
         self.num_updates = 0
         self.last_pause_ms = 0.0
@@ -68,7 +68,7 @@ class UpdateControl:
         self._scheduler = scheduler
         self._stepper = stepper
         self._outbox = outbox
-        self._pause = pause
+        self._stands_still = stands_still
         self.live_stamp = 0
         self._looking: tuple[PendingCall, Generator[None]] | None = None  # through a folder, for this call
         self._opening_call = 0  # that opened the session: whoever gives it up has no session
@@ -94,8 +94,11 @@ class UpdateControl:
         return UpdatePhase.DRAINING if drains else UpdatePhase.FILLING
 
     def check_readable(self) -> None:
-        """`UpdateConflictError` while live weights are being written: nobody could say what was read."""
+        """`UpdateConflictError` while live weights are being written: nobody could say what was read. There is nothing
+        to read while they are released: `NeedsWeightsError`."""
         session = self.machine.session
+        if self.machine.state == "released" and (refusal := self.machine.refusal()) is not None:
+            raise refusal
         if session is not None and session.mode == "inplace" and session.has_written:
             message = f"session {session.session_id} is writing live weights in place; read them when it is over"
             raise UpdateConflictError(message, field="session_id")
@@ -107,6 +110,12 @@ class UpdateControl:
         refusal = self.machine.refusal()
         if refusal is not None:
             raise refusal
+
+    def check_idle(self) -> None:
+        """`UpdateConflictError` unless an update could begin: none has, and weights have memory."""
+        self.machine.check_no_session()
+        if self._looking is not None:
+            raise UpdateConflictError("an update from a folder has begun; abort it first", field="session_id")
 
     @property
     def holds_generation(self) -> bool:
@@ -122,7 +131,7 @@ class UpdateControl:
 
     def begin(self, command: BeginUpdate, now: float) -> UpdateBegun:
         """Open a session for a manifest that is right as a whole."""
-        self._check_idle()
+        self.check_idle()
         session = self._open(command, command.manifest, command.timeout_s, now)
         self._opening_call = command.call_id
         return UpdateBegun(session.session_id, session.mode)
@@ -136,14 +145,12 @@ class UpdateControl:
     def stage(self, command: Stage, now: float) -> None:
         """Queue the copy of an upload; it is answered when all of it is in place."""
         self._require_no_commit(command.session_id)
-        self._jobs.append(job_from_buffer(self.machine, command, now))
-        self._note_stage()
+        self._queue(job_from_buffer(self.machine, command, now))
 
     def receive(self, command: Receive, group: WeightGroup, now: float) -> None:
         """Queue what arrives at a group; it is answered when all of it is in place."""
         self._require_no_commit(command.session_id)
-        self._jobs.append(job_from_group(self.machine, command, group, now))
-        self._note_stage()
+        self._queue(job_from_group(self.machine, command, group, now))
 
     def commit(self, command: CommitUpdate, now: float) -> None:
         """Ask for the commit; it is answered when the weights are live."""
@@ -177,7 +184,7 @@ class UpdateControl:
 
     def from_disk(self, command: UpdateFromDisk, now: float) -> None:
         """A whole session over a checkpoint folder; answered when the weights are live."""
-        self._check_idle()
+        self.check_idle()
         self._looking = PendingCall(command.call_id, command.deadline), self._look_through(command, now)
 
     def check_resume(self) -> None:
@@ -194,7 +201,7 @@ class UpdateControl:
 
     def lose_weights(self, seed: int) -> None:
         """Overwrite live weights with noise. Every request is answered; none is served until an update lands."""
-        self._check_idle()
+        self.check_idle()
         self.machine.lose()
         self.live_stamp += 1
         self._stepper.settle()
@@ -296,19 +303,13 @@ class UpdateControl:
         if self._commit is not None:
             raise UpdateConflictError(f"session {session_id} is being committed", field="session_id")
 
-    def _check_idle(self) -> None:
-        self.machine.check_no_session()
-        if self._looking is not None:
-            raise UpdateConflictError("an update from a folder has begun; abort it first", field="session_id")
-
     def _look_through(self, command: UpdateFromDisk, now: float) -> Generator[None]:
         """Find out what a folder holds; then open a session for it, in which all of it is staged and committed."""
         folder, root = Path(command.path), Path(command.root) if command.root else None
         manifest, tensors = yield from self._executor.checkpoint(folder, root)
         session = self._open(command, tuple(manifest), command.deadline - now, now)
-        self._jobs.append(job_from_tensors(self.machine, session.session_id, tensors, folder))
+        self._queue(job_from_tensors(self.machine, session.session_id, tensors, folder))
         self._commit, self._looking = PendingCall(command.call_id, command.deadline), None
-        self._note_stage()
 
     def _look(self, slices: Generator[None], budget_s: float) -> bool:
         stop_at = time.perf_counter() + budget_s
@@ -330,7 +331,8 @@ class UpdateControl:
             slices.close()
             self._outbox.refuse(call.call_id, reason.info())
 
-    def _note_stage(self) -> None:
+    def _queue(self, job: StageJob) -> None:
+        self._jobs.append(job)
         if self._steps_at_first_stage is None:
             self._steps_at_first_stage = self._stepper.num_completed
 
@@ -340,7 +342,7 @@ class UpdateControl:
         return self._commit is not None and not self._jobs
 
     def _policy(self, session: OpenUpdate) -> InFlight:
-        return "keep" if session.in_flight == "drain" and self._pause.is_paused else session.in_flight
+        return "keep" if session.in_flight == "drain" and self._stands_still() else session.in_flight
 
     def _begin_hold(self, session: OpenUpdate) -> bool:
         """Stop generation as the policy says. False while requests still drain."""

@@ -6,7 +6,7 @@ from headrace.engine.engine import Engine
 from headrace.engine.requests import GenerateItem, GenerateOptions
 from headrace.engine.serving import ServerHandle
 from headrace.engine.stream import Stream
-from headrace.engine.update import UpdateSession
+from headrace.engine.update_session import UpdateSession
 
 __all__ = [
     "DEFAULT_UPDATE_TIMEOUT",

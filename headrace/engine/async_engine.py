@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack, get_args
@@ -18,6 +18,7 @@ from headrace.engine.control import (
     UpdateTerms,
     folder_of,
     seconds_of,
+    tags_of,
     terms_of,
     terms_of_part,
     version_of,
@@ -30,15 +31,19 @@ from headrace.engine.runtime import Undoable
 from headrace.engine.serving import HttpServer, server_door, stop_server
 from headrace.engine.stream import Stream, StreamGroup, cancel_all, whole_samples
 from headrace.engine.tensors import HeldTensors, NamedTensors, to_tensor
-from headrace.engine.update import Manifest, Run, UpdateSession, manifest_of
+from headrace.engine.update import Run
+from headrace.engine.update_session import Manifest, UpdateSession, manifest_of
 from headrace.text import run_sized
 from headrace.types.generation import Generation
+from headrace.types.memory import MemoryTag, OnRelease, Restore
 from headrace.types.messages import (
     CoreStatus,
     Digest,
     FlushCache,
     GetStatus,
+    ReleaseMemory,
     Resume,
+    ResumeMemory,
     SetVersion,
     UpdateFromDisk,
     WeightBytes,
@@ -131,8 +136,8 @@ class AsyncEngine(EngineLifecycle):
     def undoable_stream(
         self, prompts: Prompts, input_ids: InputIds, sampling_params: Sampling, options: GenerateOptions
     ) -> Undoable[StreamGroup]:
-        """How `stream` starts, and what undoes that: for `Runtime.run` and `wait`. The group is bound to the engine's
-        loop."""
+        """How `stream` starts, and what undoes that: for `EngineLoop.run` and `wait`. The group is bound to the
+        engine's loop."""
         self.runtime.check_open()
         return self._open_group(CallArguments(prompts, input_ids, sampling_params, options, stream=True)), _drop
 
@@ -148,6 +153,20 @@ class AsyncEngine(EngineLifecycle):
         running = self._parts or self._running
         running.runtime.check_open()
         return running.intake.submit(item)
+
+    async def expand(self, call: CallArguments) -> list[GenerateItem]:
+        """One item per sample that a call asks for, prompt-major, checked. To be called on the engine's loop.
+
+        Much text is encoded, and many prompts are read, in another thread, so that streams and heartbeats go on.
+        """
+        self.runtime.check_open()
+        size = _size_of(call.prompts if call.input_ids is None else call.input_ids)
+        return await run_sized(size, functools.partial(self._running.builder.expand, call))
+
+    async def submit_all(self, items: Sequence[GenerateItem]) -> list[Stream]:
+        """Start all of them, or none. To be called on the engine's loop; the streams too are bound to it."""
+        self.runtime.check_open()
+        return await self._running.intake.submit_all(items)
 
     @_on_engine_loop
     async def abort(
@@ -172,7 +191,7 @@ class AsyncEngine(EngineLifecycle):
         await self.runtime.run(pausing, regret)
 
     def undoable_pause(self, mode: PauseMode, timeout: float | None) -> Undoable[int]:
-        """What `pause` does, and what undoes it: for `Runtime.run` and `wait`."""
+        """What `pause` does, and what undoes it: for `EngineLoop.run` and `wait`."""
         mode = as_choice(mode, get_args(PauseMode), "mode")
         seconds = seconds_of(timeout)
         client = self.runtime.client
@@ -184,6 +203,33 @@ class AsyncEngine(EngineLifecycle):
         """Go on after `pause`. `UpdateConflictError`, naming what is missing, while an update in buckets is not
         complete, and while live weights are half written."""
         await self.runtime.client.change(Resume, NoneType)
+
+    @_on_engine_loop
+    async def release_memory_occupation(
+        self, tags: Sequence[MemoryTag] | None = None, *, in_flight: OnRelease = "abort", timeout: float | None = None
+    ) -> None:
+        """Give memory back to the system: "weights", "kv_cache", "cuda_graph", or all. Returns when it is free; what is
+        released already stays so.
+
+        Requests in flight are ended with what they have, or, with "recompute", kept and computed again after the
+        resume. Requests that come meanwhile wait, at most `pause_timeout` seconds. `UpdateConflictError` while an
+        update is open.
+        """
+        given, how, seconds = tags_of(tags), as_choice(in_flight, get_args(OnRelease), "in_flight"), seconds_of(timeout)
+        await self.runtime.client.change(lambda call_id: ReleaseMemory(call_id, given, how), NoneType, seconds)
+
+    @_on_engine_loop
+    async def resume_memory_occupation(
+        self, tags: Sequence[MemoryTag] | None = None, *, restore: Restore = "auto", timeout: float | None = None
+    ) -> None:
+        """Take released memory again, in any order. Generation goes on when weights and KV cache are there.
+
+        Weights come from the copy that `keep_weights_copy` left ("copy"), from the engine's folder if they were its
+        own ("disk"), or from a complete update that follows ("await"), until which requests get a `NeedsWeightsError`.
+        "auto": from the copy if there is one. Where there is no room, `UnavailableError`, and all stays released.
+        """
+        given, source, seconds = tags_of(tags), as_choice(restore, get_args(Restore), "restore"), seconds_of(timeout)
+        await self.runtime.client.change(lambda call_id: ResumeMemory(call_id, given, source), NoneType, seconds)
 
     @_on_engine_loop
     async def flush_cache(self) -> int:
@@ -211,7 +257,7 @@ class AsyncEngine(EngineLifecycle):
         return await self.runtime.run(*self.undoable_begin(manifest, terms))
 
     def undoable_begin(self, manifest: Manifest, terms: UpdateTerms) -> Undoable[UpdateSession]:
-        """What `begin_update` does, and what undoes it: for `Runtime.run` and `wait`."""
+        """What `begin_update` does, and what undoes it: for `EngineLoop.run` and `wait`."""
         self.runtime.check_open()
         updater = self.runtime.updater
         return updater.begin(manifest_of(manifest), terms), updater.abort_quietly
@@ -380,19 +426,14 @@ class AsyncEngine(EngineLifecycle):
 
     @_on_engine_loop
     async def _generate(self, call: CallArguments) -> list[Generation]:
-        streams = await self._running.intake.submit_all(await self._expand(call))
+        streams = await self.submit_all(await self.expand(call))
         try:
             return await whole_samples(streams)
         finally:
             cancel_all(streams)
 
     async def _open_group(self, call: CallArguments) -> StreamGroup:
-        return StreamGroup(await self._running.intake.submit_all(await self._expand(call)))
-
-    async def _expand(self, call: CallArguments) -> list[GenerateItem]:
-        """Much text is encoded, and many prompts are read, in another thread, so that streams and heartbeats go on."""
-        size = _size_of(call.prompts if call.input_ids is None else call.input_ids)
-        return await run_sized(size, functools.partial(self._running.builder.expand, call))
+        return StreamGroup(await self.submit_all(await self.expand(call)))
 
 
 async def _drop(group: StreamGroup) -> None:

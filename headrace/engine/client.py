@@ -33,6 +33,7 @@ from headrace.types.messages import (
     GetStatus,
     Output,
     Pause,
+    ReleaseMemory,
     Reply,
     Shutdown,
     Submit,
@@ -98,6 +99,8 @@ class CoreClient:
         self._barred: HeadraceError | None = None
         self.status: CoreStatus | None = None
         self.is_whole = True
+        self.device = ""
+        """The UUID of the device that the core's weights are on; "" on a CPU."""
 
     @property
     def is_alive(self) -> bool:
@@ -128,6 +131,7 @@ class CoreClient:
         if ready.error is not None:
             raise ready.error.to_exception()
         self._last_handle = handle_of(ready.front, self._last_handle)
+        self.device = ready.device
         await self._take_over()
         self._watch = loop.create_task(self._watch_core())
         return ready
@@ -250,6 +254,9 @@ class CoreClient:
         mode = self.ledger.paused
         if mode is not None:
             await self._calls.call(lambda call_id: Pause(call_id, mode), self.control_timeout)
+        tags = tuple(self.ledger.released)
+        if tags:
+            await self._calls.call(lambda call_id: ReleaseMemory(call_id, tags), self.control_timeout)
         status = await self._calls.ask(GetStatus, self.control_timeout)
         self._note(msgspec.msgpack.decode(status, type=CoreStatus))
         self._barred = None

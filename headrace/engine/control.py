@@ -9,10 +9,12 @@ import msgspec
 
 from headrace.engine.fields import MAX_NAME_LENGTH
 from headrace.types.errors import CheckpointError, WeightUpdateError, encodable
-from headrace.types.plain_values import as_choice, as_flag, as_integer, as_seconds, plain_text
+from headrace.types.memory import MEMORY_TAGS, MemoryTag
+from headrace.types.plain_values import as_choice, as_flag, as_integer, as_list, as_seconds, plain_text
 from headrace.types.weights import InFlight, UpdateMode
 
 DEFAULT_UPDATE_TIMEOUT = 600.0
+MAX_TAGS = 64
 
 
 class UpdateTerms(msgspec.Struct, frozen=True):
@@ -60,3 +62,12 @@ def folder_of(path: str | Path) -> str:
 def seconds_of(timeout: Any) -> float | None:
     """A time limit; None stands for the default."""
     return None if timeout is None else as_seconds(timeout, "timeout")
+
+
+def tags_of(tags: Any) -> tuple[MemoryTag, ...]:
+    """Tags of memory, each once; none are all."""
+    given = (
+        () if tags is None else as_list(tags, "tags", f"a list of {', '.join(MEMORY_TAGS)}", MAX_TAGS, takes_sets=True)
+    )
+    found = [as_choice(tag, MEMORY_TAGS, "tags") for tag in given]
+    return tuple(tag for tag in MEMORY_TAGS if tag in found)

@@ -19,7 +19,8 @@ from headrace.engine.requests import GenerateOptions
 from headrace.engine.runtime import Regret, result_of
 from headrace.engine.serving import ServerHandle, stop_server
 from headrace.engine.tensors import NamedTensors, to_tensor
-from headrace.engine.update import Manifest, UpdateSession, run_here
+from headrace.engine.update import run_here
+from headrace.engine.update_session import Manifest, UpdateSession
 from headrace.text import Tokenizer
 from headrace.types.errors import HeadraceError
 from headrace.types.generation import Generation
@@ -86,6 +87,8 @@ class Engine:
     score = _blocking(AsyncEngine.score)
     abort = _blocking(AsyncEngine.abort)
     resume = _blocking(AsyncEngine.resume)
+    release_memory_occupation = _blocking(AsyncEngine.release_memory_occupation)
+    resume_memory_occupation = _blocking(AsyncEngine.resume_memory_occupation)
     flush_cache = _blocking(AsyncEngine.flush_cache)
     commit = _blocking(AsyncEngine.commit)
     abort_update = _blocking(AsyncEngine.abort_update)

@@ -16,7 +16,8 @@ import msgspec
 
 from headrace.engine.client import CoreClient
 from headrace.engine.control import UpdateTerms
-from headrace.engine.update import Run, Updater, UpdateSession
+from headrace.engine.update import Run, Updater
+from headrace.engine.update_session import UpdateSession
 from headrace.types.errors import HeadraceError, UpdateConflictError, WeightUpdateError
 from headrace.types.request import DEFAULT_VERSION
 from headrace.types.weights import TensorInfo, UpdateReport

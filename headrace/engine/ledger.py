@@ -1,7 +1,8 @@
 """What a core has acknowledged, kept in the front for the day on which another core takes its place.
 
-Owns the facts that outlive a core: whether its weights are still those of its checkpoint, their label and epoch, and
-whether it was paused. What was asked for and not acknowledged counts against the checkpoint, never for a new label.
+Owns the facts that outlive a core: whether its weights are still those of its checkpoint, their label and epoch,
+whether it was paused, and what memory it had given back. What was asked for and not acknowledged counts against the
+checkpoint, never for a new label.
 """
 
 from __future__ import annotations
@@ -9,20 +10,24 @@ from __future__ import annotations
 import msgspec
 
 from headrace.config import Takeover
+from headrace.types.memory import MEMORY_TAGS, MemoryTag
 from headrace.types.messages import (
     Command,
     CommitUpdate,
     GiveUp,
     Pause,
+    ReleaseMemory,
     Reply,
     Resume,
+    ResumeMemory,
     SetVersion,
     UpdateFromDisk,
     WeightsChecker,
 )
 from headrace.types.weights import PauseMode, UpdateReport
 
-_Change = CommitUpdate | UpdateFromDisk | SetVersion | WeightsChecker | Pause | Resume | GiveUp
+_OfMemory = ReleaseMemory | ResumeMemory
+_Change = CommitUpdate | UpdateFromDisk | SetVersion | WeightsChecker | _OfMemory | Pause | Resume | GiveUp
 _OfWeights = CommitUpdate | UpdateFromDisk | SetVersion | WeightsChecker
 
 
@@ -31,6 +36,7 @@ class Ledger:
 
     def __init__(self, version: str) -> None:
         self._pauses: dict[int, PauseMode] = {}  # by call, as the core keeps them
+        self.released: set[MemoryTag] = set()
         self._version = version
         self._epoch = 0
         self._num_deaths = 0
@@ -55,6 +61,10 @@ class Ledger:
             self._pauses[command.call_id] = command.mode
         elif isinstance(command, Resume):
             self._pauses.clear()
+        elif isinstance(command, ReleaseMemory):
+            self.released.update(command.tags or MEMORY_TAGS)
+        elif isinstance(command, ResumeMemory):
+            self.released.difference_update(command.tags or MEMORY_TAGS)
         elif isinstance(command, GiveUp):
             self._pauses.pop(command.target, None)
         else:

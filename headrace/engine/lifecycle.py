@@ -12,7 +12,7 @@ from typing import Any, Self, get_args
 
 from headrace.config import EngineConfig, ResolvedConfig
 from headrace.engine.core_host import ExecutorKind
-from headrace.engine.runtime import Runtime
+from headrace.engine.runtime import EngineLoop
 from headrace.engine.starting import Running, Start
 from headrace.text import Tokenizer
 from headrace.types.errors import ConfigError, HeadraceError
@@ -60,7 +60,7 @@ class EngineLifecycle:
         return ended.result()
 
     @property
-    def runtime(self) -> Runtime:
+    def runtime(self) -> EngineLoop:
         """The engine's loop and core. Waits for the start, as `resolved` and `tokenizer` do."""
         return (self._parts or self._running).runtime
 
@@ -99,13 +99,14 @@ class EngineLifecycle:
 
     @property
     def is_ready(self) -> bool:
-        """True when a request would start now: the core answers, is not paused, and its weights are whole."""
+        """True when a request would start now: the core answers, is not paused, has its memory and whole weights."""
         if not self.is_alive:
             return False
         client = self.runtime.client
         if not (client.is_responsive and client.is_whole) or client.status is None:
             return False
-        return not client.status.paused and not client.status.updating_in_place
+        status = client.status
+        return not (status.paused or status.updating_in_place or status.released)
 
     @property
     def _running(self) -> Running:

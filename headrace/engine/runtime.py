@@ -196,7 +196,7 @@ class _Latch:
         return self._is_set
 
 
-class Runtime:
+class EngineLoop:
     """A loop in a daemon thread with one core. `close` may be called from any thread and any signal handler, any number
     of times."""
 
@@ -220,7 +220,7 @@ class Runtime:
         # A core in the caller's process is not restarted: what broke the device for it has broken it for the caller.
         max_restarts = 0 if inprocess else engine.max_core_restarts or 0
         self.supervisor = Supervisor(host, self.client, resolved, executor, max_restarts)
-        self.updater = Updater(self.client, self.loop)
+        self.updater = Updater(self.client, self.loop, shares_process=inprocess)
         self.joined = JoinedUpdate(self.updater, self.client)
         self._closers: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._thread = threading.Thread(target=self._run_loop, name="headrace-engine", daemon=True)

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
-from headrace.engine.runtime import Runtime
+from headrace.engine.runtime import EngineLoop
 from headrace.types.errors import ShutdownError
 
 
@@ -26,7 +26,7 @@ class HttpServer(Protocol):
 class ServerHandle:
     """A running HTTP server of an engine."""
 
-    def __init__(self, running: HttpServer, runtime: Runtime) -> None:
+    def __init__(self, running: HttpServer, runtime: EngineLoop) -> None:
         self._running = running
         self._runtime = runtime
         self.port = running.port

@@ -22,7 +22,7 @@ from headrace.engine.core_host import (
 )
 from headrace.engine.intake import Intake
 from headrace.engine.requests import RequestBuilder
-from headrace.engine.runtime import Runtime, forked, result_of
+from headrace.engine.runtime import EngineLoop, forked, result_of
 from headrace.text import Tokenizer
 from headrace.types.errors import ShutdownError
 from headrace.types.messages import CoreReady
@@ -34,7 +34,7 @@ class Running:
     """An engine that has started. `resolved` says what only the core could measure, too."""
 
     def __init__(
-        self, config: EngineConfig, resolved: ResolvedConfig, tokenizer: Tokenizer | None, runtime: Runtime
+        self, config: EngineConfig, resolved: ResolvedConfig, tokenizer: Tokenizer | None, runtime: EngineLoop
     ) -> None:
         self.resolved = resolved
         self.tokenizer = tokenizer
@@ -59,7 +59,7 @@ class Start:
         self._lock = threading.RLock()  # a signal handler or the garbage collector may close what is just being closed
         self._is_closed = False
         self._pid = os.getpid()
-        self._runtime: Runtime | None = None
+        self._runtime: EngineLoop | None = None
         self._outcome: concurrent.futures.Future[Running] = concurrent.futures.Future()
         self._outcome.set_running_or_notify_cancel()  # somebody who stops waiting does not stop the start
         threading.Thread(target=self._run, name="headrace-start", daemon=True).start()
@@ -118,7 +118,7 @@ class Start:
         resolved = resolve_settings(config, self._executor, first_device=self._device)
         with self._lock:
             self._check_open()
-            self._runtime = runtime = Runtime(resolved, inprocess=self._inprocess, executor=self._executor)
+            self._runtime = runtime = EngineLoop(resolved, inprocess=self._inprocess, executor=self._executor)
             self._check_open()  # the garbage collector may have closed it in here
         tokenizer = load_tokenizer(config, resolved.folder)
         ready = runtime.wait(runtime.supervisor.start())

@@ -15,7 +15,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 
 import msgspec
 
@@ -24,13 +23,13 @@ from headrace.engine.client import CoreClient
 from headrace.engine.core_host import CoreHost, ExecutorKind, start_core
 from headrace.types.errors import EngineDeadError, HeadraceError
 from headrace.types.messages import CoreReady
+from headrace.weights.files import weight_files
 
 logger = logging.getLogger(__name__)
 
 MAX_DELAY_SECONDS = 30.0
 BURIAL_SECONDS = 30.0
 _LOOK_SECONDS = 0.02
-_WEIGHT_ENDINGS = (".safetensors", ".bin", ".index.json")
 
 
 class RestartBudget:
@@ -151,20 +150,6 @@ class Supervisor:
                 raise EngineDeadError(f"core process {self.host.pid} does not end")
             await asyncio.sleep(_LOOK_SECONDS)
         self.host.close(0.0)
-
-
-def weight_files(folder: str) -> frozenset[tuple[str, int, int, int]]:
-    """The weight files in a folder, each with what changes when it is replaced or written. A name that leads nowhere,
-    as of a file that has just been removed, is none."""
-    found = set()
-    for path in Path(folder).iterdir():
-        if path.name.endswith(_WEIGHT_ENDINGS):
-            try:
-                status = path.stat()
-            except OSError:
-                continue
-            found.add((path.name, status.st_ino, status.st_size, status.st_mtime_ns))
-    return frozenset(found)
 
 
 _THEN = "; then it did not start again: "

@@ -113,13 +113,37 @@ class TensorBytes:
         found._part = self._part[part]
         return found
 
-    def copy_into(self, view: memoryview) -> None:
+    def copy_into(self, view: Any) -> None:
         """Write all of them to `view`, which has their size."""
         if not isinstance(self._plain, np.ndarray):
             describe(self._name, self._plain)
             if _num_writes(self._plain) != self._num_writes:
                 raise WeightUpdateError(f"{self._name} was written to while it was sent", field=self._name)
         view[:] = _memory(self._plain)[self._part.start : self._part.stop]
+
+
+class DeviceBytes(TensorBytes):
+    """The same of a tensor on a device, for memory there: nothing waits for the copy."""
+
+    def __init__(self, name: str, tensor: Any) -> None:
+        self._name = name
+        self._plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+        self._num_writes = _num_writes(self._plain)
+        self._part = range(self._plain.nbytes)
+
+    def copy_into(self, view: Any) -> None:
+        """Enqueue, on the current stream, writing all of them to `view`, which is uint8 of their size."""
+        describe(self._name, self._plain)
+        view.copy_(self._plain.reshape(-1).view(view.dtype)[self._part.start : self._part.stop])
+
+
+def device_of(tensor: Any) -> str:
+    """The UUID of the CUDA device that a tensor is on; "" of any other."""
+    if isinstance(tensor, np.ndarray) or tensor.device.type != "cuda":
+        return ""
+    from headrace.weights.device_memory import device_uuid
+
+    return device_uuid(tensor.device)
 
 
 def tensor_bytes(tensor: Any) -> memoryview:

@@ -1,5 +1,6 @@
 """Weight updates seen from the front. Owns the upload buffers, which are shared memory: they carry tensors to the core,
-large ones in pieces. There are NUM_BUFFERS of at most BUFFER_BYTES, whatever is sent. Whoever fills one for a session
+large ones in pieces; those of tensors that are on the core's device are on it too. There are NUM_BUFFERS of each kind
+and a limit to their size, whatever is sent. Whoever fills one for a session
 that is over loses it to the next session.
 
 The caller's iterator of tensors runs wherever the caller is, on a loop of his or on none. So what reads it is told how
@@ -11,22 +12,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from itertools import islice
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from types import NoneType
 from typing import Any, TypeVar
-
-import msgspec
 
 from headrace.engine.calls import outlast
 from headrace.engine.client import CoreClient
 from headrace.engine.control import UpdateTerms
-from headrace.engine.tensors import HeldTensors, NamedTensors, TensorBytes, describe, named_pairs
-from headrace.engine.upload_buffers import Filling, UploadBuffer, aligned
-from headrace.ipc import SharedBuffer
+from headrace.engine.tensors import (
+    DeviceBytes,
+    HeldTensors,
+    NamedTensors,
+    TensorBytes,
+    describe,
+    device_of,
+    named_pairs,
+)
+from headrace.engine.update_session import UpdateSession, check_session
+from headrace.engine.upload_buffers import BufferPool, Fill, Filling, HostMemory, UploadBuffer
 from headrace.types.errors import DeadlineError, HeadraceError, InternalError, UnavailableError, WeightUpdateError
+from headrace.types.http import TensorPiece
 from headrace.types.messages import (
     AbortUpdate,
     BeginUpdate,
@@ -36,104 +44,35 @@ from headrace.types.messages import (
     UpdateBegun,
     UpdateExtended,
 )
-from headrace.types.plain_values import as_list, plain_text
-from headrace.types.weights import MAX_DIMENSIONS, MAX_TENSOR_NAME, MAX_TENSORS, TensorInfo, UpdateReport, shape_problem
-from headrace.weights.weight_map import is_recomputed
+from headrace.types.weights import (
+    BufferEntry,
+    BufferRef,
+    TensorInfo,
+    UpdateReport,
+)
 
 logger = logging.getLogger(__name__)
 
 BUFFER_BYTES = 64 << 20
-NUM_BUFFERS = 2
+DEVICE_BUFFER_BYTES = 512 << 20
+"""Larger, since each is waited for twice and copied in a fraction of a millisecond."""
+
 
 Result = TypeVar("Result")
 Run = Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]]
-Manifest = Iterable[TensorInfo | tuple[str, Iterable[int], str]]
-
-
-class UpdateSession:
-    """An open update. `mode` is what "auto" became; `manifest` is what may be staged, each entry once.
-
-    One that is open-ended grows by `Updater.extend`, and `num_missing` tensors of the model are in no part of it yet.
-    """
-
-    def __init__(
-        self,
-        session_id: int,
-        version: str,
-        mode: str,
-        manifest: tuple[TensorInfo, ...],
-        timeout_s: float,
-        is_partial: bool = False,
-    ) -> None:
-        self.session_id = session_id
-        self.version = version
-        self.mode = mode
-        self.manifest: list[TensorInfo] = []
-        self.timeout_s = timeout_s
-        self.is_partial = is_partial
-        self.num_missing = 0
-        self.num_bytes_staged = 0
-        self.max_part_bytes = 0  # in upload buffers
-        self._indices: dict[str, int] = {}
-        self._sent: set[int] = set()
-        self._settled: set[int] = set()
-        self.grow(manifest)
-
-    def grow(self, manifest: tuple[TensorInfo, ...]) -> None:
-        """These are in the manifest as well."""
-        first = len(self.manifest)
-        self._indices.update((info.name, index) for index, info in enumerate(manifest, first))
-        self.manifest += manifest
-        self.max_part_bytes = max(self.max_part_bytes, sum(aligned(info.num_bytes) for info in manifest))
-
-    def __contains__(self, name: object) -> bool:
-        """A tensor of that name is in the manifest."""
-        return name in self._indices
-
-    def replaces(self, index: int) -> bool:
-        """The tensor may have been staged, by a call that has not succeeded."""
-        return index in self._sent and index not in self._settled
-
-    def note_sent(self, indices: set[int], *, is_settled: bool) -> None:
-        """These were sent by a call that is over; `is_settled` if it succeeded, and they are staged for good."""
-        self._sent |= indices
-        if is_settled:
-            self._settled |= indices
-
-    def info_of(self, name: str) -> TensorInfo:
-        """The manifest's entry of that name. Raises `WeightUpdateError` if there is none."""
-        index = self._indices.get(name)
-        if index is None:
-            raise WeightUpdateError(f"{name} is not in this update's manifest", field=name)
-        return self.manifest[index]
-
-    def unsettle(self, indices: Iterable[int]) -> None:
-        """These come again, and replace what has come."""
-        self._settled.difference_update(indices)
-
-    @property
-    def is_staged(self) -> bool:
-        """All of the manifest has been staged for good."""
-        return len(self._settled) == len(self.manifest)
-
-    def index_of(self, info: TensorInfo) -> int:
-        """The manifest's index of a tensor. Raises `WeightUpdateError` if it is not there as described."""
-        meant = self.info_of(info.name)
-        if (meant.shape, meant.dtype) != (info.shape, info.dtype):
-            got, announced = f"{info.dtype} {list(info.shape)}", f"{meant.dtype} {list(meant.shape)}"
-            raise WeightUpdateError(f"{info.name} is {got}, announced as {announced}", field=info.name)
-        return self._indices[info.name]
 
 
 class Updater:
     """Opens, fills and ends update sessions on one core. Its coroutines run on the engine's loop."""
 
-    def __init__(self, client: CoreClient, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, client: CoreClient, loop: asyncio.AbstractEventLoop, *, shares_process: bool) -> None:
+        """`shares_process`: the core is a thread of this process."""
+        self._shares_process = shares_process
         self._client = client
         self._loop = loop
-        self._free: list[UploadBuffer] = []
-        self._num_buffers = 0
-        self._buffer_bytes = 0
+        self._host = BufferPool(HostMemory, BUFFER_BYTES)
+        self._device: BufferPool | None = None
+        self._short_of_device = 0  # the session that found no room for a buffer there
         self._tasks: set[asyncio.Task[None]] = set()  # uploads, and aborts that nobody awaits
         self._freed = asyncio.Event()
         self._fillings: set[Filling] = set()
@@ -194,13 +133,15 @@ class Updater:
                 if index in sent:
                     raise WeightUpdateError(f"{name} was staged twice", field=name)
                 sent.add(index)
-                data = TensorBytes(name, tensor)
-                for start in range(0, max(1, len(data)), BUFFER_BYTES):
-                    piece = data[start : start + BUFFER_BYTES]
-                    while not filling.write(index, start, piece, replaces=session.replaces(index)):
+                pool, data = self._way_of(session, name, tensor)
+                for start in range(0, max(1, len(data)), pool.max_bytes):
+                    piece = data[start : start + pool.max_bytes]
+                    while not filling.write(pool, index, start, piece, replaces=session.replaces(index)):
+                        filling.flush()
                         await run(self._send(session, filling))
-                        await run(self._take_buffer(session, len(piece), filling))
+                        await run(self._take_buffer(session, pool, len(piece), filling))
                 num_bytes += len(data)
+            filling.flush()
             await run(self._send(session, filling))
             await run(self._drain(filling))
             is_settled = True
@@ -214,6 +155,28 @@ class Updater:
             session.note_sent(sent, is_settled=is_settled)
             self._fillings.discard(filling)  # here: the loop may be closed
             self.call_soon(lambda: self._end(filling))
+
+    async def stage_pieces(self, session: UpdateSession, pieces: Iterable[TensorPiece], fill: Fill) -> None:
+        """As `stage`, of pieces of tensors in the order in which `fill` brings their bytes."""
+        filling = Filling(session.session_id)
+        self._fillings.add(filling)
+        try:
+            for piece in _cut(pieces):
+                while not await filling.fill(piece, fill):
+                    await self._send(session, filling)
+                    await self._take_buffer(session, self._host, piece.num_bytes, filling)
+            await self._send(session, filling)
+            await self._drain(filling)
+        except BaseException:  # whatever it is, nothing more is staged when the caller hears of it
+            await outlast(self._call_off(filling))
+            raise
+        finally:
+            self._fillings.discard(filling)
+            self._end(filling)
+
+    async def stage_buffer(self, session: UpdateSession, ref: BufferRef, entries: tuple[BufferEntry, ...]) -> None:
+        """Stage what lies in a buffer of somebody else's. It is read no more when this ends."""
+        await self._client.call(lambda call_id: Stage(call_id, session.session_id, ref, entries), NoneType)
 
     async def update_from_tensors(self, run: Run, named_tensors: NamedTensors, terms: UpdateTerms) -> UpdateReport:
         """A whole update. The pairs are read once, before anything is sent, since the manifest comes first."""
@@ -246,9 +209,9 @@ class Updater:
             await asyncio.wait(tasks)
         for filling in tuple(self._fillings):
             self._end(filling)
-        for buffer in self._free:
-            buffer.memory.close()
-        self._free.clear()
+        for pool in (self._host, self._device):
+            if pool is not None:
+                pool.close()
 
     def call_soon(self, action: Callable[[], None]) -> None:
         """Call `action` on the engine's loop, from any thread."""
@@ -270,9 +233,36 @@ class Updater:
         except HeadraceError as error:
             logger.debug("session %d was over: %s", session.session_id, error)
 
-    async def _take_buffer(self, session: UpdateSession, num_bytes: int, filling: Filling) -> None:
+    def _way_of(self, session: UpdateSession, name: str, tensor: Any) -> tuple[BufferPool, TensorBytes]:
+        """Which buffers carry a tensor, and its bytes for them. One on the core's device never leaves it, unless there
+        is no room for a buffer."""
+        device_id = self._client.device
+        is_there = bool(device_id) and device_of(tensor) == device_id
+        if is_there and self._device is None and self._short_of_device != session.session_id:
+            try:
+                self._device = self._device_pool(tensor, min(session.max_part_bytes, DEVICE_BUFFER_BYTES))
+            except UnavailableError as error:
+                logger.warning("tensors of session %d go through the host: %s", session.session_id, error)
+                self._short_of_device = session.session_id
+        if is_there and self._device is not None:
+            return self._device, DeviceBytes(name, tensor)
+        return self._host, TensorBytes(name, tensor)
+
+    def _device_pool(self, tensor: Any, size: int) -> BufferPool:
+        """Buffers where `tensor` is, the first of them of `size` bytes. `UnavailableError` if it finds no room."""
+        from headrace.weights.device_memory import SharedDeviceMemory
+
+        make = functools.partial(SharedDeviceMemory, device=tensor.device, shares_process=self._shares_process)
+        pool = BufferPool(make, DEVICE_BUFFER_BYTES)
+        pool.fit(size)
+        first = pool.take()
+        assert first is not None, "the first of a pool is there or an error is"
+        pool.give_back(first)
+        return pool
+
+    async def _take_buffer(self, session: UpdateSession, pool: BufferPool, num_bytes: int, filling: Filling) -> None:
         """A buffer with room for `num_bytes`, waiting for the core to free one if need be."""
-        filling.put(await self._free_buffer(session, num_bytes, filling))
+        filling.put(await self._free_buffer(session, pool, num_bytes, filling))
         if filling.is_over:
             self._end(filling)
 
@@ -287,39 +277,23 @@ class Updater:
             self._give_back(buffer)
         self._freed.set()  # one that waits for a buffer finds out
 
-    async def _free_buffer(self, session: UpdateSession, num_bytes: int, filling: Filling) -> UploadBuffer:
+    async def _free_buffer(
+        self, session: UpdateSession, pool: BufferPool, num_bytes: int, filling: Filling
+    ) -> UploadBuffer:
         self._raise_failures(filling)
-        self._fit_buffers(session, num_bytes)
+        pool.fit(max(min(session.max_part_bytes, pool.max_bytes), num_bytes))
         try:
             async with asyncio.timeout(session.timeout_s):
-                await self._wait_for_buffer(filling)
+                while pool.is_exhausted or (buffer := pool.take()) is None:
+                    self._freed.clear()
+                    await self._freed.wait()
+                    self._raise_failures(filling)
+                return buffer
         except TimeoutError:
             message = f"other tensors of session {session.session_id} hold every buffer for its {session.timeout_s:g} s"
             raise DeadlineError(message, field="timeout") from None
-        if self._free:
-            return self._free.pop()
-        try:
-            buffer = UploadBuffer(SharedBuffer.create(self._buffer_bytes))
         except OSError as error:
             raise UnavailableError(f"no shared memory to send tensors in: {error}", field="named_tensors") from None
-        self._num_buffers += 1
-        return buffer
-
-    async def _wait_for_buffer(self, filling: Filling) -> None:
-        while not self._free and self._num_buffers >= NUM_BUFFERS:
-            self._freed.clear()
-            await self._freed.wait()
-            self._raise_failures(filling)
-
-    def _fit_buffers(self, session: UpdateSession, num_bytes: int) -> None:
-        """Buffers are as large as the largest update so far needs, up to BUFFER_BYTES."""
-        wanted = max(min(session.max_part_bytes, BUFFER_BYTES), num_bytes, 1)
-        if wanted > self._buffer_bytes:
-            self._buffer_bytes = wanted
-        for buffer in [b for b in self._free if b.memory.ref.size < self._buffer_bytes]:
-            self._free.remove(buffer)
-            self._num_buffers -= 1
-            buffer.memory.close()
 
     async def _send(self, session: UpdateSession, filling: Filling) -> None:
         """Make an upload of what has been filled, if anything has."""
@@ -362,44 +336,16 @@ class Updater:
         self._give_back(buffer)
 
     def _give_back(self, buffer: UploadBuffer) -> None:
-        buffer.clear()
-        if buffer.memory.ref.size >= self._buffer_bytes:
-            self._free.append(buffer)
-        else:
-            self._num_buffers -= 1
-            buffer.memory.close()
+        buffer.pool.give_back(buffer)
         self._freed.set()
 
 
-def check_session(session: Any) -> None:
-    """Refuse what `begin_update` did not return."""
-    if not isinstance(session, UpdateSession):
-        message = f"session must be what begin_update returned, not {type(session).__name__}"
-        raise WeightUpdateError(message, field="session")
-
-
-def manifest_of(entries: Manifest) -> tuple[TensorInfo, ...]:
-    """A manifest from `TensorInfo`s or (name, shape, dtype name) triples. Raises `WeightUpdateError` for the rest.
-    Buffers that every engine recomputes are left out, as `stage` leaves them out."""
-    what = "a list of TensorInfo or (name, shape, dtype) entries"
-    manifest: list[TensorInfo] = []
-    for entry in as_list(entries, "manifest", what, MAX_TENSORS, refusal=WeightUpdateError, takes_sets=True):
-        try:
-            fields = msgspec.structs.astuple(entry) if isinstance(entry, TensorInfo) else (*entry, "")
-            name, shape, dtype, digest = fields
-            sizes = tuple(int(size) for size in islice(shape, MAX_DIMENSIONS + 1))
-            name, dtype, digest = map(plain_text, (name, dtype, digest))
-        except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor without a value
-            raise WeightUpdateError(f"manifest must be {what}", field="manifest") from None
-        info = TensorInfo(str(name), sizes, str(dtype).removeprefix("torch."), str(digest))
-        if max(map(len, (info.name, info.dtype, info.digest))) > MAX_TENSOR_NAME:
-            message = f"manifest: entry {len(manifest)} has a name of over {MAX_TENSOR_NAME} characters"
-            raise WeightUpdateError(message, field="manifest")
-        problem = shape_problem(sizes)
-        if problem:
-            raise WeightUpdateError(f"manifest: {info.name} {problem}", field=info.name)
-        manifest.append(info)
-    return tuple(info for info in manifest if not is_recomputed(info.name))
+def _cut(pieces: Iterable[TensorPiece]) -> Iterator[TensorPiece]:
+    """The same bytes in pieces that fit a buffer."""
+    for piece in pieces:
+        for start in range(0, max(1, piece.num_bytes), BUFFER_BYTES):
+            num_bytes = min(BUFFER_BYTES, piece.num_bytes - start)
+            yield TensorPiece(piece.index, piece.start + start, num_bytes, piece.replaces)
 
 
 def run_here(coroutine: Coroutine[Any, Any, Result]) -> Result:

@@ -11,15 +11,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hmac
 import mmap
 import os
+import re
 import stat
 import tempfile
 
 from headrace.types.errors import RequestError, UnavailableError
-from headrace.types.weights import BufferRef
+from headrace.types.weights import BufferRef, DeviceRef
 
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_LENT_PATH = re.compile(r"/proc/[1-9][0-9]{0,9}/fd/[0-9]{1,9}")
+_MEMORY_FILE = "/memfd:headrace"
 _HAS_PROC = os.path.isdir("/proc/self/fd")
 
 
@@ -56,12 +60,14 @@ class SharedBuffer:
         return cls(descriptor, mapping, BufferRef(path, size), unlink_path)
 
     @classmethod
-    def open(cls, ref: BufferRef, *, writable: bool = False) -> SharedBuffer:
+    def open(cls, ref: BufferRef | DeviceRef, *, writable: bool = False) -> SharedBuffer:
         """Map another's buffer for reading, or for writing too.
 
-        Raises `RequestError` (field "buffer") when it is not there or too small, `UnavailableError` when this process
-        is out of descriptors or memory.
+        Raises `RequestError` (field "buffer") when it is not there, too small or a device's, `UnavailableError` when
+        this process is out of descriptors or memory.
         """
+        if isinstance(ref, DeviceRef):
+            raise RequestError("the buffer is on a device, and what it is for is not", field="buffer")
         try:
             mode = os.O_RDWR if writable else os.O_RDONLY
             descriptor = os.open(ref.path, mode | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -78,6 +84,10 @@ class SharedBuffer:
         finally:
             os.close(descriptor)  # the mapping keeps the memory
         return cls(-1, mapping, ref)
+
+    def part(self, offset: int, size: int) -> memoryview:
+        """These bytes."""
+        return self.view[offset : offset + size]
 
     def close(self) -> None:
         """Give the memory back. Views handed out elsewhere keep it mapped until they go. Idempotent."""
@@ -102,6 +112,47 @@ class SharedBuffer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class BorrowedBuffer:
+    """Shared memory that a stranger lends, held by a descriptor of ours: `ref` is read through that, so that what its
+    owner does with his changes nothing.
+
+    It is taken only if it is a memory file of this user, sealed against shortening, of that size, and ends with
+    `token`: who was told the token has written it there, so it is his, and he shares this machine's memory. Raises
+    `RequestError` (field "buffer"), in the same words for all that it is not.
+    """
+
+    def __init__(self, ref: BufferRef, token: bytes) -> None:
+        try:
+            if not _LENT_PATH.fullmatch(ref.path) or not os.readlink(ref.path).startswith(_MEMORY_FILE):
+                raise OSError
+            self._descriptor = os.open(ref.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except (OSError, ValueError):
+            raise _not_lent(ref) from None
+        try:
+            status = os.fstat(self._descriptor)
+            seals = fcntl.fcntl(self._descriptor, fcntl.F_GET_SEALS)
+            end = os.pread(self._descriptor, len(token), ref.size - len(token))
+        except OSError:
+            self.close()
+            raise _not_lent(ref) from None
+        is_fixed = bool(seals & fcntl.F_SEAL_SHRINK) and stat.S_ISREG(status.st_mode) and status.st_size == ref.size
+        if not is_fixed or status.st_uid != os.geteuid() or not hmac.compare_digest(end, token):
+            self.close()
+            raise _not_lent(ref)
+        self.ref = BufferRef(f"/proc/{os.getpid()}/fd/{self._descriptor}", ref.size)
+
+    def close(self) -> None:
+        """Give it back. Idempotent."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _not_lent(ref: BufferRef) -> RequestError:
+    message = f"{ref.path} is no shared buffer of {ref.size} bytes that this process may take"
+    return RequestError(message, field="buffer")
 
 
 def _refusal(message: str, error: OSError | ValueError) -> RequestError | UnavailableError:

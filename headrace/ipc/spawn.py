@@ -135,13 +135,13 @@ def _start(link: int, lifeline: int, pulse: int, executor: str) -> subprocess.Po
         close_fds=True,
         start_new_session=True,
         stdin=subprocess.DEVNULL,
-        stdout=_standard_error(),
-        stderr=_standard_error(),
-        env={**os.environ, "PYTHONPATH": _python_path()},
+        stdout=standard_error(),
+        stderr=standard_error(),
+        env={**os.environ, "PYTHONPATH": python_path()},
     )
 
 
-def _standard_error() -> int:
+def standard_error() -> int:
     """The child's output goes to our error stream: our output may be somebody's data. Nowhere, if we began without one:
     its number may be any other file's by now."""
     try:
@@ -151,7 +151,7 @@ def _standard_error() -> int:
     return 2 if sys.__stderr__ is not None else subprocess.DEVNULL
 
 
-def _python_path() -> str:
+def python_path() -> str:
     """A search path on which the child finds the very package that runs here."""
     package_root = str(Path(__file__).resolve().parents[2])
     inherited = os.environ.get("PYTHONPATH", "")

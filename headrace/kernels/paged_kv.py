@@ -7,9 +7,8 @@ page are contiguous. Seen flat as [num_rows, head_dim], position `offset` of `pa
 
 from __future__ import annotations
 
-import contextlib
 import math
-import mmap
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +16,9 @@ from torch import Tensor
 
 from headrace.config import KvGroup
 from headrace.types.errors import ConfigError
+
+Zeros = Callable[[tuple[int, ...], torch.dtype], Tensor]
+"""Makes the memory of a pool."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +64,21 @@ class KvGeometry:
 class KvPool:
     """Keys and values of all layers of a group, flat: `keys[layer]` and `values[layer]` are [num_rows, head_dim].
 
-    Raises `ConfigError` naming `kv_pool_tokens` where memory does not hold it.
+    `zeros` makes the memory; None: torch does. Raises `ConfigError` naming `kv_pool_tokens` where it cannot.
     """
 
-    def __init__(self, geometry: KvGeometry, dtype: torch.dtype, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        geometry: KvGeometry,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+        zeros: Zeros | None = None,
+    ) -> None:
         self.geometry = geometry
         self.dtype = dtype
         shape = (2 * geometry.num_layers, geometry.num_rows, geometry.head_dim)
-        is_cpu = device is None or device.type == "cpu"
         try:
-            blocks = _lazy_zeros(shape, dtype) if is_cpu else torch.zeros(shape, dtype=dtype, device=device)
+            blocks = zeros(shape, dtype) if zeros else torch.zeros(shape, dtype=dtype, device=device or "cpu")
         except (OSError, OverflowError, torch.OutOfMemoryError) as error:
             size = f"{math.prod(shape) * dtype.itemsize / (1 << 30):,.1f} GiB"
             message = f"a KV pool of {size} does not fit in memory; lower kv_pool_tokens ({error})"
@@ -103,17 +110,3 @@ def token_rows(geometry: KvGeometry, page_ids_NC: Tensor, num_positions: int) ->
     offsets = torch.arange(geometry.page_size, dtype=page_ids_NC.dtype, device=page_ids_NC.device)
     rows_NCP = (page_ids_NC * (geometry.num_kv_heads * geometry.page_size)).unsqueeze(-1) + offsets
     return rows_NCP.reshape(page_ids_NC.shape[0], -1)[:, :num_positions]
-
-
-def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros whose memory the system provides on first touch, page-aligned, in huge pages where it has them.
-
-    torch.zeros writes every byte at once; a pool is sized for the worst case and mostly never touched. Huge pages spare
-    most of the address translations of reading scattered pages.
-    """
-    num_elements = math.prod(shape)
-    block = mmap.mmap(-1, max(1, num_elements * dtype.itemsize))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel built without them
-            block.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(block, dtype=dtype, count=num_elements).view(shape)

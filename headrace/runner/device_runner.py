@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from functools import partial
 from itertools import pairwise
 from statistics import mean
 
@@ -22,7 +23,7 @@ from headrace.attention.base import DeviceAttention
 from headrace.attention.groups import GroupedAttention
 from headrace.config import ResolvedConfig
 from headrace.kernels.cache import CompileCounter
-from headrace.kernels.paged_kv import KvGeometry, KvPool
+from headrace.kernels.paged_kv import KvGeometry, KvPool, Zeros
 from headrace.kernels.rope_tables import rope_tables
 from headrace.kernels.triton.layer_kernels import device_kernels
 from headrace.layers.linear import GemmCounter
@@ -35,6 +36,7 @@ from headrace.runner.graphs import Graphs
 from headrace.runner.launches import Launches, make_tables
 from headrace.runner.loading import Progress, checked_weight_map, load_weights
 from headrace.runner.memory import MemoryPlan, free_bytes
+from headrace.runner.occupation import Occupation
 from headrace.runner.slots import InputTable
 from headrace.runner.step_buffer import StepBuffer, StepSizes
 from headrace.runner.step_runner import MAX_CELLS, StepRunner
@@ -66,10 +68,15 @@ class DeviceRunner:
         self._probed = torch.zeros(1, dtype=torch.int32, device=device)
         self._compiled = CompileCounter()
         self._counter = GemmCounter()
+        self.memory = Occupation(device, is_saver=resolved.engine.memory_saver)
         self.weights = WeightStore(
-            checked_weight_map(resolved), dtype, device, check_finite=resolved.engine.check_finite
+            checked_weight_map(resolved),
+            dtype,
+            device,
+            allocate=partial(self.memory.allocate, "weights"),
+            check_finite=resolved.engine.check_finite,
         )
-        load_weights(self.weights, resolved, on_progress)
+        self.memory.reload = load_weights(self.weights, resolved, on_progress)
         times.append(time.perf_counter())
         has_graphs = device.type == "cuda" and resolved.engine.cuda_graphs
         has_float32 = any(tensor.dtype == torch.float32 for tensor in self.weights.live.values())
@@ -78,7 +85,7 @@ class DeviceRunner:
         self.resolved = _size_pool(resolved, parts, free_at_start, has_graphs) if device.type == "cuda" else resolved
         times.append(time.perf_counter())
         self._graphs = Graphs(self._counter, enabled=has_graphs)
-        self._steps = parts.steps(self.resolved, self._graphs)
+        self._steps = parts.steps(self.resolved, self._graphs, partial(self.memory.zeros, "kv_cache"))
         if device.type == "cuda":
             self._steps.capture(parts.buckets.captured, parts.buckets.sampled)
             self._steps.warm(parts.buckets.uncaptured)
@@ -113,6 +120,7 @@ class DeviceRunner:
         self._synchronize()
         del self._steps, self._graphs
         self.weights.close()
+        self.memory.close()
         if self._device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
@@ -146,10 +154,10 @@ class _Parts:
         self.buckets = Buckets(max_rows, self.max_tokens, engine.max_graph_tokens)
         self._hidden = torch.zeros(self.max_tokens, spec.hidden_size, dtype=weights.dtype, device=device)
 
-    def steps(self, resolved: ResolvedConfig, graphs: Graphs) -> StepRunner:
-        """Everything else, over a pool of `resolved.num_pages`."""
+    def steps(self, resolved: ResolvedConfig, graphs: Graphs, zeros: Zeros | None = None) -> StepRunner:
+        """Everything else, over a pool of `resolved.num_pages`, which `zeros` makes, or torch."""
         engine, max_rows = resolved.engine, resolved.engine.max_running_requests
-        attention = self._attention(resolved)
+        attention = self._attention(resolved, zeros)
         sizes = StepSizes(self.max_tokens, max_rows, MAX_CELLS, RECORD_SIZE, attention.metadata_size)
         buffer = StepBuffer(sizes, self._device, engine.overlap_depth + 2)
         tables = make_tables(buffer, max_rows, resolved.max_columns, self._device)
@@ -157,7 +165,7 @@ class _Parts:
         slots = InputTable(max_rows, resolved.max_columns)
         return StepRunner(launches, slots, self.buckets, graphs, self._exact)
 
-    def _attention(self, resolved: ResolvedConfig) -> DeviceAttention:
+    def _attention(self, resolved: ResolvedConfig, zeros: Zeros | None) -> DeviceAttention:
         """A backend over a pool for each KV group."""
         kv_dtype, page_size = getattr(torch, resolved.kv_dtype), resolved.engine.page_size
         backends = [
@@ -165,7 +173,7 @@ class _Parts:
                 resolved.attention_backend,
                 resolved.engine.numerics,
                 AttentionShape.of_group(group),
-                KvPool(KvGeometry.of_group(group, resolved.num_pages, page_size), kv_dtype, self._device),
+                KvPool(KvGeometry.of_group(group, resolved.num_pages, page_size), kv_dtype, self._device, zeros),
                 rotary,
                 self._dtype,
                 self.max_tokens,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from headrace.config import ResolvedConfig
 from headrace.models import weight_map
 from headrace.types.errors import CheckpointError, WeightUpdateError
 from headrace.weights.checkpoint import Checkpoint
+from headrace.weights.files import weight_files
 from headrace.weights.staging import TensorData
 from headrace.weights.store import WeightStore
 from headrace.weights.weight_map import WeightMap
@@ -34,13 +36,30 @@ def checked_weight_map(resolved: ResolvedConfig) -> WeightMap:
     return table
 
 
-def load_weights(store: WeightStore, resolved: ResolvedConfig, on_progress: Progress | None) -> None:
-    """`on_progress(done, total)` is called per tensor. Raises `CheckpointError` for a bad checkpoint."""
+Reload = Callable[[], Iterator[None]]
+
+
+def load_weights(store: WeightStore, resolved: ResolvedConfig, on_progress: Progress | None) -> Reload:
+    """`on_progress(done, total)` is called per tensor. Returns how the same weights are loaded again, in slices. Both
+    raise `CheckpointError` for a bad checkpoint; the second also for files that were changed since."""
     if resolved.engine.load_format == "dummy":
         store.fill_random(resolved.engine.seed)
-        return
+        return partial(_fill_again, store, resolved.engine.seed)
+    files = weight_files(resolved.folder)
     source = Checkpoint(Path(resolved.folder), resolved.engine.load_format).tensors()
     store.load(_counted(source, len(store.weight_map.rules_by_name), on_progress))
+    return partial(_load_again, store, resolved, files)
+
+
+def _fill_again(store: WeightStore, seed: int) -> Iterator[None]:
+    store.fill_random(seed)
+    yield
+
+
+def _load_again(store: WeightStore, resolved: ResolvedConfig, files: frozenset[object]) -> Iterator[None]:
+    yield from store.load_in_slices(Checkpoint(Path(resolved.folder), resolved.engine.load_format).tensors())
+    if weight_files(resolved.folder) != files:
+        raise CheckpointError(f"the weights in {resolved.folder} are not those of the start any more", field="restore")
 
 
 def _counted(

@@ -9,6 +9,7 @@ sampling pass. Nothing here decides which rows run.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from headrace.runner.batch import ForwardBatch, build_batch
 from headrace.runner.device_thread import take_device
 from headrace.runner.exact_products import ExactProducts
 from headrace.runner.loading import Progress, checked_weight_map, load_weights
+from headrace.runner.occupation import Occupation
 from headrace.runner.pending import step_result
 from headrace.runner.prompt_scores import PromptScorer
 from headrace.runner.slots import InputTable
@@ -53,12 +55,20 @@ class Runner:
         dtype = getattr(torch, resolved.dtype)
         self.resolved = resolved
         self._counter = GemmCounter()
-        self.weights = WeightStore(checked_weight_map(resolved), dtype, device, check_finite=engine.check_finite)
+        self.memory = Occupation(device, is_saver=engine.memory_saver)
+        self.weights = WeightStore(
+            checked_weight_map(resolved),
+            dtype,
+            device,
+            allocate=partial(self.memory.allocate, "weights"),
+            check_finite=engine.check_finite,
+        )
         self._exact = ExactProducts(device, is_shared=shares_process)
         products = self._exact.products
         kernel_set = "reference" if resolved.attention_backend == "reference" else engine.numerics
         kernels = select_kernels(kernel_set, products)
         self._model = models.build(spec, self.weights, kernels=kernels, counter=self._counter)
+        zeros = partial(self.memory.zeros, "kv_cache")
         self._attention = [
             build_backend(
                 resolved.attention_backend,
@@ -68,7 +78,7 @@ class Runner:
                     kernels,
                     rope_tables(group.rope, group.head_dim, resolved.context_length, dtype, device),
                 ),
-                KvPool(KvGeometry.of_group(group, resolved.num_pages, engine.page_size), dtype, device),
+                KvPool(KvGeometry.of_group(group, resolved.num_pages, engine.page_size), dtype, device, zeros),
                 products,
             )
             for group in spec.kv_groups
@@ -77,7 +87,7 @@ class Runner:
         self._sampler = Sampler(spec.vocab_size, engine.max_running_requests, torch.device("cpu"), engine.numerics)
         self._scorer = PromptScorer(self._model.logits, self._sampler, spec.vocab_size)
         self._max_sampled_rows = max(1, _MAX_LOGITS_BYTES // (4 * spec.vocab_size))
-        load_weights(self.weights, resolved, on_progress)
+        self.memory.reload = load_weights(self.weights, resolved, on_progress)
 
     def launch(self, plan: StepPlan) -> RunnerStep:
         """Run one step now, up to its sampling if that waits. Plans must come in the order they were issued."""
@@ -98,6 +108,7 @@ class Runner:
     def close(self) -> None:
         """Give the weights back; the pool goes with the runner."""
         self.weights.close()
+        self.memory.close()
 
     def counters(self) -> dict[str, float]:
         """Figures of its own for the metrics."""

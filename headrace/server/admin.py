@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Coroutine, Mapping
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -18,12 +17,12 @@ from headrace.engine.control import version_of
 from headrace.engine.runtime import Regret
 from headrace.server.coerce import check_changes, read_control
 from headrace.server.errors import FieldNames, error_body, refusal
+from headrace.server.folders import Folders
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.wire import json_reply, unless_gone
-from headrace.types.errors import ConfigError, HeadraceError, RequestError
+from headrace.types.errors import HeadraceError, RequestError
 from headrace.types.messages import WeightBytes
-from headrace.types.plain_values import as_path
 from headrace.types.weights import PauseMode, TensorInfo
 
 Result = TypeVar("Result")
@@ -60,6 +59,18 @@ class DiskBody(msgspec.Struct):
     timeout_s: float = DEFAULT_UPDATE_TIMEOUT
 
 
+class ReleaseBody(msgspec.Struct):
+    tags: list[Any] | None = None
+    in_flight: str = "abort"
+    timeout_s: float | None = None
+
+
+class ResumeBody(msgspec.Struct):
+    tags: list[Any] | None = None
+    restore: str = "auto"
+    timeout_s: float | None = None
+
+
 class VersionBody(msgspec.Struct):
     new_version: str | int
     abort_all_requests: bool = True
@@ -77,11 +88,10 @@ class CheckerBody(msgspec.Struct):
 class AdminFace:
     """The control routes. Without an admin key they take the data key."""
 
-    def __init__(self, state: ServerState) -> None:
+    def __init__(self, state: ServerState, folders: Folders) -> None:
         self._state = state
         self._engine = state.engine
-        own = _model_root(Path(self._engine.resolved.folder).resolve())
-        self._roots = (own, *(as_path(root, "weight_roots", ConfigError) for root in state.options.weight_roots))
+        self._folders = folders
 
     def endpoints(self) -> list[Endpoint]:
         post: tuple[str, ...] = ("POST",)
@@ -89,6 +99,8 @@ class AdminFace:
             ("/abort_request", self.abort_request, post),
             ("/pause_generation", self.pause_generation, post),
             ("/continue_generation", self.continue_generation, post),
+            ("/release_memory_occupation", self.release_memory, post),
+            ("/resume_memory_occupation", self.resume_memory, post),
             ("/flush_cache", self.flush_cache, ("GET", "POST")),
             ("/update_weights_from_disk", self.update_weights_from_disk, post),
             ("/abort_weight_update", self.abort_weight_update, post),
@@ -123,6 +135,22 @@ class AdminFace:
         await self._do(request, self._engine.resume())
         return json_reply({"message": "Generation continued successfully.", "status": "ok"})
 
+    async def release_memory(self, request: Request) -> Response:
+        """POST /release_memory_occupation: null when the memory is free, the dialect's whole reply."""
+        body = await read_control(request, ReleaseBody)
+        release: Any = self._engine.release_memory_occupation
+        with FieldNames({"timeout": "timeout_s"}):
+            await self._do(request, release(body.tags, in_flight=body.in_flight, timeout=body.timeout_s))
+        return json_reply(None)
+
+    async def resume_memory(self, request: Request) -> Response:
+        """POST /resume_memory_occupation: null when the memory is there."""
+        body = await read_control(request, ResumeBody)
+        resume: Any = self._engine.resume_memory_occupation
+        with FieldNames({"timeout": "timeout_s"}):
+            await self._do(request, resume(body.tags, restore=body.restore, timeout=body.timeout_s))
+        return json_reply(None)
+
     async def flush_cache(self, request: Request) -> Response:
         """GET|POST /flush_cache: never refused, aborts nothing."""
         await request.body()
@@ -132,7 +160,7 @@ class AdminFace:
     async def update_weights_from_disk(self, request: Request) -> Response:
         body = await read_control(request, DiskBody)
         try:
-            folder, root = self._allowed_folder(body.model_path)
+            folder, root = self._folders.allowed(body.model_path, "model_path")
             if body.load_format not in _LOAD_FORMATS:
                 raise RequestError(f"load_format {body.load_format!r} is not supported", field="load_format")
             if body.manifest:
@@ -205,29 +233,6 @@ class AdminFace:
     ) -> Result:
         """The result of a control call. One whose client goes away is given up: nobody would know what it did."""
         return await unless_gone(request, call, self._state.metrics.count_disconnect, regret)
-
-    def _allowed_folder(self, path: str) -> tuple[Path, Path]:
-        """The folder, if it lies under the model's or a weight root, and that root. Links are followed before the
-        check; that none leads out when files are opened, the core sees to."""
-        try:
-            folder = Path(path).expanduser().resolve()
-            root = next((root for root in self._roots if folder.is_relative_to(root)), None)
-            is_folder = root is not None and folder.is_dir()
-        except (OSError, RuntimeError, ValueError):  # a name too long, a user nobody knows, a null character
-            raise RequestError("model_path is not a path on this machine", field="model_path") from None
-        if root is None:
-            message = f"model_path {path} is outside the model's folder and the weight roots of this server"
-            raise RequestError(message, field="model_path")
-        if not is_folder:
-            raise RequestError(f"model_path {path} is not a folder", field="model_path")
-        return folder, root
-
-
-def _model_root(folder: Path) -> Path:
-    """What may be read on request of where the model is: its folder. A snapshot in the Hugging Face cache is links into
-    its repository's `blobs`: there it is the repository."""
-    repository = folder.parent.parent
-    return repository if folder.parent.name == "snapshots" and (repository / "blobs").is_dir() else folder
 
 
 def check_size(info: TensorInfo, num_rows: int) -> None:

@@ -16,16 +16,19 @@ from headrace.server import errors
 from headrace.server.admin import AdminFace
 from headrace.server.auth import Access, Auth, keys_of
 from headrace.server.browsers import Browsers, Hosts
+from headrace.server.folders import Folders
 from headrace.server.gate import Gate
 from headrace.server.info import InfoFace
 from headrace.server.limits import Limits
 from headrace.server.native import NativeFace
+from headrace.server.native_weights import WeightsFace
 from headrace.server.openai_chat import ChatFace
 from headrace.server.openai_completions import CompletionsFace
 from headrace.server.openai_models import ModelsFace
 from headrace.server.options import ServerOptions
 from headrace.server.routes import Endpoint, Handler
 from headrace.server.state import ServerState
+from headrace.server.surface import SurfaceFace
 from headrace.server.weight_groups import GroupFace
 from headrace.types.errors import HeadraceError
 
@@ -88,13 +91,16 @@ class _Handled:
 
 def all_endpoints(state: ServerState) -> list[Endpoint]:
     """Every route of every face; the busiest first, since they are matched in order."""
+    folders = Folders(state.engine.resolved.folder, state.options.weight_roots)
     faces = (
         NativeFace(state),
         ChatFace(state),
         CompletionsFace(state),
         ModelsFace(state),
         InfoFace(state),
-        AdminFace(state),
+        AdminFace(state, folders),
+        SurfaceFace(state),
+        WeightsFace(state, folders),
         GroupFace(state),
     )
     return [endpoint for face in faces for endpoint in face.endpoints()]

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from headrace.types.errors import HeadraceError, InternalError
+from headrace.types.errors import ErrorInfo, HeadraceError, InternalError
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +26,10 @@ _INTERNAL = "internal error; the server's log has the details"
 
 
 def error_body(
-    status: int, message: str, *, param: str = "", kind: str = "", retryable: bool = False
+    status: int, message: str, *, param: str = "", kind: str = "", retryable: bool = False, err_type: str = ""
 ) -> dict[str, Any]:
-    """The JSON object that describes an error. `param` is the field at fault."""
+    """The JSON object that describes an error. `param` is the field at fault, `err_type` the class of `types/errors`
+    that a client of ours raises again."""
     detail = {
         "message": message,
         "type": kind or http.HTTPStatus(status).phrase,
@@ -36,13 +37,22 @@ def error_body(
         "code": status,
         "retryable": retryable,
     }
+    if err_type:
+        detail["err_type"] = err_type
     return {"object": "error", **detail, "error": detail}
 
 
 def body_of(error: HeadraceError, kind: str = "") -> dict[str, Any]:
     """As `error_body`, of one of our errors; what an internal error says stays in the log."""
-    message = _INTERNAL if isinstance(error, InternalError) else error.message
-    return error_body(error.status, message, param=error.field, kind=kind, retryable=error.retryable)
+    told = shown(error.info())
+    return error_body(
+        error.status, told.message, param=error.field, kind=kind, retryable=error.retryable, err_type=told.code
+    )
+
+
+def shown(error: ErrorInfo) -> ErrorInfo:
+    """What a client is told of an error."""
+    return ErrorInfo(error.code, _INTERNAL, error.field) if error.code == InternalError.__name__ else error
 
 
 def event_body(error: HeadraceError) -> dict[str, Any]:

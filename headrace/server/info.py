@@ -26,7 +26,6 @@ _SINGLE_RANK: dict[str, Any] = {
     "disaggregation_mode": "null",
     "disaggregation_bootstrap_port": None,
     "encoder_only": False,
-    "enable_memory_saver": False,
     "enable_return_routed_experts": False,
     "load_balance_method": "round_robin",
     "trust_remote_code": False,
@@ -104,6 +103,7 @@ class InfoFace:
         settings = {
             **msgspec.to_builtins(resolved.engine),
             **_SINGLE_RANK,
+            "enable_memory_saver": resolved.engine.memory_saver,
             "model_path": config.model,
             "tokenizer_path": config.tokenizer or config.model,
             "served_model_name": self._state.model_name,
@@ -186,7 +186,7 @@ class InfoFace:
             return "the core died and is being started again"
         if self._state.is_draining:
             return "draining"
-        return "paused, updating, or without whole weights" if ailment is None else ailment.message
+        return "paused, updating, or without memory or whole weights" if ailment is None else ailment.message
 
     def _load(self, status: CoreStatus) -> dict[str, Any]:
         counts = status.metrics

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headrace.server.connections import CLIENT, Connection
 from headrace.server.errors import body_of, error_body, respond
-from headrace.types.errors import HeadraceError, RequestTooLargeError
+from headrace.types.errors import DeadlineError, RequestTooLargeError
 
 MAX_HEADER_BYTES = 64 << 10
 MAX_PATH_BYTES = MAX_QUERY_BYTES = 8 << 10
@@ -25,7 +25,7 @@ _SMALL_BODY_BYTES = 64 << 10
 _SMALL_BODY_SECONDS = 0.05
 
 
-class BodyTimeoutError(HeadraceError):
+class BodyTimeoutError(DeadlineError):
     """The client did not send its body in time."""
 
     status = 408

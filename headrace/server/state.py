@@ -40,6 +40,10 @@ class ServerState:
         self._streams.add(stream)
         return stream
 
+    def adopt(self, streams: Iterable[Stream]) -> None:
+        """They are among those that `abort_all` ends."""
+        self._streams.update(streams)
+
     def group(self, streams: Iterable[Stream]) -> StreamGroup:
         """Streams to be read as one, in turn with those of all other requests."""
         return StreamGroup(streams, self._pacer)

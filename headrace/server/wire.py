@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -118,10 +118,19 @@ class PartsReply(Response):
 
     media_type = JSON_TYPE
 
-    def __init__(self, parts: list[bytes]) -> None:
+    def __init__(
+        self,
+        parts: Sequence[bytes | memoryview],
+        media_type: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self.status_code = 200
+        self.media_type = media_type or self.media_type
+        self.background = None
+        self.body = b""
         self._parts = parts
         self._num_bytes = sum(map(len, parts))
-        super().__init__(headers={"content-length": str(self._num_bytes)})
+        self.init_headers({"content-length": str(self._num_bytes), **(headers or {})})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -131,9 +140,9 @@ class PartsReply(Response):
             await send({"type": "http.response.body", "body": chunk, "more_body": num_left > 0})
 
 
-def _in_chunks(parts: list[bytes]) -> Iterator[bytes]:
+def _in_chunks(parts: Sequence[bytes | memoryview]) -> Iterator[bytes]:
     """The same bytes with small parts joined."""
-    chunk: list[bytes] = []
+    chunk: list[bytes | memoryview] = []
     num_bytes = 0
     for part in parts:
         chunk.append(part)
@@ -182,6 +191,7 @@ class EventStream(Response):
     """
 
     media_type = "text/event-stream"
+    end = DONE_EVENT
 
     def __init__(
         self,
@@ -199,23 +209,27 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with dropping(scope, self._cancel, self._on_disconnect):
             try:
-                first = await anext(self._events, DONE_EVENT)
+                first = await anext(self._events, self.end)
             except HeadraceError as error:
                 await errors.respond(errors.body_of(error))(scope, receive, send)
                 return
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await self._send_all(first, send)
-            await send({"type": "http.response.body", "body": DONE_EVENT, "more_body": False})
+            await send({"type": "http.response.body", "body": self.end, "more_body": False})
+
+    def failure(self, error: HeadraceError) -> bytes:
+        """What is sent of an error after the first event."""
+        return event(errors.event_body(error))
 
     async def _send_all(self, first: bytes, send: Send) -> None:
-        if first is DONE_EVENT:
+        if first is self.end:
             return
         await self._send(first, send)
         try:
             async for chunk in self._events:
                 await self._send(chunk, send)
         except HeadraceError as error:
-            await self._send(event(errors.event_body(error)), send)
+            await self._send(self.failure(error), send)
 
     async def _send(self, chunk: bytes, send: Send) -> None:
         await send({"type": "http.response.body", "body": chunk, "more_body": True})

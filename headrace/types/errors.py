@@ -16,6 +16,7 @@
     |   +-- EngineDeadError         the core died; the request may be retried         503, retryable
     |   |   +-- DeviceLostError     its device executes nothing any more              503, retryable
     |   +-- ShutdownError           the engine is shutting down                       503, retryable
+    |   +-- UnreachableError        a client got no answer from its server            503, retryable
     +-- DeadlineError               a wait outlived its deadline                      504, retryable
     +-- NonFiniteError              the model computed NaN or infinity for a request  500
     +-- InternalError               our own bug, reported and not hidden              500
@@ -70,8 +71,9 @@ class HeadraceError(Exception):
         super().__init__(self.message)
 
     def info(self) -> ErrorInfo:
-        """This error as a value that can be sent to another process."""
-        return ErrorInfo(type(self).__name__, self.message, self.field)
+        """This error as a value that can be sent to another process; of a class outside the tree as its nearest one."""
+        code = next(kind.__name__ for kind in type(self).__mro__ if _BY_CODE.get(kind.__name__) is kind)
+        return ErrorInfo(code, self.message, self.field)
 
 
 class ConfigError(HeadraceError):
@@ -132,6 +134,10 @@ class DeviceLostError(EngineDeadError):
 
 
 class ShutdownError(UnavailableError):
+    retryable = True
+
+
+class UnreachableError(UnavailableError):
     retryable = True
 
 

@@ -18,8 +18,9 @@ from typing import Final, cast
 import msgspec
 
 from headrace.types.errors import ErrorInfo
+from headrace.types.memory import MemoryTag, OnRelease, Restore
 from headrace.types.request import Delta, Request, Sibling
-from headrace.types.weights import BufferEntry, BufferRef, InFlight, PauseMode, TensorInfo, UpdateMode
+from headrace.types.weights import BufferEntry, BufferRef, DeviceRef, InFlight, PauseMode, TensorInfo, UpdateMode
 
 NO_DEADLINE: Final = math.inf
 
@@ -150,7 +151,7 @@ class Stage(_Call, frozen=True, tag="stage"):
     all is copied, or nothing reads it any more. The pieces of a tensor come in order; one at 0 begins it again."""
 
     session_id: int
-    buffer: BufferRef
+    buffer: BufferRef | DeviceRef
     entries: tuple[BufferEntry, ...]
 
 
@@ -279,6 +280,22 @@ class WeightsChecker(_Call, frozen=True, tag="weights_checker"):
     action: str
 
 
+class ReleaseMemory(_Call, frozen=True, tag="release_memory"):
+    """Give memory back to the system; no tags are all. Answered when it is free; what was released before stays so.
+    `UpdateConflictError` while an update is open. Reply: null."""
+
+    tags: tuple[MemoryTag, ...] = ()
+    in_flight: OnRelease = "abort"
+
+
+class ResumeMemory(_Call, frozen=True, tag="resume_memory"):
+    """Take released memory again, at the addresses it had; no tags are all. `restore` says where weights come from.
+    Where there is no room, or they cannot be restored, all of it stays released. Reply: null."""
+
+    tags: tuple[MemoryTag, ...] = ()
+    restore: Restore = "auto"
+
+
 class FlushCache(_Call, frozen=True, tag="flush_cache"):
     """Free unreferenced cached pages and unpublish the rest. Reply: int, the pages freed. Aborts nothing."""
 
@@ -312,6 +329,8 @@ Command = (
     | GetWeight
     | Digest
     | WeightsChecker
+    | ReleaseMemory
+    | ResumeMemory
     | FlushCache
     | GetStatus
     | Shutdown
@@ -323,7 +342,7 @@ class CoreStatus(msgspec.Struct, frozen=True):
 
     `version` is the label of the live weights: "", which nobody can give, while no whole weights are live.
     `last_version` is then that of the last whole ones. `updating_in_place` says that the open update will hold all
-    requests while it writes.
+    requests while it writes. `released` are the tags of memory that was given back.
     """
 
     state: str
@@ -338,6 +357,7 @@ class CoreStatus(msgspec.Struct, frozen=True):
     metrics: dict[str, float]
     last_version: str = ""
     updating_in_place: bool = False
+    released: tuple[MemoryTag, ...] = ()
 
 
 class Deltas(msgspec.Struct, frozen=True, array_like=True, tag="deltas"):
@@ -358,7 +378,7 @@ class CoreReady(msgspec.Struct, frozen=True, array_like=True, tag="core_ready"):
     """The core holds weights and steps, or failed to start (`error`). Sent once, first.
 
     `explanations` are (setting, value, why) of everything that was "auto". `front` is the number of the front that is
-    told so, for its handles.
+    told so, for its handles. `device` is the UUID of the device that weights are on, "" on a CPU.
     """
 
     max_total_num_tokens: int = 0
@@ -367,6 +387,7 @@ class CoreReady(msgspec.Struct, frozen=True, array_like=True, tag="core_ready"):
     explanations: tuple[tuple[str, str, str], ...] = ()
     error: ErrorInfo | None = None
     front: int = 0
+    device: str = ""
 
 
 class CoreFailed(msgspec.Struct, frozen=True, array_like=True, tag="core_failed"):

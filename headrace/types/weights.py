@@ -11,7 +11,7 @@ import msgspec
 UpdateMode = Literal["auto", "shadow", "inplace"]
 InFlight = Literal["keep", "recompute", "abort", "drain"]
 PauseMode = InFlight
-WeightState = Literal["ready", "updating", "poisoned", "needs_weights"]
+WeightState = Literal["ready", "updating", "poisoned", "needs_weights", "released"]
 
 
 ELEMENT_BYTES = {
@@ -70,10 +70,23 @@ class BufferEntry(msgspec.Struct, frozen=True, array_like=True):
     replaces: bool = False
 
 
-class BufferRef(msgspec.Struct, frozen=True, array_like=True):
+class BufferRef(msgspec.Struct, frozen=True, array_like=True, tag="host"):
     """A shared-memory buffer another process of this engine may map: a path it can open, and its size in bytes."""
 
     path: str
+    size: int
+
+
+class DeviceRef(msgspec.Struct, frozen=True, array_like=True, tag="device"):
+    """Bytes of a device that another process of this machine may map: `size` of them, `offset` into the allocation that
+    the driver's `handle` names.
+
+    `device` is the UUID of the device. For memory of the very process `handle` is empty, and `offset` is its address.
+    """
+
+    device: str
+    handle: bytes
+    offset: int
     size: int
 
 

@@ -17,6 +17,7 @@ from headrace.types.errors import CheckpointError
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY  # a pipe in a file's place must not block us
 _MAX_LINKS = 40
+_WEIGHT_ENDINGS = (".safetensors", ".bin", ".index.json")
 
 
 class FileState(NamedTuple):
@@ -162,3 +163,17 @@ def _link_target(name: str, folder: int) -> PurePath | None:
 
 def _outside(path: Path, root: Path) -> OSError:
     return OSError(errno.EXDEV, f"{path} leads out of {root}")
+
+
+def weight_files(folder: str | Path) -> frozenset[tuple[str, int, int, int]]:
+    """The weight files in a folder, each with what changes when it is replaced or written. A name that leads nowhere,
+    as of a file that has just been removed, is none."""
+    found = set()
+    for path in Path(folder).iterdir():
+        if path.name.endswith(_WEIGHT_ENDINGS):
+            try:
+                status = path.stat()
+            except OSError:
+                continue
+            found.add((path.name, status.st_ino, status.st_size, status.st_mtime_ns))
+    return frozenset(found)

@@ -18,8 +18,8 @@ from headrace.types.foreign import CudaHandle, ForeignTensor, Inline, SharedFile
 from headrace.types.weights import ELEMENT_BYTES, MAX_TENSOR_NAME, shape_problem
 from headrace.weights.foreign_machine import Known, Table, Unreadable, shown_kind, text_of
 
-MAX_HANDLE_BYTES = 1 << 16
-"""Of a CUDA handle: 66 bytes for a plain allocation, a descriptor for each segment of one that can grow."""
+IPC_HANDLE_BYTES = 64
+"""Of CUDA's handles of memory and of events."""
 
 REF_COUNTERS = 10_000
 """Counters in a file of torch's CUDA reference counts. torch counts down wherever it is told to: it is checked here."""
@@ -115,12 +115,12 @@ def _size(arguments: tuple[Any, ...]) -> tuple[int, ...]:
     return shape_of(typed("torch.Size", arguments, tuple)[0])
 
 
-def _device(arguments: tuple[Any, ...]) -> int | str:
-    """The ordinal of a CUDA device, or another device's name."""
-    if len(arguments) == 1:
-        return str(typed("torch.device", arguments, str)[0])
+def _device(arguments: tuple[Any, ...]) -> int:
+    """The ordinal of a CUDA device."""
     kind, index = typed("torch.device", arguments, str, int)
-    return int(index) if kind == "cuda" else str(kind)
+    if kind != "cuda":
+        raise Unreadable("a torch.device is no CUDA device")
+    return int(index)
 
 
 def _shared_file(arguments: tuple[Any, ...]) -> SharedFile:
@@ -169,8 +169,12 @@ def _cuda_tensor(arguments: tuple[Any, ...]) -> ForeignTensor:
     if handle is None or num_bytes == 0:
         return _tensor(kind, dtype_of(dtype), shape, stride, offset, Inline(b""))
     counter_file, counter, event, is_synced = counting
-    if any(type(value) is not bytes or len(value) > MAX_HANDLE_BYTES for value in (handle, counter_file, event)):
-        raise Unreadable(f"rebuild_cuda_tensor has a handle that is not of at most {MAX_HANDLE_BYTES} bytes")
+    if any(type(value) is not bytes for value in (handle, counter_file, event)):
+        raise Unreadable("rebuild_cuda_tensor has a handle that is not of bytes")
+    if not _is_plain(handle):
+        raise Unreadable(_SEGMENT_HINT)
+    if len(event) > IPC_HANDLE_BYTES or (is_synced and len(event) != IPC_HANDLE_BYTES):
+        raise Unreadable(f"rebuild_cuda_tensor has an event of {len(event)} bytes")
     _bounded(storage_size_bytes=num_bytes, storage_offset_bytes=start)
     counter_name = text_of(counter_file, "ascii")
     if not _COUNTER_FILE.fullmatch(counter_name) or not 0 <= counter < REF_COUNTERS:
@@ -179,6 +183,11 @@ def _cuda_tensor(arguments: tuple[Any, ...]) -> ForeignTensor:
         raise Unreadable("rebuild_cuda_tensor names a device that is none")
     storage = CudaHandle(device, handle, num_bytes, start, counter_name, counter, event, is_synced)
     return _tensor(kind, dtype_of(dtype), shape, stride, offset, storage)
+
+
+def _is_plain(handle: bytes) -> bool:
+    """Whether a handle is of one plain allocation: CUDA's own, which newer torch puts a version and "c" in front of."""
+    return len(handle) == IPC_HANDLE_BYTES or (len(handle) == 2 + IPC_HANDLE_BYTES and handle[1:2] == b"c")
 
 
 def _nccl_id(arguments: tuple[Any, ...]) -> bytes:
@@ -193,6 +202,9 @@ def _nccl_id(arguments: tuple[Any, ...]) -> bytes:
 
 _REDUCTIONS = "torch.multiprocessing.reductions"
 METADATA = frozenset({"name", "shape", "dtype", "start_idx", "end_idx", "numel"})
+_SEGMENT_HINT = (
+    "a CUDA handle is not of one plain allocation: set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False in the trainer"
+)
 _CLIENT_HINT = "or send weights with headrace.client"
 _STRATEGY_HINT = 'which no other process can open: torch.multiprocessing.set_sharing_strategy("file_system"), '
 _STRATEGY_HINT += _CLIENT_HINT

@@ -8,6 +8,7 @@ that they are of. Must not know tensors, the scheduler or the clock: callers pas
       UPDATING ---abort or expiry, after a write in place----> POISONED
     READY | POISONED ---lose--> NEEDS_WEIGHTS
     POISONED | NEEDS_WEIGHTS ---begin, complete manifests only--> UPDATING
+    any without a session ---release--> RELEASED ---restore--> the state before it, or NEEDS_WEIGHTS
     UPDATING ---extend, of an open-ended session only--> UPDATING
 
 A session has its whole manifest from the beginning, or is open-ended: then it is extended part by part, each checked
@@ -19,8 +20,8 @@ and knows no states. An error leaves everything as it was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from headrace.types.errors import (
     DeadlineError,
@@ -35,50 +36,17 @@ from headrace.types.request import DEFAULT_VERSION
 from headrace.types.weights import (
     MAX_TENSORS,
     MAX_VERSION_LENGTH,
+    BufferRef,
+    DeviceRef,
     InFlight,
     TensorInfo,
     UpdateMode,
     UpdateReport,
     WeightState,
 )
-
-ResolvedMode = Literal["shadow", "inplace"]
+from headrace.weights.memory import Copies, ResolvedMode, StageBuffer, StageCopy, StagePiece, Ticket, WeightMemory
 
 _MAX_NAMES_IN_MESSAGE = 8
-
-
-class Ticket(Protocol):
-    """Work of the memory that was asked for and may go on; see `headrace.weights.staging.Enqueued`."""
-
-    def is_done(self) -> bool: ...
-
-
-class StageCopy(Protocol):
-    """The copy of one tensor, or a piece of it, into place, in slices; see `headrace.weights.staging.StageWork`."""
-
-    has_written: bool
-
-    def advance(self, budget_s: float) -> bool: ...
-
-
-class WeightMemory(Protocol):
-    """The memory of an update; see `headrace.weights.store.WeightStore`. Tensors are opaque here."""
-
-    def begin(self, manifest: Sequence[TensorInfo], mode: UpdateMode, partial: bool) -> ResolvedMode: ...
-
-    def begin_open(self, mode: UpdateMode, partial: bool) -> ResolvedMode: ...
-
-    def extend(self, manifest: Sequence[TensorInfo]) -> int: ...
-
-    def missing(self) -> list[str]: ...
-
-    def stage(self, index: int, data: Any, start: int | None = None) -> StageCopy: ...
-
-    def forget(self, index: int) -> list[int]: ...
-
-    def commit(self) -> Ticket: ...
-
-    def abort(self) -> None: ...
 
 
 class StagedSet:
@@ -182,7 +150,7 @@ class OpenUpdate:
 class WeightMachine:
     """State, version and epoch of one replica's weights, and the session that may change them.
 
-    state     "ready" | "updating" | "poisoned" | "needs_weights"
+    state     "ready" | "updating" | "poisoned" | "needs_weights" | "released"
     version   label of the live weights; of the last whole ones while they are poisoned or lost
     epoch     bumped at every commit, even if the label repeats: what order and cache keys use
     session   the open session, or None
@@ -203,6 +171,7 @@ class WeightMachine:
         self.epoch = epoch
         self.session: OpenUpdate | None = None
         self._resting: WeightState = "ready" if has_weights else "needs_weights"
+        self._before_release: WeightState = self._resting
         self._num_sessions = num_sessions
         self._last_end: tuple[int, HeadraceError] | None = None
 
@@ -222,9 +191,12 @@ class WeightMachine:
 
     def refusal(self) -> HeadraceError | None:
         """What every request is answered with until a complete update lands; None while weights are whole, or will be
-        when an update of whole ones is over, for which requests wait."""
+        when an update of whole ones is over, for which requests wait. They wait for released memory too, but what asks
+        for weights is answered with this."""
         if self._resting == "ready":
             return None
+        if self._resting == "released":
+            return NeedsWeightsError("the weights' memory is released; resume_memory_occupation(['weights']) first")
         message = "the engine holds no current weights; it generates after a complete update"
         if self.session:
             message = f"weights are {self._resting} until the update to {self.session.version!r} is complete"
@@ -338,11 +310,29 @@ class WeightMachine:
     ) -> StageCopy:
         """The copy of a tensor, or of its next piece (`start` is its first byte). `replaces` first forgets what was
         staged of it, and the tensor that it is tied to. Raises as `check_stage`, and what the memory refuses."""
+        self._make_way(session_id, index, replaces)
+        return self._memory.stage(index, data, start)
+
+    def stage_pieces(self, session_id: int, pieces: Iterable[StagePiece]) -> Copies:
+        """The copies of pieces, in their order, one by one or many together as the memory likes. Raises as `stage`."""
+
+        def make_way() -> Iterator[StagePiece]:
+            for piece in pieces:
+                self._make_way(session_id, piece.index, piece.replaces)
+                yield piece
+
+        return self._memory.stage_pieces(make_way())
+
+    def open_buffer(self, ref: BufferRef | DeviceRef) -> StageBuffer:
+        """What a stage command's bytes are in. Raises `RequestError` or `UnavailableError` if it is not to be had."""
+        return self._memory.open_buffer(ref)
+
+    def _make_way(self, session_id: int, index: int, replaces: bool) -> None:
+        """Forget what was staged of a tensor that is replaced; `WeightUpdateError` if one that is not was staged."""
         session = self.require(session_id)
         for each in self._memory.forget(index) if replaces else ():
             session.staged.forget(each)
         session.staged.check(index)
-        return self._memory.stage(index, data, start)
 
     def note_write(self, session_id: int) -> None:
         """A copy has written: in place, live memory is no longer whole from here on."""
@@ -395,8 +385,21 @@ class WeightMachine:
         self.check_no_session()
         self._resting = "needs_weights"
 
+    def release(self) -> None:
+        """The memory of live weights is given back. `UpdateConflictError` in an open session."""
+        self.check_no_session()
+        self._before_release, self._resting = self._resting, "released"
+
+    def restore(self, *, has_values: bool) -> None:
+        """That memory is there again, with what it held or with nothing. The version and epoch are the same."""
+        assert self._resting == "released"
+        self._resting = self._before_release if has_values else "needs_weights"
+
     def check_no_session(self) -> None:
-        """`UpdateConflictError` while one is open."""
+        """`UpdateConflictError` while one is open, and while none can be: live weights have no memory."""
+        if self._resting == "released":
+            message = "the weights' memory is released: resume_memory_occupation(['weights']) first"
+            raise UpdateConflictError(message, field="tags")
         if self.session:
             message = f"session {self.session.session_id} is open; commit or abort it first"
             if self.session.is_open_ended:

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -92,6 +92,11 @@ def is_finite(tensor: torch.Tensor) -> bool:
     is_short = tensor.dtype == torch.float16  # 65,504 is soon passed
     total = float(tensor.sum(dtype=torch.float32) if is_short else tensor.sum())
     return math.isfinite(total) or bool(tensor.isfinite().all())
+
+
+def not_finite(name: str, dtype: torch.dtype) -> str:
+    """Why a tensor is refused."""
+    return f"{name} holds NaN or infinity in {dtype_name(dtype)} (check_finite=False lets such weights in)"
 
 
 class Source(Protocol):
@@ -219,14 +224,14 @@ class SideStream:
     """Where a device works beside the steps in flight, without waiting for them."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._begun = Enqueued(device)
 
     def begin(self) -> None:
         """What this thread has enqueued comes before what is done here: see `is_ready`."""
         if self._stream is not None:
-            self._begun = Enqueued(self._device)
+            self._begun = Enqueued(self.device)
 
     def is_ready(self) -> bool:
         """Whether that has come."""
@@ -235,6 +240,15 @@ class SideStream:
     def using(self) -> AbstractContextManager[None]:
         """What is computed inside is done at its end."""
         return nullcontext() if self._stream is None else self._run(self._stream)
+
+    def enqueuing(self) -> AbstractContextManager[Any]:
+        """What is computed inside is enqueued here, and not waited for."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def settle(self) -> None:
+        """Wait for what was enqueued here."""
+        if self._stream is not None:
+            self._stream.synchronize()
 
     @contextmanager
     def _run(self, stream: torch.cuda.Stream) -> Iterator[None]:

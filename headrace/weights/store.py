@@ -7,18 +7,20 @@ through one `WeightMap`. Must not know states, versions, deadlines or requests (
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from headrace.types.errors import CheckpointError, InternalError, NotFoundError, UpdateConflictError, WeightUpdateError
-from headrace.types.weights import TensorInfo, UpdateMode
+from headrace.ipc import SharedBuffer
+from headrace.types.errors import InternalError, NotFoundError, UpdateConflictError, WeightUpdateError
+from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
+from headrace.weights.device_memory import device_uuid
+from headrace.weights.device_staging import ArrivingPiece, DeviceBatch, in_batches
+from headrace.weights.memory import Copies, ResolvedMode, StageBuffer, StagePiece, one_by_one
 from headrace.weights.open_plan import OpenPlan
 from headrace.weights.position_sum import DIGEST_LENGTH, PositionKeys, PositionSum
 from headrace.weights.region import Region
-from headrace.weights.session import ResolvedMode
+from headrace.weights.stage_buffers import DeviceBuffers
 from headrace.weights.staging import (
     BLOCK_BYTES,
     TORCH_DTYPES,
@@ -29,27 +31,29 @@ from headrace.weights.staging import (
     StageWork,
     TensorData,
     dtype_name,
-    info_of,
     is_finite,
+    not_finite,
     row_blocks,
     source_of,
 )
 from headrace.weights.transaction import Memories, Transaction, memory_beside, memory_left
-from headrace.weights.weight_map import FLOAT_DTYPES, ManifestPlan, WeightMap, WeightRule, is_recomputed
+from headrace.weights.weight_map import FLOAT_DTYPES, ManifestPlan, WeightMap, WeightRule
+from headrace.weights.whole_models import fill_normal, load_checkpoint
+
+Allocate = Callable[[Sequence[tuple[tuple[int, ...], torch.dtype]]], list[torch.Tensor]]
+"""Tensors of these shapes and dtypes, all at once."""
 
 SHADOW_HEADROOM_BYTES = 256 << 20
 """Memory that must stay free beside the shadow buffers, for activations and the producer."""
 
-_INIT_STD = 0.02
-_LOAD_BYTES = {"cpu": 1 << 20, "cuda": 1 << 24}
 _SUM_BYTES = {"cpu": BLOCK_BYTES, "cuda": 1 << 23}
-_FILL_BYTES = {"cpu": BLOCK_BYTES, "cuda": 1 << 28}
 
 
 class WeightStore:
     """Parameters on one device: `live[param]` are the tensors the model holds, in `dtype` unless the map says another.
 
-    `memory` says how many bytes may still be taken there; None: what the device or the machine has left. With
+    `memory` says how many bytes may still be taken there; None: what the device or the machine has left. `allocate`
+    makes the parameters; memory that it takes away and brings again must then be zero, or hold what it held. With
     `check_finite` no tensor that holds NaN or infinity, once it is in its parameter's dtype, is taken in.
     """
 
@@ -60,6 +64,7 @@ class WeightStore:
         device: torch.device,
         *,
         memory: Callable[[], int] | None = None,
+        allocate: Allocate | None = None,
         check_finite: bool = True,
     ) -> None:
         if dtype_name(dtype) not in FLOAT_DTYPES:
@@ -67,12 +72,13 @@ class WeightStore:
         self.weight_map = weight_map
         self.dtype = dtype
         self.device = device
-        self.live: dict[str, torch.Tensor] = {}
-        for spec in (*weight_map.params.values(), *(each.parameter for each in weight_map.derived)):
-            tensor = torch.empty(spec.shape, dtype=TORCH_DTYPES.get(spec.dtype, dtype), device=device)
+        specs = (*weight_map.params.values(), *(each.parameter for each in weight_map.derived))
+        shapes = [(spec.shape, TORCH_DTYPES.get(spec.dtype, dtype)) for spec in specs]
+        tensors = allocate(shapes) if allocate else [torch.empty(s, dtype=d, device=device) for s, d in shapes]
+        for spec, tensor in zip(specs, tensors, strict=True):
             for box in spec.padding:
                 tensor[box.slices].zero_()
-            self.live[spec.name] = tensor
+        self.live: dict[str, torch.Tensor] = {spec.name: each for spec, each in zip(specs, tensors, strict=True)}
         self._regions: dict[str, Region] = {}
         self._plan: ManifestPlan | None = None
         self._parts: OpenPlan | None = None
@@ -81,6 +87,7 @@ class WeightStore:
         self._memory = memory or memory_left(device)
         self._transaction: Transaction | None = None
         self._side = SideStream(device)
+        self._buffers = DeviceBuffers(device, self._side.settle) if device.type == "cuda" else None
         self._side_reader: SideReader | None = None
 
     def close(self) -> None:
@@ -92,66 +99,16 @@ class WeightStore:
     # Whole models: from a file, from a seed, to nothing.
 
     def load(self, source: Iterable[tuple[str, TensorData]]) -> None:
-        """Overwrite live memory with a whole checkpoint.
+        """As `load_in_slices`, at once."""
+        for _ in self.load_in_slices(source):
+            pass
 
-        Every element is written exactly once: each rule once, and the map's regions partition the parameters. Of tied
-        names the first that comes is written, another one compared. Raises `CheckpointError` naming a missing, unknown,
-        doubled, misshapen, non-float, non-finite or unreadable tensor, or a tied one that differs; the store then holds
-        no weights.
-        """
+    def load_in_slices(self, source: Iterable[tuple[str, TensorData]]) -> Iterator[None]:
+        """Overwrite live memory with a whole checkpoint, resting after each tensor. Raises as `load_checkpoint`; there
+        are no weights then."""
         self._require_no_update()
-        written: set[str] = set()
-        filled: set[str] = set()
-        for name, data in source:
-            if is_recomputed(name):
-                continue
-            self._check_loaded(name, data, written)
-            written.add(name)
-            target = self.weight_map.aliases.get(name, name)
-            self._take(name, data, self._region(target), is_filled=target in filled)
-            filled.add(target)
-        for name, problem in self.weight_map.find_doubled(filled):
-            raise CheckpointError(problem, field=name)
-        missing = self.weight_map.missing(filled)
-        if missing:
-            raise CheckpointError(
-                f"the checkpoint lacks {len(missing)} tensor(s): {', '.join(missing[:8])}", field=missing[0]
-            )
+        yield from load_checkpoint(self.weight_map, self._region, source, check_finite=self._check_finite)
         self._derive()
-
-    def _check_loaded(self, name: str, data: TensorData, written: set[str]) -> None:
-        expected = self.weight_map.shape_of(name)
-        if expected is None:
-            raise CheckpointError(f"{name} is not a tensor of this model", field=name)
-        if name in written:
-            raise CheckpointError(f"{name} comes twice in the checkpoint", field=name)
-        info = info_of(name, data)
-        if info.shape != expected:
-            raise CheckpointError(f"{name} has shape {list(info.shape)}, expected {list(expected)}", field=name)
-        if info.dtype not in FLOAT_DTYPES:
-            message = f"{name} has dtype {info.dtype}, expected one of {', '.join(FLOAT_DTYPES)}"
-            raise CheckpointError(message, field=name)
-
-    def _take(self, name: str, data: TensorData, region: Region, *, is_filled: bool) -> None:
-        """Write one whole tensor into its region, or compare it with the tied one that is there."""
-        try:
-            source = source_of(info_of(name, data), data)
-        except WeightUpdateError as error:
-            raise CheckpointError(error.message, field=name) from None
-        for part in row_blocks((region.num_elements,), region.dtype.itemsize, _LOAD_BYTES[self.device.type]):
-            if not is_filled:
-                block = region.write_view(part)
-                source.copy(part, block)
-                if self._check_finite and not is_finite(block):
-                    raise CheckpointError(_not_finite(name, block.dtype), field=name)
-                region.write_back(part, block)
-                continue
-            block = torch.empty(part.stop - part.start, dtype=region.dtype, device=self.device)
-            source.copy(part, block)
-            if not region.equals(part, block):
-                tied = next(pair for pair in self.weight_map.aliases.items() if name in pair)
-                message = f"{tied[0]} is tied to {tied[1]} by config.json but holds other values"
-                raise CheckpointError(message, field=tied[0])
 
     def fill_random(self, seed: int) -> None:
         """Random weights for tests and dummy models, a pure function of (seed, HF name, shape, dtype, device).
@@ -159,7 +116,7 @@ class WeightStore:
         Norm weights are 1, all else is normal with standard deviation 0.02, as Hugging Face initialises.
         """
         self._require_no_update()
-        self._fill_normal(seed)
+        fill_normal(self.weight_map, self._region, seed)
         for name, rule in self.weight_map.rules_by_name.items():
             if len(rule.shape) == 1 and "norm" in name:
                 for memory in self._region(name).memories:
@@ -169,22 +126,8 @@ class WeightStore:
     def scramble(self, seed: int) -> None:
         """Overwrite all live memory with noise, as SGLang's `reset_tensors` check does."""
         self._require_no_update()
-        self._fill_normal(seed)
+        fill_normal(self.weight_map, self._region, seed)
         self._derive()
-
-    def _fill_normal(self, seed: int) -> None:
-        for name, rule in self.weight_map.rules_by_name.items():
-            region = self._region(name)
-            key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator(self.device).manual_seed(int.from_bytes(key[:8], "little") >> 1)
-            row_size = math.prod(rule.shape[1:])
-            for rows in row_blocks(rule.shape, 4, _FILL_BYTES[self.device.type]):
-                part = slice(rows.start * row_size, rows.stop * row_size)
-                values = torch.empty(part.stop - part.start, dtype=torch.float32, device=self.device)
-                values.normal_(0.0, _INIT_STD, generator=generator)
-                block = region.write_view(part)
-                block.copy_(values)
-                region.write_back(part, block)
 
     # The transaction.
 
@@ -268,12 +211,7 @@ class WeightStore:
         transaction = self._require_update()
         info = transaction.manifest[index]
         source = source_of(info, data, start)
-        arrival = transaction.arrivals.pop(index, None)  # a piece that is never done leaves a tensor to begin again
-        if not start:
-            with self._side.using():
-                arrival = self._arrival(transaction, info)
-        elif arrival is None or arrival.num_elements * TORCH_DTYPES[info.dtype].itemsize != start:
-            raise WeightUpdateError(f"{info.name}: a piece at byte {start} is not the next one", field=info.name)
+        arrival = self._arriving(transaction, index, start)
         return StageWork(
             source,
             arrival,
@@ -282,6 +220,53 @@ class WeightStore:
             on_done=lambda: self._arrived(transaction, index, info, arrival),
             check=(lambda written: self._require_finite(info.name, written)) if self._check_finite else None,
         )
+
+    @property
+    def device_id(self) -> str:
+        """The UUID of the device that the parameters are on, "" of a CPU."""
+        return device_uuid(self.device) if self.device.type == "cuda" else ""
+
+    def open_buffer(self, ref: BufferRef | DeviceRef) -> StageBuffer:
+        """A buffer of the open update to stage from. Raises `RequestError` or `UnavailableError`."""
+        return SharedBuffer.open(ref) if self._buffers is None else self._buffers.open(ref)
+
+    def stage_pieces(self, pieces: Iterator[StagePiece]) -> Copies:
+        """The work of moving pieces in a buffer into place: on a device, many of them at once."""
+        if self._buffers is None:
+            return one_by_one(self.stage, pieces)
+        return in_batches(pieces, self.stage_batch)
+
+    def stage_batch(self, batch: Sequence[StagePiece]) -> DeviceBatch:
+        """As `stage`, of many pieces at once, whose `data` are uint8 [size] on the store's device or pinned. They are
+        read until it is done."""
+        transaction = self._require_update()
+        arriving = [self._arriving_piece(transaction, piece) for piece in batch]
+        return DeviceBatch(arriving, self._side, before_write=transaction.require_open)
+
+    def _arriving_piece(self, transaction: Transaction, piece: StagePiece) -> ArrivingPiece:
+        info = transaction.manifest[piece.index]
+        arrival = self._arriving(transaction, piece.index, piece.start)
+
+        def refuse(dtype: torch.dtype) -> None:
+            raise WeightUpdateError(not_finite(info.name, dtype), field=info.name)
+
+        return ArrivingPiece(
+            piece.data.view(TORCH_DTYPES[info.dtype]),
+            arrival,
+            lambda: self._arrived(transaction, piece.index, info, arrival),
+            refuse if self._check_finite else None,
+        )
+
+    def _arriving(self, transaction: Transaction, index: int, start: int | None) -> Arrival:
+        """The tensor that a piece at byte `start` is of, begun anew by its first."""
+        info = transaction.manifest[index]
+        arrival = transaction.arrivals.pop(index, None)  # a piece that is never done leaves a tensor to begin again
+        if not start:
+            with self._side.enqueuing():
+                return self._arrival(transaction, info)
+        if arrival is None or arrival.num_elements * TORCH_DTYPES[info.dtype].itemsize != start:
+            raise WeightUpdateError(f"{info.name}: a piece at byte {start} is not the next one", field=info.name)
+        return arrival
 
     def forget(self, index: int) -> list[int]:
         """Manifest entry `index` is to be staged again. Returns what has to be now: it, and the one that was compared
@@ -314,7 +299,7 @@ class WeightStore:
 
     def _require_finite(self, name: str, written: torch.Tensor) -> None:
         if not is_finite(written):
-            raise WeightUpdateError(_not_finite(name, written.dtype), field=name)
+            raise WeightUpdateError(not_finite(name, written.dtype), field=name)
 
     def _destination(self, transaction: Transaction, name: str) -> Region:
         live = self._region(name)
@@ -335,9 +320,12 @@ class WeightStore:
     def abort(self) -> None:
         """End the open update and drop what was not made live. What was written in place stays."""
         transaction = self._require_update()
+        self._side.settle()  # copies that are under way write to what is given back here
         transaction.is_open = False
         transaction.shadow.clear()
         self._transaction = None
+        if self._buffers is not None:
+            self._buffers.close()
 
     def _derive(self) -> None:
         """Compute what is derived from the parameters as they are now, into the memory that it has."""
@@ -432,7 +420,3 @@ class WeightStore:
         if self._transaction is None:
             raise UpdateConflictError("no weight update is open", field="session_id")
         return self._transaction
-
-
-def _not_finite(name: str, dtype: torch.dtype) -> str:
-    return f"{name} holds NaN or infinity in {dtype_name(dtype)} (check_finite=False lets such weights in)"

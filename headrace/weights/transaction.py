@@ -11,8 +11,8 @@ import torch
 from headrace.config.machine import available_memory
 from headrace.types.errors import UpdateConflictError, WeightUpdateError
 from headrace.types.weights import TensorInfo
+from headrace.weights.memory import ResolvedMode
 from headrace.weights.open_plan import OpenPlan
-from headrace.weights.session import ResolvedMode
 from headrace.weights.staging import Arrival
 from headrace.weights.weight_map import ManifestPlan
 

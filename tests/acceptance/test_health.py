@@ -18,7 +18,7 @@ from headrace import Engine, EngineDeadError, SamplingParams
 from headrace.core.fake_executor import FreeExecutor, FreeWeights
 from headrace.scheduler import Scheduler
 from headrace.types.plan import StepPlan, StepResult
-from headrace.weights.session import Ticket
+from headrace.weights.memory import Ticket
 
 NOTICE_SECONDS = 5.0
 LONG_SECONDS = 6.0

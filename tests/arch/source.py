@@ -30,6 +30,7 @@ ORDER = (
     "text",
     "engine",
     "server",
+    "client",
     "rl",
     "cluster",
     "cli",
@@ -47,6 +48,7 @@ TORCH_FREE_PACKAGES = (
     "text",
     "engine",
     "server",
+    "client",
     "cli",
     "bench",
 )

@@ -31,6 +31,7 @@ BROAD_EXCEPT_ALLOWED = {
     "headrace/core/commands.py": "a command or a request that fails costs itself",
     "headrace/core/executor.py": "where steps meet the device",
     "headrace/core/reading.py": "where reads meet the device",
+    "headrace/core/releasing.py": "where memory meets the device",
     "headrace/core/service.py": "process entry point: the core's whole life",
     "headrace/core/updating.py": "where updates meet the device",
     "headrace/engine/starting.py": "hands whatever came to everybody who waits for the start",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -23,13 +23,14 @@ from headrace.config import ResolvedConfig
 from headrace.core.executor import CheckpointSlices, WeightGroup, Weights
 from headrace.core.faults import DeviceLost
 from headrace.types.errors import WeightUpdateError
+from headrace.types.memory import MemoryTag, Restore
 from headrace.types.messages import JoinGroup
 from headrace.types.plan import PlanRefused, SamplePatch, StepPlan, StepResult
 from headrace.types.plan_words import encode
 from headrace.types.request import Int32Array
-from headrace.types.weights import TensorInfo, UpdateMode
+from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
+from headrace.weights.memory import Copies, ResolvedMode, StageBuffer, StageCopy, StagePiece, Ticket, one_by_one
 from headrace.weights.position_sum import add_digests
-from headrace.weights.session import ResolvedMode, StageCopy, Ticket
 from headrace.weights.staging import TORCH_DTYPES, StageWork, source_of
 from tests.core.ranks import START_SECONDS, Group, Kind, Rank, dist
 
@@ -121,6 +122,7 @@ class RankWeights:
     def __init__(self, rank: Rank, others: Others) -> None:
         self._store, self._rank, self._others = rank.store, rank, others
         self._is_open = False
+        self.device_id = ""
 
     def begin(self, manifest: Sequence[TensorInfo], mode: UpdateMode, partial: bool) -> ResolvedMode:
         resolved = self._store.begin(manifest, mode, partial)
@@ -158,6 +160,12 @@ class RankWeights:
         message = ticket.to_bytes(8, "little") + payload
         self._others.tell(Kind.STAGE, index, -1 if start is None else start, message)
         return RankCopy(work, self._others, ticket)
+
+    def stage_pieces(self, pieces: Iterator[StagePiece]) -> Copies:
+        return one_by_one(self.stage, pieces)
+
+    def open_buffer(self, ref: BufferRef | DeviceRef) -> StageBuffer:
+        return self._store.open_buffer(ref)
 
     def forget(self, index: int) -> list[int]:
         self._others.tell(Kind.FORGET, index)
@@ -237,6 +245,27 @@ class RankExecutor:
 
     def join_group(self, terms: JoinGroup, seconds: float) -> WeightGroup:
         raise WeightUpdateError("these ranks join no group", field="group_name")
+
+    def release(self, tags: Collection[MemoryTag], *, keeps_copy: bool) -> Generator[None]:
+        ticket, since = self.others.new_ticket(), time.monotonic()
+        self.others.tell(Kind.RELEASE, ticket, int(keeps_copy), msgspec.msgpack.encode(list(tags)))
+        yield from self._rank.release(tags, keeps_copy=keeps_copy)
+        while not self.others.have_done(ticket, since):
+            yield
+
+    def resume(self, tags: Collection[MemoryTag], restore: Restore) -> Generator[None]:
+        ticket, since = self.others.new_ticket(), time.monotonic()
+        self.others.tell(Kind.RESUME, ticket, data=msgspec.msgpack.encode((list(tags), restore)))
+        is_there = False
+        try:
+            yield from self._rank.resume(tags, restore)
+            while not self.others.have_done(ticket, since):
+                yield
+            is_there = True
+        finally:
+            if not is_there:
+                undoing, keeps_copy = self.others.new_ticket(), restore == "copy" and "weights" in tags
+                self.others.tell(Kind.RELEASE, undoing, int(keeps_copy), msgspec.msgpack.encode(list(tags)))
 
     def close(self) -> None:
         self.others.close()

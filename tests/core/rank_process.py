@@ -18,10 +18,11 @@ import torch
 from headrace.config import ResolvedConfig
 from headrace.core.faults import StepError
 from headrace.types.errors import HeadraceError, UpdateConflictError, WeightUpdateError
+from headrace.types.memory import MemoryTag, Restore
 from headrace.types.plan import PlanRefused
 from headrace.types.plan_words import decode
 from headrace.types.weights import TensorInfo
-from headrace.weights.session import ResolvedMode
+from headrace.weights.memory import ResolvedMode
 from tests.core.ranks import START_SECONDS, Group, Kind, Rank, dist, patch_of
 
 
@@ -30,6 +31,7 @@ class Follower:
 
     def __init__(self, rank: Rank, store: Any) -> None:
         self._rank, self._store = rank, store
+        self._released: set[MemoryTag] = set()
 
     def run(self) -> None:
         """Until rank 0 closes, or is gone."""
@@ -77,6 +79,12 @@ class Follower:
             rank.read(data.decode(), first, second)
         elif kind == Kind.SCRAMBLE:
             rank.store.scramble(first)
+        elif kind == Kind.RELEASE:
+            given = msgspec.msgpack.decode(data, type=set[MemoryTag])
+            self._answer(first, lambda: self._release(given, keeps_copy=second == 1))
+        elif kind == Kind.RESUME:
+            taken, restore = msgspec.msgpack.decode(data, type=tuple[list[MemoryTag], Restore])
+            self._answer(first, lambda: self._resume(taken, restore))
 
     def _submit(self, step_id: int, words: np.ndarray) -> None:
         try:
@@ -94,6 +102,15 @@ class Follower:
         if is_broken:
             raise WeightUpdateError("this rank was told to fail")
         self._rank.store.commit()
+
+    def _release(self, tags: set[MemoryTag], *, keeps_copy: bool) -> None:
+        """Also what was taken here by a resume that failed elsewhere; what is released already stays as it is."""
+        list(self._rank.release(tags - self._released, keeps_copy=keeps_copy))
+        self._released |= tags
+
+    def _resume(self, tags: list[MemoryTag], restore: Restore) -> None:
+        list(self._rank.resume(tags, restore))
+        self._released -= set(tags)
 
     def _answer(self, ticket: int, work: Callable[[], object]) -> None:
         self._store.set(f"ticket {ticket} of rank {self._rank.group.rank}", _succeeds(work) or "done")

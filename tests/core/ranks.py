@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable
 from datetime import timedelta
 from enum import IntEnum
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -29,6 +30,7 @@ from headrace.kernels.rope_tables import rope_tables
 from headrace.layers.linear import Embedding, GemmCounter
 from headrace.runner.exact_products import ExactProducts
 from headrace.runner.loading import load_weights
+from headrace.runner.occupation import Occupation
 from headrace.runner.prompt_scores import PromptScorer
 from headrace.runner.runner import Runner
 from headrace.runner.slots import InputTable
@@ -60,6 +62,8 @@ class Kind(IntEnum):
     SCRAMBLE = 12  # (seed)
     BEGIN_OPEN = 13  # (in place, partial)
     EXTEND = 14  # (bytes: manifest)
+    RELEASE = 15  # (ticket, whether a copy is kept; bytes: tags)
+    RESUME = 16  # (ticket; bytes: tags, where weights come from)
 
 
 class Group:
@@ -149,7 +153,10 @@ class RankRunner(Runner):
         torch.set_num_threads(1)
         self._device, dtype, self.resolved = CPU, getattr(torch, resolved.dtype), resolved
         self._counter, self._exact = GemmCounter(), ExactProducts(CPU)
-        self.weights = WeightStore(models.weight_map(spec, shard), dtype, CPU, memory=lambda: 1 << 40)
+        self.memory = Occupation(CPU, is_saver=False)
+        allocate, zeros = partial(self.memory.allocate, "weights"), partial(self.memory.zeros, "kv_cache")
+        table = models.weight_map(spec, shard)
+        self.weights = WeightStore(table, dtype, CPU, memory=lambda: 1 << 40, allocate=allocate)
         kernels = select_kernels(engine.numerics)
         shared = RankKernels(kernels, group, spec.vocab_size)
         self._model = models.build(spec, self.weights, kernels=shared, counter=self._counter)
@@ -162,7 +169,7 @@ class RankRunner(Runner):
                 num_kv_heads=max(1, whole.num_kv_heads // shard.num_ranks),
             )
             tables = rope_tables(held.rope, held.head_dim, resolved.context_length, dtype, CPU)
-            pool = KvPool(KvGeometry.of_group(held, resolved.num_pages, engine.page_size), dtype, CPU)
+            pool = KvPool(KvGeometry.of_group(held, resolved.num_pages, engine.page_size), dtype, CPU, zeros)
             heads = Heads(AttentionShape.of_group(held), kernels, tables)
             backend = build_backend(resolved.attention_backend, engine.numerics, heads, pool, self._exact.products)
             self._attention.append(backend)
@@ -170,7 +177,7 @@ class RankRunner(Runner):
         self._sampler = Sampler(spec.vocab_size, engine.max_running_requests, CPU, engine.numerics)
         self._scorer = PromptScorer(self._model.logits, self._sampler, spec.vocab_size)
         self._max_sampled_rows = 64
-        load_weights(self.weights, resolved, None)
+        self.memory.reload = load_weights(self.weights, resolved, None)
 
 
 class Rank(LocalExecutor):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Generator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +18,10 @@ from headrace.core.executor import CheckpointSlices, WeightGroup, Weights
 from headrace.core.fake_executor import FreeWeights
 from headrace.core.faults import StepError
 from headrace.types.errors import CheckpointError, WeightUpdateError
+from headrace.types.memory import MemoryTag, Restore
 from headrace.types.messages import JoinGroup
 from headrace.types.plan import LAST_TOKEN, PromptLogprobs, SamplePatch, SlotInit, StepPlan, StepResult
-from headrace.weights.session import Ticket
+from headrace.weights.memory import Ticket
 
 PAGE_SIZE = 4
 _BITS = 20
@@ -60,9 +61,11 @@ class CountingWeights(FreeWeights):
 
     def __init__(self) -> None:
         self.serial = 0
+        self.has_values = True
 
     def commit(self) -> Ticket:
         self.serial += 1
+        self.has_values = True
         return super().commit()
 
 
@@ -85,6 +88,7 @@ class RememberingExecutor:
         self.weights: Weights = self.counting
         self.entered: dict[int, list[int]] = {}
         self.floor = 0
+        self.released: set[MemoryTag] = set()
         self._vocab_size = vocab_size
         self._chance = chance
         self._failure_rate = failure_rate
@@ -93,6 +97,7 @@ class RememberingExecutor:
         self._results: deque[StepResult | StepError] = deque()
 
     def submit(self, plan: StepPlan) -> None:
+        assert not self.released and self.counting.has_values, f"a step runs without {self.released or 'weights'}"
         if any(isinstance(result, StepError) for result in self._results):
             self._results.append(StepError(plan.step_id, RuntimeError("a step before it failed")))
         elif self._chance.random() < self._failure_rate:
@@ -120,6 +125,22 @@ class RememberingExecutor:
 
     def join_group(self, terms: JoinGroup, seconds: float) -> WeightGroup:
         raise WeightUpdateError("this executor has no weights", field="group_name")
+
+    def release(self, tags: Collection[MemoryTag], *, keeps_copy: bool) -> Generator[None]:
+        """What it remembers is forgotten with its memory."""
+        assert not self._results, "memory is released under a step"
+        yield
+        self.released.update(tags)
+        if "kv_cache" in tags:
+            self._kv = [(-1, 0)] * len(self._kv)
+        if "weights" in tags:
+            self.counting.has_values = False
+
+    def resume(self, tags: Collection[MemoryTag], restore: Restore) -> Generator[None]:
+        yield
+        self.released.difference_update(tags)
+        if "weights" in tags:
+            self.counting.has_values = restore != "await"
 
     def close(self) -> None:
         self._results.clear()

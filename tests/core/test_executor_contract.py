@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import msgspec
@@ -13,6 +13,7 @@ from headrace.config import EngineConfig, resolve
 from headrace.core.executor import Executor, LocalExecutor
 from headrace.core.faults import StepError
 from headrace.runner import build_runner
+from headrace.types.memory import MemoryTag, Restore
 from headrace.types.plan import SamplePatch, StepPlan, StepResult
 from headrace.types.request import TokenSampling
 from tests.core.rank_executor import RankExecutor
@@ -173,3 +174,46 @@ def test_after_a_failure_none_is_executed_until_it_was_collected(
             executor.collect()
         assert not failure.value.is_refusal
     check_it_goes_on(executor, expected)
+
+
+@pytest.mark.parametrize("restore", ["copy", "disk"])
+def test_released_memory_comes_back_where_it_was(executor: Executor, expected: list[Any], restore: Restore) -> None:
+    digests = digests_of(executor)
+    both: list[MemoryTag] = ["weights", "kv_cache"]
+    for tags in (both[1:], both[:1], both):
+        exhaust(executor.release(tags, keeps_copy=restore == "copy"))
+        exhaust(executor.release(tags, keeps_copy=False))  # of what is released already nothing is lost
+        exhaust(executor.resume(tags, restore))
+        assert digests_of(executor) == digests
+        check_it_goes_on(executor, expected)
+
+
+def test_a_resume_that_is_given_up_takes_nothing(executor: Executor, expected: list[Any]) -> None:
+    digests = digests_of(executor)
+    exhaust(executor.release(["weights"], keeps_copy=True))
+    coming = executor.resume(["weights"], "copy")
+    next(coming)
+    coming.close()
+    exhaust(executor.resume(["weights"], "copy"))
+    assert digests_of(executor) == digests
+    check_it_goes_on(executor, expected)
+
+
+def test_weights_that_are_awaited_are_zero(executor: Executor) -> None:
+    digests = digests_of(executor)
+    exhaust(executor.release(["weights"], keeps_copy=False))
+    exhaust(executor.resume(["weights"], "await"))
+    lost = digests_of(executor)
+    assert all(lost[name] != digests[name] for name in digests)
+    exhaust(executor.release(["weights"], keeps_copy=False))
+    exhaust(executor.resume(["weights"], "disk"))
+    assert digests_of(executor) == digests
+
+
+def digests_of(executor: Executor) -> dict[str, str]:
+    return dict(filter(None, executor.weights.digest_in_slices()))
+
+
+def exhaust(slices: Generator[None]) -> None:
+    for _ in slices:
+        pass

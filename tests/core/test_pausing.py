@@ -71,7 +71,7 @@ def test_drain_has_a_deadline_and_then_nothing_is_paused() -> None:
     core = Core()
     core.submit(request(1, max_new_tokens=200))
     core.turn(3)
-    call_id = core.start(Pause, "drain", core.clock.now + 30.0)
+    call_id = core.start(Pause, "drain", deadline=core.clock.now + 30.0)
     core.turn()
     core.clock.now += 30.0
     core.turn()
@@ -89,7 +89,7 @@ def test_a_drain_that_is_undone_leaves_the_pause_before_it(before: str, how: str
     core.turn(3)
     core.call(Pause, before)
     core.submit(request(2, max_new_tokens=200))
-    drain = core.start(Pause, "drain", core.clock.now + 5.0)
+    drain = core.start(Pause, "drain", deadline=core.clock.now + 5.0)
     core.turn(3)
     assert core.status().paused == ("drain" if before == "keep" else core.status().paused)
     if how == "late":
@@ -145,7 +145,10 @@ def test_each_of_two_drains_has_its_own_deadline() -> None:
     core = Core()
     core.submit(request(1, max_new_tokens=60))
     core.turn(3)
-    hasty, patient = core.start(Pause, "drain", core.clock.now + 5.0), core.start(Pause, "drain", core.clock.now + 90.0)
+    hasty, patient = (
+        core.start(Pause, "drain", deadline=core.clock.now + 5.0),
+        core.start(Pause, "drain", deadline=core.clock.now + 90.0),
+    )
     core.turn()
     assert core.loop._time_to_deadline() <= 5.0
     core.clock.now += 5.0

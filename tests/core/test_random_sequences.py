@@ -2,12 +2,13 @@
 
 Each call has exactly one reply and each request exactly one terminal delta (the harness checks "at most one"); tokens
 are the right ones whatever happened between; versions never go back within a request; epochs only grow; and no step
-ever runs on weights that are not one whole version.
+ever runs on weights that are not one whole version, or while memory is released.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Collection, Generator
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,8 @@ import torch
 from headrace.core.fake_executor import FreeExecutor
 from headrace.core.faults import StepError
 from headrace.ipc import SharedBuffer
+from headrace.types.errors import UnavailableError
+from headrace.types.memory import MEMORY_TAGS, MemoryTag, Restore
 from headrace.types.messages import (
     Abort,
     AbortUpdate,
@@ -25,8 +28,11 @@ from headrace.types.messages import (
     Finished,
     FlushCache,
     GetStatus,
+    GiveUp,
     Pause,
+    ReleaseMemory,
     Resume,
+    ResumeMemory,
     Stage,
     WeightsChecker,
 )
@@ -54,6 +60,9 @@ class WatchingExecutor(FreeExecutor):
         self.chance = chance
         self.failure_rate = chance.choice([0.0, 0.0, 0.05])
         self.views = live_views(store)
+        self.released: set[MemoryTag] = set()
+        self.num_releases = 0
+        self.kept: list[npt.NDArray[np.float32]] = []
         self.last_epoch = 0
         self.version_of_epoch: dict[int, float] = {}
 
@@ -67,6 +76,38 @@ class WatchingExecutor(FreeExecutor):
             self._plans.popleft()
             raise StepError(plan.step_id, MemoryError("no room"))
         return super().collect()
+
+    def submit(self, plan: StepPlan) -> None:
+        assert not self.released, f"a step runs without {self.released}"
+        super().submit(plan)
+
+    def release(self, tags: Collection[MemoryTag], *, keeps_copy: bool) -> Generator[None]:
+        """In a few slices, of which the last takes all away."""
+        assert not self._plans and not self.released & set(tags)
+        kept = [view.copy() for view in self.views] if keeps_copy else []
+        for _ in range(self.chance.randint(0, 3)):
+            yield
+        self.fail_at_times()
+        self.num_releases += 1
+        self.released |= set(tags)
+        if "weights" in tags:
+            self.kept = kept
+            for view in self.views:
+                view[:] = np.nan
+
+    def resume(self, tags: Collection[MemoryTag], restore: Restore) -> Generator[None]:
+        assert self.released >= set(tags)
+        for _ in range(self.chance.randint(0, 3)):
+            yield
+        self.fail_at_times()
+        self.released -= set(tags)
+        if "weights" in tags and restore != "await":
+            for number, view in enumerate(self.views):
+                view[:] = self.kept[number] if restore == "copy" else number
+
+    def fail_at_times(self) -> None:
+        if self.chance.random() < 0.1:
+            raise UnavailableError("no room")
 
     def whole_version(self) -> float:
         """The one version all live elements belong to; fails on a mix."""
@@ -83,14 +124,16 @@ class Driver:
         store = tiny_store()
         for number, view in enumerate(live_views(store)):
             view[:] = number
+        self.executor = WatchingExecutor(store, random.Random(seed))
         self.core = Core(
-            WatchingExecutor(store, random.Random(seed)),
+            self.executor,
             overlap_depth=(0, 1, 3)[seed % 3],
             max_running_requests=self.chance.choice([1, 3, 8]),
             max_num_batched_tokens=self.chance.choice([4, 16, 64]),
             kv_pool_tokens=self.chance.choice([64, 128, 512]),
             pause_timeout=30.0,
             control_timeout=50.0,
+            keep_weights_copy=self.chance.random() < 0.5,
         )
         self.calls: list[int] = []
         self.prompts: dict[int, list[int]] = {}
@@ -103,7 +146,8 @@ class Driver:
     def event(self) -> None:
         actions = [self.submit] * 5 + [self.turn] * 8 + [self.abort, self.discard, self.pause, self.resume, self.begin]
         actions += [self.resume, self.begin] + [self.stage] * 4 + [self.commit] * 4
-        actions += [self.abort_update, self.tick, self.look, self.lose]
+        actions += [self.abort_update, self.tick, self.look, self.lose, self.release, self.resume_memory, self.give_up]
+        actions += [self.resume_memory]
         self.chance.choice(actions)()
 
     def submit(self) -> None:
@@ -139,7 +183,8 @@ class Driver:
 
     def begin(self) -> None:
         self.core.turn()
-        if self.core.status().updating:
+        replica = self.core.loop.replica
+        if self.core.status().updating or replica.update.machine.state == "released" or replica.memory.jobs:
             return
         self.num_updates += 1
         self.tensors = new_tensors(100.0 * self.num_updates)
@@ -177,14 +222,41 @@ class Driver:
         if self.chance.random() < 0.1:
             self.calls.append(self.core.start(WeightsChecker, "reset_tensors"))
 
+    def release(self) -> None:
+        how = self.chance.choice(["abort", "recompute"])
+        self.calls.append(self.core.start(ReleaseMemory, self.some_tags(), how, deadline=self.some_deadline()))
+
+    def resume_memory(self) -> None:
+        source = self.chance.choice(["auto", "auto", "copy", "disk", "await"])
+        self.calls.append(self.core.start(ResumeMemory, self.some_tags(), source, deadline=self.some_deadline()))
+
+    def some_tags(self) -> tuple[MemoryTag, ...]:
+        return tuple(self.chance.sample(MEMORY_TAGS, self.chance.randint(0, 3)))
+
+    def some_deadline(self) -> float:
+        return self.core.clock.now + self.chance.choice([0.5, 100.0])
+
+    def give_up(self) -> None:
+        if self.calls:
+            self.calls.append(self.core.start(GiveUp, self.calls[-1]))
+
     def end(self) -> None:
-        """Resume, and let every deadline pass."""
+        """Resume, let every deadline pass, and bring weights where there are none."""
         core = self.core
         core.settle()
         for _ in range(4):
             core.clock.now += 60.0
             self.resume()
+            self.calls.append(core.start(ResumeMemory, ()))
             core.settle()
+        while core.status().released:
+            self.calls.append(core.start(ResumeMemory, ()))
+            core.settle()
+        if core.status().state != "ready":
+            self.begin()
+            core.stage(self.session, self.tensors)
+            self.commit()
+        core.settle()
 
 
 @pytest.mark.parametrize("part", range(6))
@@ -203,10 +275,11 @@ def test_invariants_hold_under_random_commands(part: int) -> None:
         seen["updates"] = seen.get("updates", 0) + int(metrics["num_updates"])
         seen["failed steps"] = seen.get("failed steps", 0) + int(metrics["num_failed_steps"])
         seen["preemptions"] = seen.get("preemptions", 0) + int(metrics["num_preemptions"])
+        seen["releases"] = seen.get("releases", 0) + driver.executor.num_releases
         seen["mixed"] = seen.get("mixed", 0) + sum(len(driver.core.spans(handle)) > 1 for handle in driver.prompts)
         for buffer in driver.buffers:
             buffer.close()
-    for kind in ("length", "abort", "error", "updates", "preemptions", "failed steps", "mixed"):
+    for kind in ("length", "abort", "error", "updates", "preemptions", "failed steps", "mixed", "releases"):
         assert seen.get(kind, 0) > 5, f"the sequences never show {kind}: {seen}"
 
 

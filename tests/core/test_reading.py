@@ -131,8 +131,8 @@ def test_a_write_that_is_over_between_two_blocks_begins_the_read_again(core: Cor
 def test_a_read_that_nobody_waits_for_ends(core: Core, how: str) -> None:
     core.call(Pause, "keep")
     with SharedBuffer.create(4096) as buffer:
-        digest = core.start(Digest, core.clock.now + 10.0)
-        read = core.start(GetWeight, "k.weight", buffer.ref, 0, None, core.clock.now + 10.0)
+        digest = core.start(Digest, deadline=core.clock.now + 10.0)
+        read = core.start(GetWeight, "k.weight", buffer.ref, 0, None, deadline=core.clock.now + 10.0)
         core.turn()
         assert not {digest, read} & core.link.replies.keys()
         assert core.loop._time_to_deadline() <= 10.0
@@ -154,7 +154,7 @@ def test_a_read_ends_in_time_also_while_an_update_is_staged(core: Core) -> None:
     session = core.begin(NEW)
     core.loop.replica.update.advance = lambda budget_s, now: True  # type: ignore[method-assign]
     core.start_stage(session, NEW)
-    digest = core.start(Digest, core.clock.now + 10.0)
+    digest = core.start(Digest, deadline=core.clock.now + 10.0)
     core.turn(3)
     core.clock.now += 10.0
     core.turn()

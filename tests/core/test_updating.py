@@ -733,7 +733,7 @@ def test_a_commit_that_waits_too_long_ends_its_session(how: str) -> None:
     core.turn(3)
     session = core.begin(NEW)
     core.stage(session, NEW)
-    commit = core.start(CommitUpdate, session, core.clock.now + 20.0)
+    commit = core.start(CommitUpdate, session, deadline=core.clock.now + 20.0)
     core.turn(3)
     assert core.loop._time_to_deadline() <= 20.0
     if how == "late":

@@ -1,9 +1,9 @@
 """Every value a request gets, scored again by the weights its version names, whatever met it on its way.
 
-Prompts longer than a step, scores, pauses, updates of every policy, labels given twice, relabelling, aborts, failing
-steps and full pools at random. What was sampled by kept sequences is scored over KV of the weights that computed it,
-which the spans say too: the KV of a token is of the step that sampled the next one, and what was computed again is of
-the step that sampled first after that.
+Prompts longer than a step, scores, pauses, updates of every policy, labels given twice, relabelling, memory released
+and resumed, aborts, failing steps and full pools at random. What was sampled by kept sequences is scored over KV of the
+weights that computed it, which the spans say too: the KV of a token is of the step that sampled the next one, and what
+was computed again is of the step that sampled first after that.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from headrace.types.messages import Abort, CommitUpdate, Pause, Resume, SetVersion
+from headrace.types.memory import MEMORY_TAGS
+from headrace.types.messages import Abort, CommitUpdate, Pause, ReleaseMemory, Resume, ResumeMemory, SetVersion
 from headrace.types.request import Delta, unpack_floats, unpack_ids
 from headrace.types.sampling_params import LogprobOptions
 from headrace.types.weights import UpdateReport
@@ -53,6 +54,7 @@ class Driver:
             "kv_pool_tokens": chance.choice((64, 96, 512)),
             "prefix_cache": chance.random() < 0.8,
             "pause_timeout": 1e6,
+            "keep_weights_copy": chance.random() < 0.5,
         }
         num_pages = tiny_config(**settings).num_pages
         self.executor = RememberingExecutor(VOCAB_SIZE, num_pages, chance, chance.choice((0.0, 0.0, 0.03)))
@@ -60,12 +62,13 @@ class Driver:
         self.labels = [{"default"}]  # of each epoch
         self.prompts: dict[int, list[int]] = {}
         self.starts: dict[int, int | None] = {}
+        self.num_released = 0
         self.repeats_labels = chance.random() < 0.5
         self.stem = [chance.randint(1, 9) for _ in range(40)]
 
     def event(self) -> None:
         actions = [self.submit] * 4 + [self.turn] * 10 + [self.pause, self.resume] + [self.update] * 4
-        self.chance.choice([*actions, self.relabel, self.abort])()
+        self.chance.choice([*actions, self.relabel, self.abort, self.release, *[self.resume_memory] * 2])()
 
     def submit(self) -> None:
         """Requests for samples and scores, some of one prompt, some with a prefix that others have."""
@@ -92,12 +95,23 @@ class Driver:
     def resume(self) -> None:
         self.core.call(Resume)
 
+    def release(self) -> None:
+        tags = tuple(self.chance.sample(MEMORY_TAGS, self.chance.randint(0, 3)))
+        self.core.call(ReleaseMemory, tags, self.chance.choice(("abort", "recompute", "recompute")))
+        self.num_released += 1
+
+    def resume_memory(self) -> None:
+        self.core.call(ResumeMemory, tuple(self.chance.sample(MEMORY_TAGS, self.chance.randint(0, 3))))
+
     def update(self) -> None:
         core, policy = self.core, self.chance.choice(POLICIES)
+        memory = core.loop.replica.memory
+        if "weights" in memory.released:
+            core.call(ResumeMemory, ("weights",))
         label = self.chance.choice("ab") if self.repeats_labels else f"v{len(self.labels)}"
         if core.status().paused == "drain":
             self.resume()
-        is_paused = core.status().paused != ""
+        is_paused = core.status().paused != "" or bool(memory.lacks)
         session = core.begin(TENSORS, label, mode=self.chance.choice(("shadow", "inplace")), in_flight=policy)
         core.stage(session, TENSORS)
         report = core.call(CommitUpdate, session, kind=UpdateReport)
@@ -107,6 +121,8 @@ class Driver:
             self.executor.floor = report.epoch
 
     def relabel(self) -> None:
+        if self.core.status().state != "ready":
+            return
         label = self.chance.choice("ab") if self.repeats_labels else f"r{len(self.labels)}"
         self.core.call(SetVersion, label)
         self.labels[-1].add(label)
@@ -138,7 +154,11 @@ def test_every_value_is_that_of_the_weights_its_version_names(part: int) -> None
         for _ in range(NUM_EVENTS):
             driver.event()
         driver.resume()
+        driver.core.call(ResumeMemory)
+        if driver.core.status().state != "ready":
+            driver.update()
         driver.core.settle()
+        seen["released"] += driver.num_released
         for handle in driver.prompts:
             check(driver, handle, seen)
     for kind in (
@@ -150,6 +170,8 @@ def test_every_value_is_that_of_the_weights_its_version_names(part: int) -> None
         "scores alone",
         "restarted scores",
         "relabelled scores",
+        "released",
+        "kept through a release",
     ):
         assert seen[kind] > 0, f"the sequences never show {kind}: {seen}"
 
@@ -158,6 +180,7 @@ def check(driver: Driver, handle: int, seen: Counter[str]) -> None:
     answer = driver.answer(handle)
     finish = answer.last.finish
     assert finish is not None
+    seen["kept through a release"] += driver.num_released > 0 and answer.last.num_preemptions > 0
     check_tokens(driver, handle, answer, seen)
     check_prompt(driver, handle, answer, is_whole=finish.type == "length", seen=seen)
 

@@ -60,6 +60,9 @@ CALLS: list[tuple[Callable[..., Any], str, list[Any]]] = [
         [None, 5, torch.tensor(1.0), torch.ones(2), np.array(1.0)],
     ),
     (Engine.pause, "mode", ["drian", 5, None, ["abort"]]),
+    (Engine.release_memory_occupation, "tags", ["weights", 5, {"weights": 1}, [None], ["kv"], ["\ud800"]]),
+    (Engine.release_memory_occupation, "in_flight", ["keep", 5, None]),
+    (Engine.resume_memory_occupation, "restore", ["host", 5, None]),
     (Engine.set_weight_version, "version", ["", None, 1.5, True, "\ud800"]),
     (Engine.weights_checker, "action", [5, None, "\ud800"]),
     (Engine.get_weights_by_name, "name", [5, None, "\ud800"]),
@@ -119,6 +122,7 @@ def pause_and_resume(engine: Engine, text: Callable[[str], Any]) -> None:
 TEXT_CALLS: dict[str, Callable[[Engine, Callable[[str], Any]], object]] = {
     "relabel": lambda engine, text: engine.set_weight_version(text("v7")),
     "get_weights_by_name": lambda engine, text: engine.get_weights_by_name(text("model.norm.weight")),
+    "tags": lambda engine, text: engine.resume_memory_occupation([text("weights")], restore=text("disk")),
     "weights_checker": lambda engine, text: engine.weights_checker(text("snapshot")),
     "version": lambda engine, text: push(engine, version=text("v7")),
     "modes": lambda engine, text: push(engine, mode=text("shadow"), in_flight=text("keep")),

@@ -13,7 +13,7 @@ import asyncio
 import functools
 import logging
 import random
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Generator, Iterator, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -31,13 +31,16 @@ from headrace.engine.health import HealthLimits
 from headrace.engine.update import Updater
 from headrace.ipc import Pulse, PulsePage, make_pair
 from headrace.types.errors import DeadlineError, HeadraceError, ShutdownError, UpdateConflictError
+from headrace.types.memory import MemoryTag, Restore
 from headrace.types.messages import (
     Command,
     CoreReady,
     Digest,
     FlushCache,
     Pause,
+    ReleaseMemory,
     Resume,
+    ResumeMemory,
     SetVersion,
     UpdateFromDisk,
     WeightsChecker,
@@ -45,7 +48,7 @@ from headrace.types.messages import (
 from headrace.types.plan import StepResult
 from headrace.types.request import Delta, Request, pack_ids
 from headrace.types.weights import TensorInfo, UpdateMode, UpdateReport
-from headrace.weights.session import ResolvedMode, Ticket
+from headrace.weights.memory import ResolvedMode, Ticket
 
 NUM_WORLDS = 100
 NUM_SEQUENCES = 100
@@ -130,7 +133,7 @@ class World:
         self._spy()
         limits = HealthLimits(watchdog=1e9, patience=1e9, hopeless=1e9)
         self.client = CoreClient(front, page, MAX_LIMIT, lambda _: None, limits, clock=self.clock.time)
-        self.updater = Updater(self.client, self.clock)
+        self.updater = Updater(self.client, self.clock, shares_process=False)
         self.link.send(CoreReady())
         start = self.clock.create_task(self.client.start(60.0))
         self.run_until(start.done)
@@ -199,6 +202,18 @@ class SlowExecutor(FreeExecutor):
     def collect(self) -> StepResult:
         self._world.lose_time(3.0)
         return super().collect()
+
+    def release(self, tags: Collection[MemoryTag], *, keeps_copy: bool) -> Generator[None]:
+        yield from self._move("release")
+
+    def resume(self, tags: Collection[MemoryTag], restore: Restore) -> Generator[None]:
+        yield from self._move("take")
+
+    def _move(self, name: str) -> Generator[None]:
+        for _ in range(3):
+            self._world.lose_time(1.0)
+            yield
+        self._world.log.append((name, self._world.core.replica.memory.jobs[0].command.call_id))
 
     def checkpoint(self, folder: Path, root: Path | None) -> CheckpointSlices:
         for _ in range(2):
@@ -344,13 +359,15 @@ class Callers:
         return attempt, self._change(self._keyed(attempt, lambda i: Pause(i, mode)), self._limit(), NoneType)
 
     def _small(self) -> tuple[Attempt, Coroutine[Any, Any, Any]]:
-        name = self.chance.choice(["relabel", "flush", "reset", "digest"])
+        name = self.chance.choice(["relabel", "flush", "reset", "digest", "release", "take", "release", "take"])
         attempt = Attempt(name)
         made: dict[str, tuple[Callable[[int], Command], Any]] = {
             "relabel": (lambda call_id: SetVersion(call_id, "relabelled"), NoneType),
             "flush": (FlushCache, int),
             "reset": (lambda call_id: WeightsChecker(call_id, "reset_tensors"), dict[str, str]),
             "digest": (Digest, dict[str, str]),
+            "release": (lambda call_id: ReleaseMemory(call_id, ("kv_cache",), "recompute"), NoneType),
+            "take": (lambda call_id: ResumeMemory(call_id, ("kv_cache",)), NoneType),
         }
         command, reply = made[name]
         return attempt, self._change(self._keyed(attempt, command), self._limit(), reply)
@@ -370,7 +387,9 @@ async def _await(step: Awaitable[Any]) -> Any:
     return await step
 
 
-LOGGED = {"disk": "commit", "update": "commit"} | {name: name for name in ("resume", "relabel", "flush", "reset")}
+LOGGED = {"disk": "commit", "update": "commit"} | {
+    name: name for name in ("resume", "relabel", "flush", "reset", "release", "take")
+}
 
 
 def check_attempt(attempt: Attempt, log: list[tuple[str, Any]]) -> None:
@@ -385,12 +404,20 @@ def check_attempt(attempt: Attempt, log: list[tuple[str, Any]]) -> None:
         return
     happened = [at for at, event in enumerate(log) if event == (kind, attempt.key)]
     assert all(at < attempt.over_at for at in happened), f"{attempt} happened later"
-    if attempt.outcome == "done":
+    if attempt.outcome == "done" and (happened or attempt.name not in ("release", "take")):  # it may be so already
         assert len(happened) == 1, f"{attempt} happened {len(happened)} times"
-    elif attempt.outcome == "given up":
+    elif attempt.outcome in ("done", "given up"):
         assert len(happened) <= 1, f"{attempt} happened {len(happened)} times"
     else:
         assert not happened, f"{attempt} happened"
+
+
+def check_memory(world: World) -> None:
+    """It is where the last call that was done has left it."""
+    moves = [name for name, _ in world.log if name in ("release", "take")]
+    memory = world.core.replica.memory
+    assert not memory.jobs
+    assert memory.released == memory.lacks == ({"kv_cache"} if moves[-1:] == ["release"] else set())
 
 
 def check_pauses(world: World, attempts: list[Attempt]) -> None:
@@ -404,8 +431,9 @@ def check_pauses(world: World, attempts: list[Attempt]) -> None:
 
 
 async def begin_again(client: CoreClient) -> None:
-    """Nothing is paused and nothing runs."""
+    """Nothing is paused or released and nothing runs."""
     await client.change(Resume, NoneType)
+    await client.change(ResumeMemory, NoneType)
     client.abort(list(client._sinks), "over")
 
 
@@ -420,13 +448,14 @@ def play_sequence(world: World) -> None:
     replica = world.core.replica
     assert replica.update.machine.session is None, "a session is left over"
     assert not replica.update._jobs and not replica.reading.reads
+    check_memory(world)
     check_pauses(world, callers.attempts)
     for _ in range(3):
         world.core.turn(0.0)
         world.clock.pass_time(0.1)
     for attempt in callers.attempts:
         check_attempt(attempt, world.log)
-    assert len(world.updater._free) == world.updater._num_buffers
+    assert len(world.updater._host._free) == world.updater._host._num_buffers
     ending = world.clock.create_task(begin_again(world.client))
     world.run_until(ending.done)
     ending.result()

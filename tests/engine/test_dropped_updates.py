@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 
 from headrace import AsyncEngine, DeadlineError, Engine, ShutdownError, UpdateConflictError
-from headrace.engine.update import UpdateSession
-from headrace.engine.upload_buffers import Filling, UploadBuffer
-from headrace.ipc import SharedBuffer
+from headrace.engine.update_session import UpdateSession
+from headrace.engine.upload_buffers import BufferPool, Filling, HostMemory, UploadBuffer
 from tests.engine.builders import SETTINGS, model_of, named_tensors, save_model
 
 TENSORS = named_tensors(model_of(1))
@@ -74,10 +73,10 @@ def in_time(call: Callable[[], Any]) -> Any:
 def check_buffers(engine: Engine) -> None:
     updater = engine.asynchronous.runtime.updater
     deadline = time.monotonic() + HANG_SECONDS
-    while len(updater._free) != updater._num_buffers or updater._fillings or updater._tasks:
+    while len(updater._host._free) != updater._host._num_buffers or updater._fillings or updater._tasks:
         assert time.monotonic() < deadline, "a buffer is lost"
         time.sleep(0.005)
-    assert updater._num_buffers <= 2
+    assert updater._host._num_buffers <= 2
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["inprocess", "process"])
@@ -144,7 +143,8 @@ def test_a_script_that_outlives_its_engine_leaves_no_buffer(model_folder: Path) 
 def test_a_buffer_is_not_taken_from_whoever_writes_to_it() -> None:
     """He finds out after that, and the buffer can be taken then."""
     filling = Filling(1)
-    filling.put(UploadBuffer(SharedBuffer.create(64)))
+    pool = BufferPool(HostMemory, 64)
+    filling.put(UploadBuffer(HostMemory(64), pool))
 
     class Data(bytes):
         def copy_into(self, _: object) -> None:
@@ -152,7 +152,7 @@ def test_a_buffer_is_not_taken_from_whoever_writes_to_it() -> None:
             assert filling.take() is None
 
     with pytest.raises(UpdateConflictError):
-        filling.write(0, 0, Data(8), replaces=False)  # type: ignore[arg-type]
+        filling.write(pool, 0, 0, Data(8), replaces=False)  # type: ignore[arg-type]
     buffer = filling.take()
     assert buffer is not None
     buffer.memory.close()

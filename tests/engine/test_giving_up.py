@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from headrace import AsyncEngine, DeadlineError, Engine, RequestError
-from headrace.engine.update import UpdateSession
+from headrace.engine.update_session import UpdateSession
 from tests.engine.builders import SETTINGS, model_of, named_tensors, save_model
 
 Tensors = list[tuple[str, torch.Tensor]]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from headrace import Engine
-from headrace.engine.runtime import Runtime, _Errand, _look_out
+from headrace.engine.runtime import EngineLoop, _Errand, _look_out
 from headrace.engine.update import run_here
 from headrace.types.errors import InternalError
 from tests.engine.builders import SETTINGS, model_of, named_tensors
@@ -23,7 +23,7 @@ from tests.engine.lines import BeforeLine
 LONG = {"max_new_tokens": 900, "ignore_eos": True}
 TENSORS = named_tensors(model_of(1))
 MANIFEST = [(name, tensor.shape, str(tensor.dtype)) for name, tensor in TENSORS]
-WATCHED = {each.__code__ for each in (Runtime.wait, _Errand.start, _look_out, run_here)}
+WATCHED = {each.__code__ for each in (EngineLoop.wait, _Errand.start, _look_out, run_here)}
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["inprocess", "process"])

@@ -14,7 +14,7 @@ import torch
 
 from headrace import DeadlineError, Engine, TensorInfo, UpdateConflictError, UpdateReport, WeightUpdateError
 from headrace.engine.control import terms_of_part
-from headrace.engine.update import UpdateSession
+from headrace.engine.update_session import UpdateSession
 from tests.engine.builders import SETTINGS, model_of, named_tensors, save_model
 
 Starter = Callable[..., Engine]

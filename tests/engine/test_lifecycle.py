@@ -313,6 +313,8 @@ def test_shutdown_answers_what_runs_and_can_be_repeated(model_folder: Path) -> N
         lambda: engine.update_weights_from_tensor([], version="x"),
         engine.pause,
         engine.resume,
+        engine.release_memory_occupation,
+        engine.resume_memory_occupation,
         engine.flush_cache,
         engine.metrics,
         engine.digest,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from headrace import Engine, ShutdownError
-from headrace.engine.runtime import Runtime, _Errand, _Latch
+from headrace.engine.runtime import EngineLoop, _Errand, _Latch
 from headrace.engine.starting import Start
 from headrace.engine.supervision import Supervisor
 from tests.engine.builders import SETTINGS
@@ -22,7 +22,13 @@ from tests.engine.lines import BeforeLine
 ROOT = Path(__file__).parents[2]
 HANG_SECONDS = 60.0
 FREE: dict[str, Any] = {**SETTINGS, "executor": "free", "skip_tokenizer_init": True, "inprocess": True}
-INTERRUPTED: list[Callable[..., Any]] = [Runtime.wait, Runtime._start, Runtime.close, Start.close, Supervisor.end]
+INTERRUPTED: list[Callable[..., Any]] = [
+    EngineLoop.wait,
+    EngineLoop._start,
+    EngineLoop.close,
+    Start.close,
+    Supervisor.end,
+]
 INTERRUPTED += [_Errand.start, _Latch.wait, threading.Event.wait, threading.Condition.wait]
 WATCHED = {each.__code__ for each in INTERRUPTED}
 FORK = """

@@ -27,10 +27,11 @@ from headrace import (
 )
 from headrace.config import Takeover
 from headrace.engine.ledger import Ledger
-from headrace.engine.supervision import MAX_DELAY_SECONDS, RestartBudget, weight_files
+from headrace.engine.supervision import MAX_DELAY_SECONDS, RestartBudget
 from headrace.runner import Runner
 from headrace.types.messages import CommitUpdate, Pause, Reply, Resume, SetVersion, UpdateFromDisk, WeightsChecker
 from headrace.types.weights import UpdateReport
+from headrace.weights.files import weight_files
 from tests.engine.builders import SETTINGS, model_of, named_tensors
 
 PROMPT = [1, 2, 3]

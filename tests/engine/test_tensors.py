@@ -12,7 +12,7 @@ import torch
 
 from headrace import Engine
 from headrace.engine.tensors import HeldTensors, TensorBytes, describe, named_pairs, tensor_bytes
-from headrace.engine.update import manifest_of
+from headrace.engine.update_session import manifest_of
 from headrace.rl import push_weights
 from headrace.types.errors import WeightUpdateError
 from headrace.types.weights import TensorInfo

@@ -31,7 +31,8 @@ from headrace import (
 )
 from headrace.engine import reading as reading_module
 from headrace.engine import update as update_module
-from headrace.engine.update import manifest_of
+from headrace.engine.update_session import manifest_of
+from headrace.engine.upload_buffers import NUM_BUFFERS
 from headrace.ipc import SharedBuffer
 from tests.engine.builders import SETTINGS, model_of, named_tensors, save_model
 
@@ -227,12 +228,12 @@ def test_bytes_in_flight_are_bounded_whatever_is_sent_or_read(
     monkeypatch.setattr(SharedBuffer, "close", closed)
     assert sum(tensor.numel() * 4 for _, tensor in new) > 20 * limit
     engine.update_weights_from_tensor(new, version="new")
-    assert max(peaks) <= update_module.NUM_BUFFERS * limit
+    assert max(peaks) <= NUM_BUFFERS * limit
     name, largest = max(new, key=lambda pair: pair[1].numel())
     assert largest.numel() * 4 > 2 * limit
     peaks.clear()
     assert torch.equal(engine.get_weights_by_name(name), largest)
-    assert max(peaks) <= (update_module.NUM_BUFFERS + 1) * limit
+    assert max(peaks) <= (NUM_BUFFERS + 1) * limit
     assert engine.digest() == start(new_folder).digest()
 
 
@@ -394,7 +395,7 @@ def test_a_buffer_that_is_not_staged_in_time_is_read_no_more(start: Starter, new
         for part in (new[:4], new[4:8]):
             with pytest.raises(DeadlineError):
                 engine.stage(session, [(name, torch.zeros_like(tensor)) for name, tensor in part])
-            assert len(updater._free) == updater._num_buffers
+            assert len(updater._host._free) == updater._host._num_buffers
     with pytest.raises(WeightUpdateError, match="not staged"):
         engine.commit(session)
     engine.stage(session, new)
@@ -422,7 +423,7 @@ def test_updates_that_are_cancelled_anywhere_cost_nothing(
 
     assert asyncio.run(many()) > 2
     wait_for(lambda: not spawned.status().updating)
-    wait_for(lambda: len(updater._free) == updater._num_buffers)
+    wait_for(lambda: len(updater._host._free) == updater._host._num_buffers)
     spawned.update_weights_from_tensor(new, version="last")
     assert spawned.digest() == start(new_folder).digest()
 
@@ -436,7 +437,7 @@ def test_failed_allocations_cost_no_buffer(start: Starter, new: Tensors, monkeyp
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(SharedBuffer, "create", fails)
-    for _ in range(update_module.NUM_BUFFERS + 1):
+    for _ in range(NUM_BUFFERS + 1):
         with pytest.raises(UnavailableError, match="Too many open files") as caught:
             engine.update_weights_from_tensor(new, version="never")
         assert caught.value.field == "named_tensors"
@@ -469,7 +470,7 @@ def test_a_source_that_breaks_keeps_no_buffer(
             else:
                 engine.stage(session, breaks(after))
         engine.abort_update(session)
-        wait_for(lambda: len(updater._free) == updater._num_buffers)
+        wait_for(lambda: len(updater._host._free) == updater._host._num_buffers)
     assert engine.update_weights_from_tensor(new, version="next").version == "next"
 
 
@@ -492,8 +493,8 @@ def test_uploads_are_bounded_in_bytes_whatever_the_tensors(
     sent = [(name, tensor.to(dtype)) for name, tensor in new]
     assert max(tensor.nbytes for _, tensor in sent) > 16 << 10
     assert engine.update_weights_from_tensor(sent, version="pieces", mode=mode).num_tensors == len(new)
-    assert sizes == [1 << 10] * len(sizes) and len(sizes) <= update_module.NUM_BUFFERS
-    assert len(updater._free) == updater._num_buffers
+    assert sizes == [1 << 10] * len(sizes) and len(sizes) <= NUM_BUFFERS
+    assert len(updater._host._free) == updater._host._num_buffers
     for name, tensor in sent:
         assert torch.equal(engine.get_weights_by_name(name), tensor.float())
 
@@ -539,7 +540,7 @@ def test_an_upload_that_failed_keeps_no_buffer(spawned: Engine, new: Tensors, mo
         session = spawned.begin_update("never", manifest, mode="shadow")
         with pytest.raises(UpdateConflictError):
             spawned.stage(session, aborted_between())
-    wait_for(lambda: len(updater._free) == updater._num_buffers)
+    wait_for(lambda: len(updater._host._free) == updater._host._num_buffers)
     assert spawned.update_weights_from_tensor(new, version="last").num_tensors == len(new)
 
 

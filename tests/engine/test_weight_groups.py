@@ -26,7 +26,7 @@ from headrace import (
     UpdateConflictError,
     WeightUpdateError,
 )
-from headrace.engine.update import UpdateSession
+from headrace.engine.update_session import UpdateSession
 from tests.arch.source import ROOT
 from tests.engine.builders import SETTINGS, model_of, named_tensors, save_model
 from tests.engine.group_trainer import TrainerProcess

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from headrace.kernels.paged_attention import SampledAttention
 from headrace.kernels.paged_kv import KvGeometry, KvPool, store_rows, token_rows
+from headrace.runner.occupation import Occupation
 from headrace.types.errors import ConfigError
 
 GEOMETRY = KvGeometry(num_layers=2, num_pages=40, num_kv_heads=2, page_size=8, head_dim=20)
@@ -106,7 +108,8 @@ def test_what_lies_beyond_a_context_is_never_read() -> None:
 @pytest.mark.parametrize("num_pages", [1 << 44, 1 << 60])
 def test_a_pool_that_no_memory_holds_names_the_setting(num_pages: int) -> None:
     with pytest.raises(ConfigError, match="does not fit in memory") as caught:
-        KvPool(dataclasses.replace(GEOMETRY, num_pages=num_pages), torch.float32)
+        zeros = partial(Occupation(torch.device("cpu"), is_saver=False).zeros, "kv_cache")
+        KvPool(dataclasses.replace(GEOMETRY, num_pages=num_pages), torch.float32, zeros=zeros)
     assert caught.value.field == "kv_pool_tokens"
 
 

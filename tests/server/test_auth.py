@@ -14,8 +14,12 @@ from tests.server.conftest import START, Served
 OPEN = {"/health", "/health_generate", "/ready"}
 ADMIN = {
     *("/abort_request", "/pause_generation", "/continue_generation", "/flush_cache", "/update_weights_from_disk"),
+    *(f"/headrace/{name}" for name in ("abort", "resume", "pause", "flush_cache", "set_weight_version", "digest")),
+    *(f"/headrace/{name}" for name in ("weights_checker", "begin_update", "stage", "lend", "stage_lent", "commit")),
+    *(f"/headrace/{name}" for name in ("abort_update", "update_weights_from_disk", "get_weights_by_name")),
     *("/update_weight_version", "/get_weights_by_name", "/weights_checker", "/abort_weight_update"),
     *("/init_weights_update_group", "/update_weights_from_distributed", "/destroy_weights_update_group"),
+    *("/release_memory_occupation", "/resume_memory_occupation"),
 }
 
 

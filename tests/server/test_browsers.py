@@ -112,6 +112,7 @@ def test_changes_need_json(served: Served, kind: str) -> None:
         "/abort_request": b'{"abort_all": true}',
         "/update_weight_version": b'{"new_version": "x"}',
         "/weights_checker": b'{"action": "reset_tensors"}',
+        "/release_memory_occupation": b"{}",
     }
     for path, body in calls.items():
         for content in (body, iter([body])):

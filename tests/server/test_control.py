@@ -436,7 +436,8 @@ def test_bad_control_calls_are_named(served: Served, path: str, body: dict[str, 
 
 
 def test_control_calls_coerce_but_need_a_body(served: Served) -> None:
-    for path in ("/abort_request", "/pause_generation", "/continue_generation", "/update_weight_version"):
+    memory = ("/release_memory_occupation", "/resume_memory_occupation")
+    for path in ("/abort_request", "/pause_generation", "/continue_generation", "/update_weight_version", *memory):
         empty = served.http.post(path)
         assert empty.status_code == 400
         assert empty.json()["param"] == "body"

@@ -30,9 +30,17 @@ def test_only_unavailability_and_deadlines_are_retryable() -> None:
         "EngineDeadError",
         "DeviceLostError",
         "ShutdownError",
+        "UnreachableError",
         "DeadlineError",
         "UpdateConflictError",
     }
+
+
+def test_a_class_outside_the_tree_is_sent_as_the_nearest_one_in_it() -> None:
+    class OwnError(errors.RequestError):
+        status = 415
+
+    assert OwnError("no", field="body").info() == ErrorInfo("RequestError", "no", "body")
 
 
 @pytest.mark.parametrize("text", ["plain", "grüße 🙂", "\ud800", "model-\udcff.bin", "a\ud83d", ""])

@@ -352,7 +352,11 @@ def test_tensors_of_a_bucket_share_no_byte_and_no_name() -> None:
         ({"storage_cls": torch.Tensor}, "no storage"),
         ({"dtype": torch.Tensor}, "no dtype"),
         ({"storage_handle": "x" * 64}, "a handle"),
-        ({"storage_handle": bytes(1 << 17)}, "a handle"),
+        ({"storage_handle": b"\x02e" + bytes(64)}, "expandable_segments"),
+        ({"event_handle": bytes(65), "event_sync_required": False}, "65 bytes"),
+        ({"event_handle": b""}, "event of 0 bytes"),
+        ({"storage_handle": bytes(1 << 17)}, "plain allocation"),
+        ({"storage_handle": b""}, "plain allocation"),
         ({"storage_size_bytes": -1}, "storage_size_bytes"),
         ({"storage_size_bytes": 4}, "which has 4"),
         ({"storage_offset_bytes": -1}, "storage_offset_bytes"),
@@ -366,6 +370,8 @@ def test_tensors_of_a_bucket_share_no_byte_and_no_name() -> None:
         ({"event_handle": None}, "a handle"),
         ({"event_sync_required": 1}, "a int for a bool"),
         ({"storage_device": -1}, "device"),
+        ({"storage_device": torch.device("cuda")}, "torch.device is not of 2"),
+        ({"storage_device": torch.device("cpu", 0)}, "no CUDA device"),
         ({"storage_device": 1 << 15}, "device"),
         ({"storage_device": "x" * 65}, "device"),
         ({"storage_device": None}, "device"),
@@ -373,6 +379,14 @@ def test_tensors_of_a_bucket_share_no_byte_and_no_name() -> None:
 )
 def test_cuda_memory_that_does_not_fit_is_refused(changes: dict[str, object], words: str) -> None:
     assert words in _refused(serialized([("a", cuda_call(torch.zeros(2, 4), **changes))]))
+
+
+@pytest.mark.parametrize("handle", [bytes(64), b"\x01c" + bytes(64)])
+def test_handles_of_older_and_newer_torch_are_plain(handle: bytes) -> None:
+    data = serialized(
+        [("a", cuda_call(torch.zeros(2), storage_handle=handle, event_sync_required=False, event_handle=b""))]
+    )
+    assert _storage(read_payload(data).tensors[0]).handle == handle
 
 
 def test_the_last_counter_is_one() -> None:

@@ -170,8 +170,16 @@ LOCAL = b"csglang.srt.model_executor.model_runner\nLocalSerializedTensor\n"
         b")\x81Nb.",
         b")\x81}(\x8c\6values]\x8c\4moreNub.",
         b")\x81}\x8c\6values]sb}\x8c\6values]sbN.",
-        b"N\x81.",
     ],
 )
 def test_an_instance_has_its_fields_once_and_no_others(program: bytes) -> None:
-    assert "LocalSerializedTensor" in _refused(P4 + LOCAL + program)
+    assert "LocalSerializedTensor has other fields" in _refused(P4 + LOCAL + program)
+
+
+@pytest.mark.parametrize("arguments", [b"N", b"]", b"K\1\x85"])
+def test_an_instance_is_made_of_no_arguments(arguments: bytes) -> None:
+    assert "makes an instance of a" in _refused(P4 + LOCAL + arguments + b"\x81.")
+
+
+def test_an_instance_without_fields_is_no_tensor() -> None:
+    assert "no bytes for rank 0" in _refused(P4 + b"]\x8c\1a" + LOCAL + b")\x81\x86a.")

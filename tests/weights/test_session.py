@@ -17,7 +17,7 @@ from headrace.types.errors import (
 )
 from headrace.types.weights import TensorInfo, UpdateMode
 from headrace.weights import OpenUpdate, WeightMachine
-from headrace.weights.session import ResolvedMode, Ticket
+from headrace.weights.memory import ResolvedMode, Ticket
 from headrace.weights.store import WeightStore
 from tests.weights.tiny import Tensors, live_bits, make_map, make_store, make_tensors, manifest_of
 

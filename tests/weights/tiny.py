@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from headrace.types.weights import TensorInfo, UpdateMode
-from headrace.weights.session import ResolvedMode, WeightMachine
+from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
+from headrace.weights.memory import Copies, ResolvedMode, StageBuffer, StagePiece, one_by_one
+from headrace.weights.session import WeightMachine
 from headrace.weights.staging import TORCH_DTYPES, Enqueued, StageWork, TensorData, dtype_name
 from headrace.weights.store import WeightStore
 from headrace.weights.weight_map import ParamSpec, WeightMap, WeightRule, whole_rows
@@ -182,6 +183,16 @@ class _Memory:
 
     def stage(self, index: int, data: memoryview | TensorData, start: int | None = None) -> StageWork:
         return WeightStore.stage(self._store, index, data, start)
+
+    @property
+    def device_id(self) -> str:
+        return self._store.device_id
+
+    def open_buffer(self, ref: BufferRef | DeviceRef) -> StageBuffer:
+        return self._store.open_buffer(ref)
+
+    def stage_pieces(self, pieces: Iterator[StagePiece]) -> Copies:
+        return one_by_one(self.stage, pieces)
 
     def forget(self, index: int) -> list[int]:
         return WeightStore.forget(self._store, index)

@@ -1,0 +1,87 @@
+"""What a caller of a client says, as it is sent: the arguments of `generate`. Owns their spelling only.
+
+Checked here is what the wire could not carry, by the same functions as in an engine; the rest is checked there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from headrace.engine.fields import InputIds, Prompts, Sampling, params_list, sources
+from headrace.engine.requests import GenerateOptions
+from headrace.types.errors import RequestError
+from headrace.types.http import GenerateAsk
+from headrace.types.plain_values import as_integer_array, plain_scalar, plain_text
+
+
+def generate_body(
+    prompts: Prompts,
+    input_ids: InputIds,
+    sampling_params: Sampling,
+    options: GenerateOptions,
+    *,
+    stream: bool = False,
+    scores: bool = False,
+) -> bytes:
+    """The JSON of a `GenerateAsk`. Raises `RequestError` naming the field."""
+    field, given = sources(prompts, input_ids)
+    returns_errors = plain_scalar(options.get("return_errors", False)) is True
+    refusals: dict[int, RequestError] = {}
+    params: Any = params_list(sampling_params, len(given), refusals if returns_errors else None)
+    if isinstance(sampling_params, (list, tuple)):
+        params = [_spelled(sampling_params[i]) if i in refusals else each for i, each in enumerate(params)]
+    else:
+        params = params[0]
+    if field == "input_ids":
+        names = ["input_ids"] if len(given) == 1 else [f"input_ids[{i}]" for i in range(len(given))]
+        given = [_ids(row, name, returns_errors) for row, name in zip(given, names, strict=True)]
+    ask = GenerateAsk(**{field: given}, sampling_params=params, options=_spelled(options), stream=stream, scores=scores)
+    try:
+        return _ENCODER.encode(ask)
+    except (OverflowError, RecursionError, TypeError, UnicodeEncodeError) as error:
+        raise RequestError(f"{field}, sampling_params or options cannot be sent: {error}", field=field) from None
+
+
+def message_body(value: Any) -> bytes:
+    """MessagePack of the arguments of any other call. Raises `RequestError`."""
+    try:
+        return msgspec.msgpack.encode(value, enc_hook=_plain)
+    except (OverflowError, RecursionError, TypeError, UnicodeEncodeError) as error:
+        raise RequestError(f"the arguments cannot be sent: {error}") from None
+
+
+def _ids(row: Any, name: str, returns_errors: bool) -> list[Any]:
+    try:
+        ids: list[int] = as_integer_array(row, name).tolist()
+        return ids
+    except RequestError:
+        if not returns_errors:
+            raise
+        return [None]  # refused there, as an error of this prompt
+
+
+def _spelled(value: Any) -> Any:
+    """JSON has no number that is not finite, and null would be the default: such a one is sent as text, and refused."""
+    if isinstance(value, Mapping):
+        return {key: _spelled(each) for key, each in value.items()}
+    plain = plain_text(plain_scalar(value))
+    return str(plain) if isinstance(plain, float) and not math.isfinite(plain) else plain
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return dict(value)
+    if hasattr(value, "__iter__"):
+        return list(value)
+    if hasattr(value, "__fspath__"):
+        return value.__fspath__()
+    raise TypeError(f"a {type(value).__name__} is no plain value")
+
+
+_ENCODER = msgspec.json.Encoder(enc_hook=_plain)

@@ -1,0 +1,339 @@
+"""A client with the surface of `AsyncEngine`: the same calls, values and errors, over HTTP.
+
+Owns the calls; what carries them is a `Transport`. Every call has a deadline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
+
+import msgspec
+
+from headrace.client.asks import generate_body, message_body
+from headrace.client.transport import HttpAnswer, HttpCall, LoopTransport, Transport, check_key, check_url
+from headrace.client.uploads import Uploads
+from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, seconds_of, terms_of, version_of
+from headrace.engine.fields import InputIds, Prompts, Sampling, name_of
+from headrace.engine.requests import GenerateOptions
+from headrace.engine.tensors import HeldTensors, NamedTensors, to_tensor
+from headrace.engine.update_session import Manifest, UpdateSession, check_session, manifest_of
+from headrace.types.errors import HeadraceError, UnavailableError, UnreachableError
+from headrace.types.generation import Generation
+from headrace.types.http import (
+    LENGTH_BYTES,
+    MESSAGE_TYPE,
+    PREFIX,
+    TENSOR_HEADER,
+    AbortAsk,
+    BeginAsk,
+    CommitAsk,
+    SessionBegun,
+    StreamPart,
+)
+from headrace.types.messages import CoreStatus, WeightBytes
+from headrace.types.plain_values import as_seconds
+from headrace.types.weights import InFlight, PauseMode, TensorInfo, UpdateMode, UpdateReport
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TIMEOUT = 600.0
+GRACE_SECONDS = 10.0
+"""Beyond the time limit that a call gives the server, for the way there and back."""
+
+Result = TypeVar("Result")
+
+
+class AsyncClient:
+    """An engine at `url`, as `AsyncEngine` is one here. To be used on one event loop, and closed; an async context
+    manager does. `headrace serve`, `Engine.serve` and `Runtime` are such addresses.
+
+    api_key, admin_key   the server's keys; calls that steer the engine use the second, which defaults to the first
+    timeout              seconds that a call may take as a whole, `stream` between two pieces: `DeadlineError` names it
+    shares_memory        stage tensors through shared memory where the server can read it, instead of sending bytes
+
+    Errors are those of the engine. Beside them, `UnreachableError` (an `UnavailableError`, retryable): nobody answers,
+    or the answer breaks off; a retry may repeat what was done. `ConfigError` (field "api_key" or "admin_key"): the
+    server refuses the key. Proxies that the environment names are not used.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None = None,
+        admin_key: str | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+        *,
+        shares_memory: bool = True,
+        transport: Transport | None = None,
+    ) -> None:
+        """`transport`: what carries the calls; None: httpx, on the caller's loop."""
+        self.url = check_url(url)
+        self._api_key = check_key(api_key, "api_key")
+        self._admin_key = check_key(admin_key, "admin_key")
+        self._timeout = as_seconds(timeout, "timeout")
+        self._transport = LoopTransport(self.url) if transport is None else transport
+        self._uploads = Uploads(self._stage_part, shares_memory=shares_memory)
+
+    async def generate(
+        self,
+        prompts: Prompts = None,
+        input_ids: InputIds = None,
+        sampling_params: Sampling = None,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Generation]:
+        """See `AsyncEngine.generate`."""
+        body = generate_body(prompts, input_ids, sampling_params, options)
+        return _read((await self._generate("generate", body)).body, list[Generation])
+
+    async def score(
+        self,
+        prompts: Prompts = None,
+        input_ids: InputIds = None,
+        sampling_params: Sampling = None,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Generation]:
+        """See `AsyncEngine.score`."""
+        body = generate_body(prompts, input_ids, sampling_params, options, scores=True)
+        return _read((await self._generate("score", body)).body, list[Generation])
+
+    async def stream(
+        self,
+        prompts: Prompts = None,
+        input_ids: InputIds = None,
+        sampling_params: Sampling = None,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncGenerator[Generation, None]:
+        """See `AsyncEngine.stream`."""
+        body = generate_body(prompts, input_ids, sampling_params, options, stream=True)
+        call = self._call("stream", f"{PREFIX}/generate", body, "application/json")
+        async with contextlib.aclosing(_stream_parts(self._transport.stream(call))) as parts:
+            async for part in parts:
+                for piece in part.pieces:
+                    yield piece
+                if part.error is not None:
+                    raise part.error.to_exception()
+
+    async def abort(
+        self, request_id: str | None = None, *, prefix: bool = False, all: bool = False, message: str = "Aborted"
+    ) -> int:
+        """See `AsyncEngine.abort`."""
+        arguments = {"request_id": request_id, "prefix": prefix, "all": all, "message": message}
+        return await self._control("abort", arguments, int)
+
+    async def pause(self, mode: PauseMode = "abort", *, timeout: float | None = None) -> None:
+        """See `AsyncEngine.pause`."""
+        seconds = seconds_of(timeout)
+        limit = None if seconds is None else seconds + GRACE_SECONDS
+        await self._control("pause", {"mode": mode, "timeout": seconds}, type(None), limit)
+
+    async def resume(self) -> None:
+        """See `AsyncEngine.resume`."""
+        await self._control("resume", {}, type(None))
+
+    async def flush_cache(self) -> int:
+        """See `AsyncEngine.flush_cache`."""
+        return await self._control("flush_cache", {}, int)
+
+    async def begin_update(
+        self,
+        version: str | int,
+        manifest: Manifest,
+        *,
+        mode: UpdateMode = "auto",
+        in_flight: InFlight = "drain",
+        partial: bool = False,
+        timeout: float = DEFAULT_UPDATE_TIMEOUT,
+    ) -> UpdateSession:
+        """See `AsyncEngine.begin_update`. A client that goes away leaves its session to its deadline."""
+        terms, entries = terms_of(version, mode, in_flight, timeout, partial), manifest_of(manifest)
+        ask = BeginAsk(
+            version=terms.version,
+            manifest=entries,
+            mode=terms.mode,
+            in_flight=terms.in_flight,
+            partial=terms.partial,
+            timeout=terms.timeout_s,
+        )
+        begun = await self._control("begin_update", ask, SessionBegun)
+        self._uploads.open(begun)
+        return UpdateSession(begun.session_id, terms.version, begun.mode, entries, terms.timeout_s)
+
+    async def stage(self, session: UpdateSession, named_tensors: NamedTensors) -> None:
+        """See `AsyncEngine.stage`. Of a session that this client has begun."""
+        check_session(session)
+        await self._uploads.stage(session, named_tensors)
+
+    async def commit(self, session: UpdateSession) -> UpdateReport:
+        """See `AsyncEngine.commit`."""
+        check_session(session)
+        return await self._control("commit", CommitAsk(session.session_id), UpdateReport)
+
+    async def abort_update(self, session: UpdateSession | None = None) -> None:
+        """See `AsyncEngine.abort_update`."""
+        if session is not None:
+            check_session(session)
+        await self._control("abort_update", AbortAsk(None if session is None else session.session_id), type(None))
+
+    async def update_weights_from_tensor(
+        self,
+        named_tensors: NamedTensors,
+        version: str | int,
+        *,
+        mode: UpdateMode = "auto",
+        in_flight: InFlight = "drain",
+        partial: bool = False,
+        timeout: float = DEFAULT_UPDATE_TIMEOUT,
+    ) -> UpdateReport:
+        """See `AsyncEngine.update_weights_from_tensor`."""
+        held = HeldTensors(named_tensors)
+        session = await self.begin_update(
+            version, held.manifest, mode=mode, in_flight=in_flight, partial=partial, timeout=timeout
+        )
+        try:
+            await self.stage(session, held)
+            return await self.commit(session)
+        except GeneratorExit:  # dropped by whoever ran it: nothing can be awaited any more
+            raise
+        except BaseException:  # whatever it is, the session is over before the caller hears of it
+            await self._transport.outlast(self._abort_quietly(session))
+            raise
+
+    async def update_weights_from_disk(
+        self,
+        path: str | Path,
+        version: str | int,
+        *,
+        mode: UpdateMode = "auto",
+        in_flight: InFlight = "drain",
+        timeout: float = DEFAULT_UPDATE_TIMEOUT,
+    ) -> UpdateReport:
+        """See `AsyncEngine.update_weights_from_disk`. The folder is the server's: below its model's, or one of its
+        `weight_roots`."""
+        terms = terms_of(version, mode, in_flight, timeout)
+        arguments = {
+            **{"path": os.fspath(path), "version": terms.version, "mode": terms.mode},
+            **{"in_flight": terms.in_flight, "timeout": terms.timeout_s},
+        }
+        limit = terms.timeout_s + GRACE_SECONDS
+        return await self._control("update_weights_from_disk", arguments, UpdateReport, limit)
+
+    async def set_weight_version(self, version: str | int) -> None:
+        """See `AsyncEngine.set_weight_version`."""
+        await self._control("set_weight_version", {"version": version_of(version)}, type(None))
+
+    async def get_weights_by_name(self, name: str) -> torch.Tensor:
+        """See `AsyncEngine.get_weights_by_name`."""
+        body = message_body({"name": name_of(name, "name")})
+        answer = await self._transport.send(self._admin_call("get_weights_by_name", body))
+        info = msgspec.convert(json.loads(answer.headers[TENSOR_HEADER]), TensorInfo)
+        return to_tensor(WeightBytes(info, memoryview(answer.body)))
+
+    async def digest(self) -> dict[str, str]:
+        """See `AsyncEngine.digest`."""
+        return await self._control("digest", {}, dict[str, str])
+
+    async def weights_checker(self, action: str) -> dict[str, str]:
+        """See `AsyncEngine.weights_checker`."""
+        return await self._control("weights_checker", {"action": action}, dict[str, str])
+
+    async def metrics(self) -> dict[str, float]:
+        """See `AsyncEngine.metrics`."""
+        return _read((await self._transport.send(self._data_call("metrics", {}))).body, dict[str, float])
+
+    async def status(self, timeout: float | None = None) -> CoreStatus:
+        """See `AsyncEngine.status`."""
+        seconds = seconds_of(timeout)
+        limit = None if seconds is None else seconds + GRACE_SECONDS
+        call = self._data_call("status", {"timeout": seconds}, limit)
+        return _read((await self._transport.send(call)).body, CoreStatus)
+
+    async def health(self) -> bool:
+        """True while the server's core lives, or the next one is being started. `UnreachableError` if nobody answers,
+        or the engine is still loading."""
+        call = HttpCall(name="health", path="/health", key=None, timeout=self._timeout, method="GET")
+        try:
+            await self._transport.send(call)
+        except UnreachableError:
+            raise
+        except UnavailableError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Close the connections and give shared memory back. The server and its engine run on."""
+        self._uploads.close()
+        await self._transport.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _abort_quietly(self, session: UpdateSession) -> None:
+        try:
+            await self.abort_update(session)
+        except HeadraceError as error:
+            logger.debug("session %d was over: %s", session.session_id, error)
+
+    async def _stage_part(self, name: str, body: bytes, media_type: str) -> bytearray:
+        call = self._admin_call(name, body, media_type=media_type)
+        return (await self._transport.send(call)).body
+
+    async def _generate(self, name: str, body: bytes) -> HttpAnswer:
+        return await self._transport.send(self._call(name, f"{PREFIX}/generate", body, "application/json"))
+
+    async def _control(self, name: str, ask: Any, kind: type[Result], limit: float | None = None) -> Result:
+        answer = await self._transport.send(self._admin_call(name, message_body(ask), limit))
+        return _read(answer.body, kind)
+
+    def _admin_call(
+        self, name: str, body: bytes, limit: float | None = None, media_type: str = MESSAGE_TYPE
+    ) -> HttpCall:
+        if self._admin_key is None:
+            return self._call(name, f"{PREFIX}/{name}", body, media_type, limit)
+        call = self._call(name, f"{PREFIX}/{name}", body, media_type, limit)
+        return msgspec.structs.replace(call, key=self._admin_key, key_field="admin_key")
+
+    def _data_call(self, name: str, arguments: dict[str, Any], limit: float | None = None) -> HttpCall:
+        return self._call(name, f"{PREFIX}/{name}", message_body(arguments), MESSAGE_TYPE, limit)
+
+    def _call(self, name: str, path: str, body: bytes, media_type: str, limit: float | None = None) -> HttpCall:
+        return HttpCall(
+            name=name, path=path, key=self._api_key, timeout=limit or self._timeout, content=body, media_type=media_type
+        )
+
+
+def _read(body: bytes | bytearray, kind: type[Result]) -> Result:
+    """A result. `UnavailableError` for what no server of this version answers."""
+    try:
+        return msgspec.msgpack.decode(body, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UnavailableError(f"the server's answer cannot be read: {error}", field="url") from None
+
+
+async def _stream_parts(chunks: AsyncGenerator[bytes]) -> AsyncGenerator[StreamPart]:
+    """The parts of a streamed answer. `UnreachableError` if it breaks off."""
+    rest = bytearray()
+    async with contextlib.aclosing(chunks):
+        async for chunk in chunks:
+            rest += chunk
+            while len(rest) >= LENGTH_BYTES:
+                end = LENGTH_BYTES + int.from_bytes(rest[:LENGTH_BYTES], "little")
+                if len(rest) < end:
+                    break
+                part = _read(rest[LENGTH_BYTES:end], StreamPart)
+                del rest[:end]
+                if part.is_last:
+                    return
+                yield part
+    raise UnreachableError("stream: the server's answer broke off")

@@ -1,0 +1,124 @@
+"""An open update as the front has it: its manifest, what may be staged, and what has been. Knows nothing of buffers or
+calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+import msgspec
+
+from headrace.engine.upload_buffers import aligned
+from headrace.types.errors import WeightUpdateError
+from headrace.types.plain_values import as_list, plain_text
+from headrace.types.weights import MAX_DIMENSIONS, MAX_TENSOR_NAME, MAX_TENSORS, TensorInfo, shape_problem
+from headrace.weights.weight_map import is_recomputed
+
+Manifest = Iterable[TensorInfo | tuple[str, Iterable[int], str]]
+
+
+class UpdateSession:
+    """An open update. `mode` is what "auto" became; `manifest` is what may be staged, each entry once.
+
+    One that is open-ended grows by `Updater.extend`, and `num_missing` tensors of the model are in no part of it yet.
+    """
+
+    def __init__(
+        self,
+        session_id: int,
+        version: str,
+        mode: str,
+        manifest: tuple[TensorInfo, ...],
+        timeout_s: float,
+        is_partial: bool = False,
+    ) -> None:
+        self.session_id = session_id
+        self.version = version
+        self.mode = mode
+        self.manifest: list[TensorInfo] = []
+        self.timeout_s = timeout_s
+        self.is_partial = is_partial
+        self.num_missing = 0
+        self.num_bytes_staged = 0
+        self.max_part_bytes = 0  # in upload buffers
+        self._indices: dict[str, int] = {}
+        self._sent: set[int] = set()
+        self._settled: set[int] = set()
+        self.grow(manifest)
+
+    def grow(self, manifest: tuple[TensorInfo, ...]) -> None:
+        """These are in the manifest as well."""
+        first = len(self.manifest)
+        self._indices.update((info.name, index) for index, info in enumerate(manifest, first))
+        self.manifest += manifest
+        self.max_part_bytes = max(self.max_part_bytes, sum(aligned(info.num_bytes) for info in manifest))
+
+    def __contains__(self, name: object) -> bool:
+        """A tensor of that name is in the manifest."""
+        return name in self._indices
+
+    def replaces(self, index: int) -> bool:
+        """The tensor may have been staged, by a call that has not succeeded."""
+        return index in self._sent and index not in self._settled
+
+    def note_sent(self, indices: set[int], *, is_settled: bool) -> None:
+        """These were sent by a call that is over; `is_settled` if it succeeded, and they are staged for good."""
+        self._sent |= indices
+        if is_settled:
+            self._settled |= indices
+
+    def unsettle(self, indices: Iterable[int]) -> None:
+        """These come again, and replace what has come."""
+        self._settled.difference_update(indices)
+
+    @property
+    def is_staged(self) -> bool:
+        """All of the manifest has been staged for good."""
+        return len(self._settled) == len(self.manifest)
+
+    def info_of(self, name: str) -> TensorInfo:
+        """The manifest's entry of that name. Raises `WeightUpdateError` if there is none."""
+        index = self._indices.get(name)
+        if index is None:
+            raise WeightUpdateError(f"{name} is not in this update's manifest", field=name)
+        return self.manifest[index]
+
+    def index_of(self, info: TensorInfo) -> int:
+        """The manifest's index of a tensor. Raises `WeightUpdateError` if it is not there as described."""
+        meant = self.info_of(info.name)
+        if (meant.shape, meant.dtype) != (info.shape, info.dtype):
+            got, announced = f"{info.dtype} {list(info.shape)}", f"{meant.dtype} {list(meant.shape)}"
+            raise WeightUpdateError(f"{info.name} is {got}, announced as {announced}", field=info.name)
+        return self._indices[info.name]
+
+
+def check_session(session: Any) -> None:
+    """Refuse what `begin_update` did not return."""
+    if not isinstance(session, UpdateSession):
+        message = f"session must be what begin_update returned, not {type(session).__name__}"
+        raise WeightUpdateError(message, field="session")
+
+
+def manifest_of(entries: Manifest) -> tuple[TensorInfo, ...]:
+    """A manifest from `TensorInfo`s or (name, shape, dtype name) triples. Raises `WeightUpdateError` for the rest.
+    Buffers that every engine recomputes are left out, as `stage` leaves them out."""
+    what = "a list of TensorInfo or (name, shape, dtype) entries"
+    manifest: list[TensorInfo] = []
+    for entry in as_list(entries, "manifest", what, MAX_TENSORS, refusal=WeightUpdateError, takes_sets=True):
+        try:
+            fields = msgspec.structs.astuple(entry) if isinstance(entry, TensorInfo) else (*entry, "")
+            name, shape, dtype, digest = fields
+            sizes = tuple(int(size) for size in islice(shape, MAX_DIMENSIONS + 1))
+            name, dtype, digest = map(plain_text, (name, dtype, digest))
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor without a value
+            raise WeightUpdateError(f"manifest must be {what}", field="manifest") from None
+        info = TensorInfo(str(name), sizes, str(dtype).removeprefix("torch."), str(digest))
+        if max(map(len, (info.name, info.dtype, info.digest))) > MAX_TENSOR_NAME:
+            message = f"manifest: entry {len(manifest)} has a name of over {MAX_TENSOR_NAME} characters"
+            raise WeightUpdateError(message, field="manifest")
+        problem = shape_problem(sizes)
+        if problem:
+            raise WeightUpdateError(f"manifest: {info.name} {problem}", field=info.name)
+        manifest.append(info)
+    return tuple(info for info in manifest if not is_recomputed(info.name))

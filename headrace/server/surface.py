@@ -1,0 +1,166 @@
+"""The engine's own surface over HTTP: a route for each method of `AsyncEngine`, its arguments, results and errors.
+
+Owns the list of these methods and how a call is read; what they take is checked where `Engine` checks it. Updates of
+weights are `native_weights`. What crosses the wire is `headrace.types.http`; `headrace.client` is the other end.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from headrace.engine import AsyncEngine, Stream
+from headrace.engine.bounds import check_body
+from headrace.engine.pacing import Turn
+from headrace.engine.requests import CallArguments
+from headrace.engine.stream import StreamGroup, cancel_all, whole_samples
+from headrace.server.auth import Access
+from headrace.server.coerce import MediaTypeError
+from headrace.server.errors import shown
+from headrace.server.routes import Endpoint, Handler
+from headrace.server.state import ServerState
+from headrace.server.wire import EventStream, PartsReply, convert, dropping, read_body, unless_gone
+from headrace.text import INLINE_CHARACTERS, run_sized
+from headrace.types.errors import HeadraceError, RequestError, RequestTooLargeError
+from headrace.types.generation import Generation
+from headrace.types.http import LENGTH_BYTES, MESSAGE_TYPE, PREFIX, GenerateAsk, StreamPart
+
+Ask = TypeVar("Ask")
+MAX_CALL_BYTES = 64 << 10
+CALLS: dict[str, Access] = {
+    **dict.fromkeys(("metrics", "status"), "data"),
+    **dict.fromkeys(("abort", "resume", "flush_cache", "set_weight_version", "digest", "weights_checker"), "admin"),
+}
+"""The methods that are called as they are, and the key that each needs."""
+
+pack = msgspec.msgpack.Encoder().encode
+
+
+class SurfaceFace:
+    """Generation and control, as `Engine` has them."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+        self._engine = state.engine
+
+    def endpoints(self) -> list[Endpoint]:
+        calls = [_post(name, functools.partial(self.call, name), access) for name, access in CALLS.items()]
+        generate = Endpoint(f"{PREFIX}/generate", self.generate, ("POST",), generates=True)
+        return [generate, *calls, _post("pause", self.pause, "admin")]
+
+    async def generate(self, request: Request) -> Response:
+        """`generate`, `score` and `stream`."""
+        ask = await read_body(request, lambda values: convert(values, GenerateAsk))
+        arguments = ask.prompts, ask.input_ids, ask.sampling_params, _options(ask)
+        items = await self._engine.expand(CallArguments(*arguments, stream=ask.stream, scores=ask.scores))
+        firsts = [item for item in items if item.index == 0]
+        asked = ((item.logprobs, len(item.packed or b"") // 4, item.params) for item in firsts)
+        await run_sized(len(firsts), lambda: check_body(asked))
+        streams = await self._engine.submit_all(items)
+        self._state.adopt(streams)
+        cancel, on_disconnect = functools.partial(cancel_all, streams), self._state.metrics.count_disconnect
+        if ask.stream:
+            return _PartStream(_parts(self._state.group(streams)), cancel, on_disconnect)
+        with dropping(request.scope, cancel, on_disconnect):
+            return PartsReply(await _packed(streams, await whole_samples(streams)), MESSAGE_TYPE)
+
+    async def pause(self, request: Request) -> Response:
+        arguments = await self._arguments(request, "pause")
+        pausing, regret = self._engine.undoable_pause(arguments.get("mode", "abort"), arguments.get("timeout"))
+        await unless_gone(request, pausing, self._state.metrics.count_disconnect, regret)
+        return packed_reply(None)
+
+    async def call(self, name: str, request: Request) -> Response:
+        """Any of `CALLS`."""
+        method = getattr(self._engine, name)(**await self._arguments(request, name))
+        return packed_reply(await unless_gone(request, method, self._state.metrics.count_disconnect))
+
+    async def _arguments(self, request: Request, name: str) -> dict[str, Any]:
+        """The arguments of a method, by their names."""
+        arguments = await read_ask(request, dict[str, Any], MAX_CALL_BYTES)
+        try:
+            inspect.signature(getattr(AsyncEngine, name)).bind(self._engine, **arguments)
+        except TypeError as error:
+            raise RequestError(f"{name}: {error}", field="body") from None
+        return arguments
+
+
+def _post(name: str, handler: Handler, access: Access) -> Endpoint:
+    return Endpoint(f"{PREFIX}/{name}", handler, ("POST",), access=access)
+
+
+async def read_ask(request: Request, kind: type[Ask], max_bytes: int | None = None) -> Ask:
+    """The body as a value of `kind`. Raises `RequestError` naming the field."""
+    if request.headers.get("content-type") != MESSAGE_TYPE:  # no page of a browser can send this one unasked
+        raise MediaTypeError(f"content-type must be {MESSAGE_TYPE}", field="content-type")
+    raw = b""
+    if max_bytes is None:
+        raw = await request.body()
+    else:
+        async for part in request.stream():
+            raw += part
+            if len(raw) > max_bytes:
+                raise RequestTooLargeError(f"the body of this call has at most {max_bytes} bytes", field="body")
+    return unpack(raw, kind)
+
+
+def unpack(raw: bytes | memoryview, kind: type[Ask]) -> Ask:
+    """A value of `kind`. Raises `RequestError` naming the field."""
+    try:
+        return msgspec.msgpack.decode(raw, type=kind)
+    except msgspec.ValidationError as error:
+        reason, _, path = str(error).partition(" - at `$")
+        field = path.rstrip("`").lstrip(".").replace("[...]", "") or "body"
+        raise RequestError(f"{field}: {reason}", field=field) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(f"body is no MessagePack: {error}", field="body") from None
+
+
+def packed_reply(value: Any) -> Response:
+    """A result."""
+    return Response(pack(value), media_type=MESSAGE_TYPE)
+
+
+def _options(ask: GenerateAsk) -> Any:
+    return {**ask.options, "return_prompt_logprobs": True} if ask.scores else ask.options
+
+
+async def _packed(streams: Sequence[Stream], samples: list[Generation]) -> list[bytes]:
+    """A list of samples, each packed by itself: one with many log-probabilities takes a while."""
+    parts, turn = [b"\xdd" + len(samples).to_bytes(4, "big")], Turn()
+    samples.reverse()
+    for stream in streams:
+        await turn.give_way()
+        write, size = functools.partial(pack, _shown(samples.pop())), stream.sample.num_extra_values
+        parts.append(write() if size <= INLINE_CHARACTERS else await run_sized(size, write))
+    return parts
+
+
+def _shown(sample: Generation) -> Generation:
+    return sample if sample.error is None else msgspec.structs.replace(sample, error=shown(sample.error))
+
+
+async def _parts(group: StreamGroup) -> AsyncIterator[bytes]:
+    while pieces := await group.next_pieces():
+        yield _frame(StreamPart([_shown(piece) for piece in pieces]))
+
+
+def _frame(part: StreamPart) -> bytes:
+    raw = pack(part)
+    return len(raw).to_bytes(LENGTH_BYTES, "little") + raw
+
+
+class _PartStream(EventStream):
+    """`StreamPart`s, each behind its length."""
+
+    media_type = MESSAGE_TYPE
+    end = _frame(StreamPart(is_last=True))
+
+    def failure(self, error: HeadraceError) -> bytes:
+        return _frame(StreamPart(error=shown(error.info())))

@@ -1,0 +1,128 @@
+"""What a client of ours and a server tell each other over HTTP, as values. Owns their names and bounds; no I/O.
+
+Requests of generation are JSON, as on every other route, and bounded as such. Everything else is MessagePack: its
+floats are exact and may be infinite, and it is decoded to these types only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from headrace.types.errors import ErrorInfo
+from headrace.types.generation import Generation
+from headrace.types.weights import BufferEntry, InFlight, TensorInfo, UpdateMode
+
+PREFIX = "/headrace"
+"""Of the routes that speak as `Engine` does."""
+
+MESSAGE_TYPE = "application/msgpack"
+BYTES_TYPE = "application/octet-stream"
+TENSOR_HEADER = "x-headrace-tensor"
+"""The `TensorInfo` of a body that is a tensor's bytes, as JSON of ASCII."""
+
+LENGTH_BYTES = 4
+"""Before each part of a stream, and before the head of a stage body: its length, little-endian."""
+
+TOKEN_BYTES = 32
+"""At the end of a lent buffer: what only a process that shares the server's memory can have put there."""
+
+MAX_HEAD_BYTES = 8 << 20
+"""Of a stage body's head, which lists its pieces."""
+
+
+class GenerateAsk(msgspec.Struct, frozen=True, kw_only=True):
+    """`Engine.generate`, `score` (`scores`) or `stream` (`stream`), with their arguments as they were given."""
+
+    prompts: Any = None
+    input_ids: Any = None
+    sampling_params: Any = None
+    options: dict[str, Any] = {}
+    stream: bool = False
+    scores: bool = False
+
+
+class StreamPart(msgspec.Struct, frozen=True, array_like=True):
+    """A part of a streamed answer. One that breaks off before `is_last` was cut: the server is gone."""
+
+    pieces: list[Generation] = []
+    error: ErrorInfo | None = None
+    is_last: bool = False
+
+
+class BeginAsk(msgspec.Struct, frozen=True, kw_only=True):
+    """`Engine.begin_update`."""
+
+    version: str | int
+    manifest: tuple[TensorInfo, ...]
+    mode: UpdateMode = "auto"
+    in_flight: InFlight = "drain"
+    partial: bool = False
+    timeout: float
+
+
+class SessionBegun(msgspec.Struct, frozen=True):
+    """`token` is what a lent buffer has to end with. One stage body has at most `max_body_bytes`, its head included."""
+
+    session_id: int
+    mode: str
+    token: bytes
+    max_body_bytes: int
+
+
+class TensorPiece(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """`num_bytes` of the tensor `index` of a manifest, from its byte `start` on. `replaces` as in `BufferEntry`."""
+
+    index: int
+    start: int
+    num_bytes: int
+    replaces: bool = False
+
+
+class StageHead(msgspec.Struct, frozen=True):
+    """What a stage body begins with: the pieces whose bytes follow, back to back."""
+
+    session_id: int
+    pieces: tuple[TensorPiece, ...]
+
+
+class LendAsk(msgspec.Struct, frozen=True):
+    """Shared memory of the client, which ends with the session's token. Reply: its number, for `StageLentAsk`."""
+
+    session_id: int
+    path: str
+    size: int
+
+
+class StageLentAsk(msgspec.Struct, frozen=True):
+    """Stage pieces that lie in a lent buffer."""
+
+    session_id: int
+    buffer: int
+    entries: tuple[BufferEntry, ...]
+
+
+class CommitAsk(msgspec.Struct, frozen=True):
+    """`Engine.commit`."""
+
+    session_id: int
+
+
+class AbortAsk(msgspec.Struct, frozen=True):
+    """`Engine.abort_update`; None: whichever is open."""
+
+    session_id: int | None = None
+
+
+class OwnerOrder(msgspec.Struct, frozen=True):
+    """What a process that starts a server of its own asks of it: settings of the engine and of the server, by name."""
+
+    config: dict[str, Any]
+
+
+class OwnerReport(msgspec.Struct, frozen=True):
+    """What came of it: the server's address, or why there is none."""
+
+    url: str = ""
+    error: ErrorInfo | None = None

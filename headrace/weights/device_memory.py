@@ -1,0 +1,129 @@
+"""Memory of a device as another process of this machine sees it. Owns the driver's handles and what is mapped of them.
+
+A handle names a whole allocation of the driver, of which a buffer is a part. What is mapped stays allocated, whatever
+its owner does, until it is closed here. See "Interprocess Communication" in the CUDA driver's reference (`cuIpc*`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+
+from headrace.config.devices import DRIVER
+from headrace.types.errors import UnavailableError
+from headrace.types.weights import DeviceRef
+
+_HANDLE_BYTES = 64
+_LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+
+
+class _Handle(ctypes.Structure):
+    _fields_ = (("reserved", ctypes.c_char * _HANDLE_BYTES),)
+
+
+def device_uuid(device: torch.device) -> str:
+    """What tells a device from all others, in every process."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+class SharedDeviceMemory:
+    """Memory of our own that others may map by `ref`, or in this very process with `shares_process`.
+
+    It is the driver's, not of torch's allocator, whose segments may be of a kind that cannot be shared, and hold what
+    is none of theirs.
+    """
+
+    def __init__(self, size: int, device: torch.device, *, shares_process: bool) -> None:
+        """Raises `UnavailableError` if the device has no room, or the driver does not share it."""
+        self._address = ctypes.c_ulonglong()
+        with torch.cuda.device(device):
+            torch.cuda.current_stream(device)  # makes the device's context that of the thread
+            _check(_driver().cuMemAlloc_v2(ctypes.byref(self._address), ctypes.c_size_t(size)), f"give {size} bytes")
+            handle = b"" if shares_process else self._export()
+        self._bytes = torch.as_tensor(_Bytes(self._address.value, size), dtype=torch.uint8, device=device)
+        self._stream: torch.cuda.Stream | None = None
+        self.ref = DeviceRef(device_uuid(device), handle, self._address.value if shares_process else 0, size)
+
+    def _export(self) -> bytes:
+        handle = _Handle()
+        exported = _driver().cuIpcGetMemHandle(ctypes.byref(handle), self._address)
+        if exported:
+            self._free()
+        _check(exported, "share memory of the device")
+        return bytes(bytearray(handle))
+
+    def view(self, offset: int, size: int) -> torch.Tensor:
+        """These bytes, to be written on the stream that is the caller's now: where his own work on them is enqueued."""
+        self._stream = torch.cuda.current_stream(self._bytes.device)
+        return self._bytes[offset : offset + size]
+
+    def flush(self) -> None:
+        """Wait for what was enqueued to write them."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.synchronize()
+
+    def close(self) -> None:
+        """Give the memory back. Nobody else may read it any more. Idempotent."""
+        self.flush()
+        self._bytes = self._bytes.new_empty(0)
+        self._free()
+
+    def _free(self) -> None:
+        address, self._address = self._address, ctypes.c_ulonglong()
+        if address.value:
+            _check(_driver().cuMemFree_v2(address), "take memory back")
+
+
+class MappedMemory:
+    """Another's memory, mapped here. `bytes` are uint8 [size] on `device`, and nothing after `close`."""
+
+    def __init__(self, ref: DeviceRef, device: torch.device) -> None:
+        """Raises `UnavailableError` if its owner is gone, or it is on another device."""
+        if ref.device != device_uuid(device):
+            raise UnavailableError(
+                f"the buffer is on device {ref.device}, not on {device_uuid(device)}", field="buffer"
+            )
+        self._base = 0
+        if ref.handle:
+            base = ctypes.c_ulonglong()
+            handle = _Handle.from_buffer_copy(ref.handle)
+            opened = _driver().cuIpcOpenMemHandle_v2(ctypes.byref(base), handle, ctypes.c_uint(_LAZY_PEER_ACCESS))
+            _check(opened, "map another's memory")
+            self._base = base.value
+        self.bytes = torch.as_tensor(_Bytes(self._base + ref.offset, ref.size), dtype=torch.uint8, device=device)
+
+    def close(self) -> None:
+        """Unmap it. What was enqueued that reads it has to be done. Idempotent."""
+        base, self._base = self._base, 0
+        self.bytes = self.bytes.new_empty(0)
+        if base:
+            _check(_driver().cuIpcCloseMemHandle(ctypes.c_ulonglong(base)), "unmap another's memory")
+
+
+class _Bytes:
+    """Bytes at an address, for torch to look at."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__cuda_array_interface__ = {
+            "version": 3,
+            "typestr": "|u1",
+            "shape": (size,),
+            "strides": None,
+            "data": (address, False),
+        }
+
+
+@functools.cache
+def _driver() -> Any:
+    driver = ctypes.CDLL(DRIVER)
+    driver.cuIpcOpenMemHandle_v2.argtypes = (ctypes.c_void_p, _Handle, ctypes.c_uint)
+    return driver
+
+
+def _check(result: int, task: str) -> None:
+    if result:
+        raise UnavailableError(f"the driver could not {task}: error {result}", field="buffer")

@@ -1,0 +1,363 @@
+"""Releasing memory by tag and resuming it: orders, what requests meet meanwhile, and what is undone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Generator
+from itertools import permutations
+
+import pytest
+
+from headrace.core.fake_executor import FreeExecutor
+from headrace.core.loop import STAGE_BUDGET_IDLE_S
+from headrace.types.errors import UnavailableError
+from headrace.types.memory import MEMORY_TAGS, MemoryTag, Restore
+from headrace.types.messages import (
+    AbortUpdate,
+    BeginUpdate,
+    CommitUpdate,
+    Digest,
+    FlushCache,
+    GiveUp,
+    Pause,
+    ReleaseMemory,
+    Resume,
+    ResumeMemory,
+    SetVersion,
+    UpdateFromDisk,
+    WeightsChecker,
+)
+from headrace.types.weights import UpdateReport
+from tests.core.harness import VOCAB_SIZE, Core, manifest_of, new_tensors, request, tiny_config, tiny_store
+
+
+class TurningExecutor(FreeExecutor):
+    """Gives memory back, and takes it, in `num_turns` turns. `problem` is what comes of a resume."""
+
+    def __init__(self, num_turns: int = 1) -> None:
+        super().__init__(VOCAB_SIZE, weights=tiny_store())
+        self.num_turns = num_turns
+        self.problem: Exception | None = None
+        self.done: list[tuple[str, tuple[MemoryTag, ...], str]] = []
+
+    def slices(self) -> Generator[None]:
+        """Each longer than what a turn gives."""
+        for _ in range(self.num_turns):
+            time.sleep(STAGE_BUDGET_IDLE_S)
+            yield
+
+    def release(self, tags: Collection[MemoryTag], *, keeps_copy: bool) -> Generator[None]:
+        yield from self.slices()
+        self.done.append(("release", tuple(sorted(tags)), "copy" if keeps_copy else ""))
+
+    def resume(self, tags: Collection[MemoryTag], restore: Restore) -> Generator[None]:
+        yield from self.slices()
+        if self.problem is not None:
+            raise self.problem
+        self.done.append(("resume", tuple(sorted(tags)), restore))
+
+
+def core_over(executor: TurningExecutor | None = None, **settings: object) -> Core:
+    return Core(executor or TurningExecutor(), **{"keep_weights_copy": True, **settings})
+
+
+def update(core: Core, version: str = "v1") -> None:
+    tensors = new_tensors(7.0)
+    session = core.begin(tensors, version)
+    core.stage(session, tensors)
+    core.call(CommitUpdate, session, kind=UpdateReport)
+
+
+@pytest.mark.parametrize("order", list(permutations(MEMORY_TAGS)))
+def test_tags_come_back_in_any_order_and_generation_with_the_last_that_it_needs(order: tuple[MemoryTag, ...]) -> None:
+    core = core_over()
+    core.call(ReleaseMemory, ())
+    assert core.status().released == tuple(sorted(MEMORY_TAGS))
+    core.submit(request(1, max_new_tokens=3))
+    for number, tag in enumerate(order):
+        core.settle()
+        lacks = {"weights", "kv_cache"} - set(order[:number])
+        assert (core.finish(1) is None) == bool(lacks)
+        core.call(ResumeMemory, (tag,))
+    core.settle()
+    assert core.finish_types(1) == ["length"] and core.tokens(1) == [6, 7, 8]
+    assert core.status().released == () and core.status().state == "ready"
+
+
+def test_both_calls_are_idempotent() -> None:
+    executor = TurningExecutor()
+    core = core_over(executor)
+    core.call(ResumeMemory, ())
+    for _ in range(2):
+        core.call(ReleaseMemory, ("kv_cache",))
+    core.call(ReleaseMemory, ("weights", "kv_cache"))
+    for _ in range(2):
+        core.call(ResumeMemory, ())
+    assert executor.done == [
+        ("release", ("kv_cache",), ""),
+        ("release", ("weights",), "copy"),
+        ("resume", ("kv_cache", "weights"), "copy"),
+    ]
+    core.submit(request(1))
+    core.turn(3)
+    core.call(ReleaseMemory, ("cuda_graph",))  # of which there is nothing to give back
+    core.settle()
+    assert core.finish_types(1) == ["length"]
+
+
+@pytest.mark.parametrize("overlap_depth", [0, 1, 3])
+def test_abort_answers_everybody_with_what_he_has(overlap_depth: int) -> None:
+    core = core_over(max_running_requests=1, overlap_depth=overlap_depth)
+    core.submit(request(1, max_new_tokens=50), request(2, max_new_tokens=50))
+    core.turn(5)
+    core.call(ReleaseMemory, ("kv_cache",))
+    assert core.finish_types(1, 2) == ["abort", "abort"]
+    assert core.tokens(1) and not core.tokens(2)
+    assert core.status().num_used_tokens == core.status().metrics["num_cached_pages"] == 0
+
+
+@pytest.mark.parametrize("overlap_depth", [0, 1, 3])
+@pytest.mark.parametrize("tags", [(), ("kv_cache",), ("weights",)])
+def test_recompute_keeps_everybody(overlap_depth: int, tags: tuple[MemoryTag, ...]) -> None:
+    core = core_over(max_running_requests=1, overlap_depth=overlap_depth)
+    core.submit(request(1, max_new_tokens=20), request(2, max_new_tokens=20))
+    core.turn(5)
+    core.call(ReleaseMemory, tags, "recompute")
+    core.settle()
+    assert core.finish_types(1, 2) == [None, None] and core.status().num_running == 0
+    core.call(ResumeMemory)
+    core.settle()
+    assert core.tokens(1) == core.tokens(2) == list(range(6, 26))
+    assert core.link.deltas[1][-1].num_preemptions == 1
+
+
+def test_no_page_of_before_is_matched_after() -> None:
+    core = core_over()
+    core.submit(request(1, range(1, 30)))
+    core.settle()
+    core.call(ReleaseMemory, ("kv_cache",))
+    core.call(ResumeMemory)
+    core.submit(request(2, range(1, 30)))
+    core.settle()
+    assert core.link.deltas[2][-1].num_cached_tokens == 0
+
+
+def test_who_comes_meanwhile_waits_for_pause_timeout_at_most() -> None:
+    core = core_over(pause_timeout=30.0)
+    core.call(ReleaseMemory, ("weights",))
+    core.submit(request(1))
+    core.turn(3)
+    assert core.finish(1) is None
+    core.clock.now += 31.0
+    core.turn(2)
+    finish = core.finish(1)
+    assert finish is not None and finish.error is not None and finish.error.code == "PauseTimeoutError"
+
+
+def test_what_asks_for_released_weights_is_refused_by_name() -> None:
+    core = core_over()
+    core.call(ReleaseMemory, ("weights",))
+    assert core.status().state == "released" and core.status().version == ""
+    for command, arguments in (
+        (Digest, ()),
+        (SetVersion, ("v7",)),
+        (WeightsChecker, ("snapshot",)),
+        (BeginUpdate, ("v7", manifest_of(new_tensors(1.0)))),
+        (UpdateFromDisk, ("/folder", "v7")),
+        (WeightsChecker, ("reset_tensors",)),
+    ):
+        error = core.refused(command, *arguments)
+        assert error.code in ("NeedsWeightsError", "UpdateConflictError")
+        assert "resume_memory_occupation(['weights'])" in error.message
+    core.call(ResumeMemory)
+    assert core.status().state == "ready" and core.status().version == "default"
+
+
+def test_a_read_that_a_release_overtakes_is_refused() -> None:
+    core = core_over()
+    digest, release = core.start(Digest), core.start(ReleaseMemory, ("weights",))
+    core.settle()
+    core.answer(release)
+    assert core.error(digest).code == "NeedsWeightsError"
+
+
+def test_an_open_update_refuses_a_release_and_a_resume_goes_on_beside_one() -> None:
+    core = core_over()
+    core.submit(request(1, max_new_tokens=200))
+    core.call(ReleaseMemory, ("kv_cache",))
+    session = core.begin(new_tensors(7.0))
+    error = core.refused(ReleaseMemory, ())
+    assert error.code == "UpdateConflictError" and f"session {session}" in error.message
+    assert core.status().released == ("kv_cache",)
+    core.call(ResumeMemory, ("kv_cache",))
+    core.call(AbortUpdate, session)
+    core.call(ReleaseMemory, ())
+    assert core.status().released == tuple(sorted(MEMORY_TAGS))
+
+
+def test_without_a_copy_weights_are_awaited_and_kept_requests_go_on_under_the_new_ones() -> None:
+    core = core_over(keep_weights_copy=False)
+    core.submit(request(1, max_new_tokens=20))
+    core.turn(5)
+    core.call(ReleaseMemory, (), "recompute")
+    core.submit(request(2, max_new_tokens=2))
+    core.call(ResumeMemory, ("weights",))
+    assert core.status().state == "needs_weights"
+    core.submit(request(3))
+    core.call(ResumeMemory, ("kv_cache",))
+    core.settle()
+    assert core.finish_types(1, 2, 3) == [None, None, "error"]
+    finish = core.finish(3)
+    assert finish is not None and finish.error is not None and finish.error.code == "NeedsWeightsError"
+    update(core)
+    core.settle()
+    assert core.finish_types(1, 2) == ["length", "length"] and core.tokens(1) == list(range(6, 26))
+    assert [version for version, _ in core.spans(1)] == ["default", "v1"]
+    assert core.spans(2) == [("v1", 2)]
+
+
+@pytest.mark.parametrize("mode", ["shadow", "inplace"])
+def test_an_update_does_not_wait_for_requests_that_cannot_run(mode: str) -> None:
+    core = core_over()
+    core.submit(request(1, max_new_tokens=20))
+    core.turn(5)
+    core.call(ReleaseMemory, (), "recompute")
+    core.call(ResumeMemory, ("weights",))
+    tensors = new_tensors(7.0)
+    session = core.begin(tensors, mode=mode, in_flight="drain")
+    core.stage(session, tensors)
+    core.call(CommitUpdate, session, kind=UpdateReport)
+    assert core.finish(1) is None
+    core.call(ResumeMemory)
+    core.settle()
+    assert core.tokens(1) == list(range(6, 26))
+
+
+def test_weights_keep_version_and_epoch_through_a_release() -> None:
+    core = core_over()
+    update(core, "v1")
+    before = core.status()
+    core.call(ReleaseMemory)
+    core.call(ResumeMemory)
+    after = core.status()
+    assert (after.version, after.epoch, after.state) == (before.version, before.epoch, "ready") == ("v1", 1, "ready")
+
+
+def test_the_folder_brings_back_only_what_it_brought() -> None:
+    executor = TurningExecutor()
+    core = core_over(executor, keep_weights_copy=False)
+    core.call(ReleaseMemory)
+    assert core.refused(ResumeMemory, (), "copy").field == "restore"
+    core.call(ResumeMemory, (), "disk")
+    assert core.status().state == "ready" and executor.done[-1][2] == "disk"
+    update(core)
+    core.call(ReleaseMemory)
+    error = core.refused(ResumeMemory, (), "disk")
+    assert (error.code, error.field) == ("UpdateConflictError", "restore")
+    core.call(ResumeMemory, (), "await")
+    core.call(ReleaseMemory)
+    assert core.refused(ResumeMemory, (), "disk").field == "restore"  # there were none when they were released
+    core.call(ResumeMemory)
+    assert core.status().state == "needs_weights"
+
+
+def test_a_copy_is_made_of_whole_weights_only() -> None:
+    executor = TurningExecutor()
+    core = core_over(executor)
+    core.call(WeightsChecker, "reset_tensors", kind=dict)
+    core.call(ReleaseMemory)
+    assert executor.done[-1][2] == ""
+    core.call(ResumeMemory)
+    assert core.status().state == "needs_weights"
+
+
+def test_calls_are_done_one_after_the_other() -> None:
+    executor = TurningExecutor(3)
+    core = core_over(executor)
+    calls = [core.start(ReleaseMemory, ()), core.start(ResumeMemory, ("weights",)), core.start(ResumeMemory, ())]
+    core.turn()
+    assert not core.link.replies
+    core.settle()
+    for call in calls:
+        core.answer(call)
+    assert [(kind, tags) for kind, tags, _ in executor.done] == [
+        ("release", ("kv_cache", "weights")),
+        ("resume", ("weights",)),
+        ("resume", ("kv_cache",)),
+    ]
+    core.submit(request(1))
+    core.settle()
+    assert core.finish_types(1) == ["length"]
+
+
+@pytest.mark.parametrize("how", ["late", "given up"])
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_a_release_that_nobody_waits_for_leaves_all_as_it_was(how: str, is_begun: bool) -> None:
+    executor = TurningExecutor(5)
+    core = core_over(executor)
+    before = [] if is_begun else [core.start(ResumeMemory, ()), core.start(ReleaseMemory, ("kv_cache",))]
+    release = core.start(ReleaseMemory, ("weights",), "abort", deadline=core.clock.now + 5.0)
+    core.turn(2)
+    if how == "late":
+        core.clock.now += 5.0
+    else:
+        core.start(GiveUp, release)
+    core.settle()
+    assert core.error(release).code == "DeadlineError"
+    for call in before:
+        core.answer(call)
+    core.call(ResumeMemory)
+    assert core.status().state == "ready" and core.status().version == "default"
+    assert ("release", ("weights",), "copy") not in executor.done
+    core.submit(request(1))
+    core.settle()
+    assert core.finish_types(1) == ["length"]
+
+
+@pytest.mark.parametrize("problem", [UnavailableError("no room", field="tags"), RuntimeError("a bug")])
+def test_a_resume_that_fails_leaves_all_released_and_may_be_tried_again(problem: Exception) -> None:
+    executor = TurningExecutor()
+    core = core_over(executor)
+    core.call(ReleaseMemory)
+    core.submit(request(1))
+    executor.problem = problem
+    error = core.refused(ResumeMemory)
+    assert error.code == ("UnavailableError" if isinstance(problem, UnavailableError) else "InternalError")
+    assert core.status().released == tuple(sorted(MEMORY_TAGS)) and core.finish(1) is None
+    executor.problem = None
+    core.call(ResumeMemory)
+    core.settle()
+    assert core.finish_types(1) == ["length"] and executor.done[-1][2] == "copy"
+
+
+def test_a_pause_and_a_release_end_by_their_own() -> None:
+    core = core_over()
+    core.submit(request(1, max_new_tokens=20))
+    core.turn(3)
+    core.call(Pause, "keep")
+    core.call(ReleaseMemory, (), "recompute")
+    core.call(Resume)
+    core.settle()
+    assert core.finish(1) is None
+    core.call(Pause, "keep")
+    core.call(ResumeMemory)
+    core.settle()
+    assert core.finish(1) is None
+    core.call(Resume)
+    core.settle()
+    assert core.tokens(1) == list(range(6, 26))
+
+
+def test_a_device_that_cannot_give_memory_back_names_the_setting_and_aborts_nobody() -> None:
+    resolved = tiny_config()
+    assert resolved.memory_is_kept == ""
+    core = core_over()
+    core.loop.replica.memory._settings = type(core.loop.replica.memory._settings)("it was not asked for", False)
+    core.submit(request(1, max_new_tokens=20))
+    core.turn(3)
+    error = core.refused(ReleaseMemory, ())
+    assert (error.code, error.field) == ("ConfigError", "memory_saver")
+    core.call(ReleaseMemory, ("cuda_graph",))
+    core.call(FlushCache, kind=int)
+    core.settle()
+    assert core.finish_types(1) == ["length"]

@@ -1,0 +1,154 @@
+"""Updates whose tensors are on the core's own device, or come through pinned memory: in one process and in two."""
+
+from __future__ import annotations
+
+import random
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from headrace import Engine, WeightUpdateError
+from headrace.engine import update as update_module
+from tests.gpu.builders import Background, Checkpoint, Checkpoints, Starter, check_greedy, greedy, random_ids
+from tests.gpu.test_engine_features import outputs
+
+
+def named(checkpoint: Checkpoint, place: str) -> list[tuple[str, torch.Tensor]]:
+    return [(name, tensor.to(place)) for name, tensor in checkpoint.named_tensors()]
+
+
+@pytest.mark.parametrize("mode", ["shadow", "inplace"])
+@pytest.mark.parametrize("place", ["cuda", "cpu"])
+@pytest.mark.parametrize("inprocess", [True, False])
+@pytest.mark.parametrize("buffer_bytes", [1 << 16, 1 << 29])
+def test_every_road_ends_in_a_cold_load(
+    checkpoints: Checkpoints,
+    start: Starter,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: Any,
+    place: str,
+    inprocess: bool,
+    buffer_bytes: int,
+) -> None:
+    """Small buffers cut tensors into pieces."""
+    for name in ("BUFFER_BYTES", "DEVICE_BUFFER_BYTES"):
+        monkeypatch.setattr(update_module, name, buffer_bytes)
+    old, new = checkpoints.get(), checkpoints.get(seed=1)
+    engine = start(old, dtype="float32", inprocess=inprocess, cuda_graphs=True)
+    digests = [engine.digest()]
+    for version, target in (("new", new), ("old", old), ("new again", new)):
+        engine.update_weights_from_tensor(named(target, place), version=version, mode=mode)
+        digests.append(engine.digest())
+    outputs(engine, new)
+    assert digests[0] == digests[2] != digests[1] == digests[3]
+    assert (engine.asynchronous.runtime.updater._device is not None) == (place == "cuda")
+    engine.shutdown()
+    assert start(new, dtype="float32", cuda_graphs=False).digest() == digests[1]
+
+
+def test_an_iterator_may_fill_one_tensor_again_and_again(checkpoints: Checkpoints, start: Starter) -> None:
+    """Between two tensors the caller's own stream goes on."""
+    old, new = checkpoints.get(), checkpoints.get(seed=1)
+    engine = start(old, dtype="float32", inprocess=False)
+    tensors = named(new, "cuda")
+    session = engine.begin_update("new", [(name, tuple(each.shape), "float32") for name, each in tensors])
+    scratch = torch.empty(max(each.numel() for _, each in tensors), device="cuda")
+
+    def again() -> Any:
+        for name, each in tensors:
+            view = scratch[: each.numel()].view(each.shape)
+            view.copy_(each)
+            yield name, view
+            scratch.fill_(7.0)
+
+    engine.stage(session, again())
+    engine.commit(session)
+    found = engine.digest()
+    engine.shutdown()
+    assert start(new, dtype="float32").digest() == found
+
+
+@pytest.mark.parametrize("place", ["cuda", "cpu"])
+def test_nan_is_refused_by_name_and_the_old_weights_serve_on(
+    checkpoints: Checkpoints, start: Starter, place: str
+) -> None:
+    old, new = checkpoints.get(), checkpoints.get(seed=1)
+    engine = start(old, dtype="float32", inprocess=False)
+    before = engine.digest()
+    bad = [(name, tensor.clone()) for name, tensor in named(new, place)]
+    bad[5][1].view(-1)[-1] = float("nan")
+    with pytest.raises(WeightUpdateError, match="NaN") as caught:
+        engine.update_weights_from_tensor(bad, version="bad", mode="shadow")
+    assert caught.value.field == bad[5][0]
+    assert engine.digest() == before
+    outputs(engine, old)
+    engine.update_weights_from_tensor(named(new, place), version="new", mode="shadow")
+    outputs(engine, new)
+
+
+@pytest.mark.parametrize("place", ["cuda", "cpu"])
+def test_requests_run_on_under_shadow_updates(checkpoints: Checkpoints, start: Starter, place: str) -> None:
+    """What is kept goes on; every piece says of which weights it is, and memory stays as it was."""
+    old, new = checkpoints.get(), checkpoints.get(seed=1)
+    engine = start(old, dtype="float32", inprocess=False, cuda_graphs=True)
+    sets = {"old": named(old, place), "new": named(new, place)}
+    prompts = [random_ids(random.Random(number), 20) for number in range(8)]
+    background = Background(engine, input_ids=prompts, sampling_params=greedy(2500))
+    free = []
+    for count in range(30):
+        version = ("new", "old")[count % 2]
+        label = f"{version} {count}"
+        engine.update_weights_from_tensor(sets[version], version=label, mode="shadow", in_flight="keep")
+        torch.cuda.synchronize()
+        free.append(torch.cuda.mem_get_info()[0])
+    pieces = background.answer(120.0)
+    assert abs(free[-1] - free[9]) < 64 << 20
+    assert all(sum(count for _, count in piece.version_spans) == 2500 for piece in pieces)
+    assert max(len(piece.version_spans) for piece in pieces) > 1
+    outputs(engine, old)
+    prompt = random_ids(random.Random(3), 20)
+    check_greedy(old, prompt, engine.generate(input_ids=prompt, sampling_params=greedy(16))[0], 1e-4)
+
+
+def test_where_the_device_has_no_room_for_buffers_the_host_carries(
+    checkpoints: Checkpoints, start: Starter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from headrace.types.errors import UnavailableError
+    from headrace.weights import device_memory
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise UnavailableError("no room", field="buffer")
+
+    monkeypatch.setattr(device_memory, "SharedDeviceMemory", refuse)
+    new = checkpoints.get(seed=1)
+    engine = start(checkpoints.get(), dtype="float32", inprocess=False)
+    engine.update_weights_from_tensor(named(new, "cuda"), version="new")
+    outputs(engine, new)
+
+
+def test_two_threads_stage_at_once(checkpoints: Checkpoints, start: Starter) -> None:
+    """One session, half of the tensors from each, each on a stream of its own."""
+    old, new = checkpoints.get(), checkpoints.get(seed=1)
+    engine: Engine = start(old, dtype="float32", inprocess=False)
+    tensors = named(new, "cuda")
+    session = engine.begin_update("new", [(name, tuple(each.shape), "float32") for name, each in tensors])
+    errors: list[BaseException] = []
+    torch.cuda.synchronize()
+
+    def stage(part: list[tuple[str, torch.Tensor]]) -> None:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                engine.stage(session, part)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=stage, args=(tensors[start::2],)) for start in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not errors, errors
+    engine.commit(session)
+    outputs(engine, new)
