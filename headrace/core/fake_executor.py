@@ -12,18 +12,27 @@ from typing import Any
 
 import numpy as np
 
-from headrace.core.executor import CheckpointSlices, Weights
+from headrace.core.executor import CheckpointSlices, WeightGroup, Weights
 from headrace.core.faults import DeviceLost, describe, is_of_lost_device
-from headrace.core.staging import SharedTensors
 from headrace.ipc import SharedBuffer
-from headrace.types.errors import CheckpointError, NotFoundError
+from headrace.types.errors import CheckpointError, NotFoundError, WeightUpdateError
 from headrace.types.foreign import Payload
 from headrace.types.memory import MemoryTag, Restore
+from headrace.types.messages import JoinGroup
 from headrace.types.plan import PositionLogprobs, PromptLogprobs, SamplePatch, SlotInit, StepPlan, StepResult
 from headrace.types.request import Int32Array
 from headrace.types.sampling_params import LogprobOptions
 from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
-from headrace.weights.memory import Copies, ResolvedMode, StageBuffer, StageCopy, StagePiece, Ticket, one_by_one
+from headrace.weights.memory import (
+    Copies,
+    ResolvedMode,
+    SharedTensors,
+    StageBuffer,
+    StageCopy,
+    StagePiece,
+    Ticket,
+    one_by_one,
+)
 
 FREE_LOGPROB = -0.5
 
@@ -82,6 +91,9 @@ class FreeExecutor:
 
     def resume(self, tags: Collection[MemoryTag], restore: Restore) -> Generator[None]:
         yield
+
+    def join_group(self, terms: JoinGroup, seconds: float) -> WeightGroup:
+        raise WeightUpdateError("this executor has no weights", field="group_name")
 
     def close(self) -> None:
         self._plans.clear()

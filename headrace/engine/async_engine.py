@@ -12,6 +12,7 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack, get_args
 
+from headrace.engine import groups
 from headrace.engine.control import (
     DEFAULT_UPDATE_TIMEOUT,
     UpdateTerms,
@@ -284,6 +285,11 @@ class AsyncEngine(EngineLifecycle):
         """Drop a session; None: whichever is open, whoever opened it, if one is. The old weights serve on, unless an
         in-place update had begun to write: then `PoisonedError` answers every request until a complete update lands."""
         await self.runtime.updater.abort(session)
+
+    init_weights_update_group = _on_engine_loop(groups.init_weights_update_group)
+    destroy_weights_update_group = _on_engine_loop(groups.destroy_weights_update_group)
+    stage_from_group = _on_engine_loop(groups.stage_from_group)
+    update_weights_from_distributed = _on_engine_loop(groups.update_weights_from_distributed)
 
     async def update_weights_from_tensor(
         self,

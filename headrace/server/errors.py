@@ -68,7 +68,7 @@ def respond(body: Mapping[str, Any]) -> Response:
 
 
 def refusal(error: HeadraceError, **more: Any) -> Response:
-    """What a weight call of SGLang's dialect answers that failed."""
+    """What a control call of the dialect answers with that was refused."""
     return respond({**body_of(error), "success": False, **more})
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from headrace.core.commands import stage_payload
 from headrace.core.fake_executor import FreeExecutor, FreeWeights
 from headrace.types.foreign import Payload
 from headrace.types.messages import AbortUpdate, CommitUpdate, Digest, ExtendUpdate, GiveUp, StagePayload
@@ -94,7 +95,7 @@ def test_whatever_ends_the_upload_the_memory_is_given_back(end: str) -> None:
     session = begin(core, payload, "shadow")
     control = core.loop.replica.update
     command = StagePayload(99, session, payload, tuple(range(5)), deadline=core.clock.now + 1.0)
-    control.stage_payload(command, core.clock.now)  # queued, and no turn has come to it
+    stage_payload(core.loop.replica, command, core.clock.now)  # queued, and no turn has come to it
     if end == "abort":
         core.call(AbortUpdate, session)
     elif end == "give up":
