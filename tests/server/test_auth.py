@@ -19,6 +19,8 @@ ADMIN = {
     *(f"/headrace/{name}" for name in ("abort_update", "update_weights_from_disk", "get_weights_by_name")),
     *("/update_weight_version", "/get_weights_by_name", "/weights_checker", "/abort_weight_update"),
     *("/release_memory_occupation", "/resume_memory_occupation"),
+    "/update_weights_from_tensor",
+    *("/init_weights_update_group", "/update_weights_from_distributed", "/destroy_weights_update_group"),
 }
 
 
