@@ -6,16 +6,19 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from headrace.config import ResolvedConfig
 from headrace.core.faults import FAULTS, DeviceLost, StepError, describe, is_of_lost_device
+from headrace.types.errors import HeadraceError
+from headrace.types.foreign import Payload
 from headrace.types.memory import MemoryTag, Restore
+from headrace.types.messages import JoinGroup
 from headrace.types.plan import PlanRefused, SamplePatch, StepDisturbed, StepPlan, StepResult
 from headrace.types.weights import TensorInfo
-from headrace.weights.memory import WeightMemory
+from headrace.weights.memory import SharedTensors, WeightMemory
 
 if TYPE_CHECKING:
     from headrace.runner.device_runner import DeviceRunner
@@ -31,6 +34,8 @@ _WARNING_SECONDS = 10.0
 class Weights(WeightMemory, Protocol):
     """Live weights: what an update does with them, and reading; see `headrace.weights.store.WeightStore`."""
 
+    def open_payload(self, payload: Payload) -> SharedTensors: ...
+
     def digest_in_slices(self) -> Iterator[tuple[str, str] | None]: ...
 
     def info(self, name: str) -> TensorInfo: ...
@@ -38,6 +43,32 @@ class Weights(WeightMemory, Protocol):
     def copy_in_slices(self, name: str, start: int, into: memoryview) -> Iterator[None]: ...
 
     def scramble(self, seed: int) -> None: ...
+
+
+class ArrivingTensors(Protocol):
+    """What one call receives over a group, as it comes; see `headrace.weights.group.GroupArrivals`."""
+
+    @property
+    def is_complete(self) -> bool: ...
+
+    def take(self) -> tuple[int, Any] | None: ...
+
+    def free(self) -> None: ...
+
+    def drop(self) -> None: ...
+
+
+class WeightGroup(Protocol):
+    """A trainer's group that this replica is part of; see `headrace.weights.group.TorchGroup`."""
+
+    is_joined: bool
+    problem: HeadraceError | None
+
+    def refusal(self) -> HeadraceError | None: ...
+
+    def receive(self, tensors: Sequence[TensorInfo], is_bucket: bool, seconds: float) -> ArrivingTensors: ...
+
+    def fail(self, reason: str) -> None: ...
 
 
 class Executor(Protocol):
@@ -80,6 +111,10 @@ class Executor(Protocol):
         """Take the memory of these tags again, as zeros at the addresses it had; weights from where `restore` says,
         which is not "auto". Closed before its end, or failed, it has taken nothing, and a copy is still there. Raises
         `UnavailableError` where there is no room, `CheckpointError` where the folder has changed."""
+
+    def join_group(self, terms: JoinGroup, seconds: float) -> WeightGroup:
+        """Begin to join a trainer's group; the ranks of a replica follow each other from `terms.rank` on. Raises what
+        is wrong with the terms. Whoever joins it makes it `fail` in the end."""
 
     def close(self) -> None:
         """Free the device."""
@@ -178,6 +213,11 @@ class LocalExecutor:
 
     def resume(self, tags: Collection[MemoryTag], restore: Restore) -> Generator[None]:
         return self._runner.memory.resume(tags, restore)
+
+    def join_group(self, terms: JoinGroup, seconds: float) -> WeightGroup:
+        from headrace.weights import group
+
+        return group.TorchGroup(terms, self._runner.weights.device, seconds)
 
     def close(self) -> None:
         self._pending.clear()

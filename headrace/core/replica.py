@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from headrace.config import ResolvedConfig, Takeover
 from headrace.core.executor import Executor
+from headrace.core.grouping import GroupControl
 from headrace.core.outbox import Outbox
 from headrace.core.pausing import PauseControl
 from headrace.core.reading import ReadControl
@@ -29,7 +30,6 @@ class Replica:
         self.pulse = pulse
         self.started_at = started_at
         self.is_ending = False
-        self.snapshot: dict[str, str] | None = None
         self.outbox = Outbox(link)
         former = resolved.takeover or Takeover(0, settings.initial_version, 0, is_current=True)
         self.scheduler = Scheduler(scheduler_limits(resolved), version=former.version, epoch=former.epoch)
@@ -48,6 +48,7 @@ class Replica:
         memory = MemorySettings(resolved.memory_is_kept, settings.keep_weights_copy)
         self.memory = MemoryControl(memory, executor, self.update, self.scheduler, self.stepper, self.outbox)
         self.reading = ReadControl(executor, self.update, self.outbox)
+        self.groups = GroupControl(executor, self.outbox)
 
     @property
     def stands_still(self) -> bool:

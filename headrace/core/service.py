@@ -157,3 +157,4 @@ def _let_go(loop: CoreLoop) -> None:
     except Exception:  # process entry point: a device that is lost cannot be closed either
         logger.exception("the device could not be let go")
     loop.replica.update.close()
+    loop.replica.groups.close()

@@ -1,15 +1,17 @@
-"""Copies of staged tensors, taken a slice at a time between steps. Owns one Stage command's progress and its buffer."""
+"""Copies of staged tensors, taken a slice at a time between steps. Owns the progress of one command that brings some,
+and what they are taken from."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from headrace.types.errors import CheckpointError, WeightUpdateError
-from headrace.types.messages import NO_DEADLINE, Stage
-from headrace.weights.memory import Copies, StageBuffer, StageCopy, StagePiece
+from headrace.core.executor import WeightGroup
+from headrace.types.errors import CheckpointError, HeadraceError, WeightUpdateError
+from headrace.types.messages import NO_DEADLINE, Receive, Stage, StagePayload
+from headrace.weights.memory import Copies, SharedTensors, StageCopy, StagePiece
 from headrace.weights.session import WeightMachine
 
 
@@ -17,7 +19,8 @@ class StageJob:
     """Tensors on their way into a session. `call_id` is the call to answer then; None: the core reads a folder.
 
     `copies` are the indices of the tensors that a copy completes, none for a piece before its last one, and the copy;
-    `buffer` is what they are taken from.
+    `what` they are, for messages; `close` lets go of what they are taken from. `is_waiting`: the last `advance` found
+    that the next tensor has not come.
     """
 
     def __init__(
@@ -27,15 +30,18 @@ class StageJob:
         copies: Copies,
         call_id: int | None,
         deadline: float = NO_DEADLINE,
-        buffer: StageBuffer | None = None,
+        close: Callable[[], None] | None = None,
+        what: str = "the upload",
     ) -> None:
         self.call_id = call_id
         self.deadline = deadline
+        self.what = what
+        self.is_waiting = False
         self._machine = machine
         self._session_id = session_id
         self._copies = copies
         self._current: tuple[Sequence[int], StageCopy] | None = None
-        self._buffer = buffer
+        self._close = close
 
     def advance(self, budget_s: float, now: float) -> bool:
         """Copy for about `budget_s` seconds, at least one block. True when all of it is staged.
@@ -43,11 +49,16 @@ class StageJob:
         Raises a `HeadraceError` when a tensor is not what the manifest says; the job is over then.
         """
         stop_at = time.perf_counter() + budget_s
+        self.is_waiting = False
         while True:
             if self._current is None:
-                self._current = next(self._copies, None)
-                if self._current is None:
+                try:
+                    self._current = next(self._copies)
+                except StopIteration:
                     return True
+            if self._current is None:
+                self.is_waiting = True
+                return False
             indices, copy = self._current
             try:
                 is_done = copy.advance(max(0.0, stop_at - time.perf_counter()))
@@ -63,11 +74,11 @@ class StageJob:
                 return False
 
     def close(self) -> None:
-        """Let go of the buffer. Idempotent."""
+        """Let go of what the copies are taken from. Idempotent."""
         self._current = None
         self._copies = iter(())
-        if self._buffer is not None:
-            self._buffer.close()
+        if self._close is not None:
+            self._close()
 
 
 def job_from_buffer(machine: WeightMachine, command: Stage, now: float) -> StageJob:
@@ -98,7 +109,63 @@ def job_from_buffer(machine: WeightMachine, command: Stage, now: float) -> Stage
             yield StagePiece(entry.index, data, start, is_last, replaces)
 
     copies = machine.stage_pieces(command.session_id, pieces())
-    return StageJob(machine, command.session_id, copies, command.call_id, command.deadline, buffer)
+    return StageJob(machine, command.session_id, copies, command.call_id, command.deadline, buffer.close)
+
+
+def job_from_payload(machine: WeightMachine, command: StagePayload, memory: SharedTensors, now: float) -> StageJob:
+    """A job over memory that is open, and closed with it. Raises as `job_from_buffer`; it is closed then."""
+    session_id, indices = command.session_id, command.indices
+    try:
+        for index in indices:
+            machine.check_stage(session_id, index, now, replaces=index in command.replaced)
+        if not len(memory.tensors) == len(indices) == len(set(indices)):
+            raise WeightUpdateError(f"{len(memory.tensors)} tensors have {len(indices)} places", field="indices")
+    except HeadraceError:
+        memory.close()
+        raise
+
+    def copies() -> Copies:
+        for index, (_, data) in zip(indices, tuple(memory.tensors), strict=True):
+            yield (index,), machine.stage(session_id, index, data, replaces=index in command.replaced)
+
+    return StageJob(machine, session_id, copies(), command.call_id, command.deadline, memory.close)
+
+
+def job_from_group(machine: WeightMachine, command: Receive, group: WeightGroup, now: float) -> StageJob:
+    """A job over what arrives at a group. Every entry is checked before anything is received for it.
+
+    Raises as `job_from_buffer`; nothing is received then.
+    """
+    session = machine.require(command.session_id)
+    taken = [each for each in command.tensors if each.index >= 0]
+    for each in taken:
+        info = machine.check_stage(command.session_id, each.index, now, replaces=each.replaces)
+        if (info.name, info.shape, info.dtype) != (each.info.name, each.info.shape, each.info.dtype):
+            is_and_says = (
+                f"{each.info.dtype} {list(each.info.shape)}, the manifest says {info.dtype} {list(info.shape)}"
+            )
+            raise WeightUpdateError(f"{each.info.name} is announced as {is_and_says}", field=each.info.name)
+    if len({each.index for each in taken}) != len(taken):
+        raise WeightUpdateError("a tensor is named twice in one call", field="names")
+    session.touch(now)
+    infos = [each.info for each in command.tensors]
+    arrivals = group.receive(infos, command.is_bucket, command.deadline - now)
+
+    def copies() -> Copies:
+        while not arrivals.is_complete:
+            found = arrivals.take()
+            if found is None:
+                yield None
+                continue
+            place, data = found
+            each = command.tensors[place]
+            if each.index >= 0:
+                copy = machine.stage(command.session_id, each.index, data, replaces=each.replaces)
+                yield (each.index,), copy
+            arrivals.free()
+
+    what = f"what weight group {command.group!r} brings"
+    return StageJob(machine, command.session_id, copies(), command.call_id, command.deadline, arrivals.drop, what)
 
 
 def job_from_tensors(

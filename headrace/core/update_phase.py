@@ -8,6 +8,9 @@ import msgspec
 
 from headrace.types.weights import InFlight
 
+COMMIT_LOOK_S = 0.0002
+"""Between two looks at a commit under way, where somebody waits for its end."""
+
 
 class UpdatePhase(enum.Enum):
     """What an update has come to."""

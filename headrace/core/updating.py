@@ -25,9 +25,9 @@ from pathlib import Path
 from headrace.core.executor import Executor
 from headrace.core.faults import FAULTS, failure
 from headrace.core.outbox import Outbox
-from headrace.core.staging import StageJob, job_from_buffer, job_from_tensors
+from headrace.core.staging import StageJob, job_from_tensors
 from headrace.core.stepping import Stepper
-from headrace.core.update_phase import Hold, PendingCall, UpdatePhase
+from headrace.core.update_phase import COMMIT_LOOK_S, Hold, PendingCall, UpdatePhase
 from headrace.scheduler import Scheduler
 from headrace.types.errors import DeadlineError, HeadraceError, UpdateConflictError
 from headrace.types.messages import (
@@ -35,7 +35,6 @@ from headrace.types.messages import (
     BeginUpdate,
     CommitUpdate,
     ExtendUpdate,
-    Stage,
     UpdateBegun,
     UpdateExtended,
     UpdateFromDisk,
@@ -44,9 +43,6 @@ from headrace.types.weights import InFlight, TensorInfo
 from headrace.weights.session import OpenUpdate, WeightMachine, check_version, shortened
 
 logger = logging.getLogger(__name__)
-
-_COMMIT_LOOK_S = 0.0002
-"""Between two looks at a commit under way, where somebody waits for its end."""
 
 
 class UpdateControl:
@@ -144,10 +140,10 @@ class UpdateControl:
         first = self.machine.extend(command.session_id, command.manifest, now)
         return UpdateExtended(first, self.machine.require(command.session_id).num_missing)
 
-    def stage(self, command: Stage, now: float) -> None:
-        """Queue the copy of an upload; it is answered when all of it is in place."""
-        self._require_no_commit(command.session_id)
-        self._jobs.append(job_from_buffer(self.machine, command, now))
+    def stage(self, session_id: int, job: Callable[[WeightMachine], StageJob]) -> None:
+        """Queue the copies that a command brings; it is answered when all of them are in place."""
+        self._require_no_commit(session_id)
+        self._jobs.append(job(self.machine))
         self._note_stage()
 
     def commit(self, command: CommitUpdate, now: float) -> None:
@@ -219,8 +215,9 @@ class UpdateControl:
         if self._hold is None and self._needs_hold(session) and not self._begin_hold(session):
             return False
         if self._jobs:
-            self._advance_job(self._jobs[0], budget_s, now)
-            return True
+            job = self._jobs[0]
+            self._advance_job(job, budget_s, now)
+            return not job.is_waiting
         if self._commit is not None:
             self._make_live(session, self._commit)
             return True
@@ -232,7 +229,7 @@ class UpdateControl:
         if self._looking is not None and now >= self._looking[0].deadline:
             self._stop_looking(DeadlineError("weights were not live by the deadline; the folder is not read"))
         for job in [job for job in self._jobs if now >= job.deadline]:
-            self._drop_job(job, DeadlineError("the upload was not staged by its deadline; it is dropped"))
+            self._drop_job(job, DeadlineError(f"{job.what} was not staged by the deadline; it is dropped"))
         session = self.machine.session
         if session is None or self.phase is UpdatePhase.COMMITTING:
             return
@@ -250,6 +247,11 @@ class UpdateControl:
             return None if self._looking is None else self._looking[0].deadline
         commit = NO_DEADLINE if self._commit is None else self._commit.deadline
         return min(self.machine.session.deadline, commit, *(job.deadline for job in self._jobs))
+
+    @property
+    def waits_for_arrivals(self) -> bool:
+        """Tensors are to come of which nobody will tell."""
+        return any(job.is_waiting for job in self._jobs)
 
     @property
     def num_steps_while_staging(self) -> int:
@@ -360,6 +362,7 @@ class UpdateControl:
     def _advance_job(self, job: StageJob, budget_s: float, now: float) -> None:
         try:
             if not job.advance(budget_s, now):
+                self._jobs.rotate(-1 if job.is_waiting else 0)  # another may have something
                 return
         except HeadraceError as error:
             self._fail_job(job, error)
@@ -391,7 +394,7 @@ class UpdateControl:
         while (session := self.machine.session) is not None and session.committing is not None:
             assert self._commit is not None
             self._make_live(session, self._commit)
-            time.sleep(_COMMIT_LOOK_S)
+            time.sleep(COMMIT_LOOK_S)
 
     def _make_live(self, session: OpenUpdate, commit: PendingCall) -> None:
         """Begin the copy over live weights, or look whether it is done. Generation is held until then."""

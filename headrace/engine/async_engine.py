@@ -12,6 +12,7 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack, get_args
 
+from headrace.engine import groups
 from headrace.engine.control import (
     DEFAULT_UPDATE_TIMEOUT,
     UpdateTerms,
@@ -285,6 +286,11 @@ class AsyncEngine(EngineLifecycle):
         in-place update had begun to write: then `PoisonedError` answers every request until a complete update lands."""
         await self.runtime.updater.abort(session)
 
+    init_weights_update_group = _on_engine_loop(groups.init_weights_update_group)
+    destroy_weights_update_group = _on_engine_loop(groups.destroy_weights_update_group)
+    stage_from_group = _on_engine_loop(groups.stage_from_group)
+    update_weights_from_distributed = _on_engine_loop(groups.update_weights_from_distributed)
+
     async def update_weights_from_tensor(
         self,
         named_tensors: NamedTensors,
@@ -326,7 +332,7 @@ class AsyncEngine(EngineLifecycle):
         A tensor that comes again replaces the first. The version may be given with each call or only with the last; a
         call with another one than those before begins the update anew. `mode`, `in_flight` and `timeout` are those of
         the first call. An error in one ends the whole: begin anew. Until it is complete, `resume` and other updates
-        are refused, and `abort_update` drops it. The cache needs no flush. For a part of a model alone see `partial`.
+        are refused, and `abort_update` drops it. The cache needs no flush.
         """
         await self.start()
         return await self.add_by(self.runtime.run, named_tensors, terms_of_part(version, mode, in_flight, timeout))

@@ -77,16 +77,20 @@ class UpdateSession:
         """All of the manifest has been staged for good."""
         return len(self._settled) == len(self.manifest)
 
+    def info_of(self, name: str) -> TensorInfo:
+        """The manifest's entry of that name. Raises `WeightUpdateError` if there is none."""
+        index = self._indices.get(name)
+        if index is None:
+            raise WeightUpdateError(f"{name} is not in this update's manifest", field=name)
+        return self.manifest[index]
+
     def index_of(self, info: TensorInfo) -> int:
         """The manifest's index of a tensor. Raises `WeightUpdateError` if it is not there as described."""
-        index = self._indices.get(info.name)
-        if index is None:
-            raise WeightUpdateError(f"{info.name} is not in this update's manifest", field=info.name)
-        meant = self.manifest[index]
+        meant = self.info_of(info.name)
         if (meant.shape, meant.dtype) != (info.shape, info.dtype):
             got, announced = f"{info.dtype} {list(info.shape)}", f"{meant.dtype} {list(meant.shape)}"
             raise WeightUpdateError(f"{info.name} is {got}, announced as {announced}", field=info.name)
-        return index
+        return self._indices[info.name]
 
 
 def check_session(session: Any) -> None:

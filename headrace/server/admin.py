@@ -16,7 +16,7 @@ from headrace.engine import DEFAULT_UPDATE_TIMEOUT
 from headrace.engine.control import version_of
 from headrace.engine.runtime import Regret
 from headrace.server.coerce import check_changes, read_control
-from headrace.server.errors import FieldNames, body_of, error_body, respond
+from headrace.server.errors import FieldNames, error_body, refusal
 from headrace.server.folders import Folders
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
@@ -174,7 +174,7 @@ class AdminFace:
                     update(folder, version, mode=body.mode, in_flight=in_flight, timeout=body.timeout_s, root=root),
                 )
         except HeadraceError as error:
-            return _refusal(error, num_paused_requests=0)
+            return refusal(error, num_paused_requests=0)
         reply = {"success": True, "message": "Weights updated.", "num_paused_requests": 0}
         return json_reply({**reply, "report": report})
 
@@ -199,7 +199,7 @@ class AdminFace:
                 await self._engine.abort(all=True, message="Aborted by a change of the weight version")
             await self._do(request, self._engine.set_weight_version(version))
         except HeadraceError as error:
-            return _refusal(error, new_version=version)
+            return refusal(error, new_version=version)
         return json_reply({"success": True, "message": f"Weight version is {version}.", "new_version": version})
 
     async def get_weights_by_name(self, request: Request) -> Response:
@@ -222,7 +222,7 @@ class AdminFace:
             else:
                 found = await self._do(request, self._engine.weights_checker(body.action))
         except HeadraceError as error:
-            return _refusal(error)
+            return refusal(error)
         if body.action == "compare" and found:
             message = f"{len(found)} tensors differ from the snapshot: {', '.join(sorted(found)[:20])}"
             return json_reply({**error_body(400, message, param="action"), "success": False, "differing": found}, 400)
@@ -269,7 +269,3 @@ def _checksums(digests: Mapping[str, str]) -> dict[str, Any]:
     layout = {"tp_rank": 0, "tp_size": 1, "pp_rank": 0, "pp_size": 1, "dp_rank": 0, "dp_size": 1}
     rank = {"checksums": digests, "per_gpu_checksum": total, "parallelism_info": layout}
     return {"ranks": [rank], "per_engine_checksum": total}
-
-
-def _refusal(error: HeadraceError, **more: Any) -> Response:
-    return respond({**body_of(error), "success": False, **more})

@@ -29,6 +29,8 @@ from headrace.server.options import ServerOptions
 from headrace.server.routes import Endpoint, Handler
 from headrace.server.state import ServerState
 from headrace.server.surface import SurfaceFace
+from headrace.server.weight_groups import GroupFace
+from headrace.server.weights import BucketFace
 from headrace.types.errors import HeadraceError
 
 
@@ -98,6 +100,8 @@ def all_endpoints(state: ServerState) -> list[Endpoint]:
         ModelsFace(state),
         InfoFace(state),
         AdminFace(state, folders),
+        BucketFace(state),
+        GroupFace(state),
         SurfaceFace(state),
         WeightsFace(state, folders),
     )

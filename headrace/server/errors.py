@@ -67,6 +67,11 @@ def respond(body: Mapping[str, Any]) -> Response:
     return Response(msgspec.json.encode(body), body["code"], headers, "application/json")
 
 
+def refusal(error: HeadraceError, **more: Any) -> Response:
+    """What a control call of the dialect answers with that was refused."""
+    return respond({**body_of(error), "success": False, **more})
+
+
 async def on_headrace_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HeadraceError)
     return respond(body_of(error))

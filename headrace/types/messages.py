@@ -18,6 +18,7 @@ from typing import Final, cast
 import msgspec
 
 from headrace.types.errors import ErrorInfo
+from headrace.types.foreign import Payload
 from headrace.types.memory import MemoryTag, OnRelease, Restore
 from headrace.types.request import Delta, Request, Sibling
 from headrace.types.weights import BufferEntry, BufferRef, DeviceRef, InFlight, PauseMode, TensorInfo, UpdateMode
@@ -155,6 +156,17 @@ class Stage(_Call, frozen=True, tag="stage"):
     entries: tuple[BufferEntry, ...]
 
 
+class StagePayload(_Call, frozen=True, tag="stage_payload"):
+    """Tensors of the session in memory that another engine's client shares; `indices` are their places in the session's
+    manifest, in the order of `Payload.manifest`, and `replaced` those that may have been staged before. The reply means
+    that the memory is given back, whatever came of it."""
+
+    session_id: int
+    payload: Payload
+    indices: tuple[int, ...]
+    replaced: tuple[int, ...] = ()
+
+
 class CommitUpdate(_Call, frozen=True, tag="commit_update"):
     """Make the staged weights live between two steps, under the session's label unless `version` is another. An
     open-ended session has to be complete, unless it is partial. Reply: `UpdateReport`."""
@@ -170,6 +182,54 @@ class AbortUpdate(_Call, frozen=True, tag="abort_update"):
     """
 
     session_id: int | None
+
+
+class JoinGroup(_Call, frozen=True, tag="join_group"):
+    """Become rank `rank` of a `torch.distributed` group of `world_size` that a trainer, its rank 0, makes at `address`.
+    Reply: null, once all are there. A group that cannot be used any more gives its name to the new one."""
+
+    name: str
+    address: str
+    port: int
+    rank: int
+    world_size: int
+    backend: str
+
+
+class LeaveGroup(_Call, frozen=True, tag="leave_group"):
+    """Leave a group, or stop joining it. What was to be received of it fails."""
+
+    name: str
+
+
+class GroupTensor(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A tensor that is broadcast, as its sender describes it, and its place in the session's manifest; -1: it is
+    received and forgotten. `replaces` as in `BufferEntry`."""
+
+    info: TensorInfo
+    index: int
+    replaces: bool = False
+
+
+class Receive(_Call, frozen=True, tag="receive"):
+    """Stage tensors that rank 0 of a group broadcasts in this order: one broadcast each, or with `is_bucket` one of the
+    bytes of all. Reply: null, once all are staged. Of one that fails, what is still to come is received and forgotten
+    until its deadline, since it is sent all the same; what did not come until then leaves the group unusable."""
+
+    session_id: int
+    group: str
+    tensors: tuple[GroupTensor, ...]
+    is_bucket: bool = False
+
+
+class Discard(_Call, frozen=True, tag="discard"):
+    """As `Receive`, of what nobody takes. Reply: null, at once. `tensors` is None where nobody can tell how much is
+    sent: the group cannot be used any more. `seconds`: how long it may take to come."""
+
+    group: str
+    tensors: tuple[TensorInfo, ...] | None
+    is_bucket: bool
+    seconds: float
 
 
 class UpdateFromDisk(_Call, frozen=True, tag="update_from_disk"):
@@ -221,7 +281,7 @@ class WeightBytes(msgspec.Struct, frozen=True):
 
 
 class Digest(_Call, frozen=True, tag="digest"):
-    """Hash live parameter memory, all of it while it holds one version. Reply: dict[str, str], HF name to the 32 hex
+    """Digest live parameter memory, all of it while it holds one version. Reply: dict[str, str], HF name to the 32 hex
     digits of `headrace.weights.position_sum`."""
 
 
@@ -270,8 +330,13 @@ Command = (
     | BeginUpdate
     | ExtendUpdate
     | Stage
+    | StagePayload
     | CommitUpdate
     | AbortUpdate
+    | JoinGroup
+    | LeaveGroup
+    | Receive
+    | Discard
     | UpdateFromDisk
     | SetVersion
     | GetWeight

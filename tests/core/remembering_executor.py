@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from headrace.core.executor import CheckpointSlices, Weights
+from headrace.core.executor import CheckpointSlices, WeightGroup, Weights
 from headrace.core.fake_executor import FreeWeights
 from headrace.core.faults import StepError
-from headrace.types.errors import CheckpointError
+from headrace.types.errors import CheckpointError, WeightUpdateError
 from headrace.types.memory import MemoryTag, Restore
+from headrace.types.messages import JoinGroup
 from headrace.types.plan import LAST_TOKEN, PromptLogprobs, SamplePatch, SlotInit, StepPlan, StepResult
 from headrace.weights.memory import Ticket
 
@@ -137,6 +138,9 @@ class RememberingExecutor:
         self.released.difference_update(tags)
         if "weights" in tags:
             self.counting.has_values = restore != "await"
+
+    def join_group(self, terms: JoinGroup, seconds: float) -> WeightGroup:
+        raise WeightUpdateError("this executor has no weights", field="group_name")
 
     def close(self) -> None:
         self._results.clear()

@@ -1,0 +1,96 @@
+"""The memory in which tensors of a weight group arrive. Owns how much of it there is at once: MAX_AHEAD_BYTES, or one
+buffer where a single broadcast is larger. Knows neither groups nor tensors.
+
+A receiver is not told how many bytes came: gloo takes fewer than it waits for without a word, and ends the process
+where they are more. So the last bytes are marked before a broadcast, and where nobody is passed on to, a broadcast may
+run on into memory that is only an address, whose first bytes are marked too.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+import time
+
+import torch
+
+MAX_AHEAD_BYTES = 128 << 20
+GUARD_BYTES = 16 << 30
+"""Addresses behind a buffer. Nothing is had for them before something is written there."""
+
+_SMALLEST = 1 << 20
+_MARK = b"\xff"  # of an element of any floating dtype: a NaN
+_NUM_MARKED = 8
+_NO_RESERVE = 0x4000  # MAP_NORESERVE
+
+
+class ArrivalBuffer:
+    """Memory for one broadcast at a time, of up to `capacity` bytes; `guard` bytes of addresses are behind it."""
+
+    def __init__(self, capacity: int, guard: int) -> None:
+        self.capacity = capacity
+        self._guard = guard
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_NO_RESERVE if guard else 0)
+        memory = mmap.mmap(-1, capacity + max(guard, _NUM_MARKED), flags=flags)
+        self.view = memoryview(memory)
+        self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
+
+    def armed(self, size: int) -> torch.Tensor:
+        """What a broadcast of `size` bytes may write to, marked so that `mismatch` can tell."""
+        self.view[max(0, size - _NUM_MARKED) : size + _NUM_MARKED] = _MARK * (min(size, _NUM_MARKED) + _NUM_MARKED)
+        return self._bytes[: size + self._guard]
+
+    def mismatch(self, size: int) -> str:
+        """What came instead of `size` bytes, as in "fewer"; "" if as many came. Bytes that end in NaN are taken for
+        fewer."""
+        if self.view[size : size + _NUM_MARKED] != _MARK * _NUM_MARKED:
+            return "more"
+        count = min(size, _NUM_MARKED)
+        return "fewer" if count and self.view[size - count : size] == _MARK * count else ""
+
+
+class ArrivalMemory:
+    """Buffers of sizes that are powers of two, used again and again. `put` is for any thread."""
+
+    def __init__(self) -> None:
+        self.is_guarded = True
+        self.lock = threading.Lock()
+        self._returned = threading.Condition(self.lock)
+        self._free: list[ArrivalBuffer] = []
+        self._num_bytes = 0  # of all buffers, free or not
+
+    def take(self, size: int, until: float) -> ArrivalBuffer:
+        """A buffer for `size` bytes. Waits until enough was put back, or raises `TimeoutError` at `until` (of the
+        monotonic clock); `OSError` where there is no memory."""
+        capacity = max(_SMALLEST, 1 << max(0, size - 1).bit_length())
+        with self._returned:
+            while True:
+                found = next((buffer for buffer in self._free if buffer.capacity == capacity), None)
+                if found is not None:
+                    self._free.remove(found)
+                    return found
+                while self._free and self._num_bytes + capacity > MAX_AHEAD_BYTES:
+                    self._num_bytes -= self._free.pop(0).capacity
+                if not self._num_bytes or self._num_bytes + capacity <= MAX_AHEAD_BYTES:
+                    buffer = self._new(capacity)
+                    self._num_bytes += capacity
+                    return buffer
+                if not self._returned.wait(until - time.monotonic()):
+                    raise TimeoutError("what had arrived before was not staged by then")
+
+    def _new(self, capacity: int) -> ArrivalBuffer:
+        if self.is_guarded:
+            try:
+                return ArrivalBuffer(capacity, GUARD_BYTES)
+            except OSError:  # addresses are bounded here, as under `ulimit -v`
+                self.is_guarded = False
+        return ArrivalBuffer(capacity, 0)
+
+    def put(self, buffer: ArrivalBuffer) -> None:
+        """It is not read any more, and may be filled again."""
+        with self._returned:
+            if buffer.capacity > MAX_AHEAD_BYTES:
+                self._num_bytes -= buffer.capacity
+            else:
+                self._free.append(buffer)
+            self._returned.notify()

@@ -1,0 +1,248 @@
+"""Weights that arrive over a `torch.distributed` group, of which a trainer is rank 0.
+
+Owns the connection to the other ranks, the one thread that waits for them, and the memory that tensors arrive in. Must
+not know sessions, steps or which tensor goes where: it is told what comes and hands it on, in that order.
+
+The thread is the only one that touches the connection, also when it lets go of it: a broadcast of gloo cannot be called
+off, so whoever else did would wait with it. A broadcast never waits longer than its call has time. Each connection is
+made of a store and a backend alone: nothing is registered with `torch.distributed`, whose groups are the caller's own
+where the core is a thread of his process.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+
+import torch
+
+from headrace.types.errors import DeadlineError, HeadraceError, UpdateConflictError, WeightUpdateError
+from headrace.types.messages import JoinGroup
+from headrace.types.weights import TensorInfo
+from headrace.weights.arrival_memory import ArrivalBuffer, ArrivalMemory
+
+logger = logging.getLogger(__name__)
+
+FIELD = "group_name"
+LONGEST_S = 24 * 3600.0
+_LOOK_S = 0.2
+
+Broadcast = Callable[[torch.Tensor, float], None]
+"""Wait at most so many seconds until rank 0 has filled these bytes."""
+
+
+class TorchGroup:
+    """One rank of a trainer's group. It joins in its own thread: `is_joined`, or `problem` says what came of it."""
+
+    def __init__(self, terms: JoinGroup, device: torch.device, seconds: float) -> None:
+        """Raises `WeightUpdateError` naming the field for a backend that the device has not."""
+        if terms.backend != "gloo":
+            message = f"backend {terms.backend!r} is not for an engine on {device.type}: both sides have to take 'gloo'"
+            raise WeightUpdateError(message, field="backend")
+        self.name = terms.name
+        self.is_joined = False
+        self.problem: HeadraceError | None = None
+        self._terms = terms
+        self._until = time.monotonic() + min(seconds, LONGEST_S)
+        self._memory = ArrivalMemory()
+        self._queue: queue.SimpleQueue[GroupArrivals | None] = queue.SimpleQueue()
+        self._is_closed = threading.Event()
+        threading.Thread(target=self._run, name=f"weight group {terms.name}", daemon=True).start()
+
+    def receive(self, tensors: Sequence[TensorInfo], is_bucket: bool, seconds: float) -> GroupArrivals:
+        """What rank 0 broadcasts next, as it comes; the call has so many seconds for it."""
+        arrivals = GroupArrivals(self, self._memory, tensors, is_bucket, time.monotonic() + min(seconds, LONGEST_S))
+        self._queue.put(arrivals)
+        return arrivals
+
+    def refusal(self) -> UpdateConflictError | None:
+        """Why the group cannot be used any more; None while it can."""
+        if self.problem is None:
+            return None
+        rest = "destroy it and init it again"
+        return UpdateConflictError(f"{self.problem.message}; the group cannot be used any more: {rest}", field=FIELD)
+
+    def fail(self, reason: str) -> None:
+        """Make the group unusable, and its thread end as soon as it can."""
+        self._note(WeightUpdateError(f"weight group {self.name!r}: {reason}", field=FIELD))
+        self._is_closed.set()
+        self._queue.put(None)
+
+    def check_open(self) -> None:
+        """Raise what made the group unusable, if it is."""
+        if self.problem is not None:
+            raise type(self.problem)(self.problem.message, field=self.problem.field)
+
+    def _note(self, problem: HeadraceError) -> None:
+        self.problem = self.problem or problem
+
+    def _run(self) -> None:
+        doing = "joining"
+        try:
+            broadcast = self._join()
+            self.is_joined, doing = True, "a broadcast"
+            while (arrivals := self._queue.get()) is not None and not self._is_closed.is_set():
+                self._until = arrivals.until
+                arrivals.fill(broadcast)
+        except HeadraceError as error:
+            self._note(error)
+        except (OSError, OverflowError, RuntimeError, ValueError, MemoryError) as error:  # the last but one are torch's
+            self._note(self._failure(doing, error))
+        finally:
+            self.fail("it has ended")
+
+    def _failure(self, doing: str, error: Exception) -> HeadraceError:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        if time.monotonic() >= self._until:
+            message = f"weight group {self.name!r}: {doing} was not over by its deadline: {reason}"
+            return DeadlineError(message, field=FIELD)
+        return WeightUpdateError(f"weight group {self.name!r}: {doing} failed: {reason}", field=FIELD)
+
+    def _join(self) -> Broadcast:
+        """As `init_custom_process_group` of SGLang and of its trainers: a store at the trainer's address, prefixed by
+        the name, in which the ranks of a backend find each other."""
+        from torch._C._distributed_c10d import BroadcastOptions, PrefixStore, ProcessGroupGloo, TCPStore
+        from torch.distributed.distributed_c10d import Backend, BackendConfig
+
+        terms = self._terms
+        self._await_listener()
+        left = timedelta(seconds=max(0.1, self._until - time.monotonic()))
+        store = TCPStore(terms.address, terms.port, terms.world_size, False, left)
+        device = next(iter(BackendConfig(Backend(terms.backend)).get_device_backend_map()))  # that torch registers
+        prefixed = PrefixStore(f"{device}/", PrefixStore(f"{self.name}/", PrefixStore(self.name, store)))
+        group = ProcessGroupGloo(prefixed, terms.rank, terms.world_size, timeout=left)
+        options = BroadcastOptions()
+        options.rootRank = options.rootTensor = 0
+
+        def broadcast(into: torch.Tensor, seconds: float) -> None:
+            options.timeout = timedelta(seconds=max(0.001, seconds))
+            group.broadcast([into], options).wait()  # type: ignore[attr-defined]
+
+        self._memory.is_guarded = not _passes_on(terms.rank, terms.world_size)
+        return broadcast
+
+    def _await_listener(self) -> None:
+        """Until somebody listens at the address: unlike torch, quietly, and so that it can be called off."""
+        place = self._terms.address, self._terms.port
+        while not self._is_closed.is_set():
+            try:
+                socket.create_connection(place, timeout=max(0.1, min(5.0, self._until - time.monotonic()))).close()
+                return
+            except socket.gaierror as error:
+                raise ValueError(f"{place[0]} is no address: {error}") from None
+            except OSError as error:
+                if time.monotonic() >= self._until:
+                    raise OSError(f"nobody listens at {place[0]} port {place[1]}: {error}") from None
+                self._is_closed.wait(_LOOK_S)
+        raise OSError("the group was left")
+
+
+class GroupArrivals:
+    """The tensors of one call as they come, each with its place in the list. Filled by the group's thread, emptied by
+    the core's: `take` one, read it, `free` it."""
+
+    def __init__(
+        self,
+        group: TorchGroup,
+        memory: ArrivalMemory,
+        tensors: Sequence[TensorInfo],
+        is_bucket: bool,
+        until: float,
+    ) -> None:
+        self.until = until
+        self._group = group
+        self._memory = memory
+        self._tensors = tensors
+        self._is_bucket = is_bucket
+        self._num_left = len(tensors)
+        self._is_dropped = False
+        self._ready: deque[tuple[int, memoryview, ArrivalBuffer | None]] = deque()
+        self._taken: ArrivalBuffer | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """All of it came, and has been read."""
+        return not self._num_left
+
+    def take(self) -> tuple[int, memoryview] | None:
+        """The next tensor's place in the list and its bytes, which stay until `free`. None: it has not come yet; what
+        kept it from coming is raised."""
+        is_over = self._group.problem is not None  # looked at first: what had come before it is read
+        if self._ready:
+            place, data, self._taken = self._ready.popleft()
+            return place, data
+        if is_over:
+            self._group.check_open()
+        return None
+
+    def free(self) -> None:
+        """The tensor taken last is not read any more."""
+        self._num_left -= 1
+        taken, self._taken = self._taken, None
+        if taken is not None:
+            self._memory.put(taken)
+
+    def drop(self) -> None:
+        """Nothing of it is read any more; what is still to come is received and forgotten. Idempotent."""
+        with self._memory.lock:
+            self._is_dropped = True
+            left = [self._taken, *(buffer for _, _, buffer in self._ready)]
+            self._ready.clear()
+            self._taken = None
+        for buffer in left:
+            if buffer is not None:
+                self._memory.put(buffer)
+
+    def fill(self, broadcast: Broadcast) -> None:
+        """Receive all of it, as memory allows. The group's thread only."""
+        for places in self._broadcasts():
+            self._group.check_open()
+            sizes = [self._tensors[place].num_bytes for place in places]
+            buffer = self._memory.take(sum(sizes), self.until)
+            try:
+                broadcast(buffer.armed(sum(sizes)), self.until - time.monotonic())
+                self._check(buffer, sum(sizes), places)
+            except BaseException:
+                self._memory.put(buffer)
+                raise
+            self._hand_on(buffer, places, sizes)
+
+    def _broadcasts(self) -> Iterator[range]:
+        """The places of the tensors that come in one."""
+        everything = range(len(self._tensors))
+        if self._is_bucket and everything:
+            yield everything
+        elif not self._is_bucket:
+            yield from (range(place, place + 1) for place in everything)
+
+    def _check(self, buffer: ArrivalBuffer, size: int, places: range) -> None:
+        problem = buffer.mismatch(size)
+        if problem:
+            names = self._tensors[places.start].name if len(places) == 1 else f"a bucket of {len(places)} tensors"
+            message = f"weight group {self._group.name!r}: {names} was announced with {size} bytes, and {problem} came"
+            raise WeightUpdateError(message, field=self._tensors[places.start].name if len(places) == 1 else FIELD)
+
+    def _hand_on(self, buffer: ArrivalBuffer, places: range, sizes: Sequence[int]) -> None:
+        """The buffer goes with the last of its tensors."""
+        view, start = buffer.view, 0
+        found: list[tuple[int, memoryview, ArrivalBuffer | None]] = []
+        for place, size in zip(places, sizes, strict=True):
+            found.append((place, view[start : start + size], buffer if place == places[-1] else None))
+            start += size
+        with self._memory.lock:
+            if not self._is_dropped and found:
+                self._ready.extend(found)
+                return
+        self._memory.put(buffer)
+
+
+def _passes_on(rank: int, world_size: int) -> bool:
+    """Whether a rank is no leaf of the tree along which gloo broadcasts from rank 0: it then sends what it receives to
+    others, as long as it takes it to be."""
+    return rank + (1 << rank.bit_length()) < world_size

@@ -1,0 +1,160 @@
+"""A rank of a trainer's group by itself: how far it goes ahead, and who may be told more than was announced."""
+
+from __future__ import annotations
+
+import functools
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from headrace.types.errors import WeightUpdateError
+from headrace.types.messages import JoinGroup
+from headrace.types.weights import TensorInfo
+from headrace.weights import arrival_memory
+from headrace.weights.arrival_memory import ArrivalBuffer, ArrivalMemory
+from headrace.weights.group import GroupArrivals, TorchGroup, _passes_on
+from tests.engine.group_trainer import TrainerProcess
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def trainer() -> Iterator[TrainerProcess]:
+    process = TrainerProcess()
+    yield process
+    process.close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "what the test waits for did not happen"
+        time.sleep(0.002)
+
+
+def joined(trainer: TrainerProcess, world_size: int = 2) -> list[TorchGroup]:
+    """All ranks but the trainer's."""
+    port = free_port()
+    trainer.tell(do="init", port=port, name="g", world_size=world_size)
+    ranks = range(1, world_size)
+    groups = [TorchGroup(JoinGroup(0, "g", "127.0.0.1", port, rank, world_size, "gloo"), CPU, 30) for rank in ranks]
+    wait_for(lambda: all(group.is_joined for group in groups))
+    trainer.hear()
+    return groups
+
+
+def infos(*sizes: int) -> list[TensorInfo]:
+    return [TensorInfo(f"t{number}", (size,), "float32") for number, size in enumerate(sizes)]
+
+
+def test_no_more_is_received_ahead_than_there_is_memory_for(
+    trainer: TrainerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrival_memory, "MAX_AHEAD_BYTES", 2 << 20)
+    (group,) = joined(trainer)
+    sizes = [100] * 6 + [1 << 20, 100]  # one that is larger than all memory comes when nothing else is there
+    arrivals = group.receive(infos(*sizes), False, 30)
+    trainer.tell(do="send_sizes", name="g", sizes=sizes)
+    wait_for(lambda: len(arrivals._ready) == 2)
+    time.sleep(0.2)
+    assert len(arrivals._ready) == 2
+    seen = set[int]()
+    for place, size in enumerate(sizes):
+        wait_for(lambda: bool(arrivals._ready))
+        taken = arrivals.take()
+        assert taken is not None and taken[0] == place
+        values = torch.frombuffer(taken[1], dtype=torch.float32)
+        assert len(values) == size and bool((values == 1).all())
+        seen.add(values.data_ptr())
+        assert len(arrivals._ready) <= 1 and group._memory._num_bytes <= max(2 << 20, 4 * size)
+        arrivals.free()
+    assert arrivals.is_complete and len(seen) < len(sizes), "memory is used again"
+    trainer.hear()
+    group.fail("the test has ended")
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 5])
+def test_every_rank_has_what_rank_0_sends(trainer: TrainerProcess, world_size: int) -> None:
+    sizes = [3, 0, 70_000, 1]
+    groups = joined(trainer, world_size)
+    calls = [group.receive(infos(*sizes), False, 30) for group in groups]
+    trainer.tell(do="send_sizes", name="g", sizes=sizes)
+    for arrivals in calls:
+        for size in sizes:
+            wait_for(functools.partial(_has_come, arrivals))
+            taken = arrivals.take()
+            assert taken is not None and bytes(taken[1]) == torch.ones(size).numpy().tobytes()
+            arrivals.free()
+    trainer.hear()
+    for group in groups:
+        group.fail("the test has ended")
+
+
+def test_leaves_of_the_tree() -> None:
+    """gloo's broadcast: in round i the ranks below 2^i send to those 2^i above them."""
+    for world_size in range(2, 40):
+        sending = {rank for i in range(6) for rank in range(1 << i) if rank + (1 << i) < world_size}
+        assert sending == {0} | {rank for rank in range(1, world_size) if _passes_on(rank, world_size)}
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 8, 9, 4096])
+@pytest.mark.parametrize("guard", [0, 1 << 20])
+def test_a_buffer_tells_whether_it_was_filled(size: int, guard: int) -> None:
+    buffer = ArrivalBuffer(4096, guard)
+    for _ in range(2):
+        into = buffer.armed(size)
+        assert into.nbytes == size + guard
+        assert buffer.mismatch(size) == "fewer"
+        into[: max(0, size - 1)] = 0
+        assert buffer.mismatch(size) == ("fewer" if size == 1 else "")
+        into[:size] = 0
+        assert buffer.mismatch(size) == ""
+        if guard:
+            into[: size + 1] = 0
+            assert buffer.mismatch(size) == "more"
+
+
+def test_memory_that_cannot_be_had_is_an_error_in_time() -> None:
+    memory = ArrivalMemory()
+    held = memory.take(arrival_memory.MAX_AHEAD_BYTES, time.monotonic() + 1)
+    with pytest.raises(TimeoutError):
+        memory.take(1, time.monotonic() + 0.05)
+    memory.put(held)
+    memory.take(1, time.monotonic())
+    with pytest.raises((OSError, OverflowError)):
+        ArrivalMemory().take(1 << 62, time.monotonic())
+
+
+def test_no_addresses_behind_a_buffer_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrival_memory, "GUARD_BYTES", 1 << 60)
+    assert ArrivalMemory().take(8, time.monotonic()).armed(8).nbytes == 8
+
+
+def test_nobody_listens_at_an_address_that_is_none() -> None:
+    group = TorchGroup(JoinGroup(0, "g", "no.such.host.invalid", 1, 1, 2, "gloo"), CPU, 30)
+    wait_for(lambda: group.problem is not None)
+    assert isinstance(group.problem, WeightUpdateError) and "'g'" in group.problem.message
+
+
+def test_a_group_is_left_while_it_waits_for_a_listener() -> None:
+    group = TorchGroup(JoinGroup(0, "g", "127.0.0.1", free_port(), 1, 2, "gloo"), CPU, 300)
+    group.fail("the test wants so")
+    wait_for(lambda: not _lives("weight group g"))
+
+
+def _has_come(arrivals: GroupArrivals) -> bool:
+    return bool(arrivals._ready)
+
+
+def _lives(name: str) -> bool:
+    return any(thread.name == name for thread in threading.enumerate())
