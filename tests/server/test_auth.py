@@ -22,7 +22,7 @@ ADMIN = {
     "/headrace/update_weights_from_distributed",
     *("/update_weight_version", "/get_weights_by_name", "/weights_checker", "/abort_weight_update"),
     *("/release_memory_occupation", "/resume_memory_occupation"),
-    "/update_weights_from_tensor",
+    *("/update_weights_from_tensor", "/begin_weight_update", "/end_weight_update"),
     *("/init_weights_update_group", "/update_weights_from_distributed", "/destroy_weights_update_group"),
 }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -81,6 +83,35 @@ def test_no_more_is_received_ahead_than_there_is_memory_for(
     assert arrivals.is_complete and len(seen) < len(sizes), "memory is used again"
     trainer.hear()
     group.fail("the test has ended")
+
+
+def test_what_is_dropped_is_received_and_forgotten(trainer: TrainerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrival_memory, "MAX_AHEAD_BYTES", 2 << 20)
+    (group,) = joined(trainer)
+    dropped, kept = (group.receive(infos(*[100] * 6), False, 30) for _ in range(2))
+    trainer.tell(do="send_sizes", name="g", sizes=[100] * 6, value=1.0)
+    trainer.tell(do="send_sizes", name="g", sizes=[100] * 6, value=2.0)
+    wait_for(functools.partial(_has_come, dropped))
+    taken = dropped.take()
+    assert taken is not None
+    dropped.drop()  # one is held, another has come, the rest has no memory yet
+    dropped.drop()
+    wait_for(functools.partial(_has_come, kept))
+    taken = kept.take()
+    assert taken is not None and bytes(taken[1]) == torch.full((100,), 2.0).numpy().tobytes()
+    kept.drop()
+    trainer.hear()
+    trainer.hear()
+    group.fail("the test has ended")
+
+
+def test_a_core_without_a_group_does_not_load_what_groups_need() -> None:
+    script = """
+import sys
+import headrace.core.process, headrace.runner
+assert not {"headrace.weights.group", "headrace.weights.arrival_memory"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4, 5])
