@@ -45,7 +45,7 @@ class HeadNorms:
 class AttentionStep(Protocol):
     """A step made ready: the same indices serve every layer."""
 
-    def run(self, layer: int, qkv_TX: Tensor, heads: HeadNorms | None) -> Tensor:
+    def run(self, layer: int, qkv_TX: Tensor, norms: HeadNorms | None) -> Tensor:
         """Norm and rotate the heads of [T, (H + 2 G) * D], store keys and values, attend causally: [T, H * D] in qkv's
         dtype.
 

@@ -83,9 +83,9 @@ class CpuStep:
         self._pieces = pieces
         self._dense_rows = dense_rows
 
-    def run(self, layer: int, qkv_TX: Tensor, heads: HeadNorms | None) -> Tensor:
+    def run(self, layer: int, qkv_TX: Tensor, norms: HeadNorms | None) -> Tensor:
         """As `AttentionStep.run`."""
-        q_THD, k_TGD, v_TGD = self._heads.split(qkv_TX, heads)
+        q_THD, k_TGD, v_TGD = self._heads.split(qkv_TX, norms)
         self._pool.store(layer, self._rows_to_store, k_TGD, v_TGD)
         keys, values = self._pool.keys[layer], self._pool.values[layer]
         if len(self._pieces) == 1 and self._pieces[0].is_whole_step:
@@ -257,7 +257,7 @@ class DenseRow:
         if self._context_rows is None:
             own = slice(self._first, self._last)
             k_GLD, v_GLD = k_TGD[own].transpose(0, 1), v_TGD[own].transpose(0, 1)
-            out_THD[own] = _dense(self._products, q_THD[own], k_GLD, v_GLD, None)
+            out_THD[own] = self._dense(q_THD[own], k_GLD, v_GLD, None)
             return
         shape = (self._shape.num_kv_heads, -1, self._shape.head_dim)
         k_GLD = keys.index_select(0, self._context_rows).view(shape)
@@ -266,18 +266,17 @@ class DenseRow:
             mask = self._mask.view(block.last - block.first, block.num_positions).to(q_THD.dtype)
             seen = slice(0, block.num_positions)
             own = slice(block.first, block.last)
-            out_THD[own] = _dense(self._products, q_THD[own], k_GLD[:, seen], v_GLD[:, seen], mask)
+            out_THD[own] = self._dense(q_THD[own], k_GLD[:, seen], v_GLD[:, seen], mask)
+
+    def _dense(self, q_THD: Tensor, k_GLD: Tensor, v_GLD: Tensor, mask_TL: Tensor | None) -> Tensor:
+        """Causal attention; without a mask the queries are all of the sequence's positions."""
+        q_1HTD, k_1GLD, v_1GLD = q_THD.transpose(0, 1).unsqueeze(0), k_GLD.unsqueeze(0), v_GLD.unsqueeze(0)
+        scale = self._shape.scale
+        out_1HTD = self._products.compound(_flash_attention, q_1HTD, k_1GLD, v_1GLD, mask_TL, scale=scale)
+        return out_1HTD.squeeze(0).transpose(0, 1)
 
 
-def _flash_attention(q_1HTD: Tensor, k_1GLD: Tensor, v_1GLD: Tensor, mask_TL: Tensor | None) -> Tensor:
+def _flash_attention(q_1HTD: Tensor, k_1GLD: Tensor, v_1GLD: Tensor, mask_TL: Tensor | None, *, scale: float) -> Tensor:
     """What `F.scaled_dot_product_attention` calls for these, but where the process has forbidden it to."""
     flash = torch._scaled_dot_product_flash_attention_for_cpu
-    return flash(q_1HTD, k_1GLD, v_1GLD, 0.0, mask_TL is None, attn_mask=mask_TL)[0]
-
-
-def _dense(products: Products, q_THD: Tensor, k_GLD: Tensor, v_GLD: Tensor, mask_TL: Tensor | None) -> Tensor:
-    """Causal attention of one sequence; without a mask the queries are all of its positions."""
-    out_1HTD = products.compound(
-        _flash_attention, q_THD.transpose(0, 1).unsqueeze(0), k_GLD.unsqueeze(0), v_GLD.unsqueeze(0), mask_TL
-    )
-    return out_1HTD.squeeze(0).transpose(0, 1)
+    return flash(q_1HTD, k_1GLD, v_1GLD, 0.0, mask_TL is None, attn_mask=mask_TL, scale=scale)[0]

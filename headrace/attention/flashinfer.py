@@ -211,9 +211,9 @@ class _FlashInferStep:
         self._tables = tables
         self._planned = planned
 
-    def run(self, layer: int, qkv_TX: Tensor, heads: HeadNorms | None) -> Tensor:
+    def run(self, layer: int, qkv_TX: Tensor, norms: HeadNorms | None) -> Tensor:
         """As `AttentionStep.run`."""
-        q_THD = self._attention.projection.run(layer, qkv_TX, heads, self._tables)
+        q_THD = self._attention.projection.run(layer, qkv_TX, norms, self._tables)
         return self._attention.attend(layer, q_THD, self._planned).view(qkv_TX.shape[0], -1)
 
 

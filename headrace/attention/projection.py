@@ -22,13 +22,13 @@ class HeadProjection:
         self._rotary = rotary
         self._pdl = pdl
 
-    def run(self, layer: int, qkv_TX: Tensor, heads: HeadNorms | None, tables: DeviceTables) -> Tensor:
+    def run(self, layer: int, qkv_TX: Tensor, norms: HeadNorms | None, tables: DeviceTables) -> Tensor:
         """Queries [T, H, D], normed and rotated, in their place in [T, (H + 2 G) * D]; keys and values are stored."""
         shape, rotary, num_tokens = self._shape, self._rotary, qkv_TX.shape[0]
         q_THD = qkv_TX.view(num_tokens, -1, shape.head_dim)[:, : shape.num_heads]
-        norms = None if heads is None else (heads.q_weight, heads.k_weight)
+        weights = None if norms is None else (norms.q_weight, norms.k_weight)
         rope_and_store(
-            qkv_TX, None, norms, 0.0 if heads is None else heads.eps, rotary.cos_PD, rotary.sin_PD,
+            qkv_TX, None, weights, 0.0 if norms is None else norms.eps, rotary.cos_PD, rotary.sin_PD,
             tables.positions[:num_tokens], tables.table_rows[:num_tokens], tables.page_table, shape,
             self._pool.geometry.page_size, q_THD, self._pool.keys[layer], self._pool.values[layer], pdl=self._pdl,
         )  # fmt: skip

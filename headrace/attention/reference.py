@@ -76,9 +76,9 @@ class ReferenceStep:
         self._tokens = tokens
         self._rows = rows
 
-    def run(self, layer: int, qkv_TX: Tensor, heads: HeadNorms | None) -> Tensor:
+    def run(self, layer: int, qkv_TX: Tensor, norms: HeadNorms | None) -> Tensor:
         """As `AttentionStep.run`."""
-        q_THD, k_TGD, v_TGD = self._heads.split(qkv_TX, heads)
+        q_THD, k_TGD, v_TGD = self._heads.split(qkv_TX, norms)
         keys, values = self._pool.pages(layer)
         _write(keys, self._tokens, k_TGD)
         _write(values, self._tokens, v_TGD)
@@ -101,7 +101,7 @@ def attend(
     max_scores: int = _MAX_SCORES,
     products: Products = PLAIN,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, query i seeing positions up to start + i (Vaswani et al., 2017); float32 [T, H, D].
+    """softmax(scale * q k^T) v, query i seeing positions up to start + i (Vaswani et al., 2017); float32 [T, H, D].
 
     Queries are taken a block at a time, so that no more than `max_scores` scores are held at once.
     """

@@ -72,10 +72,10 @@ class _TritonStep:
         self._tables = tables
         self._bounds = bounds
 
-    def run(self, layer: int, qkv_TX: Tensor, heads: HeadNorms | None) -> Tensor:
+    def run(self, layer: int, qkv_TX: Tensor, norms: HeadNorms | None) -> Tensor:
         """As `AttentionStep.run`."""
         backend, tables = self._backend, self._tables
-        q_THD = backend.projection.run(layer, qkv_TX, heads, tables)
+        q_THD = backend.projection.run(layer, qkv_TX, norms, tables)
         out_THD = qkv_TX.new_empty(q_THD.shape)
         keys, values = backend.pool.keys[layer], backend.pool.values[layer]
         backend.attention.run(q_THD, keys, values, tables.page_table, tables.metadata, out_THD, self._bounds)

@@ -40,13 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run one benchmark and print its result; what is running is shown on standard error."""
+    """Run one benchmark and print its result; what is running is shown on standard error, in a file line by line."""
     from rich.console import Console
 
-    with Console(stderr=True).status("starting") as status:
+    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    with console.status("starting") as status:
         benchmark = importlib.import_module(f"headrace.bench.{arguments.kind.replace('-', '_')}")
         options = get_type_hints(benchmark.run)["options"]
-        result = benchmark.run(options(**_fields(arguments, options)), status.update)
+        on_progress = status.update if console.is_terminal else console.print
+        result = benchmark.run(options(**_fields(arguments, options)), on_progress)
     if arguments.json:
         print(json.dumps(result), flush=True)
     else:

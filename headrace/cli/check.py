@@ -23,6 +23,7 @@ from headrace.config.devices import installed_software
 from headrace.config.layer_spec import ExpertsSpec
 from headrace.config.machine import available_memory
 from headrace.config.resolve import backend_refusal
+from headrace.types.errors import ConfigError
 from headrace.types.weights import ELEMENT_BYTES
 
 _LOGITS_BYTES = 4
@@ -39,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the report; exit code 2 when no attention backend can run the model or memory does not hold it."""
+    """Print the report. Raises `ConfigError` when the attention backend cannot run the model or memory does not hold
+    it."""
     from headrace.engine.core_host import CONFIG_FILES, load_tokenizer, resolve_settings, with_tokenizer
     from headrace.runner.loading import checked_weight_map
 
@@ -56,8 +58,12 @@ def run(arguments: argparse.Namespace) -> int:
         from headrace.cli.check_report import print_report
 
         print_report(report)
-    can_run = report["attention"]["chosen"] in report["attention"]["available"] and report["memory"]["fits"]
-    return 0 if can_run else 2
+    chosen, refused = report["attention"]["chosen"], report["attention"]["refused"]
+    if chosen in refused:
+        raise ConfigError(f"attention backend {chosen!r} {refused[chosen]}", field="attention_backend")
+    if not report["memory"]["fits"]:
+        raise ConfigError("the memory plan is more than there is; lower kv_pool_tokens", field="kv_pool_tokens")
+    return 0
 
 
 def build_report(resolved: ResolvedConfig, software: Software | None = None) -> dict[str, Any]:

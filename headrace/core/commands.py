@@ -12,13 +12,13 @@ from typing import Any
 
 from headrace.core.faults import FAULTS, failure
 from headrace.core.replica import Replica
+from headrace.core.staging import StageJob, job_from_buffer, job_from_group, job_from_payload
 from headrace.types.errors import (
     DeadlineError,
     HeadraceError,
     InternalError,
     RequestError,
     ShutdownError,
-    UpdateConflictError,
 )
 from headrace.types.handles import front_of, own_handles
 from headrace.types.messages import (
@@ -47,11 +47,13 @@ from headrace.types.messages import (
     SetVersion,
     Shutdown,
     Stage,
+    StagePayload,
     Submit,
     UpdateFromDisk,
     WeightsChecker,
 )
 from headrace.types.request import Delta
+from headrace.weights.session import WeightMachine
 
 logger = logging.getLogger(__name__)
 
@@ -134,8 +136,8 @@ def give_up(replica: Replica, command: GiveUp, now: float) -> None:
     replica.pause.give_up(command.target, error)
     replica.update.give_up(command.target, error)
     replica.reading.give_up(command.target, error)
-    replica.groups.give_up(command.target, error)
     replica.memory.give_up(command.target, error)
+    replica.groups.give_up(command.target, error)
     replica.outbox.reply(command.call_id)
 
 
@@ -151,7 +153,16 @@ def extend_update(replica: Replica, command: ExtendUpdate, now: float) -> None:
 
 def stage(replica: Replica, command: Stage, now: float) -> None:
     """Queue an upload; answered when it is copied."""
-    replica.update.stage(command, now)
+    replica.update.stage(command.session_id, lambda machine: job_from_buffer(machine, command, now))
+
+
+def stage_payload(replica: Replica, command: StagePayload, now: float) -> None:
+    """Queue what another engine's client shares; answered when it is copied."""
+
+    def job(machine: WeightMachine) -> StageJob:
+        return job_from_payload(machine, command, replica.executor.weights.open_payload(command.payload), now)
+
+    replica.update.stage(command.session_id, job)
 
 
 def commit_update(replica: Replica, command: CommitUpdate, now: float) -> None:
@@ -178,7 +189,8 @@ def leave_group(replica: Replica, command: LeaveGroup, now: float) -> None:
 
 def receive(replica: Replica, command: Receive, now: float) -> None:
     """Stage what arrives at a group; answered when it is copied."""
-    replica.update.receive(command, replica.groups.require(command.group), now)
+    group = replica.groups.require(command.group)
+    replica.update.stage(command.session_id, lambda machine: job_from_group(machine, command, group, now))
 
 
 def discard(replica: Replica, command: Discard, now: float) -> None:
@@ -206,7 +218,7 @@ def get_weight(replica: Replica, command: GetWeight, now: float) -> None:
 
 
 def digest(replica: Replica, command: Digest, now: float) -> None:
-    """Hash live memory; answered when all of it was read."""
+    """Digest live memory; answered when all of it was read."""
     replica.reading.digest(command.call_id, command.deadline, dict)
 
 
@@ -219,11 +231,7 @@ def weights_checker(replica: Replica, command: WeightsChecker, now: float) -> No
 
 
 def _snapshot(replica: Replica, command: WeightsChecker) -> None:
-    def keep(live: dict[str, str]) -> dict[str, str]:
-        replica.snapshot = live
-        return live
-
-    replica.reading.digest(command.call_id, command.deadline, keep)
+    replica.reading.snapshot(command.call_id, command.deadline)
 
 
 def _reset_tensors(replica: Replica, command: WeightsChecker) -> None:
@@ -232,14 +240,7 @@ def _reset_tensors(replica: Replica, command: WeightsChecker) -> None:
 
 
 def _compare(replica: Replica, command: WeightsChecker) -> None:
-    snapshot = replica.snapshot
-    if snapshot is None:
-        raise UpdateConflictError("compare needs a snapshot taken before", field="action")
-
-    def differing(live: dict[str, str]) -> dict[str, str]:
-        return {name: found for name, found in live.items() if snapshot.get(name) != found}
-
-    replica.reading.digest(command.call_id, command.deadline, differing, of_whole=False)
+    replica.reading.compare(command.call_id, command.deadline)
 
 
 def move_memory(replica: Replica, command: ReleaseMemory | ResumeMemory, now: float) -> None:
@@ -296,8 +297,8 @@ def shutdown(replica: Replica, command: Shutdown, now: float) -> None:
     replica.pause.end(ShutdownError("the engine is shutting down"))
     replica.update.end(ShutdownError("the engine is shutting down"))
     replica.reading.end(ShutdownError("the engine is shutting down"))
-    replica.groups.end(ShutdownError("the engine is shutting down"))
     replica.memory.end(ShutdownError("the engine is shutting down"))
+    replica.groups.end(ShutdownError("the engine is shutting down"))
     replica.outbox.reply(command.call_id)
     replica.is_ending = True
 
@@ -315,6 +316,7 @@ _CALLS: dict[type, Callable[[Replica, Any, float], None]] = {
     BeginUpdate: begin_update,
     ExtendUpdate: extend_update,
     Stage: stage,
+    StagePayload: stage_payload,
     CommitUpdate: commit_update,
     AbortUpdate: abort_update,
     JoinGroup: join_group,

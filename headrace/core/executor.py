@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from headrace.config import ResolvedConfig
 from headrace.core.faults import FAULTS, DeviceLost, StepError, describe, is_of_lost_device
 from headrace.types.errors import HeadraceError
+from headrace.types.foreign import Payload
 from headrace.types.memory import MemoryTag, Restore
 from headrace.types.messages import JoinGroup
 from headrace.types.plan import PlanRefused, SamplePatch, StepDisturbed, StepPlan, StepResult
 from headrace.types.weights import TensorInfo
-from headrace.weights.memory import WeightMemory
+from headrace.weights.memory import SharedTensors, WeightMemory
 
 if TYPE_CHECKING:
     from headrace.runner.device_runner import DeviceRunner
@@ -32,6 +33,8 @@ _WARNING_SECONDS = 10.0
 
 class Weights(WeightMemory, Protocol):
     """Live weights: what an update does with them, and reading; see `headrace.weights.store.WeightStore`."""
+
+    def open_payload(self, payload: Payload) -> SharedTensors: ...
 
     def digest_in_slices(self) -> Iterator[tuple[str, str] | None]: ...
 
@@ -99,10 +102,6 @@ class Executor(Protocol):
         """What a checkpoint folder holds, and its tensors, read as they are asked for: told at the end, after resting
         now and then. Nothing outside `root` is read, if there is one. Both raise `CheckpointError`."""
 
-    def join_group(self, terms: JoinGroup, seconds: float) -> WeightGroup:
-        """Begin to join a trainer's group; the ranks of a replica follow each other from `terms.rank` on. Raises what
-        is wrong with the terms. Whoever joins it makes it `fail` in the end."""
-
     def release(self, tags: Collection[MemoryTag], *, keeps_copy: bool) -> Generator[None]:
         """Give the memory of these tags back to the system, which has it at the end; told after resting now and then.
         No plan is in flight. The host keeps a copy of the weights if `keeps_copy`. Closed before its end, or failed, it
@@ -112,6 +111,10 @@ class Executor(Protocol):
         """Take the memory of these tags again, as zeros at the addresses it had; weights from where `restore` says,
         which is not "auto". Closed before its end, or failed, it has taken nothing, and a copy is still there. Raises
         `UnavailableError` where there is no room, `CheckpointError` where the folder has changed."""
+
+    def join_group(self, terms: JoinGroup, seconds: float) -> WeightGroup:
+        """Begin to join a trainer's group; the ranks of a replica follow each other from `terms.rank` on. Raises what
+        is wrong with the terms. Whoever joins it makes it `fail` in the end."""
 
     def close(self) -> None:
         """Free the device."""
@@ -205,16 +208,16 @@ class LocalExecutor:
         manifest = yield from checkpoint.manifest_in_slices()
         return manifest, checkpoint.tensors()
 
-    def join_group(self, terms: JoinGroup, seconds: float) -> WeightGroup:
-        from headrace.weights import group
-
-        return group.TorchGroup(terms, self._runner.weights.device, seconds)
-
     def release(self, tags: Collection[MemoryTag], *, keeps_copy: bool) -> Generator[None]:
         return self._runner.memory.release(tags, keeps_copy=keeps_copy)
 
     def resume(self, tags: Collection[MemoryTag], restore: Restore) -> Generator[None]:
         return self._runner.memory.resume(tags, restore)
+
+    def join_group(self, terms: JoinGroup, seconds: float) -> WeightGroup:
+        from headrace.weights import group
+
+        return group.TorchGroup(terms, self._runner.weights.device, seconds)
 
     def close(self) -> None:
         self._pending.clear()

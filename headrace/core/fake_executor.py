@@ -16,13 +16,23 @@ from headrace.core.executor import CheckpointSlices, WeightGroup, Weights
 from headrace.core.faults import DeviceLost, describe, is_of_lost_device
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import CheckpointError, NotFoundError, WeightUpdateError
+from headrace.types.foreign import Payload
 from headrace.types.memory import MemoryTag, Restore
 from headrace.types.messages import JoinGroup
 from headrace.types.plan import PositionLogprobs, PromptLogprobs, SamplePatch, SlotInit, StepPlan, StepResult
 from headrace.types.request import Int32Array
 from headrace.types.sampling_params import LogprobOptions
 from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
-from headrace.weights.memory import Copies, ResolvedMode, StageBuffer, StageCopy, StagePiece, Ticket, one_by_one
+from headrace.weights.memory import (
+    Copies,
+    ResolvedMode,
+    SharedTensors,
+    StageBuffer,
+    StageCopy,
+    StagePiece,
+    Ticket,
+    one_by_one,
+)
 
 FREE_LOGPROB = -0.5
 
@@ -76,14 +86,14 @@ class FreeExecutor:
     def checkpoint(self, folder: Path, root: Path | None) -> CheckpointSlices:
         raise CheckpointError(f"{folder}: this executor has no weights", field="path")
 
-    def join_group(self, terms: JoinGroup, seconds: float) -> WeightGroup:
-        raise WeightUpdateError("this executor has no weights", field="group_name")
-
     def release(self, tags: Collection[MemoryTag], *, keeps_copy: bool) -> Generator[None]:
         yield  # there is none
 
     def resume(self, tags: Collection[MemoryTag], restore: Restore) -> Generator[None]:
         yield
+
+    def join_group(self, terms: JoinGroup, seconds: float) -> WeightGroup:
+        raise WeightUpdateError("this executor has no weights", field="group_name")
 
     def close(self) -> None:
         self._plans.clear()
@@ -143,6 +153,9 @@ class FreeWeights:
     def stage_pieces(self, pieces: Iterator[StagePiece]) -> Copies:
         return one_by_one(self.stage, pieces)
 
+    def open_payload(self, payload: Payload) -> SharedTensors:
+        return _FreeTensors([(info.name, info) for info in payload.manifest()])
+
     def forget(self, index: int) -> list[int]:
         return [index]
 
@@ -162,6 +175,14 @@ class FreeWeights:
         return iter(())
 
     def scramble(self, seed: int) -> None:
+        pass
+
+
+class _FreeTensors:
+    def __init__(self, tensors: list[tuple[str, Any]]) -> None:
+        self.tensors = tensors
+
+    def close(self) -> None:
         pass
 
 

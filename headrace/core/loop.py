@@ -1,7 +1,8 @@
 """The step loop. Owns the order of things in a turn: commands, one step, then what may happen between steps.
 
-A turn never waits: the loop sleeps only in `CoreLink.poll`, and only when the last turn found nothing to do, until the
-next command or the next deadline.
+A turn waits for the oldest step in flight, and where a commit that the device has begun must end first, 0.2 ms at a
+time. Else the loop sleeps only in `CoreLink.poll`, when the last turn found nothing to do, until the next command or
+the next deadline.
 """
 
 from __future__ import annotations
@@ -81,8 +82,8 @@ class CoreLoop:
         pause.advance(now)
         update.expire(now)
         replica.reading.expire(now)
-        replica.groups.advance(now)
         memory.expire(now)
+        replica.groups.advance(now)
         budget = STAGE_BUDGET_BUSY_S if stepped else STAGE_BUDGET_IDLE_S
         progressed = memory.advance(budget) or update.advance(budget, now) or replica.reading.advance(budget)
         self._expire_held_requests(now)
@@ -141,11 +142,11 @@ class CoreLoop:
         if self._is_quiet:
             return _LONGEST_WAIT_S
         replica = self.replica
-        if self.replica.update.waits_for_arrivals or self.replica.groups.joining:
+        if replica.update.waits_for_arrivals or replica.groups.joining:
             return _ARRIVAL_LOOK_S
         owners = (replica.pause, replica.update, replica.reading, replica.memory)
         deadlines = [owner.deadline for owner in owners]
-        if self._held_since is not None and self.replica.scheduler.num_waiting:
+        if self._held_since is not None and replica.scheduler.num_waiting:
             deadlines.append(self._next_expiry)
         waits = [deadline - self._clock() for deadline in deadlines if deadline is not None]
         return max(0.0, min([*waits, _LONGEST_WAIT_S]))

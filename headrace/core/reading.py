@@ -1,4 +1,5 @@
-"""Reading live weights between steps, a slice at a time. Owns the reads that wait, and that each is of one version.
+"""Reading live weights between steps, a slice at a time. Owns the reads that wait, that each is of one version, and the
+digests that the weights checker compares with.
 
 A commit does not wait for a read: one that it interrupts begins again with the new weights. While an update writes live
 weights in place nothing is read. Reads are done one after the other, in the order they came.
@@ -18,7 +19,7 @@ from headrace.core.faults import FAULTS, failure
 from headrace.core.outbox import Outbox
 from headrace.core.updating import UpdateControl
 from headrace.ipc import SharedBuffer
-from headrace.types.errors import DeadlineError, HeadraceError, RequestError
+from headrace.types.errors import DeadlineError, HeadraceError, RequestError, UpdateConflictError
 from headrace.types.messages import GetWeight, WeightPart
 from headrace.types.weights import ELEMENT_BYTES, TensorInfo
 
@@ -47,6 +48,7 @@ class ReadControl:
         self._update = update
         self._outbox = outbox
         self.reads: deque[_Read] = deque()
+        self._snapshot: dict[str, str] | None = None
 
     @property
     def deadline(self) -> float | None:
@@ -70,6 +72,26 @@ class ReadControl:
             return finish(digests)
 
         self.reads.append(_Read(call_id, deadline, check, begin, lambda: None))
+
+    def snapshot(self, call_id: int, deadline: float) -> None:
+        """Digest all live weights, and keep the digests for `compare`."""
+
+        def keep(live: dict[str, str]) -> dict[str, str]:
+            self._snapshot = live
+            return live
+
+        self.digest(call_id, deadline, keep)
+
+    def compare(self, call_id: int, deadline: float) -> None:
+        """Digest what is live; the call is answered with the digests that differ from the snapshot."""
+        snapshot = self._snapshot
+        if snapshot is None:
+            raise UpdateConflictError("compare needs a snapshot taken before", field="action")
+
+        def differing(live: dict[str, str]) -> dict[str, str]:
+            return {name: found for name, found in live.items() if snapshot.get(name) != found}
+
+        self.digest(call_id, deadline, differing, of_whole=False)
 
     def copy(self, command: GetWeight) -> None:
         """Copy a part of one tensor into the caller's buffer. Raises what is wrong with the command."""

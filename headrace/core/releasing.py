@@ -166,7 +166,6 @@ class MemoryControl:
             self._scheduler.flush_cache()  # nothing may match a page that will be empty
         if has_weights:
             machine.release()
-            self._update.live_stamp += 1
         self.lacks |= needed
         is_free = False
         try:

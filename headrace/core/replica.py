@@ -30,7 +30,6 @@ class Replica:
         self.pulse = pulse
         self.started_at = started_at
         self.is_ending = False
-        self.snapshot: dict[str, str] | None = None
         self.outbox = Outbox(link)
         former = resolved.takeover or Takeover(0, settings.initial_version, 0, is_current=True)
         self.scheduler = Scheduler(scheduler_limits(resolved), version=former.version, epoch=former.epoch)

@@ -9,20 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from headrace.core.executor import WeightGroup
-from headrace.types.errors import CheckpointError, WeightUpdateError
-from headrace.types.messages import NO_DEADLINE, Receive, Stage
-from headrace.weights.memory import Copies, StageCopy, StagePiece
+from headrace.types.errors import CheckpointError, HeadraceError, WeightUpdateError
+from headrace.types.messages import NO_DEADLINE, Receive, Stage, StagePayload
+from headrace.weights.memory import Copies, SharedTensors, StageCopy, StagePiece
 from headrace.weights.session import WeightMachine
-
-ArrivingCopies = Iterator[tuple[Sequence[int], StageCopy] | None]
-"""As `Copies`, or None, where the next tensor has not come yet: ask again."""
 
 
 class StageJob:
     """Tensors on their way into a session. `call_id` is the call to answer then; None: the core reads a folder.
 
     `copies` are the indices of the tensors that a copy completes, none for a piece before its last one, and the copy;
-    `close` lets go of what they are taken from; `what` they are, for messages. `is_waiting`: the last `advance` found
+    `what` they are, for messages; `close` lets go of what they are taken from. `is_waiting`: the last `advance` found
     that the next tensor has not come.
     """
 
@@ -30,7 +27,7 @@ class StageJob:
         self,
         machine: WeightMachine,
         session_id: int,
-        copies: ArrivingCopies,
+        copies: Copies,
         call_id: int | None,
         deadline: float = NO_DEADLINE,
         close: Callable[[], None] | None = None,
@@ -115,6 +112,25 @@ def job_from_buffer(machine: WeightMachine, command: Stage, now: float) -> Stage
     return StageJob(machine, command.session_id, copies, command.call_id, command.deadline, buffer.close)
 
 
+def job_from_payload(machine: WeightMachine, command: StagePayload, memory: SharedTensors, now: float) -> StageJob:
+    """A job over memory that is open, and closed with it. Raises as `job_from_buffer`; it is closed then."""
+    session_id, indices = command.session_id, command.indices
+    try:
+        for index in indices:
+            machine.check_stage(session_id, index, now, replaces=index in command.replaced)
+        if not len(memory.tensors) == len(indices) == len(set(indices)):
+            raise WeightUpdateError(f"{len(memory.tensors)} tensors have {len(indices)} places", field="indices")
+    except HeadraceError:
+        memory.close()
+        raise
+
+    def copies() -> Copies:
+        for index, (_, data) in zip(indices, tuple(memory.tensors), strict=True):
+            yield (index,), machine.stage(session_id, index, data, replaces=index in command.replaced)
+
+    return StageJob(machine, session_id, copies(), command.call_id, command.deadline, memory.close)
+
+
 def job_from_group(machine: WeightMachine, command: Receive, group: WeightGroup, now: float) -> StageJob:
     """A job over what arrives at a group. Every entry is checked before anything is received for it.
 
@@ -125,15 +141,17 @@ def job_from_group(machine: WeightMachine, command: Receive, group: WeightGroup,
     for each in taken:
         info = machine.check_stage(command.session_id, each.index, now, replaces=each.replaces)
         if (info.name, info.shape, info.dtype) != (each.info.name, each.info.shape, each.info.dtype):
-            announced, meant = (f"{of.name} {of.dtype} {list(of.shape)}" for of in (each.info, info))
-            raise WeightUpdateError(f"{announced} is announced where the manifest has {meant}", field=each.info.name)
+            is_and_says = (
+                f"{each.info.dtype} {list(each.info.shape)}, the manifest says {info.dtype} {list(info.shape)}"
+            )
+            raise WeightUpdateError(f"{each.info.name} is announced as {is_and_says}", field=each.info.name)
     if len({each.index for each in taken}) != len(taken):
         raise WeightUpdateError("a tensor is named twice in one call", field="names")
     session.touch(now)
     infos = [each.info for each in command.tensors]
     arrivals = group.receive(infos, command.is_bucket, command.deadline - now)
 
-    def copies() -> ArrivingCopies:
+    def copies() -> Copies:
         while not arrivals.is_complete:
             found = arrivals.take()
             if found is None:

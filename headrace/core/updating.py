@@ -22,10 +22,10 @@ from collections import deque
 from collections.abc import Callable, Generator
 from pathlib import Path
 
-from headrace.core.executor import Executor, WeightGroup
+from headrace.core.executor import Executor
 from headrace.core.faults import FAULTS, failure
 from headrace.core.outbox import Outbox
-from headrace.core.staging import StageJob, job_from_buffer, job_from_group, job_from_tensors
+from headrace.core.staging import StageJob, job_from_tensors
 from headrace.core.stepping import Stepper
 from headrace.core.update_phase import COMMIT_LOOK_S, Hold, PendingCall, UpdatePhase
 from headrace.scheduler import Scheduler
@@ -35,8 +35,6 @@ from headrace.types.messages import (
     BeginUpdate,
     CommitUpdate,
     ExtendUpdate,
-    Receive,
-    Stage,
     UpdateBegun,
     UpdateExtended,
     UpdateFromDisk,
@@ -142,15 +140,11 @@ class UpdateControl:
         first = self.machine.extend(command.session_id, command.manifest, now)
         return UpdateExtended(first, self.machine.require(command.session_id).num_missing)
 
-    def stage(self, command: Stage, now: float) -> None:
-        """Queue the copy of an upload; it is answered when all of it is in place."""
-        self._require_no_commit(command.session_id)
-        self._queue(job_from_buffer(self.machine, command, now))
-
-    def receive(self, command: Receive, group: WeightGroup, now: float) -> None:
-        """Queue what arrives at a group; it is answered when all of it is in place."""
-        self._require_no_commit(command.session_id)
-        self._queue(job_from_group(self.machine, command, group, now))
+    def stage(self, session_id: int, job: Callable[[WeightMachine], StageJob]) -> None:
+        """Queue the copies that a command brings; it is answered when all of them are in place."""
+        self._require_no_commit(session_id)
+        self._jobs.append(job(self.machine))
+        self._note_stage()
 
     def commit(self, command: CommitUpdate, now: float) -> None:
         """Ask for the commit; it is answered when the weights are live."""
@@ -308,8 +302,9 @@ class UpdateControl:
         folder, root = Path(command.path), Path(command.root) if command.root else None
         manifest, tensors = yield from self._executor.checkpoint(folder, root)
         session = self._open(command, tuple(manifest), command.deadline - now, now)
-        self._queue(job_from_tensors(self.machine, session.session_id, tensors, folder))
+        self._jobs.append(job_from_tensors(self.machine, session.session_id, tensors, folder))
         self._commit, self._looking = PendingCall(command.call_id, command.deadline), None
+        self._note_stage()
 
     def _look(self, slices: Generator[None], budget_s: float) -> bool:
         stop_at = time.perf_counter() + budget_s
@@ -331,8 +326,7 @@ class UpdateControl:
             slices.close()
             self._outbox.refuse(call.call_id, reason.info())
 
-    def _queue(self, job: StageJob) -> None:
-        self._jobs.append(job)
+    def _note_stage(self) -> None:
         if self._steps_at_first_stage is None:
             self._steps_at_first_stage = self._stepper.num_completed
 

@@ -332,7 +332,7 @@ class AsyncEngine(EngineLifecycle):
         A tensor that comes again replaces the first. The version may be given with each call or only with the last; a
         call with another one than those before begins the update anew. `mode`, `in_flight` and `timeout` are those of
         the first call. An error in one ends the whole: begin anew. Until it is complete, `resume` and other updates
-        are refused, and `abort_update` drops it. The cache needs no flush. For a part of a model alone see `partial`.
+        are refused, and `abort_update` drops it. The cache needs no flush.
         """
         await self.start()
         return await self.add_by(self.runtime.run, named_tensors, terms_of_part(version, mode, in_flight, timeout))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, get_args
 
@@ -44,8 +45,9 @@ def version_of(version: Any) -> str:
     """A version label; an int is accepted."""
     label = plain_text(version)
     if not isinstance(label, str):
-        label = str(as_integer(version, "version", WeightUpdateError))
-    if not label or len(label) > MAX_NAME_LENGTH or label != encodable(label):
+        with contextlib.suppress(WeightUpdateError):  # which would speak of integers only
+            label = str(as_integer(version, "version", WeightUpdateError))
+    if not isinstance(label, str) or not label or len(label) > MAX_NAME_LENGTH or label != encodable(label):
         rule = f"must be text of 1 to {MAX_NAME_LENGTH} characters, or an integer"
         raise WeightUpdateError(f"version {rule}", field="version")
     return label

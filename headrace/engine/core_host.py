@@ -129,7 +129,7 @@ def load_tokenizer(config: EngineConfig, folder: str) -> Tokenizer | None:
         own = model_folder(config.tokenizer, TOKENIZER_FILES, "tokenizer") if config.tokenizer else None
         return Tokenizer.load(own or folder)
     except ConfigError as error:
-        hint = "give tokenizer=, or skip_tokenizer_init=True for token ids in and out"
+        hint = "give tokenizer, or skip_tokenizer_init for token ids in and out"
         raise ConfigError(f"{error.message}; {hint}", field="tokenizer") from None
 
 

@@ -15,7 +15,7 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from types import NoneType
 from typing import Any, TypeVar
 
@@ -34,6 +34,7 @@ from headrace.engine.tensors import (
 from headrace.engine.update_session import UpdateSession, check_session
 from headrace.engine.upload_buffers import BufferPool, Fill, Filling, HostMemory, UploadBuffer
 from headrace.types.errors import DeadlineError, HeadraceError, InternalError, UnavailableError, WeightUpdateError
+from headrace.types.foreign import Payload
 from headrace.types.http import TensorPiece
 from headrace.types.messages import (
     AbortUpdate,
@@ -41,6 +42,7 @@ from headrace.types.messages import (
     CommitUpdate,
     ExtendUpdate,
     Stage,
+    StagePayload,
     UpdateBegun,
     UpdateExtended,
 )
@@ -177,6 +179,15 @@ class Updater:
     async def stage_buffer(self, session: UpdateSession, ref: BufferRef, entries: tuple[BufferEntry, ...]) -> None:
         """Stage what lies in a buffer of somebody else's. It is read no more when this ends."""
         await self._client.call(lambda call_id: Stage(call_id, session.session_id, ref, entries), NoneType)
+
+    async def stage_payload(self, session: UpdateSession, payload: Payload, indices: Sequence[int]) -> None:
+        """Have what another engine's client shares copied, to these places of the manifest."""
+        replaced = tuple(index for index in indices if session.replaces(index))
+
+        def command(call_id: int) -> StagePayload:
+            return StagePayload(call_id, session.session_id, payload, tuple(indices), replaced)
+
+        await self._client.call(command, NoneType, session.timeout_s)
 
     async def update_from_tensors(self, run: Run, named_tensors: NamedTensors, terms: UpdateTerms) -> UpdateReport:
         """A whole update. The pairs are read once, before anything is sent, since the manifest comes first."""

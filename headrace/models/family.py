@@ -20,7 +20,7 @@ from headrace.types.errors import InternalError
 Size = Literal["hidden", "heads", "kv_heads", "intermediate", "head_dim"]
 
 
-class Tensor(msgspec.Struct, frozen=True):
+class LayerTensor(msgspec.Struct, frozen=True):
     """A tensor of one layer: `name` in the checkpoint below "model.layers.{i}.", the parameter it is a part of, and its
     sizes. Parts of a parameter follow each other in the order of the table. `shard_axis` is what tensor parallelism
     would split."""
@@ -47,9 +47,9 @@ class ExpertLayers(msgspec.Struct, frozen=True):
 
 class Family(msgspec.Struct, frozen=True):
     """A decoder family. `dense` makes a layer with one feed-forward block for all tokens, and `experts` one of experts,
-    where it has such."""
+    where it has such; each is given its spec."""
 
-    dense: Callable[[Params, KvPlace], Layer] | None
+    dense: Callable[[Params, KvPlace, LayerSpec], Layer] | None
     experts: ExpertLayers | None = None
 
     def layer(self, params: Params, kv: KvPlace, spec: LayerSpec) -> Layer:
@@ -57,11 +57,11 @@ class Family(msgspec.Struct, frozen=True):
         if isinstance(spec.mlp, ExpertsSpec) and self.experts is not None:
             return self.experts.layer(params, kv, spec.mlp)
         if isinstance(spec.mlp, DenseSpec) and self.dense is not None:
-            return self.dense(params, kv)
+            return self.dense(params, kv, spec)
         raise InternalError(f"the family has no layers of {type(spec.mlp).__name__}")
 
 
-def layer_tensors(layer: LayerSpec) -> tuple[Tensor, ...]:
+def layer_tensors(layer: LayerSpec) -> tuple[LayerTensor, ...]:
     """All tensors of a layer, of whatever family, but for those of experts."""
     attention, mlp = layer.attention, layer.mlp
     return (
@@ -75,32 +75,32 @@ def layer_tensors(layer: LayerSpec) -> tuple[Tensor, ...]:
 
 
 SKELETON = (
-    Tensor("input_layernorm.weight", "attention_norm.weight", ("hidden",)),
-    Tensor("self_attn.q_proj.weight", "qkv.weight", ("heads", "hidden"), 0),
-    Tensor("self_attn.k_proj.weight", "qkv.weight", ("kv_heads", "hidden"), 0),
-    Tensor("self_attn.v_proj.weight", "qkv.weight", ("kv_heads", "hidden"), 0),
-    Tensor("self_attn.o_proj.weight", "output.weight", ("hidden", "heads"), 1),
-    Tensor("post_attention_layernorm.weight", "mlp_norm.weight", ("hidden",)),
+    LayerTensor("input_layernorm.weight", "attention_norm.weight", ("hidden",)),
+    LayerTensor("self_attn.q_proj.weight", "qkv.weight", ("heads", "hidden"), 0),
+    LayerTensor("self_attn.k_proj.weight", "qkv.weight", ("kv_heads", "hidden"), 0),
+    LayerTensor("self_attn.v_proj.weight", "qkv.weight", ("kv_heads", "hidden"), 0),
+    LayerTensor("self_attn.o_proj.weight", "output.weight", ("hidden", "heads"), 1),
+    LayerTensor("post_attention_layernorm.weight", "mlp_norm.weight", ("hidden",)),
 )
 """Pre-norm attention, and the norm of what follows it, as in Llama."""
 
 DENSE_MLP = (
-    Tensor("mlp.gate_proj.weight", "gate_up.weight", ("intermediate", "hidden"), 0),
-    Tensor("mlp.up_proj.weight", "gate_up.weight", ("intermediate", "hidden"), 0),
-    Tensor("mlp.down_proj.weight", "down.weight", ("hidden", "intermediate"), 1),
+    LayerTensor("mlp.gate_proj.weight", "gate_up.weight", ("intermediate", "hidden"), 0),
+    LayerTensor("mlp.up_proj.weight", "gate_up.weight", ("intermediate", "hidden"), 0),
+    LayerTensor("mlp.down_proj.weight", "down.weight", ("hidden", "intermediate"), 1),
 )
 QKV_BIAS = (
-    Tensor("self_attn.q_proj.bias", "qkv.bias", ("heads",), 0),
-    Tensor("self_attn.k_proj.bias", "qkv.bias", ("kv_heads",), 0),
-    Tensor("self_attn.v_proj.bias", "qkv.bias", ("kv_heads",), 0),
+    LayerTensor("self_attn.q_proj.bias", "qkv.bias", ("heads",), 0),
+    LayerTensor("self_attn.k_proj.bias", "qkv.bias", ("kv_heads",), 0),
+    LayerTensor("self_attn.v_proj.bias", "qkv.bias", ("kv_heads",), 0),
 )
-OUTPUT_BIAS = (Tensor("self_attn.o_proj.bias", "output.bias", ("hidden",)),)
+OUTPUT_BIAS = (LayerTensor("self_attn.o_proj.bias", "output.bias", ("hidden",)),)
 MLP_BIAS = (
-    Tensor("mlp.gate_proj.bias", "gate_up.bias", ("intermediate",), 0),
-    Tensor("mlp.up_proj.bias", "gate_up.bias", ("intermediate",), 0),
-    Tensor("mlp.down_proj.bias", "down.bias", ("hidden",)),
+    LayerTensor("mlp.gate_proj.bias", "gate_up.bias", ("intermediate",), 0),
+    LayerTensor("mlp.up_proj.bias", "gate_up.bias", ("intermediate",), 0),
+    LayerTensor("mlp.down_proj.bias", "down.bias", ("hidden",)),
 )
 QK_NORM = (
-    Tensor("self_attn.q_norm.weight", "q_norm.weight", ("head_dim",)),
-    Tensor("self_attn.k_norm.weight", "k_norm.weight", ("head_dim",)),
+    LayerTensor("self_attn.q_norm.weight", "q_norm.weight", ("head_dim",)),
+    LayerTensor("self_attn.k_norm.weight", "k_norm.weight", ("head_dim",)),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from headrace.config import LayerSpec
 from headrace.layers.params import Params
 from headrace.layers.residual import Residual
 from headrace.layers.step import ForwardStep, KvPlace
@@ -12,7 +13,7 @@ from headrace.layers.step import ForwardStep, KvPlace
 class LlamaLayer:
     """x += attention(norm(x)); x += mlp(norm(x)). Query, key and value heads are one product, gates and ups another."""
 
-    def __init__(self, params: Params, kv: KvPlace) -> None:
+    def __init__(self, params: Params, kv: KvPlace, spec: LayerSpec) -> None:
         self.kv = kv
         self.attention_norm = params.norm("attention_norm")
         self.qkv = params.linear("qkv")

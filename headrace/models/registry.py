@@ -11,7 +11,7 @@ from headrace.layers.linear import GemmCounter
 from headrace.layers.params import Params
 from headrace.layers.step import KvPlace
 from headrace.models.decoder import Decoder
-from headrace.models.family import ExpertLayers, Family, Size, Tensor, layer_tensors
+from headrace.models.family import ExpertLayers, Family, LayerTensor, Size, layer_tensors
 from headrace.models.llama import LlamaLayer
 from headrace.models.mixtral import MixtralLayer
 from headrace.models.qwen3 import Qwen3Layer
@@ -35,7 +35,7 @@ FAMILIES = {
 """What computes the layers of each architecture that `ModelSpec` knows."""
 
 _EMBED, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_FINAL_NORM = Tensor("norm.weight", "final_norm.weight", ("hidden",))
+_FINAL_NORM = LayerTensor("norm.weight", "final_norm.weight", ("hidden",))
 
 
 def weight_map(spec: ModelSpec, shard: Shard = ONLY_RANK) -> WeightMap:
@@ -79,7 +79,7 @@ class _Layout:
         self._rules: list[WeightRule] = []
         self._other_names: list[WeightRule] = []
 
-    def add(self, name: str, param: str, tensor: Tensor, sizes: Mapping[Size, int]) -> None:
+    def add(self, name: str, param: str, tensor: LayerTensor, sizes: Mapping[Size, int]) -> None:
         """The next rows of a parameter."""
         shape = tuple(sizes[size] for size in tensor.shape)
         held, is_counted = Box.whole(shape), self._shard.rank == 0

@@ -1,4 +1,4 @@
-"""Executes step plans on a CPU, and with the reference kernels on any device, each when it is issued.
+"""A CPU's runner, and that of the reference kernels on any device: step plans are executed when they are issued.
 
 Owns the input table, the KV pools and the model; must not know requests.
 
@@ -39,7 +39,7 @@ _MAX_LOGITS_BYTES = 256 << 20
 
 
 class Runner:
-    """One device's executor.
+    """What executes plans on a CPU; on a CUDA device `StepRunner` does, but for the reference kernels.
 
     `on_progress(done, total)` is called per tensor while weights load. `shares_process`: a caller's threads run beside
     it. Sets the process's torch thread count. Raises

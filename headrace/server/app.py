@@ -30,6 +30,7 @@ from headrace.server.routes import Endpoint, Handler
 from headrace.server.state import ServerState
 from headrace.server.surface import SurfaceFace
 from headrace.server.weight_groups import GroupFace
+from headrace.server.weights import BucketFace
 from headrace.types.errors import HeadraceError
 
 
@@ -99,8 +100,9 @@ def all_endpoints(state: ServerState) -> list[Endpoint]:
         ModelsFace(state),
         InfoFace(state),
         AdminFace(state, folders),
+        BucketFace(state),
+        GroupFace(state),
         SurfaceFace(state),
         WeightsFace(state, folders),
-        GroupFace(state),
     )
     return [endpoint for face in faces for endpoint in face.endpoints()]

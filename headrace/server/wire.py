@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 from starlette.requests import Request
@@ -22,6 +22,7 @@ from headrace.types.errors import HeadraceError, RequestError, RequestTooLargeEr
 JSON_TYPE = "application/json"
 DONE_EVENT = b"data: [DONE]\n\n"
 _HUGE_BYTES = 1 << 20
+_NO_SUCH_WORD = "Invalid enum value "  # as msgspec begins
 _CHUNK_BYTES = 1 << 18
 # U+0085, U+2028 and U+2029, which JSON leaves as they are; they can only be inside its strings.
 _LINE_SEPARATORS = tuple((chr(code).encode(), b"\\u%04x" % code) for code in (0x85, 0x2028, 0x2029))
@@ -90,7 +91,17 @@ def convert(values: Mapping[str, Any], kind: type[Value], *, strict: bool = True
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at `$")
         field = path.rstrip("`").lstrip(".").replace("[...]", "") or "body"
+        words = _words_of(kind, field) if reason.startswith(_NO_SUCH_WORD) else ""
+        if words:
+            reason = f"must be one of {words}, not {reason.removeprefix(_NO_SUCH_WORD)}"
         raise RequestError(f"{field}: {reason}", field=field) from None
+
+
+def _words_of(kind: Any, field: str) -> str:
+    """The words that a field of the struct `kind` may be, if it is one of few."""
+    types = [each.type for each in msgspec.structs.fields(kind) if each.name == field]
+    literals = [part for each in types for part in (each, *get_args(each)) if get_origin(part) is Literal]
+    return ", ".join(word for literal in literals for word in get_args(literal))
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import msgspec
 
+from headrace.types.weights import TensorInfo
+
 
 class SharedFile(msgspec.Struct, frozen=True, tag=True):
     """Memory of torch's `file_system` sharing: `handle` names a file of /dev/shm, as in "/torch_123_456_0", of a header
@@ -88,3 +90,8 @@ class Payload(msgspec.Struct, frozen=True):
     tensors: tuple[ForeignTensor, ...] = ()
     buckets: tuple[FlatBucket, ...] = ()
     files: tuple[SharedFile, ...] = ()
+
+    def manifest(self) -> list[TensorInfo]:
+        """All tensors: first those of their own, then those of the buckets."""
+        found = [TensorInfo(tensor.name, tensor.shape, tensor.dtype) for tensor in self.tensors]
+        return found + [TensorInfo(part.name, part.shape, part.dtype) for each in self.buckets for part in each.tensors]

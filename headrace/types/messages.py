@@ -18,6 +18,7 @@ from typing import Final, cast
 import msgspec
 
 from headrace.types.errors import ErrorInfo
+from headrace.types.foreign import Payload
 from headrace.types.memory import MemoryTag, OnRelease, Restore
 from headrace.types.request import Delta, Request, Sibling
 from headrace.types.weights import BufferEntry, BufferRef, DeviceRef, InFlight, PauseMode, TensorInfo, UpdateMode
@@ -155,6 +156,17 @@ class Stage(_Call, frozen=True, tag="stage"):
     entries: tuple[BufferEntry, ...]
 
 
+class StagePayload(_Call, frozen=True, tag="stage_payload"):
+    """Tensors of the session in memory that another engine's client shares; `indices` are their places in the session's
+    manifest, in the order of `Payload.manifest`, and `replaced` those that may have been staged before. The reply means
+    that the memory is given back, whatever came of it."""
+
+    session_id: int
+    payload: Payload
+    indices: tuple[int, ...]
+    replaced: tuple[int, ...] = ()
+
+
 class CommitUpdate(_Call, frozen=True, tag="commit_update"):
     """Make the staged weights live between two steps, under the session's label unless `version` is another. An
     open-ended session has to be complete, unless it is partial. Reply: `UpdateReport`."""
@@ -269,7 +281,7 @@ class WeightBytes(msgspec.Struct, frozen=True):
 
 
 class Digest(_Call, frozen=True, tag="digest"):
-    """Hash live parameter memory, all of it while it holds one version. Reply: dict[str, str], HF name to the 32 hex
+    """Digest live parameter memory, all of it while it holds one version. Reply: dict[str, str], HF name to the 32 hex
     digits of `headrace.weights.position_sum`."""
 
 
@@ -318,6 +330,7 @@ Command = (
     | BeginUpdate
     | ExtendUpdate
     | Stage
+    | StagePayload
     | CommitUpdate
     | AbortUpdate
     | JoinGroup

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable, Mapping, Set
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 import numpy as np
@@ -47,6 +47,8 @@ def as_setting(value: Any, kind: Any, field: str, refusal: Refusal) -> Any:
     plain = os.fspath(value) if isinstance(value, os.PathLike) else plain_text(plain_scalar(value))
     if isinstance(plain, str) and plain != encodable(plain):
         raise refusal(f"{field} must be Unicode text, without lone surrogates", field=field)  # it may be a key
+    if get_origin(kind) is Literal:
+        return as_choice(plain, get_args(kind), field, refusal)
     try:
         return msgspec.convert(plain, kind, strict=True)
     except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter of text inside a list

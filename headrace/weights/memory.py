@@ -36,6 +36,14 @@ class StageBuffer(Protocol):
     def close(self) -> None: ...
 
 
+class SharedTensors(Protocol):
+    """Tensors in memory of somebody else, by name, until it is closed; see `headrace.weights.foreign_memory`."""
+
+    tensors: list[tuple[str, Any]]
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class StagePiece:
     """A tensor, or what of it begins at byte `start`, in a buffer. `is_last`: the tensor is whole with it."""
@@ -47,8 +55,8 @@ class StagePiece:
     replaces: bool
 
 
-Copies = Iterator[tuple[Sequence[int], StageCopy]]
-"""Copies to be done one after the other, each with the tensors that are whole then."""
+Copies = Iterator[tuple[Sequence[int], StageCopy] | None]
+"""Copies to be done one after the other, each with the tensors that are whole then; None: the next has not come."""
 
 
 class WeightMemory(Protocol):

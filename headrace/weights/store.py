@@ -13,9 +13,11 @@ import torch
 
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import InternalError, NotFoundError, UpdateConflictError, WeightUpdateError
+from headrace.types.foreign import Payload
 from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
 from headrace.weights.device_memory import device_uuid
 from headrace.weights.device_staging import ArrivingPiece, DeviceBatch, in_batches
+from headrace.weights.foreign_memory import ForeignMemory
 from headrace.weights.memory import Copies, ResolvedMode, StageBuffer, StagePiece, one_by_one
 from headrace.weights.open_plan import OpenPlan
 from headrace.weights.position_sum import DIGEST_LENGTH, PositionKeys, PositionSum
@@ -267,6 +269,11 @@ class WeightStore:
         if arrival is None or arrival.num_elements * TORCH_DTYPES[info.dtype].itemsize != start:
             raise WeightUpdateError(f"{info.name}: a piece at byte {start} is not the next one", field=info.name)
         return arrival
+
+    def open_payload(self, payload: Payload) -> ForeignMemory:
+        """What another engine's client shares, to be staged until that is closed. `WeightUpdateError` without it."""
+        with self._side.using():  # on a device the sender is waited for where it is copied
+            return ForeignMemory(payload)
 
     def forget(self, index: int) -> list[int]:
         """Manifest entry `index` is to be staged again. Returns what has to be now: it, and the one that was compared

@@ -25,6 +25,7 @@ from headrace.kernels import select_kernels
 from headrace.kernels.paged_kv import KvGeometry, KvPool
 from headrace.kernels.rope_tables import rope_tables
 from headrace.types.errors import ConfigError
+from tests.kernels.oracles import ScaledShape
 
 SHAPES = {
     "gqa": AttentionShape(6, 2, 16),
@@ -140,6 +141,18 @@ def test_a_short_context_in_a_few_rows_of_a_pool(num_kv_heads: int, page_size: i
         found, expected = (pool.plan(inputs).run(0, qkv, None) for pool in pools)
         tolerance = 2e-5 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(found.float(), expected.float(), atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("numerics", ["fast", "invariant"])
+def test_scores_are_scaled_as_the_shape_says(numerics: str) -> None:
+    """Prompts short and long, chunks that go on, decode rows: none takes the factor from the size of heads."""
+    shape, table = ScaledShape(6, 2, 16), Table(16, seed=6)
+    fast, oracle = backend("cpu", shape, table, numerics), backend("reference", shape, table)
+    for step, lengths in enumerate([(3,), (90,), (3, 90, 130), (90,), (1,)]):
+        inputs = table.rows(lengths)
+        qkv = projection(inputs, shape, torch.float32, step)
+        found, expected = fast.plan(inputs).run(0, qkv, None), oracle.plan(inputs).run(0, qkv, None)
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
 
 
 def test_where_keys_are_kept_is_apart_from_what_heads_are_rotated_by() -> None:

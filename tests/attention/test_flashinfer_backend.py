@@ -30,11 +30,13 @@ from headrace.kernels.paged_kv import KvGeometry, KvPool
 from headrace.kernels.rope_tables import RotaryTables, rope_tables
 from headrace.kernels.triton.work_cuts import FEW_PROGRAMS
 from headrace.types.errors import ConfigError
+from tests.kernels.oracles import ScaledShape
 
 SHAPES = {
     "groups of 4": AttentionShape(8, 2, 64),
     "groups of 3": AttentionShape(3, 1, 64),
     "no groups": AttentionShape(2, 2, 64),
+    "another scale": ScaledShape(8, 2, 64),
 }
 NUM_SLOTS, CONTEXT, NUM_LAYERS = 6, 90, 2
 NO_GROUPS, NO_METADATA = np.zeros((0, 3), np.int32), np.zeros(0, np.int32)
@@ -66,13 +68,13 @@ class FakeWrapper:
     def plan(self, *indices: Tensor, **settings: Any) -> None:
         assert all(each.dtype == torch.int32 and each.ndim == 1 and each.is_contiguous() for each in indices)
         if self.kind == "decode":
-            head_dim, causal = settings["head_dim"], True
+            causal = True
             firsts, page_ids, last_lengths = indices
             query_firsts = torch.arange(len(last_lengths) + 1, dtype=torch.int32)
         else:
-            head_dim, causal = settings["head_dim_qk"], settings["causal"]
+            causal = settings["causal"]
             query_firsts, firsts, page_ids, last_lengths = indices
-        assert causal and settings["sm_scale"] == pytest.approx(head_dim**-0.5)
+        assert causal
         planned = Plan(query_firsts, firsts, page_ids, last_lengths, settings)
         page_size, last = settings["page_size"], planned.last_lengths
         assert len(planned.query_firsts) == len(planned.firsts) == len(last) + 1

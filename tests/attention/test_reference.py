@@ -14,19 +14,21 @@ from headrace.attention.reference import ReferenceAttention, attend
 from headrace.kernels import select_kernels
 from headrace.kernels.paged_kv import KvGeometry, KvPool
 from headrace.kernels.rope_tables import RotaryTables
+from tests.kernels.oracles import ScaledShape
 
 SHAPE = AttentionShape(num_heads=6, num_kv_heads=2, head_dim=16)
+SCALE = 1 / math.sqrt(SHAPE.head_dim)
 PAGE_SIZE, NUM_COLUMNS, NUM_SLOTS = 4, 8, 3
 
 
-def by_hand(q_THD: Tensor, k_LGD: Tensor, v_LGD: Tensor, start: int) -> Tensor:
+def by_hand(q_THD: Tensor, k_LGD: Tensor, v_LGD: Tensor, start: int, scale: float = SCALE) -> Tensor:
     """Attention as nested loops over queries and heads."""
     out = torch.zeros(q_THD.shape, dtype=torch.float64)
     for token in range(q_THD.shape[0]):
         for head in range(SHAPE.num_heads):
             group = head // (SHAPE.num_heads // SHAPE.num_kv_heads)
             seen = start + token + 1
-            scores = (k_LGD[:seen, group].double() @ q_THD[token, head].double()) / math.sqrt(SHAPE.head_dim)
+            scores = (k_LGD[:seen, group].double() @ q_THD[token, head].double()) * scale
             out[token, head] = torch.softmax(scores, 0) @ v_LGD[:seen, group].double()
     return out
 
@@ -64,6 +66,9 @@ def test_attend_is_its_definition_in_any_blocks(max_scores: int) -> None:
     k, v = torch.randn(2, 30, SHAPE.num_kv_heads, SHAPE.head_dim, generator=generator)
     found = attend(q, k, v, 17, SHAPE, max_scores)
     torch.testing.assert_close(found.double(), by_hand(q, k, v, 17), atol=1e-6, rtol=0)
+    scaled = ScaledShape(SHAPE.num_heads, SHAPE.num_kv_heads, SHAPE.head_dim)
+    found = attend(q, k, v, 17, scaled, max_scores)
+    torch.testing.assert_close(found.double(), by_hand(q, k, v, 17, scaled.scale), atol=3e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02), (torch.float8_e4m3fn, 0.3)])

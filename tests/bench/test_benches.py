@@ -24,7 +24,9 @@ def test_prefix_cache(capsys: pytest.CaptureFixture[str]) -> None:
 def test_overhead(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["bench", "overhead", "--batch-sizes", "4,8", "--num-waiting", "16", "--prompt-length", "32", "--json"]
     assert main([*words, "--output-length", "16", "--seconds", "0.2", "--http-concurrency", "4"]) == 0
-    result = _last_line(capsys)
+    captured = capsys.readouterr()
+    assert "4 running, 16 waiting\n" in captured.err, "what runs is told in lines where there is no terminal"
+    result = json.loads(captured.out.splitlines()[-1])
     for field in ("tokens_per_second", "microseconds_per_step", "microseconds_per_token"):
         values = result[field]
         assert isinstance(values, dict) and set(values) == {"4", "8"} and min(values.values()) > 0

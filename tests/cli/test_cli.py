@@ -172,6 +172,9 @@ def test_check_says_which_backend_is_refused_and_why(capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out
     assert "refused" in out and "invariant" in out
     assert main(["check", POLICY, "--numerics", "invariant", "--attention-backend", "reference"]) == 2
+    captured = capsys.readouterr()
+    assert "available" in captured.out, "the report is there all the same"
+    assert captured.err == "headrace check: attention backend 'reference' does not offer numerics 'invariant'\n"
 
 
 def test_generate_prints_one_json_object_per_sample_in_order(
@@ -351,7 +354,9 @@ def test_sizes_of_a_benchmark_are_checked_first(words: list[str], capsys: pytest
 def test_check_says_by_its_exit_code_that_memory_does_not_hold_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", POLICY, "--device", "cpu", "--json"]) == 0
     assert main(["check", POLICY, "--device", "cpu", "--kv-pool-tokens", str(1 << 32), "--json"]) == 2
-    assert [json.loads(line)["memory"]["fits"] for line in capsys.readouterr().out.splitlines()] == [True, False]
+    captured = capsys.readouterr()
+    assert [json.loads(line)["memory"]["fits"] for line in captured.out.splitlines()] == [True, False]
+    assert captured.err.startswith("headrace check: ") and captured.err.count("\n") == 1
 
 
 def test_check_has_only_configurations_of_a_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,13 +23,23 @@ from headrace.config import ResolvedConfig
 from headrace.core.executor import CheckpointSlices, WeightGroup, Weights
 from headrace.core.faults import DeviceLost
 from headrace.types.errors import WeightUpdateError
+from headrace.types.foreign import Payload
 from headrace.types.memory import MemoryTag, Restore
 from headrace.types.messages import JoinGroup
 from headrace.types.plan import PlanRefused, SamplePatch, StepPlan, StepResult
 from headrace.types.plan_words import encode
 from headrace.types.request import Int32Array
 from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
-from headrace.weights.memory import Copies, ResolvedMode, StageBuffer, StageCopy, StagePiece, Ticket, one_by_one
+from headrace.weights.memory import (
+    Copies,
+    ResolvedMode,
+    SharedTensors,
+    StageBuffer,
+    StageCopy,
+    StagePiece,
+    Ticket,
+    one_by_one,
+)
 from headrace.weights.position_sum import add_digests
 from headrace.weights.staging import TORCH_DTYPES, StageWork, source_of
 from tests.core.ranks import START_SECONDS, Group, Kind, Rank, dist
@@ -167,6 +177,9 @@ class RankWeights:
     def open_buffer(self, ref: BufferRef | DeviceRef) -> StageBuffer:
         return self._store.open_buffer(ref)
 
+    def open_payload(self, payload: Payload) -> SharedTensors:
+        return self._store.open_payload(payload)
+
     def forget(self, index: int) -> list[int]:
         self._others.tell(Kind.FORGET, index)
         return self._store.forget(index)
@@ -243,9 +256,6 @@ class RankExecutor:
     def checkpoint(self, folder: Path, root: Path | None) -> CheckpointSlices:
         return self._rank.checkpoint(folder, root)
 
-    def join_group(self, terms: JoinGroup, seconds: float) -> WeightGroup:
-        raise WeightUpdateError("these ranks join no group", field="group_name")
-
     def release(self, tags: Collection[MemoryTag], *, keeps_copy: bool) -> Generator[None]:
         ticket, since = self.others.new_ticket(), time.monotonic()
         self.others.tell(Kind.RELEASE, ticket, int(keeps_copy), msgspec.msgpack.encode(list(tags)))
@@ -266,6 +276,9 @@ class RankExecutor:
             if not is_there:
                 undoing, keeps_copy = self.others.new_ticket(), restore == "copy" and "weights" in tags
                 self.others.tell(Kind.RELEASE, undoing, int(keeps_copy), msgspec.msgpack.encode(list(tags)))
+
+    def join_group(self, terms: JoinGroup, seconds: float) -> WeightGroup:
+        raise WeightUpdateError("these ranks join no group", field="group_name")
 
     def close(self) -> None:
         self.others.close()

@@ -123,9 +123,6 @@ class RememberingExecutor:
     def checkpoint(self, folder: Path, root: Path | None) -> CheckpointSlices:
         raise CheckpointError(f"{folder}: this executor has no weights", field="path")
 
-    def join_group(self, terms: JoinGroup, seconds: float) -> WeightGroup:
-        raise WeightUpdateError("this executor has no weights", field="group_name")
-
     def release(self, tags: Collection[MemoryTag], *, keeps_copy: bool) -> Generator[None]:
         """What it remembers is forgotten with its memory."""
         assert not self._results, "memory is released under a step"
@@ -141,6 +138,9 @@ class RememberingExecutor:
         self.released.difference_update(tags)
         if "weights" in tags:
             self.counting.has_values = restore != "await"
+
+    def join_group(self, terms: JoinGroup, seconds: float) -> WeightGroup:
+        raise WeightUpdateError("this executor has no weights", field="group_name")
 
     def close(self) -> None:
         self._results.clear()

@@ -86,6 +86,12 @@ def test_a_bad_argument_is_refused_by_name(
     assert engine.is_ready
 
 
+@pytest.mark.parametrize("value", ["", None, 1.5, "v" * 2000])
+def test_what_is_no_version_is_told_what_one_is(engine: Engine, value: Any) -> None:
+    with pytest.raises(HeadraceError, match="version must be text of 1 to 1024 characters, or an integer"):
+        engine.set_weight_version(value)
+
+
 def test_plain_values_of_numpy_and_torch_are_taken(engine: Engine) -> None:
     thirty: Any = np.float32(30)
     yes: Any = np.bool_(True)
@@ -284,6 +290,12 @@ def test_a_bad_setting_is_refused_by_name(name: str, value: Any) -> None:
         with pytest.raises(ConfigError) as caught:
             make({"model": "x", name: value})
         assert caught.value.field == name
+
+
+def test_a_setting_that_is_none_of_a_few_words_is_told_which() -> None:
+    for value, shown in (("int8", "'int8'"), (None, "None"), (torch.float32, "dtype")):
+        with pytest.raises(ConfigError, match=f"dtype must be one of auto, float32, bfloat16, float16, not {shown}"):
+            EngineConfig(model="x", dtype=value)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("timeout", ["5", True, math.nan, math.inf, -1, 10**400])

@@ -33,15 +33,26 @@ from headrace.ipc import Pulse, PulsePage, make_pair
 from headrace.types.errors import DeadlineError, HeadraceError, ShutdownError, UpdateConflictError
 from headrace.types.memory import MemoryTag, Restore
 from headrace.types.messages import (
+    AbortUpdate,
+    BeginUpdate,
     Command,
+    CommitUpdate,
     CoreReady,
     Digest,
+    Discard,
+    ExtendUpdate,
     FlushCache,
+    GetWeight,
+    JoinGroup,
+    LeaveGroup,
     Pause,
+    Receive,
     ReleaseMemory,
     Resume,
     ResumeMemory,
     SetVersion,
+    Stage,
+    StagePayload,
     UpdateFromDisk,
     WeightsChecker,
 )
@@ -66,6 +77,27 @@ LLAMA = {
 }
 TENSORS = {f"t{number}": np.zeros(4, np.float32) for number in range(3)}
 INFOS = [TensorInfo(name, (4,), "float32") for name in TENSORS]
+SMALL: dict[str, tuple[Callable[[int], Command], Any]] = {
+    "relabel": (lambda call_id: SetVersion(call_id, "relabelled"), NoneType),
+    "flush": (FlushCache, int),
+    "reset": (lambda call_id: WeightsChecker(call_id, "reset_tensors"), dict[str, str]),
+    "digest": (Digest, dict[str, str]),
+    "release": (lambda call_id: ReleaseMemory(call_id, ("kv_cache",), "recompute"), NoneType),
+    "take": (lambda call_id: ResumeMemory(call_id, ("kv_cache",)), NoneType),
+}
+"""Calls that are one command, and what they are answered with."""
+
+UPDATE_CALLS: tuple[type, ...] = (BeginUpdate, Stage, CommitUpdate, AbortUpdate, UpdateFromDisk)
+TRIED: tuple[type, ...] = (Pause, Resume, *UPDATE_CALLS, *(type(make(0)) for make, _ in SMALL.values()))
+NOT_TRIED: dict[type, str] = {
+    GetWeight: "tests/core/test_reading.py: a read, as a digest is",
+    ExtendUpdate: "tests/core/test_open_sessions.py: late and given up",
+    StagePayload: "tests/core/test_open_sessions.py and tests/core/test_commands.py: an upload, as Stage is",
+    **dict.fromkeys(
+        (JoinGroup, LeaveGroup, Receive, Discard), "tests/core/test_commands.py, tests/engine/test_weight_groups.py"
+    ),
+}
+"""Commands with a deadline that these sequences send, and where the others' deadlines are tested."""
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -359,17 +391,9 @@ class Callers:
         return attempt, self._change(self._keyed(attempt, lambda i: Pause(i, mode)), self._limit(), NoneType)
 
     def _small(self) -> tuple[Attempt, Coroutine[Any, Any, Any]]:
-        name = self.chance.choice(["relabel", "flush", "reset", "digest", "release", "take", "release", "take"])
+        name = self.chance.choice(list(SMALL))
         attempt = Attempt(name)
-        made: dict[str, tuple[Callable[[int], Command], Any]] = {
-            "relabel": (lambda call_id: SetVersion(call_id, "relabelled"), NoneType),
-            "flush": (FlushCache, int),
-            "reset": (lambda call_id: WeightsChecker(call_id, "reset_tensors"), dict[str, str]),
-            "digest": (Digest, dict[str, str]),
-            "release": (lambda call_id: ReleaseMemory(call_id, ("kv_cache",), "recompute"), NoneType),
-            "take": (lambda call_id: ResumeMemory(call_id, ("kv_cache",)), NoneType),
-        }
-        command, reply = made[name]
+        command, reply = SMALL[name]
         return attempt, self._change(self._keyed(attempt, command), self._limit(), reply)
 
     def _keyed(self, attempt: Attempt, make: Callable[[int], Command]) -> Callable[[int], Command]:

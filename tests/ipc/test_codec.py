@@ -21,10 +21,11 @@ from headrace.ipc.codec import (
 )
 from headrace.types import messages
 from headrace.types.errors import ErrorInfo
+from headrace.types.foreign import ForeignTensor, Payload, SharedFile
 from headrace.types.messages import Abort, Command, CoreReady, Deltas, Finished, Output, Reply, Stage, Submit
 from headrace.types.request import Delta, Finish, Request, pack_ids
 from headrace.types.sampling_params import LogprobOptions
-from headrace.types.weights import BufferEntry, BufferRef, TensorInfo
+from headrace.types.weights import BufferEntry, BufferRef, DeviceRef, TensorInfo
 
 INFO = TensorInfo("model.norm.weight", (4,), "float32")
 COMMANDS: list[Command] = [
@@ -37,6 +38,17 @@ COMMANDS: list[Command] = [
     messages.GiveUp(15, 2),
     messages.BeginUpdate(3, "v", (INFO,), "shadow", "recompute", True, 5.0),
     Stage(4, 1, BufferRef("/proc/1/fd/3", 10), (BufferEntry(0, 0), BufferEntry(1, 4, 8, 4)), deadline=9.25),
+    messages.ExtendUpdate(16, 1, (INFO,)),
+    messages.StagePayload(
+        17, 1, Payload((ForeignTensor("n", "float32", (2,), (1,), 0, SharedFile("m", "/torch_1", 8)),), ()), (0,)
+    ),
+    messages.JoinGroup(18, "g", "127.0.0.1", 9, 1, 2, "gloo", deadline=1.5),
+    messages.LeaveGroup(19, "g"),
+    messages.Receive(20, 1, "g", (messages.GroupTensor(INFO, 0), messages.GroupTensor(INFO, -1, True)), True),
+    messages.Discard(21, "g", None, False, 2.0),
+    messages.ReleaseMemory(22, ("weights",), "recompute"),
+    messages.ResumeMemory(23, (), "copy"),
+    Stage(24, 1, DeviceRef("GPU-1", b"\1\0", 8, 64), ()),
     messages.CommitUpdate(5, 1),
     messages.AbortUpdate(6, 1),
     messages.UpdateFromDisk(7, "/m", "v"),

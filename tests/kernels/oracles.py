@@ -12,6 +12,14 @@ from torch import Tensor
 from headrace.kernels.paged_kv import AttentionShape
 
 
+class ScaledShape(AttentionShape):
+    """Heads whose scores have a factor of their own, as those of a family with a constant for it would."""
+
+    @property
+    def scale(self) -> float:
+        return 0.8
+
+
 def reference_rms_norm(x_TX: Tensor, weight_X: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, 2019)."""
     wide = x_TX.double()
@@ -60,12 +68,14 @@ def reference_attention(
     rows: list[tuple[int, int, int]],
     num_kv: int,
     page_size: int,
+    scale: float | None = None,
 ) -> Tensor:
     """The oracle in float64: rows are (page-table row, first position, number of tokens), packed in order.
 
-    Keys and values count as the pools hold them.
+    Keys and values count as the pools hold them. `scale` is 1 / sqrt(D) unless given.
     """
     num_heads, head_dim = q_THD.shape[1:]
+    scale = head_dim**-0.5 if scale is None else scale
     outputs, first = [], 0
     for table_row, start, length in rows:
         positions = torch.arange(start + length, dtype=torch.int64, device=q_THD.device)
@@ -74,7 +84,7 @@ def reference_attention(
         flat = (pages[None] * num_kv + heads[:, None]) * page_size + positions % page_size
         k, v = (pool[flat].double().repeat_interleave(num_heads // num_kv, 0) for pool in (keys, values))
         q = q_THD[first : first + length].double().transpose(0, 1)
-        scores = q @ k.transpose(1, 2) * head_dim**-0.5
+        scores = q @ k.transpose(1, 2) * scale
         seen = positions[None] <= start + torch.arange(length, dtype=torch.int64, device=q_THD.device)[:, None]
         weights = torch.softmax(scores.masked_fill(~seen, float("-inf")), -1)
         outputs.append((weights @ v).transpose(0, 1))

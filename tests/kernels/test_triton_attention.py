@@ -10,7 +10,7 @@ from torch import Tensor
 from headrace.kernels.paged_kv import AttentionShape
 from headrace.kernels.triton.paged_attention import AttentionTile, AttentionTiles, PagedAttention
 from headrace.kernels.triton.work_items import AttentionPlanner, LaunchBounds, WorkLimits
-from tests.kernels.oracles import reference_attention
+from tests.kernels.oracles import ScaledShape, reference_attention
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter's dot has no bfloat16
@@ -26,13 +26,13 @@ class Case:
 
     def __init__(
         self, heads: int, kv: int, dim: int, page: int, dtype: torch.dtype, num_rows: int, longest: int,
-        shared: int = 0, pool_dtype: torch.dtype | None = None,
+        shared: int = 0, pool_dtype: torch.dtype | None = None, shape: type[AttentionShape] = AttentionShape,
     ) -> None:  # fmt: skip
         generator = torch.Generator().manual_seed(dim * page)
         columns = -(-longest // page)
         pages = torch.randperm(num_rows * columns, generator=generator).view(num_rows, columns) + 1
         pages[:, :shared] = pages[0, :shared]
-        self.heads, self.kv, self.dim, self.page, self.dtype = heads, kv, dim, page, dtype
+        self.shape, self.page, self.dtype = shape(heads, kv, dim), page, dtype
         rows = (num_rows * columns + 1) * kv * page
         pools = [torch.randn(rows, dim, generator=generator) for _ in range(2)]
         for pool in pools:
@@ -45,9 +45,8 @@ class Case:
         self, rows: list[tuple[int, int, int]], groups: list[tuple[int, int, int]], q: Tensor, fixed: int | None,
         tiles: AttentionTiles, bounds: LaunchBounds | None = None,
     ) -> Tensor:  # fmt: skip
-        shape = AttentionShape(self.heads, self.kv, self.dim)
-        attention = PagedAttention(shape, self.page, LIMITS, self.dtype, DEVICE, fixed_split=fixed, tiles=tiles)
-        planner = AttentionPlanner(LIMITS, attention.tile_sizes, self.page, self.kv, fixed)
+        attention = PagedAttention(self.shape, self.page, LIMITS, self.dtype, DEVICE, fixed_split=fixed, tiles=tiles)
+        planner = AttentionPlanner(LIMITS, attention.tile_sizes, self.page, self.shape.num_kv_heads, fixed)
         buffer = np.full(LIMITS.size, 77, np.int32)
         group_array = np.array(groups, np.int32) if groups else NO_GROUPS
         table_rows, starts, lengths = np.array(rows, np.int64).T
@@ -63,7 +62,8 @@ class Case:
     def check(self, rows: list[tuple[int, int, int]], groups: list[tuple[int, int, int]], tolerance: float) -> None:
         num_tokens = sum(length for *_, length in rows)
         q = self.q[:num_tokens]
-        expected = reference_attention(q, self.keys, self.values, self.table, rows, self.kv, self.page)
+        kv, scale = self.shape.num_kv_heads, self.shape.scale
+        expected = reference_attention(q, self.keys, self.values, self.table, rows, kv, self.page, scale)
         for fixed, tiles in ((None, SMALL), (64, ONE)):
             found = self.run(rows, groups, q, fixed, tiles).double()
             error = float((found - expected).norm() / expected.norm())
@@ -91,6 +91,14 @@ def test_mixed_steps_against_the_oracle(
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     case.check([(0, 0, 1), (1, 130, 1), (2, 63, 1), (3, 199, 1), (4, 64, 1)], [], tolerance)
     case.check([(3, 70, 1), (0, 0, 11), (1, 65, 5), (2, 100, 2)], [], tolerance)
+
+
+@pytest.mark.parametrize("pool_dtype", [torch.float32, FLOAT8])
+def test_scores_are_scaled_as_the_shape_says(pool_dtype: torch.dtype) -> None:
+    """Decode rows, chunks and groups that share pages; whole, cut and merged contexts."""
+    case = Case(4, 2, 64, 16, torch.float32, 5, longest=200, shared=4, pool_dtype=pool_dtype, shape=ScaledShape)
+    case.check([(0, 70, 1), (1, 80, 1), (2, 63, 1), (3, 199, 1), (4, 1, 1)], [(0, 2, 4)], 1e-5)
+    case.check([(3, 70, 1), (0, 0, 11), (1, 65, 40)], [], 1e-5)
 
 
 @pytest.mark.parametrize("pool_dtype", [HALF, FLOAT8])

@@ -42,7 +42,7 @@ CONFIGS = {
     "qwen3_moe": Qwen3MoeConfig,
     "mixtral": MixtralConfig,
 }
-EXPERTS: dict[str, dict[str, Any]] = {
+OWN_FIELDS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         "num_experts": 8,
         "num_experts_per_tok": 3,
@@ -53,6 +53,8 @@ EXPERTS: dict[str, dict[str, Any]] = {
     },
     "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2},
 }
+"""What only some families have. A constant must have another value than the one that means nothing, as 1.0 does."""
+
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -78,7 +80,7 @@ def make_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedMod
         "initializer_range": 0.15,
         "tie_word_embeddings": False,
     }
-    config = CONFIGS[family](**(settings | EXPERTS.get(family, {}) | overrides))
+    config = CONFIGS[family](**(settings | OWN_FIELDS.get(family, {}) | overrides))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

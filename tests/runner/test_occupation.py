@@ -51,6 +51,13 @@ def test_addresses_stay_and_what_was_there_comes_back() -> None:
     exhaust(occupation.resume(["weights"], "copy"))
     assert [each.data_ptr() for each in (*weights, pool)] == addresses
     assert all((each == 2.0).all() for each in weights) and not pool.any()
+    exhaust(occupation.release(["weights"], keeps_copy=True))
+    coming = occupation.resume(["weights"], "copy")
+    next(coming)
+    coming.close()
+    assert not any(each.any() for each in weights)  # it is the system's again
+    exhaust(occupation.resume(["weights"], "copy"))
+    assert all((each == 2.0).all() for each in weights)
     exhaust(occupation.release(["weights"], keeps_copy=False))
     exhaust(occupation.resume(["weights"], "await"))
     assert not any(each.any() for each in weights)

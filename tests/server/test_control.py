@@ -373,6 +373,25 @@ def test_bfloat16_weights_read_back(start: START, model_folder: Path) -> None:
     assert reply.json() == expected.tolist()
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "choices"),
+    [
+        ("/weights_checker", {"action": "zz"}, "action: must be one of checksum, snapshot, reset_tensors, compare"),
+        ("/update_weights_from_disk", {"model_path": "/x", "mode": "zz"}, "mode: must be one of auto, shadow, inplace"),
+        (
+            "/update_weights_from_disk",
+            {"model_path": "/x", "in_flight": "zz"},
+            "in_flight: must be one of keep, recompute, abort, drain",
+        ),
+    ],
+)
+def test_what_is_none_of_a_few_words_is_told_which(
+    served: Served, path: str, body: dict[str, str], choices: str
+) -> None:
+    reply = served.http.post(path, json=body)
+    assert reply.status_code == 400 and f"{choices}, not 'zz'" in reply.text
+
+
 def test_weights_checker_notices_reset_tensors(start: START, model_folder: Path) -> None:
     """The way slime checks that an update wrote every tensor."""
     served = start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import collections
 import os
 import pickle
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing import reductions
 
 from headrace.types.errors import WeightUpdateError
 from headrace.types.foreign import CudaHandle, FlatTensor, ForeignTensor, Inline, Payload, SharedFile
@@ -426,6 +428,57 @@ def test_a_payload_has_one_of_two_shapes(value: object, words: str) -> None:
     assert words in _refused(serialized(value))
 
 
+STORAGE = torch.storage.UntypedStorage
+FILE = (STORAGE, b"/tmp/manager.sock", b"/torch_1_2_3", 8)
+
+
+def _over(storage: object) -> object:
+    """A tensor of two float32 over what should be a storage."""
+    typed = Reduced(reductions.rebuild_typed_storage, storage, torch.float32)
+    return Reduced(reductions.rebuild_tensor, torch.Tensor, typed, (0, torch.Size([2]), (1,), False))
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (Reduced(codecs.encode, "a", "utf-8"), "not of latin1"),
+        (Reduced(codecs.encode, "\u0100", "latin1"), "not of latin1"),
+        (Reduced(codecs.encode, "a"), "not of 2 values"),
+        (Reduced(collections.OrderedDict, [("a", 1)]), "a dict is made of arguments"),
+        (_over(Reduced(reductions.rebuild_storage_filename, torch.Tensor, *FILE[1:])), "makes no storage"),
+        (
+            _over(Reduced(reductions.rebuild_storage_filename, *FILE[:2], b"/torch_" + b"1" * 250, 8)),
+            "makes no storage",
+        ),
+        (_over(Reduced(reductions.rebuild_storage_filename, STORAGE, b"m" * 256, *FILE[2:])), "makes no storage"),
+        (_over(Reduced(reductions.rebuild_storage_filename, *FILE[:3], -1)), "size is not a number"),
+        (
+            _over(Reduced(reductions.rebuild_storage_filename, *FILE[:3], 1 << 62, torch.float32)),
+            "size is not a number",
+        ),
+        (_over(Reduced(reductions.rebuild_storage_filename, *FILE, torch.Tensor)), "no dtype"),
+        (_over(Reduced(reductions.rebuild_storage_filename, *FILE, 4)), "a int for a Known"),
+        (_over(Reduced(reductions.rebuild_storage_filename, *FILE[:3])), "not of 4 values"),
+        (_over(Reduced(reductions.rebuild_storage_empty, torch.Tensor)), "makes no storage"),
+        (_over(5), "a int for a storage"),
+        (_over(_over(Reduced(reductions.rebuild_storage_filename, *FILE))), "a ForeignTensor for a storage"),
+        (_over(Reduced(reductions.rebuild_storage_empty, STORAGE)), "needs 8 bytes of its storage, which has 0"),
+    ],
+)
+def test_functions_of_the_table_check_what_they_are_given(value: object, words: str) -> None:
+    assert words in _refused(serialized([("a", value)]))
+
+
+def test_older_torch_counts_a_typed_storage_in_elements() -> None:
+    named = [("a", _over(Reduced(reductions.rebuild_storage_filename, *FILE[:3], 2, torch.float32)))]
+    (tensor,) = read_payload(serialized(named)).tensors
+    assert tensor.storage == SharedFile("/tmp/manager.sock", "/torch_1_2_3", 8)
+
+
+def test_bytes_of_protocol_2_are_empty_or_nothing() -> None:
+    assert "a bytes is made of arguments" in _refused(b"\x80\x02c__builtin__\nbytes\nK\1\x85R.")
+
+
 def test_an_empty_list_is_an_empty_payload() -> None:
     assert read_payload(serialized([])) == read_payload(serialized(())) == Payload()
 
@@ -435,6 +488,18 @@ def test_ranks_do_not_nest() -> None:
     assert "the tensor a is a list" in _refused(local({"a": [inner]}))
     assert "no bytes for rank 0" in _refused(local({"a": []}))
     assert "no bytes for rank -1" in _refused(local({"a": [serialized(torch.zeros(2))]}), rank=-1)
+
+
+def test_instances_of_one_class_are_none_of_the_other() -> None:
+    local_tensor, metadata = type("LocalSerializedTensor", (), {}), type("FlattenedTensorMetadata", (), {})
+    with standing_in(LOCAL_HOMES[0], local_tensor), standing_in(BUCKET_HOMES[0], metadata):
+        local_one, entry = local_tensor(), metadata()
+        local_one.__dict__["values"] = [serialized(torch.zeros(2))]
+        entry.__dict__.update(TENSOR_OF_BUCKET)
+        in_bucket = serialized({"flattened_tensor": BYTES, "metadata": [local_one]})
+        as_tensor = serialized([("a", entry)])
+    assert "the metadata of a bucket has a sglang.srt.model_executor.model_runner.Local" in _refused(in_bucket)
+    assert "a FlattenedTensorMetadata has no bytes for rank 0" in _refused(as_tensor)
 
 
 # What would take forever.

@@ -416,7 +416,7 @@ class PagedAttention:
         shape, packed = self._shape, keys.dtype == torch.int16
         page_stride = shape.num_kv_heads * self._page_size * keys.shape[1]
         attention_items_kernel[(shape.num_kv_heads, num_items)](
-            q, keys, values, page_table, metadata, self._partial, self._lse, out, shape.head_dim**-0.5 * _LOG2_E,
+            q, keys, values, page_table, metadata, self._partial, self._lse, out, shape.scale * _LOG2_E,
             q.stride(0), out.stride(0), page_table.stride(0), page_stride, self.limits.partials_at,
             self.limits.items_at,
             NUM_KV=shape.num_kv_heads, GQA=self.group_size, HEAD_DIM=shape.head_dim,

@@ -1,0 +1,70 @@
+"""A bucket of an update as other engines' clients send it: bytes that say in which memory of theirs the tensors are.
+
+Owns the way from the bytes to `JoinedUpdate`. What the bytes mean is `headrace.weights.foreign`; the memory is opened,
+copied and given back by the core. Must not know HTTP or torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import binascii
+from typing import Any
+
+import msgspec
+
+from headrace.engine.control import UpdateTerms
+from headrace.engine.joined_update import JoinedUpdate
+from headrace.engine.update import Updater
+from headrace.types.errors import WeightUpdateError
+from headrace.types.foreign import CudaHandle, Payload
+from headrace.types.weights import UpdateReport
+from headrace.weights.foreign import FIELD, read_payload
+from headrace.weights.weight_map import is_recomputed
+
+LOAD_FORMATS = (None, "flattened_bucket")
+
+
+async def add_payload(
+    joined: JoinedUpdate, updater: Updater, encoded: str, load_format: str | None, terms: UpdateTerms, device: str
+) -> UpdateReport | None:
+    """What `JoinedUpdate.add` makes of a payload in base64, for an engine on `device`. Whatever is wrong with it ends
+    the update."""
+    try:
+        payload = _kept(await asyncio.get_running_loop().run_in_executor(None, _read, encoded))
+        _check(payload, load_format, device)
+    except BaseException:  # whatever it is, as in `add`
+        await joined.end()
+        raise
+    return await joined.add(
+        payload.manifest(), terms, lambda session, indices: updater.stage_payload(session, payload, indices)
+    )
+
+
+def _read(encoded: str) -> Payload:
+    try:
+        data = binascii.a2b_base64(encoded, strict_mode=True)
+    except ValueError:
+        raise WeightUpdateError("the payload is not base64", field=FIELD) from None
+    return read_payload(data)
+
+
+def _check(payload: Payload, load_format: str | None, device: str) -> None:
+    is_bucket = bool(payload.buckets)
+    if is_bucket != (load_format == "flattened_bucket") and (payload.tensors or is_bucket):
+        found, named = ("a flattened bucket", "named tensors")[:: 1 if is_bucket else -1]
+        raise WeightUpdateError(f"the payload is {found}, load_format says {named}", field="load_format")
+    storages: list[Any] = [tensor.storage for tensor in payload.tensors]
+    storages += [bucket.memory.storage for bucket in payload.buckets]
+    if device == "cpu" and any(isinstance(storage, CudaHandle) for storage in storages):
+        message = "the payload names memory of a CUDA device, and this engine is on a CPU: send tensors of the CPU"
+        raise WeightUpdateError(message, field=FIELD)
+
+
+def _kept(payload: Payload) -> Payload:
+    """Without the buffers that every engine recomputes."""
+    tensors = tuple(tensor for tensor in payload.tensors if not is_recomputed(tensor.name))
+    buckets = tuple(
+        msgspec.structs.replace(each, tensors=tuple(part for part in each.tensors if not is_recomputed(part.name)))
+        for each in payload.buckets
+    )
+    return msgspec.structs.replace(payload, tensors=tensors, buckets=buckets)

@@ -1,0 +1,91 @@
+"""Weight updates in buckets, SGLang's dialect: `/update_weights_from_tensor`.
+
+Owns their bodies and replies. Which update a bucket belongs to is `headrace.engine.joined_update`; what its bytes mean,
+`headrace.weights.foreign`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from typing import Any, Literal, TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from headrace.engine import DEFAULT_UPDATE_TIMEOUT
+from headrace.engine.control import terms_of_part
+from headrace.engine.foreign_update import LOAD_FORMATS, add_payload
+from headrace.server.coerce import read_control
+from headrace.server.errors import FieldNames, refusal
+from headrace.server.routes import Endpoint
+from headrace.server.state import ServerState
+from headrace.server.wire import json_reply, unless_gone
+from headrace.types.errors import HeadraceError, RequestError
+
+Result = TypeVar("Result")
+NUM_RANKS = 1
+_FIELDS = {"timeout": "timeout_s", "version": "weight_version"}
+
+
+class TensorBody(msgspec.Struct):
+    """`serialized_named_tensors` has base64 for each rank. `flush_cache` and `torch_empty_cache` have nothing to do:
+    entries of the prefix cache belong to the weights that made them. `mode`, `in_flight` and `timeout_s` are ours."""
+
+    serialized_named_tensors: list[str]
+    load_format: str | None = None
+    weight_version: str | int | None = None
+    abort_all_requests: bool = False
+    flush_cache: bool = True
+    torch_empty_cache: bool = False
+    selector: str | None = None
+    mode: Literal["auto", "shadow", "inplace"] = "auto"
+    in_flight: Literal["keep", "recompute", "abort", "drain"] | None = None
+    timeout_s: float = DEFAULT_UPDATE_TIMEOUT
+
+
+class BucketFace:
+    """The routes by which a trainer sends an update in buckets."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+        self._engine = state.engine
+
+    def endpoints(self) -> list[Endpoint]:
+        table = (("/update_weights_from_tensor", self.update_weights_from_tensor),)
+        return [Endpoint(path, handler, ("POST",), access="admin") for path, handler in table]
+
+    async def update_weights_from_tensor(self, request: Request) -> Response:
+        """POST /update_weights_from_tensor: a bucket joins the update that is open, or begins one; the bucket that
+        completes it makes it live."""
+        body = await read_control(request, TensorBody)
+        try:
+            payload = self._payload(body)
+            in_flight = body.in_flight or ("abort" if body.abort_all_requests else "drain")
+            runtime, device = self._engine.runtime, self._engine.resolved.device
+            with FieldNames(_FIELDS):
+                terms = terms_of_part(body.weight_version, body.mode, in_flight, body.timeout_s)
+                joining = add_payload(runtime.joined, runtime.updater, payload, body.load_format, terms, device)
+                report = await self._do(request, joining)
+        except HeadraceError as error:
+            return refusal(error)
+        if report is None:
+            return json_reply({"success": True, "message": "Bucket taken; the update is not complete yet."})
+        return json_reply({"success": True, "message": "Weights updated.", "report": report})
+
+    def _payload(self, body: TensorBody) -> str:
+        """The payload of this engine's only rank."""
+        if body.load_format not in LOAD_FORMATS:
+            message = f"load_format {body.load_format!r} is not supported, only null and 'flattened_bucket' are"
+            raise RequestError(message, field="load_format")
+        if body.selector not in (None, "target", "all"):
+            raise RequestError(f"selector {body.selector!r}: this engine has no draft model", field="selector")
+        payloads = body.serialized_named_tensors
+        if len(payloads) != NUM_RANKS:
+            message = f"serialized_named_tensors has {len(payloads)} entries, this engine {NUM_RANKS} rank"
+            raise RequestError(message, field="serialized_named_tensors")
+        return payloads[0]
+
+    async def _do(self, request: Request, call: Coroutine[Any, Any, Result]) -> Result:
+        """The result of a call; a client that goes away ends its update."""
+        return await unless_gone(request, call, self._state.metrics.count_disconnect)

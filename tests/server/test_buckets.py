@@ -1,0 +1,253 @@
+"""Updates in buckets over HTTP, from trainers that are other processes."""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from headrace import Engine
+from tests.arch.source import ROOT
+from tests.server.bucket_client import bodies
+from tests.server.builders import SETTINGS, save_random_model
+from tests.server.conftest import START, Served
+from tests.weights.foreign_payloads import flattened, patched_cuda, serialized
+
+SHARED = Path("/dev/shm")
+ROUTE = "/update_weights_from_tensor"
+
+
+class Client:
+    """A trainer's process, and its replies."""
+
+    def __init__(self, served: Served, style: str, updates: dict[str, Path], stop_before: int = -1) -> None:
+        command = [sys.executable, "-m", "tests.server.bucket_client", served.url, style, str(stop_before)]
+        command += [f"{folder}={version}" for version, folder in updates.items()]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+
+    def replies(self) -> list[tuple[str, int, Any]]:
+        """Those of one update, up to its end or the stop."""
+        found = []
+        assert self.process.stdout is not None and self.process.stdin is not None
+        for line in self.process.stdout:
+            path, status, reply = json.loads(line)
+            if path in ("stopped", "done"):
+                break
+            found.append((path, status, reply))
+        return found
+
+    def go_on(self) -> None:
+        """Begin the next update, or end."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+
+    def end(self, *, kill: bool = False) -> None:
+        """Wait until nothing is left of it."""
+        if kill:
+            self.process.kill()
+        assert self.process.wait(60) == (-9 if kill else 0)
+        assert self.process.stdout is not None and self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.stdout.close()
+        wait_for(lambda: not list(SHARED.glob(f"torch_{self.process.pid}_*")))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "what the test waits for did not happen"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return [save_random_model(tmp_path_factory.mktemp("cold"), seed) for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def digests(folders: list[Path]) -> list[dict[str, str]]:
+    found = []
+    for folder in folders:
+        with Engine(folder, inprocess=True, **SETTINGS) as engine:
+            found.append(engine.digest())
+    return found
+
+
+@pytest.fixture(scope="module")
+def tensors(folders: list[Path]) -> dict[str, torch.Tensor]:
+    return load_file(folders[1] / "model.safetensors")
+
+
+@pytest.fixture
+def launch() -> Iterator[Callable[..., Client]]:
+    """Start trainers that end with the test."""
+    started: list[Client] = []
+
+    def launch_client(*arguments: Any, **options: Any) -> Client:
+        started.append(Client(*arguments, **options))
+        return started[-1]
+
+    yield launch_client
+    for client in started:
+        client.process.kill()
+        client.process.wait()
+
+
+@pytest.mark.parametrize("style", ["slime", "verl", "nemo"])
+def test_a_trainer_of_another_process_updates_again_and_again(
+    start: START, launch: Callable[..., Client], folders: list[Path], digests: list[dict[str, str]], style: str
+) -> None:
+    served = start(settings={"inprocess": False})
+    steps = dict(zip(("a", "b", "c"), (1, 2, 1), strict=True))
+    client = launch(served, style, {version: folders[seed] for version, seed in steps.items()})
+    for version, seed in steps.items():
+        before = served.engine.digest()
+        found = client.replies()
+        assert [status for _, status, _ in found] == [200] * len(found)
+        assert found[-1][0] == "/continue_generation"
+        replies = [reply for path, _, reply in found if path == ROUTE]
+        assert all(reply["success"] is True and isinstance(reply["message"], str) for reply in replies)
+        reports = [reply["report"] for reply in replies if "report" in reply]
+        assert [report["num_tensors"] for report in reports] == [len(digests[0])]
+        assert style == "nemo" or served.engine.digest() == digests[seed]  # which rounds
+        assert served.engine.digest() != before
+        label = "default" if style == "verl" else version
+        info = served.generate(input_ids=[1, 2], sampling_params={"max_new_tokens": 3})["meta_info"]
+        assert info["weight_version"] == label and served.http.get("/model_info").json()["weight_version"] == label
+        client.go_on()
+    client.end()
+
+
+def test_generation_does_not_continue_before_the_last_bucket_and_a_killed_trainer_leaves_nothing(
+    start: START, launch: Callable[..., Client], folders: list[Path], digests: list[dict[str, str]]
+) -> None:
+    served = start(settings={"inprocess": False})
+    client = launch(served, "slime", {"half": folders[1]}, stop_before=2)
+    found = client.replies()
+    assert found[-1][:2] == ("/continue_generation", 409) and "not staged yet: " in found[-1][2]["message"]
+    assert served.engine.status().paused == "abort" and served.engine.version == "default"
+    client.end(kill=True)
+    again = launch(served, "slime", {"whole": folders[2]})
+    replies = again.replies()
+    assert [status for _, status, _ in replies] == [200] * len(replies)
+    assert served.engine.digest() == digests[2]
+    assert (served.engine.version, served.engine.status().paused) == ("whole", "")
+    again.go_on()
+    again.end()
+    assert not list(SHARED.glob("*headrace*"))
+
+
+def encoded(data: bytes) -> list[str]:
+    return [base64.b64encode(data).decode()]
+
+
+def test_what_is_wrong_with_a_bucket_is_named_and_ends_the_update(
+    start: START, tensors: dict[str, torch.Tensor], digests: list[dict[str, str]]
+) -> None:
+    served = start()
+    name, tensor = next(iter(tensors.items()))
+    fine = {"serialized_named_tensors": encoded(serialized([(name, tensor)]))}
+    bucket = encoded(flattened({name: tensor}))
+    wrong: list[tuple[dict[str, Any], str, str]] = [
+        ({}, "body", "serialized_named_tensors"),
+        ({"serialized_named_tensors": "x"}, "serialized_named_tensors", ""),
+        ({"serialized_named_tensors": []}, "serialized_named_tensors", "0 entries"),
+        ({"serialized_named_tensors": bucket * 2}, "serialized_named_tensors", "2 entries"),
+        ({"serialized_named_tensors": ["%%"]}, "serialized_named_tensors", "not base64"),
+        ({"serialized_named_tensors": encoded(b"cos\nsystem\n.")}, "serialized_named_tensors", "not understood"),
+        ({"serialized_named_tensors": encoded(patched_cuda(tensor))}, "serialized_named_tensors", "on a CPU"),
+        ({"serialized_named_tensors": bucket}, "load_format", "named tensors"),
+        (fine | {"load_format": "flattened_bucket"}, "load_format", "a flattened bucket"),
+        (fine | {"load_format": "direct"}, "load_format", "'direct' is not supported"),
+        (fine | {"load_format": "my.loader"}, "load_format", "not supported"),
+        (fine | {"mode": "magic"}, "mode", ""),
+        (fine | {"selector": "draft"}, "selector", "no draft model"),
+        (fine | {"weight_version": ""}, "weight_version", ""),
+        (fine | {"timeout_s": -1}, "timeout_s", ""),
+        (
+            {"serialized_named_tensors": encoded(serialized([("nobody", tensor)]))},
+            "nobody",
+            "not a tensor of this model",
+        ),
+        ({"serialized_named_tensors": encoded(serialized([(name, tensor[:1])]))}, name, "has shape"),
+        ({"serialized_named_tensors": encoded(serialized([(name, tensor.double())]))}, name, "has dtype"),
+        ({"serialized_named_tensors": encoded(serialized([(name, tensor * torch.nan)]))}, name, "NaN"),
+    ]
+    for body, field, words in wrong:
+        reply = served.http.post(ROUTE, json=body)
+        assert reply.status_code == 400, (body.keys(), reply.text)
+        assert reply.json()["param"] == field and words in reply.json()["message"], (words, reply.text)
+        assert not served.engine.status().updating
+    assert served.http.post(
+        ROUTE, json={"serialized_named_tensors": bucket, "load_format": "flattened_bucket"}
+    ).json() == {
+        "success": True,
+        "message": "Bucket taken; the update is not complete yet.",
+    }
+    assert served.http.post(ROUTE, json={"serialized_named_tensors": ["%%"]}).json()["success"] is False
+    for body in bodies("verl", tensors, ""):
+        served.http.post(ROUTE, json=body).raise_for_status()
+    assert served.engine.digest() == digests[1]
+
+
+def test_an_open_update_of_another_kind_is_a_conflict_both_ways(
+    start: START, tensors: dict[str, torch.Tensor], model_folder: Path
+) -> None:
+    served = start()
+    first, *rest = bodies("slime", tensors, "1")
+    served.http.post(ROUTE, json=first).raise_for_status()
+    refused = served.http.post("/update_weights_from_disk", json={"model_path": str(model_folder)})
+    assert refused.status_code == 409 and "abort_update" in refused.json()["message"]
+    served.http.post("/abort_weight_update", json={}).raise_for_status()
+    name, tensor = next(iter(tensors.items()))
+    session = served.engine.begin_update("x", [(name, tuple(tensor.shape), "float32")], partial=True)
+    reply = served.http.post(ROUTE, json=rest[0])
+    assert reply.status_code == 409 and reply.json()["success"] is False
+    served.engine.abort_update(session)
+    served.http.post("/continue_generation", json={}).raise_for_status()
+
+
+def test_views_and_other_strides_arrive_as_they_are(
+    start: START, tensors: dict[str, torch.Tensor], digests: list[dict[str, str]]
+) -> None:
+    served = start()
+    sent = {}
+    for name, tensor in tensors.items():
+        turned = tensor.t().contiguous().t() if tensor.dim() == 2 else torch.stack([tensor, tensor], 1)[:, 1]
+        sent[name] = turned
+    sent["model.rotary_emb.inv_freq"] = torch.zeros(4)
+    (body,) = [{"serialized_named_tensors": encoded(serialized(list(sent.items()))), "weight_version": 3}]
+    assert served.http.post(ROUTE, json=body).json()["report"]["version"] == "3"
+    assert served.engine.digest() == digests[1]
+
+
+def test_requests_are_aborted_or_kept_as_asked(start: START, tensors: dict[str, torch.Tensor]) -> None:
+    for flag, finish in ((True, "abort"), (False, "length")):
+        served = start()
+        params = {"max_new_tokens": 200, "ignore_eos": True}
+        *first, last = list(bodies("verl", tensors, ""))
+        for body in first:
+            served.http.post(ROUTE, json=body | {"abort_all_requests": flag}).raise_for_status()
+        thread_reply: list[Any] = []
+
+        def generate(served: Served = served, found: list[Any] = thread_reply, params: Any = params) -> None:
+            found.append(served.generate(input_ids=[1], sampling_params=params))
+
+        thread = threading.Thread(target=generate)
+        thread.start()
+        wait_for(lambda served=served: served.engine.metrics()["num_running"] > 0)  # type: ignore[misc]
+        served.http.post(ROUTE, json=last | {"abort_all_requests": flag}).raise_for_status()
+        thread.join(60)
+        assert thread_reply[0]["meta_info"]["finish_reason"]["type"] == finish
