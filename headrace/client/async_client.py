@@ -9,7 +9,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
@@ -18,7 +18,7 @@ import msgspec
 from headrace.client.asks import generate_body, message_body
 from headrace.client.transport import HttpAnswer, HttpCall, LoopTransport, Transport, check_key, check_url
 from headrace.client.uploads import Uploads
-from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, seconds_of, terms_of, version_of
+from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, seconds_of, tags_of, terms_of, version_of
 from headrace.engine.fields import InputIds, Prompts, Sampling, name_of
 from headrace.engine.requests import GenerateOptions
 from headrace.engine.tensors import HeldTensors, NamedTensors, to_tensor
@@ -36,6 +36,7 @@ from headrace.types.http import (
     SessionBegun,
     StreamPart,
 )
+from headrace.types.memory import MemoryTag, OnRelease, Restore
 from headrace.types.messages import CoreStatus, WeightBytes
 from headrace.types.plain_values import as_seconds
 from headrace.types.weights import InFlight, PauseMode, TensorInfo, UpdateMode, UpdateReport
@@ -132,12 +133,27 @@ class AsyncClient:
     async def pause(self, mode: PauseMode = "abort", *, timeout: float | None = None) -> None:
         """See `AsyncEngine.pause`."""
         seconds = seconds_of(timeout)
-        limit = None if seconds is None else seconds + GRACE_SECONDS
-        await self._control("pause", {"mode": mode, "timeout": seconds}, type(None), limit)
+        await self._control("pause", {"mode": mode, "timeout": seconds}, type(None), _limit(seconds))
 
     async def resume(self) -> None:
         """See `AsyncEngine.resume`."""
         await self._control("resume", {}, type(None))
+
+    async def release_memory_occupation(
+        self, tags: Sequence[MemoryTag] | None = None, *, in_flight: OnRelease = "abort", timeout: float | None = None
+    ) -> None:
+        """See `AsyncEngine.release_memory_occupation`."""
+        given, seconds = tags_of(tags), seconds_of(timeout)
+        arguments = {"tags": given, "in_flight": in_flight, "timeout": seconds}
+        await self._control("release_memory_occupation", arguments, type(None), _limit(seconds))
+
+    async def resume_memory_occupation(
+        self, tags: Sequence[MemoryTag] | None = None, *, restore: Restore = "auto", timeout: float | None = None
+    ) -> None:
+        """See `AsyncEngine.resume_memory_occupation`."""
+        given, seconds = tags_of(tags), seconds_of(timeout)
+        arguments = {"tags": given, "restore": restore, "timeout": seconds}
+        await self._control("resume_memory_occupation", arguments, type(None), _limit(seconds))
 
     async def flush_cache(self) -> int:
         """See `AsyncEngine.flush_cache`."""
@@ -252,8 +268,7 @@ class AsyncClient:
     async def status(self, timeout: float | None = None) -> CoreStatus:
         """See `AsyncEngine.status`."""
         seconds = seconds_of(timeout)
-        limit = None if seconds is None else seconds + GRACE_SECONDS
-        call = self._data_call("status", {"timeout": seconds}, limit)
+        call = self._data_call("status", {"timeout": seconds}, _limit(seconds))
         return _read((await self._transport.send(call)).body, CoreStatus)
 
     async def health(self) -> bool:
@@ -311,6 +326,11 @@ class AsyncClient:
         return HttpCall(
             name=name, path=path, key=self._api_key, timeout=limit or self._timeout, content=body, media_type=media_type
         )
+
+
+def _limit(seconds: float | None) -> float | None:
+    """What a call may take whose time the server limits."""
+    return None if seconds is None else seconds + GRACE_SECONDS
 
 
 def _read(body: bytes | bytearray, kind: type[Result]) -> Result:

@@ -59,6 +59,8 @@ class Client:
     abort = _blocking(AsyncClient.abort)
     pause = _blocking(AsyncClient.pause)
     resume = _blocking(AsyncClient.resume)
+    release_memory_occupation = _blocking(AsyncClient.release_memory_occupation)
+    resume_memory_occupation = _blocking(AsyncClient.resume_memory_occupation)
     flush_cache = _blocking(AsyncClient.flush_cache)
     begin_update = _blocking(AsyncClient.begin_update)
     stage = _blocking(AsyncClient.stage)

@@ -141,10 +141,8 @@ def job_from_group(machine: WeightMachine, command: Receive, group: WeightGroup,
     for each in taken:
         info = machine.check_stage(command.session_id, each.index, now, replaces=each.replaces)
         if (info.name, info.shape, info.dtype) != (each.info.name, each.info.shape, each.info.dtype):
-            is_and_says = (
-                f"{each.info.dtype} {list(each.info.shape)}, the manifest says {info.dtype} {list(info.shape)}"
-            )
-            raise WeightUpdateError(f"{each.info.name} is announced as {is_and_says}", field=each.info.name)
+            announced, meant = (f"{of.name} {of.dtype} {list(of.shape)}" for of in (each.info, info))
+            raise WeightUpdateError(f"{announced} is announced where the manifest has {meant}", field=each.info.name)
     if len({each.index for each in taken}) != len(taken):
         raise WeightUpdateError("a tensor is named twice in one call", field="names")
     session.touch(now)

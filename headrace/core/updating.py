@@ -143,8 +143,7 @@ class UpdateControl:
     def stage(self, session_id: int, job: Callable[[WeightMachine], StageJob]) -> None:
         """Queue the copies that a command brings; it is answered when all of them are in place."""
         self._require_no_commit(session_id)
-        self._jobs.append(job(self.machine))
-        self._note_stage()
+        self._queue(job(self.machine))
 
     def commit(self, command: CommitUpdate, now: float) -> None:
         """Ask for the commit; it is answered when the weights are live."""
@@ -302,9 +301,8 @@ class UpdateControl:
         folder, root = Path(command.path), Path(command.root) if command.root else None
         manifest, tensors = yield from self._executor.checkpoint(folder, root)
         session = self._open(command, tuple(manifest), command.deadline - now, now)
-        self._jobs.append(job_from_tensors(self.machine, session.session_id, tensors, folder))
+        self._queue(job_from_tensors(self.machine, session.session_id, tensors, folder))
         self._commit, self._looking = PendingCall(command.call_id, command.deadline), None
-        self._note_stage()
 
     def _look(self, slices: Generator[None], budget_s: float) -> bool:
         stop_at = time.perf_counter() + budget_s
@@ -326,7 +324,8 @@ class UpdateControl:
             slices.close()
             self._outbox.refuse(call.call_id, reason.info())
 
-    def _note_stage(self) -> None:
+    def _queue(self, job: StageJob) -> None:
+        self._jobs.append(job)
         if self._steps_at_first_stage is None:
             self._steps_at_first_stage = self._stepper.num_completed
 

@@ -74,6 +74,16 @@ class JoinedUpdate:
             raise
         return report
 
+    async def finish(self) -> None:
+        """No call brings more of the update that is open, if one is. `WeightUpdateError` names what it lacks."""
+        session = self._session
+        if session is not None:
+            try:
+                await self._commit(session)
+            except BaseException:  # whatever it is, as in `add`
+                await self._drop([session])
+                raise
+
     async def end(self) -> None:
         """Drop the update, if there is one: a call that could not even say its tensors is an error in it as well."""
         if self._session is not None:
@@ -141,13 +151,16 @@ class JoinedUpdate:
     async def _finish(self, session: UpdateSession, indices: Sequence[int]) -> UpdateReport | None:
         """Commit the session if nothing is to come."""
         session.note_sent(set(indices), is_settled=True)
-        if self._session is None and session.is_partial:
+        if session.is_partial:
             await self._updater.abort(session)
             return self._last
         if self._session is not session:
             raise UpdateConflictError(f"session {session.session_id} was aborted", field="session_id")
         if session.num_missing or not session.is_staged:
             return None
+        return await self._commit(session)
+
+    async def _commit(self, session: UpdateSession) -> UpdateReport:
         self._session = None
         report = await self._updater.commit(session, self._version)
         self._last = None if TIED_HEAD in session else report

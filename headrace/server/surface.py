@@ -36,6 +36,7 @@ MAX_CALL_BYTES = 64 << 10
 CALLS: dict[str, Access] = {
     **dict.fromkeys(("metrics", "status"), "data"),
     **dict.fromkeys(("abort", "resume", "flush_cache", "set_weight_version", "digest", "weights_checker"), "admin"),
+    **dict.fromkeys(("release_memory_occupation", "resume_memory_occupation"), "admin"),
 }
 """The methods that are called as they are, and the key that each needs."""
 

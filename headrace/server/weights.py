@@ -1,4 +1,5 @@
-"""Weight updates in buckets, SGLang's dialect: `/update_weights_from_tensor`.
+"""Weight updates in buckets, SGLang's dialect: `/update_weights_from_tensor`, and the calls that newer releases put
+around it.
 
 Owns their bodies and replies. Which update a bucket belongs to is `headrace.engine.joined_update`; what its bytes mean,
 `headrace.weights.foreign`.
@@ -44,6 +45,12 @@ class TensorBody(msgspec.Struct):
     timeout_s: float = DEFAULT_UPDATE_TIMEOUT
 
 
+class SelectorBody(msgspec.Struct):
+    """Which model is meant: there is one."""
+
+    selector: str | None = None
+
+
 class BucketFace:
     """The routes by which a trainer sends an update in buckets."""
 
@@ -52,8 +59,32 @@ class BucketFace:
         self._engine = state.engine
 
     def endpoints(self) -> list[Endpoint]:
-        table = (("/update_weights_from_tensor", self.update_weights_from_tensor),)
+        table = (
+            ("/update_weights_from_tensor", self.update_weights_from_tensor),
+            ("/begin_weight_update", self.begin_weight_update),
+            ("/end_weight_update", self.end_weight_update),
+        )
         return [Endpoint(path, handler, ("POST",), access="admin") for path, handler in table]
+
+    async def begin_weight_update(self, request: Request) -> Response:
+        """POST /begin_weight_update: the next bucket begins an update anew. A client that never calls this does so
+        without."""
+        body = await read_control(request, SelectorBody)
+        try:
+            _check_selector(body.selector)
+            await self._do(request, self._engine.runtime.joined.end())
+        except HeadraceError as error:
+            return refusal(error)
+        return json_reply({"success": True, "message": "An update may begin."})
+
+    async def end_weight_update(self, request: Request) -> Response:
+        """POST /end_weight_update: the update has to be complete, and is live then; else it is over."""
+        await read_control(request, dict[str, Any])
+        try:
+            await self._do(request, self._engine.runtime.joined.finish())
+        except HeadraceError as error:
+            return refusal(error)
+        return json_reply({"success": True, "message": "The update is complete."})
 
     async def update_weights_from_tensor(self, request: Request) -> Response:
         """POST /update_weights_from_tensor: a bucket joins the update that is open, or begins one; the bucket that
@@ -70,7 +101,8 @@ class BucketFace:
         except HeadraceError as error:
             return refusal(error)
         if report is None:
-            return json_reply({"success": True, "message": "Bucket taken; the update is not complete yet."})
+            message = "Bucket taken; weights change with the one that completes them."
+            return json_reply({"success": True, "message": message})
         return json_reply({"success": True, "message": "Weights updated.", "report": report})
 
     def _payload(self, body: TensorBody) -> str:
@@ -78,8 +110,7 @@ class BucketFace:
         if body.load_format not in LOAD_FORMATS:
             message = f"load_format {body.load_format!r} is not supported, only null and 'flattened_bucket' are"
             raise RequestError(message, field="load_format")
-        if body.selector not in (None, "target", "all"):
-            raise RequestError(f"selector {body.selector!r}: this engine has no draft model", field="selector")
+        _check_selector(body.selector)
         payloads = body.serialized_named_tensors
         if len(payloads) != NUM_RANKS:
             message = f"serialized_named_tensors has {len(payloads)} entries, this engine {NUM_RANKS} rank"
@@ -89,3 +120,8 @@ class BucketFace:
     async def _do(self, request: Request, call: Coroutine[Any, Any, Result]) -> Result:
         """The result of a call; a client that goes away ends its update."""
         return await unless_gone(request, call, self._state.metrics.count_disconnect)
+
+
+def _check_selector(selector: str | None) -> None:
+    if selector not in (None, "target", "all"):
+        raise RequestError(f"selector {selector!r}: this engine has no draft model", field="selector")

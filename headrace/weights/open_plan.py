@@ -71,7 +71,6 @@ class _Known:
         self._stand_ins: dict[str, str] = {}  # of those that were taken by another: its name, which is left
         self._alone: set[str] = set()  # what a tied name in a partial update is compared with, as it is live
         self._has_other_names: dict[str, bool] = {}  # of parameters named so far that have two sets of names
-        self._counted: set[str] = set()  # of those names: no longer needed, or needed now
 
     def plan(self, given: tuple[TensorInfo, ...]) -> ManifestPlan:
         """Check a part, and note it if it is right."""
@@ -129,7 +128,4 @@ class _Known:
         replaced = [param for param, is_other in worlds.items() if is_other and param not in self._has_other_names]
         self._has_other_names.update(worlds)
         for param in replaced:
-            for names, change in ((self._map.first_names[param], -1), (self._map.other_names[param], 1)):
-                fresh = [name for name in names if name not in self._counted]
-                self._counted.update(fresh)
-                self.num_missing += change * len(fresh)
+            self.num_missing += len(self._map.other_names[param]) - len(self._map.first_names[param])

@@ -186,7 +186,8 @@ class WeightMap:
         names: dict[str, list[str]] = {name: [] for name in filled}
         for name, rule in self.rules_by_name.items():
             params = {piece.param for piece in rule.pieces}
-            _prove(params.isdisjoint(filled) or params <= filled, "tensor {} has other names for a part of it", name)
+            is_one = params.isdisjoint(filled) or len(params) == 1
+            _prove(is_one, "tensor {} has other names for a part of it", name)
             for param in params & filled:
                 names[param].append(name)
         return names
@@ -194,7 +195,9 @@ class WeightMap:
     def _names_of_others(self) -> dict[str, list[str]]:
         names: dict[str, list[str]] = {}
         for name, rule in self.other_rules.items():
-            for param in {piece.param for piece in rule.pieces}:
+            params = {piece.param for piece in rule.pieces}
+            _prove(len(params) <= 1, "tensor {} is another name for several parameters", name)
+            for param in params:
                 names.setdefault(param, []).append(name)
         return names
 

@@ -69,6 +69,9 @@ def wrong_calls(door: Any) -> list[Any]:
         error_of(lambda: door.begin_update("v", [("model.norm.weight", (32,), "float32")], timeout=0)),
         error_of(lambda: door.begin_update("", [])),
         error_of(lambda: door.weights_checker("dance")),
+        error_of(lambda: door.release_memory_occupation(["nothing"])),
+        error_of(lambda: door.release_memory_occupation(in_flight="keep")),
+        error_of(lambda: door.resume_memory_occupation(restore="nowhere")),
         error_of(lambda: door.get_weights_by_name("nobody")),
         error_of(lambda: door.set_weight_version("x" * 2000)),
         error_of(lambda: door.commit(session))[:2],  # a server says that it is its own
@@ -92,6 +95,9 @@ def scenario(door: Any, folder: Path) -> list[Any]:
     seen += door.generate(["Up", "Down"], sampling_params={**DRAWN, "top_k": 4}, request_id=["a", "b"])
     seen += door.generate(input_ids=torch.tensor(IDS[1]), sampling_params=DRAWN, request_id="tensor")
     seen += door.generate(input_ids=[*IDS, [10**6]], request_id="r", sampling_params=DRAWN, return_errors=True)
+    refused: Any = [{"temperature": math.nan}, DRAWN]  # JSON has no such number
+    samples = door.generate(input_ids=IDS, sampling_params=refused, request_id="nan", return_errors=True)
+    seen += [(sample.error and sample.error.field, sample.token_ids) for sample in samples]
     seen += door.score(input_ids=np.array(IDS[:1]), request_id="score", top_logprobs=2)
     pieces = list(door.stream(input_ids=IDS, sampling_params=SamplingParams(n=2, **DRAWN), request_id="stream"))
     seen += [whole(pieces, index) for index in ((0, 0), (0, 1), (1, 0), (1, 1))]
@@ -111,6 +117,10 @@ def scenario(door: Any, folder: Path) -> list[Any]:
     door.pause("keep", timeout=30)
     assert door.status().paused == "keep"
     door.resume()
+    door.release_memory_occupation(["kv_cache"], timeout=60)
+    door.release_memory_occupation(["kv_cache"])
+    door.resume_memory_occupation()
+    seen += door.generate(input_ids=IDS, sampling_params=DRAWN, request_id="resumed")
     door.set_weight_version("label")
     seen += [
         door.weights_checker("snapshot"),
@@ -205,5 +215,6 @@ def test_methods_take_what_the_engine_s_take() -> None:
         assert list(inspect.signature(twins).parameters) == [each.name for each in expected], name
     missing = {name for name in vars(Engine) if not name.startswith("_")} - set(vars(Client))
     assert missing == {"config", "resolved", "tokenizer", "version", "is_alive", "is_ready", "is_responsive"} | {
-        *("serve", "wait_ended", "shutdown")
+        *("serve", "wait_ended", "shutdown", "update_weights_from_bucket", "update_weights_from_distributed"),
+        *("init_weights_update_group", "destroy_weights_update_group", "stage_from_group"),
     }

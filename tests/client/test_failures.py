@@ -96,6 +96,13 @@ def test_an_answer_that_breaks_off(answer: bytes) -> None:
         assert type(raised_by_both(url)) is UnreachableError
 
 
+def test_a_stream_that_ends_without_its_last_part() -> None:
+    part = b"\x04\x00\x00\x00\x93\x90\xc0\xc2"  # [[], None, False], behind its length
+    answer = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s" % (len(part), part)
+    with answering(lambda connection: connection.sendall(answer)) as url, Client(url) as client:
+        assert type(raised(lambda: list(client.stream(input_ids=[1])))) is UnreachableError
+
+
 def test_a_server_that_is_silent_or_trickles_meets_the_deadline() -> None:
     def trickle(connection: socket.socket) -> None:
         connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n")
@@ -206,6 +213,35 @@ def test_a_stream_that_is_left_is_dropped(connect: CONNECT, engine: Engine) -> N
 
     asyncio.run(leave())
     idle(engine)
+
+
+def test_an_update_that_fails_leaves_no_session(connect: CONNECT, engine: Engine) -> None:
+    client, before = connect(), engine.digest()
+    bad = {NORM: np.full(32, np.nan, np.float32)}
+    assert raised(client.update_weights_from_tensor, bad, "b", partial=True).field == NORM
+    assert not engine.status().updating
+
+    async def leave() -> None:
+        async with AsyncClient(client.url) as other:
+            task = asyncio.create_task(_stalling_update(other))
+            await asyncio.sleep(0.3)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+            assert not engine.status().updating, "it is over before the caller hears of it"
+
+    asyncio.run(leave())
+    assert engine.digest() == before
+
+
+async def _stalling_update(client: AsyncClient) -> None:
+    """One that never comes to its commit, but is cancelled before."""
+    client._uploads.stage = _never  # type: ignore[assignment, method-assign]
+    await client.update_weights_from_tensor({NORM: np.ones(32, np.float32)}, "b", partial=True)
+
+
+async def _never(*_: object) -> None:
+    await asyncio.Event().wait()
 
 
 def test_an_error_of_the_engine_keeps_its_class_in_a_stream(connect: CONNECT, engine: Engine) -> None:

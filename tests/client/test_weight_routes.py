@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from headrace import Client, Engine, UpdateConflictError
-from headrace.client.uploads import UploadMemory
+from headrace import Engine, UpdateConflictError, WeightUpdateError
+from headrace.client.uploads import _HEAD_BYTES_PER_PIECE, BUFFER_BYTES, MAX_PIECES, UploadMemory
+from headrace.engine.tensors import TensorBytes
 from headrace.ipc import SharedBuffer
 from headrace.ipc.buffers import BorrowedBuffer
 from headrace.types.http import (
@@ -34,7 +35,7 @@ from headrace.types.http import (
     StageLentAsk,
     TensorPiece,
 )
-from headrace.types.weights import BufferEntry, BufferRef, TensorInfo
+from headrace.types.weights import MAX_TENSORS, BufferEntry, BufferRef, TensorInfo
 from tests.client.conftest import CONNECT
 
 NORM = "model.norm.weight"
@@ -284,25 +285,41 @@ def test_a_client_whose_memory_is_not_here_sends_bytes(
     assert live(engine) == VALUES.tolist() and memory.lent_to is not None, "each session asks once"
 
 
-def test_a_stage_that_fails_may_be_repeated(connect: CONNECT, engine: Engine) -> None:
-    for shares_memory in (True, False):
-        client = connect({"shares_memory": shares_memory})
-        name = "model.layers.0.mlp.up_proj.weight"
-        tensor = np.full((64, 32), 2.0, np.float32)
+@pytest.mark.parametrize("shares_memory", [True, False])
+def test_a_stage_that_fails_may_be_repeated(connect: CONNECT, engine: Engine, shares_memory: bool) -> None:
+    """What it had sent is replaced; what a call before it had sent is not asked for again."""
+    client = connect({"shares_memory": shares_memory}, max_body_bytes=2048)
+    name, other = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"
+    tensor, last = np.full((64, 32), 2.0, np.float32), np.full((32, 64), 3.0, np.float32)
 
-        def breaking(tensor: Any = tensor, name: str = name) -> Iterator[tuple[str, Any]]:
-            yield name, tensor
-            raise KeyError("the trainer's own")
+    def breaking() -> Iterator[tuple[str, Any]]:
+        yield name, np.full((64, 32), 7.0, np.float32)
+        yield other, last  # by now all of the first has been sent
+        raise KeyError("the trainer's own")
 
-        session = client.begin_update("b", [(NORM, (32,), "float32"), (name, (64, 32), "float32")], partial=True)
+    manifest = [(NORM, (32,), "float32"), (name, (64, 32), "float32"), (other, (32, 64), "float32")]
+    session = client.begin_update("b", manifest, partial=True)
+    client.stage(session, {NORM: VALUES})
+    with pytest.raises(KeyError):
+        client.stage(session, breaking())
+    client.stage(session, {name: tensor, other: last})
+    with pytest.raises(WeightUpdateError, match=NORM):
         client.stage(session, {NORM: VALUES})
-        with pytest.raises(KeyError):
-            client.stage(session, breaking())
-        client.stage(session, {name: tensor})
-        with pytest.raises(UpdateConflictError):
-            connect().stage(session, {name: tensor})
-        assert client.commit(session).num_tensors == 2 and session.num_bytes_staged == VALUES.nbytes + tensor.nbytes
-        assert engine.get_weights_by_name(name).unique().tolist() == [2.0]
+    with pytest.raises(UpdateConflictError):
+        connect().stage(session, {name: tensor})
+    assert client.commit(session).num_tensors == 3
+    assert session.num_bytes_staged == VALUES.nbytes + tensor.nbytes + last.nbytes
+    assert engine.get_weights_by_name(name).unique().tolist() == [2.0]
+
+
+def test_a_head_has_room_in_its_body() -> None:
+    memory, data = UploadMemory(1 << 16, max_pieces=3), TensorBytes("tiny", np.zeros(1, np.float32))
+    assert [memory.write(index, 0, data, replaces=False) for index in range(4)] == [True, True, True, False]
+    memory.clear()
+    assert memory.write(0, 0, data, replaces=False)
+    largest = TensorPiece(MAX_TENSORS, 1 << 40, BUFFER_BYTES, True)
+    for count in (14, MAX_PIECES):
+        assert len(body_of(1 << 40, [largest] * count, b"")) <= (count + 2) * _HEAD_BYTES_PER_PIECE
 
 
 def test_a_session_goes_over_by_another_one(connect: CONNECT) -> None:
@@ -315,7 +332,3 @@ def test_a_session_goes_over_by_another_one(connect: CONNECT) -> None:
         with pytest.raises(UpdateConflictError):
             call()
     assert second.update_weights_from_tensor({NORM: VALUES}, "c", partial=True).version == "c"
-
-
-def test_client_is_exported() -> None:
-    assert Client.__module__ == "headrace.client.client"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -272,6 +275,20 @@ def test_generation_goes_on_between_buckets(engine: Engine, new: Tensors) -> Non
     assert engine.update_weights_from_bucket(parts[-1]) is not None
     thread.join(60)
     assert [version for version, _ in found[0].version_spans][0] == "old"
+
+
+def test_a_core_that_died_half_way_takes_the_next_update(
+    model_folder: Path, new: Tensors, digests: list[dict[str, str]]
+) -> None:
+    with Engine(model_folder, max_core_restarts=1, **SETTINGS) as engine:
+        assert engine.update_weights_from_bucket(new[:5], "v") is None
+        runtime = engine.asynchronous.runtime
+        pid = runtime.host.pid
+        os.kill(pid, signal.SIGKILL)
+        while runtime.host.pid == pid or not runtime.client.is_alive:
+            time.sleep(0.01)
+        send(engine, buckets(new))
+        assert engine.digest() == digests[1]
 
 
 def test_an_engine_without_weights_takes_them_in_buckets(

@@ -33,6 +33,7 @@ ALL = ("cuda_graph", "kv_cache", "weights")
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [11, 12, 13, 14, 15]]
 PARAMS = SamplingParams(max_new_tokens=12, temperature=1.0, ignore_eos=True, seed=3)
 LONG = SamplingParams(max_new_tokens=900, ignore_eos=True, seed=5)
+KEPT = SamplingParams(max_new_tokens=250, ignore_eos=True, seed=5)
 NUM_CYCLES = 12
 LARGE = {
     "architectures": ["LlamaForCausalLM"],
@@ -149,10 +150,10 @@ def test_requests_in_flight_are_answered_with_what_they_have(start: Start, overl
 @pytest.mark.parametrize("tags", [["kv_cache"], None])
 def test_requests_that_are_kept_end_as_if_nothing_had_been(start: Start, tags: list[str] | None) -> None:
     engine, found = start(keep_weights_copy=True, numerics="invariant"), list[Generation]()
-    expected = engine.generate(input_ids=PROMPTS, sampling_params=LONG)
+    expected = engine.generate(input_ids=PROMPTS, sampling_params=KEPT)
     engine.flush_cache()
     before = engine.metrics()["num_generated_tokens"]
-    thread = threading.Thread(target=lambda: found.extend(engine.generate(input_ids=PROMPTS, sampling_params=LONG)))
+    thread = threading.Thread(target=lambda: found.extend(engine.generate(input_ids=PROMPTS, sampling_params=KEPT)))
     thread.start()
     while engine.metrics()["num_generated_tokens"] < before + 8:
         time.sleep(0.01)

@@ -59,6 +59,9 @@ COMMANDS: list[Command] = [
     messages.FlushCache(12),
     messages.GetStatus(13),
     messages.Shutdown(14),
+    messages.ExtendUpdate(16, 1, (INFO,)),
+    messages.ReleaseMemory(17, ("kv_cache",), "recompute"),
+    messages.ResumeMemory(18, ("weights",), "disk"),
 ]
 OUTPUTS: list[Output] = [
     Deltas((Delta(1, pack_ids([7]), b"\0\0\0\0", (("v", 1),), Finish("stop", 7)), Delta(2))),

@@ -1,5 +1,5 @@
 """A trainer that speaks SGLang's dialect, as a process:
-`python -m tests.server.bucket_client URL STYLE STOP FOLDER=VERSION ...`, where the folders hold what it sends in turn.
+`python -m tests.server.bucket_client URL STYLE DEVICE STOP FOLDER=VERSION ...`; the folders hold what it sends in turn.
 
 It serializes with torch's own sharing and with stand-ins for the classes of sglang that its bytes name. `STYLE` is
 "slime" (flattened buckets, a label each), "verl" (named tensors, each serialized by itself, no label) or "nemo" (a
@@ -55,7 +55,7 @@ def bodies(style: str, tensors: Tensors, version: str) -> Iterator[dict[str, Any
             yield {**body, "flush_cache": False, "weight_version": version}
 
 
-def main(url: str, style: str, stop_before: str, *updates: str) -> None:
+def main(url: str, style: str, device: str, stop_before: str, *updates: str) -> None:
     with httpx.Client(base_url=url, timeout=60) as http:
 
         def post(path: str, body: dict[str, Any]) -> None:
@@ -65,7 +65,8 @@ def main(url: str, style: str, stop_before: str, *updates: str) -> None:
         for folder, version in (update.rsplit("=", 1) for update in updates):
             post("/pause_generation", {})
             http.get("/flush_cache").raise_for_status()
-            for number, body in enumerate(bodies(style, load_file(f"{folder}/model.safetensors"), version)):
+            tensors = load_file(f"{folder}/model.safetensors", device)
+            for number, body in enumerate(bodies(style, tensors, version)):
                 if str(number) == stop_before:
                     post("/continue_generation", {})
                     print(json.dumps(["stopped", 0, {}]), flush=True)

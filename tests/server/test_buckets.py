@@ -30,8 +30,10 @@ ROUTE = "/update_weights_from_tensor"
 class Client:
     """A trainer's process, and its replies."""
 
-    def __init__(self, served: Served, style: str, updates: dict[str, Path], stop_before: int = -1) -> None:
-        command = [sys.executable, "-m", "tests.server.bucket_client", served.url, style, str(stop_before)]
+    def __init__(
+        self, url: str, style: str, updates: dict[str, Path], stop_before: int = -1, device: str = "cpu"
+    ) -> None:
+        command = [sys.executable, "-m", "tests.server.bucket_client", url, style, device, str(stop_before)]
         command += [f"{folder}={version}" for version, folder in updates.items()]
         self.process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
@@ -111,7 +113,7 @@ def test_a_trainer_of_another_process_updates_again_and_again(
 ) -> None:
     served = start(settings={"inprocess": False})
     steps = dict(zip(("a", "b", "c"), (1, 2, 1), strict=True))
-    client = launch(served, style, {version: folders[seed] for version, seed in steps.items()})
+    client = launch(served.url, style, {version: folders[seed] for version, seed in steps.items()})
     for version, seed in steps.items():
         before = served.engine.digest()
         found = client.replies()
@@ -134,12 +136,12 @@ def test_generation_does_not_continue_before_the_last_bucket_and_a_killed_traine
     start: START, launch: Callable[..., Client], folders: list[Path], digests: list[dict[str, str]]
 ) -> None:
     served = start(settings={"inprocess": False})
-    client = launch(served, "slime", {"half": folders[1]}, stop_before=2)
+    client = launch(served.url, "slime", {"half": folders[1]}, stop_before=2)
     found = client.replies()
     assert found[-1][:2] == ("/continue_generation", 409) and "not staged yet: " in found[-1][2]["message"]
     assert served.engine.status().paused == "abort" and served.engine.version == "default"
     client.end(kill=True)
-    again = launch(served, "slime", {"whole": folders[2]})
+    again = launch(served.url, "slime", {"whole": folders[2]})
     replies = again.replies()
     assert [status for _, status, _ in replies] == [200] * len(replies)
     assert served.engine.digest() == digests[2]
@@ -190,13 +192,12 @@ def test_what_is_wrong_with_a_bucket_is_named_and_ends_the_update(
         assert reply.status_code == 400, (body.keys(), reply.text)
         assert reply.json()["param"] == field and words in reply.json()["message"], (words, reply.text)
         assert not served.engine.status().updating
-    assert served.http.post(
-        ROUTE, json={"serialized_named_tensors": bucket, "load_format": "flattened_bucket"}
-    ).json() == {
-        "success": True,
-        "message": "Bucket taken; the update is not complete yet.",
-    }
+    taken = {"serialized_named_tensors": encoded(flattened({name: tensor})), "load_format": "flattened_bucket"}
+    found = served.http.post(ROUTE, json=taken).json()
+    assert found == {"success": True, "message": "Bucket taken; weights change with the one that completes them."}
+    assert served.engine.status().updating
     assert served.http.post(ROUTE, json={"serialized_named_tensors": ["%%"]}).json()["success"] is False
+    assert not served.engine.status().updating
     for body in bodies("verl", tensors, ""):
         served.http.post(ROUTE, json=body).raise_for_status()
     assert served.engine.digest() == digests[1]
@@ -251,3 +252,32 @@ def test_requests_are_aborted_or_kept_as_asked(start: START, tensors: dict[str, 
         served.http.post(ROUTE, json=last | {"abort_all_requests": flag}).raise_for_status()
         thread.join(60)
         assert thread_reply[0]["meta_info"]["finish_reason"]["type"] == finish
+
+
+def test_the_calls_of_newer_releases_around_an_update(
+    start: START, tensors: dict[str, torch.Tensor], digests: list[dict[str, str]]
+) -> None:
+    served = start()
+
+    def call(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        reply = served.http.post(path, json=body)
+        return reply.status_code, reply.json()
+
+    assert call("/begin_weight_update", {"selector": "draft"})[0] == 400
+    first, *rest = bodies("verl", tensors, "")
+    assert call(ROUTE, first)[0] == 200  # of a trainer that is gone
+    assert call("/begin_weight_update", {"selector": "target"}) == (
+        200,
+        {"success": True, "message": "An update may begin."},
+    )
+    assert not served.engine.status().updating
+    for body in rest:
+        assert call(ROUTE, body)[0] == 200
+    status, reply = call("/end_weight_update", {})
+    assert status == 400 and reply["success"] is False and reply["param"] in tensors
+    assert not served.engine.status().updating
+    assert call("/begin_weight_update", {})[0] == 200
+    for body in bodies("slime", tensors, "7"):
+        assert call(ROUTE, body)[0] == 200
+    assert call("/end_weight_update", {}) == (200, {"success": True, "message": "The update is complete."})
+    assert served.engine.digest() == digests[1] and served.engine.version == "7"

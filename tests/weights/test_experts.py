@@ -23,6 +23,10 @@ EXPERTS, HIDDEN, WIDTH = 6, 5, 4
 ROUTER = "mlp.gate.weight"
 
 
+BOXES = (Box((0, 0), (2, 3)), Box((2, 0), (2, 3)))
+TWO = tuple(Piece(param, box, BOXES[0]) for param, box in zip("qs", BOXES, strict=True))
+
+
 def row_sums(values: torch.Tensor) -> torch.Tensor:
     return values.sum(1)
 
@@ -210,11 +214,11 @@ def test_a_function_of_the_wrong_shape_is_our_own_bug() -> None:
         ([whole_rows("a", "p", 0, (4, 3))], "a has two rules"),
         ([whole_rows("b", "r", 0, (4, 3))], "other names fill what is no parameter"),
         ([whole_rows("b", "q", 0, (2, 3))], "tensor both has other names for a part of it"),
+        ([whole_rows("b", "q", 0, (2, 3)), whole_rows("c", "s", 0, (2, 3))], "both has other names for a part of it"),
+        ([WeightRule("b", (4, 3), TWO)], "b is another name for several parameters"),
     ],
 )
 def test_other_names_are_proved_too(others: list[WeightRule], named: str) -> None:
     params = [ParamSpec("p", (4, 3)), ParamSpec("q", (2, 3)), ParamSpec("s", (2, 3))]
-    boxes = (Box((0, 0), (2, 3)), Box((2, 0), (2, 3)))
-    both = tuple(Piece(param, box, boxes[0]) for param, box in zip("qs", boxes, strict=True))
     with pytest.raises(InternalError, match=named):
-        WeightMap(params, [whole_rows("a", "p", 0, (4, 3)), WeightRule("both", (4, 3), both)], other_names=others)
+        WeightMap(params, [whole_rows("a", "p", 0, (4, 3)), WeightRule("both", (4, 3), TWO)], other_names=others)
