@@ -54,6 +54,7 @@ def measure(folder: Path, road: str, modes: list[str], runs: int) -> dict[str, A
         folder,
         inprocess=road == "own",
         load_format="dummy",
+        skip_tokenizer_init=True,
         max_running_requests=8,
         kv_pool_tokens=1 << 15,
         cuda_graphs=False,

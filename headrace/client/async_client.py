@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 
 import msgspec
 
@@ -20,6 +20,7 @@ from headrace.client.transport import HttpAnswer, HttpCall, LoopTransport, Trans
 from headrace.client.uploads import Uploads
 from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, seconds_of, tags_of, terms_of, version_of
 from headrace.engine.fields import InputIds, Prompts, Sampling, name_of
+from headrace.engine.groups import DEFAULT_GROUP, DEFAULT_JOIN_TIMEOUT, Backend
 from headrace.engine.requests import GenerateOptions
 from headrace.engine.tensors import HeldTensors, NamedTensors, to_tensor
 from headrace.engine.update_session import Manifest, UpdateSession, check_session, manifest_of
@@ -241,6 +242,49 @@ class AsyncClient:
         }
         limit = terms.timeout_s + GRACE_SECONDS
         return await self._control("update_weights_from_disk", arguments, UpdateReport, limit)
+
+    async def init_weights_update_group(
+        self,
+        master_address: str,
+        master_port: int | str,
+        rank_offset: int,
+        world_size: int,
+        group_name: str = DEFAULT_GROUP,
+        backend: Backend = "nccl",
+        timeout: float = DEFAULT_JOIN_TIMEOUT,
+    ) -> None:
+        """See `AsyncEngine.init_weights_update_group`. The address is as the server sees it."""
+        arguments = {
+            **{"master_address": master_address, "master_port": master_port, "rank_offset": rank_offset},
+            **{"world_size": world_size, "group_name": group_name, "backend": backend, "timeout": timeout},
+        }
+        await self._control("init_weights_update_group", arguments, type(None), _limit(seconds_of(timeout)))
+
+    async def destroy_weights_update_group(self, group_name: str = DEFAULT_GROUP) -> None:
+        """See `AsyncEngine.destroy_weights_update_group`."""
+        await self._control("destroy_weights_update_group", {"group_name": group_name}, type(None))
+
+    async def update_weights_from_distributed(
+        self,
+        names: Sequence[str],
+        dtypes: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        group_name: str = DEFAULT_GROUP,
+        load_format: str | None = None,
+        version: str | int | None = None,
+        *,
+        mode: UpdateMode = "auto",
+        in_flight: InFlight = "drain",
+        timeout: float = DEFAULT_UPDATE_TIMEOUT,
+    ) -> UpdateReport | None:
+        """See `AsyncEngine.update_weights_from_distributed`."""
+        arguments = {
+            **{"names": names, "dtypes": dtypes, "shapes": shapes, "group_name": group_name},
+            **{"load_format": load_format, "version": version, "mode": mode, "in_flight": in_flight},
+            "timeout": timeout,
+        }
+        limit, kind = _limit(seconds_of(timeout)), cast("type[UpdateReport | None]", UpdateReport | None)
+        return await self._control("update_weights_from_distributed", arguments, kind, limit)
 
     async def set_weight_version(self, version: str | int) -> None:
         """See `AsyncEngine.set_weight_version`."""

@@ -32,11 +32,13 @@ from headrace.types.generation import Generation
 from headrace.types.http import LENGTH_BYTES, MESSAGE_TYPE, PREFIX, GenerateAsk, StreamPart
 
 Ask = TypeVar("Ask")
-MAX_CALL_BYTES = 64 << 10
+MAX_CALL_BYTES = 1 << 20
 CALLS: dict[str, Access] = {
     **dict.fromkeys(("metrics", "status"), "data"),
     **dict.fromkeys(("abort", "resume", "flush_cache", "set_weight_version", "digest", "weights_checker"), "admin"),
     **dict.fromkeys(("release_memory_occupation", "resume_memory_occupation"), "admin"),
+    **dict.fromkeys(("init_weights_update_group", "destroy_weights_update_group"), "admin"),
+    "update_weights_from_distributed": "admin",
 }
 """The methods that are called as they are, and the key that each needs."""
 

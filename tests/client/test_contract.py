@@ -72,6 +72,10 @@ def wrong_calls(door: Any) -> list[Any]:
         error_of(lambda: door.release_memory_occupation(["nothing"])),
         error_of(lambda: door.release_memory_occupation(in_flight="keep")),
         error_of(lambda: door.resume_memory_occupation(restore="nowhere")),
+        error_of(lambda: door.init_weights_update_group("", 1, 1, 2)),
+        error_of(lambda: door.init_weights_update_group("127.0.0.1", 1, 0, 2, backend="gloo")),
+        error_of(lambda: door.destroy_weights_update_group("nobody's")),
+        error_of(lambda: door.update_weights_from_distributed(["a"], ["float32"], [[1]], "nobody's")),
         error_of(lambda: door.get_weights_by_name("nobody")),
         error_of(lambda: door.set_weight_version("x" * 2000)),
         error_of(lambda: door.commit(session))[:2],  # a server says that it is its own
@@ -205,15 +209,19 @@ def test_the_async_client_is_the_same_surface(model_folder: Path, expected: list
         asyncio.run(talk(door.serve().url))
 
 
+def parameters(method: Callable[..., Any]) -> list[inspect.Parameter]:
+    return list(inspect.signature(method).parameters.values())[1:]
+
+
 def test_methods_take_what_the_engine_s_take() -> None:
     """But for what only one of them has: a client has health and an address, an engine its parts."""
     own = {"url", "close", "health", "asynchronous"}
     for name in {name for name in vars(Client) if not name.startswith("_")} - own:
-        ours, theirs, twins = (getattr(kind, name) for kind in (Client, Engine, AsyncClient))
-        expected = [each for each in inspect.signature(theirs).parameters.values() if each.name != "root"]
-        assert list(inspect.signature(ours).parameters.values()) == expected, name
-        assert list(inspect.signature(twins).parameters) == [each.name for each in expected], name
+        expected = [each for each in parameters(getattr(Engine, name)) if each.name != "root"]
+        assert parameters(getattr(Client, name)) == expected, name
+        names = [each.name for each in parameters(getattr(AsyncClient, name))]
+        assert names == [each.name for each in expected], name
     missing = {name for name in vars(Engine) if not name.startswith("_")} - set(vars(Client))
     assert missing == {"config", "resolved", "tokenizer", "version", "is_alive", "is_ready", "is_responsive"} | {
-        *("serve", "wait_ended", "shutdown", "update_weights_from_bucket")
+        *("serve", "wait_ended", "shutdown", "update_weights_from_bucket", "stage_from_group")
     }

@@ -1,0 +1,51 @@
+"""A trainer's process group, joined and received from by calls of a client."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from headrace import Client, Engine, WeightUpdateError
+from tests.client.conftest import CONNECT
+from tests.engine.group_trainer import TrainerProcess
+
+GROUP = "trainer"
+
+
+def test_weights_come_from_a_group(connect: CONNECT, engine: Engine, model_folder: Path) -> None:
+    client, newer = connect(), model_folder / "newer"
+    expected = {name: each.to(torch.bfloat16) for name, each in load_file(newer / "model.safetensors").items()}
+    names = list(expected)
+    with contextlib.closing(TrainerProcess()) as trainer, ThreadPoolExecutor(1) as pool:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        joining = pool.submit(client.init_weights_update_group, "127.0.0.1", port, 1, 2, GROUP, "gloo", timeout=60)
+        trainer.ask(do="init", port=port, name=GROUP)
+        joining.result(60)
+        reports = []
+        for part in (names[:5], names[5:]):
+            shapes = [list(expected[name].shape) for name in part]
+            update = pool.submit(
+                client.update_weights_from_distributed,
+                part,
+                ["bfloat16"] * len(part),
+                shapes,
+                GROUP,
+                version="grouped",
+                timeout=60,
+            )
+            trainer.ask(do="send", name=GROUP, folder=str(newer), names=part, dtype="bfloat16", bucket=False)
+            reports.append(update.result(60))
+        assert reports[0] is None and reports[1] is not None and reports[1].version == "grouped"
+        assert all(torch.equal(client.get_weights_by_name(name), expected[name].float()) for name in names)
+        client.destroy_weights_update_group(GROUP)
+        with pytest.raises(WeightUpdateError):
+            client.destroy_weights_update_group(GROUP)
+    assert engine.status().version == "grouped" and isinstance(client, Client)
