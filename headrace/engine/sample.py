@@ -74,10 +74,12 @@ class Sample:
 
     def fields_from(self, start: int) -> dict[str, Any]:
         """The `Generation` fields of the tokens from `start` on; those of the prompt come with the first tokens."""
+        spans = slice_spans(self.spans, start, len(self.token_ids)) if start else self.spans
         fields: dict[str, Any] = {
             "token_ids": self.token_ids[start:].tolist(),
             "logprobs": self.logprobs[start:].tolist(),
-            **span_fields(slice_spans(self.spans, start, len(self.token_ids)) if start else self.spans),
+            "version_spans": list(map(_LABEL, spans)),
+            "version_epochs": list(map(_EPOCH, spans)),
             "num_prompt_tokens": self.num_prompt_tokens,
             "num_cached_tokens": self.num_cached_tokens,
             "num_preemptions": self.num_preemptions,
@@ -140,6 +142,16 @@ def spans_of(piece: Generation) -> list[Span]:
     """The spans of what a caller was given."""
     pairs = zip(piece.version_spans, piece.version_epochs, strict=True)
     return [(version, count, epoch) for (version, count), epoch in pairs]
+
+
+def extend_spans(spans: list[tuple[str, int]], epochs: list[int], piece: Generation) -> None:
+    """Add those of the next piece of the same sample, in place: a stream does it for every token."""
+    for span, epoch in zip(piece.version_spans, piece.version_epochs, strict=True):
+        if spans and epochs[-1] == epoch and spans[-1][0] == span[0]:
+            spans[-1] = span[0], spans[-1][1] + span[1]
+        else:
+            spans.append(span)
+            epochs.append(epoch)
 
 
 def span_fields(spans: Iterable[Span]) -> dict[str, list[Any]]:

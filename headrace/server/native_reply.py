@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from headrace.engine import Stream
-from headrace.engine.sample import Span, extended_spans, span_fields, spans_of
+from headrace.engine.sample import extend_spans
 from headrace.server.errors import body_of
 from headrace.server.wire import encode_json
 from headrace.text import Tokenizer
@@ -40,7 +40,8 @@ class SequenceReply:
         self._text: list[str] = []
         self._ids: list[int] = []
         self._lists: dict[str, list[Any]] = {}
-        self._spans: tuple[Span, ...] = ()
+        self._spans: list[tuple[str, int]] = []
+        self._epochs: list[int] = []
         self._prompt_spans: list[tuple[str, int]] = []
         self._last_version: str | None = None
         self._num_tokens = 0
@@ -54,8 +55,7 @@ class SequenceReply:
         self._prompt_spans = piece.prompt_version_spans or self._prompt_spans
         for version, _ in (piece.version_spans or piece.prompt_version_spans)[-1:]:
             self._last_version = version
-        for span in spans_of(piece):
-            self._spans = extended_spans(self._spans, *span)
+        extend_spans(self._spans, self._epochs, piece)
         if self._wants_logprobs:
             self._add_logprobs(piece)
 
@@ -71,7 +71,8 @@ class SequenceReply:
             "weight_version": self._last_version or self._style.live_version(),  # the latter of nothing computed
             "num_retractions": piece.num_preemptions,
             "dp_rank": 0,
-            **span_fields(self._spans),
+            "version_spans": self._spans,
+            "version_epochs": self._epochs,
             "seed": piece.seed,
             "logprob_mode": piece.logprob_mode,
             "prompt_logprob_mode": piece.prompt_logprob_mode,
@@ -95,7 +96,8 @@ class SequenceReply:
         """What was sent is not sent again; `completion_tokens` and `weight_version` go on to be of the whole."""
         self._text.clear()
         self._ids.clear()
-        self._spans = ()
+        self._spans.clear()
+        self._epochs.clear()
         self._prompt_spans = []
         for values in self._lists.values():
             values.clear()

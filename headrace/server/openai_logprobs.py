@@ -7,7 +7,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from headrace.engine import Stream
-from headrace.engine.sample import Span, extended_spans, slice_spans, span_fields, spans_of
+from headrace.engine.sample import extend_spans, slice_spans, span_fields, spans_of
 from headrace.text import IncrementalDetokenizer, Tokenizer
 from headrace.types.generation import Generation
 
@@ -109,13 +109,13 @@ def _by_text(writer: TokenWriter, values: dict[int, float]) -> dict[str, float]:
 
 
 def _joined(pieces: list[Generation]) -> Generation:
-    spans: tuple[Span, ...] = ()
+    spans, epochs = list[tuple[str, int]](), list[int]()
     for piece in pieces:
-        for span in spans_of(piece):
-            spans = extended_spans(spans, *span)
+        extend_spans(spans, epochs, piece)
     return replace(
         pieces[-1],
-        **span_fields(spans),
+        version_spans=spans,
+        version_epochs=epochs,
         token_ids=[each for piece in pieces for each in piece.token_ids],
         logprobs=[each for piece in pieces for each in piece.logprobs],
         top_logprobs=[each for piece in pieces for each in piece.top_logprobs],
