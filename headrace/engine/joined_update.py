@@ -42,6 +42,7 @@ class JoinedUpdate:
         self._client = client
         self._joining = asyncio.Lock()
         self._session: UpdateSession | None = None
+        self._committed: UpdateSession | None = None  # the last of which the commit was asked for
         self._version = ""  # that a call has given
         self._last: UpdateReport | None = None  # of an update without a head, which may come late
 
@@ -154,6 +155,8 @@ class JoinedUpdate:
         if session.is_partial:
             await self._updater.abort(session)
             return self._last
+        if session is self._committed:  # by another call, which found all of it staged before this one came here
+            return None
         if self._session is not session:
             raise UpdateConflictError(f"session {session.session_id} was aborted", field="session_id")
         if session.num_missing or not session.is_staged:
@@ -161,7 +164,7 @@ class JoinedUpdate:
         return await self._commit(session)
 
     async def _commit(self, session: UpdateSession) -> UpdateReport:
-        self._session = None
+        self._session, self._committed = None, session
         report = await self._updater.commit(session, self._version)
         self._last = None if TIED_HEAD in session else report
         return report

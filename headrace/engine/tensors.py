@@ -68,7 +68,8 @@ class HeldTensors:
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         for name, tensor, num_writes, sample in self._held:
-            describe(name, tensor)  # it may have been freed
+            if sample is not None:
+                describe(name, tensor)  # it may have been freed
             if _num_writes(tensor) != num_writes or (sample is not None and _sample(tensor) != sample):
                 message = f"{name} was written to after it was handed over; begin_update, stage and commit copy each"
                 raise WeightUpdateError(f"{message} tensor before the next is asked for", field=name)
@@ -100,10 +101,14 @@ class TensorBytes:
     """
 
     def __init__(self, name: str, tensor: Any) -> None:
+        self._hold(name, _plain(tensor))
+
+    def _hold(self, name: str, plain: Any) -> None:
         self._name = name
-        self._plain = _plain(tensor)
-        self._num_writes = _num_writes(self._plain)
-        self._part = range(self._plain.nbytes)
+        self._plain = plain
+        self._num_writes = _num_writes(plain)
+        self._storage_bytes = _storage_bytes(plain)
+        self._part = range(plain.nbytes)
 
     def __len__(self) -> int:
         return len(self._part)
@@ -115,25 +120,25 @@ class TensorBytes:
 
     def copy_into(self, view: Any) -> None:
         """Write all of them to `view`, which has their size."""
-        if not isinstance(self._plain, np.ndarray):
-            describe(self._name, self._plain)
-            if _num_writes(self._plain) != self._num_writes:
-                raise WeightUpdateError(f"{self._name} was written to while it was sent", field=self._name)
+        self._check_memory()
         view[:] = _memory(self._plain)[self._part.start : self._part.stop]
+
+    def _check_memory(self) -> None:
+        if _storage_bytes(self._plain) != self._storage_bytes or not _is_readable_now(self._plain):
+            describe(self._name, self._plain)
+        if _num_writes(self._plain) != self._num_writes:
+            raise WeightUpdateError(f"{self._name} was written to while it was sent", field=self._name)
 
 
 class DeviceBytes(TensorBytes):
     """The same of a tensor on a device, for memory there: nothing waits for the copy."""
 
     def __init__(self, name: str, tensor: Any) -> None:
-        self._name = name
-        self._plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
-        self._num_writes = _num_writes(self._plain)
-        self._part = range(self._plain.nbytes)
+        self._hold(name, tensor.detach().resolve_conj().resolve_neg().contiguous())
 
     def copy_into(self, view: Any) -> None:
         """Enqueue, on the current stream, writing all of them to `view`, which is uint8 of their size."""
-        describe(self._name, self._plain)
+        self._check_memory()
         view.copy_(self._plain.reshape(-1).view(view.dtype)[self._part.start : self._part.stop])
 
 
@@ -224,6 +229,19 @@ def _checked(pairs: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 def _is_torch(tensor: Any) -> bool:
     torch = sys.modules.get("torch")  # not loaded: it can be none
     return torch is not None and isinstance(tensor, torch.Tensor)
+
+
+def _storage_bytes(tensor: Any) -> int:
+    """What the memory of a tensor holds: less, once it was freed."""
+    return int(tensor.nbytes if isinstance(tensor, np.ndarray) else tensor.untyped_storage().nbytes())
+
+
+def _is_readable_now(tensor: Any) -> bool:
+    if isinstance(tensor, np.ndarray):
+        return True
+    from headrace.weights.staging import unreadable_now
+
+    return not unreadable_now()
 
 
 def _num_writes(tensor: Any) -> int:

@@ -17,6 +17,7 @@ import torch
 
 from headrace import DeadlineError, Engine, TensorInfo, UpdateConflictError, UpdateReport, WeightUpdateError
 from headrace.engine.control import terms_of_part
+from headrace.engine.joined_update import JoinedUpdate
 from headrace.engine.update_session import UpdateSession
 from tests.engine.builders import SETTINGS, model_of, named_tensors, save_model
 
@@ -229,6 +230,31 @@ def test_parts_may_be_staged_at_the_same_time(engine: Engine, new: Tensors, dige
 
     async def scenario() -> list[UpdateReport | None]:
         return await asyncio.gather(*(ours.update_weights_from_bucket(part, "all") for part in buckets(new)))
+
+    found = asyncio.run(scenario())
+    assert [report.version for report in found if report] == ["all"]
+    assert engine.digest() == digests[1]
+
+
+def test_a_part_that_another_call_commits_is_no_conflict(
+    engine: Engine, new: Tensors, digests: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are staged before either looks whether all of it is."""
+    finish, num_waiting = JoinedUpdate._finish, 0
+
+    async def once_both_are_staged(self: JoinedUpdate, *arguments: Any) -> UpdateReport | None:
+        nonlocal num_waiting
+        num_waiting += 1
+        while num_waiting < 2:
+            await asyncio.sleep(0.01)
+        return await finish(self, *arguments)
+
+    monkeypatch.setattr(JoinedUpdate, "_finish", once_both_are_staged)
+    ours = engine.asynchronous
+
+    async def scenario() -> list[UpdateReport | None]:
+        halves = new[:5], new[5:]
+        return await asyncio.gather(*(ours.update_weights_from_bucket(part, "all") for part in halves))
 
     found = asyncio.run(scenario())
     assert [report.version for report in found if report] == ["all"]
