@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +76,8 @@ def reference_logprobs(model: Qwen3ForCausalLM, token_ids: list[int], temperatur
         logits = model(torch.tensor([token_ids])).logits[0].double()
     result: np.ndarray[Any, Any] = torch.log_softmax(logits / temperature, dim=-1).numpy()
     return result
+
+
+def shared_memory() -> set[str]:
+    """What is in shared memory under a name, but what senders of other tests share through torch beside this one."""
+    return {name for name in os.listdir("/dev/shm") if not name.startswith("torch_")}

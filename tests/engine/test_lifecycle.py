@@ -39,7 +39,7 @@ from headrace.config import ResolvedConfig
 from headrace.core import serve_core
 from headrace.engine.core_host import ExecutorKind
 from headrace.ipc import CoreLink
-from tests.engine.builders import SETTINGS, model_of, named_tensors
+from tests.engine.builders import SETTINGS, model_of, named_tensors, shared_memory
 
 ROOT = Path(__file__).parents[2]
 PROMPT = [1, 2, 3]
@@ -242,7 +242,7 @@ def test_a_script_without_a_main_guard_ends_by_itself_and_quietly(model_folder: 
 
 def test_a_killed_parent_leaves_nothing(model_folder: Path) -> None:
     """With requests running and buffers of an update open."""
-    before = set(os.listdir("/dev/shm"))
+    before = shared_memory()
     end = """
 threading.Thread(target=lambda: engine.generate(input_ids=[[1]] * 8, sampling_params={"max_new_tokens": 1000})).start()
 import numpy
@@ -256,7 +256,7 @@ import time; time.sleep(60)
         assert read_core_pid(process) == pid and is_running(pid)
         process.kill()
         wait_for(lambda: not is_running(pid), DEATH_SECONDS)
-    assert set(os.listdir("/dev/shm")) <= before
+    assert shared_memory() <= before
 
 
 def test_a_killed_core_answers_everybody_in_seconds(model_folder: Path) -> None:

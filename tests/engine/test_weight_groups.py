@@ -28,7 +28,7 @@ from headrace import (
 )
 from headrace.engine.update_session import UpdateSession
 from tests.arch.source import ROOT
-from tests.engine.builders import SETTINGS, model_of, named_tensors, save_model
+from tests.engine.builders import SETTINGS, model_of, named_tensors, save_model, shared_memory
 from tests.engine.group_trainer import TrainerProcess
 from tests.engine.test_updates import GREEDY, Load
 
@@ -137,7 +137,7 @@ def test_an_update_equals_one_from_tensors(
 
 def usage_of(engine: Engine) -> tuple[int, int, int]:
     pid = engine.asynchronous.runtime.host.pid
-    return len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task")), len(os.listdir("/dev/shm"))
+    return len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task")), len(shared_memory())
 
 
 def test_thirty_updates_hold_nothing(spawned: Engine, trainer: TrainerProcess, new_folder: Path) -> None:
