@@ -36,9 +36,11 @@ def generate_body(
         params = [_spelled(sampling_params[i]) if i in refusals else each for i, each in enumerate(params)]
     else:
         params = params[0]
+    names = [field] if len(given) == 1 else [f"{field}[{i}]" for i in range(len(given))]
     if field == "input_ids":
-        names = ["input_ids"] if len(given) == 1 else [f"input_ids[{i}]" for i in range(len(given))]
         given = [_ids(row, name, returns_errors) for row, name in zip(given, names, strict=True)]
+    else:
+        given = [_text(each, name, returns_errors) for each, name in zip(given, names, strict=True)]
     ask = GenerateAsk(**{field: given}, sampling_params=params, options=_spelled(options), stream=stream, scores=scores)
     try:
         return _ENCODER.encode(ask)
@@ -62,6 +64,18 @@ def _ids(row: Any, name: str, returns_errors: bool) -> list[Any]:
         if not returns_errors:
             raise
         return [None]  # refused there, as an error of this prompt
+
+
+def _text(text: Any, name: str, returns_errors: bool) -> Any:
+    if isinstance(text, str) and not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            if returns_errors and "[" in name:
+                return None  # as above; a call without any text would be refused as a whole
+            message = f"{name}: text is not valid Unicode: {error.reason} at {error.start}"
+            raise RequestError(message, field=name) from None
+    return text
 
 
 def _spelled(value: Any) -> Any:

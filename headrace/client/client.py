@@ -33,7 +33,7 @@ def _blocking(
 
 
 class Client:
-    """An engine at `url`, as `Engine` is one here. See `AsyncClient`. May be used from any thread."""
+    """An engine at `url`, as `Engine` is one here. See `AsyncClient`. May be used from any thread, and in a fork."""
 
     def __init__(
         self,

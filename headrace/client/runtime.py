@@ -59,7 +59,10 @@ class Runtime(Client):
     ) -> None:
         for name in {"api_key_file", "admin_api_key_file"} & config.keys():
             raise ConfigError(f"{name}: give the key itself, which goes to the server through a socket", field=name)
+        if not isinstance(model, (str, Path)) or "\0" in str(model):
+            raise ConfigError(f"model {model!r} is no folder or hub id", field="model")
         level = as_choice(log_level, _LEVELS, "log_level", ConfigError)
+        as_seconds(timeout, "timeout")  # before the wait for a start
         config = {"api_key": secrets.token_urlsafe(32), "drain_timeout": _DRAIN_SECONDS, **config}
         limit = as_seconds(config.get("start_timeout", _START_TIMEOUT), "start_timeout", ConfigError)
         self._server = ServerProcess(model, _packed(OwnerOrder(config)), level)

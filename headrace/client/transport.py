@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import os
 import time
 from collections.abc import AsyncGenerator, Coroutine, Iterator
 from typing import Any, Protocol
@@ -24,6 +26,7 @@ from headrace.types.errors import (
     HeadraceError,
     NotFoundError,
     RequestError,
+    ShutdownError,
     UnavailableError,
     UnreachableError,
 )
@@ -77,16 +80,17 @@ class Transport(Protocol):
 
 
 class LoopTransport:
-    """Waits on the caller's event loop."""
+    """Waits on the caller's event loop, which is always the same one: connections cannot be used on another."""
 
     def __init__(self, url: str) -> None:
         self._http = httpx.AsyncClient(base_url=url, trust_env=False, limits=_LIMITS)
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def send(self, call: HttpCall) -> HttpAnswer:
         """See `Transport`."""
         with _failures(call):
             try:
-                async with asyncio.timeout(call.timeout), self._http.stream(**_request(call)) as reply:
+                async with asyncio.timeout(call.timeout), self._opened(call).stream(**_request(call)) as reply:
                     body = bytearray()
                     async for chunk in reply.aiter_raw():
                         body += chunk
@@ -98,7 +102,7 @@ class LoopTransport:
     async def stream(self, call: HttpCall) -> AsyncGenerator[bytes]:
         """See `Transport`."""
         with _failures(call):
-            async with self._http.stream(**_request(call)) as reply:
+            async with self._opened(call).stream(**_request(call)) as reply:
                 if reply.status_code != httpx.codes.OK:
                     _raise_for(call, reply.status_code, await reply.aread())
                 async for chunk in reply.aiter_raw():
@@ -112,17 +116,26 @@ class LoopTransport:
         """See `Transport`."""
         await self._http.aclose()
 
+    def _opened(self, call: HttpCall) -> httpx.AsyncClient:
+        self._loop = self._loop or asyncio.get_running_loop()
+        if self._loop is not asyncio.get_running_loop():
+            raise UnavailableError(f"{call.name}: this client belongs to another event loop; make one for each")
+        if self._http.is_closed:
+            raise _closed(call)
+        return self._http
+
 
 class BlockingTransport:
     """Blocks. Its coroutines never wait (`headrace.engine.update.run_here`), and may be run in any thread."""
 
     def __init__(self, url: str) -> None:
-        self._http = httpx.Client(base_url=url, trust_env=False, limits=_LIMITS)
+        self._make = functools.partial(httpx.Client, base_url=url, trust_env=False, limits=_LIMITS)
+        self._http, self._pid = self._make(), os.getpid()
 
     async def send(self, call: HttpCall) -> HttpAnswer:
         """See `Transport`. The deadline is looked at between two parts of an answer, each of which has it too."""
         deadline = time.monotonic() + call.timeout
-        with _failures(call), self._http.stream(**_request(call)) as reply:
+        with _failures(call), self._opened(call).stream(**_request(call)) as reply:
             body = bytearray()
             for chunk in reply.iter_raw():
                 body += chunk
@@ -133,7 +146,7 @@ class BlockingTransport:
 
     async def stream(self, call: HttpCall) -> AsyncGenerator[bytes]:
         """See `Transport`."""
-        with _failures(call), self._http.stream(**_request(call)) as reply:
+        with _failures(call), self._opened(call).stream(**_request(call)) as reply:
             if reply.status_code != httpx.codes.OK:
                 _raise_for(call, reply.status_code, reply.read())
             for chunk in reply.iter_raw():
@@ -146,6 +159,16 @@ class BlockingTransport:
     async def close(self) -> None:
         """See `Transport`."""
         self._http.close()
+
+    def _opened(self, call: HttpCall) -> httpx.Client:
+        """The connections of this process: on one that a fork shares with its parent, each would read the other's
+        answers."""
+        if self._http.is_closed:
+            raise _closed(call)
+        if self._pid != os.getpid():
+            self._http = self._make()
+            self._pid = os.getpid()  # last: another thread of the fork may look meanwhile
+        return self._http
 
 
 # Proxies and keys that the environment names are for the web, not for a replica: `trust_env` is off.
@@ -169,7 +192,8 @@ def check_url(url: Any) -> str:
         parsed = httpx.URL(url)
     except (httpx.InvalidURL, TypeError) as error:
         raise ConfigError(f"url {url!r} is no address: {error}", field="url") from None
-    if parsed.scheme not in ("http", "https") or not parsed.host:
+    # A name in it would take the place of the key, and a query that of the route.
+    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo or parsed.query:
         raise ConfigError(f"url {url!r} is no address like http://127.0.0.1:30000", field="url")
     return str(parsed).rstrip("/")
 
@@ -191,6 +215,10 @@ def _failures(call: HttpCall) -> Iterator[None]:
         raise _late(call) from None
     except httpx.TransportError as error:
         raise UnreachableError(f"{call.name}: no answer from the server: {error or type(error).__name__}") from None
+
+
+def _closed(call: HttpCall) -> ShutdownError:
+    return ShutdownError(f"{call.name}: this client is closed")
 
 
 def _late(call: HttpCall) -> DeadlineError:

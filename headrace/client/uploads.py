@@ -7,6 +7,7 @@ A tensor has been copied before the next one is asked for; one that is larger th
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -48,8 +49,11 @@ class UploadMemory:
         self.capacity = num_bytes
         self.max_pieces = max_pieces
         self.entries: list[BufferEntry] = []
-        self.lent_to: tuple[int, int] | None = None
-        """The session that it is lent to, and its number there."""
+        self.lent_to: tuple[bytes, int] | None = None
+        """The token of the session that it is lent to, and its number there. Numbers of sessions begin again with a
+        server."""
+        self.pid = os.getpid()
+        """The process that may write here: a fork shares the memory with its parent."""
         self._num_used = 0
 
     def write(self, index: int, start: int, data: TensorBytes, *, replaces: bool) -> bool:
@@ -77,7 +81,7 @@ class Uploads:
     def __init__(self, ask: Ask, *, shares_memory: bool) -> None:
         self._ask = ask
         self._shares = shares_memory
-        self._refused_by: int | None = None  # the session whose server has not taken our memory
+        self._refused_by: bytes | None = None  # the token of the session whose server has not taken our memory
         self._begun: SessionBegun | None = None
         self._free: list[UploadMemory] = []
 
@@ -125,7 +129,7 @@ class Uploads:
         room = _whole(begun.max_body_bytes - head_bytes)
         wanted = min(BUFFER_BYTES, room, max(1, sum(aligned(info.num_bytes) for info in session.manifest)))
         while (memory := self._kept()) is not None:
-            if wanted <= memory.capacity <= room:
+            if memory.pid == os.getpid() and wanted <= memory.capacity <= room:
                 return memory
             memory.shared.close()
         try:
@@ -153,9 +157,9 @@ class Uploads:
 
     async def _is_lent(self, begun: SessionBegun, memory: UploadMemory) -> bool:
         """Whether the server reads this memory itself. One that cannot is not asked again in a session."""
-        if not self._shares or self._refused_by == begun.session_id:
+        if not self._shares or self._refused_by == begun.token:
             return False
-        if memory.lent_to is None or memory.lent_to[0] != begun.session_id:
+        if memory.lent_to is None or memory.lent_to[0] != begun.token:
             memory.sign(begun.token)
             ref = memory.shared.ref
             try:
@@ -165,9 +169,9 @@ class Uploads:
             except RequestError as error:
                 if error.field != "buffer":
                     raise
-                self._refused_by = begun.session_id
+                self._refused_by = begun.token
                 return False
-            memory.lent_to = begun.session_id, msgspec.msgpack.decode(answer, type=int)
+            memory.lent_to = begun.token, msgspec.msgpack.decode(answer, type=int)
         return True
 
 

@@ -55,6 +55,8 @@ def wrong_calls(door: Any) -> list[Any]:
         error_of(lambda: door.generate(input_ids={1, 2})),
         error_of(lambda: door.generate("a", [1])),
         error_of(lambda: door.generate(["a", 7])),
+        error_of(lambda: door.generate(["a", "\ud800"])),
+        error_of(lambda: door.generate("b\ud800")),
         error_of(lambda: door.generate(input_ids=[1], sampling_params={"top_p": 2.0})),
         error_of(lambda: door.generate(input_ids=[1], sampling_params={"temperature": math.nan})),
         error_of(lambda: door.generate(input_ids=[1], sampling_params={"max_new_tokens": 10**6})),
@@ -101,6 +103,8 @@ def scenario(door: Any, folder: Path) -> list[Any]:
     seen += door.generate(input_ids=[*IDS, [10**6]], request_id="r", sampling_params=DRAWN, return_errors=True)
     refused: Any = [{"temperature": math.nan}, DRAWN]  # JSON has no such number
     samples = door.generate(input_ids=IDS, sampling_params=refused, request_id="nan", return_errors=True)
+    half = "half of a pair: \ud800"  # nor such a text
+    samples += door.generate(["a", half], sampling_params=DRAWN, request_id="half", return_errors=True)
     seen += [(sample.error and sample.error.field, sample.token_ids) for sample in samples]
     seen += door.score(input_ids=np.array(IDS[:1]), request_id="score", top_logprobs=2)
     pieces = list(door.stream(input_ids=IDS, sampling_params=SamplingParams(n=2, **DRAWN), request_id="stream"))

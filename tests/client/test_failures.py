@@ -131,7 +131,9 @@ def test_somebody_else_s_server() -> None:
         assert raised(lambda: client.generate(input_ids=[1])).field == "url"
 
 
-@pytest.mark.parametrize("url", ["", "127.0.0.1:3000", "ftp://a", "http://", "http://a\0b", 7])
+@pytest.mark.parametrize(
+    "url", ["", "127.0.0.1:3000", "ftp://a", "http://", "http://a\0b", 7, "http://me:key@a", "http://a/?b=c"]
+)
 def test_what_is_no_address(url: Any) -> None:
     for kind in (Client, AsyncClient):
         assert (type(error := raised(kind, url)), error.field) == (ConfigError, "url")
@@ -141,6 +143,47 @@ def test_what_is_no_setting() -> None:
     wrong: dict[str, Any] = {"api_key": "", "admin_key": "a\nb", "timeout": 0}
     for field, value in wrong.items():
         assert raised(Client, "http://127.0.0.1:1", **{field: value}).field == field
+
+
+def test_a_client_that_is_closed_or_on_another_loop(connect: CONNECT) -> None:
+    client = connect()
+    client.close()
+    client.close()
+    url, other = client.url, AsyncClient(client.url)
+    for call in (client.status, lambda: list(client.stream(input_ids=[1]))):
+        assert type(raised(call)) is ShutdownError
+
+    async def pieces() -> list[Any]:
+        return [piece async for piece in other.stream(input_ids=[1])]
+
+    with asyncio.Runner() as first:
+        assert first.run(other.status()).state == "ready"
+        for ask in (other.status, other.status, pieces):
+            assert "another event loop" in raised(lambda ask=ask: asyncio.run(ask())).message
+        first.run(other.close())
+
+    async def closed() -> None:
+        async with AsyncClient(url) as left:
+            await left.status()
+        await left.status()
+
+    assert type(raised(lambda: asyncio.run(closed()))) is ShutdownError
+
+
+def test_a_fork_has_connections_of_its_own(runtime: Runtime) -> None:
+    def answer(first: int) -> list[int]:
+        params = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
+        return runtime.generate(input_ids=[first] * 5, sampling_params=params)[0].token_ids
+
+    expected = {first: answer(first) for first in (1, 2)}
+    assert expected[1] != expected[2]
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):  # whatever it is, pytest is not to go on here
+            os._exit(0 if all(answer(2) == expected[2] for _ in range(20)) else 1)
+        os._exit(2)
+    answers = [answer(1) for _ in range(20)]
+    assert os.waitpid(child, 0)[1] == 0 and answers == [expected[1]] * 20
 
 
 def test_a_status_without_a_class_of_ours() -> None:

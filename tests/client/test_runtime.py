@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from headrace import CheckpointError, Client, ConfigError, HeadraceError, Runtime, UnreachableError
+from headrace import CheckpointError, Client, ConfigError, HeadraceError, RequestError, Runtime, UnreachableError
 from tests.client.conftest import CONFIG, left_in_shared_memory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,7 +77,7 @@ def broken(folder: Path, tmp_path: Path) -> Path:
 
 def test_what_keeps_it_from_starting_is_raised_here(model_folder: Path, tmp_path: Path) -> None:
     before = children(os.getpid())
-    cases: list[tuple[Path | str, dict[str, Any], type[HeadraceError], str]] = [
+    cases: list[tuple[Any, dict[str, Any], type[HeadraceError], str]] = [
         (model_folder, {"page_size": -1}, ConfigError, "page_size"),
         (model_folder, {"nonsense": 1}, ConfigError, "nonsense"),
         (model_folder, {"dtype": "float3"}, ConfigError, "dtype"),
@@ -89,6 +89,9 @@ def test_what_keeps_it_from_starting_is_raised_here(model_folder: Path, tmp_path
         (model_folder, {"seed": object()}, ConfigError, "config"),
         (broken(model_folder, tmp_path / "broken"), {}, CheckpointError, ""),
         (tmp_path / "-nothing", {}, ConfigError, "model"),
+        (None, {}, ConfigError, "model"),
+        ("a\0b", {}, ConfigError, "model"),
+        (tmp_path / "-nothing", {"timeout": 0}, RequestError, "timeout"),
     ]
     for model, config, kind, field in cases:
         with pytest.raises(kind) as caught:

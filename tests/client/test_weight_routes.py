@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from headrace import Engine, UpdateConflictError, WeightUpdateError
-from headrace.client.uploads import _HEAD_BYTES_PER_PIECE, BUFFER_BYTES, MAX_PIECES, UploadMemory
+from headrace import Client, Engine, UpdateConflictError, WeightUpdateError
+from headrace.client.uploads import _HEAD_BYTES_PER_PIECE, BUFFER_BYTES, MAX_PIECES, UploadMemory, Uploads
 from headrace.engine.tensors import TensorBytes
 from headrace.ipc import SharedBuffer
 from headrace.ipc.buffers import BorrowedBuffer
@@ -36,7 +36,7 @@ from headrace.types.http import (
     TensorPiece,
 )
 from headrace.types.weights import MAX_TENSORS, BufferEntry, BufferRef, TensorInfo
-from tests.client.conftest import CONNECT
+from tests.client.conftest import CONFIG, CONNECT
 
 NORM = "model.norm.weight"
 VALUES = np.arange(32, dtype=np.float32)
@@ -332,3 +332,30 @@ def test_a_session_goes_over_by_another_one(connect: CONNECT) -> None:
         with pytest.raises(UpdateConflictError):
             call()
     assert second.update_weights_from_tensor({NORM: VALUES}, "c", partial=True).version == "c"
+
+
+def test_memory_lent_to_a_server_is_lent_again_to_the_next(model_folder: Path) -> None:
+    uploads: Uploads | None = None
+    for value in (1.0, 2.0):
+        # another server at the same address, whose sessions are counted from the start again
+        with Engine(model_folder, inprocess=True, **CONFIG) as engine, Client(engine.serve().url) as client:
+            uploads = uploads or client.asynchronous._uploads
+            uploads._ask, client.asynchronous._uploads = client.asynchronous._stage_part, uploads
+            kept = uploads._free[:]
+            client.update_weights_from_tensor({NORM: VALUES * value}, "v", partial=True)
+            assert np.array_equal(client.get_weights_by_name(NORM).numpy(), VALUES * value)
+            assert not kept or uploads._free == kept, "the same memory"
+            client.asynchronous._uploads = Uploads(uploads._ask, shares_memory=True)
+    assert uploads is not None
+    uploads.close()
+
+
+def test_a_fork_stages_in_memory_of_its_own(connect: CONNECT) -> None:
+    client = connect()
+    uploads = client.asynchronous._uploads
+    client.update_weights_from_tensor({NORM: VALUES}, "v", partial=True)
+    kept = uploads._free[0]
+    kept.pid += 1  # as in a fork, whose parent has it
+    client.update_weights_from_tensor({NORM: OTHER}, "w", partial=True)
+    assert kept not in uploads._free and uploads._free[0].pid == os.getpid()
+    assert np.array_equal(client.get_weights_by_name(NORM).numpy(), OTHER)
