@@ -15,7 +15,15 @@ from typing import Any
 import pytest
 import torch
 
-from headrace import DeadlineError, Engine, TensorInfo, UpdateConflictError, UpdateReport, WeightUpdateError
+from headrace import (
+    DeadlineError,
+    Engine,
+    HeadraceError,
+    TensorInfo,
+    UpdateConflictError,
+    UpdateReport,
+    WeightUpdateError,
+)
 from headrace.engine.control import terms_of_part
 from headrace.engine.update_session import UpdateSession
 from tests.engine.builders import SETTINGS, model_of, named_tensors, save_model
@@ -151,6 +159,23 @@ def test_a_wrong_bucket_ends_the_update_and_the_next_begins_anew(
         assert not engine.status().updating
         send(engine, buckets(new), mode=mode)
         assert engine.digest() == digests[1]
+
+
+@pytest.mark.parametrize("terms", [{"version": ""}, {"mode": "magic"}, {"in_flight": "x"}, {"timeout": -1}])
+@pytest.mark.parametrize("blocks", [True, False])
+def test_wrong_words_of_a_bucket_end_the_update_too(
+    engine: Engine, new: Tensors, digests: list[dict[str, str]], blocks: bool, terms: dict[str, Any]
+) -> None:
+    """Else buckets of its sender's next try, in another order, would be joined to those of the last."""
+    assert engine.update_weights_from_bucket(new[:9]) is None
+    with pytest.raises(HeadraceError):
+        if blocks:
+            engine.update_weights_from_bucket(new[9:], **terms)
+        else:
+            asyncio.run(engine.asynchronous.update_weights_from_bucket(new[9:], **terms))
+    assert not engine.status().updating
+    send(engine, [named_tensors(model_of(2))[9:], named_tensors(model_of(2))[:9]])
+    assert engine.digest() == digests[2]
 
 
 @pytest.mark.parametrize("label", [None, "v"])
