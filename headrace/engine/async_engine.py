@@ -335,14 +335,14 @@ class AsyncEngine(EngineLifecycle):
         are refused, and `abort_update` drops it. The cache needs no flush.
         """
         await self.start()
-        return await self.add_by(self.runtime.run, named_tensors, terms_of_part(version, mode, in_flight, timeout))
+        return await self.add_by(self.runtime.run, named_tensors, version, mode, in_flight, timeout)
 
-    async def add_by(self, run: Run, named_tensors: NamedTensors, terms: UpdateTerms) -> UpdateReport | None:
+    async def add_by(self, run: Run, named_tensors: NamedTensors, *terms_given: Any) -> UpdateReport | None:
         """As `update_weights_from_bucket`, awaiting nothing but what `run` makes of coroutines for the loop."""
         self.runtime.check_open()
         joined, updater = self.runtime.joined, self.runtime.updater
         try:
-            held = HeldTensors(named_tensors)
+            terms, held = terms_of_part(*terms_given), HeldTensors(named_tensors)
         except BaseException:  # whatever it is, as in `JoinedUpdate.add`
             await run(joined.end())
             raise

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack
 
 from headrace.config import EngineConfig, ResolvedConfig
 from headrace.engine.async_engine import AsyncEngine
-from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, terms_of, terms_of_part
+from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, terms_of
 from headrace.engine.core_host import ExecutorKind
 from headrace.engine.fields import InputIds, Prompts, Sampling
 from headrace.engine.requests import GenerateOptions
@@ -166,8 +166,7 @@ class Engine:
         timeout: float = DEFAULT_UPDATE_TIMEOUT,
     ) -> UpdateReport | None:
         """See `AsyncEngine.update_weights_from_bucket`. The iterable is read in the calling thread."""
-        terms = terms_of_part(version, mode, in_flight, timeout)
-        return run_here(self.asynchronous.add_by(self._run, named_tensors, terms))
+        return run_here(self.asynchronous.add_by(self._run, named_tensors, version, mode, in_flight, timeout))
 
     def get_weights_by_name(self, name: str) -> torch.Tensor:
         """See `AsyncEngine.get_weights_by_name`."""

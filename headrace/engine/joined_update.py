@@ -115,9 +115,12 @@ class JoinedUpdate:
             return await self._extend(joined[0], manifest, terms)
 
     def _is_late_head(self, manifest: tuple[TensorInfo, ...], terms: UpdateTerms) -> bool:
-        """The last update was live before its sender came to the head: then the model has none of its own."""
+        """The last update was live before its sender came to the head: then the model has none of its own. Where other
+        weights came since, or these were lost, it is the first of another update."""
+        status, last = self._client.status, self._last
+        is_live = last is not None and status is not None and status.epoch == last.epoch and self._client.is_whole
         is_same = not terms.version or terms.version == self._version
-        return self._last is not None and is_same and [info.name for info in manifest] == [TIED_HEAD]
+        return is_live and is_same and [info.name for info in manifest] == [TIED_HEAD]
 
     async def _compare_head(
         self, manifest: tuple[TensorInfo, ...], terms: UpdateTerms, joined: list[UpdateSession]
@@ -129,10 +132,9 @@ class JoinedUpdate:
         return list(await self._updater.extend(joined[0], manifest))
 
     async def _open(self, terms: UpdateTerms, joined: list[UpdateSession]) -> None:
-        self._version, self._last = "", None
         labelled = msgspec.structs.replace(terms, version=terms.version or self._last_label())
         session = await self._updater.begin((), labelled, is_open=True)
-        self._session = session
+        self._session, self._version, self._last = session, "", None
         joined[:] = [session]
 
     def _last_label(self) -> str:
@@ -165,7 +167,7 @@ class JoinedUpdate:
 
     async def _commit(self, session: UpdateSession) -> UpdateReport:
         self._session, self._committed = None, session
-        report = await self._updater.commit(session, self._version)
+        report = await self._updater.commit(session, self._version or self._last_label())
         self._last = None if TIED_HEAD in session else report
         return report
 

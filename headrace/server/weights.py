@@ -23,6 +23,7 @@ from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.wire import json_reply, unless_gone
 from headrace.types.errors import HeadraceError, RequestError
+from headrace.types.weights import UpdateReport
 
 Result = TypeVar("Result")
 NUM_RANKS = 1
@@ -89,21 +90,29 @@ class BucketFace:
     async def update_weights_from_tensor(self, request: Request) -> Response:
         """POST /update_weights_from_tensor: a bucket joins the update that is open, or begins one; the bucket that
         completes it makes it live."""
-        body = await read_control(request, TensorBody)
         try:
-            payload = self._payload(body)
-            in_flight = body.in_flight or ("abort" if body.abort_all_requests else "drain")
-            runtime, device = self._engine.runtime, self._engine.resolved.device
             with FieldNames(_FIELDS):
-                terms = terms_of_part(body.weight_version, body.mode, in_flight, body.timeout_s)
-                joining = add_payload(runtime.joined, runtime.updater, payload, body.load_format, terms, device)
-                report = await self._do(request, joining)
+                report = await self._do(request, await self._joining(request))
         except HeadraceError as error:
             return refusal(error)
         if report is None:
             message = "Bucket taken; weights change with the one that completes them."
             return json_reply({"success": True, "message": message})
         return json_reply({"success": True, "message": "Weights updated.", "report": report})
+
+    async def _joining(self, request: Request) -> Coroutine[Any, Any, UpdateReport | None]:
+        """What a bucket asks for."""
+        runtime = self._engine.runtime
+        try:
+            body = await read_control(request, TensorBody)
+            payload = self._payload(body)
+            in_flight = body.in_flight or ("abort" if body.abort_all_requests else "drain")
+            terms = terms_of_part(body.weight_version, body.mode, in_flight, body.timeout_s)
+        except BaseException:  # whatever it is, as in `JoinedUpdate.add`
+            await runtime.joined.end()
+            raise
+        device = self._engine.resolved.device
+        return add_payload(runtime.joined, runtime.updater, payload, body.load_format, terms, device)
 
     def _payload(self, body: TensorBody) -> str:
         """The payload of this engine's only rank."""

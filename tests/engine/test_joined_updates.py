@@ -15,7 +15,15 @@ from typing import Any
 import pytest
 import torch
 
-from headrace import DeadlineError, Engine, TensorInfo, UpdateConflictError, UpdateReport, WeightUpdateError
+from headrace import (
+    DeadlineError,
+    Engine,
+    HeadraceError,
+    TensorInfo,
+    UpdateConflictError,
+    UpdateReport,
+    WeightUpdateError,
+)
 from headrace.engine.control import terms_of_part
 from headrace.engine.joined_update import JoinedUpdate
 from headrace.engine.update_session import UpdateSession
@@ -70,6 +78,15 @@ def send(engine: Engine, parts: list[Tensors], versions: list[Any] | None = None
     ]
     assert found[:-1] == [None] * (len(parts) - 1) and found[-1] is not None
     return found[-1]
+
+
+def kill_core(engine: Engine) -> None:
+    """And wait for the next one."""
+    runtime = engine.asynchronous.runtime
+    pid = runtime.host.pid
+    os.kill(pid, signal.SIGKILL)
+    while runtime.host.pid == pid or not runtime.client.is_alive:
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("mode", ["auto", "shadow", "inplace"])
@@ -145,6 +162,23 @@ def test_a_wrong_bucket_ends_the_update_and_the_next_begins_anew(
         assert engine.digest() == digests[1]
 
 
+@pytest.mark.parametrize("terms", [{"version": ""}, {"mode": "magic"}, {"in_flight": "x"}, {"timeout": -1}])
+@pytest.mark.parametrize("blocks", [True, False])
+def test_wrong_words_of_a_bucket_end_the_update_too(
+    engine: Engine, new: Tensors, digests: list[dict[str, str]], blocks: bool, terms: dict[str, Any]
+) -> None:
+    """Else buckets of its sender's next try, in another order, would be joined to those of the last."""
+    assert engine.update_weights_from_bucket(new[:9]) is None
+    with pytest.raises(HeadraceError):
+        if blocks:
+            engine.update_weights_from_bucket(new[9:], **terms)
+        else:
+            asyncio.run(engine.asynchronous.update_weights_from_bucket(new[9:], **terms))
+    assert not engine.status().updating
+    send(engine, [named_tensors(model_of(2))[9:], named_tensors(model_of(2))[:9]])
+    assert engine.digest() == digests[2]
+
+
 @pytest.mark.parametrize("label", [None, "v"])
 def test_a_tied_head_that_comes_after_everything_else_is_compared_and_is_no_new_update(
     engine: Engine, new: Tensors, digests: list[dict[str, str]], label: Any
@@ -165,6 +199,42 @@ def test_a_tied_head_that_comes_after_everything_else_is_compared_and_is_no_new_
     send(engine, [[pair for pair in new if pair[0] != EMBED]])
     assert engine.digest() == digests[1] and engine.version == "another"
     assert engine.update_weights_from_bucket([(HEAD, head)]) is None  # this sender begins with it
+
+
+@pytest.mark.parametrize("change", ["another update", "reset", "released", "killed"])
+def test_a_head_alone_begins_an_update_where_the_last_one_is_not_live_any_more(
+    start: Starter, new: Tensors, digests: list[dict[str, str]], change: str
+) -> None:
+    """Its report would be of weights that have gone, and what is live is nothing to compare with."""
+    engine = start(inprocess=False, max_core_restarts=1)
+    send(engine, [new], ["v"])
+    if change == "another update":
+        engine.update_weights_from_tensor(named_tensors(model_of(2)), "other")
+    elif change == "reset":
+        engine.weights_checker("reset_tensors")
+    elif change == "released":
+        engine.release_memory_occupation(["weights"])
+        engine.resume_memory_occupation(["weights"], restore="await")
+    else:
+        kill_core(engine)
+    send(engine, [[(HEAD, dict(new)[EMBED])], [pair for pair in new if pair[0] != EMBED]], ["v", "v"])
+    assert engine.digest() == digests[1] and engine.version == "v"
+
+
+def test_a_late_head_is_still_one_after_a_call_that_was_refused(engine: Engine, new: Tensors) -> None:
+    report = send(engine, [new])
+    session = engine.begin_update("x", [(name, tuple(tensor.shape), "float32") for name, tensor in new])
+    for bucket in ([(HEAD, dict(new)[EMBED])], new[:2]):
+        with pytest.raises(UpdateConflictError):
+            engine.update_weights_from_bucket(bucket)
+    engine.abort_update(session)
+    assert engine.update_weights_from_bucket([(HEAD, dict(new)[EMBED])]) == report
+
+
+def test_weights_keep_a_label_that_they_get_while_an_update_without_one_is_open(engine: Engine, new: Tensors) -> None:
+    assert engine.update_weights_from_bucket(new[:3]) is None
+    engine.set_weight_version("relabelled")
+    assert send(engine, [new[3:]]).version == "relabelled" == engine.version
 
 
 def test_no_tensors_begin_no_update(engine: Engine) -> None:
@@ -308,11 +378,7 @@ def test_a_core_that_died_half_way_takes_the_next_update(
 ) -> None:
     with Engine(model_folder, max_core_restarts=1, **SETTINGS) as engine:
         assert engine.update_weights_from_bucket(new[:5], "v") is None
-        runtime = engine.asynchronous.runtime
-        pid = runtime.host.pid
-        os.kill(pid, signal.SIGKILL)
-        while runtime.host.pid == pid or not runtime.client.is_alive:
-            time.sleep(0.01)
+        kill_core(engine)
         send(engine, buckets(new))
         assert engine.digest() == digests[1]
 
