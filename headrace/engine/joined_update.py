@@ -100,6 +100,9 @@ class JoinedUpdate:
                 await self.end()
             if self._session is None and self._is_late_head(manifest, terms):
                 return await self._compare_head(manifest, terms, joined)
+            if not manifest:  # nothing whose end could be the end of an update that is committed meanwhile
+                self._version = (self._session and terms.version) or self._version
+                return []
             if self._session is not None:
                 joined[:] = [self._session]
                 try:
@@ -108,9 +111,6 @@ class JoinedUpdate:
                     if error.field != "session_id":
                         raise
                 self._session = None  # it has ended meanwhile, by its deadline or by `abort_update`
-            if not manifest:
-                joined.clear()
-                return []
             await self._open(terms, joined)
             return await self._extend(joined[0], manifest, terms)
 

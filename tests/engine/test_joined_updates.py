@@ -243,6 +243,18 @@ def test_no_tensors_begin_no_update(engine: Engine) -> None:
     assert not engine.status().updating
 
 
+def test_a_call_of_no_tensors_takes_no_part_in_an_update_but_its_label_counts(engine: Engine, new: Tensors) -> None:
+    """An error in one, as where the update is committed meanwhile, would end it."""
+    runtime = engine.asynchronous.runtime
+
+    async def fail(session: UpdateSession, indices: Any) -> None:
+        raise DeadlineError("there is nothing to bring")
+
+    assert engine.update_weights_from_bucket(new[:-1]) is None
+    assert runtime.wait(runtime.joined.add([], terms_of_part("late", "shadow", "drain", None), fail)) is None
+    assert send(engine, [new[-1:]]).version == "late"
+
+
 def test_a_pause_does_not_end_while_tensors_are_missing(engine: Engine, new: Tensors) -> None:
     engine.pause("keep")
     assert engine.update_weights_from_bucket(new[:-2], "v") is None
