@@ -40,6 +40,7 @@ from headrace.types.messages import (
     CoreReady,
     Digest,
     Discard,
+    DropPayload,
     ExtendUpdate,
     FlushCache,
     GetWeight,
@@ -92,6 +93,7 @@ TRIED: tuple[type, ...] = (Pause, Resume, *UPDATE_CALLS, *(type(make(0)) for mak
 NOT_TRIED: dict[type, str] = {
     GetWeight: "tests/core/test_reading.py: a read, as a digest is",
     ExtendUpdate: "tests/core/test_open_sessions.py: late and given up",
+    DropPayload: "tests/core/test_commands.py",
     StagePayload: "tests/core/test_open_sessions.py and tests/core/test_commands.py: an upload, as Stage is",
     **dict.fromkeys(
         (JoinGroup, LeaveGroup, Receive, Discard), "tests/core/test_commands.py, tests/engine/test_weight_groups.py"
