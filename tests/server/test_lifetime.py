@@ -216,18 +216,18 @@ def test_serving_installs_no_signal_handlers(served: Served) -> None:
 
 
 def test_a_stream_left_unread_is_dropped(start: START) -> None:
-    """A client that reads nothing keeps its sequence only as long as the write timeout."""
+    """A client that reads nothing keeps its sequences only as long as the write timeout, and these take far longer."""
     served = start(write_timeout=0.3)
-    body = {"input_ids": [[1, 2]] * 16, "sampling_params": LONG, "stream": True, "return_logprob": True}
+    body = {"input_ids": [[1, 2]] * 64, "sampling_params": LONG, "stream": True, "return_logprob": True}
     content = json.dumps(body).encode()
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", served.handle.port))
         head = f"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}\r\n\r\n".encode()
         connection.sendall(head + content)
-        wait_for(lambda: num_running(served) == 16)
+        wait_for(lambda: num_running(served) > 0)
         wait_for(lambda: num_running(served) == 0)
-    assert served.engine.metrics()["num_generated_tokens"] < 16 * 1000
+    assert served.engine.metrics()["num_generated_tokens"] < 64 * 1000
 
 
 def test_ending_the_engine_answers_what_still_runs(start: START) -> None:
