@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from headrace.config.devices import DRIVER
+
 _OUT_OF_MEMORY = 2
 _PINNED = 1  # CU_MEM_ALLOCATION_TYPE_PINNED: memory of a device that stays where it is
 _ON_DEVICE = 1  # CU_MEM_LOCATION_TYPE_DEVICE
@@ -49,7 +51,7 @@ class _Access(ctypes.Structure):
 @cache
 def cuda_driver() -> Any:
     """The driver's library. Raises `OSError` where there is none."""
-    return ctypes.CDLL("libcuda.so.1")
+    return ctypes.CDLL(DRIVER)
 
 
 class DeviceBlock:

@@ -6,6 +6,7 @@ and mapping one, or pinning it, takes as long as copying a gigabyte.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -41,7 +42,7 @@ class DeviceBuffers:
             self._open.popitem()[1].unmap()
 
 
-class _Kept:
+class _Kept(ABC):
     """Bytes uint8 [size] that stay mapped from one job to the next."""
 
     def __init__(self, settle: Callable[[], None]) -> None:
@@ -56,9 +57,9 @@ class _Kept:
         """Its job is over, and who filled it may fill it again."""
         self._settle()  # a job that was done leaves nothing to wait for
 
+    @abstractmethod
     def unmap(self) -> None:
         """Its update is over."""
-        raise NotImplementedError
 
 
 class _Mapped(_Kept):
