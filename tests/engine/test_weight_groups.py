@@ -475,20 +475,23 @@ trainer = TrainerProcess()
 engine = Engine(sys.argv[1], inprocess=sys.argv[2] == "True", **SETTINGS)
 join(engine, trainer)
 session = engine.begin_update("v", manifest_of(), timeout=300)
+def say(*words):  # in one write: two threads do
+    sys.stdout.write(" ".join(map(str, words)) + "\\n")
+    sys.stdout.flush()
 def stage():
     try:
         engine.stage_from_group(session, NAMES, "g")
     except HeadraceError as error:
-        print("told", flush=True)
+        say("told")
 threading.Thread(target=stage).start()
 time.sleep(0.5)
 trainer.stop()
 began = time.monotonic()
 engine.shutdown()
-print("seconds", time.monotonic() - began, flush=True)
+say("seconds", time.monotonic() - began)
 import atexit
-atexit.register(lambda: print("ended", flush=True))
-print("trainer", trainer.process.pid, flush=True)
+atexit.register(lambda: say("ended"))
+say("trainer", trainer.process.pid)
 """
 
 
