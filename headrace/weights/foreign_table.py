@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from headrace.types.foreign import CudaHandle, ForeignTensor, Inline, SharedFile, Storage
+from headrace.types.foreign import CudaHandle, ForeignTensor, NoMemory, SharedFile, Storage
 from headrace.types.weights import ELEMENT_BYTES, MAX_TENSOR_NAME, shape_problem
 from headrace.weights.foreign_machine import Known, Table, Unreadable, shown_kind, text_of
 
@@ -133,16 +133,16 @@ def _shared_file(arguments: tuple[Any, ...]) -> SharedFile:
     return SharedFile(text_of(manager), text_of(handle, "ascii"), size * element)
 
 
-def _empty_storage(arguments: tuple[Any, ...]) -> Inline:
+def _empty_storage(arguments: tuple[Any, ...]) -> NoMemory:
     (kind,) = typed("rebuild_storage_empty", arguments, Known)
     if kind not in _STORAGE_CLASSES:
         raise Unreadable("rebuild_storage_empty makes no storage")
-    return Inline(b"")
+    return NoMemory()
 
 
 def _typed_storage(arguments: tuple[Any, ...]) -> _Typed:
     storage, dtype = typed("rebuild_typed_storage", arguments, object, Known)
-    if not isinstance(storage, SharedFile | Inline):
+    if not isinstance(storage, SharedFile | NoMemory):
         raise Unreadable(f"rebuild_typed_storage has a {shown_kind(storage)} for a storage")
     return _Typed(storage, dtype_of(dtype))
 
@@ -167,7 +167,7 @@ def _cuda_tensor(arguments: tuple[Any, ...]) -> ForeignTensor:
     if storage_kind not in _STORAGE_CLASSES or type(device) not in (int, str):
         raise Unreadable("rebuild_cuda_tensor makes no storage on a device")
     if handle is None or num_bytes == 0:
-        return _tensor(kind, dtype_of(dtype), shape, stride, offset, Inline(b""))
+        return _tensor(kind, dtype_of(dtype), shape, stride, offset, NoMemory())
     counter_file, counter, event, is_synced = counting
     if any(type(value) is not bytes for value in (handle, counter_file, event)):
         raise Unreadable("rebuild_cuda_tensor has a handle that is not of bytes")

@@ -116,12 +116,12 @@ def test_where_the_device_has_no_room_for_buffers_the_host_carries(
     checkpoints: Checkpoints, start: Starter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from headrace.types.errors import UnavailableError
-    from headrace.weights import device_memory
+    from headrace.weights import device_sharing
 
     def refuse(*_: Any, **__: Any) -> None:
         raise UnavailableError("no room", field="buffer")
 
-    monkeypatch.setattr(device_memory, "SharedDeviceMemory", refuse)
+    monkeypatch.setattr(device_sharing, "SharedDeviceMemory", refuse)
     new = checkpoints.get(seed=1)
     engine = start(checkpoints.get(), dtype="float32", inprocess=False)
     engine.update_weights_from_tensor(named(new, "cuda"), version="new")
