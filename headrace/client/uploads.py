@@ -21,7 +21,6 @@ from headrace.ipc import SharedBuffer
 from headrace.types.errors import RequestError, UnavailableError, UpdateConflictError, WeightUpdateError
 from headrace.types.http import (
     BYTES_TYPE,
-    LENGTH_BYTES,
     MESSAGE_TYPE,
     TOKEN_BYTES,
     LendAsk,
@@ -29,6 +28,7 @@ from headrace.types.http import (
     StageHead,
     StageLentAsk,
     TensorPiece,
+    framed,
 )
 from headrace.types.weights import BufferEntry
 
@@ -184,4 +184,4 @@ def _stage_body(begun: SessionBegun, memory: UploadMemory) -> bytes:
     pieces = [TensorPiece(each.index, each.start, each.num_bytes or 0, each.replaces) for each in memory.entries]
     head = message_body(StageHead(begun.session_id, tuple(pieces)))
     views = [memory.shared.view[each.offset : each.offset + (each.num_bytes or 0)] for each in memory.entries]
-    return b"".join([len(head).to_bytes(LENGTH_BYTES, "little"), head, *views])
+    return b"".join([framed(head), *views])

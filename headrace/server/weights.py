@@ -7,8 +7,7 @@ Owns their bodies and replies. Which update a bucket belongs to is `headrace.eng
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 from starlette.requests import Request
@@ -18,16 +17,14 @@ from headrace.engine import DEFAULT_UPDATE_TIMEOUT
 from headrace.engine.control import terms_of_part
 from headrace.engine.foreign_update import LOAD_FORMATS, add_payload
 from headrace.server.coerce import read_control
-from headrace.server.errors import FieldNames, refusal
+from headrace.server.errors import UPDATE_FIELDS, FieldNames, refusal
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
-from headrace.server.wire import json_reply, unless_gone
+from headrace.server.wire import json_reply
 from headrace.types.errors import HeadraceError, RequestError
 from headrace.types.weights import UpdateReport
 
-Result = TypeVar("Result")
 NUM_RANKS = 1
-_FIELDS = {"timeout": "timeout_s", "version": "weight_version"}
 
 
 class TensorBody(msgspec.Struct):
@@ -73,7 +70,7 @@ class BucketFace:
         body = await read_control(request, SelectorBody)
         try:
             _check_selector(body.selector)
-            await self._do(request, self._engine.runtime.joined.end())
+            await self._state.run(request, self._engine.runtime.joined.end())
         except HeadraceError as error:
             return refusal(error)
         return json_reply({"success": True, "message": "An update may begin."})
@@ -82,7 +79,7 @@ class BucketFace:
         """POST /end_weight_update: the update has to be complete, and is live then; else it is over."""
         await read_control(request, dict[str, Any])
         try:
-            await self._do(request, self._engine.runtime.joined.finish())
+            await self._state.run(request, self._engine.runtime.joined.finish())
         except HeadraceError as error:
             return refusal(error)
         return json_reply({"success": True, "message": "The update is complete."})
@@ -91,8 +88,8 @@ class BucketFace:
         """POST /update_weights_from_tensor: a bucket joins the update that is open, or begins one; the bucket that
         completes it makes it live."""
         try:
-            with FieldNames(_FIELDS):
-                report = await self._do(request, await self._joining(request))
+            with FieldNames(UPDATE_FIELDS):
+                report = await self._state.run(request, await self._joining(request))
         except HeadraceError as error:
             return refusal(error)
         if report is None:
@@ -125,10 +122,6 @@ class BucketFace:
             message = f"serialized_named_tensors has {len(payloads)} entries, this engine {NUM_RANKS} rank"
             raise RequestError(message, field="serialized_named_tensors")
         return payloads[0]
-
-    async def _do(self, request: Request, call: Coroutine[Any, Any, Result]) -> Result:
-        """The result of a call; a client that goes away ends its update."""
-        return await unless_gone(request, call, self._state.metrics.count_disconnect)
 
 
 def _check_selector(selector: str | None) -> None:
