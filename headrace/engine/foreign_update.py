@@ -15,6 +15,7 @@ import msgspec
 
 from headrace.engine.calls import outlast
 from headrace.engine.control import UpdateTerms
+from headrace.engine.groups import load_format_of
 from headrace.engine.joined_update import JoinedUpdate
 from headrace.engine.update import Updater
 from headrace.engine.update_session import UpdateSession
@@ -23,8 +24,6 @@ from headrace.types.foreign import FIELD, CudaHandle, Payload
 from headrace.types.weights import UpdateReport
 from headrace.weights.foreign import read_payload
 from headrace.weights.weight_map import is_recomputed
-
-LOAD_FORMATS = (None, "flattened_bucket")
 
 
 async def add_payload(
@@ -62,7 +61,7 @@ def _read(encoded: str) -> Payload:
 
 def _check(payload: Payload, load_format: str | None, device: str) -> None:
     is_bucket = bool(payload.buckets)
-    if is_bucket != (load_format == "flattened_bucket") and (payload.tensors or is_bucket):
+    if is_bucket != load_format_of(load_format) and (payload.tensors or is_bucket):
         kinds = "named tensors", "a flattened bucket"
         message = f"the payload is {kinds[is_bucket]}, load_format says {kinds[not is_bucket]}"
         raise WeightUpdateError(message, field="load_format")

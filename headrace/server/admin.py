@@ -12,13 +12,13 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from headrace.engine import DEFAULT_UPDATE_TIMEOUT
 from headrace.engine.control import version_of
 from headrace.server.coerce import check_changes, read_control
-from headrace.server.errors import UPDATE_FIELDS, FieldNames, error_body, refusal
+from headrace.server.errors import FieldNames, error_body, refusal
 from headrace.server.folders import Folders
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
+from headrace.server.update_body import UPDATE_FIELDS, UpdateBody
 from headrace.server.wire import json_reply
 from headrace.types.errors import HeadraceError, RequestError
 from headrace.types.messages import WeightBytes
@@ -45,15 +45,10 @@ class PauseBody(msgspec.Struct):
     timeout_s: float | None = None
 
 
-class DiskBody(msgspec.Struct):
+class DiskBody(UpdateBody, kw_only=True):
     model_path: str
-    weight_version: str | int | None = None
-    abort_all_requests: bool = False
     load_format: str | None = None
     manifest: Any = None
-    mode: Literal["auto", "shadow", "inplace"] = "auto"
-    in_flight: Literal["keep", "recompute", "abort", "drain"] | None = None
-    timeout_s: float = DEFAULT_UPDATE_TIMEOUT
 
 
 class ReleaseBody(msgspec.Struct):
@@ -162,13 +157,12 @@ class AdminFace:
                 raise RequestError(f"load_format {body.load_format!r} is not supported", field="load_format")
             if body.manifest:
                 raise RequestError("manifest is not supported by this engine", field="manifest")
-            in_flight = body.in_flight or ("abort" if body.abort_all_requests else "drain")
             version = self._last_version() if body.weight_version is None else str(body.weight_version)
             update = self._engine.update_weights_from_disk
             with FieldNames(UPDATE_FIELDS):
                 report = await self._state.run(
                     request,
-                    update(folder, version, mode=body.mode, in_flight=in_flight, timeout=body.timeout_s, root=root),
+                    update(folder, version, mode=body.mode, in_flight=body.policy, timeout=body.timeout_s, root=root),
                 )
         except HeadraceError as error:
             return refusal(error, num_paused_requests=0)

@@ -22,9 +22,6 @@ from headrace.types.errors import ErrorInfo, HeadraceError, InternalError
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 1
-UPDATE_FIELDS = {"timeout": "timeout_s", "version": "weight_version"}
-"""What the dialect calls the terms of an update; for `FieldNames`."""
-
 _INTERNAL = "internal error; the server's log has the details"
 
 

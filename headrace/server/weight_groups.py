@@ -15,9 +15,10 @@ from starlette.responses import Response
 from headrace.engine import DEFAULT_UPDATE_TIMEOUT
 from headrace.engine.groups import DEFAULT_GROUP, DEFAULT_JOIN_TIMEOUT
 from headrace.server.coerce import read_control
-from headrace.server.errors import UPDATE_FIELDS, FieldNames, refusal
+from headrace.server.errors import FieldNames, refusal
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
+from headrace.server.update_body import UPDATE_FIELDS
 from headrace.server.wire import json_reply
 from headrace.types.errors import HeadraceError
 from headrace.types.weights import UpdateReport

@@ -7,19 +7,20 @@ Owns their bodies and replies. Which update a bucket belongs to is `headrace.eng
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from headrace.engine import DEFAULT_UPDATE_TIMEOUT
 from headrace.engine.control import terms_of_part
-from headrace.engine.foreign_update import LOAD_FORMATS, add_payload
+from headrace.engine.foreign_update import add_payload
+from headrace.engine.groups import load_format_of
 from headrace.server.coerce import read_control
-from headrace.server.errors import UPDATE_FIELDS, FieldNames, refusal
+from headrace.server.errors import FieldNames, refusal
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
+from headrace.server.update_body import UPDATE_FIELDS, UpdateBody
 from headrace.server.wire import json_reply
 from headrace.types.errors import HeadraceError, RequestError
 from headrace.types.weights import UpdateReport
@@ -27,20 +28,15 @@ from headrace.types.weights import UpdateReport
 NUM_RANKS = 1
 
 
-class TensorBody(msgspec.Struct):
+class TensorBody(UpdateBody, kw_only=True):
     """`serialized_named_tensors` has base64 for each rank. `flush_cache` and `torch_empty_cache` have nothing to do:
-    entries of the prefix cache belong to the weights that made them. `mode`, `in_flight` and `timeout_s` are ours."""
+    entries of the prefix cache belong to the weights that made them."""
 
     serialized_named_tensors: list[str]
     load_format: str | None = None
-    weight_version: str | int | None = None
-    abort_all_requests: bool = False
     flush_cache: bool = True
     torch_empty_cache: bool = False
     selector: str | None = None
-    mode: Literal["auto", "shadow", "inplace"] = "auto"
-    in_flight: Literal["keep", "recompute", "abort", "drain"] | None = None
-    timeout_s: float = DEFAULT_UPDATE_TIMEOUT
 
 
 class SelectorBody(msgspec.Struct):
@@ -103,8 +99,7 @@ class BucketFace:
         try:
             body = await read_control(request, TensorBody)
             payload = self._payload(body)
-            in_flight = body.in_flight or ("abort" if body.abort_all_requests else "drain")
-            terms = terms_of_part(body.weight_version, body.mode, in_flight, body.timeout_s)
+            terms = terms_of_part(body.weight_version, body.mode, body.policy, body.timeout_s)
         except BaseException:  # whatever it is, as in `JoinedUpdate.add`
             await runtime.joined.end()
             raise
@@ -113,9 +108,7 @@ class BucketFace:
 
     def _payload(self, body: TensorBody) -> str:
         """The payload of this engine's only rank."""
-        if body.load_format not in LOAD_FORMATS:
-            message = f"load_format {body.load_format!r} is not supported, only null and 'flattened_bucket' are"
-            raise RequestError(message, field="load_format")
+        load_format_of(body.load_format)
         _check_selector(body.selector)
         payloads = body.serialized_named_tensors
         if len(payloads) != NUM_RANKS:
