@@ -85,9 +85,7 @@ def describe(name: str, tensor: Any) -> TensorInfo:
         if problem:
             raise WeightUpdateError(f"{name} {problem}", field=name)
         return TensorInfo(name, tuple(tensor.shape), dtype_name(tensor.dtype))
-    if isinstance(tensor, np.ma.MaskedArray):
-        raise WeightUpdateError(f"{name} is a masked array", field=name)
-    problem = shape_problem(tensor.shape)
+    problem = "is a masked array" if isinstance(tensor, np.ma.MaskedArray) else shape_problem(tensor.shape)
     if problem:
         raise WeightUpdateError(f"{name} {problem}", field=name)
     return TensorInfo(name, tensor.shape, tensor.dtype.name)
