@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from headrace import Client, Engine, UpdateConflictError, WeightUpdateError
+from headrace import Client, Engine, UpdateConflictError, WeightUpdateError, serve
 from headrace.client.uploads import _HEAD_BYTES_PER_PIECE, BUFFER_BYTES, MAX_PIECES, UploadMemory, Uploads
 from headrace.engine.tensors import TensorBytes
 from headrace.ipc import SharedBuffer
@@ -78,7 +78,7 @@ def told(reply: httpx.Response) -> tuple[int, str, str | None]:
 
 @pytest.fixture
 def door(engine: Engine) -> Iterator[Door]:
-    opened = Door(engine.serve().url)
+    opened = Door(serve(engine).url)
     yield opened
     opened.http.close()
 
@@ -157,7 +157,7 @@ def test_a_client_that_breaks_off_leaves_its_session_usable(door: Door, engine: 
 
 
 def test_a_body_that_does_not_come_has_a_deadline(engine: Engine) -> None:
-    door = Door(engine.serve(body_timeout=0.3).url)
+    door = Door(serve(engine, body_timeout=0.3).url)
     begun = door.begin()
     whole = body_of(begun.session_id, [TensorPiece(0, 0, 128)], VALUES.tobytes())
     with socket.create_connection(("127.0.0.1", door.http.base_url.port or 0), timeout=30) as connection:
@@ -338,7 +338,7 @@ def test_memory_lent_to_a_server_is_lent_again_to_the_next(model_folder: Path) -
     uploads: Uploads | None = None
     for value in (1.0, 2.0):
         # another server at the same address, whose sessions are counted from the start again
-        with Engine(model_folder, inprocess=True, **CONFIG) as engine, Client(engine.serve().url) as client:
+        with Engine(model_folder, inprocess=True, **CONFIG) as engine, Client(serve(engine).url) as client:
             uploads = uploads or client.asynchronous._uploads
             uploads._ask, client.asynchronous._uploads = client.asynchronous._stage_part, uploads
             kept = uploads._free[:]
