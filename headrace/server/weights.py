@@ -7,6 +7,7 @@ Owns their bodies and replies. Which update a bucket belongs to is `headrace.eng
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
 from typing import Any
 
 import msgspec

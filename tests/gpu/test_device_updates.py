@@ -88,6 +88,7 @@ def test_nan_is_refused_by_name_and_the_old_weights_serve_on(
     outputs(engine, new)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("place", ["cuda", "cpu"])
 def test_requests_run_on_under_shadow_updates(checkpoints: Checkpoints, start: Starter, place: str) -> None:
     """What is kept goes on; every piece says of which weights it is, and memory stays as it was."""
