@@ -31,6 +31,10 @@ class StepDisturbed(RuntimeError):
     """What a step computed is in doubt, through no fault of device or rows: computed again, it will be right."""
 
 
+class RankLost(RuntimeError):
+    """Another of the ranks that execute a plan together is gone, or did not answer in time: they are out of step."""
+
+
 class SlotInit(msgspec.Struct, frozen=True):
     """A sequence enters a slot, in place of whatever the slot held.
 
