@@ -65,13 +65,11 @@ _NO_EXPERTS = "has no kernels for layers of experts yet"
 class Takeover(msgspec.Struct, frozen=True):
     """What a core is told of those before it, which died: it must not be taken for one of them.
 
-    num_deaths    how many there were; its update sessions have ids that none of them gave
     version       the label last seen of their weights
     epoch         greater than any that their replies named
     is_current    the checkpoint that it loads is what was live: no update had been committed, no label changed
     """
 
-    num_deaths: int
     version: str
     epoch: int
     is_current: bool
