@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from headrace.cache.offload import StepMoves
 from headrace.scheduler.counters import Counters
 from headrace.scheduler.plan_builder import Rows
 from headrace.scheduler.roster import Roster
@@ -31,6 +32,7 @@ class InFlight(NamedTuple):
     version_index: int
     epoch: int
     rows: Rows
+    moves: StepMoves | None = None
 
 
 class ResultApplier:
@@ -44,6 +46,10 @@ class ResultApplier:
     def apply(self, step: InFlight, result: StepResult, deltas: list[Delta]) -> None:
         """Take in one result, and append the deltas it makes due, terminal ones included, in row order."""
         slots = step.rows.slots
+        if step.moves is not None:
+            offload = self._roster.leases.offload
+            assert offload is not None, "pages moved without a place to go"
+            offload.land(step.moves)
         leaving = self._land(step)
         sampled = slots[step.rows.samples]
         assert len(sampled) == len(result.token_ids), "a result has a token for each sampling row"
