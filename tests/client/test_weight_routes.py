@@ -180,7 +180,7 @@ def test_an_answer_that_nobody_hears_leaves_no_session(engine: Engine, problem: 
             return answer
 
     async def update() -> None:
-        url = engine.serve().url
+        url = serve(engine).url
         async with AsyncClient(url, transport=Transport(url)) as client:
             with pytest.raises(type(problem)):
                 await client.update_weights_from_tensor({NORM: OTHER}, "v", partial=True)
@@ -192,7 +192,7 @@ def test_an_answer_that_nobody_hears_leaves_no_session(engine: Engine, problem: 
 
 def test_a_refused_ask_is_not_undone(engine: Engine) -> None:
     """There is nothing, and another's session stays."""
-    with Client(engine.serve().url) as client, pytest.raises(UpdateConflictError):
+    with Client(serve(engine).url) as client, pytest.raises(UpdateConflictError):
         engine.begin_update("v", [(NORM, (32,), "float32")], partial=True)
         client.update_weights_from_tensor({NORM: OTHER}, "v", partial=True)
     assert engine.status().updating
