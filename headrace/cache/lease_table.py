@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from headrace.cache.offload import Load, Offload
+from headrace.cache.offload import Offload, PageLoad
 from headrace.cache.page_pool import PageIds, PagePool
 from headrace.cache.radix_tree import NO_MATCH, UNIT_BYTES, Match, Namespace, Node, RadixTree
 
@@ -98,7 +98,7 @@ class LeaseTable:
         below = self.tree.pin_match(match) if match.num_pages else None
         page_bytes, first = self.page_size * UNIT_BYTES, match.num_pages
         part = units[first * page_bytes : (first + len(host_pages)) * page_bytes]
-        self.offload.begin_load(Load(namespace, below, part, self._take(len(host_pages)), host_pages))
+        self.offload.begin_load(PageLoad(namespace, below, part, self._take(len(host_pages)), host_pages))
 
     def grow(self, slot: int, num_pages: int) -> PageIds:
         """Append pages to one lease, evicting as needed; int32 [num_pages]. The caller has checked `num_available`."""

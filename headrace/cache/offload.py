@@ -20,7 +20,7 @@ Moves = npt.NDArray[np.int32]
 _SAVE, _LOAD = 0, 1
 
 
-class Save(NamedTuple):
+class PageSave(NamedTuple):
     """Pages of a pinned node that go to the host."""
 
     node: Node
@@ -29,7 +29,7 @@ class Save(NamedTuple):
     host_pages: list[int]
 
 
-class Load(NamedTuple):
+class PageLoad(NamedTuple):
     """Pages that are filled from the host; `units` are theirs, below a pinned node (None: a namespace's root)."""
 
     namespace: Namespace
@@ -42,8 +42,8 @@ class Load(NamedTuple):
 class StepMoves(NamedTuple):
     """What is copied beside one step."""
 
-    saves: list[Save]
-    loads: list[Load]
+    saves: list[PageSave]
+    loads: list[PageLoad]
     num_flushes: int
 
     def as_array(self) -> Moves:
@@ -92,7 +92,7 @@ class Offload:
             return []
         return self.tier.find(self._tree.digests_after(namespace, units, match, most))
 
-    def begin_load(self, load: Load) -> None:
+    def begin_load(self, load: PageLoad) -> None:
         """Have it copied beside the step that is being planned. The pages are the load's until then."""
         self._step.loads.append(load)
         self.tier.begin_load(load.host_pages)
@@ -128,10 +128,10 @@ class Offload:
         self.tier.clear()
         self._num_flushes += 1
 
-    def _save(self, node: Node, room: int) -> Save:
+    def _save(self, node: Node, room: int) -> PageSave:
         """Those pages of an edge that the host lacks and has room for; where `room` ends before them, the edge comes
         again, before any other could take that from it."""
-        save, digests = Save(node, [], [], []), self._tree.page_digests(node)
+        save, digests = PageSave(node, [], [], []), self._tree.page_digests(node)
         own = set(digests)
         self.tier.touch(digests)
         for digest, page in zip(digests, node.pages.tolist(), strict=True):
