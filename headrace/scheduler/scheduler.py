@@ -66,6 +66,11 @@ class Scheduler:
         return len(self._roster.by_handle) - self._roster.num_running
 
     @property
+    def num_live(self) -> int:
+        """Sequences that have not had their answer: running or waiting."""
+        return len(self._roster.by_handle)
+
+    @property
     def num_started(self) -> int:
         """Live sequences that have held a slot: running or preempted."""
         return self._roster.num_started
@@ -150,9 +155,9 @@ class Scheduler:
         assert step.step_id == result.step_id, f"result {result.step_id} came for step {step.step_id}"
         cleared = self._sampling(step) if self._isolation.is_active else []
         self._applier.apply(step, result, deltas)
-        self._interrupted = None
         if cleared:
             self._clear(cleared)
+        self._interrupted = None
         return deltas
 
     def lose_step(self, cause: ErrorInfo, *, is_blamed: bool = True) -> list[Delta]:
