@@ -39,10 +39,6 @@ class PlanBuilder:
         self._chunks: list[tuple[int, int, int, bool]] = []
         self.moves: StepMoves | None = None
 
-    @property
-    def is_empty(self) -> bool:
-        return self._singles is None and not self._chunks and self.moves is None
-
     def add_new_slot(self, sequence: Sequence, slot: int) -> None:
         """A sequence enters a slot with the tokens it has; prompt positions scored already are not asked again."""
         request, scores, logprobs = sequence.request, sequence.prompt_scores, sequence.request.logprobs
@@ -85,18 +81,19 @@ class PlanBuilder:
         self._chunks.append((slot, start, len(token_ids), samples))
         self._tokens.append(token_ids)
 
-    def rows(self) -> Rows:
+    def rows(self) -> Rows | None:
+        """All rows of the step; None if it has nothing to do."""
         singles = self._singles
         if not self._chunks:
-            return _NO_ROWS if singles is None else singles
-        chunks = Rows(*(np.array(part) for part in zip(*self._chunks, strict=True)))
+            return _NO_ROWS if singles is None and self.moves is not None else singles
+        chunks = Rows(*map(np.array, zip(*self._chunks, strict=True)))
         parts = [chunks] if singles is None else [singles, chunks]
         return Rows(*map(np.concatenate, list[Any](zip(*parts, strict=True))))
 
     def build(self, step_id: int, epoch: int, rows: Rows, prefix_groups: Int32Array = NO_GROUPS) -> StepPlan:
         """The plan of `rows`, which are `self.rows()`."""
         if self._cells:
-            cell_slots, cell_columns, cell_pages = (np.concatenate(part) for part in zip(*self._cells, strict=True))
+            cell_slots, cell_columns, cell_pages = map(np.concatenate, zip(*self._cells, strict=True))
         else:
             cell_slots = cell_columns = cell_pages = np.empty(0, dtype=np.int32)
         return StepPlan(

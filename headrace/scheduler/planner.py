@@ -45,9 +45,9 @@ class StepPlanner:
             self._admit(builder, budget, epoch, admit_new=admit_new)
         if offload is not None:
             builder.moves = offload.end_step()
-        if builder.is_empty:
-            return None
         rows = builder.rows()
+        if rows is None:
+            return None
         self._roster.table.num_in_flight[rows.slots] += 1
         plan = builder.build(step_id, epoch, rows, self._groups(rows))
         self._counters.num_steps += 1
@@ -153,7 +153,7 @@ class StepPlanner:
                 return
             if num_reserved is None:
                 num_reserved = self._num_reserved()
-            namespace, num_known = sequence.namespace(epoch), len(sequence.token_ids)
+            namespace, num_known = Namespace(epoch, None, sequence.request.extra_key), len(sequence.token_ids)
             match = leases.match(namespace, sequence.units, sequence.max_hit // limits.page_size)
             ahead = limits.num_pages_for(min(num_known + limits.page_size, sequence.compute_length))  # one of output
             if ahead - match.num_pages + match.num_unpinned + num_reserved > leases.num_available:

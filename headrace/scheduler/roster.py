@@ -69,7 +69,7 @@ class Roster:
 
     def next_to_admit(self, *, admit_new: bool) -> Sequence | None:
         """The sequence that may enter a slot next: preempted ones first. None while one is still leaving its slot."""
-        if self.table.num_free == 0 or self._num_coming_back:
+        if not self.table.free_slots or self._num_coming_back:
             return None
         if self.isolated:
             return next((sequence for sequence in self.isolated if sequence.slot < 0), None)

@@ -66,6 +66,11 @@ class Scheduler:
         return len(self._roster.by_handle) - self._roster.num_running
 
     @property
+    def num_live(self) -> int:
+        """Sequences that have not had their answer: running or waiting."""
+        return len(self._roster.by_handle)
+
+    @property
     def num_started(self) -> int:
         """Live sequences that have held a slot: running or preempted."""
         return self._roster.num_started

@@ -11,7 +11,6 @@ from enum import Enum
 import msgspec
 import numpy as np
 
-from headrace.cache import Namespace
 from headrace.scheduler.limits import SchedulerLimits, max_output
 from headrace.scheduler.position_extras import PositionExtras
 from headrace.scheduler.prompt_scores import PromptScores
@@ -84,10 +83,6 @@ class Sequence(msgspec.Struct, eq=False, kw_only=True):
         if self.prompt_scores is not None and not self.prompt_scores.is_complete:
             limit = min(limit, self.prompt_scores.next_position - 1)
         return limit
-
-    def namespace(self, epoch: int) -> Namespace:
-        """Where its prefixes are found and published under the weights of `epoch`."""
-        return Namespace(epoch, None, self.request.extra_key)
 
     def spans(self, first: int, last: int) -> tuple[tuple[tuple[str, int], ...], tuple[int, ...]]:
         """(version, count) of output tokens first..last-1, in order, and the epoch of each of these spans."""

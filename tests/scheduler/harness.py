@@ -313,7 +313,7 @@ class Harness:
         assert len(evictable) == leases.tree.num_evictable and not evictable & leased
         assert self.scheduler.num_used_tokens == leases.num_used * self.limits.page_size
         assert leases.pool.num_free + leases.num_used + leases.tree.num_evictable == self.limits.num_pages - 1
-        assert table.num_free + sum(s is not None for s in table.sequences) == self.limits.num_slots
+        assert len(table.free_slots) + sum(s is not None for s in table.sequences) == self.limits.num_slots
 
     def check_end(self) -> None:
         """Every accepted request was answered, and everything comes back."""
