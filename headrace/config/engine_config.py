@@ -24,6 +24,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     skip_tokenizer_init      no tokenizer at all: token ids in, token ids out
     device                   "auto" (cuda where it can run) | "cpu" | "cuda" (the caller's current device of torch, or
                              before torch uses one the first that CUDA_VISIBLE_DEVICES shows)
+    tp_size                  ranks that hold the model together, over which its heads have to split; each is a process,
+                             and on cuda has a device of its own, one after the other
     dtype                    "auto" (the checkpoint's on cuda, float32 on cpu) | "float32" | "bfloat16" | "float16"
     kv_dtype                 "auto" (dtype) | "fp8_e4m3" (half the memory, less accurate; triton and flashinfer only)
     load_format              "auto" | "safetensors" | "bin" | "dummy" (random weights from `seed`)
@@ -70,6 +72,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tokenizer: str | None = None
     skip_tokenizer_init: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    tp_size: int = 1
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     kv_dtype: Literal["auto", "fp8_e4m3"] = "auto"
     load_format: Literal["auto", "safetensors", "bin", "dummy"] = "auto"
@@ -144,6 +147,7 @@ def _make_plain(config: EngineConfig) -> None:
 
 
 _RANGES: dict[str, tuple[float, float]] = {
+    "tp_size": (1, 64),
     "page_size": (1, 64),
     "max_running_requests": (1, 65536),
     "max_waiting_requests": (1, 1 << 24),

@@ -13,6 +13,7 @@ from headrace.config.devices import CudaDevice, Software, cuda_devices, installe
 from headrace.config.engine_config import EngineConfig, SettledConfig
 from headrace.config.machine import available_cores, available_memory
 from headrace.config.model_spec import ModelSpec
+from headrace.config.shares import share_of
 from headrace.types.errors import ConfigError, encodable
 from headrace.types.plain_values import as_path
 from headrace.types.weights import ELEMENT_BYTES
@@ -118,6 +119,12 @@ class ResolvedConfig(msgspec.Struct, frozen=True):
         """Bytes of keys and values of one token in all layers, as stored."""
         return self.model.kv_bytes_per_token(ELEMENT_BYTES[self.kv_dtype])
 
+    def of_rank(self, rank: int) -> ResolvedConfig:
+        """What rank `rank` is told: the devices of ranks follow each other."""
+        if self.cuda is None:
+            return self
+        return msgspec.structs.replace(self, cuda=msgspec.structs.replace(self.cuda, index=self.cuda.index + rank))
+
     @property
     def num_host_pages(self) -> int:
         """KV pages that host memory holds."""
@@ -157,6 +164,7 @@ def resolve(
     if str(folder) != encodable(str(folder)):
         raise ConfigError(f"the folder {folder} has a name that is not Unicode text", field="model")
     model = ModelSpec.from_folder(folder)
+    share_of(model, config.tp_size)
     software = installed_software() if software is None else software
     cuda, why_device = _cuda(config, model, devices, first_device, software)
     device = "cpu" if cuda is None else "cuda"
@@ -236,6 +244,10 @@ def _cuda(
     missing = _missing_for_cuda(found, software)
     if missing is None and model.has_experts and config.attention_backend != "reference":
         missing = f"{_describe(found[0])} {_NO_EXPERTS} (device='cpu' has; attention_backend='reference' is slow)"
+    if missing is None and len(found) < config.tp_size:
+        there = f"from device {first_device} on there are {len(found)}"
+        message = f"tp_size {config.tp_size} needs as many CUDA devices; {there}"
+        raise ConfigError(message, field="tp_size")
     if missing is None:
         return Chosen(found[0], _describe(found[0]) if config.device == "auto" else "")
     if config.device == "cuda":
@@ -362,6 +374,8 @@ def _num_threads(config: EngineConfig, device: str) -> Chosen[int]:
         return Chosen(int(asked), "OMP_NUM_THREADS")
     if device == "cuda":
         return Chosen(min(CUDA_THREADS, available_cores()), "the device computes; loading weights uses a few")
+    if config.tp_size > 1:
+        return Chosen(max(1, available_cores() // config.tp_size), "each rank's part of the cores")
     return Chosen(available_cores(), "the cores this process may run on")
 
 
