@@ -283,7 +283,7 @@ class AsyncClient:
         dtypes: Sequence[str],
         shapes: Sequence[Sequence[int]],
         group_name: str = DEFAULT_GROUP,
-        load_format: str | None = None,
+        load_format: str | int | None = None,
         version: str | int | None = None,
         *,
         mode: UpdateMode = "auto",
