@@ -174,7 +174,7 @@ class RankRunner(Runner):
             backend = build_backend(resolved.attention_backend, engine.numerics, heads, pool, self._exact.products)
             self._attention.append(backend)
         self._slots = InputTable(engine.max_running_requests, resolved.max_columns)
-        self._sampler = Sampler(spec.vocab_size, engine.max_running_requests, CPU, engine.numerics)
+        self._sampler = Sampler(spec.vocab_size, engine.max_running_requests)
         self._scorer = PromptScorer(self._model.logits, self._sampler, spec.vocab_size)
         self._max_sampled_rows = 64
         self.memory.reload = load_weights(self.weights, resolved, None)
