@@ -100,6 +100,11 @@ class AsyncClient:
         body = generate_body(prompts, input_ids, sampling_params, options)
         return _read((await self._generate("generate", body)).body, list[Generation])
 
+    async def generate_native(self, body: bytes) -> bytes:
+        """What `/generate`, in SGLang's dialect, answers to a body; both are JSON."""
+        call = self._call("generate_native", "/generate", body, "application/json")
+        return bytes((await self._transport.send(call)).body)
+
     async def score(
         self,
         prompts: Prompts = None,
