@@ -164,7 +164,7 @@ class AsyncClient:
     async def begin_update(
         self,
         version: str | int,
-        manifest: Manifest,
+        manifest: Manifest | None,
         *,
         mode: UpdateMode = "auto",
         in_flight: InFlight = "drain",
@@ -172,7 +172,8 @@ class AsyncClient:
         timeout: float = DEFAULT_UPDATE_TIMEOUT,
     ) -> UpdateSession:
         """See `AsyncEngine.begin_update`. A client that goes away leaves its session to its deadline."""
-        terms, entries = terms_of(version, mode, in_flight, timeout, partial), manifest_of(manifest)
+        terms = terms_of(version, mode, in_flight, timeout, partial)
+        entries = None if manifest is None else manifest_of(manifest)
         ask = BeginAsk(
             version=terms.version,
             manifest=entries,
@@ -183,7 +184,8 @@ class AsyncClient:
         )
         begun = await self._control("begin_update", ask, SessionBegun)
         self._uploads.open(begun)
-        return UpdateSession(begun.session_id, terms.version, begun.mode, entries, terms.timeout_s)
+        given = begun.session_id, terms.version, begun.mode, entries or (), terms.timeout_s, terms.partial
+        return UpdateSession(*given, is_open=entries is None, dtype=begun.dtype)
 
     async def stage(self, session: UpdateSession, named_tensors: NamedTensors) -> None:
         """See `AsyncEngine.stage`. Of a session that this client has begun."""
