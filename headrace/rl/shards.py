@@ -20,8 +20,8 @@ import numpy as np
 from headrace.engine.tensors import NamedTensors, TensorBytes, describe
 from headrace.engine.upload_buffers import aligned
 from headrace.rl.frames import Part, Parts, Proceed
-from headrace.rl.push import hf_name
 from headrace.rl.rank_calls import MEMORY_BYTES, FollowingCalls, LeadingCalls, Peer
+from headrace.rl.sources import hf_name
 from headrace.types.errors import WeightUpdateError
 from headrace.types.plain_values import plain_text
 from headrace.weights.boxes import Box
