@@ -55,7 +55,7 @@ class StepPlanner:
         singles = order[pending == 1][:budget]
         are_long = pending > 1
         chunks = _cut(order[are_long], pending[are_long], budget - len(singles))
-        growing = singles[table.num_scheduled[singles] >= leases.capacity[singles]]
+        growing = singles[table.num_scheduled[singles] >= leases.num_pages[singles] * leases.page_size]
         num_missing = len(growing) + sum(self._num_missing(slot, length) for slot, length in chunks)
         if num_missing > leases.num_available:
             granted = self._share_pages(order, dict(chunks) | dict.fromkeys(singles.tolist(), 1))
@@ -85,7 +85,7 @@ class StepPlanner:
             self._preempt_after(slot, num_promised + missing)
             missing = min(missing, leases.num_available - num_promised)
             num_promised += missing
-            room = int(leases.capacity[slot] - table.num_scheduled[slot]) + missing * self._limits.page_size
+            room = (int(leases.num_pages[slot]) + missing) * self._limits.page_size - int(table.num_scheduled[slot])
             if room > 0:
                 granted[slot] = min(wanted[slot], room)
         return granted
@@ -153,7 +153,7 @@ class StepPlanner:
             if ahead - match.num_pages + match.num_unpinned + num_reserved > leases.num_available:
                 return
             slot = self._enter(builder, sequence, namespace, match)
-            pending = min(num_known, sequence.compute_length) - int(leases.capacity[slot])
+            pending = min(num_known, sequence.compute_length) - match.num_pages * limits.page_size
             self._counters.num_chunked_prompts += pending > budget
             self._add_chunk(builder, slot, min(pending, budget))
             budget -= pending
@@ -187,6 +187,8 @@ class StepPlanner:
     def _groups(self, rows: Rows) -> Int32Array:
         """Prefix groups of the rows, found anew only when the rows or the holders of slots changed, and after a step in
         which some row was still computing pages that others share."""
+        if len(rows.slots) < 2:
+            return NO_GROUPS
         generation, slots, groups = self._grouped
         if generation == self._roster.generation and np.array_equal(slots, rows.slots):
             return groups
