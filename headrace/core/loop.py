@@ -134,9 +134,10 @@ class CoreLoop:
         replica.outbox.add(replica.scheduler.expire(now - self._pause_timeout, error.info()))
 
     def _time_to_deadline(self) -> float:
-        if self._is_quiet:
-            return _LONGEST_WAIT_S
         replica = self.replica
+        longest = min(replica.executor.attend(), _LONGEST_WAIT_S)
+        if self._is_quiet:
+            return longest
         if replica.update.waits_for_arrivals or replica.groups.joining:
             return _ARRIVAL_LOOK_S
         owners = (replica.pause, replica.update, replica.reading, replica.memory)
@@ -144,4 +145,4 @@ class CoreLoop:
         if self._held_since is not None and replica.scheduler.num_waiting:
             deadlines.append(self._next_expiry)
         waits = [deadline - self._clock() for deadline in deadlines if deadline is not None]
-        return max(0.0, min([*waits, _LONGEST_WAIT_S]))
+        return max(0.0, min([*waits, longest]))

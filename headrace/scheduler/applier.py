@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from headrace.cache.offload import StepMoves
 from headrace.scheduler.counters import Counters
 from headrace.scheduler.plan_builder import Rows
 from headrace.scheduler.prompt_scores import PromptScores
@@ -32,6 +33,7 @@ class InFlight(NamedTuple):
     version_index: int
     epoch: int
     rows: Rows
+    moves: StepMoves | None = None
 
 
 class ResultApplier:
@@ -45,6 +47,10 @@ class ResultApplier:
     def apply(self, step: InFlight, result: StepResult, deltas: list[Delta]) -> None:
         """Take in one result, and append the deltas it makes due, terminal ones included, in row order."""
         table, slots = self._roster.table, step.rows.slots
+        if step.moves is not None:
+            offload = self._roster.leases.offload
+            assert offload is not None, "pages moved without a place to go"
+            offload.land(step.moves)
         table.num_in_flight[slots] -= 1  # this step was the last to hold those back that are leaving
         leaving = ~table.is_running[slots] & (table.num_in_flight[slots] == 0)
         sampled = slots[step.rows.samples]

@@ -14,7 +14,8 @@ MAX_PRIORITY = 1 << 20
 
 
 class SchedulerLimits(msgspec.Struct, frozen=True):
-    """Fixed at start. Sizes are in tokens unless the name says pages or requests; page 0 is never leased."""
+    """Fixed at start. Sizes are in tokens unless the name says pages or requests; page 0 is never leased.
+    `max_page_moves` are copied to the host, and from it, beside one step at most."""
 
     max_running_requests: int
     max_waiting_requests: int
@@ -25,6 +26,8 @@ class SchedulerLimits(msgspec.Struct, frozen=True):
     prefix_cache: bool
     overlap_depth: int
     vocab_size: int
+    num_host_pages: int = 0
+    max_page_moves: int = 1
 
     @property
     def max_total_num_tokens(self) -> int:

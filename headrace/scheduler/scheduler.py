@@ -139,9 +139,9 @@ class Scheduler:
         planned = self._planner.plan(self._num_plans, self.epoch, admit_new=admit_new)
         if planned is None:
             return None
-        plan, rows = planned
+        plan, rows, moves = planned
         self._num_plans += 1
-        self._in_flight.append(InFlight(plan.step_id, self.version, self._version_index, self.epoch, rows))
+        self._in_flight.append(InFlight(plan.step_id, self.version, self._version_index, self.epoch, rows, moves))
         return plan
 
     def apply(self, result: StepResult) -> list[Delta]:
@@ -239,6 +239,12 @@ class Scheduler:
         """Counters since start, and gauges of now. free + used + cached pages = all but page 0."""
         leases = self._roster.leases
         counters: dict[str, float] = msgspec.structs.asdict(self._counters)
+        if (offload := leases.offload) is not None:
+            counters |= {
+                "num_host_pages": offload.tier.num_held,
+                "num_pages_saved": offload.num_saved,
+                "num_pages_loaded": offload.num_loaded,
+            }
         return counters | {
             "num_preemptions": self._roster.num_preemptions,
             "num_evicted_pages": leases.num_evicted_pages,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import socket
@@ -16,7 +17,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from headrace import Client, Engine, UpdateConflictError, WeightUpdateError, serve
+from headrace import (
+    AsyncClient,
+    Client,
+    DeadlineError,
+    Engine,
+    UnreachableError,
+    UpdateConflictError,
+    WeightUpdateError,
+    serve,
+)
+from headrace.client.transport import HttpAnswer, HttpCall, LoopTransport
 from headrace.client.uploads import _HEAD_BYTES_PER_PIECE, BUFFER_BYTES, MAX_PIECES, UploadMemory, Uploads
 from headrace.engine.tensors import TensorBytes
 from headrace.ipc import SharedBuffer
@@ -52,8 +63,9 @@ class Door:
     def ask(self, name: str, value: Any) -> httpx.Response:
         return self.http.post(f"/{name}", content=msgspec.msgpack.encode(value), headers={"content-type": MESSAGE_TYPE})
 
-    def begin(self, timeout: float = 60.0) -> SessionBegun:
-        ask = BeginAsk(version="v", manifest=(TensorInfo(NORM, (32,), "float32"),), partial=True, timeout=timeout)
+    def begin(self, timeout: float = 60.0, token: bytes = b"") -> SessionBegun:
+        manifest = (TensorInfo(NORM, (32,), "float32"),)
+        ask = BeginAsk(version="v", manifest=manifest, partial=True, timeout=timeout, token=token)
         reply = self.ask("begin_update", ask)
         assert reply.status_code == 200, reply.text
         return msgspec.msgpack.decode(reply.content, type=SessionBegun)
@@ -141,6 +153,49 @@ def test_what_is_no_stage_body_is_refused(door: Door) -> None:
     assert told(door.ask("begin_update", {"version": "v"})) == (400, "RequestError", "body")
     assert told(door.ask("abort", {"nobody": 1})) == (400, "RequestError", "body")
     assert told(door.ask("abort", {"message": "x" * (2 << 20)})) == (413, "RequestTooLargeError", "body")
+
+
+def test_an_ask_to_begin_is_undone_by_its_token(door: Door, engine: Engine) -> None:
+    begun = door.begin(token=b"ours")
+    for token in (b"another's", b"not come yet"):
+        assert door.ask("abort_update", AbortAsk(token=token)).status_code == 200
+        assert engine.status().updating
+    assert door.ask("abort_update", AbortAsk(token=b"ours")).status_code == 200
+    assert not engine.status().updating
+    assert told(door.commit(begun.session_id))[:2] == (409, "UpdateConflictError")
+    late = BeginAsk(version="v", manifest=(), partial=True, timeout=60.0, token=b"not come yet")
+    assert told(door.ask("begin_update", late)) == (409, "UpdateConflictError", "session_id")
+    assert not engine.status().updating
+
+
+@pytest.mark.parametrize(
+    "problem", [asyncio.CancelledError(), UnreachableError("x"), DeadlineError("x"), KeyboardInterrupt()], ids=repr
+)
+def test_an_answer_that_nobody_hears_leaves_no_session(engine: Engine, problem: BaseException) -> None:
+    class Transport(LoopTransport):
+        async def send(self, call: HttpCall) -> HttpAnswer:
+            answer = await super().send(call)
+            if call.name == "begin_update":
+                raise problem
+            return answer
+
+    async def update() -> None:
+        url = serve(engine).url
+        async with AsyncClient(url, transport=Transport(url)) as client:
+            with pytest.raises(type(problem)):
+                await client.update_weights_from_tensor({NORM: OTHER}, "v", partial=True)
+            assert not (await client.status()).updating, "nothing is left when the caller goes on"
+            await client.abort_update()
+
+    asyncio.run(update())
+
+
+def test_a_refused_ask_is_not_undone(engine: Engine) -> None:
+    """There is nothing, and another's session stays."""
+    with Client(serve(engine).url) as client, pytest.raises(UpdateConflictError):
+        engine.begin_update("v", [(NORM, (32,), "float32")], partial=True)
+        client.update_weights_from_tensor({NORM: OTHER}, "v", partial=True)
+    assert engine.status().updating
 
 
 def test_a_client_that_breaks_off_leaves_its_session_usable(door: Door, engine: Engine) -> None:
