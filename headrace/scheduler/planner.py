@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from headrace.cache import Match, Namespace
-from headrace.cache.offload import StepMoves
+from headrace.cache.offload import Offload, StepMoves
 from headrace.scheduler.counters import Counters
 from headrace.scheduler.limits import SchedulerLimits
 from headrace.scheduler.plan_builder import PlanBuilder, Rows
@@ -158,7 +158,7 @@ class StepPlanner:
             ahead = limits.num_pages_for(min(num_known + limits.page_size, sequence.compute_length))  # one of output
             if ahead - match.num_pages + match.num_unpinned + num_reserved > leases.num_available:
                 return
-            if self._waits_for_host(sequence, namespace, match):
+            if leases.offload is not None and self._waits_for_host(leases.offload, sequence, namespace, match):
                 return
             slot = self._enter(builder, sequence, namespace, match)
             pending = min(num_known, sequence.compute_length) - match.num_pages * limits.page_size
@@ -167,12 +167,11 @@ class StepPlanner:
             budget -= pending
             num_reserved += ahead - int(leases.num_pages[slot])
 
-    def _waits_for_host(self, sequence: Sequence, namespace: Namespace, match: Match) -> bool:
+    def _waits_for_host(self, offload: Offload, sequence: Sequence, namespace: Namespace, match: Match) -> bool:
         """Whether it had better wait for pages that the host holds: they may just have been sent for. It waits once for
         each: what is evicted again before it gets in is computed."""
-        offload = self._roster.leases.offload
-        if offload is None or offload.is_loading:
-            return offload is not None
+        if offload.is_loading:
+            return True
         max_pages = sequence.max_hit // self._limits.page_size
         host_pages = offload.find(namespace, sequence.units, match, max_pages)
         if match.num_pages + len(host_pages) <= max(match.num_pages, sequence.num_loaded_pages):
