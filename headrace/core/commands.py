@@ -101,8 +101,7 @@ def _check_wanted(command: Command, now: float, given_up: Collection[int]) -> No
 
 def submit(replica: Replica, command: Submit, front: int, now: float) -> None:
     """Queue requests; what cannot be served is answered at once. While weights are released all wait for them."""
-    machine = replica.update.machine
-    refusal = None if machine.state == "released" else machine.refusal()
+    refusal = replica.update.machine.refusal(of_request=True)
     for request in command.all_requests():
         if front_of(request.handle) != front:  # an answer would reach whoever has that handle
             logger.error("front %d sent a request under handle %d, which is not its own", front, request.handle)

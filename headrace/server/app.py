@@ -15,7 +15,7 @@ from headrace.engine import AsyncEngine
 from headrace.server import errors
 from headrace.server.admin import AdminFace
 from headrace.server.auth import Access, Auth, keys_of
-from headrace.server.browsers import Browsers, Hosts
+from headrace.server.browsers import Hosts
 from headrace.server.folders import Folders
 from headrace.server.gate import Gate
 from headrace.server.info import InfoFace
@@ -45,7 +45,6 @@ def create_app(engine: AsyncEngine, options: ServerOptions, host: str = "127.0.0
     endpoints = all_endpoints(state)
     access: dict[str, Access] = {endpoint.path: endpoint.access for endpoint in endpoints}
     keys = keys_of(options.api_key, options.admin_api_key)
-    keyless: list[Access] = [kind for kind in ("data", "admin") if not keys[kind]]
     app = Starlette(
         routes=[_route(endpoint) for endpoint in endpoints],
         middleware=[
@@ -55,8 +54,7 @@ def create_app(engine: AsyncEngine, options: ServerOptions, host: str = "127.0.0
                 body_timeout=options.body_timeout,
                 open_paths=[path for path, needed in access.items() if needed == "open"],
             ),
-            Middleware(Browsers, access=access, keyless=keyless, hosts=Hosts(host, options.allowed_hosts)),
-            Middleware(Auth, access=access, keys=keys),
+            Middleware(Auth, access=access, keys=keys, hosts=Hosts(host, options.allowed_hosts)),
             Middleware(Gate, state=state, paths=[endpoint.path for endpoint in endpoints if endpoint.generates]),
         ],
         exception_handlers={
