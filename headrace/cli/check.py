@@ -18,13 +18,14 @@ from typing import Any
 import msgspec
 
 from headrace.cli.flags import add_flags, given
-from headrace.config import EngineConfig, ResolvedConfig, Software
+from headrace.config import EngineConfig, ResolvedConfig, Software, share_of
 from headrace.config.devices import installed_software
 from headrace.config.layer_spec import ExpertsSpec
 from headrace.config.machine import available_memory
 from headrace.config.resolve import backend_refusal
 from headrace.types.errors import ConfigError
 from headrace.types.weights import ELEMENT_BYTES
+from headrace.weights import Shard
 
 _LOGITS_BYTES = 4
 _CPU_LOGITS_COPIES = 3
@@ -115,21 +116,24 @@ def _attention(resolved: ResolvedConfig, software: Software) -> dict[str, Any]:
 
 
 def _memory_plan(resolved: ResolvedConfig) -> dict[str, int | bool]:
-    """Bytes of weights and KV as they will be allocated; the workspace is an upper estimate of one step's tensors.
+    """Bytes of weights and KV as they will be allocated, on one device where each rank has its own; the workspace is an
+    upper estimate of one step's tensors.
 
     Where the pool is measured at start, its share of the device's memory is an estimate: others may use the device,
     and graphs take some.
     """
     from headrace.models import weight_map
 
-    model, page_size = resolved.model, resolved.engine.page_size
-    params = weight_map(model).params.values()
+    page_size = resolved.engine.page_size
+    num_ranks = resolved.engine.tp_size if resolved.cuda is not None else 1  # whose memory is not the same
+    params = weight_map(resolved.model, Shard(0, num_ranks)).params.values()
     num_parameters = sum(math.prod(param.shape) for param in params)
     weights = sum(math.prod(param.shape) * ELEMENT_BYTES[param.dtype or resolved.dtype] for param in params)
     workspace = _workspace(resolved)
     available = available_memory() if resolved.cuda is None else resolved.cuda.total_bytes
     num_pages, is_estimate = resolved.num_pages, resolved.num_pages == 0
-    page_bytes = page_size * resolved.kv_bytes_per_token
+    share = share_of(resolved.model, num_ranks)
+    page_bytes = page_size * share.kv_bytes_per_token(ELEMENT_BYTES[resolved.kv_dtype])
     if is_estimate:
         room = int(available * resolved.engine.memory_fraction) - weights - workspace
         num_pages = max(0, room // page_bytes)
