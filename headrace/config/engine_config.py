@@ -33,6 +33,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     context_length           most tokens of one sequence; None: the model's
     page_size                tokens per KV page, 1 to 64
     kv_pool_tokens           tokens the KV pool holds; None: on cuda measured at start, on cpu see docs/architecture.md
+    host_kv_tokens           tokens of computed prefixes that host memory holds beside the pool: what is evicted from it
+                             is found again there, and copied back
     memory_fraction          cuda: share of the device memory that is free when the core starts, for weights,
                              workspace, graphs and KV together
     memory_saver             cuda: take weights and KV so that their memory can be released (a CPU's always can)
@@ -78,6 +80,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     context_length: int | None = None
     page_size: int = 16
     kv_pool_tokens: int | None = None
+    host_kv_tokens: int = 0
     memory_fraction: float = 0.9
     memory_saver: bool = False
     keep_weights_copy: bool = False
@@ -158,6 +161,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "core_restart_window": (0.0, 1e9),
     "context_length": (1, 1 << 24),
     "kv_pool_tokens": (1, 1 << 32),
+    "host_kv_tokens": (0, 1 << 32),
     "num_threads": (1, 4096),
 }
 _TIMES_TO_WORK = ("request_timeout", "start_timeout", "control_timeout", "watchdog_timeout")

@@ -30,6 +30,7 @@ CUDA_THREADS = 4
 CPU_KV_POOL_BYTES = 2 << 30
 CPU_KV_POOL_FRACTION = 0.25
 _GENEROUS_POOL_TOKENS = 1 << 22
+_MOVED_BYTES = 256 << 20
 _MODEL_DTYPES = ("float32", "bfloat16", "float16")
 
 STEP_TOKENS = 2048
@@ -66,13 +67,11 @@ _NO_EXPERTS = "has no kernels for layers of experts yet"
 class Takeover(msgspec.Struct, frozen=True):
     """What a core is told of those before it, which died: it must not be taken for one of them.
 
-    num_deaths    how many there were; its update sessions have ids that none of them gave
     version       the label last seen of their weights
     epoch         greater than any that their replies named
     is_current    the checkpoint that it loads is what was live: no update had been committed, no label changed
     """
 
-    num_deaths: int
     version: str
     epoch: int
     is_current: bool
@@ -127,6 +126,16 @@ class ResolvedConfig(msgspec.Struct, frozen=True):
         return msgspec.structs.replace(self, cuda=msgspec.structs.replace(self.cuda, index=self.cuda.index + rank))
 
     @property
+    def num_host_pages(self) -> int:
+        """KV pages that host memory holds."""
+        return self.engine.host_kv_tokens // self.engine.page_size
+
+    @property
+    def max_page_moves(self) -> int:
+        """Pages that are copied to the host's memory, and from it, beside one step: about 5 ms of a fast bus."""
+        return max(1, _MOVED_BYTES // (self.kv_bytes_per_token * self.engine.page_size))
+
+    @property
     def memory_is_kept(self) -> str:
         """Why weights and KV cannot give their memory back; "" where they can."""
         if self.device == "cpu" or self.engine.memory_saver:
@@ -169,6 +178,7 @@ def resolve(
     page_bytes = model.kv_bytes_per_token(ELEMENT_BYTES[kv_dtype.value]) * config.page_size
     is_measured = device == "cuda" and backend.value != "reference"
     pool_tokens = _pool_tokens(engine, is_measured, page_bytes, context_length.value)
+    _check_host_pages(engine, page_bytes)
     choices: dict[str, Chosen[Any]] = {
         "device": Chosen(device, why_device),
         **sizes,
@@ -193,6 +203,17 @@ def resolve(
         explanations=_explanations(choices),
         cuda=cuda,
     )
+
+
+def _check_host_pages(engine: SettledConfig, page_bytes: int) -> None:
+    num_bytes, free = engine.host_kv_tokens // engine.page_size * page_bytes, available_memory()
+    if num_bytes and not engine.prefix_cache:
+        raise ConfigError("host_kv_tokens keeps entries of the prefix cache, which is off", field="host_kv_tokens")
+    if engine.host_kv_tokens and not num_bytes:
+        raise ConfigError(f"host_kv_tokens is less than a page of {engine.page_size}", field="host_kv_tokens")
+    if num_bytes > free:
+        message = f"host_kv_tokens takes {num_bytes >> 20} MiB of host memory, and {free >> 20} MiB are free"
+        raise ConfigError(message, field="host_kv_tokens")
 
 
 def _explanations(choices: Mapping[str, Chosen[Any]]) -> tuple[Explanation, ...]:

@@ -71,12 +71,13 @@ class CoreLoop:
             return False
         if self._is_quiet:  # nearly always
             self._held_since = None
-            stepped = self._step(may_submit=True, admit_new=True)
+            stepped = replica.stepper.step(may_submit=True, admit_new=True)
             replica.outbox.flush(force=not stepped)
             return stepped
         pause, update, memory = replica.pause, replica.update, replica.memory
         may_submit = not replica.stands_still and not update.holds_generation
-        stepped = self._step(may_submit=may_submit, admit_new=not pause.is_draining and not update.is_draining)
+        admit_new = not pause.is_draining and not update.is_draining
+        stepped = replica.stepper.step(may_submit=may_submit, admit_new=admit_new)
         replica.outbox.flush()
         now = self._clock()
         pause.advance(now)
@@ -111,15 +112,6 @@ class CoreLoop:
         if not replica.update.is_idle or memory.lacks or memory.jobs:
             return False
         return not (replica.pause.pauses or replica.reading.reads or replica.groups.joining)
-
-    def _step(self, *, may_submit: bool, admit_new: bool) -> bool:
-        scheduler = self.replica.scheduler
-        stepped = self.replica.stepper.step(may_submit=may_submit, admit_new=admit_new)
-        self._pulse.enter(Phase.COMMANDING)
-        if not stepped:
-            num_runnable = scheduler.num_running + scheduler.num_waiting if admit_new else scheduler.num_started
-            self._pulse.found_nothing(has_work=may_submit and num_runnable > 0)
-        return stepped
 
     def _expire_held_requests(self, now: float) -> None:
         """Answer requests that have waited behind a pause, an update or for memory for `pause_timeout`."""

@@ -256,11 +256,11 @@ class RankGroup:
         message = f"{self._problem.message}; the group cannot be used any more: destroy it and init it again"
         return UpdateConflictError(message, field="group_name")
 
-    def receive(self, tensors: Sequence[TensorInfo], is_bucket: bool, seconds: float) -> ArrivingTensors:
+    def receive(self, tensors: Sequence[TensorInfo], packing: int, seconds: float) -> ArrivingTensors:
         self._num_calls += 1
         call = self._key << 32 | self._num_calls
-        self._others.tell(ReceiveOn(self._key, call, tuple(tensors), is_bucket, seconds))
-        return RankArrivals(call, self._own.receive(tensors, is_bucket, seconds), self._others)
+        self._others.tell(ReceiveOn(self._key, call, tuple(tensors), packing, seconds))
+        return RankArrivals(call, self._own.receive(tensors, packing, seconds), self._others)
 
     def fail(self, reason: str) -> None:
         self._own.fail(reason)

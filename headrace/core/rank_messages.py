@@ -227,7 +227,7 @@ class ReceiveOn(_Told, frozen=True, tag="receive"):
     key: int
     call: int
     tensors: tuple[TensorInfo, ...]
-    is_bucket: bool
+    packing: int
     seconds: float
 
 

@@ -102,7 +102,7 @@ class RankWorks:
             case OpenFolderOn():
                 self._tensors = _tensors_of(Path(message.folder), Path(message.root) if message.root else None)
             case ReceiveOn():
-                arrivals = self._group(message.key).receive(message.tensors, message.is_bucket, message.seconds)
+                arrivals = self._group(message.key).receive(message.tensors, message.packing, message.seconds)
                 self._calls[message.call] = arrivals, set()
             case SkipArrivalOn():
                 self._calls[message.call][1].add(message.place)

@@ -35,6 +35,7 @@ from headrace.runner.device_step import DeviceStep
 from headrace.runner.device_thread import take_device
 from headrace.runner.exact_products import ExactProducts
 from headrace.runner.graphs import Graphs
+from headrace.runner.host_pages import HostPages
 from headrace.runner.launches import Launches, make_tables, sharded_embed_tokens
 from headrace.runner.loading import Progress, checked_weight_map, load_weights
 from headrace.runner.memory import MemoryPlan, free_bytes
@@ -176,33 +177,43 @@ class _Parts:
     def steps(self, resolved: ResolvedConfig, graphs: Graphs, zeros: Zeros | None = None) -> StepRunner:
         """Everything else, over a pool of `resolved.num_pages`, which `zeros` makes, or torch."""
         engine, max_rows = resolved.engine, resolved.engine.max_running_requests
-        attention = self._attention(resolved, zeros)
+        pools = self._pools(resolved, zeros)
+        attention = self._attention(resolved, pools)
         sizes = StepSizes(self.max_tokens, max_rows, MAX_CELLS, RECORD_SIZE, attention.metadata_size)
         buffer = StepBuffer(sizes, self.device, engine.overlap_depth + 2)
         tables = make_tables(buffer, max_rows, resolved.max_columns, self.device)
         launches = Launches(self._model, self._embed, attention, self.sampler, buffer, tables, self._hidden)
         slots = InputTable(max_rows, resolved.max_columns)
-        return StepRunner(launches, slots, self.buckets, graphs, self._exact)
+        num_host_pages, max_moves = resolved.num_host_pages, resolved.max_page_moves
+        host_pages = HostPages(pools, num_host_pages, max_moves) if num_host_pages else None
+        return StepRunner(launches, slots, self.buckets, graphs, self._exact, host_pages)
 
     def page_bytes(self, resolved: ResolvedConfig) -> int:
         """What a page takes on this rank."""
         element_size = getattr(torch, resolved.kv_dtype).itemsize
         return self._share.kv_bytes_per_token(element_size) * resolved.engine.page_size
 
-    def _attention(self, resolved: ResolvedConfig, zeros: Zeros | None) -> DeviceAttention:
-        """A backend over a pool for each KV group."""
+    def _pools(self, resolved: ResolvedConfig, zeros: Zeros | None) -> list[KvPool]:
+        """One for each KV group."""
         kv_dtype, page_size = getattr(torch, resolved.kv_dtype), resolved.engine.page_size
+        return [
+            KvPool(KvGeometry.of_group(group, resolved.num_pages, page_size), kv_dtype, self.device, zeros)
+            for group, _ in self._groups
+        ]
+
+    def _attention(self, resolved: ResolvedConfig, pools: list[KvPool]) -> DeviceAttention:
+        """A backend for each KV group."""
         backends = [
             build_device_backend(
                 resolved.attention_backend,
                 resolved.engine.numerics,
                 AttentionShape.of_group(group),
-                KvPool(KvGeometry.of_group(group, resolved.num_pages, page_size), kv_dtype, self.device, zeros),
+                pool,
                 rotary,
                 self._dtype,
                 self.max_tokens,
             )
-            for group, rotary in self._groups
+            for (group, rotary), pool in zip(self._groups, pools, strict=True)
         ]
         return backends[0] if len(backends) == 1 else GroupedAttention(backends)
 
@@ -211,14 +222,16 @@ def _size_pool(resolved: ResolvedConfig, parts: _Parts, free_at_start: int, has_
     """Run the greatest step over a tiny pool, and give the pages what that leaves; a pool of given size must fit. All
     ranks have as many pages as the one that has room for the fewest."""
     engine = resolved.engine
-    tiny = msgspec.structs.replace(resolved, num_pages=_WARM_PAGES)
+    without_host = msgspec.structs.replace(engine, host_kv_tokens=0)
+    tiny = msgspec.structs.replace(resolved, num_pages=_WARM_PAGES, engine=without_host)
     parts.steps(tiny, Graphs(GemmCounter(), enabled=False)).run_greatest()
     taken = free_at_start - free_bytes()
     graphs = _measure_graphs(tiny, parts) if has_graphs else 0
     spare = _SPARE_BYTES + 4 * engine.max_running_requests * resolved.model.vocab_size  # one more step's logits
+    page_bytes = parts.page_bytes(resolved)
+    spare += 2 * resolved.max_page_moves * page_bytes if resolved.num_host_pages else 0
     plan = MemoryPlan(free_at_start, taken, graphs, spare, engine.memory_fraction)
     plan = plan.tightest(parts.mesh, parts.device)
-    page_bytes = parts.page_bytes(resolved)
     plan.check(resolved.num_pages * page_bytes, least=2 * page_bytes)  # one for sequences, beside page 0
     if resolved.num_pages:
         return resolved

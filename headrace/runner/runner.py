@@ -27,6 +27,7 @@ from headrace.parallel import SINGLE, Mesh
 from headrace.runner.batch import ForwardBatch, build_batch
 from headrace.runner.device_thread import take_device
 from headrace.runner.exact_products import ExactProducts
+from headrace.runner.host_pages import HostPages
 from headrace.runner.loading import Progress, checked_weight_map, load_weights
 from headrace.runner.occupation import Occupation
 from headrace.runner.pending import step_result
@@ -34,6 +35,7 @@ from headrace.runner.prompt_scores import PromptScorer
 from headrace.runner.slots import InputTable
 from headrace.sampling import Sampler
 from headrace.types.plan import PositionLogprobs, PromptLogprobs, SamplePatch, StepPlan, StepResult
+from headrace.types.request import Int32Array
 from headrace.weights.shard import Shard
 from headrace.weights.store import WeightStore
 
@@ -81,6 +83,12 @@ class Runner:
             spec, self.weights, kernels=kernels, counter=self._counter, mesh=mesh, in_order=in_order
         )
         zeros = partial(self.memory.zeros, "kv_cache")
+        pools = [
+            KvPool(KvGeometry.of_group(group, resolved.num_pages, engine.page_size), dtype, device, zeros)
+            for group in share.kv_groups
+        ]
+        num_host_pages, max_moves = resolved.num_host_pages, resolved.max_page_moves
+        self._host_pages = HostPages(pools, num_host_pages, max_moves) if num_host_pages else None
         self._attention = [
             build_backend(
                 resolved.attention_backend,
@@ -90,10 +98,10 @@ class Runner:
                     kernels,
                     rope_tables(group.rope, group.head_dim, resolved.context_length, dtype, device),
                 ),
-                KvPool(KvGeometry.of_group(group, resolved.num_pages, engine.page_size), dtype, device, zeros),
+                pool,
                 products,
             )
-            for group in share.kv_groups
+            for group, pool in zip(share.kv_groups, pools, strict=True)
         ]
         self._slots = InputTable(engine.max_running_requests, resolved.max_columns)
         self._sampler = Sampler(spec.vocab_size, engine.max_running_requests, torch.device("cpu"), engine.numerics)
@@ -127,6 +135,8 @@ class Runner:
         return {"num_gemm_calls": float(self._counter.num_calls)}
 
     def _forward(self, plan: StepPlan) -> RunnerStep:
+        if len(plan.page_moves):
+            self._move_pages(plan.page_moves)
         self._slots.apply(plan)
         for init in plan.new_slots:
             self._sampler.enter(init)
@@ -139,6 +149,12 @@ class Runner:
         if len(hidden) != len(batch.sampled_tokens):
             hidden = hidden.index_select(0, batch.sampled_tokens)
         return RunnerStep(plan.step_id, self, (batch, hidden), prompts)
+
+    def _move_pages(self, moves: Int32Array) -> None:
+        assert self._host_pages is not None, "a plan moves pages and there is no room for them"
+        moved = self._host_pages.move(moves)
+        if moved is not None:
+            moved.synchronize()
 
     def _finish(self, step: RunnerStep, patch: SamplePatch | None) -> StepResult:
         if step.sampled is None:

@@ -43,7 +43,7 @@ class InfoFace:
 
     def endpoints(self) -> list[Endpoint]:
         return [
-            Endpoint("/health", self.health, access="open"),
+            *(Endpoint(path, self.health, access="open") for path in ("/health", "/liveness")),
             Endpoint("/health_generate", self.health_generate, access="open"),
             Endpoint("/ready", self.ready, access="open"),
             *(Endpoint(path, self.model_info) for path in ("/model_info", "/get_model_info")),
@@ -135,7 +135,24 @@ class InfoFace:
             "version": __version__,
             "kv_events": None,
         }
+        if "config_format" in request.query_params:
+            facts["vllm_config"] = self._vllm_config()
         return json_reply({**settings, **facts})
+
+    def _vllm_config(self) -> dict[str, Any]:
+        """What trainers that speak vLLM's dialect look at."""
+        resolved = self._engine.resolved
+        return {
+            "weight_transfer_config": {"backend": "gloo" if resolved.device == "cpu" else "nccl"},
+            "model_config": {
+                "model": self._engine.config.model,
+                "dtype": f"torch.{resolved.dtype}",
+                "max_model_len": resolved.context_length,
+                "logprobs_mode": "processed_logprobs",
+            },
+            "parallel_config": {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1},
+            "lora_config": None,
+        }
 
     async def get_load(self, request: Request) -> Response:
         status = await self._engine.status(HEALTH_SECONDS)

@@ -58,7 +58,7 @@ class StreamPart(msgspec.Struct, frozen=True, array_like=True):
 
 
 class BeginAsk(msgspec.Struct, frozen=True, kw_only=True):
-    """`Engine.begin_update`."""
+    """`Engine.begin_update`. `token` is the client's own, by which an ask whose answer it never got is undone."""
 
     version: str | int
     manifest: tuple[TensorInfo, ...]
@@ -66,6 +66,7 @@ class BeginAsk(msgspec.Struct, frozen=True, kw_only=True):
     in_flight: InFlight = "drain"
     partial: bool = False
     timeout: float
+    token: bytes = b""
 
 
 class SessionBegun(msgspec.Struct, frozen=True):
@@ -116,9 +117,10 @@ class CommitAsk(msgspec.Struct, frozen=True):
 
 
 class AbortAsk(msgspec.Struct, frozen=True):
-    """`Engine.abort_update`; None: whichever is open."""
+    """`Engine.abort_update`; None: whichever is open, or with a `token` the one that this ask has begun, if it has."""
 
     session_id: int | None = None
+    token: bytes = b""
 
 
 class OwnerOrder(msgspec.Struct, frozen=True):

@@ -42,11 +42,12 @@ def _embed_kernel(
         token_id = tl.load(last_ptr + tl.maximum(row, 0))
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < WIDTH
+    held = mask
     if IS_PART:
         token_id -= first_row
-        mask = mask & (token_id >= 0) & (token_id < num_rows)
-    value = tl.load(embedding_ptr + token_id.to(tl.int64) * WIDTH + columns, mask=mask, other=0.0)
-    tl.store(hidden_ptr + token.to(tl.int64) * WIDTH + columns, value, mask=columns < WIDTH)
+        held = columns < tl.where((token_id >= 0) & (token_id < num_rows), WIDTH, 0)
+    value = tl.load(embedding_ptr + token_id.to(tl.int64) * WIDTH + columns, mask=held, other=0.0)
+    tl.store(hidden_ptr + token.to(tl.int64) * WIDTH + columns, value, mask=mask)
 
 
 def embed_tokens(
