@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from headrace import Engine, WeightUpdateError
+from headrace import DeadlineError, Engine, PoisonedError, WeightUpdateError
 from tests.engine.builders import SETTINGS, model_of, named_tensors, save_model, shared_memory
 from tests.engine.group_trainer import TrainerProcess
 from tests.engine.test_ranks import rank_pids
@@ -136,3 +137,38 @@ def test_two_hundred_updates_hold_nothing(ranks: Engine, digests: dict[str, str]
             first = held(ranks)
     assert held(ranks) == first
     assert shared_memory() == names and ranks.digest() == before
+
+
+def test_an_update_in_place_that_breaks_poisons_whichever_rank_has_written(
+    ranks: Engine, digests: dict[str, str], model_folder: Path
+) -> None:
+    name, tensor = next(each for each in NEW if "down_proj" in each[0])
+    bad = tensor.clone()
+    bad[0, 0] = torch.nan
+    session = ranks.begin_update("new", manifest_of(), mode="inplace")
+    with pytest.raises(WeightUpdateError, match="NaN"):
+        ranks.stage(session, [(name, bad)])
+    ranks.abort_update()
+    with pytest.raises(PoisonedError):
+        ranks.generate(input_ids=[1])
+    ranks.update_weights_from_tensor(NEW, "new")
+    assert ranks.digest() == digests
+
+
+def test_a_group_that_is_left_while_it_is_joined_is_left_by_both(ranks: Engine, trainer: TrainerProcess) -> None:
+    for _ in range(3):
+        with pytest.raises(DeadlineError):
+            ranks.init_weights_update_group("127.0.0.1", free_port(), 1, 3, "g", "gloo", timeout=0.05)
+    join(ranks, trainer)
+    ranks.destroy_weights_update_group("g")
+    assert len(rank_pids(ranks)) == 1
+
+
+def test_engines_of_ranks_that_have_ended_hold_nothing(model_folder: Path) -> None:
+    held_before = []
+    for _ in range(3):
+        with Engine(model_folder, tp_size=2, device="cpu", inprocess=True, **SETTINGS) as started:
+            started.generate(input_ids=[1])
+        names = {thread.name for thread in threading.enumerate()}
+        held_before.append((len(os.listdir("/proc/self/fd")), "headrace-rank-watch" in names))
+    assert held_before[1] == held_before[2] and not held_before[2][1]
