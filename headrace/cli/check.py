@@ -25,6 +25,7 @@ from headrace.config.machine import available_memory
 from headrace.config.resolve import backend_refusal
 from headrace.types.errors import ConfigError
 from headrace.types.weights import ELEMENT_BYTES
+from headrace.weights import Shard
 
 _LOGITS_BYTES = 4
 _CPU_LOGITS_COPIES = 3
@@ -122,7 +123,6 @@ def _memory_plan(resolved: ResolvedConfig) -> dict[str, int | bool]:
     and graphs take some.
     """
     from headrace.models import weight_map
-    from headrace.weights import Shard
 
     page_size, num_ranks = resolved.engine.page_size, resolved.engine.tp_size
     table, num_here = weight_map(resolved.model, Shard(0, num_ranks)), num_ranks if resolved.cuda is None else 1

@@ -37,8 +37,9 @@ from headrace.core.rank_messages import (
 )
 from headrace.core.rank_results import digest_of
 from headrace.core.rank_weights import Arrived, FileTensorOn, RankWeights, give_up
+from headrace.ipc.rank_page import NUM_RESULTS
 from headrace.parallel.rendezvous import Rendezvous
-from headrace.types.errors import HeadraceError, UpdateConflictError
+from headrace.types.errors import HeadraceError, UpdateConflictError, WeightUpdateError
 from headrace.types.memory import MemoryTag, Restore
 from headrace.types.messages import JoinGroup
 from headrace.types.plan import RankLost, SamplePatch, StepPlan, StepResult
@@ -64,7 +65,7 @@ class RankRunner:
         self._own = own
         self._others = others
         self._num_sent = 0
-        self._shown: deque[tuple[int, int]] = deque()  # results not compared yet, by number of the plan
+        self._results: deque[tuple[int, int]] = deque(maxlen=NUM_RESULTS)  # not compared yet, by number of the plan
 
     @property
     def resolved(self) -> ResolvedConfig:
@@ -96,19 +97,19 @@ class RankRunner:
     def compare(self, number: int, result: StepResult) -> None:
         """Hold what the others have shown against what came of the same plans here. Raises `DeviceLost`."""
         self._others.check()
-        self._shown.append((number, digest_of(result)))
+        self._results.append((number, digest_of(result)))
         failure = self._others.failure_until(number)
         if failure:
             raise self._others.lose(failure)
-        while self._shown:
-            number, own = self._shown[0]
+        while self._results:
+            number, own = self._results[0]
             for rank in self._others.numbers:
                 found = self._others.result(rank, number)
                 if found is None:
                     return
                 if found != own:
                     raise self._others.lose(f"{self._others.names([rank])} has another result of a step than rank 0")
-            self._shown.popleft()
+            self._results.popleft()
 
     def close(self) -> None:
         """End the others, and free the device."""
@@ -184,6 +185,10 @@ class RankExecutor(LocalExecutor):
                 self._undo_resume(asked, tags, is_here=is_here, had_copy=restore == "copy" and "weights" in tags)
 
     def join_group(self, terms: JoinGroup, seconds: float) -> WeightGroup:
+        num_ranks = len(self._others.numbers) + 1
+        if terms.rank + num_ranks > terms.world_size:
+            message = f"world_size {terms.world_size} has no {num_ranks} ranks from rank_offset {terms.rank} on"
+            raise WeightUpdateError(message, field="world_size")
         own = super().join_group(terms, seconds)
         self._num_groups += 1
         return RankGroup(self._num_groups, own, self._others, terms, seconds)
