@@ -21,7 +21,7 @@ from headrace.server.coerce import read_control
 from headrace.server.errors import FieldNames, refusal
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
-from headrace.server.update_body import UPDATE_FIELDS, UpdateBody
+from headrace.server.update_body import UPDATE_FIELDS, UpdateBody, check_selector
 from headrace.server.wire import json_reply
 from headrace.types.errors import HeadraceError, RequestError
 from headrace.types.weights import UpdateReport
@@ -66,7 +66,7 @@ class BucketFace:
         client that never calls this does without either."""
         body = await read_control(request, SelectorBody)
         try:
-            _check_selector(body.selector)
+            check_selector(body.selector)
             await self._state.run(request, self._engine.runtime.joined.begin())
         except HeadraceError as error:
             return refusal(error)
@@ -110,14 +110,9 @@ class BucketFace:
     def _payload(self, body: TensorBody) -> str:
         """The payload of this engine's only rank."""
         load_format_of(body.load_format)
-        _check_selector(body.selector)
+        check_selector(body.selector)
         payloads = body.serialized_named_tensors
         if len(payloads) != NUM_RANKS:
             message = f"serialized_named_tensors has {len(payloads)} entries, this engine {NUM_RANKS} rank"
             raise RequestError(message, field="serialized_named_tensors")
         return payloads[0]
-
-
-def _check_selector(selector: str | None) -> None:
-    if selector not in (None, "target", "all"):
-        raise RequestError(f"selector {selector!r}: this engine has no draft model", field="selector")
