@@ -59,8 +59,8 @@ Result = TypeVar("Result")
 
 class AsyncClient:
     """An engine at `url`, as `AsyncEngine` is one here. To be used on one event loop (`UnavailableError` on another),
-    and closed (`ShutdownError` from then on); an async context manager does. `headrace serve`, `Engine.serve` and
-    `Runtime` are such addresses.
+    and closed (`ShutdownError` from then on); an async context manager does. `headrace serve`, `headrace.serve` and
+    `Runtime` have such addresses.
 
     api_key, admin_key   the server's keys; calls that steer the engine use the second, which defaults to the first
     timeout              seconds that a call may take as a whole, `stream` between two pieces: `DeadlineError` names it

@@ -73,4 +73,6 @@ def scheduler_limits(resolved: ResolvedConfig) -> SchedulerLimits:
         prefix_cache=settings.prefix_cache,
         overlap_depth=settings.overlap_depth,
         vocab_size=resolved.model.vocab_size,
+        num_host_pages=resolved.num_host_pages,
+        max_page_moves=resolved.max_page_moves,
     )

@@ -20,8 +20,8 @@ from headrace.types.errors import DeadlineError, HeadraceError, RequestError
 from headrace.types.messages import CoreStatus
 
 HEALTH_SECONDS = 5.0
-_SINGLE_RANK: dict[str, Any] = {
-    **{name: 1 for name in ("tp_size", "pp_size", "dp_size", "ep_size", "moe_dp_size", "num_gpus", "nnodes")},
+_LAYOUT: dict[str, Any] = {
+    **{name: 1 for name in ("pp_size", "dp_size", "ep_size", "moe_dp_size", "nnodes")},
     "node_rank": 0,
     "disaggregation_mode": "null",
     "disaggregation_bootstrap_port": None,
@@ -102,7 +102,8 @@ class InfoFace:
         config, resolved, model = self._engine.config, self._engine.resolved, self._engine.resolved.model
         settings = {
             **msgspec.to_builtins(resolved.engine),
-            **_SINGLE_RANK,
+            **_LAYOUT,
+            "num_gpus": resolved.engine.tp_size,
             "enable_memory_saver": resolved.engine.memory_saver,
             "model_path": config.model,
             "tokenizer_path": config.tokenizer or config.model,

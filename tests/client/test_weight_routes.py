@@ -25,6 +25,7 @@ from headrace import (
     UnreachableError,
     UpdateConflictError,
     WeightUpdateError,
+    serve,
 )
 from headrace.client.transport import HttpAnswer, HttpCall, LoopTransport
 from headrace.client.uploads import _HEAD_BYTES_PER_PIECE, BUFFER_BYTES, MAX_PIECES, UploadMemory, Uploads
@@ -89,7 +90,7 @@ def told(reply: httpx.Response) -> tuple[int, str, str | None]:
 
 @pytest.fixture
 def door(engine: Engine) -> Iterator[Door]:
-    opened = Door(engine.serve().url)
+    opened = Door(serve(engine).url)
     yield opened
     opened.http.close()
 
@@ -179,7 +180,7 @@ def test_an_answer_that_nobody_hears_leaves_no_session(engine: Engine, problem: 
             return answer
 
     async def update() -> None:
-        url = engine.serve().url
+        url = serve(engine).url
         async with AsyncClient(url, transport=Transport(url)) as client:
             with pytest.raises(type(problem)):
                 await client.update_weights_from_tensor({NORM: OTHER}, "v", partial=True)
@@ -191,7 +192,7 @@ def test_an_answer_that_nobody_hears_leaves_no_session(engine: Engine, problem: 
 
 def test_a_refused_ask_is_not_undone(engine: Engine) -> None:
     """There is nothing, and another's session stays."""
-    with Client(engine.serve().url) as client, pytest.raises(UpdateConflictError):
+    with Client(serve(engine).url) as client, pytest.raises(UpdateConflictError):
         engine.begin_update("v", [(NORM, (32,), "float32")], partial=True)
         client.update_weights_from_tensor({NORM: OTHER}, "v", partial=True)
     assert engine.status().updating
@@ -211,7 +212,7 @@ def test_a_client_that_breaks_off_leaves_its_session_usable(door: Door, engine: 
 
 
 def test_a_body_that_does_not_come_has_a_deadline(engine: Engine) -> None:
-    door = Door(engine.serve(body_timeout=0.3).url)
+    door = Door(serve(engine, body_timeout=0.3).url)
     begun = door.begin()
     whole = body_of(begun.session_id, [TensorPiece(0, 0, 128)], VALUES.tobytes())
     with socket.create_connection(("127.0.0.1", door.http.base_url.port or 0), timeout=30) as connection:
@@ -392,7 +393,7 @@ def test_memory_lent_to_a_server_is_lent_again_to_the_next(model_folder: Path) -
     uploads: Uploads | None = None
     for value in (1.0, 2.0):
         # another server at the same address, whose sessions are counted from the start again
-        with Engine(model_folder, inprocess=True, **CONFIG) as engine, Client(engine.serve().url) as client:
+        with Engine(model_folder, inprocess=True, **CONFIG) as engine, Client(serve(engine).url) as client:
             uploads = uploads or client.asynchronous._uploads
             uploads._ask, client.asynchronous._uploads = client.asynchronous._stage_part, uploads
             kept = uploads._free[:]

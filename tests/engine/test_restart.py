@@ -24,6 +24,7 @@ from headrace import (
     ShutdownError,
     UpdateConflictError,
     WeightUpdateError,
+    serve,
 )
 from headrace.config import Takeover
 from headrace.engine.ledger import Ledger
@@ -329,7 +330,7 @@ def test_a_checkpoint_that_is_gone_ends_it(copied: Path) -> None:
 
 def test_a_lost_device_of_the_caller_s_process_is_the_end(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(model_folder, inprocess=True, max_core_restarts=3, **SETTINGS)
-    server = engine.serve()
+    server = serve(engine)
     assert httpx.get(f"{server.url}/health").status_code == 200
 
     def launch(*_: object) -> None:

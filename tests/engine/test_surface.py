@@ -29,7 +29,6 @@ METHODS = {
     "resume",
     "resume_memory_occupation",
     "score",
-    "serve",
     "set_weight_version",
     "shutdown",
     "slow_down",
