@@ -10,12 +10,13 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 
 import msgspec
 
+from headrace.client.answers import read, stream_parts
 from headrace.client.asks import generate_body, message_body
 from headrace.client.transport import HttpAnswer, HttpCall, LoopTransport, Transport, check_key, check_url
 from headrace.client.uploads import Uploads
@@ -28,7 +29,6 @@ from headrace.engine.update_session import Manifest, UpdateSession, check_sessio
 from headrace.types.errors import DeadlineError, HeadraceError, UnavailableError, UnreachableError
 from headrace.types.generation import Generation
 from headrace.types.http import (
-    LENGTH_BYTES,
     MESSAGE_TYPE,
     PREFIX,
     TENSOR_HEADER,
@@ -36,12 +36,12 @@ from headrace.types.http import (
     BeginAsk,
     CommitAsk,
     SessionBegun,
-    StreamPart,
 )
 from headrace.types.memory import MemoryTag, OnRelease, Restore
-from headrace.types.messages import CoreStatus, WeightBytes
+from headrace.types.messages import CoreStatus
 from headrace.types.plain_values import as_seconds
-from headrace.types.weights import InFlight, PauseMode, TensorInfo, UpdateMode, UpdateReport
+from headrace.types.profile import Activity
+from headrace.types.weights import InFlight, PauseMode, TensorInfo, UpdateMode, UpdateReport, WeightBytes
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +98,7 @@ class AsyncClient:
     ) -> list[Generation]:
         """See `AsyncEngine.generate`."""
         body = generate_body(prompts, input_ids, sampling_params, options)
-        return _read((await self._generate("generate", body)).body, list[Generation])
+        return read((await self._generate("generate", body)).body, list[Generation])
 
     async def generate_native(self, body: bytes) -> bytes:
         """What `/generate`, in SGLang's dialect, answers to a body; both are JSON."""
@@ -114,7 +114,7 @@ class AsyncClient:
     ) -> list[Generation]:
         """See `AsyncEngine.score`."""
         body = generate_body(prompts, input_ids, sampling_params, options, scores=True)
-        return _read((await self._generate("score", body)).body, list[Generation])
+        return read((await self._generate("score", body)).body, list[Generation])
 
     async def stream(
         self,
@@ -126,7 +126,7 @@ class AsyncClient:
         """See `AsyncEngine.stream`."""
         body = generate_body(prompts, input_ids, sampling_params, options, stream=True)
         call = self._call("stream", f"{PREFIX}/generate", body, "application/json")
-        async with contextlib.aclosing(_stream_parts(self._transport.stream(call))) as parts:
+        async with contextlib.aclosing(stream_parts(self._transport.stream(call))) as parts:
             async for part in parts:
                 for piece in part.pieces:
                     yield piece
@@ -325,15 +325,56 @@ class AsyncClient:
         """See `AsyncEngine.weights_checker`."""
         return await self._control("weights_checker", {"action": action}, dict[str, str])
 
+    async def slow_down(self, forward_sleep_time: float | None = None) -> None:
+        """See `AsyncEngine.slow_down`."""
+        await self._control("slow_down", {"forward_sleep_time": forward_sleep_time}, type(None))
+
+    async def freeze_gc(self) -> None:
+        """See `AsyncEngine.freeze_gc`."""
+        await self._control("freeze_gc", {}, type(None))
+
+    async def start_profile(
+        self,
+        output_dir: str | None = None,
+        num_steps: int | None = None,
+        activities: Sequence[Activity] | None = None,
+        *,
+        with_stack: bool = False,
+        record_shapes: bool = False,
+        profile_id: str | None = None,
+    ) -> str:
+        """See `AsyncEngine.start_profile`. The folder is the server's: below its model's, or one of its
+        `weight_roots`."""
+        arguments = {
+            **{"output_dir": output_dir, "num_steps": num_steps, "activities": activities, "with_stack": with_stack},
+            **{"record_shapes": record_shapes, "profile_id": profile_id},
+        }
+        return await self._control("start_profile", arguments, str)
+
+    async def stop_profile(self) -> str:
+        """See `AsyncEngine.stop_profile`."""
+        return await self._control("stop_profile", {}, str)
+
+    async def collective_rpc(
+        self,
+        method: str,
+        timeout: float | None = None,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> list[Any]:
+        """See `AsyncEngine.collective_rpc`."""
+        arguments = {"method": method, "timeout": timeout, "args": args, "kwargs": kwargs}
+        return await self._control("collective_rpc", arguments, list[Any], _limit(seconds_of(timeout)))
+
     async def metrics(self) -> dict[str, float]:
         """See `AsyncEngine.metrics`."""
-        return _read((await self._transport.send(self._data_call("metrics", {}))).body, dict[str, float])
+        return read((await self._transport.send(self._data_call("metrics", {}))).body, dict[str, float])
 
     async def status(self, timeout: float | None = None) -> CoreStatus:
         """See `AsyncEngine.status`."""
         seconds = seconds_of(timeout)
         call = self._data_call("status", {"timeout": seconds}, _limit(seconds))
-        return _read((await self._transport.send(call)).body, CoreStatus)
+        return read((await self._transport.send(call)).body, CoreStatus)
 
     async def health(self) -> bool:
         """True while the server's core lives, or the next one is being started. `UnreachableError` if nobody answers,
@@ -373,7 +414,7 @@ class AsyncClient:
 
     async def _control(self, name: str, ask: Any, kind: type[Result], limit: float | None = None) -> Result:
         answer = await self._transport.send(self._admin_call(name, message_body(ask), limit))
-        return _read(answer.body, kind)
+        return read(answer.body, kind)
 
     def _admin_call(
         self, name: str, body: bytes, limit: float | None = None, media_type: str = MESSAGE_TYPE
@@ -395,29 +436,3 @@ class AsyncClient:
 def _limit(seconds: float | None) -> float | None:
     """What a call may take whose time the server limits."""
     return None if seconds is None else seconds + GRACE_SECONDS
-
-
-def _read(body: bytes | bytearray, kind: type[Result]) -> Result:
-    """A result. `UnavailableError` for what no server of this version answers."""
-    try:
-        return msgspec.msgpack.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UnavailableError(f"the server's answer cannot be read: {error}", field="url") from None
-
-
-async def _stream_parts(chunks: AsyncGenerator[bytes]) -> AsyncGenerator[StreamPart]:
-    """The parts of a streamed answer. `UnreachableError` if it breaks off."""
-    rest = bytearray()
-    async with contextlib.aclosing(chunks):
-        async for chunk in chunks:
-            rest += chunk
-            while len(rest) >= LENGTH_BYTES:
-                end = LENGTH_BYTES + int.from_bytes(rest[:LENGTH_BYTES], "little")
-                if len(rest) < end:
-                    break
-                part = _read(rest[LENGTH_BYTES:end], StreamPart)
-                del rest[:end]
-                if part.is_last:
-                    return
-                yield part
-    raise UnreachableError("stream: the server's answer broke off")

@@ -169,3 +169,4 @@ def _let_go(loop: CoreLoop) -> None:
         logger.exception("the device could not be let go")
     loop.replica.update.close()
     loop.replica.groups.close()
+    loop.replica.probes.close()

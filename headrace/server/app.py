@@ -26,6 +26,7 @@ from headrace.server.openai_chat import ChatFace
 from headrace.server.openai_completions import CompletionsFace
 from headrace.server.openai_models import ModelsFace
 from headrace.server.options import ServerOptions
+from headrace.server.probing import ProbeFace
 from headrace.server.routes import Endpoint, Handler
 from headrace.server.state import ServerState
 from headrace.server.surface import SurfaceFace
@@ -102,7 +103,8 @@ def all_endpoints(state: ServerState) -> list[Endpoint]:
         BucketFace(state),
         GroupFace(state),
         VllmFace(state, folders),
-        SurfaceFace(state),
+        ProbeFace(state, folders),
+        SurfaceFace(state, folders),
         WeightsFace(state, folders),
     )
     return [endpoint for face in faces for endpoint in face.endpoints()]

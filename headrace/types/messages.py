@@ -20,6 +20,7 @@ import msgspec
 from headrace.types.errors import ErrorInfo
 from headrace.types.foreign import Payload
 from headrace.types.memory import MemoryTag, OnRelease, Restore
+from headrace.types.profile import ProfileTerms
 from headrace.types.request import Delta, Request, Sibling
 from headrace.types.weights import (
     SEPARATE,
@@ -291,13 +292,6 @@ class WeightPart(msgspec.Struct, frozen=True):
     total: int
 
 
-class WeightBytes(msgspec.Struct, frozen=True):
-    """A tensor in Hugging Face shape and layout, engine dtype; of its first rows only, if no more were asked for."""
-
-    info: TensorInfo
-    data: memoryview
-
-
 class Digest(_Call, frozen=True, tag="digest"):
     """Digest live parameter memory, all of it while it holds one version. Reply: dict[str, str], HF name to the 32 hex
     digits of `headrace.weights.position_sum`."""
@@ -324,6 +318,22 @@ class ResumeMemory(_Call, frozen=True, tag="resume_memory"):
 
     tags: tuple[MemoryTag, ...] = ()
     restore: Restore = "auto"
+
+
+class SlowDown(_Call, frozen=True, tag="slow_down"):
+    """Wait so long before each step; 0: no more. Reply: null."""
+
+    seconds: float
+
+
+class FreezeGc(_Call, frozen=True, tag="freeze_gc"):
+    """Collect garbage, and what is left never again. Reply: null."""
+
+
+class Profile(_Call, frozen=True, tag="profile"):
+    """Trace what the core computes, or, without terms, end that. Reply: str, the file."""
+
+    terms: ProfileTerms | None
 
 
 class FlushCache(_Call, frozen=True, tag="flush_cache"):
@@ -363,6 +373,9 @@ Command = (
     | WeightsChecker
     | ReleaseMemory
     | ResumeMemory
+    | SlowDown
+    | FreezeGc
+    | Profile
     | FlushCache
     | GetStatus
     | Shutdown

@@ -42,6 +42,13 @@ class TensorInfo(msgspec.Struct, frozen=True, array_like=True, gc=False):
         return math.prod(self.shape) * ELEMENT_BYTES[self.dtype]
 
 
+class WeightBytes(msgspec.Struct, frozen=True):
+    """A tensor in Hugging Face shape and layout, engine dtype; of its first rows only, if no more were asked for."""
+
+    info: TensorInfo
+    data: memoryview
+
+
 MAX_TENSORS = 1 << 18
 """Tensors of one update or weight file; the largest models have a tenth of it."""
 
