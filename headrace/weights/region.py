@@ -42,6 +42,12 @@ class Region:
         """All of it as it lies in memory, where that is in the tensor's own order."""
         self._is_whole = sum(piece.source.num_elements for piece in pieces) == self.num_elements
 
+    @classmethod
+    def of_memory(cls, name: str, memory: torch.Tensor) -> Region:
+        """Parameter `name` as a tensor of its own."""
+        box = Box.whole(tuple(memory.shape))
+        return cls(box.shape, [Piece(name, box, box)], [memory], memory.dtype, memory.device)
+
     def over(self, memories: Sequence[torch.Tensor]) -> Region:
         """The same tensor in other memory."""
         return Region(self.shape, self._pieces, memories, self.dtype, self.device)
