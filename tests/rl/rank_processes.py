@@ -1,4 +1,4 @@
-"""Trainer ranks as processes of their own over gloo: each runs one of `rank_scenarios` and writes its answer."""
+"""Trainer ranks as processes of their own over gloo: each runs functions of `rank_scenarios` and writes its answers."""
 
 from __future__ import annotations
 
@@ -7,44 +7,40 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from tests.arch.source import ROOT
 
-SECONDS = 120
+SECONDS = 300
 
 
-def run_ranks(scenario: str, num_ranks: int, scratch: Path, **arguments: Any) -> list[Any]:
-    """What every rank returned. Fails with what one wrote to its standard error."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    order = json.dumps({"scenario": scenario, "num_ranks": num_ranks, "scratch": str(scratch), "arguments": arguments})
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def run_ranks(num_ranks: int, scratch: Path, scenarios: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, list[Any]]:
+    """What every rank answered, by scenario: each is a function and its arguments. Fails with what a rank wrote to its
+    standard error."""
+    order = json.dumps({"num_ranks": num_ranks, "scratch": str(scratch), "scenarios": scenarios})
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
+    logs = [(scratch / f"errors{rank}").open("w+") for rank in range(num_ranks)]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.rl.rank_processes", order, str(rank)],
-            cwd=ROOT,
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
+            [sys.executable, "-m", "tests.rl.rank_processes", order, str(rank)], cwd=ROOT, env=environment, stderr=log
         )
-        for rank in range(num_ranks)
+        for rank, log in enumerate(logs)
     ]
     try:
-        failed = []
-        for rank, process in enumerate(processes):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                _, errors = process.communicate(timeout=SECONDS)
-            if process.returncode != 0:
-                failed.append(f"rank {rank}: {errors}")
-        assert not failed, "\n".join(failed)
-    finally:
         for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(SECONDS)
+        failed = [rank for rank, process in enumerate(processes) if process.returncode != 0]
+        assert not failed, "\n".join(f"rank {rank}: {(scratch / f'errors{rank}').read_text()}" for rank in failed)
+    finally:
+        for process, log in zip(processes, logs, strict=True):
             process.kill()
-            process.communicate()
-    return [json.loads((scratch / f"answer{rank}.json").read_text()) for rank in range(num_ranks)]
+            process.wait()
+            log.close()
+    answers = [json.loads((scratch / f"answers{rank}.json").read_text()) for rank in range(num_ranks)]
+    return {name: [each[name] for each in answers] for name in scenarios}
 
 
 def main(order: dict[str, Any], rank: int) -> None:
@@ -62,9 +58,10 @@ def main(order: dict[str, Any], rank: int) -> None:
         world_size=order["num_ranks"],
         timeout=timedelta(seconds=SECONDS / 2),
     )
-    scenario: Callable[..., Any] = getattr(rank_scenarios, order["scenario"])
-    answer = scenario(**order["arguments"])
-    (scratch / f"answer{rank}.json").write_text(json.dumps(answer))
+    answers = {}
+    for name, (function, arguments) in order["scenarios"].items():
+        answers[name] = getattr(rank_scenarios, function)(**arguments)
+    (scratch / f"answers{rank}.json").write_text(json.dumps(answers))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -13,7 +13,10 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 from headrace import Client, Engine, HeadraceError
-from headrace.rl import WeightPusher
+from headrace.rl import WeightPusher, megatron
+from headrace.rl.megatron_layout import rank_map
+from tests.parity.models import reference_logits
+from tests.rl.megatron_reference import Mesh, Naming, file_tensors, place_of, rank_chunks
 
 STEP = 1.25
 """What a step multiplies weights by: exactly, on however many ranks."""
@@ -55,7 +58,7 @@ def push_fsdp(old: str, new: str, mesh_shape: list[int], road: str, dtype: str |
         for version in ("first", "second"):
             weights: Any = iter(model.state_dict().items()) if as_iterator else model
             report = pusher.push(weights, version, verify=True)
-            reports.append([report.update.version, report.update.num_tensors, report.is_verified])
+            reports.append([report.update.version, report.is_verified])
             if target is not None:
                 digests.append(target.digest())
             model(torch.arange(16).view(2, 8)).logits.square().mean().backward()
@@ -86,3 +89,56 @@ def push_refused(folder: str) -> Any:
                 told.append([type(error).__name__, error.field])
         told.append([pusher.push(state, "taken").update.version, ""])
     return told
+
+
+def push_megatron(old: str, new: str, sizes: dict[str, int], naming: list[Any], road: str, dtype: str | None) -> Any:
+    """Two pushes of what Megatron's ranks would hold of a model, the second after a step."""
+    model = AutoModelForCausalLM.from_pretrained(new, dtype=torch.float32)
+    sized = Mesh(**sizes)
+    stage, inner = divmod(distributed.get_rank(), distributed.get_world_size() // sized.stages)
+    mesh = sized._replace(
+        stage=stage,
+        tensor_rank=inner % sized.tensor,
+        expert_tensor_rank=inner % sized.expert_tensor,
+        expert_rank=inner // sized.expert_tensor % sized.experts,
+    )
+    chunks = [megatron.Chunk(*each) for each in rank_chunks(model, mesh, Naming(*naming))]
+    weights = megatron.MegatronWeights(chunks, old, place_of(mesh), distributed.group.WORLD, dtype)
+    digests, reports = [], []
+    with target_of(old, road) as target:
+        pusher = WeightPusher(target, distributed.group.WORLD)
+        for version in ("first", "second"):
+            report = pusher.push(weights, version, verify=True)
+            reports.append([report.update.version, report.is_verified])
+            if target is not None:
+                digests.append(target.digest())
+            for chunk in chunks:
+                for tensor in chunk.tensors.values():
+                    tensor.mul_(STEP)
+    return {"reports": reports, "digests": digests}
+
+
+def push_megatron_core(old: str, new: str, sizes: dict[str, int]) -> Any:
+    """A `GPTModel` is filled by our map, computes what transformers does, and is pushed."""
+    from tests.rl import megatron_core_models
+
+    model = AutoModelForCausalLM.from_pretrained(new, dtype=torch.float32, attn_implementation="eager").eval()
+    megatron_core_models.set_up(**sizes)
+    chunks = megatron_core_models.build(model, **sizes, vocab_size=128)
+    spec, tensors = file_tensors(model)
+    for chunk in chunks:
+        held = megatron.Chunk.of_module(chunk)
+        named = megatron._global_params(spec, [held], megatron.current_place())
+        table = rank_map(spec, megatron.current_place(), {name: tuple(each.shape) for name, each in named.items()})
+        made = megatron.to_megatron(table, tensors)
+        for name, tensor in named.items():
+            tensor.copy_(made[name])
+    error = 0.0
+    if sizes["stages"] == 1:
+        ids = list(range(3, 30))
+        computed = megatron_core_models.logits_of(chunks[0], ids)[:, : spec.vocab_size]
+        error = float((computed - reference_logits(model, ids)).abs().max())
+    weights = megatron.MegatronWeights(chunks, new, group=distributed.group.WORLD)
+    with target_of(old, "engine") as target:
+        WeightPusher(target, distributed.group.WORLD).push(weights, "pushed", verify=True)
+        return {"error": error, "digest": None if target is None else target.digest()}
