@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 import msgspec
 
 from headrace.client.asks import generate_body, message_body
+from headrace.client.buckets import Buckets
 from headrace.client.transport import HttpAnswer, HttpCall, LoopTransport, Transport, check_key, check_url
 from headrace.client.uploads import Uploads
-from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, seconds_of, tags_of, terms_of, version_of
+from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, seconds_of, tags_of, terms_of, terms_of_part, version_of
 from headrace.engine.fields import InputIds, Prompts, Sampling, name_of
 from headrace.engine.groups import DEFAULT_GROUP, DEFAULT_JOIN_TIMEOUT, Backend
 from headrace.engine.requests import GenerateOptions
@@ -85,6 +86,7 @@ class AsyncClient:
         self._timeout = as_seconds(timeout, "timeout")
         self._transport = LoopTransport(self.url) if transport is None else transport
         self._uploads = Uploads(self._stage_part, shares_memory=shares_memory)
+        self._buckets = Buckets(self._stage_part, self._uploads)
 
     async def generate(
         self,
@@ -169,7 +171,7 @@ class AsyncClient:
     async def begin_update(
         self,
         version: str | int,
-        manifest: Manifest,
+        manifest: Manifest | None,
         *,
         mode: UpdateMode = "auto",
         in_flight: InFlight = "drain",
@@ -177,7 +179,8 @@ class AsyncClient:
         timeout: float = DEFAULT_UPDATE_TIMEOUT,
     ) -> UpdateSession:
         """See `AsyncEngine.begin_update`. A client that goes away leaves its session to its deadline."""
-        terms, entries = terms_of(version, mode, in_flight, timeout, partial), manifest_of(manifest)
+        terms = terms_of(version, mode, in_flight, timeout, partial)
+        entries = None if manifest is None else manifest_of(manifest)
         ask = BeginAsk(
             version=terms.version,
             manifest=entries,
@@ -188,7 +191,8 @@ class AsyncClient:
         )
         begun = await self._control("begin_update", ask, SessionBegun)
         self._uploads.open(begun)
-        return UpdateSession(begun.session_id, terms.version, begun.mode, entries, terms.timeout_s)
+        given = begun.session_id, terms.version, begun.mode, entries or (), terms.timeout_s, terms.partial
+        return UpdateSession(*given, is_open=entries is None, dtype=begun.dtype)
 
     async def stage(self, session: UpdateSession, named_tensors: NamedTensors) -> None:
         """See `AsyncEngine.stage`. Of a session that this client has begun."""
@@ -228,6 +232,27 @@ class AsyncClient:
             raise
         except BaseException:  # whatever it is, the session is over before the caller hears of it
             await self._transport.outlast(self._abort_quietly(session))
+            raise
+
+    async def update_weights_from_bucket(
+        self,
+        named_tensors: NamedTensors,
+        version: str | int | None = None,
+        *,
+        mode: UpdateMode = "auto",
+        in_flight: InFlight = "drain",
+        timeout: float = DEFAULT_UPDATE_TIMEOUT,
+    ) -> UpdateReport | None:
+        """See `AsyncEngine.update_weights_from_bucket`. All calls of one update are one client's."""
+        try:
+            terms = terms_of_part(version, mode, in_flight, timeout)
+            return await self._buckets.add(HeldTensors(named_tensors), terms)
+        except GeneratorExit:  # dropped by whoever ran it: nothing can be awaited any more
+            raise
+        except BaseException:  # whatever it is, the update is over before the caller hears of it
+            joined, self._buckets.session = self._buckets.session, None
+            if joined is not None:
+                await self._transport.outlast(self._abort_quietly(joined))
             raise
 
     async def update_weights_from_disk(

@@ -61,7 +61,7 @@ class BeginAsk(msgspec.Struct, frozen=True, kw_only=True):
     """`Engine.begin_update`."""
 
     version: str | int
-    manifest: tuple[TensorInfo, ...]
+    manifest: tuple[TensorInfo, ...] | None
     mode: UpdateMode = "auto"
     in_flight: InFlight = "drain"
     partial: bool = False
@@ -69,12 +69,46 @@ class BeginAsk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SessionBegun(msgspec.Struct, frozen=True):
-    """`token` is what a lent buffer has to end with. One stage body has at most `max_body_bytes`, its head included."""
+    """`token` is what a lent buffer has to end with. One stage body has at most `max_body_bytes`, its head included.
+    `dtype` is the engine's."""
 
     session_id: int
     mode: str
     token: bytes
     max_body_bytes: int
+    dtype: str = ""
+
+
+class ExtendAsk(msgspec.Struct, frozen=True):
+    """More tensors of a session that was begun without a manifest. Reply: the index of the first."""
+
+    session_id: int
+    manifest: tuple[TensorInfo, ...]
+
+
+class JoinAsk(msgspec.Struct, frozen=True, kw_only=True):
+    """The tensors of one `Engine.update_weights_from_bucket`, before they are staged. Reply: `PartJoined`, or null
+    where there are none."""
+
+    manifest: tuple[TensorInfo, ...]
+    version: str | None
+    mode: UpdateMode
+    in_flight: InFlight
+    timeout: float
+
+
+class PartJoined(msgspec.Struct, frozen=True):
+    """The session that they belong to, and their places in its manifest."""
+
+    begun: SessionBegun
+    indices: tuple[int, ...]
+
+
+class SettleAsk(msgspec.Struct, frozen=True):
+    """They were staged. Reply: an `UpdateReport` if they were the last that the model lacked, else null."""
+
+    session_id: int
+    indices: tuple[int, ...]
 
 
 class TensorPiece(msgspec.Struct, frozen=True, array_like=True, gc=False):

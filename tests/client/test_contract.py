@@ -81,7 +81,19 @@ def wrong_calls(door: Any) -> list[Any]:
         error_of(lambda: door.get_weights_by_name("nobody")),
         error_of(lambda: door.set_weight_version("x" * 2000)),
         error_of(lambda: door.commit(session))[:2],  # a server says that it is its own
+        *unlisted_calls(door),
     ]
+
+
+def unlisted_calls(door: Any) -> list[Any]:
+    """What is refused in a session without a manifest, which goes on."""
+    session = door.begin_update("x", None, mode="shadow")
+    norm = {"model.norm.weight": torch.ones(32)}
+    found: list[Any] = [error_of(lambda: door.stage(session, {**norm, "nobody": torch.ones(3)}))]
+    door.stage(session, norm)
+    found += [error_of(lambda: door.stage(session, norm)), error_of(lambda: door.commit(session))[:2]]
+    door.abort_update(session)
+    return found
 
 
 def scenario(door: Any, folder: Path) -> list[Any]:
@@ -118,10 +130,15 @@ def scenario(door: Any, folder: Path) -> list[Any]:
         seen.append(msgspec.structs.replace(report, pause_ms=0.0))
         seen += [door.digest(), door.generate(input_ids=IDS, sampling_params=DRAWN, request_id=version)]
     assert seen[0] == seen[-2] != seen[-5], "weights A, then B, then A again"
+    session = door.begin_update("listed by stage", None, mode="shadow")
+    for part in (list(new.items())[:3], iter(list(new.items())[3:])):
+        door.stage(session, part)
+    seen += [msgspec.structs.replace(door.commit(session), pause_ms=0.0), session.dtype, door.digest() == seen[-5]]
     report = door.update_weights_from_disk(folder / "newer", "disk")
     seen.append(msgspec.structs.replace(report, pause_ms=0.0))
     name = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(door.get_weights_by_name(name), new[name])
+    seen += in_buckets(door, list(old.items()))
     door.pause("keep", timeout=30)
     assert door.status().paused == "keep"
     door.resume()
@@ -139,6 +156,21 @@ def scenario(door: Any, folder: Path) -> list[Any]:
     status = door.status()
     seen += [status.version, status.epoch, status.state, door.metrics()["num_generated_tokens"]]
     return [*seen, *wrong_calls(door)]
+
+
+def in_buckets(door: Any, tensors: list[tuple[str, torch.Tensor]]) -> list[Any]:
+    """An update without begin and commit: one that an error ends, and one in which a tensor comes again."""
+    (first, again), rest = tensors[:2], tensors[1:]
+    assert door.update_weights_from_bucket(tensors[:9], "never") is None
+    seen: list[Any] = [error_of(lambda: door.update_weights_from_bucket([("nobody", torch.ones(3))]))]
+    seen.append(error_of(lambda: door.update_weights_from_bucket([first, first])))
+    seen.append(error_of(lambda: door.update_weights_from_bucket(tensors, mode="sideways")))
+    assert door.update_weights_from_bucket([first, (again[0], torch.zeros_like(again[1]))]) is None
+    seen.append(error_of(door.resume))
+    assert door.update_weights_from_bucket([]) is None
+    report = door.update_weights_from_bucket(rest, "in buckets")
+    seen += [msgspec.structs.replace(report, pause_ms=0.0), door.digest()]
+    return seen
 
 
 def whole(pieces: list[Generation], sample: tuple[int, int]) -> Generation:
@@ -227,5 +259,5 @@ def test_methods_take_what_the_engine_s_take() -> None:
         assert names == [each.name for each in expected], name
     missing = {name for name in vars(Engine) if not name.startswith("_")} - set(vars(Client))
     assert missing == {"config", "resolved", "tokenizer", "version", "is_alive", "is_ready", "is_responsive"} | {
-        *("serve", "wait_ended", "shutdown", "update_weights_from_bucket", "stage_from_group")
+        *("serve", "wait_ended", "shutdown", "stage_from_group")
     }
