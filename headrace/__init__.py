@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from headrace.client import AsyncClient, Client, Runtime
     from headrace.config import EngineConfig
     from headrace.engine import AsyncEngine, Engine, UpdateSession
+    from headrace.server.blocking import serve
     from headrace.types.errors import (
         CheckpointError,
         ConfigError,
@@ -73,6 +74,7 @@ __all__ = [
     "UpdateSession",
     "WeightUpdateError",
     "__version__",
+    "serve",
 ]
 
 _HOMES = {
@@ -87,6 +89,7 @@ _HOMES = {
     "TensorInfo": "headrace.types.weights",
     "UpdateReport": "headrace.types.weights",
     "UpdateSession": "headrace.engine",
+    "serve": "headrace.server.blocking",
 }
 """Where the names of `__all__` live; those of errors in `headrace.types.errors`."""
 

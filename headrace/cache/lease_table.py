@@ -15,8 +15,9 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from headrace.cache.offload import Offload, PageLoad
 from headrace.cache.page_pool import PageIds, PagePool
-from headrace.cache.radix_tree import NO_MATCH, Match, Namespace, Node, RadixTree
+from headrace.cache.radix_tree import NO_MATCH, UNIT_BYTES, Match, Namespace, Node, RadixTree
 
 SlotIds = npt.NDArray[np.int64]
 UnitsOf = Callable[[int, int, int], bytes]
@@ -33,11 +34,21 @@ class LeaseTable:
     """
 
     def __init__(
-        self, units: UnitsOf, *, num_slots: int, num_columns: int, num_pages: int, page_size: int, prefix_cache: bool
+        self,
+        units: UnitsOf,
+        *,
+        num_slots: int,
+        num_columns: int,
+        num_pages: int,
+        page_size: int,
+        prefix_cache: bool,
+        num_host_pages: int = 0,
+        max_page_moves: int = 0,
     ) -> None:
         self.page_size = page_size
         self.pool = PagePool(num_pages)
         self.tree = RadixTree(self.pool, page_size)
+        self.offload = Offload(self.tree, self.pool, num_host_pages, max_page_moves) if num_host_pages else None
         self.num_evicted_pages = 0
         self.pages = np.zeros((num_slots, num_columns), dtype=np.int32)
         self.num_pages = np.zeros(num_slots, dtype=np.int64)
@@ -79,6 +90,15 @@ class LeaseTable:
         self._may_publish[slot] = self._prefix_cache
         self._has_met_other[slot] = False
         self._namespaces[slot] = namespace
+
+    def begin_load(self, namespace: Namespace, units: bytes, match: Match, host_pages: list[int]) -> None:
+        """Have what goes on where `match` ends, which was made since the tree last changed, copied from the host into
+        pages of nobody, evicting as needed. The caller has checked `num_available`."""
+        assert self.offload is not None, "there are no host pages"
+        below = self.tree.pin_match(match) if match.num_pages else None
+        page_bytes, first = self.page_size * UNIT_BYTES, match.num_pages
+        part = units[first * page_bytes : (first + len(host_pages)) * page_bytes]
+        self.offload.begin_load(PageLoad(namespace, below, part, self._take(len(host_pages)), host_pages))
 
     def grow(self, slot: int, num_pages: int) -> PageIds:
         """Append pages to one lease, evicting as needed; int32 [num_pages]. The caller has checked `num_available`."""
@@ -132,6 +152,8 @@ class LeaseTable:
     def flush(self) -> int:
         """Free all unreferenced cached pages and unpublish the rest for good. Returns how many pages were freed."""
         num_freed = self.tree.flush()
+        if self.offload is not None:
+            self.offload.flush()
         self._nodes = [None] * len(self._nodes)
         self._may_publish = [False] * len(self._may_publish)
         return num_freed

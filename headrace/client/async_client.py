@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
@@ -25,9 +26,10 @@ from headrace.engine.groups import DEFAULT_GROUP, DEFAULT_JOIN_TIMEOUT, Backend
 from headrace.engine.requests import GenerateOptions
 from headrace.engine.tensors import HeldTensors, NamedTensors, to_tensor
 from headrace.engine.update_session import Manifest, UpdateSession, check_session, manifest_of
-from headrace.types.errors import HeadraceError, UnavailableError, UnreachableError
+from headrace.types.errors import DeadlineError, HeadraceError, UnavailableError, UnreachableError
 from headrace.types.generation import Generation
 from headrace.types.http import (
+    BEGIN_TOKEN_BYTES,
     LENGTH_BYTES,
     MESSAGE_TYPE,
     PREFIX,
@@ -52,13 +54,14 @@ DEFAULT_TIMEOUT = 600.0
 GRACE_SECONDS = 10.0
 """Beyond the time limit that a call gives the server, for the way there and back."""
 
+
 Result = TypeVar("Result")
 
 
 class AsyncClient:
     """An engine at `url`, as `AsyncEngine` is one here. To be used on one event loop (`UnavailableError` on another),
-    and closed (`ShutdownError` from then on); an async context manager does. `headrace serve`, `Engine.serve` and
-    `Runtime` are such addresses.
+    and closed (`ShutdownError` from then on); an async context manager does. `headrace serve`, `headrace.serve` and
+    `Runtime` have such addresses.
 
     api_key, admin_key   the server's keys; calls that steer the engine use the second, which defaults to the first
     timeout              seconds that a call may take as a whole, `stream` between two pieces: `DeadlineError` names it
@@ -178,7 +181,8 @@ class AsyncClient:
         partial: bool = False,
         timeout: float = DEFAULT_UPDATE_TIMEOUT,
     ) -> UpdateSession:
-        """See `AsyncEngine.begin_update`. A client that goes away leaves its session to its deadline."""
+        """See `AsyncEngine.begin_update`. A client that goes away leaves its session to its deadline; an ask that is
+        cancelled, or has no answer, leaves none if the server can be told within GRACE_SECONDS."""
         terms = terms_of(version, mode, in_flight, timeout, partial)
         entries = None if manifest is None else manifest_of(manifest)
         ask = BeginAsk(
@@ -188,8 +192,16 @@ class AsyncClient:
             in_flight=terms.in_flight,
             partial=terms.partial,
             timeout=terms.timeout_s,
+            token=secrets.token_bytes(BEGIN_TOKEN_BYTES),
         )
-        begun = await self._control("begin_update", ask, SessionBegun)
+        try:
+            begun = await self._control("begin_update", ask, SessionBegun)
+        except GeneratorExit:  # dropped by whoever ran it: nothing can be awaited any more
+            raise
+        except BaseException as error:  # whatever it is: a session of which nobody heard is over before the caller is
+            if not isinstance(error, HeadraceError) or isinstance(error, (DeadlineError, UnreachableError)):
+                await self._transport.outlast(self._abort_quietly(AbortAsk(token=ask.token)))
+            raise
         self._uploads.open(begun)
         given = begun.session_id, terms.version, begun.mode, entries or (), terms.timeout_s, terms.partial
         return UpdateSession(*given, is_open=entries is None, dtype=begun.dtype)
@@ -231,7 +243,7 @@ class AsyncClient:
         except GeneratorExit:  # dropped by whoever ran it: nothing can be awaited any more
             raise
         except BaseException:  # whatever it is, the session is over before the caller hears of it
-            await self._transport.outlast(self._abort_quietly(session))
+            await self._transport.outlast(self._abort_quietly(AbortAsk(session.session_id)))
             raise
 
     async def update_weights_from_bucket(
@@ -250,9 +262,9 @@ class AsyncClient:
         except GeneratorExit:  # dropped by whoever ran it: nothing can be awaited any more
             raise
         except BaseException:  # whatever it is, the update is over before the caller hears of it
-            joined, self._buckets.session = self._buckets.session, None
-            if joined is not None:
-                await self._transport.outlast(self._abort_quietly(joined))
+            undoing = self._buckets.forget()
+            if undoing is not None:
+                await self._transport.outlast(self._abort_quietly(undoing))
             raise
 
     async def update_weights_from_disk(
@@ -301,7 +313,7 @@ class AsyncClient:
         dtypes: Sequence[str],
         shapes: Sequence[Sequence[int]],
         group_name: str = DEFAULT_GROUP,
-        load_format: str | None = None,
+        load_format: str | int | None = None,
         version: str | int | None = None,
         *,
         mode: UpdateMode = "auto",
@@ -369,11 +381,11 @@ class AsyncClient:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def _abort_quietly(self, session: UpdateSession) -> None:
+    async def _abort_quietly(self, ask: AbortAsk) -> None:
         try:
-            await self.abort_update(session)
+            await self._control("abort_update", ask, type(None), GRACE_SECONDS)
         except HeadraceError as error:
-            logger.debug("session %d was over: %s", session.session_id, error)
+            logger.debug("the session was over: %s", error)
 
     async def _stage_part(self, name: str, body: bytes, media_type: str) -> bytearray:
         call = self._admin_call(name, body, media_type=media_type)

@@ -6,6 +6,7 @@ which session it belongs to, and commits that when the model lacks nothing.
 
 from __future__ import annotations
 
+import secrets
 from typing import cast
 
 import msgspec
@@ -16,7 +17,7 @@ from headrace.engine.control import UpdateTerms
 from headrace.engine.tensors import HeldTensors
 from headrace.engine.update_session import UpdateSession
 from headrace.types.errors import UpdateConflictError
-from headrace.types.http import MESSAGE_TYPE, JoinAsk, PartJoined, SettleAsk
+from headrace.types.http import BEGIN_TOKEN_BYTES, MESSAGE_TYPE, AbortAsk, JoinAsk, PartJoined, SettleAsk
 from headrace.types.weights import TensorInfo, UpdateReport
 
 _JOINED = msgspec.msgpack.Decoder(cast("type[PartJoined | None]", PartJoined | None))
@@ -29,8 +30,8 @@ class Buckets:
     def __init__(self, ask: Ask, uploads: Uploads) -> None:
         self._ask = ask
         self._uploads = uploads
-        self.session: UpdateSession | None = None
-        """The last that was joined. After an error it is to be aborted, and forgotten."""
+        self._session: UpdateSession | None = None  # the last that was joined
+        self._token = b""  # of an ask to join that has no answer
 
     async def add(self, held: HeldTensors, terms: UpdateTerms) -> UpdateReport | None:
         """Bring these tensors. The report, if they were the last that the model lacked."""
@@ -40,15 +41,26 @@ class Buckets:
             mode=terms.mode,
             in_flight=terms.in_flight,
             timeout=terms.timeout_s,
+            token=secrets.token_bytes(BEGIN_TOKEN_BYTES),
         )
+        self._token = ask.token
         part = _JOINED.decode(await self._ask("join_update", message_body(ask), MESSAGE_TYPE))
         if part is None:
             return None
-        self.session = _joined(self.session, part, held.manifest, terms.timeout_s)
+        session = self._session = _joined(self._session, part, held.manifest, terms.timeout_s)
+        self._token = b""
         self._uploads.open(part.begun)
-        await self._uploads.stage(self.session, held)
-        settle = SettleAsk(self.session.session_id, part.indices)
+        await self._uploads.stage(session, held)
+        settle = SettleAsk(session.session_id, part.indices)
         return _REPORT.decode(await self._ask("settle_part", message_body(settle), MESSAGE_TYPE))
+
+    def forget(self) -> AbortAsk | None:
+        """What ends the update, after an error. A session of which nobody heard is known by the ask that opened it."""
+        session, token = self._session, self._token
+        self._session, self._token = None, b""
+        if session is not None:
+            return AbortAsk(session.session_id)
+        return AbortAsk(token=token) if token else None
 
 
 def _joined(

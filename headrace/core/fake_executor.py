@@ -5,6 +5,7 @@ Its tokens and log-probabilities are pure functions of the position, in the exac
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Collection, Generator, Iterator, Sequence
 from pathlib import Path
@@ -91,6 +92,9 @@ class FreeExecutor:
 
     def resume(self, tags: Collection[MemoryTag], restore: Restore) -> Generator[None]:
         yield
+
+    def attend(self) -> float:
+        return math.inf
 
     def join_group(self, terms: JoinGroup, seconds: float) -> WeightGroup:
         raise WeightUpdateError("this executor has no weights", field="group_name")

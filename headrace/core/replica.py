@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+
 from headrace.config import ResolvedConfig, Takeover
 from headrace.core.executor import Executor
 from headrace.core.grouping import GroupControl
@@ -15,7 +17,7 @@ from headrace.ipc import CoreLink, Pulse
 from headrace.scheduler import Scheduler, SchedulerLimits
 from headrace.weights.session import WeightMachine
 
-_SESSIONS_PER_CORE = 1 << 32
+_MAX_FIRST_SESSION = 1 << 62
 
 
 class Replica:
@@ -31,7 +33,7 @@ class Replica:
         self.started_at = started_at
         self.is_ending = False
         self.outbox = Outbox(link)
-        former = resolved.takeover or Takeover(0, settings.initial_version, 0, is_current=True)
+        former = resolved.takeover or Takeover(settings.initial_version, 0, is_current=True)
         self.scheduler = Scheduler(scheduler_limits(resolved), version=former.version, epoch=former.epoch)
         self.stepper = Stepper(self.scheduler, executor, self.outbox, pulse, settings.overlap_depth)
         self.pause = PauseControl(self.scheduler, self.stepper, self.outbox)
@@ -40,7 +42,7 @@ class Replica:
             former.version,
             epoch=former.epoch,
             has_weights=former.is_current,
-            num_sessions=former.num_deaths * _SESSIONS_PER_CORE,
+            num_sessions=secrets.randbelow(_MAX_FIRST_SESSION),  # what names a session of another core names none
         )
         self.update = UpdateControl(
             machine, executor, self.scheduler, self.stepper, self.outbox, lambda: self.stands_still
@@ -69,4 +71,6 @@ def scheduler_limits(resolved: ResolvedConfig) -> SchedulerLimits:
         prefix_cache=settings.prefix_cache,
         overlap_depth=settings.overlap_depth,
         vocab_size=resolved.model.vocab_size,
+        num_host_pages=resolved.num_host_pages,
+        max_page_moves=resolved.max_page_moves,
     )

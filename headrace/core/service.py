@@ -108,6 +108,15 @@ def build_executor(
         return FreeExecutor(resolved.model.vocab_size), resolved
     from headrace.runner import build_runner  # torch: the slow import, made in the core only
 
+    if resolved.engine.tp_size > 1:
+        from headrace.core.rank_start import start_ranks
+
+        ranks = start_ranks(
+            resolved,
+            lambda mesh: build_runner(resolved, LoadProgress(), shares_process=shares_process, mesh=mesh),
+            shares_process=shares_process,
+        )
+        return ranks, ranks.resolved
     executor = LocalExecutor(build_runner(resolved, on_progress=LoadProgress(), shares_process=shares_process))
     return executor, executor.resolved
 

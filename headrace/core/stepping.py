@@ -35,13 +35,17 @@ class Stepper:
 
     def step(self, *, may_submit: bool, admit_new: bool) -> bool:
         """Fill the pipeline if allowed, then complete its oldest plan. False when there was nothing to do."""
+        scheduler = self._scheduler
         self._drop_void_results()
-        if may_submit and not self._fill(admit_new=admit_new):
-            return True
-        if not self._scheduler.num_in_flight:
-            return False
-        self._complete()
-        return True
+        stepped = may_submit and not self._fill(admit_new=admit_new)
+        if scheduler.num_in_flight:  # none after a recovery
+            self._complete()
+            stepped = True
+        self._pulse.enter(Phase.COMMANDING)
+        if not stepped:
+            num_runnable = scheduler.num_live if admit_new else scheduler.num_started
+            self._pulse.found_nothing(has_work=may_submit and num_runnable > 0)
+        return stepped
 
     def settle(self) -> None:
         """Complete every plan in flight: afterwards no step runs until the next `step`. Part of a command."""

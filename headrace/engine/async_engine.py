@@ -5,7 +5,6 @@ Every coroutine may be awaited from any event loop in any thread: the work is do
 
 from __future__ import annotations
 
-import asyncio
 import functools
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from pathlib import Path
@@ -28,7 +27,6 @@ from headrace.engine.lifecycle import EngineLifecycle
 from headrace.engine.reading import read_weight
 from headrace.engine.requests import CallArguments, GenerateItem, GenerateOptions
 from headrace.engine.runtime import Undoable
-from headrace.engine.serving import HttpServer, server_door, stop_server
 from headrace.engine.stream import Stream, StreamGroup, cancel_all, whole_samples
 from headrace.engine.tensors import HeldTensors, NamedTensors, to_tensor
 from headrace.engine.update import Run
@@ -411,18 +409,6 @@ class AsyncEngine(EngineLifecycle):
     async def status(self, timeout: float | None = None) -> CoreStatus:
         """The core's account of itself, now. `DeadlineError` after `timeout` seconds (default `control_timeout`)."""
         return await self.runtime.client.ask(GetStatus, CoreStatus, seconds_of(timeout))
-
-    async def serve(self, port: int = 0, host: str = "127.0.0.1", **options: Any) -> HttpServer:
-        """Serve this engine over HTTP, on its own loop. Returns a handle with `port`, `url` and `await stop()`.
-
-        `options` are those of `headrace.server`.
-        """
-        await self.start()
-        self.runtime.check_open()
-        serve = await asyncio.get_running_loop().run_in_executor(None, server_door)
-        running = await self.runtime.run(serve(self, host, port, **options), regret=stop_server)
-        self.runtime.add_closer(functools.partial(running.stop, 0.0))
-        return running
 
     @_on_engine_loop
     async def _generate(self, call: CallArguments) -> list[Generation]:

@@ -17,7 +17,6 @@ from headrace.engine.core_host import ExecutorKind
 from headrace.engine.fields import InputIds, Prompts, Sampling
 from headrace.engine.requests import GenerateOptions
 from headrace.engine.runtime import Regret, result_of
-from headrace.engine.serving import ServerHandle, stop_server
 from headrace.engine.tensors import NamedTensors, to_tensor
 from headrace.engine.update import run_here
 from headrace.engine.update_session import Manifest, UpdateSession
@@ -171,11 +170,6 @@ class Engine:
     def get_weights_by_name(self, name: str) -> torch.Tensor:
         """See `AsyncEngine.get_weights_by_name`."""
         return to_tensor(self._wait(self.asynchronous.read_weight(name)))
-
-    def serve(self, port: int = 0, host: str = "127.0.0.1", **options: Any) -> ServerHandle:
-        """Serve this engine over HTTP while it goes on being used here; port 0 takes a free one."""
-        running = self._wait(self.asynchronous.serve(port, host, **options), stop_server)
-        return ServerHandle(running, self.asynchronous.runtime)
 
     def wait_ended(self) -> HeadraceError:
         """See `AsyncEngine.wait_ended`."""

@@ -241,7 +241,7 @@ class EngineLoop:
         return forked(self._pid) if os.getpid() != self._pid else None
 
     def add_closer(self, closer: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Await this on the loop before the core is ended (a server that runs on the loop, say)."""
+        """What ends with the engine: it is awaited on the loop, before the core is ended."""
         self._closers.append(closer)
 
     async def run(self, coroutine: Coroutine[Any, Any, Result], regret: Regret[Result] | None = None) -> Result:

@@ -26,6 +26,9 @@ class LayerKernels(Protocol):
     follows the projection of heads is the attention backend's.
     """
 
+    def linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """x W^T + b -> [T, O]: of a rank whose part of a sum this is."""
+
     def normed_linear(
         self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None
     ) -> Tensor:

@@ -11,6 +11,7 @@ from headrace.models import weight_map
 from headrace.types.errors import CheckpointError, WeightUpdateError
 from headrace.weights.checkpoint import Checkpoint
 from headrace.weights.files import weight_files
+from headrace.weights.shard import ONLY_RANK, Shard
 from headrace.weights.staging import TensorData
 from headrace.weights.store import WeightStore
 from headrace.weights.weight_map import WeightMap
@@ -18,13 +19,13 @@ from headrace.weights.weight_map import WeightMap
 Progress = Callable[[int, int], None]
 
 
-def checked_weight_map(resolved: ResolvedConfig) -> WeightMap:
-    """The model's weight map, once the headers of the files in its folder were found to hold just that.
+def checked_weight_map(resolved: ResolvedConfig, shard: Shard = ONLY_RANK) -> WeightMap:
+    """The model's weight map on one rank, once the headers of the files in its folder were found to hold just that.
 
     Raises `CheckpointError` naming every tensor that is missing, unknown, misshapen or of a dtype that no engine
     computes in, as quantized ones are.
     """
-    table = weight_map(resolved.model)
+    table = weight_map(resolved.model, shard)
     if resolved.engine.load_format == "dummy":
         return table
     manifest = table.untie(Checkpoint(Path(resolved.folder), resolved.engine.load_format).manifest())

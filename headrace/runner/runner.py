@@ -17,15 +17,17 @@ from torch import Tensor
 
 from headrace import models
 from headrace.attention import AttentionShape, Heads, build_backend
-from headrace.config import ResolvedConfig
+from headrace.config import ResolvedConfig, share_of
 from headrace.kernels import select_kernels
 from headrace.kernels.paged_kv import KvGeometry, KvPool
 from headrace.kernels.rope_tables import rope_tables
 from headrace.layers.linear import GemmCounter
 from headrace.layers.step import ForwardStep
+from headrace.parallel import SINGLE, Mesh
 from headrace.runner.batch import ForwardBatch, build_batch
 from headrace.runner.device_thread import take_device
 from headrace.runner.exact_products import ExactProducts
+from headrace.runner.host_pages import HostPages
 from headrace.runner.loading import Progress, checked_weight_map, load_weights
 from headrace.runner.occupation import Occupation
 from headrace.runner.pending import step_result
@@ -33,6 +35,8 @@ from headrace.runner.prompt_scores import PromptScorer
 from headrace.runner.slots import InputTable
 from headrace.sampling import Sampler
 from headrace.types.plan import PositionLogprobs, PromptLogprobs, SamplePatch, StepPlan, StepResult
+from headrace.types.request import Int32Array
+from headrace.weights.shard import Shard
 from headrace.weights.store import WeightStore
 
 _MAX_LOGITS_BYTES = 256 << 20
@@ -42,14 +46,21 @@ class Runner:
     """What executes plans on a CPU; on a CUDA device `StepRunner` does, but for the reference kernels.
 
     `on_progress(done, total)` is called per tensor while weights load. `shares_process`: a caller's threads run beside
-    it. Sets the process's torch thread count. Raises
-    `CheckpointError` for a bad checkpoint and `ConfigError` for a backend that cannot run the model.
+    it. On a `mesh` of several ranks this is one of them: all are given the same plans, in one order. Sets the process's
+    torch thread count. Raises `CheckpointError` for a bad checkpoint and `ConfigError` for a backend that cannot run
+    the model, or a model that does not split over the mesh.
     """
 
     def __init__(
-        self, resolved: ResolvedConfig, on_progress: Progress | None = None, *, shares_process: bool = False
+        self,
+        resolved: ResolvedConfig,
+        on_progress: Progress | None = None,
+        *,
+        shares_process: bool = False,
+        mesh: Mesh = SINGLE,
     ) -> None:
         spec, engine = resolved.model, resolved.engine
+        share = share_of(spec, mesh.num_ranks)
         torch.set_num_threads(resolved.num_threads)
         self._device = device = take_device(resolved, shares_process=shares_process)
         dtype = getattr(torch, resolved.dtype)
@@ -57,7 +68,7 @@ class Runner:
         self._counter = GemmCounter()
         self.memory = Occupation(device, is_saver=engine.memory_saver)
         self.weights = WeightStore(
-            checked_weight_map(resolved),
+            checked_weight_map(resolved, Shard(mesh.rank, mesh.num_ranks)),
             dtype,
             device,
             allocate=partial(self.memory.allocate, "weights"),
@@ -67,8 +78,17 @@ class Runner:
         products = self._exact.products
         kernel_set = "reference" if resolved.attention_backend == "reference" else engine.numerics
         kernels = select_kernels(kernel_set, products)
-        self._model = models.build(spec, self.weights, kernels=kernels, counter=self._counter)
+        in_order = engine.numerics == "invariant"
+        self._model = models.build(
+            spec, self.weights, kernels=kernels, counter=self._counter, mesh=mesh, in_order=in_order
+        )
         zeros = partial(self.memory.zeros, "kv_cache")
+        pools = [
+            KvPool(KvGeometry.of_group(group, resolved.num_pages, engine.page_size), dtype, device, zeros)
+            for group in share.kv_groups
+        ]
+        num_host_pages, max_moves = resolved.num_host_pages, resolved.max_page_moves
+        self._host_pages = HostPages(pools, num_host_pages, max_moves) if num_host_pages else None
         self._attention = [
             build_backend(
                 resolved.attention_backend,
@@ -78,10 +98,10 @@ class Runner:
                     kernels,
                     rope_tables(group.rope, group.head_dim, resolved.context_length, dtype, device),
                 ),
-                KvPool(KvGeometry.of_group(group, resolved.num_pages, engine.page_size), dtype, device, zeros),
+                pool,
                 products,
             )
-            for group in spec.kv_groups
+            for group, pool in zip(share.kv_groups, pools, strict=True)
         ]
         self._slots = InputTable(engine.max_running_requests, resolved.max_columns)
         self._sampler = Sampler(spec.vocab_size, engine.max_running_requests, torch.device("cpu"), engine.numerics)
@@ -115,6 +135,8 @@ class Runner:
         return {"num_gemm_calls": float(self._counter.num_calls)}
 
     def _forward(self, plan: StepPlan) -> RunnerStep:
+        if len(plan.page_moves):
+            self._move_pages(plan.page_moves)
         self._slots.apply(plan)
         for init in plan.new_slots:
             self._sampler.enter(init)
@@ -127,6 +149,12 @@ class Runner:
         if len(hidden) != len(batch.sampled_tokens):
             hidden = hidden.index_select(0, batch.sampled_tokens)
         return RunnerStep(plan.step_id, self, (batch, hidden), prompts)
+
+    def _move_pages(self, moves: Int32Array) -> None:
+        assert self._host_pages is not None, "a plan moves pages and there is no room for them"
+        moved = self._host_pages.move(moves)
+        if moved is not None:
+            moved.synchronize()
 
     def _finish(self, step: RunnerStep, patch: SamplePatch | None) -> StepResult:
         if step.sampled is None:

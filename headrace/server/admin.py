@@ -25,7 +25,7 @@ from headrace.types.messages import WeightBytes
 from headrace.types.weights import PauseMode, TensorInfo
 
 MAX_READ_ELEMENTS = 1 << 22
-_PAUSE_MODES: dict[str, PauseMode] = {
+PAUSE_MODES: dict[str, PauseMode] = {
     "in_place": "keep",
     "retract": "recompute",
     "wait": "drain",
@@ -115,10 +115,10 @@ class AdminFace:
 
     async def pause_generation(self, request: Request) -> Response:
         body = await read_control(request, PauseBody)
-        if body.mode not in _PAUSE_MODES:
-            raise RequestError(f"mode must be one of {', '.join(_PAUSE_MODES)}", field="mode")
+        if body.mode not in PAUSE_MODES:
+            raise RequestError(f"mode must be one of {', '.join(PAUSE_MODES)}", field="mode")
         with FieldNames({"timeout": "timeout_s"}):
-            pausing, regret = self._engine.undoable_pause(_PAUSE_MODES[body.mode], body.timeout_s)
+            pausing, regret = self._engine.undoable_pause(PAUSE_MODES[body.mode], body.timeout_s)
             await self._state.run(request, pausing, regret)
         return json_reply({"message": "Generation paused successfully.", "status": "ok"})
 
@@ -157,7 +157,7 @@ class AdminFace:
                 raise RequestError(f"load_format {body.load_format!r} is not supported", field="load_format")
             if body.manifest:
                 raise RequestError("manifest is not supported by this engine", field="manifest")
-            version = self._last_version() if body.weight_version is None else str(body.weight_version)
+            version = self._state.last_version if body.weight_version is None else str(body.weight_version)
             update = self._engine.update_weights_from_disk
             with FieldNames(UPDATE_FIELDS):
                 report = await self._state.run(
@@ -168,11 +168,6 @@ class AdminFace:
             return refusal(error, num_paused_requests=0)
         reply = {"success": True, "message": "Weights updated.", "num_paused_requests": 0}
         return json_reply({**reply, "report": report})
-
-    def _last_version(self) -> str:
-        """The label of the last weights that were whole."""
-        status = self._engine.runtime.client.status
-        return self._engine.version if status is None else status.last_version
 
     async def abort_weight_update(self, request: Request) -> Response:
         """POST /abort_weight_update: end the open update, whoever began it. The old weights serve on, unless it had

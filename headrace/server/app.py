@@ -29,6 +29,7 @@ from headrace.server.options import ServerOptions
 from headrace.server.routes import Endpoint, Handler
 from headrace.server.state import ServerState
 from headrace.server.surface import SurfaceFace
+from headrace.server.vllm import VllmFace
 from headrace.server.weight_groups import GroupFace
 from headrace.server.weights import BucketFace
 from headrace.types.errors import HeadraceError
@@ -102,6 +103,7 @@ def all_endpoints(state: ServerState) -> list[Endpoint]:
         AdminFace(state, folders),
         BucketFace(state),
         GroupFace(state),
+        VllmFace(state, folders),
         SurfaceFace(state),
         WeightsFace(state, folders),
     )

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import json
 import secrets
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
 
 import msgspec
@@ -52,6 +53,7 @@ from headrace.types.weights import BufferRef, InFlight, UpdateMode
 MAX_LENT_BYTES = 1 << 30
 MAX_LENT_BUFFERS = 8
 _CHUNK_BYTES = 1 << 20
+_NUM_UNDONE = 64
 
 
 class DiskAsk(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,8 +75,9 @@ class NameAsk(msgspec.Struct, frozen=True):
 class OpenSession:
     """A session begun over HTTP. Without a call for as long as its core waits, it is over there, and forgotten here."""
 
-    def __init__(self, session: UpdateSession) -> None:
+    def __init__(self, session: UpdateSession, asked_by: bytes) -> None:
         self.session = session
+        self.asked_by = asked_by
         self.token = secrets.token_bytes(TOKEN_BYTES)
         self._num_calls = 0
         self._used_at = asyncio.get_running_loop().time()
@@ -121,20 +124,33 @@ class OpenSessions:
     """The session begun on one server, if one is open: the engine has one at a time. Lives on the engine's loop."""
 
     def __init__(self) -> None:
+        self.opening = asyncio.Lock()
+        """Held while one is opened: whoever undoes that waits for it."""
         self._opened: OpenSession | None = None
+        self._undone: deque[bytes] = deque(maxlen=_NUM_UNDONE)  # asks that may still come
         self._timer: asyncio.TimerHandle | None = None
 
-    def add(self, session: UpdateSession) -> OpenSession:
-        """A session that has just been opened: the one before is over."""
+    def add(self, session: UpdateSession, asked_by: bytes) -> OpenSession:
+        """A session that has just been opened: the one before is over. `asked_by` is the token of the ask."""
         self.drop()
-        self._opened = opened = OpenSession(session)
+        self._opened = opened = OpenSession(session, asked_by)
         self._look()
         return opened
 
-    def reach(self, session: UpdateSession) -> OpenSession:
+    def reach(self, session: UpdateSession, asked_by: bytes) -> OpenSession:
         """One that may be open here."""
         opened = self._opened
-        return opened if opened is not None and opened.session is session else self.add(session)
+        return opened if opened is not None and opened.session is session else self.add(session, asked_by)
+
+    def check_wanted(self, asked_by: bytes) -> None:
+        """`UpdateConflictError` if this ask was undone before it came."""
+        if asked_by and asked_by in self._undone:
+            raise UpdateConflictError("the ask to begin was undone by its client", field="session_id")
+
+    def undo(self, asked_by: bytes) -> UpdateSession | None:
+        """The session that this ask has opened, if it has; if it comes only now it will not."""
+        self._undone.append(asked_by)
+        return self._opened.session if self._opened is not None and self._opened.asked_by == asked_by else None
 
     def find(self, session_id: int) -> OpenSession:
         """`UpdateConflictError` for one that is not open here."""
@@ -189,8 +205,10 @@ class WeightsFace:
     async def begin_update(self, request: Request) -> Response:
         ask = await read_ask(request, BeginAsk)
         terms = terms_of(ask.version, ask.mode, ask.in_flight, ask.timeout, ask.partial)
-        session = await self._state.run(request, *self._engine.undoable_begin(ask.manifest, terms))
-        return packed_reply(self._begun(self._sessions.add(session)))
+        async with self._sessions.opening:
+            self._sessions.check_wanted(ask.token)
+            session = await self._state.run(request, *self._engine.undoable_begin(ask.manifest, terms))
+            return packed_reply(self._begun(self._sessions.add(session, ask.token)))
 
     async def extend_update(self, request: Request) -> Response:
         ask = await read_ask(request, ExtendAsk)
@@ -202,11 +220,14 @@ class WeightsFace:
         ask = await read_ask(request, JoinAsk)
         terms = terms_of_part(ask.version, ask.mode, ask.in_flight, ask.timeout)
         self._engine.runtime.check_open()
-        joined = await self._state.run(request, self._engine.runtime.joined.join(ask.manifest, terms))
-        if joined is None:
-            return packed_reply(None)
-        session, indices = joined
-        return packed_reply(PartJoined(self._begun(self._sessions.reach(session)), tuple(indices)))
+        async with self._sessions.opening:
+            self._sessions.check_wanted(ask.token)
+            joined = await self._state.run(request, self._engine.runtime.joined.join(ask.manifest, terms))
+            if joined is None:
+                return packed_reply(None)
+            session, indices = joined
+            opened = self._sessions.reach(session, ask.token)
+        return packed_reply(PartJoined(self._begun(opened), tuple(indices)))
 
     async def settle_part(self, request: Request) -> Response:
         ask = await read_ask(request, SettleAsk)
@@ -267,6 +288,11 @@ class WeightsFace:
         """Without a session: whichever is open, whoever began it."""
         ask = await read_ask(request, AbortAsk, MAX_CALL_BYTES)
         session = None if ask.session_id is None else self._sessions.find(ask.session_id).session
+        if ask.token:
+            async with self._sessions.opening:
+                session = self._sessions.undo(ask.token)
+            if session is None:
+                return packed_reply(None)
         await self._state.run(request, self._engine.abort_update(session))
         self._sessions.drop()
         return packed_reply(None)

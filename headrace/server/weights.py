@@ -62,12 +62,12 @@ class BucketFace:
         return [Endpoint(path, handler, ("POST",), access="admin") for path, handler in table]
 
     async def begin_weight_update(self, request: Request) -> Response:
-        """POST /begin_weight_update: the next bucket begins an update anew. A client that never calls this does so
-        without."""
+        """POST /begin_weight_update: the next bucket begins an update anew, which ends with `/end_weight_update`. A
+        client that never calls this does without either."""
         body = await read_control(request, SelectorBody)
         try:
             _check_selector(body.selector)
-            await self._state.run(request, self._engine.runtime.joined.end())
+            await self._state.run(request, self._engine.runtime.joined.begin())
         except HeadraceError as error:
             return refusal(error)
         return json_reply({"success": True, "message": "An update may begin."})

@@ -22,6 +22,9 @@ BYTES_TYPE = "application/octet-stream"
 TENSOR_HEADER = "x-headrace-tensor"
 """The `TensorInfo` of a body that is a tensor's bytes, as JSON of ASCII."""
 
+BEGIN_TOKEN_BYTES = 16
+"""By which a client undoes an ask to begin whose answer it never got."""
+
 LENGTH_BYTES = 4
 """Before each part of a stream, the head of a stage body, and what a server and its owner say: its length,
 little-endian."""
@@ -58,7 +61,7 @@ class StreamPart(msgspec.Struct, frozen=True, array_like=True):
 
 
 class BeginAsk(msgspec.Struct, frozen=True, kw_only=True):
-    """`Engine.begin_update`."""
+    """`Engine.begin_update`. `token` is the client's own, by which an ask whose answer it never got is undone."""
 
     version: str | int
     manifest: tuple[TensorInfo, ...] | None
@@ -66,6 +69,7 @@ class BeginAsk(msgspec.Struct, frozen=True, kw_only=True):
     in_flight: InFlight = "drain"
     partial: bool = False
     timeout: float
+    token: bytes = b""
 
 
 class SessionBegun(msgspec.Struct, frozen=True):
@@ -95,6 +99,7 @@ class JoinAsk(msgspec.Struct, frozen=True, kw_only=True):
     mode: UpdateMode
     in_flight: InFlight
     timeout: float
+    token: bytes = b""
 
 
 class PartJoined(msgspec.Struct, frozen=True):
@@ -150,9 +155,10 @@ class CommitAsk(msgspec.Struct, frozen=True):
 
 
 class AbortAsk(msgspec.Struct, frozen=True):
-    """`Engine.abort_update`; None: whichever is open."""
+    """`Engine.abort_update`; None: whichever is open, or with a `token` the one that this ask has begun, if it has."""
 
     session_id: int | None = None
+    token: bytes = b""
 
 
 class OwnerOrder(msgspec.Struct, frozen=True):

@@ -21,7 +21,17 @@ from headrace.types.errors import ErrorInfo
 from headrace.types.foreign import Payload
 from headrace.types.memory import MemoryTag, OnRelease, Restore
 from headrace.types.request import Delta, Request, Sibling
-from headrace.types.weights import BufferEntry, BufferRef, DeviceRef, InFlight, PauseMode, TensorInfo, UpdateMode
+from headrace.types.weights import (
+    SEPARATE,
+    BufferEntry,
+    BufferRef,
+    DeviceRef,
+    InFlight,
+    PauseMode,
+    Rendezvous,
+    TensorInfo,
+    UpdateMode,
+)
 
 NO_DEADLINE: Final = math.inf
 
@@ -191,8 +201,9 @@ class AbortUpdate(_Call, frozen=True, tag="abort_update"):
 
 
 class JoinGroup(_Call, frozen=True, tag="join_group"):
-    """Become rank `rank` of a `torch.distributed` group of `world_size` that a trainer, its rank 0, makes at `address`.
-    Reply: null, once all are there. A group that cannot be used any more gives its name to the new one."""
+    """Become rank `rank` of a `torch.distributed` group of `world_size` that a trainer, its rank 0, makes at `address`,
+    in the way of `rendezvous`. Reply: null, once all are there. A group that cannot be used any more gives its name to
+    the new one."""
 
     name: str
     address: str
@@ -200,6 +211,7 @@ class JoinGroup(_Call, frozen=True, tag="join_group"):
     rank: int
     world_size: int
     backend: str
+    rendezvous: Rendezvous = "sglang"
 
 
 class LeaveGroup(_Call, frozen=True, tag="leave_group"):
@@ -218,14 +230,14 @@ class GroupTensor(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Receive(_Call, frozen=True, tag="receive"):
-    """Stage tensors that rank 0 of a group broadcasts in this order: one broadcast each, or with `is_bucket` one of the
-    bytes of all. Reply: null, once all are staged. Of one that fails, what is still to come is received and forgotten
-    until its deadline, since it is sent all the same; what did not come until then leaves the group unusable."""
+    """Stage tensors that rank 0 of a group broadcasts in this order, packed as `packing` says. Reply: null, once all
+    are staged. Of one that fails, what is still to come is received and forgotten until its deadline, since it is sent
+    all the same; what did not come until then leaves the group unusable."""
 
     session_id: int
     group: str
     tensors: tuple[GroupTensor, ...]
-    is_bucket: bool = False
+    packing: int = SEPARATE
 
 
 class Discard(_Call, frozen=True, tag="discard"):
@@ -234,7 +246,7 @@ class Discard(_Call, frozen=True, tag="discard"):
 
     group: str
     tensors: tuple[TensorInfo, ...] | None
-    is_bucket: bool
+    packing: int
     seconds: float
 
 

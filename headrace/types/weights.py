@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 
 UpdateMode = Literal["auto", "shadow", "inplace"]
 InFlight = Literal["keep", "recompute", "abort", "drain"]
 PauseMode = InFlight
+Rendezvous = Literal["sglang", "vllm"]
+"""How the ranks of a trainer's group find each other in its store: as in SGLang and its trainers, or as in vLLM."""
+
 WeightState = Literal["ready", "updating", "poisoned", "needs_weights", "released"]
 
 
@@ -88,6 +91,11 @@ class DeviceRef(msgspec.Struct, frozen=True, array_like=True, tag="device"):
     handle: bytes
     offset: int
     size: int
+
+
+SEPARATE: Final = -1
+TOGETHER: Final = 1 << 62
+"""Packings of tensors that are broadcast: they go in one until their bytes are more than so many."""
 
 
 class UpdateReport(msgspec.Struct, frozen=True):

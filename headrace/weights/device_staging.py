@@ -84,7 +84,7 @@ class DeviceBatch:
             place = _place(piece)
             piece.arrival.destination.write_back(place, block)
             for region, total in piece.arrival.sums:
-                total.add(region.read(place), place.start)
+                total.add(region.read_counted(place), place.start)
 
     def _finish(self) -> None:
         self._before_write()

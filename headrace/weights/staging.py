@@ -329,7 +329,7 @@ class StageWork:
         self.has_written |= self._arrival.is_live
         self._destination.write_back(place, block)
         for region, total in self._arrival.sums:
-            total.add(region.read(place), place.start)
+            total.add(region.read_counted(place), place.start)
 
     def _finish(self) -> None:
         self._source = None

@@ -144,7 +144,7 @@ class WeightStore:
         if plan is None or plan.partial != partial or plan.given != tuple(manifest):
             plan = self._plan = self.weight_map.plan(manifest, partial)
         shadow = self._shadow(mode, plan.rules)
-        self._transaction = Transaction("inplace" if shadow is None else "shadow")
+        self._transaction = self._new_transaction("inplace" if shadow is None else "shadow")
         self._transaction.add(plan, shadow)
         self._side.begin()
         return self._transaction.mode
@@ -160,7 +160,7 @@ class WeightStore:
         if self._parts is None or self._parts.partial != partial:
             self._parts = OpenPlan(self.weight_map, partial)
         self._parts.restart()
-        self._transaction = Transaction("shadow" if has_room or mode == "shadow" else "inplace", self._parts)
+        self._transaction = self._new_transaction("shadow" if has_room or mode == "shadow" else "inplace", self._parts)
         return self._transaction.mode
 
     def extend(self, manifest: Sequence[TensorInfo]) -> int:
@@ -180,6 +180,15 @@ class WeightStore:
     def missing(self) -> list[str]:
         """The tensors that an open-ended update still lacks."""
         return self.weight_map.missing(self._require_parts()[0].names)
+
+    def _new_transaction(self, mode: ResolvedMode, parts: OpenPlan | None = None) -> Transaction:
+        return Transaction(mode, parts, is_shard=self.weight_map.is_shard)
+
+    def take_sum(self, index: int) -> str:
+        """Of a tensor that is whole and whose manifest has a digest, this rank's part of it: `add_digests` makes one of
+        all ranks'. Else ""."""
+        transaction = self._require_update()
+        return transaction.parts_of_sums.pop(transaction.manifest[index].name, "")
 
     def _check_begin(self, mode: UpdateMode) -> None:
         self._require_no_update()

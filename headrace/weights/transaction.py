@@ -24,10 +24,12 @@ Memories = dict[str, list[torch.Tensor]]
 
 class Transaction:
     """An open update: where each tensor goes, what has arrived, and what tied tensors must equal. `parts` are those of
-    one that is open-ended."""
+    one that is open-ended. `is_shard`: other ranks hold the rest of each tensor."""
 
-    def __init__(self, mode: ResolvedMode, parts: OpenPlan | None = None) -> None:
+    def __init__(self, mode: ResolvedMode, parts: OpenPlan | None = None, *, is_shard: bool = False) -> None:
         self.mode: ResolvedMode = mode
+        self._is_shard = is_shard
+        self.parts_of_sums: dict[str, str] = {}  # of tensors whose digest the sum over all ranks is held against
         self.parts = parts
         self.is_open = True
         self.manifest: list[TensorInfo] = []
@@ -55,7 +57,9 @@ class Transaction:
         """Check one whole tensor. `WeightUpdateError` naming it."""
         total = arrival.sums[0][1].hexdigest() if arrival.sums else ""
         digest = arrival.hasher.hexdigest() if arrival.hasher else total
-        if info.digest and digest != info.digest:
+        if self._is_shard and info.digest and not arrival.hasher:
+            self.parts_of_sums[info.name] = total
+        elif info.digest and digest != info.digest:
             raise WeightUpdateError(
                 f"{info.name} arrived with digest {digest}, the manifest says {info.digest}", field=info.name
             )

@@ -151,6 +151,7 @@ class WeightMap:
         for alias, target in self.aliases.items():
             _prove(not self._has_rule(alias), "alias {} has a rule of its own", alias)
             _prove(target in self.rules_by_name, "alias {} repeats {}, which has no rule", alias, target)
+        self.is_shard = is_shard
         _prove_parameters(self.params, self.rules_by_name.values(), is_shard)
         self.num_needed = sum(bool(rule.pieces) for rule in self.rules_by_name.values())
         self.other_names = self._names_of_others()

@@ -22,7 +22,6 @@ from tests.arch.source import (
 
 LAZY_UPWARD_IMPORTS = {
     ("headrace.cli.main", "bench"): "the bench command's flags and body",
-    ("headrace.engine.serving", "server"): "Engine.serve offers a running engine over HTTP",
 }
 """(module, package) that may be imported upward inside a function, and why. At most five."""
 

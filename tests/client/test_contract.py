@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import headrace
-from headrace import AsyncClient, Client, Engine, Generation, HeadraceError, Runtime, SamplingParams
+from headrace import AsyncClient, Client, Engine, Generation, HeadraceError, Runtime, SamplingParams, serve
 from tests.client.conftest import CONFIG
 
 IDS = [[1 + (7 * position) % 200 for position in range(30)], [5, 6, 7, 8]]
@@ -27,7 +27,7 @@ DRAWN: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0.9, "seed": 11, "i
 
 @contextlib.contextmanager
 def over_client(folder: Path, **client: Any) -> Iterator[Client]:
-    with Engine(folder, inprocess=True, **CONFIG) as engine, Client(engine.serve().url, **client) as opened:
+    with Engine(folder, inprocess=True, **CONFIG) as engine, Client(serve(engine).url, **client) as opened:
         yield opened
 
 
@@ -206,7 +206,7 @@ def test_every_door_does_the_same(kind: str, model_folder: Path, expected: list[
 def test_an_infinite_logprob_arrives_as_one(model_folder: Path) -> None:
     options: dict[str, Any] = {"logprob_token_ids": list(range(400)), "logprob_mode": "sampled", "request_id": "x"}
     params = {**DRAWN, "top_k": 2}
-    with OPENERS["engine"](model_folder) as door, Client(door.serve().url) as client:
+    with OPENERS["engine"](model_folder) as door, Client(serve(door).url) as client:
         (ours,), (theirs,) = (
             each.generate(input_ids=[1, 2], sampling_params=params, **options) for each in (client, door)
         )
@@ -216,7 +216,7 @@ def test_an_infinite_logprob_arrives_as_one(model_folder: Path) -> None:
 
 def test_a_body_that_asks_for_too_many_logprobs_is_refused(model_folder: Path) -> None:
     """Of one prompt they are few enough; of all that an answer would hold they are not."""
-    with OPENERS["engine"](model_folder) as door, Client(door.serve().url) as client:
+    with OPENERS["engine"](model_folder) as door, Client(serve(door).url) as client:
         client.generate(input_ids=[[1]] * 2, sampling_params={"max_new_tokens": 2}, top_logprobs=300)
         with pytest.raises(headrace.RequestError) as caught:
             client.generate(input_ids=[[1]] * 200, sampling_params={"max_new_tokens": 500}, top_logprobs=300)
@@ -242,7 +242,7 @@ def test_the_async_client_is_the_same_surface(model_folder: Path, expected: list
             assert await client.health() and (await client.status()).version == "b"
 
     with OPENERS["engine"](model_folder) as door:
-        asyncio.run(talk(door.serve().url))
+        asyncio.run(talk(serve(door).url))
 
 
 def parameters(method: Callable[..., Any]) -> list[inspect.Parameter]:
@@ -259,5 +259,5 @@ def test_methods_take_what_the_engine_s_take() -> None:
         assert names == [each.name for each in expected], name
     missing = {name for name in vars(Engine) if not name.startswith("_")} - set(vars(Client))
     assert missing == {"config", "resolved", "tokenizer", "version", "is_alive", "is_ready", "is_responsive"} | {
-        *("serve", "wait_ended", "shutdown", "stage_from_group")
+        *("wait_ended", "shutdown", "stage_from_group")
     }

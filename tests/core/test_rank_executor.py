@@ -4,8 +4,6 @@ random events too, and the loss of one is the loss of the device."""
 from __future__ import annotations
 
 import random
-import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,21 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from headrace.config import EngineConfig, ResolvedConfig, resolve
+from headrace.config import EngineConfig, resolve
 from headrace.core.executor import Executor, LocalExecutor
-from headrace.core.faults import StepError
-from headrace.core.service import DEVICE_LOST_EXIT_CODE, run_core
+from headrace.core.rank_executor import RankExecutor
 from headrace.ipc import SharedBuffer
 from headrace.runner import Runner
-from headrace.types.messages import Abort, CommitUpdate, CoreFailed, Digest, GetWeight, Pause, Resume, WeightPart
+from headrace.types.messages import Abort, CommitUpdate, Digest, GetWeight, Pause, Resume, WeightPart
 from headrace.types.request import TokenSampling
 from headrace.types.sampling_params import LogprobOptions
 from headrace.types.weights import UpdateReport
 from headrace.weights.position_sum import PositionKeys, position_digest
 from tests.core.harness import Core, request
-from tests.core.rank_executor import RankExecutor
+from tests.core.ranks import start_two
 from tests.parity.models import make_model, save_model
-from tests.runner.plans import PlanBuilder
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 SETTINGS: dict[str, Any] = {
@@ -61,21 +57,20 @@ OLD, NEW = tensors_of(0), tensors_of(1)
 
 
 @pytest.fixture(scope="module")
-def resolved(tmp_path_factory: pytest.TempPathFactory) -> ResolvedConfig:
-    folder = save_model(make_model("qwen3", attention_bias=True, **SIZES), tmp_path_factory.mktemp("tiny"))
-    return resolve(EngineConfig(model=str(folder), **SETTINGS), Path(folder))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(make_model("qwen3", attention_bias=True, **SIZES), tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
-def ranks(resolved: ResolvedConfig) -> Iterator[RankExecutor]:
-    executor = RankExecutor(resolved)
+def ranks(folder: Path) -> Iterator[RankExecutor]:
+    executor = start_two(folder, SETTINGS)
     yield executor
     executor.close()
 
 
 @pytest.fixture(scope="module")
-def alone(resolved: ResolvedConfig) -> LocalExecutor:
-    return LocalExecutor(Runner(resolved))
+def alone(folder: Path) -> LocalExecutor:
+    return LocalExecutor(Runner(resolve(EngineConfig(model=str(folder), **SETTINGS), folder)))
 
 
 def update(core: Core, tensors: Tensors, version: str, **fields: Any) -> UpdateReport:
@@ -193,66 +188,3 @@ def test_an_update_in_parts_lands_on_both_ranks(ranks: RankExecutor, mode: str) 
         assert core.extend(session, {}).num_missing == 0
         core.call(CommitUpdate, session, kind=UpdateReport)
         assert core.call(Digest, kind=dict[str, str]) == digests_of(tensors)
-
-
-def test_a_commit_that_fails_on_one_rank_poisons_and_a_full_update_heals(ranks: RankExecutor) -> None:
-    core = Core(ranks, **CORE)
-    session = core.begin(NEW, "v1")
-    core.stage(session, NEW)
-    ranks.others.breaks_commits = True
-    try:
-        assert "told to fail" in core.refused(CommitUpdate, session).message
-    finally:
-        ranks.others.breaks_commits = False
-    assert core.status().state == "poisoned"
-    update(core, OLD, "v2")
-    assert core.call(Digest, kind=dict[str, str]) == digests_of(OLD)
-
-
-def test_a_plan_that_one_rank_cannot_read_is_refused_by_all(ranks: RankExecutor) -> None:
-    plans = PlanBuilder(page_size=4, num_pages=60)
-    plans.enter(0, [1, 2, 3])
-    ranks.mangle = lambda words: words[:-1]
-    try:
-        ranks.submit(plans.step([(0, 2)]))
-    finally:
-        ranks.mangle = lambda words: words
-    ranks.submit(plans.step([(0, 1)]))
-    for is_refusal in (True, False):
-        with pytest.raises(StepError) as failure:
-            ranks.collect()
-        assert failure.value.is_refusal == is_refusal
-    core = Core(ranks, **CORE)
-    core.submit(request(1))
-    core.settle()
-    assert core.finish_types(1) == ["length"]
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("moment", ["step", "commit"])
-def test_a_rank_that_is_gone_or_stands_still_is_a_lost_device(
-    resolved: ResolvedConfig, how: signal.Signals, moment: str
-) -> None:
-    executor = RankExecutor(resolved, seconds=6.0)
-    try:
-        check_loss(executor, how, moment)
-    finally:
-        executor.others.close()
-
-
-def check_loss(executor: RankExecutor, how: signal.Signals, moment: str) -> None:
-    core = Core(executor, **CORE)
-    core.submit(request(1, max_new_tokens=100))
-    core.turn(3)
-    session = core.begin(NEW, "v1", in_flight="keep")
-    core.stage(session, NEW)
-    executor.others.processes[0].send_signal(how)
-    if moment == "commit":
-        core.call(Pause, "keep")
-        core.start(CommitUpdate, session)
-    started = time.monotonic()
-    assert run_core(core.loop, core.link) == DEVICE_LOST_EXIT_CODE
-    assert time.monotonic() - started < 60.0
-    last = core.link.outputs[-1]
-    assert isinstance(last, CoreFailed) and last.error.code == "DeviceLostError"
-    assert "a rank is lost" in last.error.message

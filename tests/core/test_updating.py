@@ -909,3 +909,13 @@ def test_a_large_tensor_is_staged_across_many_steps() -> None:
     core.call(CommitUpdate, session, kind=UpdateReport)
     assert core.status().metrics["staged_steps"] >= 3
     check_live(core, big)
+
+
+def test_a_session_of_another_core_is_none_of_this_one() -> None:
+    """Whoever was not told that a server was started anew."""
+    first, second = Core(), Core()
+    stale = first.begin(new_tensors(7.0))
+    session = second.begin(new_tensors(7.0))
+    assert stale != session and min(stale, session) > 1 << 32, "by chance once in 2^30"
+    assert second.refused(CommitUpdate, stale).field == "session_id"
+    assert second.status().updating

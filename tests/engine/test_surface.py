@@ -27,7 +27,6 @@ METHODS = {
     "resume",
     "resume_memory_occupation",
     "score",
-    "serve",
     "set_weight_version",
     "shutdown",
     "stage",

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
-from headrace import Client, Engine, HeadraceError
+from headrace import Client, Engine, HeadraceError, serve
 from headrace.rl import WeightPusher, megatron
 from headrace.rl.megatron_layout import rank_map
 from tests.parity.models import reference_logits
@@ -34,7 +34,7 @@ def target_of(folder: str, road: str) -> Iterator[Engine | Client | None]:
         if road == "engine":
             yield engine
         else:
-            with Client(engine.serve().url, shares_memory=road == "shared memory") as client:
+            with Client(serve(engine).url, shares_memory=road == "shared memory") as client:
                 yield client
 
 

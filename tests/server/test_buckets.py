@@ -283,6 +283,24 @@ def test_requests_are_aborted_or_kept_as_asked(start: START, tensors: dict[str, 
         assert thread_reply[0]["meta_info"]["finish_reason"]["type"] == finish
 
 
+@pytest.mark.parametrize("path", [ROUTE, "/update_weights_from_distributed"])
+@pytest.mark.parametrize("is_announced", [True, False])
+def test_a_bucket_over_the_limit_ends_the_update(
+    start: START, tensors: dict[str, torch.Tensor], path: str, is_announced: bool
+) -> None:
+    served = start(max_body_bytes=1 << 20, api_key="key")
+    key = {"authorization": "Bearer key", "content-type": "application/json"}
+    first = next(bodies("verl", tensors, ""))
+
+    def send_huge(headers: dict[str, str]) -> tuple[int, bool]:
+        body = b"x" * (1 << 21) if is_announced else iter([b"x" * (1 << 20)] * 2)
+        return served.http.post(path, content=body, headers=headers).status_code, served.engine.status().updating
+
+    assert served.http.post(ROUTE, json=first, headers=key).status_code == 200
+    assert send_huge({"content-type": "application/json"}) == (401, True), "of a stranger"
+    assert send_huge(key) == (413, False)
+
+
 def test_the_calls_of_newer_releases_around_an_update(
     start: START, tensors: dict[str, torch.Tensor], digests: list[dict[str, str]]
 ) -> None:
