@@ -19,7 +19,7 @@ import torch
 from headrace.config import ModelSpec
 from headrace.engine.tensors import describe
 from headrace.models import weight_map
-from headrace.rl.megatron_layout import Place, global_name, is_ignored, rank_map
+from headrace.rl.megatron_layout import MegatronPlace, global_name, is_ignored, rank_map
 from headrace.rl.push import float_dtype
 from headrace.rl.trainer_ranks import TrainerRanks
 from headrace.types.errors import ConfigError, HeadraceError, WeightUpdateError
@@ -60,12 +60,12 @@ def first_layer(num_layers: int, stage: Shard = ONLY_RANK, chunk: int = 0, num_c
     return chunk * (num_layers // num_chunks) + stage.rank * (num_layers // (num_chunks * stage.num_ranks))
 
 
-def current_place() -> Place:
+def current_place() -> MegatronPlace:
     """Where this rank stands, as Megatron-Core's `parallel_state` of this process says."""
     state: Any = sys.modules.get("megatron.core.parallel_state")
     if state is None or not state.is_initialized():
         raise ConfigError("Megatron-Core is not set up in this process: say where this rank stands", field="place")
-    return Place(
+    return MegatronPlace(
         Shard(state.get_tensor_model_parallel_rank(), state.get_tensor_model_parallel_world_size()),
         Shard(state.get_expert_model_parallel_rank(), state.get_expert_model_parallel_world_size()),
         Shard(state.get_expert_tensor_parallel_rank(), state.get_expert_tensor_parallel_world_size()),
@@ -88,7 +88,7 @@ class MegatronWeights:
         self,
         chunks: Sequence[Chunk | torch.nn.Module] | Chunk | torch.nn.Module,
         model: str | Path | Mapping[str, Any] | ModelSpec,
-        place: Place | None = None,
+        place: MegatronPlace | None = None,
         group: ProcessGroup | None = None,
         dtype: str | torch.dtype | None = None,
     ) -> None:
@@ -214,7 +214,7 @@ def spec_of(model: Any) -> ModelSpec:
     return ModelSpec.from_folder(as_path(os.fspath(model), "model", ConfigError))
 
 
-def _global_params(spec: ModelSpec, chunks: Iterable[Any], place: Place) -> dict[str, torch.Tensor]:
+def _global_params(spec: ModelSpec, chunks: Iterable[Any], place: MegatronPlace) -> dict[str, torch.Tensor]:
     params: dict[str, torch.Tensor] = {}
     num_experts = max((getattr(layer.mlp, "num_experts", 0) for layer in spec.layers), default=0)
     first_expert = place.experts.part((num_experts,), 0)[0].start[0] if num_experts else 0

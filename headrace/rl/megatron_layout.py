@@ -31,7 +31,7 @@ from headrace.weights.weight_map import ParamSpec, Piece, WeightMap, WeightRule
 Cut = Literal["whole", "rows", "columns", "groups", "vocabulary"]
 
 
-class Place(msgspec.Struct, frozen=True):
+class MegatronPlace(msgspec.Struct, frozen=True):
     """Where a rank stands in Megatron's mesh: its share of heads, dense blocks and vocabulary, which experts it has,
     and its share of each of them."""
 
@@ -110,7 +110,7 @@ def is_ignored(name: str) -> bool:
     return name.endswith(IGNORED)
 
 
-def rank_map(spec: ModelSpec, place: Place, shapes: Mapping[str, tuple[int, ...]]) -> WeightMap:
+def rank_map(spec: ModelSpec, place: MegatronPlace, shapes: Mapping[str, tuple[int, ...]]) -> WeightMap:
     """What the parameters of a rank hold, which are given by their global names and shapes. Rows that pad the
     vocabulary are as many as the shape has.
 
@@ -125,7 +125,7 @@ def rank_map(spec: ModelSpec, place: Place, shapes: Mapping[str, tuple[int, ...]
 
 def whole_shapes(spec: ModelSpec, *, sequential_experts: bool = False) -> dict[str, tuple[int, ...]]:
     """The parameters of a model on one rank, unpadded, with norms of their own: what `rank_map` takes."""
-    layout, is_numbered = _Layout(spec, Place()), not sequential_experts
+    layout, is_numbered = _Layout(spec, MegatronPlace()), not sequential_experts
     names = list(MODEL)[: 2 if spec.tie_word_embeddings else 3]
     for index in range(len(spec.layers)):
         names += [f"decoder.layers.{index}.{name}" for name in LAYER if "layer_norm_weight" not in name]
@@ -138,7 +138,7 @@ def whole_shapes(spec: ModelSpec, *, sequential_experts: bool = False) -> dict[s
 class _Layout:
     """The boxes of one rank's parameters, added one by one."""
 
-    def __init__(self, spec: ModelSpec, place: Place) -> None:
+    def __init__(self, spec: ModelSpec, place: MegatronPlace) -> None:
         self._spec = spec
         self._place = place
         self._table = weight_map(spec)

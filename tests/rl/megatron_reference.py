@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from headrace.config import ModelSpec
 from headrace.models import weight_map
 from headrace.rl import hf_named_tensors
-from headrace.rl.megatron_layout import Place
+from headrace.rl.megatron_layout import MegatronPlace
 from headrace.weights.shard import Shard
 from headrace.weights.store import WeightStore
 
@@ -120,8 +120,8 @@ def _experts(state: State, prefix: str, mesh: Mesh, naming: Naming) -> State:
     return found
 
 
-def place_of(mesh: Mesh) -> Place:
-    return Place(
+def place_of(mesh: Mesh) -> MegatronPlace:
+    return MegatronPlace(
         Shard(mesh.tensor_rank, mesh.tensor),
         Shard(mesh.expert_rank, mesh.experts),
         Shard(mesh.expert_tensor_rank, mesh.expert_tensor),

@@ -11,7 +11,7 @@ import torch
 
 from headrace.config import ModelSpec
 from headrace.rl import megatron
-from headrace.rl.megatron_layout import Place, global_name, rank_map, whole_shapes
+from headrace.rl.megatron_layout import MegatronPlace, global_name, rank_map, whole_shapes
 from headrace.types.errors import HeadraceError, UnsupportedModelError, WeightUpdateError
 from headrace.weights.shard import Shard
 from tests.parity.models import make_model
@@ -83,7 +83,7 @@ def test_one_rank_is_a_source(tmp_path: Any) -> None:
     model = make_model("qwen2", **FAMILIES["qwen2"])
     spec, tensors = file_tensors(model)
     chunks = [megatron.Chunk(*each) for each in rank_chunks(model, Mesh(chunks=2), Naming())]
-    weights = megatron.MegatronWeights(chunks, model.config.to_dict(), Place())
+    weights = megatron.MegatronWeights(chunks, model.config.to_dict(), MegatronPlace())
     for _ in range(2):
         found = dict(weights)
         assert found.keys() == tensors.keys() == {info.name for info in weights.manifest}
@@ -127,12 +127,12 @@ def test_first_layers_of_chunks() -> None:
     assert [dealt[0, chunk] for chunk in range(4)] == [0, 4, 8, 12]
 
 
-def refusal(change: Any, place: Place | None = None, **overrides: Any) -> HeadraceError:
+def refusal(change: Any, place: MegatronPlace | None = None, **overrides: Any) -> HeadraceError:
     model = make_model("qwen3", **overrides)
     ((params, _),) = rank_chunks(model, Mesh(), Naming())
     change(params)
     with pytest.raises(HeadraceError) as caught:
-        megatron.MegatronWeights(megatron.Chunk(params), model.config.to_dict(), place or Place())
+        megatron.MegatronWeights(megatron.Chunk(params), model.config.to_dict(), place or MegatronPlace())
     return caught.value
 
 
@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_named() -> None:
     assert error.field == final and "meta" in error.message
     error = refusal(lambda params: params.update({"embedding.word_embeddings.weight": torch.ones(100, 48)}))
     assert error.field == "embedding.word_embeddings.weight"
-    error = refusal(lambda params: None, Place(tensor=Shard(0, 5)))
+    error = refusal(lambda params: None, MegatronPlace(tensor=Shard(0, 5)))
     assert isinstance(error, UnsupportedModelError) and error.field
     assert refusal(lambda params: params.update({"module." + final: params[final]})).field == final
 
