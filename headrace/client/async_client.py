@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 import msgspec
 
 from headrace.client.asks import generate_body, message_body
-from headrace.client.buckets import Buckets
+from headrace.client.buckets import BucketUploads
 from headrace.client.transport import HttpAnswer, HttpCall, LoopTransport, Transport, check_key, check_url
 from headrace.client.uploads import Uploads
 from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, seconds_of, tags_of, terms_of, terms_of_part, version_of
@@ -89,7 +89,7 @@ class AsyncClient:
         self._timeout = as_seconds(timeout, "timeout")
         self._transport = LoopTransport(self.url) if transport is None else transport
         self._uploads = Uploads(self._stage_part, shares_memory=shares_memory)
-        self._buckets = Buckets(self._stage_part, self._uploads)
+        self._buckets = BucketUploads(self._stage_part, self._uploads)
 
     async def generate(
         self,

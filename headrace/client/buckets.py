@@ -24,7 +24,7 @@ _JOINED = msgspec.msgpack.Decoder(cast("type[PartJoined | None]", PartJoined | N
 _REPORT = msgspec.msgpack.Decoder(cast("type[UpdateReport | None]", UpdateReport | None))
 
 
-class Buckets:
+class BucketUploads:
     """The buckets of one client."""
 
     def __init__(self, ask: Ask, uploads: Uploads) -> None:

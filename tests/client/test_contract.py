@@ -166,7 +166,7 @@ def in_buckets(door: Any, tensors: list[tuple[str, torch.Tensor]]) -> list[Any]:
     seen.append(error_of(lambda: door.update_weights_from_bucket([first, first])))
     seen.append(error_of(lambda: door.update_weights_from_bucket(tensors, mode="sideways")))
     assert door.update_weights_from_bucket([first, (again[0], torch.zeros_like(again[1]))]) is None
-    seen.append(error_of(door.resume))
+    seen.append(error_of(door.resume)[:2])  # the message has the number of the session
     assert door.update_weights_from_bucket([]) is None
     report = door.update_weights_from_bucket(rest, "in buckets")
     seen += [msgspec.structs.replace(report, pause_ms=0.0), door.digest()]

@@ -18,6 +18,7 @@ from tests.rl.trainer_ranks import run_ranks, start_ranks
 from tests.server.builders import save_random_model
 
 ENGINE: dict[str, Any] = {}
+RANKS: dict[str, Any] = {"tp_size": 2}
 SERVER: dict[str, Any] = {"launch_server": True}
 
 
@@ -56,7 +57,7 @@ def check_live(seen: list[list[Any]], folder: str, leading: tuple[int, ...] = (0
     assert [each[1] for each in seen] == [digests if rank in leading else None for rank in range(len(seen))]
 
 
-@pytest.mark.parametrize("options", [ENGINE, SERVER], ids=["engine", "server"])
+@pytest.mark.parametrize("options", [RANKS, SERVER], ids=["ranks", "server"])
 def test_a_sharded_model_changes_the_weights_again_and_again(folder: str, newer: str, options: dict[str, Any]) -> None:
     seen = run_ranks(2, bodies.update_from_fsdp, folder, options)
     for number, live in enumerate((folder, newer, folder, newer)):
@@ -114,6 +115,14 @@ def test_control(folder: str, newer: str, options: dict[str, Any]) -> None:
     assert [each["meta_info"]["id"] for each in many] == ["a_0", "a_1", "b_0", "b_1"]
     assert all(len(each["output_ids"]) == 12 and isinstance(each["text"], str) for each in many)
     assert all(len(each["meta_info"]["output_top_logprobs"][0]) == 2 for each in many)
+
+
+def test_http_in_front_of_an_engine_that_runs(folder: str) -> None:
+    leading, following = run_ranks(2, bodies.served, folder)
+    assert leading[0] == following[0]
+    (ids, metrics, refused), called = leading[1:]
+    assert ids == expected_ids(folder) and "headrace_num_generated_tokens" in metrics and refused == "ConfigError"
+    assert called == ["ready"] and following[1:] == [[]]
 
 
 def test_who_does_not_come_is_named_and_is_in_step_again_afterwards(folder: str) -> None:
