@@ -18,10 +18,11 @@ import msgspec
 
 from headrace.client.answers import read, stream_parts
 from headrace.client.asks import generate_body, message_body
+from headrace.client.buckets import BucketUploads
 from headrace.client.calls import GRACE_SECONDS, CallMaker, limit_of
 from headrace.client.transport import HttpAnswer, HttpCall, LoopTransport, Transport, check_url
 from headrace.client.uploads import Uploads
-from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, seconds_of, tags_of, terms_of, version_of
+from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, seconds_of, tags_of, terms_of, terms_of_part, version_of
 from headrace.engine.fields import InputIds, Prompts, Sampling, name_of
 from headrace.engine.groups import DEFAULT_GROUP, DEFAULT_JOIN_TIMEOUT, Backend
 from headrace.engine.requests import GenerateOptions
@@ -30,26 +31,11 @@ from headrace.engine.tensors import HeldTensors, NamedTensors, to_tensor
 from headrace.engine.update_session import Manifest, UpdateSession, check_session, manifest_of
 from headrace.types.errors import DeadlineError, HeadraceError, UnavailableError, UnreachableError
 from headrace.types.generation import Generation
-from headrace.types.http import (
-    PREFIX,
-    TENSOR_HEADER,
-    AbortAsk,
-    BeginAsk,
-    CommitAsk,
-    SessionBegun,
-)
+from headrace.types.http import BEGIN_TOKEN_BYTES, PREFIX, TENSOR_HEADER, AbortAsk, BeginAsk, CommitAsk, SessionBegun
 from headrace.types.memory import MemoryTag, OnRelease, Restore
 from headrace.types.messages import CoreStatus
 from headrace.types.profile import Activity
-from headrace.types.weights import (
-    InFlight,
-    PauseMode,
-    SaveReport,
-    TensorInfo,
-    UpdateMode,
-    UpdateReport,
-    WeightBytes,
-)
+from headrace.types.weights import InFlight, PauseMode, SaveReport, TensorInfo, UpdateMode, UpdateReport, WeightBytes
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +43,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT = 600.0
-_BEGIN_TOKEN_BYTES = 16
 
 Result = TypeVar("Result")
 
@@ -91,6 +76,7 @@ class AsyncClient:
         self._calls = CallMaker(api_key, admin_key, timeout)
         self._transport = LoopTransport(self.url) if transport is None else transport
         self._uploads = Uploads(self._stage_part, shares_memory=shares_memory)
+        self._buckets = BucketUploads(self._stage_part, self._uploads)
 
     async def generate(
         self,
@@ -193,7 +179,7 @@ class AsyncClient:
             in_flight=terms.in_flight,
             partial=terms.partial,
             timeout=terms.timeout_s,
-            token=secrets.token_bytes(_BEGIN_TOKEN_BYTES),
+            token=secrets.token_bytes(BEGIN_TOKEN_BYTES),
         )
         try:
             begun = await self._control("begin_update", ask, SessionBegun)
@@ -247,6 +233,26 @@ class AsyncClient:
             await self._transport.outlast(self._abort_quietly(AbortAsk(session.session_id)))
             raise
 
+    async def update_weights_from_bucket(
+        self,
+        named_tensors: NamedTensors,
+        version: str | int | None = None,
+        *,
+        mode: UpdateMode = "auto",
+        in_flight: InFlight = "drain",
+        timeout: float = DEFAULT_UPDATE_TIMEOUT,
+    ) -> UpdateReport | None:
+        """See `AsyncEngine.update_weights_from_bucket`. All calls of one update are one client's."""
+        try:
+            return await self._buckets.add(HeldTensors(named_tensors), terms_of_part(version, mode, in_flight, timeout))
+        except GeneratorExit:  # dropped by whoever ran it: nothing can be awaited any more
+            raise
+        except BaseException:  # whatever it is, the update is over before the caller hears of it
+            undoing = self._buckets.forget()
+            if undoing is not None:
+                await self._transport.outlast(self._abort_quietly(undoing))
+            raise
+
     async def update_weights_from_disk(
         self,
         path: str | Path,
@@ -264,8 +270,7 @@ class AsyncClient:
             **{"path": os.fspath(path), "version": terms.version, "mode": terms.mode},
             **{"in_flight": terms.in_flight, "timeout": terms.timeout_s, "verify": verify},
         }
-        limit = terms.timeout_s + GRACE_SECONDS
-        return await self._control("update_weights_from_disk", arguments, UpdateReport, limit)
+        return await self._control("update_weights_from_disk", arguments, UpdateReport, limit_of(terms.timeout_s))
 
     async def init_weights_update_group(
         self,

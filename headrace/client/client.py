@@ -68,6 +68,7 @@ class Client:
     commit = _blocking(AsyncClient.commit)
     abort_update = _blocking(AsyncClient.abort_update)
     update_weights_from_tensor = _blocking(AsyncClient.update_weights_from_tensor)
+    update_weights_from_bucket = _blocking(AsyncClient.update_weights_from_bucket)
     update_weights_from_disk = _blocking(AsyncClient.update_weights_from_disk)
     init_weights_update_group = _blocking(AsyncClient.init_weights_update_group)
     destroy_weights_update_group = _blocking(AsyncClient.destroy_weights_update_group)

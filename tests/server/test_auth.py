@@ -17,7 +17,17 @@ ADMIN = {
     *(f"/headrace/{name}" for name in ("abort", "resume", "pause", "flush_cache", "set_weight_version", "digest")),
     *(
         f"/headrace/{name}"
-        for name in ("weights_checker", "begin_update", "extend_update", "stage", "lend", "stage_lent", "commit")
+        for name in (
+            "weights_checker",
+            "begin_update",
+            "extend_update",
+            "join_update",
+            "settle_part",
+            "stage",
+            "lend",
+            "stage_lent",
+            "commit",
+        )
     ),
     *(f"/headrace/{name}" for name in ("abort_update", "update_weights_from_disk", "get_weights_by_name")),
     *("/headrace/release_memory_occupation", "/headrace/resume_memory_occupation"),
