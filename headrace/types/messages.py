@@ -135,27 +135,12 @@ class BeginUpdate(_Call, frozen=True, tag="begin_update"):
     is_open: bool = False
 
 
-class UpdateBegun(msgspec.Struct, frozen=True):
-    """`mode` is what "auto" became."""
-
-    session_id: int
-    mode: str
-
-
 class ExtendUpdate(_Call, frozen=True, tag="extend_update"):
     """Name more tensors of an open-ended session; they are checked beside those before them, and none is taken where
     one is wrong. Reply: `UpdateExtended`."""
 
     session_id: int
     manifest: tuple[TensorInfo, ...]
-
-
-class UpdateExtended(msgspec.Struct, frozen=True):
-    """`first_index` is the place of the first of them in the session's manifest. `num_missing` tensors of the model
-    have not been named yet."""
-
-    first_index: int
-    num_missing: int
 
 
 class Stage(_Call, frozen=True, tag="stage"):
@@ -301,17 +286,6 @@ class Digest(_Call, frozen=True, tag="digest"):
 
 class DescribeWeights(_Call, frozen=True, tag="describe_weights"):
     """Say what is live, and digest it, all of one version. Reply: `WeightsDescription`."""
-
-
-class WeightsDescription(msgspec.Struct, frozen=True):
-    """The tensors of the model, each with its digest, and by rank the parameters that hold them. `stamp` as in
-    `WeightPart`."""
-
-    version: str
-    epoch: int
-    stamp: int
-    tensors: tuple[TensorInfo, ...]
-    parameters: tuple[tuple[TensorInfo, ...], ...]
 
 
 class WeightsChecker(_Call, frozen=True, tag="weights_checker"):

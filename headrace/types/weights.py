@@ -128,3 +128,29 @@ class SaveReport(msgspec.Struct, frozen=True):
     num_bytes: int
     num_files: int
     num_reused: int = 0
+
+
+class UpdateBegun(msgspec.Struct, frozen=True):
+    """`mode` is what "auto" became."""
+
+    session_id: int
+    mode: str
+
+
+class UpdateExtended(msgspec.Struct, frozen=True):
+    """`first_index` is the place of the first of them in the session's manifest. `num_missing` tensors of the model
+    have not been named yet."""
+
+    first_index: int
+    num_missing: int
+
+
+class WeightsDescription(msgspec.Struct, frozen=True):
+    """The tensors of the model, each with its digest, and by rank the parameters that hold them. `stamp` as in
+    `WeightPart`."""
+
+    version: str
+    epoch: int
+    stamp: int
+    tensors: tuple[TensorInfo, ...]
+    parameters: tuple[tuple[TensorInfo, ...], ...]
