@@ -31,6 +31,9 @@ from headrace.weights.saved import check_saved_model
 _LOGITS_BYTES = 4
 _CPU_LOGITS_COPIES = 3
 _CUDA_LOGITS_COPIES = 2
+_GATHERED_COPIES = 2
+"""What ranks have of each row beside these: what came from all of them, and it side by side."""
+
 _COUNT_BYTES = 2
 _WEIGHT_FILES = ("model*.safetensors*", "pytorch_model*.bin*")
 
@@ -161,8 +164,9 @@ def _workspace(resolved: ResolvedConfig) -> int:
     qkv_width = max((group.num_heads + 2 * group.num_kv_heads) * group.head_dim for group in model.kv_groups)
     width = max(layer.mlp.widest(model.hidden_size) for layer in model.layers) + model.hidden_size + qkv_width
     activations = engine.max_num_batched_tokens * width * ELEMENT_BYTES[resolved.dtype]
+    copies = _GATHERED_COPIES if engine.tp_size > 1 else 0
     if resolved.device == "cuda":
-        logits = engine.max_running_requests * model.vocab_size * _LOGITS_BYTES * _CUDA_LOGITS_COPIES
+        logits = engine.max_running_requests * model.vocab_size * _LOGITS_BYTES * (_CUDA_LOGITS_COPIES + copies)
         return logits + engine.max_running_requests * model.vocab_size * _COUNT_BYTES + activations
     rows = min(engine.max_running_requests, engine.max_num_batched_tokens)
-    return rows * model.vocab_size * _LOGITS_BYTES * _CPU_LOGITS_COPIES + activations
+    return rows * model.vocab_size * _LOGITS_BYTES * (_CPU_LOGITS_COPIES + copies) + activations
