@@ -155,6 +155,7 @@ class RankExecutor(LocalExecutor):
         self._rendezvous = rendezvous  # others look into it as long as they live
         self._others = others
         self._num_groups = 0
+        self._groups: list[RankGroup] = []
 
     def attend(self) -> float:
         self._others.check()
@@ -190,8 +191,13 @@ class RankExecutor(LocalExecutor):
             message = f"world_size {terms.world_size} has no {num_ranks} ranks from rank_offset {terms.rank} on"
             raise WeightUpdateError(message, field="world_size")
         own = super().join_group(terms, seconds)
+        for group in self._groups:
+            if group.problem is not None:  # what one rank knows of, another may still wait for
+                group.fail("it cannot be used any more")
         self._num_groups += 1
-        return RankGroup(self._num_groups, own, self._others, terms, seconds)
+        joined = RankGroup(self._num_groups, own, self._others, terms, seconds)
+        self._groups = [*(group for group in self._groups if not group.is_left), joined]
+        return joined
 
     # Inside.
 
@@ -230,6 +236,7 @@ class RankGroup:
     """A trainer's group that all ranks are part of, one after the other."""
 
     def __init__(self, key: int, own: WeightGroup, others: OtherRanks, terms: JoinGroup, seconds: float) -> None:
+        self.is_left = False
         self._key = key
         self._own = own
         self._others = others
@@ -264,8 +271,9 @@ class RankGroup:
 
     def fail(self, reason: str) -> None:
         self._own.fail(reason)
-        if not self._others.is_closed:
+        if not (self.is_left or self._others.is_closed):
             self._others.tell(LeaveOn(self._key, reason))
+        self.is_left = True
 
 
 class RankArrivals:

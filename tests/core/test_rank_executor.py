@@ -14,12 +14,14 @@ import torch
 
 from headrace.config import EngineConfig, resolve
 from headrace.core.executor import Executor, LocalExecutor
+from headrace.core.faults import DeviceLost
 from headrace.core.rank_executor import RankExecutor
 from headrace.core.service import DEVICE_LOST_EXIT_CODE, run_core
 from headrace.ipc import SharedBuffer
 from headrace.runner import Runner
 from headrace.types.messages import (
     Abort,
+    AbortUpdate,
     BeginUpdate,
     CommitUpdate,
     CoreFailed,
@@ -34,7 +36,7 @@ from headrace.types.messages import (
 from headrace.types.plan_words import encode
 from headrace.types.request import TokenSampling
 from headrace.types.sampling_params import LogprobOptions
-from headrace.types.weights import TensorInfo, UpdateMode, UpdateReport
+from headrace.types.weights import TensorInfo, UpdateBegun, UpdateMode, UpdateReport
 from headrace.weights.position_sum import PositionKeys, position_digest
 from tests.core.faulty_rank import FAULT, first_time
 from tests.core.harness import Core, request
@@ -267,6 +269,25 @@ def test_a_resume_that_one_rank_cannot_do_is_undone_on_all(faulty: Faulty) -> No
     assert core.call(Digest, kind=dict[str, str]) == digests
 
 
+MOMENTS = ["begin", "begin_open", "extend", "stage", "commit", "abort", "digest_in_slices", "copy_in_slices"]
+
+
+@pytest.mark.parametrize("moment", [*MOMENTS, "keep_copy", "release", "resume"])
+def test_a_rank_that_dies_over_a_message_is_the_loss_of_all(faulty: Faulty, moment: str) -> None:
+    core = Core(faulty(f"die:{moment}"), **CORE, keep_weights_copy=True)
+    lost = pytest.raises(DeviceLost, match=r"rank 1 \(process \d+\) was killed by signal 9")
+    with lost, SharedBuffer.create(64) as buffer:
+        session = core.begin_open("shadow")
+        core.stage_part(session, NEW)
+        core.call(CommitUpdate, session, kind=UpdateReport)
+        core.begin(NEW, "v2")
+        core.call(AbortUpdate, None)
+        core.call(Digest, kind=dict[str, str])
+        core.call(GetWeight, "lm_head.weight", buffer.ref, kind=WeightPart)
+        core.call(ReleaseMemory)
+        core.call(ResumeMemory, (), "copy")
+
+
 def test_a_step_that_fails_on_one_rank_alone_is_the_loss_of_all(faulty: Faulty) -> None:
     check_lost(faulty("step"), "failed in a step, and not all ranks did: OutOfMemoryError: no memory")
 
@@ -285,3 +306,23 @@ def test_a_plan_that_a_rank_cannot_read_is_the_loss_of_all(folder: Path, monkeyp
     executor = start_two(folder, SETTINGS)
     monkeypatch.setattr("headrace.core.rank_executor.encode", lambda plan: encode(plan)[:-1])
     check_lost(executor, "ended with exit code 1: PlanRefused")
+
+
+@pytest.mark.parametrize("mode", ["shadow", "inplace"])
+def test_digests_of_a_manifest_count_what_both_ranks_hold_once(tmp_path: Path, mode: str) -> None:
+    """One key-value head, of which each rank has a copy."""
+    sizes = {**SIZES, "num_key_value_heads": 1}
+    executor = start_two(save_model(make_model("qwen3", **sizes), tmp_path), SETTINGS)
+    try:
+        core = Core(executor, **CORE)
+        tensors = {name: each.contiguous() for name, each in make_model("qwen3", seed=1, **sizes).state_dict().items()}
+        digests = digests_of(tensors)
+        manifest = tuple(
+            TensorInfo(name, tuple(each.shape), "float32", digests[name]) for name, each in tensors.items()
+        )
+        session = core.call(BeginUpdate, "v", manifest, mode, kind=UpdateBegun).session_id
+        core.stage(session, tensors)
+        core.call(CommitUpdate, session, kind=UpdateReport)
+        assert core.call(Digest, kind=dict[str, str]) == digests
+    finally:
+        executor.close()

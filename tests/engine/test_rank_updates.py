@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from headrace import DeadlineError, Engine, PoisonedError, WeightUpdateError
+from headrace import DeadlineError, Engine, HeadraceError, PoisonedError, WeightUpdateError
 from tests.engine.builders import SETTINGS, model_of, named_tensors, save_model, shared_memory
 from tests.engine.group_trainer import TrainerProcess
 from tests.engine.test_ranks import rank_pids
@@ -153,6 +153,27 @@ def test_an_update_in_place_that_breaks_poisons_whichever_rank_has_written(
         ranks.generate(input_ids=[1])
     ranks.update_weights_from_tensor(NEW, "new")
     assert ranks.digest() == digests
+
+
+def num_threads(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/task"))
+
+
+def test_a_trainer_that_has_died_leaves_nothing_on_either_rank(ranks: Engine, new_folder: Path) -> None:
+    """The next group takes its name; of those that are gone no rank waits for anything."""
+    found = []
+    for _ in range(3):
+        started = TrainerProcess()
+        join(ranks, started)
+        found.append((*held(ranks), *map(num_threads, rank_pids(ranks))))
+        session = ranks.begin_update("new", manifest_of(), in_flight="keep", timeout=20)
+        started.kill()
+        with pytest.raises(HeadraceError):
+            ranks.stage_from_group(session, NAMES, "g")
+        ranks.abort_update(session)
+        started.close()
+    assert found[1] == found[2]
+    ranks.destroy_weights_update_group("g")
 
 
 def test_a_group_that_is_left_while_it_is_joined_is_left_by_both(ranks: Engine, trainer: TrainerProcess) -> None:
