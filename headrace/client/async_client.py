@@ -100,6 +100,11 @@ class AsyncClient:
         body = generate_body(prompts, input_ids, sampling_params, options)
         return read((await self._generate("generate", body)).body, list[Generation])
 
+    async def generate_native(self, body: bytes) -> bytes:
+        """What `/generate`, in SGLang's dialect, answers to a body; both are JSON."""
+        call = self._call("generate_native", "/generate", body, "application/json")
+        return bytes((await self._transport.send(call)).body)
+
     async def score(
         self,
         prompts: Prompts = None,
@@ -167,7 +172,7 @@ class AsyncClient:
     async def begin_update(
         self,
         version: str | int,
-        manifest: Manifest,
+        manifest: Manifest | None,
         *,
         mode: UpdateMode = "auto",
         in_flight: InFlight = "drain",
@@ -176,7 +181,8 @@ class AsyncClient:
     ) -> UpdateSession:
         """See `AsyncEngine.begin_update`. A client that goes away leaves its session to its deadline; an ask that is
         cancelled, or has no answer, leaves none if the server can be told within GRACE_SECONDS."""
-        terms, entries = terms_of(version, mode, in_flight, timeout, partial), manifest_of(manifest)
+        terms = terms_of(version, mode, in_flight, timeout, partial)
+        entries = None if manifest is None else manifest_of(manifest)
         ask = BeginAsk(
             version=terms.version,
             manifest=entries,
@@ -195,7 +201,8 @@ class AsyncClient:
                 await self._transport.outlast(self._abort_quietly(AbortAsk(token=ask.token)))
             raise
         self._uploads.open(begun)
-        return UpdateSession(begun.session_id, terms.version, begun.mode, entries, terms.timeout_s)
+        given = begun.session_id, terms.version, begun.mode, entries or (), terms.timeout_s, terms.partial
+        return UpdateSession(*given, is_open=entries is None, dtype=begun.dtype)
 
     async def stage(self, session: UpdateSession, named_tensors: NamedTensors) -> None:
         """See `AsyncEngine.stage`. Of a session that this client has begun."""

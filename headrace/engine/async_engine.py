@@ -235,7 +235,7 @@ class AsyncEngine(EngineLifecycle):
     async def begin_update(
         self,
         version: str | int,
-        manifest: Manifest,
+        manifest: Manifest | None,
         *,
         mode: UpdateMode = "auto",
         in_flight: InFlight = "drain",
@@ -246,17 +246,17 @@ class AsyncEngine(EngineLifecycle):
 
         The whole of it is checked before anything is touched: `WeightUpdateError` names what is unknown, missing
         (unless `partial`), doubled or misshapen; `UpdateConflictError` if another update is open. `timeout` seconds
-        after its last call a session is aborted.
+        after its last call a session is aborted. None: `stage` checks what comes, `commit` names what is missing.
         """
         await self.start()
         terms = terms_of(version, mode, in_flight, timeout, partial)
         return await self.runtime.run(*self.undoable_begin(manifest, terms))
 
-    def undoable_begin(self, manifest: Manifest, terms: UpdateTerms) -> Undoable[UpdateSession]:
+    def undoable_begin(self, manifest: Manifest | None, terms: UpdateTerms) -> Undoable[UpdateSession]:
         """What `begin_update` does, and what undoes it: for `EngineLoop.run` and `wait`."""
         self.runtime.check_open()
         updater = self.runtime.updater
-        return updater.begin(manifest_of(manifest), terms), updater.abort_quietly
+        return updater.begin(manifest if manifest is None else manifest_of(manifest), terms), updater.abort_quietly
 
     async def stage(self, session: UpdateSession, named_tensors: NamedTensors) -> None:
         """Send tensors of the manifest: any iterable of (name, tensor) pairs, torch or numpy.

@@ -131,7 +131,7 @@ class Engine:
     def begin_update(
         self,
         version: str | int,
-        manifest: Manifest,
+        manifest: Manifest | None,
         *,
         mode: UpdateMode = "auto",
         in_flight: InFlight = "drain",

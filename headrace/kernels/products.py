@@ -87,9 +87,9 @@ class DirectProducts(WideProducts):
             return
         assert out_TO.dtype == weight_OI.dtype == torch.float32 and out_TO.is_contiguous() and out_TO.is_cpu
         x_TI, weight_OI = x_TI.contiguous(), weight_OI.contiguous()
-        num_rows, num_inputs, num_outputs = (ctypes.c_int64(n) for n in (*x_TI.shape, weight_OI.shape[0]))
-        x, weight, out = (ctypes.c_void_p(each.data_ptr()) for each in (x_TI, weight_OI, out_TO))
-        ref = ctypes.byref
+        size, address, ref = ctypes.c_int64, ctypes.c_void_p, ctypes.byref
+        num_rows, num_inputs, num_outputs = size(x_TI.shape[0]), size(x_TI.shape[1]), size(weight_OI.shape[0])
+        x, weight, out = address(x_TI.data_ptr()), address(weight_OI.data_ptr()), address(out_TO.data_ptr())
         sizes = ref(num_outputs), ref(num_rows), ref(num_inputs)
         self._sgemm(
             *(b"T", b"N", *sizes, ref(_ONE), weight, ref(num_inputs), x, ref(num_inputs)),

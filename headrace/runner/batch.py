@@ -33,17 +33,11 @@ class ForwardBatch:
     sampled_slots: Int64Array
     sampled_positions: Int64Array
 
-    @property
-    def logit_tokens(self) -> Tensor | None:
-        """Packed tokens whose hidden state anyone reads: None for all, else those that sample."""
-        return None if self.scored_rows or len(self.sampled_tokens) == len(self.token_ids) else self.sampled_tokens
-
 
 def build_batch(plan: StepPlan, slots: InputTable, device: torch.device | None = None) -> ForwardBatch:
     """Lay the plan's rows out, tensors on `device`. `slots` has already been shown the plan."""
-    row_slots, row_starts, row_lengths = (
-        array.astype(np.int64) for array in (plan.row_slots, plan.row_starts, plan.row_lengths)
-    )
+    row_slots, row_starts = plan.row_slots.astype(np.int64), plan.row_starts.astype(np.int64)
+    row_lengths = plan.row_lengths.astype(np.int64)
     row_ends = np.cumsum(row_lengths)
     row_firsts = row_ends - row_lengths
     token_slots = np.repeat(row_slots, row_lengths)

@@ -38,6 +38,8 @@ class InputTable:
         self, row_slots: npt.NDArray[np.integer], row_starts: npt.NDArray[np.integer]
     ) -> list[tuple[int, SlotInit]]:
         """Rows that compute part of a prompt whose log-probabilities are wanted, each with its sequence."""
+        if not self._scored:  # nearly always
+            return []
         rows = np.flatnonzero(row_starts + 1 < self._scored_ends[row_slots])
         return [(int(row), self._scored[int(row_slots[row])]) for row in rows]
 

@@ -98,13 +98,14 @@ class SamplingSlots:
         self.temperatures[slot] = sampling.temperature if sampling.temperature >= GREEDY_TEMPERATURE else 0.0
         self.seeds[slot] = init.seed
         self.output_modes[slot] = _MODE_CODES[init.logprobs.output_mode]
-        self.is_processed[slot] = not sampling.is_plain
+        has_penalties = sampling.has_penalties
+        self.is_processed[slot] = sampling.truncates or has_penalties or bool(sampling.logit_bias)
         self.min_lengths[slot] = init.min_length
         self.wants_extras[slot] = init.logprobs.wants_extras
         self.inits[slot] = init
         for table in (self._seen, self._bias, self._stop_ids):
             table.pop(slot, None)
-        if sampling.has_penalties:
+        if has_penalties:
             tokens, first_output = init.token_ids, init.first_output
             self._seen[slot] = SeenTokens(self.vocab_size, tokens[:first_output], tokens[first_output:])
         if sampling.logit_bias:

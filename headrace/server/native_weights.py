@@ -39,6 +39,7 @@ from headrace.types.http import (
     AbortAsk,
     BeginAsk,
     CommitAsk,
+    ExtendAsk,
     LendAsk,
     SessionBegun,
     StageHead,
@@ -180,6 +181,7 @@ class WeightsFace:
     def endpoints(self) -> list[Endpoint]:
         table = {
             "begin_update": self.begin_update,
+            "extend_update": self.extend_update,
             "stage": self.stage,
             "lend": self.lend,
             "stage_lent": self.stage_lent,
@@ -198,7 +200,13 @@ class WeightsFace:
             session = await self._state.run(request, *self._engine.undoable_begin(ask.manifest, terms))
             opened = self._sessions.add(session, ask.token)
         limit = self._state.options.max_body_bytes
-        return packed_reply(SessionBegun(session.session_id, session.mode, opened.token, limit))
+        return packed_reply(SessionBegun(session.session_id, session.mode, opened.token, limit, session.dtype))
+
+    async def extend_update(self, request: Request) -> Response:
+        ask = await read_ask(request, ExtendAsk)
+        with self._sessions.find(ask.session_id).call() as session:
+            added = await self._state.run(request, self._engine.runtime.updater.extend(session, ask.manifest))
+        return packed_reply(added.start)
 
     async def stage(self, request: Request) -> Response:
         """The body is the length of a `StageHead`, that head, and the bytes of its pieces."""

@@ -61,7 +61,7 @@ class BeginAsk(msgspec.Struct, frozen=True, kw_only=True):
     """`Engine.begin_update`. `token` is the client's own, by which an ask whose answer it never got is undone."""
 
     version: str | int
-    manifest: tuple[TensorInfo, ...]
+    manifest: tuple[TensorInfo, ...] | None
     mode: UpdateMode = "auto"
     in_flight: InFlight = "drain"
     partial: bool = False
@@ -70,12 +70,21 @@ class BeginAsk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SessionBegun(msgspec.Struct, frozen=True):
-    """`token` is what a lent buffer has to end with. One stage body has at most `max_body_bytes`, its head included."""
+    """`token` is what a lent buffer has to end with. One stage body has at most `max_body_bytes`, its head included.
+    `dtype` is the engine's."""
 
     session_id: int
     mode: str
     token: bytes
     max_body_bytes: int
+    dtype: str = ""
+
+
+class ExtendAsk(msgspec.Struct, frozen=True):
+    """More tensors of a session that was begun without a manifest. Reply: the index of the first."""
+
+    session_id: int
+    manifest: tuple[TensorInfo, ...]
 
 
 class TensorPiece(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -67,11 +67,6 @@ class TokenSampling(msgspec.Struct, frozen=True, array_like=True, gc=False):
         """True when top-k, top-p or min-p leave some tokens no probability."""
         return bool(self.top_k) or self.top_p < 1.0 or self.min_p > 0.0
 
-    @property
-    def is_plain(self) -> bool:
-        """True when only the temperature acts: one pass over the logits is enough."""
-        return not (self.truncates or self.has_penalties or self.logit_bias)
-
 
 class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One sequence to generate. The front expands `n` and batches into single requests and derives their seeds.

@@ -90,7 +90,19 @@ def wrong_calls(door: Any) -> list[Any]:
         error_of(lambda: door.collective_rpc("weights_checker", kwargs={"action": "dance"})),
         error_of(lambda: door.set_weight_version("x" * 2000)),
         error_of(lambda: door.commit(session))[:2],  # a server says that it is its own
+        *unlisted_calls(door),
     ]
+
+
+def unlisted_calls(door: Any) -> list[Any]:
+    """What is refused in a session without a manifest, which goes on."""
+    session = door.begin_update("x", None, mode="shadow")
+    norm = {"model.norm.weight": torch.ones(32)}
+    found: list[Any] = [error_of(lambda: door.stage(session, {**norm, "nobody": torch.ones(3)}))]
+    door.stage(session, norm)
+    found += [error_of(lambda: door.stage(session, norm)), error_of(lambda: door.commit(session))[:2]]
+    door.abort_update(session)
+    return found
 
 
 def scenario(door: Any, folder: Path) -> list[Any]:
@@ -127,6 +139,10 @@ def scenario(door: Any, folder: Path) -> list[Any]:
         seen.append(msgspec.structs.replace(report, pause_ms=0.0))
         seen += [door.digest(), door.generate(input_ids=IDS, sampling_params=DRAWN, request_id=version)]
     assert seen[0] == seen[-2] != seen[-5], "weights A, then B, then A again"
+    session = door.begin_update("listed by stage", None, mode="shadow")
+    for part in (list(new.items())[:3], iter(list(new.items())[3:])):
+        door.stage(session, part)
+    seen += [msgspec.structs.replace(door.commit(session), pause_ms=0.0), session.dtype, door.digest() == seen[-5]]
     report = door.update_weights_from_disk(folder / "newer", "disk")
     seen.append(msgspec.structs.replace(report, pause_ms=0.0))
     name = "model.layers.0.self_attn.q_proj.weight"
@@ -230,8 +246,8 @@ def parameters(method: Callable[..., Any]) -> list[inspect.Parameter]:
 
 
 def test_methods_take_what_the_engine_s_take() -> None:
-    """But for what only one of them has: a client has health and an address, an engine its parts."""
-    own = {"url", "close", "health", "asynchronous"}
+    """But for what only one of them has: a client has health, an address and another dialect, an engine its parts."""
+    own = {"url", "close", "health", "asynchronous", "generate_native"}
     for name in {name for name in vars(Client) if not name.startswith("_")} - own:
         expected = [each for each in parameters(getattr(Engine, name)) if each.name != "root"]
         assert parameters(getattr(Client, name)) == expected, name

@@ -197,7 +197,7 @@ def test_a_precision_changed_between_products_changes_no_value(
         return real(self, norm)
 
     for engine in engines.values():
-        expected, real_sample = values(engine), Runner._sample
+        expected, real_sample = values(engine), Runner._finish
         failed_before = engine.metrics()["num_failed_steps"]
 
         def sample(self: Runner, *args: Any, _real: Any = real_sample) -> Any:
@@ -207,7 +207,7 @@ def test_a_precision_changed_between_products_changes_no_value(
 
         with kept(), monkeypatch.context() as patch:
             patch.setattr(Residual, "normed", normed)
-            patch.setattr(Runner, "_sample", sample)
+            patch.setattr(Runner, "_finish", sample)
             patch.setattr(InputTable, "apply", shortened(InputTable.apply))
             assert values(engine) == expected
         assert engine.metrics()["num_failed_steps"] == failed_before
@@ -226,13 +226,13 @@ def shortened(method: Callable[..., Any]) -> Callable[..., Any]:
 def test_a_core_on_a_cpu_never_touches_the_setting(engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
     with kept():
         torch.set_float32_matmul_precision("medium")
-        seen, real = [], Runner._sample
+        seen, real = [], Runner._finish
 
         def sample(*args: Any) -> Any:
             seen.append(MKLDNN.matmul.fp32_precision)
             return real(*args)
 
-        monkeypatch.setattr(Runner, "_sample", sample)
+        monkeypatch.setattr(Runner, "_finish", sample)
         values(engines["fast"])
         assert set(seen) == {"bf16"}
 

@@ -15,7 +15,10 @@ OPEN = {"/health", "/liveness", "/health_generate", "/ready"}
 ADMIN = {
     *("/abort_request", "/pause_generation", "/continue_generation", "/flush_cache", "/update_weights_from_disk"),
     *(f"/headrace/{name}" for name in ("abort", "resume", "pause", "flush_cache", "set_weight_version", "digest")),
-    *(f"/headrace/{name}" for name in ("weights_checker", "begin_update", "stage", "lend", "stage_lent", "commit")),
+    *(
+        f"/headrace/{name}"
+        for name in ("weights_checker", "begin_update", "extend_update", "stage", "lend", "stage_lent", "commit")
+    ),
     *(f"/headrace/{name}" for name in ("abort_update", "update_weights_from_disk", "get_weights_by_name")),
     *("/headrace/release_memory_occupation", "/headrace/resume_memory_occupation"),
     *("/headrace/init_weights_update_group", "/headrace/destroy_weights_update_group"),
