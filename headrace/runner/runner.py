@@ -112,7 +112,7 @@ class Runner:
     def launch(self, plan: StepPlan) -> RunnerStep:
         """Run one step now, up to its sampling if that waits. Plans must come in the order they were issued."""
         step = RunnerStep(plan.step_id, self)
-        with torch.inference_mode(), self._exact:
+        with torch.inference_mode(), self._exact.guard:
             if len(plan.page_moves):
                 self._move_pages(plan.page_moves)
             self._slots.apply(plan)
@@ -126,7 +126,7 @@ class Runner:
 
     def sample(self, step: RunnerStep, patch: SamplePatch | None) -> None:
         """The rest of a step whose sampling waits."""
-        with torch.inference_mode(), self._exact:
+        with torch.inference_mode(), self._exact.guard:
             step.result = self._finish(step, patch)
 
     def probe(self) -> None:
@@ -144,7 +144,9 @@ class Runner:
     def _forward(self, plan: StepPlan, step: RunnerStep) -> None:
         batch = build_batch(plan, self._slots, self._device)
         reads_all = batch.scored_rows or len(batch.sampled_tokens) == len(batch.token_ids)
-        attention = [backend.plan(batch.attention) for backend in self._attention]
+        attention = []
+        for backend in self._attention:
+            attention.append(backend.plan(batch.attention))
         forward = ForwardStep(attention, None if reads_all else batch.sampled_tokens)
         hidden = self._model.forward(self._model.embed(batch.token_ids), forward)
         if batch.scored_rows:
