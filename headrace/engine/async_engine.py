@@ -280,6 +280,8 @@ class AsyncEngine(EngineLifecycle):
     async def abort_update(self, session: UpdateSession | None = None) -> None:
         """Drop a session; None: whichever is open, whoever opened it, if one is. The old weights serve on, unless an
         in-place update had begun to write: then `PoisonedError` answers every request until a complete update lands."""
+        if session is None:
+            self.runtime.joined.let_go()
         await self.runtime.updater.abort(session)
 
     init_weights_update_group = _on_engine_loop(groups.init_weights_update_group)

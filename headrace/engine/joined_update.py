@@ -9,6 +9,7 @@ stages them.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from headrace.engine.client import CoreClient
-from headrace.engine.control import UpdateTerms
+from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, UpdateTerms
 from headrace.engine.update import Run, Updater
 from headrace.engine.update_session import UpdateSession
 from headrace.types.errors import HeadraceError, UpdateConflictError, WeightUpdateError
@@ -44,7 +45,8 @@ class JoinedUpdate:
         self._joining = asyncio.Lock()
         self._session: UpdateSession | None = None
         self._committed: UpdateSession | None = None  # the last of which the commit was asked for
-        self._is_held = False
+        self._is_begun = False  # by name, and not finished
+        self._held_until = -math.inf  # while no session is open
         self._version = ""  # that a call has given
         self._last: UpdateReport | None = None  # of an update without a head, which may come late
 
@@ -97,15 +99,27 @@ class JoinedUpdate:
             raise
 
     async def begin(self) -> None:
-        """The next call begins an update anew, which is not committed before `finish`."""
+        """The next call begins an update anew, which is not committed before `finish`. Once that update is over, by an
+        error, its deadline or `abort_update`, or if it never comes, whoever began it may be gone: then others are not
+        held up by it."""
         await self.end()
-        self._is_held = True
+        self._is_begun = True
+        self._held_until = asyncio.get_running_loop().time() + DEFAULT_UPDATE_TIMEOUT
+
+    def let_go(self) -> None:
+        """Whatever was begun by name, another update is committed when it is complete."""
+        self._held_until = -math.inf
+
+    @property
+    def _is_held(self) -> bool:
+        held_until = math.inf if self._session is not None else self._held_until
+        return self._is_begun and self._held_until > -math.inf and asyncio.get_running_loop().time() < held_until
 
     async def finish(self, version: str = "") -> UpdateReport | None:
         """No call brings more of the update that is open: commit it, under this label if there is one. None: there is
         nothing to commit, or it is committed. `WeightUpdateError` names what it lacks; `UpdateConflictError` if one was
         begun, and is over."""
-        session, was_begun, self._is_held = self._session, self._is_held, False
+        session, was_begun, self._is_begun = self._session, self._is_begun, False
         if session is None:
             if was_begun:
                 message = "the update that was begun is over: an error has ended it, or nothing of it came"
@@ -144,6 +158,7 @@ class JoinedUpdate:
                     if error.field != "session_id":
                         raise
                 self._session = None  # it has ended meanwhile, by its deadline or by `abort_update`
+                self.let_go()
             await self._open(terms, joined)
             return await self._extend(joined[0], manifest, terms)
 
@@ -165,6 +180,8 @@ class JoinedUpdate:
         return list(await self._updater.extend(joined[0], manifest))
 
     async def _open(self, terms: UpdateTerms, joined: list[UpdateSession]) -> None:
+        if not self._is_held:
+            self.let_go()
         labelled = msgspec.structs.replace(terms, version=terms.version or self._last_label())
         session = await self._updater.begin((), labelled, is_open=True)
         self._session, self._version, self._last = session, "", None
@@ -199,17 +216,20 @@ class JoinedUpdate:
         return await self._commit(session)
 
     async def _commit(self, session: UpdateSession) -> UpdateReport:
+        self._is_begun = False
         self._session, self._committed = None, session
         report = await self._updater.commit(session, self._version or self._last_label())
         self._last = None if TIED_HEAD in session else report
         return report
 
     async def _drop(self, joined: Sequence[UpdateSession]) -> None:
+        self.let_go()
         for session in joined:
             self._session = None if self._session is session else self._session
             await self._updater.abort_quietly(session)
 
     def _forget(self, joined: Sequence[UpdateSession]) -> None:
         """As `_drop`, without waiting."""
+        self.let_go()
         self._session = None if self._session in joined else self._session
         self._updater.start_aborts(joined)

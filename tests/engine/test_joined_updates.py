@@ -24,6 +24,7 @@ from headrace import (
     UpdateReport,
     WeightUpdateError,
 )
+from headrace.engine import joined_update
 from headrace.engine.control import terms_of_part
 from headrace.engine.joined_update import JoinedUpdate
 from headrace.engine.update_session import UpdateSession
@@ -240,6 +241,30 @@ def test_an_update_that_was_begun_by_name_is_live_when_it_is_finished(
     with pytest.raises(UpdateConflictError):
         wait(joined.finish())
     assert engine.digest() == digests[1]
+
+
+@pytest.mark.parametrize("how", ["aborted", "aborted before anything came", "refused", "late", "never came"])
+def test_an_update_that_was_begun_and_is_over_holds_up_no_other(
+    engine: Engine, new: Tensors, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Its trainer died, and the next one sends without begin and end, or by another road."""
+    joined, wait = engine.asynchronous.runtime.joined, engine.asynchronous.runtime.wait
+    if how == "never came":
+        monkeypatch.setattr(joined_update, "DEFAULT_UPDATE_TIMEOUT", 0.0)
+    wait(joined.begin())
+    first, *rest = buckets(new)
+    if how in ("aborted", "late", "refused"):
+        assert engine.update_weights_from_bucket(first, "held", timeout=0.2 if how == "late" else 60.0) is None
+    if how.startswith("aborted"):
+        engine.abort_update()
+    elif how == "refused":
+        with pytest.raises(WeightUpdateError):
+            engine.update_weights_from_bucket([("nobody's", torch.zeros(1))], "held")
+    elif how == "late":
+        time.sleep(0.5)
+    reports = [engine.update_weights_from_bucket(part, "free") for part in (first, *rest)]
+    assert reports[-1] is not None and engine.version == "free"
+    wait(joined.finish())  # by whoever began it, and is told no more than that nothing is open
 
 
 def test_a_late_head_is_still_one_after_a_call_that_was_refused(engine: Engine, new: Tensors) -> None:

@@ -90,7 +90,9 @@ def test_a_release_gives_the_memory_to_the_system_before_it_returns(tmp_path: Pa
 @pytest.mark.parametrize("restore", ["copy", "disk", "auto", "update"])
 @pytest.mark.parametrize("overlap_depth", [0, 1])
 def test_cycles_move_no_bit(start: Start, restore: str, overlap_depth: int) -> None:
-    engine = start(keep_weights_copy=restore in ("copy", "auto"), overlap_depth=overlap_depth)
+    """Whatever the steps are that the prompts of a call come into."""
+    kept = restore in ("copy", "auto")
+    engine = start(keep_weights_copy=kept, overlap_depth=overlap_depth, numerics="invariant")
     digests, expected = engine.digest(), answers(engine)
     for _ in range(NUM_CYCLES):
         engine.release_memory_occupation()

@@ -28,7 +28,7 @@ STEPS = {
     "shared": ("connect", "begin", "chunk0", LAST, "commit", "free"),
     "bytes": ("connect", "begin", "chunk0", LAST, "commit", "free"),
     "buckets": ("connect", "begin", "chunk0", LAST, "commit", "free"),
-    "group": ("connect", "chunk0", LAST, "free"),
+    "group": ("connect", "chunk0", LAST, "leave", "free"),
     "disk": ("connect", LAST, "commit", "free"),
 }
 """At which something happens to a process."""
@@ -174,11 +174,12 @@ def strike(site: Site, trainer: Trainer, case: Case) -> None:
 
 def settle(site: Site) -> None:
     """Nothing of the update is left, within the deadline and some seconds; a dead core is replaced."""
-    core = site.core
-    with contextlib.suppress(AssertionError):
-        site.until(lambda: site.is_quiet or not site.is_alive, DEADLINE + GRACE, lambda: "")
-    seconds = RESTART_SECONDS if site.core != core or not site.is_alive else 0.0
-    site.until(lambda: site.is_quiet, seconds, lambda: f"the update is still open: {site.status()}")
+    site.until(
+        lambda: site.is_quiet or not site.is_alive,
+        DEADLINE + GRACE,
+        lambda: f"the update is still open: {site.status()}",
+    )
+    site.until(lambda: site.is_quiet, RESTART_SECONDS, lambda: "no other core has started")
 
 
 def check_weights(site: Site, case: Case, told: dict[str, Any], old: str, new: str) -> None:

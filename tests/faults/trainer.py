@@ -159,7 +159,7 @@ def by_group(update: Update) -> Iterator[str]:
                 report = _broadcast(update, group, number)
         if report is None:
             raise Differs("the update is not complete")
-        yield "free"
+        yield "leave"
         client.destroy_weights_update_group("faults")
     finally:
         with contextlib.suppress(HeadraceError):
@@ -219,10 +219,10 @@ def by_buckets(update: Update) -> Iterator[str]:
             yield f"chunk{number}"
             for _ in range(2 if update.wrong(f"chunk{number}") == "double" else 1):
                 tensors = {name: torch.from_numpy(each.copy()) for name, each in update.chunk(number)}
-                payload = base64.b64encode(flattened(tensors)).decode()
+                payloads = [base64.b64encode(flattened(tensors)).decode() for _ in range(order.ranks)]
                 post(
                     "/update_weights_from_tensor",
-                    serialized_named_tensors=[payload],
+                    serialized_named_tensors=payloads,
                     load_format="flattened_bucket",
                     weight_version=order.version,
                     mode=order.mode,
