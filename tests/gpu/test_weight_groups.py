@@ -74,10 +74,12 @@ def test_a_trainer_that_dies_ends_the_call_by_its_deadline(
     join(engine, trainer)
     push(engine, trainer, checkpoints.get(seed=1), "new")
     tensors = old.named_tensors()
-    session = engine.begin_update("lost", [(name, tuple(tensor.shape), "float32") for name, tensor in tensors])
+    session = engine.begin_update(
+        "lost", [(name, tuple(tensor.shape), "float32") for name, tensor in tensors], timeout=4.0
+    )
     trainer.kill()
     with pytest.raises(DeadlineError):
-        engine.stage_from_group(session, [name for name, _ in tensors], "g", timeout=3.0)
+        engine.stage_from_group(session, [name for name, _ in tensors], "g")
     engine.abort_update(session)
     engine.update_weights_from_tensor(tensors, "old")
     outputs(engine, old)
