@@ -30,6 +30,7 @@ from headrace.types.messages import (
     Command,
     CommitUpdate,
     CoreStatus,
+    DescribeWeights,
     Digest,
     Discard,
     DropPayload,
@@ -105,8 +106,7 @@ def _check_wanted(command: Command, now: float, given_up: Collection[int]) -> No
 
 def submit(replica: Replica, command: Submit, front: int, now: float) -> None:
     """Queue requests; what cannot be served is answered at once. While weights are released all wait for them."""
-    machine = replica.update.machine
-    refusal = None if machine.state == "released" else machine.refusal()
+    refusal = replica.update.machine.refusal(of_request=True)
     for request in command.all_requests():
         if front_of(request.handle) != front:  # an answer would reach whoever has that handle
             logger.error("front %d sent a request under handle %d, which is not its own", front, request.handle)
@@ -231,6 +231,11 @@ def get_weight(replica: Replica, command: GetWeight, now: float) -> None:
 def digest(replica: Replica, command: Digest, now: float) -> None:
     """Digest live memory; answered when all of it was read."""
     replica.reading.digest(command.call_id, command.deadline, dict)
+
+
+def describe_weights(replica: Replica, command: DescribeWeights, now: float) -> None:
+    """Digest live memory and say what it holds; answered when all of it was read."""
+    replica.reading.describe(command.call_id, command.deadline)
 
 
 def weights_checker(replica: Replica, command: WeightsChecker, now: float) -> None:
@@ -360,6 +365,7 @@ _CALLS: dict[type, Callable[[Replica, Any, float], None]] = {
     SetVersion: set_version,
     GetWeight: get_weight,
     Digest: digest,
+    DescribeWeights: describe_weights,
     WeightsChecker: weights_checker,
     ReleaseMemory: move_memory,
     ResumeMemory: move_memory,

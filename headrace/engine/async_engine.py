@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack, get_args
 
-from headrace.engine import groups, probing
+from headrace.engine import groups, probing, saving
 from headrace.engine.control import (
     DEFAULT_UPDATE_TIMEOUT,
     UpdateTerms,
@@ -353,13 +353,17 @@ class AsyncEngine(EngineLifecycle):
         mode: UpdateMode = "auto",
         in_flight: InFlight = "drain",
         timeout: float = DEFAULT_UPDATE_TIMEOUT,
+        verify: bool = False,
         root: str | Path | None = None,
     ) -> UpdateReport:
         """A whole update that the core reads from a checkpoint folder itself. `CheckpointError` if a file changes while
-        it is read. With `root` nothing outside that folder is read, wherever links lead: for paths of others. One that
-        is not live within `timeout` seconds, or is cancelled before, is aborted."""
+        it is read. `verify`: of a folder that was saved, the files are held against the digests in it first. With
+        `root` nothing outside that folder is read, wherever links lead: for paths of others. One that is not live
+        within `timeout` seconds, or is cancelled before, is aborted."""
         terms, folder = terms_of(version, mode, in_flight, timeout), folder_of(path)
         below = "" if root is None else folder_of(root)
+        if as_flag(verify, "verify"):
+            await saving.verify(folder, below, terms.timeout_s)
         return await self.runtime.client.change(
             lambda call_id: UpdateFromDisk(call_id, folder, terms.version, terms.mode, terms.in_flight, root=below),
             UpdateReport,
@@ -391,6 +395,10 @@ class AsyncEngine(EngineLifecycle):
         comparable with any engine of the same dtype. Summed between steps and all of one version: an update in
         between begins it again."""
         return await self.runtime.client.call(Digest, dict[str, str])
+
+    save_model = _on_engine_loop(saving.save_model)
+    save_sharded_model = _on_engine_loop(saving.save_sharded_model)
+    save_remote_model = _on_engine_loop(saving.save_remote_model)
 
     @_on_engine_loop
     async def weights_checker(self, action: str) -> dict[str, str]:

@@ -46,7 +46,7 @@ class Enter(msgspec.Struct, frozen=True, array_like=True, tag=True):
     name: str
 
 
-class Part(msgspec.Struct, frozen=True, array_like=True):
+class ShardPart(msgspec.Struct, frozen=True, array_like=True):
     """A tensor of an update as one rank has it, or a piece of that.
 
     way          "whole": every rank has all of it; "box": each has a box of it; "gathered": all ranks gather it
@@ -66,12 +66,12 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
     has_more: bool = False
 
 
-class Parts(msgspec.Struct, frozen=True, array_like=True, tag=True):
+class ShardParts(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Tensors of a rank, in their order. Unless these are the last, it waits for `Proceed`: then its memory is free.
     `data` is what the memory holds, where rank 0 does not read it itself."""
 
     number: int
-    parts: tuple[Part, ...]
+    parts: tuple[ShardPart, ...]
     is_last: bool
     data: bytes = b""
 
@@ -101,7 +101,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True, tag=True):
     answer: bytes = b""
 
 
-Frame = Hello | Welcome | Enter | Parts | Failed | Proceed | Beat | Done
+Frame = Hello | Welcome | Enter | ShardParts | Failed | Proceed | Beat | Done
 
 
 class PeerGone(Exception):

@@ -31,9 +31,9 @@ from headrace.rl.frames import (
     Failed,
     Frame,
     Hello,
-    Parts,
     PeerGone,
     Proceed,
+    ShardParts,
     Welcome,
     Wire,
     info_of,
@@ -79,7 +79,7 @@ class Peer:
         """Its next frame of call `number` or a later one."""
         while True:
             frame = self.wire.receive(deadline)
-            if isinstance(frame, Enter | Parts | Failed):
+            if isinstance(frame, Enter | ShardParts | Failed):
                 if frame.number >= number:
                     return frame
                 if isinstance(frame, Enter):
@@ -129,7 +129,7 @@ class LeadingCalls:
             self._tell(Done(self.number, answer=answer), present)
             return answer
 
-    def receive(self, peer: Peer, name: str) -> Parts:
+    def receive(self, peer: Peer, name: str) -> ShardParts:
         """What a rank says within call `name`. Raises what it failed with."""
         try:
             frame = peer.receive(self.number, time.monotonic() + self.timeout)
@@ -139,7 +139,7 @@ class LeadingCalls:
             raise _missing(name, [peer.rank], self.timeout) from None
         if isinstance(frame, Failed):
             raise frame.error.to_exception()
-        if isinstance(frame, Parts) and frame.number == self.number:
+        if isinstance(frame, ShardParts) and frame.number == self.number:
             return frame
         peer.wire.put_back(frame)
         raise _missing(name, [peer.rank], self.timeout)  # it has given this call up, and is in another one

@@ -9,7 +9,6 @@ by whoever brings a tensor.
 from __future__ import annotations
 
 import math
-import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,15 +16,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from headrace.engine.tensors import NamedTensors, TensorBytes, describe
+from headrace.engine.tensors import NamedTensors, TensorBytes, describe, is_in_shards, named_pairs, own_part
 from headrace.engine.upload_buffers import aligned
-from headrace.rl.frames import Part, Parts, Proceed
+from headrace.rl.frames import Proceed, ShardPart, ShardParts
 from headrace.rl.rank_calls import MEMORY_BYTES, FollowingCalls, LeadingCalls, Peer
-from headrace.rl.sources import hf_name
+from headrace.rl.sources import gathered, hf_name
 from headrace.types.errors import WeightUpdateError
-from headrace.types.plain_values import plain_text
 from headrace.weights.boxes import Box
-from headrace.weights.weight_map import is_recomputed
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +39,7 @@ def send_shards(calls: FollowingCalls, call: str, ranks: Sequence[int], named_te
         if part.way == "gathered":
             sender.add(part)
             sender.flush()
-            _gather(tensor)
+            gathered(name, tensor.detach())
         elif part.size:
             sender.write(part, TensorBytes(name, local))
         else:
@@ -65,14 +62,14 @@ def whole_tensors(
         if part.way == "box":
             whole = torch.empty(part.shape, dtype=tensor.dtype, device="cpu")
             if part.size:
-                whole[Box(part.start, part.size).slices] = local
+                whole[Box(part.start, part.size).slices] = local.detach()
             for stream in streams:
                 stream.read_box(whole)
             yield name, whole
             continue
         for stream in streams:
             stream.release()
-        yield name, _gather(tensor) if part.way == "gathered" else local.detach().clone()
+        yield name, gathered(name, tensor.detach()) if part.way == "gathered" else _copied(local)
     for stream in streams:
         surplus = stream.peek()
         if surplus is not None:
@@ -86,16 +83,16 @@ class _Sender:
     def __init__(self, calls: FollowingCalls, call: str) -> None:
         self._calls = calls
         self._call = call
-        self._parts: list[Part] = []
+        self._parts: list[ShardPart] = []
         self._num_used = 0
 
-    def add(self, part: Part) -> None:
+    def add(self, part: ShardPart) -> None:
         """A part without bytes."""
         self._parts.append(part)
         if len(self._parts) >= MAX_PARTS:
             self.flush()
 
-    def write(self, part: Part, data: TensorBytes) -> None:
+    def write(self, part: ShardPart, data: TensorBytes) -> None:
         """A part with all of its bytes, in as many pieces as it takes."""
         start = 0
         while start < len(data):
@@ -113,7 +110,7 @@ class _Sender:
     def flush(self, *, is_last: bool = False) -> None:
         """Have rank 0 take what there is."""
         data = b"" if self._calls.shares_memory else bytes(self._calls.memory.view[: self._num_used])
-        self._calls.send(Parts(self._calls.number, tuple(self._parts), is_last, data), self._call)
+        self._calls.send(ShardParts(self._calls.number, tuple(self._parts), is_last, data), self._call)
         if not is_last:
             self._calls.wait(self._call)
         self._parts, self._num_used = [], 0
@@ -127,11 +124,11 @@ class _Stream:
         self._calls = calls
         self._call = call
         self._peer = peer
-        self._parts: deque[Part] = deque()
+        self._parts: deque[ShardPart] = deque()
         self._memory: Any = b""
         self._is_last = False
 
-    def peek(self) -> Part | None:
+    def peek(self) -> ShardPart | None:
         """The part that comes next; None after the last."""
         while not self._parts and not self._is_last:
             message = self._calls.receive(self._peer, self._call)
@@ -173,46 +170,36 @@ class _Stream:
             box.copy_(flat)
 
 
-def _pairs(named_tensors: Any) -> Iterator[tuple[str, Any]]:
-    """(Hugging Face name, torch tensor) pairs, checked as they are read."""
-    if not hasattr(named_tensors, "__iter__"):
-        raise WeightUpdateError("named_tensors must be an iterable of (name, tensor) pairs", field="named_tensors")
-    for pair in named_tensors.items() if hasattr(named_tensors, "items") else named_tensors:
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], str):
-            raise WeightUpdateError("named_tensors must hold (name, tensor) pairs", field="named_tensors")
-        name, tensor = hf_name(plain_text(pair[0])), pair[1]
-        if is_recomputed(name):
-            continue
-        if not isinstance(tensor, sys.modules["torch"].Tensor):
-            raise WeightUpdateError(f"{name} is a {type(tensor).__name__}, not a torch tensor", field=name)
-        yield name, tensor
+def _pairs(named_tensors: NamedTensors) -> Iterator[tuple[str, Any]]:
+    """(Hugging Face name, tensor) pairs, checked as they are read; DTensors as they are."""
+    for name, tensor in named_pairs(named_tensors, lambda _, tensor: tensor):
+        yield hf_name(name), tensor
 
 
-def _part_of(name: str, tensor: Any, ranks: Sequence[int]) -> tuple[Part, Any]:
+def _part_of(name: str, tensor: Any, ranks: Sequence[int]) -> tuple[ShardPart, Any]:
     """How a tensor is brought to rank 0, and what this rank holds of it."""
-    import torch
-    from torch.distributed.tensor import DTensor, Shard
-
-    if not isinstance(tensor, DTensor):
-        info = describe(name, tensor)
-        return Part(name, info.shape, info.dtype, "whole"), tensor
-    mesh, shape = tensor.device_mesh, tuple(tensor.shape)
-    with torch.no_grad():
-        local = tensor.to_local().detach()
-    dtype = describe(name, local).dtype
-    placements = [place for axis, place in enumerate(tensor.placements) if mesh.size(axis) > 1]
-    if all(place.is_replicate() for place in placements):
-        return Part(name, shape, dtype, "whole"), local
-    is_plain = all(type(place) is Shard or place.is_replicate() for place in placements)
-    if not is_plain or tensor.device.type != "cpu" or not set(mesh.mesh.flatten().tolist()) <= set(ranks):
-        return Part(name, shape, dtype, "gathered"), local
+    local = own_part(tensor)
+    info = describe(name, local)
+    shape = tuple(tensor.shape)
+    if not is_in_shards(tensor):
+        return ShardPart(name, shape, info.dtype, "whole"), local
+    mesh = tensor.device_mesh
+    if tensor.device.type != "cpu" or not _is_even(tensor) or not set(mesh.mesh.flatten().tolist()) <= set(ranks):
+        return ShardPart(name, shape, info.dtype, "gathered"), local
     box, counts = _box_of(shape, mesh, tensor.placements)
-    if box.shape != tuple(local.shape):
-        message = f"{name} has {list(local.shape)} on this rank, where its placements say {list(box.shape)}"
+    if box.shape != info.shape:
+        message = f"{name} has {list(info.shape)} on this rank, where its placements say {list(box.shape)}"
         raise WeightUpdateError(message, field=name)
     if not counts or not math.prod(box.shape):
-        return Part(name, shape, dtype, "box"), local
-    return Part(name, shape, dtype, "box", box.start, box.shape), local
+        return ShardPart(name, shape, info.dtype, "box"), local
+    return ShardPart(name, shape, info.dtype, "box", box.start, box.shape), local
+
+
+def _is_even(tensor: Any) -> bool:
+    """Each rank of its mesh holds a box of it: one of equal ones, but for the last."""
+    from torch.distributed.tensor import Shard
+
+    return all(type(place) is Shard or place.is_replicate() for place in tensor.placements)
 
 
 def _box_of(shape: tuple[int, ...], mesh: Any, placements: Sequence[Any]) -> tuple[Box, bool]:
@@ -232,16 +219,12 @@ def _box_of(shape: tuple[int, ...], mesh: Any, placements: Sequence[Any]) -> tup
     return Box(tuple(start), tuple(size)), counts
 
 
-def _gather(tensor: Any) -> torch.Tensor:
-    """All of a DTensor, on each rank of its mesh: they all come here at once."""
-    import torch
-
-    with torch.no_grad():
-        whole: torch.Tensor = tensor.full_tensor()
-    return whole
+def _copied(tensor: Any) -> Any:
+    """The same values in memory that nobody else writes to."""
+    return tensor.copy() if isinstance(tensor, np.ndarray) else tensor.detach().clone()
 
 
-def _require_same(ours: Part, theirs: Part | None, our_rank: int, their_rank: int) -> None:
+def _require_same(ours: ShardPart, theirs: ShardPart | None, our_rank: int, their_rank: int) -> None:
     if theirs is None:
         message = f"{ours.name} is a tensor of rank {our_rank}, rank {their_rank} has none after its last"
         raise WeightUpdateError(message, field=ours.name)

@@ -20,6 +20,8 @@ from headrace.engine import Engine
 from headrace.engine.tensors import NamedTensors
 from headrace.rl.rank_calls import FollowingCalls, LeadingCalls, meet
 from headrace.rl.shards import send_shards, whole_tensors
+from headrace.server.blocking import serve
+from headrace.server.native import answer_body
 from headrace.types.errors import ConfigError, HeadraceError, WeightUpdateError
 from headrace.types.memory import MemoryTag, OnRelease, Restore
 from headrace.types.plain_values import as_flag, as_integer, as_seconds
@@ -91,6 +93,8 @@ class VerlEngine:
             return json.dumps(shown).encode()
 
         try:
+            self.url: str
+            self.api_key: str
             self.url, self.api_key = json.loads(self._calls.call("VerlEngine", start))
         except BaseException:  # whatever it is: nobody has this engine, to shut it down
             self.shutdown()
@@ -181,6 +185,26 @@ class VerlEngine:
         """See `AsyncEngine.resume`."""
         self._do("continue_generation", lambda engine: engine.resume())
 
+    def serve(
+        self,
+        port: int = 0,
+        host: str = "127.0.0.1",
+        *,
+        launch_callback: Callable[[], object] | None = None,
+        **options: Any,
+    ) -> str:
+        """Put HTTP in front of the engine, which goes on being used here: its address, on every rank. It ends with the
+        engine. `launch_callback` is rank 0's, called once connections are accepted. See `headrace.serve`."""
+
+        def lead() -> bytes:
+            if isinstance(self._own, Runtime):
+                raise ConfigError(f"this engine is behind a server already: {self.url}", field="launch_server")
+            self.url = serve(self._own, port, host, launch_callback=launch_callback, **options).url
+            return self.url.encode()
+
+        self.url = self._calls.call("serve", lead).decode()
+        return self.url
+
     def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
         """End what runs, at once: on rank 0, from any thread, also while its `generate` waits. Elsewhere it does
         nothing: it is no call that ranks make together."""
@@ -230,16 +254,13 @@ def _settings(given: dict[str, Any], num_ranks: int, nnodes: Any) -> dict[str, A
         settings[ours] = value
     if "model" not in settings:
         raise ConfigError("model must name a folder or a hub id", field="model")
-    tp_size = settings.pop("tp_size", num_ranks)
-    return settings if tp_size == 1 else {**settings, "tp_size": tp_size}
+    return {"tp_size": num_ranks, **settings}
 
 
 def _generated(engine: Engine | Client, body: bytes) -> bytes:
     """What `/generate` answers to this body."""
     if isinstance(engine, Client):
         return engine.generate_native(body)
-    from headrace.server.native import answer_body
-
     return engine.asynchronous.runtime.wait(answer_body(engine.asynchronous, body))
 
 

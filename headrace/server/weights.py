@@ -26,8 +26,6 @@ from headrace.server.wire import json_reply
 from headrace.types.errors import HeadraceError, RequestError
 from headrace.types.weights import UpdateReport
 
-NUM_RANKS = 1
-
 
 class TensorBody(UpdateBody, kw_only=True):
     """`serialized_named_tensors` has base64 for each rank. `flush_cache` and `torch_empty_cache` have nothing to do:
@@ -99,20 +97,21 @@ class BucketFace:
         runtime = self._engine.runtime
         try:
             body = await read_control(request, TensorBody)
-            payload = self._payload(body)
+            payloads = self._payloads(body)
             terms = terms_of_part(body.weight_version, body.mode, body.policy, body.timeout_s)
         except BaseException:  # whatever it is, as in `JoinedUpdate.add`
             await runtime.joined.end()
             raise
         device = self._engine.resolved.device
-        return add_payload(runtime.joined, runtime.updater, payload, body.load_format, terms, device)
+        return add_payload(runtime.joined, runtime.updater, payloads, body.load_format, terms, device)
 
-    def _payload(self, body: TensorBody) -> str:
-        """The payload of this engine's only rank."""
+    def _payloads(self, body: TensorBody) -> list[str]:
+        """One for each of this engine's ranks."""
         load_format_of(body.load_format)
         check_selector(body.selector)
         payloads = body.serialized_named_tensors
-        if len(payloads) != NUM_RANKS:
-            message = f"serialized_named_tensors has {len(payloads)} entries, this engine {NUM_RANKS} rank"
+        num_ranks = self._engine.resolved.engine.tp_size
+        if len(payloads) != num_ranks:
+            message = f"serialized_named_tensors has {len(payloads)} entries, this engine has tp_size {num_ranks}"
             raise RequestError(message, field="serialized_named_tensors")
-        return payloads[0]
+        return payloads

@@ -135,27 +135,12 @@ class BeginUpdate(_Call, frozen=True, tag="begin_update"):
     is_open: bool = False
 
 
-class UpdateBegun(msgspec.Struct, frozen=True):
-    """`mode` is what "auto" became."""
-
-    session_id: int
-    mode: str
-
-
 class ExtendUpdate(_Call, frozen=True, tag="extend_update"):
     """Name more tensors of an open-ended session; they are checked beside those before them, and none is taken where
     one is wrong. Reply: `UpdateExtended`."""
 
     session_id: int
     manifest: tuple[TensorInfo, ...]
-
-
-class UpdateExtended(msgspec.Struct, frozen=True):
-    """`first_index` is the place of the first of them in the session's manifest. `num_missing` tensors of the model
-    have not been named yet."""
-
-    first_index: int
-    num_missing: int
 
 
 class Stage(_Call, frozen=True, tag="stage"):
@@ -272,12 +257,14 @@ class SetVersion(_Call, frozen=True, tag="set_version"):
 
 class GetWeight(_Call, frozen=True, tag="get_weight"):
     """Copy bytes of one live tensor into the caller's buffer, from byte `start` on, until the buffer is full or the
-    first `max_rows` rows are read. Reply: `WeightPart`."""
+    first `max_rows` rows are read; with a `rank`, of that rank's parameter of this name, as it lies. Reply:
+    `WeightPart`."""
 
     name: str
     buffer: BufferRef
     start: int = 0
     max_rows: int | None = None
+    rank: int | None = None
 
 
 class WeightPart(msgspec.Struct, frozen=True):
@@ -295,6 +282,10 @@ class WeightPart(msgspec.Struct, frozen=True):
 class Digest(_Call, frozen=True, tag="digest"):
     """Digest live parameter memory, all of it while it holds one version. Reply: dict[str, str], HF name to the 32 hex
     digits of `headrace.weights.position_sum`."""
+
+
+class DescribeWeights(_Call, frozen=True, tag="describe_weights"):
+    """Say what is live, and digest it, all of one version. Reply: `WeightsDescription`."""
 
 
 class WeightsChecker(_Call, frozen=True, tag="weights_checker"):
@@ -370,6 +361,7 @@ Command = (
     | SetVersion
     | GetWeight
     | Digest
+    | DescribeWeights
     | WeightsChecker
     | ReleaseMemory
     | ResumeMemory

@@ -147,6 +147,7 @@ def scenario(door: Any, folder: Path) -> list[Any]:
     seen.append(msgspec.structs.replace(report, pause_ms=0.0))
     name = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(door.get_weights_by_name(name), new[name])
+    seen += in_buckets(door, list(old.items()))
     door.pause("keep", timeout=30)
     assert door.status().paused == "keep"
     door.resume()
@@ -167,6 +168,21 @@ def scenario(door: Any, folder: Path) -> list[Any]:
     status = door.status()
     seen += [status.version, status.epoch, status.state, door.metrics()["num_generated_tokens"]]
     return [*seen, *wrong_calls(door)]
+
+
+def in_buckets(door: Any, tensors: list[tuple[str, torch.Tensor]]) -> list[Any]:
+    """An update without begin and commit: one that an error ends, and one in which a tensor comes again."""
+    (first, again), rest = tensors[:2], tensors[1:]
+    assert door.update_weights_from_bucket(tensors[:9], "never") is None
+    seen: list[Any] = [error_of(lambda: door.update_weights_from_bucket([("nobody", torch.ones(3))]))]
+    seen.append(error_of(lambda: door.update_weights_from_bucket([first, first])))
+    seen.append(error_of(lambda: door.update_weights_from_bucket(tensors, mode="sideways")))
+    assert door.update_weights_from_bucket([first, (again[0], torch.zeros_like(again[1]))]) is None
+    seen.append(error_of(door.resume)[:2])  # the message has the number of the session
+    assert door.update_weights_from_bucket([]) is None
+    report = door.update_weights_from_bucket(rest, "in buckets")
+    seen += [msgspec.structs.replace(report, pause_ms=0.0), door.digest()]
+    return seen
 
 
 def whole(pieces: list[Generation], sample: tuple[int, int]) -> Generation:
@@ -255,5 +271,5 @@ def test_methods_take_what_the_engine_s_take() -> None:
         assert names == [each.name for each in expected], name
     missing = {name for name in vars(Engine) if not name.startswith("_")} - set(vars(Client))
     assert missing == {"config", "resolved", "tokenizer", "version", "is_alive", "is_ready", "is_responsive"} | {
-        *("wait_ended", "shutdown", "update_weights_from_bucket", "stage_from_group")
+        *("wait_ended", "shutdown", "stage_from_group")
     }

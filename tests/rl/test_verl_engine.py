@@ -18,6 +18,8 @@ from tests.rl.trainer_ranks import run_ranks, start_ranks
 from tests.server.builders import save_random_model
 
 ENGINE: dict[str, Any] = {}
+RANKS: dict[str, Any] = {"tp_size": 2}
+SERVER: dict[str, Any] = {"launch_server": True}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def check_live(seen: list[list[Any]], folder: str, leading: tuple[int, ...] = (0
     assert [each[1] for each in seen] == [digests if rank in leading else None for rank in range(len(seen))]
 
 
-@pytest.mark.parametrize("options", [ENGINE])
+@pytest.mark.parametrize("options", [RANKS, SERVER], ids=["ranks", "server"])
 def test_a_sharded_model_changes_the_weights_again_and_again(folder: str, newer: str, options: dict[str, Any]) -> None:
     seen = run_ranks(2, bodies.update_from_fsdp, folder, options)
     for number, live in enumerate((folder, newer, folder, newer)):
@@ -103,7 +105,7 @@ def test_an_error_is_that_of_all_ranks_and_changes_nothing(folder: str, newer: s
             assert "on fire" in message and (on == rank or f"rank {on} failed: ValueError" in message)
 
 
-@pytest.mark.parametrize("options", [ENGINE])
+@pytest.mark.parametrize("options", [ENGINE, SERVER], ids=["engine", "server"])
 def test_control(folder: str, newer: str, options: dict[str, Any]) -> None:
     leading, following = run_ranks(2, bodies.control, folder, newer, options)
     many, *ids, end, closed = leading
@@ -113,6 +115,14 @@ def test_control(folder: str, newer: str, options: dict[str, Any]) -> None:
     assert [each["meta_info"]["id"] for each in many] == ["a_0", "a_1", "b_0", "b_1"]
     assert all(len(each["output_ids"]) == 12 and isinstance(each["text"], str) for each in many)
     assert all(len(each["meta_info"]["output_top_logprobs"][0]) == 2 for each in many)
+
+
+def test_http_in_front_of_an_engine_that_runs(folder: str) -> None:
+    leading, following = run_ranks(2, bodies.served, folder)
+    assert leading[0] == following[0]
+    (ids, metrics, refused), called = leading[1:]
+    assert ids == expected_ids(folder) and "headrace_num_generated_tokens" in metrics and refused == "ConfigError"
+    assert called == ["ready"] and following[1:] == [[]]
 
 
 def test_who_does_not_come_is_named_and_is_in_step_again_afterwards(folder: str) -> None:
@@ -157,7 +167,7 @@ def test_ranks_that_do_not_construct_it_are_named_and_bad_settings_are_those_of_
         assert ids == expected_ids(folder)
 
 
-@pytest.mark.parametrize(("count", "options"), [(1000, ENGINE)])
+@pytest.mark.parametrize(("count", "options"), [(1000, ENGINE), (100, SERVER)], ids=["engine", "server"])
 def test_a_thousand_updates_leave_nothing_behind(folder: str, newer: str, count: int, options: dict[str, Any]) -> None:
     seen = run_ranks(2, bodies.many_updates, folder, newer, count, options, seconds=500)
     for sizes, ids in seen:

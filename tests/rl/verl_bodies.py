@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,24 @@ def control(rank: int, folder: str, newer: str, options: dict[str, Any]) -> list
         engine.shutdown()
         seen.append(error_of(lambda: greedy(engine)))
         return seen
+
+
+def served(rank: int, folder: str) -> list[Any]:
+    """HTTP in front of an engine that runs, with a key."""
+    from headrace import Client
+
+    called = list[str]()
+    with verl(folder) as engine:
+        url = engine.serve(api_key="secret", launch_callback=lambda: called.append("ready"))
+        seen = list[Any]([url])
+        if rank == 0:
+            with Client(url, "secret") as client, Client(url, "wrong") as stranger:
+                (sample,) = client.generate(input_ids=PROMPT, sampling_params=GREEDY)
+                ask = urllib.request.Request(f"{url}/metrics", headers={"authorization": "Bearer secret"})
+                with urllib.request.urlopen(ask) as reply:
+                    seen.append((sample.token_ids, reply.read().decode(), error_of(stranger.status)[0]))
+        greedy(engine)
+        return [*seen, called]
 
 
 def absent(rank: int, folder: str) -> list[Any]:

@@ -252,7 +252,7 @@ def test_products_beside_a_trainer_have_the_bits_of_those_alone(kind: str, size:
     def found(products: Products) -> list[torch.Tensor]:
         out, added = torch.empty_like(target), target.clone()
         products.linear_out(x, weight, out)
-        products.linear_add_(added, x, weight)
+        products.linear_add_(added, x, weight, None)
         return [out, added, products.linear(x, weight, None), products.linear(x, weight, bias)]
 
     expected = found(PLAIN)
@@ -327,5 +327,5 @@ def test_a_model_without_float32_leaves_the_setting_alone() -> None:
     assert exact.products is PLAIN
     with kept():
         torch.set_float32_matmul_precision("medium")
-        with exact:
+        with exact.guard:
             assert torch.get_float32_matmul_precision() == "medium" and MKLDNN.matmul.fp32_precision == "bf16"

@@ -17,12 +17,23 @@ ADMIN = {
     *(f"/headrace/{name}" for name in ("abort", "resume", "pause", "flush_cache", "set_weight_version", "digest")),
     *(
         f"/headrace/{name}"
-        for name in ("weights_checker", "begin_update", "extend_update", "stage", "lend", "stage_lent", "commit")
+        for name in (
+            "weights_checker",
+            "begin_update",
+            "extend_update",
+            "join_update",
+            "settle_part",
+            "stage",
+            "lend",
+            "stage_lent",
+            "commit",
+        )
     ),
     *(f"/headrace/{name}" for name in ("abort_update", "update_weights_from_disk", "get_weights_by_name")),
     *("/headrace/release_memory_occupation", "/headrace/resume_memory_occupation"),
     *("/headrace/init_weights_update_group", "/headrace/destroy_weights_update_group"),
     "/headrace/update_weights_from_distributed",
+    *("/headrace/save_model", "/headrace/save_sharded_model", "/headrace/save_remote_model"),
     *("/update_weight_version", "/get_weights_by_name", "/weights_checker", "/abort_weight_update"),
     *("/release_memory_occupation", "/resume_memory_occupation"),
     *("/update_weights_from_tensor", "/begin_weight_update", "/end_weight_update"),
