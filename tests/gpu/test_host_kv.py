@@ -29,7 +29,7 @@ def test_an_evicted_prefix_comes_back_bit_by_bit(start: Starter, checkpoints: Ch
 
 
 def test_copies_beside_running_requests_leave_them_alone(start: Starter, checkpoints: Checkpoints) -> None:
-    settings = {"numerics": "invariant", "kv_pool_tokens": 16384}
+    settings = {"numerics": "invariant", "kv_pool_tokens": 10240}
     long = SamplingParams(max_new_tokens=1500, temperature=1.0, ignore_eos=True, seed=1)
     engine = start(checkpoints.get(), host_kv_tokens=1 << 16, **settings)
     expected = engine.generate(input_ids=PROMPTS[:4], sampling_params=long)

@@ -20,25 +20,31 @@ pytestmark = [
     pytest.mark.alone,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device"),
 ]
+TWO: dict[str, Any] = {"tp_size": 2, "inprocess": False, "max_running_requests": 16, "max_graph_tokens": 64}
 PROMPTS = [random_ids(random.Random(number), 5 + 40 * number) for number in range(8)]
 
 
-@pytest.mark.parametrize("variant", ["qwen3", "llama-biases", "qwen2-tied"])
-@pytest.mark.parametrize("settings", [{}, {"numerics": "invariant"}, {"cuda_graphs": False, "overlap_depth": 0}])
+@pytest.mark.parametrize(
+    ("variant", "settings"),
+    [
+        ("qwen3", {}),
+        ("llama-biases", {"numerics": "invariant"}),
+        ("qwen2-tied", {"cuda_graphs": False, "overlap_depth": 0}),
+    ],
+)
 def test_two_devices_compute_what_transformers_does(
     start: Starter, checkpoints: Checkpoints, variant: str, settings: Any
 ) -> None:
     checkpoint = checkpoints.get(variant)
-    engine = start(checkpoint, dtype="float32", tp_size=2, inprocess=False, **settings)
+    engine = start(checkpoint, dtype="float32", **TWO, **settings)
     for prompt, piece in zip(PROMPTS, engine.generate(input_ids=PROMPTS, sampling_params=greedy(40)), strict=True):
         check_greedy(checkpoint, prompt, piece, 1e-3)
 
 
-@pytest.mark.parametrize("mode", ["shadow", "inplace"])
-@pytest.mark.parametrize("place", ["cuda", "cpu"])
+@pytest.mark.parametrize(("mode", "place"), [("shadow", "cuda"), ("inplace", "cpu")])
 def test_an_update_there_and_back(start: Starter, checkpoints: Checkpoints, mode: Any, place: str) -> None:
     old, new = checkpoints.get(), checkpoints.get(seed=1)
-    engine = start(old, dtype="float32", tp_size=2, inprocess=False)
+    engine = start(old, dtype="float32", **TWO)
     digests = [engine.digest()]
     for version, target in (("new", new), ("old", old), ("again", new)):
         tensors = [(name, tensor.to(place)) for name, tensor in target.named_tensors()]
@@ -51,7 +57,7 @@ def test_an_update_there_and_back(start: Starter, checkpoints: Checkpoints, mode
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_is_lost_ends_the_engine_in_seconds(start: Starter, checkpoints: Checkpoints, how: int) -> None:
-    engine = start(checkpoints.get(), tp_size=2, inprocess=False, max_core_restarts=0)
+    engine = start(checkpoints.get(), **TWO, max_core_restarts=0)
     with ThreadPoolExecutor(1) as thread:
         asked = thread.submit(engine.generate, input_ids=PROMPTS, sampling_params=greedy(4000))
         time.sleep(0.5)
