@@ -25,6 +25,7 @@ from headrace.config.machine import available_memory
 from headrace.config.resolve import backend_refusal
 from headrace.types.errors import ConfigError
 from headrace.types.weights import ELEMENT_BYTES
+from headrace.weights.saved import check_saved_model
 
 _LOGITS_BYTES = 4
 _CPU_LOGITS_COPIES = 3
@@ -36,6 +37,7 @@ _WEIGHT_FILES = ("model*.safetensors*", "pytorch_model*.bin*")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a Hugging Face folder or hub id")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--digests", action="store_true", help="hold a folder that was saved against its digests")
     add_flags(parser, EngineConfig, title="engine settings", skip=("model",))
 
 
@@ -46,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     from headrace.runner.loading import checked_weight_map
 
     config = EngineConfig.from_dict({"model": arguments.model, **given(arguments, EngineConfig)})
+    if arguments.digests:
+        check_saved_model(config.model)
     resolved = resolve_settings(config, files=CONFIG_FILES)
     if os.path.isdir(os.path.expanduser(config.model)):  # of a hub id only configurations are had
         if any(next(Path(resolved.folder).glob(pattern), None) for pattern in _WEIGHT_FILES):

@@ -23,6 +23,7 @@ from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, seconds_of, tags_of,
 from headrace.engine.fields import InputIds, Prompts, Sampling, name_of
 from headrace.engine.groups import DEFAULT_GROUP, DEFAULT_JOIN_TIMEOUT, Backend
 from headrace.engine.requests import GenerateOptions
+from headrace.engine.saving import DEFAULT_SAVE_TIMEOUT, DEFAULT_SHARD_BYTES
 from headrace.engine.tensors import HeldTensors, NamedTensors, to_tensor
 from headrace.engine.update_session import Manifest, UpdateSession, check_session, manifest_of
 from headrace.types.errors import DeadlineError, HeadraceError, UnavailableError, UnreachableError
@@ -41,7 +42,7 @@ from headrace.types.http import (
 from headrace.types.memory import MemoryTag, OnRelease, Restore
 from headrace.types.messages import CoreStatus, WeightBytes
 from headrace.types.plain_values import as_seconds
-from headrace.types.weights import InFlight, PauseMode, TensorInfo, UpdateMode, UpdateReport
+from headrace.types.weights import InFlight, PauseMode, SaveReport, TensorInfo, UpdateMode, UpdateReport
 
 if TYPE_CHECKING:
     import torch
@@ -247,13 +248,14 @@ class AsyncClient:
         mode: UpdateMode = "auto",
         in_flight: InFlight = "drain",
         timeout: float = DEFAULT_UPDATE_TIMEOUT,
+        verify: bool = False,
     ) -> UpdateReport:
         """See `AsyncEngine.update_weights_from_disk`. The folder is the server's: below its model's, or one of its
         `weight_roots`."""
         terms = terms_of(version, mode, in_flight, timeout)
         arguments = {
             **{"path": os.fspath(path), "version": terms.version, "mode": terms.mode},
-            **{"in_flight": terms.in_flight, "timeout": terms.timeout_s},
+            **{"in_flight": terms.in_flight, "timeout": terms.timeout_s, "verify": verify},
         }
         limit = terms.timeout_s + GRACE_SECONDS
         return await self._control("update_weights_from_disk", arguments, UpdateReport, limit)
@@ -315,6 +317,29 @@ class AsyncClient:
     async def digest(self) -> dict[str, str]:
         """See `AsyncEngine.digest`."""
         return await self._control("digest", {}, dict[str, str])
+
+    async def save_model(
+        self,
+        path: str | Path,
+        *,
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        timeout: float = DEFAULT_SAVE_TIMEOUT,
+    ) -> SaveReport:
+        """See `AsyncEngine.save_model`. The folder is the server's: below one of its `save_roots`."""
+        arguments = {"path": os.fspath(path), "max_shard_bytes": max_shard_bytes, "timeout": timeout}
+        return await self._control("save_model", arguments, SaveReport, _limit(seconds_of(timeout)))
+
+    async def save_sharded_model(self, path: str | Path, *, timeout: float = DEFAULT_SAVE_TIMEOUT) -> SaveReport:
+        """See `AsyncEngine.save_sharded_model`. The folder is the server's: below one of its `save_roots`."""
+        arguments = {"path": os.fspath(path), "timeout": timeout}
+        return await self._control("save_sharded_model", arguments, SaveReport, _limit(seconds_of(timeout)))
+
+    async def save_remote_model(
+        self, url: str, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, timeout: float = DEFAULT_SAVE_TIMEOUT
+    ) -> SaveReport:
+        """See `AsyncEngine.save_remote_model`. The URL is as the server sees it: below one of its `save_roots`."""
+        arguments = {"url": url, "max_shard_bytes": max_shard_bytes, "timeout": timeout}
+        return await self._control("save_remote_model", arguments, SaveReport, _limit(seconds_of(timeout)))
 
     async def weights_checker(self, action: str) -> dict[str, str]:
         """See `AsyncEngine.weights_checker`."""

@@ -29,6 +29,7 @@ from headrace.types.messages import (
     Command,
     CommitUpdate,
     CoreStatus,
+    DescribeWeights,
     Digest,
     Discard,
     DropPayload,
@@ -229,6 +230,11 @@ def digest(replica: Replica, command: Digest, now: float) -> None:
     replica.reading.digest(command.call_id, command.deadline, dict)
 
 
+def describe_weights(replica: Replica, command: DescribeWeights, now: float) -> None:
+    """Digest live memory and say what it holds; answered when all of it was read."""
+    replica.reading.describe(command.call_id, command.deadline)
+
+
 def weights_checker(replica: Replica, command: WeightsChecker, now: float) -> None:
     """SGLang's three-step check that an update writes every tensor."""
     if command.action not in _CHECKER_ACTIONS:
@@ -335,6 +341,7 @@ _CALLS: dict[type, Callable[[Replica, Any, float], None]] = {
     SetVersion: set_version,
     GetWeight: get_weight,
     Digest: digest,
+    DescribeWeights: describe_weights,
     WeightsChecker: weights_checker,
     ReleaseMemory: move_memory,
     ResumeMemory: move_memory,

@@ -38,6 +38,7 @@ from headrace.core.rank_messages import (
     StageFileOn,
     StageForeignOn,
 )
+from headrace.core.rank_works import copy_own
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import RequestError, UpdateConflictError, WeightUpdateError
 from headrace.types.foreign import CudaHandle, Payload
@@ -304,19 +305,22 @@ class RankWeights:
         for (name, digest), *parts in zip(own, *asked.values, strict=True):
             yield name, add_digests(digest, *parts)
 
-    def info(self, name: str) -> TensorInfo:
-        return self._store.info(name)
+    def parameters(self) -> tuple[tuple[TensorInfo, ...], ...]:
+        return self._store.parameters() * (1 + len(self._others.numbers))  # all ranks have as much of each
 
-    def copy_in_slices(self, name: str, start: int, into: memoryview) -> Iterator[None]:
+    def info(self, name: str, rank: int | None = None) -> TensorInfo:
+        return self._store.info(name, None if rank is None else 0)
+
+    def copy_in_slices(self, name: str, start: int, into: memoryview, rank: int | None = None) -> Iterator[None]:
         """As `WeightStore.copy_in_slices`. What a rank does not hold it gives as zeros, and what several hold is the
         same: so bits are put together."""
         for at in range(0, len(into), READ_BYTES):
             part = into[at : at + READ_BYTES]
             scratch = self._scratch_buffers()
             refs = tuple(buffer.ref for buffer in scratch)
-            asked = self._others.ask(ReadOn, name, start + at, len(part), refs)
+            asked = self._others.ask(ReadOn, name, start + at, len(part), refs, rank)
             try:
-                yield from self._store.copy_in_slices(name, start + at, part)
+                yield from copy_own(self._store, 0, name, start + at, part, rank)
                 yield from _until_done(asked)
             except BaseException:
                 give_up(self._others, asked)

@@ -17,7 +17,8 @@ from headrace.ipc import CoreLink, Pulse
 from headrace.scheduler import Scheduler, SchedulerLimits
 from headrace.weights.session import WeightMachine
 
-_MAX_FIRST_SESSION = 1 << 62
+_MAX_FIRST_NUMBER = 1 << 62
+"""Of sessions and of stamps: what one core names by a number names nothing of another."""
 
 
 class Replica:
@@ -42,10 +43,16 @@ class Replica:
             former.version,
             epoch=former.epoch,
             has_weights=former.is_current,
-            num_sessions=secrets.randbelow(_MAX_FIRST_SESSION),  # what names a session of another core names none
+            num_sessions=secrets.randbelow(_MAX_FIRST_NUMBER),
         )
         self.update = UpdateControl(
-            machine, executor, self.scheduler, self.stepper, self.outbox, lambda: self.stands_still
+            machine,
+            executor,
+            self.scheduler,
+            self.stepper,
+            self.outbox,
+            lambda: self.stands_still,
+            first_stamp=secrets.randbelow(_MAX_FIRST_NUMBER),
         )
         memory = MemorySettings(resolved.memory_is_kept, settings.keep_weights_copy)
         self.memory = MemoryControl(memory, executor, self.update, self.scheduler, self.stepper, self.outbox)

@@ -56,8 +56,10 @@ class UpdateControl:
         stepper: Stepper,
         outbox: Outbox,
         stands_still: Callable[[], bool],
+        first_stamp: int = 0,
     ) -> None:
-        """`stands_still`: generation is paused, or lacks memory, so that nothing can drain."""
+        """`stands_still`: generation is paused, or lacks memory, so that nothing can drain. No other core has
+        `first_stamp`."""
         self.machine = machine
         self.num_updates = 0
         self.last_pause_ms = 0.0
@@ -67,7 +69,7 @@ class UpdateControl:
         self._stepper = stepper
         self._outbox = outbox
         self._stands_still = stands_still
-        self.live_stamp = 0
+        self.live_stamp = first_stamp
         self._looking: tuple[PendingCall, Generator[None]] | None = None  # through a folder, for this call
         self._opening_call = 0  # that opened the session: whoever gives it up has no session
         self._jobs: deque[StageJob] = deque()

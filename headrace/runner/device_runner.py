@@ -71,7 +71,7 @@ class DeviceRunner:
         mesh: Mesh = SINGLE,
     ) -> None:
         times = [time.perf_counter()]
-        share = share_of(resolved.model, mesh.num_ranks)
+        share, shard = share_of(resolved.model, mesh.num_ranks), Shard(mesh.rank, mesh.num_ranks)
         torch.set_num_threads(resolved.num_threads)
         self._device = device = take_device(resolved, shares_process=shares_process)
         free_at_start = free_bytes() if device.type == "cuda" else 0
@@ -81,13 +81,13 @@ class DeviceRunner:
         self._counter = GemmCounter()
         self.memory = Occupation(device, is_saver=resolved.engine.memory_saver)
         self.weights = WeightStore(
-            checked_weight_map(resolved, Shard(mesh.rank, mesh.num_ranks)),
+            checked_weight_map(resolved, shard),
             dtype,
             device,
             allocate=partial(self.memory.allocate, "weights"),
             check_finite=resolved.engine.check_finite,
         )
-        self.memory.reload = load_weights(self.weights, resolved, on_progress)
+        self.memory.reload = load_weights(self.weights, resolved, on_progress, shard)
         times.append(time.perf_counter())
         has_graphs = device.type == "cuda" and resolved.engine.cuda_graphs
         has_float32 = any(tensor.dtype == torch.float32 for tensor in self.weights.live.values())

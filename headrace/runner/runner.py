@@ -60,7 +60,7 @@ class Runner:
         mesh: Mesh = SINGLE,
     ) -> None:
         spec, engine = resolved.model, resolved.engine
-        share = share_of(spec, mesh.num_ranks)
+        share, shard = share_of(spec, mesh.num_ranks), Shard(mesh.rank, mesh.num_ranks)
         torch.set_num_threads(resolved.num_threads)
         self._device = device = take_device(resolved, shares_process=shares_process)
         dtype = getattr(torch, resolved.dtype)
@@ -68,7 +68,7 @@ class Runner:
         self._counter = GemmCounter()
         self.memory = Occupation(device, is_saver=engine.memory_saver)
         self.weights = WeightStore(
-            checked_weight_map(resolved, Shard(mesh.rank, mesh.num_ranks)),
+            checked_weight_map(resolved, shard),
             dtype,
             device,
             allocate=partial(self.memory.allocate, "weights"),
@@ -107,7 +107,7 @@ class Runner:
         self._sampler = Sampler(spec.vocab_size, engine.max_running_requests, torch.device("cpu"), engine.numerics)
         self._scorer = PromptScorer(self._model.logits, self._sampler, spec.vocab_size)
         self._max_sampled_rows = max(1, _MAX_LOGITS_BYTES // (4 * spec.vocab_size))
-        self.memory.reload = load_weights(self.weights, resolved, on_progress)
+        self.memory.reload = load_weights(self.weights, resolved, on_progress, shard)
 
     def launch(self, plan: StepPlan) -> RunnerStep:
         """Run one step now, up to its sampling if that waits. Plans must come in the order they were issued."""

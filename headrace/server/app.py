@@ -27,6 +27,7 @@ from headrace.server.openai_completions import CompletionsFace
 from headrace.server.openai_models import ModelsFace
 from headrace.server.options import ServerOptions
 from headrace.server.routes import Endpoint, Handler
+from headrace.server.saving import SaveFace
 from headrace.server.state import ServerState
 from headrace.server.surface import SurfaceFace
 from headrace.server.vllm import VllmFace
@@ -93,7 +94,8 @@ class _Handled:
 
 def all_endpoints(state: ServerState) -> list[Endpoint]:
     """Every route of every face; the busiest first, since they are matched in order."""
-    folders = Folders(state.engine.resolved.folder, state.options.weight_roots)
+    options = state.options
+    folders = Folders(state.engine.resolved.folder, options.weight_roots, options.save_roots)
     faces = (
         NativeFace(state),
         ChatFace(state),
@@ -106,5 +108,6 @@ def all_endpoints(state: ServerState) -> list[Endpoint]:
         VllmFace(state, folders),
         SurfaceFace(state),
         WeightsFace(state, folders),
+        SaveFace(state, folders),
     )
     return [endpoint for face in faces for endpoint in face.endpoints()]

@@ -271,12 +271,14 @@ class SetVersion(_Call, frozen=True, tag="set_version"):
 
 class GetWeight(_Call, frozen=True, tag="get_weight"):
     """Copy bytes of one live tensor into the caller's buffer, from byte `start` on, until the buffer is full or the
-    first `max_rows` rows are read. Reply: `WeightPart`."""
+    first `max_rows` rows are read; with a `rank`, of that rank's parameter of this name, as it lies. Reply:
+    `WeightPart`."""
 
     name: str
     buffer: BufferRef
     start: int = 0
     max_rows: int | None = None
+    rank: int | None = None
 
 
 class WeightPart(msgspec.Struct, frozen=True):
@@ -301,6 +303,21 @@ class WeightBytes(msgspec.Struct, frozen=True):
 class Digest(_Call, frozen=True, tag="digest"):
     """Digest live parameter memory, all of it while it holds one version. Reply: dict[str, str], HF name to the 32 hex
     digits of `headrace.weights.position_sum`."""
+
+
+class DescribeWeights(_Call, frozen=True, tag="describe_weights"):
+    """Say what is live, and digest it, all of one version. Reply: `WeightsDescription`."""
+
+
+class WeightsDescription(msgspec.Struct, frozen=True):
+    """The tensors of the model, each with its digest, and by rank the parameters that hold them. `stamp` as in
+    `WeightPart`."""
+
+    version: str
+    epoch: int
+    stamp: int
+    tensors: tuple[TensorInfo, ...]
+    parameters: tuple[tuple[TensorInfo, ...], ...]
 
 
 class WeightsChecker(_Call, frozen=True, tag="weights_checker"):
@@ -360,6 +377,7 @@ Command = (
     | SetVersion
     | GetWeight
     | Digest
+    | DescribeWeights
     | WeightsChecker
     | ReleaseMemory
     | ResumeMemory

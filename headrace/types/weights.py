@@ -108,3 +108,16 @@ class UpdateReport(msgspec.Struct, frozen=True):
     mode: str
     pause_ms: float
     num_aborted: int = 0
+
+
+class SaveReport(msgspec.Struct, frozen=True):
+    """What a save wrote at `path`, a folder or a URL: the weights of `version`, of which `num_bytes` are tensors.
+    `num_reused` of its files are those that an interrupted save had left."""
+
+    path: str
+    version: str
+    epoch: int
+    num_tensors: int
+    num_bytes: int
+    num_files: int
+    num_reused: int = 0

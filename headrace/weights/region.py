@@ -41,6 +41,12 @@ class Region:
         self.flat = self._parts[0][1].view(-1) if is_flat else None
         """All of it as it lies in memory, where that is in the tensor's own order."""
 
+    @classmethod
+    def of_memory(cls, name: str, memory: torch.Tensor) -> Region:
+        """Parameter `name` as a tensor of its own."""
+        box = Box.whole(tuple(memory.shape))
+        return cls(box.shape, [Piece(name, box, box)], [memory], memory.dtype, memory.device)
+
     def over(self, memories: Sequence[torch.Tensor]) -> Region:
         """The same tensor in other memory."""
         return Region(self.shape, self._pieces, memories, self.dtype, self.device)

@@ -24,6 +24,7 @@ from headrace.types.messages import (
     BeginUpdate,
     Command,
     CommitUpdate,
+    DescribeWeights,
     Digest,
     Discard,
     DropPayload,
@@ -230,6 +231,7 @@ CALLS: dict[str, Callable[[int], Command]] = {
     "version": lambda call_id: SetVersion(call_id, "late"),
     "read": lambda call_id: GetWeight(call_id, "k.weight", NOWHERE),
     "digest": Digest,
+    "describe": DescribeWeights,
     "reset": lambda call_id: WeightsChecker(call_id, "reset_tensors"),
     "flush": FlushCache,
 }

@@ -23,6 +23,7 @@ ADMIN = {
     *("/headrace/release_memory_occupation", "/headrace/resume_memory_occupation"),
     *("/headrace/init_weights_update_group", "/headrace/destroy_weights_update_group"),
     "/headrace/update_weights_from_distributed",
+    *("/headrace/save_model", "/headrace/save_sharded_model", "/headrace/save_remote_model"),
     *("/update_weight_version", "/get_weights_by_name", "/weights_checker", "/abort_weight_update"),
     *("/release_memory_occupation", "/resume_memory_occupation"),
     *("/update_weights_from_tensor", "/begin_weight_update", "/end_weight_update"),
