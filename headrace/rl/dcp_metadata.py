@@ -1,8 +1,8 @@
 """The metadata of a checkpoint of `torch.distributed.checkpoint`, which Megatron-Core's `torch_dist` format is as well:
 which tensors it has, and where their chunks are.
 
-It is a pickle. It is read by the machine of `headrace.weights.foreign_machine` with a table of its own: nothing is
-imported or called on its behalf. Owns that table and what is believed of it. Must not know tensors (no torch).
+It is a program that makes Python objects. `headrace.weights.foreign_machine` reads it with a table of names of its own:
+nothing is imported or called on its behalf. Owns that table and what is believed of it. Must not know tensors (no torch).
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ _KNOWN = (
     Known("collections", "OrderedDict", build=lambda _: {}),
 )
 TABLE = {(known.module, known.name): known for known in _KNOWN}
-"""All that such a pickle may name."""
+"""All that metadata may name."""
 
 
 def read_metadata(data: bytes, where: str) -> dict[str, StoredTensor]:
