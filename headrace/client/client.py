@@ -55,6 +55,7 @@ class Client:
         return self.asynchronous.url
 
     generate = _blocking(AsyncClient.generate)
+    generate_native = _blocking(AsyncClient.generate_native)
     score = _blocking(AsyncClient.score)
     abort = _blocking(AsyncClient.abort)
     pause = _blocking(AsyncClient.pause)
@@ -67,6 +68,7 @@ class Client:
     commit = _blocking(AsyncClient.commit)
     abort_update = _blocking(AsyncClient.abort_update)
     update_weights_from_tensor = _blocking(AsyncClient.update_weights_from_tensor)
+    update_weights_from_bucket = _blocking(AsyncClient.update_weights_from_bucket)
     update_weights_from_disk = _blocking(AsyncClient.update_weights_from_disk)
     init_weights_update_group = _blocking(AsyncClient.init_weights_update_group)
     destroy_weights_update_group = _blocking(AsyncClient.destroy_weights_update_group)
@@ -78,6 +80,11 @@ class Client:
     save_sharded_model = _blocking(AsyncClient.save_sharded_model)
     save_remote_model = _blocking(AsyncClient.save_remote_model)
     weights_checker = _blocking(AsyncClient.weights_checker)
+    slow_down = _blocking(AsyncClient.slow_down)
+    freeze_gc = _blocking(AsyncClient.freeze_gc)
+    start_profile = _blocking(AsyncClient.start_profile)
+    stop_profile = _blocking(AsyncClient.stop_profile)
+    collective_rpc = _blocking(AsyncClient.collective_rpc)
     metrics = _blocking(AsyncClient.metrics)
     status = _blocking(AsyncClient.status)
     health = _blocking(AsyncClient.health)

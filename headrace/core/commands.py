@@ -6,6 +6,7 @@ has passed, or whose caller has given it up, is not begun.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Collection
 from typing import Any
@@ -36,18 +37,21 @@ from headrace.types.messages import (
     ExtendUpdate,
     Finished,
     FlushCache,
+    FreezeGc,
     GetStatus,
     GetWeight,
     GiveUp,
     JoinGroup,
     LeaveGroup,
     Pause,
+    Profile,
     Receive,
     ReleaseMemory,
     Resume,
     ResumeMemory,
     SetVersion,
     Shutdown,
+    SlowDown,
     Stage,
     StagePayload,
     Submit,
@@ -102,8 +106,7 @@ def _check_wanted(command: Command, now: float, given_up: Collection[int]) -> No
 
 def submit(replica: Replica, command: Submit, front: int, now: float) -> None:
     """Queue requests; what cannot be served is answered at once. While weights are released all wait for them."""
-    machine = replica.update.machine
-    refusal = None if machine.state == "released" else machine.refusal()
+    refusal = replica.update.machine.refusal(of_request=True)
     for request in command.all_requests():
         if front_of(request.handle) != front:  # an answer would reach whoever has that handle
             logger.error("front %d sent a request under handle %d, which is not its own", front, request.handle)
@@ -261,6 +264,27 @@ def move_memory(replica: Replica, command: ReleaseMemory | ResumeMemory, now: fl
     replica.memory.add(command)
 
 
+def slow_down(replica: Replica, command: SlowDown, now: float) -> None:
+    """Wait before each step."""
+    replica.probes.slow_down(command.seconds)
+    replica.outbox.reply(command.call_id)
+
+
+def freeze_gc(replica: Replica, command: FreezeGc, now: float) -> None:
+    """Take what there is out of the collector's sight."""
+    gc.collect()
+    gc.freeze()
+    replica.outbox.reply(command.call_id)
+
+
+def profile(replica: Replica, command: Profile, now: float) -> None:
+    """Begin or end a trace of the core."""
+    probes = replica.probes
+    replica.outbox.reply(
+        command.call_id, probes.stop_profile() if command.terms is None else probes.profile(command.terms)
+    )
+
+
 def flush_cache(replica: Replica, command: FlushCache, now: float) -> None:
     """Free unreferenced cached pages and unpublish the rest."""
     replica.outbox.reply(command.call_id, replica.scheduler.flush_cache())
@@ -345,6 +369,9 @@ _CALLS: dict[type, Callable[[Replica, Any, float], None]] = {
     WeightsChecker: weights_checker,
     ReleaseMemory: move_memory,
     ResumeMemory: move_memory,
+    SlowDown: slow_down,
+    FreezeGc: freeze_gc,
+    Profile: profile,
     FlushCache: flush_cache,
     GetStatus: get_status,
     Shutdown: shutdown,

@@ -112,7 +112,8 @@ class RankWorks:
             case DropCopyOn():
                 self._executor.drop_copy()
             case LeaveOn():
-                self._groups.pop(message.key).fail(message.reason)
+                if (group := self._groups.pop(message.key, None)) is not None:  # which may have refused the terms
+                    group.fail(message.reason)
 
     def close(self) -> None:
         """Let go of everything."""

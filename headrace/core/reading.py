@@ -20,8 +20,8 @@ from headrace.core.outbox import Outbox
 from headrace.core.updating import UpdateControl
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import DeadlineError, HeadraceError, RequestError, UpdateConflictError
-from headrace.types.messages import GetWeight, WeightPart, WeightsDescription
-from headrace.types.weights import ELEMENT_BYTES, TensorInfo
+from headrace.types.messages import GetWeight, WeightPart
+from headrace.types.weights import ELEMENT_BYTES, TensorInfo, WeightsDescription
 
 Slices = Generator[None, None, Any]
 """A read: it rests after each block, and returns what the call is answered with."""

@@ -9,6 +9,7 @@ from headrace.core.executor import Executor
 from headrace.core.grouping import GroupControl
 from headrace.core.outbox import Outbox
 from headrace.core.pausing import PauseControl
+from headrace.core.probing import Probes
 from headrace.core.reading import ReadControl
 from headrace.core.releasing import MemoryControl, MemorySettings
 from headrace.core.stepping import Stepper
@@ -37,6 +38,7 @@ class Replica:
         former = resolved.takeover or Takeover(settings.initial_version, 0, is_current=True)
         self.scheduler = Scheduler(scheduler_limits(resolved), version=former.version, epoch=former.epoch)
         self.stepper = Stepper(self.scheduler, executor, self.outbox, pulse, settings.overlap_depth)
+        self.probes = Probes(self.stepper, executor)
         self.pause = PauseControl(self.scheduler, self.stepper, self.outbox)
         machine = WeightMachine(
             executor.weights,

@@ -30,16 +30,8 @@ from headrace.core.stepping import Stepper
 from headrace.core.update_phase import COMMIT_LOOK_S, Hold, PendingCall, UpdatePhase
 from headrace.scheduler import Scheduler
 from headrace.types.errors import DeadlineError, HeadraceError, UpdateConflictError
-from headrace.types.messages import (
-    NO_DEADLINE,
-    BeginUpdate,
-    CommitUpdate,
-    ExtendUpdate,
-    UpdateBegun,
-    UpdateExtended,
-    UpdateFromDisk,
-)
-from headrace.types.weights import InFlight, TensorInfo
+from headrace.types.messages import NO_DEADLINE, BeginUpdate, CommitUpdate, ExtendUpdate, UpdateFromDisk
+from headrace.types.weights import InFlight, TensorInfo, UpdateBegun, UpdateExtended
 from headrace.weights.session import OpenUpdate, WeightMachine, check_version, shortened
 
 logger = logging.getLogger(__name__)

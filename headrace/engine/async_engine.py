@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack, get_args
 
-from headrace.engine import groups, saving
+from headrace.engine import groups, probing, saving
 from headrace.engine.control import (
     DEFAULT_UPDATE_TIMEOUT,
     UpdateTerms,
@@ -22,7 +22,7 @@ from headrace.engine.control import (
     terms_of_part,
     version_of,
 )
-from headrace.engine.fields import InputIds, Prompts, Sampling, name_of, size_of_prompts
+from headrace.engine.fields import InputIds, Prompts, Sampling, name_of, reading_cost
 from headrace.engine.lifecycle import EngineLifecycle
 from headrace.engine.reading import read_weight
 from headrace.engine.requests import CallArguments, GenerateItem, GenerateOptions
@@ -44,11 +44,10 @@ from headrace.types.messages import (
     ResumeMemory,
     SetVersion,
     UpdateFromDisk,
-    WeightBytes,
     WeightsChecker,
 )
 from headrace.types.plain_values import as_choice, as_flag
-from headrace.types.weights import InFlight, PauseMode, TensorInfo, UpdateMode, UpdateReport
+from headrace.types.weights import InFlight, PauseMode, TensorInfo, UpdateMode, UpdateReport, WeightBytes
 
 if TYPE_CHECKING:
     import torch
@@ -157,7 +156,7 @@ class AsyncEngine(EngineLifecycle):
         Much text is encoded, and many prompts are read, in another thread, so that streams and heartbeats go on.
         """
         self.runtime.check_open()
-        size = size_of_prompts(call.prompts if call.input_ids is None else call.input_ids)
+        size = reading_cost(call.prompts if call.input_ids is None else call.input_ids)
         return await run_sized(size, functools.partial(self._running.builder.expand, call))
 
     async def submit_all(self, items: Sequence[GenerateItem]) -> list[Stream]:
@@ -406,6 +405,12 @@ class AsyncEngine(EngineLifecycle):
         """SGLang's checker: "snapshot", "reset_tensors" or "compare"."""
         action = name_of(action, "action")
         return await self.runtime.client.change(lambda call_id: WeightsChecker(call_id, action), dict[str, str])
+
+    slow_down = _on_engine_loop(probing.slow_down)
+    freeze_gc = _on_engine_loop(probing.freeze_gc)
+    start_profile = _on_engine_loop(probing.start_profile)
+    stop_profile = _on_engine_loop(probing.stop_profile)
+    collective_rpc = _on_engine_loop(probing.collective_rpc)
 
     @_on_engine_loop
     async def metrics(self) -> dict[str, float]:

@@ -102,6 +102,11 @@ class Engine:
     save_sharded_model = _blocking(AsyncEngine.save_sharded_model)
     save_remote_model = _blocking(AsyncEngine.save_remote_model)
     weights_checker = _blocking(AsyncEngine.weights_checker)
+    slow_down = _blocking(AsyncEngine.slow_down)
+    freeze_gc = _blocking(AsyncEngine.freeze_gc)
+    start_profile = _blocking(AsyncEngine.start_profile)
+    stop_profile = _blocking(AsyncEngine.stop_profile)
+    collective_rpc = _blocking(AsyncEngine.collective_rpc)
     metrics = _blocking(AsyncEngine.metrics)
     status = _blocking(AsyncEngine.status)
 

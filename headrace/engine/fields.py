@@ -152,7 +152,7 @@ def id_tuple(ids: Any, field: str, max_length: int) -> tuple[int, ...]:
     return tuple(as_integer_array(listed, field).tolist())
 
 
-def size_of_prompts(given: Any) -> int:
+def reading_cost(given: Any) -> int:
     """About what prompts cost to be read, in characters of text. One prompt's ids cost little."""
     if isinstance(given, str):
         return len(given)

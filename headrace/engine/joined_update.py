@@ -77,6 +77,25 @@ class JoinedUpdate:
             raise
         return report
 
+    async def join(self, infos: Iterable[TensorInfo], terms: UpdateTerms) -> tuple[UpdateSession, Sequence[int]] | None:
+        """The first half of `add`, for one who stages what he brings in calls of his own and ends with `settle`, or
+        aborts the session where that fails. None: it is no tensor."""
+        joined: list[UpdateSession] = []
+        try:
+            indices = await self._join(tuple(infos), terms, joined)
+        except BaseException:  # whatever it is, as in `add`
+            await self._drop(joined)
+            raise
+        return (joined[0], indices) if joined else None
+
+    async def settle(self, session: UpdateSession, indices: Sequence[int]) -> UpdateReport | None:
+        """The second half: these were staged."""
+        try:
+            return await self._finish(session, indices)
+        except BaseException:  # whatever it is, as in `add`
+            await self._drop([session])
+            raise
+
     async def begin(self) -> None:
         """The next call begins an update anew, which is not committed before `finish`."""
         await self.end()

@@ -27,9 +27,9 @@ from headrace.ipc import SharedBuffer
 from headrace.text.token_files import MAX_VOCABULARY_BYTES
 from headrace.text.tokenizer_files import tokenizer_files
 from headrace.types.errors import DeadlineError, RequestError, UnavailableError, UpdateConflictError
-from headrace.types.messages import DescribeWeights, GetWeight, WeightPart, WeightsDescription
+from headrace.types.messages import DescribeWeights, GetWeight, WeightPart
 from headrace.types.plain_values import as_integer
-from headrace.types.weights import SaveReport, TensorInfo
+from headrace.types.weights import SaveReport, TensorInfo, WeightsDescription
 from headrace.weights.save_folder import FolderTarget
 from headrace.weights.save_store import StoreTarget
 from headrace.weights.save_target import NewFile, SaveTarget

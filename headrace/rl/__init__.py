@@ -2,5 +2,6 @@
 
 from headrace.rl.push import PushReport, WeightPusher, push_weights
 from headrace.rl.sources import hf_named_tensors
+from headrace.rl.verl_engine import VerlEngine
 
-__all__ = ["PushReport", "WeightPusher", "hf_named_tensors", "push_weights"]
+__all__ = ["PushReport", "VerlEngine", "WeightPusher", "hf_named_tensors", "push_weights"]

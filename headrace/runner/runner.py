@@ -104,22 +104,29 @@ class Runner:
             for group, pool in zip(share.kv_groups, pools, strict=True)
         ]
         self._slots = InputTable(engine.max_running_requests, resolved.max_columns)
-        self._sampler = Sampler(spec.vocab_size, engine.max_running_requests, torch.device("cpu"), engine.numerics)
+        self._sampler = Sampler(spec.vocab_size, engine.max_running_requests)
         self._scorer = PromptScorer(self._model.logits, self._sampler, spec.vocab_size)
         self._max_sampled_rows = max(1, _MAX_LOGITS_BYTES // (4 * spec.vocab_size))
         self.memory.reload = load_weights(self.weights, resolved, on_progress, shard)
 
     def launch(self, plan: StepPlan) -> RunnerStep:
         """Run one step now, up to its sampling if that waits. Plans must come in the order they were issued."""
-        with torch.inference_mode(), self._exact:
-            step = self._forward(plan)
+        step = RunnerStep(plan.step_id, self)
+        with torch.inference_mode(), self._exact.guard:
+            if len(plan.page_moves):
+                self._move_pages(plan.page_moves)
+            self._slots.apply(plan)
+            for init in plan.new_slots:
+                self._sampler.enter(init)
+            if len(plan.row_slots):
+                self._forward(plan, step)
             if not plan.waits_to_sample:
                 step.result = self._finish(step, None)
         return step
 
     def sample(self, step: RunnerStep, patch: SamplePatch | None) -> None:
         """The rest of a step whose sampling waits."""
-        with torch.inference_mode(), self._exact:
+        with torch.inference_mode(), self._exact.guard:
             step.result = self._finish(step, patch)
 
     def probe(self) -> None:
@@ -134,21 +141,19 @@ class Runner:
         """Figures of its own for the metrics."""
         return {"num_gemm_calls": float(self._counter.num_calls)}
 
-    def _forward(self, plan: StepPlan) -> RunnerStep:
-        if len(plan.page_moves):
-            self._move_pages(plan.page_moves)
-        self._slots.apply(plan)
-        for init in plan.new_slots:
-            self._sampler.enter(init)
-        if len(plan.row_slots) == 0:
-            return RunnerStep(plan.step_id, self, None)
+    def _forward(self, plan: StepPlan, step: RunnerStep) -> None:
         batch = build_batch(plan, self._slots, self._device)
-        step = ForwardStep([backend.plan(batch.attention) for backend in self._attention], batch.logit_tokens)
-        hidden = self._model.forward(self._model.embed(batch.token_ids), step)
-        prompts = self._scorer.score(batch, hidden)
+        reads_all = batch.scored_rows or len(batch.sampled_tokens) == len(batch.token_ids)
+        attention = []
+        for backend in self._attention:
+            attention.append(backend.plan(batch.attention))
+        forward = ForwardStep(attention, None if reads_all else batch.sampled_tokens)
+        hidden = self._model.forward(self._model.embed(batch.token_ids), forward)
+        if batch.scored_rows:
+            step.prompts = self._scorer.score(batch, hidden)
         if len(hidden) != len(batch.sampled_tokens):
             hidden = hidden.index_select(0, batch.sampled_tokens)
-        return RunnerStep(plan.step_id, self, (batch, hidden), prompts)
+        step.sampled = batch, hidden
 
     def _move_pages(self, moves: Int32Array) -> None:
         assert self._host_pages is not None, "a plan moves pages and there is no room for them"
@@ -157,17 +162,10 @@ class Runner:
             moved.synchronize()
 
     def _finish(self, step: RunnerStep, patch: SamplePatch | None) -> StepResult:
+        """Sample, a bounded number of rows at a time: a row of logits is large."""
         if step.sampled is None:
             return step_result(step.step_id, np.zeros(0, np.int32), np.zeros(0, np.float32), {}, {})
-        batch, hidden = step.sampled
-        token_ids, logprobs, extras = self._sample(batch, hidden, patch)
-        self._slots.record(batch.sampled_slots, token_ids)
-        return step_result(step.step_id, token_ids.astype(np.int32), logprobs, extras, step.prompts)
-
-    def _sample(
-        self, batch: ForwardBatch, hidden_SX: Tensor, patch: SamplePatch | None
-    ) -> tuple[np.ndarray, np.ndarray, dict[int, PositionLogprobs]]:
-        """Token ids int64 [S], logprobs float32 [S], and the extras of those rows that asked, by row of the plan."""
+        batch, hidden_SX = step.sampled
         slots, positions = torch.from_numpy(batch.sampled_slots), torch.from_numpy(batch.sampled_positions)
         token_ids, logprobs = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
         extras: dict[int, PositionLogprobs] = {}
@@ -178,8 +176,11 @@ class Runner:
             sampled = self._sampler.sample(logits_SV, slots[chunk], positions[chunk], part)
             token_ids.append(sampled.token_ids.numpy())
             logprobs.append(sampled.logprobs.numpy())
-            extras.update({int(batch.sampled_rows[first + row]): extra for row, extra in sampled.extras.items()})
-        return np.concatenate(token_ids), np.concatenate(logprobs), extras
+            for row, extra in sampled.extras.items():
+                extras[int(batch.sampled_rows[first + row])] = extra
+        new_ids = np.concatenate(token_ids)
+        self._slots.record(batch.sampled_slots, new_ids)
+        return step_result(step.step_id, new_ids.astype(np.int32), np.concatenate(logprobs), extras, step.prompts)
 
 
 @dataclass
@@ -188,7 +189,7 @@ class RunnerStep:
 
     step_id: int
     runner: Runner
-    sampled: tuple[ForwardBatch, Tensor] | None
+    sampled: tuple[ForwardBatch, Tensor] | None = None
     prompts: dict[int, PromptLogprobs] = field(default_factory=dict)
     result: StepResult | None = None
 

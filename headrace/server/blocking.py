@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 from headrace.engine import Engine
@@ -27,9 +28,17 @@ class ServerHandle:
             self._runtime.wait(self._running.stop(timeout))
 
 
-def serve(engine: Engine, port: int = 0, host: str = "127.0.0.1", **options: Any) -> ServerHandle:
+def serve(
+    engine: Engine,
+    port: int = 0,
+    host: str = "127.0.0.1",
+    *,
+    launch_callback: Callable[[], object] | None = None,
+    **options: Any,
+) -> ServerHandle:
     """Serve `engine` over HTTP while it goes on being used here, until it ends or the server is stopped. Port 0 takes a
-    free one. `options` are the fields of `headrace.server.ServerOptions`.
+    free one. `options` are the fields of `headrace.server.ServerOptions`. `launch_callback` is called here once
+    connections are accepted; what it raises ends the server.
 
     Raises `ConfigError` for a bad option, an address that is taken, and an outside address without a key. For an
     `AsyncEngine`: `await headrace.server.serve(...)`.
@@ -38,4 +47,11 @@ def serve(engine: Engine, port: int = 0, host: str = "127.0.0.1", **options: Any
         raise ConfigError("engine must be an Engine: an AsyncEngine is served by headrace.server.serve", field="engine")
     runtime = engine.asynchronous.runtime
     opening = serve_async(engine.asynchronous, port, host, **options)
-    return ServerHandle(runtime.wait(opening, RunningServer.stop_now), runtime)
+    handle = ServerHandle(runtime.wait(opening, RunningServer.stop_now), runtime)
+    try:
+        if launch_callback is not None:
+            launch_callback()
+    except BaseException:  # whatever it is: nobody has this server, to stop it
+        handle.stop(0.0)
+        raise
+    return handle

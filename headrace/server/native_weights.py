@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.engine import DEFAULT_UPDATE_TIMEOUT, UpdateSession
-from headrace.engine.control import terms_of
+from headrace.engine.control import terms_of, terms_of_part
 from headrace.ipc.buffers import BorrowedBuffer
 from headrace.server.coerce import MediaTypeError
 from headrace.server.folders import Folders
@@ -40,8 +40,11 @@ from headrace.types.http import (
     BeginAsk,
     CommitAsk,
     ExtendAsk,
+    JoinAsk,
     LendAsk,
+    PartJoined,
     SessionBegun,
+    SettleAsk,
     StageHead,
     StageLentAsk,
 )
@@ -135,6 +138,11 @@ class OpenSessions:
         self._look()
         return opened
 
+    def reach(self, session: UpdateSession, asked_by: bytes) -> OpenSession:
+        """One that may be open here."""
+        opened = self._opened
+        return opened if opened is not None and opened.session is session else self.add(session, asked_by)
+
     def check_wanted(self, asked_by: bytes) -> None:
         """`UpdateConflictError` if this ask was undone before it came."""
         if asked_by and asked_by in self._undone:
@@ -183,6 +191,8 @@ class WeightsFace:
         table = {
             "begin_update": self.begin_update,
             "extend_update": self.extend_update,
+            "join_update": self.join_update,
+            "settle_part": self.settle_part,
             "stage": self.stage,
             "lend": self.lend,
             "stage_lent": self.stage_lent,
@@ -199,15 +209,38 @@ class WeightsFace:
         async with self._sessions.opening:
             self._sessions.check_wanted(ask.token)
             session = await self._state.run(request, *self._engine.undoable_begin(ask.manifest, terms))
-            opened = self._sessions.add(session, ask.token)
-        limit = self._state.options.max_body_bytes
-        return packed_reply(SessionBegun(session.session_id, session.mode, opened.token, limit, session.dtype))
+            return packed_reply(self._begun(self._sessions.add(session, ask.token)))
 
     async def extend_update(self, request: Request) -> Response:
         ask = await read_ask(request, ExtendAsk)
         with self._sessions.find(ask.session_id).call() as session:
             added = await self._state.run(request, self._engine.runtime.updater.extend(session, ask.manifest))
         return packed_reply(added.start)
+
+    async def join_update(self, request: Request) -> Response:
+        ask = await read_ask(request, JoinAsk)
+        terms = terms_of_part(ask.version, ask.mode, ask.in_flight, ask.timeout)
+        self._engine.runtime.check_open()
+        async with self._sessions.opening:
+            self._sessions.check_wanted(ask.token)
+            joined = await self._state.run(request, self._engine.runtime.joined.join(ask.manifest, terms))
+            if joined is None:
+                return packed_reply(None)
+            session, indices = joined
+            opened = self._sessions.reach(session, ask.token)
+        return packed_reply(PartJoined(self._begun(opened), tuple(indices)))
+
+    async def settle_part(self, request: Request) -> Response:
+        ask = await read_ask(request, SettleAsk)
+        with self._sessions.find(ask.session_id).call() as session:
+            report = await self._state.run(request, self._engine.runtime.joined.settle(session, ask.indices))
+        if report is not None:
+            self._sessions.drop()
+        return packed_reply(report)
+
+    def _begun(self, opened: OpenSession) -> SessionBegun:
+        session, limit = opened.session, self._state.options.max_body_bytes
+        return SessionBegun(session.session_id, session.mode, opened.token, limit, session.dtype)
 
     async def stage(self, request: Request) -> Response:
         """The body is the length of a `StageHead`, that head, and the bytes of its pieces."""

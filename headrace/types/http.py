@@ -22,6 +22,9 @@ BYTES_TYPE = "application/octet-stream"
 TENSOR_HEADER = "x-headrace-tensor"
 """The `TensorInfo` of a body that is a tensor's bytes, as JSON of ASCII."""
 
+BEGIN_TOKEN_BYTES = 16
+"""By which a client undoes an ask to begin whose answer it never got."""
+
 LENGTH_BYTES = 4
 """Before each part of a stream, the head of a stage body, and what a server and its owner say: its length,
 little-endian."""
@@ -85,6 +88,32 @@ class ExtendAsk(msgspec.Struct, frozen=True):
 
     session_id: int
     manifest: tuple[TensorInfo, ...]
+
+
+class JoinAsk(msgspec.Struct, frozen=True, kw_only=True):
+    """The tensors of one `Engine.update_weights_from_bucket`, before they are staged. Reply: `PartJoined`, or null
+    where there are none."""
+
+    manifest: tuple[TensorInfo, ...]
+    version: str | None
+    mode: UpdateMode
+    in_flight: InFlight
+    timeout: float
+    token: bytes = b""
+
+
+class PartJoined(msgspec.Struct, frozen=True):
+    """The session that they belong to, and their places in its manifest."""
+
+    begun: SessionBegun
+    indices: tuple[int, ...]
+
+
+class SettleAsk(msgspec.Struct, frozen=True):
+    """They were staged. Reply: an `UpdateReport` if they were the last that the model lacked, else null."""
+
+    session_id: int
+    indices: tuple[int, ...]
 
 
 class TensorPiece(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -42,6 +42,13 @@ class TensorInfo(msgspec.Struct, frozen=True, array_like=True, gc=False):
         return math.prod(self.shape) * ELEMENT_BYTES[self.dtype]
 
 
+class WeightBytes(msgspec.Struct, frozen=True):
+    """A tensor in Hugging Face shape and layout, engine dtype; of its first rows only, if no more were asked for."""
+
+    info: TensorInfo
+    data: memoryview
+
+
 MAX_TENSORS = 1 << 18
 """Tensors of one update or weight file; the largest models have a tenth of it."""
 
@@ -121,3 +128,29 @@ class SaveReport(msgspec.Struct, frozen=True):
     num_bytes: int
     num_files: int
     num_reused: int = 0
+
+
+class UpdateBegun(msgspec.Struct, frozen=True):
+    """`mode` is what "auto" became."""
+
+    session_id: int
+    mode: str
+
+
+class UpdateExtended(msgspec.Struct, frozen=True):
+    """`first_index` is the place of the first of them in the session's manifest. `num_missing` tensors of the model
+    have not been named yet."""
+
+    first_index: int
+    num_missing: int
+
+
+class WeightsDescription(msgspec.Struct, frozen=True):
+    """The tensors of the model, each with its digest, and by rank the parameters that hold them. `stamp` as in
+    `WeightPart`."""
+
+    version: str
+    epoch: int
+    stamp: int
+    tensors: tuple[TensorInfo, ...]
+    parameters: tuple[tuple[TensorInfo, ...], ...]

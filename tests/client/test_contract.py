@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import inspect
 import math
 from collections.abc import Callable, Iterator
@@ -79,6 +80,14 @@ def wrong_calls(door: Any) -> list[Any]:
         error_of(lambda: door.destroy_weights_update_group("nobody's")),
         error_of(lambda: door.update_weights_from_distributed(["a"], ["float32"], [[1]], "nobody's")),
         error_of(lambda: door.get_weights_by_name("nobody")),
+        error_of(lambda: door.slow_down(-1)),
+        error_of(lambda: door.start_profile(activities=["MEM"])),
+        error_of(lambda: door.start_profile(num_steps=0)),
+        error_of(lambda: door.start_profile(profile_id="../x")),
+        error_of(lambda: door.stop_profile()),
+        error_of(lambda: door.collective_rpc("generate")),
+        error_of(lambda: door.collective_rpc("flush_cache", args=[1])),
+        error_of(lambda: door.collective_rpc("weights_checker", kwargs={"action": "dance"})),
         error_of(lambda: door.set_weight_version("x" * 2000)),
         error_of(lambda: door.commit(session))[:2],  # a server says that it is its own
         *unlisted_calls(door),
@@ -138,6 +147,7 @@ def scenario(door: Any, folder: Path) -> list[Any]:
     seen.append(msgspec.structs.replace(report, pause_ms=0.0))
     name = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(door.get_weights_by_name(name), new[name])
+    seen += in_buckets(door, list(old.items()))
     door.pause("keep", timeout=30)
     assert door.status().paused == "keep"
     door.resume()
@@ -152,9 +162,27 @@ def scenario(door: Any, folder: Path) -> list[Any]:
         door.abort("nobody"),
         door.flush_cache(),
     ]
+    assert door.slow_down(0.001) is None and door.slow_down() is None and door.freeze_gc() is None
+    gc.unfreeze()  # where the core is in this process
+    seen += [door.collective_rpc("digest"), door.collective_rpc("abort", 30.0, ("nobody",), {"prefix": True})]
     status = door.status()
     seen += [status.version, status.epoch, status.state, door.metrics()["num_generated_tokens"]]
     return [*seen, *wrong_calls(door)]
+
+
+def in_buckets(door: Any, tensors: list[tuple[str, torch.Tensor]]) -> list[Any]:
+    """An update without begin and commit: one that an error ends, and one in which a tensor comes again."""
+    (first, again), rest = tensors[:2], tensors[1:]
+    assert door.update_weights_from_bucket(tensors[:9], "never") is None
+    seen: list[Any] = [error_of(lambda: door.update_weights_from_bucket([("nobody", torch.ones(3))]))]
+    seen.append(error_of(lambda: door.update_weights_from_bucket([first, first])))
+    seen.append(error_of(lambda: door.update_weights_from_bucket(tensors, mode="sideways")))
+    assert door.update_weights_from_bucket([first, (again[0], torch.zeros_like(again[1]))]) is None
+    seen.append(error_of(door.resume)[:2])  # the message has the number of the session
+    assert door.update_weights_from_bucket([]) is None
+    report = door.update_weights_from_bucket(rest, "in buckets")
+    seen += [msgspec.structs.replace(report, pause_ms=0.0), door.digest()]
+    return seen
 
 
 def whole(pieces: list[Generation], sample: tuple[int, int]) -> Generation:
@@ -234,8 +262,8 @@ def parameters(method: Callable[..., Any]) -> list[inspect.Parameter]:
 
 
 def test_methods_take_what_the_engine_s_take() -> None:
-    """But for what only one of them has: a client has health and an address, an engine its parts."""
-    own = {"url", "close", "health", "asynchronous"}
+    """But for what only one of them has: a client has health, an address and another dialect, an engine its parts."""
+    own = {"url", "close", "health", "asynchronous", "generate_native"}
     for name in {name for name in vars(Client) if not name.startswith("_")} - own:
         expected = [each for each in parameters(getattr(Engine, name)) if each.name != "root"]
         assert parameters(getattr(Client, name)) == expected, name
@@ -243,5 +271,5 @@ def test_methods_take_what_the_engine_s_take() -> None:
         assert names == [each.name for each in expected], name
     missing = {name for name in vars(Engine) if not name.startswith("_")} - set(vars(Client))
     assert missing == {"config", "resolved", "tokenizer", "version", "is_alive", "is_ready", "is_responsive"} | {
-        *("wait_ended", "shutdown", "update_weights_from_bucket", "stage_from_group")
+        *("wait_ended", "shutdown", "stage_from_group")
     }

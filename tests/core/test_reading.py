@@ -25,9 +25,8 @@ from headrace.types.messages import (
     Shutdown,
     WeightPart,
     WeightsChecker,
-    WeightsDescription,
 )
-from headrace.types.weights import UpdateReport
+from headrace.types.weights import UpdateReport, WeightsDescription
 from tests.core.harness import VOCAB_SIZE, Core, digest_of, manifest_of, new_tensors, request, tiny_store
 
 NEW = new_tensors(5.0)

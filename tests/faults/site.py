@@ -86,17 +86,16 @@ class Trainer:
 class Site:
     """The engine and what is known about it. `live` names the weights that it must have."""
 
-    def __init__(self, folder: Path, **settings: Any) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, ranks: int) -> None:
+        self.folder, self.ranks = folder, ranks
         self.digests: dict[str, dict[str, str]] = {}
         self.tokens: dict[str, list[int]] = {}
         for seed, name in enumerate(("a", "b")):
             save_random_model(folder / name, seed)
         (folder / "scratch").mkdir()
-        self.engine = Engine(
-            folder / "a",
-            **{**SETTINGS, "numerics": "invariant", "max_core_restarts": 1000, "core_restart_window": 0.0, **settings},
-        )
+        settings = {**SETTINGS, "numerics": "invariant", "tp_size": ranks}
+        restarts: dict[str, Any] = {"max_core_restarts": 1000, "core_restart_window": 0.0}
+        self.engine = Engine(folder / "a", **settings, **restarts)
         roots = (str(folder),)
         self.url = serve(self.engine, weight_roots=roots).url
         for name in ("b", "a"):
@@ -114,6 +113,12 @@ class Site:
         return self.engine.asynchronous.runtime.host.pid
 
     @property
+    def second(self) -> int:
+        """The process of rank 1."""
+        (pid,) = children_of(self.core)
+        return pid
+
+    @property
     def other(self) -> str:
         """The weights that are not live."""
         return "b" if self.live == "a" else "a"
@@ -123,6 +128,7 @@ class Site:
         scratch = str(self.folder / "scratch")
         return Order(
             road=road,
+            ranks=self.ranks,
             url=self.url,
             folder=str(self.folder / name),
             version=name,
@@ -167,11 +173,11 @@ class Site:
         except HeadraceError:
             return None
 
-    def until(self, condition: Callable[[], Any], seconds: float, what: str) -> None:
-        """Wait for a condition."""
+    def until(self, condition: Callable[[], Any], seconds: float, otherwise: Callable[[], str]) -> None:
+        """Wait for a condition; `otherwise` says what is wrong."""
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, f"after {seconds:g} s: {what}"
+            assert time.monotonic() < deadline, f"after {seconds:g} s: {otherwise()}"
             time.sleep(0.02)
 
     def belongings(self) -> dict[str, int]:
@@ -185,6 +191,10 @@ class Site:
             "children": len(children_of(os.getpid())) + len(children_of(self.core)),
             "names in shared memory": sum(self._is_ours(name) for name in os.listdir("/dev/shm")),
         }
+
+    def grown(self, before: dict[str, int]) -> dict[str, int]:
+        """What there is more of than before."""
+        return {kind: count for kind, count in self.belongings().items() if count > before[kind]}
 
     def _is_ours(self, name: str) -> bool:
         return any(f"_{pid}_" in name for pid in self._pids)

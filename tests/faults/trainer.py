@@ -30,7 +30,8 @@ Tensors = dict[str, np.ndarray[Any, Any]]
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
-    """An update to the weights of `folder`, with one `wrong` thing done at step `at`, or none."""
+    """An update to the weights of `folder`, with one `wrong` thing done at step `at`, or none. The engine has so many
+    `ranks`."""
 
     road: str
     url: str
@@ -39,6 +40,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     mode: str
     timeout: float
     scratch: str
+    ranks: int
     wrong: str = ""
     at: str = ""
 
@@ -143,10 +145,11 @@ def by_group(update: Update) -> Iterator[str]:
     yield "connect"
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    join = _Call(client.init_weights_update_group, "127.0.0.1", port, 1, 2, "faults", "gloo", order.timeout)
+    size = 1 + order.ranks
+    join = _Call(client.init_weights_update_group, "127.0.0.1", port, 1, size, "faults", "gloo", order.timeout)
     try:
         with _as_trainers_do():
-            group = init_custom_process_group(port, 2, "faults", order.timeout)
+            group = init_custom_process_group(port, size, "faults", order.timeout)
         join.wait()
         report = None
         for number in range(CHUNKS):

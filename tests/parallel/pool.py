@@ -34,8 +34,8 @@ class Job(msgspec.Struct):
 
 
 def mesh_of(store: Any, job: Job, seconds: float = SECONDS) -> Mesh:
-    """This rank's place among those of a job, over gloo."""
-    limit = timedelta(seconds=seconds)
+    """This rank's place among those of a job, over gloo; `seconds` are its communicator's deadline."""
+    limit = timedelta(seconds=SECONDS)
     gloo = dist.ProcessGroupGloo(dist.PrefixStore(f"job {job.number}", store), job.rank, job.num_ranks, limit)
     return Mesh(job.rank, job.num_ranks, GroupCommunicator(gloo, seconds))
 

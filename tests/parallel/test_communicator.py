@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from headrace.parallel import Mesh
+from headrace.runner.memory import MemoryPlan
+from headrace.types.errors import ConfigError
 from headrace.types.plan import RankLost
 from tests.parallel.pool import Job, dist, mesh_of
 
@@ -102,6 +104,20 @@ def test_nothing_of_nobody_is_nothing() -> None:
 
     for found in on_ranks(2, tell):
         assert [values.shape for values in found] == [(0, 5), (0, 5)]
+
+
+def test_all_ranks_have_the_pages_of_the_one_with_least_room() -> None:
+    def plan(mesh: Mesh) -> MemoryPlan:
+        own = MemoryPlan(1000 << 20, (300 + 50 * (mesh.rank % 2)) << 20, 100 << 20, 50 << 20, 0.9)
+        return own.tightest(mesh, torch.device("cpu"))
+
+    alone, (first, *others) = on_ranks(1, plan)[0], on_ranks(3, plan)
+    assert alone.pages == 450 << 20 and not alone.whose
+    assert first.pages == 400 << 20 and all(other == first for other in others)
+    for text in ("rank 1", "400 MiB", "450 MiB"):
+        assert text in first.explain()
+        with pytest.raises(ConfigError, match=text):
+            first.check(0, least=401 << 20)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,17 @@ ADMIN = {
     *(f"/headrace/{name}" for name in ("abort", "resume", "pause", "flush_cache", "set_weight_version", "digest")),
     *(
         f"/headrace/{name}"
-        for name in ("weights_checker", "begin_update", "extend_update", "stage", "lend", "stage_lent", "commit")
+        for name in (
+            "weights_checker",
+            "begin_update",
+            "extend_update",
+            "join_update",
+            "settle_part",
+            "stage",
+            "lend",
+            "stage_lent",
+            "commit",
+        )
     ),
     *(f"/headrace/{name}" for name in ("abort_update", "update_weights_from_disk", "get_weights_by_name")),
     *("/headrace/release_memory_occupation", "/headrace/resume_memory_occupation"),
@@ -29,6 +39,8 @@ ADMIN = {
     *("/update_weights_from_tensor", "/begin_weight_update", "/end_weight_update"),
     *("/pause", "/resume", "/abort_requests", "/sleep", "/wake_up", "/reset_prefix_cache", "/update_weights"),
     *("/init_weight_transfer_engine", "/start_weight_update", "/start_draft_weight_update", "/finish_weight_update"),
+    *("/slow_down", "/freeze_gc", "/start_profile", "/stop_profile", "/collective_rpc", "/post_process_weights"),
+    *(f"/headrace/{name}" for name in ("slow_down", "freeze_gc", "start_profile", "stop_profile", "collective_rpc")),
     *("/init_weights_update_group", "/update_weights_from_distributed", "/destroy_weights_update_group"),
 }
 
