@@ -50,13 +50,13 @@ class PositionKeys:
         self.device = device
         self.limbs = torch.from_numpy(limbs.reshape(_WIDTH, -1).astype(np.float64)).to(device)
         self.scales = torch.from_numpy((np.uint64(1) << shifts).view(np.int64)).to(device)
-        self._words = torch.from_numpy(words.view(np.int64).transpose(1, 2, 0).copy()).to(device)
-        self.of_units = self._words[0]
+        self.words = torch.from_numpy(words.view(np.int64).transpose(1, 2, 0).copy()).to(device)
+        self.of_units = self.words[0]
         self.of_first_rows = self.of_rows(0)
 
     def of_rows(self, group: int) -> torch.Tensor:
         """What each of 4096 rows of 4096 units is multiplied by, as [row, lane]; `group` counts such squares."""
-        return self._words[1] * self._words[2, group % _WIDTH] * self._words[3, group // _WIDTH]
+        return self.words[1] * self.words[2, group % _WIDTH] * self.words[3, group // _WIDTH]
 
 
 class PositionSum:
