@@ -9,11 +9,13 @@ import os
 import signal
 import socket
 import threading
+import time
 
 import msgspec
 
+from headrace.ipc.receiving import receive_framed
 from headrace.types.errors import HeadraceError, UnavailableError
-from headrace.types.http import LENGTH_BYTES, OwnerOrder, OwnerReport
+from headrace.types.http import OwnerOrder, OwnerReport, framed
 
 _LOOK_SECONDS = 1.0
 _ORDER_SECONDS = 60.0
@@ -24,14 +26,16 @@ class Owner:
 
     def __init__(self, descriptor: int) -> None:
         self._link = socket.socket(fileno=descriptor)
-        self._link.settimeout(_ORDER_SECONDS)
         self._parent = os.getppid()
         self._has_told = False
 
     def read_order(self) -> OwnerOrder:
         """What is to be served, and how. From here on this process ends with its owner."""
-        size = int.from_bytes(self._receive(LENGTH_BYTES), "little")
-        order = msgspec.msgpack.decode(self._receive(size), type=OwnerOrder)
+        try:
+            raw = receive_framed(self._link, time.monotonic() + _ORDER_SECONDS)
+        except OSError as error:
+            raise UnavailableError(f"the owner of this server says nothing: {error}") from None
+        order = msgspec.msgpack.decode(raw, type=OwnerOrder)
         threading.Thread(target=self._watch, name="headrace-owner", daemon=True).start()
         return order
 
@@ -42,19 +46,7 @@ class Owner:
         self._has_told = True
         report = msgspec.msgpack.encode(OwnerReport(url, None if error is None else error.info()))
         with contextlib.suppress(OSError):  # nobody is there to hear it
-            self._link.sendall(len(report).to_bytes(LENGTH_BYTES, "little") + report)
-
-    def _receive(self, size: int) -> bytes:
-        found = b""
-        while len(found) < size:
-            try:
-                part = self._link.recv(size - len(found))
-            except OSError as error:
-                raise UnavailableError(f"the owner of this server says nothing: {error}") from None
-            if not part:
-                raise UnavailableError("the owner of this server has gone")
-            found += part
-        return found
+            self._link.sendall(framed(report))
 
     def _watch(self) -> None:
         """End as by a signal when the owner has gone. Where a fork of it still holds the socket, the parent's id says

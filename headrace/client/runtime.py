@@ -24,9 +24,10 @@ import msgspec
 from headrace.client.async_client import DEFAULT_TIMEOUT
 from headrace.client.client import Client
 from headrace.config import EngineConfig
+from headrace.ipc.receiving import receive_framed
 from headrace.ipc.spawn import python_path, standard_error
 from headrace.types.errors import ConfigError, DeadlineError, EngineDeadError
-from headrace.types.http import LENGTH_BYTES, OwnerOrder, OwnerReport
+from headrace.types.http import OwnerOrder, OwnerReport, framed
 from headrace.types.plain_values import as_choice, as_seconds
 
 CLOSE_SECONDS = 30.0
@@ -112,13 +113,12 @@ class ServerProcess:
         deadline = time.monotonic() + timeout
         try:
             self._link.settimeout(timeout)
-            self._link.sendall(len(self._order).to_bytes(LENGTH_BYTES, "little") + self._order)
-            size = int.from_bytes(self._receive(LENGTH_BYTES, deadline), "little")
-            report = msgspec.msgpack.decode(self._receive(size, deadline), type=OwnerReport)
+            self._link.sendall(framed(self._order))
+            report = msgspec.msgpack.decode(receive_framed(self._link, deadline), type=OwnerReport)
         except TimeoutError:
             message = f"the server was not ready within {timeout:g} s"
             raise DeadlineError(message, field="start_timeout") from None
-        except (EOFError, ConnectionError):
+        except ConnectionError:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(CLOSE_SECONDS)
             message = f"the server ended with exit code {self._process.returncode} before it served"
@@ -130,16 +130,6 @@ class ServerProcess:
     def close(self) -> None:
         """End it, and wait until it is gone. Idempotent."""
         self._finalizer()
-
-    def _receive(self, size: int, deadline: float) -> bytes:
-        found = b""
-        while len(found) < size:
-            self._link.settimeout(max(deadline - time.monotonic(), 1e-3))
-            part = self._link.recv(size - len(found))
-            if not part:
-                raise EOFError
-            found += part
-        return found
 
 
 def _packed(order: OwnerOrder) -> bytes:

@@ -21,7 +21,6 @@ from headrace.ipc import SharedBuffer
 from headrace.types.errors import RequestError, UnavailableError, UpdateConflictError, WeightUpdateError
 from headrace.types.http import (
     BYTES_TYPE,
-    LENGTH_BYTES,
     MESSAGE_TYPE,
     TOKEN_BYTES,
     LendAsk,
@@ -29,6 +28,7 @@ from headrace.types.http import (
     StageHead,
     StageLentAsk,
     TensorPiece,
+    framed,
 )
 from headrace.types.weights import BufferEntry
 
@@ -61,14 +61,14 @@ class UploadMemory:
         offset = aligned(self._num_used)
         if offset + len(data) > self.capacity or len(self.entries) >= self.max_pieces:
             return False
-        data.copy_into(self.shared.view[offset : offset + len(data)])
+        data.copy_into(self.shared.part(offset, len(data)))
         self.entries.append(BufferEntry(index, offset, start, len(data), replaces))
         self._num_used = offset + len(data)
         return True
 
     def sign(self, token: bytes) -> None:
         """Write the token of a session."""
-        self.shared.view[self.capacity : self.capacity + TOKEN_BYTES] = token
+        self.shared.view[self.capacity :] = token
 
     def clear(self) -> None:
         """It may be filled again."""
@@ -183,5 +183,5 @@ def _whole(num_bytes: int) -> int:
 def _stage_body(begun: SessionBegun, memory: UploadMemory) -> bytes:
     pieces = [TensorPiece(each.index, each.start, each.num_bytes or 0, each.replaces) for each in memory.entries]
     head = message_body(StageHead(begun.session_id, tuple(pieces)))
-    views = [memory.shared.view[each.offset : each.offset + (each.num_bytes or 0)] for each in memory.entries]
-    return b"".join([len(head).to_bytes(LENGTH_BYTES, "little"), head, *views])
+    views = [memory.shared.part(each.offset, each.num_bytes or 0) for each in memory.entries]
+    return b"".join([framed(head), *views])

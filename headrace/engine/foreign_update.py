@@ -15,16 +15,15 @@ import msgspec
 
 from headrace.engine.calls import outlast
 from headrace.engine.control import UpdateTerms
+from headrace.engine.groups import load_format_of
 from headrace.engine.joined_update import JoinedUpdate
 from headrace.engine.update import Updater
 from headrace.engine.update_session import UpdateSession
 from headrace.types.errors import WeightUpdateError
-from headrace.types.foreign import CudaHandle, Payload
+from headrace.types.foreign import FIELD, CudaHandle, Payload
 from headrace.types.weights import UpdateReport
-from headrace.weights.foreign import FIELD, read_payload
+from headrace.weights.foreign import read_payload
 from headrace.weights.weight_map import is_recomputed
-
-LOAD_FORMATS = (None, "flattened_bucket")
 
 
 async def add_payload(
@@ -62,9 +61,10 @@ def _read(encoded: str) -> Payload:
 
 def _check(payload: Payload, load_format: str | None, device: str) -> None:
     is_bucket = bool(payload.buckets)
-    if is_bucket != (load_format == "flattened_bucket") and (payload.tensors or is_bucket):
-        found, named = ("a flattened bucket", "named tensors")[:: 1 if is_bucket else -1]
-        raise WeightUpdateError(f"the payload is {found}, load_format says {named}", field="load_format")
+    if is_bucket != load_format_of(load_format) and (payload.tensors or is_bucket):
+        kinds = "named tensors", "a flattened bucket"
+        message = f"the payload is {kinds[is_bucket]}, load_format says {kinds[not is_bucket]}"
+        raise WeightUpdateError(message, field="load_format")
     storages: list[Any] = [tensor.storage for tensor in payload.tensors]
     storages += [bucket.memory.storage for bucket in payload.buckets]
     if device == "cpu" and any(isinstance(storage, CudaHandle) for storage in storages):

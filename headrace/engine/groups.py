@@ -90,8 +90,7 @@ async def stage_from_group(
         announced.group = _group_of(group_name)
         check_session(session)
         announced.seconds = session.timeout_s
-        listed = [_text_in(name, "names") for name in as_list(names, "names", "a list of names", MAX_TENSORS)]
-        infos = [session.info_of(name) for name in listed]
+        infos = [session.info_of(name) for name in _names_of(names)]
         announced.sends(infos, load_format)
         await announced.receive(session, infos)
 
@@ -182,13 +181,14 @@ class _Announced:
 def load_format_of(load_format: Any) -> bool:
     """Whether tensors come as one bucket."""
     if load_format not in (None, _BUCKET):
-        raise RequestError(f'load_format must be null or "{_BUCKET}", got {load_format!r:.100}', field="load_format")
+        message = f"load_format {load_format!r:.100} is not supported, only null and {_BUCKET!r} are"
+        raise RequestError(message, field="load_format")
     return load_format is not None
 
 
 def _described(names: Any, dtypes: Any, shapes: Any) -> tuple[TensorInfo, ...]:
     """What three lists say of tensors. Raises `RequestError` naming the list that is wrong."""
-    listed = [_text_in(name, "names") for name in as_list(names, "names", "a list of names", MAX_TENSORS)]
+    listed = _names_of(names)
     kinds = [_text_in(kind, "dtypes").removeprefix("torch.") for kind in as_list(dtypes, "dtypes", "a list of names")]
     sizes = [_shape_of(shape) for shape in as_list(shapes, "shapes", "a list of lists of integers")]
     for field, found in (("dtypes", kinds), ("shapes", sizes)):
@@ -198,6 +198,10 @@ def _described(names: Any, dtypes: Any, shapes: Any) -> tuple[TensorInfo, ...]:
         if kind not in ELEMENT_BYTES:
             raise RequestError(f"dtypes: {kind!r:.100} is no dtype of a tensor", field="dtypes")
     return tuple(map(TensorInfo, listed, sizes, kinds))
+
+
+def _names_of(names: Any) -> list[str]:
+    return [_text_in(name, "names") for name in as_list(names, "names", "a list of names", MAX_TENSORS)]
 
 
 def _shape_of(shape: Any) -> tuple[int, ...]:

@@ -85,9 +85,7 @@ def describe(name: str, tensor: Any) -> TensorInfo:
         if problem:
             raise WeightUpdateError(f"{name} {problem}", field=name)
         return TensorInfo(name, tuple(tensor.shape), dtype_name(tensor.dtype))
-    if isinstance(tensor, np.ma.MaskedArray):
-        raise WeightUpdateError(f"{name} is a masked array", field=name)
-    problem = shape_problem(tensor.shape)
+    problem = "is a masked array" if isinstance(tensor, np.ma.MaskedArray) else shape_problem(tensor.shape)
     if problem:
         raise WeightUpdateError(f"{name} {problem}", field=name)
     return TensorInfo(name, tensor.shape, tensor.dtype.name)
@@ -146,7 +144,7 @@ def device_of(tensor: Any) -> str:
     """The UUID of the CUDA device that a tensor is on; "" of any other."""
     if isinstance(tensor, np.ndarray) or tensor.device.type != "cuda":
         return ""
-    from headrace.weights.device_memory import device_uuid
+    from headrace.weights.device_sharing import device_uuid
 
     return device_uuid(tensor.device)
 

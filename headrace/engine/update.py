@@ -1,7 +1,6 @@
 """Weight updates seen from the front. Owns the upload buffers, which are shared memory: they carry tensors to the core,
 large ones in pieces; those of tensors that are on the core's device are on it too. There are NUM_BUFFERS of each kind
-and a limit to their size, whatever is sent. Whoever fills one for a session
-that is over loses it to the next session.
+and a limit to their size, whatever is sent. Whoever fills one for a session that is over loses it to the next session.
 
 The caller's iterator of tensors runs wherever the caller is, on a loop of his or on none. So what reads it is told how
 to `run` a coroutine on the engine's loop, and awaits nothing else: with a `run` that blocks it never waits, and can be
@@ -59,7 +58,6 @@ logger = logging.getLogger(__name__)
 BUFFER_BYTES = 64 << 20
 DEVICE_BUFFER_BYTES = 512 << 20
 """Larger, since each is waited for twice and copied in a fraction of a millisecond."""
-
 
 Result = TypeVar("Result")
 Run = Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]]
@@ -269,7 +267,7 @@ class Updater:
 
     def _device_pool(self, tensor: Any, size: int) -> BufferPool:
         """Buffers where `tensor` is, the first of them of `size` bytes. `UnavailableError` if it finds no room."""
-        from headrace.weights.device_memory import SharedDeviceMemory
+        from headrace.weights.device_sharing import SharedDeviceMemory
 
         make = functools.partial(SharedDeviceMemory, device=tensor.device, shares_process=self._shares_process)
         pool = BufferPool(make, DEVICE_BUFFER_BYTES)

@@ -10,7 +10,7 @@ import ctypes
 import torch
 
 from headrace.config import ResolvedConfig
-from headrace.config.devices import DRIVER
+from headrace.config.cuda_driver import cuda_driver
 from headrace.types.errors import ConfigError
 
 CAPTURE_MODE = "thread_local"
@@ -34,5 +34,5 @@ def take_device(resolved: ResolvedConfig, *, shares_process: bool) -> torch.devi
     torch.cuda.set_device(device)
     if shares_process:
         torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
-        ctypes.CDLL(DRIVER).cuThreadExchangeStreamCaptureMode(ctypes.byref(ctypes.c_int(_THREAD_LOCAL)))
+        cuda_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(ctypes.c_int(_THREAD_LOCAL)))
     return device

@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from headrace.runner.device_memory import DeviceBlock
-from headrace.runner.host_memory import HostBlock
+from headrace.runner.device_block import DeviceBlock
+from headrace.runner.host_block import HostBlock
 from headrace.types.errors import UnavailableError
 from headrace.types.memory import MemoryTag, Restore
 

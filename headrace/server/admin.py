@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Coroutine, Mapping
-from typing import Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from headrace.engine import DEFAULT_UPDATE_TIMEOUT
 from headrace.engine.control import version_of
-from headrace.engine.runtime import Regret
 from headrace.server.coerce import check_changes, read_control
 from headrace.server.errors import FieldNames, error_body, refusal
 from headrace.server.folders import Folders
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
-from headrace.server.wire import json_reply, unless_gone
+from headrace.server.update_body import UPDATE_FIELDS, UpdateBody
+from headrace.server.wire import json_reply
 from headrace.types.errors import HeadraceError, RequestError
 from headrace.types.messages import WeightBytes
 from headrace.types.weights import PauseMode, TensorInfo
-
-Result = TypeVar("Result")
 
 MAX_READ_ELEMENTS = 1 << 22
 _PAUSE_MODES: dict[str, PauseMode] = {
@@ -48,15 +45,10 @@ class PauseBody(msgspec.Struct):
     timeout_s: float | None = None
 
 
-class DiskBody(msgspec.Struct):
+class DiskBody(UpdateBody, kw_only=True):
     model_path: str
-    weight_version: str | int | None = None
-    abort_all_requests: bool = False
     load_format: str | None = None
     manifest: Any = None
-    mode: Literal["auto", "shadow", "inplace"] = "auto"
-    in_flight: Literal["keep", "recompute", "abort", "drain"] | None = None
-    timeout_s: float = DEFAULT_UPDATE_TIMEOUT
 
 
 class ReleaseBody(msgspec.Struct):
@@ -127,12 +119,12 @@ class AdminFace:
             raise RequestError(f"mode must be one of {', '.join(_PAUSE_MODES)}", field="mode")
         with FieldNames({"timeout": "timeout_s"}):
             pausing, regret = self._engine.undoable_pause(_PAUSE_MODES[body.mode], body.timeout_s)
-            await self._do(request, pausing, regret)
+            await self._state.run(request, pausing, regret)
         return json_reply({"message": "Generation paused successfully.", "status": "ok"})
 
     async def continue_generation(self, request: Request) -> Response:
         await read_control(request, dict[str, Any])
-        await self._do(request, self._engine.resume())
+        await self._state.run(request, self._engine.resume())
         return json_reply({"message": "Generation continued successfully.", "status": "ok"})
 
     async def release_memory(self, request: Request) -> Response:
@@ -140,7 +132,7 @@ class AdminFace:
         body = await read_control(request, ReleaseBody)
         release: Any = self._engine.release_memory_occupation
         with FieldNames({"timeout": "timeout_s"}):
-            await self._do(request, release(body.tags, in_flight=body.in_flight, timeout=body.timeout_s))
+            await self._state.run(request, release(body.tags, in_flight=body.in_flight, timeout=body.timeout_s))
         return json_reply(None)
 
     async def resume_memory(self, request: Request) -> Response:
@@ -148,13 +140,13 @@ class AdminFace:
         body = await read_control(request, ResumeBody)
         resume: Any = self._engine.resume_memory_occupation
         with FieldNames({"timeout": "timeout_s"}):
-            await self._do(request, resume(body.tags, restore=body.restore, timeout=body.timeout_s))
+            await self._state.run(request, resume(body.tags, restore=body.restore, timeout=body.timeout_s))
         return json_reply(None)
 
     async def flush_cache(self, request: Request) -> Response:
         """GET|POST /flush_cache: never refused, aborts nothing."""
         await request.body()
-        num_pages = await self._do(request, self._engine.flush_cache())
+        num_pages = await self._state.run(request, self._engine.flush_cache())
         return PlainTextResponse(f"Cache flushed: {num_pages} pages freed, the rest will not be matched again.\n")
 
     async def update_weights_from_disk(self, request: Request) -> Response:
@@ -165,13 +157,12 @@ class AdminFace:
                 raise RequestError(f"load_format {body.load_format!r} is not supported", field="load_format")
             if body.manifest:
                 raise RequestError("manifest is not supported by this engine", field="manifest")
-            in_flight = body.in_flight or ("abort" if body.abort_all_requests else "drain")
             version = self._last_version() if body.weight_version is None else str(body.weight_version)
             update = self._engine.update_weights_from_disk
-            with FieldNames({"timeout": "timeout_s", "version": "weight_version"}):
-                report = await self._do(
+            with FieldNames(UPDATE_FIELDS):
+                report = await self._state.run(
                     request,
-                    update(folder, version, mode=body.mode, in_flight=in_flight, timeout=body.timeout_s, root=root),
+                    update(folder, version, mode=body.mode, in_flight=body.policy, timeout=body.timeout_s, root=root),
                 )
         except HeadraceError as error:
             return refusal(error, num_paused_requests=0)
@@ -187,7 +178,7 @@ class AdminFace:
         """POST /abort_weight_update: end the open update, whoever began it. The old weights serve on, unless it had
         begun to write in place: then nothing is served until a complete update lands."""
         await read_control(request, dict[str, Any])
-        await self._do(request, self._engine.abort_update())
+        await self._state.run(request, self._engine.abort_update())
         return json_reply({"success": True, "message": "No weight update is open."})
 
     async def update_weight_version(self, request: Request) -> Response:
@@ -197,7 +188,7 @@ class AdminFace:
         try:
             if body.abort_all_requests:
                 await self._engine.abort(all=True, message="Aborted by a change of the weight version")
-            await self._do(request, self._engine.set_weight_version(version))
+            await self._state.run(request, self._engine.set_weight_version(version))
         except HeadraceError as error:
             return refusal(error, new_version=version)
         return json_reply({"success": True, "message": f"Weight version is {version}.", "new_version": version})
@@ -209,7 +200,7 @@ class AdminFace:
             raise RequestError("truncate_size must not be negative", field="truncate_size")
         num_rows = body.truncate_size
         reading = self._engine.read_weight(body.name, num_rows, lambda info: check_size(info, num_rows))
-        return json_reply(leading_rows(await self._do(request, reading), num_rows))
+        return json_reply(leading_rows(await self._state.run(request, reading), num_rows))
 
     async def weights_checker(self, request: Request) -> Response:
         """GET|POST /weights_checker: a GET only looks."""
@@ -218,21 +209,15 @@ class AdminFace:
             check_changes(request, f"action {body.action}", "action")
         try:
             if body.action == "checksum":
-                found = await self._do(request, self._engine.digest())
+                found = await self._state.run(request, self._engine.digest())
             else:
-                found = await self._do(request, self._engine.weights_checker(body.action))
+                found = await self._state.run(request, self._engine.weights_checker(body.action))
         except HeadraceError as error:
             return refusal(error)
         if body.action == "compare" and found:
             message = f"{len(found)} tensors differ from the snapshot: {', '.join(sorted(found)[:20])}"
             return json_reply({**error_body(400, message, param="action"), "success": False, "differing": found}, 400)
         return json_reply({"success": True, "message": f"{body.action} done.", **_checksums(found)})
-
-    async def _do(
-        self, request: Request, call: Coroutine[Any, Any, Result], regret: Regret[Result] | None = None
-    ) -> Result:
-        """The result of a control call. One whose client goes away is given up: nobody would know what it did."""
-        return await unless_gone(request, call, self._state.metrics.count_disconnect, regret)
 
 
 def check_size(info: TensorInfo, num_rows: int) -> None:

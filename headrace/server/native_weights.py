@@ -12,8 +12,7 @@ import asyncio
 import contextlib
 import json
 import secrets
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Iterator
 
 import msgspec
 from starlette.requests import Request
@@ -21,14 +20,13 @@ from starlette.responses import Response
 
 from headrace.engine import DEFAULT_UPDATE_TIMEOUT, UpdateSession
 from headrace.engine.control import terms_of
-from headrace.engine.runtime import Regret
 from headrace.ipc.buffers import BorrowedBuffer
 from headrace.server.coerce import MediaTypeError
 from headrace.server.folders import Folders
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.surface import MAX_CALL_BYTES, packed_reply, read_ask, unpack
-from headrace.server.wire import PartsReply, unless_gone
+from headrace.server.wire import PartsReply
 from headrace.types.errors import RequestError, RequestTooLargeError, UpdateConflictError, WeightUpdateError
 from headrace.types.http import (
     BYTES_TYPE,
@@ -50,7 +48,6 @@ from headrace.types.weights import BufferRef, InFlight, UpdateMode
 MAX_LENT_BYTES = 1 << 30
 MAX_LENT_BUFFERS = 8
 _CHUNK_BYTES = 1 << 20
-Result = TypeVar("Result")
 
 
 class DiskAsk(msgspec.Struct, frozen=True, kw_only=True):
@@ -180,7 +177,7 @@ class WeightsFace:
     async def begin_update(self, request: Request) -> Response:
         ask = await read_ask(request, BeginAsk)
         terms = terms_of(ask.version, ask.mode, ask.in_flight, ask.timeout, ask.partial)
-        opened = self._sessions.add(await self._do(request, *self._engine.undoable_begin(ask.manifest, terms)))
+        opened = self._sessions.add(await self._state.run(request, *self._engine.undoable_begin(ask.manifest, terms)))
         session = opened.session
         limit = self._state.options.max_body_bytes
         return packed_reply(SessionBegun(session.session_id, session.mode, opened.token, limit))
@@ -192,7 +189,7 @@ class WeightsFace:
         announced = request.headers.get("content-length", "")
         if not announced.isdigit():
             raise RequestError("a stage call needs a content-length", field="content-length")
-        await self._do(request, self._stage(_Body(request.stream()), int(announced)))
+        await self._state.run(request, self._stage(_Body(request.stream()), int(announced)))
         return packed_reply(None)
 
     async def _stage(self, body: _Body, num_bytes: int) -> None:
@@ -218,13 +215,13 @@ class WeightsFace:
         opened = self._sessions.find(ask.session_id)
         ref = opened.lent(ask.buffer)
         with opened.call() as session:
-            await self._do(request, self._engine.runtime.updater.stage_buffer(session, ref, ask.entries))
+            await self._state.run(request, self._engine.runtime.updater.stage_buffer(session, ref, ask.entries))
         return packed_reply(None)
 
     async def commit(self, request: Request) -> Response:
         ask = await read_ask(request, CommitAsk, MAX_CALL_BYTES)
         with self._sessions.find(ask.session_id).call() as session:
-            report = await self._do(request, self._engine.commit(session))
+            report = await self._state.run(request, self._engine.commit(session))
         self._sessions.drop()
         return packed_reply(report)
 
@@ -232,7 +229,7 @@ class WeightsFace:
         """Without a session: whichever is open, whoever began it."""
         ask = await read_ask(request, AbortAsk, MAX_CALL_BYTES)
         session = None if ask.session_id is None else self._sessions.find(ask.session_id).session
-        await self._do(request, self._engine.abort_update(session))
+        await self._state.run(request, self._engine.abort_update(session))
         self._sessions.drop()
         return packed_reply(None)
 
@@ -242,20 +239,15 @@ class WeightsFace:
         update = self._engine.update_weights_from_disk(
             folder, ask.version, mode=ask.mode, in_flight=ask.in_flight, timeout=ask.timeout, root=root
         )
-        return packed_reply(await self._do(request, update))
+        return packed_reply(await self._state.run(request, update))
 
     async def get_weights_by_name(self, request: Request) -> Response:
         """The bytes of a tensor; the header says of what shape and dtype."""
         ask = await read_ask(request, NameAsk, MAX_CALL_BYTES)
-        weight = await self._do(request, self._engine.read_weight(ask.name))
+        weight = await self._state.run(request, self._engine.read_weight(ask.name))
         parts = [weight.data[start : start + _CHUNK_BYTES] for start in range(0, len(weight.data), _CHUNK_BYTES)]
         header = json.dumps(msgspec.to_builtins(weight.info))
         return PartsReply(parts, BYTES_TYPE, {TENSOR_HEADER: header})
-
-    async def _do(
-        self, request: Request, call: Coroutine[Any, Any, Result], regret: Regret[Result] | None = None
-    ) -> Result:
-        return await unless_gone(request, call, self._state.metrics.count_disconnect, regret)
 
     async def _close(self) -> None:
         self._sessions.drop()

@@ -6,15 +6,22 @@ import asyncio
 import contextlib
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from starlette.requests import Request
 
 from headrace.engine import AsyncEngine, GenerateItem, Stream
 from headrace.engine.pacing import Pacer
+from headrace.engine.runtime import Regret
 from headrace.engine.stream import StreamGroup
 from headrace.server.metrics import ServerMetrics
 from headrace.server.options import ServerOptions
+from headrace.server.wire import unless_gone
 from headrace.types.errors import HeadraceError
+
+Result = TypeVar("Result")
 
 
 class ServerState:
@@ -47,6 +54,12 @@ class ServerState:
     def group(self, streams: Iterable[Stream]) -> StreamGroup:
         """Streams to be read as one, in turn with those of all other requests."""
         return StreamGroup(streams, self._pacer)
+
+    async def run(
+        self, request: Request, call: Coroutine[Any, Any, Result], regret: Regret[Result] | None = None
+    ) -> Result:
+        """The result of a control call. One whose client goes away is given up: nobody would know what it did."""
+        return await unless_gone(request, call, self.metrics.count_disconnect, regret)
 
     def abort_all(self, message: str) -> None:
         """End this server's sequences, answered with what they have; the engine's other callers are left alone."""

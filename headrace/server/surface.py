@@ -25,11 +25,11 @@ from headrace.server.coerce import MediaTypeError
 from headrace.server.errors import shown
 from headrace.server.routes import Endpoint, Handler
 from headrace.server.state import ServerState
-from headrace.server.wire import EventStream, PartsReply, convert, dropping, read_body, unless_gone
+from headrace.server.wire import EventStream, PartsReply, convert, dropping, invalid_part, read_body
 from headrace.text import INLINE_CHARACTERS, run_sized
 from headrace.types.errors import HeadraceError, RequestError, RequestTooLargeError
 from headrace.types.generation import Generation
-from headrace.types.http import LENGTH_BYTES, MESSAGE_TYPE, PREFIX, GenerateAsk, StreamPart
+from headrace.types.http import MESSAGE_TYPE, PREFIX, GenerateAsk, StreamPart, framed
 
 Ask = TypeVar("Ask")
 MAX_CALL_BYTES = 1 << 20
@@ -76,13 +76,13 @@ class SurfaceFace:
     async def pause(self, request: Request) -> Response:
         arguments = await self._arguments(request, "pause")
         pausing, regret = self._engine.undoable_pause(arguments.get("mode", "abort"), arguments.get("timeout"))
-        await unless_gone(request, pausing, self._state.metrics.count_disconnect, regret)
+        await self._state.run(request, pausing, regret)
         return packed_reply(None)
 
     async def call(self, name: str, request: Request) -> Response:
         """Any of `CALLS`."""
         method = getattr(self._engine, name)(**await self._arguments(request, name))
-        return packed_reply(await unless_gone(request, method, self._state.metrics.count_disconnect))
+        return packed_reply(await self._state.run(request, method))
 
     async def _arguments(self, request: Request, name: str) -> dict[str, Any]:
         """The arguments of a method, by their names."""
@@ -118,8 +118,7 @@ def unpack(raw: bytes | memoryview, kind: type[Ask]) -> Ask:
     try:
         return msgspec.msgpack.decode(raw, type=kind)
     except msgspec.ValidationError as error:
-        reason, _, path = str(error).partition(" - at `$")
-        field = path.rstrip("`").lstrip(".").replace("[...]", "") or "body"
+        reason, field = invalid_part(error)
         raise RequestError(f"{field}: {reason}", field=field) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(f"body is no MessagePack: {error}", field="body") from None
@@ -155,8 +154,7 @@ async def _parts(group: StreamGroup) -> AsyncIterator[bytes]:
 
 
 def _frame(part: StreamPart) -> bytes:
-    raw = pack(part)
-    return len(raw).to_bytes(LENGTH_BYTES, "little") + raw
+    return framed(pack(part))
 
 
 class _PartStream(EventStream):

@@ -18,7 +18,8 @@ from headrace.server.coerce import read_control
 from headrace.server.errors import FieldNames, refusal
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
-from headrace.server.wire import json_reply, unless_gone
+from headrace.server.update_body import UPDATE_FIELDS
+from headrace.server.wire import json_reply
 from headrace.types.errors import HeadraceError
 from headrace.types.weights import UpdateReport
 
@@ -105,8 +106,8 @@ class GroupFace:
     async def _answer(self, request: Request, call: Coroutine[Any, Any, UpdateReport | None], message: str) -> Response:
         """What the call comes to, in the dialect. One whose client goes away is given up."""
         try:
-            with FieldNames({"timeout": "timeout_s", "version": "weight_version"}):
-                report = await unless_gone(request, call, self._state.metrics.count_disconnect)
+            with FieldNames(UPDATE_FIELDS):
+                report = await self._state.run(request, call)
         except HeadraceError as error:
             return refusal(error)
         reply = {"success": True, "message": message}

@@ -8,42 +8,36 @@ Owns their bodies and replies. Which update a bucket belongs to is `headrace.eng
 from __future__ import annotations
 
 from collections.abc import Coroutine
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from headrace.engine import DEFAULT_UPDATE_TIMEOUT
 from headrace.engine.control import terms_of_part
-from headrace.engine.foreign_update import LOAD_FORMATS, add_payload
+from headrace.engine.foreign_update import add_payload
+from headrace.engine.groups import load_format_of
 from headrace.server.coerce import read_control
 from headrace.server.errors import FieldNames, refusal
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
-from headrace.server.wire import json_reply, unless_gone
+from headrace.server.update_body import UPDATE_FIELDS, UpdateBody
+from headrace.server.wire import json_reply
 from headrace.types.errors import HeadraceError, RequestError
 from headrace.types.weights import UpdateReport
 
-Result = TypeVar("Result")
 NUM_RANKS = 1
-_FIELDS = {"timeout": "timeout_s", "version": "weight_version"}
 
 
-class TensorBody(msgspec.Struct):
+class TensorBody(UpdateBody, kw_only=True):
     """`serialized_named_tensors` has base64 for each rank. `flush_cache` and `torch_empty_cache` have nothing to do:
-    entries of the prefix cache belong to the weights that made them. `mode`, `in_flight` and `timeout_s` are ours."""
+    entries of the prefix cache belong to the weights that made them."""
 
     serialized_named_tensors: list[str]
     load_format: str | None = None
-    weight_version: str | int | None = None
-    abort_all_requests: bool = False
     flush_cache: bool = True
     torch_empty_cache: bool = False
     selector: str | None = None
-    mode: Literal["auto", "shadow", "inplace"] = "auto"
-    in_flight: Literal["keep", "recompute", "abort", "drain"] | None = None
-    timeout_s: float = DEFAULT_UPDATE_TIMEOUT
 
 
 class SelectorBody(msgspec.Struct):
@@ -73,7 +67,7 @@ class BucketFace:
         body = await read_control(request, SelectorBody)
         try:
             _check_selector(body.selector)
-            await self._do(request, self._engine.runtime.joined.end())
+            await self._state.run(request, self._engine.runtime.joined.end())
         except HeadraceError as error:
             return refusal(error)
         return json_reply({"success": True, "message": "An update may begin."})
@@ -82,7 +76,7 @@ class BucketFace:
         """POST /end_weight_update: the update has to be complete, and is live then; else it is over."""
         await read_control(request, dict[str, Any])
         try:
-            await self._do(request, self._engine.runtime.joined.finish())
+            await self._state.run(request, self._engine.runtime.joined.finish())
         except HeadraceError as error:
             return refusal(error)
         return json_reply({"success": True, "message": "The update is complete."})
@@ -91,8 +85,8 @@ class BucketFace:
         """POST /update_weights_from_tensor: a bucket joins the update that is open, or begins one; the bucket that
         completes it makes it live."""
         try:
-            with FieldNames(_FIELDS):
-                report = await self._do(request, await self._joining(request))
+            with FieldNames(UPDATE_FIELDS):
+                report = await self._state.run(request, await self._joining(request))
         except HeadraceError as error:
             return refusal(error)
         if report is None:
@@ -106,8 +100,7 @@ class BucketFace:
         try:
             body = await read_control(request, TensorBody)
             payload = self._payload(body)
-            in_flight = body.in_flight or ("abort" if body.abort_all_requests else "drain")
-            terms = terms_of_part(body.weight_version, body.mode, in_flight, body.timeout_s)
+            terms = terms_of_part(body.weight_version, body.mode, body.policy, body.timeout_s)
         except BaseException:  # whatever it is, as in `JoinedUpdate.add`
             await runtime.joined.end()
             raise
@@ -116,19 +109,13 @@ class BucketFace:
 
     def _payload(self, body: TensorBody) -> str:
         """The payload of this engine's only rank."""
-        if body.load_format not in LOAD_FORMATS:
-            message = f"load_format {body.load_format!r} is not supported, only null and 'flattened_bucket' are"
-            raise RequestError(message, field="load_format")
+        load_format_of(body.load_format)
         _check_selector(body.selector)
         payloads = body.serialized_named_tensors
         if len(payloads) != NUM_RANKS:
             message = f"serialized_named_tensors has {len(payloads)} entries, this engine {NUM_RANKS} rank"
             raise RequestError(message, field="serialized_named_tensors")
         return payloads[0]
-
-    async def _do(self, request: Request, call: Coroutine[Any, Any, Result]) -> Result:
-        """The result of a call; a client that goes away ends its update."""
-        return await unless_gone(request, call, self._state.metrics.count_disconnect)
 
 
 def _check_selector(selector: str | None) -> None:

@@ -89,12 +89,17 @@ def convert(values: Mapping[str, Any], kind: type[Value], *, strict: bool = True
     try:
         return msgspec.convert(values, kind, strict=strict)
     except msgspec.ValidationError as error:
-        reason, _, path = str(error).partition(" - at `$")
-        field = path.rstrip("`").lstrip(".").replace("[...]", "") or "body"
+        reason, field = invalid_part(error)
         words = _words_of(kind, field) if reason.startswith(_NO_SUCH_WORD) else ""
         if words:
             reason = f"must be one of {words}, not {reason.removeprefix(_NO_SUCH_WORD)}"
         raise RequestError(f"{field}: {reason}", field=field) from None
+
+
+def invalid_part(error: msgspec.ValidationError) -> tuple[str, str]:
+    """(what is wrong, the field of the body that it is wrong with)."""
+    reason, _, path = str(error).partition(" - at `$")
+    return reason, path.rstrip("`").lstrip(".").replace("[...]", "") or "body"
 
 
 def _words_of(kind: Any, field: str) -> str:

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from headrace.ipc.receiving import receive_exactly
 from headrace.types.errors import DeadlineError, RequestError, RequestTooLargeError, UnavailableError
 
 RENDER_SECONDS = 5.0
@@ -137,7 +138,7 @@ class _Process:
                 self._link.close()
                 raise
         try:
-            self._receive(1, time.monotonic() + _START_SECONDS)
+            receive_exactly(self._link, 1, time.monotonic() + _START_SECONDS)
         except OSError:
             self.end()
             raise
@@ -151,8 +152,8 @@ class _Process:
         deadline = time.monotonic() + RENDER_SECONDS
         self._link.settimeout(RENDER_SECONDS)
         self._link.sendall(len(payload).to_bytes(4, "big") + payload)
-        size = int.from_bytes(self._receive(4, deadline), "big")
-        reply: dict[str, str] = json.loads(self._receive(size, deadline))
+        size = int.from_bytes(receive_exactly(self._link, 4, deadline), "big")
+        reply: dict[str, str] = json.loads(receive_exactly(self._link, size, deadline))
         return reply
 
     def kill(self) -> None:
@@ -162,16 +163,6 @@ class _Process:
         self._link.close()
         self._process.kill()
         self._process.wait()
-
-    def _receive(self, size: int, deadline: float) -> bytes:
-        parts = bytearray()
-        while len(parts) < size:
-            self._link.settimeout(max(deadline - time.monotonic(), 1e-3))
-            data = self._link.recv(min(size - len(parts), 1 << 20))
-            if not data:
-                raise ConnectionResetError("the process has ended")
-            parts += data
-        return bytes(parts)
 
 
 def _encode(request: Mapping[str, Any]) -> bytes:

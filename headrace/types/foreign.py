@@ -5,9 +5,14 @@ They are made, and checked, by `headrace.weights.foreign`. No tensors, no I/O.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from headrace.types.weights import TensorInfo
+
+FIELD = "serialized_named_tensors"
+"""Of a call, what holds them: the field that errors name."""
 
 
 class SharedFile(msgspec.Struct, frozen=True, tag=True):
@@ -37,18 +42,13 @@ class CudaHandle(msgspec.Struct, frozen=True, tag=True):
     event_sync_required: bool
 
 
-class Inline(msgspec.Struct, frozen=True, tag=True):
-    """Memory that came with the payload: of tensors without elements, which have no handle."""
+class NoMemory(msgspec.Struct, frozen=True, tag=True):
+    """That of tensors without elements, which have no handle."""
 
-    data: bytes
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes there are."""
-        return len(self.data)
+    num_bytes: Literal[0] = 0
 
 
-Storage = SharedFile | CudaHandle | Inline
+Storage = SharedFile | CudaHandle | NoMemory
 
 
 class ForeignTensor(msgspec.Struct, frozen=True):

@@ -23,13 +23,19 @@ TENSOR_HEADER = "x-headrace-tensor"
 """The `TensorInfo` of a body that is a tensor's bytes, as JSON of ASCII."""
 
 LENGTH_BYTES = 4
-"""Before each part of a stream, and before the head of a stage body: its length, little-endian."""
+"""Before each part of a stream, the head of a stage body, and what a server and its owner say: its length,
+little-endian."""
 
 TOKEN_BYTES = 32
 """At the end of a lent buffer: what only a process that shares the server's memory can have put there."""
 
 MAX_HEAD_BYTES = 8 << 20
 """Of a stage body's head, which lists its pieces."""
+
+
+def framed(raw: bytes) -> bytes:
+    """Behind its length."""
+    return len(raw).to_bytes(LENGTH_BYTES, "little") + raw
 
 
 class GenerateAsk(msgspec.Struct, frozen=True, kw_only=True):

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from headrace.types.errors import WeightUpdateError
-from headrace.types.foreign import FlatBucket, FlatTensor, ForeignTensor, Payload, SharedFile
+from headrace.types.foreign import FIELD, FlatBucket, FlatTensor, ForeignTensor, Payload, SharedFile
 from headrace.types.weights import ELEMENT_BYTES, MAX_TENSORS
 from headrace.weights.foreign_machine import Budget, Instance, Known, Machine, Unreadable, shown_kind
 from headrace.weights.foreign_table import (
@@ -31,8 +31,6 @@ from headrace.weights.foreign_table import (
     shape_of,
     typed,
 )
-
-FIELD = "serialized_named_tensors"
 
 
 def read_payload(data: bytes, rank: int = 0) -> Payload:

@@ -233,10 +233,10 @@ class Machine:
         if len(items) % 2:
             raise Unreadable("a dict has a key without a value")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) is not str or key in target:
-                raise Unreadable(
-                    f"a dict has a {shown_kind(key)} as key" if type(key) is not str else "a key comes twice"
-                )
+            if type(key) is not str:
+                raise Unreadable(f"a dict has a {shown_kind(key)} as key")
+            if key in target:
+                raise Unreadable("a key comes twice")
             target[key] = value
 
     def _result(self) -> object:

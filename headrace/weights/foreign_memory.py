@@ -27,13 +27,12 @@ from types import TracebackType
 import torch
 
 from headrace.types.errors import CheckpointError, WeightUpdateError
-from headrace.types.foreign import CudaHandle, ForeignTensor, Inline, Payload, SharedFile
+from headrace.types.foreign import FIELD, CudaHandle, ForeignTensor, NoMemory, Payload, SharedFile
 from headrace.types.weights import ELEMENT_BYTES, TensorInfo
+from headrace.weights.device_sharing import device_uuid
 from headrace.weights.files import OpenFile
 from headrace.weights.safetensors_file import FileTensor
 from headrace.weights.staging import TensorData, bytes_of
-
-FIELD = "serialized_named_tensors"
 
 HEADER_BYTES = 64
 """Before the values, in a shared file of torch."""
@@ -118,7 +117,7 @@ class ForeignMemory:
     def _memory(self, tensor: ForeignTensor) -> torch.Tensor:
         """All bytes of a tensor's storage."""
         match tensor.storage:
-            case Inline():
+            case NoMemory():
                 return torch.empty(0, dtype=torch.uint8, device="cpu")
             case SharedFile() as shared:
                 if shared not in self._whole:
@@ -228,7 +227,7 @@ def _ordinal(device: int | str) -> int:
     if isinstance(device, int) and device < count:
         return device
     for index in range(count):
-        if f"GPU-{torch.cuda.get_device_properties(index).uuid}" == f"GPU-{str(device).removeprefix('GPU-')}":
+        if device_uuid(index) == str(device).removeprefix("GPU-"):
             return index
     raise WeightUpdateError(f"device {device} is none of the {count} CUDA devices seen here", field=FIELD)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from headrace.types.foreign import CudaHandle, ForeignTensor, Inline, SharedFile, Storage
+from headrace.types.foreign import CudaHandle, ForeignTensor, NoMemory, SharedFile, Storage
 from headrace.types.weights import ELEMENT_BYTES, MAX_TENSOR_NAME, shape_problem
 from headrace.weights.foreign_machine import Known, Table, Unreadable, shown_kind, text_of
 
@@ -75,7 +75,7 @@ def _bounded(**values: int) -> None:
 def _tensor(kind: Known, dtype: str, shape: Any, stride: Any, offset: int, storage: Storage) -> ForeignTensor:
     """A tensor over a storage, every element of which lies inside."""
     if kind not in _TENSOR_CLASSES:
-        raise Unreadable(f"a tensor is a {shown_kind(kind)}: send plain tensors (of a DTensor its full_tensor())")
+        raise Unreadable(f"a tensor is a {shown_kind(kind)}: {_WHOLE_HINT}")
     shape = shape_of(shape)
     if len(stride) != len(shape) or shape_problem(stride):
         raise Unreadable("a tensor has strides that do not fit its shape")
@@ -133,16 +133,16 @@ def _shared_file(arguments: tuple[Any, ...]) -> SharedFile:
     return SharedFile(text_of(manager), text_of(handle, "ascii"), size * element)
 
 
-def _empty_storage(arguments: tuple[Any, ...]) -> Inline:
+def _empty_storage(arguments: tuple[Any, ...]) -> NoMemory:
     (kind,) = typed("rebuild_storage_empty", arguments, Known)
     if kind not in _STORAGE_CLASSES:
         raise Unreadable("rebuild_storage_empty makes no storage")
-    return Inline(b"")
+    return NoMemory()
 
 
 def _typed_storage(arguments: tuple[Any, ...]) -> _Typed:
     storage, dtype = typed("rebuild_typed_storage", arguments, object, Known)
-    if not isinstance(storage, SharedFile | Inline):
+    if not isinstance(storage, SharedFile | NoMemory):
         raise Unreadable(f"rebuild_typed_storage has a {shown_kind(storage)} for a storage")
     return _Typed(storage, dtype_of(dtype))
 
@@ -167,7 +167,7 @@ def _cuda_tensor(arguments: tuple[Any, ...]) -> ForeignTensor:
     if storage_kind not in _STORAGE_CLASSES or type(device) not in (int, str):
         raise Unreadable("rebuild_cuda_tensor makes no storage on a device")
     if handle is None or num_bytes == 0:
-        return _tensor(kind, dtype_of(dtype), shape, stride, offset, Inline(b""))
+        return _tensor(kind, dtype_of(dtype), shape, stride, offset, NoMemory())
     counter_file, counter, event, is_synced = counting
     if any(type(value) is not bytes for value in (handle, counter_file, event)):
         raise Unreadable("rebuild_cuda_tensor has a handle that is not of bytes")
@@ -205,9 +205,13 @@ METADATA = frozenset({"name", "shape", "dtype", "start_idx", "end_idx", "numel"}
 _SEGMENT_HINT = (
     "a CUDA handle is not of one plain allocation: set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False in the trainer"
 )
-_CLIENT_HINT = "or send weights with headrace.client"
-_STRATEGY_HINT = 'which no other process can open: torch.multiprocessing.set_sharing_strategy("file_system"), '
-_STRATEGY_HINT += _CLIENT_HINT
+_CLIENT_HINT = "send weights with headrace.client"
+_STRATEGY_HINT = (
+    f'which no other process can open: torch.multiprocessing.set_sharing_strategy("file_system"), or {_CLIENT_HINT}'
+)
+_VALUES_HINT = f"a tensor with its values: use torch's ForkingPickler, or {_CLIENT_HINT}"
+_PLAIN_HINT = "send plain tensors"
+_WHOLE_HINT = f"{_PLAIN_HINT} (of a DTensor its full_tensor())"
 
 
 def _table(*entries: Known) -> dict[tuple[str, str], Known | str]:
@@ -256,16 +260,13 @@ TABLE: Table = {
     (_REDUCTIONS, "rebuild_storage_fd"): _STRATEGY_HINT,
     ("multiprocessing.resource_sharer", "DupFd"): _STRATEGY_HINT,
     (_REDUCTIONS, "rebuild_meta_tensor"): "a tensor without values",
-    (_REDUCTIONS, "rebuild_nested_tensor"): "a nested tensor: send plain tensors",
-    (_REDUCTIONS, "rebuild_sparse_coo_tensor"): "a sparse tensor: send plain tensors",
-    (_REDUCTIONS, "rebuild_sparse_compressed_tensor"): "a sparse tensor: send plain tensors",
-    ("torch._utils", "_rebuild_tensor_v2"): f"a tensor with its values: use torch's ForkingPickler, {_CLIENT_HINT}",
-    ("torch._utils", "_rebuild_tensor_v3"): f"a tensor with its values: use torch's ForkingPickler, {_CLIENT_HINT}",
-    (
-        "torch._tensor",
-        "_rebuild_from_type_v2",
-    ): "a subclass of tensors: send plain tensors (of a DTensor its full_tensor())",
-    ("torch.storage", "_load_from_bytes"): f"which would load whatever it is given: {_CLIENT_HINT[3:]}",
+    (_REDUCTIONS, "rebuild_nested_tensor"): f"a nested tensor: {_PLAIN_HINT}",
+    (_REDUCTIONS, "rebuild_sparse_coo_tensor"): f"a sparse tensor: {_PLAIN_HINT}",
+    (_REDUCTIONS, "rebuild_sparse_compressed_tensor"): f"a sparse tensor: {_PLAIN_HINT}",
+    ("torch._utils", "_rebuild_tensor_v2"): _VALUES_HINT,
+    ("torch._utils", "_rebuild_tensor_v3"): _VALUES_HINT,
+    ("torch._tensor", "_rebuild_from_type_v2"): f"a subclass of tensors: {_WHOLE_HINT}",
+    ("torch.storage", "_load_from_bytes"): f"which would load whatever it is given: {_CLIENT_HINT}",
 }
 
 NCCL_TABLE: Table = _table(

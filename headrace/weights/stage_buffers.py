@@ -14,7 +14,7 @@ import torch
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import UnavailableError
 from headrace.types.weights import BufferRef, DeviceRef
-from headrace.weights.device_memory import MappedMemory
+from headrace.weights.device_sharing import MappedMemory
 from headrace.weights.memory import StageBuffer
 
 

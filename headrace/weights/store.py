@@ -15,7 +15,7 @@ from headrace.ipc import SharedBuffer
 from headrace.types.errors import InternalError, NotFoundError, UpdateConflictError, WeightUpdateError
 from headrace.types.foreign import Payload
 from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
-from headrace.weights.device_memory import device_uuid
+from headrace.weights.device_sharing import device_uuid
 from headrace.weights.device_staging import ArrivingPiece, DeviceBatch, in_batches
 from headrace.weights.foreign_memory import ForeignMemory
 from headrace.weights.memory import Copies, ResolvedMode, StageBuffer, StagePiece, one_by_one

@@ -88,6 +88,7 @@ def test_nan_is_refused_by_name_and_the_old_weights_serve_on(
     outputs(engine, new)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("place", ["cuda", "cpu"])
 def test_requests_run_on_under_shadow_updates(checkpoints: Checkpoints, start: Starter, place: str) -> None:
     """What is kept goes on; every piece says of which weights it is, and memory stays as it was."""
@@ -116,12 +117,12 @@ def test_where_the_device_has_no_room_for_buffers_the_host_carries(
     checkpoints: Checkpoints, start: Starter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from headrace.types.errors import UnavailableError
-    from headrace.weights import device_memory
+    from headrace.weights import device_sharing
 
     def refuse(*_: Any, **__: Any) -> None:
         raise UnavailableError("no room", field="buffer")
 
-    monkeypatch.setattr(device_memory, "SharedDeviceMemory", refuse)
+    monkeypatch.setattr(device_sharing, "SharedDeviceMemory", refuse)
     new = checkpoints.get(seed=1)
     engine = start(checkpoints.get(), dtype="float32", inprocess=False)
     engine.update_weights_from_tensor(named(new, "cuda"), version="new")

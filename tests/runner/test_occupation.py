@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from headrace.runner.device_memory import AddressRange
-from headrace.runner.host_memory import HostBlock
+from headrace.runner.device_block import AddressRange
+from headrace.runner.host_block import HostBlock
 from headrace.runner.occupation import Occupation
 
 CPU = torch.device("cpu")
@@ -160,7 +160,7 @@ def test_what_the_driver_refuses_leaves_nothing(name: str) -> None:
 
 
 def test_structures_are_as_large_as_the_drivers() -> None:
-    from headrace.runner import device_memory
+    from headrace.runner import device_block
 
-    assert ctypes.sizeof(device_memory._Properties) == 32
-    assert ctypes.sizeof(device_memory._Access) == 12
+    assert ctypes.sizeof(device_block._Properties) == 32
+    assert ctypes.sizeof(device_block._Access) == 12

@@ -16,7 +16,7 @@ import torch
 from torch.multiprocessing import reductions
 
 from headrace.types.errors import WeightUpdateError
-from headrace.types.foreign import CudaHandle, FlatTensor, ForeignTensor, Inline, Payload, SharedFile
+from headrace.types.foreign import CudaHandle, FlatTensor, ForeignTensor, NoMemory, Payload, SharedFile
 from headrace.weights import foreign_machine
 from headrace.weights.foreign import read_nccl_id, read_payload
 from headrace.weights.foreign_machine import Known
@@ -92,7 +92,7 @@ def test_every_dtype_of_weight_files_is_known(name: str) -> None:
 
 def test_an_empty_tensor_has_no_handle_under_the_other_strategy() -> None:
     (tensor,) = read_payload(serialized([("a", torch.empty(0, 4))], strategy="file_descriptor")).tensors
-    assert tensor == ForeignTensor("a", "float32", (0, 4), (4, 1), 0, Inline(b""))
+    assert tensor == ForeignTensor("a", "float32", (0, 4), (4, 1), 0, NoMemory())
 
 
 @pytest.mark.parametrize("home", BUCKET_HOMES)
@@ -145,7 +145,7 @@ def test_cuda_memory_may_name_its_device_by_uuid(home: str) -> None:
 
 def test_cuda_memory_without_elements_has_no_handle() -> None:
     (tensor,) = read_payload(serialized([("a", cuda_call(torch.zeros(0), storage_handle=None))])).tensors
-    assert tensor.storage == Inline(b"")
+    assert tensor.storage == NoMemory()
 
 
 def test_an_unpatched_parameter_is_its_tensor() -> None:

@@ -7,12 +7,10 @@ its owner does, until it is closed here. See "Interprocess Communication" in the
 from __future__ import annotations
 
 import ctypes
-import functools
-from typing import Any
 
 import torch
 
-from headrace.config.devices import DRIVER
+from headrace.config.cuda_driver import array_interface, cuda_driver
 from headrace.types.errors import UnavailableError
 from headrace.types.weights import DeviceRef
 
@@ -24,7 +22,7 @@ class _Handle(ctypes.Structure):
     _fields_ = (("reserved", ctypes.c_char * _HANDLE_BYTES),)
 
 
-def device_uuid(device: torch.device) -> str:
+def device_uuid(device: torch.device | int) -> str:
     """What tells a device from all others, in every process."""
     return str(torch.cuda.get_device_properties(device).uuid)
 
@@ -41,7 +39,8 @@ class SharedDeviceMemory:
         self._address = ctypes.c_ulonglong()
         with torch.cuda.device(device):
             torch.cuda.current_stream(device)  # makes the device's context that of the thread
-            _check(_driver().cuMemAlloc_v2(ctypes.byref(self._address), ctypes.c_size_t(size)), f"give {size} bytes")
+            allocated = cuda_driver().cuMemAlloc_v2(ctypes.byref(self._address), ctypes.c_size_t(size))
+            _check(allocated, f"give {size} bytes")
             handle = b"" if shares_process else self._export()
         self._bytes = torch.as_tensor(_Bytes(self._address.value, size), dtype=torch.uint8, device=device)
         self._stream: torch.cuda.Stream | None = None
@@ -49,7 +48,7 @@ class SharedDeviceMemory:
 
     def _export(self) -> bytes:
         handle = _Handle()
-        exported = _driver().cuIpcGetMemHandle(ctypes.byref(handle), self._address)
+        exported = cuda_driver().cuIpcGetMemHandle(ctypes.byref(handle), self._address)
         if exported:
             self._free()
         _check(exported, "share memory of the device")
@@ -75,7 +74,7 @@ class SharedDeviceMemory:
     def _free(self) -> None:
         address, self._address = self._address, ctypes.c_ulonglong()
         if address.value:
-            _check(_driver().cuMemFree_v2(address), "take memory back")
+            _check(cuda_driver().cuMemFree_v2(address), "take memory back")
 
 
 class MappedMemory:
@@ -91,8 +90,9 @@ class MappedMemory:
         if ref.handle:
             base = ctypes.c_ulonglong()
             handle = _Handle.from_buffer_copy(ref.handle)
-            opened = _driver().cuIpcOpenMemHandle_v2(ctypes.byref(base), handle, ctypes.c_uint(_LAZY_PEER_ACCESS))
-            _check(opened, "map another's memory")
+            open_handle = cuda_driver().cuIpcOpenMemHandle_v2
+            open_handle.argtypes = (ctypes.c_void_p, _Handle, ctypes.c_uint)  # the handle itself, not its address
+            _check(open_handle(ctypes.byref(base), handle, _LAZY_PEER_ACCESS), "map another's memory")
             self._base = base.value
         self.bytes = torch.as_tensor(_Bytes(self._base + ref.offset, ref.size), dtype=torch.uint8, device=device)
 
@@ -101,27 +101,14 @@ class MappedMemory:
         base, self._base = self._base, 0
         self.bytes = self.bytes.new_empty(0)
         if base:
-            _check(_driver().cuIpcCloseMemHandle(ctypes.c_ulonglong(base)), "unmap another's memory")
+            _check(cuda_driver().cuIpcCloseMemHandle(ctypes.c_ulonglong(base)), "unmap another's memory")
 
 
 class _Bytes:
     """Bytes at an address, for torch to look at."""
 
     def __init__(self, address: int, size: int) -> None:
-        self.__cuda_array_interface__ = {
-            "version": 3,
-            "typestr": "|u1",
-            "shape": (size,),
-            "strides": None,
-            "data": (address, False),
-        }
-
-
-@functools.cache
-def _driver() -> Any:
-    driver = ctypes.CDLL(DRIVER)
-    driver.cuIpcOpenMemHandle_v2.argtypes = (ctypes.c_void_p, _Handle, ctypes.c_uint)
-    return driver
+        self.__cuda_array_interface__ = array_interface(address, size)
 
 
 def _check(result: int, task: str) -> None:

@@ -7,12 +7,11 @@ mapped into it, unmapped and mapped again. What was captured with those addresse
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from typing import Any
 
 import torch
 
-from headrace.config.devices import DRIVER
+from headrace.config.cuda_driver import array_interface, cuda_driver
 
 _OUT_OF_MEMORY = 2
 _PINNED = 1  # CU_MEM_ALLOCATION_TYPE_PINNED: memory of a device that stays where it is
@@ -46,12 +45,6 @@ class _Properties(ctypes.Structure):
 
 class _Access(ctypes.Structure):
     _fields_ = (("location", _Location), ("flags", ctypes.c_int))
-
-
-@cache
-def cuda_driver() -> Any:
-    """The driver's library. Raises `OSError` where there is none."""
-    return ctypes.CDLL(DRIVER)
 
 
 class DeviceBlock:
@@ -92,8 +85,7 @@ class AddressRange:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        shape, data = (self._size.value,), (self._address.value, False)
-        return {"shape": shape, "typestr": "|u1", "data": data, "strides": None, "version": 3}
+        return array_interface(self._address.value, self._size.value)
 
     def map(self) -> None:
         if self._is_mapped:
