@@ -90,6 +90,7 @@ class DeviceRunner:
             self._steps.capture(parts.buckets.captured, parts.buckets.sampled)
             self._steps.warm(parts.buckets.uncaptured)
             parts.sampler.warm()
+            self.weights.warm()
             self._compiled.arm()
         times.append(time.perf_counter())
         seconds = [round(later - earlier, 1) for earlier, later in zip(times, times[1:], strict=False)]

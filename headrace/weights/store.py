@@ -8,6 +8,7 @@ through one `WeightMap`. Must not know states, versions, deadlines or requests (
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -16,7 +17,8 @@ from headrace.types.errors import InternalError, NotFoundError, UpdateConflictEr
 from headrace.types.foreign import Payload
 from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
 from headrace.weights.device_sharing import device_uuid
-from headrace.weights.device_staging import ArrivingPiece, DeviceBatch, in_batches
+from headrace.weights.device_staging import ArrivingPiece, DeviceCopies
+from headrace.weights.digests import Digests, digests_in_slices
 from headrace.weights.foreign_memory import ForeignMemory
 from headrace.weights.memory import Copies, ResolvedMode, StageBuffer, StagePiece, one_by_one
 from headrace.weights.open_plan import OpenPlan
@@ -24,7 +26,6 @@ from headrace.weights.position_sum import DIGEST_LENGTH, PositionKeys, PositionS
 from headrace.weights.region import Region
 from headrace.weights.stage_buffers import DeviceBuffers
 from headrace.weights.staging import (
-    BLOCK_BYTES,
     TORCH_DTYPES,
     Arrival,
     Enqueued,
@@ -35,7 +36,6 @@ from headrace.weights.staging import (
     dtype_name,
     is_finite,
     not_finite,
-    row_blocks,
     source_of,
 )
 from headrace.weights.transaction import Memories, Transaction, memory_beside, memory_left
@@ -47,8 +47,6 @@ Allocate = Callable[[Sequence[tuple[tuple[int, ...], torch.dtype]]], list[torch.
 
 SHADOW_HEADROOM_BYTES = 256 << 20
 """Memory that must stay free beside the shadow buffers, for activations and the producer."""
-
-_SUM_BYTES = {"cpu": BLOCK_BYTES, "cuda": 1 << 23}
 
 
 class WeightStore:
@@ -97,6 +95,12 @@ class WeightStore:
         self._transaction = None
         self._regions.clear()
         self.live.clear()
+
+    def warm(self) -> None:
+        """Build what updates and digests launch on a device."""
+        from headrace.kernels.triton.weight_pieces import warm
+
+        warm(self._sum_keys().words)
 
     # Whole models: from a file, from a seed, to nothing.
 
@@ -234,16 +238,18 @@ class WeightStore:
 
     def stage_pieces(self, pieces: Iterator[StagePiece]) -> Copies:
         """The work of moving pieces in a buffer into place: on a device, many of them at once."""
-        if self._buffers is None:
-            return one_by_one(self.stage, pieces)
-        return in_batches(pieces, self.stage_batch)
+        return one_by_one(self.stage, pieces) if self._buffers is None else self._stage_together(pieces)
 
-    def stage_batch(self, batch: Sequence[StagePiece]) -> DeviceBatch:
-        """As `stage`, of many pieces at once, whose `data` are uint8 [size] on the store's device or pinned. They are
-        read until it is done."""
+    def _stage_together(self, pieces: Iterator[StagePiece]) -> Copies:
+        copies = self.stage_all(pieces)
+        yield copies.whole, copies
+
+    def stage_all(self, pieces: Iterator[StagePiece]) -> DeviceCopies:
+        """As `stage`, of many pieces, whose `data` are uint8 [size] on the store's device or pinned. They are read
+        until it is done."""
         transaction = self._require_update()
-        arriving = [self._arriving_piece(transaction, piece) for piece in batch]
-        return DeviceBatch(arriving, self._side, before_write=transaction.require_open)
+        arrive = partial(self._arriving_piece, transaction)
+        return DeviceCopies(pieces, arrive, self._side, self._sum_keys(), transaction.require_open)
 
     def _arriving_piece(self, transaction: Transaction, piece: StagePiece) -> ArrivingPiece:
         info = transaction.manifest[piece.index]
@@ -264,8 +270,7 @@ class WeightStore:
         info = transaction.manifest[index]
         arrival = transaction.arrivals.pop(index, None)  # a piece that is never done leaves a tensor to begin again
         if not start:
-            with self._side.enqueuing():
-                return self._arrival(transaction, info)
+            return self._arrival(transaction, info)
         if arrival is None or arrival.num_elements * TORCH_DTYPES[info.dtype].itemsize != start:
             raise WeightUpdateError(f"{info.name}: a piece at byte {start} is not the next one", field=info.name)
         return arrival
@@ -311,7 +316,8 @@ class WeightStore:
     def _destination(self, transaction: Transaction, name: str) -> Region:
         live = self._region(name)
         if name in self.weight_map.aliases:  # owns no memory: converted into scratch, to be compared and forgotten
-            return live.over([torch.empty_like(each) for each in live.memories])
+            with self._side.enqueuing():
+                return live.over([torch.empty_like(each) for each in live.memories])
         return live.over(transaction.shadow[name]) if transaction.mode == "shadow" else live
 
     def commit(self) -> Enqueued:
@@ -349,19 +355,10 @@ class WeightStore:
         tensor that several ranks share, the part that counts here: `add_digests` makes one of theirs."""
         return dict(filter(None, self.digest_in_slices()))
 
-    def digest_in_slices(self) -> Iterator[tuple[str, str] | None]:
-        """As `digest`, a block at a time: None, or the name and digest of a tensor that is complete."""
-        reader = self._begin_reading()
-        for name in self.weight_map.rules_by_name:
-            region, total, digest = self._region(name), None, ""
-            for part in row_blocks((region.num_elements,), region.dtype.itemsize, _SUM_BYTES[self.device.type]):
-                if part.start:
-                    yield None
-                with reader.using():
-                    total = total or PositionSum(self._sum_keys())
-                    total.add(region.read_counted(part), part.start)
-                    digest = total.hexdigest() if part.stop == region.num_elements else ""
-            yield name, digest
+    def digest_in_slices(self) -> Digests:
+        """As `digest`, a slice at a time: None, or the name and digest of a tensor that is complete."""
+        regions = ((name, self._region(name)) for name in self.weight_map.rules_by_name)
+        yield from digests_in_slices(regions, self._sum_keys(), self._begin_reading())
 
     def info(self, name: str) -> TensorInfo:
         """What `name` is, in the dtype of its memory. Raises `NotFoundError` naming it."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from headrace.kernels.triton.weight_pieces import WIDTH, UnitMoves, UnitPiece
+from headrace.kernels.triton import weight_pieces as module
+from headrace.kernels.triton.weight_pieces import WIDTH, UnitPiece, move_pieces
 from headrace.weights.position_sum import PositionKeys, PositionSum
 
+CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-KEYS = PositionKeys(DEVICE)
+WORDS = PositionKeys(DEVICE).words
+KEYS = PositionKeys(CPU)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PLACES = [(5, 0), (0, 0), (WIDTH, 0), (9000, 16), (WIDTH * 130 + 77, WIDTH * 100 + 3), (6000, WIDTH**2 - 4000)]
 
@@ -22,23 +27,31 @@ def pieces_of(dtype: torch.dtype, *, copies: bool) -> list[UnitPiece]:
     return found
 
 
-def results() -> tuple[torch.Tensor, torch.Tensor]:
-    sums = torch.zeros(len(PLACES), 2, dtype=torch.int64, device=DEVICE)
-    return sums, torch.zeros(len(PLACES), dtype=torch.int32, device=DEVICE)
+def sum_of(piece: UnitPiece) -> str:
+    total = PositionSum(KEYS)
+    total.add(piece.source.to(CPU), piece.start)
+    return total.hexdigest()
+
+
+def shown(lanes: list[int]) -> str:
+    total = PositionSum(KEYS)
+    total.add_lanes(lanes)
+    return total.hexdigest()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("copies", [True, False])
-def test_pieces_anywhere_are_copied_and_summed(dtype: torch.dtype, copies: bool) -> None:
+@pytest.mark.parametrize("max_pieces", [4, 512])
+def test_pieces_anywhere_are_copied_and_summed(
+    dtype: torch.dtype, copies: bool, max_pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any number, in as many launches as they need."""
+    monkeypatch.setattr(module, "MAX_PIECES", max_pieces)
     pieces = pieces_of(dtype, copies=copies)
-    sums, flags = results()
-    UnitMoves(pieces, DEVICE).run(KEYS.words, sums, flags)
-    for piece, found in zip(pieces, sums, strict=True):
-        expected = PositionSum(KEYS)
-        expected.add(piece.source, piece.start)
-        assert "".join(f"{lane % 2**64:016x}" for lane in found.tolist()) == expected.hexdigest()
+    results = move_pieces(pieces, WORDS).tolist()
+    for piece, found in zip(pieces, results, strict=True):
+        assert shown(found) == sum_of(piece) and found[2] == 0
         assert piece.target is None or torch.equal(piece.target, piece.source)
-    assert not flags.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -49,19 +62,43 @@ def test_what_is_not_finite_shows_in_its_piece(dtype: torch.dtype, at: int, valu
     for piece in pieces:
         piece.source[...] = torch.finfo(dtype).max  # all bits but one of the exponent, and all of the rest
     pieces[3].source[at] = value
-    sums, flags = results()
-    UnitMoves(pieces, DEVICE).run(None, sums, flags)
-    assert flags.tolist() == [0, 0, 0, 1, 0, 0] and not sums.any()
+    assert move_pieces(pieces, WORDS)[:, 2].tolist() == [0, 0, 0, 1, 0, 0]
 
 
-def test_aligned_pieces_are_moved_as_others_are() -> None:
+def test_aligned_pieces_are_moved_as_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also beside each other."""
+    launched: list[bool] = []
+    launch = module._launch
+
+    def launch_and_note(*call: Any) -> None:
+        launched.append(call[3])
+        launch(*call)
+
+    monkeypatch.setattr(module, "_launch", launch_and_note)
     source = torch.randn(4 * WIDTH + 8, generator=torch.Generator().manual_seed(1)).bfloat16().to(DEVICE)
-    aligned = UnitMoves([UnitPiece(source, None, 8)], DEVICE)
-    shifted = UnitMoves([UnitPiece(torch.cat([source[:3], source])[3:], None, 8)], DEVICE)
-    assert aligned.is_aligned and not shifted.is_aligned
-    found = []
-    for moves in (aligned, shifted):
-        sums, flags = results()
-        moves.run(KEYS.words, sums, flags)
-        found.append(sums[0].tolist())
-    assert found[0] == found[1] != [0, 0]
+    beside = torch.cat([source[:3], source])[3:]
+    target = torch.zeros_like(source)
+    results = move_pieces([UnitPiece(beside, None, 8), UnitPiece(source, target, 8)], WORDS).tolist()
+    assert launched == [True, False] and results[0] == results[1]
+    assert torch.equal(target, source) and shown(results[0]) == sum_of(UnitPiece(source, None, 8))
+
+
+def test_neighbours_are_not_touched() -> None:
+    memory = torch.full((WIDTH + 64,), 7.0, dtype=torch.bfloat16, device=DEVICE)
+    for first, size in ((8, WIDTH), (9, 100), (16, 24)):
+        into = memory.clone()
+        source = torch.randn(size, generator=torch.Generator().manual_seed(2)).bfloat16().to(DEVICE)
+        move_pieces([UnitPiece(source, into[first : first + size], 0)], WORDS)
+        assert torch.equal(into[first : first + size], source)
+        assert torch.equal(into[:first], memory[:first]) and torch.equal(into[first + size :], memory[first + size :])
+
+
+def test_nothing_is_nothing() -> None:
+    assert move_pieces([], WORDS).shape == (0, 3)
+
+
+def test_what_is_warm_is_every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds: set[tuple[bool, bool]] = set()
+    monkeypatch.setattr(module, "_launch", lambda *call: kinds.add((call[3], call[4])))
+    module.warm(WORDS)
+    assert len(kinds) == 4

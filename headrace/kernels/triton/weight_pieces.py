@@ -1,5 +1,5 @@
 """Moving pieces of weights on a device, with what is reckoned of them on the way: sums keyed by position, and whether
-they are finite. One launch takes any number of pieces and reads each element once.
+they are finite. A launch takes hundreds of pieces and reads each element once.
 
 A piece is seen as int16 units; what the sums are is defined by `headrace.weights.position_sum`, whose keys are given.
 """
@@ -8,9 +8,10 @@ A piece is seen as int16 units; what the sums are is defined by `headrace.weight
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
@@ -19,129 +20,138 @@ from torch import Tensor
 WIDTH = 4096
 """Units of a row, and rows of a square, which share all keys but the last."""
 
+MAX_PIECES = 512
+"""Of one launch."""
+
 _ROWS, _COLUMNS = 128, 1024  # of a block: what one program takes
-_SIDE_BLOCKS = WIDTH // _COLUMNS
-_ALIGNMENT = 8  # units that are moved at once
+_AT_ONCE = 4  # rows that are loaded before the first is looked at
+_SIDE = WIDTH // _COLUMNS
+_UNIT_BYTES = 2
+_ALIGNMENT = 8  # units that are moved at once, where every piece allows it
 _EXPONENTS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F80}
-_FIELDS = 6
+_FIELDS = ("first_block", "source", "target", "start", "count", "exponent", "is_wide", "result")
+_NO_BLOCK = 1 << 62
 
 
-@dataclass(frozen=True, slots=True)
-class UnitPiece:
-    """Elements `start` on of a tensor, flat and contiguous: where they are, and where they are to be, if anywhere."""
+class UnitPiece(NamedTuple):
+    """Elements `start` on of a tensor, flat and contiguous: where they are, and where they are to be, if anywhere else,
+    which is as they are."""
 
     source: Tensor
     target: Tensor | None
     start: int
 
 
-class UnitMoves:
-    """Copies of pieces, all with a target or none, as tables of a device; `run` may be called again and again."""
+def move_pieces(pieces: Sequence[UnitPiece], words: Tensor, *, sums: bool = True) -> Tensor:
+    """Copy them, on the current stream. Returns int64 [pieces, 3]: both sums of each, by the keys in `words`, int64
+    [4, 4096, 2], or zeros without `sums`, which take a fifth of the time; and 1 where it holds NaN or infinity, else 0.
+    """
+    results = torch.zeros(len(pieces), 3, dtype=torch.int64, device=words.device)
+    rows = np.array([_fields(piece, number) for number, piece in enumerate(pieces)], dtype=np.int64)
+    rows = rows.reshape(-1, len(_FIELDS))[rows.reshape(-1, len(_FIELDS))[:, 4] > 0]
+    is_uneven = (rows[:, 1:3] % (_ALIGNMENT * _UNIT_BYTES)).any(1) | (rows[:, 3:5] % _ALIGNMENT).any(1)
+    for is_aligned, chosen in ((True, rows[~is_uneven]), (False, rows[is_uneven])):
+        for first in range(0, len(chosen), MAX_PIECES):
+            _launch(chosen[first : first + MAX_PIECES], words, results, is_aligned, sums)
+    return results
 
-    def __init__(self, pieces: Sequence[UnitPiece], device: torch.device) -> None:
-        self._held = pieces
-        self._copies = bool(pieces) and pieces[0].target is not None
-        rows = np.empty((len(pieces), _FIELDS), dtype=np.int64)
-        for row, piece in zip(rows, pieces, strict=True):
-            source, units = piece.source, piece.source.element_size() // 2
-            target = 0 if piece.target is None else piece.target.data_ptr()
-            count, exponent = source.numel() * units, _EXPONENTS[source.dtype]
-            row[:] = source.data_ptr(), target, piece.start * units, count, exponent, units == 2
-        first, counts = rows[:, 2], rows[:, 3]
-        tiles = np.where(counts > 0, (first + counts - 1) // (WIDTH * _ROWS) - first // (WIDTH * _ROWS) + 1, 0)
-        num_blocks = tiles * _SIDE_BLOCKS
-        starts = np.cumsum(num_blocks) - num_blocks
-        which = np.repeat(np.arange(len(pieces)), num_blocks)
-        blocks = np.stack([which, np.arange(len(which)) - starts[which]], axis=1).astype(np.int32)
-        self._num_blocks = len(blocks)
-        self.is_aligned = not ((rows[:, :2] % (2 * _ALIGNMENT)).any() or (rows[:, 2:4] % _ALIGNMENT).any())
-        self._pieces, self._blocks = torch.from_numpy(rows).to(device), torch.from_numpy(blocks).to(device)
 
-    def run(self, words: Tensor | None, sums: Tensor, flags: Tensor, *, checks: bool = True) -> None:
-        """Copy all pieces. With `words`, the keys as int64 [4, 4096, 2], the sums of piece i are added to `sums[i]`,
-        int64 [pieces, 2]; `flags[i]`, int32, becomes 1 where it holds NaN or infinity, if that `checks`."""
-        if self._num_blocks:
-            _move[(self._num_blocks,)](
-                self._pieces,
-                self._blocks,
-                sums if words is None else words,
-                sums,
-                flags,
-                COPIES=self._copies,
-                SUMS=words is not None,
-                CHECKS=checks,
-                IS_ALIGNED=self.is_aligned,
-                FIELDS=_FIELDS,
-                ROWS=_ROWS,
-                COLUMNS=_COLUMNS,
-                WIDTH=WIDTH,
-                num_warps=4,
-            )
+def warm(words: Tensor) -> None:
+    """Build every launch that `move_pieces` may need, ahead of it."""
+    memory = torch.zeros(2 * _ALIGNMENT, dtype=torch.bfloat16, device=words.device)
+    for sums in (True, False):
+        move_pieces([UnitPiece(memory, None, 0), UnitPiece(memory[1:], None, 0)], words, sums=sums)
+
+
+def _fields(piece: UnitPiece, number: int) -> tuple[int, ...]:
+    source, target = piece.source, piece.target
+    units, exponent = source.element_size() // _UNIT_BYTES, _EXPONENTS[source.dtype]
+    place = 0 if target is None else target.data_ptr()
+    return 0, source.data_ptr(), place, piece.start * units, source.numel() * units, exponent, units == 2, number
+
+
+def _launch(rows: npt.NDArray[np.int64], words: Tensor, results: Tensor, is_aligned: bool, sums: bool) -> None:
+    start, count = rows[:, 3], rows[:, 4]
+    tile = WIDTH * _ROWS
+    num_blocks = ((start + count - 1) // tile - start // tile + 1) * _SIDE
+    rows[:, 0] = np.cumsum(num_blocks) - num_blocks
+    is_cuda = words.device.type == "cuda"
+    table = torch.full((len(_FIELDS), MAX_PIECES), _NO_BLOCK, dtype=torch.int64, device="cpu", pin_memory=is_cuda)
+    table[:, : len(rows)] = torch.from_numpy(rows.T)
+    _move[(int(num_blocks.sum()),)](
+        table.to(words.device, non_blocking=True),
+        words,
+        results,
+        IS_ALIGNED=is_aligned,
+        SUMS=sums,
+        PIECES=MAX_PIECES,
+        ROWS=_ROWS,
+        AT_ONCE=_AT_ONCE,
+        COLUMNS=_COLUMNS,
+        WIDTH=WIDTH,
+        num_warps=4,
+    )
 
 
 @triton.jit
 def _move(
-    pieces,
-    blocks,
+    table,
     words,
-    sums,
-    flags,
-    COPIES: tl.constexpr,
-    SUMS: tl.constexpr,
-    CHECKS: tl.constexpr,
+    results,
     IS_ALIGNED: tl.constexpr,
-    FIELDS: tl.constexpr,
+    SUMS: tl.constexpr,
+    PIECES: tl.constexpr,
     ROWS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """One block of one piece. The sum over a column of units times the keys of their rows is multiplied by the key of
     the column once, at the end: the loop has two products a unit."""
     block = tl.program_id(0).to(tl.int64)
-    piece = tl.load(blocks + 2 * block).to(tl.int64)
-    number = tl.load(blocks + 2 * block + 1).to(tl.int64)
-    about = pieces + piece * FIELDS
-    source, target = tl.load(about), tl.load(about + 1)
-    first, count = tl.load(about + 2), tl.load(about + 3)
-    exponent, is_wide = tl.load(about + 4).to(tl.int32), tl.load(about + 5)
+    about = table + tl.sum((tl.load(table + tl.arange(0, PIECES)) <= block).to(tl.int32), 0) - 1
+    number = block - tl.load(about)
+    source, target = tl.load(about + PIECES), tl.load(about + 2 * PIECES)
+    first, count = tl.load(about + 3 * PIECES), tl.load(about + 4 * PIECES)
+    exponent, is_wide = tl.load(about + 5 * PIECES).to(tl.int32), tl.load(about + 6 * PIECES)
+    result = results + tl.load(about + 7 * PIECES) * 3
     if IS_ALIGNED:
         source, target = tl.multiple_of(source, 16), tl.multiple_of(target, 16)
         first, count = tl.multiple_of(first, 8), tl.multiple_of(count, 8)
     side: tl.constexpr = WIDTH // COLUMNS
     first_row = (first // (WIDTH * ROWS) + number // side) * ROWS
-    start = tl.maximum(first_row, first // WIDTH)
+    start = tl.maximum(first_row, first // WIDTH // AT_ONCE * AT_ONCE)
     stop = tl.minimum(first_row + ROWS, (first + count + WIDTH - 1) // WIDTH)
+    num_written = tl.where(target != 0, count, 0)
+    if IS_ALIGNED:
+        num_written = tl.multiple_of(num_written, 8)
     lane = tl.arange(0, COLUMNS)
     column = (number % side) * COLUMNS
     units = source.to(tl.pointer_type(tl.int16))
     places = target.to(tl.pointer_type(tl.int16))
-    if CHECKS:
-        seen = tl.zeros([COLUMNS], tl.int32)
-    if SUMS:
-        sum_0, sum_1 = tl.zeros([COLUMNS], tl.int64), tl.zeros([COLUMNS], tl.int64)
-    for row in range(start, stop):
+    seen = tl.zeros([COLUMNS], tl.int32)
+    sum_0, sum_1 = tl.zeros([COLUMNS], tl.int64), tl.zeros([COLUMNS], tl.int64)
+    for row in range(start, stop, AT_ONCE):
         at = row * WIDTH + column - first
         if IS_ALIGNED:
             at = tl.multiple_of(at, 8)
-        offsets = at + lane
+        step = tl.arange(0, AT_ONCE)
+        offsets = at + step[:, None] * WIDTH + lane[None, :]
         inside = (offsets >= 0) & (offsets < count)
         unit = tl.load(units + offsets, mask=inside, other=0)
-        if COPIES:
-            tl.store(places + offsets, unit, mask=inside)
-        if CHECKS:
-            seen |= ((unit.to(tl.int32) & exponent) == exponent).to(tl.int32)
+        tl.store(places + offsets, unit, mask=(offsets >= 0) & (offsets < num_written))
+        seen |= tl.max(((unit.to(tl.int32) & exponent) == exponent).to(tl.int32), 0)
         if SUMS:
-            key = words + (WIDTH + row % WIDTH) * 2
-            sum_0 += unit.to(tl.int64) * tl.load(key)
-            sum_1 += unit.to(tl.int64) * tl.load(key + 1)
-    if CHECKS:
-        is_bad = tl.max(tl.where((is_wide == 1) & (lane % 2 == 0), 0, seen), 0)  # a float32's exponent is in its second
-        tl.atomic_max(flags + piece, is_bad, mask=is_bad > 0)
+            key = words + (WIDTH + (row + step) % WIDTH) * 2  # of rows beyond the end there are no units
+            sum_0 += tl.sum(unit.to(tl.int64) * tl.load(key)[:, None], 0)
+            sum_1 += tl.sum(unit.to(tl.int64) * tl.load(key + 1)[:, None], 0)
     if SUMS:
         square = first_row // WIDTH
         second, third = words + (2 * WIDTH + square % WIDTH) * 2, words + (3 * WIDTH + square // WIDTH) * 2
         keys = words + (column + lane) * 2
         total_0 = tl.sum(sum_0 * tl.load(keys), 0) * (tl.load(second) * tl.load(third))
         total_1 = tl.sum(sum_1 * tl.load(keys + 1), 0) * (tl.load(second + 1) * tl.load(third + 1))
-        tl.atomic_add(sums + piece * 2, total_0)
-        tl.atomic_add(sums + piece * 2 + 1, total_1)
+        tl.atomic_add(result, total_0)
+        tl.atomic_add(result + 1, total_1)
+    is_bad = tl.max(tl.where((is_wide == 1) & (lane % 2 == 0), 0, seen), 0)  # a float32's exponent is in its second
+    tl.atomic_max(result + 2, is_bad.to(tl.int64), mask=is_bad > 0)
