@@ -44,6 +44,11 @@ def named_pairs(named_tensors: NamedTensors) -> Iterator[tuple[str, Any]]:
     return _checked(named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors)
 
 
+def are_at_hand(named_tensors: NamedTensors) -> bool:
+    """Whether no code of the caller runs between two of the pairs: all may be read before the first is done with."""
+    return isinstance(named_tensors, HeldTensors) or type(named_tensors) in _AT_ONCE
+
+
 class HeldTensors:
     """Named tensors that are all listed before the first is copied, because the manifest comes first.
 
@@ -62,15 +67,15 @@ class HeldTensors:
             info = describe(name, tensor)
             manifest.append(info)
             is_taken = info.dtype in FLOAT_DTYPES  # the core refuses the rest, before any of it is read
-            self._held.append((name, tensor, _num_writes(tensor), _sample(tensor) if is_sampled and is_taken else None))
+            self._held.append((name, tensor, num_writes(tensor), _sample(tensor) if is_sampled and is_taken else None))
         self.manifest = tuple(manifest)
         _require_disjoint([(name, tensor) for name, tensor, _, _ in self._held])
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
-        for name, tensor, num_writes, sample in self._held:
+        for name, tensor, writes, sample in self._held:
             if sample is not None:
                 describe(name, tensor)  # it may have been freed
-            if _num_writes(tensor) != num_writes or (sample is not None and _sample(tensor) != sample):
+            if num_writes(tensor) != writes or (sample is not None and _sample(tensor) != sample):
                 message = f"{name} was written to after it was handed over; begin_update, stage and commit copy each"
                 raise WeightUpdateError(f"{message} tensor before the next is asked for", field=name)
             yield name, tensor
@@ -104,8 +109,8 @@ class TensorBytes:
     def _hold(self, name: str, plain: Any) -> None:
         self._name = name
         self._plain = plain
-        self._num_writes = _num_writes(plain)
-        self._storage_bytes = _storage_bytes(plain)
+        self._writes = num_writes(plain)
+        self._storage_bytes = storage_bytes(plain)
         self._part = range(plain.nbytes)
 
     def __len__(self) -> int:
@@ -122,9 +127,9 @@ class TensorBytes:
         view[:] = _memory(self._plain)[self._part.start : self._part.stop]
 
     def _check_memory(self) -> None:
-        if _storage_bytes(self._plain) != self._storage_bytes or not _is_readable_now(self._plain):
+        if storage_bytes(self._plain) != self._storage_bytes or not _is_readable_now(self._plain):
             describe(self._name, self._plain)
-        if _num_writes(self._plain) != self._num_writes:
+        if num_writes(self._plain) != self._writes:
             raise WeightUpdateError(f"{self._name} was written to while it was sent", field=self._name)
 
 
@@ -229,7 +234,7 @@ def _is_torch(tensor: Any) -> bool:
     return torch is not None and isinstance(tensor, torch.Tensor)
 
 
-def _storage_bytes(tensor: Any) -> int:
+def storage_bytes(tensor: Any) -> int:
     """What the memory of a tensor holds: less, once it was freed."""
     return int(tensor.nbytes if isinstance(tensor, np.ndarray) else tensor.untyped_storage().nbytes())
 
@@ -242,7 +247,7 @@ def _is_readable_now(tensor: Any) -> bool:
     return not unreadable_now()
 
 
-def _num_writes(tensor: Any) -> int:
+def num_writes(tensor: Any) -> int:
     """How often torch has written to a tensor's memory; 0 where nobody counts."""
     return 0 if isinstance(tensor, np.ndarray) or tensor.is_inference() else int(tensor._version)
 

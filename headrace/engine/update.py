@@ -21,11 +21,13 @@ from typing import Any, TypeVar
 from headrace.engine.calls import outlast
 from headrace.engine.client import CoreClient
 from headrace.engine.control import UpdateTerms
+from headrace.engine.device_export import DeviceExport
 from headrace.engine.tensors import (
     DeviceBytes,
     HeldTensors,
     NamedTensors,
     TensorBytes,
+    are_at_hand,
     describe,
     device_of,
     named_pairs,
@@ -127,13 +129,16 @@ class Updater:
         fails may be sent again, and replaces what came of it."""
         check_session(session)
         filling, sent, num_bytes, is_settled = Filling(session.session_id), set[int](), 0, False
+        export = self._export() if are_at_hand(named_tensors) else None
         try:
             self._fillings.add(filling)
-            for name, tensor in named_pairs(named_tensors):
-                index = session.index_of(describe(name, tensor))
+            for index, name, tensor in _indexed(session, named_tensors):
                 if index in sent:
                     raise WeightUpdateError(f"{name} was staged twice", field=name)
                 sent.add(index)
+                if export is not None and export.add(index, name, tensor, replaces=session.replaces(index)):
+                    num_bytes += tensor.nbytes
+                    continue
                 pool, data = self._way_of(session, name, tensor)
                 for start in range(0, max(1, len(data)), pool.max_bytes):
                     piece = data[start : start + pool.max_bytes]
@@ -144,7 +149,12 @@ class Updater:
                 num_bytes += len(data)
             filling.flush()
             await run(self._send(session, filling))
+            if export is not None:
+                export.settle()
+                await run(self._send_export(session, filling, export))
             await run(self._drain(filling))
+            if export is not None:
+                export.check()
             is_settled = True
             session.num_bytes_staged += num_bytes
         except GeneratorExit:
@@ -265,6 +275,11 @@ class Updater:
             return self._device, DeviceBytes(name, tensor)
         return self._host, TensorBytes(name, tensor)
 
+    def _export(self) -> DeviceExport | None:
+        """Where the core is on a device, what tensors there are named in."""
+        device = self._client.device
+        return DeviceExport(device, shares_process=self._shares_process) if device else None
+
     def _device_pool(self, tensor: Any, size: int) -> BufferPool:
         """Buffers where `tensor` is, the first of them of `size` bytes. `UnavailableError` if it finds no room."""
         from headrace.weights.device_sharing import SharedDeviceMemory
@@ -317,14 +332,33 @@ class Updater:
         self._raise_failures(filling)
         buffer = filling.take()
         if buffer is not None:
-            upload = asyncio.create_task(self._upload(session, buffer))
-            upload.add_done_callback(lambda _: self._uploaded(upload, buffer))
-            self._tasks.add(upload)
-            filling.uploads.append(upload)
+            self._begin_upload(session, filling, buffer, lambda: self._give_back(buffer))
 
-    async def _upload(self, session: UpdateSession, buffer: UploadBuffer) -> None:
-        session_id, ref, entries = session.session_id, buffer.memory.ref, tuple(buffer.entries)
+    async def _upload(self, session: UpdateSession, buffer: UploadBuffer | DeviceExport) -> None:
+        session_id, ref, entries = session.session_id, buffer.ref, tuple(buffer.entries)
         await self._client.call(lambda call_id: Stage(call_id, session_id, ref, entries), NoneType)
+
+    async def _send_export(self, session: UpdateSession, filling: Filling, export: DeviceExport) -> None:
+        """Make an upload of tensors that stay where they are, if there are any. It holds them until it is over."""
+        self._raise_failures(filling)
+        if export.entries:
+            self._begin_upload(session, filling, export, lambda: None)
+
+    def _begin_upload(
+        self, session: UpdateSession, filling: Filling, source: UploadBuffer | DeviceExport, then: Callable[[], None]
+    ) -> None:
+        """Whatever comes of it, also if it is cancelled before it begins, the core reads the source no more `then`."""
+
+        def end(upload: asyncio.Task[None]) -> None:
+            self._tasks.discard(upload)
+            if not upload.cancelled():
+                upload.exception()  # looked at: of an upload that is over nobody else does
+            then()
+
+        upload = asyncio.create_task(self._upload(session, source))
+        upload.add_done_callback(end)
+        self._tasks.add(upload)
+        filling.uploads.append(upload)
 
     async def _call_off(self, filling: Filling) -> None:
         """Give up the uploads of a call that is over."""
@@ -345,16 +379,17 @@ class Updater:
                 raise error
         filling.check()
 
-    def _uploaded(self, upload: asyncio.Task[None], buffer: UploadBuffer) -> None:
-        """Whatever came of it, also if it was cancelled before it began, the core reads the buffer no more."""
-        self._tasks.discard(upload)
-        if not upload.cancelled():
-            upload.exception()  # looked at: of an upload that is over nobody else does
-        self._give_back(buffer)
-
     def _give_back(self, buffer: UploadBuffer) -> None:
         buffer.pool.give_back(buffer)
         self._freed.set()
+
+
+def _indexed(session: UpdateSession, named_tensors: NamedTensors) -> Iterator[tuple[int, str, Any]]:
+    """The tensors with their places in the manifest, which that of held ones is."""
+    if isinstance(named_tensors, HeldTensors):
+        yield from ((index, *pair) for index, pair in enumerate(named_tensors))
+    else:
+        yield from ((session.index_of(describe(*pair)), *pair) for pair in named_pairs(named_tensors))
 
 
 def _cut(pieces: Iterable[TensorPiece]) -> Iterator[TensorPiece]:

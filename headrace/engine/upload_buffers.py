@@ -126,6 +126,11 @@ class UploadBuffer:
         self.entries: list[BufferEntry] = []
         self._num_used = 0
 
+    @property
+    def ref(self) -> BufferRef | DeviceRef:
+        """Its memory, for the core."""
+        return self.memory.ref
+
     def write(self, index: int, start: int, data: TensorBytes, *, replaces: bool) -> bool:
         """Copy in what a tensor holds from its byte `start` on, if there is room for it. `WeightUpdateError` if it was
         freed or written to meanwhile."""

@@ -7,6 +7,7 @@ through one `WeightMap`. Must not know states, versions, deadlines or requests (
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
@@ -187,6 +188,7 @@ class WeightStore:
 
     def _check_begin(self, mode: UpdateMode) -> None:
         self._require_no_update()
+        self.let_go(math.inf)
         if mode not in ("auto", "shadow", "inplace"):
             raise WeightUpdateError(f"mode must be auto, shadow or inplace, got {mode!r}", field="mode")
 
@@ -339,6 +341,10 @@ class WeightStore:
         self._transaction = None
         if self._buffers is not None:
             self._buffers.close()
+
+    def let_go(self, budget_s: float) -> bool:
+        """After an update: unmap, for about so long, what it was staged from. False when nothing is left to be."""
+        return self._buffers is not None and self._buffers.let_go(budget_s)
 
     def _derive(self) -> None:
         """Compute what is derived from the parameters as they are now, into the memory that it has."""

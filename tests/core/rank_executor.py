@@ -197,6 +197,9 @@ class RankWeights:
         self._others.tell(Kind.ABORT, int(self._is_open))
         self._is_open = False
 
+    def let_go(self, budget_s: float) -> bool:
+        return self._store.let_go(budget_s)
+
     def digest_in_slices(self) -> Iterator[tuple[str, str] | None]:
         names = []
         for found in self._store.digest_in_slices():
