@@ -11,11 +11,13 @@ import ctypes
 import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from headrace.engine.memory_copy import Copy, address_of, copy_memory
 from headrace.types.errors import WeightUpdateError
 from headrace.types.messages import WeightBytes
 from headrace.types.plain_values import plain_text
@@ -117,14 +119,17 @@ class TensorBytes:
         return len(self._part)
 
     def __getitem__(self, part: slice) -> TensorBytes:
+        if part.start == 0 and part.stop >= len(self):
+            return self
         found = copy.copy(self)
         found._part = self._part[part]
         return found
 
-    def copy_into(self, view: Any) -> None:
+    def copy_into(self, view: Any, copy: Copy = copy_memory) -> None:
         """Write all of them to `view`, which has their size."""
         self._check_memory()
-        view[:] = _memory(self._plain)[self._part.start : self._part.stop]
+        if self._part:
+            copy(address_of(view), _address(self._plain) + self._part.start, len(self._part))
 
     def _check_memory(self) -> None:
         if storage_bytes(self._plain) != self._storage_bytes or not _is_readable_now(self._plain):
@@ -139,7 +144,7 @@ class DeviceBytes(TensorBytes):
     def __init__(self, name: str, tensor: Any) -> None:
         self._hold(name, tensor.detach().resolve_conj().resolve_neg().contiguous())
 
-    def copy_into(self, view: Any) -> None:
+    def copy_into(self, view: Any, copy: Copy = copy_memory) -> None:
         """Enqueue, on the current stream, writing all of them to `view`, which is uint8 of their size."""
         self._check_memory()
         view.copy_(self._plain.reshape(-1).view(view.dtype)[self._part.start : self._part.stop])
@@ -162,8 +167,13 @@ def tensor_bytes(tensor: Any) -> memoryview:
 def _plain(tensor: Any) -> Any:
     """The tensor with its elements one after the other in CPU memory: itself where they lie so."""
     if not isinstance(tensor, np.ndarray):
-        return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        lies_so = tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj()
+        return tensor if lies_so else tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     return np.ascontiguousarray(tensor, tensor.dtype.newbyteorder("=") if not tensor.dtype.isnative else None)
+
+
+def _address(plain: Any) -> int:
+    return int(plain.__array_interface__["data"][0] if isinstance(plain, np.ndarray) else plain.data_ptr())
 
 
 def _memory(plain: Any) -> memoryview:
@@ -271,23 +281,33 @@ def _sample(tensor: Any) -> bytes:
 
 def _require_disjoint(pairs: list[tuple[str, Any]]) -> None:
     """No two tensors share an element. Sorted by address, each is compared with those that reach beyond its begin."""
-    spans: list[tuple[str, int, int, str, Any, npt.NDArray[Any]]] = []
-    for name, tensor in pairs:
-        memory = tensor if isinstance(tensor, np.ndarray) else np.asarray(_Elements(tensor))
-        device = "cpu" if isinstance(tensor, np.ndarray) else str(tensor.device)
-        if memory.size:
-            spans.append((device, *np.lib.array_utils.byte_bounds(memory), name, tensor, memory))
-    reaching: list[tuple[str, int, int, str, Any, npt.NDArray[Any]]] = []
-    for span in sorted(spans, key=lambda span: span[:2]):
-        device, low, _, name, tensor, memory = span
-        reaching = [former for former in reaching if former[0] == device and former[2] > low]
-        for _, _, _, former_name, former, former_memory in reaching:
+    spans = [(*_span(tensor), name, tensor) for name, tensor in pairs]
+    reaching: list[tuple[str, int, int, str, Any]] = []
+    for span in sorted((span for span in spans if span[2] > span[1]), key=itemgetter(0, 1)):
+        device, low, _, name, tensor = span
+        reaching = [former for former in reaching if former[2] > low and former[0] == device]
+        for _, _, _, former_name, former in reaching:
             is_tied = TIED_HEAD in (name, former_name) and name != former_name and _is_one(former, tensor)
-            if not is_tied and _shares(former_memory, memory):
+            if not is_tied and _shares(_elements(former), _elements(tensor)):
                 message = f"{former_name} and {name} lie in the same memory, so one holds the other's values; a buffer"
                 hint = "that is filled again and again goes through begin_update, stage and commit"
                 raise WeightUpdateError(f"{message} {hint}", field=name)
         reaching.append(span)
+
+
+def _span(tensor: Any) -> tuple[str, int, int]:
+    """The device that a tensor is on, where its first byte is, and where none of it is any more."""
+    if isinstance(tensor, np.ndarray):
+        return ("cpu", *np.lib.array_utils.byte_bounds(tensor)) if tensor.size else ("cpu", 0, 0)
+    device = "cpu" if tensor.is_cpu else str(tensor.device)
+    if tensor.is_contiguous():
+        low = tensor.data_ptr()
+        return device, low, low + tensor.nbytes
+    return device, *np.lib.array_utils.byte_bounds(_elements(tensor))
+
+
+def _elements(tensor: Any) -> npt.NDArray[Any]:
+    return tensor if isinstance(tensor, np.ndarray) else np.asarray(_Elements(tensor))
 
 
 def _is_one(left: Any, right: Any) -> bool:

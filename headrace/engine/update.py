@@ -22,6 +22,7 @@ from headrace.engine.calls import outlast
 from headrace.engine.client import CoreClient
 from headrace.engine.control import UpdateTerms
 from headrace.engine.device_export import DeviceExport
+from headrace.engine.memory_copy import CopyingThreads
 from headrace.engine.tensors import (
     DeviceBytes,
     HeldTensors,
@@ -57,7 +58,7 @@ from headrace.types.weights import (
 
 logger = logging.getLogger(__name__)
 
-BUFFER_BYTES = 64 << 20
+BUFFER_BYTES = 128 << 20
 DEVICE_BUFFER_BYTES = 512 << 20
 """Larger, since each is waited for twice and copied in a fraction of a millisecond."""
 
@@ -73,7 +74,8 @@ class Updater:
         self._shares_process = shares_process
         self._client = client
         self._loop = loop
-        self._host = BufferPool(HostMemory, BUFFER_BYTES)
+        self._threads = CopyingThreads()
+        self._host = BufferPool(HostMemory, BUFFER_BYTES, self._threads.copy)
         self._device: BufferPool | None = None
         self._short_of_device = 0  # the session that found no room for a buffer there
         self._tasks: set[asyncio.Task[None]] = set()  # uploads, and aborts that nobody awaits
@@ -239,6 +241,7 @@ class Updater:
         for pool in (self._host, self._device):
             if pool is not None:
                 pool.close()
+        self._threads.close()
 
     def call_soon(self, action: Callable[[], None]) -> None:
         """Call `action` on the engine's loop, from any thread."""
