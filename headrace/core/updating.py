@@ -27,7 +27,7 @@ from headrace.core.faults import FAULTS, failure
 from headrace.core.outbox import Outbox
 from headrace.core.staging import StageJob, job_from_tensors
 from headrace.core.stepping import Stepper
-from headrace.core.update_phase import COMMIT_LOOK_S, Hold, PendingCall, UpdatePhase
+from headrace.core.update_phase import COMMIT_LOOK_S, LET_GO_S, Hold, PendingCall, UpdatePhase
 from headrace.scheduler import Scheduler
 from headrace.types.errors import DeadlineError, HeadraceError, UpdateConflictError
 from headrace.types.messages import (
@@ -212,7 +212,7 @@ class UpdateControl:
         if session is None:
             if self._looking is not None:
                 return self._look(self._looking[1], budget_s)
-            self._lets_go = self._lets_go and self._executor.weights.let_go(budget_s)
+            self._lets_go = self._lets_go and self._executor.weights.let_go(min(budget_s, LET_GO_S))
             return self._lets_go
         if self._commit is not None and not self._jobs and not self._is_complete(session, self._commit):
             return True

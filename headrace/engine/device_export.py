@@ -31,6 +31,7 @@ class DeviceExport:
         self._areas: list[DeviceArea] = []
         self._starts: dict[tuple[int, int], int] = {}  # of areas among all, by address and size
         self._size = 0
+        self.num_bytes = 0  # of all tensors
 
     @property
     def ref(self) -> DeviceRef:
@@ -49,14 +50,16 @@ class DeviceExport:
             return False
         self._held.append((name, tensor, num_writes(tensor), storage_bytes(tensor)))
         self.entries.append(BufferEntry(index, offset, 0, tensor.nbytes, replaces))
+        self.num_bytes += tensor.nbytes
         return True
 
-    def settle(self) -> None:
-        """Wait for what the caller has enqueued, on his current stream, that writes to the tensors."""
+    def settle(self) -> DeviceExport:
+        """Wait for what the caller has enqueued, on his current stream, that writes to the tensors; returns itself."""
         if self._device is not None:
             import torch
 
             torch.cuda.current_stream(self._device).synchronize()
+        return self
 
     def check(self) -> None:
         """The core has copied all: `WeightUpdateError` if a tensor was freed or written to meanwhile."""

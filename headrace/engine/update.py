@@ -62,6 +62,9 @@ BUFFER_BYTES = 128 << 20
 DEVICE_BUFFER_BYTES = 512 << 20
 """Larger, since each is waited for twice and copied in a fraction of a millisecond."""
 
+FIRST_EXPORT_BYTES = 1 << 30
+"""Of tensors that stay where they are, sent ahead: the core copies them while the rest is looked through."""
+
 Result = TypeVar("Result")
 Run = Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]]
 
@@ -131,15 +134,18 @@ class Updater:
         fails may be sent again, and replaces what came of it."""
         check_session(session)
         filling, sent, num_bytes, is_settled = Filling(session.session_id), set[int](), 0, False
-        export = self._export() if are_at_hand(named_tensors) else None
+        exports = [self._export()] if are_at_hand(named_tensors) and self._client.device else []
         try:
             self._fillings.add(filling)
             for index, name, tensor in _indexed(session, named_tensors):
                 if index in sent:
                     raise WeightUpdateError(f"{name} was staged twice", field=name)
                 sent.add(index)
-                if export is not None and export.add(index, name, tensor, replaces=session.replaces(index)):
+                if exports and exports[-1].add(index, name, tensor, replaces=session.replaces(index)):
                     num_bytes += tensor.nbytes
+                    if len(exports) == 1 and exports[0].num_bytes >= FIRST_EXPORT_BYTES:  # the core goes to work
+                        await run(self._send_export(session, filling, exports[0].settle()))
+                        exports.append(self._export())
                     continue
                 pool, data = self._way_of(session, name, tensor)
                 for start in range(0, max(1, len(data)), pool.max_bytes):
@@ -151,11 +157,10 @@ class Updater:
                 num_bytes += len(data)
             filling.flush()
             await run(self._send(session, filling))
-            if export is not None:
-                export.settle()
-                await run(self._send_export(session, filling, export))
+            if exports:
+                await run(self._send_export(session, filling, exports[-1].settle()))
             await run(self._drain(filling))
-            if export is not None:
+            for export in exports:
                 export.check()
             is_settled = True
             session.num_bytes_staged += num_bytes
@@ -278,10 +283,8 @@ class Updater:
             return self._device, DeviceBytes(name, tensor)
         return self._host, TensorBytes(name, tensor)
 
-    def _export(self) -> DeviceExport | None:
-        """Where the core is on a device, what tensors there are named in."""
-        device = self._client.device
-        return DeviceExport(device, shares_process=self._shares_process) if device else None
+    def _export(self) -> DeviceExport:
+        return DeviceExport(self._client.device, shares_process=self._shares_process)
 
     def _device_pool(self, tensor: Any, size: int) -> BufferPool:
         """Buffers where `tensor` is, the first of them of `size` bytes. `UnavailableError` if it finds no room."""

@@ -41,7 +41,8 @@ class UpdateSession:
         self.is_partial = is_partial
         self.num_missing = 0
         self.num_bytes_staged = 0
-        self.max_part_bytes = 0  # in upload buffers
+        self._max_part_bytes = 0
+        self._new_parts: list[tuple[TensorInfo, ...]] = []
         self._indices: dict[str, int] = {}
         self._sent: set[int] = set()
         self._settled: set[int] = set()
@@ -52,7 +53,15 @@ class UpdateSession:
         first = len(self.manifest)
         self._indices.update((info.name, index) for index, info in enumerate(manifest, first))
         self.manifest += manifest
-        self.max_part_bytes = max(self.max_part_bytes, sum(aligned(info.num_bytes) for info in manifest))
+        self._new_parts.append(manifest)
+
+    @property
+    def max_part_bytes(self) -> int:
+        """What the largest part needs in upload buffers."""
+        for part in self._new_parts:
+            self._max_part_bytes = max(self._max_part_bytes, sum(aligned(info.num_bytes) for info in part))
+        self._new_parts.clear()
+        return self._max_part_bytes
 
     def __contains__(self, name: object) -> bool:
         """A tensor of that name is in the manifest."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 
 import torch
 
@@ -27,6 +28,13 @@ class _Handle(ctypes.Structure):
 def device_uuid(device: torch.device | int) -> str:
     """What tells a device from all others, in every process."""
     return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def same_context() -> Callable[[], None]:
+    """What makes the device's context of this thread that of another thread, to be called there."""
+    context = ctypes.c_void_p()
+    _check(cuda_driver().cuCtxGetCurrent(ctypes.byref(context)), "tell its context")
+    return lambda: _check(cuda_driver().cuCtxSetCurrent(context), "take a context")
 
 
 class SharedDeviceMemory:

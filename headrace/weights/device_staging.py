@@ -40,27 +40,45 @@ class ArrivingPiece(NamedTuple):
         return slice(self.arrival.num_elements, self.arrival.num_elements + self.source.numel())
 
 
+class WholeTarget(NamedTuple):
+    """Where a tensor goes that comes whole, on the device and in the dtype of a parameter, and lies there in its own
+    order: nothing is to be known of it but its bytes."""
+
+    memory: torch.Tensor
+    is_live: bool
+
+
 class DeviceCopies:
     """The copies of all pieces of a command, enqueued in slices on a stream of its own; a `StageCopy`. `whole` are the
     indices of the tensors that it has completed.
 
     Nothing is waited for: `advance` enqueues, and later looks whether the device has done it. What the pieces are read
     from must be left alone until then, also by who gives up. `before_write` raises if the update is over.
+
+    A piece has a `target`, if it is a whole tensor that is only to be moved: then `take` is called with its index and
+    its row of results once it is there, with sums where there `are_digests`. Else it is to `arrive`.
     """
 
     def __init__(
         self,
         pieces: Iterator[StagePiece],
+        target: Callable[[StagePiece], WholeTarget | None],
+        take: Callable[[int, Sequence[int]], None],
         arrive: Callable[[StagePiece], ArrivingPiece],
         side: SideStream,
         keys: PositionKeys,
         before_write: Callable[[], None],
+        *,
+        are_digests: bool,
     ) -> None:
         self.has_written = False
         self.whole: list[int] = []
         self._pieces = pieces
         self._next = next(pieces, None)
+        self._target = target
+        self._take = take
         self._arrive = arrive
+        self._are_digests = are_digests
         self._side = side
         self._keys = keys
         self._before_write = before_write
@@ -74,7 +92,7 @@ class DeviceCopies:
         while self._next is not None or self._under_way:
             if self._under_way and self._under_way[0].copied.is_done():
                 self._before_write()
-                self.whole += self._under_way.popleft().finish()
+                self.whole += self._under_way.popleft().finish(self._take)
             elif not self._enqueue():
                 return False
             if time.perf_counter() >= stop_at:
@@ -87,20 +105,22 @@ class DeviceCopies:
             return False
         busy = {index for each in self._under_way for index in each.arriving}
         part, num_bytes = _Slice(), 0
-        while self._next is not None and num_bytes < SLICE_BYTES and len(part.arriving) < MAX_SLICE_PIECES:
-            index = self._next.index
-            if index in busy or index in part.arriving:
+        while (piece := self._next) is not None and num_bytes < SLICE_BYTES and part.num_pieces < MAX_SLICE_PIECES:
+            target = self._target(piece)
+            if target is not None:
+                part.add_whole(piece, target)
+            elif piece.index in busy or piece.index in part.arriving:
                 break  # the next piece of a tensor can come only when the one before is there
-            arriving = self._arrive(self._next)
-            part.add(arriving, self._next)
-            num_bytes += arriving.source.nbytes
+            else:
+                part.add(self._arrive(piece), piece)
+            num_bytes += piece.data.nbytes
             self._next = next(self._pieces, None)
-        if not part.arriving:
+        if not part.num_pieces:
             return False
         self._before_write()
-        self.has_written |= any(piece.arrival.is_live for piece in part.arriving.values())
+        self.has_written |= part.is_live
         with self._side.enqueuing():
-            part.enqueue(self._keys)
+            part.enqueue(self._keys, are_digests=self._are_digests)
             part.copied = Enqueued(self._side.device)
         self._under_way.append(part)
         return True
@@ -113,47 +133,63 @@ class _Slice:
     _results: torch.Tensor
 
     def __init__(self) -> None:
+        self.is_live = False
+        self.num_pieces = 0
         self.arriving: dict[int, ArrivingPiece] = {}
         self._whole: list[int] = []
+        self._moved: list[tuple[StagePiece, torch.Tensor]] = []
         self._sums: list[tuple[int, PositionSum]] = []
+
+    def add_whole(self, piece: StagePiece, target: WholeTarget) -> None:
+        """One that is only moved: it has a row of results."""
+        self._moved.append((piece, target.memory))
+        self.num_pieces += 1
+        self.is_live = self.is_live or target.is_live
 
     def add(self, arriving: ArrivingPiece, piece: StagePiece) -> None:
         self.arriving[piece.index] = arriving
+        self.num_pieces += 1
+        self.is_live = self.is_live or arriving.arrival.is_live
         if piece.is_last:
             self._whole.append(piece.index)
 
-    def enqueue(self, keys: PositionKeys) -> None:
+    def enqueue(self, keys: PositionKeys, *, are_digests: bool) -> None:
         """Copy all, and reckon what is to be known of them: a row of results for each piece, then further rows."""
-        from headrace.kernels.triton.weight_pieces import UnitPiece, move_pieces
+        from headrace.kernels.triton.weight_pieces import move_rows, row_of, row_of_memory
 
-        moves, pairs = list[UnitPiece](), list[tuple[torch.Tensor, torch.Tensor]]()
+        rows = [row_of_memory(piece.data.data_ptr(), memory) for piece, memory in self._moved]
+        pairs, blocks = list[tuple[torch.Tensor, torch.Tensor]](), list[torch.Tensor]()
         for piece in self.arriving.values():
             source, place, destination = piece.source, piece.place, piece.arrival.destination
             block = destination.write_view(place)
             is_alike = source.dtype == block.dtype and source.device == block.device
             if is_alike and destination.flat is not None:
-                moves.append(UnitPiece(source, block, place.start))
+                rows.append(row_of(source, block, place.start))
             else:  # copied first, and only looked at then
-                moves.append(UnitPiece(block, None, place.start))
+                rows.append(row_of(block, None, place.start))
                 pairs.append((block, source))
+            blocks.append(block)
         _copy(pairs)
-        for row, piece in enumerate(self.arriving.values()):
+        for row, (piece, block) in enumerate(zip(self.arriving.values(), blocks, strict=True), len(self._moved)):
             place, destination = piece.place, piece.arrival.destination
-            destination.write_back(place, moves[row].source)
+            destination.write_back(place, block)
             for region, total in piece.arrival.sums:
                 if region is destination and region.flat is not None:
                     self._sums.append((row, total))
                     continue
-                self._sums.append((len(moves), total))
-                moves.append(UnitPiece(region.read(place), None, place.start))
-        found = move_pieces(moves, keys.words, sums=bool(self._sums))
+                blocks.append(region.read(place))  # held until it is enqueued
+                self._sums.append((len(rows), total))
+                rows.append(row_of(blocks[-1], None, place.start))
+        found = move_rows(rows, keys.words, sums=are_digests or bool(self._sums))
         self._results = torch.empty(found.shape, dtype=found.dtype, device="cpu", pin_memory=found.is_cuda)
         self._results.copy_(found, non_blocking=True)
 
-    def finish(self) -> list[int]:
+    def finish(self, take: Callable[[int, Sequence[int]], None]) -> list[int]:
         """The device has done it: the indices of the tensors that are whole."""
         results = self._results.tolist()
-        for piece, (_, _, is_bad) in zip(self.arriving.values(), results, strict=False):
+        for (moved, _), result in zip(self._moved, results, strict=False):
+            take(moved.index, result)
+        for piece, (_, _, is_bad) in zip(self.arriving.values(), results[len(self._moved) :], strict=False):
             if is_bad and piece.refuse is not None:
                 piece.refuse(piece.arrival.destination.dtype)
         for row, total in self._sums:
@@ -161,7 +197,7 @@ class _Slice:
         for piece in self.arriving.values():
             piece.arrival.num_elements += piece.source.numel()
             piece.on_done()
-        return self._whole
+        return [moved.index for moved, _ in self._moved] + self._whole
 
 
 def _copy(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:

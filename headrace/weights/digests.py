@@ -53,11 +53,12 @@ def _on_device(regions: Iterable[tuple[str, Region]], keys: PositionKeys, reader
 def _reckon(
     parts: list[tuple[str, Region, slice, PositionSum]], keys: PositionKeys, reader: SideReader
 ) -> Iterator[tuple[str, str]]:
-    from headrace.kernels.triton.weight_pieces import UnitPiece, move_pieces
+    from headrace.kernels.triton.weight_pieces import move_rows, row_of
 
     with reader.using():
-        pieces = [UnitPiece(region.read_counted(part), None, part.start) for _, region, part, _ in parts]
-        results = move_pieces(pieces, keys.words).tolist()
+        blocks = [region.read_counted(part) for _, region, part, _ in parts]
+        rows = [row_of(block, None, part.start) for block, (_, _, part, _) in zip(blocks, parts, strict=True)]
+        results = move_rows(rows, keys.words).tolist()
     for (name, region, part, total), lanes in zip(parts, results, strict=True):
         total.add_lanes(lanes)
         if part.stop == region.num_elements:

@@ -70,9 +70,9 @@ class PositionSum:
     def add(self, block: torch.Tensor, start: int) -> None:
         """Elements `start` on, flat and contiguous. Waits for a device."""
         if block.device.type != "cpu":
-            from headrace.kernels.triton.weight_pieces import UnitPiece, move_pieces
+            from headrace.kernels.triton.weight_pieces import move_rows, row_of
 
-            self.add_lanes(move_pieces([UnitPiece(block, None, start)], self._keys.words)[0].tolist())
+            self.add_lanes(move_rows([row_of(block, None, start)], self._keys.words)[0].tolist())
             return
         units = block.view(torch.int16)
         first = start * (block.element_size() // 2)
@@ -118,11 +118,16 @@ def position_digest(flat: torch.Tensor, keys: PositionKeys) -> str:
     return total.hexdigest()
 
 
+def digest_of(lanes: Sequence[int]) -> str:
+    """The digest that two sums are."""
+    return _shown(lanes[:_LANES])
+
+
 def add_digests(*digests: str) -> str:
     """The digest of a tensor of which ranks hold parts, from theirs."""
     lanes = [[int(digest[at : at + 16], 16) for digest in digests] for at in (0, 16)]
     return _shown([sum(lane) for lane in lanes])
 
 
-def _shown(lanes: list[int]) -> str:
+def _shown(lanes: Sequence[int]) -> str:
     return "".join(f"{lane % (1 << 64):016x}" for lane in lanes)

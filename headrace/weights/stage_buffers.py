@@ -1,17 +1,19 @@
 """Buffers that tensors are staged from, as the memory of a replica reads them. Owns what is mapped of other processes.
 
-On a device a buffer stays mapped until its update is over: an update comes in several stage commands, and mapping an
-allocation, or pinning shared memory, takes as long as copying gigabytes. Pinned memory stays for later updates too: it
-is the front's own. Memory of a device may be a trainer's, and is let go of after the update, in slices, since for each
-allocation the driver waits for the steps in flight.
+On a device a buffer stays mapped until its update is over: an update comes in several stage commands, and mapping a
+trainer's allocations, or pinning shared memory, takes as long as copying gigabytes. A thread maps, ahead of the copies.
+Pinned memory stays for later updates too: it is the front's own. Memory of a device may be a trainer's, and is let go
+of after the update, in slices, since for each allocation the driver waits for the steps in flight.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 
 import torch
@@ -19,7 +21,7 @@ import torch
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import RequestError, UnavailableError
 from headrace.types.weights import BufferRef, DeviceArea, DeviceRef
-from headrace.weights.device_sharing import MappedMemory, device_uuid
+from headrace.weights.device_sharing import MappedMemory, device_uuid, same_context
 from headrace.weights.memory import StageBuffer
 
 
@@ -29,7 +31,8 @@ class DeviceBuffers:
     def __init__(self, device: torch.device, settle: Callable[[], None]) -> None:
         self._device = device
         self._settle = settle
-        self._mapped: dict[DeviceArea, MappedMemory] = {}
+        self._mapper: ThreadPoolExecutor | None = None
+        self._mapped: dict[DeviceArea, Future[MappedMemory]] = {}
         self._pinned: dict[tuple[int, int], PinnedMemory] = {}  # by file
         self._used = set[tuple[int, int]]()  # of those, in this update
         self._left: deque[MappedMemory] = deque()
@@ -41,12 +44,12 @@ class DeviceBuffers:
         if ref.device != device_uuid(self._device):
             message = f"the buffer is on device {ref.device}, not on {device_uuid(self._device)}"
             raise UnavailableError(message, field="buffer")
-        return Opened(AreaBytes(ref.areas, self._map), self._settle)
+        return Opened(AreaBytes(ref.areas, [self._map(area) for area in ref.areas]), self._settle)
 
     def close(self) -> None:
         """The update is over: nothing reads what it brought."""
         self._settle()
-        self._left.extend(self._mapped.values())
+        self._left.extend(each.result() for each in self._mapped.values() if not each.cancel() and not each.exception())
         self._mapped = {}
         for file in self._pinned.keys() - self._used:
             self._pinned.pop(file).close()
@@ -62,10 +65,20 @@ class DeviceBuffers:
                 break
         return bool(self._left)
 
-    def _map(self, area: DeviceArea) -> torch.Tensor:
+    def end(self) -> None:
+        """Let go of everything, and of the thread."""
+        self.close()
+        self.let_go(math.inf)
+        self.close()  # unpins what this very update has not used
+        if self._mapper is not None:
+            self._mapper.shutdown()
+
+    def _map(self, area: DeviceArea) -> Future[MappedMemory]:
         if area not in self._mapped:
-            self._mapped[area] = MappedMemory(area, self._device)
-        return self._mapped[area].bytes
+            if self._mapper is None:
+                self._mapper = ThreadPoolExecutor(1, "headrace-map", initializer=same_context())
+            self._mapped[area] = self._mapper.submit(MappedMemory, area, self._device)
+        return self._mapped[area]
 
     def _pin(self, ref: BufferRef) -> PinnedMemory:
         shared = SharedBuffer.open(ref, writable=True)  # what is mapped to be read alone cannot be pinned
@@ -90,21 +103,22 @@ class Opened:
 
 
 class AreaBytes:
-    """Areas of a device's memory, each mapped when something is first read from it."""
+    """Areas of a device's memory, which are being mapped."""
 
-    def __init__(self, areas: Sequence[DeviceArea], map_area: Callable[[DeviceArea], torch.Tensor]) -> None:
+    def __init__(self, areas: Sequence[DeviceArea], mapped: Sequence[Future[MappedMemory]]) -> None:
         self._areas = areas
-        self._map = map_area
+        self._mapped = mapped
         self._ends = list(accumulate(area.size for area in areas))
 
     def part(self, offset: int, size: int) -> torch.Tensor:
-        """These bytes. Raises `RequestError` if they are not in one area."""
+        """These bytes, as soon as they are mapped. Raises `RequestError` if they are not in one area, and
+        `UnavailableError` if that cannot be mapped."""
         number = min(bisect_right(self._ends, offset), len(self._areas) - 1)
         area, end = self._areas[number], self._ends[number]
         if offset + size > end:
             raise RequestError(f"bytes {offset} to {offset + size} of a buffer are not in one area", field="buffer")
         start = offset - (end - area.size)
-        return self._map(area)[start : start + size]
+        return self._mapped[number].result().bytes[start : start + size]
 
 
 class PinnedMemory:

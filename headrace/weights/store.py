@@ -18,7 +18,7 @@ from headrace.types.errors import InternalError, NotFoundError, UpdateConflictEr
 from headrace.types.foreign import Payload
 from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
 from headrace.weights.device_sharing import device_uuid
-from headrace.weights.device_staging import ArrivingPiece, DeviceCopies
+from headrace.weights.device_staging import ArrivingPiece, DeviceCopies, WholeTarget
 from headrace.weights.digests import Digests, digests_in_slices
 from headrace.weights.foreign_memory import ForeignMemory
 from headrace.weights.memory import Copies, ResolvedMode, StageBuffer, StagePiece, one_by_one
@@ -94,6 +94,8 @@ class WeightStore:
     def close(self) -> None:
         """Give live and shadow memory back. Nothing may be asked of the store afterwards."""
         self._transaction = None
+        if self._buffers is not None:
+            self._buffers.end()
         self._regions.clear()
         self.live.clear()
 
@@ -250,8 +252,22 @@ class WeightStore:
         """As `stage`, of many pieces, whose `data` are uint8 [size] on the store's device or pinned. They are read
         until it is done."""
         transaction = self._require_update()
-        arrive = partial(self._arriving_piece, transaction)
-        return DeviceCopies(pieces, arrive, self._side, self._sum_keys(), transaction.require_open)
+        return DeviceCopies(
+            pieces,
+            partial(self._target, transaction),
+            partial(transaction.take_moved, check_finite=self._check_finite),
+            partial(self._arriving_piece, transaction),
+            self._side,
+            self._sum_keys(),
+            transaction.require_open,
+            are_digests=transaction.has_digests,
+        )
+
+    def _target(self, transaction: Transaction, piece: StagePiece) -> WholeTarget | None:
+        name = transaction.manifest[piece.index].name
+        if name in self.weight_map.aliases or piece.data.device != self.device:
+            return None
+        return transaction.whole_target(piece, self._region(name))
 
     def _arriving_piece(self, transaction: Transaction, piece: StagePiece) -> ArrivingPiece:
         info = transaction.manifest[piece.index]
