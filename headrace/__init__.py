@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from headrace.client import AsyncClient, Client, Runtime
     from headrace.config import EngineConfig
     from headrace.engine import AsyncEngine, Engine, UpdateSession
+    from headrace.server.blocking import serve
     from headrace.types.errors import (
         CheckpointError,
         ConfigError,
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
     )
     from headrace.types.generation import Generation
     from headrace.types.sampling_params import SamplingParams
-    from headrace.types.weights import TensorInfo, UpdateReport
+    from headrace.types.weights import SaveReport, TensorInfo, UpdateReport
+    from headrace.weights.saved import check_saved_model
 
 __version__ = "0.1.0"
 
@@ -63,6 +65,7 @@ __all__ = [
     "RequestTooLargeError",
     "Runtime",
     "SamplingParams",
+    "SaveReport",
     "ShutdownError",
     "TensorInfo",
     "UnavailableError",
@@ -73,6 +76,8 @@ __all__ = [
     "UpdateSession",
     "WeightUpdateError",
     "__version__",
+    "check_saved_model",
+    "serve",
 ]
 
 _HOMES = {
@@ -84,9 +89,12 @@ _HOMES = {
     "Generation": "headrace.types.generation",
     "Runtime": "headrace.client",
     "SamplingParams": "headrace.types.sampling_params",
+    "SaveReport": "headrace.types.weights",
     "TensorInfo": "headrace.types.weights",
     "UpdateReport": "headrace.types.weights",
     "UpdateSession": "headrace.engine",
+    "check_saved_model": "headrace.weights.saved",
+    "serve": "headrace.server.blocking",
 }
 """Where the names of `__all__` live; those of errors in `headrace.types.errors`."""
 

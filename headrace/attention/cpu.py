@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,12 +42,15 @@ class CpuAttention:
     def plan(self, inputs: AttentionInputs) -> CpuStep:
         """Split the step's tokens into pieces and dense blocks, and build their indices."""
         geometry = self._pool.geometry
-        long_R = self._long_rows(inputs)
+        # A row whose scores are very many is cheaper with a dense kernel of its own.
+        num_entries_R = inputs.row_lengths * (inputs.row_starts + inputs.row_lengths) * self._shape.num_heads
+        long_R = (inputs.row_lengths >= _DENSE_MIN_TOKENS) & (num_entries_R >= _DENSE_MIN_ENTRIES)
+        long_R &= not self._invariant
         short_T = np.repeat(~long_R, inputs.row_lengths)
-        pieces = [
-            QueryGroup(self._shape, self._pool, inputs, tokens, is_whole_step=len(tokens) == len(short_T))
-            for tokens in split_tokens(np.flatnonzero(short_T), inputs.token_positions, self._shape.num_heads)
-        ]
+        pieces: list[QueryGroup] = []
+        for tokens in split_tokens(np.flatnonzero(short_T), inputs.token_positions, self._shape.num_heads):
+            is_whole_step = len(tokens) == len(short_T)
+            pieces.append(QueryGroup(self._shape, self._pool, inputs, tokens, is_whole_step=is_whole_step))
         blocks: list[DenseRow] = []
         if long_R.any():
             firsts = np.cumsum(inputs.row_lengths) - inputs.row_lengths
@@ -56,45 +58,34 @@ class CpuAttention:
                 DenseRow(self._shape, geometry, inputs, int(row), int(firsts[row]), self._mask, self._products)
                 for row in np.flatnonzero(long_R)
             ]
-        rows_to_store = _store_rows(geometry, inputs)
+        columns, offsets = np.divmod(inputs.token_positions, geometry.page_size)
+        pages = inputs.page_table.numpy()[inputs.token_slots, columns].astype(np.int64)
+        rows_to_store = store_rows(geometry, torch.from_numpy(pages), torch.from_numpy(offsets))
         return CpuStep(self._pool, self._heads.at(inputs.rope_positions), rows_to_store, pieces, blocks)
 
-    def _long_rows(self, inputs: AttentionInputs) -> npt.NDArray[np.bool_]:
-        """Rows whose scores are so many that a dense kernel of their own is cheaper."""
-        num_entries_R = inputs.row_lengths * (inputs.row_starts + inputs.row_lengths) * self._shape.num_heads
-        is_long_R = (inputs.row_lengths >= _DENSE_MIN_TOKENS) & (num_entries_R >= _DENSE_MIN_ENTRIES)
-        return is_long_R & (not self._invariant)
 
-
+@dataclass(frozen=True)
 class CpuStep:
     """As `AttentionStep`."""
 
-    def __init__(
-        self,
-        pool: KvPool,
-        heads: StepHeads,
-        rows_to_store: Tensor,
-        pieces: list[QueryGroup],
-        dense_rows: list[DenseRow],
-    ) -> None:
-        self._pool = pool
-        self._heads = heads
-        self._rows_to_store = rows_to_store
-        self._pieces = pieces
-        self._dense_rows = dense_rows
+    pool: KvPool
+    heads: StepHeads
+    rows_to_store: Tensor
+    pieces: list[QueryGroup]
+    dense_rows: list[DenseRow]
 
     def run(self, layer: int, qkv_TX: Tensor, norms: HeadNorms | None) -> Tensor:
         """As `AttentionStep.run`."""
-        q_THD, k_TGD, v_TGD = self._heads.split(qkv_TX, norms)
-        self._pool.store(layer, self._rows_to_store, k_TGD, v_TGD)
-        keys, values = self._pool.keys[layer], self._pool.values[layer]
-        if len(self._pieces) == 1 and self._pieces[0].is_whole_step:
-            return self._pieces[0].attend(q_THD, keys, values)
+        q_THD, k_TGD, v_TGD = self.heads.split(qkv_TX, norms)
+        self.pool.store(layer, self.rows_to_store, k_TGD, v_TGD)
+        keys, values = self.pool.keys[layer], self.pool.values[layer]
+        if len(self.pieces) == 1 and self.pieces[0].is_whole_step:
+            return self.pieces[0].attend(q_THD, keys, values)
         out_TX = q_THD.new_empty(q_THD.shape[0], q_THD.shape[1] * q_THD.shape[2])
-        for piece in self._pieces:
+        for piece in self.pieces:
             out_TX.index_copy_(0, piece.tokens, piece.attend(q_THD, keys, values))
         out_THD = out_TX.view(q_THD.shape)
-        for row in self._dense_rows:
+        for row in self.dense_rows:
             row.attend(q_THD, k_TGD, v_TGD, keys, values, out_THD)
         return out_TX
 
@@ -117,7 +108,8 @@ def split_tokens(tokens: Int64Array, positions_T: Int64Array, num_heads: int) ->
     pieces: list[Int64Array] = []
     for first, last in zip(cuts, [*cuts[1:], len(tokens)], strict=True):
         step = max(1, _MAX_PIECE_ENTRIES // (num_heads * PAD_POSITIONS * int(widths[first])))
-        pieces.extend(tokens[at : min(at + step, last)] for at in range(first, last, step))
+        for at in range(first, last, step):
+            pieces.append(tokens[at : min(at + step, last)])
     return pieces
 
 
@@ -181,12 +173,6 @@ def _pages_of(
     pages = np.where(np.arange(num_columns) * page_size < num_context_N[:, None], pages, 0)
     missing = -(-num_positions // page_size) - num_columns
     return torch.from_numpy(np.pad(pages, ((0, 0), (0, missing))) if missing else pages)
-
-
-def _store_rows(geometry: KvGeometry, inputs: AttentionInputs) -> Tensor:
-    columns, offsets = np.divmod(inputs.token_positions, geometry.page_size)
-    pages = inputs.page_table.numpy()[inputs.token_slots, columns].astype(np.int64)
-    return store_rows(geometry, torch.from_numpy(pages), torch.from_numpy(offsets))
 
 
 class CausalMask:

@@ -156,9 +156,11 @@ def _report(options: OverheadOptions, windows: dict[int, Window]) -> dict[str, A
 
 def _measure_http(options: OverheadOptions, folder: Path) -> dict[str, Any]:
     """Serve the same engine and let a client in another process count the tokens it receives."""
+    from headrace.server import serve
+
     engine = _start(options, folder, options.http_concurrency)
     try:
-        server = asyncio.run_coroutine_threadsafe(engine.serve(port=0), engine.loop).result()
+        server = asyncio.run_coroutine_threadsafe(serve(engine), engine.loop).result()
         load = SteadyLoad(
             port=server.port,
             concurrency=options.http_concurrency,

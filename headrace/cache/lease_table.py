@@ -15,8 +15,9 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from headrace.cache.offload import Offload, PageLoad
 from headrace.cache.page_pool import PageIds, PagePool
-from headrace.cache.radix_tree import NO_MATCH, Match, Namespace, Node, RadixTree
+from headrace.cache.radix_tree import NO_MATCH, UNIT_BYTES, Match, Namespace, Node, RadixTree
 
 SlotIds = npt.NDArray[np.int64]
 UnitsOf = Callable[[int, int, int], bytes]
@@ -28,20 +29,28 @@ class LeaseTable:
 
     pages        int32 [slots, columns], page ids in order of position; valid below `num_pages`
     num_pages    int64 [slots], pages held
-    capacity     int64 [slots], tokens they hold
     num_matched  int64 [slots], leading pages that were found in the tree when the lease was opened
     """
 
     def __init__(
-        self, units: UnitsOf, *, num_slots: int, num_columns: int, num_pages: int, page_size: int, prefix_cache: bool
+        self,
+        units: UnitsOf,
+        *,
+        num_slots: int,
+        num_columns: int,
+        num_pages: int,
+        page_size: int,
+        prefix_cache: bool,
+        num_host_pages: int = 0,
+        max_page_moves: int = 0,
     ) -> None:
         self.page_size = page_size
         self.pool = PagePool(num_pages)
         self.tree = RadixTree(self.pool, page_size)
+        self.offload = Offload(self.tree, self.pool, num_host_pages, max_page_moves) if num_host_pages else None
         self.num_evicted_pages = 0
         self.pages = np.zeros((num_slots, num_columns), dtype=np.int32)
         self.num_pages = np.zeros(num_slots, dtype=np.int64)
-        self.capacity = np.zeros(num_slots, dtype=np.int64)
         self.num_matched = np.zeros(num_slots, dtype=np.int64)
         self._units = units
         self._prefix_cache = prefix_cache
@@ -73,19 +82,28 @@ class LeaseTable:
             self._nodes[slot] = self.tree.pin_match(match)
             self.pages[slot, :count] = shared = match.page_ids()
             self.pool.retain(shared)
-        self._resize(slot, count)
+        self.num_pages[slot] = count
         self.num_matched[slot] = count
         self._num_published[slot] = count
         self._may_publish[slot] = self._prefix_cache
         self._has_met_other[slot] = False
         self._namespaces[slot] = namespace
 
+    def begin_load(self, namespace: Namespace, units: bytes, match: Match, host_pages: list[int]) -> None:
+        """Have what goes on where `match` ends, which was made since the tree last changed, copied from the host into
+        pages of nobody, evicting as needed. The caller has checked `num_available`."""
+        assert self.offload is not None, "there are no host pages"
+        below = self.tree.pin_match(match) if match.num_pages else None
+        page_bytes, first = self.page_size * UNIT_BYTES, match.num_pages
+        part = units[first * page_bytes : (first + len(host_pages)) * page_bytes]
+        self.offload.begin_load(PageLoad(namespace, below, part, self._take(len(host_pages)), host_pages))
+
     def grow(self, slot: int, num_pages: int) -> PageIds:
         """Append pages to one lease, evicting as needed; int32 [num_pages]. The caller has checked `num_available`."""
         pages = self._take(num_pages)
         first = int(self.num_pages[slot])
         self.pages[slot, first : first + num_pages] = pages
-        self._resize(slot, first + num_pages)
+        self.num_pages[slot] = first + num_pages
         return pages
 
     def grow_each(self, slots: SlotIds) -> tuple[SlotIds, PageIds]:
@@ -94,7 +112,6 @@ class LeaseTable:
         columns = self.num_pages[slots]
         self.pages[slots, columns] = pages
         self.num_pages[slots] = columns + 1
-        self.capacity[slots] += self.page_size
         return columns, pages
 
     def publish(self, slot: int, num_tokens: int, *, is_last: bool = False) -> None:
@@ -126,12 +143,14 @@ class LeaseTable:
             self.tree.unpin(node)
             self._nodes[slot] = None
         self.pool.release(self.pages[slot, : self.num_pages[slot]])
-        self._resize(slot, 0)
+        self.num_pages[slot] = 0
         self._may_publish[slot] = False
 
     def flush(self) -> int:
         """Free all unreferenced cached pages and unpublish the rest for good. Returns how many pages were freed."""
         num_freed = self.tree.flush()
+        if self.offload is not None:
+            self.offload.flush()
         self._nodes = [None] * len(self._nodes)
         self._may_publish = [False] * len(self._may_publish)
         return num_freed
@@ -141,7 +160,3 @@ class LeaseTable:
         if short > 0:
             self.num_evicted_pages += self.tree.evict(short)
         return self.pool.allocate(num_pages)
-
-    def _resize(self, slot: int, num_pages: int) -> None:
-        self.num_pages[slot] = num_pages
-        self.capacity[slot] = num_pages * self.page_size

@@ -17,7 +17,11 @@ The tree holds one reference on each of its pages. It does not know who leases t
 
 from __future__ import annotations
 
+import hashlib
 import heapq
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +30,7 @@ from headrace.cache.page_pool import PageIds, PagePool
 
 MAX_EDGE_PAGES = 128
 UNIT_BYTES = 4
+_DIGEST_BYTES = 16
 
 
 class Namespace(NamedTuple):
@@ -43,9 +48,10 @@ class Namespace(NamedTuple):
 
 class Node:
     """An edge and where it leads. `key` is the bytes of the units of `pages`; `num_pins` counts leases that end here
-    and pinned children; `is_queued` says that the eviction heap has an entry for it."""
+    and pinned children; `is_queued` says that the eviction heap has an entry for it. `digest`, of all units up to its
+    end, is b"" until somebody asks."""
 
-    __slots__ = ("children", "is_queued", "key", "last_use", "namespace", "num_pins", "pages", "parent")
+    __slots__ = ("children", "digest", "is_queued", "key", "last_use", "namespace", "num_pins", "pages", "parent")
 
     def __init__(self, namespace: Namespace, parent: Node | None, key: bytes, pages: PageIds, last_use: int) -> None:
         self.namespace = namespace
@@ -56,6 +62,7 @@ class Node:
         self.children: dict[bytes, Node] = {}
         self.num_pins = 0
         self.is_queued = False
+        self.digest = b""
 
 
 class Match(NamedTuple):
@@ -83,6 +90,8 @@ class RadixTree:
 
     def __init__(self, pool: PagePool, page_size: int) -> None:
         self.num_evictable = 0
+        self.notes_idle = False  # what becomes unpinned, for `next_idle`
+        self._idle: deque[Node] = deque()
         self._pool = pool
         self._page_bytes = page_size * UNIT_BYTES
         self._roots: dict[Namespace, Node] = {}
@@ -131,8 +140,8 @@ class RadixTree:
             self.num_evictable -= len(above.pages)
             above = above.parent
 
-    def unpin(self, node: Node) -> None:
-        """Undo one `pin`. The node counts as used now."""
+    def unpin(self, node: Node, *, notes_idle: bool = True) -> None:
+        """Undo one `pin`. The node counts as used now; `next_idle` may tell of it."""
         self._clock += 1
         node.last_use = self._clock
         above: Node | None = node
@@ -143,7 +152,39 @@ class RadixTree:
             self.num_evictable += len(above.pages)
             if not above.children:
                 self._queue(above)
+            if self.notes_idle and notes_idle:
+                self.note_idle(above)
             above = above.parent
+
+    def note_idle(self, node: Node, *, is_first: bool = False) -> None:
+        """Have `next_idle` tell of it, after the others or before them."""
+        (self._idle.appendleft if is_first else self._idle.append)(node)
+
+    def next_idle(self) -> Node | None:
+        """A node that was unpinned, or cut off from one, and is still there, each told of once; None: no other."""
+        while self._idle:
+            node = self._idle.popleft()
+            if node.parent is not None:
+                return node
+        return None
+
+    def page_digests(self, node: Node) -> list[bytes]:
+        """For each page of an edge, a digest of its namespace and of all units up to the page's end."""
+        path = [node]
+        while (above := path[-1].parent) is not None and not above.digest:
+            path.append(above)
+        before, found = _namespace_digest(node.namespace) if above is None else above.digest, list[bytes]()
+        for each in reversed(path):
+            found = list(self._digests(before, each.key, 0))
+            before = each.digest = found[-1] if found else before  # a root has no page
+        return found
+
+    def digests_after(self, namespace: Namespace, units: bytes, match: Match, count: int) -> Iterator[bytes]:
+        """The digests of up to `count` pages that go on after a match."""
+        before = _namespace_digest(namespace)
+        if match.node is not None:
+            before = self.page_digests(match.node)[match.num_edge_pages - 1]
+        return islice(self._digests(before, units, match.num_pages), count)
 
     def insert(
         self, namespace: Namespace, units: bytes, pages: PageIds, *, below: Node | None = None, through: bool = True
@@ -194,6 +235,7 @@ class RadixTree:
             node.parent = None
         self._roots.clear()
         self._heap.clear()
+        self._idle.clear()
         self.num_evictable = 0
         return num_freed
 
@@ -213,6 +255,13 @@ class RadixTree:
         differs = ours != np.frombuffer(units, dtype=np.int32, count=num_units, offset=offset)
         first = int(differs.argmax())
         return (first if differs[first] else num_units) * UNIT_BYTES // self._page_bytes
+
+    def _digests(self, before: bytes, units: bytes, first_page: int) -> Iterator[bytes]:
+        """Of the whole pages of `units` from `first_page` on, each digest from the one before it."""
+        size = self._page_bytes
+        for start in range(first_page * size, len(units) - size + 1, size):
+            before = hashlib.blake2b(before + units[start : start + size], digest_size=_DIGEST_BYTES).digest()
+            yield before
 
     def _append(self, node: Node, units: bytes, pages: PageIds) -> Node:
         """Add a chain of new nodes below `node`. Edges are short so that cutting one costs little."""
@@ -240,6 +289,8 @@ class RadixTree:
         node.parent = upper
         upper.children[node.key[: self._page_bytes]] = node
         upper.num_pins = 1 if node.num_pins else 0
+        if self.notes_idle:
+            self.note_idle(upper)
         return upper
 
     def _trim(self, node: Node, num_pages: int) -> int:
@@ -250,6 +301,7 @@ class RadixTree:
         if keep:
             node.pages = node.pages[:keep]
             node.key = node.key[: keep * self._page_bytes]
+            node.digest = b""
             self._queue(node)
         else:
             self._remove(node)
@@ -273,3 +325,7 @@ class RadixTree:
             node.is_queued = True
             self._num_queued += 1
             heapq.heappush(self._heap, (node.namespace.epoch, node.last_use, self._num_queued, node))
+
+
+def _namespace_digest(namespace: Namespace) -> bytes:
+    return hashlib.blake2b(repr(namespace).encode(), digest_size=_DIGEST_BYTES).digest()

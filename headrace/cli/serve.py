@@ -97,10 +97,12 @@ async def _serve(
     engine: AsyncEngine, host: str, listener: socket.socket, options: ServerOptions, owner: Owner | None
 ) -> int:
     """Serve on the engine's loop; this one only waits for a signal, then for the running requests."""
+    from headrace.server import serve
+
     loop, signalled = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_signal, number, signalled)
-    server = await engine.serve(host=host, listener=listener, **msgspec.structs.asdict(options))
+    server = await serve(engine, host=host, listener=listener, **msgspec.structs.asdict(options))
     # What is loaded by now stays: without this each full collection walks it again, about 1 ms per request.
     gc.collect()
     gc.freeze()

@@ -48,6 +48,15 @@ def generate_body(
         raise RequestError(f"{field}, sampling_params or options cannot be sent: {error}", field=field) from None
 
 
+def native_body(values: Mapping[str, Any]) -> bytes:
+    """The JSON of a body of `/generate`, without what is None. Raises `RequestError`."""
+    spelled = {name: _spelled_all(value) for name, value in values.items() if value is not None}
+    try:
+        return _ENCODER.encode(spelled)
+    except (OverflowError, RecursionError, TypeError, UnicodeEncodeError) as error:
+        raise RequestError(f"the arguments cannot be sent: {error}") from None
+
+
 def message_body(value: Any) -> bytes:
     """MessagePack of the arguments of any other call. Raises `RequestError`."""
     try:
@@ -84,6 +93,10 @@ def _spelled(value: Any) -> Any:
         return {key: _spelled(each) for key, each in value.items()}
     plain = plain_text(plain_scalar(value))
     return str(plain) if isinstance(plain, float) and not math.isfinite(plain) else plain
+
+
+def _spelled_all(value: Any) -> Any:
+    return [_spelled(each) for each in value] if isinstance(value, (list, tuple)) else _spelled(value)
 
 
 def _plain(value: Any) -> Any:

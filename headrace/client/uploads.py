@@ -23,6 +23,7 @@ from headrace.types.http import (
     BYTES_TYPE,
     MESSAGE_TYPE,
     TOKEN_BYTES,
+    ExtendAsk,
     LendAsk,
     SessionBegun,
     StageHead,
@@ -107,9 +108,9 @@ class Uploads:
                 for start in range(0, max(1, len(data)), memory.capacity):
                     piece = data[start : start + memory.capacity]
                     while not memory.write(index, start, piece, replaces=session.replaces(index)):
-                        await self._send(begun, memory)
+                        await self._send(session, begun, memory)
                 num_bytes += len(data)
-            await self._send(begun, memory)
+            await self._send(session, begun, memory)
             is_settled = True
             session.num_bytes_staged += num_bytes
         finally:
@@ -127,7 +128,7 @@ class Uploads:
     def _take(self, session: UpdateSession, begun: SessionBegun) -> UploadMemory:
         head_bytes = min(begun.max_body_bytes // 2, _HEAD_BYTES_PER_PIECE * MAX_PIECES)
         room = _whole(begun.max_body_bytes - head_bytes)
-        wanted = min(BUFFER_BYTES, room, max(1, sum(aligned(info.num_bytes) for info in session.manifest)))
+        wanted = min(BUFFER_BYTES, room, max(1, session.max_part_bytes))
         while (memory := self._kept()) is not None:
             if memory.pid == os.getpid() and wanted <= memory.capacity <= room:
                 return memory
@@ -143,10 +144,12 @@ class Uploads:
             return self._free.pop()
         return None
 
-    async def _send(self, begun: SessionBegun, memory: UploadMemory) -> None:
+    async def _send(self, session: UpdateSession, begun: SessionBegun, memory: UploadMemory) -> None:
         """Have the server stage what the memory holds; it reads it no more when this returns."""
         if not memory.entries:
             return
+        if session.unannounced():
+            await self._announce(session)
         if await self._is_lent(begun, memory):
             _, number = memory.lent_to or (0, 0)
             ask: Any = StageLentAsk(begun.session_id, number, tuple(memory.entries))
@@ -154,6 +157,15 @@ class Uploads:
         else:
             await self._ask("stage", _stage_body(begun, memory), BYTES_TYPE)
         memory.clear()
+
+    async def _announce(self, session: UpdateSession) -> None:
+        """Have checked what was staged and not listed."""
+        ask, first = ExtendAsk(session.session_id, session.unannounced()), None
+        try:
+            answer = await self._ask("extend_update", message_body(ask), MESSAGE_TYPE)
+            first = msgspec.msgpack.decode(answer, type=int)
+        finally:
+            session.settle_announced(first)
 
     async def _is_lent(self, begun: SessionBegun, memory: UploadMemory) -> bool:
         """Whether the server reads this memory itself. One that cannot is not asked again in a session."""

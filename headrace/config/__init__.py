@@ -6,6 +6,7 @@ from headrace.config.layer_spec import KvGroup, LayerSpec
 from headrace.config.model_spec import ModelSpec
 from headrace.config.resolve import ResolvedConfig, Takeover, resolve
 from headrace.config.rope import RopeSpec
+from headrace.config.shares import share_of
 
 __all__ = [
     "CudaDevice",
@@ -20,4 +21,5 @@ __all__ = [
     "Takeover",
     "cuda_devices",
     "resolve",
+    "share_of",
 ]

@@ -24,13 +24,18 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     skip_tokenizer_init      no tokenizer at all: token ids in, token ids out
     device                   "auto" (cuda where it can run) | "cpu" | "cuda" (the caller's current device of torch, or
                              before torch uses one the first that CUDA_VISIBLE_DEVICES shows)
+    tp_size                  ranks that hold the model together, over which its heads have to split; each is a process,
+                             and on cuda has a device of its own, one after the other
     dtype                    "auto" (the checkpoint's on cuda, float32 on cpu) | "float32" | "bfloat16" | "float16"
     kv_dtype                 "auto" (dtype) | "fp8_e4m3" (half the memory, less accurate; triton and flashinfer only)
-    load_format              "auto" | "safetensors" | "bin" | "dummy" (random weights from `seed`)
+    load_format              "auto" | "safetensors" | "bin" | "dummy" (random weights from `seed`) | "sharded" (what
+                             `save_sharded_model` wrote)
     check_finite             refuse weights that hold NaN or infinity, at start and in updates
     context_length           most tokens of one sequence; None: the model's
     page_size                tokens per KV page, 1 to 64
     kv_pool_tokens           tokens the KV pool holds; None: on cuda measured at start, on cpu see docs/architecture.md
+    host_kv_tokens           tokens of computed prefixes that host memory holds beside the pool: what is evicted from it
+                             is found again there, and copied back
     memory_fraction          cuda: share of the device memory that is free when the core starts, for weights,
                              workspace, graphs and KV together
     memory_saver             cuda: take weights and KV so that their memory can be released (a CPU's always can)
@@ -68,13 +73,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tokenizer: str | None = None
     skip_tokenizer_init: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    tp_size: int = 1
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     kv_dtype: Literal["auto", "fp8_e4m3"] = "auto"
-    load_format: Literal["auto", "safetensors", "bin", "dummy"] = "auto"
+    load_format: Literal["auto", "safetensors", "bin", "sharded", "dummy"] = "auto"
     check_finite: bool = True
     context_length: int | None = None
     page_size: int = 16
     kv_pool_tokens: int | None = None
+    host_kv_tokens: int = 0
     memory_fraction: float = 0.9
     memory_saver: bool = False
     keep_weights_copy: bool = False
@@ -141,6 +148,7 @@ def _make_plain(config: EngineConfig) -> None:
 
 
 _RANGES: dict[str, tuple[float, float]] = {
+    "tp_size": (1, 64),
     "page_size": (1, 64),
     "max_running_requests": (1, 65536),
     "max_waiting_requests": (1, 1 << 24),
@@ -154,6 +162,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "core_restart_window": (0.0, 1e9),
     "context_length": (1, 1 << 24),
     "kv_pool_tokens": (1, 1 << 32),
+    "host_kv_tokens": (0, 1 << 32),
     "num_threads": (1, 4096),
 }
 _TIMES_TO_WORK = ("request_timeout", "start_timeout", "control_timeout", "watchdog_timeout")

@@ -13,6 +13,7 @@ from headrace.config.devices import CudaDevice, Software, cuda_devices, installe
 from headrace.config.engine_config import EngineConfig, SettledConfig
 from headrace.config.machine import available_cores, available_memory
 from headrace.config.model_spec import ModelSpec
+from headrace.config.shares import share_of
 from headrace.types.errors import ConfigError, encodable
 from headrace.types.plain_values import as_path
 from headrace.types.weights import ELEMENT_BYTES
@@ -29,6 +30,7 @@ CUDA_THREADS = 4
 CPU_KV_POOL_BYTES = 2 << 30
 CPU_KV_POOL_FRACTION = 0.25
 _GENEROUS_POOL_TOKENS = 1 << 22
+_MOVED_BYTES = 256 << 20
 _MODEL_DTYPES = ("float32", "bfloat16", "float16")
 
 STEP_TOKENS = 2048
@@ -65,13 +67,11 @@ _NO_EXPERTS = "has no kernels for layers of experts yet"
 class Takeover(msgspec.Struct, frozen=True):
     """What a core is told of those before it, which died: it must not be taken for one of them.
 
-    num_deaths    how many there were; its update sessions have ids that none of them gave
     version       the label last seen of their weights
     epoch         greater than any that their replies named
     is_current    the checkpoint that it loads is what was live: no update had been committed, no label changed
     """
 
-    num_deaths: int
     version: str
     epoch: int
     is_current: bool
@@ -115,9 +115,30 @@ class ResolvedConfig(msgspec.Struct, frozen=True):
         return -(-self.context_length // self.engine.page_size)
 
     @property
+    def share(self) -> ModelSpec:
+        """The model as each rank computes it."""
+        return share_of(self.model, self.engine.tp_size)
+
+    @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values of one token in all layers, as stored."""
-        return self.model.kv_bytes_per_token(ELEMENT_BYTES[self.kv_dtype])
+        """Bytes of keys and values of one token in all layers, as each rank stores them."""
+        return self.share.kv_bytes_per_token(ELEMENT_BYTES[self.kv_dtype])
+
+    def of_rank(self, rank: int) -> ResolvedConfig:
+        """What rank `rank` is told: the devices of ranks follow each other."""
+        if self.cuda is None:
+            return self
+        return msgspec.structs.replace(self, cuda=msgspec.structs.replace(self.cuda, index=self.cuda.index + rank))
+
+    @property
+    def num_host_pages(self) -> int:
+        """KV pages that host memory holds."""
+        return self.engine.host_kv_tokens // self.engine.page_size
+
+    @property
+    def max_page_moves(self) -> int:
+        """Pages that are copied to the host's memory, and from it, beside one step: about 5 ms of a fast bus."""
+        return max(1, _MOVED_BYTES // (self.kv_bytes_per_token * self.engine.page_size))
 
     @property
     def memory_is_kept(self) -> str:
@@ -148,6 +169,7 @@ def resolve(
     if str(folder) != encodable(str(folder)):
         raise ConfigError(f"the folder {folder} has a name that is not Unicode text", field="model")
     model = ModelSpec.from_folder(folder)
+    share = share_of(model, config.tp_size)
     software = installed_software() if software is None else software
     cuda, why_device = _cuda(config, model, devices, first_device, software)
     device = "cpu" if cuda is None else "cuda"
@@ -158,9 +180,10 @@ def resolve(
     kv_dtype = _kv_dtype(config, dtype.value, backend.value, cuda)
     context_length = _context_length(config, model)
     num_threads = _num_threads(config, device)
-    page_bytes = model.kv_bytes_per_token(ELEMENT_BYTES[kv_dtype.value]) * config.page_size
+    page_bytes = share.kv_bytes_per_token(ELEMENT_BYTES[kv_dtype.value]) * config.page_size * config.tp_size
     is_measured = device == "cuda" and backend.value != "reference"
     pool_tokens = _pool_tokens(engine, is_measured, page_bytes, context_length.value)
+    _check_host_pages(engine, page_bytes)
     choices: dict[str, Chosen[Any]] = {
         "device": Chosen(device, why_device),
         **sizes,
@@ -185,6 +208,17 @@ def resolve(
         explanations=_explanations(choices),
         cuda=cuda,
     )
+
+
+def _check_host_pages(engine: SettledConfig, page_bytes: int) -> None:
+    num_bytes, free = engine.host_kv_tokens // engine.page_size * page_bytes, available_memory()
+    if num_bytes and not engine.prefix_cache:
+        raise ConfigError("host_kv_tokens keeps entries of the prefix cache, which is off", field="host_kv_tokens")
+    if engine.host_kv_tokens and not num_bytes:
+        raise ConfigError(f"host_kv_tokens is less than a page of {engine.page_size}", field="host_kv_tokens")
+    if num_bytes > free:
+        message = f"host_kv_tokens takes {num_bytes >> 20} MiB of host memory, and {free >> 20} MiB are free"
+        raise ConfigError(message, field="host_kv_tokens")
 
 
 def _explanations(choices: Mapping[str, Chosen[Any]]) -> tuple[Explanation, ...]:
@@ -215,6 +249,10 @@ def _cuda(
     missing = _missing_for_cuda(found, software)
     if missing is None and model.has_experts and config.attention_backend != "reference":
         missing = f"{_describe(found[0])} {_NO_EXPERTS} (device='cpu' has; attention_backend='reference' is slow)"
+    if missing is None and len(found) < config.tp_size:
+        there = f"from device {first_device} on there are {len(found)}"
+        message = f"tp_size {config.tp_size} needs as many CUDA devices; {there}"
+        raise ConfigError(message, field="tp_size")
     if missing is None:
         return Chosen(found[0], _describe(found[0]) if config.device == "auto" else "")
     if config.device == "cuda":
@@ -341,6 +379,8 @@ def _num_threads(config: EngineConfig, device: str) -> Chosen[int]:
         return Chosen(int(asked), "OMP_NUM_THREADS")
     if device == "cuda":
         return Chosen(min(CUDA_THREADS, available_cores()), "the device computes; loading weights uses a few")
+    if config.tp_size > 1:
+        return Chosen(max(1, available_cores() // config.tp_size), "each rank's part of the cores")
     return Chosen(available_cores(), "the cores this process may run on")
 
 

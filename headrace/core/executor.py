@@ -4,6 +4,7 @@ kinds of `headrace.core.faults`."""
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Collection, Generator, Iterator, Sequence
@@ -21,6 +22,7 @@ from headrace.types.weights import TensorInfo
 from headrace.weights.memory import SharedTensors, WeightMemory
 
 if TYPE_CHECKING:
+    from headrace.core.rank_executor import RankRunner
     from headrace.runner.device_runner import DeviceRunner
     from headrace.runner.pending import PendingStep
     from headrace.runner.runner import Runner
@@ -40,9 +42,11 @@ class Weights(WeightMemory, Protocol):
 
     def digest_in_slices(self) -> Iterator[tuple[str, str] | None]: ...
 
-    def info(self, name: str) -> TensorInfo: ...
+    def parameters(self) -> tuple[tuple[TensorInfo, ...], ...]: ...
 
-    def copy_in_slices(self, name: str, start: int, into: memoryview) -> Iterator[None]: ...
+    def info(self, name: str, rank: int | None = None) -> TensorInfo: ...
+
+    def copy_in_slices(self, name: str, start: int, into: memoryview, rank: int | None = None) -> Iterator[None]: ...
 
     def scramble(self, seed: int) -> None: ...
 
@@ -63,12 +67,15 @@ class ArrivingTensors(Protocol):
 class WeightGroup(Protocol):
     """A trainer's group that this replica is part of; see `headrace.weights.group.TorchGroup`."""
 
-    is_joined: bool
-    problem: HeadraceError | None
+    @property
+    def is_joined(self) -> bool: ...
+
+    @property
+    def problem(self) -> HeadraceError | None: ...
 
     def refusal(self) -> HeadraceError | None: ...
 
-    def receive(self, tensors: Sequence[TensorInfo], is_bucket: bool, seconds: float) -> ArrivingTensors: ...
+    def receive(self, tensors: Sequence[TensorInfo], packing: int, seconds: float) -> ArrivingTensors: ...
 
     def fail(self, reason: str) -> None: ...
 
@@ -114,6 +121,10 @@ class Executor(Protocol):
         which is not "auto". Closed before its end, or failed, it has taken nothing, and a copy is still there. Raises
         `UnavailableError` where there is no room, `CheckpointError` where the folder has changed."""
 
+    def attend(self) -> float:
+        """To be called while there is nothing to do, again after so many seconds at most. Raises `DeviceLost` if it is,
+        which nobody would notice."""
+
     def join_group(self, terms: JoinGroup, seconds: float) -> WeightGroup:
         """Begin to join a trainer's group; the ranks of a replica follow each other from `terms.rank` on. Raises what
         is wrong with the terms. Whoever joins it makes it `fail` in the end."""
@@ -125,7 +136,7 @@ class Executor(Protocol):
 class LocalExecutor:
     """Executes plans in this process, on the device of its runner."""
 
-    def __init__(self, runner: Runner | DeviceRunner) -> None:
+    def __init__(self, runner: Runner | DeviceRunner | RankRunner) -> None:
         self._runner = runner
         self._pending: deque[PendingStep | StepError] = deque()
         self._num_failed = 0  # of those
@@ -213,8 +224,19 @@ class LocalExecutor:
     def release(self, tags: Collection[MemoryTag], *, keeps_copy: bool) -> Generator[None]:
         return self._runner.memory.release(tags, keeps_copy=keeps_copy)
 
+    def keep_copy(self) -> Generator[None]:
+        """Copy the weights to host memory, as a release would that keeps a copy."""
+        return self._runner.memory.keep_copy()
+
+    def drop_copy(self) -> None:
+        """Forget that copy."""
+        self._runner.memory.drop_copy()
+
     def resume(self, tags: Collection[MemoryTag], restore: Restore) -> Generator[None]:
         return self._runner.memory.resume(tags, restore)
+
+    def attend(self) -> float:
+        return math.inf
 
     def join_group(self, terms: JoinGroup, seconds: float) -> WeightGroup:
         from headrace.weights import group

@@ -5,6 +5,7 @@ Its tokens and log-probabilities are pure functions of the position, in the exac
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Collection, Generator, Iterator, Sequence
 from pathlib import Path
@@ -92,6 +93,9 @@ class FreeExecutor:
     def resume(self, tags: Collection[MemoryTag], restore: Restore) -> Generator[None]:
         yield
 
+    def attend(self) -> float:
+        return math.inf
+
     def join_group(self, terms: JoinGroup, seconds: float) -> WeightGroup:
         raise WeightUpdateError("this executor has no weights", field="group_name")
 
@@ -171,10 +175,13 @@ class FreeWeights:
     def digest_in_slices(self) -> Iterator[tuple[str, str] | None]:
         return iter(())
 
-    def info(self, name: str) -> TensorInfo:
+    def parameters(self) -> tuple[tuple[TensorInfo, ...], ...]:
+        return ((),)
+
+    def info(self, name: str, rank: int | None = None) -> TensorInfo:
         raise NotFoundError(f"{name} is not a tensor of this model", field="name")
 
-    def copy_in_slices(self, name: str, start: int, into: memoryview) -> Iterator[None]:
+    def copy_in_slices(self, name: str, start: int, into: memoryview, rank: int | None = None) -> Iterator[None]:
         return iter(())
 
     def scramble(self, seed: int) -> None:

@@ -15,7 +15,7 @@ import logging
 import re
 
 from headrace.types.errors import InternalError
-from headrace.types.plan import PlanRefused, StepDisturbed
+from headrace.types.plan import PlanRefused, RankLost, StepDisturbed
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,8 @@ def is_of_lost_device(fault: BaseException) -> bool:
     """True for an error after which, by what it says, a device executes nothing any more."""
     names = {kind.__name__ for kind in type(fault).__mro__}
     text = str(fault)
+    if isinstance(fault, RankLost):
+        return True
     if _LEAVES_IT_USABLE.search(text) or "OutOfMemoryError" in names:
         return False
     return "AcceleratorError" in names or _OF_A_DEVICE.search(text) is not None

@@ -74,20 +74,20 @@ class GroupControl:
     def skip(self, command: Receive, now: float) -> None:
         """Receive and forget what a refused call announces."""
         seconds = max(_LEAST_SECONDS, command.deadline - now)
-        self._skip(command.group, tuple(each.info for each in command.tensors), command.is_bucket, seconds)
+        self._skip(command.group, tuple(each.info for each in command.tensors), command.packing, seconds)
 
     def discard(self, command: Discard) -> None:
         """Receive and forget what is sent, or give the group up where nobody knows what that is."""
-        self._skip(command.group, command.tensors, command.is_bucket, command.seconds)
+        self._skip(command.group, command.tensors, command.packing, command.seconds)
 
-    def _skip(self, name: str, tensors: tuple[TensorInfo, ...] | None, is_bucket: bool, seconds: float) -> None:
+    def _skip(self, name: str, tensors: tuple[TensorInfo, ...] | None, packing: int, seconds: float) -> None:
         group = self._groups.get(name)
         if group is None or group.problem is not None:
             return
         if tensors is None or any(info.dtype not in ELEMENT_BYTES for info in tensors):
             group.fail("a call was refused that does not say how much is sent for it")
         else:
-            group.receive(tensors, is_bucket, seconds).drop()
+            group.receive(tensors, packing, seconds).drop()
 
     def advance(self, now: float) -> None:
         """Answer calls whose group is joined, or never will be, or was not by the deadline."""

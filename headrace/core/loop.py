@@ -71,12 +71,13 @@ class CoreLoop:
             return False
         if self._is_quiet:  # nearly always
             self._held_since = None
-            stepped = self._step(may_submit=True, admit_new=True)
+            stepped = replica.stepper.step(may_submit=True, admit_new=True)
             replica.outbox.flush(force=not stepped)
             return stepped
         pause, update, memory = replica.pause, replica.update, replica.memory
         may_submit = not replica.stands_still and not update.holds_generation
-        stepped = self._step(may_submit=may_submit, admit_new=not pause.is_draining and not update.is_draining)
+        admit_new = not pause.is_draining and not update.is_draining
+        stepped = replica.stepper.step(may_submit=may_submit, admit_new=admit_new)
         replica.outbox.flush()
         now = self._clock()
         pause.advance(now)
@@ -92,7 +93,10 @@ class CoreLoop:
 
     def _apply(self, commands: list[Command]) -> bool:
         """Do what the front asks for; False when that is the end."""
-        given_up = {command.target for command in commands if isinstance(command, GiveUp)}
+        given_up = set[int]()
+        for command in commands:
+            if isinstance(command, GiveUp):
+                given_up.add(command.target)
         for command in commands:
             apply_command(self.replica, command, self.front, self._clock, given_up)
             if self.replica.is_ending:
@@ -112,15 +116,6 @@ class CoreLoop:
             return False
         return not (replica.pause.pauses or replica.reading.reads or replica.groups.joining)
 
-    def _step(self, *, may_submit: bool, admit_new: bool) -> bool:
-        scheduler = self.replica.scheduler
-        stepped = self.replica.stepper.step(may_submit=may_submit, admit_new=admit_new)
-        self._pulse.enter(Phase.COMMANDING)
-        if not stepped:
-            num_runnable = scheduler.num_running + scheduler.num_waiting if admit_new else scheduler.num_started
-            self._pulse.found_nothing(has_work=may_submit and num_runnable > 0)
-        return stepped
-
     def _expire_held_requests(self, now: float) -> None:
         """Answer requests that have waited behind a pause, an update or for memory for `pause_timeout`."""
         replica = self.replica
@@ -139,9 +134,10 @@ class CoreLoop:
         replica.outbox.add(replica.scheduler.expire(now - self._pause_timeout, error.info()))
 
     def _time_to_deadline(self) -> float:
-        if self._is_quiet:
-            return _LONGEST_WAIT_S
         replica = self.replica
+        longest = min(replica.executor.attend(), _LONGEST_WAIT_S)
+        if self._is_quiet:
+            return longest
         if replica.update.waits_for_arrivals or replica.groups.joining:
             return _ARRIVAL_LOOK_S
         owners = (replica.pause, replica.update, replica.reading, replica.memory)
@@ -149,4 +145,4 @@ class CoreLoop:
         if self._held_since is not None and replica.scheduler.num_waiting:
             deadlines.append(self._next_expiry)
         waits = [deadline - self._clock() for deadline in deadlines if deadline is not None]
-        return max(0.0, min([*waits, _LONGEST_WAIT_S]))
+        return max(0.0, min([*waits, longest]))

@@ -148,11 +148,11 @@ class MemoryControl:
         """A release from its checks to its end."""
         tags = set(command.tags or MEMORY_TAGS) - self.released
         needed = tags & NEEDED
+        if needed and self._settings.is_kept:
+            raise ConfigError(self._settings.is_kept, field="memory_saver")
+        if tags and "weights" not in self.released:
+            self._update.check_idle()
         if needed:
-            if self._settings.is_kept:
-                raise ConfigError(self._settings.is_kept, field="memory_saver")
-            if "weights" not in self.released:
-                self._update.check_idle()
             yield from self._give_back(needed, command.in_flight)
         self.released |= tags
 

@@ -12,7 +12,7 @@ from headrace.core.executor import Executor, LocalExecutor
 from headrace.core.faults import DeviceLost, describe, is_of_lost_device
 from headrace.core.loop import CoreLoop
 from headrace.ipc import CoreLink, PeerClosed, Pulse
-from headrace.types.errors import DeviceLostError, EngineDeadError, ErrorInfo, HeadraceError, InternalError
+from headrace.types.errors import ConfigError, DeviceLostError, EngineDeadError, ErrorInfo, HeadraceError, InternalError
 from headrace.types.messages import CoreFailed, CoreReady
 
 logger = logging.getLogger(__name__)
@@ -108,6 +108,17 @@ def build_executor(
         return FreeExecutor(resolved.model.vocab_size), resolved
     from headrace.runner import build_runner  # torch: the slow import, made in the core only
 
+    if resolved.engine.tp_size > 1:
+        if shares_process and resolved.device == "cuda":
+            raise ConfigError("tp_size over 1 on cuda needs a core of its own process", field="inprocess")
+        from headrace.core.rank_start import start_ranks
+
+        ranks = start_ranks(
+            resolved,
+            lambda mesh: build_runner(resolved, LoadProgress(), shares_process=shares_process, mesh=mesh),
+            shares_process=shares_process,
+        )
+        return ranks, ranks.resolved
     executor = LocalExecutor(build_runner(resolved, on_progress=LoadProgress(), shares_process=shares_process))
     return executor, executor.resolved
 
@@ -158,3 +169,4 @@ def _let_go(loop: CoreLoop) -> None:
         logger.exception("the device could not be let go")
     loop.replica.update.close()
     loop.replica.groups.close()
+    loop.replica.probes.close()

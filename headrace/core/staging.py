@@ -148,7 +148,7 @@ def job_from_group(machine: WeightMachine, command: Receive, group: WeightGroup,
         raise WeightUpdateError("a tensor is named twice in one call", field="names")
     session.touch(now)
     infos = [each.info for each in command.tensors]
-    arrivals = group.receive(infos, command.is_bucket, command.deadline - now)
+    arrivals = group.receive(infos, command.packing, command.deadline - now)
 
     def copies() -> Copies:
         while not arrivals.is_complete:

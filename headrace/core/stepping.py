@@ -27,6 +27,8 @@ class Stepper:
         self.num_completed = 0
         self._scheduler = scheduler
         self._executor = executor
+        self.submit, self.collect = executor.submit, executor.collect
+        """The executor's; who looks at steps stands around them (`headrace.core.probing`)."""
         self._outbox = outbox
         self._pulse = pulse
         self._max_in_flight = overlap_depth + 1
@@ -35,13 +37,17 @@ class Stepper:
 
     def step(self, *, may_submit: bool, admit_new: bool) -> bool:
         """Fill the pipeline if allowed, then complete its oldest plan. False when there was nothing to do."""
+        scheduler = self._scheduler
         self._drop_void_results()
-        if may_submit and not self._fill(admit_new=admit_new):
-            return True
-        if not self._scheduler.num_in_flight:
-            return False
-        self._complete()
-        return True
+        stepped = may_submit and not self._fill(admit_new=admit_new)
+        if scheduler.num_in_flight:  # none after a recovery
+            self._complete()
+            stepped = True
+        self._pulse.enter(Phase.COMMANDING)
+        if not stepped:
+            num_runnable = scheduler.num_live if admit_new else scheduler.num_started
+            self._pulse.found_nothing(has_work=may_submit and num_runnable > 0)
+        return stepped
 
     def settle(self) -> None:
         """Complete every plan in flight: afterwards no step runs until the next `step`. Part of a command."""
@@ -63,7 +69,7 @@ class Stepper:
             if plan is None:
                 break
             pulse.enter(Phase.EXECUTING)
-            self._executor.submit(plan)
+            self.submit(plan)
             self._num_uncollected += 1
         return True
 
@@ -71,7 +77,7 @@ class Stepper:
         self._pulse.enter(Phase.EXECUTING)
         self._num_uncollected -= 1
         try:
-            result = self._executor.collect()
+            result = self.collect()
         except StepError as error:
             self._pulse.enter(Phase.DECIDING)
             self._num_blameless = self._num_blameless + 1 if error.is_blameless else 0

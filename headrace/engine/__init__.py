@@ -4,7 +4,6 @@ from headrace.engine.async_engine import AsyncEngine
 from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT
 from headrace.engine.engine import Engine
 from headrace.engine.requests import GenerateItem, GenerateOptions
-from headrace.engine.serving import ServerHandle
 from headrace.engine.stream import Stream
 from headrace.engine.update_session import UpdateSession
 
@@ -14,7 +13,6 @@ __all__ = [
     "Engine",
     "GenerateItem",
     "GenerateOptions",
-    "ServerHandle",
     "Stream",
     "UpdateSession",
 ]

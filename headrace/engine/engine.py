@@ -17,7 +17,6 @@ from headrace.engine.core_host import ExecutorKind
 from headrace.engine.fields import InputIds, Prompts, Sampling
 from headrace.engine.requests import GenerateOptions
 from headrace.engine.runtime import Regret, result_of
-from headrace.engine.serving import ServerHandle, stop_server
 from headrace.engine.tensors import NamedTensors, to_tensor
 from headrace.engine.update import run_here
 from headrace.engine.update_session import Manifest, UpdateSession
@@ -99,7 +98,15 @@ class Engine:
     update_weights_from_disk = _blocking(AsyncEngine.update_weights_from_disk)
     set_weight_version = _blocking(AsyncEngine.set_weight_version)
     digest = _blocking(AsyncEngine.digest)
+    save_model = _blocking(AsyncEngine.save_model)
+    save_sharded_model = _blocking(AsyncEngine.save_sharded_model)
+    save_remote_model = _blocking(AsyncEngine.save_remote_model)
     weights_checker = _blocking(AsyncEngine.weights_checker)
+    slow_down = _blocking(AsyncEngine.slow_down)
+    freeze_gc = _blocking(AsyncEngine.freeze_gc)
+    start_profile = _blocking(AsyncEngine.start_profile)
+    stop_profile = _blocking(AsyncEngine.stop_profile)
+    collective_rpc = _blocking(AsyncEngine.collective_rpc)
     metrics = _blocking(AsyncEngine.metrics)
     status = _blocking(AsyncEngine.status)
 
@@ -127,7 +134,7 @@ class Engine:
     def begin_update(
         self,
         version: str | int,
-        manifest: Manifest,
+        manifest: Manifest | None,
         *,
         mode: UpdateMode = "auto",
         in_flight: InFlight = "drain",
@@ -171,11 +178,6 @@ class Engine:
     def get_weights_by_name(self, name: str) -> torch.Tensor:
         """See `AsyncEngine.get_weights_by_name`."""
         return to_tensor(self._wait(self.asynchronous.read_weight(name)))
-
-    def serve(self, port: int = 0, host: str = "127.0.0.1", **options: Any) -> ServerHandle:
-        """Serve this engine over HTTP while it goes on being used here; port 0 takes a free one."""
-        running = self._wait(self.asynchronous.serve(port, host, **options), stop_server)
-        return ServerHandle(running, self.asynchronous.runtime)
 
     def wait_ended(self) -> HeadraceError:
         """See `AsyncEngine.wait_ended`."""

@@ -26,7 +26,10 @@ from headrace.types.weights import (
     MAX_DIMENSIONS,
     MAX_TENSOR_NAME,
     MAX_TENSORS,
+    SEPARATE,
+    TOGETHER,
     InFlight,
+    Rendezvous,
     TensorInfo,
     UpdateMode,
     UpdateReport,
@@ -59,6 +62,23 @@ async def init_weights_update_group(
     only. Raises `WeightUpdateError` and `RequestError` naming the field, `UpdateConflictError` for a name that is in
     use, and `DeadlineError` after `timeout` seconds; nothing is left of the group then.
     """
+    await join_group(
+        self.runtime.client, master_address, master_port, rank_offset, world_size, group_name, backend, timeout
+    )
+
+
+async def join_group(
+    client: CoreClient,
+    master_address: Any,
+    master_port: Any,
+    rank_offset: Any,
+    world_size: Any,
+    group_name: Any,
+    backend: Any,
+    timeout: Any,
+    rendezvous: Rendezvous = "sglang",
+) -> None:
+    """What `init_weights_update_group` does, by either rendezvous."""
     name, address = _group_of(group_name), name_of(master_address, "master_address").strip("[]")
     if not address:
         raise RequestError("master_address must not be empty", field="master_address")
@@ -66,8 +86,10 @@ async def init_weights_update_group(
     size = _integer_of(world_size, "world_size", 2, 1 << 20)
     rank = _integer_of(rank_offset, "rank_offset", 1, size - 1)
     kind = as_choice(backend, get_args(Backend), "backend")
-    await self.runtime.client.call(
-        lambda call_id: JoinGroup(call_id, name, address, port, rank, size, kind), NoneType, seconds_of(timeout)
+    await client.call(
+        lambda call_id: JoinGroup(call_id, name, address, port, rank, size, kind, rendezvous),
+        NoneType,
+        seconds_of(timeout),
     )
 
 
@@ -82,10 +104,11 @@ async def stage_from_group(
     session: UpdateSession,
     names: Sequence[str],
     group_name: str = DEFAULT_GROUP,
-    load_format: str | None = None,
+    load_format: str | int | None = None,
 ) -> None:
     """As `stage`, of tensors of the session's manifest that rank 0 of a group broadcasts in this order: one broadcast
-    each, or with `load_format="flattened_bucket"` one of the bytes of all. Waits for the session's time at most."""
+    each, or with `load_format="flattened_bucket"` one of the bytes of all, or with an integer one of as many as it
+    takes to exceed so many bytes. Waits for the session's time at most."""
     async with _Announced(self.runtime.client) as announced:
         announced.group = _group_of(group_name)
         check_session(session)
@@ -101,7 +124,7 @@ async def update_weights_from_distributed(
     dtypes: Sequence[str],
     shapes: Sequence[Sequence[int]],
     group_name: str = DEFAULT_GROUP,
-    load_format: str | None = None,
+    load_format: str | int | None = None,
     version: str | int | None = None,
     *,
     mode: UpdateMode = "auto",
@@ -134,12 +157,12 @@ class _Announced:
         self.seconds = DEFAULT_UPDATE_TIMEOUT
         self._client = client
         self._infos: tuple[TensorInfo, ...] | None = None
-        self._is_bucket = False
+        self._packing = SEPARATE
         self._is_asked = False
 
     def sends(self, infos: Iterable[TensorInfo], load_format: Any) -> None:
         """So much is sent, in this way."""
-        self._is_bucket = load_format_of(load_format)
+        self._packing = _packing_of(load_format)
         self._infos = tuple(infos)
 
     async def receive(self, session: UpdateSession, infos: Sequence[TensorInfo]) -> None:
@@ -153,7 +176,7 @@ class _Announced:
         self._is_asked = True
         try:
             await self._client.call(
-                lambda call_id: Receive(call_id, session.session_id, self.group, tensors, self._is_bucket),
+                lambda call_id: Receive(call_id, session.session_id, self.group, tensors, self._packing),
                 NoneType,
                 self.seconds,
             )
@@ -172,7 +195,7 @@ class _Announced:
     async def _discard(self) -> None:
         with contextlib.suppress(HeadraceError):  # the core is gone, and its groups with it
             await self._client.call(
-                lambda call_id: Discard(call_id, self.group, self._infos, self._is_bucket, self.seconds),
+                lambda call_id: Discard(call_id, self.group, self._infos, self._packing, self.seconds),
                 NoneType,
                 math.inf,
             )
@@ -184,6 +207,15 @@ def load_format_of(load_format: Any) -> bool:
         message = f"load_format {load_format!r:.100} is not supported, only null and {_BUCKET!r} are"
         raise RequestError(message, field="load_format")
     return load_format is not None
+
+
+def _packing_of(load_format: Any) -> int:
+    """How tensors are packed that are broadcast."""
+    if type(load_format) is int:
+        if not 0 <= load_format < TOGETHER:
+            raise RequestError(f"load_format must not be {load_format}", field="load_format")
+        return load_format
+    return TOGETHER if load_format_of(load_format) else SEPARATE
 
 
 def _described(names: Any, dtypes: Any, shapes: Any) -> tuple[TensorInfo, ...]:

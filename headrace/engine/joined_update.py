@@ -1,8 +1,9 @@
 """The implicit update of an engine: calls that bring some of its tensors each, as SGLang's weight calls do, join it.
 
 Owns which session that is, and its label. It is opened by the first call, and committed by the one after which the
-model lacks nothing; an error in one, and the session's deadline, end it, and the next call begins another. Must not
-know tensors or HTTP, nor by which road tensors come: the caller stages them.
+model lacks nothing, or where it was begun by name, when it is finished so. An error in one, and the session's deadline,
+end it, and the next call begins another. Must not know tensors or HTTP, nor by which road tensors come: the caller
+stages them.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class JoinedUpdate:
         self._joining = asyncio.Lock()
         self._session: UpdateSession | None = None
         self._committed: UpdateSession | None = None  # the last of which the commit was asked for
+        self._is_held = False
         self._version = ""  # that a call has given
         self._last: UpdateReport | None = None  # of an update without a head, which may come late
 
@@ -75,15 +77,46 @@ class JoinedUpdate:
             raise
         return report
 
-    async def finish(self) -> None:
-        """No call brings more of the update that is open, if one is. `WeightUpdateError` names what it lacks."""
-        session = self._session
-        if session is not None:
-            try:
-                await self._commit(session)
-            except BaseException:  # whatever it is, as in `add`
-                await self._drop([session])
-                raise
+    async def join(self, infos: Iterable[TensorInfo], terms: UpdateTerms) -> tuple[UpdateSession, Sequence[int]] | None:
+        """The first half of `add`, for one who stages what he brings in calls of his own and ends with `settle`, or
+        aborts the session where that fails. None: it is no tensor."""
+        joined: list[UpdateSession] = []
+        try:
+            indices = await self._join(tuple(infos), terms, joined)
+        except BaseException:  # whatever it is, as in `add`
+            await self._drop(joined)
+            raise
+        return (joined[0], indices) if joined else None
+
+    async def settle(self, session: UpdateSession, indices: Sequence[int]) -> UpdateReport | None:
+        """The second half: these were staged."""
+        try:
+            return await self._finish(session, indices)
+        except BaseException:  # whatever it is, as in `add`
+            await self._drop([session])
+            raise
+
+    async def begin(self) -> None:
+        """The next call begins an update anew, which is not committed before `finish`."""
+        await self.end()
+        self._is_held = True
+
+    async def finish(self, version: str = "") -> UpdateReport | None:
+        """No call brings more of the update that is open: commit it, under this label if there is one. None: there is
+        nothing to commit, or it is committed. `WeightUpdateError` names what it lacks; `UpdateConflictError` if one was
+        begun, and is over."""
+        session, was_begun, self._is_held = self._session, self._is_held, False
+        if session is None:
+            if was_begun:
+                message = "the update that was begun is over: an error has ended it, or nothing of it came"
+                raise UpdateConflictError(message, field="session_id")
+            return None
+        self._version = version or self._version
+        try:
+            return await self._commit(session)
+        except BaseException:  # whatever it is, as in `add`
+            await self._drop([session])
+            raise
 
     async def end(self) -> None:
         """Drop the update, if there is one: a call that could not even say its tensors is an error in it as well."""
@@ -120,7 +153,7 @@ class JoinedUpdate:
         status, last = self._client.status, self._last
         is_live = last is not None and status is not None and status.epoch == last.epoch and self._client.is_whole
         is_same = not terms.version or terms.version == self._version
-        return is_live and is_same and [info.name for info in manifest] == [TIED_HEAD]
+        return is_live and is_same and not self._is_held and [info.name for info in manifest] == [TIED_HEAD]
 
     async def _compare_head(
         self, manifest: tuple[TensorInfo, ...], terms: UpdateTerms, joined: list[UpdateSession]
@@ -161,7 +194,7 @@ class JoinedUpdate:
             return None
         if self._session is not session:
             raise UpdateConflictError(f"session {session.session_id} was aborted", field="session_id")
-        if session.num_missing or not session.is_staged:
+        if session.num_missing or not session.is_staged or self._is_held:
             return None
         return await self._commit(session)
 

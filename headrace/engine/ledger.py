@@ -39,7 +39,6 @@ class Ledger:
         self.released: set[MemoryTag] = set()
         self._version = version
         self._epoch = 0
-        self._num_deaths = 0
         self._is_current = True
         self._open: dict[int, _Change] = {}
 
@@ -81,7 +80,6 @@ class Ledger:
         self._open.clear()
         if self._pauses:
             self._pauses = {0: next(reversed(self._pauses.values()))}
-        self._num_deaths += 1
         self._is_current = self._is_current and not num_unanswered
         self._epoch += 1 + num_unanswered
-        return Takeover(self._num_deaths, self._version, self._epoch, self._is_current)
+        return Takeover(self._version, self._epoch, self._is_current)

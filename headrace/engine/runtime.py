@@ -220,7 +220,7 @@ class EngineLoop:
         # A core in the caller's process is not restarted: what broke the device for it has broken it for the caller.
         max_restarts = 0 if inprocess else engine.max_core_restarts or 0
         self.supervisor = Supervisor(host, self.client, resolved, executor, max_restarts)
-        self.updater = Updater(self.client, self.loop, shares_process=inprocess)
+        self.updater = Updater(self.client, self.loop, shares_process=inprocess, dtype=resolved.dtype)
         self.joined = JoinedUpdate(self.updater, self.client)
         self._closers: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._thread = threading.Thread(target=self._run_loop, name="headrace-engine", daemon=True)
@@ -241,7 +241,7 @@ class EngineLoop:
         return forked(self._pid) if os.getpid() != self._pid else None
 
     def add_closer(self, closer: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Await this on the loop before the core is ended (a server that runs on the loop, say)."""
+        """What ends with the engine: it is awaited on the loop, before the core is ended."""
         self._closers.append(closer)
 
     async def run(self, coroutine: Coroutine[Any, Any, Result], regret: Regret[Result] | None = None) -> Result:

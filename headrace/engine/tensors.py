@@ -10,7 +10,7 @@ import copy
 import ctypes
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,8 @@ import numpy.typing as npt
 
 from headrace.engine.memory_copy import Copy, address_of, copy_memory
 from headrace.types.errors import WeightUpdateError
-from headrace.types.messages import WeightBytes
 from headrace.types.plain_values import plain_text
-from headrace.types.weights import TensorInfo, shape_problem
+from headrace.types.weights import TensorInfo, WeightBytes, shape_problem
 from headrace.weights.weight_map import FLOAT_DTYPES, TIED_HEAD, is_recomputed
 
 if TYPE_CHECKING:
@@ -38,12 +37,14 @@ _NUM_SAMPLED = 4096
 _MAX_ROWS_SAMPLED = 1 << 18
 
 
-def named_pairs(named_tensors: NamedTensors) -> Iterator[tuple[str, Any]]:
+def named_pairs(
+    named_tensors: NamedTensors, hold: Callable[[str, Any], Any] | None = None
+) -> Iterator[tuple[str, Any]]:
     """(name, tensor) pairs, checked one by one as they are read: `WeightUpdateError` for what is no such pair. Buffers
-    that every engine recomputes are left out."""
+    that every engine recomputes are left out. `hold` says what is made of a tensor, `whole` if it is not given."""
     if not isinstance(named_tensors, Iterable) or getattr(named_tensors, "shape", None) == ():
         raise WeightUpdateError("named_tensors must be an iterable of (name, tensor) pairs", field="named_tensors")
-    return _checked(named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors)
+    return _checked(named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors, hold or whole)
 
 
 def are_at_hand(named_tensors: NamedTensors) -> bool:
@@ -203,15 +204,31 @@ def whole(name: str, tensor: Any) -> Any:
 
     `WeightUpdateError` naming it where other ranks hold parts: gathering them is for all ranks to begin together.
     """
-    distributed = sys.modules.get("torch.distributed.tensor")  # not loaded: it can be none
-    if distributed is None or not isinstance(tensor, distributed.DTensor):
+    if not _is_dtensor(tensor):
         return tensor
+    if is_in_shards(tensor):
+        num_ranks = tensor.device_mesh.size()
+        message = (
+            f"{name} is a DTensor of {num_ranks} ranks: headrace.rl.WeightPusher gathers it where all of them push"
+        )
+        raise WeightUpdateError(message, field=name)
+    return own_part(tensor)
+
+
+def own_part(tensor: Any) -> Any:
+    """What this rank holds of a tensor."""
+    if not _is_dtensor(tensor):
+        return tensor
+    with sys.modules["torch"].no_grad():  # its own part as it is, untouched
+        return tensor.to_local()
+
+
+def is_in_shards(tensor: Any) -> bool:
+    """It is a DTensor of which other ranks hold parts."""
+    if not _is_dtensor(tensor):
+        return False
     mesh = tensor.device_mesh
-    if all(place.is_replicate() or mesh.size(axis) == 1 for axis, place in enumerate(tensor.placements)):
-        with sys.modules["torch"].no_grad():  # its own part as it is, untouched
-            return tensor.to_local()
-    message = f"{name} is a DTensor of {mesh.size()} ranks: call full_tensor() on all of them and send it from one"
-    raise WeightUpdateError(message, field=name)
+    return not all(place.is_replicate() or mesh.size(axis) == 1 for axis, place in enumerate(tensor.placements))
 
 
 def same_memory(left: Any, right: Any) -> bool:
@@ -227,7 +244,7 @@ def _place(tensor: Any) -> tuple[Any, ...]:
     return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
-def _checked(pairs: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+def _checked(pairs: Iterable[Any], hold: Callable[[str, Any], Any]) -> Iterator[tuple[str, Any]]:
     for pair in pairs:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], str):
             raise WeightUpdateError("named_tensors must hold (name, tensor) pairs", field="named_tensors")
@@ -236,7 +253,12 @@ def _checked(pairs: Iterable[Any]) -> Iterator[tuple[str, Any]]:
             continue
         if not isinstance(tensor, np.ndarray) and not _is_torch(tensor):
             raise WeightUpdateError(f"{name} is a {type(tensor).__name__}, not a torch or numpy tensor", field=name)
-        yield name, whole(name, tensor)
+        yield name, hold(name, tensor)
+
+
+def _is_dtensor(tensor: Any) -> bool:
+    distributed = sys.modules.get("torch.distributed.tensor")  # not loaded: it can be none
+    return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
 def _is_torch(tensor: Any) -> bool:

@@ -46,13 +46,13 @@ from headrace.types.messages import (
     ExtendUpdate,
     Stage,
     StagePayload,
-    UpdateBegun,
-    UpdateExtended,
 )
 from headrace.types.weights import (
     BufferEntry,
     BufferRef,
     TensorInfo,
+    UpdateBegun,
+    UpdateExtended,
     UpdateReport,
 )
 
@@ -72,8 +72,11 @@ Run = Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]]
 class Updater:
     """Opens, fills and ends update sessions on one core. Its coroutines run on the engine's loop."""
 
-    def __init__(self, client: CoreClient, loop: asyncio.AbstractEventLoop, *, shares_process: bool) -> None:
-        """`shares_process`: the core is a thread of this process."""
+    def __init__(
+        self, client: CoreClient, loop: asyncio.AbstractEventLoop, *, shares_process: bool, dtype: str = ""
+    ) -> None:
+        """`shares_process`: the core is a thread of this process. `dtype` is the engine's."""
+        self._dtype = dtype
         self._shares_process = shares_process
         self._client = client
         self._loop = loop
@@ -86,19 +89,21 @@ class Updater:
         self._fillings: set[Filling] = set()
 
     async def begin(
-        self, manifest: tuple[TensorInfo, ...], terms: UpdateTerms, *, is_open: bool = False
+        self, manifest: tuple[TensorInfo, ...] | None, terms: UpdateTerms, *, is_open: bool = False
     ) -> UpdateSession:
-        """Have the whole manifest checked and a session opened; one that `is_open` is open-ended. Every other session
-        is over then."""
+        """Have the whole manifest checked and a session opened; one that `is_open` is open-ended. None: `stage` lists
+        what comes. Every other session is over then."""
+        entries, is_listed = manifest or (), manifest is not None
 
         def command(call_id: int) -> BeginUpdate:
             policies = terms.mode, terms.in_flight, terms.partial, terms.timeout_s
-            return BeginUpdate(call_id, terms.version, manifest, *policies, is_open=is_open)
+            return BeginUpdate(call_id, terms.version, entries, *policies, is_open=is_open or not is_listed)
 
         begun = await self._client.change(command, UpdateBegun)
         for filling in tuple(self._fillings):
             self._end(filling)
-        return UpdateSession(begun.session_id, terms.version, begun.mode, manifest, terms.timeout_s, terms.partial)
+        given = begun.session_id, terms.version, begun.mode, entries, terms.timeout_s, terms.partial
+        return UpdateSession(*given, is_open=not is_listed, dtype=self._dtype)
 
     async def extend(self, session: UpdateSession, manifest: tuple[TensorInfo, ...]) -> range:
         """Have more tensors of an open-ended session checked; returns their indices. After one that was cancelled the
@@ -336,9 +341,23 @@ class Updater:
     async def _send(self, session: UpdateSession, filling: Filling) -> None:
         """Make an upload of what has been filled, if anything has."""
         self._raise_failures(filling)
+        if session.unannounced():
+            await self._announce(session)
         buffer = filling.take()
         if buffer is not None:
             self._begin_upload(session, filling, buffer, lambda: self._give_back(buffer))
+
+    async def _announce(self, session: UpdateSession) -> None:
+        """Have checked what was staged and not listed."""
+        part = session.unannounced()
+        first: int | None = None
+        try:
+            extended = await self._client.call(
+                lambda call_id: ExtendUpdate(call_id, session.session_id, part), UpdateExtended
+            )
+            first = extended.first_index
+        finally:
+            session.settle_announced(first)
 
     async def _upload(self, session: UpdateSession, buffer: UploadBuffer | DeviceExport) -> None:
         session_id, ref, entries = session.session_id, buffer.ref, tuple(buffer.entries)
@@ -347,6 +366,8 @@ class Updater:
     async def _send_export(self, session: UpdateSession, filling: Filling, export: DeviceExport) -> None:
         """Make an upload of tensors that stay where they are, if there are any. It holds them until it is over."""
         self._raise_failures(filling)
+        if session.unannounced():
+            await self._announce(session)
         if export.entries:
             self._begin_upload(session, filling, export, lambda: None)
 

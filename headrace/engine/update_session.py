@@ -10,18 +10,23 @@ from typing import Any
 import msgspec
 
 from headrace.engine.upload_buffers import aligned
-from headrace.types.errors import WeightUpdateError
+from headrace.types.errors import UpdateConflictError, WeightUpdateError
 from headrace.types.plain_values import as_list, plain_text
 from headrace.types.weights import MAX_DIMENSIONS, MAX_TENSOR_NAME, MAX_TENSORS, TensorInfo, shape_problem
 from headrace.weights.weight_map import is_recomputed
 
 Manifest = Iterable[TensorInfo | tuple[str, Iterable[int], str]]
 
+_OPEN_PART_BYTES = 64 << 20
+"""What one whose tensors nobody has listed takes as its largest part."""
+
 
 class UpdateSession:
     """An open update. `mode` is what "auto" became; `manifest` is what may be staged, each entry once.
 
     One that is open-ended grows by `Updater.extend`, and `num_missing` tensors of the model are in no part of it yet.
+    Of one that `is_open` no manifest was given: what is staged is announced as it comes, by one `stage` call at a time,
+    and one in place may have written some when another is refused.
     """
 
     def __init__(
@@ -32,16 +37,23 @@ class UpdateSession:
         manifest: tuple[TensorInfo, ...],
         timeout_s: float,
         is_partial: bool = False,
+        *,
+        is_open: bool = False,
+        dtype: str = "",
     ) -> None:
+        """`dtype` is the engine's."""
         self.session_id = session_id
         self.version = version
         self.mode = mode
         self.manifest: list[TensorInfo] = []
         self.timeout_s = timeout_s
         self.is_partial = is_partial
+        self.dtype = dtype
         self.num_missing = 0
         self.num_bytes_staged = 0
-        self._max_part_bytes = 0
+        self._max_part_bytes = _OPEN_PART_BYTES if is_open else 0  # in upload buffers
+        self._is_open = is_open
+        self._num_known = 0  # of the manifest, to the core
         self._new_parts: list[tuple[TensorInfo, ...]] = []
         self._indices: dict[str, int] = {}
         self._sent: set[int] = set()
@@ -49,10 +61,9 @@ class UpdateSession:
         self.grow(manifest)
 
     def grow(self, manifest: tuple[TensorInfo, ...]) -> None:
-        """These are in the manifest as well."""
-        first = len(self.manifest)
-        self._indices.update((info.name, index) for index, info in enumerate(manifest, first))
-        self.manifest += manifest
+        """These are in the manifest as well, as the core knows."""
+        self._add(manifest)
+        self._num_known = len(self.manifest)
         self._new_parts.append(manifest)
 
     @property
@@ -62,6 +73,26 @@ class UpdateSession:
             self._max_part_bytes = max(self._max_part_bytes, sum(aligned(info.num_bytes) for info in part))
         self._new_parts.clear()
         return self._max_part_bytes
+
+    def unannounced(self) -> tuple[TensorInfo, ...]:
+        """What was staged of one that `is_open`, and the core has not heard of; it is told of it next."""
+        return tuple(self.manifest[self._num_known :])
+
+    def settle_announced(self, first: int | None) -> None:
+        """The core has taken those at `first`, or with None refused them: then they are in no manifest."""
+        if first is None:
+            for info in self.unannounced():
+                del self._indices[info.name]
+            del self.manifest[self._num_known :]
+        elif first != self._num_known:
+            message = f"session {self.session_id} was extended by others, too"
+            raise UpdateConflictError(message, field="session_id")
+        self._num_known = len(self.manifest)
+
+    def _add(self, manifest: tuple[TensorInfo, ...]) -> None:
+        first = len(self.manifest)
+        self._indices.update((info.name, index) for index, info in enumerate(manifest, first))
+        self.manifest += manifest
 
     def __contains__(self, name: object) -> bool:
         """A tensor of that name is in the manifest."""
@@ -95,6 +126,8 @@ class UpdateSession:
 
     def index_of(self, info: TensorInfo) -> int:
         """The manifest's index of a tensor. Raises `WeightUpdateError` if it is not there as described."""
+        if self._is_open and info.name not in self._indices:
+            self._add((info,))
         meant = self.info_of(info.name)
         if (meant.shape, meant.dtype) != (info.shape, info.dtype):
             got, announced = f"{info.dtype} {list(info.shape)}", f"{meant.dtype} {list(meant.shape)}"

@@ -1,8 +1,9 @@
-"""The fast CPU path of each row operation: few calls, few temporaries. Shapes as in `KernelSet`."""
+"""The fast CPU path of each row operation: few calls, few temporaries. Shapes as in `KernelSet`.
+
+A linear layer is one product over all rows: `Products.linear` and `linear_add_` themselves.
+"""
 
 from __future__ import annotations
-
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,20 +11,6 @@ from torch import Tensor
 
 from headrace.kernels.experts import Routed, add_grouped_
 from headrace.kernels.products import PLAIN, Products
-
-
-def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, products: Products = PLAIN) -> Tensor:
-    """One GEMM over all rows."""
-    return products.linear(x_TI, weight_OI, bias_O)
-
-
-def linear_add_(
-    residual_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, products: Products = PLAIN
-) -> None:
-    """One GEMM that accumulates into the residual stream."""
-    products.linear_add_(residual_TO, x_TI, weight_OI)
-    if bias_O is not None:
-        residual_TO.add_(bias_O)
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -54,4 +41,4 @@ def experts_add_(
     residual_TX: Tensor, routed: Routed, gate_up_E2FX: Tensor, down_EXF: Tensor, products: Products = PLAIN
 ) -> None:
     """One product per expert and projection, over the rows of all tokens that are given to it."""
-    add_grouped_(residual_TX, routed, gate_up_E2FX, down_EXF, partial(linear, products=products), silu_and_mul)
+    add_grouped_(residual_TX, routed, gate_up_E2FX, down_EXF, products.linear, silu_and_mul)

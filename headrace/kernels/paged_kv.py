@@ -7,6 +7,7 @@ page are contiguous. Seen flat as [num_rows, head_dim], position `offset` of `pa
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class AttentionShape:
         """Of every layer of a KV group."""
         return cls(group.num_heads, group.num_kv_heads, group.head_dim)
 
-    @property
+    @functools.cached_property
     def scale(self) -> float:
         """Factor on every score."""
         return float(self.head_dim**-0.5)
@@ -62,7 +63,8 @@ class KvGeometry:
 
 
 class KvPool:
-    """Keys and values of all layers of a group, flat: `keys[layer]` and `values[layer]` are [num_rows, head_dim].
+    """Keys and values of all layers of a group, flat: `keys[layer]` and `values[layer]` are [num_rows, head_dim],
+    `blocks` [2 * layers, num_rows, head_dim] all of them.
 
     `zeros` makes the memory; None: torch does. Raises `ConfigError` naming `kv_pool_tokens` where it cannot.
     """
@@ -83,6 +85,7 @@ class KvPool:
             size = f"{math.prod(shape) * dtype.itemsize / (1 << 30):,.1f} GiB"
             message = f"a KV pool of {size} does not fit in memory; lower kv_pool_tokens ({error})"
             raise ConfigError(message, field="kv_pool_tokens") from None
+        self.blocks = blocks
         self.keys = [blocks[2 * layer] for layer in range(geometry.num_layers)]
         self.values = [blocks[2 * layer + 1] for layer in range(geometry.num_layers)]
 

@@ -26,11 +26,11 @@ class Layer(Protocol):
 class Decoder:
     """Layers over parameters that stay where they are; their contents may change between calls."""
 
-    def __init__(self, params: Params, layers: Sequence[Layer]) -> None:
-        self.embed = Embedding(params.tensors["embed"])
+    def __init__(self, params: Params, layers: Sequence[Layer], embed: Embedding) -> None:
+        self.embed = embed
         self._layers = layers
         self._final_norm = params.norm("final_norm")
-        head = params.tensors.get("lm_head", self.embed.weight)
+        head = params.tensors.get("lm_head", embed.weight)
         self._lm_head = Linear(params.kernels, params.counter, head)
 
     def forward(self, hidden_TX: Tensor, step: ForwardStep) -> Tensor:

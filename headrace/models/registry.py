@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from headrace.config import LayerSpec, ModelSpec
 from headrace.config.layer_spec import ExpertsSpec
 from headrace.kernels import LayerKernels
-from headrace.layers.linear import GemmCounter
+from headrace.layers.linear import Embedding, GemmCounter
 from headrace.layers.params import Params
+from headrace.layers.sharded import ShardedEmbedding, ShardedKernels
 from headrace.layers.step import KvPlace
 from headrace.models.decoder import Decoder
 from headrace.models.family import ExpertLayers, Family, LayerTensor, Size, layer_tensors
@@ -16,6 +17,7 @@ from headrace.models.llama import LlamaLayer
 from headrace.models.mixtral import MixtralLayer
 from headrace.models.qwen3 import Qwen3Layer
 from headrace.models.qwen3_moe import Qwen3MoeLayer
+from headrace.parallel import SINGLE, Mesh
 from headrace.weights.boxes import Box
 from headrace.weights.experts import ExpertTensors
 from headrace.weights.shard import ONLY_RANK, Shard
@@ -125,9 +127,21 @@ class _Layout:
         return WeightMap(self._params.values(), self._rules, aliases, other_names=others, is_shard=is_shard)
 
 
-def build(spec: ModelSpec, store: WeightStore, *, kernels: LayerKernels, counter: GemmCounter | None = None) -> Decoder:
-    """The decoder over `store.live`, whose tensors it keeps."""
-    family = FAMILIES[spec.architecture]
+def build(
+    spec: ModelSpec,
+    store: WeightStore,
+    *,
+    kernels: LayerKernels,
+    counter: GemmCounter | None = None,
+    mesh: Mesh = SINGLE,
+    in_order: bool = False,
+) -> Decoder:
+    """The decoder over `store.live`, whose tensors it keeps: one rank's part of it, where the mesh has several.
+    `in_order`: as `ShardedKernels`."""
+    family, embed = FAMILIES[spec.architecture], Embedding(store.live["embed"])
+    if not mesh.is_single:
+        kernels = ShardedKernels(kernels, mesh, spec.vocab_size, in_order=in_order)
+        embed = ShardedEmbedding(embed.weight, mesh)
     params = Params(store.live, kernels, counter or GemmCounter(), spec.rms_norm_eps)
     places = {
         layer_id: KvPlace(number, layer)
@@ -137,4 +151,4 @@ def build(spec: ModelSpec, store: WeightStore, *, kernels: LayerKernels, counter
     layers = [
         family.layer(params.below(f"layers.{index}"), places[index], layer) for index, layer in enumerate(spec.layers)
     ]
-    return Decoder(params, layers)
+    return Decoder(params, layers, embed)

@@ -1,29 +1,35 @@
-"""Pushing a trainer's weights into an engine. Owns the way from trainer names to Hugging Face names, and the proof.
+"""Pushing a trainer's weights into an engine: one transaction, tensor by tensor, and the proof.
 
-Knows nothing of optimizers or processes: it reads tensors and calls the engine's update. Loads no torch of its own.
+Owns the order of a push. How tensors get to an engine is its own `stage`: within this process, by memory shared with it
+on this host, as bytes elsewhere; where they come from is `headrace.rl.sources`. Knows nothing of optimizers. Loads no
+torch of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from headrace.engine import Engine
-from headrace.engine.control import version_of
-from headrace.engine.tensors import describe, named_pairs, same_memory, whole
-from headrace.types.errors import WeightUpdateError
+from headrace.client import Client
+from headrace.engine import DEFAULT_UPDATE_TIMEOUT, Engine
+from headrace.engine.control import UpdateTerms, terms_of
+from headrace.engine.tensors import NamedTensors, describe, named_pairs
+from headrace.rl.sources import Listed, NamedTensor, WeightSource, Yielded
+from headrace.rl.trainer_ranks import TrainerRanks
+from headrace.types.errors import HeadraceError, WeightUpdateError
 from headrace.types.plain_values import as_choice, as_flag
-from headrace.types.weights import InFlight, UpdateMode, UpdateReport
-from headrace.weights.weight_map import FLOAT_DTYPES, TIED_HEAD, WeightMap, is_recomputed
+from headrace.types.weights import InFlight, TensorInfo, UpdateMode, UpdateReport
+from headrace.weights.weight_map import FLOAT_DTYPES
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
 
-WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-"""Parts of a parameter's name that data parallelism, compilation, FSDP and activation checkpointing put in."""
+    Weights = torch.nn.Module | NamedTensors | WeightSource
 
 
 class PushReport(msgspec.Struct, frozen=True):
@@ -34,86 +40,186 @@ class PushReport(msgspec.Struct, frozen=True):
     is_verified: bool
 
 
-def hf_name(name: str) -> str:
-    """The Hugging Face name of a trainer's parameter: the same, without what wrappers put in."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+class WeightPusher:
+    """Pushes a trainer's weights into one engine, as often as they change.
 
+    target   an `Engine` of this process, a `Client` or a `Runtime`; None on the ranks of `group` that have none
+    group    the `torch.distributed` ranks that push together, each with its shards; its rank 0 has the target. None:
+             this process has all of every tensor
+    dtype    what tensors are converted to before they are gathered and sent, as "bfloat16"; None: they are sent as they
+             are, and the engine converts them
 
-def hf_named_tensors(
-    weights: torch.nn.Module | Mapping[str, torch.Tensor], *, keep_tied_head: bool = False
-) -> list[tuple[str, torch.Tensor]]:
-    """(Hugging Face name, tensor) pairs of a module or a state dict; no tensor is copied.
-
-    A tied output head is left out (it *is* the embedding) unless it is to be kept, for an engine that does not tie;
-    what every model computes for itself is always left out. A DTensor becomes the plain tensor that it is.
-    Raises `WeightUpdateError` if two parameters come to bear one name, other ranks hold a part of a DTensor, or one
-    has no values that can be read.
+    Over HTTP a client shares memory with a server on its host and sends bytes to any other.
     """
-    keep_tied_head = as_flag(keep_tied_head, "keep_tied_head", WeightUpdateError)
-    is_module = hasattr(weights, "state_dict") and hasattr(weights, "named_parameters")
-    if not isinstance(weights, Mapping) and not is_module:
-        message = f"weights must be a module or a state dict, not {type(weights).__name__}"
-        raise WeightUpdateError(message, field="weights")
-    state = weights if isinstance(weights, Mapping) else _state_of(weights)
-    tensors: dict[str, Any] = {}
-    for name, tensor in state.items():
-        if not isinstance(name, str):
-            raise WeightUpdateError(f"weights holds {name!r}, which is no name", field="weights")
-        clean = hf_name(name)
-        if clean in tensors:
-            raise WeightUpdateError(f"{name} and another parameter are both {clean}", field=clean)
-        if is_recomputed(clean):
-            continue
-        if not hasattr(tensor, "detach"):
-            raise WeightUpdateError(f"{clean} is a {type(tensor).__name__}, not a tensor", field=clean)
-        held = whole(clean, tensor)
-        describe(clean, held)
-        tensors[clean] = held.detach()
-    head = None if keep_tied_head else tensors.get(TIED_HEAD)
-    if head is not None and any(same_memory(head, other) for name, other in tensors.items() if name != TIED_HEAD):
-        del tensors[TIED_HEAD]
-    return list(tensors.items())
+
+    def __init__(
+        self, target: Engine | Client | None, group: ProcessGroup | None = None, dtype: str | torch.dtype | None = None
+    ) -> None:
+        given: Any = target
+        if given is not None and not isinstance(given, (Engine, Client)):
+            message = f"target must be an Engine, a Client or a Runtime, not {type(given).__name__}"
+            raise WeightUpdateError(message, field="target")
+        self._ranks = TrainerRanks(group)
+        if (target is None) != (self._ranks.rank > 0):
+            raise WeightUpdateError("rank 0 of group has the target, and no other rank has one", field="target")
+        self._target = target
+        self._dtype = None if dtype is None else float_dtype(dtype)
+
+    def push(
+        self,
+        weights: Weights,
+        version: str | int,
+        *,
+        mode: UpdateMode = "auto",
+        in_flight: InFlight = "drain",
+        timeout: float = DEFAULT_UPDATE_TIMEOUT,
+        verify: bool = False,
+    ) -> PushReport:
+        """Make `weights` the engine's live weights, labelled `version`. Returns once they serve, on every rank.
+
+        `weights` is a module, a state dict, an iterator of (name, tensor) pairs under Hugging Face names, or a source
+        of `headrace.rl.megatron`. Each tensor has been copied when the next is asked for, and no more than one is whole
+        in memory at a time. DTensors are gathered tensor by tensor: all ranks of `group` call this, with the same names
+        in the same order, and what one raises before the first tensor, or the engine at any time, all raise.
+
+        `verify` compares the digests of the engine's live memory with those of `weights` in the engine's dtype.
+        Raises `WeightUpdateError` naming the tensor when weights cannot be read or the engine refuses them (the old
+        ones serve on, unless they were being overwritten in place: see `begin_update`), or, after the fact, when what
+        the engine reports or holds is not what was sent.
+        """
+        started = time.perf_counter()
+        is_verified, terms = as_flag(verify, "verify", WeightUpdateError), terms_of(version, mode, in_flight, timeout)
+        engine = self._target if isinstance(self._target, Engine) else None
+        is_tied = bool(self._ranks.agree(b"tied" if engine and engine.resolved.model.tie_word_embeddings else b""))
+        with contextlib.ExitStack() as undo:
+            sending: _Sending | None = None
+            pairs: Iterator[NamedTensor] = iter(())
+            problem: HeadraceError | None = None
+            try:
+                source = self._source(weights, keep_tied_head=not is_tied)
+                pairs = iter(source)
+                if self._target is not None:
+                    sending = undo.enter_context(_Sending(self._target, source.manifest, terms, is_verified))
+            except HeadraceError as error:
+                problem = error
+            self._ranks.agree(problem or b"")
+            return self._send(sending, pairs, started, is_verified)
+
+    def _send(
+        self, sending: _Sending | None, pairs: Iterator[NamedTensor], started: float, is_verified: bool
+    ) -> PushReport:
+        answer: HeadraceError | bytes = b""
+        try:
+            if sending is not None:
+                update = sending.send(pairs)
+                answer = msgspec.msgpack.encode(PushReport(update, time.perf_counter() - started, is_verified))
+        except HeadraceError as error:
+            answer = error
+        if self._ranks.num_ranks > 1:  # of what was not sent others have still to give their parts
+            for _ in pairs:
+                pass
+        return msgspec.msgpack.decode(self._ranks.agree(answer), type=PushReport)
+
+    def _source(self, weights: Any, *, keep_tied_head: bool) -> WeightSource:
+        if hasattr(weights, "manifest"):
+            source: WeightSource = weights
+            return source
+        if isinstance(weights, Mapping) or hasattr(weights, "named_parameters"):
+            return Listed(weights, self._dtype, keep_tied_head=keep_tied_head)
+        return Yielded(weights, self._dtype)
 
 
-def _state_of(module: torch.nn.Module) -> Mapping[str, Any]:
-    """Its state dict. Where torch would fail to make one, `WeightUpdateError` naming its first parameter."""
-    from headrace.weights.staging import unreadable_now
+class _Sending:
+    """An update that is open on a target; left before its commit, it is aborted."""
 
-    name, problem = next((hf_name(name) for name, _ in module.named_parameters()), ""), unreadable_now()
-    if problem:
-        raise WeightUpdateError(f"{name} {problem}", field=name)
-    return module.state_dict()
+    def __init__(
+        self, target: Engine | Client, manifest: Iterable[TensorInfo] | None, terms: UpdateTerms, is_verified: bool
+    ) -> None:
+        self._target = target
+        options: dict[str, Any] = {"mode": terms.mode, "in_flight": terms.in_flight, "timeout": terms.timeout_s}
+        self._session = target.begin_update(terms.version, manifest, **options)
+        self._is_over = False
+        self._digests = Digests(self._session.dtype) if is_verified else None
+        self._num_sent = 0
+
+    def send(self, pairs: Iterable[NamedTensor]) -> UpdateReport:
+        """All of them, made live and compared."""
+        self._target.stage(self._session, self._noted(pairs))
+        report = self._target.commit(self._session)
+        self._is_over = True
+        label = self._session.version
+        if (report.version, report.num_tensors) != (label, self._num_sent):
+            sent, got = f"{self._num_sent} as {label}", f"{report.num_tensors} as {report.version}"
+            raise WeightUpdateError(f"tensors sent: {sent}; taken by the engine: {got}", field="version")
+        if self._digests is not None:
+            self._digests.require_live(self._target)
+        return report
+
+    def _noted(self, pairs: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
+        for name, tensor in pairs:
+            self._num_sent += 1
+            if self._digests is not None:
+                self._digests.add(name, tensor)
+            yield name, tensor
+
+    def __enter__(self) -> _Sending:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._is_over:
+            with contextlib.suppress(HeadraceError):  # it has ended by itself
+                self._target.abort_update(self._session)
+
+
+class Digests:
+    """Digests of tensors in one dtype, by name: what `Engine.digest` says of an engine that holds them."""
+
+    def __init__(self, dtype: Any) -> None:
+        """`WeightUpdateError` (field "dtype") for one that no engine holds."""
+        self._dtype = float_dtype(dtype)
+        self._keys: dict[str, Any] = {}  # by device
+        self.by_name: dict[str, str] = {}
+
+    def add(self, name: str, tensor: Any) -> None:
+        """`WeightUpdateError` naming a tensor that has none."""
+        self.by_name[name] = self._of(name, tensor)
+
+    def require_live(self, target: Engine | Client) -> None:
+        """`WeightUpdateError` naming what is not live as it is here. What has no digest of its own there, as experts in
+        one tensor or a tied head, is read back."""
+        live = target.digest()
+        for name in self.by_name.keys() - live.keys():
+            live[name] = self._of(name, target.get_weights_by_name(name))
+        names = sorted(name for name, digest in self.by_name.items() if digest != live[name])
+        if names:
+            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            message = f"live weights differ from those sent in {len(names)} tensors: {shown}"
+            raise WeightUpdateError(message, field=names[0])
+
+    def _of(self, name: str, tensor: Any) -> str:
+        import torch
+
+        from headrace.weights.position_sum import PositionKeys, position_digest
+
+        if not isinstance(tensor, torch.Tensor) or describe(name, tensor).dtype not in FLOAT_DTYPES:
+            raise WeightUpdateError(f"{name} is no torch tensor of {', '.join(FLOAT_DTYPES)}", field=name)
+        plain = tensor.detach().to(self._dtype).resolve_neg().contiguous().view(-1)
+        device = str(plain.device)
+        keys = self._keys.get(device) or self._keys.setdefault(device, PositionKeys(plain.device))
+        return position_digest(plain, keys)
 
 
 def push_weights(
-    engine: Engine,
-    weights: torch.nn.Module | Mapping[str, torch.Tensor],
+    target: Engine | Client,
+    weights: Weights,
     version: str | int,
     *,
     mode: UpdateMode = "auto",
     in_flight: InFlight = "drain",
     verify: bool = False,
 ) -> PushReport:
-    """Make `weights` the engine's live weights, labelled `version`. Returns once they serve.
-
-    `verify` then compares the digests of the engine's live memory with those of `weights` in the engine's dtype.
-    Raises `WeightUpdateError` naming the tensor when the engine refuses the weights (the old ones serve on), or, after
-    the fact, when what it reports or holds is not what was sent.
-    """
-    from headrace.models import weight_map
-
-    started = time.perf_counter()
-    verify = as_flag(verify, "verify", WeightUpdateError)
-    model, dtype = engine.resolved.model, engine.resolved.dtype
-    pairs = hf_named_tensors(weights, keep_tied_head=not model.tie_word_embeddings)
-    label = version_of(version)
-    report = engine.update_weights_from_tensor(pairs, label, mode=mode, in_flight=in_flight)
-    if (report.version, report.num_tensors) != (label, len(pairs)):
-        sent, got = f"{len(pairs)} as {label}", f"{report.num_tensors} as {report.version}"
-        raise WeightUpdateError(f"tensors sent: {sent}; taken by the engine: {got}", field="version")
-    if verify:
-        _require_equal(live_digests(pairs, weight_map(model), dtype), engine.digest())
-    return PushReport(report, time.perf_counter() - started, verify)
+    """One push by one process. See `WeightPusher.push`."""
+    return WeightPusher(target).push(weights, version, mode=mode, in_flight=in_flight, verify=verify)
 
 
 def tensor_digests(pairs: Iterable[tuple[str, torch.Tensor]], dtype: str) -> dict[str, str]:
@@ -121,42 +227,16 @@ def tensor_digests(pairs: Iterable[tuple[str, torch.Tensor]], dtype: str) -> dic
 
     `dtype` is a dtype that an engine may hold, as "float32". Raises `WeightUpdateError` naming the field or the tensor.
     """
-    import torch
-
-    from headrace.weights.position_sum import PositionKeys, position_digest
-
-    target: torch.dtype = getattr(torch, as_choice(dtype, FLOAT_DTYPES, "dtype", WeightUpdateError))
-    keys, digests = PositionKeys(torch.device("cpu")), {}
+    digests = Digests(dtype)
     for name, tensor in named_pairs(pairs):
-        if not isinstance(tensor, torch.Tensor) or describe(name, tensor).dtype not in FLOAT_DTYPES:
-            raise WeightUpdateError(f"{name} is no torch tensor of {', '.join(FLOAT_DTYPES)}", field=name)
-        plain = tensor.detach().to("cpu", target).resolve_neg()
-        digests[name] = position_digest(plain.contiguous().view(-1), keys)
-    return digests
+        digests.add(name, tensor)
+    return digests.by_name
 
 
-def live_digests(pairs: Iterable[tuple[str, torch.Tensor]], table: WeightMap, dtype: str) -> dict[str, str]:
-    """What `Engine.digest` says of an engine of that dtype that took these tensors: by the names of files, whichever
-    names of the table they have, and in the dtypes that its parameters have. A parameter is built at a time."""
+def float_dtype(dtype: Any) -> torch.dtype:
+    """A dtype that an engine may hold, by its name or itself."""
     import torch
 
-    from headrace.weights.store import WeightStore
-
-    tensors = dict(pairs)
-    digests: dict[str, str] = {}
-    for alias, target in table.aliases.items():
-        if alias in tensors:  # the engine has checked that both are equal where both are sent
-            tensors.setdefault(target, tensors[alias])
-    for part in table.parts():
-        names = part.rules_by_name.keys() | part.other_rules.keys()
-        store = WeightStore(part, getattr(torch, dtype), torch.device("cpu"), check_finite=False)
-        store.load((name, tensors[name]) for name in names & tensors.keys())
-        digests |= store.digest()
-    return digests
-
-
-def _require_equal(sent: Mapping[str, str], live: Mapping[str, str]) -> None:
-    names = sorted(name for name in sent.keys() | live.keys() if sent.get(name) != live.get(name))
-    if names:
-        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-        raise WeightUpdateError(f"live weights differ from those sent in {len(names)} tensors: {shown}", field=names[0])
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    found: torch.dtype = getattr(torch, as_choice(name, FLOAT_DTYPES, "dtype", WeightUpdateError))
+    return found

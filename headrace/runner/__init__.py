@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from headrace.config import ResolvedConfig
+from headrace.parallel import SINGLE, Mesh
 from headrace.runner.loading import Progress
 from headrace.runner.runner import Runner
 
@@ -17,15 +18,19 @@ _DEVICE_BACKENDS = ("triton", "flashinfer")
 
 
 def build_runner(
-    resolved: ResolvedConfig, on_progress: Progress | None = None, *, shares_process: bool = False
+    resolved: ResolvedConfig,
+    on_progress: Progress | None = None,
+    *,
+    shares_process: bool = False,
+    mesh: Mesh = SINGLE,
 ) -> Runner | DeviceRunner:
     """The runner that these settings ask for, in a process of its own or a caller's. Raises what its constructor
     raises, and `ConfigError`."""
     if resolved.attention_backend not in _DEVICE_BACKENDS:
-        return Runner(resolved, on_progress, shares_process=shares_process)
+        return Runner(resolved, on_progress, shares_process=shares_process, mesh=mesh)
     from headrace.kernels.cache import use_kernel_cache
 
     use_kernel_cache(resolved.engine.kernel_cache)  # before anything imports triton
     from headrace.runner.device_runner import DeviceRunner
 
-    return DeviceRunner(resolved, on_progress, shares_process=shares_process)
+    return DeviceRunner(resolved, on_progress, shares_process=shares_process, mesh=mesh)

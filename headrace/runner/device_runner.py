@@ -21,19 +21,23 @@ from headrace import models
 from headrace.attention import AttentionShape, build_device_backend
 from headrace.attention.base import DeviceAttention
 from headrace.attention.groups import GroupedAttention
-from headrace.config import ResolvedConfig
+from headrace.config import ModelSpec, ResolvedConfig, share_of
 from headrace.kernels.cache import CompileCounter
 from headrace.kernels.paged_kv import KvGeometry, KvPool, Zeros
 from headrace.kernels.rope_tables import rope_tables
 from headrace.kernels.triton.layer_kernels import device_kernels
+from headrace.kernels.triton.step_tables import embed_tokens
+from headrace.kernels.triton.weight_pieces import warm
 from headrace.layers.linear import GemmCounter
 from headrace.models.decoder import Decoder
+from headrace.parallel import SINGLE, Mesh
 from headrace.runner.buckets import Buckets
 from headrace.runner.device_step import DeviceStep
 from headrace.runner.device_thread import take_device
 from headrace.runner.exact_products import ExactProducts
 from headrace.runner.graphs import Graphs
-from headrace.runner.launches import Launches, make_tables
+from headrace.runner.host_pages import HostPages
+from headrace.runner.launches import Launches, make_tables, sharded_embed_tokens
 from headrace.runner.loading import Progress, checked_weight_map, load_weights
 from headrace.runner.memory import MemoryPlan, free_bytes
 from headrace.runner.occupation import Occupation
@@ -42,6 +46,8 @@ from headrace.runner.step_buffer import StepBuffer, StepSizes
 from headrace.runner.step_runner import MAX_CELLS, StepRunner
 from headrace.sampling.device_sampler import RECORD_SIZE, DeviceSampler
 from headrace.types.plan import StepPlan
+from headrace.weights.position_sum import PositionKeys
+from headrace.weights.shard import Shard
 from headrace.weights.store import WeightStore
 
 logger = logging.getLogger(__name__)
@@ -53,14 +59,21 @@ class DeviceRunner:
     """One device's executor. `resolved` is what it was given, with the number of pages filled in.
 
     `on_progress(done, total)` is called per tensor while weights load. `shares_process`: a caller's threads run beside
-    it. Raises `CheckpointError` for a bad checkpoint,
-    and `ConfigError` for a device that is not there, a backend that cannot run the model, or too little memory.
+    it. On a `mesh` of several ranks this is one of them: all capture, warm and launch the same, in one order. Raises
+    `CheckpointError` for a bad checkpoint, and `ConfigError` for a device that is not there, a backend that cannot run
+    the model, a model that does not split over the mesh, or too little memory.
     """
 
     def __init__(
-        self, resolved: ResolvedConfig, on_progress: Progress | None = None, *, shares_process: bool = False
+        self,
+        resolved: ResolvedConfig,
+        on_progress: Progress | None = None,
+        *,
+        shares_process: bool = False,
+        mesh: Mesh = SINGLE,
     ) -> None:
         times = [time.perf_counter()]
+        share, shard = share_of(resolved.model, mesh.num_ranks), Shard(mesh.rank, mesh.num_ranks)
         torch.set_num_threads(resolved.num_threads)
         self._device = device = take_device(resolved, shares_process=shares_process)
         free_at_start = free_bytes() if device.type == "cuda" else 0
@@ -70,18 +83,18 @@ class DeviceRunner:
         self._counter = GemmCounter()
         self.memory = Occupation(device, is_saver=resolved.engine.memory_saver)
         self.weights = WeightStore(
-            checked_weight_map(resolved),
+            checked_weight_map(resolved, shard),
             dtype,
             device,
             allocate=partial(self.memory.allocate, "weights"),
             check_finite=resolved.engine.check_finite,
         )
-        self.memory.reload = load_weights(self.weights, resolved, on_progress)
+        self.memory.reload = load_weights(self.weights, resolved, on_progress, shard)
         times.append(time.perf_counter())
         has_graphs = device.type == "cuda" and resolved.engine.cuda_graphs
         has_float32 = any(tensor.dtype == torch.float32 for tensor in self.weights.live.values())
         exact = ExactProducts(device, is_shared=shares_process, has_float32=has_float32)
-        parts = _Parts(resolved, exact, self.weights, self._counter)
+        parts = _Parts(resolved, share, mesh, exact, self.weights, self._counter)
         self.resolved = _size_pool(resolved, parts, free_at_start, has_graphs) if device.type == "cuda" else resolved
         times.append(time.perf_counter())
         self._graphs = Graphs(self._counter, enabled=has_graphs)
@@ -90,7 +103,7 @@ class DeviceRunner:
             self._steps.capture(parts.buckets.captured, parts.buckets.sampled)
             self._steps.warm(parts.buckets.uncaptured)
             parts.sampler.warm()
-            self.weights.warm()
+            warm(PositionKeys(device).words)  # for updates
             self._compiled.arm()
         times.append(time.perf_counter())
         seconds = [round(later - earlier, 1) for earlier, later in zip(times, times[1:], strict=False)]
@@ -136,20 +149,29 @@ class _Parts:
     """What does not depend on the size of the pool: model, sampler, hidden states, buckets."""
 
     def __init__(
-        self, resolved: ResolvedConfig, exact: ExactProducts, weights: WeightStore, counter: GemmCounter
+        self,
+        resolved: ResolvedConfig,
+        share: ModelSpec,
+        mesh: Mesh,
+        exact: ExactProducts,
+        weights: WeightStore,
+        counter: GemmCounter,
     ) -> None:
         spec, engine = resolved.model, resolved.engine
+        self.mesh = mesh
         max_rows = engine.max_running_requests
         self.max_tokens = max(engine.max_num_batched_tokens, max_rows)
-        self._device = device = weights.device
+        self.device = device = weights.device
         self._exact = exact
         self._dtype = weights.dtype
+        kernels, in_order = device_kernels(engine.numerics, device, exact.products), engine.numerics == "invariant"
         self._model: Decoder = models.build(
-            spec, weights, kernels=device_kernels(engine.numerics, device, exact.products), counter=counter
+            spec, weights, kernels=kernels, counter=counter, mesh=mesh, in_order=in_order
         )
+        self._embed = embed_tokens if mesh.is_single else sharded_embed_tokens(mesh)
         self._groups = [
             (group, rope_tables(group.rope, group.head_dim, resolved.context_length, weights.dtype, device))
-            for group in spec.kv_groups
+            for group in share.kv_groups
         ]
         self.sampler = DeviceSampler(spec.vocab_size, max_rows, max_rows, device)
         self.buckets = Buckets(max_rows, self.max_tokens, engine.max_graph_tokens)
@@ -158,42 +180,56 @@ class _Parts:
     def steps(self, resolved: ResolvedConfig, graphs: Graphs, zeros: Zeros | None = None) -> StepRunner:
         """Everything else, over a pool of `resolved.num_pages`, which `zeros` makes, or torch."""
         engine, max_rows = resolved.engine, resolved.engine.max_running_requests
-        attention = self._attention(resolved, zeros)
+        pools = self._pools(resolved, zeros)
+        attention = self._attention(resolved, pools)
         sizes = StepSizes(self.max_tokens, max_rows, MAX_CELLS, RECORD_SIZE, attention.metadata_size)
-        buffer = StepBuffer(sizes, self._device, engine.overlap_depth + 2)
-        tables = make_tables(buffer, max_rows, resolved.max_columns, self._device)
-        launches = Launches(self._model, attention, self.sampler, buffer, tables, self._hidden)
+        buffer = StepBuffer(sizes, self.device, engine.overlap_depth + 2)
+        tables = make_tables(buffer, max_rows, resolved.max_columns, self.device)
+        launches = Launches(self._model, self._embed, attention, self.sampler, buffer, tables, self._hidden)
         slots = InputTable(max_rows, resolved.max_columns)
-        return StepRunner(launches, slots, self.buckets, graphs, self._exact)
+        num_host_pages, max_moves = resolved.num_host_pages, resolved.max_page_moves
+        host_pages = HostPages(pools, num_host_pages, max_moves) if num_host_pages else None
+        return StepRunner(launches, slots, self.buckets, graphs, self._exact, host_pages)
 
-    def _attention(self, resolved: ResolvedConfig, zeros: Zeros | None) -> DeviceAttention:
-        """A backend over a pool for each KV group."""
+    def _pools(self, resolved: ResolvedConfig, zeros: Zeros | None) -> list[KvPool]:
+        """One for each KV group."""
         kv_dtype, page_size = getattr(torch, resolved.kv_dtype), resolved.engine.page_size
+        return [
+            KvPool(KvGeometry.of_group(group, resolved.num_pages, page_size), kv_dtype, self.device, zeros)
+            for group, _ in self._groups
+        ]
+
+    def _attention(self, resolved: ResolvedConfig, pools: list[KvPool]) -> DeviceAttention:
+        """A backend for each KV group."""
         backends = [
             build_device_backend(
                 resolved.attention_backend,
                 resolved.engine.numerics,
                 AttentionShape.of_group(group),
-                KvPool(KvGeometry.of_group(group, resolved.num_pages, page_size), kv_dtype, self._device, zeros),
+                pool,
                 rotary,
                 self._dtype,
                 self.max_tokens,
             )
-            for group, rotary in self._groups
+            for (group, rotary), pool in zip(self._groups, pools, strict=True)
         ]
         return backends[0] if len(backends) == 1 else GroupedAttention(backends)
 
 
 def _size_pool(resolved: ResolvedConfig, parts: _Parts, free_at_start: int, has_graphs: bool) -> ResolvedConfig:
-    """Run the greatest step over a tiny pool, and give the pages what that leaves; a pool of given size must fit."""
+    """Run the greatest step over a tiny pool, and give the pages what that leaves; a pool of given size must fit. All
+    ranks have as many pages as the one that has room for the fewest."""
     engine = resolved.engine
-    tiny = msgspec.structs.replace(resolved, num_pages=_WARM_PAGES)
+    without_host = msgspec.structs.replace(engine, host_kv_tokens=0)
+    tiny = msgspec.structs.replace(resolved, num_pages=_WARM_PAGES, engine=without_host)
     parts.steps(tiny, Graphs(GemmCounter(), enabled=False)).run_greatest()
     taken = free_at_start - free_bytes()
     graphs = _measure_graphs(tiny, parts) if has_graphs else 0
     spare = _SPARE_BYTES + 4 * engine.max_running_requests * resolved.model.vocab_size  # one more step's logits
-    plan = MemoryPlan(free_at_start, taken, graphs, spare, engine.memory_fraction)
     page_bytes = resolved.kv_bytes_per_token * engine.page_size
+    spare += 2 * resolved.max_page_moves * page_bytes if resolved.num_host_pages else 0
+    plan = MemoryPlan(free_at_start, taken, graphs, spare, engine.memory_fraction)
+    plan = plan.tightest(parts.mesh, parts.device)
     plan.check(resolved.num_pages * page_bytes, least=2 * page_bytes)  # one for sequences, beside page 0
     if resolved.num_pages:
         return resolved

@@ -68,8 +68,8 @@ class ScoredPrompt:
 
 @dataclass
 class DeviceStep:
-    """A plan whose work is enqueued by `runner`; `sampled_rows` of the plan sample, padded to `num_padded`. Without
-    `marks` it ran already."""
+    """A plan whose work is enqueued by `runner`; `sampled_rows` of the plan sample, padded to `num_padded`; `moved` is
+    the end of copies beside it. Without `marks` it ran already."""
 
     step_id: int
     host: HostStep
@@ -80,6 +80,7 @@ class DeviceStep:
     marks: StepMarks | None = None
     extras: PendingExtras | None = None
     prompts: list[ScoredPrompt] = field(default_factory=list)
+    moved: torch.cuda.Event | None = None
 
     def sample(self, patch: SamplePatch | None) -> None:
         """As `PendingStep.sample`."""
@@ -90,6 +91,8 @@ class DeviceStep:
         if self.marks is not None:
             self.marks.end.synchronize()
             self.runner.clock.add(self.marks)
+        if self.moved is not None:
+            self.moved.synchronize()
         num_rows = len(self.sampled_rows)
         token_ids, logprobs = self.host.token_ids[:num_rows].copy(), self.host.logprobs[:num_rows].copy()
         self.host.is_free = True

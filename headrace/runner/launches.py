@@ -6,6 +6,7 @@ read from the step buffer. Must not know plans. Legend: T packed tokens, S sampl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,12 @@ from headrace.attention.base import Bucket, DeviceAttention, DeviceTables
 from headrace.kernels.triton.step_tables import embed_tokens, write_cells
 from headrace.layers.step import ForwardStep
 from headrace.models.decoder import Decoder
+from headrace.parallel import Mesh
 from headrace.runner.step_buffer import StepBuffer
 from headrace.sampling.device_sampler import DeviceSampler
+
+Embed = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+"""As `embed_tokens`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +29,7 @@ class Launches:
     """Bodies of launches: nothing in them waits for the device or looks at the host's values."""
 
     model: Decoder
+    embed: Embed
     attention: DeviceAttention
     sampler: DeviceSampler
     buffer: StepBuffer
@@ -40,7 +46,7 @@ class Launches:
         self.write_cells()
         views, num_tokens = self.buffer.views, bucket.num_tokens
         hidden_TX = self.hidden_TX[:num_tokens]
-        embed_tokens(
+        self.embed(
             views.token_ids[:num_tokens],
             views.table_rows[:num_tokens],
             self.sampler.last_tokens,
@@ -74,6 +80,19 @@ class Launches:
         self.buffer.words.zero_()
         self.buffer.views.table_rows.fill_(-1)
         self.buffer.views.sampled_slots.fill_(-1)
+
+
+def sharded_embed_tokens(mesh: Mesh) -> Embed:
+    """Where this rank has its share of the embedding's rows."""
+
+    def embed(
+        token_ids_T: Tensor, table_rows_T: Tensor, last_tokens: Tensor, embedding_VX: Tensor, hidden_TX: Tensor
+    ) -> None:
+        first = mesh.rank * len(embedding_VX)
+        embed_tokens(token_ids_T, table_rows_T, last_tokens, embedding_VX, hidden_TX, first_row=first)
+        mesh.communicator.all_reduce_(hidden_TX)
+
+    return embed
 
 
 def make_tables(buffer: StepBuffer, num_slots: int, num_columns: int, device: torch.device) -> DeviceTables:

@@ -7,10 +7,11 @@ captured graphs take: their common pool, measured by capturing the greatest, and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from headrace.parallel import Mesh
 from headrace.types.errors import ConfigError
 
 _MIB = 1 << 20
@@ -19,25 +20,42 @@ _MIB = 1 << 20
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes: free before anything was taken, taken once a full step had run, what graphs will take, what is kept for
-    single requests' results and gaps between blocks. The rest is for pages, up to `fraction` of all."""
+    single requests' results and gaps between blocks. The rest is for pages, up to `fraction` of all. `whose` says of
+    several ranks which one this is of."""
 
     free_at_start: int
     taken: int
     graphs: int
     spare: int
     fraction: float
+    whose: str = ""
 
     @property
     def pages(self) -> int:
         """For KV pages."""
         return int(self.fraction * self.free_at_start) - self.taken - self.graphs - self.spare
 
+    def tightest(self, mesh: Mesh, device: torch.device) -> MemoryPlan:
+        """That of the rank that has least to give, the same on all ranks."""
+        if mesh.is_single:
+            return self
+        sizes = self.free_at_start, self.taken, self.graphs, self.spare
+        found = mesh.communicator.all_gather(torch.tensor(sizes, dtype=torch.int64, device=device))
+        plans = [
+            replace(self, free_at_start=free, taken=taken, graphs=graphs, spare=spare)
+            for free, taken, graphs, spare in (each.tolist() for each in found)
+        ]
+        least, most = (choose(plans, key=lambda plan: plan.pages) for choose in (min, max))
+        has, others = least.pages // _MIB, most.pages // _MIB
+        whose = f" on rank {plans.index(least)}, which has {has} MiB for pages (others have up to {others} MiB)"
+        return replace(least, whose=whose)
+
     def explain(self) -> str:
         """For `headrace check` and the log."""
         return (
             f"{self.fraction:g} of {self.free_at_start // _MIB} MiB free, less {self.taken // _MIB} MiB taken once a"
             f" full step had run, less {self.graphs // _MIB} MiB for graphs and"
-            f" {self.spare // _MIB} MiB to spare"
+            f" {self.spare // _MIB} MiB to spare{self.whose}"
         )
 
     def check(self, pool_bytes: int, least: int) -> None:
@@ -45,13 +63,14 @@ class MemoryPlan:
         if pool_bytes == 0 and self.pages < least:
             raise ConfigError(
                 f"memory_fraction {self.fraction:g} of {self.free_at_start // _MIB} MiB leaves no room for KV pages:"
-                f" weights and one step take {self.taken // _MIB} MiB, graphs {self.graphs // _MIB} MiB",
+                f" weights and one step take {self.taken // _MIB} MiB, graphs {self.graphs // _MIB} MiB{self.whose}",
                 field="memory_fraction",
             )
         left = self.free_at_start - self.taken - self.graphs - self.spare
         if pool_bytes > left:
             raise ConfigError(
-                f"a KV pool of {pool_bytes // _MIB} MiB does not fit in the {left // _MIB} MiB that are left",
+                f"a KV pool of {pool_bytes // _MIB} MiB does not fit in the {left // _MIB} MiB that are left"
+                f"{self.whose}",
                 field="kv_pool_tokens",
             )
 

@@ -69,12 +69,20 @@ class Occupation:
     def release(self, tags: Collection[MemoryTag], *, keeps_copy: bool) -> Generator[None]:
         """As `Executor.release`: first the copy, then all at once."""
         if keeps_copy and "weights" in tags:
-            copy = []
-            for part in self._parts("weights"):
-                copy.append(self._host_piece(len(part)).copy_(part))
-                yield
-            self._copy = copy
+            yield from self.keep_copy()
         self._let_go(tags)
+
+    def keep_copy(self) -> Generator[None]:
+        """Copy the weights to host memory, in slices."""
+        copy = []
+        for part in self._parts("weights"):
+            copy.append(self._host_piece(len(part)).copy_(part))
+            yield
+        self._copy = copy
+
+    def drop_copy(self) -> None:
+        """It is not needed any more."""
+        self._copy = []
 
     def resume(self, tags: Collection[MemoryTag], restore: Restore) -> Generator[None]:
         """As `Executor.resume`."""
@@ -88,7 +96,7 @@ class Occupation:
             if not is_there:
                 self._let_go(tags)
         if "weights" in tags:
-            self._copy = []
+            self.drop_copy()
 
     def close(self) -> None:
         """Hold no memory any more: what tensors there are keep theirs."""

@@ -17,15 +17,17 @@ from torch import Tensor
 
 from headrace import models
 from headrace.attention import AttentionShape, Heads, build_backend
-from headrace.config import ResolvedConfig
+from headrace.config import ResolvedConfig, share_of
 from headrace.kernels import select_kernels
 from headrace.kernels.paged_kv import KvGeometry, KvPool
 from headrace.kernels.rope_tables import rope_tables
 from headrace.layers.linear import GemmCounter
 from headrace.layers.step import ForwardStep
+from headrace.parallel import SINGLE, Mesh
 from headrace.runner.batch import ForwardBatch, build_batch
 from headrace.runner.device_thread import take_device
 from headrace.runner.exact_products import ExactProducts
+from headrace.runner.host_pages import HostPages
 from headrace.runner.loading import Progress, checked_weight_map, load_weights
 from headrace.runner.occupation import Occupation
 from headrace.runner.pending import step_result
@@ -33,6 +35,8 @@ from headrace.runner.prompt_scores import PromptScorer
 from headrace.runner.slots import InputTable
 from headrace.sampling import Sampler
 from headrace.types.plan import PositionLogprobs, PromptLogprobs, SamplePatch, StepPlan, StepResult
+from headrace.types.request import Int32Array
+from headrace.weights.shard import Shard
 from headrace.weights.store import WeightStore
 
 _MAX_LOGITS_BYTES = 256 << 20
@@ -42,14 +46,21 @@ class Runner:
     """What executes plans on a CPU; on a CUDA device `StepRunner` does, but for the reference kernels.
 
     `on_progress(done, total)` is called per tensor while weights load. `shares_process`: a caller's threads run beside
-    it. Sets the process's torch thread count. Raises
-    `CheckpointError` for a bad checkpoint and `ConfigError` for a backend that cannot run the model.
+    it. On a `mesh` of several ranks this is one of them: all are given the same plans, in one order. Sets the process's
+    torch thread count. Raises `CheckpointError` for a bad checkpoint and `ConfigError` for a backend that cannot run
+    the model, or a model that does not split over the mesh.
     """
 
     def __init__(
-        self, resolved: ResolvedConfig, on_progress: Progress | None = None, *, shares_process: bool = False
+        self,
+        resolved: ResolvedConfig,
+        on_progress: Progress | None = None,
+        *,
+        shares_process: bool = False,
+        mesh: Mesh = SINGLE,
     ) -> None:
         spec, engine = resolved.model, resolved.engine
+        share, shard = share_of(spec, mesh.num_ranks), Shard(mesh.rank, mesh.num_ranks)
         torch.set_num_threads(resolved.num_threads)
         self._device = device = take_device(resolved, shares_process=shares_process)
         dtype = getattr(torch, resolved.dtype)
@@ -57,7 +68,7 @@ class Runner:
         self._counter = GemmCounter()
         self.memory = Occupation(device, is_saver=engine.memory_saver)
         self.weights = WeightStore(
-            checked_weight_map(resolved),
+            checked_weight_map(resolved, shard),
             dtype,
             device,
             allocate=partial(self.memory.allocate, "weights"),
@@ -67,8 +78,17 @@ class Runner:
         products = self._exact.products
         kernel_set = "reference" if resolved.attention_backend == "reference" else engine.numerics
         kernels = select_kernels(kernel_set, products)
-        self._model = models.build(spec, self.weights, kernels=kernels, counter=self._counter)
+        in_order = engine.numerics == "invariant"
+        self._model = models.build(
+            spec, self.weights, kernels=kernels, counter=self._counter, mesh=mesh, in_order=in_order
+        )
         zeros = partial(self.memory.zeros, "kv_cache")
+        pools = [
+            KvPool(KvGeometry.of_group(group, resolved.num_pages, engine.page_size), dtype, device, zeros)
+            for group in share.kv_groups
+        ]
+        num_host_pages, max_moves = resolved.num_host_pages, resolved.max_page_moves
+        self._host_pages = HostPages(pools, num_host_pages, max_moves) if num_host_pages else None
         self._attention = [
             build_backend(
                 resolved.attention_backend,
@@ -78,28 +98,35 @@ class Runner:
                     kernels,
                     rope_tables(group.rope, group.head_dim, resolved.context_length, dtype, device),
                 ),
-                KvPool(KvGeometry.of_group(group, resolved.num_pages, engine.page_size), dtype, device, zeros),
+                pool,
                 products,
             )
-            for group in spec.kv_groups
+            for group, pool in zip(share.kv_groups, pools, strict=True)
         ]
         self._slots = InputTable(engine.max_running_requests, resolved.max_columns)
-        self._sampler = Sampler(spec.vocab_size, engine.max_running_requests, torch.device("cpu"), engine.numerics)
+        self._sampler = Sampler(spec.vocab_size, engine.max_running_requests)
         self._scorer = PromptScorer(self._model.logits, self._sampler, spec.vocab_size)
         self._max_sampled_rows = max(1, _MAX_LOGITS_BYTES // (4 * spec.vocab_size))
-        self.memory.reload = load_weights(self.weights, resolved, on_progress)
+        self.memory.reload = load_weights(self.weights, resolved, on_progress, shard)
 
     def launch(self, plan: StepPlan) -> RunnerStep:
         """Run one step now, up to its sampling if that waits. Plans must come in the order they were issued."""
-        with torch.inference_mode(), self._exact:
-            step = self._forward(plan)
+        step = RunnerStep(plan.step_id, self)
+        with torch.inference_mode(), self._exact.guard:
+            if len(plan.page_moves):
+                self._move_pages(plan.page_moves)
+            self._slots.apply(plan)
+            for init in plan.new_slots:
+                self._sampler.enter(init)
+            if len(plan.row_slots):
+                self._forward(plan, step)
             if not plan.waits_to_sample:
                 step.result = self._finish(step, None)
         return step
 
     def sample(self, step: RunnerStep, patch: SamplePatch | None) -> None:
         """The rest of a step whose sampling waits."""
-        with torch.inference_mode(), self._exact:
+        with torch.inference_mode(), self._exact.guard:
             step.result = self._finish(step, patch)
 
     def probe(self) -> None:
@@ -114,32 +141,31 @@ class Runner:
         """Figures of its own for the metrics."""
         return {"num_gemm_calls": float(self._counter.num_calls)}
 
-    def _forward(self, plan: StepPlan) -> RunnerStep:
-        self._slots.apply(plan)
-        for init in plan.new_slots:
-            self._sampler.enter(init)
-        if len(plan.row_slots) == 0:
-            return RunnerStep(plan.step_id, self, None)
+    def _forward(self, plan: StepPlan, step: RunnerStep) -> None:
         batch = build_batch(plan, self._slots, self._device)
-        step = ForwardStep([backend.plan(batch.attention) for backend in self._attention], batch.logit_tokens)
-        hidden = self._model.forward(self._model.embed(batch.token_ids), step)
-        prompts = self._scorer.score(batch, hidden)
+        reads_all = batch.scored_rows or len(batch.sampled_tokens) == len(batch.token_ids)
+        attention = []
+        for backend in self._attention:
+            attention.append(backend.plan(batch.attention))
+        forward = ForwardStep(attention, None if reads_all else batch.sampled_tokens)
+        hidden = self._model.forward(self._model.embed(batch.token_ids), forward)
+        if batch.scored_rows:
+            step.prompts = self._scorer.score(batch, hidden)
         if len(hidden) != len(batch.sampled_tokens):
             hidden = hidden.index_select(0, batch.sampled_tokens)
-        return RunnerStep(plan.step_id, self, (batch, hidden), prompts)
+        step.sampled = batch, hidden
+
+    def _move_pages(self, moves: Int32Array) -> None:
+        assert self._host_pages is not None, "a plan moves pages and there is no room for them"
+        moved = self._host_pages.move(moves)
+        if moved is not None:
+            moved.synchronize()
 
     def _finish(self, step: RunnerStep, patch: SamplePatch | None) -> StepResult:
+        """Sample, a bounded number of rows at a time: a row of logits is large."""
         if step.sampled is None:
             return step_result(step.step_id, np.zeros(0, np.int32), np.zeros(0, np.float32), {}, {})
-        batch, hidden = step.sampled
-        token_ids, logprobs, extras = self._sample(batch, hidden, patch)
-        self._slots.record(batch.sampled_slots, token_ids)
-        return step_result(step.step_id, token_ids.astype(np.int32), logprobs, extras, step.prompts)
-
-    def _sample(
-        self, batch: ForwardBatch, hidden_SX: Tensor, patch: SamplePatch | None
-    ) -> tuple[np.ndarray, np.ndarray, dict[int, PositionLogprobs]]:
-        """Token ids int64 [S], logprobs float32 [S], and the extras of those rows that asked, by row of the plan."""
+        batch, hidden_SX = step.sampled
         slots, positions = torch.from_numpy(batch.sampled_slots), torch.from_numpy(batch.sampled_positions)
         token_ids, logprobs = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
         extras: dict[int, PositionLogprobs] = {}
@@ -150,8 +176,11 @@ class Runner:
             sampled = self._sampler.sample(logits_SV, slots[chunk], positions[chunk], part)
             token_ids.append(sampled.token_ids.numpy())
             logprobs.append(sampled.logprobs.numpy())
-            extras.update({int(batch.sampled_rows[first + row]): extra for row, extra in sampled.extras.items()})
-        return np.concatenate(token_ids), np.concatenate(logprobs), extras
+            for row, extra in sampled.extras.items():
+                extras[int(batch.sampled_rows[first + row])] = extra
+        new_ids = np.concatenate(token_ids)
+        self._slots.record(batch.sampled_slots, new_ids)
+        return step_result(step.step_id, new_ids.astype(np.int32), np.concatenate(logprobs), extras, step.prompts)
 
 
 @dataclass
@@ -160,7 +189,7 @@ class RunnerStep:
 
     step_id: int
     runner: Runner
-    sampled: tuple[ForwardBatch, Tensor] | None
+    sampled: tuple[ForwardBatch, Tensor] | None = None
     prompts: dict[int, PromptLogprobs] = field(default_factory=dict)
     result: StepResult | None = None
 

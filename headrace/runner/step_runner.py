@@ -18,6 +18,7 @@ from headrace.runner.buckets import Buckets
 from headrace.runner.device_step import DeviceClock, DeviceStep, ScoredPrompt, StepMarks
 from headrace.runner.exact_products import ExactProducts
 from headrace.runner.graphs import Graphs
+from headrace.runner.host_pages import HostPages
 from headrace.runner.launches import Launches
 from headrace.runner.prompt_scores import scored_spans
 from headrace.runner.slots import InputTable
@@ -34,7 +35,13 @@ class StepRunner:
     """Turns plans into launches, in the order they are issued."""
 
     def __init__(
-        self, launches: Launches, slots: InputTable, buckets: Buckets, graphs: Graphs, exact: ExactProducts
+        self,
+        launches: Launches,
+        slots: InputTable,
+        buckets: Buckets,
+        graphs: Graphs,
+        exact: ExactProducts,
+        host_pages: HostPages | None = None,
     ) -> None:
         self.clock = DeviceClock()
         self._launches = launches
@@ -47,6 +54,7 @@ class StepRunner:
         self._buckets = buckets
         self._graphs = graphs
         self._exact = exact
+        self._host_pages = host_pages
 
     def launch(self, plan: StepPlan) -> DeviceStep:
         """Enqueue one plan, up to its sampling if that waits."""
@@ -67,7 +75,7 @@ class StepRunner:
         """What is launched inside is one step's; where that fails its host copy is free again."""
         with torch.inference_mode():
             try:
-                with self._exact:
+                with self._exact.guard:
                     yield
             except BaseException:
                 self._give_back(host)
@@ -75,7 +83,7 @@ class StepRunner:
 
     def capture(self, buckets: list[Bucket], sampled: list[int]) -> None:
         """Capture the launches of these sizes, over an empty step."""
-        with torch.inference_mode(), self._exact:
+        with torch.inference_mode(), self._exact.guard:
             self._launches.make_empty()
             for bucket in buckets:
                 if self._attention.captures:
@@ -89,14 +97,14 @@ class StepRunner:
 
     def warm(self, buckets: list[Bucket]) -> None:
         """Run forward launches of these sizes once, over an empty step, for the kernels that they compile."""
-        with torch.inference_mode(), self._exact:
+        with torch.inference_mode(), self._exact.guard:
             self._launches.make_empty()
             for bucket in buckets:
                 self._launches.forward(bucket)
 
     def run_greatest(self) -> None:
         """Run launches of the greatest sizes, over padding: what their peak of memory is measured by."""
-        with torch.inference_mode(), self._exact:
+        with torch.inference_mode(), self._exact.guard:
             self._launches.make_empty()
             self._launches.forward(self._buckets.greatest)
             num_rows = self._buckets.sampled[0]
@@ -109,11 +117,12 @@ class StepRunner:
         host.is_free = True
 
     def _forward(self, plan: StepPlan, host: HostStep) -> DeviceStep:
+        moved = self._host_pages.move(plan.page_moves) if self._host_pages and len(plan.page_moves) else None
         num_records = self._enter(plan, host)
         self._slots.apply(plan)
         self._pack_cells(plan, host)
         sampled_rows = np.flatnonzero(plan.row_samples)
-        step = DeviceStep(plan.step_id, host, self, sampled_rows, begin=self._mark())
+        step = DeviceStep(plan.step_id, host, self, sampled_rows, begin=self._mark(), moved=moved)
         if len(plan.row_slots):
             self._run_rows(plan, host, num_records, step)
         else:

@@ -44,7 +44,7 @@ _LOW_32 = 0xFFFFFFFF
 
 def noise_keys(seeds: UInt64Array, positions: npt.NDArray[np.int64]) -> UInt32Array:
     """The key pair (k0, k1) of each row, [s, 2] uint32, from uint64 seeds [s] and int64 positions [s] >= 0."""
-    even, odd, keys = (np.zeros((2, len(seeds)), np.uint32) for _ in range(3))
+    even, odd, keys = np.zeros((3, 2, len(seeds)), np.uint32)
     positions = positions.astype(np.int64)  # a narrower one would not shift by 32
     even[0], odd[0] = positions & _LOW_32, positions >> 32  # counter words 0 and 1; words 2 and 3 are zero
     keys[0], keys[1] = seeds & np.uint64(_LOW_32), seeds >> np.uint64(32)

@@ -78,8 +78,8 @@ class RowPass:
         result = Reduced(np.empty(len(rows), np.int64), np.empty(len(rows)), np.empty(len(rows)))
 
         def work(part: slice, scratch: _Scratch) -> None:
-            block = _take(logits, rows[part])
-            self._reduce(block, temperatures[part], scratch, None, _part(result, part))
+            reduced = self._reduce(_take(logits, rows[part]), temperatures[part], scratch, None)
+            result.argmax[part], result.maxima[part], result.log_sums[part] = reduced
 
         self._for_each_block(len(rows), work)
         return result
@@ -94,7 +94,8 @@ class RowPass:
 
         def work(part: slice, scratch: _Scratch) -> None:
             block = _take(logits, rows[part])
-            self._reduce(block, temperatures[part], scratch, keys[part], _part(result, part))
+            reduced = self._reduce(block, temperatures[part], scratch, keys[part])
+            result.argmax[part], result.maxima[part], result.log_sums[part] = reduced
             bounds = scratch.bounds[: block.size].reshape(block.shape)
             token_ids[part] = _winners(block, bounds, temperatures[part], keys[part])
 
@@ -102,28 +103,23 @@ class RowPass:
         return Drawn(token_ids, result)
 
     def _for_each_block(self, num_rows: int, work: Callable[[slice, _Scratch], None]) -> None:
-        step = self._rows_per_block
-        parts = [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
-        if self._pool is None or len(parts) < 2 or num_rows * self.vocab_size < _PARALLEL_ELEMENTS:
-            for part in parts:
-                work(part, self._scratch[0])
+        size = self._rows_per_block
+        starts = range(0, num_rows, size)
+        if self._pool is None or len(starts) < 2 or num_rows * self.vocab_size < _PARALLEL_ELEMENTS:
+            for start in starts:
+                work(slice(start, start + size), self._scratch[0])
             return
-        share = -(-len(parts) // self._num_threads)
+        share = -(-len(starts) // self._num_threads)
 
         def work_share(worker: int) -> None:
-            for part in parts[worker * share : (worker + 1) * share]:
-                work(part, self._scratch[worker])
+            for start in starts[worker * share : (worker + 1) * share]:
+                work(slice(start, start + size), self._scratch[worker])
 
         list(self._pool.map(work_share, range(self._num_threads)))
 
     def _reduce(
-        self,
-        block: Float32Array,
-        temperatures: Float64Array,
-        scratch: _Scratch,
-        keys: UInt32Array | None,
-        result: Reduced,
-    ) -> None:
+        self, block: Float32Array, temperatures: Float64Array, scratch: _Scratch, keys: UInt32Array | None
+    ) -> Reduced:
         """Reduce block [n, V]; with keys, also leave e / v of every token in scratch.bounds."""
         num_rows, size = block.shape
         bounds = scratch.bounds[: block.size].reshape(block.shape)
@@ -141,7 +137,7 @@ class RowPass:
                 sums += weights.sum(axis=1)
                 if keys is not None:
                     self._bound(weights, columns, keys, scratch, bounds[:, columns])
-            result.argmax[:], result.maxima[:], result.log_sums[:] = argmax, maxima, np.log(sums)
+            return Reduced(argmax, maxima, np.log(sums))
 
     def _bound(
         self, weights: Float32Array, columns: slice, keys: UInt32Array, scratch: _Scratch, bounds: Float32Array
@@ -165,10 +161,6 @@ def _take(logits: Float32Array, rows: Int64Array) -> Float32Array:
     if last - first + 1 == len(rows) and (len(rows) < 3 or bool((np.diff(rows) == 1).all())):
         return logits[first : last + 1]
     return logits[rows]
-
-
-def _part(result: Reduced, part: slice) -> Reduced:
-    return Reduced(result.argmax[part], result.maxima[part], result.log_sums[part])
 
 
 def _winners(block: Float32Array, bounds: Float32Array, temperatures: Float64Array, keys: UInt32Array) -> Int64Array:

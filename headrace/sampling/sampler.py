@@ -27,7 +27,7 @@ from headrace.sampling.distribution import Distribution
 from headrace.sampling.noise import Float64Array, noise_keys
 from headrace.sampling.row_pass import Int64Array, RowPass
 from headrace.sampling.slot_state import RAW, SAMPLED, SamplingSlots
-from headrace.types.plan import PositionLogprobs, SamplePatch, SlotInit
+from headrace.types.plan import PositionLogprobs, SamplePatch
 from headrace.types.request import Float32Array
 
 _COPIED_ELEMENTS = 1 << 21
@@ -60,10 +60,6 @@ class _Rows(NamedTuple):
     at: Int64Array
     is_processed: bool
 
-    def where(self, chosen: npt.NDArray[np.bool_]) -> _Rows:
-        """Those that `chosen` [n] marks."""
-        return self._replace(rows=self.rows[chosen], at=self.at[chosen])
-
 
 class _Picked(NamedTuple):
     """Rows of the batch [n], their tokens [n], and what those were drawn from; a greedy one's is softmax at T = 1."""
@@ -78,21 +74,17 @@ class _Picked(NamedTuple):
 class Sampler:
     """Samples from logits of `vocab_size` tokens for sequences in slots 0..max_slots-1.
 
-    `numerics` is "fast" or "invariant"; both give the same bits. Logits on a device are read back to the CPU.
+    Logits on a device are read back to the CPU; what it gives is there.
     """
 
-    def __init__(self, vocab_size: int, max_slots: int, device: torch.device, numerics: str) -> None:
-        if numerics not in ("fast", "invariant"):
-            raise ValueError(f"numerics must be fast or invariant, got {numerics!r}")
+    def __init__(self, vocab_size: int, max_slots: int) -> None:
         self.vocab_size = vocab_size
-        self._device = device
         self._slots = SamplingSlots(vocab_size, max_slots)
+        self.enter = self._slots.enter
+        """Show it the sequence that takes a slot."""
         self._pass = RowPass(vocab_size, torch.get_num_threads())
         num_copies = min(max_slots, max(1, _COPIED_ELEMENTS // vocab_size))
         self._copies = np.empty((num_copies, vocab_size), np.float32)  # held: fresh memory costs more than the copy
-
-    def enter(self, init: SlotInit) -> None:
-        self._slots.enter(init)
 
     def sample(
         self, logits_SV: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, patch: SamplePatch | None = None
@@ -103,7 +95,14 @@ class Sampler:
         slots       int64 [s], distinct
         positions   int64 [s], the absolute positions of the new tokens
         """
-        batch = self._batch(logits_SV, slots, positions)
+        indices: Int64Array = slots.detach().cpu().numpy()
+        batch = _Batch(
+            logits=logits_SV.detach().cpu().numpy(),
+            slots=indices,
+            positions=positions.detach().cpu().numpy(),
+            temperatures=self._slots.temperatures[indices],
+            modes=self._slots.output_modes[indices],
+        )
         token_ids = np.empty(len(batch.slots), np.int64)
         logprobs = np.empty(len(batch.slots), np.float32)
         extras: dict[int, PositionLogprobs] = {}
@@ -112,10 +111,12 @@ class Sampler:
             for chosen, distribution in self._output_distributions(batch, picked):
                 rows = picked.rows[chosen]
                 logprobs[rows] = distribution.logprobs(picked.token_ids[chosen])
-                self._add_extras(batch, rows, distribution, extras)
-        if self._slots.has_penalties:
+                for index in np.flatnonzero(self._slots.wants_extras[batch.slots[rows]]).tolist():
+                    options = self._slots.init_of(int(batch.slots[rows[index]])).logprobs
+                    extras[int(rows[index])] = distribution.take(np.array([index])).extras(options)
+        if self._slots.seen:
             self._slots.add_tokens(batch.slots.tolist(), token_ids.tolist())
-        return Sampled(self._tensor(token_ids), self._tensor(logprobs), extras)
+        return Sampled(torch.from_numpy(token_ids), torch.from_numpy(logprobs), extras)
 
     def score(
         self, logits_MV: torch.Tensor, targets_M: torch.Tensor, slot: int
@@ -141,27 +142,22 @@ class Sampler:
             reduced = distribution.reduced
             distribution = Distribution.point(reduced.argmax, self.vocab_size, reduced.log_sums)
         values = distribution.logprobs(targets_M.detach().cpu().numpy())
-        return self._tensor(values), distribution.extras(options) if options.wants_extras else None
-
-    def _batch(self, logits_SV: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> _Batch:
-        indices: Int64Array = slots.detach().cpu().numpy()
-        table = self._slots
-        return _Batch(
-            logits=logits_SV.detach().cpu().numpy(),
-            slots=indices,
-            positions=positions.detach().cpu().numpy(),
-            temperatures=table.temperatures[indices],
-            modes=table.output_modes[indices],
-        )
+        return torch.from_numpy(values), distribution.extras(options) if options.wants_extras else None
 
     def _pick(self, batch: _Batch, patch: SamplePatch | None) -> Iterator[_Picked]:
         """A token for every row: the greatest logit where T = 0, Gumbel-max elsewhere."""
-        for rows in self._processed(batch, patch):
-            is_greedy = batch.temperatures[rows.rows] == 0.0
-            if is_greedy.any():
-                yield self._take_greatest(rows.where(is_greedy))
-            if not is_greedy.all():
-                yield self._draw(batch, rows.where(~is_greedy))
+        for rows, logits, at, is_processed in self._processed(batch, patch):
+            temperatures = batch.temperatures[rows]
+            greedy, drawn = np.flatnonzero(temperatures == 0.0), np.flatnonzero(temperatures)
+            if len(greedy):
+                source = Distribution.of(logits, at[greedy], np.ones(len(greedy)), self._pass)
+                yield _Picked(rows[greedy], source.reduced.argmax, source, is_processed, is_greedy=True)
+            if len(drawn):
+                rows, at, temperatures = rows[drawn], at[drawn], temperatures[drawn]
+                keys = noise_keys(self._slots.seeds[batch.slots[rows]], batch.positions[rows])
+                token_ids, reduced = self._pass.draw(logits, at, temperatures, keys)
+                source = Distribution(logits, at, temperatures, reduced)
+                yield _Picked(rows, token_ids, source, is_processed, is_greedy=False)
 
     def _processed(self, batch: _Batch, patch: SamplePatch | None) -> Iterator[_Rows]:
         """Every row: the plain ones straight from the batch's logits, the others from copies, a few at a time."""
@@ -179,17 +175,6 @@ class Sampler:
             for row, values in zip(rows.tolist(), logits, strict=True):
                 self._slots.process_row(values, int(batch.slots[row]), int(batch.positions[row]))
             yield _Rows(rows, logits, np.arange(len(rows)), is_processed=True)
-
-    def _take_greatest(self, rows: _Rows) -> _Picked:
-        source = Distribution.of(rows.logits, rows.at, np.ones(len(rows.at)), self._pass)
-        return _Picked(rows.rows, source.reduced.argmax, source, rows.is_processed, is_greedy=True)
-
-    def _draw(self, batch: _Batch, rows: _Rows) -> _Picked:
-        temperatures = batch.temperatures[rows.rows]
-        keys = noise_keys(self._slots.seeds[batch.slots[rows.rows]], batch.positions[rows.rows])
-        drawn = self._pass.draw(rows.logits, rows.at, temperatures, keys)
-        source = Distribution(rows.logits, rows.at, temperatures, drawn.reduced)
-        return _Picked(rows.rows, drawn.token_ids, source, rows.is_processed, is_greedy=False)
 
     def _output_distributions(self, batch: _Batch, picked: _Picked) -> Iterator[tuple[Int64Array, Distribution]]:
         """Indices into `picked` and the distributions their log-probabilities are of, by each slot's output mode."""
@@ -214,17 +199,6 @@ class Sampler:
         if len(chosen):
             divisors = np.where(modes[chosen] == RAW, 1.0, picked.source.divisors[chosen])
             yield chosen, Distribution.of(batch.logits, picked.rows[chosen], divisors, self._pass)
-
-    def _add_extras(
-        self, batch: _Batch, rows: Int64Array, distribution: Distribution, extras: dict[int, PositionLogprobs]
-    ) -> None:
-        for index in np.flatnonzero(self._slots.wants_extras[batch.slots[rows]]).tolist():
-            row = int(rows[index])
-            options = self._slots.init_of(int(batch.slots[row])).logprobs
-            extras[row] = distribution.take(np.array([index])).extras(options)
-
-    def _tensor(self, values: npt.NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(values).to(self._device)
 
 
 def _apply_masks(logits: Float32Array, rows: Int64Array, patch: SamplePatch) -> None:

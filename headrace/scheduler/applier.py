@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from headrace.cache.offload import StepMoves
 from headrace.scheduler.counters import Counters
 from headrace.scheduler.plan_builder import Rows
+from headrace.scheduler.prompt_scores import PromptScores
 from headrace.scheduler.roster import Roster
 from headrace.scheduler.running_table import BoolArray, IndexArray, RunningTable
 from headrace.scheduler.sequence import Sequence
@@ -31,6 +33,7 @@ class InFlight(NamedTuple):
     version_index: int
     epoch: int
     rows: Rows
+    moves: StepMoves | None = None
 
 
 class ResultApplier:
@@ -43,18 +46,27 @@ class ResultApplier:
 
     def apply(self, step: InFlight, result: StepResult, deltas: list[Delta]) -> None:
         """Take in one result, and append the deltas it makes due, terminal ones included, in row order."""
-        slots = step.rows.slots
-        leaving = self._land(step)
+        table, slots = self._roster.table, step.rows.slots
+        if step.moves is not None:
+            offload = self._roster.leases.offload
+            assert offload is not None, "pages moved without a place to go"
+            offload.land(step.moves)
+        table.num_in_flight[slots] -= 1  # this step was the last to hold those back that are leaving
+        leaving = ~table.is_running[slots] & (table.num_in_flight[slots] == 0)
         sampled = slots[step.rows.samples]
         assert len(sampled) == len(result.token_ids), "a result has a token for each sampling row"
-        self._end_nonfinite(step, sampled, result, deltas)
-        self._take_prompt_scores(step, result)
+        are_finite = math.isfinite(np.vdot(result.logprobs, result.logprobs))  # a sum with what is not finite is not
+        if not are_finite or result.prompt_logprobs:
+            self._end_nonfinite(step, sampled, result, deltas)
+        if result.prompt_logprobs:
+            self._take_prompt_scores(step, result)
         if len(sampled):
             self._take_tokens(step, sampled, result, deltas)
             self._deliver_due(sampled, deltas)
         if len(sampled) < len(slots):
             self._finish_scored(step, slots[~step.rows.samples], deltas)
-        self._roster.retire(leaving)
+        if leaving.any():
+            self._roster.retire(slots[leaving].tolist())
 
     def delta(self, sequence: Sequence, finish: Finish | None = None) -> Delta:
         """What is new about a sequence since its last delta, which counts as delivered from now on."""
@@ -68,7 +80,9 @@ class ResultApplier:
             known = len(sequence.token_ids)
             token_ids, logprobs = sequence.token_ids[first:], sequence.logprobs[sequence.num_delivered :]
             sequence.num_delivered = known - num_prompt
-        prompt_logprobs, prompt_extras = self._prompt_part(sequence, finish)
+        prompt_logprobs, prompt_extras = b"", TokenExtras()
+        if sequence.prompt_scores is not None and not sequence.is_prompt_delivered:
+            prompt_logprobs, prompt_extras = self._prompt_part(sequence, sequence.prompt_scores, finish)
         first, last = first - num_prompt, known - num_prompt
         spans, span_epochs = sequence.spans(first, last)
         return Delta(
@@ -91,27 +105,16 @@ class ResultApplier:
         deltas.append(self.delta(sequence, finish))
         self._roster.end(sequence)
 
-    def _land(self, step: InFlight) -> list[int]:
-        """The step is no longer in flight; returns the slots that can be retired for it."""
-        table, slots = self._roster.table, step.rows.slots
-        table.num_in_flight[slots] -= 1
-        done = ~table.is_running[slots] & (table.num_in_flight[slots] == 0)
-        return slots[done].tolist() if done.any() else []
-
     def _end_nonfinite(self, step: InFlight, sampled: IndexArray, result: StepResult, deltas: list[Delta]) -> None:
         """End the sequences for which this step computed no numbers, before it adds anything to them.
 
         A sampled token has a finite log-probability; one of a prompt may be -inf, where the distribution that was asked
         for excludes it. What they left in the cache may be no number either: nobody shall find it.
         """
-        are_finite = math.isfinite(np.vdot(result.logprobs, result.logprobs))  # a sum with what is not finite is not
-        if are_finite and not result.prompt_logprobs:
-            return
         scored = result.prompt_logprobs.items()
         slots = [int(step.rows.slots[row]) for row, scores in scored if np.isnan(scores.logprobs).any()]
-        if not are_finite:
-            is_token = np.arange(result.logprobs.shape[1]) < result.num_tokens[:, None]
-            slots += sampled[(is_token & ~np.isfinite(result.logprobs)).any(axis=1)].tolist()
+        is_token = np.arange(result.logprobs.shape[1]) < result.num_tokens[:, None]
+        slots += sampled[(is_token & ~np.isfinite(result.logprobs)).any(axis=1)].tolist()
         table = self._roster.table
         ending = [slot for slot in dict.fromkeys(slots) if table.accepts[slot]]
         if not ending:
@@ -124,11 +127,8 @@ class ResultApplier:
         self._roster.leases.flush()
 
     @staticmethod
-    def _prompt_part(sequence: Sequence, finish: Finish | None) -> tuple[bytes, TokenExtras]:
+    def _prompt_part(sequence: Sequence, scores: PromptScores, finish: Finish | None) -> tuple[bytes, TokenExtras]:
         """Prompt log-probabilities, once: when all are known, or as they are when the request ends early."""
-        scores = sequence.prompt_scores
-        if scores is None or sequence.is_prompt_delivered:
-            return b"", TokenExtras()
         if not scores.is_complete and (finish is None or not scores.has_any):
             return b"", TokenExtras()
         sequence.is_prompt_delivered = True

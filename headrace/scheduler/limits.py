@@ -14,7 +14,8 @@ MAX_PRIORITY = 1 << 20
 
 
 class SchedulerLimits(msgspec.Struct, frozen=True):
-    """Fixed at start. Sizes are in tokens unless the name says pages or requests; page 0 is never leased."""
+    """Fixed at start. Sizes are in tokens unless the name says pages or requests; page 0 is never leased.
+    `max_page_moves` are copied to the host, and from it, beside one step at most."""
 
     max_running_requests: int
     max_waiting_requests: int
@@ -25,6 +26,8 @@ class SchedulerLimits(msgspec.Struct, frozen=True):
     prefix_cache: bool
     overlap_depth: int
     vocab_size: int
+    num_host_pages: int = 0
+    max_page_moves: int = 1
 
     @property
     def max_total_num_tokens(self) -> int:
@@ -61,13 +64,14 @@ def read_prompt(request: Request, limits: SchedulerLimits, like: Request | None 
     prompt = np.frombuffer(request.prompt, dtype="<i4")
     check_prompt_length(len(prompt), limits.context_length, "prompt")
     is_like = like is not None and like.logprobs is request.logprobs and like.sampling is request.sampling
-    for problems in (_problems(request, prompt, limits), () if is_like else _list_problems(request, limits.vocab_size)):
-        for field, rule in problems:
-            raise RequestError(f"{field} {rule}", field=field)
+    for field, rule in _problems(request, prompt, limits, has_new_lists=not is_like):
+        raise RequestError(f"{field} {rule}", field=field)
     return prompt
 
 
-def _problems(request: Request, prompt: Int32Array, limits: SchedulerLimits) -> Iterator[tuple[str, str]]:
+def _problems(
+    request: Request, prompt: Int32Array, limits: SchedulerLimits, *, has_new_lists: bool
+) -> Iterator[tuple[str, str]]:
     """(field, the rule that it breaks)."""
     num_prompt, capacity, logprobs = len(prompt), limits.max_total_num_tokens, request.logprobs
     if prompt.min() < 0 or prompt.max() >= limits.vocab_size:
@@ -88,10 +92,10 @@ def _problems(request: Request, prompt: Int32Array, limits: SchedulerLimits) -> 
         yield "logprobs.prompt_start", "must be a position of the prompt"
     if not 0 <= logprobs.num_top <= limits.vocab_size:
         yield "logprobs.num_top", f"must be in [0, {limits.vocab_size}]"
-
-
-def _list_problems(request: Request, vocab_size: int) -> Iterator[tuple[str, str]]:
-    if not all(0 <= token < vocab_size for token in request.logprobs.token_ids):
+    if not has_new_lists:
+        return
+    asked, biased = logprobs.token_ids, dict(request.sampling.logit_bias)
+    if min(asked, default=0) < 0 or max(asked, default=0) >= limits.vocab_size:
         yield "logprobs.token_ids", "must be in the vocabulary"
-    if not all(0 <= token < vocab_size for token, _ in request.sampling.logit_bias):
+    if min(biased, default=0) < 0 or max(biased, default=0) >= limits.vocab_size:
         yield "sampling.logit_bias", "must name ids in the vocabulary"

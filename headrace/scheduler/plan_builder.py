@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
+from headrace.cache.offload import StepMoves
 from headrace.scheduler.prefix_groups import NO_GROUPS
 from headrace.scheduler.running_table import BoolArray, IndexArray
 from headrace.scheduler.sequence import Sequence
-from headrace.types.plan import SlotInit, StepPlan
+from headrace.types.plan import NO_MOVES, SlotInit, StepPlan
 from headrace.types.request import Int32Array
 
 
@@ -23,6 +24,10 @@ class Rows(NamedTuple):
     samples: BoolArray
 
 
+_NONE: IndexArray = np.empty(0, dtype=np.int64)
+_NO_ROWS = Rows(_NONE, _NONE, _NONE, np.empty(0, dtype=np.bool_))
+
+
 class PlanBuilder:
     """Rows come out in the order in which they were added: all single-token rows at once, then chunks one by one."""
 
@@ -32,10 +37,7 @@ class PlanBuilder:
         self._singles: Rows | None = None
         self._tokens: list[Int32Array] = []
         self._chunks: list[tuple[int, int, int, bool]] = []
-
-    @property
-    def is_empty(self) -> bool:
-        return self._singles is None and not self._chunks
+        self.moves: StepMoves | None = None
 
     def add_new_slot(self, sequence: Sequence, slot: int) -> None:
         """A sequence enters a slot with the tokens it has; prompt positions scored already are not asked again."""
@@ -79,19 +81,19 @@ class PlanBuilder:
         self._chunks.append((slot, start, len(token_ids), samples))
         self._tokens.append(token_ids)
 
-    def rows(self) -> Rows:
+    def rows(self) -> Rows | None:
+        """All rows of the step; None if it has nothing to do."""
         singles = self._singles
         if not self._chunks:
-            assert singles is not None, "a plan without a row"
-            return singles
-        chunks = Rows(*(np.array(part) for part in zip(*self._chunks, strict=True)))
+            return _NO_ROWS if singles is None and self.moves is not None else singles
+        chunks = Rows(*map(np.array, zip(*self._chunks, strict=True)))
         parts = [chunks] if singles is None else [singles, chunks]
         return Rows(*map(np.concatenate, list[Any](zip(*parts, strict=True))))
 
     def build(self, step_id: int, epoch: int, rows: Rows, prefix_groups: Int32Array = NO_GROUPS) -> StepPlan:
         """The plan of `rows`, which are `self.rows()`."""
         if self._cells:
-            cell_slots, cell_columns, cell_pages = (np.concatenate(part) for part in zip(*self._cells, strict=True))
+            cell_slots, cell_columns, cell_pages = map(np.concatenate, zip(*self._cells, strict=True))
         else:
             cell_slots = cell_columns = cell_pages = np.empty(0, dtype=np.int32)
         return StepPlan(
@@ -104,7 +106,8 @@ class PlanBuilder:
             row_slots=rows.slots.astype(np.int32),
             row_starts=rows.starts.astype(np.int32),
             row_lengths=rows.lengths.astype(np.int32),
-            token_ids=np.concatenate(self._tokens),
+            token_ids=np.concatenate(self._tokens) if self._tokens else np.empty(0, dtype=np.int32),
             row_samples=rows.samples,
             prefix_groups=prefix_groups,
+            page_moves=NO_MOVES if self.moves is None else self.moves.as_array(),
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from headrace.cache import Match, Namespace
+from headrace.cache.offload import Offload, StepMoves
 from headrace.scheduler.counters import Counters
 from headrace.scheduler.limits import SchedulerLimits
 from headrace.scheduler.plan_builder import PlanBuilder, Rows
@@ -30,23 +31,28 @@ class StepPlanner:
         self._counters = counters
         self._grouped: tuple[int, IndexArray, Int32Array] = (-1, np.empty(0, dtype=np.int64), NO_GROUPS)
 
-    def plan(self, step_id: int, epoch: int, *, admit_new: bool) -> tuple[StepPlan, Rows] | None:
+    def plan(self, step_id: int, epoch: int, *, admit_new: bool) -> tuple[StepPlan, Rows, StepMoves | None] | None:
         """The next step, its pages leased and its rows counted as in flight; None when there is nothing to do."""
         builder = PlanBuilder()
+        offload = self._roster.leases.offload
+        if offload is not None:
+            offload.begin_step()
         budget = self._limits.max_num_batched_tokens
         order = self._roster.order()
         if len(order):
             budget -= self._add_running(builder, order, budget)
         if budget > 0:
             self._admit(builder, budget, epoch, admit_new=admit_new)
-        if builder.is_empty:
-            return None
+        if offload is not None:
+            builder.moves = offload.end_step()
         rows = builder.rows()
+        if rows is None:
+            return None
         self._roster.table.num_in_flight[rows.slots] += 1
         plan = builder.build(step_id, epoch, rows, self._groups(rows))
         self._counters.num_steps += 1
         self._counters.num_scheduled_tokens += len(plan.token_ids)
-        return plan, rows
+        return plan, rows, builder.moves
 
     def _add_running(self, builder: PlanBuilder, order: IndexArray, budget: int) -> int:
         """Serve the sequences that hold slots; returns the tokens spent."""
@@ -55,7 +61,7 @@ class StepPlanner:
         singles = order[pending == 1][:budget]
         are_long = pending > 1
         chunks = _cut(order[are_long], pending[are_long], budget - len(singles))
-        growing = singles[table.num_scheduled[singles] >= leases.capacity[singles]]
+        growing = singles[table.num_scheduled[singles] >= leases.num_pages[singles] * leases.page_size]
         num_missing = len(growing) + sum(self._num_missing(slot, length) for slot, length in chunks)
         if num_missing > leases.num_available:
             granted = self._share_pages(order, dict(chunks) | dict.fromkeys(singles.tolist(), 1))
@@ -85,7 +91,7 @@ class StepPlanner:
             self._preempt_after(slot, num_promised + missing)
             missing = min(missing, leases.num_available - num_promised)
             num_promised += missing
-            room = int(leases.capacity[slot] - table.num_scheduled[slot]) + missing * self._limits.page_size
+            room = (int(leases.num_pages[slot]) + missing) * self._limits.page_size - int(table.num_scheduled[slot])
             if room > 0:
                 granted[slot] = min(wanted[slot], room)
         return granted
@@ -147,17 +153,32 @@ class StepPlanner:
                 return
             if num_reserved is None:
                 num_reserved = self._num_reserved()
-            namespace, num_known = sequence.namespace(epoch), len(sequence.token_ids)
+            namespace, num_known = Namespace(epoch, None, sequence.request.extra_key), len(sequence.token_ids)
             match = leases.match(namespace, sequence.units, sequence.max_hit // limits.page_size)
             ahead = limits.num_pages_for(min(num_known + limits.page_size, sequence.compute_length))  # one of output
             if ahead - match.num_pages + match.num_unpinned + num_reserved > leases.num_available:
                 return
+            if leases.offload is not None and self._waits_for_host(leases.offload, sequence, namespace, match):
+                return
             slot = self._enter(builder, sequence, namespace, match)
-            pending = min(num_known, sequence.compute_length) - int(leases.capacity[slot])
+            pending = min(num_known, sequence.compute_length) - match.num_pages * limits.page_size
             self._counters.num_chunked_prompts += pending > budget
             self._add_chunk(builder, slot, min(pending, budget))
             budget -= pending
             num_reserved += ahead - int(leases.num_pages[slot])
+
+    def _waits_for_host(self, offload: Offload, sequence: Sequence, namespace: Namespace, match: Match) -> bool:
+        """Whether it had better wait for pages that the host holds: they may just have been sent for. It waits once for
+        each: what is evicted again before it gets in is computed."""
+        if offload.is_loading:
+            return True
+        max_pages = sequence.max_hit // self._limits.page_size
+        host_pages = offload.find(namespace, sequence.units, match, max_pages)
+        if match.num_pages + len(host_pages) <= max(match.num_pages, sequence.num_loaded_pages):
+            return False
+        sequence.num_loaded_pages = match.num_pages + len(host_pages)
+        self._roster.leases.begin_load(namespace, sequence.units, match, host_pages)
+        return True
 
     def _enter(self, builder: PlanBuilder, sequence: Sequence, namespace: Namespace, match: Match) -> int:
         """Give a sequence a slot and the pages of `match`, and count the hit."""
@@ -187,10 +208,14 @@ class StepPlanner:
     def _groups(self, rows: Rows) -> Int32Array:
         """Prefix groups of the rows, found anew only when the rows or the holders of slots changed, and after a step in
         which some row was still computing pages that others share."""
+        if len(rows.slots) < 2:
+            return NO_GROUPS
         generation, slots, groups = self._grouped
         if generation == self._roster.generation and np.array_equal(slots, rows.slots):
             return groups
         leases = self._roster.leases
+        if not len(rows.slots):
+            return NO_GROUPS
         num_full = rows.starts // self._limits.page_size
         groups = find_groups(leases.pages, rows.slots, num_full, int(leases.num_matched[rows.slots].max()))
         if (rows.lengths == 1).all():

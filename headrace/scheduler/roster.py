@@ -36,6 +36,8 @@ class Roster:
             num_pages=limits.num_pages,
             page_size=limits.page_size,
             prefix_cache=limits.prefix_cache,
+            num_host_pages=limits.num_host_pages,
+            max_page_moves=limits.max_page_moves,
         )
         self.waiting = WaitingQueue()
         self.preempted: list[Sequence] = []
@@ -67,7 +69,7 @@ class Roster:
 
     def next_to_admit(self, *, admit_new: bool) -> Sequence | None:
         """The sequence that may enter a slot next: preempted ones first. None while one is still leaving its slot."""
-        if self.table.num_free == 0 or self._num_coming_back:
+        if not self.table.free_slots or self._num_coming_back:
             return None
         if self.isolated:
             return next((sequence for sequence in self.isolated if sequence.slot < 0), None)
@@ -81,6 +83,7 @@ class Roster:
             self.waiting.remove(sequence)
         else:
             self.preempted.remove(sequence)
+        sequence.num_loaded_pages = 0
         slot = self.table.enter(sequence, match.num_pages * self.limits.page_size)
         self.leases.open(slot, namespace, match)
         self.num_running += 1
@@ -121,6 +124,7 @@ class Roster:
         fresh.num_preemptions = self.num_preemptions
         fresh.leases.num_evicted_pages = self.leases.num_evicted_pages
         for sequence in self.by_handle.values():
+            sequence.num_loaded_pages = 0
             if sequence.state is State.WAITING:
                 fresh.accept(sequence)
                 continue

@@ -45,11 +45,7 @@ class RunningTable:
         self.is_running = np.zeros(count, dtype=np.bool_)  # may get rows; its sequence is not leaving
         self.accepts = np.zeros(count, dtype=np.bool_)  # False once its sequence was answered, or was brought no token
         self.sequences: list[Sequence | None] = [None] * count
-        self._free = list(range(count - 1, -1, -1))
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
+        self.free_slots = list(range(count - 1, -1, -1))
 
     def sequence(self, slot: int) -> Sequence:
         found = self.sequences[slot]
@@ -58,7 +54,7 @@ class RunningTable:
 
     def enter(self, sequence: Sequence, num_computed: int) -> int:
         """Give a sequence a free slot; the KV of its first `num_computed` tokens is there already."""
-        slot = self._free.pop()
+        slot = self.free_slots.pop()
         request = sequence.request
         num_known = len(sequence.token_ids)
         self.token_ids[slot, :num_known] = sequence.token_ids
@@ -74,7 +70,13 @@ class RunningTable:
         self.deliver_every[slot] = request.deliver_every
         self.rank[slot] = sequence.rank
         self.version[slot] = sequence.version_index
-        self._set_stops(slot, sequence.stop_token_ids)
+        stop_ids = sequence.stop_token_ids
+        self.stop_ids[slot] = NO_STOP_ID
+        if len(stop_ids) <= STOP_IDS_PER_SLOT:
+            self.stop_ids[slot, : len(stop_ids)] = stop_ids
+            self.many_stops.pop(slot, None)
+        else:
+            self.many_stops[slot] = frozenset(stop_ids)
         self.is_running[slot] = self.accepts[slot] = True
         self.sequences[slot] = sequence
         sequence.slot = slot
@@ -90,7 +92,7 @@ class RunningTable:
         sequence.slot = -1
         self.sequences[slot] = None
         self.is_running[slot] = self.accepts[slot] = False
-        self._free.append(slot)
+        self.free_slots.append(slot)
 
     def units(self, slot: int, first: int, last: int) -> bytes:
         """What the prefix cache knows positions first..last-1 of a slot by: its sequence's units as it entered, then
@@ -107,11 +109,3 @@ class RunningTable:
         sequence.token_ids = self.token_ids[slot, :num_known].copy()
         sequence.logprobs = self.logprobs[slot, sequence.num_prompt : num_known].copy()
         sequence.num_delivered = int(self.num_delivered[slot]) - sequence.num_prompt
-
-    def _set_stops(self, slot: int, stop_token_ids: tuple[int, ...]) -> None:
-        self.stop_ids[slot] = NO_STOP_ID
-        if len(stop_token_ids) <= STOP_IDS_PER_SLOT:
-            self.stop_ids[slot, : len(stop_token_ids)] = stop_token_ids
-            self.many_stops.pop(slot, None)
-        else:
-            self.many_stops[slot] = frozenset(stop_token_ids)

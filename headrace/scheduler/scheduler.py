@@ -66,6 +66,11 @@ class Scheduler:
         return len(self._roster.by_handle) - self._roster.num_running
 
     @property
+    def num_live(self) -> int:
+        """Sequences that have not had their answer: running or waiting."""
+        return len(self._roster.by_handle)
+
+    @property
     def num_started(self) -> int:
         """Live sequences that have held a slot: running or preempted."""
         return self._roster.num_started
@@ -134,9 +139,9 @@ class Scheduler:
         planned = self._planner.plan(self._num_plans, self.epoch, admit_new=admit_new)
         if planned is None:
             return None
-        plan, rows = planned
+        plan, rows, moves = planned
         self._num_plans += 1
-        self._in_flight.append(InFlight(plan.step_id, self.version, self._version_index, self.epoch, rows))
+        self._in_flight.append(InFlight(plan.step_id, self.version, self._version_index, self.epoch, rows, moves))
         return plan
 
     def apply(self, result: StepResult) -> list[Delta]:
@@ -150,9 +155,9 @@ class Scheduler:
         assert step.step_id == result.step_id, f"result {result.step_id} came for step {step.step_id}"
         cleared = self._sampling(step) if self._isolation.is_active else []
         self._applier.apply(step, result, deltas)
-        self._interrupted = None
         if cleared:
             self._clear(cleared)
+        self._interrupted = None
         return deltas
 
     def lose_step(self, cause: ErrorInfo, *, is_blamed: bool = True) -> list[Delta]:
@@ -234,6 +239,12 @@ class Scheduler:
         """Counters since start, and gauges of now. free + used + cached pages = all but page 0."""
         leases = self._roster.leases
         counters: dict[str, float] = msgspec.structs.asdict(self._counters)
+        if (offload := leases.offload) is not None:
+            counters |= {
+                "num_host_pages": offload.tier.num_held,
+                "num_pages_saved": offload.num_saved,
+                "num_pages_loaded": offload.num_loaded,
+            }
         return counters | {
             "num_preemptions": self._roster.num_preemptions,
             "num_evicted_pages": leases.num_evicted_pages,

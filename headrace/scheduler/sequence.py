@@ -11,7 +11,6 @@ from enum import Enum
 import msgspec
 import numpy as np
 
-from headrace.cache import Namespace
 from headrace.scheduler.limits import SchedulerLimits, max_output
 from headrace.scheduler.position_extras import PositionExtras
 from headrace.scheduler.prompt_scores import PromptScores
@@ -50,6 +49,7 @@ class Sequence(msgspec.Struct, eq=False, kw_only=True):
     num_delivered: int = 0  # output tokens that have gone out in deltas
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    num_loaded_pages: int = 0  # of its prefix, those the host's memory made known while it waited
     is_prompt_delivered: bool = False
     version_index: int = -1  # of its last token, -1 before the first
     version_starts: list[tuple[int, str, int]] = []  # (first output token of a version, the version, its epoch)
@@ -68,7 +68,7 @@ class Sequence(msgspec.Struct, eq=False, kw_only=True):
             num_prompt=num_prompt,
             max_length=max_length,
             compute_length=max(1, max_length - 1),
-            stop_token_ids=tuple(token for token in request.stop_token_ids if 0 <= token < limits.vocab_size),
+            stop_token_ids=tuple(filter(range(limits.vocab_size).__contains__, request.stop_token_ids)),
             token_ids=prompt,
             units=request.prompt,
             extras=PositionExtras(options) if options.wants_extras else None,
@@ -83,10 +83,6 @@ class Sequence(msgspec.Struct, eq=False, kw_only=True):
         if self.prompt_scores is not None and not self.prompt_scores.is_complete:
             limit = min(limit, self.prompt_scores.next_position - 1)
         return limit
-
-    def namespace(self, epoch: int) -> Namespace:
-        """Where its prefixes are found and published under the weights of `epoch`."""
-        return Namespace(epoch, None, self.request.extra_key)
 
     def spans(self, first: int, last: int) -> tuple[tuple[tuple[str, int], ...], tuple[int, ...]]:
         """(version, count) of output tokens first..last-1, in order, and the epoch of each of these spans."""

@@ -6,7 +6,8 @@ something is therefore neither.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
@@ -30,13 +31,18 @@ class MethodError(RequestError):
     status = 405
 
 
-async def read_control(request: Request, kind: type[Body]) -> Body:
-    """The body as `kind`; a GET may put it in the query instead. Raises `RequestError` naming the field."""
+async def read_control(request: Request, kind: type[Body], query: Mapping[str, Any] | None = None) -> Body:
+    """The body as `kind`; a GET may put it in the query instead. Raises `RequestError` naming the field.
+
+    With `query` a POST needs no body: what it has counts before what is there.
+    """
     if request.method in READING_METHODS:
         raw = await _small_body(request)
         return convert(decode_object(raw) if raw.strip() else dict(request.query_params), kind, strict=False)
     _check_media_type(request)
-    return await read_body(request, lambda values: convert(values, kind, strict=False))
+    if query is not None and not _has_body(request):
+        return convert(query, kind, strict=False)
+    return await read_body(request, lambda values: convert({**(query or {}), **values}, kind, strict=False))
 
 
 async def _small_body(request: Request) -> bytes:
@@ -57,8 +63,13 @@ def check_changes(request: Request, what: str, field: str) -> None:
 
 
 def _check_media_type(request: Request) -> None:
-    """A body of no announced length has none."""
     given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    has_body = bool(request.headers.get("content-length", "").strip("0")) or "transfer-encoding" in request.headers
-    if has_body and not (given == "application/json" or given.startswith("application/") and given.endswith("+json")):
+    if _has_body(request) and not (
+        given == "application/json" or given.startswith("application/") and given.endswith("+json")
+    ):
         raise MediaTypeError("content-type must be application/json", field="content-type")
+
+
+def _has_body(request: Request) -> bool:
+    """One of no announced length has none."""
+    return bool(request.headers.get("content-length", "").strip("0")) or "transfer-encoding" in request.headers

@@ -20,8 +20,8 @@ from headrace.types.errors import DeadlineError, HeadraceError, RequestError
 from headrace.types.messages import CoreStatus
 
 HEALTH_SECONDS = 5.0
-_SINGLE_RANK: dict[str, Any] = {
-    **{name: 1 for name in ("tp_size", "pp_size", "dp_size", "ep_size", "moe_dp_size", "num_gpus", "nnodes")},
+_LAYOUT: dict[str, Any] = {
+    **{name: 1 for name in ("pp_size", "dp_size", "ep_size", "moe_dp_size", "nnodes")},
     "node_rank": 0,
     "disaggregation_mode": "null",
     "disaggregation_bootstrap_port": None,
@@ -43,7 +43,7 @@ class InfoFace:
 
     def endpoints(self) -> list[Endpoint]:
         return [
-            Endpoint("/health", self.health, access="open"),
+            *(Endpoint(path, self.health, access="open") for path in ("/health", "/liveness")),
             Endpoint("/health_generate", self.health_generate, access="open"),
             Endpoint("/ready", self.ready, access="open"),
             *(Endpoint(path, self.model_info) for path in ("/model_info", "/get_model_info")),
@@ -102,7 +102,8 @@ class InfoFace:
         config, resolved, model = self._engine.config, self._engine.resolved, self._engine.resolved.model
         settings = {
             **msgspec.to_builtins(resolved.engine),
-            **_SINGLE_RANK,
+            **_LAYOUT,
+            "num_gpus": resolved.engine.tp_size,
             "enable_memory_saver": resolved.engine.memory_saver,
             "model_path": config.model,
             "tokenizer_path": config.tokenizer or config.model,
@@ -134,7 +135,24 @@ class InfoFace:
             "version": __version__,
             "kv_events": None,
         }
+        if "config_format" in request.query_params:
+            facts["vllm_config"] = self._vllm_config()
         return json_reply({**settings, **facts})
+
+    def _vllm_config(self) -> dict[str, Any]:
+        """What trainers that speak vLLM's dialect look at."""
+        resolved = self._engine.resolved
+        return {
+            "weight_transfer_config": {"backend": "gloo" if resolved.device == "cpu" else "nccl"},
+            "model_config": {
+                "model": self._engine.config.model,
+                "dtype": f"torch.{resolved.dtype}",
+                "max_model_len": resolved.context_length,
+                "logprobs_mode": "processed_logprobs",
+            },
+            "parallel_config": {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1},
+            "lora_config": None,
+        }
 
     async def get_load(self, request: Request) -> Response:
         status = await self._engine.status(HEALTH_SECONDS)

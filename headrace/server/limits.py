@@ -10,7 +10,7 @@ from collections.abc import Collection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headrace.server.connections import CLIENT, Connection
-from headrace.server.errors import body_of, error_body, respond
+from headrace.server.errors import error_body, respond
 from headrace.types.errors import DeadlineError, RequestTooLargeError
 
 MAX_HEADER_BYTES = 64 << 10
@@ -32,7 +32,8 @@ class BodyTimeoutError(DeadlineError):
 
 
 class Limits:
-    """ASGI middleware: a body over `max_body_bytes` is 413, announced or not; headers over 64 KiB are 431.
+    """ASGI middleware: a body over `max_body_bytes` is 413, announced or not, to the route that reads it, which knows
+    what a call means that did not get through. Headers over 64 KiB are 431.
 
     On a connection over the server's number all but `open_paths` is 503.
     """
@@ -77,8 +78,6 @@ class Limits:
             return respond(error_body(414, f"the path is over {MAX_PATH_BYTES} bytes"))
         if is_ambiguous:
             return respond(error_body(400, "transfer-encoding and content-length exclude each other"))
-        if num_announced > self._max_body_bytes:
-            return respond(body_of(too_large(num_announced, self._max_body_bytes)))
         if scope["state"][CLIENT].is_crowded and scope["path"] not in self._open_paths:
             return respond(error_body(503, "too many connections", retryable=True))
         return None
@@ -112,6 +111,8 @@ class _Body:
         """The next part; `RequestTooLargeError` beyond the bound, `BodyTimeoutError` when it does not come."""
         if self._is_read:
             return await self._receive()
+        if (self._announced or 0) > self._max_bytes:
+            raise too_large(self._announced or 0, self._max_bytes)
         if self._client.has_all:
             message = await self._next()
         else:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from headrace.engine import Stream
+from headrace.engine import AsyncEngine, GenerateItem, Stream
 from headrace.engine.pacing import Turn
 from headrace.engine.stream import all_or_none, cancel_all
 from headrace.server.native_reply import ReplyStyle, SequenceReply
 from headrace.server.native_types import Draft, GenerateCall, in_dialect, read_call
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
-from headrace.server.wire import EventStream, PartsReply, dropping, encode_json, event, read_body
+from headrace.server.wire import EventStream, PartsReply, decode_object, dropping, encode_json, event, read_body
 from headrace.text import INLINE_CHARACTERS, run_sized
-from headrace.types.errors import HeadraceError
+from headrace.types.errors import HeadraceError, RequestError
 from headrace.types.generation import Generation
 
 STREAM_HEADER = "x-headrace-stream"
@@ -41,8 +41,8 @@ class NativeFace:
         received_at = time.perf_counter()
         engine = self._state.engine
         call = await read_call(engine, await read_body(request, functools.partial(Draft, engine)))
-        streams = await self._submit(call)
-        style = self._style(call, received_at)
+        streams = await _submit(call, self._state.submit)
+        style = _style(engine, call, received_at)
         cancel, on_disconnect = functools.partial(cancel_all, streams), self._state.metrics.count_disconnect
         if call.is_stream:
             is_incremental = call.is_incremental
@@ -51,34 +51,7 @@ class NativeFace:
             events = self._events(streams, style, call, is_incremental)
             return EventStream(events, cancel, on_disconnect, headers={STREAM_HEADER: _STREAMING[is_incremental]})
         with dropping(request.scope, cancel, on_disconnect):
-            bodies = await _written(streams, style, call.wants_logprobs)
-        if call.is_list:
-            parts = [part for body in bodies for part in (b",", body)]
-            bodies = [b"[", *parts[1:], b"]"]
-        return PartsReply(bodies)
-
-    async def _submit(self, call: GenerateCall) -> list[Stream]:
-        """All sequences or none. A long list leaves the loop to others now and then."""
-        streams, turn = list[Stream](), Turn()
-        try:
-            with all_or_none(streams):
-                for item in call.items:
-                    await turn.give_way()
-                    streams.append(self._state.submit(item))
-        except HeadraceError as error:
-            raise in_dialect(error, item.prompt_index, call.is_list) from None
-        return streams
-
-    def _style(self, call: GenerateCall, received_at: float) -> ReplyStyle:
-        engine = self._state.engine
-        return ReplyStyle(
-            has_text=engine.tokenizer is not None,
-            tokenizer=engine.tokenizer if call.writes_text else None,
-            live_version=lambda: engine.version,
-            received_at=received_at,
-            writes_prompt_ids=call.writes_prompt_ids,
-            warnings=call.warnings,
-        )
+            return PartsReply(await _written(streams, style, call))
 
     async def _events(
         self, streams: Sequence[Stream], style: ReplyStyle, call: GenerateCall, is_incremental: bool
@@ -102,12 +75,51 @@ class NativeFace:
             yield b"".join(events)
 
 
-async def _written(streams: list[Stream], style: ReplyStyle, wants_logprobs: Sequence[bool]) -> list[bytes]:
-    """The objects of all sequences as JSON, once they are finished. Written one by one, and none is kept: what is not
-    bytes yet is large, and many objects for the garbage collector."""
+async def answer_body(engine: AsyncEngine, raw: bytes) -> bytes:
+    """What `/generate` answers to a body, for a caller in this process; nothing is streamed. To be awaited on the
+    engine's loop. Raises the errors of both."""
+    received_at = time.perf_counter()
+    draft = await run_sized(len(raw), lambda: Draft(engine, decode_object(raw)))
+    call = await read_call(engine, draft)
+    if call.is_stream:
+        raise RequestError("stream: there is only one answer here", field="stream")
+    streams = await _submit(call, engine.submit)
+    try:
+        return b"".join(await _written(streams, _style(engine, call, received_at), call))
+    finally:
+        cancel_all(streams)
+
+
+async def _submit(call: GenerateCall, submit: Callable[[GenerateItem], Stream]) -> list[Stream]:
+    """All sequences or none. A long list leaves the loop to others now and then."""
+    streams, turn = list[Stream](), Turn()
+    try:
+        with all_or_none(streams):
+            for item in call.items:
+                await turn.give_way()
+                streams.append(submit(item))
+    except HeadraceError as error:
+        raise in_dialect(error, item.prompt_index, call.is_list) from None
+    return streams
+
+
+def _style(engine: AsyncEngine, call: GenerateCall, received_at: float) -> ReplyStyle:
+    return ReplyStyle(
+        has_text=engine.tokenizer is not None,
+        tokenizer=engine.tokenizer if call.writes_text else None,
+        live_version=lambda: engine.version,
+        received_at=received_at,
+        writes_prompt_ids=call.writes_prompt_ids,
+        warnings=call.warnings,
+    )
+
+
+async def _written(streams: list[Stream], style: ReplyStyle, call: GenerateCall) -> list[bytes]:
+    """The reply as JSON, in parts, once all sequences are finished. Their objects are written one by one, and none is
+    kept: what is not bytes yet is large, and many objects for the garbage collector."""
     bodies, turn = list[bytes](), Turn()
     streams.reverse()
-    for is_wanted in wants_logprobs:
+    for is_wanted in call.wants_logprobs:
         await turn.give_way()
         stream = streams[-1]
         piece = await stream.result()
@@ -115,7 +127,10 @@ async def _written(streams: list[Stream], style: ReplyStyle, wants_logprobs: Seq
         size, write = stream.sample.num_extra_values, functools.partial(_write, reply, piece)
         bodies.append(write() if size <= INLINE_CHARACTERS else await run_sized(size, write))
         streams.pop()
-    return bodies
+    if not call.is_list:
+        return bodies
+    parts = [part for body in bodies for part in (b",", body)]
+    return [b"[", *parts[1:], b"]"]
 
 
 def _write(reply: SequenceReply, piece: Generation) -> bytes:

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import json
 import secrets
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
 
 import msgspec
@@ -19,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.engine import DEFAULT_UPDATE_TIMEOUT, UpdateSession
-from headrace.engine.control import terms_of
+from headrace.engine.control import terms_of, terms_of_part
 from headrace.ipc.buffers import BorrowedBuffer
 from headrace.server.coerce import MediaTypeError
 from headrace.server.folders import Folders
@@ -38,8 +39,12 @@ from headrace.types.http import (
     AbortAsk,
     BeginAsk,
     CommitAsk,
+    ExtendAsk,
+    JoinAsk,
     LendAsk,
+    PartJoined,
     SessionBegun,
+    SettleAsk,
     StageHead,
     StageLentAsk,
 )
@@ -48,12 +53,14 @@ from headrace.types.weights import BufferRef, InFlight, UpdateMode
 MAX_LENT_BYTES = 1 << 30
 MAX_LENT_BUFFERS = 8
 _CHUNK_BYTES = 1 << 20
+_NUM_UNDONE = 64
 
 
 class DiskAsk(msgspec.Struct, frozen=True, kw_only=True):
     """`Engine.update_weights_from_disk`; the folder is one of the server's."""
 
     path: str
+    verify: bool = False
     version: str | int
     mode: UpdateMode = "auto"
     in_flight: InFlight = "drain"
@@ -69,8 +76,9 @@ class NameAsk(msgspec.Struct, frozen=True):
 class OpenSession:
     """A session begun over HTTP. Without a call for as long as its core waits, it is over there, and forgotten here."""
 
-    def __init__(self, session: UpdateSession) -> None:
+    def __init__(self, session: UpdateSession, asked_by: bytes) -> None:
         self.session = session
+        self.asked_by = asked_by
         self.token = secrets.token_bytes(TOKEN_BYTES)
         self._num_calls = 0
         self._used_at = asyncio.get_running_loop().time()
@@ -117,15 +125,33 @@ class OpenSessions:
     """The session begun on one server, if one is open: the engine has one at a time. Lives on the engine's loop."""
 
     def __init__(self) -> None:
+        self.opening = asyncio.Lock()
+        """Held while one is opened: whoever undoes that waits for it."""
         self._opened: OpenSession | None = None
+        self._undone: deque[bytes] = deque(maxlen=_NUM_UNDONE)  # asks that may still come
         self._timer: asyncio.TimerHandle | None = None
 
-    def add(self, session: UpdateSession) -> OpenSession:
-        """A session that has just been opened: the one before is over."""
+    def add(self, session: UpdateSession, asked_by: bytes) -> OpenSession:
+        """A session that has just been opened: the one before is over. `asked_by` is the token of the ask."""
         self.drop()
-        self._opened = opened = OpenSession(session)
+        self._opened = opened = OpenSession(session, asked_by)
         self._look()
         return opened
+
+    def reach(self, session: UpdateSession, asked_by: bytes) -> OpenSession:
+        """One that may be open here."""
+        opened = self._opened
+        return opened if opened is not None and opened.session is session else self.add(session, asked_by)
+
+    def check_wanted(self, asked_by: bytes) -> None:
+        """`UpdateConflictError` if this ask was undone before it came."""
+        if asked_by and asked_by in self._undone:
+            raise UpdateConflictError("the ask to begin was undone by its client", field="session_id")
+
+    def undo(self, asked_by: bytes) -> UpdateSession | None:
+        """The session that this ask has opened, if it has; if it comes only now it will not."""
+        self._undone.append(asked_by)
+        return self._opened.session if self._opened is not None and self._opened.asked_by == asked_by else None
 
     def find(self, session_id: int) -> OpenSession:
         """`UpdateConflictError` for one that is not open here."""
@@ -164,6 +190,9 @@ class WeightsFace:
     def endpoints(self) -> list[Endpoint]:
         table = {
             "begin_update": self.begin_update,
+            "extend_update": self.extend_update,
+            "join_update": self.join_update,
+            "settle_part": self.settle_part,
             "stage": self.stage,
             "lend": self.lend,
             "stage_lent": self.stage_lent,
@@ -177,10 +206,41 @@ class WeightsFace:
     async def begin_update(self, request: Request) -> Response:
         ask = await read_ask(request, BeginAsk)
         terms = terms_of(ask.version, ask.mode, ask.in_flight, ask.timeout, ask.partial)
-        opened = self._sessions.add(await self._state.run(request, *self._engine.undoable_begin(ask.manifest, terms)))
-        session = opened.session
-        limit = self._state.options.max_body_bytes
-        return packed_reply(SessionBegun(session.session_id, session.mode, opened.token, limit))
+        async with self._sessions.opening:
+            self._sessions.check_wanted(ask.token)
+            session = await self._state.run(request, *self._engine.undoable_begin(ask.manifest, terms))
+            return packed_reply(self._begun(self._sessions.add(session, ask.token)))
+
+    async def extend_update(self, request: Request) -> Response:
+        ask = await read_ask(request, ExtendAsk)
+        with self._sessions.find(ask.session_id).call() as session:
+            added = await self._state.run(request, self._engine.runtime.updater.extend(session, ask.manifest))
+        return packed_reply(added.start)
+
+    async def join_update(self, request: Request) -> Response:
+        ask = await read_ask(request, JoinAsk)
+        terms = terms_of_part(ask.version, ask.mode, ask.in_flight, ask.timeout)
+        self._engine.runtime.check_open()
+        async with self._sessions.opening:
+            self._sessions.check_wanted(ask.token)
+            joined = await self._state.run(request, self._engine.runtime.joined.join(ask.manifest, terms))
+            if joined is None:
+                return packed_reply(None)
+            session, indices = joined
+            opened = self._sessions.reach(session, ask.token)
+        return packed_reply(PartJoined(self._begun(opened), tuple(indices)))
+
+    async def settle_part(self, request: Request) -> Response:
+        ask = await read_ask(request, SettleAsk)
+        with self._sessions.find(ask.session_id).call() as session:
+            report = await self._state.run(request, self._engine.runtime.joined.settle(session, ask.indices))
+        if report is not None:
+            self._sessions.drop()
+        return packed_reply(report)
+
+    def _begun(self, opened: OpenSession) -> SessionBegun:
+        session, limit = opened.session, self._state.options.max_body_bytes
+        return SessionBegun(session.session_id, session.mode, opened.token, limit, session.dtype)
 
     async def stage(self, request: Request) -> Response:
         """The body is the length of a `StageHead`, that head, and the bytes of its pieces."""
@@ -229,6 +289,11 @@ class WeightsFace:
         """Without a session: whichever is open, whoever began it."""
         ask = await read_ask(request, AbortAsk, MAX_CALL_BYTES)
         session = None if ask.session_id is None else self._sessions.find(ask.session_id).session
+        if ask.token:
+            async with self._sessions.opening:
+                session = self._sessions.undo(ask.token)
+            if session is None:
+                return packed_reply(None)
         await self._state.run(request, self._engine.abort_update(session))
         self._sessions.drop()
         return packed_reply(None)
@@ -237,7 +302,13 @@ class WeightsFace:
         ask = await read_ask(request, DiskAsk, MAX_CALL_BYTES)
         folder, root = self._folders.allowed(ask.path, "path")
         update = self._engine.update_weights_from_disk(
-            folder, ask.version, mode=ask.mode, in_flight=ask.in_flight, timeout=ask.timeout, root=root
+            folder,
+            ask.version,
+            mode=ask.mode,
+            in_flight=ask.in_flight,
+            timeout=ask.timeout,
+            verify=ask.verify,
+            root=root,
         )
         return packed_reply(await self._state.run(request, update))
 

@@ -12,7 +12,7 @@ from headrace.server.app import create_app
 from headrace.server.listening import EmbeddedServer, listen, url_of
 from headrace.server.options import ServerOptions
 from headrace.server.state import ServerState
-from headrace.types.errors import InternalError, RequestError
+from headrace.types.errors import ConfigError, InternalError, RequestError
 from headrace.types.plain_values import MAX_SECONDS, as_number
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,10 @@ class RunningServer:
             raise RequestError(f"timeout must be in [0, {MAX_SECONDS:g}] seconds, not {limit:g}", field="timeout")
         await self._state.engine.runtime.run(self._stop(limit))
 
+    async def stop_now(self) -> None:
+        """`stop` that lets nothing finish."""
+        await self.stop(0.0)
+
     async def _stop(self, limit: float) -> None:
         self._state.is_draining = True
         if not await self._state.wait_idle(limit):
@@ -58,18 +62,29 @@ class RunningServer:
 
 async def serve(
     engine: AsyncEngine,
-    host: str = "127.0.0.1",
     port: int = 0,
+    host: str = "127.0.0.1",
     *,
     listener: socket.socket | None = None,
-    **settings: Any,
+    **options: Any,
 ) -> RunningServer:
-    """Serve `engine` over HTTP; returns once connections are accepted. Port 0 takes a free one.
+    """Serve `engine` over HTTP on its own loop, until it ends or the server is stopped. May be awaited from any loop;
+    returns once connections are accepted. Port 0 takes a free one. For an `Engine` there is `headrace.serve`.
 
-    `settings` are the fields of `ServerOptions`. A `listener` that already listens on `host` is taken over, and closed
-    in the end. To be awaited on the engine's loop. Raises `ConfigError` for a bad setting, an address that is taken,
-    and an outside address without a key.
+    `options` are the fields of `ServerOptions`. A `listener` that already listens on `host` is taken over, and closed
+    in the end. Raises `ConfigError` for a bad option, an address that is taken, and an outside address without a key.
     """
+    if not isinstance(engine, AsyncEngine):
+        raise ConfigError("engine must be an AsyncEngine: an Engine is served by headrace.serve", field="engine")
+    await engine.start()
+    engine.runtime.check_open()
+    return await engine.runtime.run(_open(engine, port, host, listener, options), RunningServer.stop_now)
+
+
+async def _open(
+    engine: AsyncEngine, port: int, host: str, listener: socket.socket | None, settings: dict[str, Any]
+) -> RunningServer:
+    """A server that accepts connections, on the engine's loop, and that ends with the engine."""
     options = ServerOptions.from_dict(settings)
     options.check_address(host)
     app = create_app(engine, options, host)
@@ -85,4 +100,6 @@ async def serve(
     except asyncio.CancelledError:
         server.should_exit = True  # nobody would hear of it
         raise
-    return RunningServer(server, task, app.state.server, listener, host)
+    running = RunningServer(server, task, app.state.server, listener, host)
+    engine.runtime.add_closer(running.stop_now)
+    return running

@@ -74,6 +74,12 @@ class ServerState:
         return self.engine.config.served_model_name or self.engine.config.model
 
     @property
+    def last_version(self) -> str:
+        """The label of the last weights that were whole."""
+        status = self.engine.runtime.client.status
+        return self.engine.version if status is None else status.last_version
+
+    @property
     def is_ready(self) -> bool:
         """True when a request that came now would start now."""
         return self.engine.is_ready and not self.is_draining

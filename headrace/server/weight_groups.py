@@ -83,7 +83,11 @@ class GroupFace:
     async def update(self, request: Request) -> Response:
         """POST /update_weights_from_distributed: a bucket of an update, broadcast meanwhile. `flush_cache` has nothing
         to do."""
-        body = await read_control(request, GroupUpdateBody)
+        try:
+            body = await read_control(request, GroupUpdateBody)
+        except BaseException:  # whatever it is, as in `JoinedUpdate.add`
+            await self._engine.runtime.joined.end()
+            raise
         updating = self._engine.update_weights_from_distributed(
             body.names,
             body.dtypes,

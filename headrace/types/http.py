@@ -22,6 +22,9 @@ BYTES_TYPE = "application/octet-stream"
 TENSOR_HEADER = "x-headrace-tensor"
 """The `TensorInfo` of a body that is a tensor's bytes, as JSON of ASCII."""
 
+BEGIN_TOKEN_BYTES = 16
+"""By which a client undoes an ask to begin whose answer it never got."""
+
 LENGTH_BYTES = 4
 """Before each part of a stream, the head of a stage body, and what a server and its owner say: its length,
 little-endian."""
@@ -58,23 +61,59 @@ class StreamPart(msgspec.Struct, frozen=True, array_like=True):
 
 
 class BeginAsk(msgspec.Struct, frozen=True, kw_only=True):
-    """`Engine.begin_update`."""
+    """`Engine.begin_update`. `token` is the client's own, by which an ask whose answer it never got is undone."""
 
     version: str | int
-    manifest: tuple[TensorInfo, ...]
+    manifest: tuple[TensorInfo, ...] | None
     mode: UpdateMode = "auto"
     in_flight: InFlight = "drain"
     partial: bool = False
     timeout: float
+    token: bytes = b""
 
 
 class SessionBegun(msgspec.Struct, frozen=True):
-    """`token` is what a lent buffer has to end with. One stage body has at most `max_body_bytes`, its head included."""
+    """`token` is what a lent buffer has to end with. One stage body has at most `max_body_bytes`, its head included.
+    `dtype` is the engine's."""
 
     session_id: int
     mode: str
     token: bytes
     max_body_bytes: int
+    dtype: str = ""
+
+
+class ExtendAsk(msgspec.Struct, frozen=True):
+    """More tensors of a session that was begun without a manifest. Reply: the index of the first."""
+
+    session_id: int
+    manifest: tuple[TensorInfo, ...]
+
+
+class JoinAsk(msgspec.Struct, frozen=True, kw_only=True):
+    """The tensors of one `Engine.update_weights_from_bucket`, before they are staged. Reply: `PartJoined`, or null
+    where there are none."""
+
+    manifest: tuple[TensorInfo, ...]
+    version: str | None
+    mode: UpdateMode
+    in_flight: InFlight
+    timeout: float
+    token: bytes = b""
+
+
+class PartJoined(msgspec.Struct, frozen=True):
+    """The session that they belong to, and their places in its manifest."""
+
+    begun: SessionBegun
+    indices: tuple[int, ...]
+
+
+class SettleAsk(msgspec.Struct, frozen=True):
+    """They were staged. Reply: an `UpdateReport` if they were the last that the model lacked, else null."""
+
+    session_id: int
+    indices: tuple[int, ...]
 
 
 class TensorPiece(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -116,9 +155,10 @@ class CommitAsk(msgspec.Struct, frozen=True):
 
 
 class AbortAsk(msgspec.Struct, frozen=True):
-    """`Engine.abort_update`; None: whichever is open."""
+    """`Engine.abort_update`; None: whichever is open, or with a `token` the one that this ask has begun, if it has."""
 
     session_id: int | None = None
+    token: bytes = b""
 
 
 class OwnerOrder(msgspec.Struct, frozen=True):

@@ -20,8 +20,19 @@ import msgspec
 from headrace.types.errors import ErrorInfo
 from headrace.types.foreign import Payload
 from headrace.types.memory import MemoryTag, OnRelease, Restore
+from headrace.types.profile import ProfileTerms
 from headrace.types.request import Delta, Request, Sibling
-from headrace.types.weights import BufferEntry, BufferRef, DeviceRef, InFlight, PauseMode, TensorInfo, UpdateMode
+from headrace.types.weights import (
+    SEPARATE,
+    BufferEntry,
+    BufferRef,
+    DeviceRef,
+    InFlight,
+    PauseMode,
+    Rendezvous,
+    TensorInfo,
+    UpdateMode,
+)
 
 NO_DEADLINE: Final = math.inf
 
@@ -124,27 +135,12 @@ class BeginUpdate(_Call, frozen=True, tag="begin_update"):
     is_open: bool = False
 
 
-class UpdateBegun(msgspec.Struct, frozen=True):
-    """`mode` is what "auto" became."""
-
-    session_id: int
-    mode: str
-
-
 class ExtendUpdate(_Call, frozen=True, tag="extend_update"):
     """Name more tensors of an open-ended session; they are checked beside those before them, and none is taken where
     one is wrong. Reply: `UpdateExtended`."""
 
     session_id: int
     manifest: tuple[TensorInfo, ...]
-
-
-class UpdateExtended(msgspec.Struct, frozen=True):
-    """`first_index` is the place of the first of them in the session's manifest. `num_missing` tensors of the model
-    have not been named yet."""
-
-    first_index: int
-    num_missing: int
 
 
 class Stage(_Call, frozen=True, tag="stage"):
@@ -191,8 +187,9 @@ class AbortUpdate(_Call, frozen=True, tag="abort_update"):
 
 
 class JoinGroup(_Call, frozen=True, tag="join_group"):
-    """Become rank `rank` of a `torch.distributed` group of `world_size` that a trainer, its rank 0, makes at `address`.
-    Reply: null, once all are there. A group that cannot be used any more gives its name to the new one."""
+    """Become rank `rank` of a `torch.distributed` group of `world_size` that a trainer, its rank 0, makes at `address`,
+    in the way of `rendezvous`. Reply: null, once all are there. A group that cannot be used any more gives its name to
+    the new one."""
 
     name: str
     address: str
@@ -200,6 +197,7 @@ class JoinGroup(_Call, frozen=True, tag="join_group"):
     rank: int
     world_size: int
     backend: str
+    rendezvous: Rendezvous = "sglang"
 
 
 class LeaveGroup(_Call, frozen=True, tag="leave_group"):
@@ -218,14 +216,14 @@ class GroupTensor(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Receive(_Call, frozen=True, tag="receive"):
-    """Stage tensors that rank 0 of a group broadcasts in this order: one broadcast each, or with `is_bucket` one of the
-    bytes of all. Reply: null, once all are staged. Of one that fails, what is still to come is received and forgotten
-    until its deadline, since it is sent all the same; what did not come until then leaves the group unusable."""
+    """Stage tensors that rank 0 of a group broadcasts in this order, packed as `packing` says. Reply: null, once all
+    are staged. Of one that fails, what is still to come is received and forgotten until its deadline, since it is sent
+    all the same; what did not come until then leaves the group unusable."""
 
     session_id: int
     group: str
     tensors: tuple[GroupTensor, ...]
-    is_bucket: bool = False
+    packing: int = SEPARATE
 
 
 class Discard(_Call, frozen=True, tag="discard"):
@@ -234,7 +232,7 @@ class Discard(_Call, frozen=True, tag="discard"):
 
     group: str
     tensors: tuple[TensorInfo, ...] | None
-    is_bucket: bool
+    packing: int
     seconds: float
 
 
@@ -259,12 +257,14 @@ class SetVersion(_Call, frozen=True, tag="set_version"):
 
 class GetWeight(_Call, frozen=True, tag="get_weight"):
     """Copy bytes of one live tensor into the caller's buffer, from byte `start` on, until the buffer is full or the
-    first `max_rows` rows are read. Reply: `WeightPart`."""
+    first `max_rows` rows are read; with a `rank`, of that rank's parameter of this name, as it lies. Reply:
+    `WeightPart`."""
 
     name: str
     buffer: BufferRef
     start: int = 0
     max_rows: int | None = None
+    rank: int | None = None
 
 
 class WeightPart(msgspec.Struct, frozen=True):
@@ -279,16 +279,13 @@ class WeightPart(msgspec.Struct, frozen=True):
     total: int
 
 
-class WeightBytes(msgspec.Struct, frozen=True):
-    """A tensor in Hugging Face shape and layout, engine dtype; of its first rows only, if no more were asked for."""
-
-    info: TensorInfo
-    data: memoryview
-
-
 class Digest(_Call, frozen=True, tag="digest"):
     """Digest live parameter memory, all of it while it holds one version. Reply: dict[str, str], HF name to the 32 hex
     digits of `headrace.weights.position_sum`."""
+
+
+class DescribeWeights(_Call, frozen=True, tag="describe_weights"):
+    """Say what is live, and digest it, all of one version. Reply: `WeightsDescription`."""
 
 
 class WeightsChecker(_Call, frozen=True, tag="weights_checker"):
@@ -312,6 +309,22 @@ class ResumeMemory(_Call, frozen=True, tag="resume_memory"):
 
     tags: tuple[MemoryTag, ...] = ()
     restore: Restore = "auto"
+
+
+class SlowDown(_Call, frozen=True, tag="slow_down"):
+    """Wait so long before each step; 0: no more. Reply: null."""
+
+    seconds: float
+
+
+class FreezeGc(_Call, frozen=True, tag="freeze_gc"):
+    """Collect garbage, and what is left never again. Reply: null."""
+
+
+class Profile(_Call, frozen=True, tag="profile"):
+    """Trace what the core computes, or, without terms, end that. Reply: str, the file."""
+
+    terms: ProfileTerms | None
 
 
 class FlushCache(_Call, frozen=True, tag="flush_cache"):
@@ -348,9 +361,13 @@ Command = (
     | SetVersion
     | GetWeight
     | Digest
+    | DescribeWeights
     | WeightsChecker
     | ReleaseMemory
     | ResumeMemory
+    | SlowDown
+    | FreezeGc
+    | Profile
     | FlushCache
     | GetStatus
     | Shutdown

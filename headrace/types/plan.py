@@ -23,12 +23,19 @@ step may sample none: what comes of rows in flight behind it is dropped, and the
 """
 
 
+NO_MOVES: Int32Array = np.empty((0, 3), np.int32)
+
+
 class PlanRefused(ValueError):
     """What was to be executed is no plan that it could be: nothing of it was."""
 
 
 class StepDisturbed(RuntimeError):
     """What a step computed is in doubt, through no fault of device or rows: computed again, it will be right."""
+
+
+class RankLost(RuntimeError):
+    """Another of the ranks that execute a plan together is gone, or did not answer in time: they are out of step."""
 
 
 class SlotInit(msgspec.Struct, frozen=True):
@@ -74,6 +81,9 @@ class StepPlan(msgspec.Struct, frozen=True):
                         position row_starts + row_lengths
     prefix_groups [g,3] (first_row, num_rows, num_pages): adjacent rows sharing their leading pages; may be ignored
     waits_to_sample     bool: sampling is issued apart, with what is known only then; else with the forward
+    page_moves [m,3]    (direction, page, host page): KV pages that are copied to the host's memory (0) or from it (1)
+                        while the step runs, after all that earlier plans do. The step neither writes these pages nor
+                        reads those that come; its result is there when they are
     """
 
     step_id: int
@@ -89,6 +99,7 @@ class StepPlan(msgspec.Struct, frozen=True):
     row_samples: npt.NDArray[np.bool_]
     prefix_groups: Int32Array
     waits_to_sample: bool = False
+    page_moves: Int32Array = NO_MOVES
 
 
 class SamplePatch(msgspec.Struct, frozen=True):

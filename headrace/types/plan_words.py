@@ -1,13 +1,14 @@
 """A `StepPlan` as one flat int32 array: how it travels to other ranks. Owns the layout; must not know who sends.
 
-Little-endian words, wider numbers as two. Version 1, in this order:
+Little-endian words, wider numbers as two. Version 2, in this order:
 
     header       `_HEADER`: mark and version, number of words in all, step id, epoch, waits_to_sample (0 or 1), and how
-                 many slots, cells, rows, tokens and groups follow
+                 many slots, cells, rows, tokens, groups and moves follow
     new slots    one `_SLOT` each: numbers, floats with all 64 bits, and how long its lists are
     cells        page_slots, page_columns, page_ids
     rows         row_slots, row_starts, row_lengths, row_samples (0 or 1), then token_ids
     groups       prefix_groups, row by row
+    moves        page_moves, row by row
     lists        slot by slot: token_ids, stop_token_ids, asked ids, ids with a bias, and those biases (two words each)
 
 A number that does not fit its words is refused by `encode`, and by `decode` whatever is not, to the last word, what
@@ -24,12 +25,12 @@ from headrace.types.plan import LAST_TOKEN, PlanRefused, SlotInit, StepPlan
 from headrace.types.request import Int32Array, TokenSampling
 from headrace.types.sampling_params import LogprobMode, LogprobOptions
 
-_VERSION_1 = 0x48_52_50_01  # "HRP", 1
+_VERSION_2 = 0x48_52_50_02  # "HRP", 2
 _MODES: tuple[LogprobMode, ...] = get_args(LogprobMode)
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _NUMBERS = ("slot", "num_prompt_tokens", "min_length", "num_output_ids_in_prompt", "num_top", "top_k")
 _CODES = ("output_mode", "prompt_mode", "prompt_start")
-_COUNTS = ("num_slots", "num_cells", "num_rows", "num_tokens", "num_groups")
+_COUNTS = ("num_slots", "num_cells", "num_rows", "num_tokens", "num_groups", "num_moves")
 _LENGTHS = ("num_token_ids", "num_stop_ids", "num_asked", "num_biased")
 _HEADER = np.dtype(
     [("version", "<i4"), ("num_words", "<i4"), ("step_id", "<i8"), ("epoch", "<i8")]
@@ -49,11 +50,12 @@ def encode(plan: StepPlan) -> Int32Array:
         slots = np.array([_record(init) for init in plan.new_slots], _SLOT)
         samples = plan.row_samples.astype(np.int32)
         parts = [plan.page_slots, plan.page_columns, plan.page_ids, plan.row_slots, plan.row_starts, plan.row_lengths]
-        parts += [samples, plan.token_ids, plan.prefix_groups.reshape(-1)]
+        parts += [samples, plan.token_ids, plan.prefix_groups.reshape(-1), plan.page_moves.reshape(-1)]
         parts += [part for init in plan.new_slots for part in _lists(init)]
         num_words = _HEADER_WORDS + _SLOT_WORDS * len(slots) + sum(map(len, parts))
-        counts = len(slots), len(plan.page_ids), len(plan.row_slots), len(plan.token_ids), len(plan.prefix_groups)
-        numbers = _VERSION_1, num_words, plan.step_id, plan.epoch, plan.waits_to_sample, *counts
+        counted = plan.page_ids, plan.row_slots, plan.token_ids, plan.prefix_groups, plan.page_moves
+        counts = len(slots), *map(len, counted)
+        numbers = _VERSION_2, num_words, plan.step_id, plan.epoch, plan.waits_to_sample, *counts
         header = np.array(numbers, _HEADER)
     except OverflowError as error:
         raise PlanRefused(f"step {plan.step_id} has a number that is too great: {error}") from error
@@ -64,25 +66,26 @@ def decode(words: Int32Array) -> StepPlan:
     """The plan that `encode` made these words of; its arrays are views of them. Raises `PlanRefused`."""
     _require(words.dtype == np.int32 and words.ndim == 1 and len(words) >= _HEADER_WORDS, "it is no array of words")
     header = _records(words[:_HEADER_WORDS], _HEADER)[0]
-    _require(header["version"] == _VERSION_1, "it is of another version, or no plan")
+    _require(header["version"] == _VERSION_2, "it is of another version, or no plan")
     _require(header["num_words"] == len(words), f"it says {header['num_words']} words and has {len(words)}")
-    num_slots, num_cells, num_rows, num_tokens, num_groups = (int(header[name]) for name in _COUNTS)
+    num_slots, num_cells, num_rows, num_tokens, num_groups, num_moves = (int(header[name]) for name in _COUNTS)
     reader = _Reader(words, _HEADER_WORDS)
     slots = _records(reader.take(num_slots, _SLOT_WORDS), _SLOT)
     cells = reader.take(3, num_cells).reshape(3, -1)
     rows = reader.take(4, num_rows).reshape(4, -1)
     token_ids = reader.take(num_tokens)
     groups = reader.take(num_groups, 3).reshape(-1, 3)
-    _require(min(part.min(initial=0) for part in (cells, rows, groups)) >= 0, "a number is negative")
+    moves = reader.take(num_moves, 3).reshape(-1, 3)
+    _require(min(part.min(initial=0) for part in (cells, rows, groups, moves)) >= 0, "a number is negative")
     _require(token_ids.min(initial=0) >= LAST_TOKEN, "a token is negative")
     _require(rows[2].all() and rows[2].sum(dtype=np.int64) == num_tokens, "its rows do not have its tokens")
     waits = int(header["waits_to_sample"])
-    _require(rows[3].max(initial=0) <= 1 and waits in (0, 1), "a flag is not 0 or 1")
+    _require(max(rows[3].max(initial=0), moves[:, 0].max(initial=0)) <= 1 and waits in (0, 1), "a flag is not 0 or 1")
     inits = tuple(_init(record, reader) for record in slots)
     _require(reader.at == len(words), "words are left over")
     return StepPlan(
         int(header["step_id"]), int(header["epoch"]), inits, cells[0], cells[1], cells[2],
-        rows[0], rows[1], rows[2], token_ids, rows[3].astype(np.bool_), groups, bool(waits),
+        rows[0], rows[1], rows[2], token_ids, rows[3].astype(np.bool_), groups, bool(waits), moves,
     )  # fmt: skip
 
 

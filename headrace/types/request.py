@@ -46,7 +46,7 @@ def check_prompt_length(num_tokens: int, context_length: int, field: str) -> Non
 
 
 class TokenSampling(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """The part of `SamplingParams` that acts on logits. `top_k` 0 is off; `temperature` 0.0 is greedy."""
+    """The part of `SamplingParams` that acts on logits. `top_k` 0 is off; `temperature` below 1e-6 is greedy."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -66,11 +66,6 @@ class TokenSampling(msgspec.Struct, frozen=True, array_like=True, gc=False):
     def truncates(self) -> bool:
         """True when top-k, top-p or min-p leave some tokens no probability."""
         return bool(self.top_k) or self.top_p < 1.0 or self.min_p > 0.0
-
-    @property
-    def is_plain(self) -> bool:
-        """True when only the temperature acts: one pass over the logits is enough."""
-        return not (self.truncates or self.has_penalties or self.logit_bias)
 
 
 class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 
 UpdateMode = Literal["auto", "shadow", "inplace"]
 InFlight = Literal["keep", "recompute", "abort", "drain"]
 PauseMode = InFlight
+Rendezvous = Literal["sglang", "vllm"]
+"""How the ranks of a trainer's group find each other in its store: as in SGLang and its trainers, or as in vLLM."""
+
 WeightState = Literal["ready", "updating", "poisoned", "needs_weights", "released"]
 
 
@@ -37,6 +40,13 @@ class TensorInfo(msgspec.Struct, frozen=True, array_like=True, gc=False):
     def num_bytes(self) -> int:
         """Bytes of the tensor, which is of a known dtype."""
         return math.prod(self.shape) * ELEMENT_BYTES[self.dtype]
+
+
+class WeightBytes(msgspec.Struct, frozen=True):
+    """A tensor in Hugging Face shape and layout, engine dtype; of its first rows only, if no more were asked for."""
+
+    info: TensorInfo
+    data: memoryview
 
 
 MAX_TENSORS = 1 << 18
@@ -98,6 +108,11 @@ class DeviceRef(msgspec.Struct, frozen=True, array_like=True, tag="device"):
         return sum(area.size for area in self.areas)
 
 
+SEPARATE: Final = -1
+TOGETHER: Final = 1 << 62
+"""Packings of tensors that are broadcast: they go in one until their bytes are more than so many."""
+
+
 class UpdateReport(msgspec.Struct, frozen=True):
     """What an update did. `pause_ms` is how long no step could run because of it."""
 
@@ -108,3 +123,42 @@ class UpdateReport(msgspec.Struct, frozen=True):
     mode: str
     pause_ms: float
     num_aborted: int = 0
+
+
+class SaveReport(msgspec.Struct, frozen=True):
+    """What a save wrote at `path`, a folder or a URL: the weights of `version`, of which `num_bytes` are tensors.
+    `num_reused` of its files are those that an interrupted save had left."""
+
+    path: str
+    version: str
+    epoch: int
+    num_tensors: int
+    num_bytes: int
+    num_files: int
+    num_reused: int = 0
+
+
+class UpdateBegun(msgspec.Struct, frozen=True):
+    """`mode` is what "auto" became."""
+
+    session_id: int
+    mode: str
+
+
+class UpdateExtended(msgspec.Struct, frozen=True):
+    """`first_index` is the place of the first of them in the session's manifest. `num_missing` tensors of the model
+    have not been named yet."""
+
+    first_index: int
+    num_missing: int
+
+
+class WeightsDescription(msgspec.Struct, frozen=True):
+    """The tensors of the model, each with its digest, and by rank the parameters that hold them. `stamp` as in
+    `WeightPart`."""
+
+    version: str
+    epoch: int
+    stamp: int
+    tensors: tuple[TensorInfo, ...]
+    parameters: tuple[tuple[TensorInfo, ...], ...]

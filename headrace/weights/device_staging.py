@@ -174,10 +174,10 @@ class _Slice:
             place, destination = piece.place, piece.arrival.destination
             destination.write_back(place, block)
             for region, total in piece.arrival.sums:
-                if region is destination and region.flat is not None:
+                if region is destination and region.is_plain:
                     self._sums.append((row, total))
                     continue
-                blocks.append(region.read(place))  # held until it is enqueued
+                blocks.append(region.read_counted(place))  # held until it is enqueued
                 self._sums.append((len(rows), total))
                 rows.append(row_of(blocks[-1], None, place.start))
         found = move_rows(rows, keys.words, sums=are_digests or bool(self._sums))

@@ -53,10 +53,12 @@ class ForeignMemory:
     """The tensors of a payload as `(name, data)`, which may be staged until `close`.
 
     CUDA memory is opened for the current stream, which waits for the sender; close it when that is done with it, under
-    the same stream, which torch then waits for. `WeightUpdateError` where there is no such memory.
+    the same stream, which torch then waits for. `WeightUpdateError` where there is no such memory. Of ranks that read
+    the same files one `counts_down`.
     """
 
-    def __init__(self, payload: Payload) -> None:
+    def __init__(self, payload: Payload, *, counts_down: bool = True) -> None:
+        self._counts_down = counts_down
         self.tensors: list[tuple[str, TensorData]] = []
         self._opened = ExitStack()
         self._files: dict[SharedFile, OpenFile] = {}
@@ -94,7 +96,8 @@ class ForeignMemory:
         """Open a file, if it is not open yet, and count it down in the end: once for each time that it was sent."""
         if shared not in self._files:
             self._files[shared] = self._opened.enter_context(_shared_file(shared))
-        self._opened.callback(_count_down, self._files[shared])
+        if self._counts_down:
+            self._opened.callback(_count_down, self._files[shared])
 
     def _data(self, tensor: ForeignTensor) -> TensorData:
         if isinstance(tensor.storage, SharedFile) and _is_contiguous(tensor):

@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 
@@ -26,6 +27,7 @@ from headrace.types.errors import DeadlineError, HeadraceError, UpdateConflictEr
 from headrace.types.messages import JoinGroup
 from headrace.types.weights import TensorInfo
 from headrace.weights.arrival_memory import ArrivalBuffer, ArrivalMemory
+from headrace.weights.unique_id import UNIQUE_ID_KEY, read_unique_id
 
 logger = logging.getLogger(__name__)
 
@@ -41,23 +43,24 @@ class TorchGroup:
     """One rank of a trainer's group. It joins in its own thread: `is_joined`, or `problem` says what came of it."""
 
     def __init__(self, terms: JoinGroup, device: torch.device, seconds: float) -> None:
-        """Raises `WeightUpdateError` naming the field for a backend that the device has not."""
-        if terms.backend != "gloo":
-            message = f"backend {terms.backend!r} is not for an engine on {device.type}: both sides have to take 'gloo'"
-            raise WeightUpdateError(message, field="backend")
+        """Raises `WeightUpdateError` naming the field for a backend that the device has not. In vLLM's way only the
+        rendezvous finds out: it begins alike for all."""
+        if terms.backend != "gloo" and terms.rendezvous != "vllm":
+            raise _no_transport(terms, device)
         self.name = terms.name
         self.is_joined = False
         self.problem: HeadraceError | None = None
         self._terms = terms
+        self._device = device
         self._until = time.monotonic() + min(seconds, LONGEST_S)
         self._memory = ArrivalMemory()
         self._queue: queue.SimpleQueue[GroupArrivals | None] = queue.SimpleQueue()
         self._is_closed = threading.Event()
         threading.Thread(target=self._run, name=f"weight group {terms.name}", daemon=True).start()
 
-    def receive(self, tensors: Sequence[TensorInfo], is_bucket: bool, seconds: float) -> GroupArrivals:
+    def receive(self, tensors: Sequence[TensorInfo], packing: int, seconds: float) -> GroupArrivals:
         """What rank 0 broadcasts next, as it comes; the call has so many seconds for it."""
-        arrivals = GroupArrivals(self, self._memory, tensors, is_bucket, time.monotonic() + min(seconds, LONGEST_S))
+        arrivals = GroupArrivals(self, self._memory, tensors, packing, time.monotonic() + min(seconds, LONGEST_S))
         self._queue.put(arrivals)
         return arrivals
 
@@ -105,18 +108,17 @@ class TorchGroup:
         return WeightUpdateError(f"weight group {self.name!r}: {doing} failed: {reason}", field=FIELD)
 
     def _join(self) -> Broadcast:
-        """As `init_custom_process_group` of SGLang and of its trainers: a store at the trainer's address, prefixed by
-        the name, in which the ranks of a backend find each other."""
-        from torch._C._distributed_c10d import BroadcastOptions, PrefixStore, ProcessGroupGloo, TCPStore
-        from torch.distributed.distributed_c10d import Backend, BackendConfig
+        """The ranks of a backend find each other in a store at the trainer's address."""
+        from torch._C._distributed_c10d import BroadcastOptions, ProcessGroupGloo, TCPStore
 
         terms = self._terms
         self._await_listener()
         left = timedelta(seconds=max(0.1, self._until - time.monotonic()))
         store = TCPStore(terms.address, terms.port, terms.world_size, False, left)
-        device = next(iter(BackendConfig(Backend(terms.backend)).get_device_backend_map()))  # that torch registers
-        prefixed = PrefixStore(f"{device}/", PrefixStore(f"{self.name}/", PrefixStore(self.name, store)))
-        group = ProcessGroupGloo(prefixed, terms.rank, terms.world_size, timeout=left)
+        if terms.backend == "nccl":
+            read_unique_id(store.get(UNIQUE_ID_KEY))
+            raise _no_transport(terms, self._device)
+        group = ProcessGroupGloo(_prefixed(store, terms), terms.rank, terms.world_size, timeout=left)
         options = BroadcastOptions()
         options.rootRank = options.rootTensor = 0
 
@@ -143,6 +145,25 @@ class TorchGroup:
         raise OSError("the group was left")
 
 
+def _prefixed(store: Any, terms: JoinGroup) -> Any:
+    """The part of a trainer's store in which the ranks look for each other: under the name of the group and the kind of
+    device, as `init_custom_process_group` of SGLang and its trainers has it, or under the address, as
+    `stateless_init_torch_distributed_process_group` of vLLM."""
+    from torch._C._distributed_c10d import PrefixStore
+    from torch.distributed.distributed_c10d import Backend, BackendConfig
+
+    if terms.rendezvous == "vllm":
+        host = f"[{terms.address}]" if ":" in terms.address else terms.address
+        return PrefixStore(f"tcp://{host}:{terms.port}", store)
+    device = next(iter(BackendConfig(Backend(terms.backend)).get_device_backend_map()))  # that torch registers
+    return PrefixStore(f"{device}/", PrefixStore(f"{terms.name}/", PrefixStore(terms.name, store)))
+
+
+def _no_transport(terms: JoinGroup, device: torch.device) -> WeightUpdateError:
+    message = f"backend {terms.backend!r} is not for an engine on {device.type}: both sides have to take 'gloo'"
+    return WeightUpdateError(message, field="backend")
+
+
 class GroupArrivals:
     """The tensors of one call as they come, each with its place in the list. Filled by the group's thread, emptied by
     the core's: `take` one, read it, `free` it."""
@@ -152,14 +173,14 @@ class GroupArrivals:
         group: TorchGroup,
         memory: ArrivalMemory,
         tensors: Sequence[TensorInfo],
-        is_bucket: bool,
+        packing: int,
         until: float,
     ) -> None:
         self.until = until
         self._group = group
         self._memory = memory
         self._tensors = tensors
-        self._is_bucket = is_bucket
+        self._packing = packing
         self._num_left = len(tensors)
         self._is_dropped = False
         self._ready: deque[tuple[int, memoryview, ArrivalBuffer | None]] = deque()
@@ -214,12 +235,15 @@ class GroupArrivals:
             self._hand_on(buffer, places, sizes)
 
     def _broadcasts(self) -> Iterator[range]:
-        """The places of the tensors that come in one."""
-        everything = range(len(self._tensors))
-        if self._is_bucket and everything:
-            yield everything
-        elif not self._is_bucket:
-            yield from (range(place, place + 1) for place in everything)
+        """The places of the tensors that come in one: until they are over the packing, with the one that makes them."""
+        start = num_bytes = 0
+        for place, info in enumerate(self._tensors):
+            num_bytes += info.num_bytes
+            if num_bytes > self._packing:
+                yield range(start, place + 1)
+                start, num_bytes = place + 1, 0
+        if start < len(self._tensors):
+            yield range(start, len(self._tensors))
 
     def _check(self, buffer: ArrivalBuffer, size: int, places: range) -> None:
         problem = buffer.mismatch(size)

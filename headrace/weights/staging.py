@@ -328,6 +328,8 @@ class StageWork:
         assert self._source is not None, "a failed stage is not advanced again"
         self._before_write()
         place = slice(self._first + part.start, self._first + part.stop)
+        if not (self._arrival.hasher or self._destination.holds_any(place)):
+            return  # another rank's
         block = self._destination.write_view(place)
         self.has_written |= self._arrival.is_live and self._destination.flat is not None  # the block is live memory
         self._source.copy(part, block)
@@ -338,7 +340,7 @@ class StageWork:
         self.has_written |= self._arrival.is_live
         self._destination.write_back(place, block)
         for region, total in self._arrival.sums:
-            total.add(region.read(place), place.start)
+            total.add(region.read_counted(place), place.start)
 
     def _finish(self) -> None:
         self._source = None

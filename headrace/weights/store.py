@@ -19,8 +19,8 @@ from headrace.types.foreign import Payload
 from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
 from headrace.weights.device_sharing import device_uuid
 from headrace.weights.device_staging import ArrivingPiece, DeviceCopies, WholeTarget
-from headrace.weights.digests import Digests, digests_in_slices
 from headrace.weights.foreign_memory import ForeignMemory
+from headrace.weights.live_reading import Digests, bytes_in_slices, digests_in_slices
 from headrace.weights.memory import Copies, ResolvedMode, StageBuffer, StagePiece, one_by_one
 from headrace.weights.open_plan import OpenPlan
 from headrace.weights.position_sum import DIGEST_LENGTH, PositionKeys, PositionSum
@@ -41,7 +41,7 @@ from headrace.weights.staging import (
 )
 from headrace.weights.transaction import Memories, Transaction, memory_beside, memory_left
 from headrace.weights.weight_map import FLOAT_DTYPES, ManifestPlan, WeightMap, WeightRule
-from headrace.weights.whole_models import fill_normal, load_checkpoint
+from headrace.weights.whole_models import fill_initial, fill_normal, load_checkpoint
 
 Allocate = Callable[[Sequence[tuple[tuple[int, ...], torch.dtype]]], list[torch.Tensor]]
 """Tensors of these shapes and dtypes, all at once."""
@@ -76,10 +76,8 @@ class WeightStore:
         specs = (*weight_map.params.values(), *(each.parameter for each in weight_map.derived))
         shapes = [(spec.shape, TORCH_DTYPES.get(spec.dtype, dtype)) for spec in specs]
         tensors = allocate(shapes) if allocate else [torch.empty(s, dtype=d, device=device) for s, d in shapes]
-        for spec, tensor in zip(specs, tensors, strict=True):
-            for box in spec.padding:
-                tensor[box.slices].zero_()
         self.live: dict[str, torch.Tensor] = {spec.name: each for spec, each in zip(specs, tensors, strict=True)}
+        self._zero_padding()
         self._regions: dict[str, Region] = {}
         self._plan: ManifestPlan | None = None
         self._parts: OpenPlan | None = None
@@ -99,12 +97,6 @@ class WeightStore:
         self._regions.clear()
         self.live.clear()
 
-    def warm(self) -> None:
-        """Build what updates and digests launch on a device."""
-        from headrace.kernels.triton.weight_pieces import warm
-
-        warm(self._sum_keys().words)
-
     # Whole models: from a file, from a seed, to nothing.
 
     def load(self, source: Iterable[tuple[str, TensorData]]) -> None:
@@ -120,16 +112,17 @@ class WeightStore:
         self._derive()
 
     def fill_random(self, seed: int) -> None:
-        """Random weights for tests and dummy models, a pure function of (seed, HF name, shape, dtype, device).
-
-        Norm weights are 1, all else is normal with standard deviation 0.02, as Hugging Face initialises.
-        """
+        """Random weights for tests and dummy models, as `fill_initial` makes them."""
         self._require_no_update()
-        fill_normal(self.weight_map, self._region, seed)
-        for name, rule in self.weight_map.rules_by_name.items():
-            if len(rule.shape) == 1 and "norm" in name:
-                for memory in self._region(name).memories:
-                    memory.fill_(1.0)
+        fill_initial(self.weight_map, self._region, seed)
+        self._derive()
+
+    def load_parameters_in_slices(self, source: Iterable[tuple[str, TensorData]]) -> Iterator[None]:
+        """As `load_in_slices`, of parameters as they lie, by their names."""
+        self._require_no_update()
+        names = self.weight_map.of_parameters()
+        yield from load_checkpoint(names, self._parameter, source, check_finite=self._check_finite)
+        self._zero_padding()
         self._derive()
 
     def scramble(self, seed: int) -> None:
@@ -151,7 +144,7 @@ class WeightStore:
         if plan is None or plan.partial != partial or plan.given != tuple(manifest):
             plan = self._plan = self.weight_map.plan(manifest, partial)
         shadow = self._shadow(mode, plan.rules)
-        self._transaction = Transaction("inplace" if shadow is None else "shadow")
+        self._transaction = self._new_transaction("inplace" if shadow is None else "shadow")
         self._transaction.add(plan, shadow)
         self._side.begin()
         return self._transaction.mode
@@ -167,7 +160,7 @@ class WeightStore:
         if self._parts is None or self._parts.partial != partial:
             self._parts = OpenPlan(self.weight_map, partial)
         self._parts.restart()
-        self._transaction = Transaction("shadow" if has_room or mode == "shadow" else "inplace", self._parts)
+        self._transaction = self._new_transaction("shadow" if has_room or mode == "shadow" else "inplace", self._parts)
         return self._transaction.mode
 
     def extend(self, manifest: Sequence[TensorInfo]) -> int:
@@ -187,6 +180,15 @@ class WeightStore:
     def missing(self) -> list[str]:
         """The tensors that an open-ended update still lacks."""
         return self.weight_map.missing(self._require_parts()[0].names)
+
+    def _new_transaction(self, mode: ResolvedMode, parts: OpenPlan | None = None) -> Transaction:
+        return Transaction(mode, parts, is_shard=self.weight_map.is_shard)
+
+    def take_sum(self, index: int) -> str:
+        """Of a tensor that is whole and whose manifest has a digest, this rank's part of it: `add_digests` makes one of
+        all ranks'. Else ""."""
+        transaction = self._require_update()
+        return transaction.parts_of_sums.pop(transaction.manifest[index].name, "")
 
     def _check_begin(self, mode: UpdateMode) -> None:
         self._require_no_update()
@@ -249,8 +251,7 @@ class WeightStore:
         yield copies.whole, copies
 
     def stage_all(self, pieces: Iterator[StagePiece]) -> DeviceCopies:
-        """As `stage`, of many pieces, whose `data` are uint8 [size] on the store's device or pinned. They are read
-        until it is done."""
+        """As `stage`, of pieces whose `data`, uint8 [size] on the device or pinned, is read until it is done."""
         transaction = self._require_update()
         return DeviceCopies(
             pieces,
@@ -339,8 +340,7 @@ class WeightStore:
         return live.over(transaction.shadow[name]) if transaction.mode == "shadow" else live
 
     def commit(self) -> Enqueued:
-        """Make all that was staged live; once that is done, the update is over. One that fails half-way leaves a mix,
-        and is open."""
+        """Make what was staged live; then the update is over. One that fails half-way leaves a mix, and is open."""
         transaction = self._require_update()
         for name, memories in transaction.shadow.items():
             for live, staged in zip(self._region(name).memories, memories, strict=True):
@@ -382,43 +382,32 @@ class WeightStore:
         regions = ((name, self._region(name)) for name in self.weight_map.rules_by_name)
         yield from digests_in_slices(regions, self._sum_keys(), self._begin_reading())
 
-    def info(self, name: str) -> TensorInfo:
-        """What `name` is, in the dtype of its memory. Raises `NotFoundError` naming it."""
-        region = self._region(name)
+    def parameters(self) -> tuple[tuple[TensorInfo, ...], ...]:
+        """Those of each rank, which is this one."""
+        return (tuple(self.info(name, 0) for name in self.weight_map.params),)
+
+    def info(self, name: str, rank: int | None = None) -> TensorInfo:
+        """What `name` is, a tensor or with a `rank` a parameter, in its memory's dtype. `NotFoundError` naming it."""
+        region = self._region(name) if rank is None else self._parameter(name, rank)
         return TensorInfo(name, region.shape, dtype_name(region.dtype))
 
-    def copy_in_slices(self, name: str, start: int, into: memoryview) -> Iterator[None]:
-        """Fill `into` with the bytes of a live tensor from byte `start` on, a block at a time."""
-        view = self._begin_reading()
-        region, num_copied = self._region(name), 0
-        size = region.dtype.itemsize
-        for block in view.blocks(region, start // size, len(into) // size):
-            into[num_copied : num_copied + len(block)] = block
-            num_copied += len(block)
-            yield
+    def copy_in_slices(self, name: str, start: int, into: memoryview, rank: int | None = None) -> Iterator[None]:
+        """Fill `into` with the bytes of a live tensor, or parameter, from byte `start` on, a block at a time."""
+        reader = self._begin_reading()
+        region = self._region(name) if rank is None else self._parameter(name, rank)
+        yield from bytes_in_slices(region, start, into, reader)
 
     def _begin_reading(self) -> SideReader:
-        if self._side_reader is None:
-            self._side_reader = SideReader(self.device)
+        self._side_reader = self._side_reader or SideReader(self.device)
         self._side_reader.begin()
         return self._side_reader
 
     def _sum_keys(self) -> PositionKeys:
-        if self._keys is None:
-            self._keys = PositionKeys(self.device)
+        self._keys = self._keys or PositionKeys(self.device)
         return self._keys
 
-    def _rule(self, name: str) -> WeightRule:
-        rule = self.weight_map.rule_of(name)
-        if rule is None:
-            raise NotFoundError(f"{name} is not a tensor of this model", field="name")
-        return rule
-
     def read(self, name: str) -> torch.Tensor:
-        """A CPU copy of one live tensor in HF shape, its memory's dtype; a tied name reads what it is tied to.
-
-        Raises `NotFoundError` naming it.
-        """
+        """A CPU copy of one live tensor in HF shape, its memory's dtype; a tied name reads what it is tied to."""
         region = self._region(name)
         return region.read(slice(0, region.num_elements)).view(region.shape).detach().to("cpu", copy=True)
 
@@ -426,11 +415,24 @@ class WeightStore:
         """The live memory of a tensor, or of what it is tied to. Raises `NotFoundError` naming it."""
         region = self._regions.get(name)
         if region is None:
-            rule = self._rule(name)
+            rule = self.weight_map.rule_of(name)
+            if rule is None:
+                raise NotFoundError(f"{name} is not a tensor of this model", field="name")
             memories = [self.live[piece.param][piece.target.slices] for piece in rule.pieces]
             dtype = memories[0].dtype if memories else self.dtype
             region = self._regions[name] = Region(rule.shape, rule.pieces, memories, dtype, self.device)
         return region
+
+    def _parameter(self, name: str, rank: int = 0) -> Region:
+        """A parameter as it lies, here on the only rank. Raises `NotFoundError` naming it."""
+        if rank or name not in self.weight_map.params:
+            raise NotFoundError(f"{name} is not a parameter of rank {rank}", field="name")
+        return Region.of_memory(name, self.live[name])
+
+    def _zero_padding(self) -> None:
+        for name, spec in self.weight_map.params.items():
+            for box in spec.padding:
+                self.live[name][box.slices].zero_()
 
     def _require_no_update(self) -> None:
         if self._transaction:

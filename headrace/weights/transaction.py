@@ -27,10 +27,12 @@ Memories = dict[str, list[torch.Tensor]]
 
 class Transaction:
     """An open update: where each tensor goes, what has arrived, and what tied tensors must equal. `parts` are those of
-    one that is open-ended."""
+    one that is open-ended. `is_shard`: other ranks hold the rest of each tensor."""
 
-    def __init__(self, mode: ResolvedMode, parts: OpenPlan | None = None) -> None:
+    def __init__(self, mode: ResolvedMode, parts: OpenPlan | None = None, *, is_shard: bool = False) -> None:
         self.mode: ResolvedMode = mode
+        self._is_shard = is_shard
+        self.parts_of_sums: dict[str, str] = {}  # of tensors whose digest the sum over all ranks is held against
         self.parts = parts
         self.is_open = True
         self.manifest: list[TensorInfo] = []
@@ -57,7 +59,11 @@ class Transaction:
     def finish(self, info: TensorInfo, arrival: Arrival) -> None:
         """Check one whole tensor. `WeightUpdateError` naming it."""
         total = arrival.sums[0][1].hexdigest() if arrival.sums else ""
-        check_digest(info, arrival.hasher.hexdigest() if arrival.hasher else total)
+        digest = arrival.hasher.hexdigest() if arrival.hasher else total
+        if self._is_shard and info.digest and not arrival.hasher:
+            self.parts_of_sums[info.name] = total
+        else:
+            check_digest(info, digest)
         if info.name in self.compared:
             self._check_tied(info.name, total)
             self.totals[info.name] = total
@@ -70,7 +76,8 @@ class Transaction:
     def whole_target(self, piece: StagePiece, live: Region) -> WholeTarget | None:
         """Where a whole tensor of this device is only to be moved; None: more is to be done with it."""
         info = self.manifest[piece.index]
-        is_known = piece.start is None and len(info.digest) <= DIGEST_LENGTH and info.name not in self.compared
+        has_sum = not info.digest if self._is_shard else len(info.digest) <= DIGEST_LENGTH
+        is_known = piece.start is None and has_sum and info.name not in self.compared
         if not is_known or live.flat is None or not live.is_plain or info.dtype != dtype_name(live.dtype):
             return None
         self.arrivals.pop(piece.index, None)

@@ -151,6 +151,7 @@ class WeightMap:
         for alias, target in self.aliases.items():
             _prove(not self._has_rule(alias), "alias {} has a rule of its own", alias)
             _prove(target in self.rules_by_name, "alias {} repeats {}, which has no rule", alias, target)
+        self.is_shard = is_shard
         _prove_parameters(self.params, self.rules_by_name.values(), is_shard)
         self.num_needed = sum(bool(rule.pieces) for rule in self.rules_by_name.values())
         self.other_names = self._names_of_others()
@@ -174,6 +175,11 @@ class WeightMap:
                     rules[param][world].append(rule)
         for name, (first, other) in rules.items():
             yield WeightMap([self.params[name]], first, other_names=other)
+
+    def of_parameters(self) -> WeightMap:
+        """The map in which each parameter is a tensor of its own name."""
+        params = [msgspec.structs.replace(spec, padding=()) for spec in self.params.values()]
+        return WeightMap(params, [whole_rows(spec.name, spec.name, 0, spec.shape) for spec in params])
 
     def _has_rule(self, name: str) -> bool:
         return name in self.rules_by_name or name in self.other_rules

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from headrace import Engine, SamplingParams
-from headrace.rl.push import hf_named_tensors, push_weights
+from headrace.rl import hf_named_tensors, push_weights
 from headrace.types.errors import WeightUpdateError
 from headrace.types.weights import UpdateMode
 from tests.parity.models import VOCAB_SIZE, make_model

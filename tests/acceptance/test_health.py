@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 
-from headrace import Engine, EngineDeadError, SamplingParams
+from headrace import Engine, EngineDeadError, SamplingParams, serve
 from headrace.core.fake_executor import FreeExecutor, FreeWeights
 from headrace.scheduler import Scheduler
 from headrace.types.plan import StepPlan, StepResult
@@ -63,7 +63,7 @@ def generate_in_thread(engine: Engine, outcomes: list[object], params: SamplingP
 
 def test_a_stopped_core_is_unready_until_it_goes_on_and_a_killed_one_for_good(start: Start) -> None:
     engine = start()
-    server = engine.serve()
+    server = serve(engine)
     pid = engine.asynchronous.runtime.host.pid
     assert pid != os.getpid()
     with httpx.Client(base_url=server.url) as client:

@@ -1,4 +1,4 @@
-"""The public surface as text: every name of `headrace.__all__`, fields of values, and signatures of engine methods.
+"""The public surface as text: every name of `headrace.__all__`, fields of values, signatures of functions and methods.
 
 After a deliberate change: `python -m tests.arch.public_api > tests/arch/public_api.txt`.
 """
@@ -19,7 +19,9 @@ def public_api() -> str:
 
 
 def _lines(name: str, value: object) -> Iterator[str]:
-    if not isinstance(value, type):
+    if inspect.isfunction(value):
+        yield f"{name}{_parameters(value)}"
+    elif not isinstance(value, type):
         yield name
     elif issubclass(value, BaseException):
         yield f"{name}({', '.join(base.__name__ for base in value.__bases__)})"

@@ -36,8 +36,7 @@ ORDER = (
     "cli",
     "bench",
 )
-"""A package may import only packages before it. `parallel`, `lora` and `cluster` are not there yet: these are their
-places."""
+"""A package may import only packages before it. `lora` and `cluster` are not there yet: these are their places."""
 
 TORCH_FREE_PACKAGES = (
     "types",

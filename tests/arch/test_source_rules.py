@@ -29,6 +29,8 @@ KERNELS = PACKAGE / "kernels"
 BROAD_EXCEPT_ALLOWED = {
     "headrace/cli/main.py": "process entry point",
     "headrace/core/commands.py": "a command or a request that fails costs itself",
+    "headrace/core/follower.py": "a step or a message that fails on one rank is told to rank 0",
+    "headrace/core/rank_process.py": "process entry point",
     "headrace/core/executor.py": "where steps meet the device",
     "headrace/core/reading.py": "where reads meet the device",
     "headrace/core/releasing.py": "where memory meets the device",

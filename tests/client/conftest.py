@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from headrace import Client, Engine
+from headrace import Client, Engine, serve
 from tests.server.builders import SETTINGS, save_random_model
 
 CONFIG: dict[str, Any] = {**SETTINGS, "numerics": "invariant"}
@@ -37,7 +37,7 @@ def connect(engine: Engine) -> Iterator[CONNECT]:
     opened: list[Client] = []
 
     def connect_to(client: dict[str, Any] | None = None, **options: Any) -> Client:
-        opened.append(Client(engine.serve(**options).url, **(client or {})))
+        opened.append(Client(serve(engine, **options).url, **(client or {})))
         return opened[-1]
 
     yield connect_to

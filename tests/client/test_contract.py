@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import inspect
 import math
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 import headrace
-from headrace import AsyncClient, Client, Engine, Generation, HeadraceError, Runtime, SamplingParams
+from headrace import AsyncClient, Client, Engine, Generation, HeadraceError, Runtime, SamplingParams, serve
 from tests.client.conftest import CONFIG
 
 IDS = [[1 + (7 * position) % 200 for position in range(30)], [5, 6, 7, 8]]
@@ -27,7 +28,7 @@ DRAWN: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0.9, "seed": 11, "i
 
 @contextlib.contextmanager
 def over_client(folder: Path, **client: Any) -> Iterator[Client]:
-    with Engine(folder, inprocess=True, **CONFIG) as engine, Client(engine.serve().url, **client) as opened:
+    with Engine(folder, inprocess=True, **CONFIG) as engine, Client(serve(engine).url, **client) as opened:
         yield opened
 
 
@@ -79,9 +80,29 @@ def wrong_calls(door: Any) -> list[Any]:
         error_of(lambda: door.destroy_weights_update_group("nobody's")),
         error_of(lambda: door.update_weights_from_distributed(["a"], ["float32"], [[1]], "nobody's")),
         error_of(lambda: door.get_weights_by_name("nobody")),
+        error_of(lambda: door.slow_down(-1)),
+        error_of(lambda: door.start_profile(activities=["MEM"])),
+        error_of(lambda: door.start_profile(num_steps=0)),
+        error_of(lambda: door.start_profile(profile_id="../x")),
+        error_of(lambda: door.stop_profile()),
+        error_of(lambda: door.collective_rpc("generate")),
+        error_of(lambda: door.collective_rpc("flush_cache", args=[1])),
+        error_of(lambda: door.collective_rpc("weights_checker", kwargs={"action": "dance"})),
         error_of(lambda: door.set_weight_version("x" * 2000)),
         error_of(lambda: door.commit(session))[:2],  # a server says that it is its own
+        *unlisted_calls(door),
     ]
+
+
+def unlisted_calls(door: Any) -> list[Any]:
+    """What is refused in a session without a manifest, which goes on."""
+    session = door.begin_update("x", None, mode="shadow")
+    norm = {"model.norm.weight": torch.ones(32)}
+    found: list[Any] = [error_of(lambda: door.stage(session, {**norm, "nobody": torch.ones(3)}))]
+    door.stage(session, norm)
+    found += [error_of(lambda: door.stage(session, norm)), error_of(lambda: door.commit(session))[:2]]
+    door.abort_update(session)
+    return found
 
 
 def scenario(door: Any, folder: Path) -> list[Any]:
@@ -118,10 +139,15 @@ def scenario(door: Any, folder: Path) -> list[Any]:
         seen.append(msgspec.structs.replace(report, pause_ms=0.0))
         seen += [door.digest(), door.generate(input_ids=IDS, sampling_params=DRAWN, request_id=version)]
     assert seen[0] == seen[-2] != seen[-5], "weights A, then B, then A again"
+    session = door.begin_update("listed by stage", None, mode="shadow")
+    for part in (list(new.items())[:3], iter(list(new.items())[3:])):
+        door.stage(session, part)
+    seen += [msgspec.structs.replace(door.commit(session), pause_ms=0.0), session.dtype, door.digest() == seen[-5]]
     report = door.update_weights_from_disk(folder / "newer", "disk")
     seen.append(msgspec.structs.replace(report, pause_ms=0.0))
     name = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(door.get_weights_by_name(name), new[name])
+    seen += in_buckets(door, list(old.items()))
     door.pause("keep", timeout=30)
     assert door.status().paused == "keep"
     door.resume()
@@ -136,9 +162,27 @@ def scenario(door: Any, folder: Path) -> list[Any]:
         door.abort("nobody"),
         door.flush_cache(),
     ]
+    assert door.slow_down(0.001) is None and door.slow_down() is None and door.freeze_gc() is None
+    gc.unfreeze()  # where the core is in this process
+    seen += [door.collective_rpc("digest"), door.collective_rpc("abort", 30.0, ("nobody",), {"prefix": True})]
     status = door.status()
     seen += [status.version, status.epoch, status.state, door.metrics()["num_generated_tokens"]]
     return [*seen, *wrong_calls(door)]
+
+
+def in_buckets(door: Any, tensors: list[tuple[str, torch.Tensor]]) -> list[Any]:
+    """An update without begin and commit: one that an error ends, and one in which a tensor comes again."""
+    (first, again), rest = tensors[:2], tensors[1:]
+    assert door.update_weights_from_bucket(tensors[:9], "never") is None
+    seen: list[Any] = [error_of(lambda: door.update_weights_from_bucket([("nobody", torch.ones(3))]))]
+    seen.append(error_of(lambda: door.update_weights_from_bucket([first, first])))
+    seen.append(error_of(lambda: door.update_weights_from_bucket(tensors, mode="sideways")))
+    assert door.update_weights_from_bucket([first, (again[0], torch.zeros_like(again[1]))]) is None
+    seen.append(error_of(door.resume)[:2])  # the message has the number of the session
+    assert door.update_weights_from_bucket([]) is None
+    report = door.update_weights_from_bucket(rest, "in buckets")
+    seen += [msgspec.structs.replace(report, pause_ms=0.0), door.digest()]
+    return seen
 
 
 def whole(pieces: list[Generation], sample: tuple[int, int]) -> Generation:
@@ -174,7 +218,7 @@ def test_every_door_does_the_same(kind: str, model_folder: Path, expected: list[
 def test_an_infinite_logprob_arrives_as_one(model_folder: Path) -> None:
     options: dict[str, Any] = {"logprob_token_ids": list(range(400)), "logprob_mode": "sampled", "request_id": "x"}
     params = {**DRAWN, "top_k": 2}
-    with OPENERS["engine"](model_folder) as door, Client(door.serve().url) as client:
+    with OPENERS["engine"](model_folder) as door, Client(serve(door).url) as client:
         (ours,), (theirs,) = (
             each.generate(input_ids=[1, 2], sampling_params=params, **options) for each in (client, door)
         )
@@ -184,7 +228,7 @@ def test_an_infinite_logprob_arrives_as_one(model_folder: Path) -> None:
 
 def test_a_body_that_asks_for_too_many_logprobs_is_refused(model_folder: Path) -> None:
     """Of one prompt they are few enough; of all that an answer would hold they are not."""
-    with OPENERS["engine"](model_folder) as door, Client(door.serve().url) as client:
+    with OPENERS["engine"](model_folder) as door, Client(serve(door).url) as client:
         client.generate(input_ids=[[1]] * 2, sampling_params={"max_new_tokens": 2}, top_logprobs=300)
         with pytest.raises(headrace.RequestError) as caught:
             client.generate(input_ids=[[1]] * 200, sampling_params={"max_new_tokens": 500}, top_logprobs=300)
@@ -210,7 +254,7 @@ def test_the_async_client_is_the_same_surface(model_folder: Path, expected: list
             assert await client.health() and (await client.status()).version == "b"
 
     with OPENERS["engine"](model_folder) as door:
-        asyncio.run(talk(door.serve().url))
+        asyncio.run(talk(serve(door).url))
 
 
 def parameters(method: Callable[..., Any]) -> list[inspect.Parameter]:
@@ -218,8 +262,8 @@ def parameters(method: Callable[..., Any]) -> list[inspect.Parameter]:
 
 
 def test_methods_take_what_the_engine_s_take() -> None:
-    """But for what only one of them has: a client has health and an address, an engine its parts."""
-    own = {"url", "close", "health", "asynchronous"}
+    """But for what only one of them has: a client has health, an address and another dialect, an engine its parts."""
+    own = {"url", "close", "health", "asynchronous", "generate_native"}
     for name in {name for name in vars(Client) if not name.startswith("_")} - own:
         expected = [each for each in parameters(getattr(Engine, name)) if each.name != "root"]
         assert parameters(getattr(Client, name)) == expected, name
@@ -227,5 +271,5 @@ def test_methods_take_what_the_engine_s_take() -> None:
         assert names == [each.name for each in expected], name
     missing = {name for name in vars(Engine) if not name.startswith("_")} - set(vars(Client))
     assert missing == {"config", "resolved", "tokenizer", "version", "is_alive", "is_ready", "is_responsive"} | {
-        *("serve", "wait_ended", "shutdown", "update_weights_from_bucket", "stage_from_group")
+        *("wait_ended", "shutdown", "stage_from_group")
     }

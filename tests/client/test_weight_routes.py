@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import socket
@@ -16,7 +17,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from headrace import Client, Engine, UpdateConflictError, WeightUpdateError
+from headrace import (
+    AsyncClient,
+    Client,
+    DeadlineError,
+    Engine,
+    UnreachableError,
+    UpdateConflictError,
+    WeightUpdateError,
+    serve,
+)
+from headrace.client.transport import HttpAnswer, HttpCall, LoopTransport
 from headrace.client.uploads import _HEAD_BYTES_PER_PIECE, BUFFER_BYTES, MAX_PIECES, UploadMemory, Uploads
 from headrace.engine.tensors import TensorBytes
 from headrace.ipc import SharedBuffer
@@ -52,8 +63,9 @@ class Door:
     def ask(self, name: str, value: Any) -> httpx.Response:
         return self.http.post(f"/{name}", content=msgspec.msgpack.encode(value), headers={"content-type": MESSAGE_TYPE})
 
-    def begin(self, timeout: float = 60.0) -> SessionBegun:
-        ask = BeginAsk(version="v", manifest=(TensorInfo(NORM, (32,), "float32"),), partial=True, timeout=timeout)
+    def begin(self, timeout: float = 60.0, token: bytes = b"") -> SessionBegun:
+        manifest = (TensorInfo(NORM, (32,), "float32"),)
+        ask = BeginAsk(version="v", manifest=manifest, partial=True, timeout=timeout, token=token)
         reply = self.ask("begin_update", ask)
         assert reply.status_code == 200, reply.text
         return msgspec.msgpack.decode(reply.content, type=SessionBegun)
@@ -78,7 +90,7 @@ def told(reply: httpx.Response) -> tuple[int, str, str | None]:
 
 @pytest.fixture
 def door(engine: Engine) -> Iterator[Door]:
-    opened = Door(engine.serve().url)
+    opened = Door(serve(engine).url)
     yield opened
     opened.http.close()
 
@@ -143,6 +155,49 @@ def test_what_is_no_stage_body_is_refused(door: Door) -> None:
     assert told(door.ask("abort", {"message": "x" * (2 << 20)})) == (413, "RequestTooLargeError", "body")
 
 
+def test_an_ask_to_begin_is_undone_by_its_token(door: Door, engine: Engine) -> None:
+    begun = door.begin(token=b"ours")
+    for token in (b"another's", b"not come yet"):
+        assert door.ask("abort_update", AbortAsk(token=token)).status_code == 200
+        assert engine.status().updating
+    assert door.ask("abort_update", AbortAsk(token=b"ours")).status_code == 200
+    assert not engine.status().updating
+    assert told(door.commit(begun.session_id))[:2] == (409, "UpdateConflictError")
+    late = BeginAsk(version="v", manifest=(), partial=True, timeout=60.0, token=b"not come yet")
+    assert told(door.ask("begin_update", late)) == (409, "UpdateConflictError", "session_id")
+    assert not engine.status().updating
+
+
+@pytest.mark.parametrize(
+    "problem", [asyncio.CancelledError(), UnreachableError("x"), DeadlineError("x"), KeyboardInterrupt()], ids=repr
+)
+def test_an_answer_that_nobody_hears_leaves_no_session(engine: Engine, problem: BaseException) -> None:
+    class Transport(LoopTransport):
+        async def send(self, call: HttpCall) -> HttpAnswer:
+            answer = await super().send(call)
+            if call.name == "begin_update":
+                raise problem
+            return answer
+
+    async def update() -> None:
+        url = serve(engine).url
+        async with AsyncClient(url, transport=Transport(url)) as client:
+            with pytest.raises(type(problem)):
+                await client.update_weights_from_tensor({NORM: OTHER}, "v", partial=True)
+            assert not (await client.status()).updating, "nothing is left when the caller goes on"
+            await client.abort_update()
+
+    asyncio.run(update())
+
+
+def test_a_refused_ask_is_not_undone(engine: Engine) -> None:
+    """There is nothing, and another's session stays."""
+    with Client(serve(engine).url) as client, pytest.raises(UpdateConflictError):
+        engine.begin_update("v", [(NORM, (32,), "float32")], partial=True)
+        client.update_weights_from_tensor({NORM: OTHER}, "v", partial=True)
+    assert engine.status().updating
+
+
 def test_a_client_that_breaks_off_leaves_its_session_usable(door: Door, engine: Engine) -> None:
     begun = door.begin()
     whole = body_of(begun.session_id, [TensorPiece(0, 0, 128)], VALUES.tobytes())
@@ -157,7 +212,7 @@ def test_a_client_that_breaks_off_leaves_its_session_usable(door: Door, engine: 
 
 
 def test_a_body_that_does_not_come_has_a_deadline(engine: Engine) -> None:
-    door = Door(engine.serve(body_timeout=0.3).url)
+    door = Door(serve(engine, body_timeout=0.3).url)
     begun = door.begin()
     whole = body_of(begun.session_id, [TensorPiece(0, 0, 128)], VALUES.tobytes())
     with socket.create_connection(("127.0.0.1", door.http.base_url.port or 0), timeout=30) as connection:
@@ -338,7 +393,7 @@ def test_memory_lent_to_a_server_is_lent_again_to_the_next(model_folder: Path) -
     uploads: Uploads | None = None
     for value in (1.0, 2.0):
         # another server at the same address, whose sessions are counted from the start again
-        with Engine(model_folder, inprocess=True, **CONFIG) as engine, Client(engine.serve().url) as client:
+        with Engine(model_folder, inprocess=True, **CONFIG) as engine, Client(serve(engine).url) as client:
             uploads = uploads or client.asynchronous._uploads
             uploads._ask, client.asynchronous._uploads = client.asynchronous._stage_part, uploads
             kept = uploads._free[:]

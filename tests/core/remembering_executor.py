@@ -7,6 +7,7 @@ every value after it, and `Scorer` can score anything again from the tokens and 
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
 from collections.abc import Collection, Generator, Sequence
@@ -138,6 +139,9 @@ class RememberingExecutor:
         self.released.difference_update(tags)
         if "weights" in tags:
             self.counting.has_values = restore != "await"
+
+    def attend(self) -> float:
+        return math.inf
 
     def join_group(self, terms: JoinGroup, seconds: float) -> WeightGroup:
         raise WeightUpdateError("this executor has no weights", field="group_name")

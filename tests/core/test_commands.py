@@ -24,23 +24,27 @@ from headrace.types.messages import (
     BeginUpdate,
     Command,
     CommitUpdate,
+    DescribeWeights,
     Digest,
     Discard,
     DropPayload,
     ExtendUpdate,
     Finished,
     FlushCache,
+    FreezeGc,
     GetWeight,
     GiveUp,
     JoinGroup,
     LeaveGroup,
     Pause,
+    Profile,
     Receive,
     ReleaseMemory,
     Resume,
     ResumeMemory,
     SetVersion,
     Shutdown,
+    SlowDown,
     Stage,
     StagePayload,
     UpdateFromDisk,
@@ -48,9 +52,10 @@ from headrace.types.messages import (
     WeightsChecker,
 )
 from headrace.types.plan import StepResult
+from headrace.types.profile import ProfileTerms
 from headrace.types.request import Request
 from headrace.types.sampling_params import LogprobOptions
-from headrace.types.weights import BufferEntry, BufferRef
+from headrace.types.weights import SEPARATE, BufferEntry, BufferRef
 from tests.core.harness import VOCAB_SIZE, Core, digest_of, manifest_of, new_tensors, request
 
 
@@ -220,7 +225,7 @@ CALLS: dict[str, Callable[[int], Command]] = {
     "join": lambda call_id: JoinGroup(call_id, "late", "127.0.0.1", 9, 1, 2, "gloo"),
     "leave": lambda call_id: LeaveGroup(call_id, "late"),
     "receive": lambda call_id: Receive(call_id, 1, "late", ()),
-    "discard": lambda call_id: Discard(call_id, "late", (), False, 1.0),
+    "discard": lambda call_id: Discard(call_id, "late", (), SEPARATE, 1.0),
     "release": lambda call_id: ReleaseMemory(call_id),
     "take": lambda call_id: ResumeMemory(call_id),
     "stage": lambda call_id: Stage(call_id, 1, NOWHERE, (BufferEntry(0, 0),)),
@@ -230,8 +235,12 @@ CALLS: dict[str, Callable[[int], Command]] = {
     "version": lambda call_id: SetVersion(call_id, "late"),
     "read": lambda call_id: GetWeight(call_id, "k.weight", NOWHERE),
     "digest": Digest,
+    "describe": DescribeWeights,
     "reset": lambda call_id: WeightsChecker(call_id, "reset_tensors"),
     "flush": FlushCache,
+    "slow": lambda call_id: SlowDown(call_id, 5.0),
+    "freeze": FreezeGc,
+    "profile": lambda call_id: Profile(call_id, ProfileTerms()),
 }
 
 

@@ -16,7 +16,7 @@ from headrace.runner import build_runner
 from headrace.types.memory import MemoryTag, Restore
 from headrace.types.plan import SamplePatch, StepPlan, StepResult
 from headrace.types.request import TokenSampling
-from tests.core.rank_executor import RankExecutor
+from tests.core.ranks import start_two
 from tests.parity.models import VOCAB_SIZE, make_model, save_model
 from tests.runner.plans import PlanBuilder
 from tests.sampling.masks import allow
@@ -52,7 +52,7 @@ def executor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = save_model(make_model("qwen3", **SIZES), tmp_path_factory.mktemp("tiny"))
     found: Executor
     if request.param == "ranks":
-        found = RankExecutor(resolve(EngineConfig(model=str(folder), **SETTINGS), folder))
+        found = start_two(folder, SETTINGS)
     else:
         config = EngineConfig(model=str(folder), attention_backend=request.param, **SETTINGS)
         found = LocalExecutor(build_runner(resolve(config, folder)))

@@ -23,7 +23,7 @@ from headrace.types.messages import (
     Receive,
     Shutdown,
 )
-from headrace.types.weights import TensorInfo
+from headrace.types.weights import SEPARATE, TOGETHER, TensorInfo
 from tests.core.harness import VOCAB_SIZE, Core, digest_of, manifest_of, new_tensors, request, tiny_store
 
 TENSORS = new_tensors(3.0)
@@ -33,9 +33,9 @@ NAMES = list(TENSORS)
 class ScriptArrivals:
     """What a test lets come."""
 
-    def __init__(self, tensors: Sequence[TensorInfo], is_bucket: bool, seconds: float) -> None:
+    def __init__(self, tensors: Sequence[TensorInfo], packing: int, seconds: float) -> None:
         self.names = [info.name for info in tensors]
-        self.is_bucket = is_bucket
+        self.packing = packing
         self.seconds = seconds
         self.is_dropped = False
         self.problem: HeadraceError | None = None
@@ -78,8 +78,8 @@ class ScriptGroup:
     def refusal(self) -> HeadraceError | None:
         return None if self.problem is None else UpdateConflictError(self.problem.message)
 
-    def receive(self, tensors: Sequence[TensorInfo], is_bucket: bool, seconds: float) -> ScriptArrivals:
-        self.calls.append(ScriptArrivals(tensors, is_bucket, seconds))
+    def receive(self, tensors: Sequence[TensorInfo], packing: int, seconds: float) -> ScriptArrivals:
+        self.calls.append(ScriptArrivals(tensors, packing, seconds))
         return self.calls[-1]
 
     def fail(self, reason: str) -> None:
@@ -178,14 +178,14 @@ def test_one_group_that_waits_does_not_hold_up_another(core: GroupCore) -> None:
 
 def test_a_call_that_is_refused_lets_pass_what_it_announces(core: GroupCore) -> None:
     group = core.join()
-    assert core.refused(core.receiving(), 77, "g", _announced(), True).code == "UpdateConflictError"
+    assert core.refused(core.receiving(), 77, "g", _announced(), TOGETHER).code == "UpdateConflictError"
     (arrivals,) = group.calls
-    assert arrivals.is_dropped and arrivals.is_bucket and arrivals.names == NAMES and arrivals.seconds == 60
+    assert arrivals.is_dropped and arrivals.packing == TOGETHER and arrivals.names == NAMES and arrivals.seconds == 60
 
 
 def test_a_call_that_comes_too_late_lets_pass_what_it_announces(core: GroupCore) -> None:
     group = core.join()
-    assert core.refused(core.receiving(-1.0), 77, "g", _announced(), False).code == "DeadlineError"
+    assert core.refused(core.receiving(-1.0), 77, "g", _announced(), SEPARATE).code == "DeadlineError"
     assert group.calls[0].is_dropped and group.calls[0].seconds >= 5
 
 
@@ -251,7 +251,7 @@ def test_what_the_manifest_does_not_say_is_refused_by_name(core: GroupCore, chan
     session_id = core.begin(TENSORS)
     entries = {"name": NAMES[0], "shape": tuple(TENSORS[NAMES[0]].shape), "dtype": "float32"} | change
     tensors = (GroupTensor(TensorInfo(**entries), 0),)
-    error = core.refused(core.receiving(), session_id, "g", tensors, False)
+    error = core.refused(core.receiving(), session_id, "g", tensors, SEPARATE)
     assert error.code == "WeightUpdateError" and error.field == field
 
 
@@ -259,13 +259,13 @@ def test_a_tensor_named_twice_is_refused(core: GroupCore) -> None:
     core.join()
     session_id = core.begin(TENSORS)
     tensors = _announced()[:1] * 2
-    assert core.refused(core.receiving(), session_id, "g", tensors, False).field == "names"
+    assert core.refused(core.receiving(), session_id, "g", tensors, SEPARATE).field == "names"
 
 
 def test_a_tensor_that_nobody_wants_is_received_and_forgotten(core: GroupCore) -> None:
     group, session_id = core.join(), core.begin(TENSORS)
     tensors = (GroupTensor(TensorInfo("rotary_emb.inv_freq", (2,), "float32"), -1), _announced()[0])
-    call_id = core.start(core.receiving(), session_id, "g", tensors, False)
+    call_id = core.start(core.receiving(), session_id, "g", tensors, SEPARATE)
     core.turn()
     group.calls[0].come(torch.zeros(2), TENSORS[NAMES[0]])
     core.call_answer(call_id)
@@ -274,12 +274,12 @@ def test_a_tensor_that_nobody_wants_is_received_and_forgotten(core: GroupCore) -
 
 def test_what_nobody_can_count_ends_the_group(core: GroupCore) -> None:
     group = core.join()
-    core.call(Discard, "g", (), False, 5.0)
+    core.call(Discard, "g", (), SEPARATE, 5.0)
     assert group.refusal() is None and group.calls[-1].is_dropped
-    core.call(Discard, "unknown", None, False, 5.0)
-    core.call(Discard, "g", None, False, 5.0)
+    core.call(Discard, "unknown", None, SEPARATE, 5.0)
+    core.call(Discard, "g", None, SEPARATE, 5.0)
     assert group.problem is not None
-    assert core.refused(core.receiving(), 1, "g", (), False).code == "UpdateConflictError"
+    assert core.refused(core.receiving(), 1, "g", (), SEPARATE).code == "UpdateConflictError"
 
 
 def test_joining_is_answered_by_its_deadline(core: GroupCore) -> None:

@@ -186,8 +186,10 @@ def test_an_open_update_refuses_a_release_and_a_resume_goes_on_beside_one() -> N
     core.submit(request(1, max_new_tokens=200))
     core.call(ReleaseMemory, ("kv_cache",))
     session = core.begin(new_tensors(7.0))
-    error = core.refused(ReleaseMemory, ())
-    assert error.code == "UpdateConflictError" and f"session {session}" in error.message
+    for tags in ((), ("weights",), ("cuda_graph",)):
+        error = core.refused(ReleaseMemory, tags)
+        assert error.code == "UpdateConflictError" and f"session {session}" in error.message
+    core.call(ReleaseMemory, ("kv_cache",))  # which it is
     assert core.status().released == ("kv_cache",)
     core.call(ResumeMemory, ("kv_cache",))
     core.call(AbortUpdate, session)

@@ -936,3 +936,13 @@ def test_what_an_update_leaves_mapped_is_let_go_of_beside_running_steps(
     core.settle()
     assert left == [0] and len(set(steps)) == 4
     assert not core.status().updating
+
+
+def test_a_session_of_another_core_is_none_of_this_one() -> None:
+    """Whoever was not told that a server was started anew."""
+    first, second = Core(), Core()
+    stale = first.begin(new_tensors(7.0))
+    session = second.begin(new_tensors(7.0))
+    assert stale != session and min(stale, session) > 1 << 32, "by chance once in 2^30"
+    assert second.refused(CommitUpdate, stale).field == "session_id"
+    assert second.status().updating

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from headrace import Engine, SamplingParams
+from headrace import Engine, SamplingParams, serve
 from headrace.config import EngineConfig
 from headrace.text import Tokenizer
 from headrace.text.chat import normalize_messages, tool_names
@@ -213,7 +213,7 @@ def test_text_of_an_enumeration_is_the_text_in_it_where_no_engine_is_asked(
 )
 def test_a_bad_argument_of_serve_is_refused_by_name(engine: Engine, settings: dict[str, Any], field: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        engine.serve(**settings)
+        serve(engine, **settings)
     assert caught.value.field == field
 
 
@@ -300,7 +300,7 @@ def test_a_setting_that_is_none_of_a_few_words_is_told_which() -> None:
 
 @pytest.mark.parametrize("timeout", ["5", True, math.nan, math.inf, -1, 10**400])
 def test_a_server_stops_within_a_time_and_nothing_else(engine: Engine, timeout: Any) -> None:
-    handle = engine.serve()
+    handle = serve(engine)
     try:
         with pytest.raises(RequestError) as caught:
             handle.stop(timeout)

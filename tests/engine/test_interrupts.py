@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from headrace import Engine
+from headrace import Engine, serve
 from headrace.engine.runtime import EngineLoop, _Errand, _look_out
 from headrace.engine.update import run_here
 from headrace.types.errors import InternalError
@@ -88,12 +88,12 @@ def test_a_result_that_came_before_the_interrupt_is_undone(
         monkeypatch.undo()
         raise KeyboardInterrupt
 
-    call = {**calls_of(engine), "serve": lambda: engine.serve(port)}[name]
+    call = {**calls_of(engine), "serve": lambda: serve(engine, port)}[name]
     monkeypatch.setattr(_Errand, "result", interrupted)
     with pytest.raises(KeyboardInterrupt):
         call()
     check_nothing_left(engine)
-    engine.serve(port).stop(0.0)
+    serve(engine, port).stop(0.0)
 
 
 def test_a_cancelled_stream_leaves_no_sequence(engine: Engine) -> None:

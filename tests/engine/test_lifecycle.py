@@ -34,6 +34,7 @@ from headrace import (
     SamplingParams,
     ShutdownError,
     UnsupportedModelError,
+    serve,
 )
 from headrace.config import ResolvedConfig
 from headrace.core import serve_core
@@ -319,7 +320,7 @@ def test_shutdown_answers_what_runs_and_can_be_repeated(model_folder: Path) -> N
         engine.metrics,
         engine.digest,
         lambda: engine.abort(all=True),
-        engine.serve,
+        lambda: serve(engine),
     ]
     for call in calls:
         with pytest.raises(ShutdownError):
@@ -548,7 +549,7 @@ def test_a_pool_that_the_core_measures_bounds_requests(model_folder: Path, monke
 
 def test_a_server_comes_and_goes_on_a_running_engine(model_folder: Path) -> None:
     with Engine(model_folder, inprocess=True, **SETTINGS) as engine:
-        servers = [engine.serve(), engine.serve(0, "127.0.0.1")]
+        servers = [serve(engine), serve(engine, 0, "127.0.0.1")]
         body = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}}
         expected = engine.generate(input_ids=PROMPT, sampling_params=SHORT)[0].token_ids
         for server in servers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from headrace import serve
 from tests.gpu.builders import Checkpoints, Starter
 from tests.server.test_buckets import Client
 
@@ -17,7 +18,7 @@ def test_buckets_end_as_a_cold_load(start: Starter, checkpoints: Checkpoints, st
     cold.shutdown()
     engine = start(old)
     expected["old"] = engine.digest()
-    handle = engine.serve()
+    handle = serve(engine)
     client = Client(handle.url, style, {"new": new.folder, "old": old.folder}, device=device)
     try:
         for digest in expected.values():

@@ -61,6 +61,8 @@ def test_a_layer_agrees_whatever_is_chosen(tile: ProductTile | RowTile | None, h
     torch.testing.assert_close(kernels.normed_linear(x, norm, 1e-6, weight, full), expected, rtol=1e-4, atol=1e-4)
     gated = reference.silu_and_mul(expected)
     torch.testing.assert_close(kernels.normed_gate(x, norm, 1e-6, weight, full), gated, rtol=1e-4, atol=1e-4)
+    expected = reference.linear(x, weight, full)
+    torch.testing.assert_close(kernels.linear(x, weight, full), expected, rtol=1e-4, atol=1e-4)
     expected = residual + reference.linear(x, weight[:96], half)
     kernels.linear_add_(residual, x, weight[:96], half)
     torch.testing.assert_close(residual, expected, rtol=1e-4, atol=1e-4)

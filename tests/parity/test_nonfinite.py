@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from headrace import Engine, Generation, SamplingParams
+from headrace import Engine, Generation, SamplingParams, serve
 from headrace.types.errors import CheckpointError, HeadraceError, NonFiniteError, WeightUpdateError
 from tests.parity.models import make_model, save_model
 from tests.parity.test_device_path import SETTINGS, SIZES
@@ -175,7 +175,7 @@ def test_weights_that_are_not_finite_do_not_get_in(
 def test_over_http_it_is_a_500_that_says_so(start: Starter, model: PreTrainedModel) -> None:
     engine = start(check_finite=False)
     engine.update_weights_from_tensor(spoiled(model, EMBEDDING, float("nan")), "spoiled")
-    handle = engine.serve()
+    handle = serve(engine)
     try:
         with httpx.Client(base_url=handle.url, timeout=60) as client:
             body = {"input_ids": BAD, "sampling_params": {"max_new_tokens": 3, "ignore_eos": True}}

@@ -11,9 +11,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _run(script: str) -> str:
+def _run(script: str, *runner: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "examples" / script)]
+    command = [sys.executable, *runner, str(ROOT / "examples" / script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -23,6 +23,11 @@ def test_generate_and_score() -> None:
     output = _run("generate_and_score.py")
     differences = [float(value) for value in re.findall(r"max difference (\S+)", output)]
     assert len(differences) == 4 and max(differences) < 1e-4
+
+
+def test_verl_engine() -> None:
+    output = _run("verl_engine.py", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    assert re.findall(r"version (\d) of \d+ tensors: '", output) == ["0", "1"]
 
 
 def test_push_while_generating() -> None:

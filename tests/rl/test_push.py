@@ -18,9 +18,9 @@ from transformers import Qwen3ForCausalLM
 
 from headrace.engine import Engine
 from headrace.rl.demo import POLICY, checkpoint_digests
-from headrace.rl.push import hf_name, hf_named_tensors, live_digests, push_weights, tensor_digests
+from headrace.rl.push import push_weights, tensor_digests
+from headrace.rl.sources import hf_name, hf_named_tensors
 from headrace.types.errors import WeightUpdateError
-from headrace.weights import ParamSpec, WeightMap, whole_rows
 
 
 @pytest.fixture(scope="module")
@@ -111,21 +111,6 @@ def test_what_has_no_digest_is_refused_by_name(pairs: Any, field: str) -> None:
     with pytest.raises(WeightUpdateError) as caught:
         tensor_digests(pairs, "float32")
     assert caught.value.field == field
-
-
-def test_digests_of_live_weights_follow_the_dtypes_and_the_first_names_of_the_table() -> None:
-    tensor = torch.arange(6, dtype=torch.float32).reshape(2, 3) / 7
-    params = [ParamSpec("p", (2, 3)), ParamSpec("q", (2, 3), "float32")]
-    rules = [whole_rows(f"{part}.{param}", param, row, (1, 3)) for param in "pq" for row, part in enumerate("ab")]
-    others = [whole_rows(f"both.{param}", param, 0, (2, 3)) for param in "pq"]
-    table = WeightMap(params, rules, {"tied": "a.p"}, other_names=others)
-    single = {f"{part}.{param}": tensor[row : row + 1] for param in "pq" for row, part in enumerate("ab")}
-    expected = tensor_digests([(name, each) for name, each in single.items() if name.endswith("p")], "bfloat16")
-    expected |= tensor_digests([(name, each) for name, each in single.items() if name.endswith("q")], "float32")
-    assert live_digests(single.items(), table, "bfloat16") == expected
-    assert live_digests([(f"both.{param}", tensor) for param in "pq"], table, "bfloat16") == expected
-    tied = {"tied" if name == "a.p" else name: each for name, each in single.items()}
-    assert live_digests(tied.items(), table, "bfloat16") == expected
 
 
 def test_a_push_makes_the_weights_live_and_proves_it(engine: Engine, model: Qwen3ForCausalLM) -> None:

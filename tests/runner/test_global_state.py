@@ -197,7 +197,7 @@ def test_a_precision_changed_between_products_changes_no_value(
         return real(self, norm)
 
     for engine in engines.values():
-        expected, real_sample = values(engine), Runner._sample
+        expected, real_sample = values(engine), Runner._finish
         failed_before = engine.metrics()["num_failed_steps"]
 
         def sample(self: Runner, *args: Any, _real: Any = real_sample) -> Any:
@@ -207,7 +207,7 @@ def test_a_precision_changed_between_products_changes_no_value(
 
         with kept(), monkeypatch.context() as patch:
             patch.setattr(Residual, "normed", normed)
-            patch.setattr(Runner, "_sample", sample)
+            patch.setattr(Runner, "_finish", sample)
             patch.setattr(InputTable, "apply", shortened(InputTable.apply))
             assert values(engine) == expected
         assert engine.metrics()["num_failed_steps"] == failed_before
@@ -226,13 +226,13 @@ def shortened(method: Callable[..., Any]) -> Callable[..., Any]:
 def test_a_core_on_a_cpu_never_touches_the_setting(engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
     with kept():
         torch.set_float32_matmul_precision("medium")
-        seen, real = [], Runner._sample
+        seen, real = [], Runner._finish
 
         def sample(*args: Any) -> Any:
             seen.append(MKLDNN.matmul.fp32_precision)
             return real(*args)
 
-        monkeypatch.setattr(Runner, "_sample", sample)
+        monkeypatch.setattr(Runner, "_finish", sample)
         values(engines["fast"])
         assert set(seen) == {"bf16"}
 
@@ -252,7 +252,7 @@ def test_products_beside_a_trainer_have_the_bits_of_those_alone(kind: str, size:
     def found(products: Products) -> list[torch.Tensor]:
         out, added = torch.empty_like(target), target.clone()
         products.linear_out(x, weight, out)
-        products.linear_add_(added, x, weight)
+        products.linear_add_(added, x, weight, None)
         return [out, added, products.linear(x, weight, None), products.linear(x, weight, bias)]
 
     expected = found(PLAIN)
@@ -327,5 +327,5 @@ def test_a_model_without_float32_leaves_the_setting_alone() -> None:
     assert exact.products is PLAIN
     with kept():
         torch.set_float32_matmul_precision("medium")
-        with exact:
+        with exact.guard:
             assert torch.get_float32_matmul_precision() == "medium" and MKLDNN.matmul.fp32_precision == "bf16"

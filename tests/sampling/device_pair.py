@@ -37,7 +37,7 @@ class Pair:
 
     def __init__(self, vocab_size: int, max_slots: int, max_rows: int | None = None) -> None:
         self.vocab_size = vocab_size
-        self.cpu = Sampler(vocab_size, max_slots, torch.device("cpu"), "fast")
+        self.cpu = Sampler(vocab_size, max_slots)
         self.device = DeviceSampler(vocab_size, max_slots, max_rows or max_slots + 2, DEVICE)
         self.paths: list[str] = []
 

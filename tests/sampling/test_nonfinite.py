@@ -84,7 +84,7 @@ def test_a_sampled_row_that_is_not_finite_is_nan(sampling: str, mode: LogprobMod
     slots, positions = torch.arange(num_rows), torch.full((num_rows,), 4)
     found = []
     for shown in (logits, fine):
-        sampler = Sampler(VOCAB, num_rows, torch.device("cpu"), "fast")
+        sampler = Sampler(VOCAB, num_rows)
         for slot in range(num_rows):
             sampler.enter(masked(slot, sampling, mode))
         found.append(sampler.sample(torch.from_numpy(shown), slots, positions))

@@ -47,7 +47,7 @@ def make_init(
 
 
 def make_sampler(*inits: SlotInit, vocab_size: int, numerics: str = "fast") -> Sampler:
-    sampler = Sampler(vocab_size, max(init.slot for init in inits) + 1, CPU, numerics)
+    sampler = Sampler(vocab_size, max(init.slot for init in inits) + 1)
     for init in inits:
         sampler.enter(init)
     return sampler
@@ -364,8 +364,3 @@ def test_score_is_bitwise_independent_of_how_the_prompt_is_cut() -> None:
 def test_no_rows_is_no_work() -> None:
     sampled = draw(make_sampler(make_init(), vocab_size=10), torch.zeros(0, 10), [], [])
     assert sampled.token_ids.shape == (0,) and sampled.logprobs.shape == (0,) and sampled.extras == {}
-
-
-def test_numerics_is_one_of_two_words() -> None:
-    with pytest.raises(ValueError, match="numerics"):
-        Sampler(10, 1, CPU, "exact")

@@ -53,7 +53,10 @@ class Issued:
         result: StepResult,
         rows: list[tuple[int, set[int], set[int]]],
         sampled: list[tuple[int, range]],
+        moved: dict[tuple[int, int, int], list[int | None]],
     ) -> None:
+        """`moved` has, by move, the cells that are copied."""
+        self.moved = moved
         self.plan = plan
         self.result = result
         self.rows = rows
@@ -77,14 +80,17 @@ class FakeDevice:
         self.slots: dict[int, Slot] = {}
         self.num_grouped_rows = 0
         self._kv: list[int | None] = [None] * (limits.num_pages * limits.page_size)
+        self._host: dict[int, list[int | None]] = {}
 
     def submit(self, plan: StepPlan) -> None:
         """Check and execute one plan."""
         assert plan.epoch == self.epoch, "a plan for other weights"
         lengths = plan.row_lengths.tolist()
-        assert 0 < sum(lengths) <= self.limits.max_num_batched_tokens, "over the token budget"
-        assert min(lengths) >= 1 and len(plan.token_ids) == sum(lengths)
+        assert sum(lengths) > 0 or len(plan.page_moves), "a plan of nothing"
+        assert sum(lengths) <= self.limits.max_num_batched_tokens, "over the token budget"
+        assert min(lengths, default=1) >= 1 and len(plan.token_ids) == sum(lengths)
         assert len(set(plan.row_slots.tolist())) == len(lengths), "two rows of one slot"
+        moved = self._begin_moves(plan)
         self._enter(plan)
         self._write_table(plan)
         rows, offset = [], 0
@@ -92,15 +98,49 @@ class FakeDevice:
             rows.append(self._write_kv(slot, start, plan.token_ids[offset : offset + length].tolist()))
             offset += length
         self._check_ownership(rows)
+        self._check_moves(plan, rows)
         self._check_groups(plan)
         for slot, start in zip(plan.row_slots.tolist(), plan.row_starts.tolist(), strict=True):
             self._attend(slot, start)
         result, sampled = self._sample(plan)
-        self.in_flight.append(Issued(plan, result, rows, sampled))
+        self.in_flight.append(Issued(plan, result, rows, sampled, moved))
 
     def collect(self) -> StepResult:
         """The result of the oldest plan in flight."""
-        return self.in_flight.popleft().result
+        issued = self.in_flight.popleft()
+        for (direction, page, host_page), cells in issued.moved.items():
+            if direction == 0:  # what was written meanwhile, because nobody wanted the copy any more, is anything
+                self._host[host_page] = cells if self.cells([page]) == cells else [None] * len(cells)
+            else:
+                self._fill(page, cells)
+        return issued.result
+
+    def _begin_moves(self, plan: StepPlan) -> dict[tuple[int, int, int], list[int | None]]:
+        """What is copied beside the step, as it is when all plans before it have run."""
+        moved = {}
+        for direction, page, host_page in plan.page_moves.tolist():
+            assert 0 < page < self.limits.num_pages and 0 <= host_page < self.limits.num_host_pages
+            moved[direction, page, host_page] = list(self._host[host_page]) if direction else self.cells([page])
+        for direction in (0, 1):
+            count = sum(each[0] == direction for each in moved)
+            assert count <= self.limits.max_page_moves, "more copies beside one step than there may be"
+        return moved
+
+    def _check_moves(self, plan: StepPlan, rows: list[tuple[int, set[int], set[int]]]) -> None:
+        """No row writes a page while it is saved, and none knows of one that is being filled."""
+        saved = set(plan.page_moves[plan.page_moves[:, 0] == 0, 1].tolist())
+        coming = set(plan.page_moves[plan.page_moves[:, 0] == 1, 1].tolist())
+        for issued in self.in_flight:
+            assert not coming & issued.pages, "a page of a step in flight is filled"
+            moves = issued.plan.page_moves
+            coming |= set(moves[moves[:, 0] == 1, 1].tolist())
+        for _, pages, writes in rows:
+            assert not writes & saved, "a page is saved while it is written"
+            assert not pages & coming, "a row knows a page that is being filled"
+
+    def _fill(self, page: int, cells: list[int | None]) -> None:
+        size = self.limits.page_size
+        self._kv[page * size : page * size + size] = cells
 
     def cells(self, pages: list[int]) -> list[int | None]:
         """What the KV cells of these pages hold, in order."""
@@ -109,10 +149,14 @@ class FakeDevice:
 
     def forget(self, issued: Issued) -> None:
         """The step was never executed: the cells it wrote hold nothing."""
+        for direction, page, host_page in issued.moved:
+            if direction == 0:
+                self._host[host_page] = [None] * self.limits.page_size
+            else:
+                self._fill(page, [None] * self.limits.page_size)
         for _, _, writes in issued.rows:
             for page in writes:
-                size = self.limits.page_size
-                self._kv[page * size : page * size + size] = [None] * size
+                self._fill(page, [None] * self.limits.page_size)
 
     def _enter(self, plan: StepPlan) -> None:
         busy = {slot for issued in self.in_flight for slot in issued.plan.row_slots.tolist()}

@@ -293,6 +293,15 @@ class Harness:
             while node is not None and node not in pinned:
                 pinned.add(node)
                 node = node.parent
+        for step in self.scheduler._in_flight:
+            for load in step.moves.loads if step.moves else ():
+                references[load.pages] += 1
+            if step.moves and leases.offload and step.moves.num_flushes == leases.offload._num_flushes:
+                below = [load.below for load in step.moves.loads]
+                for node in [save.node for save in step.moves.saves] + below:
+                    while node is not None and node not in pinned:
+                        pinned.add(node)
+                        node = node.parent
         found = nodes(leases.tree)
         for node in found:
             references[node.pages] += 1
@@ -304,7 +313,7 @@ class Harness:
         assert len(evictable) == leases.tree.num_evictable and not evictable & leased
         assert self.scheduler.num_used_tokens == leases.num_used * self.limits.page_size
         assert leases.pool.num_free + leases.num_used + leases.tree.num_evictable == self.limits.num_pages - 1
-        assert table.num_free + sum(s is not None for s in table.sequences) == self.limits.num_slots
+        assert len(table.free_slots) + sum(s is not None for s in table.sequences) == self.limits.num_slots
 
     def check_end(self) -> None:
         """Every accepted request was answered, and everything comes back."""
@@ -334,4 +343,6 @@ def random_limits(random_: random.Random, overlap_depth: int) -> SchedulerLimits
         prefix_cache=random_.random() < 0.9,
         overlap_depth=overlap_depth,
         vocab_size=5,
+        num_host_pages=random_.choice((0, 0, 1, 4, 30)),
+        max_page_moves=random_.choice((1, 3, 100)),
     )

@@ -170,6 +170,8 @@ def test_random_events_keep_every_promise(depth: int, chunk: int) -> None:
         "cached_tokens",
         "resumed_tokens",
         "overshoot_tokens",
+        "pages_saved",
+        "pages_loaded",
     ):
         assert total[f"num_{name}"] > 0, f"{name} never happened, so it was not tested"
     assert total["num_grouped_rows"] > 0 and total["num_aborted"] > 0 and total["num_failed"] > 0

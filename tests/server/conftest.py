@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from headrace import Engine
+from headrace import Engine, serve
 from tests.server.builders import SETTINGS, save_random_model, save_scripted_model
 
 START = Callable[..., "Served"]
@@ -20,7 +20,7 @@ class Served:
 
     def __init__(self, engine: Engine, **options: Any) -> None:
         self.engine = engine
-        self.handle = engine.serve(**options)
+        self.handle = serve(engine, **options)
         self.url = self.handle.url
         self.http = httpx.Client(base_url=self.url, timeout=60)
 

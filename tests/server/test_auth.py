@@ -11,18 +11,36 @@ from headrace.server.app import all_endpoints
 from headrace.server.state import ServerState
 from tests.server.conftest import START, Served
 
-OPEN = {"/health", "/health_generate", "/ready"}
+OPEN = {"/health", "/liveness", "/health_generate", "/ready"}
 ADMIN = {
     *("/abort_request", "/pause_generation", "/continue_generation", "/flush_cache", "/update_weights_from_disk"),
     *(f"/headrace/{name}" for name in ("abort", "resume", "pause", "flush_cache", "set_weight_version", "digest")),
-    *(f"/headrace/{name}" for name in ("weights_checker", "begin_update", "stage", "lend", "stage_lent", "commit")),
+    *(
+        f"/headrace/{name}"
+        for name in (
+            "weights_checker",
+            "begin_update",
+            "extend_update",
+            "join_update",
+            "settle_part",
+            "stage",
+            "lend",
+            "stage_lent",
+            "commit",
+        )
+    ),
     *(f"/headrace/{name}" for name in ("abort_update", "update_weights_from_disk", "get_weights_by_name")),
     *("/headrace/release_memory_occupation", "/headrace/resume_memory_occupation"),
     *("/headrace/init_weights_update_group", "/headrace/destroy_weights_update_group"),
     "/headrace/update_weights_from_distributed",
+    *("/headrace/save_model", "/headrace/save_sharded_model", "/headrace/save_remote_model"),
     *("/update_weight_version", "/get_weights_by_name", "/weights_checker", "/abort_weight_update"),
     *("/release_memory_occupation", "/resume_memory_occupation"),
     *("/update_weights_from_tensor", "/begin_weight_update", "/end_weight_update"),
+    *("/pause", "/resume", "/abort_requests", "/sleep", "/wake_up", "/reset_prefix_cache", "/update_weights"),
+    *("/init_weight_transfer_engine", "/start_weight_update", "/start_draft_weight_update", "/finish_weight_update"),
+    *("/slow_down", "/freeze_gc", "/start_profile", "/stop_profile", "/collective_rpc", "/post_process_weights"),
+    *(f"/headrace/{name}" for name in ("slow_down", "freeze_gc", "start_profile", "stop_profile", "collective_rpc")),
     *("/init_weights_update_group", "/update_weights_from_distributed", "/destroy_weights_update_group"),
 }
 

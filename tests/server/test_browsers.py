@@ -113,6 +113,8 @@ def test_changes_need_json(served: Served, kind: str) -> None:
         "/update_weight_version": b'{"new_version": "x"}',
         "/weights_checker": b'{"action": "reset_tensors"}',
         "/release_memory_occupation": b"{}",
+        "/sleep": b'{"level": 2}',
+        "/start_weight_update": b"{}",
     }
     for path, body in calls.items():
         for content in (body, iter([body])):

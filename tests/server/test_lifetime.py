@@ -10,12 +10,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from headrace import ConfigError, Engine
+from headrace import AsyncEngine, ConfigError, Engine, ShutdownError, serve, server
+from tests.server.builders import SETTINGS
 from tests.server.conftest import START, Served
 
 HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -171,10 +173,8 @@ def test_what_does_not_finish_in_time_is_aborted_and_answered(start: START) -> N
 
 
 def test_stopping_twice_and_ending_the_engine_while_serving(model_folder: Any) -> None:
-    from tests.server.builders import SETTINGS
-
     with Engine(model_folder, inprocess=True, **SETTINGS) as engine:
-        first, second = engine.serve(), engine.serve()
+        first, second = serve(engine), serve(engine)
         assert first.port != second.port
         first.stop()
         first.stop()
@@ -185,13 +185,13 @@ def test_stopping_twice_and_ending_the_engine_while_serving(model_folder: Any) -
 
 def test_an_address_that_is_taken_is_named(served: Served) -> None:
     with pytest.raises(ConfigError) as raised:
-        served.engine.serve(port=served.handle.port)
+        serve(served.engine, port=served.handle.port)
     assert raised.value.field == "port"
     with pytest.raises(ConfigError) as outside:
-        served.engine.serve(host="0.0.0.0")
+        serve(served.engine, host="0.0.0.0")
     assert outside.value.field == "host"
     with pytest.raises(ConfigError) as unknown:
-        served.engine.serve(colour="red")
+        serve(served.engine, colour="red")
     assert unknown.value.field == "colour"
     assert served.http.get("/health").status_code == 200
 
@@ -205,10 +205,38 @@ def test_a_server_that_cannot_be_made_takes_no_address(served: Served, monkeypat
         port = probe.getsockname()[1]
     monkeypatch.setattr("headrace.server.run.create_app", fails)
     with pytest.raises(ConfigError, match="no such template") as caught:
-        served.engine.serve(port)
+        serve(served.engine, port)
     monkeypatch.undo()
-    served.engine.serve(port).stop()
+    serve(served.engine, port).stop()
     assert caught.value.field == "chat_template"
+
+
+def test_an_async_engine_is_served_from_any_loop_and_ends_its_servers(model_folder: Path) -> None:
+    async def scenario() -> list[str]:
+        async with AsyncEngine(model_folder, inprocess=True, **SETTINGS) as engine:
+            here = await server.serve(engine)
+            there = asyncio.run_coroutine_threadsafe(server.serve(engine), engine.loop)
+            servers = [here, await asyncio.wrap_future(there)]
+            async with httpx.AsyncClient() as client:
+                for each in servers:
+                    assert (await client.get(f"{each.url}/health")).status_code == 200
+        with pytest.raises(ShutdownError):
+            await server.serve(engine)
+        return [each.url for each in servers]
+
+    for url in asyncio.run(scenario()):
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/health")
+
+
+def test_each_way_to_serve_takes_its_kind_of_engine(served: Served) -> None:
+    wrong: Any = served.engine
+    with pytest.raises(ConfigError, match=r"headrace\.serve") as caught:
+        asyncio.run(server.serve(wrong))
+    assert caught.value.field == "engine"
+    with pytest.raises(ConfigError, match=r"headrace\.server\.serve") as caught:
+        serve(wrong.asynchronous)
+    assert caught.value.field == "engine"
 
 
 def test_serving_installs_no_signal_handlers(served: Served) -> None:

@@ -49,11 +49,18 @@ def test_an_announced_huge_body_is_refused_before_it_is_sent(served: Served) -> 
     assert exchange(served, absurd)[9:10] == b"4"
 
 
-@pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions", "/update_weights_from_disk", "/nothing"])
+@pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions", "/continue_generation"])
 def test_a_huge_body_is_413(served: Served, path: str) -> None:
-    reply = served.http.post(path, content=b"x" * HUGE)
+    reply = served.http.post(path, content=b"x" * HUGE, headers={"content-type": "application/json"})
     assert reply.status_code == 413
     assert reply.json()["param"] == "body"
+
+
+def test_a_huge_body_that_nobody_reads_is_not_waited_for(served: Served) -> None:
+    for line, status in ((b"POST /nothing", b"404"), (b"GET /model_info", b"200")):
+        head = line + f" HTTP/1.1\r\nhost: localhost\r\ncontent-length: {HUGE}\r\n\r\n".encode()
+        answer = exchange(served, head)
+        assert answer.split()[1] == status and b"connection: close" in answer
 
 
 def test_an_unannounced_huge_body_is_413(start: START) -> None:

@@ -38,7 +38,14 @@ def random_plan(chance: random.Random) -> StepPlan:
         row_samples=numbers(chance, len(lengths)) % 2 == 0,
         prefix_groups=numbers(chance, 3 * num_groups).reshape(-1, 3),
         waits_to_sample=chance.random() < 0.5,
+        page_moves=random_moves(chance, chance.choice((0, 0, 3))),
     )
+
+
+def random_moves(chance: random.Random, count: int) -> npt.NDArray[np.int32]:
+    moves = numbers(chance, 3 * count).reshape(-1, 3)
+    moves[:, 0] %= 2
+    return moves
 
 
 def random_slot(chance: random.Random) -> SlotInit:

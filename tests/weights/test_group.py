@@ -15,7 +15,7 @@ import torch
 
 from headrace.types.errors import WeightUpdateError
 from headrace.types.messages import JoinGroup
-from headrace.types.weights import TensorInfo
+from headrace.types.weights import SEPARATE, TOGETHER, TensorInfo
 from headrace.weights import arrival_memory
 from headrace.weights.arrival_memory import ArrivalBuffer, ArrivalMemory
 from headrace.weights.group import GroupArrivals, TorchGroup, _passes_on
@@ -65,7 +65,7 @@ def test_no_more_is_received_ahead_than_there_is_memory_for(
     monkeypatch.setattr(arrival_memory, "MAX_AHEAD_BYTES", 2 << 20)
     (group,) = joined(trainer)
     sizes = [100] * 6 + [1 << 20, 100]  # one that is larger than all memory comes when nothing else is there
-    arrivals = group.receive(infos(*sizes), False, 30)
+    arrivals = group.receive(infos(*sizes), SEPARATE, 30)
     trainer.tell(do="send_sizes", name="g", sizes=sizes)
     wait_for(lambda: len(arrivals._ready) == 2)
     time.sleep(0.2)
@@ -88,7 +88,7 @@ def test_no_more_is_received_ahead_than_there_is_memory_for(
 def test_what_is_dropped_is_received_and_forgotten(trainer: TrainerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arrival_memory, "MAX_AHEAD_BYTES", 2 << 20)
     (group,) = joined(trainer)
-    dropped, kept = (group.receive(infos(*[100] * 6), False, 30) for _ in range(2))
+    dropped, kept = (group.receive(infos(*[100] * 6), SEPARATE, 30) for _ in range(2))
     trainer.tell(do="send_sizes", name="g", sizes=[100] * 6, value=1.0)
     trainer.tell(do="send_sizes", name="g", sizes=[100] * 6, value=2.0)
     wait_for(functools.partial(_has_come, dropped))
@@ -118,7 +118,7 @@ assert not {"headrace.weights.group", "headrace.weights.arrival_memory"} & set(s
 def test_every_rank_has_what_rank_0_sends(trainer: TrainerProcess, world_size: int) -> None:
     sizes = [3, 0, 70_000, 1]
     groups = joined(trainer, world_size)
-    calls = [group.receive(infos(*sizes), False, 30) for group in groups]
+    calls = [group.receive(infos(*sizes), SEPARATE, 30) for group in groups]
     trainer.tell(do="send_sizes", name="g", sizes=sizes)
     for arrivals in calls:
         for size in sizes:
@@ -189,3 +189,21 @@ def _has_come(arrivals: GroupArrivals) -> bool:
 
 def _lives(name: str) -> bool:
     return any(thread.name == name for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize(
+    ("packing", "expected"),
+    [
+        (SEPARATE, [[0], [1], [2], [3], [4]]),
+        (0, [[0, 1], [2], [3, 4]]),
+        (399, [[0, 1], [2], [3, 4]]),
+        (400, [[0, 1, 2], [3, 4]]),
+        (1600, [[0, 1, 2, 3, 4]]),
+        (TOGETHER, [[0, 1, 2, 3, 4]]),
+    ],
+)
+def test_tensors_go_together_until_they_are_over_the_packing(packing: int, expected: list[list[int]]) -> None:
+    """As vLLM packs them: with the one that makes it so much; nothing is left over for an empty one at the end."""
+    arrivals = GroupArrivals(None, None, infos(0, 100, 100, 0, 100), packing, 0.0)  # type: ignore[arg-type]
+    assert [list(places) for places in arrivals._broadcasts()] == expected
+    assert [*GroupArrivals(None, None, (), packing, 0.0)._broadcasts()] == []  # type: ignore[arg-type]

@@ -70,11 +70,23 @@ class FastKernels:
             out = x_TI.new_empty(num_rows, num_outputs)
             multiply_row(x_TI, weight_OI, out, norm_K=norm_I, eps=eps, bias_N=bias_O, pdl=pdl, tile=tile)
             return out
-        normed = _normed(x_TI, norm_I, eps, pdl=pdl)
+        return self._multiply(_normed(x_TI, norm_I, eps, pdl=pdl), weight_OI, bias_O, tile)
+
+    def linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        (num_rows, num_inputs), num_outputs = x_TI.shape, weight_OI.shape[0]
+        tile = self._choose("plain", num_rows, num_outputs, num_inputs, x_TI.dtype)
+        return self._multiply(x_TI, weight_OI, bias_O, tile)
+
+    def _multiply(
+        self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, tile: ProductTile | RowTile | None
+    ) -> Tensor:
         if tile is None:
-            return self._products.linear(normed, weight_OI, bias_O)
-        out = x_TI.new_empty(num_rows, num_outputs)
-        multiply_fused(normed, weight_OI, bias_O, out, tile, self._workspace, pdl=pdl)
+            return self._products.linear(x_TI, weight_OI, bias_O)
+        out = x_TI.new_empty(x_TI.shape[0], weight_OI.shape[0])
+        if isinstance(tile, RowTile):
+            multiply_row(x_TI, weight_OI, out, bias_N=bias_O, pdl=self._pdl, tile=tile)
+        else:
+            multiply_fused(x_TI, weight_OI, bias_O, out, tile, self._workspace, pdl=self._pdl)
         return out
 
     def normed_gate(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -99,9 +111,7 @@ class FastKernels:
         elif tile is not None:
             multiply_fused(x_TI, weight_OI, bias_O, residual_TO, tile, self._workspace, adds=True, pdl=pdl)
         else:
-            self._products.linear_add_(residual_TO, x_TI, weight_OI)
-            if bias_O is not None:
-                residual_TO.add_(bias_O)
+            self._products.linear_add_(residual_TO, x_TI, weight_OI, bias_O)
 
     def normed_logits(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_VI: Tensor) -> Tensor:
         if x_TI.shape[0] == 1:
@@ -125,9 +135,11 @@ class InvariantKernels:
     def normed_linear(
         self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None
     ) -> Tensor:
+        return self.linear(_normed(x_TI, norm_I, eps, pdl=self._pdl), weight_OI, bias_O)
+
+    def linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         out = x_TI.new_empty(x_TI.shape[0], weight_OI.shape[0])
-        normed = _normed(x_TI, norm_I, eps, pdl=self._pdl)
-        multiply_tiles(normed, weight_OI, bias_O, out, pdl=self._pdl)
+        multiply_tiles(x_TI, weight_OI, bias_O, out, pdl=self._pdl)
         return out
 
     def normed_gate(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:

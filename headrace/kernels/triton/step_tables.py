@@ -32,7 +32,8 @@ def write_cells(cells_C3: Tensor, count: Tensor, page_table: Tensor) -> None:
 
 @triton.jit
 def _embed_kernel(
-    token_ids_ptr, table_rows_ptr, last_ptr, embedding_ptr, hidden_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    token_ids_ptr, table_rows_ptr, last_ptr, embedding_ptr, hidden_ptr, first_row, num_rows,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, IS_PART: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0)
     token_id = tl.load(token_ids_ptr + token)
@@ -41,16 +42,30 @@ def _embed_kernel(
         token_id = tl.load(last_ptr + tl.maximum(row, 0))
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < WIDTH
-    value = tl.load(embedding_ptr + token_id.to(tl.int64) * WIDTH + columns, mask=mask, other=0.0)
+    held = mask
+    if IS_PART:
+        token_id -= first_row
+        held = columns < tl.where((token_id >= 0) & (token_id < num_rows), WIDTH, 0)
+    value = tl.load(embedding_ptr + token_id.to(tl.int64) * WIDTH + columns, mask=held, other=0.0)
     tl.store(hidden_ptr + token.to(tl.int64) * WIDTH + columns, value, mask=mask)
 
 
 def embed_tokens(
-    token_ids_T: Tensor, table_rows_T: Tensor, last_tokens: Tensor, embedding_VX: Tensor, hidden_TX: Tensor
+    token_ids_T: Tensor,
+    table_rows_T: Tensor,
+    last_tokens: Tensor,
+    embedding_VX: Tensor,
+    hidden_TX: Tensor,
+    *,
+    first_row: int | None = None,
 ) -> None:
-    """hidden[t] = embedding[token id t]; an id below 0 stands for last_tokens[table_rows[t]]. Ids are int32."""
+    """hidden[t] = embedding[token id t]; an id below 0 stands for last_tokens[table_rows[t]]. Ids are int32.
+
+    `first_row`: the embedding is a part of a table, its rows from there on; of a token whose row it lacks come zeros.
+    """
     num_tokens, width = hidden_TX.shape
     block = min(4096, triton.next_power_of_2(width))
     _embed_kernel[(num_tokens, triton.cdiv(width, block))](
-        token_ids_T, table_rows_T, last_tokens, embedding_VX, hidden_TX, WIDTH=width, BLOCK=block, num_warps=4
-    )
+        token_ids_T, table_rows_T, last_tokens, embedding_VX, hidden_TX, first_row or 0, len(embedding_VX),
+        WIDTH=width, BLOCK=block, IS_PART=first_row is not None, num_warps=4,
+    )  # fmt: skip

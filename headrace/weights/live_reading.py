@@ -1,5 +1,5 @@
-"""The digests of tensors as they are in memory, a slice at a time. Owns how much is read at once. Must not know which
-tensors they are, or updates.
+"""Reading tensors as they are in memory, a slice at a time: their digests, and their bytes. Owns how much is read at
+once. Must not know which tensors they are, or updates.
 """
 
 from __future__ import annotations
@@ -15,6 +15,15 @@ Digests = Iterator[tuple[str, str] | None]
 
 DEVICE_SLICE_BYTES = 1 << 30
 _DEVICE_SLICE_PARTS = 256
+
+
+def bytes_in_slices(region: Region, start: int, into: memoryview, reader: SideReader) -> Iterator[None]:
+    """Fill `into` with the bytes of a tensor from byte `start` on, a block at a time."""
+    num_copied, size = 0, region.dtype.itemsize
+    for block in reader.blocks(region, start // size, len(into) // size):
+        into[num_copied : num_copied + len(block)] = block
+        num_copied += len(block)
+        yield
 
 
 def digests_in_slices(regions: Iterable[tuple[str, Region]], keys: PositionKeys, reader: SideReader) -> Digests:

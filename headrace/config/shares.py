@@ -1,0 +1,46 @@
+"""What one rank of several has of a model, as sizes. Owns which models split over how many ranks, and the refusal."""
+
+from __future__ import annotations
+
+import msgspec
+
+from headrace.config.layer_spec import AttentionSpec, LayerSpec
+from headrace.config.model_spec import ModelSpec
+from headrace.types.errors import ConfigError
+
+
+def share_of(model: ModelSpec, num_ranks: int) -> ModelSpec:
+    """The layers that each of so many ranks computes: its heads, its key-value heads, its part of every block's width.
+
+    Fewer key-value heads than ranks are held by several ranks each. The vocabulary, shared too, is told whole. Raises
+    `ConfigError` naming `tp_size` for what does not split.
+    """
+    if num_ranks == 1:
+        return model
+    rows = -(-model.vocab_size // num_ranks)
+    if rows * (num_ranks - 1) >= model.vocab_size:
+        raise _refusal(model.vocab_size, "tokens of the vocabulary", num_ranks)
+    return msgspec.structs.replace(model, layers=tuple(_share_of_layer(layer, num_ranks) for layer in model.layers))
+
+
+def _share_of_layer(layer: LayerSpec, num_ranks: int) -> LayerSpec:
+    width = layer.mlp.intermediate_size
+    if width % num_ranks:
+        raise _refusal(width, "features of a feed-forward block (intermediate size)", num_ranks)
+    mlp = msgspec.structs.replace(layer.mlp, intermediate_size=width // num_ranks)
+    return msgspec.structs.replace(layer, attention=_share_of_heads(layer.attention, num_ranks), mlp=mlp)
+
+
+def _share_of_heads(attention: AttentionSpec, num_ranks: int) -> AttentionSpec:
+    num_heads, num_kv_heads = attention.num_heads, attention.num_kv_heads
+    if num_heads % num_ranks:
+        raise _refusal(num_heads, "attention heads", num_ranks)
+    if num_kv_heads % num_ranks and num_ranks % num_kv_heads:
+        raise _refusal(num_kv_heads, "key-value heads", num_ranks)
+    share = max(1, num_kv_heads // num_ranks)
+    return msgspec.structs.replace(attention, num_heads=num_heads // num_ranks, num_kv_heads=share)
+
+
+def _refusal(number: int, of_what: str, num_ranks: int) -> ConfigError:
+    message = f"tp_size {num_ranks}: the model's {number} {of_what} do not split over as many ranks"
+    return ConfigError(message, field="tp_size")

@@ -1,0 +1,303 @@
+"""The other ranks of a replica, as rank 0 sees them: their processes, what they are told, what they answer, and the
+watch over them. Must not know plans, weights or devices.
+
+Each is watched by a thread that sees what its process shows without being asked. A rank is lost when its process has
+ended, when a signal keeps it stopped for STOPPED_SECONDS, when it has not run at all for SILENT_SECONDS, or when a step
+failed there that goes on elsewhere. Long work is legal: a rank that is at work beats. All are ended then, which breaks
+whatever rank 0 waits for them in; it raises `DeviceLost` with the cause wherever it next looks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from headrace.core.faults import DeviceLost
+from headrace.core.rank_messages import PLAN, READY, TELL, RankAnswer, answer_decoder, encode_message
+from headrace.ipc import PeerClosed
+from headrace.ipc.rank_spawn import RankProcess
+from headrace.types.errors import HeadraceError
+
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.25
+STOPPED_SECONDS = 2.0
+SILENT_SECONDS = 60.0
+FAILED_SECONDS = 2.0
+ANSWER_SECONDS = 60.0
+CLOSE_SECONDS = 5.0
+EXIT_SECONDS = 1.0
+STUCK_SECONDS = 2.0
+WAIT_SECONDS = 0.0002
+"""Between two looks for an answer: about what it takes one to come."""
+
+LOST_EXIT_CODE = 4
+
+
+class Asked:
+    """What the other ranks were asked, and have answered so far. `values` are theirs by rank, once it is done."""
+
+    def __init__(self, ranks: OtherRanks, ticket: int, num_ranks: int) -> None:
+        self.ticket = ticket
+        self._ranks = ranks
+        self._num_open = num_ranks
+        self._answers: dict[int, RankAnswer] = {}
+
+    @property
+    def values(self) -> list[tuple[str, ...]]:
+        return [self._answers[rank].values for rank in sorted(self._answers)]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all have answered, as far as is known."""
+        return not self._num_open
+
+    def is_done(self) -> bool:
+        """Whether all have answered; waits for nothing. Raises what the first of them says that could not, once all
+        have, and `DeviceLost`."""
+        if self._num_open:
+            self._ranks.look()
+        if self._num_open:
+            return False
+        error = self.first_error()
+        if error is not None:
+            raise error
+        return True
+
+    def wait(self, seconds: float = ANSWER_SECONDS) -> list[tuple[str, ...]]:
+        """Their values. Raises as `is_done`; who does not answer in time is lost."""
+        until = time.monotonic() + seconds
+        while not self.is_done():
+            if time.monotonic() >= until:
+                raise self._ranks.lose(f"{self._ranks.names(self._missing())} has not answered for {seconds:g} s")
+            time.sleep(WAIT_SECONDS)
+        return self.values
+
+    def settle(self) -> None:
+        """Wait until all have answered, whatever that is."""
+        try:
+            self.wait()
+        except HeadraceError as error:
+            logger.debug("given up: %s", error)
+
+    def first_error(self) -> HeadraceError | None:
+        """Of those who have answered."""
+        found = [(rank, answer.error) for rank, answer in sorted(self._answers.items()) if answer.error is not None]
+        return _on_rank(found[0][1].to_exception(), found[0][0]) if found else None
+
+    def note(self, rank: int, answer: RankAnswer) -> bool:
+        """An answer came; whether it was the last."""
+        self._answers[rank] = answer
+        self._num_open -= 1
+        return not self._num_open
+
+    def _missing(self) -> list[int]:
+        return [rank for rank in self._ranks.numbers if rank not in self._answers]
+
+
+def _on_rank(error: HeadraceError, rank: int) -> HeadraceError:
+    return type(error)(f"{error.message} (on rank {rank})", field=error.field)
+
+
+class OtherRanks:
+    """All ranks but the first. `watch` begins to watch them; `shares_process`: this process is not ours to end.
+
+    `break_off` is called by the watching thread when a rank is lost, to end what the others wait in."""
+
+    def __init__(self, processes: Sequence[RankProcess], *, shares_process: bool) -> None:
+        self.lost = ""
+        self.break_off: Callable[[], object] = lambda: None
+        self._processes = processes
+        self._shares_process = shares_process
+        self._open: dict[int, Asked] = {}
+        self._last_ticket = READY
+        self.is_closed = False
+        self._is_noted = False
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._stopped_since: dict[int, float] = {}
+        self._failed_since: dict[int, tuple[int, float]] = {}
+
+    @property
+    def numbers(self) -> list[int]:
+        """Which ranks they are."""
+        return [process.rank for process in self._processes]
+
+    def names(self, ranks: Sequence[int]) -> str:
+        """As in "rank 1 (process 4242)"."""
+        return " and ".join(process.name for process in self._processes if process.rank in ranks)
+
+    def expect(self, ticket: int) -> Asked:
+        """What all will answer to `ticket` without being asked."""
+        asked = self._open[ticket] = Asked(self, ticket, len(self._processes))
+        return asked
+
+    def ask(self, message: Callable[..., Any], *arguments: Any) -> Asked:
+        """Send the message that is made of a new ticket and these arguments. Raises `DeviceLost`."""
+        self._last_ticket += 1
+        self.tell(message(self._last_ticket, *arguments))
+        return self.expect(self._last_ticket)
+
+    def tell(self, message: Any) -> None:
+        """Send a message to all of them. Raises `DeviceLost`."""
+        self._send(TELL, encode_message(message))
+
+    def tell_each(self, kind: int, payloads: Sequence[bytes]) -> None:
+        """Send to each what is for it."""
+        for process, payload in zip(self._processes, payloads, strict=True):
+            self._send_to(process, kind, payload)
+
+    def send_plan(self, words: bytes) -> None:
+        """The words of a plan, which all of them execute next."""
+        self._send(PLAN, words)
+
+    def look(self) -> None:
+        """Take in what has come. Raises `DeviceLost`."""
+        self.check()
+        for process in self._processes:
+            try:
+                self._take_in(process)
+            except PeerClosed as closed:
+                raise self._gone(process, closed) from None
+
+    def look_at_last_words(self) -> None:
+        """Take in what those have sent that are lost."""
+        for process in self._processes:
+            with suppress(PeerClosed):
+                self._take_in(process)
+
+    def check(self) -> None:
+        """Raise `DeviceLost` if a rank is."""
+        if self.lost:
+            self._is_noted = True
+            raise DeviceLost(self.lost)
+
+    def lose(self, cause: str) -> DeviceLost:
+        """The replica is lost, for this cause unless there was one before. Ends all of them; returns what to raise."""
+        self._lose(cause)
+        self._is_noted = True
+        return DeviceLost(self.lost)
+
+    def cause_of(self, fault: BaseException) -> DeviceLost:
+        """What to raise where ranks did not meet: what became of one, or what it looked like from here."""
+        for _ in range(int(EXIT_SECONDS / LOOK_SECONDS)):
+            found = self.lost or next(filter(None, (self._end_of(process) for process in self._processes)), "")
+            if found:
+                return self.lose(found)
+            time.sleep(LOOK_SECONDS)
+        return self.lose(str(fault))
+
+    def failure_until(self, number: int) -> str:
+        """What failed on some rank, of the plans up to this one, which did not fail here; "" if nothing did."""
+        for process in self._processes:
+            failed = process.page.failed
+            if failed is not None and failed <= number:
+                return f"{process.name} failed in a step, and not all ranks did: {process.page.text}"
+        return ""
+
+    def result(self, rank: int, number: int) -> int | None:
+        """What came of a plan on a rank, as far as it is known."""
+        return self._processes[rank - 1].page.result(number)
+
+    def watch(self) -> None:
+        """Begin to watch them."""
+        threading.Thread(target=self._watch, name="headrace-rank-watch", daemon=True).start()
+
+    def close(self) -> None:
+        """End them, and wait until they have ended. Idempotent."""
+        with self._lock:
+            if self.is_closed:
+                return
+            self.is_closed = True
+        self._stop.set()
+        for process in self._processes:
+            if self.lost:
+                process.kill()
+            process.channel.close()  # all at once: each then ends by itself
+        for process in self._processes:
+            process.close(CLOSE_SECONDS)
+        self._open.clear()
+
+    # Inside.
+
+    def _take_in(self, process: RankProcess) -> None:
+        for _, payload in process.channel.receive(0.0):
+            answer = answer_decoder.decode(payload)
+            asked = self._open.get(answer.ticket)
+            if asked is not None and asked.note(process.rank, answer):
+                del self._open[answer.ticket]
+
+    def _send(self, kind: int, payload: bytes) -> None:
+        for process in self._processes:
+            self._send_to(process, kind, payload)
+
+    def _send_to(self, process: RankProcess, kind: int, payload: bytes) -> None:
+        self.check()
+        try:
+            process.channel.send(kind, payload)
+        except PeerClosed as closed:
+            raise self._gone(process, closed) from None
+
+    def _gone(self, process: RankProcess, closed: PeerClosed) -> DeviceLost:
+        how = process.describe_exit(EXIT_SECONDS)
+        return self.lose(f"{process.name} {how}" if how else f"{process.name} is gone: {closed}")
+
+    def _lose(self, cause: str) -> None:
+        with self._lock:
+            if self.lost or self.is_closed:
+                self.lost = self.lost or cause
+                return
+            self.lost = cause
+            logger.error("a rank is lost: %s", cause)
+            for process in self._processes:
+                process.kill()
+
+    def _watch(self) -> None:
+        """In a thread of its own."""
+        while not self._stop.wait(LOOK_SECONDS) and not self.lost:
+            now = time.monotonic()
+            for process in self._processes:
+                problem = self._problem(process, now)
+                if problem:
+                    self._lose(f"{process.name} {problem}")
+                    break
+        if self._stop.is_set():
+            return
+        self.break_off()
+        if not (self._shares_process or self._stop.wait(STUCK_SECONDS) or self._is_noted):
+            os._exit(LOST_EXIT_CODE)  # a device may wait for a lost rank for ever, and rank 0 for its device
+
+    def _problem(self, process: RankProcess, now: float) -> str:
+        """Why a rank is lost, in words that follow its name; "" while it is not."""
+        end = process.describe_exit()
+        if end:
+            return end
+        if not process.is_stopped:
+            self._stopped_since.pop(process.rank, None)
+        elif now - self._stopped_since.setdefault(process.rank, now) >= STOPPED_SECONDS:
+            return "was stopped by a signal and does not go on"
+        silent = now - process.page.last_beat * 1e-9
+        if process.page.last_beat and silent > SILENT_SECONDS:
+            return f"has not run for {silent:.0f} s"
+        return self._lone_failure(process, now)
+
+    def _lone_failure(self, process: RankProcess, now: float) -> str:
+        number = process.page.failed
+        if number is None:
+            self._failed_since.pop(process.rank, None)
+            return ""
+        known, since = self._failed_since.get(process.rank, (-1, now))
+        if known != number:
+            self._failed_since[process.rank] = number, now
+            return ""
+        is_alone = now - since >= FAILED_SECONDS
+        return f"failed in a step, and not all ranks did: {process.page.text}" if is_alone else ""
+
+    def _end_of(self, process: RankProcess) -> str:
+        how = process.describe_exit()
+        return f"{process.name} {how}" if how else ""

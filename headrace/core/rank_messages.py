@@ -1,0 +1,289 @@
+"""What rank 0 tells the other ranks beside plans, and what they answer: closed unions, decoded only to these types.
+
+All of it travels in one order with the plans, and every rank does the same for it. What has a `ticket` is answered by
+exactly one `RankAnswer` of each rank, when it is done or has failed; the rest is not answered.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from headrace.config import ResolvedConfig
+from headrace.types.errors import ErrorInfo
+from headrace.types.foreign import Payload
+from headrace.types.memory import MemoryTag, Restore
+from headrace.types.messages import JoinGroup
+from headrace.types.weights import BufferRef, TensorInfo, UpdateMode
+
+START, PLAN, TELL = range(3)
+"""Kinds of frames to a rank: its `RankStart`, the words of a plan, a `RankCommand`. What it sends are `RankAnswer`s."""
+
+REACHED: Final = -1
+"""The ticket of a rank's first answer: it has found the rendezvous."""
+
+READY: Final = 0
+"""That of its second: it can execute plans, or why it cannot."""
+
+
+class RankStart(msgspec.Struct, frozen=True, array_like=True):
+    """All that a rank has to know. `secret` is the prefix of whatever ranks tell each other in the store at `port`."""
+
+    resolved: ResolvedConfig
+    rank: int
+    num_ranks: int
+    port: int
+    secret: str
+    guards_parent: bool
+    """Rank 0 is a core's process, and no caller's, and is ended when it is stopped."""
+
+
+class RankAnswer(msgspec.Struct, frozen=True, array_like=True):
+    """What came of a ticket on one rank. `values` are those that the message names."""
+
+    ticket: int
+    error: ErrorInfo | None = None
+    values: tuple[str, ...] = ()
+
+
+class _Told(msgspec.Struct, frozen=True, array_like=True):
+    """A message that is not answered."""
+
+
+class _Asked(msgspec.Struct, frozen=True, array_like=True):
+    """A message that is."""
+
+    ticket: int
+
+
+class SampleStep(_Told, frozen=True, tag="sample"):
+    """Sample plan `number` of those sent, which waits for it. `rows` and `masks` are those of a patch, as bytes; there
+    is none where they are empty."""
+
+    number: int
+    rows: bytes
+    masks: bytes
+
+
+class VoidStep(_Asked, frozen=True, tag="void"):
+    """Plan `number` of those sent failed on rank 0: whatever came of it here counts for nothing."""
+
+    number: int
+
+
+class BeginOn(_Asked, frozen=True, tag="begin"):
+    """As `WeightMemory.begin`."""
+
+    manifest: tuple[TensorInfo, ...]
+    mode: UpdateMode
+    partial: bool
+
+
+class BeginOpenOn(_Asked, frozen=True, tag="begin_open"):
+    """As `WeightMemory.begin_open`."""
+
+    mode: UpdateMode
+    partial: bool
+
+
+class ExtendOn(_Asked, frozen=True, tag="extend"):
+    """As `WeightMemory.extend`."""
+
+    manifest: tuple[TensorInfo, ...]
+
+
+class Place(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A tensor, or the piece of it from byte `start` on, in a buffer."""
+
+    index: int
+    offset: int
+    size: int
+    start: int | None
+    is_last: bool
+
+
+class StageBufferOn(_Asked, frozen=True, tag="stage_buffer"):
+    """Stage pieces that are in shared memory. Values: a sum for each that is the last of its tensor, or ""."""
+
+    buffer: BufferRef
+    places: tuple[Place, ...]
+
+
+class StageFileOn(_Asked, frozen=True, tag="stage_file"):
+    """Stage a tensor of the open folder. Value: a sum, or ""."""
+
+    index: int
+    name: str
+
+
+class StageArrivalOn(_Asked, frozen=True, tag="stage_arrival"):
+    """Stage what a group has brought at `place` of a call. Value: a sum, or ""."""
+
+    index: int
+    call: int
+    place: int
+
+
+class StageForeignOn(_Asked, frozen=True, tag="stage_foreign"):
+    """Stage a tensor of an open payload. Value: a sum, or ""."""
+
+    index: int
+    key: int
+    name: str
+
+
+class ForgetOn(_Told, frozen=True, tag="forget"):
+    """As `WeightMemory.forget`."""
+
+    index: int
+
+
+class GiveUpOn(_Told, frozen=True, tag="give_up"):
+    """Work no more for a ticket, which is answered now if it was not."""
+
+    target: int
+
+
+class CommitOn(_Asked, frozen=True, tag="commit"):
+    """As `WeightMemory.commit`, answered when it is done."""
+
+
+class AbortOn(_Told, frozen=True, tag="abort"):
+    """End the update if it is open here."""
+
+
+class DigestOn(_Asked, frozen=True, tag="digest"):
+    """Values: the digests of all tensors, as far as they count here, in the order of the weight map."""
+
+
+class ReadOn(_Asked, frozen=True, tag="read"):
+    """Write bytes of a tensor, or of a parameter of rank `owner`, into shared memory, `into[0]` on rank 1; what is not
+    held here as zeros."""
+
+    name: str
+    start: int
+    size: int
+    into: tuple[BufferRef, ...]
+    owner: int | None = None
+
+
+class ScrambleOn(_Asked, frozen=True, tag="scramble"):
+    """As `Weights.scramble`."""
+
+    seed: int
+
+
+class OpenFolderOn(_Told, frozen=True, tag="open_folder"):
+    """The folder that tensors are read from next; nothing outside `root` is read, if there is one."""
+
+    folder: str
+    root: str
+
+
+class OpenForeignOn(_Asked, frozen=True, tag="open_foreign"):
+    """Open what another engine's client shares, without counting it down."""
+
+    key: int
+    payload: Payload
+
+
+class CloseForeignOn(_Asked, frozen=True, tag="close_foreign"):
+    """It is not read any more."""
+
+    key: int
+
+
+class KeepOn(_Asked, frozen=True, tag="keep"):
+    """Copy the weights to host memory, from which they may come back; not if they are released."""
+
+
+class DropCopyOn(_Told, frozen=True, tag="drop_copy"):
+    """It is not needed any more."""
+
+
+class ReleaseOn(_Asked, frozen=True, tag="release"):
+    """Give memory back."""
+
+    tags: tuple[MemoryTag, ...]
+
+
+class ResumeOn(_Asked, frozen=True, tag="resume"):
+    """As `Executor.resume`."""
+
+    tags: tuple[MemoryTag, ...]
+    restore: Restore
+
+
+class JoinOn(_Asked, frozen=True, tag="join"):
+    """Join a trainer's group within so many seconds. `terms` are those of rank 0."""
+
+    key: int
+    terms: JoinGroup
+    seconds: float
+
+
+class ReceiveOn(_Told, frozen=True, tag="receive"):
+    """A call of a group: what it brings."""
+
+    key: int
+    call: int
+    tensors: tuple[TensorInfo, ...]
+    packing: int
+    seconds: float
+
+
+class SkipArrivalOn(_Told, frozen=True, tag="skip_arrival"):
+    """What comes at `place` of a call is not staged."""
+
+    call: int
+    place: int
+
+
+class DropArrivalsOn(_Told, frozen=True, tag="drop_arrivals"):
+    """Nothing more of a call is staged."""
+
+    call: int
+
+
+class LeaveOn(_Told, frozen=True, tag="leave"):
+    """Leave a group."""
+
+    key: int
+    reason: str
+
+
+RankCommand = (
+    SampleStep
+    | VoidStep
+    | BeginOn
+    | BeginOpenOn
+    | ExtendOn
+    | StageBufferOn
+    | StageFileOn
+    | StageArrivalOn
+    | StageForeignOn
+    | ForgetOn
+    | GiveUpOn
+    | CommitOn
+    | AbortOn
+    | DigestOn
+    | ReadOn
+    | ScrambleOn
+    | OpenFolderOn
+    | OpenForeignOn
+    | CloseForeignOn
+    | KeepOn
+    | DropCopyOn
+    | ReleaseOn
+    | ResumeOn
+    | JoinOn
+    | ReceiveOn
+    | SkipArrivalOn
+    | DropArrivalsOn
+    | LeaveOn
+)
+
+encode_message = msgspec.msgpack.Encoder().encode
+command_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(RankCommand)
+answer_decoder = msgspec.msgpack.Decoder(RankAnswer)

@@ -1,0 +1,129 @@
+"""The process of a rank other than the first: `python -m headrace.core.rank_process`, started by
+`headrace.ipc.rank_spawn`.
+
+Owns what is true of the process as a whole: its descriptors, its log, and that it ends with rank 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import faulthandler
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+
+import msgspec
+
+from headrace.core.process import ORPHANED_EXIT_CODE, watch_parent
+from headrace.core.rank_messages import REACHED, READY, TELL, RankAnswer, RankStart, encode_message
+from headrace.ipc import PeerClosed
+from headrace.ipc.codec import DECODE_ERRORS
+from headrace.ipc.rank_channel import RankChannel
+from headrace.ipc.rank_page import RankPage
+from headrace.ipc.rank_spawn import is_stopped
+from headrace.telemetry import LogContext, configure_logging
+from headrace.types.errors import HeadraceError
+
+START_SECONDS = 60.0
+STOPPED_SECONDS = 2.0
+LOOK_SECONDS = 0.5
+_PR_SET_PDEATHSIG = 1
+
+logger = logging.getLogger(__name__)
+
+
+def main(arguments: list[str]) -> int:
+    """Be one rank until rank 0 lets go or is gone. Returns the exit code."""
+    options = _parse(arguments)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # also while a signal keeps this process stopped
+    configure_logging(LogContext(role="rank"), level=options.log_level, as_json=options.log_json)
+    faulthandler.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch_parent, args=(options.lifeline, options.parent), daemon=True).start()
+    channel = RankChannel(socket.socket(fileno=options.channel))
+    page = RankPage.map(options.page)
+    os.close(options.page)
+    page.beat_in_thread()
+    try:
+        return _serve(channel, page, options.parent)
+    except PeerClosed:
+        return 0
+    except BaseException as error:  # process entry point: rank 0 says it in the name of all
+        page.write_text(f"{type(error).__name__}: {error}")
+        logger.exception("the rank ends")
+        return 1
+
+
+def _serve(channel: RankChannel, page: RankPage, parent: int) -> int:
+    start = _start_of(channel)
+    if start is None:
+        return 2
+    if start.guards_parent:
+        threading.Thread(target=guard, args=(parent,), daemon=True).start()
+    from headrace.core.rank_member import join  # torch: the slow import
+
+    def answer(ticket: int, error: HeadraceError | None = None) -> None:
+        channel.send(TELL, encode_message(RankAnswer(ticket, None if error is None else error.info())))
+
+    try:
+        follower = join(start, channel, page, on_reached=lambda: answer(REACHED))
+    except HeadraceError as error:
+        answer(READY, error)
+        return 1
+    gc.freeze()
+    answer(READY)
+    follower.run()
+    return 0
+
+
+def guard(parent: int) -> None:
+    """End rank 0 where a signal keeps it stopped: its front then sees that it has died, and starts another."""
+    stopped_since = 0.0
+    while True:
+        time.sleep(LOOK_SECONDS)
+        now = time.monotonic()
+        if not is_stopped(parent):
+            stopped_since = 0.0
+        elif not stopped_since:
+            stopped_since = now
+        elif now - stopped_since >= STOPPED_SECONDS:
+            logger.error("rank 0 (process %d) was stopped by a signal and does not go on: it is ended", parent)
+            os.kill(parent, signal.SIGKILL)
+            os._exit(ORPHANED_EXIT_CODE)
+
+
+def _start_of(channel: RankChannel) -> RankStart | None:
+    """What rank 0 sends first."""
+    until = time.monotonic() + START_SECONDS
+    while time.monotonic() < until:
+        for _, payload in channel.receive(1.0):
+            try:
+                return msgspec.msgpack.decode(payload, type=RankStart)
+            except DECODE_ERRORS as error:
+                logger.error("no configuration: %s", error)
+                return None
+    logger.error("rank 0 has sent no configuration in time")
+    return None
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="headrace.core.rank_process")
+    for name in ("--channel", "--lifeline", "--page", "--parent"):
+        parser.add_argument(name, type=int, required=True)
+    parser.add_argument("--log-level", type=int, default=logging.INFO)
+    parser.add_argument("--log-json", action="store_true")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    exit_code = main(sys.argv[1:])
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(exit_code)  # no teardown, as of a core

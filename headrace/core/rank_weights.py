@@ -1,0 +1,383 @@
+"""The weights of all ranks as one. Owns what an update or a read asks of each, and puts together what they answer; what
+a rank does with its own share is its `WeightStore`'s.
+
+No tensor travels: what is staged is in memory or files that every rank opens by itself, and an answer is a digest at
+most. Work goes on everywhere at once, and is done when it is done on every rank. Nothing is waited for but where
+nothing is copied: to begin, and to extend.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from headrace.core.rank_group import WAIT_SECONDS, Asked, OtherRanks
+from headrace.core.rank_messages import (
+    AbortOn,
+    BeginOn,
+    BeginOpenOn,
+    CloseForeignOn,
+    CommitOn,
+    DigestOn,
+    ExtendOn,
+    ForgetOn,
+    GiveUpOn,
+    OpenForeignOn,
+    Place,
+    ReadOn,
+    ScrambleOn,
+    StageArrivalOn,
+    StageBufferOn,
+    StageFileOn,
+    StageForeignOn,
+)
+from headrace.core.rank_works import copy_own
+from headrace.ipc import SharedBuffer
+from headrace.types.errors import HeadraceError, RequestError, UpdateConflictError, WeightUpdateError
+from headrace.types.foreign import CudaHandle, Payload
+from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
+from headrace.weights.memory import Copies, ResolvedMode, SharedTensors, StageBuffer, StageCopy, StagePiece, Ticket
+from headrace.weights.position_sum import DIGEST_LENGTH, add_digests
+from headrace.weights.store import WeightStore
+
+MAX_PIECES = 512
+"""Pieces that are asked for at once: a message of some ten kilobytes."""
+
+READ_BYTES = 1 << 20
+"""Bytes of a tensor that are put together at once."""
+
+
+@dataclass(eq=False, slots=True)
+class Arrived:
+    """What a group brought at `place` of a call, on every rank; `data` is what came here."""
+
+    call: int
+    place: int
+    data: Any
+    asked: Asked | None = None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class FileTensorOn:
+    """A tensor of a folder that every rank reads; `data` is as this one does."""
+
+    name: str
+    data: Any
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ForeignTensorOn:
+    """A tensor of a payload that every rank has opened."""
+
+    memory: RankForeign
+    name: str
+    data: Any
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class BufferPart:
+    """Bytes of a buffer that every rank maps; `data` are they, here."""
+
+    buffer: RankBuffer
+    offset: int
+    size: int
+    data: Any
+
+
+class RankBuffer:
+    """A buffer that every rank stages from."""
+
+    def __init__(self, ref: BufferRef, own: StageBuffer, others: OtherRanks) -> None:
+        self.ref = ref
+        self.asked: Asked | None = None  # what the others were asked last to stage from it
+        self._own = own
+        self._others = others
+
+    def part(self, offset: int, size: int) -> BufferPart:
+        return BufferPart(self, offset, size, self._own.part(offset, size))
+
+    def close(self) -> None:
+        """When nobody reads it any more."""
+        give_up(self._others, self.asked)
+        self._own.close()
+
+
+class RankForeign:
+    """What another engine's client shares, open on every rank. This one gives it back."""
+
+    def __init__(self, key: int, own: SharedTensors, others: OtherRanks) -> None:
+        self.key = key
+        self.asked: Asked | None = None
+        self._own = own
+        self._others = others
+        self.tensors: list[tuple[str, Any]] = [(name, ForeignTensorOn(self, name, data)) for name, data in own.tensors]
+
+    def close(self) -> None:
+        self.tensors.clear()
+        give_up(self._others, self.asked)
+        if not self._others.is_closed:
+            self._others.ask(CloseForeignOn, self.key).settle()
+        self._own.close()
+
+
+class OwnCopy:
+    """A copy of this rank's share, while others copy theirs: of those nobody knows what they have written."""
+
+    def __init__(self, own: StageCopy) -> None:
+        self.has_written = True
+        self.advance = own.advance
+
+
+class RankCopy:
+    """A copy of this rank's share, if there is one, and then of all others', after which the tensors of `indices` are
+    whole."""
+
+    def __init__(self, weights: RankWeights, own: StageCopy | None, asked: Asked, indices: Sequence[int]) -> None:
+        self.has_written = True
+        self._weights, self._own, self._asked, self._indices = weights, own, asked, indices
+
+    def advance(self, budget_s: float) -> bool:
+        if self._own is not None and not self._own.advance(budget_s):
+            return False
+        self._own = None
+        if not self._asked.is_done():
+            time.sleep(WAIT_SECONDS)
+            return False
+        self._weights.check_sums(self._indices, self._asked.values)
+        return True
+
+
+class _RankCommit:
+    def __init__(self, own: Ticket, asked: Asked) -> None:
+        self._own, self._asked = own, asked
+
+    def is_done(self) -> bool:
+        is_done_elsewhere = self._asked.is_done()
+        return self._own.is_done() and is_done_elsewhere
+
+
+class RankWeights:
+    """Live weights of which each rank has a share; see `headrace.core.executor.Weights`."""
+
+    def __init__(self, store: WeightStore, others: OtherRanks) -> None:
+        self._store, self._others = store, others
+        self._manifest: list[TensorInfo] = []
+        self._scratch: list[SharedBuffer] = []
+        self._num_payloads = 0
+        self._refusal: HeadraceError | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """That of this rank."""
+        return self._store.device
+
+    @property
+    def device_id(self) -> str:
+        """None: what is on one device is not on the others."""
+        return ""
+
+    def close(self) -> None:
+        """Give back what is shared with the others."""
+        for buffer in self._scratch:
+            buffer.close()
+        self._scratch.clear()
+
+    # The transaction.
+
+    def begin(self, manifest: Sequence[TensorInfo], mode: UpdateMode, partial: bool) -> ResolvedMode:
+        """As `WeightStore.begin`; "auto" is "inplace" where any rank has no room for a shadow."""
+        resolved = self._store.begin(manifest, mode, partial)
+        if not self._have_begun(self._others.ask(BeginOn, tuple(manifest), resolved, partial), mode, resolved):
+            return self.begin(manifest, "inplace", partial)
+        self._manifest = list(manifest)
+        return resolved
+
+    def begin_open(self, mode: UpdateMode, partial: bool) -> ResolvedMode:
+        """As `begin`, of `WeightStore.begin_open`."""
+        resolved = self._store.begin_open(mode, partial)
+        if not self._have_begun(self._others.ask(BeginOpenOn, resolved, partial), mode, resolved):
+            return self.begin_open("inplace", partial)
+        self._manifest = []
+        return resolved
+
+    def _have_begun(self, asked: Asked, mode: UpdateMode, resolved: ResolvedMode) -> bool:
+        """Whether all ranks have begun an update; if not, none has, and it is another mode's turn. Raises what else
+        keeps one from it."""
+        self._refusal = None
+        try:
+            asked.wait()
+        except HeadraceError as error:
+            self.abort()
+            if not isinstance(error, WeightUpdateError) or mode != "auto" or resolved == "inplace":
+                raise
+            return False
+        return True
+
+    def extend(self, manifest: Sequence[TensorInfo]) -> int:
+        """As `WeightStore.extend`. Where another rank has no room for what this one takes, the update can only
+        be aborted."""
+        self._check_open()
+        num_missing = self._store.extend(manifest)
+        try:
+            self._others.ask(ExtendOn, tuple(manifest)).wait()
+        except HeadraceError as refusal:
+            self._refusal = refusal
+            raise
+        self._manifest += manifest
+        return num_missing
+
+    def _check_open(self) -> None:
+        """Raise what makes the open update one that can only be aborted, if it is."""
+        if self._refusal is not None:
+            raise type(self._refusal)(f"{self._refusal.message}; abort the update", field=self._refusal.field)
+
+    def missing(self) -> list[str]:
+        return self._store.missing()
+
+    def stage(self, index: int, data: Any, start: int | None = None) -> StageCopy:
+        """As `WeightStore.stage`, of what every rank can open."""
+        self._check_open()
+        match data:
+            case Arrived():
+                asked = data.asked = self._others.ask(StageArrivalOn, index, data.call, data.place)
+            case FileTensorOn():
+                asked = self._others.ask(StageFileOn, index, data.name)
+            case ForeignTensorOn():
+                asked = data.memory.asked = self._others.ask(StageForeignOn, index, data.memory.key, data.name)
+            case _:
+                raise WeightUpdateError("these values are in memory of one rank only", field=self._manifest[index].name)
+        return RankCopy(self, self._store.stage(index, data.data, start), asked, (index,))
+
+    def stage_pieces(self, pieces: Iterator[StagePiece]) -> Copies:
+        """As `WeightStore.stage_pieces`: many are asked for in one message, and whole when all of them are."""
+        while batch := list(islice(pieces, MAX_PIECES)):
+            parts: list[BufferPart] = [piece.data for piece in batch]
+            buffer = parts[0].buffer
+            places = tuple(
+                Place(piece.index, part.offset, part.size, piece.start, piece.is_last)
+                for piece, part in zip(batch, parts, strict=True)
+            )
+            asked = buffer.asked = self._others.ask(StageBufferOn, buffer.ref, places)
+            own = (msgspec.structs.replace(piece, data=part.data) for piece, part in zip(batch, parts, strict=True))
+            for copies in self._store.stage_pieces(own):
+                yield None if copies is None else ((), OwnCopy(copies[1]))
+            whole = [piece.index for piece in batch if piece.is_last]
+            yield whole, RankCopy(self, None, asked, whole)
+
+    def check_sums(self, indices: Sequence[int], others: Sequence[tuple[str, ...]]) -> None:
+        """Hold what all ranks have of whole tensors against the manifest. `WeightUpdateError` naming what differs."""
+        for index, *parts in zip(indices, *others, strict=True):
+            own, info = self._store.take_sum(index), self._manifest[index]
+            if len(info.digest) == DIGEST_LENGTH and (found := add_digests(own, *parts)) != info.digest:
+                message = f"{info.name} arrived with digest {found}, the manifest says {info.digest}"
+                raise WeightUpdateError(message, field=info.name)
+
+    def open_buffer(self, ref: BufferRef | DeviceRef) -> StageBuffer:
+        if isinstance(ref, DeviceRef):
+            raise RequestError("the buffer is on one device, and the weights are on several", field="buffer")
+        return RankBuffer(ref, self._store.open_buffer(ref), self._others)
+
+    def open_payload(self, payload: Payload) -> SharedTensors:
+        tensors = [*payload.tensors, *(bucket.memory for bucket in payload.buckets)]
+        if any(isinstance(tensor.storage, CudaHandle) for tensor in tensors):
+            message = "tensors of one CUDA device are not for an engine of several ranks"
+            raise WeightUpdateError(message, field="serialized_named_tensors")
+        own = self._store.open_payload(payload)
+        self._num_payloads += 1
+        try:
+            self._others.ask(OpenForeignOn, self._num_payloads, payload).wait()
+        except BaseException:
+            own.close()
+            raise
+        return RankForeign(self._num_payloads, own, self._others)
+
+    def forget(self, index: int) -> list[int]:
+        self._others.tell(ForgetOn(index))
+        return self._store.forget(index)
+
+    def commit(self) -> Ticket:
+        self._check_open()
+        asked = self._others.ask(CommitOn)
+        return _RankCommit(self._store.commit(), asked)
+
+    def abort(self) -> None:
+        """Also of what some rank has not committed, where others have."""
+        self._others.tell(AbortOn())
+        with suppress(UpdateConflictError):
+            self._store.abort()
+
+    def let_go(self, budget_s: float) -> bool:
+        """As `WeightStore.let_go`: of a trainer's, only one rank can have mapped anything."""
+        return self._store.let_go(budget_s)
+
+    # Reading live memory.
+
+    def digest_in_slices(self) -> Iterator[tuple[str, str] | None]:
+        """As `WeightStore.digest_in_slices`: what every rank holds, added up, at the end."""
+        asked, own = self._others.ask(DigestOn), list[tuple[str, str]]()
+        try:
+            for found in self._store.digest_in_slices():
+                own += [found] if found else []
+                yield None
+            yield from _until_done(asked)
+        except BaseException:
+            give_up(self._others, asked)
+            raise
+        for (name, digest), *parts in zip(own, *asked.values, strict=True):
+            yield name, add_digests(digest, *parts)
+
+    def parameters(self) -> tuple[tuple[TensorInfo, ...], ...]:
+        return self._store.parameters() * (1 + len(self._others.numbers))  # all ranks have as much of each
+
+    def info(self, name: str, rank: int | None = None) -> TensorInfo:
+        return self._store.info(name, None if rank is None else 0)
+
+    def copy_in_slices(self, name: str, start: int, into: memoryview, rank: int | None = None) -> Iterator[None]:
+        """As `WeightStore.copy_in_slices`. What a rank does not hold it gives as zeros, and what several hold is the
+        same: so bits are put together."""
+        for at in range(0, len(into), READ_BYTES):
+            part = into[at : at + READ_BYTES]
+            scratch = self._scratch_buffers()
+            refs = tuple(buffer.ref for buffer in scratch)
+            asked = self._others.ask(ReadOn, name, start + at, len(part), refs, rank)
+            try:
+                yield from copy_own(self._store, 0, name, start + at, part, rank)
+                yield from _until_done(asked)
+            except BaseException:
+                give_up(self._others, asked)
+                raise
+            whole = np.frombuffer(part, np.uint8)
+            for buffer in scratch:
+                np.bitwise_or(whole, np.frombuffer(buffer.view, np.uint8, len(part)), out=whole)
+            yield
+
+    def scramble(self, seed: int) -> None:
+        asked = self._others.ask(ScrambleOn, seed)
+        self._store.scramble(seed)
+        asked.wait()
+
+    def _scratch_buffers(self) -> list[SharedBuffer]:
+        while len(self._scratch) < len(self._others.numbers):
+            self._scratch.append(SharedBuffer.create(READ_BYTES))
+        return self._scratch
+
+
+def give_up(others: OtherRanks, asked: Asked | None) -> None:
+    """Have the others do no more of it, and wait until they do not."""
+    if asked is not None and not asked.is_over and not others.is_closed:
+        others.tell(GiveUpOn(asked.ticket))
+        asked.settle()
+
+
+def _until_done(asked: Asked) -> Iterator[None]:
+    while not asked.is_done():
+        time.sleep(WAIT_SECONDS)
+        yield

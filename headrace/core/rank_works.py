@@ -1,0 +1,254 @@
+"""What a rank other than the first does between steps for a message, in slices. Owns what it has opened for that:
+folders, payloads, groups, shared buffers. Decides nothing: what is done, and when, rank 0 says.
+
+A work is a generator that rests after each slice, and returns the values of its answer. It yields whether it waits for
+something that has not come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from headrace.core.executor import ArrivingTensors, LocalExecutor, WeightGroup
+from headrace.core.rank_messages import (
+    AbortOn,
+    BeginOn,
+    BeginOpenOn,
+    CloseForeignOn,
+    CommitOn,
+    DigestOn,
+    DropArrivalsOn,
+    DropCopyOn,
+    ExtendOn,
+    ForgetOn,
+    JoinOn,
+    KeepOn,
+    LeaveOn,
+    OpenFolderOn,
+    OpenForeignOn,
+    ReadOn,
+    ReceiveOn,
+    ReleaseOn,
+    ResumeOn,
+    ScrambleOn,
+    SkipArrivalOn,
+    StageArrivalOn,
+    StageBufferOn,
+    StageFileOn,
+    StageForeignOn,
+)
+from headrace.ipc import SharedBuffer
+from headrace.types.errors import CheckpointError, UpdateConflictError, WeightUpdateError
+from headrace.types.memory import MemoryTag
+from headrace.weights.checkpoint import Checkpoint
+from headrace.weights.foreign_memory import ForeignMemory
+from headrace.weights.memory import StageCopy, StagePiece
+from headrace.weights.store import WeightStore
+
+Work = Generator[bool, None, tuple[str, ...]]
+SLICE_SECONDS = 0.0008
+"""As rank 0 takes at a step boundary."""
+
+
+class RankWorks:
+    """The works of one rank over its weights and memory."""
+
+    def __init__(self, rank: int, executor: LocalExecutor, store: WeightStore) -> None:
+        self._rank = rank
+        self._executor = executor
+        self._store = store
+        self._released: set[MemoryTag] = set()
+        self._tensors: Iterator[tuple[str, Any]] = iter(())  # of the open folder
+        self._payloads: dict[int, ForeignMemory] = {}
+        self._groups: dict[int, WeightGroup] = {}
+        self._calls: dict[int, tuple[ArrivingTensors, set[int]]] = {}  # and the places that are skipped
+
+    def work_of(self, message: Any) -> Work | None:
+        """What a message that is answered asks for."""
+        match message:
+            case StageBufferOn():
+                return self._stage_buffer(message)
+            case StageFileOn():
+                return self._stage_file(message)
+            case StageArrivalOn():
+                return self._stage_arrival(message)
+            case StageForeignOn():
+                return self._stage_foreign(message)
+            case DigestOn():
+                return self._digest()
+            case ReadOn():
+                return self._read(message)
+            case CommitOn():
+                return self._commit()
+            case KeepOn() | ReleaseOn() | ResumeOn():
+                return self._occupy(message)
+            case JoinOn():
+                return self._join(message)
+            case BeginOn() | BeginOpenOn() | ExtendOn() | ScrambleOn() | OpenForeignOn() | CloseForeignOn():
+                return self._at_once(message)
+        return None
+
+    def do(self, message: Any) -> None:
+        """What a message that is not answered asks for."""
+        match message:
+            case ForgetOn():
+                self._store.forget(message.index)
+            case AbortOn():
+                self._abort()
+            case OpenFolderOn():
+                self._tensors = _tensors_of(Path(message.folder), Path(message.root) if message.root else None)
+            case ReceiveOn():
+                arrivals = self._group(message.key).receive(message.tensors, message.packing, message.seconds)
+                self._calls[message.call] = arrivals, set()
+            case SkipArrivalOn():
+                self._calls[message.call][1].add(message.place)
+            case DropArrivalsOn():
+                arrivals, _ = self._calls.pop(message.call)
+                arrivals.drop()
+            case DropCopyOn():
+                self._executor.drop_copy()
+            case LeaveOn():
+                if (group := self._groups.pop(message.key, None)) is not None:  # which may have refused the terms
+                    group.fail(message.reason)
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for group in self._groups.values():
+            group.fail("the engine has ended")
+
+    # Works.
+
+    def _at_once(self, message: Any) -> Work:
+        match message:
+            case BeginOn():
+                self._store.begin(message.manifest, message.mode, message.partial)
+            case BeginOpenOn():
+                self._store.begin_open(message.mode, message.partial)
+            case ExtendOn():
+                self._store.extend(message.manifest)
+            case ScrambleOn():
+                self._store.scramble(message.seed)
+            case OpenForeignOn():
+                self._payloads[message.key] = ForeignMemory(message.payload, counts_down=False)
+            case CloseForeignOn():
+                self._payloads.pop(message.key).close()
+        yield from ()
+        return ()
+
+    def _stage_buffer(self, message: StageBufferOn) -> Work:
+        buffer, places = self._store.open_buffer(message.buffer), message.places
+        try:
+            pieces = (StagePiece(p.index, buffer.part(p.offset, p.size), p.start, p.is_last, False) for p in places)
+            for copies in self._store.stage_pieces(pieces):
+                yield from _done(None if copies is None else copies[1])
+        finally:
+            buffer.close()
+        return tuple(self._store.take_sum(place.index) for place in places if place.is_last)
+
+    def _stage_file(self, message: StageFileOn) -> Work:
+        found = next((data for name, data in self._tensors if name == message.name), None)
+        if found is None:
+            raise CheckpointError(f"{message.name} is not in the folder any more", field=message.name)
+        yield from _done(self._store.stage(message.index, found))
+        return (self._store.take_sum(message.index),)
+
+    def _stage_foreign(self, message: StageForeignOn) -> Work:
+        found = next(data for name, data in self._payloads[message.key].tensors if name == message.name)
+        yield from _done(self._store.stage(message.index, found))
+        return (self._store.take_sum(message.index),)
+
+    def _stage_arrival(self, message: StageArrivalOn) -> Work:
+        arrivals, skipped = self._calls[message.call]
+        while True:
+            found = arrivals.take()
+            if found is None:
+                yield True
+            elif found[0] == message.place:
+                break
+            elif found[0] in skipped:
+                arrivals.free()
+            else:
+                raise WeightUpdateError(f"tensor {found[0]} of a call came where {message.place} was to come")
+        yield from _done(self._store.stage(message.index, found[1]))
+        arrivals.free()
+        return (self._store.take_sum(message.index),)
+
+    def _digest(self) -> Work:
+        digests: list[str] = []
+        for found in self._store.digest_in_slices():
+            digests += [found[1]] if found else []
+            yield False
+        return tuple(digests)
+
+    def _read(self, message: ReadOn) -> Work:
+        with SharedBuffer.open(message.into[self._rank - 1], writable=True) as buffer:
+            into = buffer.view[: message.size]
+            for _ in copy_own(self._store, self._rank, message.name, message.start, into, message.owner):
+                yield False
+        return ()
+
+    def _commit(self) -> Work:
+        ticket = self._store.commit()
+        while not ticket.is_done():
+            yield True
+        self._tensors = iter(())
+        return ()
+
+    def _abort(self) -> None:
+        self._tensors = iter(())
+        try:
+            self._store.abort()
+        except UpdateConflictError:
+            return  # it is over here: committed, or never begun
+
+    def _occupy(self, message: KeepOn | ReleaseOn | ResumeOn) -> Work:
+        match message:
+            case KeepOn():
+                slices = self._executor.keep_copy() if "weights" not in self._released else iter(())
+            case ReleaseOn():
+                slices = self._executor.release(message.tags, keeps_copy=False)
+                self._released |= set(message.tags)
+            case ResumeOn():
+                slices = self._executor.resume(message.tags, message.restore)
+        for _ in slices:
+            yield False
+        if isinstance(message, ResumeOn):
+            self._released -= set(message.tags)
+        return ()
+
+    def _join(self, message: JoinOn) -> Work:
+        terms = msgspec.structs.replace(message.terms, rank=message.terms.rank + self._rank)
+        group = self._groups[message.key] = self._executor.join_group(terms, message.seconds)
+        while not group.is_joined:
+            if group.problem is not None:
+                raise group.problem
+            yield True
+        return ()
+
+    def _group(self, key: int) -> WeightGroup:
+        return self._groups[key]
+
+
+def _done(copy: StageCopy | None) -> Generator[bool, None, None]:
+    """A copy in slices to its end."""
+    while copy is not None and not copy.advance(SLICE_SECONDS):
+        yield False
+
+
+def _tensors_of(folder: Path, root: Path | None) -> Iterator[tuple[str, Any]]:
+    """Read as they are asked for, in the order of the files, which is every rank's."""
+    yield from Checkpoint(folder, root=root).tensors()
+
+
+def copy_own(
+    store: WeightStore, rank: int, name: str, start: int, into: memoryview, owner: int | None
+) -> Iterator[None]:
+    """As `WeightStore.copy_in_slices` on this rank, with a parameter of another `owner` as zeros."""
+    if owner in (None, rank):
+        return store.copy_in_slices(name, start, into, None if owner is None else 0)
+    into[:] = bytes(len(into))
+    return iter(())

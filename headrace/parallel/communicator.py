@@ -1,0 +1,131 @@
+"""What ranks compute together, and for how long one waits for the others. Owns the words between them, not their order:
+all ranks make the same calls, one after the other. Must not know models or plans.
+
+Legend: T tokens, X hidden size, N ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from headrace.types.plan import RankLost
+
+Reduction = Literal["sum", "min", "max"]
+
+
+class Communicator(Protocol):
+    """The ranks of a mesh to one of them. Every call raises `RankLost` where another rank is gone or late."""
+
+    def reduce_add_(
+        self, residual_TX: Tensor, partial_TX: Tensor, bias_X: Tensor | None, *, in_order: bool = False
+    ) -> None:
+        """residual += the sum of all ranks' partials, + bias once, in place; the partial is used up.
+
+        All ranks get the same bits. `in_order`: each element is summed by itself, in float32, from rank 0 on, so that
+        its bits do not depend on how many tokens there are; for that each partial is sent to every rank.
+        """
+
+    def all_gather(self, values: Tensor) -> list[Tensor]:
+        """Those of every rank, all of one shape (with at least one axis), by rank."""
+
+    def all_reduce_(self, values: Tensor, reduction: Reduction = "sum") -> None:
+        """The sum, least or greatest over the ranks, in place; all get the same bits."""
+
+    def broadcast_(self, values: Tensor, source: int = 0) -> None:
+        """Those of one rank, in place."""
+
+
+class OnlyRank:
+    """The communicator of a mesh of one: nothing is told to anybody."""
+
+    def reduce_add_(
+        self, residual_TX: Tensor, partial_TX: Tensor, bias_X: Tensor | None, *, in_order: bool = False
+    ) -> None:
+        _add_(residual_TX, partial_TX, bias_X)
+
+    def all_gather(self, values: Tensor) -> list[Tensor]:
+        return [values]
+
+    def all_reduce_(self, values: Tensor, reduction: Reduction = "sum") -> None:
+        pass
+
+    def broadcast_(self, values: Tensor, source: int = 0) -> None:
+        pass
+
+
+class GroupCommunicator:
+    """The ranks of a `torch.distributed` process group or backend: gloo's for tensors of a CPU, NCCL's for a device's.
+
+    On a CPU a call that others do not join within `seconds` fails, and so does every later one. A device's calls are
+    enqueued, so that a graph may hold them: whoever waits for the device bounds that.
+    """
+
+    def __init__(self, group: Any, seconds: float) -> None:
+        from torch._C import _distributed_c10d as c10d
+
+        self._group, self._num_ranks = group, group.size()
+        limit = timedelta(seconds=seconds)
+        self._reductions = {}
+        for name in ("sum", "min", "max"):
+            options = _limited(c10d.AllreduceOptions(), limit)
+            options.reduceOp = getattr(c10d.ReduceOp, name.upper())
+            self._reductions[name] = options
+        self._gathering = _limited(c10d.AllgatherOptions(), limit)
+        self._broadcasts = []
+        for rank in range(self._num_ranks):
+            options = _limited(c10d.BroadcastOptions(), limit)
+            options.rootRank, options.rootTensor = rank, 0
+            self._broadcasts.append(options)
+
+    def reduce_add_(
+        self, residual_TX: Tensor, partial_TX: Tensor, bias_X: Tensor | None, *, in_order: bool = False
+    ) -> None:
+        if not in_order:
+            self.all_reduce_(partial_TX)
+            _add_(residual_TX, partial_TX, bias_X)
+            return
+        first, *others = self.all_gather(partial_TX)
+        total_TX = first.float()
+        for other in others:
+            total_TX += other
+        _add_(residual_TX, total_TX.to(residual_TX.dtype), bias_X)
+
+    def all_gather(self, values: Tensor) -> list[Tensor]:
+        found = values.new_empty(self._num_ranks * values.shape[0], *values.shape[1:])
+        source = values.contiguous()
+        _wait(lambda: self._group._allgather_base(found, source, self._gathering))
+        return list(found.chunk(self._num_ranks)) if len(values) else [values] * self._num_ranks
+
+    def all_reduce_(self, values: Tensor, reduction: Reduction = "sum") -> None:
+        _wait(lambda: self._group.allreduce([values], self._reductions[reduction]))
+
+    def broadcast_(self, values: Tensor, source: int = 0) -> None:
+        _wait(lambda: self._group.broadcast([values], self._broadcasts[source]))
+
+
+def _add_(residual_TX: Tensor, total_TX: Tensor, bias_X: Tensor | None) -> None:
+    residual_TX.add_(total_TX)
+    if bias_X is not None:
+        residual_TX.add_(bias_X)
+
+
+def _limited(options: Any, limit: timedelta) -> Any:
+    options.timeout = limit
+    options.asyncOp = False  # a device's stream itself, not one beside it that it would wait for
+    return options
+
+
+def _wait(begin: Callable[[], Any]) -> None:
+    try:
+        work = begin()
+        if work is not None:
+            work.wait()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise RankLost(f"a rank is lost: {str(error).splitlines()[0][:300]}") from error

@@ -1,0 +1,68 @@
+"""How the ranks of one replica find each other: a store on loopback that lives as long as they do, and a process group
+made of that store alone. Nothing is registered with `torch.distributed`, whose groups are the caller's own.
+
+Owns addresses, the secret and backends. Must not know processes.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from datetime import timedelta
+from typing import Any
+
+LOOPBACK = "127.0.0.1"
+JOIN_SECONDS = 120.0
+
+
+class Rendezvous:
+    """The place where ranks meet, at `port`. Whoever does not know `secret` finds nothing in it."""
+
+    def __init__(self, port: int, secret: str, store: Any) -> None:
+        self.port = port
+        self.secret = secret
+        self._store = store
+
+    @classmethod
+    def host(cls) -> Rendezvous:
+        """A new one, which this process keeps: on loopback only, at a port that was free."""
+        from torch._C._distributed_c10d import TCPStore
+
+        listener = socket.create_server((LOOPBACK, 0))
+        port = listener.getsockname()[1]
+        limit = timedelta(seconds=JOIN_SECONDS)
+        store = TCPStore(
+            LOOPBACK,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=limit,
+            master_listen_fd=listener.detach(),  # torch's own would listen on every interface
+        )
+        return cls(port, secrets.token_hex(16), store)
+
+    @classmethod
+    def reach(cls, port: int, secret: str) -> Rendezvous:
+        """That which another process of this machine keeps. Raises `RuntimeError` if nobody does."""
+        from torch._C._distributed_c10d import TCPStore
+
+        limit = timedelta(seconds=JOIN_SECONDS)
+        return cls(port, secret, TCPStore(LOOPBACK, port, is_master=False, timeout=limit))
+
+    def group(self, rank: int, num_ranks: int, *, device: str) -> Any:
+        """The process group of all ranks: gloo's, or NCCL's on "cuda". Waits for all of them; `RuntimeError` where one
+        does not come."""
+        from torch._C import _distributed_c10d as c10d
+
+        store = c10d.PrefixStore(self.secret, self._store)
+        if device == "cuda":
+            os.environ["NCCL_NVLS_ENABLE"] = "0"  # not every machine lets processes share multicast memory
+            kind: Any = c10d.ProcessGroupNCCL
+            options = kind.Options()
+        else:
+            kind = c10d.ProcessGroupGloo
+            options = kind._Options()
+            options._devices = [kind.create_device(hostname=LOOPBACK)]
+        options._timeout = timedelta(seconds=JOIN_SECONDS)
+        return kind(c10d.PrefixStore(device, store), rank, num_ranks, options)

@@ -1,0 +1,434 @@
+"""Calls that every rank of a trainer makes and rank 0 carries out: all come to it, all get the same answer or error.
+
+Owns who waits for whom and how long, and how ranks find each other. Knows no engine and no tensors. Rank 0 is in the
+middle: every other rank has one connection, to it. A rank that is gone is named at once, one that does not come by the
+deadline, and while rank 0 is at a call it says so, so that others may wait for as long as that takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import hmac
+import os
+import secrets
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from headrace.ipc import SharedBuffer
+from headrace.ipc.buffers import BorrowedBuffer
+from headrace.rl.frames import (
+    MAX_HELLO_BYTES,
+    Done,
+    Enter,
+    Failed,
+    Frame,
+    Hello,
+    PeerGone,
+    Proceed,
+    ShardParts,
+    Welcome,
+    Wire,
+    info_of,
+)
+from headrace.types.errors import DeadlineError, HeadraceError, RequestError, ShutdownError, UnavailableError
+from headrace.types.weights import BufferRef
+
+MEMORY_BYTES = 64 << 20
+"""Of a rank other than 0, for its tensors on their way. Taken when the first are."""
+
+SECRET_BYTES = 32
+_MAX_BEAT_SECONDS = 5.0
+
+Lead = Callable[[], bytes]
+Follow = Callable[[], None]
+
+
+class RankCalls(Protocol):
+    """One rank's end. `call` returns on every rank what `lead` returned on rank 0, or raises what it raised there.
+
+    `follow` is the share of all other ranks. Beside the errors of both: `DeadlineError` (field "rank_timeout") naming
+    ranks that did not come, `UnavailableError` (field "rank") naming ranks that are gone, `RequestError` (field "rank")
+    where ranks make different calls.
+    """
+
+    def call(self, name: str, lead: Lead, follow: Follow | None = None) -> bytes:
+        """Make call `name` together with all other ranks."""
+
+    def close(self) -> None:
+        """Leave the others. Waits for nobody. Idempotent."""
+
+
+class Peer:
+    """Rank 0's end of the connection to another rank."""
+
+    def __init__(self, rank: int, wire: Wire, memory: SharedBuffer | None) -> None:
+        self.rank = rank
+        self.wire = wire
+        self.memory = memory
+        """The rank's own, where it can be read here."""
+
+    def receive(self, number: int, deadline: float) -> Frame:
+        """Its next frame of call `number` or a later one."""
+        while True:
+            frame = self.wire.receive(deadline)
+            if isinstance(frame, Enter | ShardParts | Failed):
+                if frame.number >= number:
+                    return frame
+                if isinstance(frame, Enter):
+                    message = f"rank {self.rank} has come to {frame.name} after the others had gone on"
+                    late = DeadlineError(message, field="rank_timeout").info()
+                    self.wire.send(Done(frame.number, late), deadline)
+
+    def close(self) -> None:
+        """Leave it. Idempotent."""
+        self.wire.close()
+        if self.memory is not None:
+            self.memory.close()
+
+
+class LeadingCalls:
+    """Rank 0's end."""
+
+    def __init__(self, rank: int, peers: Sequence[Peer], timeout: float) -> None:
+        self.rank = rank
+        self.peers = peers
+        self.timeout = timeout
+        self.number = 0
+        self._calling = threading.Lock()
+        self._is_inside = threading.Event()
+        stop = threading.Event()
+        self._finalizer = weakref.finalize(self, _leave, peers, stop)
+        if peers:
+            arguments = peers, self._is_inside, stop, min(timeout / 4, _MAX_BEAT_SECONDS)
+            threading.Thread(target=_beat, args=arguments, name="headrace-ranks", daemon=True).start()
+
+    def call(self, name: str, lead: Lead, follow: Follow | None = None) -> bytes:
+        """See `RankCalls`."""
+        with self._calling:
+            if not self._finalizer.alive:
+                raise ShutdownError(f"{name}: this engine was shut down")
+            self.number += 1
+            self._is_inside.set()
+            present: list[Peer] = []
+            try:
+                self._gather(name, present)
+                answer = lead()
+            except BaseException as error:  # whatever it is, the others wait for it
+                self._tell(Done(self.number, info_of(error, self.rank, name)), present)
+                raise
+            finally:
+                self._is_inside.clear()
+            self._tell(Done(self.number, answer=answer), present)
+            return answer
+
+    def receive(self, peer: Peer, name: str) -> ShardParts:
+        """What a rank says within call `name`. Raises what it failed with."""
+        try:
+            frame = peer.receive(self.number, time.monotonic() + self.timeout)
+        except PeerGone:
+            raise _gone(name, [peer.rank]) from None
+        except TimeoutError:
+            raise _missing(name, [peer.rank], self.timeout) from None
+        if isinstance(frame, Failed):
+            raise frame.error.to_exception()
+        if isinstance(frame, ShardParts) and frame.number == self.number:
+            return frame
+        peer.wire.put_back(frame)
+        raise _missing(name, [peer.rank], self.timeout)  # it has given this call up, and is in another one
+
+    def send(self, peer: Peer, frame: Frame, name: str) -> None:
+        """Tell one rank something within call `name`."""
+        try:
+            peer.wire.send(frame, time.monotonic() + self.timeout)
+        except (PeerGone, TimeoutError):
+            raise _gone(name, [peer.rank]) from None
+
+    def close(self) -> None:
+        """See `RankCalls`."""
+        self._finalizer()
+
+    def _gather(self, name: str, present: list[Peer]) -> None:
+        """Wait until all ranks have come to this call."""
+        deadline = time.monotonic() + self.timeout
+        gone, missing, others = list[int](), list[int](), list[str]()
+        for peer in self.peers:
+            try:
+                frame = peer.receive(self.number, deadline)
+            except PeerGone:
+                gone.append(peer.rank)
+            except TimeoutError:
+                missing.append(peer.rank)
+            else:
+                if not isinstance(frame, Enter) or frame.number != self.number:
+                    peer.wire.put_back(frame)
+                    missing.append(peer.rank)
+                    continue
+                present.append(peer)
+                if frame.name != name:
+                    others.append(f"rank {peer.rank} calls {frame.name}")
+        if gone:
+            raise _gone(name, gone)
+        if missing:
+            raise _missing(name, missing, self.timeout)
+        if others:
+            raise RequestError(f"rank {self.rank} calls {name}, {', '.join(others)}", field="rank")
+
+    def _tell(self, done: Done, present: Sequence[Peer]) -> None:
+        for peer in present:
+            with contextlib.suppress(PeerGone, TimeoutError):  # the next call names it
+                peer.wire.send(done, time.monotonic() + self.timeout)
+
+
+class FollowingCalls:
+    """The end of every other rank. `memory` holds its tensors on their way."""
+
+    def __init__(self, rank: int, leader: int, wire: Wire, timeout: float, memory: SharedBuffer) -> None:
+        self.rank = rank
+        self.timeout = timeout
+        self.number = 0
+        self.memory = memory
+        self.shares_memory = False
+        """Rank 0 reads it itself."""
+        self._leader = leader
+        self._wire = wire
+        self._calling = threading.Lock()
+        self._finalizer = weakref.finalize(self, _leave, [wire, memory], threading.Event())
+
+    def call(self, name: str, lead: Lead, follow: Follow | None = None) -> bytes:
+        """See `RankCalls`."""
+        with self._calling:
+            if not self._finalizer.alive:
+                raise ShutdownError(f"{name}: this engine was shut down")
+            self.number += 1
+            try:
+                return self._call(name, follow)
+            except _Lost as lost:  # rank 0 cannot be told
+                raise lost.error from None
+
+    def _call(self, name: str, follow: Follow | None) -> bytes:
+        self.send(Enter(self.number, name), name)
+        try:
+            if follow is not None:
+                follow()
+        except _Ended as end:
+            return _result(end.done)
+        except _Lost:
+            raise
+        except BaseException as error:  # whatever it is, the call is over for all
+            self.send(Failed(self.number, info_of(error, self.rank, name)), name)
+            self._done(name)
+            raise
+        return _result(self._done(name))
+
+    def send(self, frame: Frame, name: str) -> None:
+        """Tell rank 0 something within call `name`."""
+        try:
+            self._wire.send(frame, time.monotonic() + self.timeout)
+        except (PeerGone, TimeoutError):
+            raise _Lost(_gone(name, [self._leader])) from None
+
+    def wait(self, name: str) -> None:
+        """Wait for `Proceed`. Where rank 0 has ended the call instead, this ends it here."""
+        frame = self._receive(name)
+        if isinstance(frame, Done):
+            raise _Ended(frame)
+
+    def close(self) -> None:
+        """See `RankCalls`."""
+        self._finalizer()
+
+    def greet(self, secret: bytes) -> None:
+        """Say who this is, and lend the memory. Rank 0 answers when all are there, or it waits for them no longer."""
+        deadline = time.monotonic() + self.timeout + _MAX_BEAT_SECONDS
+        self.memory.view[-SECRET_BYTES:] = secret
+        self._wire.send(Hello(self.rank, secret, self.memory.ref), deadline)
+        frame = self._wire.receive(deadline, MAX_HELLO_BYTES)
+        if isinstance(frame, Done):
+            _result(frame)
+        self.shares_memory = isinstance(frame, Welcome) and frame.shares_memory
+
+    def _done(self, name: str) -> Done:
+        while True:
+            frame = self._receive(name)
+            if isinstance(frame, Done):
+                return frame
+
+    def _receive(self, name: str) -> Done | Proceed:
+        """The next frame of this call; each that comes shows that rank 0 is still there."""
+        while True:
+            try:
+                frame = self._wire.receive(time.monotonic() + self.timeout)
+            except PeerGone:
+                raise _Lost(_gone(name, [self._leader])) from None
+            except TimeoutError:
+                raise _Lost(_missing(name, [self._leader], self.timeout)) from None
+            if isinstance(frame, Done | Proceed) and frame.number == self.number:
+                return frame
+
+
+class _Ended(Exception):
+    """Rank 0 has ended the call."""
+
+    def __init__(self, done: Done) -> None:
+        super().__init__()
+        self.done = done
+
+
+class _Lost(Exception):
+    """Rank 0 is gone, or has not come."""
+
+    def __init__(self, error: HeadraceError) -> None:
+        super().__init__()
+        self.error = error
+
+
+class _Address(msgspec.Struct, frozen=True):
+    """Where rank 0 is found, and what shows that one is of the same trainer."""
+
+    host: str
+    port: int
+    secret: bytes
+
+
+def meet(ranks: Sequence[int], rank: int, timeout: float) -> LeadingCalls | FollowingCalls:
+    """Bring the ranks of one mesh together, by the store of the trainer's `torch.distributed`; the first of `ranks` is
+    the one that leads. Raises `DeadlineError` naming who has not come."""
+    deadline, name, leader = time.monotonic() + timeout, "VerlEngine", ranks[0]
+    if len(ranks) == 1:
+        return LeadingCalls(rank, [], timeout)
+    store = _trainer_store()
+    prefix = f"headrace/{hashlib.sha256(repr(list(ranks)).encode()).hexdigest()}"
+    key = f"{prefix}/meeting/{store.add(f'{prefix}/rank/{rank}', 1)}"
+    if rank == leader:
+        with socket.create_server((_own_host(store), 0), backlog=len(ranks)) as listener:
+            host, port = listener.getsockname()[:2]
+            secret = secrets.token_bytes(SECRET_BYTES)
+            store.set(key, msgspec.json.encode(_Address(host, port, secret)))
+            peers = _accept(listener, ranks[1:], secret, deadline)
+        store.delete_key(key)
+        return LeadingCalls(rank, _welcome(peers, ranks[1:], timeout), timeout)
+    try:
+        store.wait([key], datetime.timedelta(seconds=timeout))
+        address = msgspec.json.decode(store.get(key), type=_Address)
+        wire = Wire(socket.create_connection((address.host, address.port), max(deadline - time.monotonic(), 0.1)))
+        following = FollowingCalls(rank, leader, wire, timeout, SharedBuffer.create(MEMORY_BYTES + SECRET_BYTES))
+        following.greet(address.secret)
+    except (PeerGone, OSError, RuntimeError):  # the last is the store's, also where it waited in vain
+        raise _missing(name, [leader], timeout) from None
+    return following
+
+
+def _accept(listener: socket.socket, expected: Sequence[int], secret: bytes, deadline: float) -> list[Peer]:
+    """Connections of these ranks, as many as come by the deadline."""
+    found: dict[int, Peer] = {}
+    while len(found) < len(expected) and (left := deadline - time.monotonic()) > 0:
+        listener.settimeout(left)
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            break
+        wire = Wire(connection)
+        try:
+            hello = wire.receive(min(deadline, time.monotonic() + _MAX_BEAT_SECONDS), MAX_HELLO_BYTES)
+            is_ours = isinstance(hello, Hello) and hmac.compare_digest(hello.secret, secret)
+            if not isinstance(hello, Hello) or not is_ours or hello.rank not in expected or hello.rank in found:
+                raise PeerGone
+        except (PeerGone, TimeoutError):
+            wire.close()
+            continue
+        found[hello.rank] = Peer(hello.rank, wire, _borrowed(hello.memory, secret))
+    return list(found.values())
+
+
+def _welcome(peers: Sequence[Peer], expected: Sequence[int], timeout: float) -> list[Peer]:
+    """Answer all: that they are complete, or who is missing. Raises the latter. In the order of `expected`."""
+    missing = sorted({*expected} - {peer.rank for peer in peers})
+    error = _missing("VerlEngine", missing, timeout) if missing else None
+    for peer in peers:
+        with contextlib.suppress(PeerGone, TimeoutError):  # the first call names it
+            answer = Done(0, error.info()) if error else Welcome(peer.memory is not None)
+            peer.wire.send(answer, time.monotonic() + timeout)
+    if error:
+        for peer in peers:
+            peer.close()
+        raise error
+    return sorted(peers, key=lambda peer: expected.index(peer.rank))
+
+
+def _borrowed(ref: BufferRef, secret: bytes) -> SharedBuffer | None:
+    """A rank's memory, if it is on this machine and may be read."""
+    try:
+        borrowed = BorrowedBuffer(ref, secret)
+    except RequestError:
+        return None
+    try:
+        return SharedBuffer.open(borrowed.ref)
+    except HeadraceError:
+        return None
+    finally:
+        borrowed.close()
+
+
+def _trainer_store() -> Any:
+    """Where the trainer's ranks have found each other."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
+
+
+def _own_host(store: Any) -> str:
+    """The address by which this machine reaches the trainer's store: so other ranks reach it."""
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    master = getattr(store, "host", None) or os.environ.get("MASTER_ADDR", "127.0.0.1")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((master, 1))  # sends nothing
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
+def _beat(peers: Sequence[Peer], is_inside: threading.Event, stop: threading.Event, seconds: float) -> None:
+    while not stop.wait(seconds):
+        if is_inside.is_set():
+            for peer in peers:
+                peer.wire.beat()
+
+
+def _leave(things: Sequence[Any], stop: threading.Event) -> None:
+    stop.set()
+    for each in things:
+        each.close()
+
+
+def _result(done: Done) -> bytes:
+    if done.error is not None:
+        raise done.error.to_exception()
+    return done.answer
+
+
+def _gone(name: str, ranks: Sequence[int]) -> UnavailableError:
+    return UnavailableError(f"{name}: {_listed(ranks)} gone", field="rank")
+
+
+def _missing(name: str, ranks: Sequence[int], timeout: float) -> DeadlineError:
+    verb = "has" if len(ranks) == 1 else "have"
+    message = f"{name}: {_named(ranks)} {verb} not come to it within {timeout:g} s; every rank makes every call"
+    return DeadlineError(message, field="rank_timeout")
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return f"{_named(ranks)} {'is' if len(ranks) == 1 else 'are'}"
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

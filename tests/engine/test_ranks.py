@@ -1,0 +1,127 @@
+"""An engine of two ranks is one engine: the same tokens as alone, updates on both or on none, and one death."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from headrace import (
+    Engine,
+    Generation,
+    NeedsWeightsError,
+    SamplingParams,
+    WeightUpdateError,
+)
+from headrace.types.weights import TensorInfo, UpdateMode
+from tests.engine.builders import SETTINGS, model_of, named_tensors
+from tests.engine.test_restart import pid_of
+
+PROMPTS = [[1, 2, 3, 4, 5], [7], [9, 8, 7, 6, 5, 4, 3, 2, 1] * 5]
+GREEDY = SamplingParams(temperature=0.0, max_new_tokens=24, ignore_eos=True)
+DRAWN = SamplingParams(temperature=1.0, top_k=20, max_new_tokens=24, ignore_eos=True, seed=3)
+NAMES = [
+    "model.embed_tokens.weight",
+    "model.layers.1.mlp.down_proj.weight",
+    "model.layers.0.self_attn.k_proj.weight",
+    "model.norm.weight",
+]
+LONG = SamplingParams(max_new_tokens=900, ignore_eos=True)
+DEATH_SECONDS = 5.0
+
+
+def rank_pids(engine: Engine) -> list[int]:
+    """Processes of the other ranks, by rank; the core's own process is rank 0."""
+    parent = pid_of(engine)
+    children = Path(f"/proc/{parent}/task").glob("*/children")
+    pids = sorted(int(pid) for each in children for pid in each.read_text().split())
+    return [pid for pid in pids if b"headrace.core.rank_process" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def outputs(engine: Engine, params: SamplingParams) -> list[Generation]:
+    return engine.generate(input_ids=PROMPTS, sampling_params=params)
+
+
+def check_equal(found: list[Generation], expected: list[Generation]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one.token_ids == other.token_ids
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4, rtol=0)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["process", "inprocess"])
+def ranks(request: pytest.FixtureRequest, model_folder: Path) -> Iterator[Engine]:
+    with Engine(model_folder, tp_size=2, device="cpu", inprocess=request.param, **SETTINGS) as started:
+        yield started
+
+
+@pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_two_ranks_generate_what_one_does(ranks: Engine, engine: Engine, params: SamplingParams) -> None:
+    check_equal(outputs(ranks, params), outputs(engine, params))
+    found, expected = (each.score(input_ids=PROMPTS[2])[0].prompt_logprobs for each in (ranks, engine))
+    assert found is not None and expected is not None
+    assert found[1:] == pytest.approx(expected[1:], abs=1e-4)
+
+
+@pytest.mark.parametrize("mode", get_args(UpdateMode))
+def test_updates_there_and_back_are_on_both_ranks(ranks: Engine, engine: Engine, mode: UpdateMode) -> None:
+    first = outputs(ranks, GREEDY)
+    old, new = (dict(named_tensors(model_of(seed))) for seed in (0, 1))
+    before = ranks.digest()
+    assert before == engine.digest()
+    report = ranks.update_weights_from_tensor(new.items(), "b", mode=mode)
+    assert report.mode == mode or mode == "auto"
+    assert outputs(ranks, GREEDY)[0].token_ids != first[0].token_ids
+    assert ranks.digest() != before
+    for name in (
+        "model.embed_tokens.weight",
+        "model.layers.1.mlp.down_proj.weight",
+        "model.layers.0.self_attn.k_proj.weight",
+    ):
+        np.testing.assert_array_equal(ranks.get_weights_by_name(name), new[name].numpy())
+    ranks.update_weights_from_tensor(old.items(), "a", mode=mode)
+    assert ranks.digest() == before
+    check_equal(outputs(ranks, GREEDY), first)
+
+
+def test_a_tensor_that_is_not_what_its_digest_says_is_refused_and_the_right_one_taken(ranks: Engine) -> None:
+    tensors = dict(named_tensors(model_of(0)))
+    digests = ranks.digest()
+    name = "model.layers.1.self_attn.o_proj.weight"
+    for wrong in (True, False):
+        manifest = [
+            TensorInfo(key, tuple(each.shape), "float32", digests.get(key, "")) for key, each in tensors.items()
+        ]
+        given = {**tensors, name: tensors[name] + 1.0} if wrong else tensors
+        session = ranks.begin_update("digested", manifest)
+        try:
+            ranks.stage(session, given.items())
+            ranks.commit(session)
+        except WeightUpdateError as error:
+            assert wrong and error.field == name
+            ranks.abort_update(session)
+        else:
+            assert not wrong
+    assert ranks.digest() == digests
+
+
+def test_weights_from_a_folder_are_read_by_both(ranks: Engine, model_folder: Path, tmp_path: Path) -> None:
+    before = ranks.digest()
+    model_of(1).save_pretrained(tmp_path)
+    ranks.update_weights_from_disk(tmp_path, "disk")
+    assert ranks.digest() != before
+    ranks.update_weights_from_disk(model_folder, "back")
+    assert ranks.digest() == before
+
+
+def test_memory_goes_and_comes_on_both_ranks(ranks: Engine, model_folder: Path) -> None:
+    first, digests = outputs(ranks, GREEDY), ranks.digest()
+    ranks.release_memory_occupation()
+    ranks.resume_memory_occupation(restore="await")
+    with pytest.raises(NeedsWeightsError):
+        ranks.digest()
+    ranks.update_weights_from_disk(model_folder, "again")
+    assert ranks.digest() == digests
+    check_equal(outputs(ranks, GREEDY), first)

@@ -1,0 +1,67 @@
+"""Two devices that hold one model together: transformers' tokens, updates on both, and the loss of one."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from headrace import EngineDeadError
+from tests.engine.test_ranks import rank_pids
+from tests.gpu.builders import Checkpoints, Starter, check_greedy, greedy, random_ids
+
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device"),
+]
+TWO: dict[str, Any] = {"tp_size": 2, "inprocess": False, "max_running_requests": 16, "max_graph_tokens": 64}
+PROMPTS = [random_ids(random.Random(number), 5 + 40 * number) for number in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings"),
+    [
+        ("qwen3", {}),
+        ("llama-biases", {"numerics": "invariant"}),
+        ("qwen2-tied", {"cuda_graphs": False, "overlap_depth": 0}),
+    ],
+)
+def test_two_devices_compute_what_transformers_does(
+    start: Starter, checkpoints: Checkpoints, variant: str, settings: Any
+) -> None:
+    checkpoint = checkpoints.get(variant)
+    engine = start(checkpoint, dtype="float32", **TWO, **settings)
+    for prompt, piece in zip(PROMPTS, engine.generate(input_ids=PROMPTS, sampling_params=greedy(40)), strict=True):
+        check_greedy(checkpoint, prompt, piece, 1e-3)
+
+
+@pytest.mark.parametrize(("mode", "place"), [("shadow", "cuda"), ("inplace", "cpu")])
+def test_an_update_there_and_back(start: Starter, checkpoints: Checkpoints, mode: Any, place: str) -> None:
+    old, new = checkpoints.get(), checkpoints.get(seed=1)
+    engine = start(old, dtype="float32", **TWO)
+    digests = [engine.digest()]
+    for version, target in (("new", new), ("old", old), ("again", new)):
+        tensors = [(name, tensor.to(place)) for name, tensor in target.named_tensors()]
+        engine.update_weights_from_tensor(tensors, version=version, mode=mode)
+        digests.append(engine.digest())
+        piece = engine.generate(input_ids=PROMPTS[3], sampling_params=greedy(20))[0]
+        check_greedy(target, PROMPTS[3], piece, 1e-3)
+    assert digests[0] == digests[2] != digests[1] == digests[3]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_is_lost_ends_the_engine_in_seconds(start: Starter, checkpoints: Checkpoints, how: int) -> None:
+    engine = start(checkpoints.get(), **TWO, max_core_restarts=0)
+    with ThreadPoolExecutor(1) as thread:
+        asked = thread.submit(engine.generate, input_ids=PROMPTS, sampling_params=greedy(4000))
+        time.sleep(0.5)
+        (rank,) = rank_pids(engine)
+        os.kill(rank, how)
+        with pytest.raises(EngineDeadError, match="rank 1"):
+            asked.result(timeout=10.0)

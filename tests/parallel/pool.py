@@ -1,0 +1,109 @@
+"""Ranks as processes, kept for many tests: each is told which function to run on which mesh, and answers.
+
+Rank 0 is the test's own process. A job is the name of a function of `tests.parallel.stories` and its arguments as
+plain values; every rank calls it with its mesh. Also the program of the others: `python -m tests.parallel.pool PORT`.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch.distributed
+
+from headrace.parallel import GroupCommunicator, Mesh
+
+dist: Any = torch.distributed  # whose types lack most of it
+ROOT = Path(__file__).parents[2]
+SECONDS = 60.0
+
+
+class Job(msgspec.Struct):
+    """`number` names the group that its ranks make."""
+
+    number: int
+    rank: int
+    num_ranks: int
+    story: str
+    arguments: dict[str, Any]
+
+
+def mesh_of(store: Any, job: Job, seconds: float = SECONDS) -> Mesh:
+    """This rank's place among those of a job, over gloo; `seconds` are its communicator's deadline."""
+    limit = timedelta(seconds=SECONDS)
+    gloo = dist.ProcessGroupGloo(dist.PrefixStore(f"job {job.number}", store), job.rank, job.num_ranks, limit)
+    return Mesh(job.rank, job.num_ranks, GroupCommunicator(gloo, seconds))
+
+
+def run(store: Any, job: Job) -> Any:
+    """This rank's part of a job."""
+    from tests.parallel import stories
+
+    mesh = mesh_of(store, job) if job.num_ranks > 1 else Mesh.single()
+    return getattr(stories, job.story)(mesh, **job.arguments)
+
+
+class RankPool:
+    """Rank 0 here, and processes for as many others as any test needs."""
+
+    def __init__(self, max_ranks: int) -> None:
+        limit = timedelta(seconds=SECONDS)
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=limit)
+        command = [sys.executable, "-m", "tests.parallel.pool", str(self._store.port)]
+        self._processes = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+            for _ in range(1, max_ranks)
+        ]
+        self._num_jobs = 0
+
+    def run(self, num_ranks: int, story: str, **arguments: Any) -> list[Any]:
+        """What each rank says, by rank. Fails with what any of them fails with."""
+        self._num_jobs += 1
+        jobs = [Job(self._num_jobs, rank, num_ranks, story, arguments) for rank in range(num_ranks)]
+        others = self._processes[: num_ranks - 1]
+        for process, job in zip(others, jobs[1:], strict=True):
+            _write(process.stdin, msgspec.msgpack.encode(job))
+        own = msgspec.msgpack.decode(msgspec.msgpack.encode(run(self._store, jobs[0])))
+        answers = [own, *(msgspec.msgpack.decode(_read(process.stdout)) for process in others)]
+        failed = [f"rank {rank}: {answer['failed']}" for rank, answer in enumerate(answers) if "failed" in answer]
+        assert not failed, "\n".join(failed)
+        return answers
+
+    def close(self) -> None:
+        """End the others, and wait until they have ended."""
+        for process in self._processes:
+            process.kill()
+            process.communicate()
+
+
+def _write(pipe: Any, data: bytes) -> None:
+    pipe.write(len(data).to_bytes(8, "little") + data)
+    pipe.flush()
+
+
+def _read(pipe: Any) -> bytes:
+    data: bytes = pipe.read(int.from_bytes(pipe.read(8), "little"))
+    return data
+
+
+def main(port: int) -> None:
+    """Do jobs until standard input ends."""
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=SECONDS))
+    answers, sys.stdout = sys.stdout.buffer, sys.stderr
+    while data := _read(sys.stdin.buffer):
+        try:
+            answer = run(store, msgspec.msgpack.decode(data, type=Job))
+        except Exception:
+            answer = {"failed": traceback.format_exc()}
+        _write(answers, msgspec.msgpack.encode(answer))
+
+
+if __name__ == "__main__":
+    import tests.conftest  # noqa: F401 - the environment of tests
+
+    main(int(sys.argv[1]))

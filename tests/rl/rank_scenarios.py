@@ -1,0 +1,144 @@
+"""What trainer ranks do in tests: every rank runs the same function, in a group of all of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+
+from headrace import Client, Engine, HeadraceError, serve
+from headrace.rl import WeightPusher, megatron
+from headrace.rl.megatron_layout import rank_map
+from tests.parity.models import reference_logits
+from tests.rl.megatron_reference import Mesh, Naming, file_tensors, place_of, rank_chunks
+
+STEP = 1.25
+"""What a step multiplies weights by: exactly, on however many ranks."""
+
+SETTINGS: dict[str, Any] = {"inprocess": True, "num_threads": 1, "context_length": 64, "max_running_requests": 4}
+
+
+@contextlib.contextmanager
+def target_of(folder: str, road: str) -> Iterator[Engine | Client | None]:
+    """On rank 0 an engine with the weights of a folder, or a client of it; on others None."""
+    if distributed.get_rank() != 0:
+        yield None
+        return
+    with Engine(model=folder, dtype="float32", skip_tokenizer_init=True, **SETTINGS) as engine:
+        if road == "engine":
+            yield engine
+        else:
+            with Client(serve(engine).url, shares_memory=road == "shared memory") as client:
+                yield client
+
+
+def sharded(folder: str, mesh_shape: list[int]) -> Any:
+    """The model of a folder under `fully_shard`, block by block; two mesh axes replicate over the first."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    names = ("replicate", "shard")[-len(mesh_shape) :]
+    mesh = init_device_mesh("cpu", tuple(mesh_shape), mesh_dim_names=names)
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def push_fsdp(old: str, new: str, mesh_shape: list[int], road: str, dtype: str | None, as_iterator: bool) -> Any:
+    """Two pushes of a sharded model into an engine that holds other weights, the second after a step."""
+    model = sharded(new, mesh_shape)
+    reports, digests = [], []
+    with target_of(old, road) as target:
+        pusher = WeightPusher(target, distributed.group.WORLD, dtype)
+        for version in ("first", "second"):
+            weights: Any = iter(model.state_dict().items()) if as_iterator else model
+            report = pusher.push(weights, version, verify=True)
+            reports.append([report.update.version, report.is_verified])
+            if target is not None:
+                digests.append(target.digest())
+            model(torch.arange(16).view(2, 8)).logits.square().mean().backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(STEP)
+    return {"reports": reports, "digests": digests}
+
+
+def push_refused(folder: str) -> Any:
+    """What every rank is told where the engine refuses a tensor, where one rank's shard was freed, and then a push that
+    is taken all the same."""
+    rank = distributed.get_rank()
+    model = sharded(folder, [distributed.get_world_size()])
+    state = dict(model.state_dict())
+    told = []
+    with target_of(folder, "engine") as target:
+        pusher = WeightPusher(target, distributed.group.WORLD)
+        freed = {**state, "model.norm.weight": state["model.norm.weight"].clone()}
+        if rank == 1:
+            freed["model.norm.weight"].to_local().untyped_storage().resize_(0)
+        renamed = {("wrong" if name == "model.norm.weight" else name): each for name, each in state.items()}
+        late = (pair for pair in renamed.items())
+        for weights in (freed, renamed, late):
+            try:
+                pusher.push(weights, "never")
+            except HeadraceError as error:
+                told.append([type(error).__name__, error.field])
+        told.append([pusher.push(state, "taken").update.version, ""])
+    return told
+
+
+def push_megatron(old: str, new: str, sizes: dict[str, int], naming: list[Any], road: str, dtype: str | None) -> Any:
+    """Two pushes of what Megatron's ranks would hold of a model, the second after a step."""
+    model = AutoModelForCausalLM.from_pretrained(new, dtype=torch.float32)
+    sized = Mesh(**sizes)
+    stage, inner = divmod(distributed.get_rank(), distributed.get_world_size() // sized.stages)
+    mesh = sized._replace(
+        stage=stage,
+        tensor_rank=inner % sized.tensor,
+        expert_tensor_rank=inner % sized.expert_tensor,
+        expert_rank=inner // sized.expert_tensor % sized.experts,
+    )
+    chunks = [megatron.Chunk(*each) for each in rank_chunks(model, mesh, Naming(*naming))]
+    weights = megatron.MegatronWeights(chunks, old, place_of(mesh), distributed.group.WORLD, dtype)
+    digests, reports = [], []
+    with target_of(old, road) as target:
+        pusher = WeightPusher(target, distributed.group.WORLD)
+        for version in ("first", "second"):
+            report = pusher.push(weights, version, verify=True)
+            reports.append([report.update.version, report.is_verified])
+            if target is not None:
+                digests.append(target.digest())
+            for chunk in chunks:
+                for tensor in chunk.tensors.values():
+                    tensor.mul_(STEP)
+    return {"reports": reports, "digests": digests}
+
+
+def push_megatron_core(old: str, new: str, sizes: dict[str, int]) -> Any:
+    """A `GPTModel` is filled by our map, computes what transformers does, and is pushed."""
+    from tests.rl import megatron_core_models
+
+    model = AutoModelForCausalLM.from_pretrained(new, dtype=torch.float32, attn_implementation="eager").eval()
+    megatron_core_models.set_up(**sizes)
+    chunks = megatron_core_models.build(model, **sizes, vocab_size=128)
+    spec, tensors = file_tensors(model)
+    for chunk in chunks:
+        held = megatron.Chunk.of_module(chunk)
+        named = megatron._global_params(spec, [held], megatron.current_place())
+        table = rank_map(spec, megatron.current_place(), {name: tuple(each.shape) for name, each in named.items()})
+        made = megatron.to_megatron(table, tensors)
+        for name, tensor in named.items():
+            tensor.copy_(made[name])
+    error = 0.0
+    if sizes["stages"] == 1:
+        ids = list(range(3, 30))
+        computed = megatron_core_models.logits_of(chunks[0], ids)[:, : spec.vocab_size]
+        error = float((computed - reference_logits(model, ids)).abs().max())
+    weights = megatron.MegatronWeights(chunks, new, group=distributed.group.WORLD)
+    with target_of(old, "engine") as target:
+        WeightPusher(target, distributed.group.WORLD).push(weights, "pushed", verify=True)
+        return {"error": error, "digest": None if target is None else target.digest()}

@@ -1,0 +1,148 @@
+"""A trainer of several ranks pushes, over gloo: FSDP2's shards and Megatron's, against what transformers has in one
+process; and Megatron-Core itself, where it is installed, computes with the parameters of our map."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from headrace.rl.push import tensor_digests
+from tests.parity.models import make_model, save_model
+from tests.rl.megatron_reference import file_tensors
+from tests.rl.rank_processes import run_ranks
+from tests.rl.rank_scenarios import STEP
+
+FSDP: dict[str, dict[str, Any]] = {
+    "two ranks": {"mesh_shape": [2], "road": "engine", "dtype": None, "as_iterator": False},
+    "two ranks, over a client": {"mesh_shape": [2], "road": "shared memory", "dtype": "bfloat16", "as_iterator": True},
+    "four ranks": {"mesh_shape": [4], "road": "bytes", "dtype": None, "as_iterator": True},
+    "two by two": {"mesh_shape": [2, 2], "road": "engine", "dtype": "bfloat16", "as_iterator": False},
+}
+MEGATRON: dict[str, tuple[str, dict[str, Any]]] = {
+    "tensor by pipeline": (
+        "qwen2",
+        {
+            "sizes": {"tensor": 2, "stages": 2, "chunks": 2},
+            "naming": [True, True, 64],
+            "road": "shared memory",
+            "dtype": "bfloat16",
+        },
+    ),
+    "experts": (
+        "qwen3_moe",
+        {"sizes": {"tensor": 2, "experts": 4}, "naming": [False, False, 64], "road": "engine", "dtype": None},
+    ),
+}
+CORE: dict[str, tuple[int, str, dict[str, int]]] = {
+    "llama": (2, "llama", {"tensor": 1, "stages": 1, "chunks": 1, "experts": 1}),
+    "qwen2, tensor parallel": (2, "qwen2", {"tensor": 2, "stages": 1, "chunks": 1, "experts": 1}),
+    "qwen3-moe, expert parallel": (2, "qwen3_moe", {"tensor": 1, "stages": 1, "chunks": 1, "experts": 2}),
+    "qwen3, more ranks than groups": (4, "qwen3", {"tensor": 4, "stages": 1, "chunks": 1, "experts": 1}),
+    "qwen3, virtual stages": (4, "qwen3", {"tensor": 2, "stages": 2, "chunks": 2, "experts": 1}),
+}
+HAS_CORE = importlib.util.find_spec("megatron") is not None
+
+
+class Folders:
+    """Two checkpoints of each family, of one shape."""
+
+    def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
+        self.of = cache(self._save)
+
+    def _save(self, family: str) -> list[str]:
+        overrides: dict[str, Any] = {"mlp_only_layers": []} if family == "qwen3_moe" else {}
+        if family == "tied":  # and a vocabulary that four ranks do not share evenly
+            family, overrides = "qwen3", {"tie_word_embeddings": True}
+        models = [make_model(family, seed=seed, num_hidden_layers=4, **overrides) for seed in (0, 1)]
+        folders = (self._scratch / f"{family}{len(overrides)}{number}" for number in range(2))
+        return [str(save_model(*each)) for each in zip(models, folders, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return Folders(tmp_path_factory.mktemp("models"))
+
+
+class Answers:
+    """What ranks answer. All scenarios of as many ranks run one after the other in the same processes."""
+
+    def __init__(self, folders: Folders, scratch: Path) -> None:
+        self._folders = folders
+        self._scratch = scratch
+        self.of = cache(self._run)
+
+    def _run(self, num_ranks: int) -> dict[str, list[Any]]:
+        scenarios: dict[str, tuple[str, dict[str, Any]]] = {}
+
+        def add(name: str, function: str, family: str, arguments: dict[str, Any]) -> None:
+            old, new = self._folders.of(family)
+            scenarios[name] = function, {"old": old, "new": new, **arguments}
+
+        for case, settings in FSDP.items():
+            if num_ranks == (2 if settings["mesh_shape"] == [2] else 4):
+                add(f"fsdp {case}", "push_fsdp", "tied", settings)
+        for case, (family, settings) in MEGATRON.items():
+            if num_ranks == 4:
+                add(f"megatron {case}", "push_megatron", family, settings)
+        for case, (number, family, sizes) in CORE.items():
+            if num_ranks == number and HAS_CORE:
+                add(f"core {case}", "push_megatron_core", family, {"sizes": sizes})
+        if num_ranks == 2:
+            scenarios["refused"] = "push_refused", {"folder": self._folders.of("tied")[0]}
+        scratch = self._scratch / str(num_ranks)
+        scratch.mkdir()
+        return run_ranks(num_ranks, scratch, scenarios)
+
+
+@pytest.fixture(scope="module")
+def answers(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    return Answers(folders, tmp_path_factory.mktemp("ranks"))
+
+
+def file_digests(folder: str, dtype: str | None) -> list[dict[str, str]]:
+    """Those of one process that takes the same step."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    found = []
+    for factor in (1.0, STEP):
+        _, tensors = file_tensors(model)
+        rounded = [(name, (each * factor).to(getattr(torch, dtype or "float32"))) for name, each in tensors.items()]
+        found.append(tensor_digests(rounded, "float32"))
+    return found
+
+
+@pytest.mark.parametrize("case", FSDP)
+def test_shards_become_the_weights_of_one_process(folders: Folders, answers: Answers, case: str) -> None:
+    settings = FSDP[case]
+    found = answers.of(2 if settings["mesh_shape"] == [2] else 4)[f"fsdp {case}"]
+    assert all(each["reports"] == [["first", True], ["second", True]] for each in found)
+    assert found[0]["digests"] == file_digests(folders.of("tied")[1], settings["dtype"])
+
+
+@pytest.mark.parametrize("case", MEGATRON)
+def test_megatron_ranks_become_the_weights_of_one_process(folders: Folders, answers: Answers, case: str) -> None:
+    family, settings = MEGATRON[case]
+    found = answers.of(4)[f"megatron {case}"]
+    assert all(each["reports"] == [["first", True], ["second", True]] for each in found)
+    assert found[0]["digests"] == file_digests(folders.of(family)[1], settings["dtype"])
+
+
+if HAS_CORE:
+
+    @pytest.mark.parametrize("case", CORE)
+    def test_megatron_core_computes_with_our_map_and_is_pushed(folders: Folders, answers: Answers, case: str) -> None:
+        num_ranks, family, _ = CORE[case]
+        found = answers.of(num_ranks)[f"core {case}"]
+        assert all(each["error"] < 1e-4 for each in found)
+        assert found[0]["digest"] == file_digests(folders.of(family)[1], None)[0]
+
+
+def test_what_is_wrong_on_one_rank_is_said_on_all(answers: Answers) -> None:
+    named = [["WeightUpdateError", "model.norm.weight"], ["WeightUpdateError", "wrong"], ["WeightUpdateError", "wrong"]]
+    assert answers.of(2)["refused"] == [[*named, ["taken", ""]]] * 2

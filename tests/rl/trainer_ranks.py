@@ -1,0 +1,79 @@
+"""Trainers of several ranks: processes with `torch.distributed` over gloo, each of which runs a function of a test."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import distributed
+
+SECONDS = 120.0
+Body = Callable[..., Any]
+
+
+def run_ranks(num_ranks: int, body: Body, *args: Any, seconds: float = SECONDS) -> list[Any]:
+    """Run `body(rank, *args)` on that many ranks; what each returns. Raises with the traceback of one that fails."""
+    started = start_ranks(num_ranks, body, *args)
+    try:
+        return [started.result(rank, seconds) for rank in range(num_ranks)]
+    finally:
+        started.end()
+
+
+class StartedRanks:
+    """Ranks that run."""
+
+    def __init__(self, processes: list[Any], answers: list[Connection]) -> None:
+        self.processes = processes
+        self._answers = answers
+
+    def result(self, rank: int, seconds: float = SECONDS) -> Any:
+        """What the rank returns."""
+        deadline = time.monotonic() + seconds
+        while not self._answers[rank].poll(max(deadline - time.monotonic(), 0)):
+            raise TimeoutError(f"rank {rank} is still running after {seconds} s")
+        is_good, value = self._answers[rank].recv()
+        if not is_good:
+            raise AssertionError(f"rank {rank}: {value}")
+        return value
+
+    def end(self) -> None:
+        """End those that are left."""
+        for process in self.processes:
+            process.join(5.0)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def start_ranks(num_ranks: int, body: Body, *args: Any) -> StartedRanks:
+    """As `run_ranks`, without waiting. `body` is a function of a module, by its name."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.rl.verl_bodies"])  # torch is loaded once
+    processes, answers = [], []
+    for rank in range(num_ranks):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_run, args=(rank, num_ranks, port, theirs, body, args))
+        process.start()
+        theirs.close()
+        processes.append(process)
+        answers.append(ours)
+    return StartedRanks(processes, answers)
+
+
+def _run(rank: int, num_ranks: int, port: int, answer: Connection, body: Body, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    try:
+        distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_ranks)
+        answer.send((True, body(rank, *args)))
+    except BaseException:
+        answer.send((False, traceback.format_exc()))
+        raise

@@ -1,0 +1,367 @@
+"""What trainer ranks do in the tests of `VerlEngine`. Each function runs on every rank, in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+
+from headrace.rl import VerlEngine, rank_calls, shards, verl_engine
+from headrace.types.errors import HeadraceError
+
+GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
+PROMPT = [5, 6, 7, 8]
+SETTINGS: dict[str, Any] = {"num_threads": 1, "page_size": 4, "kv_pool_tokens": 1 << 12, "dtype": "float32", "seed": 0}
+CONFIG: dict[str, Any] = {"tp_size": 1, **SETTINGS}
+NORM = "model.norm.weight"
+
+
+def mesh_of(num_ranks: int) -> DeviceMesh:
+    return init_device_mesh("cpu", (num_ranks,), mesh_dim_names=("tp",))
+
+
+@contextlib.contextmanager
+def verl(folder: str, num_ranks: int = 2, **options: Any) -> Iterator[VerlEngine]:
+    with VerlEngine(mesh_of(num_ranks), model_path=folder, **{**CONFIG, "rank_timeout": 60, **options}) as engine:
+        yield engine
+
+
+def tensors_of(folder: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def error_of(call: Callable[[], Any]) -> tuple[str, str, str]:
+    try:
+        value = call()
+    except HeadraceError as error:
+        return type(error).__name__, error.field, error.message
+    except ValueError as error:
+        return type(error).__name__, "", str(error)
+    return "no error", "", repr(value)
+
+
+def greedy(engine: VerlEngine) -> list[int]:
+    ids: list[int] = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"]
+    return ids
+
+
+def digest(engine: VerlEngine) -> dict[str, str] | None:
+    """On the rank that can tell."""
+    return None if engine.engine is None else engine.engine.digest()
+
+
+def sharded_model(folder: str, mesh: DeviceMesh) -> torch.nn.Module:
+    from transformers import Qwen3ForCausalLM
+
+    model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    sharded: torch.nn.Module = fully_shard(model, mesh=mesh)
+    return sharded
+
+
+def update_from_fsdp(rank: int, folder: str, options: dict[str, Any]) -> list[Any]:
+    """New weights, the old ones, and the new ones again, each from a model that is sharded over the ranks."""
+    mesh, seen = mesh_of(2), list[Any]()
+    new, old = (sharded_model(each, mesh) for each in (f"{folder}/newer", folder))
+    with VerlEngine(mesh, model_path=folder, rank_timeout=60, **{**CONFIG, **options}) as engine:
+        seen.append((greedy(engine), digest(engine)))
+        for version, model in enumerate((new, old, new)):
+            report = engine.update_weights_from_tensor(model.state_dict().items(), weight_version=version)
+            assert report is not None and report.version == str(version)
+            seen.append((greedy(engine), digest(engine)))
+    return seen
+
+
+def shrink() -> None:
+    """Everything that holds many tensors, or much of one, holds little."""
+    for module in (rank_calls, shards):
+        module.MEMORY_BYTES = 1 << 10  # type: ignore[attr-defined]
+    shards.MAX_PARTS = 3
+    verl_engine.BUCKET_BYTES = 1 << 13
+
+
+def refuse_memory() -> None:
+    """As if ranks were on different machines."""
+    rank_calls._borrowed = lambda *_: None
+
+
+def update_in_pieces(rank: int, folder: str, newer: str, far: bool) -> list[Any]:
+    """Four ranks, every kind of placement, through memory that holds a part of a tensor."""
+    shrink()
+    if far:
+        refuse_memory()
+    line, square = mesh_of(4), init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "fsdp"))
+    kinds: list[tuple[DeviceMesh, list[Placement]]] = [
+        (line, [Shard(0)]),
+        (line, [Shard(1)]),
+        (line, [Replicate()]),
+        (square, [Replicate(), Shard(0)]),
+        (square, [Shard(1), Replicate()]),
+        (square, [Shard(0), Shard(1)]),
+        (square, [Shard(0), Shard(0)]),
+        (square["dp"], [Shard(0)]),
+    ]
+    pairs: list[tuple[str, torch.Tensor]] = []
+    for number, (name, tensor) in enumerate(tensors_of(newer).items()):
+        mesh, places = kinds[number % len(kinds)]
+        fitting = [Shard(0) if isinstance(each, Shard) and each.dim >= tensor.ndim else each for each in places]
+        pairs.append((name, distribute_tensor(tensor, mesh, fitting)))
+    name, tensor = pairs[-1]
+    whole = tensors_of(newer)[name]
+    parts = whole if rank == 0 else torch.zeros_like(whole)
+    pairs[-1] = name, DTensor.from_local(parts, line, [Partial()])  # a sum over the ranks
+    with VerlEngine(line, model_path=folder, rank_timeout=60, **CONFIG) as engine:
+        report = engine.update_weights_from_tensor(iter(pairs), weight_version="pieces")
+        assert report is not None
+        return [greedy(engine), digest(engine)]
+
+
+def update_uneven(rank: int, folder: str, newer: str) -> list[Any]:
+    """Three ranks: no size is a multiple of that, and the last rank has nothing of what is short."""
+    mesh = mesh_of(3)
+    pairs = {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in tensors_of(newer).items()}
+    with VerlEngine(mesh, model_path=folder, rank_timeout=60, **CONFIG) as engine:
+        assert engine.update_weights_from_tensor(pairs) is not None
+        return [greedy(engine), digest(engine)]
+
+
+def two_engines(rank: int, folder: str, newer: str) -> list[Any]:
+    """Four ranks, two engines, and tensors that are sharded over the ranks of both."""
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    line = init_device_mesh("cpu", (4,), mesh_dim_names=("fsdp",))
+    pairs = {name: distribute_tensor(tensor, line, [Shard(0)]) for name, tensor in tensors_of(newer).items()}
+    with VerlEngine(square["tp"], model_path=folder, rank_timeout=60, **CONFIG) as engine:
+        assert engine.update_weights_from_tensor(pairs, weight_version=1) is not None
+        return [greedy(engine), digest(engine)]
+
+
+def update_from_one_buffer(rank: int, folder: str, newer: str) -> list[Any]:
+    """A generator that fills one buffer again and again, and is asked for no tensor before it is needed; two calls
+    make one update."""
+    tensors = list(tensors_of(newer).items())
+    buffer, alive = torch.empty(1 << 16), [0, 0]
+
+    def produced(part: list[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in part:
+            alive[0] += 1
+            buffer.fill_(float("nan"))
+            view = buffer[: tensor.numel()].view(tensor.shape)
+            view.copy_(tensor)
+            yield f"module.{name}", view
+            alive[1] += 1
+
+    with verl(folder) as engine:
+        before = greedy(engine), digest(engine)
+        first = engine.update_weights_from_tensor(produced(tensors[:9]))
+        assert first is None and (greedy(engine), digest(engine)) == before
+        report = engine.update_weights_from_tensor(produced(tensors[9:]), weight_version="two calls")
+        assert report is not None and report.version == "two calls" and report.num_tensors == len(tensors)
+        assert alive == [len(tensors)] * 2
+        return [greedy(engine), digest(engine)]
+
+
+def refusals(rank: int, folder: str, newer: str) -> list[Any]:
+    """What goes wrong on one rank or on all; each leaves the old weights, and the next update is taken."""
+    new, old = tensors_of(newer), tensors_of(folder)
+    names = list(new)
+
+    def stumbling(on: int) -> Iterator[tuple[str, torch.Tensor]]:
+        for number, pair in enumerate(new.items()):
+            if number == 7 and rank == on:
+                raise ValueError("the optimizer is on fire")
+            yield pair
+
+    def changed(on: int, change: Callable[[dict[str, torch.Tensor]], Any]) -> dict[str, torch.Tensor]:
+        tensors = dict(new)
+        if rank == on:
+            change(tensors)
+        return tensors
+
+    def swap(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[names[0]] = tensors.pop(names[0])
+
+    with verl(folder) as engine:
+
+        def update(tensors: Any, **options: Any) -> Callable[[], Any]:
+            return lambda: engine.update_weights_from_tensor(tensors, **options)
+
+        calls: dict[str, Callable[[], Any]] = {
+            "generator of rank 0": update(stumbling(0)),
+            "generator of rank 1": update(stumbling(1)),
+            "rank 0 has fewer": update(changed(0, lambda tensors: tensors.pop(names[-1]))),
+            "rank 1 has fewer": update(changed(1, lambda tensors: tensors.pop(names[-1]))),
+            "another order": update(changed(1, swap)),
+            "another shape": update(changed(1, lambda tensors: tensors.update({NORM: torch.ones(3)}))),
+            "a shape that no rank can mean": update({**new, NORM: torch.ones(3)}),
+            "an unknown name": update({**new, "nobody": torch.ones(3)}),
+            "not finite": update({**new, NORM: torch.full((32,), torch.nan)}),
+            "no tensor": update({**new, NORM: [1.0] * 32}),
+            "no pairs": update(7),
+            "load format": update(new, load_format="direct"),
+            "flush cache": update(new, flush_cache="no"),
+            "version": update(new, weight_version=""),
+            "mode": update(new, mode="sideways"),
+            "prompt": lambda: engine.generate(input_ids=[10**6]),
+            "parameters": lambda: engine.generate(prompt="a", sampling_params={"top_p": 2.0}),
+            "infinite": lambda: engine.generate(input_ids=[1], sampling_params=[{"temperature": float("inf")}]),
+            "image": lambda: engine.generate(prompt="a", image_data="picture.png"),
+            "streamed": lambda: engine.generate(prompt="a", stream=True),
+            "tags": lambda: engine.release_memory_occupation(["nothing"]),  # type: ignore[list-item]
+            "pause": lambda: engine.pause_generation("sideways"),
+            "different calls": engine.flush_cache if rank else lambda: engine.generate(input_ids=[1]),
+        }
+        before, found = (greedy(engine), digest(engine)), dict[str, Any]()
+        for what, call in calls.items():
+            found[what] = error_of(call)
+            assert (greedy(engine), digest(engine)) == before, what
+        assert engine.update_weights_from_tensor(new) is not None
+        after = greedy(engine), digest(engine)
+        assert engine.update_weights_from_tensor(old) is not None
+        assert (greedy(engine), digest(engine)) == before
+        return [found, after]
+
+
+def control(rank: int, folder: str, newer: str, options: dict[str, Any]) -> list[Any]:
+    """The calls that are no update and no plain generation."""
+    with verl(folder, **options) as engine:
+        asked: dict[str, Any] = {"sampling_params": {**GREEDY, "n": 2}, "return_logprob": True, "logprob_start_len": 0}
+        many = engine.generate(["Up", "Down"], top_logprobs_num=2, rid=["a", "b"], **asked)
+        for each in many:
+            for key in ("e2e_latency", "response_sent_to_client_ts", "seed"):
+                each["meta_info"].pop(key)
+        seen: list[Any] = [many, greedy(engine)]
+        for tags in (["kv_cache"], None, ["weights"]):
+            engine.release_memory_occupation(tags)  # type: ignore[arg-type]
+            engine.resume_memory_occupation(restore="disk")
+        seen.append(greedy(engine))
+        engine.pause_generation("in_place")
+        engine.continue_generation()
+        engine.flush_cache()
+        seen.append(greedy(engine))
+        if rank == 0:
+            threading.Timer(0.5, lambda: engine.abort_request(abort_all=True)).start()
+        long = engine.generate(input_ids=PROMPT, sampling_params={**GREEDY, "max_new_tokens": 1000}, rid="long")
+        seen.append(long["meta_info"]["finish_reason"]["type"])
+        engine.shutdown()
+        seen.append(error_of(lambda: greedy(engine)))
+        return seen
+
+
+def served(rank: int, folder: str) -> list[Any]:
+    """HTTP in front of an engine that runs, with a key."""
+    from headrace import Client
+
+    called = list[str]()
+    with verl(folder) as engine:
+        url = engine.serve(api_key="secret", launch_callback=lambda: called.append("ready"))
+        seen = list[Any]([url])
+        if rank == 0:
+            with Client(url, "secret") as client, Client(url, "wrong") as stranger:
+                (sample,) = client.generate(input_ids=PROMPT, sampling_params=GREEDY)
+                ask = urllib.request.Request(f"{url}/metrics", headers={"authorization": "Bearer secret"})
+                with urllib.request.urlopen(ask) as reply:
+                    seen.append((sample.token_ids, reply.read().decode(), error_of(stranger.status)[0]))
+        greedy(engine)
+        return [*seen, called]
+
+
+def absent(rank: int, folder: str) -> list[Any]:
+    """Rank 1 does not come to a call, and comes to the next ones; then rank 0 does not."""
+    with verl(folder, 3, rank_timeout=1.5) as engine:
+        seen: list[Any] = [greedy(engine)]
+        if rank == 1:
+            time.sleep(4)  # the others have given up by then
+            seen.append(error_of(lambda: greedy(engine)))
+        else:
+            started = time.monotonic()
+            seen.append(error_of(lambda: greedy(engine)))
+            seen.append(time.monotonic() - started < 3.5)
+            time.sleep(max(0, started + 4 - time.monotonic()))
+        seen.append(greedy(engine))
+        torch.distributed.barrier()
+        if rank != 0:
+            seen.append(error_of(engine.flush_cache))
+        torch.distributed.barrier()
+        engine._calls.number += rank == 0  # it has skipped one
+        seen.append(greedy(engine))
+        return seen
+
+
+def lost(rank: int, folder: str, how: int, which: int) -> list[Any]:
+    """One rank is killed, or stopped, while the others make calls."""
+    with verl(folder, 3, rank_timeout=2.0) as engine:
+        greedy(engine)
+        torch.distributed.barrier()
+        if rank == which:
+            os.kill(os.getpid(), how)
+        started, found = time.monotonic(), list[Any]()
+        while time.monotonic() < started + 20 and not found:
+            error = error_of(lambda: greedy(engine))
+            found += [error] if error[0] != "no error" else []
+        return [*found, time.monotonic() - started < 8]
+
+
+def unmet(rank: int, folder: str) -> list[Any]:
+    """Rank 1 never constructs the engine; then all do, with settings that are refused, and at last with good ones."""
+    seen, mesh = list[Any](), mesh_of(3)
+    torch.distributed.barrier()
+    if rank != 1:
+        seen.append(error_of(lambda: VerlEngine(mesh, model=folder, rank_timeout=3.0, **CONFIG)))
+    else:
+        rank_calls._trainer_store().add(_counter_of([0, 1, 2], 1), 1)  # as if it had
+        time.sleep(4)
+    torch.distributed.barrier()
+    refused: tuple[dict[str, Any], ...] = {"no_such": 1}, {"nnodes": 2}, {"model_path": folder}, {"dtype": "float31"}
+    for options in refused:
+        start = functools.partial(VerlEngine, mesh, model=folder, rank_timeout=30.0, **{**CONFIG, **options})
+        seen.append(error_of(start))
+    with verl(folder, 3) as engine:
+        seen.append(greedy(engine))
+    return seen
+
+
+def _counter_of(ranks: list[int], rank: int) -> str:
+    import hashlib
+
+    return f"headrace/{hashlib.sha256(repr(ranks).encode()).hexdigest()}/rank/{rank}"
+
+
+def many_updates(rank: int, folder: str, newer: str, count: int, options: dict[str, Any]) -> list[Any]:
+    """The same weights over and over: what the process holds, and how much of shared memory, does not grow."""
+    mesh = mesh_of(2)
+    kinds = [
+        {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in tensors_of(each).items()}
+        for each in (folder, newer)
+    ]
+    with verl(folder, **options) as engine:
+        sizes = list[tuple[int, int, int]]()
+        for number in range(count):
+            report = engine.update_weights_from_tensor(kinds[number % 2], weight_version=number)
+            assert report is not None and report.epoch == number + 1
+            if number in (count // 10, count - 1):
+                sizes.append(held())
+        return [sizes, greedy(engine)]
+
+
+def held() -> tuple[int, int, int]:
+    """Descriptors, mappings of shared memory, and threads of this process."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    shared = sum("memfd:headrace" in line for line in maps)
+    return len(os.listdir("/proc/self/fd")), shared, threading.active_count()
+
+
+KILL, STOP = signal.SIGKILL, signal.SIGSTOP
