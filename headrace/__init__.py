@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     )
     from headrace.types.generation import Generation
     from headrace.types.sampling_params import SamplingParams
-    from headrace.types.weights import TensorInfo, UpdateReport
+    from headrace.types.weights import SaveReport, TensorInfo, UpdateReport
+    from headrace.weights.saved import check_saved_model
 
 __version__ = "0.1.0"
 
@@ -64,6 +65,7 @@ __all__ = [
     "RequestTooLargeError",
     "Runtime",
     "SamplingParams",
+    "SaveReport",
     "ShutdownError",
     "TensorInfo",
     "UnavailableError",
@@ -74,6 +76,7 @@ __all__ = [
     "UpdateSession",
     "WeightUpdateError",
     "__version__",
+    "check_saved_model",
     "serve",
 ]
 
@@ -86,9 +89,11 @@ _HOMES = {
     "Generation": "headrace.types.generation",
     "Runtime": "headrace.client",
     "SamplingParams": "headrace.types.sampling_params",
+    "SaveReport": "headrace.types.weights",
     "TensorInfo": "headrace.types.weights",
     "UpdateReport": "headrace.types.weights",
     "UpdateSession": "headrace.engine",
+    "check_saved_model": "headrace.weights.saved",
     "serve": "headrace.server.blocking",
 }
 """Where the names of `__all__` live; those of errors in `headrace.types.errors`."""

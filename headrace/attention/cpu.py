@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,7 +42,10 @@ class CpuAttention:
     def plan(self, inputs: AttentionInputs) -> CpuStep:
         """Split the step's tokens into pieces and dense blocks, and build their indices."""
         geometry = self._pool.geometry
-        long_R = self._long_rows(inputs)
+        # A row whose scores are very many is cheaper with a dense kernel of its own.
+        num_entries_R = inputs.row_lengths * (inputs.row_starts + inputs.row_lengths) * self._shape.num_heads
+        long_R = (inputs.row_lengths >= _DENSE_MIN_TOKENS) & (num_entries_R >= _DENSE_MIN_ENTRIES)
+        long_R &= not self._invariant
         short_T = np.repeat(~long_R, inputs.row_lengths)
         pieces: list[QueryGroup] = []
         for tokens in split_tokens(np.flatnonzero(short_T), inputs.token_positions, self._shape.num_heads):
@@ -60,12 +62,6 @@ class CpuAttention:
         pages = inputs.page_table.numpy()[inputs.token_slots, columns].astype(np.int64)
         rows_to_store = store_rows(geometry, torch.from_numpy(pages), torch.from_numpy(offsets))
         return CpuStep(self._pool, self._heads.at(inputs.rope_positions), rows_to_store, pieces, blocks)
-
-    def _long_rows(self, inputs: AttentionInputs) -> npt.NDArray[np.bool_]:
-        """Rows whose scores are so many that a dense kernel of their own is cheaper."""
-        num_entries_R = inputs.row_lengths * (inputs.row_starts + inputs.row_lengths) * self._shape.num_heads
-        is_long_R = (inputs.row_lengths >= _DENSE_MIN_TOKENS) & (num_entries_R >= _DENSE_MIN_ENTRIES)
-        return is_long_R & (not self._invariant)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ class LeaseTable:
 
     pages        int32 [slots, columns], page ids in order of position; valid below `num_pages`
     num_pages    int64 [slots], pages held
-    capacity     int64 [slots], tokens they hold
     num_matched  int64 [slots], leading pages that were found in the tree when the lease was opened
     """
 
@@ -52,7 +51,6 @@ class LeaseTable:
         self.num_evicted_pages = 0
         self.pages = np.zeros((num_slots, num_columns), dtype=np.int32)
         self.num_pages = np.zeros(num_slots, dtype=np.int64)
-        self.capacity = np.zeros(num_slots, dtype=np.int64)
         self.num_matched = np.zeros(num_slots, dtype=np.int64)
         self._units = units
         self._prefix_cache = prefix_cache
@@ -84,7 +82,7 @@ class LeaseTable:
             self._nodes[slot] = self.tree.pin_match(match)
             self.pages[slot, :count] = shared = match.page_ids()
             self.pool.retain(shared)
-        self._resize(slot, count)
+        self.num_pages[slot] = count
         self.num_matched[slot] = count
         self._num_published[slot] = count
         self._may_publish[slot] = self._prefix_cache
@@ -105,7 +103,7 @@ class LeaseTable:
         pages = self._take(num_pages)
         first = int(self.num_pages[slot])
         self.pages[slot, first : first + num_pages] = pages
-        self._resize(slot, first + num_pages)
+        self.num_pages[slot] = first + num_pages
         return pages
 
     def grow_each(self, slots: SlotIds) -> tuple[SlotIds, PageIds]:
@@ -114,7 +112,6 @@ class LeaseTable:
         columns = self.num_pages[slots]
         self.pages[slots, columns] = pages
         self.num_pages[slots] = columns + 1
-        self.capacity[slots] += self.page_size
         return columns, pages
 
     def publish(self, slot: int, num_tokens: int, *, is_last: bool = False) -> None:
@@ -146,7 +143,7 @@ class LeaseTable:
             self.tree.unpin(node)
             self._nodes[slot] = None
         self.pool.release(self.pages[slot, : self.num_pages[slot]])
-        self._resize(slot, 0)
+        self.num_pages[slot] = 0
         self._may_publish[slot] = False
 
     def flush(self) -> int:
@@ -163,7 +160,3 @@ class LeaseTable:
         if short > 0:
             self.num_evicted_pages += self.tree.evict(short)
         return self.pool.allocate(num_pages)
-
-    def _resize(self, slot: int, num_pages: int) -> None:
-        self.num_pages[slot] = num_pages
-        self.capacity[slot] = num_pages * self.page_size

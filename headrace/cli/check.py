@@ -25,10 +25,15 @@ from headrace.config.machine import available_memory
 from headrace.config.resolve import backend_refusal
 from headrace.types.errors import ConfigError
 from headrace.types.weights import ELEMENT_BYTES
+from headrace.weights import Shard
+from headrace.weights.saved import check_saved_model
 
 _LOGITS_BYTES = 4
 _CPU_LOGITS_COPIES = 3
 _CUDA_LOGITS_COPIES = 2
+_GATHERED_COPIES = 2
+"""What ranks have of each row beside these: what came from all of them, and it side by side."""
+
 _COUNT_BYTES = 2
 _WEIGHT_FILES = ("model*.safetensors*", "pytorch_model*.bin*")
 
@@ -36,6 +41,7 @@ _WEIGHT_FILES = ("model*.safetensors*", "pytorch_model*.bin*")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a Hugging Face folder or hub id")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--digests", action="store_true", help="hold a folder that was saved against its digests")
     add_flags(parser, EngineConfig, title="engine settings", skip=("model",))
 
 
@@ -46,6 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     from headrace.runner.loading import checked_weight_map
 
     config = EngineConfig.from_dict({"model": arguments.model, **given(arguments, EngineConfig)})
+    if arguments.digests:
+        check_saved_model(config.model)
     resolved = resolve_settings(config, files=CONFIG_FILES)
     if os.path.isdir(os.path.expanduser(config.model)):  # of a hub id only configurations are had
         if any(next(Path(resolved.folder).glob(pattern), None) for pattern in _WEIGHT_FILES):
@@ -115,21 +123,22 @@ def _attention(resolved: ResolvedConfig, software: Software) -> dict[str, Any]:
 
 
 def _memory_plan(resolved: ResolvedConfig) -> dict[str, int | bool]:
-    """Bytes of weights and KV as they will be allocated; the workspace is an upper estimate of one step's tensors.
+    """Bytes of weights and KV as they will be allocated; the workspace is an upper estimate of one step's tensors. Of
+    several ranks all together on a CPU; of one, of devices, which have one each.
 
     Where the pool is measured at start, its share of the device's memory is an estimate: others may use the device,
     and graphs take some.
     """
     from headrace.models import weight_map
 
-    model, page_size = resolved.model, resolved.engine.page_size
-    params = weight_map(model).params.values()
-    num_parameters = sum(math.prod(param.shape) for param in params)
-    weights = sum(math.prod(param.shape) * ELEMENT_BYTES[param.dtype or resolved.dtype] for param in params)
-    workspace = _workspace(resolved)
+    page_size, num_ranks = resolved.engine.page_size, resolved.engine.tp_size
+    table, num_here = weight_map(resolved.model, Shard(0, num_ranks)), num_ranks if resolved.cuda is None else 1
+    num_parameters = sum(math.prod(rule.shape) for rule in table.rules_by_name.values())
+    sizes = (math.prod(each.shape) * ELEMENT_BYTES[each.dtype or resolved.dtype] for each in table.params.values())
+    weights, workspace = num_here * sum(sizes), num_here * _workspace(resolved)
     available = available_memory() if resolved.cuda is None else resolved.cuda.total_bytes
     num_pages, is_estimate = resolved.num_pages, resolved.num_pages == 0
-    page_bytes = page_size * resolved.kv_bytes_per_token
+    page_bytes = num_here * page_size * resolved.kv_bytes_per_token
     if is_estimate:
         room = int(available * resolved.engine.memory_fraction) - weights - workspace
         num_pages = max(0, room // page_bytes)
@@ -151,12 +160,13 @@ def _memory_plan(resolved: ResolvedConfig) -> dict[str, int | bool]:
 
 def _workspace(resolved: ResolvedConfig) -> int:
     """Float32 logits of every row, the widest activations of a full step and, on a device, int16 counts of tokens."""
-    engine, model = resolved.engine, resolved.model
+    engine, model = resolved.engine, resolved.share
     qkv_width = max((group.num_heads + 2 * group.num_kv_heads) * group.head_dim for group in model.kv_groups)
     width = max(layer.mlp.widest(model.hidden_size) for layer in model.layers) + model.hidden_size + qkv_width
     activations = engine.max_num_batched_tokens * width * ELEMENT_BYTES[resolved.dtype]
+    copies = _GATHERED_COPIES if engine.tp_size > 1 else 0
     if resolved.device == "cuda":
-        logits = engine.max_running_requests * model.vocab_size * _LOGITS_BYTES * _CUDA_LOGITS_COPIES
+        logits = engine.max_running_requests * model.vocab_size * _LOGITS_BYTES * (_CUDA_LOGITS_COPIES + copies)
         return logits + engine.max_running_requests * model.vocab_size * _COUNT_BYTES + activations
     rows = min(engine.max_running_requests, engine.max_num_batched_tokens)
-    return rows * model.vocab_size * _LOGITS_BYTES * _CPU_LOGITS_COPIES + activations
+    return rows * model.vocab_size * _LOGITS_BYTES * (_CPU_LOGITS_COPIES + copies) + activations

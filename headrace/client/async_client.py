@@ -10,40 +10,32 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 
 import msgspec
 
+from headrace.client.answers import read, stream_parts
 from headrace.client.asks import generate_body, message_body
 from headrace.client.buckets import BucketUploads
-from headrace.client.transport import HttpAnswer, HttpCall, LoopTransport, Transport, check_key, check_url
+from headrace.client.calls import GRACE_SECONDS, CallMaker, limit_of
+from headrace.client.transport import HttpAnswer, HttpCall, LoopTransport, Transport, check_url
 from headrace.client.uploads import Uploads
 from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, seconds_of, tags_of, terms_of, terms_of_part, version_of
 from headrace.engine.fields import InputIds, Prompts, Sampling, name_of
 from headrace.engine.groups import DEFAULT_GROUP, DEFAULT_JOIN_TIMEOUT, Backend
 from headrace.engine.requests import GenerateOptions
+from headrace.engine.saving import DEFAULT_SAVE_TIMEOUT, DEFAULT_SHARD_BYTES
 from headrace.engine.tensors import HeldTensors, NamedTensors, to_tensor
 from headrace.engine.update_session import Manifest, UpdateSession, check_session, manifest_of
 from headrace.types.errors import DeadlineError, HeadraceError, UnavailableError, UnreachableError
 from headrace.types.generation import Generation
-from headrace.types.http import (
-    BEGIN_TOKEN_BYTES,
-    LENGTH_BYTES,
-    MESSAGE_TYPE,
-    PREFIX,
-    TENSOR_HEADER,
-    AbortAsk,
-    BeginAsk,
-    CommitAsk,
-    SessionBegun,
-    StreamPart,
-)
+from headrace.types.http import BEGIN_TOKEN_BYTES, PREFIX, TENSOR_HEADER, AbortAsk, BeginAsk, CommitAsk, SessionBegun
 from headrace.types.memory import MemoryTag, OnRelease, Restore
-from headrace.types.messages import CoreStatus, WeightBytes
-from headrace.types.plain_values import as_seconds
-from headrace.types.weights import InFlight, PauseMode, TensorInfo, UpdateMode, UpdateReport
+from headrace.types.messages import CoreStatus
+from headrace.types.profile import Activity
+from headrace.types.weights import InFlight, PauseMode, SaveReport, TensorInfo, UpdateMode, UpdateReport, WeightBytes
 
 if TYPE_CHECKING:
     import torch
@@ -51,9 +43,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT = 600.0
-GRACE_SECONDS = 10.0
-"""Beyond the time limit that a call gives the server, for the way there and back."""
-
 
 Result = TypeVar("Result")
 
@@ -84,9 +73,7 @@ class AsyncClient:
     ) -> None:
         """`transport`: what carries the calls; None: httpx, on the caller's loop."""
         self.url = check_url(url)
-        self._api_key = check_key(api_key, "api_key")
-        self._admin_key = check_key(admin_key, "admin_key")
-        self._timeout = as_seconds(timeout, "timeout")
+        self._calls = CallMaker(api_key, admin_key, timeout)
         self._transport = LoopTransport(self.url) if transport is None else transport
         self._uploads = Uploads(self._stage_part, shares_memory=shares_memory)
         self._buckets = BucketUploads(self._stage_part, self._uploads)
@@ -100,11 +87,11 @@ class AsyncClient:
     ) -> list[Generation]:
         """See `AsyncEngine.generate`."""
         body = generate_body(prompts, input_ids, sampling_params, options)
-        return _read((await self._generate("generate", body)).body, list[Generation])
+        return read((await self._generate("generate", body)).body, list[Generation])
 
     async def generate_native(self, body: bytes) -> bytes:
         """What `/generate`, in SGLang's dialect, answers to a body; both are JSON."""
-        call = self._call("generate_native", "/generate", body, "application/json")
+        call = self._calls.to("generate_native", "/generate", body, "application/json")
         return bytes((await self._transport.send(call)).body)
 
     async def score(
@@ -116,7 +103,7 @@ class AsyncClient:
     ) -> list[Generation]:
         """See `AsyncEngine.score`."""
         body = generate_body(prompts, input_ids, sampling_params, options, scores=True)
-        return _read((await self._generate("score", body)).body, list[Generation])
+        return read((await self._generate("score", body)).body, list[Generation])
 
     async def stream(
         self,
@@ -127,8 +114,8 @@ class AsyncClient:
     ) -> AsyncGenerator[Generation, None]:
         """See `AsyncEngine.stream`."""
         body = generate_body(prompts, input_ids, sampling_params, options, stream=True)
-        call = self._call("stream", f"{PREFIX}/generate", body, "application/json")
-        async with contextlib.aclosing(_stream_parts(self._transport.stream(call))) as parts:
+        call = self._calls.to("stream", f"{PREFIX}/generate", body, "application/json")
+        async with contextlib.aclosing(stream_parts(self._transport.stream(call))) as parts:
             async for part in parts:
                 for piece in part.pieces:
                     yield piece
@@ -145,7 +132,7 @@ class AsyncClient:
     async def pause(self, mode: PauseMode = "abort", *, timeout: float | None = None) -> None:
         """See `AsyncEngine.pause`."""
         seconds = seconds_of(timeout)
-        await self._control("pause", {"mode": mode, "timeout": seconds}, type(None), _limit(seconds))
+        await self._control("pause", {"mode": mode, "timeout": seconds}, type(None), limit_of(seconds))
 
     async def resume(self) -> None:
         """See `AsyncEngine.resume`."""
@@ -157,7 +144,7 @@ class AsyncClient:
         """See `AsyncEngine.release_memory_occupation`."""
         given, seconds = tags_of(tags), seconds_of(timeout)
         arguments = {"tags": given, "in_flight": in_flight, "timeout": seconds}
-        await self._control("release_memory_occupation", arguments, type(None), _limit(seconds))
+        await self._control("release_memory_occupation", arguments, type(None), limit_of(seconds))
 
     async def resume_memory_occupation(
         self, tags: Sequence[MemoryTag] | None = None, *, restore: Restore = "auto", timeout: float | None = None
@@ -165,7 +152,7 @@ class AsyncClient:
         """See `AsyncEngine.resume_memory_occupation`."""
         given, seconds = tags_of(tags), seconds_of(timeout)
         arguments = {"tags": given, "restore": restore, "timeout": seconds}
-        await self._control("resume_memory_occupation", arguments, type(None), _limit(seconds))
+        await self._control("resume_memory_occupation", arguments, type(None), limit_of(seconds))
 
     async def flush_cache(self) -> int:
         """See `AsyncEngine.flush_cache`."""
@@ -257,8 +244,7 @@ class AsyncClient:
     ) -> UpdateReport | None:
         """See `AsyncEngine.update_weights_from_bucket`. All calls of one update are one client's."""
         try:
-            terms = terms_of_part(version, mode, in_flight, timeout)
-            return await self._buckets.add(HeldTensors(named_tensors), terms)
+            return await self._buckets.add(HeldTensors(named_tensors), terms_of_part(version, mode, in_flight, timeout))
         except GeneratorExit:  # dropped by whoever ran it: nothing can be awaited any more
             raise
         except BaseException:  # whatever it is, the update is over before the caller hears of it
@@ -275,16 +261,16 @@ class AsyncClient:
         mode: UpdateMode = "auto",
         in_flight: InFlight = "drain",
         timeout: float = DEFAULT_UPDATE_TIMEOUT,
+        verify: bool = False,
     ) -> UpdateReport:
         """See `AsyncEngine.update_weights_from_disk`. The folder is the server's: below its model's, or one of its
         `weight_roots`."""
         terms = terms_of(version, mode, in_flight, timeout)
         arguments = {
             **{"path": os.fspath(path), "version": terms.version, "mode": terms.mode},
-            **{"in_flight": terms.in_flight, "timeout": terms.timeout_s},
+            **{"in_flight": terms.in_flight, "timeout": terms.timeout_s, "verify": verify},
         }
-        limit = terms.timeout_s + GRACE_SECONDS
-        return await self._control("update_weights_from_disk", arguments, UpdateReport, limit)
+        return await self._control("update_weights_from_disk", arguments, UpdateReport, limit_of(terms.timeout_s))
 
     async def init_weights_update_group(
         self,
@@ -301,7 +287,7 @@ class AsyncClient:
             **{"master_address": master_address, "master_port": master_port, "rank_offset": rank_offset},
             **{"world_size": world_size, "group_name": group_name, "backend": backend, "timeout": timeout},
         }
-        await self._control("init_weights_update_group", arguments, type(None), _limit(seconds_of(timeout)))
+        await self._control("init_weights_update_group", arguments, type(None), limit_of(seconds_of(timeout)))
 
     async def destroy_weights_update_group(self, group_name: str = DEFAULT_GROUP) -> None:
         """See `AsyncEngine.destroy_weights_update_group`."""
@@ -326,7 +312,7 @@ class AsyncClient:
             **{"load_format": load_format, "version": version, "mode": mode, "in_flight": in_flight},
             "timeout": timeout,
         }
-        limit, kind = _limit(seconds_of(timeout)), cast("type[UpdateReport | None]", UpdateReport | None)
+        limit, kind = limit_of(seconds_of(timeout)), cast("type[UpdateReport | None]", UpdateReport | None)
         return await self._control("update_weights_from_distributed", arguments, kind, limit)
 
     async def set_weight_version(self, version: str | int) -> None:
@@ -336,7 +322,7 @@ class AsyncClient:
     async def get_weights_by_name(self, name: str) -> torch.Tensor:
         """See `AsyncEngine.get_weights_by_name`."""
         body = message_body({"name": name_of(name, "name")})
-        answer = await self._transport.send(self._admin_call("get_weights_by_name", body))
+        answer = await self._transport.send(self._calls.admin("get_weights_by_name", body))
         info = msgspec.convert(json.loads(answer.headers[TENSOR_HEADER]), TensorInfo)
         return to_tensor(WeightBytes(info, memoryview(answer.body)))
 
@@ -344,24 +330,88 @@ class AsyncClient:
         """See `AsyncEngine.digest`."""
         return await self._control("digest", {}, dict[str, str])
 
+    async def save_model(
+        self,
+        path: str | Path,
+        *,
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        timeout: float = DEFAULT_SAVE_TIMEOUT,
+    ) -> SaveReport:
+        """See `AsyncEngine.save_model`. The folder is the server's: below one of its `save_roots`."""
+        arguments = {"path": os.fspath(path), "max_shard_bytes": max_shard_bytes, "timeout": timeout}
+        return await self._control("save_model", arguments, SaveReport, limit_of(seconds_of(timeout)))
+
+    async def save_sharded_model(self, path: str | Path, *, timeout: float = DEFAULT_SAVE_TIMEOUT) -> SaveReport:
+        """See `AsyncEngine.save_sharded_model`. The folder is the server's: below one of its `save_roots`."""
+        arguments = {"path": os.fspath(path), "timeout": timeout}
+        return await self._control("save_sharded_model", arguments, SaveReport, limit_of(seconds_of(timeout)))
+
+    async def save_remote_model(
+        self, url: str, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, timeout: float = DEFAULT_SAVE_TIMEOUT
+    ) -> SaveReport:
+        """See `AsyncEngine.save_remote_model`. The URL is as the server sees it: below one of its `save_roots`."""
+        arguments = {"url": url, "max_shard_bytes": max_shard_bytes, "timeout": timeout}
+        return await self._control("save_remote_model", arguments, SaveReport, limit_of(seconds_of(timeout)))
+
     async def weights_checker(self, action: str) -> dict[str, str]:
         """See `AsyncEngine.weights_checker`."""
         return await self._control("weights_checker", {"action": action}, dict[str, str])
 
+    async def slow_down(self, forward_sleep_time: float | None = None) -> None:
+        """See `AsyncEngine.slow_down`."""
+        await self._control("slow_down", {"forward_sleep_time": forward_sleep_time}, type(None))
+
+    async def freeze_gc(self) -> None:
+        """See `AsyncEngine.freeze_gc`."""
+        await self._control("freeze_gc", {}, type(None))
+
+    async def start_profile(
+        self,
+        output_dir: str | None = None,
+        num_steps: int | None = None,
+        activities: Sequence[Activity] | None = None,
+        *,
+        with_stack: bool = False,
+        record_shapes: bool = False,
+        profile_id: str | None = None,
+    ) -> str:
+        """See `AsyncEngine.start_profile`. The folder is the server's: below its model's, or one of its
+        `weight_roots`."""
+        arguments = {
+            **{"output_dir": output_dir, "num_steps": num_steps, "activities": activities, "with_stack": with_stack},
+            **{"record_shapes": record_shapes, "profile_id": profile_id},
+        }
+        return await self._control("start_profile", arguments, str)
+
+    async def stop_profile(self) -> str:
+        """See `AsyncEngine.stop_profile`."""
+        return await self._control("stop_profile", {}, str)
+
+    async def collective_rpc(
+        self,
+        method: str,
+        timeout: float | None = None,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> list[Any]:
+        """See `AsyncEngine.collective_rpc`."""
+        arguments = {"method": method, "timeout": timeout, "args": args, "kwargs": kwargs}
+        return await self._control("collective_rpc", arguments, list[Any], limit_of(seconds_of(timeout)))
+
     async def metrics(self) -> dict[str, float]:
         """See `AsyncEngine.metrics`."""
-        return _read((await self._transport.send(self._data_call("metrics", {}))).body, dict[str, float])
+        return read((await self._transport.send(self._calls.data("metrics", {}))).body, dict[str, float])
 
     async def status(self, timeout: float | None = None) -> CoreStatus:
         """See `AsyncEngine.status`."""
         seconds = seconds_of(timeout)
-        call = self._data_call("status", {"timeout": seconds}, _limit(seconds))
-        return _read((await self._transport.send(call)).body, CoreStatus)
+        call = self._calls.data("status", {"timeout": seconds}, limit_of(seconds))
+        return read((await self._transport.send(call)).body, CoreStatus)
 
     async def health(self) -> bool:
         """True while the server's core lives, or the next one is being started. `UnreachableError` if nobody answers,
         or the engine is still loading."""
-        call = HttpCall(name="health", path="/health", key=None, timeout=self._timeout, method="GET")
+        call = HttpCall(name="health", path="/health", key=None, timeout=self._calls.timeout, method="GET")
         try:
             await self._transport.send(call)
         except UnreachableError:
@@ -388,59 +438,12 @@ class AsyncClient:
             logger.debug("the session was over: %s", error)
 
     async def _stage_part(self, name: str, body: bytes, media_type: str) -> bytearray:
-        call = self._admin_call(name, body, media_type=media_type)
+        call = self._calls.admin(name, body, media_type=media_type)
         return (await self._transport.send(call)).body
 
     async def _generate(self, name: str, body: bytes) -> HttpAnswer:
-        return await self._transport.send(self._call(name, f"{PREFIX}/generate", body, "application/json"))
+        return await self._transport.send(self._calls.to(name, f"{PREFIX}/generate", body, "application/json"))
 
     async def _control(self, name: str, ask: Any, kind: type[Result], limit: float | None = None) -> Result:
-        answer = await self._transport.send(self._admin_call(name, message_body(ask), limit))
-        return _read(answer.body, kind)
-
-    def _admin_call(
-        self, name: str, body: bytes, limit: float | None = None, media_type: str = MESSAGE_TYPE
-    ) -> HttpCall:
-        if self._admin_key is None:
-            return self._call(name, f"{PREFIX}/{name}", body, media_type, limit)
-        call = self._call(name, f"{PREFIX}/{name}", body, media_type, limit)
-        return msgspec.structs.replace(call, key=self._admin_key, key_field="admin_key")
-
-    def _data_call(self, name: str, arguments: dict[str, Any], limit: float | None = None) -> HttpCall:
-        return self._call(name, f"{PREFIX}/{name}", message_body(arguments), MESSAGE_TYPE, limit)
-
-    def _call(self, name: str, path: str, body: bytes, media_type: str, limit: float | None = None) -> HttpCall:
-        return HttpCall(
-            name=name, path=path, key=self._api_key, timeout=limit or self._timeout, content=body, media_type=media_type
-        )
-
-
-def _limit(seconds: float | None) -> float | None:
-    """What a call may take whose time the server limits."""
-    return None if seconds is None else seconds + GRACE_SECONDS
-
-
-def _read(body: bytes | bytearray, kind: type[Result]) -> Result:
-    """A result. `UnavailableError` for what no server of this version answers."""
-    try:
-        return msgspec.msgpack.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UnavailableError(f"the server's answer cannot be read: {error}", field="url") from None
-
-
-async def _stream_parts(chunks: AsyncGenerator[bytes]) -> AsyncGenerator[StreamPart]:
-    """The parts of a streamed answer. `UnreachableError` if it breaks off."""
-    rest = bytearray()
-    async with contextlib.aclosing(chunks):
-        async for chunk in chunks:
-            rest += chunk
-            while len(rest) >= LENGTH_BYTES:
-                end = LENGTH_BYTES + int.from_bytes(rest[:LENGTH_BYTES], "little")
-                if len(rest) < end:
-                    break
-                part = _read(rest[LENGTH_BYTES:end], StreamPart)
-                del rest[:end]
-                if part.is_last:
-                    return
-                yield part
-    raise UnreachableError("stream: the server's answer broke off")
+        answer = await self._transport.send(self._calls.admin(name, message_body(ask), limit))
+        return read(answer.body, kind)

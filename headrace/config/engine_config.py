@@ -28,7 +28,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                              and on cuda has a device of its own, one after the other
     dtype                    "auto" (the checkpoint's on cuda, float32 on cpu) | "float32" | "bfloat16" | "float16"
     kv_dtype                 "auto" (dtype) | "fp8_e4m3" (half the memory, less accurate; triton and flashinfer only)
-    load_format              "auto" | "safetensors" | "bin" | "dummy" (random weights from `seed`)
+    load_format              "auto" | "safetensors" | "bin" | "dummy" (random weights from `seed`) | "sharded" (what
+                             `save_sharded_model` wrote)
     check_finite             refuse weights that hold NaN or infinity, at start and in updates
     context_length           most tokens of one sequence; None: the model's
     page_size                tokens per KV page, 1 to 64
@@ -75,7 +76,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tp_size: int = 1
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     kv_dtype: Literal["auto", "fp8_e4m3"] = "auto"
-    load_format: Literal["auto", "safetensors", "bin", "dummy"] = "auto"
+    load_format: Literal["auto", "safetensors", "bin", "sharded", "dummy"] = "auto"
     check_finite: bool = True
     context_length: int | None = None
     page_size: int = 16

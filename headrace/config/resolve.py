@@ -115,9 +115,14 @@ class ResolvedConfig(msgspec.Struct, frozen=True):
         return -(-self.context_length // self.engine.page_size)
 
     @property
+    def share(self) -> ModelSpec:
+        """The model as each rank computes it."""
+        return share_of(self.model, self.engine.tp_size)
+
+    @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values of one token in all layers, as stored."""
-        return self.model.kv_bytes_per_token(ELEMENT_BYTES[self.kv_dtype])
+        """Bytes of keys and values of one token in all layers, as each rank stores them."""
+        return self.share.kv_bytes_per_token(ELEMENT_BYTES[self.kv_dtype])
 
     def of_rank(self, rank: int) -> ResolvedConfig:
         """What rank `rank` is told: the devices of ranks follow each other."""
@@ -164,7 +169,7 @@ def resolve(
     if str(folder) != encodable(str(folder)):
         raise ConfigError(f"the folder {folder} has a name that is not Unicode text", field="model")
     model = ModelSpec.from_folder(folder)
-    share_of(model, config.tp_size)
+    share = share_of(model, config.tp_size)
     software = installed_software() if software is None else software
     cuda, why_device = _cuda(config, model, devices, first_device, software)
     device = "cpu" if cuda is None else "cuda"
@@ -175,7 +180,7 @@ def resolve(
     kv_dtype = _kv_dtype(config, dtype.value, backend.value, cuda)
     context_length = _context_length(config, model)
     num_threads = _num_threads(config, device)
-    page_bytes = model.kv_bytes_per_token(ELEMENT_BYTES[kv_dtype.value]) * config.page_size
+    page_bytes = share.kv_bytes_per_token(ELEMENT_BYTES[kv_dtype.value]) * config.page_size * config.tp_size
     is_measured = device == "cuda" and backend.value != "reference"
     pool_tokens = _pool_tokens(engine, is_measured, page_bytes, context_length.value)
     _check_host_pages(engine, page_bytes)

@@ -6,6 +6,7 @@ has passed, or whose caller has given it up, is not begun.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Collection
 from typing import Any
@@ -29,24 +30,28 @@ from headrace.types.messages import (
     Command,
     CommitUpdate,
     CoreStatus,
+    DescribeWeights,
     Digest,
     Discard,
     DropPayload,
     ExtendUpdate,
     Finished,
     FlushCache,
+    FreezeGc,
     GetStatus,
     GetWeight,
     GiveUp,
     JoinGroup,
     LeaveGroup,
     Pause,
+    Profile,
     Receive,
     ReleaseMemory,
     Resume,
     ResumeMemory,
     SetVersion,
     Shutdown,
+    SlowDown,
     Stage,
     StagePayload,
     Submit,
@@ -101,8 +106,7 @@ def _check_wanted(command: Command, now: float, given_up: Collection[int]) -> No
 
 def submit(replica: Replica, command: Submit, front: int, now: float) -> None:
     """Queue requests; what cannot be served is answered at once. While weights are released all wait for them."""
-    machine = replica.update.machine
-    refusal = None if machine.state == "released" else machine.refusal()
+    refusal = replica.update.machine.refusal(of_request=True)
     for request in command.all_requests():
         if front_of(request.handle) != front:  # an answer would reach whoever has that handle
             logger.error("front %d sent a request under handle %d, which is not its own", front, request.handle)
@@ -229,6 +233,11 @@ def digest(replica: Replica, command: Digest, now: float) -> None:
     replica.reading.digest(command.call_id, command.deadline, dict)
 
 
+def describe_weights(replica: Replica, command: DescribeWeights, now: float) -> None:
+    """Digest live memory and say what it holds; answered when all of it was read."""
+    replica.reading.describe(command.call_id, command.deadline)
+
+
 def weights_checker(replica: Replica, command: WeightsChecker, now: float) -> None:
     """SGLang's three-step check that an update writes every tensor."""
     if command.action not in _CHECKER_ACTIONS:
@@ -253,6 +262,27 @@ def _compare(replica: Replica, command: WeightsChecker) -> None:
 def move_memory(replica: Replica, command: ReleaseMemory | ResumeMemory, now: float) -> None:
     """Release memory or take it again; `MemoryControl` answers when the system has it, or the replica."""
     replica.memory.add(command)
+
+
+def slow_down(replica: Replica, command: SlowDown, now: float) -> None:
+    """Wait before each step."""
+    replica.probes.slow_down(command.seconds)
+    replica.outbox.reply(command.call_id)
+
+
+def freeze_gc(replica: Replica, command: FreezeGc, now: float) -> None:
+    """Take what there is out of the collector's sight."""
+    gc.collect()
+    gc.freeze()
+    replica.outbox.reply(command.call_id)
+
+
+def profile(replica: Replica, command: Profile, now: float) -> None:
+    """Begin or end a trace of the core."""
+    probes = replica.probes
+    replica.outbox.reply(
+        command.call_id, probes.stop_profile() if command.terms is None else probes.profile(command.terms)
+    )
 
 
 def flush_cache(replica: Replica, command: FlushCache, now: float) -> None:
@@ -335,9 +365,13 @@ _CALLS: dict[type, Callable[[Replica, Any, float], None]] = {
     SetVersion: set_version,
     GetWeight: get_weight,
     Digest: digest,
+    DescribeWeights: describe_weights,
     WeightsChecker: weights_checker,
     ReleaseMemory: move_memory,
     ResumeMemory: move_memory,
+    SlowDown: slow_down,
+    FreezeGc: freeze_gc,
+    Profile: profile,
     FlushCache: flush_cache,
     GetStatus: get_status,
     Shutdown: shutdown,

@@ -172,10 +172,13 @@ class FreeWeights:
     def digest_in_slices(self) -> Iterator[tuple[str, str] | None]:
         return iter(())
 
-    def info(self, name: str) -> TensorInfo:
+    def parameters(self) -> tuple[tuple[TensorInfo, ...], ...]:
+        return ((),)
+
+    def info(self, name: str, rank: int | None = None) -> TensorInfo:
         raise NotFoundError(f"{name} is not a tensor of this model", field="name")
 
-    def copy_in_slices(self, name: str, start: int, into: memoryview) -> Iterator[None]:
+    def copy_in_slices(self, name: str, start: int, into: memoryview, rank: int | None = None) -> Iterator[None]:
         return iter(())
 
     def scramble(self, seed: int) -> None:

@@ -151,7 +151,7 @@ class Follower:
                 if work is None:
                     self._works.do(message)
                 else:
-                    self._open.append((message.ticket, work))
+                    self._advance(message.ticket, work)  # before anything that is said later
 
     def _give_up(self, target: int) -> None:
         for ticket, work in [each for each in self._open if each[0] == target]:
@@ -161,26 +161,27 @@ class Follower:
 
     def _work(self) -> bool:
         """A slice of each work; whether all of them wait for something."""
-        num_waiting = 0
-        for _ in range(len(self._open)):
-            ticket, work = self._open.popleft()
-            try:
-                is_waiting = next(work)
-            except StopIteration as end:
-                self._channel.send(TELL, encode_message(RankAnswer(ticket, None, end.value)))
-                continue
-            except HeadraceError as error:
-                self._answer(ticket, error)
-                continue
-            except FAULTS as fault:
-                if is_of_lost_device(fault):
-                    raise
-                logger.exception("what rank 0 asked for failed")
-                self._answer(ticket, InternalError(describe(fault)))
-                continue
-            num_waiting += is_waiting
-            self._open.append((ticket, work))
+        num_waiting = sum(self._advance(*self._open.popleft()) for _ in range(len(self._open)))
         return bool(self._open) and num_waiting == len(self._open)
+
+    def _advance(self, ticket: int, work: Work) -> bool:
+        """A slice of a work, which is open until it is answered; whether it waits for something."""
+        try:
+            is_waiting = next(work)
+        except StopIteration as end:
+            self._channel.send(TELL, encode_message(RankAnswer(ticket, None, end.value)))
+            return False
+        except HeadraceError as error:
+            self._answer(ticket, error)
+            return False
+        except FAULTS as fault:
+            if is_of_lost_device(fault):
+                raise
+            logger.exception("what rank 0 asked for failed")
+            self._answer(ticket, InternalError(describe(fault)))
+            return False
+        self._open.append((ticket, work))
+        return is_waiting
 
     def _answer(self, ticket: int, error: HeadraceError) -> None:
         self._channel.send(TELL, encode_message(RankAnswer(ticket, error.info())))

@@ -93,7 +93,10 @@ class CoreLoop:
 
     def _apply(self, commands: list[Command]) -> bool:
         """Do what the front asks for; False when that is the end."""
-        given_up = {command.target for command in commands if isinstance(command, GiveUp)}
+        given_up = set[int]()
+        for command in commands:
+            if isinstance(command, GiveUp):
+                given_up.add(command.target)
         for command in commands:
             apply_command(self.replica, command, self.front, self._clock, given_up)
             if self.replica.is_ending:

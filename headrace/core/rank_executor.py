@@ -37,8 +37,9 @@ from headrace.core.rank_messages import (
 )
 from headrace.core.rank_results import digest_of
 from headrace.core.rank_weights import Arrived, FileTensorOn, RankWeights, give_up
+from headrace.ipc.rank_page import NUM_RESULTS
 from headrace.parallel.rendezvous import Rendezvous
-from headrace.types.errors import HeadraceError, UpdateConflictError
+from headrace.types.errors import HeadraceError, UpdateConflictError, WeightUpdateError
 from headrace.types.memory import MemoryTag, Restore
 from headrace.types.messages import JoinGroup
 from headrace.types.plan import RankLost, SamplePatch, StepPlan, StepResult
@@ -64,7 +65,7 @@ class RankRunner:
         self._own = own
         self._others = others
         self._num_sent = 0
-        self._shown: deque[tuple[int, int]] = deque()  # results not compared yet, by number of the plan
+        self._results: deque[tuple[int, int]] = deque(maxlen=NUM_RESULTS)  # not compared yet, by number of the plan
 
     @property
     def resolved(self) -> ResolvedConfig:
@@ -96,19 +97,19 @@ class RankRunner:
     def compare(self, number: int, result: StepResult) -> None:
         """Hold what the others have shown against what came of the same plans here. Raises `DeviceLost`."""
         self._others.check()
-        self._shown.append((number, digest_of(result)))
+        self._results.append((number, digest_of(result)))
         failure = self._others.failure_until(number)
         if failure:
             raise self._others.lose(failure)
-        while self._shown:
-            number, own = self._shown[0]
+        while self._results:
+            number, own = self._results[0]
             for rank in self._others.numbers:
                 found = self._others.result(rank, number)
                 if found is None:
                     return
                 if found != own:
                     raise self._others.lose(f"{self._others.names([rank])} has another result of a step than rank 0")
-            self._shown.popleft()
+            self._results.popleft()
 
     def close(self) -> None:
         """End the others, and free the device."""
@@ -154,6 +155,7 @@ class RankExecutor(LocalExecutor):
         self._rendezvous = rendezvous  # others look into it as long as they live
         self._others = others
         self._num_groups = 0
+        self._groups: list[RankGroup] = []
 
     def attend(self) -> float:
         self._others.check()
@@ -184,9 +186,18 @@ class RankExecutor(LocalExecutor):
                 self._undo_resume(asked, tags, is_here=is_here, had_copy=restore == "copy" and "weights" in tags)
 
     def join_group(self, terms: JoinGroup, seconds: float) -> WeightGroup:
+        num_ranks = len(self._others.numbers) + 1
+        if terms.rank + num_ranks > terms.world_size:
+            message = f"world_size {terms.world_size} has no {num_ranks} ranks from rank_offset {terms.rank} on"
+            raise WeightUpdateError(message, field="world_size")
         own = super().join_group(terms, seconds)
+        for group in self._groups:
+            if group.problem is not None:  # what one rank knows of, another may still wait for
+                group.fail("it cannot be used any more")
         self._num_groups += 1
-        return RankGroup(self._num_groups, own, self._others, terms, seconds)
+        joined = RankGroup(self._num_groups, own, self._others, terms, seconds)
+        self._groups = [*(group for group in self._groups if not group.is_left), joined]
+        return joined
 
     # Inside.
 
@@ -225,6 +236,7 @@ class RankGroup:
     """A trainer's group that all ranks are part of, one after the other."""
 
     def __init__(self, key: int, own: WeightGroup, others: OtherRanks, terms: JoinGroup, seconds: float) -> None:
+        self.is_left = False
         self._key = key
         self._own = own
         self._others = others
@@ -259,8 +271,9 @@ class RankGroup:
 
     def fail(self, reason: str) -> None:
         self._own.fail(reason)
-        if not self._others.is_closed:
+        if not (self.is_left or self._others.is_closed):
             self._others.tell(LeaveOn(self._key, reason))
+        self.is_left = True
 
 
 class RankArrivals:

@@ -32,7 +32,7 @@ FAILED_SECONDS = 2.0
 ANSWER_SECONDS = 60.0
 CLOSE_SECONDS = 5.0
 EXIT_SECONDS = 1.0
-STUCK_SECONDS = 3.0
+STUCK_SECONDS = 2.0
 WAIT_SECONDS = 0.0002
 """Between two looks for an answer: about what it takes one to come."""
 

@@ -158,12 +158,14 @@ class DigestOn(_Asked, frozen=True, tag="digest"):
 
 
 class ReadOn(_Asked, frozen=True, tag="read"):
-    """Write bytes of a tensor into shared memory, `into[0]` on rank 1; what is not held here as zeros."""
+    """Write bytes of a tensor, or of a parameter of rank `owner`, into shared memory, `into[0]` on rank 1; what is not
+    held here as zeros."""
 
     name: str
     start: int
     size: int
     into: tuple[BufferRef, ...]
+    owner: int | None = None
 
 
 class ScrambleOn(_Asked, frozen=True, tag="scramble"):

@@ -41,7 +41,8 @@ logger = logging.getLogger(__name__)
 def main(arguments: list[str]) -> int:
     """Be one rank until rank 0 lets go or is gone. Returns the exit code."""
     options = _parse(arguments)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # also while a signal keeps this process stopped
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # also while a signal keeps this process stopped
     configure_logging(LogContext(role="rank"), level=options.log_level, as_json=options.log_json)
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

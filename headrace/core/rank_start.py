@@ -45,6 +45,8 @@ def start_ranks(resolved: ResolvedConfig, build: Build, *, shares_process: bool 
         others.watch()
         reached.wait(JOIN_SECONDS)
         group = rendezvous.group(0, num_ranks, device=resolved.device)
+        if resolved.device == "cuda":
+            others.break_off = group.abort  # of gloo's a lost rank's end breaks every connection
         mesh = mesh_of(resolved, 0, group)
         executor = RankExecutor(build(mesh), others, rendezvous)
         _await_ready(ready, resolved.engine.start_timeout)

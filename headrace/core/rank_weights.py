@@ -38,8 +38,9 @@ from headrace.core.rank_messages import (
     StageFileOn,
     StageForeignOn,
 )
+from headrace.core.rank_works import copy_own
 from headrace.ipc import SharedBuffer
-from headrace.types.errors import RequestError, UpdateConflictError, WeightUpdateError
+from headrace.types.errors import HeadraceError, RequestError, UpdateConflictError, WeightUpdateError
 from headrace.types.foreign import CudaHandle, Payload
 from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
 from headrace.weights.memory import Copies, ResolvedMode, SharedTensors, StageBuffer, StageCopy, StagePiece, Ticket
@@ -126,9 +127,17 @@ class RankForeign:
         self._own.close()
 
 
+class OwnCopy:
+    """A copy of this rank's share, while others copy theirs: of those nobody knows what they have written."""
+
+    def __init__(self, own: StageCopy) -> None:
+        self.has_written = True
+        self.advance = own.advance
+
+
 class RankCopy:
-    """A copy of this rank's share, and then of all others'. `own` is None where only they are waited for. `expected`
-    are the digests of tensors that are whole then, by index."""
+    """A copy of this rank's share, if there is one, and then of all others', after which the tensors of `indices` are
+    whole."""
 
     def __init__(self, weights: RankWeights, own: StageCopy | None, asked: Asked, indices: Sequence[int]) -> None:
         self.has_written = True
@@ -162,6 +171,7 @@ class RankWeights:
         self._manifest: list[TensorInfo] = []
         self._scratch: list[SharedBuffer] = []
         self._num_payloads = 0
+        self._refusal: HeadraceError | None = None
 
     @property
     def device(self) -> torch.device:
@@ -184,12 +194,7 @@ class RankWeights:
     def begin(self, manifest: Sequence[TensorInfo], mode: UpdateMode, partial: bool) -> ResolvedMode:
         """As `WeightStore.begin`; "auto" is "inplace" where any rank has no room for a shadow."""
         resolved = self._store.begin(manifest, mode, partial)
-        try:
-            self._others.ask(BeginOn, tuple(manifest), resolved, partial).wait()
-        except WeightUpdateError:
-            self.abort()
-            if mode != "auto" or resolved == "inplace":
-                raise
+        if not self._have_begun(self._others.ask(BeginOn, tuple(manifest), resolved, partial), mode, resolved):
             return self.begin(manifest, "inplace", partial)
         self._manifest = list(manifest)
         return resolved
@@ -197,29 +202,48 @@ class RankWeights:
     def begin_open(self, mode: UpdateMode, partial: bool) -> ResolvedMode:
         """As `begin`, of `WeightStore.begin_open`."""
         resolved = self._store.begin_open(mode, partial)
-        try:
-            self._others.ask(BeginOpenOn, resolved, partial).wait()
-        except WeightUpdateError:
-            self.abort()
-            if mode != "auto" or resolved == "inplace":
-                raise
+        if not self._have_begun(self._others.ask(BeginOpenOn, resolved, partial), mode, resolved):
             return self.begin_open("inplace", partial)
         self._manifest = []
         return resolved
 
+    def _have_begun(self, asked: Asked, mode: UpdateMode, resolved: ResolvedMode) -> bool:
+        """Whether all ranks have begun an update; if not, none has, and it is another mode's turn. Raises what else
+        keeps one from it."""
+        self._refusal = None
+        try:
+            asked.wait()
+        except HeadraceError as error:
+            self.abort()
+            if not isinstance(error, WeightUpdateError) or mode != "auto" or resolved == "inplace":
+                raise
+            return False
+        return True
+
     def extend(self, manifest: Sequence[TensorInfo]) -> int:
-        """As `WeightStore.extend`. Where another rank has no room for what this one takes, the update can only be
-        aborted."""
+        """As `WeightStore.extend`. Where another rank has no room for what this one takes, the update can only
+        be aborted."""
+        self._check_open()
         num_missing = self._store.extend(manifest)
-        self._others.ask(ExtendOn, tuple(manifest)).wait()
+        try:
+            self._others.ask(ExtendOn, tuple(manifest)).wait()
+        except HeadraceError as refusal:
+            self._refusal = refusal
+            raise
         self._manifest += manifest
         return num_missing
+
+    def _check_open(self) -> None:
+        """Raise what makes the open update one that can only be aborted, if it is."""
+        if self._refusal is not None:
+            raise type(self._refusal)(f"{self._refusal.message}; abort the update", field=self._refusal.field)
 
     def missing(self) -> list[str]:
         return self._store.missing()
 
     def stage(self, index: int, data: Any, start: int | None = None) -> StageCopy:
         """As `WeightStore.stage`, of what every rank can open."""
+        self._check_open()
         match data:
             case Arrived():
                 asked = data.asked = self._others.ask(StageArrivalOn, index, data.call, data.place)
@@ -243,7 +267,7 @@ class RankWeights:
             asked = buffer.asked = self._others.ask(StageBufferOn, buffer.ref, places)
             own = (replace(piece, data=part.data) for piece, part in zip(batch, parts, strict=True))
             for copies in self._store.stage_pieces(own):
-                yield None if copies is None else ((), copies[1])
+                yield None if copies is None else ((), OwnCopy(copies[1]))
             whole = [piece.index for piece in batch if piece.is_last]
             yield whole, RankCopy(self, None, asked, whole)
 
@@ -279,6 +303,7 @@ class RankWeights:
         return self._store.forget(index)
 
     def commit(self) -> Ticket:
+        self._check_open()
         asked = self._others.ask(CommitOn)
         return _RankCommit(self._store.commit(), asked)
 
@@ -304,19 +329,22 @@ class RankWeights:
         for (name, digest), *parts in zip(own, *asked.values, strict=True):
             yield name, add_digests(digest, *parts)
 
-    def info(self, name: str) -> TensorInfo:
-        return self._store.info(name)
+    def parameters(self) -> tuple[tuple[TensorInfo, ...], ...]:
+        return self._store.parameters() * (1 + len(self._others.numbers))  # all ranks have as much of each
 
-    def copy_in_slices(self, name: str, start: int, into: memoryview) -> Iterator[None]:
+    def info(self, name: str, rank: int | None = None) -> TensorInfo:
+        return self._store.info(name, None if rank is None else 0)
+
+    def copy_in_slices(self, name: str, start: int, into: memoryview, rank: int | None = None) -> Iterator[None]:
         """As `WeightStore.copy_in_slices`. What a rank does not hold it gives as zeros, and what several hold is the
         same: so bits are put together."""
         for at in range(0, len(into), READ_BYTES):
             part = into[at : at + READ_BYTES]
             scratch = self._scratch_buffers()
             refs = tuple(buffer.ref for buffer in scratch)
-            asked = self._others.ask(ReadOn, name, start + at, len(part), refs)
+            asked = self._others.ask(ReadOn, name, start + at, len(part), refs, rank)
             try:
-                yield from self._store.copy_in_slices(name, start + at, part)
+                yield from copy_own(self._store, 0, name, start + at, part, rank)
                 yield from _until_done(asked)
             except BaseException:
                 give_up(self._others, asked)

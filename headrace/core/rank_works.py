@@ -112,7 +112,8 @@ class RankWorks:
             case DropCopyOn():
                 self._executor.drop_copy()
             case LeaveOn():
-                self._groups.pop(message.key).fail(message.reason)
+                if (group := self._groups.pop(message.key, None)) is not None:  # which may have refused the terms
+                    group.fail(message.reason)
 
     def close(self) -> None:
         """Let go of everything."""
@@ -185,7 +186,8 @@ class RankWorks:
 
     def _read(self, message: ReadOn) -> Work:
         with SharedBuffer.open(message.into[self._rank - 1], writable=True) as buffer:
-            for _ in self._store.copy_in_slices(message.name, message.start, buffer.view[: message.size]):
+            into = buffer.view[: message.size]
+            for _ in copy_own(self._store, self._rank, message.name, message.start, into, message.owner):
                 yield False
         return ()
 
@@ -240,3 +242,13 @@ def _done(copy: StageCopy | None) -> Generator[bool, None, None]:
 def _tensors_of(folder: Path, root: Path | None) -> Iterator[tuple[str, Any]]:
     """Read as they are asked for, in the order of the files, which is every rank's."""
     yield from Checkpoint(folder, root=root).tensors()
+
+
+def copy_own(
+    store: WeightStore, rank: int, name: str, start: int, into: memoryview, owner: int | None
+) -> Iterator[None]:
+    """As `WeightStore.copy_in_slices` on this rank, with a parameter of another `owner` as zeros."""
+    if owner in (None, rank):
+        return store.copy_in_slices(name, start, into, None if owner is None else 0)
+    into[:] = bytes(len(into))
+    return iter(())

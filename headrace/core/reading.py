@@ -21,7 +21,7 @@ from headrace.core.updating import UpdateControl
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import DeadlineError, HeadraceError, RequestError, UpdateConflictError
 from headrace.types.messages import GetWeight, WeightPart
-from headrace.types.weights import ELEMENT_BYTES, TensorInfo
+from headrace.types.weights import ELEMENT_BYTES, TensorInfo, WeightsDescription
 
 Slices = Generator[None, None, Any]
 """A read: it rests after each block, and returns what the call is answered with."""
@@ -93,10 +93,21 @@ class ReadControl:
 
         self.digest(call_id, deadline, differing, of_whole=False)
 
+    def describe(self, call_id: int, deadline: float) -> None:
+        """Digest all live weights; the call is answered with what they are."""
+        machine, weights = self._update.machine, self._executor.weights
+
+        def described(digests: dict[str, str]) -> WeightsDescription:
+            tensors = [msgspec.structs.replace(weights.info(name), digest=found) for name, found in digests.items()]
+            stamp, parameters = self._update.live_stamp, weights.parameters()
+            return WeightsDescription(machine.live_version, machine.epoch, stamp, tuple(tensors), parameters)
+
+        self.digest(call_id, deadline, described)
+
     def copy(self, command: GetWeight) -> None:
         """Copy a part of one tensor into the caller's buffer. Raises what is wrong with the command."""
         self._update.check_whole()
-        info = self._executor.weights.info(command.name)
+        info = self._executor.weights.info(command.name, command.rank)
         element, start, stop = ELEMENT_BYTES[info.dtype], command.start, _num_bytes_read(info, command.max_rows)
         if not 0 <= start <= stop or start % element:
             raise RequestError(f"no element of {command.name} begins at byte {start}", field="start")
@@ -104,7 +115,8 @@ class ReadControl:
         buffer = SharedBuffer.open(command.buffer, writable=True)
 
         def begin(stamp: int) -> Slices:
-            yield from self._executor.weights.copy_in_slices(command.name, start, buffer.view[:size])
+            into = buffer.view[:size]
+            yield from self._executor.weights.copy_in_slices(command.name, start, into, command.rank)
             return WeightPart(info, size, stamp, stop)
 
         self.reads.append(_Read(command.call_id, command.deadline, self._update.check_whole, begin, buffer.close))

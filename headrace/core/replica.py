@@ -9,6 +9,7 @@ from headrace.core.executor import Executor
 from headrace.core.grouping import GroupControl
 from headrace.core.outbox import Outbox
 from headrace.core.pausing import PauseControl
+from headrace.core.probing import Probes
 from headrace.core.reading import ReadControl
 from headrace.core.releasing import MemoryControl, MemorySettings
 from headrace.core.stepping import Stepper
@@ -17,7 +18,8 @@ from headrace.ipc import CoreLink, Pulse
 from headrace.scheduler import Scheduler, SchedulerLimits
 from headrace.weights.session import WeightMachine
 
-_MAX_FIRST_SESSION = 1 << 62
+_MAX_FIRST_NUMBER = 1 << 62
+"""Of sessions and of stamps: what one core names by a number names nothing of another."""
 
 
 class Replica:
@@ -36,16 +38,23 @@ class Replica:
         former = resolved.takeover or Takeover(settings.initial_version, 0, is_current=True)
         self.scheduler = Scheduler(scheduler_limits(resolved), version=former.version, epoch=former.epoch)
         self.stepper = Stepper(self.scheduler, executor, self.outbox, pulse, settings.overlap_depth)
+        self.probes = Probes(self.stepper, executor)
         self.pause = PauseControl(self.scheduler, self.stepper, self.outbox)
         machine = WeightMachine(
             executor.weights,
             former.version,
             epoch=former.epoch,
             has_weights=former.is_current,
-            num_sessions=secrets.randbelow(_MAX_FIRST_SESSION),  # what names a session of another core names none
+            num_sessions=secrets.randbelow(_MAX_FIRST_NUMBER),
         )
         self.update = UpdateControl(
-            machine, executor, self.scheduler, self.stepper, self.outbox, lambda: self.stands_still
+            machine,
+            executor,
+            self.scheduler,
+            self.stepper,
+            self.outbox,
+            lambda: self.stands_still,
+            first_stamp=secrets.randbelow(_MAX_FIRST_NUMBER),
         )
         memory = MemorySettings(resolved.memory_is_kept, settings.keep_weights_copy)
         self.memory = MemoryControl(memory, executor, self.update, self.scheduler, self.stepper, self.outbox)

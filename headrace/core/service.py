@@ -12,7 +12,7 @@ from headrace.core.executor import Executor, LocalExecutor
 from headrace.core.faults import DeviceLost, describe, is_of_lost_device
 from headrace.core.loop import CoreLoop
 from headrace.ipc import CoreLink, PeerClosed, Pulse
-from headrace.types.errors import DeviceLostError, EngineDeadError, ErrorInfo, HeadraceError, InternalError
+from headrace.types.errors import ConfigError, DeviceLostError, EngineDeadError, ErrorInfo, HeadraceError, InternalError
 from headrace.types.messages import CoreFailed, CoreReady
 
 logger = logging.getLogger(__name__)
@@ -109,6 +109,8 @@ def build_executor(
     from headrace.runner import build_runner  # torch: the slow import, made in the core only
 
     if resolved.engine.tp_size > 1:
+        if shares_process and resolved.device == "cuda":
+            raise ConfigError("tp_size over 1 on cuda needs a core of its own process", field="inprocess")
         from headrace.core.rank_start import start_ranks
 
         ranks = start_ranks(
@@ -167,3 +169,4 @@ def _let_go(loop: CoreLoop) -> None:
         logger.exception("the device could not be let go")
     loop.replica.update.close()
     loop.replica.groups.close()
+    loop.replica.probes.close()

@@ -27,6 +27,8 @@ class Stepper:
         self.num_completed = 0
         self._scheduler = scheduler
         self._executor = executor
+        self.submit, self.collect = executor.submit, executor.collect
+        """The executor's; who looks at steps stands around them (`headrace.core.probing`)."""
         self._outbox = outbox
         self._pulse = pulse
         self._max_in_flight = overlap_depth + 1
@@ -67,7 +69,7 @@ class Stepper:
             if plan is None:
                 break
             pulse.enter(Phase.EXECUTING)
-            self._executor.submit(plan)
+            self.submit(plan)
             self._num_uncollected += 1
         return True
 
@@ -75,7 +77,7 @@ class Stepper:
         self._pulse.enter(Phase.EXECUTING)
         self._num_uncollected -= 1
         try:
-            result = self._executor.collect()
+            result = self.collect()
         except StepError as error:
             self._pulse.enter(Phase.DECIDING)
             self._num_blameless = self._num_blameless + 1 if error.is_blameless else 0

@@ -30,16 +30,8 @@ from headrace.core.stepping import Stepper
 from headrace.core.update_phase import COMMIT_LOOK_S, Hold, PendingCall, UpdatePhase
 from headrace.scheduler import Scheduler
 from headrace.types.errors import DeadlineError, HeadraceError, UpdateConflictError
-from headrace.types.messages import (
-    NO_DEADLINE,
-    BeginUpdate,
-    CommitUpdate,
-    ExtendUpdate,
-    UpdateBegun,
-    UpdateExtended,
-    UpdateFromDisk,
-)
-from headrace.types.weights import InFlight, TensorInfo
+from headrace.types.messages import NO_DEADLINE, BeginUpdate, CommitUpdate, ExtendUpdate, UpdateFromDisk
+from headrace.types.weights import InFlight, TensorInfo, UpdateBegun, UpdateExtended
 from headrace.weights.session import OpenUpdate, WeightMachine, check_version, shortened
 
 logger = logging.getLogger(__name__)
@@ -56,8 +48,10 @@ class UpdateControl:
         stepper: Stepper,
         outbox: Outbox,
         stands_still: Callable[[], bool],
+        first_stamp: int = 0,
     ) -> None:
-        """`stands_still`: generation is paused, or lacks memory, so that nothing can drain."""
+        """`stands_still`: generation is paused, or lacks memory, so that nothing can drain. No other core has
+        `first_stamp`."""
         self.machine = machine
         self.num_updates = 0
         self.last_pause_ms = 0.0
@@ -67,7 +61,7 @@ class UpdateControl:
         self._stepper = stepper
         self._outbox = outbox
         self._stands_still = stands_still
-        self.live_stamp = 0
+        self.live_stamp = first_stamp
         self._looking: tuple[PendingCall, Generator[None]] | None = None  # through a folder, for this call
         self._opening_call = 0  # that opened the session: whoever gives it up has no session
         self._jobs: deque[StageJob] = deque()

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack, get_args
 
-from headrace.engine import groups
+from headrace.engine import groups, probing, saving
 from headrace.engine.control import (
     DEFAULT_UPDATE_TIMEOUT,
     UpdateTerms,
@@ -22,7 +22,7 @@ from headrace.engine.control import (
     terms_of_part,
     version_of,
 )
-from headrace.engine.fields import InputIds, Prompts, Sampling, name_of
+from headrace.engine.fields import InputIds, Prompts, Sampling, name_of, reading_cost
 from headrace.engine.lifecycle import EngineLifecycle
 from headrace.engine.reading import read_weight
 from headrace.engine.requests import CallArguments, GenerateItem, GenerateOptions
@@ -44,18 +44,16 @@ from headrace.types.messages import (
     ResumeMemory,
     SetVersion,
     UpdateFromDisk,
-    WeightBytes,
     WeightsChecker,
 )
 from headrace.types.plain_values import as_choice, as_flag
-from headrace.types.weights import InFlight, PauseMode, TensorInfo, UpdateMode, UpdateReport
+from headrace.types.weights import InFlight, PauseMode, TensorInfo, UpdateMode, UpdateReport, WeightBytes
 
 if TYPE_CHECKING:
     import torch
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
-_CHARACTERS_PER_PROMPT = 128  # whose encoding takes as long as all else that is done about a prompt
 
 
 def _on_engine_loop(
@@ -158,7 +156,7 @@ class AsyncEngine(EngineLifecycle):
         Much text is encoded, and many prompts are read, in another thread, so that streams and heartbeats go on.
         """
         self.runtime.check_open()
-        size = _size_of(call.prompts if call.input_ids is None else call.input_ids)
+        size = reading_cost(call.prompts if call.input_ids is None else call.input_ids)
         return await run_sized(size, functools.partial(self._running.builder.expand, call))
 
     async def submit_all(self, items: Sequence[GenerateItem]) -> list[Stream]:
@@ -355,13 +353,17 @@ class AsyncEngine(EngineLifecycle):
         mode: UpdateMode = "auto",
         in_flight: InFlight = "drain",
         timeout: float = DEFAULT_UPDATE_TIMEOUT,
+        verify: bool = False,
         root: str | Path | None = None,
     ) -> UpdateReport:
         """A whole update that the core reads from a checkpoint folder itself. `CheckpointError` if a file changes while
-        it is read. With `root` nothing outside that folder is read, wherever links lead: for paths of others. One that
-        is not live within `timeout` seconds, or is cancelled before, is aborted."""
+        it is read. `verify`: of a folder that was saved, the files are held against the digests in it first. With
+        `root` nothing outside that folder is read, wherever links lead: for paths of others. One that is not live
+        within `timeout` seconds, or is cancelled before, is aborted."""
         terms, folder = terms_of(version, mode, in_flight, timeout), folder_of(path)
         below = "" if root is None else folder_of(root)
+        if as_flag(verify, "verify"):
+            await saving.verify(folder, below, terms.timeout_s)
         return await self.runtime.client.change(
             lambda call_id: UpdateFromDisk(call_id, folder, terms.version, terms.mode, terms.in_flight, root=below),
             UpdateReport,
@@ -394,11 +396,21 @@ class AsyncEngine(EngineLifecycle):
         between begins it again."""
         return await self.runtime.client.call(Digest, dict[str, str])
 
+    save_model = _on_engine_loop(saving.save_model)
+    save_sharded_model = _on_engine_loop(saving.save_sharded_model)
+    save_remote_model = _on_engine_loop(saving.save_remote_model)
+
     @_on_engine_loop
     async def weights_checker(self, action: str) -> dict[str, str]:
         """SGLang's checker: "snapshot", "reset_tensors" or "compare"."""
         action = name_of(action, "action")
         return await self.runtime.client.change(lambda call_id: WeightsChecker(call_id, action), dict[str, str])
+
+    slow_down = _on_engine_loop(probing.slow_down)
+    freeze_gc = _on_engine_loop(probing.freeze_gc)
+    start_profile = _on_engine_loop(probing.start_profile)
+    stop_profile = _on_engine_loop(probing.stop_profile)
+    collective_rpc = _on_engine_loop(probing.collective_rpc)
 
     @_on_engine_loop
     async def metrics(self) -> dict[str, float]:
@@ -424,13 +436,3 @@ class AsyncEngine(EngineLifecycle):
 
 async def _drop(group: StreamGroup) -> None:
     group.cancel()
-
-
-def _size_of(given: Any) -> int:
-    """About what prompts cost to be read, in characters of text. One prompt's ids cost little."""
-    if isinstance(given, str):
-        return len(given)
-    is_list = isinstance(given, (list, tuple)) and not isinstance(next(iter(given), 0), int)
-    if not is_list and getattr(given, "ndim", 1) != 2:
-        return 0
-    return _CHARACTERS_PER_PROMPT * len(given) + sum(len(text) for text in given if isinstance(text, str))

@@ -13,6 +13,7 @@ from headrace.types.plain_values import as_integer, as_integer_array, as_list, p
 from headrace.types.sampling_params import SamplingParams
 
 MAX_NAME_LENGTH = 1024
+_CHARACTERS_PER_PROMPT = 128  # whose encoding takes as long as all else that is done about a prompt
 
 Prompts = str | Sequence[str] | None
 InputIds = Sequence[int] | Sequence[Sequence[int]] | None
@@ -149,3 +150,13 @@ def id_tuple(ids: Any, field: str, max_length: int) -> tuple[int, ...]:
         return ()
     listed = as_list(ids, field, "a list of token ids", max_length, takes_sets=True)
     return tuple(as_integer_array(listed, field).tolist())
+
+
+def reading_cost(given: Any) -> int:
+    """About what prompts cost to be read, in characters of text. One prompt's ids cost little."""
+    if isinstance(given, str):
+        return len(given)
+    is_list = isinstance(given, (list, tuple)) and not isinstance(next(iter(given), 0), int)
+    if not is_list and getattr(given, "ndim", 1) != 2:
+        return 0
+    return _CHARACTERS_PER_PROMPT * len(given) + sum(len(text) for text in given if isinstance(text, str))

@@ -27,36 +27,44 @@ from headrace.weights.weight_map import is_recomputed
 
 
 async def add_payload(
-    joined: JoinedUpdate, updater: Updater, encoded: str, load_format: str | None, terms: UpdateTerms, device: str
+    joined: JoinedUpdate,
+    updater: Updater,
+    encoded: Sequence[str],
+    load_format: str | None,
+    terms: UpdateTerms,
+    device: str,
 ) -> UpdateReport | None:
-    """What `JoinedUpdate.add` makes of a payload in base64, for an engine on `device`. Whatever is wrong with it ends
-    the update. Memory that the payload names is given back in any case."""
-    payload, is_staged = Payload(), False
+    """What `JoinedUpdate.add` makes of payloads in base64, for an engine on `device`: of one for each of its ranks, all
+    with the same whole tensors, the first is taken. Whatever is wrong with it ends the update. Memory that they name is
+    given back in any case."""
+    payloads, is_staged = [Payload()], False
 
     async def stage(session: UpdateSession, indices: Sequence[int]) -> None:
         nonlocal is_staged
         is_staged = True
-        await updater.stage_payload(session, payload, indices)
+        await updater.stage_payload(session, payloads[0], indices)
 
     try:
         try:
-            payload = _kept(await asyncio.get_running_loop().run_in_executor(None, _read, encoded))
-            _check(payload, load_format, device)
+            read = await asyncio.get_running_loop().run_in_executor(None, _read, encoded)
+            payloads[:] = [_kept(payload) for payload in read]
+            _check(payloads[0], load_format, device)
         except BaseException:  # whatever it is, as in `add`
             await joined.end()
             raise
-        return await joined.add(payload.manifest(), terms, stage)
+        return await joined.add(payloads[0].manifest(), terms, stage)
     finally:
-        if payload.files and not is_staged:
-            await outlast(updater.drop_payload(payload))
+        for payload in payloads[is_staged:]:
+            if payload.files:
+                await outlast(updater.drop_payload(payload))
 
 
-def _read(encoded: str) -> Payload:
+def _read(encoded: Sequence[str]) -> list[Payload]:
     try:
-        data = binascii.a2b_base64(encoded, strict_mode=True)
+        data = [binascii.a2b_base64(each, strict_mode=True) for each in encoded]
     except ValueError:
         raise WeightUpdateError("the payload is not base64", field=FIELD) from None
-    return read_payload(data)
+    return [read_payload(each, rank) for rank, each in enumerate(data)]
 
 
 def _check(payload: Payload, load_format: str | None, device: str) -> None:

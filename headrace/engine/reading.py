@@ -12,8 +12,8 @@ import numpy as np
 from headrace.engine.client import CoreClient
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import UnavailableError
-from headrace.types.messages import GetWeight, WeightBytes, WeightPart
-from headrace.types.weights import TensorInfo
+from headrace.types.messages import GetWeight, WeightPart
+from headrace.types.weights import TensorInfo, WeightBytes
 
 PART_BYTES = 8 << 20
 """What travels at once: more than a busy core copies between two steps, and little for the front's loop to take."""

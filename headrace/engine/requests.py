@@ -291,7 +291,17 @@ class RequestBuilder:
             if params.min_new_tokens and len(stop_ids) == self._vocab_size:
                 message = "min_new_tokens leaves nothing to draw: every token of the vocabulary is a stop id"
                 raise RequestError(f"sampling_params.{message}", field="sampling_params.min_new_tokens")
-            self._last_shared = shared = _Shared(params, _token_sampling(params, self._vocab_size), stop_ids)
+            sampling = TokenSampling(
+                temperature=params.temperature,
+                top_k=0 if params.top_k >= self._vocab_size else max(params.top_k, 0),
+                top_p=params.top_p,
+                min_p=params.min_p,
+                repetition_penalty=params.repetition_penalty,
+                presence_penalty=params.presence_penalty,
+                frequency_penalty=params.frequency_penalty,
+                logit_bias=tuple((params.logit_bias or {}).items()),
+            )
+            self._last_shared = shared = _Shared(params, sampling, stop_ids)
         return shared
 
     def _samples(self, item: GenerateItem) -> list[GenerateItem]:
@@ -338,13 +348,19 @@ class RequestBuilder:
 
     def _pack(self, kind: str, source: Any, num_output: int, field: str, special: bool = True) -> bytes:
         if kind == "input_ids":
-            return self._packed(as_integer_array(source, field), field)
-        if num_output:
+            ids = as_integer_array(source, field)
+        elif num_output:
             message = "num_output_ids_in_prompt counts token ids: give the prompt as input_ids"
             raise RequestError(message, field="num_output_ids_in_prompt")
-        return self._pack_text(source, field, special)
+        else:
+            ids = np.asarray(self._encode(source, field, special), dtype=np.int64)
+        check_prompt_length(ids.size, self._context_length, field)
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self._vocab_size:
+            raise self._not_in_vocabulary(low if low < 0 else high, field)
+        return pack_ids(ids.astype(np.int32))
 
-    def _pack_text(self, text: Any, field: str, special: bool) -> bytes:
+    def _encode(self, text: Any, field: str, special: bool) -> list[int]:
         if not isinstance(text, str):
             raise RequestError(f"{field} must be a string", field=field)
         if self._tokenizer is None:
@@ -353,14 +369,7 @@ class RequestBuilder:
         if special and not self._has_warned and begins_twice(self._tokenizer, ids):
             self._has_warned = True
             logger.warning("%s begins with the beginning of sequence, and one was added to it", field)
-        return self._packed(np.asarray(ids, dtype=np.int64), field)
-
-    def _packed(self, ids: Any, field: str) -> bytes:
-        check_prompt_length(ids.size, self._context_length, field)
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self._vocab_size:
-            raise self._not_in_vocabulary(low if low < 0 else high, field)
-        return pack_ids(ids.astype(np.int32))
+        return ids
 
     def _check_ids(self, ids: Iterable[int], field: str) -> None:
         for token in ids:
@@ -387,16 +396,3 @@ class _Shared(msgspec.Struct, frozen=True):
 def _mode(options: Mapping[str, Any], field: str, default: LogprobMode) -> Any:
     mode = options.get(field)
     return default if mode is None else as_choice(mode, _MODES, field)
-
-
-def _token_sampling(params: SamplingParams, vocab_size: int) -> TokenSampling:
-    return TokenSampling(
-        temperature=0.0 if params.is_greedy else params.temperature,
-        top_k=0 if params.top_k >= vocab_size else max(params.top_k, 0),
-        top_p=params.top_p,
-        min_p=params.min_p,
-        repetition_penalty=params.repetition_penalty,
-        presence_penalty=params.presence_penalty,
-        frequency_penalty=params.frequency_penalty,
-        logit_bias=tuple((params.logit_bias or {}).items()),
-    )

@@ -48,7 +48,10 @@ class Sample:
         self.token_ids.frombytes(delta.token_ids)
         self.logprobs.frombytes(delta.logprobs)
         for (version, count), epoch in zip(delta.spans, delta.span_epochs, strict=True):
-            self.spans = extended_spans(self.spans, version, count, epoch)
+            if self.spans and (self.spans[-1][0], self.spans[-1][2]) == (version, epoch):
+                self.spans = (*self.spans[:-1], (version, self.spans[-1][1] + count, epoch))
+            elif count:
+                self.spans = (*self.spans, (version, count, epoch))
         for values, name in zip(self._extras, TokenExtras.__struct_fields__, strict=True):
             values += getattr(delta.extras, name)
         if delta.prompt_logprobs:
@@ -129,13 +132,6 @@ def slice_spans(spans: Sequence[Span], start: int, stop: int) -> tuple[Span, ...
             kept.append((version, num_inside, epoch))
         position += count
     return tuple(kept)
-
-
-def extended_spans(spans: tuple[Span, ...], version: str, count: int, epoch: int) -> tuple[Span, ...]:
-    """With tokens added to the last span, or with one more, where label or weights are others."""
-    if spans and (spans[-1][0], spans[-1][2]) == (version, epoch):
-        return (*spans[:-1], (version, spans[-1][1] + count, epoch))
-    return (*spans, (version, count, epoch)) if count else spans
 
 
 def spans_of(piece: Generation) -> list[Span]:

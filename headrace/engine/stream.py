@@ -108,31 +108,29 @@ class Stream:
         """What the core sent about this sequence."""
         if self.is_done:
             return
-        if delta.finish is not None and delta.finish.error is not None:
-            self._fail(delta.finish.error.to_exception(), "answered")
+        finish = delta.finish
+        if finish is not None and finish.error is not None:
+            self._fail(finish.error.to_exception(), "answered")
             return
         try:
-            self._add(delta)
+            start = len(self.sample.token_ids)
+            num_new = self.sample.append(delta)
+            if self._feed is not None and self._match(self._feed, start, start + num_new, finish):
+                return
+            if finish is not None:
+                self._end("answered", finish)
+            elif num_new:
+                self._notify()
         except HeadraceError as error:  # of the tokenizer: these ids have no text
-            self._fail(error, "answered" if delta.finish else "dropped")
+            self._fail(error, "answered" if finish else "dropped")
         except _OUR_BUGS as error:  # must not reach the link: the other sequences go on
             logger.exception("sequence %s failed in the front", self.request.request_id)
             message = f"the front failed on this sequence: {type(error).__name__}: {error}"
-            self._fail(InternalError(message), "answered" if delta.finish else "dropped")
+            self._fail(InternalError(message), "answered" if finish else "dropped")
 
     def on_failure(self, error: HeadraceError) -> None:
         """The core is gone or the deadline has passed."""
         self._fail(error, "dropped")
-
-    def _add(self, delta: Delta) -> None:
-        start = len(self.sample.token_ids)
-        num_new = self.sample.append(delta)
-        if self._feed is not None and self._match(self._feed, start, start + num_new, delta.finish):
-            return
-        if delta.finish is not None:
-            self._end("answered", delta.finish)
-        elif num_new:
-            self._notify()
 
     def _match(self, feed: TextFeed, start: int, stop: int, finish: Finish | None) -> bool:
         """Turn new ids into text; True when a stop string ended the sequence."""

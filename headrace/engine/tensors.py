@@ -17,9 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.types.errors import WeightUpdateError
-from headrace.types.messages import WeightBytes
 from headrace.types.plain_values import plain_text
-from headrace.types.weights import TensorInfo, shape_problem
+from headrace.types.weights import TensorInfo, WeightBytes, shape_problem
 from headrace.weights.weight_map import FLOAT_DTYPES, TIED_HEAD, is_recomputed
 
 if TYPE_CHECKING:

@@ -43,13 +43,13 @@ from headrace.types.messages import (
     ExtendUpdate,
     Stage,
     StagePayload,
-    UpdateBegun,
-    UpdateExtended,
 )
 from headrace.types.weights import (
     BufferEntry,
     BufferRef,
     TensorInfo,
+    UpdateBegun,
+    UpdateExtended,
     UpdateReport,
 )
 

@@ -12,12 +12,12 @@ from time import monotonic_ns
 
 RANK_PAGE_BYTES = 4096
 BEAT_SECONDS = 0.25
+NUM_RESULTS = 64
 
 _BEAT, _FAILED, _FIRST_RESULT = 0, 1, 2
-_NUM_RESULTS = 64
 _DIGEST_BITS = 32
-_NUMBER_MASK = (1 << 31) - 1
-_TEXT_START = 8 * (_FIRST_RESULT + _NUM_RESULTS)
+_NUM_MARKS = (1 << 31) - 1
+_TEXT_START = 8 * (_FIRST_RESULT + NUM_RESULTS)
 _TEXT_BYTES = 1024
 
 
@@ -51,7 +51,7 @@ class RankPage:
 
     def write_result(self, number: int, digest: int) -> None:
         """What came of plan `number` of those that were sent: 32 bits of it."""
-        self._words[_FIRST_RESULT + number % _NUM_RESULTS] = (number & _NUMBER_MASK) << _DIGEST_BITS | digest
+        self._words[_FIRST_RESULT + number % NUM_RESULTS] = _mark(number) << _DIGEST_BITS | digest
 
     def write_failure(self, number: int, text: str) -> None:
         """That plan failed here."""
@@ -92,6 +92,11 @@ class RankPage:
         return raw.rstrip(b"\0").decode("utf-8", "replace")
 
     def result(self, number: int) -> int | None:
-        """What came of that plan there; None: nothing yet. It is kept for the next 63."""
-        word = self._words[_FIRST_RESULT + number % _NUM_RESULTS]
-        return word & (1 << _DIGEST_BITS) - 1 if word >> _DIGEST_BITS == number & _NUMBER_MASK and word else None
+        """What came of that plan there; None: nothing yet. It is kept until NUM_RESULTS later ones are written."""
+        word = self._words[_FIRST_RESULT + number % NUM_RESULTS]
+        return word & (1 << _DIGEST_BITS) - 1 if word >> _DIGEST_BITS == _mark(number) else None
+
+
+def _mark(number: int) -> int:
+    """A plan's number in 31 bits, which is not that of a word never written."""
+    return number % _NUM_MARKS + 1

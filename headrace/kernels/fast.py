@@ -1,6 +1,6 @@
 """The fast CPU path of each row operation: few calls, few temporaries. Shapes as in `KernelSet`.
 
-A linear layer is one product over all rows: `Products.linear` itself.
+A linear layer is one product over all rows: `Products.linear` and `linear_add_` themselves.
 """
 
 from __future__ import annotations
@@ -11,15 +11,6 @@ from torch import Tensor
 
 from headrace.kernels.experts import Routed, add_grouped_
 from headrace.kernels.products import PLAIN, Products
-
-
-def linear_add_(
-    residual_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, products: Products = PLAIN
-) -> None:
-    """One GEMM that accumulates into the residual stream."""
-    products.linear_add_(residual_TO, x_TI, weight_OI)
-    if bias_O is not None:
-        residual_TO.add_(bias_O)
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -106,7 +106,9 @@ def select_kernels(name: str, products: Products = PLAIN) -> KernelSet:
     module = _MODULES.get(name)
     if module is None:
         raise ConfigError(f"numerics {name!r} is not one of {', '.join(_MODULES)}", field="numerics")
-    linear = products.linear if module is fast else partial(module.linear, products=products)
-    linear_add_ = partial(module.linear_add_, products=products)
+    if module is fast:
+        linear, linear_add_ = products.linear, products.linear_add_
+    else:
+        linear, linear_add_ = partial(module.linear, products=products), partial(module.linear_add_, products=products)
     experts_add_ = partial(module.experts_add_, products=products)
     return KernelSet(name, linear, linear_add_, module.rms_norm, module.rope, module.silu_and_mul, experts_add_)

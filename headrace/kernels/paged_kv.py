@@ -7,6 +7,7 @@ page are contiguous. Seen flat as [num_rows, head_dim], position `offset` of `pa
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class AttentionShape:
         """Of every layer of a KV group."""
         return cls(group.num_heads, group.num_kv_heads, group.head_dim)
 
-    @property
+    @functools.cached_property
     def scale(self) -> float:
         """Factor on every score."""
         return float(self.head_dim**-0.5)

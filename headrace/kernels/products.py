@@ -29,9 +29,11 @@ class Products:
         """out = x W^T."""
         torch.mm(x_TI, weight_OI.t(), out=out_TO)
 
-    def linear_add_(self, target_TO: Tensor, x_TI: Tensor, weight_OI: Tensor) -> None:
-        """target += x W^T, rounded once."""
+    def linear_add_(self, target_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        """target += x W^T, rounded once; then target += b."""
         target_TO.addmm_(x_TI, weight_OI.t())
+        if bias_O is not None:
+            target_TO.add_(bias_O)
 
     def compound(self, operation: Callable[..., Tensor], *operands: Tensor | str | None, **options: Any) -> Tensor:
         """The result of an operation of torch that makes products of its own."""
@@ -75,11 +77,13 @@ class DirectProducts(WideProducts):
         else:
             super().linear_out(x_TI, weight_OI, out_TO)
 
-    def linear_add_(self, target_TO: Tensor, x_TI: Tensor, weight_OI: Tensor) -> None:
-        if x_TI.dtype == torch.float32:
-            self._multiply(x_TI, weight_OI, target_TO, _ONE)
-        else:
-            super().linear_add_(target_TO, x_TI, weight_OI)
+    def linear_add_(self, target_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        if x_TI.dtype != torch.float32:
+            super().linear_add_(target_TO, x_TI, weight_OI, bias_O)
+            return
+        self._multiply(x_TI, weight_OI, target_TO, _ONE)
+        if bias_O is not None:
+            target_TO.add_(bias_O)
 
     def _multiply(self, x_TI: Tensor, weight_OI: Tensor, out_TO: Tensor, beta: ctypes.c_float) -> None:
         """out = x W^T + beta * out. What is rows here are columns there."""

@@ -5,6 +5,8 @@ Legend: T tokens, S tokens kept, X hidden size, I input features.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from headrace.kernels.experts import Routed
@@ -13,11 +15,11 @@ from headrace.layers.linear import Linear
 from headrace.layers.norm import Normed, RmsNorm
 
 
+@dataclass(eq=False, slots=True)
 class Residual:
     """A stream [T, X], changed in place until `keep`."""
 
-    def __init__(self, stream_TX: Tensor) -> None:
-        self.stream_TX = stream_TX
+    stream_TX: Tensor
 
     def normed(self, norm: RmsNorm) -> Normed:
         """The norm of what the stream is now; to be used before the stream changes."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headrace.attention.base import AttentionInputs, Int64Array
 from headrace.runner.slots import InputTable
-from headrace.types.plan import SlotInit, StepPlan
+from headrace.types.plan import LAST_TOKEN, SlotInit, StepPlan
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ def build_batch(plan: StepPlan, slots: InputTable, device: torch.device | None =
     row_firsts = row_ends - row_lengths
     token_slots = np.repeat(row_slots, row_lengths)
     positions = np.arange(len(token_slots)) + np.repeat(row_starts - row_firsts, row_lengths)
+    token_ids = np.where(plan.token_ids == LAST_TOKEN, slots.last_tokens[token_slots], plan.token_ids)
     sampled_rows = np.flatnonzero(plan.row_samples)
     rotated_at = torch.from_numpy(positions).to(device)
     attention = AttentionInputs(
@@ -49,7 +50,7 @@ def build_batch(plan: StepPlan, slots: InputTable, device: torch.device | None =
     )
     return ForwardBatch(
         attention=attention,
-        token_ids=torch.from_numpy(slots.resolve_tokens(plan.token_ids, token_slots)).to(device),
+        token_ids=torch.from_numpy(token_ids).to(device),
         row_firsts=row_firsts,
         scored_rows=slots.scored_rows(row_slots, row_starts),
         sampled_rows=sampled_rows,

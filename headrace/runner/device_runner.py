@@ -71,7 +71,7 @@ class DeviceRunner:
         mesh: Mesh = SINGLE,
     ) -> None:
         times = [time.perf_counter()]
-        share = share_of(resolved.model, mesh.num_ranks)
+        share, shard = share_of(resolved.model, mesh.num_ranks), Shard(mesh.rank, mesh.num_ranks)
         torch.set_num_threads(resolved.num_threads)
         self._device = device = take_device(resolved, shares_process=shares_process)
         free_at_start = free_bytes() if device.type == "cuda" else 0
@@ -81,13 +81,13 @@ class DeviceRunner:
         self._counter = GemmCounter()
         self.memory = Occupation(device, is_saver=resolved.engine.memory_saver)
         self.weights = WeightStore(
-            checked_weight_map(resolved, Shard(mesh.rank, mesh.num_ranks)),
+            checked_weight_map(resolved, shard),
             dtype,
             device,
             allocate=partial(self.memory.allocate, "weights"),
             check_finite=resolved.engine.check_finite,
         )
-        self.memory.reload = load_weights(self.weights, resolved, on_progress)
+        self.memory.reload = load_weights(self.weights, resolved, on_progress, shard)
         times.append(time.perf_counter())
         has_graphs = device.type == "cuda" and resolved.engine.cuda_graphs
         has_float32 = any(tensor.dtype == torch.float32 for tensor in self.weights.live.values())
@@ -155,7 +155,7 @@ class _Parts:
         counter: GemmCounter,
     ) -> None:
         spec, engine = resolved.model, resolved.engine
-        self.mesh, self._share = mesh, share
+        self.mesh = mesh
         max_rows = engine.max_running_requests
         self.max_tokens = max(engine.max_num_batched_tokens, max_rows)
         self.device = device = weights.device
@@ -187,11 +187,6 @@ class _Parts:
         num_host_pages, max_moves = resolved.num_host_pages, resolved.max_page_moves
         host_pages = HostPages(pools, num_host_pages, max_moves) if num_host_pages else None
         return StepRunner(launches, slots, self.buckets, graphs, self._exact, host_pages)
-
-    def page_bytes(self, resolved: ResolvedConfig) -> int:
-        """What a page takes on this rank."""
-        element_size = getattr(torch, resolved.kv_dtype).itemsize
-        return self._share.kv_bytes_per_token(element_size) * resolved.engine.page_size
 
     def _pools(self, resolved: ResolvedConfig, zeros: Zeros | None) -> list[KvPool]:
         """One for each KV group."""
@@ -228,7 +223,7 @@ def _size_pool(resolved: ResolvedConfig, parts: _Parts, free_at_start: int, has_
     taken = free_at_start - free_bytes()
     graphs = _measure_graphs(tiny, parts) if has_graphs else 0
     spare = _SPARE_BYTES + 4 * engine.max_running_requests * resolved.model.vocab_size  # one more step's logits
-    page_bytes = parts.page_bytes(resolved)
+    page_bytes = resolved.kv_bytes_per_token * engine.page_size
     spare += 2 * resolved.max_page_moves * page_bytes if resolved.num_host_pages else 0
     plan = MemoryPlan(free_at_start, taken, graphs, spare, engine.memory_fraction)
     plan = plan.tightest(parts.mesh, parts.device)

@@ -7,6 +7,7 @@ when a step is over. Default dtype and device are of no matter: every tensor her
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -22,7 +23,7 @@ _MAX_TRIES = 100
 
 
 class ExactProducts:
-    """A context around a step, which makes products exact from its beginning on.
+    """A context around a step, its `guard`, which makes products exact from its beginning on.
 
     Without `has_float32` there are no such products, and the setting is left alone. In a process that is shared
     (`is_shared`) it may change at any moment. `products` are then such as do not ask for it; where there are none, on a
@@ -39,6 +40,8 @@ class ExactProducts:
         self._former = ""  # what `make_exact` found, until it is put back
         self._is_asked = has_float32  # whether any product asks for the setting
         self.products = self._shared_products() if is_shared and has_float32 else PLAIN
+        self.guard: AbstractContextManager[None] = self if self._is_asked else nullcontext()
+        """What a step is computed within: nothing where its products do not ask for the setting."""
 
     def _shared_products(self) -> Products:
         if not self._is_cuda:
@@ -50,8 +53,7 @@ class ExactProducts:
         return WatchedProducts(self, is_repeatable=not self._is_cuda)
 
     def __enter__(self) -> None:
-        if self._is_asked:
-            self.make_exact()
+        self.make_exact()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -110,11 +112,11 @@ class WatchedProducts(WideProducts):
                 return
         raise _disturbed()
 
-    def linear_add_(self, target_TO: Tensor, x_TI: Tensor, weight_OI: Tensor) -> None:
+    def linear_add_(self, target_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> None:
         before = target_TO.clone() if self._is_repeatable else None
         for _ in range(_MAX_TRIES):
             self._exact.make_exact()
-            super().linear_add_(target_TO, x_TI, weight_OI)
+            super().linear_add_(target_TO, x_TI, weight_OI, bias_O)
             if not self._exact.is_short():
                 return
             if before is None:

@@ -28,9 +28,10 @@ def checked_weight_map(resolved: ResolvedConfig, shard: Shard = ONLY_RANK) -> We
     table = weight_map(resolved.model, shard)
     if resolved.engine.load_format == "dummy":
         return table
-    manifest = table.untie(Checkpoint(Path(resolved.folder), resolved.engine.load_format).manifest())
+    names = table.of_parameters() if resolved.engine.load_format == "sharded" else table
+    manifest = names.untie(_checkpoint(resolved, shard).manifest())
     try:
-        table.check_manifest(manifest, partial=False)
+        names.check_manifest(manifest, partial=False)
     except WeightUpdateError as error:
         message = f"the weights in {resolved.folder} are not those of its config.json: {error.message}"
         raise CheckpointError(message, field=error.field) from None
@@ -40,16 +41,28 @@ def checked_weight_map(resolved: ResolvedConfig, shard: Shard = ONLY_RANK) -> We
 Reload = Callable[[], Iterator[None]]
 
 
-def load_weights(store: WeightStore, resolved: ResolvedConfig, on_progress: Progress | None) -> Reload:
+def load_weights(
+    store: WeightStore, resolved: ResolvedConfig, on_progress: Progress | None, shard: Shard = ONLY_RANK
+) -> Reload:
     """`on_progress(done, total)` is called per tensor. Returns how the same weights are loaded again, in slices. Both
     raise `CheckpointError` for a bad checkpoint; the second also for files that were changed since."""
     if resolved.engine.load_format == "dummy":
         store.fill_random(resolved.engine.seed)
         return partial(_fill_again, store, resolved.engine.seed)
     files = weight_files(resolved.folder)
-    source = Checkpoint(Path(resolved.folder), resolved.engine.load_format).tensors()
-    store.load(_counted(source, len(store.weight_map.rules_by_name), on_progress))
-    return partial(_load_again, store, resolved, files)
+    total = len(store.weight_map.params if resolved.engine.load_format == "sharded" else store.weight_map.rules_by_name)
+    for _ in _filling(store, resolved, _counted(_checkpoint(resolved, shard).tensors(), total, on_progress)):
+        pass
+    return partial(_load_again, store, resolved, shard, files)
+
+
+def _checkpoint(resolved: ResolvedConfig, shard: Shard) -> Checkpoint:
+    return Checkpoint(Path(resolved.folder), resolved.engine.load_format, shard=shard)
+
+
+def _filling(store: WeightStore, resolved: ResolvedConfig, source: Iterable[tuple[str, TensorData]]) -> Iterator[None]:
+    is_sharded = resolved.engine.load_format == "sharded"
+    return store.load_parameters_in_slices(source) if is_sharded else store.load_in_slices(source)
 
 
 def _fill_again(store: WeightStore, seed: int) -> Iterator[None]:
@@ -57,8 +70,8 @@ def _fill_again(store: WeightStore, seed: int) -> Iterator[None]:
     yield
 
 
-def _load_again(store: WeightStore, resolved: ResolvedConfig, files: frozenset[object]) -> Iterator[None]:
-    yield from store.load_in_slices(Checkpoint(Path(resolved.folder), resolved.engine.load_format).tensors())
+def _load_again(store: WeightStore, resolved: ResolvedConfig, shard: Shard, files: frozenset[object]) -> Iterator[None]:
+    yield from _filling(store, resolved, _checkpoint(resolved, shard).tensors())
     if weight_files(resolved.folder) != files:
         raise CheckpointError(f"the weights in {resolved.folder} are not those of the start any more", field="restore")
 

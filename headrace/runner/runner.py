@@ -60,7 +60,7 @@ class Runner:
         mesh: Mesh = SINGLE,
     ) -> None:
         spec, engine = resolved.model, resolved.engine
-        share = share_of(spec, mesh.num_ranks)
+        share, shard = share_of(spec, mesh.num_ranks), Shard(mesh.rank, mesh.num_ranks)
         torch.set_num_threads(resolved.num_threads)
         self._device = device = take_device(resolved, shares_process=shares_process)
         dtype = getattr(torch, resolved.dtype)
@@ -68,7 +68,7 @@ class Runner:
         self._counter = GemmCounter()
         self.memory = Occupation(device, is_saver=engine.memory_saver)
         self.weights = WeightStore(
-            checked_weight_map(resolved, Shard(mesh.rank, mesh.num_ranks)),
+            checked_weight_map(resolved, shard),
             dtype,
             device,
             allocate=partial(self.memory.allocate, "weights"),
@@ -107,12 +107,12 @@ class Runner:
         self._sampler = Sampler(spec.vocab_size, engine.max_running_requests)
         self._scorer = PromptScorer(self._model.logits, self._sampler, spec.vocab_size)
         self._max_sampled_rows = max(1, _MAX_LOGITS_BYTES // (4 * spec.vocab_size))
-        self.memory.reload = load_weights(self.weights, resolved, on_progress)
+        self.memory.reload = load_weights(self.weights, resolved, on_progress, shard)
 
     def launch(self, plan: StepPlan) -> RunnerStep:
         """Run one step now, up to its sampling if that waits. Plans must come in the order they were issued."""
         step = RunnerStep(plan.step_id, self)
-        with torch.inference_mode(), self._exact:
+        with torch.inference_mode(), self._exact.guard:
             if len(plan.page_moves):
                 self._move_pages(plan.page_moves)
             self._slots.apply(plan)
@@ -126,7 +126,7 @@ class Runner:
 
     def sample(self, step: RunnerStep, patch: SamplePatch | None) -> None:
         """The rest of a step whose sampling waits."""
-        with torch.inference_mode(), self._exact:
+        with torch.inference_mode(), self._exact.guard:
             step.result = self._finish(step, patch)
 
     def probe(self) -> None:
@@ -144,7 +144,9 @@ class Runner:
     def _forward(self, plan: StepPlan, step: RunnerStep) -> None:
         batch = build_batch(plan, self._slots, self._device)
         reads_all = batch.scored_rows or len(batch.sampled_tokens) == len(batch.token_ids)
-        attention = [backend.plan(batch.attention) for backend in self._attention]
+        attention = []
+        for backend in self._attention:
+            attention.append(backend.plan(batch.attention))
         forward = ForwardStep(attention, None if reads_all else batch.sampled_tokens)
         hidden = self._model.forward(self._model.embed(batch.token_ids), forward)
         if batch.scored_rows:

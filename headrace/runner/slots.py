@@ -7,20 +7,20 @@ import numpy.typing as npt
 import torch
 
 from headrace.attention.base import Int64Array
-from headrace.types.plan import LAST_TOKEN, SlotInit, StepPlan
-from headrace.types.request import Int32Array
+from headrace.types.plan import SlotInit, StepPlan
 
 
 class InputTable:
     """Changed only by the plans it is shown, in the order they were issued, and by the tokens they sample.
 
-    page_table   int32 tensor [num_slots, num_columns]; cells a plan never wrote read page 0
+    page_table    int32 tensor [num_slots, num_columns]; cells a plan never wrote read page 0
+    last_tokens   int64 [num_slots]; what each slot sampled last
     """
 
     def __init__(self, num_slots: int, num_columns: int) -> None:
         self._pages = np.zeros((num_slots, num_columns), dtype=np.int32)
         self.page_table = torch.from_numpy(self._pages)
-        self._last_tokens = np.zeros(num_slots, dtype=np.int64)
+        self.last_tokens = np.zeros(num_slots, dtype=np.int64)
         self._scored: dict[int, SlotInit] = {}
         self._scored_ends = np.zeros(num_slots, dtype=np.int64)  # prompt length where its scores are wanted, else 0
 
@@ -43,10 +43,6 @@ class InputTable:
         rows = np.flatnonzero(row_starts + 1 < self._scored_ends[row_slots])
         return [(int(row), self._scored[int(row_slots[row])]) for row in rows]
 
-    def resolve_tokens(self, token_ids: Int32Array, token_slots: Int64Array) -> Int64Array:
-        """Token ids with every `LAST_TOKEN` replaced by what its slot sampled last; int64 [T]."""
-        return np.where(token_ids == LAST_TOKEN, self._last_tokens[token_slots], token_ids)
-
     def record(self, slots: Int64Array, token_ids: Int64Array) -> None:
         """What each slot has just sampled."""
-        self._last_tokens[slots] = token_ids
+        self.last_tokens[slots] = token_ids

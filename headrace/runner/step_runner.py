@@ -75,7 +75,7 @@ class StepRunner:
         """What is launched inside is one step's; where that fails its host copy is free again."""
         with torch.inference_mode():
             try:
-                with self._exact:
+                with self._exact.guard:
                     yield
             except BaseException:
                 self._give_back(host)
@@ -83,7 +83,7 @@ class StepRunner:
 
     def capture(self, buckets: list[Bucket], sampled: list[int]) -> None:
         """Capture the launches of these sizes, over an empty step."""
-        with torch.inference_mode(), self._exact:
+        with torch.inference_mode(), self._exact.guard:
             self._launches.make_empty()
             for bucket in buckets:
                 if self._attention.captures:
@@ -97,14 +97,14 @@ class StepRunner:
 
     def warm(self, buckets: list[Bucket]) -> None:
         """Run forward launches of these sizes once, over an empty step, for the kernels that they compile."""
-        with torch.inference_mode(), self._exact:
+        with torch.inference_mode(), self._exact.guard:
             self._launches.make_empty()
             for bucket in buckets:
                 self._launches.forward(bucket)
 
     def run_greatest(self) -> None:
         """Run launches of the greatest sizes, over padding: what their peak of memory is measured by."""
-        with torch.inference_mode(), self._exact:
+        with torch.inference_mode(), self._exact.guard:
             self._launches.make_empty()
             self._launches.forward(self._buckets.greatest)
             num_rows = self._buckets.sampled[0]

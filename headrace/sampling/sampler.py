@@ -114,7 +114,7 @@ class Sampler:
                 for index in np.flatnonzero(self._slots.wants_extras[batch.slots[rows]]).tolist():
                     options = self._slots.init_of(int(batch.slots[rows[index]])).logprobs
                     extras[int(rows[index])] = distribution.take(np.array([index])).extras(options)
-        if self._slots.has_penalties:
+        if self._slots.seen:
             self._slots.add_tokens(batch.slots.tolist(), token_ids.tolist())
         return Sampled(torch.from_numpy(token_ids), torch.from_numpy(logprobs), extras)
 

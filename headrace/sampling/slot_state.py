@@ -71,6 +71,7 @@ class SamplingSlots:
     min_lengths    int64: stop ids are masked below this absolute position
     wants_extras   bool
     inits          the `SlotInit` each slot was entered with
+    seen           the tokens of the slots whose penalties act
     """
 
     def __init__(self, vocab_size: int, max_slots: int) -> None:
@@ -82,15 +83,10 @@ class SamplingSlots:
         self.min_lengths = np.zeros(max_slots, np.int64)
         self.wants_extras = np.zeros(max_slots, np.bool_)
         self.inits: list[SlotInit | None] = [None] * max_slots
-        self._seen: dict[int, SeenTokens] = {}
+        self.seen: dict[int, SeenTokens] = {}
         self._bias: dict[int, tuple[Int64Array, Float32Array]] = {}
         self._last_bias: tuple[TokenSampling, tuple[Int64Array, Float32Array]] | None = None
         self._stop_ids: dict[int, Int64Array] = {}
-
-    @property
-    def has_penalties(self) -> bool:
-        """True when some slot counts its tokens."""
-        return bool(self._seen)
 
     def enter(self, init: SlotInit) -> None:
         """A sequence takes `init.slot`, in place of whatever was there."""
@@ -103,11 +99,11 @@ class SamplingSlots:
         self.min_lengths[slot] = init.min_length
         self.wants_extras[slot] = init.logprobs.wants_extras
         self.inits[slot] = init
-        for table in (self._seen, self._bias, self._stop_ids):
+        for table in (self.seen, self._bias, self._stop_ids):
             table.pop(slot, None)
         if has_penalties:
             tokens, first_output = init.token_ids, init.first_output
-            self._seen[slot] = SeenTokens(self.vocab_size, tokens[:first_output], tokens[first_output:])
+            self.seen[slot] = SeenTokens(self.vocab_size, tokens[:first_output], tokens[first_output:])
         if sampling.logit_bias:
             self._bias[slot] = self._bias_of(sampling)
         if init.min_length > len(init.token_ids):
@@ -120,7 +116,7 @@ class SamplingSlots:
 
     def add_tokens(self, slots: Sequence[int], token_ids: Sequence[int]) -> None:
         for slot, token_id in zip(slots, token_ids, strict=True):
-            seen = self._seen.get(slot)
+            seen = self.seen.get(slot)
             if seen:
                 seen.add(token_id)
 
@@ -132,7 +128,7 @@ class SamplingSlots:
             stop_ids = self._stop_ids[slot]
             masked = row[stop_ids] < np.inf  # what is not finite stays in sight: the row has to come out as NaN
             row[stop_ids[masked]] = -np.inf
-        seen = self._seen.get(slot)
+        seen = self.seen.get(slot)
         if seen:
             seen.penalise(row, sampling)
         self._truncate(row, sampling)

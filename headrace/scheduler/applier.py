@@ -55,7 +55,9 @@ class ResultApplier:
         leaving = ~table.is_running[slots] & (table.num_in_flight[slots] == 0)
         sampled = slots[step.rows.samples]
         assert len(sampled) == len(result.token_ids), "a result has a token for each sampling row"
-        self._end_nonfinite(step, sampled, result, deltas)
+        are_finite = math.isfinite(np.vdot(result.logprobs, result.logprobs))  # a sum with what is not finite is not
+        if not are_finite or result.prompt_logprobs:
+            self._end_nonfinite(step, sampled, result, deltas)
         if result.prompt_logprobs:
             self._take_prompt_scores(step, result)
         if len(sampled):
@@ -109,14 +111,10 @@ class ResultApplier:
         A sampled token has a finite log-probability; one of a prompt may be -inf, where the distribution that was asked
         for excludes it. What they left in the cache may be no number either: nobody shall find it.
         """
-        are_finite = math.isfinite(np.vdot(result.logprobs, result.logprobs))  # a sum with what is not finite is not
-        if are_finite and not result.prompt_logprobs:
-            return
         scored = result.prompt_logprobs.items()
         slots = [int(step.rows.slots[row]) for row, scores in scored if np.isnan(scores.logprobs).any()]
-        if not are_finite:
-            is_token = np.arange(result.logprobs.shape[1]) < result.num_tokens[:, None]
-            slots += sampled[(is_token & ~np.isfinite(result.logprobs)).any(axis=1)].tolist()
+        is_token = np.arange(result.logprobs.shape[1]) < result.num_tokens[:, None]
+        slots += sampled[(is_token & ~np.isfinite(result.logprobs)).any(axis=1)].tolist()
         table = self._roster.table
         ending = [slot for slot in dict.fromkeys(slots) if table.accepts[slot]]
         if not ending:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from headrace.cache import Match, Namespace
-from headrace.cache.offload import StepMoves
+from headrace.cache.offload import Offload, StepMoves
 from headrace.scheduler.counters import Counters
 from headrace.scheduler.limits import SchedulerLimits
 from headrace.scheduler.plan_builder import PlanBuilder, Rows
@@ -61,7 +61,7 @@ class StepPlanner:
         singles = order[pending == 1][:budget]
         are_long = pending > 1
         chunks = _cut(order[are_long], pending[are_long], budget - len(singles))
-        growing = singles[table.num_scheduled[singles] >= leases.capacity[singles]]
+        growing = singles[table.num_scheduled[singles] >= leases.num_pages[singles] * leases.page_size]
         num_missing = len(growing) + sum(self._num_missing(slot, length) for slot, length in chunks)
         if num_missing > leases.num_available:
             granted = self._share_pages(order, dict(chunks) | dict.fromkeys(singles.tolist(), 1))
@@ -91,7 +91,7 @@ class StepPlanner:
             self._preempt_after(slot, num_promised + missing)
             missing = min(missing, leases.num_available - num_promised)
             num_promised += missing
-            room = int(leases.capacity[slot] - table.num_scheduled[slot]) + missing * self._limits.page_size
+            room = (int(leases.num_pages[slot]) + missing) * self._limits.page_size - int(table.num_scheduled[slot])
             if room > 0:
                 granted[slot] = min(wanted[slot], room)
         return granted
@@ -158,21 +158,20 @@ class StepPlanner:
             ahead = limits.num_pages_for(min(num_known + limits.page_size, sequence.compute_length))  # one of output
             if ahead - match.num_pages + match.num_unpinned + num_reserved > leases.num_available:
                 return
-            if self._waits_for_host(sequence, namespace, match):
+            if leases.offload is not None and self._waits_for_host(leases.offload, sequence, namespace, match):
                 return
             slot = self._enter(builder, sequence, namespace, match)
-            pending = min(num_known, sequence.compute_length) - int(leases.capacity[slot])
+            pending = min(num_known, sequence.compute_length) - match.num_pages * limits.page_size
             self._counters.num_chunked_prompts += pending > budget
             self._add_chunk(builder, slot, min(pending, budget))
             budget -= pending
             num_reserved += ahead - int(leases.num_pages[slot])
 
-    def _waits_for_host(self, sequence: Sequence, namespace: Namespace, match: Match) -> bool:
+    def _waits_for_host(self, offload: Offload, sequence: Sequence, namespace: Namespace, match: Match) -> bool:
         """Whether it had better wait for pages that the host holds: they may just have been sent for. It waits once for
         each: what is evicted again before it gets in is computed."""
-        offload = self._roster.leases.offload
-        if offload is None or offload.is_loading:
-            return offload is not None
+        if offload.is_loading:
+            return True
         max_pages = sequence.max_hit // self._limits.page_size
         host_pages = offload.find(namespace, sequence.units, match, max_pages)
         if match.num_pages + len(host_pages) <= max(match.num_pages, sequence.num_loaded_pages):
@@ -209,6 +208,8 @@ class StepPlanner:
     def _groups(self, rows: Rows) -> Int32Array:
         """Prefix groups of the rows, found anew only when the rows or the holders of slots changed, and after a step in
         which some row was still computing pages that others share."""
+        if len(rows.slots) < 2:
+            return NO_GROUPS
         generation, slots, groups = self._grouped
         if generation == self._roster.generation and np.array_equal(slots, rows.slots):
             return groups

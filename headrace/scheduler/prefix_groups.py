@@ -19,7 +19,7 @@ def find_groups(
     `pages` [slots, columns] is the page table, `slots` [r] names the rows, `num_full` [r] is how many leading pages of
     each row are wholly behind its first position, and no two rows share more than `max_shared` pages.
     """
-    if len(slots) < 2 or max_shared == 0:
+    if max_shared == 0:
         return NO_GROUPS
     first = pages[slots, 0]
     if not (first[1:] == first[:-1]).any():

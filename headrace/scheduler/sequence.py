@@ -68,7 +68,7 @@ class Sequence(msgspec.Struct, eq=False, kw_only=True):
             num_prompt=num_prompt,
             max_length=max_length,
             compute_length=max(1, max_length - 1),
-            stop_token_ids=tuple(token for token in request.stop_token_ids if 0 <= token < limits.vocab_size),
+            stop_token_ids=tuple(filter(range(limits.vocab_size).__contains__, request.stop_token_ids)),
             token_ids=prompt,
             units=request.prompt,
             extras=PositionExtras(options) if options.wants_extras else None,

@@ -33,61 +33,65 @@ class _SortKey(NamedTuple):
 
 @dataclass
 class _Group:
-    """Waiting requests of one prompt that came in one second."""
+    """Waiting requests of one prompt that came in one second; `name` says what is the same of them."""
 
+    name: tuple[int, int, str, bytes]
     first: _SortKey
     count: int = 0
+
+
+class _Entry(NamedTuple):
+    """A waiting request and its place."""
+
+    sequence: Sequence
+    key: _SortKey
+    group: _Group
 
 
 class WaitingQueue:
     """Every operation costs at most the logarithm of the number of waiting requests, on average."""
 
     def __init__(self) -> None:
-        self._sequences: dict[int, Sequence] = {}  # by handle, as they came
-        self._keys: dict[int, _SortKey] = {}
+        self._entries: dict[int, _Entry] = {}  # by handle, as they came
         self._groups: dict[tuple[int, int, str, bytes], _Group] = {}
         self._heap: list[tuple[_SortKey, int]] = []  # with some that have left
         self._num_arrived = 0
 
     def __len__(self) -> int:
-        return len(self._sequences)
+        return len(self._entries)
 
     def push(self, sequence: Sequence) -> None:
         request, window = sequence.request, int(sequence.arrived // WINDOW_S)
         own = _SortKey(-request.priority, window, -request.max_new_tokens, self._num_arrived, self._num_arrived)
-        group = self._groups.setdefault(_group_key(sequence), _Group(own))
+        name = (request.priority, window, request.extra_key, sequence.units)
+        group = self._groups.setdefault(name, _Group(name, own))
         group.count += 1
         key = group.first._replace(number=self._num_arrived)
         self._num_arrived += 1
-        self._sequences[sequence.handle] = sequence
-        self._keys[sequence.handle] = key
+        self._entries[sequence.handle] = _Entry(sequence, key, group)
         heappush(self._heap, (key, sequence.handle))
 
     def first(self) -> Sequence | None:
         """The next to be admitted, left in place."""
         while self._heap:
             key, handle = self._heap[0]
-            if self._keys.get(handle) == key:
-                return self._sequences[handle]
+            entry = self._entries.get(handle)
+            if entry is not None and entry.key == key:
+                return entry.sequence
             heappop(self._heap)
         return None
 
     def remove(self, sequence: Sequence) -> None:
         """Take a queued sequence out, wherever it stands."""
-        del self._sequences[sequence.handle], self._keys[sequence.handle]
-        group = self._groups[_group_key(sequence)]
+        group = self._entries.pop(sequence.handle).group
         group.count -= 1
         if not group.count:
-            del self._groups[_group_key(sequence)]
-        if len(self._heap) > 2 * len(self._sequences) + _MIN_STALE:
-            self._heap = [(key, handle) for handle, key in self._keys.items()]
+            del self._groups[group.name]
+        if len(self._heap) > 2 * len(self._entries) + _MIN_STALE:
+            self._heap = [(entry.key, handle) for handle, entry in self._entries.items()]
             heapify(self._heap)
 
     def arrived_before(self, moment: float) -> list[Sequence]:
         """Those that arrived before `moment`, as they came; looks no further than the first younger one."""
-        return list(takewhile(lambda sequence: sequence.arrived < moment, self._sequences.values()))
-
-
-def _group_key(sequence: Sequence) -> tuple[int, int, str, bytes]:
-    request = sequence.request
-    return request.priority, int(sequence.arrived // WINDOW_S), request.extra_key, sequence.units
+        sequences = (entry.sequence for entry in self._entries.values())
+        return list(takewhile(lambda sequence: sequence.arrived < moment, sequences))

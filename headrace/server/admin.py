@@ -18,11 +18,10 @@ from headrace.server.errors import FieldNames, error_body, refusal
 from headrace.server.folders import Folders
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
-from headrace.server.update_body import UPDATE_FIELDS, UpdateBody
+from headrace.server.update_body import UPDATE_FIELDS, UpdateBody, check_selector
 from headrace.server.wire import json_reply
 from headrace.types.errors import HeadraceError, RequestError
-from headrace.types.messages import WeightBytes
-from headrace.types.weights import PauseMode, TensorInfo
+from headrace.types.weights import PauseMode, TensorInfo, WeightBytes
 
 MAX_READ_ELEMENTS = 1 << 22
 PAUSE_MODES: dict[str, PauseMode] = {
@@ -74,7 +73,18 @@ class NameBody(msgspec.Struct):
 
 
 class CheckerBody(msgspec.Struct):
+    """Without quantization there is no error of it to allow. Tensors of `skip_tensor_list` are left out of what is
+    told."""
+
     action: Literal["checksum", "snapshot", "reset_tensors", "compare"] = "checksum"
+    allow_quant_error: bool = False
+    skip_tensor_list: list[str] = []
+    selector: str | None = None
+
+
+class PostProcessBody(msgspec.Struct):
+    restore_weights_before_load: bool = False
+    post_process_quantization: bool = False
 
 
 class AdminFace:
@@ -96,6 +106,7 @@ class AdminFace:
             ("/flush_cache", self.flush_cache, ("GET", "POST")),
             ("/update_weights_from_disk", self.update_weights_from_disk, post),
             ("/abort_weight_update", self.abort_weight_update, post),
+            ("/post_process_weights", self.post_process_weights, post),
             ("/update_weight_version", self.update_weight_version, post),
             ("/get_weights_by_name", self.get_weights_by_name, ("GET", "POST")),
             ("/weights_checker", self.weights_checker, ("GET", "POST")),
@@ -176,6 +187,11 @@ class AdminFace:
         await self._state.run(request, self._engine.abort_update())
         return json_reply({"success": True, "message": "No weight update is open."})
 
+    async def post_process_weights(self, request: Request) -> Response:
+        """POST /post_process_weights: weights that are live are ready to be computed with."""
+        await read_control(request, PostProcessBody)
+        return json_reply({"success": True, "message": "There is nothing to do."})
+
     async def update_weight_version(self, request: Request) -> Response:
         body = await read_control(request, VersionBody)
         with FieldNames({"version": "new_version"}):
@@ -202,6 +218,9 @@ class AdminFace:
         body = await read_control(request, CheckerBody)
         if body.action in ("snapshot", "reset_tensors"):
             check_changes(request, f"action {body.action}", "action")
+        check_selector(body.selector)
+        if body.skip_tensor_list and body.action == "reset_tensors":
+            raise RequestError("reset_tensors resets all of them", field="skip_tensor_list")
         try:
             if body.action == "checksum":
                 found = await self._state.run(request, self._engine.digest())
@@ -209,6 +228,8 @@ class AdminFace:
                 found = await self._state.run(request, self._engine.weights_checker(body.action))
         except HeadraceError as error:
             return refusal(error)
+        for name in body.skip_tensor_list:
+            found.pop(name, None)
         if body.action == "compare" and found:
             message = f"{len(found)} tensors differ from the snapshot: {', '.join(sorted(found)[:20])}"
             return json_reply({**error_body(400, message, param="action"), "success": False, "differing": found}, 400)

@@ -15,7 +15,7 @@ from headrace.engine import AsyncEngine
 from headrace.server import errors
 from headrace.server.admin import AdminFace
 from headrace.server.auth import Access, Auth, keys_of
-from headrace.server.browsers import Browsers, Hosts
+from headrace.server.browsers import Hosts
 from headrace.server.folders import Folders
 from headrace.server.gate import Gate
 from headrace.server.info import InfoFace
@@ -26,10 +26,13 @@ from headrace.server.openai_chat import ChatFace
 from headrace.server.openai_completions import CompletionsFace
 from headrace.server.openai_models import ModelsFace
 from headrace.server.options import ServerOptions
+from headrace.server.probing import ProbeFace
 from headrace.server.routes import Endpoint, Handler
+from headrace.server.saving import SaveFace
 from headrace.server.state import ServerState
 from headrace.server.surface import SurfaceFace
 from headrace.server.vllm import VllmFace
+from headrace.server.vllm_generate import VllmGenerateFace
 from headrace.server.weight_groups import GroupFace
 from headrace.server.weights import BucketFace
 from headrace.types.errors import HeadraceError
@@ -45,7 +48,6 @@ def create_app(engine: AsyncEngine, options: ServerOptions, host: str = "127.0.0
     endpoints = all_endpoints(state)
     access: dict[str, Access] = {endpoint.path: endpoint.access for endpoint in endpoints}
     keys = keys_of(options.api_key, options.admin_api_key)
-    keyless: list[Access] = [kind for kind in ("data", "admin") if not keys[kind]]
     app = Starlette(
         routes=[_route(endpoint) for endpoint in endpoints],
         middleware=[
@@ -55,8 +57,7 @@ def create_app(engine: AsyncEngine, options: ServerOptions, host: str = "127.0.0
                 body_timeout=options.body_timeout,
                 open_paths=[path for path, needed in access.items() if needed == "open"],
             ),
-            Middleware(Browsers, access=access, keyless=keyless, hosts=Hosts(host, options.allowed_hosts)),
-            Middleware(Auth, access=access, keys=keys),
+            Middleware(Auth, access=access, keys=keys, hosts=Hosts(host, options.allowed_hosts)),
             Middleware(Gate, state=state, paths=[endpoint.path for endpoint in endpoints if endpoint.generates]),
         ],
         exception_handlers={
@@ -93,7 +94,8 @@ class _Handled:
 
 def all_endpoints(state: ServerState) -> list[Endpoint]:
     """Every route of every face; the busiest first, since they are matched in order."""
-    folders = Folders(state.engine.resolved.folder, state.options.weight_roots)
+    options = state.options
+    folders = Folders(state.engine.resolved.folder, options.weight_roots, options.save_roots)
     faces = (
         NativeFace(state),
         ChatFace(state),
@@ -104,7 +106,10 @@ def all_endpoints(state: ServerState) -> list[Endpoint]:
         BucketFace(state),
         GroupFace(state),
         VllmFace(state, folders),
-        SurfaceFace(state),
+        VllmGenerateFace(state),
+        ProbeFace(state, folders),
+        SurfaceFace(state, folders),
         WeightsFace(state, folders),
+        SaveFace(state, folders),
     )
     return [endpoint for face in faces for endpoint in face.endpoints()]

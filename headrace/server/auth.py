@@ -1,4 +1,5 @@
-"""Who may call what. Owns the comparison of bearer keys; which route needs which key is data given to it.
+"""Who may call what. Owns the comparison of bearer keys; which route needs which key is data given to it. Where none is
+needed, `browsers` says what keeps web pages out.
 
 It stands in front of the whole application, so that a route nobody thought of needs the data key.
 """
@@ -11,6 +12,7 @@ from typing import Literal
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from headrace.server.browsers import Hosts, fault_of
 from headrace.server.errors import error_body, respond
 
 Access = Literal["open", "data", "admin"]
@@ -23,13 +25,14 @@ class Auth:
     """ASGI middleware. `access` says for a path what it needs; a path it does not hold needs the data key.
 
     The admin key opens data routes too. Without an admin key, control routes take the data key; without any key, every
-    caller passes, whatever it sends.
+    caller passes, whatever it sends, but for web pages of others: a request has to name one of `hosts`.
     """
 
-    def __init__(self, app: ASGIApp, access: Mapping[str, Access], keys: Keys) -> None:
+    def __init__(self, app: ASGIApp, access: Mapping[str, Access], keys: Keys, hosts: Hosts) -> None:
         self._app = app
         self._access = access
         self._keys = keys
+        self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -37,7 +40,13 @@ class Auth:
             return
         if scope["type"] != "http":
             return  # no other protocol is served
-        keys = self._keys[self._access.get(scope["path"], "data")]
+        needed = self._access.get(scope["path"], "data")
+        keys = self._keys[needed]
+        reason = "" if keys or needed == "open" else fault_of(scope, self._hosts)
+        if reason:
+            body = error_body(403, f"{reason}; a server without an API key refuses this", kind="Forbidden")
+            await respond(body)(scope, receive, send)
+            return
         if keys and not _is_one_of(_bearer(scope), keys):
             response = respond(error_body(401, "a valid bearer key is needed", kind="Unauthorized"))
             response.headers["connection"] = "close"  # it need not stay for somebody without a key

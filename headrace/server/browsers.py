@@ -10,49 +10,29 @@ from __future__ import annotations
 import functools
 import ipaddress
 import socket
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Scope
 
-from headrace.server.auth import Access
-from headrace.server.errors import error_body, respond
 from headrace.server.options import is_loopback
 
 _NUM_REMEMBERED = 64  # values of Host headers: clients of one server write few
 
 
-class Browsers:
-    """ASGI middleware. Routes whose access is one of `keyless` answer only requests to a host that `hosts` knows, and
-    from no page of another site. `access` says for a path what it needs; a path it does not hold is a data route."""
-
-    def __init__(self, app: ASGIApp, access: Mapping[str, Access], keyless: Collection[Access], hosts: Hosts) -> None:
-        self._app = app
-        self._access = access
-        self._keyless = keyless
-        self._hosts = hosts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_guarded = scope["type"] == "http" and self._access.get(scope["path"], "data") in self._keyless
-        reason = self._fault(scope) if is_guarded else ""
-        if reason:
-            body = error_body(403, f"{reason}; a server without an API key refuses this", kind="Forbidden")
-            await respond(body)(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
-
-    def _fault(self, scope: Scope) -> str:
-        """Why a request may come from a stranger's page; "" if it cannot."""
-        values = dict(scope["headers"])
-        host = values.get(b"host", b"").decode("latin-1").lower()
-        if host and not self._hosts.know(host):
-            return f"host {ascii(host[:100])} is not known here (--allowed-host adds it)"
-        if b"origin" in values:
-            origin = values[b"origin"].decode("latin-1").lower()
-            if origin.partition("://")[2] != host:
-                return f"origin {ascii(origin[:100])} is another site"
-        if values.get(b"sec-fetch-site", b"none").lower() not in (b"none", b"same-origin"):
-            return "the request comes from another site"
-        return ""
+def fault_of(scope: Scope, hosts: Hosts) -> str:
+    """Why a request may come from a stranger's page; "" if it cannot: it is to a host that `hosts` knows, and from no
+    page of another site."""
+    values = dict(scope["headers"])
+    host = values.get(b"host", b"").decode("latin-1").lower()
+    if host and not hosts.know(host):
+        return f"host {ascii(host[:100])} is not known here (--allowed-host adds it)"
+    if b"origin" in values:
+        origin = values[b"origin"].decode("latin-1").lower()
+        if origin.partition("://")[2] != host:
+            return f"origin {ascii(origin[:100])} is another site"
+    if values.get(b"sec-fetch-site", b"none").lower() not in (b"none", b"same-origin"):
+        return "the request comes from another site"
+    return ""
 
 
 class Hosts:

@@ -139,7 +139,8 @@ class EmbeddedServer(uvicorn.Server):
     def _accept(self, listener: socket.socket) -> None:
         """Take in what waits, a batch at a time: the loop has other things to do."""
         for number in range(_BATCH):
-            num_over = self._num_open() - self.max_connections
+            # A connection is known to uvicorn shortly before its task has ended.
+            num_over = len(self.server_state.connections.union(self._accepting.values())) - self.max_connections
             if num_over >= 0 and (number > 0 or self._evict()):
                 return  # who is evicted is gone at the next turn, and only for somebody who waits: known for the first
             try:
@@ -166,10 +167,6 @@ class EmbeddedServer(uvicorn.Server):
         task = loop.create_task(loop.connect_accepted_socket(lambda: connection, client))
         self._accepting[task] = connection
         task.add_done_callback(self._accepting.pop)
-
-    def _num_open(self) -> int:
-        """A connection is known to uvicorn shortly before its task has ended."""
-        return len(self.server_state.connections.union(self._accepting.values()))
 
     def _evict(self) -> bool:
         """Close the longest unused of those connections that nobody would miss; False when there is none."""

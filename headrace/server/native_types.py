@@ -82,7 +82,8 @@ class Draft:
     """
 
     def __init__(self, engine: AsyncEngine, values: Mapping[str, Any]) -> None:
-        refuse_lacking(values, LACKING_GENERATE)
+        if not LACKING_GENERATE.isdisjoint(values):
+            refuse_lacking(values, LACKING_GENERATE)
         self.body = body = convert(values, GenerateBody)
         self.sources, self.is_batch, self.field = _sources(body)
         check_count(engine, len(self.sources), self.field)
@@ -90,14 +91,18 @@ class Draft:
         self.refusals: dict[int, RequestError] | None = {} if body.return_errors else None
         self.params = params_list(body.sampling_params, len(self.sources), self.refusals, read_params)
         counts = list(map(_NUM_SAMPLES, self.params))
-        if sum(counts) > len(counts):
-            check_count(engine, sum(counts), self.field)
+        num_sequences = sum(counts)
+        if num_sequences > len(counts):
+            check_count(engine, num_sequences, self.field)
         if len(self.params) > 1:
             check_call(self.params)
-        self.asked = _PromptOptions(engine, body, len(self.sources), self.refusals)
-        self.warnings = warnings_for(values, _KNOWN)
-        self.is_list = self.is_batch or sum(counts) > 1
-        self.names = _names(body.rid, counts, self.is_list, self.refusals)
+        self.wants_logprobs = _per_prompt(body.return_logprob, len(self.sources), "return_logprob")
+        self.items = _items(engine, body, self.params, self.wants_logprobs, self.refusals)
+        self.warnings = [] if values.keys() <= _KNOWN else warnings_for(values, _KNOWN)
+        self.is_list = self.is_batch or num_sequences > 1
+        self.names = [""] * num_sequences  # the engine makes them
+        if body.rid is not None and body.rid != "":
+            self.names = _names(body.rid, counts, self.is_list, self.refusals)
         self.prompts: list[Any] = []
         """Arrays of ids; None for one that is refused. Texts are encoded later."""
         for position, ids in enumerate(self.sources if body.text is None else ()):
@@ -118,13 +123,13 @@ async def read_call(engine: AsyncEngine, draft: Draft) -> GenerateCall:
         if body.add_special_tokens:
             warnings += warnings_about(engine, dict(zip(draft.fields, draft.prompts, strict=True)))
     items, wants_logprobs, turn = list[GenerateItem](), list[bool](), Turn()
-    for position, params in enumerate(draft.params):
-        item = draft.asked.item(position, draft.prompts[position], params, draft.names[len(items)])
+    for position, item in enumerate(draft.items):
+        item = msgspec.structs.replace(item, input_ids=draft.prompts[position], request_id=draft.names[len(items)])
         first = _prepared(engine, item, is_list, draft.refusals)
-        for index in range(params.n):
+        for index in range(item.params.n):
             await turn.give_way()
             items.append(msgspec.structs.replace(first, index=index, request_id=draft.names[len(items)]))
-            wants_logprobs.append(draft.asked.wants_logprobs[position])
+            wants_logprobs.append(draft.wants_logprobs[position])
     if body.return_prompt_token_ids or any(wants_logprobs):  # else there is nothing to count
         firsts = [item for item in items if item.index == 0 and item.packed is not None]
         prompts_asked = ((item.logprobs, len(item.packed or b"") // 4, item.params) for item in firsts)
@@ -151,54 +156,48 @@ def in_dialect(error: HeadraceError, position: int, is_list: bool) -> HeadraceEr
     return renamed(error, {**_FIELDS, "input_ids": prompt})
 
 
-class _PromptOptions:
-    """The options of each prompt, from values given once or per prompt."""
-
-    def __init__(
-        self, engine: AsyncEngine, body: GenerateBody, num_prompts: int, refusals: dict[int, RequestError] | None
-    ) -> None:
-        lists = [_per_prompt(getattr(body, field), num_prompts, field) for field in _PER_PROMPT]
-        self.wants_logprobs, self._priorities, self._extra_keys, self._num_output, starts, tops = lists
-        if any(self._num_output) and body.text is not None:
-            message = "num_output_ids_in_prompt counts token ids: give the prompt as input_ids"
-            raise RequestError(message, field="num_output_ids_in_prompt")
-        self._body = body
-        asked = _asked_ids(body.token_ids_logprob, num_prompts) if body.token_ids_logprob else [()] * num_prompts
-        modes = (
-            body.logprob_mode or engine.config.logprob_mode,
-            body.prompt_logprob_mode or engine.config.prompt_logprob_mode,
-        )
-        self._logprobs = [LogprobOptions(*modes)] * num_prompts
-        for position, each in enumerate(zip(self.wants_logprobs, starts, tops, asked, strict=True)):
-            if each == _NO_LOGPROBS:
-                continue
-            try:
-                self._logprobs[position] = _logprob_options(modes, *each)
-            except RequestError as error:
-                if refusals is None:
-                    raise
-                refusals.setdefault(position, error)
-
-    def item(self, position: int, prompt: Any, params: SamplingParams, name: str) -> GenerateItem:
-        """The first sample of prompt `position`."""
-        return GenerateItem(
-            input_ids=prompt,
-            params=params,
-            request_id=name,
-            logprobs=self._logprobs[position],
+def _items(
+    engine: AsyncEngine,
+    body: GenerateBody,
+    params: list[SamplingParams],
+    wants_logprobs: list[bool],
+    refusals: dict[int, RequestError] | None,
+) -> list[GenerateItem]:
+    """The first sample of each prompt, without the prompt and its name, from values given once or per prompt."""
+    priorities = _per_prompt(body.priority, len(params), "priority")
+    extra_keys = _per_prompt(body.extra_key, len(params), "extra_key")
+    num_output = _per_prompt(body.num_output_ids_in_prompt, len(params), "num_output_ids_in_prompt")
+    starts = _per_prompt(body.logprob_start_len, len(params), "logprob_start_len")
+    tops = _per_prompt(body.top_logprobs_num, len(params), "top_logprobs_num")
+    if any(num_output) and body.text is not None:
+        message = "num_output_ids_in_prompt counts token ids: give the prompt as input_ids"
+        raise RequestError(message, field="num_output_ids_in_prompt")
+    asked = _asked_ids(body.token_ids_logprob, len(params)) if body.token_ids_logprob else [()] * len(params)
+    config, items = engine.config, list[GenerateItem]()
+    modes = body.logprob_mode or config.logprob_mode, body.prompt_logprob_mode or config.prompt_logprob_mode
+    for position, each in enumerate(zip(wants_logprobs, starts, tops, asked, strict=True)):
+        logprobs = LogprobOptions(*modes)
+        try:
+            logprobs = logprobs if each == _NO_LOGPROBS else _logprob_options(modes, *each)
+        except RequestError as error:
+            if refusals is None:
+                raise
+            refusals.setdefault(position, error)
+        item = GenerateItem(
+            params=params[position],
+            logprobs=logprobs,
             prompt_index=position,
-            priority=self._priorities[position],
-            extra_key=self._extra_keys[position] or "",
-            stream=self._body.stream,
-            num_output_ids_in_prompt=self._num_output[position],
-            clip_to_context=self._body.clip_to_context,
-            return_errors=self._body.return_errors,
+            priority=priorities[position],
+            extra_key=extra_keys[position] or "",
+            stream=body.stream,
+            num_output_ids_in_prompt=num_output[position],
+            clip_to_context=body.clip_to_context,
+            return_errors=body.return_errors,
         )
+        items.append(item)
+    return items
 
 
-_PER_PROMPT = (
-    *("return_logprob", "priority", "extra_key", "num_output_ids_in_prompt", "logprob_start_len", "top_logprobs_num"),
-)
 _NO_LOGPROBS = False, -1, 0, ()
 
 
@@ -323,12 +322,10 @@ def _own(name: str, position: int, refusals: dict[int, RequestError] | None) -> 
 
 
 def _names(
-    rid: str | list[str] | None, counts: list[int], is_list: bool, refusals: dict[int, RequestError] | None
+    rid: str | list[str], counts: list[int], is_list: bool, refusals: dict[int, RequestError] | None
 ) -> list[str]:
     """A name per sequence. One name for many becomes name_0, name_1, ...; so does each of a list when n > 1."""
     num_sequences = sum(counts)
-    if rid is None or rid == "":
-        return [""] * num_sequences  # the engine makes them
     if isinstance(rid, str):
         rid = name_of(rid, "rid")
         return [f"{rid}_{number}" for number in range(num_sequences)] if is_list else [rid]

@@ -60,6 +60,7 @@ class DiskAsk(msgspec.Struct, frozen=True, kw_only=True):
     """`Engine.update_weights_from_disk`; the folder is one of the server's."""
 
     path: str
+    verify: bool = False
     version: str | int
     mode: UpdateMode = "auto"
     in_flight: InFlight = "drain"
@@ -301,7 +302,13 @@ class WeightsFace:
         ask = await read_ask(request, DiskAsk, MAX_CALL_BYTES)
         folder, root = self._folders.allowed(ask.path, "path")
         update = self._engine.update_weights_from_disk(
-            folder, ask.version, mode=ask.mode, in_flight=ask.in_flight, timeout=ask.timeout, root=root
+            folder,
+            ask.version,
+            mode=ask.mode,
+            in_flight=ask.in_flight,
+            timeout=ask.timeout,
+            verify=ask.verify,
+            root=root,
         )
         return packed_reply(await self._state.run(request, update))
 

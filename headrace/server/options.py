@@ -33,6 +33,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     insecure                      allow a non-loopback address without `api_key`
     incremental_streaming_output  `/generate` streams only what is new, instead of everything so far
     weight_roots                  folders that `/update_weights_from_disk` may read besides the model's own
+    save_roots                    folders, and URLs of stores, below which clients may save weights; none by default
     max_body_bytes                largest request body; more is answered 413
     body_timeout                  seconds a client may take to send its body
     write_timeout                 seconds a client may leave a stream unread
@@ -47,6 +48,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     insecure: bool = False
     incremental_streaming_output: bool = False
     weight_roots: tuple[str, ...] = ()
+    save_roots: tuple[str, ...] = ()
     max_body_bytes: int = 64 << 20
     body_timeout: float = 60.0
     write_timeout: float = 300.0
@@ -63,8 +65,9 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
                 raise ConfigError(f"give {name} or {name}_file, not both", field=f"{name}_file")
             if key is not None and not (key.strip() == key != "" and key.isascii() and key.isprintable()):
                 raise ConfigError(f"{name} must be printable ASCII, not empty, without spaces around it", field=name)
-        for root in self.weight_roots:
-            as_path(root, "weight_roots", ConfigError)
+        for name in ("weight_roots", "save_roots"):
+            for root in getattr(self, name):
+                as_path(root, name, ConfigError)
         if self.max_body_bytes < 1024:
             raise ConfigError("max_body_bytes must be at least 1024", field="max_body_bytes")
         for name in ("body_timeout", "write_timeout"):

@@ -23,6 +23,7 @@ from headrace.engine.stream import StreamGroup, cancel_all, whole_samples
 from headrace.server.auth import Access
 from headrace.server.coerce import MediaTypeError
 from headrace.server.errors import shown
+from headrace.server.folders import Folders
 from headrace.server.routes import Endpoint, Handler
 from headrace.server.state import ServerState
 from headrace.server.wire import EventStream, PartsReply, convert, dropping, invalid_part, read_body
@@ -38,7 +39,8 @@ CALLS: dict[str, Access] = {
     **dict.fromkeys(("abort", "resume", "flush_cache", "set_weight_version", "digest", "weights_checker"), "admin"),
     **dict.fromkeys(("release_memory_occupation", "resume_memory_occupation"), "admin"),
     **dict.fromkeys(("init_weights_update_group", "destroy_weights_update_group"), "admin"),
-    "update_weights_from_distributed": "admin",
+    **dict.fromkeys(("update_weights_from_distributed", "collective_rpc"), "admin"),
+    **dict.fromkeys(("slow_down", "freeze_gc", "stop_profile"), "admin"),
 }
 """The methods that are called as they are, and the key that each needs."""
 
@@ -48,14 +50,16 @@ pack = msgspec.msgpack.Encoder().encode
 class SurfaceFace:
     """Generation and control, as `Engine` has them."""
 
-    def __init__(self, state: ServerState) -> None:
+    def __init__(self, state: ServerState, folders: Folders) -> None:
         self._state = state
         self._engine = state.engine
+        self._folders = folders
 
     def endpoints(self) -> list[Endpoint]:
         calls = [_post(name, functools.partial(self.call, name), access) for name, access in CALLS.items()]
         generate = Endpoint(f"{PREFIX}/generate", self.generate, ("POST",), generates=True)
-        return [generate, *calls, _post("pause", self.pause, "admin")]
+        others = [_post(name, getattr(self, name), "admin") for name in ("pause", "start_profile")]
+        return [generate, *calls, *others]
 
     async def generate(self, request: Request) -> Response:
         """`generate`, `score` and `stream`."""
@@ -78,6 +82,13 @@ class SurfaceFace:
         pausing, regret = self._engine.undoable_pause(arguments.get("mode", "abort"), arguments.get("timeout"))
         await self._state.run(request, pausing, regret)
         return packed_reply(None)
+
+    async def start_profile(self, request: Request) -> Response:
+        """`start_profile`; the folder is one of the server's."""
+        arguments = await self._arguments(request, "start_profile")
+        if arguments.get("output_dir") is not None:
+            arguments["output_dir"] = str(self._folders.allowed(str(arguments["output_dir"]), "output_dir")[0])
+        return packed_reply(await self._state.run(request, self._engine.start_profile(**arguments)))
 
     async def call(self, name: str, request: Request) -> Response:
         """Any of `CALLS`."""

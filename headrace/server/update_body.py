@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from headrace.engine import DEFAULT_UPDATE_TIMEOUT
+from headrace.types.errors import RequestError
 from headrace.types.weights import InFlight, UpdateMode
 
 UPDATE_FIELDS = {"timeout": "timeout_s", "version": "weight_version"}
@@ -24,3 +25,9 @@ class UpdateBody(msgspec.Struct, kw_only=True):
     def policy(self) -> InFlight:
         """What becomes of requests in flight."""
         return self.in_flight or ("abort" if self.abort_all_requests else "drain")
+
+
+def check_selector(selector: str | None) -> None:
+    """Refuse what means a draft model."""
+    if selector not in (None, "target", "all"):
+        raise RequestError(f"selector {selector!r}: this engine has no draft model", field="selector")

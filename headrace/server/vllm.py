@@ -37,7 +37,6 @@ from headrace.server.vllm_types import (
     check_unsupported,
     read_ask,
 )
-from headrace.server.weights import NUM_RANKS
 from headrace.server.wire import json_reply
 from headrace.types.errors import RequestError, UpdateConflictError, WeightUpdateError
 from headrace.types.memory import OnRelease
@@ -174,7 +173,7 @@ class VllmFace:
         return json_reply({"weight_version": self._engine.version})
 
     async def get_world_size(self, request: Request) -> Response:
-        return json_reply({"world_size": NUM_RANKS})
+        return json_reply({"world_size": self._engine.resolved.engine.tp_size})
 
     async def init_weight_transfer(self, request: Request) -> Response:
         """POST /init_weight_transfer_engine: answers when all ranks are there; the trainer makes the group meanwhile. A

@@ -91,13 +91,6 @@ class UpdateAsk(msgspec.Struct, kw_only=True):
     timeout_s: float = DEFAULT_UPDATE_TIMEOUT
 
 
-class RpcAsk(msgspec.Struct):
-    method: str
-    args: list[Any] = []
-    kwargs: dict[str, Any] = {}
-    timeout: float | None = None
-
-
 async def read_ask(request: Request, kind: type[Ask]) -> Ask:
     """The query with the body, where there is one, before it. Raises `RequestError` naming the field."""
     query = request.query_params

@@ -21,12 +21,10 @@ from headrace.server.coerce import read_control
 from headrace.server.errors import FieldNames, refusal
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
-from headrace.server.update_body import UPDATE_FIELDS, UpdateBody
+from headrace.server.update_body import UPDATE_FIELDS, UpdateBody, check_selector
 from headrace.server.wire import json_reply
 from headrace.types.errors import HeadraceError, RequestError
 from headrace.types.weights import UpdateReport
-
-NUM_RANKS = 1
 
 
 class TensorBody(UpdateBody, kw_only=True):
@@ -66,7 +64,7 @@ class BucketFace:
         client that never calls this does without either."""
         body = await read_control(request, SelectorBody)
         try:
-            _check_selector(body.selector)
+            check_selector(body.selector)
             await self._state.run(request, self._engine.runtime.joined.begin())
         except HeadraceError as error:
             return refusal(error)
@@ -99,25 +97,21 @@ class BucketFace:
         runtime = self._engine.runtime
         try:
             body = await read_control(request, TensorBody)
-            payload = self._payload(body)
+            payloads = self._payloads(body)
             terms = terms_of_part(body.weight_version, body.mode, body.policy, body.timeout_s)
         except BaseException:  # whatever it is, as in `JoinedUpdate.add`
             await runtime.joined.end()
             raise
         device = self._engine.resolved.device
-        return add_payload(runtime.joined, runtime.updater, payload, body.load_format, terms, device)
+        return add_payload(runtime.joined, runtime.updater, payloads, body.load_format, terms, device)
 
-    def _payload(self, body: TensorBody) -> str:
-        """The payload of this engine's only rank."""
+    def _payloads(self, body: TensorBody) -> list[str]:
+        """One for each of this engine's ranks."""
         load_format_of(body.load_format)
-        _check_selector(body.selector)
+        check_selector(body.selector)
         payloads = body.serialized_named_tensors
-        if len(payloads) != NUM_RANKS:
-            message = f"serialized_named_tensors has {len(payloads)} entries, this engine {NUM_RANKS} rank"
+        num_ranks = self._engine.resolved.engine.tp_size
+        if len(payloads) != num_ranks:
+            message = f"serialized_named_tensors has {len(payloads)} entries, this engine has tp_size {num_ranks}"
             raise RequestError(message, field="serialized_named_tensors")
-        return payloads[0]
-
-
-def _check_selector(selector: str | None) -> None:
-    if selector not in (None, "target", "all"):
-        raise RequestError(f"selector {selector!r}: this engine has no draft model", field="selector")
+        return payloads

@@ -27,6 +27,7 @@ MAX_TOKEN_ID = (1 << 22) - 1
 MAX_TEMPLATES = 64
 _SPECIAL_MAP = "special_tokens_map.json"
 _ADDED, _VOCABULARY = "added_tokens.json", "vocab.json"
+TOKEN_FILES = (CONFIG, _SPECIAL_MAP, _ADDED, _VOCABULARY)
 _TEMPLATE, _TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 _NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _FURTHER = ("extra_special_tokens", "additional_special_tokens")
@@ -34,10 +35,18 @@ _BY_ID = "added_tokens_decoder"
 _FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 
 
+def template_files(folder: Path) -> list[Path]:
+    """The files of chat templates. `CheckpointError` for more than there may be."""
+    files = _template_files(folder / _TEMPLATES)
+    if len(files) > MAX_TEMPLATES:
+        raise CheckpointError(f"{folder / _TEMPLATES} has over {MAX_TEMPLATES} files", field=_TEMPLATES)
+    return [folder / _TEMPLATE, *sorted(files)]
+
+
 def read_token_files(folder: Path) -> dict[str, Fields]:
     """The JSON files beside `tokenizer.json`, each checked; one that is not there has no fields. `CheckpointError`."""
     files = {}
-    for name in (CONFIG, _SPECIAL_MAP, _ADDED, _VOCABULARY):
+    for name in TOKEN_FILES:
         path = folder / name
         files[name] = Fields(read_object(path, MAX_VOCABULARY_BYTES, VOCABULARY) if is_there(path) else {}, name)
     for name in (CONFIG, _SPECIAL_MAP):
@@ -80,16 +89,14 @@ def add_tokens(library: Any, files: Mapping[str, Fields]) -> dict[str, str]:
 
 def chat_template(folder: Path, config: Fields) -> str | dict[str, str] | None:
     """The template, or several by name: those in files of their own, or else what the configuration holds."""
-    files = _template_files(folder / _TEMPLATES)
-    if len(files) > MAX_TEMPLATES:
-        raise CheckpointError(f"{folder / _TEMPLATES} has over {MAX_TEMPLATES} files", field=_TEMPLATES)
+    default, *files = template_files(folder)
     found: dict[str, str] = {}
     num_left = MAX_CONFIG_BYTES  # of all of them together
-    for path in sorted(files):
+    for path in files:
         found[path.stem] = read_text(path, num_left)
         num_left -= len(found[path.stem].encode())
-    if is_there(folder / _TEMPLATE):
-        found["default"] = read_text(folder / _TEMPLATE)
+    if is_there(default):
+        found["default"] = read_text(default)
     if found:
         return found["default"] if found.keys() == {"default"} else found
     template: Any = config.values.get("chat_template")

@@ -25,9 +25,11 @@ from headrace.text.token_files import (
     MAX_TOKEN_ID,
     MAX_TOKEN_LENGTH,
     MAX_VOCABULARY_BYTES,
+    TOKEN_FILES,
     add_tokens,
     chat_template,
     read_token_files,
+    template_files,
 )
 from headrace.types.errors import CheckpointError, ConfigError, HeadraceError
 
@@ -54,6 +56,12 @@ def library_faults(error: type[HeadraceError], what: str, field: str) -> Iterato
     except BaseException as fault:
         reason = next(iter(str(fault).strip().splitlines()), "") or type(fault).__name__
         raise error(f"{what}: {_printable(reason)}", field=field) from fault
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files that a tokenizer may be made of and that are there. `CheckpointError` for what cannot be read."""
+    names = dict.fromkeys((TOKENIZER_FILE, *TOKEN_FILES, *_VOCABULARIES, "merges.txt"))
+    return [path for path in (*(folder / name for name in names), *template_files(folder)) if is_there(path)]
 
 
 def load_backend(folder: Path) -> Any:

@@ -20,6 +20,7 @@ import msgspec
 from headrace.types.errors import ErrorInfo
 from headrace.types.foreign import Payload
 from headrace.types.memory import MemoryTag, OnRelease, Restore
+from headrace.types.profile import ProfileTerms
 from headrace.types.request import Delta, Request, Sibling
 from headrace.types.weights import (
     SEPARATE,
@@ -134,27 +135,12 @@ class BeginUpdate(_Call, frozen=True, tag="begin_update"):
     is_open: bool = False
 
 
-class UpdateBegun(msgspec.Struct, frozen=True):
-    """`mode` is what "auto" became."""
-
-    session_id: int
-    mode: str
-
-
 class ExtendUpdate(_Call, frozen=True, tag="extend_update"):
     """Name more tensors of an open-ended session; they are checked beside those before them, and none is taken where
     one is wrong. Reply: `UpdateExtended`."""
 
     session_id: int
     manifest: tuple[TensorInfo, ...]
-
-
-class UpdateExtended(msgspec.Struct, frozen=True):
-    """`first_index` is the place of the first of them in the session's manifest. `num_missing` tensors of the model
-    have not been named yet."""
-
-    first_index: int
-    num_missing: int
 
 
 class Stage(_Call, frozen=True, tag="stage"):
@@ -271,12 +257,14 @@ class SetVersion(_Call, frozen=True, tag="set_version"):
 
 class GetWeight(_Call, frozen=True, tag="get_weight"):
     """Copy bytes of one live tensor into the caller's buffer, from byte `start` on, until the buffer is full or the
-    first `max_rows` rows are read. Reply: `WeightPart`."""
+    first `max_rows` rows are read; with a `rank`, of that rank's parameter of this name, as it lies. Reply:
+    `WeightPart`."""
 
     name: str
     buffer: BufferRef
     start: int = 0
     max_rows: int | None = None
+    rank: int | None = None
 
 
 class WeightPart(msgspec.Struct, frozen=True):
@@ -291,16 +279,13 @@ class WeightPart(msgspec.Struct, frozen=True):
     total: int
 
 
-class WeightBytes(msgspec.Struct, frozen=True):
-    """A tensor in Hugging Face shape and layout, engine dtype; of its first rows only, if no more were asked for."""
-
-    info: TensorInfo
-    data: memoryview
-
-
 class Digest(_Call, frozen=True, tag="digest"):
     """Digest live parameter memory, all of it while it holds one version. Reply: dict[str, str], HF name to the 32 hex
     digits of `headrace.weights.position_sum`."""
+
+
+class DescribeWeights(_Call, frozen=True, tag="describe_weights"):
+    """Say what is live, and digest it, all of one version. Reply: `WeightsDescription`."""
 
 
 class WeightsChecker(_Call, frozen=True, tag="weights_checker"):
@@ -324,6 +309,22 @@ class ResumeMemory(_Call, frozen=True, tag="resume_memory"):
 
     tags: tuple[MemoryTag, ...] = ()
     restore: Restore = "auto"
+
+
+class SlowDown(_Call, frozen=True, tag="slow_down"):
+    """Wait so long before each step; 0: no more. Reply: null."""
+
+    seconds: float
+
+
+class FreezeGc(_Call, frozen=True, tag="freeze_gc"):
+    """Collect garbage, and what is left never again. Reply: null."""
+
+
+class Profile(_Call, frozen=True, tag="profile"):
+    """Trace what the core computes, or, without terms, end that. Reply: str, the file."""
+
+    terms: ProfileTerms | None
 
 
 class FlushCache(_Call, frozen=True, tag="flush_cache"):
@@ -360,9 +361,13 @@ Command = (
     | SetVersion
     | GetWeight
     | Digest
+    | DescribeWeights
     | WeightsChecker
     | ReleaseMemory
     | ResumeMemory
+    | SlowDown
+    | FreezeGc
+    | Profile
     | FlushCache
     | GetStatus
     | Shutdown

@@ -46,7 +46,7 @@ def check_prompt_length(num_tokens: int, context_length: int, field: str) -> Non
 
 
 class TokenSampling(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """The part of `SamplingParams` that acts on logits. `top_k` 0 is off; `temperature` 0.0 is greedy."""
+    """The part of `SamplingParams` that acts on logits. `top_k` 0 is off; `temperature` below 1e-6 is greedy."""
 
     temperature: float = 1.0
     top_k: int = 0

@@ -42,6 +42,13 @@ class TensorInfo(msgspec.Struct, frozen=True, array_like=True, gc=False):
         return math.prod(self.shape) * ELEMENT_BYTES[self.dtype]
 
 
+class WeightBytes(msgspec.Struct, frozen=True):
+    """A tensor in Hugging Face shape and layout, engine dtype; of its first rows only, if no more were asked for."""
+
+    info: TensorInfo
+    data: memoryview
+
+
 MAX_TENSORS = 1 << 18
 """Tensors of one update or weight file; the largest models have a tenth of it."""
 
@@ -108,3 +115,42 @@ class UpdateReport(msgspec.Struct, frozen=True):
     mode: str
     pause_ms: float
     num_aborted: int = 0
+
+
+class SaveReport(msgspec.Struct, frozen=True):
+    """What a save wrote at `path`, a folder or a URL: the weights of `version`, of which `num_bytes` are tensors.
+    `num_reused` of its files are those that an interrupted save had left."""
+
+    path: str
+    version: str
+    epoch: int
+    num_tensors: int
+    num_bytes: int
+    num_files: int
+    num_reused: int = 0
+
+
+class UpdateBegun(msgspec.Struct, frozen=True):
+    """`mode` is what "auto" became."""
+
+    session_id: int
+    mode: str
+
+
+class UpdateExtended(msgspec.Struct, frozen=True):
+    """`first_index` is the place of the first of them in the session's manifest. `num_missing` tensors of the model
+    have not been named yet."""
+
+    first_index: int
+    num_missing: int
+
+
+class WeightsDescription(msgspec.Struct, frozen=True):
+    """The tensors of the model, each with its digest, and by rank the parameters that hold them. `stamp` as in
+    `WeightPart`."""
+
+    version: str
+    epoch: int
+    stamp: int
+    tensors: tuple[TensorInfo, ...]
+    parameters: tuple[tuple[TensorInfo, ...], ...]

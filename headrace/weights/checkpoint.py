@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Collection, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
 import msgspec
 import torch
@@ -23,6 +23,8 @@ from headrace.types.errors import CheckpointError
 from headrace.types.weights import MAX_TENSOR_NAME, TensorInfo, shape_problem
 from headrace.weights.files import FileState, Folder, OpenFile, changed
 from headrace.weights.safetensors_file import FileTensor, read_header
+from headrace.weights.saved import RECORD, rank_file, read_record
+from headrace.weights.shard import ONLY_RANK, Shard
 from headrace.weights.staging import TensorData, info_of, unreadable
 from headrace.weights.weight_map import is_recomputed
 
@@ -38,15 +40,19 @@ Result = TypeVar("Result")
 class Checkpoint:
     """The weights of a folder, as they are when it is opened; that they stay so is checked to the end.
 
-    `load_format` is "auto" (safetensors if there are any), "safetensors" or "bin"; for `root` see `Folder`. Buffers
-    that every engine recomputes (`rotary_emb.inv_freq`) are left out. Everything raises `CheckpointError` naming the
-    file or tensor that is missing, corrupt or outside the root, or the file that changed while it was read: whoever
-    writes a folder anew replaces it as a whole, or has nobody read it meanwhile.
+    `load_format` is "auto" (safetensors if there are any), "safetensors", "bin", or "sharded": the parameters that a
+    save of as many ranks wrote for this one, by their own names. For `root` see `Folder`. Buffers that every engine
+    recomputes (`rotary_emb.inv_freq`) are left out. Everything raises `CheckpointError` naming the file or tensor that
+    is missing, corrupt or outside the root, or the file that changed while it was read: whoever writes a folder anew
+    replaces it as a whole, or has nobody read it meanwhile.
     """
 
-    def __init__(self, folder: Path, load_format: str = "auto", root: Path | None = None) -> None:
-        if load_format not in ("auto", *_STEMS):
+    def __init__(
+        self, folder: Path, load_format: str = "auto", root: Path | None = None, shard: Shard = ONLY_RANK
+    ) -> None:
+        if load_format not in ("auto", "sharded", *_STEMS):
             raise CheckpointError(f"load_format {load_format!r} names no weight files", field="load_format")
+        self._shard = shard if load_format == "sharded" else None
         self._formats = tuple(_STEMS) if load_format == "auto" else (load_format,)
         self._folder = Folder(folder, root)
         self._states, self._files = self._look()
@@ -130,6 +136,8 @@ class Checkpoint:
 
     def _look(self) -> tuple[dict[str, FileState], dict[str, list[str] | None]]:
         """The state of every file that plays a part, and the weight files, each with the names to take (None: all)."""
+        if self._shard is not None:
+            return self._look_for_rank(self._shard)
         looked_for: list[str] = []
         for kind in self._formats:
             stem, suffix = _STEMS[kind]
@@ -145,6 +153,15 @@ class Checkpoint:
             looked_for += [single, index]
         folder = self._folder.path
         raise CheckpointError(f"{folder} has no weights: looked for {', '.join(looked_for)}", field=str(folder))
+
+    def _look_for_rank(self, shard: Shard) -> tuple[dict[str, FileState], dict[str, list[str] | None]]:
+        record, path = read_record(self._folder), self._folder.path
+        if record.layout != "sharded" or record.num_ranks != shard.num_ranks:
+            what = f"of {record.num_ranks} rank(s)" if record.layout == "sharded" else "in Hugging Face layout"
+            message = f"{path} is a save {what}, and is to be loaded as one of {shard.num_ranks} rank(s)"
+            raise CheckpointError(message, field="load_format")
+        name = rank_file(shard.rank, shard.num_ranks)
+        return self._shard_states([RECORD, name], path / RECORD), {name: None}
 
     def _shard_states(self, names: Iterable[str], index: Path) -> dict[str, FileState]:
         states = {}
@@ -212,9 +229,9 @@ def _wanted(path: Path, present: Collection[str], names: list[str] | None) -> li
     return [name for name in (present if names is None else names) if not is_recomputed(name)]
 
 
-def _require_small_pickle(file: OpenFile) -> None:
+def _require_small_pickle(stream: BinaryIO) -> None:
     """What is not tensor data becomes objects, one for a byte, and a compressed record is of any size."""
-    with zipfile.ZipFile(file.stream) as records:
+    with zipfile.ZipFile(stream) as records:
         for record in records.infolist():
             if record.file_size > record.compress_size:
                 raise ValueError(f"{shown(record.filename)} is compressed")
@@ -223,17 +240,24 @@ def _require_small_pickle(file: OpenFile) -> None:
                 raise ValueError(f"{shown(record.filename)} has {record.file_size} bytes")
 
 
+def load_weights_only(stream: BinaryIO, path: Path, mapped: Path | None = None) -> Any:
+    """What `torch.save` has put in a file, or a part of one, that ends with it. `mapped`: the very file, whose tensors
+    are then read when they are used. `CheckpointError` naming the file for all but tensors and containers."""
+    if not zipfile.is_zipfile(stream):  # the format before torch 1.6, or a broken file
+        raise CheckpointError(f"{path} is not a whole torch checkpoint of the zip format", field=path.name)
+    try:
+        _require_small_pickle(stream)
+        stream.seek(0)
+        source: Any = mapped or stream
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped is not None)
+    except Exception as error:  # the bytes are foreign and torch's reader raises classes of a module we never import
+        raise CheckpointError(f"{path} cannot be read weights-only: {error}", field=path.name) from None
+
+
 def _read_bin(file: OpenFile) -> dict[str, torch.Tensor]:
     """The tensors of a `.bin` file, all in memory: its format has no other reader that could not fault."""
     path = file.path
-    if not zipfile.is_zipfile(file.stream):  # the format before torch 1.6, or a broken file
-        raise CheckpointError(f"{path} is not a whole torch checkpoint of the zip format", field=path.name)
-    try:
-        _require_small_pickle(file)
-        file.stream.seek(0)
-        parsed: Any = torch.load(file.stream, map_location="cpu", weights_only=True)
-    except Exception as error:  # the bytes are foreign and torch's reader raises classes of a module we never import
-        raise CheckpointError(f"{path} cannot be read weights-only: {error}", field=path.name) from None
+    parsed = load_weights_only(file.stream, path)
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{path} does not hold a dict of tensors", field=path.name)
     for name, value in parsed.items():

@@ -17,7 +17,7 @@ from headrace.types.errors import CheckpointError
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY  # a pipe in a file's place must not block us
 _MAX_LINKS = 40
-_WEIGHT_ENDINGS = (".safetensors", ".bin", ".index.json")
+WEIGHT_ENDINGS = (".safetensors", ".bin", ".index.json")
 
 
 class FileState(NamedTuple):
@@ -89,7 +89,7 @@ class Folder:
         """A regular file of the folder; None if there is none of that name. `CheckpointError` if it may not be read."""
         path = self.path / name
         try:
-            descriptor = os.open(path, _FLAGS) if self._root is None else _open_below(self._root, path)
+            descriptor = os.open(path, _FLAGS) if self._root is None else open_below(self._root, path)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as error:
@@ -113,7 +113,7 @@ def changed(path: Path) -> CheckpointError:
     return CheckpointError(f"{path} changed while it was read", field=path.name)
 
 
-def _open_below(root: Path, path: Path) -> int:
+def open_below(root: Path, path: Path) -> int:
     """A descriptor of `path`, reached without leaving `root`, which is opened as it is. Raises `OSError`."""
     pending = list(reversed(path.relative_to(root).parts))
     num_links = 0
@@ -170,7 +170,7 @@ def weight_files(folder: str | Path) -> frozenset[tuple[str, int, int, int]]:
     as of a file that has just been removed, is none."""
     found = set()
     for path in Path(folder).iterdir():
-        if path.name.endswith(_WEIGHT_ENDINGS):
+        if path.name.endswith(WEIGHT_ENDINGS):
             try:
                 status = path.stat()
             except OSError:

@@ -40,6 +40,13 @@ class Region:
         is_flat = bool(pieces) and pieces[0].source.shape == shape and self._parts[0][1].is_contiguous()
         self.flat = self._parts[0][1].view(-1) if is_flat else None
         """All of it as it lies in memory, where that is in the tensor's own order."""
+        self._is_whole = sum(piece.source.num_elements for piece in pieces) == self.num_elements
+
+    @classmethod
+    def of_memory(cls, name: str, memory: torch.Tensor) -> Region:
+        """Parameter `name` as a tensor of its own."""
+        box = Box.whole(tuple(memory.shape))
+        return cls(box.shape, [Piece(name, box, box)], [memory], memory.dtype, memory.device)
 
     def over(self, memories: Sequence[torch.Tensor]) -> Region:
         """The same tensor in other memory."""
@@ -54,6 +61,13 @@ class Region:
         if all(self._counts):
             return self.read(part)
         return self._copied(part, list(compress(self._parts, self._counts)))
+
+    def holds_any(self, part: slice) -> bool:
+        """Whether any piece holds one of these elements. What none does need not be had to be written."""
+        if self._is_whole:
+            return True
+        boxes = boxes_of_range(self.shape, part.start, part.stop)
+        return any(box.common(source) is not None for box in boxes for source, _ in self._parts)
 
     def write_view(self, part: slice) -> torch.Tensor:
         """Where to write these elements, flat, before they are written back: their memory where it is in order, else

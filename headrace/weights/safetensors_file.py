@@ -16,16 +16,11 @@ from headrace.config.json_bounds import MODEL_FILE, excess
 from headrace.types.errors import CheckpointError
 from headrace.types.weights import ELEMENT_BYTES, MAX_TENSOR_NAME, TensorInfo, shape_problem
 from headrace.weights.files import OpenFile
+from headrace.weights.saved import DTYPES
 from headrace.weights.staging import TORCH_DTYPES, bytes_of
 
 _MAX_HEADER_BYTES = 32 << 20  # some 3 MB for 20,000 tensors
 _LENGTH = struct.Struct("<Q")
-_DTYPES = {
-    "F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16", "C64": "complex64", "BOOL": "bool",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
-    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
-}  # fmt: skip
-"""The format's dtypes; of others the name in the file is all that is known."""
 
 ENTRIES_PER_SLICE = 256
 """Tensors of a header that are checked at once, about a millisecond's worth."""
@@ -106,7 +101,7 @@ def _laid_out(
         if problem:
             raise ValueError(f"{name} {problem}")
         first, last = entry.data_offsets
-        info = TensorInfo(name, entry.shape, _DTYPES.get(entry.dtype, entry.dtype))
+        info = TensorInfo(name, entry.shape, DTYPES.get(entry.dtype, entry.dtype))
         if first != end or not first <= last <= size:
             raise ValueError(f"{name} begins at byte {first}, the tensor before it ends at {end}")
         if info.dtype in ELEMENT_BYTES and info.num_bytes != last - first:

@@ -189,13 +189,15 @@ class WeightMachine:
         """`version` while weights of that label are live, else "", which no label is."""
         return self.version if self.can_generate else ""
 
-    def refusal(self) -> HeadraceError | None:
+    def refusal(self, *, of_request: bool = False) -> HeadraceError | None:
         """What every request is answered with until a complete update lands; None while weights are whole, or will be
-        when an update of whole ones is over, for which requests wait. They wait for released memory too, but what asks
-        for weights is answered with this."""
+        when an update of whole ones is over, for which requests wait. They (`of_request`) wait for released memory too,
+        but what asks for weights is answered with this."""
         if self._resting == "ready":
             return None
         if self._resting == "released":
+            if of_request and not self.session:
+                return None
             return NeedsWeightsError("the weights' memory is released; resume_memory_occupation(['weights']) first")
         message = "the engine holds no current weights; it generates after a complete update"
         if self.session:

@@ -319,6 +319,8 @@ class StageWork:
         assert self._source is not None, "a failed stage is not advanced again"
         self._before_write()
         place = slice(self._first + part.start, self._first + part.stop)
+        if not (self._arrival.hasher or self._destination.holds_any(place)):
+            return  # another rank's
         block = self._destination.write_view(place)
         self.has_written |= self._arrival.is_live and self._destination.flat is not None  # the block is live memory
         self._source.copy(part, block)

@@ -77,10 +77,8 @@ class WeightStore:
         specs = (*weight_map.params.values(), *(each.parameter for each in weight_map.derived))
         shapes = [(spec.shape, TORCH_DTYPES.get(spec.dtype, dtype)) for spec in specs]
         tensors = allocate(shapes) if allocate else [torch.empty(s, dtype=d, device=device) for s, d in shapes]
-        for spec, tensor in zip(specs, tensors, strict=True):
-            for box in spec.padding:
-                tensor[box.slices].zero_()
         self.live: dict[str, torch.Tensor] = {spec.name: each for spec, each in zip(specs, tensors, strict=True)}
+        self._zero_padding()
         self._regions: dict[str, Region] = {}
         self._plan: ManifestPlan | None = None
         self._parts: OpenPlan | None = None
@@ -123,6 +121,14 @@ class WeightStore:
             if len(rule.shape) == 1 and "norm" in name:
                 for memory in self._region(name).memories:
                     memory.fill_(1.0)
+        self._derive()
+
+    def load_parameters_in_slices(self, source: Iterable[tuple[str, TensorData]]) -> Iterator[None]:
+        """As `load_in_slices`, of parameters as they lie, by their names."""
+        self._require_no_update()
+        names = self.weight_map.of_parameters()
+        yield from load_checkpoint(names, self._parameter, source, check_finite=self._check_finite)
+        self._zero_padding()
         self._derive()
 
     def scramble(self, seed: int) -> None:
@@ -372,15 +378,19 @@ class WeightStore:
                     digest = total.hexdigest() if part.stop == region.num_elements else ""
             yield name, digest
 
-    def info(self, name: str) -> TensorInfo:
-        """What `name` is, in the dtype of its memory. Raises `NotFoundError` naming it."""
-        region = self._region(name)
+    def parameters(self) -> tuple[tuple[TensorInfo, ...], ...]:
+        """Those of each rank, which is this one."""
+        return (tuple(self.info(name, 0) for name in self.weight_map.params),)
+
+    def info(self, name: str, rank: int | None = None) -> TensorInfo:
+        """What `name` is, a tensor or with a `rank` a parameter, in its memory's dtype. `NotFoundError` naming it."""
+        region = self._region(name) if rank is None else self._parameter(name, rank)
         return TensorInfo(name, region.shape, dtype_name(region.dtype))
 
-    def copy_in_slices(self, name: str, start: int, into: memoryview) -> Iterator[None]:
-        """Fill `into` with the bytes of a live tensor from byte `start` on, a block at a time."""
+    def copy_in_slices(self, name: str, start: int, into: memoryview, rank: int | None = None) -> Iterator[None]:
+        """Fill `into` with the bytes of a live tensor, or parameter, from byte `start` on, a block at a time."""
         view = self._begin_reading()
-        region, num_copied = self._region(name), 0
+        region, num_copied = self._region(name) if rank is None else self._parameter(name, rank), 0
         size = region.dtype.itemsize
         for block in view.blocks(region, start // size, len(into) // size):
             into[num_copied : num_copied + len(block)] = block
@@ -388,27 +398,16 @@ class WeightStore:
             yield
 
     def _begin_reading(self) -> SideReader:
-        if self._side_reader is None:
-            self._side_reader = SideReader(self.device)
+        self._side_reader = self._side_reader or SideReader(self.device)
         self._side_reader.begin()
         return self._side_reader
 
     def _sum_keys(self) -> PositionKeys:
-        if self._keys is None:
-            self._keys = PositionKeys(self.device)
+        self._keys = self._keys or PositionKeys(self.device)
         return self._keys
 
-    def _rule(self, name: str) -> WeightRule:
-        rule = self.weight_map.rule_of(name)
-        if rule is None:
-            raise NotFoundError(f"{name} is not a tensor of this model", field="name")
-        return rule
-
     def read(self, name: str) -> torch.Tensor:
-        """A CPU copy of one live tensor in HF shape, its memory's dtype; a tied name reads what it is tied to.
-
-        Raises `NotFoundError` naming it.
-        """
+        """A CPU copy of one live tensor in HF shape, its memory's dtype; a tied name reads what it is tied to."""
         region = self._region(name)
         return region.read(slice(0, region.num_elements)).view(region.shape).detach().to("cpu", copy=True)
 
@@ -416,11 +415,24 @@ class WeightStore:
         """The live memory of a tensor, or of what it is tied to. Raises `NotFoundError` naming it."""
         region = self._regions.get(name)
         if region is None:
-            rule = self._rule(name)
+            rule = self.weight_map.rule_of(name)
+            if rule is None:
+                raise NotFoundError(f"{name} is not a tensor of this model", field="name")
             memories = [self.live[piece.param][piece.target.slices] for piece in rule.pieces]
             dtype = memories[0].dtype if memories else self.dtype
             region = self._regions[name] = Region(rule.shape, rule.pieces, memories, dtype, self.device)
         return region
+
+    def _parameter(self, name: str, rank: int = 0) -> Region:
+        """A parameter as it lies, here on the only rank. Raises `NotFoundError` naming it."""
+        if rank or name not in self.weight_map.params:
+            raise NotFoundError(f"{name} is not a parameter of rank {rank}", field="name")
+        return Region.of_memory(name, self.live[name])
+
+    def _zero_padding(self) -> None:
+        for name, spec in self.weight_map.params.items():
+            for box in spec.padding:
+                self.live[name][box.slices].zero_()
 
     def _require_no_update(self) -> None:
         if self._transaction:

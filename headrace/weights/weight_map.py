@@ -176,6 +176,11 @@ class WeightMap:
         for name, (first, other) in rules.items():
             yield WeightMap([self.params[name]], first, other_names=other)
 
+    def of_parameters(self) -> WeightMap:
+        """The map in which each parameter is a tensor of its own name."""
+        params = [msgspec.structs.replace(spec, padding=()) for spec in self.params.values()]
+        return WeightMap(params, [whole_rows(spec.name, spec.name, 0, spec.shape) for spec in params])
+
     def _has_rule(self, name: str) -> bool:
         return name in self.rules_by_name or name in self.other_rules
 

@@ -92,6 +92,8 @@ def _take(
     except WeightUpdateError as error:
         raise CheckpointError(error.message, field=name) from None
     for part in row_blocks((region.num_elements,), region.dtype.itemsize, _LOAD_BYTES[region.device.type]):
+        if not region.holds_any(part):
+            continue  # another rank's
         if not is_filled:
             block = region.write_view(part)
             source.copy(part, block)

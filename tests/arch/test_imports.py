@@ -34,6 +34,9 @@ TORCH_FREE_MODULES = (
     "headrace.weights.weight_map",
     "headrace.weights.session",
     "headrace.weights.foreign",
+    "headrace.weights.saved",
+    "headrace.weights.save_folder",
+    "headrace.weights.save_store",
 )
 
 TORCH_MODULES_OF_TORCH_FREE_PACKAGES: tuple[str, ...] = ()

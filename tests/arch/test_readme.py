@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -64,7 +65,8 @@ def _run(block: str, address: str) -> str:
 
 
 @pytest.mark.parametrize("block", [pytest.param(b, id=str(i)) for i, b in enumerate(blocks("python"))])
-def test_python_blocks_run(block: str, address: str) -> None:
+def test_python_blocks_run(block: str, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     assert _run(block, address)
 
 

@@ -19,7 +19,8 @@ SOFTWARE = Software(torch_cuda="13.0", has_triton=True)
 
 
 def on_cuda(device: CudaDevice = H200, **settings: Any) -> ResolvedConfig:
-    return resolve(EngineConfig(model=str(POLICY), **settings), POLICY, devices=(device,), software=SOFTWARE)
+    devices = (device,) * settings.get("tp_size", 1)
+    return resolve(EngineConfig(model=str(POLICY), **settings), POLICY, devices=devices, software=SOFTWARE)
 
 
 def shown(resolved: ResolvedConfig, capsys: pytest.CaptureFixture[str]) -> str:
@@ -60,6 +61,17 @@ def test_keys_and_values_of_fp8_take_half_the_memory() -> None:
         for kv_dtype in ("auto", "fp8_e4m3")
     ]
     assert plans[0]["kv_pool"] == 2 * plans[1]["kv_pool"] and plans[0]["weights"] == plans[1]["weights"]
+
+
+def test_ranks_share_what_they_can() -> None:
+    """Each device has its share; on a CPU they are all on one machine, with the padding and copies of each."""
+    plans = [build_report(on_cuda(kv_pool_tokens=4096, tp_size=num_ranks))["memory"] for num_ranks in (1, 2)]
+    assert plans[0]["num_parameters"] == plans[1]["num_parameters"] and plans[0]["kv_pool"] == 2 * plans[1]["kv_pool"]
+    assert 0.5 * plans[0]["weights"] <= plans[1]["weights"] < 0.52 * plans[0]["weights"]
+    settings: dict[str, Any] = {"model": str(POLICY), "device": "cpu", "kv_pool_tokens": 4096}
+    resolved = [resolve(EngineConfig(tp_size=num_ranks, **settings), POLICY) for num_ranks in (1, 2)]
+    alone, both = (build_report(each)["memory"] for each in resolved)
+    assert both["kv_pool"] == alone["kv_pool"] and alone["weights"] <= both["weights"] < 1.04 * alone["weights"]
 
 
 def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import inspect
 import math
 from collections.abc import Callable, Iterator
@@ -79,6 +80,14 @@ def wrong_calls(door: Any) -> list[Any]:
         error_of(lambda: door.destroy_weights_update_group("nobody's")),
         error_of(lambda: door.update_weights_from_distributed(["a"], ["float32"], [[1]], "nobody's")),
         error_of(lambda: door.get_weights_by_name("nobody")),
+        error_of(lambda: door.slow_down(-1)),
+        error_of(lambda: door.start_profile(activities=["MEM"])),
+        error_of(lambda: door.start_profile(num_steps=0)),
+        error_of(lambda: door.start_profile(profile_id="../x")),
+        error_of(lambda: door.stop_profile()),
+        error_of(lambda: door.collective_rpc("generate")),
+        error_of(lambda: door.collective_rpc("flush_cache", args=[1])),
+        error_of(lambda: door.collective_rpc("weights_checker", kwargs={"action": "dance"})),
         error_of(lambda: door.set_weight_version("x" * 2000)),
         error_of(lambda: door.commit(session))[:2],  # a server says that it is its own
         *unlisted_calls(door),
@@ -153,6 +162,9 @@ def scenario(door: Any, folder: Path) -> list[Any]:
         door.abort("nobody"),
         door.flush_cache(),
     ]
+    assert door.slow_down(0.001) is None and door.slow_down() is None and door.freeze_gc() is None
+    gc.unfreeze()  # where the core is in this process
+    seen += [door.collective_rpc("digest"), door.collective_rpc("abort", 30.0, ("nobody",), {"prefix": True})]
     status = door.status()
     seen += [status.version, status.epoch, status.state, door.metrics()["num_generated_tokens"]]
     return [*seen, *wrong_calls(door)]

@@ -26,11 +26,9 @@ from headrace.types.messages import (
     Reply,
     Stage,
     Submit,
-    UpdateBegun,
-    UpdateExtended,
 )
 from headrace.types.request import Delta, Finish, Request, pack_ids, unpack_floats, unpack_ids
-from headrace.types.weights import BufferEntry, TensorInfo
+from headrace.types.weights import BufferEntry, TensorInfo, UpdateBegun, UpdateExtended
 from headrace.weights.position_sum import PositionKeys, position_digest
 from headrace.weights.store import WeightStore
 from headrace.weights.weight_map import ParamSpec, WeightMap, whole_rows

@@ -23,8 +23,9 @@ FORGOTTEN_WITH_ITS_CORE: frozenset[type] = frozenset(
         *(messages.BeginUpdate, messages.Stage, messages.AbortUpdate),  # a session ends with its core
         *(messages.ExtendUpdate, messages.StagePayload, messages.DropPayload, messages.Receive, messages.Discard),
         *(messages.JoinGroup, messages.LeaveGroup),  # of a group a core is a rank, and another one is not
-        *(messages.GetWeight, messages.Digest, messages.GetStatus),
+        *(messages.GetWeight, messages.Digest, messages.DescribeWeights, messages.GetStatus),
         *(messages.FlushCache, messages.Shutdown),
+        *(messages.SlowDown, messages.FreezeGc, messages.Profile),  # of the process that is gone
     }
 )
 """Calls that change nothing a restarted core would have to be told of."""

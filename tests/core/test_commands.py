@@ -24,23 +24,27 @@ from headrace.types.messages import (
     BeginUpdate,
     Command,
     CommitUpdate,
+    DescribeWeights,
     Digest,
     Discard,
     DropPayload,
     ExtendUpdate,
     Finished,
     FlushCache,
+    FreezeGc,
     GetWeight,
     GiveUp,
     JoinGroup,
     LeaveGroup,
     Pause,
+    Profile,
     Receive,
     ReleaseMemory,
     Resume,
     ResumeMemory,
     SetVersion,
     Shutdown,
+    SlowDown,
     Stage,
     StagePayload,
     UpdateFromDisk,
@@ -48,6 +52,7 @@ from headrace.types.messages import (
     WeightsChecker,
 )
 from headrace.types.plan import StepResult
+from headrace.types.profile import ProfileTerms
 from headrace.types.request import Request
 from headrace.types.sampling_params import LogprobOptions
 from headrace.types.weights import SEPARATE, BufferEntry, BufferRef
@@ -230,8 +235,12 @@ CALLS: dict[str, Callable[[int], Command]] = {
     "version": lambda call_id: SetVersion(call_id, "late"),
     "read": lambda call_id: GetWeight(call_id, "k.weight", NOWHERE),
     "digest": Digest,
+    "describe": DescribeWeights,
     "reset": lambda call_id: WeightsChecker(call_id, "reset_tensors"),
     "flush": FlushCache,
+    "slow": lambda call_id: SlowDown(call_id, 5.0),
+    "freeze": FreezeGc,
+    "profile": lambda call_id: Profile(call_id, ProfileTerms()),
 }
 
 

@@ -7,19 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from headrace.types.messages import (
-    AbortUpdate,
-    BeginUpdate,
-    CommitUpdate,
-    Digest,
-    ExtendUpdate,
-    GiveUp,
-    Pause,
-    Resume,
-    UpdateBegun,
-    UpdateExtended,
-)
-from headrace.types.weights import TensorInfo, UpdateReport
+from headrace.types.messages import AbortUpdate, BeginUpdate, CommitUpdate, Digest, ExtendUpdate, GiveUp, Pause, Resume
+from headrace.types.weights import TensorInfo, UpdateBegun, UpdateExtended, UpdateReport
 from tests.core.harness import Core, digest_of, manifest_of, new_tensors, request
 
 MODES = ["shadow", "inplace"]

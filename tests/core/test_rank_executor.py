@@ -4,7 +4,7 @@ random events too, and the loss of one is the loss of the device."""
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,31 @@ import torch
 
 from headrace.config import EngineConfig, resolve
 from headrace.core.executor import Executor, LocalExecutor
+from headrace.core.faults import DeviceLost
 from headrace.core.rank_executor import RankExecutor
+from headrace.core.service import DEVICE_LOST_EXIT_CODE, run_core
 from headrace.ipc import SharedBuffer
 from headrace.runner import Runner
-from headrace.types.messages import Abort, CommitUpdate, Digest, GetWeight, Pause, Resume, WeightPart
+from headrace.types.messages import (
+    Abort,
+    AbortUpdate,
+    BeginUpdate,
+    CommitUpdate,
+    CoreFailed,
+    Digest,
+    GetWeight,
+    Pause,
+    ReleaseMemory,
+    Resume,
+    ResumeMemory,
+    WeightPart,
+)
+from headrace.types.plan_words import encode
 from headrace.types.request import TokenSampling
 from headrace.types.sampling_params import LogprobOptions
-from headrace.types.weights import UpdateReport
+from headrace.types.weights import TensorInfo, UpdateBegun, UpdateMode, UpdateReport
 from headrace.weights.position_sum import PositionKeys, position_digest
+from tests.core.faulty_rank import FAULT, first_time
 from tests.core.harness import Core, request
 from tests.core.ranks import start_two
 from tests.parity.models import make_model, save_model
@@ -188,3 +205,124 @@ def test_an_update_in_parts_lands_on_both_ranks(ranks: RankExecutor, mode: str) 
         assert core.extend(session, {}).num_missing == 0
         core.call(CommitUpdate, session, kind=UpdateReport)
         assert core.call(Digest, kind=dict[str, str]) == digests_of(tensors)
+
+
+Faulty = Callable[[str], RankExecutor]
+
+
+@pytest.fixture
+def faulty(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty]:
+    """Executors in whose second rank something goes wrong."""
+    started: list[RankExecutor] = []
+
+    def start(fault: str) -> RankExecutor:
+        monkeypatch.setenv(FAULT, fault)
+        monkeypatch.setattr("headrace.ipc.rank_spawn.RANK_MODULE", "tests.core.faulty_rank")
+        started.append(start_two(folder, SETTINGS))
+        return started[-1]
+
+    yield start
+    for executor in started:
+        executor.close()
+
+
+def check_lost(executor: RankExecutor, message: str) -> None:
+    """Some steps end with the loss of the device, told to everybody."""
+    core = Core(executor, **CORE)
+    core.submit(request(1, max_new_tokens=100))
+    assert run_core(core.loop, core.link) == DEVICE_LOST_EXIT_CODE
+    last = core.link.outputs[-1]
+    assert isinstance(last, CoreFailed) and last.error.code == "DeviceLostError"
+    assert message in last.error.message
+
+
+def test_a_commit_that_fails_on_one_rank_poisons_and_a_full_update_heals(faulty: Faulty) -> None:
+    core = Core(faulty("commit"), **CORE)
+    session = core.begin(NEW, "v1")
+    core.stage(session, NEW)
+    assert "on rank 1" in core.refused(CommitUpdate, session).message
+    assert core.status().state == "poisoned"
+    update(core, OLD, "v2")
+    assert core.call(Digest, kind=dict[str, str]) == digests_of(OLD)
+
+
+@pytest.mark.parametrize("mode", ["auto", "shadow"])
+def test_where_one_rank_has_no_room_for_a_shadow_none_makes_one(faulty: Faulty, mode: UpdateMode) -> None:
+    core = Core(faulty("begin"), **CORE)
+    if mode == "shadow":
+        manifest = tuple(TensorInfo(name, tuple(tensor.shape), "float32") for name, tensor in NEW.items())
+        refusal = core.refused(BeginUpdate, "v1", manifest, mode)
+        assert (refusal.code, refusal.field) == ("WeightUpdateError", "mode") and "on rank 1" in refusal.message
+        assert core.status().state == "ready"
+    report = update(core, NEW, "v1", mode=mode)
+    assert report.mode == ("inplace" if mode == "auto" else "shadow")
+    assert core.call(Digest, kind=dict[str, str]) == digests_of(NEW)
+
+
+def test_a_resume_that_one_rank_cannot_do_is_undone_on_all(faulty: Faulty) -> None:
+    core = Core(faulty("resume"), **CORE, keep_weights_copy=True)
+    digests = core.call(Digest, kind=dict[str, str])
+    core.call(ReleaseMemory)
+    refusal = core.refused(ResumeMemory, (), "copy")
+    assert refusal.code == "UnavailableError" and "on rank 1" in refusal.message
+    core.call(ResumeMemory, (), "copy")
+    assert core.call(Digest, kind=dict[str, str]) == digests
+
+
+MOMENTS = ["begin", "begin_open", "extend", "stage", "commit", "abort", "digest_in_slices", "copy_in_slices"]
+
+
+@pytest.mark.parametrize("moment", [*MOMENTS, "keep_copy", "release", "resume"])
+def test_a_rank_that_dies_over_a_message_is_the_loss_of_all(faulty: Faulty, moment: str) -> None:
+    core = Core(faulty(f"die:{moment}"), **CORE, keep_weights_copy=True)
+    lost = pytest.raises(DeviceLost, match=r"rank 1 \(process \d+\) was killed by signal 9")
+    with lost, SharedBuffer.create(64) as buffer:
+        session = core.begin_open("shadow")
+        core.stage_part(session, NEW)
+        core.call(CommitUpdate, session, kind=UpdateReport)
+        core.begin(NEW, "v2")
+        core.call(AbortUpdate, None)
+        core.call(Digest, kind=dict[str, str])
+        core.call(GetWeight, "lm_head.weight", buffer.ref, kind=WeightPart)
+        core.call(ReleaseMemory)
+        core.call(ResumeMemory, (), "copy")
+
+
+def test_a_step_that_fails_on_one_rank_alone_is_the_loss_of_all(faulty: Faulty) -> None:
+    check_lost(faulty("step"), "failed in a step, and not all ranks did: OutOfMemoryError: no memory")
+
+
+def test_a_step_that_fails_on_rank_0_alone_is_the_loss_of_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = start_two(folder, SETTINGS)
+    monkeypatch.setattr("headrace.runner.runner.Runner.launch", first_time(MemoryError("none left"), Runner.launch))
+    check_lost(executor, "rank 0 failed in a step, and not all ranks did: MemoryError: none left")
+
+
+def test_results_that_differ_are_found(faulty: Faulty) -> None:
+    check_lost(faulty("result"), "has another result of a step than rank 0")
+
+
+def test_a_plan_that_a_rank_cannot_read_is_the_loss_of_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = start_two(folder, SETTINGS)
+    monkeypatch.setattr("headrace.core.rank_executor.encode", lambda plan: encode(plan)[:-1])
+    check_lost(executor, "ended with exit code 1: PlanRefused")
+
+
+@pytest.mark.parametrize("mode", ["shadow", "inplace"])
+def test_digests_of_a_manifest_count_what_both_ranks_hold_once(tmp_path: Path, mode: str) -> None:
+    """One key-value head, of which each rank has a copy."""
+    sizes = {**SIZES, "num_key_value_heads": 1}
+    executor = start_two(save_model(make_model("qwen3", **sizes), tmp_path), SETTINGS)
+    try:
+        core = Core(executor, **CORE)
+        tensors = {name: each.contiguous() for name, each in make_model("qwen3", seed=1, **sizes).state_dict().items()}
+        digests = digests_of(tensors)
+        manifest = tuple(
+            TensorInfo(name, tuple(each.shape), "float32", digests[name]) for name, each in tensors.items()
+        )
+        session = core.call(BeginUpdate, "v", manifest, mode, kind=UpdateBegun).session_id
+        core.stage(session, tensors)
+        core.call(CommitUpdate, session, kind=UpdateReport)
+        assert core.call(Digest, kind=dict[str, str]) == digests
+    finally:
+        executor.close()

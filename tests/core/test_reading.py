@@ -15,6 +15,7 @@ from headrace.types.messages import (
     Command,
     CommitUpdate,
     CoreStatus,
+    DescribeWeights,
     Digest,
     GetStatus,
     GetWeight,
@@ -25,12 +26,13 @@ from headrace.types.messages import (
     WeightPart,
     WeightsChecker,
 )
-from headrace.types.weights import UpdateReport
-from tests.core.harness import VOCAB_SIZE, Core, digest_of, new_tensors, request, tiny_store
+from headrace.types.weights import UpdateReport, WeightsDescription
+from tests.core.harness import VOCAB_SIZE, Core, digest_of, manifest_of, new_tensors, request, tiny_store
 
 NEW = new_tensors(5.0)
 READS: dict[str, Callable[[int], Command]] = {
     "digest": Digest,
+    "describe": DescribeWeights,
     "snapshot": lambda call_id: WeightsChecker(call_id, "snapshot"),
     "compare": lambda call_id: WeightsChecker(call_id, "compare"),
 }
@@ -175,6 +177,35 @@ def test_parts_of_one_tensor_say_whether_they_are_of_the_same_weights(core: Core
         assert core.refused(GetWeight, "k.weight", buffer.ref).code == "NeedsWeightsError"
         updated(core)
         assert core.call(GetWeight, "k.weight", buffer.ref, kind=WeightPart).stamp != third.stamp
+
+
+def test_what_is_live_is_described_with_its_digests_and_parameters(core: Core) -> None:
+    updated(core, version="new")
+    found = core.call(DescribeWeights, kind=WeightsDescription)
+    assert (found.version, found.epoch, found.stamp) == ("new", 1, core.loop.replica.update.live_stamp)
+    expected = {info.name: (info.shape, info.dtype, digest_of(NEW[info.name])) for info in manifest_of(NEW)}
+    assert {info.name: (info.shape, info.dtype, info.digest) for info in found.tensors} == expected
+    (parameters,) = found.parameters
+    assert [(info.name, info.shape) for info in parameters] == [("embed", (8, 4)), ("qkv", (12, 4)), ("norm", (4,))]
+
+
+def test_parameters_are_read_as_they_lie(core: Core) -> None:
+    updated(core)
+    with SharedBuffer.create(4096) as buffer:
+        part = core.call(GetWeight, "qkv", buffer.ref, 64, None, 0, kind=WeightPart)
+        held = b"".join(NEW[f"{each}.weight"].numpy().tobytes() for each in "qkv")
+        assert (part.info.shape, part.total) == ((12, 4), len(held))
+        assert bytes(buffer.view[: part.num_bytes]) == held[64:]
+        for name, rank in (("q.weight", 0), ("qkv", 1)):
+            error = core.refused(GetWeight, name, buffer.ref, 0, None, rank)
+            assert (error.code, error.field) == ("NotFoundError", "name")
+
+
+def test_a_core_has_other_stamps_than_those_before_it() -> None:
+    """Or parts of a tensor that two of them told would pass for one version's."""
+    with SharedBuffer.create(4096) as buffer:
+        stamps = {Core().call(GetWeight, "k.weight", buffer.ref, kind=WeightPart).stamp for _ in range(3)}
+    assert len(stamps) == 3
 
 
 def test_a_reader_that_fails_is_answered(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:

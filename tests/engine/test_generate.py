@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from headrace import AsyncEngine, DeadlineError, Engine, Generation, RequestError, SamplingParams, ShutdownError
-from headrace.engine import GenerateItem, GenerateOptions, async_engine, pacing
+from headrace.engine import GenerateItem, GenerateOptions, fields, pacing
 from headrace.engine.seeds import sample_seed
 from headrace.text.encoding import INLINE_CHARACTERS
 from headrace.types.sampling_params import LogprobMode
@@ -428,4 +428,4 @@ def test_a_call_cancelled_while_it_sends_leaves_nothing(engine: Engine, monkeypa
     ],
 )
 def test_much_is_read_in_another_thread(given: Any, is_much: bool) -> None:
-    assert (async_engine._size_of(given) > INLINE_CHARACTERS) == is_much
+    assert (fields.reading_cost(given) > INLINE_CHARACTERS) == is_much

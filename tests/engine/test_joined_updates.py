@@ -221,6 +221,27 @@ def test_a_head_alone_begins_an_update_where_the_last_one_is_not_live_any_more(
     assert engine.digest() == digests[1] and engine.version == "v"
 
 
+def test_an_update_that_was_begun_by_name_is_live_when_it_is_finished(
+    engine: Engine, new: Tensors, digests: list[dict[str, str]]
+) -> None:
+    """Also where it is whole before, and where it begins with what would else be the head of the last one."""
+    joined, wait = engine.asynchronous.runtime.joined, engine.asynchronous.runtime.wait
+    send(engine, [new], ["v"])
+    wait(joined.begin())
+    assert engine.update_weights_from_bucket([(HEAD, dict(named_tensors(model_of(2)))[EMBED])], "v") is None
+    for bucket in buckets(named_tensors(model_of(2))):
+        assert engine.update_weights_from_bucket(bucket) is None
+    assert engine.digest() == digests[1]
+    report = wait(joined.finish("w"))
+    assert report is not None and report.version == engine.version == "w" and engine.digest() == digests[2]
+    assert wait(joined.finish("x")) is None and engine.version == "w", "nothing is open"
+    send(engine, [new], ["again"])  # without either
+    wait(joined.begin())
+    with pytest.raises(UpdateConflictError):
+        wait(joined.finish())
+    assert engine.digest() == digests[1]
+
+
 def test_a_late_head_is_still_one_after_a_call_that_was_refused(engine: Engine, new: Tensors) -> None:
     report = send(engine, [new])
     session = engine.begin_update("x", [(name, tuple(tensor.shape), "float32") for name, tensor in new])

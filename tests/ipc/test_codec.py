@@ -23,6 +23,7 @@ from headrace.types import messages
 from headrace.types.errors import ErrorInfo
 from headrace.types.foreign import ForeignTensor, Payload, SharedFile
 from headrace.types.messages import Abort, Command, CoreReady, Deltas, Finished, Output, Reply, Stage, Submit
+from headrace.types.profile import ProfileTerms
 from headrace.types.request import Delta, Finish, Request, pack_ids
 from headrace.types.sampling_params import LogprobOptions
 from headrace.types.weights import BufferEntry, BufferRef, DeviceRef, TensorInfo
@@ -48,6 +49,10 @@ COMMANDS: list[Command] = [
     messages.Receive(20, 1, "g", (messages.GroupTensor(INFO, 0), messages.GroupTensor(INFO, -1, True)), 64),
     messages.Discard(21, "g", None, -1, 2.0),
     messages.ReleaseMemory(22, ("weights",), "recompute"),
+    messages.SlowDown(26, 0.5),
+    messages.FreezeGc(27),
+    messages.Profile(28, ProfileTerms("/f", "n", ("CPU",), 3, True, True)),
+    messages.Profile(29, None),
     messages.ResumeMemory(23, (), "copy"),
     Stage(24, 1, DeviceRef("GPU-1", b"\1\0", 8, 64), ()),
     messages.CommitUpdate(5, 1),
@@ -55,7 +60,9 @@ COMMANDS: list[Command] = [
     messages.UpdateFromDisk(7, "/m", "v"),
     messages.SetVersion(8, "v"),
     messages.GetWeight(9, "n", BufferRef("/proc/1/fd/3", 64), 8, 2, deadline=5.5),
+    messages.GetWeight(26, "p", BufferRef("/proc/1/fd/3", 64), rank=1),
     messages.Digest(10),
+    messages.DescribeWeights(27),
     messages.WeightsChecker(11, "snapshot"),
     messages.FlushCache(12),
     messages.GetStatus(13),

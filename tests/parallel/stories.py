@@ -40,7 +40,7 @@ SCORED = LogprobOptions(prompt_start=1, num_top=3)
 
 def make(mesh: Mesh, folder: str, **settings: Any) -> Any:
     """A runner of this rank."""
-    resolved = resolve(EngineConfig(model=folder, **(SETTINGS | settings)), Path(folder))
+    resolved = resolve(EngineConfig(model=folder, tp_size=mesh.num_ranks, **(SETTINGS | settings)), Path(folder))
     return build_runner(resolved, mesh=mesh)
 
 

@@ -84,6 +84,13 @@ def test_any_number_of_ranks_computes_the_same(pool: RankPool, folders: Folders,
     check_ranks(tell(4, 5, 4), expected)
 
 
+def test_so_do_three_ranks(pool: RankPool, tmp_path: Path) -> None:
+    sizes = {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 99}
+    arguments = {"folder": str(save_model(make_model("llama", **sizes), tmp_path)), "chunk": 9, "num_tokens": 8}
+    (expected,) = pool.run(1, "generate", **arguments, settings={})
+    check_ranks(pool.run(3, "generate", **arguments, settings={}), expected)
+
+
 @pytest.mark.parametrize(
     ("shape", "settings"),
     [
@@ -97,6 +104,24 @@ def test_other_kernels_do_too(pool: RankPool, folders: Folders, shape: str, sett
     arguments = {"folder": folders[shape, 0], "chunk": 7, "num_tokens": 6, "settings": settings}
     (expected,) = pool.run(1, "generate", **arguments)
     check_ranks(pool.run(4, "generate", **arguments), expected)
+
+
+@pytest.mark.parametrize("shape", ["qwen3_moe", "llama-biases"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_ranks_are_as_exact_in_narrow_dtypes_as_one(pool: RankPool, folders: Folders, shape: str, dtype: str) -> None:
+    """Beside float32; and all ranks have the same bits."""
+
+    def tell(num_ranks: int, dtype: str) -> list[dict[str, Any]]:
+        arguments = {"folder": folders[shape, 0], "chunk": 64, "num_tokens": 1, "settings": {"dtype": dtype}}
+        return pool.run(num_ranks, "generate", **arguments)
+
+    def logits_of(told: dict[str, Any]) -> Any:
+        return np.stack([np.frombuffer(rows[0], np.float32) for rows in told["logits"].values()])
+
+    (exact,), (alone,), ranks = tell(1, "float32"), tell(1, dtype), tell(4, dtype)
+    assert all(told == ranks[0] for told in ranks)
+    error, error_alone = (np.abs(logits_of(told) - logits_of(exact)).mean() for told in (ranks[0], alone))
+    assert error < 1.5 * error_alone
 
 
 @pytest.mark.parametrize("numerics", ["fast", "invariant"])

@@ -252,7 +252,7 @@ def test_products_beside_a_trainer_have_the_bits_of_those_alone(kind: str, size:
     def found(products: Products) -> list[torch.Tensor]:
         out, added = torch.empty_like(target), target.clone()
         products.linear_out(x, weight, out)
-        products.linear_add_(added, x, weight)
+        products.linear_add_(added, x, weight, None)
         return [out, added, products.linear(x, weight, None), products.linear(x, weight, bias)]
 
     expected = found(PLAIN)
@@ -278,7 +278,9 @@ def test_a_watched_product_is_computed_again_until_nothing_changed_in_it(
 
     monkeypatch.setattr(Products, call, flip)
     products = WatchedProducts(EXACT, is_repeatable=True)
-    arguments = {"linear": (x, weight, None), "linear_out": (x, weight, last), "linear_add_": (last, x, weight)}[call]
+    arguments = {"linear": (x, weight, None), "linear_out": (x, weight, last), "linear_add_": (last, x, weight, None)}[
+        call
+    ]
     with kept(), EXACT:
         found = getattr(products, call)(*arguments)
         assert torch.equal(last if found is None else found, expected) and len(tries) == 3
@@ -327,5 +329,5 @@ def test_a_model_without_float32_leaves_the_setting_alone() -> None:
     assert exact.products is PLAIN
     with kept():
         torch.set_float32_matmul_precision("medium")
-        with exact:
+        with exact.guard:
             assert torch.get_float32_matmul_precision() == "medium" and MKLDNN.matmul.fp32_precision == "bf16"

@@ -156,7 +156,7 @@ class BreakingHarness(Harness):
         ("leases", ("match", "open", "grow", "grow_each", "publish", "close")),
         ("table", ("enter", "leave")),
         ("roster", ("admit", "preempt", "end", "retire")),
-        ("applier", ("_end_nonfinite", "_take_column", "_mark_version", "_take_extras", "_deliver_due", "delta")),
+        ("applier", ("_take_tokens", "_take_column", "_mark_version", "_take_extras", "_deliver_due", "delta")),
         ("planner", ("_add_singles", "_add_chunk", "_groups", "_enter")),
     )
 

@@ -33,11 +33,14 @@ ADMIN = {
     *("/headrace/release_memory_occupation", "/headrace/resume_memory_occupation"),
     *("/headrace/init_weights_update_group", "/headrace/destroy_weights_update_group"),
     "/headrace/update_weights_from_distributed",
+    *("/headrace/save_model", "/headrace/save_sharded_model", "/headrace/save_remote_model"),
     *("/update_weight_version", "/get_weights_by_name", "/weights_checker", "/abort_weight_update"),
     *("/release_memory_occupation", "/resume_memory_occupation"),
     *("/update_weights_from_tensor", "/begin_weight_update", "/end_weight_update"),
     *("/pause", "/resume", "/abort_requests", "/sleep", "/wake_up", "/reset_prefix_cache", "/update_weights"),
     *("/init_weight_transfer_engine", "/start_weight_update", "/start_draft_weight_update", "/finish_weight_update"),
+    *("/slow_down", "/freeze_gc", "/start_profile", "/stop_profile", "/collective_rpc", "/post_process_weights"),
+    *(f"/headrace/{name}" for name in ("slow_down", "freeze_gc", "start_profile", "stop_profile", "collective_rpc")),
     *("/init_weights_update_group", "/update_weights_from_distributed", "/destroy_weights_update_group"),
 }
 

@@ -24,7 +24,7 @@ from tests.arch.source import ROOT
 from tests.server.bucket_client import bodies
 from tests.server.builders import SETTINGS, save_random_model
 from tests.server.conftest import START, Served
-from tests.weights.foreign_payloads import flattened, patched_cuda, serialized
+from tests.weights.foreign_payloads import flattened, local, patched_cuda, serialized
 
 SHARED = Path("/dev/shm")
 ROUTE = "/update_weights_from_tensor"
@@ -208,6 +208,32 @@ def test_what_is_wrong_with_a_bucket_is_named_and_ends_the_update(
     for body in bodies("verl", tensors, ""):
         served.http.post(ROUTE, json=body).raise_for_status()
     assert served.engine.digest() == digests[1]
+
+
+@pytest.mark.parametrize("style", ["sglang", "verl"])
+def test_an_engine_of_two_ranks_has_a_payload_for_each(
+    start: START, folders: list[Path], digests: list[dict[str, str]], style: str
+) -> None:
+    """One entry for each rank; of each tensor verl has bytes for each rank in all of them. All are given back."""
+    served = start(settings={"tp_size": 2, "device": "cpu"})
+    for seed in (1, 2):
+        tensors = load_file(folders[seed] / "model.safetensors")
+        if style == "sglang":
+            payloads = [base64.b64encode(flattened(tensors)).decode() for _ in range(2)]
+        else:
+            values: dict[str, list[bytes | None]]
+            values = {name: [serialized(tensor.clone()) for _ in range(2)] for name, tensor in tensors.items()}
+            payloads = [base64.b64encode(local(values)).decode()] * 2
+        load_format = "flattened_bucket" if style == "sglang" else None
+        body = {"serialized_named_tensors": payloads[:1], "load_format": load_format, "weight_version": f"v{seed}"}
+        reply = served.http.post(ROUTE, json=body)
+        assert reply.status_code == 400 and "tp_size 2" in reply.json()["message"]
+        reply = served.http.post(ROUTE, json=body | {"serialized_named_tensors": payloads})
+        assert reply.status_code == 200 and reply.json()["report"]["num_tensors"] == len(tensors), reply.text
+        assert served.engine.digest() == digests[seed]
+        tensors.clear()
+        gc.collect()
+        assert not list(SHARED.glob(f"torch_{os.getpid()}_*"))
 
 
 def test_memory_is_given_back_that_nothing_comes_of(start: START, tensors: dict[str, torch.Tensor]) -> None:

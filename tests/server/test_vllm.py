@@ -377,6 +377,8 @@ def test_what_becomes_of_requests_in_flight(start: START, way: str, mode: str | 
     else:
         assert post(served, way, tags="kv_cache", **query) == (200, None)
         assert served.engine.status().paused == ""
+        assert mode == "keep" or request.finish() == finish, "it has ended before"
+        assert mode != "keep" or not request.replies
         assert post(served, "/wake_up") == (200, None)
     assert served.http.get("/is_paused").json() == {"is_paused": False}
     assert request.finish() == finish

@@ -15,7 +15,7 @@ import torch
 
 from headrace.types.errors import WeightUpdateError
 from headrace.types.messages import JoinGroup
-from headrace.types.weights import SEPARATE, TensorInfo
+from headrace.types.weights import SEPARATE, TOGETHER, TensorInfo
 from headrace.weights import arrival_memory
 from headrace.weights.arrival_memory import ArrivalBuffer, ArrivalMemory
 from headrace.weights.group import GroupArrivals, TorchGroup, _passes_on
@@ -189,3 +189,21 @@ def _has_come(arrivals: GroupArrivals) -> bool:
 
 def _lives(name: str) -> bool:
     return any(thread.name == name for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize(
+    ("packing", "expected"),
+    [
+        (SEPARATE, [[0], [1], [2], [3], [4]]),
+        (0, [[0, 1], [2], [3, 4]]),
+        (399, [[0, 1], [2], [3, 4]]),
+        (400, [[0, 1, 2], [3, 4]]),
+        (1600, [[0, 1, 2, 3, 4]]),
+        (TOGETHER, [[0, 1, 2, 3, 4]]),
+    ],
+)
+def test_tensors_go_together_until_they_are_over_the_packing(packing: int, expected: list[list[int]]) -> None:
+    """As vLLM packs them: with the one that makes it so much; nothing is left over for an empty one at the end."""
+    arrivals = GroupArrivals(None, None, infos(0, 100, 100, 0, 100), packing, 0.0)  # type: ignore[arg-type]
+    assert [list(places) for places in arrivals._broadcasts()] == expected
+    assert [*GroupArrivals(None, None, (), packing, 0.0)._broadcasts()] == []  # type: ignore[arg-type]

@@ -12,10 +12,11 @@ import torch
 
 from headrace.types.errors import CheckpointError, NotFoundError, UpdateConflictError, WeightUpdateError
 from headrace.types.weights import TensorInfo, UpdateMode
+from headrace.weights.boxes import Box
 from headrace.weights.position_sum import PositionKeys, position_digest
 from headrace.weights.staging import BLOCK_BYTES
 from headrace.weights.store import SHADOW_HEADROOM_BYTES, WeightStore
-from headrace.weights.weight_map import ParamSpec, WeightMap, whole_rows
+from headrace.weights.weight_map import Derived, ParamSpec, WeightMap, whole_rows
 from tests.weights.tiny import (
     LAYOUTS,
     DrivenStore,
@@ -606,3 +607,28 @@ def test_a_tied_tensor_may_come_under_its_other_name_alone() -> None:
         store = make_store(weight_map, before)
         update(store, renamed, mode)  # type: ignore[arg-type]
         assert live_bits(store) == live_bits(expected)
+
+
+def test_parameters_are_loaded_as_they_lie_and_what_follows_from_them_is_computed() -> None:
+    """Padding is zero whatever a file says of it; a parameter that is missing, doubled or another is named."""
+    params = [ParamSpec("wide", (4, 2), padding=(Box((3, 0), (1, 2)),)), ParamSpec("norm", (2,))]
+    rules = [whole_rows("wide.weight", "wide", 0, (3, 2)), whole_rows("norm.weight", "norm", 0, (2,))]
+    derived = Derived(ParamSpec("sum", (2,)), ("wide",), lambda wide: wide.sum(0))
+    store = WeightStore(WeightMap(params, rules, derived=[derived]), torch.float32, torch.device("cpu"))
+    (infos,) = store.parameters()
+    assert [(info.name, info.shape) for info in infos] == [("wide", (4, 2)), ("norm", (2,))]
+    held = {"wide": torch.arange(8.0).view(4, 2), "norm": torch.ones(2)}
+    for _ in store.load_parameters_in_slices(held.items()):
+        pass
+    assert torch.equal(store.read("wide.weight"), held["wide"][:3])
+    assert torch.equal(store.live["wide"][3], torch.zeros(2))
+    assert torch.equal(store.live["sum"], held["wide"][:3].sum(0))
+    for wrong, field in (
+        ({"wide": held["wide"]}, "norm"),
+        ({**held, "wide.weight": held["wide"]}, "wide.weight"),
+        ({**held, "norm": torch.ones(3)}, "norm"),
+        ({**held, "norm": torch.full((2,), torch.nan)}, "norm"),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            list(store.load_parameters_in_slices(wrong.items()))
+        assert caught.value.field == field

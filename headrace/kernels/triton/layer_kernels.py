@@ -111,9 +111,7 @@ class FastKernels:
         elif tile is not None:
             multiply_fused(x_TI, weight_OI, bias_O, residual_TO, tile, self._workspace, adds=True, pdl=pdl)
         else:
-            self._products.linear_add_(residual_TO, x_TI, weight_OI)
-            if bias_O is not None:
-                residual_TO.add_(bias_O)
+            self._products.linear_add_(residual_TO, x_TI, weight_OI, bias_O)
 
     def normed_logits(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_VI: Tensor) -> Tensor:
         if x_TI.shape[0] == 1:

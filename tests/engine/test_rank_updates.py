@@ -1,0 +1,195 @@
+"""Every road by which weights come, to an engine of two ranks, again and again, with nothing left of them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from headrace import DeadlineError, Engine, HeadraceError, PoisonedError, WeightUpdateError
+from tests.engine.builders import SETTINGS, model_of, named_tensors, save_model, shared_memory
+from tests.engine.group_trainer import TrainerProcess
+from tests.engine.test_ranks import rank_pids
+from tests.engine.test_restart import pid_of
+from tests.engine.test_weight_groups import NAMES, free_port, manifest_of
+
+NEW = named_tensors(model_of(1))
+
+
+@pytest.fixture(scope="module")
+def ranks(model_folder: Path) -> Iterator[Engine]:
+    with Engine(model_folder, tp_size=2, device="cpu", **SETTINGS) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def new_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("new"), seed=1)
+
+
+@pytest.fixture(scope="module")
+def digests(new_folder: Path) -> dict[str, str]:
+    """Of the new weights, by one rank that has loaded them."""
+    with Engine(new_folder, inprocess=True, **SETTINGS) as alone:
+        return alone.digest()
+
+
+@pytest.fixture(autouse=True)
+def old(ranks: Engine, model_folder: Path) -> None:
+    """Every test begins with weights that are not the new ones."""
+    ranks.abort_update()
+    ranks.update_weights_from_disk(model_folder, "old", in_flight="abort")
+
+
+@pytest.fixture
+def trainer() -> Iterator[TrainerProcess]:
+    started = TrainerProcess()
+    yield started
+    started.close()
+
+
+def join(ranks: Engine, trainer: TrainerProcess) -> None:
+    port = free_port()
+    trainer.tell(do="init", port=port, name="g", world_size=3)
+    ranks.init_weights_update_group("127.0.0.1", port, 1, 3, "g", "gloo", timeout=30)
+    trainer.hear()
+
+
+@pytest.mark.parametrize("is_bucket", [False, True], ids=["tensors", "bucket"])
+def test_both_ranks_are_part_of_a_trainers_group(
+    ranks: Engine, trainer: TrainerProcess, new_folder: Path, digests: dict[str, str], is_bucket: bool
+) -> None:
+    join(ranks, trainer)
+    session = ranks.begin_update("new", manifest_of(), in_flight="keep")
+    trainer.tell(do="send", name="g", folder=str(new_folder), names=NAMES, bucket=is_bucket)
+    ranks.stage_from_group(session, NAMES, "g", "flattened_bucket" if is_bucket else None)
+    trainer.hear()
+    ranks.commit(session)
+    assert ranks.digest() == digests
+    ranks.destroy_weights_update_group("g")
+
+
+def test_what_is_refused_is_received_by_both(
+    ranks: Engine, trainer: TrainerProcess, new_folder: Path, digests: dict[str, str]
+) -> None:
+    """What another call staged before passes by; so the next call finds what is its own."""
+    join(ranks, trainer)
+    session = ranks.begin_update("new", manifest_of(), in_flight="keep")
+    ranks.stage(session, NEW[:1])
+    trainer.tell(do="send", name="g", folder=str(new_folder), names=NAMES[:2])
+    with pytest.raises(WeightUpdateError, match="staged twice"):
+        ranks.stage_from_group(session, NAMES[:2], "g")
+    trainer.hear()
+    trainer.tell(do="send", name="g", folder=str(new_folder), names=NAMES[1:])
+    ranks.stage_from_group(session, NAMES[1:], "g")
+    trainer.hear()
+    ranks.commit(session)
+    assert ranks.digest() == digests
+    ranks.destroy_weights_update_group("g")
+
+
+def test_a_group_without_room_for_all_ranks_is_refused(ranks: Engine) -> None:
+    with pytest.raises(WeightUpdateError, match="has no 2 ranks") as refusal:
+        ranks.init_weights_update_group("127.0.0.1", 1, 1, 2, "g", "gloo", timeout=5)
+    assert refusal.value.field == "world_size"
+
+
+def test_buckets_join_one_update(ranks: Engine, digests: dict[str, str]) -> None:
+    reports = [ranks.update_weights_from_bucket(NEW[start : start + 7], "new") for start in range(0, len(NEW), 7)]
+    assert [report is not None for report in reports] == [False] * (len(reports) - 1) + [True]
+    assert ranks.digest() == digests
+
+
+def test_a_tensor_that_is_not_finite_is_refused_and_may_come_again(ranks: Engine, digests: dict[str, str]) -> None:
+    name, tensor = next(each for each in NEW if "down_proj" in each[0])
+    session = ranks.begin_update("new", manifest_of())
+    bad = tensor.clone()
+    bad[-1, -1] = torch.nan
+    with pytest.raises(WeightUpdateError, match="NaN") as refusal:
+        ranks.stage(session, [(name, bad)])
+    assert refusal.value.field == name
+    ranks.stage(session, NEW)
+    ranks.commit(session)
+    assert ranks.digest() == digests
+
+
+def held(engine: Engine) -> tuple[int, ...]:
+    """Descriptors and mappings of all processes, and the processes."""
+    pids = [os.getpid(), pid_of(engine), *rank_pids(engine)]
+    descriptors = [len(os.listdir(f"/proc/{pid}/fd")) for pid in pids]
+    mappings = [Path(f"/proc/{pid}/maps").read_text().count("memfd:headrace") for pid in pids]
+    return (len(pids), *descriptors, *mappings)
+
+
+def test_two_hundred_updates_hold_nothing(ranks: Engine, digests: dict[str, str]) -> None:
+    names, before = shared_memory(), ranks.digest()
+    old = named_tensors(model_of(0))
+    for number in range(100):
+        for tensors, expected in ((NEW, digests), (old, before)):
+            ranks.update_weights_from_tensor(tensors, f"v{number}")
+            if number % 25 == 0:
+                assert ranks.digest() == expected
+        if number == 2:
+            first = held(ranks)
+    assert held(ranks) == first
+    assert shared_memory() == names and ranks.digest() == before
+
+
+def test_an_update_in_place_that_breaks_poisons_whichever_rank_has_written(
+    ranks: Engine, digests: dict[str, str], model_folder: Path
+) -> None:
+    name, tensor = next(each for each in NEW if "down_proj" in each[0])
+    bad = tensor.clone()
+    bad[0, 0] = torch.nan
+    session = ranks.begin_update("new", manifest_of(), mode="inplace")
+    with pytest.raises(WeightUpdateError, match="NaN"):
+        ranks.stage(session, [(name, bad)])
+    ranks.abort_update()
+    with pytest.raises(PoisonedError):
+        ranks.generate(input_ids=[1])
+    ranks.update_weights_from_tensor(NEW, "new")
+    assert ranks.digest() == digests
+
+
+def num_threads(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/task"))
+
+
+def test_a_trainer_that_has_died_leaves_nothing_on_either_rank(ranks: Engine, new_folder: Path) -> None:
+    """The next group takes its name; of those that are gone no rank waits for anything."""
+    found = []
+    for _ in range(3):
+        started = TrainerProcess()
+        join(ranks, started)
+        found.append((*held(ranks), *map(num_threads, rank_pids(ranks))))
+        session = ranks.begin_update("new", manifest_of(), in_flight="keep", timeout=20)
+        started.kill()
+        with pytest.raises(HeadraceError):
+            ranks.stage_from_group(session, NAMES, "g")
+        ranks.abort_update(session)
+        started.close()
+    assert found[1] == found[2]
+    ranks.destroy_weights_update_group("g")
+
+
+def test_a_group_that_is_left_while_it_is_joined_is_left_by_both(ranks: Engine, trainer: TrainerProcess) -> None:
+    for _ in range(3):
+        with pytest.raises(DeadlineError):
+            ranks.init_weights_update_group("127.0.0.1", free_port(), 1, 3, "g", "gloo", timeout=0.05)
+    join(ranks, trainer)
+    ranks.destroy_weights_update_group("g")
+    assert len(rank_pids(ranks)) == 1
+
+
+def test_engines_of_ranks_that_have_ended_hold_nothing(model_folder: Path) -> None:
+    held_before = []
+    for _ in range(3):
+        with Engine(model_folder, tp_size=2, device="cpu", inprocess=True, **SETTINGS) as started:
+            started.generate(input_ids=[1])
+        names = {thread.name for thread in threading.enumerate()}
+        held_before.append((len(os.listdir("/proc/self/fd")), "headrace-rank-watch" in names))
+    assert held_before[1] == held_before[2] and not held_before[2][1]
