@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -142,3 +143,43 @@ def push_megatron_core(old: str, new: str, sizes: dict[str, int]) -> Any:
     with target_of(old, "engine") as target:
         WeightPusher(target, distributed.group.WORLD).push(weights, "pushed", verify=True)
         return {"error": error, "digest": None if target is None else target.digest()}
+
+
+def save_sharded(folder: str, mesh_shape: list[int], out: str) -> Any:
+    """A sharded model and its optimizer as `torch.distributed.checkpoint` saves them, and as verl does."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    model = sharded(folder, mesh_shape)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    model(torch.arange(16).view(2, 8)).logits.square().mean().backward()
+    optimizer.step()
+    weights, state = get_state_dict(model, optimizer)
+    save({"model": weights, "optim": state, "step": 7}, checkpoint_id=f"{out}/dcp")
+    Path(out, "ranks").mkdir(exist_ok=True)
+    name = f"model_world_size_{distributed.get_world_size()}_rank_{distributed.get_rank()}.pt"
+    torch.save(model.state_dict(), Path(out, "ranks", name))
+    distributed.barrier()
+    return None
+
+
+def run_block(block: str, **names: Any) -> Any:
+    """A block of docs/training.md, with these names; the version that it has pushed."""
+    scope = {"__name__": "example", **names}
+    exec(compile(block, "docs/training.md", "exec"), scope)
+    return scope["report"].update.version
+
+
+def run_megatron_block(block: str, folder: str, url: str) -> Any:
+    """The same with what Megatron would have in the process: its ranks share each tensor."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    mesh = Mesh(
+        tensor=2, expert_tensor=2, tensor_rank=distributed.get_rank(), expert_tensor_rank=distributed.get_rank()
+    )
+    chunks = [megatron.Chunk(*each) for each in rank_chunks(model, mesh, Naming())]
+    place = megatron.current_place
+    megatron.current_place = lambda: place_of(mesh)
+    try:
+        return run_block(block, model_chunks=chunks, url=url)
+    finally:
+        megatron.current_place = place
