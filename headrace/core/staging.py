@@ -66,7 +66,8 @@ class StageJob:
                 if copy.has_written:
                     self._machine.note_write(self._session_id)
             if is_done:
-                self._machine.require(self._session_id).touch(now)
+                if not indices:
+                    self._machine.require(self._session_id).touch(now)
                 for index in indices:
                     self._machine.mark_staged(self._session_id, index, now)
                 self._current = None
