@@ -304,7 +304,7 @@ def _sample(tensor: Any) -> bytes:
 def _require_disjoint(pairs: list[tuple[str, Any]]) -> None:
     """No two tensors share an element. Sorted by address, each is compared with those that reach beyond its begin."""
     spans = [(*_span(tensor), name, tensor) for name, tensor in pairs]
-    reaching: list[tuple[str, int, int, str, Any]] = []
+    reaching: list[tuple[int, int, int, str, Any]] = []
     for span in sorted((span for span in spans if span[2] > span[1]), key=itemgetter(0, 1)):
         device, low, _, name, tensor = span
         reaching = [former for former in reaching if former[2] > low and former[0] == device]
@@ -317,11 +317,11 @@ def _require_disjoint(pairs: list[tuple[str, Any]]) -> None:
         reaching.append(span)
 
 
-def _span(tensor: Any) -> tuple[str, int, int]:
-    """The device that a tensor is on, where its first byte is, and where none of it is any more."""
+def _span(tensor: Any) -> tuple[int, int, int]:
+    """The device that a tensor is on, -1 for a CPU; where its first byte is, and where none of it is any more."""
     if isinstance(tensor, np.ndarray):
-        return ("cpu", *np.lib.array_utils.byte_bounds(tensor)) if tensor.size else ("cpu", 0, 0)
-    device = "cpu" if tensor.is_cpu else str(tensor.device)
+        return (-1, *np.lib.array_utils.byte_bounds(tensor)) if tensor.size else (-1, 0, 0)
+    device = tensor.get_device()
     if tensor.is_contiguous():
         low = tensor.data_ptr()
         return device, low, low + tensor.nbytes

@@ -52,7 +52,7 @@ class SharedDeviceMemory:
             allocated = cuda_driver().cuMemAlloc_v2(ctypes.byref(self._address), ctypes.c_size_t(size))
             _check(allocated, f"give {size} bytes")
             handle = b"" if shares_process else self._export()
-        self._bytes = _bytes_at(self._address.value, size, device)
+        self._bytes = bytes_at(self._address.value, size, device)
         self._stream: torch.cuda.Stream | None = None
         area = DeviceArea(handle, self._address.value if shares_process else 0, size)
         self.ref = DeviceRef(device_uuid(device), (area,))
@@ -110,15 +110,12 @@ class MappedMemory:
 
     def __init__(self, area: DeviceArea, device: torch.device) -> None:
         """Raises `UnavailableError` if its owner is gone."""
-        self._base = 0
-        if area.handle:
-            base = ctypes.c_ulonglong()
-            handle = _Handle.from_buffer_copy(area.handle)
-            open_handle = cuda_driver().cuIpcOpenMemHandle_v2
-            open_handle.argtypes = (ctypes.c_void_p, _Handle, ctypes.c_uint)  # the handle itself, not its address
-            _check(open_handle(ctypes.byref(base), handle, _LAZY_PEER_ACCESS), "map another's memory")
-            self._base = base.value
-        self.bytes = _bytes_at(self._base + area.offset, area.size, device)
+        base, handle = ctypes.c_ulonglong(), _Handle.from_buffer_copy(area.handle)
+        open_handle = cuda_driver().cuIpcOpenMemHandle_v2
+        open_handle.argtypes = (ctypes.c_void_p, _Handle, ctypes.c_uint)  # the handle itself, not its address
+        _check(open_handle(ctypes.byref(base), handle, _LAZY_PEER_ACCESS), "map another's memory")
+        self._base = base.value
+        self.bytes = bytes_at(self._base + area.offset, area.size, device)
 
     def close(self) -> None:
         """Unmap it. What was enqueued that reads it has to be done. Idempotent."""
@@ -128,7 +125,7 @@ class MappedMemory:
             _check(cuda_driver().cuIpcCloseMemHandle(ctypes.c_ulonglong(base)), "unmap another's memory")
 
 
-def _bytes_at(address: int, size: int, device: torch.device) -> torch.Tensor:
+def bytes_at(address: int, size: int, device: torch.device) -> torch.Tensor:
     """Bytes at an address, as torch sees them: they are not its own."""
     storage = torch._C._construct_storage_from_data_pointer(address, device, size)
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (size,), (1,))

@@ -21,7 +21,7 @@ import torch
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import RequestError, UnavailableError
 from headrace.types.weights import BufferRef, DeviceArea, DeviceRef
-from headrace.weights.device_sharing import MappedMemory, device_uuid, same_context
+from headrace.weights.device_sharing import MappedMemory, bytes_at, device_uuid, same_context
 from headrace.weights.memory import StageBuffer
 
 
@@ -44,7 +44,7 @@ class DeviceBuffers:
         if ref.device != device_uuid(self._device):
             message = f"the buffer is on device {ref.device}, not on {device_uuid(self._device)}"
             raise UnavailableError(message, field="buffer")
-        return Opened(AreaBytes(ref.areas, [self._map(area) for area in ref.areas]), self._settle)
+        return Opened(AreaBytes(ref.areas, [self._map(area) for area in ref.areas], self._device), self._settle)
 
     def close(self) -> None:
         """The update is over: nothing reads what it brought."""
@@ -73,7 +73,10 @@ class DeviceBuffers:
         if self._mapper is not None:
             self._mapper.shutdown()
 
-    def _map(self, area: DeviceArea) -> Future[MappedMemory]:
+    def _map(self, area: DeviceArea) -> Future[MappedMemory] | None:
+        """None: it is memory of this process."""
+        if not area.handle:
+            return None
         if area not in self._mapped:
             if self._mapper is None:
                 self._mapper = ThreadPoolExecutor(1, "headrace-map", initializer=same_context())
@@ -103,11 +106,14 @@ class Opened:
 
 
 class AreaBytes:
-    """Areas of a device's memory, which are being mapped."""
+    """Areas of a device's memory: of another process, which are being mapped, and of this one."""
 
-    def __init__(self, areas: Sequence[DeviceArea], mapped: Sequence[Future[MappedMemory]]) -> None:
+    def __init__(
+        self, areas: Sequence[DeviceArea], mapped: Sequence[Future[MappedMemory] | None], device: torch.device
+    ) -> None:
         self._areas = areas
         self._mapped = mapped
+        self._device = device
         self._ends = list(accumulate(area.size for area in areas))
 
     def part(self, offset: int, size: int) -> torch.Tensor:
@@ -118,7 +124,10 @@ class AreaBytes:
         if offset + size > end:
             raise RequestError(f"bytes {offset} to {offset + size} of a buffer are not in one area", field="buffer")
         start = offset - (end - area.size)
-        return self._mapped[number].result().bytes[start : start + size]
+        mapped = self._mapped[number]
+        if mapped is None:
+            return bytes_at(area.offset + start, size, self._device)
+        return mapped.result().bytes[start : start + size]
 
 
 class PinnedMemory:

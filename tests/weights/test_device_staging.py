@@ -192,3 +192,23 @@ def test_what_is_under_way_is_bounded_and_goes_on_while_the_first_is_looked_at(m
     assert len(taken) == 5 and copies.whole == []  # two slices of two, and the one that is looked at next
     done[0] = True
     assert copies.advance(60.0) and sorted(copies.whole) == list(range(len(tensors)))
+
+
+def test_the_next_piece_of_a_tensor_waits_for_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where that is in a slice before, which the device has not done."""
+    monkeypatch.setattr(device_staging, "MAX_SLICE_PIECES", 1)
+    weight_map = make_map()
+    tensors = make_tensors(weight_map, 1)
+    store = store_of(weight_map, make_tensors(weight_map, 100), torch.float32)
+    store.begin(manifest_of(tensors), "shadow", False)
+    flat = next(iter(tensors.values())).contiguous().view(-1).view(torch.uint8)
+    halves = [StagePiece(0, flat[:8], 0, False, False), StagePiece(0, flat[8:], 8, True, False)]
+    copies = store.stage_all(iter([*halves, *whole_pieces(tensors)[1:]]))
+    done = [False]
+    monkeypatch.setattr(Enqueued, "is_done", lambda _: done[0])
+    monkeypatch.setattr(copies._side, "is_ready", lambda: True)
+    assert not copies.advance(60.0) and len(copies._under_way) == 1
+    done[0] = True
+    assert copies.advance(60.0) and sorted(copies.whole) == list(range(len(tensors)))
+    assert store.commit().is_done()
+    assert live_bits(store) == live_bits(make_store(weight_map, tensors))

@@ -115,6 +115,15 @@ def test_at_the_end_nothing_is_left(cudart: Cudart) -> None:
     assert set(threading.enumerate()) <= before
 
 
+def test_memory_of_this_process_is_read_by_its_address(cudart: Cudart) -> None:
+    values = torch.arange(16, dtype=torch.uint8)
+    buffers = DeviceBuffers(CPU, lambda: None)
+    buffer = buffers.open(DeviceRef("GPU", (ONE, DeviceArea(b"", values.data_ptr() + 4, 8))))
+    assert buffer.part(8 + 2, 3).tolist() == [6, 7, 8] and buffer.part(0, 1).tolist() == [10]
+    buffers.close()
+    assert not buffers.let_go(math.inf) and Mapped.closed == [ONE]
+
+
 def test_a_buffer_of_another_device_is_refused(cudart: Cudart) -> None:
     with pytest.raises(UnavailableError, match="is on device GPU-2"):
         DeviceBuffers(CPU, lambda: None).open(DeviceRef("GPU-2", (ONE,)))
