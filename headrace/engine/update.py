@@ -412,9 +412,10 @@ class Updater:
 
 
 def _indexed(session: UpdateSession, named_tensors: NamedTensors) -> Iterator[tuple[int, str, Any]]:
-    """The tensors with their places in the manifest, which that of held ones is."""
+    """The tensors with their places in the manifest; held ones have been described, and may be a part of it."""
     if isinstance(named_tensors, HeldTensors):
-        yield from ((index, *pair) for index, pair in enumerate(named_tensors))
+        held = zip(named_tensors.manifest, named_tensors, strict=True)
+        yield from ((session.index_of(info), *pair) for info, pair in held)
     else:
         yield from ((session.index_of(describe(*pair)), *pair) for pair in named_pairs(named_tensors))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.arch.source import ROOT
 
-SECONDS = 300
+SECONDS = 200
 
 
 def run_ranks(num_ranks: int, scratch: Path, scenarios: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, list[Any]]:
