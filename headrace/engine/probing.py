@@ -102,7 +102,8 @@ async def collective_rpc(
         raise RequestError(f"{name}: {error}", field="args") from None
     try:
         async with asyncio.timeout(seconds):
-            return [msgspec.to_builtins(await called(*given, **(kwargs or {})))]
+            result = msgspec.to_builtins(await called(*given, **(kwargs or {})))
+            return [result] * self.resolved.engine.tp_size
     except TimeoutError:
         raise DeadlineError(f"{name} was not over after {seconds:g} s", field="timeout") from None
 

@@ -266,11 +266,16 @@ def _record_of(live: WeightsDescription, files: Sequence[WeightFile]) -> Record:
 def _small_files(engine: AsyncEngine) -> Iterator[SmallFile]:
     """What a model folder has beside its weights. The configuration names the dtype that they are saved in."""
     folder, tokenizer = Path(engine.resolved.folder), engine.config.tokenizer
+    home = model_folder(tokenizer, TOKENIZER_FILES, "tokenizer") if tokenizer else folder
+    yield from small_files(folder, home, engine.resolved.dtype)
+
+
+def small_files(folder: Path, home: Path, dtype: str) -> Iterator[SmallFile]:
+    """The configuration of a model folder, for weights of this dtype, and the tokenizer of another."""
     config = read_object(folder / _CONFIG)
     names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
-    yield _CONFIG, json.dumps({**config, **dict.fromkeys(names, engine.resolved.dtype)}, indent=2).encode() + b"\n"
+    yield _CONFIG, json.dumps({**config, **dict.fromkeys(names, dtype)}, indent=2).encode() + b"\n"
     if is_there(folder / _GENERATION):
         yield _GENERATION, read_bytes(folder / _GENERATION)
-    home = model_folder(tokenizer, TOKENIZER_FILES, "tokenizer") if tokenizer else folder
     for path in tokenizer_files(home):
         yield path.relative_to(home).as_posix(), read_bytes(path, MAX_VOCABULARY_BYTES)

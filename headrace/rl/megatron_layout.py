@@ -40,7 +40,7 @@ class MegatronPlace(msgspec.Struct, frozen=True):
     expert_tensor: Shard = ONLY_RANK
 
 
-class Part(msgspec.Struct, frozen=True):
+class HfPart(msgspec.Struct, frozen=True):
     """A kind of parameter: the tensors that it holds one after the other, and how ranks share it.
 
     whole        every rank has all of it
@@ -57,36 +57,38 @@ class Part(msgspec.Struct, frozen=True):
 _Q, _K, _V = (f"self_attn.{each}_proj" for each in "qkv")
 
 MODEL = {
-    "embedding.word_embeddings.weight": Part(("model.embed_tokens.weight",), "vocabulary"),
-    "decoder.final_layernorm.weight": Part(("model.norm.weight",), "whole"),
-    "output_layer.weight": Part(("lm_head.weight",), "vocabulary"),
+    "embedding.word_embeddings.weight": HfPart(("model.embed_tokens.weight",), "vocabulary"),
+    "decoder.final_layernorm.weight": HfPart(("model.norm.weight",), "whole"),
+    "output_layer.weight": HfPart(("lm_head.weight",), "vocabulary"),
 }
 """Parameters outside the layers."""
 
 LAYER = {
-    "input_layernorm.weight": Part(("input_layernorm.weight",), "whole"),
-    "self_attention.linear_qkv.layer_norm_weight": Part(("input_layernorm.weight",), "whole"),
-    "self_attention.linear_qkv.weight": Part((f"{_Q}.weight", f"{_K}.weight", f"{_V}.weight"), "groups"),
-    "self_attention.linear_qkv.bias": Part((f"{_Q}.bias", f"{_K}.bias", f"{_V}.bias"), "groups"),
-    "self_attention.q_layernorm.weight": Part(("self_attn.q_norm.weight",), "whole"),
-    "self_attention.k_layernorm.weight": Part(("self_attn.k_norm.weight",), "whole"),
-    "self_attention.linear_proj.weight": Part(("self_attn.o_proj.weight",), "columns"),
-    "self_attention.linear_proj.bias": Part(("self_attn.o_proj.bias",), "whole"),
-    "pre_mlp_layernorm.weight": Part(("post_attention_layernorm.weight",), "whole"),
-    "mlp.linear_fc1.layer_norm_weight": Part(("post_attention_layernorm.weight",), "whole"),
-    "mlp.linear_fc1.weight": Part(("mlp.gate_proj.weight", "mlp.up_proj.weight"), "rows"),
-    "mlp.linear_fc1.bias": Part(("mlp.gate_proj.bias", "mlp.up_proj.bias"), "rows"),
-    "mlp.linear_fc2.weight": Part(("mlp.down_proj.weight",), "columns"),
-    "mlp.linear_fc2.bias": Part(("mlp.down_proj.bias",), "whole"),
-    "mlp.router.weight": Part(("{block}.gate.weight",), "whole"),
+    "input_layernorm.weight": HfPart(("input_layernorm.weight",), "whole"),
+    "self_attention.linear_qkv.layer_norm_weight": HfPart(("input_layernorm.weight",), "whole"),
+    "self_attention.linear_qkv.weight": HfPart((f"{_Q}.weight", f"{_K}.weight", f"{_V}.weight"), "groups"),
+    "self_attention.linear_qkv.bias": HfPart((f"{_Q}.bias", f"{_K}.bias", f"{_V}.bias"), "groups"),
+    "self_attention.q_layernorm.weight": HfPart(("self_attn.q_norm.weight",), "whole"),
+    "self_attention.k_layernorm.weight": HfPart(("self_attn.k_norm.weight",), "whole"),
+    "self_attention.linear_proj.weight": HfPart(("self_attn.o_proj.weight",), "columns"),
+    "self_attention.linear_proj.bias": HfPart(("self_attn.o_proj.bias",), "whole"),
+    "pre_mlp_layernorm.weight": HfPart(("post_attention_layernorm.weight",), "whole"),
+    "mlp.linear_fc1.layer_norm_weight": HfPart(("post_attention_layernorm.weight",), "whole"),
+    "mlp.linear_fc1.weight": HfPart(("mlp.gate_proj.weight", "mlp.up_proj.weight"), "rows"),
+    "mlp.linear_fc1.bias": HfPart(("mlp.gate_proj.bias", "mlp.up_proj.bias"), "rows"),
+    "mlp.linear_fc2.weight": HfPart(("mlp.down_proj.weight",), "columns"),
+    "mlp.linear_fc2.bias": HfPart(("mlp.down_proj.bias",), "whole"),
+    "mlp.router.weight": HfPart(("{block}.gate.weight",), "whole"),
 }
 """Parameters below "decoder.layers.{i}.", of tensors below "model.layers.{i}."."""
 
 EXPERT = {
-    "mlp.experts.linear_fc1.weight{e}": Part(("{expert}.{gate}.weight", "{expert}.{up}.weight"), "rows"),
-    "mlp.experts.linear_fc2.weight{e}": Part(("{expert}.{down}.weight",), "columns"),
-    "mlp.experts.local_experts.{e}.linear_fc1.weight": Part(("{expert}.{gate}.weight", "{expert}.{up}.weight"), "rows"),
-    "mlp.experts.local_experts.{e}.linear_fc2.weight": Part(("{expert}.{down}.weight",), "columns"),
+    "mlp.experts.linear_fc1.weight{e}": HfPart(("{expert}.{gate}.weight", "{expert}.{up}.weight"), "rows"),
+    "mlp.experts.linear_fc2.weight{e}": HfPart(("{expert}.{down}.weight",), "columns"),
+    "mlp.experts.local_experts.{e}.linear_fc1.weight": HfPart(
+        ("{expert}.{gate}.weight", "{expert}.{up}.weight"), "rows"
+    ),
+    "mlp.experts.local_experts.{e}.linear_fc2.weight": HfPart(("{expert}.{down}.weight",), "columns"),
 }
 """The same of one expert."""
 

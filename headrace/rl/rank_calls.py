@@ -308,7 +308,7 @@ def meet(ranks: Sequence[int], rank: int, timeout: float) -> LeadingCalls | Foll
     prefix = f"headrace/{hashlib.sha256(repr(list(ranks)).encode()).hexdigest()}"
     key = f"{prefix}/meeting/{store.add(f'{prefix}/rank/{rank}', 1)}"
     if rank == leader:
-        with socket.create_server((_own_host(store), 0), backlog=len(ranks)) as listener:
+        with _listen(store, len(ranks)) as listener:
             host, port = listener.getsockname()[:2]
             secret = secrets.token_bytes(SECRET_BYTES)
             store.set(key, msgspec.json.encode(_Address(host, port, secret)))
@@ -384,17 +384,19 @@ def _trainer_store() -> Any:
     return _get_default_store()
 
 
-def _own_host(store: Any) -> str:
-    """The address by which this machine reaches the trainer's store: so other ranks reach it."""
+def _listen(store: Any, backlog: int) -> socket.socket:
+    """A listener at the address by which this machine reaches the trainer's store: so other ranks reach it."""
     while hasattr(store, "underlying_store"):
         store = store.underlying_store
     master = getattr(store, "host", None) or os.environ.get("MASTER_ADDR", "127.0.0.1")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((master, 1))  # sends nothing
-        except OSError:
-            return "127.0.0.1"
-        return str(probe.getsockname()[0])
+    try:
+        family, *_, address = socket.getaddrinfo(master, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # sends nothing
+            host = probe.getsockname()[0]
+    except OSError:
+        family, host = socket.AF_INET, "127.0.0.1"
+    return socket.create_server((host, 0), family=family, backlog=backlog)
 
 
 def _beat(peers: Sequence[Peer], is_inside: threading.Event, stop: threading.Event, seconds: float) -> None:

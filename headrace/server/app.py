@@ -32,6 +32,7 @@ from headrace.server.saving import SaveFace
 from headrace.server.state import ServerState
 from headrace.server.surface import SurfaceFace
 from headrace.server.vllm import VllmFace
+from headrace.server.vllm_generate import VllmGenerateFace
 from headrace.server.weight_groups import GroupFace
 from headrace.server.weights import BucketFace
 from headrace.types.errors import HeadraceError
@@ -105,6 +106,7 @@ def all_endpoints(state: ServerState) -> list[Endpoint]:
         BucketFace(state),
         GroupFace(state),
         VllmFace(state, folders),
+        VllmGenerateFace(state),
         ProbeFace(state, folders),
         SurfaceFace(state, folders),
         WeightsFace(state, folders),

@@ -150,7 +150,11 @@ class InfoFace:
                 "max_model_len": resolved.context_length,
                 "logprobs_mode": "processed_logprobs",
             },
-            "parallel_config": {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1},
+            "parallel_config": {
+                "tensor_parallel_size": resolved.engine.tp_size,
+                "pipeline_parallel_size": 1,
+                "data_parallel_size": 1,
+            },
             "lora_config": None,
         }
 

@@ -11,8 +11,12 @@ from __future__ import annotations
 import mmap
 import threading
 import time
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
+
+from headrace.types.weights import TensorInfo
 
 MAX_AHEAD_BYTES = 128 << 20
 GUARD_BYTES = 16 << 30
@@ -22,6 +26,18 @@ _SMALLEST = 1 << 20
 _MARK = b"\xff"  # of an element of any floating dtype: a NaN
 _NUM_MARKED = 8
 _NO_RESERVE = 0x4000  # MAP_NORESERVE
+
+
+class Buffer(Protocol):
+    """Memory for one broadcast at a time; see `ArrivalBuffer`."""
+
+    capacity: int
+
+    def armed(self, size: int) -> torch.Tensor: ...
+
+    def mismatch(self, size: int) -> str: ...
+
+    def part(self, info: TensorInfo, start: int) -> Any: ...
 
 
 class ArrivalBuffer:
@@ -40,6 +56,10 @@ class ArrivalBuffer:
         self.view[max(0, size - _NUM_MARKED) : size + _NUM_MARKED] = _MARK * (min(size, _NUM_MARKED) + _NUM_MARKED)
         return self._bytes[: size + self._guard]
 
+    def part(self, info: TensorInfo, start: int) -> memoryview:
+        """The bytes of a tensor that begin at `start`."""
+        return self.view[start : start + info.num_bytes]
+
     def mismatch(self, size: int) -> str:
         """What came instead of `size` bytes, as in "fewer"; "" if as many came. Bytes that end in NaN are taken for
         fewer."""
@@ -50,16 +70,18 @@ class ArrivalBuffer:
 
 
 class ArrivalMemory:
-    """Buffers of sizes that are powers of two, used again and again. `put` is for any thread."""
+    """Buffers of sizes that are powers of two, used again and again. `put` is for any thread. `make` makes one of a
+    capacity, None: in the host's memory, and guarded while `is_guarded`."""
 
-    def __init__(self) -> None:
+    def __init__(self, make: Callable[[int], Buffer] | None = None) -> None:
         self.is_guarded = True
+        self._make = make
         self.lock = threading.Lock()
         self._returned = threading.Condition(self.lock)
-        self._free: list[ArrivalBuffer] = []
+        self._free: list[Buffer] = []
         self._num_bytes = 0  # of all buffers, free or not
 
-    def take(self, size: int, until: float) -> ArrivalBuffer:
+    def take(self, size: int, until: float) -> Buffer:
         """A buffer for `size` bytes. Waits until enough was put back, or raises `TimeoutError` at `until` (of the
         monotonic clock); `OSError` where there is no memory."""
         capacity = max(_SMALLEST, 1 << max(0, size - 1).bit_length())
@@ -78,7 +100,9 @@ class ArrivalMemory:
                 if not self._returned.wait(until - time.monotonic()):
                     raise TimeoutError("what had arrived before was not staged by then")
 
-    def _new(self, capacity: int) -> ArrivalBuffer:
+    def _new(self, capacity: int) -> Buffer:
+        if self._make is not None:
+            return self._make(capacity)
         if self.is_guarded:
             try:
                 return ArrivalBuffer(capacity, GUARD_BYTES)
@@ -86,7 +110,7 @@ class ArrivalMemory:
                 self.is_guarded = False
         return ArrivalBuffer(capacity, 0)
 
-    def put(self, buffer: ArrivalBuffer) -> None:
+    def put(self, buffer: Buffer) -> None:
         """It is not read any more, and may be filled again."""
         with self._returned:
             if buffer.capacity > MAX_AHEAD_BYTES:

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Collection, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
 import msgspec
 import torch
@@ -229,9 +229,9 @@ def _wanted(path: Path, present: Collection[str], names: list[str] | None) -> li
     return [name for name in (present if names is None else names) if not is_recomputed(name)]
 
 
-def _require_small_pickle(file: OpenFile) -> None:
+def _require_small_pickle(stream: BinaryIO) -> None:
     """What is not tensor data becomes objects, one for a byte, and a compressed record is of any size."""
-    with zipfile.ZipFile(file.stream) as records:
+    with zipfile.ZipFile(stream) as records:
         for record in records.infolist():
             if record.file_size > record.compress_size:
                 raise ValueError(f"{shown(record.filename)} is compressed")
@@ -240,17 +240,24 @@ def _require_small_pickle(file: OpenFile) -> None:
                 raise ValueError(f"{shown(record.filename)} has {record.file_size} bytes")
 
 
+def load_weights_only(stream: BinaryIO, path: Path, mapped: Path | None = None) -> Any:
+    """What `torch.save` has put in a file, or a part of one, that ends with it. `mapped`: the very file, whose tensors
+    are then read when they are used. `CheckpointError` naming the file for all but tensors and containers."""
+    if not zipfile.is_zipfile(stream):  # the format before torch 1.6, or a broken file
+        raise CheckpointError(f"{path} is not a whole torch checkpoint of the zip format", field=path.name)
+    try:
+        _require_small_pickle(stream)
+        stream.seek(0)
+        source: Any = mapped or stream
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped is not None)
+    except Exception as error:  # the bytes are foreign and torch's reader raises classes of a module we never import
+        raise CheckpointError(f"{path} cannot be read weights-only: {error}", field=path.name) from None
+
+
 def _read_bin(file: OpenFile) -> dict[str, torch.Tensor]:
     """The tensors of a `.bin` file, all in memory: its format has no other reader that could not fault."""
     path = file.path
-    if not zipfile.is_zipfile(file.stream):  # the format before torch 1.6, or a broken file
-        raise CheckpointError(f"{path} is not a whole torch checkpoint of the zip format", field=path.name)
-    try:
-        _require_small_pickle(file)
-        file.stream.seek(0)
-        parsed: Any = torch.load(file.stream, map_location="cpu", weights_only=True)
-    except Exception as error:  # the bytes are foreign and torch's reader raises classes of a module we never import
-        raise CheckpointError(f"{path} cannot be read weights-only: {error}", field=path.name) from None
+    parsed = load_weights_only(file.stream, path)
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{path} does not hold a dict of tensors", field=path.name)
     for name, value in parsed.items():

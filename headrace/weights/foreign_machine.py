@@ -42,12 +42,24 @@ class Unreadable(ValueError):
 
 
 class Known(msgspec.Struct, frozen=True, eq=False):
-    """What a name stands for. `build` makes a value of arguments; `fields` are those of an instance of a class."""
+    """What a name stands for. `build` makes a value of arguments; `fields` are those of an instance of a class, which
+    may have `more`. One of a class that has none, but `num_values`, has its state in a tuple of so many. Instances of
+    one that `is_key` may be keys of dicts, each a key of its own whatever it holds."""
 
     module: str
     name: str
     build: Callable[[tuple[Any, ...]], object] | None = None
     fields: frozenset[str] | None = None
+    more: frozenset[str] = frozenset()
+    num_values: int = 0
+    is_key: bool = False
+
+    def takes(self, state: object) -> bool:
+        """It is the state of an instance."""
+        if self.num_values:
+            return type(state) is tuple and len(state) == self.num_values
+        fields = self.fields or frozenset()
+        return type(state) is dict and fields <= state.keys() <= fields | self.more
 
 
 Table = Mapping[tuple[str, str], Known | str]
@@ -61,23 +73,23 @@ class Instance:
 
     def __init__(self, known: Known) -> None:
         self.known = known
-        self.state: dict[str, Any] | None = None
+        self.state: Any = None
 
 
 class Budget:
     """What a payload of so many bytes may still cost, with all that it nests."""
 
-    def __init__(self, num_bytes: int) -> None:
+    def __init__(self, num_bytes: int, max_opcodes: int = MAX_OPCODES) -> None:
         if num_bytes > MAX_BYTES:
             raise Unreadable(f"it has {num_bytes} bytes, at most {MAX_BYTES} may be")
-        self.opcodes = MAX_OPCODES
+        self.opcodes = self._max_opcodes = max_opcodes
         self._bytes = _TEXT_FACTOR * num_bytes
 
     def step(self) -> None:
         """Count an opcode."""
         self.opcodes -= 1
         if self.opcodes < 0:
-            raise Unreadable(f"it has more than {MAX_OPCODES} opcodes")
+            raise Unreadable(f"it has more than {self._max_opcodes} opcodes")
 
     def reread(self, num_bytes: int) -> None:
         """Count bytes that are read, or made into others, once more."""
@@ -223,8 +235,8 @@ class Machine:
         """Give an instance its fields, once."""
         state = self.pop()
         instance = self.top(Instance)
-        if instance.state is not None or type(state) is not dict or state.keys() != instance.known.fields:
-            raise Unreadable(f"a {instance.known.name} has other fields than {sorted(instance.known.fields)}")
+        if instance.state is not None or not instance.known.takes(state):
+            raise Unreadable(f"a {instance.known.name} has other fields than {sorted(instance.known.fields or ())}")
         instance.state = state
 
     def set_items(self, items: list[Any]) -> None:
@@ -233,7 +245,7 @@ class Machine:
         if len(items) % 2:
             raise Unreadable("a dict has a key without a value")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) is not str:
+            if type(key) is not str and not (isinstance(key, Instance) and key.known.is_key):
                 raise Unreadable(f"a dict has a {shown_kind(key)} as key")
             if key in target:
                 raise Unreadable("a key comes twice")

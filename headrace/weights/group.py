@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ import torch
 from headrace.types.errors import DeadlineError, HeadraceError, UpdateConflictError, WeightUpdateError
 from headrace.types.messages import JoinGroup
 from headrace.types.weights import TensorInfo
-from headrace.weights.arrival_memory import ArrivalBuffer, ArrivalMemory
+from headrace.weights.arrival_memory import ArrivalMemory, Buffer
+from headrace.weights.device_group import DeviceBuffer, NcclBroadcast
 from headrace.weights.unique_id import UNIQUE_ID_KEY, read_unique_id
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ class TorchGroup:
     def __init__(self, terms: JoinGroup, device: torch.device, seconds: float) -> None:
         """Raises `WeightUpdateError` naming the field for a backend that the device has not. In vLLM's way only the
         rendezvous finds out: it begins alike for all."""
-        if terms.backend != "gloo" and terms.rendezvous != "vllm":
+        if terms.backend != "gloo" and terms.rendezvous != "vllm" and device.type != "cuda":
             raise _no_transport(terms, device)
         self.name = terms.name
         self.is_joined = False
@@ -55,7 +57,7 @@ class TorchGroup:
         self._until = time.monotonic() + min(seconds, LONGEST_S)
         self._line: socket.socket | None = None
         """To the trainer, who says nothing on it: it is cut when his process ends."""
-        self._memory = ArrivalMemory()
+        self._memory = ArrivalMemory(partial(DeviceBuffer, device=device) if terms.backend == "nccl" else None)
         self._queue: queue.SimpleQueue[GroupArrivals | None] = queue.SimpleQueue()
         self._is_closed = threading.Event()
         threading.Thread(target=self._run, name=f"weight group {terms.name}", daemon=True).start()
@@ -98,7 +100,7 @@ class TorchGroup:
         self.problem = self.problem or problem
 
     def _run(self) -> None:
-        doing = "joining"
+        doing, broadcast = "joining", None
         try:
             broadcast = self._join()
             self.is_joined, doing = True, "a broadcast"
@@ -111,6 +113,8 @@ class TorchGroup:
             self._note(self._failure(doing, error))
         finally:
             self.fail("it has ended")
+            if isinstance(broadcast, NcclBroadcast):
+                broadcast.close()
             if self._line is not None:
                 self._line.close()
 
@@ -129,9 +133,12 @@ class TorchGroup:
         self._await_listener()
         left = timedelta(seconds=max(0.1, self._until - time.monotonic()))
         store = TCPStore(terms.address, terms.port, terms.world_size, False, left)
-        if terms.backend == "nccl":
+        if terms.backend == "nccl" and terms.rendezvous == "vllm":
             read_unique_id(store.get(UNIQUE_ID_KEY))
             raise _no_transport(terms, self._device)
+        if terms.backend == "nccl":
+            seconds = max(0.1, self._until - time.monotonic())
+            return NcclBroadcast(_prefixed(store, terms), terms.rank, terms.world_size, self._device, seconds)
         group = ProcessGroupGloo(_prefixed(store, terms), terms.rank, terms.world_size, timeout=left)
         options = BroadcastOptions()
         options.rootRank = options.rootTensor = 0
@@ -198,17 +205,17 @@ class GroupArrivals:
         self._packing = packing
         self._num_left = len(tensors)
         self._is_dropped = False
-        self._ready: deque[tuple[int, memoryview, ArrivalBuffer | None]] = deque()
-        self._taken: ArrivalBuffer | None = None
+        self._ready: deque[tuple[int, Any, Buffer | None]] = deque()
+        self._taken: Buffer | None = None
 
     @property
     def is_complete(self) -> bool:
         """All of it came, and has been read."""
         return not self._num_left
 
-    def take(self) -> tuple[int, memoryview] | None:
-        """The next tensor's place in the list and its bytes, which stay until `free`. None: it has not come yet; what
-        kept it from coming is raised."""
+    def take(self) -> tuple[int, Any] | None:
+        """The next tensor's place in the list, and its bytes or, on a device, the tensor, which stays until `free`.
+        None: it has not come yet; what kept it from coming is raised."""
         is_over = self._group.problem is not None  # looked at first: what had come before it is read
         if self._ready:
             place, data, self._taken = self._ready.popleft()
@@ -260,19 +267,20 @@ class GroupArrivals:
         if start < len(self._tensors):
             yield range(start, len(self._tensors))
 
-    def _check(self, buffer: ArrivalBuffer, size: int, places: range) -> None:
+    def _check(self, buffer: Buffer, size: int, places: range) -> None:
         problem = buffer.mismatch(size)
         if problem:
             names = self._tensors[places.start].name if len(places) == 1 else f"a bucket of {len(places)} tensors"
             message = f"weight group {self._group.name!r}: {names} was announced with {size} bytes, and {problem} came"
             raise WeightUpdateError(message, field=self._tensors[places.start].name if len(places) == 1 else FIELD)
 
-    def _hand_on(self, buffer: ArrivalBuffer, places: range, sizes: Sequence[int]) -> None:
+    def _hand_on(self, buffer: Buffer, places: range, sizes: Sequence[int]) -> None:
         """The buffer goes with the last of its tensors."""
-        view, start = buffer.view, 0
-        found: list[tuple[int, memoryview, ArrivalBuffer | None]] = []
+        start = 0
+        found: list[tuple[int, Any, Buffer | None]] = []
         for place, size in zip(places, sizes, strict=True):
-            found.append((place, view[start : start + size], buffer if place == places[-1] else None))
+            part = buffer.part(self._tensors[place], start)
+            found.append((place, part, buffer if place == places[-1] else None))
             start += size
         with self._memory.lock:
             if not self._is_dropped and found:

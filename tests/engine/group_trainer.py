@@ -65,7 +65,7 @@ class TrainerProcess:
                 pipe.close()
 
 
-def init_custom_process_group(port: int, world_size: int, name: str, seconds: float) -> Any:
+def init_custom_process_group(port: int, world_size: int, name: str, seconds: float, backend: str) -> Any:
     """In the order of SGLang's and slime's function of that name."""
     from torch.distributed.distributed_c10d import (
         Backend,
@@ -81,23 +81,31 @@ def init_custom_process_group(port: int, world_size: int, name: str, seconds: fl
     store.set_timeout(timeout)
     store = PrefixStore(name, store)
     group, _ = _new_process_group_helper(
-        world_size, rank, [], Backend("gloo"), store, group_name=GroupName(name), backend_options=None, timeout=timeout
+        world_size, rank, [], Backend(backend), store, group_name=GroupName(name), backend_options=None, timeout=timeout
     )
     _world.pg_group_ranks[group] = {i: i for i in range(world_size)}
     return group
 
 
 class _Trainer:
+    """Its tensors are where its last group's backend takes them: of NCCL on the last device."""
+
     def __init__(self) -> None:
         self.groups: dict[str, Any] = {}
+        self.device = "cpu"
 
     def hello(self) -> None:
         import torch.distributed  # noqa: F401 (the slow part of a start)
 
-    def init(self, port: int, name: str, world_size: int = 2, seconds: float = 60.0) -> None:
+    def init(self, port: int, name: str, world_size: int = 2, seconds: float = 60.0, backend: str = "gloo") -> None:
+        import torch
+
         if name in self.groups:
             self.destroy(name)
-        self.groups[name] = init_custom_process_group(port, world_size, name, seconds)
+        if backend == "nccl":
+            self.device = f"cuda:{torch.cuda.device_count() - 1}"
+            torch.cuda.set_device(self.device)
+        self.groups[name] = init_custom_process_group(port, world_size, name, seconds, backend)
 
     def destroy(self, name: str) -> None:
         import torch.distributed as dist
@@ -113,7 +121,7 @@ class _Trainer:
         from safetensors.torch import load_file
 
         loaded = load_file(Path(folder) / "model.safetensors")
-        tensors = [loaded[each].to(getattr(torch, dtype)) + add for each in names]
+        tensors = [loaded[each].to(self.device, getattr(torch, dtype)) + add for each in names]
         if bucket:
             tensors = [torch.cat([each.flatten().view(torch.uint8) for each in tensors])]
         handles = [dist.broadcast(each, 0, group=self.groups[name], async_op=True) for each in tensors]
@@ -127,7 +135,7 @@ class _Trainer:
         import torch.distributed as dist
 
         for size in sizes:
-            dist.broadcast(torch.full((size,), value), 0, group=self.groups[name])
+            dist.broadcast(torch.full((size,), value, device=self.device), 0, group=self.groups[name])
 
 
 def main() -> None:

@@ -149,7 +149,7 @@ def by_group(update: Update) -> Iterator[str]:
     join = _Call(client.init_weights_update_group, "127.0.0.1", port, 1, size, "faults", "gloo", order.timeout)
     try:
         with _as_trainers_do():
-            group = init_custom_process_group(port, size, "faults", order.timeout)
+            group = init_custom_process_group(port, size, "faults", order.timeout, "gloo")
         join.wait()
         report = None
         for number in range(CHUNKS):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -142,3 +144,96 @@ def push_megatron_core(old: str, new: str, sizes: dict[str, int]) -> Any:
     with target_of(old, "engine") as target:
         WeightPusher(target, distributed.group.WORLD).push(weights, "pushed", verify=True)
         return {"error": error, "digest": None if target is None else target.digest()}
+
+
+def save_sharded(folder: str, mesh_shape: list[int], out: str) -> Any:
+    """A sharded model and its optimizer as `torch.distributed.checkpoint` saves them, and as verl does."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    model = sharded(folder, mesh_shape)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    model(torch.arange(16).view(2, 8)).logits.square().mean().backward()
+    optimizer.step()
+    weights, state = get_state_dict(model, optimizer)
+    save({"model": weights, "optim": state, "step": 7}, checkpoint_id=f"{out}/dcp")
+    Path(out, "ranks").mkdir(exist_ok=True)
+    name = f"model_world_size_{distributed.get_world_size()}_rank_{distributed.get_rank()}.pt"
+    torch.save(model.state_dict(), Path(out, "ranks", name))
+    distributed.barrier()
+    return None
+
+
+def run_block(block: str, **names: Any) -> Any:
+    """A block of docs/training.md, with these names; the version that it has pushed."""
+    scope = {"__name__": "example", **names}
+    exec(compile(block, "docs/training.md", "exec"), scope)
+    return scope["report"].update.version
+
+
+def run_megatron_block(block: str, folder: str, url: str) -> Any:
+    """The same with what Megatron would have in the process: its ranks share each tensor."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    mesh = Mesh(
+        tensor=2, expert_tensor=2, tensor_rank=distributed.get_rank(), expert_tensor_rank=distributed.get_rank()
+    )
+    chunks = [megatron.Chunk(*each) for each in rank_chunks(model, mesh, Naming())]
+    place = megatron.current_place
+    megatron.current_place = lambda: place_of(mesh)
+    try:
+        return run_block(block, model_chunks=chunks, url=url)
+    finally:
+        megatron.current_place = place
+
+
+def push_and_lose_a_rank(old: str, new: str, kind: str) -> Any:
+    """Rank 1 ends after it has given some tensors. What rank 0 is told, and what its engine then holds and takes."""
+    world, rank = distributed.group.WORLD, distributed.get_rank()
+    weights: Any = iter(sharded(new, [2]).state_dict().items())
+    if kind == "megatron":
+        model = AutoModelForCausalLM.from_pretrained(new, dtype=torch.float32)
+        mesh = Mesh(tensor=2, expert_tensor=2, tensor_rank=rank, expert_tensor_rank=rank)
+        chunks = [megatron.Chunk(*each) for each in rank_chunks(model, mesh, Naming())]
+        weights = megatron.MegatronWeights(chunks, new, place_of(mesh), world)
+    if rank == 1:
+        weights = _Ending(weights)
+    with target_of(old, "engine") as target:
+        pusher = WeightPusher(target, world)
+        assert target is not None or rank == 1
+        before = target.digest() if target is not None else {}
+        try:
+            pusher.push(weights, "never")
+        except HeadraceError as error:
+            assert target is not None
+            is_old = target.digest() == before
+            alone = AutoModelForCausalLM.from_pretrained(new, dtype=torch.float32)
+            version = WeightPusher(target).push(alone, "alone", verify=True).update.version
+            return [type(error).__name__, error.field, is_old, version]
+    return None
+
+
+class _Ending:
+    """Weights of a rank that ends half-way."""
+
+    manifest = None
+
+    def __init__(self, weights: Any) -> None:
+        self._weights = weights
+
+    def __iter__(self) -> Iterator[Any]:
+        if hasattr(self._weights, "manifest"):  # it yields nothing here, but at the end
+            send = self._weights._ranks.send
+            sent: list[str] = []
+
+            def ending(name: str, tensor: torch.Tensor) -> None:
+                if len(sent) == 5:
+                    os._exit(0)
+                sent.append(name)
+                send(name, tensor)
+
+            self._weights._ranks.send = ending
+            yield from self._weights
+        for number, (name, tensor) in enumerate(self._weights):
+            if number == 5:
+                os._exit(0)
+            yield name, tensor.full_tensor()

@@ -279,28 +279,6 @@ def served(rank: int, folder: str) -> list[Any]:
         return [*seen, called]
 
 
-def absent(rank: int, folder: str) -> list[Any]:
-    """Rank 1 does not come to a call, and comes to the next ones; then rank 0 does not."""
-    with verl(folder, 3, rank_timeout=1.5) as engine:
-        seen: list[Any] = [greedy(engine)]
-        if rank == 1:
-            time.sleep(4)  # the others have given up by then
-            seen.append(error_of(lambda: greedy(engine)))
-        else:
-            started = time.monotonic()
-            seen.append(error_of(lambda: greedy(engine)))
-            seen.append(time.monotonic() - started < 3.5)
-            time.sleep(max(0, started + 4 - time.monotonic()))
-        seen.append(greedy(engine))
-        torch.distributed.barrier()
-        if rank != 0:
-            seen.append(error_of(engine.flush_cache))
-        torch.distributed.barrier()
-        engine._calls.number += rank == 0  # it has skipped one
-        seen.append(greedy(engine))
-        return seen
-
-
 def lost(rank: int, folder: str, how: int, which: int) -> list[Any]:
     """One rank is killed, or stopped, while the others make calls."""
     with verl(folder, 3, rank_timeout=2.0) as engine:
@@ -315,29 +293,15 @@ def lost(rank: int, folder: str, how: int, which: int) -> list[Any]:
         return [*found, time.monotonic() - started < 8]
 
 
-def unmet(rank: int, folder: str) -> list[Any]:
-    """Rank 1 never constructs the engine; then all do, with settings that are refused, and at last with good ones."""
-    seen, mesh = list[Any](), mesh_of(3)
-    torch.distributed.barrier()
-    if rank != 1:
-        seen.append(error_of(lambda: VerlEngine(mesh, model=folder, rank_timeout=3.0, **CONFIG)))
-    else:
-        rank_calls._trainer_store().add(_counter_of([0, 1, 2], 1), 1)  # as if it had
-        time.sleep(4)
-    torch.distributed.barrier()
+def refused_settings(rank: int, folder: str) -> list[Any]:
+    """Settings that are refused, and then good ones."""
+    seen, mesh = list[Any](), mesh_of(2)
     refused: tuple[dict[str, Any], ...] = {"no_such": 1}, {"nnodes": 2}, {"model_path": folder}, {"dtype": "float31"}
     for options in refused:
         start = functools.partial(VerlEngine, mesh, model=folder, rank_timeout=30.0, **{**CONFIG, **options})
-        seen.append(error_of(start))
-    with verl(folder, 3) as engine:
-        seen.append(greedy(engine))
-    return seen
-
-
-def _counter_of(ranks: list[int], rank: int) -> str:
-    import hashlib
-
-    return f"headrace/{hashlib.sha256(repr(ranks).encode()).hexdigest()}/rank/{rank}"
+        seen.append(error_of(start)[:2])
+    with verl(folder) as engine:
+        return [*seen, greedy(engine)]
 
 
 def many_updates(rank: int, folder: str, newer: str, count: int, options: dict[str, Any]) -> list[Any]:

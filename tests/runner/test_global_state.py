@@ -278,7 +278,9 @@ def test_a_watched_product_is_computed_again_until_nothing_changed_in_it(
 
     monkeypatch.setattr(Products, call, flip)
     products = WatchedProducts(EXACT, is_repeatable=True)
-    arguments = {"linear": (x, weight, None), "linear_out": (x, weight, last), "linear_add_": (last, x, weight)}[call]
+    arguments = {"linear": (x, weight, None), "linear_out": (x, weight, last), "linear_add_": (last, x, weight, None)}[
+        call
+    ]
     with kept(), EXACT:
         found = getattr(products, call)(*arguments)
         assert torch.equal(last if found is None else found, expected) and len(tries) == 3

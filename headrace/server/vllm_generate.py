@@ -1,0 +1,96 @@
+"""`/inference/v1/generate`: token ids in, token ids out, as SkyRL and prime-rl ask vLLM for them. Owns its spelling;
+what is asked for is a completion (`openai_completions`) without text."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from headrace.server.errors import FieldNames
+from headrace.server.native_types import shared_rows
+from headrace.server.openai_calls import OpenAiCall, Prompt
+from headrace.server.openai_completions import DEFAULT_MAX_TOKENS
+from headrace.server.openai_logprobs import TokenWriter, chat_logprobs
+from headrace.server.openai_types import (
+    CompletionBody,
+    check_model,
+    logprob_options,
+    openai_errors,
+    read_openai,
+    sampling_params,
+)
+from headrace.server.routes import Endpoint
+from headrace.server.state import ServerState
+from headrace.server.wire import convert, dropping, json_reply, read_body
+from headrace.types.errors import RequestError
+from headrace.types.generation import Generation
+
+_OF_THE_REPLY = ("output_kind", "detokenize")  # of vLLM's parameters: it is whole, and without text
+_OWN_KEYS = ("model", "cache_salt", "priority", "request_id")
+
+
+class TokensBody(msgspec.Struct, kw_only=True):
+    """`priority` is as on the other routes. Features are of images, `kv_transfer_params` of split engines."""
+
+    token_ids: list[Any]
+    sampling_params: dict[str, Any] = {}
+    model: str = ""
+    cache_salt: str = ""
+    priority: int = 0
+    request_id: str = ""
+    stream: bool = False
+    features: Any = None
+    kv_transfer_params: Any = None
+
+
+class VllmGenerateFace:
+    """The route of generation that has no text."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+        self._writer = TokenWriter(state.engine.tokenizer, by_id=True)
+
+    def endpoints(self) -> list[Endpoint]:
+        return [Endpoint("/inference/v1/generate", self.generate, ("POST",), generates=True)]
+
+    async def generate(self, request: Request) -> Response:
+        ids, (body, warnings) = await read_body(request, _read)
+        model = check_model(self._state, body.model)
+        (row,) = await shared_rows(self._state.engine, {"token_ids": ids})
+        call = OpenAiCall(self._state, body, "gen", model, warnings)
+        with FieldNames({"rid": "request_id"}), openai_errors("max_tokens", "logprobs"):
+            max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+            options = logprob_options(self._state, body.logprobs or 0, "logprobs")
+            await call.submit([Prompt(row, "token_ids")], sampling_params(body, max_tokens), options)
+        with dropping(request.scope, call.cancel, self._state.metrics.count_disconnect):
+            choices = await call.written(functools.partial(self._choice, body))
+        reply = {"request_id": call.request_id, "choices": choices, "prompt_logprobs": None, "usage": call.usage()}
+        return json_reply({**reply, "metadata": call.envelope("", ())["metadata"]}, headers=call.headers)
+
+    def _choice(self, body: CompletionBody, number: int, piece: Generation) -> dict[str, Any]:
+        return {
+            "index": number,
+            "token_ids": piece.token_ids,
+            "finish_reason": piece.finish_reason,
+            "logprobs": None if body.logprobs is None else chat_logprobs(self._writer, piece),
+            "version_spans": piece.version_spans,
+        }
+
+
+def _read(values: Mapping[str, Any]) -> tuple[list[Any], tuple[CompletionBody, list[str]]]:
+    """The prompt, and the rest in the words of a completion. Raises `RequestError` naming the field."""
+    asked = convert(values, TokensBody)
+    for name in ("stream", "features", "kv_transfer_params"):
+        if getattr(asked, name):
+            raise RequestError(f"{name} is not supported here", field=name)
+    for name in (*_OWN_KEYS, "prompt"):
+        if name in asked.sampling_params:
+            raise RequestError(f"sampling_params.{name} is not a sampling parameter", field=f"sampling_params.{name}")
+    params = {name: value for name, value in asked.sampling_params.items() if name not in _OF_THE_REPLY}
+    own = {name: getattr(asked, name) for name in _OWN_KEYS}
+    return asked.token_ids, read_openai({**params, **own}, CompletionBody)
