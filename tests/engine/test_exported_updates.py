@@ -155,3 +155,12 @@ def test_nothing_stays_mapped_after_an_update(engine: Engine, seen: Seen, new: T
     engine.generate(input_ids=[1, 2, 3], sampling_params={"max_new_tokens": 2})
     (buffers,) = seen.buffers
     assert not buffers._mapped and not buffers._left
+
+
+def test_buckets_of_an_update_are_copied_from_where_they_are(
+    engine: Engine, seen: Seen, new: Tensors, model_folder: Path
+) -> None:
+    for part in (new[:3], new[3:9], new[9:]):
+        engine.update_weights_from_bucket(part, "joined")
+    assert engine.version == "joined" and len(seen.opened) == 3
+    assert engine.digest() == digests(new, model_folder)
