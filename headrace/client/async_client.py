@@ -375,8 +375,7 @@ class AsyncClient:
         record_shapes: bool = False,
         profile_id: str | None = None,
     ) -> str:
-        """See `AsyncEngine.start_profile`. The folder is the server's: below its model's, or one of its
-        `weight_roots`."""
+        """See `AsyncEngine.start_profile`. The folder is the server's, below one of its `save_roots`."""
         arguments = {
             **{"output_dir": output_dir, "num_steps": num_steps, "activities": activities, "with_stack": with_stack},
             **{"record_shapes": record_shapes, "profile_id": profile_id},

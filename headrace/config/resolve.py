@@ -249,10 +249,10 @@ def _cuda(
     missing = _missing_for_cuda(found, software)
     if missing is None and model.has_experts and config.attention_backend != "reference":
         missing = f"{_describe(found[0])} {_NO_EXPERTS} (device='cpu' has; attention_backend='reference' is slow)"
-    if missing is None and len(found) < config.tp_size:
-        there = f"from device {first_device} on there are {len(found)}"
-        message = f"tp_size {config.tp_size} needs as many CUDA devices; {there}"
-        raise ConfigError(message, field="tp_size")
+    fit = sum(device.capability >= MIN_CAPABILITY for device in found[: config.tp_size])
+    if missing is None and fit < config.tp_size:
+        there = f"from device {first_device} on there are {fit} of compute capability {_dotted(MIN_CAPABILITY)}"
+        raise ConfigError(f"tp_size {config.tp_size} needs as many CUDA devices; {there}", field="tp_size")
     if missing is None:
         return Chosen(found[0], _describe(found[0]) if config.device == "auto" else "")
     if config.device == "cuda":

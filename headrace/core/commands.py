@@ -14,6 +14,7 @@ from typing import Any
 from headrace.core.faults import FAULTS, failure
 from headrace.core.replica import Replica
 from headrace.core.staging import StageJob, job_from_buffer, job_from_group, job_from_payload
+from headrace.core.update_phase import UpdatePhase
 from headrace.types.errors import (
     DeadlineError,
     HeadraceError,
@@ -305,7 +306,7 @@ def status(replica: Replica, now: float) -> CoreStatus:
         last_version=update.machine.version,
         epoch=update.machine.epoch,
         paused=replica.pause.mode or "",
-        updating=not update.is_idle,
+        updating=update.phase is not UpdatePhase.IDLE,
         updating_in_place=session is not None and session.mode == "inplace",
         released=tuple(sorted(replica.memory.released)),
         num_running=scheduler.num_running,

@@ -169,6 +169,9 @@ class FreeWeights:
     def abort(self) -> None:
         pass
 
+    def let_go(self, budget_s: float) -> bool:
+        return False
+
     def digest_in_slices(self) -> Iterator[tuple[str, str] | None]:
         return iter(())
 

@@ -112,7 +112,7 @@ class CoreLoop:
     def _is_quiet(self) -> bool:
         """Nothing waits for what happens between steps, and nothing holds them up."""
         replica, memory = self.replica, self.replica.memory
-        if not replica.update.is_idle or memory.lacks or memory.jobs:
+        if not replica.update.is_quiet or memory.lacks or memory.jobs:
             return False
         return not (replica.pause.pauses or replica.reading.reads or replica.groups.joining)
 

@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
     options = _parse(arguments)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # also while a signal keeps this process stopped
-    configure_logging(LogContext(role="rank"), level=options.log_level, as_json=options.log_json)
+    configure_logging(LogContext(role=f"rank {options.rank}"), level=options.log_level, as_json=options.log_json)
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=watch_parent, args=(options.lifeline, options.parent), daemon=True).start()
@@ -115,7 +115,7 @@ def _start_of(channel: RankChannel) -> RankStart | None:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="headrace.core.rank_process")
-    for name in ("--channel", "--lifeline", "--page", "--parent"):
+    for name in ("--channel", "--lifeline", "--page", "--rank", "--parent"):
         parser.add_argument(name, type=int, required=True)
     parser.add_argument("--log-level", type=int, default=logging.INFO)
     parser.add_argument("--log-json", action="store_true")

@@ -11,10 +11,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
@@ -265,7 +266,7 @@ class RankWeights:
                 for piece, part in zip(batch, parts, strict=True)
             )
             asked = buffer.asked = self._others.ask(StageBufferOn, buffer.ref, places)
-            own = (replace(piece, data=part.data) for piece, part in zip(batch, parts, strict=True))
+            own = (msgspec.structs.replace(piece, data=part.data) for piece, part in zip(batch, parts, strict=True))
             for copies in self._store.stage_pieces(own):
                 yield None if copies is None else ((), OwnCopy(copies[1]))
             whole = [piece.index for piece in batch if piece.is_last]
@@ -312,6 +313,10 @@ class RankWeights:
         self._others.tell(AbortOn())
         with suppress(UpdateConflictError):
             self._store.abort()
+
+    def let_go(self, budget_s: float) -> bool:
+        """As `WeightStore.let_go`: of a trainer's, only one rank can have mapped anything."""
+        return self._store.let_go(budget_s)
 
     # Reading live memory.
 

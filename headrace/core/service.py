@@ -110,7 +110,7 @@ def build_executor(
 
     if resolved.engine.tp_size > 1:
         if shares_process and resolved.device == "cuda":
-            raise ConfigError("tp_size over 1 on cuda needs a core of its own process", field="inprocess")
+            raise ConfigError("on cuda several ranks (tp_size) need a core in a process of its own", field="inprocess")
         from headrace.core.rank_start import start_ranks
 
         ranks = start_ranks(

@@ -66,7 +66,8 @@ class StageJob:
                 if copy.has_written:
                     self._machine.note_write(self._session_id)
             if is_done:
-                self._machine.require(self._session_id).touch(now)
+                if not indices:
+                    self._machine.require(self._session_id).touch(now)
                 for index in indices:
                     self._machine.mark_staged(self._session_id, index, now)
                 self._current = None
@@ -88,13 +89,14 @@ def job_from_buffer(machine: WeightMachine, command: Stage, now: float) -> Stage
     """
     staged = machine.require(command.session_id).staged
     sizes: list[int] = []
+    buffer_size = command.buffer.size
     for entry in command.entries:
         info = machine.check_stage(command.session_id, entry.index, now, replaces=entry.replaces)
         total = info.num_bytes
         size = total - entry.start if entry.num_bytes is None else entry.num_bytes
         if not (entry.start >= 0 and 0 <= size <= total - entry.start):
             raise WeightUpdateError(f"{info.name}: the piece at {entry.start} is not inside it", field=info.name)
-        if not 0 <= entry.offset <= command.buffer.size - size:
+        if not 0 <= entry.offset <= buffer_size - size:
             raise WeightUpdateError(f"{info.name} at offset {entry.offset} is not inside its buffer", field=info.name)
         sizes.append(size)
     if len({(entry.index, entry.start) for entry in command.entries}) != len(command.entries):

@@ -27,7 +27,7 @@ from headrace.core.faults import FAULTS, failure
 from headrace.core.outbox import Outbox
 from headrace.core.staging import StageJob, job_from_tensors
 from headrace.core.stepping import Stepper
-from headrace.core.update_phase import COMMIT_LOOK_S, Hold, PendingCall, UpdatePhase
+from headrace.core.update_phase import COMMIT_LOOK_S, LET_GO_S, Hold, PendingCall, UpdatePhase
 from headrace.scheduler import Scheduler
 from headrace.types.errors import DeadlineError, HeadraceError, UpdateConflictError
 from headrace.types.messages import NO_DEADLINE, BeginUpdate, CommitUpdate, ExtendUpdate, UpdateFromDisk
@@ -68,12 +68,14 @@ class UpdateControl:
         self._commit: PendingCall | None = None
         self._hold: Hold | None = None
         self._steps_at_first_stage: int | None = None
+        self._lets_go = False  # of memory that the last session was staged from
 
     # What the step loop and readers of weights ask. `live_stamp` is another number after live memory was written.
 
     @property
-    def is_idle(self) -> bool:
-        return self.machine.session is None and self._looking is None
+    def is_quiet(self) -> bool:
+        """Nothing is to be done between steps, for what is over either."""
+        return self.phase is UpdatePhase.IDLE and not self._lets_go
 
     @property
     def phase(self) -> UpdatePhase:
@@ -202,7 +204,10 @@ class UpdateControl:
         when it did something."""
         session = self.machine.session
         if session is None:
-            return self._looking is not None and self._look(self._looking[1], budget_s)
+            if self._looking is not None:
+                return self._look(self._looking[1], budget_s)
+            self._lets_go = self._lets_go and self._executor.weights.let_go(min(budget_s, LET_GO_S))
+            return self._lets_go
         if self._commit is not None and not self._jobs and not self._is_complete(session, self._commit):
             return True
         if self._hold is None and self._needs_hold(session) and not self._begin_hold(session):
@@ -424,6 +429,7 @@ class UpdateControl:
         self.end(reason)
 
     def _end_session(self) -> None:
+        self._lets_go = True
         self._opening_call = 0
         self.num_staged_steps = self.num_steps_while_staging
         self._steps_at_first_stage = None

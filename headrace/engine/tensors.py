@@ -11,11 +11,13 @@ import ctypes
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from headrace.engine.memory_copy import Copy, address_of, copy_memory
 from headrace.types.errors import WeightUpdateError
 from headrace.types.plain_values import plain_text
 from headrace.types.weights import TensorInfo, WeightBytes, shape_problem
@@ -45,6 +47,11 @@ def named_pairs(
     return _checked(named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors, hold or whole)
 
 
+def are_at_hand(named_tensors: NamedTensors) -> bool:
+    """Whether no code of the caller runs between two of the pairs: all may be read before the first is done with."""
+    return isinstance(named_tensors, HeldTensors) or type(named_tensors) in _AT_ONCE
+
+
 class HeldTensors:
     """Named tensors that are all listed before the first is copied, because the manifest comes first.
 
@@ -63,15 +70,15 @@ class HeldTensors:
             info = describe(name, tensor)
             manifest.append(info)
             is_taken = info.dtype in FLOAT_DTYPES  # the core refuses the rest, before any of it is read
-            self._held.append((name, tensor, _num_writes(tensor), _sample(tensor) if is_sampled and is_taken else None))
+            self._held.append((name, tensor, num_writes(tensor), _sample(tensor) if is_sampled and is_taken else None))
         self.manifest = tuple(manifest)
         _require_disjoint([(name, tensor) for name, tensor, _, _ in self._held])
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
-        for name, tensor, num_writes, sample in self._held:
+        for name, tensor, writes, sample in self._held:
             if sample is not None:
                 describe(name, tensor)  # it may have been freed
-            if _num_writes(tensor) != num_writes or (sample is not None and _sample(tensor) != sample):
+            if num_writes(tensor) != writes or (sample is not None and _sample(tensor) != sample):
                 message = f"{name} was written to after it was handed over; begin_update, stage and commit copy each"
                 raise WeightUpdateError(f"{message} tensor before the next is asked for", field=name)
             yield name, tensor
@@ -105,27 +112,30 @@ class TensorBytes:
     def _hold(self, name: str, plain: Any) -> None:
         self._name = name
         self._plain = plain
-        self._num_writes = _num_writes(plain)
-        self._storage_bytes = _storage_bytes(plain)
+        self._writes = num_writes(plain)
+        self._storage_bytes = storage_bytes(plain)
         self._part = range(plain.nbytes)
 
     def __len__(self) -> int:
         return len(self._part)
 
     def __getitem__(self, part: slice) -> TensorBytes:
+        if part.start == 0 and part.stop >= len(self):
+            return self
         found = copy.copy(self)
         found._part = self._part[part]
         return found
 
-    def copy_into(self, view: Any) -> None:
+    def copy_into(self, view: Any, copy: Copy = copy_memory) -> None:
         """Write all of them to `view`, which has their size."""
         self._check_memory()
-        view[:] = _memory(self._plain)[self._part.start : self._part.stop]
+        if self._part:
+            copy(address_of(view), _address(self._plain) + self._part.start, len(self._part))
 
     def _check_memory(self) -> None:
-        if _storage_bytes(self._plain) != self._storage_bytes or not _is_readable_now(self._plain):
+        if storage_bytes(self._plain) != self._storage_bytes or not _is_readable_now(self._plain):
             describe(self._name, self._plain)
-        if _num_writes(self._plain) != self._num_writes:
+        if num_writes(self._plain) != self._writes:
             raise WeightUpdateError(f"{self._name} was written to while it was sent", field=self._name)
 
 
@@ -135,7 +145,7 @@ class DeviceBytes(TensorBytes):
     def __init__(self, name: str, tensor: Any) -> None:
         self._hold(name, tensor.detach().resolve_conj().resolve_neg().contiguous())
 
-    def copy_into(self, view: Any) -> None:
+    def copy_into(self, view: Any, copy: Copy = copy_memory) -> None:
         """Enqueue, on the current stream, writing all of them to `view`, which is uint8 of their size."""
         self._check_memory()
         view.copy_(self._plain.reshape(-1).view(view.dtype)[self._part.start : self._part.stop])
@@ -158,8 +168,13 @@ def tensor_bytes(tensor: Any) -> memoryview:
 def _plain(tensor: Any) -> Any:
     """The tensor with its elements one after the other in CPU memory: itself where they lie so."""
     if not isinstance(tensor, np.ndarray):
-        return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        lies_so = tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj()
+        return tensor if lies_so else tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     return np.ascontiguousarray(tensor, tensor.dtype.newbyteorder("=") if not tensor.dtype.isnative else None)
+
+
+def _address(plain: Any) -> int:
+    return int(plain.__array_interface__["data"][0] if isinstance(plain, np.ndarray) else plain.data_ptr())
 
 
 def _memory(plain: Any) -> memoryview:
@@ -251,7 +266,7 @@ def _is_torch(tensor: Any) -> bool:
     return torch is not None and isinstance(tensor, torch.Tensor)
 
 
-def _storage_bytes(tensor: Any) -> int:
+def storage_bytes(tensor: Any) -> int:
     """What the memory of a tensor holds: less, once it was freed."""
     return int(tensor.nbytes if isinstance(tensor, np.ndarray) else tensor.untyped_storage().nbytes())
 
@@ -264,7 +279,7 @@ def _is_readable_now(tensor: Any) -> bool:
     return not unreadable_now()
 
 
-def _num_writes(tensor: Any) -> int:
+def num_writes(tensor: Any) -> int:
     """How often torch has written to a tensor's memory; 0 where nobody counts."""
     return 0 if isinstance(tensor, np.ndarray) or tensor.is_inference() else int(tensor._version)
 
@@ -288,23 +303,33 @@ def _sample(tensor: Any) -> bytes:
 
 def _require_disjoint(pairs: list[tuple[str, Any]]) -> None:
     """No two tensors share an element. Sorted by address, each is compared with those that reach beyond its begin."""
-    spans: list[tuple[str, int, int, str, Any, npt.NDArray[Any]]] = []
-    for name, tensor in pairs:
-        memory = tensor if isinstance(tensor, np.ndarray) else np.asarray(_Elements(tensor))
-        device = "cpu" if isinstance(tensor, np.ndarray) else str(tensor.device)
-        if memory.size:
-            spans.append((device, *np.lib.array_utils.byte_bounds(memory), name, tensor, memory))
-    reaching: list[tuple[str, int, int, str, Any, npt.NDArray[Any]]] = []
-    for span in sorted(spans, key=lambda span: span[:2]):
-        device, low, _, name, tensor, memory = span
-        reaching = [former for former in reaching if former[0] == device and former[2] > low]
-        for _, _, _, former_name, former, former_memory in reaching:
+    spans = [(*_span(tensor), name, tensor) for name, tensor in pairs]
+    reaching: list[tuple[int, int, int, str, Any]] = []
+    for span in sorted((span for span in spans if span[2] > span[1]), key=itemgetter(0, 1)):
+        device, low, _, name, tensor = span
+        reaching = [former for former in reaching if former[2] > low and former[0] == device]
+        for _, _, _, former_name, former in reaching:
             is_tied = TIED_HEAD in (name, former_name) and name != former_name and _is_one(former, tensor)
-            if not is_tied and _shares(former_memory, memory):
+            if not is_tied and _shares(_elements(former), _elements(tensor)):
                 message = f"{former_name} and {name} lie in the same memory, so one holds the other's values; a buffer"
                 hint = "that is filled again and again goes through begin_update, stage and commit"
                 raise WeightUpdateError(f"{message} {hint}", field=name)
         reaching.append(span)
+
+
+def _span(tensor: Any) -> tuple[int, int, int]:
+    """The device that a tensor is on, -1 for a CPU; where its first byte is, and where none of it is any more."""
+    if isinstance(tensor, np.ndarray):
+        return (-1, *np.lib.array_utils.byte_bounds(tensor)) if tensor.size else (-1, 0, 0)
+    device = tensor.get_device()
+    if tensor.is_contiguous():
+        low = tensor.data_ptr()
+        return device, low, low + tensor.nbytes
+    return device, *np.lib.array_utils.byte_bounds(_elements(tensor))
+
+
+def _elements(tensor: Any) -> npt.NDArray[Any]:
+    return tensor if isinstance(tensor, np.ndarray) else np.asarray(_Elements(tensor))
 
 
 def _is_one(left: Any, right: Any) -> bool:

@@ -21,11 +21,14 @@ from typing import Any, TypeVar
 from headrace.engine.calls import outlast
 from headrace.engine.client import CoreClient
 from headrace.engine.control import UpdateTerms
+from headrace.engine.device_export import DeviceExport
+from headrace.engine.memory_copy import CopyingThreads
 from headrace.engine.tensors import (
     DeviceBytes,
     HeldTensors,
     NamedTensors,
     TensorBytes,
+    are_at_hand,
     describe,
     device_of,
     named_pairs,
@@ -55,9 +58,12 @@ from headrace.types.weights import (
 
 logger = logging.getLogger(__name__)
 
-BUFFER_BYTES = 64 << 20
+BUFFER_BYTES = 128 << 20
 DEVICE_BUFFER_BYTES = 512 << 20
 """Larger, since each is waited for twice and copied in a fraction of a millisecond."""
+
+FIRST_EXPORT_BYTES = 1 << 30
+"""Of tensors that stay where they are, sent ahead: the core copies them while the rest is looked through."""
 
 Result = TypeVar("Result")
 Run = Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]]
@@ -74,7 +80,8 @@ class Updater:
         self._shares_process = shares_process
         self._client = client
         self._loop = loop
-        self._host = BufferPool(HostMemory, BUFFER_BYTES)
+        self._threads = CopyingThreads()
+        self._host = BufferPool(HostMemory, BUFFER_BYTES, self._threads.copy)
         self._device: BufferPool | None = None
         self._short_of_device = 0  # the session that found no room for a buffer there
         self._tasks: set[asyncio.Task[None]] = set()  # uploads, and aborts that nobody awaits
@@ -132,13 +139,19 @@ class Updater:
         fails may be sent again, and replaces what came of it."""
         check_session(session)
         filling, sent, num_bytes, is_settled = Filling(session.session_id), set[int](), 0, False
+        exports = [self._export()] if are_at_hand(named_tensors) and self._client.device else []
         try:
             self._fillings.add(filling)
-            for name, tensor in named_pairs(named_tensors):
-                index = session.index_of(describe(name, tensor))
+            for index, name, tensor in _indexed(session, named_tensors):
                 if index in sent:
                     raise WeightUpdateError(f"{name} was staged twice", field=name)
                 sent.add(index)
+                if exports and exports[-1].add(index, name, tensor, replaces=session.replaces(index)):
+                    num_bytes += tensor.nbytes
+                    if len(exports) == 1 and exports[0].num_bytes >= FIRST_EXPORT_BYTES:  # the core goes to work
+                        await run(self._send_export(session, filling, exports[0].settle()))
+                        exports.append(self._export())
+                    continue
                 pool, data = self._way_of(session, name, tensor)
                 for start in range(0, max(1, len(data)), pool.max_bytes):
                     piece = data[start : start + pool.max_bytes]
@@ -149,7 +162,11 @@ class Updater:
                 num_bytes += len(data)
             filling.flush()
             await run(self._send(session, filling))
+            if exports:
+                await run(self._send_export(session, filling, exports[-1].settle()))
             await run(self._drain(filling))
+            for export in exports:
+                export.check()
             is_settled = True
             session.num_bytes_staged += num_bytes
         except GeneratorExit:
@@ -234,6 +251,7 @@ class Updater:
         for pool in (self._host, self._device):
             if pool is not None:
                 pool.close()
+        self._threads.close()
 
     def call_soon(self, action: Callable[[], None]) -> None:
         """Call `action` on the engine's loop, from any thread."""
@@ -269,6 +287,9 @@ class Updater:
         if is_there and self._device is not None:
             return self._device, DeviceBytes(name, tensor)
         return self._host, TensorBytes(name, tensor)
+
+    def _export(self) -> DeviceExport:
+        return DeviceExport(self._client.device, shares_process=self._shares_process)
 
     def _device_pool(self, tensor: Any, size: int) -> BufferPool:
         """Buffers where `tensor` is, the first of them of `size` bytes. `UnavailableError` if it finds no room."""
@@ -324,10 +345,7 @@ class Updater:
             await self._announce(session)
         buffer = filling.take()
         if buffer is not None:
-            upload = asyncio.create_task(self._upload(session, buffer))
-            upload.add_done_callback(lambda _: self._uploaded(upload, buffer))
-            self._tasks.add(upload)
-            filling.uploads.append(upload)
+            self._begin_upload(session, filling, buffer, lambda: self._give_back(buffer))
 
     async def _announce(self, session: UpdateSession) -> None:
         """Have checked what was staged and not listed."""
@@ -341,9 +359,33 @@ class Updater:
         finally:
             session.settle_announced(first)
 
-    async def _upload(self, session: UpdateSession, buffer: UploadBuffer) -> None:
-        session_id, ref, entries = session.session_id, buffer.memory.ref, tuple(buffer.entries)
+    async def _upload(self, session: UpdateSession, buffer: UploadBuffer | DeviceExport) -> None:
+        session_id, ref, entries = session.session_id, buffer.ref, tuple(buffer.entries)
         await self._client.call(lambda call_id: Stage(call_id, session_id, ref, entries), NoneType)
+
+    async def _send_export(self, session: UpdateSession, filling: Filling, export: DeviceExport) -> None:
+        """Make an upload of tensors that stay where they are, if there are any. It holds them until it is over."""
+        self._raise_failures(filling)
+        if session.unannounced():
+            await self._announce(session)
+        if export.entries:
+            self._begin_upload(session, filling, export, lambda: None)
+
+    def _begin_upload(
+        self, session: UpdateSession, filling: Filling, source: UploadBuffer | DeviceExport, then: Callable[[], None]
+    ) -> None:
+        """Whatever comes of it, also if it is cancelled before it begins, the core reads the source no more `then`."""
+
+        def end(upload: asyncio.Task[None]) -> None:
+            self._tasks.discard(upload)
+            if not upload.cancelled():
+                upload.exception()  # looked at: of an upload that is over nobody else does
+            then()
+
+        upload = asyncio.create_task(self._upload(session, source))
+        upload.add_done_callback(end)
+        self._tasks.add(upload)
+        filling.uploads.append(upload)
 
     async def _call_off(self, filling: Filling) -> None:
         """Give up the uploads of a call that is over."""
@@ -364,16 +406,18 @@ class Updater:
                 raise error
         filling.check()
 
-    def _uploaded(self, upload: asyncio.Task[None], buffer: UploadBuffer) -> None:
-        """Whatever came of it, also if it was cancelled before it began, the core reads the buffer no more."""
-        self._tasks.discard(upload)
-        if not upload.cancelled():
-            upload.exception()  # looked at: of an upload that is over nobody else does
-        self._give_back(buffer)
-
     def _give_back(self, buffer: UploadBuffer) -> None:
         buffer.pool.give_back(buffer)
         self._freed.set()
+
+
+def _indexed(session: UpdateSession, named_tensors: NamedTensors) -> Iterator[tuple[int, str, Any]]:
+    """The tensors with their places in the manifest. What is held has been described."""
+    if isinstance(named_tensors, HeldTensors):
+        described = zip(named_tensors.manifest, named_tensors, strict=True)
+        yield from ((session.index_of(info), *pair) for info, pair in described)
+    else:
+        yield from ((session.index_of(describe(*pair)), *pair) for pair in named_pairs(named_tensors))
 
 
 def _cut(pieces: Iterable[TensorPiece]) -> Iterator[TensorPiece]:

@@ -51,9 +51,10 @@ class UpdateSession:
         self.dtype = dtype
         self.num_missing = 0
         self.num_bytes_staged = 0
-        self.max_part_bytes = _OPEN_PART_BYTES if is_open else 0  # in upload buffers
+        self._max_part_bytes = _OPEN_PART_BYTES if is_open else 0  # in upload buffers
         self._is_open = is_open
         self._num_known = 0  # of the manifest, to the core
+        self._new_parts: list[tuple[TensorInfo, ...]] = []
         self._indices: dict[str, int] = {}
         self._sent: set[int] = set()
         self._settled: set[int] = set()
@@ -63,7 +64,15 @@ class UpdateSession:
         """These are in the manifest as well, as the core knows."""
         self._add(manifest)
         self._num_known = len(self.manifest)
-        self.max_part_bytes = max(self.max_part_bytes, sum(aligned(info.num_bytes) for info in manifest))
+        self._new_parts.append(manifest)
+
+    @property
+    def max_part_bytes(self) -> int:
+        """What the largest part needs in upload buffers."""
+        for part in self._new_parts:
+            self._max_part_bytes = max(self._max_part_bytes, sum(aligned(info.num_bytes) for info in part))
+        self._new_parts.clear()
+        return self._max_part_bytes
 
     def unannounced(self) -> tuple[TensorInfo, ...]:
         """What was staged of one that `is_open`, and the core has not heard of; it is told of it next."""

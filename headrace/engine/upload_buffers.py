@@ -7,11 +7,11 @@ leave it. Knows nothing of the core, nor how many buffers there are: that is `Up
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
+from headrace.engine.memory_copy import Copy, copy_memory
 from headrace.engine.tensors import TensorBytes
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import UnavailableError, UpdateConflictError
@@ -62,9 +62,10 @@ class HostMemory:
 class BufferPool:
     """Buffers of one kind: at most NUM_BUFFERS, each as large as the largest update so far needs, up to a limit."""
 
-    def __init__(self, make: Callable[[int], BufferMemory], max_bytes: int) -> None:
-        """`make` gives memory of so many bytes."""
+    def __init__(self, make: Callable[[int], BufferMemory], max_bytes: int, copy: Copy = copy_memory) -> None:
+        """`make` gives memory of so many bytes, to which `copy` copies."""
         self.max_bytes = max_bytes
+        self.copy = copy
         self._make = make
         self._free: list[UploadBuffer] = []
         self._num_buffers = 0
@@ -124,16 +125,23 @@ class UploadBuffer:
         self.memory = memory
         self.pool = pool
         self.entries: list[BufferEntry] = []
+        self._size = memory.ref.size
         self._num_used = 0
+
+    @property
+    def ref(self) -> BufferRef | DeviceRef:
+        """Its memory, for the core."""
+        return self.memory.ref
 
     def write(self, index: int, start: int, data: TensorBytes, *, replaces: bool) -> bool:
         """Copy in what a tensor holds from its byte `start` on, if there is room for it. `WeightUpdateError` if it was
         freed or written to meanwhile."""
-        view = self.place(len(data))
-        if view is None:
+        size, offset = len(data), aligned(self._num_used)
+        if offset + size > self._size:
             return False
-        data.copy_into(view)
-        self.add(BufferEntry(index, aligned(self._num_used), start, len(data), replaces))
+        data.copy_into(self.memory.view(offset, size), self.pool.copy)
+        self.entries.append(BufferEntry(index, offset, start, size, replaces))
+        self._num_used = offset + size
         return True
 
     def place(self, num_bytes: int) -> Any:
@@ -173,9 +181,10 @@ class Filling:
 
     def take(self) -> UploadBuffer | None:
         """Whoever gets the buffer owns it."""
-        with contextlib.suppress(IndexError):
+        try:
             return self._buffers.pop()
-        return None
+        except IndexError:
+            return None
 
     def put(self, buffer: UploadBuffer) -> None:
         """The buffer to be filled on."""

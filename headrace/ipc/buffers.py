@@ -30,8 +30,12 @@ _HAS_PROC = os.path.isdir("/proc/self/fd")
 class SharedBuffer:
     """One mapping of shared bytes. `view` is a flat byte view, writable for the creator, and for others if they ask."""
 
-    def __init__(self, descriptor: int, mapping: mmap.mmap, ref: BufferRef, unlink_path: str = "") -> None:
+    def __init__(
+        self, descriptor: int, mapping: mmap.mmap, ref: BufferRef, unlink_path: str = "", file: tuple[int, int] = (0, 0)
+    ) -> None:
+        """`file` tells what was opened from all else that is open: paths may come to name another."""
         self.ref = ref
+        self.file = file
         self.view = memoryview(mapping)
         self._mapping: mmap.mmap | None = mapping
         self._descriptor = descriptor
@@ -83,7 +87,7 @@ class SharedBuffer:
             raise _refusal(f"shared buffer {ref.path} cannot be mapped: {error}", error) from None
         finally:
             os.close(descriptor)  # the mapping keeps the memory
-        return cls(-1, mapping, ref)
+        return cls(-1, mapping, ref, file=(status.st_dev, status.st_ino))
 
     def part(self, offset: int, size: int) -> memoryview:
         """These bytes."""

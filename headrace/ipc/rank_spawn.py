@@ -110,14 +110,15 @@ def start_rank(rank: int, *, shares_process: bool) -> RankProcess:
         with SharedBuffer.create(RANK_PAGE_BYTES) as memory:
             page = RankPage.map(memory.descriptor)
             ours.callback(page.close)
-            process = _start((far.fileno(), lifeline_read, memory.descriptor), shares_process)
+            process = _start(rank, (far.fileno(), lifeline_read, memory.descriptor), shares_process)
         ours.pop_all()  # they stay open
     return RankProcess(rank, process, lifeline_write, RankChannel(near), page)
 
 
-def _start(descriptors: tuple[int, int, int], shares_process: bool) -> subprocess.Popen[bytes]:
+def _start(rank: int, descriptors: tuple[int, int, int], shares_process: bool) -> subprocess.Popen[bytes]:
     channel, lifeline, page = map(str, descriptors)
-    arguments = ["--channel", channel, "--lifeline", lifeline, "--page", page, "--parent", str(os.getpid())]
+    arguments = ["--channel", channel, "--lifeline", lifeline, "--page", page]
+    arguments += ["--rank", str(rank), "--parent", str(os.getpid())]
     return subprocess.Popen(
         [sys.executable, "-P", "-m", RANK_MODULE, *arguments, *logging_words()],
         pass_fds=descriptors,

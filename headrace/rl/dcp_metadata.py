@@ -2,8 +2,7 @@
 which tensors it has, and where their chunks are.
 
 It is a program that makes Python objects. `headrace.weights.foreign_machine` reads it with a table of names of its own:
-nothing is imported or called on its behalf. Owns that table and what is believed of it. Must not know tensors (no
-torch).
+nothing is imported or called on its behalf. Owns that table, and what is believed of it. Must not know torch.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ class MegatronWeights:
             if self._ranks.rank == 0:
                 yield each.info.name, self._whole(each)
             elif mine := [boxes for rank, boxes in each.shares if rank == self._ranks.rank]:
-                self._ranks.send(self._packed(each.info, mine[0]))
+                self._ranks.send(each.info.name, self._packed(each.info, mine[0]))
 
     def _held(self) -> list[_Held]:
         found = []
@@ -139,7 +139,7 @@ class MegatronWeights:
                     found[box.slices].copy_(self._part(deal.info.name, box))
                 continue
             num_elements = sum(box.num_elements for box in boxes)
-            flat = self._ranks.receive(torch.empty(num_elements, dtype=dtype, device="meta"), rank)
+            flat = self._ranks.receive(deal.info.name, torch.empty(num_elements, dtype=dtype, device="meta"), rank)
             for box in boxes:
                 values, flat = flat[: box.num_elements], flat[box.num_elements :]
                 found[box.slices].copy_(values.view(box.shape))

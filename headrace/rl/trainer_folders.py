@@ -60,7 +60,7 @@ def open_trainer_folder(path: Path) -> TrainerFolder:
         return open_trainer_folder(path / _iteration(folder))
     legacy = next(iter(sorted(path.glob("mp_rank_*"))), None)
     if legacy is not None:
-        message = f'{legacy} is of Megatron\'s format "torch", objects of its own, which are not read; have'
+        message = f'{legacy} is of Megatron\'s format "torch", which stores objects of its own and is not read; have'
         raise CheckpointError(f"{message} Megatron save with --ckpt-format torch_dist", field="source")
     message = f"{path} holds no checkpoint of torch.distributed.checkpoint ({METADATA}), and no files"
     raise CheckpointError(f"{message} model_world_size_N_rank_R.pt", field="source")

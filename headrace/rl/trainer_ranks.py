@@ -38,27 +38,31 @@ class TrainerRanks:
             return [answer]
         sent = answer.info() if isinstance(answer, HeadraceError) else answer
         answers: list[bytes] = []
-        for packed in self._exchange(msgspec.msgpack.encode(sent)):
+        try:
+            packed_answers = self._exchange(msgspec.msgpack.encode(sent))
+        except UnavailableError as error:  # what has gone wrong here says more
+            raise (answer if isinstance(answer, HeadraceError) else error) from None
+        for packed in packed_answers:
             found = msgspec.msgpack.decode(packed, type=bytes | ErrorInfo)
             if isinstance(found, ErrorInfo):
                 raise found.to_exception()
             answers.append(found)
         return answers
 
-    def send(self, tensor: torch.Tensor) -> None:
-        """To rank 0, which calls `receive`."""
+    def send(self, name: str, tensor: torch.Tensor) -> None:
+        """To rank 0, which calls `receive`; `name` is for messages."""
         from torch import distributed
 
-        with self._naming_silence():
+        with self._naming_silence(name):
             distributed.send(tensor.contiguous().to(self.device), group=self._group, group_dst=0)
 
-    def receive(self, tensor: torch.Tensor, rank: int) -> torch.Tensor:
+    def receive(self, name: str, tensor: torch.Tensor, rank: int) -> torch.Tensor:
         """What `rank` sends, in a tensor like this one."""
         import torch
         from torch import distributed
 
         found = torch.empty_like(tensor, device=self.device)
-        with self._naming_silence():
+        with self._naming_silence(name):
             distributed.recv(found, group=self._group, group_src=rank)
         return found
 
@@ -79,13 +83,15 @@ class TrainerRanks:
         return [bytes(part.cpu().numpy().tobytes()[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
 
     @contextlib.contextmanager
-    def _naming_silence(self) -> Iterator[None]:
-        """One is gone, or has stood still for longer than the group's timeout: `UnavailableError`."""
+    def _naming_silence(self, name: str = "") -> Iterator[None]:
+        """One is gone, or has stood still for longer than the group's timeout: `UnavailableError`, naming the tensor
+        that was to come."""
         try:
             yield
         except RuntimeError as error:
             reason = str(error).split("\n", maxsplit=1)[0]
-            raise UnavailableError(f"another rank of the trainer does not answer: {reason}", field="group") from None
+            message = f"{name}: another rank of the trainer does not answer: {reason}".removeprefix(": ")
+            raise UnavailableError(message, field=name or "group") from None
 
     @property
     def device(self) -> torch.device:

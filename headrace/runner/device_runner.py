@@ -27,6 +27,7 @@ from headrace.kernels.paged_kv import KvGeometry, KvPool, Zeros
 from headrace.kernels.rope_tables import rope_tables
 from headrace.kernels.triton.layer_kernels import device_kernels
 from headrace.kernels.triton.step_tables import embed_tokens
+from headrace.kernels.triton.weight_pieces import warm
 from headrace.layers.linear import GemmCounter
 from headrace.models.decoder import Decoder
 from headrace.parallel import SINGLE, Mesh
@@ -45,6 +46,7 @@ from headrace.runner.step_buffer import StepBuffer, StepSizes
 from headrace.runner.step_runner import MAX_CELLS, StepRunner
 from headrace.sampling.device_sampler import RECORD_SIZE, DeviceSampler
 from headrace.types.plan import StepPlan
+from headrace.weights.position_sum import PositionKeys
 from headrace.weights.shard import Shard
 from headrace.weights.store import WeightStore
 
@@ -101,6 +103,7 @@ class DeviceRunner:
             self._steps.capture(parts.buckets.captured, parts.buckets.sampled)
             self._steps.warm(parts.buckets.uncaptured)
             parts.sampler.warm()
+            warm(PositionKeys(device).words)  # for updates
             self._compiled.arm()
         times.append(time.perf_counter())
         seconds = [round(later - earlier, 1) for earlier, later in zip(times, times[1:], strict=False)]

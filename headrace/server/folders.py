@@ -34,11 +34,11 @@ class Folders:
             raise RequestError(f"{field} {path} is not a folder", field=field)
         return folder, root
 
-    def to_save(self, path: str) -> tuple[Path, Path]:
+    def to_save(self, path: str, field: str = "path") -> tuple[Path, Path]:
         """The folder, if it lies under a save root, and that root."""
-        folder, root, _ = _found(path, self._save_roots, "path")
+        folder, root, _ = _found(path, self._save_roots, field)
         if root is None:
-            raise RequestError(f"path {path} is not below a save root of this server", field="path")
+            raise RequestError(f"{field} {path} is not below a save root of this server", field=field)
         return folder, root
 
     def check_url(self, url: str) -> None:

@@ -86,7 +86,7 @@ class ProbeFace:
             if getattr(body, name):
                 raise RequestError(f"{name} is not supported by this engine", field=name)
         names = [name for name in (body.profile_prefix, body.profile_id) if name]
-        folder = None if body.output_dir is None else str(self._folders.allowed(body.output_dir, "output_dir")[0])
+        folder = None if body.output_dir is None else str(self._folders.to_save(body.output_dir, "output_dir")[0])
         starting = self._engine.start_profile(
             folder,
             body.num_steps,

@@ -87,7 +87,7 @@ class SurfaceFace:
         """`start_profile`; the folder is one of the server's."""
         arguments = await self._arguments(request, "start_profile")
         if arguments.get("output_dir") is not None:
-            arguments["output_dir"] = str(self._folders.allowed(str(arguments["output_dir"]), "output_dir")[0])
+            arguments["output_dir"] = str(self._folders.to_save(str(arguments["output_dir"]), "output_dir")[0])
         return packed_reply(await self._state.run(request, self._engine.start_profile(**arguments)))
 
     async def call(self, name: str, request: Request) -> Response:

@@ -87,17 +87,25 @@ class BufferRef(msgspec.Struct, frozen=True, array_like=True, tag="host"):
     size: int
 
 
-class DeviceRef(msgspec.Struct, frozen=True, array_like=True, tag="device"):
+class DeviceArea(msgspec.Struct, frozen=True, array_like=True):
     """Bytes of a device that another process of this machine may map: `size` of them, `offset` into the allocation that
-    the driver's `handle` names.
+    the driver's `handle` names. For memory of the very process `handle` is empty, and `offset` is its address."""
 
-    `device` is the UUID of the device. For memory of the very process `handle` is empty, and `offset` is its address.
-    """
-
-    device: str
     handle: bytes
     offset: int
     size: int
+
+
+class DeviceRef(msgspec.Struct, frozen=True, array_like=True, tag="device"):
+    """Memory of the device with this UUID: areas that count as one after the other, though they lie anywhere."""
+
+    device: str
+    areas: tuple[DeviceArea, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes there are."""
+        return sum(area.size for area in self.areas)
 
 
 SEPARATE: Final = -1

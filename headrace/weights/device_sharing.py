@@ -7,12 +7,14 @@ its owner does, until it is closed here. See "Interprocess Communication" in the
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Callable
 
 import torch
 
-from headrace.config.cuda_driver import array_interface, cuda_driver
+from headrace.config.cuda_driver import cuda_driver
 from headrace.types.errors import UnavailableError
-from headrace.types.weights import DeviceRef
+from headrace.types.weights import DeviceArea, DeviceRef
 
 _HANDLE_BYTES = 64
 _LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
@@ -22,9 +24,17 @@ class _Handle(ctypes.Structure):
     _fields_ = (("reserved", ctypes.c_char * _HANDLE_BYTES),)
 
 
+@functools.cache
 def device_uuid(device: torch.device | int) -> str:
     """What tells a device from all others, in every process."""
     return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def same_context() -> Callable[[], None]:
+    """What makes the device's context of this thread that of another thread, to be called there."""
+    context = ctypes.c_void_p()
+    _check(cuda_driver().cuCtxGetCurrent(ctypes.byref(context)), "tell its context")
+    return lambda: _check(cuda_driver().cuCtxSetCurrent(context), "take a context")
 
 
 class SharedDeviceMemory:
@@ -42,17 +52,17 @@ class SharedDeviceMemory:
             allocated = cuda_driver().cuMemAlloc_v2(ctypes.byref(self._address), ctypes.c_size_t(size))
             _check(allocated, f"give {size} bytes")
             handle = b"" if shares_process else self._export()
-        self._bytes = torch.as_tensor(_Bytes(self._address.value, size), dtype=torch.uint8, device=device)
+        self._bytes = bytes_at(self._address.value, size, device)
         self._stream: torch.cuda.Stream | None = None
-        self.ref = DeviceRef(device_uuid(device), handle, self._address.value if shares_process else 0, size)
+        area = DeviceArea(handle, self._address.value if shares_process else 0, size)
+        self.ref = DeviceRef(device_uuid(device), (area,))
 
     def _export(self) -> bytes:
-        handle = _Handle()
-        exported = cuda_driver().cuIpcGetMemHandle(ctypes.byref(handle), self._address)
-        if exported:
+        try:
+            return handle_of(self._address.value)
+        except UnavailableError:
             self._free()
-        _check(exported, "share memory of the device")
-        return bytes(bytearray(handle))
+            raise
 
     def view(self, offset: int, size: int) -> torch.Tensor:
         """These bytes, to be written on the stream that is the caller's now: where his own work on them is enqueued."""
@@ -77,24 +87,35 @@ class SharedDeviceMemory:
             _check(cuda_driver().cuMemFree_v2(address), "take memory back")
 
 
-class MappedMemory:
-    """Another's memory, mapped here. `bytes` are uint8 [size] on `device`, and nothing after `close`."""
+def allocation_of(address: int) -> tuple[int, int]:
+    """Where the driver's allocation begins that an address of this process is in, and its size. Raises
+    `UnavailableError` if it is in none."""
+    base, size = ctypes.c_ulonglong(), ctypes.c_size_t()
+    found = cuda_driver().cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(size), ctypes.c_ulonglong(address))
+    _check(found, "find an allocation")
+    return base.value, size.value
 
-    def __init__(self, ref: DeviceRef, device: torch.device) -> None:
-        """Raises `UnavailableError` if its owner is gone, or it is on another device."""
-        if ref.device != device_uuid(device):
-            raise UnavailableError(
-                f"the buffer is on device {ref.device}, not on {device_uuid(device)}", field="buffer"
-            )
-        self._base = 0
-        if ref.handle:
-            base = ctypes.c_ulonglong()
-            handle = _Handle.from_buffer_copy(ref.handle)
-            open_handle = cuda_driver().cuIpcOpenMemHandle_v2
-            open_handle.argtypes = (ctypes.c_void_p, _Handle, ctypes.c_uint)  # the handle itself, not its address
-            _check(open_handle(ctypes.byref(base), handle, _LAZY_PEER_ACCESS), "map another's memory")
-            self._base = base.value
-        self.bytes = torch.as_tensor(_Bytes(self._base + ref.offset, ref.size), dtype=torch.uint8, device=device)
+
+def handle_of(base: int) -> bytes:
+    """What another process maps an allocation by. Raises `UnavailableError` for those that the driver does not share,
+    as those that torch expands."""
+    handle = _Handle()
+    exported = cuda_driver().cuIpcGetMemHandle(ctypes.byref(handle), ctypes.c_ulonglong(base))
+    _check(exported, "share memory of the device")
+    return bytes(bytearray(handle))
+
+
+class MappedMemory:
+    """An area of another's memory, mapped here. `bytes` are uint8 [size] on `device`, and nothing after `close`."""
+
+    def __init__(self, area: DeviceArea, device: torch.device) -> None:
+        """Raises `UnavailableError` if its owner is gone."""
+        base, handle = ctypes.c_ulonglong(), _Handle.from_buffer_copy(area.handle)
+        open_handle = cuda_driver().cuIpcOpenMemHandle_v2
+        open_handle.argtypes = (ctypes.c_void_p, _Handle, ctypes.c_uint)  # the handle itself, not its address
+        _check(open_handle(ctypes.byref(base), handle, _LAZY_PEER_ACCESS), "map another's memory")
+        self._base = base.value
+        self.bytes = bytes_at(self._base + area.offset, area.size, device)
 
     def close(self) -> None:
         """Unmap it. What was enqueued that reads it has to be done. Idempotent."""
@@ -104,11 +125,10 @@ class MappedMemory:
             _check(cuda_driver().cuIpcCloseMemHandle(ctypes.c_ulonglong(base)), "unmap another's memory")
 
 
-class _Bytes:
-    """Bytes at an address, for torch to look at."""
-
-    def __init__(self, address: int, size: int) -> None:
-        self.__cuda_array_interface__ = array_interface(address, size)
+def bytes_at(address: int, size: int, device: torch.device) -> torch.Tensor:
+    """Bytes at an address, as torch sees them: they are not its own."""
+    storage = torch._C._construct_storage_from_data_pointer(address, device, size)
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (size,), (1,))
 
 
 def _check(result: int, task: str) -> None:

@@ -1,29 +1,32 @@
 """Moving tensors of an update into place on a device, many at a time and without waiting for it.
 
-Owns `DeviceBatch`. Must not know sessions, versions or which memory is live, as `headrace.weights.staging`.
+Owns `DeviceCopies`. Must not know sessions, versions or which memory is live, as `headrace.weights.staging`.
 """
 
 from __future__ import annotations
 
-import math
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
-import msgspec
 import torch
 
-from headrace.weights.memory import Copies, StageCopy, StagePiece
+from headrace.weights.memory import StagePiece
+from headrace.weights.position_sum import PositionKeys, PositionSum
 from headrace.weights.staging import Arrival, Enqueued, SideStream
 
-MAX_BATCH = 256
-"""Pieces whose copies are enqueued at once: some milliseconds' work for the host."""
+SLICE_BYTES = 1 << 30
+"""Copied by one launch: a fraction of a millisecond's work for a device, beside which a step does not wait long."""
 
-_Pairs = tuple[list[torch.Tensor], list[torch.Tensor]]
+MAX_SLICE_PIECES = 256
+_MAX_AHEAD = 2  # slices that are enqueued and not done: the device goes on while the host looks at the first
 
 
-class ArrivingPiece(msgspec.Struct, frozen=True):
+class ArrivingPiece(NamedTuple):
     """A tensor, or a piece of it: its elements, flat, on the device or in pinned memory, and where they go.
 
-    `on_done` is called once they are there and finite, if they are `checked`: `refuse` is what else is called.
+    `on_done` is called once they are there and finite, if they are to be: `refuse` is what else is called.
     """
 
     source: torch.Tensor
@@ -31,89 +34,173 @@ class ArrivingPiece(msgspec.Struct, frozen=True):
     on_done: Callable[[], None]
     refuse: Callable[[torch.dtype], None] | None = None
 
+    @property
+    def place(self) -> slice:
+        """Which elements of its tensor they are."""
+        return slice(self.arrival.num_elements, self.arrival.num_elements + self.source.numel())
 
-class DeviceBatch:
-    """The copy of many pieces, enqueued at once on a stream of its own; a `StageCopy`.
+
+class WholeTarget(NamedTuple):
+    """Where a tensor goes that comes whole, on the device and in the dtype of a parameter, and lies there in its own
+    order: nothing is to be known of it but its bytes."""
+
+    memory: torch.Tensor
+    is_live: bool
+
+
+class DeviceCopies:
+    """The copies of all pieces of a command, enqueued in slices on a stream of its own; a `StageCopy`. `whole` are the
+    indices of the tensors that it has completed.
 
     Nothing is waited for: `advance` enqueues, and later looks whether the device has done it. What the pieces are read
     from must be left alone until then, also by who gives up. `before_write` raises if the update is over.
+
+    A piece has a `target`, if it is a whole tensor that is only to be moved: then `take` is called with its index and
+    its row of results once it is there, with sums where there `are_digests`. Else it is to `arrive`.
     """
 
-    def __init__(self, pieces: Sequence[ArrivingPiece], side: SideStream, before_write: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        pieces: Iterator[StagePiece],
+        target: Callable[[StagePiece], WholeTarget | None],
+        take: Callable[[int, Sequence[int]], None],
+        arrive: Callable[[StagePiece], ArrivingPiece],
+        side: SideStream,
+        keys: PositionKeys,
+        before_write: Callable[[], None],
+        *,
+        are_digests: bool,
+    ) -> None:
         self.has_written = False
-        self.is_done = False
+        self.whole: list[int] = []
         self._pieces = pieces
+        self._next = next(pieces, None)
+        self._target = target
+        self._take = take
+        self._arrive = arrive
+        self._are_digests = are_digests
         self._side = side
+        self._keys = keys
         self._before_write = before_write
-        self._copied: Enqueued | None = None
-        self._norms: torch.Tensor | None = None
+        self._under_way: deque[_Slice] = deque()
 
     def advance(self, budget_s: float) -> bool:
         """True once all pieces are in place. Raises as `StageWork.advance`, when the device has come to it."""
-        if self.is_done or not self._side.is_ready():
-            return self.is_done
-        if self._copied is None:
-            self._before_write()
-            with self._side.enqueuing():
-                self._enqueue()
-                self._copied = Enqueued(self._side.device)
-        if self._copied.is_done():
-            self._finish()
-        return self.is_done
+        if not self._side.is_ready():
+            return False
+        stop_at = time.perf_counter() + budget_s
+        while self._next is not None or self._under_way:
+            if self._under_way and self._under_way[0].copied.is_done():
+                self._before_write()
+                self.whole += self._under_way.popleft().finish(self._take)
+            elif not self._enqueue():
+                return False
+            if time.perf_counter() >= stop_at:
+                break
+        return self._next is None and not self._under_way
 
-    def _enqueue(self) -> None:
-        blocks = list[torch.Tensor]()
-        by_kind: dict[tuple[torch.device, torch.dtype, torch.dtype], _Pairs] = {}
-        for piece in self._pieces:
-            arrival = piece.arrival
-            block = arrival.destination.write_view(_place(piece))
-            kind = piece.source.device, piece.source.dtype, block.dtype
-            into, sources = by_kind.setdefault(kind, ([], []))
-            into.append(block)
-            sources.append(piece.source)
-            blocks.append(block)
-            self.has_written |= arrival.is_live
-        for into, sources in by_kind.values():
-            torch._foreach_copy_(into, sources, non_blocking=True)
-        if any(piece.refuse for piece in self._pieces):
-            greatest = [norm.float() for norm in torch._foreach_norm(blocks, math.inf)]
-            is_pinned = self._side.device.type == "cuda"
-            host = torch.empty(len(blocks), dtype=torch.float32, device="cpu", pin_memory=is_pinned)
-            self._norms = host.copy_(torch.stack(greatest), non_blocking=True)
-        for piece, block in zip(self._pieces, blocks, strict=True):
-            place = _place(piece)
-            piece.arrival.destination.write_back(place, block)
-            for region, total in piece.arrival.sums:
-                total.add(region.read_counted(place), place.start)
-
-    def _finish(self) -> None:
+    def _enqueue(self) -> bool:
+        """The next slice. False where there is none, or what is under way comes first."""
+        if self._next is None or len(self._under_way) == _MAX_AHEAD:
+            return False
+        busy = {index for each in self._under_way for index in each.arriving}
+        part, num_bytes = _Slice(), 0
+        while (piece := self._next) is not None and num_bytes < SLICE_BYTES and part.num_pieces < MAX_SLICE_PIECES:
+            target = self._target(piece)
+            if target is not None:
+                part.add_whole(piece, target)
+            elif piece.index in busy or piece.index in part.arriving:
+                break  # the next piece of a tensor can come only when the one before is there
+            else:
+                part.add(self._arrive(piece), piece)
+            num_bytes += piece.data.nbytes
+            self._next = next(self._pieces, None)
+        if not part.num_pieces:
+            return False
         self._before_write()
-        norms = [0.0] * len(self._pieces) if self._norms is None else self._norms.tolist()
-        pieces, self._pieces = self._pieces, ()
-        for piece, norm in zip(pieces, norms, strict=True):
-            if piece.refuse is not None and not math.isfinite(norm):
+        self.has_written |= part.is_live
+        with self._side.enqueuing():
+            part.enqueue(self._keys, are_digests=self._are_digests)
+            part.copied = Enqueued(self._side.device)
+        self._under_way.append(part)
+        return True
+
+
+class _Slice:
+    """Pieces of different tensors, by index, whose copies are enqueued together."""
+
+    copied: Enqueued
+    _results: torch.Tensor
+
+    def __init__(self) -> None:
+        self.is_live = False
+        self.num_pieces = 0
+        self.arriving: dict[int, ArrivingPiece] = {}
+        self._whole: list[int] = []
+        self._moved: list[tuple[StagePiece, torch.Tensor]] = []
+        self._sums: list[tuple[int, PositionSum]] = []
+
+    def add_whole(self, piece: StagePiece, target: WholeTarget) -> None:
+        """One that is only moved: it has a row of results."""
+        self._moved.append((piece, target.memory))
+        self.num_pieces += 1
+        self.is_live = self.is_live or target.is_live
+
+    def add(self, arriving: ArrivingPiece, piece: StagePiece) -> None:
+        self.arriving[piece.index] = arriving
+        self.num_pieces += 1
+        self.is_live = self.is_live or arriving.arrival.is_live
+        if piece.is_last:
+            self._whole.append(piece.index)
+
+    def enqueue(self, keys: PositionKeys, *, are_digests: bool) -> None:
+        """Copy all, and reckon what is to be known of them: a row of results for each piece, then further rows."""
+        from headrace.kernels.triton.weight_pieces import move_rows, row_of, row_of_memory
+
+        rows = [row_of_memory(piece.data.data_ptr(), memory) for piece, memory in self._moved]
+        pairs, blocks = list[tuple[torch.Tensor, torch.Tensor]](), list[torch.Tensor]()
+        for piece in self.arriving.values():
+            source, place, destination = piece.source, piece.place, piece.arrival.destination
+            block = destination.write_view(place)
+            is_alike = source.dtype == block.dtype and source.device == block.device
+            if is_alike and destination.flat is not None:
+                rows.append(row_of(source, block, place.start))
+            else:  # copied first, and only looked at then
+                rows.append(row_of(block, None, place.start))
+                pairs.append((block, source))
+            blocks.append(block)
+        _copy(pairs)
+        for row, (piece, block) in enumerate(zip(self.arriving.values(), blocks, strict=True), len(self._moved)):
+            place, destination = piece.place, piece.arrival.destination
+            destination.write_back(place, block)
+            for region, total in piece.arrival.sums:
+                if region is destination and region.is_plain:
+                    self._sums.append((row, total))
+                    continue
+                blocks.append(region.read_counted(place))  # held until it is enqueued
+                self._sums.append((len(rows), total))
+                rows.append(row_of(blocks[-1], None, place.start))
+        found = move_rows(rows, keys.words, sums=are_digests or bool(self._sums))
+        self._results = torch.empty(found.shape, dtype=found.dtype, device="cpu", pin_memory=found.is_cuda)
+        self._results.copy_(found, non_blocking=True)
+
+    def finish(self, take: Callable[[int, Sequence[int]], None]) -> list[int]:
+        """The device has done it: the indices of the tensors that are whole."""
+        results = self._results.tolist()
+        for (moved, _), result in zip(self._moved, results, strict=False):
+            take(moved.index, result)
+        for piece, (_, _, is_bad) in zip(self.arriving.values(), results[len(self._moved) :], strict=False):
+            if is_bad and piece.refuse is not None:
                 piece.refuse(piece.arrival.destination.dtype)
+        for row, total in self._sums:
+            total.add_lanes(results[row])
+        for piece in self.arriving.values():
             piece.arrival.num_elements += piece.source.numel()
             piece.on_done()
-        self.is_done = True
+        return [moved.index for moved, _ in self._moved] + self._whole
 
 
-def in_batches(pieces: Iterator[StagePiece], stage: Callable[[Sequence[StagePiece]], StageCopy]) -> Copies:
-    """`WeightMemory.stage_pieces` of a memory that takes many at once, of different tensors: the next piece of one can
-    come only when the one before is there."""
-    batch: dict[int, StagePiece] = {}
-    for piece in pieces:
-        if len(batch) == MAX_BATCH or piece.index in batch:
-            yield _whole(batch), stage(list(batch.values()))
-            batch = {}
-        batch[piece.index] = piece
-    if batch:
-        yield _whole(batch), stage(list(batch.values()))
-
-
-def _whole(batch: dict[int, StagePiece]) -> list[int]:
-    return [index for index, piece in batch.items() if piece.is_last]
-
-
-def _place(piece: ArrivingPiece) -> slice:
-    return slice(piece.arrival.num_elements, piece.arrival.num_elements + piece.source.numel())
+def _copy(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Sources, of other dtypes or of the host, into what comes first in each pair."""
+    if pairs:
+        torch._foreach_copy_([into for into, _ in pairs], [source for _, source in pairs], non_blocking=True)

@@ -55,6 +55,8 @@ class TorchGroup:
         self._terms = terms
         self._device = device
         self._until = time.monotonic() + min(seconds, LONGEST_S)
+        self._line: socket.socket | None = None
+        """To the trainer, who says nothing on it: it is cut when his process ends."""
         self._memory = ArrivalMemory(partial(DeviceBuffer, device=device) if terms.backend == "nccl" else None)
         self._queue: queue.SimpleQueue[GroupArrivals | None] = queue.SimpleQueue()
         self._is_closed = threading.Event()
@@ -67,7 +69,9 @@ class TorchGroup:
         return arrivals
 
     def refusal(self) -> UpdateConflictError | None:
-        """Why the group cannot be used any more; None while it can."""
+        """Why the group cannot be used any more, as when its rank 0 has ended; None while it can."""
+        if self.problem is None and self.is_joined and self._is_cut():
+            self.fail("its rank 0 has ended")
         if self.problem is None:
             return None
         rest = "destroy it and init it again"
@@ -83,6 +87,14 @@ class TorchGroup:
         """Raise what made the group unusable, if it is."""
         if self.problem is not None:
             raise type(self.problem)(self.problem.message, field=self.problem.field)
+
+    def _is_cut(self) -> bool:
+        try:
+            return self._line is None or not self._line.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def _note(self, problem: HeadraceError) -> None:
         self.problem = self.problem or problem
@@ -103,6 +115,8 @@ class TorchGroup:
             self.fail("it has ended")
             if isinstance(broadcast, NcclBroadcast):
                 broadcast.close()
+            if self._line is not None:
+                self._line.close()
 
     def _failure(self, doing: str, error: Exception) -> HeadraceError:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
@@ -141,7 +155,8 @@ class TorchGroup:
         place = self._terms.address, self._terms.port
         while not self._is_closed.is_set():
             try:
-                socket.create_connection(place, timeout=max(0.1, min(5.0, self._until - time.monotonic()))).close()
+                self._line = socket.create_connection(place, max(0.1, min(5.0, self._until - time.monotonic())))
+                self._line.setblocking(False)
                 return
             except socket.gaierror as error:
                 raise ValueError(f"{place[0]} is no address: {error}") from None

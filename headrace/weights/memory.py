@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol
+
+import msgspec
 
 from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
 
@@ -44,8 +45,7 @@ class SharedTensors(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class StagePiece:
+class StagePiece(msgspec.Struct, frozen=True):
     """A tensor, or what of it begins at byte `start`, in a buffer. `is_last`: the tensor is whole with it."""
 
     index: int

@@ -21,6 +21,7 @@ Owns the algorithm. Must not know names, regions or updates.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -31,15 +32,15 @@ _WIDTH = 4096
 _LANES, _DIGITS = 2, 4
 _LIMB_BITS = 24
 _NUM_LIMBS = 3
-_CHUNK_UNITS = {"cpu": 1 << 17, "cuda": 1 << 22}
-"""What is added at once, as 64-bit numbers: in a CPU's cache, on a device in few launches. They divide 4096 rows."""
+_CHUNK_UNITS = 1 << 17
+"""What a CPU adds at once, as 64-bit numbers in its cache. It divides 4096 rows."""
 
 
 class PositionKeys:
-    """The keys, on one device.
+    """The keys, on one device: `words` as int64 [digit, 4096, lane].
 
-    `limbs` are key 0 as [unit, lane and limb], three limbs of 24 bits each, and `scales` what the limbs count for; on a
-    device `of_units` is key 0 as [unit, lane]. Both serve sums over rows of 4096 units, which `of_rows` multiplies.
+    A CPU sums rows of 4096 units by `limbs`, which are key 0 as [unit, lane and limb], three limbs of 24 bits each, and
+    `scales` what the limbs count for. The sums are multiplied by `of_rows`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -48,38 +49,46 @@ class PositionKeys:
         shifts = np.arange(_NUM_LIMBS, dtype=np.uint64) * np.uint64(_LIMB_BITS)
         limbs = (words[:, 0].T[:, :, None] >> shifts) & np.uint64((1 << _LIMB_BITS) - 1)
         self.device = device
-        self.limbs = torch.from_numpy(limbs.reshape(_WIDTH, -1).astype(np.float64)).to(device)
-        self.scales = torch.from_numpy((np.uint64(1) << shifts).view(np.int64)).to(device)
-        self._words = torch.from_numpy(words.view(np.int64).transpose(1, 2, 0).copy()).to(device)
-        self.of_units = self._words[0]
+        self.limbs = torch.from_numpy(limbs.reshape(_WIDTH, -1).astype(np.float64))
+        self.scales = torch.from_numpy((np.uint64(1) << shifts).view(np.int64))
+        self.words = torch.from_numpy(words.view(np.int64).transpose(1, 2, 0).copy()).to(device)
         self.of_first_rows = self.of_rows(0)
 
     def of_rows(self, group: int) -> torch.Tensor:
         """What each of 4096 rows of 4096 units is multiplied by, as [row, lane]; `group` counts such squares."""
-        return self._words[1] * self._words[2, group % _WIDTH] * self._words[3, group // _WIDTH]
+        return self.words[1] * self.words[2, group % _WIDTH] * self.words[3, group // _WIDTH]
 
 
 class PositionSum:
-    """The sum over elements of one tensor, as far as they were added, on one stream of a device."""
+    """The sum over elements of one tensor, as far as they were added."""
 
     def __init__(self, keys: PositionKeys) -> None:
         self._keys = keys
         self._group, self._of_rows = 0, keys.of_first_rows
-        self._total: torch.Tensor | None = None
+        self._lanes = [0] * _LANES
 
     def add(self, block: torch.Tensor, start: int) -> None:
-        """Elements `start` on, flat and contiguous."""
+        """Elements `start` on, flat and contiguous. Waits for a device."""
+        if block.device.type != "cpu":
+            from headrace.kernels.triton.weight_pieces import move_rows, row_of
+
+            self.add_lanes(move_rows([row_of(block, None, start)], self._keys.words)[0].tolist())
+            return
         units = block.view(torch.int16)
-        first, chunk = start * (block.element_size() // 2), _CHUNK_UNITS[block.device.type]
+        first = start * (block.element_size() // 2)
         at, end = first, first + len(units)
         while at < end:
-            stop = min(end, at + chunk - at % chunk)
+            stop = min(end, at + _CHUNK_UNITS - at % _CHUNK_UNITS)
             self._add(units if stop - at == len(units) else units[at - first : stop - first], at)
             at = stop
 
+    def add_lanes(self, lanes: Sequence[int]) -> None:
+        """What a device has made of some elements."""
+        self._lanes = [mine + more for mine, more in zip(self._lanes, lanes, strict=False)]
+
     def hexdigest(self) -> str:
         """The digest of what was added."""
-        return _shown([0] * _LANES if self._total is None else self._total.tolist())
+        return _shown(self._lanes)
 
     def _add(self, units: torch.Tensor, first: int) -> None:
         row, offset = divmod(first, _WIDTH)
@@ -88,24 +97,18 @@ class PositionSum:
         width = end if num_rows == 1 else _WIDTH
         padding = (offset, num_rows * width - end)
         rows = (torch.nn.functional.pad(units, padding) if any(padding) else units).view(num_rows, width)
-        sums = self._by_product(rows) if units.device.type == "cpu" else self._by_integers(rows)
+        sums = self._by_product(rows)
         group, row = divmod(row, _WIDTH)
         if group != self._group:
             self._group, self._of_rows = group, self._keys.of_rows(group)
         sums *= self._of_rows[row : row + num_rows]
-        more = sums.sum(0)
-        self._total = more if self._total is None else self._total.add_(more)
+        self.add_lanes(sums.sum(0).tolist())
 
     def _by_product(self, rows: torch.Tensor) -> torch.Tensor:
         """The sums of each row as [row, lane], in one matrix product: of the keys in limbs of 24 bits all sums stay
         below 2^51, where float64 is exact in any order."""
         limbs = (rows.to(torch.float64) @ self._keys.limbs[: rows.shape[1]]).to(torch.int64)
         return (limbs.view(-1, _LANES, _NUM_LIMBS) * self._keys.scales).sum(2)
-
-    def _by_integers(self, rows: torch.Tensor) -> torch.Tensor:
-        """The same without a library, which a device has no need of."""
-        rows, keys = rows.to(torch.int64), self._keys.of_units[: rows.shape[1]]
-        return torch.stack([(rows * keys[:, lane]).sum(1) for lane in range(_LANES)], dim=1)
 
 
 def position_digest(flat: torch.Tensor, keys: PositionKeys) -> str:
@@ -115,11 +118,16 @@ def position_digest(flat: torch.Tensor, keys: PositionKeys) -> str:
     return total.hexdigest()
 
 
+def digest_of(lanes: Sequence[int]) -> str:
+    """The digest that two sums are."""
+    return _shown(lanes[:_LANES])
+
+
 def add_digests(*digests: str) -> str:
     """The digest of a tensor of which ranks hold parts, from theirs."""
     lanes = [[int(digest[at : at + 16], 16) for digest in digests] for at in (0, 16)]
     return _shown([sum(lane) for lane in lanes])
 
 
-def _shown(lanes: list[int]) -> str:
+def _shown(lanes: Sequence[int]) -> str:
     return "".join(f"{lane % (1 << 64):016x}" for lane in lanes)

@@ -40,6 +40,7 @@ class Region:
         is_flat = bool(pieces) and pieces[0].source.shape == shape and self._parts[0][1].is_contiguous()
         self.flat = self._parts[0][1].view(-1) if is_flat else None
         """All of it as it lies in memory, where that is in the tensor's own order."""
+        self.is_plain = is_flat and not pieces[0].axes and all(self._counts)
         self._is_whole = sum(piece.source.num_elements for piece in pieces) == self.num_elements
 
     @classmethod

@@ -1,95 +1,156 @@
-"""Buffers that tensors are staged from, as the memory of a replica reads them. Owns what is mapped of another process.
+"""Buffers that tensors are staged from, as the memory of a replica reads them. Owns what is mapped of other processes.
 
-On a device a buffer stays mapped until its update is over: an update comes in many stage commands, out of few buffers,
-and mapping one, or pinning it, takes as long as copying a gigabyte.
+On a device a buffer stays mapped until its update is over: an update comes in several stage commands, and mapping a
+trainer's allocations, or pinning shared memory, takes as long as copying gigabytes. A thread maps, ahead of the copies.
+Pinned memory stays for later updates too: it is the front's own. Memory of a device may be a trainer's, and is let go
+of after the update, in slices, since for each allocation the driver waits for the steps in flight.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+import math
+import time
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
 
 import torch
 
 from headrace.ipc import SharedBuffer
-from headrace.types.errors import UnavailableError
-from headrace.types.weights import BufferRef, DeviceRef
-from headrace.weights.device_sharing import MappedMemory
+from headrace.types.errors import RequestError, UnavailableError
+from headrace.types.weights import BufferRef, DeviceArea, DeviceRef
+from headrace.weights.device_sharing import MappedMemory, bytes_at, device_uuid, same_context
 from headrace.weights.memory import StageBuffer
 
 
 class DeviceBuffers:
-    """The buffers of one update whose weights are on `device`. `settle` waits for what was enqueued that reads them."""
+    """The buffers of updates of weights on `device`. `settle` waits for what was enqueued that reads them."""
 
     def __init__(self, device: torch.device, settle: Callable[[], None]) -> None:
         self._device = device
         self._settle = settle
-        self._open: dict[BufferRef | DeviceRef, _Kept] = {}
+        self._mapper: ThreadPoolExecutor | None = None
+        self._mapped: dict[DeviceArea, Future[MappedMemory]] = {}
+        self._pinned: dict[tuple[int, int], PinnedMemory] = {}  # by file
+        self._used = set[tuple[int, int]]()  # of those, in this update
+        self._left: deque[MappedMemory] = deque()
 
     def open(self, ref: BufferRef | DeviceRef) -> StageBuffer:
-        """A buffer, mapped now or before. Raises `RequestError` or `UnavailableError`."""
-        if ref not in self._open:
-            if isinstance(ref, DeviceRef):
-                self._open[ref] = _Mapped(ref, self._settle, self._device)
-            else:
-                self._open[ref] = _Pinned(ref, self._settle)
-        return self._open[ref]
+        """A buffer. Raises `RequestError` or `UnavailableError`."""
+        if isinstance(ref, BufferRef):
+            return Opened(self._pin(ref), self._settle)
+        if ref.device != device_uuid(self._device):
+            message = f"the buffer is on device {ref.device}, not on {device_uuid(self._device)}"
+            raise UnavailableError(message, field="buffer")
+        return Opened(AreaBytes(ref.areas, [self._map(area) for area in ref.areas], self._device), self._settle)
 
     def close(self) -> None:
-        """Unmap all of them."""
+        """The update is over: nothing reads what it brought."""
         self._settle()
-        while self._open:
-            self._open.popitem()[1].unmap()
+        self._left.extend(each.result() for each in self._mapped.values() if not each.cancel() and not each.exception())
+        self._mapped = {}
+        for file in self._pinned.keys() - self._used:
+            self._pinned.pop(file).close()
+        self._used.clear()
+
+    def let_go(self, budget_s: float) -> bool:
+        """Unmap what updates that are over have left, for about so long, and at least one allocation. False when
+        nothing is left."""
+        stop_at = time.perf_counter() + budget_s
+        while self._left:
+            self._left.popleft().close()
+            if time.perf_counter() >= stop_at:
+                break
+        return bool(self._left)
+
+    def end(self) -> None:
+        """Let go of everything, and of the thread."""
+        self.close()
+        self.let_go(math.inf)
+        self.close()  # unpins what this very update has not used
+        if self._mapper is not None:
+            self._mapper.shutdown()
+
+    def _map(self, area: DeviceArea) -> Future[MappedMemory] | None:
+        """None: it is memory of this process."""
+        if not area.handle:
+            return None
+        if area not in self._mapped:
+            if self._mapper is None:
+                self._mapper = ThreadPoolExecutor(1, "headrace-map", initializer=same_context())
+            self._mapped[area] = self._mapper.submit(MappedMemory, area, self._device)
+        return self._mapped[area]
+
+    def _pin(self, ref: BufferRef) -> PinnedMemory:
+        shared = SharedBuffer.open(ref, writable=True)  # what is mapped to be read alone cannot be pinned
+        if shared.file in self._pinned:
+            shared.close()
+        else:
+            self._pinned[shared.file] = PinnedMemory(shared)
+        self._used.add(shared.file)
+        return self._pinned[shared.file]
 
 
-class _Kept(ABC):
-    """Bytes uint8 [size] that stay mapped from one job to the next."""
+class Opened:
+    """A buffer, or several that count as one, for one job; a `StageBuffer`. `memory` stays mapped after that."""
 
-    def __init__(self, settle: Callable[[], None]) -> None:
+    def __init__(self, memory: AreaBytes | PinnedMemory, settle: Callable[[], None]) -> None:
+        self.part = memory.part
         self._settle = settle
-        self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
-
-    def part(self, offset: int, size: int) -> torch.Tensor:
-        """These bytes."""
-        return self.bytes[offset : offset + size]
 
     def close(self) -> None:
         """Its job is over, and who filled it may fill it again."""
         self._settle()  # a job that was done leaves nothing to wait for
 
-    @abstractmethod
-    def unmap(self) -> None:
-        """Its update is over."""
+
+class AreaBytes:
+    """Areas of a device's memory: of another process, which are being mapped, and of this one."""
+
+    def __init__(
+        self, areas: Sequence[DeviceArea], mapped: Sequence[Future[MappedMemory] | None], device: torch.device
+    ) -> None:
+        self._areas = areas
+        self._mapped = mapped
+        self._device = device
+        self._ends = list(accumulate(area.size for area in areas))
+
+    def part(self, offset: int, size: int) -> torch.Tensor:
+        """These bytes, as soon as they are mapped. Raises `RequestError` if they are not in one area, and
+        `UnavailableError` if that cannot be mapped."""
+        number = min(bisect_right(self._ends, offset), len(self._areas) - 1)
+        area, end = self._areas[number], self._ends[number]
+        if offset + size > end:
+            raise RequestError(f"bytes {offset} to {offset + size} of a buffer are not in one area", field="buffer")
+        start = offset - (end - area.size)
+        mapped = self._mapped[number]
+        if mapped is None:
+            return bytes_at(area.offset + start, size, self._device)
+        return mapped.result().bytes[start : start + size]
 
 
-class _Mapped(_Kept):
-    def __init__(self, ref: DeviceRef, settle: Callable[[], None], device: torch.device) -> None:
-        super().__init__(settle)
-        self._memory = MappedMemory(ref, device)
-        self.bytes = self._memory.bytes
-
-    def unmap(self) -> None:
-        self.bytes = self.bytes.new_empty(0)
-        self._memory.close()
-
-
-class _Pinned(_Kept):
+class PinnedMemory:
     """Shared memory of the host, pinned: the device reads it by itself, while the host goes on."""
 
-    def __init__(self, ref: BufferRef, settle: Callable[[], None]) -> None:
-        super().__init__(settle)
-        self._memory = SharedBuffer.open(ref, writable=True)  # what is mapped to be read alone cannot be pinned
-        self.bytes = torch.frombuffer(self._memory.view, dtype=torch.uint8)
-        self._address = self.bytes.data_ptr()
-        error = int(torch.cuda.cudart().cudaHostRegister(self._address, ref.size, 0))  # type: ignore[no-untyped-call]
+    def __init__(self, memory: SharedBuffer) -> None:
+        self._memory = memory
+        self._bytes = torch.frombuffer(memory.view, dtype=torch.uint8)
+        self._address, size = self._bytes.data_ptr(), memory.ref.size
+        error = int(torch.cuda.cudart().cudaHostRegister(self._address, size, 0))  # type: ignore[no-untyped-call]
         if error:
             self._release()
-            raise UnavailableError(f"{ref.size} bytes of shared memory cannot be pinned: error {error}", field="buffer")
+            raise UnavailableError(f"{size} bytes of shared memory cannot be pinned: error {error}", field="buffer")
 
-    def unmap(self) -> None:
+    def part(self, offset: int, size: int) -> torch.Tensor:
+        """These bytes."""
+        return self._bytes[offset : offset + size]
+
+    def close(self) -> None:
+        """Give it back."""
         torch.cuda.cudart().cudaHostUnregister(self._address)  # type: ignore[no-untyped-call]
         self._release()
 
     def _release(self) -> None:
-        self.bytes = self.bytes.new_empty(0)
+        self._bytes = self._bytes.new_empty(0)
         self._memory.close()

@@ -7,6 +7,8 @@ destination.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import hashlib
 import math
 import time
@@ -31,6 +33,7 @@ BLOCK_BYTES = 1 << 18
 Bytes = npt.NDArray[np.uint8]
 
 
+@functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
     """The manifest's name of a torch dtype, as in "bfloat16"."""
     return str(dtype).removeprefix("torch.")
@@ -45,6 +48,9 @@ def row_blocks(shape: tuple[int, ...], element_size: int, block_bytes: int = BLO
     """Slices of axis 0 that cover it in order, each of about `block_bytes`."""
     row_bytes = math.prod(shape[1:]) * element_size
     num_rows = max(1, block_bytes // max(1, row_bytes))
+    if 0 < shape[0] <= num_rows:  # as most are
+        yield slice(0, shape[0])
+        return
     for start in range(0, shape[0], num_rows):
         yield slice(start, min(start + num_rows, shape[0]))
 
@@ -66,9 +72,11 @@ def unreadable(tensor: torch.Tensor) -> str:
         return "is a quantized tensor"
     if tensor.is_meta:
         return "is on the meta device: it has no values"
-    if tensor.numel():
-        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        num_needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    count = tensor.numel()
+    if count:
+        if not tensor.is_contiguous():
+            count = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        num_needed = (tensor.storage_offset() + count) * tensor.element_size()
         num_bytes = tensor.untyped_storage().nbytes()
         if num_bytes < num_needed:
             return f"needs {num_needed} bytes of its storage, which holds {num_bytes}: its memory was freed"
@@ -132,14 +140,15 @@ class BytesSource:
             raise WeightUpdateError(message, field=info.name)
         self.num_elements = data.nbytes // size
         self._bytes: Bytes = np.frombuffer(data, dtype=np.uint8)
+        self._address: int = self._bytes.__array_interface__["data"][0]
 
     def copy(self, part: slice, destination: torch.Tensor) -> None:
         """Write these elements, converted, into `destination`, which is flat."""
         size = self._dtype.itemsize
-        found = self._bytes[part.start * size : part.stop * size]
-        if destination.device.type == "cpu" and destination.dtype == self._dtype:
-            bytes_of(destination)[:] = found
+        if destination.is_cpu and destination.dtype == self._dtype:
+            ctypes.memmove(destination.data_ptr(), self._address + part.start * size, (part.stop - part.start) * size)
             return
+        found = self._bytes[part.start * size : part.stop * size]
         # A copy owns its memory: torch neither warns about read-only buffers nor sees unaligned ones.
         destination.copy_(torch.from_numpy(found.copy()).view(self._dtype))
 

@@ -7,7 +7,9 @@ through one `WeightMap`. Must not know states, versions, deadlines or requests (
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -16,15 +18,15 @@ from headrace.types.errors import InternalError, NotFoundError, UpdateConflictEr
 from headrace.types.foreign import Payload
 from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
 from headrace.weights.device_sharing import device_uuid
-from headrace.weights.device_staging import ArrivingPiece, DeviceBatch, in_batches
+from headrace.weights.device_staging import ArrivingPiece, DeviceCopies, WholeTarget
 from headrace.weights.foreign_memory import ForeignMemory
+from headrace.weights.live_reading import Digests, bytes_in_slices, digests_in_slices
 from headrace.weights.memory import Copies, ResolvedMode, StageBuffer, StagePiece, one_by_one
 from headrace.weights.open_plan import OpenPlan
 from headrace.weights.position_sum import DIGEST_LENGTH, PositionKeys, PositionSum
 from headrace.weights.region import Region
 from headrace.weights.stage_buffers import DeviceBuffers
 from headrace.weights.staging import (
-    BLOCK_BYTES,
     TORCH_DTYPES,
     Arrival,
     Enqueued,
@@ -35,20 +37,17 @@ from headrace.weights.staging import (
     dtype_name,
     is_finite,
     not_finite,
-    row_blocks,
     source_of,
 )
 from headrace.weights.transaction import Memories, Transaction, memory_beside, memory_left
 from headrace.weights.weight_map import FLOAT_DTYPES, ManifestPlan, WeightMap, WeightRule
-from headrace.weights.whole_models import fill_normal, load_checkpoint
+from headrace.weights.whole_models import fill_initial, fill_normal, load_checkpoint
 
 Allocate = Callable[[Sequence[tuple[tuple[int, ...], torch.dtype]]], list[torch.Tensor]]
 """Tensors of these shapes and dtypes, all at once."""
 
 SHADOW_HEADROOM_BYTES = 256 << 20
 """Memory that must stay free beside the shadow buffers, for activations and the producer."""
-
-_SUM_BYTES = {"cpu": BLOCK_BYTES, "cuda": 1 << 23}
 
 
 class WeightStore:
@@ -93,6 +92,8 @@ class WeightStore:
     def close(self) -> None:
         """Give live and shadow memory back. Nothing may be asked of the store afterwards."""
         self._transaction = None
+        if self._buffers is not None:
+            self._buffers.end()
         self._regions.clear()
         self.live.clear()
 
@@ -111,16 +112,9 @@ class WeightStore:
         self._derive()
 
     def fill_random(self, seed: int) -> None:
-        """Random weights for tests and dummy models, a pure function of (seed, HF name, shape, dtype, device).
-
-        Norm weights are 1, all else is normal with standard deviation 0.02, as Hugging Face initialises.
-        """
+        """Random weights for tests and dummy models, as `fill_initial` makes them."""
         self._require_no_update()
-        fill_normal(self.weight_map, self._region, seed)
-        for name, rule in self.weight_map.rules_by_name.items():
-            if len(rule.shape) == 1 and "norm" in name:
-                for memory in self._region(name).memories:
-                    memory.fill_(1.0)
+        fill_initial(self.weight_map, self._region, seed)
         self._derive()
 
     def load_parameters_in_slices(self, source: Iterable[tuple[str, TensorData]]) -> Iterator[None]:
@@ -198,6 +192,7 @@ class WeightStore:
 
     def _check_begin(self, mode: UpdateMode) -> None:
         self._require_no_update()
+        self.let_go(math.inf)
         if mode not in ("auto", "shadow", "inplace"):
             raise WeightUpdateError(f"mode must be auto, shadow or inplace, got {mode!r}", field="mode")
 
@@ -249,16 +244,31 @@ class WeightStore:
 
     def stage_pieces(self, pieces: Iterator[StagePiece]) -> Copies:
         """The work of moving pieces in a buffer into place: on a device, many of them at once."""
-        if self._buffers is None:
-            return one_by_one(self.stage, pieces)
-        return in_batches(pieces, self.stage_batch)
+        return one_by_one(self.stage, pieces) if self._buffers is None else self._stage_together(pieces)
 
-    def stage_batch(self, batch: Sequence[StagePiece]) -> DeviceBatch:
-        """As `stage`, of many pieces at once, whose `data` are uint8 [size] on the store's device or pinned. They are
-        read until it is done."""
+    def _stage_together(self, pieces: Iterator[StagePiece]) -> Copies:
+        copies = self.stage_all(pieces)
+        yield copies.whole, copies
+
+    def stage_all(self, pieces: Iterator[StagePiece]) -> DeviceCopies:
+        """As `stage`, of pieces whose `data`, uint8 [size] on the device or pinned, is read until it is done."""
         transaction = self._require_update()
-        arriving = [self._arriving_piece(transaction, piece) for piece in batch]
-        return DeviceBatch(arriving, self._side, before_write=transaction.require_open)
+        return DeviceCopies(
+            pieces,
+            partial(self._target, transaction),
+            partial(transaction.take_moved, check_finite=self._check_finite),
+            partial(self._arriving_piece, transaction),
+            self._side,
+            self._sum_keys(),
+            transaction.require_open,
+            are_digests=transaction.has_digests,
+        )
+
+    def _target(self, transaction: Transaction, piece: StagePiece) -> WholeTarget | None:
+        name = transaction.manifest[piece.index].name
+        if name in self.weight_map.aliases or piece.data.device != self.device:
+            return None
+        return transaction.whole_target(piece, self._region(name))
 
     def _arriving_piece(self, transaction: Transaction, piece: StagePiece) -> ArrivingPiece:
         info = transaction.manifest[piece.index]
@@ -279,8 +289,7 @@ class WeightStore:
         info = transaction.manifest[index]
         arrival = transaction.arrivals.pop(index, None)  # a piece that is never done leaves a tensor to begin again
         if not start:
-            with self._side.enqueuing():
-                return self._arrival(transaction, info)
+            return self._arrival(transaction, info)
         if arrival is None or arrival.num_elements * TORCH_DTYPES[info.dtype].itemsize != start:
             raise WeightUpdateError(f"{info.name}: a piece at byte {start} is not the next one", field=info.name)
         return arrival
@@ -326,12 +335,12 @@ class WeightStore:
     def _destination(self, transaction: Transaction, name: str) -> Region:
         live = self._region(name)
         if name in self.weight_map.aliases:  # owns no memory: converted into scratch, to be compared and forgotten
-            return live.over([torch.empty_like(each) for each in live.memories])
+            with self._side.enqueuing():
+                return live.over([torch.empty_like(each) for each in live.memories])
         return live.over(transaction.shadow[name]) if transaction.mode == "shadow" else live
 
     def commit(self) -> Enqueued:
-        """Make all that was staged live; once that is done, the update is over. One that fails half-way leaves a mix,
-        and is open."""
+        """Make what was staged live; then the update is over. One that fails half-way leaves a mix, and is open."""
         transaction = self._require_update()
         for name, memories in transaction.shadow.items():
             for live, staged in zip(self._region(name).memories, memories, strict=True):
@@ -349,6 +358,10 @@ class WeightStore:
         if self._buffers is not None:
             self._buffers.close()
 
+    def let_go(self, budget_s: float) -> bool:
+        """After an update: unmap, for about so long, what it was staged from. False when nothing is left to be."""
+        return self._buffers is not None and self._buffers.let_go(budget_s)
+
     def _derive(self) -> None:
         """Compute what is derived from the parameters as they are now, into the memory that it has."""
         for each in self.weight_map.derived:
@@ -364,19 +377,10 @@ class WeightStore:
         tensor that several ranks share, the part that counts here: `add_digests` makes one of theirs."""
         return dict(filter(None, self.digest_in_slices()))
 
-    def digest_in_slices(self) -> Iterator[tuple[str, str] | None]:
-        """As `digest`, a block at a time: None, or the name and digest of a tensor that is complete."""
-        reader = self._begin_reading()
-        for name in self.weight_map.rules_by_name:
-            region, total, digest = self._region(name), None, ""
-            for part in row_blocks((region.num_elements,), region.dtype.itemsize, _SUM_BYTES[self.device.type]):
-                if part.start:
-                    yield None
-                with reader.using():
-                    total = total or PositionSum(self._sum_keys())
-                    total.add(region.read_counted(part), part.start)
-                    digest = total.hexdigest() if part.stop == region.num_elements else ""
-            yield name, digest
+    def digest_in_slices(self) -> Digests:
+        """As `digest`, a slice at a time: None, or the name and digest of a tensor that is complete."""
+        regions = ((name, self._region(name)) for name in self.weight_map.rules_by_name)
+        yield from digests_in_slices(regions, self._sum_keys(), self._begin_reading())
 
     def parameters(self) -> tuple[tuple[TensorInfo, ...], ...]:
         """Those of each rank, which is this one."""
@@ -389,13 +393,9 @@ class WeightStore:
 
     def copy_in_slices(self, name: str, start: int, into: memoryview, rank: int | None = None) -> Iterator[None]:
         """Fill `into` with the bytes of a live tensor, or parameter, from byte `start` on, a block at a time."""
-        view = self._begin_reading()
-        region, num_copied = self._region(name) if rank is None else self._parameter(name, rank), 0
-        size = region.dtype.itemsize
-        for block in view.blocks(region, start // size, len(into) // size):
-            into[num_copied : num_copied + len(block)] = block
-            num_copied += len(block)
-            yield
+        reader = self._begin_reading()
+        region = self._region(name) if rank is None else self._parameter(name, rank)
+        yield from bytes_in_slices(region, start, into, reader)
 
     def _begin_reading(self) -> SideReader:
         self._side_reader = self._side_reader or SideReader(self.device)

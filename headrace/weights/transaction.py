@@ -11,9 +11,12 @@ import torch
 from headrace.config.machine import available_memory
 from headrace.types.errors import UpdateConflictError, WeightUpdateError
 from headrace.types.weights import TensorInfo
-from headrace.weights.memory import ResolvedMode
+from headrace.weights.device_staging import WholeTarget
+from headrace.weights.memory import ResolvedMode, StagePiece
 from headrace.weights.open_plan import OpenPlan
-from headrace.weights.staging import Arrival
+from headrace.weights.position_sum import DIGEST_LENGTH, digest_of
+from headrace.weights.region import Region
+from headrace.weights.staging import TORCH_DTYPES, Arrival, dtype_name, not_finite
 from headrace.weights.weight_map import ManifestPlan
 
 logger = logging.getLogger(__name__)
@@ -59,13 +62,35 @@ class Transaction:
         digest = arrival.hasher.hexdigest() if arrival.hasher else total
         if self._is_shard and info.digest and not arrival.hasher:
             self.parts_of_sums[info.name] = total
-        elif info.digest and digest != info.digest:
-            raise WeightUpdateError(
-                f"{info.name} arrived with digest {digest}, the manifest says {info.digest}", field=info.name
-            )
+        else:
+            check_digest(info, digest)
         if info.name in self.compared:
             self._check_tied(info.name, total)
             self.totals[info.name] = total
+
+    @property
+    def has_digests(self) -> bool:
+        """What arrives is held against digests."""
+        return any(info.digest for info in self.manifest)
+
+    def whole_target(self, piece: StagePiece, live: Region) -> WholeTarget | None:
+        """Where a whole tensor of this device is only to be moved; None: more is to be done with it."""
+        info = self.manifest[piece.index]
+        has_sum = not info.digest if self._is_shard else len(info.digest) <= DIGEST_LENGTH
+        is_known = piece.start is None and has_sum and info.name not in self.compared
+        if not is_known or live.flat is None or not live.is_plain or info.dtype != dtype_name(live.dtype):
+            return None
+        self.arrivals.pop(piece.index, None)
+        is_live = self.mode == "inplace"
+        return WholeTarget(live.flat if is_live else self.shadow[info.name][0], is_live=is_live)
+
+    def take_moved(self, index: int, result: Sequence[int], *, check_finite: bool) -> None:
+        """A tensor that was only moved is there. `WeightUpdateError` naming it if it is not what it is to be."""
+        info = self.manifest[index]
+        if check_finite and result[2]:
+            raise WeightUpdateError(not_finite(info.name, TORCH_DTYPES[info.dtype]), field=info.name)
+        if info.digest:
+            check_digest(info, digest_of(result))
 
     def forget(self, index: int) -> list[int]:
         """What is to come again with a tensor: itself, and if it was compared, what it is tied to."""
@@ -82,6 +107,13 @@ class Transaction:
             other = {alias: target, target: alias}.get(name)
             if other and self.totals.get(other, total) != total:
                 raise WeightUpdateError(f"{alias} is tied to {target} and must hold the same values", field=alias)
+
+
+def check_digest(info: TensorInfo, digest: str) -> None:
+    """`WeightUpdateError` if the manifest has another digest of a tensor."""
+    if info.digest and digest != info.digest:
+        message = f"{info.name} arrived with digest {digest}, the manifest says {info.digest}"
+        raise WeightUpdateError(message, field=info.name)
 
 
 def memory_beside(live: Mapping[str, Sequence[torch.Tensor]]) -> Memories | None:

@@ -69,6 +69,16 @@ def fill_normal(weight_map: WeightMap, region_of: RegionOf, seed: int) -> None:
             region.write_back(part, block)
 
 
+def fill_initial(weight_map: WeightMap, region_of: RegionOf, seed: int) -> None:
+    """As Hugging Face initialises: norm weights are 1, all else is normal with standard deviation 0.02, and as
+    `fill_normal` a pure function."""
+    fill_normal(weight_map, region_of, seed)
+    for name, rule in weight_map.rules_by_name.items():
+        if len(rule.shape) == 1 and "norm" in name:
+            for memory in region_of(name).memories:
+                memory.fill_(1.0)
+
+
 def _check_loaded(weight_map: WeightMap, name: str, data: TensorData, written: set[str]) -> None:
     expected = weight_map.shape_of(name)
     if expected is None:

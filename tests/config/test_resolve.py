@@ -431,3 +431,16 @@ def test_nothing_starts_where_the_working_directory_is_gone(
     with pytest.raises(ConfigError) as caught:
         resolved(folder, kernel_cache="built")
     assert caught.value.field == "kernel_cache"
+
+
+def test_ranks_have_as_many_devices_one_after_the_other(folder: Path) -> None:
+    devices = tuple(msgspec.structs.replace(each, index=index) for index, each in enumerate((A100, H200, H200, T4)))
+    config = EngineConfig(model="m", tp_size=2)
+    result = resolve(config, folder, devices=devices, software=FULL, first_device=1)
+    assert [(each.cuda or T4).index for each in map(result.of_rank, range(2))] == [1, 2]
+    for shown in (devices, devices[:3]):
+        with pytest.raises(ConfigError, match="from device 2 on there are 1 of") as refusal:
+            resolve(config, folder, devices=shown, software=FULL, first_device=2)
+        assert refusal.value.field == "tp_size"
+    on_cpu = resolve(msgspec.structs.replace(config, device="cpu"), folder, devices=(), software=FULL)
+    assert on_cpu.of_rank(1) == on_cpu

@@ -104,13 +104,14 @@ class Driver:
 
     def __init__(self, executor: Executor, seed: int) -> None:
         self.chance = random.Random(seed)
-        self.core = Core(executor, overlap_depth=seed % 3, pause_timeout=1e6, **CORE)
+        self.core = Core(executor, overlap_depth=seed % 3, pause_timeout=1e6, keep_weights_copy=True, **CORE)
         self.num_requests = 0
         self.digests: list[dict[str, str]] = []
         self.reset(OLD)
 
     def play(self, num_events: int) -> None:
         actions = [self.submit] * 4 + [self.turn] * 8 + [self.abort, self.pause, self.resume, self.update, self.digest]
+        actions += [self.memory, self.parts]
         for _ in range(num_events):
             self.chance.choice(actions)()
         self.resume()
@@ -153,6 +154,27 @@ class Driver:
         update(self.core, tensors, version, mode=mode, in_flight=policy)
         self.resume()
 
+    def parts(self) -> None:
+        """An update in parts, the first of which may be given up."""
+        self.core.call(Pause, "keep")
+        tensors, cut = self.chance.choice([OLD, NEW]), self.chance.randint(1, len(OLD) - 1)
+        names = list(tensors)
+        self.chance.shuffle(names)
+        for is_whole in self.chance.choice([(True,), (False, True)]):
+            session = self.core.begin_open(self.chance.choice(["shadow", "inplace"] if is_whole else ["shadow"]))
+            self.core.stage_part(session, {name: tensors[name] for name in names[:cut]})
+            if is_whole:
+                self.core.stage_part(session, {name: tensors[name] for name in names[cut:]})
+                self.core.call(CommitUpdate, session, kind=UpdateReport)
+            else:
+                self.core.call(AbortUpdate, session)
+        self.resume()
+
+    def memory(self) -> None:
+        tags = self.chance.choice([("weights",), ("kv_cache",), ("weights", "kv_cache")])
+        self.core.call(ReleaseMemory, tags, self.chance.choice(["abort", "recompute"]))
+        self.core.call(ResumeMemory, tags, "copy")
+
     def digest(self) -> None:
         self.core.call(Pause, "keep")
         self.digests.append(self.core.call(Digest, kind=dict[str, str]))
@@ -165,7 +187,7 @@ def test_random_events_over_two_ranks_give_what_they_give_alone(ranks: RankExecu
     for seed in range(3):
         first, second = Driver(alone, seed), Driver(ranks, seed)
         for driver in (first, second):
-            driver.play(60)
+            driver.play(80)
         assert first.digests == second.digests and first.num_requests == second.num_requests
         assert first.core.status().epoch == second.core.status().epoch
         num_updates += first.core.status().epoch

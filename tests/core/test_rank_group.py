@@ -11,16 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from headrace.core.faults import DeviceLost
 from headrace.core.rank_group import FAILED_SECONDS, SILENT_SECONDS, STOPPED_SECONDS, OtherRanks
 from headrace.core.rank_messages import TELL, CommitOn, RankAnswer, command_decoder, encode_message
+from headrace.core.service import build_executor
 from headrace.ipc import PeerClosed
 from headrace.ipc.rank_channel import RankChannel
 from headrace.ipc.rank_page import RankPage
 from headrace.parallel.rendezvous import Rendezvous
-from headrace.types.errors import WeightUpdateError
+from headrace.types.errors import ConfigError, WeightUpdateError
+from tests.core.harness import tiny_config
 
 OPEN: list[RankChannel] = []
 
@@ -176,6 +179,13 @@ def test_a_channel_brings_frames_of_any_size_and_tells_of_its_end() -> None:
         far.receive(10.0)
     with pytest.raises(PeerClosed):
         far.send(0, b"x" * (1 << 20))
+
+
+def test_on_cuda_ranks_do_not_share_a_callers_process() -> None:
+    resolved = msgspec.structs.replace(tiny_config(tp_size=2), device="cuda")
+    with pytest.raises(ConfigError, match="process of its own") as refusal:
+        build_executor(resolved, "local", shares_process=True)
+    assert refusal.value.field == "inprocess"
 
 
 def test_ranks_meet_on_loopback_alone_below_a_secret() -> None:

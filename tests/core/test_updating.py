@@ -911,6 +911,33 @@ def test_a_large_tensor_is_staged_across_many_steps() -> None:
     check_live(core, big)
 
 
+@pytest.mark.parametrize("is_committed", [True, False])
+def test_what_an_update_leaves_mapped_is_let_go_of_beside_running_steps(
+    monkeypatch: pytest.MonkeyPatch, is_committed: bool
+) -> None:
+    """After the reply, a slice between two steps, and not again once nothing is left."""
+    core = Core()
+    core.submit(request(1, max_new_tokens=60))
+    core.turn(3)
+    session = core.begin(NEW, "v1", mode="shadow", in_flight="keep")
+    core.stage(session, NEW)
+    left, steps = [4], list[int]()
+
+    def let_go(budget_s: float) -> bool:
+        assert core.loop.replica.update.machine.session is None and 0 < budget_s < 1
+        left[0] -= 1
+        steps.append(core.loop.replica.stepper.num_completed)
+        return left[0] > 0
+
+    monkeypatch.setattr(core.store, "let_go", let_go)
+    core.turn(5)
+    assert left == [4]
+    core.call(CommitUpdate if is_committed else AbortUpdate, session, kind=Any)
+    core.settle()
+    assert left == [0] and len(set(steps)) == 4
+    assert not core.status().updating
+
+
 def test_a_session_of_another_core_is_none_of_this_one() -> None:
     """Whoever was not told that a server was started anew."""
     first, second = Core(), Core()

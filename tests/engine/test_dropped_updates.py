@@ -147,7 +147,7 @@ def test_a_buffer_is_not_taken_from_whoever_writes_to_it() -> None:
     filling.put(UploadBuffer(HostMemory(64), pool))
 
     class Data(bytes):
-        def copy_into(self, _: object) -> None:
+        def copy_into(self, *_: object) -> None:
             filling.is_over = True
             assert filling.take() is None
 

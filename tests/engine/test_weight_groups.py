@@ -408,6 +408,27 @@ async def _update_by_two_groups(model_folder: Path, new_folder: Path, trainer: T
     other.close()
 
 
+@pytest.mark.parametrize("how", ["killed", "destroyed"])
+def test_a_group_whose_trainer_has_ended_gives_its_name_to_the_next(
+    spawned: Engine, trainers: list[TrainerProcess], trainer: TrainerProcess, new_folder: Path, how: str
+) -> None:
+    """Also where nobody has sent anything meanwhile, by which the engine would have found out."""
+    join(spawned, trainer)
+    push(spawned, trainer, new_folder)
+    after = trainer
+    if how == "killed":
+        trainer.kill()
+        after = TrainerProcess()
+        trainers.append(after)
+    else:
+        trainer.ask(do="destroy", name="g")
+    session = spawned.begin_update("v", manifest_of())
+    check_unusable(spawned, session)
+    join(spawned, after)
+    push(spawned, after, new_folder, "again")
+    assert spawned.version == "again"
+
+
 def test_names_of_groups(spawned: Engine, trainer: TrainerProcess) -> None:
     error = refused(spawned.destroy_weights_update_group, "nobody's")
     assert isinstance(error, WeightUpdateError) and error.status == 400 and error.field == "group_name"

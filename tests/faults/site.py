@@ -173,6 +173,17 @@ class Site:
         except HeadraceError:
             return None
 
+    @property
+    def is_alive(self) -> bool:
+        """The core is, as far as anybody has noticed."""
+        return self.engine.asynchronous.runtime.client.is_alive
+
+    @property
+    def is_quiet(self) -> bool:
+        """The core answers, and no update is open."""
+        status = self.status()
+        return status is not None and not status.updating
+
     def until(self, condition: Callable[[], Any], seconds: float, otherwise: Callable[[], str]) -> None:
         """Wait for a condition; `otherwise` says what is wrong."""
         deadline = time.monotonic() + seconds

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from headrace import Engine, WeightUpdateError
+from headrace import Engine, TensorInfo, WeightUpdateError
 from headrace.engine import update as update_module
 from tests.gpu.builders import Background, Checkpoint, Checkpoints, Starter, check_greedy, greedy, random_ids
 from tests.gpu.test_engine_features import outputs
@@ -20,7 +20,7 @@ def named(checkpoint: Checkpoint, place: str) -> list[tuple[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("mode", ["shadow", "inplace"])
-@pytest.mark.parametrize("place", ["cuda", "cpu"])
+@pytest.mark.parametrize("road", ["as they lie", "device buffers", "host buffers"])
 @pytest.mark.parametrize("inprocess", [True, False])
 @pytest.mark.parametrize("buffer_bytes", [1 << 16, 1 << 29])
 def test_every_road_ends_in_a_cold_load(
@@ -28,22 +28,29 @@ def test_every_road_ends_in_a_cold_load(
     start: Starter,
     monkeypatch: pytest.MonkeyPatch,
     mode: Any,
-    place: str,
+    road: str,
     inprocess: bool,
     buffer_bytes: int,
 ) -> None:
-    """Small buffers cut tensors into pieces."""
+    """Small buffers cut tensors into pieces; of what comes one by one nothing can be read as it lies."""
     for name in ("BUFFER_BYTES", "DEVICE_BUFFER_BYTES"):
         monkeypatch.setattr(update_module, name, buffer_bytes)
     old, new = checkpoints.get(), checkpoints.get(seed=1)
     engine = start(old, dtype="float32", inprocess=inprocess, cuda_graphs=True)
     digests = [engine.digest()]
     for version, target in (("new", new), ("old", old), ("new again", new)):
-        engine.update_weights_from_tensor(named(target, place), version=version, mode=mode)
+        tensors = named(target, "cpu" if road == "host buffers" else "cuda")
+        if road == "device buffers":
+            manifest = [(name, tuple(each.shape), "float32") for name, each in tensors]
+            session = engine.begin_update(version, manifest, mode=mode)
+            engine.stage(session, iter(tensors))
+            engine.commit(session)
+        else:
+            engine.update_weights_from_tensor(tensors, version=version, mode=mode)
         digests.append(engine.digest())
     outputs(engine, new)
     assert digests[0] == digests[2] != digests[1] == digests[3]
-    assert (engine.asynchronous.runtime.updater._device is not None) == (place == "cuda")
+    assert (engine.asynchronous.runtime.updater._device is not None) == (road == "device buffers")
     engine.shutdown()
     assert start(new, dtype="float32", cuda_graphs=False).digest() == digests[1]
 
@@ -125,7 +132,10 @@ def test_where_the_device_has_no_room_for_buffers_the_host_carries(
     monkeypatch.setattr(device_sharing, "SharedDeviceMemory", refuse)
     new = checkpoints.get(seed=1)
     engine = start(checkpoints.get(), dtype="float32", inprocess=False)
-    engine.update_weights_from_tensor(named(new, "cuda"), version="new")
+    tensors = named(new, "cuda")
+    session = engine.begin_update("new", [(name, tuple(each.shape), "float32") for name, each in tensors])
+    engine.stage(session, iter(tensors))
+    engine.commit(session)
     outputs(engine, new)
 
 
@@ -153,3 +163,69 @@ def test_two_threads_stage_at_once(checkpoints: Checkpoints, start: Starter) -> 
     assert not errors, errors
     engine.commit(session)
     outputs(engine, new)
+
+
+@pytest.mark.parametrize("inprocess", [True, False])
+def test_tensors_that_do_not_lie_well_travel_beside_those_that_do(
+    checkpoints: Checkpoints, start: Starter, inprocess: bool
+) -> None:
+    """Transposed ones, ones of the host, of another dtype, at odd addresses, and several in one allocation."""
+    old, new = checkpoints.get(), checkpoints.get(seed=1)
+    engine = start(old, dtype="float32", inprocess=inprocess)
+    tensors = named(new, "cuda")
+    together = torch.empty(sum(each.numel() for _, each in tensors) + 3, device="cuda")[3:]
+    taken = 0
+    for number, (name, each) in enumerate(tensors):
+        if number % 5 == 0 and each.ndim == 2:
+            tensors[number] = name, each.t().contiguous().t()
+        elif number % 5 == 1:
+            tensors[number] = name, each.cpu()
+        elif number % 5 == 2:
+            tensors[number] = name, each.bfloat16()
+        else:
+            part = together[taken : taken + each.numel()].view(each.shape)
+            tensors[number] = name, part.copy_(each)
+            taken += each.numel()
+    engine.update_weights_from_tensor(tensors, version="new")
+    found = engine.digest()
+    engine.shutdown()
+    again = start(old, dtype="float32", inprocess=False)
+    again.update_weights_from_tensor([(name, each.cpu().contiguous()) for name, each in tensors], version="new")
+    assert again.digest() == found
+
+
+def test_digests_of_the_manifest_are_checked_on_the_device(checkpoints: Checkpoints, start: Starter) -> None:
+    old, new = checkpoints.get(), checkpoints.get(seed=1)
+    engine = start(new, dtype="float32", inprocess=False)
+    digests = engine.digest()
+    engine.update_weights_from_tensor(named(old, "cuda"), version="old")
+    tensors = named(new, "cuda")
+    manifest = [TensorInfo(name, tuple(each.shape), "float32", digests.get(name, "")) for name, each in tensors]
+    bad = [(name, each.clone()) for name, each in tensors]
+    bad[3][1].view(-1)[7] += 1.0
+    session = engine.begin_update("bad", manifest)
+    with pytest.raises(WeightUpdateError, match="arrived with digest") as caught:
+        engine.stage(session, bad)
+    assert caught.value.field == bad[3][0]
+    engine.abort_update(session)
+    session = engine.begin_update("new", manifest)
+    engine.stage(session, tensors)
+    engine.commit(session)
+    assert engine.digest() == digests
+
+
+def test_a_thousand_updates_hold_no_more_memory(checkpoints: Checkpoints, start: Starter) -> None:
+    """New tensors each time, and what they were in is the device's again afterwards."""
+    old = checkpoints.get()
+    engine = start(old, dtype="float32", inprocess=False)
+    tensors = named(old, "cuda")
+    free = []
+    for count in range(1000):
+        fresh = [(name, each.clone()) for name, each in tensors]
+        engine.update_weights_from_tensor(fresh, version=str(count), mode=("shadow", "inplace")[count % 2])
+        del fresh
+        if count % 100 == 99:
+            engine.generate(input_ids=[1, 2, 3], sampling_params=greedy(4))
+            torch.cuda.empty_cache()
+            free.append(torch.cuda.mem_get_info()[0])
+    assert max(free) - min(free) < 64 << 20, free

@@ -46,7 +46,7 @@ def test_cycles_free_the_memory_and_move_no_bit(
     engine = start(checkpoints.get(), **settings)
     expected, digests = answers(engine), engine.digest()
     floors = []
-    for _ in range(20):
+    for _ in range(8):
         before = free_memory()
         engine.release_memory_occupation()
         floors.append(free_memory())

@@ -26,7 +26,7 @@ from headrace.types.messages import Abort, Command, CoreReady, Deltas, Finished,
 from headrace.types.profile import ProfileTerms
 from headrace.types.request import Delta, Finish, Request, pack_ids
 from headrace.types.sampling_params import LogprobOptions
-from headrace.types.weights import BufferEntry, BufferRef, DeviceRef, TensorInfo
+from headrace.types.weights import BufferEntry, BufferRef, DeviceArea, DeviceRef, TensorInfo
 
 INFO = TensorInfo("model.norm.weight", (4,), "float32")
 COMMANDS: list[Command] = [
@@ -54,7 +54,7 @@ COMMANDS: list[Command] = [
     messages.Profile(28, ProfileTerms("/f", "n", ("CPU",), 3, True, True)),
     messages.Profile(29, None),
     messages.ResumeMemory(23, (), "copy"),
-    Stage(24, 1, DeviceRef("GPU-1", b"\1\0", 8, 64), ()),
+    Stage(24, 1, DeviceRef("GPU-1", (DeviceArea(b"\1\0", 8, 64), DeviceArea(b"", 1 << 40, 4))), ()),
     messages.CommitUpdate(5, 1),
     messages.AbortUpdate(6, 1),
     messages.UpdateFromDisk(7, "/m", "v"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -183,3 +184,56 @@ def run_megatron_block(block: str, folder: str, url: str) -> Any:
         return run_block(block, model_chunks=chunks, url=url)
     finally:
         megatron.current_place = place
+
+
+def push_and_lose_a_rank(old: str, new: str, kind: str) -> Any:
+    """Rank 1 ends after it has given some tensors. What rank 0 is told, and what its engine then holds and takes."""
+    world, rank = distributed.group.WORLD, distributed.get_rank()
+    weights: Any = iter(sharded(new, [2]).state_dict().items())
+    if kind == "megatron":
+        model = AutoModelForCausalLM.from_pretrained(new, dtype=torch.float32)
+        mesh = Mesh(tensor=2, expert_tensor=2, tensor_rank=rank, expert_tensor_rank=rank)
+        chunks = [megatron.Chunk(*each) for each in rank_chunks(model, mesh, Naming())]
+        weights = megatron.MegatronWeights(chunks, new, place_of(mesh), world)
+    if rank == 1:
+        weights = _Ending(weights)
+    with target_of(old, "engine") as target:
+        pusher = WeightPusher(target, world)
+        assert target is not None or rank == 1
+        before = target.digest() if target is not None else {}
+        try:
+            pusher.push(weights, "never")
+        except HeadraceError as error:
+            assert target is not None
+            is_old = target.digest() == before
+            alone = AutoModelForCausalLM.from_pretrained(new, dtype=torch.float32)
+            version = WeightPusher(target).push(alone, "alone", verify=True).update.version
+            return [type(error).__name__, error.field, is_old, version]
+    return None
+
+
+class _Ending:
+    """Weights of a rank that ends half-way."""
+
+    manifest = None
+
+    def __init__(self, weights: Any) -> None:
+        self._weights = weights
+
+    def __iter__(self) -> Iterator[Any]:
+        if hasattr(self._weights, "manifest"):  # it yields nothing here, but at the end
+            send = self._weights._ranks.send
+            sent: list[str] = []
+
+            def ending(name: str, tensor: torch.Tensor) -> None:
+                if len(sent) == 5:
+                    os._exit(0)
+                sent.append(name)
+                send(name, tensor)
+
+            self._weights._ranks.send = ending
+            yield from self._weights
+        for number, (name, tensor) in enumerate(self._weights):
+            if number == 5:
+                os._exit(0)
+            yield name, tensor.full_tensor()

@@ -27,7 +27,7 @@ MESHES = {
     "one rank": (Mesh(), Naming()),
     "unfused, padded": (Mesh(), Naming(False, False, 64)),
     "tensor parallel": (Mesh(tensor=2, expert_tensor=2), Naming(vocabulary_multiple=16)),
-    "more ranks than groups": (Mesh(tensor=4), Naming(vocabulary_multiple=4)),
+    "more ranks than groups": (Mesh(tensor=8), Naming(vocabulary_multiple=4)),
     "pipeline": (Mesh(stages=2), Naming()),
     "virtual stages": (Mesh(tensor=2, stages=2, chunks=2, expert_tensor=1), Naming(False, True, 128)),
     "experts": (Mesh(tensor=2, experts=4, expert_tensor=1), Naming(numbers_experts=False)),
@@ -70,6 +70,8 @@ def test_parameters_are_those_of_the_reference(family: str, case: str) -> None:
         parts.append((table, params))
     deals = megatron.deal({name: each.shape for name, each in tensors.items()}, claims)
     for each in deals:
+        given = [box for _, boxes in each.shares for box in boxes]
+        assert sum(box.num_elements for box in given) == tensors[each.info.name].numel(), "each element comes once"
         whole = torch.full(each.info.shape, torch.nan)
         for rank_number, boxes in each.shares:
             table, params = parts[rank_number]

@@ -18,7 +18,7 @@ from transformers import Qwen3ForCausalLM
 
 from headrace.engine import Engine
 from headrace.rl.demo import POLICY, checkpoint_digests
-from headrace.rl.push import push_weights, tensor_digests
+from headrace.rl.push import WeightPusher, push_weights, tensor_digests
 from headrace.rl.sources import hf_name, hf_named_tensors
 from headrace.types.errors import WeightUpdateError
 
@@ -266,3 +266,50 @@ def test_a_flag_that_is_none_is_refused_before_anything_is_pushed(
     with pytest.raises(WeightUpdateError) as caught:
         hf_named_tensors(model, keep_tied_head=flag)
     assert caught.value.field == "keep_tied_head"
+
+
+def test_an_iterator_may_fill_one_buffer_again(engine: Engine, model: Qwen3ForCausalLM) -> None:
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    buffer = torch.empty(max(tensor.numel() for tensor in state.values()))
+
+    def streamed() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in state.items():
+            yield f"module.{name}", buffer[: tensor.numel()].view(tensor.shape).copy_(tensor * 1.5)
+
+    assert WeightPusher(engine).push(streamed(), "streamed", verify=True).update.num_tensors == len(state)
+    assert engine.digest() == tensor_digests([(name, each * 1.5) for name, each in state.items()], "float32")
+
+
+@pytest.mark.parametrize(("change", "named"), [("missing", "model.norm.weight"), ("unknown", "nobody")])
+def test_what_an_iterator_lacks_or_invents_is_named(
+    engine: Engine, model: Qwen3ForCausalLM, change: str, named: str
+) -> None:
+    before, state = engine.digest(), dict(model.state_dict())
+    norm = state.pop("model.norm.weight")
+    if change == "unknown":
+        state |= {"model.norm.weight": norm, "nobody": norm}
+    with pytest.raises(WeightUpdateError) as caught:
+        WeightPusher(engine).push(iter(state.items()), change)
+    assert caught.value.field == named and engine.digest() == before
+    assert WeightPusher(engine).push(model, "whole").update.version == "whole"
+
+
+def test_an_iterator_that_fails_leaves_no_session(engine: Engine, model: Qwen3ForCausalLM) -> None:
+    def failing() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from list(model.state_dict().items())[:3]
+        raise KeyError("the caller's own")
+
+    with pytest.raises(KeyError, match="own"):
+        WeightPusher(engine).push(failing(), "never")
+    assert WeightPusher(engine).push(model, "after").update.version == "after"
+
+
+def test_only_rank_0_has_a_target_and_it_is_an_engine_or_a_client(engine: Engine) -> None:
+    wrong: Any = "http://127.0.0.1"
+    for target in (wrong, None):
+        with pytest.raises(WeightUpdateError) as caught:
+            WeightPusher(target)
+        assert caught.value.field == "target"
+    with pytest.raises(WeightUpdateError) as caught:
+        WeightPusher(engine, dtype="int8")
+    assert caught.value.field == "dtype"

@@ -146,3 +146,14 @@ if HAS_CORE:
 def test_what_is_wrong_on_one_rank_is_said_on_all(answers: Answers) -> None:
     named = [["WeightUpdateError", "model.norm.weight"], ["WeightUpdateError", "wrong"], ["WeightUpdateError", "wrong"]]
     assert answers.of(2)["refused"] == [[*named, ["taken", ""]]] * 2
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "megatron"])
+def test_a_rank_that_ends_is_a_named_error_and_the_old_weights_stay(
+    folders: Folders, tmp_path: Path, kind: str
+) -> None:
+    old, new = folders.of("qwen2")
+    answers = run_ranks(2, tmp_path, {"lost": ("push_and_lose_a_rank", {"old": old, "new": new, "kind": kind})})
+    told, ended = answers["lost"]
+    assert ended is None and told[1].startswith(("model.", "lm_head."))
+    assert told == ["WeightUpdateError" if kind == "fsdp" else "UnavailableError", told[1], True, "alone"]

@@ -30,7 +30,7 @@ def names_in(file: str) -> set[str]:
 
 @pytest.mark.parametrize("inprocess", [True, False])
 def test_a_trace_as_slime_asks_for_one(start: START, model_folder: Path, tmp_path: Path, inprocess: bool) -> None:
-    served = start(weight_roots=[str(tmp_path)], settings={"inprocess": inprocess})
+    served = start(save_roots=[str(tmp_path)], settings={"inprocess": inprocess})
     assert told(post(served, "/stop_profile", {})) == (409, "profile")
     body = {"output_dir": str(tmp_path), "activities": ["CPU", "GPU"], "profile_id": "step-1", "num_steps": None}
     status, reply = post(served, "/start_profile", body)
@@ -73,7 +73,7 @@ def test_a_link_out_of_the_roots_is_not_followed(start: START, tmp_path: Path) -
     (tmp_path / "root").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "root" / "link").symlink_to(tmp_path / "other")
-    served = start(weight_roots=[str(tmp_path / "root")])
+    served = start(save_roots=[str(tmp_path / "root")])
     assert told(post(served, "/start_profile", {"output_dir": str(tmp_path / "root" / "link")})) == (400, "output_dir")
 
 

@@ -78,12 +78,12 @@ def check_live(served: Served, folder: Path) -> None:
         assert torch.equal(served.engine.get_weights_by_name(name), tensor), name
 
 
-@pytest.mark.parametrize("packed_bytes", [0, 1 << 30, 4000, 1])
+@pytest.mark.parametrize(("packed_bytes", "tp_size"), [(0, 1), (1 << 30, 1), (4000, 1), (1, 1), (4000, 2)])
 def test_updates_as_trl_makes_them(
-    start: START, model_folder: Path, new_folder: Path, trainers: list[Trainer], packed_bytes: int
+    start: START, model_folder: Path, new_folder: Path, trainers: list[Trainer], packed_bytes: int, tp_size: int
 ) -> None:
-    """One tensor a broadcast; packed as said at init; in buffers that several tensors fill, or each."""
-    served = start()
+    """One tensor a broadcast; packed as said at init; in buffers that several tensors fill, or each; to two ranks."""
+    served = start(settings={"tp_size": tp_size, "inprocess": tp_size == 1})
     trainers.append(Trainer(served.url, packed_bytes, new_folder, model_folder))
     epoch = served.engine.status().epoch
     for number, folder in enumerate((new_folder, model_folder)):

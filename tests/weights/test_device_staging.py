@@ -2,21 +2,54 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 
+from headrace.kernels.triton import weight_pieces
+from headrace.kernels.triton.weight_pieces import Row
 from headrace.types.errors import UpdateConflictError, WeightUpdateError
 from headrace.types.weights import TensorInfo, UpdateMode
+from headrace.weights import device_staging
 from headrace.weights.memory import StagePiece
+from headrace.weights.position_sum import PositionKeys, PositionSum
+from headrace.weights.staging import Enqueued
 from headrace.weights.store import WeightStore
 from headrace.weights.weight_map import WeightMap
 from tests.weights.tiny import LAYOUTS, Tensors, live_bits, make_map, make_store, make_tensors, manifest_of
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
+KEYS = PositionKeys(CPU)
+
+
+def moved_one_by_one(rows: Sequence[Row], words: torch.Tensor, *, sums: bool = True) -> torch.Tensor:
+    """What `move_rows` does, by definition."""
+    results = torch.zeros(len(rows), 3, dtype=torch.int64)
+    for result, (source, target, start, count, exponent, size) in zip(results, rows, strict=True):
+        if not count:
+            continue
+        dtype = {(0x7F80, 2): torch.bfloat16, (0x7C00, 2): torch.float16, (0x7F80, 4): torch.float32}[exponent, size]
+        values = torch.frombuffer((ctypes.c_ubyte * (count * size)).from_address(source), dtype=dtype)
+        if target:
+            ctypes.memmove(target, source, count * size)
+        total = PositionSum(KEYS)
+        total.add(values, start)
+        lanes = [int(total.hexdigest()[at : at + 16], 16) for at in (0, 16)]
+        result[:2] = torch.tensor([lane - (lane >> 63 << 64) for lane in lanes]) * sums
+        result[2] = int(not values.isfinite().all())
+    return results
+
+
+@pytest.fixture(autouse=True)
+def moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel by its definition: the interpreter takes a thousand times as long."""
+    monkeypatch.setattr(weight_pieces, "move_rows", moved_one_by_one)
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def store_of(weight_map: WeightMap, tensors: Tensors, dtype: torch.dtype) -> WeightStore:
@@ -42,16 +75,16 @@ def whole_pieces(tensors: Tensors) -> list[StagePiece]:
 
 
 def fill(store: WeightStore, tensors: Tensors, mode: UpdateMode, choose: random.Random) -> None:
-    """An update in batches of one to six pieces, of different tensors each."""
+    """An update by commands of one to six pieces each, which may be pieces of one tensor."""
     store.begin(manifest_of(tensors), mode, False)
-    batch: list[StagePiece] = []
-    size = choose.randrange(1, 7)
-    for piece in pieces_of(tensors, choose):
-        if len(batch) == size or any(each.index == piece.index for each in batch):
-            assert store.stage_batch(batch).advance(0.0)
-            batch, size = [], choose.randrange(1, 7)
-        batch.append(piece)
-    assert store.stage_batch(batch).advance(0.0)
+    pieces, whole = list(pieces_of(tensors, choose)), list[int]()
+    while pieces:
+        size = choose.randrange(1, 7)
+        copies = store.stage_all(iter(pieces[:size]))
+        assert copies.advance(60.0)
+        assert sorted(copies.whole) == [piece.index for piece in pieces[:size] if piece.is_last]
+        whole, pieces = whole + copies.whole, pieces[size:]
+    assert sorted(whole) == list(range(len(tensors)))
     assert store.commit().is_done()
 
 
@@ -80,10 +113,10 @@ def test_what_is_not_finite_is_refused_by_name_and_may_come_again(value: float, 
     store.begin(manifest_of(bad), "shadow", False)
     whole = whole_pieces(bad)
     with pytest.raises(WeightUpdateError, match="NaN or infinity") as caught:
-        store.stage_batch(whole).advance(0.0)
+        store.stage_all(iter(whole)).advance(60.0)
     assert caught.value.field == names[3]
     again = whole_pieces(tensors)
-    assert store.stage_batch(again[3:]).advance(0.0)
+    assert store.stage_all(iter(again[3:])).advance(60.0)
     assert store.commit().is_done()
     assert live_bits(store) == live_bits(make_store(weight_map, tensors))
 
@@ -93,10 +126,10 @@ def test_a_batch_that_is_left_over_writes_nothing() -> None:
     store = store_of(weight_map, make_tensors(weight_map, 1), torch.float32)
     before, after = live_bits(store), make_tensors(weight_map, 2)
     store.begin(manifest_of(after), "inplace", False)
-    batch = store.stage_batch(whole_pieces(after)[:1])
+    batch = store.stage_all(iter(whole_pieces(after)[:1]))
     store.abort()
     with pytest.raises(UpdateConflictError):
-        batch.advance(0.0)
+        batch.advance(60.0)
     assert live_bits(store) == before and not batch.has_written
 
 
@@ -107,7 +140,7 @@ def test_a_piece_that_is_not_the_next_one_is_refused() -> None:
     store.begin(manifest_of(tensors), "shadow", False)
     flat = next(iter(tensors.values())).view(-1).view(torch.uint8)
     with pytest.raises(WeightUpdateError, match="is not the next one"):
-        store.stage_batch([StagePiece(0, flat[4:8], 4, False, False)])
+        store.stage_all(iter([StagePiece(0, flat[4:8], 4, False, False)])).advance(60.0)
 
 
 def test_digests_of_the_manifest_and_tied_tensors_are_checked() -> None:
@@ -120,9 +153,62 @@ def test_digests_of_the_manifest_and_tied_tensors_are_checked() -> None:
     ]
     store.begin(manifest, "shadow", False)
     whole = whole_pieces(tensors)
-    assert store.stage_batch(whole).advance(0.0)
+    assert store.stage_all(iter(whole)).advance(60.0)
     store.abort()
     store.begin(manifest, "shadow", False)
     wrong = {name: tensor + 1 for name, tensor in tensors.items()}
     with pytest.raises(WeightUpdateError, match="arrived with digest"):
-        store.stage_batch(whole_pieces(wrong)[:1]).advance(0.0)
+        store.stage_all(iter(whole_pieces(wrong)[:1])).advance(60.0)
+
+
+def test_the_kernel_itself_ends_in_a_cold_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    weight_map = make_map()
+    after = make_tensors(weight_map, 3)
+    store = store_of(weight_map, make_tensors(weight_map, 100), torch.float32)
+    fill(store, after, "shadow", random.Random(1))
+    assert live_bits(store) == live_bits(make_store(weight_map, after))
+
+
+def test_what_is_under_way_is_bounded_and_goes_on_while_the_first_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a device that has not done anything yet two slices are enqueued, and none is waited for."""
+    monkeypatch.setattr(device_staging, "MAX_SLICE_PIECES", 2)
+    done = [False]
+    monkeypatch.setattr(Enqueued, "is_done", lambda _: done[0])
+    weight_map = make_map()
+    tensors = make_tensors(weight_map, 1)
+    store = store_of(weight_map, make_tensors(weight_map, 100), torch.float32)
+    store.begin(manifest_of(tensors), "shadow", False)
+    taken: list[int] = []
+
+    def pieces() -> Iterator[StagePiece]:
+        for piece in whole_pieces(tensors):
+            taken.append(piece.index)
+            yield piece
+
+    copies = store.stage_all(pieces())
+    monkeypatch.setattr(copies._side, "is_ready", lambda: True)
+    assert not copies.advance(60.0) and not copies.advance(60.0)
+    assert len(taken) == 5 and copies.whole == []  # two slices of two, and the one that is looked at next
+    done[0] = True
+    assert copies.advance(60.0) and sorted(copies.whole) == list(range(len(tensors)))
+
+
+def test_the_next_piece_of_a_tensor_waits_for_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where that is in a slice before, which the device has not done."""
+    monkeypatch.setattr(device_staging, "MAX_SLICE_PIECES", 1)
+    weight_map = make_map()
+    tensors = make_tensors(weight_map, 1)
+    store = store_of(weight_map, make_tensors(weight_map, 100), torch.float32)
+    store.begin(manifest_of(tensors), "shadow", False)
+    flat = next(iter(tensors.values())).contiguous().view(-1).view(torch.uint8)
+    halves = [StagePiece(0, flat[:8], 0, False, False), StagePiece(0, flat[8:], 8, True, False)]
+    copies = store.stage_all(iter([*halves, *whole_pieces(tensors)[1:]]))
+    done = [False]
+    monkeypatch.setattr(Enqueued, "is_done", lambda _: done[0])
+    monkeypatch.setattr(copies._side, "is_ready", lambda: True)
+    assert not copies.advance(60.0) and len(copies._under_way) == 1
+    done[0] = True
+    assert copies.advance(60.0) and sorted(copies.whole) == list(range(len(tensors)))
+    assert store.commit().is_done()
+    assert live_bits(store) == live_bits(make_store(weight_map, tensors))

@@ -84,16 +84,6 @@ def test_far_positions_have_keys_of_their_own(start: int) -> None:
     assert total.hexdigest() == defined(tensor, start)
 
 
-def test_a_device_computes_the_same_with_integers() -> None:
-    for num_rows, width in ((1, 3), (1, WIDTH), (9, WIDTH)):
-        rows = torch.randint(-(1 << 15), 1 << 15, (num_rows, width), dtype=torch.int16)
-        rows[0, 0], rows[-1, -1] = -(1 << 15), (1 << 15) - 1
-        total = PositionSum(KEYS)
-        assert torch.equal(total._by_integers(rows), total._by_product(rows))
-    extreme = torch.full((2, WIDTH), -(1 << 15), dtype=torch.int16)
-    assert torch.equal(total._by_integers(extreme), total._by_product(extreme))
-
-
 def test_any_changed_or_swapped_element_shows() -> None:
     chance = random.Random(2)
     tensor = torch.randn(20_000).bfloat16()

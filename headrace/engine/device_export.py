@@ -1,0 +1,95 @@
+"""Tensors on the core's own device, copied from where they are: their memory is named, and the core maps it.
+
+Owns which memory that is, for one `stage` call. Must not know buffers, sessions or how the core is told. What lies in
+memory that cannot be named so is for others to carry.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from headrace.engine.tensors import device_of, num_writes, storage_bytes
+from headrace.types.errors import UnavailableError, WeightUpdateError
+from headrace.types.weights import BufferEntry, DeviceArea, DeviceRef
+
+if TYPE_CHECKING:
+    import torch
+
+
+class DeviceExport:
+    """Tensors of one call, held until it is over. `shares_process`: the core is a thread of this process."""
+
+    def __init__(self, device_id: str, *, shares_process: bool) -> None:
+        self.entries: list[BufferEntry] = []
+        self._device_id = device_id
+        self._shares_process = shares_process
+        self._device: torch.device | None = None
+        self._is_refused = False
+        self._held: list[tuple[str, torch.Tensor, int, int]] = []
+        self._areas: list[DeviceArea] = []
+        self._starts: dict[tuple[int, int], int] = {}  # of areas among all, by address and size
+        self._size = 0
+        self.num_bytes = 0  # of all tensors
+
+    @property
+    def ref(self) -> DeviceRef:
+        """All areas that the entries are in."""
+        return DeviceRef(self._device_id, tuple(self._areas))
+
+    def add(self, index: int, name: str, tensor: Any, *, replaces: bool) -> bool:
+        """Take a tensor for manifest entry `index`. False where it is not on the device, or its elements do not lie one
+        after the other in memory that may be shared: nothing has changed then."""
+        if self._is_refused or isinstance(tensor, np.ndarray) or not self._lies_well(tensor):
+            return False
+        try:
+            offset = self._offset_of(tensor)
+        except UnavailableError:
+            self._is_refused = True  # an allocator of that kind makes all of its memory so
+            return False
+        self._held.append((name, tensor, num_writes(tensor), storage_bytes(tensor)))
+        self.entries.append(BufferEntry(index, offset, 0, tensor.nbytes, replaces))
+        self.num_bytes += tensor.nbytes
+        return True
+
+    def settle(self) -> DeviceExport:
+        """Wait for what the caller has enqueued, on his current stream, that writes to the tensors; returns itself."""
+        if self._device is not None:
+            import torch
+
+            torch.cuda.current_stream(self._device).synchronize()
+        return self
+
+    def check(self) -> None:
+        """The core has copied all: `WeightUpdateError` if a tensor was freed or written to meanwhile."""
+        for name, tensor, writes, size in self._held:
+            if num_writes(tensor) != writes or storage_bytes(tensor) != size:
+                raise WeightUpdateError(f"{name} was written to while it was sent", field=name)
+
+    def _lies_well(self, tensor: torch.Tensor) -> bool:
+        device = tensor.device
+        if self._device is None and device_of(tensor) == self._device_id:
+            import torch
+
+            self._device = device
+            with torch.cuda.device(device):
+                torch.cuda.current_stream().query()  # makes the device's context that of the thread
+        is_plain = tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj()
+        return device == self._device and is_plain and tensor.numel() > 0
+
+    def _offset_of(self, tensor: torch.Tensor) -> int:
+        """Where it begins, counted through all areas."""
+        from headrace.weights.device_sharing import allocation_of, handle_of
+
+        address = tensor.data_ptr()
+        if self._shares_process:
+            base, size = tensor.untyped_storage().data_ptr(), storage_bytes(tensor)
+        else:
+            base, size = allocation_of(address)
+        if (base, size) not in self._starts:
+            own = self._shares_process
+            self._areas.append(DeviceArea(b"", base, size) if own else DeviceArea(handle_of(base), 0, size))
+            self._starts[base, size] = self._size
+            self._size += size
+        return self._starts[base, size] + address - base

@@ -1,0 +1,115 @@
+"""Pieces of weights that are moved in one launch: their copies, their position sums and whether they are finite."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from headrace.kernels.triton import weight_pieces as module
+from headrace.kernels.triton.weight_pieces import WIDTH, move_rows, row_of
+from headrace.weights.position_sum import PositionKeys, PositionSum
+
+CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+WORDS = PositionKeys(DEVICE).words
+KEYS = PositionKeys(CPU)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+PLACES = [(5, 0), (0, 0), (WIDTH, 0), (9000, 16), (WIDTH * 6 + 77, WIDTH * 3 + 3), (6000, WIDTH**2 - 4000)]
+
+
+@pytest.fixture(autouse=True)
+def rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of few rows, and so several of them: the interpreter is slow."""
+    monkeypatch.setattr(module, "_ROWS", 4)
+
+
+class UnitPiece(NamedTuple):
+    source: torch.Tensor
+    target: torch.Tensor | None
+    start: int
+
+
+def move_pieces(pieces: list[UnitPiece], words: torch.Tensor) -> torch.Tensor:
+    return move_rows([row_of(*piece) for piece in pieces], words)
+
+
+def pieces_of(dtype: torch.dtype, *, copies: bool) -> list[UnitPiece]:
+    found = []
+    for size, start in PLACES:
+        source = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(DEVICE, dtype)
+        found.append(UnitPiece(source, torch.zeros_like(source) if copies else None, start))
+    return found
+
+
+def sum_of(piece: UnitPiece) -> str:
+    total = PositionSum(KEYS)
+    total.add(piece.source.to(CPU), piece.start)
+    return total.hexdigest()
+
+
+def shown(lanes: list[int]) -> str:
+    total = PositionSum(KEYS)
+    total.add_lanes(lanes)
+    return total.hexdigest()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("copies", [True, False])
+def test_pieces_anywhere_are_copied_and_summed(dtype: torch.dtype, copies: bool) -> None:
+    pieces = pieces_of(dtype, copies=copies)
+    results = move_pieces(pieces, WORDS).tolist()
+    for piece, found in zip(pieces, results, strict=True):
+        assert shown(found) == sum_of(piece) and found[2] == 0
+        assert piece.target is None or torch.equal(piece.target, piece.source)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("at", [0, -1])
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+def test_what_is_not_finite_shows_in_its_piece(dtype: torch.dtype, at: int, value: float) -> None:
+    pieces = pieces_of(dtype, copies=True)
+    for piece in pieces:
+        piece.source[...] = torch.finfo(dtype).max  # all bits but one of the exponent, and all of the rest
+    pieces[3].source[at] = value
+    assert move_pieces(pieces, WORDS)[:, 2].tolist() == [0, 0, 0, 1, 0, 0]
+
+
+def test_aligned_pieces_are_moved_as_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also beside each other."""
+    launched: list[bool] = []
+    launch = module._launch
+
+    def launch_and_note(*call: Any) -> None:
+        launched.append(call[3])
+        launch(*call)
+
+    monkeypatch.setattr(module, "_launch", launch_and_note)
+    source = torch.randn(4 * WIDTH + 8, generator=torch.Generator().manual_seed(1)).bfloat16().to(DEVICE)
+    beside = torch.cat([source[:3], source])[3:]
+    target = torch.zeros_like(source)
+    results = move_pieces([UnitPiece(beside, None, 8), UnitPiece(source, target, 8)], WORDS).tolist()
+    assert launched == [True, False] and results[0] == results[1]
+    assert torch.equal(target, source) and shown(results[0]) == sum_of(UnitPiece(source, None, 8))
+
+
+def test_neighbours_are_not_touched() -> None:
+    memory = torch.full((WIDTH + 64,), 7.0, dtype=torch.bfloat16, device=DEVICE)
+    for first, size in ((8, WIDTH), (9, 100), (16, 24)):
+        into = memory.clone()
+        source = torch.randn(size, generator=torch.Generator().manual_seed(2)).bfloat16().to(DEVICE)
+        move_pieces([UnitPiece(source, into[first : first + size], 0)], WORDS)
+        assert torch.equal(into[first : first + size], source)
+        assert torch.equal(into[:first], memory[:first]) and torch.equal(into[first + size :], memory[first + size :])
+
+
+def test_nothing_is_nothing() -> None:
+    assert move_pieces([], WORDS).shape == (0, 3)
+
+
+def test_what_is_warm_is_every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds: set[tuple[bool, bool]] = set()
+    monkeypatch.setattr(module, "_launch", lambda *call: kinds.add((call[3], call[4])))
+    module.warm(WORDS)
+    assert len(kinds) == 4
