@@ -46,6 +46,7 @@ MEMORY_BYTES = 64 << 20
 
 SECRET_BYTES = 32
 _MAX_BEAT_SECONDS = 5.0
+_BACKLOG = 1024
 
 Lead = Callable[[], bytes]
 Follow = Callable[[], None]
@@ -308,7 +309,7 @@ def meet(ranks: Sequence[int], rank: int, timeout: float) -> LeadingCalls | Foll
     prefix = f"headrace/{hashlib.sha256(repr(list(ranks)).encode()).hexdigest()}"
     key = f"{prefix}/meeting/{store.add(f'{prefix}/rank/{rank}', 1)}"
     if rank == leader:
-        with _listen(store, len(ranks)) as listener:
+        with _listen(store) as listener:
             host, port = listener.getsockname()[:2]
             secret = secrets.token_bytes(SECRET_BYTES)
             store.set(key, msgspec.json.encode(_Address(host, port, secret)))
@@ -384,7 +385,7 @@ def _trainer_store() -> Any:
     return _get_default_store()
 
 
-def _listen(store: Any, backlog: int) -> socket.socket:
+def _listen(store: Any) -> socket.socket:
     """A listener at the address by which this machine reaches the trainer's store: so other ranks reach it."""
     while hasattr(store, "underlying_store"):
         store = store.underlying_store
@@ -396,7 +397,7 @@ def _listen(store: Any, backlog: int) -> socket.socket:
             host = probe.getsockname()[0]
     except OSError:
         family, host = socket.AF_INET, "127.0.0.1"
-    return socket.create_server((host, 0), family=family, backlog=backlog)
+    return socket.create_server((host, 0), family=family, backlog=_BACKLOG)
 
 
 def _beat(peers: Sequence[Peer], is_inside: threading.Event, stop: threading.Event, seconds: float) -> None:

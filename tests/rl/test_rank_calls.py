@@ -12,9 +12,10 @@ import pytest
 from torch import distributed
 
 from headrace.rl import rank_calls
-from headrace.rl.frames import Beat, Done, PeerGone, Wire
+from headrace.rl.frames import Beat, Done, Hello, PeerGone, Wire
 from headrace.rl.rank_calls import meet
 from headrace.types.errors import ConfigError, HeadraceError, UnavailableError
+from headrace.types.weights import BufferRef
 
 RANKS = [4, 5, 7]
 TIMEOUT = 1.5
@@ -164,7 +165,7 @@ def test_who_does_not_come_to_the_meeting_is_named_and_the_next_meeting_is_anoth
 
 def test_a_stranger_is_not_let_in(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     """It connects before the ranks do, and says nothing, or nonsense, or another secret."""
-    connected: list[socket.socket] = []
+    connected: list[Any] = []
     original = rank_calls._accept
 
     def accept(listener: socket.socket, *args: Any) -> Any:
@@ -178,6 +179,9 @@ def test_a_stranger_is_not_let_in(ranks: Ranks, monkeypatch: pytest.MonkeyPatch)
             stranger.sendall(said)
             stranger.shutdown(socket.SHUT_WR)
             connected.append(stranger)
+        other = Wire(socket.create_connection(listener.getsockname()))
+        other.send(Hello(5, bytes(rank_calls.SECRET_BYTES), BufferRef("/proc/self/fd/0", 64)), time.monotonic() + 1)
+        connected.append(other)
         return original(listener, *args)
 
     monkeypatch.setattr(rank_calls, "_accept", accept)

@@ -98,6 +98,7 @@ def test_an_error_is_that_of_all_ranks_and_changes_nothing(folder: str, newer: s
         assert leading[what] == following[what], what
         assert leading[what][0] in ("WeightUpdateError", "RequestError"), (what, leading[what])
         assert field == "last" or leading[what][1] == field, (what, leading[what])
+    assert leading["what had come before is forgotten"] == ("no error", "", "None")
     for rank, found in enumerate((leading, following)):
         for on in (0, 1):
             kind, field, message = found[f"generator of rank {on}"]
