@@ -214,6 +214,7 @@ def test_digests_of_the_manifest_are_checked_on_the_device(checkpoints: Checkpoi
     assert engine.digest() == digests
 
 
+@pytest.mark.alone
 def test_a_thousand_updates_hold_no_more_memory(checkpoints: Checkpoints, start: Starter) -> None:
     """New tensors each time, and what they were in is the device's again afterwards."""
     old = checkpoints.get()
