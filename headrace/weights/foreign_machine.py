@@ -79,10 +79,11 @@ class Instance:
 class Budget:
     """What a payload of so many bytes may still cost, with all that it nests."""
 
-    def __init__(self, num_bytes: int, max_opcodes: int = MAX_OPCODES) -> None:
+    def __init__(self, num_bytes: int, max_opcodes: int | None = None) -> None:
+        """`max_opcodes`: None is MAX_OPCODES."""
         if num_bytes > MAX_BYTES:
             raise Unreadable(f"it has {num_bytes} bytes, at most {MAX_BYTES} may be")
-        self.opcodes = self._max_opcodes = max_opcodes
+        self.opcodes = self._max_opcodes = MAX_OPCODES if max_opcodes is None else max_opcodes
         self._bytes = _TEXT_FACTOR * num_bytes
 
     def step(self) -> None:

@@ -53,7 +53,7 @@ CALLS: list[tuple[Callable[..., Any], str, list[Any]]] = [
         for call in (Engine.commit, Engine.abort_update, lambda engine, session: engine.stage(session, []))
     ],
     (Engine.commit, "session", [None]),
-    (begin, "manifest", [None, 5, "names", {"a": 1}, np.array(2), [5], [("a", torch.empty((), device="meta"), "b")]]),
+    (begin, "manifest", [5, "names", {"a": 1}, np.array(2), [5], [("a", torch.empty((), device="meta"), "b")]]),
     (
         lambda engine, named_tensors: engine.update_weights_from_tensor(named_tensors, "x"),
         "named_tensors",
