@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from headrace.ipc.buffers import SharedBuffer
 from headrace.ipc.descriptors import keep_standard_numbers
 from headrace.ipc.rank_channel import RankChannel
 from headrace.ipc.rank_page import RANK_PAGE_BYTES, RankPage
-from headrace.ipc.spawn import LINK_BUFFER_BYTES, python_path, standard_error
+from headrace.ipc.spawn import open_channel, open_lifeline, python_path, standard_error
 from headrace.telemetry import logging_words
 
 RANK_MODULE = "headrace.core.rank_process"
@@ -99,14 +98,8 @@ def start_rank(rank: int, *, shares_process: bool) -> RankProcess:
     """
     keep_standard_numbers()
     with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
-        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        ours.enter_context(near)
-        theirs.enter_context(far)
-        lifeline_read, lifeline_write = os.pipe()
-        ours.callback(os.close, lifeline_write)
-        theirs.callback(os.close, lifeline_read)
-        for end in (near, far):
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LINK_BUFFER_BYTES)
+        near, far = open_channel(ours, theirs)
+        lifeline_read, lifeline_write = open_lifeline(ours, theirs)
         with SharedBuffer.create(RANK_PAGE_BYTES) as memory:
             page = RankPage.map(memory.descriptor)
             ours.callback(page.close)

@@ -106,14 +106,8 @@ def start_process(config: bytes, *, executor: str = "local") -> tuple[CoreProces
     """
     keep_standard_numbers()
     with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
-        front, core = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        ours.enter_context(front)
-        theirs.enter_context(core)
-        lifeline_read, lifeline_write = os.pipe()
-        ours.callback(os.close, lifeline_write)
-        theirs.callback(os.close, lifeline_read)
-        for end in (front, core):
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LINK_BUFFER_BYTES)
+        front, core = open_channel(ours, theirs)
+        lifeline_read, lifeline_write = open_lifeline(ours, theirs)
         with SharedBuffer.create(PULSE_BYTES) as page:
             pulse = PulsePage.map(page.descriptor)
             ours.callback(pulse.close)
@@ -123,6 +117,25 @@ def start_process(config: bytes, *, executor: str = "local") -> tuple[CoreProces
     with contextlib.suppress(OSError):  # a child that is dead already is reported through the link
         front.sendall(pack_frame(config))
     return handle, SocketFrontLink(front, describe_exit=handle.describe_exit)
+
+
+def open_channel(ours: contextlib.ExitStack, theirs: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
+    """The ends of a channel to a child: this process's, which `ours` closes, and the child's, which `theirs` does."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    ours.enter_context(near)
+    theirs.enter_context(far)
+    for end in (near, far):
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LINK_BUFFER_BYTES)
+    return near, far
+
+
+def open_lifeline(ours: contextlib.ExitStack, theirs: contextlib.ExitStack) -> tuple[int, int]:
+    """A pipe of which nothing is read but its end, and that by the child, when this process is gone: the child's end,
+    which `theirs` closes, and this process's, which `ours` does."""
+    read_end, write_end = os.pipe()
+    ours.callback(os.close, write_end)
+    theirs.callback(os.close, read_end)
+    return read_end, write_end
 
 
 def _start(link: int, lifeline: int, pulse: int, executor: str) -> subprocess.Popen[bytes]:
