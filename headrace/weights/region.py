@@ -4,7 +4,6 @@ that they fill. Must not know names, updates or which memory is live."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import compress
 
 import torch
 
@@ -36,11 +35,12 @@ class Region:
         self.num_elements = torch.Size(shape).numel()
         held = zip(pieces, memories, strict=True)
         self._parts = [(piece.source, _as_source(piece, memory)) for piece, memory in held]
-        self._counts = [piece.is_counted for piece in pieces]
+        self._times = [piece.times for piece in pieces]
+        self._several_times = sorted(set(self._times))
         is_flat = bool(pieces) and pieces[0].source.shape == shape and self._parts[0][1].is_contiguous()
         self.flat = self._parts[0][1].view(-1) if is_flat else None
         """All of it as it lies in memory, where that is in the tensor's own order."""
-        self.is_plain = is_flat and not pieces[0].axes and all(self._counts)
+        self.is_plain = is_flat and not pieces[0].axes and self._times == [1]
         self._is_whole = sum(piece.source.num_elements for piece in pieces) == self.num_elements
 
     @classmethod
@@ -57,11 +57,14 @@ class Region:
         """These elements, flat: their memory where it is in order, else a copy."""
         return self.flat[part] if self.flat is not None else self._copied(part, self._parts)
 
-    def read_counted(self, part: slice) -> torch.Tensor:
-        """As `read`, without what only another rank counts."""
-        if all(self._counts):
-            return self.read(part)
-        return self._copied(part, list(compress(self._parts, self._counts)))
+    def counted(self, part: slice) -> Iterator[tuple[torch.Tensor, int]]:
+        """As `read`, with how often that is in a digest: apart where that differs."""
+        if len(self._several_times) == 1:
+            yield self.read(part), self._several_times[0]
+            return
+        for times in self._several_times:
+            parts = [held for held, each in zip(self._parts, self._times, strict=True) if each == times]
+            yield self._copied(part, parts), times
 
     def holds_any(self, part: slice) -> bool:
         """Whether any piece holds one of these elements. What none does need not be had to be written."""

@@ -340,7 +340,8 @@ class StageWork:
         self.has_written |= self._arrival.is_live
         self._destination.write_back(place, block)
         for region, total in self._arrival.sums:
-            total.add(region.read_counted(place), place.start)
+            for counted, times in region.counted(place):
+                total.add(counted, place.start, times)
 
     def _finish(self) -> None:
         self._source = None
