@@ -3,12 +3,16 @@ that they fill. Must not know names, updates or which memory is live."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from headrace.weights.boxes import Box, boxes_of_range
+from headrace.weights.boxes import Box, boxes_of_range, cut_axis, runs_of
 from headrace.weights.weight_map import Piece
+
+MIN_GAP_BYTES = 4096
+"""Between two runs of a tensor that are read one by one: reading over less costs no more than another call."""
 
 _Parts = list[tuple[Box, torch.Tensor]]
 
@@ -42,6 +46,13 @@ class Region:
         """All of it as it lies in memory, where that is in the tensor's own order."""
         self.is_plain = is_flat and not pieces[0].axes and self._times == [1]
         self._is_whole = sum(piece.source.num_elements for piece in pieces) == self.num_elements
+        self._is_in_runs = not self._is_whole and all(self._is_apart(piece.source) for piece in pieces)
+
+    def _is_apart(self, box: Box) -> bool:
+        """The runs of a box are worth reading one by one."""
+        cut = cut_axis(self.shape, box)
+        gap = (math.prod(self.shape[cut:]) - math.prod(box.shape[cut:])) * self.dtype.itemsize
+        return cut == 0 or gap >= MIN_GAP_BYTES
 
     @classmethod
     def of_memory(cls, name: str, memory: torch.Tensor) -> Region:
@@ -72,6 +83,16 @@ class Region:
             return True
         boxes = boxes_of_range(self.shape, part.start, part.stop)
         return any(box.common(source) is not None for box in boxes for source, _ in self._parts)
+
+    def runs(self, part: slice) -> list[slice] | None:
+        """Of these elements, seen from the first, the runs that some piece holds; None where all may as well be read
+        at once."""
+        if not self._is_in_runs:
+            return None
+        boxes = boxes_of_range(self.shape, part.start, part.stop)
+        common = (box.common(source) for box in boxes for source, _ in self._parts)
+        found = [run for box in common if box is not None for run in runs_of(self.shape, box)]
+        return None if found == [part] else [slice(run.start - part.start, run.stop - part.start) for run in found]
 
     def write_view(self, part: slice) -> torch.Tensor:
         """Where to write these elements, flat, before they are written back: their memory where it is in order, else
