@@ -84,14 +84,16 @@ class _Layout:
     def add(self, name: str, param: str, tensor: LayerTensor, sizes: Mapping[Size, int]) -> None:
         """The next rows of a parameter."""
         shape = tuple(sizes[size] for size in tensor.shape)
-        held, is_counted = Box.whole(shape), self._shard.rank == 0
+        held, is_counted, num_holders = Box.whole(shape), self._shard.rank == 0, self._shard.num_ranks
         if tensor.shard_axis is not None:
             unit = sizes["head_dim"] if tensor.shape[tensor.shard_axis] in ("heads", "kv_heads") else 1
             held, is_counted = self._shard.part(shape, tensor.shard_axis, unit)
+            num_holders = self._shard.num_holders(shape[tensor.shard_axis] // unit)
         before = self._params.get(param, ParamSpec(param, (0,)))
         target = Box((before.shape[0], *(0 for _ in shape[1:])), held.shape)
         self._params[param] = ParamSpec(param, (before.shape[0] + held.shape[0], *held.shape[1:]))
-        self._rules.append(WeightRule(name, shape, (Piece(param, held, target, is_counted=is_counted),)))
+        piece = Piece(param, held, target, is_counted=is_counted, num_holders=num_holders)
+        self._rules.append(WeightRule(name, shape, (piece,)))
 
     def add_experts(self, layer: int, family: ExpertLayers, spec: ExpertsSpec) -> None:
         """The router and the experts of a layer, both by a checkpoint's names and by those of transformers' modules.
@@ -106,7 +108,8 @@ class _Layout:
             width=self._shard,
         )
         box = Box.whole((spec.num_experts, hidden))
-        router = Piece(f"{param}router.weight", box, box, is_counted=self._shard.rank == 0)
+        shard = self._shard
+        router = Piece(f"{param}router.weight", box, box, (), shard.rank == 0, shard.num_ranks)
         names = dict.fromkeys((prefix, whole_prefix))
         routers = [WeightRule(f"{name}.gate.weight", box.shape, (router,)) for name in names]
         self._params |= {each.name: each for each in (ParamSpec(router.param, box.shape), *tensors.params())}

@@ -137,8 +137,7 @@ def try_fault(site: Site, case: Case) -> None:
     settle(site)
     check_weights(site, case, told, old, new)
     site.push(case.road, site.other)
-    if site.core == core:
-        site.until(lambda: not site.grown(before), GRACE, lambda: f"more than before: {site.grown(before)}")
+    site.until(lambda: not site.grown(before), GRACE, lambda: f"more than before: {site.grown(before)}")
 
 
 def follow(site: Site, trainer: Trainer, case: Case, rng: random.Random) -> dict[str, Any]:
