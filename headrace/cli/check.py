@@ -131,7 +131,7 @@ def _memory_plan(resolved: ResolvedConfig) -> dict[str, int | bool]:
     """
     from headrace.models import weight_map
 
-    page_size, num_ranks = resolved.engine.page_size, resolved.engine.tp_size
+    page_size, num_ranks = resolved.engine.page_size, resolved.num_ranks
     table, num_here = weight_map(resolved.model, Shard(0, num_ranks)), num_ranks if resolved.cuda is None else 1
     num_parameters = sum(math.prod(rule.shape) for rule in table.rules_by_name.values())
     sizes = (math.prod(each.shape) * ELEMENT_BYTES[each.dtype or resolved.dtype] for each in table.params.values())

@@ -115,6 +115,11 @@ class ResolvedConfig(msgspec.Struct, frozen=True):
         return -(-self.context_length // self.engine.page_size)
 
     @property
+    def num_ranks(self) -> int:
+        """Processes or devices that hold the model together."""
+        return self.engine.tp_size
+
+    @property
     def share(self) -> ModelSpec:
         """The model as each rank computes it."""
         return share_of(self.model, self.engine.tp_size)

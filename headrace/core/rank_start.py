@@ -28,11 +28,11 @@ Build = Callable[[Mesh], "Runner | DeviceRunner"]
 
 
 def start_ranks(resolved: ResolvedConfig, build: Build, *, shares_process: bool = False) -> RankExecutor:
-    """The executor of `tp_size` ranks, of which this process is the first; `build` makes its runner.
+    """The executor of all ranks, of which this process is the first; `build` makes its runner.
 
     Raises what `build` raises, here or on another rank, and `DeviceLostError` where a rank ends.
     """
-    num_ranks = resolved.engine.tp_size
+    num_ranks = resolved.num_ranks
     rendezvous = Rendezvous.host()
     others = _started(num_ranks, shares_process)
     try:
@@ -60,7 +60,7 @@ def start_ranks(resolved: ResolvedConfig, build: Build, *, shares_process: bool 
 
 def mesh_of(resolved: ResolvedConfig, rank: int, group: object) -> Mesh:
     """The place of a rank in a group. What ranks wait for each other takes no longer than a step may."""
-    num_ranks = resolved.engine.tp_size
+    num_ranks = resolved.num_ranks
     return Mesh(rank, num_ranks, GroupCommunicator(group, resolved.engine.watchdog_timeout))
 
 

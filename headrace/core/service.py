@@ -108,7 +108,7 @@ def build_executor(
         return FreeExecutor(resolved.model.vocab_size), resolved
     from headrace.runner import build_runner  # torch: the slow import, made in the core only
 
-    if resolved.engine.tp_size > 1:
+    if resolved.num_ranks > 1:
         if shares_process and resolved.device == "cuda":
             raise ConfigError("on cuda several ranks (tp_size) need a core in a process of its own", field="inprocess")
         from headrace.core.rank_start import start_ranks

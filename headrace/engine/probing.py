@@ -103,7 +103,7 @@ async def collective_rpc(
     try:
         async with asyncio.timeout(seconds):
             result = msgspec.to_builtins(await called(*given, **(kwargs or {})))
-            return [result] * self.resolved.engine.tp_size
+            return [result] * self.resolved.num_ranks
     except TimeoutError:
         raise DeadlineError(f"{name} was not over after {seconds:g} s", field="timeout") from None
 

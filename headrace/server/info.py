@@ -103,7 +103,7 @@ class InfoFace:
         settings = {
             **msgspec.to_builtins(resolved.engine),
             **_LAYOUT,
-            "num_gpus": resolved.engine.tp_size,
+            "num_gpus": resolved.num_ranks,
             "enable_memory_saver": resolved.engine.memory_saver,
             "model_path": config.model,
             "tokenizer_path": config.tokenizer or config.model,

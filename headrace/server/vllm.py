@@ -173,7 +173,7 @@ class VllmFace:
         return json_reply({"weight_version": self._engine.version})
 
     async def get_world_size(self, request: Request) -> Response:
-        return json_reply({"world_size": self._engine.resolved.engine.tp_size})
+        return json_reply({"world_size": self._engine.resolved.num_ranks})
 
     async def init_weight_transfer(self, request: Request) -> Response:
         """POST /init_weight_transfer_engine: answers when all ranks are there; the trainer makes the group meanwhile. A
