@@ -3,7 +3,7 @@ for every family, and what fails on one rank is nobody's weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -97,7 +97,7 @@ def test_there_and_back_again_is_a_cold_load_each_time(
 
 
 @pytest.fixture
-def ranks(engine_on: Start) -> Iterator[Engine]:
+def ranks(engine_on: Start) -> Engine:
     return engine_on(**RANKS)
 
 
