@@ -88,9 +88,10 @@ class LoopTransport:
 
     async def send(self, call: HttpCall) -> HttpAnswer:
         """See `Transport`."""
-        with _failures(call):
+        http = self._opened(call)
+        with _failures(call, http):
             try:
-                async with asyncio.timeout(call.timeout), self._opened(call).stream(**_request(call)) as reply:
+                async with asyncio.timeout(call.timeout), http.stream(**_request(call)) as reply:
                     body = bytearray()
                     async for chunk in reply.aiter_raw():
                         body += chunk
@@ -101,8 +102,9 @@ class LoopTransport:
 
     async def stream(self, call: HttpCall) -> AsyncGenerator[bytes]:
         """See `Transport`."""
-        with _failures(call):
-            async with self._opened(call).stream(**_request(call)) as reply:
+        http = self._opened(call)
+        with _failures(call, http):
+            async with http.stream(**_request(call)) as reply:
                 if reply.status_code != httpx.codes.OK:
                     _raise_for(call, reply.status_code, await reply.aread())
                 async for chunk in reply.aiter_raw():
@@ -134,8 +136,8 @@ class BlockingTransport:
 
     async def send(self, call: HttpCall) -> HttpAnswer:
         """See `Transport`. The deadline is looked at between two parts of an answer, each of which has it too."""
-        deadline = time.monotonic() + call.timeout
-        with _failures(call), self._opened(call).stream(**_request(call)) as reply:
+        deadline, http = time.monotonic() + call.timeout, self._opened(call)
+        with _failures(call, http), http.stream(**_request(call)) as reply:
             body = bytearray()
             for chunk in reply.iter_raw():
                 body += chunk
@@ -146,7 +148,8 @@ class BlockingTransport:
 
     async def stream(self, call: HttpCall) -> AsyncGenerator[bytes]:
         """See `Transport`."""
-        with _failures(call), self._opened(call).stream(**_request(call)) as reply:
+        http = self._opened(call)
+        with _failures(call, http), http.stream(**_request(call)) as reply:
             if reply.status_code != httpx.codes.OK:
                 _raise_for(call, reply.status_code, reply.read())
             for chunk in reply.iter_raw():
@@ -206,7 +209,7 @@ def check_key(key: Any, field: str) -> str | None:
 
 
 @contextlib.contextmanager
-def _failures(call: HttpCall) -> Iterator[None]:
+def _failures(call: HttpCall, http: httpx.Client | httpx.AsyncClient) -> Iterator[None]:
     try:
         yield
     except httpx.TimeoutException as error:
@@ -214,6 +217,8 @@ def _failures(call: HttpCall) -> Iterator[None]:
             raise UnreachableError(f"{call.name}: the server took no connection in {CONNECT_SECONDS:g} s") from None
         raise _late(call) from None
     except httpx.TransportError as error:
+        if http.is_closed:
+            raise _closed(call) from None
         raise UnreachableError(f"{call.name}: no answer from the server: {error or type(error).__name__}") from None
 
 

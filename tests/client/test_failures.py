@@ -170,6 +170,25 @@ def test_a_client_that_is_closed_or_on_another_loop(connect: CONNECT) -> None:
     assert type(raised(lambda: asyncio.run(closed()))) is ShutdownError
 
 
+def test_a_stream_ends_with_its_client(connect: CONNECT) -> None:
+    params = {"max_new_tokens": 900, "ignore_eos": True}
+    client = connect()
+    pieces = client.stream(input_ids=[1], sampling_params=params)
+    next(pieces)
+    client.close()
+    assert type(raised(lambda: list(pieces))) is ShutdownError
+
+    async def closed() -> None:
+        other = AsyncClient(client.url)
+        stream = other.stream(input_ids=[1], sampling_params=params)
+        await anext(stream)
+        await other.close()
+        async for _ in stream:
+            pass
+
+    assert type(raised(lambda: asyncio.run(closed()))) is ShutdownError
+
+
 def test_a_fork_has_connections_of_its_own(runtime: Runtime) -> None:
     def answer(first: int) -> list[int]:
         params = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
