@@ -26,6 +26,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                              before torch uses one the first that CUDA_VISIBLE_DEVICES shows)
     tp_size                  ranks that hold the model together, over which its heads have to split; each is a process,
                              and on cuda has a device of its own, one after the other
+    pp_size                  stages that follow each other, each with some of the layers and `tp_size` ranks; they work
+                             on different steps at once
     dtype                    "auto" (the checkpoint's on cuda, float32 on cpu) | "float32" | "bfloat16" | "float16"
     kv_dtype                 "auto" (dtype) | "fp8_e4m3" (half the memory, less accurate; triton and flashinfer only)
     load_format              "auto" | "safetensors" | "bin" | "dummy" (random weights from `seed`) | "sharded" (what
@@ -45,7 +47,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_waiting_requests     queue bound; more are refused with 503
     max_num_batched_tokens   token budget of one step; None: 2048, on cuda for wide models max_running_requests + 256
     prefix_cache             keep and match computed prefixes
-    overlap_depth            plans issued ahead of the oldest unknown result; None: 1 on cuda, 0 on cpu
+    overlap_depth            plans issued ahead of the oldest unknown result; None: 1 on cuda, 0 on cpu, and one more
+                             for each further stage
     numerics                 "fast" | "invariant" (same bits whatever runs beside, at a cost)
     attention_backend        "auto" | "reference" (slow oracle) | "cpu" | "triton" | "flashinfer"
     cuda_graphs              replay steps as CUDA graphs
@@ -74,6 +77,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     skip_tokenizer_init: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tp_size: int = 1
+    pp_size: int = 1
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     kv_dtype: Literal["auto", "fp8_e4m3"] = "auto"
     load_format: Literal["auto", "safetensors", "bin", "sharded", "dummy"] = "auto"
@@ -149,6 +153,7 @@ def _make_plain(config: EngineConfig) -> None:
 
 _RANGES: dict[str, tuple[float, float]] = {
     "tp_size": (1, 64),
+    "pp_size": (1, 8),
     "page_size": (1, 64),
     "max_running_requests": (1, 65536),
     "max_waiting_requests": (1, 1 << 24),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from headrace.core.executor import LocalExecutor
 from headrace.core.follower import Follower
@@ -23,8 +24,9 @@ def join(start: RankStart, channel: RankChannel, page: RankPage, on_reached: Cal
     rendezvous = Rendezvous.reach(start.port, start.secret)
     on_reached()
     resolved = start.resolved.of_rank(start.rank)
-    mesh = mesh_of(resolved, start.rank, rendezvous.group(start.rank, start.num_ranks, device=resolved.device))
+    mesh = mesh_of(resolved, start.rank, partial(rendezvous.group, device=resolved.device))
     runner = build_runner(resolved, mesh=mesh)
     executor = LocalExecutor(runner)
     works = RankWorks(start.rank, executor, runner.weights)
-    return Follower(runner.launch, works, channel, page, resolved.engine.overlap_depth)
+    sends = mesh.num_stages > 1 and mesh.is_last and mesh.rank == 0
+    return Follower(runner.launch, works, channel, page, resolved.engine.overlap_depth, sends_results=sends)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from headrace.config import ResolvedConfig
@@ -15,7 +16,7 @@ from headrace.core.rank_group import LOOK_SECONDS, Asked, OtherRanks
 from headrace.core.rank_messages import REACHED, READY, START, RankStart, encode_message
 from headrace.ipc.rank_spawn import RankProcess, start_rank
 from headrace.parallel import Mesh
-from headrace.parallel.communicator import GroupCommunicator
+from headrace.parallel.joining import Join, LinkLimits, join_mesh
 from headrace.parallel.rendezvous import JOIN_SECONDS, Rendezvous
 from headrace.types.errors import DeviceLostError
 from headrace.types.plan import RankLost
@@ -44,10 +45,9 @@ def start_ranks(resolved: ResolvedConfig, build: Build, *, shares_process: bool 
         others.tell_each(START, [encode_message(start) for start in starts])
         others.watch()
         reached.wait(JOIN_SECONDS)
-        group = rendezvous.group(0, num_ranks, device=resolved.device)
+        mesh = mesh_of(resolved, 0, partial(rendezvous.group, device=resolved.device))
         if resolved.device == "cuda":
-            others.break_off = group.abort  # of gloo's a lost rank's end breaks every connection
-        mesh = mesh_of(resolved, 0, group)
+            others.break_off = mesh.abort  # of gloo's a lost rank's end breaks every connection
         executor = RankExecutor(build(mesh), others, rendezvous)
         _await_ready(ready, resolved.engine.start_timeout)
     except (DeviceLost, RankLost) as lost:
@@ -58,10 +58,12 @@ def start_ranks(resolved: ResolvedConfig, build: Build, *, shares_process: bool 
     return executor
 
 
-def mesh_of(resolved: ResolvedConfig, rank: int, group: object) -> Mesh:
-    """The place of a rank in a group. What ranks wait for each other takes no longer than a step may."""
-    num_ranks = resolved.num_ranks
-    return Mesh(rank, num_ranks, GroupCommunicator(group, resolved.engine.watchdog_timeout))
+def mesh_of(resolved: ResolvedConfig, rank: int, join: Join) -> Mesh:
+    """The place of a rank in the groups that it joins. What ranks wait for each other takes no longer than a step
+    may."""
+    engine = resolved.engine
+    limits = LinkLimits(engine.watchdog_timeout, engine.overlap_depth + 1)
+    return join_mesh(rank, engine.tp_size, engine.pp_size, join, limits)
 
 
 def _started(num_ranks: int, shares_process: bool) -> OtherRanks:

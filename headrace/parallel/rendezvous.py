@@ -50,9 +50,9 @@ class Rendezvous:
         limit = timedelta(seconds=JOIN_SECONDS)
         return cls(port, secret, TCPStore(LOOPBACK, port, is_master=False, timeout=limit))
 
-    def group(self, rank: int, num_ranks: int, *, device: str) -> Any:
-        """The process group of all ranks: gloo's, or NCCL's on "cuda". Waits for all of them; `RuntimeError` where one
-        does not come."""
+    def group(self, rank: int, num_ranks: int, name: str = "all", *, device: str) -> Any:
+        """The process group of that name: gloo's, or NCCL's on "cuda". Waits for all of its ranks; `RuntimeError` where
+        one does not come."""
         from torch._C import _distributed_c10d as c10d
 
         store = c10d.PrefixStore(self.secret, self._store)
@@ -65,4 +65,4 @@ class Rendezvous:
             options = kind._Options()
             options._devices = [kind.create_device(hostname=LOOPBACK)]
         options._timeout = timedelta(seconds=JOIN_SECONDS)
-        return kind(c10d.PrefixStore(device, store), rank, num_ranks, options)
+        return kind(c10d.PrefixStore(f"{device}/{name}", store), rank, num_ranks, options)
