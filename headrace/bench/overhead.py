@@ -161,6 +161,7 @@ def _measure_http(options: OverheadOptions, folder: Path) -> dict[str, Any]:
     engine = _start(options, folder, options.http_concurrency)
     try:
         server = asyncio.run_coroutine_threadsafe(serve(engine), engine.loop).result()
+        before = _front_use(engine)
         load = SteadyLoad(
             port=server.port,
             concurrency=options.http_concurrency,
@@ -170,11 +171,23 @@ def _measure_http(options: OverheadOptions, folder: Path) -> dict[str, Any]:
             stream=options.stream,
         )
         counted = json.loads(run_client("http_client", load))
+        seconds, num_tokens = (then - now for then, now in zip(_front_use(engine), before, strict=True))
     finally:
         engine.close()
     return {
         "http_tokens_per_second": round(counted["num_tokens"] / counted["seconds"]),
         "http_requests_per_second": round(counted["num_requests"] / counted["seconds"], 1),
+        "http_front_cpu_microseconds_per_token": round(1e6 * seconds / max(1.0, num_tokens), 3),
         "http_concurrency": options.http_concurrency,
         "http_stream": options.stream,
     }
+
+
+def _front_use(engine: AsyncEngine) -> tuple[float, float]:
+    """CPU seconds of the front's event loop so far, which other load on the machine moves far less than the clock, and
+    the tokens that it was told of."""
+
+    async def used() -> tuple[float, float]:
+        return time.thread_time(), (await engine.metrics())["num_generated_tokens"]
+
+    return asyncio.run_coroutine_threadsafe(used(), engine.loop).result()

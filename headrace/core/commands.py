@@ -34,7 +34,6 @@ from headrace.types.messages import (
     DescribeWeights,
     Digest,
     Discard,
-    DropPayload,
     ExtendUpdate,
     Finished,
     FlushCache,
@@ -171,12 +170,6 @@ def stage_payload(replica: Replica, command: StagePayload, now: float) -> None:
     replica.update.stage(command.session_id, job)
 
 
-def drop_payload(replica: Replica, command: DropPayload, now: float) -> None:
-    """Give back what another engine's client shares."""
-    replica.executor.weights.open_payload(command.payload).close()
-    replica.outbox.reply(command.call_id)
-
-
 def commit_update(replica: Replica, command: CommitUpdate, now: float) -> None:
     """Ask for the commit; answered when it is done."""
     replica.update.commit(command, now)
@@ -231,7 +224,10 @@ def get_weight(replica: Replica, command: GetWeight, now: float) -> None:
 
 def digest(replica: Replica, command: Digest, now: float) -> None:
     """Digest live memory; answered when all of it was read."""
-    replica.reading.digest(command.call_id, command.deadline, dict)
+    if command.by_rank:
+        replica.reading.digest_ranks(command.call_id, command.deadline)
+    else:
+        replica.reading.digest(command.call_id, command.deadline, dict)
 
 
 def describe_weights(replica: Replica, command: DescribeWeights, now: float) -> None:
@@ -355,7 +351,6 @@ _CALLS: dict[type, Callable[[Replica, Any, float], None]] = {
     ExtendUpdate: extend_update,
     Stage: stage,
     StagePayload: stage_payload,
-    DropPayload: drop_payload,
     CommitUpdate: commit_update,
     AbortUpdate: abort_update,
     JoinGroup: join_group,

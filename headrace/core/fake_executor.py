@@ -172,7 +172,7 @@ class FreeWeights:
     def let_go(self, budget_s: float) -> bool:
         return False
 
-    def digest_in_slices(self) -> Iterator[tuple[str, str] | None]:
+    def digest_in_slices(self, rank: int | None = None) -> Iterator[tuple[str, str] | None]:
         return iter(())
 
     def parameters(self) -> tuple[tuple[TensorInfo, ...], ...]:

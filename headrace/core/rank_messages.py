@@ -155,7 +155,10 @@ class AbortOn(_Told, frozen=True, tag="abort"):
 
 
 class DigestOn(_Asked, frozen=True, tag="digest"):
-    """Values: the digests of all tensors, as far as they count here, in the order of the weight map."""
+    """Values: the name and the digest of each tensor, one after the other, in the order of the weight map, of what is
+    this rank's part of the model's; with an `owner`, of all that this rank holds, and of the others nothing."""
+
+    owner: int | None = None
 
 
 class ReadOn(_Asked, frozen=True, tag="read"):

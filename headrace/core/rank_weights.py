@@ -120,7 +120,7 @@ class RankBuffer:
 
 
 class RankForeign:
-    """What another engine's client shares, open on every rank. This one gives it back."""
+    """What another engine's client shares, open on every rank."""
 
     def __init__(self, key: int, own: SharedTensors, others: OtherRanks) -> None:
         self.key = key
@@ -329,18 +329,25 @@ class RankWeights:
 
     # Reading live memory.
 
-    def digest_in_slices(self) -> Iterator[tuple[str, str] | None]:
-        """As `WeightStore.digest_in_slices`: what every rank holds, added up, at the end."""
-        asked, own = self._others.ask(DigestOn), list[tuple[str, str]]()
+    def digest_in_slices(self, rank: int | None = None) -> Iterator[tuple[str, str] | None]:
+        """As `WeightStore.digest_in_slices`: the parts of all ranks, added up, at the end; or what `rank` holds."""
+        if rank == 0:
+            yield from self._store.digest_in_slices(rank)
+            return
+        asked, own = self._others.ask(DigestOn, rank), list[tuple[str, str]]()
         try:
-            for found in self._store.digest_in_slices():
+            for found in self._store.digest_in_slices() if rank is None else ():
                 own += [found] if found else []
                 yield None
             yield from _until_done(asked)
         except BaseException:
             give_up(self._others, asked)
             raise
-        for (name, digest), *parts in zip(own, *asked.values, strict=True):
+        if rank is not None:
+            names_and_digests = iter(asked.values[rank - 1])
+            yield from zip(names_and_digests, names_and_digests, strict=True)
+            return
+        for (name, digest), *parts in zip(own, *(each[1::2] for each in asked.values), strict=True):
             yield name, add_digests(digest, *parts)
 
     def parameters(self) -> tuple[tuple[TensorInfo, ...], ...]:

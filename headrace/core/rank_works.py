@@ -79,7 +79,7 @@ class RankWorks:
             case StageForeignOn():
                 return self._stage_foreign(message)
             case DigestOn():
-                return self._digest()
+                return self._digest(message.owner)
             case ReadOn():
                 return self._read(message)
             case CommitOn():
@@ -133,7 +133,7 @@ class RankWorks:
             case ScrambleOn():
                 self._store.scramble(message.seed)
             case OpenForeignOn():
-                self._payloads[message.key] = ForeignMemory(message.payload, counts_down=False)
+                self._payloads[message.key] = ForeignMemory(message.payload)
             case CloseForeignOn():
                 self._payloads.pop(message.key).close()
         yield from ()
@@ -177,12 +177,12 @@ class RankWorks:
         arrivals.free()
         return (self._store.take_sum(message.index),)
 
-    def _digest(self) -> Work:
-        digests: list[str] = []
-        for found in self._store.digest_in_slices():
-            digests += [found[1]] if found else []
+    def _digest(self, owner: int | None) -> Work:
+        found: list[str] = []
+        for each in self._store.digest_in_slices(owner) if owner in (None, self._rank) else ():
+            found += each or ()
             yield False
-        return tuple(digests)
+        return tuple(found)
 
     def _read(self, message: ReadOn) -> Work:
         with SharedBuffer.open(message.into[self._rank - 1], writable=True) as buffer:

@@ -64,14 +64,29 @@ class ReadControl:
         check()
 
         def begin(stamp: int) -> Slices:
-            digests: dict[str, str] = {}
-            for found in self._executor.weights.digest_in_slices():
-                if found is not None:
-                    digests[found[0]] = found[1]
-                yield
-            return finish(digests)
+            return finish((yield from self._digests(None)))
 
         self.reads.append(_Read(call_id, deadline, check, begin, lambda: None))
+
+    def digest_ranks(self, call_id: int, deadline: float) -> None:
+        """Digest all live weights rank by rank: all that each holds, one rank after the other."""
+        self._update.check_whole()
+
+        def begin(stamp: int) -> Slices:
+            found: list[dict[str, str]] = []
+            for rank in range(len(self._executor.weights.parameters())):
+                found.append((yield from self._digests(rank)))
+            return found
+
+        self.reads.append(_Read(call_id, deadline, self._update.check_whole, begin, lambda: None))
+
+    def _digests(self, rank: int | None) -> Generator[None, None, dict[str, str]]:
+        digests: dict[str, str] = {}
+        for found in self._executor.weights.digest_in_slices(rank):
+            if found is not None:
+                digests[found[0]] = found[1]
+            yield
+        return digests
 
     def snapshot(self, call_id: int, deadline: float) -> None:
         """Digest all live weights, and keep the digests for `compare`."""

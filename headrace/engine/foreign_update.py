@@ -1,7 +1,8 @@
 """A bucket of an update as other engines' clients send it: bytes that say in which memory of theirs the tensors are.
 
-Owns the way from the bytes to `JoinedUpdate`. What the bytes mean is `headrace.weights.foreign`; the memory is opened,
-copied and given back by the core. Must not know HTTP or torch.
+Owns the way from the bytes to `JoinedUpdate`, and the files that they name: it takes those over before anything else,
+so that whatever becomes of the call and of the core, nothing of them is left. What the bytes mean is
+`headrace.weights.foreign`; the memory is read by the core. Must not know HTTP or torch.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from headrace.engine.groups import load_format_of
 from headrace.engine.joined_update import JoinedUpdate
 from headrace.engine.update import Updater
 from headrace.engine.update_session import UpdateSession
-from headrace.types.errors import WeightUpdateError
+from headrace.types.errors import HeadraceError, WeightUpdateError
 from headrace.types.foreign import FIELD, CudaHandle, Payload
 from headrace.types.weights import UpdateReport
 from headrace.weights.foreign import read_payload
+from headrace.weights.foreign_files import TakenFiles
 from headrace.weights.weight_map import is_recomputed
 
 
@@ -37,34 +39,55 @@ async def add_payload(
     """What `JoinedUpdate.add` makes of payloads in base64, for an engine on `device`: of one for each of its ranks, all
     with the same whole tensors, the first is taken. Whatever is wrong with it ends the update. Memory that they name is
     given back in any case."""
-    payloads, is_staged = [Payload()], False
-
-    async def stage(session: UpdateSession, indices: Sequence[int]) -> None:
-        nonlocal is_staged
-        is_staged = True
-        await updater.stage_payload(session, payloads[0], indices)
-
+    taken: list[TakenFiles] = []
+    taking = asyncio.get_running_loop().run_in_executor(None, _take, encoded, taken)
     try:
         try:
-            read = await asyncio.get_running_loop().run_in_executor(None, _read, encoded)
-            payloads[:] = [_kept(payload) for payload in read]
-            _check(payloads[0], load_format, device)
+            await asyncio.wait([taking])
+            payload = taking.result()
+            _check(payload, load_format, device)
         except BaseException:  # whatever it is, as in `add`
             await joined.end()
             raise
-        return await joined.add(payloads[0].manifest(), terms, stage)
+
+        async def stage(session: UpdateSession, indices: Sequence[int]) -> None:
+            await updater.stage_payload(session, payload, indices)
+
+        return await joined.add(payload.manifest(), terms, stage)
     finally:
-        for payload in payloads[is_staged:]:
-            if payload.files:
-                await outlast(updater.drop_payload(payload))
+        await outlast(_close(taking, taken))
 
 
-def _read(encoded: Sequence[str]) -> list[Payload]:
+def _take(encoded: Sequence[str], taken: list[TakenFiles]) -> Payload:
+    """The first payload, whose files are the first ones of `taken`. Whatever is wrong with one, all are given back."""
+    problems: list[HeadraceError] = []
+    for rank, each in enumerate(encoded):
+        try:
+            payload = _kept(read_payload(_decoded(each), rank))
+        except HeadraceError as error:
+            problems.append(error)
+            continue
+        try:
+            taken.append(TakenFiles(payload))
+        except HeadraceError as error:
+            problems += [error] if rank == 0 else []
+    if problems:
+        raise problems[0]
+    return taken[0].payload
+
+
+def _decoded(payload: str) -> bytes:
     try:
-        data = [binascii.a2b_base64(each, strict_mode=True) for each in encoded]
+        return binascii.a2b_base64(payload, strict_mode=True)
     except ValueError:
         raise WeightUpdateError("the payload is not base64", field=FIELD) from None
-    return [read_payload(each, rank) for rank, each in enumerate(data)]
+
+
+async def _close(taking: asyncio.Future[Payload], taken: list[TakenFiles]) -> None:
+    await asyncio.wait([taking])
+    for each in taken:
+        each.close()
+    taking.exception()  # nobody may have asked
 
 
 def _check(payload: Payload, load_format: str | None, device: str) -> None:

@@ -42,7 +42,6 @@ from headrace.types.messages import (
     AbortUpdate,
     BeginUpdate,
     CommitUpdate,
-    DropPayload,
     ExtendUpdate,
     Stage,
     StagePayload,
@@ -209,13 +208,6 @@ class Updater:
             return StagePayload(call_id, session.session_id, payload, tuple(indices), replaced)
 
         await self._client.call(command, NoneType, session.timeout_s)
-
-    async def drop_payload(self, payload: Payload) -> None:
-        """Have what another engine's client shares given back unused, if it can be."""
-        try:
-            await self._client.call(lambda call_id: DropPayload(call_id, payload), NoneType)
-        except HeadraceError as error:
-            logger.debug("what a client shares was not given back: %s", error)
 
     async def update_from_tensors(self, run: Run, named_tensors: NamedTensors, terms: UpdateTerms) -> UpdateReport:
         """A whole update. The pairs are read once, before anything is sent, since the manifest comes first."""

@@ -50,8 +50,9 @@ def weight_map(spec: ModelSpec, shard: Shard = ONLY_RANK) -> WeightMap:
     """
     layout, family = _Layout(spec, shard), FAMILIES[spec.architecture]
     stage = stages_of(spec, shard.num_stages)[shard.stage]
-    has_embed = stage.is_first or (stage.is_last and spec.tie_word_embeddings)
-    layout.add_vocabulary(_EMBED, "embed", is_held=has_embed, is_counted=stage.is_first)
+    is_tied = spec.tie_word_embeddings  # its first and its last stage have it then
+    has_embed, num_holders = stage.is_first or (stage.is_last and is_tied), 2 if is_tied and shard.num_stages > 1 else 1
+    layout.add_vocabulary(_EMBED, "embed", is_held=has_embed, is_counted=stage.is_first, num_holders=num_holders)
     for index, layer in enumerate(spec.layers):
         layout.is_held = stage.start <= index < stage.end
         sizes = _sizes_of(spec, layer)
@@ -62,7 +63,7 @@ def weight_map(spec: ModelSpec, shard: Shard = ONLY_RANK) -> WeightMap:
     layout.is_held = stage.is_last
     layout.add("model.norm.weight", "final_norm.weight", _FINAL_NORM, {"hidden": spec.hidden_size})
     if not spec.tie_word_embeddings:
-        layout.add_vocabulary(_LM_HEAD, "lm_head", is_held=stage.is_last)
+        layout.add_vocabulary(_LM_HEAD, "lm_head", is_held=stage.is_last, is_counted=True)
     return layout.weight_map({_LM_HEAD: _EMBED} if spec.tie_word_embeddings else {})
 
 
@@ -95,14 +96,16 @@ class _Layout:
         if not self.is_held:
             self._rules.append(WeightRule(name, shape, ()))
             return
-        held, is_counted = Box.whole(shape), self._shard.rank == 0
+        held, is_counted, num_holders = Box.whole(shape), self._shard.rank == 0, self._shard.num_ranks
         if tensor.shard_axis is not None:
             unit = sizes["head_dim"] if tensor.shape[tensor.shard_axis] in ("heads", "kv_heads") else 1
             held, is_counted = self._shard.part(shape, tensor.shard_axis, unit)
+            num_holders = self._shard.num_holders(shape[tensor.shard_axis] // unit)
         before = self._params.get(param, ParamSpec(param, (0,)))
         target = Box((before.shape[0], *(0 for _ in shape[1:])), held.shape)
         self._params[param] = ParamSpec(param, (before.shape[0] + held.shape[0], *held.shape[1:]))
-        self._rules.append(WeightRule(name, shape, (Piece(param, held, target, is_counted=is_counted),)))
+        piece = Piece(param, held, target, is_counted=is_counted, num_holders=num_holders)
+        self._rules.append(WeightRule(name, shape, (piece,)))
 
     def add_experts(self, layer: int, family: ExpertLayers, spec: ExpertsSpec) -> None:
         """The router and the experts of a layer, both by a checkpoint's names and by those of transformers' modules.
@@ -117,7 +120,8 @@ class _Layout:
             width=self._shard,
         )
         box = Box.whole((spec.num_experts, hidden))
-        router = Piece(f"{param}router.weight", box, box, is_counted=self._shard.rank == 0)
+        shard = self._shard
+        router = Piece(f"{param}router.weight", box, box, (), shard.rank == 0, shard.num_ranks)
         names = dict.fromkeys((prefix, whole_prefix))
         routers = [WeightRule(f"{name}.gate.weight", box.shape, (router,)) for name in names]
         rules, others = [routers[0], *tensors.one_by_one()], [*routers[1:], *tensors.all_in_one()]
@@ -128,14 +132,16 @@ class _Layout:
         self._rules += rules
         self._other_names += others
 
-    def add_vocabulary(self, name: str, param: str, *, is_held: bool, is_counted: bool = True) -> None:
-        """A parameter of one row per token, as many on every rank of a stage: the last ones may be padding."""
+    def add_vocabulary(self, name: str, param: str, *, is_held: bool, is_counted: bool, num_holders: int = 1) -> None:
+        """A parameter of one row per token, as many on every rank of a stage: the last ones may be padding. It may be
+        on `num_holders` stages, on one of which it counts."""
         if not is_held:
             self._rules.append(WeightRule(name, self._vocabulary, ()))
             return
         held, padding = self._shard.padded_rows(self._vocabulary)
         target = Box.whole(held.shape)
-        self._rules.append(WeightRule(name, self._vocabulary, (Piece(param, held, target, is_counted=is_counted),)))
+        piece = Piece(param, held, target, is_counted=is_counted, num_holders=num_holders)
+        self._rules.append(WeightRule(name, self._vocabulary, (piece,)))
         rows = held.shape[0] + sum(box.shape[0] for box in padding)
         self._params[param] = ParamSpec(param, (rows, *held.shape[1:]), padding=padding)
 

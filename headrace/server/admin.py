@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -21,6 +21,7 @@ from headrace.server.state import ServerState
 from headrace.server.update_body import UPDATE_FIELDS, UpdateBody, check_selector
 from headrace.server.wire import json_reply
 from headrace.types.errors import HeadraceError, RequestError
+from headrace.types.messages import Digest
 from headrace.types.weights import PauseMode, TensorInfo, WeightBytes
 
 MAX_READ_ELEMENTS = 1 << 22
@@ -221,19 +222,26 @@ class AdminFace:
         check_selector(body.selector)
         if body.skip_tensor_list and body.action == "reset_tensors":
             raise RequestError("reset_tensors resets all of them", field="skip_tensor_list")
+        skipped = set(body.skip_tensor_list)
+        done = {"success": True, "message": f"{body.action} done."}
         try:
             if body.action == "checksum":
-                found = await self._state.run(request, self._engine.digest())
-            else:
-                found = await self._state.run(request, self._engine.weights_checker(body.action))
+                ranks = await self._state.run(request, self._digest_ranks())
+                kept = [{name: each[name] for name in each if name not in skipped} for each in ranks]
+                return json_reply({**done, **_checksums(kept, self._engine.resolved.engine.tp_size)})
+            found = await self._state.run(request, self._engine.weights_checker(body.action))
         except HeadraceError as error:
             return refusal(error)
-        for name in body.skip_tensor_list:
-            found.pop(name, None)
-        if body.action == "compare" and found:
-            message = f"{len(found)} tensors differ from the snapshot: {', '.join(sorted(found)[:20])}"
-            return json_reply({**error_body(400, message, param="action"), "success": False, "differing": found}, 400)
-        return json_reply({"success": True, "message": f"{body.action} done.", **_checksums(found)})
+        differing = {name: found[name] for name in found if name not in skipped}
+        if body.action == "compare" and differing:
+            message = f"{len(differing)} tensors differ from the snapshot: {', '.join(sorted(differing)[:20])}"
+            failed = {**error_body(400, message, param="action"), "success": False, "differing": differing}
+            return json_reply(failed, 400)
+        return json_reply(done)
+
+    async def _digest_ranks(self) -> list[dict[str, str]]:
+        client = self._engine.runtime.client
+        return await client.call(lambda call_id: Digest(call_id, by_rank=True), list[dict[str, str]])
 
 
 def check_size(info: TensorInfo, num_rows: int) -> None:
@@ -263,10 +271,16 @@ def _as_floats(data: memoryview, dtype: str, count: int) -> np.ndarray[Any, np.d
     return np.frombuffer(data, dtype={"float16": "<f2"}.get(dtype, "<f4"), count=count).astype(np.float32)
 
 
-def _checksums(digests: Mapping[str, str]) -> dict[str, Any]:
-    """The dialect's shape: one rank, whose checksum and the engine's are over all tensors by name."""
-    lines = "".join(f"{name}={digests[name]}\n" for name in sorted(digests))
-    total = hashlib.sha256(lines.encode()).hexdigest()
-    layout = {"tp_rank": 0, "tp_size": 1, "pp_rank": 0, "pp_size": 1, "dp_rank": 0, "dp_size": 1}
-    rank = {"checksums": digests, "per_gpu_checksum": total, "parallelism_info": layout}
-    return {"ranks": [rank], "per_engine_checksum": total}
+def _checksums(ranks: Sequence[Mapping[str, str]], tp_size: int) -> dict[str, Any]:
+    """The dialect's shape: an entry for each rank with what it holds. Tensors that several ranks hold whole have the
+    same checksum on each."""
+    entries = []
+    for rank, digests in enumerate(ranks):
+        lines = "".join(f"{name}={digests[name]}\n" for name in sorted(digests))
+        layout = {"rank": rank, "size": len(ranks), "dp_rank": 0, "dp_size": 1}
+        layout |= {"tp_rank": rank % tp_size, "tp_size": tp_size}
+        layout |= {"pp_rank": rank // tp_size, "pp_size": len(ranks) // tp_size}
+        checksum = hashlib.sha256(lines.encode()).hexdigest()
+        entries.append({"checksums": digests, "per_gpu_checksum": checksum, "parallelism_info": layout})
+    total = "".join(str(entry["per_gpu_checksum"]) for entry in entries)
+    return {"ranks": entries, "per_engine_checksum": hashlib.sha256(total.encode()).hexdigest()}

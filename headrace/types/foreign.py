@@ -84,12 +84,14 @@ class Payload(msgspec.Struct, frozen=True):
     """What came: tensors of their own, and buckets. No name comes twice.
 
     `files` are the shared files as often as they were sent: torch's sender counts a file up for each time, and the
-    receiver has to count it down as often.
+    receiver has to count it down as often. Where whoever received it has done so, `paths` are where each of them, told
+    once, may be opened.
     """
 
     tensors: tuple[ForeignTensor, ...] = ()
     buckets: tuple[FlatBucket, ...] = ()
     files: tuple[SharedFile, ...] = ()
+    paths: tuple[str, ...] = ()
 
     def manifest(self) -> list[TensorInfo]:
         """All tensors: first those of their own, then those of the buckets."""

@@ -155,18 +155,12 @@ class Stage(_Call, frozen=True, tag="stage"):
 class StagePayload(_Call, frozen=True, tag="stage_payload"):
     """Tensors of the session in memory that another engine's client shares; `indices` are their places in the session's
     manifest, in the order of `Payload.manifest`, and `replaced` those that may have been staged before. The reply means
-    that the memory is given back, whatever came of it."""
+    that nothing reads the memory any more, whatever came of it."""
 
     session_id: int
     payload: Payload
     indices: tuple[int, ...]
     replaced: tuple[int, ...] = ()
-
-
-class DropPayload(_Call, frozen=True, tag="drop_payload"):
-    """Give back what another engine's client shares, and nobody stages. Reply: null."""
-
-    payload: Payload
 
 
 class CommitUpdate(_Call, frozen=True, tag="commit_update"):
@@ -281,7 +275,9 @@ class WeightPart(msgspec.Struct, frozen=True):
 
 class Digest(_Call, frozen=True, tag="digest"):
     """Digest live parameter memory, all of it while it holds one version. Reply: dict[str, str], HF name to the 32 hex
-    digits of `headrace.weights.position_sum`."""
+    digits of `headrace.weights.position_sum`; `by_rank`: a list of such, of all that each rank holds."""
+
+    by_rank: bool = False
 
 
 class DescribeWeights(_Call, frozen=True, tag="describe_weights"):
@@ -350,7 +346,6 @@ Command = (
     | ExtendUpdate
     | Stage
     | StagePayload
-    | DropPayload
     | CommitUpdate
     | AbortUpdate
     | JoinGroup

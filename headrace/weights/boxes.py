@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -53,6 +54,22 @@ class Box(msgspec.Struct, frozen=True):
     def seen_from(self, outer: Box) -> Box:
         """The same box, in an array that is the box `outer` alone."""
         return Box(tuple(mine - first for mine, first in zip(self.start, outer.start, strict=True)), self.shape)
+
+
+def runs_of(shape: tuple[int, ...], box: Box) -> Iterator[slice]:
+    """The runs of elements in row-major order of an array that are a box of it, in that order."""
+    cut = cut_axis(shape, box)
+    size = math.prod(box.shape[cut:])
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    first = sum(start * stride for start, stride in zip(box.start, strides, strict=True))
+    for outer in itertools.product(*(range(count) for count in box.shape[:cut])):
+        start = first + sum(index * stride for index, stride in zip(outer, strides, strict=False))
+        yield slice(start, start + size)
+
+
+def cut_axis(shape: tuple[int, ...], box: Box) -> int:
+    """The last axis along which a box has less than all; the first if it has all."""
+    return max((axis for axis, size in enumerate(box.shape) if size < shape[axis]), default=0)
 
 
 def find_overlap(boxes: Sequence[Box]) -> tuple[int, int] | None:

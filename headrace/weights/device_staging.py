@@ -138,7 +138,7 @@ class _Slice:
         self.arriving: dict[int, ArrivingPiece] = {}
         self._whole: list[int] = []
         self._moved: list[tuple[StagePiece, torch.Tensor]] = []
-        self._sums: list[tuple[int, PositionSum]] = []
+        self._sums: list[tuple[int, PositionSum, int]] = []
 
     def add_whole(self, piece: StagePiece, target: WholeTarget) -> None:
         """One that is only moved: it has a row of results."""
@@ -175,11 +175,12 @@ class _Slice:
             destination.write_back(place, block)
             for region, total in piece.arrival.sums:
                 if region is destination and region.is_plain:
-                    self._sums.append((row, total))
+                    self._sums.append((row, total, 1))
                     continue
-                blocks.append(region.read_counted(place))  # held until it is enqueued
-                self._sums.append((len(rows), total))
-                rows.append(row_of(blocks[-1], None, place.start))
+                for counted, times in region.counted(place):
+                    blocks.append(counted)  # held until it is enqueued
+                    self._sums.append((len(rows), total, times))
+                    rows.append(row_of(counted, None, place.start))
         found = move_rows(rows, keys.words, sums=are_digests or bool(self._sums))
         self._results = torch.empty(found.shape, dtype=found.dtype, device="cpu", pin_memory=found.is_cuda)
         self._results.copy_(found, non_blocking=True)
@@ -192,8 +193,8 @@ class _Slice:
         for piece, (_, _, is_bad) in zip(self.arriving.values(), results[len(self._moved) :], strict=False):
             if is_bad and piece.refuse is not None:
                 piece.refuse(piece.arrival.destination.dtype)
-        for row, total in self._sums:
-            total.add_lanes(results[row])
+        for row, total, times in self._sums:
+            total.add_lanes(results[row], times)
         for piece in self.arriving.values():
             piece.arrival.num_elements += piece.source.numel()
             piece.on_done()

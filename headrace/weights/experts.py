@@ -37,7 +37,7 @@ class ExpertTensors(msgspec.Struct, frozen=True):
 
     def params(self) -> list[ParamSpec]:
         """Both parameters, as large as this rank's share."""
-        (_, num_held), (_, width), _ = self._held()
+        (_, num_held), (_, width), _, _ = self._held()
         return [
             ParamSpec(self.gate_up, (num_held, 2 * width, self.hidden)),
             ParamSpec(self.down, (num_held, self.hidden, width)),
@@ -45,7 +45,7 @@ class ExpertTensors(msgspec.Struct, frozen=True):
 
     def one_by_one(self) -> list[WeightRule]:
         """The rules of a tensor per expert and projection. Of an expert on another rank nothing is held here."""
-        (first, num_held), (start, width), counts = self._held()
+        (first, num_held), (start, width), counts, holders = self._held()
         gate, up, down = self.projections
         rules: list[WeightRule] = []
         for expert in range(self.num_experts):
@@ -53,16 +53,16 @@ class ExpertTensors(msgspec.Struct, frozen=True):
             tall, wide = (self.intermediate, self.hidden), (self.hidden, self.intermediate)
             source = Box((start, 0), (width, self.hidden))
             for name, row in ((gate, 0), (up, width)):
-                piece = Piece(self.gate_up, source, Box((at, row, 0), (1, *source.shape)), is_counted=counts)
+                piece = Piece(self.gate_up, source, Box((at, row, 0), (1, *source.shape)), (), counts, holders)
                 rules.append(WeightRule(self._name(expert, name), tall, (piece,) if is_held else ()))
             source = Box((0, start), (self.hidden, width))
-            piece = Piece(self.down, source, Box((at, 0, 0), (1, *source.shape)), is_counted=counts)
+            piece = Piece(self.down, source, Box((at, 0, 0), (1, *source.shape)), (), counts, holders)
             rules.append(WeightRule(self._name(expert, down), wide, (piece,) if is_held else ()))
         return rules
 
     def all_in_one(self, *, is_transposed: bool = False) -> list[WeightRule]:
         """The rules of `gate_up_proj` and `down_proj`; `is_transposed`: [expert, in, out], not [expert, out, in]."""
-        (first, num_held), (start, width), counts = self._held()
+        (first, num_held), (start, width), counts, holders = self._held()
         halves = []
         for number in (0, 1):
             source = Box((first, number * self.intermediate + start, 0), (num_held, width, self.hidden))
@@ -73,7 +73,8 @@ class ExpertTensors(msgspec.Struct, frozen=True):
 
         def rule(name: str, param: str, shape: tuple[int, ...], boxes: list[tuple[Box, Box]]) -> WeightRule:
             axes = _TRANSPOSED if is_transposed else ()
-            pieces = [Piece(param, _transposed(source, axes), target, axes, counts) for source, target in boxes]
+            turned = [(_transposed(source, axes), target) for source, target in boxes]
+            pieces = [Piece(param, source, target, axes, counts, holders) for source, target in turned]
             prefix = self.whole_prefix or self.prefix
             return WeightRule(f"{prefix}.{name}", tuple(shape[axis] for axis in axes or (0, 1, 2)), tuple(pieces))
 
@@ -85,11 +86,14 @@ class ExpertTensors(msgspec.Struct, frozen=True):
     def _name(self, expert: int, projection: str) -> str:
         return f"{self.prefix}.{expert}.{projection}.weight"
 
-    def _held(self) -> tuple[tuple[int, int], tuple[int, int], bool]:
-        """First and number of the experts, and of the columns of each, held here; and whether they count."""
+    def _held(self) -> tuple[tuple[int, int], tuple[int, int], bool, int]:
+        """First and number of the experts, and of the columns of each, held here; whether they count, and how many
+        ranks hold them."""
         experts, is_first = self.experts.part((self.num_experts,), 0)
         width, counts = self.width.part((self.intermediate,), 0)
-        return (experts.start[0], experts.shape[0]), (width.start[0], width.shape[0]), is_first and counts
+        num_holders = self.experts.num_holders(self.num_experts) * self.width.num_holders(self.intermediate)
+        bounds = (experts.start[0], experts.shape[0]), (width.start[0], width.shape[0])
+        return *bounds, is_first and counts, num_holders
 
 
 def _transposed(box: Box, axes: tuple[int, ...]) -> Box:

@@ -6,6 +6,7 @@ Must not know formats or tensors.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -58,6 +59,12 @@ class OpenFile:
             if count == 0:
                 raise changed(self.path)
             done += count
+
+    def read_ahead(self, offset: int, size: int) -> None:
+        """Have the system fetch these bytes at once, of which runs are read then: one by one it would wait for each."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):  # it is asked, no more
+                os.posix_fadvise(self.stream.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
 
     def read(self, offset: int, size: int) -> bytes:
         """As `read_into`, as bytes."""

@@ -4,7 +4,9 @@ once. Must not know which tensors they are, or updates.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
 
 from headrace.weights.position_sum import PositionKeys, PositionSum
 from headrace.weights.region import Region
@@ -26,24 +28,36 @@ def bytes_in_slices(region: Region, start: int, into: memoryview, reader: SideRe
         yield
 
 
-def digests_in_slices(regions: Iterable[tuple[str, Region]], keys: PositionKeys, reader: SideReader) -> Digests:
-    """The `position_sum` of each tensor: of what counts here, of one that several ranks share."""
+Read = Callable[[Region, slice], Iterable[tuple[torch.Tensor, int]]]
+"""Some elements, and how often they are in a digest."""
+
+
+def digests_in_slices(
+    regions: Iterable[tuple[str, Region]], keys: PositionKeys, reader: SideReader, *, is_held: bool = False
+) -> Digests:
+    """The `position_sum` of each tensor: this rank's part, or as it `is_held`, which ranks that hold the same have the
+    same."""
     reckon = _on_host if keys.device.type == "cpu" else _on_device
-    return reckon(regions, keys, reader)
+    return reckon(regions, keys, reader, _held if is_held else Region.counted)
 
 
-def _on_host(regions: Iterable[tuple[str, Region]], keys: PositionKeys, reader: SideReader) -> Digests:
+def _held(region: Region, part: slice) -> Iterable[tuple[torch.Tensor, int]]:
+    return [(region.read(part), 1)]
+
+
+def _on_host(regions: Iterable[tuple[str, Region]], keys: PositionKeys, reader: SideReader, read: Read) -> Digests:
     for name, region in regions:
         total = PositionSum(keys)
         for part in row_blocks((region.num_elements,), region.dtype.itemsize, BLOCK_BYTES):
             if part.start:
                 yield None
             with reader.using():
-                total.add(region.read_counted(part), part.start)
+                for block, times in read(region, part):
+                    total.add(block, part.start, times)
         yield name, total.hexdigest()
 
 
-def _on_device(regions: Iterable[tuple[str, Region]], keys: PositionKeys, reader: SideReader) -> Digests:
+def _on_device(regions: Iterable[tuple[str, Region]], keys: PositionKeys, reader: SideReader, read: Read) -> Digests:
     """Many tensors at a time, and large ones in pieces: each slice is a launch, which is waited for."""
     parts: list[tuple[str, Region, slice, PositionSum]] = []
     num_bytes = 0
@@ -51,24 +65,25 @@ def _on_device(regions: Iterable[tuple[str, Region]], keys: PositionKeys, reader
         total = PositionSum(keys)
         for part in row_blocks((region.num_elements,), region.dtype.itemsize, DEVICE_SLICE_BYTES):
             if num_bytes >= DEVICE_SLICE_BYTES or len(parts) == _DEVICE_SLICE_PARTS:
-                yield from _reckon(parts, keys, reader)
+                yield from _reckon(parts, keys, reader, read)
                 yield None
                 parts, num_bytes = [], 0
             parts.append((name, region, part, total))
             num_bytes += (part.stop - part.start) * region.dtype.itemsize
-    yield from _reckon(parts, keys, reader)
+    yield from _reckon(parts, keys, reader, read)
 
 
 def _reckon(
-    parts: list[tuple[str, Region, slice, PositionSum]], keys: PositionKeys, reader: SideReader
+    parts: list[tuple[str, Region, slice, PositionSum]], keys: PositionKeys, reader: SideReader, read: Read
 ) -> Iterator[tuple[str, str]]:
     from headrace.kernels.triton.weight_pieces import move_rows, row_of
 
     with reader.using():
-        blocks = [region.read_counted(part) for _, region, part, _ in parts]
-        rows = [row_of(block, None, part.start) for block, (_, _, part, _) in zip(blocks, parts, strict=True)]
+        found = [(*each, part, total) for _, region, part, total in parts for each in read(region, part)]
+        rows = [row_of(block, None, part.start) for block, _, part, _ in found]
         results = move_rows(rows, keys.words).tolist()
-    for (name, region, part, total), lanes in zip(parts, results, strict=True):
-        total.add_lanes(lanes)
+    for (_, times, _, total), lanes in zip(found, results, strict=True):
+        total.add_lanes(lanes, times)
+    for name, region, part, total in parts:
         if part.stop == region.num_elements:
             yield name, total.hexdigest()

@@ -67,30 +67,30 @@ class PositionSum:
         self._group, self._of_rows = 0, keys.of_first_rows
         self._lanes = [0] * _LANES
 
-    def add(self, block: torch.Tensor, start: int) -> None:
-        """Elements `start` on, flat and contiguous. Waits for a device."""
+    def add(self, block: torch.Tensor, start: int, times: int = 1) -> None:
+        """Elements `start` on, flat and contiguous, so many times. Waits for a device."""
         if block.device.type != "cpu":
             from headrace.kernels.triton.weight_pieces import move_rows, row_of
 
-            self.add_lanes(move_rows([row_of(block, None, start)], self._keys.words)[0].tolist())
+            self.add_lanes(move_rows([row_of(block, None, start)], self._keys.words)[0].tolist(), times)
             return
         units = block.view(torch.int16)
         first = start * (block.element_size() // 2)
         at, end = first, first + len(units)
         while at < end:
             stop = min(end, at + _CHUNK_UNITS - at % _CHUNK_UNITS)
-            self._add(units if stop - at == len(units) else units[at - first : stop - first], at)
+            self._add(units if stop - at == len(units) else units[at - first : stop - first], at, times)
             at = stop
 
-    def add_lanes(self, lanes: Sequence[int]) -> None:
-        """What a device has made of some elements."""
-        self._lanes = [mine + more for mine, more in zip(self._lanes, lanes, strict=False)]
+    def add_lanes(self, lanes: Sequence[int], times: int = 1) -> None:
+        """What a device has made of some elements, so many times."""
+        self._lanes = [mine + times * more for mine, more in zip(self._lanes, lanes, strict=False)]
 
     def hexdigest(self) -> str:
         """The digest of what was added."""
         return _shown(self._lanes)
 
-    def _add(self, units: torch.Tensor, first: int) -> None:
+    def _add(self, units: torch.Tensor, first: int, times: int) -> None:
         row, offset = divmod(first, _WIDTH)
         end = offset + len(units)
         num_rows = -(-end // _WIDTH)
@@ -102,7 +102,7 @@ class PositionSum:
         if group != self._group:
             self._group, self._of_rows = group, self._keys.of_rows(group)
         sums *= self._of_rows[row : row + num_rows]
-        self.add_lanes(sums.sum(0).tolist())
+        self.add_lanes(sums.sum(0).tolist(), times)
 
     def _by_product(self, rows: torch.Tensor) -> torch.Tensor:
         """The sums of each row as [row, lane], in one matrix product: of the keys in limbs of 24 bits all sums stay

@@ -3,13 +3,16 @@ that they fill. Must not know names, updates or which memory is live."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from itertools import compress
 
 import torch
 
-from headrace.weights.boxes import Box, boxes_of_range
+from headrace.weights.boxes import Box, boxes_of_range, cut_axis, runs_of
 from headrace.weights.weight_map import Piece
+
+MIN_GAP_BYTES = 4096
+"""Between two runs of a tensor that are read one by one: reading over less costs no more than another call."""
 
 _Parts = list[tuple[Box, torch.Tensor]]
 
@@ -36,12 +39,20 @@ class Region:
         self.num_elements = torch.Size(shape).numel()
         held = zip(pieces, memories, strict=True)
         self._parts = [(piece.source, _as_source(piece, memory)) for piece, memory in held]
-        self._counts = [piece.is_counted for piece in pieces]
+        self._times = [piece.times for piece in pieces]
+        self._several_times = sorted(set(self._times))
         is_flat = bool(pieces) and pieces[0].source.shape == shape and self._parts[0][1].is_contiguous()
         self.flat = self._parts[0][1].view(-1) if is_flat else None
         """All of it as it lies in memory, where that is in the tensor's own order."""
-        self.is_plain = is_flat and not pieces[0].axes and all(self._counts)
+        self.is_plain = is_flat and not pieces[0].axes and self._times == [1]
         self._is_whole = sum(piece.source.num_elements for piece in pieces) == self.num_elements
+        self._is_in_runs = not self._is_whole and all(self._is_apart(piece.source) for piece in pieces)
+
+    def _is_apart(self, box: Box) -> bool:
+        """The runs of a box are worth reading one by one."""
+        cut = cut_axis(self.shape, box)
+        gap = (math.prod(self.shape[cut:]) - math.prod(box.shape[cut:])) * self.dtype.itemsize
+        return cut == 0 or gap >= MIN_GAP_BYTES
 
     @classmethod
     def of_memory(cls, name: str, memory: torch.Tensor) -> Region:
@@ -57,11 +68,14 @@ class Region:
         """These elements, flat: their memory where it is in order, else a copy."""
         return self.flat[part] if self.flat is not None else self._copied(part, self._parts)
 
-    def read_counted(self, part: slice) -> torch.Tensor:
-        """As `read`, without what only another rank counts."""
-        if all(self._counts):
-            return self.read(part)
-        return self._copied(part, list(compress(self._parts, self._counts)))
+    def counted(self, part: slice) -> Iterator[tuple[torch.Tensor, int]]:
+        """As `read`, with how often that is in a digest: apart where that differs."""
+        if len(self._several_times) == 1:
+            yield self.read(part), self._several_times[0]
+            return
+        for times in self._several_times:
+            parts = [held for held, each in zip(self._parts, self._times, strict=True) if each == times]
+            yield self._copied(part, parts), times
 
     def holds_any(self, part: slice) -> bool:
         """Whether any piece holds one of these elements. What none does need not be had to be written."""
@@ -69,6 +83,16 @@ class Region:
             return True
         boxes = boxes_of_range(self.shape, part.start, part.stop)
         return any(box.common(source) is not None for box in boxes for source, _ in self._parts)
+
+    def runs(self, part: slice) -> list[slice] | None:
+        """Of these elements, seen from the first, the runs that some piece holds; None where all may as well be read
+        at once."""
+        if not self._is_in_runs:
+            return None
+        boxes = boxes_of_range(self.shape, part.start, part.stop)
+        common = (box.common(source) for box in boxes for source, _ in self._parts)
+        found = [run for box in common if box is not None for run in runs_of(self.shape, box)]
+        return None if found == [part] else [slice(run.start - part.start, run.stop - part.start) for run in found]
 
     def write_view(self, part: slice) -> torch.Tensor:
         """Where to write these elements, flat, before they are written back: their memory where it is in order, else

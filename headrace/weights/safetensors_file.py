@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 import msgspec
 import torch
@@ -48,18 +48,28 @@ class FileTensor:
         """Elements of the whole tensor."""
         return math.prod(self.info.shape)
 
-    def copy(self, part: slice, destination: torch.Tensor) -> None:
-        """Write these elements, converted, into `destination`, which is flat. `CheckpointError` if the file has changed
-        meanwhile."""
+    def copy(self, part: slice, destination: torch.Tensor, runs: Sequence[slice] | None = None) -> None:
+        """Write these elements, converted, into `destination`, which is flat; with `runs`, only they are read, and the
+        others are zero. `CheckpointError` if the file has changed meanwhile."""
         dtype = TORCH_DTYPES[self.info.dtype]
-        start = self._offset + part.start * dtype.itemsize
         if destination.device.type == "cpu" and destination.dtype == dtype:
-            self._file.read_into(bytes_of(destination).data, start)
+            self._read(part, destination, runs)
             return
         is_pinned = destination.device.type == "cuda"  # from there a copy to the device takes next to no time
         block = torch.empty(part.stop - part.start, dtype=dtype, device="cpu", pin_memory=is_pinned)
-        self._file.read_into(bytes_of(block).data, start)
+        self._read(part, block, runs)
         destination.copy_(block)
+
+    def _read(self, part: slice, block: torch.Tensor, runs: Sequence[slice] | None) -> None:
+        size, view = block.element_size(), bytes_of(block).data
+        start = self._offset + part.start * size
+        if runs is None:
+            self._file.read_into(view, start)
+            return
+        block.zero_()
+        self._file.read_ahead(start, len(view))
+        for run in runs:
+            self._file.read_into(view[run.start * size : run.stop * size], start + run.start * size)
 
 
 def read_header(file: OpenFile) -> Generator[None, None, dict[str, tuple[TensorInfo, int]]]:

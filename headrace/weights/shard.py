@@ -36,12 +36,16 @@ class Shard(msgspec.Struct, frozen=True):
         are fewer units than ranks, several ranks hold one of them. Raises `UnsupportedModelError` where neither number
         divides the other."""
         num_units = shape[axis] // unit
-        share, num_holders = max(1, num_units // self.num_ranks), max(1, self.num_ranks // num_units)
+        share, num_holders = max(1, num_units // self.num_ranks), self.num_holders(num_units)
         if share * self.num_ranks != num_units * num_holders:
             message = f"{num_units} parts of a tensor of shape {list(shape)} do not split over {self.num_ranks} ranks"
             raise UnsupportedModelError(message)
         start = self.rank // num_holders * share * unit
         return _cut(shape, axis, start, share * unit), self.rank % num_holders == 0
+
+    def num_holders(self, num_units: int) -> int:
+        """How many ranks hold each part of an axis of so many units."""
+        return max(1, self.num_ranks // num_units)
 
     def padded_rows(self, shape: tuple[int, ...]) -> tuple[Box, tuple[Box, ...]]:
         """A share of the rows, and the box of padding, if any, that makes it as large as every other rank's."""

@@ -116,8 +116,9 @@ class Source(Protocol):
     def num_elements(self) -> int:
         """Elements there are to copy."""
 
-    def copy(self, part: slice, destination: torch.Tensor) -> None:
-        """Write these elements, converted, into `destination`, which is flat."""
+    def copy(self, part: slice, destination: torch.Tensor, runs: Sequence[slice] | None = None) -> None:
+        """Write these elements, converted, into `destination`, which is flat. With `runs` of them, seen from the first,
+        the others need not be what they are."""
 
 
 TensorData = torch.Tensor | Source
@@ -142,7 +143,7 @@ class BytesSource:
         self._bytes: Bytes = np.frombuffer(data, dtype=np.uint8)
         self._address: int = self._bytes.__array_interface__["data"][0]
 
-    def copy(self, part: slice, destination: torch.Tensor) -> None:
+    def copy(self, part: slice, destination: torch.Tensor, runs: Sequence[slice] | None = None) -> None:
         """Write these elements, converted, into `destination`, which is flat."""
         size = self._dtype.itemsize
         if destination.is_cpu and destination.dtype == self._dtype:
@@ -164,7 +165,7 @@ class TensorSource:
         self.num_elements = data.numel()
         self._tensor = data.detach().reshape(-1)
 
-    def copy(self, part: slice, destination: torch.Tensor) -> None:
+    def copy(self, part: slice, destination: torch.Tensor, runs: Sequence[slice] | None = None) -> None:
         """Write these elements, converted, into `destination`, which is flat."""
         destination.copy_(self._tensor[part])
 
@@ -332,7 +333,7 @@ class StageWork:
             return  # another rank's
         block = self._destination.write_view(place)
         self.has_written |= self._arrival.is_live and self._destination.flat is not None  # the block is live memory
-        self._source.copy(part, block)
+        self._source.copy(part, block, None if self._arrival.hasher else self._destination.runs(place))
         if self._check and not self._checks_at_end:  # while the block is in the cache
             self._check(block)
         if self._arrival.hasher:
@@ -340,7 +341,8 @@ class StageWork:
         self.has_written |= self._arrival.is_live
         self._destination.write_back(place, block)
         for region, total in self._arrival.sums:
-            total.add(region.read_counted(place), place.start)
+            for counted, times in region.counted(place):
+                total.add(counted, place.start, times)
 
     def _finish(self) -> None:
         self._source = None

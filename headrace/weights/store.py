@@ -373,14 +373,14 @@ class WeightStore:
     # Reading live memory.
 
     def digest(self) -> dict[str, str]:
-        """The `position_sum` of live memory now, per HF tensor (no aliases), in HF layout and its memory's dtype. Of a
-        tensor that several ranks share, the part that counts here: `add_digests` makes one of theirs."""
+        """The `position_sum` of live memory now, per HF tensor (no aliases); on one of several ranks its part of it."""
         return dict(filter(None, self.digest_in_slices()))
 
-    def digest_in_slices(self) -> Digests:
-        """As `digest`, a slice at a time: None, or the name and digest of a tensor that is complete."""
-        regions = ((name, self._region(name)) for name in self.weight_map.rules_by_name)
-        yield from digests_in_slices(regions, self._sum_keys(), self._begin_reading())
+    def digest_in_slices(self, rank: int | None = None) -> Digests:
+        """As `digest`, a slice at a time; with a `rank` of all that it holds, here on the only one."""
+        rules, is_held = self.weight_map.rules_by_name, rank is not None
+        regions = ((name, self._region(name)) for name in rules if rules[name].pieces or not is_held)
+        yield from digests_in_slices(regions, self._sum_keys(), self._begin_reading(), is_held=is_held)
 
     def parameters(self) -> tuple[tuple[TensorInfo, ...], ...]:
         """Those of each rank, which is this one."""

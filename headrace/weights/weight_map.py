@@ -7,6 +7,7 @@ tensors, files or sessions (no torch).
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
@@ -49,7 +50,7 @@ class Piece(msgspec.Struct, frozen=True):
     """Box `source` of a Hugging Face tensor is box `target` of `param`.
 
     `axes` lists the source's axes in the order the target has them, () for as they are; then both have one shape, apart
-    from axes of size 1. `is_counted` is False for a copy of what another rank holds: only one of them is in a digest.
+    from axes of size 1. Of a box that `num_holders` ranks hold, one `is_counted`: theirs are the elements.
     """
 
     param: str
@@ -57,6 +58,13 @@ class Piece(msgspec.Struct, frozen=True):
     target: Box
     axes: tuple[int, ...] = ()
     is_counted: bool = True
+    num_holders: int = 1
+
+    @property
+    def times(self) -> int:
+        """How often it is in a digest. Over all holders that is once, if all have the same values; and none is so often
+        that a value which one of them alone has wrong would not show."""
+        return 3 - 2 * self.num_holders if self.is_counted else 2
 
     @property
     def is_consistent(self) -> bool:
@@ -321,21 +329,22 @@ def is_recomputed(hf_name: str) -> bool:
 
 def prove_mesh(maps: Sequence[WeightMap]) -> None:
     """Prove that the ranks of a mesh hold every element of every tensor: the counted boxes of all ranks together are
-    disjoint and cover it, and a box that is not counted is one of them. `InternalError` otherwise."""
+    disjoint and cover it, a box that is not counted is one of them, and all of its holders know how many they are.
+    `InternalError` otherwise."""
     for name, rule in (maps[0].rules_by_name | maps[0].other_rules).items():
         counted: list[tuple[object, Box]] = []
-        copies: list[Box] = []
+        times: Counter[Box] = Counter()
         for rank, table in enumerate(maps):
             same = table.rules_by_name.get(name) or table.other_rules.get(name)
             _prove(same is not None and same.shape == rule.shape, "tensor {} is another one on rank {}", name, rank)
             for piece in same.pieces if same else ():
+                times[piece.source] += piece.times
                 if piece.is_counted:
                     counted.append((rank, piece.source))
-                else:
-                    copies.append(piece.source)
         _prove_partition(name, rule.shape, counted)
         held = {box for _, box in counted}
-        _prove(held.issuperset(copies), "tensor {}: a copy is of no box that is counted", name)
+        _prove(held.issuperset(times), "tensor {}: a copy is of no box that is counted", name)
+        _prove(set(times.values()) <= {1}, "tensor {}: its holders do not know how many they are", name)
     for table in maps[1:]:
         _prove(table.rules_by_name.keys() == maps[0].rules_by_name.keys(), "the ranks have different tensors")
 

@@ -106,13 +106,13 @@ def _take(
             continue  # another rank's
         if not is_filled:
             block = region.write_view(part)
-            source.copy(part, block)
+            source.copy(part, block, region.runs(part))
             if check_finite and not is_finite(block):
                 raise CheckpointError(not_finite(name, block.dtype), field=name)
             region.write_back(part, block)
             continue
         block = torch.empty(part.stop - part.start, dtype=region.dtype, device=region.device)
-        source.copy(part, block)
+        source.copy(part, block, region.runs(part))
         if not region.equals(part, block):
             tied = next(pair for pair in aliases.items() if name in pair)
             message = f"{tied[0]} is tied to {tied[1]} by config.json but holds other values"

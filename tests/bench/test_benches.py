@@ -31,6 +31,7 @@ def test_overhead(capsys: pytest.CaptureFixture[str]) -> None:
         values = result[field]
         assert isinstance(values, dict) and set(values) == {"4", "8"} and min(values.values()) > 0
     assert isinstance(result["http_tokens_per_second"], int) and result["http_tokens_per_second"] > 0
+    assert result["http_front_cpu_microseconds_per_token"] > 0
 
 
 def test_overhead_streaming_over_http(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ WITH_DEADLINE = frozenset(kind for kind in ALL if "deadline" in kind.__struct_fi
 FORGOTTEN_WITH_ITS_CORE: frozenset[type] = frozenset(
     {
         *(messages.BeginUpdate, messages.Stage, messages.AbortUpdate),  # a session ends with its core
-        *(messages.ExtendUpdate, messages.StagePayload, messages.DropPayload, messages.Receive, messages.Discard),
+        *(messages.ExtendUpdate, messages.StagePayload, messages.Receive, messages.Discard),
         *(messages.JoinGroup, messages.LeaveGroup),  # of a group a core is a rank, and another one is not
         *(messages.GetWeight, messages.Digest, messages.DescribeWeights, messages.GetStatus),
         *(messages.FlushCache, messages.Shutdown),

@@ -1,9 +1,11 @@
-"""What another engine's client shares, staged on one replica: whatever comes of it, the memory is given back."""
+"""What another engine's client shares, staged on one replica: whatever comes of it, nothing holds the memory then."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from headrace.types.foreign import Payload
 from headrace.types.messages import AbortUpdate, CommitUpdate, Digest, ExtendUpdate, GiveUp, StagePayload
 from headrace.types.weights import UpdateReport
 from headrace.weights.foreign import read_payload
+from headrace.weights.foreign_files import TakenFiles
 from tests.core.harness import VOCAB_SIZE, Core, digest_of, new_tensors
 from tests.weights.foreign_payloads import flattened, serialized
 
@@ -24,15 +27,38 @@ FORMS: list[Callable[[dict[str, torch.Tensor]], bytes]] = [flattened, lambda sen
 
 
 def share(form: Callable[[dict[str, torch.Tensor]], bytes], tensors: dict[str, torch.Tensor]) -> Payload:
-    """A payload whose sender has freed its tensors: the last one to give a file back takes it away."""
-    payload = read_payload(form({name: tensor.clone() for name, tensor in tensors.items()}))
+    """A payload whose sender has freed its tensors, and whose files the front has taken."""
+    sent = read_payload(form({name: tensor.clone() for name, tensor in tensors.items()}))
     gc.collect()
-    assert payload.files and files_of(payload)
-    return payload
+    taken = TakenFiles(sent)
+    assert taken.payload.paths and not any((Path("/dev/shm") / file.handle[1:]).exists() for file in sent.files)
+    fronts.append(taken)
+    return taken.payload
 
 
-def files_of(payload: Payload) -> list[Path]:
-    return [path for file in payload.files if (path := Path("/dev/shm") / file.handle[1:]).exists()]
+fronts: list[TakenFiles] = []
+
+
+@pytest.fixture(autouse=True)
+def front() -> Iterator[None]:
+    """Holds files until a test is over."""
+    yield
+    for taken in fronts:
+        taken.close()
+    fronts.clear()
+
+
+def is_held(payload: Payload) -> bool:
+    """By anybody but the front."""
+    names = [os.readlink(path) for path in payload.paths]
+    num_open = sum(_link(f"/proc/self/fd/{number}") in names for number in os.listdir("/proc/self/fd"))
+    return num_open > len(names)
+
+
+def _link(path: str) -> str:
+    with contextlib.suppress(OSError):
+        return os.readlink(path)
+    return ""
 
 
 def begin(core: Core, payload: Payload, mode: str) -> int:
@@ -43,14 +69,14 @@ def begin(core: Core, payload: Payload, mode: str) -> int:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("mode", ["shadow", "inplace"])
-def test_a_payload_is_staged_and_given_back(form: Any, mode: str) -> None:
+def test_a_payload_is_staged_and_let_go_of(form: Any, mode: str) -> None:
     core = Core()
     for value in (3.0, 4.0):
         tensors = new_tensors(value)
         payload = share(form, tensors)
         session = begin(core, payload, mode)
         core.call(StagePayload, session, payload, tuple(range(5)))
-        assert not files_of(payload)
+        assert not is_held(payload)
         core.call(CommitUpdate, session, kind=UpdateReport)
         assert core.call(Digest, kind=dict[str, str]) == {name: digest_of(tensor) for name, tensor in tensors.items()}
 
@@ -65,37 +91,37 @@ def test_a_tensor_that_comes_again_replaces_the_first() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_does_not_fit_the_session_is_refused_and_given_back(form: Any) -> None:
+def test_what_does_not_fit_the_session_is_refused_and_let_go_of(form: Any) -> None:
     core = Core()
     session = begin(core, share(form, NEW), "shadow")
     for indices, field in (((0, 1, 2, 3), "indices"), ((0, 1, 2, 3, 3), "indices"), ((0, 1, 2, 3, 9), "index")):
         payload = share(form, NEW)
         error = core.refused(StagePayload, session, payload, indices)
         assert (error.code, error.field) == ("WeightUpdateError", field)
-        assert not files_of(payload)
+        assert not is_held(payload)
     payload = share(form, NEW)
     error = core.refused(StagePayload, session, payload, (1, 0, 2, 3, 4))  # a tensor in another's place
-    assert "the manifest says" in error.message and not files_of(payload)
+    assert "the manifest says" in error.message and not is_held(payload)
 
 
-def test_memory_that_is_not_there_is_refused() -> None:
+def test_memory_that_nobody_holds_any_more_is_refused() -> None:
     core = Core()
     payload = share(flattened, NEW)
     session = begin(core, payload, "shadow")
-    (path,) = files_of(payload)
-    path.unlink()
+    fronts.pop().close()
     error = core.refused(StagePayload, session, payload, tuple(range(5)))
     assert error.field == "serialized_named_tensors" and "cannot be opened" in error.message
 
 
 @pytest.mark.parametrize("end", ["abort", "give up", "deadline", "close"])
-def test_whatever_ends_the_upload_the_memory_is_given_back(end: str) -> None:
+def test_whatever_ends_the_upload_nothing_holds_the_memory(end: str) -> None:
     core = Core()
     payload = share(flattened, NEW)
     session = begin(core, payload, "shadow")
     control = core.loop.replica.update
     command = StagePayload(99, session, payload, tuple(range(5)), deadline=core.clock.now + 1.0)
     stage_payload(core.loop.replica, command, core.clock.now)  # queued, and no turn has come to it
+    assert is_held(payload)
     if end == "abort":
         core.call(AbortUpdate, session)
     elif end == "give up":
@@ -104,12 +130,12 @@ def test_whatever_ends_the_upload_the_memory_is_given_back(end: str) -> None:
         control.expire(core.clock.now + 1.0)
     else:
         control.close()
-    assert not files_of(payload)
+    assert not is_held(payload)
 
 
 def test_an_executor_without_weights_takes_any() -> None:
     core = Core(FreeExecutor(VOCAB_SIZE, weights=FreeWeights()))
-    payload = read_payload(flattened(NEW))
+    payload = share(flattened, NEW)
     session = begin(core, payload, "auto")
     core.call(StagePayload, session, payload, tuple(range(5)))
     core.call(CommitUpdate, session, kind=UpdateReport)

@@ -209,7 +209,7 @@ def test_a_core_has_other_stamps_than_those_before_it() -> None:
 
 
 def test_a_reader_that_fails_is_answered(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lost() -> Iterator[None]:
+    def lost(rank: int | None) -> Iterator[None]:
         yield
         raise RuntimeError("the device is lost")
 

@@ -41,7 +41,6 @@ from headrace.types.messages import (
     DescribeWeights,
     Digest,
     Discard,
-    DropPayload,
     ExtendUpdate,
     FlushCache,
     FreezeGc,
@@ -99,7 +98,6 @@ NOT_TRIED: dict[type, str] = {
     **dict.fromkeys((GetWeight, DescribeWeights), "tests/core/test_reading.py: a read, as a digest is"),
     ExtendUpdate: "tests/core/test_open_sessions.py: late and given up",
     **dict.fromkeys((FreezeGc, Profile), "tests/core/test_commands.py, tests/core/test_probing.py: done at once"),
-    DropPayload: "tests/core/test_commands.py",
     StagePayload: "tests/core/test_open_sessions.py and tests/core/test_commands.py: an upload, as Stage is",
     **dict.fromkeys(
         (JoinGroup, LeaveGroup, Receive, Discard), "tests/core/test_commands.py, tests/engine/test_weight_groups.py"
@@ -279,7 +277,7 @@ class SlowWeights(FreeWeights):
         self._world.lose_time(3.0)
         return super().commit()
 
-    def digest_in_slices(self) -> Iterator[tuple[str, str] | None]:
+    def digest_in_slices(self, rank: int | None = None) -> Iterator[tuple[str, str] | None]:
         for name in TENSORS:
             self._world.lose_time(0.1)
             yield name, "hash"

@@ -16,8 +16,12 @@ from tests.engine.group_trainer import TrainerProcess
 from tests.engine.test_ranks import rank_pids
 from tests.engine.test_restart import pid_of
 from tests.engine.test_weight_groups import NAMES, free_port, manifest_of
+from tests.parity.models import make_model
+from tests.parity.models import save_model as save_wide_model
+from tests.weights.test_shard_reading import num_bytes_read
 
 NEW = named_tensors(model_of(1))
+NUM_UPDATES = int(os.environ.get("HEADRACE_UPDATES", "200"))
 
 
 @pytest.fixture(scope="module")
@@ -125,17 +129,31 @@ def held(engine: Engine) -> tuple[int, ...]:
     return (len(pids), *descriptors, *mappings)
 
 
-def test_two_hundred_updates_hold_nothing(ranks: Engine, digests: dict[str, str]) -> None:
+def resident_bytes(engine: Engine) -> int:
+    """Of the engine's processes and this one."""
+    pids = [os.getpid(), pid_of(engine), *rank_pids(engine)]
+    pages = (int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
+    return sum(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_many_updates_hold_nothing(ranks: Engine, digests: dict[str, str]) -> None:
+    """Whole ones, and in three buckets: descriptors, mappings, processes, names and memory are what they were after the
+    first few."""
     names, before = shared_memory(), ranks.digest()
     old = named_tensors(model_of(0))
-    for number in range(100):
+    for number in range(NUM_UPDATES // 2):
         for tensors, expected in ((NEW, digests), (old, before)):
-            ranks.update_weights_from_tensor(tensors, f"v{number}")
+            if number % 2:
+                for start in range(3):
+                    ranks.update_weights_from_bucket(tensors[start::3], f"v{number}")
+            else:
+                ranks.update_weights_from_tensor(tensors, f"v{number}")
             if number % 25 == 0:
                 assert ranks.digest() == expected
-        if number == 2:
-            first = held(ranks)
+        if number == NUM_UPDATES // 20:
+            first, num_bytes = held(ranks), resident_bytes(ranks)
     assert held(ranks) == first
+    assert resident_bytes(ranks) < num_bytes * 1.01
     assert shared_memory() == names and ranks.digest() == before
 
 
@@ -193,3 +211,17 @@ def test_engines_of_ranks_that_have_ended_hold_nothing(model_folder: Path) -> No
         names = {thread.name for thread in threading.enumerate()}
         held_before.append((len(os.listdir("/proc/self/fd")), "headrace-rank-watch" in names))
     assert held_before[1] == held_before[2] and not held_before[2][1]
+
+
+def test_each_rank_reads_no_more_of_a_folder_than_it_holds(tmp_path: Path) -> None:
+    """Of columns, too: what the system has counted, of a model that is mostly its MLPs."""
+    folder = save_wide_model(make_model("qwen3", intermediate_size=4096, num_hidden_layers=3), tmp_path)
+    num_bytes = (folder / "model.safetensors").stat().st_size
+    with Engine(folder, tp_size=2, device="cpu", skip_tokenizer_init=True, **SETTINGS) as started:
+        expected = started.digest()
+        pids = (pid_of(started), *rank_pids(started))
+        before = [num_bytes_read(pid) for pid in pids]
+        started.update_weights_from_disk(folder, "again")
+        read = [num_bytes_read(pid) - earlier for pid, earlier in zip(pids, before, strict=True)]
+        assert started.digest() == expected
+    assert all(num_bytes // 2 <= each < num_bytes * 0.6 for each in read), (num_bytes, read)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from headrace import Engine, SamplingParams
+from headrace.engine.update_session import manifest_of
 from tests.gpu.builders import SETTINGS
 from tests.parity.models import make_model, save_model
 
@@ -117,15 +119,18 @@ def test_the_precision_of_a_trainers_products_is_never_touched(folder: Path) -> 
 
 
 def test_a_commit_is_answered_when_the_device_has_copied(folder: Path) -> None:
-    """And is staged beside the steps: a request goes on meanwhile."""
+    """And is staged beside the steps: requests go on meanwhile."""
     with Engine(folder, **SMALL) as engine:
-        tensors = [
-            (name, tensor.clone())
-            for name, tensor in make_model("qwen3", seed=1, head_dim=64, **SIZES).state_dict().items()
-        ]
-        before = engine.digest()
+        model = make_model("qwen3", seed=1, head_dim=64, **SIZES)
+        tensors = [(name, tensor.clone()) for name, tensor in model.state_dict().items()]
+        manifest = manifest_of((name, tensor.shape, str(tensor.dtype)) for name, tensor in tensors)
+        before, deadline = engine.digest(), time.monotonic() + 60
         with beside(lambda: generate(engine, 128)):
-            report = engine.update_weights_from_tensor(tensors, version="v1", in_flight="keep")
+            session = engine.begin_update("v1", manifest, mode="shadow", in_flight="keep")
+            engine.stage(session, tensors[:1])
+            while not engine.metrics()["staged_steps"]:
+                assert time.monotonic() < deadline
+            engine.stage(session, tensors[1:])
+            report = engine.commit(session)
         assert report.version == "v1" and report.pause_ms > 0.0
         assert engine.digest().keys() == before.keys() and engine.digest() != before
-        assert engine.metrics()["staged_steps"] > 0

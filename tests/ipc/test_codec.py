@@ -43,7 +43,6 @@ COMMANDS: list[Command] = [
     messages.StagePayload(
         17, 1, Payload((ForeignTensor("n", "float32", (2,), (1,), 0, SharedFile("m", "/torch_1", 8)),), ()), (0,)
     ),
-    messages.DropPayload(25, Payload(files=(SharedFile("m", "/torch_1", 8),))),
     messages.JoinGroup(18, "g", "127.0.0.1", 9, 1, 2, "gloo", deadline=1.5),
     messages.LeaveGroup(19, "g"),
     messages.Receive(20, 1, "g", (messages.GroupTensor(INFO, 0), messages.GroupTensor(INFO, -1, True)), 64),

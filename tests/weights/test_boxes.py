@@ -171,7 +171,8 @@ def split(shape: tuple[int, ...], axis: int, num_ranks: int, unit: int) -> list[
     maps = []
     for rank in range(num_ranks):
         held, is_counted = Shard(rank, num_ranks).part(shape, axis, unit)
-        piece = Piece("p", held, Box.whole(held.shape), is_counted=is_counted)
+        num_holders = Shard(rank, num_ranks).num_holders(shape[axis] // unit)
+        piece = Piece("p", held, Box.whole(held.shape), is_counted=is_counted, num_holders=num_holders)
         maps.append(WeightMap([ParamSpec("p", held.shape)], [WeightRule("t", shape, (piece,))], is_shard=True))
     return maps
 
@@ -197,6 +198,9 @@ def test_the_ranks_of_a_mesh_hold_every_element_and_a_wrong_mesh_is_refused() ->
                 prove_mesh([table for table in maps if table is not counted[-1]])
         with pytest.raises(InternalError, match="overlap"):
             prove_mesh([*maps, counted[0]])
+        if len(counted) < len(maps):
+            with pytest.raises(InternalError, match="do not know how many they are"):
+                prove_mesh([table for table in maps if table is not maps[-1]])
     assert num_split > 500
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import msgspec
@@ -35,8 +36,9 @@ def make_map(*, is_transposed: bool = False, experts: Shard | None = None, width
     tensors = ExpertTensors("mlp.experts", "gate_up", "down", EXPERTS, HIDDEN, WIDTH)
     tensors = msgspec.structs.replace(tensors, experts=experts or Shard(), width=width or Shard())
     is_counted = not any(shard and shard.rank for shard in (experts, width))
+    num_holders = math.prod(shard.num_ranks for shard in (experts, width) if shard)
     whole = Box.whole((EXPERTS, HIDDEN))
-    router = WeightRule(ROUTER, whole.shape, (Piece("router", whole, whole, is_counted=is_counted),))
+    router = WeightRule(ROUTER, whole.shape, (Piece("router", whole, whole, (), is_counted, num_holders),))
     return WeightMap(
         [ParamSpec("router", (EXPERTS, HIDDEN), "float32"), *tensors.params()],
         [router, *tensors.one_by_one()],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import platform
 import threading
@@ -15,9 +16,10 @@ import torch
 from headrace.types.errors import CheckpointError, WeightUpdateError
 from headrace.types.foreign import CudaHandle, ForeignTensor, Payload, SharedFile
 from headrace.types.weights import ELEMENT_BYTES, TensorInfo
-from headrace.weights import foreign_memory
+from headrace.weights import foreign_files
 from headrace.weights.foreign import read_payload
-from headrace.weights.foreign_memory import HEADER_BYTES, ForeignMemory
+from headrace.weights.foreign_files import HEADER_BYTES, TakenFiles
+from headrace.weights.foreign_memory import ForeignMemory
 from headrace.weights.staging import TensorData, info_of, source_of
 from tests.weights.foreign_sender import Sender
 
@@ -50,8 +52,15 @@ def _values(data: TensorData) -> torch.Tensor:
     return found.reshape(info.shape)
 
 
+@contextlib.contextmanager
+def _opened(payload: Payload) -> Iterator[ForeignMemory]:
+    """As the front and the core do it: one takes the files, the other reads them."""
+    with TakenFiles(payload) as taken, ForeignMemory(taken.payload) as memory:
+        yield memory
+
+
 def _expect(payload: Payload, expected: dict[str, torch.Tensor]) -> None:
-    with ForeignMemory(payload) as memory:
+    with _opened(payload) as memory:
         assert [name for name, _ in memory.tensors] == list(expected)
         for name, data in memory.tensors:
             found = _values(data)
@@ -91,7 +100,7 @@ def test_bytes_of_each_rank_are_what_the_sender_has(sender: Sender) -> None:
 
 def test_a_changed_value_is_seen_and_nothing_of_ours_reaches_the_sender(sender: Sender) -> None:
     sent = sender.send('serialized([("a", kept.setdefault("mine", base.clone())), ("t", kept["mine"].t())])')
-    with ForeignMemory(sent) as memory:
+    with _opened(sent) as memory:
         assert sender.ask('kept["mine"].mul_(2).sum().item()') == str(float(2 * BASE.sum()))
         (_, plain), (_, turned) = memory.tensors
         assert torch.equal(_values(plain), 2 * BASE)
@@ -104,9 +113,8 @@ def test_the_file_goes_when_the_sender_lets_go_of_it(sender: Sender) -> None:
     payload = sender.send('serialized([("a", kept.setdefault("new", torch.ones(5)))])')
     (shared,) = payload.files
     assert _count(shared) == 2
-    with ForeignMemory(payload):
-        assert _count(shared) == 2
-    assert _count(shared) == 1
+    with _opened(payload):
+        assert _count(shared) == 1, "counted down as soon as it is open"
     sender.ask('kept.pop("new").sum()')
     sender.ask("__import__('gc').collect()")
     assert not _path(shared).exists()
@@ -117,9 +125,9 @@ def test_the_file_goes_with_us_when_the_sender_let_go_before(sender: Sender) -> 
     (shared,) = payload.files
     sender.ask("__import__('gc').collect()")
     assert _count(shared) == 1
-    with ForeignMemory(payload) as memory:
+    with _opened(payload) as memory:
+        assert not _path(shared).exists()
         assert torch.equal(_values(memory.tensors[0][1]), torch.ones(5))
-    assert not _path(shared).exists()
 
 
 def test_each_sending_is_counted(sender: Sender) -> None:
@@ -131,12 +139,23 @@ def test_each_sending_is_counted(sender: Sender) -> None:
 
 
 def test_what_was_opened_is_given_back_when_the_rest_cannot_be(sender: Sender) -> None:
-    payload = sender.send('serialized([("a", base), ("b", kept.setdefault("unlinked", half.clone()))])')
-    first, second = payload.files
+    spelled = '("a", base), ("b", kept.setdefault("unlinked", half.clone())), ("c", half)'
+    payload = sender.send(f"serialized([{spelled}])")
+    first, second, third = payload.files
     _path(second).unlink()
+    num_open = len(os.listdir("/proc/self/fd"))
     with pytest.raises(WeightUpdateError, match="cannot be opened: No such file"):
-        ForeignMemory(payload)
-    assert _count(first) == 1
+        TakenFiles(payload)
+    assert _count(first) == _count(third) == 1
+    assert len(os.listdir("/proc/self/fd")) == num_open
+
+
+def test_who_took_files_and_closed_them_is_named(sender: Sender) -> None:
+    with TakenFiles(sender.send('serialized([("a", base)])')) as taken:
+        pass
+    with pytest.raises(WeightUpdateError, match="cannot be opened as /proc/") as caught:
+        ForeignMemory(taken.payload)
+    assert caught.value.field == "serialized_named_tensors"
 
 
 def test_a_thousand_updates_leave_nothing(sender: Sender) -> None:
@@ -146,7 +165,7 @@ def test_a_thousand_updates_leave_nothing(sender: Sender) -> None:
     for _ in range(1000):
         with open(_path(shared), "r+b") as file:
             file.write((2).to_bytes(4, "little"))  # as if it were sent again
-        with ForeignMemory(payload) as memory:
+        with _opened(payload) as memory:
             assert len(memory.tensors) == 2
         assert _count(shared) == 1
     assert len(os.listdir("/proc/self/fd")) == num_open
@@ -172,7 +191,7 @@ def _payload(shared: SharedFile, shape: tuple[int, ...] = (6,), stride: tuple[in
 
 def _refused(shared: SharedFile) -> str:
     with pytest.raises(WeightUpdateError) as caught:
-        ForeignMemory(_payload(shared))
+        TakenFiles(_payload(shared))
     assert caught.value.field == "serialized_named_tensors"
     return caught.value.message
 
@@ -249,7 +268,7 @@ def test_a_machine_that_cannot_count_is_named(shared: SharedFile, monkeypatch: p
 
 @pytest.mark.parametrize("size", [0, 3, 40, 70])
 def test_a_file_cut_short_meanwhile_is_an_error_and_no_fault(shared: SharedFile, size: int) -> None:
-    with ForeignMemory(_payload(shared)) as memory:
+    with _opened(_payload(shared)) as memory:
         os.truncate(_path(shared), size)
         with pytest.raises(CheckpointError, match="changed while it was read"):
             _values(memory.tensors[0][1])
@@ -258,9 +277,9 @@ def test_a_file_cut_short_meanwhile_is_an_error_and_no_fault(shared: SharedFile,
 def test_a_file_cut_short_before_a_strided_view_is_an_error(
     shared: SharedFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(foreign_memory, "_check", lambda shared, found: os.truncate(_path(shared), 70))
-    with pytest.raises(CheckpointError, match="changed while it was read"):
-        ForeignMemory(_payload(shared, (3, 2), (1, 3)))
+    monkeypatch.setattr(foreign_files, "_check", lambda shared, found: os.truncate(_path(shared), 70))
+    with pytest.raises(CheckpointError, match="changed while it was read"), _opened(_payload(shared, (3, 2), (1, 3))):
+        pass
 
 
 def test_many_count_down_at_once_and_none_is_lost(shared: SharedFile) -> None:
@@ -269,7 +288,7 @@ def test_many_count_down_at_once_and_none_is_lost(shared: SharedFile) -> None:
 
     def count_down() -> None:
         for _ in range(1000):
-            with ForeignMemory(_payload(shared)):
+            with TakenFiles(_payload(shared)):
                 pass
 
     threads = [threading.Thread(target=count_down) for _ in range(4)]
@@ -290,7 +309,7 @@ def test_dtypes_of_other_kinds_are_named_and_left_to_the_session(shared: SharedF
     for dtype, size in ELEMENT_BYTES.items():
         tensor = ForeignTensor("a", dtype, (24 // size,), (1,), 0, shared)
         strided = ForeignTensor("b", dtype, (2, 24 // size), (0, 1), 0, shared)
-        with ForeignMemory(Payload((tensor, strided), files=(shared,))) as memory:
+        with _opened(Payload((tensor, strided), files=(shared,))) as memory:
             assert [info_of(name, data) for name, data in memory.tensors] == [
                 TensorInfo("a", (24 // size,), dtype),
                 TensorInfo("b", (2, 24 // size), dtype),

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import random
-from pathlib import Path
 
 import pytest
 import torch
 
 from headrace import models
 from headrace.config import ModelSpec
-from headrace.weights import ParamSpec, Shard, WeightMap, whole_rows
+from headrace.weights import ParamSpec, Shard, WeightMap, live_reading, whole_rows
 from headrace.weights import position_sum as module
 from headrace.weights.position_sum import PositionKeys, PositionSum, add_digests, position_digest
 from headrace.weights.staging import BLOCK_BYTES
@@ -104,19 +103,49 @@ def test_any_changed_or_swapped_element_shows() -> None:
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
-def test_the_digests_of_ranks_add_up_to_that_of_one(num_ranks: int, tmp_path: Path) -> None:
+def test_the_digests_of_ranks_add_up_to_that_of_one(num_ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("qwen3", num_attention_heads=12, num_key_value_heads=2 if num_ranks != 3 else 1, vocab_size=103)
     if num_ranks == 3:
         model = make_model("qwen3", num_attention_heads=12, num_key_value_heads=1, intermediate_size=96)
     spec = ModelSpec.from_config(model.config.to_dict() | {"architectures": [type(model).__name__]})
-    found = []
+    stores = []
     for rank in range(num_ranks):
         store = WeightStore(models.weight_map(spec, Shard(rank, num_ranks)), torch.bfloat16, torch.device("cpu"))
         store.load(model.state_dict().items())
-        found.append(store.digest())
-    for name, tensor in model.state_dict().items():
-        digest = add_digests(*(digests[name] for digests in found))
-        assert digest == position_digest(tensor.bfloat16().view(-1), KEYS), name
+        stores.append(store)
+    whole = {name: position_digest(each.bfloat16().view(-1), KEYS) for name, each in model.state_dict().items()}
+    assert _added(stores) == whole
+    check_that_every_copy_counts(stores, whole)
+    monkeypatch.setattr(live_reading, "_on_host", live_reading._on_device)
+    assert _added(stores) == whole
+
+
+def _added(stores: list[WeightStore]) -> dict[str, str]:
+    found = [store.digest() for store in stores]
+    return {name: add_digests(*(digests[name] for digests in found)) for name in found[0]}
+
+
+def check_that_every_copy_counts(stores: list[WeightStore], whole: dict[str, str]) -> None:
+    """A bit that is wrong on one rank alone shows in the sum, and in what that rank holds, whoever counts it."""
+    chance = random.Random(len(stores))
+    held = [dict(filter(None, store.digest_in_slices(0))) for store in stores]
+    if len(stores) > 1:
+        assert all(each["model.norm.weight"] == whole["model.norm.weight"] for each in held)
+    for rank, store in enumerate(stores):
+        for name in (
+            "model.norm.weight",
+            *(f"model.layers.0.self_attn.{part}.weight" for part in ("k_proj", "q_proj")),
+        ):
+            piece = store.weight_map.rules_by_name[name].pieces[0]
+            units = store.live[piece.param][piece.target.slices].view(torch.int16).flatten(0, -1)
+            assert units.data_ptr() == store.live[piece.param][piece.target.slices].data_ptr(), "no copy"
+            at, bit = chance.randrange(len(units)), chance.randrange(15)
+            units[at] ^= 1 << bit
+            now, now_held = _added(stores), dict(filter(None, store.digest_in_slices(0)))
+            assert [each for each in whole if now[each] != whole[each]] == [name]
+            assert [each for each in whole if now_held[each] != held[rank][each]] == [name]
+            units[at] ^= 1 << bit
+    assert _added(stores) == whole
 
 
 def test_a_large_tensor_is_summed_in_slices() -> None:
