@@ -50,9 +50,8 @@ def weight_map(spec: ModelSpec, shard: Shard = ONLY_RANK) -> WeightMap:
     """
     layout, family = _Layout(spec, shard), FAMILIES[spec.architecture]
     stage = stages_of(spec, shard.num_stages)[shard.stage]
-    is_head_too = spec.tie_word_embeddings and shard.num_stages > 1  # the first stage and the last hold the table
-    has_embed = stage.is_first or (stage.is_last and is_head_too)
-    num_holders = 2 if is_head_too else 1
+    is_tied = spec.tie_word_embeddings  # its first and its last stage have it then
+    has_embed, num_holders = stage.is_first or (stage.is_last and is_tied), 2 if is_tied and shard.num_stages > 1 else 1
     layout.add_vocabulary(_EMBED, "embed", is_held=has_embed, is_counted=stage.is_first, num_holders=num_holders)
     for index, layer in enumerate(spec.layers):
         layout.is_held = stage.start <= index < stage.end
@@ -64,7 +63,7 @@ def weight_map(spec: ModelSpec, shard: Shard = ONLY_RANK) -> WeightMap:
     layout.is_held = stage.is_last
     layout.add("model.norm.weight", "final_norm.weight", _FINAL_NORM, {"hidden": spec.hidden_size})
     if not spec.tie_word_embeddings:
-        layout.add_vocabulary(_LM_HEAD, "lm_head", is_held=stage.is_last)
+        layout.add_vocabulary(_LM_HEAD, "lm_head", is_held=stage.is_last, is_counted=True)
     return layout.weight_map({_LM_HEAD: _EMBED} if spec.tie_word_embeddings else {})
 
 
@@ -133,10 +132,9 @@ class _Layout:
         self._rules += rules
         self._other_names += others
 
-    def add_vocabulary(
-        self, name: str, param: str, *, is_held: bool, is_counted: bool = True, num_holders: int = 1
-    ) -> None:
-        """A parameter of one row per token, as many on every rank of a stage: the last ones may be padding."""
+    def add_vocabulary(self, name: str, param: str, *, is_held: bool, is_counted: bool, num_holders: int = 1) -> None:
+        """A parameter of one row per token, as many on every rank of a stage: the last ones may be padding. It may be
+        on `num_holders` stages, on one of which it counts."""
         if not is_held:
             self._rules.append(WeightRule(name, self._vocabulary, ()))
             return
