@@ -189,6 +189,36 @@ def test_a_stream_ends_with_its_client(connect: CONNECT) -> None:
     assert type(raised(lambda: asyncio.run(closed()))) is ShutdownError
 
 
+def test_a_call_ends_with_its_client(connect: CONNECT) -> None:
+    """Though another thread waits in it, behind a pause; the server drops its request."""
+    watch, client = connect(), connect()
+    watch.pause()
+    found: list[Exception] = []
+    thread = threading.Thread(target=lambda: found.append(raised(lambda: client.generate(input_ids=[1]))))
+    thread.start()
+    deadline = time.monotonic() + 30
+    while not watch.status().num_waiting:
+        assert time.monotonic() < deadline
+    client.close()
+    thread.join(30)
+    assert [type(each) for each in found] == [ShutdownError]
+    while watch.status().num_waiting:
+        assert time.monotonic() < deadline
+    watch.resume()
+
+    async def closed() -> Exception:
+        other = AsyncClient(client.url)
+        call = asyncio.create_task(other.generate(input_ids=[1], sampling_params={"max_new_tokens": 900}))
+        while not (await other.status()).num_running:
+            pass
+        await other.close()
+        [found] = await asyncio.gather(call, return_exceptions=True)
+        assert isinstance(found, Exception)
+        return found
+
+    assert type(asyncio.run(closed())) is ShutdownError
+
+
 def test_a_fork_has_connections_of_its_own(runtime: Runtime) -> None:
     def answer(first: int) -> list[int]:
         params = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
