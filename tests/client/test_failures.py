@@ -32,6 +32,7 @@ from headrace import (
     ShutdownError,
     UnavailableError,
     UnreachableError,
+    WeightUpdateError,
 )
 from headrace.client.transport import HttpCall, _raise_for
 from tests.client.conftest import CONFIG, CONNECT, left_in_shared_memory
@@ -187,6 +188,20 @@ def test_a_stream_ends_with_its_client(connect: CONNECT) -> None:
             pass
 
     assert type(raised(lambda: asyncio.run(closed()))) is ShutdownError
+
+
+@pytest.mark.parametrize("name", ["x" * 1025, "\ud800"])
+def test_a_name_that_no_tensor_has(connect: CONNECT, engine: Engine, name: str) -> None:
+    pairs = [(name, np.zeros(1, np.float32))]
+    for target in (engine, connect()):
+        session = target.begin_update("never", None)
+        for error in (
+            raised(target.stage, session, pairs),
+            raised(target.update_weights_from_tensor, pairs, "never"),
+            raised(target.update_weights_from_bucket, pairs, "never"),
+        ):
+            assert (type(error), error.field) == (WeightUpdateError, "named_tensors") and len(error.message) < 200
+        target.abort_update()
 
 
 def test_a_call_ends_with_its_client(connect: CONNECT) -> None:
