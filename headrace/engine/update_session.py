@@ -12,7 +12,7 @@ import msgspec
 from headrace.engine.upload_buffers import aligned
 from headrace.types.errors import UpdateConflictError, WeightUpdateError
 from headrace.types.plain_values import as_list, plain_text
-from headrace.types.weights import MAX_DIMENSIONS, MAX_TENSOR_NAME, MAX_TENSORS, TensorInfo, shape_problem
+from headrace.types.weights import MAX_DIMENSIONS, MAX_TENSORS, TensorInfo, name_problem, shape_problem
 from headrace.weights.weight_map import is_recomputed
 
 Manifest = Iterable[TensorInfo | tuple[str, Iterable[int], str]]
@@ -156,9 +156,9 @@ def manifest_of(entries: Manifest) -> tuple[TensorInfo, ...]:
         except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor without a value
             raise WeightUpdateError(f"manifest must be {what}", field="manifest") from None
         info = TensorInfo(str(name), sizes, str(dtype).removeprefix("torch."), str(digest))
-        if max(map(len, (info.name, info.dtype, info.digest))) > MAX_TENSOR_NAME:
-            message = f"manifest: entry {len(manifest)} has a name of over {MAX_TENSOR_NAME} characters"
-            raise WeightUpdateError(message, field="manifest")
+        for text in (info.name, info.dtype, info.digest):
+            if problem := name_problem(text):
+                raise WeightUpdateError(f"manifest: entry {len(manifest)}: {problem}", field="manifest")
         problem = shape_problem(sizes)
         if problem:
             raise WeightUpdateError(f"manifest: {info.name} {problem}", field=info.name)

@@ -21,6 +21,7 @@ from starlette.responses import Response
 
 from headrace.engine import DEFAULT_UPDATE_TIMEOUT, UpdateSession
 from headrace.engine.control import terms_of, terms_of_part
+from headrace.engine.update_session import manifest_of
 from headrace.ipc.buffers import BorrowedBuffer
 from headrace.server.coerce import MediaTypeError
 from headrace.server.folders import Folders
@@ -214,7 +215,9 @@ class WeightsFace:
     async def extend_update(self, request: Request) -> Response:
         ask = await read_ask(request, ExtendAsk)
         with self._sessions.find(ask.session_id).call() as session:
-            added = await self._state.run(request, self._engine.runtime.updater.extend(session, ask.manifest))
+            added = await self._state.run(
+                request, self._engine.runtime.updater.extend(session, manifest_of(ask.manifest))
+            )
         return packed_reply(added.start)
 
     async def join_update(self, request: Request) -> Response:
@@ -223,7 +226,7 @@ class WeightsFace:
         self._engine.runtime.check_open()
         async with self._sessions.opening:
             self._sessions.check_wanted(ask.token)
-            joined = await self._state.run(request, self._engine.runtime.joined.join(ask.manifest, terms))
+            joined = await self._state.run(request, self._engine.runtime.joined.join(manifest_of(ask.manifest), terms))
             if joined is None:
                 return packed_reply(None)
             session, indices = joined
