@@ -40,8 +40,9 @@ class UpdateSession:
         *,
         is_open: bool = False,
         dtype: str = "",
+        num_ranks: int = 1,
     ) -> None:
-        """`dtype` is the engine's."""
+        """`dtype` is the engine's, and `num_ranks` how many it has."""
         self.session_id = session_id
         self.version = version
         self.mode = mode
@@ -49,6 +50,7 @@ class UpdateSession:
         self.timeout_s = timeout_s
         self.is_partial = is_partial
         self.dtype = dtype
+        self.num_ranks = num_ranks
         self.num_missing = 0
         self.num_bytes_staged = 0
         self._max_part_bytes = _OPEN_PART_BYTES if is_open else 0  # in upload buffers

@@ -14,6 +14,7 @@ import json
 import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import msgspec
 from starlette.requests import Request
@@ -29,7 +30,13 @@ from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.surface import MAX_CALL_BYTES, packed_reply, read_ask, unpack
 from headrace.server.wire import PartsReply
-from headrace.types.errors import RequestError, RequestTooLargeError, UpdateConflictError, WeightUpdateError
+from headrace.types.errors import (
+    HeadraceError,
+    RequestError,
+    RequestTooLargeError,
+    UpdateConflictError,
+    WeightUpdateError,
+)
 from headrace.types.http import (
     BYTES_TYPE,
     LENGTH_BYTES,
@@ -46,6 +53,7 @@ from headrace.types.http import (
     PartJoined,
     SessionBegun,
     SettleAsk,
+    StageGroupAsk,
     StageHead,
     StageLentAsk,
 )
@@ -197,6 +205,7 @@ class WeightsFace:
             "stage": self.stage,
             "lend": self.lend,
             "stage_lent": self.stage_lent,
+            "stage_from_group": self.stage_from_group,
             "commit": self.commit,
             "abort_update": self.abort_update,
             "update_weights_from_disk": self.update_weights_from_disk,
@@ -243,7 +252,7 @@ class WeightsFace:
 
     def _begun(self, opened: OpenSession) -> SessionBegun:
         session, limit = opened.session, self._state.options.max_body_bytes
-        return SessionBegun(session.session_id, session.mode, opened.token, limit, session.dtype)
+        return SessionBegun(session.session_id, session.mode, opened.token, limit, session.dtype, session.num_ranks)
 
     async def stage(self, request: Request) -> Response:
         """The body is the length of a `StageHead`, that head, and the bytes of its pieces."""
@@ -279,6 +288,20 @@ class WeightsFace:
         ref = opened.lent(ask.buffer)
         with opened.call() as session:
             await self._state.run(request, self._engine.runtime.updater.stage_buffer(session, ref, ask.entries))
+        return packed_reply(None)
+
+    async def stage_from_group(self, request: Request) -> Response:
+        ask = await read_ask(request, StageGroupAsk)
+        try:
+            opened = self._sessions.find(ask.session_id)
+        except UpdateConflictError:
+            none: Any = None
+            with contextlib.suppress(HeadraceError):  # nobody knows what is sent: the group is given up
+                await self._engine.stage_from_group(none, ask.names, ask.group_name)
+            raise
+        with opened.call() as session:
+            staging = self._engine.stage_from_group(session, ask.names, ask.group_name, ask.load_format)
+            await self._state.run(request, staging)
         return packed_reply(None)
 
     async def commit(self, request: Request) -> Response:
