@@ -53,6 +53,7 @@ class UpdateSession:
         self.num_ranks = num_ranks
         self.num_missing = 0
         self.num_bytes_staged = 0
+        self.num_calls = 0  # in progress, of one that is joined from calls
         self._max_part_bytes = _OPEN_PART_BYTES if is_open else 0  # in upload buffers
         self._is_open = is_open
         self._num_known = 0  # of the manifest, to the core

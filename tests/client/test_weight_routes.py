@@ -316,6 +316,22 @@ def test_a_session_that_nobody_calls_is_forgotten_with_what_was_lent(door: Door,
     assert door.commit(again.session_id).status_code == 200 and live(engine) == VALUES.tolist()
 
 
+def test_half_an_update_of_one_client_is_not_completed_by_another(
+    connect: CONNECT, engine: Engine, model_folder: Path
+) -> None:
+    first, second = connect(), connect()
+    older, newer = (
+        list(load_file(folder / "model.safetensors").items()) for folder in (model_folder, model_folder / "newer")
+    )
+    assert first.update_weights_from_bucket(older[:9], 7) is None
+    assert second.update_weights_from_bucket(newer[9:], 7) is None
+    report = second.update_weights_from_bucket(newer[:9], 7)
+    assert report is not None and report.num_tensors == len(newer)
+    assert all(np.array_equal(engine.get_weights_by_name(name).numpy(), each) for name, each in newer)
+    assert first.update_weights_from_bucket(older[9:], 7) is None, "a half that is over is not gone on with"
+    assert second.update_weights_from_tensor(newer, 8).version == "8"
+
+
 @pytest.mark.parametrize("max_body_bytes", [1024, 20_000])
 @pytest.mark.parametrize("shares_memory", [True, False])
 def test_tensors_larger_than_a_body_go_in_pieces(
