@@ -22,6 +22,7 @@ from headrace.engine.update_session import UpdateSession
 from headrace.types.errors import (
     DeadlineError,
     HeadraceError,
+    InternalError,
     UnavailableError,
     UnreachableError,
     WeightUpdateError,
@@ -145,8 +146,11 @@ def _begin(work: Callable[[], Any]) -> Future[Any]:
     def run() -> None:
         try:
             begun.set_result(work())
-        except BaseException as error:  # whatever it is, it is raised where the result is asked for
+        except (OSError, RuntimeError, ValueError) as error:  # those of torch
             begun.set_exception(error)
+        finally:
+            if not begun.done():
+                begun.set_exception(InternalError("what was done over a process group failed"))
 
     threading.Thread(target=run, name="headrace-group-road", daemon=True).start()
     return begun
@@ -155,6 +159,10 @@ def _begin(work: Callable[[], Any]) -> Future[Any]:
 def _result(begun: Future[Any], problem: str) -> Any:
     try:
         return begun.result()
-    except RuntimeError as error:  # gloo's: a rank is gone, or stands still for longer than the update has time
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # gloo's: a rank is gone, or stands still for longer than the update has time
         reason = str(error).split("\n", maxsplit=1)[0]
         raise UnavailableError(f"{problem}: {reason}", field="address") from None

@@ -56,10 +56,8 @@ def test_a_session_takes_what_a_group_brings_and_another_gives_the_group_up(
 ) -> None:
     client, newer = connect(), model_folder / "newer"
     expected = load_file(newer / "model.safetensors")
-    names, manifest = (
-        list(expected),
-        [TensorInfo(name, tuple(each.shape), "float32") for name, each in expected.items()],
-    )
+    names = list(expected)
+    manifest = [TensorInfo(name, tuple(expected[name].shape), "float32") for name in names]
     with contextlib.closing(TrainerProcess()) as trainer, ThreadPoolExecutor(1) as pool:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
