@@ -165,10 +165,12 @@ def resolve(
     devices: Sequence[CudaDevice] | None = None,
     software: Software | None = None,
     first_device: int = 0,
+    ranks_here: int | None = None,
 ) -> ResolvedConfig:
     """Decide every open setting of `config` for the checkpoint in `folder`.
 
-    `devices` and `software` are this machine's unless given; `first_device` is the index of the one to use. Raises
+    `devices` and `software` are this machine's unless given; `first_device` is the index of the one to use, of
+    `ranks_here`, which are a node's part unless given. Raises
     `ConfigError`, `CheckpointError` or `UnsupportedModelError` naming the setting or file.
     """
     if str(folder) != encodable(str(folder)):
@@ -176,7 +178,8 @@ def resolve(
     model = ModelSpec.from_folder(folder)
     share = share_of(model, config.tp_size)
     software = installed_software() if software is None else software
-    cuda, why_device = _cuda(config, model, devices, first_device, software)
+    num_here = _ranks_of_node(config) if ranks_here is None else ranks_here
+    cuda, why_device = _cuda(config, model, devices, first_device, software, num_here)
     device = "cpu" if cuda is None else "cuda"
     sizes = _sizes(config, device, model)
     engine = _settled(config, {name: size.value for name, size in sizes.items()})
@@ -215,6 +218,13 @@ def resolve(
     )
 
 
+def _ranks_of_node(config: EngineConfig) -> int:
+    if config.tp_size % config.nnodes:
+        message = f"tp_size {config.tp_size} ranks cannot be spread evenly over nnodes {config.nnodes}"
+        raise ConfigError(message, field="nnodes")
+    return config.tp_size // config.nnodes
+
+
 def _check_host_pages(engine: SettledConfig, page_bytes: int) -> None:
     num_bytes, free = engine.host_kv_tokens // engine.page_size * page_bytes, available_memory()
     if num_bytes and not engine.prefix_cache:
@@ -245,7 +255,12 @@ def backend_refusal(backend: str, model: ModelSpec, device: str, software: Softw
 
 
 def _cuda(
-    config: EngineConfig, model: ModelSpec, devices: Sequence[CudaDevice] | None, first_device: int, software: Software
+    config: EngineConfig,
+    model: ModelSpec,
+    devices: Sequence[CudaDevice] | None,
+    first_device: int,
+    software: Software,
+    num_here: int,
 ) -> Chosen[CudaDevice | None]:
     """The device to run on; None for the CPU. Devices are looked for only where one could be used."""
     if config.device == "cpu":
@@ -254,10 +269,10 @@ def _cuda(
     missing = _missing_for_cuda(found, software)
     if missing is None and model.has_experts and config.attention_backend != "reference":
         missing = f"{_describe(found[0])} {_NO_EXPERTS} (device='cpu' has; attention_backend='reference' is slow)"
-    fit = sum(device.capability >= MIN_CAPABILITY for device in found[: config.tp_size])
-    if missing is None and fit < config.tp_size:
+    fit = sum(device.capability >= MIN_CAPABILITY for device in found[:num_here])
+    if missing is None and fit < num_here:
         there = f"from device {first_device} on there are {fit} of compute capability {_dotted(MIN_CAPABILITY)}"
-        raise ConfigError(f"tp_size {config.tp_size} needs as many CUDA devices; {there}", field="tp_size")
+        raise ConfigError(f"tp_size {config.tp_size} needs {num_here} CUDA devices here; {there}", field="tp_size")
     if missing is None:
         return Chosen(found[0], _describe(found[0]) if config.device == "auto" else "")
     if config.device == "cuda":

@@ -1,5 +1,6 @@
 """How the ranks of one replica find each other: a store on loopback that lives as long as they do, and a process group
-made of that store alone. Nothing is registered with `torch.distributed`, whose groups are the caller's own.
+made of that store alone. Nothing is registered with `torch.distributed`, whose groups are the caller's own; of a
+trainer's only the store is used, where its ranks say how they are found.
 
 Owns addresses, the secret and backends. Must not know processes.
 """
@@ -50,9 +51,9 @@ class Rendezvous:
         limit = timedelta(seconds=JOIN_SECONDS)
         return cls(port, secret, TCPStore(LOOPBACK, port, is_master=False, timeout=limit))
 
-    def group(self, rank: int, num_ranks: int, *, device: str) -> Any:
+    def group(self, rank: int, num_ranks: int, *, device: str, host: str = LOOPBACK) -> Any:
         """The process group of all ranks: gloo's, or NCCL's on "cuda". Waits for all of them; `RuntimeError` where one
-        does not come."""
+        does not come. `host` is the address of this machine by which the others reach it; NCCL finds its own."""
         from torch._C import _distributed_c10d as c10d
 
         store = c10d.PrefixStore(self.secret, self._store)
@@ -63,6 +64,28 @@ class Rendezvous:
         else:
             kind = c10d.ProcessGroupGloo
             options = kind._Options()
-            options._devices = [kind.create_device(hostname=LOOPBACK)]
+            options._devices = [kind.create_device(hostname=host)]
         options._timeout = timedelta(seconds=JOIN_SECONDS)
         return kind(c10d.PrefixStore(device, store), rank, num_ranks, options)
+
+
+def trainer_store() -> Any:
+    """Where the ranks of this process's trainer have found each other."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
+
+
+def listen_beside(store: Any, backlog: int) -> socket.socket:
+    """A listener at the address by which this machine reaches the trainer's store: so other ranks reach it."""
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    master = getattr(store, "host", None) or os.environ.get("MASTER_ADDR", LOOPBACK)
+    try:
+        family, *_, address = socket.getaddrinfo(master, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # sends nothing
+            host = probe.getsockname()[0]
+    except OSError:
+        family, host = socket.AF_INET, LOOPBACK
+    return socket.create_server((host, 0), family=family, backlog=backlog)
