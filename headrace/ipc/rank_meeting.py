@@ -266,6 +266,8 @@ class Meeting:
             former = self._arrived.get(hello.number)
             is_free = 1 <= hello.number <= self.num_guests and (former is None or former.guest.is_gone)
             if is_free and not self._is_closed:
+                if former is not None:
+                    former.guest.tell(Over())
                 self._arrived[hello.number] = _Arrived(guest, hello)
                 return
         message = (

@@ -3,9 +3,11 @@ back with the node."""
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,7 @@ from tests.engine.group_trainer import TrainerProcess
 from tests.engine.nodes import FIRST, SECRET, Node, node
 from tests.engine.test_rank_faults import generate_in_thread, has_other_core
 from tests.engine.test_ranks import DRAWN, GREEDY, NAMES, check_equal, outputs
-from tests.engine.test_restart import pid_of, wait_for
+from tests.engine.test_restart import is_gone, pid_of, wait_for
 from tests.engine.test_weight_groups import NAMES as ALL_NAMES
 from tests.engine.test_weight_groups import free_port, manifest_of
 
@@ -110,6 +112,23 @@ def test_what_is_refused_is_taken_when_it_is_right(nodes: Engine) -> None:
     assert nodes.digest() == before
 
 
+def test_nodes_of_several_ranks(model_folder: Path, engine: Engine, tmp_path: Path) -> None:
+    """Of four ranks one shares memory with the first, and two have their bytes sent."""
+    address = f"{FIRST}:{free_port()}"
+    with node(model_folder, address, tp_size=4), first_node(model_folder, address, tp_size=4) as four:
+        check_equal(outputs(four, GREEDY), outputs(engine, GREEDY))
+        before = four.digest()
+        new = dict(named_tensors(model_of(1)))
+        four.update_weights_from_tensor(new.items(), "memory")
+        for name in NAMES:
+            assert (four.get_weights_by_name(name).numpy() == new[name].numpy()).all()
+        four.update_weights_from_disk(model_folder, "folder")
+        assert four.digest() == before == engine.digest()
+        four.save_sharded_model(tmp_path)
+    with Engine(tmp_path, tp_size=4, device="cpu", load_format="sharded", **SETTINGS) as again:
+        assert again.digest() == before
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_node_that_is_lost_is_named_and_the_replica_is_back_with_it(model_folder: Path, how: signal.Signals) -> None:
     address = f"{FIRST}:{free_port()}"
@@ -151,6 +170,42 @@ def test_a_node_ends_with_the_first(model_folder: Path) -> None:
             assert len(other.rank_pids) == 1
         code, text = other.end()
         assert code == 0 and "rank 0 has ended" in text
+
+
+def server_info(port: int) -> dict[str, Any]:
+    """What a server says of itself, once it is ready."""
+    found: list[dict[str, Any]] = []
+
+    def ask() -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/server_info", timeout=10) as reply:
+                found.append(json.load(reply))
+        except OSError:
+            return False
+        return True
+
+    wait_for(ask)
+    return found[0]
+
+
+def test_a_server_is_the_first_node(model_folder: Path) -> None:
+    address, port = f"{FIRST}:{free_port()}", free_port()
+    with node(model_folder, address) as other, node(model_folder, address, rank=0, port=port) as first:
+        info = server_info(port)
+        assert [info[name] for name in ("tp_size", "nnodes", "node_rank", "num_gpus")] == [2, 2, 0, 2]
+        first.process.send_signal(signal.SIGTERM)
+        assert [each.end()[0] for each in (first, other)] == [0, 0]
+
+
+def test_a_node_ends_by_a_signal(model_folder: Path) -> None:
+    address = f"{FIRST}:{free_port()}"
+    with node(model_folder, address) as other, first_node(model_folder, address) as engine:
+        (rank,) = other.rank_pids
+        other.process.send_signal(signal.SIGTERM)
+        assert other.end()[0] == 0 and is_gone(rank)
+        wait_for(lambda: not engine.is_alive)
+        with pytest.raises(HeadraceError, match="rank 1"):
+            engine.generate(input_ids=[1])
 
 
 def start_in_thread(folder: Path, address: str, **settings: Any) -> tuple[threading.Thread, list[HeadraceError]]:
