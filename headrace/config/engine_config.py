@@ -27,6 +27,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                              before torch uses one the first that CUDA_VISIBLE_DEVICES shows)
     tp_size                  ranks that hold the model together, over which its heads have to split; each is a process,
                              and on cuda has a device of its own, one after the other
+    pp_size                  stages that follow each other, each with some of the layers and `tp_size` ranks; they work
+                             on different steps at once
     nnodes                   hosts that the ranks are on, an equal number each: one process per host. The first
                              serves; the others, `headrace serve` too, have their ranks and end with it
     node_rank                which of them this is, from 0 on
@@ -51,7 +53,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_waiting_requests     queue bound; more are refused with 503
     max_num_batched_tokens   token budget of one step; None: 2048, on cuda for wide models max_running_requests + 256
     prefix_cache             keep and match computed prefixes
-    overlap_depth            plans issued ahead of the oldest unknown result; None: 1 on cuda, 0 on cpu
+    overlap_depth            plans issued ahead of the oldest unknown result; None: 1 on cuda, 0 on cpu, and one more
+                             for each further stage
     numerics                 "fast" | "invariant" (same bits whatever runs beside, at a cost)
     attention_backend        "auto" | "reference" (slow oracle) | "cpu" | "triton" | "flashinfer"
     cuda_graphs              replay steps as CUDA graphs
@@ -80,6 +83,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     skip_tokenizer_init: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tp_size: int = 1
+    pp_size: int = 1
     nnodes: int = 1
     node_rank: int = 0
     dist_init_addr: str | None = None
@@ -158,6 +162,7 @@ def _make_plain(config: EngineConfig) -> None:
 
 _RANGES: dict[str, tuple[float, float]] = {
     "tp_size": (1, 64),
+    "pp_size": (1, 8),
     "nnodes": (1, 64),
     "node_rank": (0, 63),
     "page_size": (1, 64),

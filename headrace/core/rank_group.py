@@ -13,12 +13,13 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
 from headrace.core.faults import DeviceLost
-from headrace.core.rank_messages import PLAN, READY, TELL, RankAnswer, answer_decoder, encode_message
+from headrace.core.rank_messages import PLAN, READY, RESULT, TELL, RankAnswer, answer_decoder, encode_message
+from headrace.core.rank_results import ResultOn, result_decoder
 from headrace.ipc import PeerClosed
 from headrace.ipc.rank_peer import RankPeer
 from headrace.types.errors import HeadraceError
@@ -111,12 +112,15 @@ def _on_rank(error: HeadraceError, rank: int) -> HeadraceError:
 class OtherRanks:
     """All ranks but the first. `watch` begins to watch them; `shares_process`: this process is not ours to end.
 
-    `break_off` is called by the watching thread when a rank is lost, to end what the others wait in."""
+    `break_off` is called by the watching thread when a rank is lost, to end what the others wait in. `companions` are
+    those that compute with rank 0: no step fails on some of them only."""
 
     def __init__(self, peers: Sequence[RankPeer], *, shares_process: bool) -> None:
         self.lost = ""
         self.break_off: Callable[[], object] = lambda: None
         self.peers = peers
+        self.companions: Collection[int] = [peer.rank for peer in peers]
+        self._results: list[ResultOn] = []
         self._shares_process = shares_process
         self._open: dict[int, Asked] = {}
         self._last_ticket = READY
@@ -133,14 +137,9 @@ class OtherRanks:
         return [process.rank for process in self.peers]
 
     @property
-    def num_near(self) -> int:
-        """How many open what is in shared memory here: the first ones."""
-        return sum(process.shares_memory for process in self.peers)
-
-    @property
     def has_far(self) -> bool:
-        """Whether there are others, to whom bytes are sent."""
-        return self.num_near < len(self.peers)
+        """Whether some do not open what is in shared memory here: to those bytes are sent."""
+        return not all(process.shares_memory for process in self.peers)
 
     def names(self, ranks: Sequence[int]) -> str:
         """As in "rank 1 (process 4242)"."""
@@ -182,14 +181,19 @@ class OtherRanks:
         """The words of a plan, which all of them execute next."""
         self._send(PLAN, words)
 
-    def look(self) -> None:
-        """Take in what has come. Raises `DeviceLost`."""
+    def look(self, rank: int = 0, seconds: float = 0.0) -> None:
+        """Take in what has come, after waiting up to so many seconds for something of `rank`. Raises `DeviceLost`."""
         self.check()
         for process in self.peers:
             try:
-                self._take_in(process)
+                self._take_in(process, seconds if process.rank == rank else 0.0)
             except PeerClosed as closed:
                 raise self._gone(process, closed) from None
+
+    def take_results(self) -> list[ResultOn]:
+        """Those that were sent since."""
+        found, self._results = self._results, []
+        return found
 
     def look_at_last_words(self) -> None:
         """Take in what those have sent that are lost."""
@@ -256,8 +260,11 @@ class OtherRanks:
 
     # Inside.
 
-    def _take_in(self, process: RankPeer) -> None:
-        for _, payload in process.channel.receive(0.0):
+    def _take_in(self, process: RankPeer, seconds: float = 0.0) -> None:
+        for kind, payload in process.channel.receive(seconds):
+            if kind == RESULT:
+                self._results.append(result_decoder.decode(payload))
+                continue
             answer = answer_decoder.decode(payload)
             asked = self._open.get(answer.ticket)
             if asked is not None and asked.note(process.rank, answer):
@@ -318,7 +325,7 @@ class OtherRanks:
         return self._lone_failure(process, now)
 
     def _lone_failure(self, process: RankPeer, now: float) -> str:
-        number = process.page.failed
+        number = process.page.failed if process.rank in self.companions else None
         if number is None:
             self._failed_since.pop(process.rank, None)
             return ""

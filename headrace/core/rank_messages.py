@@ -17,8 +17,9 @@ from headrace.types.memory import MemoryTag, Restore
 from headrace.types.messages import JoinGroup
 from headrace.types.weights import BufferRef, TensorInfo, UpdateMode
 
-START, PLAN, TELL = range(3)
-"""Kinds of frames to a rank: its `RankStart`, the words of a plan, a `RankCommand`. What it sends are `RankAnswer`s."""
+START, PLAN, TELL, RESULT = range(4)
+"""Kinds of frames to a rank: its `RankStart`, the words of a plan, a `RankCommand`. What it sends are `RankAnswer`s,
+and where the last of several stages samples, results (`headrace.core.rank_results`)."""
 
 REACHED: Final = -1
 """The ticket of a rank's first answer: it has found the rendezvous."""

@@ -5,8 +5,10 @@ it can execute plans.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from headrace.config import ResolvedConfig
@@ -20,8 +22,7 @@ from headrace.ipc.rank_meeting import Meeting
 from headrace.ipc.rank_peer import RankPeer
 from headrace.ipc.rank_spawn import start_rank
 from headrace.parallel import Mesh
-from headrace.parallel.breakable_group import BreakableGroup
-from headrace.parallel.communicator import GroupCommunicator
+from headrace.parallel.joining import Join, LinkLimits, join_mesh
 from headrace.parallel.rendezvous import JOIN_SECONDS, LOOPBACK, Rendezvous
 from headrace.types.errors import DeviceLostError, HeadraceError
 from headrace.types.plan import RankLost
@@ -55,13 +56,14 @@ def start_ranks(
         )
         others.watch()
         reached.wait(JOIN_SECONDS)
-        group = rendezvous.group(0, resolved.num_ranks, device=resolved.device, host=_host_of(others))
+        is_broken = None if meeting is None else threading.Event()
+        group = partial(rendezvous.group, device=resolved.device, host=_host_of(others), is_broken=is_broken)
+        if is_broken is not None:
+            others.break_off = is_broken.set
+        mesh = mesh_of(resolved, 0, group)
         if resolved.device == "cuda":
-            others.break_off = group.abort  # of gloo's a lost rank's end breaks every connection
-        elif meeting is not None:
-            group = BreakableGroup(group)
-            others.break_off = group.break_off
-        executor = RankExecutor(build(mesh_of(resolved, 0, group)), others, rendezvous, meeting)
+            others.break_off = mesh.abort  # of gloo's a lost rank's end breaks every connection
+        executor = RankExecutor(build(mesh), others, rendezvous, meeting)
         _await_ready(ready, resolved.engine.start_timeout)
     except (DeviceLost, RankLost) as lost:
         told = _told(others, ready, lost)
@@ -74,10 +76,12 @@ def start_ranks(
     return executor
 
 
-def mesh_of(resolved: ResolvedConfig, rank: int, group: object) -> Mesh:
-    """The place of a rank in a group. What ranks wait for each other takes no longer than a step may."""
-    num_ranks = resolved.num_ranks
-    return Mesh(rank, num_ranks, GroupCommunicator(group, resolved.engine.watchdog_timeout))
+def mesh_of(resolved: ResolvedConfig, rank: int, join: Join) -> Mesh:
+    """The place of a rank in the groups that it joins. What ranks wait for each other takes no longer than a step
+    may."""
+    engine = resolved.engine
+    limits = LinkLimits(engine.watchdog_timeout, engine.overlap_depth + 1)
+    return join_mesh(rank, engine.tp_size, engine.pp_size, join, limits)
 
 
 def _started(

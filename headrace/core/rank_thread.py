@@ -31,7 +31,6 @@ from headrace.ipc.rank_meeting import (
     reach,
     shared_nonce,
 )
-from headrace.parallel.breakable_group import BreakableGroup
 from headrace.types.errors import DeadlineError, EngineDeadError, HeadraceError, InternalError, UnavailableError
 from headrace.types.weights import BufferRef
 
@@ -50,10 +49,9 @@ class RankThread:
         self.number = number
         self._address, self._secret = address, secret
         self._error: HeadraceError | None = None
-        self._group: BreakableGroup | None = None
         self._connections: list[socket.socket] = []
         self._has_ended = threading.Event()
-        self._is_left = False
+        self._is_left = threading.Event()
         self._seconds = resolved.engine.control_timeout
         seconds = resolved.engine.start_timeout
         until = time.monotonic() + seconds
@@ -114,7 +112,7 @@ class RankThread:
         try:
             start = start_of(channel)
             if start is not None:
-                serve_rank(start, channel, page, lambda: None, self._take_group)
+                serve_rank(start, channel, page, lambda: None, self._is_left)
         except PeerClosed:
             pass
         except HeadraceError as error:
@@ -126,17 +124,11 @@ class RankThread:
         finally:
             channel.close()
             page.close()
-            self._group = None
             self._has_ended.set()
-
-    def _take_group(self, group: BreakableGroup) -> None:
-        self._group = group
-        if self._is_left:
-            group.break_off()
 
     def _listen(self) -> None:
         """The thread that hears of the end, whatever the rank waits for."""
-        while not (self._has_ended.is_set() or self._is_left):
+        while not (self._has_ended.is_set() or self._is_left.is_set()):
             if isinstance(self._link.hear(LOOK_SECONDS), Over):
                 break
         self._leave()
@@ -144,9 +136,7 @@ class RankThread:
 
     def _leave(self) -> None:
         """End whatever the rank waits for. Idempotent."""
-        self._is_left = True
-        if (group := self._group) is not None:
-            group.break_off()
+        self._is_left.set()
         for connection in self._connections:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)

@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 import torch
 
+from headrace.config import ResolvedConfig
 from headrace.core.rank_bytes import Feed, sent_pieces, sent_whole, whole_bytes
 from headrace.core.rank_group import WAIT_SECONDS, Asked, OtherRanks
 from headrace.core.rank_messages import (
@@ -43,11 +44,19 @@ from headrace.core.rank_messages import (
 )
 from headrace.core.rank_works import copy_own
 from headrace.ipc import SharedBuffer
-from headrace.types.errors import HeadraceError, RequestError, UpdateConflictError, WeightUpdateError
+from headrace.models import weight_map
+from headrace.types.errors import (
+    HeadraceError,
+    NotFoundError,
+    RequestError,
+    UpdateConflictError,
+    WeightUpdateError,
+)
 from headrace.types.foreign import CudaHandle, Payload
 from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
 from headrace.weights.memory import Copies, ResolvedMode, SharedTensors, StageBuffer, StageCopy, StagePiece, Ticket
 from headrace.weights.position_sum import DIGEST_LENGTH, add_digests
+from headrace.weights.shard import Shard
 from headrace.weights.store import WeightStore
 
 MAX_PIECES = 512
@@ -182,8 +191,8 @@ class _RankCommit:
 class RankWeights:
     """Live weights of which each rank has a share; see `headrace.core.executor.Weights`."""
 
-    def __init__(self, store: WeightStore, others: OtherRanks) -> None:
-        self._store, self._others = store, others
+    def __init__(self, store: WeightStore, others: OtherRanks, resolved: ResolvedConfig) -> None:
+        self._store, self._others, self._resolved = store, others, resolved
         self._manifest: list[TensorInfo] = []
         self._scratch: list[SharedBuffer] = []
         self._num_payloads = 0
@@ -372,10 +381,24 @@ class RankWeights:
             yield name, add_digests(digest, *parts)
 
     def parameters(self) -> tuple[tuple[TensorInfo, ...], ...]:
-        return self._store.parameters() * (1 + len(self._others.numbers))  # all ranks have as much of each
+        return tuple(map(self._parameters_of, range(self._resolved.num_ranks)))
 
     def info(self, name: str, rank: int | None = None) -> TensorInfo:
-        return self._store.info(name, None if rank is None else 0)
+        if rank is None:
+            return self._store.info(name)
+        found = next((info for info in self._parameters_of(rank) if info.name == name), None)
+        if found is None:
+            raise NotFoundError(f"{name} is not a parameter of rank {rank}", field="name")
+        return found
+
+    def _parameters_of(self, rank: int) -> tuple[TensorInfo, ...]:
+        """All ranks of a stage have as much of each."""
+        model, engine = self._resolved.model, self._resolved.engine
+        shard = Shard.of_rank(rank, engine.tp_size, engine.pp_size)
+        if not shard.stage:
+            return self._store.parameters()[0]
+        params, dtype = weight_map(model, shard).params.values(), self._resolved.dtype
+        return tuple(TensorInfo(each.name, each.shape, each.dtype or dtype) for each in params)
 
     def copy_in_slices(self, name: str, start: int, into: memoryview, rank: int | None = None) -> Iterator[None]:
         """As `WeightStore.copy_in_slices`. What a rank does not hold it gives as zeros, and what several hold is the
@@ -404,7 +427,7 @@ class RankWeights:
         asked.wait()
 
     def _scratch_buffers(self) -> list[SharedBuffer]:
-        while len(self._scratch) < self._others.num_near:
+        while len(self._scratch) < len(self._others.numbers):
             self._scratch.append(SharedBuffer.create(READ_BYTES))
         return self._scratch
 

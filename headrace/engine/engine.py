@@ -66,8 +66,8 @@ class Engine:
         `rank_group` is a `torch.distributed` group, or a mesh of one dimension, every rank of which constructs this
         engine: its processes are the engine's ranks. The first has the engine, in a thread as with `inprocess`; each
         other one hosts its rank in a thread and can only `shutdown`, which waits for that of the first. `tp_size` is
-        the size of the group. Raises on every rank what keeps one of them from starting, and `DeadlineError` naming
-        those that have not come.
+        the size of the group, or of each of its `pp_size` stages. Raises on every rank what keeps one of them from
+        starting, and `DeadlineError` naming those that have not come.
         """
         self._engine: AsyncEngine | RankThread
         if rank_group is None:

@@ -167,9 +167,12 @@ def follow(group: TrainerGroup, model: str | Path, settings: dict[str, Any]) -> 
 
 
 def _config_of(model: str | Path, settings: dict[str, Any], size: int) -> EngineConfig:
-    config = EngineConfig.from_dict({"model": model, "tp_size": size, **settings})
-    if config.tp_size != size:
-        raise ConfigError(f"tp_size is {config.tp_size}, and rank_group has {size} ranks", field="tp_size")
+    config = EngineConfig.from_dict({"model": model, **settings})
+    if "tp_size" not in settings:
+        config = msgspec.structs.replace(config, tp_size=max(1, size // config.pp_size))
+    if config.tp_size * config.pp_size != size:
+        message = f"tp_size {config.tp_size} times pp_size {config.pp_size} is not the size of rank_group, {size}"
+        raise ConfigError(message, field="tp_size")
     if config.nnodes != 1:
         message = "nnodes is for ranks that Headrace starts; those of rank_group are where they are"
         raise ConfigError(message, field="nnodes")

@@ -7,7 +7,9 @@ Owns what is left of a call that was broken off: gloo's own thread may wait for 
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -15,15 +17,11 @@ _LOOK = timedelta(seconds=0.25)
 
 
 class BreakableGroup:
-    """The calls of a process group, until `break_off`: from then on each raises `RuntimeError`, from any thread."""
+    """The calls of a process group, until `is_broken`: from then on each raises `RuntimeError`."""
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, is_broken: threading.Event) -> None:
         self._group = group
-        self._is_broken = threading.Event()
-
-    def break_off(self) -> None:
-        """Idempotent."""
-        self._is_broken.set()
+        self._is_broken = is_broken
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._group, name)
@@ -37,8 +35,9 @@ class BreakableGroup:
 
         return call
 
-    def wait(self, work: Any) -> None:
-        """Wait for what was begun. Looks now and then whether it was broken off."""
+    def wait(self, work: Any, limit: timedelta | None) -> None:
+        """Wait for what was begun, up to a limit beside its own. Looks now and then whether it was broken off."""
+        until = math.inf if limit is None else time.monotonic() + limit.total_seconds()
         while True:
             try:
                 work.wait(_LOOK)
@@ -47,6 +46,8 @@ class BreakableGroup:
                 if work.is_completed():
                     work.wait()  # raises what it failed with, if it has
                     return
+                if time.monotonic() >= until:
+                    raise
             if self._is_broken.is_set():
                 arguments = self._group, work
                 threading.Thread(target=_outlive, args=arguments, name="headrace-broken-call", daemon=True).start()
@@ -61,8 +62,8 @@ class _Work:
     def __init__(self, work: Any, group: BreakableGroup) -> None:
         self._work, self._group = work, group
 
-    def wait(self) -> None:
-        self._group.wait(self._work)
+    def wait(self, limit: timedelta | None = None) -> None:
+        self._group.wait(self._work, limit)
 
 
 def _outlive(group: Any, work: Any) -> None:

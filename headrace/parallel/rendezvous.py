@@ -10,8 +10,11 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import threading
 from datetime import timedelta
 from typing import Any
+
+from headrace.parallel.breakable_group import BreakableGroup
 
 LOOPBACK = "127.0.0.1"
 JOIN_SECONDS = 120.0
@@ -51,9 +54,19 @@ class Rendezvous:
         limit = timedelta(seconds=JOIN_SECONDS)
         return cls(port, secret, TCPStore(LOOPBACK, port, is_master=False, timeout=limit))
 
-    def group(self, rank: int, num_ranks: int, *, device: str, host: str = LOOPBACK) -> Any:
-        """The process group of all ranks: gloo's, or NCCL's on "cuda". Waits for all of them; `RuntimeError` where one
-        does not come. `host` is the address of this machine by which the others reach it; NCCL finds its own."""
+    def group(
+        self,
+        rank: int,
+        num_ranks: int,
+        name: str = "all",
+        *,
+        device: str,
+        host: str = LOOPBACK,
+        is_broken: threading.Event | None = None,
+    ) -> Any:
+        """The process group of that name: gloo's, or NCCL's on "cuda". Waits for all of its ranks; `RuntimeError` where
+        one does not come. `host` is the address of this machine by which the others reach it; NCCL finds its own. Once
+        `is_broken` is set gloo's calls end."""
         from torch._C import _distributed_c10d as c10d
 
         store = c10d.PrefixStore(self.secret, self._store)
@@ -66,7 +79,8 @@ class Rendezvous:
             options = kind._Options()
             options._devices = [kind.create_device(hostname=host)]
         options._timeout = timedelta(seconds=JOIN_SECONDS)
-        return kind(c10d.PrefixStore(device, store), rank, num_ranks, options)
+        group = kind(c10d.PrefixStore(f"{device}/{name}", store), rank, num_ranks, options)
+        return group if is_broken is None or device == "cuda" else BreakableGroup(group, is_broken)
 
 
 def trainer_store() -> Any:

@@ -156,11 +156,11 @@ class Checkpoint:
 
     def _look_for_rank(self, shard: Shard) -> tuple[dict[str, FileState], dict[str, list[str] | None]]:
         record, path = read_record(self._folder), self._folder.path
-        if record.layout != "sharded" or record.num_ranks != shard.num_ranks:
+        if record.layout != "sharded" or record.num_ranks != shard.num_all:
             what = f"of {record.num_ranks} rank(s)" if record.layout == "sharded" else "in Hugging Face layout"
-            message = f"{path} is a save {what}, and is to be loaded as one of {shard.num_ranks} rank(s)"
+            message = f"{path} is a save {what}, and is to be loaded as one of {shard.num_all} rank(s)"
             raise CheckpointError(message, field="load_format")
-        name = rank_file(shard.rank, shard.num_ranks)
+        name = rank_file(shard.number, shard.num_all)
         return self._shard_states([RECORD, name], path / RECORD), {name: None}
 
     def _shard_states(self, names: Iterable[str], index: Path) -> dict[str, FileState]:

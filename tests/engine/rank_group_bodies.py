@@ -60,7 +60,7 @@ def held() -> tuple[int, set[str]]:
     return len(os.listdir("/proc/self/fd")), {name for name in names if name.startswith("headrace")}
 
 
-def whole_life(rank: int, folder: str, num_ranks: int, far: bool) -> Any:
+def whole_life(rank: int, folder: str, num_ranks: int, far: bool, settings: dict[str, Any]) -> Any:
     """Two engines, one after the other, beside a trainer that goes on."""
     if far:
         refuse_memory()
@@ -70,7 +70,7 @@ def whole_life(rank: int, folder: str, num_ranks: int, far: bool) -> Any:
     for group in (mesh, mesh.get_group(), distributed.group.WORLD):
         is_over = threading.Event()
         trainer = used_group(is_over)
-        with Engine(folder, rank_group=group, **ENGINE) as engine:
+        with Engine(folder, rank_group=group, **ENGINE, **settings) as engine:
             if rank == 0:
                 found.append(life_of_leader(engine, folder))
             else:

@@ -112,10 +112,11 @@ def test_what_is_refused_is_taken_when_it_is_right(nodes: Engine) -> None:
     assert nodes.digest() == before
 
 
-def test_nodes_of_several_ranks(model_folder: Path, engine: Engine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sizes", [{"tp_size": 4}, {"tp_size": 2, "pp_size": 2}], ids=["tp 4", "tp 2 pp 2"])
+def test_nodes_of_several_ranks(model_folder: Path, engine: Engine, tmp_path: Path, sizes: dict[str, Any]) -> None:
     """Of four ranks one shares memory with the first, and two have their bytes sent."""
     address = f"{FIRST}:{free_port()}"
-    with node(model_folder, address, tp_size=4), first_node(model_folder, address, tp_size=4) as four:
+    with node(model_folder, address, **sizes), first_node(model_folder, address, **sizes) as four:
         check_equal(outputs(four, GREEDY), outputs(engine, GREEDY))
         before = four.digest()
         new = dict(named_tensors(model_of(1)))
@@ -125,7 +126,7 @@ def test_nodes_of_several_ranks(model_folder: Path, engine: Engine, tmp_path: Pa
         four.update_weights_from_disk(model_folder, "folder")
         assert four.digest() == before == engine.digest()
         four.save_sharded_model(tmp_path)
-    with Engine(tmp_path, tp_size=4, device="cpu", load_format="sharded", **SETTINGS) as again:
+    with Engine(tmp_path, device="cpu", load_format="sharded", **SETTINGS, **sizes) as again:
         assert again.digest() == before
 
 

@@ -18,9 +18,16 @@ from tests.rl.trainer_ranks import run_ranks, start_ranks
 SECONDS = 240.0
 
 
-@pytest.mark.parametrize(("num_ranks", "far"), [(2, False), (2, True), (4, False)], ids=["two", "two machines", "four"])
-def test_a_trainers_ranks_are_one_engine(model_folder: Path, engine: Engine, num_ranks: int, far: bool) -> None:
-    leading, *following = run_ranks(num_ranks, bodies.whole_life, str(model_folder), num_ranks, far, seconds=SECONDS)
+@pytest.mark.parametrize(
+    ("num_ranks", "far", "settings"),
+    [(2, False, {}), (2, True, {}), (4, False, {"pp_size": 2})],
+    ids=["two", "two machines", "two stages"],
+)
+def test_a_trainers_ranks_are_one_engine(
+    model_folder: Path, engine: Engine, num_ranks: int, far: bool, settings: dict[str, Any]
+) -> None:
+    given = str(model_folder), num_ranks, far, settings
+    leading, *following = run_ranks(num_ranks, bodies.whole_life, *given, seconds=SECONDS)
     expected = [each.token_ids for each in outputs(engine, GREEDY)]
     for ids, digest, other, is_same, is_back in leading:
         assert ids == expected and digest == engine.digest() and other != digest and is_same and is_back
