@@ -11,7 +11,6 @@ import contextlib
 import datetime
 import hashlib
 import hmac
-import os
 import secrets
 import socket
 import threading
@@ -24,6 +23,7 @@ import msgspec
 
 from headrace.ipc import SharedBuffer
 from headrace.ipc.buffers import BorrowedBuffer
+from headrace.parallel.rendezvous import listen_beside, trainer_store
 from headrace.rl.frames import (
     MAX_HELLO_BYTES,
     Done,
@@ -305,11 +305,11 @@ def meet(ranks: Sequence[int], rank: int, timeout: float) -> LeadingCalls | Foll
     deadline, name, leader = time.monotonic() + timeout, "VerlEngine", ranks[0]
     if len(ranks) == 1:
         return LeadingCalls(rank, [], timeout)
-    store = _trainer_store()
+    store = trainer_store()
     prefix = f"headrace/{hashlib.sha256(repr(list(ranks)).encode()).hexdigest()}"
     key = f"{prefix}/meeting/{store.add(f'{prefix}/rank/{rank}', 1)}"
     if rank == leader:
-        with _listen(store) as listener:
+        with listen_beside(store, _BACKLOG) as listener:
             host, port = listener.getsockname()[:2]
             secret = secrets.token_bytes(SECRET_BYTES)
             store.set(key, msgspec.json.encode(_Address(host, port, secret)))
@@ -376,28 +376,6 @@ def _borrowed(ref: BufferRef, secret: bytes) -> SharedBuffer | None:
         return None
     finally:
         borrowed.close()
-
-
-def _trainer_store() -> Any:
-    """Where the trainer's ranks have found each other."""
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    return _get_default_store()
-
-
-def _listen(store: Any) -> socket.socket:
-    """A listener at the address by which this machine reaches the trainer's store: so other ranks reach it."""
-    while hasattr(store, "underlying_store"):
-        store = store.underlying_store
-    master = getattr(store, "host", None) or os.environ.get("MASTER_ADDR", "127.0.0.1")
-    try:
-        family, *_, address = socket.getaddrinfo(master, 1, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(address)  # sends nothing
-            host = probe.getsockname()[0]
-    except OSError:
-        family, host = socket.AF_INET, "127.0.0.1"
-    return socket.create_server((host, 0), family=family, backlog=_BACKLOG)
 
 
 def _beat(peers: Sequence[Peer], is_inside: threading.Event, stop: threading.Event, seconds: float) -> None:
