@@ -67,7 +67,7 @@ def engine_on(folders: list[Path]) -> Iterator[Callable[..., Engine]]:
             "seed": 0,
             **config,
         }
-        started.append(Engine(model=str(folders[index]), **settings))
+        started.append(Engine(**{"model": str(folders[index]), **settings}))
         return started[-1]
 
     yield start

@@ -102,11 +102,14 @@ class background_load:
         assert not self._thread.is_alive() and len(self.results) == 8
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("in_flight", get_args(InFlight))
-def test_spans_of_a_request_that_crosses_three_updates(engine_on: Callable[..., Engine], in_flight: InFlight) -> None:
+def test_spans_of_a_request_that_crosses_three_updates(
+    engine_on: Callable[..., Engine], in_flight: InFlight, num_ranks: int
+) -> None:
     """They add up to its length, and name each version in order, once, and only after its commit. One that ends before
     an update is of the weights before it."""
-    engine = engine_on()
+    engine = engine_on(tp_size=num_ranks, device="cpu")
     params = SamplingParams(max_new_tokens=480, ignore_eos=True)
     versions = ["default", "1", "2", "3"]
     num_tokens, num_updates, seen, finish = 0, 0, [], None

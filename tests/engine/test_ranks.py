@@ -16,8 +16,10 @@ from headrace import (
     SamplingParams,
     WeightUpdateError,
 )
+from headrace.types.memory import Restore
 from headrace.types.weights import TensorInfo, UpdateMode
 from tests.engine.builders import SETTINGS, model_of, named_tensors
+from tests.engine.test_memory import NUM_CYCLES, resident_bytes
 from tests.engine.test_restart import pid_of
 
 PROMPTS = [[1, 2, 3, 4, 5], [7], [9, 8, 7, 6, 5, 4, 3, 2, 1] * 5]
@@ -114,6 +116,31 @@ def test_weights_from_a_folder_are_read_by_both(ranks: Engine, model_folder: Pat
     assert ranks.digest() != before
     ranks.update_weights_from_disk(model_folder, "back")
     assert ranks.digest() == before
+
+
+@pytest.mark.parametrize("restore", ["copy", "disk"])
+def test_cycles_on_both_ranks_move_no_bit(model_folder: Path, restore: Restore) -> None:
+    """One request at a time, so that no timing has a part in it; what a release gives back, no rank holds then."""
+    settings = {**SETTINGS, "kv_pool_tokens": 1 << 16, "keep_weights_copy": restore == "copy"}
+    with Engine(model_folder, tp_size=2, device="cpu", **settings) as engine:
+        filling = [[number + 1] * 400 for number in range(32)]
+
+        def answers() -> list[tuple[list[int], list[float]]]:
+            found = [engine.generate(input_ids=[prompt], sampling_params=GREEDY)[0] for prompt in PROMPTS]
+            return [(each.token_ids, each.logprobs) for each in found]
+
+        engine.generate(input_ids=filling, sampling_params={"max_new_tokens": 1})
+        expected, digests = answers(), engine.digest()
+        num_bytes = 32 * 400 * engine.resolved.kv_bytes_per_token
+        for number in range(NUM_CYCLES):
+            before = [resident_bytes(pid) for pid in (pid_of(engine), *rank_pids(engine))]
+            engine.release_memory_occupation()
+            after = [resident_bytes(pid) for pid in (pid_of(engine), *rank_pids(engine))]
+            given_back = [one - other for one, other in zip(before, after, strict=True)]
+            assert number or all(each > 0.9 * num_bytes for each in given_back), (given_back, num_bytes)
+            engine.resume_memory_occupation(restore=restore)
+            assert answers() == expected
+        assert engine.digest() == digests
 
 
 def test_memory_goes_and_comes_on_both_ranks(ranks: Engine, model_folder: Path) -> None:

@@ -193,19 +193,20 @@ class Site:
 
     def belongings(self) -> dict[str, int]:
         """What may not grow, by kind."""
+        core = self.core
+        processes = {"here": os.getpid(), "of the core": core}
+        processes |= {f"of rank {rank}": pid for rank, pid in enumerate(sorted(children_of(core)), 1)}
         return {
-            "descriptors here": len(os.listdir("/proc/self/fd")),
-            "descriptors of the core": len(os.listdir(f"/proc/{self.core}/fd")),
-            "shared mappings here": _num_shared_mappings("self"),
-            "shared mappings of the core": _num_shared_mappings(str(self.core)),
+            **{f"descriptors {whose}": len(os.listdir(f"/proc/{pid}/fd")) for whose, pid in processes.items()},
+            **{f"shared mappings {whose}": _num_shared_mappings(pid) for whose, pid in processes.items()},
             "threads here": threading.active_count(),
-            "children": len(children_of(os.getpid())) + len(children_of(self.core)),
+            "children": len(children_of(os.getpid())) + len(children_of(core)),
             "names in shared memory": sum(self._is_ours(name) for name in os.listdir("/dev/shm")),
         }
 
     def grown(self, before: dict[str, int]) -> dict[str, int]:
         """What there is more of than before."""
-        return {kind: count for kind, count in self.belongings().items() if count > before[kind]}
+        return {kind: count for kind, count in self.belongings().items() if count > before.get(kind, 0)}
 
     def _is_ours(self, name: str) -> bool:
         return any(f"_{pid}_" in name for pid in self._pids)
@@ -235,6 +236,6 @@ def _words(path: str) -> Iterator[str]:
         yield from file.read().split()
 
 
-def _num_shared_mappings(pid: str) -> int:
+def _num_shared_mappings(pid: int) -> int:
     with open(f"/proc/{pid}/maps") as file:
         return sum("/memfd:" in line or "/dev/shm/" in line for line in file)
