@@ -198,8 +198,6 @@ def resolve(
     engine = _settled(config, {name: size.value for name, size in sizes.items()})
     dtype = _dtype(config, model, device)
     backend = _attention_backend(config, model, device, software)
-    if config.pp_size > 1 and (device == "cuda" or backend.value == "triton"):
-        raise ConfigError(f"pp_size {config.pp_size}: only a CPU has pipeline stages yet", field="pp_size")
     kv_dtype = _kv_dtype(config, dtype.value, backend.value, cuda)
     context_length = _context_length(config, model)
     num_threads = _num_threads(config, device)
