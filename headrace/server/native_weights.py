@@ -22,6 +22,8 @@ from starlette.responses import Response
 
 from headrace.engine import DEFAULT_UPDATE_TIMEOUT, UpdateSession
 from headrace.engine.control import terms_of, terms_of_part
+from headrace.engine.joined_update import Sender
+from headrace.engine.update_session import manifest_of
 from headrace.ipc.buffers import BorrowedBuffer
 from headrace.server.coerce import MediaTypeError
 from headrace.server.folders import Folders
@@ -88,23 +90,22 @@ class OpenSession:
         self.session = session
         self.asked_by = asked_by
         self.token = secrets.token_bytes(TOKEN_BYTES)
-        self._num_calls = 0
         self._used_at = asyncio.get_running_loop().time()
         self._lent: dict[int, BorrowedBuffer] = {}
 
     def seconds_left(self) -> float:
         """Until its core has waited long enough for another call."""
         now = asyncio.get_running_loop().time()
-        return self.session.timeout_s - (now - self._used_at if self._num_calls == 0 else 0.0)
+        return self.session.timeout_s - (now - self._used_at if self.session.num_calls == 0 else 0.0)
 
     @contextlib.contextmanager
     def call(self) -> Iterator[UpdateSession]:
         """A call of the session runs inside."""
-        self._num_calls += 1
+        self.session.num_calls += 1
         try:
             yield self.session
         finally:
-            self._num_calls -= 1
+            self.session.num_calls -= 1
             self._used_at = asyncio.get_running_loop().time()
 
     def lend(self, path: str, size: int) -> int:
@@ -223,7 +224,9 @@ class WeightsFace:
     async def extend_update(self, request: Request) -> Response:
         ask = await read_ask(request, ExtendAsk)
         with self._sessions.find(ask.session_id).call() as session:
-            added = await self._state.run(request, self._engine.runtime.updater.extend(session, ask.manifest))
+            added = await self._state.run(
+                request, self._engine.runtime.updater.extend(session, manifest_of(ask.manifest))
+            )
         return packed_reply(added.start)
 
     async def join_update(self, request: Request) -> Response:
@@ -232,7 +235,9 @@ class WeightsFace:
         self._engine.runtime.check_open()
         async with self._sessions.opening:
             self._sessions.check_wanted(ask.token)
-            joined = await self._state.run(request, self._engine.runtime.joined.join(ask.manifest, terms))
+            sender = Sender("client", ask.sender)
+            joining = self._engine.runtime.joined.join(manifest_of(ask.manifest), terms, sender)
+            joined = await self._state.run(request, joining)
             if joined is None:
                 return packed_reply(None)
             session, indices = joined

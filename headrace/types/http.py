@@ -93,7 +93,7 @@ class ExtendAsk(msgspec.Struct, frozen=True):
 
 class JoinAsk(msgspec.Struct, frozen=True, kw_only=True):
     """The tensors of one `Engine.update_weights_from_bucket`, before they are staged. Reply: `PartJoined`, or null
-    where there are none."""
+    where there are none. All that one client brings has one `sender`."""
 
     manifest: tuple[TensorInfo, ...]
     version: str | None
@@ -101,6 +101,7 @@ class JoinAsk(msgspec.Struct, frozen=True, kw_only=True):
     in_flight: InFlight
     timeout: float
     token: bytes = b""
+    sender: str = ""
 
 
 class PartJoined(msgspec.Struct, frozen=True):
