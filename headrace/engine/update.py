@@ -73,10 +73,17 @@ class Updater:
     """Opens, fills and ends update sessions on one core. Its coroutines run on the engine's loop."""
 
     def __init__(
-        self, client: CoreClient, loop: asyncio.AbstractEventLoop, *, shares_process: bool, dtype: str = ""
+        self,
+        client: CoreClient,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        shares_process: bool,
+        dtype: str = "",
+        num_ranks: int = 1,
     ) -> None:
-        """`shares_process`: the core is a thread of this process. `dtype` is the engine's."""
-        self._dtype = dtype
+        """`shares_process`: the core is a thread of this process. `dtype` is the engine's, `num_ranks` how many it
+        has."""
+        self._dtype, self._num_ranks = dtype, num_ranks
         self._shares_process = shares_process
         self._client = client
         self._loop = loop
@@ -103,7 +110,7 @@ class Updater:
         for filling in tuple(self._fillings):
             self._end(filling)
         given = begun.session_id, terms.version, begun.mode, entries, terms.timeout_s, terms.partial
-        return UpdateSession(*given, is_open=not is_listed, dtype=self._dtype)
+        return UpdateSession(*given, is_open=not is_listed, dtype=self._dtype, num_ranks=self._num_ranks)
 
     async def extend(self, session: UpdateSession, manifest: tuple[TensorInfo, ...]) -> range:
         """Have more tensors of an open-ended session checked; returns their indices. After one that was cancelled the

@@ -40,6 +40,8 @@ from headrace.types.http import (
     AbortAsk,
     BeginAsk,
     CommitAsk,
+    ExtendAsk,
+    JoinAsk,
     LendAsk,
     SessionBegun,
     StageHead,
@@ -153,6 +155,19 @@ def test_what_is_no_stage_body_is_refused(door: Door) -> None:
     assert told(door.ask("begin_update", {"version": "v"})) == (400, "RequestError", "body")
     assert told(door.ask("abort", {"nobody": 1})) == (400, "RequestError", "body")
     assert told(door.ask("abort", {"message": "x" * (2 << 20)})) == (413, "RequestTooLargeError", "body")
+
+
+def test_a_name_that_no_tensor_has_is_refused_at_every_door(door: Door) -> None:
+    named = (TensorInfo("x" * 1025, (32,), "float32"),)
+    begun = msgspec.msgpack.decode(
+        door.ask("begin_update", BeginAsk(version="v", manifest=None, timeout=60.0)).content, type=SessionBegun
+    )
+    extend = ExtendAsk(begun.session_id, named)
+    join = JoinAsk(manifest=named, version="v", mode="auto", in_flight="drain", timeout=60.0)
+    begin = BeginAsk(version="v", manifest=named, timeout=60.0)
+    for name, ask in (("extend_update", extend), ("join_update", join), ("begin_update", begin)):
+        reply = door.ask(name, ask)
+        assert told(reply) == (400, "WeightUpdateError", "manifest") and len(reply.content) < 1000
 
 
 def test_an_ask_to_begin_is_undone_by_its_token(door: Door, engine: Engine) -> None:

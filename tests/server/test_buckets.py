@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 
 from headrace import Engine
 from tests.arch.source import ROOT
+from tests.engine.nodes import FIRST, SECRET, node
+from tests.engine.test_weight_groups import free_port
 from tests.server.bucket_client import bodies
 from tests.server.builders import SETTINGS, save_random_model
 from tests.server.conftest import START, Served
@@ -210,12 +212,26 @@ def test_what_is_wrong_with_a_bucket_is_named_and_ends_the_update(
     assert served.engine.digest() == digests[1]
 
 
+@pytest.fixture
+def other_node(request: pytest.FixtureRequest, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where the nodes meet; "" where there is one only."""
+    if not request.param:
+        yield ""
+        return
+    monkeypatch.setenv("HEADRACE_DIST_SECRET", SECRET)
+    address = f"{FIRST}:{free_port()}"
+    with node(model_folder, address):
+        yield address
+
+
+@pytest.mark.parametrize("other_node", [False, True], ids=["one node", "two nodes"], indirect=True)
 @pytest.mark.parametrize("style", ["sglang", "verl"])
 def test_an_engine_of_two_ranks_has_a_payload_for_each(
-    start: START, folders: list[Path], digests: list[dict[str, str]], style: str
+    start: START, folders: list[Path], digests: list[dict[str, str]], style: str, other_node: str
 ) -> None:
     """One entry for each rank; of each tensor verl has bytes for each rank in all of them. All are given back."""
-    served = start(settings={"tp_size": 2, "device": "cpu"})
+    nodes = {"nnodes": 2, "dist_init_addr": other_node} if other_node else {}
+    served = start(settings={"tp_size": 2, "device": "cpu", **nodes})
     before = set(SHARED.glob(f"torch_{os.getpid()}_*"))  # of tensors that other tests share
     for seed in (1, 2):
         tensors = load_file(folders[seed] / "model.safetensors")
