@@ -118,8 +118,7 @@ class WeightPusher:
                 pairs, target = iter(source), self._target
                 if target is None:
                     return None, pairs
-                sending = _Sending(target, self._road, source.manifest, terms, is_verified)
-                return undo.enter_context(sending), pairs
+                return undo.enter_context(_Sending(target, self._road, source.manifest, terms, is_verified)), pairs
 
             (sending, pairs), _ = self._ranks.attempt(open_on_target)
             update, _ = self._ranks.attempt(lambda: self._send(sending, pairs))
