@@ -24,9 +24,9 @@ NEW = named_tensors(model_of(1))
 NUM_UPDATES = int(os.environ.get("HEADRACE_UPDATES", "200"))
 
 
-@pytest.fixture(scope="module")
-def ranks(model_folder: Path) -> Iterator[Engine]:
-    with Engine(model_folder, tp_size=2, device="cpu", **SETTINGS) as started:
+@pytest.fixture(scope="module", params=["tp_size", "pp_size"])
+def ranks(request: pytest.FixtureRequest, model_folder: Path) -> Iterator[Engine]:
+    with Engine(model_folder, device="cpu", **{request.param: 2}, **SETTINGS) as started:
         yield started
 
 
