@@ -177,10 +177,12 @@ def resolve(
     devices: Sequence[CudaDevice] | None = None,
     software: Software | None = None,
     first_device: int = 0,
+    ranks_here: int | None = None,
 ) -> ResolvedConfig:
     """Decide every open setting of `config` for the checkpoint in `folder`.
 
-    `devices` and `software` are this machine's unless given; `first_device` is the index of the one to use. Raises
+    `devices` and `software` are this machine's unless given; `first_device` is the index of the one to use, of
+    `ranks_here`, which are a node's part unless given. Raises
     `ConfigError`, `CheckpointError` or `UnsupportedModelError` naming the setting or file.
     """
     if str(folder) != encodable(str(folder)):
@@ -189,7 +191,8 @@ def resolve(
     share = share_of(model, config.tp_size)
     stages_of(model, config.pp_size)
     software = installed_software() if software is None else software
-    cuda, why_device = _cuda(config, model, devices, first_device, software)
+    num_here = _ranks_of_node(config) if ranks_here is None else ranks_here
+    cuda, why_device = _cuda(config, model, devices, first_device, software, num_here)
     device = "cpu" if cuda is None else "cuda"
     sizes = _sizes(config, device, model)
     engine = _settled(config, {name: size.value for name, size in sizes.items()})
@@ -228,6 +231,14 @@ def resolve(
     )
 
 
+def _ranks_of_node(config: EngineConfig) -> int:
+    num_ranks = config.tp_size * config.pp_size
+    if num_ranks % config.nnodes:
+        message = f"{num_ranks} ranks (tp_size times pp_size) cannot be spread evenly over nnodes {config.nnodes}"
+        raise ConfigError(message, field="nnodes")
+    return num_ranks // config.nnodes
+
+
 def _check_host_pages(engine: SettledConfig, page_bytes: int) -> None:
     num_bytes, free = engine.host_kv_tokens // engine.page_size * page_bytes, available_memory()
     if num_bytes and not engine.prefix_cache:
@@ -258,7 +269,12 @@ def backend_refusal(backend: str, model: ModelSpec, device: str, software: Softw
 
 
 def _cuda(
-    config: EngineConfig, model: ModelSpec, devices: Sequence[CudaDevice] | None, first_device: int, software: Software
+    config: EngineConfig,
+    model: ModelSpec,
+    devices: Sequence[CudaDevice] | None,
+    first_device: int,
+    software: Software,
+    num_here: int,
 ) -> Chosen[CudaDevice | None]:
     """The device to run on; None for the CPU. Devices are looked for only where one could be used."""
     if config.device == "cpu":
@@ -267,13 +283,12 @@ def _cuda(
     missing = _missing_for_cuda(found, software)
     if missing is None and model.has_experts and config.attention_backend != "reference":
         missing = f"{_describe(found[0])} {_NO_EXPERTS} (device='cpu' has; attention_backend='reference' is slow)"
-    num_ranks = config.tp_size * config.pp_size
-    fit = sum(device.capability >= MIN_CAPABILITY for device in found[:num_ranks])
-    if missing is None and fit < num_ranks:
+    fit = sum(device.capability >= MIN_CAPABILITY for device in found[:num_here])
+    if missing is None and fit < num_here:
         field = "tp_size" if config.pp_size == 1 else "pp_size"
         what = f"{field} {getattr(config, field)}" + (f" of {config.tp_size} ranks each" if config.pp_size > 1 else "")
         there = f"from device {first_device} on there are {fit} of compute capability {_dotted(MIN_CAPABILITY)}"
-        raise ConfigError(f"{what} needs as many CUDA devices; {there}", field=field)
+        raise ConfigError(f"{what} needs {num_here} CUDA devices here; {there}", field=field)
     if missing is None:
         return Chosen(found[0], _describe(found[0]) if config.device == "auto" else "")
     if config.device == "cuda":

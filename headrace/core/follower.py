@@ -192,7 +192,8 @@ class Follower:
         try:
             is_waiting = next(work)
         except StopIteration as end:
-            self._channel.send(TELL, encode_message(RankAnswer(ticket, None, end.value)))
+            found = ((), end.value) if isinstance(end.value, bytes) else (end.value,)
+            self._channel.send(TELL, encode_message(RankAnswer(ticket, None, *found)))
             return False
         except HeadraceError as error:
             self._answer(ticket, error)

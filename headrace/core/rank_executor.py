@@ -38,6 +38,7 @@ from headrace.core.rank_messages import (
 from headrace.core.rank_results import digest_of
 from headrace.core.rank_weights import Arrived, FileTensorOn, RankWeights, give_up
 from headrace.core.stage_results import StageResults
+from headrace.ipc.rank_meeting import Meeting
 from headrace.ipc.rank_page import NUM_RESULTS
 from headrace.parallel.rendezvous import Rendezvous
 from headrace.types.errors import HeadraceError, UpdateConflictError, WeightUpdateError
@@ -165,9 +166,11 @@ class RankStep:
 class RankExecutor(LocalExecutor):
     """Executes plans on all ranks. `attend` is to be called while nothing is to be done."""
 
-    def __init__(self, own: Runner | DeviceRunner, others: OtherRanks, rendezvous: Rendezvous) -> None:
+    def __init__(
+        self, own: Runner | DeviceRunner, others: OtherRanks, rendezvous: Rendezvous, meeting: Meeting | None = None
+    ) -> None:
         super().__init__(RankRunner(own, others))
-        self._rendezvous = rendezvous  # others look into it as long as they live
+        self._rendezvous, self._meeting = rendezvous, meeting  # others look into it as long as they live
         self._others = others
         self._num_groups = 0
         self._groups: list[RankGroup] = []
@@ -213,6 +216,11 @@ class RankExecutor(LocalExecutor):
         joined = RankGroup(self._num_groups, own, self._others, terms, seconds)
         self._groups = [*(group for group in self._groups if not group.is_left), joined]
         return joined
+
+    def close(self) -> None:
+        super().close()
+        if self._meeting is not None:
+            self._meeting.close()
 
     # Inside.
 

@@ -1,17 +1,18 @@
 """The weights of all ranks as one. Owns what an update or a read asks of each, and puts together what they answer; what
 a rank does with its own share is its `WeightStore`'s.
 
-No tensor travels: what is staged is in memory or files that every rank opens by itself, and an answer is a digest at
-most. Work goes on everywhere at once, and is done when it is done on every rank. Nothing is waited for but where
-nothing is copied: to begin, and to extend.
+On one host no tensor travels: what is staged is in memory or files that every rank opens by itself, and an answer is a
+digest at most. To ranks that cannot, its bytes are sent (`headrace.core.rank_bytes`). Work goes on everywhere at once,
+and is done when it is done on every rank. Nothing is waited for but where nothing is copied: to begin, and to extend.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 from headrace.config import ResolvedConfig
+from headrace.core.rank_bytes import Feed, sent_pieces, sent_whole, whole_bytes
 from headrace.core.rank_group import WAIT_SECONDS, Asked, OtherRanks
 from headrace.core.rank_messages import (
     AbortOn,
@@ -31,6 +33,7 @@ from headrace.core.rank_messages import (
     ExtendOn,
     ForgetOn,
     GiveUpOn,
+    MissingOn,
     OpenForeignOn,
     Place,
     ReadOn,
@@ -107,15 +110,22 @@ class RankBuffer:
     def __init__(self, ref: BufferRef, own: StageBuffer, others: OtherRanks) -> None:
         self.ref = ref
         self.asked: Asked | None = None  # what the others were asked last to stage from it
+        self._host = SharedBuffer.open(ref) if others.has_far else None
         self._own = own
         self._others = others
 
     def part(self, offset: int, size: int) -> BufferPart:
         return BufferPart(self, offset, size, self._own.part(offset, size))
 
+    def parts_to_send(self, places: Sequence[Place]) -> list[memoryview]:
+        """For ranks that do not map it."""
+        return [] if self._host is None else [self._host.part(place.offset, place.size) for place in places]
+
     def close(self) -> None:
         """When nobody reads it any more."""
         give_up(self._others, self.asked)
+        if self._host is not None:
+            self._host.close()
         self._own.close()
 
 
@@ -147,13 +157,19 @@ class OwnCopy:
 
 class RankCopy:
     """A copy of this rank's share, if there is one, and then of all others', after which the tensors of `indices` are
-    whole."""
+    whole. `feed` is what some of them are sent for it."""
 
-    def __init__(self, weights: RankWeights, own: StageCopy | None, asked: Asked, indices: Sequence[int]) -> None:
+    def __init__(
+        self, weights: RankWeights, own: StageCopy | None, asked: Asked, indices: Sequence[int], feed: Feed | None
+    ) -> None:
         self.has_written = True
-        self._weights, self._own, self._asked, self._indices = weights, own, asked, indices
+        self._weights, self._own, self._asked, self._indices, self._feed = weights, own, asked, indices, feed
 
     def advance(self, budget_s: float) -> bool:
+        if self._feed is not None:
+            if self._feed.advance():
+                self._feed = None
+            return False
         if self._own is not None and not self._own.advance(budget_s):
             return False
         self._own = None
@@ -181,6 +197,7 @@ class RankWeights:
         self._manifest: list[TensorInfo] = []
         self._scratch: list[SharedBuffer] = []
         self._num_payloads = 0
+        self._sent: Asked | None = None  # what others may wait for the bytes of
         self._refusal: HeadraceError | None = None
 
     @property
@@ -236,12 +253,13 @@ class RankWeights:
         self._check_open()
         num_missing = self._store.extend(manifest)
         try:
-            self._others.ask(ExtendOn, tuple(manifest)).wait()
+            found = self._others.ask(ExtendOn, tuple(manifest)).wait()
         except HeadraceError as refusal:
             self._refusal = refusal
             raise
         self._manifest += manifest
-        return num_missing
+        num_ranks = self._resolved.engine.tp_size  # of a stage, and all of those hold of the same tensors
+        return num_missing + sum(int(values[0]) for values in found[num_ranks - 1 :: num_ranks])
 
     def _check_open(self) -> None:
         """Raise what makes the open update one that can only be aborted, if it is."""
@@ -249,21 +267,32 @@ class RankWeights:
             raise type(self._refusal)(f"{self._refusal.message}; abort the update", field=self._refusal.field)
 
     def missing(self) -> list[str]:
-        return self._store.missing()
+        found = self._others.ask(MissingOn).wait() if self._resolved.engine.pp_size > 1 else []
+        return list(dict.fromkeys([*self._store.missing(), *(name for names in found for name in names)]))
 
     def stage(self, index: int, data: Any, start: int | None = None) -> StageCopy:
         """As `WeightStore.stage`, of what every rank can open."""
         self._check_open()
+        parts = self._parts_to_send(index, data)
         match data:
             case Arrived():
                 asked = data.asked = self._others.ask(StageArrivalOn, index, data.call, data.place)
             case FileTensorOn():
-                asked = self._others.ask(StageFileOn, index, data.name)
+                asked = self._sent = self._others.ask(StageFileOn, index, data.name, far=self._far(index))
             case ForeignTensorOn():
-                asked = data.memory.asked = self._others.ask(StageForeignOn, index, data.memory.key, data.name)
+                arguments = index, data.memory.key, data.name
+                asked = data.memory.asked = self._others.ask(StageForeignOn, *arguments, far=self._far(index))
             case _:
                 raise WeightUpdateError("these values are in memory of one rank only", field=self._manifest[index].name)
-        return RankCopy(self, self._store.stage(index, data.data, start), asked, (index,))
+        feed = Feed(self._others, asked, parts) if parts else None
+        return RankCopy(self, self._store.stage(index, data.data, start), asked, (index,), feed)
+
+    def _parts_to_send(self, index: int, data: Any) -> list[memoryview]:
+        is_sent = self._others.has_far and isinstance(data, FileTensorOn | ForeignTensorOn)
+        return [whole_bytes(data.data, self._manifest[index])] if is_sent else []
+
+    def _far(self, index: int) -> Callable[[int], StageBufferOn]:
+        return partial(sent_whole, index, self._manifest[index].num_bytes)
 
     def stage_pieces(self, pieces: Iterator[StagePiece]) -> Copies:
         """As `WeightStore.stage_pieces`: many are asked for in one message, and whole when all of them are."""
@@ -274,12 +303,14 @@ class RankWeights:
                 Place(piece.index, part.offset, part.size, piece.start, piece.is_last)
                 for piece, part in zip(batch, parts, strict=True)
             )
-            asked = buffer.asked = self._others.ask(StageBufferOn, buffer.ref, places)
+            far = partial(sent_pieces, places)
+            asked = buffer.asked = self._others.ask(StageBufferOn, buffer.ref, places, far=far)
             own = (msgspec.structs.replace(piece, data=part.data) for piece, part in zip(batch, parts, strict=True))
             for copies in self._store.stage_pieces(own):
                 yield None if copies is None else ((), OwnCopy(copies[1]))
             whole = [piece.index for piece in batch if piece.is_last]
-            yield whole, RankCopy(self, None, asked, whole)
+            feed = Feed(self._others, asked, buffer.parts_to_send(places)) if self._others.has_far else None
+            yield whole, RankCopy(self, None, asked, whole, feed)
 
     def check_sums(self, indices: Sequence[int], others: Sequence[tuple[str, ...]]) -> None:
         """Hold what all ranks have of whole tensors against the manifest. `WeightUpdateError` naming what differs."""
@@ -302,7 +333,8 @@ class RankWeights:
         own = self._store.open_payload(payload)
         self._num_payloads += 1
         try:
-            self._others.ask(OpenForeignOn, self._num_payloads, payload).wait()
+            far = partial(OpenForeignOn, key=self._num_payloads, payload=Payload())
+            self._others.ask(OpenForeignOn, self._num_payloads, payload, far=far).wait()
         except BaseException:
             own.close()
             raise
@@ -319,6 +351,7 @@ class RankWeights:
 
     def abort(self) -> None:
         """Also of what some rank has not committed, where others have."""
+        give_up(self._others, self._sent)
         self._others.tell(AbortOn())
         with suppress(UpdateConflictError):
             self._store.abort()
@@ -387,6 +420,8 @@ class RankWeights:
             whole = np.frombuffer(part, np.uint8)
             for buffer in scratch:
                 np.bitwise_or(whole, np.frombuffer(buffer.view, np.uint8, len(part)), out=whole)
+            for data in asked.data:
+                np.bitwise_or(whole, np.frombuffer(data, np.uint8), out=whole)
             yield
 
     def scramble(self, seed: int) -> None:
