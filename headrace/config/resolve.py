@@ -317,8 +317,8 @@ def _dotted(capability: tuple[int, int]) -> str:
 def _sizes(config: EngineConfig, device: str, model: ModelSpec) -> dict[str, Chosen[int]]:
     """The fields of `SettledConfig` that are numbers an `EngineConfig` may leave open."""
     sizes = {name: _given(config, name) or choice for name, choice in _SIZES[device].items()}
-    if config.pp_size > 1 and config.overlap_depth is None:
-        depth = sizes["overlap_depth"].value + config.pp_size - 1
+    if config.overlap_depth is None and config.pp_size > 1:
+        depth = max(sizes["overlap_depth"].value, config.pp_size - 1)
         sizes["overlap_depth"] = Chosen(depth, "each stage executes another step")
     tokens = _given(config, "max_num_batched_tokens")
     seed = _given(config, "seed")
