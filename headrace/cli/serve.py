@@ -29,7 +29,7 @@ from headrace.types.errors import HeadraceError
 
 DEFAULT_PORT = 30000
 DEFAULT_CORE_RESTARTS = 3
-_RENAMED = {"weight_roots": "weight_root", "allowed_hosts": "allowed_host"}
+_RENAMED = {"weight_roots": "weight_root", "save_roots": "save_root", "allowed_hosts": "allowed_host"}
 _KEYS = ("api_key", "admin_api_key")
 logger = logging.getLogger(__name__)
 

@@ -67,7 +67,7 @@ class ShardPart(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ShardParts(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Tensors of a rank, in their order. Unless these are the last, it waits for `Proceed`: then its memory is free.
+    """Tensors of a rank, in their order. Unless these are the last, it waits for `Proceed`.
     `data` is what the memory holds, where rank 0 does not read it itself."""
 
     number: int
@@ -84,7 +84,7 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Proceed(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """What a rank sent has been taken."""
+    """A rank may go on with its share of a call: nobody reads its memory now."""
 
     number: int
 
@@ -166,6 +166,15 @@ class Wire:
             with contextlib.suppress(PeerGone, TimeoutError):
                 self.send(Beat(), time.monotonic() + 0.1)
 
+    def has_ended(self) -> bool:
+        """Whether the other end is seen to be gone."""
+        try:
+            return not self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def close(self) -> None:
         """Close the connection. Idempotent."""
         self._socket.close()
@@ -195,11 +204,11 @@ class Wire:
             raise TimeoutError
 
 
-def info_of(error: BaseException, rank: int, call: str) -> ErrorInfo:
-    """An error as other ranks are told of it. One that is not ours is the base of ours there."""
+def info_of(error: BaseException, rank: int, call: str, failure: type[HeadraceError]) -> ErrorInfo:
+    """An error as other ranks are told of it. One that is not ours is a `failure` there."""
     if isinstance(error, HeadraceError):
         return error.info()
-    return ErrorInfo(HeadraceError.__name__, f"{call}: rank {rank} failed: {type(error).__name__}: {error}", "rank")
+    return ErrorInfo(failure.__name__, f"{call}: rank {rank} failed: {type(error).__name__}: {error}", "rank")
 
 
 _ENCODER = msgspec.msgpack.Encoder()

@@ -1,29 +1,20 @@
 """Calls that every rank of a trainer makes and rank 0 carries out: all come to it, all get the same answer or error.
 
-Owns who waits for whom and how long, and how ranks find each other. Knows no engine and no tensors. Rank 0 is in the
-middle: every other rank has one connection, to it. A rank that is gone is named at once, one that does not come by the
-deadline, and while rank 0 is at a call it says so, so that others may wait for as long as that takes.
+Owns who waits for whom and how long. Knows no engine and no tensors. Rank 0 is in the middle: every other rank has one
+connection, to it. A rank that is gone is named at once, one that does not come by the deadline, and while rank 0 is at
+a call it says so, so that others may wait for as long as that takes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
-import hashlib
-import hmac
-import secrets
-import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-import msgspec
-
 from headrace.ipc import SharedBuffer
-from headrace.ipc.buffers import BorrowedBuffer
-from headrace.parallel.rendezvous import listen_beside, trainer_store
 from headrace.rl.frames import (
     MAX_HELLO_BYTES,
     Done,
@@ -39,17 +30,16 @@ from headrace.rl.frames import (
     info_of,
 )
 from headrace.types.errors import DeadlineError, HeadraceError, RequestError, ShutdownError, UnavailableError
-from headrace.types.weights import BufferRef
 
 MEMORY_BYTES = 64 << 20
 """Of a rank other than 0, for its tensors on their way. Taken when the first are."""
 
 SECRET_BYTES = 32
-_MAX_BEAT_SECONDS = 5.0
-_BACKLOG = 1024
+MAX_BEAT_SECONDS = 5.0
 
 Lead = Callable[[], bytes]
 Follow = Callable[[], None]
+Failure = type[HeadraceError]
 
 
 class RankCalls(Protocol):
@@ -57,10 +47,11 @@ class RankCalls(Protocol):
 
     `follow` is the share of all other ranks. Beside the errors of both: `DeadlineError` (field "rank_timeout") naming
     ranks that did not come, `UnavailableError` (field "rank") naming ranks that are gone, `RequestError` (field "rank")
-    where ranks make different calls.
+    where ranks make different calls, or one makes a call within another. An error that is none of ours is a `failure`
+    elsewhere.
     """
 
-    def call(self, name: str, lead: Lead, follow: Follow | None = None) -> bytes:
+    def call(self, name: str, lead: Lead, follow: Follow | None = None, failure: Failure = UnavailableError) -> bytes:
         """Make call `name` together with all other ranks."""
 
     def close(self) -> None:
@@ -103,17 +94,17 @@ class LeadingCalls:
         self.peers = peers
         self.timeout = timeout
         self.number = 0
-        self._calling = threading.Lock()
+        self._turns = _Turns(timeout)
         self._is_inside = threading.Event()
         stop = threading.Event()
         self._finalizer = weakref.finalize(self, _leave, peers, stop)
         if peers:
-            arguments = peers, self._is_inside, stop, min(timeout / 4, _MAX_BEAT_SECONDS)
+            arguments = peers, self._is_inside, stop, min(timeout / 4, MAX_BEAT_SECONDS)
             threading.Thread(target=_beat, args=arguments, name="headrace-ranks", daemon=True).start()
 
-    def call(self, name: str, lead: Lead, follow: Follow | None = None) -> bytes:
+    def call(self, name: str, lead: Lead, follow: Follow | None = None, failure: Failure = UnavailableError) -> bytes:
         """See `RankCalls`."""
-        with self._calling:
+        with self._turns.take(name):
             if not self._finalizer.alive:
                 raise ShutdownError(f"{name}: this engine was shut down")
             self.number += 1
@@ -123,7 +114,7 @@ class LeadingCalls:
                 self._gather(name, present)
                 answer = lead()
             except BaseException as error:  # whatever it is, the others wait for it
-                self._tell(Done(self.number, info_of(error, self.rank, name)), present)
+                self._tell(Done(self.number, info_of(error, self.rank, name, failure)), present)
                 raise
             finally:
                 self._is_inside.clear()
@@ -137,13 +128,13 @@ class LeadingCalls:
         except PeerGone:
             raise _gone(name, [peer.rank]) from None
         except TimeoutError:
-            raise _missing(name, [peer.rank], self.timeout) from None
+            raise not_come(name, [peer.rank], self.timeout) from None
         if isinstance(frame, Failed):
             raise frame.error.to_exception()
         if isinstance(frame, ShardParts) and frame.number == self.number:
             return frame
         peer.wire.put_back(frame)
-        raise _missing(name, [peer.rank], self.timeout)  # it has given this call up, and is in another one
+        raise DeadlineError(f"{name}: rank {peer.rank} has given it up, and gone on", field="rank_timeout")
 
     def send(self, peer: Peer, frame: Frame, name: str) -> None:
         """Tell one rank something within call `name`."""
@@ -178,7 +169,7 @@ class LeadingCalls:
         if gone:
             raise _gone(name, gone)
         if missing:
-            raise _missing(name, missing, self.timeout)
+            raise not_come(name, missing, self.timeout)
         if others:
             raise RequestError(f"rank {self.rank} calls {name}, {', '.join(others)}", field="rank")
 
@@ -200,21 +191,21 @@ class FollowingCalls:
         """Rank 0 reads it itself."""
         self._leader = leader
         self._wire = wire
-        self._calling = threading.Lock()
+        self._turns = _Turns(timeout)
         self._finalizer = weakref.finalize(self, _leave, [wire, memory], threading.Event())
 
-    def call(self, name: str, lead: Lead, follow: Follow | None = None) -> bytes:
+    def call(self, name: str, lead: Lead, follow: Follow | None = None, failure: Failure = UnavailableError) -> bytes:
         """See `RankCalls`."""
-        with self._calling:
+        with self._turns.take(name):
             if not self._finalizer.alive:
                 raise ShutdownError(f"{name}: this engine was shut down")
             self.number += 1
             try:
-                return self._call(name, follow)
+                return self._call(name, follow, failure)
             except _Lost as lost:  # rank 0 cannot be told
                 raise lost.error from None
 
-    def _call(self, name: str, follow: Follow | None) -> bytes:
+    def _call(self, name: str, follow: Follow | None, failure: Failure) -> bytes:
         self.send(Enter(self.number, name), name)
         try:
             if follow is not None:
@@ -224,7 +215,7 @@ class FollowingCalls:
         except _Lost:
             raise
         except BaseException as error:  # whatever it is, the call is over for all
-            self.send(Failed(self.number, info_of(error, self.rank, name)), name)
+            self.send(Failed(self.number, info_of(error, self.rank, name, failure)), name)
             self._done(name)
             raise
         return _result(self._done(name))
@@ -248,7 +239,7 @@ class FollowingCalls:
 
     def greet(self, secret: bytes) -> None:
         """Say who this is, and lend the memory. Rank 0 answers when all are there, or it waits for them no longer."""
-        deadline = time.monotonic() + self.timeout + _MAX_BEAT_SECONDS
+        deadline = time.monotonic() + self.timeout + MAX_BEAT_SECONDS
         self.memory.view[-SECRET_BYTES:] = secret
         self._wire.send(Hello(self.rank, secret, self.memory.ref), deadline)
         frame = self._wire.receive(deadline, MAX_HELLO_BYTES)
@@ -270,9 +261,34 @@ class FollowingCalls:
             except PeerGone:
                 raise _Lost(_gone(name, [self._leader])) from None
             except TimeoutError:
-                raise _Lost(_missing(name, [self._leader], self.timeout)) from None
+                raise _Lost(not_come(name, [self._leader], self.timeout)) from None
             if isinstance(frame, Done | Proceed) and frame.number == self.number:
                 return frame
+
+
+class _Turns:
+    """One call of a rank after the other, also of several threads."""
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._free = threading.Lock()
+        self._holder: int | None = None
+        self._name = ""
+
+    @contextlib.contextmanager
+    def take(self, name: str) -> Iterator[None]:
+        """Be the one that makes a call. Not from within another one, as from an iterator that this reads."""
+        if self._holder == threading.get_ident():
+            raise RequestError(f"{name} is called within {self._name}, which waits for it", field="rank")
+        if not self._free.acquire(timeout=self._timeout):
+            message = f"{name}: {self._name} of this rank has not ended within {self._timeout:g} s"
+            raise DeadlineError(message, field="rank_timeout")
+        self._holder, self._name = threading.get_ident(), name
+        try:
+            yield
+        finally:
+            self._holder = None
+            self._free.release()
 
 
 class _Ended(Exception):
@@ -289,93 +305,6 @@ class _Lost(Exception):
     def __init__(self, error: HeadraceError) -> None:
         super().__init__()
         self.error = error
-
-
-class _Address(msgspec.Struct, frozen=True):
-    """Where rank 0 is found, and what shows that one is of the same trainer."""
-
-    host: str
-    port: int
-    secret: bytes
-
-
-def meet(ranks: Sequence[int], rank: int, timeout: float) -> LeadingCalls | FollowingCalls:
-    """Bring the ranks of one mesh together, by the store of the trainer's `torch.distributed`; the first of `ranks` is
-    the one that leads. Raises `DeadlineError` naming who has not come."""
-    deadline, name, leader = time.monotonic() + timeout, "VerlEngine", ranks[0]
-    if len(ranks) == 1:
-        return LeadingCalls(rank, [], timeout)
-    store = trainer_store()
-    prefix = f"headrace/{hashlib.sha256(repr(list(ranks)).encode()).hexdigest()}"
-    key = f"{prefix}/meeting/{store.add(f'{prefix}/rank/{rank}', 1)}"
-    if rank == leader:
-        with listen_beside(store, _BACKLOG) as listener:
-            host, port = listener.getsockname()[:2]
-            secret = secrets.token_bytes(SECRET_BYTES)
-            store.set(key, msgspec.json.encode(_Address(host, port, secret)))
-            peers = _accept(listener, ranks[1:], secret, deadline)
-        store.delete_key(key)
-        return LeadingCalls(rank, _welcome(peers, ranks[1:], timeout), timeout)
-    try:
-        store.wait([key], datetime.timedelta(seconds=timeout))
-        address = msgspec.json.decode(store.get(key), type=_Address)
-        wire = Wire(socket.create_connection((address.host, address.port), max(deadline - time.monotonic(), 0.1)))
-        following = FollowingCalls(rank, leader, wire, timeout, SharedBuffer.create(MEMORY_BYTES + SECRET_BYTES))
-        following.greet(address.secret)
-    except (PeerGone, OSError, RuntimeError):  # the last is the store's, also where it waited in vain
-        raise _missing(name, [leader], timeout) from None
-    return following
-
-
-def _accept(listener: socket.socket, expected: Sequence[int], secret: bytes, deadline: float) -> list[Peer]:
-    """Connections of these ranks, as many as come by the deadline."""
-    found: dict[int, Peer] = {}
-    while len(found) < len(expected) and (left := deadline - time.monotonic()) > 0:
-        listener.settimeout(left)
-        try:
-            connection, _ = listener.accept()
-        except TimeoutError:
-            break
-        wire = Wire(connection)
-        try:
-            hello = wire.receive(min(deadline, time.monotonic() + _MAX_BEAT_SECONDS), MAX_HELLO_BYTES)
-            is_ours = isinstance(hello, Hello) and hmac.compare_digest(hello.secret, secret)
-            if not isinstance(hello, Hello) or not is_ours or hello.rank not in expected or hello.rank in found:
-                raise PeerGone
-        except (PeerGone, TimeoutError):
-            wire.close()
-            continue
-        found[hello.rank] = Peer(hello.rank, wire, _borrowed(hello.memory, secret))
-    return list(found.values())
-
-
-def _welcome(peers: Sequence[Peer], expected: Sequence[int], timeout: float) -> list[Peer]:
-    """Answer all: that they are complete, or who is missing. Raises the latter. In the order of `expected`."""
-    missing = sorted({*expected} - {peer.rank for peer in peers})
-    error = _missing("VerlEngine", missing, timeout) if missing else None
-    for peer in peers:
-        with contextlib.suppress(PeerGone, TimeoutError):  # the first call names it
-            answer = Done(0, error.info()) if error else Welcome(peer.memory is not None)
-            peer.wire.send(answer, time.monotonic() + timeout)
-    if error:
-        for peer in peers:
-            peer.close()
-        raise error
-    return sorted(peers, key=lambda peer: expected.index(peer.rank))
-
-
-def _borrowed(ref: BufferRef, secret: bytes) -> SharedBuffer | None:
-    """A rank's memory, if it is on this machine and may be read."""
-    try:
-        borrowed = BorrowedBuffer(ref, secret)
-    except RequestError:
-        return None
-    try:
-        return SharedBuffer.open(borrowed.ref)
-    except HeadraceError:
-        return None
-    finally:
-        borrowed.close()
 
 
 def _beat(peers: Sequence[Peer], is_inside: threading.Event, stop: threading.Event, seconds: float) -> None:
@@ -401,7 +330,7 @@ def _gone(name: str, ranks: Sequence[int]) -> UnavailableError:
     return UnavailableError(f"{name}: {_listed(ranks)} gone", field="rank")
 
 
-def _missing(name: str, ranks: Sequence[int], timeout: float) -> DeadlineError:
+def not_come(name: str, ranks: Sequence[int], timeout: float) -> DeadlineError:
     verb = "has" if len(ranks) == 1 else "have"
     message = f"{name}: {_named(ranks)} {verb} not come to it within {timeout:g} s; every rank makes every call"
     return DeadlineError(message, field="rank_timeout")

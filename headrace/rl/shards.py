@@ -4,6 +4,10 @@ Every rank names the same tensors in the same order. Of one that all have whole,
 a DTensor on CPUs whose mesh is inside the engine's, each rank puts its own box into its memory, and rank 0 copies it
 from there, once. Any other DTensor is gathered by all ranks of its own mesh, once all have come to it. Torch is loaded
 by whoever brings a tensor.
+
+To ask for the next tensor may be a collective of all ranks, as `full_tensor` in a generator is. So they read in rounds
+that end at the same tensor everywhere: within one nobody waits for another, between two all wait until rank 0 has
+handed on what came, and an error there finds no rank in the middle of a collective.
 """
 
 from __future__ import annotations
@@ -28,22 +32,25 @@ if TYPE_CHECKING:
     import torch
 
 MAX_PARTS = 1024
-"""That a rank names before it waits for rank 0."""
+"""Of a round."""
 
 
 def send_shards(calls: FollowingCalls, call: str, ranks: Sequence[int], named_tensors: NamedTensors) -> None:
-    """A following rank's share of an update: its boxes, in pieces, each tensor copied before the next is asked for."""
-    sender = _Sender(calls, call)
+    """A following rank's share of an update: its boxes, in pieces, each tensor copied before the next is asked for.
+    Its memory is written to only once rank 0 is at this call, and so reads it for no other one."""
+    calls.wait(call)
+    sender, rounds = _Sender(calls, call), _Rounds()
     for name, tensor in _pairs(named_tensors):
         part, local = _part_of(name, tensor, ranks)
-        if part.way == "gathered":
-            sender.add(part)
-            sender.flush()
-            gathered(name, tensor.detach())
-        elif part.size:
+        if part.size:
             sender.write(part, TensorBytes(name, local))
         else:
             sender.add(part)
+        if rounds.ends_with(part, local):
+            sender.flush()
+        if part.way == "gathered":
+            gathered(name, tensor.detach())
+            calls.wait(call)
     sender.flush(is_last=True)
 
 
@@ -52,29 +59,42 @@ def whole_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Rank 0's share: every tensor, whole, in memory that nobody writes to again. `WeightUpdateError` naming a rank
     that has another one in its place."""
-    import torch
-
     streams = [_Stream(calls, call, peer) for peer in calls.peers]
+    own, rounds = list[tuple[ShardPart, Any]](), _Rounds()
+    _proceed(streams)
     for name, tensor in _pairs(named_tensors):
         part, local = _part_of(name, tensor, ranks)
-        for stream in streams:
-            _require_same(part, stream.peek(), calls.rank, stream.rank)
-        if part.way == "box":
-            whole = torch.empty(part.shape, dtype=tensor.dtype, device="cpu")
-            if part.size:
-                whole[Box(part.start, part.size).slices] = local.detach()
-            for stream in streams:
-                stream.read_box(whole)
-            yield name, whole
-            continue
-        for stream in streams:
-            stream.release()
-        yield name, gathered(name, tensor.detach()) if part.way == "gathered" else _copied(local)
+        own.append((part, _own_copy(part, local)))
+        if rounds.ends_with(part, local):
+            yield from _completed(own, streams, calls.rank)
+            if part.way == "gathered":
+                _proceed(streams)
+                yield name, gathered(name, tensor.detach())
+            _proceed(streams)
+    yield from _completed(own, streams, calls.rank)
     for stream in streams:
         surplus = stream.peek()
         if surplus is not None:
             message = f"{surplus.name} is a tensor of rank {stream.rank}, rank {calls.rank} has none after its last"
             raise WeightUpdateError(message, field=surplus.name)
+
+
+class _Rounds:
+    """Where a round ends: at a tensor that is gathered, and with as many, or as much of them as a rank's memory takes,
+    if it had all. Whatever is sent in pieces ends one."""
+
+    def __init__(self) -> None:
+        self._num_parts = 0
+        self._num_bytes = 0
+
+    def ends_with(self, part: ShardPart, local: Any) -> bool:
+        """Whether this tensor, the next, is the last of a round."""
+        self._num_parts += 1
+        self._num_bytes += aligned(math.prod(part.shape) * local.dtype.itemsize)
+        is_end = part.way == "gathered" or self._num_parts >= MAX_PARTS or self._num_bytes >= MEMORY_BYTES
+        if is_end:
+            self._num_parts = self._num_bytes = 0
+        return is_end
 
 
 class _Sender:
@@ -89,8 +109,6 @@ class _Sender:
     def add(self, part: ShardPart) -> None:
         """A part without bytes."""
         self._parts.append(part)
-        if len(self._parts) >= MAX_PARTS:
-            self.flush()
 
     def write(self, part: ShardPart, data: TensorBytes) -> None:
         """A part with all of its bytes, in as many pieces as it takes."""
@@ -117,7 +135,7 @@ class _Sender:
 
 
 class _Stream:
-    """The parts of one following rank, in order. It goes on when all that it sent has been released."""
+    """The parts of one following rank, in order."""
 
     def __init__(self, calls: LeadingCalls, call: str, peer: Peer) -> None:
         self.rank = peer.rank
@@ -138,20 +156,16 @@ class _Stream:
             self._memory = memoryview(message.data) if own is None else own.view
         return self._parts[0] if self._parts else None
 
-    def release(self) -> None:
-        """The next part was taken."""
-        self._parts.popleft()
-        if not self._parts and not self._is_last:
-            self._calls.send(self._peer, Proceed(self._calls.number), self._call)
+    def proceed(self) -> None:
+        """What the rank sent was taken: it may go on."""
+        self._calls.send(self._peer, Proceed(self._calls.number), self._call)
 
-    def read_box(self, whole: torch.Tensor) -> None:
-        """Copy the rank's box of a tensor to its place."""
+    def take(self, whole: torch.Tensor) -> None:
+        """Take the next part, and copy its box of a tensor to its place."""
         import torch
 
-        part = self.peek()
-        assert part is not None, "its name was looked at"
+        part = self._parts.popleft()
         if not part.size:
-            self.release()
             return
         box = whole[Box(part.start, part.size).slices]
         flat = box if box.is_contiguous() else torch.empty(part.size, dtype=whole.dtype, device="cpu")
@@ -159,15 +173,33 @@ class _Stream:
         while True:
             view[done : done + part.num_bytes] = np.frombuffer(self._memory, np.uint8, part.num_bytes, part.offset)
             done += part.num_bytes
-            self.release()
             if not part.has_more:
                 break
+            self.proceed()
             following = self.peek()
             if following is None or following.name != part.name:
                 raise WeightUpdateError(f"{part.name} of rank {self.rank} breaks off", field=part.name)
-            part = following
+            part = self._parts.popleft()
         if flat is not box:
             box.copy_(flat)
+
+
+def _proceed(streams: Sequence[_Stream]) -> None:
+    for stream in streams:
+        stream.proceed()
+
+
+def _completed(
+    own: list[tuple[ShardPart, Any]], streams: Sequence[_Stream], rank: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What rank 0 has of a round, with what the others have of it; the list is empty then."""
+    for part, whole in own:
+        for stream in streams:
+            _require_same(part, stream.peek(), rank, stream.rank)
+            stream.take(whole)
+        if part.way != "gathered":
+            yield part.name, whole
+    own.clear()
 
 
 def _pairs(named_tensors: NamedTensors) -> Iterator[tuple[str, Any]]:
@@ -219,9 +251,19 @@ def _box_of(shape: tuple[int, ...], mesh: Any, placements: Sequence[Any]) -> tup
     return Box(tuple(start), tuple(size)), counts
 
 
-def _copied(tensor: Any) -> Any:
-    """The same values in memory that nobody else writes to."""
-    return tensor.copy() if isinstance(tensor, np.ndarray) else tensor.detach().clone()
+def _own_copy(part: ShardPart, local: Any) -> Any:
+    """A tensor in memory that nobody else writes to: all of it, or where there are boxes rank 0's, with room for
+    others. None of one that is to be gathered."""
+    import torch
+
+    if part.way == "whole":
+        return local.copy() if isinstance(local, np.ndarray) else local.detach().clone()
+    if part.way == "gathered":
+        return None
+    whole = torch.empty(part.shape, dtype=local.dtype, device="cpu")
+    if part.size:
+        whole[Box(part.start, part.size).slices] = local.detach()
+    return whole
 
 
 def _require_same(ours: ShardPart, theirs: ShardPart | None, our_rank: int, their_rank: int) -> None:

@@ -18,7 +18,8 @@ from headrace.client import Client, Runtime
 from headrace.client.asks import native_body
 from headrace.engine import Engine
 from headrace.engine.tensors import NamedTensors
-from headrace.rl.rank_calls import FollowingCalls, LeadingCalls, meet
+from headrace.rl.meeting import meet
+from headrace.rl.rank_calls import FollowingCalls, LeadingCalls
 from headrace.rl.shards import send_shards, whole_tensors
 from headrace.server.blocking import serve
 from headrace.server.native import answer_body
@@ -136,7 +137,8 @@ class VerlEngine:
         in_flight: InFlight = "drain",
     ) -> UpdateReport | None:
         """New weights, of which every rank brings the same names in the same order: plain tensors, or its part of
-        DTensors. They are read one by one.
+        DTensors. They are read one by one, on all ranks in step: a generator may gather each with a collective of
+        them. A call of this engine within it is a `RequestError`.
 
         One call may bring all or a part; they are live, all at once, with the call after which the model lacks
         nothing, which returns the report; the others return None. A tensor that comes again replaces the first, and an
@@ -160,7 +162,7 @@ class VerlEngine:
             assert isinstance(self._calls, FollowingCalls), "rank 0 leads"
             send_shards(self._calls, name, self._ranks, named_tensors)
 
-        return msgspec.msgpack.decode(self._calls.call(name, lead, follow), type=UpdateReport | None)
+        return msgspec.msgpack.decode(self._calls.call(name, lead, follow, WeightUpdateError), type=UpdateReport | None)
 
     def release_memory_occupation(
         self, tags: Sequence[MemoryTag] | None = None, *, in_flight: OnRelease = "abort"

@@ -152,7 +152,10 @@ class Checkpoint:
                     return {index: opened.state(), **self._shard_states(names_of, opened.path)}, dict(names_of)
             looked_for += [single, index]
         folder = self._folder.path
-        raise CheckpointError(f"{folder} has no weights: looked for {', '.join(looked_for)}", field=str(folder))
+        message = f"{folder} has no weights: looked for {', '.join(looked_for)}"
+        if self._folder.state(RECORD) is not None:
+            message += "; a sharded save is loaded at a start with load_format='sharded', and nothing else reads it"
+        raise CheckpointError(message, field=str(folder))
 
     def _look_for_rank(self, shard: Shard) -> tuple[dict[str, FileState], dict[str, list[str] | None]]:
         record, path = read_record(self._folder), self._folder.path

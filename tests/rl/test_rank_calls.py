@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -11,10 +12,10 @@ from typing import Any
 import pytest
 from torch import distributed
 
-from headrace.rl import rank_calls
+from headrace.rl import meeting, rank_calls
 from headrace.rl.frames import Beat, Done, Hello, PeerGone, Wire
-from headrace.rl.rank_calls import meet
-from headrace.types.errors import ConfigError, HeadraceError, UnavailableError
+from headrace.rl.meeting import meet
+from headrace.types.errors import ConfigError, DeadlineError, HeadraceError, UnavailableError, WeightUpdateError
 from headrace.types.weights import BufferRef
 
 RANKS = [4, 5, 7]
@@ -53,7 +54,7 @@ class Ranks:
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
     store = distributed.HashStore()  # type: ignore[attr-defined]
-    monkeypatch.setattr(rank_calls, "_trainer_store", lambda: store)
+    monkeypatch.setattr(meeting, "_trainer_store", lambda: store)
     met = Ranks()
     met.calls = met.each(lambda rank: meet(RANKS, rank, TIMEOUT))
     yield met
@@ -62,7 +63,10 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
 
 
 def told(found: dict[int, Any]) -> dict[int, tuple[str, str, str]]:
-    return {rank: (type(error).__name__, error.field, error.message) for rank, error in found.items()}
+    return {
+        rank: (type(error).__name__, getattr(error, "field", ""), getattr(error, "message", str(error)))
+        for rank, error in found.items()
+    }
 
 
 def test_all_get_the_answer_or_the_error_of_rank_0(ranks: Ranks) -> None:
@@ -79,7 +83,9 @@ def test_all_get_the_answer_or_the_error_of_rank_0(ranks: Ranks) -> None:
     found = ranks.call(lead=stumble)
     assert isinstance(found.pop(4), ValueError)
     message = "call: rank 4 failed: ValueError: boom"
-    assert told(found) == dict.fromkeys(RANKS[1:], ("HeadraceError", "rank", message))
+    assert told(found) == dict.fromkeys(RANKS[1:], ("UnavailableError", "rank", message))
+    found = told(ranks.each(lambda rank: ranks.calls[rank].call("call", stumble, None, WeightUpdateError)))
+    assert [found[rank][0] for rank in RANKS] == ["ValueError", "WeightUpdateError", "WeightUpdateError"]
     assert ranks.call() == dict.fromkeys(RANKS, b"answer")
 
 
@@ -163,10 +169,102 @@ def test_who_does_not_come_to_the_meeting_is_named_and_the_next_meeting_is_anoth
         calls.close()
 
 
+@pytest.mark.parametrize("alone", [[4], [5, 7], [7]])
+def test_ranks_that_have_tried_more_often_than_others_meet_them(ranks: Ranks, alone: list[int]) -> None:
+    for _ in range(2):
+        found = ranks.each(lambda rank: meet(RANKS, rank, 0.2), alone)
+        assert {type(each).__name__ for each in found.values()} == {"DeadlineError"}
+    first, ranks.calls = ranks.calls, ranks.each(lambda rank: meet(RANKS, rank, 10.0))
+    assert ranks.call() == dict.fromkeys(RANKS, b"answer")
+    for each in first.values():
+        each.close()
+
+
+def test_a_rank_that_is_late_meets_the_others_as_they_try_again(ranks: Ranks) -> None:
+    def met(rank: int) -> Any:
+        if rank == 7:
+            time.sleep(1.5 * TIMEOUT)
+        with contextlib.suppress(DeadlineError):
+            return meet(RANKS, rank, TIMEOUT)
+        return meet(RANKS, rank, 10.0)
+
+    first, ranks.calls = ranks.calls, ranks.each(met)
+    assert ranks.call() == dict.fromkeys(RANKS, b"answer")
+    for each in first.values():
+        each.close()
+
+
+def test_a_rank_that_gave_up_comes_again_to_where_rank_0_still_waits(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_given_up = threading.Event()
+    monkeypatch.setattr(rank_calls, "MAX_BEAT_SECONDS", 0.1)
+
+    def met(rank: int) -> Any:
+        if rank == 5:
+            with pytest.raises(DeadlineError):
+                meet(RANKS, rank, 0.5)
+            has_given_up.set()
+        if rank == 7:
+            has_given_up.wait(10)
+        return meet(RANKS, rank, 10.0)
+
+    first, ranks.calls = ranks.calls, ranks.each(met)
+    assert ranks.call() == dict.fromkeys(RANKS, b"answer")
+    for each in first.values():
+        each.close()
+
+
+@pytest.mark.parametrize("which", RANKS)
+def test_a_call_within_a_call_is_refused_on_every_rank(ranks: Ranks, which: int) -> None:
+    leading = ranks.calls[4]
+
+    def nested(rank: int) -> bytes:
+        if rank == which:
+            ranks.calls[rank].call("generate", lambda: b"")
+        return b""
+
+    def lead() -> bytes:
+        for peer in leading.peers if which != 4 else []:
+            if peer.rank == which:
+                leading.receive(peer, "update")
+        return nested(4)
+
+    def call(rank: int) -> Any:
+        return ranks.calls[rank].call("update", lead, lambda: nested(rank) and None)
+
+    message = "generate is called within update, which waits for it"
+    assert told(ranks.each(call)) == dict.fromkeys(RANKS, ("RequestError", "rank", message))
+    assert ranks.call() == dict.fromkeys(RANKS, b"answer")
+
+
+def test_a_call_of_another_thread_waits_for_the_one_before_it_but_not_for_ever() -> None:
+    calls, found, threads = meet([4], 4, 0.5), list[Any](), list[threading.Thread]()
+
+    def second() -> None:
+        try:
+            found.append(calls.call("generate", lambda: b"second"))
+        except DeadlineError as error:
+            found.append((error.field, error.message))
+
+    def within(seconds: float) -> bytes:
+        threads.append(threading.Thread(target=second))
+        threads[-1].start()
+        threads[-1].join(seconds)
+        return b"first"
+
+    assert calls.call("update", lambda: within(30)) == b"first"
+    assert found == [("rank_timeout", "generate: update of this rank has not ended within 0.5 s")]
+    calls.call("update", lambda: within(0))
+    threads[1].join(30)
+    assert found[1:] == [b"second"]
+    calls.close()
+
+
 def test_a_stranger_is_not_let_in(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     """It connects before the ranks do, and says nothing, or nonsense, or another secret."""
     connected: list[Any] = []
-    original = rank_calls._accept
+    original = meeting._accept
 
     def accept(listener: socket.socket, *args: Any) -> Any:
         for said in (
@@ -184,7 +282,7 @@ def test_a_stranger_is_not_let_in(ranks: Ranks, monkeypatch: pytest.MonkeyPatch)
         connected.append(other)
         return original(listener, *args)
 
-    monkeypatch.setattr(rank_calls, "_accept", accept)
+    monkeypatch.setattr(meeting, "_accept", accept)
     first, ranks.calls = ranks.calls, ranks.each(lambda rank: meet(RANKS, rank, 10.0))
     assert ranks.call() == dict.fromkeys(RANKS, b"answer")
     for each in (*connected, *first.values()):

@@ -81,6 +81,31 @@ def test_a_generator_may_use_one_buffer_and_an_update_several_calls(folder: str,
     check_live(run_ranks(2, bodies.update_from_one_buffer, folder, newer), newer)
 
 
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("options", [ENGINE, SERVER], ids=["engine", "server"])
+def test_a_generator_may_gather_each_tensor_with_a_collective(
+    folder: str, newer: str, num_ranks: int, options: dict[str, Any]
+) -> None:
+    seen = run_ranks(num_ranks, bodies.update_by_collectives, folder, newer, options, seconds=90)
+    for found, live in zip(zip(*seen, strict=True), (folder, folder, newer), strict=False):
+        check_live([each[1:] for each in found], live)
+        assert len({tuple(each[0]) for each in found}) == 1
+    for what, (error, *_) in zip(("refused", "disagreed"), seen[0], strict=False):
+        assert error[0] == "WeightUpdateError" and error[1] == bodies.NORM, (what, error)
+
+
+@pytest.mark.parametrize("options", [ENGINE, SERVER], ids=["engine", "server"])
+@pytest.mark.parametrize("how", ["late", "stopped"])
+def test_what_a_rank_brings_next_is_not_part_of_an_update_that_it_gave_up(
+    folder: str, newer: str, how: str, options: dict[str, Any]
+) -> None:
+    (leading, old), (following, also_old) = run_ranks(2, bodies.give_an_update_up, folder, newer, how, options)
+    assert following[0][:2] == ("DeadlineError", "rank_timeout")
+    error, label, digests = leading
+    assert digests == checkpoint_digests(Path(newer if label == "given up" else folder)), error
+    check_live([old, also_old], folder)
+
+
 def test_an_error_is_that_of_all_ranks_and_changes_nothing(folder: str, newer: str) -> None:
     seen = run_ranks(2, bodies.refusals, folder, newer)
     check_live([after for _, after in seen], newer)
@@ -93,6 +118,7 @@ def test_an_error_is_that_of_all_ranks_and_changes_nothing(folder: str, newer: s
         **{"infinite": "sampling_params[0].temperature", "image": "image_data", "streamed": "stream"},
         **{"tags": "tags", "pause": "mode", "different calls": "rank"},
     }
+    fields |= {what: "rank" for what in seen[0][0] if "within" in what}
     (leading, _), (following, _) = seen
     for what, field in fields.items():
         assert leading[what] == following[what], what
@@ -102,7 +128,7 @@ def test_an_error_is_that_of_all_ranks_and_changes_nothing(folder: str, newer: s
     for rank, found in enumerate((leading, following)):
         for on in (0, 1):
             kind, field, message = found[f"generator of rank {on}"]
-            assert (kind, field) == (("ValueError", "") if on == rank else ("HeadraceError", "rank"))
+            assert (kind, field) == (("ValueError", "") if on == rank else ("WeightUpdateError", "rank"))
             assert "on fire" in message and (on == rank or f"rank {on} failed: ValueError" in message)
 
 

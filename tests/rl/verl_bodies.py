@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from headrace.rl import VerlEngine, rank_calls, shards, verl_engine
+from headrace.rl import VerlEngine, meeting, shards, verl_engine
 from headrace.types.errors import HeadraceError
 
 GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
@@ -88,7 +88,7 @@ def update_from_fsdp(rank: int, folder: str, options: dict[str, Any]) -> list[An
 
 def shrink() -> None:
     """Everything that holds many tensors, or much of one, holds little."""
-    for module in (rank_calls, shards):
+    for module in (meeting, shards):
         module.MEMORY_BYTES = 1 << 10  # type: ignore[attr-defined]
     shards.MAX_PARTS = 3
     verl_engine.BUCKET_BYTES = 1 << 13
@@ -96,7 +96,7 @@ def shrink() -> None:
 
 def refuse_memory() -> None:
     """As if ranks were on different machines."""
-    rank_calls._borrowed = lambda *_: None
+    meeting._borrowed = lambda *_: None
 
 
 def update_in_pieces(rank: int, folder: str, newer: str, far: bool) -> list[Any]:
@@ -174,6 +174,70 @@ def update_from_one_buffer(rank: int, folder: str, newer: str) -> list[Any]:
         return [greedy(engine), digest(engine)]
 
 
+def update_by_collectives(rank: int, folder: str, newer: str, options: dict[str, Any]) -> list[Any]:
+    """Every kind of tensor, each made by a collective, as trainers do that gather what FSDP has split; in many rounds.
+    First one that the engine refuses, then one that a rank has otherwise, then again as they should be."""
+    shrink()
+    num_ranks = torch.distributed.get_world_size()
+    mesh = mesh_of(num_ranks)
+    shards = {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in tensors_of(newer).items()}
+
+    def gathered(change: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor) -> Iterator[tuple[str, Any]]:
+        for number, (name, shard) in enumerate(shards.items()):
+            whole = shard.full_tensor()
+            if name == NORM:
+                yield name, change(whole)
+            elif number % 3 == 0:
+                yield name, whole
+            elif number % 3 == 1:
+                yield name, shard
+            else:
+                parts = whole if rank == 0 else torch.zeros_like(whole)
+                yield name, DTensor.from_local(parts, mesh, [Partial()])
+
+    def longer(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tensor, tensor])
+
+    is_last = rank == num_ranks - 1
+    seen = list[Any]()
+    with verl(folder, num_ranks, rank_timeout=20, **options) as engine:
+        for tensors in (gathered(longer), gathered(longer) if is_last else gathered(), gathered()):
+            error = error_of(lambda each=tensors: engine.update_weights_from_tensor(each))  # type: ignore[misc]
+            seen.append((error, greedy(engine), digest(engine)))
+    return seen
+
+
+def give_an_update_up(rank: int, folder: str, newer: str, how: str, options: dict[str, Any]) -> list[Any]:
+    """Rank 0 comes late to an update, or is stopped within it; rank 1 gives it up, and goes on with the next one."""
+    mesh = mesh_of(2)
+    new, old = (
+        [(name, distribute_tensor(tensor, mesh, [Shard(0)])) for name, tensor in tensors_of(each).items()]
+        for each in (newer, folder)
+    )
+    leader = torch.tensor([os.getpid()])
+    torch.distributed.broadcast(leader, 0)
+
+    def stopping() -> Iterator[tuple[str, Any]]:
+        for number, pair in enumerate(new):
+            if number == 8 and how == "stopped" and rank == 0:
+                os.kill(os.getpid(), STOP)
+            yield pair
+
+    with verl(folder, rank_timeout=3, **options) as engine:
+        torch.distributed.barrier()
+        if rank == 0 and how == "late":
+            time.sleep(5)
+        found: list[Any] = [error_of(lambda: engine.update_weights_from_tensor(stopping(), weight_version="given up"))]
+        if rank == 1 and how == "stopped":
+            threading.Timer(1, os.kill, (int(leader), signal.SIGCONT)).start()
+        if engine.engine is not None:
+            found += [engine.engine.status().version, digest(engine)]
+        assert engine.update_weights_from_tensor(old) is not None
+        engine.release_memory_occupation(["kv_cache"])
+        engine.resume_memory_occupation()
+        return [found, (greedy(engine), digest(engine))]
+
+
 def refusals(rank: int, folder: str, newer: str) -> list[Any]:
     """What goes wrong on one rank or on all; each leaves the old weights, and the next update is taken."""
     new, old = tensors_of(newer), tensors_of(folder)
@@ -183,6 +247,12 @@ def refusals(rank: int, folder: str, newer: str) -> list[Any]:
         for number, pair in enumerate(new.items()):
             if number == 7 and rank == on:
                 raise ValueError("the optimizer is on fire")
+            yield pair
+
+    def calling(on: int, call: Callable[[], Any]) -> Iterator[tuple[str, torch.Tensor]]:
+        for number, pair in enumerate(new.items()):
+            if number == 7 and rank == on:
+                call()
             yield pair
 
     def changed(on: int, change: Callable[[dict[str, torch.Tensor]], Any]) -> dict[str, torch.Tensor]:
@@ -232,6 +302,10 @@ def refusals(rank: int, folder: str, newer: str) -> list[Any]:
             "pause": lambda: engine.pause_generation("sideways"),
             "different calls": engine.flush_cache if rank else lambda: engine.generate(input_ids=[1]),
         }
+        inner = engine.flush_cache, engine.release_memory_occupation, engine.resume_memory_occupation
+        for call in (*inner, update(new), lambda: greedy(engine)):
+            for on in (0, 1):
+                calls[f"call {len(calls)} within an update, on rank {on}"] = update(calling(on, call))
         before, found = (greedy(engine), digest(engine)), dict[str, Any]()
         for what, call in calls.items():
             found[what] = error_of(call)
