@@ -72,12 +72,27 @@ class TrainerGroup:
         ranks = get_process_group_ranks(group)
         self.size = len(ranks)
         self.store = trainer_store()
-        prefix = f"headrace/ranks/{hashlib.sha256(repr(ranks).encode()).hexdigest()}"
+        self._prefix = f"headrace/ranks/{hashlib.sha256(repr(ranks).encode()).hexdigest()}"
         try:
-            self._key = f"{prefix}/said/{self.store.add(f'{prefix}/rank/{self.rank}', 1)}"
+            self._number = self._next_number()
         except RuntimeError as error:  # whoever keeps the store is gone
             reason = str(error).partition("\n")[0]
             raise UnavailableError(f"the trainer's store cannot be reached: {reason}", field=FIELD) from None
+
+    def _next_number(self) -> int:
+        """Which call of rank 0's this is. On another rank it is the first that it has not heard of: how often that rank
+        has called in vain before is of no account."""
+        if self.rank == 0:
+            return int(self.store.add(f"{self._prefix}/calls", 1))
+        return int(self.store.add(self._heard_key, 0)) + 1
+
+    @property
+    def _heard_key(self) -> str:
+        return f"{self._prefix}/heard/{self.rank}"
+
+    @property
+    def _key(self) -> str:
+        return f"{self._prefix}/said/{self._number}"
 
     def say(self, said: _Place | _Refusal) -> None:
         """To all other ranks, where there is a store still."""
@@ -89,6 +104,7 @@ class TrainerGroup:
         try:
             self.store.wait([self._key], datetime.timedelta(seconds=seconds))
             said = _SAID.decode(self.store.get(self._key))
+            self.store.add(self._heard_key, self._number - int(self.store.add(self._heard_key, 0)))
         except RuntimeError:  # the store's, also where it has waited in vain
             message = f"rank 0 has not come to Engine(rank_group=...) within {seconds:g} s"
             raise DeadlineError(message, field="start_timeout") from None

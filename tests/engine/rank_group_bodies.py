@@ -166,6 +166,13 @@ def never_comes(rank: int, folder: str, which: int) -> Any:
     return error_of(folder, start_timeout=4)
 
 
+def calls_too_often(rank: int, folder: str) -> Any:
+    """Rank 1 has called in vain before rank 0 comes."""
+    found = [error_of(folder, start_timeout=1)[0] for _ in range(2 * rank)]
+    distributed.barrier()
+    return [*found, error_of(folder)[0]]
+
+
 def settings_of_one(rank: int, folder: str, other: str) -> Any:
     """What one rank gives that is refused, or another thing than the others."""
     found = []

@@ -67,6 +67,11 @@ def test_a_rank_that_never_comes_is_named(model_folder: Path, which: int) -> Non
     assert kind == "DeadlineError" and field == "start_timeout" and f"rank {which} has not come" in message
 
 
+def test_ranks_meet_however_often_one_has_called_before(model_folder: Path) -> None:
+    seen = run_ranks(2, bodies.calls_too_often, str(model_folder), seconds=SECONDS)
+    assert seen == [["no error"], ["DeadlineError", "DeadlineError", "no error"]]
+
+
 def test_what_is_refused_is_refused_on_every_rank(model_folder: Path, tmp_path: Path) -> None:
     """The next engine is none the worse for it."""
     other = save_model(tmp_path, seed=1)
