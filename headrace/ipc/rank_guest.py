@@ -19,7 +19,7 @@ import msgspec
 
 from headrace.ipc.codec import DECODE_ERRORS, FrameError, FrameReader, pack_frame
 from headrace.ipc.rank_channel import RankChannel
-from headrace.ipc.rank_page import NUM_WORDS, RANK_PAGE_BYTES, RankPage
+from headrace.ipc.rank_page import RANK_PAGE_BYTES, RankPage
 from headrace.ipc.rank_spawn import is_stopped
 from headrace.types.errors import ErrorInfo
 
@@ -170,10 +170,8 @@ class GuestRank:
         word, value = _STORE.unpack_from(frame)
         if word == _TEXT:
             self.page.store_text(frame[_STORE.size :])
-        elif word < NUM_WORDS:
-            self.page.store(word, value)
         else:
-            raise IndexError(f"a page has no word {word}")
+            self.page.store(word, value)  # `IndexError` where a page has no such word
 
 
 class SentPage(RankPage):

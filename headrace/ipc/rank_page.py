@@ -18,10 +18,9 @@ MAX_GAP_SECONDS = 0.75
 """Of time between two looks, what counts: as much as a busy machine makes of half a second."""
 
 _BEAT, _FAILED, _FIRST_RESULT = 0, 1, 2
-NUM_WORDS = _FIRST_RESULT + NUM_RESULTS
 _DIGEST_BITS = 32
 _NUM_MARKS = (1 << 31) - 1
-_TEXT_START = 8 * NUM_WORDS
+_TEXT_START = 8 * (_FIRST_RESULT + NUM_RESULTS)
 _TEXT_BYTES = 1024
 
 

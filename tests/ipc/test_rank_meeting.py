@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from headrace.ipc import SharedBuffer, rank_meeting
@@ -134,6 +135,19 @@ def test_who_knows_another_secret_is_told_so_and_learns_nothing(meeting: Meeting
     with pytest.raises(DeadlineError, match="node 1 has not come") as missing:
         meeting.gather(TERMS, soon(0.2))
     assert missing.value.field == "start_timeout"
+
+
+def test_who_goes_on_without_the_secret_is_not_heard(meeting: Meeting) -> None:
+    """A stranger who takes no offence at a proof that is none, and says what a guest says."""
+    with socket.create_connection(meeting.address, 30.0) as stranger:
+        drawn = stranger.recv(32)
+        stranger.sendall(bytes(32) + rank_meeting._proof(b"another", b"guest", drawn, bytes(32)))
+        assert stranger.recv(32) == bytes(32)
+        body = msgspec.msgpack.encode(hello_of())
+        with suppress(ConnectionError):
+            stranger.sendall(len(body).to_bytes(4, "little") + body)
+            assert stranger.recv(1) == b""
+    assert not meeting._arrived
 
 
 def test_who_does_not_know_the_secret_is_no_rank_0() -> None:
