@@ -27,6 +27,7 @@ from headrace.types.errors import ConfigError
 from headrace.types.weights import ELEMENT_BYTES
 from headrace.weights import Shard
 from headrace.weights.saved import check_saved_model
+from headrace.weights.weight_map import WeightMap
 
 _LOGITS_BYTES = 4
 _CPU_LOGITS_COPIES = 3
@@ -131,14 +132,16 @@ def _memory_plan(resolved: ResolvedConfig) -> dict[str, int | bool]:
     """
     from headrace.models import weight_map
 
-    page_size, num_ranks = resolved.engine.page_size, resolved.num_ranks
-    table, num_here = weight_map(resolved.model, Shard(0, num_ranks)), num_ranks if resolved.cuda is None else 1
-    num_parameters = sum(math.prod(rule.shape) for rule in table.rules_by_name.values())
-    sizes = (math.prod(each.shape) * ELEMENT_BYTES[each.dtype or resolved.dtype] for each in table.params.values())
-    weights, workspace = num_here * sum(sizes), num_here * _workspace(resolved)
+    num_ranks, num_stages, is_shared = resolved.engine.tp_size, resolved.engine.pp_size, resolved.cuda is None
+    tables = [weight_map(resolved.model, Shard(0, num_ranks, stage, num_stages)) for stage in range(num_stages)]
+    num_parameters = sum(math.prod(rule.shape) for rule in tables[0].rules_by_name.values())
+    sizes = [_weight_bytes(table, resolved.dtype) for table in tables]
+    weights = num_ranks * sum(sizes) if is_shared else max(sizes)
+    workspace = _workspace(resolved) * (resolved.num_ranks if is_shared else 1)
     available = available_memory() if resolved.cuda is None else resolved.cuda.total_bytes
+    page_size = resolved.engine.page_size
     num_pages, is_estimate = resolved.num_pages, resolved.num_pages == 0
-    page_bytes = num_here * page_size * resolved.kv_bytes_per_token
+    page_bytes = page_size * (resolved.host_bytes_per_token if is_shared else resolved.kv_bytes_per_token)
     if is_estimate:
         room = int(available * resolved.engine.memory_fraction) - weights - workspace
         num_pages = max(0, room // page_bytes)
@@ -156,6 +159,10 @@ def _memory_plan(resolved: ResolvedConfig) -> dict[str, int | bool]:
         "available": available,
         "fits": kv_pages > 0 and total <= available,
     }
+
+
+def _weight_bytes(table: WeightMap, dtype: str) -> int:
+    return sum(math.prod(each.shape) * ELEMENT_BYTES[each.dtype or dtype] for each in table.params.values())
 
 
 def _workspace(resolved: ResolvedConfig) -> int:

@@ -46,7 +46,7 @@ def _print_model(console: Console, report: dict[str, Any]) -> None:
 
 def _print_memory(console: Console, report: dict[str, Any]) -> None:
     memory = report["memory"]
-    has_devices = report["device"] is not None and report["settings"]["tp_size"] > 1
+    has_devices = report["device"] is not None and report["settings"]["tp_size"] * report["settings"]["pp_size"] > 1
     plan = Table("memory of each device" if has_devices else "memory", "size", box=box.SIMPLE)
     for name in ("weights", "kv_pool", "workspace", "total", "available"):
         plan.add_row(name.replace("_", " "), _size(memory[name]))

@@ -1,7 +1,8 @@
 """`headrace serve`: serve a model over HTTP until interrupted.
 
 Owns the process's signals and its end: the first SIGTERM or SIGINT drains (new requests are refused, running ones
-finish within `--drain-timeout`), a second one ends at once. An engine that is dead for good ends the process too.
+finish within `--drain-timeout`), a second one ends at once. An engine that is dead for good ends the process too. With
+`--node-rank` over 0 nothing is served: the process has its share of the ranks, and ends with node 0.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from headrace.cli.flags import add_flags, given
 from headrace.cli.owner import Owner
 from headrace.config import EngineConfig
 from headrace.engine import AsyncEngine
+from headrace.engine.core_host import resolve_settings
 from headrace.server.options import ServerOptions
 from headrace.telemetry import LogContext, configure_logging
 from headrace.types.errors import HeadraceError
 
 DEFAULT_PORT = 30000
 DEFAULT_CORE_RESTARTS = 3
-_RENAMED = {"weight_roots": "weight_root", "allowed_hosts": "allowed_host"}
+_RENAMED = {"weight_roots": "weight_root", "save_roots": "save_root", "allowed_hosts": "allowed_host"}
 _KEYS = ("api_key", "admin_api_key")
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,10 @@ def _run(arguments: argparse.Namespace, owner: Owner | None) -> int:
             (given_options if name in ServerOptions.__struct_fields__ else given_settings)[name] = value
     settings = {"model": arguments.model, "max_core_restarts": DEFAULT_CORE_RESTARTS, **given_settings}
     config = EngineConfig.from_dict(settings)
+    if config.node_rank:
+        context = LogContext(f"node {config.node_rank}")
+        configure_logging(context, level=arguments.log_level, as_json=arguments.log_json)
+        return host_node(config)
     server_options = ServerOptions.from_dict(with_keys(given_options))
     server_options.check_address(arguments.host)
     with listen(arguments.host, arguments.port) as listener:
@@ -79,6 +85,17 @@ def _run(arguments: argparse.Namespace, owner: Owner | None) -> int:
             return asyncio.run(_serve(engine, arguments.host, listener, server_options, owner))
         finally:
             engine.close()
+
+
+def host_node(config: EngineConfig) -> int:
+    """Have the ranks of a node that is not the first: nothing listens here, and it ends with node 0, or by a signal."""
+    from headrace.core.rank_node import NodeKeeper
+
+    keeper = NodeKeeper(resolve_settings(config))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: keeper.stop())
+    keeper.run()
+    return 0
 
 
 def with_keys(options: dict[str, Any]) -> dict[str, Any]:

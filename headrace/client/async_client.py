@@ -12,10 +12,11 @@ import os
 import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 import msgspec
 
+from headrace.client import groups
 from headrace.client.answers import read, stream_parts
 from headrace.client.asks import generate_body, message_body
 from headrace.client.buckets import BucketUploads
@@ -24,14 +25,21 @@ from headrace.client.transport import HttpAnswer, HttpCall, LoopTransport, Trans
 from headrace.client.uploads import Uploads
 from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, seconds_of, tags_of, terms_of, terms_of_part, version_of
 from headrace.engine.fields import InputIds, Prompts, Sampling, name_of
-from headrace.engine.groups import DEFAULT_GROUP, DEFAULT_JOIN_TIMEOUT, Backend
 from headrace.engine.requests import GenerateOptions
 from headrace.engine.saving import DEFAULT_SAVE_TIMEOUT, DEFAULT_SHARD_BYTES
 from headrace.engine.tensors import HeldTensors, NamedTensors, to_tensor
 from headrace.engine.update_session import Manifest, UpdateSession, check_session, manifest_of
 from headrace.types.errors import DeadlineError, HeadraceError, UnavailableError, UnreachableError
 from headrace.types.generation import Generation
-from headrace.types.http import BEGIN_TOKEN_BYTES, PREFIX, TENSOR_HEADER, AbortAsk, BeginAsk, CommitAsk, SessionBegun
+from headrace.types.http import (
+    BEGIN_TOKEN_BYTES,
+    PREFIX,
+    TENSOR_HEADER,
+    AbortAsk,
+    BeginAsk,
+    CommitAsk,
+    SessionBegun,
+)
 from headrace.types.memory import MemoryTag, OnRelease, Restore
 from headrace.types.messages import CoreStatus
 from headrace.types.profile import Activity
@@ -191,7 +199,7 @@ class AsyncClient:
             raise
         self._uploads.open(begun)
         given = begun.session_id, terms.version, begun.mode, entries or (), terms.timeout_s, terms.partial
-        return UpdateSession(*given, is_open=entries is None, dtype=begun.dtype)
+        return UpdateSession(*given, is_open=entries is None, dtype=begun.dtype, num_ranks=begun.num_ranks)
 
     async def stage(self, session: UpdateSession, named_tensors: NamedTensors) -> None:
         """See `AsyncEngine.stage`. Of a session that this client has begun."""
@@ -272,48 +280,10 @@ class AsyncClient:
         }
         return await self._control("update_weights_from_disk", arguments, UpdateReport, limit_of(terms.timeout_s))
 
-    async def init_weights_update_group(
-        self,
-        master_address: str,
-        master_port: int | str,
-        rank_offset: int,
-        world_size: int,
-        group_name: str = DEFAULT_GROUP,
-        backend: Backend = "nccl",
-        timeout: float = DEFAULT_JOIN_TIMEOUT,
-    ) -> None:
-        """See `AsyncEngine.init_weights_update_group`. The address is as the server sees it."""
-        arguments = {
-            **{"master_address": master_address, "master_port": master_port, "rank_offset": rank_offset},
-            **{"world_size": world_size, "group_name": group_name, "backend": backend, "timeout": timeout},
-        }
-        await self._control("init_weights_update_group", arguments, type(None), limit_of(seconds_of(timeout)))
-
-    async def destroy_weights_update_group(self, group_name: str = DEFAULT_GROUP) -> None:
-        """See `AsyncEngine.destroy_weights_update_group`."""
-        await self._control("destroy_weights_update_group", {"group_name": group_name}, type(None))
-
-    async def update_weights_from_distributed(
-        self,
-        names: Sequence[str],
-        dtypes: Sequence[str],
-        shapes: Sequence[Sequence[int]],
-        group_name: str = DEFAULT_GROUP,
-        load_format: str | int | None = None,
-        version: str | int | None = None,
-        *,
-        mode: UpdateMode = "auto",
-        in_flight: InFlight = "drain",
-        timeout: float = DEFAULT_UPDATE_TIMEOUT,
-    ) -> UpdateReport | None:
-        """See `AsyncEngine.update_weights_from_distributed`."""
-        arguments = {
-            **{"names": names, "dtypes": dtypes, "shapes": shapes, "group_name": group_name},
-            **{"load_format": load_format, "version": version, "mode": mode, "in_flight": in_flight},
-            "timeout": timeout,
-        }
-        limit, kind = limit_of(seconds_of(timeout)), cast("type[UpdateReport | None]", UpdateReport | None)
-        return await self._control("update_weights_from_distributed", arguments, kind, limit)
+    init_weights_update_group = groups.init_weights_update_group
+    destroy_weights_update_group = groups.destroy_weights_update_group
+    stage_from_group = groups.stage_from_group
+    update_weights_from_distributed = groups.update_weights_from_distributed
 
     async def set_weight_version(self, version: str | int) -> None:
         """See `AsyncEngine.set_weight_version`."""

@@ -32,6 +32,7 @@ class BucketUploads:
         self._uploads = uploads
         self._session: UpdateSession | None = None  # the last that was joined
         self._token = b""  # of an ask to join that has no answer
+        self._sender = secrets.token_hex(BEGIN_TOKEN_BYTES)
 
     async def add(self, held: HeldTensors, terms: UpdateTerms) -> UpdateReport | None:
         """Bring these tensors. The report, if they were the last that the model lacked."""
@@ -42,6 +43,7 @@ class BucketUploads:
             in_flight=terms.in_flight,
             timeout=terms.timeout_s,
             token=secrets.token_bytes(BEGIN_TOKEN_BYTES),
+            sender=self._sender,
         )
         self._token = ask.token
         part = _JOINED.decode(await self._ask("join_update", message_body(ask), MESSAGE_TYPE))

@@ -65,6 +65,7 @@ class Client:
     flush_cache = _blocking(AsyncClient.flush_cache)
     begin_update = _blocking(AsyncClient.begin_update)
     stage = _blocking(AsyncClient.stage)
+    stage_from_group = _blocking(AsyncClient.stage_from_group)
     commit = _blocking(AsyncClient.commit)
     abort_update = _blocking(AsyncClient.abort_update)
     update_weights_from_tensor = _blocking(AsyncClient.update_weights_from_tensor)

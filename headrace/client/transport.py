@@ -11,7 +11,9 @@ import asyncio
 import contextlib
 import functools
 import os
+import socket
 import time
+import weakref
 from collections.abc import AsyncGenerator, Coroutine, Iterator
 from typing import Any, Protocol
 
@@ -62,6 +64,9 @@ class HttpAnswer(msgspec.Struct, frozen=True):
 class Transport(Protocol):
     """Carries calls to one server."""
 
+    @property
+    def is_closed(self) -> bool: ...
+
     async def send(self, call: HttpCall) -> HttpAnswer:
         """The answer. Raises the server's error, `DeadlineError` naming the call, or `UnreachableError`."""
         ...
@@ -88,9 +93,10 @@ class LoopTransport:
 
     async def send(self, call: HttpCall) -> HttpAnswer:
         """See `Transport`."""
-        with _failures(call):
+        http = self._opened(call)
+        with _failures(call, self):
             try:
-                async with asyncio.timeout(call.timeout), self._opened(call).stream(**_request(call)) as reply:
+                async with asyncio.timeout(call.timeout), http.stream(**_request(call)) as reply:
                     body = bytearray()
                     async for chunk in reply.aiter_raw():
                         body += chunk
@@ -101,8 +107,9 @@ class LoopTransport:
 
     async def stream(self, call: HttpCall) -> AsyncGenerator[bytes]:
         """See `Transport`."""
-        with _failures(call):
-            async with self._opened(call).stream(**_request(call)) as reply:
+        http = self._opened(call)
+        with _failures(call, self):
+            async with http.stream(**_request(call)) as reply:
                 if reply.status_code != httpx.codes.OK:
                     _raise_for(call, reply.status_code, await reply.aread())
                 async for chunk in reply.aiter_raw():
@@ -112,6 +119,11 @@ class LoopTransport:
         """See `Transport`."""
         await outlast(cleaning)
 
+    @property
+    def is_closed(self) -> bool:
+        """See `Transport`."""
+        return self._http.is_closed
+
     async def close(self) -> None:
         """See `Transport`."""
         await self._http.aclose()
@@ -120,7 +132,7 @@ class LoopTransport:
         self._loop = self._loop or asyncio.get_running_loop()
         if self._loop is not asyncio.get_running_loop():
             raise UnavailableError(f"{call.name}: this client belongs to another event loop; make one for each")
-        if self._http.is_closed:
+        if self.is_closed:
             raise _closed(call)
         return self._http
 
@@ -131,11 +143,14 @@ class BlockingTransport:
     def __init__(self, url: str) -> None:
         self._make = functools.partial(httpx.Client, base_url=url, trust_env=False, limits=_LIMITS)
         self._http, self._pid = self._make(), os.getpid()
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._extensions = {"trace": self._note_socket}
+        self.is_closed = False
 
     async def send(self, call: HttpCall) -> HttpAnswer:
         """See `Transport`. The deadline is looked at between two parts of an answer, each of which has it too."""
-        deadline = time.monotonic() + call.timeout
-        with _failures(call), self._opened(call).stream(**_request(call)) as reply:
+        deadline, http = time.monotonic() + call.timeout, self._opened(call)
+        with _failures(call, self), http.stream(**_request(call), extensions=self._extensions) as reply:
             body = bytearray()
             for chunk in reply.iter_raw():
                 body += chunk
@@ -146,7 +161,8 @@ class BlockingTransport:
 
     async def stream(self, call: HttpCall) -> AsyncGenerator[bytes]:
         """See `Transport`."""
-        with _failures(call), self._opened(call).stream(**_request(call)) as reply:
+        http = self._opened(call)
+        with _failures(call, self), http.stream(**_request(call), extensions=self._extensions) as reply:
             if reply.status_code != httpx.codes.OK:
                 _raise_for(call, reply.status_code, reply.read())
             for chunk in reply.iter_raw():
@@ -157,16 +173,25 @@ class BlockingTransport:
         await cleaning
 
     async def close(self) -> None:
-        """See `Transport`."""
+        """See `Transport`. A thread that waits for an answer is woken: to close a socket alone would not do it."""
+        self.is_closed = True
+        if self._pid == os.getpid():
+            for each in list(self._sockets):
+                with contextlib.suppress(OSError):  # it is closed already
+                    each.shutdown(socket.SHUT_RDWR)
         self._http.close()
+
+    def _note_socket(self, event: str, info: dict[str, Any]) -> None:
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            self._sockets.add(info["return_value"].get_extra_info("socket"))
 
     def _opened(self, call: HttpCall) -> httpx.Client:
         """The connections of this process: on one that a fork shares with its parent, each would read the other's
         answers."""
-        if self._http.is_closed:
+        if self.is_closed:
             raise _closed(call)
         if self._pid != os.getpid():
-            self._http = self._make()
+            self._http, self._sockets = self._make(), weakref.WeakSet()
             self._pid = os.getpid()  # last: another thread of the fork may look meanwhile
         return self._http
 
@@ -206,14 +231,18 @@ def check_key(key: Any, field: str) -> str | None:
 
 
 @contextlib.contextmanager
-def _failures(call: HttpCall) -> Iterator[None]:
+def _failures(call: HttpCall, transport: Transport) -> Iterator[None]:
     try:
         yield
     except httpx.TimeoutException as error:
         if isinstance(error, httpx.ConnectTimeout) and call.timeout > CONNECT_SECONDS:
             raise UnreachableError(f"{call.name}: the server took no connection in {CONNECT_SECONDS:g} s") from None
         raise _late(call) from None
-    except httpx.TransportError as error:
+    except (httpx.TransportError, RuntimeError) as error:
+        if transport.is_closed:  # meanwhile
+            raise _closed(call) from None
+        if isinstance(error, RuntimeError):
+            raise
         raise UnreachableError(f"{call.name}: no answer from the server: {error or type(error).__name__}") from None
 
 

@@ -148,8 +148,7 @@ class Uploads:
         """Have the server stage what the memory holds; it reads it no more when this returns."""
         if not memory.entries:
             return
-        if session.unannounced():
-            await self._announce(session)
+        await self.announce(session)
         if await self._is_lent(begun, memory):
             _, number = memory.lent_to or (0, 0)
             ask: Any = StageLentAsk(begun.session_id, number, tuple(memory.entries))
@@ -158,8 +157,10 @@ class Uploads:
             await self._ask("stage", _stage_body(begun, memory), BYTES_TYPE)
         memory.clear()
 
-    async def _announce(self, session: UpdateSession) -> None:
-        """Have checked what was staged and not listed."""
+    async def announce(self, session: UpdateSession) -> None:
+        """Have checked what is staged and was not listed."""
+        if not session.unannounced():
+            return
         ask, first = ExtendAsk(session.session_id, session.unannounced()), None
         try:
             answer = await self._ask("extend_update", message_body(ask), MESSAGE_TYPE)

@@ -6,7 +6,7 @@ from headrace.config.layer_spec import KvGroup, LayerSpec
 from headrace.config.model_spec import ModelSpec
 from headrace.config.resolve import ResolvedConfig, Takeover, resolve
 from headrace.config.rope import RopeSpec
-from headrace.config.shares import share_of
+from headrace.config.shares import PipelineStage, share_of, stages_of
 
 __all__ = [
     "CudaDevice",
@@ -14,6 +14,7 @@ __all__ = [
     "KvGroup",
     "LayerSpec",
     "ModelSpec",
+    "PipelineStage",
     "ResolvedConfig",
     "RopeSpec",
     "SettledConfig",
@@ -22,4 +23,5 @@ __all__ = [
     "cuda_devices",
     "resolve",
     "share_of",
+    "stages_of",
 ]

@@ -5,6 +5,7 @@ Nothing here is decided: `None` and "auto" stay as they are until `resolve()` tu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -26,6 +27,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                              before torch uses one the first that CUDA_VISIBLE_DEVICES shows)
     tp_size                  ranks that hold the model together, over which its heads have to split; each is a process,
                              and on cuda has a device of its own, one after the other
+    pp_size                  stages that follow each other, each with some of the layers and `tp_size` ranks; they work
+                             on different steps at once
+    nnodes                   hosts that the ranks are on, an equal number each: one process per host. The first
+                             serves; the others, `headrace serve` too, have their ranks and end with it
+    node_rank                which of them this is, from 0 on
+    dist_init_addr           "host:port" at which the first node listens for the others; all of them have the same
+                             secret in HEADRACE_DIST_SECRET
     dtype                    "auto" (the checkpoint's on cuda, float32 on cpu) | "float32" | "bfloat16" | "float16"
     kv_dtype                 "auto" (dtype) | "fp8_e4m3" (half the memory, less accurate; triton and flashinfer only)
     load_format              "auto" | "safetensors" | "bin" | "dummy" (random weights from `seed`) | "sharded" (what
@@ -45,7 +53,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_waiting_requests     queue bound; more are refused with 503
     max_num_batched_tokens   token budget of one step; None: 2048, on cuda for wide models max_running_requests + 256
     prefix_cache             keep and match computed prefixes
-    overlap_depth            plans issued ahead of the oldest unknown result; None: 1 on cuda, 0 on cpu
+    overlap_depth            plans issued ahead of the oldest unknown result; None: 1 on cuda, 0 on cpu, and one more
+                             for each further stage
     numerics                 "fast" | "invariant" (same bits whatever runs beside, at a cost)
     attention_backend        "auto" | "reference" (slow oracle) | "cpu" | "triton" | "flashinfer"
     cuda_graphs              replay steps as CUDA graphs
@@ -74,6 +83,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     skip_tokenizer_init: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tp_size: int = 1
+    pp_size: int = 1
+    nnodes: int = 1
+    node_rank: int = 0
+    dist_init_addr: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     kv_dtype: Literal["auto", "fp8_e4m3"] = "auto"
     load_format: Literal["auto", "safetensors", "bin", "sharded", "dummy"] = "auto"
@@ -149,6 +162,9 @@ def _make_plain(config: EngineConfig) -> None:
 
 _RANGES: dict[str, tuple[float, float]] = {
     "tp_size": (1, 64),
+    "pp_size": (1, 8),
+    "nnodes": (1, 64),
+    "node_rank": (0, 63),
     "page_size": (1, 64),
     "max_running_requests": (1, 65536),
     "max_waiting_requests": (1, 1 << 24),
@@ -166,7 +182,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "num_threads": (1, 4096),
 }
 _TIMES_TO_WORK = ("request_timeout", "start_timeout", "control_timeout", "watchdog_timeout")
-_TEXTS = ("model", "tokenizer", "kernel_cache", "served_model_name", "initial_version")
+_TEXTS = ("model", "tokenizer", "kernel_cache", "served_model_name", "initial_version", "dist_init_addr")
 
 
 def _check_bounds(config: EngineConfig) -> None:
@@ -180,6 +196,22 @@ def _check_bounds(config: EngineConfig) -> None:
     for name in _TEXTS:
         if getattr(config, name) == "":
             raise ConfigError(f"{name} is empty", field=name)
+    _check_nodes(config)
     if len(config.initial_version) > MAX_VERSION_LENGTH:
         message = f"initial_version must have at most {MAX_VERSION_LENGTH} characters"
         raise ConfigError(message, field="initial_version")
+
+
+_NODE_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^:\[\]\s/]+):([0-9]{1,5})")
+
+
+def _check_nodes(config: EngineConfig) -> None:
+    if config.node_rank >= config.nnodes:
+        message = f"node_rank must be in [0, {config.nnodes - 1}] with nnodes {config.nnodes}, got {config.node_rank}"
+        raise ConfigError(message, field="node_rank")
+    if config.nnodes == 1:
+        return  # an address of nobody else is of no use, and does no harm
+    found = _NODE_ADDRESS.fullmatch(config.dist_init_addr or "")
+    if found is None or not 1 <= int(found[2]) <= 65535:
+        message = f'dist_init_addr must be "host:port" with nnodes {config.nnodes}, got {config.dist_init_addr!r}'
+        raise ConfigError(message, field="dist_init_addr")

@@ -13,7 +13,7 @@ from headrace.config.devices import CudaDevice, Software, cuda_devices, installe
 from headrace.config.engine_config import EngineConfig, SettledConfig
 from headrace.config.machine import available_cores, available_memory
 from headrace.config.model_spec import ModelSpec
-from headrace.config.shares import share_of
+from headrace.config.shares import share_of, stages_of
 from headrace.types.errors import ConfigError, encodable
 from headrace.types.plain_values import as_path
 from headrace.types.weights import ELEMENT_BYTES
@@ -117,17 +117,29 @@ class ResolvedConfig(msgspec.Struct, frozen=True):
     @property
     def num_ranks(self) -> int:
         """Processes or devices that hold the model together."""
-        return self.engine.tp_size
+        return self.engine.tp_size * self.engine.pp_size
+
+    @property
+    def num_cohorts(self) -> int:
+        """Parts that running sequences make, which take turns: each stage then has another one's step to execute."""
+        return self.engine.overlap_depth + 1 if self.engine.pp_size > 1 else 1
 
     @property
     def share(self) -> ModelSpec:
-        """The model as each rank computes it."""
+        """The model as each rank of a stage computes it, with the layers of all stages."""
         return share_of(self.model, self.engine.tp_size)
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values of one token in all layers, as each rank stores them."""
-        return self.share.kv_bytes_per_token(ELEMENT_BYTES[self.kv_dtype])
+        """Bytes of keys and values of one token, as the rank stores them whose stage has most."""
+        element_size = ELEMENT_BYTES[self.kv_dtype]
+        stages = stages_of(self.share, self.engine.pp_size)
+        return max(stage.of(self.share).kv_bytes_per_token(element_size) for stage in stages)
+
+    @property
+    def host_bytes_per_token(self) -> int:
+        """The same, as the ranks of a CPU store them together."""
+        return self.engine.tp_size * self.share.kv_bytes_per_token(ELEMENT_BYTES[self.kv_dtype])
 
     def of_rank(self, rank: int) -> ResolvedConfig:
         """What rank `rank` is told: the devices of ranks follow each other."""
@@ -165,23 +177,29 @@ def resolve(
     devices: Sequence[CudaDevice] | None = None,
     software: Software | None = None,
     first_device: int = 0,
+    ranks_here: int | None = None,
 ) -> ResolvedConfig:
     """Decide every open setting of `config` for the checkpoint in `folder`.
 
-    `devices` and `software` are this machine's unless given; `first_device` is the index of the one to use. Raises
+    `devices` and `software` are this machine's unless given; `first_device` is the index of the one to use, of
+    `ranks_here`, which are a node's part unless given. Raises
     `ConfigError`, `CheckpointError` or `UnsupportedModelError` naming the setting or file.
     """
     if str(folder) != encodable(str(folder)):
         raise ConfigError(f"the folder {folder} has a name that is not Unicode text", field="model")
     model = ModelSpec.from_folder(folder)
     share = share_of(model, config.tp_size)
+    stages_of(model, config.pp_size)
     software = installed_software() if software is None else software
-    cuda, why_device = _cuda(config, model, devices, first_device, software)
+    num_here = _ranks_of_node(config) if ranks_here is None else ranks_here
+    cuda, why_device = _cuda(config, model, devices, first_device, software, num_here)
     device = "cpu" if cuda is None else "cuda"
     sizes = _sizes(config, device, model)
     engine = _settled(config, {name: size.value for name, size in sizes.items()})
     dtype = _dtype(config, model, device)
     backend = _attention_backend(config, model, device, software)
+    if config.pp_size > 1 and (device == "cuda" or backend.value == "triton"):
+        raise ConfigError(f"pp_size {config.pp_size}: only a CPU has pipeline stages yet", field="pp_size")
     kv_dtype = _kv_dtype(config, dtype.value, backend.value, cuda)
     context_length = _context_length(config, model)
     num_threads = _num_threads(config, device)
@@ -215,6 +233,14 @@ def resolve(
     )
 
 
+def _ranks_of_node(config: EngineConfig) -> int:
+    num_ranks = config.tp_size * config.pp_size
+    if num_ranks % config.nnodes:
+        message = f"{num_ranks} ranks (tp_size times pp_size) cannot be spread evenly over nnodes {config.nnodes}"
+        raise ConfigError(message, field="nnodes")
+    return num_ranks // config.nnodes
+
+
 def _check_host_pages(engine: SettledConfig, page_bytes: int) -> None:
     num_bytes, free = engine.host_kv_tokens // engine.page_size * page_bytes, available_memory()
     if num_bytes and not engine.prefix_cache:
@@ -245,7 +271,12 @@ def backend_refusal(backend: str, model: ModelSpec, device: str, software: Softw
 
 
 def _cuda(
-    config: EngineConfig, model: ModelSpec, devices: Sequence[CudaDevice] | None, first_device: int, software: Software
+    config: EngineConfig,
+    model: ModelSpec,
+    devices: Sequence[CudaDevice] | None,
+    first_device: int,
+    software: Software,
+    num_here: int,
 ) -> Chosen[CudaDevice | None]:
     """The device to run on; None for the CPU. Devices are looked for only where one could be used."""
     if config.device == "cpu":
@@ -254,10 +285,12 @@ def _cuda(
     missing = _missing_for_cuda(found, software)
     if missing is None and model.has_experts and config.attention_backend != "reference":
         missing = f"{_describe(found[0])} {_NO_EXPERTS} (device='cpu' has; attention_backend='reference' is slow)"
-    fit = sum(device.capability >= MIN_CAPABILITY for device in found[: config.tp_size])
-    if missing is None and fit < config.tp_size:
+    fit = sum(device.capability >= MIN_CAPABILITY for device in found[:num_here])
+    if missing is None and fit < num_here:
+        field = "tp_size" if config.pp_size == 1 else "pp_size"
+        what = f"{field} {getattr(config, field)}" + (f" of {config.tp_size} ranks each" if config.pp_size > 1 else "")
         there = f"from device {first_device} on there are {fit} of compute capability {_dotted(MIN_CAPABILITY)}"
-        raise ConfigError(f"tp_size {config.tp_size} needs as many CUDA devices; {there}", field="tp_size")
+        raise ConfigError(f"{what} needs {num_here} CUDA devices here; {there}", field=field)
     if missing is None:
         return Chosen(found[0], _describe(found[0]) if config.device == "auto" else "")
     if config.device == "cuda":
@@ -286,6 +319,9 @@ def _dotted(capability: tuple[int, int]) -> str:
 def _sizes(config: EngineConfig, device: str, model: ModelSpec) -> dict[str, Chosen[int]]:
     """The fields of `SettledConfig` that are numbers an `EngineConfig` may leave open."""
     sizes = {name: _given(config, name) or choice for name, choice in _SIZES[device].items()}
+    if config.pp_size > 1 and config.overlap_depth is None:
+        depth = sizes["overlap_depth"].value + config.pp_size - 1
+        sizes["overlap_depth"] = Chosen(depth, "each stage executes another step")
     tokens = _given(config, "max_num_batched_tokens")
     seed = _given(config, "seed")
     return {
@@ -384,8 +420,9 @@ def _num_threads(config: EngineConfig, device: str) -> Chosen[int]:
         return Chosen(int(asked), "OMP_NUM_THREADS")
     if device == "cuda":
         return Chosen(min(CUDA_THREADS, available_cores()), "the device computes; loading weights uses a few")
-    if config.tp_size > 1:
-        return Chosen(max(1, available_cores() // config.tp_size), "each rank's part of the cores")
+    num_ranks = config.tp_size * config.pp_size
+    if num_ranks > 1:
+        return Chosen(max(1, available_cores() // num_ranks), "each rank's part of the cores")
     return Chosen(available_cores(), "the cores this process may run on")
 
 

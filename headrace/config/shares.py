@@ -1,4 +1,5 @@
-"""What one rank of several has of a model, as sizes. Owns which models split over how many ranks, and the refusal."""
+"""What one rank of several has of a model, as sizes. Owns which models split over how many ranks and stages, and the
+refusal."""
 
 from __future__ import annotations
 
@@ -7,6 +8,32 @@ import msgspec
 from headrace.config.layer_spec import AttentionSpec, LayerSpec
 from headrace.config.model_spec import ModelSpec
 from headrace.types.errors import ConfigError
+
+
+class PipelineStage(msgspec.Struct, frozen=True):
+    """Layers `start` to `end` - 1 of a model. The first stage has the embedding, the last one final norm and head."""
+
+    start: int
+    end: int
+    is_first: bool = True
+    is_last: bool = True
+
+    def of(self, model: ModelSpec) -> ModelSpec:
+        """What this stage computes of a model, or of a share of it."""
+        return msgspec.structs.replace(model, layers=model.layers[self.start : self.end])
+
+
+def stages_of(model: ModelSpec, num_stages: int) -> tuple[PipelineStage, ...]:
+    """Stages of as many layers each, and one more in the first ones where that does not come out even: the last has the
+    head to compute. Raises `ConfigError` naming `pp_size` where there are fewer layers."""
+    num_layers = len(model.layers)
+    if num_stages > num_layers:
+        message = f"pp_size {num_stages}: the model's {num_layers} layers do not make as many stages"
+        raise ConfigError(message, field="pp_size")
+    size, num_larger = divmod(num_layers, num_stages)
+    starts = [number * size + min(number, num_larger) for number in range(num_stages + 1)]
+    last = num_stages - 1
+    return tuple(PipelineStage(starts[n], starts[n + 1], n == 0, n == last) for n in range(num_stages))
 
 
 def share_of(model: ModelSpec, num_ranks: int) -> ModelSpec:

@@ -18,6 +18,7 @@ import numpy as np
 from headrace.core.faults import FAULTS, describe, is_of_lost_device
 from headrace.core.rank_messages import (
     PLAN,
+    RESULT,
     TELL,
     GiveUpOn,
     RankAnswer,
@@ -26,11 +27,11 @@ from headrace.core.rank_messages import (
     command_decoder,
     encode_message,
 )
-from headrace.core.rank_results import digest_of
+from headrace.core.rank_results import ResultOn, digest_of, encode_result
 from headrace.core.rank_works import RankWorks, Work
 from headrace.ipc.rank_channel import RankChannel
 from headrace.ipc.rank_page import RankPage
-from headrace.runner.pending import PendingStep
+from headrace.runner.pending import LocalStep
 from headrace.types.errors import HeadraceError, InternalError, UpdateConflictError
 from headrace.types.plan import SamplePatch, StepPlan
 from headrace.types.plan_words import decode
@@ -41,27 +42,34 @@ IDLE_SECONDS = 3600.0
 RESULT_SECONDS = 0.02
 """How long the result of a step may stay unread while no further plan comes."""
 
+SENT_SECONDS = 0.0002
+"""Between two looks whether the device has a result that rank 0 waits for."""
+
 ARRIVAL_SECONDS = 0.001
 
 
 class Follower:
-    """One rank at work. `launch` begins a plan as a runner does; `overlap_depth` plans may be begun ahead."""
+    """One rank at work. `launch` begins a plan as a runner does; `overlap_depth` plans may be begun ahead. Where it
+    `sends_results`, rank 0 has none of its own, and hears of each as soon as it is there."""
 
     def __init__(
         self,
-        launch: Callable[[StepPlan], PendingStep],
+        launch: Callable[[StepPlan], LocalStep],
         works: RankWorks,
         channel: RankChannel,
         page: RankPage,
         overlap_depth: int,
+        *,
+        sends_results: bool = False,
     ) -> None:
         self._launch = launch
         self._works = works
         self._channel = channel
         self._page = page
         self._overlap_depth = overlap_depth
+        self._sends_results = sends_results
         self._num_heard = 0
-        self._steps: deque[tuple[int, PendingStep]] = deque()  # by number of the plan
+        self._steps: deque[tuple[int, LocalStep]] = deque()  # by number of the plan
         self._unsampled: int | None = None
         self._open: deque[tuple[int, Work]] = deque()
 
@@ -70,13 +78,17 @@ class Follower:
         is_waiting = False
         while True:
             timeout = IDLE_SECONDS if not self._open else ARRIVAL_SECONDS if is_waiting else 0.0
-            frames = self._channel.receive(min(timeout, RESULT_SECONDS) if self._steps else timeout)
+            longest = SENT_SECONDS if self._sends_results else RESULT_SECONDS
+            frames = self._channel.receive(min(timeout, longest) if self._steps else timeout)
             for kind, payload in frames:
                 if kind == PLAN:
                     self._begin(payload)
                 elif kind == TELL:
                     self._hear(command_decoder.decode(payload))
-            if len(self._steps) > (self._overlap_depth if frames else 0) and self._unsampled is None:
+                self._send_what_is_done()
+            if self._sends_results:
+                self._send_what_is_done()
+            elif len(self._steps) > (self._overlap_depth if frames else 0) and self._unsampled is None:
                 self._end_step()
             is_waiting = bool(self._open) and self._work()
 
@@ -108,8 +120,14 @@ class Follower:
             self._steps.pop()
             self._fail(message.number, fault)
 
+    def _send_what_is_done(self) -> None:
+        while self._sends_results and self._steps and self._steps[0][0] != self._unsampled:
+            if not self._steps[0][1].is_done:
+                return
+            self._end_step()
+
     def _end_step(self) -> None:
-        """Show what came of the oldest."""
+        """Show what came of the oldest, or send it."""
         number, step = self._steps.popleft()
         try:
             result = step.wait()
@@ -117,6 +135,8 @@ class Follower:
             self._fail(number, fault)
         else:
             self._page.write_result(number, digest_of(result))
+            if self._sends_results:
+                self._channel.send(RESULT, encode_result(ResultOn.of(number, result)))
 
     def _void(self, message: VoidStep) -> None:
         """Rank 0 knows of a step's failure: on all ranks it is over."""
@@ -132,9 +152,12 @@ class Follower:
         self._channel.send(TELL, encode_message(RankAnswer(message.ticket)))
 
     def _fail(self, number: int, fault: BaseException) -> None:
-        """Rank 0 finds out whether it failed everywhere."""
+        """Rank 0 finds out whether it failed everywhere. It hears of the first: of those behind it nothing counts."""
         logger.error("a step failed", exc_info=fault)
-        self._page.write_failure(number, describe(fault))
+        if self._page.failed is None:
+            self._page.write_failure(number, describe(fault))
+        if self._sends_results:
+            self._channel.send(RESULT, encode_result(ResultOn(number)))
 
     # Messages.
 
@@ -169,7 +192,8 @@ class Follower:
         try:
             is_waiting = next(work)
         except StopIteration as end:
-            self._channel.send(TELL, encode_message(RankAnswer(ticket, None, end.value)))
+            found = ((), end.value) if isinstance(end.value, bytes) else (end.value,)
+            self._channel.send(TELL, encode_message(RankAnswer(ticket, None, *found)))
             return False
         except HeadraceError as error:
             self._answer(ticket, error)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from headrace.config import ResolvedConfig
 from headrace.core.executor import ArrivingTensors, CheckpointSlices, LocalExecutor, WeightGroup
 from headrace.core.faults import FAULTS, describe
-from headrace.core.rank_group import WAIT_SECONDS, Asked, OtherRanks
+from headrace.core.rank_group import ANSWER_SECONDS, WAIT_SECONDS, Asked, OtherRanks
 from headrace.core.rank_messages import (
     DropArrivalsOn,
     DropCopyOn,
@@ -37,12 +37,14 @@ from headrace.core.rank_messages import (
 )
 from headrace.core.rank_results import digest_of
 from headrace.core.rank_weights import Arrived, FileTensorOn, RankWeights, give_up
+from headrace.core.stage_results import StageResults
+from headrace.ipc.rank_meeting import Meeting
 from headrace.ipc.rank_page import NUM_RESULTS
 from headrace.parallel.rendezvous import Rendezvous
 from headrace.types.errors import HeadraceError, UpdateConflictError, WeightUpdateError
 from headrace.types.memory import MemoryTag, Restore
 from headrace.types.messages import JoinGroup
-from headrace.types.plan import RankLost, SamplePatch, StepPlan, StepResult
+from headrace.types.plan import LAST_TOKEN, PlanRefused, RankLost, SamplePatch, StepPlan, StepResult
 from headrace.types.plan_words import encode
 from headrace.types.weights import TensorInfo
 
@@ -59,12 +61,19 @@ class RankRunner:
     """What launches plans on all ranks."""
 
     def __init__(self, own: Runner | DeviceRunner, others: OtherRanks) -> None:
-        self.weights = RankWeights(own.weights, others)
+        self.weights = RankWeights(own.weights, others, own.resolved)
         self.memory = own.memory
         self.probe, self.counters = own.probe, own.counters
         self._own = own
         self._others = others
         self._num_sent = 0
+        engine = own.resolved.engine
+        self._comparing, self.results = others.numbers, None
+        if engine.pp_size > 1:
+            others.companions = range(1, engine.tp_size)
+            sampler = own.resolved.num_ranks - engine.tp_size
+            self._comparing = [rank for rank in others.numbers if rank > sampler]
+            self.results = StageResults(others, sampler, engine.watchdog_timeout)
         self._results: deque[tuple[int, int]] = deque(maxlen=NUM_RESULTS)  # not compared yet, by number of the plan
 
     @property
@@ -72,7 +81,10 @@ class RankRunner:
         return self._own.resolved
 
     def launch(self, plan: StepPlan) -> RankStep:
-        """As `Runner.launch`. A plan that cannot be sent is refused by `encode`, and nothing of it happens."""
+        """As `Runner.launch`. A plan that cannot be sent is refused by `encode`, and nothing of it happens; so is one
+        of several stages that has an unknown token: it is sampled on the last, and the first would wait for it."""
+        if self.results is not None and plan.token_ids.min(initial=0) == LAST_TOKEN:
+            raise PlanRefused("it has a token that the first stage does not know")
         words = encode(plan)
         self._others.send_plan(words.tobytes())
         number = self._num_sent
@@ -88,7 +100,8 @@ class RankRunner:
         """Plan `number` of those sent failed here. Returns where it is over on every rank; else raises `DeviceLost`."""
         if isinstance(fault, RankLost):
             raise self._others.cause_of(fault) from fault
-        asked, until = self._others.ask(VoidStep, number), time.monotonic() + VOID_SECONDS
+        asked = self._others.ask(VoidStep, number)
+        until = time.monotonic() + (VOID_SECONDS if self._others.companions else ANSWER_SECONDS)
         while not asked.is_done():
             if time.monotonic() >= until:
                 raise self._others.lose(f"rank 0 failed in a step, and not all ranks did: {describe(fault)}")
@@ -97,13 +110,14 @@ class RankRunner:
     def compare(self, number: int, result: StepResult) -> None:
         """Hold what the others have shown against what came of the same plans here. Raises `DeviceLost`."""
         self._others.check()
-        self._results.append((number, digest_of(result)))
+        if self._comparing:
+            self._results.append((number, digest_of(result)))
         failure = self._others.failure_until(number)
         if failure:
             raise self._others.lose(failure)
         while self._results:
             number, own = self._results[0]
-            for rank in self._others.numbers:
+            for rank in self._comparing:
                 found = self._others.result(rank, number)
                 if found is None:
                     return
@@ -140,6 +154,8 @@ class RankStep:
         """As `PendingStep.wait`."""
         try:
             result = self._own.wait()
+            if self._runner.results is not None:
+                result = self._runner.results.of(self._number)
         except FAULTS as fault:
             self._runner.void(self._number, fault)
             raise
@@ -150,9 +166,11 @@ class RankStep:
 class RankExecutor(LocalExecutor):
     """Executes plans on all ranks. `attend` is to be called while nothing is to be done."""
 
-    def __init__(self, own: Runner | DeviceRunner, others: OtherRanks, rendezvous: Rendezvous) -> None:
+    def __init__(
+        self, own: Runner | DeviceRunner, others: OtherRanks, rendezvous: Rendezvous, meeting: Meeting | None = None
+    ) -> None:
         super().__init__(RankRunner(own, others))
-        self._rendezvous = rendezvous  # others look into it as long as they live
+        self._rendezvous, self._meeting = rendezvous, meeting  # others look into it as long as they live
         self._others = others
         self._num_groups = 0
         self._groups: list[RankGroup] = []
@@ -198,6 +216,11 @@ class RankExecutor(LocalExecutor):
         joined = RankGroup(self._num_groups, own, self._others, terms, seconds)
         self._groups = [*(group for group in self._groups if not group.is_left), joined]
         return joined
+
+    def close(self) -> None:
+        super().close()
+        if self._meeting is not None:
+            self._meeting.close()
 
     # Inside.
 

@@ -1,8 +1,8 @@
-"""The other ranks of a replica, as rank 0 sees them: their processes, what they are told, what they answer, and the
-watch over them. Must not know plans, weights or devices.
+"""The other ranks of a replica, as rank 0 sees them: what they are told, what they answer, and the watch over them.
+Wherever one runs, it is a `RankPeer`. Must not know plans, weights or devices.
 
-Each is watched by a thread that sees what its process shows without being asked. A rank is lost when its process has
-ended, when a signal keeps it stopped for STOPPED_SECONDS, when it has not run at all for SILENT_SECONDS, or when a step
+Each is watched by a thread that sees what it shows without being asked. A rank is lost when its process has ended, when
+a signal keeps it stopped for STOPPED_SECONDS, when it has not run at all for its `silent_seconds`, or when a step
 failed there that goes on elsewhere. Long work is legal: a rank that is at work beats. All are ended then, which breaks
 whatever rank 0 waits for them in; it raises `DeviceLost` with the cause wherever it next looks.
 """
@@ -13,21 +13,21 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
 from headrace.core.faults import DeviceLost
-from headrace.core.rank_messages import PLAN, READY, TELL, RankAnswer, answer_decoder, encode_message
+from headrace.core.rank_messages import PLAN, READY, RESULT, TELL, RankAnswer, answer_decoder, encode_message
+from headrace.core.rank_results import ResultOn, result_decoder
 from headrace.ipc import PeerClosed
-from headrace.ipc.rank_spawn import RankProcess
+from headrace.ipc.rank_peer import RankPeer
 from headrace.types.errors import HeadraceError
 
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.25
 STOPPED_SECONDS = 2.0
-SILENT_SECONDS = 60.0
 FAILED_SECONDS = 2.0
 ANSWER_SECONDS = 60.0
 CLOSE_SECONDS = 5.0
@@ -51,6 +51,11 @@ class Asked:
     @property
     def values(self) -> list[tuple[str, ...]]:
         return [self._answers[rank].values for rank in sorted(self._answers)]
+
+    @property
+    def data(self) -> list[bytes]:
+        """Of those who send any."""
+        return [answer.data for _, answer in sorted(self._answers.items()) if answer.data]
 
     @property
     def is_over(self) -> bool:
@@ -107,12 +112,15 @@ def _on_rank(error: HeadraceError, rank: int) -> HeadraceError:
 class OtherRanks:
     """All ranks but the first. `watch` begins to watch them; `shares_process`: this process is not ours to end.
 
-    `break_off` is called by the watching thread when a rank is lost, to end what the others wait in."""
+    `break_off` is called by the watching thread when a rank is lost, to end what the others wait in. `companions` are
+    those that compute with rank 0: no step fails on some of them only."""
 
-    def __init__(self, processes: Sequence[RankProcess], *, shares_process: bool) -> None:
+    def __init__(self, peers: Sequence[RankPeer], *, shares_process: bool) -> None:
         self.lost = ""
         self.break_off: Callable[[], object] = lambda: None
-        self._processes = processes
+        self.peers = peers
+        self.companions: Collection[int] = [peer.rank for peer in peers]
+        self._results: list[ResultOn] = []
         self._shares_process = shares_process
         self._open: dict[int, Asked] = {}
         self._last_ticket = READY
@@ -126,22 +134,39 @@ class OtherRanks:
     @property
     def numbers(self) -> list[int]:
         """Which ranks they are."""
-        return [process.rank for process in self._processes]
+        return [process.rank for process in self.peers]
+
+    @property
+    def has_far(self) -> bool:
+        """Whether some do not open what is in shared memory here: to those bytes are sent."""
+        return not all(process.shares_memory for process in self.peers)
 
     def names(self, ranks: Sequence[int]) -> str:
         """As in "rank 1 (process 4242)"."""
-        return " and ".join(process.name for process in self._processes if process.rank in ranks)
+        return " and ".join(process.name for process in self.peers if process.rank in ranks)
 
     def expect(self, ticket: int) -> Asked:
         """What all will answer to `ticket` without being asked."""
-        asked = self._open[ticket] = Asked(self, ticket, len(self._processes))
+        asked = self._open[ticket] = Asked(self, ticket, len(self.peers))
         return asked
 
-    def ask(self, message: Callable[..., Any], *arguments: Any) -> Asked:
-        """Send the message that is made of a new ticket and these arguments. Raises `DeviceLost`."""
+    def ask(self, message: Callable[..., Any], *arguments: Any, far: Callable[[int], Any] | None = None) -> Asked:
+        """Send the message that is made of a new ticket and these arguments. Raises `DeviceLost`.
+
+        `far` makes another one of that ticket, for those that do not share memory with this process."""
         self._last_ticket += 1
-        self.tell(message(self._last_ticket, *arguments))
+        near = encode_message(message(self._last_ticket, *arguments))
+        other = encode_message(far(self._last_ticket)) if far is not None and self.has_far else near
+        for process in self.peers:
+            self._send_to(process, TELL, near if process.shares_memory else other)
         return self.expect(self._last_ticket)
+
+    def tell_far(self, message: Any) -> None:
+        """Send a message to those that do not share memory with this process. Raises `DeviceLost`."""
+        payload = encode_message(message)
+        for process in self.peers:
+            if not process.shares_memory:
+                self._send_to(process, TELL, payload)
 
     def tell(self, message: Any) -> None:
         """Send a message to all of them. Raises `DeviceLost`."""
@@ -149,25 +174,30 @@ class OtherRanks:
 
     def tell_each(self, kind: int, payloads: Sequence[bytes]) -> None:
         """Send to each what is for it."""
-        for process, payload in zip(self._processes, payloads, strict=True):
+        for process, payload in zip(self.peers, payloads, strict=True):
             self._send_to(process, kind, payload)
 
     def send_plan(self, words: bytes) -> None:
         """The words of a plan, which all of them execute next."""
         self._send(PLAN, words)
 
-    def look(self) -> None:
-        """Take in what has come. Raises `DeviceLost`."""
+    def look(self, rank: int = 0, seconds: float = 0.0) -> None:
+        """Take in what has come, after waiting up to so many seconds for something of `rank`. Raises `DeviceLost`."""
         self.check()
-        for process in self._processes:
+        for process in self.peers:
             try:
-                self._take_in(process)
+                self._take_in(process, seconds if process.rank == rank else 0.0)
             except PeerClosed as closed:
                 raise self._gone(process, closed) from None
 
+    def take_results(self) -> list[ResultOn]:
+        """Those that were sent since."""
+        found, self._results = self._results, []
+        return found
+
     def look_at_last_words(self) -> None:
         """Take in what those have sent that are lost."""
-        for process in self._processes:
+        for process in self.peers:
             with suppress(PeerClosed):
                 self._take_in(process)
 
@@ -186,7 +216,7 @@ class OtherRanks:
     def cause_of(self, fault: BaseException) -> DeviceLost:
         """What to raise where ranks did not meet: what became of one, or what it looked like from here."""
         for _ in range(int(EXIT_SECONDS / LOOK_SECONDS)):
-            found = self.lost or next(filter(None, (self._end_of(process) for process in self._processes)), "")
+            found = self.lost or next(filter(None, (self._end_of(process) for process in self.peers)), "")
             if found:
                 return self.lose(found)
             time.sleep(LOOK_SECONDS)
@@ -194,7 +224,7 @@ class OtherRanks:
 
     def failure_until(self, number: int) -> str:
         """What failed on some rank, of the plans up to this one, which did not fail here; "" if nothing did."""
-        for process in self._processes:
+        for process in self.peers:
             failed = process.page.failed
             if failed is not None and failed <= number:
                 return f"{process.name} failed in a step, and not all ranks did: {process.page.text}"
@@ -202,7 +232,12 @@ class OtherRanks:
 
     def result(self, rank: int, number: int) -> int | None:
         """What came of a plan on a rank, as far as it is known."""
-        return self._processes[rank - 1].page.result(number)
+        return self.peers[rank - 1].page.result(number)
+
+    def have_started(self) -> None:
+        """All of them execute plans from now on."""
+        for process in self.peers:
+            process.has_started()
 
     def watch(self) -> None:
         """Begin to watch them."""
@@ -215,35 +250,38 @@ class OtherRanks:
                 return
             self.is_closed = True
         self._stop.set()
-        for process in self._processes:
+        for process in self.peers:
             if self.lost:
                 process.kill()
             process.channel.close()  # all at once: each then ends by itself
-        for process in self._processes:
+        for process in self.peers:
             process.close(CLOSE_SECONDS)
         self._open.clear()
 
     # Inside.
 
-    def _take_in(self, process: RankProcess) -> None:
-        for _, payload in process.channel.receive(0.0):
+    def _take_in(self, process: RankPeer, seconds: float = 0.0) -> None:
+        for kind, payload in process.channel.receive(seconds):
+            if kind == RESULT:
+                self._results.append(result_decoder.decode(payload))
+                continue
             answer = answer_decoder.decode(payload)
             asked = self._open.get(answer.ticket)
             if asked is not None and asked.note(process.rank, answer):
                 del self._open[answer.ticket]
 
     def _send(self, kind: int, payload: bytes) -> None:
-        for process in self._processes:
+        for process in self.peers:
             self._send_to(process, kind, payload)
 
-    def _send_to(self, process: RankProcess, kind: int, payload: bytes) -> None:
+    def _send_to(self, process: RankPeer, kind: int, payload: bytes) -> None:
         self.check()
         try:
             process.channel.send(kind, payload)
         except PeerClosed as closed:
             raise self._gone(process, closed) from None
 
-    def _gone(self, process: RankProcess, closed: PeerClosed) -> DeviceLost:
+    def _gone(self, process: RankPeer, closed: PeerClosed) -> DeviceLost:
         how = process.describe_exit(EXIT_SECONDS)
         return self.lose(f"{process.name} {how}" if how else f"{process.name} is gone: {closed}")
 
@@ -254,14 +292,14 @@ class OtherRanks:
                 return
             self.lost = cause
             logger.error("a rank is lost: %s", cause)
-            for process in self._processes:
+            for process in self.peers:
                 process.kill()
 
     def _watch(self) -> None:
         """In a thread of its own."""
         while not self._stop.wait(LOOK_SECONDS) and not self.lost:
             now = time.monotonic()
-            for process in self._processes:
+            for process in self.peers:
                 problem = self._problem(process, now)
                 if problem:
                     self._lose(f"{process.name} {problem}")
@@ -272,7 +310,7 @@ class OtherRanks:
         if not (self._shares_process or self._stop.wait(STUCK_SECONDS) or self._is_noted):
             os._exit(LOST_EXIT_CODE)  # a device may wait for a lost rank for ever, and rank 0 for its device
 
-    def _problem(self, process: RankProcess, now: float) -> str:
+    def _problem(self, process: RankPeer, now: float) -> str:
         """Why a rank is lost, in words that follow its name; "" while it is not."""
         end = process.describe_exit()
         if end:
@@ -282,12 +320,12 @@ class OtherRanks:
         elif now - self._stopped_since.setdefault(process.rank, now) >= STOPPED_SECONDS:
             return "was stopped by a signal and does not go on"
         silent = now - process.page.last_beat * 1e-9
-        if process.page.last_beat and silent > SILENT_SECONDS:
+        if process.page.last_beat and silent > process.silent_seconds:
             return f"has not run for {silent:.0f} s"
         return self._lone_failure(process, now)
 
-    def _lone_failure(self, process: RankProcess, now: float) -> str:
-        number = process.page.failed
+    def _lone_failure(self, process: RankPeer, now: float) -> str:
+        number = process.page.failed if process.rank in self.companions else None
         if number is None:
             self._failed_since.pop(process.rank, None)
             return ""
@@ -298,6 +336,6 @@ class OtherRanks:
         is_alone = now - since >= FAILED_SECONDS
         return f"failed in a step, and not all ranks did: {process.page.text}" if is_alone else ""
 
-    def _end_of(self, process: RankProcess) -> str:
+    def _end_of(self, process: RankPeer) -> str:
         how = process.describe_exit()
         return f"{process.name} {how}" if how else ""

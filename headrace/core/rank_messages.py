@@ -17,8 +17,9 @@ from headrace.types.memory import MemoryTag, Restore
 from headrace.types.messages import JoinGroup
 from headrace.types.weights import BufferRef, TensorInfo, UpdateMode
 
-START, PLAN, TELL = range(3)
-"""Kinds of frames to a rank: its `RankStart`, the words of a plan, a `RankCommand`. What it sends are `RankAnswer`s."""
+START, PLAN, TELL, RESULT = range(4)
+"""Kinds of frames to a rank: its `RankStart`, the words of a plan, a `RankCommand`. What it sends are `RankAnswer`s,
+and where the last of several stages samples, results (`headrace.core.rank_results`)."""
 
 REACHED: Final = -1
 """The ticket of a rank's first answer: it has found the rendezvous."""
@@ -28,7 +29,8 @@ READY: Final = 0
 
 
 class RankStart(msgspec.Struct, frozen=True, array_like=True):
-    """All that a rank has to know. `secret` is the prefix of whatever ranks tell each other in the store at `port`."""
+    """All that a rank has to know; `resolved` is what holds for it. `secret` is the prefix of whatever ranks tell each
+    other in the store at `port`, which is reached on loopback; `host` is the address by which other ranks reach it."""
 
     resolved: ResolvedConfig
     rank: int
@@ -38,6 +40,10 @@ class RankStart(msgspec.Struct, frozen=True, array_like=True):
     guards_parent: bool
     """Rank 0 is a core's process, and no caller's, and is ended when it is stopped."""
 
+    host: str
+    shares_memory: bool
+    """What rank 0 has in shared memory can be opened here; else its bytes are sent, and so are answers."""
+
 
 class RankAnswer(msgspec.Struct, frozen=True, array_like=True):
     """What came of a ticket on one rank. `values` are those that the message names."""
@@ -45,6 +51,7 @@ class RankAnswer(msgspec.Struct, frozen=True, array_like=True):
     ticket: int
     error: ErrorInfo | None = None
     values: tuple[str, ...] = ()
+    data: bytes = b""
 
 
 class _Told(msgspec.Struct, frozen=True, array_like=True):
@@ -104,10 +111,19 @@ class Place(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class StageBufferOn(_Asked, frozen=True, tag="stage_buffer"):
-    """Stage pieces that are in shared memory. Values: a sum for each that is the last of its tensor, or ""."""
+    """Stage pieces that are in shared memory; without a path in bytes that are sent (`FillOn`), one piece after the
+    other. Values: a sum for each that is the last of its tensor, or ""."""
 
     buffer: BufferRef
     places: tuple[Place, ...]
+
+
+class FillOn(_Told, frozen=True, tag="fill"):
+    """Bytes of what `target` asks to stage, from `start` on, in order."""
+
+    target: int
+    start: int
+    data: bytes
 
 
 class StageFileOn(_Asked, frozen=True, tag="stage_file"):
@@ -161,8 +177,8 @@ class DigestOn(_Asked, frozen=True, tag="digest"):
 
 
 class ReadOn(_Asked, frozen=True, tag="read"):
-    """Write bytes of a tensor, or of a parameter of rank `owner`, into shared memory, `into[0]` on rank 1; what is not
-    held here as zeros."""
+    """Write bytes of a tensor, or of a parameter of rank `owner`, into shared memory, `into[0]` on rank 1, or send
+    them; what is not held here as zeros."""
 
     name: str
     start: int
@@ -263,6 +279,7 @@ RankCommand = (
     | BeginOpenOn
     | ExtendOn
     | StageBufferOn
+    | FillOn
     | StageFileOn
     | StageArrivalOn
     | StageForeignOn

@@ -1,7 +1,7 @@
 """The process of a rank other than the first: `python -m headrace.core.rank_process`, started by
-`headrace.ipc.rank_spawn`.
+`headrace.ipc.rank_spawn`: by rank 0, or by the keeper of a node (`headrace.core.rank_node`).
 
-Owns what is true of the process as a whole: its descriptors, its log, and that it ends with rank 0.
+Owns what is true of the process as a whole: its descriptors, its log, and that it ends with its parent.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -21,10 +22,11 @@ import time
 import msgspec
 
 from headrace.core.process import ORPHANED_EXIT_CODE, watch_parent
-from headrace.core.rank_messages import REACHED, READY, TELL, RankAnswer, RankStart, encode_message
+from headrace.core.rank_messages import RankStart
 from headrace.ipc import PeerClosed
 from headrace.ipc.codec import DECODE_ERRORS
 from headrace.ipc.rank_channel import RankChannel
+from headrace.ipc.rank_guest import SentPage
 from headrace.ipc.rank_page import RankPage
 from headrace.ipc.rank_spawn import is_stopped
 from headrace.telemetry import LogContext, configure_logging
@@ -48,8 +50,7 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=watch_parent, args=(options.lifeline, options.parent), daemon=True).start()
     channel = RankChannel(socket.socket(fileno=options.channel))
-    page = RankPage.map(options.page)
-    os.close(options.page)
+    page = _page_of(options.page)
     page.beat_in_thread()
     try:
         return _serve(channel, page, options.parent)
@@ -62,25 +63,27 @@ def main(arguments: list[str]) -> int:
 
 
 def _serve(channel: RankChannel, page: RankPage, parent: int) -> int:
-    start = _start_of(channel)
+    start = start_of(channel)
     if start is None:
         return 2
     if start.guards_parent:
         threading.Thread(target=guard, args=(parent,), daemon=True).start()
-    from headrace.core.rank_member import join  # torch: the slow import
-
-    def answer(ticket: int, error: HeadraceError | None = None) -> None:
-        channel.send(TELL, encode_message(RankAnswer(ticket, None if error is None else error.info())))
+    from headrace.core.rank_member import serve_rank  # torch: the slow import
 
     try:
-        follower = join(start, channel, page, on_reached=lambda: answer(REACHED))
-    except HeadraceError as error:
-        answer(READY, error)
-        return 1
-    gc.freeze()
-    answer(READY)
-    follower.run()
+        serve_rank(start, channel, page, on_built=gc.freeze)
+    except HeadraceError:
+        return 1  # rank 0 knows it
     return 0
+
+
+def _page_of(descriptor: int) -> RankPage:
+    """In memory shared with rank 0, or at the end of a connection."""
+    if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+        return SentPage(socket.socket(fileno=descriptor))
+    page = RankPage.map(descriptor)
+    os.close(descriptor)
+    return page
 
 
 def guard(parent: int) -> None:
@@ -99,7 +102,7 @@ def guard(parent: int) -> None:
             os._exit(ORPHANED_EXIT_CODE)
 
 
-def _start_of(channel: RankChannel) -> RankStart | None:
+def start_of(channel: RankChannel) -> RankStart | None:
     """What rank 0 sends first."""
     until = time.monotonic() + START_SECONDS
     while time.monotonic() < until:

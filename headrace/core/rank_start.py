@@ -1,11 +1,14 @@
 """Starts a replica of several ranks: the other ranks' processes first, so that all load at once. Owns the order of it:
-all find the rendezvous, all join the group, each loads its share, and each says that it can execute plans.
+guests come and bring their ranks, all find the rendezvous, all join the group, each loads its share, and each says that
+it can execute plans.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from headrace.config import ResolvedConfig
@@ -13,66 +16,122 @@ from headrace.core.faults import DeviceLost
 from headrace.core.rank_executor import RankExecutor
 from headrace.core.rank_group import LOOK_SECONDS, Asked, OtherRanks
 from headrace.core.rank_messages import REACHED, READY, START, RankStart, encode_message
-from headrace.ipc.rank_spawn import RankProcess, start_rank
+from headrace.core.rank_terms import GuestPlace, terms_of
+from headrace.ipc.rank_guest import GuestRank
+from headrace.ipc.rank_meeting import Meeting
+from headrace.ipc.rank_peer import RankPeer
+from headrace.ipc.rank_spawn import start_rank
 from headrace.parallel import Mesh
-from headrace.parallel.communicator import GroupCommunicator
-from headrace.parallel.rendezvous import JOIN_SECONDS, Rendezvous
-from headrace.types.errors import DeviceLostError
+from headrace.parallel.joining import Join, LinkLimits, join_mesh
+from headrace.parallel.rendezvous import JOIN_SECONDS, LOOPBACK, Rendezvous
+from headrace.types.errors import DeviceLostError, HeadraceError
 from headrace.types.plan import RankLost
 
 if TYPE_CHECKING:
     from headrace.runner.device_runner import DeviceRunner
     from headrace.runner.runner import Runner
 
+GATHER_SHARE = 0.7
+"""Of `start_timeout`, for guests to come in; the rest is for loading."""
+
 Build = Callable[[Mesh], "Runner | DeviceRunner"]
 
 
-def start_ranks(resolved: ResolvedConfig, build: Build, *, shares_process: bool = False) -> RankExecutor:
-    """The executor of all ranks, of which this process is the first; `build` makes its runner.
+def start_ranks(
+    resolved: ResolvedConfig, build: Build, *, shares_process: bool = False, meeting: Meeting | None = None
+) -> RankExecutor:
+    """The executor of all ranks, of which this process is the first; `build` makes its runner. Guests come to the
+    `meeting`, and bring the ranks that are no children of this process.
 
-    Raises what `build` raises, here or on another rank, and `DeviceLostError` where a rank ends.
+    Raises what `build` raises, here or on another rank, `DeviceLostError` where a rank ends, and as `Meeting.gather`.
     """
-    num_ranks = resolved.num_ranks
     rendezvous = Rendezvous.host()
-    others = _started(num_ranks, shares_process)
+    others = OtherRanks((), shares_process=shares_process)
+    ready = None
     try:
+        others = _started(resolved, rendezvous, meeting, shares_process)
         reached, ready = others.expect(REACHED), others.expect(READY)
-        starts = [
-            RankStart(resolved, rank, num_ranks, rendezvous.port, rendezvous.secret, not shares_process)
-            for rank in others.numbers
-        ]
-        others.tell_each(START, [encode_message(start) for start in starts])
+        others.tell_each(
+            START, [encode_message(start) for start in _starts(resolved, rendezvous, others, shares_process)]
+        )
         others.watch()
         reached.wait(JOIN_SECONDS)
-        group = rendezvous.group(0, num_ranks, device=resolved.device)
-        if resolved.device == "cuda":
-            others.break_off = group.abort  # of gloo's a lost rank's end breaks every connection
+        is_broken = None if meeting is None else threading.Event()
+        group = partial(rendezvous.group, device=resolved.device, host=_host_of(others), is_broken=is_broken)
+        if is_broken is not None:
+            others.break_off = is_broken.set
         mesh = mesh_of(resolved, 0, group)
-        executor = RankExecutor(build(mesh), others, rendezvous)
+        if resolved.device == "cuda":
+            others.break_off = mesh.abort  # of gloo's a lost rank's end breaks every connection
+        executor = RankExecutor(build(mesh), others, rendezvous, meeting)
         _await_ready(ready, resolved.engine.start_timeout)
     except (DeviceLost, RankLost) as lost:
-        raise _told(others, ready, lost) from None
-    except BaseException:
-        others.close()
+        told = _told(others, ready, lost)
+        _end(told, others, meeting)
+        raise told from None
+    except BaseException as error:
+        _end(error, others, meeting)
         raise
+    others.have_started()
     return executor
 
 
-def mesh_of(resolved: ResolvedConfig, rank: int, group: object) -> Mesh:
-    """The place of a rank in a group. What ranks wait for each other takes no longer than a step may."""
+def mesh_of(resolved: ResolvedConfig, rank: int, join: Join) -> Mesh:
+    """The place of a rank in the groups that it joins. What ranks wait for each other takes no longer than a step
+    may."""
+    engine = resolved.engine
+    limits = LinkLimits(engine.watchdog_timeout, engine.overlap_depth + 1)
+    return join_mesh(rank, engine.tp_size, engine.pp_size, join, limits)
+
+
+def _started(
+    resolved: ResolvedConfig, rendezvous: Rendezvous, meeting: Meeting | None, shares_process: bool
+) -> OtherRanks:
+    """First the children, which load libraries while guests come."""
     num_ranks = resolved.num_ranks
-    return Mesh(rank, num_ranks, GroupCommunicator(group, resolved.engine.watchdog_timeout))
-
-
-def _started(num_ranks: int, shares_process: bool) -> OtherRanks:
-    processes: list[RankProcess] = []
+    num_own = num_ranks if meeting is None else num_ranks // (meeting.num_guests + 1)
+    peers: list[RankPeer] = []
     try:
-        for rank in range(1, num_ranks):
-            processes.append(start_rank(rank, shares_process=shares_process))
-    except OSError:
-        OtherRanks(processes, shares_process=shares_process).close()
+        for rank in range(1, num_own):
+            peers.append(start_rank(rank, shares_process=shares_process))
+        if meeting is not None:
+            until = time.monotonic() + GATHER_SHARE * resolved.engine.start_timeout
+            meeting.gather(terms_of(resolved), until)
+            peers += meeting.seat(rendezvous.port, num_ranks, until)
+    except BaseException:
+        OtherRanks(peers, shares_process=shares_process).close()
         raise
-    return OtherRanks(processes, shares_process=shares_process)
+    return OtherRanks(peers, shares_process=shares_process)
+
+
+def _starts(
+    resolved: ResolvedConfig, rendezvous: Rendezvous, others: OtherRanks, shares_process: bool
+) -> Iterator[RankStart]:
+    """What each of the others is told."""
+    own_host = _host_of(others)
+    for peer in others.peers:
+        common = peer.rank, resolved.num_ranks
+        if isinstance(peer, GuestRank):
+            place = GuestPlace.decode(peer.guest.place)
+            found, port, host = place.resolved_of(resolved, peer.number), place.store_port, peer.guest.address
+        else:
+            found, port, host = resolved.of_rank(peer.rank), rendezvous.port, own_host
+        guards = not (shares_process or isinstance(peer, GuestRank))
+        yield RankStart(found, *common, port, rendezvous.secret, guards, host, peer.shares_memory)
+
+
+def _host_of(others: OtherRanks) -> str:
+    """The address by which others reach this process: that to which they have come."""
+    return next((peer.guest.own_address for peer in others.peers if isinstance(peer, GuestRank)), LOOPBACK)
+
+
+def _end(error: BaseException, others: OtherRanks, meeting: Meeting | None) -> None:
+    """There will be no replica: tell all others why, and end them."""
+    if meeting is not None:
+        if isinstance(error, HeadraceError):
+            meeting.refuse(error)
+        meeting.close()
+    others.close()
 
 
 def _await_ready(ready: Asked, seconds: float) -> None:
@@ -83,12 +142,11 @@ def _await_ready(ready: Asked, seconds: float) -> None:
         time.sleep(LOOK_SECONDS / 10)
 
 
-def _told(others: OtherRanks, ready: Asked, lost: BaseException) -> Exception:
+def _told(others: OtherRanks, ready: Asked | None, lost: BaseException) -> Exception:
     """What kept a start from its end: the error of a rank that has said so, or how one ended."""
     others.look_at_last_words()
-    found = ready.first_error()
+    found = None if ready is None else ready.first_error()
     if found is None:
         cause = str(lost) if isinstance(lost, DeviceLost) else str(others.cause_of(lost))
         found = DeviceLostError(f"the ranks cannot start: {cause}")
-    others.close()
     return found

@@ -1,17 +1,18 @@
 """The weights of all ranks as one. Owns what an update or a read asks of each, and puts together what they answer; what
 a rank does with its own share is its `WeightStore`'s.
 
-No tensor travels: what is staged is in memory or files that every rank opens by itself, and an answer is a digest at
-most. Work goes on everywhere at once, and is done when it is done on every rank. Nothing is waited for but where
-nothing is copied: to begin, and to extend.
+On one host no tensor travels: what is staged is in memory or files that every rank opens by itself, and an answer is a
+digest at most. To ranks that cannot, its bytes are sent (`headrace.core.rank_bytes`). Work goes on everywhere at once,
+and is done when it is done on every rank. Nothing is waited for but where nothing is copied: to begin, and to extend.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -19,6 +20,8 @@ import msgspec
 import numpy as np
 import torch
 
+from headrace.config import ResolvedConfig
+from headrace.core.rank_bytes import Feed, sent_pieces, sent_whole, whole_bytes
 from headrace.core.rank_group import WAIT_SECONDS, Asked, OtherRanks
 from headrace.core.rank_messages import (
     AbortOn,
@@ -41,11 +44,19 @@ from headrace.core.rank_messages import (
 )
 from headrace.core.rank_works import copy_own
 from headrace.ipc import SharedBuffer
-from headrace.types.errors import HeadraceError, RequestError, UpdateConflictError, WeightUpdateError
+from headrace.models import weight_map
+from headrace.types.errors import (
+    HeadraceError,
+    NotFoundError,
+    RequestError,
+    UpdateConflictError,
+    WeightUpdateError,
+)
 from headrace.types.foreign import CudaHandle, Payload
 from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
 from headrace.weights.memory import Copies, ResolvedMode, SharedTensors, StageBuffer, StageCopy, StagePiece, Ticket
 from headrace.weights.position_sum import DIGEST_LENGTH, add_digests
+from headrace.weights.shard import Shard
 from headrace.weights.store import WeightStore
 
 MAX_PIECES = 512
@@ -98,15 +109,22 @@ class RankBuffer:
     def __init__(self, ref: BufferRef, own: StageBuffer, others: OtherRanks) -> None:
         self.ref = ref
         self.asked: Asked | None = None  # what the others were asked last to stage from it
+        self._host = SharedBuffer.open(ref) if others.has_far else None
         self._own = own
         self._others = others
 
     def part(self, offset: int, size: int) -> BufferPart:
         return BufferPart(self, offset, size, self._own.part(offset, size))
 
+    def parts_to_send(self, places: Sequence[Place]) -> list[memoryview]:
+        """For ranks that do not map it."""
+        return [] if self._host is None else [self._host.part(place.offset, place.size) for place in places]
+
     def close(self) -> None:
         """When nobody reads it any more."""
         give_up(self._others, self.asked)
+        if self._host is not None:
+            self._host.close()
         self._own.close()
 
 
@@ -138,13 +156,19 @@ class OwnCopy:
 
 class RankCopy:
     """A copy of this rank's share, if there is one, and then of all others', after which the tensors of `indices` are
-    whole."""
+    whole. `feed` is what some of them are sent for it."""
 
-    def __init__(self, weights: RankWeights, own: StageCopy | None, asked: Asked, indices: Sequence[int]) -> None:
+    def __init__(
+        self, weights: RankWeights, own: StageCopy | None, asked: Asked, indices: Sequence[int], feed: Feed | None
+    ) -> None:
         self.has_written = True
-        self._weights, self._own, self._asked, self._indices = weights, own, asked, indices
+        self._weights, self._own, self._asked, self._indices, self._feed = weights, own, asked, indices, feed
 
     def advance(self, budget_s: float) -> bool:
+        if self._feed is not None:
+            if self._feed.advance():
+                self._feed = None
+            return False
         if self._own is not None and not self._own.advance(budget_s):
             return False
         self._own = None
@@ -167,11 +191,12 @@ class _RankCommit:
 class RankWeights:
     """Live weights of which each rank has a share; see `headrace.core.executor.Weights`."""
 
-    def __init__(self, store: WeightStore, others: OtherRanks) -> None:
-        self._store, self._others = store, others
+    def __init__(self, store: WeightStore, others: OtherRanks, resolved: ResolvedConfig) -> None:
+        self._store, self._others, self._resolved = store, others, resolved
         self._manifest: list[TensorInfo] = []
         self._scratch: list[SharedBuffer] = []
         self._num_payloads = 0
+        self._sent: Asked | None = None  # what others may wait for the bytes of
         self._refusal: HeadraceError | None = None
 
     @property
@@ -245,16 +270,26 @@ class RankWeights:
     def stage(self, index: int, data: Any, start: int | None = None) -> StageCopy:
         """As `WeightStore.stage`, of what every rank can open."""
         self._check_open()
+        parts = self._parts_to_send(index, data)
         match data:
             case Arrived():
                 asked = data.asked = self._others.ask(StageArrivalOn, index, data.call, data.place)
             case FileTensorOn():
-                asked = self._others.ask(StageFileOn, index, data.name)
+                asked = self._sent = self._others.ask(StageFileOn, index, data.name, far=self._far(index))
             case ForeignTensorOn():
-                asked = data.memory.asked = self._others.ask(StageForeignOn, index, data.memory.key, data.name)
+                arguments = index, data.memory.key, data.name
+                asked = data.memory.asked = self._others.ask(StageForeignOn, *arguments, far=self._far(index))
             case _:
                 raise WeightUpdateError("these values are in memory of one rank only", field=self._manifest[index].name)
-        return RankCopy(self, self._store.stage(index, data.data, start), asked, (index,))
+        feed = Feed(self._others, asked, parts) if parts else None
+        return RankCopy(self, self._store.stage(index, data.data, start), asked, (index,), feed)
+
+    def _parts_to_send(self, index: int, data: Any) -> list[memoryview]:
+        is_sent = self._others.has_far and isinstance(data, FileTensorOn | ForeignTensorOn)
+        return [whole_bytes(data.data, self._manifest[index])] if is_sent else []
+
+    def _far(self, index: int) -> Callable[[int], StageBufferOn]:
+        return partial(sent_whole, index, self._manifest[index].num_bytes)
 
     def stage_pieces(self, pieces: Iterator[StagePiece]) -> Copies:
         """As `WeightStore.stage_pieces`: many are asked for in one message, and whole when all of them are."""
@@ -265,12 +300,14 @@ class RankWeights:
                 Place(piece.index, part.offset, part.size, piece.start, piece.is_last)
                 for piece, part in zip(batch, parts, strict=True)
             )
-            asked = buffer.asked = self._others.ask(StageBufferOn, buffer.ref, places)
+            far = partial(sent_pieces, places)
+            asked = buffer.asked = self._others.ask(StageBufferOn, buffer.ref, places, far=far)
             own = (msgspec.structs.replace(piece, data=part.data) for piece, part in zip(batch, parts, strict=True))
             for copies in self._store.stage_pieces(own):
                 yield None if copies is None else ((), OwnCopy(copies[1]))
             whole = [piece.index for piece in batch if piece.is_last]
-            yield whole, RankCopy(self, None, asked, whole)
+            feed = Feed(self._others, asked, buffer.parts_to_send(places)) if self._others.has_far else None
+            yield whole, RankCopy(self, None, asked, whole, feed)
 
     def check_sums(self, indices: Sequence[int], others: Sequence[tuple[str, ...]]) -> None:
         """Hold what all ranks have of whole tensors against the manifest. `WeightUpdateError` naming what differs."""
@@ -293,7 +330,8 @@ class RankWeights:
         own = self._store.open_payload(payload)
         self._num_payloads += 1
         try:
-            self._others.ask(OpenForeignOn, self._num_payloads, payload).wait()
+            far = partial(OpenForeignOn, key=self._num_payloads, payload=Payload())
+            self._others.ask(OpenForeignOn, self._num_payloads, payload, far=far).wait()
         except BaseException:
             own.close()
             raise
@@ -310,6 +348,7 @@ class RankWeights:
 
     def abort(self) -> None:
         """Also of what some rank has not committed, where others have."""
+        give_up(self._others, self._sent)
         self._others.tell(AbortOn())
         with suppress(UpdateConflictError):
             self._store.abort()
@@ -342,10 +381,24 @@ class RankWeights:
             yield name, add_digests(digest, *parts)
 
     def parameters(self) -> tuple[tuple[TensorInfo, ...], ...]:
-        return self._store.parameters() * (1 + len(self._others.numbers))  # all ranks have as much of each
+        return tuple(map(self._parameters_of, range(self._resolved.num_ranks)))
 
     def info(self, name: str, rank: int | None = None) -> TensorInfo:
-        return self._store.info(name, None if rank is None else 0)
+        if rank is None:
+            return self._store.info(name)
+        found = next((info for info in self._parameters_of(rank) if info.name == name), None)
+        if found is None:
+            raise NotFoundError(f"{name} is not a parameter of rank {rank}", field="name")
+        return found
+
+    def _parameters_of(self, rank: int) -> tuple[TensorInfo, ...]:
+        """All ranks of a stage have as much of each."""
+        model, engine = self._resolved.model, self._resolved.engine
+        shard = Shard.of_rank(rank, engine.tp_size, engine.pp_size)
+        if not shard.stage:
+            return self._store.parameters()[0]
+        params, dtype = weight_map(model, shard).params.values(), self._resolved.dtype
+        return tuple(TensorInfo(each.name, each.shape, each.dtype or dtype) for each in params)
 
     def copy_in_slices(self, name: str, start: int, into: memoryview, rank: int | None = None) -> Iterator[None]:
         """As `WeightStore.copy_in_slices`. What a rank does not hold it gives as zeros, and what several hold is the
@@ -364,6 +417,8 @@ class RankWeights:
             whole = np.frombuffer(part, np.uint8)
             for buffer in scratch:
                 np.bitwise_or(whole, np.frombuffer(buffer.view, np.uint8, len(part)), out=whole)
+            for data in asked.data:
+                np.bitwise_or(whole, np.frombuffer(data, np.uint8), out=whole)
             yield
 
     def scramble(self, seed: int) -> None:

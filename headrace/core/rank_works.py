@@ -1,8 +1,8 @@
 """What a rank other than the first does between steps for a message, in slices. Owns what it has opened for that:
 folders, payloads, groups, shared buffers. Decides nothing: what is done, and when, rank 0 says.
 
-A work is a generator that rests after each slice, and returns the values of its answer. It yields whether it waits for
-something that has not come.
+A work is a generator that rests after each slice, and returns the values of its answer, or the bytes that were asked
+for. It yields whether it waits for something that has not come.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from headrace.core.executor import ArrivingTensors, LocalExecutor, WeightGroup
+from headrace.core.rank_bytes import SentBytes, one_after_the_other
 from headrace.core.rank_messages import (
     AbortOn,
     BeginOn,
@@ -24,12 +25,14 @@ from headrace.core.rank_messages import (
     DropArrivalsOn,
     DropCopyOn,
     ExtendOn,
+    FillOn,
     ForgetOn,
     JoinOn,
     KeepOn,
     LeaveOn,
     OpenFolderOn,
     OpenForeignOn,
+    Place,
     ReadOn,
     ReceiveOn,
     ReleaseOn,
@@ -44,21 +47,23 @@ from headrace.core.rank_messages import (
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import CheckpointError, UpdateConflictError, WeightUpdateError
 from headrace.types.memory import MemoryTag
+from headrace.types.weights import BufferRef
 from headrace.weights.checkpoint import Checkpoint
 from headrace.weights.foreign_memory import ForeignMemory
 from headrace.weights.memory import StageCopy, StagePiece
 from headrace.weights.store import WeightStore
 
-Work = Generator[bool, None, tuple[str, ...]]
+Work = Generator[bool, None, tuple[str, ...] | bytes]
 SLICE_SECONDS = 0.0008
 """As rank 0 takes at a step boundary."""
 
 
 class RankWorks:
-    """The works of one rank over its weights and memory."""
+    """The works of one rank over its weights and memory. Unless it `shares_memory` with rank 0, bytes are sent."""
 
-    def __init__(self, rank: int, executor: LocalExecutor, store: WeightStore) -> None:
+    def __init__(self, rank: int, executor: LocalExecutor, store: WeightStore, *, shares_memory: bool = True) -> None:
         self._rank = rank
+        self._shares_memory = shares_memory
         self._executor = executor
         self._store = store
         self._released: set[MemoryTag] = set()
@@ -66,6 +71,7 @@ class RankWorks:
         self._payloads: dict[int, ForeignMemory] = {}
         self._groups: dict[int, WeightGroup] = {}
         self._calls: dict[int, tuple[ArrivingTensors, set[int]]] = {}  # and the places that are skipped
+        self._sent: dict[int, SentBytes] = {}  # by ticket
 
     def work_of(self, message: Any) -> Work | None:
         """What a message that is answered asks for."""
@@ -95,6 +101,9 @@ class RankWorks:
     def do(self, message: Any) -> None:
         """What a message that is not answered asks for."""
         match message:
+            case FillOn():
+                if message.target in self._sent:  # else it was given up
+                    self._sent[message.target].fill(message)
             case ForgetOn():
                 self._store.forget(message.index)
             case AbortOn():
@@ -140,7 +149,19 @@ class RankWorks:
         return ()
 
     def _stage_buffer(self, message: StageBufferOn) -> Work:
-        buffer, places = self._store.open_buffer(message.buffer), message.places
+        if message.buffer.path:
+            return (yield from self._stage_places(message.buffer, message.places))
+        sent = self._sent[message.ticket] = SentBytes(message.buffer.size)
+        try:
+            while not sent.is_complete:
+                yield True
+            return (yield from self._stage_places(sent.buffer.ref, one_after_the_other(message.places)))
+        finally:
+            del self._sent[message.ticket]
+            sent.buffer.close()
+
+    def _stage_places(self, ref: BufferRef, places: tuple[Place, ...]) -> Work:
+        buffer = self._store.open_buffer(ref)
         try:
             pieces = (StagePiece(p.index, buffer.part(p.offset, p.size), p.start, p.is_last, False) for p in places)
             for copies in self._store.stage_pieces(pieces):
@@ -185,6 +206,11 @@ class RankWorks:
         return tuple(found)
 
     def _read(self, message: ReadOn) -> Work:
+        if not self._shares_memory:
+            found = memoryview(bytearray(message.size))
+            for _ in copy_own(self._store, self._rank, message.name, message.start, found, message.owner):
+                yield False
+            return bytes(found)
         with SharedBuffer.open(message.into[self._rank - 1], writable=True) as buffer:
             into = buffer.view[: message.size]
             for _ in copy_own(self._store, self._rank, message.name, message.start, into, message.owner):

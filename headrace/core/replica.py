@@ -79,6 +79,7 @@ def scheduler_limits(resolved: ResolvedConfig) -> SchedulerLimits:
         num_pages=resolved.num_pages,
         prefix_cache=settings.prefix_cache,
         overlap_depth=settings.overlap_depth,
+        num_cohorts=resolved.num_cohorts,
         vocab_size=resolved.model.vocab_size,
         num_host_pages=resolved.num_host_pages,
         max_page_moves=resolved.max_page_moves,

@@ -12,12 +12,13 @@ from headrace.core.executor import Executor, LocalExecutor
 from headrace.core.faults import DeviceLost, describe, is_of_lost_device
 from headrace.core.loop import CoreLoop
 from headrace.ipc import CoreLink, PeerClosed, Pulse
+from headrace.ipc.rank_meeting import Meeting
 from headrace.types.errors import ConfigError, DeviceLostError, EngineDeadError, ErrorInfo, HeadraceError, InternalError
 from headrace.types.messages import CoreFailed, CoreReady
 
 logger = logging.getLogger(__name__)
 
-ExecutorKind = Literal["local", "free"]
+ExecutorKind = Literal["local", "free"] | Meeting
 DEVICE_LOST_EXIT_CODE = 4
 _PROGRESS_SECONDS = 5.0
 
@@ -100,7 +101,8 @@ def _build(
 def build_executor(
     resolved: ResolvedConfig, kind: ExecutorKind, *, shares_process: bool = False
 ) -> tuple[Executor, ResolvedConfig]:
-    """What executes plans: a runner of this process, or, for "free", nothing at all. And the settings it runs with,
+    """What executes plans: a runner of this process, with other ranks if there are any, which come to a `Meeting` where
+    that is given; or, for "free", nothing at all. And the settings it runs with,
     where what could only be measured is filled in."""
     if kind == "free":
         from headrace.core.fake_executor import FreeExecutor
@@ -109,14 +111,16 @@ def build_executor(
     from headrace.runner import build_runner  # torch: the slow import, made in the core only
 
     if resolved.num_ranks > 1:
-        if shares_process and resolved.device == "cuda":
+        if shares_process and resolved.device == "cuda" and not isinstance(kind, Meeting):
             raise ConfigError("on cuda several ranks (tp_size) need a core in a process of its own", field="inprocess")
+        from headrace.core.rank_node import meet_nodes
         from headrace.core.rank_start import start_ranks
 
         ranks = start_ranks(
             resolved,
             lambda mesh: build_runner(resolved, LoadProgress(), shares_process=shares_process, mesh=mesh),
             shares_process=shares_process,
+            meeting=kind if isinstance(kind, Meeting) else meet_nodes(resolved) if resolved.engine.nnodes > 1 else None,
         )
         return ranks, ranks.resolved
     executor = LocalExecutor(build_runner(resolved, on_progress=LoadProgress(), shares_process=shares_process))

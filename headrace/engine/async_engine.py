@@ -209,9 +209,10 @@ class AsyncEngine(EngineLifecycle):
 
         Requests in flight are ended with what they have, or, with "recompute", kept and computed again after the
         resume. Requests that come meanwhile wait, at most `pause_timeout` seconds. `UpdateConflictError` while an
-        update is open.
+        update is open; one in buckets of which no call is in progress is dropped instead.
         """
         given, how, seconds = tags_of(tags), as_choice(in_flight, get_args(OnRelease), "in_flight"), seconds_of(timeout)
+        await self.runtime.joined.make_way("memory is released")
         await self.runtime.client.change(lambda call_id: ReleaseMemory(call_id, given, how), NoneType, seconds)
 
     @_on_engine_loop
@@ -255,8 +256,8 @@ class AsyncEngine(EngineLifecycle):
     def undoable_begin(self, manifest: Manifest | None, terms: UpdateTerms) -> Undoable[UpdateSession]:
         """What `begin_update` does, and what undoes it: for `EngineLoop.run` and `wait`."""
         self.runtime.check_open()
-        updater = self.runtime.updater
-        return updater.begin(manifest if manifest is None else manifest_of(manifest), terms), updater.abort_quietly
+        entries = manifest if manifest is None else manifest_of(manifest)
+        return self.runtime.joined.begin_other(entries, terms), self.runtime.updater.abort_quietly
 
     async def stage(self, session: UpdateSession, named_tensors: NamedTensors) -> None:
         """Send tensors of the manifest: any iterable of (name, tensor) pairs, torch or numpy.
@@ -313,7 +314,8 @@ class AsyncEngine(EngineLifecycle):
     async def update_by(self, run: Run, named_tensors: NamedTensors, terms: UpdateTerms) -> UpdateReport:
         """As `update_weights_from_tensor`, awaiting nothing but what `run` makes of coroutines for the loop."""
         self.runtime.check_open()
-        return await self.runtime.updater.update_from_tensors(run, named_tensors, terms)
+        begin = self.runtime.joined.begin_other
+        return await self.runtime.updater.update_from_tensors(run, named_tensors, terms, begin)
 
     async def update_weights_from_bucket(
         self,
@@ -329,8 +331,8 @@ class AsyncEngine(EngineLifecycle):
 
         A tensor that comes again replaces the first. The version may be given with each call or only with the last; a
         call with another one than those before begins the update anew. `mode`, `in_flight` and `timeout` are those of
-        the first call. An error in one ends the whole: begin anew. Until it is complete, `resume` and other updates
-        are refused, and `abort_update` drops it. The cache needs no flush.
+        the first call. An error in one ends the whole: begin anew. Until it is complete, `resume` is refused; a
+        complete update by another road, a release, and `abort_update` drop it. The cache needs no flush.
         """
         await self.start()
         return await self.add_by(self.runtime.run, named_tensors, version, mode, in_flight, timeout)
@@ -366,6 +368,7 @@ class AsyncEngine(EngineLifecycle):
         below = "" if root is None else folder_of(root)
         if as_flag(verify, "verify"):
             await saving.verify(folder, below, terms.timeout_s)
+        await self.runtime.joined.make_way(f"weights come from {folder}")
         return await self.runtime.client.change(
             lambda call_id: UpdateFromDisk(call_id, folder, terms.version, terms.mode, terms.in_flight, root=below),
             UpdateReport,

@@ -144,7 +144,7 @@ class Calls:
             self._waiting.pop(telling.call_id, None)
 
 
-async def outlast(cleaning: Coroutine[Any, Any, None]) -> None:
+async def outlast(cleaning: Coroutine[Any, Any, object]) -> None:
     """Await what undoes a thing that failed or was cancelled: another cancellation does not end it."""
     task = asyncio.ensure_future(cleaning)
     while not task.done():

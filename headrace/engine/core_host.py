@@ -18,10 +18,14 @@ import msgspec
 from headrace.config import EngineConfig, ModelSpec, ResolvedConfig, resolve
 from headrace.config.machine import check_working_directory
 from headrace.ipc import CoreLink, FrontLink, Pulse, PulsePage, make_pair, start_process
+from headrace.ipc.rank_meeting import Meeting
 from headrace.text import Tokenizer
 from headrace.types.errors import ConfigError
 
-ExecutorKind = Literal["local", "free"]
+ExecutorName = Literal["local", "free"]
+ExecutorKind = ExecutorName | Meeting
+"""A runner of the core's, nothing at all, or ranks in other processes of ours, which come to that meeting."""
+
 MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "*.txt")
 CONFIG_FILES = ("config.json", "generation_config.json")
 """All that resolving settings reads."""
@@ -81,18 +85,23 @@ class CoreThread:
 
 
 def resolve_settings(
-    config: EngineConfig, executor: ExecutorKind = "local", files: Sequence[str] = MODEL_FILES, first_device: int = 0
+    config: EngineConfig,
+    executor: ExecutorKind = "local",
+    files: Sequence[str] = MODEL_FILES,
+    first_device: int = 0,
+    ranks_here: int | None = None,
 ) -> ResolvedConfig:
     """Find the model's files and decide every open setting. Raises `ConfigError` and its kin.
 
-    `files` are the patterns of those to have of a hub id, `first_device` is the index of the CUDA device to use.
+    `files` are the patterns of those to have of a hub id, `first_device` is the index of the CUDA device to use, of
+    `ranks_here`: 1 in a process of a trainer whose ranks are those of the engine.
 
     An executor that computes nothing has no device that could measure a pool: whatever is asked, it is on the CPU.
     """
     check_working_directory()
     if executor == "free":
         config = msgspec.structs.replace(config, device="cpu")
-    return resolve(config, model_folder(config.model, files), first_device=first_device)
+    return resolve(config, model_folder(config.model, files), first_device=first_device, ranks_here=ranks_here)
 
 
 def current_device() -> int:
@@ -155,6 +164,7 @@ def start_core(resolved: ResolvedConfig, *, inprocess: bool, executor: ExecutorK
     if inprocess:
         front, core = make_pair()
         return CoreThread(resolved, core, executor), front
+    assert isinstance(executor, str), "those who come to a meeting are ranks of this process"
     return start_process(msgspec.msgpack.encode(resolved), executor=executor)
 
 

@@ -15,18 +15,23 @@ from headrace.engine.async_engine import AsyncEngine
 from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, terms_of
 from headrace.engine.core_host import ExecutorKind
 from headrace.engine.fields import InputIds, Prompts, Sampling
+from headrace.engine.rank_group import share_engine
 from headrace.engine.requests import GenerateOptions
 from headrace.engine.runtime import Regret, result_of
 from headrace.engine.tensors import NamedTensors, to_tensor
 from headrace.engine.update import run_here
 from headrace.engine.update_session import Manifest, UpdateSession
 from headrace.text import Tokenizer
-from headrace.types.errors import HeadraceError
+from headrace.types.errors import HeadraceError, RequestError
 from headrace.types.generation import Generation
 from headrace.types.weights import InFlight, PauseMode, UpdateMode, UpdateReport
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from headrace.core.rank_thread import RankThread
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -48,11 +53,36 @@ class Engine:
     """A running engine with blocking methods. A context manager; `shutdown` is also done when it is dropped."""
 
     def __init__(
-        self, model: str | Path, *, inprocess: bool = False, executor: ExecutorKind = "local", **settings: Any
+        self,
+        model: str | Path,
+        *,
+        inprocess: bool = False,
+        executor: ExecutorKind = "local",
+        rank_group: ProcessGroup | DeviceMesh | None = None,
+        **settings: Any,
     ) -> None:
-        """See `AsyncEngine`."""
-        self.asynchronous = AsyncEngine(model, inprocess=inprocess, executor=executor, **settings)
-        self.asynchronous.wait_started()
+        """See `AsyncEngine`.
+
+        `rank_group` is a `torch.distributed` group, or a mesh of one dimension, every rank of which constructs this
+        engine: its processes are the engine's ranks. The first has the engine, in a thread as with `inprocess`; each
+        other one hosts its rank in a thread and can only `shutdown`, which waits for that of the first. `tp_size` is
+        the size of the group, or of each of its `pp_size` stages. Raises on every rank what keeps one of them from
+        starting, and `DeadlineError` naming those that have not come.
+        """
+        self._engine: AsyncEngine | RankThread
+        if rank_group is None:
+            self._engine = AsyncEngine(model, inprocess=inprocess, executor=executor, **settings)
+            self._engine.wait_started()
+        else:
+            self._engine = share_engine(rank_group, model, settings)
+
+    @property
+    def asynchronous(self) -> AsyncEngine:
+        """The engine that this one waits for. `RequestError` on a rank that only hosts a part of it."""
+        if not isinstance(self._engine, AsyncEngine):
+            message = f"this is rank {self._engine.number} of rank_group: call it on rank 0, which has the engine"
+            raise RequestError(message, field="rank_group")
+        return self._engine
 
     @property
     def config(self) -> EngineConfig:
@@ -185,8 +215,9 @@ class Engine:
         return runtime.foreign or result_of(runtime.supervisor.ended)
 
     def shutdown(self) -> None:
-        """See `AsyncEngine.shutdown`."""
-        self.asynchronous.close()
+        """See `AsyncEngine.shutdown`. On another rank than the first of `rank_group` it waits for that one to shut the
+        engine down, or leaves it after `control_timeout`, which ends the engine."""
+        self._engine.close()
 
     def __enter__(self) -> Engine:
         return self

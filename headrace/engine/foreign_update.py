@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import binascii
+import re
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 
 from headrace.engine.calls import outlast
 from headrace.engine.control import UpdateTerms
 from headrace.engine.groups import load_format_of
-from headrace.engine.joined_update import JoinedUpdate
+from headrace.engine.joined_update import JoinedUpdate, Sender
 from headrace.engine.update import Updater
 from headrace.engine.update_session import UpdateSession
 from headrace.types.errors import HeadraceError, WeightUpdateError
-from headrace.types.foreign import FIELD, CudaHandle, Payload
+from headrace.types.foreign import FIELD, CudaHandle, Payload, SharedFile, Storage
 from headrace.types.weights import UpdateReport
 from headrace.weights.foreign import read_payload
 from headrace.weights.foreign_files import TakenFiles
@@ -53,7 +53,7 @@ async def add_payload(
         async def stage(session: UpdateSession, indices: Sequence[int]) -> None:
             await updater.stage_payload(session, payload, indices)
 
-        return await joined.add(payload.manifest(), terms, stage)
+        return await joined.add(payload.manifest(), terms, stage, sender=Sender("payload", _process_of(payload)))
     finally:
         await outlast(_close(taking, taken))
 
@@ -96,11 +96,24 @@ def _check(payload: Payload, load_format: str | None, device: str) -> None:
         kinds = "named tensors", "a flattened bucket"
         message = f"the payload is {kinds[is_bucket]}, load_format says {kinds[not is_bucket]}"
         raise WeightUpdateError(message, field="load_format")
-    storages: list[Any] = [tensor.storage for tensor in payload.tensors]
-    storages += [bucket.memory.storage for bucket in payload.buckets]
-    if device == "cpu" and any(isinstance(storage, CudaHandle) for storage in storages):
+    if device == "cpu" and any(isinstance(storage, CudaHandle) for storage in _storages(payload)):
         message = "the payload names memory of a CUDA device, and this engine is on a CPU: send tensors of the CPU"
         raise WeightUpdateError(message, field=FIELD)
+
+
+def _storages(payload: Payload) -> list[Storage]:
+    found = [tensor.storage for tensor in payload.tensors]
+    return found + [bucket.memory.storage for bucket in payload.buckets]
+
+
+def _process_of(payload: Payload) -> str:
+    """The number of the process that made it, which torch writes into names as "/torch_123_456_0"; "" for none."""
+    for storage in _storages(payload):
+        name = storage.handle if isinstance(storage, SharedFile) else getattr(storage, "ref_counter_handle", "")
+        found = re.match(r"/torch_(\d{1,10})_", name, re.ASCII)
+        if found:
+            return found[1]
+    return ""
 
 
 def _kept(payload: Payload) -> Payload:

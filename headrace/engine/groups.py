@@ -17,6 +17,7 @@ from headrace.engine.calls import outlast
 from headrace.engine.client import CoreClient
 from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, seconds_of, terms_of_part
 from headrace.engine.fields import name_of
+from headrace.engine.joined_update import Sender
 from headrace.engine.update_session import UpdateSession, check_session
 from headrace.types.errors import HeadraceError, RequestError, encodable
 from headrace.types.messages import Discard, GroupTensor, JoinGroup, LeaveGroup, Receive
@@ -39,6 +40,7 @@ from headrace.weights.weight_map import is_recomputed
 
 if TYPE_CHECKING:
     from headrace.engine.async_engine import AsyncEngine
+    from headrace.engine.runtime import EngineLoop
 
 DEFAULT_GROUP: Final = "weight_update_group"
 DEFAULT_JOIN_TIMEOUT = 300.0
@@ -62,13 +64,11 @@ async def init_weights_update_group(
     only. Raises `WeightUpdateError` and `RequestError` naming the field, `UpdateConflictError` for a name that is in
     use, and `DeadlineError` after `timeout` seconds; nothing is left of the group then.
     """
-    await join_group(
-        self.runtime.client, master_address, master_port, rank_offset, world_size, group_name, backend, timeout
-    )
+    await join_group(self.runtime, master_address, master_port, rank_offset, world_size, group_name, backend, timeout)
 
 
 async def join_group(
-    client: CoreClient,
+    runtime: EngineLoop,
     master_address: Any,
     master_port: Any,
     rank_offset: Any,
@@ -78,7 +78,8 @@ async def join_group(
     timeout: Any,
     rendezvous: Rendezvous = "sglang",
 ) -> None:
-    """What `init_weights_update_group` does, by either rendezvous."""
+    """What `init_weights_update_group` does, by either rendezvous. An update in buckets that is open is another
+    sender's."""
     name, address = _group_of(group_name), name_of(master_address, "master_address").strip("[]")
     if not address:
         raise RequestError("master_address must not be empty", field="master_address")
@@ -86,17 +87,20 @@ async def join_group(
     size = _integer_of(world_size, "world_size", 2, 1 << 20)
     rank = _integer_of(rank_offset, "rank_offset", 1, size - 1)
     kind = as_choice(backend, get_args(Backend), "backend")
-    await client.call(
+    await runtime.client.call(
         lambda call_id: JoinGroup(call_id, name, address, port, rank, size, kind, rendezvous),
         NoneType,
         seconds_of(timeout),
     )
+    await runtime.joined.note_joined(name)
 
 
 async def destroy_weights_update_group(self: AsyncEngine, group_name: str = DEFAULT_GROUP) -> None:
-    """Leave a group. What is being received of it fails. `WeightUpdateError` if there is none of that name."""
+    """Leave a group. What is being received of it fails, and an update in buckets that it has brought a part of is
+    dropped. `WeightUpdateError` if there is none of that name."""
     name = _group_of(group_name)
     await self.runtime.client.call(lambda call_id: LeaveGroup(call_id, name), NoneType)
+    await self.runtime.joined.note_left(name)
 
 
 async def stage_from_group(
@@ -145,7 +149,11 @@ async def update_weights_from_distributed(
             raise
         announced.seconds = terms.timeout_s
         wanted = [info for info in infos if not is_recomputed(info.name)]
-        return await self.runtime.joined.add(wanted, terms, lambda session, _: announced.receive(session, wanted))
+
+        async def stage(session: UpdateSession, _: Sequence[int]) -> None:
+            await announced.receive(session, wanted)
+
+        return await self.runtime.joined.add(wanted, terms, stage, sender=Sender("group", announced.group))
 
 
 class _Announced:

@@ -1,18 +1,20 @@
 """The implicit update of an engine: calls that bring some of its tensors each, as SGLang's weight calls do, join it.
 
-Owns which session that is, and its label. It is opened by the first call, and committed by the one after which the
-model lacks nothing, or where it was begun by name, when it is finished so. An error in one, and the session's deadline,
-end it, and the next call begins another. Must not know tensors or HTTP, nor by which road tensors come: the caller
-stages them.
+Owns which session that is, its label, and whose it is. It is opened by the first call, and committed by the one after
+which the model lacks nothing, or where it was begun by name, when it is finished so. An error in one, and the session's
+deadline, end it, and the next call begins another. So does a call of another sender: half an update whose sender died
+is never completed by the next one. Must not know tensors or HTTP: the caller stages them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -25,11 +27,30 @@ from headrace.types.request import DEFAULT_VERSION
 from headrace.types.weights import TensorInfo, UpdateReport
 from headrace.weights.weight_map import TIED_HEAD
 
+logger = logging.getLogger(__name__)
+
 StagePart = Callable[[UpdateSession, Sequence[int]], Awaitable[None]]
 """Brings the tensors of one call: those at these places of the session's manifest. One that `replaces` there has been
 staged before."""
 
 Result = TypeVar("Result")
+
+
+class Sender(msgspec.Struct, frozen=True):
+    """Who brings tensors, as far as one can be told: whoever calls this engine here, a client of that `name`, a group,
+    whose one generation is another sender than the next, or of a "payload" the process that made it. An update has
+    payloads of several, and that process may not be seen from here."""
+
+    road: Literal["here", "client", "group", "payload"]
+    name: str = ""
+
+
+HERE = Sender("here")
+
+
+def _is_seen(process: str) -> bool:
+    """A process of that number lives on this host."""
+    return bool(process) and Path("/proc", process).exists()
 
 
 async def _here(coroutine: Coroutine[Any, Any, Result]) -> Result:
@@ -48,17 +69,27 @@ class JoinedUpdate:
         self._is_begun = False  # by name, and not finished
         self._held_until = -math.inf  # while no session is open
         self._version = ""  # that a call has given
+        self._sender = HERE  # of the last session's first call
+        self._groups: set[str] = set()  # that have brought tensors of the session
+        self._young_groups: set[str] = set()  # joined since it was opened
         self._last: UpdateReport | None = None  # of an update without a head, which may come late
 
     async def add(
-        self, infos: Iterable[TensorInfo], terms: UpdateTerms, stage: StagePart, run: Run = _here
+        self,
+        infos: Iterable[TensorInfo],
+        terms: UpdateTerms,
+        stage: StagePart,
+        run: Run = _here,
+        sender: Sender = HERE,
     ) -> UpdateReport | None:
         """Have these tensors checked, staged by `stage`, and committed with all before them if that makes a model.
         None: it does not yet.
 
         A tensor that came before is replaced. `terms.version` may be "": the last one that was given counts at the
         commit, and if none was, the weights keep their label. One that differs from that of the calls before begins
-        the update anew: no weights are mixed of two. The other terms are those of the first call. Parts may be staged
+        the update anew, and so does another sender: no weights are mixed of two. Groups may bring one together, if all
+        were joined before it. Where nobody can tell senders apart, a tensor that came already is of another update.
+        The other terms are those of the first call. Parts may be staged
         at the same time. A tied head that comes when its update is live, since nothing else was missing, is compared
         with what is live; no tensors at all begin no update.
 
@@ -66,7 +97,7 @@ class JoinedUpdate:
         """
         joined: list[UpdateSession] = []
         try:
-            indices: Sequence[int] = await run(self._join(tuple(infos), terms, joined))
+            indices: Sequence[int] = await run(self._join(tuple(infos), terms, joined, sender))
             if not joined:
                 return None
             await stage(joined[0], indices)
@@ -79,24 +110,53 @@ class JoinedUpdate:
             raise
         return report
 
-    async def join(self, infos: Iterable[TensorInfo], terms: UpdateTerms) -> tuple[UpdateSession, Sequence[int]] | None:
+    async def join(
+        self, infos: Iterable[TensorInfo], terms: UpdateTerms, sender: Sender
+    ) -> tuple[UpdateSession, Sequence[int]] | None:
         """The first half of `add`, for one who stages what he brings in calls of his own and ends with `settle`, or
         aborts the session where that fails. None: it is no tensor."""
         joined: list[UpdateSession] = []
         try:
-            indices = await self._join(tuple(infos), terms, joined)
+            indices = await self._join(tuple(infos), terms, joined, sender)
         except BaseException:  # whatever it is, as in `add`
             await self._drop(joined)
             raise
+        for session in joined:
+            session.num_calls -= 1  # it comes in calls of its own, which are counted
         return (joined[0], indices) if joined else None
 
     async def settle(self, session: UpdateSession, indices: Sequence[int]) -> UpdateReport | None:
         """The second half: these were staged."""
         try:
+            session.num_calls += 1
             return await self._finish(session, indices)
         except BaseException:  # whatever it is, as in `add`
             await self._drop([session])
             raise
+
+    async def make_way(self, reason: str) -> None:
+        """Drop the update, if no call of it is in progress, for this reason: its sender may be gone, and a whole update
+        by another road or a release does not wait for its deadline."""
+        async with self._joining:
+            if self._session is not None and not self._session.num_calls:
+                await self._supersede(reason)
+
+    async def begin_other(self, manifest: tuple[TensorInfo, ...] | None, terms: UpdateTerms) -> UpdateSession:
+        """A session of its own, that whoever asks for it ends; for a complete one what is open makes way."""
+        if not terms.partial:
+            await self.make_way(f"another one was begun, to {terms.version!r}")
+        return await self._updater.begin(manifest, terms)
+
+    async def note_joined(self, group: str) -> None:
+        """A trainer's group was joined, by a sender that has no part in what is open."""
+        self._young_groups.add(group)
+        await self.make_way(f"weight group {group!r} was joined")
+
+    async def note_left(self, group: str) -> None:
+        """It was left: what it has brought is nothing that others may complete."""
+        async with self._joining:
+            if group in self._groups:
+                await self._supersede(f"weight group {group!r} was left")
 
     async def begin(self) -> None:
         """The next call begins an update anew, which is not committed before `finish`. Once that update is over, by an
@@ -138,14 +198,16 @@ class JoinedUpdate:
             await self._drop([self._session])
 
     async def _join(
-        self, manifest: tuple[TensorInfo, ...], terms: UpdateTerms, joined: list[UpdateSession]
+        self, manifest: tuple[TensorInfo, ...], terms: UpdateTerms, joined: list[UpdateSession], sender: Sender
     ) -> list[int]:
-        """The places of the tensors in the session, of which `joined` hears at once."""
+        """The places of the tensors in the session, of which `joined` hears at once. It has one call more then."""
         async with self._joining:
-            is_another = terms.version and self._version and terms.version != self._version
-            if is_another:
-                await self.end()
-            if self._session is None and self._is_late_head(manifest, terms):
+            if terms.version and self._version and terms.version != self._version:
+                await self._supersede(f"{terms.version!r} is another label than {self._version!r}")
+            reason = self._why_another(sender, manifest)
+            if reason:
+                await self._supersede(reason)
+            if self._session is None and not reason and self._is_late_head(manifest, terms):
                 return await self._compare_head(manifest, terms, joined)
             if not manifest:  # nothing whose end could be the end of an update that is committed meanwhile
                 self._version = (self._session and terms.version) or self._version
@@ -153,14 +215,29 @@ class JoinedUpdate:
             if self._session is not None:
                 joined[:] = [self._session]
                 try:
-                    return await self._extend(self._session, manifest, terms)
+                    return await self._extend(self._session, manifest, terms, sender)
                 except HeadraceError as error:
                     if error.field != "session_id":
                         raise
                 self._session = None  # it has ended meanwhile, by its deadline or by `abort_update`
                 self.let_go()
-            await self._open(terms, joined)
-            return await self._extend(joined[0], manifest, terms)
+            await self._open(terms, joined, sender)
+            return await self._extend(joined[0], manifest, terms, sender)
+
+    def _why_another(self, sender: Sender, manifest: tuple[TensorInfo, ...]) -> str:
+        """Why this call is no part of the update of those before; "" where it may be."""
+        first = self._sender
+        if sender.road != first.road:
+            return f"tensors come by another road ({sender.road}, not {first.road})"
+        if sender.road == "group":
+            is_young = sender.name in self._young_groups
+            return f"weight group {sender.name!r} was joined after it had begun" if is_young else ""
+        if sender.road != "payload":
+            return "" if sender == first else "another client sends tensors"
+        if sender != first and _is_seen(sender.name) and not _is_seen(first.name):
+            return f"process {first.name}, which had begun it, has ended"
+        known = self._session or ()
+        return next((f"{info.name} comes again, as of another update" for info in manifest if info.name in known), "")
 
     def _is_late_head(self, manifest: tuple[TensorInfo, ...], terms: UpdateTerms) -> bool:
         """The last update was live before its sender came to the head: then the model has none of its own. Where other
@@ -177,21 +254,27 @@ class JoinedUpdate:
         label = terms.version or self._last_label()
         partial = msgspec.structs.replace(terms, version=label, mode="shadow", partial=True)
         joined[:] = [await self._updater.begin((), partial, is_open=True)]
+        joined[0].num_calls += 1
         return list(await self._updater.extend(joined[0], manifest))
 
-    async def _open(self, terms: UpdateTerms, joined: list[UpdateSession]) -> None:
+    async def _open(self, terms: UpdateTerms, joined: list[UpdateSession], sender: Sender) -> None:
         if not self._is_held:
             self.let_go()
         labelled = msgspec.structs.replace(terms, version=terms.version or self._last_label())
         session = await self._updater.begin((), labelled, is_open=True)
         self._session, self._version, self._last = session, "", None
+        self._sender = sender
+        self._groups.clear()
+        self._young_groups.clear()
         joined[:] = [session]
 
     def _last_label(self) -> str:
         status = self._client.status
         return DEFAULT_VERSION if status is None else status.last_version
 
-    async def _extend(self, session: UpdateSession, manifest: tuple[TensorInfo, ...], terms: UpdateTerms) -> list[int]:
+    async def _extend(
+        self, session: UpdateSession, manifest: tuple[TensorInfo, ...], terms: UpdateTerms, sender: Sender
+    ) -> list[int]:
         for name, count in Counter(info.name for info in manifest).most_common(1):
             if count > 1:
                 raise WeightUpdateError(f"{name} is named twice", field=name)
@@ -199,10 +282,13 @@ class JoinedUpdate:
         await self._updater.extend(session, tuple(info for info in manifest if info.name not in known))
         session.unsettle(known.values())
         self._version = terms.version or self._version
+        self._groups |= {sender.name} if sender.road == "group" else set()
+        session.num_calls += 1
         return [session.index_of(info) for info in manifest]
 
     async def _finish(self, session: UpdateSession, indices: Sequence[int]) -> UpdateReport | None:
         """Commit the session if nothing is to come."""
+        session.num_calls -= 1
         session.note_sent(set(indices), is_settled=True)
         if session.is_partial:
             await self._updater.abort(session)
@@ -221,6 +307,20 @@ class JoinedUpdate:
         report = await self._updater.commit(session, self._version or self._last_label())
         self._last = None if TIED_HEAD in session else report
         return report
+
+    async def _supersede(self, reason: str) -> None:
+        """Drop the update for something else, if there is one, and have whoever runs the engine know."""
+        session = self._session
+        if session is None:
+            return
+        self.let_go()
+        if await self._updater.abort_at_last(session):
+            poisoned = ". It was in place: live weights are no version until a complete update lands"
+            logger.warning(
+                "an update that was not complete (session %d, %d tensors) is dropped: %s%s",
+                *(session.session_id, len(session.manifest), reason, poisoned if session.mode == "inplace" else ""),
+            )
+        self._session = None if self._session is session else self._session
 
     async def _drop(self, joined: Sequence[UpdateSession]) -> None:
         self.let_go()

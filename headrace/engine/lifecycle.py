@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Self, get_args
 
 from headrace.config import EngineConfig, ResolvedConfig
-from headrace.engine.core_host import ExecutorKind
+from headrace.engine.core_host import ExecutorKind, ExecutorName
 from headrace.engine.runtime import EngineLoop
 from headrace.engine.starting import Running, Start
+from headrace.ipc.rank_meeting import Meeting
 from headrace.text import Tokenizer
 from headrace.types.errors import ConfigError, HeadraceError
 from headrace.types.plain_values import as_choice, as_flag
@@ -26,8 +27,14 @@ class EngineLifecycle:
         self, model: str | Path, *, inprocess: bool = False, executor: ExecutorKind = "local", **settings: Any
     ) -> None:
         self.config = EngineConfig.from_dict({"model": model, **settings})
-        kind = as_choice(executor, get_args(ExecutorKind), "executor", ConfigError)
-        self._start = Start(self.config, inprocess=as_flag(inprocess, "inprocess", ConfigError), executor=kind)
+        if self.config.node_rank:
+            message = (
+                f"node_rank {self.config.node_rank} has no engine, which is that of node 0: run `headrace serve` there"
+            )
+            raise ConfigError(message, field="node_rank")
+        if not isinstance(executor, Meeting):
+            as_choice(executor, get_args(ExecutorName), "executor", ConfigError)
+        self._start = Start(self.config, inprocess=as_flag(inprocess, "inprocess", ConfigError), executor=executor)
         self._finalizer = weakref.finalize(self, self._start.close)
         self._parts: Running | None = None
         if not _is_on_a_loop():

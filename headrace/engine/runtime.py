@@ -220,7 +220,8 @@ class EngineLoop:
         # A core in the caller's process is not restarted: what broke the device for it has broken it for the caller.
         max_restarts = 0 if inprocess else engine.max_core_restarts or 0
         self.supervisor = Supervisor(host, self.client, resolved, executor, max_restarts)
-        self.updater = Updater(self.client, self.loop, shares_process=inprocess, dtype=resolved.dtype)
+        of_engine: Any = {"dtype": resolved.dtype, "num_ranks": resolved.num_ranks}
+        self.updater = Updater(self.client, self.loop, shares_process=inprocess, **of_engine)
         self.joined = JoinedUpdate(self.updater, self.client)
         self._closers: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._thread = threading.Thread(target=self._run_loop, name="headrace-engine", daemon=True)

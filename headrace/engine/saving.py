@@ -89,7 +89,7 @@ async def save_sharded_model(
     root: str | Path | None = None,
 ) -> SaveReport:
     """As `save_model`, a file for each rank with its parameters as they lie: what an engine of this version, model,
-    dtype and `tp_size` loads fastest, by `load_format="sharded"`, and nobody else can."""
+    dtype, `tp_size` and `pp_size` loads fastest, by `load_format="sharded"`, and nobody else can."""
     return await _to_folder(self, path, root, lambda live, _: rank_files(live.parameters), timeout)
 
 

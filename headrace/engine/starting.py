@@ -23,6 +23,7 @@ from headrace.engine.core_host import (
 from headrace.engine.intake import Intake
 from headrace.engine.requests import RequestBuilder
 from headrace.engine.runtime import EngineLoop, forked, result_of
+from headrace.ipc.rank_meeting import Meeting
 from headrace.text import Tokenizer
 from headrace.types.errors import ShutdownError
 from headrace.types.messages import CoreReady
@@ -115,7 +116,8 @@ class Start:
 
     def _start(self) -> Running:
         config = self._config
-        resolved = resolve_settings(config, self._executor, first_device=self._device)
+        ranks_here = 1 if isinstance(self._executor, Meeting) else None
+        resolved = resolve_settings(config, self._executor, first_device=self._device, ranks_here=ranks_here)
         with self._lock:
             self._check_open()
             self._runtime = runtime = EngineLoop(resolved, inprocess=self._inprocess, executor=self._executor)

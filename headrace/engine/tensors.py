@@ -20,7 +20,7 @@ import numpy.typing as npt
 from headrace.engine.memory_copy import Copy, address_of, copy_memory
 from headrace.types.errors import WeightUpdateError
 from headrace.types.plain_values import plain_text
-from headrace.types.weights import TensorInfo, WeightBytes, shape_problem
+from headrace.types.weights import TensorInfo, WeightBytes, name_problem, shape_problem
 from headrace.weights.weight_map import FLOAT_DTYPES, TIED_HEAD, is_recomputed
 
 if TYPE_CHECKING:
@@ -249,6 +249,8 @@ def _checked(pairs: Iterable[Any], hold: Callable[[str, Any], Any]) -> Iterator[
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], str):
             raise WeightUpdateError("named_tensors must hold (name, tensor) pairs", field="named_tensors")
         name, tensor = plain_text(pair[0]), pair[1]
+        if problem := name_problem(name):
+            raise WeightUpdateError(f"named_tensors: {problem}", field="named_tensors")
         if is_recomputed(name):
             continue
         if not isinstance(tensor, np.ndarray) and not _is_torch(tensor):

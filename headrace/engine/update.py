@@ -66,16 +66,24 @@ FIRST_EXPORT_BYTES = 1 << 30
 
 Result = TypeVar("Result")
 Run = Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]]
+Begin = Callable[[tuple[TensorInfo, ...], UpdateTerms], Awaitable[UpdateSession]]
 
 
 class Updater:
     """Opens, fills and ends update sessions on one core. Its coroutines run on the engine's loop."""
 
     def __init__(
-        self, client: CoreClient, loop: asyncio.AbstractEventLoop, *, shares_process: bool, dtype: str = ""
+        self,
+        client: CoreClient,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        shares_process: bool,
+        dtype: str = "",
+        num_ranks: int = 1,
     ) -> None:
-        """`shares_process`: the core is a thread of this process. `dtype` is the engine's."""
-        self._dtype = dtype
+        """`shares_process`: the core is a thread of this process. `dtype` is the engine's, `num_ranks` how many it
+        has."""
+        self._dtype, self._num_ranks = dtype, num_ranks
         self._shares_process = shares_process
         self._client = client
         self._loop = loop
@@ -83,7 +91,7 @@ class Updater:
         self._host = BufferPool(HostMemory, BUFFER_BYTES, self._threads.copy)
         self._device: BufferPool | None = None
         self._short_of_device = 0  # the session that found no room for a buffer there
-        self._tasks: set[asyncio.Task[None]] = set()  # uploads, and aborts that nobody awaits
+        self._tasks: set[asyncio.Task[Any]] = set()  # uploads, and aborts that nobody awaits
         self._freed = asyncio.Event()
         self._fillings: set[Filling] = set()
 
@@ -102,7 +110,7 @@ class Updater:
         for filling in tuple(self._fillings):
             self._end(filling)
         given = begun.session_id, terms.version, begun.mode, entries, terms.timeout_s, terms.partial
-        return UpdateSession(*given, is_open=not is_listed, dtype=self._dtype)
+        return UpdateSession(*given, is_open=not is_listed, dtype=self._dtype, num_ranks=self._num_ranks)
 
     async def extend(self, session: UpdateSession, manifest: tuple[TensorInfo, ...]) -> range:
         """Have more tensors of an open-ended session checked; returns their indices. After one that was cancelled the
@@ -131,7 +139,7 @@ class Updater:
 
     async def abort_quietly(self, session: UpdateSession) -> None:
         """Drop a session after an error, which its caller gets. Neither cancelled nor late: it must not stay open."""
-        await outlast(self._abort_at_last(session))
+        await outlast(self.abort_at_last(session))
 
     async def stage(self, run: Run, session: UpdateSession, named_tensors: NamedTensors) -> None:
         """Copy tensors into buffers and send them; ends when the core has copied all of them. What a call sends that
@@ -209,13 +217,15 @@ class Updater:
 
         await self._client.call(command, NoneType, session.timeout_s)
 
-    async def update_from_tensors(self, run: Run, named_tensors: NamedTensors, terms: UpdateTerms) -> UpdateReport:
+    async def update_from_tensors(
+        self, run: Run, named_tensors: NamedTensors, terms: UpdateTerms, begin_with: Begin
+    ) -> UpdateReport:
         """A whole update. The pairs are read once, before anything is sent, since the manifest comes first."""
         held = HeldTensors(named_tensors)
         opened: list[UpdateSession] = []  # also where this is cancelled before it hears of it
 
         async def begin() -> None:
-            opened.append(await self.begin(held.manifest, terms))
+            opened.append(await begin_with(held.manifest, terms))
 
         try:
             await run(begin())
@@ -253,17 +263,20 @@ class Updater:
     def start_aborts(self, sessions: Iterable[UpdateSession]) -> None:
         """Drop these without waiting for it."""
         for session in sessions:
-            task = self._loop.create_task(self._abort_at_last(session))
+            task = self._loop.create_task(self.abort_at_last(session))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _abort_at_last(self, session: UpdateSession) -> None:
+    async def abort_at_last(self, session: UpdateSession) -> bool:
+        """Drop the session, however long that takes. False if it was over."""
         try:
             await self._client.change(
                 lambda call_id: AbortUpdate(call_id, session.session_id), NoneType, timeout=math.inf
             )
         except HeadraceError as error:
             logger.debug("session %d was over: %s", session.session_id, error)
+            return False
+        return True
 
     def _way_of(self, session: UpdateSession, name: str, tensor: Any) -> tuple[BufferPool, TensorBytes]:
         """Which buffers carry a tensor, and its bytes for them. One on the core's device never leaves it, unless there

@@ -12,7 +12,7 @@ import msgspec
 from headrace.engine.upload_buffers import aligned
 from headrace.types.errors import UpdateConflictError, WeightUpdateError
 from headrace.types.plain_values import as_list, plain_text
-from headrace.types.weights import MAX_DIMENSIONS, MAX_TENSOR_NAME, MAX_TENSORS, TensorInfo, shape_problem
+from headrace.types.weights import MAX_DIMENSIONS, MAX_TENSORS, TensorInfo, name_problem, shape_problem
 from headrace.weights.weight_map import is_recomputed
 
 Manifest = Iterable[TensorInfo | tuple[str, Iterable[int], str]]
@@ -40,8 +40,9 @@ class UpdateSession:
         *,
         is_open: bool = False,
         dtype: str = "",
+        num_ranks: int = 1,
     ) -> None:
-        """`dtype` is the engine's."""
+        """`dtype` is the engine's, and `num_ranks` how many it has."""
         self.session_id = session_id
         self.version = version
         self.mode = mode
@@ -49,8 +50,10 @@ class UpdateSession:
         self.timeout_s = timeout_s
         self.is_partial = is_partial
         self.dtype = dtype
+        self.num_ranks = num_ranks
         self.num_missing = 0
         self.num_bytes_staged = 0
+        self.num_calls = 0  # in progress, of one that is joined from calls
         self._max_part_bytes = _OPEN_PART_BYTES if is_open else 0  # in upload buffers
         self._is_open = is_open
         self._num_known = 0  # of the manifest, to the core
@@ -156,9 +159,9 @@ def manifest_of(entries: Manifest) -> tuple[TensorInfo, ...]:
         except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor without a value
             raise WeightUpdateError(f"manifest must be {what}", field="manifest") from None
         info = TensorInfo(str(name), sizes, str(dtype).removeprefix("torch."), str(digest))
-        if max(map(len, (info.name, info.dtype, info.digest))) > MAX_TENSOR_NAME:
-            message = f"manifest: entry {len(manifest)} has a name of over {MAX_TENSOR_NAME} characters"
-            raise WeightUpdateError(message, field="manifest")
+        for text in (info.name, info.dtype, info.digest):
+            if problem := name_problem(text):
+                raise WeightUpdateError(f"manifest: entry {len(manifest)}: {problem}", field="manifest")
         problem = shape_problem(sizes)
         if problem:
             raise WeightUpdateError(f"manifest: {info.name} {problem}", field=info.name)

@@ -15,9 +15,10 @@ BEAT_SECONDS = 0.25
 NUM_RESULTS = 64
 
 _BEAT, _FAILED, _FIRST_RESULT = 0, 1, 2
+NUM_WORDS = _FIRST_RESULT + NUM_RESULTS
 _DIGEST_BITS = 32
 _NUM_MARKS = (1 << 31) - 1
-_TEXT_START = 8 * (_FIRST_RESULT + NUM_RESULTS)
+_TEXT_START = 8 * NUM_WORDS
 _TEXT_BYTES = 1024
 
 
@@ -27,6 +28,7 @@ class RankPage:
     def __init__(self, memory: mmap.mmap | bytearray) -> None:
         self._bytes = memoryview(memory)
         self._words = self._bytes[:_TEXT_START].cast("q")
+        self._closed = threading.Event()
 
     @classmethod
     def map(cls, descriptor: int) -> RankPage:
@@ -35,6 +37,7 @@ class RankPage:
 
     def close(self) -> None:
         """Let go of the memory; the last state stays. Whoever reads at this moment holds it until he is done."""
+        self._closed.set()
         copy = memoryview(bytearray(self._bytes))
         self._words, self._bytes = copy[:_TEXT_START].cast("q"), copy
 
@@ -42,34 +45,40 @@ class RankPage:
 
     def beat(self) -> None:
         """Its process runs."""
-        self._words[_BEAT] = monotonic_ns()
+        self.store(_BEAT, 0)
 
     def beat_in_thread(self) -> None:
-        """Beat until the process ends."""
+        """Beat until the page is closed."""
         self.beat()
         threading.Thread(target=self._beat_on, name="headrace-rank-pulse", daemon=True).start()
 
     def write_result(self, number: int, digest: int) -> None:
         """What came of plan `number` of those that were sent: 32 bits of it."""
-        self._words[_FIRST_RESULT + number % NUM_RESULTS] = _mark(number) << _DIGEST_BITS | digest
+        self.store(_FIRST_RESULT + number % NUM_RESULTS, _mark(number) << _DIGEST_BITS | digest)
 
     def write_failure(self, number: int, text: str) -> None:
         """That plan failed here."""
         self.write_text(text)
-        self._words[_FAILED] = number + 1
+        self.store(_FAILED, number + 1)
 
     def clear_failure(self) -> None:
         """Rank 0 knows, and it is so everywhere."""
-        self._words[_FAILED] = 0
+        self.store(_FAILED, 0)
 
     def write_text(self, text: str) -> None:
         """What it suffers from, in words."""
-        raw = text.encode("utf-8", "backslashreplace")[: _TEXT_BYTES - 1]
-        self._bytes[_TEXT_START : _TEXT_START + _TEXT_BYTES] = raw.ljust(_TEXT_BYTES, b"\0")
+        self.store_text(text.encode("utf-8", "backslashreplace")[: _TEXT_BYTES - 1])
+
+    def store(self, word: int, value: int) -> None:
+        """Everything above ends in this, or the next. A beat is the time at which it is stored."""
+        self._words[word] = monotonic_ns() if word == _BEAT else value
+
+    def store_text(self, raw: bytes) -> None:
+        """As UTF-8."""
+        self._bytes[_TEXT_START : _TEXT_START + _TEXT_BYTES] = raw[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
 
     def _beat_on(self) -> None:
-        pause = threading.Event()
-        while not pause.wait(BEAT_SECONDS):
+        while not self._closed.wait(BEAT_SECONDS):
             self.beat()
 
     # The side of rank 0.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,10 +23,14 @@ from headrace.ipc.spawn import open_channel, open_lifeline, python_path, standar
 from headrace.telemetry import logging_words
 
 RANK_MODULE = "headrace.core.rank_process"
+SILENT_SECONDS = 60.0
 
 
 class RankProcess:
-    """A rank that runs elsewhere on this machine. `channel` is for one thread; all else for any."""
+    """A rank that is a child of this process; see `RankPeer`."""
+
+    shares_memory = True
+    silent_seconds = SILENT_SECONDS
 
     def __init__(
         self, rank: int, process: subprocess.Popen[bytes], lifeline: int, channel: RankChannel, page: RankPage
@@ -38,15 +43,16 @@ class RankProcess:
 
     @property
     def name(self) -> str:
-        """As in "rank 1 (process 4242)"."""
         return f"rank {self.rank} (process {self._process.pid})"
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
+    def has_started(self) -> None:
+        pass
+
     def describe_exit(self, seconds: float = 0.0) -> str:
-        """How it ended, in words, if it does within so many seconds; "" while it runs."""
         until = time.monotonic() + seconds
         while (code := self._process.poll()) is None:
             if time.monotonic() >= until:
@@ -58,16 +64,13 @@ class RankProcess:
 
     @property
     def is_stopped(self) -> bool:
-        """Whether it has been stopped by a signal and does not run."""
         return is_stopped(self._process.pid)
 
     def kill(self) -> None:
-        """End it now, stopped or not."""
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
 
     def close(self, seconds: float) -> None:
-        """Let go of it, wait up to `seconds` for its end, and kill it then. Idempotent."""
         if self._lifeline < 0:
             return
         self.channel.close()
@@ -106,6 +109,38 @@ def start_rank(rank: int, *, shares_process: bool) -> RankProcess:
             process = _start(rank, (far.fileno(), lifeline_read, memory.descriptor), shares_process)
         ours.pop_all()  # they stay open
     return RankProcess(rank, process, lifeline_write, RankChannel(near), page)
+
+
+def keep_rank(rank: int, channel: socket.socket, page: socket.socket) -> KeptRank:
+    """Start the process of a rank that belongs to a rank 0 elsewhere, and has these connections to it, which it takes.
+    Raises `OSError`."""
+    keep_standard_numbers()
+    with channel, page, contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+        for connection in (channel, page):
+            connection.setblocking(True)
+        lifeline_read, lifeline_write = open_lifeline(ours, theirs)
+        process = _start(rank, (channel.fileno(), lifeline_read, page.fileno()), shares_process=False)
+        ours.pop_all()
+    return KeptRank(process, lifeline_write)
+
+
+class KeptRank:
+    """The process of a rank that belongs to a rank 0 elsewhere: a child to be ended, and nothing else."""
+
+    def __init__(self, process: subprocess.Popen[bytes], lifeline: int) -> None:
+        self._process, self._lifeline = process, lifeline
+
+    def close(self, seconds: float) -> None:
+        """Wait up to `seconds` for its end, and kill it then. Idempotent."""
+        if self._lifeline < 0:
+            return
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        os.close(self._lifeline)
+        self._lifeline = -1
 
 
 def _start(rank: int, descriptors: tuple[int, int, int], shares_process: bool) -> subprocess.Popen[bytes]:

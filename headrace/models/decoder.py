@@ -11,6 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from headrace.layers.linear import Embedding, Linear
+from headrace.layers.norm import RmsNorm
 from headrace.layers.params import Params
 from headrace.layers.residual import Residual
 from headrace.layers.step import ForwardStep
@@ -24,14 +25,24 @@ class Layer(Protocol):
 
 
 class Decoder:
-    """Layers over parameters that stay where they are; their contents may change between calls."""
+    """Layers over parameters that stay where they are; their contents may change between calls. One stage of several
+    has `embed` if it is the first, and norm and head if it is the last."""
 
-    def __init__(self, params: Params, layers: Sequence[Layer], embed: Embedding) -> None:
-        self.embed = embed
+    def __init__(
+        self, params: Params, layers: Sequence[Layer], embed: Embedding | None, *, has_head: bool = True
+    ) -> None:
+        self._embed = embed
         self._layers = layers
-        self._final_norm = params.norm("final_norm")
-        head = params.tensors.get("lm_head", embed.weight)
-        self._lm_head = Linear(params.kernels, params.counter, head)
+        self._head: tuple[RmsNorm, Linear] | None = None
+        if has_head:
+            weight = params.tensors["lm_head" if "lm_head" in params.tensors else "embed"]
+            self._head = params.norm("final_norm"), Linear(params.kernels, params.counter, weight)
+
+    @property
+    def embed(self) -> Embedding:
+        """Of the first stage."""
+        assert self._embed is not None, "only the first stage embeds"
+        return self._embed
 
     def forward(self, hidden_TX: Tensor, step: ForwardStep) -> Tensor:
         """All layers, from embeddings to the residual stream [S, X] after the last one, not normed.
@@ -45,5 +56,7 @@ class Decoder:
         return x.stream_TX
 
     def logits(self, hidden_SX: Tensor) -> Tensor:
-        """Rows of `forward`'s output -> float32 logits [S, V]."""
-        return self._lm_head.logits(Residual(hidden_SX).normed(self._final_norm))
+        """Rows of the last stage's `forward` -> float32 logits [S, V]."""
+        assert self._head is not None, "only the last stage has logits"
+        norm, head = self._head
+        return head.logits(Residual(hidden_SX).normed(norm))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from headrace.config import LayerSpec, ModelSpec
+import msgspec
+
+from headrace.config import LayerSpec, ModelSpec, stages_of
 from headrace.config.layer_spec import ExpertsSpec
 from headrace.kernels import LayerKernels
 from headrace.layers.linear import Embedding, GemmCounter
@@ -47,16 +49,21 @@ def weight_map(spec: ModelSpec, shard: Shard = ONLY_RANK) -> WeightMap:
     of `headrace.models.family`. Raises `UnsupportedModelError` for what does not split over so many ranks.
     """
     layout, family = _Layout(spec, shard), FAMILIES[spec.architecture]
-    layout.add_vocabulary(_EMBED, "embed")
+    stage = stages_of(spec, shard.num_stages)[shard.stage]
+    is_tied = spec.tie_word_embeddings  # its first and its last stage have it then
+    has_embed, num_holders = stage.is_first or (stage.is_last and is_tied), 2 if is_tied and shard.num_stages > 1 else 1
+    layout.add_vocabulary(_EMBED, "embed", is_held=has_embed, is_counted=stage.is_first, num_holders=num_holders)
     for index, layer in enumerate(spec.layers):
+        layout.is_held = stage.start <= index < stage.end
         sizes = _sizes_of(spec, layer)
         for tensor in layer_tensors(layer):
             layout.add(f"model.layers.{index}.{tensor.name}", f"layers.{index}.{tensor.param}", tensor, sizes)
         if isinstance(layer.mlp, ExpertsSpec) and family.experts is not None:
             layout.add_experts(index, family.experts, layer.mlp)
+    layout.is_held = stage.is_last
     layout.add("model.norm.weight", "final_norm.weight", _FINAL_NORM, {"hidden": spec.hidden_size})
     if not spec.tie_word_embeddings:
-        layout.add_vocabulary(_LM_HEAD, "lm_head")
+        layout.add_vocabulary(_LM_HEAD, "lm_head", is_held=stage.is_last, is_counted=True)
     return layout.weight_map({_LM_HEAD: _EMBED} if spec.tie_word_embeddings else {})
 
 
@@ -72,9 +79,11 @@ def _sizes_of(spec: ModelSpec, layer: LayerSpec) -> dict[Size, int]:
 
 
 class _Layout:
-    """Places tensors in parameters, one behind the other along the first axis, each as far as this rank holds it."""
+    """Places tensors in parameters, one behind the other along the first axis, each as far as this rank holds it:
+    nothing of it where not `is_held`, on other stages."""
 
     def __init__(self, spec: ModelSpec, shard: Shard) -> None:
+        self.is_held = True
         self._shard = shard
         self._vocabulary = (spec.vocab_size, spec.hidden_size)
         self._params: dict[str, ParamSpec] = {}
@@ -84,6 +93,9 @@ class _Layout:
     def add(self, name: str, param: str, tensor: LayerTensor, sizes: Mapping[Size, int]) -> None:
         """The next rows of a parameter."""
         shape = tuple(sizes[size] for size in tensor.shape)
+        if not self.is_held:
+            self._rules.append(WeightRule(name, shape, ()))
+            return
         held, is_counted, num_holders = Box.whole(shape), self._shard.rank == 0, self._shard.num_ranks
         if tensor.shard_axis is not None:
             unit = sizes["head_dim"] if tensor.shape[tensor.shard_axis] in ("heads", "kv_heads") else 1
@@ -112,21 +124,30 @@ class _Layout:
         router = Piece(f"{param}router.weight", box, box, (), shard.rank == 0, shard.num_ranks)
         names = dict.fromkeys((prefix, whole_prefix))
         routers = [WeightRule(f"{name}.gate.weight", box.shape, (router,)) for name in names]
-        self._params |= {each.name: each for each in (ParamSpec(router.param, box.shape), *tensors.params())}
-        self._rules += [routers[0], *tensors.one_by_one()]
-        self._other_names += [*routers[1:], *tensors.all_in_one()]
+        rules, others = [routers[0], *tensors.one_by_one()], [*routers[1:], *tensors.all_in_one()]
+        if self.is_held:
+            self._params |= {each.name: each for each in (ParamSpec(router.param, box.shape), *tensors.params())}
+        else:
+            rules, others = ([msgspec.structs.replace(rule, pieces=()) for rule in each] for each in (rules, others))
+        self._rules += rules
+        self._other_names += others
 
-    def add_vocabulary(self, name: str, param: str) -> None:
-        """A parameter of one row per token, as many on every rank: the last ones may be padding."""
+    def add_vocabulary(self, name: str, param: str, *, is_held: bool, is_counted: bool, num_holders: int = 1) -> None:
+        """A parameter of one row per token, as many on every rank of a stage: the last ones may be padding. It may be
+        on `num_holders` stages, on one of which it counts."""
+        if not is_held:
+            self._rules.append(WeightRule(name, self._vocabulary, ()))
+            return
         held, padding = self._shard.padded_rows(self._vocabulary)
         target = Box.whole(held.shape)
-        self._rules.append(WeightRule(name, self._vocabulary, (Piece(param, held, target),)))
+        piece = Piece(param, held, target, is_counted=is_counted, num_holders=num_holders)
+        self._rules.append(WeightRule(name, self._vocabulary, (piece,)))
         rows = held.shape[0] + sum(box.shape[0] for box in padding)
         self._params[param] = ParamSpec(param, (rows, *held.shape[1:]), padding=padding)
 
     def weight_map(self, aliases: dict[str, str]) -> WeightMap:
         """The table of what was added."""
-        others, is_shard = self._other_names, self._shard.num_ranks > 1
+        others, is_shard = self._other_names, self._shard.num_all > 1
         return WeightMap(self._params.values(), self._rules, aliases, other_names=others, is_shard=is_shard)
 
 
@@ -139,19 +160,24 @@ def build(
     mesh: Mesh = SINGLE,
     in_order: bool = False,
 ) -> Decoder:
-    """The decoder over `store.live`, whose tensors it keeps: one rank's part of it, where the mesh has several.
+    """The decoder over `store.live`, whose tensors it keeps: one rank's part of it, where the mesh has several ranks.
     `in_order`: as `ShardedKernels`."""
-    family, embed = FAMILIES[spec.architecture], Embedding(store.live["embed"])
-    if not mesh.is_single:
+    family, stage = FAMILIES[spec.architecture], stages_of(spec, mesh.num_stages)[mesh.stage]
+    if mesh.has_shares:
         kernels = ShardedKernels(kernels, mesh, spec.vocab_size, in_order=in_order)
-        embed = ShardedEmbedding(embed.weight, mesh)
     params = Params(store.live, kernels, counter or GemmCounter(), spec.rms_norm_eps)
+    own = stage.of(spec)
     places = {
         layer_id: KvPlace(number, layer)
-        for number, group in enumerate(spec.kv_groups)
+        for number, group in enumerate(own.kv_groups)
         for layer, layer_id in enumerate(group.layer_ids)
     }
     layers = [
-        family.layer(params.below(f"layers.{index}"), places[index], layer) for index, layer in enumerate(spec.layers)
+        family.layer(params.below(f"layers.{stage.start + index}"), places[index], layer)
+        for index, layer in enumerate(own.layers)
     ]
-    return Decoder(params, layers, embed)
+    return Decoder(params, layers, _embedding(store, mesh) if stage.is_first else None, has_head=stage.is_last)
+
+
+def _embedding(store: WeightStore, mesh: Mesh) -> Embedding:
+    return ShardedEmbedding(store.live["embed"], mesh) if mesh.has_shares else Embedding(store.live["embed"])

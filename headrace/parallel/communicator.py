@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from headrace.types.plan import RankLost
 
 Reduction = Literal["sum", "min", "max"]
+Value = TypeVar("Value")
 
 
 class Communicator(Protocol):
@@ -39,6 +40,9 @@ class Communicator(Protocol):
     def broadcast_(self, values: Tensor, source: int = 0) -> None:
         """Those of one rank, in place."""
 
+    def abort(self) -> None:
+        """End what is waited for in it; no call succeeds afterwards."""
+
 
 class OnlyRank:
     """The communicator of a mesh of one: nothing is told to anybody."""
@@ -55,6 +59,9 @@ class OnlyRank:
         pass
 
     def broadcast_(self, values: Tensor, source: int = 0) -> None:
+        pass
+
+    def abort(self) -> None:
         pass
 
 
@@ -107,6 +114,9 @@ class GroupCommunicator:
     def broadcast_(self, values: Tensor, source: int = 0) -> None:
         _wait(lambda: self._group.broadcast([values], self._broadcasts[source]))
 
+    def abort(self) -> None:
+        self._group.abort()
+
 
 def _add_(residual_TX: Tensor, total_TX: Tensor, bias_X: Tensor | None) -> None:
     residual_TX.add_(total_TX)
@@ -121,10 +131,18 @@ def _limited(options: Any, limit: timedelta) -> Any:
 
 
 def _wait(begin: Callable[[], Any]) -> None:
-    try:
+    def run() -> None:
         work = begin()
         if work is not None:
             work.wait()
+
+    awaited(run)
+
+
+def awaited(call: Callable[[], Value]) -> Value:
+    """What comes of a call that waits for other ranks. Raises `RankLost` where they are gone or late."""
+    try:
+        return call()
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

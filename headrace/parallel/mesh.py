@@ -1,19 +1,30 @@
-"""The place of one rank among those that hold a model together (tensor parallelism)."""
+"""The place of one rank among those that hold a model together."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from headrace.parallel.communicator import Communicator, OnlyRank
+from headrace.parallel.links import StageLink
 
 
 @dataclass(frozen=True, eq=False)
 class Mesh:
-    """Rank `rank` of `num_ranks`, each with an equal share of every layer, and what it reaches the others by."""
+    """Rank `rank` of the `num_ranks` of a stage, each with an equal share of every layer of it, and the communicator by
+    which it reaches the others (tensor parallelism).
+
+    Of several stages (pipeline parallelism) each has some of the layers. `before` and `after` are the links by which
+    the stream of hidden states comes and goes, each to the rank of the same share; `everyone` are the ranks of all
+    stages."""
 
     rank: int
     num_ranks: int
     communicator: Communicator
+    stage: int = 0
+    num_stages: int = 1
+    before: StageLink | None = None
+    after: StageLink | None = None
+    everyone: Communicator | None = None
 
     @classmethod
     def single(cls) -> Mesh:
@@ -21,8 +32,25 @@ class Mesh:
         return cls(0, 1, OnlyRank())
 
     @property
-    def is_single(self) -> bool:
-        return self.num_ranks == 1
+    def has_shares(self) -> bool:
+        """Whether the layers of a stage are shared by several ranks."""
+        return self.num_ranks > 1
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this stage has the head, and so samples."""
+        return self.stage == self.num_stages - 1
+
+    @property
+    def of_all(self) -> Communicator:
+        """The ranks of all stages."""
+        return self.everyone or self.communicator
+
+    def abort(self) -> None:
+        """End, from any thread, what this rank waits for in others on a device."""
+        for each in (self.communicator, self.before, self.after, self.everyone):
+            if each is not None:
+                each.abort()
 
 
 SINGLE = Mesh.single()

@@ -1,5 +1,6 @@
 """How the ranks of one replica find each other: a store on loopback that lives as long as they do, and a process group
-made of that store alone. Nothing is registered with `torch.distributed`, whose groups are the caller's own.
+made of that store alone. Nothing is registered with `torch.distributed`, whose groups are the caller's own; of a
+trainer's only the store is used, where its ranks say how they are found.
 
 Owns addresses, the secret and backends. Must not know processes.
 """
@@ -9,8 +10,11 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import threading
 from datetime import timedelta
 from typing import Any
+
+from headrace.parallel.breakable_group import BreakableGroup
 
 LOOPBACK = "127.0.0.1"
 JOIN_SECONDS = 120.0
@@ -50,9 +54,19 @@ class Rendezvous:
         limit = timedelta(seconds=JOIN_SECONDS)
         return cls(port, secret, TCPStore(LOOPBACK, port, is_master=False, timeout=limit))
 
-    def group(self, rank: int, num_ranks: int, *, device: str) -> Any:
-        """The process group of all ranks: gloo's, or NCCL's on "cuda". Waits for all of them; `RuntimeError` where one
-        does not come."""
+    def group(
+        self,
+        rank: int,
+        num_ranks: int,
+        name: str = "all",
+        *,
+        device: str,
+        host: str = LOOPBACK,
+        is_broken: threading.Event | None = None,
+    ) -> Any:
+        """The process group of that name: gloo's, or NCCL's on "cuda". Waits for all of its ranks; `RuntimeError` where
+        one does not come. `host` is the address of this machine by which the others reach it; NCCL finds its own. Once
+        `is_broken` is set gloo's calls end."""
         from torch._C import _distributed_c10d as c10d
 
         store = c10d.PrefixStore(self.secret, self._store)
@@ -63,6 +77,29 @@ class Rendezvous:
         else:
             kind = c10d.ProcessGroupGloo
             options = kind._Options()
-            options._devices = [kind.create_device(hostname=LOOPBACK)]
+            options._devices = [kind.create_device(hostname=host)]
         options._timeout = timedelta(seconds=JOIN_SECONDS)
-        return kind(c10d.PrefixStore(device, store), rank, num_ranks, options)
+        group = kind(c10d.PrefixStore(f"{device}/{name}", store), rank, num_ranks, options)
+        return group if is_broken is None or device == "cuda" else BreakableGroup(group, is_broken)
+
+
+def trainer_store() -> Any:
+    """Where the ranks of this process's trainer have found each other."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
+
+
+def listen_beside(store: Any, backlog: int) -> socket.socket:
+    """A listener at the address by which this machine reaches the trainer's store: so other ranks reach it."""
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    master = getattr(store, "host", None) or os.environ.get("MASTER_ADDR", LOOPBACK)
+    try:
+        family, *_, address = socket.getaddrinfo(master, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # sends nothing
+            host = probe.getsockname()[0]
+    except OSError:
+        family, host = socket.AF_INET, LOOPBACK
+    return socket.create_server((host, 0), family=family, backlog=backlog)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
-import os
 import secrets
 import socket
 import time
@@ -20,6 +19,7 @@ import msgspec
 
 from headrace.ipc import SharedBuffer
 from headrace.ipc.buffers import BorrowedBuffer
+from headrace.parallel.rendezvous import listen_beside, trainer_store
 from headrace.rl.frames import MAX_HELLO_BYTES, Done, Hello, PeerGone, Welcome, Wire
 from headrace.rl.rank_calls import (
     MAX_BEAT_SECONDS,
@@ -56,9 +56,9 @@ def meet(ranks: Sequence[int], rank: int, timeout: float) -> LeadingCalls | Foll
     deadline, leader = time.monotonic() + timeout, ranks[0]
     if len(ranks) == 1:
         return LeadingCalls(rank, [], timeout)
-    store, key = _trainer_store(), f"headrace/{hashlib.sha256(repr(list(ranks)).encode()).hexdigest()}"
+    store, key = trainer_store(), f"headrace/{hashlib.sha256(repr(list(ranks)).encode()).hexdigest()}"
     if rank == leader:
-        with _listen(store) as listener:
+        with listen_beside(store, _BACKLOG) as listener:
             host, port = listener.getsockname()[:2]
             secret = secrets.token_bytes(SECRET_BYTES)
             store.set(key, msgspec.json.encode(_Address(host, port, secret)))
@@ -149,25 +149,3 @@ def _borrowed(ref: BufferRef, secret: bytes) -> SharedBuffer | None:
         return None
     finally:
         borrowed.close()
-
-
-def _trainer_store() -> Any:
-    """Where the trainer's ranks have found each other."""
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    return _get_default_store()
-
-
-def _listen(store: Any) -> socket.socket:
-    """A listener at the address by which this machine reaches the trainer's store: so other ranks reach it."""
-    while hasattr(store, "underlying_store"):
-        store = store.underlying_store
-    master = getattr(store, "host", None) or os.environ.get("MASTER_ADDR", "127.0.0.1")
-    try:
-        family, *_, address = socket.getaddrinfo(master, 1, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(address)  # sends nothing
-            host = probe.getsockname()[0]
-    except OSError:
-        family, host = socket.AF_INET, "127.0.0.1"
-    return socket.create_server((host, 0), family=family, backlog=_BACKLOG)

@@ -47,6 +47,7 @@ _NAMES = {
     "enable_weights_cpu_backup": "keep_weights_copy",
     "random_seed": "seed",
     "tensor_parallel_size": "tp_size",
+    "pipeline_parallel_size": "pp_size",
 }
 """What SGLang calls settings that we have."""
 

@@ -168,7 +168,7 @@ class _Parts:
         self._model: Decoder = models.build(
             spec, weights, kernels=kernels, counter=counter, mesh=mesh, in_order=in_order
         )
-        self._embed = embed_tokens if mesh.is_single else sharded_embed_tokens(mesh)
+        self._embed = embed_tokens if not mesh.has_shares else sharded_embed_tokens(mesh)
         self._groups = [
             (group, rope_tables(group.rope, group.head_dim, resolved.context_length, weights.dtype, device))
             for group in share.kv_groups

@@ -82,6 +82,11 @@ class DeviceStep:
     prompts: list[ScoredPrompt] = field(default_factory=list)
     moved: torch.cuda.Event | None = None
 
+    @property
+    def is_done(self) -> bool:
+        """As `LocalStep.is_done`."""
+        return self.marks is None or bool(self.marks.end.query())  # type: ignore[no-untyped-call]
+
     def sample(self, patch: SamplePatch | None) -> None:
         """As `PendingStep.sample`."""
         self.runner.sample(self, patch)

@@ -37,10 +37,10 @@ class MemoryPlan:
 
     def tightest(self, mesh: Mesh, device: torch.device) -> MemoryPlan:
         """That of the rank that has least to give, the same on all ranks."""
-        if mesh.is_single:
+        if mesh.num_ranks * mesh.num_stages == 1:
             return self
         sizes = self.free_at_start, self.taken, self.graphs, self.spare
-        found = mesh.communicator.all_gather(torch.tensor(sizes, dtype=torch.int64, device=device))
+        found = mesh.of_all.all_gather(torch.tensor(sizes, dtype=torch.int64, device=device))
         plans = [
             replace(self, free_at_start=free, taken=taken, graphs=graphs, spare=spare)
             for free, taken, graphs, spare in (each.tolist() for each in found)

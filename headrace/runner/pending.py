@@ -24,6 +24,14 @@ class PendingStep(Protocol):
         """Its result, as soon as the device has it."""
 
 
+class LocalStep(PendingStep, Protocol):
+    """A plan that was issued to this process."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its result is there, and need not be waited for."""
+
+
 def step_result(
     step_id: int,
     token_ids: Int32Array,

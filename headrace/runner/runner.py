@@ -17,7 +17,7 @@ from torch import Tensor
 
 from headrace import models
 from headrace.attention import AttentionShape, Heads, build_backend
-from headrace.config import ResolvedConfig, share_of
+from headrace.config import ResolvedConfig, share_of, stages_of
 from headrace.kernels import select_kernels
 from headrace.kernels.paged_kv import KvGeometry, KvPool
 from headrace.kernels.rope_tables import rope_tables
@@ -30,6 +30,7 @@ from headrace.runner.exact_products import ExactProducts
 from headrace.runner.host_pages import HostPages
 from headrace.runner.loading import Progress, checked_weight_map, load_weights
 from headrace.runner.occupation import Occupation
+from headrace.runner.passage import Passage
 from headrace.runner.pending import step_result
 from headrace.runner.prompt_scores import PromptScorer
 from headrace.runner.slots import InputTable
@@ -60,10 +61,12 @@ class Runner:
         mesh: Mesh = SINGLE,
     ) -> None:
         spec, engine = resolved.model, resolved.engine
-        share, shard = share_of(spec, mesh.num_ranks), Shard(mesh.rank, mesh.num_ranks)
+        shard = Shard(mesh.rank, mesh.num_ranks, mesh.stage, mesh.num_stages)
+        share = stages_of(spec, mesh.num_stages)[mesh.stage].of(share_of(spec, mesh.num_ranks))
         torch.set_num_threads(resolved.num_threads)
         self._device = device = take_device(resolved, shares_process=shares_process)
-        dtype = getattr(torch, resolved.dtype)
+        self._dtype = dtype = getattr(torch, resolved.dtype)
+        self._mesh = mesh
         self.resolved = resolved
         self._counter = GemmCounter()
         self.memory = Occupation(device, is_saver=engine.memory_saver)
@@ -110,16 +113,24 @@ class Runner:
         self.memory.reload = load_weights(self.weights, resolved, on_progress, shard)
 
     def launch(self, plan: StepPlan) -> RunnerStep:
-        """Run one step now, up to its sampling if that waits. Plans must come in the order they were issued."""
+        """Run one step now, up to its sampling if that waits. Plans must come in the order they were issued. Of a stage
+        but the last the result is empty."""
+        if self._mesh.num_stages == 1 or not len(plan.token_ids):
+            return self._run(plan, None)
+        shape = len(plan.token_ids), self.resolved.model.hidden_size
+        with Passage(self._mesh, torch.empty(shape, dtype=self._dtype, device=self._device)) as passage:
+            return self._run(plan, passage)
+
+    def _run(self, plan: StepPlan, passage: Passage | None) -> RunnerStep:
         step = RunnerStep(plan.step_id, self)
         with torch.inference_mode(), self._exact.guard:
             if len(plan.page_moves):
                 self._move_pages(plan.page_moves)
             self._slots.apply(plan)
-            for init in plan.new_slots:
+            for init in plan.new_slots if self._mesh.is_last else ():
                 self._sampler.enter(init)
             if len(plan.row_slots):
-                self._forward(plan, step)
+                self._forward(plan, step, passage)
             if not plan.waits_to_sample:
                 step.result = self._finish(step, None)
         return step
@@ -141,14 +152,18 @@ class Runner:
         """Figures of its own for the metrics."""
         return {"num_gemm_calls": float(self._counter.num_calls)}
 
-    def _forward(self, plan: StepPlan, step: RunnerStep) -> None:
-        batch = build_batch(plan, self._slots, self._device)
-        reads_all = batch.scored_rows or len(batch.sampled_tokens) == len(batch.token_ids)
+    def _forward(self, plan: StepPlan, step: RunnerStep, passage: Passage | None) -> None:
+        batch, is_last = build_batch(plan, self._slots, self._device), self._mesh.is_last
+        reads_all = not is_last or batch.scored_rows or len(batch.sampled_tokens) == len(batch.token_ids)
         attention = []
         for backend in self._attention:
             attention.append(backend.plan(batch.attention))
         forward = ForwardStep(attention, None if reads_all else batch.sampled_tokens)
-        hidden = self._model.forward(self._model.embed(batch.token_ids), forward)
+        hidden = self._model.embed(batch.token_ids) if passage is None or self._mesh.stage == 0 else passage.take()
+        hidden = self._model.forward(hidden, forward)
+        if passage is not None and not is_last:
+            passage.give(hidden)
+            return
         if batch.scored_rows:
             step.prompts = self._scorer.score(batch, hidden)
         if len(hidden) != len(batch.sampled_tokens):
@@ -192,6 +207,11 @@ class RunnerStep:
     sampled: tuple[ForwardBatch, Tensor] | None = None
     prompts: dict[int, PromptLogprobs] = field(default_factory=dict)
     result: StepResult | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """As `LocalStep.is_done`."""
+        return self.result is not None
 
     def sample(self, patch: SamplePatch | None) -> None:
         """As `PendingStep.sample`."""

@@ -15,7 +15,8 @@ MAX_PRIORITY = 1 << 20
 
 class SchedulerLimits(msgspec.Struct, frozen=True):
     """Fixed at start. Sizes are in tokens unless the name says pages or requests; page 0 is never leased.
-    `max_page_moves` are copied to the host, and from it, beside one step at most."""
+    `max_page_moves` are copied to the host, and from it, beside one step at most. With several cohorts the rows that
+    sample take turns, and none is in two steps at once: an unknown token is nobody's input."""
 
     max_running_requests: int
     max_waiting_requests: int
@@ -28,6 +29,7 @@ class SchedulerLimits(msgspec.Struct, frozen=True):
     vocab_size: int
     num_host_pages: int = 0
     max_page_moves: int = 1
+    num_cohorts: int = 1
 
     @property
     def max_total_num_tokens(self) -> int:

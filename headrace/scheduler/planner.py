@@ -57,8 +57,9 @@ class StepPlanner:
     def _add_running(self, builder: PlanBuilder, order: IndexArray, budget: int) -> int:
         """Serve the sequences that hold slots; returns the tokens spent."""
         table, leases = self._roster.table, self._roster.leases
-        pending = np.minimum(table.num_expected[order], table.compute_length[order]) - table.num_scheduled[order]
-        singles = order[pending == 1][:budget]
+        ends = table.num_expected[order] if self._limits.num_cohorts == 1 else table.num_known[order]
+        pending = np.minimum(ends, table.compute_length[order]) - table.num_scheduled[order]
+        singles = order[pending == 1][: self._most_singles(pending, budget)]
         are_long = pending > 1
         chunks = _cut(order[are_long], pending[are_long], budget - len(singles))
         growing = singles[table.num_scheduled[singles] >= leases.num_pages[singles] * leases.page_size]
@@ -72,6 +73,12 @@ class StepPlanner:
         for slot, length in chunks:
             self._add_chunk(builder, slot, length)
         return len(singles) + sum(length for _, length in chunks)
+
+    def _most_singles(self, pending: IndexArray, budget: int) -> int:
+        """How many rows of one token a step may have: with several cohorts each takes a part of those that have no more
+        to compute. The others are in flight then, so that the parts take turns by themselves, and stay equal."""
+        num_cohorts = self._limits.num_cohorts
+        return budget if num_cohorts == 1 else min(budget, -(-int(np.count_nonzero(pending <= 1)) // num_cohorts))
 
     def _num_missing(self, slot: int, length: int) -> int:
         """Pages the lease of `slot` lacks for its next `length` tokens."""

@@ -28,7 +28,7 @@ class Folders:
         check; that none leads out when files are opened, the core sees to."""
         folder, root, is_folder = _found(path, self._roots, field)
         if root is None:
-            message = f"{field} {path} is outside the model's folder and the weight roots of this server"
+            message = f"{field} {path} is outside the model's folder and this server's weight roots (--weight-root)"
             raise RequestError(message, field=field)
         if not is_folder:
             raise RequestError(f"{field} {path} is not a folder", field=field)
@@ -38,14 +38,15 @@ class Folders:
         """The folder, if it lies under a save root, and that root."""
         folder, root, _ = _found(path, self._save_roots, field)
         if root is None:
-            raise RequestError(f"{field} {path} is not below a save root of this server", field=field)
+            message = f"{field} {path} is not below a save root of this server (--save-root)"
+            raise RequestError(message, field=field)
         return folder, root
 
     def check_url(self, url: str) -> None:
         """`RequestError` for a URL that no save root begins."""
         below = next((url[len(root) :] for root in self._save_urls if url.startswith(root)), "")
         if not _PLAIN.fullmatch(below) or not {".", ".."}.isdisjoint(below.split("/")):
-            raise RequestError(f"url {url} is not below a save root of this server", field="url")
+            raise RequestError(f"url {url} is not below a save root of this server (--save-root)", field="url")
 
 
 def _found(path: str, roots: Sequence[Path], field: str) -> tuple[Path, Path | None, bool]:

@@ -21,8 +21,7 @@ from headrace.types.messages import CoreStatus
 
 HEALTH_SECONDS = 5.0
 _LAYOUT: dict[str, Any] = {
-    **{name: 1 for name in ("pp_size", "dp_size", "ep_size", "moe_dp_size", "nnodes")},
-    "node_rank": 0,
+    **{name: 1 for name in ("dp_size", "ep_size", "moe_dp_size")},
     "disaggregation_mode": "null",
     "disaggregation_bootstrap_port": None,
     "encoder_only": False,
@@ -152,7 +151,7 @@ class InfoFace:
             },
             "parallel_config": {
                 "tensor_parallel_size": resolved.engine.tp_size,
-                "pipeline_parallel_size": 1,
+                "pipeline_parallel_size": resolved.engine.pp_size,
                 "data_parallel_size": 1,
             },
             "lora_config": None,

@@ -14,6 +14,7 @@ import json
 import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import msgspec
 from starlette.requests import Request
@@ -21,6 +22,8 @@ from starlette.responses import Response
 
 from headrace.engine import DEFAULT_UPDATE_TIMEOUT, UpdateSession
 from headrace.engine.control import terms_of, terms_of_part
+from headrace.engine.joined_update import Sender
+from headrace.engine.update_session import manifest_of
 from headrace.ipc.buffers import BorrowedBuffer
 from headrace.server.coerce import MediaTypeError
 from headrace.server.folders import Folders
@@ -28,7 +31,13 @@ from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.surface import MAX_CALL_BYTES, packed_reply, read_ask, unpack
 from headrace.server.wire import PartsReply
-from headrace.types.errors import RequestError, RequestTooLargeError, UpdateConflictError, WeightUpdateError
+from headrace.types.errors import (
+    HeadraceError,
+    RequestError,
+    RequestTooLargeError,
+    UpdateConflictError,
+    WeightUpdateError,
+)
 from headrace.types.http import (
     BYTES_TYPE,
     LENGTH_BYTES,
@@ -45,6 +54,7 @@ from headrace.types.http import (
     PartJoined,
     SessionBegun,
     SettleAsk,
+    StageGroupAsk,
     StageHead,
     StageLentAsk,
 )
@@ -80,23 +90,22 @@ class OpenSession:
         self.session = session
         self.asked_by = asked_by
         self.token = secrets.token_bytes(TOKEN_BYTES)
-        self._num_calls = 0
         self._used_at = asyncio.get_running_loop().time()
         self._lent: dict[int, BorrowedBuffer] = {}
 
     def seconds_left(self) -> float:
         """Until its core has waited long enough for another call."""
         now = asyncio.get_running_loop().time()
-        return self.session.timeout_s - (now - self._used_at if self._num_calls == 0 else 0.0)
+        return self.session.timeout_s - (now - self._used_at if self.session.num_calls == 0 else 0.0)
 
     @contextlib.contextmanager
     def call(self) -> Iterator[UpdateSession]:
         """A call of the session runs inside."""
-        self._num_calls += 1
+        self.session.num_calls += 1
         try:
             yield self.session
         finally:
-            self._num_calls -= 1
+            self.session.num_calls -= 1
             self._used_at = asyncio.get_running_loop().time()
 
     def lend(self, path: str, size: int) -> int:
@@ -196,6 +205,7 @@ class WeightsFace:
             "stage": self.stage,
             "lend": self.lend,
             "stage_lent": self.stage_lent,
+            "stage_from_group": self.stage_from_group,
             "commit": self.commit,
             "abort_update": self.abort_update,
             "update_weights_from_disk": self.update_weights_from_disk,
@@ -214,7 +224,9 @@ class WeightsFace:
     async def extend_update(self, request: Request) -> Response:
         ask = await read_ask(request, ExtendAsk)
         with self._sessions.find(ask.session_id).call() as session:
-            added = await self._state.run(request, self._engine.runtime.updater.extend(session, ask.manifest))
+            added = await self._state.run(
+                request, self._engine.runtime.updater.extend(session, manifest_of(ask.manifest))
+            )
         return packed_reply(added.start)
 
     async def join_update(self, request: Request) -> Response:
@@ -223,7 +235,9 @@ class WeightsFace:
         self._engine.runtime.check_open()
         async with self._sessions.opening:
             self._sessions.check_wanted(ask.token)
-            joined = await self._state.run(request, self._engine.runtime.joined.join(ask.manifest, terms))
+            sender = Sender("client", ask.sender)
+            joining = self._engine.runtime.joined.join(manifest_of(ask.manifest), terms, sender)
+            joined = await self._state.run(request, joining)
             if joined is None:
                 return packed_reply(None)
             session, indices = joined
@@ -240,7 +254,7 @@ class WeightsFace:
 
     def _begun(self, opened: OpenSession) -> SessionBegun:
         session, limit = opened.session, self._state.options.max_body_bytes
-        return SessionBegun(session.session_id, session.mode, opened.token, limit, session.dtype)
+        return SessionBegun(session.session_id, session.mode, opened.token, limit, session.dtype, session.num_ranks)
 
     async def stage(self, request: Request) -> Response:
         """The body is the length of a `StageHead`, that head, and the bytes of its pieces."""
@@ -276,6 +290,20 @@ class WeightsFace:
         ref = opened.lent(ask.buffer)
         with opened.call() as session:
             await self._state.run(request, self._engine.runtime.updater.stage_buffer(session, ref, ask.entries))
+        return packed_reply(None)
+
+    async def stage_from_group(self, request: Request) -> Response:
+        ask = await read_ask(request, StageGroupAsk)
+        try:
+            opened = self._sessions.find(ask.session_id)
+        except UpdateConflictError:
+            none: Any = None
+            with contextlib.suppress(HeadraceError):  # nobody knows what is sent: the group is given up
+                await self._engine.stage_from_group(none, ask.names, ask.group_name)
+            raise
+        with opened.call() as session:
+            staging = self._engine.stage_from_group(session, ask.names, ask.group_name, ask.load_format)
+            await self._state.run(request, staging)
         return packed_reply(None)
 
     async def commit(self, request: Request) -> Response:

@@ -109,12 +109,12 @@ class VllmFace:
         return json_reply({"is_paused": bool((await self._engine.status()).paused)})
 
     async def abort_requests(self, request: Request) -> Response:
-        """POST /abort_requests: those of these names, or all."""
+        """POST /abort_requests: those of these names, of which there may be none, or without a list all."""
         ask = await read_ask(request, AbortRequestsAsk)
-        if ask.request_ids:
-            num_aborted = sum([await self._engine.abort(name) for name in ask.request_ids])
-        else:
+        if ask.request_ids is None:
             num_aborted = await self._engine.abort(all=True)
+        else:
+            num_aborted = sum([await self._engine.abort(name) for name in ask.request_ids])
         return json_reply({"status": "aborted", "aborted": num_aborted})
 
     async def sleep(self, request: Request) -> Response:
@@ -190,7 +190,7 @@ class VllmFace:
             await self._engine.destroy_weights_update_group(GROUP)
         place = info.master_address, info.master_port, info.rank_offset, info.world_size
         with FieldNames(_INIT_FIELDS):
-            joining = join_group(self._engine.runtime.client, *place, GROUP, backend, ask.timeout_s, "vllm")
+            joining = join_group(self._engine.runtime, *place, GROUP, backend, ask.timeout_s, "vllm")
             await self._state.run(request, joining)
         self._packing = info.packed_buffer_size_bytes if info.packed else None
         self._has_joined = True

@@ -74,13 +74,14 @@ class BeginAsk(msgspec.Struct, frozen=True, kw_only=True):
 
 class SessionBegun(msgspec.Struct, frozen=True):
     """`token` is what a lent buffer has to end with. One stage body has at most `max_body_bytes`, its head included.
-    `dtype` is the engine's."""
+    `dtype` is the engine's, and `num_ranks` how many it has."""
 
     session_id: int
     mode: str
     token: bytes
     max_body_bytes: int
     dtype: str = ""
+    num_ranks: int = 1
 
 
 class ExtendAsk(msgspec.Struct, frozen=True):
@@ -92,7 +93,7 @@ class ExtendAsk(msgspec.Struct, frozen=True):
 
 class JoinAsk(msgspec.Struct, frozen=True, kw_only=True):
     """The tensors of one `Engine.update_weights_from_bucket`, before they are staged. Reply: `PartJoined`, or null
-    where there are none."""
+    where there are none. All that one client brings has one `sender`."""
 
     manifest: tuple[TensorInfo, ...]
     version: str | None
@@ -100,6 +101,7 @@ class JoinAsk(msgspec.Struct, frozen=True, kw_only=True):
     in_flight: InFlight
     timeout: float
     token: bytes = b""
+    sender: str = ""
 
 
 class PartJoined(msgspec.Struct, frozen=True):
@@ -146,6 +148,15 @@ class StageLentAsk(msgspec.Struct, frozen=True):
     session_id: int
     buffer: int
     entries: tuple[BufferEntry, ...]
+
+
+class StageGroupAsk(msgspec.Struct, frozen=True):
+    """`Engine.stage_from_group`."""
+
+    session_id: int
+    names: tuple[str, ...]
+    group_name: str
+    load_format: str | int | None
 
 
 class CommitAsk(msgspec.Struct, frozen=True):

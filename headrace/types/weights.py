@@ -8,6 +8,8 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from headrace.types.errors import encodable
+
 UpdateMode = Literal["auto", "shadow", "inplace"]
 InFlight = Literal["keep", "recompute", "abort", "drain"]
 PauseMode = InFlight
@@ -55,6 +57,13 @@ MAX_TENSORS = 1 << 18
 MAX_DIMENSIONS = 8
 MAX_TENSOR_NAME = 1024
 MAX_VERSION_LENGTH = 1024
+
+
+def name_problem(name: str) -> str:
+    """Why no tensor has this name, in words that do without it; "" where one may."""
+    if len(name) > MAX_TENSOR_NAME:
+        return f"a tensor has a name of over {MAX_TENSOR_NAME} characters"
+    return "" if name == encodable(name) else f"a tensor's name is not Unicode text: {ascii(name)}"
 
 
 def shape_problem(shape: Sequence[Any]) -> str:

@@ -152,15 +152,18 @@ class Checkpoint:
                     return {index: opened.state(), **self._shard_states(names_of, opened.path)}, dict(names_of)
             looked_for += [single, index]
         folder = self._folder.path
-        raise CheckpointError(f"{folder} has no weights: looked for {', '.join(looked_for)}", field=str(folder))
+        message = f"{folder} has no weights: looked for {', '.join(looked_for)}"
+        if self._folder.state(RECORD) is not None:
+            message += "; a sharded save is loaded at a start with load_format='sharded', and nothing else reads it"
+        raise CheckpointError(message, field=str(folder))
 
     def _look_for_rank(self, shard: Shard) -> tuple[dict[str, FileState], dict[str, list[str] | None]]:
         record, path = read_record(self._folder), self._folder.path
-        if record.layout != "sharded" or record.num_ranks != shard.num_ranks:
+        if record.layout != "sharded" or record.num_ranks != shard.num_all:
             what = f"of {record.num_ranks} rank(s)" if record.layout == "sharded" else "in Hugging Face layout"
-            message = f"{path} is a save {what}, and is to be loaded as one of {shard.num_ranks} rank(s)"
+            message = f"{path} is a save {what}, and is to be loaded as one of {shard.num_all} rank(s)"
             raise CheckpointError(message, field="load_format")
-        name = rank_file(shard.rank, shard.num_ranks)
+        name = rank_file(shard.number, shard.num_all)
         return self._shard_states([RECORD, name], path / RECORD), {name: None}
 
     def _shard_states(self, names: Iterable[str], index: Path) -> dict[str, FileState]:

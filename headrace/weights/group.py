@@ -138,8 +138,8 @@ class TorchGroup:
             raise _no_transport(terms, self._device)
         if terms.backend == "nccl":
             seconds = max(0.1, self._until - time.monotonic())
-            return NcclBroadcast(_prefixed(store, terms), terms.rank, terms.world_size, self._device, seconds)
-        group = ProcessGroupGloo(_prefixed(store, terms), terms.rank, terms.world_size, timeout=left)
+            return NcclBroadcast(store_of(store, terms), terms.rank, terms.world_size, self._device, seconds)
+        group = ProcessGroupGloo(store_of(store, terms), terms.rank, terms.world_size, timeout=left)
         options = BroadcastOptions()
         options.rootRank = options.rootTensor = 0
 
@@ -167,7 +167,7 @@ class TorchGroup:
         raise OSError("the group was left")
 
 
-def _prefixed(store: Any, terms: JoinGroup) -> Any:
+def store_of(store: Any, terms: JoinGroup) -> Any:
     """The part of a trainer's store in which the ranks look for each other: under the name of the group and the kind of
     device, as `init_custom_process_group` of SGLang and its trainers has it, or under the address, as
     `stateless_init_torch_distributed_process_group` of vLLM."""

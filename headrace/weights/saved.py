@@ -54,7 +54,7 @@ class SavedFile(msgspec.Struct, frozen=True):
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """What a save wrote: its files, and the digest of each tensor (`Engine.digest`) as it was live.
 
-    `num_ranks` of a "sharded" one is the `tp_size` that can load it.
+    `num_ranks` of a "sharded" one is that of the engine that can load it.
     """
 
     version: str

@@ -9,10 +9,27 @@ from headrace.weights.boxes import Box
 
 
 class Shard(msgspec.Struct, frozen=True):
-    """One rank of `num_ranks`; by default the only one."""
+    """One rank of `num_ranks` of a stage, of which there are `num_stages`; by default the only one."""
 
     rank: int = 0
     num_ranks: int = 1
+    stage: int = 0
+    num_stages: int = 1
+
+    @classmethod
+    def of_rank(cls, number: int, num_ranks: int, num_stages: int) -> Shard:
+        """Of all ranks, that number: those of a stage follow each other."""
+        return cls(number % num_ranks, num_ranks, number // num_ranks, num_stages)
+
+    @property
+    def number(self) -> int:
+        """Which of all ranks it is."""
+        return self.stage * self.num_ranks + self.rank
+
+    @property
+    def num_all(self) -> int:
+        """Ranks of all stages."""
+        return self.num_ranks * self.num_stages
 
     def part(self, shape: tuple[int, ...], axis: int, unit: int = 1) -> tuple[Box, bool]:
         """An equal share of `axis`, in whole units (heads), and whether this rank's is the one that counts: where there

@@ -31,6 +31,7 @@ BROAD_EXCEPT_ALLOWED = {
     "headrace/core/commands.py": "a command or a request that fails costs itself",
     "headrace/core/follower.py": "a step or a message that fails on one rank is told to rank 0",
     "headrace/core/rank_process.py": "process entry point",
+    "headrace/core/rank_thread.py": "a rank's whole life, in a process of somebody else",
     "headrace/core/executor.py": "where steps meet the device",
     "headrace/core/reading.py": "where reads meet the device",
     "headrace/core/releasing.py": "where memory meets the device",

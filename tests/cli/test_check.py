@@ -134,3 +134,14 @@ def test_experts_are_shown_and_counted(tmp_path: Path, capsys: pytest.CaptureFix
         resolved = resolve(EngineConfig(model=str(tmp_path), dtype="bfloat16"), tmp_path, devices=())
         workspaces.append(build_report(resolved)["memory"]["workspace"])
     assert workspaces[1] > workspaces[0]  # more per token than the dense layer has
+
+
+def test_stages_take_what_one_does_together() -> None:
+    settings: dict[str, Any] = {"model": str(POLICY), "device": "cpu", "kv_pool_tokens": 4096, "num_threads": 1}
+    resolved = [resolve(EngineConfig(pp_size=num_stages, **settings), POLICY) for num_stages in (1, 2)]
+    assert resolved[0].num_pages == resolved[1].num_pages and resolved[1].num_ranks == resolved[1].num_cohorts == 2
+    one, two = (build_report(each)["memory"] for each in resolved)
+    assert (one["kv_pool"], one["num_parameters"]) == (two["kv_pool"], two["num_parameters"])
+    model = resolved[0].model
+    head = model.vocab_size * model.hidden_size * 4 if model.tie_word_embeddings else 0  # both ends have it
+    assert two["weights"] == one["weights"] + head

@@ -32,6 +32,7 @@ from headrace import (
     ShutdownError,
     UnavailableError,
     UnreachableError,
+    WeightUpdateError,
 )
 from headrace.client.transport import HttpCall, _raise_for
 from tests.client.conftest import CONFIG, CONNECT, left_in_shared_memory
@@ -168,6 +169,69 @@ def test_a_client_that_is_closed_or_on_another_loop(connect: CONNECT) -> None:
         await left.status()
 
     assert type(raised(lambda: asyncio.run(closed()))) is ShutdownError
+
+
+def test_a_stream_ends_with_its_client(connect: CONNECT) -> None:
+    params = {"max_new_tokens": 900, "ignore_eos": True}
+    client = connect()
+    pieces = client.stream(input_ids=[1], sampling_params=params)
+    next(pieces)
+    client.close()
+    assert type(raised(lambda: list(pieces))) is ShutdownError
+
+    async def closed() -> None:
+        other = AsyncClient(client.url)
+        stream = other.stream(input_ids=[1], sampling_params=params)
+        await anext(stream)
+        await other.close()
+        async for _ in stream:
+            pass
+
+    assert type(raised(lambda: asyncio.run(closed()))) is ShutdownError
+
+
+@pytest.mark.parametrize("name", ["x" * 1025, "\ud800"])
+def test_a_name_that_no_tensor_has(connect: CONNECT, engine: Engine, name: str) -> None:
+    pairs = [(name, np.zeros(1, np.float32))]
+    for target in (engine, connect()):
+        session = target.begin_update("never", None)
+        for error in (
+            raised(target.stage, session, pairs),
+            raised(target.update_weights_from_tensor, pairs, "never"),
+            raised(target.update_weights_from_bucket, pairs, "never"),
+        ):
+            assert (type(error), error.field) == (WeightUpdateError, "named_tensors") and len(error.message) < 200
+        target.abort_update()
+
+
+def test_a_call_ends_with_its_client(connect: CONNECT) -> None:
+    """Though another thread waits in it, behind a pause; the server drops its request."""
+    watch, client = connect(), connect()
+    watch.pause()
+    found: list[Exception] = []
+    thread = threading.Thread(target=lambda: found.append(raised(lambda: client.generate(input_ids=[1]))))
+    thread.start()
+    deadline = time.monotonic() + 30
+    while not watch.status().num_waiting:
+        assert time.monotonic() < deadline
+    client.close()
+    thread.join(30)
+    assert [type(each) for each in found] == [ShutdownError]
+    while watch.status().num_waiting:
+        assert time.monotonic() < deadline
+    watch.resume()
+
+    async def closed() -> Exception:
+        other = AsyncClient(client.url)
+        call = asyncio.create_task(other.generate(input_ids=[1], sampling_params={"max_new_tokens": 900}))
+        while not (await other.status()).num_running:
+            pass
+        await other.close()
+        [found] = await asyncio.gather(call, return_exceptions=True)
+        assert isinstance(found, Exception)
+        return found
+
+    assert type(asyncio.run(closed())) is ShutdownError
 
 
 def test_a_fork_has_connections_of_its_own(runtime: Runtime) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from headrace import Client, Engine, WeightUpdateError
+from headrace import Client, Engine, TensorInfo, UpdateConflictError, WeightUpdateError
 from tests.client.conftest import CONNECT
 from tests.engine.group_trainer import TrainerProcess
 
@@ -49,3 +49,32 @@ def test_weights_come_from_a_group(connect: CONNECT, engine: Engine, model_folde
         with pytest.raises(WeightUpdateError):
             client.destroy_weights_update_group(GROUP)
     assert engine.status().version == "grouped" and isinstance(client, Client)
+
+
+def test_a_session_takes_what_a_group_brings_and_another_gives_the_group_up(
+    connect: CONNECT, engine: Engine, model_folder: Path
+) -> None:
+    client, newer = connect(), model_folder / "newer"
+    expected = load_file(newer / "model.safetensors")
+    names = list(expected)
+    manifest = [TensorInfo(name, tuple(expected[name].shape), "float32") for name in names]
+    with contextlib.closing(TrainerProcess()) as trainer, ThreadPoolExecutor(1) as pool:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        joining = pool.submit(client.init_weights_update_group, "127.0.0.1", port, 1, 2, GROUP, "gloo", timeout=60)
+        trainer.ask(do="init", port=port, name=GROUP)
+        joining.result(60)
+        session = client.begin_update("staged", manifest, timeout=60)
+        for part, load_format in ((names[:5], None), (names[5:], "flattened_bucket")):
+            staging = pool.submit(client.stage_from_group, session, part, GROUP, load_format)
+            trainer.ask(do="send", name=GROUP, folder=str(newer), names=part, bucket=load_format is not None)
+            staging.result(60)
+        assert client.commit(session).num_tensors == len(names) and engine.version == "staged"
+        assert all(torch.equal(client.get_weights_by_name(name), expected[name]) for name in names)
+        with pytest.raises(UpdateConflictError):
+            client.stage_from_group(session, names[:2], GROUP)
+        session = client.begin_update("next", manifest, timeout=60)
+        with pytest.raises(WeightUpdateError, match="cannot be used any more"):
+            client.stage_from_group(session, names[:2], GROUP)
+        client.abort_update(session)

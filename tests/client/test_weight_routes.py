@@ -40,6 +40,8 @@ from headrace.types.http import (
     AbortAsk,
     BeginAsk,
     CommitAsk,
+    ExtendAsk,
+    JoinAsk,
     LendAsk,
     SessionBegun,
     StageHead,
@@ -153,6 +155,19 @@ def test_what_is_no_stage_body_is_refused(door: Door) -> None:
     assert told(door.ask("begin_update", {"version": "v"})) == (400, "RequestError", "body")
     assert told(door.ask("abort", {"nobody": 1})) == (400, "RequestError", "body")
     assert told(door.ask("abort", {"message": "x" * (2 << 20)})) == (413, "RequestTooLargeError", "body")
+
+
+def test_a_name_that_no_tensor_has_is_refused_at_every_door(door: Door) -> None:
+    named = (TensorInfo("x" * 1025, (32,), "float32"),)
+    begun = msgspec.msgpack.decode(
+        door.ask("begin_update", BeginAsk(version="v", manifest=None, timeout=60.0)).content, type=SessionBegun
+    )
+    extend = ExtendAsk(begun.session_id, named)
+    join = JoinAsk(manifest=named, version="v", mode="auto", in_flight="drain", timeout=60.0)
+    begin = BeginAsk(version="v", manifest=named, timeout=60.0)
+    for name, ask in (("extend_update", extend), ("join_update", join), ("begin_update", begin)):
+        reply = door.ask(name, ask)
+        assert told(reply) == (400, "WeightUpdateError", "manifest") and len(reply.content) < 1000
 
 
 def test_an_ask_to_begin_is_undone_by_its_token(door: Door, engine: Engine) -> None:
@@ -299,6 +314,22 @@ def test_a_session_that_nobody_calls_is_forgotten_with_what_was_lent(door: Door,
     again = door.begin()
     assert door.stage(again.session_id, [TensorPiece(0, 0, 128)], VALUES.tobytes()).status_code == 200
     assert door.commit(again.session_id).status_code == 200 and live(engine) == VALUES.tolist()
+
+
+def test_half_an_update_of_one_client_is_not_completed_by_another(
+    connect: CONNECT, engine: Engine, model_folder: Path
+) -> None:
+    first, second = connect(), connect()
+    older, newer = (
+        list(load_file(folder / "model.safetensors").items()) for folder in (model_folder, model_folder / "newer")
+    )
+    assert first.update_weights_from_bucket(older[:9], 7) is None
+    assert second.update_weights_from_bucket(newer[9:], 7) is None
+    report = second.update_weights_from_bucket(newer[:9], 7)
+    assert report is not None and report.num_tensors == len(newer)
+    assert all(np.array_equal(engine.get_weights_by_name(name).numpy(), each) for name, each in newer)
+    assert first.update_weights_from_bucket(older[9:], 7) is None, "a half that is over is not gone on with"
+    assert second.update_weights_from_tensor(newer, 8).version == "8"
 
 
 @pytest.mark.parametrize("max_body_bytes", [1024, 20_000])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from headrace import models
-from headrace.config import ModelSpec, share_of
+from headrace.config import ModelSpec, share_of, stages_of
 from headrace.config.layer_spec import ExpertsSpec
 from headrace.types.errors import ConfigError
 from headrace.weights import Shard
@@ -89,3 +89,36 @@ def test_shares_fit_the_weights_of_all_ranks() -> None:
             assert shapes[f"layers.0.{block}.weight"][-1] == width
             assert shapes["embed"][0] == -(-spec.vocab_size // num_ranks)
     assert num_split > 60
+
+
+def test_stages_fit_the_weights_of_all_ranks() -> None:
+    """Whatever the sizes: every layer in one stage, as many in each, and what all ranks hold counts once."""
+    chance = random.Random(1)
+    for _ in range(300):
+        num_layers, num_ranks = chance.randint(1, 12), chance.choice((1, 2))
+        num_stages = chance.randint(1, num_layers)
+        sizes = {"num_hidden_layers": num_layers, "tie_word_embeddings": chance.random() < 0.5}
+        spec = spec_of(**(sizes | chance.choice(({}, EXPERTS))))
+        stages = stages_of(spec, num_stages)
+        lengths = [stage.end - stage.start for stage in stages]
+        assert [layer for stage in stages for layer in range(stage.start, stage.end)] == list(range(num_layers))
+        assert lengths == sorted(lengths, reverse=True) and lengths[0] - lengths[-1] <= 1
+        assert [stage.is_first for stage in stages] == [True] + [False] * (num_stages - 1)
+        assert [stage.is_last for stage in stages] == [False] * (num_stages - 1) + [True]
+        shards = [Shard.of_rank(number, num_ranks, num_stages) for number in range(num_ranks * num_stages)]
+        assert [shard.number for shard in shards] == list(range(shards[0].num_all))
+        maps = [models.weight_map(spec, shard) for shard in shards]
+        prove_mesh(maps)
+        for table, shard in zip(maps, shards, strict=True):
+            stage = stages[shard.stage]
+            layers = {int(name.split(".")[1]) for name in table.params if name.startswith("layers.")}
+            assert layers == set(range(stage.start, stage.end))
+            assert ("embed" in table.params) == (stage.is_first or (stage.is_last and spec.tie_word_embeddings))
+            assert ("final_norm.weight" in table.params) == stage.is_last
+            assert ("lm_head" in table.params) == (stage.is_last and not spec.tie_word_embeddings)
+
+
+def test_more_stages_than_layers_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="pp_size 3.*2 layers") as caught:
+        stages_of(spec_of(num_hidden_layers=2), 3)
+    assert caught.value.field == "pp_size"

@@ -48,7 +48,7 @@ def break_something(fault: str) -> None:
             refusal = WeightUpdateError("no room for a shadow", field="mode")
             store.WeightStore.begin = first_time(refusal, store.WeightStore.begin)  # type: ignore[method-assign]
         case "step":
-            Runner.launch = first_time(torch.OutOfMemoryError("no memory"), Runner.launch)  # type: ignore[method-assign]
+            Runner._run = first_time(torch.OutOfMemoryError("no memory"), Runner._run)  # type: ignore[method-assign]
         case "result":
             follower.digest_of = lambda result: 1  # type: ignore[attr-defined]
         case "resume":

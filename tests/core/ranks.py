@@ -11,8 +11,11 @@ from headrace.core.rank_executor import RankExecutor
 from headrace.core.rank_start import start_ranks
 from headrace.runner import build_runner
 
+STAGES = {"tp_size": 1, "pp_size": 2}
+"""Settings of two ranks that are a stage each."""
+
 
 def start_two(folder: Path, settings: Mapping[str, Any]) -> RankExecutor:
-    """Both ranks of a model."""
-    resolved = resolve(EngineConfig(model=str(folder), tp_size=2, **settings), folder)
+    """Both ranks of a model: of one stage, unless settings say otherwise."""
+    resolved = resolve(EngineConfig(model=str(folder), **({"tp_size": 2} | dict(settings))), folder)
     return start_ranks(resolved, lambda mesh: build_runner(resolved, mesh=mesh), shares_process=True)

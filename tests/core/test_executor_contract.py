@@ -12,11 +12,12 @@ import pytest
 from headrace.config import EngineConfig, resolve
 from headrace.core.executor import Executor, LocalExecutor
 from headrace.core.faults import StepError
+from headrace.core.rank_executor import RankExecutor
 from headrace.runner import build_runner
 from headrace.types.memory import MemoryTag, Restore
 from headrace.types.plan import SamplePatch, StepPlan, StepResult
 from headrace.types.request import TokenSampling
-from tests.core.ranks import start_two
+from tests.core.ranks import STAGES, start_two
 from tests.parity.models import VOCAB_SIZE, make_model, save_model
 from tests.runner.plans import PlanBuilder
 from tests.sampling.masks import allow
@@ -25,7 +26,7 @@ PAGE_SIZE = 8
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 1,
+    "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "head_dim": 16,
@@ -47,12 +48,12 @@ Make = Callable[[], Executor]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-@pytest.fixture(scope="module", params=["cpu", "triton", "ranks"])
+@pytest.fixture(scope="module", params=["cpu", "triton", "ranks", "stages"])
 def executor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
     folder = save_model(make_model("qwen3", **SIZES), tmp_path_factory.mktemp("tiny"))
     found: Executor
-    if request.param == "ranks":
-        found = start_two(folder, SETTINGS)
+    if request.param in ("ranks", "stages"):
+        found = start_two(folder, SETTINGS | (STAGES if request.param == "stages" else {}))
     else:
         config = EngineConfig(model=str(folder), attention_backend=request.param, **SETTINGS)
         found = LocalExecutor(build_runner(resolve(config, folder)))
@@ -61,11 +62,14 @@ def executor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 class Story:
-    """A few sequences, sampled differently, from their prompts on: their plans, each with another token per slot."""
+    """A few sequences, sampled differently, from their prompts on: their plans, each with another token per slot. Of
+    several stages it is a known one: none waits for another's sample."""
 
     SAMPLINGS = (TokenSampling(0.0), TokenSampling(1.0), TokenSampling(0.8, 5, 0.9, 0.0, 1.2, 0.3, 0.2, ((7, 3.0),)))
 
-    def __init__(self) -> None:
+    def __init__(self, executor: Executor) -> None:
+        is_staged = isinstance(executor, RankExecutor) and executor.resolved.engine.pp_size > 1
+        self._next_token = (9,) if is_staged else ()
         self._plans = PlanBuilder(page_size=PAGE_SIZE, num_pages=60)
         self._is_first = True
 
@@ -75,7 +79,7 @@ class Story:
             if self._is_first:
                 self._plans.enter(slot, [slot + 3, 5], sampling=sampling, seed=slot)
             else:
-                self._plans.append(slot)
+                self._plans.append(slot, *self._next_token)
         plan = self._plans.step([(slot, 2 if self._is_first else 1) for slot in slots])
         self._is_first = False
         return msgspec.structs.replace(plan, waits_to_sample=waits)
@@ -83,7 +87,7 @@ class Story:
 
 def run(executor: Executor, num_steps: int, *, waits: bool = False, patch: SamplePatch | None = None) -> list[Any]:
     """Tokens and bits of log-probabilities of so many steps, each submitted while the one before is in flight."""
-    story, found = Story(), []
+    story, found = Story(executor), []
     for number in range(num_steps):
         plan = story.next(waits=waits)
         executor.submit(plan)
@@ -124,14 +128,14 @@ def test_a_patch_that_comes_late_says_what_may_be_sampled(executor: Executor, ex
 
 
 def test_plans_are_answered_in_their_order_however_many_are_in_flight(executor: Executor, expected: list[Any]) -> None:
-    story = Story()
+    story = Story(executor)
     for _ in range(3):
         executor.submit(story.next())
     assert [values(executor.collect(), step_id) for step_id in range(3)][:NUM_STEPS] == expected
 
 
 def test_a_plan_before_the_sampling_of_the_last_fails_with_it(executor: Executor, expected: list[Any]) -> None:
-    story = Story()
+    story = Story(executor)
     executor.submit(story.next())
     for _ in range(2):
         executor.submit(story.next(waits=True))
@@ -145,12 +149,12 @@ def test_a_plan_before_the_sampling_of_the_last_fails_with_it(executor: Executor
 
 
 def test_a_plan_that_is_collected_before_its_sampling_fails(executor: Executor, expected: list[Any]) -> None:
-    story = Story()
+    story = Story(executor)
     for _ in range(4):  # more often than there are copies of what travels
         executor.submit(story.next(waits=True))
         with pytest.raises(StepError):
             executor.collect()
-        story = Story()
+        story = Story(executor)
     check_it_goes_on(executor, expected)
 
 
@@ -159,7 +163,7 @@ def test_after_a_failure_none_is_executed_until_it_was_collected(
     executor: Executor, expected: list[Any], waits: bool
 ) -> None:
     """It writes to a page table that no device has: what that is called depends on it, that it fails does not."""
-    story = Story()
+    story = Story(executor)
     executor.submit(story.next())
     plan = story.next()
     cell = [np.array([at], np.int32) for at in (1 << 20, 0, 1)]

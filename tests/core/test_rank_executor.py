@@ -14,7 +14,7 @@ import torch
 
 from headrace.config import EngineConfig, resolve
 from headrace.core.executor import Executor, LocalExecutor
-from headrace.core.faults import DeviceLost
+from headrace.core.faults import DeviceLost, StepError
 from headrace.core.rank_executor import RankExecutor
 from headrace.core.service import DEVICE_LOST_EXIT_CODE, run_core
 from headrace.ipc import SharedBuffer
@@ -40,8 +40,9 @@ from headrace.types.weights import TensorInfo, UpdateBegun, UpdateMode, UpdateRe
 from headrace.weights.position_sum import PositionKeys, position_digest
 from tests.core.faulty_rank import FAULT, first_time
 from tests.core.harness import Core, request
-from tests.core.ranks import start_two
+from tests.core.ranks import STAGES, start_two
 from tests.parity.models import make_model, save_model
+from tests.runner.plans import PlanBuilder
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 SETTINGS: dict[str, Any] = {
@@ -78,9 +79,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(make_model("qwen3", attention_bias=True, **SIZES), tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(scope="module", params=[{}, STAGES], ids=["shares", "stages"])
+def layout(request: pytest.FixtureRequest) -> dict[str, int]:
+    """How two ranks hold a model: each a share of every layer, or each some of the layers."""
+    found: dict[str, int] = request.param
+    return found
+
+
 @pytest.fixture(scope="module")
-def ranks(folder: Path) -> Iterator[RankExecutor]:
-    executor = start_two(folder, SETTINGS)
+def ranks(folder: Path, layout: dict[str, int]) -> Iterator[RankExecutor]:
+    executor = start_two(folder, SETTINGS | layout)
     yield executor
     executor.close()
 
@@ -102,9 +110,10 @@ class Driver:
     """A core under random events, the same for every executor. What takes as many turns as it takes time, updates and
     digests, it does while no step runs."""
 
-    def __init__(self, executor: Executor, seed: int) -> None:
+    def __init__(self, executor: Executor, seed: int, layout: dict[str, int]) -> None:
         self.chance = random.Random(seed)
-        self.core = Core(executor, overlap_depth=seed % 3, pause_timeout=1e6, keep_weights_copy=True, **CORE)
+        settings = {"overlap_depth": seed % 3, "pause_timeout": 1e6, "keep_weights_copy": True, **CORE, **layout}
+        self.core = Core(executor, **settings)
         self.num_requests = 0
         self.digests: list[dict[str, str]] = []
         self.reset(OLD)
@@ -181,11 +190,13 @@ class Driver:
         self.resume()
 
 
-def test_random_events_over_two_ranks_give_what_they_give_alone(ranks: RankExecutor, alone: LocalExecutor) -> None:
+def test_random_events_over_two_ranks_give_what_they_give_alone(
+    ranks: RankExecutor, alone: LocalExecutor, layout: dict[str, int]
+) -> None:
     """Sums are rounded otherwise, so a draw may tip, in one of many thousand; whatever comes before that is close."""
     num_requests, num_equal, num_tokens, num_updates = 0, 0, 0, 0
     for seed in range(3):
-        first, second = Driver(alone, seed), Driver(ranks, seed)
+        first, second = Driver(alone, seed, layout), Driver(ranks, seed, layout)
         for driver in (first, second):
             driver.play(80)
         assert first.digests == second.digests and first.num_requests == second.num_requests
@@ -229,7 +240,7 @@ def test_an_update_in_parts_lands_on_both_ranks(ranks: RankExecutor, mode: str) 
         assert core.call(Digest, kind=dict[str, str]) == digests_of(tensors)
 
 
-Faulty = Callable[[str], RankExecutor]
+Faulty = Callable[..., RankExecutor]
 
 
 @pytest.fixture
@@ -237,10 +248,10 @@ def faulty(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty]:
     """Executors in whose second rank something goes wrong."""
     started: list[RankExecutor] = []
 
-    def start(fault: str) -> RankExecutor:
+    def start(fault: str, **settings: Any) -> RankExecutor:
         monkeypatch.setenv(FAULT, fault)
         monkeypatch.setattr("headrace.ipc.rank_spawn.RANK_MODULE", "tests.core.faulty_rank")
-        started.append(start_two(folder, SETTINGS))
+        started.append(start_two(folder, SETTINGS | settings))
         return started[-1]
 
     yield start
@@ -318,6 +329,49 @@ def test_a_step_that_fails_on_rank_0_alone_is_the_loss_of_all(folder: Path, monk
     executor = start_two(folder, SETTINGS)
     monkeypatch.setattr("headrace.runner.runner.Runner.launch", first_time(MemoryError("none left"), Runner.launch))
     check_lost(executor, "rank 0 failed in a step, and not all ranks did: MemoryError: none left")
+
+
+def check_tokens(executor: Executor, alone: Executor) -> None:
+    """A step fails; nobody is lost, and everybody gets the tokens that he gets alone."""
+    found, expected = (Core(each, **CORE, **STAGES, overlap_depth=1) for each in (executor, alone))
+    for core in (found, expected):
+        core.submit(*(request(number, range(1, 3 + number), 8) for number in range(1, 5)))
+        core.settle()
+    assert found.status().metrics["num_failed_steps"] == 1
+    for number in range(1, 5):
+        assert found.tokens(number) == expected.tokens(number) and len(expected.tokens(number)) == 8
+        assert found.finish_types(number) == ["length"]
+
+
+def test_a_step_that_fails_on_one_stage_is_a_failed_step(faulty: Faulty, alone: LocalExecutor) -> None:
+    check_tokens(faulty("step", **STAGES), alone)
+
+
+def test_so_is_one_that_fails_on_the_first_stage(
+    folder: Path, alone: LocalExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = start_two(folder, SETTINGS | STAGES)
+    try:
+        with monkeypatch.context() as patches:
+            here = first_time(MemoryError("none left"), Runner._run)
+            patches.setattr("headrace.runner.runner.Runner._run", here)
+            check_tokens(executor, alone)
+    finally:
+        executor.close()
+
+
+def test_a_plan_with_a_token_that_the_first_stage_does_not_know_is_refused(ranks: RankExecutor) -> None:
+    if ranks.resolved.engine.pp_size == 1:
+        return
+    plans = PlanBuilder(page_size=4, num_pages=60)
+    plans.enter(0, [1, 2])
+    ranks.submit(plans.step([(0, 2)]))
+    plans.append(0)
+    ranks.submit(plans.step([(0, 1)]))
+    ranks.collect()
+    with pytest.raises(StepError, match="does not know") as failure:
+        ranks.collect()
+    assert failure.value.is_refusal
 
 
 def test_results_that_differ_are_found(faulty: Faulty) -> None:

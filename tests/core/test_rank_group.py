@@ -15,12 +15,13 @@ import msgspec
 import pytest
 
 from headrace.core.faults import DeviceLost
-from headrace.core.rank_group import FAILED_SECONDS, SILENT_SECONDS, STOPPED_SECONDS, OtherRanks
+from headrace.core.rank_group import FAILED_SECONDS, STOPPED_SECONDS, OtherRanks
 from headrace.core.rank_messages import TELL, CommitOn, RankAnswer, command_decoder, encode_message
 from headrace.core.service import build_executor
 from headrace.ipc import PeerClosed
 from headrace.ipc.rank_channel import RankChannel
 from headrace.ipc.rank_page import RankPage
+from headrace.ipc.rank_spawn import SILENT_SECONDS
 from headrace.parallel.rendezvous import Rendezvous
 from headrace.types.errors import ConfigError, WeightUpdateError
 from tests.core.harness import tiny_config
@@ -48,6 +49,8 @@ class ScriptedProcess:
     rank: int = 1
     is_stopped: bool = False
     end: str = ""
+    shares_memory: bool = True
+    silent_seconds: float = SILENT_SECONDS
     page: RankPage = field(default_factory=lambda: RankPage(bytearray(4096)))
 
     def __post_init__(self) -> None:
@@ -57,6 +60,9 @@ class ScriptedProcess:
 
     def describe_exit(self, seconds: float = 0.0) -> str:
         return self.end
+
+    def has_started(self) -> None:
+        pass
 
     def kill(self) -> None:
         self.end = self.end or "was killed"
@@ -74,8 +80,8 @@ def test_a_rank_that_is_at_work_is_not_lost() -> None:
     process = ScriptedProcess()
     group, now = group_of(process), time.monotonic()
     for seconds in (0.0, 10.0, SILENT_SECONDS - 5.0):
-        assert group._problem(process, now + seconds) == ""  # type: ignore[arg-type]
-    found = group._problem(process, now + SILENT_SECONDS + 5.0)  # type: ignore[arg-type]
+        assert group._problem(process, now + seconds) == ""
+    found = group._problem(process, now + SILENT_SECONDS + 5.0)
     assert "has not run for 6" in found
 
 
@@ -84,7 +90,7 @@ def test_a_rank_is_lost_that_stays_stopped_or_fails_alone() -> None:
     group, now = group_of(process), time.monotonic()
 
     def problem(seconds: float) -> str:
-        return group._problem(process, now + seconds)  # type: ignore[arg-type]
+        return group._problem(process, now + seconds)
 
     process.is_stopped = True
     assert not problem(0.0) and not problem(STOPPED_SECONDS / 2)

@@ -385,8 +385,8 @@ class Callers:
         if self.chance.random() < 0.5:
             disk = functools.partial(UpdateFromDisk, path="/", version=label, mode=mode, in_flight=in_flight)
             return Attempt("disk", label), self._change(disk, self._limit(), UpdateReport)
-        update = self.world.updater.update_from_tensors
-        return Attempt("update", label), update(_await, TENSORS, UpdateTerms(label, mode, in_flight, 30.0))
+        updater, terms = self.world.updater, UpdateTerms(label, mode, in_flight, 30.0)
+        return Attempt("update", label), updater.update_from_tensors(_await, TENSORS, terms, updater.begin)
 
     def _pause(self) -> tuple[Attempt, Coroutine[Any, Any, Any]]:
         attempt = Attempt("pause")

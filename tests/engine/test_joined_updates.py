@@ -8,7 +8,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from headrace import (
     DeadlineError,
     Engine,
     HeadraceError,
+    PoisonedError,
     TensorInfo,
     UpdateConflictError,
     UpdateReport,
@@ -26,7 +27,8 @@ from headrace import (
 )
 from headrace.engine import joined_update
 from headrace.engine.control import terms_of_part
-from headrace.engine.joined_update import JoinedUpdate
+from headrace.engine.joined_update import JoinedUpdate, Sender
+from headrace.engine.tensors import HeldTensors
 from headrace.engine.update_session import UpdateSession
 from tests.engine.builders import SETTINGS, model_of, named_tensors, save_model
 
@@ -311,25 +313,185 @@ def test_a_pause_does_not_end_while_tensors_are_missing(engine: Engine, new: Ten
     engine.resume()
 
 
-def test_other_updates_are_told_how_to_drop_it(
+OTHER_ROADS: dict[str, Callable[[Engine, Tensors, Path], Any]] = {
+    "begun": lambda engine, new, folder: engine.begin_update("x", manifest_of(new)),
+    "begun without a list": lambda engine, new, folder: engine.begin_update("x", None),
+    "tensors": lambda engine, new, folder: engine.update_weights_from_tensor(new, "x"),
+    "folder": lambda engine, new, folder: engine.update_weights_from_disk(folder, "x"),
+    "release": lambda engine, new, folder: engine.release_memory_occupation(),
+}
+
+
+def manifest_of(tensors: Tensors) -> list[tuple[str, tuple[int, ...], str]]:
+    return [(name, tuple(tensor.shape), "float32") for name, tensor in tensors]
+
+
+@pytest.mark.parametrize("mode", ["shadow", "inplace"])
+@pytest.mark.parametrize("road", OTHER_ROADS)
+def test_one_that_nobody_goes_on_with_makes_way(
+    engine: Engine, new: Tensors, model_folder: Path, caplog: pytest.LogCaptureFixture, road: str, mode: Any
+) -> None:
+    """Its trainer has died, and the next one does not wait for its deadline."""
+    assert engine.update_weights_from_bucket(new[:3], "v", mode=mode) is None
+    OTHER_ROADS[road](engine, new, model_folder)
+    (warning,) = [each.getMessage() for each in caplog.records if each.name == joined_update.logger.name]
+    assert "3 tensors" in warning and ("until a complete update" in warning) == (mode == "inplace")
+    status = engine.status()
+    if road in ("folder", "tensors"):
+        assert (status.state, engine.version) == ("ready", "x")
+        return
+    engine.abort_update()
+    if road == "release":
+        assert status.state == "released"
+        engine.resume_memory_occupation()
+        assert engine.status().state == "needs_weights"
+    else:
+        assert engine.status().state == ("poisoned" if mode == "inplace" else "ready")
+    send(engine, buckets(new))
+    assert engine.status().state == "ready"
+
+
+def test_one_of_which_a_call_goes_on_is_told_of_and_makes_no_way(
+    engine: Engine, new: Tensors, model_folder: Path, digests: list[dict[str, str]]
+) -> None:
+    runtime = engine.asynchronous.runtime
+    infos = [TensorInfo(name, tuple(tensor.shape), "float32") for name, tensor in new[:2]]
+
+    async def attempt(session: UpdateSession, indices: Any) -> None:
+        for call in OTHER_ROADS.values():
+            with pytest.raises(UpdateConflictError, match="abort_update"):
+                await asyncio.to_thread(call, engine, new, model_folder)
+        raise DeadlineError("enough")
+
+    with pytest.raises(DeadlineError):
+        runtime.wait(runtime.joined.add(infos, terms_of_part(None, "shadow", "drain", None), attempt))
+    send(engine, buckets(new))
+    assert engine.digest() == digests[1]
+
+
+def test_only_a_complete_update_takes_its_place_and_none_takes_that_of_a_session(
     engine: Engine, new: Tensors, model_folder: Path, digests: list[dict[str, str]]
 ) -> None:
     assert engine.update_weights_from_bucket(new[:3], "v") is None
-    manifest = [(name, tuple(tensor.shape), "float32") for name, tensor in new]
-    for call in (
-        lambda: engine.begin_update("x", manifest),
-        lambda: engine.update_weights_from_disk(model_folder, "x"),
-        lambda: engine.update_weights_from_tensor(new, "x"),
-    ):
-        with pytest.raises(UpdateConflictError, match="abort_update"):
-            call()
-    engine.abort_update()
-    session = engine.begin_update("x", manifest)
-    with pytest.raises(UpdateConflictError, match=f"session {session.session_id} is open; commit or abort"):
-        engine.update_weights_from_bucket(new[:3], "v")
+    with pytest.raises(UpdateConflictError, match="abort_update"):
+        engine.begin_update("x", manifest_of(new[:2]), partial=True)
+    assert send(engine, [new[3:]]).version == "v"
+    session = engine.begin_update("x", manifest_of(new))
+    for call in (*OTHER_ROADS.values(), lambda *_: engine.update_weights_from_bucket(new[:3], "v")):
+        with pytest.raises(UpdateConflictError, match=f"session {session.session_id} is open; commit or abort"):
+            call(engine, new, model_folder)
     engine.abort_update(session)
-    send(engine, buckets(new))  # the dropped ones are forgotten: all have to come
+    send(engine, buckets(new))
     assert engine.digest() == digests[1]
+
+
+A, B = Sender("client", "a"), Sender("client", "b")
+DEAD = Sender("payload", str(2**22 + 1))  # over the greatest number that a process may have
+ALIVE = Sender("payload", str(os.getpid()))
+
+
+@pytest.mark.parametrize("mode", ["shadow", "inplace"])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(A, B), (joined_update.HERE, A), (Sender("payload"), Sender("group", "g")), (DEAD, ALIVE)],
+)
+def test_half_an_update_is_never_completed_by_another_sender(
+    engine: Engine, new: Tensors, digests: list[dict[str, str]], first: Sender, second: Sender, mode: Any
+) -> None:
+    """Whatever the second brings first, and with the label of the first."""
+    other = named_tensors(model_of(2))
+    assert bring(engine, new[:9], first, mode) is None
+    assert bring(engine, other[9:], second, mode) is None, "it lacks what the first has brought"
+    assert engine.status().state == "updating" and engine.version == ("old" if mode == "shadow" else "")
+    assert bring(engine, other[:9], second, mode) is not None
+    assert engine.digest() == digests[2] and engine.version == "7"
+
+
+@pytest.mark.parametrize("mode", ["shadow", "inplace"])
+@pytest.mark.parametrize("sender", [Sender("payload"), ALIVE])
+def test_what_comes_again_is_of_another_update_where_nobody_can_tell_senders_apart(
+    engine: Engine, new: Tensors, digests: list[dict[str, str]], sender: Sender, mode: Any
+) -> None:
+    other = named_tensors(model_of(2))
+    assert bring(engine, new[:9], sender, mode) is None and bring(engine, new[9:12], sender, mode) is None
+    assert bring(engine, other[5:12], sender, mode) is None
+    if mode == "inplace":
+        with pytest.raises(PoisonedError):
+            engine.generate(input_ids=[1])
+    assert bring(engine, other[12:], sender, mode) is None, "it lacks what only the first has brought"
+    assert bring(engine, other[:5], sender, mode) is not None
+    assert engine.digest() == digests[2]
+
+
+def test_groups_bring_an_update_together_unless_one_is_joined_or_left_meanwhile(
+    engine: Engine, new: Tensors, digests: list[dict[str, str]]
+) -> None:
+    """As the pipeline stages of a trainer do, each by a group of its own."""
+    joined, wait = engine.asynchronous.runtime.joined, engine.asynchronous.runtime.wait
+    groups = Sender("group", "0"), Sender("group", "1")
+    for group in groups:
+        wait(joined.note_joined(group.name))
+    assert bring(engine, new[:9], groups[0]) is None and bring(engine, new[8:12], groups[1]) is None
+    assert bring(engine, new[12:], groups[0]) is not None and engine.digest() == digests[1]
+    for change in (joined.note_joined, joined.note_left):
+        assert bring(engine, new[:9], groups[0]) is None and bring(engine, new[9:12], groups[1]) is None
+        wait(change("1"))
+        assert not engine.status().updating
+        assert bring(engine, new[12:], groups[0]) is None
+        engine.abort_update()
+    wait(joined.note_left("nobody's"))
+
+
+def test_a_group_that_is_joined_while_a_call_goes_on_has_no_part_in_that_update(
+    engine: Engine, new: Tensors, digests: list[dict[str, str]]
+) -> None:
+    """The call may wait for a trainer whose host has gone."""
+    other, runtime = named_tensors(model_of(2)), engine.asynchronous.runtime
+    infos = [TensorInfo(name, tuple(tensor.shape), "float32") for name, tensor in new[:9]]
+
+    async def attempt(session: UpdateSession, indices: Any) -> None:
+        await runtime.joined.note_joined("g")
+        assert await asyncio.to_thread(bring, engine, other[9:], Sender("group", "g")) is None
+        assert await asyncio.to_thread(bring, engine, other[:9], Sender("group", "g")) is not None
+
+    with pytest.raises(UpdateConflictError, match="was aborted"):
+        runtime.wait(
+            runtime.joined.add(infos, terms_of_part(7, "shadow", "drain", None), attempt, sender=Sender("group", "f"))
+        )
+    assert engine.digest() == digests[2]
+
+
+def test_one_whose_client_has_gone_before_it_brought_anything_makes_way(
+    engine: Engine, new: Tensors, digests: list[dict[str, str]]
+) -> None:
+    """Over HTTP a bucket is joined by one call and settled by another."""
+    runtime, terms = engine.asynchronous.runtime, terms_of_part(7, "shadow", "drain", None)
+    assert runtime.wait(runtime.joined.join([TensorInfo(*manifest_of(new)[0])], terms, A)) is not None
+    assert engine.status().updating
+    assert engine.update_weights_from_tensor(new, "x").version == "x"
+    assert engine.digest() == digests[1]
+
+
+def test_a_head_alone_is_not_the_late_one_of_another_sender(engine: Engine, new: Tensors) -> None:
+    other = dict(named_tensors(model_of(2)))
+    assert bring(engine, new, A) is not None
+    assert bring(engine, [(HEAD, other[EMBED])], B) is None, "it begins an update"
+    assert engine.status().updating
+
+
+def bring(engine: Engine, tensors: Tensors, sender: Sender, mode: Any = "shadow") -> UpdateReport | None:
+    """A bucket of a sender, all of whose buckets have one label."""
+    runtime, held = engine.asynchronous.runtime, HeldTensors(tensors)
+
+    async def stage(session: UpdateSession, indices: Any) -> None:
+        await runtime.updater.stage(_on_loop, session, held)
+
+    terms = terms_of_part(7, mode, "drain", None)
+    return runtime.wait(runtime.joined.add(held.manifest, terms, stage, sender=sender))
+
+
+async def _on_loop(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    return await coroutine
 
 
 def test_another_label_begins_anew_so_that_no_weights_are_mixed(

@@ -53,14 +53,22 @@ def generate_in_thread(engine: Engine, outcomes: list[HeadraceError]) -> threadi
     return thread
 
 
-@pytest.mark.parametrize("inprocess", [False, True], ids=["process", "inprocess"])
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "process": {},
+    "inprocess": {"inprocess": True},
+    "stages": {"tp_size": 1, "pp_size": 2},
+    "stages-inprocess": {"tp_size": 1, "pp_size": 2, "inprocess": True},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_is_lost_while_requests_run_ends_the_replica(
-    start_ranks: Start, how: signal.Signals, inprocess: bool
+    start_ranks: Start, how: signal.Signals, layout: dict[str, Any]
 ) -> None:
     names = shared_memory()
-    engine = start_ranks(inprocess=inprocess)
-    core = None if inprocess else pid_of(engine)
+    engine = start_ranks(**layout)
+    core = None if "inprocess" in layout else pid_of(engine)
     (rank,) = rank_pids(engine)
     outcomes: list[HeadraceError] = []
     thread = generate_in_thread(engine, outcomes)
@@ -174,6 +182,12 @@ def test_a_number_of_ranks_that_cannot_be_is_refused_by_name(start_ranks: Start,
     with pytest.raises(ConfigError, match=match) as refusal:
         start_ranks(tp_size=tp_size)
     assert refusal.value.field == "tp_size"
+
+
+def test_more_stages_than_layers_are_refused_by_name(start_ranks: Start) -> None:
+    with pytest.raises(ConfigError, match="pp_size 4.*3 layers") as refusal:
+        start_ranks(tp_size=1, pp_size=4)
+    assert refusal.value.field == "pp_size"
 
 
 def test_what_keeps_a_start_from_its_end_is_told(start_ranks: Start, model_folder: Path, tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
-"""An engine of two ranks is one engine: the same tokens as alone, updates on both or on none, and one death."""
+"""An engine of several ranks is one engine: the same tokens as alone, updates on all or on none, and one death."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -53,9 +53,18 @@ def check_equal(found: list[Generation], expected: list[Generation]) -> None:
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4, rtol=0)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["process", "inprocess"])
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "process": {"tp_size": 2},
+    "inprocess": {"tp_size": 2, "inprocess": True},
+    "stages": {"pp_size": 2},
+    "stages-inprocess": {"pp_size": 3, "inprocess": True},
+    "stages-of-two": {"tp_size": 2, "pp_size": 2},
+}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS.values(), ids=list(LAYOUTS))
 def ranks(request: pytest.FixtureRequest, model_folder: Path) -> Iterator[Engine]:
-    with Engine(model_folder, tp_size=2, device="cpu", inprocess=request.param, **SETTINGS) as started:
+    with Engine(model_folder, device="cpu", **request.param, **SETTINGS) as started:
         yield started
 
 

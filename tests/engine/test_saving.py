@@ -164,8 +164,10 @@ def test_another_layout_is_not_loaded_as_parameters(start: Start, model_folder: 
     with pytest.raises(CheckpointError, match=r"headrace\.json"):
         start(model_folder, load_format="sharded")
     engine.save_sharded_model(tmp_path / "sharded")
-    with pytest.raises(CheckpointError, match="no weights"):
+    with pytest.raises(CheckpointError, match="no weights.*load_format='sharded'"):
         start(tmp_path / "sharded")
+    with pytest.raises(CheckpointError, match="load_format='sharded'"):
+        engine.update_weights_from_disk(tmp_path / "sharded", "never")
     record = tmp_path / "sharded" / "headrace.json"
     record.write_text(record.read_text().replace('"num_ranks": 1', '"num_ranks": 2'))
     with pytest.raises(CheckpointError, match=r"of 2 rank\(s\)"):

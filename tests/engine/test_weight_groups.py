@@ -304,6 +304,44 @@ def test_buckets_join_one_update(
     assert spawned.digest() == expected
 
 
+@pytest.mark.parametrize("mode", ["shadow", "inplace"])
+@pytest.mark.parametrize("how", ["destroyed", "killed", "another name"])
+def test_half_an_update_of_a_trainer_that_died_is_not_completed_by_the_next(
+    spawned: Engine, trainers: list[TrainerProcess], trainer: TrainerProcess, how: str, mode: Any, new_folder: Path
+) -> None:
+    """The next one sends what the first has not sent first, with the same label."""
+    spawned.abort_update()
+    other = save_model(new_folder / "other", seed=2)
+    join(spawned, trainer)
+    assert distribute(spawned, trainer, new_folder, NAMES[:9], mode=mode) is None
+    if how == "destroyed":
+        spawned.destroy_weights_update_group("g")
+        assert not spawned.status().updating
+        trainer.ask(do="destroy", name="g")
+    else:
+        trainer.kill()
+        trainers.append(TrainerProcess())
+    name = "h" if how == "another name" else "g"
+    join(spawned, trainers[-1], name)
+    assert not spawned.status().updating
+    assert distribute(spawned, trainers[-1], other, NAMES[9:], name, mode=mode) is None
+    assert distribute(spawned, trainers[-1], other, NAMES[:9], name, mode=mode) is not None
+    with Engine(other, inprocess=True, **SETTINGS) as cold:
+        assert spawned.digest() == cold.digest()
+    spawned.destroy_weights_update_group(name)
+    trainers[-1].ask(do="destroy", name=name)
+
+
+def distribute(
+    engine: Engine, trainer: TrainerProcess, folder: Path, names: list[str], name: str = "g", **terms: Any
+) -> Any:
+    """A bucket, under one label whoever sends it."""
+    trainer.tell(do="send", name=name, folder=str(folder), names=names)
+    report = engine.update_weights_from_distributed(*bucket_call(names), name, None, 7, **terms)
+    trainer.hear()
+    return report
+
+
 def test_a_head_that_comes_with_its_tied_embedding(spawned: Engine, trainer: TrainerProcess, new_folder: Path) -> None:
     join(spawned, trainer)
     (embedding,) = [name for name in NAMES if "embed_tokens" in name]

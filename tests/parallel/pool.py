@@ -16,7 +16,8 @@ from typing import Any
 import msgspec
 import torch.distributed
 
-from headrace.parallel import GroupCommunicator, Mesh
+from headrace.parallel import Mesh
+from headrace.parallel.joining import LinkLimits, join_mesh
 
 dist: Any = torch.distributed  # whose types lack most of it
 ROOT = Path(__file__).parents[2]
@@ -24,20 +25,24 @@ SECONDS = 60.0
 
 
 class Job(msgspec.Struct):
-    """`number` names the group that its ranks make."""
+    """`number` names the groups that its ranks make."""
 
     number: int
     rank: int
     num_ranks: int
     story: str
     arguments: dict[str, Any]
+    num_stages: int = 1
 
 
 def mesh_of(store: Any, job: Job, seconds: float = SECONDS) -> Mesh:
     """This rank's place among those of a job, over gloo; `seconds` are its communicator's deadline."""
-    limit = timedelta(seconds=SECONDS)
-    gloo = dist.ProcessGroupGloo(dist.PrefixStore(f"job {job.number}", store), job.rank, job.num_ranks, limit)
-    return Mesh(job.rank, job.num_ranks, GroupCommunicator(gloo, seconds))
+
+    def join(rank: int, num_ranks: int, name: str) -> Any:
+        within = dist.PrefixStore(f"job {job.number}/{name}", store)
+        return dist.ProcessGroupGloo(within, rank, num_ranks, timedelta(seconds=SECONDS))
+
+    return join_mesh(job.rank, job.num_ranks // job.num_stages, job.num_stages, join, LinkLimits(seconds, depth=2))
 
 
 def run(store: Any, job: Job) -> Any:
@@ -62,9 +67,10 @@ class RankPool:
         self._num_jobs = 0
 
     def run(self, num_ranks: int, story: str, **arguments: Any) -> list[Any]:
-        """What each rank says, by rank. Fails with what any of them fails with."""
+        """What each rank says, by rank, of `num_stages` if that is given. Fails with what any of them fails with."""
         self._num_jobs += 1
-        jobs = [Job(self._num_jobs, rank, num_ranks, story, arguments) for rank in range(num_ranks)]
+        num_stages = arguments.pop("num_stages", 1)
+        jobs = [Job(self._num_jobs, rank, num_ranks, story, arguments, num_stages) for rank in range(num_ranks)]
         others = self._processes[: num_ranks - 1]
         for process, job in zip(others, jobs[1:], strict=True):
             _write(process.stdin, msgspec.msgpack.encode(job))

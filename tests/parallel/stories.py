@@ -40,7 +40,8 @@ SCORED = LogprobOptions(prompt_start=1, num_top=3)
 
 def make(mesh: Mesh, folder: str, **settings: Any) -> Any:
     """A runner of this rank."""
-    resolved = resolve(EngineConfig(model=folder, tp_size=mesh.num_ranks, **(SETTINGS | settings)), Path(folder))
+    ranks = {"tp_size": mesh.num_ranks, "pp_size": mesh.num_stages}
+    resolved = resolve(EngineConfig(model=folder, **(SETTINGS | ranks | settings)), Path(folder))
     return build_runner(resolved, mesh=mesh)
 
 
@@ -56,12 +57,13 @@ def generate(
     num_tokens: int,
     settings: dict[str, Any],
     lengths: Sequence[int] = LENGTHS,
+    known: dict[int, list[int]] | None = None,
 ) -> Any:
     """Prompts in chunks, one on the pages of the first, then tokens one by one: ids, log-probabilities, prompt scores.
 
-    Logits are those of every sampled row, by slot.
+    Logits are those of every sampled row, by slot. With `known` the tokens are these, and not those that are sampled.
     """
-    story = Story(make(mesh, folder, **settings))
+    story = Story(make(mesh, folder, **settings), known)
     for slot, length in enumerate(lengths):
         story.enter(slot, tokens_of(slot, length))
     sharer, num_shared = len(lengths), (lengths[0] - 1) // PAGE_SIZE * PAGE_SIZE
@@ -87,8 +89,9 @@ def generate_among(mesh: Mesh, folder: str, num_mates: int, settings: dict[str, 
 class Story:
     """Plans of greedy sequences for a runner, and what came of them. Logits are of a CPU's runner only."""
 
-    def __init__(self, runner: Runner | DeviceRunner) -> None:
+    def __init__(self, runner: Runner | DeviceRunner, known: dict[int, list[int]] | None = None) -> None:
         self._runner = runner
+        self._known = known
         self.ids: dict[int, list[int]] = {}
         self.logits: dict[int, list[bytes]] = {}
         self._logprobs: dict[int, list[float]] = {}
@@ -109,9 +112,9 @@ class Story:
             self._step(rows)
 
     def decode(self, slots: list[int], num_steps: int) -> None:
-        for _ in range(num_steps):
+        for step in range(num_steps):
             for slot in slots:
-                self._plans.append(slot)
+                self._plans.append(slot, *(() if self._known is None else (self._known[slot][step],)))
             self._step([(slot, 1) for slot in slots])
 
     def told(self) -> Any:
@@ -132,7 +135,7 @@ class Story:
             self._scores.setdefault(rows[row][0], []).extend(scores.logprobs.tolist())
         sampled = [slot for (slot, _), samples in zip(rows, plan.row_samples, strict=True) if samples]
         logits = torch.cat(self._seen).numpy() if self._seen else ()
-        for index, slot in enumerate(sampled):
+        for index, slot in enumerate(sampled[: len(result.token_ids)]):  # none but on the last stage
             self.ids.setdefault(slot, []).append(int(result.token_ids[index, 0]))
             self._logprobs.setdefault(slot, []).append(float(result.logprobs[index, 0]))
             if len(logits):

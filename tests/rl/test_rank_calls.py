@@ -53,7 +53,7 @@ class Ranks:
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
     store = distributed.HashStore()  # type: ignore[attr-defined]
-    monkeypatch.setattr(meeting, "_trainer_store", lambda: store)
+    monkeypatch.setattr(meeting, "trainer_store", lambda: store)
     met = Ranks()
     met.calls = met.each(lambda rank: meet(RANKS, rank, TIMEOUT))
     yield met

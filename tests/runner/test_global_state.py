@@ -6,6 +6,7 @@ import random
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -57,7 +58,15 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engi
 def values(engine: Engine) -> Values:
     params: list[Any] = [{"max_new_tokens": 6, "ignore_eos": True, "seed": 5, **each} for each in PARAMS]
     engine.flush_cache()
-    found = engine.generate(input_ids=PROMPTS, sampling_params=params, return_prompt_logprobs=True, top_logprobs=2)
+    engine.pause()  # behind which all prompts wait, to come into the same steps every time
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(
+            engine.generate, input_ids=PROMPTS, sampling_params=params, return_prompt_logprobs=True, top_logprobs=2
+        )
+        while engine.status().num_waiting < len(PROMPTS):
+            assert not asked.done()
+        engine.resume()
+        found = asked.result()
     return [(each.token_ids, each.logprobs, each.prompt_logprobs) for each in found]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from headrace.cache.radix_tree import Node
 from headrace.scheduler import Scheduler, SchedulerLimits
 from headrace.types.errors import ErrorInfo
-from headrace.types.plan import StepPlan
+from headrace.types.plan import LAST_TOKEN, StepPlan
 from headrace.types.request import Delta, Request, unpack_floats, unpack_ids
 from tests.cache.trees import nodes
 from tests.scheduler.fake_device import FakeDevice
@@ -72,6 +72,7 @@ class Harness:
             return None
         for array in (plan.row_slots, plan.row_starts, plan.row_lengths, plan.token_ids, plan.page_ids):
             self.plan_log.update(array.tobytes())
+        assert self.limits.num_cohorts == 1 or LAST_TOKEN not in plan.token_ids, "a token of a step in flight is needed"
         self.device.submit(plan)
         for handle, positions in self.device.in_flight[-1].sampled:
             versions = self.versions[handle]
@@ -328,7 +329,7 @@ class Harness:
         self.check_books()
 
 
-def random_limits(random_: random.Random, overlap_depth: int) -> SchedulerLimits:
+def random_limits(random_: random.Random, overlap_depth: int, num_cohorts: int = 1) -> SchedulerLimits:
     """Small limits, so that pages, slots, budget and context all run out."""
     page_size = random_.choice((1, 1, 2, 2, 3, 4, 8, 16))
     context_length = random_.randint(6, 26)
@@ -345,4 +346,5 @@ def random_limits(random_: random.Random, overlap_depth: int) -> SchedulerLimits
         vocab_size=5,
         num_host_pages=random_.choice((0, 0, 1, 4, 30)),
         max_page_moves=random_.choice((1, 3, 100)),
+        num_cohorts=num_cohorts,
     )

@@ -90,11 +90,17 @@ def with_a_picture(random_: random.Random, request: Request) -> tuple[Request, b
 
 
 def play(
-    seed: int, depth: int, num_events: int, num_tokens: tuple[int, int] = (1, 1), *, has_pictures: bool = False
+    seed: int,
+    depth: int,
+    num_events: int,
+    num_tokens: tuple[int, int] = (1, 1),
+    *,
+    has_pictures: bool = False,
+    num_cohorts: int = 1,
 ) -> Harness:
     """Run one random event sequence to its end."""
     random_ = random.Random(seed)
-    harness = Harness(random_limits(random_, depth), num_tokens)
+    harness = Harness(random_limits(random_, depth, num_cohorts), num_tokens)
     harness.has_pictures = has_pictures
     family = random_.randrange(100)
     for now in range(num_events):
@@ -205,3 +211,16 @@ def test_the_same_events_give_the_same_plans(depth: int) -> None:
         assert first == second
         digests.add(first)
     assert len(digests) > 50
+
+
+@pytest.mark.parametrize("num_cohorts", [2, 3, 5])
+@pytest.mark.parametrize("num_tokens", [(1, 1), (1, 3), (0, 2)])
+def test_with_cohorts_no_step_has_a_token_that_is_not_known(num_cohorts: int, num_tokens: tuple[int, int]) -> None:
+    """`Harness.issue` holds plans against that."""
+    total: Counter[str] = Counter()
+    for seed in range(700):
+        depth = num_cohorts - 1
+        harness = play(30_000 + seed, depth, num_events(seed), num_tokens, num_cohorts=num_cohorts)
+        total.update({name: int(value) for name, value in harness.scheduler.metrics().items()})
+    assert total["num_generated_tokens"] > 300 and total["num_preemptions"] > 0
+    assert total["num_invariant_breaches"] == 0

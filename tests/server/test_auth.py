@@ -26,6 +26,7 @@ ADMIN = {
             "stage",
             "lend",
             "stage_lent",
+            "stage_from_group",
             "commit",
         )
     ),

@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 
 from headrace import Engine
 from tests.arch.source import ROOT
+from tests.engine.nodes import FIRST, SECRET, node
+from tests.engine.test_weight_groups import free_port
 from tests.server.bucket_client import bodies
 from tests.server.builders import SETTINGS, save_random_model
 from tests.server.conftest import START, Served
@@ -210,12 +212,26 @@ def test_what_is_wrong_with_a_bucket_is_named_and_ends_the_update(
     assert served.engine.digest() == digests[1]
 
 
+@pytest.fixture
+def other_node(request: pytest.FixtureRequest, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where the nodes meet; "" where there is one only."""
+    if not request.param:
+        yield ""
+        return
+    monkeypatch.setenv("HEADRACE_DIST_SECRET", SECRET)
+    address = f"{FIRST}:{free_port()}"
+    with node(model_folder, address):
+        yield address
+
+
+@pytest.mark.parametrize("other_node", [False, True], ids=["one node", "two nodes"], indirect=True)
 @pytest.mark.parametrize("style", ["sglang", "verl"])
 def test_an_engine_of_two_ranks_has_a_payload_for_each(
-    start: START, folders: list[Path], digests: list[dict[str, str]], style: str
+    start: START, folders: list[Path], digests: list[dict[str, str]], style: str, other_node: str
 ) -> None:
     """One entry for each rank; of each tensor verl has bytes for each rank in all of them. All are given back."""
-    served = start(settings={"tp_size": 2, "device": "cpu"})
+    nodes = {"nnodes": 2, "dist_init_addr": other_node} if other_node else {}
+    served = start(settings={"tp_size": 2, "device": "cpu", **nodes})
     before = set(SHARED.glob(f"torch_{os.getpid()}_*"))  # of tensors that other tests share
     for seed in (1, 2):
         tensors = load_file(folders[seed] / "model.safetensors")
@@ -259,15 +275,52 @@ def test_memory_is_given_back_that_nothing_comes_of(start: START, tensors: dict[
         assert shared() == before
 
 
-def test_an_open_update_of_another_kind_is_a_conflict_both_ways(
-    start: START, tensors: dict[str, torch.Tensor], model_folder: Path
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("style", ["slime", "verl"])
+def test_half_an_update_of_a_trainer_that_died_is_not_completed_by_the_next(
+    start: START,
+    launch: Callable[..., Client],
+    folders: list[Path],
+    digests: list[dict[str, str]],
+    style: str,
+    order: int,
+) -> None:
+    """Whatever that sends first, with the label of the first or none."""
+    served = start(settings={"inprocess": False})
+    client = launch(served.url, style, {"7": folders[1]}, stop_before=2)
+    assert client.replies()[-1][:2] == ("/continue_generation", 409)
+    client.end(kill=True)
+    parts = [body for body in bodies(style, load_file(folders[2] / "model.safetensors"), "7")]
+    parts = [part for part in parts if style == "verl" or part is not parts[-1]][::order]
+    replies = [served.http.post(ROUTE, json=body).json() for body in parts]
+    assert ["report" in reply for reply in replies] == [False] * (len(parts) - 1) + [True], replies
+    assert served.engine.digest() == digests[2]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/release_memory_occupation", {}),
+        ("/update_weights_from_disk", {"model_path": "model"}),
+        ("/update_weights", {"weight_dir": "model"}),
+        ("/sleep", {"level": 2}),
+    ],
+)
+def test_half_an_update_makes_way(
+    start: START, tensors: dict[str, torch.Tensor], model_folder: Path, path: str, body: dict[str, Any]
 ) -> None:
     served = start()
-    first, *rest = bodies("slime", tensors, "1")
-    served.http.post(ROUTE, json=first).raise_for_status()
-    refused = served.http.post("/update_weights_from_disk", json={"model_path": str(model_folder)})
-    assert refused.status_code == 409 and "abort_update" in refused.json()["message"]
-    served.http.post("/abort_weight_update", json={}).raise_for_status()
+    served.http.post(ROUTE, json=next(bodies("slime", tensors, "1"))).raise_for_status()
+    assert served.http.post("/continue_generation", json={}).status_code == 409, "its sender takes it for done"
+    filled = {name: str(model_folder) if value == "model" else value for name, value in body.items()}
+    assert served.http.post(path, json=filled).status_code == 200
+    assert not served.engine.status().updating
+    assert served.http.post("/continue_generation", json={}).status_code == 200
+
+
+def test_a_session_of_another_kind_is_a_conflict(start: START, tensors: dict[str, torch.Tensor]) -> None:
+    served = start()
+    rest = list(bodies("slime", tensors, "1"))
     name, tensor = next(iter(tensors.items()))
     session = served.engine.begin_update("x", [(name, tuple(tensor.shape), "float32")], partial=True)
     reply = served.http.post(ROUTE, json=rest[0])

@@ -188,6 +188,51 @@ def test_an_older_client_sends_no_begin_and_no_end(start: START, new_folder: Pat
         assert torch.equal(served.engine.get_weights_by_name(name), trainer.tensors[name])
 
 
+def test_half_an_update_is_not_completed_by_a_trainer_that_begins_anew(
+    start: START, model_folder: Path, new_folder: Path
+) -> None:
+    """Though it sends the other half first, and says no begin and no end."""
+    served = start()
+    first = Broadcaster(served, model_folder)
+    half = len(first.names) // 2
+    assert first.send(first.names[:half])[0] == 200
+    second = Broadcaster(served, new_folder)
+    assert not served.engine.status().updating
+    status, reply = second.send(second.names[half:])
+    assert status == 200 and "report" not in reply, "it lacks what the first has brought"
+    assert "report" in second.send(second.names[:half])[1]
+    for name in second.names:
+        assert torch.equal(served.engine.get_weights_by_name(name), second.tensors[name])
+
+
+def test_a_trainer_puts_an_engine_to_sleep_in_which_the_one_before_left_half_an_update(
+    start: START, new_folder: Path
+) -> None:
+    served = start(weight_roots=[str(new_folder)])
+    for path, query in (("/sleep", {"level": 2}), (UPDATE, {})):
+        assert post(served, "/wake_up") == (200, None)
+        post(served, START_UPDATE, {})
+        trainer = Broadcaster(served, new_folder)
+        assert trainer.send(trainer.names[:3])[0] == 200 and served.engine.status().updating
+        assert post(served, path, {"weight_dir": str(new_folder)} if path == UPDATE else None, **query)[0] == 200
+        assert not served.engine.status().updating
+        assert told(post(served, FINISH)) == (409, "session_id"), "of the first, which is told"
+
+
+def test_no_names_are_no_requests(start: START) -> None:
+    served = start()
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(served.generate(input_ids=[1], sampling_params=LONG)))
+    thread.start()
+    while not served.engine.metrics()["num_running"]:
+        pass
+    assert post(served, "/abort_requests", {"request_ids": []}) == (200, {"status": "aborted", "aborted": 0})
+    assert post(served, "/abort_requests", {"request_ids": ["nobody's"]})[1]["aborted"] == 0
+    assert post(served, "/abort_requests") == (200, {"status": "aborted", "aborted": 1})
+    thread.join(60)
+    assert found[0]["meta_info"]["finish_reason"]["type"] == "abort"
+
+
 def test_an_update_that_is_wrong_is_over_and_the_next_one_lands(start: START, new_folder: Path) -> None:
     served = start()
     before = served.engine.digest()

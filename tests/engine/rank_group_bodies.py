@@ -1,0 +1,186 @@
+"""What trainer ranks do in the tests of `Engine(rank_group=...)`. Each function runs on every rank, in a process of its
+own."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+
+from headrace import Engine
+from headrace.ipc import rank_meeting
+from headrace.types.errors import HeadraceError
+from tests.engine.builders import SETTINGS, model_of, named_tensors
+from tests.engine.test_ranks import GREEDY, LONG, PROMPTS, outputs
+from tests.engine.test_restart import wait_for
+
+ENGINE: dict[str, Any] = {"device": "cpu", "start_timeout": 60, **SETTINGS}
+
+
+def refuse_memory() -> None:
+    """As if ranks were on different machines."""
+    rank_meeting._can_read = lambda *_: False
+
+
+def error_of(folder: str, **settings: Any) -> tuple[str, str, str]:
+    try:
+        with Engine(folder, **{**ENGINE, "rank_group": distributed.group.WORLD, **settings}):
+            return "no error", "", ""
+    except HeadraceError as error:
+        return type(error).__name__, error.field, error.message
+
+
+def used_group(is_over: threading.Event) -> threading.Thread:
+    """The trainer goes on using its own group, in a thread, until all ranks say that it is over."""
+
+    def use() -> None:
+        for _ in range(100_000):
+            found = torch.tensor([1.0, float(is_over.is_set())])
+            distributed.all_reduce(found)
+            assert found[0] == distributed.get_world_size()
+            if found[1] == distributed.get_world_size():
+                return
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    return thread
+
+
+def held() -> tuple[int, set[str]]:
+    gc.collect()
+    names = {each.name for each in threading.enumerate()}
+    return len(os.listdir("/proc/self/fd")), {name for name in names if name.startswith("headrace")}
+
+
+def whole_life(rank: int, folder: str, num_ranks: int, far: bool, settings: dict[str, Any]) -> Any:
+    """Two engines, one after the other, beside a trainer that goes on."""
+    if far:
+        refuse_memory()
+    mesh = init_device_mesh("cpu", (num_ranks,), mesh_dim_names=("tp",))
+    found: list[Any] = []
+    holds: list[Any] = []
+    for group in (mesh, mesh.get_group(), distributed.group.WORLD):
+        is_over = threading.Event()
+        trainer = used_group(is_over)
+        with Engine(folder, rank_group=group, **ENGINE, **settings) as engine:
+            if rank == 0:
+                found.append(life_of_leader(engine, folder))
+            else:
+                found.append(calls_of_follower(engine, folder))
+        is_over.set()
+        trainer.join(60.0)
+        assert not trainer.is_alive()
+        holds.append(held())
+    assert holds[2][0] <= holds[0][0] and not holds[2][1], holds
+    return found
+
+
+def life_of_leader(engine: Engine, folder: str) -> Any:
+    first, digest = outputs(engine, GREEDY), engine.digest()
+    engine.update_weights_from_tensor(named_tensors(model_of(1)), "b")
+    other = engine.digest()
+    name = "model.layers.1.mlp.down_proj.weight"
+    same = bool((engine.get_weights_by_name(name) == dict(named_tensors(model_of(1)))[name]).all())
+    engine.update_weights_from_disk(Path(folder), "a")
+    engine.release_memory_occupation()
+    engine.resume_memory_occupation(restore="await")
+    engine.update_weights_from_disk(Path(folder), "a")
+    again = outputs(engine, GREEDY)
+    is_back = [each.token_ids for each in again] == [each.token_ids for each in first]
+    return [each.token_ids for each in first], digest, other, same, is_back and engine.digest() == digest
+
+
+def calls_of_follower(engine: Engine, folder: str) -> Any:
+    errors = []
+    for call in (
+        lambda: engine.generate(input_ids=[1]),
+        lambda: engine.digest(),
+        lambda: list(engine.stream(input_ids=[1])),
+        lambda: engine.update_weights_from_tensor([], "x"),
+        lambda: engine.begin_update("x", []),
+        lambda: engine.pause(),
+        lambda: engine.is_alive,
+    ):
+        try:
+            call()
+        except HeadraceError as error:
+            errors.append((type(error).__name__, error.field, "call it on rank 0" in error.message))
+    return errors
+
+
+def lost(rank: int, folder: str, how: int, which: int) -> Any:
+    """One rank of four is lost while requests run; the others live on, and can meet again."""
+    engine = Engine(folder, rank_group=distributed.group.WORLD, **{**ENGINE, "control_timeout": 60})
+    if rank == which:
+        distributed.barrier()
+        time.sleep(0.5)
+        os.kill(os.getpid(), how)
+        time.sleep(600)
+    if rank == 0:
+        outcome: list[Any] = []
+
+        def generate() -> None:
+            try:
+                engine.generate(input_ids=[PROMPTS[0]] * 4, sampling_params=LONG)
+            except HeadraceError as error:
+                outcome.extend((type(error).__name__, error.message))
+
+        thread = threading.Thread(target=generate)
+        thread.start()
+        wait_for(lambda: engine.metrics()["num_running"] == 4)
+        distributed.barrier()
+        began = time.monotonic()
+        thread.join(60.0)
+        outcome.append(time.monotonic() - began)
+    else:
+        distributed.barrier()
+        outcome = []
+    engine.shutdown()
+    wait_for(lambda: not {name for name in held()[1] if "rank" in name})
+    return outcome
+
+
+def leader_is_lost(rank: int, folder: str, how: int) -> Any:
+    """Rank 0 is gone, or stands still: its process's end is the end of the engine, and of nothing else."""
+    engine = Engine(folder, rank_group=distributed.group.WORLD, **{**ENGINE, "control_timeout": 2})
+    if rank == 0:
+        os.kill(os.getpid(), how)
+        time.sleep(600)
+    engine.shutdown()
+    wait_for(lambda: not held()[1])
+    return "lives"
+
+
+def never_comes(rank: int, folder: str, which: int) -> Any:
+    if rank == which:
+        time.sleep(8)
+        return None
+    return error_of(folder, start_timeout=4)
+
+
+def settings_of_one(rank: int, folder: str, other: str) -> Any:
+    """What one rank gives that is refused, or another thing than the others."""
+    found = []
+    for mine in (
+        {0: {"no_such": 1}},
+        {1: {"no_such": 1}},
+        {0: {"tp_size": 1}, 1: {"tp_size": 1}},
+        {1: {"dtype": "bfloat16"}},
+        {0: {"nnodes": 2, "dist_init_addr": "127.0.0.1:1"}},
+    ):
+        found.append(error_of(folder, **mine.get(rank, {})))
+    found.append(error_of(other if rank == 1 else folder))
+    found.append(error_of(folder, rank_group="no group"))
+    found.append(error_of(folder))
+    return found
+
+
+KILL, STOP = int(signal.SIGKILL), int(signal.SIGSTOP)

@@ -1,0 +1,78 @@
+"""An engine whose ranks are a trainer's processes: real ones over gloo, which live on whatever becomes of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace import Engine
+from tests.engine import rank_group_bodies as bodies
+from tests.engine.builders import save_model
+from tests.engine.test_ranks import GREEDY, outputs
+from tests.rl.trainer_ranks import run_ranks, start_ranks
+
+SECONDS = 240.0
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "far", "settings"),
+    [(2, False, {}), (2, True, {}), (4, False, {"pp_size": 2})],
+    ids=["two", "two machines", "two stages"],
+)
+def test_a_trainers_ranks_are_one_engine(
+    model_folder: Path, engine: Engine, num_ranks: int, far: bool, settings: dict[str, Any]
+) -> None:
+    given = str(model_folder), num_ranks, far, settings
+    leading, *following = run_ranks(num_ranks, bodies.whole_life, *given, seconds=SECONDS)
+    expected = [each.token_ids for each in outputs(engine, GREEDY)]
+    for ids, digest, other, is_same, is_back in leading:
+        assert ids == expected and digest == engine.digest() and other != digest and is_same and is_back
+    for each in following:
+        assert each == [[("RequestError", "rank_group", True)] * 7] * 3
+
+
+def lives(started: Any, ranks: set[int], which: int, how: int) -> dict[int, Any]:
+    """What the ranks that are left come to."""
+    try:
+        return {rank: started.result(rank, SECONDS) for rank in ranks}
+    finally:
+        pid = started.processes[which].pid
+        if how == bodies.STOP:
+            os.kill(pid, signal.SIGKILL)
+        started.end()
+
+
+@pytest.mark.parametrize("how", [bodies.KILL, bodies.STOP], ids=["killed", "stopped"])
+def test_a_rank_that_is_lost_is_named_and_harms_no_other_process(model_folder: Path, how: int) -> None:
+    started = start_ranks(4, bodies.lost, str(model_folder), how, 2)
+    kind, message, seconds = lives(started, {0, 1, 3}, 2, how)[0]
+    assert kind == "DeviceLostError" and f"rank 2 (process {started.processes[2].pid} of the trainer" in message
+    assert seconds < 20.0  # 5 s, on a machine of one's own
+
+
+@pytest.mark.parametrize("how", [bodies.KILL, bodies.STOP], ids=["killed", "stopped"])
+def test_rank_0_is_lost_and_the_others_live(model_folder: Path, how: int) -> None:
+    started = start_ranks(2, bodies.leader_is_lost, str(model_folder), how)
+    assert lives(started, {1}, 0, how) == {1: "lives"}
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_rank_that_never_comes_is_named(model_folder: Path, which: int) -> None:
+    seen = run_ranks(2, bodies.never_comes, str(model_folder), which)
+    kind, field, message = seen[1 - which]
+    assert kind == "DeadlineError" and field == "start_timeout" and f"rank {which} has not come" in message
+
+
+def test_what_is_refused_is_refused_on_every_rank(model_folder: Path, tmp_path: Path) -> None:
+    """The next engine is none the worse for it."""
+    other = save_model(tmp_path, seed=1)
+    leading, following = run_ranks(2, bodies.settings_of_one, str(model_folder), str(other), seconds=SECONDS)
+    fields = ["no_such", "no_such", "tp_size", "dtype", "nnodes", "weights", "rank_group", ""]
+    for found in (leading, following):
+        assert [field for _, field, _ in found] == fields
+        assert [kind for kind, _, _ in found] == ["ConfigError"] * 7 + ["no error"]
+    assert "process" in leading[1][2] and "of the trainer" in leading[3][2]

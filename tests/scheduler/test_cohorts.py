@@ -1,0 +1,104 @@
+"""Running sequences take turns where steps overlap on several stages: in equal parts, nobody is passed over, and who is
+alone waits for nobody."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+import msgspec
+import numpy as np
+import pytest
+
+from headrace.scheduler import Scheduler, SchedulerLimits
+from headrace.types.plan import StepPlan, StepResult
+from headrace.types.request import Request, pack_ids
+
+LIMITS = SchedulerLimits(
+    max_running_requests=64,
+    max_waiting_requests=1000,
+    max_num_batched_tokens=64,
+    context_length=400,
+    page_size=4,
+    num_pages=8000,
+    prefix_cache=False,
+    overlap_depth=1,
+    vocab_size=5,
+)
+
+
+class Pipeline:
+    """A scheduler whose steps take as long as there are stages: so many are in flight before the first is applied."""
+
+    def __init__(self, num_cohorts: int) -> None:
+        limits = msgspec.structs.replace(LIMITS, overlap_depth=num_cohorts - 1, num_cohorts=num_cohorts)
+        self.scheduler = Scheduler(limits)
+        self.in_flight: deque[StepPlan] = deque()
+        self.num_added = 0
+
+    def add(self, num_prompt: int, num_new: int) -> None:
+        self.num_added += 1
+        self.scheduler.add(Request(self.num_added, "", pack_ids([1] * num_prompt), num_new, seed=1), 0.0)
+
+    def step(self) -> list[StepPlan]:
+        """The plans that are made now; then the oldest ends."""
+        plans = []
+        while (plan := self.scheduler.plan()) is not None:
+            plans.append(plan)
+            self.in_flight.append(plan)
+        if self.in_flight:
+            done = self.in_flight.popleft()
+            count = int(done.row_samples.sum())
+            ones = np.ones(count, np.int32)
+            self.scheduler.apply(StepResult(done.step_id, ones[:, None], -np.ones((count, 1), np.float32), ones))
+        return plans
+
+
+@pytest.mark.parametrize("num_cohorts", [2, 3, 5])
+@pytest.mark.parametrize("num_requests", [1, 2, 5, 16, 33])
+def test_each_step_has_an_equal_part_and_each_sequence_its_turn(num_cohorts: int, num_requests: int) -> None:
+    pipeline = Pipeline(num_cohorts)
+    for _ in range(num_requests):
+        pipeline.add(1, 300)
+    while pipeline.scheduler.num_waiting:
+        pipeline.step()
+    for _ in range(2 * num_cohorts):  # from the step of all prompts on
+        pipeline.step()
+    plans = [plan for _ in range(10 * num_cohorts) for plan in pipeline.step()]
+    most = -(-num_requests // num_cohorts)
+    sizes = [len(plan.row_slots) for plan in plans]
+    assert max(sizes) <= most and min(sizes) >= 1
+    in_a_round = min(num_cohorts, -(-num_requests // most))
+    for first in range(0, len(plans) - in_a_round, in_a_round):
+        served = np.concatenate([plan.row_slots for plan in plans[first : first + in_a_round]])
+        assert sorted(served.tolist()) == sorted(set(served.tolist()))
+        assert len(served) == num_requests
+
+
+@pytest.mark.parametrize("num_cohorts", [2, 4])
+def test_whoever_comes_or_goes_nobody_is_passed_over(num_cohorts: int) -> None:
+    """Random lengths and arrivals: between two rows of one sequence there are few steps, and all come to an end."""
+    for seed in range(200):
+        chance, pipeline, number = random.Random(seed), Pipeline(num_cohorts), 0
+        last: dict[int, int] = {}
+        for turn in range(80):
+            for _ in range(chance.choice((0, 0, 0, 1, 4)) if turn < 50 else 0):
+                pipeline.add(chance.choice((1, 3, 40)), chance.randint(1, 30))
+            for plan in pipeline.step():
+                number += 1
+                entered = {init.slot for init in plan.new_slots}
+                for slot in plan.row_slots.tolist():
+                    assert slot in entered or number - last[slot] <= 2 * num_cohorts, f"{slot} waited, seed {seed}"
+                    last[slot] = number
+        while pipeline.scheduler.num_live:
+            pipeline.step()
+        assert not pipeline.in_flight and pipeline.scheduler.num_used_tokens == 0
+
+
+def test_one_prompt_alone_goes_through_all_stages_at_once() -> None:
+    """Its chunks follow each other, whatever cohort it is of: they need no token that is sampled."""
+    pipeline = Pipeline(3)
+    pipeline.add(150, 5)
+    assert [len(plan.token_ids) for plan in pipeline.step()] == [64, 64, 22]
+    assert not pipeline.step() and not pipeline.step()
+    assert [len(plan.token_ids) for plan in pipeline.step()] == [1]
