@@ -159,10 +159,6 @@ def _begin(work: Callable[[], Any]) -> Future[Any]:
 def _result(begun: Future[Any], problem: str) -> Any:
     try:
         return begun.result()
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # gloo's: a rank is gone, or stands still for longer than the update has time
+    except (OSError, RuntimeError, ValueError) as error:  # a rank is gone, or has stood still too long
         reason = str(error).split("\n", maxsplit=1)[0]
         raise UnavailableError(f"{problem}: {reason}", field="address") from None
