@@ -77,9 +77,9 @@ class StepPlanner:
     def _most_singles(self, pending: IndexArray, budget: int) -> int:
         """How many rows of one token a step may have: with several cohorts each takes a part of those that have no more
         to compute. The others are in flight then, so that the parts take turns by themselves, and stay equal."""
-        return (
-            budget if self._limits.num_cohorts == 1 else min(budget, self._share(int(np.count_nonzero(pending <= 1))))
-        )
+        if self._limits.num_cohorts == 1:
+            return budget
+        return min(budget, self._share(int(np.count_nonzero(pending <= 1))))
 
     def _share(self, number: int) -> int:
         """A cohort's part of so many, rounded up."""

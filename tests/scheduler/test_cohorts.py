@@ -112,3 +112,16 @@ def test_requests_that_come_together_enter_in_equal_parts(num_cohorts: int) -> N
         pipeline.add(4, 5)
     entered = [len(plan.new_slots) for plan in pipeline.step()]
     assert entered == {2: [4, 3], 3: [3, 3, 1]}[num_cohorts]
+
+
+@pytest.mark.parametrize("num_cohorts", [2, 3])
+def test_parts_become_equal_again_when_those_of_one_end(num_cohorts: int) -> None:
+    pipeline = Pipeline(num_cohorts)
+    for number in range(6 * num_cohorts):
+        pipeline.add(4, 200 if number < 3 else 4)  # those who go on are all of one cohort: the longest come first
+    while pipeline.scheduler.num_waiting or pipeline.scheduler.num_live > 3:
+        pipeline.step()
+    for _ in range(2 * num_cohorts):
+        pipeline.step()
+    sizes = [len(plan.row_slots) for _ in range(6) for plan in pipeline.step()]
+    assert max(sizes) == -(-3 // num_cohorts)
