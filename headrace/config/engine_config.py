@@ -53,8 +53,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_waiting_requests     queue bound; more are refused with 503
     max_num_batched_tokens   token budget of one step; None: 2048, on cuda for wide models max_running_requests + 256
     prefix_cache             keep and match computed prefixes
-    overlap_depth            plans issued ahead of the oldest unknown result; None: 1 on cuda, 0 on cpu, and one more
-                             for each further stage
+    overlap_depth            plans issued ahead of the oldest unknown result; None: 1 on cuda, 0 on cpu, and with
+                             stages one less than they are at least
     numerics                 "fast" | "invariant" (same bits whatever runs beside, at a cost)
     attention_backend        "auto" | "reference" (slow oracle) | "cpu" | "triton" | "flashinfer"
     cuda_graphs              replay steps as CUDA graphs

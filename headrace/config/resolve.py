@@ -198,8 +198,6 @@ def resolve(
     engine = _settled(config, {name: size.value for name, size in sizes.items()})
     dtype = _dtype(config, model, device)
     backend = _attention_backend(config, model, device, software)
-    if config.pp_size > 1 and (device == "cuda" or backend.value == "triton"):
-        raise ConfigError(f"pp_size {config.pp_size}: only a CPU has pipeline stages yet", field="pp_size")
     kv_dtype = _kv_dtype(config, dtype.value, backend.value, cuda)
     context_length = _context_length(config, model)
     num_threads = _num_threads(config, device)
@@ -319,8 +317,8 @@ def _dotted(capability: tuple[int, int]) -> str:
 def _sizes(config: EngineConfig, device: str, model: ModelSpec) -> dict[str, Chosen[int]]:
     """The fields of `SettledConfig` that are numbers an `EngineConfig` may leave open."""
     sizes = {name: _given(config, name) or choice for name, choice in _SIZES[device].items()}
-    if config.pp_size > 1 and config.overlap_depth is None:
-        depth = sizes["overlap_depth"].value + config.pp_size - 1
+    if config.overlap_depth is None and config.pp_size > 1:
+        depth = max(sizes["overlap_depth"].value, config.pp_size - 1)
         sizes["overlap_depth"] = Chosen(depth, "each stage executes another step")
     tokens = _given(config, "max_num_batched_tokens")
     seed = _given(config, "seed")

@@ -21,6 +21,7 @@ from headrace.core.faults import DeviceLost
 from headrace.core.rank_messages import PLAN, READY, RESULT, TELL, RankAnswer, answer_decoder, encode_message
 from headrace.core.rank_results import ResultOn, result_decoder
 from headrace.ipc import PeerClosed
+from headrace.ipc.rank_page import AwakeClock
 from headrace.ipc.rank_peer import RankPeer
 from headrace.types.errors import HeadraceError
 
@@ -129,6 +130,7 @@ class OtherRanks:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._stopped_since: dict[int, float] = {}
+        self._beats: dict[int, tuple[int, float]] = {}  # the last one, and when it was seen first
         self._failed_since: dict[int, tuple[int, float]] = {}
 
     @property
@@ -297,8 +299,9 @@ class OtherRanks:
 
     def _watch(self) -> None:
         """In a thread of its own."""
+        clock = AwakeClock()
         while not self._stop.wait(LOOK_SECONDS) and not self.lost:
-            now = time.monotonic()
+            now = clock.now()
             for process in self.peers:
                 problem = self._problem(process, now)
                 if problem:
@@ -319,8 +322,11 @@ class OtherRanks:
             self._stopped_since.pop(process.rank, None)
         elif now - self._stopped_since.setdefault(process.rank, now) >= STOPPED_SECONDS:
             return "was stopped by a signal and does not go on"
-        silent = now - process.page.last_beat * 1e-9
-        if process.page.last_beat and silent > process.silent_seconds:
+        beat, seen = process.page.last_beat, self._beats.get(process.rank)
+        if seen is None or seen[0] != beat:
+            seen = self._beats[process.rank] = beat, now
+        silent = now - seen[1]
+        if beat and silent > process.silent_seconds:
             return f"has not run for {silent:.0f} s"
         return self._lone_failure(process, now)
 

@@ -95,9 +95,13 @@ class BeginOpenOn(_Asked, frozen=True, tag="begin_open"):
 
 
 class ExtendOn(_Asked, frozen=True, tag="extend"):
-    """As `WeightMemory.extend`."""
+    """As `WeightMemory.extend`. Value: how many tensors are missing, of those that this rank holds anything of."""
 
     manifest: tuple[TensorInfo, ...]
+
+
+class MissingOn(_Asked, frozen=True, tag="missing"):
+    """As `WeightMemory.missing`. Values: the names, of those that this rank holds anything of."""
 
 
 class Place(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -278,6 +282,7 @@ RankCommand = (
     | BeginOn
     | BeginOpenOn
     | ExtendOn
+    | MissingOn
     | StageBufferOn
     | FillOn
     | StageFileOn

@@ -78,6 +78,7 @@ class NodeKeeper:
         self._address, self._secret = address_of(resolved), secret_of_nodes()
         self._terms = terms_of(resolved)
         self._stop = threading.Event()
+        self._until = 0.0
 
     def stop(self) -> None:
         """End."""
@@ -87,6 +88,7 @@ class NodeKeeper:
         """Returns when rank 0 has ended for good, or after `stop`. Raises `DeadlineError` where no rank 0 is found for
         `start_timeout`, `ConfigError` and whatever else rank 0 says that keeps the replica from starting."""
         is_over = False
+        self._await_longer()
         while not (is_over or self._stop.is_set()):
             tunnel = StoreTunnel(self._address, self._secret)
             try:
@@ -107,11 +109,13 @@ class NodeKeeper:
                 match word:
                     case Seated():
                         ranks = self._start(word.ranks)
-                    case Started():
+                    case Started() if not has_started:
                         has_started = True
                         logger.info("this node executes plans", extra={"fields": {"ranks": len(ranks)}})
                     case Over():
                         is_lost = word.is_lost
+                        if has_started:
+                            self._await_longer()
                         return self._has_ended(word, has_started)
             return True
         finally:
@@ -121,22 +125,21 @@ class NodeKeeper:
 
     def _join(self, tunnel: StoreTunnel) -> GuestLink | None:
         """Say to a rank 0 what is here, as soon as there is one."""
-        until = time.monotonic() + self._resolved.engine.start_timeout
         number, place = self._resolved.engine.node_rank, GuestPlace.of(self._resolved, tunnel.port).encode()
         # Memory of this host is not that of rank 0, also where it is: so every node is like any other.
         hello = GuestHello(number, f"node {number}", os.getpid(), self._terms, BufferRef("", 0), place)
-        problem = ""
+        problem = "it lets nobody in"
         while not self._stop.is_set():
+            if time.monotonic() >= self._until:
+                where, seconds = self._resolved.engine.dist_init_addr, self._resolved.engine.start_timeout
+                message = f"node {number} has found no node 0 at {where} for {seconds:g} s: {problem}"
+                raise DeadlineError(message, field="dist_init_addr")
             try:
                 return GuestLink(reach(self._address, self._secret, lambda _: hello))
             except WrongSecret:
                 raise ConfigError(f"node 0 has another secret in {SECRET_NAME}", field=SECRET_NAME) from None
             except (OSError, PeerClosed) as error:
                 problem = str(error)
-            if time.monotonic() >= until:
-                where, seconds = self._resolved.engine.dist_init_addr, self._resolved.engine.start_timeout
-                message = f"node {number} has found no node 0 at {where} for {seconds:g} s: {problem}"
-                raise DeadlineError(message, field="dist_init_addr")
             self._stop.wait(RETRY_SECONDS)
         return None
 
@@ -152,11 +155,17 @@ class NodeKeeper:
     def _connect(self, hello: RankHello) -> socket.socket:
         return reach(self._address, self._secret, lambda _: hello)
 
+    def _await_longer(self) -> None:
+        """There has been a rank 0: another one has as long to come."""
+        self._until = time.monotonic() + self._resolved.engine.start_timeout
+
     def _has_ended(self, word: Over, has_started: bool) -> bool:
         if word.error is not None:
             raise word.error.to_exception()
         if word.is_lost:
-            logger.warning("rank 0 or another rank is lost: this node waits for the next rank 0")
+            if has_started:
+                logger.warning("rank 0 or another rank is lost: this node waits for the next rank 0")
+            self._stop.wait(RETRY_SECONDS)
             return False
         if not has_started:
             raise EngineDeadError("rank 0 has ended before it had started")

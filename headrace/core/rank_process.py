@@ -27,7 +27,7 @@ from headrace.ipc import PeerClosed
 from headrace.ipc.codec import DECODE_ERRORS
 from headrace.ipc.rank_channel import RankChannel
 from headrace.ipc.rank_guest import SentPage
-from headrace.ipc.rank_page import RankPage
+from headrace.ipc.rank_page import AwakeClock, RankPage
 from headrace.ipc.rank_spawn import is_stopped
 from headrace.telemetry import LogContext, configure_logging
 from headrace.types.errors import HeadraceError
@@ -88,13 +88,13 @@ def _page_of(descriptor: int) -> RankPage:
 
 def guard(parent: int) -> None:
     """End rank 0 where a signal keeps it stopped: its front then sees that it has died, and starts another."""
-    stopped_since = 0.0
+    clock, stopped_since = AwakeClock(), None
     while True:
         time.sleep(LOOK_SECONDS)
-        now = time.monotonic()
+        now = clock.now()
         if not is_stopped(parent):
-            stopped_since = 0.0
-        elif not stopped_since:
+            stopped_since = None
+        elif stopped_since is None:
             stopped_since = now
         elif now - stopped_since >= STOPPED_SECONDS:
             logger.error("rank 0 (process %d) was stopped by a signal and does not go on: it is ended", parent)

@@ -33,6 +33,7 @@ from headrace.core.rank_messages import (
     ExtendOn,
     ForgetOn,
     GiveUpOn,
+    MissingOn,
     OpenForeignOn,
     Place,
     ReadOn,
@@ -252,12 +253,13 @@ class RankWeights:
         self._check_open()
         num_missing = self._store.extend(manifest)
         try:
-            self._others.ask(ExtendOn, tuple(manifest)).wait()
+            found = self._others.ask(ExtendOn, tuple(manifest)).wait()
         except HeadraceError as refusal:
             self._refusal = refusal
             raise
         self._manifest += manifest
-        return num_missing
+        num_ranks = self._resolved.engine.tp_size  # of a stage, and all of those hold of the same tensors
+        return num_missing + sum(int(values[0]) for values in found[num_ranks - 1 :: num_ranks])
 
     def _check_open(self) -> None:
         """Raise what makes the open update one that can only be aborted, if it is."""
@@ -265,7 +267,8 @@ class RankWeights:
             raise type(self._refusal)(f"{self._refusal.message}; abort the update", field=self._refusal.field)
 
     def missing(self) -> list[str]:
-        return self._store.missing()
+        found = self._others.ask(MissingOn).wait() if self._resolved.engine.pp_size > 1 else []
+        return list(dict.fromkeys([*self._store.missing(), *(name for names in found for name in names)]))
 
     def stage(self, index: int, data: Any, start: int | None = None) -> StageCopy:
         """As `WeightStore.stage`, of what every rank can open."""

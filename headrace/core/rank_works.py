@@ -30,6 +30,7 @@ from headrace.core.rank_messages import (
     JoinOn,
     KeepOn,
     LeaveOn,
+    MissingOn,
     OpenFolderOn,
     OpenForeignOn,
     Place,
@@ -94,7 +95,9 @@ class RankWorks:
                 return self._occupy(message)
             case JoinOn():
                 return self._join(message)
-            case BeginOn() | BeginOpenOn() | ExtendOn() | ScrambleOn() | OpenForeignOn() | CloseForeignOn():
+            case (
+                BeginOn() | BeginOpenOn() | ExtendOn() | MissingOn() | ScrambleOn() | OpenForeignOn() | CloseForeignOn()
+            ):
                 return self._at_once(message)
         return None
 
@@ -132,13 +135,16 @@ class RankWorks:
     # Works.
 
     def _at_once(self, message: Any) -> Work:
+        values: tuple[str, ...] = ()
         match message:
             case BeginOn():
                 self._store.begin(message.manifest, message.mode, message.partial)
             case BeginOpenOn():
                 self._store.begin_open(message.mode, message.partial)
             case ExtendOn():
-                self._store.extend(message.manifest)
+                values = (str(self._store.extend(message.manifest)),)
+            case MissingOn():
+                values = tuple(self._store.missing())
             case ScrambleOn():
                 self._store.scramble(message.seed)
             case OpenForeignOn():
@@ -146,7 +152,7 @@ class RankWorks:
             case CloseForeignOn():
                 self._payloads.pop(message.key).close()
         yield from ()
-        return ()
+        return values
 
     def _stage_buffer(self, message: StageBufferOn) -> Work:
         if message.buffer.path:

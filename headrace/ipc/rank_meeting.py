@@ -265,15 +265,14 @@ class Meeting:
         with self._lock:
             former = self._arrived.get(hello.number)
             is_free = 1 <= hello.number <= self.num_guests and (former is None or former.guest.is_gone)
-            if is_free and not self._is_closed:
+            is_over = self._is_closed or bool(self._ranks)  # all have their ranks
+            if is_free and not is_over:
                 if former is not None:
                     former.guest.tell(Over())
                 self._arrived[hello.number] = _Arrived(guest, hello)
                 return
-        message = (
-            f"there is no place for {hello.name}: {self._kind}s are 1 to {self.num_guests}, each of which comes once"
-        )
-        guest.tell(Over() if self._is_closed else Over(ConfigError(message, field="node_rank").info()))
+        message = f"there is no place for {hello.name}: each {self._kind} from 1 to {self.num_guests} comes once"
+        guest.tell(Over(is_lost=True) if is_free else Over(ConfigError(message, field="node_rank").info()))
 
 
 class StoreTunnel:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import mmap
 import threading
-from time import monotonic_ns
+from time import monotonic, monotonic_ns
 
 RANK_PAGE_BYTES = 4096
 BEAT_SECONDS = 0.25
 NUM_RESULTS = 64
+
+MAX_GAP_SECONDS = 0.75
+"""Of time between two looks, what counts: as much as a busy machine makes of half a second."""
 
 _BEAT, _FAILED, _FIRST_RESULT = 0, 1, 2
 NUM_WORDS = _FIRST_RESULT + NUM_RESULTS
@@ -20,6 +23,20 @@ _DIGEST_BITS = 32
 _NUM_MARKS = (1 << 31) - 1
 _TEXT_START = 8 * NUM_WORDS
 _TEXT_BYTES = 1024
+
+
+class AwakeClock:
+    """Seconds in which a watcher could look. While it could not, those it watches may have been stopped with it, as
+    where a container is paused: that they were silent meanwhile means nothing."""
+
+    def __init__(self) -> None:
+        self._last, self._now = monotonic(), 0.0
+
+    def now(self) -> float:
+        """To be asked at every look."""
+        last, self._last = self._last, monotonic()
+        self._now += min(self._last - last, MAX_GAP_SECONDS)
+        return self._now
 
 
 class RankPage:

@@ -6,6 +6,7 @@ Owns who of a trainer's ranks gives which box, and the way of boxes to rank 0. H
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import sys
@@ -112,10 +113,16 @@ class MegatronWeights:
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """On rank 0 every tensor; other ranks give their parts, and are done when rank 0 is."""
         for each in self._deals:
+            part, _ = self._ranks.attempt(functools.partial(self._given, each))
             if self._ranks.rank == 0:
                 yield each.info.name, self._whole(each)
-            elif mine := [boxes for rank, boxes in each.shares if rank == self._ranks.rank]:
-                self._ranks.send(each.info.name, self._packed(each.info, mine[0]))
+            elif part is not None:
+                self._ranks.send(each.info.name, part)
+
+    def _given(self, deal: Deal) -> torch.Tensor | None:
+        """What another rank than 0 gives of a tensor, if anything."""
+        mine = [boxes for rank, boxes in deal.shares if rank == self._ranks.rank and rank > 0]
+        return self._packed(deal.info, mine[0]) if mine else None
 
     def _held(self) -> list[_Held]:
         found = []
@@ -133,7 +140,7 @@ class MegatronWeights:
         dtype: torch.dtype = getattr(torch, deal.info.dtype)
         device = next(iter(self._params.values())).device if self._params else torch.device("cpu")
         found = torch.empty(deal.info.shape, dtype=dtype, device=device)
-        for rank, boxes in deal.shares:
+        for rank, boxes in sorted(deal.shares, key=lambda share: share[0] == self._ranks.rank):  # others wait for it
             if rank == self._ranks.rank:
                 for box in boxes:
                     found[box.slices].copy_(self._part(deal.info.name, box))

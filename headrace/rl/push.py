@@ -95,7 +95,9 @@ class WeightPusher:
         `weights` is a module, a state dict, an iterator of (name, tensor) pairs under Hugging Face names, or a source
         of `headrace.rl.megatron`. Each tensor has been copied when the next is asked for, and no more than one is whole
         in memory at a time. DTensors are gathered tensor by tensor: all ranks of `group` call this, with the same names
-        in the same order, and what one raises before the first tensor, or the engine at any time, all raise.
+        in the same order. What goes wrong on one rank, or in the engine, all raise: where it came from as it is,
+        elsewhere as an error that names the rank. The next push may come then. An iterator that gathers by itself has
+        to fail on all ranks alike: who waits in a collective of its own is not told.
 
         `verify` compares the digests of the engine's live memory with those of `weights` in the engine's dtype.
         Raises `WeightUpdateError` naming the tensor when weights cannot be read or the engine refuses them (the old
@@ -103,47 +105,48 @@ class WeightPusher:
         the engine reports or holds is not what was sent.
         """
         started = time.perf_counter()
-        is_verified, terms = as_flag(verify, "verify", WeightUpdateError), terms_of(version, mode, in_flight, timeout)
+        flag: Any = verify
+        (is_verified, terms), _ = self._ranks.attempt(
+            lambda: (as_flag(flag, "verify", WeightUpdateError), terms_of(version, mode, in_flight, timeout))
+        )
         engine = self._target if isinstance(self._target, Engine) else None
         is_tied = bool(self._ranks.agree(b"tied" if engine and engine.resolved.model.tie_word_embeddings else b""))
         with contextlib.ExitStack() as undo:
-            sending: _Sending | None = None
-            pairs: Iterator[NamedTensor] = iter(())
-            problem: HeadraceError | None = None
-            try:
-                source = self._source(weights, keep_tied_head=not is_tied)
-                pairs = iter(source)
-                if self._target is not None:
-                    sending = undo.enter_context(
-                        _Sending(self._target, self._road, source.manifest, terms, is_verified)
-                    )
-            except HeadraceError as error:
-                problem = error
-            self._ranks.agree(problem or b"")
-            return self._send(sending, pairs, started, is_verified)
 
-    def _send(
-        self, sending: _Sending | None, pairs: Iterator[NamedTensor], started: float, is_verified: bool
-    ) -> PushReport:
-        answer: HeadraceError | bytes = b""
+            def open_on_target() -> tuple[_Sending | None, Iterator[NamedTensor]]:
+                source = self._source(weights, keep_tied_head=not is_tied)
+                pairs, target = iter(source), self._target
+                if target is None:
+                    return None, pairs
+                return undo.enter_context(_Sending(target, self._road, source.manifest, terms, is_verified)), pairs
+
+            (sending, pairs), _ = self._ranks.attempt(open_on_target)
+            update, _ = self._ranks.attempt(lambda: self._send(sending, pairs))
+            report = update and PushReport(update, time.perf_counter() - started, is_verified)
+            return msgspec.msgpack.decode(self._ranks.agree(msgspec.msgpack.encode(report)), type=PushReport)
+
+    def _send(self, sending: _Sending | None, pairs: Iterator[NamedTensor]) -> UpdateReport | None:
         try:
-            if sending is not None:
-                update = sending.send(pairs)
-                answer = msgspec.msgpack.encode(PushReport(update, time.perf_counter() - started, is_verified))
-        except HeadraceError as error:
-            answer = error
-        if self._ranks.num_ranks > 1:  # of what was not sent others have still to give their parts
+            update = None if sending is None else sending.send(pairs)
+        except Exception:
+            self._drain(pairs)
+            raise
+        self._drain(pairs)
+        return update
+
+    def _drain(self, pairs: Iterator[NamedTensor]) -> None:
+        """Of what was not sent others have still to give their parts."""
+        if self._ranks.num_ranks > 1:
             for _ in pairs:
                 pass
-        return msgspec.msgpack.decode(self._ranks.agree(answer), type=PushReport)
 
     def _source(self, weights: Any, *, keep_tied_head: bool) -> WeightSource:
         if hasattr(weights, "manifest"):
             source: WeightSource = weights
             return source
         if isinstance(weights, Mapping) or hasattr(weights, "named_parameters"):
-            return Listed(weights, self._dtype, keep_tied_head=keep_tied_head)
-        return Yielded(weights, self._dtype)
+            return Listed(weights, self._dtype, self._ranks, keep_tied_head=keep_tied_head)
+        return Yielded(weights, self._dtype, self._ranks)
 
 
 class _Sending:

@@ -6,12 +6,13 @@ mesh, which therefore read the same weights in the same order. Must not know eng
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from headrace.engine.tensors import NamedTensors, describe, is_in_shards, named_pairs, own_part, same_memory, whole
+from headrace.rl.trainer_ranks import TrainerRanks, told
 from headrace.types.errors import WeightUpdateError
 from headrace.types.plain_values import as_flag
 from headrace.types.weights import TensorInfo
@@ -40,14 +41,16 @@ class WeightSource(Protocol):
 class Listed:
     """The weights of a module or a state dict: `hf_named_tensors`, with shards left to be gathered."""
 
-    def __init__(self, weights: Any, dtype: torch.dtype | None, *, keep_tied_head: bool) -> None:
+    def __init__(self, weights: Any, dtype: torch.dtype | None, ranks: TrainerRanks, *, keep_tied_head: bool) -> None:
         self._dtype = dtype
+        self._ranks = ranks
         self._tensors = _named(weights, keep_tied_head, _hold)
         self.manifest = tuple(_info(name, tensor, dtype) for name, tensor in self._tensors.items())
 
     def __iter__(self) -> Iterator[NamedTensor]:
-        for name, tensor in self._tensors.items():
-            yield name, gathered(name, tensor, self._dtype)
+        pairs = ((name, _converted(tensor, self._dtype)) for name, tensor in self._tensors.items())
+        for name, tensor in in_step(self._ranks, pairs):
+            yield name, gathered(name, tensor)
 
 
 class Yielded:
@@ -55,14 +58,33 @@ class Yielded:
 
     manifest = None
 
-    def __init__(self, pairs: NamedTensors, dtype: torch.dtype | None) -> None:
+    def __init__(self, pairs: NamedTensors, dtype: torch.dtype | None, ranks: TrainerRanks) -> None:
         self._pairs = named_pairs(pairs, _hold)
         self._dtype = dtype
+        self._ranks = ranks
 
     def __iter__(self) -> Iterator[NamedTensor]:
-        for name, tensor in self._pairs:
-            clean = hf_name(name)
-            yield clean, gathered(clean, tensor, self._dtype)
+        pairs = ((hf_name(name), _converted(tensor, self._dtype)) for name, tensor in self._pairs)
+        for name, tensor in in_step(self._ranks, pairs):
+            yield name, gathered(name, tensor)
+
+
+def in_step(ranks: TrainerRanks, pairs: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
+    """The pairs, each when all ranks have come to it: what goes wrong on one ends them on all before others wait for it
+    where tensors are gathered. `WeightUpdateError` naming tensors and ranks where they come to different ones."""
+    if ranks.num_ranks == 1:
+        yield from pairs
+        return
+    own = iter(pairs)
+    while True:
+        pair, names = ranks.attempt(lambda: next(own, None), lambda pair: "" if pair is None else pair[0])
+        if len(set(names)) > 1:
+            shown = [f"rank {rank}: {name or 'no more'}" for rank, name in enumerate(names)]
+            message = f"the ranks do not bring the same tensors in the same order ({', '.join(shown)})"
+            raise told(WeightUpdateError(message, field=max(names)))
+        if pair is None:
+            return
+        yield pair
 
 
 def hf_name(name: str) -> str:
@@ -84,11 +106,14 @@ def hf_named_tensors(
     return list(_named(weights, keep_tied_head, lambda name, tensor: _hold(name, whole(name, tensor))).items())
 
 
-def gathered(name: str, tensor: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A whole tensor, in `dtype` if one is given: a DTensor is converted first, so that less travels, and gathered from
-    all ranks of its mesh. `WeightUpdateError` naming it where that fails."""
-    if dtype is not None and not isinstance(tensor, np.ndarray):
-        tensor = tensor.to(dtype)
+def _converted(tensor: Any, dtype: torch.dtype | None) -> Any:
+    """In `dtype`, if one is given; before it is gathered, so that less travels."""
+    return tensor if dtype is None or isinstance(tensor, np.ndarray) else tensor.to(dtype)
+
+
+def gathered(name: str, tensor: Any) -> torch.Tensor:
+    """A whole tensor: a DTensor is gathered from all ranks of its mesh. `WeightUpdateError` naming it where that
+    fails."""
     if not is_in_shards(tensor):
         return tensor  # type: ignore[no-any-return]
     try:

@@ -6,16 +6,32 @@ Every exchange is a collective and takes no longer than the group's timeout. Mus
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
-from headrace.types.errors import ErrorInfo, HeadraceError, UnavailableError
+from headrace.types.errors import ErrorInfo, HeadraceError, UnavailableError, WeightUpdateError
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
+
+
+Result = TypeVar("Result")
+_SHORT_BYTES = 256
+_SIZE_BYTES = 8
+_TOLD = "was_told_to_all_ranks"
+"""An attribute of an error that every rank knows of: nobody tells it, or waits to be told, again."""
+
+
+Error = TypeVar("Error", bound=Exception)
+
+
+def told(error: Error) -> Error:
+    """The error, which all ranks raise."""
+    setattr(error, _TOLD, True)
+    return error
 
 
 class TrainerRanks:
@@ -30,8 +46,9 @@ class TrainerRanks:
         """What rank 0 answers, on every rank. Raises as `tell`."""
         return self.tell(answer)[0]
 
-    def tell(self, answer: bytes | HeadraceError) -> list[bytes]:
-        """What every rank answers; if any of them has an error, the first of those is raised on all."""
+    def tell(self, answer: bytes | HeadraceError, name: str = "") -> list[bytes]:
+        """What every rank answers; if any of them has an error, the first of those is raised on all. `name` is what
+        goes on, for messages."""
         if self.num_ranks == 1:
             if isinstance(answer, HeadraceError):
                 raise answer
@@ -39,15 +56,36 @@ class TrainerRanks:
         sent = answer.info() if isinstance(answer, HeadraceError) else answer
         answers: list[bytes] = []
         try:
-            packed_answers = self._exchange(msgspec.msgpack.encode(sent))
+            packed_answers = self._exchange(msgspec.msgpack.encode(sent), name)
         except UnavailableError as error:  # what has gone wrong here says more
-            raise (answer if isinstance(answer, HeadraceError) else error) from None
+            raise told(answer if isinstance(answer, HeadraceError) else error) from None
         for packed in packed_answers:
             found = msgspec.msgpack.decode(packed, type=bytes | ErrorInfo)
             if isinstance(found, ErrorInfo):
-                raise found.to_exception()
+                raise told(found.to_exception())
             answers.append(found)
         return answers
+
+    def attempt(
+        self, action: Callable[[], Result], name_of: Callable[[Result], str] = lambda _: ""
+    ) -> tuple[Result, list[str]]:
+        """What comes of `action`, which every rank does, and its name on each. What one raises all raise: there as it
+        is, elsewhere, if it is no error of ours, as a `WeightUpdateError` that names the rank. They hear of it when
+        their own action is over, or comes to an attempt inside."""
+        try:
+            done = action()
+            answer = (name := name_of(done)).encode()
+        except HeadraceError as error:
+            if not hasattr(error, _TOLD):
+                self.tell(error)
+            raise
+        except Exception as error:  # the trainer's own, whatever it is
+            if not hasattr(error, _TOLD):
+                message = f"rank {self.rank} of the trainer: {type(error).__name__}: {error}"
+                with contextlib.suppress(HeadraceError):
+                    self.tell(WeightUpdateError(message, field="weights"))
+            raise told(error) from None
+        return done, [each.decode() for each in self.tell(answer, name)]
 
     def send(self, name: str, tensor: torch.Tensor) -> None:
         """To rank 0, which calls `receive`; `name` is for messages."""
@@ -66,21 +104,25 @@ class TrainerRanks:
             distributed.recv(found, group=self._group, group_src=rank)
         return found
 
-    def _exchange(self, message: bytes) -> list[bytes]:
-        """What every rank says, in their order."""
+    def _exchange(self, message: bytes, name: str) -> list[bytes]:
+        """What every rank says, in their order: the beginning with its size, then the rest of the longest."""
+        sized = len(message).to_bytes(_SIZE_BYTES, "little") + message
+        with self._naming_silence(name):
+            parts = self._gather(sized[:_SHORT_BYTES], _SHORT_BYTES)
+            sizes = [int.from_bytes(part[:_SIZE_BYTES], "little") + _SIZE_BYTES for part in parts]
+            rest = max(sizes) - _SHORT_BYTES
+            if rest > 0:
+                parts = [a + b for a, b in zip(parts, self._gather(sized[_SHORT_BYTES:], rest), strict=True)]
+        return [part[_SIZE_BYTES:size] for part, size in zip(parts, sizes, strict=True)]
+
+    def _gather(self, message: bytes, room: int) -> list[bytes]:
         import torch
         from torch import distributed
 
-        device = self.device
-        with self._naming_silence():
-            size = torch.tensor([len(message)], device=device)
-            sizes = [torch.empty_like(size) for _ in range(self.num_ranks)]
-            distributed.all_gather(sizes, size, group=self._group)
-            room = max(int(each) for each in sizes)
-            padded = torch.frombuffer(bytearray(message.ljust(room, b"\0")), dtype=torch.uint8).to(device)
-            parts = [torch.empty_like(padded) for _ in range(self.num_ranks)]
-            distributed.all_gather(parts, padded, group=self._group)
-        return [bytes(part.cpu().numpy().tobytes()[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
+        padded = torch.frombuffer(bytearray(message.ljust(room, b"\0")), dtype=torch.uint8).to(self.device)
+        parts = [torch.empty_like(padded) for _ in range(self.num_ranks)]
+        distributed.all_gather(parts, padded, group=self._group)
+        return [part.cpu().numpy().tobytes() for part in parts]
 
     @contextlib.contextmanager
     def _naming_silence(self, name: str = "") -> Iterator[None]:

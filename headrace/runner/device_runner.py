@@ -21,7 +21,7 @@ from headrace import models
 from headrace.attention import AttentionShape, build_device_backend
 from headrace.attention.base import DeviceAttention
 from headrace.attention.groups import GroupedAttention
-from headrace.config import ModelSpec, ResolvedConfig, share_of
+from headrace.config import ModelSpec, ResolvedConfig, share_of, stages_of
 from headrace.kernels.cache import CompileCounter
 from headrace.kernels.paged_kv import KvGeometry, KvPool, Zeros
 from headrace.kernels.rope_tables import rope_tables
@@ -46,6 +46,7 @@ from headrace.runner.step_buffer import StepBuffer, StepSizes
 from headrace.runner.step_runner import MAX_CELLS, StepRunner
 from headrace.sampling.device_sampler import RECORD_SIZE, DeviceSampler
 from headrace.types.plan import StepPlan
+from headrace.types.weights import ELEMENT_BYTES
 from headrace.weights.position_sum import PositionKeys
 from headrace.weights.shard import Shard
 from headrace.weights.store import WeightStore
@@ -73,7 +74,8 @@ class DeviceRunner:
         mesh: Mesh = SINGLE,
     ) -> None:
         times = [time.perf_counter()]
-        share, shard = share_of(resolved.model, mesh.num_ranks), Shard(mesh.rank, mesh.num_ranks)
+        shard = Shard(mesh.rank, mesh.num_ranks, mesh.stage, mesh.num_stages)
+        share = stages_of(resolved.model, mesh.num_stages)[mesh.stage].of(share_of(resolved.model, mesh.num_ranks))
         torch.set_num_threads(resolved.num_threads)
         self._device = device = take_device(resolved, shares_process=shares_process)
         free_at_start = free_bytes() if device.type == "cuda" else 0
@@ -169,6 +171,7 @@ class _Parts:
             spec, weights, kernels=kernels, counter=counter, mesh=mesh, in_order=in_order
         )
         self._embed = embed_tokens if not mesh.has_shares else sharded_embed_tokens(mesh)
+        self.token_bytes = share.kv_bytes_per_token(ELEMENT_BYTES[resolved.kv_dtype])
         self._groups = [
             (group, rope_tables(group.rope, group.head_dim, resolved.context_length, weights.dtype, device))
             for group in share.kv_groups
@@ -185,7 +188,7 @@ class _Parts:
         sizes = StepSizes(self.max_tokens, max_rows, MAX_CELLS, RECORD_SIZE, attention.metadata_size)
         buffer = StepBuffer(sizes, self.device, engine.overlap_depth + 2)
         tables = make_tables(buffer, max_rows, resolved.max_columns, self.device)
-        launches = Launches(self._model, self._embed, attention, self.sampler, buffer, tables, self._hidden)
+        launches = Launches(self._model, self._embed, attention, self.sampler, buffer, tables, self._hidden, self.mesh)
         slots = InputTable(max_rows, resolved.max_columns)
         num_host_pages, max_moves = resolved.num_host_pages, resolved.max_page_moves
         host_pages = HostPages(pools, num_host_pages, max_moves) if num_host_pages else None
@@ -226,10 +229,11 @@ def _size_pool(resolved: ResolvedConfig, parts: _Parts, free_at_start: int, has_
     taken = free_at_start - free_bytes()
     graphs = _measure_graphs(tiny, parts) if has_graphs else 0
     spare = _SPARE_BYTES + 4 * engine.max_running_requests * resolved.model.vocab_size  # one more step's logits
-    page_bytes = resolved.kv_bytes_per_token * engine.page_size
+    page_bytes = parts.token_bytes * engine.page_size
     spare += 2 * resolved.max_page_moves * page_bytes if resolved.num_host_pages else 0
-    plan = MemoryPlan(free_at_start, taken, graphs, spare, engine.memory_fraction)
+    plan = MemoryPlan(free_at_start, taken, graphs, spare, engine.memory_fraction, page_bytes)
     plan = plan.tightest(parts.mesh, parts.device)
+    page_bytes = plan.page_bytes
     plan.check(resolved.num_pages * page_bytes, least=2 * page_bytes)  # one for sequences, beside page 0
     if resolved.num_pages:
         return resolved
@@ -249,7 +253,7 @@ def _measure_graphs(tiny: ResolvedConfig, parts: _Parts) -> int:
     steps = parts.steps(tiny, graphs)
     mixed = [bucket for bucket in parts.buckets.captured if not bucket.is_decode]
     decode = [bucket for bucket in parts.buckets.captured if bucket.is_decode]
-    num_graphs = len(mixed) + len(decode) + 2 * len(parts.buckets.sampled)
+    num_graphs = len(mixed) + len(decode) + (2 * len(parts.buckets.sampled) if parts.mesh.is_last else 0)
     left = [free_bytes()]
     steps.capture([mixed[0], decode[0]], parts.buckets.sampled[:1])
     left.append(free_bytes())

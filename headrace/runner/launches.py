@@ -16,7 +16,8 @@ from headrace.attention.base import Bucket, DeviceAttention, DeviceTables
 from headrace.kernels.triton.step_tables import embed_tokens, write_cells
 from headrace.layers.step import ForwardStep
 from headrace.models.decoder import Decoder
-from headrace.parallel import Mesh
+from headrace.parallel import SINGLE, Mesh
+from headrace.runner.passage import Passage
 from headrace.runner.step_buffer import StepBuffer
 from headrace.sampling.device_sampler import DeviceSampler
 
@@ -35,6 +36,7 @@ class Launches:
     buffer: StepBuffer
     tables: DeviceTables
     hidden_TX: Tensor
+    mesh: Mesh = SINGLE
 
     def write_cells(self) -> None:
         """The page cells of the step buffer, into the page table."""
@@ -42,10 +44,30 @@ class Launches:
         write_cells(views.cells, views.cell_count, self.tables.page_table)
 
     def forward(self, bucket: Bucket) -> None:
-        """Cells, embeddings and every layer; the residual stream stays in `hidden`."""
+        """Cells, embeddings and every layer; the residual stream stays in `hidden`. Of several stages: this one's
+        layers, between the stream that comes and the stream that goes."""
         self.write_cells()
-        views, num_tokens = self.buffer.views, bucket.num_tokens
-        hidden_TX = self.hidden_TX[:num_tokens]
+        hidden_TX = self.hidden_TX[: bucket.num_tokens]
+        if self.mesh.num_stages == 1:
+            self._embed(hidden_TX)
+            self._run_layers(bucket, hidden_TX)
+            return
+        with Passage(self.mesh, hidden_TX) as passage:
+            if self.mesh.before is None:
+                self._embed(hidden_TX)
+            else:
+                passage.take()
+            self._run_layers(bucket, hidden_TX)
+            if self.mesh.after is not None:
+                passage.give(hidden_TX)
+
+    def pass_on(self, bucket: Bucket) -> None:
+        """What other stages expect of this one instead of `forward`, where that cannot be run."""
+        with Passage(self.mesh, self.hidden_TX[: bucket.num_tokens]) as passage:
+            passage.skip()
+
+    def _embed(self, hidden_TX: Tensor) -> None:
+        views, num_tokens = self.buffer.views, len(hidden_TX)
         self.embed(
             views.token_ids[:num_tokens],
             views.table_rows[:num_tokens],
@@ -53,6 +75,8 @@ class Launches:
             self.model.embed.weight,
             hidden_TX,
         )
+
+    def _run_layers(self, bucket: Bucket, hidden_TX: Tensor) -> None:
         self.model.forward(hidden_TX, ForwardStep(self.attention.steps(self.tables, bucket)))
 
     def sample(self, num_rows: int, *, truncated: bool) -> None:

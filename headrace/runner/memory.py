@@ -20,14 +20,15 @@ _MIB = 1 << 20
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes: free before anything was taken, taken once a full step had run, what graphs will take, what is kept for
-    single requests' results and gaps between blocks. The rest is for pages, up to `fraction` of all. `whose` says of
-    several ranks which one this is of."""
+    single requests' results and gaps between blocks. The rest is for pages of `page_bytes`, up to `fraction` of all.
+    `whose` says of several ranks which one this is of."""
 
     free_at_start: int
     taken: int
     graphs: int
     spare: int
     fraction: float
+    page_bytes: int = 1
     whose: str = ""
 
     @property
@@ -36,16 +37,16 @@ class MemoryPlan:
         return int(self.fraction * self.free_at_start) - self.taken - self.graphs - self.spare
 
     def tightest(self, mesh: Mesh, device: torch.device) -> MemoryPlan:
-        """That of the rank that has least to give, the same on all ranks."""
+        """That of the rank that has room for the fewest pages, the same on all ranks."""
         if mesh.num_ranks * mesh.num_stages == 1:
             return self
-        sizes = self.free_at_start, self.taken, self.graphs, self.spare
+        sizes = self.free_at_start, self.taken, self.graphs, self.spare, self.page_bytes
         found = mesh.of_all.all_gather(torch.tensor(sizes, dtype=torch.int64, device=device))
         plans = [
-            replace(self, free_at_start=free, taken=taken, graphs=graphs, spare=spare)
-            for free, taken, graphs, spare in (each.tolist() for each in found)
+            replace(self, free_at_start=free, taken=taken, graphs=graphs, spare=spare, page_bytes=page_bytes)
+            for free, taken, graphs, spare, page_bytes in (each.tolist() for each in found)
         ]
-        least, most = (choose(plans, key=lambda plan: plan.pages) for choose in (min, max))
+        least, most = (choose(plans, key=lambda plan: plan.pages // plan.page_bytes) for choose in (min, max))
         has, others = least.pages // _MIB, most.pages // _MIB
         whose = f" on rank {plans.index(least)}, which has {has} MiB for pages (others have up to {others} MiB)"
         return replace(least, whose=whose)

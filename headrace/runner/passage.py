@@ -25,8 +25,11 @@ class Passage:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None or isinstance(error, RankLost):
-            return
+        if error is not None and not isinstance(error, RankLost):
+            self.skip()
+
+    def skip(self) -> None:
+        """What is left to do, without a step."""
         if self._before is not None:
             self.take()
         if self._after is not None:

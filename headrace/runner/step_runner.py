@@ -23,12 +23,13 @@ from headrace.runner.launches import Launches
 from headrace.runner.prompt_scores import scored_spans
 from headrace.runner.slots import InputTable
 from headrace.runner.step_buffer import HostStep
-from headrace.types.plan import SamplePatch, StepPlan
+from headrace.types.plan import RankLost, SamplePatch, StepPlan
 
 MAX_CELLS = 2048
 """Page cells that travel with a step; more are written one copy by one."""
 
 Int64Array = np.ndarray[tuple[int], np.dtype[np.int64]]
+_NO_ROWS: Int64Array = np.empty(0, np.int64)
 
 
 class StepRunner:
@@ -45,6 +46,8 @@ class StepRunner:
     ) -> None:
         self.clock = DeviceClock()
         self._launches = launches
+        self._mesh = launches.mesh
+        self._has_launched = False
         self._attention = launches.attention
         self._sampler = launches.sampler
         self._buffer = launches.buffer
@@ -57,10 +60,10 @@ class StepRunner:
         self._host_pages = host_pages
 
     def launch(self, plan: StepPlan) -> DeviceStep:
-        """Enqueue one plan, up to its sampling if that waits."""
+        """Enqueue one plan, up to its sampling if that waits. Of a stage but the last the result is empty."""
         host = self._buffer.take()
         with self._enqueueing(host):
-            step = self._forward(plan, host)
+            step = self._forward(plan, host) if self._mesh.num_stages == 1 else self._pass_through(plan, host)
             if not plan.waits_to_sample:
                 self._finish(step, None)
         return step
@@ -90,7 +93,7 @@ class StepRunner:
                     self._graphs.capture(bucket, partial(self._launches.forward, bucket))
                 else:
                     self._launches.forward(bucket)  # compiles what it needs; later steps of this size run as they are
-            for num_rows in sampled:
+            for num_rows in sampled if self._mesh.is_last else ():
                 for truncated in (False, True):
                     body = partial(self._launches.sample, num_rows, truncated=truncated)
                     self._graphs.capture((num_rows, truncated), body)
@@ -107,6 +110,8 @@ class StepRunner:
         with torch.inference_mode(), self._exact.guard:
             self._launches.make_empty()
             self._launches.forward(self._buckets.greatest)
+            if not self._mesh.is_last:
+                return
             num_rows = self._buckets.sampled[0]
             self._launches.sample(num_rows, truncated=True)
             self._launches.logits_of(slice(0, num_rows)).clone()  # prompt scores work on a copy at times
@@ -121,7 +126,7 @@ class StepRunner:
         num_records = self._enter(plan, host)
         self._slots.apply(plan)
         self._pack_cells(plan, host)
-        sampled_rows = np.flatnonzero(plan.row_samples)
+        sampled_rows = np.flatnonzero(plan.row_samples) if self._mesh.is_last else _NO_ROWS
         step = DeviceStep(plan.step_id, host, self, sampled_rows, begin=self._mark(), moved=moved)
         if len(plan.row_slots):
             self._run_rows(plan, host, num_records, step)
@@ -136,7 +141,21 @@ class StepRunner:
             step.host.receive(self._buffer.results)
         step.marks = self._marks(step.begin)
 
+    def _pass_through(self, plan: StepPlan, host: HostStep) -> DeviceStep:
+        """As `_forward`, and where that fails the other stages get what they expect all the same."""
+        self._has_launched = not len(plan.token_ids)
+        try:
+            return self._forward(plan, host)
+        except RankLost:
+            raise
+        except BaseException:
+            if not self._has_launched:
+                self._launches.pass_on(self._buckets.of_step(len(plan.token_ids), len(plan.row_slots)))
+            raise
+
     def _enter(self, plan: StepPlan, host: HostStep) -> int:
+        if not self._mesh.is_last:
+            return 0
         for index, init in enumerate(plan.new_slots):
             host.views.records[index] = self._sampler.enter(init)
         return len(plan.new_slots)
@@ -167,8 +186,10 @@ class StepRunner:
         rows = StepRows(row_slots, row_starts, row_lengths, plan.prefix_groups, self._slots.page_table.numpy())
         metadata_size = self._attention.fill(host.views.metadata, rows, bucket)
         self._send(host, metadata_size, num_records)
+        self._has_launched = True
         self._graphs.run(bucket, partial(self._launches.forward, bucket))
-        step.prompts = list(self._score_prompts(plan, row_firsts))
+        if self._mesh.is_last:
+            step.prompts = list(self._score_prompts(plan, row_firsts))
 
     def _send(self, host: HostStep, metadata_size: int, num_records: int) -> None:
         host.send(self._buffer.words, metadata_size)

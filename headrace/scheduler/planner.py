@@ -77,8 +77,13 @@ class StepPlanner:
     def _most_singles(self, pending: IndexArray, budget: int) -> int:
         """How many rows of one token a step may have: with several cohorts each takes a part of those that have no more
         to compute. The others are in flight then, so that the parts take turns by themselves, and stay equal."""
-        num_cohorts = self._limits.num_cohorts
-        return budget if num_cohorts == 1 else min(budget, -(-int(np.count_nonzero(pending <= 1)) // num_cohorts))
+        return (
+            budget if self._limits.num_cohorts == 1 else min(budget, self._share(int(np.count_nonzero(pending <= 1))))
+        )
+
+    def _share(self, number: int) -> int:
+        """A cohort's part of so many, rounded up."""
+        return -(-number // self._limits.num_cohorts)
 
     def _num_missing(self, slot: int, length: int) -> int:
         """Pages the lease of `slot` lacks for its next `length` tokens."""
@@ -156,7 +161,9 @@ class StepPlanner:
         num_reserved: int | None = None
         while budget > 0:
             sequence = self._roster.next_to_admit(admit_new=admit_new)
-            if sequence is None:
+            if sequence is None or (
+                limits.num_cohorts > 1 and len(builder.new_slots) >= self._share(len(self._roster.by_handle))
+            ):
                 return
             if num_reserved is None:
                 num_reserved = self._num_reserved()

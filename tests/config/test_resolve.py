@@ -444,3 +444,18 @@ def test_ranks_have_as_many_devices_one_after_the_other(folder: Path) -> None:
         assert refusal.value.field == "tp_size"
     on_cpu = resolve(msgspec.structs.replace(config, device="cpu"), folder, devices=(), software=FULL)
     assert on_cpu.of_rank(1) == on_cpu
+
+
+def test_stages_have_devices_too_and_as_many_steps_in_flight(folder: Path) -> None:
+    devices = tuple(msgspec.structs.replace(H200, index=index) for index in range(4))
+    config = EngineConfig(model="m", tp_size=2, pp_size=2)
+    result = resolve(config, folder, devices=devices, software=FULL)
+    assert result.num_ranks == 4 and (result.of_rank(3).cuda or T4).index == 3
+    assert (result.engine.overlap_depth, result.num_cohorts) == (1, 2)
+    with pytest.raises(ConfigError, match="pp_size 2 of 2 ranks each needs as many CUDA devices") as refusal:
+        resolve(config, folder, devices=devices[:3], software=FULL)
+    assert refusal.value.field == "pp_size"
+    for depth, expected in ((None, 1), (0, 0), (3, 3)):
+        given = msgspec.structs.replace(config, device="cpu", overlap_depth=depth)
+        on_cpu = resolve(given, folder, devices=(), software=FULL)
+        assert (on_cpu.engine.overlap_depth, on_cpu.num_cohorts) == (expected, expected + 1)

@@ -42,18 +42,23 @@ SETTINGS: dict[str, Any] = {
     "overlap_depth": 1,
     "num_threads": 1,
 }
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "ranks": {},
+    "stages": STAGES,
+    "stages-triton": STAGES | {"attention_backend": "triton"},
+}
 Make = Callable[[], Executor]
 
 # Rows that pad a step compute something from whatever memory held; numpy, which interprets them, says so.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-@pytest.fixture(scope="module", params=["cpu", "triton", "ranks", "stages"])
+@pytest.fixture(scope="module", params=["cpu", "triton", "ranks", "stages", "stages-triton"])
 def executor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
     folder = save_model(make_model("qwen3", **SIZES), tmp_path_factory.mktemp("tiny"))
     found: Executor
-    if request.param in ("ranks", "stages"):
-        found = start_two(folder, SETTINGS | (STAGES if request.param == "stages" else {}))
+    if request.param in LAYOUTS:
+        found = start_two(folder, SETTINGS | LAYOUTS[request.param])
     else:
         config = EngineConfig(model=str(folder), attention_backend=request.param, **SETTINGS)
         found = LocalExecutor(build_runner(resolve(config, folder)))

@@ -56,13 +56,14 @@ def test_an_evicted_prefix_is_a_hit_again(folder: Path, backend: Any, overlap_de
     assert metrics["num_pages_loaded"] == 6 * 8 and metrics["num_host_pages"] >= 6 * 9
 
 
-def test_many_at_once_over_a_small_host_memory(folder: Path) -> None:
-    """Copies each way all the time, while host pages are evicted too."""
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_many_at_once_over_a_small_host_memory(folder: Path, num_stages: int) -> None:
+    """Copies each way all the time, while host pages are evicted too; on every stage."""
     settings = {**CONFIG, "numerics": "invariant", "max_running_requests": 2}
     prompts = [PROMPTS[number % 6][: 17 + number % 13] for number in range(40)]
     with Engine(folder, **settings) as engine:
         expected = engine.generate(input_ids=prompts, sampling_params=PARAMS)
-    with Engine(folder, host_kv_tokens=80, **settings) as engine:
+    with Engine(folder, host_kv_tokens=80, pp_size=num_stages, **settings) as engine:
         for _ in range(3):
             found = engine.generate(input_ids=prompts, sampling_params=PARAMS)
             for each, like in zip(found, expected, strict=True):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -105,6 +106,23 @@ def test_rank_0_is_one_of_them(start_ranks: Start, how: signal.Signals) -> None:
     thread.join(60.0)
     assert [type(error) for error in outcomes] == [EngineDeadError] and outcomes[0].retryable
     wait_for(lambda: is_gone(rank) and is_gone(core))
+
+
+@pytest.mark.parametrize("is_rank_first", [True, False])
+def test_ranks_that_were_all_stopped_for_a_while_go_on(start_ranks: Start, is_rank_first: bool) -> None:
+    """As in a container that is paused: each finds the other stopped before it is stopped, and when it goes on."""
+    engine = start_ranks()
+    expected = engine.generate(input_ids=PROMPTS[0], sampling_params=GREEDY)[0].token_ids
+    (rank,), core = rank_pids(engine), pid_of(engine)
+    order = [rank, core] if is_rank_first else [core, rank]
+    for pid in order:
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.45)
+    time.sleep(3.0)
+    for pid in reversed(order):
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.3)
+    assert engine.generate(input_ids=PROMPTS[0], sampling_params=GREEDY)[0].token_ids == expected
 
 
 def test_a_core_that_dies_while_a_rank_stands_still_leaves_none(start_ranks: Start) -> None:

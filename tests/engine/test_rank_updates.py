@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,9 +26,10 @@ NEW = named_tensors(model_of(1))
 NUM_UPDATES = int(os.environ.get("HEADRACE_UPDATES", "200"))
 
 
-@pytest.fixture(scope="module")
-def ranks(model_folder: Path) -> Iterator[Engine]:
-    with Engine(model_folder, tp_size=2, device="cpu", **SETTINGS) as started:
+@pytest.fixture(scope="module", params=["tp_size", "pp_size"])
+def ranks(request: pytest.FixtureRequest, model_folder: Path) -> Iterator[Engine]:
+    settings: dict[str, Any] = {**SETTINGS, request.param: 2}
+    with Engine(model_folder, device="cpu", **settings) as started:
         yield started
 
 
@@ -208,6 +211,7 @@ def test_engines_of_ranks_that_have_ended_hold_nothing(model_folder: Path) -> No
     for _ in range(3):
         with Engine(model_folder, tp_size=2, device="cpu", inprocess=True, **SETTINGS) as started:
             started.generate(input_ids=[1])
+        gc.collect()  # what refers to itself holds its descriptors until then
         names = {thread.name for thread in threading.enumerate()}
         held_before.append((len(os.listdir("/proc/self/fd")), "headrace-rank-watch" in names))
     assert held_before[1] == held_before[2] and not held_before[2][1]

@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device"),
 ]
 TWO: dict[str, Any] = {"tp_size": 2, "inprocess": False, "max_running_requests": 16, "max_graph_tokens": 64}
+STAGES: dict[str, Any] = {"tp_size": 1, "pp_size": 2}
 PROMPTS = [random_ids(random.Random(number), 5 + 40 * number) for number in range(8)]
 
 
@@ -30,13 +31,15 @@ PROMPTS = [random_ids(random.Random(number), 5 + 40 * number) for number in rang
         ("qwen3", {}),
         ("llama-biases", {"numerics": "invariant"}),
         ("qwen2-tied", {"cuda_graphs": False, "overlap_depth": 0}),
+        ("qwen3", STAGES),
+        ("qwen2-tied", STAGES | {"cuda_graphs": False}),
     ],
 )
 def test_two_devices_compute_what_transformers_does(
     start: Starter, checkpoints: Checkpoints, variant: str, settings: Any
 ) -> None:
     checkpoint = checkpoints.get(variant)
-    engine = start(checkpoint, dtype="float32", **TWO, **settings)
+    engine = start(checkpoint, dtype="float32", **(TWO | settings))
     for prompt, piece in zip(PROMPTS, engine.generate(input_ids=PROMPTS, sampling_params=greedy(40)), strict=True):
         check_greedy(checkpoint, prompt, piece, 1e-3)
 

@@ -197,6 +197,19 @@ def test_a_place_is_taken_once(meeting: Meeting, number: int) -> None:
     link.close()
 
 
+def test_who_comes_to_a_rank_0_that_is_ending_is_to_come_again(meeting: Meeting) -> None:
+    link = GuestLink(come(meeting, hello_of()))
+    meeting.gather(TERMS, soon())
+    rank, page, channel = seated(meeting, link)
+    rank.kill()
+    again = GuestLink(come(meeting, hello_of()))
+    assert again.hear(30.0) == Over(is_lost=True)
+    page.close()
+    rank.close(0.0)
+    for each in (link, again, channel):
+        each.close()
+
+
 def test_a_rank_connects_only_where_it_is_awaited(meeting: Meeting) -> None:
     for hello in (RankHello(1, "channel"), RankHello(7, "page"), StoreHello()):
         with come(meeting, hello) as connection:

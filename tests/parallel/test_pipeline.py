@@ -66,6 +66,18 @@ def test_stages_may_have_unequal_numbers_of_layers(pool: RankPool, tmp_path: Pat
     check_stages(pool, 3, 3, {"folder": str(folder), "chunk": 9, "num_tokens": 6, "settings": {}})
 
 
+@pytest.mark.parametrize("numerics", ["fast", "invariant"])
+def test_the_build_for_a_device_does_too(pool: RankPool, tmp_path: Path, numerics: str) -> None:
+    """Through Triton's interpreter; a tied head, which both ends have."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    folder = save_model(make_model("llama", **sizes, **heads, tie_word_embeddings=True), tmp_path)
+    settings = {"attention_backend": "triton", "numerics": numerics, "max_num_batched_tokens": 8}
+    settings |= {"max_running_requests": 4}
+    arguments = {"folder": str(folder), "chunk": 4, "num_tokens": 2, "settings": settings, "lengths": [9, 1]}
+    check_stages(pool, 2, 2, arguments)
+
+
 @pytest.mark.parametrize("shape", ["llama-one-kv-head", "qwen2-tied", "mixtral"])
 @pytest.mark.parametrize("mode", ["shadow", "inplace"])
 def test_updates_give_the_bits_of_a_cold_start(pool: RankPool, folders: Folders, shape: str, mode: str) -> None:

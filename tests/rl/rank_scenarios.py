@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +91,64 @@ def push_refused(folder: str) -> Any:
             except HeadraceError as error:
                 told.append([type(error).__name__, error.field])
         told.append([pusher.push(state, "taken").update.version, ""])
+    return told
+
+
+def push_broken(folder: str, broken_rank: int) -> Any:
+    """What every rank is told where one rank alone goes wrong, in each of the ways it may, and of a push after each."""
+    rank, dtype = distributed.get_rank(), "bfloat16"
+    state = dict(sharded(folder, [distributed.get_world_size()]).state_dict())
+    names, is_broken, told = list(state), rank == broken_rank, []
+    sizes = Mesh(tensor=2)._replace(tensor_rank=rank)
+    [held] = rank_chunks(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), sizes, Naming(True, True, 64)
+    )
+    source = megatron.MegatronWeights([megatron.Chunk(*held)], folder, place_of(sizes), distributed.group.WORLD)
+
+    class Unreadable:
+        def state_dict(self) -> Any:
+            raise MemoryError("no room for it")
+
+        named_parameters = state_dict
+
+    def fails() -> Iterator[tuple[str, Any]]:
+        for number, (name, tensor) in enumerate(state.items()):
+            if number == 4 and is_broken:
+                raise ValueError("a trainer's bug")
+            yield name, tensor
+
+    def swapped() -> Iterator[tuple[str, Any]]:
+        order = [names[1], names[0], *names[2:]] if is_broken else names
+        yield from ((name, state[name]) for name in order)
+
+    def half() -> Iterator[tuple[str, Any]]:
+        yield from list(state.items())[: 5 if is_broken else None]
+
+    def lost_part() -> Any:
+        if is_broken:
+            source._params.pop("decoder.layers.1.self_attention.linear_proj.weight")
+        return source
+
+    broken: dict[str, tuple[Any, dict[str, Any]]] = {
+        "fails": (fails, {}),
+        "shorter": (half, {}),
+        "another order": (swapped, {}),
+        "shorter dictionary": (lambda: dict(half()), {}),
+        "unreadable": (lambda: Unreadable() if is_broken else state, {}),
+        "megatron": (lost_part, {}),
+        "wrong word": (lambda: state, {"mode": "sideways" if is_broken else "auto"}),
+    }
+    with target_of(folder, "engine") as target:
+        pusher = WeightPusher(target, distributed.group.WORLD, dtype)
+        for what, (make, options) in broken.items():
+            try:
+                pusher.push(make(), "never", **options)
+                told.append([what, "nothing", ""])
+            except Exception as error:
+                told.append([what, type(error).__name__, str(error)])
+            assert pusher.push(iter(state.items()), what).update.version == what
+            if target is not None:
+                assert target.status().version == what and not target.status().updating
     return told
 
 
@@ -196,7 +255,7 @@ def push_and_lose_a_rank(old: str, new: str, kind: str) -> Any:
         chunks = [megatron.Chunk(*each) for each in rank_chunks(model, mesh, Naming())]
         weights = megatron.MegatronWeights(chunks, new, place_of(mesh), world)
     if rank == 1:
-        weights = _Ending(weights)
+        weights = _Ending(weights) if kind == "megatron" else _ending(weights)
     with target_of(old, "engine") as target:
         pusher = WeightPusher(target, world)
         assert target is not None or rank == 1
@@ -212,8 +271,14 @@ def push_and_lose_a_rank(old: str, new: str, kind: str) -> Any:
     return None
 
 
-class _Ending:
+def _ending(pairs: Iterator[Any]) -> Iterator[Any]:
     """Weights of a rank that ends half-way."""
+    yield from itertools.islice(pairs, 5)
+    os._exit(0)
+
+
+class _Ending:
+    """The same of Megatron's, which yield nothing here but at the end."""
 
     manifest = None
 
@@ -221,19 +286,14 @@ class _Ending:
         self._weights = weights
 
     def __iter__(self) -> Iterator[Any]:
-        if hasattr(self._weights, "manifest"):  # it yields nothing here, but at the end
-            send = self._weights._ranks.send
-            sent: list[str] = []
+        send = self._weights._ranks.send
+        sent: list[str] = []
 
-            def ending(name: str, tensor: torch.Tensor) -> None:
-                if len(sent) == 5:
-                    os._exit(0)
-                sent.append(name)
-                send(name, tensor)
-
-            self._weights._ranks.send = ending
-            yield from self._weights
-        for number, (name, tensor) in enumerate(self._weights):
-            if number == 5:
+        def ending(name: str, tensor: torch.Tensor) -> None:
+            if len(sent) == 5:
                 os._exit(0)
-            yield name, tensor.full_tensor()
+            sent.append(name)
+            send(name, tensor)
+
+        self._weights._ranks.send = ending
+        yield from self._weights

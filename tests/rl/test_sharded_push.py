@@ -96,6 +96,11 @@ class Answers:
                 add(f"core {case}", "push_megatron_core", family, {"sizes": sizes})
         if num_ranks == 2:
             scenarios["refused"] = "push_refused", {"folder": self._folders.of("tied")[0]}
+            for rank in range(2):
+                scenarios[f"broken {rank}"] = (
+                    "push_broken",
+                    {"folder": self._folders.of("qwen2")[0], "broken_rank": rank},
+                )
         scratch = self._scratch / str(num_ranks)
         scratch.mkdir()
         return run_ranks(num_ranks, scratch, scenarios)
@@ -148,6 +153,31 @@ def test_what_is_wrong_on_one_rank_is_said_on_all(answers: Answers) -> None:
     assert answers.of(2)["refused"] == [[*named, ["taken", ""]]] * 2
 
 
+BROKEN: dict[str, tuple[str, str, str]] = {
+    "fails": ("ValueError", "WeightUpdateError", "ValueError: a trainer's bug"),
+    "shorter": ("WeightUpdateError", "WeightUpdateError", "no more"),
+    "another order": ("WeightUpdateError", "WeightUpdateError", "the same order"),
+    "shorter dictionary": ("WeightUpdateError", "WeightUpdateError", "model."),
+    "unreadable": ("MemoryError", "WeightUpdateError", "MemoryError: no room for it"),
+    "megatron": ("KeyError", "WeightUpdateError", "KeyError: 'decoder.layers.1.self_attention.linear_proj.weight'"),
+    "wrong word": ("RequestError", "RequestError", "mode"),
+}
+"""What is raised where it goes wrong, and elsewhere, in which words."""
+
+
+@pytest.mark.parametrize("broken", range(2))
+def test_what_goes_wrong_on_one_rank_alone_ends_the_push_on_all_and_the_next_one_lands(
+    answers: Answers, broken: int
+) -> None:
+    for rank, told in enumerate(answers.of(2)[f"broken {broken}"]):
+        assert [what for what, _, _ in told] == list(BROKEN)
+        for what, kind, message in told:
+            here, elsewhere, words = BROKEN[what]
+            assert kind == (here if rank == broken else elsewhere), (what, message)
+            assert rank == broken or words in message, (what, message)
+            assert rank == broken or kind == here or f"rank {broken} of the trainer" in message, message
+
+
 @pytest.mark.parametrize("kind", ["fsdp", "megatron"])
 def test_a_rank_that_ends_is_a_named_error_and_the_old_weights_stay(
     folders: Folders, tmp_path: Path, kind: str
@@ -156,4 +186,4 @@ def test_a_rank_that_ends_is_a_named_error_and_the_old_weights_stay(
     answers = run_ranks(2, tmp_path, {"lost": ("push_and_lose_a_rank", {"old": old, "new": new, "kind": kind})})
     told, ended = answers["lost"]
     assert ended is None and told[1].startswith(("model.", "lm_head."))
-    assert told == ["WeightUpdateError" if kind == "fsdp" else "UnavailableError", told[1], True, "alone"]
+    assert told == ["UnavailableError", told[1], True, "alone"]

@@ -176,7 +176,8 @@ def update_from_one_buffer(rank: int, folder: str, newer: str) -> list[Any]:
 
 def update_by_collectives(rank: int, folder: str, newer: str, options: dict[str, Any]) -> list[Any]:
     """Every kind of tensor, each made by a collective, as trainers do that gather what FSDP has split; in many rounds.
-    First one that the engine refuses, then one that a rank has otherwise, then again as they should be."""
+    Calls that end before a tensor is asked for, then a tensor that the engine refuses, then one that a rank has
+    otherwise, then all as they should be."""
     shrink()
     num_ranks = torch.distributed.get_world_size()
     mesh = mesh_of(num_ranks)
@@ -201,9 +202,15 @@ def update_by_collectives(rank: int, folder: str, newer: str, options: dict[str,
     is_last = rank == num_ranks - 1
     seen = list[Any]()
     with verl(folder, num_ranks, rank_timeout=20, **options) as engine:
-        for tensors in (gathered(longer), gathered(longer) if is_last else gathered(), gathered()):
-            error = error_of(lambda each=tensors: engine.update_weights_from_tensor(each))  # type: ignore[misc]
-            seen.append((error, greedy(engine), digest(engine)))
+        update = engine.update_weights_from_tensor
+        for call in (
+            lambda: update(gathered(), load_format="direct"),
+            lambda: engine.flush_cache() if rank == 0 else update(gathered()),
+            lambda: update(gathered(longer)),
+            lambda: update(gathered(longer) if is_last else gathered()),
+            lambda: update(gathered()),
+        ):
+            seen.append((error_of(call), greedy(engine), digest(engine)))
     return seen
 
 

@@ -102,3 +102,13 @@ def test_one_prompt_alone_goes_through_all_stages_at_once() -> None:
     assert [len(plan.token_ids) for plan in pipeline.step()] == [64, 64, 22]
     assert not pipeline.step() and not pipeline.step()
     assert [len(plan.token_ids) for plan in pipeline.step()] == [1]
+
+
+@pytest.mark.parametrize("num_cohorts", [2, 3])
+def test_requests_that_come_together_enter_in_equal_parts(num_cohorts: int) -> None:
+    """So that one stage computes the prompts of some while another one computes those of others."""
+    pipeline = Pipeline(num_cohorts)
+    for _ in range(7):
+        pipeline.add(4, 5)
+    entered = [len(plan.new_slots) for plan in pipeline.step()]
+    assert entered == {2: [4, 3], 3: [3, 3, 1]}[num_cohorts]
