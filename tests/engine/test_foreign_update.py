@@ -30,7 +30,7 @@ class Joined:
     async def end(self) -> None:
         self.is_over = True
 
-    async def add(self, infos: Any, terms: Any, stage: Any) -> None:
+    async def add(self, *_: Any, **__: Any) -> None:
         self.asked.set()
         await asyncio.Event().wait()
 
@@ -78,7 +78,9 @@ def test_a_call_that_is_cancelled_holds_nothing() -> None:
             task = asyncio.create_task(add(joined, encoded))
             await asyncio.sleep(0)
             if waits:
-                await joined.asked.wait()
+                asked = asyncio.ensure_future(joined.asked.wait())
+                await asyncio.wait([asked, task], return_when=asyncio.FIRST_COMPLETED)
+                assert not task.done(), task.exception()
                 assert not names(payload), "nobody needs the name any more"
                 assert len(os.listdir("/proc/self/fd")) == num_open + 1
             task.cancel()
