@@ -65,7 +65,7 @@ class VerlEngine:
     rank_timeout      seconds that ranks wait for one that does not come to a call: `DeadlineError` names it. One that
                       is gone is named at once, by an `UnavailableError`
     kwargs            the engine's settings, by our names or SGLang's, and with `launch_server` the server's. `tp_size`
-                      is the size of the mesh unless it is given
+                      is what makes as many ranks as the mesh has, unless it is given
 
     `engine` is the `Engine` or `Runtime` on rank 0, for what only one rank is to ask; None on the others.
     """
@@ -257,7 +257,8 @@ def _settings(given: dict[str, Any], num_ranks: int, nnodes: Any) -> dict[str, A
         settings[ours] = value
     if "model" not in settings:
         raise ConfigError("model must name a folder or a hub id", field="model")
-    return {"tp_size": num_ranks, **settings}
+    num_stages = as_integer(settings.get("pp_size", 1), "pp_size", ConfigError)
+    return {"tp_size": max(1, num_ranks // max(1, num_stages)), **settings}
 
 
 def _generated(engine: Engine | Client, body: bytes) -> bytes:

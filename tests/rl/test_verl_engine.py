@@ -13,6 +13,7 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from headrace.rl.demo import checkpoint_digests
+from headrace.rl.verl_engine import _settings
 from tests.rl import verl_bodies as bodies
 from tests.rl.trainer_ranks import run_ranks, start_ranks
 from tests.server.builders import save_random_model
@@ -180,3 +181,10 @@ def test_a_thousand_updates_leave_nothing_behind(folder: str, newer: str, count:
     for sizes, ids in seen:
         assert sizes[0] == sizes[1]
         assert ids == expected_ids(newer)
+
+
+def test_stages_leave_fewer_ranks_for_each() -> None:
+    given = {"model_path": "m", "pipeline_parallel_size": 2}
+    assert _settings(given, 4, 1) == {"model": "m", "tp_size": 2, "pp_size": 2}
+    assert _settings({**given, "tp_size": 1}, 4, 1)["tp_size"] == 1
+    assert _settings({"model": "m"}, 4, 1) == {"model": "m", "tp_size": 4}
