@@ -452,7 +452,7 @@ def test_stages_have_devices_too_and_as_many_steps_in_flight(folder: Path) -> No
     result = resolve(config, folder, devices=devices, software=FULL)
     assert result.num_ranks == 4 and (result.of_rank(3).cuda or T4).index == 3
     assert (result.engine.overlap_depth, result.num_cohorts) == (1, 2)
-    with pytest.raises(ConfigError, match="pp_size 2 of 2 ranks each needs as many CUDA devices") as refusal:
+    with pytest.raises(ConfigError, match="pp_size 2 of 2 ranks each needs 4 CUDA devices here") as refusal:
         resolve(config, folder, devices=devices[:3], software=FULL)
     assert refusal.value.field == "pp_size"
     for depth, expected in ((None, 1), (0, 0), (3, 3)):

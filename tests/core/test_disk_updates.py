@@ -227,9 +227,9 @@ def test_a_tied_head_alone_is_compared_in_slices(mode: str, monkeypatch: pytest.
     sums: list[int] = []
     add = PositionSum.add
 
-    def counted(total: PositionSum, block: torch.Tensor, start: int) -> None:
+    def counted(total: PositionSum, block: torch.Tensor, start: int, times: int = 1) -> None:
         sums.append(start)
-        add(total, block, start)
+        add(total, block, start, times)
 
     monkeypatch.setattr(PositionSum, "add", counted)
     store.begin([TensorInfo("lm_head.weight", (rows, 1024), "float32")], mode, True)  # type: ignore[arg-type]
