@@ -31,20 +31,8 @@ class Rendezvous:
     @classmethod
     def host(cls) -> Rendezvous:
         """A new one, which this process keeps: on loopback only, at a port that was free."""
-        from torch._C._distributed_c10d import TCPStore
-
-        listener = socket.create_server((LOOPBACK, 0))
-        port = listener.getsockname()[1]
-        limit = timedelta(seconds=JOIN_SECONDS)
-        store = TCPStore(
-            LOOPBACK,
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=limit,
-            master_listen_fd=listener.detach(),  # torch's own would listen on every interface
-        )
-        return cls(port, secrets.token_hex(16), store)
+        store = kept_store(socket.create_server((LOOPBACK, 0)), LOOPBACK, JOIN_SECONDS)
+        return cls(store.port, secrets.token_hex(16), store)
 
     @classmethod
     def reach(cls, port: int, secret: str) -> Rendezvous:
@@ -69,18 +57,42 @@ class Rendezvous:
         `is_broken` is set gloo's calls end."""
         from torch._C import _distributed_c10d as c10d
 
-        store = c10d.PrefixStore(self.secret, self._store)
+        store = c10d.PrefixStore(f"{device}/{name}", c10d.PrefixStore(self.secret, self._store))
         if device == "cuda":
             os.environ["NCCL_NVLS_ENABLE"] = "0"  # not every machine lets processes share multicast memory
             kind: Any = c10d.ProcessGroupNCCL
             options = kind.Options()
-        else:
-            kind = c10d.ProcessGroupGloo
-            options = kind._Options()
-            options._devices = [kind.create_device(hostname=host)]
-        options._timeout = timedelta(seconds=JOIN_SECONDS)
-        group = kind(c10d.PrefixStore(f"{device}/{name}", store), rank, num_ranks, options)
-        return group if is_broken is None or device == "cuda" else BreakableGroup(group, is_broken)
+            options._timeout = timedelta(seconds=JOIN_SECONDS)
+            return kind(store, rank, num_ranks, options)
+        group = gloo_group(store, rank, num_ranks, host, JOIN_SECONDS)
+        return group if is_broken is None else BreakableGroup(group, is_broken)
+
+
+def kept_store(listener: socket.socket, host: str, seconds: float) -> Any:
+    """A store that this process keeps, at the address where `listener` listens, which it takes over: torch's own would
+    listen on every interface. `host` is that address, and `seconds` how long what is asked of it may take."""
+    from torch._C._distributed_c10d import TCPStore
+
+    return TCPStore(
+        host,
+        listener.getsockname()[1],
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=seconds),
+        master_listen_fd=listener.detach(),
+    )
+
+
+def gloo_group(store: Any, rank: int, num_ranks: int, host: str, seconds: float) -> Any:
+    """A group of gloo's, which others reach at the address `host` of this machine. Waits for all of its ranks, and
+    raises `RuntimeError` where one does not come within so many seconds."""
+    from torch._C import _distributed_c10d as c10d
+
+    kind: Any = c10d.ProcessGroupGloo
+    options = kind._Options()
+    options._devices = [kind.create_device(hostname=host)]
+    options._timeout = timedelta(seconds=seconds)
+    return kind(store, rank, num_ranks, options)
 
 
 def trainer_store() -> Any:

@@ -61,32 +61,24 @@ class GroupRoad:
             self._client.destroy_weights_update_group(self._name)
 
     def _join(self, session: UpdateSession) -> Any:
+        from headrace.parallel.rendezvous import gloo_group, kept_store
+        from headrace.weights.group import store_of
+
         size, seconds = 1 + session.num_ranks, session.timeout_s
-        store, port = self._store(seconds)
+        store = kept_store(self._listener(), self._address, seconds)
+        port: int = store.port
         terms = JoinGroup(0, self._name, self._address, port, 0, size, "gloo")
-        meeting = _begin(lambda: _group_of(store, terms, seconds))
+        meeting = _begin(lambda: gloo_group(store_of(store, terms), 0, size, self._address, seconds))
         self._client.init_weights_update_group(self._address, port, 1, size, self._name, "gloo", timeout=seconds)
         return _result(meeting, "the engine's ranks were not met")
 
-    def _store(self, seconds: float) -> tuple[Any, int]:
-        """A new one, and its port."""
-        from torch._C._distributed_c10d import TCPStore
-
+    def _listener(self) -> socket.socket:
         try:
             family, *_, place = socket.getaddrinfo(self._address, 0, type=socket.SOCK_STREAM)[0]
-            listener = socket.create_server(place[:2], family=family)
+            return socket.create_server(place[:2], family=family)
         except (OSError, ValueError) as error:
             message = f"address {self._address} is none of this host: {error}"
             raise WeightUpdateError(message, field="address") from None
-        port: int = listener.getsockname()[1]
-        return TCPStore(
-            self._address,
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=seconds),
-            master_listen_fd=listener.detach(),  # torch's own would listen on every interface
-        ), port
 
     def _filled(self, session: UpdateSession, pairs: Iterable[tuple[str, Any]]) -> Iterator[tuple[list[str], int]]:
         """Buckets: the names of what lies in the memory of one, and its bytes."""
@@ -116,18 +108,6 @@ class GroupRoad:
         broadcast = _begin(lambda: _broadcast(group, self._bucket[:num_bytes], session.timeout_s))
         self._client.stage_from_group(session, names, self._name, "flattened_bucket")
         _result(broadcast, f"the broadcast of {names[0]} failed")
-
-
-def _group_of(store: Any, terms: JoinGroup, seconds: float) -> Any:
-    from torch._C import _distributed_c10d as c10d
-
-    from headrace.weights.group import store_of
-
-    kind: Any = c10d.ProcessGroupGloo
-    options = kind._Options()
-    options._devices = [kind.create_device(hostname=terms.address)]
-    options._timeout = timedelta(seconds=seconds)
-    return kind(store_of(store, terms), 0, terms.world_size, options)
 
 
 def _broadcast(group: Any, data: Any, seconds: float) -> None:

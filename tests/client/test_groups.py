@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,10 +19,9 @@ from tests.engine.group_trainer import TrainerProcess
 GROUP = "trainer"
 
 
-def test_weights_come_from_a_group(connect: CONNECT, engine: Engine, model_folder: Path) -> None:
-    client, newer = connect(), model_folder / "newer"
-    expected = {name: each.to(torch.bfloat16) for name, each in load_file(newer / "model.safetensors").items()}
-    names = list(expected)
+@contextlib.contextmanager
+def joined(client: Client) -> Iterator[tuple[TrainerProcess, ThreadPoolExecutor]]:
+    """A trainer whose group the client's engine is in, and a thread for calls beside what the trainer does."""
     with contextlib.closing(TrainerProcess()) as trainer, ThreadPoolExecutor(1) as pool:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -29,6 +29,14 @@ def test_weights_come_from_a_group(connect: CONNECT, engine: Engine, model_folde
         joining = pool.submit(client.init_weights_update_group, "127.0.0.1", port, 1, 2, GROUP, "gloo", timeout=60)
         trainer.ask(do="init", port=port, name=GROUP)
         joining.result(60)
+        yield trainer, pool
+
+
+def test_weights_come_from_a_group(connect: CONNECT, engine: Engine, model_folder: Path) -> None:
+    client, newer = connect(), model_folder / "newer"
+    expected = {name: each.to(torch.bfloat16) for name, each in load_file(newer / "model.safetensors").items()}
+    names = list(expected)
+    with joined(client) as (trainer, pool):
         reports = []
         for part in (names[:5], names[5:]):
             shapes = [list(expected[name].shape) for name in part]
@@ -58,13 +66,7 @@ def test_a_session_takes_what_a_group_brings_and_another_gives_the_group_up(
     expected = load_file(newer / "model.safetensors")
     names = list(expected)
     manifest = [TensorInfo(name, tuple(expected[name].shape), "float32") for name in names]
-    with contextlib.closing(TrainerProcess()) as trainer, ThreadPoolExecutor(1) as pool:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        joining = pool.submit(client.init_weights_update_group, "127.0.0.1", port, 1, 2, GROUP, "gloo", timeout=60)
-        trainer.ask(do="init", port=port, name=GROUP)
-        joining.result(60)
+    with joined(client) as (trainer, pool):
         session = client.begin_update("staged", manifest, timeout=60)
         for part, load_format in ((names[:5], None), (names[5:], "flattened_bucket")):
             staging = pool.submit(client.stage_from_group, session, part, GROUP, load_format)

@@ -6,39 +6,32 @@ from __future__ import annotations
 import random
 from collections import deque
 
-import msgspec
 import numpy as np
 import pytest
 
-from headrace.scheduler import Scheduler, SchedulerLimits
-from headrace.types.plan import StepPlan, StepResult
-from headrace.types.request import Request, pack_ids
-
-LIMITS = SchedulerLimits(
-    max_running_requests=64,
-    max_waiting_requests=1000,
-    max_num_batched_tokens=64,
-    context_length=400,
-    page_size=4,
-    num_pages=8000,
-    prefix_cache=False,
-    overlap_depth=1,
-    vocab_size=5,
-)
+from headrace.types.plan import StepPlan
+from tests.scheduler.builders import answer, make, request
 
 
 class Pipeline:
     """A scheduler whose steps take as long as there are stages: so many are in flight before the first is applied."""
 
     def __init__(self, num_cohorts: int) -> None:
-        limits = msgspec.structs.replace(LIMITS, overlap_depth=num_cohorts - 1, num_cohorts=num_cohorts)
-        self.scheduler = Scheduler(limits)
+        self.scheduler = make(
+            max_running_requests=64,
+            max_waiting_requests=1000,
+            context_length=400,
+            num_pages=8000,
+            prefix_cache=False,
+            overlap_depth=num_cohorts - 1,
+            num_cohorts=num_cohorts,
+        )
         self.in_flight: deque[StepPlan] = deque()
         self.num_added = 0
 
     def add(self, num_prompt: int, num_new: int) -> None:
         self.num_added += 1
-        self.scheduler.add(Request(self.num_added, "", pack_ids([1] * num_prompt), num_new, seed=1), 0.0)
+        self.scheduler.add(request(self.num_added, [1] * num_prompt, num_new), 0.0)
 
     def step(self) -> list[StepPlan]:
         """The plans that are made now; then the oldest ends."""
@@ -47,10 +40,7 @@ class Pipeline:
             plans.append(plan)
             self.in_flight.append(plan)
         if self.in_flight:
-            done = self.in_flight.popleft()
-            count = int(done.row_samples.sum())
-            ones = np.ones(count, np.int32)
-            self.scheduler.apply(StepResult(done.step_id, ones[:, None], -np.ones((count, 1), np.float32), ones))
+            self.scheduler.apply(answer(self.in_flight.popleft(), 1))
         return plans
 
 
