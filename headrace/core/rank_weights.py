@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -384,24 +384,26 @@ class RankWeights:
             yield name, add_digests(digest, *parts)
 
     def parameters(self) -> tuple[tuple[TensorInfo, ...], ...]:
-        return tuple(map(self._parameters_of, range(self._resolved.num_ranks)))
+        return tuple(tuple(stage.values()) for stage in self._parameters for _ in range(self._resolved.engine.tp_size))
 
     def info(self, name: str, rank: int | None = None) -> TensorInfo:
         if rank is None:
             return self._store.info(name)
-        found = next((info for info in self._parameters_of(rank) if info.name == name), None)
+        found = self._parameters[rank // self._resolved.engine.tp_size].get(name)
         if found is None:
             raise NotFoundError(f"{name} is not a parameter of rank {rank}", field="name")
         return found
 
-    def _parameters_of(self, rank: int) -> tuple[TensorInfo, ...]:
-        """All ranks of a stage have as much of each."""
-        model, engine = self._resolved.model, self._resolved.engine
-        shard = Shard.of_rank(rank, engine.tp_size, engine.pp_size)
-        if not shard.stage:
-            return self._store.parameters()[0]
-        params, dtype = weight_map(model, shard).params.values(), self._resolved.dtype
-        return tuple(TensorInfo(each.name, each.shape, each.dtype or dtype) for each in params)
+    @cached_property
+    def _parameters(self) -> list[dict[str, TensorInfo]]:
+        """Of each stage, by name: all of its ranks have as much of each."""
+        engine, dtype = self._resolved.engine, self._resolved.dtype
+        found = [{info.name: info for info in self._store.parameters()[0]}]
+        for stage in range(1, engine.pp_size):
+            shard = Shard(0, engine.tp_size, stage, engine.pp_size)
+            params = weight_map(self._resolved.model, shard).params.values()
+            found.append({each.name: TensorInfo(each.name, each.shape, each.dtype or dtype) for each in params})
+        return found
 
     def copy_in_slices(self, name: str, start: int, into: memoryview, rank: int | None = None) -> Iterator[None]:
         """As `WeightStore.copy_in_slices`. What a rank does not hold it gives as zeros, and what several hold is the
