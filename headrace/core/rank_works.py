@@ -257,7 +257,7 @@ class RankWorks:
         group = self._groups[message.key] = self._executor.join_group(terms, message.seconds)
         while not group.is_joined:
             if group.problem is not None:
-                raise group.problem
+                raise group.problem.info().to_exception()  # without what its traceback would keep
             yield True
         return ()
 

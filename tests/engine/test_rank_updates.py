@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -180,13 +181,24 @@ def num_threads(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/task"))
 
 
+def settled(look: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
+    """What is seen for two seconds on end: threads of the group before may still be on their way out."""
+    found, since = look(), time.monotonic()
+    until = since + 60
+    while time.monotonic() < min(since + 2, until):
+        time.sleep(0.1)
+        if (seen := look()) != found:
+            found, since = seen, time.monotonic()
+    return found
+
+
 def test_a_trainer_that_has_died_leaves_nothing_on_either_rank(ranks: Engine, new_folder: Path) -> None:
     """The next group takes its name; of those that are gone no rank waits for anything."""
     found = []
     for _ in range(3):
         started = TrainerProcess()
         join(ranks, started)
-        found.append((*held(ranks), *map(num_threads, rank_pids(ranks))))
+        found.append(settled(lambda: (*held(ranks), *map(num_threads, rank_pids(ranks)))))
         session = ranks.begin_update("new", manifest_of(), in_flight="keep", timeout=20)
         started.kill()
         with pytest.raises(HeadraceError):
