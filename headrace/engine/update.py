@@ -57,12 +57,11 @@ from headrace.types.weights import (
 
 logger = logging.getLogger(__name__)
 
-BUFFER_BYTES = 128 << 20
+BUFFER_BYTES = 256 << 20
 DEVICE_BUFFER_BYTES = 512 << 20
 """Larger, since each is waited for twice and copied in a fraction of a millisecond."""
 
 FIRST_EXPORT_BYTES = 1 << 30
-"""Of tensors that stay where they are, sent ahead: the core copies them while the rest is looked through."""
 
 Result = TypeVar("Result")
 Run = Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]]
@@ -81,14 +80,13 @@ class Updater:
         dtype: str = "",
         num_ranks: int = 1,
     ) -> None:
-        """`shares_process`: the core is a thread of this process. `dtype` is the engine's, `num_ranks` how many it
-        has."""
+        """`shares_process`: the core is a thread of this process. `dtype` and `num_ranks` are the engine's."""
         self._dtype, self._num_ranks = dtype, num_ranks
         self._shares_process = shares_process
         self._client = client
         self._loop = loop
         self._threads = CopyingThreads()
-        self._host = BufferPool(HostMemory, BUFFER_BYTES, self._threads.copy)
+        self._host = BufferPool(HostMemory, BUFFER_BYTES, self._threads)
         self._device: BufferPool | None = None
         self._short_of_device = 0  # the session that found no room for a buffer there
         self._tasks: set[asyncio.Task[Any]] = set()  # uploads, and aborts that nobody awaits
@@ -146,7 +144,8 @@ class Updater:
         fails may be sent again, and replaces what came of it."""
         check_session(session)
         filling, sent, num_bytes, is_settled = Filling(session.session_id), set[int](), 0, False
-        exports = [self._export()] if are_at_hand(named_tensors) and self._client.device else []
+        is_at_hand = are_at_hand(named_tensors)
+        exports = [self._export()] if is_at_hand and self._client.device else []
         try:
             self._fillings.add(filling)
             for index, name, tensor in _indexed(session, named_tensors):
@@ -155,8 +154,8 @@ class Updater:
                 sent.add(index)
                 if exports and exports[-1].add(index, name, tensor, replaces=session.replaces(index)):
                     num_bytes += tensor.nbytes
-                    if len(exports) == 1 and exports[0].num_bytes >= FIRST_EXPORT_BYTES:  # the core goes to work
-                        await run(self._send_export(session, filling, exports[0].settle()))
+                    if exports[-1].num_bytes >= self._bytes_ahead(len(exports)):
+                        await run(self._send_export(session, filling, exports[-1].settle()))
                         exports.append(self._export())
                     continue
                 pool, data = self._way_of(session, name, tensor)
@@ -166,6 +165,8 @@ class Updater:
                         filling.flush()
                         await run(self._send(session, filling))
                         await run(self._take_buffer(session, pool, len(piece), filling))
+                if not is_at_hand:
+                    filling.flush()  # before code of the caller runs again
                 num_bytes += len(data)
             filling.flush()
             await run(self._send(session, filling))
@@ -279,8 +280,7 @@ class Updater:
         return True
 
     def _way_of(self, session: UpdateSession, name: str, tensor: Any) -> tuple[BufferPool, TensorBytes]:
-        """Which buffers carry a tensor, and its bytes for them. One on the core's device never leaves it, unless there
-        is no room for a buffer."""
+        """Which buffers carry a tensor, and its bytes for them: on the core's device, if it is there and has room."""
         device_id = self._client.device
         is_there = bool(device_id) and device_of(tensor) == device_id
         if is_there and self._device is None and self._short_of_device != session.session_id:
@@ -296,12 +296,17 @@ class Updater:
     def _export(self) -> DeviceExport:
         return DeviceExport(self._client.device, shares_process=self._shares_process)
 
+    def _bytes_ahead(self, number: int) -> float:
+        """What of tensors that stay where they are goes ahead, and how much each further time: the core copies it while
+        the rest is looked through. A core that is a thread of this process would only wait for this one."""
+        return math.inf if self._shares_process else FIRST_EXPORT_BYTES * 4 ** (number - 1)
+
     def _device_pool(self, tensor: Any, size: int) -> BufferPool:
         """Buffers where `tensor` is, the first of them of `size` bytes. `UnavailableError` if it finds no room."""
         from headrace.weights.device_sharing import SharedDeviceMemory
 
         make = functools.partial(SharedDeviceMemory, device=tensor.device, shares_process=self._shares_process)
-        pool = BufferPool(make, DEVICE_BUFFER_BYTES)
+        pool = BufferPool(make, DEVICE_BUFFER_BYTES, self._threads)
         pool.fit(size)
         first = pool.take()
         assert first is not None, "the first of a pool is there or an error is"
