@@ -4,7 +4,6 @@ of JSON on its standard input say and answers each with a line."""
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,14 +11,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from tests.arch.source import ROOT
+from tests.arch.source import ROOT, child_environment
 
 
 class TrainerProcess:
     """The other end of it."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = child_environment(OMP_NUM_THREADS="1")
         command = [sys.executable, "-m", "tests.engine.group_trainer"]
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
