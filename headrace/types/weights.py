@@ -107,9 +107,8 @@ class DeviceArea(msgspec.Struct, frozen=True, array_like=True):
 
 
 class DeviceRef(msgspec.Struct, frozen=True, array_like=True, tag="device"):
-    """Memory of the device with this UUID: areas that count as one after the other, though they lie anywhere."""
+    """Memory of devices: areas that count as one after the other, though they lie anywhere."""
 
-    device: str
     areas: tuple[DeviceArea, ...]
 
     @property
