@@ -8,9 +8,10 @@
     bucket   as device, all of them in one allocation: mapping another process's takes the driver a while for each
 
 Each figure is a whole `update_weights_from_tensor`, of which nothing is left to do when it returns: the median of
-`--runs`, after one that is not counted; between two is a tenth of a second, as a trainer has other things to do. `verified` is the same with a digest of each tensor in the manifest, which the
-core holds against what arrived. `phases` are medians too, of where the front's time went; of the road `own` also what
-the core did meanwhile. Afterwards a digest is compared with that of the tensors.
+`--runs`, after one that is not counted; between two is a tenth of a second, as a trainer has other things to do.
+`verified` is the same with a digest of each tensor in the manifest, which the core holds against what arrived. `phases`
+are medians too, of where the front's time went; of the road `own` also what the core did meanwhile. Afterwards a digest
+is compared with that of the tensors.
 
 What running requests see of updates, and memory that is released and resumed, is `gpu_pause.py`.
 """
