@@ -17,7 +17,7 @@ from headrace.ipc import SharedBuffer
 from headrace.types.errors import InternalError, NotFoundError, UpdateConflictError, WeightUpdateError
 from headrace.types.foreign import Payload
 from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
-from headrace.weights.device_sharing import device_uuid
+from headrace.weights.device_sharing import readable_devices
 from headrace.weights.device_staging import ArrivingPiece, DeviceCopies, WholeTarget
 from headrace.weights.foreign_memory import ForeignMemory
 from headrace.weights.live_reading import Digests, bytes_in_slices, digests_in_slices
@@ -233,9 +233,9 @@ class WeightStore:
         )
 
     @property
-    def device_id(self) -> str:
-        """The UUID of the device that the parameters are on, "" of a CPU."""
-        return device_uuid(self.device) if self.device.type == "cuda" else ""
+    def device_ids(self) -> tuple[str, ...]:
+        """The UUIDs of the device that the parameters are on and of those that it can read; none of a CPU."""
+        return readable_devices(self.device) if self.device.type == "cuda" else ()
 
     def open_buffer(self, ref: BufferRef | DeviceRef) -> StageBuffer:
         """A buffer of the open update to stage from. Raises `RequestError` or `UnavailableError`."""
