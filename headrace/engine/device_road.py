@@ -12,6 +12,7 @@ from typing import Any
 
 from headrace.engine.client import CoreClient
 from headrace.engine.device_export import DeviceExport
+from headrace.engine.memory_copy import CopyingThreads
 from headrace.engine.tensors import device_of
 from headrace.engine.update_session import UpdateSession
 from headrace.engine.upload_buffers import BufferPool
@@ -23,10 +24,11 @@ logger = logging.getLogger(__name__)
 class DeviceRoad:
     """The road to one core. `shares_process`: it is a thread of this process."""
 
-    def __init__(self, client: CoreClient, *, shares_process: bool) -> None:
+    def __init__(self, client: CoreClient, threads: CopyingThreads, *, shares_process: bool) -> None:
         self.is_closed = False
+        self.shares_process = shares_process
         self._client = client
-        self._shares_process = shares_process
+        self._threads = threads
         self._pools: dict[str, BufferPool] = {}  # by device
         self._short: dict[str, int] = {}  # by device, the session that found no room for a buffer there
 
@@ -37,7 +39,7 @@ class DeviceRoad:
 
     def export(self) -> DeviceExport:
         """For tensors that stay where they are."""
-        return DeviceExport(self.device_ids, shares_process=self._shares_process)
+        return DeviceExport(self.device_ids, shares_process=self.shares_process)
 
     def pool_for(self, session: UpdateSession, tensor: Any, max_bytes: int) -> BufferPool | None:
         """The buffers, of up to so many bytes, that carry a tensor; None where it has to go through the host: it is on
@@ -69,8 +71,8 @@ class DeviceRoad:
         """Buffers where `tensor` is, the first of them of `size` bytes. `UnavailableError` if it finds no room."""
         from headrace.weights.device_sharing import SharedDeviceMemory
 
-        make = functools.partial(SharedDeviceMemory, device=tensor.device, shares_process=self._shares_process)
-        pool = BufferPool(make, max_bytes)
+        make = functools.partial(SharedDeviceMemory, device=tensor.device, shares_process=self.shares_process)
+        pool = BufferPool(make, max_bytes, self._threads)
         pool.fit(size)
         first = pool.take()
         assert first is not None, "the first of a pool is there or an error is"

@@ -57,12 +57,11 @@ from headrace.types.weights import (
 
 logger = logging.getLogger(__name__)
 
-BUFFER_BYTES = 128 << 20
+BUFFER_BYTES = 256 << 20
 DEVICE_BUFFER_BYTES = 512 << 20
 """Larger, since each is waited for twice and copied in a fraction of a millisecond."""
 
 FIRST_EXPORT_BYTES = 1 << 30
-"""Of tensors that stay where they are, sent ahead: the core copies them while the rest is looked through."""
 
 Result = TypeVar("Result")
 Run = Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]]
@@ -81,14 +80,13 @@ class Updater:
         dtype: str = "",
         num_ranks: int = 1,
     ) -> None:
-        """`shares_process`: the core is a thread of this process. `dtype` is the engine's, `num_ranks` how many it
-        has."""
+        """`shares_process`: the core is a thread of this process. `dtype` and `num_ranks` are the engine's."""
         self._dtype, self._num_ranks = dtype, num_ranks
         self._client = client
         self._loop = loop
         self._threads = CopyingThreads()
-        self._host = BufferPool(HostMemory, BUFFER_BYTES, self._threads.copy)
-        self._road = DeviceRoad(client, shares_process=shares_process)
+        self._host = BufferPool(HostMemory, BUFFER_BYTES, self._threads)
+        self._road = DeviceRoad(client, self._threads, shares_process=shares_process)
         self._tasks: set[asyncio.Task[Any]] = set()  # uploads, and aborts that nobody awaits
         self._freed = asyncio.Event()
         self._fillings: set[Filling] = set()
@@ -153,7 +151,8 @@ class Updater:
 
     async def _stage(self, run: Run, session: UpdateSession, named_tensors: NamedTensors) -> None:
         filling, sent, num_bytes, is_settled = Filling(session.session_id), set[int](), 0, False
-        exports = [self._road.export()] if are_at_hand(named_tensors) and self._road.device_ids else []
+        is_at_hand = are_at_hand(named_tensors)
+        exports = [self._road.export()] if is_at_hand and self._road.device_ids else []
         try:
             self._fillings.add(filling)
             for index, name, tensor in _indexed(session, named_tensors):
@@ -162,8 +161,8 @@ class Updater:
                 sent.add(index)
                 if exports and exports[-1].add(index, name, tensor, replaces=session.replaces(index)):
                     num_bytes += tensor.nbytes
-                    if len(exports) == 1 and exports[0].num_bytes >= FIRST_EXPORT_BYTES:  # the core goes to work
-                        await run(self._send_export(session, filling, exports[0].settle()))
+                    if exports[-1].num_bytes >= self._bytes_ahead(len(exports)):
+                        await run(self._send_export(session, filling, exports[-1].settle()))
                         exports.append(self._road.export())
                     continue
                 pool, data = self._way_of(session, name, tensor)
@@ -173,6 +172,8 @@ class Updater:
                         filling.flush()
                         await run(self._send(session, filling))
                         await run(self._take_buffer(session, pool, len(piece), filling))
+                if not is_at_hand:
+                    filling.flush()  # before code of the caller runs again
                 num_bytes += len(data)
             filling.flush()
             await run(self._send(session, filling))
@@ -288,6 +289,11 @@ class Updater:
         """Which buffers carry a tensor, and its bytes for them."""
         pool = self._road.pool_for(session, tensor, DEVICE_BUFFER_BYTES)
         return (self._host, TensorBytes(name, tensor)) if pool is None else (pool, DeviceBytes(name, tensor))
+
+    def _bytes_ahead(self, number: int) -> float:
+        """What of tensors that stay where they are goes ahead, and how much each further time: the core copies it while
+        the rest is looked through. A core that is a thread of this process would only wait for this one."""
+        return math.inf if self._road.shares_process else FIRST_EXPORT_BYTES * 4 ** (number - 1)
 
     async def _take_buffer(self, session: UpdateSession, pool: BufferPool, num_bytes: int, filling: Filling) -> None:
         """A buffer with room for `num_bytes`, waiting for the core to free one if need be."""

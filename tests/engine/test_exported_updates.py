@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from headrace import Engine, TensorInfo, UnavailableError, WeightUpdateError
-from headrace.engine import device_export, update
+from headrace.engine import device_export
+from headrace.engine.update import Updater
 from headrace.kernels.triton import weight_pieces
 from headrace.weights import stage_buffers
 from headrace.weights.stage_buffers import DeviceBuffers
@@ -80,7 +81,7 @@ def digests(tensors: Tensors, model_folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("mode", ["shadow", "inplace"])
-@pytest.mark.parametrize("first_bytes", [1, 1 << 30])
+@pytest.mark.parametrize("bytes_ahead", [1, 1 << 30])
 def test_tensors_are_copied_from_where_they_are(
     engine: Engine,
     seen: Seen,
@@ -88,15 +89,15 @@ def test_tensors_are_copied_from_where_they_are(
     model_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     mode: Any,
-    first_bytes: int,
+    bytes_ahead: int,
 ) -> None:
-    monkeypatch.setattr(update, "FIRST_EXPORT_BYTES", first_bytes)
+    monkeypatch.setattr(Updater, "_bytes_ahead", lambda *_: bytes_ahead)
     for version in ("one", "two"):
         report = engine.update_weights_from_tensor(new, version, mode=mode)
         assert (report.version, report.mode, report.num_tensors) == (version, mode, len(new))
     storages = {(each.untyped_storage().data_ptr(), each.untyped_storage().nbytes()) for _, each in new}
     named = {(area.offset, area.size) for ref in seen.opened for area in ref.areas}
-    assert named == storages and len(seen.opened) == (2 if first_bytes > 1 else 4)
+    assert named == storages and len(seen.opened) == 2 * (1 if bytes_ahead > 1 else len(new))
     assert engine.digest() == digests(new, model_folder)
 
 
