@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from typing import Any
 
 from headrace.engine.client import CoreClient
@@ -18,6 +19,8 @@ from headrace.engine.update_session import UpdateSession
 from headrace.engine.upload_buffers import BufferPool
 from headrace.types.errors import HeadraceError, UnavailableError
 
+FIRST_EXPORT_BYTES = 1 << 30
+
 logger = logging.getLogger(__name__)
 
 
@@ -26,9 +29,9 @@ class DeviceRoad:
 
     def __init__(self, client: CoreClient, threads: CopyingThreads, *, shares_process: bool) -> None:
         self.is_closed = False
-        self.shares_process = shares_process
-        self._client = client
         self._threads = threads
+        self._client = client
+        self._shares_process = shares_process
         self._pools: dict[str, BufferPool] = {}  # by device
         self._short: dict[str, int] = {}  # by device, the session that found no room for a buffer there
 
@@ -39,7 +42,12 @@ class DeviceRoad:
 
     def export(self) -> DeviceExport:
         """For tensors that stay where they are."""
-        return DeviceExport(self.device_ids, shares_process=self.shares_process)
+        return DeviceExport(self.device_ids, shares_process=self._shares_process)
+
+    def bytes_ahead(self, number: int) -> float:
+        """How much of that goes ahead as export `number`: the core copies it while the rest is looked through. A core
+        that is a thread of this process would only wait for this one."""
+        return math.inf if self._shares_process else FIRST_EXPORT_BYTES * 4 ** (number - 1)
 
     def pool_for(self, session: UpdateSession, tensor: Any, max_bytes: int) -> BufferPool | None:
         """The buffers, of up to so many bytes, that carry a tensor; None where it has to go through the host: it is on
@@ -71,7 +79,7 @@ class DeviceRoad:
         """Buffers where `tensor` is, the first of them of `size` bytes. `UnavailableError` if it finds no room."""
         from headrace.weights.device_sharing import SharedDeviceMemory
 
-        make = functools.partial(SharedDeviceMemory, device=tensor.device, shares_process=self.shares_process)
+        make = functools.partial(SharedDeviceMemory, device=tensor.device, shares_process=self._shares_process)
         pool = BufferPool(make, max_bytes, self._threads)
         pool.fit(size)
         first = pool.take()

@@ -61,8 +61,6 @@ BUFFER_BYTES = 256 << 20
 DEVICE_BUFFER_BYTES = 512 << 20
 """Larger, since each is waited for twice and copied in a fraction of a millisecond."""
 
-FIRST_EXPORT_BYTES = 1 << 30
-
 Result = TypeVar("Result")
 Run = Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]]
 Begin = Callable[[tuple[TensorInfo, ...], UpdateTerms], Awaitable[UpdateSession]]
@@ -161,7 +159,7 @@ class Updater:
                 sent.add(index)
                 if exports and exports[-1].add(index, name, tensor, replaces=session.replaces(index)):
                     num_bytes += tensor.nbytes
-                    if exports[-1].num_bytes >= self._bytes_ahead(len(exports)):
+                    if exports[-1].num_bytes >= self._road.bytes_ahead(len(exports)):
                         await run(self._send_export(session, filling, exports[-1].settle()))
                         exports.append(self._road.export())
                     continue
@@ -289,11 +287,6 @@ class Updater:
         """Which buffers carry a tensor, and its bytes for them."""
         pool = self._road.pool_for(session, tensor, DEVICE_BUFFER_BYTES)
         return (self._host, TensorBytes(name, tensor)) if pool is None else (pool, DeviceBytes(name, tensor))
-
-    def _bytes_ahead(self, number: int) -> float:
-        """What of tensors that stay where they are goes ahead, and how much each further time: the core copies it while
-        the rest is looked through. A core that is a thread of this process would only wait for this one."""
-        return math.inf if self._road.shares_process else FIRST_EXPORT_BYTES * 4 ** (number - 1)
 
     async def _take_buffer(self, session: UpdateSession, pool: BufferPool, num_bytes: int, filling: Filling) -> None:
         """A buffer with room for `num_bytes`, waiting for the core to free one if need be."""

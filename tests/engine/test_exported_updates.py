@@ -13,7 +13,7 @@ import torch
 
 from headrace import Engine, TensorInfo, UnavailableError, WeightUpdateError
 from headrace.engine import device_export
-from headrace.engine.update import Updater
+from headrace.engine.device_road import DeviceRoad
 from headrace.kernels.triton import weight_pieces
 from headrace.weights import stage_buffers
 from headrace.weights.stage_buffers import DeviceBuffers
@@ -91,7 +91,7 @@ def test_tensors_are_copied_from_where_they_are(
     mode: Any,
     bytes_ahead: int,
 ) -> None:
-    monkeypatch.setattr(Updater, "_bytes_ahead", lambda *_: bytes_ahead)
+    monkeypatch.setattr(DeviceRoad, "bytes_ahead", lambda *_: bytes_ahead)
     for version in ("one", "two"):
         report = engine.update_weights_from_tensor(new, version, mode=mode)
         assert (report.version, report.mode, report.num_tensors) == (version, mode, len(new))
