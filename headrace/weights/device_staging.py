@@ -42,6 +42,13 @@ class ArrivingPiece(NamedTuple):
         """Which elements of its tensor they are."""
         return slice(self.arrival.num_elements, self.arrival.num_elements + self.source.numel())
 
+    @property
+    def is_read_in_part(self) -> bool:
+        """It is a whole tensor where the device reads it, of which no more is read than is held here."""
+        destination = self.arrival.destination
+        is_whole = self.source.numel() == destination.num_elements
+        return is_whole and destination.flat is None and self.source.device == destination.device
+
 
 class WholeTarget(NamedTuple):
     """Where a tensor goes that comes whole, on the device and in the dtype of a parameter, and lies there in its own
@@ -140,6 +147,7 @@ class _Slice:
         self.arriving: dict[int, ArrivingPiece] = {}
         self._whole: list[int] = []
         self._moved: list[tuple[StagePiece, torch.Tensor]] = []
+        self._checks: list[tuple[int, ArrivingPiece]] = []
         self._sums: list[tuple[int, PositionSum, int]] = []
 
     def add_whole(self, piece: StagePiece, target: WholeTarget) -> None:
@@ -165,25 +173,36 @@ class _Slice:
         return self._num_bytes >= limit or self.num_pieces >= MAX_SLICE_PIECES
 
     def enqueue(self, keys: PositionKeys, *, are_digests: bool) -> None:
-        """Copy all, and reckon what is to be known of them: a row of results for each piece, then further rows."""
+        """Copy all, and reckon what is to be known of them: a row of results for each that is moved, then others."""
         from headrace.kernels.triton.weight_pieces import move_rows, row_of, row_of_memory
 
         rows = [row_of_memory(piece.data.data_ptr(), memory) for piece, memory in self._moved]
         pairs, blocks = list[tuple[torch.Tensor, torch.Tensor]](), list[torch.Tensor]()
+        copied: list[tuple[int, ArrivingPiece, torch.Tensor]] = []
         for piece in self.arriving.values():
             source, place, destination = piece.source, piece.place, piece.arrival.destination
+            if piece.is_read_in_part:
+                destination.write_back(place, source)
+                held = [memory.reshape(-1) for memory in destination.memories]
+                self._checks += ((row, piece) for row in range(len(rows), len(rows) + len(held)))
+                rows += (row_of(memory, None, 0) for memory in held)
+                blocks += held  # until it is enqueued
+                copied.append((-1, piece, source))
+                continue
             block = destination.write_view(place)
+            self._checks.append((len(rows), piece))
+            copied.append((len(rows), piece, block))
             is_alike = source.dtype == block.dtype and source.device == block.device
             if is_alike and destination.flat is not None:
                 rows.append(row_of(source, block, place.start))
             else:  # copied first, and only looked at then
                 rows.append(row_of(block, None, place.start))
                 pairs.append((block, source))
-            blocks.append(block)
         _copy(pairs)
-        for row, (piece, block) in enumerate(zip(self.arriving.values(), blocks, strict=True), len(self._moved)):
+        for row, piece, block in copied:
             place, destination = piece.place, piece.arrival.destination
-            destination.write_back(place, block)
+            if row >= 0:
+                destination.write_back(place, block)
             for region, total in piece.arrival.sums:
                 if region is destination and region.is_plain:
                     self._sums.append((row, total, 1))
@@ -201,8 +220,8 @@ class _Slice:
         results = self._results.tolist()
         for (moved, _), result in zip(self._moved, results, strict=False):
             take(moved.index, result)
-        for piece, (_, _, is_bad) in zip(self.arriving.values(), results[len(self._moved) :], strict=False):
-            if is_bad and piece.refuse is not None:
+        for row, piece in self._checks:
+            if results[row][2] and piece.refuse is not None:
                 piece.refuse(piece.arrival.destination.dtype)
         for row, total, times in self._sums:
             total.add_lanes(results[row], times)

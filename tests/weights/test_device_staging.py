@@ -9,16 +9,19 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
+from headrace.config import ModelSpec
 from headrace.kernels.triton import weight_pieces
 from headrace.kernels.triton.weight_pieces import Row
+from headrace.models import weight_map
 from headrace.types.errors import UpdateConflictError, WeightUpdateError
 from headrace.types.weights import TensorInfo, UpdateMode
-from headrace.weights import device_staging
+from headrace.weights import Shard, device_staging
 from headrace.weights.memory import StagePiece
 from headrace.weights.position_sum import PositionKeys, PositionSum
 from headrace.weights.staging import Enqueued
 from headrace.weights.store import WeightStore
 from headrace.weights.weight_map import WeightMap
+from tests.core.harness import TINY
 from tests.weights.tiny import LAYOUTS, Tensors, live_bits, make_map, make_store, make_tensors, manifest_of
 
 CPU = torch.device("cpu")
@@ -212,3 +215,33 @@ def test_the_next_piece_of_a_tensor_waits_for_the_one_before(monkeypatch: pytest
     assert copies.advance(60.0) and sorted(copies.whole) == list(range(len(tensors)))
     assert store.commit().is_done()
     assert live_bits(store) == live_bits(make_store(weight_map, tensors))
+
+
+@pytest.mark.parametrize("mode", ["shadow", "inplace"])
+@pytest.mark.parametrize("shard", [Shard(0, 2), Shard(1, 2), Shard(0, 1, 1, 2)], ids=["first", "second", "stage"])
+@pytest.mark.parametrize("sent", [torch.float32, torch.bfloat16])
+def test_of_a_whole_tensor_on_the_device_a_rank_reads_what_it_holds(
+    shard: Shard, mode: UpdateMode, sent: torch.dtype
+) -> None:
+    """All else is NaN; and in what it holds a NaN is found, wherever."""
+    spec = ModelSpec.from_config(TINY)
+    own = weight_map(spec, shard)
+    tensors = make_tensors(weight_map(spec), 1, sent)
+    store = store_of(own, {name: torch.ones_like(tensor) for name, tensor in tensors.items()}, torch.float32)
+    held = {name: store.read(name) != 0 for name in tensors}
+    cut = {name for name, mask in held.items() if not mask.all()}
+    assert len(cut) > 3
+    rest = {name: tensor.masked_fill(~held[name], torch.nan) for name, tensor in tensors.items()}
+    store.begin(manifest_of(tensors), mode, False)
+    copies = store.stage_all(iter(whole_pieces(rest)))
+    assert copies.advance(60.0) and sorted(copies.whole) == list(range(len(tensors)))
+    assert store.commit().is_done()
+    assert live_bits(store) == live_bits(store_of(own, tensors, torch.float32))
+    for name in sorted(name for name in cut if held[name].any()):
+        bad = rest | {name: rest[name].clone()}
+        bad[name].view(-1)[int(held[name].view(-1).nonzero()[-1])] = torch.inf
+        store.begin(manifest_of(tensors), "shadow", False)
+        with pytest.raises(WeightUpdateError, match="NaN or infinity") as caught:
+            store.stage_all(iter(whole_pieces(bad))).advance(60.0)
+        assert caught.value.field == name
+        store.abort()
