@@ -7,6 +7,7 @@ memory that cannot be named so is for others to carry.
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,19 +85,35 @@ class DeviceExport:
 
     def _offset_of(self, tensor: torch.Tensor) -> int:
         """Where it begins, counted through all areas."""
+        address = tensor.data_ptr()
+        base, size = self._allocation_of(tensor, address)
+        start = self._starts.get((base, size))
+        if start is None:
+            self._areas.append(self._area_of(tensor, base, size))
+            start = self._starts[base, size] = self._size
+            self._size += size
+        return start + address - base
+
+    def _allocation_of(self, tensor: torch.Tensor, address: int) -> tuple[int, int]:
+        if self._shares_process:
+            storage = tensor.untyped_storage()
+            return storage.data_ptr(), storage.nbytes()
+        from headrace.weights.device_sharing import allocation_of
+
+        with self._context_of(tensor):
+            return allocation_of(address)
+
+    def _area_of(self, tensor: torch.Tensor, base: int, size: int) -> DeviceArea:
+        if self._shares_process:
+            return DeviceArea(b"", base, size)
+        from headrace.weights.device_sharing import handle_of
+
+        with self._context_of(tensor):
+            return DeviceArea(handle_of(base), 0, size)
+
+    def _context_of(self, tensor: torch.Tensor) -> AbstractContextManager[Any]:
+        """In which the driver is asked about its memory."""
         import torch
 
-        from headrace.weights.device_sharing import allocation_of, handle_of
-
-        address = tensor.data_ptr()
-        with torch.cuda.device(tensor.device):  # the driver is asked in its context
-            if self._shares_process:
-                base, size = tensor.untyped_storage().data_ptr(), storage_bytes(tensor)
-            else:
-                base, size = allocation_of(address)
-            if (base, size) not in self._starts:
-                own = self._shares_process
-                self._areas.append(DeviceArea(b"", base, size) if own else DeviceArea(handle_of(base), 0, size))
-                self._starts[base, size] = self._size
-                self._size += size
-        return self._starts[base, size] + address - base
+        is_current = tensor.get_device() == torch.cuda.current_device()
+        return nullcontext() if is_current else torch.cuda.device(tensor.device)

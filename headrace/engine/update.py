@@ -174,10 +174,7 @@ class Updater:
                     filling.flush()  # before code of the caller runs again
                 num_bytes += len(data)
             filling.flush()
-            await run(self._send(session, filling))
-            if exports:
-                await run(self._send_export(session, filling, exports[-1].settle()))
-            await run(self._drain(filling))
+            await run(self._send_last(session, filling, *(export.settle() for export in exports[-1:])))
             for export in exports:
                 export.check()
             is_settled = True
@@ -331,6 +328,13 @@ class Updater:
         buffer = filling.take()
         if buffer is not None:
             self._begin_upload(session, filling, buffer, lambda: self._give_back(buffer))
+
+    async def _send_last(self, session: UpdateSession, filling: Filling, *exports: DeviceExport) -> None:
+        """`_send`, and wait until the core has copied all that this call has sent."""
+        await self._send(session, filling)
+        for export in exports:
+            await self._send_export(session, filling, export)
+        await self._drain(filling)
 
     async def _announce(self, session: UpdateSession) -> None:
         """Have checked what was staged and not listed."""

@@ -106,6 +106,7 @@ class DeviceRunner:
             parts.sampler.warm()
             warm(self.weights.sum_keys.words)  # for updates
             self._compiled.arm()
+            self.memory.graphs = self._steps
         times.append(time.perf_counter())
         seconds = [round(later - earlier, 1) for earlier, later in zip(times, times[1:], strict=False)]
         logger.info("weights %s s, sizing %s s, %d graphs %s s", *seconds[:2], self._graphs.num_graphs, seconds[2])
@@ -127,6 +128,7 @@ class DeviceRunner:
             "num_compiled_after_ready": float(self._compiled.num_calls),
             "gpu_busy_s": self._steps.clock.busy_s,
             "gpu_idle_s": self._steps.clock.idle_s,
+            **self._steps.counters(),
         }
 
     def close(self) -> None:

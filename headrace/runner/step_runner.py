@@ -59,6 +59,10 @@ class StepRunner:
         self._exact = exact
         self._host_pages = host_pages
 
+    def counters(self) -> dict[str, float]:
+        """Figures for the metrics, of what runs beside steps."""
+        return self._host_pages.counters() if self._host_pages else {}
+
     def launch(self, plan: StepPlan) -> DeviceStep:
         """Enqueue one plan, up to its sampling if that waits. Of a stage but the last the result is empty."""
         host = self._buffer.take()
@@ -97,6 +101,17 @@ class StepRunner:
                 for truncated in (False, True):
                     body = partial(self._launches.sample, num_rows, truncated=truncated)
                     self._graphs.capture((num_rows, truncated), body)
+
+    def drop_graphs(self) -> None:
+        """Give up what was captured, with no step in flight: until it is captured again steps run as they are."""
+        self._graphs.drop()
+
+    def capture_again(self) -> Iterator[None]:
+        """Capture what was dropped, in the order of the start, which is that of every rank; rests after each."""
+        for key in list(self._graphs.dropped):
+            with torch.inference_mode(), self._exact.guard:
+                self._graphs.capture_again(key)
+            yield
 
     def warm(self, buckets: list[Bucket]) -> None:
         """Run forward launches of these sizes once, over an empty step, for the kernels that they compile."""

@@ -151,7 +151,7 @@ class VllmFace:
     async def wake_up(self, request: Request) -> Response:
         """POST /wake_up: an empty reply when the memory of `tags`, or all, is there."""
         ask = await read_ask(request, WakeAsk)
-        tags: Any = ask.tags
+        tags: Any = [*ask.tags, "cuda_graph"] if ask.tags else ask.tags  # of which its clients know nothing
         with FieldNames({"timeout": "timeout_s"}):
             await self._state.run(request, self._engine.resume_memory_occupation(tags, timeout=ask.timeout_s))
         return Response()
