@@ -8,13 +8,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from headrace.weights.memory import StagePiece
 from headrace.weights.position_sum import PositionKeys, PositionSum
-from headrace.weights.staging import Arrival, Enqueued, SideStream
+from headrace.weights.staging import Arrival, Enqueued, SideStream, bytes_of, row_blocks
 
 SLICE_BYTES = 1 << 30
 """Copied by one launch: a fraction of a millisecond's work for a device, beside which a step does not wait long."""
@@ -46,7 +46,7 @@ class ArrivingPiece(NamedTuple):
     def is_read_in_part(self) -> bool:
         """It is a whole tensor where the device reads it, of which no more is read than is held here."""
         destination = self.arrival.destination
-        is_whole = self.source.numel() == destination.num_elements
+        is_whole = self.source.numel() == destination.num_elements and self.arrival.hasher is None
         return is_whole and destination.flat is None and self.source.device == destination.device
 
 
@@ -101,6 +101,9 @@ class DeviceCopies:
         stop_at = time.perf_counter() + budget_s
         while self._next is not None or self._under_way:
             if self._under_way and self._under_way[0].copied.is_done():
+                with self._side.enqueuing():  # what is read back waits for no step
+                    if not self._under_way[0].hash(stop_at):
+                        return False
                 self._before_write()
                 self.whole += self._under_way.popleft().finish(self._take)
             elif not self._enqueue():
@@ -148,6 +151,7 @@ class _Slice:
         self._whole: list[int] = []
         self._moved: list[tuple[StagePiece, torch.Tensor]] = []
         self._checks: list[tuple[int, ArrivingPiece]] = []
+        self._unhashed: deque[tuple[Any, torch.Tensor]] = deque()
         self._sums: list[tuple[int, PositionSum, int]] = []
 
     def add_whole(self, piece: StagePiece, target: WholeTarget) -> None:
@@ -192,6 +196,8 @@ class _Slice:
             block = destination.write_view(place)
             self._checks.append((len(rows), piece))
             copied.append((len(rows), piece, block))
+            if (hasher := piece.arrival.hasher) is not None:
+                self._unhashed += ((hasher, block[part]) for part in row_blocks(tuple(block.shape), block.itemsize))
             is_alike = source.dtype == block.dtype and source.device == block.device
             if is_alike and destination.flat is not None:
                 rows.append(row_of(source, block, place.start))
@@ -214,6 +220,15 @@ class _Slice:
         found = move_rows(rows, keys.words, sums=are_digests or bool(self._sums))
         self._results = torch.empty(found.shape, dtype=found.dtype, device="cpu", pin_memory=found.is_cuda)
         self._results.copy_(found, non_blocking=True)
+
+    def hash(self, stop_at: float) -> bool:
+        """The device has done it: look at what SHA-256s are wanted of, until then; whether that was all."""
+        while self._unhashed:
+            hasher, block = self._unhashed.popleft()
+            hasher.update(bytes_of(block).data)
+            if time.perf_counter() >= stop_at:
+                break
+        return not self._unhashed
 
     def finish(self, take: Callable[[int, Sequence[int]], None]) -> list[int]:
         """The device has done it: the indices of the tensors that are whole."""

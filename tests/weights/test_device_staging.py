@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import random
 from collections.abc import Iterator, Sequence
 
@@ -158,6 +159,28 @@ def test_digests_of_the_manifest_and_tied_tensors_are_checked() -> None:
     whole = whole_pieces(tensors)
     assert store.stage_all(iter(whole)).advance(60.0)
     store.abort()
+    store.begin(manifest, "shadow", False)
+    wrong = {name: tensor + 1 for name, tensor in tensors.items()}
+    with pytest.raises(WeightUpdateError, match="arrived with digest"):
+        store.stage_all(iter(whole_pieces(wrong)[:1])).advance(60.0)
+
+
+@pytest.mark.parametrize("shard", [Shard(), Shard(1, 2)], ids=["alone", "one of two"])
+@pytest.mark.parametrize("budget_s", [60.0, 0.0])
+def test_sha_256s_of_the_manifest_are_checked(shard: Shard, budget_s: float) -> None:
+    """Of the whole tensor, also where a rank holds some of it; in slices, and of tensors in pieces too."""
+    spec = ModelSpec.from_config(TINY)
+    tensors = make_tensors(weight_map(spec), 1)
+    store = store_of(weight_map(spec, shard), tensors, torch.float32)
+    shas = {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
+    manifest = [TensorInfo(info.name, info.shape, info.dtype, shas[info.name]) for info in manifest_of(tensors)]
+    for sent in (whole_pieces(tensors), list(pieces_of(tensors, random.Random(1)))):
+        store.begin(manifest, "shadow", False)
+        copies, num_slices = store.stage_all(iter(sent)), 1
+        while not copies.advance(budget_s):
+            num_slices += 1
+        assert sorted(copies.whole) == list(range(len(tensors))) and (num_slices > 1) == (not budget_s)
+        store.abort()
     store.begin(manifest, "shadow", False)
     wrong = {name: tensor + 1 for name, tensor in tensors.items()}
     with pytest.raises(WeightUpdateError, match="arrived with digest"):
