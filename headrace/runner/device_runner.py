@@ -47,7 +47,6 @@ from headrace.runner.step_runner import MAX_CELLS, StepRunner
 from headrace.sampling.device_sampler import RECORD_SIZE, DeviceSampler
 from headrace.types.plan import StepPlan
 from headrace.types.weights import ELEMENT_BYTES
-from headrace.weights.position_sum import PositionKeys
 from headrace.weights.shard import Shard
 from headrace.weights.store import WeightStore
 
@@ -105,7 +104,7 @@ class DeviceRunner:
             self._steps.capture(parts.buckets.captured, parts.buckets.sampled)
             self._steps.warm(parts.buckets.uncaptured)
             parts.sampler.warm()
-            warm(PositionKeys(device).words)  # for updates
+            warm(self.weights.sum_keys.words)  # for updates
             self._compiled.arm()
             self.memory.graphs = self._steps
         times.append(time.perf_counter())

@@ -5,18 +5,14 @@ Owns what is set for the thread, once, before anything is allocated; a core's th
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 
 from headrace.config import ResolvedConfig
-from headrace.config.cuda_driver import cuda_driver
+from headrace.config.cuda_driver import capture_by_thread
 from headrace.types.errors import ConfigError
 
 CAPTURE_MODE = "thread_local"
 """Our own captures do not mind what a trainer's threads do meanwhile."""
-
-_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 
 
 def take_device(resolved: ResolvedConfig, *, shares_process: bool) -> torch.device:
@@ -35,5 +31,5 @@ def take_device(resolved: ResolvedConfig, *, shares_process: bool) -> torch.devi
     torch.cuda.set_device(device)
     torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
     if shares_process:
-        cuda_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(ctypes.c_int(_THREAD_LOCAL)))
+        capture_by_thread()
     return device

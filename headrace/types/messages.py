@@ -410,7 +410,7 @@ class CoreReady(msgspec.Struct, frozen=True, array_like=True, tag="core_ready"):
     """The core holds weights and steps, or failed to start (`error`). Sent once, first.
 
     `explanations` are (setting, value, why) of everything that was "auto". `front` is the number of the front that is
-    told so, for its handles. `device` is the UUID of the device that weights are on, "" on a CPU.
+    told so, for its handles. `devices` are the UUIDs of those whose memory tensors are staged from where they lie.
     """
 
     max_total_num_tokens: int = 0
@@ -419,7 +419,7 @@ class CoreReady(msgspec.Struct, frozen=True, array_like=True, tag="core_ready"):
     explanations: tuple[tuple[str, str, str], ...] = ()
     error: ErrorInfo | None = None
     front: int = 0
-    device: str = ""
+    devices: tuple[str, ...] = ()
 
 
 class CoreFailed(msgspec.Struct, frozen=True, array_like=True, tag="core_failed"):

@@ -19,6 +19,9 @@ from headrace.weights.staging import Arrival, Enqueued, SideStream
 SLICE_BYTES = 1 << 30
 """Copied by one launch: a fraction of a millisecond's work for a device, beside which a step does not wait long."""
 
+LIVE_SLICE_BYTES = 2 << 30
+"""The same where live weights are written to, and no step runs."""
+
 MAX_SLICE_PIECES = 256
 _MAX_AHEAD = 2  # slices that are enqueued and not done: the device goes on while the host looks at the first
 
@@ -104,8 +107,8 @@ class DeviceCopies:
         if self._next is None or len(self._under_way) == _MAX_AHEAD:
             return False
         busy = {index for each in self._under_way for index in each.arriving}
-        part, num_bytes = _Slice(), 0
-        while (piece := self._next) is not None and num_bytes < SLICE_BYTES and part.num_pieces < MAX_SLICE_PIECES:
+        part = _Slice()
+        while (piece := self._next) is not None and not part.is_full:
             target = self._target(piece)
             if target is not None:
                 part.add_whole(piece, target)
@@ -113,7 +116,6 @@ class DeviceCopies:
                 break  # the next piece of a tensor can come only when the one before is there
             else:
                 part.add(self._arrive(piece), piece)
-            num_bytes += piece.data.nbytes
             self._next = next(self._pieces, None)
         if not part.num_pieces:
             return False
@@ -134,7 +136,7 @@ class _Slice:
 
     def __init__(self) -> None:
         self.is_live = False
-        self.num_pieces = 0
+        self.num_pieces, self._num_bytes = 0, 0
         self.arriving: dict[int, ArrivingPiece] = {}
         self._whole: list[int] = []
         self._moved: list[tuple[StagePiece, torch.Tensor]] = []
@@ -143,15 +145,24 @@ class _Slice:
     def add_whole(self, piece: StagePiece, target: WholeTarget) -> None:
         """One that is only moved: it has a row of results."""
         self._moved.append((piece, target.memory))
-        self.num_pieces += 1
-        self.is_live = self.is_live or target.is_live
+        self._count(piece, is_live=target.is_live)
 
     def add(self, arriving: ArrivingPiece, piece: StagePiece) -> None:
         self.arriving[piece.index] = arriving
-        self.num_pieces += 1
-        self.is_live = self.is_live or arriving.arrival.is_live
+        self._count(piece, is_live=arriving.arrival.is_live)
         if piece.is_last:
             self._whole.append(piece.index)
+
+    def _count(self, piece: StagePiece, *, is_live: bool) -> None:
+        self.num_pieces += 1
+        self._num_bytes += piece.data.nbytes
+        self.is_live = self.is_live or is_live
+
+    @property
+    def is_full(self) -> bool:
+        """What is still to come is for the next."""
+        limit = LIVE_SLICE_BYTES if self.is_live else SLICE_BYTES
+        return self._num_bytes >= limit or self.num_pieces >= MAX_SLICE_PIECES
 
     def enqueue(self, keys: PositionKeys, *, are_digests: bool) -> None:
         """Copy all, and reckon what is to be known of them: a row of results for each piece, then further rows."""

@@ -20,8 +20,8 @@ import pytest
 from headrace import ConfigError
 from headrace.cli.serve import with_keys
 from headrace.server import ServerOptions
+from tests.arch.source import ROOT, child_environment
 
-ROOT = Path(__file__).resolve().parents[2]
 POLICY = ROOT / "headrace" / "rl" / "policy"
 OPEN_PATHS = ("/health", "/health_generate", "/ready")
 LONG = {"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 100, "ignore_eos": True}, "stream": True}
@@ -34,7 +34,7 @@ def serve(folder: Path, *words: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=child_environment(),
     )
 
 
