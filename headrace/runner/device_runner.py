@@ -128,6 +128,7 @@ class DeviceRunner:
             "num_compiled_after_ready": float(self._compiled.num_calls),
             "gpu_busy_s": self._steps.clock.busy_s,
             "gpu_idle_s": self._steps.clock.idle_s,
+            **self._steps.counters(),
         }
 
     def close(self) -> None:

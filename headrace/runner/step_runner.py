@@ -59,6 +59,10 @@ class StepRunner:
         self._exact = exact
         self._host_pages = host_pages
 
+    def counters(self) -> dict[str, float]:
+        """Figures for the metrics, of what runs beside steps."""
+        return self._host_pages.counters() if self._host_pages else {}
+
     def launch(self, plan: StepPlan) -> DeviceStep:
         """Enqueue one plan, up to its sampling if that waits. Of a stage but the last the result is empty."""
         host = self._buffer.take()

@@ -119,3 +119,14 @@ def test_what_requests_see_of_updates_is_measured() -> None:
     for run in found["quiet"] + found["updated"]:
         assert run["disturbed"] == {} and run["step"]["median_ms"] <= run["step"]["longest_ms"]
     assert [len(run["updates_ms"]) for run in found["quiet"] + found["updated"]] == [0, 0, 1, 1]
+
+
+def test_copies_of_pages_beside_rows_that_decode_are_measured() -> None:
+    words = ["--rows", "8", "--prefix-tokens", "256", "--steps", "200", "--quiet-steps", "10"]
+    found = run_on_cpu("gpu_host_kv.py", *words)
+    assert found["disturbed"] == {} and found["recomputed_tokens"] == 0
+    page_bytes = 2 * 2 * 2 * 16 * 4 * 16  # keys and values of two layers and two heads of 16 floats, for 16 tokens
+    assert found["load"]["gigabytes"] == pytest.approx(12 * 16 * page_bytes / 1e9), "all that was asked for came back"
+    assert found["visits"]["gigabytes"] == 0 and found["visits"]["steps"] > 0 and found["visits"]["decode"] > 0
+    assert found["save"]["gigabytes"] > 0
+    assert found["load"]["gb_per_s"] > 0 and found["save"]["gb_per_s"] > 0 and found["load"]["decode"] > 0

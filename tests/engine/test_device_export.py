@@ -50,6 +50,7 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> Allocator:
     monkeypatch.setattr(device_sharing, "handle_of", found.handle_of)
     monkeypatch.setattr(module, "device_of", lambda tensor: "GPU")
     monkeypatch.setattr(torch.cuda, "device", lambda _: torch.no_grad())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: Stream())
     return found
 
