@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -184,6 +185,8 @@ def _root() -> Any:
 
 
 def main(url: str, packed_bytes: str, *folders: str) -> None:
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print, as NCCL does, is no reply
     client = Client(url, int(packed_bytes))
     for folder in folders:
         client.update(folder)
