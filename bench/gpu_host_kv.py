@@ -73,7 +73,8 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     pool = rows * (PROMPT_TOKENS + arguments.steps + 2 * page) + 2 * (prefix + page)
     num_prefixes = max(2 * VISITS, (pool - rows * PROMPT_TOKENS) // prefix + 2)  # the least recent is not in the pool
     settings |= {"kv_pool_tokens": pool, "host_kv_tokens": num_prefixes * (prefix + page)}
-    settings["max_running_requests"] = rows + 2
+    # All rows begin in one step: what the former left is still on its way to the host when they decode.
+    settings |= {"max_running_requests": rows + 2, "max_num_batched_tokens": rows * PROMPT_TOKENS + 1024}
     with Engine(folder, inprocess=False, **settings) as engine, StepWatch(engine) as watch:
         bench = Bench(engine, watch, rows, min(pool, resolved.context_length) - 2 * PROMPT_TOKENS)
         prefixes = [[(31 * i + 5 * at) % 499 + 1 for at in range(prefix)] for i in range(num_prefixes)]

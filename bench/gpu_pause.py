@@ -40,6 +40,7 @@ from headrace.models import weight_map
 
 PROMPT_TOKENS = 48
 FIRST_TOKENS = 16  # of each request, before anything is counted
+SPARE_TOKENS = 200  # of each request: the first ones have some when the last one begins
 FIRST_UPDATE_S, EVERY_S = 1.0, 2.0
 AFTER_S = 0.05  # an update is still felt
 START_S = 120.0
@@ -79,7 +80,7 @@ def start(folder: Path, **settings: Any) -> Engine:
 
 def beside_requests(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     num, seconds = arguments.requests, arguments.seconds
-    limit = FIRST_TOKENS + int(arguments.steps_per_second * seconds) + 100
+    limit = int(arguments.steps_per_second * seconds) + SPARE_TOKENS
     pool = num * (PROMPT_TOKENS + limit + 32)
     settings = {"max_running_requests": num, "kv_pool_tokens": pool, "device": arguments.device}
     numbers = itertools.count()
@@ -159,7 +160,7 @@ class Runs:
     def _goes_on(self, until: float, before: dict[str, float]) -> bool:
         """Whether there is time left, and tokens."""
         num_steps = self._watch.page.read().num_steps - before["num_steps"]
-        return time.monotonic() < until and num_steps < self._limit - 2 * FIRST_TOKENS
+        return time.monotonic() < until and num_steps < self._limit - SPARE_TOKENS
 
     def _figures(
         self, window: tuple[float, float], arrivals: Arrivals, updates: Sequence[tuple[float, float]]

@@ -28,12 +28,13 @@ class DeviceExport:
         self.entries: list[BufferEntry] = []
         self._device_ids = device_ids
         self._shares_process = shares_process
-        self._devices: dict[torch.device, bool] = {}  # those seen so far, and whether the core reads them
+        self._contexts: dict[torch.device, AbstractContextManager[Any] | None] = {}  # of those seen so far
         self._is_refused = False
         self._held: list[tuple[str, torch.Tensor, int, int]] = []
         self._areas: list[DeviceArea] = []
         self._starts: dict[tuple[int, int], int] = {}  # of areas among all, by address, which no two devices share
         self._size = 0
+        self._last = 0, 0  # the allocation of the last tensor: the next one is often in it
         self.num_bytes = 0  # of all tensors
 
     @property
@@ -58,8 +59,8 @@ class DeviceExport:
 
     def settle(self) -> DeviceExport:
         """Wait for what the caller has enqueued, on his current streams, that writes to the tensors; returns itself."""
-        for device, is_read in self._devices.items():
-            if is_read:
+        for device, context in self._contexts.items():
+            if context is not None:
                 import torch
 
                 torch.cuda.current_stream(device).synchronize()
@@ -72,21 +73,28 @@ class DeviceExport:
                 raise WeightUpdateError(f"{name} was written to while it was sent", field=name)
 
     def _lies_well(self, tensor: torch.Tensor) -> bool:
-        device = tensor.device
-        if device not in self._devices:
-            self._devices[device] = device_of(tensor) in self._device_ids
-            if self._devices[device]:
-                import torch
-
-                with torch.cuda.device(device):
-                    torch.cuda.current_stream().query()  # a thread that has used no device has no context yet
+        if tensor.device not in self._contexts:
+            self._contexts[tensor.device] = self._context_of(tensor)
         is_plain = tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj()
-        return self._devices[device] and is_plain and tensor.numel() > 0
+        return self._contexts[tensor.device] is not None and is_plain and tensor.numel() > 0
+
+    def _context_of(self, tensor: torch.Tensor) -> AbstractContextManager[Any] | None:
+        """In which the driver is asked about its memory; None: the core does not read its device."""
+        if device_of(tensor) not in self._device_ids:
+            return None
+        import torch
+
+        with torch.cuda.device(tensor.device):
+            torch.cuda.current_stream().query()  # a thread that has used no device has no context yet
+        is_current = tensor.get_device() == torch.cuda.current_device()
+        return nullcontext() if is_current else torch.cuda.device(tensor.device)
 
     def _offset_of(self, tensor: torch.Tensor) -> int:
         """Where it begins, counted through all areas."""
         address = tensor.data_ptr()
-        base, size = self._allocation_of(tensor, address)
+        base, size = self._last
+        if not base <= address < base + size:
+            base, size = self._last = self._allocation_of(tensor, address)
         start = self._starts.get((base, size))
         if start is None:
             self._areas.append(self._area_of(tensor, base, size))
@@ -100,7 +108,7 @@ class DeviceExport:
             return storage.data_ptr(), storage.nbytes()
         from headrace.weights.device_sharing import allocation_of
 
-        with self._context_of(tensor):
+        with self._contexts[tensor.device] or nullcontext():
             return allocation_of(address)
 
     def _area_of(self, tensor: torch.Tensor, base: int, size: int) -> DeviceArea:
@@ -108,12 +116,5 @@ class DeviceExport:
             return DeviceArea(b"", base, size)
         from headrace.weights.device_sharing import handle_of
 
-        with self._context_of(tensor):
+        with self._contexts[tensor.device] or nullcontext():
             return DeviceArea(handle_of(base), 0, size)
-
-    def _context_of(self, tensor: torch.Tensor) -> AbstractContextManager[Any]:
-        """In which the driver is asked about its memory."""
-        import torch
-
-        is_current = tensor.get_device() == torch.cuda.current_device()
-        return nullcontext() if is_current else torch.cuda.device(tensor.device)

@@ -57,7 +57,7 @@ class SharedDeviceMemory:
         self._address = ctypes.c_ulonglong()
         self._device = device
         with torch.cuda.device(device):
-            torch.cuda.current_stream(device)  # makes the device's context that of the thread
+            torch.cuda.current_stream().query()  # a thread that has used no device has no context yet
             allocated = cuda_driver().cuMemAlloc_v2(ctypes.byref(self._address), ctypes.c_size_t(size))
             _check(allocated, f"give {size} bytes")
             handle = b"" if shares_process else self._export()
@@ -93,7 +93,8 @@ class SharedDeviceMemory:
     def _free(self) -> None:
         address, self._address = self._address, ctypes.c_ulonglong()
         if address.value:
-            with torch.cuda.device(self._device):  # the thread may be one that has used another, or none
+            with torch.cuda.device(self._device):
+                torch.cuda.current_stream().query()
                 _check(cuda_driver().cuMemFree_v2(address), "take memory back")
 
 

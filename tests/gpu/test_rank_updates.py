@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import functools
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -193,6 +195,18 @@ def test_stages_read_what_lies_on_either_device(start: Starter, checkpoints: Che
     engine.update_weights_from_tensor(placed(new, *DEVICES), "new", mode="inplace")
     assert engine.digest() == expected
     assert staged and all(isinstance(ref, DeviceRef) for ref in staged)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_memory_to_share_is_had_and_given_back_in_any_thread(device: str) -> None:
+    """Also in one that has used no device before."""
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        make = functools.partial(device_sharing.SharedDeviceMemory, shares_process=False)
+        memory = one.submit(make, 1 << 20, torch.device(device)).result()
+        memory.view(8, 4).fill_(7)
+        memory.flush()
+        assert memory.view(8, 4).tolist() == [7] * 4 and memory.ref.size == 1 << 20
+        other.submit(memory.close).result()
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ PLACES = [(5, 0), (0, 0), (WIDTH, 0), (9000, 16), (WIDTH * 6 + 77, WIDTH * 3 + 3
 @pytest.fixture(autouse=True)
 def rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of few rows, and so several of them: the interpreter is slow."""
-    for name in ("BLOCK", "SUMMED_BLOCK"):
+    for name in ("TILE", "SUMMED_TILE"):
         monkeypatch.setattr(module, name, getattr(module, name)._replace(rows=4))
 
 

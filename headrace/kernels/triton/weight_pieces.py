@@ -21,7 +21,7 @@ WIDTH = 4096
 """Units of a row, and rows of a square, which share all keys but the last."""
 
 
-class Block(NamedTuple):
+class Tile(NamedTuple):
     """What one program takes of a piece: rows, units of each, and the warps that do it."""
 
     rows: int
@@ -29,8 +29,8 @@ class Block(NamedTuple):
     warps: int
 
 
-BLOCK = Block(32, WIDTH, 8)
-SUMMED_BLOCK = Block(128, 512, 4)
+TILE = Tile(32, WIDTH, 8)
+SUMMED_TILE = Tile(128, 512, 4)
 _UNIT_BYTES = 2
 _ALIGNMENT = 8  # units that are moved at once, where every piece allows it
 _FIELDS = 7
@@ -81,9 +81,9 @@ def warm(words: Tensor) -> None:
 
 
 def _launch(rows: Table, words: Tensor, results: Tensor, is_aligned: bool, sums: bool) -> None:
-    block = SUMMED_BLOCK if sums else BLOCK
-    start, count, tile = rows[:, 2], rows[:, 3], WIDTH * block.rows
-    num_blocks = ((start + count - 1) // tile - start // tile + 1) * (WIDTH // block.columns)
+    tile = SUMMED_TILE if sums else TILE
+    start, count, height = rows[:, 2], rows[:, 3], WIDTH * tile.rows
+    num_blocks = ((start + count - 1) // height - start // height + 1) * (WIDTH // tile.columns)
     which = np.repeat(np.arange(len(rows), dtype=np.int32), num_blocks)
     number = np.arange(len(which), dtype=np.int32) - np.repeat(np.cumsum(num_blocks) - num_blocks, num_blocks)
     blocks = np.stack([which, number.astype(np.int32)], axis=1)
@@ -95,10 +95,10 @@ def _launch(rows: Table, words: Tensor, results: Tensor, is_aligned: bool, sums:
         IS_ALIGNED=is_aligned,
         SUMS=sums,
         FIELDS=_FIELDS,
-        ROWS=block.rows,
-        COLUMNS=block.columns,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
         WIDTH=WIDTH,
-        num_warps=block.warps,
+        num_warps=tile.warps,
     )
 
 
