@@ -43,6 +43,9 @@ class Communicator(Protocol):
     def abort(self) -> None:
         """End what is waited for in it; no call succeeds afterwards."""
 
+    def close(self) -> None:
+        """Let go of the others: no call is made afterwards. Idempotent."""
+
 
 class OnlyRank:
     """The communicator of a mesh of one: nothing is told to anybody."""
@@ -62,6 +65,9 @@ class OnlyRank:
         pass
 
     def abort(self) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 
@@ -115,7 +121,14 @@ class GroupCommunicator:
         _wait(lambda: self._group.broadcast([values], self._broadcasts[source]))
 
     def abort(self) -> None:
-        self._group.abort()
+        group = self._group  # another thread may close it
+        if group is not None:
+            group.abort()
+
+    def close(self) -> None:
+        group, self._group = self._group, None  # with the last reference to it go its threads and descriptors
+        if group is not None and group.name() == "nccl":
+            group.abort()
 
 
 def _add_(residual_TX: Tensor, total_TX: Tensor, bias_X: Tensor | None) -> None:
