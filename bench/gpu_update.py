@@ -1,15 +1,17 @@
 """How long a full update of an engine's weights takes on one GPU, by the road and by where the tensors are.
 
-    python bench/gpu_update.py --shape qwen3-8b --roads device,host,own --modes inplace,shadow --out update.json
+    python bench/gpu_update.py --shape qwen3-8b --roads device,bucket,host,own --modes inplace,shadow --out update.json
 
     device   tensors of this process on the core's GPU, the core in a process of its own
     host     the same tensors in this process's CPU memory
     own      tensors on the GPU, the core in a thread of this process
+    bucket   as device, all of them in one allocation: mapping another process's takes the driver a while for each
 
 Each figure is a whole `update_weights_from_tensor`, of which nothing is left to do when it returns: the median of
-`--runs`, after one that is not counted. `verified` is the same with a digest of each tensor in the manifest, which the
-core holds against what arrived. `phases` are medians too, of where the front's time went; of the road `own` also what
-the core did meanwhile. Afterwards a digest is compared with that of the tensors.
+`--runs`, after one that is not counted; between two is a tenth of a second, as a trainer has other things to do.
+`verified` is the same with a digest of each tensor in the manifest, which the core holds against what arrived. `phases`
+are medians too, of where the front's time went; of the road `own` also what the core did meanwhile. Afterwards a digest
+is compared with that of the tensors.
 
 What running requests see of updates, and memory that is released and resumed, is `gpu_pause.py`.
 """
@@ -55,7 +57,7 @@ _PLAIN = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="qwen3-8b")
-    parser.add_argument("--roads", default="device,host,own")
+    parser.add_argument("--roads", default="device,bucket,host,own")
     parser.add_argument("--modes", default="inplace,shadow,verified")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--out", type=Path)
@@ -83,6 +85,7 @@ def measure(folder: Path, road: str, modes: list[str], runs: int) -> dict[str, A
     )
     try:
         tensors = tensors_like(engine, "cpu" if road == "host" else "cuda")
+        tensors = in_one_allocation(tensors) if road == "bucket" else tensors
         digests = digests_of(tensors)
         report: dict[str, Any] = {"gigabytes": sum(tensor.nbytes for _, tensor in tensors) / 1e9}
         for mode in modes:
@@ -101,6 +104,7 @@ def one_mode(engine: Engine, tensors: Named, digests: dict[str, str], mode: str,
     seconds, pauses, parts = [], [], []
     for run in range(runs + 1):
         torch.cuda.synchronize()
+        time.sleep(0.1)
         with phases() as spent:
             begin = time.perf_counter()
             pause = update(engine, tensors, digests, mode, str(run))
@@ -174,6 +178,13 @@ def tensors_like(engine: Engine, device: str) -> Named:
     return [
         (rule.hf_name, (0.02 * torch.randn(rule.shape, device="cuda")).to(torch.bfloat16).to(device)) for rule in rules
     ]
+
+
+def in_one_allocation(tensors: Named) -> Named:
+    """The same values, as a trainer's buckets hold them."""
+    bucket = torch.empty(sum(tensor.numel() for _, tensor in tensors), dtype=torch.bfloat16, device="cuda")
+    parts = bucket.split([tensor.numel() for _, tensor in tensors])
+    return [(name, part.view(tensor.shape).copy_(tensor)) for (name, tensor), part in zip(tensors, parts, strict=True)]
 
 
 def digests_of(tensors: Named) -> dict[str, str]:

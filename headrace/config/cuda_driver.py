@@ -1,4 +1,5 @@
-"""The driver of CUDA devices in this process. Owns the library and how torch is shown its memory; calls nothing of it.
+"""The driver of CUDA devices in this process. Owns the library, how torch is shown its memory, and how a
+thread stands to the captures of others.
 
 What a process that must stay free of CUDA asks is `headrace.config.devices`.
 """
@@ -11,11 +12,18 @@ from typing import Any
 
 from headrace.config.devices import DRIVER
 
+_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+
 
 @functools.cache
 def cuda_driver() -> Any:
     """The library. Raises `OSError` where there is none."""
     return ctypes.CDLL(DRIVER)
+
+
+def capture_by_thread() -> None:
+    """What this thread asks of the driver neither breaks nor is refused by a graph capture in another thread."""
+    cuda_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(ctypes.c_int(_THREAD_LOCAL)))
 
 
 def array_interface(address: int, num_bytes: int) -> dict[str, Any]:

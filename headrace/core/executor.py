@@ -113,13 +113,15 @@ class Executor(Protocol):
 
     def release(self, tags: Collection[MemoryTag], *, keeps_copy: bool) -> Generator[None]:
         """Give the memory of these tags back to the system, which has it at the end; told after resting now and then.
-        No plan is in flight. The host keeps a copy of the weights if `keeps_copy`. Closed before its end, or failed, it
-        has released nothing."""
+        No plan is in flight; without graphs later ones are executed all the same. The host keeps a copy of the weights
+        if `keeps_copy`. Closed before its end, or failed, it has released nothing."""
 
     def resume(self, tags: Collection[MemoryTag], restore: Restore) -> Generator[None]:
         """Take the memory of these tags again, as zeros at the addresses it had; weights from where `restore` says,
-        which is not "auto". Closed before its end, or failed, it has taken nothing, and a copy is still there. Raises
-        `UnavailableError` where there is no room, `CheckpointError` where the folder has changed."""
+        which is not "auto". Graphs are captured again, which runs nothing: all other memory is there, or comes with
+        them, and no plan is in flight or comes meanwhile. Closed before its end, or failed, it has taken nothing, and a
+        copy is still there. Raises `UnavailableError` where there is no room, `CheckpointError` where the folder has
+        changed."""
 
     def attend(self) -> float:
         """To be called while there is nothing to do, again after so many seconds at most. Raises `DeviceLost` if it is,

@@ -134,7 +134,7 @@ def _free_extras(count: int, options: LogprobOptions) -> PositionLogprobs:
 class FreeWeights:
     """Weights that are nowhere: every update is accepted and costs nothing."""
 
-    device_id = ""
+    device_ids: tuple[str, ...] = ()
 
     def open_buffer(self, ref: BufferRef | DeviceRef) -> StageBuffer:
         return SharedBuffer.open(ref)

@@ -36,7 +36,8 @@ from headrace.core.rank_messages import (
     VoidStep,
 )
 from headrace.core.rank_results import digest_of
-from headrace.core.rank_weights import Arrived, FileTensorOn, RankWeights, give_up
+from headrace.core.rank_sources import Arrived, FileTensorOn, give_up
+from headrace.core.rank_weights import RankWeights
 from headrace.core.stage_results import StageResults
 from headrace.ipc.rank_meeting import Meeting
 from headrace.ipc.rank_page import NUM_RESULTS

@@ -123,7 +123,7 @@ class OtherRanks:
         self.peers = peers
         self.companions: Collection[int] = [peer.rank for peer in peers]
         self._results: list[ResultOn] = []
-        self._shares_process = shares_process
+        self.shares_process = shares_process
         self._open: dict[int, Asked] = {}
         self._last_ticket = READY
         self.is_closed = False
@@ -315,7 +315,7 @@ class OtherRanks:
         if self._stop.is_set():
             return
         self.break_off()
-        if not (self._shares_process or self._stop.wait(STUCK_SECONDS) or self._is_noted):
+        if not (self.shares_process or self._stop.wait(STUCK_SECONDS) or self._is_noted):
             os._exit(LOST_EXIT_CODE)  # a device may wait for a lost rank for ever, and rank 0 for its device
 
     def _problem(self, process: RankPeer, now: float) -> str:

@@ -15,7 +15,7 @@ from headrace.types.errors import ErrorInfo
 from headrace.types.foreign import Payload
 from headrace.types.memory import MemoryTag, Restore
 from headrace.types.messages import JoinGroup
-from headrace.types.weights import BufferRef, TensorInfo, UpdateMode
+from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
 
 START, PLAN, TELL, RESULT = range(4)
 """Kinds of frames to a rank: its `RankStart`, the words of a plan, a `RankCommand`. What it sends are `RankAnswer`s,
@@ -79,6 +79,10 @@ class VoidStep(_Asked, frozen=True, tag="void"):
     number: int
 
 
+class DevicesOn(_Asked, frozen=True, tag="devices"):
+    """Values: as `Weights.device_ids`."""
+
+
 class BeginOn(_Asked, frozen=True, tag="begin"):
     """As `WeightMemory.begin`."""
 
@@ -115,10 +119,10 @@ class Place(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class StageBufferOn(_Asked, frozen=True, tag="stage_buffer"):
-    """Stage pieces that are in shared memory; without a path in bytes that are sent (`FillOn`), one piece after the
-    other. Values: a sum for each that is the last of its tensor, or ""."""
+    """Stage pieces that are in shared memory or a device's; without a path in bytes that are sent (`FillOn`), one piece
+    after the other. Values: a sum for each that is the last of its tensor, or ""."""
 
-    buffer: BufferRef
+    buffer: BufferRef | DeviceRef
     places: tuple[Place, ...]
 
 
@@ -169,6 +173,10 @@ class CommitOn(_Asked, frozen=True, tag="commit"):
     """As `WeightMemory.commit`, answered when it is done."""
 
 
+class LetGoOn(_Asked, frozen=True, tag="let_go"):
+    """As `Weights.let_go`, until nothing is left."""
+
+
 class AbortOn(_Told, frozen=True, tag="abort"):
     """End the update if it is open here."""
 
@@ -205,7 +213,7 @@ class OpenFolderOn(_Told, frozen=True, tag="open_folder"):
 
 
 class OpenForeignOn(_Asked, frozen=True, tag="open_foreign"):
-    """Open what another engine's client shares, without counting it down."""
+    """Open what another engine's client shares with this rank; see `Payload.of_ranks`."""
 
     key: int
     payload: Payload
@@ -279,6 +287,7 @@ class LeaveOn(_Told, frozen=True, tag="leave"):
 RankCommand = (
     SampleStep
     | VoidStep
+    | DevicesOn
     | BeginOn
     | BeginOpenOn
     | ExtendOn
@@ -291,6 +300,7 @@ RankCommand = (
     | ForgetOn
     | GiveUpOn
     | CommitOn
+    | LetGoOn
     | AbortOn
     | DigestOn
     | ReadOn

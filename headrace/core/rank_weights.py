@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
 from typing import Any
@@ -27,12 +26,12 @@ from headrace.core.rank_messages import (
     AbortOn,
     BeginOn,
     BeginOpenOn,
-    CloseForeignOn,
     CommitOn,
+    DevicesOn,
     DigestOn,
     ExtendOn,
     ForgetOn,
-    GiveUpOn,
+    LetGoOn,
     MissingOn,
     OpenForeignOn,
     Place,
@@ -43,17 +42,26 @@ from headrace.core.rank_messages import (
     StageFileOn,
     StageForeignOn,
 )
+from headrace.core.rank_sources import (
+    Arrived,
+    BufferPart,
+    FileTensorOn,
+    ForeignTensorOn,
+    RankBuffer,
+    RankForeign,
+    give_up,
+)
 from headrace.core.rank_works import copy_own
 from headrace.ipc import SharedBuffer
 from headrace.models import weight_map
 from headrace.types.errors import (
     HeadraceError,
     NotFoundError,
-    RequestError,
+    UnavailableError,
     UpdateConflictError,
     WeightUpdateError,
 )
-from headrace.types.foreign import CudaHandle, Payload
+from headrace.types.foreign import FIELD, Payload
 from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
 from headrace.weights.memory import Copies, ResolvedMode, SharedTensors, StageBuffer, StageCopy, StagePiece, Ticket
 from headrace.weights.position_sum import DIGEST_LENGTH, add_digests
@@ -65,86 +73,6 @@ MAX_PIECES = 512
 
 READ_BYTES = 1 << 20
 """Bytes of a tensor that are put together at once."""
-
-
-@dataclass(eq=False, slots=True)
-class Arrived:
-    """What a group brought at `place` of a call, on every rank; `data` is what came here."""
-
-    call: int
-    place: int
-    data: Any
-    asked: Asked | None = None
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class FileTensorOn:
-    """A tensor of a folder that every rank reads; `data` is as this one does."""
-
-    name: str
-    data: Any
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class ForeignTensorOn:
-    """A tensor of a payload that every rank has opened."""
-
-    memory: RankForeign
-    name: str
-    data: Any
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class BufferPart:
-    """Bytes of a buffer that every rank maps; `data` are they, here."""
-
-    buffer: RankBuffer
-    offset: int
-    size: int
-    data: Any
-
-
-class RankBuffer:
-    """A buffer that every rank stages from."""
-
-    def __init__(self, ref: BufferRef, own: StageBuffer, others: OtherRanks) -> None:
-        self.ref = ref
-        self.asked: Asked | None = None  # what the others were asked last to stage from it
-        self._host = SharedBuffer.open(ref) if others.has_far else None
-        self._own = own
-        self._others = others
-
-    def part(self, offset: int, size: int) -> BufferPart:
-        return BufferPart(self, offset, size, self._own.part(offset, size))
-
-    def parts_to_send(self, places: Sequence[Place]) -> list[memoryview]:
-        """For ranks that do not map it."""
-        return [] if self._host is None else [self._host.part(place.offset, place.size) for place in places]
-
-    def close(self) -> None:
-        """When nobody reads it any more."""
-        give_up(self._others, self.asked)
-        if self._host is not None:
-            self._host.close()
-        self._own.close()
-
-
-class RankForeign:
-    """What another engine's client shares, open on every rank."""
-
-    def __init__(self, key: int, own: SharedTensors, others: OtherRanks) -> None:
-        self.key = key
-        self.asked: Asked | None = None
-        self._own = own
-        self._others = others
-        self.tensors: list[tuple[str, Any]] = [(name, ForeignTensorOn(self, name, data)) for name, data in own.tensors]
-
-    def close(self) -> None:
-        self.tensors.clear()
-        give_up(self._others, self.asked)
-        if not self._others.is_closed:
-            self._others.ask(CloseForeignOn, self.key).settle()
-        self._own.close()
 
 
 class OwnCopy:
@@ -198,6 +126,8 @@ class RankWeights:
         self._scratch: list[SharedBuffer] = []
         self._num_payloads = 0
         self._sent: Asked | None = None  # what others may wait for the bytes of
+        self._has_mapped = False  # memory of devices, which others may have left
+        self._letting_go: Asked | None = None
         self._refusal: HeadraceError | None = None
 
     @property
@@ -206,9 +136,13 @@ class RankWeights:
         return self._store.device
 
     @property
-    def device_id(self) -> str:
-        """None: what is on one device is not on the others."""
-        return ""
+    def device_ids(self) -> tuple[str, ...]:
+        """Devices whose memory all ranks read where it is, this rank's own first: none where a rank is on another host,
+        or in a caller's process, in which memory is named by its address."""
+        own = self._store.device_ids
+        if not own or self._others.has_far or self._others.shares_process:
+            return ()
+        return tuple(filter(set(own).intersection(*self._others.ask(DevicesOn).wait()).__contains__, own))
 
     def close(self) -> None:
         """Give back what is shared with the others."""
@@ -305,7 +239,7 @@ class RankWeights:
             )
             far = partial(sent_pieces, places)
             asked = buffer.asked = self._others.ask(StageBufferOn, buffer.ref, places, far=far)
-            own = (msgspec.structs.replace(piece, data=part.data) for piece, part in zip(batch, parts, strict=True))
+            own = (msgspec.structs.replace(piece, data=part.here()) for piece, part in zip(batch, parts, strict=True))
             for copies in self._store.stage_pieces(own):
                 yield None if copies is None else ((), OwnCopy(copies[1]))
             whole = [piece.index for piece in batch if piece.is_last]
@@ -322,23 +256,29 @@ class RankWeights:
 
     def open_buffer(self, ref: BufferRef | DeviceRef) -> StageBuffer:
         if isinstance(ref, DeviceRef):
-            raise RequestError("the buffer is on one device, and the weights are on several", field="buffer")
+            if self._others.has_far:
+                raise UnavailableError("a rank on another host does not map memory of a device", field="buffer")
+            self._has_mapped = True
         return RankBuffer(ref, self._store.open_buffer(ref), self._others)
 
     def open_payload(self, payload: Payload) -> SharedTensors:
-        tensors = [*payload.tensors, *(bucket.memory for bucket in payload.buckets)]
-        if any(isinstance(tensor.storage, CudaHandle) for tensor in tensors):
-            message = "tensors of one CUDA device are not for an engine of several ranks"
-            raise WeightUpdateError(message, field="serialized_named_tensors")
+        if (payload.of_ranks or payload.has_cuda_memory) and (
+            self._others.has_far or self._resolved.engine.pp_size > 1
+        ):
+            where = "several hosts" if self._others.has_far else "several stages (pp_size)"
+            message = f"memory of CUDA devices is not read by an engine of {where}: send tensors of the CPU"
+            raise WeightUpdateError(message, field=FIELD)
         own = self._store.open_payload(payload)
         self._num_payloads += 1
+        opened = RankForeign(self._num_payloads, own, self._others)
         try:
             far = partial(OpenForeignOn, key=self._num_payloads, payload=Payload())
-            self._others.ask(OpenForeignOn, self._num_payloads, payload, far=far).wait()
+            opened.asked = self._others.ask(OpenForeignOn, self._num_payloads, payload, far=far)
+            opened.asked.wait()
         except BaseException:
-            own.close()
+            opened.close()
             raise
-        return RankForeign(self._num_payloads, own, self._others)
+        return opened
 
     def forget(self, index: int) -> list[int]:
         self._others.tell(ForgetOn(index))
@@ -357,8 +297,14 @@ class RankWeights:
             self._store.abort()
 
     def let_go(self, budget_s: float) -> bool:
-        """As `WeightStore.let_go`: of a trainer's, only one rank can have mapped anything."""
-        return self._store.let_go(budget_s)
+        """As `WeightStore.let_go`, on all ranks."""
+        if self._has_mapped:
+            self._has_mapped = False
+            self._letting_go = self._others.ask(LetGoOn)
+        is_left = self._store.let_go(budget_s)
+        if self._letting_go is not None and self._letting_go.is_done():
+            self._letting_go = None
+        return is_left or self._letting_go is not None
 
     # Reading live memory.
 
@@ -435,13 +381,6 @@ class RankWeights:
         while len(self._scratch) < len(self._others.numbers):
             self._scratch.append(SharedBuffer.create(READ_BYTES))
         return self._scratch
-
-
-def give_up(others: OtherRanks, asked: Asked | None) -> None:
-    """Have the others do no more of it, and wait until they do not."""
-    if asked is not None and not asked.is_over and not others.is_closed:
-        others.tell(GiveUpOn(asked.ticket))
-        asked.settle()
 
 
 def _until_done(asked: Asked) -> Iterator[None]:

@@ -21,6 +21,7 @@ from headrace.core.rank_messages import (
     BeginOpenOn,
     CloseForeignOn,
     CommitOn,
+    DevicesOn,
     DigestOn,
     DropArrivalsOn,
     DropCopyOn,
@@ -30,6 +31,7 @@ from headrace.core.rank_messages import (
     JoinOn,
     KeepOn,
     LeaveOn,
+    LetGoOn,
     MissingOn,
     OpenFolderOn,
     OpenForeignOn,
@@ -48,7 +50,7 @@ from headrace.core.rank_messages import (
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import CheckpointError, UpdateConflictError, WeightUpdateError
 from headrace.types.memory import MemoryTag
-from headrace.types.weights import BufferRef
+from headrace.types.weights import BufferRef, DeviceRef
 from headrace.weights.checkpoint import Checkpoint
 from headrace.weights.foreign_memory import ForeignMemory
 from headrace.weights.memory import StageCopy, StagePiece
@@ -91,12 +93,21 @@ class RankWorks:
                 return self._read(message)
             case CommitOn():
                 return self._commit()
+            case LetGoOn():
+                return self._let_go()
             case KeepOn() | ReleaseOn() | ResumeOn():
                 return self._occupy(message)
             case JoinOn():
                 return self._join(message)
             case (
-                BeginOn() | BeginOpenOn() | ExtendOn() | MissingOn() | ScrambleOn() | OpenForeignOn() | CloseForeignOn()
+                BeginOn()
+                | BeginOpenOn()
+                | DevicesOn()
+                | ExtendOn()
+                | MissingOn()
+                | ScrambleOn()
+                | OpenForeignOn()
+                | CloseForeignOn()
             ):
                 return self._at_once(message)
         return None
@@ -137,6 +148,8 @@ class RankWorks:
     def _at_once(self, message: Any) -> Work:
         values: tuple[str, ...] = ()
         match message:
+            case DevicesOn():
+                values = self._store.device_ids
             case BeginOn():
                 self._store.begin(message.manifest, message.mode, message.partial)
             case BeginOpenOn():
@@ -148,14 +161,17 @@ class RankWorks:
             case ScrambleOn():
                 self._store.scramble(message.seed)
             case OpenForeignOn():
-                self._payloads[message.key] = ForeignMemory(message.payload)
+                payload = message.payload
+                own = payload.of_ranks[self._rank - 1] if payload.of_ranks else payload
+                self._payloads[message.key] = self._store.open_payload(own)
             case CloseForeignOn():
-                self._payloads.pop(message.key).close()
+                if message.key in self._payloads:  # else it could not be opened here
+                    self._payloads.pop(message.key).close()
         yield from ()
         return values
 
     def _stage_buffer(self, message: StageBufferOn) -> Work:
-        if message.buffer.path:
+        if isinstance(message.buffer, DeviceRef) or message.buffer.path:
             return (yield from self._stage_places(message.buffer, message.places))
         sent = self._sent[message.ticket] = SentBytes(message.buffer.size)
         try:
@@ -166,7 +182,7 @@ class RankWorks:
             del self._sent[message.ticket]
             sent.buffer.close()
 
-    def _stage_places(self, ref: BufferRef, places: tuple[Place, ...]) -> Work:
+    def _stage_places(self, ref: BufferRef | DeviceRef, places: tuple[Place, ...]) -> Work:
         buffer = self._store.open_buffer(ref)
         try:
             pieces = (StagePiece(p.index, buffer.part(p.offset, p.size), p.start, p.is_last, False) for p in places)
@@ -228,6 +244,11 @@ class RankWorks:
         while not ticket.is_done():
             yield True
         self._tensors = iter(())
+        return ()
+
+    def _let_go(self) -> Work:
+        while self._store.let_go(SLICE_SECONDS):
+            yield False
         return ()
 
     def _abort(self) -> None:

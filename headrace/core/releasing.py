@@ -6,6 +6,9 @@ Generation needs the weights and the KV cache, in whatever order they come back,
 a copy or of the start's folder, or of a complete update that lands later. Until then no step runs, and requests wait as
 behind a pause. Those in flight are answered at a release, or kept and computed again.
 
+Without its graphs (`cuda_graph`) generation goes on: steps run uncaptured. Graphs are captured again, over memory that
+is there, by the resume with which the last of the released tags comes back.
+
 Releases and resumes are done one after the other, in slices where they move bytes. One that fails, is given up or comes
 to its deadline leaves memory as it was before.
 """
@@ -29,7 +32,9 @@ from headrace.types.memory import MEMORY_TAGS, MemoryTag, OnRelease, Restore
 from headrace.types.messages import ReleaseMemory, ResumeMemory
 
 NEEDED: frozenset[MemoryTag] = frozenset(("weights", "kv_cache"))
-"""What generation needs. Graphs of a CUDA device stay as they are: all that they read has one of these tags."""
+"""What generation needs."""
+
+GRAPHS: MemoryTag = "cuda_graph"
 
 _VALUES = "values of the weights"
 
@@ -74,6 +79,7 @@ class MemoryControl:
         self._first_epoch = update.machine.epoch
         self._has_copy = False
         self._was_of_start = False
+        self._has_graphs = True
 
     @property
     def deadline(self) -> float | None:
@@ -149,35 +155,38 @@ class MemoryControl:
     def _release(self, command: ReleaseMemory) -> Generator[None]:
         """A release from its checks to its end."""
         tags = set(command.tags or MEMORY_TAGS) - self.released
-        needed = tags & NEEDED
-        if needed and self._settings.is_kept:
+        if tags & NEEDED and self._settings.is_kept:
             raise ConfigError(self._settings.is_kept, field="memory_saver")
         if tags and "weights" not in self.released:
             self._update.check_idle()
-        if needed:
-            yield from self._give_back(needed, command.in_flight)
+        if tags:
+            yield from self._give_back(tags, command.in_flight)
         self.released |= tags
 
-    def _give_back(self, needed: set[MemoryTag], in_flight: OnRelease) -> Generator[None]:
+    def _give_back(self, tags: set[MemoryTag], in_flight: OnRelease) -> Generator[None]:
         """Closed before its end, it has changed nothing but what requests were answered."""
-        machine, has_weights = self._update.machine, "weights" in needed
+        machine, has_weights = self._update.machine, "weights" in tags
         is_ready = machine.state == "ready"
         keeps_copy = has_weights and is_ready and self._settings.keeps_copy
-        self._stop_requests(in_flight)
-        if "kv_cache" in needed:
+        if tags & NEEDED:
+            self._stop_requests(in_flight)
+        else:
+            self._stepper.settle()
+        if "kv_cache" in tags:
             self._scheduler.flush_cache()  # nothing may match a page that will be empty
         if has_weights:
             machine.release()
-        self.lacks |= needed
+        self.lacks |= tags
         is_free = False
         try:
-            yield from self._executor.release(needed, keeps_copy=keeps_copy)
+            yield from self._executor.release(tags, keeps_copy=keeps_copy)
             is_free = True
         finally:
-            if not is_free:
-                self.lacks -= needed
-                if has_weights:
-                    machine.restore(has_values=True)
+            self.lacks -= {GRAPHS} if is_free else tags
+            if has_weights and not is_free:
+                machine.restore(has_values=True)
+        if GRAPHS in tags:
+            self._has_graphs = False
         if has_weights:
             self._has_copy = keeps_copy
             self._was_of_start = is_ready and machine.epoch == self._first_epoch
@@ -192,17 +201,29 @@ class MemoryControl:
     def _resume(self, command: ResumeMemory) -> Generator[None]:
         """A resume from its checks to its end. Closed before that, it has changed nothing."""
         tags = set(command.tags or MEMORY_TAGS) & self.released
-        needed, has_weights = tags & NEEDED, "weights" in tags
+        taken, has_weights = tags & NEEDED, "weights" in tags
         source = self._source(command.restore) if has_weights else "await"
-        if needed:
-            yield from self._executor.resume(needed, source)
+        if tags == self.released and not self._has_graphs:
+            taken.add(GRAPHS)
+        if taken:
+            yield from self._take(taken, source)
         self.released -= tags
-        self.lacks -= needed
+        self.lacks -= taken
         if has_weights:
             self._has_copy = False
             self._update.machine.restore(has_values=source != "await")
             if self._update.machine.refusal() is not None:
                 self.lacks.add(_VALUES)
+
+    def _take(self, tags: set[MemoryTag], source: Restore) -> Generator[None]:
+        """No step runs meanwhile, or ranks would meet in one at different points of their captures."""
+        self._stepper.settle()
+        self.lacks |= tags & {GRAPHS}
+        try:
+            yield from self._executor.resume(tags, source)
+            self._has_graphs = self._has_graphs or GRAPHS in tags
+        finally:
+            self.lacks.discard(GRAPHS)
 
     def _source(self, restore: Restore) -> Restore:
         """Where weights come from. `UpdateConflictError` if they cannot come from there."""

@@ -80,13 +80,14 @@ def _build(
     loop = CoreLoop(resolved, executor, link, pulse=pulse)
     if on_built is not None:
         on_built()
+    devices = executor.weights.device_ids
     ready = CoreReady(
         max_total_num_tokens=resolved.max_total_num_tokens,
         page_size=resolved.engine.page_size,
         num_layers=len(resolved.model.layers),
         explanations=resolved.explanations,
         front=loop.front,
-        device=executor.weights.device_id,
+        devices=devices[:1] if shares_process else devices,  # an address is of one device
     )
     try:
         link.send(ready)

@@ -208,7 +208,8 @@ class AsyncEngine(EngineLifecycle):
         released already stays so.
 
         Requests in flight are ended with what they have, or, with "recompute", kept and computed again after the
-        resume. Requests that come meanwhile wait, at most `pause_timeout` seconds. `UpdateConflictError` while an
+        resume. Requests that come meanwhile wait, at most `pause_timeout` seconds. With "cuda_graph" alone released
+        they go on, more slowly. `UpdateConflictError` while an
         update is open; one in buckets of which no call is in progress is dropped instead.
         """
         given, how, seconds = tags_of(tags), as_choice(in_flight, get_args(OnRelease), "in_flight"), seconds_of(timeout)
@@ -219,7 +220,8 @@ class AsyncEngine(EngineLifecycle):
     async def resume_memory_occupation(
         self, tags: Sequence[MemoryTag] | None = None, *, restore: Restore = "auto", timeout: float | None = None
     ) -> None:
-        """Take released memory again, in any order. Generation goes on when weights and KV cache are there.
+        """Take released memory again, in any order. Generation goes on when weights and KV cache are there. Graphs are
+        captured again once nothing is released any more.
 
         Weights come from the copy that `keep_weights_copy` left ("copy"), from the engine's folder if they were its
         own ("disk"), or from a complete update that follows ("await"), until which requests get a `NeedsWeightsError`.

@@ -99,8 +99,8 @@ class CoreClient:
         self._barred: HeadraceError | None = None
         self.status: CoreStatus | None = None
         self.is_whole = True
-        self.device = ""
-        """The UUID of the device that the core's weights are on; "" on a CPU."""
+        self.devices: tuple[str, ...] = ()
+        """The UUIDs of the devices whose memory the core reads where it lies; none on a CPU."""
 
     @property
     def is_alive(self) -> bool:
@@ -131,7 +131,7 @@ class CoreClient:
         if ready.error is not None:
             raise ready.error.to_exception()
         self._last_handle = handle_of(ready.front, self._last_handle)
-        self.device = ready.device
+        self.devices = ready.devices
         await self._take_over()
         self._watch = loop.create_task(self._watch_core())
         return ready

@@ -1,4 +1,4 @@
-"""Tensors on the core's own device, copied from where they are: their memory is named, and the core maps it.
+"""Tensors on devices that the core reads, copied from where they are: their memory is named, and the core maps it.
 
 Owns which memory that is, for one `stage` call. Must not know buffers, sessions or how the core is told. What lies in
 memory that cannot be named so is for others to carry.
@@ -6,6 +6,8 @@ memory that cannot be named so is for others to carry.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,27 +21,29 @@ if TYPE_CHECKING:
 
 
 class DeviceExport:
-    """Tensors of one call, held until it is over. `shares_process`: the core is a thread of this process."""
+    """Tensors of one call on the devices of these UUIDs, held until it is over. `shares_process`: the core is a thread
+    of this process."""
 
-    def __init__(self, device_id: str, *, shares_process: bool) -> None:
+    def __init__(self, device_ids: Collection[str], *, shares_process: bool) -> None:
         self.entries: list[BufferEntry] = []
-        self._device_id = device_id
+        self._device_ids = device_ids
         self._shares_process = shares_process
-        self._device: torch.device | None = None
+        self._contexts: dict[torch.device, AbstractContextManager[Any] | None] = {}  # of those seen so far
         self._is_refused = False
         self._held: list[tuple[str, torch.Tensor, int, int]] = []
         self._areas: list[DeviceArea] = []
-        self._starts: dict[tuple[int, int], int] = {}  # of areas among all, by address and size
+        self._starts: dict[tuple[int, int], int] = {}  # of areas among all, by address, which no two devices share
         self._size = 0
+        self._last = 0, 0  # the allocation of the last tensor: the next one is often in it
         self.num_bytes = 0  # of all tensors
 
     @property
     def ref(self) -> DeviceRef:
         """All areas that the entries are in."""
-        return DeviceRef(self._device_id, tuple(self._areas))
+        return DeviceRef(tuple(self._areas))
 
     def add(self, index: int, name: str, tensor: Any, *, replaces: bool) -> bool:
-        """Take a tensor for manifest entry `index`. False where it is not on the device, or its elements do not lie one
+        """Take a tensor for manifest entry `index`. False where it is on no such device, or its elements do not lie one
         after the other in memory that may be shared: nothing has changed then."""
         if self._is_refused or isinstance(tensor, np.ndarray) or not self._lies_well(tensor):
             return False
@@ -54,11 +58,12 @@ class DeviceExport:
         return True
 
     def settle(self) -> DeviceExport:
-        """Wait for what the caller has enqueued, on his current stream, that writes to the tensors; returns itself."""
-        if self._device is not None:
-            import torch
+        """Wait for what the caller has enqueued, on his current streams, that writes to the tensors; returns itself."""
+        for device, context in self._contexts.items():
+            if context is not None:
+                import torch
 
-            torch.cuda.current_stream(self._device).synchronize()
+                torch.cuda.current_stream(device).synchronize()
         return self
 
     def check(self) -> None:
@@ -68,28 +73,48 @@ class DeviceExport:
                 raise WeightUpdateError(f"{name} was written to while it was sent", field=name)
 
     def _lies_well(self, tensor: torch.Tensor) -> bool:
-        device = tensor.device
-        if self._device is None and device_of(tensor) == self._device_id:
-            import torch
-
-            self._device = device
-            with torch.cuda.device(device):
-                torch.cuda.current_stream().query()  # makes the device's context that of the thread
+        if tensor.device not in self._contexts:
+            self._contexts[tensor.device] = self._context_of(tensor)
         is_plain = tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj()
-        return device == self._device and is_plain and tensor.numel() > 0
+        return self._contexts[tensor.device] is not None and is_plain and tensor.numel() > 0
+
+    def _context_of(self, tensor: torch.Tensor) -> AbstractContextManager[Any] | None:
+        """In which the driver is asked about its memory; None: the core does not read its device."""
+        if device_of(tensor) not in self._device_ids:
+            return None
+        import torch
+
+        with torch.cuda.device(tensor.device):
+            torch.cuda.current_stream().query()  # a thread that has used no device has no context yet
+        is_current = tensor.get_device() == torch.cuda.current_device()
+        return nullcontext() if is_current else torch.cuda.device(tensor.device)
 
     def _offset_of(self, tensor: torch.Tensor) -> int:
         """Where it begins, counted through all areas."""
-        from headrace.weights.device_sharing import allocation_of, handle_of
-
         address = tensor.data_ptr()
-        if self._shares_process:
-            base, size = tensor.untyped_storage().data_ptr(), storage_bytes(tensor)
-        else:
-            base, size = allocation_of(address)
-        if (base, size) not in self._starts:
-            own = self._shares_process
-            self._areas.append(DeviceArea(b"", base, size) if own else DeviceArea(handle_of(base), 0, size))
-            self._starts[base, size] = self._size
+        base, size = self._last
+        if not base <= address < base + size:
+            base, size = self._last = self._allocation_of(tensor, address)
+        start = self._starts.get((base, size))
+        if start is None:
+            self._areas.append(self._area_of(tensor, base, size))
+            start = self._starts[base, size] = self._size
             self._size += size
-        return self._starts[base, size] + address - base
+        return start + address - base
+
+    def _allocation_of(self, tensor: torch.Tensor, address: int) -> tuple[int, int]:
+        if self._shares_process:
+            storage = tensor.untyped_storage()
+            return storage.data_ptr(), storage.nbytes()
+        from headrace.weights.device_sharing import allocation_of
+
+        with self._contexts[tensor.device] or nullcontext():
+            return allocation_of(address)
+
+    def _area_of(self, tensor: torch.Tensor, base: int, size: int) -> DeviceArea:
+        if self._shares_process:
+            return DeviceArea(b"", base, size)
+        from headrace.weights.device_sharing import handle_of
+
+        with self._contexts[tensor.device] or nullcontext():
+            return DeviceArea(handle_of(base), 0, size)

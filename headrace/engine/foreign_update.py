@@ -21,7 +21,7 @@ from headrace.engine.joined_update import JoinedUpdate, Sender
 from headrace.engine.update import Updater
 from headrace.engine.update_session import UpdateSession
 from headrace.types.errors import HeadraceError, WeightUpdateError
-from headrace.types.foreign import FIELD, CudaHandle, Payload, SharedFile, Storage
+from headrace.types.foreign import FIELD, Payload, SharedFile
 from headrace.types.weights import UpdateReport
 from headrace.weights.foreign import read_payload
 from headrace.weights.foreign_files import TakenFiles
@@ -36,9 +36,10 @@ async def add_payload(
     terms: UpdateTerms,
     device: str,
 ) -> UpdateReport | None:
-    """What `JoinedUpdate.add` makes of payloads in base64, for an engine on `device`: of one for each of its ranks, all
-    with the same whole tensors, the first is taken. Whatever is wrong with it ends the update. Memory that they name is
-    given back in any case."""
+    """What `JoinedUpdate.add` makes of payloads in base64, for an engine on `device`: one for each of its ranks, in
+    order, all with the same whole tensors. Where any is in memory of a CUDA device, each rank reads its own payload;
+    else all read the first. Whatever is wrong with it ends the update. Memory that they name is given back in any
+    case."""
     taken: list[TakenFiles] = []
     taking = asyncio.get_running_loop().run_in_executor(None, _take, encoded, taken)
     try:
@@ -59,7 +60,8 @@ async def add_payload(
 
 
 def _take(encoded: Sequence[str], taken: list[TakenFiles]) -> Payload:
-    """The first payload, whose files are the first ones of `taken`. Whatever is wrong with one, all are given back."""
+    """The first payload, whose files are the first ones of `taken`, with those of further ranks where they are read.
+    Whatever is wrong with one, all are given back."""
     problems: list[HeadraceError] = []
     for rank, each in enumerate(encoded):
         try:
@@ -73,7 +75,13 @@ def _take(encoded: Sequence[str], taken: list[TakenFiles]) -> Payload:
             problems += [error] if rank == 0 else []
     if problems:
         raise problems[0]
-    return taken[0].payload
+    first, *others = [each.payload for each in taken]
+    if not any(each.has_cuda_memory for each in (first, *others)):
+        return first
+    for rank, other in enumerate(others, 1):
+        if other.manifest() != first.manifest():
+            raise WeightUpdateError(f"the payload of rank {rank} has other tensors than that of rank 0", field=FIELD)
+    return msgspec.structs.replace(first, of_ranks=tuple(others))
 
 
 def _decoded(payload: str) -> bytes:
@@ -92,23 +100,22 @@ async def _close(taking: asyncio.Future[Payload], taken: list[TakenFiles]) -> No
 
 def _check(payload: Payload, load_format: str | None, device: str) -> None:
     is_bucket = bool(payload.buckets)
+    for rank, each in enumerate(payload.of_ranks, 1):
+        if bool(each.buckets) != is_bucket:
+            message = f"the payload of rank {rank} is of another kind than that of rank 0"
+            raise WeightUpdateError(message, field=FIELD)
     if is_bucket != load_format_of(load_format) and (payload.tensors or is_bucket):
         kinds = "named tensors", "a flattened bucket"
         message = f"the payload is {kinds[is_bucket]}, load_format says {kinds[not is_bucket]}"
         raise WeightUpdateError(message, field="load_format")
-    if device == "cpu" and any(isinstance(storage, CudaHandle) for storage in _storages(payload)):
+    if device == "cpu" and (payload.has_cuda_memory or payload.of_ranks):
         message = "the payload names memory of a CUDA device, and this engine is on a CPU: send tensors of the CPU"
         raise WeightUpdateError(message, field=FIELD)
 
 
-def _storages(payload: Payload) -> list[Storage]:
-    found = [tensor.storage for tensor in payload.tensors]
-    return found + [bucket.memory.storage for bucket in payload.buckets]
-
-
 def _process_of(payload: Payload) -> str:
     """The number of the process that made it, which torch writes into names as "/torch_123_456_0"; "" for none."""
-    for storage in _storages(payload):
+    for storage in payload.storages():
         name = storage.handle if isinstance(storage, SharedFile) else getattr(storage, "ref_counter_handle", "")
         found = re.match(r"/torch_(\d{1,10})_", name, re.ASCII)
         if found:

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 PART_BYTES = 2 << 20
 """What is worth a thread."""
@@ -37,27 +37,35 @@ class CopyingThreads:
 
     def copy(self, into: int, source: int, size: int) -> None:
         """A `Copy`."""
+        settle(self.begin(into, source, size))
+
+    def begin(self, into: int, source: int, size: int) -> list[Future[None]]:
+        """As `copy`, done once `settle` has waited for these: other copies may begin meanwhile."""
         count = min(self._num_threads, size // PART_BYTES)
         if count < 2:
             copy_memory(into, source, size)
-            return
+            return []
         if self._threads is None:
             self._threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="headrace-copy")
         part = -(-size // count)
-        copies = [
+        return [
             self._threads.submit(copy_memory, into + start, source + start, min(part, size - start))
             for start in range(0, size, part)
         ]
-        try:
-            wait(copies)
-        finally:  # also where the caller is interrupted: what is being copied must stay
-            wait(copies)
 
     def close(self) -> None:
         """End the threads."""
         if self._threads is not None:
             self._threads.shutdown(wait=False)
         self._threads = None
+
+
+def settle(copies: Collection[Future[None]]) -> None:
+    """Wait for copies that have begun."""
+    try:
+        wait(copies)
+    finally:  # also where the caller is interrupted: what is being copied must stay
+        wait(copies)
 
 
 def _num_cores() -> int:

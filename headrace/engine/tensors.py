@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import functools
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -87,16 +88,23 @@ class HeldTensors:
 def describe(name: str, tensor: Any) -> TensorInfo:
     """The manifest entry of a tensor. `WeightUpdateError` naming it if its values cannot be read."""
     if not isinstance(tensor, np.ndarray):
-        from headrace.weights.staging import dtype_name, unreadable
-
-        problem = unreadable(tensor) or shape_problem(tensor.shape)
+        staging = _staging()
+        problem = staging.unreadable(tensor) or shape_problem(tensor.shape)
         if problem:
             raise WeightUpdateError(f"{name} {problem}", field=name)
-        return TensorInfo(name, tuple(tensor.shape), dtype_name(tensor.dtype))
+        return TensorInfo(name, tuple(tensor.shape), staging.dtype_name(tensor.dtype))
     problem = "is a masked array" if isinstance(tensor, np.ma.MaskedArray) else shape_problem(tensor.shape)
     if problem:
         raise WeightUpdateError(f"{name} {problem}", field=name)
     return TensorInfo(name, tensor.shape, tensor.dtype.name)
+
+
+@functools.cache
+def _staging() -> Any:
+    """The module that knows torch's tensors."""
+    from headrace.weights import staging
+
+    return staging
 
 
 class TensorBytes:
@@ -233,8 +241,7 @@ def is_in_shards(tensor: Any) -> bool:
 
 def same_memory(left: Any, right: Any) -> bool:
     """True when two torch tensors are one: the same elements at the same place."""
-    from headrace.weights.staging import unreadable
-
+    unreadable = _staging().unreadable
     if unreadable(left) or unreadable(right) or not left.numel():
         return False
     return _place(left) == _place(right)
@@ -276,9 +283,7 @@ def storage_bytes(tensor: Any) -> int:
 def _is_readable_now(tensor: Any) -> bool:
     if isinstance(tensor, np.ndarray):
         return True
-    from headrace.weights.staging import unreadable_now
-
-    return not unreadable_now()
+    return not _staging().unreadable_now()
 
 
 def num_writes(tensor: Any) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from headrace.engine.calls import outlast
 from headrace.engine.client import CoreClient
 from headrace.engine.control import UpdateTerms
 from headrace.engine.device_export import DeviceExport
+from headrace.engine.device_road import DeviceRoad
 from headrace.engine.memory_copy import CopyingThreads
 from headrace.engine.tensors import (
     DeviceBytes,
@@ -30,7 +30,6 @@ from headrace.engine.tensors import (
     TensorBytes,
     are_at_hand,
     describe,
-    device_of,
     named_pairs,
 )
 from headrace.engine.update_session import UpdateSession, check_session
@@ -49,6 +48,7 @@ from headrace.types.messages import (
 from headrace.types.weights import (
     BufferEntry,
     BufferRef,
+    DeviceRef,
     TensorInfo,
     UpdateBegun,
     UpdateExtended,
@@ -57,12 +57,9 @@ from headrace.types.weights import (
 
 logger = logging.getLogger(__name__)
 
-BUFFER_BYTES = 128 << 20
+BUFFER_BYTES = 256 << 20
 DEVICE_BUFFER_BYTES = 512 << 20
 """Larger, since each is waited for twice and copied in a fraction of a millisecond."""
-
-FIRST_EXPORT_BYTES = 1 << 30
-"""Of tensors that stay where they are, sent ahead: the core copies them while the rest is looked through."""
 
 Result = TypeVar("Result")
 Run = Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]]
@@ -81,16 +78,13 @@ class Updater:
         dtype: str = "",
         num_ranks: int = 1,
     ) -> None:
-        """`shares_process`: the core is a thread of this process. `dtype` is the engine's, `num_ranks` how many it
-        has."""
+        """`shares_process`: the core is a thread of this process. `dtype` and `num_ranks` are the engine's."""
         self._dtype, self._num_ranks = dtype, num_ranks
-        self._shares_process = shares_process
         self._client = client
         self._loop = loop
         self._threads = CopyingThreads()
-        self._host = BufferPool(HostMemory, BUFFER_BYTES, self._threads.copy)
-        self._device: BufferPool | None = None
-        self._short_of_device = 0  # the session that found no room for a buffer there
+        self._host = BufferPool(HostMemory, BUFFER_BYTES, self._threads)
+        self._road = DeviceRoad(client, self._threads, shares_process=shares_process)
         self._tasks: set[asyncio.Task[Any]] = set()  # uploads, and aborts that nobody awaits
         self._freed = asyncio.Event()
         self._fillings: set[Filling] = set()
@@ -143,10 +137,20 @@ class Updater:
 
     async def stage(self, run: Run, session: UpdateSession, named_tensors: NamedTensors) -> None:
         """Copy tensors into buffers and send them; ends when the core has copied all of them. What a call sends that
-        fails may be sent again, and replaces what came of it."""
+        fails may be sent again, and replaces what came of it: so is it here, where the core cannot map a device's."""
         check_session(session)
+        was_closed = self._road.is_closed
+        try:
+            await self._stage(run, session, named_tensors)
+        except UnavailableError:
+            if was_closed or not self._road.is_closed or not are_at_hand(named_tensors):
+                raise
+            await self._stage(run, session, named_tensors)
+
+    async def _stage(self, run: Run, session: UpdateSession, named_tensors: NamedTensors) -> None:
         filling, sent, num_bytes, is_settled = Filling(session.session_id), set[int](), 0, False
-        exports = [self._export()] if are_at_hand(named_tensors) and self._client.device else []
+        is_at_hand = are_at_hand(named_tensors)
+        exports = [self._road.export()] if is_at_hand and self._road.device_ids else []
         try:
             self._fillings.add(filling)
             for index, name, tensor in _indexed(session, named_tensors):
@@ -155,9 +159,9 @@ class Updater:
                 sent.add(index)
                 if exports and exports[-1].add(index, name, tensor, replaces=session.replaces(index)):
                     num_bytes += tensor.nbytes
-                    if len(exports) == 1 and exports[0].num_bytes >= FIRST_EXPORT_BYTES:  # the core goes to work
-                        await run(self._send_export(session, filling, exports[0].settle()))
-                        exports.append(self._export())
+                    if exports[-1].num_bytes >= self._road.bytes_ahead(len(exports)):
+                        await run(self._send_export(session, filling, exports[-1].settle()))
+                        exports.append(self._road.export())
                     continue
                 pool, data = self._way_of(session, name, tensor)
                 for start in range(0, max(1, len(data)), pool.max_bytes):
@@ -166,12 +170,11 @@ class Updater:
                         filling.flush()
                         await run(self._send(session, filling))
                         await run(self._take_buffer(session, pool, len(piece), filling))
+                if not is_at_hand:
+                    filling.flush()  # before code of the caller runs again
                 num_bytes += len(data)
             filling.flush()
-            await run(self._send(session, filling))
-            if exports:
-                await run(self._send_export(session, filling, exports[-1].settle()))
-            await run(self._drain(filling))
+            await run(self._send_last(session, filling, *(export.settle() for export in exports[-1:])))
             for export in exports:
                 export.check()
             is_settled = True
@@ -250,9 +253,8 @@ class Updater:
             await asyncio.wait(tasks)
         for filling in tuple(self._fillings):
             self._end(filling)
-        for pool in (self._host, self._device):
-            if pool is not None:
-                pool.close()
+        self._host.close()
+        self._road.close()
         self._threads.close()
 
     def call_soon(self, action: Callable[[], None]) -> None:
@@ -279,34 +281,9 @@ class Updater:
         return True
 
     def _way_of(self, session: UpdateSession, name: str, tensor: Any) -> tuple[BufferPool, TensorBytes]:
-        """Which buffers carry a tensor, and its bytes for them. One on the core's device never leaves it, unless there
-        is no room for a buffer."""
-        device_id = self._client.device
-        is_there = bool(device_id) and device_of(tensor) == device_id
-        if is_there and self._device is None and self._short_of_device != session.session_id:
-            try:
-                self._device = self._device_pool(tensor, min(session.max_part_bytes, DEVICE_BUFFER_BYTES))
-            except UnavailableError as error:
-                logger.warning("tensors of session %d go through the host: %s", session.session_id, error)
-                self._short_of_device = session.session_id
-        if is_there and self._device is not None:
-            return self._device, DeviceBytes(name, tensor)
-        return self._host, TensorBytes(name, tensor)
-
-    def _export(self) -> DeviceExport:
-        return DeviceExport(self._client.device, shares_process=self._shares_process)
-
-    def _device_pool(self, tensor: Any, size: int) -> BufferPool:
-        """Buffers where `tensor` is, the first of them of `size` bytes. `UnavailableError` if it finds no room."""
-        from headrace.weights.device_sharing import SharedDeviceMemory
-
-        make = functools.partial(SharedDeviceMemory, device=tensor.device, shares_process=self._shares_process)
-        pool = BufferPool(make, DEVICE_BUFFER_BYTES)
-        pool.fit(size)
-        first = pool.take()
-        assert first is not None, "the first of a pool is there or an error is"
-        pool.give_back(first)
-        return pool
+        """Which buffers carry a tensor, and its bytes for them."""
+        pool = self._road.pool_for(session, tensor, DEVICE_BUFFER_BYTES)
+        return (self._host, TensorBytes(name, tensor)) if pool is None else (pool, DeviceBytes(name, tensor))
 
     async def _take_buffer(self, session: UpdateSession, pool: BufferPool, num_bytes: int, filling: Filling) -> None:
         """A buffer with room for `num_bytes`, waiting for the core to free one if need be."""
@@ -352,6 +329,13 @@ class Updater:
         if buffer is not None:
             self._begin_upload(session, filling, buffer, lambda: self._give_back(buffer))
 
+    async def _send_last(self, session: UpdateSession, filling: Filling, *exports: DeviceExport) -> None:
+        """`_send`, and wait until the core has copied all that this call has sent."""
+        await self._send(session, filling)
+        for export in exports:
+            await self._send_export(session, filling, export)
+        await self._drain(filling)
+
     async def _announce(self, session: UpdateSession) -> None:
         """Have checked what was staged and not listed."""
         part = session.unannounced()
@@ -366,7 +350,12 @@ class Updater:
 
     async def _upload(self, session: UpdateSession, buffer: UploadBuffer | DeviceExport) -> None:
         session_id, ref, entries = session.session_id, buffer.ref, tuple(buffer.entries)
-        await self._client.call(lambda call_id: Stage(call_id, session_id, ref, entries), NoneType)
+        try:
+            await self._client.call(lambda call_id: Stage(call_id, session_id, ref, entries), NoneType)
+        except UnavailableError as error:
+            if isinstance(ref, DeviceRef) and error.field == "buffer":
+                self._road.refuse(error)
+            raise
 
     async def _send_export(self, session: UpdateSession, filling: Filling, export: DeviceExport) -> None:
         """Make an upload of tensors that stay where they are, if there are any. It holds them until it is over."""

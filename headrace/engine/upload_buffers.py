@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 from typing import Any, Protocol
 
-from headrace.engine.memory_copy import Copy, copy_memory
+from headrace.engine.memory_copy import CopyingThreads, settle
 from headrace.engine.tensors import TensorBytes
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import UnavailableError, UpdateConflictError
@@ -62,10 +63,10 @@ class HostMemory:
 class BufferPool:
     """Buffers of one kind: at most NUM_BUFFERS, each as large as the largest update so far needs, up to a limit."""
 
-    def __init__(self, make: Callable[[int], BufferMemory], max_bytes: int, copy: Copy = copy_memory) -> None:
-        """`make` gives memory of so many bytes, to which `copy` copies."""
+    def __init__(self, make: Callable[[int], BufferMemory], max_bytes: int, threads: CopyingThreads) -> None:
+        """`make` gives memory of so many bytes, to which `threads` copy what the host holds."""
         self.max_bytes = max_bytes
-        self.copy = copy
+        self.threads = threads
         self._make = make
         self._free: list[UploadBuffer] = []
         self._num_buffers = 0
@@ -101,7 +102,7 @@ class BufferPool:
 
     def give_back(self, buffer: UploadBuffer) -> None:
         """Nobody reads it any more."""
-        buffer.memory.flush()  # where a call was cut off while it filled it
+        buffer.flush()  # where a call was cut off while it filled it
         buffer.clear()
         if buffer.memory.ref.size >= self._buffer_bytes:
             self._free.append(buffer)
@@ -127,6 +128,8 @@ class UploadBuffer:
         self.entries: list[BufferEntry] = []
         self._size = memory.ref.size
         self._num_used = 0
+        self._copies: list[Future[None]] = []
+        self._copied: list[TensorBytes] = []  # what they read
 
     @property
     def ref(self) -> BufferRef | DeviceRef:
@@ -134,15 +137,25 @@ class UploadBuffer:
         return self.memory.ref
 
     def write(self, index: int, start: int, data: TensorBytes, *, replaces: bool) -> bool:
-        """Copy in what a tensor holds from its byte `start` on, if there is room for it. `WeightUpdateError` if it was
-        freed or written to meanwhile."""
+        """Copy in what a tensor holds from its byte `start` on, if there is room for it: it is there after `flush`.
+        `WeightUpdateError` if it was freed or written to meanwhile."""
         size, offset = len(data), aligned(self._num_used)
         if offset + size > self._size:
             return False
-        data.copy_into(self.memory.view(offset, size), self.pool.copy)
+        data.copy_into(self.memory.view(offset, size), self._begin_copy)
+        self._copied.append(data)
         self.entries.append(BufferEntry(index, offset, start, size, replaces))
         self._num_used = offset + size
         return True
+
+    def _begin_copy(self, into: int, source: int, size: int) -> None:
+        self._copies += self.pool.threads.begin(into, source, size)
+
+    def flush(self) -> None:
+        """What was written is there when this returns."""
+        settle(self._copies)
+        self._copies, self._copied = [], []
+        self.memory.flush()
 
     def place(self, num_bytes: int) -> Any:
         """Where the next entry's bytes go, or None if there is no room for them."""
@@ -191,7 +204,8 @@ class Filling:
         self._buffers.append(buffer)
 
     def write(self, pool: BufferPool, index: int, start: int, data: TensorBytes, *, replaces: bool) -> bool:
-        """Copy what a tensor holds from its byte `start` on, if there is a buffer of `pool` that has room for it."""
+        """Copy what a tensor holds from its byte `start` on, if there is a buffer of `pool` that has room for it: until
+        `flush`, the tensor stays as it is."""
         buffer = self.take()
         if buffer is None:
             return False
@@ -207,7 +221,7 @@ class Filling:
         buffer = self.take()
         if buffer is not None:
             try:
-                buffer.memory.flush()
+                buffer.flush()
             finally:
                 self.put(buffer)
 

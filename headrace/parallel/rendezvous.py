@@ -18,6 +18,9 @@ from headrace.parallel.breakable_group import BreakableGroup
 
 LOOPBACK = "127.0.0.1"
 JOIN_SECONDS = 120.0
+_NEVER_SECONDS = 24 * 3600.0
+_ENDS_PROCESS = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "NCCL_ASYNC_ERROR_HANDLING")
+"""What torch's NCCL backend does where a rank is lost; the second is its old name."""
 
 
 class Rendezvous:
@@ -59,11 +62,7 @@ class Rendezvous:
 
         store = c10d.PrefixStore(f"{device}/{name}", c10d.PrefixStore(self.secret, self._store))
         if device == "cuda":
-            os.environ["NCCL_NVLS_ENABLE"] = "0"  # not every machine lets processes share multicast memory
-            kind: Any = c10d.ProcessGroupNCCL
-            options = kind.Options()
-            options._timeout = timedelta(seconds=JOIN_SECONDS)
-            return kind(store, rank, num_ranks, options)
+            return _nccl_group(store, rank, num_ranks)
         group = gloo_group(store, rank, num_ranks, host, JOIN_SECONDS)
         return group if is_broken is None else BreakableGroup(group, is_broken)
 
@@ -97,6 +96,24 @@ def gloo_group(store: Any, rank: int, num_ranks: int, host: str, seconds: float)
     options._devices = [kind.create_device(hostname=host)]
     options._timeout = timedelta(seconds=seconds)
     return kind(store, rank, num_ranks, options)
+
+
+def _nccl_group(store: Any, rank: int, num_ranks: int) -> Any:
+    """A group of NCCL's. By itself torch would end this process, which may be a trainer's, where a rank is lost or
+    late; but it is for those who wait for the device to know that."""
+    from torch._C import _distributed_c10d as c10d
+
+    os.environ["NCCL_NVLS_ENABLE"] = "0"  # not every machine lets processes share multicast memory
+    kind: Any = c10d.ProcessGroupNCCL
+    options = kind.Options()
+    options._timeout = timedelta(seconds=_NEVER_SECONDS)
+    kept = {name: os.environ.pop(name, None) for name in _ENDS_PROCESS}
+    os.environ[_ENDS_PROCESS[0]] = "0"
+    try:
+        return kind(store, rank, num_ranks, options)  # which looks at it, once
+    finally:
+        del os.environ[_ENDS_PROCESS[0]]
+        os.environ.update({name: value for name, value in kept.items() if value is not None})
 
 
 def trainer_store() -> Any:

@@ -47,7 +47,6 @@ from headrace.runner.step_runner import MAX_CELLS, StepRunner
 from headrace.sampling.device_sampler import RECORD_SIZE, DeviceSampler
 from headrace.types.plan import StepPlan
 from headrace.types.weights import ELEMENT_BYTES
-from headrace.weights.position_sum import PositionKeys
 from headrace.weights.shard import Shard
 from headrace.weights.store import WeightStore
 
@@ -105,8 +104,9 @@ class DeviceRunner:
             self._steps.capture(parts.buckets.captured, parts.buckets.sampled)
             self._steps.warm(parts.buckets.uncaptured)
             parts.sampler.warm()
-            warm(PositionKeys(device).words)  # for updates
+            warm(self.weights.sum_keys.words)  # for updates
             self._compiled.arm()
+            self.memory.graphs = self._steps
         times.append(time.perf_counter())
         seconds = [round(later - earlier, 1) for earlier, later in zip(times, times[1:], strict=False)]
         logger.info("weights %s s, sizing %s s, %d graphs %s s", *seconds[:2], self._graphs.num_graphs, seconds[2])
@@ -128,6 +128,7 @@ class DeviceRunner:
             "num_compiled_after_ready": float(self._compiled.num_calls),
             "gpu_busy_s": self._steps.clock.busy_s,
             "gpu_idle_s": self._steps.clock.idle_s,
+            **self._steps.counters(),
         }
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from headrace.runner.host_pages import PageCopies
 from headrace.runner.pending import join_extras, step_result
 from headrace.runner.step_buffer import HostStep
 from headrace.sampling.device_sampler import PendingExtras, PendingScores
@@ -69,7 +70,7 @@ class ScoredPrompt:
 @dataclass
 class DeviceStep:
     """A plan whose work is enqueued by `runner`; `sampled_rows` of the plan sample, padded to `num_padded`; `moved` is
-    the end of copies beside it. Without `marks` it ran already."""
+    the copies beside it. Without `marks` it ran already."""
 
     step_id: int
     host: HostStep
@@ -80,7 +81,7 @@ class DeviceStep:
     marks: StepMarks | None = None
     extras: PendingExtras | None = None
     prompts: list[ScoredPrompt] = field(default_factory=list)
-    moved: torch.cuda.Event | None = None
+    moved: PageCopies | None = None
 
     @property
     def is_done(self) -> bool:
@@ -97,7 +98,7 @@ class DeviceStep:
             self.marks.end.synchronize()
             self.runner.clock.add(self.marks)
         if self.moved is not None:
-            self.moved.synchronize()
+            self.moved.wait()
         num_rows = len(self.sampled_rows)
         token_ids, logprobs = self.host.token_ids[:num_rows].copy(), self.host.logprobs[:num_rows].copy()
         self.host.is_free = True

@@ -5,25 +5,22 @@ Owns what is set for the thread, once, before anything is allocated; a core's th
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 
 from headrace.config import ResolvedConfig
-from headrace.config.cuda_driver import cuda_driver
+from headrace.config.cuda_driver import capture_by_thread
 from headrace.types.errors import ConfigError
 
 CAPTURE_MODE = "thread_local"
 """Our own captures do not mind what a trainer's threads do meanwhile."""
 
-_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-
 
 def take_device(resolved: ResolvedConfig, *, shares_process: bool) -> torch.device:
     """Make this thread that of the device. Raises `ConfigError` if torch cannot use it.
 
-    In a process that is shared the thread has a stream of its own, as the default one waits for a trainer's work and is
-    waited for by it; and what it asks of the driver neither breaks nor is refused by a capture in another thread.
+    It has a stream of its own: steps are captured on the one they run on, and the default one cannot be; nor does it
+    wait for a trainer's work, or is waited for by it. In a process that is shared what the thread asks of the driver
+    neither breaks nor is refused by a capture in another thread.
     """
     if resolved.device == "cpu":
         return torch.device("cpu")
@@ -32,7 +29,7 @@ def take_device(resolved: ResolvedConfig, *, shares_process: bool) -> torch.devi
     torch.cuda.init()  # type: ignore[no-untyped-call]
     device = torch.device("cuda", resolved.cuda.index if resolved.cuda is not None else 0)
     torch.cuda.set_device(device)
+    torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
     if shares_process:
-        torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
-        cuda_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(ctypes.c_int(_THREAD_LOCAL)))
+        capture_by_thread()
     return device

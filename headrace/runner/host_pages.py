@@ -1,5 +1,5 @@
 """KV pages in host memory, and their copies from the pools and back, beside a step. Owns that memory and the order of
-the copies; must not know whose pages they are.
+the copies, and the account of their time; must not know whose pages they are.
 
 On a CUDA device copies run on a stream of their own, after all that was enqueued before the step. Pages are gathered on
 the device, and travel as runs of host pages.
@@ -7,9 +7,11 @@ the device, and travel as runs of host pages.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +20,32 @@ from torch import Tensor
 from headrace.kernels.paged_kv import KvPool
 from headrace.types.errors import ConfigError
 from headrace.types.request import Int32Array
+
+Mark = TypeVar("Mark")
+
+
+@dataclass
+class CopyTimes:
+    """Seconds that copies took, each way."""
+
+    save_s: float = 0.0
+    load_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class PageCopies:
+    """A step's copies on a device: events before them, between the two ways, and after them."""
+
+    times: CopyTimes
+    begin: torch.cuda.Event
+    saved: torch.cuda.Event
+    loaded: torch.cuda.Event
+
+    def wait(self) -> None:
+        """Until they are done. Once: then they are accounted for."""
+        self.loaded.synchronize()
+        self.times.save_s += self.begin.elapsed_time(self.saved) * 1e-3
+        self.times.load_s += self.saved.elapsed_time(self.loaded) * 1e-3
 
 
 @dataclass(frozen=True)
@@ -36,6 +64,7 @@ class HostPages:
     naming `host_kv_tokens` where they do not fit."""
 
     def __init__(self, pools: Sequence[KvPool], num_pages: int, max_moves: int) -> None:
+        self.times = CopyTimes()
         self._device = pools[0].blocks.device
         self._is_cuda = self._device.type == "cuda"
         self._stream = torch.cuda.Stream(self._device) if self._is_cuda else None  # type: ignore[no-untyped-call]
@@ -45,24 +74,31 @@ class HostPages:
             message = f"{num_pages} KV pages do not fit in host memory: {error}"
             raise ConfigError(message, field="host_kv_tokens") from None
 
-    def move(self, moves: Int32Array) -> torch.cuda.Event | None:
-        """Begin the copies of a step, as `StepPlan.page_moves`; what is recorded when they are done, None: they are."""
+    def counters(self) -> dict[str, float]:
+        """Figures for the metrics."""
+        return {"page_save_s": self.times.save_s, "page_load_s": self.times.load_s}
+
+    def move(self, moves: Int32Array) -> PageCopies | None:
+        """Begin the copies of a step, as `StepPlan.page_moves`. None: they are done."""
         saves, loads = moves[moves[:, 0] == 0], moves[moves[:, 0] == 1]
         if self._stream is None:
-            self._copy(saves, loads)
+            begin, saved, loaded = self._copy(saves, loads, time.perf_counter)
+            self.times.save_s += saved - begin
+            self.times.load_s += loaded - saved
             return None
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            self._copy(saves, loads)
-            moved: torch.cuda.Event = self._stream.record_event()
-        return moved
+            return PageCopies(self.times, *self._copy(saves, loads, _event))
 
-    def _copy(self, saves: Int32Array, loads: Int32Array) -> None:
-        for group in self._groups:
-            if len(saves):
-                self._save(group, saves)
-            if len(loads):
-                self._load(group, loads)
+    def _copy(self, saves: Int32Array, loads: Int32Array, mark: Callable[[], Mark]) -> tuple[Mark, Mark, Mark]:
+        """Save, then load; what `mark` gives before, between and after."""
+        begin = mark()
+        for group in self._groups if len(saves) else ():
+            self._save(group, saves)
+        saved = mark()
+        for group in self._groups if len(loads) else ():
+            self._load(group, loads)
+        return begin, saved, mark()
 
     def _save(self, group: _Group, moves: Int32Array) -> None:
         leaving = group.leaving[: len(moves)]
@@ -87,6 +123,13 @@ class HostPages:
         host = torch.empty(num_pages, *shape, dtype=torch.uint8, device="cpu", pin_memory=self._is_cuda)
         leaving, coming = torch.empty(2, max_moves, *shape, dtype=torch.uint8, device=self._device)
         return _Group(*(_as_words(each) for each in (pages, host, leaving, coming)))
+
+
+def _event() -> torch.cuda.Event:
+    """On the current stream."""
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
 
 
 def _as_words(blocks: Tensor) -> Tensor:

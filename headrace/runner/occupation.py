@@ -1,7 +1,8 @@
 """The memory of one device by tag: what weights and KV pools are taken from, given back and taken again.
 
-Owns the blocks of each tag, which keep their addresses, and the host's copy of released weights. Must not know what is
-in them, states or requests (`headrace.core.releasing`).
+Owns the blocks of each tag, which keep their addresses, and the host's copy of released weights. Captured graphs are
+torch's memory: they are dropped, and captured again. Must not know what is in blocks, states or requests
+(`headrace.core.releasing`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor
 from headrace.runner.device_block import DeviceBlock
 from headrace.runner.host_block import HostBlock
 from headrace.types.errors import UnavailableError
-from headrace.types.memory import MemoryTag, Restore
+from headrace.types.memory import MEMORY_TAGS, MemoryTag, Restore
+from headrace.types.plan import RankLost
 
 logger = logging.getLogger(__name__)
 
@@ -35,17 +37,27 @@ class Block(Protocol):
     def resume(self) -> None: ...
 
 
+class CapturedGraphs(Protocol):
+    """Whoever has captured graphs; see `StepRunner`."""
+
+    def drop_graphs(self) -> None: ...
+
+    def capture_again(self) -> Iterator[None]: ...
+
+
 class Occupation:
     """The blocks of one device. Without `is_saver` a CUDA device has none: torch makes each tensor, for good.
 
-    `reload` brings the weights that the start loaded, in slices; whoever loads them sets it.
+    `reload` brings the weights that the start loaded, in slices; whoever loads them sets it. So does with `graphs`
+    whoever captures some.
     """
 
     def __init__(self, device: torch.device, *, is_saver: bool) -> None:
         self.reload: Callable[[], Iterator[None]] = lambda: iter(())
+        self.graphs: CapturedGraphs | None = None
         self._device = device
         self._is_saver = is_saver
-        self._blocks: dict[MemoryTag, list[Block]] = {"weights": [], "kv_cache": []}
+        self._blocks: dict[MemoryTag, list[Block]] = {tag: [] for tag in MEMORY_TAGS}
         self._copy: list[Tensor] = []
 
     def allocate(self, tag: MemoryTag, shapes: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[Tensor]:
@@ -88,7 +100,7 @@ class Occupation:
         """As `Executor.resume`."""
         is_there = False
         try:
-            self._take(tags)
+            yield from self._taken(tags)
             if "weights" in tags:
                 yield from self._restored(restore)
             is_there = True
@@ -102,21 +114,35 @@ class Occupation:
         """Hold no memory any more: what tensors there are keep theirs."""
         self._blocks = {tag: [] for tag in self._blocks}
         self._copy = []
+        self.graphs = None
 
-    def _take(self, tags: Collection[MemoryTag]) -> None:
+    def _taken(self, tags: Collection[MemoryTag]) -> Iterator[None]:
+        """Blocks are taken at once, then graphs are captured in slices: that runs nothing, so it needs no values."""
         try:
             for tag in tags:
                 for block in self._blocks[tag]:
                     block.resume()
-        except torch.OutOfMemoryError as error:
-            free = torch.cuda.mem_get_info(self._device)[0] >> 20
-            wanted = sum(block.bytes.nbytes for tag in tags for block in self._blocks[tag]) >> 20
-            message = f"{' and '.join(sorted(tags))} need {wanted} MiB, and {free} MiB of the device are free ({error})"
-            raise UnavailableError(message, field="tags") from None
+            if "cuda_graph" in tags and self.graphs is not None:
+                yield from self.graphs.capture_again()
+            return
+        except RankLost:
+            raise
+        except RuntimeError as error:  # also the driver's, of a graph
+            if "out of memory" not in str(error):
+                raise
+            problem = str(error)
+        # Raised here, as the error keeps what a capture that failed had taken.
+        free = torch.cuda.mem_get_info(self._device)[0] >> 20
+        wanted = sum(block.bytes.nbytes for tag in tags for block in self._blocks[tag]) >> 20
+        needs = f"{wanted} MiB{' and what graphs take' if 'cuda_graph' in tags else ''}"
+        message = f"{' and '.join(sorted(tags))} need {needs}, and {free} MiB of the device are free ({problem})"
+        raise UnavailableError(message, field="tags")
 
     def _let_go(self, tags: Collection[MemoryTag]) -> None:
         if self._is_cuda:
             torch.cuda.synchronize(self._device)  # nothing may be at work on what goes
+        if "cuda_graph" in tags and self.graphs is not None:
+            self.graphs.drop_graphs()
         for tag in tags:
             for block in self._blocks[tag]:
                 block.release()

@@ -150,7 +150,8 @@ class Runner:
 
     def counters(self) -> dict[str, float]:
         """Figures of its own for the metrics."""
-        return {"num_gemm_calls": float(self._counter.num_calls)}
+        copies = self._host_pages.counters() if self._host_pages else {}
+        return {"num_gemm_calls": float(self._counter.num_calls), **copies}
 
     def _forward(self, plan: StepPlan, step: RunnerStep, passage: Passage | None) -> None:
         batch, is_last = build_batch(plan, self._slots, self._device), self._mesh.is_last
@@ -174,7 +175,7 @@ class Runner:
         assert self._host_pages is not None, "a plan moves pages and there is no room for them"
         moved = self._host_pages.move(moves)
         if moved is not None:
-            moved.synchronize()
+            moved.wait()
 
     def _finish(self, step: RunnerStep, patch: SamplePatch | None) -> StepResult:
         """Sample, a bounded number of rows at a time: a row of logits is large."""

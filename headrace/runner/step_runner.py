@@ -59,6 +59,10 @@ class StepRunner:
         self._exact = exact
         self._host_pages = host_pages
 
+    def counters(self) -> dict[str, float]:
+        """Figures for the metrics, of what runs beside steps."""
+        return self._host_pages.counters() if self._host_pages else {}
+
     def launch(self, plan: StepPlan) -> DeviceStep:
         """Enqueue one plan, up to its sampling if that waits. Of a stage but the last the result is empty."""
         host = self._buffer.take()
@@ -98,6 +102,20 @@ class StepRunner:
                     body = partial(self._launches.sample, num_rows, truncated=truncated)
                     self._graphs.capture((num_rows, truncated), body)
 
+    def drop_graphs(self) -> None:
+        """Give up what was captured, with no step in flight: until it is captured again steps run as they are."""
+        self._graphs.drop()
+
+    def capture_again(self) -> Iterator[None]:
+        """Capture what was dropped, in the order of the start, which is that of every rank; rests after each."""
+        dropped = list(self._graphs.dropped)
+        if dropped:
+            self._graphs.check_room()
+        for key in dropped:
+            with torch.inference_mode(), self._exact.guard:
+                self._graphs.capture_again(key)
+            yield
+
     def warm(self, buckets: list[Bucket]) -> None:
         """Run forward launches of these sizes once, over an empty step, for the kernels that they compile."""
         with torch.inference_mode(), self._exact.guard:
@@ -122,16 +140,15 @@ class StepRunner:
         host.is_free = True
 
     def _forward(self, plan: StepPlan, host: HostStep) -> DeviceStep:
-        moved = self._host_pages.move(plan.page_moves) if self._host_pages and len(plan.page_moves) else None
         num_records = self._enter(plan, host)
         self._slots.apply(plan)
         self._pack_cells(plan, host)
         sampled_rows = np.flatnonzero(plan.row_samples) if self._mesh.is_last else _NO_ROWS
-        step = DeviceStep(plan.step_id, host, self, sampled_rows, begin=self._mark(), moved=moved)
+        step = DeviceStep(plan.step_id, host, self, sampled_rows, begin=self._mark())
         if len(plan.row_slots):
             self._run_rows(plan, host, num_records, step)
         else:
-            self._send(host, 0, num_records)
+            self._send(plan, step, 0, num_records)
             self._launches.write_cells()
         return step
 
@@ -185,16 +202,19 @@ class StepRunner:
         row_slots, row_starts, row_lengths = plan.row_slots, plan.row_starts, plan.row_lengths
         rows = StepRows(row_slots, row_starts, row_lengths, plan.prefix_groups, self._slots.page_table.numpy())
         metadata_size = self._attention.fill(host.views.metadata, rows, bucket)
-        self._send(host, metadata_size, num_records)
+        self._send(plan, step, metadata_size, num_records)
         self._has_launched = True
         self._graphs.run(bucket, partial(self._launches.forward, bucket))
         if self._mesh.is_last:
             step.prompts = list(self._score_prompts(plan, row_firsts))
 
-    def _send(self, host: HostStep, metadata_size: int, num_records: int) -> None:
-        host.send(self._buffer.words, metadata_size)
+    def _send(self, plan: StepPlan, step: DeviceStep, metadata_size: int, num_records: int) -> None:
+        """What the step needs goes first: pages that move beside it would keep it waiting for the same copy engine."""
+        step.host.send(self._buffer.words, metadata_size)
         if num_records:
             self._sampler.write_slots(self._buffer.views.records[:num_records])
+        if self._host_pages is not None and len(plan.page_moves):
+            step.moved = self._host_pages.move(plan.page_moves)
 
     def _sample(self, step: DeviceStep, patch: SamplePatch | None) -> None:
         views, num_sampled, num_padded = step.host.views, len(step.sampled_rows), step.num_padded

@@ -85,13 +85,24 @@ class Payload(msgspec.Struct, frozen=True):
 
     `files` are the shared files as often as they were sent: torch's sender counts a file up for each time, and the
     receiver has to count it down as often. Where whoever received it has done so, `paths` are where each of them, told
-    once, may be opened.
+    once, may be opened. `of_ranks` are what ranks 1, 2, ... of an engine read instead, each on its own device, the same
+    tensors; none: all read this one.
     """
 
     tensors: tuple[ForeignTensor, ...] = ()
     buckets: tuple[FlatBucket, ...] = ()
     files: tuple[SharedFile, ...] = ()
     paths: tuple[str, ...] = ()
+    of_ranks: tuple[Payload, ...] = ()
+
+    @property
+    def has_cuda_memory(self) -> bool:
+        """Some of this payload's own tensors are on a CUDA device."""
+        return any(isinstance(storage, CudaHandle) for storage in self.storages())
+
+    def storages(self) -> list[Storage]:
+        """Those of all tensors and buckets."""
+        return [tensor.storage for tensor in self.tensors] + [bucket.memory.storage for bucket in self.buckets]
 
     def manifest(self) -> list[TensorInfo]:
         """All tensors: first those of their own, then those of the buckets."""

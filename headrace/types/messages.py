@@ -183,7 +183,7 @@ class AbortUpdate(_Call, frozen=True, tag="abort_update"):
 class JoinGroup(_Call, frozen=True, tag="join_group"):
     """Become rank `rank` of a `torch.distributed` group of `world_size` that a trainer, its rank 0, makes at `address`,
     in the way of `rendezvous`. Reply: null, once all are there. A group that cannot be used any more gives its name to
-    the new one."""
+    the new one. With a `unique_id` it is a communicator of NCCL's that has it, and is looked for at no address."""
 
     name: str
     address: str
@@ -192,6 +192,7 @@ class JoinGroup(_Call, frozen=True, tag="join_group"):
     world_size: int
     backend: str
     rendezvous: Rendezvous = "sglang"
+    unique_id: bytes = b""
 
 
 class LeaveGroup(_Call, frozen=True, tag="leave_group"):
@@ -410,7 +411,7 @@ class CoreReady(msgspec.Struct, frozen=True, array_like=True, tag="core_ready"):
     """The core holds weights and steps, or failed to start (`error`). Sent once, first.
 
     `explanations` are (setting, value, why) of everything that was "auto". `front` is the number of the front that is
-    told so, for its handles. `device` is the UUID of the device that weights are on, "" on a CPU.
+    told so, for its handles. `devices` are the UUIDs of those whose memory tensors are staged from where they lie.
     """
 
     max_total_num_tokens: int = 0
@@ -419,7 +420,7 @@ class CoreReady(msgspec.Struct, frozen=True, array_like=True, tag="core_ready"):
     explanations: tuple[tuple[str, str, str], ...] = ()
     error: ErrorInfo | None = None
     front: int = 0
-    device: str = ""
+    devices: tuple[str, ...] = ()
 
 
 class CoreFailed(msgspec.Struct, frozen=True, array_like=True, tag="core_failed"):

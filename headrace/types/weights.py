@@ -70,8 +70,9 @@ def shape_problem(shape: Sequence[Any]) -> str:
     """Why no tensor has this shape, as in "has 100000 dimensions"; "" where one may. Look before multiplying."""
     if len(shape) > MAX_DIMENSIONS:
         return f"has {len(shape)} dimensions, at most {MAX_DIMENSIONS} may be"
-    if any(type(size) is not int or not 0 <= size < 1 << 63 for size in shape):
-        return "has a size that is not an integer from 0 to 2^63 - 1"
+    for size in shape:
+        if type(size) is not int or not 0 <= size < 1 << 63:
+            return "has a size that is not an integer from 0 to 2^63 - 1"
     return ""
 
 
@@ -106,9 +107,8 @@ class DeviceArea(msgspec.Struct, frozen=True, array_like=True):
 
 
 class DeviceRef(msgspec.Struct, frozen=True, array_like=True, tag="device"):
-    """Memory of the device with this UUID: areas that count as one after the other, though they lie anywhere."""
+    """Memory of devices: areas that count as one after the other, though they lie anywhere."""
 
-    device: str
     areas: tuple[DeviceArea, ...]
 
     @property

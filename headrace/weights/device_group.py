@@ -1,21 +1,21 @@
-"""Broadcasts of NCCL into a device's memory, for `headrace.weights.group`. Owns the communicator and that memory.
-
-The ranks find each other at their first broadcast, as they do in torch's own groups: a trainer that waits for all to
-have joined before he sends would wait for ever otherwise. So a rank that is missing shows only then.
-"""
+"""Broadcasts of NCCL into a device's memory, for `headrace.weights.group`. Owns that memory and what is waited
+for."""
 
 from __future__ import annotations
 
 import time
-from datetime import timedelta
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
+from headrace.config.cuda_driver import capture_by_thread
 from headrace.types.weights import TensorInfo
+from headrace.weights.nccl import NcclRank
 from headrace.weights.staging import TORCH_DTYPES
 
-_LOOK_S = 0.0002
+_SHORTEST_LOOK_S, _LONGEST_LOOK_S = 0.0001, 0.01
+Found = TypeVar("Found")
 
 
 class DeviceBuffer:
@@ -36,35 +36,77 @@ class DeviceBuffer:
     def part(self, info: TensorInfo, start: int) -> torch.Tensor:
         """The tensor whose bytes begin at `start`; a copy where they are not aligned to its elements."""
         found, dtype = self._bytes[start : start + info.num_bytes], TORCH_DTYPES[info.dtype]
-        return (found.clone() if start % dtype.itemsize else found).view(dtype).view(info.shape)
+        if start % dtype.itemsize:
+            found = found.clone()
+            torch.cuda.current_stream(found.device).synchronize()  # it is read on another one
+        return found.view(dtype).view(info.shape)
 
 
 class NcclBroadcast:
-    """Rank `rank` of `world_size` that meet in a store. To be called by one thread."""
+    """Rank `rank` of `num_ranks`, which know each other by an id. To be called by one thread, from its constructor on.
 
-    def __init__(self, store: Any, rank: int, world_size: int, device: torch.device, seconds: float) -> None:
-        from torch._C import _distributed_c10d as c10d
+    `find_id` looks whether the id has been published. Once `is_over` nothing is waited for any more.
+    """
 
+    def __init__(
+        self,
+        find_id: Callable[[], bytes | None],
+        rank: int,
+        num_ranks: int,
+        device: torch.device,
+        is_over: Callable[[], bool],
+    ) -> None:
+        self._find_id = find_id
+        self._place = rank, num_ranks
         self._device = device
-        options = c10d.ProcessGroupNCCL.Options()
-        options._timeout = timedelta(seconds=seconds)
-        self._group: Any = c10d.ProcessGroupNCCL(store, rank, world_size, options)
-        self._options = c10d.BroadcastOptions()
-        self._options.rootRank = self._options.rootTensor = 0
+        self._is_over = is_over
+        self._rank: NcclRank | None = None
+        torch.cuda.set_device(device)
+        capture_by_thread()
+        # Of a priority of its own: streams of the usual one are dealt out again, and steps must not wait for a trainer.
+        self._stream: Any = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+
+    def join(self, until: float) -> None:
+        """Find the other ranks: `TimeoutError` where they are not all there by then."""
+        unique_id = self._await(self._find_id, until)
+        self._rank = rank = NcclRank(unique_id, *self._place)
+        self._await(rank.is_idle, until)
+
+    def warm_up(self, until: float) -> None:
+        """Take part in the first thing that all ranks of a trainer of vLLM's do: the sum of a number each."""
+        number = torch.zeros(1, dtype=torch.float32, device=self._device)
+        self._run(number, until, lambda rank, stream: rank.sum_floats(number.data_ptr(), 1, stream))
 
     def __call__(self, into: torch.Tensor, seconds: float) -> None:
         """Wait until rank 0 has filled these bytes: `TimeoutError` after so many seconds, and none comes then."""
         until = time.monotonic() + seconds
-        with torch.cuda.device(self._device):
-            work = self._group.broadcast([into], self._options)
-            while not work.is_completed():
-                if time.monotonic() >= until:
-                    self._group.abort()
-                    raise TimeoutError("rank 0 has not sent it by then")
-                time.sleep(_LOOK_S)
-            work.wait()  # raises what kept it from being done
-            torch.cuda.current_stream().synchronize()
+        if self._rank is None:
+            self.join(until)
+        self._run(into, until, lambda rank, stream: rank.receive(into.data_ptr(), into.nbytes, stream))
 
     def close(self) -> None:
-        """Let go of the other ranks, without waiting for them."""
-        self._group.abort()
+        """Let go of the other ranks, without waiting for them. Idempotent."""
+        if self._rank is not None:
+            self._rank.abort()
+
+    def _run(self, memory: torch.Tensor, until: float, begin: Callable[[NcclRank, int], None]) -> None:
+        rank, done = self._rank, torch.cuda.Event()  # type: ignore[no-untyped-call]
+        assert rank is not None
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        memory.record_stream(self._stream)  # whatever becomes of this, nobody else has it before the device is done
+        begin(rank, self._stream.cuda_stream)
+        self._await(rank.is_idle, until)
+        done.record(self._stream)
+        self._await(lambda: rank.is_idle() and done.query(), until)  # type: ignore[no-untyped-call]
+
+    def _await(self, look: Callable[[], Found | None], until: float) -> Found:
+        """What is found at last."""
+        began = time.monotonic()
+        while not (found := look()):
+            now = time.monotonic()
+            if now >= until:
+                raise TimeoutError("not all ranks have come to it by then")
+            if self._is_over() and not look():
+                raise ConnectionError("rank 0 has ended")
+            time.sleep(max(0.0, min(_LONGEST_LOOK_S, _SHORTEST_LOOK_S + (now - began) / 16, until - now)))
+        return found

@@ -1,7 +1,8 @@
 """Memory of a device as another process of this machine sees it. Owns the driver's handles and what is mapped of them.
 
 A handle names a whole allocation of the driver, of which a buffer is a part. What is mapped stays allocated, whatever
-its owner does, until it is closed here. See "Interprocess Communication" in the CUDA driver's reference (`cuIpc*`).
+its owner does, until it is closed here. It is mapped for the device that reads it, wherever it lies. See "Interprocess
+Communication" in the CUDA driver's reference (`cuIpc*`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,13 @@ def device_uuid(device: torch.device | int) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
+def readable_devices(device: torch.device) -> tuple[str, ...]:
+    """The UUIDs of the devices whose memory kernels on `device` can read, that itself first."""
+    own = torch.cuda.current_device() if device.index is None else device.index
+    others = (number for number in range(torch.cuda.device_count()) if number != own)
+    return tuple(map(device_uuid, (own, *(each for each in others if torch.cuda.can_device_access_peer(own, each)))))
+
+
 def same_context() -> Callable[[], None]:
     """What makes the device's context of this thread that of another thread, to be called there."""
     context = ctypes.c_void_p()
@@ -47,15 +55,16 @@ class SharedDeviceMemory:
     def __init__(self, size: int, device: torch.device, *, shares_process: bool) -> None:
         """Raises `UnavailableError` if the device has no room, or the driver does not share it."""
         self._address = ctypes.c_ulonglong()
+        self._device = device
         with torch.cuda.device(device):
-            torch.cuda.current_stream(device)  # makes the device's context that of the thread
+            torch.cuda.current_stream().query()  # a thread that has used no device has no context yet
             allocated = cuda_driver().cuMemAlloc_v2(ctypes.byref(self._address), ctypes.c_size_t(size))
             _check(allocated, f"give {size} bytes")
             handle = b"" if shares_process else self._export()
         self._bytes = bytes_at(self._address.value, size, device)
         self._stream: torch.cuda.Stream | None = None
         area = DeviceArea(handle, self._address.value if shares_process else 0, size)
-        self.ref = DeviceRef(device_uuid(device), (area,))
+        self.ref = DeviceRef((area,))
 
     def _export(self) -> bytes:
         try:
@@ -84,7 +93,9 @@ class SharedDeviceMemory:
     def _free(self) -> None:
         address, self._address = self._address, ctypes.c_ulonglong()
         if address.value:
-            _check(cuda_driver().cuMemFree_v2(address), "take memory back")
+            with torch.cuda.device(self._device):
+                torch.cuda.current_stream().query()
+                _check(cuda_driver().cuMemFree_v2(address), "take memory back")
 
 
 def allocation_of(address: int) -> tuple[int, int]:
@@ -106,10 +117,12 @@ def handle_of(base: int) -> bytes:
 
 
 class MappedMemory:
-    """An area of another's memory, mapped here. `bytes` are uint8 [size] on `device`, and nothing after `close`."""
+    """An area of another's memory, mapped here. `bytes` are uint8 [size] on `device`, for whatever is done with them,
+    though they may lie on another one, and nothing after `close`."""
 
     def __init__(self, area: DeviceArea, device: torch.device) -> None:
-        """Raises `UnavailableError` if its owner is gone."""
+        """The thread's context is that of `device`. Raises `UnavailableError` if the owner is gone, or the driver does
+        not map it."""
         base, handle = ctypes.c_ulonglong(), _Handle.from_buffer_copy(area.handle)
         open_handle = cuda_driver().cuIpcOpenMemHandle_v2
         open_handle.argtypes = (ctypes.c_void_p, _Handle, ctypes.c_uint)  # the handle itself, not its address

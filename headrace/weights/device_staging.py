@@ -8,16 +8,19 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from headrace.weights.memory import StagePiece
 from headrace.weights.position_sum import PositionKeys, PositionSum
-from headrace.weights.staging import Arrival, Enqueued, SideStream
+from headrace.weights.staging import Arrival, Enqueued, SideStream, bytes_of, row_blocks
 
 SLICE_BYTES = 1 << 30
 """Copied by one launch: a fraction of a millisecond's work for a device, beside which a step does not wait long."""
+
+LIVE_SLICE_BYTES = 2 << 30
+"""The same where live weights are written to, and no step runs."""
 
 MAX_SLICE_PIECES = 256
 _MAX_AHEAD = 2  # slices that are enqueued and not done: the device goes on while the host looks at the first
@@ -38,6 +41,13 @@ class ArrivingPiece(NamedTuple):
     def place(self) -> slice:
         """Which elements of its tensor they are."""
         return slice(self.arrival.num_elements, self.arrival.num_elements + self.source.numel())
+
+    @property
+    def is_read_in_part(self) -> bool:
+        """It is a whole tensor where the device reads it, of which no more is read than is held here."""
+        destination = self.arrival.destination
+        is_whole = self.source.numel() == destination.num_elements and self.arrival.hasher is None
+        return is_whole and destination.flat is None and self.source.device == destination.device
 
 
 class WholeTarget(NamedTuple):
@@ -91,6 +101,9 @@ class DeviceCopies:
         stop_at = time.perf_counter() + budget_s
         while self._next is not None or self._under_way:
             if self._under_way and self._under_way[0].copied.is_done():
+                with self._side.enqueuing():  # what is read back waits for no step
+                    if not self._under_way[0].hash(stop_at):
+                        return False
                 self._before_write()
                 self.whole += self._under_way.popleft().finish(self._take)
             elif not self._enqueue():
@@ -104,8 +117,8 @@ class DeviceCopies:
         if self._next is None or len(self._under_way) == _MAX_AHEAD:
             return False
         busy = {index for each in self._under_way for index in each.arriving}
-        part, num_bytes = _Slice(), 0
-        while (piece := self._next) is not None and num_bytes < SLICE_BYTES and part.num_pieces < MAX_SLICE_PIECES:
+        part = _Slice()
+        while (piece := self._next) is not None and not part.is_full:
             target = self._target(piece)
             if target is not None:
                 part.add_whole(piece, target)
@@ -113,7 +126,6 @@ class DeviceCopies:
                 break  # the next piece of a tensor can come only when the one before is there
             else:
                 part.add(self._arrive(piece), piece)
-            num_bytes += piece.data.nbytes
             self._next = next(self._pieces, None)
         if not part.num_pieces:
             return False
@@ -134,45 +146,69 @@ class _Slice:
 
     def __init__(self) -> None:
         self.is_live = False
-        self.num_pieces = 0
+        self.num_pieces, self._num_bytes = 0, 0
         self.arriving: dict[int, ArrivingPiece] = {}
         self._whole: list[int] = []
         self._moved: list[tuple[StagePiece, torch.Tensor]] = []
+        self._checks: list[tuple[int, ArrivingPiece]] = []
+        self._unhashed: deque[tuple[Any, torch.Tensor]] = deque()
         self._sums: list[tuple[int, PositionSum, int]] = []
 
     def add_whole(self, piece: StagePiece, target: WholeTarget) -> None:
         """One that is only moved: it has a row of results."""
         self._moved.append((piece, target.memory))
-        self.num_pieces += 1
-        self.is_live = self.is_live or target.is_live
+        self._count(piece, is_live=target.is_live)
 
     def add(self, arriving: ArrivingPiece, piece: StagePiece) -> None:
         self.arriving[piece.index] = arriving
-        self.num_pieces += 1
-        self.is_live = self.is_live or arriving.arrival.is_live
+        self._count(piece, is_live=arriving.arrival.is_live)
         if piece.is_last:
             self._whole.append(piece.index)
 
+    def _count(self, piece: StagePiece, *, is_live: bool) -> None:
+        self.num_pieces += 1
+        self._num_bytes += piece.data.nbytes
+        self.is_live = self.is_live or is_live
+
+    @property
+    def is_full(self) -> bool:
+        """What is still to come is for the next."""
+        limit = LIVE_SLICE_BYTES if self.is_live else SLICE_BYTES
+        return self._num_bytes >= limit or self.num_pieces >= MAX_SLICE_PIECES
+
     def enqueue(self, keys: PositionKeys, *, are_digests: bool) -> None:
-        """Copy all, and reckon what is to be known of them: a row of results for each piece, then further rows."""
+        """Copy all, and reckon what is to be known of them: a row of results for each that is moved, then others."""
         from headrace.kernels.triton.weight_pieces import move_rows, row_of, row_of_memory
 
         rows = [row_of_memory(piece.data.data_ptr(), memory) for piece, memory in self._moved]
         pairs, blocks = list[tuple[torch.Tensor, torch.Tensor]](), list[torch.Tensor]()
+        copied: list[tuple[int, ArrivingPiece, torch.Tensor]] = []
         for piece in self.arriving.values():
             source, place, destination = piece.source, piece.place, piece.arrival.destination
+            if piece.is_read_in_part:
+                destination.write_back(place, source)
+                held = [memory.reshape(-1) for memory in destination.memories]
+                self._checks += ((row, piece) for row in range(len(rows), len(rows) + len(held)))
+                rows += (row_of(memory, None, 0) for memory in held)
+                blocks += held  # until it is enqueued
+                copied.append((-1, piece, source))
+                continue
             block = destination.write_view(place)
+            self._checks.append((len(rows), piece))
+            copied.append((len(rows), piece, block))
+            if (hasher := piece.arrival.hasher) is not None:
+                self._unhashed += ((hasher, block[part]) for part in row_blocks(tuple(block.shape), block.itemsize))
             is_alike = source.dtype == block.dtype and source.device == block.device
             if is_alike and destination.flat is not None:
                 rows.append(row_of(source, block, place.start))
             else:  # copied first, and only looked at then
                 rows.append(row_of(block, None, place.start))
                 pairs.append((block, source))
-            blocks.append(block)
         _copy(pairs)
-        for row, (piece, block) in enumerate(zip(self.arriving.values(), blocks, strict=True), len(self._moved)):
+        for row, piece, block in copied:
             place, destination = piece.place, piece.arrival.destination
-            destination.write_back(place, block)
+            if row >= 0:
+                destination.write_back(place, block)
             for region, total in piece.arrival.sums:
                 if region is destination and region.is_plain:
                     self._sums.append((row, total, 1))
@@ -185,13 +221,22 @@ class _Slice:
         self._results = torch.empty(found.shape, dtype=found.dtype, device="cpu", pin_memory=found.is_cuda)
         self._results.copy_(found, non_blocking=True)
 
+    def hash(self, stop_at: float) -> bool:
+        """The device has done it: look at what SHA-256s are wanted of, until then; whether that was all."""
+        while self._unhashed:
+            hasher, block = self._unhashed.popleft()
+            hasher.update(bytes_of(block).data)
+            if time.perf_counter() >= stop_at:
+                break
+        return not self._unhashed
+
     def finish(self, take: Callable[[int, Sequence[int]], None]) -> list[int]:
         """The device has done it: the indices of the tensors that are whole."""
         results = self._results.tolist()
         for (moved, _), result in zip(self._moved, results, strict=False):
             take(moved.index, result)
-        for piece, (_, _, is_bad) in zip(self.arriving.values(), results[len(self._moved) :], strict=False):
-            if is_bad and piece.refuse is not None:
+        for row, piece in self._checks:
+            if results[row][2] and piece.refuse is not None:
                 piece.refuse(piece.arrival.destination.dtype)
         for row, total, times in self._sums:
             total.add_lanes(results[row], times)

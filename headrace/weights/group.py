@@ -29,12 +29,15 @@ from headrace.types.messages import JoinGroup
 from headrace.types.weights import TensorInfo
 from headrace.weights.arrival_memory import ArrivalMemory, Buffer
 from headrace.weights.device_group import DeviceBuffer, NcclBroadcast
-from headrace.weights.unique_id import UNIQUE_ID_KEY, read_unique_id
+from headrace.weights.unique_id import find_unique_id
 
 logger = logging.getLogger(__name__)
 
 FIELD = "group_name"
 LONGEST_S = 24 * 3600.0
+MOST_RANKS_OF_AN_ID = 128
+"""Of more, torch's ranks hand round several ids."""
+
 _LOOK_S = 0.2
 
 Broadcast = Callable[[torch.Tensor, float], None]
@@ -45,10 +48,14 @@ class TorchGroup:
     """One rank of a trainer's group. It joins in its own thread: `is_joined`, or `problem` says what came of it."""
 
     def __init__(self, terms: JoinGroup, device: torch.device, seconds: float) -> None:
-        """Raises `WeightUpdateError` naming the field for a backend that the device has not. In vLLM's way only the
+        """Raises `WeightUpdateError` naming the field for what cannot be joined from here. In vLLM's way only the
         rendezvous finds out: it begins alike for all."""
-        if terms.backend != "gloo" and terms.rendezvous != "vllm" and device.type != "cuda":
-            raise _no_transport(terms, device)
+        if terms.backend == "nccl" and terms.rendezvous != "vllm":
+            if device.type != "cuda":
+                raise _no_transport(terms, device)
+            if terms.world_size > MOST_RANKS_OF_AN_ID:
+                message = f"a group of torch's over NCCL is joined by {MOST_RANKS_OF_AN_ID} ranks at most"
+                raise WeightUpdateError(message, field="world_size")
         self.name = terms.name
         self.is_joined = False
         self.problem: HeadraceError | None = None
@@ -90,7 +97,7 @@ class TorchGroup:
 
     def _is_cut(self) -> bool:
         try:
-            return self._line is None or not self._line.recv(1, socket.MSG_PEEK)
+            return self._line is not None and not self._line.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return False
         except OSError:
@@ -130,15 +137,14 @@ class TorchGroup:
         from torch._C._distributed_c10d import BroadcastOptions, ProcessGroupGloo, TCPStore
 
         terms = self._terms
+        if terms.unique_id:
+            return self._join_nccl(lambda: terms.unique_id)
         self._await_listener()
         left = timedelta(seconds=max(0.1, self._until - time.monotonic()))
         store = TCPStore(terms.address, terms.port, terms.world_size, False, left)
-        if terms.backend == "nccl" and terms.rendezvous == "vllm":
-            read_unique_id(store.get(UNIQUE_ID_KEY))
-            raise _no_transport(terms, self._device)
         if terms.backend == "nccl":
-            seconds = max(0.1, self._until - time.monotonic())
-            return NcclBroadcast(store_of(store, terms), terms.rank, terms.world_size, self._device, seconds)
+            part = store if terms.rendezvous == "vllm" else store_of(store, terms)
+            return self._join_nccl(partial(find_unique_id, part, terms.rendezvous))
         group = ProcessGroupGloo(store_of(store, terms), terms.rank, terms.world_size, timeout=left)
         options = BroadcastOptions()
         options.rootRank = options.rootTensor = 0
@@ -149,6 +155,27 @@ class TorchGroup:
 
         self._memory.is_guarded = not _passes_on(terms.rank, terms.world_size)
         return broadcast
+
+    def _join_nccl(self, find_id: Callable[[], bytes | None]) -> NcclBroadcast:
+        """A trainer of vLLM's waits for all ranks at once. torch's ranks meet at their first broadcast, so that one
+        which is missing shows only then: a trainer that waits for all to have joined would wait for ever otherwise."""
+        terms = self._terms
+        if self._device.type != "cuda":
+            while find_id() is None and time.monotonic() < self._until and not self._is_over():
+                self._is_closed.wait(_LOOK_S)
+            raise _no_transport(terms, self._device)
+        broadcast = NcclBroadcast(find_id, terms.rank, terms.world_size, self._device, self._is_over)
+        if terms.rendezvous == "vllm":
+            try:
+                broadcast.join(self._until)
+                broadcast.warm_up(self._until)
+            except BaseException:
+                broadcast.close()
+                raise
+        return broadcast
+
+    def _is_over(self) -> bool:
+        return self._is_closed.is_set() or self._is_cut()
 
     def _await_listener(self) -> None:
         """Until somebody listens at the address: unlike torch, quietly, and so that it can be called off."""

@@ -62,11 +62,12 @@ Copies = Iterator[tuple[Sequence[int], StageCopy] | None]
 class WeightMemory(Protocol):
     """The memory of an update; see `headrace.weights.store.WeightStore`. Tensors are opaque here.
 
-    `device_id` is the UUID of the device that it is on, "" where it is a CPU's.
+    `device_ids` are the UUIDs of the devices whose memory it is copied from where that lies, its own first; none where
+    it is a CPU's.
     """
 
     @property
-    def device_id(self) -> str: ...
+    def device_ids(self) -> tuple[str, ...]: ...
 
     def open_buffer(self, ref: BufferRef | DeviceRef) -> StageBuffer: ...
 

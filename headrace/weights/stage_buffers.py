@@ -21,7 +21,7 @@ import torch
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import RequestError, UnavailableError
 from headrace.types.weights import BufferRef, DeviceArea, DeviceRef
-from headrace.weights.device_sharing import MappedMemory, bytes_at, device_uuid, same_context
+from headrace.weights.device_sharing import MappedMemory, bytes_at, same_context
 from headrace.weights.memory import StageBuffer
 
 
@@ -41,9 +41,6 @@ class DeviceBuffers:
         """A buffer. Raises `RequestError` or `UnavailableError`."""
         if isinstance(ref, BufferRef):
             return Opened(self._pin(ref), self._settle)
-        if ref.device != device_uuid(self._device):
-            message = f"the buffer is on device {ref.device}, not on {device_uuid(self._device)}"
-            raise UnavailableError(message, field="buffer")
         return Opened(AreaBytes(ref.areas, [self._map(area) for area in ref.areas], self._device), self._settle)
 
     def close(self) -> None:
@@ -106,7 +103,7 @@ class Opened:
 
 
 class AreaBytes:
-    """Areas of a device's memory: of another process, which are being mapped, and of this one."""
+    """Areas of devices' memory, as `device` reads them: of another process, which are being mapped, and of this one."""
 
     def __init__(
         self, areas: Sequence[DeviceArea], mapped: Sequence[Future[MappedMemory] | None], device: torch.device

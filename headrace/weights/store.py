@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
@@ -17,7 +17,7 @@ from headrace.ipc import SharedBuffer
 from headrace.types.errors import InternalError, NotFoundError, UpdateConflictError, WeightUpdateError
 from headrace.types.foreign import Payload
 from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
-from headrace.weights.device_sharing import device_uuid
+from headrace.weights.device_sharing import readable_devices
 from headrace.weights.device_staging import ArrivingPiece, DeviceCopies, WholeTarget
 from headrace.weights.foreign_memory import ForeignMemory
 from headrace.weights.live_reading import Digests, bytes_in_slices, digests_in_slices
@@ -81,7 +81,6 @@ class WeightStore:
         self._regions: dict[str, Region] = {}
         self._plan: ManifestPlan | None = None
         self._parts: OpenPlan | None = None
-        self._keys: PositionKeys | None = None
         self._check_finite = check_finite
         self._memory = memory or memory_left(device)
         self._transaction: Transaction | None = None
@@ -234,9 +233,9 @@ class WeightStore:
         )
 
     @property
-    def device_id(self) -> str:
-        """The UUID of the device that the parameters are on, "" of a CPU."""
-        return device_uuid(self.device) if self.device.type == "cuda" else ""
+    def device_ids(self) -> tuple[str, ...]:
+        """The UUIDs of the device that the parameters are on and of those that it can read; none of a CPU."""
+        return readable_devices(self.device) if self.device.type == "cuda" else ()
 
     def open_buffer(self, ref: BufferRef | DeviceRef) -> StageBuffer:
         """A buffer of the open update to stage from. Raises `RequestError` or `UnavailableError`."""
@@ -259,7 +258,7 @@ class WeightStore:
             partial(transaction.take_moved, check_finite=self._check_finite),
             partial(self._arriving_piece, transaction),
             self._side,
-            self._sum_keys(),
+            self.sum_keys,
             transaction.require_open,
             are_digests=transaction.has_digests,
         )
@@ -311,7 +310,7 @@ class WeightStore:
         summed = [destination] if is_summed else []
         if self._tied_live(transaction, info.name):  # owns no memory: its destination is scratch
             summed.append(self._region(info.name))
-        sums = [(region, PositionSum(self._sum_keys())) for region in summed]
+        sums = [(region, PositionSum(self.sum_keys)) for region in summed]
         return Arrival(destination, sums, is_live=is_live, hashes=len(info.digest) > DIGEST_LENGTH)
 
     def _tied_live(self, transaction: Transaction, name: str) -> str:
@@ -380,7 +379,7 @@ class WeightStore:
         """As `digest`, a slice at a time; with a `rank` of all that it holds, here on the only one."""
         rules, is_held = self.weight_map.rules_by_name, rank is not None
         regions = ((name, self._region(name)) for name in rules if rules[name].pieces or not is_held)
-        yield from digests_in_slices(regions, self._sum_keys(), self._begin_reading(), is_held=is_held)
+        yield from digests_in_slices(regions, self.sum_keys, self._begin_reading(), is_held=is_held)
 
     def parameters(self) -> tuple[tuple[TensorInfo, ...], ...]:
         """Those of each rank, which is this one."""
@@ -402,9 +401,10 @@ class WeightStore:
         self._side_reader.begin()
         return self._side_reader
 
-    def _sum_keys(self) -> PositionKeys:
-        self._keys = self._keys or PositionKeys(self.device)
-        return self._keys
+    @cached_property
+    def sum_keys(self) -> PositionKeys:
+        """What sums of tensors are made with, on this device."""
+        return PositionKeys(self.device)
 
     def read(self, name: str) -> torch.Tensor:
         """A CPU copy of one live tensor in HF shape, its memory's dtype; a tied name reads what it is tied to."""

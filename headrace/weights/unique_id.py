@@ -1,8 +1,10 @@
-"""The id of an NCCL communicator as vLLM's trainers publish it. Owns the frame that it is found in; decodes no objects.
+"""The id of an NCCL communicator as a trainer's rank 0 publishes it in its store. Owns the keys and the frame that it
+is found in; decodes no objects.
 
-Rank 0 of vLLM's `StatelessProcessGroup` sets a key of its store to a serialized ctypes structure of 128 bytes. That is
-always the same bytes around the id, but for the module that the structure is of, which has moved. So it is matched to
-the last byte, and nothing else is read.
+Rank 0 of a group of torch's sets a key to the 128 bytes, when it first uses the group. That of vLLM's
+`StatelessProcessGroup` sets one to a serialized ctypes structure of them. That is always the same bytes around the id,
+but for the module that the structure is of, which has moved. So it is matched to the last byte, and nothing else is
+read.
 """
 
 from __future__ import annotations
@@ -13,9 +15,13 @@ import re
 from typing import Any
 
 from headrace.types.errors import RequestError, WeightUpdateError
+from headrace.types.weights import Rendezvous
 
 UNIQUE_ID_KEY = "broadcast_from/0/0"
-"""Rank 0, its first broadcast."""
+"""Of vLLM's: rank 0, its first broadcast."""
+
+TORCH_KEY = "0"
+"""Of torch's: the first communicator, in the part of the store that is the group's."""
 
 NUM_BYTES = 128
 _FRAME = re.compile(
@@ -26,6 +32,19 @@ _FRAME = re.compile(
     re.DOTALL,
 )
 _HEAD_BYTES = 11  # before what the frame's size counts
+
+
+def find_unique_id(store: Any, rendezvous: Rendezvous) -> bytes | None:
+    """The 128 bytes; None: they are not there yet. `WeightUpdateError` for anything else that is."""
+    key = UNIQUE_ID_KEY if rendezvous == "vllm" else TORCH_KEY
+    if not store.check([key]):
+        return None
+    message: bytes = store.get(key)
+    if rendezvous == "vllm":
+        return read_unique_id(message)
+    if len(message) != NUM_BYTES:
+        raise WeightUpdateError(f"{len(message)} bytes in the trainer's store are no NCCL id", field="master_address")
+    return message
 
 
 def read_unique_id(message: bytes) -> bytes:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import os
 from pathlib import Path
 
 import msgspec
+
+from headrace.ipc.spawn import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "headrace"
@@ -61,6 +64,12 @@ class Import(msgspec.Struct, frozen=True):
     imported: str
     line: int
     is_lazy: bool
+
+
+def child_environment(**added: str) -> dict[str, str]:
+    """The environment of a process that a test starts: it finds this repo, and whatever packages this process was told
+    to look for."""
+    return {**os.environ, "PYTHONPATH": python_path(), **added}
 
 
 def source_files() -> list[Path]:

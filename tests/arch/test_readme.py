@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import re
 import signal
 import subprocess
@@ -21,7 +20,7 @@ import pytest
 
 from headrace.cli.main import parse
 from tests.arch.readme import README, blocks, commands
-from tests.arch.source import ROOT
+from tests.arch.source import ROOT, child_environment
 
 POLICY = ROOT / "headrace" / "rl" / "policy"
 MODEL = "Qwen/Qwen3-0.6B"
@@ -39,7 +38,7 @@ def address() -> Iterator[str]:
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=child_environment(),
     )
     assert process.stderr is not None
     try:

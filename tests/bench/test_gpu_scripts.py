@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench import gpu_breakdown, gpu_report
 from bench.gpu_breakdown import Span, classify, device_spans, idle_share, kernel_classes, summarise
 from bench.gpu_report import ROWS, Figure, in_order
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_kernel_has_its_class() -> None:
@@ -93,3 +98,35 @@ def test_a_row_that_fails_or_hangs_lets_the_others_go_on(
 
 def name_of(row: gpu_report.Row) -> str:
     return next(name for name, each in ROWS.items() if each is row)
+
+
+def run_on_cpu(script: str, *words: str) -> dict[str, Any]:
+    """What a script prints, run with a tiny model."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, f"bench/{script}", "--shape", "tiny", "--device", "cpu", *words]
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_what_requests_see_of_updates_is_measured() -> None:
+    words = ["--requests", "8", "--seconds", "2", "--steps-per-second", "1500", "--parts", "pause,throughput"]
+    found = run_on_cpu("gpu_pause.py", *words)
+    assert found["throughput"] > 0 and found["step_ms"] > 0
+    assert all(pauses["median"] <= pauses["worst"] for pauses in found["pauses_ms"].values())
+    for run in found["quiet"] + found["updated"]:
+        assert run["disturbed"] == {} and run["step"]["median_ms"] <= run["step"]["longest_ms"]
+    assert [len(run["updates_ms"]) for run in found["quiet"] + found["updated"]] == [0, 0, 1, 1]
+
+
+def test_copies_of_pages_beside_rows_that_decode_are_measured() -> None:
+    words = ["--rows", "8", "--prefix-tokens", "256", "--steps", "200", "--quiet-steps", "10"]
+    found = run_on_cpu("gpu_host_kv.py", *words)
+    assert found["disturbed"] == {} and found["recomputed_tokens"] == 0
+    page_bytes = 2 * 2 * 2 * 16 * 4 * 16  # keys and values of two layers and two heads of 16 floats, for 16 tokens
+    assert found["load"]["gigabytes"] == pytest.approx(12 * 16 * page_bytes / 1e9), "all that was asked for came back"
+    assert found["visits"]["gigabytes"] == 0 and found["visits"]["steps"] > 0 and found["visits"]["decode"] > 0
+    assert found["save"]["gigabytes"] > 0
+    assert found["load"]["gb_per_s"] > 0 and found["save"]["gb_per_s"] > 0 and found["load"]["decode"] > 0

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.arch.source import ROOT, child_environment
+
 POLICY = ROOT / "headrace" / "rl" / "policy"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = child_environment()
 SMALL = ["--num-threads", "1", "--kv-pool-tokens", "4096"]
 COMMANDS = {
     "generate": ["-m", "headrace", "generate", str(POLICY), "1+1=", *SMALL],

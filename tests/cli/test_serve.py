@@ -22,10 +22,10 @@ from headrace import ConfigError
 from headrace.cli.serve import with_keys
 from headrace.parallel.rendezvous import kept_store
 from headrace.server import ServerOptions
+from tests.arch.source import ROOT, child_environment
 from tests.engine.group_trainer import TrainerProcess
 from tests.engine.test_weight_groups import free_port
 
-ROOT = Path(__file__).resolve().parents[2]
 POLICY = ROOT / "headrace" / "rl" / "policy"
 OPEN_PATHS = ("/health", "/health_generate", "/ready")
 LONG = {"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 100, "ignore_eos": True}, "stream": True}
@@ -38,7 +38,7 @@ def serve(folder: Path, *words: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=child_environment(),
     )
 
 

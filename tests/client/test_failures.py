@@ -35,9 +35,9 @@ from headrace import (
     WeightUpdateError,
 )
 from headrace.client.transport import HttpCall, _raise_for
+from tests.arch.source import ROOT, child_environment
 from tests.client.conftest import CONFIG, CONNECT, left_in_shared_memory
 
-ROOT = Path(__file__).resolve().parents[2]
 NORM = "model.norm.weight"
 LONG: dict[str, Any] = {"max_new_tokens": 900, "ignore_eos": True}
 
@@ -404,7 +404,7 @@ def test_a_client_killed_in_a_stage_leaves_its_session_to_its_deadline(
 ) -> None:
     before = runtime.digest()
     words = [sys.executable, "-c", STAGER, runtime.url, runtime.api_key, shares_memory]
-    with subprocess.Popen(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}) as stager:
+    with subprocess.Popen(words, cwd=ROOT, env=child_environment()) as stager:
         assert stager.wait(60) == -signal.SIGKILL
     deadline = time.monotonic() + 30
     while runtime.status().updating:

@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 
 from headrace import CheckpointError, Client, ConfigError, HeadraceError, RequestError, Runtime, UnreachableError
+from tests.arch.source import ROOT, child_environment
 from tests.client.conftest import CONFIG, left_in_shared_memory
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def children(pid: int) -> list[int]:
@@ -131,7 +130,7 @@ time.sleep(60)
 @pytest.mark.parametrize("end", ["kill", "drop", "fork"])
 def test_it_ends_with_its_owner(model_folder: Path, end: str) -> None:
     words = [sys.executable, "-c", OWNER, str(model_folder), json.dumps(CONFIG), end]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = child_environment()
     with subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True) as owner:
         assert owner.stdout is not None
         pid = int(owner.stdout.readline())
@@ -147,7 +146,7 @@ def test_it_ends_with_its_owner(model_folder: Path, end: str) -> None:
 @pytest.mark.parametrize("seconds", [0.5, 2.0, 3.5])
 def test_an_owner_killed_while_it_starts_leaves_nothing(model_folder: Path, seconds: float) -> None:
     words = [sys.executable, "-c", OWNER, str(model_folder), json.dumps(CONFIG), "kill"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = child_environment()
     with subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.DEVNULL) as owner:
         time.sleep(seconds)
         pids = children(owner.pid)

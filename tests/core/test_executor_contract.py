@@ -188,13 +188,21 @@ def test_after_a_failure_none_is_executed_until_it_was_collected(
 @pytest.mark.parametrize("restore", ["copy", "disk"])
 def test_released_memory_comes_back_where_it_was(executor: Executor, expected: list[Any], restore: Restore) -> None:
     digests = digests_of(executor)
-    both: list[MemoryTag] = ["weights", "kv_cache"]
-    for tags in (both[1:], both[:1], both):
+    every: list[MemoryTag] = ["weights", "kv_cache", "cuda_graph"]
+    for tags in (every[1:2], every[:1], every[2:], every[:2], every):
         exhaust(executor.release(tags, keeps_copy=restore == "copy"))
         exhaust(executor.release(tags, keeps_copy=False))  # of what is released already nothing is lost
         exhaust(executor.resume(tags, restore))
         assert digests_of(executor) == digests
         check_it_goes_on(executor, expected)
+
+
+def test_without_graphs_plans_are_executed_all_the_same(executor: Executor, expected: list[Any]) -> None:
+    for _ in range(2):
+        exhaust(executor.release(["cuda_graph"], keeps_copy=False))
+        check_it_goes_on(executor, expected)
+    exhaust(executor.resume(["cuda_graph"], "await"))
+    check_it_goes_on(executor, expected)
 
 
 def test_a_resume_that_is_given_up_takes_nothing(executor: Executor, expected: list[Any]) -> None:

@@ -34,9 +34,8 @@ from headrace.types.messages import (
 )
 from headrace.types.request import Delta, unpack_ids
 from headrace.types.weights import BufferEntry, UpdateReport
+from tests.arch.source import ROOT, child_environment
 from tests.core.harness import bucket_of, manifest_of, new_tensors, request, tiny_config
-
-ROOT = Path(__file__).parents[2]
 
 
 class Front:
@@ -240,7 +239,7 @@ asyncio.run(main())
 
 @pytest.mark.parametrize("how", ["plain", "forked"])
 def test_a_killed_parent_leaves_no_core(how: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = child_environment()
     submit = Submit(tuple(request(handle, max_new_tokens=200) for handle in range(1, 5)))
     messages = [msgspec.msgpack.encode(message).hex() for message in (tiny_config(), submit)]
     command = [sys.executable, "-c", PARENT, how, *messages]

@@ -61,7 +61,8 @@ class WatchingExecutor(FreeExecutor):
         self.failure_rate = chance.choice([0.0, 0.0, 0.05])
         self.views = live_views(store)
         self.released: set[MemoryTag] = set()
-        self.num_releases = 0
+        self.num_releases = self.num_captures = 0
+        self.is_capturing = False
         self.kept: list[npt.NDArray[np.float32]] = []
         self.last_epoch = 0
         self.version_of_epoch: dict[int, float] = {}
@@ -78,12 +79,13 @@ class WatchingExecutor(FreeExecutor):
         return super().collect()
 
     def submit(self, plan: StepPlan) -> None:
-        assert not self.released, f"a step runs without {self.released}"
+        lacking = self.released - {"cuda_graph"}
+        assert not lacking and not self.is_capturing, f"a step runs without {lacking or 'all graphs'}"
         super().submit(plan)
 
     def release(self, tags: Collection[MemoryTag], *, keeps_copy: bool) -> Generator[None]:
         """In a few slices, of which the last takes all away."""
-        assert not self._plans and not self.released & set(tags)
+        assert not self._plans and not self.released & set(tags) - {"cuda_graph"}
         kept = [view.copy() for view in self.views] if keeps_copy else []
         for _ in range(self.chance.randint(0, 3)):
             yield
@@ -96,10 +98,17 @@ class WatchingExecutor(FreeExecutor):
                 view[:] = np.nan
 
     def resume(self, tags: Collection[MemoryTag], restore: Restore) -> Generator[None]:
-        assert self.released >= set(tags)
-        for _ in range(self.chance.randint(0, 3)):
-            yield
-        self.fail_at_times()
+        """Graphs come back with the last of the others, or after them, and no step runs meanwhile."""
+        assert not self._plans and self.released >= set(tags)
+        self.is_capturing = "cuda_graph" in tags
+        assert not self.is_capturing or self.released == set(tags)
+        try:
+            for _ in range(self.chance.randint(0, 3)):
+                yield
+            self.fail_at_times()
+        finally:
+            self.is_capturing = False
+        self.num_captures += "cuda_graph" in tags
         self.released -= set(tags)
         if "weights" in tags and restore != "await":
             for number, view in enumerate(self.views):
@@ -276,10 +285,11 @@ def test_invariants_hold_under_random_commands(part: int) -> None:
         seen["failed steps"] = seen.get("failed steps", 0) + int(metrics["num_failed_steps"])
         seen["preemptions"] = seen.get("preemptions", 0) + int(metrics["num_preemptions"])
         seen["releases"] = seen.get("releases", 0) + driver.executor.num_releases
+        seen["captures"] = seen.get("captures", 0) + driver.executor.num_captures
         seen["mixed"] = seen.get("mixed", 0) + sum(len(driver.core.spans(handle)) > 1 for handle in driver.prompts)
         for buffer in driver.buffers:
             buffer.close()
-    for kind in ("length", "abort", "error", "updates", "preemptions", "failed steps", "mixed", "releases"):
+    for kind in ("length", "abort", "error", "updates", "preemptions", "failed steps", "mixed", "releases", "captures"):
         assert seen.get(kind, 0) > 5, f"the sequences never show {kind}: {seen}"
 
 

@@ -84,6 +84,77 @@ def test_tags_come_back_in_any_order_and_generation_with_the_last_that_it_needs(
     assert core.status().released == () and core.status().state == "ready"
 
 
+@pytest.mark.parametrize("order", list(permutations(MEMORY_TAGS)))
+def test_graphs_are_captured_again_by_the_last_resume(order: tuple[MemoryTag, ...]) -> None:
+    """Over memory that is there, whichever tag is the last, and once only."""
+    executor = TurningExecutor()
+    core = core_over(executor)
+    core.call(ReleaseMemory, ())
+    for tag in order:
+        core.call(ResumeMemory, (tag,))
+    resumes = [tags for kind, tags, _ in executor.done if kind == "resume"]
+    assert [tags for tags in resumes if "cuda_graph" in tags] == [tuple(sorted({"cuda_graph", order[-1]}))]
+    assert sorted(tag for tags in resumes for tag in tags) == sorted(MEMORY_TAGS)
+    core.call(ResumeMemory, ())
+    assert executor.done[-1][1] == resumes[-1]
+
+
+@pytest.mark.parametrize("overlap_depth", [0, 1, 3])
+def test_without_graphs_alone_requests_go_on_and_stand_still_only_while_they_come_back(overlap_depth: int) -> None:
+    executor = TurningExecutor(3)
+    core = core_over(executor, overlap_depth=overlap_depth)
+    core.submit(request(1, max_new_tokens=40), request(2, max_new_tokens=40))
+    core.turn(5)
+    core.call(ReleaseMemory, ("cuda_graph",))
+    assert executor.done == [("release", ("cuda_graph",), "")] and core.finish_types(1, 2) == [None, None]
+    before = executor.num_executed
+    core.turn(5)
+    assert executor.num_executed == before + 5 and core.status().released == ("cuda_graph",)
+    coming = core.start(ResumeMemory, ("cuda_graph",))
+    core.turn()
+    before = executor.num_executed
+    core.turn()
+    assert executor.num_executed == before and coming not in core.link.replies
+    core.settle()
+    core.answer(coming)
+    assert executor.done[-1] == ("resume", ("cuda_graph",), "await")
+    assert core.finish_types(1, 2) == ["length", "length"]
+    assert core.tokens(1) == core.tokens(2) == list(range(6, 46))
+    assert core.link.deltas[1][-1].num_preemptions == 0
+    assert core.status().metrics["num_cached_pages"]
+
+
+def test_graphs_that_find_no_room_are_asked_for_again_with_what_was_to_come() -> None:
+    executor = TurningExecutor()
+    core = core_over(executor)
+    core.call(ReleaseMemory)
+    core.call(ResumeMemory, ("weights", "cuda_graph"))
+    executor.problem = UnavailableError("no room", field="tags")
+    assert core.refused(ResumeMemory).field == "tags"
+    assert core.status().released == ("kv_cache",)
+    executor.problem = None
+    core.call(ReleaseMemory, ("cuda_graph",))  # it was never there
+    core.call(ResumeMemory, ("kv_cache",))
+    core.submit(request(1))
+    core.settle()
+    assert core.finish_types(1) == ["length"] and executor.done[-1][1] == ("kv_cache",)
+    core.call(ResumeMemory, ("cuda_graph",))
+    assert executor.done[-1][1] == ("cuda_graph",) and core.status().released == ()
+
+
+def test_an_update_between_comes_before_the_graphs() -> None:
+    executor = TurningExecutor()
+    core = core_over(executor, keep_weights_copy=False)
+    core.call(ReleaseMemory)
+    core.call(ResumeMemory, ("weights",))
+    update(core)
+    core.call(ResumeMemory, ("kv_cache", "cuda_graph"))
+    core.submit(request(1))
+    core.settle()
+    assert core.finish_types(1) == ["length"]
+    assert [tags for _, tags, _ in executor.done[1:]] == [("weights",), ("cuda_graph", "kv_cache")]
+
+
 def test_both_calls_are_idempotent() -> None:
     executor = TurningExecutor()
     core = core_over(executor)
@@ -283,9 +354,9 @@ def test_calls_are_done_one_after_the_other() -> None:
     for call in calls:
         core.answer(call)
     assert [(kind, tags) for kind, tags, _ in executor.done] == [
-        ("release", ("kv_cache", "weights")),
+        ("release", ("cuda_graph", "kv_cache", "weights")),
         ("resume", ("weights",)),
-        ("resume", ("kv_cache",)),
+        ("resume", ("cuda_graph", "kv_cache")),
     ]
     core.submit(request(1))
     core.settle()

@@ -8,22 +8,24 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from tests.arch.source import ROOT
+from tests.arch.source import ROOT, child_environment
 
 
 class TrainerProcess:
     """The other end of it."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = child_environment(OMP_NUM_THREADS="1")
         command = [sys.executable, "-m", "tests.engine.group_trainer"]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `close`)
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
         self.is_spent = False  # it will do nothing more
         self.ask(do="hello")
 
@@ -34,11 +36,14 @@ class TrainerProcess:
         self.process.stdin.flush()
 
     def hear(self) -> Any:
-        """The answer of the oldest order that has not been heard; an error raises."""
+        """The answer of the oldest order that has not been heard; an error raises, with what it has said of it."""
         assert self.process.stdout is not None
-        answer = json.loads(self.process.stdout.readline())
-        self.is_spent |= "error" in answer
-        assert "error" not in answer, answer
+        line = self.process.stdout.readline()
+        answer = json.loads(line) if line else {"error": "it has ended"}
+        if "error" in answer:
+            self.is_spent = True
+            self._errors.seek(0)
+            raise AssertionError(f"the trainer: {answer['error']}\n{self._errors.read()[-8000:]}")
         return answer
 
     def ask(self, **order: Any) -> Any:
@@ -60,6 +65,7 @@ class TrainerProcess:
     def close(self) -> None:
         """End it, whatever it does."""
         self.kill()
+        self._errors.close()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 pipe.close()
@@ -139,7 +145,9 @@ class _Trainer:
 
 
 def main() -> None:
-    """Serve until the input ends."""
+    """Serve until the input ends. What libraries print, as NCCL does, is no answer."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     trainer = _Trainer()
     for line in sys.stdin:
         order = json.loads(line)
@@ -147,8 +155,9 @@ def main() -> None:
             getattr(trainer, order.pop("do"))(**order)
             answer: dict[str, Any] = {}
         except Exception as error:
+            traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

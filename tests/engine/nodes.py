@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tests.arch.source import ROOT
+from tests.arch.source import ROOT, child_environment
 from tests.engine.test_restart import is_gone, wait_for
 
 SECRET = "a secret of this test only"
@@ -20,13 +20,23 @@ FIRST = "127.0.0.2"
 
 
 class Node:
-    """A node that is not the first. `text` is what it has said."""
+    """A node that is not the first, which sees these `devices` only."""
 
-    def __init__(self, folder: Path, address: str, rank: int = 1, secret: str = SECRET, **settings: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        address: str,
+        rank: int = 1,
+        secret: str = SECRET,
+        devices: str | None = None,
+        **settings: Any,
+    ) -> None:
         given = {"tp_size": 2, "nnodes": 2, "device": "cpu", "dtype": "float32", "start_timeout": 60, **settings}
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
         flags += [f"--node-rank={rank}", f"--dist-init-addr={address}", "--num-threads=1"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "HEADRACE_DIST_SECRET": secret}
+        environment = child_environment(HEADRACE_DIST_SECRET=secret)
+        if devices is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = devices
         self.process = subprocess.Popen(
             [sys.executable, "-m", "headrace", "serve", str(folder), *flags],
             env=environment,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> Allocator:
     monkeypatch.setattr(device_sharing, "handle_of", found.handle_of)
     monkeypatch.setattr(module, "device_of", lambda tensor: "GPU")
     monkeypatch.setattr(torch.cuda, "device", lambda _: torch.no_grad())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: Stream())
     return found
 
@@ -66,7 +68,7 @@ def add_all(export: DeviceExport, *tensors: Any) -> list[bool]:
 
 
 def test_each_allocation_is_named_once(allocator: Allocator) -> None:
-    export = DeviceExport("GPU", shares_process=False)
+    export = DeviceExport(("GPU",), shares_process=False)
     tensors = allocator.at(2 * SEGMENT + 64, 3, 4), allocator.at(0, 5), allocator.at(2 * SEGMENT, 2)
     assert add_all(export, *tensors) == [True, True, True]
     assert export.ref.areas == (DeviceArea(b"\2", 0, SEGMENT), DeviceArea(b"\0", 0, SEGMENT))
@@ -74,8 +76,47 @@ def test_each_allocation_is_named_once(allocator: Allocator) -> None:
     assert export.ref.size == 2 * SEGMENT and allocator.num_asked == 2
 
 
+def test_tensors_may_be_on_any_device_that_is_read(allocator: Allocator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several in one call each is waited for and asked in its own context."""
+    entered: list[Any] = []
+    waited: list[Any] = []
+
+    def enter(device: Any) -> Any:
+        entered.append(device)
+        return contextlib.nullcontext()
+
+    class Waited(Stream):
+        def __init__(self, device: Any = None) -> None:
+            self.device = device
+
+        def synchronize(self) -> None:
+            waited.append(self.device)
+
+    class Lying(torch.Tensor):
+        place: Any = torch.device("cuda", 0)
+
+        @property
+        def device(self) -> Any:  # type: ignore[override]
+            return self.place
+
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    monkeypatch.setattr(torch.cuda, "current_stream", Waited)
+    monkeypatch.setattr(module, "device_of", lambda tensor: f"GPU-{tensor.device.index}")
+    tensors = []
+    for number, index in enumerate((0, 1, 2, 1)):
+        tensors.append(allocator.at(number * SEGMENT, 4).as_subclass(Lying))
+        tensors[-1].place = torch.device("cuda", index)
+    export = DeviceExport(("GPU-0", "GPU-1"), shares_process=False)
+    assert add_all(export, *tensors) == [True, True, False, True]
+    assert export.ref.areas == tuple(DeviceArea(bytes([number]), 0, SEGMENT) for number in (0, 1, 3))
+    assert [entry.offset for entry in export.entries] == [0, SEGMENT, 2 * SEGMENT]
+    assert {each.index for each in entered} == {0, 1}
+    export.settle()
+    assert [each.index for each in waited] == [0, 1]
+
+
 def test_in_one_process_storages_are_named_by_address(allocator: Allocator) -> None:
-    export = DeviceExport("GPU", shares_process=True)
+    export = DeviceExport(("GPU",), shares_process=True)
     one, other = torch.zeros(8), torch.zeros(6)
     assert add_all(export, one[2:5], other, one) == [True, True, True]
     assert export.ref.areas == (DeviceArea(b"", one.data_ptr(), 32), DeviceArea(b"", other.data_ptr(), 24))
@@ -84,7 +125,7 @@ def test_in_one_process_storages_are_named_by_address(allocator: Allocator) -> N
 
 
 def test_what_does_not_lie_well_is_for_others(allocator: Allocator) -> None:
-    export = DeviceExport("GPU", shares_process=False)
+    export = DeviceExport(("GPU",), shares_process=False)
     square = allocator.at(0, 4, 4)
     odd = square.t(), np.zeros(3), square[:, 1], square[:0], torch.complex(square, square).conj()
     assert add_all(export, *odd) == [False] * len(odd)
@@ -93,14 +134,14 @@ def test_what_does_not_lie_well_is_for_others(allocator: Allocator) -> None:
 
 def test_memory_that_is_not_shared_is_asked_for_once(allocator: Allocator) -> None:
     allocator.shared = False
-    export = DeviceExport("GPU", shares_process=False)
+    export = DeviceExport(("GPU",), shares_process=False)
     assert add_all(export, allocator.at(0, 4), allocator.at(SEGMENT, 4)) == [False, False]
     assert allocator.num_asked == 1 and not export.entries
 
 
 @pytest.mark.parametrize("how", ["written", "freed"])
 def test_what_is_written_to_or_freed_meanwhile_is_refused_by_name(allocator: Allocator, how: str) -> None:
-    export = DeviceExport("GPU", shares_process=True)
+    export = DeviceExport(("GPU",), shares_process=True)
     one, other = torch.zeros(8), torch.zeros(6)
     assert add_all(export, one, other) == [True, True]
     export.settle()

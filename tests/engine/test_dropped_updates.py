@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from headrace import AsyncEngine, DeadlineError, Engine, ShutdownError, UpdateConflictError
+from headrace.engine.memory_copy import CopyingThreads
 from headrace.engine.update_session import UpdateSession
 from headrace.engine.upload_buffers import BufferPool, Filling, HostMemory, UploadBuffer
 from tests.engine.builders import SETTINGS, model_of, named_tensors, save_model
@@ -143,7 +144,7 @@ def test_a_script_that_outlives_its_engine_leaves_no_buffer(model_folder: Path) 
 def test_a_buffer_is_not_taken_from_whoever_writes_to_it() -> None:
     """He finds out after that, and the buffer can be taken then."""
     filling = Filling(1)
-    pool = BufferPool(HostMemory, 64)
+    pool = BufferPool(HostMemory, 64, CopyingThreads())
     filling.put(UploadBuffer(HostMemory(64), pool))
 
     class Data(bytes):

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from headrace import Engine, TensorInfo, WeightUpdateError
-from headrace.engine import device_export, update
+from headrace import Engine, TensorInfo, UnavailableError, WeightUpdateError
+from headrace.engine import device_export
+from headrace.engine.device_road import DeviceRoad
 from headrace.kernels.triton import weight_pieces
 from headrace.weights import stage_buffers
 from headrace.weights.stage_buffers import DeviceBuffers
@@ -50,12 +51,12 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         found.buffers.append(store._buffers)
 
     monkeypatch.setattr(WeightStore, "__init__", with_buffers)
-    monkeypatch.setattr(WeightStore, "device_id", "GPU")
+    monkeypatch.setattr(WeightStore, "device_ids", ("GPU",))
     monkeypatch.setattr(weight_pieces, "move_rows", moved_one_by_one)
-    monkeypatch.setattr(stage_buffers, "device_uuid", lambda _: "GPU")
     monkeypatch.setattr(stage_buffers, "same_context", lambda: lambda: None)
     monkeypatch.setattr(device_export, "device_of", lambda _: "GPU")
     monkeypatch.setattr(torch.cuda, "device", lambda _: torch.no_grad())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: Stream())
     cudart = Cudart()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
@@ -81,7 +82,7 @@ def digests(tensors: Tensors, model_folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("mode", ["shadow", "inplace"])
-@pytest.mark.parametrize("first_bytes", [1, 1 << 30])
+@pytest.mark.parametrize("bytes_ahead", [1, 1 << 30])
 def test_tensors_are_copied_from_where_they_are(
     engine: Engine,
     seen: Seen,
@@ -89,15 +90,15 @@ def test_tensors_are_copied_from_where_they_are(
     model_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     mode: Any,
-    first_bytes: int,
+    bytes_ahead: int,
 ) -> None:
-    monkeypatch.setattr(update, "FIRST_EXPORT_BYTES", first_bytes)
+    monkeypatch.setattr(DeviceRoad, "bytes_ahead", lambda *_: bytes_ahead)
     for version in ("one", "two"):
         report = engine.update_weights_from_tensor(new, version, mode=mode)
         assert (report.version, report.mode, report.num_tensors) == (version, mode, len(new))
     storages = {(each.untyped_storage().data_ptr(), each.untyped_storage().nbytes()) for _, each in new}
     named = {(area.offset, area.size) for ref in seen.opened for area in ref.areas}
-    assert named == storages and len(seen.opened) == (2 if first_bytes > 1 else 4)
+    assert named == storages and len(seen.opened) == 2 * (1 if bytes_ahead > 1 else len(new))
     assert engine.digest() == digests(new, model_folder)
 
 
@@ -163,4 +164,35 @@ def test_buckets_of_an_update_are_copied_from_where_they_are(
     for part in (new[:3], new[3:9], new[9:]):
         engine.update_weights_from_bucket(part, "joined")
     assert engine.version == "joined" and len(seen.opened) == 3
+    assert engine.digest() == digests(new, model_folder)
+
+
+@pytest.mark.parametrize("is_dict", [False, True])
+def test_where_the_core_cannot_map_them_the_host_carries_them_from_then_on(
+    engine: Engine,
+    seen: Seen,
+    new: Tensors,
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    is_dict: bool,
+) -> None:
+    """In the very update in which that shows, whatever of it was copied before."""
+    part = stage_buffers.AreaBytes.part
+    asked: list[int] = []
+
+    def unmapped(areas: Any, offset: int, size: int) -> torch.Tensor:
+        asked.append(size)
+        if len(asked) > 3:
+            raise UnavailableError("the driver could not map another's memory: error 217 (on rank 1)", field="buffer")
+        return part(areas, offset, size)
+
+    monkeypatch.setattr(stage_buffers.AreaBytes, "part", unmapped)
+    engine.update_weights_from_tensor(dict(new) if is_dict else new, "one", mode="inplace")
+    assert {type(ref).__name__ for ref in seen.opened} == {"DeviceRef", "BufferRef"}
+    assert engine.digest() == digests(new, model_folder)
+    assert [each for each in caplog.messages if "go through the host from now on" in each and "error 217" in each]
+    seen.opened.clear()
+    engine.update_weights_from_tensor(new, "two", mode="shadow")
+    assert {type(ref).__name__ for ref in seen.opened} == {"BufferRef"} and len(asked) == 4
     assert engine.digest() == digests(new, model_folder)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from headrace import Engine, SamplingParams
+from headrace.telemetry import METRICS
 from headrace.types.errors import ConfigError
 from tests.parity.models import make_model, save_model
 
@@ -54,6 +55,8 @@ def test_an_evicted_prefix_is_a_hit_again(folder: Path, backend: Any, overlap_de
         assert ids == like_ids and logprobs == pytest.approx(like_logprobs, abs=0.0 if backend == "cpu" else 1e-5)
     assert all(cached == 0 for *_, cached in expected[6:]) and all(cached == 32 for *_, cached in found[6:])
     assert metrics["num_pages_loaded"] == 6 * 8 and metrics["num_host_pages"] >= 6 * 9
+    assert metrics["page_save_s"] > 0 and metrics["page_load_s"] > 0
+    assert metrics.keys() <= {spec.name for spec in METRICS}
 
 
 @pytest.mark.parametrize("num_stages", [1, 2])

@@ -40,9 +40,9 @@ from headrace.config import ResolvedConfig
 from headrace.core import serve_core
 from headrace.engine.core_host import ExecutorKind
 from headrace.ipc import CoreLink
+from tests.arch.source import child_environment
 from tests.engine.builders import SETTINGS, model_of, named_tensors, shared_memory
 
-ROOT = Path(__file__).parents[2]
 PROMPT = [1, 2, 3]
 SHORT = SamplingParams(temperature=0.0, max_new_tokens=8, ignore_eos=True)
 LONG = SamplingParams(max_new_tokens=1000, ignore_eos=True)
@@ -216,7 +216,7 @@ print("core", engine.asynchronous.runtime.host.pid, flush=True)
 
 def script(folder: Path, end: str) -> subprocess.Popen[str]:
     code = SCRIPT.format(folder=str(folder), settings=SETTINGS, end=end)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = child_environment()
     return subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
@@ -376,7 +376,7 @@ generated = engine.generate(input_ids=[1], sampling_params=dict(max_new_tokens=2
 print(os.waitstatus_to_exitcode(status), len(generated[0].token_ids))
 """
     code = code.format(folder=spawned.config.model, settings=SETTINGS)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = child_environment()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
     assert done.stdout.split() == ["7", "2"], done.stderr
 

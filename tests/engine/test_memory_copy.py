@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from headrace.engine import memory_copy as module
-from headrace.engine.memory_copy import CopyingThreads, address_of
+from headrace.engine.memory_copy import CopyingThreads, address_of, settle
 
 
 @pytest.mark.parametrize("num_cores", [1, 2, 16])
@@ -27,6 +27,24 @@ def test_any_number_of_bytes_arrives_and_no_other_changes(monkeypatch: pytest.Mo
         threads.copy(address_of(memoryview(into)) + place, address, size)
         expected = b"\7" * place + source[start : start + size].tobytes() + b"\7" * (5000 - place - size)
         assert bytes(into) == expected
+    threads.close()
+
+
+def test_copies_that_have_begun_are_done_when_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many, and beside each other."""
+    monkeypatch.setattr(module, "PART_BYTES", 64)
+    monkeypatch.setattr(module, "_num_cores", lambda: 4)
+    threads, source = CopyingThreads(), np.frombuffer(random.Random(1).randbytes(8192), dtype=np.uint8)
+    into, copies = bytearray(8192), []
+    may_go, copy = threading.Event(), module.copy_memory
+    monkeypatch.setattr(module, "copy_memory", lambda *place: may_go.wait(10.0) and copy(*place))
+    for at in range(0, 8192, 512):
+        begin = address_of(memoryview(into)) + at, source.__array_interface__["data"][0] + at, 512
+        copies += threads.begin(*begin)
+    assert not any(into) and len(copies) == 48
+    may_go.set()
+    settle(copies)
+    assert bytes(into) == source.tobytes()
     threads.close()
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from headrace import ConfigError, Engine, EngineDeadError, HeadraceError, NeedsWeightsError
 from headrace.types.errors import DeviceLostError
-from tests.arch.source import ROOT
+from tests.arch.source import ROOT, child_environment
 from tests.engine.builders import SETTINGS, model_of, named_tensors, shared_memory
 from tests.engine.test_ranks import GREEDY, LONG, PROMPTS, rank_pids
 from tests.engine.test_restart import is_gone, pid_of, wait_for
@@ -173,7 +173,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("stands_still", [False, True], ids=["running", "stopped"])
 def test_the_parents_death_ends_all_ranks(model_folder: Path, inprocess: bool, stands_still: bool) -> None:
     command = [sys.executable, "-c", SCRIPT, str(model_folder), str(inprocess)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = child_environment()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment) as parent:
         assert parent.stdout is not None
         core, rank = map(int, parent.stdout.readline().split())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
@@ -16,10 +15,10 @@ from headrace import Engine, ShutdownError
 from headrace.engine.runtime import EngineLoop, _Errand, _Latch
 from headrace.engine.starting import Start
 from headrace.engine.supervision import Supervisor
+from tests.arch.source import child_environment
 from tests.engine.builders import SETTINGS
 from tests.engine.lines import BeforeLine
 
-ROOT = Path(__file__).parents[2]
 HANG_SECONDS = 60.0
 FREE: dict[str, Any] = {**SETTINGS, "executor": "free", "skip_tokenizer_init": True, "inprocess": True}
 INTERRUPTED: list[Callable[..., Any]] = [
@@ -85,7 +84,7 @@ os._exit(0)
 def test_a_fork_taken_in_the_middle_of_a_call_refuses_at_once(model_folder: Path, busy: str) -> None:
     """Whatever another thread is at, and holds for ever in the child."""
     code = FORK.format(folder=str(model_folder), settings=SETTINGS, seconds=HANG_SECONDS)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = child_environment()
     command = [sys.executable, "-c", code, busy]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=2 * HANG_SECONDS)
     assert done.stdout.split() == ["refused"], done.stderr

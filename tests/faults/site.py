@@ -22,7 +22,7 @@ import msgspec
 
 from headrace import Engine, HeadraceError, SamplingParams, serve
 from headrace.types.messages import CoreStatus
-from tests.arch.source import ROOT
+from tests.arch.source import ROOT, child_environment
 from tests.faults.trainer import Order
 from tests.server.builders import SETTINGS, save_random_model
 
@@ -42,7 +42,7 @@ class Trainer:
 
     def __init__(self, road: str) -> None:
         command = [sys.executable, "-m", "tests.faults.trainer", *(["--torch"] if road in SLOW_ROADS else [])]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = child_environment(OMP_NUM_THREADS="1")
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

@@ -26,6 +26,7 @@ def test_an_evicted_prefix_comes_back_bit_by_bit(start: Starter, checkpoints: Ch
         assert [(each.token_ids, each.logprobs) for each in found] == expected
     metrics = engine.metrics()
     assert metrics["num_pages_loaded"] > 24 * 18 and metrics["num_compiled_after_ready"] == 0
+    assert 0 < metrics["page_save_s"] < metrics["uptime_s"] and 0 < metrics["page_load_s"] < metrics["uptime_s"]
 
 
 def test_copies_beside_running_requests_leave_them_alone(start: Starter, checkpoints: Checkpoints) -> None:

@@ -14,7 +14,8 @@ import torch
 
 from headrace import EngineDeadError
 from tests.engine.test_ranks import rank_pids
-from tests.gpu.builders import Checkpoints, Starter, check_greedy, greedy, random_ids
+from tests.gpu.builders import Checkpoints, Starter, bits, check_greedy, greedy, random_ids
+from tests.gpu.test_released_memory import num_replays, taken_bytes
 
 pytestmark = [
     pytest.mark.alone,
@@ -56,6 +57,32 @@ def test_an_update_there_and_back(start: Starter, checkpoints: Checkpoints, mode
         piece = engine.generate(input_ids=PROMPTS[3], sampling_params=greedy(20))[0]
         check_greedy(target, PROMPTS[3], piece, 1e-3)
     assert digests[0] == digests[2] != digests[1] == digests[3]
+
+
+@pytest.mark.parametrize("layout", [{}, STAGES])
+def test_memory_goes_and_comes_on_both_devices(start: Starter, checkpoints: Checkpoints, layout: Any) -> None:
+    """All of it, and graphs alone, without which steps run meanwhile: all ranks capture them again in one order."""
+    settings = {"memory_saver": True, "keep_weights_copy": True, "numerics": "invariant"}
+    engine = start(checkpoints.get(), **(TWO | settings | layout))
+
+    def answers() -> Any:
+        return bits(engine.generate(input_ids=PROMPTS, sampling_params=greedy(20)))
+
+    def free_memory() -> int:
+        return sum(torch.cuda.mem_get_info(device)[0] for device in range(2))
+
+    expected, digests = answers(), engine.digest()
+    for _ in range(2):
+        before, replays = free_memory(), num_replays(engine)
+        engine.release_memory_occupation()
+        assert free_memory() - before > 0.9 * taken_bytes(engine, checkpoints)
+        engine.resume_memory_occupation()
+        assert answers() == expected and engine.digest() == digests and num_replays(engine) > replays
+        replays = num_replays(engine)
+        engine.release_memory_occupation(["cuda_graph"])
+        assert answers() == expected and num_replays(engine) == replays
+        engine.resume_memory_occupation(["cuda_graph"])
+        assert answers() == expected and num_replays(engine) > replays
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])

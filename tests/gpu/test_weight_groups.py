@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 
-from headrace import DeadlineError, Engine
+from headrace import DeadlineError, Engine, UpdateConflictError, WeightUpdateError
 from tests.engine.group_trainer import TrainerProcess
 from tests.engine.test_weight_groups import free_port
 from tests.gpu.builders import Checkpoint, Checkpoints, Starter
@@ -66,20 +66,37 @@ def test_whole_updates_and_a_group_made_again(
     assert engine.digest() == digests[0]
 
 
-def test_a_trainer_that_dies_ends_the_call_by_its_deadline(
-    checkpoints: Checkpoints, start: Starter, trainer: TrainerProcess, tmp_path: Path
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+@pytest.mark.parametrize("num_sent", [0, 5])
+def test_a_trainer_that_is_lost_is_named(
+    checkpoints: Checkpoints, start: Starter, trainer: TrainerProcess, how: str, num_sent: int
 ) -> None:
+    """One that has ended at once, one that stands still by the deadline; before and after the ranks have met."""
     old = checkpoints.get()
     engine = start(old, dtype="float32", inprocess=False)
     join(engine, trainer)
-    push(engine, trainer, checkpoints.get(seed=1), "new")
     tensors = old.named_tensors()
-    session = engine.begin_update(
-        "lost", [(name, tuple(tensor.shape), "float32") for name, tensor in tensors], timeout=4.0
-    )
-    trainer.kill()
-    with pytest.raises(DeadlineError):
-        engine.stage_from_group(session, [name for name, _ in tensors], "g")
+    names = [name for name, _ in tensors]
+    manifest = [(name, tuple(tensor.shape), "float32") for name, tensor in tensors]
+    session = engine.begin_update("lost", manifest, timeout=60.0 if how == "killed" else 8.0)
+    with ThreadPoolExecutor(1) as thread:
+        staged = thread.submit(engine.stage_from_group, session, names, "g")
+        trainer.ask(do="send", name="g", folder=str(old.folder), names=names[:num_sent])
+        trainer.kill() if how == "killed" else trainer.stop()
+        error = staged.exception(timeout=20.0)
+    assert isinstance(error, WeightUpdateError if how == "killed" else DeadlineError), error
+    assert how != "killed" or "'g'" in error.message and error.field == "group_name", error
+    engine.abort_update()
+    session = engine.begin_update("next", manifest)
+    with pytest.raises((UpdateConflictError, DeadlineError), match="'g'"):  # as soon as its thread has given up
+        engine.stage_from_group(session, names, "g")
     engine.abort_update(session)
     engine.update_weights_from_tensor(tensors, "old")
     outputs(engine, old)
+    successor = TrainerProcess()
+    try:
+        join(engine, successor)
+        push(engine, successor, checkpoints.get(seed=1), "new")
+    finally:
+        successor.close()
+    outputs(engine, checkpoints.get(seed=1))

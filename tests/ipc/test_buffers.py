@@ -13,6 +13,7 @@ import pytest
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import RequestError, UnavailableError
 from headrace.types.weights import BufferRef
+from tests.arch.source import child_environment
 
 READER = """
 import hashlib, sys
@@ -37,7 +38,7 @@ def test_another_process_reads_what_was_written() -> None:
         found = subprocess.run(
             [sys.executable, "-c", READER, buffer.ref.path, str(buffer.ref.size)],
             capture_output=True, text=True, timeout=60, check=True,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            env=child_environment(),
         )  # fmt: skip
     assert found.stdout.strip() == hashlib.sha256(data).hexdigest()
 

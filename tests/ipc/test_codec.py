@@ -53,7 +53,7 @@ COMMANDS: list[Command] = [
     messages.Profile(28, ProfileTerms("/f", "n", ("CPU",), 3, True, True)),
     messages.Profile(29, None),
     messages.ResumeMemory(23, (), "copy"),
-    Stage(24, 1, DeviceRef("GPU-1", (DeviceArea(b"\1\0", 8, 64), DeviceArea(b"", 1 << 40, 4))), ()),
+    Stage(24, 1, DeviceRef((DeviceArea(b"\1\0", 8, 64), DeviceArea(b"", 1 << 40, 4))), ()),
     messages.CommitUpdate(5, 1),
     messages.AbortUpdate(6, 1),
     messages.UpdateFromDisk(7, "/m", "v"),

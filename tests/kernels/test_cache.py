@@ -15,7 +15,7 @@ import triton
 from headrace.kernels.cache import MANIFEST, CompileCounter, is_complete, seal, use_kernel_cache
 from headrace.kernels.triton.carried_cache import CarriedCacheManager
 from headrace.types.errors import ConfigError
-from tests.arch.source import ROOT
+from tests.arch.source import ROOT, child_environment
 
 COMPILE = """
 import sys
@@ -61,8 +61,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_python(script: Path | str, *words: str) -> str:
     """What a fresh process, whose Triton compiles for a device, prints."""
     command = [sys.executable, *(["-c", script] if isinstance(script, str) else [str(script)]), *words]
-    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    variables["PYTHONPATH"] = str(ROOT)
+    variables = child_environment()
+    variables.pop("TRITON_INTERPRET", None)
     done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -22,7 +22,8 @@ PLACES = [(5, 0), (0, 0), (WIDTH, 0), (9000, 16), (WIDTH * 6 + 77, WIDTH * 3 + 3
 @pytest.fixture(autouse=True)
 def rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of few rows, and so several of them: the interpreter is slow."""
-    monkeypatch.setattr(module, "_ROWS", 4)
+    for name in ("TILE", "SUMMED_TILE"):
+        monkeypatch.setattr(module, name, getattr(module, name)._replace(rows=4))
 
 
 class UnitPiece(NamedTuple):
@@ -31,8 +32,8 @@ class UnitPiece(NamedTuple):
     start: int
 
 
-def move_pieces(pieces: list[UnitPiece], words: torch.Tensor) -> torch.Tensor:
-    return move_rows([row_of(*piece) for piece in pieces], words)
+def move_pieces(pieces: list[UnitPiece], words: torch.Tensor, *, sums: bool = True) -> torch.Tensor:
+    return move_rows([row_of(*piece) for piece in pieces], words, sums=sums)
 
 
 def pieces_of(dtype: torch.dtype, *, copies: bool) -> list[UnitPiece]:
@@ -68,12 +69,15 @@ def test_pieces_anywhere_are_copied_and_summed(dtype: torch.dtype, copies: bool)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("at", [0, -1])
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
-def test_what_is_not_finite_shows_in_its_piece(dtype: torch.dtype, at: int, value: float) -> None:
+@pytest.mark.parametrize("sums", [True, False])
+def test_what_is_not_finite_shows_in_its_piece(dtype: torch.dtype, at: int, value: float, sums: bool) -> None:
     pieces = pieces_of(dtype, copies=True)
     for piece in pieces:
         piece.source[...] = torch.finfo(dtype).max  # all bits but one of the exponent, and all of the rest
     pieces[3].source[at] = value
-    assert move_pieces(pieces, WORDS)[:, 2].tolist() == [0, 0, 0, 1, 0, 0]
+    assert move_pieces(pieces, WORDS, sums=sums)[:, 2].tolist() == [0, 0, 0, 1, 0, 0]
+    for source, target, _ in pieces:
+        assert target is not None and torch.equal(source.view(torch.int8), target.view(torch.int8))
 
 
 def test_aligned_pieces_are_moved_as_others_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from tests.arch.source import ROOT
+from tests.arch.source import ROOT, child_environment
 
 SECONDS = 200
 
@@ -20,7 +19,7 @@ def run_ranks(num_ranks: int, scratch: Path, scenarios: dict[str, tuple[str, dic
     """What every rank answered, by scenario: each is a function and its arguments; None from one that a scenario has
     ended. Fails with what a rank wrote to its standard error."""
     order = json.dumps({"num_ranks": num_ranks, "scratch": str(scratch), "scenarios": scenarios})
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
+    environment = child_environment(OMP_NUM_THREADS="1")
     logs = [(scratch / f"errors{rank}").open("w+") for rank in range(num_ranks)]
     processes = [
         subprocess.Popen(

@@ -1,4 +1,5 @@
-"""Trainers of several ranks: processes with `torch.distributed` over gloo, each of which runs a function of a test."""
+"""Trainers of several ranks: processes with `torch.distributed`, over gloo unless a test says otherwise, each of which
+runs a function of a test. Where NCCL is part of it each has a device of its own."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ SECONDS = 120.0
 Body = Callable[..., Any]
 
 
-def run_ranks(num_ranks: int, body: Body, *args: Any, seconds: float = SECONDS) -> list[Any]:
+def run_ranks(num_ranks: int, body: Body, *args: Any, seconds: float = SECONDS, backend: str = "gloo") -> list[Any]:
     """Run `body(rank, *args)` on that many ranks; what each returns. Raises with the traceback of one that fails."""
-    started = start_ranks(num_ranks, body, *args)
+    started = start_ranks(num_ranks, body, *args, backend=backend)
     try:
         return [started.result(rank, seconds) for rank in range(num_ranks)]
     finally:
@@ -52,16 +53,16 @@ class StartedRanks:
                 process.join()
 
 
-def start_ranks(num_ranks: int, body: Body, *args: Any) -> StartedRanks:
+def start_ranks(num_ranks: int, body: Body, *args: Any, backend: str = "gloo") -> StartedRanks:
     """As `run_ranks`, without waiting. `body` is a function of a module, by its name."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
+    context: Any = multiprocessing.get_context("spawn" if "nccl" in backend else "forkserver")  # CUDA minds forks
     context.set_forkserver_preload(["tests.rl.verl_bodies"])  # torch is loaded once
     processes, answers = [], []
     for rank in range(num_ranks):
         ours, theirs = context.Pipe()
-        process = context.Process(target=_run, args=(rank, num_ranks, port, theirs, body, args))
+        process = context.Process(target=_run, args=(rank, num_ranks, port, backend, theirs, body, args))
         process.start()
         theirs.close()
         processes.append(process)
@@ -69,10 +70,14 @@ def start_ranks(num_ranks: int, body: Body, *args: Any) -> StartedRanks:
     return StartedRanks(processes, answers)
 
 
-def _run(rank: int, num_ranks: int, port: int, answer: Connection, body: Body, args: tuple[Any, ...]) -> None:
+def _run(
+    rank: int, num_ranks: int, port: int, backend: str, answer: Connection, body: Body, args: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
     try:
-        distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_ranks)
+        if "nccl" in backend:
+            torch.cuda.set_device(rank)
+        distributed.init_process_group(backend, f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_ranks)
         answer.send((True, body(rank, *args)))
     except BaseException:
         answer.send((False, traceback.format_exc()))

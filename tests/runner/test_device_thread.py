@@ -39,13 +39,13 @@ def on_cuda(index: int) -> Any:
     return msgspec.structs.replace(tiny_config(), device="cuda", cuda=device)
 
 
-def test_a_process_of_its_own_keeps_its_default_stream(calls: list[Any]) -> None:
+def test_a_thread_gets_a_stream_on_which_steps_may_be_captured(calls: list[Any]) -> None:
     device = device_thread.take_device(on_cuda(0), shares_process=False)
     assert device == torch.device("cuda", 0)
-    assert calls == [("init",), ("set_device", device)]
+    assert calls == [("init",), ("set_device", device), ("set_stream", "a stream of cuda:0")]
 
 
-def test_a_shared_process_gets_a_stream_and_a_capture_mode_of_the_thread(calls: list[Any]) -> None:
+def test_in_a_shared_process_it_gets_a_capture_mode_of_its_own_too(calls: list[Any]) -> None:
     device = device_thread.take_device(on_cuda(3), shares_process=True)
     assert device == torch.device("cuda", 3)
     assert calls == [("init",), ("set_device", device), ("set_stream", "a stream of cuda:3"), ("mode", 1)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ import torch
 from headrace.runner.device_block import AddressRange
 from headrace.runner.host_block import HostBlock
 from headrace.runner.occupation import Occupation
+from headrace.types.errors import UnavailableError
+from headrace.types.memory import MEMORY_TAGS
+from headrace.types.plan import RankLost
 
 CPU = torch.device("cpu")
 SHAPES = [((3, 5), torch.float32), ((7,), torch.bfloat16), ((), torch.float16), ((0, 4), torch.float32)]
@@ -61,6 +65,75 @@ def test_addresses_stay_and_what_was_there_comes_back() -> None:
     exhaust(occupation.release(["weights"], keeps_copy=False))
     exhaust(occupation.resume(["weights"], "await"))
     assert not any(each.any() for each in weights)
+
+
+class FakeGraphs:
+    """Three graphs. `shortage` is how many are captured before memory does not suffice."""
+
+    def __init__(self) -> None:
+        self.num_held = 3
+        self.shortage: tuple[int, Exception] | None = None
+
+    def drop_graphs(self) -> None:
+        self.num_held = 0
+
+    def capture_again(self) -> Iterator[None]:
+        while self.num_held < 3:
+            if self.shortage is not None and self.num_held == self.shortage[0]:
+                raise self.shortage[1]
+            self.num_held += 1
+            yield
+
+
+def test_graphs_go_and_come_with_their_tag() -> None:
+    occupation = Occupation(CPU, is_saver=False)
+    exhaust(occupation.release(["cuda_graph"], keeps_copy=False))  # of which there are none
+    exhaust(occupation.resume(["cuda_graph"], "await"))
+    occupation.graphs = graphs = FakeGraphs()
+    exhaust(occupation.release(["kv_cache"], keeps_copy=False))
+    assert graphs.num_held == 3
+    exhaust(occupation.release(["cuda_graph"], keeps_copy=False))
+    assert graphs.num_held == 0
+    exhaust(occupation.resume(["kv_cache"], "await"))
+    assert graphs.num_held == 0
+    coming = occupation.resume(["cuda_graph"], "await")
+    next(coming)
+    coming.close()
+    assert graphs.num_held == 0
+    exhaust(occupation.resume(["cuda_graph"], "await"))
+    assert graphs.num_held == 3
+
+
+@pytest.mark.parametrize("num_captured", [0, 2])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        RuntimeError("CUDA error: out of memory"),  # the driver's, for a graph
+        RankLost("a rank is lost: CUDA error: out of memory"),
+        RuntimeError("a bug"),
+    ],
+)
+def test_graphs_for_which_there_is_no_room_leave_everything_released(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, num_captured: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 << 20, 1 << 40))
+    occupation = Occupation(CPU, is_saver=False)
+    weights = occupation.zeros("weights", (7,), torch.float32).fill_(2.0)
+    occupation.graphs = graphs = FakeGraphs()
+    exhaust(occupation.release(MEMORY_TAGS, keeps_copy=True))
+    graphs.shortage = num_captured, error
+    if type(error) is RankLost or "memory" not in str(error):
+        with pytest.raises(type(error)):
+            exhaust(occupation.resume(MEMORY_TAGS, "copy"))
+    else:
+        with pytest.raises(UnavailableError, match="weights need 0 MiB and what graphs take, and 5 MiB of") as caught:
+            exhaust(occupation.resume(MEMORY_TAGS, "copy"))
+        assert caught.value.field == "tags" and caught.value.__context__ is None
+    assert graphs.num_held == 0 and not weights.any()
+    graphs.shortage = None
+    exhaust(occupation.resume(MEMORY_TAGS, "copy"))
+    assert graphs.num_held == 3 and (weights == 2.0).all()
 
 
 def test_a_block_gives_its_memory_back_and_ends_with_its_last_tensor() -> None:

@@ -366,6 +366,7 @@ def test_sleep_and_wake_up_in_the_order_of_trainers(start: START, model_folder: 
     reset = served.http.post("/reset_prefix_cache", json={"reset_running_requests": True})
     assert reply_of(reset) == (200, {"success": True})
     assert post(served, "/wake_up", {"tags": ["kv_cache"]}) == (200, None)
+    assert served.engine.status().released == (), "a client of vLLM's knows no graphs to wake"
     assert post(served, "/wake_up") == (200, None), "both may be repeated"
     assert served.http.get("/is_sleeping").json() == {"is_sleeping": False}
     after = served.generate(input_ids=[1, 2, 3], sampling_params={"max_new_tokens": 4, "temperature": 0})

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import random
 from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 
+from headrace.config import ModelSpec
 from headrace.kernels.triton import weight_pieces
 from headrace.kernels.triton.weight_pieces import Row
+from headrace.models import weight_map
 from headrace.types.errors import UpdateConflictError, WeightUpdateError
 from headrace.types.weights import TensorInfo, UpdateMode
-from headrace.weights import device_staging
+from headrace.weights import Shard, device_staging
 from headrace.weights.memory import StagePiece
 from headrace.weights.position_sum import PositionKeys, PositionSum
 from headrace.weights.staging import Enqueued
 from headrace.weights.store import WeightStore
 from headrace.weights.weight_map import WeightMap
+from tests.core.harness import TINY
 from tests.weights.tiny import LAYOUTS, Tensors, live_bits, make_map, make_store, make_tensors, manifest_of
 
 CPU = torch.device("cpu")
@@ -161,6 +165,28 @@ def test_digests_of_the_manifest_and_tied_tensors_are_checked() -> None:
         store.stage_all(iter(whole_pieces(wrong)[:1])).advance(60.0)
 
 
+@pytest.mark.parametrize("shard", [Shard(), Shard(1, 2)], ids=["alone", "one of two"])
+@pytest.mark.parametrize("budget_s", [60.0, 0.0])
+def test_sha_256s_of_the_manifest_are_checked(shard: Shard, budget_s: float) -> None:
+    """Of the whole tensor, also where a rank holds some of it; in slices, and of tensors in pieces too."""
+    spec = ModelSpec.from_config(TINY)
+    tensors = make_tensors(weight_map(spec), 1)
+    store = store_of(weight_map(spec, shard), tensors, torch.float32)
+    shas = {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
+    manifest = [TensorInfo(info.name, info.shape, info.dtype, shas[info.name]) for info in manifest_of(tensors)]
+    for sent in (whole_pieces(tensors), list(pieces_of(tensors, random.Random(1)))):
+        store.begin(manifest, "shadow", False)
+        copies, num_slices = store.stage_all(iter(sent)), 1
+        while not copies.advance(budget_s):
+            num_slices += 1
+        assert sorted(copies.whole) == list(range(len(tensors))) and (num_slices > 1) == (not budget_s)
+        store.abort()
+    store.begin(manifest, "shadow", False)
+    wrong = {name: tensor + 1 for name, tensor in tensors.items()}
+    with pytest.raises(WeightUpdateError, match="arrived with digest"):
+        store.stage_all(iter(whole_pieces(wrong)[:1])).advance(60.0)
+
+
 def test_the_kernel_itself_ends_in_a_cold_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     weight_map = make_map()
@@ -212,3 +238,33 @@ def test_the_next_piece_of_a_tensor_waits_for_the_one_before(monkeypatch: pytest
     assert copies.advance(60.0) and sorted(copies.whole) == list(range(len(tensors)))
     assert store.commit().is_done()
     assert live_bits(store) == live_bits(make_store(weight_map, tensors))
+
+
+@pytest.mark.parametrize("mode", ["shadow", "inplace"])
+@pytest.mark.parametrize("shard", [Shard(0, 2), Shard(1, 2), Shard(0, 1, 1, 2)], ids=["first", "second", "stage"])
+@pytest.mark.parametrize("sent", [torch.float32, torch.bfloat16])
+def test_of_a_whole_tensor_on_the_device_a_rank_reads_what_it_holds(
+    shard: Shard, mode: UpdateMode, sent: torch.dtype
+) -> None:
+    """All else is NaN; and in what it holds a NaN is found, wherever."""
+    spec = ModelSpec.from_config(TINY)
+    own = weight_map(spec, shard)
+    tensors = make_tensors(weight_map(spec), 1, sent)
+    store = store_of(own, {name: torch.ones_like(tensor) for name, tensor in tensors.items()}, torch.float32)
+    held = {name: store.read(name) != 0 for name in tensors}
+    cut = {name for name, mask in held.items() if not mask.all()}
+    assert len(cut) > 3
+    rest = {name: tensor.masked_fill(~held[name], torch.nan) for name, tensor in tensors.items()}
+    store.begin(manifest_of(tensors), mode, False)
+    copies = store.stage_all(iter(whole_pieces(rest)))
+    assert copies.advance(60.0) and sorted(copies.whole) == list(range(len(tensors)))
+    assert store.commit().is_done()
+    assert live_bits(store) == live_bits(store_of(own, tensors, torch.float32))
+    for name in sorted(name for name in cut if held[name].any()):
+        bad = rest | {name: rest[name].clone()}
+        bad[name].view(-1)[int(held[name].view(-1).nonzero()[-1])] = torch.inf
+        store.begin(manifest_of(tensors), "shadow", False)
+        with pytest.raises(WeightUpdateError, match="NaN or infinity") as caught:
+            store.stage_all(iter(whole_pieces(bad))).advance(60.0)
+        assert caught.value.field == name
+        store.abort()

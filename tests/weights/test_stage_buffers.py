@@ -52,7 +52,6 @@ def cudart(monkeypatch: pytest.MonkeyPatch) -> Cudart:
     found = Cudart()
     Mapped.open, Mapped.closed = [], []
     monkeypatch.setattr(module, "MappedMemory", Mapped)
-    monkeypatch.setattr(module, "device_uuid", lambda _: "GPU")
     monkeypatch.setattr(module, "same_context", lambda: lambda: None)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: found)
     return found
@@ -60,10 +59,10 @@ def cudart(monkeypatch: pytest.MonkeyPatch) -> Cudart:
 
 def test_areas_count_as_one_after_the_other_and_are_mapped_once(cudart: Cudart) -> None:
     buffers = DeviceBuffers(CPU, lambda: None)
-    buffer = buffers.open(DeviceRef("GPU", (ONE, OTHER)))
+    buffer = buffers.open(DeviceRef((ONE, OTHER)))
     assert buffer.part(9, 2).tolist() == [21, 22]
     assert buffer.part(0, 8).tolist() == list(range(10, 18))
-    again = buffers.open(DeviceRef("GPU", (OTHER, ONE)))
+    again = buffers.open(DeviceRef((OTHER, ONE)))
     assert again.part(3, 1).tolist() == [23] and again.part(4, 1).tolist() == [10]
     assert Mapped.open == [ONE, OTHER]
     for offset, size in ((7, 2), (0, 9), (8, 5)):
@@ -75,7 +74,7 @@ def test_what_an_update_has_mapped_is_let_go_of_after_it_in_slices(cudart: Cudar
     """What could not be mapped is refused when it is asked for, and nothing is left of it."""
     buffers = DeviceBuffers(CPU, lambda: None)
     assert not buffers.let_go(0.0)
-    buffer = buffers.open(DeviceRef("GPU", (ONE, DeviceArea(b"0", 0, 4), OTHER)))
+    buffer = buffers.open(DeviceRef((ONE, DeviceArea(b"0", 0, 4), OTHER)))
     buffer.part(12, 1)
     with pytest.raises(UnavailableError, match="gone"):
         buffer.part(8, 1)
@@ -96,18 +95,18 @@ def test_what_is_not_mapped_yet_when_the_update_ends_never_is(cudart: Cudart, mo
 
     monkeypatch.setattr(Mapped, "__init__", slow)
     buffers = DeviceBuffers(CPU, is_over.set)
-    buffers.open(DeviceRef("GPU", (ONE, OTHER)))
+    buffers.open(DeviceRef((ONE, OTHER)))
     buffers.close()
     buffers.let_go(math.inf)
     assert Mapped.closed == Mapped.open and len(Mapped.open) <= 2
-    buffers.open(DeviceRef("GPU", (OTHER,))).part(0, 1)
+    buffers.open(DeviceRef((OTHER,))).part(0, 1)
     assert Mapped.open[-1] == OTHER
 
 
 def test_at_the_end_nothing_is_left(cudart: Cudart) -> None:
     before = set(threading.enumerate())
     buffers = DeviceBuffers(CPU, lambda: None)
-    buffers.open(DeviceRef("GPU", (ONE, OTHER))).part(8, 1)
+    buffers.open(DeviceRef((ONE, OTHER))).part(8, 1)
     with SharedBuffer.create(16) as shared:
         buffers.open(shared.ref)
         buffers.end()
@@ -118,15 +117,10 @@ def test_at_the_end_nothing_is_left(cudart: Cudart) -> None:
 def test_memory_of_this_process_is_read_by_its_address(cudart: Cudart) -> None:
     values = torch.arange(16, dtype=torch.uint8)
     buffers = DeviceBuffers(CPU, lambda: None)
-    buffer = buffers.open(DeviceRef("GPU", (ONE, DeviceArea(b"", values.data_ptr() + 4, 8))))
+    buffer = buffers.open(DeviceRef((ONE, DeviceArea(b"", values.data_ptr() + 4, 8))))
     assert buffer.part(8 + 2, 3).tolist() == [6, 7, 8] and buffer.part(0, 1).tolist() == [10]
     buffers.close()
     assert not buffers.let_go(math.inf) and Mapped.closed == [ONE]
-
-
-def test_a_buffer_of_another_device_is_refused(cudart: Cudart) -> None:
-    with pytest.raises(UnavailableError, match="is on device GPU-2"):
-        DeviceBuffers(CPU, lambda: None).open(DeviceRef("GPU-2", (ONE,)))
 
 
 def test_memory_of_the_host_stays_pinned_while_updates_use_it(cudart: Cudart) -> None:

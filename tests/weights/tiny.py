@@ -185,8 +185,8 @@ class _Memory:
         return WeightStore.stage(self._store, index, data, start)
 
     @property
-    def device_id(self) -> str:
-        return self._store.device_id
+    def device_ids(self) -> tuple[str, ...]:
+        return self._store.device_ids
 
     def open_buffer(self, ref: BufferRef | DeviceRef) -> StageBuffer:
         return self._store.open_buffer(ref)

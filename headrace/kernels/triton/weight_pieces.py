@@ -8,7 +8,7 @@ A piece is seen as int16 units; what the sums are is defined by `headrace.weight
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +20,17 @@ from torch import Tensor
 WIDTH = 4096
 """Units of a row, and rows of a square, which share all keys but the last."""
 
-_ROWS, _COLUMNS = 128, 512  # of a block: what one program takes
-_SIDE = WIDTH // _COLUMNS
+
+class Tile(NamedTuple):
+    """What one program takes of a piece: rows, units of each, and the warps that do it."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+TILE = Tile(32, WIDTH, 8)
+SUMMED_TILE = Tile(128, 512, 4)
 _UNIT_BYTES = 2
 _ALIGNMENT = 8  # units that are moved at once, where every piece allows it
 _FIELDS = 7
@@ -72,8 +81,9 @@ def warm(words: Tensor) -> None:
 
 
 def _launch(rows: Table, words: Tensor, results: Tensor, is_aligned: bool, sums: bool) -> None:
-    start, count, tile = rows[:, 2], rows[:, 3], WIDTH * _ROWS
-    num_blocks = ((start + count - 1) // tile - start // tile + 1) * _SIDE
+    tile = SUMMED_TILE if sums else TILE
+    start, count, height = rows[:, 2], rows[:, 3], WIDTH * tile.rows
+    num_blocks = ((start + count - 1) // height - start // height + 1) * (WIDTH // tile.columns)
     which = np.repeat(np.arange(len(rows), dtype=np.int32), num_blocks)
     number = np.arange(len(which), dtype=np.int32) - np.repeat(np.cumsum(num_blocks) - num_blocks, num_blocks)
     blocks = np.stack([which, number.astype(np.int32)], axis=1)
@@ -85,10 +95,10 @@ def _launch(rows: Table, words: Tensor, results: Tensor, is_aligned: bool, sums:
         IS_ALIGNED=is_aligned,
         SUMS=sums,
         FIELDS=_FIELDS,
-        ROWS=_ROWS,
-        COLUMNS=_COLUMNS,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
         WIDTH=WIDTH,
-        num_warps=4,
+        num_warps=tile.warps,
     )
 
 
@@ -112,12 +122,13 @@ def _move(
     WIDTH: tl.constexpr,
 ):
     """One block of one piece. The sum over a column of units times the keys of their rows is multiplied by the key of
-    the column once, at the end: the loop has two products a unit."""
+    the column once, at the end: the loop has two products a unit. Of the units of a column the greatest is kept,
+    without their signs: where it has all bits of an exponent, one is not finite."""
     block = blocks + 2 * tl.program_id(0).to(tl.int64)
     about, number = pieces + tl.load(block).to(tl.int64) * FIELDS, tl.load(block + 1).to(tl.int64)
     source, target = tl.load(about), tl.load(about + 1)
     first, count = tl.load(about + 2), tl.load(about + 3)
-    exponent, is_wide = tl.load(about + 4).to(tl.int32), tl.load(about + 5)
+    exponent, is_wide = tl.load(about + 4).to(tl.int16), tl.load(about + 5)
     result = results + tl.load(about + 6) * 3
     if IS_ALIGNED:
         source, target = tl.multiple_of(source, 16), tl.multiple_of(target, 16)
@@ -130,7 +141,7 @@ def _move(
     column = (number % side) * COLUMNS
     units = source.to(tl.pointer_type(tl.int16))
     places = target.to(tl.pointer_type(tl.int16))
-    seen = tl.zeros([COLUMNS], tl.int32)
+    greatest = tl.zeros([COLUMNS], tl.int16)
     sum_0, sum_1 = tl.zeros([COLUMNS], tl.int64), tl.zeros([COLUMNS], tl.int64)
     for row in range(start, stop):
         at = row * WIDTH + column - first
@@ -141,7 +152,7 @@ def _move(
         unit = tl.load(units + offsets, mask=inside, other=0)
         if target != 0:
             tl.store(places + offsets, unit, mask=inside)
-        seen |= ((unit.to(tl.int32) & exponent) == exponent).to(tl.int32)
+        greatest = tl.maximum(greatest, unit & 0x7FFF)
         if SUMS:
             key = words + (WIDTH + row % WIDTH) * 2
             sum_0 += unit.to(tl.int64) * tl.load(key)
@@ -154,5 +165,6 @@ def _move(
         total_1 = tl.sum(sum_1 * tl.load(keys + 1), 0) * (tl.load(second + 1) * tl.load(third + 1))
         tl.atomic_add(result, total_0)
         tl.atomic_add(result + 1, total_1)
-    is_bad = tl.max(tl.where((is_wide == 1) & (lane % 2 == 0), 0, seen), 0)  # a float32's exponent is in its second
+    has_exponent = (is_wide == 0) | (lane % 2 == 1)  # a float32's is in its second unit
+    is_bad = tl.max((has_exponent & (greatest >= exponent)).to(tl.int32), 0)
     tl.atomic_max(result + 2, is_bad.to(tl.int64), mask=is_bad > 0)
