@@ -132,7 +132,10 @@ class RankThread:
     def _listen(self) -> None:
         """The thread that hears of the end, whatever the rank waits for."""
         while not (self._has_ended.is_set() or self._is_left.is_set()):
-            if isinstance(self._link.hear(LOOK_SECONDS), Over):
+            word = self._link.hear(LOOK_SECONDS)
+            if isinstance(word, Over):
+                if not word.is_lost:
+                    self._has_ended.wait(END_SECONDS)  # it ends behind all that was sent to it
                 break
         self._leave()
         self._link.close()
