@@ -190,14 +190,15 @@ class AsyncClient:
             token=secrets.token_bytes(BEGIN_TOKEN_BYTES),
         )
         try:
-            begun = await self._control("begin_update", ask, SessionBegun)
+            answer = await self._transport.send(self._calls.admin("begin_update", message_body(ask)))
+            begun = read(answer.body, SessionBegun)
         except GeneratorExit:  # dropped by whoever ran it: nothing can be awaited any more
             raise
         except BaseException as error:  # whatever it is: a session of which nobody heard is over before the caller is
             if not isinstance(error, HeadraceError) or isinstance(error, (DeadlineError, UnreachableError)):
                 await self._transport.outlast(self._abort_quietly(AbortAsk(token=ask.token)))
             raise
-        self._uploads.open(begun)
+        self._uploads.open(begun, answer.own_end)
         given = begun.session_id, terms.version, begun.mode, entries or (), terms.timeout_s, terms.partial
         return UpdateSession(*given, is_open=entries is None, dtype=begun.dtype, num_ranks=begun.num_ranks)
 
@@ -205,6 +206,12 @@ class AsyncClient:
         """See `AsyncEngine.stage`. Of a session that this client has begun."""
         check_session(session)
         await self._uploads.stage(session, named_tensors)
+
+    async def group_address(self, session: UpdateSession) -> str:
+        """This host's address for a process group with the engine of a session that this client has begun; "" where
+        there is a better road, memory that both read, or where somebody stands between, so that it is not known."""
+        check_session(session)
+        return await self._uploads.group_address(session)
 
     async def commit(self, session: UpdateSession) -> UpdateReport:
         """See `AsyncEngine.commit`."""

@@ -66,6 +66,7 @@ class Client:
     begin_update = _blocking(AsyncClient.begin_update)
     stage = _blocking(AsyncClient.stage)
     stage_from_group = _blocking(AsyncClient.stage_from_group)
+    group_address = _blocking(AsyncClient.group_address)
     commit = _blocking(AsyncClient.commit)
     abort_update = _blocking(AsyncClient.abort_update)
     update_weights_from_tensor = _blocking(AsyncClient.update_weights_from_tensor)

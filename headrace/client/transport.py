@@ -59,6 +59,8 @@ class HttpAnswer(msgspec.Struct, frozen=True):
 
     body: bytearray
     headers: httpx.Headers
+    own_end: tuple[str, int]
+    """Of the connection that it came on."""
 
 
 class Transport(Protocol):
@@ -97,13 +99,13 @@ class LoopTransport:
         with _failures(call, self):
             try:
                 async with asyncio.timeout(call.timeout), http.stream(**_request(call)) as reply:
-                    body = bytearray()
+                    body, own_end = bytearray(), _own_end(reply)
                     async for chunk in reply.aiter_raw():
                         body += chunk
             except TimeoutError:
                 raise _late(call) from None
             _raise_for(call, reply.status_code, body)
-            return HttpAnswer(body, reply.headers)
+            return HttpAnswer(body, reply.headers, own_end)
 
     async def stream(self, call: HttpCall) -> AsyncGenerator[bytes]:
         """See `Transport`."""
@@ -151,13 +153,13 @@ class BlockingTransport:
         """See `Transport`. The deadline is looked at between two parts of an answer, each of which has it too."""
         deadline, http = time.monotonic() + call.timeout, self._opened(call)
         with _failures(call, self), http.stream(**_request(call), extensions=self._extensions) as reply:
-            body = bytearray()
+            body, own_end = bytearray(), _own_end(reply)
             for chunk in reply.iter_raw():
                 body += chunk
                 if time.monotonic() > deadline:
                     raise _late(call)
             _raise_for(call, reply.status_code, body)
-            return HttpAnswer(body, reply.headers)
+            return HttpAnswer(body, reply.headers, own_end)
 
     async def stream(self, call: HttpCall) -> AsyncGenerator[bytes]:
         """See `Transport`."""
@@ -198,6 +200,13 @@ class BlockingTransport:
 
 # Proxies and keys that the environment names are for the web, not for a replica: `trust_env` is off.
 _LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+
+
+def _own_end(reply: httpx.Response) -> tuple[str, int]:
+    """To be asked before the body is read, with which the connection may end."""
+    stream = reply.extensions.get("network_stream")
+    host, port, *_ = stream and stream.get_extra_info("client_addr") or ("", 0)
+    return host, port
 
 
 def _request(call: HttpCall) -> dict[str, Any]:

@@ -84,18 +84,28 @@ class Uploads:
         self._shares = shares_memory
         self._refused_by: bytes | None = None  # the token of the session whose server has not taken our memory
         self._begun: SessionBegun | None = None
+        self._own_end = "", 0
         self._free: list[UploadMemory] = []
 
-    def open(self, begun: SessionBegun) -> None:
-        """A session has begun; every other one is over."""
-        self._begun = begun
+    def open(self, begun: SessionBegun, own_end: tuple[str, int] = ("", 0)) -> None:
+        """A session has begun; every other one is over. `own_end` is that of the connection on which it has."""
+        self._begun, self._own_end = begun, own_end
+
+    async def group_address(self, session: UpdateSession) -> str:
+        """See `AsyncClient.group_address`."""
+        begun = self._last(session)
+        memory = self._take(session, begun)
+        if await self._is_lent(begun, memory):
+            self._free.append(memory)
+            return ""
+        memory.shared.close()
+        host, port = self._own_end
+        is_direct = (host, port) == (begun.client[0].removeprefix("::ffff:"), begun.client[1])
+        return host if is_direct else ""
 
     async def stage(self, session: UpdateSession, named_tensors: NamedTensors) -> None:
         """See `AsyncEngine.stage`."""
-        begun = self._begun
-        if begun is None or begun.session_id != session.session_id:
-            message = f"session {session.session_id} is not the one that this client has begun last"
-            raise UpdateConflictError(message, field="session")
+        begun = self._last(session)
         sent, num_bytes, is_settled = set[int](), 0, False
         memory = self._take(session, begun)
         try:
@@ -124,6 +134,12 @@ class Uploads:
         """Give the memory back."""
         while (memory := self._kept()) is not None:
             memory.shared.close()
+
+    def _last(self, session: UpdateSession) -> SessionBegun:
+        if self._begun is None or self._begun.session_id != session.session_id:
+            message = f"session {session.session_id} is not the one that this client has begun last"
+            raise UpdateConflictError(message, field="session")
+        return self._begun
 
     def _take(self, session: UpdateSession, begun: SessionBegun) -> UploadMemory:
         head_bytes = min(begun.max_body_bytes // 2, _HEAD_BYTES_PER_PIECE * MAX_PIECES)

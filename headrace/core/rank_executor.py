@@ -41,6 +41,7 @@ from headrace.core.rank_weights import RankWeights
 from headrace.core.stage_results import StageResults
 from headrace.ipc.rank_meeting import Meeting
 from headrace.ipc.rank_page import NUM_RESULTS
+from headrace.parallel import Mesh
 from headrace.parallel.rendezvous import Rendezvous
 from headrace.types.errors import HeadraceError, UpdateConflictError, WeightUpdateError
 from headrace.types.memory import MemoryTag, Restore
@@ -168,9 +169,16 @@ class RankExecutor(LocalExecutor):
     """Executes plans on all ranks. `attend` is to be called while nothing is to be done."""
 
     def __init__(
-        self, own: Runner | DeviceRunner, others: OtherRanks, rendezvous: Rendezvous, meeting: Meeting | None = None
+        self,
+        own: Runner | DeviceRunner,
+        others: OtherRanks,
+        mesh: Mesh,
+        rendezvous: Rendezvous,
+        meeting: Meeting | None = None,
     ) -> None:
+        """`mesh`, which `own` computes in, `rendezvous` and `meeting` are closed with it."""
         super().__init__(RankRunner(own, others))
+        self._mesh = mesh
         self._rendezvous, self._meeting = rendezvous, meeting  # others look into it as long as they live
         self._others = others
         self._num_groups = 0
@@ -219,9 +227,13 @@ class RankExecutor(LocalExecutor):
         return joined
 
     def close(self) -> None:
-        super().close()
-        if self._meeting is not None:
-            self._meeting.close()
+        try:
+            super().close()
+        finally:
+            self._mesh.close()
+            self._rendezvous.close()
+            if self._meeting is not None:
+                self._meeting.close()
 
     # Inside.
 

@@ -21,6 +21,7 @@ from headrace.core.faults import DeviceLost
 from headrace.core.rank_messages import PLAN, READY, RESULT, TELL, RankAnswer, answer_decoder, encode_message
 from headrace.core.rank_results import ResultOn, result_decoder
 from headrace.ipc import PeerClosed
+from headrace.ipc.own_threads import OwnThreads
 from headrace.ipc.rank_page import AwakeClock
 from headrace.ipc.rank_peer import RankPeer
 from headrace.types.errors import HeadraceError
@@ -129,6 +130,7 @@ class OtherRanks:
         self._is_noted = False
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self._threads = OwnThreads()
         self._stopped_since: dict[int, float] = {}
         self._beats: dict[int, tuple[int, float]] = {}  # the last one, and when it was seen first
         self._failed_since: dict[int, tuple[int, float]] = {}
@@ -243,7 +245,7 @@ class OtherRanks:
 
     def watch(self) -> None:
         """Begin to watch them."""
-        threading.Thread(target=self._watch, name="headrace-rank-watch", daemon=True).start()
+        self._threads.start("headrace-rank-watch", self._watch)
 
     def close(self) -> None:
         """End them, and wait until they have ended. Idempotent."""
@@ -252,12 +254,15 @@ class OtherRanks:
                 return
             self.is_closed = True
         self._stop.set()
+        if self.lost:
+            self.break_off()  # who watches may not have come to it
         for process in self.peers:
             if self.lost:
                 process.kill()
             process.channel.close()  # all at once: each then ends by itself
         for process in self.peers:
             process.close(CLOSE_SECONDS)
+        self._threads.join(EXIT_SECONDS)
         self._open.clear()
 
     # Inside.

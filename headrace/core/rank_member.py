@@ -20,12 +20,25 @@ from headrace.runner import build_runner
 from headrace.types.errors import HeadraceError
 
 
+class Leave(threading.Event):
+    """Once it is set, a rank in a process that is not ours to end waits for no other any more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.break_off: Callable[[], object] = lambda: None
+        """Ends the waits of those who do not look at it."""
+
+    def set(self) -> None:
+        super().set()
+        self.break_off()
+
+
 def serve_rank(
     start: RankStart,
     channel: RankChannel,
     page: RankPage,
     on_built: Callable[[], object],
-    is_left: threading.Event | None = None,
+    is_left: Leave | None = None,
 ) -> None:
     """Be the rank that `start` names until rank 0 lets go: `PeerClosed`. `on_built` is called before rank 0 hears that
     plans can be executed.
@@ -37,17 +50,19 @@ def serve_rank(
     def answer(ticket: int, error: HeadraceError | None = None) -> None:
         channel.send(TELL, encode_message(RankAnswer(ticket, None if error is None else error.info())))
 
-    with contextlib.ExitStack() as freed:
+    freed = contextlib.ExitStack()
+    try:
         try:
-            follower, close = _join(start, channel, page, lambda: answer(REACHED), is_left)
+            follower = _join(start, channel, page, lambda: answer(REACHED), is_left, freed)
         except HeadraceError as error:
             answer(READY, error)
             raise
-        if is_left is not None:
-            freed.callback(close)
         on_built()
         answer(READY)
         follower.run()
+    finally:
+        if is_left is not None:
+            freed.close()
 
 
 def _join(
@@ -55,25 +70,24 @@ def _join(
     channel: RankChannel,
     page: RankPage,
     on_reached: Callable[[], None],
-    is_left: threading.Event | None,
-) -> tuple[Follower, Callable[[], None]]:
-    """Join the ranks, once `on_reached` was told that they are found, and load this one's share: what follows, and what
-    frees it."""
-    rendezvous = Rendezvous.reach(start.port, start.secret)
+    is_left: Leave | None,
+    freed: contextlib.ExitStack,
+) -> Follower:
+    """Join the ranks, once `on_reached` was told that they are found, and load this one's share. What is to be closed
+    at the end goes to `freed`."""
+    rendezvous = freed.enter_context(contextlib.closing(Rendezvous.reach(start.port, start.secret)))
     on_reached()
     resolved = start.resolved
 
     def group(rank: int, num_ranks: int, name: str) -> Any:
         return rendezvous.group(rank, num_ranks, name, device=resolved.device, host=start.host, is_broken=is_left)
 
-    mesh = mesh_of(resolved, start.rank, group)
+    mesh = freed.enter_context(contextlib.closing(mesh_of(resolved, start.rank, group)))
+    if is_left is not None and resolved.device == "cuda":
+        is_left.break_off = mesh.abort
     runner = build_runner(resolved, mesh=mesh, shares_process=is_left is not None)
+    freed.callback(runner.close)
     works = RankWorks(start.rank, LocalExecutor(runner), runner.weights, shares_memory=start.shares_memory)
+    freed.callback(works.close)
     sends = mesh.num_stages > 1 and mesh.is_last and mesh.rank == 0
-
-    def close() -> None:
-        works.close()
-        runner.close()
-
-    launch, depth = runner.launch, resolved.engine.overlap_depth
-    return Follower(launch, works, channel, page, depth, sends_results=sends), close
+    return Follower(runner.launch, works, channel, page, resolved.engine.overlap_depth, sends_results=sends)

@@ -5,6 +5,7 @@ it can execute plans.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -45,33 +46,37 @@ def start_ranks(
 
     Raises what `build` raises, here or on another rank, `DeviceLostError` where a rank ends, and as `Meeting.gather`.
     """
-    rendezvous = Rendezvous.host()
     others = OtherRanks((), shares_process=shares_process)
     ready = None
-    try:
-        others = _started(resolved, rendezvous, meeting, shares_process)
-        reached, ready = others.expect(REACHED), others.expect(READY)
-        others.tell_each(
-            START, [encode_message(start) for start in _starts(resolved, rendezvous, others, shares_process)]
-        )
-        others.watch()
-        reached.wait(JOIN_SECONDS)
-        is_broken = None if meeting is None else threading.Event()
-        group = partial(rendezvous.group, device=resolved.device, host=_host_of(others), is_broken=is_broken)
-        if is_broken is not None:
-            others.break_off = is_broken.set
-        mesh = mesh_of(resolved, 0, group)
-        if resolved.device == "cuda":
-            others.break_off = mesh.abort  # of gloo's a lost rank's end breaks every connection
-        executor = RankExecutor(build(mesh), others, rendezvous, meeting)
-        _await_ready(ready, resolved.engine.start_timeout)
-    except (DeviceLost, RankLost) as lost:
-        told = _told(others, ready, lost)
-        _end(told, others, meeting)
-        raise told from None
-    except BaseException as error:
-        _end(error, others, meeting)
-        raise
+    with contextlib.ExitStack() as undo:
+        rendezvous = undo.enter_context(contextlib.closing(Rendezvous.host()))
+        try:
+            others = _started(resolved, rendezvous, meeting, shares_process)
+            reached, ready = others.expect(REACHED), others.expect(READY)
+            others.tell_each(
+                START, [encode_message(start) for start in _starts(resolved, rendezvous, others, shares_process)]
+            )
+            others.watch()
+            reached.wait(JOIN_SECONDS)
+            is_broken = None if meeting is None else threading.Event()
+            group = partial(rendezvous.group, device=resolved.device, host=_host_of(others), is_broken=is_broken)
+            if is_broken is not None:
+                others.break_off = is_broken.set
+            mesh = undo.enter_context(contextlib.closing(mesh_of(resolved, 0, group)))
+            if resolved.device == "cuda":
+                others.break_off = mesh.abort  # of gloo's a lost rank's end breaks every connection
+            executor = RankExecutor(build(mesh), others, mesh, rendezvous, meeting)
+            undo.callback(executor.close)
+            undo.callback(mesh.close)  # first: a device may wait for a rank that has failed
+            _await_ready(ready, resolved.engine.start_timeout)
+        except (DeviceLost, RankLost) as lost:
+            told = _told(others, ready, lost)
+            _end(told, others, meeting)
+            raise told from None
+        except BaseException as error:
+            _end(error, others, meeting)
+            raise
+        undo.pop_all()
     others.have_started()
     return executor
 

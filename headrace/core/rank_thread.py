@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable
 
 from headrace.config import ResolvedConfig
-from headrace.core.rank_member import serve_rank
+from headrace.core.rank_member import Leave, serve_rank
 from headrace.core.rank_process import start_of
 from headrace.core.rank_terms import GuestPlace, terms_of
 from headrace.ipc import PeerClosed, SharedBuffer
+from headrace.ipc.own_threads import OwnThreads
 from headrace.ipc.rank_channel import RankChannel
 from headrace.ipc.rank_guest import GuestLink, Over, Seated, SentPage, Started, Word
 from headrace.ipc.rank_meeting import (
@@ -50,26 +51,25 @@ class RankThread:
         self._address, self._secret = address, secret
         self._error: HeadraceError | None = None
         self._connections: list[socket.socket] = []
+        self._threads = OwnThreads()
         self._has_ended = threading.Event()
-        self._is_left = threading.Event()
+        self._is_left = Leave()
         self._seconds = resolved.engine.control_timeout
         seconds = resolved.engine.start_timeout
         until = time.monotonic() + seconds
         self._tunnel = StoreTunnel(address, secret)
-        try:
-            self._link = self._come(resolved, until)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._end)
+            self._link = undo.enter_context(contextlib.closing(self._come(resolved, until)))
             self._await_start(until, seconds)
-        except BaseException:
-            self._leave()
-            raise
-        threading.Thread(target=self._listen, name="headrace-rank-link", daemon=True).start()
+            undo.pop_all()
+        self._threads.start("headrace-rank-link", self._listen)
 
     def close(self) -> None:
         """Wait for rank 0 to let go, `control_timeout` at most; then leave it, which ends the engine. Idempotent."""
         if not self._has_ended.wait(self._seconds):
             logger.warning("rank 0 has not shut the engine down within %g s: this rank leaves it", self._seconds)
-            self._leave()
-            self._has_ended.wait(END_SECONDS)
+        self._end()
 
     # Inside.
 
@@ -82,18 +82,20 @@ class RankThread:
             place = GuestPlace.of(resolved, self._tunnel.port).encode()
             return GuestHello(self.number, _name(), os.getpid(), terms_of(resolved), memory[0].ref, place)
 
-        try:
-            link = GuestLink(_reached(self._address, self._secret, hello))
-            word = _hear(link, until)
-        finally:
-            for buffer in memory:
-                buffer.close()
-        if not isinstance(word, Seated):
-            link.close()
-            raise _reason(word, resolved.engine.start_timeout)
-        (rank,) = word.ranks
-        self._connections = [self._connect(RankHello(rank, role)) for role in ROLES]
-        threading.Thread(target=self._serve, name=f"headrace-rank-{rank}", daemon=True).start()
+        with contextlib.ExitStack() as undo:
+            try:
+                link = undo.enter_context(contextlib.closing(GuestLink(_reached(self._address, self._secret, hello))))
+                word = _hear(link, until)
+            finally:
+                for buffer in memory:
+                    buffer.close()
+            if not isinstance(word, Seated):
+                raise _reason(word, resolved.engine.start_timeout)
+            (rank,) = word.ranks
+            for role in ROLES:
+                self._connections.append(self._connect(RankHello(rank, role)))
+            self._threads.start(f"headrace-rank-{rank}", self._serve)
+            undo.pop_all()
         return link
 
     def _connect(self, hello: RankHello) -> socket.socket:
@@ -117,6 +119,7 @@ class RankThread:
             pass
         except HeadraceError as error:
             self._error = error.info().to_exception()  # without what its traceback would keep
+            error.__traceback__ = None
         except Exception as error:  # the rank's whole life: rank 0 says it in the name of all
             logger.exception("the rank ends")
             self._error = InternalError(f"rank {self.number} failed: {type(error).__name__}: {error}")
@@ -129,10 +132,19 @@ class RankThread:
     def _listen(self) -> None:
         """The thread that hears of the end, whatever the rank waits for."""
         while not (self._has_ended.is_set() or self._is_left.is_set()):
-            if isinstance(self._link.hear(LOOK_SECONDS), Over):
+            word = self._link.hear(LOOK_SECONDS)
+            if isinstance(word, Over):
+                if not word.is_lost:
+                    self._has_ended.wait(END_SECONDS)  # it ends behind all that was sent to it
                 break
         self._leave()
         self._link.close()
+
+    def _end(self) -> None:
+        """Leave, and wait until nothing of it is left, unless something stands still."""
+        self._leave()
+        self._threads.join(END_SECONDS)
+        self._tunnel.join(LOOK_SECONDS)
 
     def _leave(self) -> None:
         """End whatever the rank waits for. Idempotent."""

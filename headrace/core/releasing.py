@@ -64,9 +64,11 @@ class MemoryControl:
         scheduler: Scheduler,
         stepper: Stepper,
         outbox: Outbox,
+        lacks: set[str],
     ) -> None:
+        """`lacks` is empty at first."""
         self.released: set[MemoryTag] = set()
-        self.lacks: set[str] = set()
+        self.lacks = lacks
         self._settings = settings
         self._executor = executor
         self._update = update

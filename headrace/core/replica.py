@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from functools import partial
 
 from headrace.config import ResolvedConfig, Takeover
 from headrace.core.executor import Executor
@@ -40,6 +41,7 @@ class Replica:
         self.stepper = Stepper(self.scheduler, executor, self.outbox, pulse, settings.overlap_depth)
         self.probes = Probes(self.stepper, executor)
         self.pause = PauseControl(self.scheduler, self.stepper, self.outbox)
+        lacks = set[str]()
         machine = WeightMachine(
             executor.weights,
             former.version,
@@ -53,18 +55,22 @@ class Replica:
             self.scheduler,
             self.stepper,
             self.outbox,
-            lambda: self.stands_still,
+            partial(_stand_still, self.pause, lacks),  # which does not hold the replica, or nothing of it would end
             first_stamp=secrets.randbelow(_MAX_FIRST_NUMBER),
         )
         memory = MemorySettings(resolved.memory_is_kept, settings.keep_weights_copy)
-        self.memory = MemoryControl(memory, executor, self.update, self.scheduler, self.stepper, self.outbox)
+        self.memory = MemoryControl(memory, executor, self.update, self.scheduler, self.stepper, self.outbox, lacks)
         self.reading = ReadControl(executor, self.update, self.outbox)
         self.groups = GroupControl(executor, self.outbox)
 
     @property
     def stands_still(self) -> bool:
         """No step may run, and no update is why."""
-        return self.pause.is_paused or bool(self.memory.lacks)
+        return _stand_still(self.pause, self.memory.lacks)
+
+
+def _stand_still(pause: PauseControl, lacks: set[str]) -> bool:
+    return pause.is_paused or bool(lacks)
 
 
 def scheduler_limits(resolved: ResolvedConfig) -> SchedulerLimits:

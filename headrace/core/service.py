@@ -150,6 +150,7 @@ def _report_start_failure(link: CoreLink, error: Exception) -> int:
     else:
         info = InternalError(f"the engine core cannot start: {type(error).__name__}: {error}").info()
         logger.exception("core cannot start", exc_info=error)
+    error.__traceback__ = None  # a frame in it that holds the error would keep all that was built
     try:
         link.send(CoreReady(error=info))
     except PeerClosed as reason:

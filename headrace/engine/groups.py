@@ -77,18 +77,19 @@ async def join_group(
     backend: Any,
     timeout: Any,
     rendezvous: Rendezvous = "sglang",
+    unique_id: bytes = b"",
 ) -> None:
-    """What `init_weights_update_group` does, by either rendezvous. An update in buckets that is open is another
-    sender's."""
+    """What `init_weights_update_group` does, by either rendezvous, or none where an id is given. An update in buckets
+    that is open is another sender's."""
     name, address = _group_of(group_name), name_of(master_address, "master_address").strip("[]")
-    if not address:
+    if not (address or unique_id):
         raise RequestError("master_address must not be empty", field="master_address")
-    port = _integer_of(master_port, "master_port", 1, 65535)
+    port = 0 if unique_id else _integer_of(master_port, "master_port", 1, 65535)
     size = _integer_of(world_size, "world_size", 2, 1 << 20)
     rank = _integer_of(rank_offset, "rank_offset", 1, size - 1)
     kind = as_choice(backend, get_args(Backend), "backend")
     await runtime.client.call(
-        lambda call_id: JoinGroup(call_id, name, address, port, rank, size, kind, rendezvous),
+        lambda call_id: JoinGroup(call_id, name, address, port, rank, size, kind, rendezvous, unique_id),
         NoneType,
         seconds_of(timeout),
     )

@@ -18,6 +18,7 @@ import time
 import msgspec
 
 from headrace.ipc.codec import DECODE_ERRORS, FrameError, FrameReader, pack_frame
+from headrace.ipc.own_threads import OwnThreads
 from headrace.ipc.rank_channel import RankChannel
 from headrace.ipc.rank_page import RANK_PAGE_BYTES, RankPage
 from headrace.ipc.rank_spawn import is_stopped
@@ -30,6 +31,7 @@ SILENT_SECONDS = 3.0
 """Of a rank that serves, and cannot be looked at."""
 
 SEND_SECONDS = 10.0
+END_SECONDS = 1.0
 MAX_WORD_BYTES = 1 << 16
 _STORE = struct.Struct("<Iq")
 _TEXT = (1 << 32) - 1
@@ -111,7 +113,8 @@ class GuestRank:
         self._has_ended = threading.Event()
         self._is_killed = self._is_closed = False
         page.settimeout(None)
-        threading.Thread(target=self._follow, name=f"headrace-rank-{rank}-page", daemon=True).start()
+        self._threads = OwnThreads()
+        self._threads.start(f"headrace-rank-{rank}-page", self._follow)
 
     @property
     def name(self) -> str:
@@ -144,6 +147,7 @@ class GuestRank:
         if not self._is_killed:
             self._has_ended.wait(seconds)
         self._shut()
+        self._threads.join(END_SECONDS)
         self._connection.close()
         self.page.close()
 
@@ -192,6 +196,8 @@ class SentPage(RankPage):
         self._send(_STORE.pack(_TEXT, 0) + raw)
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)  # a beat may wait in it
         super().close()
         self._connection.close()
 

@@ -23,6 +23,7 @@ import msgspec
 from headrace.ipc.buffers import SharedBuffer
 from headrace.ipc.codec import DECODE_ERRORS
 from headrace.ipc.links import PeerClosed
+from headrace.ipc.own_threads import OwnThreads
 from headrace.ipc.rank_guest import Guest, GuestRank, Over, Seated
 from headrace.types.errors import ConfigError, DeadlineError, ErrorInfo, HeadraceError
 from headrace.types.weights import BufferRef
@@ -42,6 +43,7 @@ MAX_STRANGERS = 64
 
 _IDLE_SECONDS, _PROBE_SECONDS, _NUM_PROBES = 5, 2, 3
 _LOOK_SECONDS = 0.1
+_END_SECONDS = 1.0
 _SPLICE_BYTES = 1 << 16
 
 
@@ -120,7 +122,9 @@ class Meeting:
         self._ranks: set[int] = set()  # that are awaited
         self._tunnels: set[socket.socket] = set()
         self._is_closed = False
-        threading.Thread(target=self._accept, name="headrace-rank-meeting", daemon=True).start()
+        self._threads = OwnThreads()
+        self._listening = OwnThreads()
+        self._listening.start("headrace-rank-meeting", self._accept)
 
     def gather(self, terms: Mapping[str, str], until: float) -> None:
         """Wait until all guests have come. Raises `DeadlineError` naming who has not, `ConfigError` naming the term
@@ -173,6 +177,8 @@ class Meeting:
             arrived.guest.tell(Over())
         for connection in self._connections.values():
             connection.close()
+        self._listening.join(_END_SECONDS)
+        self._threads.join(_END_SECONDS)
 
     # Inside.
 
@@ -207,7 +213,7 @@ class Meeting:
             if not self._strangers.acquire(blocking=False):
                 connection.close()
                 continue
-            threading.Thread(target=self._greet, args=(connection,), name="headrace-rank-hello", daemon=True).start()
+            self._threads.start("headrace-rank-hello", self._greet, connection)
 
     def _greet(self, connection: socket.socket) -> None:
         """Let one in, or close the connection."""
@@ -282,7 +288,8 @@ class StoreTunnel:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._address, self._secret = address, secret
-        threading.Thread(target=self._accept, name="headrace-rank-store", daemon=True).start()
+        self._listening, self._connected = OwnThreads(), OwnThreads()
+        self._listening.start("headrace-rank-store", self._accept)
 
     def close(self) -> None:
         """What is connected stays connected. Idempotent."""
@@ -290,13 +297,18 @@ class StoreTunnel:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
+    def join(self, seconds: float) -> None:
+        """Once it is closed: wait until what is connected has ended, so many seconds at most for either."""
+        self._listening.join(seconds)
+        self._connected.join(seconds)
+
     def _accept(self) -> None:
         while True:
             try:
                 near, _ = self._listener.accept()
             except OSError:
                 return
-            threading.Thread(target=self._connect, args=(near,), name="headrace-rank-store", daemon=True).start()
+            self._connected.start("headrace-rank-store", self._connect, near)
 
     def _connect(self, near: socket.socket) -> None:
         with near, contextlib.suppress(OSError, PeerClosed, WrongSecret):  # whoever has connected sees an end

@@ -10,9 +10,12 @@ import mmap
 import threading
 from time import monotonic, monotonic_ns
 
+from headrace.ipc.own_threads import OwnThreads
+
 RANK_PAGE_BYTES = 4096
 BEAT_SECONDS = 0.25
 NUM_RESULTS = 64
+END_SECONDS = 1.0
 
 MAX_GAP_SECONDS = 0.75
 """Of time between two looks, what counts: as much as a busy machine makes of half a second."""
@@ -45,6 +48,7 @@ class RankPage:
         self._bytes = memoryview(memory)
         self._words = self._bytes[:_TEXT_START].cast("q")
         self._closed = threading.Event()
+        self._threads = OwnThreads()
 
     @classmethod
     def map(cls, descriptor: int) -> RankPage:
@@ -54,6 +58,7 @@ class RankPage:
     def close(self) -> None:
         """Let go of the memory; the last state stays. Whoever reads at this moment holds it until he is done."""
         self._closed.set()
+        self._threads.join(END_SECONDS)
         copy = memoryview(bytearray(self._bytes))
         self._words, self._bytes = copy[:_TEXT_START].cast("q"), copy
 
@@ -66,7 +71,7 @@ class RankPage:
     def beat_in_thread(self) -> None:
         """Beat until the page is closed."""
         self.beat()
-        threading.Thread(target=self._beat_on, name="headrace-rank-pulse", daemon=True).start()
+        self._threads.start("headrace-rank-pulse", self._beat_on)
 
     def write_result(self, number: int, digest: int) -> None:
         """What came of plan `number` of those that were sent: 32 bits of it."""

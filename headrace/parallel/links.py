@@ -25,6 +25,9 @@ class StageLink(Protocol):
     def abort(self) -> None:
         """End what is waited for in it."""
 
+    def close(self) -> None:
+        """Let go of the other end. Idempotent."""
+
 
 class HostLink:
     """Over a process group of two, of gloo, by which it sends what it has copied. With more than `depth` on the way it
@@ -46,7 +49,13 @@ class HostLink:
         awaited(lambda: self._pair.recv([hidden_TX], self._peer, 0).wait(self._limit))
 
     def abort(self) -> None:
-        self._pair.abort()
+        pair = self._pair  # another thread may close it
+        if pair is not None:
+            pair.abort()
+
+    def close(self) -> None:
+        self._leaving.clear()
+        self._pair = None
 
 
 class DeviceLink:
@@ -64,3 +73,6 @@ class DeviceLink:
 
     def abort(self) -> None:
         self._pair.abort()
+
+    def close(self) -> None:
+        self._pair.close()

@@ -48,9 +48,17 @@ class Mesh:
 
     def abort(self) -> None:
         """End, from any thread, what this rank waits for in others on a device."""
-        for each in (self.communicator, self.before, self.after, self.everyone):
-            if each is not None:
-                each.abort()
+        for each in self._ends():
+            each.abort()
+
+    def close(self) -> None:
+        """Let go of all other ranks, when nothing is computed any more. Idempotent."""
+        for each in self._ends():
+            each.close()
+
+    def _ends(self) -> list[Communicator | StageLink]:
+        ends = (self.communicator, self.before, self.after, self.everyone)
+        return [each for each in ends if each is not None]
 
 
 SINGLE = Mesh.single()

@@ -66,6 +66,10 @@ class Rendezvous:
         group = gloo_group(store, rank, num_ranks, host, JOIN_SECONDS)
         return group if is_broken is None else BreakableGroup(group, is_broken)
 
+    def close(self) -> None:
+        """Leave it; who keeps it ends it, once the groups that were formed in it are closed too. Idempotent."""
+        self._store = None
+
 
 def kept_store(listener: socket.socket, host: str, seconds: float) -> Any:
     """A store that this process keeps, at the address where `listener` listens, which it takes over: torch's own would

@@ -8,6 +8,7 @@ address that the server is told, and nothing is registered with `torch.distribut
 from __future__ import annotations
 
 import contextlib
+import logging
 import secrets
 import socket
 import threading
@@ -30,6 +31,40 @@ from headrace.types.errors import (
 from headrace.types.messages import JoinGroup
 
 BUCKET_BYTES = 64 << 20
+JOIN_SECONDS = 5.0
+"""For ranks to meet where there is another road."""
+
+_OF_GROUPS = ("group_name", "address")
+"""Fields of errors that say why there is no group."""
+
+logger = logging.getLogger(__name__)
+
+
+class ClientRoad:
+    """The best way to a client's server, found for each update: memory that both read; a group, where the server is
+    reached without anybody between and its ranks reach this process; else the bodies of calls. A group that could not
+    be made is not tried again."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._has_failed = False
+
+    def stage(self, session: UpdateSession, pairs: Iterable[tuple[str, Any]]) -> None:
+        """As `Client.stage`."""
+        address = "" if self._has_failed else self._client.group_address(session)
+        if address:
+            road = GroupRoad(self._client, address)
+            try:
+                group = road.join(session, min(JOIN_SECONDS, session.timeout_s))
+            except HeadraceError as error:
+                if error.field not in _OF_GROUPS:
+                    raise  # nor would it do anything else
+                self._has_failed = True
+                logger.warning("tensors are sent in calls: no process group with %s: %s", self._client.url, error)
+            else:
+                road.send(session, group, pairs)
+                return
+        self._client.stage(session, pairs)
 
 
 class GroupRoad:
@@ -45,32 +80,42 @@ class GroupRoad:
 
     def stage(self, session: UpdateSession, pairs: Iterable[tuple[str, Any]]) -> None:
         """As `Client.stage`, by broadcasts. A tensor has been copied when the next one is asked for."""
-        try:
-            group = self._join(session)
+        self.send(session, self.join(session, session.timeout_s), pairs)
+
+    def send(self, session: UpdateSession, group: Any, pairs: Iterable[tuple[str, Any]]) -> None:
+        """As `stage`, over a group that is joined, and left then."""
+        with self._left_if_it_fails():
             for names, num_bytes in self._filled(session, pairs):
                 self._send(session, group, names, num_bytes)
+        self._leave()
+
+    @contextlib.contextmanager
+    def _left_if_it_fails(self) -> Iterator[None]:
+        try:
+            yield
         except (DeadlineError, UnreachableError):
             raise  # nobody answers there
         except BaseException:  # whatever it is, the group is of no use: who knows what the others wait for
             self._leave()
             raise
-        self._leave()
 
     def _leave(self) -> None:
         with contextlib.suppress(HeadraceError):  # it was never joined, or is over
             self._client.destroy_weights_update_group(self._name)
 
-    def _join(self, session: UpdateSession) -> Any:
+    def join(self, session: UpdateSession, seconds: float) -> Any:
+        """A group with the engine's ranks. Raises `HeadraceError` where they do not meet within so many seconds."""
         from headrace.parallel.rendezvous import gloo_group, kept_store
         from headrace.weights.group import store_of
 
-        size, seconds = 1 + session.num_ranks, session.timeout_s
+        size = 1 + session.num_ranks
         store = kept_store(self._listener(), self._address, seconds)
         port: int = store.port
         terms = JoinGroup(0, self._name, self._address, port, 0, size, "gloo")
         meeting = _begin(lambda: gloo_group(store_of(store, terms), 0, size, self._address, seconds))
-        self._client.init_weights_update_group(self._address, port, 1, size, self._name, "gloo", timeout=seconds)
-        return _result(meeting, "the engine's ranks were not met")
+        with self._left_if_it_fails():
+            self._client.init_weights_update_group(self._address, port, 1, size, self._name, "gloo", timeout=seconds)
+            return _result(meeting, "the engine's ranks were not met")
 
     def _listener(self) -> socket.socket:
         try:

@@ -19,7 +19,7 @@ from headrace.engine import DEFAULT_UPDATE_TIMEOUT, Engine
 from headrace.engine.control import UpdateTerms, terms_of
 from headrace.engine.fields import name_of
 from headrace.engine.tensors import NamedTensors, describe, named_pairs
-from headrace.rl.group_road import GroupRoad
+from headrace.rl.group_road import ClientRoad, GroupRoad
 from headrace.rl.sources import Listed, NamedTensor, WeightSource, Yielded
 from headrace.rl.trainer_ranks import TrainerRanks
 from headrace.types.errors import HeadraceError, WeightUpdateError
@@ -51,10 +51,12 @@ class WeightPusher:
     dtype    what tensors are converted to before they are gathered and sent, as "bfloat16"; None: they are sent as they
              are, and the engine converts them
 
-    address  of this process, as a server on another host reaches it: then tensors are broadcast to a client's server
-             over a process group of gloo, which is faster than the bodies of HTTP calls
+    address  of this process, as a client's server reaches it: then tensors are broadcast over a process group of gloo
+             in any case
 
-    Over HTTP a client shares memory with a server on its host and sends bytes to any other.
+    Over HTTP a client shares memory with a server on its host. To any other tensors are broadcast over a group of gloo,
+    at the address from which the client is connected, which is faster than the bodies of calls; in those they go where
+    somebody stands between, or no group can be made: that is found out once, takes 5 s at most, and is logged.
     """
 
     def __init__(
@@ -73,11 +75,13 @@ class WeightPusher:
         if (target is None) != (self._ranks.rank > 0):
             raise WeightUpdateError("rank 0 of group has the target, and no other rank has one", field="target")
         self._target = target
-        self._road: GroupRoad | None = None
-        if name_of(address, "address") and target is not None:
-            if isinstance(target, Engine):
-                raise WeightUpdateError("an Engine reads this process's memory, at no address", field="address")
-            self._road = GroupRoad(target, address)
+        if name_of(address, "address") and isinstance(target, Engine):
+            raise WeightUpdateError("an Engine reads this process's memory, at no address", field="address")
+        self._road: Engine | ClientRoad | GroupRoad | None
+        if isinstance(target, Client):
+            self._road = GroupRoad(target, address) if address else ClientRoad(target)
+        else:
+            self._road = target
         self._dtype = None if dtype is None else float_dtype(dtype)
 
     def push(
@@ -116,7 +120,7 @@ class WeightPusher:
             def open_on_target() -> tuple[_Sending | None, Iterator[NamedTensor]]:
                 source = self._source(weights, keep_tied_head=not is_tied)
                 pairs, target = iter(source), self._target
-                if target is None:
+                if target is None or self._road is None:
                     return None, pairs
                 return undo.enter_context(_Sending(target, self._road, source.manifest, terms, is_verified)), pairs
 
@@ -155,13 +159,13 @@ class _Sending:
     def __init__(
         self,
         target: Engine | Client,
-        road: GroupRoad | None,
+        road: Engine | ClientRoad | GroupRoad,
         manifest: Iterable[TensorInfo] | None,
         terms: UpdateTerms,
         is_verified: bool,
     ) -> None:
         self._target = target
-        self._stage = target.stage if road is None else road.stage
+        self._road = road
         options: dict[str, Any] = {"mode": terms.mode, "in_flight": terms.in_flight, "timeout": terms.timeout_s}
         self._session = target.begin_update(terms.version, manifest, **options)
         self._is_over = False
@@ -170,7 +174,7 @@ class _Sending:
 
     def send(self, pairs: Iterable[NamedTensor]) -> UpdateReport:
         """All of them, made live and compared."""
-        self._stage(self._session, self._noted(pairs))
+        self._road.stage(self._session, self._noted(pairs))
         report = self._target.commit(self._session)
         self._is_over = True
         label = self._session.version

@@ -16,8 +16,11 @@ import msgspec
 
 from headrace.client import Client, Runtime
 from headrace.client.asks import native_body
+from headrace.config import EngineConfig
 from headrace.engine import Engine
+from headrace.engine.node import KeptNode
 from headrace.engine.tensors import NamedTensors
+from headrace.rl.frames import ShardParts
 from headrace.rl.meeting import meet
 from headrace.rl.rank_calls import FollowingCalls, LeadingCalls
 from headrace.rl.shards import send_shards, whole_tensors
@@ -60,7 +63,9 @@ class VerlEngine:
     order; rank 0's arguments count, but for tensors, and each rank gets the same answer or an error of the same type.
 
     device_mesh_cpu   a mesh of one dimension; its first rank has the engine
-    nnodes            hosts that the engine spans: 1
+    nnodes            hosts that the engine spans, an equal number of the mesh's ranks on each, in order. The first rank
+                      of each starts and ends the engine's processes there; they meet at the setting `dist_init_addr`,
+                      and HEADRACE_DIST_SECRET in the environment is the same for all
     launch_server     put the engine behind a server process of its own, `url`
     rank_timeout      seconds that ranks wait for one that does not come to a call: `DeadlineError` names it. One that
                       is gone is named at once, by an `UnavailableError`
@@ -69,6 +74,8 @@ class VerlEngine:
 
     `engine` is the `Engine` or `Runtime` on rank 0, for what only one rank is to ask; None on the others.
     """
+
+    _node: KeptNode | None = None
 
     def __init__(
         self,
@@ -95,10 +102,14 @@ class VerlEngine:
             return json.dumps(shown).encode()
 
         try:
+            if nnodes != 1:
+                self._keep_nodes(kwargs, nnodes, device_mesh_cpu.get_local_rank())
             self.url: str
             self.api_key: str
             self.url, self.api_key = json.loads(self._calls.call("VerlEngine", start))
         except BaseException:  # whatever it is: nobody has this engine, to shut it down
+            if self._node is not None:
+                self._node.leave()
             self.shutdown()
             raise
 
@@ -215,12 +226,15 @@ class VerlEngine:
             self.engine.abort(rid or None, prefix=True, all=abort_all)
 
     def shutdown(self) -> None:
-        """End the engine, on rank 0, and leave the others. Waits for no rank. Idempotent."""
+        """End the engine, on rank 0, and leave the others. Waits for no rank, but the first of another node for rank 0,
+        `control_timeout` at most. Idempotent."""
         if isinstance(self.engine, Client):
             self.engine.close()
         elif self.engine is not None:
             self.engine.shutdown()
         self._calls.close()
+        if self._node is not None:
+            self._node.close()
 
     def __enter__(self) -> VerlEngine:
         return self
@@ -233,6 +247,35 @@ class VerlEngine:
         """The engine, on rank 0."""
         assert self.engine is not None, "only rank 0 leads"
         return self.engine
+
+    def _keep_nodes(self, given: dict[str, Any], nnodes: Any, place: int) -> None:
+        """Have the first rank of each other node begin its part. `place` is this rank's in the mesh. What keeps one
+        from that all ranks raise, before the engine waits for it."""
+        name = "VerlEngine over nodes"
+
+        def keep() -> None:
+            settings = _settings(given, len(self._ranks), nnodes)
+            num_here, surplus = divmod(len(self._ranks), nnodes)
+            if surplus or not num_here:
+                message = f"{len(self._ranks)} ranks cannot be spread evenly over nnodes {nnodes}"
+                raise ConfigError(message, field="nnodes")
+            if place and place % num_here == 0:
+                of_engine = {name: value for name, value in settings.items() if name in EngineConfig.__struct_fields__}
+                self._node = KeptNode(**of_engine, node_rank=place // num_here)
+
+        def lead() -> bytes:
+            assert isinstance(self._calls, LeadingCalls), "only rank 0 leads"
+            keep()
+            for peer in self._calls.peers:
+                self._calls.receive(peer, name)
+            return b""
+
+        def follow() -> None:
+            assert isinstance(self._calls, FollowingCalls), "rank 0 leads"
+            keep()
+            self._calls.send(ShardParts(self._calls.number, (), is_last=True), name)  # which are none
+
+        self._calls.call(name, lead, follow, ConfigError)
 
     def _do(self, name: str, work: Callable[[Any], Any]) -> None:
         """Have rank 0 do this with its engine. What callers give is looked at there: else one rank would wait for
@@ -247,9 +290,9 @@ class VerlEngine:
 
 def _settings(given: dict[str, Any], num_ranks: int, nnodes: Any) -> dict[str, Any]:
     """The engine's settings by our names."""
-    if as_integer(nnodes, "nnodes", ConfigError) != 1:
-        raise ConfigError("nnodes: an engine on several hosts is not supported yet", field="nnodes")
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = {"nnodes": as_integer(nnodes, "nnodes", ConfigError)}
+    if settings["nnodes"] < 1:
+        raise ConfigError(f"nnodes must be at least 1, got {nnodes}", field="nnodes")
     for name, value in given.items():
         ours = _NAMES.get(name, name)
         if ours in settings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Hashable, Iterator
+from typing import Any
 
 import torch
 
@@ -27,6 +28,7 @@ class Graphs:
         self._bodies: dict[Hashable, Callable[[], None]] = {}
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, int]] = {}
         self._pool = torch.cuda.graph_pool_handle() if enabled else None
+        self._pool_bytes = 0  # of all of them
 
     @property
     def num_graphs(self) -> int:
@@ -62,9 +64,19 @@ class Graphs:
                 gc.enable()
         self._graphs[key] = (graph, self._counter.num_calls - before)
 
+    def check_room(self) -> None:
+        """Raise `torch.OutOfMemoryError` where what was dropped has no room any more. A capture that finds out half-way
+        may leave torch's allocator believing that it goes on, which then gives nothing back."""
+        torch.cuda.empty_cache()
+        if torch.cuda.mem_get_info()[0] < self._pool_bytes:
+            raise torch.OutOfMemoryError(f"CUDA out of memory: captured graphs had {self._pool_bytes >> 20} MiB")
+
     def drop(self) -> None:
         """Give all graphs up, which the device may not be at work on. Their pool is torch's then, to be given back by
         `torch.cuda.empty_cache`."""
+        if self._graphs:
+            segments: Any = torch.cuda.memory_snapshot(self._pool, include_traces=False)  # type: ignore[no-untyped-call]
+            self._pool_bytes = max(self._pool_bytes, sum(segment["total_size"] for segment in segments))
         for graph, _ in self._graphs.values():
             graph.reset()
         self._graphs.clear()

@@ -108,7 +108,10 @@ class StepRunner:
 
     def capture_again(self) -> Iterator[None]:
         """Capture what was dropped, in the order of the start, which is that of every rank; rests after each."""
-        for key in list(self._graphs.dropped):
+        dropped = list(self._graphs.dropped)
+        if dropped:
+            self._graphs.check_room()
+        for key in dropped:
             with torch.inference_mode(), self._exact.guard:
                 self._graphs.capture_again(key)
             yield

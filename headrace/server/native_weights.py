@@ -219,7 +219,7 @@ class WeightsFace:
         async with self._sessions.opening:
             self._sessions.check_wanted(ask.token)
             session = await self._state.run(request, *self._engine.undoable_begin(ask.manifest, terms))
-            return packed_reply(self._begun(self._sessions.add(session, ask.token)))
+            return packed_reply(self._begun(request, self._sessions.add(session, ask.token)))
 
     async def extend_update(self, request: Request) -> Response:
         ask = await read_ask(request, ExtendAsk)
@@ -242,7 +242,7 @@ class WeightsFace:
                 return packed_reply(None)
             session, indices = joined
             opened = self._sessions.reach(session, ask.token)
-        return packed_reply(PartJoined(self._begun(opened), tuple(indices)))
+        return packed_reply(PartJoined(self._begun(request, opened), tuple(indices)))
 
     async def settle_part(self, request: Request) -> Response:
         ask = await read_ask(request, SettleAsk)
@@ -252,9 +252,11 @@ class WeightsFace:
             self._sessions.drop()
         return packed_reply(report)
 
-    def _begun(self, opened: OpenSession) -> SessionBegun:
-        session, limit = opened.session, self._state.options.max_body_bytes
-        return SessionBegun(session.session_id, session.mode, opened.token, limit, session.dtype, session.num_ranks)
+    def _begun(self, request: Request, opened: OpenSession) -> SessionBegun:
+        session, limit, peer = opened.session, self._state.options.max_body_bytes, request.client
+        of_engine = session.dtype, session.num_ranks
+        client = ("", 0) if peer is None else (peer.host, peer.port)
+        return SessionBegun(session.session_id, session.mode, opened.token, limit, *of_engine, client)
 
     async def stage(self, request: Request) -> Response:
         """The body is the length of a `StageHead`, that head, and the bytes of its pieces."""

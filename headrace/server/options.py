@@ -37,7 +37,8 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes                largest request body; more is answered 413
     body_timeout                  seconds a client may take to send its body
     write_timeout                 seconds a client may leave a stream unread
-    drain_timeout                 seconds running requests get to finish on shutdown before they are aborted
+    drain_timeout                 seconds running requests get to finish on shutdown before they are aborted; control
+                                  calls that wait then are answered 503
     """
 
     api_key: str | None = None

@@ -18,6 +18,7 @@ from headrace.types.plain_values import MAX_SECONDS, as_number
 logger = logging.getLogger(__name__)
 
 ABORT_SECONDS = 2.0
+UNDO_SECONDS = 2.0
 UNREAD_SECONDS = 1.0
 
 
@@ -38,6 +39,8 @@ class RunningServer:
         """Take no new requests (503; `/ready` is 503), let those that run finish, then close. Idempotent.
 
         What still runs after `timeout` seconds (default `drain_timeout`) is aborted and answered with what there is.
+        Control calls that wait when no request runs any more, or after those seconds, get a `ShutdownError` (503) at
+        once, and are undone.
         """
         limit = self._state.options.drain_timeout if timeout is None else as_number(timeout, "timeout")
         if not 0 <= limit <= MAX_SECONDS:
@@ -50,7 +53,9 @@ class RunningServer:
 
     async def _stop(self, limit: float) -> None:
         self._state.is_draining = True
-        if not await self._state.wait_idle(limit):
+        is_idle = await self._state.wait_idle(limit)
+        self._state.calls.end()
+        if not is_idle:
             if self._state.num_active:
                 logger.warning("%d requests did not finish in %g s and are aborted", self._state.num_active, limit)
             self._state.abort_all("Aborted: the server is shutting down")
@@ -58,6 +63,7 @@ class RunningServer:
             await self._state.wait_idle(ABORT_SECONDS)
         self._server.should_exit = True
         await asyncio.shield(self._task)
+        await self._state.calls.settle(UNDO_SECONDS)
 
 
 async def serve(

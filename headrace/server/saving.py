@@ -14,7 +14,6 @@ from headrace.server.folders import Folders
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.surface import MAX_CALL_BYTES, packed_reply, read_ask
-from headrace.server.wire import unless_gone
 from headrace.types.http import PREFIX
 from headrace.types.weights import SaveReport
 
@@ -72,4 +71,4 @@ class SaveFace:
         return await self._do(request, self._engine.save_remote_model(ask.url, max_shard_bytes=most, timeout=seconds))
 
     async def _do(self, request: Request, save: Coroutine[Any, Any, SaveReport]) -> Response:
-        return packed_reply(await unless_gone(request, save, self._state.metrics.count_disconnect))
+        return packed_reply(await self._state.run(request, save))

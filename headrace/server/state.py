@@ -18,7 +18,7 @@ from headrace.engine.runtime import Regret
 from headrace.engine.stream import StreamGroup
 from headrace.server.metrics import ServerMetrics
 from headrace.server.options import ServerOptions
-from headrace.server.wire import unless_gone
+from headrace.server.waiting import WaitingCalls
 from headrace.types.errors import HeadraceError
 
 Result = TypeVar("Result")
@@ -31,6 +31,7 @@ class ServerState:
         self.engine = engine
         self.options = options
         self.metrics = ServerMetrics()
+        self.calls = WaitingCalls(self.metrics.count_disconnect)
         self._pacer = Pacer()
         self.started_at = time.time()
         self.num_active = 0
@@ -59,7 +60,7 @@ class ServerState:
         self, request: Request, call: Coroutine[Any, Any, Result], regret: Regret[Result] | None = None
     ) -> Result:
         """The result of a control call. One whose client goes away is given up: nobody would know what it did."""
-        return await unless_gone(request, call, self.metrics.count_disconnect, regret)
+        return await self.calls.run(request, call, regret)
 
     def abort_all(self, message: str) -> None:
         """End this server's sequences, answered with what they have; the engine's other callers are left alone."""

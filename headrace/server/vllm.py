@@ -181,16 +181,18 @@ class VllmFace:
         ask = await read_ask(request, InitAsk)
         info = ask.init_info
         backend = info.backend or ("gloo" if self._engine.resolved.device == "cpu" else "nccl")
+        unique_id = b""
         if info.nccl_unique_id_b64 is not None:
-            decode_unique_id(info.nccl_unique_id_b64, "init_info.nccl_unique_id_b64")
-            message = "this engine cannot join a group of NCCL's: give a master_address, and 'gloo' as backend"
-            raise WeightUpdateError(message, field="init_info.nccl_unique_id_b64")
+            unique_id = decode_unique_id(info.nccl_unique_id_b64, "init_info.nccl_unique_id_b64")
+            if backend != "nccl":
+                message = "an id is for backend 'nccl', which an engine on a CPU lacks: give a master_address"
+                raise WeightUpdateError(message, field="init_info.nccl_unique_id_b64")
         self._has_joined = False
         with contextlib.suppress(WeightUpdateError):  # there is none
             await self._engine.destroy_weights_update_group(GROUP)
         place = info.master_address, info.master_port, info.rank_offset, info.world_size
         with FieldNames(_INIT_FIELDS):
-            joining = join_group(self._engine.runtime, *place, GROUP, backend, ask.timeout_s, "vllm")
+            joining = join_group(self._engine.runtime, *place, GROUP, backend, ask.timeout_s, "vllm", unique_id)
             await self._state.run(request, joining)
         self._packing = info.packed_buffer_size_bytes if info.packed else None
         self._has_joined = True

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
@@ -13,11 +12,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from headrace.config.json_bounds import BODY, excess
-from headrace.engine.runtime import Regret
 from headrace.server import errors
 from headrace.server.connections import CLIENT, Connection
 from headrace.text import INLINE_CHARACTERS, run_sized
-from headrace.types.errors import HeadraceError, RequestError, RequestTooLargeError, UnavailableError
+from headrace.types.errors import HeadraceError, RequestError, RequestTooLargeError
 
 JSON_TYPE = "application/json"
 DONE_EVENT = b"data: [DONE]\n\n"
@@ -168,35 +166,6 @@ def _in_chunks(parts: Sequence[bytes | memoryview]) -> Iterator[bytes]:
             chunk, num_bytes = [], 0
     if chunk:
         yield b"".join(chunk)
-
-
-async def unless_gone(
-    request: Request,
-    call: Coroutine[Any, Any, Value],
-    on_disconnect: Callable[[], None],
-    regret: Regret[Value] | None = None,
-) -> Value:
-    """What `call` comes to. It is cancelled, and over, when the client goes away before: nobody would hear of it. What
-    it came to in that very moment is undone by `regret`."""
-    client: Connection = request.scope["state"][CLIENT]
-    is_gone = False
-
-    def give_up() -> None:
-        nonlocal is_gone
-        is_gone = True
-        task.cancel()
-
-    task = asyncio.ensure_future(call)
-    with dropping(request.scope, give_up, on_disconnect):
-        try:
-            value = await task
-            if regret is None or not client.is_gone:
-                return value
-            await regret(value)
-        except asyncio.CancelledError:
-            if not is_gone:
-                raise
-        raise UnavailableError("the client went away; what it asked for was given up")
 
 
 class EventStream(Response):

@@ -74,7 +74,8 @@ class BeginAsk(msgspec.Struct, frozen=True, kw_only=True):
 
 class SessionBegun(msgspec.Struct, frozen=True):
     """`token` is what a lent buffer has to end with. One stage body has at most `max_body_bytes`, its head included.
-    `dtype` is the engine's, and `num_ranks` how many it has."""
+    `dtype` is the engine's, and `num_ranks` how many it has; `client` is the far end of the connection that this came
+    on."""
 
     session_id: int
     mode: str
@@ -82,6 +83,7 @@ class SessionBegun(msgspec.Struct, frozen=True):
     max_body_bytes: int
     dtype: str = ""
     num_ranks: int = 1
+    client: tuple[str, int] = ("", 0)
 
 
 class ExtendAsk(msgspec.Struct, frozen=True):

@@ -183,7 +183,7 @@ class AbortUpdate(_Call, frozen=True, tag="abort_update"):
 class JoinGroup(_Call, frozen=True, tag="join_group"):
     """Become rank `rank` of a `torch.distributed` group of `world_size` that a trainer, its rank 0, makes at `address`,
     in the way of `rendezvous`. Reply: null, once all are there. A group that cannot be used any more gives its name to
-    the new one."""
+    the new one. With a `unique_id` it is a communicator of NCCL's that has it, and is looked for at no address."""
 
     name: str
     address: str
@@ -192,6 +192,7 @@ class JoinGroup(_Call, frozen=True, tag="join_group"):
     world_size: int
     backend: str
     rendezvous: Rendezvous = "sglang"
+    unique_id: bytes = b""
 
 
 class LeaveGroup(_Call, frozen=True, tag="leave_group"):

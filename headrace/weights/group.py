@@ -29,7 +29,7 @@ from headrace.types.messages import JoinGroup
 from headrace.types.weights import TensorInfo
 from headrace.weights.arrival_memory import ArrivalMemory, Buffer
 from headrace.weights.device_group import DeviceBuffer, NcclBroadcast
-from headrace.weights.unique_id import UNIQUE_ID_KEY, find_unique_id, read_unique_id
+from headrace.weights.unique_id import find_unique_id
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class TorchGroup:
 
     def _is_cut(self) -> bool:
         try:
-            return self._line is None or not self._line.recv(1, socket.MSG_PEEK)
+            return self._line is not None and not self._line.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return False
         except OSError:
@@ -137,11 +137,14 @@ class TorchGroup:
         from torch._C._distributed_c10d import BroadcastOptions, ProcessGroupGloo, TCPStore
 
         terms = self._terms
+        if terms.unique_id:
+            return self._join_nccl(lambda: terms.unique_id)
         self._await_listener()
         left = timedelta(seconds=max(0.1, self._until - time.monotonic()))
         store = TCPStore(terms.address, terms.port, terms.world_size, False, left)
         if terms.backend == "nccl":
-            return self._join_nccl(store)
+            part = store if terms.rendezvous == "vllm" else store_of(store, terms)
+            return self._join_nccl(partial(find_unique_id, part, terms.rendezvous))
         group = ProcessGroupGloo(store_of(store, terms), terms.rank, terms.world_size, timeout=left)
         options = BroadcastOptions()
         options.rootRank = options.rootTensor = 0
@@ -153,16 +156,16 @@ class TorchGroup:
         self._memory.is_guarded = not _passes_on(terms.rank, terms.world_size)
         return broadcast
 
-    def _join_nccl(self, store: Any) -> NcclBroadcast:
+    def _join_nccl(self, find_id: Callable[[], bytes | None]) -> NcclBroadcast:
         """A trainer of vLLM's waits for all ranks at once. torch's ranks meet at their first broadcast, so that one
         which is missing shows only then: a trainer that waits for all to have joined would wait for ever otherwise."""
-        terms, is_vllm = self._terms, self._terms.rendezvous == "vllm"
+        terms = self._terms
         if self._device.type != "cuda":
-            read_unique_id(store.get(UNIQUE_ID_KEY))
+            while find_id() is None and time.monotonic() < self._until and not self._is_over():
+                self._is_closed.wait(_LOOK_S)
             raise _no_transport(terms, self._device)
-        find_id = partial(find_unique_id, store if is_vllm else store_of(store, terms), terms.rendezvous)
         broadcast = NcclBroadcast(find_id, terms.rank, terms.world_size, self._device, self._is_over)
-        if is_vllm:
+        if terms.rendezvous == "vllm":
             try:
                 broadcast.join(self._until)
                 broadcast.warm_up(self._until)

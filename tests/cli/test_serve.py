@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ import pytest
 
 from headrace import ConfigError
 from headrace.cli.serve import with_keys
+from headrace.parallel.rendezvous import kept_store
 from headrace.server import ServerOptions
 from tests.arch.source import ROOT, child_environment
+from tests.engine.group_trainer import TrainerProcess
+from tests.engine.test_weight_groups import free_port
 
 POLICY = ROOT / "headrace" / "rl" / "policy"
 OPEN_PATHS = ("/health", "/health_generate", "/ready")
@@ -197,3 +201,37 @@ def test_a_core_killed_in_the_first_start_ends_the_server() -> None:
         last = process.stderr.read().splitlines()[-1]
         assert process.wait(60) == 3
     assert last.startswith("headrace serve: ") and "signal 9" in last
+
+
+def test_control_calls_that_wait_are_answered_when_a_signal_ends_the_server() -> None:
+    """A group that nobody makes, one of which a rank does not come, and tensors that no trainer sends."""
+    store = kept_store(socket.create_server(("127.0.0.1", 0)), "127.0.0.1", 60.0)
+    with serve(POLICY, "--log-json", "--device", "cpu") as process, ThreadPoolExecutor(8) as pool:
+        client, trainer = httpx.Client(base_url=read_event(process, "serving")["url"], timeout=60), TrainerProcess()
+
+        def post(path: str, **body: Any) -> Future[httpx.Response]:
+            return pool.submit(client.post, path, json=body)
+
+        def init(name: str, port: int, world_size: int = 2) -> Future[httpx.Response]:
+            place = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": world_size}
+            return post("/init_weights_update_group", group_name=name, backend="gloo", **place)
+
+        made = init("made", port := free_port())
+        trainer.ask(do="init", port=port, name="made")
+        assert made.result(60).status_code == 200
+        tensors = {"names": ["model.norm.weight"], "dtypes": ["float32"], "shapes": [[64]]}
+        waiting = [
+            init("of nobody", free_port()),
+            init("of too few", store.port, 3),
+            post("/update_weights_from_distributed", group_name="made", **tensors),
+        ]
+        time.sleep(1.0)
+        assert not any(each.done() for each in waiting)
+        process.send_signal(signal.SIGTERM)
+        for reply in [each.result(30) for each in waiting]:
+            assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
+            assert (reply.json()["err_type"], reply.json()["retryable"]) == ("ShutdownError", True)
+        assert process.wait(30) == 0
+        assert process.stderr is not None and "Traceback" not in process.stderr.read()
+        trainer.close()
+        client.close()

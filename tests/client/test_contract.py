@@ -263,7 +263,7 @@ def parameters(method: Callable[..., Any]) -> list[inspect.Parameter]:
 
 def test_methods_take_what_the_engine_s_take() -> None:
     """But for what only one of them has: a client has health, an address and another dialect, an engine its parts."""
-    own = {"url", "close", "health", "asynchronous", "generate_native"}
+    own = {"url", "close", "health", "asynchronous", "generate_native", "group_address"}
     for name in {name for name in vars(Client) if not name.startswith("_")} - own:
         expected = [each for each in parameters(getattr(Engine, name)) if each.name != "root"]
         assert parameters(getattr(Client, name)) == expected, name

@@ -9,14 +9,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 
+from headrace.core import rank_member
 from headrace.core.faults import DeviceLost
 from headrace.core.rank_group import FAILED_SECONDS, STOPPED_SECONDS, OtherRanks
-from headrace.core.rank_messages import TELL, CommitOn, RankAnswer, command_decoder, encode_message
+from headrace.core.rank_messages import TELL, CommitOn, RankAnswer, RankStart, command_decoder, encode_message
 from headrace.core.service import build_executor
 from headrace.ipc import PeerClosed
 from headrace.ipc.rank_channel import RankChannel
@@ -24,6 +26,7 @@ from headrace.ipc.rank_page import RankPage
 from headrace.ipc.rank_spawn import SILENT_SECONDS
 from headrace.parallel.rendezvous import Rendezvous
 from headrace.types.errors import ConfigError, WeightUpdateError
+from headrace.types.plan import RankLost
 from tests.core.harness import tiny_config
 
 OPEN: list[RankChannel] = []
@@ -204,3 +207,26 @@ def test_ranks_meet_on_loopback_alone_below_a_secret() -> None:
     ]
     assert addresses == [f"0100007F:{meeting.port:04X}"]
     assert len(meeting.secret) == 32 and Rendezvous.host().secret != meeting.secret
+
+
+def test_a_rank_of_a_device_that_is_left_ends_what_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where rank 0 is gone while this rank's device waits for it; what was joined is let go of."""
+    said: list[str] = []
+    left = rank_member.Leave()
+    mesh = SimpleNamespace(abort=lambda: said.append("aborted"), close=lambda: said.append("mesh closed"))
+    rendezvous = SimpleNamespace(close=lambda: said.append("rendezvous closed"))
+
+    def build(*_: Any, **__: Any) -> Any:
+        left.set()
+        raise RankLost("the others are gone")
+
+    monkeypatch.setattr(Rendezvous, "reach", lambda *_: rendezvous)
+    monkeypatch.setattr(rank_member, "mesh_of", lambda *_: mesh)
+    monkeypatch.setattr(rank_member, "build_runner", build)
+    resolved = msgspec.structs.replace(tiny_config(tp_size=2), device="cuda")
+    near, far = channels()
+    start = RankStart(resolved, 1, 2, 1, "", False, "127.0.0.1", True)
+    with pytest.raises(RankLost):
+        rank_member.serve_rank(start, near, RankPage(mmap.mmap(-1, 4096)), lambda: None, left)
+    assert said == ["aborted", "mesh closed", "rendezvous closed"]
+    far.close()

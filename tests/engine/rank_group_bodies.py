@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from headrace import Engine
 from headrace.ipc import rank_meeting
 from headrace.types.errors import HeadraceError
+from tests.engine import test_closing
 from tests.engine.builders import SETTINGS, model_of, named_tensors
 from tests.engine.test_ranks import GREEDY, LONG, PROMPTS, outputs
 from tests.engine.test_restart import wait_for
@@ -187,6 +188,21 @@ def settings_of_one(rank: int, folder: str, other: str) -> Any:
     found.append(error_of(other if rank == 1 else folder))
     found.append(error_of(folder, rank_group="no group"))
     found.append(error_of(folder))
+    return found
+
+
+def starts_and_ends(rank: int, folder: str, num_cycles: int, settings: dict[str, Any]) -> Any:
+    """What each rank holds after engines that were shut down, and after as many that did not start, as rank 1 refuses
+    a setting: by then rank 0 has begun to listen. No collector of garbage comes meanwhile."""
+    found: list[Any] = []
+    for mine in ({}, {"dtype": "bfloat16"} if rank == 1 else {}):
+        for number in range(num_cycles + 1):
+            if number == 1:
+                gc.collect()
+                gc.disable()
+            error_of(folder, **settings, **mine)
+            found.append(test_closing.held(found[0][-1] if found else 0))
+        gc.enable()
     return found
 
 

@@ -12,6 +12,7 @@ import pytest
 from headrace import Engine
 from tests.engine import rank_group_bodies as bodies
 from tests.engine.builders import save_model
+from tests.engine.test_closing import NUM_CYCLES
 from tests.engine.test_ranks import GREEDY, outputs
 from tests.rl.trainer_ranks import run_ranks, start_ranks
 
@@ -81,3 +82,9 @@ def test_what_is_refused_is_refused_on_every_rank(model_folder: Path, tmp_path: 
         assert [field for _, field, _ in found] == fields
         assert [kind for kind, _, _ in found] == ["ConfigError"] * 7 + ["no error"]
     assert "process" in leading[1][2] and "of the trainer" in leading[3][2]
+
+
+@pytest.mark.parametrize("settings", [{}, {"pp_size": 2}], ids=["shares", "stages"])
+def test_what_ranks_held_is_gone_when_shutdown_returns(model_folder: Path, settings: dict[str, Any]) -> None:
+    for found in run_ranks(2, bodies.starts_and_ends, str(model_folder), NUM_CYCLES, settings, seconds=SECONDS):
+        assert found == [found[0]] * len(found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import random
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,11 +16,25 @@ import torch
 
 from headrace import Engine, TensorInfo, UnavailableError, WeightUpdateError, serve
 from headrace.engine import update as update_module
+from headrace.rl import VerlEngine
+from headrace.rl.demo import checkpoint_digests
 from headrace.types.messages import Stage
 from headrace.types.weights import BufferRef, DeviceRef
 from headrace.weights import device_sharing
-from tests.gpu.builders import Checkpoint, Checkpoints, Starter, check_greedy, greedy, random_ids, start_engine
+from tests.gpu.builders import (
+    SETTINGS,
+    Checkpoint,
+    Checkpoints,
+    Starter,
+    check_greedy,
+    greedy,
+    random_ids,
+    start_engine,
+)
 from tests.gpu.test_ranks import TWO
+from tests.rl.trainer_ranks import run_ranks
+from tests.rl.verl_bodies import digest as digest_of
+from tests.rl.verl_bodies import mesh_of, tensors_of
 from tests.weights.foreign_sender import Sender
 
 pytestmark = [
@@ -169,6 +184,7 @@ def test_many_updates_hold_no_memory_of_either_device(engine: Engine, checkpoint
         del fresh
         if count % 10 == 9:
             engine.generate(input_ids=PROMPT, sampling_params=greedy(4))
+            time.sleep(0.5)  # the ranks let go of the last one's
             torch.cuda.empty_cache()
             free.append([torch.cuda.mem_get_info(device)[0] for device in DEVICES])
     for device in zip(*free, strict=True):
@@ -263,3 +279,29 @@ def test_each_rank_reads_the_payload_of_its_own_device(
     finally:
         handle.stop()
     assert held[1] == held[-1], held
+
+
+def test_ranks_of_a_trainer_share_an_engine_that_reads_their_devices(checkpoints: Checkpoints) -> None:
+    """Of tensors that all of them have whole, rank 0's are read where they lie."""
+    old, new = checkpoints.get(), checkpoints.get(seed=1)
+    seen = run_ranks(2, update_from_devices, str(old.folder), str(new.folder))
+    (kinds, digest), (no_kinds, no_digest) = seen
+    assert kinds == ["DeviceRef"] and digest == checkpoint_digests(new.folder)
+    assert no_kinds == [] and no_digest is None
+
+
+def update_from_devices(rank: int, folder: str, newer: str) -> tuple[list[str], dict[str, str] | None]:
+    """What one of two ranks sees: where its engine was told that tensors are, and what that holds then."""
+    kinds: set[str] = set()
+
+    def note(call_id: int, session_id: int, ref: Any, entries: Any) -> Stage:
+        kinds.add(type(ref).__name__)
+        return Stage(call_id, session_id, ref, entries)
+
+    vars(update_module)["Stage"] = note
+    settings = {**SETTINGS, **PLAIN, "rank_timeout": 60}
+    with VerlEngine(mesh_of(2), model_path=folder, **settings) as engine:
+        tensors = [(name, tensor.to(DEVICES[rank])) for name, tensor in tensors_of(newer).items()]
+        for version in ("one", "two"):
+            engine.update_weights_from_tensor(tensors, weight_version=version)
+        return sorted(kinds), digest_of(engine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import ctypes
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from headrace import Engine, serve
 from headrace.weights.nccl import nccl_library
 from tests.gpu.builders import Checkpoints, Starter, greedy
 from tests.server.test_vllm import FINISH, INIT, START_UPDATE, UPDATE, Trainer, publish_id
+from tests.server.vllm_client import StatelessNccl
 from tests.weights.test_unique_id import pickled
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device")
@@ -106,5 +108,36 @@ def test_a_trainer_that_publishes_an_id_and_never_comes_is_named_in_time(
         reply = httpx.post(handle.url + INIT, json={"init_info": info, "timeout_s": 3.0}, timeout=20)
         assert reply.status_code >= 400, (reply.text, store)
         engine.generate(input_ids=[1], sampling_params=greedy(2))
+    finally:
+        handle.stop()
+
+
+def test_a_trainer_that_gives_the_id_itself_needs_no_store(checkpoints: Checkpoints, start: Starter) -> None:
+    engine, _, new = digests(start, checkpoints)
+    handle, last = serve(engine), torch.device("cuda", torch.cuda.device_count() - 1)
+    tensors = [(name, tensor.to(last, torch.bfloat16)) for name, tensor in checkpoints.get(seed=1).named_tensors()]
+    update = {
+        "names": [name for name, _ in tensors],
+        "dtype_names": ["bfloat16"] * len(tensors),
+        "shapes": [list(tensor.shape) for _, tensor in tensors],
+    }
+    replies: list[Any] = []
+    try:
+        with ThreadPoolExecutor(1) as thread, torch.cuda.device(last):
+
+            def ask(path: str, body: dict[str, Any]) -> None:
+                replies.append(thread.submit(httpx.post, handle.url + path, json=body, timeout=60))
+
+            def publish(unique_id: bytes) -> None:
+                encoded = base64.b64encode(unique_id).decode()
+                ask(INIT, {"init_info": {"nccl_unique_id_b64": encoded, "rank_offset": 1, "world_size": 2}})
+
+            group = StatelessNccl(publish, 2, last)
+            ask(UPDATE, {"update_info": update})
+            for _, tensor in tensors:
+                group.broadcast(tensor)
+            assert [reply.result(60).status_code for reply in replies] == [200, 200], replies[-1].result().text
+        assert engine.digest() == new
+        group.library.ncclCommAbort(group.communicator)
     finally:
         handle.stop()

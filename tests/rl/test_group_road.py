@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from headrace import Client, Engine, WeightUpdateError, serve
+from headrace.ipc.rank_meeting import splice
 from headrace.rl import WeightPusher, group_road
+from headrace.rl.group_road import GroupRoad
 from headrace.types.errors import HeadraceError
 from tests.engine.test_ranks import rank_pids
 from tests.engine.test_restart import pid_of
@@ -149,3 +154,82 @@ def settled(engine: Engine) -> list[tuple[int, int]]:
 def _held(engine: Engine) -> list[tuple[int, int]]:
     folders = [Path(f"/proc/{pid}") for pid in (os.getpid(), pid_of(engine), *rank_pids(engine))]
     return [(len(os.listdir(folder / "task")), len(os.listdir(folder / "fd"))) for folder in folders]
+
+
+@pytest.fixture(scope="module")
+def elsewhere(engine: Engine) -> str:
+    """The engine at another address than this process's."""
+    return serve(engine, host="127.0.0.2").url
+
+
+def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """By which roads tensors go from now on."""
+    roads: list[str] = []
+    staged, sent = Client.stage, GroupRoad.send
+
+    def stage(self: Client, *given: Any) -> Any:
+        roads.append("client")
+        return staged(self, *given)
+
+    def send(self: GroupRoad, *given: Any) -> Any:
+        roads.append("group")
+        return sent(self, *given)
+
+    monkeypatch.setattr(Client, "stage", stage)
+    monkeypatch.setattr(GroupRoad, "send", send)
+    return roads
+
+
+@pytest.mark.parametrize("shares_memory", [False, True])
+def test_a_pusher_finds_the_best_road_by_itself(
+    elsewhere: str, engine: Engine, new: Tensors, monkeypatch: pytest.MonkeyPatch, shares_memory: bool
+) -> None:
+    """A group where the server does not read this process's memory."""
+    roads = used(monkeypatch)
+    with Client(elsewhere, shares_memory=shares_memory) as client:
+        pusher = WeightPusher(client)
+        for number in range(2):
+            assert pusher.push({name: tensor + number for name, tensor in new.items()}, number, verify=True).is_verified
+    assert roads == ["client" if shares_memory else "group"] * 2
+    assert engine.version == "1"
+
+
+def test_a_group_that_cannot_be_made_is_tried_once(
+    elsewhere: str, new: Tensors, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where the server cannot connect to this host: it waits no longer than it has."""
+    roads, init = used(monkeypatch), Client.init_weights_update_group
+    monkeypatch.setattr(group_road, "JOIN_SECONDS", 0.5)
+    monkeypatch.setattr(
+        Client, "init_weights_update_group", lambda self, _, *rest, **more: init(self, "127.0.0.3", *rest, **more)
+    )
+    with Client(elsewhere, shares_memory=False) as client:
+        pusher = WeightPusher(client)
+        for number in range(3):
+            assert pusher.push(new, number, verify=True).is_verified
+    assert roads == ["client"] * 3
+    (warning,) = [each.message for each in caplog.records if each.name == group_road.__name__]
+    assert "no process group with http://127.0.0.2" in warning and "was not joined" in warning
+
+
+def test_through_a_tunnel_nobody_is_waited_for(
+    elsewhere: str, new: Tensors, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The server sees another end of the connection than this process: no address is known by which it gets here."""
+    roads = used(monkeypatch)
+    host, port = elsewhere.removeprefix("http://").split(":")
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve_tunnel() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                splice(listener.accept()[0], socket.create_connection((host, int(port))))
+
+    thread = threading.Thread(target=serve_tunnel, daemon=True)
+    thread.start()
+    with Client(f"http://127.0.0.1:{listener.getsockname()[1]}", shares_memory=False) as client:
+        assert WeightPusher(client).push(new, "tunnelled", verify=True).is_verified
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+    thread.join(30.0)
+    assert roads == ["client"] and not caplog.records

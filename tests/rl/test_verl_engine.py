@@ -14,6 +14,7 @@ from transformers import Qwen3ForCausalLM
 
 from headrace.rl.demo import checkpoint_digests
 from headrace.rl.verl_engine import _settings
+from tests.engine.test_weight_groups import free_port
 from tests.rl import verl_bodies as bodies
 from tests.rl.trainer_ranks import run_ranks, start_ranks
 from tests.server.builders import save_random_model
@@ -185,6 +186,24 @@ def test_a_thousand_updates_leave_nothing_behind(folder: str, newer: str, count:
 
 def test_stages_leave_fewer_ranks_for_each() -> None:
     given = {"model_path": "m", "pipeline_parallel_size": 2}
-    assert _settings(given, 4, 1) == {"model": "m", "tp_size": 2, "pp_size": 2}
+    assert _settings(given, 4, 1) == {"nnodes": 1, "model": "m", "tp_size": 2, "pp_size": 2}
     assert _settings({**given, "tp_size": 1}, 4, 1)["tp_size"] == 1
-    assert _settings({"model": "m"}, 4, 1) == {"model": "m", "tp_size": 4}
+    assert _settings({"model": "m"}, 4, 1) == {"nnodes": 1, "model": "m", "tp_size": 4}
+
+
+@pytest.mark.parametrize("options", [{}, SERVER], ids=["engine", "server"])
+def test_an_engine_over_two_nodes_of_the_mesh(folder: str, newer: str, options: dict[str, Any]) -> None:
+    """Two process trees, which meet at an address of loopback: of each the first trainer starts what is there."""
+    seen = run_ranks(4, bodies.over_nodes, folder, newer, f"127.0.0.2:{free_port()}", options)
+    for number, live in enumerate((folder, newer)):
+        check_live([each[number] for each in seen], live)
+    assert [each[2] for each in seen] == [0, 0, 2, 0], "ranks that are children of a trainer"
+    assert [each[3] for each in seen] == [0] * 4
+
+
+def test_what_keeps_a_node_from_its_part_all_ranks_raise(folder: str) -> None:
+    """Before the engine is started; a rank that was told another number of nodes is named."""
+    seen = run_ranks(4, bodies.refused_nodes, folder, f"127.0.0.2:{free_port()}")
+    assert [each[0] for each in seen] == [("ConfigError", "dtype")] * 4
+    assert [each[1] for each in seen] == [("ConfigError", "HEADRACE_DIST_SECRET")] * 4
+    assert [each[2] for each in seen] == [("RequestError", "rank")] * 4

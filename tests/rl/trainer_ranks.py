@@ -57,7 +57,7 @@ def start_ranks(num_ranks: int, body: Body, *args: Any, backend: str = "gloo") -
     """As `run_ranks`, without waiting. `body` is a function of a module, by its name."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
+    context: Any = multiprocessing.get_context("spawn" if "nccl" in backend else "forkserver")  # CUDA minds forks
     context.set_forkserver_preload(["tests.rl.verl_bodies"])  # torch is loaded once
     processes, answers = [], []
     for rank in range(num_ranks):

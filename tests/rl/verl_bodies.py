@@ -385,7 +385,7 @@ def lost(rank: int, folder: str, how: int, which: int) -> list[Any]:
 def refused_settings(rank: int, folder: str) -> list[Any]:
     """Settings that are refused, and then good ones."""
     seen, mesh = list[Any](), mesh_of(2)
-    refused: tuple[dict[str, Any], ...] = {"no_such": 1}, {"nnodes": 2}, {"model_path": folder}, {"dtype": "float31"}
+    refused: tuple[dict[str, Any], ...] = {"no_such": 1}, {"nnodes": 3}, {"model_path": folder}, {"dtype": "float31"}
     for options in refused:
         start = functools.partial(VerlEngine, mesh, model=folder, rank_timeout=30.0, **{**CONFIG, **options})
         seen.append(error_of(start)[:2])
@@ -418,3 +418,41 @@ def held() -> tuple[int, int, int]:
 
 
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
+
+
+def child_ranks() -> int:
+    """Processes of the engine's ranks that this one has started."""
+    children = Path("/proc/self/task").glob("*/children")
+    pids = [pid for each in children for pid in each.read_text().split()]
+    return sum(b"headrace.core.rank_process" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids)
+
+
+def over_nodes(rank: int, folder: str, newer: str, address: str, options: dict[str, Any]) -> list[Any]:
+    """A mesh of four over two nodes."""
+    os.environ["HEADRACE_DIST_SECRET"] = "a secret of this test only"
+    given: dict[str, Any] = {**SETTINGS, "device": "cpu", "start_timeout": 60, "dist_init_addr": address, **options}
+    engine = VerlEngine(mesh_of(4), 2, model_path=folder, tp_size=4, rank_timeout=60, **given)
+    seen: list[Any] = [(greedy(engine), digest(engine))]
+    assert engine.update_weights_from_tensor(tensors_of(newer)) is not None
+    seen += [(greedy(engine), digest(engine)), child_ranks()]
+    engine.shutdown()
+    return [*seen, child_ranks()]
+
+
+def refused_nodes(rank: int, folder: str, address: str) -> list[Any]:
+    """A setting and a secret that one node has not, and a number of nodes that one rank does not know."""
+    os.environ["HEADRACE_DIST_SECRET"] = "a secret of this test only"
+    mesh, seen = mesh_of(4), list[Any]()
+    given: dict[str, Any] = {"model": folder, "dist_init_addr": address, "device": "cpu", **SETTINGS}
+
+    def start(nnodes: int = 2, dtype: str = "float32") -> None:
+        options = {**given, "tp_size": 4, "dtype": dtype, "rank_timeout": 30.0}
+        seen.append(error_of(lambda: VerlEngine(mesh, nnodes, **options))[:2])
+
+    start(dtype="float31" if rank == 2 else "float32")
+    if rank == 2:
+        del os.environ["HEADRACE_DIST_SECRET"]
+    start()
+    os.environ["HEADRACE_DIST_SECRET"] = "a secret of this test only"
+    start(nnodes=1 if rank == 3 else 2)
+    return seen

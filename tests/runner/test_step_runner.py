@@ -65,3 +65,26 @@ def test_a_launch_that_fails_gives_its_copy_back(runner: DeviceRunner, monkeypat
                 steps.launch(plans.step([(0, 1)]))
             plans.enter(0, [1, 2, 3])
     assert runner.launch(plans.step([(0, 3)])).wait().token_ids.shape == (1, 1)
+
+
+def test_graphs_are_captured_again_one_by_one_once_there_is_room(
+    runner: DeviceRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes on between two of them is not in inference mode."""
+    done: list[object] = []
+
+    class Graphs:
+        dropped: tuple[str, ...] = ("first", "second")
+
+        def check_room(self) -> None:
+            done.append("room")
+
+        def capture_again(self, key: str) -> None:
+            done.append((key, torch.is_inference_mode_enabled()))
+
+    monkeypatch.setattr(runner._steps, "_graphs", Graphs())
+    for _ in runner._steps.capture_again():
+        done.append(torch.is_inference_mode_enabled())
+    assert done == ["room", ("first", True), False, ("second", True), False]
+    monkeypatch.setattr(Graphs, "dropped", ())
+    assert not list(runner._steps.capture_again()) and len(done) == 5

@@ -24,7 +24,7 @@ from headrace.server.connections import CLIENT
 from headrace.server.errors import error_body, respond
 from headrace.server.limits import Limits
 from headrace.server.listening import EmbeddedServer, listen
-from headrace.server.wire import unless_gone
+from headrace.server.waiting import WaitingCalls
 from headrace.types.errors import UnavailableError
 from tests.arch.source import ROOT
 from tests.server.conftest import START, Served
@@ -357,7 +357,7 @@ def test_what_came_to_its_end_in_the_moment_the_client_left_is_undone(leaves: bo
 
     async def run() -> int:
         request = Request({"type": "http", "state": {CLIENT: client}})
-        return await unless_gone(request, call(), lambda: None, regret)
+        return await WaitingCalls(lambda: None).run(request, call(), regret)
 
     if leaves:
         with pytest.raises(UnavailableError):

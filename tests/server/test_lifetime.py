@@ -14,9 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from headrace import AsyncEngine, ConfigError, Engine, ShutdownError, serve, server
+from headrace.types.http import (
+    BYTES_TYPE,
+    LENGTH_BYTES,
+    MESSAGE_TYPE,
+    PREFIX,
+    BeginAsk,
+    SessionBegun,
+    StageHead,
+    TensorPiece,
+)
+from headrace.types.weights import TensorInfo
 from tests.server.builders import SETTINGS
 from tests.server.conftest import START, Served
 
@@ -296,3 +308,109 @@ def test_stopping_cuts_off_clients_that_never_read(start: START) -> None:
         stopped.join(60)
         assert not stopped.is_alive()
     wait_for(lambda: num_running(served) == 0)
+
+
+WAITING: dict[str, tuple[str, dict[str, Any]]] = {
+    "release_memory_occupation": ("/release_memory_occupation", {}),
+    "resume_memory_occupation": (f"{PREFIX}/resume_memory_occupation", {}),
+    "collective_rpc": ("/collective_rpc", {"method": "digest"}),
+    "save_model": (f"{PREFIX}/save_model", {"path": "saved"}),
+    "update_weights_from_disk": ("/update_weights_from_disk", {"model_path": "newer"}),
+    "undoable_pause": ("/pause_generation", {"mode": "wait"}),
+}
+
+
+@pytest.mark.parametrize("method", WAITING)
+def test_stopping_answers_control_calls_that_wait_and_undoes_them_behind_the_answer(
+    start: START, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long that takes: the call here comes to its end only when it was answered."""
+    served, (path, body) = start(save_roots=(str(tmp_path),), weight_roots=(str(tmp_path),)), WAITING[method]
+    (tmp_path / "newer").mkdir()
+    body = {key: str(tmp_path / value) if "path" in key else value for key, value in body.items()}
+    is_ours = path.startswith(PREFIX)
+    sent: Any = {"content": msgspec.msgpack.encode(body), "headers": {"content-type": MESSAGE_TYPE}}
+    said: list[str] = []
+    is_answered = threading.Event()
+
+    async def waits(*_: Any, **__: Any) -> int:
+        said.append("waits")
+        try:
+            await asyncio.sleep(600)
+        except asyncio.CancelledError:
+            while not is_answered.is_set():
+                await asyncio.sleep(0.01)
+            said.append("cancelled")
+        return 7
+
+    async def regret(_: int) -> None:
+        said.append("undone")
+
+    def undoable(*_: Any) -> Any:
+        return waits(), regret
+
+    is_undone = method == "undoable_pause"
+    monkeypatch.setattr(served.engine.asynchronous, method, undoable if is_undone else waits)
+    replies: list[httpx.Response] = []
+
+    def post() -> None:
+        try:
+            replies.append(httpx.post(served.url + path, timeout=60, **(sent if is_ours else {"json": body})))
+        finally:
+            is_answered.set()
+
+    caller = threading.Thread(target=post)
+    caller.start()
+    wait_for(lambda: bool(said))
+    served.handle.stop()
+    caller.join()
+    (reply,) = replies
+    assert (reply.status_code, reply.json()["retryable"], reply.json()["err_type"]) == (503, True, "ShutdownError")
+    assert reply.headers["retry-after"] and said == ["waits", "cancelled", *(["undone"] if is_undone else [])]
+
+
+def test_a_pause_that_drains_is_answered_beside_what_it_waits_for(start: START) -> None:
+    """Requests have their time; then they, and whoever waits for their end, are answered at once. The engine is as if
+    the pause had not been asked for."""
+    served = start(drain_timeout=0.1)
+    served.engine.slow_down(0.05)
+    replies: dict[str, httpx.Response] = {}
+
+    def post(path: str, body: dict[str, Any]) -> threading.Thread:
+        def run() -> None:
+            replies[path] = httpx.post(served.url + path, json=body, timeout=60)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        return thread
+
+    threads = [post("/generate", {"input_ids": [1], "sampling_params": LONG})]
+    wait_for(lambda: num_running(served) == 1)
+    threads.append(post("/pause_generation", {"mode": "wait"}))
+    wait_for(lambda: bool(served.http.get("/is_paused").json()["is_paused"]))
+    served.handle.stop()
+    for thread in threads:
+        thread.join()
+    assert replies["/generate"].json()["meta_info"]["finish_reason"]["type"] == "abort"
+    assert (replies["/pause_generation"].status_code, replies["/pause_generation"].json()["retryable"]) == (503, True)
+    served.engine.slow_down(None)
+    assert served.engine.generate(input_ids=[1], sampling_params={"max_new_tokens": 2})
+
+
+def test_a_client_that_sends_tensors_halfway_is_answered(start: START) -> None:
+    served = start()
+    name, data = "model.norm.weight", bytes(4 * 32)
+    ask = BeginAsk(version="b", manifest=(TensorInfo(name, (32,), "float32"),), partial=True, timeout=60.0)
+    kind = {"content-type": MESSAGE_TYPE}
+    begun = served.http.post(f"{PREFIX}/begin_update", content=msgspec.msgpack.encode(ask), headers=kind)
+    session = msgspec.msgpack.decode(begun.content, type=SessionBegun)
+    head = msgspec.msgpack.encode(StageHead(session.session_id, (TensorPiece(0, 0, len(data)),)))
+    body = len(head).to_bytes(LENGTH_BYTES, "little") + head + data
+    words = f"POST {PREFIX}/stage HTTP/1.1\r\nhost: localhost\r\ncontent-type: {BYTES_TYPE}\r\n"
+    with socket.create_connection(("127.0.0.1", served.handle.port), timeout=30) as connection:
+        connection.sendall(f"{words}content-length: {len(body)}\r\n\r\n".encode() + body[:-1])
+        time.sleep(0.5)
+        served.handle.stop()
+        reply = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    assert reply.startswith(b"HTTP/1.1 503") and b"ShutdownError" in reply
+    assert served.engine.digest()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -42,20 +43,13 @@ def stateless_group(port: int, world_size: int) -> Any:
 
 
 class StatelessNccl:
-    """Rank 0 of a communicator, in the steps of vLLM's `StatelessProcessGroup.create` and `PyNcclCommunicator`."""
+    """Rank 0 of a communicator, in the steps of vLLM's `PyNcclCommunicator`; `publish` tells the others its id."""
 
-    def __init__(self, port: int, world_size: int, device: torch.device) -> None:
-        from torch._C._distributed_c10d import TCPStore
-
-        from tests.weights.test_unique_id import pickled
-
-        listener = socket.create_server(("127.0.0.1", port))
-        terms: dict[str, Any] = {"timeout": timedelta(seconds=60), "use_libuv": False}
-        self.store = TCPStore("127.0.0.1", port, world_size, True, master_listen_fd=listener.detach(), **terms)
+    def __init__(self, publish: Callable[[bytes], object], world_size: int, device: torch.device) -> None:
         self.library, self.communicator = ctypes.CDLL("libnccl.so.2"), ctypes.c_void_p()
         unique_id = _UniqueId()
         self.check(self.library.ncclGetUniqueId(ctypes.byref(unique_id)))
-        self.store.set("broadcast_from/0/0", pickled(bytes(unique_id)))  # type: ignore[arg-type]
+        publish(bytes(unique_id))
         torch.cuda.set_device(device)
         self.check(self.library.ncclCommInitRank(ctypes.byref(self.communicator), world_size, unique_id, 0))
         number = torch.zeros(1, device=device)
@@ -77,6 +71,19 @@ class StatelessNccl:
 
     def stream(self) -> ctypes.c_void_p:
         return ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+
+
+def publish_in_store(port: int, world_size: int, unique_id: bytes) -> Any:
+    """In the steps of vLLM's `StatelessProcessGroup`. The store lives as long as what is returned."""
+    from torch._C._distributed_c10d import TCPStore
+
+    from tests.weights.test_unique_id import pickled
+
+    listener = socket.create_server(("127.0.0.1", port))
+    terms: dict[str, Any] = {"timeout": timedelta(seconds=60), "use_libuv": False}
+    store = TCPStore("127.0.0.1", port, world_size, True, master_listen_fd=listener.detach(), **terms)
+    store.set("broadcast_from/0/0", pickled(unique_id))  # type: ignore[arg-type]
+    return store
 
 
 class _UniqueId(ctypes.Structure):
@@ -142,7 +149,8 @@ class Client:
         def work() -> Any:
             if self.backend == "gloo":
                 return stateless_group(port, world_size)
-            return StatelessNccl(port, world_size, self.device)
+            publish = lambda found: setattr(self, "store", publish_in_store(port, world_size, found))  # noqa: E731
+            return StatelessNccl(publish, world_size, self.device)
 
         return self.meanwhile("/init_weight_transfer_engine", {"init_info": info}, work)
 
@@ -184,6 +192,8 @@ def _root() -> Any:
 
 
 def main(url: str, packed_bytes: str, *folders: str) -> None:
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print, as NCCL does, is no reply
     client = Client(url, int(packed_bytes))
     for folder in folders:
         client.update(folder)
