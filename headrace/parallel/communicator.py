@@ -6,6 +6,8 @@ Legend: T tokens, X hidden size, N ranks.
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal, Protocol, TypeVar
@@ -17,6 +19,7 @@ from headrace.types.plan import RankLost
 
 Reduction = Literal["sum", "min", "max"]
 Value = TypeVar("Value")
+_CLOSE_SECONDS = 5.0
 
 
 class Communicator(Protocol):
@@ -41,7 +44,7 @@ class Communicator(Protocol):
         """Those of one rank, in place."""
 
     def abort(self) -> None:
-        """End what is waited for in it; no call succeeds afterwards."""
+        """End what is waited for in it, without waiting for that; no call succeeds afterwards."""
 
     def close(self) -> None:
         """Let go of the others: no call is made afterwards. Idempotent."""
@@ -82,6 +85,7 @@ class GroupCommunicator:
         from torch._C import _distributed_c10d as c10d
 
         self._group, self._num_ranks = group, group.size()
+        self._aborting: threading.Thread | None = None
         limit = timedelta(seconds=seconds)
         self._reductions = {}
         for name in ("sum", "min", "max"):
@@ -122,13 +126,24 @@ class GroupCommunicator:
 
     def abort(self) -> None:
         group = self._group  # another thread may close it
-        if group is not None:
-            group.abort()
+        if group is not None and self._aborting is None:
+            # NCCL stops what runs on the device at once, and then waits until no graph is left that could run it: who
+            # calls this may be who frees them, and has other groups to abort.
+            self._aborting = threading.Thread(target=_abort, args=(group,), name="headrace-abort", daemon=True)
+            self._aborting.start()
 
     def close(self) -> None:
-        group, self._group = self._group, None  # with the last reference to it go its threads and descriptors
+        group = self._group
         if group is not None and group.name() == "nccl":
-            group.abort()
+            self.abort()
+        if self._aborting is not None:
+            self._aborting.join(_CLOSE_SECONDS)
+        self._group = None  # with the last reference to it go its threads and descriptors
+
+
+def _abort(group: Any) -> None:
+    with contextlib.suppress(RuntimeError):  # it has been, by another thread
+        group.abort()
 
 
 def _add_(residual_TX: Tensor, total_TX: Tensor, bias_X: Tensor | None) -> None:

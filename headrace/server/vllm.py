@@ -185,9 +185,7 @@ class VllmFace:
         if info.nccl_unique_id_b64 is not None:
             unique_id = decode_unique_id(info.nccl_unique_id_b64, "init_info.nccl_unique_id_b64")
             if backend != "nccl":
-                message = (
-                    "an id of NCCL's is for a backend 'nccl', which an engine on a CPU lacks: give a master_address"
-                )
+                message = "an id is for backend 'nccl', which an engine on a CPU lacks: give a master_address"
                 raise WeightUpdateError(message, field="init_info.nccl_unique_id_b64")
         self._has_joined = False
         with contextlib.suppress(WeightUpdateError):  # there is none

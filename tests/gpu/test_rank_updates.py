@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import random
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -183,6 +184,7 @@ def test_many_updates_hold_no_memory_of_either_device(engine: Engine, checkpoint
         del fresh
         if count % 10 == 9:
             engine.generate(input_ids=PROMPT, sampling_params=greedy(4))
+            time.sleep(0.5)  # the ranks let go of the last one's
             torch.cuda.empty_cache()
             free.append([torch.cuda.mem_get_info(device)[0] for device in DEVICES])
     for device in zip(*free, strict=True):

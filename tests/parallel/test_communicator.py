@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from headrace.parallel import Mesh
+from headrace.parallel.communicator import GroupCommunicator
+from headrace.parallel.links import DeviceLink
 from headrace.runner.memory import MemoryPlan
 from headrace.types.errors import ConfigError
 from headrace.types.plan import RankLost
@@ -146,3 +148,50 @@ def test_a_rank_that_does_not_come_is_lost_at_the_deadline(call: Callable[[Any],
         return time.monotonic() - started
 
     assert on_ranks(2, wait, seconds=1.0)[0] < 20.0
+
+
+class _Nccl:
+    """A group of NCCL's, whose abort waits until no graph is left."""
+
+    def __init__(self, is_freed: threading.Event) -> None:
+        self.num_aborts = 0
+        self.is_freed = is_freed
+
+    def size(self) -> int:
+        return 2
+
+    def name(self) -> str:
+        return "nccl"
+
+    def abort(self) -> None:
+        self.num_aborts += 1
+        self.is_freed.wait(20.0)
+
+
+def test_all_groups_of_a_device_are_aborted_though_graphs_hold_each() -> None:
+    """By whoever frees the graphs afterwards, too."""
+    is_freed = threading.Event()
+    groups = [_Nccl(is_freed) for _ in range(3)]
+    own, before, everyone = (GroupCommunicator(group, 1.0) for group in groups)
+    mesh = Mesh(0, 2, own, before=DeviceLink(before), everyone=everyone)
+    began = time.monotonic()
+    mesh.abort()
+    mesh.abort()
+    assert time.monotonic() - began < 10.0
+    deadline = time.monotonic() + 10.0
+    while [group.num_aborts for group in groups] != [1, 1, 1]:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    is_freed.set()
+    mesh.close()
+    mesh.close()
+    assert "headrace-abort" not in {thread.name for thread in threading.enumerate()}
+    assert [group.num_aborts for group in groups] == [1, 1, 1]
+
+
+def test_a_group_of_a_device_that_was_not_aborted_is_when_it_is_closed() -> None:
+    is_freed = threading.Event()
+    is_freed.set()
+    group = _Nccl(is_freed)
+    GroupCommunicator(group, 1.0).close()
+    assert group.num_aborts == 1
