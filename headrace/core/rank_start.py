@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from headrace.config import ResolvedConfig
-from headrace.core.faults import DeviceLost
+from headrace.core.faults import FAULTS, DeviceLost
 from headrace.core.rank_executor import RankExecutor
 from headrace.core.rank_group import LOOK_SECONDS, Asked, OtherRanks
 from headrace.core.rank_messages import REACHED, READY, START, RankStart, encode_message
@@ -66,7 +66,7 @@ def start_ranks(
             if resolved.device == "cuda":
                 others.break_off = mesh.abort  # of gloo's a lost rank's end breaks every connection
             executor = RankExecutor(build(mesh), others, mesh, rendezvous, meeting)
-            undo.callback(executor.close)
+            undo.callback(_close, executor)
             undo.callback(mesh.close)  # first: a device may wait for a rank that has failed
             _await_ready(ready, resolved.engine.start_timeout)
         except (DeviceLost, RankLost) as lost:
@@ -137,6 +137,12 @@ def _end(error: BaseException, others: OtherRanks, meeting: Meeting | None) -> N
             meeting.refuse(error)
         meeting.close()
     others.close()
+
+
+def _close(executor: RankExecutor) -> None:
+    """A device that is lost cannot be closed: what it was lost by is told."""
+    with contextlib.suppress(*FAULTS):
+        executor.close()
 
 
 def _await_ready(ready: Asked, seconds: float) -> None:

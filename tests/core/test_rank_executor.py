@@ -13,12 +13,16 @@ import pytest
 import torch
 
 from headrace.config import EngineConfig, resolve
+from headrace.core import rank_start
 from headrace.core.executor import Executor, LocalExecutor
 from headrace.core.faults import DeviceLost, StepError
 from headrace.core.rank_executor import RankExecutor
+from headrace.core.rank_start import start_ranks
 from headrace.core.service import DEVICE_LOST_EXIT_CODE, run_core
 from headrace.ipc import SharedBuffer
-from headrace.runner import Runner
+from headrace.parallel import Mesh
+from headrace.runner import Runner, build_runner
+from headrace.types.errors import DeviceLostError
 from headrace.types.messages import (
     Abort,
     AbortUpdate,
@@ -402,3 +406,22 @@ def test_digests_of_a_manifest_count_what_both_ranks_hold_once(tmp_path: Path, m
         assert core.call(Digest, kind=dict[str, str]) == digests
     finally:
         executor.close()
+
+
+def test_a_start_that_fails_tells_why_whatever_its_device_says_then(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is lost cannot be closed either."""
+    resolved = resolve(EngineConfig(model=str(folder), **(SETTINGS | {"tp_size": 2})), folder)
+
+    def build(mesh: Mesh) -> Any:
+        runner = build_runner(resolved, mesh=mesh)
+        monkeypatch.setattr(runner, "close", lambda: 1 / 0)
+        return runner
+
+    def lose(*_: Any) -> None:
+        raise DeviceLost("rank 1 is gone")
+
+    monkeypatch.setattr(rank_start, "_await_ready", lose)
+    with pytest.raises(DeviceLostError, match="rank 1 is gone"):
+        start_ranks(resolved, build, shares_process=True)

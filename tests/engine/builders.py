@@ -79,5 +79,6 @@ def reference_logprobs(model: Qwen3ForCausalLM, token_ids: list[int], temperatur
 
 
 def shared_memory() -> set[str]:
-    """What is in shared memory under a name, but what senders of other tests share through torch beside this one."""
-    return {name for name in os.listdir("/dev/shm") if not name.startswith("torch_")}
+    """What is in shared memory under a name, but what other tests beside this one have there: tensors that senders
+    share through torch, locks of multiprocessing."""
+    return {name for name in os.listdir("/dev/shm") if not name.startswith(("torch_", "sem.mp-"))}
