@@ -141,7 +141,9 @@ class Runner:
             step.result = self._finish(step, patch)
 
     def probe(self) -> None:
-        """Nothing to ask: a CPU that runs this works."""
+        """Nothing to ask: a CPU that runs this works. What failed may have lacked memory: what is kept for the next
+        update is given back."""
+        self.memory.let_twins_go()
 
     def close(self) -> None:
         """Give the weights back; the pool goes with the runner."""

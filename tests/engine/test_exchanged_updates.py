@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from headrace import DeviceLostError, Engine, SamplingParams
+from headrace.runner.runner import Runner
 from tests.engine.builders import SETTINGS, model_of, named_tensors
 from tests.runner.mapped_driver import MappedDriver, mapped_driver
 
@@ -69,6 +71,23 @@ def test_requests_run_on_over_exchanges(model_folder: Path, driver: MappedDriver
         thread.join(60)
         assert all(sum(count for _, count in each.version_spans) == 900 for each in found) and len(found) == 3
         assert driver.calls.count("cuMemRetainAllocationHandle") == 6 + 1  # and one for the twin
+
+
+def test_a_step_that_finds_no_memory_gets_what_is_kept(
+    model_folder: Path, driver: MappedDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with start(model_folder) as engine:
+        num_memories = driver.num_memories
+        engine.update_weights_from_tensor(named_of(1), version="new", mode="shadow")
+        expected, real = answer(engine), Runner.launch
+        faults = [torch.OutOfMemoryError("CUDA out of memory")]
+        monkeypatch.setattr(Runner, "launch", lambda *step: real(*step) if not faults else raise_(faults.pop()))
+        assert driver.num_memories == num_memories + 1
+        assert answer(engine) == expected and driver.num_memories == num_memories and not faults
+
+
+def raise_(fault: Exception) -> Any:
+    raise fault
 
 
 def test_an_exchange_that_fails_ends_the_engine_with_its_cause(model_folder: Path, driver: MappedDriver) -> None:
