@@ -259,11 +259,9 @@ class VllmFace:
 
     async def finish_update(self, request: Request) -> Response:
         """POST /finish_weight_update: the update has to be complete, and is live then; else it is over. A second one
-        changes nothing."""
+        changes nothing, and has the same answer."""
         ask = await read_ask(request, FinishAsk)
         with FieldNames(UPDATE_FIELDS):
             label = "" if ask.weight_version is None else version_of(ask.weight_version)
             report = await self._state.run(request, self._engine.runtime.joined.finish(label))
-            if report is None and label not in ("", self._engine.version):
-                await self._state.run(request, self._engine.set_weight_version(label))
-        return json_reply({"message": "Weight update finished", **({} if report is None else {"report": report})})
+        return json_reply({"message": "Weight update finished", "report": report})
