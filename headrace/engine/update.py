@@ -83,8 +83,8 @@ class Updater:
         self._client = client
         self._loop = loop
         self._threads = CopyingThreads()
-        self._host = BufferPool(HostMemory, BUFFER_BYTES, self._threads)
-        self._road = DeviceRoad(client, self._threads, shares_process=shares_process)
+        self._host = BufferPool(HostMemory, BUFFER_BYTES)
+        self._road = DeviceRoad(client, shares_process=shares_process)
         self._tasks: set[asyncio.Task[Any]] = set()  # uploads, and aborts that nobody awaits
         self._begun: UpdateSession | None = None  # the last one; whichever is open is this one
         self._begun_in: asyncio.Task[Any] | None = None
@@ -158,7 +158,7 @@ class Updater:
             await self._stage(run, session, named_tensors)
 
     async def _stage(self, run: Run, session: UpdateSession, named_tensors: NamedTensors) -> None:
-        filling, sent, num_bytes, is_settled = Filling(session.session_id), set[int](), 0, False
+        filling, sent, num_bytes, is_settled = Filling(session.session_id, self._threads), set[int](), 0, False
         is_at_hand = are_at_hand(named_tensors)
         exports = [self._road.export()] if is_at_hand and self._road.device_ids else []
         try:
@@ -195,13 +195,16 @@ class Updater:
             await run(self._call_off(filling))
             raise
         finally:
-            session.note_sent(sent, is_settled=is_settled)
-            self._fillings.discard(filling)  # here: the loop may be closed
-            self.call_soon(lambda: self._end(filling))
+            try:
+                filling.leave()  # the caller may free what he gave as soon as he hears of it
+            finally:
+                session.note_sent(sent, is_settled=is_settled)
+                self._fillings.discard(filling)  # here: the loop may be closed
+                self.call_soon(lambda: self._end(filling))
 
     async def stage_pieces(self, session: UpdateSession, pieces: Iterable[TensorPiece], fill: Fill) -> None:
         """As `stage`, of pieces of tensors in the order in which `fill` brings their bytes."""
-        filling = Filling(session.session_id)
+        filling = Filling(session.session_id, self._threads)
         self._fillings.add(filling)
         try:
             for piece in _cut(pieces):
@@ -309,6 +312,7 @@ class Updater:
             upload.cancel()
         buffer = filling.take()
         if buffer is not None:
+            filling.settle()
             self._give_back(buffer)
         self._freed.set()  # one that waits for a buffer finds out
 
@@ -316,6 +320,7 @@ class Updater:
         self, session: UpdateSession, pool: BufferPool, num_bytes: int, filling: Filling
     ) -> UploadBuffer:
         self._raise_failures(filling)
+        self._threads.start()
         pool.fit(max(min(session.max_part_bytes, pool.max_bytes), num_bytes))
         try:
             async with asyncio.timeout(session.timeout_s):
