@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Iterator, Sequence
 from types import NoneType
 from typing import Any, TypeVar
 
@@ -86,6 +86,8 @@ class Updater:
         self._host = BufferPool(HostMemory, BUFFER_BYTES)
         self._road = DeviceRoad(client, shares_process=shares_process)
         self._tasks: set[asyncio.Task[Any]] = set()  # uploads, and aborts that nobody awaits
+        self._begun: UpdateSession | None = None  # the last one; whichever is open is this one
+        self._begun_in: asyncio.Task[Any] | None = None
         self._freed = asyncio.Event()
         self._fillings: set[Filling] = set()
 
@@ -104,7 +106,10 @@ class Updater:
         for filling in tuple(self._fillings):
             self._end(filling)
         given = begun.session_id, terms.version, begun.mode, entries, terms.timeout_s, terms.partial
-        return UpdateSession(*given, is_open=not is_listed, dtype=self._dtype, num_ranks=self._num_ranks)
+        of_engine: Any = {"dtype": self._dtype, "num_ranks": self._num_ranks}
+        self._begun = UpdateSession(*given, is_open=not is_listed, **of_engine)
+        self._begun_in = asyncio.current_task()
+        return self._begun
 
     async def extend(self, session: UpdateSession, manifest: tuple[TensorInfo, ...]) -> range:
         """Have more tensors of an open-ended session checked; returns their indices. After one that was cancelled the
@@ -120,7 +125,7 @@ class Updater:
         """Make the staged weights live, under the session's label unless another is given. One that is not done in
         time is aborted with its session."""
         check_session(session)
-        return await self._client.change(
+        return await self._client.change_for_good(
             lambda call_id: CommitUpdate(call_id, session.session_id, version=version), UpdateReport
         )
 
@@ -134,6 +139,11 @@ class Updater:
     async def abort_quietly(self, session: UpdateSession) -> None:
         """Drop a session after an error, which its caller gets. Neither cancelled nor late: it must not stay open."""
         await outlast(self.abort_at_last(session))
+
+    async def abort_begun_in(self, tasks: Container[asyncio.Task[Any]]) -> None:
+        """Drop the session, if it was begun in one of these: nobody brings the rest of it."""
+        if self._begun is not None and self._begun_in in tasks:
+            await self.abort_quietly(self._begun)
 
     async def stage(self, run: Run, session: UpdateSession, named_tensors: NamedTensors) -> None:
         """Copy tensors into buffers and send them; ends when the core has copied all of them. What a call sends that

@@ -8,7 +8,8 @@ An update is the implicit one of the engine (`headrace.engine.joined_update`): `
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Coroutine
+import functools
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from starlette.requests import Request
@@ -129,22 +130,18 @@ class VllmFace:
             )
             raise RequestError(message, field="level")
         tags: Any = ask.tags
-        release = self._engine.release_memory_occupation
+        how: Any = {"in_flight": _SLEEP_MODES[ask.mode], "timeout": ask.timeout_s}
+        release = functools.partial(self._engine.release_memory_occupation, tags, **how)
         with FieldNames({"timeout": "timeout_s"}):
-            releasing = release(tags, in_flight=_SLEEP_MODES[ask.mode], timeout=ask.timeout_s)
-            await self._state.run(request, self._drained(releasing, ask) if ask.mode == "wait" else releasing)
+            await self._state.run(request, self._drained(release, ask) if ask.mode == "wait" else release())
         return Response()
 
-    async def _drained(self, releasing: Coroutine[Any, Any, None], ask: SleepAsk) -> None:
+    async def _drained(self, release: Callable[[], Coroutine[Any, Any, None]], ask: SleepAsk) -> None:
         """A release behind a pause that lets requests end; when it is over there is no pause of it."""
         pausing, undo = self._engine.undoable_pause("drain", ask.timeout_s)
+        pause = await pausing
         try:
-            pause = await pausing
-        except BaseException:  # whatever it is, nothing is released
-            releasing.close()
-            raise
-        try:
-            await releasing
+            await release()
         finally:
             await outlast(undo(pause))
 
