@@ -172,7 +172,8 @@ def test_a_lost_rank_is_named(folder: str, how: int, which: int) -> None:
 
 def test_bad_settings_are_those_of_all(folder: str) -> None:
     for *found, ids in run_ranks(2, bodies.refused_settings, folder):
-        assert found == [("ConfigError", field) for field in ("no_such", "nnodes", "model_path", "dtype")]
+        fields = ["no_such", "nnodes", "model_path", "dtype", "rank_timeout", "rank_timeout", "launch_server"]
+        assert found == [("ConfigError", field) for field in (*fields, *["device_mesh_cpu"] * 3)]
         assert ids == expected_ids(folder)
 
 

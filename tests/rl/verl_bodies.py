@@ -389,6 +389,16 @@ def refused_settings(rank: int, folder: str) -> list[Any]:
     for options in refused:
         start = functools.partial(VerlEngine, mesh, model=folder, rank_timeout=30.0, **{**CONFIG, **options})
         seen.append(error_of(start)[:2])
+    for on, wrong in ((0, {"rank_timeout": "soon"}), (1, {"rank_timeout": -1}), (1, {"launch_server": "yes"})):
+        mine: Any = {"rank_timeout": 30.0, **(wrong if rank == on else {})}
+        seen.append(error_of(functools.partial(VerlEngine, mesh, model=folder, **{**CONFIG, **mine}))[:2])
+    not_meshes: tuple[Any, ...] = (
+        None,
+        init_device_mesh("cpu", (1, 2)),
+        DeviceMesh("cpu", [1 - rank], _init_backend=False),
+    )
+    for given in not_meshes:
+        seen.append(error_of(functools.partial(VerlEngine, given, model=folder, **CONFIG))[:2])
     with verl(folder) as engine:
         return [*seen, greedy(engine)]
 
