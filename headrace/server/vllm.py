@@ -182,8 +182,10 @@ class VllmFace:
         if info.nccl_unique_id_b64 is not None:
             unique_id = decode_unique_id(info.nccl_unique_id_b64, "init_info.nccl_unique_id_b64")
             if backend != "nccl":
-                message = "an id is for backend 'nccl', which an engine on a CPU lacks: give a master_address"
+                message = f"an id is for backend 'nccl', not {backend!r}: leave it out, and give a master_address"
                 raise WeightUpdateError(message, field="init_info.nccl_unique_id_b64")
+        if info.packed_buffer_size_bytes < 0:
+            raise RequestError("a buffer holds at least 0 bytes", field="init_info.packed_buffer_size_bytes")
         self._has_joined = False
         with contextlib.suppress(WeightUpdateError):  # there is none
             await self._engine.destroy_weights_update_group(GROUP)

@@ -134,6 +134,11 @@ def test_an_error_is_that_of_all_ranks_and_changes_nothing(folder: str, newer: s
 
 
 @pytest.mark.parametrize("options", [ENGINE, SERVER], ids=["engine", "server"])
+def test_what_would_stream_is_refused(folder: str, options: dict[str, Any]) -> None:
+    assert run_ranks(1, bodies.streamed, folder, options) == [("RequestError", "stream")]
+
+
+@pytest.mark.parametrize("options", [ENGINE, SERVER], ids=["engine", "server"])
 def test_control(folder: str, newer: str, options: dict[str, Any]) -> None:
     leading, following = run_ranks(2, bodies.control, folder, newer, options)
     many, *ids, end, closed = leading

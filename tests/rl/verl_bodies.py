@@ -382,6 +382,11 @@ def lost(rank: int, folder: str, how: int, which: int) -> list[Any]:
         return [*found, time.monotonic() - started < 8]
 
 
+def streamed(rank: int, folder: str, options: dict[str, Any]) -> tuple[str, str]:
+    with verl(folder, 1, **options) as engine:
+        return error_of(lambda: engine.generate(prompt="a", stream=True))[:2]
+
+
 def refused_settings(rank: int, folder: str) -> list[Any]:
     """Settings that are refused, and then good ones."""
     seen, mesh = list[Any](), mesh_of(2)

@@ -358,6 +358,7 @@ def test_a_folder_as_prime_rl_names_it(start: START, new_folder: Path) -> None:
         ({"master_address": "127.0.0.1", "master_port": 1, "world_size": 1}, "init_info.world_size"),
         ({"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 0}, "init_info.rank_offset"),
         ({"master_address": "127.0.0.1", "master_port": 1, "backend": "mpi"}, "init_info.backend"),
+        ({"master_address": "127.0.0.1", "packed_buffer_size_bytes": -1}, "init_info.packed_buffer_size_bytes"),
         ({"nccl_unique_id_b64": "AAAA"}, "init_info.nccl_unique_id_b64"),
         ({"nccl_unique_id_b64": base64.b64encode(bytes(128)).decode()}, "init_info.nccl_unique_id_b64"),
     ],
