@@ -25,7 +25,8 @@ from headrace.engine import AsyncEngine
 from headrace.engine.core_host import resolve_settings
 from headrace.server.options import ServerOptions
 from headrace.telemetry import LogContext, configure_logging
-from headrace.types.errors import HeadraceError
+from headrace.types.errors import ConfigError, HeadraceError
+from headrace.types.plain_values import hint
 
 DEFAULT_PORT = 30000
 DEFAULT_CORE_RESTARTS = 3
@@ -67,7 +68,10 @@ def _run(arguments: argparse.Namespace, owner: Owner | None) -> int:
     configure_logging(LogContext("front"), level=arguments.log_level, as_json=arguments.log_json)
     given_settings, given_options = given(arguments, EngineConfig), given(arguments, ServerOptions, rename=_RENAMED)
     if owner is not None:
+        known = *EngineConfig.__struct_fields__, *ServerOptions.__struct_fields__
         for name, value in owner.read_order().config.items():
+            if name not in known:
+                raise ConfigError(f"{name} is no setting of an engine or a server{hint(name, known)}", field=name)
             (given_options if name in ServerOptions.__struct_fields__ else given_settings)[name] = value
     settings = {"model": arguments.model, "max_core_restarts": DEFAULT_CORE_RESTARTS, **given_settings}
     config = EngineConfig.from_dict(settings)

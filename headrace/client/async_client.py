@@ -29,7 +29,7 @@ from headrace.engine.requests import GenerateOptions
 from headrace.engine.saving import DEFAULT_SAVE_TIMEOUT, DEFAULT_SHARD_BYTES
 from headrace.engine.tensors import HeldTensors, NamedTensors, to_tensor
 from headrace.engine.update_session import Manifest, UpdateSession, check_session, manifest_of
-from headrace.types.errors import DeadlineError, HeadraceError, UnavailableError, UnreachableError
+from headrace.types.errors import DeadlineError, HeadraceError, RequestError, UnavailableError, UnreachableError
 from headrace.types.generation import Generation
 from headrace.types.http import (
     BEGIN_TOKEN_BYTES,
@@ -99,8 +99,10 @@ class AsyncClient:
 
     async def generate_native(self, body: bytes) -> bytes:
         """What `/generate`, in SGLang's dialect, answers to a body; both are JSON."""
-        call = self._calls.to("generate_native", "/generate", body, "application/json")
-        return bytes((await self._transport.send(call)).body)
+        answer = await self._transport.send(self._calls.to("generate", "/generate", body, "application/json"))
+        if answer.headers.get("content-type", "").startswith("text/event-stream"):
+            raise RequestError("stream: there is only one answer here", field="stream")
+        return bytes(answer.body)
 
     async def score(
         self,

@@ -21,6 +21,7 @@ from headrace.types.errors import (
     InternalError,
     RequestError,
     ShutdownError,
+    UpdateConflictError,
 )
 from headrace.types.handles import front_of, own_handles
 from headrace.types.messages import (
@@ -212,6 +213,8 @@ def update_from_disk(replica: Replica, command: UpdateFromDisk, now: float) -> N
 def set_version(replica: Replica, command: SetVersion, now: float) -> None:
     """Relabel the live weights."""
     replica.update.check_whole()
+    if command.epoch not in (None, replica.update.machine.epoch):
+        raise UpdateConflictError("the weights that were to have this label are live no more", field="version")
     replica.update.machine.relabel(command.version)
     replica.scheduler.relabel(command.version)
     replica.outbox.reply(command.call_id)

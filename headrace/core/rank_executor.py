@@ -293,6 +293,10 @@ class RankGroup:
                 self._problem = error
         return self._own.problem or self._problem
 
+    @property
+    def counted(self) -> str:
+        return self._own.counted
+
     def refusal(self) -> HeadraceError | None:
         if self._own.refusal() is not None or self._problem is None:
             return self._own.refusal()

@@ -164,7 +164,7 @@ def job_from_group(machine: WeightMachine, command: Receive, group: WeightGroup,
                 yield (each.index,), copy
             arrivals.free()
 
-    what = f"what weight group {command.group!r} brings"
+    what = f"what {group.counted} brings"
     return StageJob(machine, command.session_id, copies(), command.call_id, command.deadline, arrivals.drop, what)
 
 

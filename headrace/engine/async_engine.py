@@ -198,7 +198,7 @@ class AsyncEngine(EngineLifecycle):
     async def resume(self) -> None:
         """Go on after `pause`. `UpdateConflictError`, naming what is missing, while an update in buckets is not
         complete, and while live weights are half written."""
-        await self.runtime.client.change(Resume, NoneType)
+        await self.runtime.client.change_for_good(Resume, NoneType)
 
     @_on_engine_loop
     async def release_memory_occupation(
@@ -214,7 +214,7 @@ class AsyncEngine(EngineLifecycle):
         """
         given, how, seconds = tags_of(tags), as_choice(in_flight, get_args(OnRelease), "in_flight"), seconds_of(timeout)
         await self.runtime.joined.make_way("memory is released")
-        await self.runtime.client.change(lambda call_id: ReleaseMemory(call_id, given, how), NoneType, seconds)
+        await self.runtime.client.change_for_good(lambda call_id: ReleaseMemory(call_id, given, how), NoneType, seconds)
 
     @_on_engine_loop
     async def resume_memory_occupation(
@@ -228,7 +228,9 @@ class AsyncEngine(EngineLifecycle):
         "auto": from the copy if there is one. Where there is no room, `UnavailableError`, and all stays released.
         """
         given, source, seconds = tags_of(tags), as_choice(restore, get_args(Restore), "restore"), seconds_of(timeout)
-        await self.runtime.client.change(lambda call_id: ResumeMemory(call_id, given, source), NoneType, seconds)
+        await self.runtime.client.change_for_good(
+            lambda call_id: ResumeMemory(call_id, given, source), NoneType, seconds
+        )
 
     @_on_engine_loop
     async def flush_cache(self) -> int:
@@ -371,7 +373,7 @@ class AsyncEngine(EngineLifecycle):
         if as_flag(verify, "verify"):
             await saving.verify(folder, below, terms.timeout_s)
         await self.runtime.joined.make_way(f"weights come from {folder}")
-        return await self.runtime.client.change(
+        return await self.runtime.client.change_for_good(
             lambda call_id: UpdateFromDisk(call_id, folder, terms.version, terms.mode, terms.in_flight, root=below),
             UpdateReport,
             terms.timeout_s,
@@ -381,7 +383,7 @@ class AsyncEngine(EngineLifecycle):
     async def set_weight_version(self, version: str | int) -> None:
         """Relabel the live weights without changing them."""
         label = version_of(version)
-        await self.runtime.client.change(lambda call_id: SetVersion(call_id, label), NoneType)
+        await self.runtime.client.change_for_good(lambda call_id: SetVersion(call_id, label), NoneType)
 
     async def get_weights_by_name(self, name: str) -> torch.Tensor:
         """A live tensor by its Hugging Face name, in its Hugging Face shape and the engine's dtype, on the CPU."""
@@ -411,7 +413,9 @@ class AsyncEngine(EngineLifecycle):
     async def weights_checker(self, action: str) -> dict[str, str]:
         """SGLang's checker: "snapshot", "reset_tensors" or "compare"."""
         action = name_of(action, "action")
-        return await self.runtime.client.change(lambda call_id: WeightsChecker(call_id, action), dict[str, str])
+        return await self.runtime.client.change_for_good(
+            lambda call_id: WeightsChecker(call_id, action), dict[str, str]
+        )
 
     slow_down = _on_engine_loop(probing.slow_down)
     freeze_gc = _on_engine_loop(probing.freeze_gc)

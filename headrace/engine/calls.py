@@ -3,7 +3,8 @@ waits for any more. Knows nothing of sequences.
 
 A call ends with the core's verdict, or with `DeadlineError` when the core has not come to it by its deadline: it will
 refuse it then. One that is cancelled is given up at the core before `CancelledError` goes on. So what failed for its
-caller does not happen later, and what a call paused or opened is undone with it.
+caller does not happen later, and what a call paused or opened is undone with it; of what cannot be undone the caller
+hears that it was done.
 """
 
 from __future__ import annotations
@@ -51,11 +52,17 @@ class Calls:
         self._pulse = pulse
 
     async def call(
-        self, command: Callable[[int], Command], timeout: float, on_answer: Callable[[], Awaitable[None]] | None = None
+        self,
+        command: Callable[[int], Command],
+        timeout: float,
+        on_answer: Callable[[], Awaitable[None]] | None = None,
+        *,
+        is_final: bool = False,
     ) -> bytes:
         """Send the command made from a call id and return the payload of its reply, or raise its error.
 
-        `on_answer` is awaited once the core has answered, as part of the call.
+        `on_answer` is awaited once the core has answered, as part of the call. One that `is_final`, which `GiveUp` does
+        not undo, is not cancelled any more once the core has done it: it returns.
         """
         call = self._open(command, timeout)
         try:
@@ -67,6 +74,8 @@ class Calls:
             return call.answer.result()
         except asyncio.CancelledError:
             await outlast(self._give_up(call, on_answer))
+            if is_final and call.answer.done() and call.answer.exception() is None:
+                return call.answer.result()
             raise
         finally:
             self._waiting.pop(call.call_id, None)

@@ -200,6 +200,15 @@ class CoreClient:
         payload = await self._calls.call(command, self._limit(timeout), self._refresh)
         return msgspec.msgpack.decode(payload or _NULL, type=reply)
 
+    async def change_for_good(
+        self, command: Callable[[int], Command], reply: type[Payload], timeout: float | None = None
+    ) -> Payload:
+        """As `change`, for the last command of what a caller asks for, which nothing undoes: cancelled once the core
+        has done it, it returns all the same."""
+        self.check_alive()
+        payload = await self._calls.call(command, self._limit(timeout), self._refresh, is_final=True)
+        return msgspec.msgpack.decode(payload or _NULL, type=reply)
+
     async def ask(
         self, question: Callable[[int], GetStatus | Shutdown], reply: type[Payload], timeout: float | None = None
     ) -> Payload:

@@ -13,7 +13,6 @@ from typing import Any
 
 from headrace.engine.client import CoreClient
 from headrace.engine.device_export import DeviceExport
-from headrace.engine.memory_copy import CopyingThreads
 from headrace.engine.tensors import device_of
 from headrace.engine.update_session import UpdateSession
 from headrace.engine.upload_buffers import BufferPool
@@ -27,9 +26,8 @@ logger = logging.getLogger(__name__)
 class DeviceRoad:
     """The road to one core. `shares_process`: it is a thread of this process."""
 
-    def __init__(self, client: CoreClient, threads: CopyingThreads, *, shares_process: bool) -> None:
+    def __init__(self, client: CoreClient, *, shares_process: bool) -> None:
         self.is_closed = False
-        self._threads = threads
         self._client = client
         self._shares_process = shares_process
         self._pools: dict[str, BufferPool] = {}  # by device
@@ -80,7 +78,7 @@ class DeviceRoad:
         from headrace.weights.device_sharing import SharedDeviceMemory
 
         make = functools.partial(SharedDeviceMemory, device=tensor.device, shares_process=self._shares_process)
-        pool = BufferPool(make, max_bytes, self._threads)
+        pool = BufferPool(make, max_bytes)
         pool.fit(size)
         first = pool.take()
         assert first is not None, "the first of a pool is there or an error is"

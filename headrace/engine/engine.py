@@ -85,6 +85,11 @@ class Engine:
         return self._engine
 
     @property
+    def is_leading(self) -> bool:
+        """Whether calls are made here: not on another rank than the first of `rank_group`."""
+        return isinstance(self._engine, AsyncEngine)
+
+    @property
     def config(self) -> EngineConfig:
         return self.asynchronous.config
 

@@ -1,9 +1,10 @@
 """The implicit update of an engine: calls that bring some of its tensors each, as SGLang's weight calls do, join it.
 
-Owns which session that is, its label, and whose it is. It is opened by the first call, and committed by the one after
-which the model lacks nothing, or where it was begun by name, when it is finished so. An error in one, and the session's
-deadline, end it, and the next call begins another. So does a call of another sender: half an update whose sender died
-is never completed by the next one. Must not know tensors or HTTP: the caller stages them.
+Owns which session that is, its label, whose it is, and what came of it. It is opened by the first call, and committed
+by the one after which the model lacks nothing, or where it was begun by name, when it is finished so. An error in one,
+and the session's deadline, end it, and the next call begins another. So does a call of another sender: half an update
+whose sender died is never completed by the next one. Who finishes it again hears the same, and no label is given to
+weights that it was not meant for. Must not know tensors or HTTP: the caller stages them.
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from headrace.engine.client import CoreClient
 from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, UpdateTerms
+from headrace.engine.ledger import Landed
 from headrace.engine.update import Run, Updater
 from headrace.engine.update_session import UpdateSession
-from headrace.types.errors import HeadraceError, UpdateConflictError, WeightUpdateError
+from headrace.types.errors import ErrorInfo, HeadraceError, UpdateConflictError, WeightUpdateError
+from headrace.types.messages import CoreStatus, GetStatus, SetVersion
 from headrace.types.request import DEFAULT_VERSION
 from headrace.types.weights import TensorInfo, UpdateReport
 from headrace.weights.weight_map import TIED_HEAD
@@ -66,6 +70,10 @@ class JoinedUpdate:
         self._joining = asyncio.Lock()
         self._session: UpdateSession | None = None
         self._committed: UpdateSession | None = None  # the last of which the commit was asked for
+        self._committing = asyncio.Lock()
+        self._outcome: UpdateReport | ErrorInfo | UpdateSession | None = None  # the last update's; a session: commits
+        self._landed_before: Landed | None = None  # the last update of any road when `_outcome` became an error
+        self._is_finished = False  # a finish was answered by `_outcome`, whose label stays
         self._is_begun = False  # by name, and not finished
         self._held_until = -math.inf  # while no session is open
         self._version = ""  # that a call has given
@@ -163,7 +171,7 @@ class JoinedUpdate:
         error, its deadline or `abort_update`, or if it never comes, whoever began it may be gone: then others are not
         held up by it."""
         await self.end()
-        self._is_begun = True
+        self._is_begun, self._outcome = True, None
         self._held_until = asyncio.get_running_loop().time() + DEFAULT_UPDATE_TIMEOUT
 
     def let_go(self) -> None:
@@ -175,27 +183,53 @@ class JoinedUpdate:
         held_until = math.inf if self._session is not None else self._held_until
         return self._is_begun and self._held_until > -math.inf and asyncio.get_running_loop().time() < held_until
 
-    async def finish(self, version: str = "") -> UpdateReport | None:
-        """No call brings more of the update that is open: commit it, under this label if there is one. None: there is
-        nothing to commit, or it is committed. `WeightUpdateError` names what it lacks; `UpdateConflictError` if one was
-        begun, and is over."""
+    async def finish(self, version: str = "") -> UpdateReport:
+        """No call brings more of the update that is open: commit it, under this label if there is one. With
+        nothing open it is what came of the last one, until another is begun or a call brings tensors: its report while
+        it is live, or its error. The first finish of one that was committed with its last tensor may bring the label.
+        `WeightUpdateError` names what the update lacks; `UpdateConflictError` if it is over or live no more."""
         session, was_begun, self._is_begun = self._session, self._is_begun, False
         if session is None:
-            if was_begun:
-                message = "the update that was begun is over: an error has ended it, or nothing of it came"
-                raise UpdateConflictError(message, field="session_id")
-            return None
-        self._version = version or self._version
+            async with self._committing:  # a call that commits it has its verdict first
+                if was_begun and self._outcome is None:
+                    self._fail("nothing of it came")
+                return await self._repeat(version)
+        self._version, self._is_finished = version or self._version, True
         try:
             return await self._commit(session)
         except BaseException:  # whatever it is, as in `add`
             await self._drop([session])
             raise
 
+    async def _repeat(self, version: str) -> UpdateReport:
+        """What a finish comes to that has nothing to commit."""
+        outcome = self._outcome
+        if isinstance(outcome, ErrorInfo):
+            raise outcome.to_exception()
+        status = await self._client.ask(GetStatus, CoreStatus)
+        if not isinstance(outcome, UpdateReport) or (outcome.epoch, bool(status.version)) != (status.epoch, True):
+            what = "the last one is live no more" if outcome else "none was begun"
+            raise UpdateConflictError(f"there is no update to finish: {what}", field="session_id")
+        if version not in ("", outcome.version):
+            if self._is_finished:
+                message = f"the last update was finished as {outcome.version!r}; another label is one of another update"
+                raise UpdateConflictError(message, field="version")
+            epoch = outcome.epoch
+            await self._client.change(lambda call_id: SetVersion(call_id, version, epoch=epoch), NoneType)
+            self._outcome = outcome = msgspec.structs.replace(outcome, version=version)
+        self._is_finished = True
+        return outcome
+
+    async def check_label(self) -> None:
+        """Raise the error of an update that has failed, if no weights came since: a label that comes without weights is
+        the one that these were to have. One that is committed at the moment has its verdict first."""
+        async with self._committing:
+            if isinstance(self._outcome, ErrorInfo) and self._client.ledger.landed is self._landed_before:
+                raise self._outcome.to_exception()
+
     async def end(self) -> None:
         """Drop the update, if there is one: a call that could not even say its tensors is an error in it as well."""
-        if self._session is not None:
-            await self._drop([self._session])
+        await self._drop([] if self._session is None else [self._session])
 
     async def _join(
         self, manifest: tuple[TensorInfo, ...], terms: UpdateTerms, joined: list[UpdateSession], sender: Sender
@@ -260,6 +294,7 @@ class JoinedUpdate:
     async def _open(self, terms: UpdateTerms, joined: list[UpdateSession], sender: Sender) -> None:
         if not self._is_held:
             self.let_go()
+        self._outcome, self._is_finished = None, False
         labelled = msgspec.structs.replace(terms, version=terms.version or self._last_label())
         session = await self._updater.begin((), labelled, is_open=True)
         self._session, self._version, self._last = session, "", None
@@ -303,10 +338,30 @@ class JoinedUpdate:
 
     async def _commit(self, session: UpdateSession) -> UpdateReport:
         self._is_begun = False
-        self._session, self._committed = None, session
-        report = await self._updater.commit(session, self._version or self._last_label())
-        self._last = None if TIED_HEAD in session else report
+        self._session, self._committed, self._outcome = None, session, session
+        try:
+            async with self._committing:
+                report = await self._updater.commit(session, self._version or self._last_label())
+        except BaseException as error:  # whatever it is, who asks again hears the same
+            landed = self._client.ledger.landed
+            if landed is not None and landed.session_id == session.session_id:  # before it was given up
+                self._note_live(session, landed.report)
+            elif self._outcome is session:
+                known = error.info() if isinstance(error, HeadraceError) else None
+                self._fail("its commit was given up, since who asked for it went away", known)
+            raise
+        self._note_live(session, report)
         return report
+
+    def _note_live(self, session: UpdateSession, report: UpdateReport) -> None:
+        self._last = None if TIED_HEAD in session else report
+        if self._outcome is session:  # else another has begun
+            self._outcome = report
+
+    def _fail(self, reason: str, known: ErrorInfo | None = None) -> None:
+        """The last update is none, for this reason if not by a `known` error."""
+        error = UpdateConflictError(f"the update is over: {reason}; begin another", field="session_id")
+        self._outcome, self._landed_before = known or error.info(), self._client.ledger.landed
 
     async def _supersede(self, reason: str) -> None:
         """Drop the update for something else, if there is one, and have whoever runs the engine know."""
@@ -314,6 +369,7 @@ class JoinedUpdate:
         if session is None:
             return
         self.let_go()
+        self._fail(reason)
         if await self._updater.abort_at_last(session):
             poisoned = ". It was in place: live weights are no version until a complete update lands"
             logger.warning(
@@ -323,13 +379,18 @@ class JoinedUpdate:
         self._session = None if self._session is session else self._session
 
     async def _drop(self, joined: Sequence[UpdateSession]) -> None:
-        self.let_go()
+        self._leave(joined)
         for session in joined:
-            self._session = None if self._session is session else self._session
             await self._updater.abort_quietly(session)
 
     def _forget(self, joined: Sequence[UpdateSession]) -> None:
         """As `_drop`, without waiting."""
-        self.let_go()
-        self._session = None if self._session in joined else self._session
+        self._leave(joined)
         self._updater.start_aborts(joined)
+
+    def _leave(self, joined: Sequence[UpdateSession]) -> None:
+        """A call has failed that had joined one of these, or none yet. What has another session now goes on."""
+        self.let_go()
+        if self._session in joined or not (joined or self._session) or any(each.is_partial for each in joined):
+            self._fail("an error in one of its calls has ended it")
+        self._session = None if self._session in joined else self._session

@@ -31,6 +31,13 @@ _Change = CommitUpdate | UpdateFromDisk | SetVersion | WeightsChecker | _OfMemor
 _OfWeights = CommitUpdate | UpdateFromDisk | SetVersion | WeightsChecker
 
 
+class Landed(msgspec.Struct, frozen=True):
+    """A whole update that is live, of that session, or with None of a folder."""
+
+    session_id: int | None
+    report: UpdateReport
+
+
 class Ledger:
     """Fed with every command that is sent and every reply that comes, in order."""
 
@@ -40,6 +47,8 @@ class Ledger:
         self._version = version
         self._epoch = 0
         self._is_current = True
+        self.landed: Landed | None = None
+        """The last one, whether or not anybody waited for it."""
         self._open: dict[int, _Change] = {}
 
     @property
@@ -73,6 +82,7 @@ class Ledger:
             elif not isinstance(command, WeightsChecker):
                 report = msgspec.msgpack.decode(reply.payload, type=UpdateReport)
                 self._version, self._epoch = report.version, report.epoch
+                self.landed = Landed(command.session_id if isinstance(command, CommitUpdate) else None, report)
 
     def bury(self) -> Takeover:
         """The core has died; what the next one is told. A commit without an answer may have been seen by requests."""

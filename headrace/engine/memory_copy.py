@@ -1,21 +1,29 @@
 """Copies between addresses of this process. Owns the threads that share the large ones: one moves some 5 GB a second,
 and a device takes in ten times that. Whoever names an address holds its memory until the copy is done.
+
+Who copies may be interrupted anywhere, by a signal whose handler raises, and the handler may end the engine. So a part
+is in its owner's list before a thread can see it, nothing here holds a lock of Python's, and a wait may begin anew.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Collection
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+import queue
+import time
+from collections.abc import Callable
+
+from headrace.ipc.own_threads import OwnThreads
 
 PART_BYTES = 2 << 20
 """What is worth a thread."""
 
 MAX_THREADS = 12
+_LOOK_S = 0.0001
+_END_S = 5.0
 
 Copy = Callable[[int, int, int], None]
-"""To an address, from an address, so many bytes; done when it returns. Other threads of Python run meanwhile."""
+"""To an address, from an address, so many bytes. Other threads of Python run meanwhile."""
 
 
 def address_of(view: memoryview) -> int:
@@ -24,48 +32,84 @@ def address_of(view: memoryview) -> int:
 
 
 def copy_memory(into: int, source: int, size: int) -> None:
-    """A `Copy` in this thread."""
+    """A `Copy` in this thread, done when it returns."""
     ctypes.memmove(into, source, size)
 
 
+class CopyPart:
+    """A part of a copy, which one thread does once, however often it is handed out."""
+
+    def __init__(self, into: int, source: int, size: int) -> None:
+        self.is_done = False
+        self._place = into, source, size
+        self._claims = [True]
+
+    def run(self) -> None:
+        """Copy it, if nobody has begun to."""
+        try:
+            self._claims.pop()
+        except IndexError:
+            return
+        self.run_again()
+
+    def run_again(self) -> None:
+        """Copy it, whoever has begun to: nobody is at it any more."""
+        copy_memory(*self._place)
+        self.is_done = True
+
+
 class CopyingThreads:
-    """Threads that are kept from the first large copy on."""
+    """Threads that copy, from `start` to `close`. Only what begins between them is copied by several."""
 
     def __init__(self) -> None:
         self._num_threads = min(MAX_THREADS, _num_cores() * 3 // 4)
-        self._threads: ThreadPoolExecutor | None = None
+        self._parts: queue.SimpleQueue[CopyPart | None] = queue.SimpleQueue()
+        self._threads = OwnThreads()
+        self._has_started = self._has_ended = False
 
-    def copy(self, into: int, source: int, size: int) -> None:
-        """A `Copy`."""
-        settle(self.begin(into, source, size))
+    def start(self) -> None:
+        """Idempotent. Not for a thread that may be interrupted."""
+        if self._num_threads > 1 and not self._has_started and not self._has_ended:
+            self._has_started = True
+            for _ in range(self._num_threads):
+                self._threads.start("headrace-copy", self._run)
 
-    def begin(self, into: int, source: int, size: int) -> list[Future[None]]:
-        """As `copy`, done once `settle` has waited for these: other copies may begin meanwhile."""
-        count = min(self._num_threads, size // PART_BYTES)
+    def begin(self, begun: list[CopyPart], into: int, source: int, size: int) -> None:
+        """Begin a copy. What is not done when this returns is in `begun`, also where it is interrupted: `settle` waits
+        for it."""
+        count = min(self._num_threads, size // PART_BYTES) if self._has_started else 0
         if count < 2:
             copy_memory(into, source, size)
-            return []
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="headrace-copy")
-        part = -(-size // count)
-        return [
-            self._threads.submit(copy_memory, into + start, source + start, min(part, size - start))
-            for start in range(0, size, part)
-        ]
+            return
+        step = -(-size // count)
+        for start in range(0, size, step):
+            part = CopyPart(into + start, source + start, min(step, size - start))
+            begun.append(part)
+            self._parts.put(part)
+
+    def settle(self, begun: list[CopyPart]) -> None:
+        """Wait for all of these, of which none is in the list then."""
+        for part in tuple(begun):
+            if not part.is_done:
+                self._parts.put(part)  # once more: who began it may have been interrupted before
+        while not all(part.is_done for part in tuple(begun)):
+            for part in tuple(begun) if self._has_ended else ():
+                part.run_again()
+            time.sleep(_LOOK_S)
+        begun.clear()
 
     def close(self) -> None:
-        """End the threads."""
-        if self._threads is not None:
-            self._threads.shutdown(wait=False)
-        self._threads = None
+        """End the threads, which do what was begun first. Idempotent."""
+        if self._has_started:
+            self._has_started = False
+            for _ in range(self._num_threads):
+                self._parts.put(None)
+            self._threads.join(_END_S)
+            self._has_ended = True
 
-
-def settle(copies: Collection[Future[None]]) -> None:
-    """Wait for copies that have begun."""
-    try:
-        wait(copies)
-    finally:  # also where the caller is interrupted: what is being copied must stay
-        wait(copies)
+    def _run(self) -> None:
+        while (part := self._parts.get()) is not None:
+            part.run()
 
 
 def _num_cores() -> int:

@@ -54,20 +54,12 @@ class TrainerGroup:
     """A trainer's ranks at their next common call, seen from one of them."""
 
     def __init__(self, group: Any) -> None:
-        """`group` is a `ProcessGroup` or a `DeviceMesh` of one dimension, of which this process is a rank."""
-        from torch.distributed import ProcessGroup, get_process_group_ranks
-        from torch.distributed.device_mesh import DeviceMesh
+        """See `trainer_group`."""
+        from torch.distributed import get_process_group_ranks
 
-        from headrace.parallel.rendezvous import trainer_store
+        from headrace.parallel.rendezvous import trainer_group, trainer_store
 
-        if isinstance(group, DeviceMesh):
-            if group.ndim != 1:
-                message = f"rank_group has {group.ndim} dimensions, one is needed: mesh['name'] is a part"
-                raise ConfigError(message, field=FIELD)
-            group = group.get_group()
-        if not isinstance(group, ProcessGroup):
-            message = f"a ProcessGroup or DeviceMesh with this process in it is needed, not a {type(group).__name__}"
-            raise ConfigError(f"rank_group: {message}", field=FIELD)
+        group = trainer_group(group, FIELD, ConfigError)
         self.rank: int = group.rank()
         ranks = get_process_group_ranks(group)
         self.size = len(ranks)
@@ -135,8 +127,7 @@ def lead(group: TrainerGroup, model: str | Path, settings: dict[str, Any]) -> As
         engine = AsyncEngine(inprocess=True, executor=executor, **msgspec.structs.asdict(config))
         engine.wait_started()
     except BaseException as error:  # whatever it is, the others wait for it
-        unknown = f"rank 0 failed: {type(error).__name__}: {error}"
-        known = error if isinstance(error, HeadraceError) else InternalError(unknown)
+        known = _known(error, 0)
         group.say(_Refusal(known.info()))
         if meeting is not None:
             meeting.refuse(known)
@@ -161,25 +152,29 @@ def follow(group: TrainerGroup, model: str | Path, settings: dict[str, Any]) -> 
     """This rank of the engine, once all have started. Raises as `lead`."""
     from headrace.core.rank_thread import RankThread, tell_refusal
 
-    own: HeadraceError | None = None
     seconds = HEAR_SECONDS
     try:
         config = _config_of(model, settings, group.size)
         seconds = config.start_timeout
         resolved = resolve_settings(config, first_device=current_device(), ranks_here=1)
-    except HeadraceError as error:
-        own = error
+    except Exception as error:  # whatever it is, the others wait for it
+        place = group.hear(seconds)
+        tell_refusal((place.host, place.port), place.secret, group.rank, _known(error, group.rank))
+        raise
     place = group.hear(seconds)
-    address = place.host, place.port
-    if own is not None:
-        tell_refusal(address, place.secret, group.rank, own)
-        raise own
     try:
-        return RankThread(address, place.secret, group.rank, resolved)
+        return RankThread((place.host, place.port), place.secret, group.rank, resolved)
     except HeadraceError:
         with contextlib.suppress(DeadlineError):
             group.hear(LOOK_SECONDS)  # where it has given up, what it says says more
         raise
+
+
+def _known(error: BaseException, rank: int) -> HeadraceError:
+    """As other ranks are told of it."""
+    if isinstance(error, HeadraceError):
+        return error
+    return InternalError(f"rank {rank} failed: {type(error).__name__}: {error}")
 
 
 def _config_of(model: str | Path, settings: dict[str, Any], size: int) -> EngineConfig:

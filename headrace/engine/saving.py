@@ -182,7 +182,7 @@ class _Saving:
             last.append((INDEX, index_of(files)))
         saved |= {name: SavedFile.of(data) for name, data in last}
         record = msgspec.structs.replace(record, files=saved)
-        await self._in_thread(target.finish, record, last)
+        await self._finish(target, record, last)
         sizes = [info.num_bytes for file in files for info in file.tensors]
         counts = len(live.tensors), sum(sizes), len(saved), num_reused
         return SaveReport(target.where, live.version, live.epoch, *counts)
@@ -192,6 +192,16 @@ class _Saving:
         ending = self._loop.run_in_executor(self._thread, self._let_go)
         self._thread.shutdown(wait=False)
         await asyncio.wait([ending], timeout=_ENDING_SECONDS)
+
+    async def _finish(self, target: SaveTarget, record: Record, last: Sequence[SmallFile]) -> None:
+        """What makes the save one. Cancelled in it, it goes on if this is done soon: nothing undoes it."""
+        finishing = asyncio.ensure_future(self._in_thread(target.finish, record, last))
+        try:
+            await asyncio.shield(finishing)
+        except asyncio.CancelledError:
+            await asyncio.wait([finishing], timeout=_ENDING_SECONDS)
+            if not finishing.done() or finishing.exception() is not None:
+                raise
 
     async def _write(self, target: SaveTarget, file: WeightFile, live: WeightsDescription) -> SavedFile:
         new = await self._in_thread(self._create, target, file)

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Iterator, Sequence
 from types import NoneType
 from typing import Any, TypeVar
 
@@ -83,9 +83,11 @@ class Updater:
         self._client = client
         self._loop = loop
         self._threads = CopyingThreads()
-        self._host = BufferPool(HostMemory, BUFFER_BYTES, self._threads)
-        self._road = DeviceRoad(client, self._threads, shares_process=shares_process)
+        self._host = BufferPool(HostMemory, BUFFER_BYTES)
+        self._road = DeviceRoad(client, shares_process=shares_process)
         self._tasks: set[asyncio.Task[Any]] = set()  # uploads, and aborts that nobody awaits
+        self._begun: UpdateSession | None = None  # the last one; whichever is open is this one
+        self._begun_in: asyncio.Task[Any] | None = None
         self._freed = asyncio.Event()
         self._fillings: set[Filling] = set()
 
@@ -104,7 +106,10 @@ class Updater:
         for filling in tuple(self._fillings):
             self._end(filling)
         given = begun.session_id, terms.version, begun.mode, entries, terms.timeout_s, terms.partial
-        return UpdateSession(*given, is_open=not is_listed, dtype=self._dtype, num_ranks=self._num_ranks)
+        of_engine: Any = {"dtype": self._dtype, "num_ranks": self._num_ranks}
+        self._begun = UpdateSession(*given, is_open=not is_listed, **of_engine)
+        self._begun_in = asyncio.current_task()
+        return self._begun
 
     async def extend(self, session: UpdateSession, manifest: tuple[TensorInfo, ...]) -> range:
         """Have more tensors of an open-ended session checked; returns their indices. After one that was cancelled the
@@ -120,7 +125,7 @@ class Updater:
         """Make the staged weights live, under the session's label unless another is given. One that is not done in
         time is aborted with its session."""
         check_session(session)
-        return await self._client.change(
+        return await self._client.change_for_good(
             lambda call_id: CommitUpdate(call_id, session.session_id, version=version), UpdateReport
         )
 
@@ -135,6 +140,11 @@ class Updater:
         """Drop a session after an error, which its caller gets. Neither cancelled nor late: it must not stay open."""
         await outlast(self.abort_at_last(session))
 
+    async def abort_begun_in(self, tasks: Container[asyncio.Task[Any]]) -> None:
+        """Drop the session, if it was begun in one of these: nobody brings the rest of it."""
+        if self._begun is not None and self._begun_in in tasks:
+            await self.abort_quietly(self._begun)
+
     async def stage(self, run: Run, session: UpdateSession, named_tensors: NamedTensors) -> None:
         """Copy tensors into buffers and send them; ends when the core has copied all of them. What a call sends that
         fails may be sent again, and replaces what came of it: so is it here, where the core cannot map a device's."""
@@ -148,7 +158,7 @@ class Updater:
             await self._stage(run, session, named_tensors)
 
     async def _stage(self, run: Run, session: UpdateSession, named_tensors: NamedTensors) -> None:
-        filling, sent, num_bytes, is_settled = Filling(session.session_id), set[int](), 0, False
+        filling, sent, num_bytes, is_settled = Filling(session.session_id, self._threads), set[int](), 0, False
         is_at_hand = are_at_hand(named_tensors)
         exports = [self._road.export()] if is_at_hand and self._road.device_ids else []
         try:
@@ -185,13 +195,16 @@ class Updater:
             await run(self._call_off(filling))
             raise
         finally:
-            session.note_sent(sent, is_settled=is_settled)
-            self._fillings.discard(filling)  # here: the loop may be closed
-            self.call_soon(lambda: self._end(filling))
+            try:
+                filling.leave()  # the caller may free what he gave as soon as he hears of it
+            finally:
+                session.note_sent(sent, is_settled=is_settled)
+                self._fillings.discard(filling)  # here: the loop may be closed
+                self.call_soon(lambda: self._end(filling))
 
     async def stage_pieces(self, session: UpdateSession, pieces: Iterable[TensorPiece], fill: Fill) -> None:
         """As `stage`, of pieces of tensors in the order in which `fill` brings their bytes."""
-        filling = Filling(session.session_id)
+        filling = Filling(session.session_id, self._threads)
         self._fillings.add(filling)
         try:
             for piece in _cut(pieces):
@@ -299,6 +312,7 @@ class Updater:
             upload.cancel()
         buffer = filling.take()
         if buffer is not None:
+            filling.settle()
             self._give_back(buffer)
         self._freed.set()  # one that waits for a buffer finds out
 
@@ -306,6 +320,7 @@ class Updater:
         self, session: UpdateSession, pool: BufferPool, num_bytes: int, filling: Filling
     ) -> UploadBuffer:
         self._raise_failures(filling)
+        self._threads.start()
         pool.fit(max(min(session.max_part_bytes, pool.max_bytes), num_bytes))
         try:
             async with asyncio.timeout(session.timeout_s):

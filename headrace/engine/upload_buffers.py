@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future
 from typing import Any, Protocol
 
-from headrace.engine.memory_copy import CopyingThreads, settle
+from headrace.engine.memory_copy import Copy, CopyingThreads, CopyPart
 from headrace.engine.tensors import TensorBytes
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import UnavailableError, UpdateConflictError
@@ -63,10 +62,9 @@ class HostMemory:
 class BufferPool:
     """Buffers of one kind: at most NUM_BUFFERS, each as large as the largest update so far needs, up to a limit."""
 
-    def __init__(self, make: Callable[[int], BufferMemory], max_bytes: int, threads: CopyingThreads) -> None:
-        """`make` gives memory of so many bytes, to which `threads` copy what the host holds."""
+    def __init__(self, make: Callable[[int], BufferMemory], max_bytes: int) -> None:
+        """`make` gives memory of so many bytes."""
         self.max_bytes = max_bytes
-        self.threads = threads
         self._make = make
         self._free: list[UploadBuffer] = []
         self._num_buffers = 0
@@ -102,7 +100,7 @@ class BufferPool:
 
     def give_back(self, buffer: UploadBuffer) -> None:
         """Nobody reads it any more."""
-        buffer.flush()  # where a call was cut off while it filled it
+        buffer.memory.flush()  # where a call was cut off while it filled it
         buffer.clear()
         if buffer.memory.ref.size >= self._buffer_bytes:
             self._free.append(buffer)
@@ -128,34 +126,22 @@ class UploadBuffer:
         self.entries: list[BufferEntry] = []
         self._size = memory.ref.size
         self._num_used = 0
-        self._copies: list[Future[None]] = []
-        self._copied: list[TensorBytes] = []  # what they read
 
     @property
     def ref(self) -> BufferRef | DeviceRef:
         """Its memory, for the core."""
         return self.memory.ref
 
-    def write(self, index: int, start: int, data: TensorBytes, *, replaces: bool) -> bool:
-        """Copy in what a tensor holds from its byte `start` on, if there is room for it: it is there after `flush`.
-        `WeightUpdateError` if it was freed or written to meanwhile."""
+    def write(self, index: int, start: int, data: TensorBytes, copy: Copy, *, replaces: bool) -> bool:
+        """Copy in what a tensor holds from its byte `start` on, if there is room for it. `WeightUpdateError` if it was
+        freed or written to meanwhile."""
         size, offset = len(data), aligned(self._num_used)
         if offset + size > self._size:
             return False
-        data.copy_into(self.memory.view(offset, size), self._begin_copy)
-        self._copied.append(data)
+        data.copy_into(self.memory.view(offset, size), copy)
         self.entries.append(BufferEntry(index, offset, start, size, replaces))
         self._num_used = offset + size
         return True
-
-    def _begin_copy(self, into: int, source: int, size: int) -> None:
-        self._copies += self.pool.threads.begin(into, source, size)
-
-    def flush(self) -> None:
-        """What was written is there when this returns."""
-        settle(self._copies)
-        self._copies, self._copied = [], []
-        self.memory.flush()
 
     def place(self, num_bytes: int) -> Any:
         """Where the next entry's bytes go, or None if there is no room for them."""
@@ -184,13 +170,17 @@ class UploadBuffer:
 
 class Filling:
     """The buffer that one `stage` call fills, until it is an upload. A part of a call that was cancelled may still run,
-    and a call whose session is over does: both then find that it is over."""
+    and a call whose session is over does: both then find that it is over. `threads` copy what the host holds."""
 
-    def __init__(self, session_id: int) -> None:
+    def __init__(self, session_id: int, threads: CopyingThreads) -> None:
         self.session_id = session_id
         self.is_over = False
         self.uploads: list[asyncio.Task[None]] = []
         self._buffers: deque[UploadBuffer] = deque()  # one at most; whoever pops it owns it, in whatever thread
+        self._borrowed: list[UploadBuffer] = []  # by the thread that makes the call
+        self._threads = threads
+        self._begun: list[CopyPart] = []
+        self._read: list[TensorBytes] = []  # by what has begun
 
     def take(self) -> UploadBuffer | None:
         """Whoever gets the buffer owns it."""
@@ -206,24 +196,57 @@ class Filling:
     def write(self, pool: BufferPool, index: int, start: int, data: TensorBytes, *, replaces: bool) -> bool:
         """Copy what a tensor holds from its byte `start` on, if there is a buffer of `pool` that has room for it: until
         `flush`, the tensor stays as it is."""
-        buffer = self.take()
+        buffer = self._borrow()
         if buffer is None:
             return False
         try:
-            has_room = buffer.pool is pool and buffer.write(index, start, data, replaces=replaces)
+            self._read.append(data)
+            has_room = buffer.pool is pool and buffer.write(index, start, data, self._begin, replaces=replaces)
         finally:
-            self.put(buffer)
+            self._put_back()
         self.check()  # after that: it may have been ended while the buffer was not here
         return has_room
 
     def flush(self) -> None:
         """What was written is there when this returns; to be called where it was written, before an upload of it."""
-        buffer = self.take()
+        self.settle()
+        buffer = self._borrow()
         if buffer is not None:
             try:
-                buffer.flush()
+                buffer.memory.flush()
             finally:
-                self.put(buffer)
+                self._put_back()
+
+    def settle(self) -> None:
+        """Nothing of the host is read any more when this returns, or raises what it was interrupted by."""
+        try:
+            self._threads.settle(self._begun)
+        finally:
+            self._threads.settle(self._begun)
+        self._read.clear()
+
+    def leave(self) -> None:
+        """The call is over, wherever it was interrupted: it reads nothing, and has no buffer."""
+        try:
+            self.settle()
+        finally:
+            self._put_back()
+
+    def _borrow(self) -> UploadBuffer | None:
+        """The buffer, for the thread that makes the call. It may be interrupted between any two calls, but not inside
+        of one that runs no Python: so the buffer is always in one of the two lists."""
+        try:
+            self._borrowed.extend(map(deque.pop, (self._buffers,)))
+        except IndexError:
+            return None
+        return self._borrowed[-1]
+
+    def _put_back(self) -> None:
+        while self._borrowed:
+            self._buffers.extend(map(list.pop, (self._borrowed,)))
+
+    def _begin(self, into: int, source: int, size: int) -> None:
+        self._threads.begin(self._begun, into, source, size)
 
     async def fill(self, piece: TensorPiece, fill: Fill) -> bool:
         """As `write`, of bytes that `fill` brings."""

@@ -89,7 +89,7 @@ def reach(address: Address, secret: bytes, hello: Callable[[bytes], Hello]) -> s
         theirs, ours = _read(connection, NONCE_BYTES, until), secrets.token_bytes(NONCE_BYTES)
         connection.sendall(ours + _proof(secret, b"guest", theirs, ours))
         if not hmac.compare_digest(_read(connection, NONCE_BYTES, until), _proof(secret, b"host", ours, theirs)):
-            raise WrongSecret
+            raise WrongSecret("the secrets differ")
         body = msgspec.msgpack.encode(hello(ours))
         connection.sendall(len(body).to_bytes(4, "little") + body)
     except BaseException:
@@ -222,7 +222,9 @@ class Meeting:
             _set_up(connection)
             hello, drawn = self._hello(connection)
         except (OSError, PeerClosed, WrongSecret, *DECODE_ERRORS) as error:
-            logger.warning("somebody who is no rank of this replica has tried to reach it: %s", error or "no secret")
+            logger.warning(
+                "somebody who is no rank of this replica has tried to reach it: %s", str(error) or "no secret"
+            )
             connection.close()
             return
         finally:
@@ -258,7 +260,7 @@ class Meeting:
         theirs, proof = (_read(connection, NONCE_BYTES, until) for _ in range(2))
         if not hmac.compare_digest(proof, _proof(self._secret, b"guest", ours, theirs)):
             connection.sendall(bytes(NONCE_BYTES))
-            raise WrongSecret
+            raise WrongSecret("the secrets differ")
         connection.sendall(_proof(self._secret, b"host", theirs, ours))
         num_bytes = int.from_bytes(_read(connection, 4, until), "little")
         if num_bytes > MAX_HELLO_BYTES:

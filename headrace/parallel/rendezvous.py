@@ -1,6 +1,6 @@
 """How the ranks of one replica find each other: a store on loopback that lives as long as they do, and a process group
 made of that store alone. Nothing is registered with `torch.distributed`, whose groups are the caller's own; of a
-trainer's only the store is used, where its ranks say how they are found.
+trainer's only the store is used here, where its ranks say how they are found.
 
 Owns addresses, the secret and backends. Must not know processes.
 """
@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import Any
 
 from headrace.parallel.breakable_group import BreakableGroup
+from headrace.types.errors import HeadraceError
 
 LOOPBACK = "127.0.0.1"
 JOIN_SECONDS = 120.0
@@ -114,6 +115,24 @@ def _nccl_group(store: Any, rank: int, num_ranks: int) -> Any:
     finally:
         del os.environ[_ENDS_PROCESS[0]]
         os.environ.update({name: value for name, value in kept.items() if value is not None})
+
+
+def trainer_group(given: Any, field: str, refusal: type[HeadraceError]) -> Any:
+    """The `ProcessGroup` that a trainer gives, itself or as a `DeviceMesh` of one dimension, of which this process is a
+    rank. Raises a `refusal` naming the field."""
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    group = given
+    if isinstance(given, DeviceMesh):
+        if given.ndim != 1:
+            message = f"{field} has {given.ndim} dimensions, one is needed: mesh['name'] is a part"
+            raise refusal(message, field=field)
+        group = given.get_group() if given.get_coordinate() is not None else None
+    if not isinstance(group, ProcessGroup):
+        message = f"a ProcessGroup or DeviceMesh with this process in it is needed, not a {type(given).__name__}"
+        raise refusal(f"{field}: {message}", field=field)
+    return group
 
 
 def trainer_store() -> Any:

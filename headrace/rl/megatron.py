@@ -23,7 +23,7 @@ from headrace.models import weight_map
 from headrace.rl.megatron_layout import MegatronPlace, global_name, is_ignored, rank_map
 from headrace.rl.push import float_dtype
 from headrace.rl.trainer_ranks import TrainerRanks
-from headrace.types.errors import ConfigError, HeadraceError, WeightUpdateError
+from headrace.types.errors import ConfigError, WeightUpdateError
 from headrace.types.plain_values import as_path
 from headrace.types.weights import TensorInfo
 from headrace.weights.boxes import Box, find_overlap
@@ -33,6 +33,7 @@ from headrace.weights.weight_map import WeightMap
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 OUTPUT = "output_layer.weight"
 
@@ -82,7 +83,7 @@ class MegatronWeights:
     group    the pusher's group, on all of whose ranks this is constructed; together they hold the whole model, and
              where several hold the same (data parallelism), the first gives it. None: this rank has all
 
-    Raises `WeightUpdateError` naming a parameter that does not fit or a tensor that no rank has all of.
+    Raises `WeightUpdateError` naming a parameter that does not fit or a tensor that no rank has all of, on every rank.
     """
 
     def __init__(
@@ -90,23 +91,24 @@ class MegatronWeights:
         chunks: Sequence[Chunk | torch.nn.Module] | Chunk | torch.nn.Module,
         model: str | Path | Mapping[str, Any] | ModelSpec,
         place: MegatronPlace | None = None,
-        group: ProcessGroup | None = None,
+        group: ProcessGroup | DeviceMesh | None = None,
         dtype: str | torch.dtype | None = None,
     ) -> None:
         self._ranks = TrainerRanks(group)
-        self._dtype = None if dtype is None else float_dtype(dtype)
-        held: HeadraceError | bytes = b""
-        try:
+
+        def read() -> tuple[ModelSpec, bytes]:
+            self._dtype = None if dtype is None else float_dtype(dtype)
             spec = spec_of(model)
             listed = chunks if isinstance(chunks, Sequence) else [chunks]
             self._params = _global_params(spec, listed, place or current_place())
             shapes = {name: tuple(each.shape) for name, each in self._params.items()}
             self._table = rank_map(spec, place or current_place(), shapes)
-            held = msgspec.msgpack.encode(self._held())
-        except HeadraceError as error:
-            held = error
+            return spec, msgspec.msgpack.encode(self._held())
+
+        (spec, held), _ = self._ranks.attempt(read)
         claims = [msgspec.msgpack.decode(each, type=list[_Held]) for each in self._ranks.tell(held)]
-        self._deals = deal({name: rule.shape for name, rule in weight_map(spec).rules_by_name.items()}, claims)
+        whole = {name: rule.shape for name, rule in weight_map(spec).rules_by_name.items()}
+        self._deals, _ = self._ranks.attempt(lambda: deal(whole, claims))
         self.manifest = tuple(each.info for each in self._deals)
         """What iterating yields on rank 0."""
 

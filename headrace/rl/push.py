@@ -30,6 +30,7 @@ from headrace.weights.weight_map import FLOAT_DTYPES
 if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
     Weights = torch.nn.Module | NamedTensors | WeightSource
 
@@ -45,9 +46,10 @@ class PushReport(msgspec.Struct, frozen=True):
 class WeightPusher:
     """Pushes a trainer's weights into one engine, as often as they change.
 
-    target   an `Engine` of this process, a `Client` or a `Runtime`; None on the ranks of `group` that have none
-    group    the `torch.distributed` ranks that push together, each with its shards; its rank 0 has the target. None:
-             this process has all of every tensor
+    target   an `Engine` of this process, a `Client` or a `Runtime`; on the ranks of `group` that have none None, or an
+             `Engine` of which this process is another rank than the first
+    group    the `torch.distributed` ranks that push together, each with its shards, or a mesh of one dimension; all
+             construct this, and its rank 0 has the target. None: this process has all of every tensor
     dtype    what tensors are converted to before they are gathered and sent, as "bfloat16"; None: they are sent as they
              are, and the engine converts them
 
@@ -57,32 +59,25 @@ class WeightPusher:
     Over HTTP a client shares memory with a server on its host. To any other tensors are broadcast over a group of gloo,
     at the address from which the client is connected, which is faster than the bodies of calls; in those they go where
     somebody stands between, or no group can be made: that is found out once, takes 5 s at most, and is logged.
+
+    Raises `WeightUpdateError` naming the argument; what one rank of `group` gives wrong, all raise.
     """
 
     def __init__(
         self,
         target: Engine | Client | None,
-        group: ProcessGroup | None = None,
+        group: ProcessGroup | DeviceMesh | None = None,
         dtype: str | torch.dtype | None = None,
         *,
         address: str = "",
     ) -> None:
-        given: Any = target
-        if given is not None and not isinstance(given, (Engine, Client)):
-            message = f"target must be an Engine, a Client or a Runtime, not {type(given).__name__}"
-            raise WeightUpdateError(message, field="target")
         self._ranks = TrainerRanks(group)
-        if (target is None) != (self._ranks.rank > 0):
-            raise WeightUpdateError("rank 0 of group has the target, and no other rank has one", field="target")
-        self._target = target
-        if name_of(address, "address") and isinstance(target, Engine):
-            raise WeightUpdateError("an Engine reads this process's memory, at no address", field="address")
+        self._target: Engine | Client | None
         self._road: Engine | ClientRoad | GroupRoad | None
-        if isinstance(target, Client):
-            self._road = GroupRoad(target, address) if address else ClientRoad(target)
-        else:
-            self._road = target
-        self._dtype = None if dtype is None else float_dtype(dtype)
+        self._dtype: torch.dtype | None
+        (self._target, self._road, self._dtype), _ = self._ranks.attempt(lambda: self._read(target, dtype, address))
+        if len({*self._ranks.tell(repr(self._dtype).encode())}) > 1:
+            raise WeightUpdateError("the ranks of group give different dtypes", field="dtype")
 
     def push(
         self,
@@ -128,6 +123,23 @@ class WeightPusher:
             update, _ = self._ranks.attempt(lambda: self._send(sending, pairs))
             report = update and PushReport(update, time.perf_counter() - started, is_verified)
             return msgspec.msgpack.decode(self._ranks.agree(msgspec.msgpack.encode(report)), type=PushReport)
+
+    def _read(
+        self, given: Any, dtype: Any, address: Any
+    ) -> tuple[Engine | Client | None, Engine | ClientRoad | GroupRoad | None, torch.dtype | None]:
+        """This rank's target, the way to it, and the dtype."""
+        if given is not None and not isinstance(given, (Engine, Client)):
+            message = f"target must be an Engine, a Client or a Runtime, not {type(given).__name__}"
+            raise WeightUpdateError(message, field="target")
+        target = None if isinstance(given, Engine) and not given.is_leading else given
+        if (target is None) != (self._ranks.rank > 0):
+            raise WeightUpdateError("rank 0 of group has the target, and no other rank has one", field="target")
+        if name_of(address, "address") and isinstance(target, Engine):
+            raise WeightUpdateError("an Engine reads this process's memory, at no address", field="address")
+        found = None if dtype is None else float_dtype(dtype)
+        if isinstance(target, Client):
+            return target, GroupRoad(target, address) if address else ClientRoad(target), found
+        return target, target, found
 
     def _send(self, sending: _Sending | None, pairs: Iterator[NamedTensor]) -> UpdateReport | None:
         try:

@@ -16,6 +16,7 @@ from headrace.types.errors import ErrorInfo, HeadraceError, UnavailableError, We
 if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 Result = TypeVar("Result")
@@ -37,10 +38,15 @@ def told(error: Error) -> Error:
 class TrainerRanks:
     """The ranks that push together; with None this process alone."""
 
-    def __init__(self, group: ProcessGroup | None) -> None:
-        self._group = group
-        self.rank = 0 if group is None else group.rank()
-        self.num_ranks = 1 if group is None else group.size()
+    def __init__(self, group: ProcessGroup | DeviceMesh | None) -> None:
+        """See `trainer_group`."""
+        self._group: ProcessGroup | None = None
+        self.rank, self.num_ranks = 0, 1
+        if group is not None:
+            from headrace.parallel.rendezvous import trainer_group
+
+            self._group = found = trainer_group(group, "group", WeightUpdateError)
+            self.rank, self.num_ranks = found.rank(), found.size()
 
     def agree(self, answer: bytes | HeadraceError) -> bytes:
         """What rank 0 answers, on every rank. Raises as `tell`."""

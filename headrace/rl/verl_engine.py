@@ -6,6 +6,7 @@ server of its own behind HTTP; what is asked of it is the same. Knows no step of
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -86,24 +87,27 @@ class VerlEngine:
         rank_timeout: float = DEFAULT_RANK_TIMEOUT,
         **kwargs: Any,
     ) -> None:
-        if device_mesh_cpu.ndim != 1:
-            message = f"device_mesh_cpu has {device_mesh_cpu.ndim} dimensions, one is needed: mesh['name'] is a part"
-            raise ConfigError(message, field="device_mesh_cpu")
-        timeout = as_seconds(rank_timeout, "rank_timeout", ConfigError)
-        has_server = as_flag(launch_server, "launch_server", ConfigError)
-        self._ranks: list[int] = device_mesh_cpu.mesh.flatten().tolist()
+        self._ranks = _ranks_of(device_mesh_cpu)
         self.engine: Engine | Runtime | None = None
+        timeout = DEFAULT_RANK_TIMEOUT
+        with contextlib.suppress(ConfigError):  # which all ranks raise, once they have met
+            timeout = as_seconds(rank_timeout, "rank_timeout", ConfigError)
         self._calls: LeadingCalls | FollowingCalls = meet(self._ranks, device_mesh_cpu.get_rank(), timeout)
+
+        def check() -> None:
+            as_seconds(rank_timeout, "rank_timeout", ConfigError)
+            as_flag(launch_server, "launch_server", ConfigError)
+            if nnodes != 1:
+                self._keep_node(kwargs, nnodes, device_mesh_cpu.get_local_rank())
 
         def start() -> bytes:
             settings = _settings(kwargs, len(self._ranks), nnodes)
-            self.engine = Runtime(**settings) if has_server else Engine(**settings)
+            self.engine = Runtime(**settings) if launch_server else Engine(**settings)
             shown = (self.engine.url, self.engine.api_key) if isinstance(self.engine, Runtime) else ("", "")
             return json.dumps(shown).encode()
 
         try:
-            if nnodes != 1:
-                self._keep_nodes(kwargs, nnodes, device_mesh_cpu.get_local_rank())
+            self._agree("VerlEngine" if nnodes == 1 else "VerlEngine over nodes", check)
             self.url: str
             self.api_key: str
             self.url, self.api_key = json.loads(self._calls.call("VerlEngine", start))
@@ -248,31 +252,30 @@ class VerlEngine:
         assert self.engine is not None, "only rank 0 leads"
         return self.engine
 
-    def _keep_nodes(self, given: dict[str, Any], nnodes: Any, place: int) -> None:
-        """Have the first rank of each other node begin its part. `place` is this rank's in the mesh. What keeps one
-        from that all ranks raise, before the engine waits for it."""
-        name = "VerlEngine over nodes"
+    def _keep_node(self, given: dict[str, Any], nnodes: Any, place: int) -> None:
+        """Begin another node's part, on its first rank. `place` is this rank's in the mesh."""
+        settings = _settings(given, len(self._ranks), nnodes)
+        num_here, surplus = divmod(len(self._ranks), nnodes)
+        if surplus or not num_here:
+            message = f"{len(self._ranks)} ranks cannot be spread evenly over nnodes {nnodes}"
+            raise ConfigError(message, field="nnodes")
+        if place and place % num_here == 0:
+            of_engine = {name: value for name, value in settings.items() if name in EngineConfig.__struct_fields__}
+            self._node = KeptNode(**of_engine, node_rank=place // num_here)
 
-        def keep() -> None:
-            settings = _settings(given, len(self._ranks), nnodes)
-            num_here, surplus = divmod(len(self._ranks), nnodes)
-            if surplus or not num_here:
-                message = f"{len(self._ranks)} ranks cannot be spread evenly over nnodes {nnodes}"
-                raise ConfigError(message, field="nnodes")
-            if place and place % num_here == 0:
-                of_engine = {name: value for name, value in settings.items() if name in EngineConfig.__struct_fields__}
-                self._node = KeptNode(**of_engine, node_rank=place // num_here)
+    def _agree(self, name: str, check: Callable[[], None]) -> None:
+        """Do this on every rank. What one raises all raise, before the engine waits for it."""
 
         def lead() -> bytes:
             assert isinstance(self._calls, LeadingCalls), "only rank 0 leads"
-            keep()
+            check()
             for peer in self._calls.peers:
                 self._calls.receive(peer, name)
             return b""
 
         def follow() -> None:
             assert isinstance(self._calls, FollowingCalls), "rank 0 leads"
-            keep()
+            check()
             self._calls.send(ShardParts(self._calls.number, (), is_last=True), name)  # which are none
 
         self._calls.call(name, lead, follow, ConfigError)
@@ -286,6 +289,18 @@ class VerlEngine:
             return b""
 
         self._calls.call(name, lead)
+
+
+def _ranks_of(mesh: Any) -> list[int]:
+    """Those of a mesh of one dimension that has this process."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if isinstance(mesh, DeviceMesh) and mesh.ndim == 1 and mesh.get_coordinate() is not None:
+        ranks: list[int] = mesh.mesh.flatten().tolist()
+        return ranks
+    shown = f"a mesh of {mesh.ndim}" if isinstance(mesh, DeviceMesh) else f"a {type(mesh).__name__}"
+    message = f"device_mesh_cpu must be a DeviceMesh of one dimension with this process in it, not {shown}"
+    raise ConfigError(f"{message}; mesh['name'] is a part of one", field="device_mesh_cpu")
 
 
 def _settings(given: dict[str, Any], num_ranks: int, nnodes: Any) -> dict[str, Any]:

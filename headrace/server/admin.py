@@ -194,10 +194,12 @@ class AdminFace:
         return json_reply({"success": True, "message": "There is nothing to do."})
 
     async def update_weight_version(self, request: Request) -> Response:
+        """POST /update_weight_version: refused while it can only be the label of an update that has failed."""
         body = await read_control(request, VersionBody)
         with FieldNames({"version": "new_version"}):
             version = version_of(body.new_version)  # before anything is aborted
         try:
+            await self._state.run(request, self._engine.runtime.joined.check_label())
             if body.abort_all_requests:
                 await self._engine.abort(all=True, message="Aborted by a change of the weight version")
             await self._state.run(request, self._engine.set_weight_version(version))

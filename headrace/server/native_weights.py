@@ -194,7 +194,7 @@ class WeightsFace:
         self._engine = state.engine
         self._folders = folders
         self._sessions = OpenSessions()
-        self._engine.runtime.add_closer(self._close)
+        state.add_closer(self._sessions.drop)
 
     def endpoints(self) -> list[Endpoint]:
         table = {
@@ -349,9 +349,6 @@ class WeightsFace:
         parts = [weight.data[start : start + _CHUNK_BYTES] for start in range(0, len(weight.data), _CHUNK_BYTES)]
         header = json.dumps(msgspec.to_builtins(weight.info))
         return PartsReply(parts, BYTES_TYPE, {TENSOR_HEADER: header})
-
-    async def _close(self) -> None:
-        self._sessions.drop()
 
 
 class _Body:

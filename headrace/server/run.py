@@ -39,8 +39,8 @@ class RunningServer:
         """Take no new requests (503; `/ready` is 503), let those that run finish, then close. Idempotent.
 
         What still runs after `timeout` seconds (default `drain_timeout`) is aborted and answered with what there is.
-        Control calls that wait when no request runs any more, or after those seconds, get a `ShutdownError` (503) at
-        once, and are undone.
+        Control calls that wait when no request runs any more, or after those seconds, are given up and get a
+        `ShutdownError` (503), or what they have come to; an update that was begun here and is not complete is dropped.
         """
         limit = self._state.options.drain_timeout if timeout is None else as_number(timeout, "timeout")
         if not 0 <= limit <= MAX_SECONDS:
@@ -63,7 +63,7 @@ class RunningServer:
             await self._state.wait_idle(ABORT_SECONDS)
         self._server.should_exit = True
         await asyncio.shield(self._task)
-        await self._state.calls.settle(UNDO_SECONDS)
+        await self._state.close(UNDO_SECONDS)
 
 
 async def serve(

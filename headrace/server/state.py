@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 import weakref
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -38,6 +38,7 @@ class ServerState:
         self.huge_bodies = asyncio.Lock()
         """Held while one is decoded."""
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+        self._closers: list[Callable[[], None]] = []
         self.is_draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -61,6 +62,18 @@ class ServerState:
     ) -> Result:
         """The result of a control call. One whose client goes away is given up: nobody would know what it did."""
         return await self.calls.run(request, call, regret)
+
+    def add_closer(self, closer: Callable[[], None]) -> None:
+        """What ends with the server."""
+        self._closers.append(closer)
+
+    async def close(self, seconds: float) -> None:
+        """Leave nothing begun that only a client of this server could finish. Waits so many seconds for either."""
+        for closer in self._closers:
+            closer()
+        await self.calls.settle(seconds)
+        dropping = self.engine.runtime.updater.abort_begun_in(self.calls.tasks)
+        await asyncio.wait([asyncio.ensure_future(dropping)], timeout=seconds)
 
     def abort_all(self, message: str) -> None:
         """End this server's sequences, answered with what they have; the engine's other callers are left alone."""

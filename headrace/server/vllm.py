@@ -8,7 +8,8 @@ An update is the implicit one of the engine (`headrace.engine.joined_update`): `
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Coroutine
+import functools
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from starlette.requests import Request
@@ -129,22 +130,18 @@ class VllmFace:
             )
             raise RequestError(message, field="level")
         tags: Any = ask.tags
-        release = self._engine.release_memory_occupation
+        how: Any = {"in_flight": _SLEEP_MODES[ask.mode], "timeout": ask.timeout_s}
+        release = functools.partial(self._engine.release_memory_occupation, tags, **how)
         with FieldNames({"timeout": "timeout_s"}):
-            releasing = release(tags, in_flight=_SLEEP_MODES[ask.mode], timeout=ask.timeout_s)
-            await self._state.run(request, self._drained(releasing, ask) if ask.mode == "wait" else releasing)
+            await self._state.run(request, self._drained(release, ask) if ask.mode == "wait" else release())
         return Response()
 
-    async def _drained(self, releasing: Coroutine[Any, Any, None], ask: SleepAsk) -> None:
+    async def _drained(self, release: Callable[[], Coroutine[Any, Any, None]], ask: SleepAsk) -> None:
         """A release behind a pause that lets requests end; when it is over there is no pause of it."""
         pausing, undo = self._engine.undoable_pause("drain", ask.timeout_s)
+        pause = await pausing
         try:
-            pause = await pausing
-        except BaseException:  # whatever it is, nothing is released
-            releasing.close()
-            raise
-        try:
-            await releasing
+            await release()
         finally:
             await outlast(undo(pause))
 
@@ -185,8 +182,10 @@ class VllmFace:
         if info.nccl_unique_id_b64 is not None:
             unique_id = decode_unique_id(info.nccl_unique_id_b64, "init_info.nccl_unique_id_b64")
             if backend != "nccl":
-                message = "an id is for backend 'nccl', which an engine on a CPU lacks: give a master_address"
+                message = f"an id is for backend 'nccl', not {backend!r}: leave it out, and give a master_address"
                 raise WeightUpdateError(message, field="init_info.nccl_unique_id_b64")
+        if info.packed_buffer_size_bytes < 0:
+            raise RequestError("a buffer holds at least 0 bytes", field="init_info.packed_buffer_size_bytes")
         self._has_joined = False
         with contextlib.suppress(WeightUpdateError):  # there is none
             await self._engine.destroy_weights_update_group(GROUP)
@@ -259,11 +258,9 @@ class VllmFace:
 
     async def finish_update(self, request: Request) -> Response:
         """POST /finish_weight_update: the update has to be complete, and is live then; else it is over. A second one
-        changes nothing."""
+        changes nothing, and has the same answer."""
         ask = await read_ask(request, FinishAsk)
         with FieldNames(UPDATE_FIELDS):
             label = "" if ask.weight_version is None else version_of(ask.weight_version)
             report = await self._state.run(request, self._engine.runtime.joined.finish(label))
-            if report is None and label not in ("", self._engine.version):
-                await self._state.run(request, self._engine.set_weight_version(label))
-        return json_reply({"message": "Weight update finished", **({} if report is None else {"report": report})})
+        return json_reply({"message": "Weight update finished", "report": report})

@@ -71,7 +71,8 @@ class BucketFace:
         return json_reply({"success": True, "message": "An update may begin."})
 
     async def end_weight_update(self, request: Request) -> Response:
-        """POST /end_weight_update: the update has to be complete, and is live then; else it is over."""
+        """POST /end_weight_update: the update has to be complete, and is live then; else it is over. A second one
+        changes nothing, and has the same answer."""
         await read_control(request, dict[str, Any])
         try:
             await self._state.run(request, self._engine.runtime.joined.finish())

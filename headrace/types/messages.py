@@ -245,9 +245,11 @@ class UpdateFromDisk(_Call, frozen=True, tag="update_from_disk"):
 
 
 class SetVersion(_Call, frozen=True, tag="set_version"):
-    """Relabel the live weights without changing them. Bumps no epoch; aborts nothing."""
+    """Relabel the live weights, those of `epoch` if it is given, without changing them. Bumps no epoch; aborts
+    nothing."""
 
     version: str
+    epoch: int | None = None
 
 
 class GetWeight(_Call, frozen=True, tag="get_weight"):

@@ -69,6 +69,12 @@ class TorchGroup:
         self._is_closed = threading.Event()
         threading.Thread(target=self._run, name=f"weight group {terms.name}", daemon=True).start()
 
+    @property
+    def counted(self) -> str:
+        """Its name where something is late: ranks that count each other otherwise may meet, and then wait in vain."""
+        count = f"rank {self._terms.rank} of {self._terms.world_size}"
+        return f"weight group {self.name!r} (joined as {count}: the trainer has to count them alike)"
+
     def receive(self, tensors: Sequence[TensorInfo], packing: int, seconds: float) -> GroupArrivals:
         """What rank 0 broadcasts next, as it comes; the call has so many seconds for it."""
         arrivals = GroupArrivals(self, self._memory, tensors, packing, time.monotonic() + min(seconds, LONGEST_S))
@@ -128,7 +134,7 @@ class TorchGroup:
     def _failure(self, doing: str, error: Exception) -> HeadraceError:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         if time.monotonic() >= self._until:
-            message = f"weight group {self.name!r}: {doing} was not over by its deadline: {reason}"
+            message = f"{self.counted}: {doing} was not over by its deadline: {reason}"
             return DeadlineError(message, field=FIELD)
         return WeightUpdateError(f"weight group {self.name!r}: {doing} failed: {reason}", field=FIELD)
 

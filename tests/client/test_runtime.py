@@ -99,6 +99,12 @@ def test_what_keeps_it_from_starting_is_raised_here(model_folder: Path, tmp_path
         assert children(os.getpid()) == before, config
 
 
+def test_a_name_that_is_meant_is_said_whosever_setting_it_is(model_folder: Path) -> None:
+    for name, meant in (("weight_root", "weight_roots"), ("page_sise", "page_size")):
+        with pytest.raises(ConfigError, match=f"{name} is no setting .*; {meant} is"):
+            Runtime(model_folder, **{**CONFIG, name: "x"})
+
+
 def test_own_keys_and_server_settings_are_taken(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADRACE_API_KEY", "of a server that this process is")
     monkeypatch.setenv("HEADRACE_ADMIN_API_KEY", "the same")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -182,21 +182,19 @@ class Core:
         for _ in range(count):
             self.is_busy = self.loop.turn(0.0)
 
-    def settle(self, max_turns: int = 2000) -> None:
+    def settle(self) -> None:
         """Run until a turn finds nothing to do."""
-        for _ in range(max_turns):
+        for _ in _chances():
             self.turn()
             if not self.is_busy and not self.link.commands:
                 return
         raise AssertionError("the core never came to rest")
 
-    def until(self, condition: Callable[[], bool], max_turns: int = 2000) -> None:
+    def until(self, condition: Callable[[], bool]) -> None:
         """Run until the condition holds."""
-        for turn in range(max_turns):
+        for _ in _chances():
             if condition():
                 return
-            if turn > max_turns // 4:
-                time.sleep(0.001)  # other processes have their share in it
             self.turn()
         raise AssertionError("it never happened")
 
@@ -324,3 +322,13 @@ class Core:
                 else:
                     merged.append((version, count))
         return merged
+
+
+def _chances() -> Iterator[None]:
+    """Many turns, then as many as there is time for: threads and processes beside the core have their share in it."""
+    for _ in range(500):
+        yield
+    until = time.monotonic() + 60.0
+    while time.monotonic() < until:
+        time.sleep(0.001)
+        yield

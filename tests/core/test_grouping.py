@@ -74,6 +74,7 @@ class ScriptGroup:
         self.is_joined = False
         self.problem: HeadraceError | None = None
         self.calls: list[ScriptArrivals] = []
+        self.counted = f"weight group {terms.name!r}"
 
     def refusal(self) -> HeadraceError | None:
         return None if self.problem is None else UpdateConflictError(self.problem.message)

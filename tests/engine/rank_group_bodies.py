@@ -10,13 +10,17 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
 from headrace import Engine
+from headrace.engine import rank_group
+from headrace.engine.core_host import resolve_settings
 from headrace.ipc import rank_meeting
+from headrace.rl import WeightPusher
 from headrace.types.errors import HeadraceError
 from tests.engine import test_closing
 from tests.engine.builders import SETTINGS, model_of, named_tensors
@@ -189,6 +193,26 @@ def settings_of_one(rank: int, folder: str, other: str) -> Any:
     found.append(error_of(folder, rank_group="no group"))
     found.append(error_of(folder))
     return found
+
+
+def fails_alone(rank: int, folder: str) -> Any:
+    """What every rank is told where rank 1 fails before it has come, with an error that is none of ours."""
+
+    fault = OSError("the disk is on fire") if rank == 1 else None
+    with mock.patch.object(rank_group, "resolve_settings", side_effect=fault, wraps=resolve_settings):
+        try:
+            found = error_of(folder)
+        except OSError as error:
+            found = type(error).__name__, "", str(error)
+    return found, error_of(folder)
+
+
+def pushes_its_own(rank: int, folder: str) -> Any:
+    """Every rank gives its engine to a pusher, which takes that of the first."""
+    with Engine(folder, rank_group=distributed.group.WORLD, **ENGINE) as engine:
+        pusher = WeightPusher(engine, distributed.group.WORLD)
+        report = pusher.push(dict(named_tensors(model_of(1))), "pushed", verify=True)
+        return engine.is_leading, report.update.version, report.is_verified
 
 
 def starts_and_ends(rank: int, folder: str, num_cycles: int, settings: dict[str, Any]) -> Any:

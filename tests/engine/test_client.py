@@ -276,6 +276,26 @@ def test_a_cancelled_call_is_over_before_its_caller_goes_on() -> None:
     play(scenario)
 
 
+@pytest.mark.parametrize("is_done", [True, False])
+def test_a_call_for_good_is_not_cancelled_once_the_core_has_done_it(is_done: bool) -> None:
+    async def scenario(client: CoreClient, core: ScriptedCore) -> None:
+        call = asyncio.create_task(client.change_for_good(Resume, NoneType))
+        [resume] = await core.commands()
+        assert isinstance(resume, Resume)
+        call.cancel()
+        [given_up] = await core.commands()
+        assert isinstance(given_up, GiveUp) and given_up.target == resume.call_id
+        core.link.send(
+            is_ok(resume.call_id) if is_done else Reply(resume.call_id, error=ErrorInfo("DeadlineError", "given up"))
+        )
+        core.link.send(is_ok(given_up.call_id))
+        while not call.done():
+            await core.commands()
+        assert call.cancelled() != is_done
+
+    play(scenario)
+
+
 def test_a_cancelled_call_that_the_core_never_came_to_is_over_at_its_deadline() -> None:
     async def scenario(client: CoreClient, core: ScriptedCore) -> None:
         call = asyncio.create_task(client.change(Resume, NoneType, 0.2))

@@ -143,8 +143,8 @@ def test_a_script_that_outlives_its_engine_leaves_no_buffer(model_folder: Path) 
 
 def test_a_buffer_is_not_taken_from_whoever_writes_to_it() -> None:
     """He finds out after that, and the buffer can be taken then."""
-    filling = Filling(1)
-    pool = BufferPool(HostMemory, 64, CopyingThreads())
+    filling = Filling(1, CopyingThreads())
+    pool = BufferPool(HostMemory, 64)
     filling.put(UploadBuffer(HostMemory(64), pool))
 
     class Data(bytes):

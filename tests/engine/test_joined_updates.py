@@ -237,7 +237,7 @@ def test_an_update_that_was_begun_by_name_is_live_when_it_is_finished(
     assert engine.digest() == digests[1]
     report = wait(joined.finish("w"))
     assert report is not None and report.version == engine.version == "w" and engine.digest() == digests[2]
-    assert wait(joined.finish("x")) is None and engine.version == "w", "nothing is open"
+    assert wait(joined.finish("w")) == wait(joined.finish()) == report, "nothing is open"
     send(engine, [new], ["again"])  # without either
     wait(joined.begin())
     with pytest.raises(UpdateConflictError):
@@ -266,7 +266,7 @@ def test_an_update_that_was_begun_and_is_over_holds_up_no_other(
         time.sleep(0.5)
     reports = [engine.update_weights_from_bucket(part, "free") for part in (first, *rest)]
     assert reports[-1] is not None and engine.version == "free"
-    wait(joined.finish())  # by whoever began it, and is told no more than that nothing is open
+    assert wait(joined.finish()) == reports[-1], "whoever began it is told of the last one"
 
 
 def test_a_late_head_is_still_one_after_a_call_that_was_refused(engine: Engine, new: Tensors) -> None:

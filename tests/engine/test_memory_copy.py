@@ -4,88 +4,145 @@ from __future__ import annotations
 
 import random
 import threading
-from concurrent.futures import wait
+import time
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 
 from headrace.engine import memory_copy as module
-from headrace.engine.memory_copy import CopyingThreads, address_of, settle
+from headrace.engine.memory_copy import CopyingThreads, CopyPart, address_of
 
 
-@pytest.mark.parametrize("num_cores", [1, 2, 16])
-def test_any_number_of_bytes_arrives_and_no_other_changes(monkeypatch: pytest.MonkeyPatch, num_cores: int) -> None:
+@pytest.fixture(autouse=True)
+def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PART_BYTES", 64)
+
+
+@pytest.fixture(params=[1, 2, 16])
+def any_threads(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[CopyingThreads]:
+    yield from started(monkeypatch, request.param)
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[CopyingThreads]:
+    yield from started(monkeypatch, 4)
+
+
+def started(monkeypatch: pytest.MonkeyPatch, num_cores: int) -> Iterator[CopyingThreads]:
     monkeypatch.setattr(module, "_num_cores", lambda: num_cores)
-    threads, choose = CopyingThreads(), random.Random(num_cores)
+    found = CopyingThreads()
+    found.start()
+    yield found
+    found.close()
+
+
+def place_of(source: Any) -> int:
+    return int(source.__array_interface__["data"][0])
+
+
+def test_any_number_of_bytes_arrives_and_no_other_changes(any_threads: CopyingThreads) -> None:
+    choose = random.Random(1)
     source = np.frombuffer(choose.randbytes(5000), dtype=np.uint8)
     for _ in range(50):
         size = choose.choice([0, 1, 63, 64, 127, 128, choose.randrange(4000)])
         start, place = choose.randrange(900), choose.randrange(900)
-        into = bytearray(b"\7" * 5000)
-        address = source.__array_interface__["data"][0] + start
-        threads.copy(address_of(memoryview(into)) + place, address, size)
+        into, begun = bytearray(b"\7" * 5000), list[CopyPart]()
+        any_threads.begin(begun, address_of(memoryview(into)) + place, place_of(source) + start, size)
+        any_threads.settle(begun)
         expected = b"\7" * place + source[start : start + size].tobytes() + b"\7" * (5000 - place - size)
-        assert bytes(into) == expected
-    threads.close()
+        assert bytes(into) == expected and not begun
 
 
-def test_copies_that_have_begun_are_done_when_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_that_have_begun_are_done_when_settled(monkeypatch: pytest.MonkeyPatch, threads: CopyingThreads) -> None:
     """However many, and beside each other."""
-    monkeypatch.setattr(module, "PART_BYTES", 64)
-    monkeypatch.setattr(module, "_num_cores", lambda: 4)
-    threads, source = CopyingThreads(), np.frombuffer(random.Random(1).randbytes(8192), dtype=np.uint8)
-    into, copies = bytearray(8192), []
+    source = np.frombuffer(random.Random(1).randbytes(8192), dtype=np.uint8)
+    into, begun = bytearray(8192), list[CopyPart]()
     may_go, copy = threading.Event(), module.copy_memory
     monkeypatch.setattr(module, "copy_memory", lambda *place: may_go.wait(10.0) and copy(*place))
     for at in range(0, 8192, 512):
-        begin = address_of(memoryview(into)) + at, source.__array_interface__["data"][0] + at, 512
-        copies += threads.begin(*begin)
-    assert not any(into) and len(copies) == 48
+        threads.begin(begun, address_of(memoryview(into)) + at, place_of(source) + at, 512)
+    assert not any(into) and len(begun) == 48
     may_go.set()
-    settle(copies)
+    threads.settle(begun)
     assert bytes(into) == source.tobytes()
-    threads.close()
 
 
-def test_threads_are_kept_and_end_when_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PART_BYTES", 64)
-    monkeypatch.setattr(module, "_num_cores", lambda: 4)
-    threads, source = CopyingThreads(), np.zeros(1024, dtype=np.uint8)
-    into = bytearray(1024)
-    before = threading.active_count()
+def test_threads_are_kept_and_have_ended_when_they_are_closed(threads: CopyingThreads) -> None:
+    source, into = np.zeros(1024, dtype=np.uint8), bytearray(1024)
     for _ in range(20):
-        threads.copy(address_of(memoryview(into)), source.__array_interface__["data"][0], 1024)
-    kept = [each for each in threading.enumerate() if each.name.startswith("headrace-copy")]
-    assert 0 < len(kept) <= 3 and threading.active_count() - before <= 3
+        begun = list[CopyPart]()
+        threads.begin(begun, address_of(memoryview(into)), place_of(source), 1024)
+        threads.settle(begun)
+    kept = [each for each in threading.enumerate() if each.name == "headrace-copy"]
+    assert len(kept) == 3
     threads.close()
-    for each in kept:
-        each.join(10.0)
-        assert not each.is_alive()
+    assert not any(each.is_alive() for each in kept)
+    threads.start()
+    threads.begin(begun, address_of(memoryview(into)), place_of(source), 1024)
+    assert not begun, "this thread copies then"
 
 
-def test_who_is_interrupted_leaves_nothing_that_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PART_BYTES", 64)
-    monkeypatch.setattr(module, "_num_cores", lambda: 4)
-    may_go, num_done = threading.Event(), []
+@pytest.mark.parametrize("at", range(6))
+def test_who_is_interrupted_while_a_copy_begins_can_wait_for_what_has(
+    monkeypatch: pytest.MonkeyPatch, threads: CopyingThreads, at: int
+) -> None:
+    """Before a thread sees a part, and after."""
+    source, into, begun = np.ones(192, dtype=np.uint8), bytearray(192), list[CopyPart]()
+    put, calls = threads._parts.put, list[int]()
 
-    def slow(*_: int) -> None:
-        may_go.wait(10.0)
-        num_done.append(1)
+    class Parts:
+        get = threads._parts.get
 
-    waits: list[int] = []
+        def put(self, part: Any) -> None:
+            calls.append(1)
+            if at % 2:
+                put(part)
+            if len(calls) - 1 == at // 2:
+                raise KeyboardInterrupt
+            if not at % 2:
+                put(part)
 
-    def interrupted(copies: object) -> object:
-        waits.append(1)
-        if len(waits) == 1:
-            raise KeyboardInterrupt
-        may_go.set()
-        return wait(copies)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(module, "copy_memory", slow)
-    monkeypatch.setattr(module, "wait", interrupted)
-    threads = CopyingThreads()
+    monkeypatch.setattr(threads, "_parts", Parts())
     with pytest.raises(KeyboardInterrupt):
-        threads.copy(0, 0, 192)
-    assert len(num_done) == 3
+        threads.begin(begun, address_of(memoryview(into)), place_of(source), 192)
+    assert len(begun) == 1 + at // 2
+    threads.settle(begun)
+    done = 64 * (1 + at // 2)
+    assert bytes(into) == b"\1" * done + b"\0" * (192 - done)
+    source[:] = 2  # nobody reads it any more, as nobody writes
+    time.sleep(0.01)
+    assert 2 not in into
+
+
+def test_who_is_interrupted_while_he_waits_may_wait_again(
+    monkeypatch: pytest.MonkeyPatch, threads: CopyingThreads
+) -> None:
+    source, into, begun = np.ones(192, dtype=np.uint8), bytearray(192), list[CopyPart]()
+    may_go, copy = threading.Event(), module.copy_memory
+    monkeypatch.setattr(module, "copy_memory", lambda *place: may_go.wait(10.0) and copy(*place))
+
+    def interrupted(seconds: float) -> None:
+        monkeypatch.setattr(time, "sleep", lambda seconds: may_go.wait(0.01))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", interrupted)
+    threads.begin(begun, address_of(memoryview(into)), place_of(source), 192)
+    with pytest.raises(KeyboardInterrupt):
+        threads.settle(begun)
+    assert not any(into) and len(begun) == 3
+    may_go.set()
+    threads.settle(begun)
+    assert bytes(into) == b"\1" * 192
+
+
+def test_what_began_as_the_threads_ended_is_copied_all_the_same(threads: CopyingThreads) -> None:
+    source, into, begun = np.ones(192, dtype=np.uint8), bytearray(192), list[CopyPart]()
     threads.close()
+    threads._has_started = True  # as one sees it who has looked just before
+    threads.begin(begun, address_of(memoryview(into)), place_of(source), 192)
+    assert len(begun) == 3 and not any(into)
+    threads._has_started = False
+    threads.settle(begun)
+    assert bytes(into) == b"\1" * 192

@@ -84,6 +84,17 @@ def test_what_is_refused_is_refused_on_every_rank(model_folder: Path, tmp_path: 
     assert "process" in leading[1][2] and "of the trainer" in leading[3][2]
 
 
+def test_what_fails_on_one_rank_alone_is_said_on_all_at_once(model_folder: Path) -> None:
+    (led, led_after), (followed, after) = run_ranks(2, bodies.fails_alone, str(model_folder), seconds=SECONDS)
+    assert followed[0] == "OSError" and after[0] == led_after[0] == "no error"
+    assert led[0] == "InternalError" and "rank 1 failed: OSError: the disk is on fire" in led[2]
+
+
+def test_every_rank_gives_its_engine_to_a_pusher(model_folder: Path) -> None:
+    seen = run_ranks(2, bodies.pushes_its_own, str(model_folder), seconds=SECONDS)
+    assert seen == [(True, "pushed", True), (False, "pushed", True)]
+
+
 @pytest.mark.parametrize("settings", [{}, {"pp_size": 2}], ids=["shares", "stages"])
 def test_what_ranks_held_is_gone_when_shutdown_returns(model_folder: Path, settings: dict[str, Any]) -> None:
     for found in run_ranks(2, bodies.starts_and_ends, str(model_folder), NUM_CYCLES, settings, seconds=SECONDS):

@@ -32,6 +32,7 @@ from headrace import (
     check_saved_model,
 )
 from headrace.engine import saving
+from headrace.weights.save_folder import FolderTarget
 from headrace.weights.save_target import NewFile
 from tests.engine.builders import SETTINGS, byte_tokenizer, model_of, named_tensors
 from tests.parity.models import make_model
@@ -346,6 +347,32 @@ def test_a_save_that_is_cancelled_lets_go_of_everything(gate: Gate, model_folder
             assert (await engine.save_model(tmp_path / "saved")).num_files
 
     asyncio.run(run())
+    check_saved_model(tmp_path / "saved")
+
+
+def test_a_save_that_is_cancelled_when_it_is_being_finished_is_done(
+    start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On the engine's loop, as a server asks for it."""
+    engine, finish = start(), FolderTarget.finish
+    is_reached, is_open = threading.Event(), threading.Event()
+
+    def held(*arguments: Any) -> None:
+        is_reached.set()
+        assert is_open.wait(60)
+        finish(*arguments)
+
+    async def cancelled() -> SaveReport:
+        save = asyncio.ensure_future(engine.asynchronous.save_model(tmp_path / "saved"))
+        while not is_reached.is_set():
+            await asyncio.sleep(0.01)
+        save.cancel()
+        await asyncio.sleep(0.05)
+        is_open.set()
+        return await save
+
+    monkeypatch.setattr(FolderTarget, "finish", held)
+    assert engine.asynchronous.runtime.wait(cancelled()).num_files
     check_saved_model(tmp_path / "saved")
 
 

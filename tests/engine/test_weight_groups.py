@@ -241,6 +241,7 @@ def test_a_trainer_that_stands_still(spawned: Engine, trainer: TrainerProcess, n
     trainer.stop()
     error = refused(spawned.stage_from_group, session, NAMES, "g")
     assert isinstance(error, DeadlineError) and time.monotonic() - began < 6.5
+    assert "joined as rank 1 of 2: the trainer" in error.message
     spawned.abort_update()
     session = spawned.begin_update("next", manifest_of())
     check_unusable(spawned, session)

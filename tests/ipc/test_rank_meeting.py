@@ -129,12 +129,14 @@ def test_nothing_of_a_stranger_is_read(meeting: Meeting, greeting: bytes, monkey
     assert len(received) <= 2 * rank_meeting.NONCE_BYTES and not meeting._arrived
 
 
-def test_who_knows_another_secret_is_told_so_and_learns_nothing(meeting: Meeting) -> None:
+def test_who_knows_another_secret_is_told_so_and_learns_nothing(
+    meeting: Meeting, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(WrongSecret):
         reach(meeting.address, b"another", lambda _: hello_of())
     with pytest.raises(DeadlineError, match="node 1 has not come") as missing:
         meeting.gather(TERMS, soon(0.2))
-    assert missing.value.field == "start_timeout"
+    assert missing.value.field == "start_timeout" and "the secrets differ" in caplog.text
 
 
 def test_who_goes_on_without_the_secret_is_not_heard(meeting: Meeting) -> None:

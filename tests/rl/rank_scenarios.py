@@ -152,6 +152,50 @@ def push_broken(folder: str, broken_rank: int) -> Any:
     return told
 
 
+def make_refused(folder: str, broken_rank: int) -> Any:
+    """What every rank is told where one rank alone gives a constructor what is refused, and of a push after that; then
+    of groups that are none."""
+    world, rank = distributed.group.WORLD, distributed.get_rank()
+    is_broken, sizes = rank == broken_rank, Mesh(tensor=2)._replace(tensor_rank=rank)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    [held] = rank_chunks(model, sizes, Naming(True, True, 64))
+    chunk, told = megatron.Chunk(*held), []
+
+    def source(chunks: Any = chunk, model: Any = folder, **options: Any) -> Any:
+        return megatron.MegatronWeights(chunks, model, place_of(sizes), options.pop("group", world), **options)
+
+    with target_of(folder, "engine") as target:
+
+        def pusher(target: Any = target, group: Any = world, **options: Any) -> WeightPusher:
+            return WeightPusher(target, group, **options)
+
+        refused: dict[str, tuple[Any, dict[str, Any]]] = {
+            "no target": (pusher, {"target": "http://127.0.0.1"}),
+            "wrong place": (pusher, {"target": None if rank == 0 else Client.__new__(Client)}),
+            "address": (pusher, {"address": 7}),
+            "dtype": (pusher, {"dtype": "int8"}),
+            "other dtype": (pusher, {"dtype": "bfloat16"}),
+            "source of no module": (source, {"chunks": [7]}),
+            "source of no model": (source, {"model": 7}),
+            "dtype of a source": (source, {"dtype": "int8"}),
+        }
+        for what, (make, given) in refused.items():
+            told.append([what, *_error_of(make, **(given if is_broken else {}))])
+        line = init_device_mesh("cpu", (2,))
+        assert pusher(group=line).push(source(group=line), "by a mesh").update.version == "by a mesh"
+    for group in (distributed.GroupMember.NON_GROUP_MEMBER, init_device_mesh("cpu", (1, 2)), "all", [0, 1]):
+        told.append(["group", *_error_of(WeightPusher, None, group)])
+    return told
+
+
+def _error_of(make: Any, *args: Any, **options: Any) -> list[str]:
+    try:
+        make(*args, **options)
+    except Exception as error:
+        return [type(error).__name__, getattr(error, "field", ""), str(error)]
+    return ["nothing", "", ""]
+
+
 def push_megatron(old: str, new: str, sizes: dict[str, int], naming: list[Any], road: str, dtype: str | None) -> Any:
     """Two pushes of what Megatron's ranks would hold of a model, the second after a step."""
     model = AutoModelForCausalLM.from_pretrained(new, dtype=torch.float32)

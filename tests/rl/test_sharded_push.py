@@ -101,6 +101,10 @@ class Answers:
                     "push_broken",
                     {"folder": self._folders.of("qwen2")[0], "broken_rank": rank},
                 )
+                scenarios[f"refused {rank}"] = (
+                    "make_refused",
+                    {"folder": self._folders.of("qwen2")[0], "broken_rank": rank},
+                )
         scratch = self._scratch / str(num_ranks)
         scratch.mkdir()
         return run_ranks(num_ranks, scratch, scenarios)
@@ -176,6 +180,26 @@ def test_what_goes_wrong_on_one_rank_alone_ends_the_push_on_all_and_the_next_one
             assert kind == (here if rank == broken else elsewhere), (what, message)
             assert rank == broken or words in message, (what, message)
             assert rank == broken or kind == here or f"rank {broken} of the trainer" in message, message
+
+
+REFUSED = {
+    **{"no target": "target", "wrong place": "target", "address": "address", "dtype": "dtype", "other dtype": "dtype"},
+    **{"source of no module": "weights", "source of no model": "weights", "dtype of a source": "dtype"},
+}
+"""The field of the error that is raised elsewhere."""
+
+
+@pytest.mark.parametrize("broken", range(2))
+def test_what_one_rank_gives_a_constructor_wrong_all_raise(answers: Answers, broken: int) -> None:
+    for rank, told in enumerate(answers.of(2)[f"refused {broken}"]):
+        refused, groups = told[: len(REFUSED)], told[len(REFUSED) :]
+        assert [what for what, *_ in refused] == list(REFUSED)
+        for what, kind, field, message in refused:
+            is_own = REFUSED[what] != "weights"
+            assert rank == broken or kind.endswith("Error") and field == REFUSED[what], (what, kind, field, message)
+            assert kind in ("WeightUpdateError", "RequestError") if is_own else kind != "nothing", (what, kind)
+            assert is_own or rank == broken or f"rank {broken} of the trainer" in message
+        assert [each[:3] for each in groups] == [["group", "WeightUpdateError", "group"]] * 4
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "megatron"])

@@ -134,6 +134,11 @@ def test_an_error_is_that_of_all_ranks_and_changes_nothing(folder: str, newer: s
 
 
 @pytest.mark.parametrize("options", [ENGINE, SERVER], ids=["engine", "server"])
+def test_what_would_stream_is_refused(folder: str, options: dict[str, Any]) -> None:
+    assert run_ranks(1, bodies.streamed, folder, options) == [("RequestError", "stream")]
+
+
+@pytest.mark.parametrize("options", [ENGINE, SERVER], ids=["engine", "server"])
 def test_control(folder: str, newer: str, options: dict[str, Any]) -> None:
     leading, following = run_ranks(2, bodies.control, folder, newer, options)
     many, *ids, end, closed = leading
@@ -172,7 +177,8 @@ def test_a_lost_rank_is_named(folder: str, how: int, which: int) -> None:
 
 def test_bad_settings_are_those_of_all(folder: str) -> None:
     for *found, ids in run_ranks(2, bodies.refused_settings, folder):
-        assert found == [("ConfigError", field) for field in ("no_such", "nnodes", "model_path", "dtype")]
+        fields = ["no_such", "nnodes", "model_path", "dtype", "rank_timeout", "rank_timeout", "launch_server"]
+        assert found == [("ConfigError", field) for field in (*fields, *["device_mesh_cpu"] * 3)]
         assert ids == expected_ids(folder)
 
 

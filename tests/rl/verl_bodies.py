@@ -382,6 +382,11 @@ def lost(rank: int, folder: str, how: int, which: int) -> list[Any]:
         return [*found, time.monotonic() - started < 8]
 
 
+def streamed(rank: int, folder: str, options: dict[str, Any]) -> tuple[str, str]:
+    with verl(folder, 1, **options) as engine:
+        return error_of(lambda: engine.generate(prompt="a", stream=True))[:2]
+
+
 def refused_settings(rank: int, folder: str) -> list[Any]:
     """Settings that are refused, and then good ones."""
     seen, mesh = list[Any](), mesh_of(2)
@@ -389,6 +394,16 @@ def refused_settings(rank: int, folder: str) -> list[Any]:
     for options in refused:
         start = functools.partial(VerlEngine, mesh, model=folder, rank_timeout=30.0, **{**CONFIG, **options})
         seen.append(error_of(start)[:2])
+    for on, wrong in ((0, {"rank_timeout": "soon"}), (1, {"rank_timeout": -1}), (1, {"launch_server": "yes"})):
+        mine: Any = {"rank_timeout": 30.0, **(wrong if rank == on else {})}
+        seen.append(error_of(functools.partial(VerlEngine, mesh, model=folder, **{**CONFIG, **mine}))[:2])
+    not_meshes: tuple[Any, ...] = (
+        None,
+        init_device_mesh("cpu", (1, 2)),
+        DeviceMesh("cpu", [1 - rank], _init_backend=False),
+    )
+    for given in not_meshes:
+        seen.append(error_of(functools.partial(VerlEngine, given, model=folder, **CONFIG))[:2])
     with verl(folder) as engine:
         return [*seen, greedy(engine)]
 

@@ -403,8 +403,12 @@ def test_the_calls_of_newer_releases_around_an_update(
     status, reply = call("/end_weight_update", {})
     assert status == 400 and reply["success"] is False and reply["param"] in tensors
     assert not served.engine.status().updating
+    assert call("/end_weight_update", {}) == (status, reply)
+    relabelling = call("/update_weight_version", {"new_version": "7"})
+    assert relabelling == (status, {**reply, "new_version": "7"}) and served.engine.version == "default"
     assert call("/begin_weight_update", {})[0] == 200
     for body in bodies("slime", tensors, "7"):
         assert call(ROUTE, body)[0] == 200
-    assert call("/end_weight_update", {}) == (200, {"success": True, "message": "The update is complete."})
+    for _ in range(2):
+        assert call("/end_weight_update", {}) == (200, {"success": True, "message": "The update is complete."})
     assert served.engine.digest() == digests[1] and served.engine.version == "7"

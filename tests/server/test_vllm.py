@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import socket
@@ -171,10 +172,57 @@ def test_a_label_comes_with_the_end_and_an_end_may_be_repeated(start: START, new
     status, reply = post(served, FINISH, {"weight_version": 7})
     assert status == 200 and reply["report"]["version"] == "7"
     epoch = served.engine.status().epoch
-    assert post(served, FINISH, {"weight_version": "7"}) == (200, {"message": "Weight update finished"})
-    assert post(served, FINISH) == (200, {"message": "Weight update finished"})
+    assert post(served, FINISH, {"weight_version": "7"}) == post(served, FINISH) == (200, reply)
+    assert told(post(served, FINISH, {"weight_version": "8"})) == (409, "weight_version")
     assert (served.engine.version, served.engine.status().epoch) == ("7", epoch)
     assert served.http.get("/weight_info").json() == {"weight_version": "7"}
+
+
+def test_an_end_that_has_failed_fails_again_and_labels_nothing(start: START, new_folder: Path) -> None:
+    """In both dialects, which finish the same update, and whether or not it was begun by name."""
+    served = start()
+    before, relabel = served.engine.digest(), {"new_version": "7", "abort_all_requests": False}
+    trainer = Broadcaster(served, new_folder)
+    turned = [list(trainer.tensors[name].shape)[::-1] for name in trainer.names[2:4]]
+    cases: list[tuple[bool, list[str], dict[str, Any], tuple[int, str]]] = [
+        (True, trainer.names[:-1], {}, (400, trainer.names[-1])),
+        (False, trainer.names[:-1], {}, (400, trainer.names[-1])),
+        (False, trainer.names[2:4], {"shapes": turned}, (409, "session_id")),
+    ]
+    for begins, names, wrong, expected in cases:
+        if begins:
+            post(served, START_UPDATE)
+        assert trainer.send(names, **wrong)[0] == (400 if wrong else 200)
+        first = post(served, FINISH, {"weight_version": "7"})
+        assert told(first) == expected
+        assert post(served, FINISH, {"weight_version": "7"}) == post(served, FINISH) == first
+        for path, body in (("/end_weight_update", {}), ("/update_weight_version", relabel)):
+            for _ in range(2):
+                status, reply = post(served, path, body)
+                assert (status, reply["param"], reply["success"]) == (*expected, False)
+        assert (served.engine.version, served.engine.digest()) == ("default", before)
+    assert "report" in trainer.send(trainer.names)[1]
+    assert post(served, "/update_weight_version", relabel)[0] == 200
+    assert post(served, FINISH, {"weight_version": "8"})[0] == 200 and served.engine.version == "8"
+
+
+def test_an_end_whose_client_went_away_fails_for_its_retry(start: START, new_folder: Path) -> None:
+    served = start()
+    trainer = Broadcaster(served, new_folder)
+    post(served, START_UPDATE)
+    assert trainer.send(trainer.names)[0] == 200
+
+    async def hang(*_: Any) -> None:
+        await asyncio.sleep(60)
+
+    updater = served.engine.asynchronous.runtime.updater
+    commit, updater.commit = updater.commit, hang  # type: ignore[method-assign, assignment]
+    with pytest.raises(httpx.ReadTimeout):
+        served.http.post(FINISH, json={"weight_version": "7"}, timeout=0.3)
+    updater.commit = commit  # type: ignore[method-assign]
+    first = post(served, FINISH, {"weight_version": "7"})
+    assert told(first) == (409, "session_id") and post(served, FINISH, {"weight_version": "7"}) == first
+    assert served.engine.version == "default"
 
 
 def test_an_older_client_sends_no_begin_and_no_end(start: START, new_folder: Path) -> None:
@@ -310,6 +358,7 @@ def test_a_folder_as_prime_rl_names_it(start: START, new_folder: Path) -> None:
         ({"master_address": "127.0.0.1", "master_port": 1, "world_size": 1}, "init_info.world_size"),
         ({"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 0}, "init_info.rank_offset"),
         ({"master_address": "127.0.0.1", "master_port": 1, "backend": "mpi"}, "init_info.backend"),
+        ({"master_address": "127.0.0.1", "packed_buffer_size_bytes": -1}, "init_info.packed_buffer_size_bytes"),
         ({"nccl_unique_id_b64": "AAAA"}, "init_info.nccl_unique_id_b64"),
         ({"nccl_unique_id_b64": base64.b64encode(bytes(128)).decode()}, "init_info.nccl_unique_id_b64"),
     ],
