@@ -32,11 +32,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_update import tensors_like
 from step_watch import Arrivals, StepWatch, gaps_of, longest, noted_arrivals, spread
 
 from headrace import Engine, SamplingParams
 from headrace.bench.models import write_config
-from headrace.models import weight_map
 
 PROMPT_TOKENS = 48
 FIRST_TOKENS = 16  # of each request, before anything is counted
@@ -193,12 +193,6 @@ def disturbances(before: dict[str, float], after: dict[str, float], num: int) ->
     found = {name: after[name] - before[name] for name in names}
     found["num_not_running"] = num - after["num_running"]
     return {name: count for name, count in found.items() if count}
-
-
-def tensors_like(engine: Engine, device: str) -> list[tuple[str, torch.Tensor]]:
-    """Random tensors of the engine's names and shapes, in bfloat16."""
-    rules = weight_map(engine.asynchronous.resolved.model).rules_by_name.values()
-    return [(rule.hf_name, (0.02 * torch.randn(rule.shape, device=device)).to(torch.bfloat16)) for rule in rules]
 
 
 def released(engine: Engine, *, has_copy: bool) -> dict[str, Any]:

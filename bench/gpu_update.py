@@ -173,10 +173,11 @@ def _timed_coroutine(function: Any, spent: Phases, what: str) -> Any:
 
 
 def tensors_like(engine: Engine, device: str) -> Named:
-    """Random tensors of the engine's names and shapes, in bfloat16."""
+    """Random tensors of the engine's names and shapes, in bfloat16; made on a GPU where there is one."""
     rules = weight_map(engine.asynchronous.resolved.model).rules_by_name.values()
+    maker = "cuda" if torch.cuda.is_available() else "cpu"
     return [
-        (rule.hf_name, (0.02 * torch.randn(rule.shape, device="cuda")).to(torch.bfloat16).to(device)) for rule in rules
+        (rule.hf_name, (0.02 * torch.randn(rule.shape, device=maker)).to(torch.bfloat16).to(device)) for rule in rules
     ]
 
 

@@ -18,6 +18,9 @@ from headrace.engine.update_session import UpdateSession
 from headrace.engine.upload_buffers import BufferPool
 from headrace.types.errors import HeadraceError, UnavailableError
 
+BUFFER_BYTES = 512 << 20
+"""Larger than the host's, since each is waited for twice and copied in a fraction of a millisecond."""
+
 FIRST_EXPORT_BYTES = 1 << 30
 
 logger = logging.getLogger(__name__)
@@ -47,15 +50,15 @@ class DeviceRoad:
         that is a thread of this process would only wait for this one."""
         return math.inf if self._shares_process else FIRST_EXPORT_BYTES * 4 ** (number - 1)
 
-    def pool_for(self, session: UpdateSession, tensor: Any, max_bytes: int) -> BufferPool | None:
-        """The buffers, of up to so many bytes, that carry a tensor; None where it has to go through the host: it is on
-        no such device, or that has no room."""
+    def pool_for(self, session: UpdateSession, tensor: Any) -> BufferPool | None:
+        """The buffers that carry a tensor; None where it has to go through the host: it is on no such device, or that
+        has no room."""
         device_id = device_of(tensor)
         if device_id not in self.device_ids:
             return None
         if device_id not in self._pools and self._short.get(device_id) != session.session_id:
             try:
-                self._pools[device_id] = self._made(tensor, max_bytes, min(session.max_part_bytes, max_bytes))
+                self._pools[device_id] = self._made(tensor, min(session.max_part_bytes, BUFFER_BYTES))
             except UnavailableError as error:
                 logger.warning("tensors of session %d go through the host: %s", session.session_id, error)
                 self._short[device_id] = session.session_id
@@ -73,12 +76,12 @@ class DeviceRoad:
         for pool in self._pools.values():
             pool.close()
 
-    def _made(self, tensor: Any, max_bytes: int, size: int) -> BufferPool:
+    def _made(self, tensor: Any, size: int) -> BufferPool:
         """Buffers where `tensor` is, the first of them of `size` bytes. `UnavailableError` if it finds no room."""
         from headrace.weights.device_sharing import SharedDeviceMemory
 
         make = functools.partial(SharedDeviceMemory, device=tensor.device, shares_process=self._shares_process)
-        pool = BufferPool(make, max_bytes)
+        pool = BufferPool(make, BUFFER_BYTES)
         pool.fit(size)
         first = pool.take()
         assert first is not None, "the first of a pool is there or an error is"

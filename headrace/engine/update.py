@@ -1,10 +1,10 @@
 """Weight updates seen from the front. Owns the upload buffers, which are shared memory: they carry tensors to the core,
-large ones in pieces; those of tensors that are on the core's device are on it too. There are NUM_BUFFERS of each kind
-and a limit to their size, whatever is sent. Whoever fills one for a session that is over loses it to the next session.
+large ones in pieces; those of tensors on devices are `DeviceRoad`'s. There are NUM_BUFFERS of each kind and a limit to
+their size, whatever is sent. Whoever fills one for a session that is over loses it to the next session.
 
 The caller's iterator of tensors runs wherever the caller is, on a loop of his or on none. So what reads it is told how
 to `run` a coroutine on the engine's loop, and awaits nothing else: with a `run` that blocks it never waits, and can be
-stepped without a loop (`run_here`). A tensor has been copied before the next one is asked for.
+stepped without a loop (`run_here`). What his code yields has been copied before the next is asked for.
 """
 
 from __future__ import annotations
@@ -58,8 +58,6 @@ from headrace.types.weights import (
 logger = logging.getLogger(__name__)
 
 BUFFER_BYTES = 256 << 20
-DEVICE_BUFFER_BYTES = 512 << 20
-"""Larger, since each is waited for twice and copied in a fraction of a millisecond."""
 
 Result = TypeVar("Result")
 Run = Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]]
@@ -295,7 +293,7 @@ class Updater:
 
     def _way_of(self, session: UpdateSession, name: str, tensor: Any) -> tuple[BufferPool, TensorBytes]:
         """Which buffers carry a tensor, and its bytes for them."""
-        pool = self._road.pool_for(session, tensor, DEVICE_BUFFER_BYTES)
+        pool = self._road.pool_for(session, tensor)
         return (self._host, TensorBytes(name, tensor)) if pool is None else (pool, DeviceBytes(name, tensor))
 
     async def _take_buffer(self, session: UpdateSession, pool: BufferPool, num_bytes: int, filling: Filling) -> None:
@@ -320,7 +318,8 @@ class Updater:
         self, session: UpdateSession, pool: BufferPool, num_bytes: int, filling: Filling
     ) -> UploadBuffer:
         self._raise_failures(filling)
-        self._threads.start()
+        if pool is self._host:
+            self._threads.start()
         pool.fit(max(min(session.max_part_bytes, pool.max_bytes), num_bytes))
         try:
             async with asyncio.timeout(session.timeout_s):

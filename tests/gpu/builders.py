@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,25 @@ Starter = Callable[..., Engine]
 def start_engine(folder: Path, **settings: Any) -> Engine:
     """An engine on the device; `settings` over the defaults of these tests."""
     return Engine(folder, **{**SETTINGS, **settings})
+
+
+def lay_otherwise(tensors: list[tuple[str, Tensor]], device: str, in_one: Collection[int]) -> None:
+    """Have the same values lie otherwise: of each five tensors the first transposed if it is a matrix, the second on
+    the host, the third in bfloat16; else those in `in_one`, at odd places of one allocation on `device`."""
+    together = torch.empty(sum(each.numel() for _, each in tensors) + 3, device=device)[3:]
+    taken = 0
+    for number, (name, each) in enumerate(tensors):
+        kind = number % 5
+        if kind == 0 and each.ndim == 2:
+            tensors[number] = name, each.t().contiguous().t()
+        elif kind == 1:
+            tensors[number] = name, each.cpu()
+        elif kind == 2:
+            tensors[number] = name, each.bfloat16()
+        elif kind in in_one:
+            part = together[taken : taken + each.numel()].view(each.shape)
+            tensors[number] = name, part.copy_(each)
+            taken += each.numel()
 
 
 def random_ids(choose: random.Random, length: int) -> list[int]:

@@ -10,8 +10,18 @@ import pytest
 import torch
 
 from headrace import Engine, TensorInfo, WeightUpdateError
+from headrace.engine import device_road
 from headrace.engine import update as update_module
-from tests.gpu.builders import Background, Checkpoint, Checkpoints, Starter, check_greedy, greedy, random_ids
+from tests.gpu.builders import (
+    Background,
+    Checkpoint,
+    Checkpoints,
+    Starter,
+    check_greedy,
+    greedy,
+    lay_otherwise,
+    random_ids,
+)
 from tests.gpu.test_engine_features import outputs
 
 
@@ -33,8 +43,8 @@ def test_every_road_ends_in_a_cold_load(
     buffer_bytes: int,
 ) -> None:
     """Small buffers cut tensors into pieces; of what comes one by one nothing can be read as it lies."""
-    for name in ("BUFFER_BYTES", "DEVICE_BUFFER_BYTES"):
-        monkeypatch.setattr(update_module, name, buffer_bytes)
+    for module in (update_module, device_road):
+        monkeypatch.setattr(module, "BUFFER_BYTES", buffer_bytes)
     old, new = checkpoints.get(), checkpoints.get(seed=1)
     engine = start(old, dtype="float32", inprocess=inprocess, cuda_graphs=True)
     digests = [engine.digest()]
@@ -173,19 +183,7 @@ def test_tensors_that_do_not_lie_well_travel_beside_those_that_do(
     old, new = checkpoints.get(), checkpoints.get(seed=1)
     engine = start(old, dtype="float32", inprocess=inprocess)
     tensors = named(new, "cuda")
-    together = torch.empty(sum(each.numel() for _, each in tensors) + 3, device="cuda")[3:]
-    taken = 0
-    for number, (name, each) in enumerate(tensors):
-        if number % 5 == 0 and each.ndim == 2:
-            tensors[number] = name, each.t().contiguous().t()
-        elif number % 5 == 1:
-            tensors[number] = name, each.cpu()
-        elif number % 5 == 2:
-            tensors[number] = name, each.bfloat16()
-        else:
-            part = together[taken : taken + each.numel()].view(each.shape)
-            tensors[number] = name, part.copy_(each)
-            taken += each.numel()
+    lay_otherwise(tensors, "cuda", in_one=(0, 3, 4))
     engine.update_weights_from_tensor(tensors, version="new")
     found = engine.digest()
     engine.shutdown()

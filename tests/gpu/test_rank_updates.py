@@ -28,6 +28,7 @@ from tests.gpu.builders import (
     Starter,
     check_greedy,
     greedy,
+    lay_otherwise,
     random_ids,
     start_engine,
 )
@@ -105,19 +106,7 @@ def test_tensors_that_do_not_lie_well_travel_beside_those_that_do(
     """Transposed ones on both devices, ones of the host, of another dtype, and parts of one allocation."""
     new = checkpoints.get(seed=1)
     tensors = placed(new, *DEVICES)
-    together = torch.empty(sum(each.numel() for _, each in tensors) + 3, device=DEVICES[1])[3:]
-    taken = 0
-    for number, (name, each) in enumerate(tensors):
-        if number % 5 == 0 and each.ndim == 2:
-            tensors[number] = name, each.t().contiguous().t()
-        elif number % 5 == 1:
-            tensors[number] = name, each.cpu()
-        elif number % 5 == 2:
-            tensors[number] = name, each.bfloat16()
-        elif number % 5 == 3:
-            part = together[taken : taken + each.numel()].view(each.shape)
-            tensors[number] = name, part.copy_(each)
-            taken += each.numel()
+    lay_otherwise(tensors, DEVICES[1], in_one=(3,))
     engine.update_weights_from_tensor([(name, each.cpu().contiguous()) for name, each in tensors], "by the host")
     expected = engine.digest()
     digests_by_the_host(engine, checkpoints.get())

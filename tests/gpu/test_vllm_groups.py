@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import ctypes
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from headrace import Engine, serve
 from headrace.weights.nccl import nccl_library
 from tests.gpu.builders import Checkpoints, Starter, greedy
+from tests.server import test_vllm
 from tests.server.test_vllm import FINISH, INIT, START_UPDATE, UPDATE, Trainer, publish_id
 from tests.server.vllm_client import StatelessNccl
 from tests.weights.test_unique_id import pickled
@@ -22,12 +22,7 @@ from tests.weights.test_unique_id import pickled
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device")
 
 
-@pytest.fixture
-def trainers() -> Iterator[list[Trainer]]:
-    made: list[Trainer] = []
-    yield made
-    for each in made:
-        each.close()
+trainers = test_vllm.trainers
 
 
 def digests(start: Starter, checkpoints: Checkpoints) -> tuple[Engine, Any, Any]:
