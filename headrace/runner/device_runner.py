@@ -137,6 +137,7 @@ class DeviceRunner:
         """Wait for what is enqueued and give all memory back."""
         self._compiled.disarm()
         self._synchronize()
+        self._steps.drop_graphs()  # a group of NCCL's ends after its graphs, and somebody may still hold a step
         del self._steps, self._graphs
         self.weights.close()
         self.memory.close()

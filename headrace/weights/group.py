@@ -39,6 +39,7 @@ MOST_RANKS_OF_AN_ID = 128
 """Of more, torch's ranks hand round several ids."""
 
 _LOOK_S = 0.2
+_GRACE_S = 1.0  # after a deadline: the thread itself says more
 
 Broadcast = Callable[[torch.Tensor, float], None]
 """Wait at most so many seconds until rank 0 has filled these bytes."""
@@ -58,10 +59,12 @@ class TorchGroup:
                 raise WeightUpdateError(message, field="world_size")
         self.name = terms.name
         self.is_joined = False
-        self.problem: HeadraceError | None = None
+        self._problem: HeadraceError | None = None
         self._terms = terms
         self._device = device
         self._until = time.monotonic() + min(seconds, LONGEST_S)
+        self._doing = "joining"
+        """What the thread waits for others in, until `_until`; "": nothing."""
         self._line: socket.socket | None = None
         """To the trainer, who says nothing on it: it is cut when his process ends."""
         self._memory = ArrivalMemory(partial(DeviceBuffer, device=device) if terms.backend == "nccl" else None)
@@ -74,6 +77,14 @@ class TorchGroup:
         """Its name where something is late: ranks that count each other otherwise may meet, and then wait in vain."""
         count = f"rank {self._terms.rank} of {self._terms.world_size}"
         return f"weight group {self.name!r} (joined as {count}: the trainer has to count them alike)"
+
+    @property
+    def problem(self) -> HeadraceError | None:
+        """What made the group unusable, if something has. Its thread ends its own waits by their deadline, but not
+        that for a store whose keeper stands still: torch asks it without one."""
+        if self._problem is None and self._doing and time.monotonic() >= self._until + _GRACE_S:
+            self._end(self._failure(self._doing, TimeoutError("the trainer does not answer")))
+        return self._problem
 
     def receive(self, tensors: Sequence[TensorInfo], packing: int, seconds: float) -> GroupArrivals:
         """What rank 0 broadcasts next, as it comes; the call has so many seconds for it."""
@@ -92,14 +103,13 @@ class TorchGroup:
 
     def fail(self, reason: str) -> None:
         """Make the group unusable, and its thread end as soon as it can."""
-        self._note(WeightUpdateError(f"weight group {self.name!r}: {reason}", field=FIELD))
-        self._is_closed.set()
-        self._queue.put(None)
+        self._end(WeightUpdateError(f"weight group {self.name!r}: {reason}", field=FIELD))
 
     def check_open(self) -> None:
         """Raise what made the group unusable, if it is."""
-        if self.problem is not None:
-            raise type(self.problem)(self.problem.message, field=self.problem.field)
+        problem = self.problem
+        if problem is not None:
+            raise type(problem)(problem.message, field=problem.field)
 
     def _is_cut(self) -> bool:
         try:
@@ -109,21 +119,25 @@ class TorchGroup:
         except OSError:
             return True
 
-    def _note(self, problem: HeadraceError) -> None:
-        self.problem = self.problem or problem
+    def _end(self, problem: HeadraceError) -> None:
+        self._problem = self._problem or problem
+        self._is_closed.set()
+        self._queue.put(None)
 
     def _run(self) -> None:
-        doing, broadcast = "joining", None
+        broadcast = None
         try:
             broadcast = self._join()
-            self.is_joined, doing = True, "a broadcast"
+            self.is_joined, self._doing = True, ""
             while (arrivals := self._queue.get()) is not None and not self._is_closed.is_set():
                 self._until = arrivals.until
+                self._doing = "a broadcast"
                 arrivals.fill(broadcast)
+                self._doing = ""
         except HeadraceError as error:
-            self._note(error)
+            self._end(error)
         except (OSError, OverflowError, RuntimeError, ValueError, MemoryError) as error:  # the last but one are torch's
-            self._note(self._failure(doing, error))
+            self._end(self._failure(self._doing, error))
         finally:
             self.fail("it has ended")
             if isinstance(broadcast, NcclBroadcast):

@@ -11,6 +11,7 @@ from headrace.attention.base import Bucket
 from headrace.config import EngineConfig, resolve
 from headrace.runner import build_runner
 from headrace.runner.device_runner import DeviceRunner
+from headrace.runner.graphs import Graphs
 from tests.parity.models import make_model, save_model
 from tests.runner.plans import PlanBuilder
 
@@ -20,8 +21,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory: pytest.TempPathFactory) -> DeviceRunner:
+    return built(tmp_path_factory.mktemp("tiny"))
+
+
+def built(folder: Path) -> DeviceRunner:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
-    folder = save_model(make_model("qwen3", head_dim=16, **sizes), tmp_path_factory.mktemp("tiny"))
+    save_model(make_model("qwen3", head_dim=16, **sizes), folder)
     config = EngineConfig(
         model=str(folder),
         device="cuda" if torch.cuda.is_available() else "cpu",
@@ -33,7 +38,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> DeviceRunner:
         max_num_batched_tokens=4,
         cuda_graphs=False,
     )
-    found = build_runner(resolve(config, Path(folder)))
+    found = build_runner(resolve(config, folder))
     assert isinstance(found, DeviceRunner)
     return found
 
@@ -88,3 +93,16 @@ def test_graphs_are_captured_again_one_by_one_once_there_is_room(
     assert done == ["room", ("first", True), False, ("second", True), False]
     monkeypatch.setattr(Graphs, "dropped", ())
     assert not list(runner._steps.capture_again()) and len(done) == 5
+
+
+def test_a_runner_that_is_closed_has_no_graphs_though_a_step_of_it_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group of ranks ends only once no graph is left that could run it."""
+    runner, plans = built(tmp_path), PlanBuilder(page_size=8, num_pages=20)
+    plans.enter(0, [1, 2, 3])
+    kept = runner.launch(plans.step([(0, 3)]))
+    done: list[str] = []
+    monkeypatch.setattr(Graphs, "drop", lambda _: done.append("dropped"))
+    runner.close()
+    assert done == ["dropped"] and kept.wait().token_ids.shape == (1, 1)

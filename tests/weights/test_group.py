@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from headrace.types.errors import WeightUpdateError
+from headrace.types.errors import DeadlineError, UpdateConflictError, WeightUpdateError
 from headrace.types.messages import JoinGroup
 from headrace.types.weights import SEPARATE, TOGETHER, TensorInfo
 from headrace.weights import arrival_memory
+from headrace.weights import group as group_module
 from headrace.weights.arrival_memory import ArrivalBuffer, ArrivalMemory
 from headrace.weights.group import GroupArrivals, TorchGroup, _passes_on
 from tests.engine.group_trainer import TrainerProcess
@@ -103,6 +104,40 @@ def test_what_is_dropped_is_received_and_forgotten(trainer: TrainerProcess, monk
     trainer.hear()
     trainer.hear()
     group.fail("the test has ended")
+
+
+class StandsStill(TorchGroup):
+    """Joined, and then its thread waits for what never answers, as torch does for a store whose keeper is stopped."""
+
+    answers = threading.Event()
+
+    def _join(self) -> Callable[[torch.Tensor, float], None]:
+        def broadcast(*_: object) -> None:
+            self.answers.wait(60.0)
+
+        return broadcast
+
+
+def test_a_thread_that_stands_still_is_over_by_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for it longer, and what is asked of the group after that is refused."""
+    monkeypatch.setattr(group_module, "_GRACE_S", 0.2)
+    group = StandsStill(JoinGroup(0, "g", "127.0.0.1", 1, 1, 2, "gloo"), CPU, 0.1)
+    wait_for(lambda: group.is_joined)
+    try:
+        time.sleep(0.4)
+        assert group.problem is None and group.refusal() is None, "nothing is waited for"
+        first, second = (group.receive(infos(4), SEPARATE, seconds) for seconds in (0.3, 60.0))
+        assert first.take() is None
+        wait_for(lambda: group.refusal() is not None)
+        for arrivals in (first, second):
+            with pytest.raises(DeadlineError, match="'g'.*does not answer") as caught:
+                arrivals.take()
+            assert caught.value.field == "group_name"
+        with pytest.raises(UpdateConflictError, match="destroy it and init it again"):
+            raise group.refusal() or AssertionError
+    finally:
+        StandsStill.answers.set()
+    wait_for(lambda: "weight group g" not in {thread.name for thread in threading.enumerate()})
 
 
 def test_a_core_without_a_group_does_not_load_what_groups_need() -> None:
