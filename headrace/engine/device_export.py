@@ -52,9 +52,10 @@ class DeviceExport:
         except UnavailableError:
             self._is_refused = True  # an allocator of that kind makes all of its memory so
             return False
+        num_bytes = tensor.nbytes
         self._held.append((name, tensor, num_writes(tensor), storage_bytes(tensor)))
-        self.entries.append(BufferEntry(index, offset, 0, tensor.nbytes, replaces))
-        self.num_bytes += tensor.nbytes
+        self.entries.append(BufferEntry(index, offset, 0, num_bytes, replaces))
+        self.num_bytes += num_bytes
         return True
 
     def settle(self) -> DeviceExport:
@@ -73,10 +74,11 @@ class DeviceExport:
                 raise WeightUpdateError(f"{name} was written to while it was sent", field=name)
 
     def _lies_well(self, tensor: torch.Tensor) -> bool:
-        if tensor.device not in self._contexts:
-            self._contexts[tensor.device] = self._context_of(tensor)
+        device = tensor.device
+        if device not in self._contexts:
+            self._contexts[device] = self._context_of(tensor)
         is_plain = tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj()
-        return self._contexts[tensor.device] is not None and is_plain and tensor.numel() > 0
+        return is_plain and self._contexts[device] is not None and tensor.numel() > 0
 
     def _context_of(self, tensor: torch.Tensor) -> AbstractContextManager[Any] | None:
         """In which the driver is asked about its memory; None: the core does not read its device."""

@@ -288,7 +288,10 @@ def _is_readable_now(tensor: Any) -> bool:
 
 def num_writes(tensor: Any) -> int:
     """How often torch has written to a tensor's memory; 0 where nobody counts."""
-    return 0 if isinstance(tensor, np.ndarray) or tensor.is_inference() else int(tensor._version)
+    try:
+        return int(tensor._version)
+    except (AttributeError, RuntimeError):  # of NumPy, or of inference mode
+        return 0
 
 
 def _sample(tensor: Any) -> bytes:

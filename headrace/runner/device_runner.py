@@ -33,7 +33,7 @@ from headrace.models.decoder import Decoder
 from headrace.parallel import SINGLE, Mesh
 from headrace.runner.buckets import Buckets
 from headrace.runner.device_step import DeviceStep
-from headrace.runner.device_thread import take_device
+from headrace.runner.device_thread import leave_device, take_device
 from headrace.runner.exact_products import ExactProducts
 from headrace.runner.graphs import Graphs
 from headrace.runner.host_pages import HostPages
@@ -144,6 +144,7 @@ class DeviceRunner:
         if self._device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
+        leave_device(self._device)
 
     def _synchronize(self) -> None:
         """Wait for this thread's stream, as a trainer may be capturing one of his."""

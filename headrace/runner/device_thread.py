@@ -5,6 +5,9 @@ Owns what is set for the thread, once, before anything is allocated; a core's th
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 
 from headrace.config import ResolvedConfig
@@ -29,7 +32,26 @@ def take_device(resolved: ResolvedConfig, *, shares_process: bool) -> torch.devi
     torch.cuda.init()  # type: ignore[no-untyped-call]
     device = torch.device("cuda", resolved.cuda.index if resolved.cuda is not None else 0)
     torch.cuda.set_device(device)
-    torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    try:
+        stream = _left_streams(device).pop()
+    except KeyError:
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    torch.cuda.set_stream(stream)
     if shares_process:
         capture_by_thread()
     return device
+
+
+def leave_device(device: torch.device) -> None:
+    """Nothing of this thread's is enqueued there any more: the next that takes the device has its stream. Idempotent.
+
+    For each stream torch keeps a workspace of products, 32 MiB on Hopper, as long as the process lives.
+    """
+    if device.type == "cuda":
+        _left_streams(device).add(torch.cuda.current_stream(device))
+
+
+@functools.cache
+def _left_streams(device: torch.device) -> set[Any]:
+    """Of threads of this process that have left the device."""
+    return set()

@@ -63,7 +63,7 @@ def name_problem(name: str) -> str:
     """Why no tensor has this name, in words that do without it; "" where one may."""
     if len(name) > MAX_TENSOR_NAME:
         return f"a tensor has a name of over {MAX_TENSOR_NAME} characters"
-    return "" if name == encodable(name) else f"a tensor's name is not Unicode text: {ascii(name)}"
+    return "" if name.isascii() or name == encodable(name) else f"a tensor's name is not Unicode text: {ascii(name)}"
 
 
 def shape_problem(shape: Sequence[Any]) -> str:

@@ -116,24 +116,40 @@ def handle_of(base: int) -> bytes:
     return bytes(bytearray(handle))
 
 
-class MappedMemory:
-    """An area of another's memory, mapped here. `bytes` are uint8 [size] on `device`, for whatever is done with them,
-    though they may lie on another one, and nothing after `close`."""
+class BytesAt:
+    """Bytes that `device` reads at an address, and are nobody's here. torch hears of them only where it is to: most
+    are moved by a kernel of ours, and to make a tensor takes as long as all else that is done with them."""
 
-    def __init__(self, area: DeviceArea, device: torch.device) -> None:
-        """The thread's context is that of `device`. Raises `UnavailableError` if the owner is gone, or the driver does
-        not map it."""
+    __slots__ = ("address", "device", "nbytes")
+
+    def __init__(self, address: int, nbytes: int, device: torch.device) -> None:
+        self.address, self.nbytes, self.device = address, nbytes, device
+
+    def data_ptr(self) -> int:
+        """As a tensor's."""
+        return self.address
+
+    def view(self, dtype: torch.dtype) -> torch.Tensor:
+        """As a tensor's that is flat."""
+        return bytes_at(self.address, self.nbytes, self.device).view(dtype)
+
+
+class MappedMemory:
+    """An area of another's memory, mapped here: `address`, for whatever the thread's device does with it, though it may
+    lie on another one, and nothing after `close`."""
+
+    def __init__(self, area: DeviceArea) -> None:
+        """Raises `UnavailableError` if the owner is gone, or the driver does not map it for the thread's device."""
         base, handle = ctypes.c_ulonglong(), _Handle.from_buffer_copy(area.handle)
         open_handle = cuda_driver().cuIpcOpenMemHandle_v2
         open_handle.argtypes = (ctypes.c_void_p, _Handle, ctypes.c_uint)  # the handle itself, not its address
         _check(open_handle(ctypes.byref(base), handle, _LAZY_PEER_ACCESS), "map another's memory")
         self._base = base.value
-        self.bytes = bytes_at(self._base + area.offset, area.size, device)
+        self.address = self._base + area.offset
 
     def close(self) -> None:
         """Unmap it. What was enqueued that reads it has to be done. Idempotent."""
         base, self._base = self._base, 0
-        self.bytes = self.bytes.new_empty(0)
         if base:
             _check(cuda_driver().cuIpcCloseMemHandle(ctypes.c_ulonglong(base)), "unmap another's memory")
 

@@ -21,7 +21,7 @@ import torch
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import RequestError, UnavailableError
 from headrace.types.weights import BufferRef, DeviceArea, DeviceRef
-from headrace.weights.device_sharing import MappedMemory, bytes_at, same_context
+from headrace.weights.device_sharing import BytesAt, MappedMemory, same_context
 from headrace.weights.memory import StageBuffer
 
 
@@ -77,7 +77,7 @@ class DeviceBuffers:
         if area not in self._mapped:
             if self._mapper is None:
                 self._mapper = ThreadPoolExecutor(1, "headrace-map", initializer=same_context())
-            self._mapped[area] = self._mapper.submit(MappedMemory, area, self._device)
+            self._mapped[area] = self._mapper.submit(MappedMemory, area)
         return self._mapped[area]
 
     def _pin(self, ref: BufferRef) -> PinnedMemory:
@@ -113,7 +113,7 @@ class AreaBytes:
         self._device = device
         self._ends = list(accumulate(area.size for area in areas))
 
-    def part(self, offset: int, size: int) -> torch.Tensor:
+    def part(self, offset: int, size: int) -> BytesAt:
         """These bytes, as soon as they are mapped. Raises `RequestError` if they are not in one area, and
         `UnavailableError` if that cannot be mapped."""
         number = min(bisect_right(self._ends, offset), len(self._areas) - 1)
@@ -122,9 +122,8 @@ class AreaBytes:
             raise RequestError(f"bytes {offset} to {offset + size} of a buffer are not in one area", field="buffer")
         start = offset - (end - area.size)
         mapped = self._mapped[number]
-        if mapped is None:
-            return bytes_at(area.offset + start, size, self._device)
-        return mapped.result().bytes[start : start + size]
+        address = area.offset if mapped is None else mapped.result().address
+        return BytesAt(address + start, size, self._device)
 
 
 class PinnedMemory:

@@ -30,17 +30,16 @@ class FileMapped:
 
     fault = ""
 
-    def __init__(self, area: DeviceArea, device: torch.device) -> None:
+    def __init__(self, area: DeviceArea) -> None:
         if FileMapped.fault == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if FileMapped.fault == "refuse":
             raise UnavailableError("the driver could not map another's memory: error 205", field="buffer")
         with open(area.handle.decode(), "rb") as file:
             self._mapping = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE)
-        self.bytes = torch.frombuffer(self._mapping, dtype=torch.uint8)[area.offset : area.offset + area.size]
+        self.address = torch.frombuffer(self._mapping, dtype=torch.uint8).data_ptr() + area.offset
 
     def close(self) -> None:
-        self.bytes = self.bytes.new_empty(0)
         self._mapping.close()
 
 

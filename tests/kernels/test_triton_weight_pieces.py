@@ -16,6 +16,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WORDS = PositionKeys(DEVICE).words
 KEYS = PositionKeys(CPU)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+GUARD = 1 << 13
 PLACES = [(5, 0), (0, 0), (WIDTH, 0), (9000, 16), (WIDTH * 6 + 77, WIDTH * 3 + 3), (6000, WIDTH**2 - 4000)]
 
 
@@ -58,12 +59,20 @@ def shown(lanes: list[int]) -> str:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("copies", [True, False])
-def test_pieces_anywhere_are_copied_and_summed(dtype: torch.dtype, copies: bool) -> None:
-    pieces = pieces_of(dtype, copies=copies)
-    results = move_pieces(pieces, WORDS).tolist()
+@pytest.mark.parametrize("sums", [True, False])
+def test_pieces_anywhere_are_copied_and_summed(dtype: torch.dtype, copies: bool, sums: bool) -> None:
+    """And nothing beside their targets is touched."""
+    pieces, around = pieces_of(dtype, copies=copies), []
+    if copies:
+        around = [torch.full((len(piece.source) + 2 * GUARD,), 3.0).to(DEVICE, dtype) for piece in pieces]
+        held = zip(pieces, around, strict=True)
+        pieces = [piece._replace(target=memory[GUARD : GUARD + len(piece.source)]) for piece, memory in held]
+    results = move_pieces(pieces, WORDS, sums=sums).tolist()
     for piece, found in zip(pieces, results, strict=True):
-        assert shown(found) == sum_of(piece) and found[2] == 0
-        assert piece.target is None or torch.equal(piece.target, piece.source)
+        assert shown(found) == sum_of(piece) if sums else found[:2] == [0, 0]
+        assert found[2] == 0 and (piece.target is None or torch.equal(piece.target, piece.source))
+    for memory in around:
+        assert bool((memory[:GUARD] == 3.0).all() and (memory[-GUARD:] == 3.0).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

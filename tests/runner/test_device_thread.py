@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         monkeypatch.setattr(torch.cuda, name, noting(name))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
+    monkeypatch.setattr(device_thread, "_left_streams", functools.cache(lambda device: set()))
     exchange = SimpleNamespace(cuThreadExchangeStreamCaptureMode=lambda mode: found.append(("mode", mode._obj.value)))
     monkeypatch.setattr("ctypes.CDLL", lambda name: exchange)
     return found
@@ -49,6 +51,22 @@ def test_in_a_shared_process_it_gets_a_capture_mode_of_its_own_too(calls: list[A
     device = device_thread.take_device(on_cuda(3), shares_process=True)
     assert device == torch.device("cuda", 3)
     assert calls == [("init",), ("set_device", device), ("set_stream", "a stream of cuda:3"), ("mode", 1)]
+
+
+def test_a_stream_that_was_left_is_the_next_ones(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And only his: of two cores at once each has one."""
+    names = iter(("first", "second", "third"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: next(names))
+    device = torch.device("cuda", 0)
+    for _ in range(2):
+        device_thread.take_device(on_cuda(0), shares_process=False)
+    for left in ("second", "second", "first"):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _, left=left: left)
+        device_thread.leave_device(device)
+    for index in (0, 0, 1):
+        device_thread.take_device(on_cuda(index), shares_process=False)
+    taken = [call[1] for call in calls if call[0] == "set_stream"]
+    assert taken[:2] == ["first", "second"] and set(taken[2:4]) == {"first", "second"} and taken[4] == "third"
 
 
 def test_a_device_that_torch_cannot_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
