@@ -63,13 +63,13 @@ def main(arguments: list[str]) -> int:
 
 
 def _serve(channel: RankChannel, page: RankPage, parent: int) -> int:
+    from headrace.core.rank_member import serve_rank  # torch: the slow import, while rank 0 loads it too
+
     start = start_of(channel)
     if start is None:
         return 2
     if start.guards_parent:
         threading.Thread(target=guard, args=(parent,), daemon=True).start()
-    from headrace.core.rank_member import serve_rank  # torch: the slow import
-
     try:
         serve_rank(start, channel, page, on_built=gc.freeze)
     except HeadraceError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,6 @@ from headrace.core.rank_terms import GuestPlace, terms_of
 from headrace.ipc.rank_guest import GuestRank
 from headrace.ipc.rank_meeting import Meeting
 from headrace.ipc.rank_peer import RankPeer
-from headrace.ipc.rank_spawn import start_rank
 from headrace.parallel import Mesh
 from headrace.parallel.joining import Join, LinkLimits, join_mesh
 from headrace.parallel.rendezvous import JOIN_SECONDS, LOOPBACK, Rendezvous
@@ -39,19 +38,24 @@ Build = Callable[[Mesh], "Runner | DeviceRunner"]
 
 
 def start_ranks(
-    resolved: ResolvedConfig, build: Build, *, shares_process: bool = False, meeting: Meeting | None = None
+    resolved: ResolvedConfig,
+    build: Build,
+    children: Sequence[RankPeer],
+    *,
+    shares_process: bool = False,
+    meeting: Meeting | None = None,
 ) -> RankExecutor:
-    """The executor of all ranks, of which this process is the first; `build` makes its runner. Guests come to the
-    `meeting`, and bring the ranks that are no children of this process.
+    """The executor of all ranks, of which this process is the first; `build` makes its runner. Some are its `children`,
+    which are ended with it, or where there is no replica. Guests come to the `meeting`, and bring the others.
 
     Raises what `build` raises, here or on another rank, `DeviceLostError` where a rank ends, and as `Meeting.gather`.
     """
-    others = OtherRanks((), shares_process=shares_process)
+    others = OtherRanks(children, shares_process=shares_process)
     ready = None
     with contextlib.ExitStack() as undo:
-        rendezvous = undo.enter_context(contextlib.closing(Rendezvous.host()))
         try:
-            others = _started(resolved, rendezvous, meeting, shares_process)
+            rendezvous = undo.enter_context(contextlib.closing(Rendezvous.host()))
+            others = _gathered(resolved, rendezvous, children, meeting, shares_process)
             reached, ready = others.expect(REACHED), others.expect(READY)
             others.tell_each(
                 START, [encode_message(start) for start in _starts(resolved, rendezvous, others, shares_process)]
@@ -89,23 +93,19 @@ def mesh_of(resolved: ResolvedConfig, rank: int, join: Join) -> Mesh:
     return join_mesh(rank, engine.tp_size, engine.pp_size, join, limits)
 
 
-def _started(
-    resolved: ResolvedConfig, rendezvous: Rendezvous, meeting: Meeting | None, shares_process: bool
+def _gathered(
+    resolved: ResolvedConfig,
+    rendezvous: Rendezvous,
+    children: Sequence[RankPeer],
+    meeting: Meeting | None,
+    shares_process: bool,
 ) -> OtherRanks:
-    """First the children, which load libraries while guests come."""
-    num_ranks = resolved.num_ranks
-    num_own = num_ranks if meeting is None else num_ranks // (meeting.num_guests + 1)
-    peers: list[RankPeer] = []
-    try:
-        for rank in range(1, num_own):
-            peers.append(start_rank(rank, shares_process=shares_process))
-        if meeting is not None:
-            until = time.monotonic() + GATHER_SHARE * resolved.engine.start_timeout
-            meeting.gather(terms_of(resolved), until)
-            peers += meeting.seat(rendezvous.port, num_ranks, until)
-    except BaseException:
-        OtherRanks(peers, shares_process=shares_process).close()
-        raise
+    """The children, and what guests bring."""
+    peers = list(children)
+    if meeting is not None:
+        until = time.monotonic() + GATHER_SHARE * resolved.engine.start_timeout
+        meeting.gather(terms_of(resolved), until)
+        peers += meeting.seat(rendezvous.port, resolved.num_ranks, until)
     return OtherRanks(peers, shares_process=shares_process)
 
 

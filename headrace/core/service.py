@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from headrace.config import ResolvedConfig
 from headrace.core.executor import Executor, LocalExecutor
@@ -15,6 +15,12 @@ from headrace.ipc import CoreLink, PeerClosed, Pulse
 from headrace.ipc.rank_meeting import Meeting
 from headrace.types.errors import ConfigError, DeviceLostError, EngineDeadError, ErrorInfo, HeadraceError, InternalError
 from headrace.types.messages import CoreFailed, CoreReady
+
+if TYPE_CHECKING:
+    from headrace.core.rank_executor import RankExecutor
+    from headrace.parallel import Mesh
+    from headrace.runner.device_runner import DeviceRunner
+    from headrace.runner.runner import Runner
 
 logger = logging.getLogger(__name__)
 
@@ -109,23 +115,38 @@ def build_executor(
         from headrace.core.fake_executor import FreeExecutor
 
         return FreeExecutor(resolved.model.vocab_size), resolved
+    if resolved.num_ranks > 1:
+        ranks = _build_ranks(resolved, kind if isinstance(kind, Meeting) else None, shares_process=shares_process)
+        return ranks, ranks.resolved
     from headrace.runner import build_runner  # torch: the slow import, made in the core only
 
-    if resolved.num_ranks > 1:
-        if shares_process and resolved.device == "cuda" and not isinstance(kind, Meeting):
-            raise ConfigError("on cuda several ranks (tp_size) need a core in a process of its own", field="inprocess")
-        from headrace.core.rank_node import meet_nodes
-        from headrace.core.rank_start import start_ranks
-
-        ranks = start_ranks(
-            resolved,
-            lambda mesh: build_runner(resolved, LoadProgress(), shares_process=shares_process, mesh=mesh),
-            shares_process=shares_process,
-            meeting=kind if isinstance(kind, Meeting) else meet_nodes(resolved) if resolved.engine.nnodes > 1 else None,
-        )
-        return ranks, ranks.resolved
     executor = LocalExecutor(build_runner(resolved, on_progress=LoadProgress(), shares_process=shares_process))
     return executor, executor.resolved
+
+
+def _build_ranks(resolved: ResolvedConfig, meeting: Meeting | None, *, shares_process: bool) -> RankExecutor:
+    """Several ranks. The children are started before this process loads torch, so that all load it at once."""
+    if shares_process and resolved.device == "cuda" and meeting is None:
+        raise ConfigError("on cuda several ranks (tp_size) need a core in a process of its own", field="inprocess")
+    from headrace.core.rank_node import meet_nodes
+    from headrace.ipc.rank_spawn import start_children
+
+    if meeting is None and resolved.engine.nnodes > 1:
+        meeting = meet_nodes(resolved)
+    num_here = resolved.num_ranks // (meeting.num_guests + 1 if meeting is not None else 1)
+    try:
+        children = start_children(num_here, shares_process=shares_process)
+    except BaseException:
+        if meeting is not None:
+            meeting.close()
+        raise
+    from headrace.core.rank_start import start_ranks
+    from headrace.runner import build_runner
+
+    def build(mesh: Mesh) -> Runner | DeviceRunner:
+        return build_runner(resolved, LoadProgress(), shares_process=shares_process, mesh=mesh)
+
+    return start_ranks(resolved, build, children, shares_process=shares_process, meeting=meeting)
 
 
 class LoadProgress:

@@ -20,6 +20,7 @@ from headrace.core.rank_executor import RankExecutor
 from headrace.core.rank_start import start_ranks
 from headrace.core.service import DEVICE_LOST_EXIT_CODE, run_core
 from headrace.ipc import SharedBuffer
+from headrace.ipc.rank_spawn import start_children
 from headrace.parallel import Mesh
 from headrace.runner import Runner, build_runner
 from headrace.types.errors import DeviceLostError
@@ -424,4 +425,4 @@ def test_a_start_that_fails_tells_why_whatever_its_device_says_then(
 
     monkeypatch.setattr(rank_start, "_await_ready", lose)
     with pytest.raises(DeviceLostError, match="rank 1 is gone"):
-        start_ranks(resolved, build, shares_process=True)
+        start_ranks(resolved, build, start_children(2, shares_process=True), shares_process=True)
