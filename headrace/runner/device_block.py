@@ -1,12 +1,17 @@
-"""A block of a CUDA device's memory that can be given back to the driver while its address stays.
+"""A block of a CUDA device's memory that can be given back to the driver, or be exchanged, while its address stays.
 
 Owns the calls of the driver's virtual memory interface: an address range is reserved once, and physical memory is
 mapped into it, unmapped and mapped again. What was captured with those addresses stays valid. Knows no tags.
+
+A block that has a twin has two memories, each mapped beside it at an address of its own, for good; its own addresses
+show one of them. So an exchange maps once, and nothing is to be mapped before the next. Each range holds a handle of
+what is mapped there: a memory is the driver's again when the last of them has let go.
 """
 
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,12 +57,17 @@ class DeviceBlock:
     as long as the last tensor over it. Raises `torch.OutOfMemoryError`."""
 
     def __init__(self, num_bytes: int, device: torch.device, driver: Any = None) -> None:
-        self._range = AddressRange(max(1, num_bytes), device.index or 0, driver or cuda_driver())
+        self._new_range = partial(AddressRange, max(1, num_bytes), device.index or 0, driver or cuda_driver())
+        self._num_bytes, self._device = num_bytes, device
+        self._beside: list[AddressRange] = []  # of the twin, and of what the block shows
+        self._range = self._new_range()
         self._range.map()
-        self.bytes = torch.as_tensor(self._range, dtype=torch.uint8, device=device)[:num_bytes].zero_()
+        self.bytes = self._bytes_at(self._range).zero_()
 
     def release(self) -> None:
-        """Give the memory back to the driver: nothing on the device may use it any more. Idempotent."""
+        """Give the memory back to the driver, also the twin's: nothing on the device may use it any more.
+        Idempotent."""
+        self.drop_twin()
         self._range.unmap()
 
     def resume(self) -> None:
@@ -65,13 +75,54 @@ class DeviceBlock:
         self._range.map()
         self.bytes.zero_()
 
+    @property
+    def has_twin(self) -> bool:
+        """As much memory again is taken."""
+        return bool(self._beside)
+
+    def twin(self) -> torch.Tensor:
+        """The bytes of the twin, of whatever values; it is taken if there is none. Raises `torch.OutOfMemoryError`;
+        nothing is taken then."""
+        if not self._beside:
+            twin, own = self._new_range(), self._new_range()
+            try:
+                twin.map()
+                own.show(self._range)
+            except BaseException:
+                for each in (own, twin):
+                    each.unmap()
+                raise
+            self._beside = [twin, own]
+        return self._bytes_at(self._beside[0])
+
+    def exchange(self) -> None:
+        """The block holds what the twin held, and the other way round: nothing on the device may be at work on either.
+
+        No memory is taken or given back. A failure is the device's end, as tensors and graphs have no memory then: a
+        `RuntimeError` that says so.
+        """
+        try:
+            self._range.show(self._beside[0])
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError("CUDA driver error 2: a block is not mapped any more") from error
+        self._beside.reverse()
+
+    def drop_twin(self) -> None:
+        """Give its memory back. Idempotent."""
+        for each in self._beside:
+            each.unmap()
+        self._beside = []
+
+    def _bytes_at(self, place: AddressRange) -> torch.Tensor:
+        return torch.as_tensor(place, dtype=torch.uint8, device=self._device)[: self._num_bytes]
+
 
 class AddressRange:
     """Addresses of a device, with memory behind them or without. What torch makes of it keeps it alive."""
 
     def __init__(self, num_bytes: int, device: int, driver: Any) -> None:
         self._driver = driver
-        self._is_mapped = False
+        self._handle: ctypes.c_uint64 | None = None  # of the memory that is mapped here, as long as it is
         self._address = ctypes.c_uint64(0)
         location = _Location(_ON_DEVICE, device)
         self._properties = _Properties(type=_PINNED, location=location)
@@ -88,26 +139,41 @@ class AddressRange:
         return array_interface(self._address.value, self._size.value)
 
     def map(self) -> None:
-        if self._is_mapped:
+        """Take memory, unless some is mapped here."""
+        if self._handle is not None:
             return
-        handle, size, none = ctypes.c_uint64(0), self._size, ctypes.c_uint64(0)
-        self._call("cuMemCreate", ctypes.byref(handle), size, ctypes.byref(self._properties), none)
+        handle, properties = ctypes.c_uint64(0), ctypes.byref(self._properties)
+        self._call("cuMemCreate", ctypes.byref(handle), self._size, properties, ctypes.c_uint64(0))
+        self._map(handle)
+
+    def show(self, other: AddressRange) -> None:
+        """Map what is mapped there, which is of the same size, in place of what is mapped here."""
+        handle = ctypes.c_uint64(0)
+        self._call("cuMemRetainAllocationHandle", ctypes.byref(handle), other._address)
+        self._map(handle)
+
+    def _map(self, handle: ctypes.c_uint64) -> None:
         try:
-            self._call("cuMemMap", self._address, size, ctypes.c_size_t(0), handle, none)
-        finally:
-            self._call("cuMemRelease", handle)  # what is mapped lives until it is unmapped
-        self._is_mapped = True
-        self._call("cuMemSetAccess", self._address, size, ctypes.byref(self._access), ctypes.c_size_t(1))
+            self.unmap()
+            self._call("cuMemMap", self._address, self._size, ctypes.c_size_t(0), handle, ctypes.c_uint64(0))
+        except BaseException:
+            self._call("cuMemRelease", handle)
+            raise
+        self._handle = handle
+        self._call("cuMemSetAccess", self._address, self._size, ctypes.byref(self._access), ctypes.c_size_t(1))
 
     def unmap(self) -> None:
-        if self._is_mapped:
+        """Let go of the memory that is mapped here. Idempotent."""
+        if self._handle is not None:
             self._call("cuMemUnmap", self._address, self._size)
-            self._is_mapped = False
+            handle, self._handle = self._handle, None
+            self._call("cuMemRelease", handle)
 
     def __del__(self) -> None:
         if self._address.value:  # nobody is left who could be told of a failure
-            if self._is_mapped:
+            if self._handle is not None:
                 self._driver.cuMemUnmap(self._address, self._size)
+                self._driver.cuMemRelease(self._handle)
             self._driver.cuMemAddressFree(self._address, self._size)
 
     def _call(self, name: str, *arguments: Any) -> None:

@@ -82,12 +82,12 @@ class DeviceRunner:
         self._probed = torch.zeros(1, dtype=torch.int32, device=device)
         self._compiled = CompileCounter()
         self._counter = GemmCounter()
-        self.memory = Occupation(device, is_saver=resolved.engine.memory_saver)
+        self.memory = Occupation(device, is_saver=resolved.engine.memory_saver, shares_process=shares_process)
         self.weights = WeightStore(
             checked_weight_map(resolved, shard),
             dtype,
             device,
-            allocate=partial(self.memory.allocate, "weights"),
+            allocate=self.memory.parameters,
             check_finite=resolved.engine.check_finite,
         )
         self.memory.reload = load_weights(self.weights, resolved, on_progress, shard)
@@ -116,7 +116,9 @@ class DeviceRunner:
         return self._steps.launch(plan)
 
     def probe(self) -> None:
-        """Have the device do the least thing there is, without an allocation. Raises what it answers if it cannot."""
+        """Have the device do the least thing there is, without an allocation. Raises what it answers if it cannot. What
+        failed may have lacked memory: what is kept for the next update is given back."""
+        self.memory.let_twins_go()
         self._probed.add_(1)
         self._synchronize()
 

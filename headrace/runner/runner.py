@@ -69,12 +69,12 @@ class Runner:
         self._mesh = mesh
         self.resolved = resolved
         self._counter = GemmCounter()
-        self.memory = Occupation(device, is_saver=engine.memory_saver)
+        self.memory = Occupation(device, is_saver=engine.memory_saver, shares_process=shares_process)
         self.weights = WeightStore(
             checked_weight_map(resolved, shard),
             dtype,
             device,
-            allocate=partial(self.memory.allocate, "weights"),
+            allocate=self.memory.parameters,
             check_finite=engine.check_finite,
         )
         self._exact = ExactProducts(device, is_shared=shares_process)
@@ -141,7 +141,9 @@ class Runner:
             step.result = self._finish(step, patch)
 
     def probe(self) -> None:
-        """Nothing to ask: a CPU that runs this works."""
+        """Nothing to ask: a CPU that runs this works. What failed may have lacked memory: what is kept for the next
+        update is given back."""
+        self.memory.let_twins_go()
 
     def close(self) -> None:
         """Give the weights back; the pool goes with the runner."""

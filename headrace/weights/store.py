@@ -8,7 +8,7 @@ through one `WeightMap`. Must not know states, versions, deadlines or requests (
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 
 import torch
@@ -25,6 +25,7 @@ from headrace.weights.memory import Copies, ResolvedMode, StageBuffer, StagePiec
 from headrace.weights.open_plan import OpenPlan
 from headrace.weights.position_sum import DIGEST_LENGTH, PositionKeys, PositionSum
 from headrace.weights.region import Region
+from headrace.weights.shadow import Memories, ShadowMemory, Twin, memory_left
 from headrace.weights.stage_buffers import DeviceBuffers
 from headrace.weights.staging import (
     TORCH_DTYPES,
@@ -39,15 +40,12 @@ from headrace.weights.staging import (
     not_finite,
     source_of,
 )
-from headrace.weights.transaction import Memories, Transaction, memory_beside, memory_left
+from headrace.weights.transaction import Transaction
 from headrace.weights.weight_map import FLOAT_DTYPES, ManifestPlan, WeightMap, WeightRule
 from headrace.weights.whole_models import fill_initial, fill_normal, load_checkpoint
 
-Allocate = Callable[[Sequence[tuple[tuple[int, ...], torch.dtype]]], list[torch.Tensor]]
-"""Tensors of these shapes and dtypes, all at once."""
-
-SHADOW_HEADROOM_BYTES = 256 << 20
-"""Memory that must stay free beside the shadow buffers, for activations and the producer."""
+Allocate = Callable[[Sequence[tuple[tuple[int, ...], torch.dtype]]], tuple[list[torch.Tensor], Twin | None]]
+"""Tensors of these shapes and dtypes, all at once, and their twin where they may have one."""
 
 
 class WeightStore:
@@ -75,14 +73,15 @@ class WeightStore:
         self.device = device
         specs = (*weight_map.params.values(), *(each.parameter for each in weight_map.derived))
         shapes = [(spec.shape, TORCH_DTYPES.get(spec.dtype, dtype)) for spec in specs]
-        tensors = allocate(shapes) if allocate else [torch.empty(s, dtype=d, device=device) for s, d in shapes]
+        made = allocate(shapes) if allocate else ([torch.empty(s, dtype=d, device=device) for s, d in shapes], None)
+        tensors, twin = made
         self.live: dict[str, torch.Tensor] = {spec.name: each for spec, each in zip(specs, tensors, strict=True)}
-        self._zero_padding()
+        self._zero_padding(self.live)
         self._regions: dict[str, Region] = {}
         self._plan: ManifestPlan | None = None
         self._parts: OpenPlan | None = None
         self._check_finite = check_finite
-        self._memory = memory or memory_left(device)
+        self._shadow = ShadowMemory(self.live, twin, memory or memory_left(device))
         self._transaction: Transaction | None = None
         self._side = SideStream(device)
         self._buffers = DeviceBuffers(device, self._side.settle) if device.type == "cuda" else None
@@ -93,6 +92,7 @@ class WeightStore:
         self._transaction = None
         if self._buffers is not None:
             self._buffers.end()
+        self._shadow.end()
         self._regions.clear()
         self.live.clear()
 
@@ -121,7 +121,7 @@ class WeightStore:
         self._require_no_update()
         names = self.weight_map.of_parameters()
         yield from load_checkpoint(names, self._parameter, source, check_finite=self._check_finite)
-        self._zero_padding()
+        self._zero_padding(self.live)
         self._derive()
 
     def scramble(self, seed: int) -> None:
@@ -142,7 +142,8 @@ class WeightStore:
         plan = self._plan
         if plan is None or plan.partial != partial or plan.given != tuple(manifest):
             plan = self._plan = self.weight_map.plan(manifest, partial)
-        shadow = self._shadow(mode, plan.rules)
+        self._open_shadow(mode, partial)
+        shadow = self._shadows(mode, plan.rules)
         self._transaction = self._new_transaction("inplace" if shadow is None else "shadow")
         self._transaction.add(plan, shadow)
         self._side.begin()
@@ -153,9 +154,10 @@ class WeightStore:
         the whole model counts. Raises as `begin`."""
         self._check_begin(mode)
         num_bytes = sum(self.live[name].nbytes for name in self.weight_map.params)
-        has_room = mode != "inplace" and num_bytes + SHADOW_HEADROOM_BYTES <= self._memory()
+        self._open_shadow(mode, partial)
+        has_room = mode != "inplace" and self._shadow.has_room(num_bytes)
         if mode == "shadow" and not (has_room or partial):
-            raise self._no_room(num_bytes)
+            raise self._shadow.no_room(num_bytes)
         if self._parts is None or self._parts.partial != partial:
             self._parts = OpenPlan(self.weight_map, partial)
         self._parts.restart()
@@ -170,7 +172,7 @@ class WeightStore:
         """
         transaction, parts = self._require_parts()
         plan = parts.plan(manifest)
-        shadow = self._shadow(transaction.mode, plan.rules)
+        shadow = self._shadows(transaction.mode, plan.rules)
         parts.take()
         transaction.add(plan, shadow)
         self._side.begin()
@@ -195,22 +197,16 @@ class WeightStore:
         if mode not in ("auto", "shadow", "inplace"):
             raise WeightUpdateError(f"mode must be auto, shadow or inplace, got {mode!r}", field="mode")
 
-    def _shadow(self, mode: UpdateMode, rules: Sequence[WeightRule]) -> Memories | None:
+    def _open_shadow(self, mode: UpdateMode, partial: bool) -> None:
+        if mode != "inplace" and (beside := self._shadow.open(partial=partial)):
+            with self._side.enqueuing():  # all else of them the update brings, or it is derived
+                self._zero_padding(beside)
+
+    def _shadows(self, mode: UpdateMode, rules: Sequence[WeightRule]) -> Memories | None:
         """Memory beside the live weights; None: the update writes in place."""
         if mode == "inplace":
             return None
-        live = {rule.hf_name: self._region(rule.hf_name).memories for rule in rules}
-        num_bytes = sum(memory.nbytes for memories in live.values() for memory in memories)
-        shadow = memory_beside(live) if num_bytes + SHADOW_HEADROOM_BYTES <= self._memory() else None
-        if shadow is not None:
-            return shadow
-        if mode == "shadow":
-            raise self._no_room(num_bytes)
-        return None
-
-    def _no_room(self, num_bytes: int) -> WeightUpdateError:
-        message = f"shadow needs {num_bytes} bytes and headroom, {self._memory()} are available; use inplace"
-        return WeightUpdateError(message, field="mode")
+        return self._shadow.memories(rules, lambda name: self._region(name).memories, is_needed=mode == "shadow")
 
     def stage(self, index: int, data: memoryview | TensorData, start: int | None = None) -> StageWork:
         """The work of moving manifest entry `index` into place; nothing is written before `advance`.
@@ -341,9 +337,11 @@ class WeightStore:
     def commit(self) -> Enqueued:
         """Make what was staged live; then the update is over. One that fails half-way leaves a mix, and is open."""
         transaction = self._require_update()
-        for name, memories in transaction.shadow.items():
-            for live, staged in zip(self._region(name).memories, memories, strict=True):
-                live.copy_(staged)
+        self._side.settle()
+        if not self._shadow.exchange():
+            for name, memories in transaction.shadow.items():
+                for live, staged in zip(self._region(name).memories, memories, strict=True):
+                    live.copy_(staged)
         self._derive()
         return Enqueued(self.device, self.abort)
 
@@ -353,6 +351,7 @@ class WeightStore:
         self._side.settle()  # copies that are under way write to what is given back here
         transaction.is_open = False
         transaction.shadow.clear()
+        self._shadow.close()
         self._transaction = None
         if self._buffers is not None:
             self._buffers.close()
@@ -429,10 +428,10 @@ class WeightStore:
             raise NotFoundError(f"{name} is not a parameter of rank {rank}", field="name")
         return Region.of_memory(name, self.live[name])
 
-    def _zero_padding(self) -> None:
+    def _zero_padding(self, parameters: Mapping[str, torch.Tensor]) -> None:
         for name, spec in self.weight_map.params.items():
             for box in spec.padding:
-                self.live[name][box.slices].zero_()
+                parameters[name][box.slices].zero_()
 
     def _require_no_update(self) -> None:
         if self._transaction:

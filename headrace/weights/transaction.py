@@ -3,12 +3,8 @@ Must not know which memory is live, or what is staged (`headrace.weights.session
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
-import torch
-
-from headrace.config.machine import available_memory
 from headrace.types.errors import UpdateConflictError, WeightUpdateError
 from headrace.types.weights import TensorInfo
 from headrace.weights.device_staging import WholeTarget
@@ -16,13 +12,9 @@ from headrace.weights.memory import ResolvedMode, StagePiece
 from headrace.weights.open_plan import OpenPlan
 from headrace.weights.position_sum import DIGEST_LENGTH, digest_of
 from headrace.weights.region import Region
+from headrace.weights.shadow import Memories
 from headrace.weights.staging import TORCH_DTYPES, Arrival, dtype_name, not_finite
 from headrace.weights.weight_map import ManifestPlan
-
-logger = logging.getLogger(__name__)
-
-Memories = dict[str, list[torch.Tensor]]
-"""By tensor, memory for each of its pieces, of the shape of the piece's target."""
 
 
 class Transaction:
@@ -114,28 +106,3 @@ def check_digest(info: TensorInfo, digest: str) -> None:
     if info.digest and digest != info.digest:
         message = f"{info.name} arrived with digest {digest}, the manifest says {info.digest}"
         raise WeightUpdateError(message, field=info.name)
-
-
-def memory_beside(live: Mapping[str, Sequence[torch.Tensor]]) -> Memories | None:
-    """Memory for as much as each of these holds; None where there is no room for it after all."""
-    try:
-        return {
-            name: [torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in memories]
-            for name, memories in live.items()
-        }
-    except torch.OutOfMemoryError:  # what the allocator keeps for graphs looks free, and is in pieces
-        logger.warning("the weights of %d tensors found no room beside the live ones", len(live))
-    torch.cuda.empty_cache()  # of what was had before that
-    return None
-
-
-def memory_left(device: torch.device) -> Callable[[], int]:
-    """How many bytes may be taken on a device: also what the allocator keeps but nobody uses."""
-    if device.type == "cpu":
-        return available_memory
-
-    def left() -> int:
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + unused
-
-    return left

@@ -10,7 +10,7 @@ import torch
 from headrace.types.errors import HeadraceError, UpdateConflictError, WeightUpdateError
 from headrace.types.weights import TensorInfo, UpdateMode
 from headrace.weights.open_plan import OpenPlan
-from headrace.weights.store import SHADOW_HEADROOM_BYTES
+from headrace.weights.shadow import SHADOW_HEADROOM_BYTES
 from headrace.weights.weight_map import ParamSpec, WeightMap, whole_rows
 from tests.weights import test_experts
 from tests.weights.tiny import (
@@ -231,11 +231,11 @@ def test_a_part_that_finds_no_room_is_refused_and_may_come_again(monkeypatch: py
     store.begin_open("shadow", False)
     names = list(tensors)
     stage_bucket(store, tensors, names[:5])
-    left = store._memory
-    monkeypatch.setattr(store, "_memory", lambda: 0)
+    left = store._shadow._left
+    monkeypatch.setattr(store._shadow, "_left", lambda: 0)
     with pytest.raises(WeightUpdateError, match="shadow needs"):
         stage_bucket(store, tensors, names[5:])
-    monkeypatch.setattr(store, "_memory", left)
+    monkeypatch.setattr(store._shadow, "_left", left)
     assert stage_bucket(store, tensors, names[5:]) == 0
     store.commit()
     assert store.digest() == make_store(weight_map, tensors).digest()

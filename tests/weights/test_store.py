@@ -14,8 +14,9 @@ from headrace.types.errors import CheckpointError, NotFoundError, UpdateConflict
 from headrace.types.weights import TensorInfo, UpdateMode
 from headrace.weights.boxes import Box
 from headrace.weights.position_sum import PositionKeys, position_digest
+from headrace.weights.shadow import SHADOW_HEADROOM_BYTES
 from headrace.weights.staging import BLOCK_BYTES
-from headrace.weights.store import SHADOW_HEADROOM_BYTES, WeightStore
+from headrace.weights.store import WeightStore
 from headrace.weights.weight_map import Derived, ParamSpec, WeightMap, whole_rows
 from tests.weights.tiny import (
     LAYOUTS,
