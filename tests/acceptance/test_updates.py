@@ -105,7 +105,7 @@ class background_load:
         assert not self._thread.is_alive() and len(self.results) == 8
 
 
-@pytest.mark.parametrize(("num_ranks", "length"), [(1, 480), (2, 240)])
+@pytest.mark.parametrize(("num_ranks", "length"), [(1, 240), (2, 160)])
 def test_spans_of_requests_that_cross_three_updates_each(
     engine_on: Callable[..., Engine], num_ranks: int, length: int
 ) -> None:
