@@ -20,7 +20,7 @@ from tests.acceptance.test_parity import VARIANTS
 from tests.acceptance.test_updates import manifest_of
 from tests.parity.models import make_model
 
-GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0.0, max_new_tokens=4, ignore_eos=True)
 PROMPTS = [[7, 8, 9, 10, 11, 12, 13, 14, 15], [30, 31, 32, 33, 34, 35, 36, 37]]
 OLD, NEW = (named_tensors(tiny_model(seed)) for seed in (0, 1))
 RANKS: dict[str, Any] = {"tp_size": 2, "device": "cpu"}
