@@ -121,13 +121,16 @@ def test_the_digests_of_ranks_add_up_to_that_of_one(num_ranks: int, monkeypatch:
 
 
 def _added(stores: list[WeightStore]) -> dict[str, str]:
-    found = [store.digest() for store in stores]
+    return _sums([store.digest() for store in stores])
+
+
+def _sums(found: list[dict[str, str]]) -> dict[str, str]:
     return {name: add_digests(*(digests[name] for digests in found)) for name in found[0]}
 
 
 def check_that_every_copy_counts(stores: list[WeightStore], whole: dict[str, str]) -> None:
     """A bit that is wrong on one rank alone shows in the sum, and in what that rank holds, whoever counts it."""
-    chance = random.Random(len(stores))
+    chance, clean = random.Random(len(stores)), [store.digest() for store in stores]
     held = [dict(filter(None, store.digest_in_slices(0))) for store in stores]
     if len(stores) > 1:
         assert all(each["model.norm.weight"] == whole["model.norm.weight"] for each in held)
@@ -141,7 +144,8 @@ def check_that_every_copy_counts(stores: list[WeightStore], whole: dict[str, str
             assert units.data_ptr() == store.live[piece.param][piece.target.slices].data_ptr(), "no copy"
             at, bit = chance.randrange(len(units)), chance.randrange(15)
             units[at] ^= 1 << bit
-            now, now_held = _added(stores), dict(filter(None, store.digest_in_slices(0)))
+            now = _sums([*clean[:rank], store.digest(), *clean[rank + 1 :]])
+            now_held = dict(filter(None, store.digest_in_slices(0)))
             assert [each for each in whole if now[each] != whole[each]] == [name]
             assert [each for each in whole if now_held[each] != held[rank][each]] == [name]
             units[at] ^= 1 << bit
