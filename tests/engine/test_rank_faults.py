@@ -169,7 +169,8 @@ from tests.engine.builders import SETTINGS
 from tests.engine.test_ranks import rank_pids
 from tests.engine.test_restart import pid_of
 if __name__ == "__main__":
-    engine = Engine(sys.argv[1], tp_size=2, device="cpu", inprocess=sys.argv[2] == "True", skip_tokenizer_init=True, **SETTINGS)
+    settings = {**SETTINGS, "tp_size": 2, "device": "cpu", "skip_tokenizer_init": True}
+    engine = Engine(sys.argv[1], inprocess=sys.argv[2] == "True", **settings)
     print(pid_of(engine), *rank_pids(engine), flush=True)
     time.sleep(600)
 """

@@ -58,7 +58,7 @@ def start_ranks(num_ranks: int, body: Body, *args: Any, backend: str = "gloo") -
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     context: Any = multiprocessing.get_context("spawn" if "nccl" in backend else "forkserver")  # CUDA minds forks
-    context.set_forkserver_preload(["tests.rl.verl_bodies", "tests.engine.rank_group_bodies"])  # loaded once, with torch
+    context.set_forkserver_preload(["tests.rl.verl_bodies", "tests.engine.rank_group_bodies"])  # with torch, once
     processes, answers = [], []
     for rank in range(num_ranks):
         ours, theirs = context.Pipe()
