@@ -104,9 +104,11 @@ def test_any_changed_or_swapped_element_shows() -> None:
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
 def test_the_digests_of_ranks_add_up_to_that_of_one(num_ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model("qwen3", num_attention_heads=12, num_key_value_heads=2 if num_ranks != 3 else 1, vocab_size=103)
+    sizes: dict[str, int] = {"num_attention_heads": 12, "num_hidden_layers": 1}
     if num_ranks == 3:
-        model = make_model("qwen3", num_attention_heads=12, num_key_value_heads=1, intermediate_size=96)
+        model = make_model("qwen3", num_key_value_heads=1, intermediate_size=96, **sizes)
+    else:
+        model = make_model("qwen3", num_key_value_heads=2, vocab_size=103, **sizes)
     spec = ModelSpec.from_config(model.config.to_dict() | {"architectures": [type(model).__name__]})
     stores = []
     for rank in range(num_ranks):
