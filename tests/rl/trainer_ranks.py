@@ -16,7 +16,7 @@ from torch import distributed
 
 SECONDS = 120.0
 FAMILIES = ("qwen2", "qwen3", "qwen3_moe")
-PRELOADED = ["tests.rl.verl_bodies", "tests.rl.rank_scenarios"]
+PRELOADED = ["tests.rl.verl_bodies", "tests.rl.rank_scenarios", "tests.engine.rank_group_bodies"]
 PRELOADED += [f"transformers.models.{family}.modeling_{family}" for family in FAMILIES]
 """What all processes would load, and so only one does."""
 
