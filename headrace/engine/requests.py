@@ -69,6 +69,8 @@ class GenerateOptions(TypedDict, total=False):
     clip_to_context          cut `max_new_tokens` to what the context has room for, instead of refusing (False)
     return_errors            an error of one prompt or sample is its own `Generation` with finish reason "error" and
                              `error`, and the others go on (False: the call raises it, and they are dropped)
+    progress                 show on a terminal how many sequences have ended, where there are many and they take a
+                             while (True). Only `generate` and `score` of an engine in this process do
     """
 
     request_id: str | Sequence[str] | None
@@ -84,6 +86,7 @@ class GenerateOptions(TypedDict, total=False):
     num_output_ids_in_prompt: int | Sequence[int]
     clip_to_context: bool
     return_errors: bool
+    progress: bool
 
 
 class CallArguments(NamedTuple):
@@ -164,6 +167,7 @@ class RequestBuilder:
                 raise RequestError(message, field=name)
         field, given = sources(call.prompts, call.input_ids)
         returns_errors = as_flag(options.get("return_errors", False), "return_errors")
+        as_flag(options.get("progress", True), "progress")
         refusals: dict[int, RequestError] = {}
         params = params_list(call.sampling_params, len(given), refusals if returns_errors else None)
         params = scoring(params) if call.scores else params

@@ -222,26 +222,28 @@ def all_or_none(streams: Iterable[Stream]) -> Iterator[None]:
         undoing.pop_all()
 
 
-async def whole_samples(streams: Sequence[Stream]) -> list[Generation]:
-    """The finished samples, in the order of `streams`; the first error raises.
+async def whole_samples(streams: Sequence[Stream], note_end: Callable[[], None] | None = None) -> list[Generation]:
+    """The finished samples, in the order of `streams`; the first error raises. `note_end` is called for each.
 
     Each is made as soon as it ends, while others still run: made at the end, all of them keep the caller waiting.
     """
     ended = asyncio.Queue[Stream]()
 
-    def note_end(stream: Stream) -> None:
+    def listen(stream: Stream) -> None:
         if stream.is_done:
             ended.put_nowait(stream)
 
     for stream in streams:
-        stream.listener = note_end
-        note_end(stream)
+        stream.listener = listen
+        listen(stream)
     found: dict[Stream, Generation] = {}
     turn = Turn()
     while len(found) < len(streams):
         await turn.give_way()
         stream = await ended.get()
         found[stream] = await stream.result()
+        if note_end is not None:
+            note_end()
     return [found[stream] for stream in streams]
 
 
