@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from headrace.engine import saving
 from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, folder_of, terms_of
-from headrace.engine.update_log import log_update
+from headrace.engine.update_log import note_update
 from headrace.types.messages import UpdateFromDisk
 from headrace.types.plain_values import as_flag
 from headrace.types.weights import InFlight, UpdateMode, UpdateReport
@@ -43,5 +43,5 @@ async def update_weights_from_disk(
         UpdateReport,
         terms.timeout_s,
     )
-    log_update(report, ["a folder"], time.monotonic() - since)
+    note_update(report, ["a folder"], time.monotonic() - since, self.runtime.latencies)
     return report

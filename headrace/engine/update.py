@@ -23,6 +23,7 @@ from headrace.engine.client import CoreClient
 from headrace.engine.control import UpdateTerms
 from headrace.engine.device_export import DeviceExport
 from headrace.engine.device_road import DeviceRoad
+from headrace.engine.latencies import Latencies
 from headrace.engine.memory_copy import CopyingThreads
 from headrace.engine.tensors import (
     DeviceBytes,
@@ -33,20 +34,13 @@ from headrace.engine.tensors import (
     describe,
     named_pairs,
 )
-from headrace.engine.update_log import log_update
+from headrace.engine.update_log import note_update
 from headrace.engine.update_session import UpdateSession, check_session
 from headrace.engine.upload_buffers import BufferPool, Fill, Filling, HostMemory, UploadBuffer, in_parts
 from headrace.types.errors import DeadlineError, HeadraceError, InternalError, UnavailableError, WeightUpdateError
 from headrace.types.foreign import Payload
 from headrace.types.http import TensorPiece
-from headrace.types.messages import (
-    AbortUpdate,
-    BeginUpdate,
-    CommitUpdate,
-    ExtendUpdate,
-    Stage,
-    StagePayload,
-)
+from headrace.types.messages import AbortUpdate, BeginUpdate, CommitUpdate, ExtendUpdate, Stage, StagePayload
 from headrace.types.weights import (
     BufferEntry,
     BufferRef,
@@ -74,6 +68,7 @@ class Updater:
         self,
         client: CoreClient,
         loop: asyncio.AbstractEventLoop,
+        latencies: Latencies,
         *,
         shares_process: bool,
         dtype: str = "",
@@ -83,6 +78,7 @@ class Updater:
         self._dtype, self._num_ranks = dtype, num_ranks
         self._client = client
         self._loop = loop
+        self._latencies = latencies
         self._threads = CopyingThreads()
         self._host = BufferPool(HostMemory, BUFFER_BYTES)
         self._road = DeviceRoad(client, shares_process=shares_process)
@@ -129,7 +125,7 @@ class Updater:
         report = await self._client.change_for_good(
             lambda call_id: CommitUpdate(call_id, session.session_id, version=version), UpdateReport
         )
-        log_update(report, session.roads, time.monotonic() - session.begun_at)
+        note_update(report, session.roads, time.monotonic() - session.begun_at, self._latencies)
         return report
 
     async def abort(self, session: UpdateSession | None) -> None:

@@ -7,13 +7,16 @@ from collections.abc import Iterable
 
 import msgspec
 
+from headrace.engine.latencies import Latencies
 from headrace.types.weights import UpdateReport
 
 logger = logging.getLogger(__name__)
 
 
-def log_update(report: UpdateReport, roads: Iterable[str], seconds: float) -> None:
-    """Say that new weights are live, `seconds` after the update was begun; `roads` are the ways by which they came."""
+def note_update(report: UpdateReport, roads: Iterable[str], seconds: float, latencies: Latencies) -> None:
+    """Say that new weights are live, `seconds` after the update was begun; `roads` are the ways by which they came. Its
+    pause counts among the `latencies`."""
+    latencies.note_pause(report.pause_ms / 1e3)
     road = " and ".join(sorted(roads))
     aborted = f", {report.num_aborted} requests aborted" if report.num_aborted else ""
     logger.info(

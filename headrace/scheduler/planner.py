@@ -7,6 +7,8 @@ alone it fits the pool, which `read_prompt` made sure of. The planner keeps no s
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from headrace.cache import Match, Namespace
@@ -25,8 +27,9 @@ from headrace.types.request import Int32Array
 class StepPlanner:
     """Plans steps for the sequences of a roster."""
 
-    def __init__(self, roster: Roster, limits: SchedulerLimits, counters: Counters) -> None:
+    def __init__(self, roster: Roster, limits: SchedulerLimits, counters: Counters, clock: Callable[[], float]) -> None:
         self._roster = roster
+        self._clock = clock
         self._limits = limits
         self._counters = counters
         self._grouped: tuple[int, IndexArray, Int32Array] = (-1, np.empty(0, dtype=np.int64), NO_GROUPS)
@@ -203,6 +206,7 @@ class StepPlanner:
         if num_hit:
             builder.add_page_run(slot, 0, self._roster.leases.pages[slot, : match.num_pages].copy())
         if is_new:
+            sequence.started = self._clock()
             sequence.num_cached_tokens = num_hit
             counters.num_prompt_tokens += sequence.num_prompt
             counters.num_cached_tokens += num_hit

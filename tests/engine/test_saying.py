@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from headrace import Engine, RequestError
-from headrace.engine.update_log import log_update
+from headrace import Engine, Generation, RequestError
+from headrace.engine.latencies import Latencies
+from headrace.engine.update_log import note_update
 from headrace.engine.work_log import INTERVAL_SECONDS, WorkLog
 from headrace.telemetry import LogContext, configure_logging
 from headrace.types.messages import CoreStatus
 from headrace.types.weights import UpdateReport
-from tests.engine.builders import model_of, named_tensors, save_model
+from tests.engine.builders import VOCAB_SIZE, model_of, named_tensors, save_model
 from tests.telemetry.terminal import terminal
 
 
@@ -45,6 +48,28 @@ def test_an_engine_without_progress_draws_nothing(start: Callable[..., Engine]) 
     with terminal() as screen:
         start(progress=False).generate(input_ids=[[5, 6]] * 6, sampling_params={"max_new_tokens": 4})
         assert screen.text == ""
+
+
+def test_a_sample_says_when_it_was_queued_started_and_ended(start: Callable[..., Engine]) -> None:
+    engine, before = start(progress=False, max_running_requests=1), time.time()
+    params = {"max_new_tokens": 8, "ignore_eos": True, "seed": 3}
+    first, second = engine.generate(input_ids=[[5, 6]] * 2, sampling_params=params)
+    assert first.times is not None and second.times is not None
+    for times in (first.times, second.times):
+        assert before - 0.1 <= times.queued <= times.started <= times.first_token <= times.ended <= time.time() + 0.1
+    assert second.times.started >= first.times.first_token  # there was one slot
+    pieces = list(engine.stream(input_ids=[5, 6], sampling_params=params))
+    assert [piece.times for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+    assert pieces[-1].times is not None and pieces[-1].times.first_token < pieces[-1].times.ended
+    (stopped,) = engine.generate(input_ids=[5, 6], sampling_params={**params, "stop": [first.text[1]]})
+    assert stopped.times is not None and stopped.times.first_token > 0  # the front ended it
+    scored = engine.score(input_ids=[[5, 6, 7]])[0].times
+    assert scored is not None and scored.started > 0 and scored.first_token == 0.0
+    bad, _ = engine.generate(input_ids=[[VOCAB_SIZE], [5]], sampling_params=params, return_errors=True)
+    assert bad.times is not None and (bad.times.started, bad.times.first_token) == (0.0, 0.0)
+    again = msgspec.msgpack.decode(msgspec.msgpack.encode(first), type=Generation)
+    assert again == first and msgspec.to_builtins(again.times) == msgspec.to_builtins(first.times)
+    assert msgspec.structs.replace(first, times=second.times) == first  # when it came is no part of what it is
 
 
 def status(running: int = 0, prompt: int = 0, cached: int = 0, generated: int = 0, **more: Any) -> CoreStatus:
@@ -135,7 +160,7 @@ def test_json_lines_have_what_the_words_say_as_fields() -> None:
     try:
         for as_json in (True, False):
             configure_logging(LogContext(), as_json=as_json, stream=stream)
-            log_update(UpdateReport("7", 3, 10, 1_500_000_000, "shadow", 2.5, 4), {"HTTP"}, 1.25)
+            note_update(UpdateReport("7", 3, 10, 1_500_000_000, "shadow", 2.5, 4), {"HTTP"}, 1.25, Latencies())
     finally:
         logger.handlers, logger.propagate = before[:2]
         logger.setLevel(before[2])
