@@ -15,6 +15,7 @@ import msgspec
 import pytest
 
 from headrace import Engine, Generation, RequestError
+from headrace.engine.core_host import load_tokenizer
 from headrace.engine.latencies import Latencies
 from headrace.engine.update_log import note_update
 from headrace.engine.work_log import INTERVAL_SECONDS, WorkLog
@@ -25,15 +26,23 @@ from tests.engine.builders import VOCAB_SIZE, model_of, named_tensors, save_mode
 from tests.telemetry.terminal import terminal
 
 
-def test_a_start_and_many_prompts_show_how_far_they_are(start: Callable[..., Engine]) -> None:
+def test_a_start_and_many_prompts_show_how_far_they_are(
+    start: Callable[..., Engine], model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with terminal() as screen:
+
+        def tokenizer_once_seen(*given: Any) -> Any:
+            """A start that lasts until what the core has told is drawn."""
+            screen.wait_for(f"{model_folder.name}: weights [")
+            return load_tokenizer(*given)
+
+        monkeypatch.setattr("headrace.engine.starting.load_tokenizer", tokenizer_once_seen)
         engine = start()
-        name = Path(engine.config.model).name
-        assert f"{name}: weights [" in screen.text
         params = {"max_new_tokens": 8, "temperature": 0.0}
         expected = engine.generate(input_ids=[[5, 6]] * 6, sampling_params=params, progress=False)
         engine.generate(input_ids=[5, 6], sampling_params=params)  # a single one
         assert "generating" not in screen.text
+        engine.slow_down(0.05)
         found = engine.generate(input_ids=[[5, 6]] * 6, sampling_params=params)
         assert [each.token_ids for each in found] == [each.token_ids for each in expected]
         screen.wait_for("/6  ")
@@ -125,7 +134,10 @@ def test_an_engine_tells_of_its_work(
     monkeypatch.setattr("headrace.engine.client.WATCH_SECONDS", 0.01)
     caplog.set_level(logging.INFO, "headrace")
     start().generate(input_ids=[[5, 6, 7]] * 4, sampling_params={"max_new_tokens": 64, "ignore_eos": True})
-    assert any(line.endswith("weights default") and "running" in line for line in caplog.messages)
+    deadline = time.monotonic() + 30
+    while not any(line.endswith("weights default") and "tokens/s in" in line for line in caplog.messages):
+        assert time.monotonic() < deadline, caplog.messages
+        time.sleep(0.01)
 
 
 def update_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
