@@ -33,7 +33,7 @@ from headrace.engine.seeds import SeedSource, sample_seed
 from headrace.scheduler.limits import MAX_PRIORITY
 from headrace.text import Tokenizer, begins_twice, encode_bounded
 from headrace.types.errors import ErrorInfo, RequestError
-from headrace.types.plain_values import as_choice, as_flag, as_integer, as_integer_array, hint
+from headrace.types.plain_values import as_choice, as_flag, as_integer, as_integer_array, hint, meant_by
 from headrace.types.request import Request, TokenSampling, check_prompt_length, pack_ids
 from headrace.types.sampling_params import (
     MAX_LOGPROB_TOKEN_IDS,
@@ -163,6 +163,8 @@ class RequestBuilder:
                 meant = hint(name, GenerateOptions.__annotations__)
                 if name in (*SamplingParams.__struct_fields__, "sampling_seed"):
                     meant = "; it belongs in sampling_params"
+                elif not meant and (found := meant_by(name, SamplingParams.__struct_fields__)):
+                    meant = f"; {found} of sampling_params is"
                 message = f"{name} is not an argument of a request{meant}"
                 raise RequestError(message, field=name)
         field, given = sources(call.prompts, call.input_ids)

@@ -35,10 +35,12 @@ class Progress(NamedTuple):
 def can_draw() -> bool:
     """Standard error is a terminal that moves its cursor, and, of processes that `torchrun` starts on it, this is the
     first: several bars would draw over each other."""
-    stream = sys.stderr
-    if stream is None or stream.closed or os.environ.get("LOCAL_RANK", "0") != "0":
+    if os.environ.get("LOCAL_RANK", "0") != "0" or os.environ.get("TERM", "dumb") == "dumb":
         return False
-    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    try:  # both: a notebook's stream has the descriptor of the terminal that its server was started on
+        return sys.stderr.isatty() and os.isatty(sys.stderr.fileno())
+    except (AttributeError, OSError, ValueError):  # it is None, closed, or somebody's object
+        return False
 
 
 class ProgressBar:
