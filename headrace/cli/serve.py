@@ -60,8 +60,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace, owner: Owner | None) -> int:
     """Serve until a signal. Every setting is checked before the model is loaded; until it is, the answer is 503."""
-    from rich.console import Console
-
     from headrace.server.listening import listen, url_of
     from headrace.server.starting import Starting
 
@@ -83,7 +81,7 @@ def _run(arguments: argparse.Namespace, owner: Owner | None) -> int:
     server_options.check_address(arguments.host)
     with listen(arguments.host, arguments.port) as listener:
         logger.debug("starting", extra={"fields": {"url": url_of(listener, arguments.host)}})
-        with Starting(listener, server_options), Console(stderr=True).status(f"loading {config.model}"):
+        with Starting(listener, server_options):
             engine = AsyncEngine(**msgspec.structs.asdict(config))
         try:
             return asyncio.run(_serve(engine, arguments.host, listener, server_options, owner))

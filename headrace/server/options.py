@@ -31,6 +31,8 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     admin_api_key_file            file that holds `admin_api_key`
     allowed_hosts                 further names by which clients may call a server without a key; "*": any name
     insecure                      allow a non-loopback address without `api_key`
+    access_log                    log every answer at info: client, method, path, status, bytes and ms, and why it was
+                                  refused if it was
     incremental_streaming_output  `/generate` streams only what is new, instead of everything so far
     weight_roots                  folders that `/update_weights_from_disk` may read besides the model's own
     save_roots                    folders, and URLs of stores, below which clients may save weights; none by default
@@ -47,6 +49,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     admin_api_key_file: str | None = None
     allowed_hosts: tuple[str, ...] = ()
     insecure: bool = False
+    access_log: bool = False
     incremental_streaming_output: bool = False
     weight_roots: tuple[str, ...] = ()
     save_roots: tuple[str, ...] = ()
