@@ -40,6 +40,7 @@ class Upstream:
         self._answer_timeout = answer_timeout
         self._idle: list[UpstreamConnection] = []
         self._busy: set[UpstreamConnection] = set()
+        self._is_closed = False
 
     @contextlib.asynccontextmanager
     async def connection(self, *, fresh: bool = False) -> AsyncIterator[UpstreamConnection]:
@@ -51,7 +52,7 @@ class Upstream:
             yield connection
         finally:
             self._busy.discard(connection)
-            if connection.may_be_used_again:
+            if connection.may_be_used_again and not self._is_closed:
                 connection.rest()
                 self._idle.append(connection)
             else:
@@ -72,7 +73,8 @@ class Upstream:
         self._drop_idle()
 
     def close(self) -> None:
-        """Close the idle connections; those in use go on."""
+        """Close the idle connections, and those in use after their answer."""
+        self._is_closed = True
         self._drop_idle()
 
     def _drop_idle(self) -> None:

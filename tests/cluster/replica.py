@@ -1,8 +1,8 @@
 """A server that stands for `headrace serve` behind a router: real sockets, no engine. `python -m tests.cluster.replica
 PORT` is one as a process.
 
-POST /generate answers with what it was sent; `{"stream": true}` sends `num_events` events. What it is told by its fields,
-or in a request's `do`, is how it fails.
+POST /generate answers with what it was sent; `{"stream": true}` sends `num_events` events. Its fields, or a request's
+`do`, say how it fails.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class FakeReplica:
             while await self._serve_one(reader, writer):
                 pass
         self._writers.discard(writer)
-        writer.close()
+        writer.transport.abort()
 
     async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")[:-2]

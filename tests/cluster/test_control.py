@@ -117,6 +117,7 @@ def test_workers_are_added_listed_and_removed() -> None:
         assert (await http.delete("/workers/replica-1")).status_code == 404
         again = await http.post("/workers", json={"url": more.url})
         assert again.json()["worker_id"] == "replica-2"
+        await found.until_healthy(1)
         await more.die()
 
     tell(story, num_replicas=1)

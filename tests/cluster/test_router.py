@@ -279,7 +279,11 @@ def test_bounds_on_what_clients_send() -> None:
         )
         assert await status(b"GET /health HTTP/1.0\r\n\r\n") == b"200"
         assert await status(post + b"content-length: 2000\r\n\r\n") == b"413"
-        assert await status(post + b"transfer-encoding: chunked\r\n\r\n7d0\r\n") == b"413"
+        chunked = post + b"transfer-encoding: chunked\r\n\r\n"
+        assert await status(chunked + b"1\r\n", b"{\r\n1\r\n}\r", b"\n0\r\n\r\n") == b"200"
+        assert await status(b"GET /health HTTP/1.0\r\n\r\n") == b"200"
+        assert await status(post + b"content-length: 2000\r\n\r\n") == b"413"
+        assert await status(chunked + b"7d0\r\n") == b"413"
         assert await status(post + b"content-length: 2\r\ntransfer-encoding: chunked\r\n\r\n") == b"400"
         assert await status(b"GET / HTTP/1.1\r\nx: " + b"y" * 70_000) == b"431"
         assert await status(b"\x16\x03\x01\r\n\r\n") == b"400"
