@@ -17,7 +17,8 @@ import msgspec
 from headrace.engine.calls import outlast
 from headrace.engine.control import UpdateTerms
 from headrace.engine.groups import load_format_of
-from headrace.engine.joined_update import JoinedUpdate, Sender
+from headrace.engine.joined_update import JoinedUpdate
+from headrace.engine.sender import Sender
 from headrace.engine.update import Updater
 from headrace.engine.update_session import UpdateSession
 from headrace.types.errors import HeadraceError, WeightUpdateError

@@ -17,7 +17,7 @@ from headrace.engine.calls import outlast
 from headrace.engine.client import CoreClient
 from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, seconds_of, terms_of_part
 from headrace.engine.fields import name_of
-from headrace.engine.joined_update import Sender
+from headrace.engine.sender import Sender
 from headrace.engine.update_session import UpdateSession, check_session
 from headrace.types.errors import HeadraceError, RequestError, encodable
 from headrace.types.messages import Discard, GroupTensor, JoinGroup, LeaveGroup, Receive

@@ -1,10 +1,10 @@
 """The implicit update of an engine: calls that bring some of its tensors each, as SGLang's weight calls do, join it.
 
-Owns which session that is, its label, whose it is, and what came of it. It is opened by the first call, and committed
-by the one after which the model lacks nothing, or where it was begun by name, when it is finished so. An error in one,
-and the session's deadline, end it, and the next call begins another. So does a call of another sender: half an update
-whose sender died is never completed by the next one. Who finishes it again hears the same, and no label is given to
-weights that it was not meant for. Must not know tensors or HTTP: the caller stages them.
+Owns which session that is, its label, and whose it is. It is opened by the first call, and committed by the one after
+which the model lacks nothing, or where it was begun by name, when it is finished so. An error in one, and the session's
+deadline, end it, and the next call begins another. So does a call of another sender (`headrace.engine.sender`): half an
+update whose sender died is never completed by the next one. Who finishes it again hears the same
+(`headrace.engine.update_outcome`). Must not know tensors or HTTP: the caller stages them.
 """
 
 from __future__ import annotations
@@ -14,19 +14,17 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
-from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from headrace.engine.client import CoreClient
 from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, UpdateTerms
-from headrace.engine.ledger import Landed
+from headrace.engine.sender import HERE, Sender, why_another
 from headrace.engine.update import Run, Updater
+from headrace.engine.update_outcome import UpdateOutcome
 from headrace.engine.update_session import UpdateSession
-from headrace.types.errors import ErrorInfo, HeadraceError, UpdateConflictError, WeightUpdateError
-from headrace.types.messages import CoreStatus, GetStatus, SetVersion
+from headrace.types.errors import HeadraceError, UpdateConflictError, WeightUpdateError
 from headrace.types.request import DEFAULT_VERSION
 from headrace.types.weights import TensorInfo, UpdateReport
 from headrace.weights.weight_map import TIED_HEAD
@@ -38,23 +36,6 @@ StagePart = Callable[[UpdateSession, Sequence[int]], Awaitable[None]]
 staged before."""
 
 Result = TypeVar("Result")
-
-
-class Sender(msgspec.Struct, frozen=True):
-    """Who brings tensors, as far as one can be told: whoever calls this engine here, a client of that `name`, a group,
-    whose one generation is another sender than the next, or of a "payload" the process that made it. An update has
-    payloads of several, and that process may not be seen from here."""
-
-    road: Literal["here", "client", "group", "payload"]
-    name: str = ""
-
-
-HERE = Sender("here")
-
-
-def _is_seen(process: str) -> bool:
-    """A process of that number lives on this host."""
-    return bool(process) and Path("/proc", process).exists()
 
 
 async def _here(coroutine: Coroutine[Any, Any, Result]) -> Result:
@@ -69,18 +50,14 @@ class JoinedUpdate:
         self._client = client
         self._joining = asyncio.Lock()
         self._session: UpdateSession | None = None
-        self._committed: UpdateSession | None = None  # the last of which the commit was asked for
         self._committing = asyncio.Lock()
-        self._outcome: UpdateReport | ErrorInfo | UpdateSession | None = None  # the last update's; a session: commits
-        self._landed_before: Landed | None = None  # the last update of any road when `_outcome` became an error
-        self._is_finished = False  # a finish was answered by `_outcome`, whose label stays
+        self._last = UpdateOutcome(client)
         self._is_begun = False  # by name, and not finished
         self._held_until = -math.inf  # while no session is open
         self._version = ""  # that a call has given
         self._sender = HERE  # of the last session's first call
         self._groups: set[str] = set()  # that have brought tensors of the session
         self._young_groups: set[str] = set()  # joined since it was opened
-        self._last: UpdateReport | None = None  # of an update without a head, which may come late
 
     async def add(
         self,
@@ -171,7 +148,8 @@ class JoinedUpdate:
         error, its deadline or `abort_update`, or if it never comes, whoever began it may be gone: then others are not
         held up by it."""
         await self.end()
-        self._is_begun, self._outcome = True, None
+        self._is_begun = True
+        self._last.begin()
         self._held_until = asyncio.get_running_loop().time() + DEFAULT_UPDATE_TIMEOUT
 
     def let_go(self) -> None:
@@ -191,41 +169,21 @@ class JoinedUpdate:
         session, was_begun, self._is_begun = self._session, self._is_begun, False
         if session is None:
             async with self._committing:  # a call that commits it has its verdict first
-                if was_begun and self._outcome is None:
-                    self._fail("nothing of it came")
-                return await self._repeat(version)
-        self._version, self._is_finished = version or self._version, True
+                if was_begun and not self._last.is_known:
+                    self._last.fail("nothing of it came")
+                return await self._last.repeat(version)
+        self._version = version or self._version
+        self._last.note_finish()
         try:
             return await self._commit(session)
         except BaseException:  # whatever it is, as in `add`
             await self._drop([session])
             raise
 
-    async def _repeat(self, version: str) -> UpdateReport:
-        """What a finish comes to that has nothing to commit."""
-        outcome = self._outcome
-        if isinstance(outcome, ErrorInfo):
-            raise outcome.to_exception()
-        status = await self._client.ask(GetStatus, CoreStatus)
-        if not isinstance(outcome, UpdateReport) or (outcome.epoch, bool(status.version)) != (status.epoch, True):
-            what = "the last one is live no more" if outcome else "none was begun"
-            raise UpdateConflictError(f"there is no update to finish: {what}", field="session_id")
-        if version not in ("", outcome.version):
-            if self._is_finished:
-                message = f"the last update was finished as {outcome.version!r}; another label is one of another update"
-                raise UpdateConflictError(message, field="version")
-            epoch = outcome.epoch
-            await self._client.change(lambda call_id: SetVersion(call_id, version, epoch=epoch), NoneType)
-            self._outcome = outcome = msgspec.structs.replace(outcome, version=version)
-        self._is_finished = True
-        return outcome
-
     async def check_label(self) -> None:
-        """Raise the error of an update that has failed, if no weights came since: a label that comes without weights is
-        the one that these were to have. One that is committed at the moment has its verdict first."""
+        """As `UpdateOutcome.check_label`. One that is committed at the moment has its verdict first."""
         async with self._committing:
-            if isinstance(self._outcome, ErrorInfo) and self._client.ledger.landed is self._landed_before:
-                raise self._outcome.to_exception()
+            self._last.check_label()
 
     async def end(self) -> None:
         """Drop the update, if there is one: a call that could not even say its tensors is an error in it as well."""
@@ -238,7 +196,8 @@ class JoinedUpdate:
         async with self._joining:
             if terms.version and self._version and terms.version != self._version:
                 await self._supersede(f"{terms.version!r} is another label than {self._version!r}")
-            reason = self._why_another(sender, manifest)
+            known = self._session or ()
+            reason = why_another(sender, manifest, self._sender, self._young_groups, known)
             if reason:
                 await self._supersede(reason)
             if self._session is None and not reason and self._is_late_head(manifest, terms):
@@ -258,25 +217,10 @@ class JoinedUpdate:
             await self._open(terms, joined, sender)
             return await self._extend(joined[0], manifest, terms, sender)
 
-    def _why_another(self, sender: Sender, manifest: tuple[TensorInfo, ...]) -> str:
-        """Why this call is no part of the update of those before; "" where it may be."""
-        first = self._sender
-        if sender.road != first.road:
-            return f"tensors come by another road ({sender.road}, not {first.road})"
-        if sender.road == "group":
-            is_young = sender.name in self._young_groups
-            return f"weight group {sender.name!r} was joined after it had begun" if is_young else ""
-        if sender.road != "payload":
-            return "" if sender == first else "another client sends tensors"
-        if sender != first and _is_seen(sender.name) and not _is_seen(first.name):
-            return f"process {first.name}, which had begun it, has ended"
-        known = self._session or ()
-        return next((f"{info.name} comes again, as of another update" for info in manifest if info.name in known), "")
-
     def _is_late_head(self, manifest: tuple[TensorInfo, ...], terms: UpdateTerms) -> bool:
         """The last update was live before its sender came to the head: then the model has none of its own. Where other
         weights came since, or these were lost, it is the first of another update."""
-        status, last = self._client.status, self._last
+        status, last = self._client.status, self._last.headless
         is_live = last is not None and status is not None and status.epoch == last.epoch and self._client.is_whole
         is_same = not terms.version or terms.version == self._version
         return is_live and is_same and not self._is_held and [info.name for info in manifest] == [TIED_HEAD]
@@ -294,10 +238,10 @@ class JoinedUpdate:
     async def _open(self, terms: UpdateTerms, joined: list[UpdateSession], sender: Sender) -> None:
         if not self._is_held:
             self.let_go()
-        self._outcome, self._is_finished = None, False
+        self._last.begin()
         labelled = msgspec.structs.replace(terms, version=terms.version or self._last_label())
         session = await self._updater.begin((), labelled, is_open=True)
-        self._session, self._version, self._last = session, "", None
+        self._session, self._version, self._last.headless = session, "", None
         self._sender = sender
         self._groups.clear()
         self._young_groups.clear()
@@ -327,8 +271,8 @@ class JoinedUpdate:
         session.note_sent(set(indices), is_settled=True)
         if session.is_partial:
             await self._updater.abort(session)
-            return self._last
-        if session is self._committed:  # by another call, which found all of it staged before this one came here
+            return self._last.headless
+        if session is self._last.committed:  # by another call, which found all of it staged before this one came here
             return None
         if self._session is not session:
             raise UpdateConflictError(f"session {session.session_id} was aborted", field="session_id")
@@ -338,30 +282,16 @@ class JoinedUpdate:
 
     async def _commit(self, session: UpdateSession) -> UpdateReport:
         self._is_begun = False
-        self._session, self._committed, self._outcome = None, session, session
+        self._session = None
+        self._last.note_commit(session)
         try:
             async with self._committing:
                 report = await self._updater.commit(session, self._version or self._last_label())
         except BaseException as error:  # whatever it is, who asks again hears the same
-            landed = self._client.ledger.landed
-            if landed is not None and landed.session_id == session.session_id:  # before it was given up
-                self._note_live(session, landed.report)
-            elif self._outcome is session:
-                known = error.info() if isinstance(error, HeadraceError) else None
-                self._fail("its commit was given up, since who asked for it went away", known)
+            self._last.note_no_commit(session, error)
             raise
-        self._note_live(session, report)
+        self._last.note_live(session, report)
         return report
-
-    def _note_live(self, session: UpdateSession, report: UpdateReport) -> None:
-        self._last = None if TIED_HEAD in session else report
-        if self._outcome is session:  # else another has begun
-            self._outcome = report
-
-    def _fail(self, reason: str, known: ErrorInfo | None = None) -> None:
-        """The last update is none, for this reason if not by a `known` error."""
-        error = UpdateConflictError(f"the update is over: {reason}; begin another", field="session_id")
-        self._outcome, self._landed_before = known or error.info(), self._client.ledger.landed
 
     async def _supersede(self, reason: str) -> None:
         """Drop the update for something else, if there is one, and have whoever runs the engine know."""
@@ -369,7 +299,7 @@ class JoinedUpdate:
         if session is None:
             return
         self.let_go()
-        self._fail(reason)
+        self._last.fail(reason)
         if await self._updater.abort_at_last(session):
             poisoned = ". It was in place: live weights are no version until a complete update lands"
             logger.warning(
@@ -392,5 +322,5 @@ class JoinedUpdate:
         """A call has failed that had joined one of these, or none yet. What has another session now goes on."""
         self.let_go()
         if self._session in joined or not (joined or self._session) or any(each.is_partial for each in joined):
-            self._fail("an error in one of its calls has ended it")
+            self._last.fail("an error in one of its calls has ended it")
         self._session = None if self._session in joined else self._session

@@ -22,7 +22,7 @@ from starlette.responses import Response
 
 from headrace.engine import DEFAULT_UPDATE_TIMEOUT, UpdateSession
 from headrace.engine.control import terms_of, terms_of_part
-from headrace.engine.joined_update import Sender
+from headrace.engine.sender import Sender
 from headrace.engine.update_session import manifest_of
 from headrace.ipc.buffers import BorrowedBuffer
 from headrace.server.coerce import MediaTypeError

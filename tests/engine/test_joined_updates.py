@@ -27,7 +27,8 @@ from headrace import (
 )
 from headrace.engine import joined_update
 from headrace.engine.control import terms_of_part
-from headrace.engine.joined_update import JoinedUpdate, Sender
+from headrace.engine.joined_update import JoinedUpdate
+from headrace.engine.sender import HERE, Sender
 from headrace.engine.tensors import HeldTensors
 from headrace.engine.update_session import UpdateSession
 from tests.engine.builders import SETTINGS, model_of, named_tensors, save_model
@@ -393,7 +394,7 @@ ALIVE = Sender("payload", str(os.getpid()))
 @pytest.mark.parametrize("mode", ["shadow", "inplace"])
 @pytest.mark.parametrize(
     ("first", "second"),
-    [(A, B), (joined_update.HERE, A), (Sender("payload"), Sender("group", "g")), (DEAD, ALIVE)],
+    [(A, B), (HERE, A), (Sender("payload"), Sender("group", "g")), (DEAD, ALIVE)],
 )
 def test_half_an_update_is_never_completed_by_another_sender(
     engine: Engine, new: Tensors, digests: list[dict[str, str]], first: Sender, second: Sender, mode: Any
