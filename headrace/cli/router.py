@@ -46,11 +46,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _route(urls: Sequence[str], host: str, listener: socket.socket, options: RouterOptions) -> int:
-    from headrace.cluster.router import Router
+    from headrace.cluster.router import ReplicaRouter
     from headrace.server.listening import url_of
 
     loop, signalled = asyncio.get_running_loop(), asyncio.Event()
-    router = Router(urls, options, host)
+    router = ReplicaRouter(urls, options, host)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signalled.set)
     await router.start(listener)

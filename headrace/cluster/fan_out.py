@@ -15,7 +15,7 @@ from headrace.cluster.front import Exchange
 from headrace.cluster.http_parts import Head
 from headrace.cluster.messages import RequestParts, exchange_whole
 from headrace.cluster.options import RouterOptions
-from headrace.cluster.replicas import Replica, Replicas
+from headrace.cluster.replicas import RemoteReplica, Replicas
 from headrace.server.errors import body_of, error_body
 from headrace.types.errors import DeadlineError, HeadraceError, UnreachableError, UpdateConflictError
 
@@ -73,7 +73,7 @@ class FanOut:
         parts = RequestParts(head, body, key)
         return await asyncio.gather(*(self._ask(each, parts) for each in self._replicas))
 
-    async def _ask(self, replica: Replica, parts: RequestParts) -> Outcome:
+    async def _ask(self, replica: RemoteReplica, parts: RequestParts) -> Outcome:
         limit = self._options.control_timeout
         try:
             async with asyncio.timeout(limit):
@@ -85,7 +85,7 @@ class FanOut:
         return Outcome(replica.id, replica.url, answer.status, _decoded(body))
 
 
-def _failed(replica: Replica, error: HeadraceError) -> Outcome:
+def _failed(replica: RemoteReplica, error: HeadraceError) -> Outcome:
     return Outcome(replica.id, replica.url, error.status, body_of(error))
 
 

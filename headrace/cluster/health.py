@@ -12,7 +12,7 @@ import msgspec
 
 from headrace.cluster.http_parts import write_head
 from headrace.cluster.messages import exchange_whole
-from headrace.cluster.replicas import Replica, Replicas
+from headrace.cluster.replicas import RemoteReplica, Replicas
 from headrace.types.errors import HeadraceError
 
 LOOK_SECONDS = 1.0
@@ -36,11 +36,11 @@ class Watch:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._ending: set[int] = set()
 
-    def begin(self, replica: Replica) -> None:
+    def begin(self, replica: RemoteReplica) -> None:
         """Look at it from now on."""
         self._tasks[replica.number] = asyncio.get_running_loop().create_task(self._watch(replica))
 
-    def end(self, replica: Replica) -> None:
+    def end(self, replica: RemoteReplica) -> None:
         """Look at it no more, once it has answered what it was asked."""
         self._ending.add(replica.number)
 
@@ -49,7 +49,7 @@ class Watch:
         while self._tasks:
             self._tasks.popitem()[1].cancel()
 
-    async def _watch(self, replica: Replica) -> None:
+    async def _watch(self, replica: RemoteReplica) -> None:
         loop = asyncio.get_running_loop()
         while replica.number not in self._ending or replica.num_requests:
             began = loop.time()
@@ -63,7 +63,7 @@ class Watch:
         self._ending.discard(replica.number)
         del self._tasks[replica.number]
 
-    async def _look(self, replica: Replica) -> None:
+    async def _look(self, replica: RemoteReplica) -> None:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
@@ -84,7 +84,7 @@ class Watch:
         self._replicas.set_healthy(replica, "" if is_ready else told.message, version)
 
 
-async def _get(replica: Replica, path: bytes) -> tuple[int, bytes]:
+async def _get(replica: RemoteReplica, path: bytes) -> tuple[int, bytes]:
     head, body = await exchange_whole(
         replica.upstream, write_head(b"GET %b HTTP/1.1" % path, [(b"host", replica.host_header)]), b""
     )

@@ -4,7 +4,7 @@ on. Bodies are never touched."""
 from __future__ import annotations
 
 from headrace.cluster.http_parts import HOP_HEADERS, Head, Headers, write_head
-from headrace.cluster.replicas import Replica
+from headrace.cluster.replicas import RemoteReplica
 from headrace.cluster.upstream import Upstream
 
 _NOT_SENT_ON = HOP_HEADERS | {b"host", b"content-length", b"origin", b"sec-fetch-site", b"authorization"}
@@ -18,22 +18,23 @@ class RequestParts:
     """A request, to be written for whichever replica it goes to. With `key` None the client's own is sent on."""
 
     def __init__(self, head: Head, body: bytes, key: str | None) -> None:
-        self._first = b"%b %b HTTP/1.1" % (head.method.encode(), head.target)
+        method = "GET" if head.method == "HEAD" else head.method  # whose answer says how long it is, and has no body
+        self._first = b"%b %b HTTP/1.1" % (method.encode(), head.target)
         self.body = body
         headers = [header for header in head.headers if header[0] not in _NOT_SENT_ON]
         authorization = head.header(b"authorization") if key is None else b"Bearer " + key.encode()
         if authorization:
             headers.append((b"authorization", authorization))
-        if body or head.method not in ("GET", "HEAD", "DELETE"):
+        if body or method not in ("GET", "DELETE"):
             headers.append((b"content-length", b"%d" % len(body)))
         self._headers = headers
 
-    def head_for(self, replica: Replica) -> bytes:
+    def head_for(self, replica: RemoteReplica) -> bytes:
         """The head of the request."""
         return write_head(self._first, [(b"host", replica.host_header), *self._headers])
 
 
-def headers_back(head: Head, replica: Replica) -> Headers:
+def headers_back(head: Head, replica: RemoteReplica) -> Headers:
     """The headers of an answer, as the client gets them."""
     passed = [header for header in head.headers if header[0] not in _NOT_PASSED_BACK]
     return [*passed, (REPLICA_HEADER, replica.id.encode())]

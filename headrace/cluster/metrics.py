@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from headrace.cluster.policies import Ask, Choice
+from headrace.cluster.policies import Ask, ReplicaChoice
 from headrace.cluster.replicas import Replicas
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
@@ -38,7 +38,7 @@ class RouterMetrics:
         """A call was answered, with status 0 not to its end."""
         self._latency.labels(route, status).observe(seconds)
 
-    def count_choice(self, choice: Choice, ask: Ask) -> None:
+    def count_choice(self, choice: ReplicaChoice, ask: Ask) -> None:
         """A request is sent."""
         self._prompt_tokens.inc(ask.num_prompt_tokens)
         self._cached_tokens.inc(choice.num_cached_tokens)

@@ -10,7 +10,7 @@ from headrace.cluster.front import Exchange
 from headrace.cluster.health import Watch
 from headrace.cluster.http_parts import Head
 from headrace.cluster.metrics import CONTENT_TYPE, RouterMetrics
-from headrace.cluster.replicas import Replica, Replicas
+from headrace.cluster.replicas import RemoteReplica, Replicas
 from headrace.cluster.routes import WORKERS_PATH
 from headrace.server.errors import error_body
 from headrace.types.errors import RequestError
@@ -103,7 +103,7 @@ class OwnCalls:
         _json(exchange, {"status": "accepted", "worker_id": replica.id, "url": replica.url}, _ACCEPTED)
 
 
-def _shown(replica: Replica) -> dict[str, Any]:
+def _shown(replica: RemoteReplica) -> dict[str, Any]:
     return {
         "id": replica.id,
         "url": replica.url,

@@ -43,7 +43,7 @@ class Ask(msgspec.Struct, frozen=True):
     key: str = ""
 
 
-class Choice(msgspec.Struct, frozen=True):
+class ReplicaChoice(msgspec.Struct, frozen=True):
     """The replica, and what it is expected to have to do for the request: tokens to compute and to generate."""
 
     number: int
@@ -54,7 +54,7 @@ class Choice(msgspec.Struct, frozen=True):
 class Policy(Protocol):
     """Chooses among candidates, of which there is at least one."""
 
-    def choose(self, ask: Ask, candidates: Sequence[Candidate]) -> Choice:
+    def choose(self, ask: Ask, candidates: Sequence[Candidate]) -> ReplicaChoice:
         """The replica for a request that is sent there now."""
         ...
 
@@ -70,10 +70,10 @@ class LeastBusy:
         self._burden = burden
         self._turn = _Turn()
 
-    def choose(self, ask: Ask, candidates: Sequence[Candidate]) -> Choice:
+    def choose(self, ask: Ask, candidates: Sequence[Candidate]) -> ReplicaChoice:
         """See `Policy`."""
         number = self._turn.least(candidates, self._burden)
-        return Choice(number, ask.num_prompt_tokens + ask.num_new_tokens * ask.num_samples)
+        return ReplicaChoice(number, ask.num_prompt_tokens + ask.num_new_tokens * ask.num_samples)
 
     def forget(self, number: int) -> None:
         """See `Policy`. Nothing is remembered of a replica."""
@@ -91,7 +91,7 @@ class CacheAware:
         self._max_groups = max_groups
         self._turn = _Turn()
 
-    def choose(self, ask: Ask, candidates: Sequence[Candidate]) -> Choice:
+    def choose(self, ask: Ask, candidates: Sequence[Candidate]) -> ReplicaChoice:
         """See `Policy`."""
         key: str | int | None = ask.key or (ask.blocks[-1] if ask.blocks else None)
         group = None if key is None else self._groups.get(key)
@@ -104,7 +104,7 @@ class CacheAware:
             self._remember(key, group)
         self._index.insert(group.number, ask.blocks)
         num_tokens = ask.num_prompt_tokens - num_cached + ask.num_new_tokens * ask.num_samples
-        return Choice(group.number, num_tokens, num_cached)
+        return ReplicaChoice(group.number, num_tokens, num_cached)
 
     def forget(self, number: int) -> None:
         """See `Policy`. Groups stay where they are: their prefixes are computed there once more."""

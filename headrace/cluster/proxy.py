@@ -18,7 +18,7 @@ from headrace.cluster.metrics import RouterMetrics
 from headrace.cluster.options import RouterOptions
 from headrace.cluster.policies import Ask
 from headrace.cluster.prompts import read_ask
-from headrace.cluster.replicas import Replica, Replicas
+from headrace.cluster.replicas import RemoteReplica, Replicas
 from headrace.cluster.upstream import BrokenAnswerError, UpstreamConnection
 from headrace.server.errors import event_body
 from headrace.types.errors import DeadlineError, HeadraceError, PauseTimeoutError, UnreachableError
@@ -57,10 +57,10 @@ class Proxy:
                     reason = f"{replica.id}: {error.message}"
                     self._replicas.set_unhealthy(replica, error.message, asyncio.get_running_loop().time())
             avoided.add(replica.number)
-            self._metrics.retries.inc()
+            self._metrics.retries.inc(min(left, 1))
         raise UnreachableError(f"no replica answered in {self._options.max_attempts} attempts; the last one: {reason}")
 
-    async def _ask(self, replica: Replica, parts: RequestParts, exchange: Exchange, *, is_last: bool) -> bool:
+    async def _ask(self, replica: RemoteReplica, parts: RequestParts, exchange: Exchange, *, is_last: bool) -> bool:
         """Whether the client has its answer; raises `BrokenAnswerError` if it has nothing of one."""
         try:
             return await self._ask_once(replica, parts, exchange, fresh=False, is_last=is_last)
@@ -70,7 +70,7 @@ class Proxy:
         return await self._ask_once(replica, parts, exchange, fresh=True, is_last=is_last)
 
     async def _ask_once(
-        self, replica: Replica, parts: RequestParts, exchange: Exchange, *, fresh: bool, is_last: bool
+        self, replica: RemoteReplica, parts: RequestParts, exchange: Exchange, *, fresh: bool, is_last: bool
     ) -> bool:
         async with replica.upstream.connection(fresh=fresh) as connection:
             connection.send(parts.head_for(replica), parts.body)
@@ -89,7 +89,9 @@ class Proxy:
             exchange.reply(answer.status, headers_back(answer, replica), whole)
             return True
 
-    async def _stream(self, replica: Replica, answer: Head, connection: UpstreamConnection, exchange: Exchange) -> None:
+    async def _stream(
+        self, replica: RemoteReplica, answer: Head, connection: UpstreamConnection, exchange: Exchange
+    ) -> None:
         part = await connection.read_part()
         exchange.begin(answer.status, headers_back(answer, replica))
         last = part

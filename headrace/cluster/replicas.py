@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator
 from urllib.parse import urlsplit
 
-from headrace.cluster.policies import Ask, Candidate, Choice, Policy
+from headrace.cluster.policies import Ask, Candidate, Policy, ReplicaChoice
 from headrace.cluster.upstream import Upstream
 from headrace.types.errors import ConfigError, NotFoundError, UnreachableError, UpdateConflictError
 
@@ -19,7 +19,7 @@ MAX_REPLICAS = 4096
 logger = logging.getLogger(__name__)
 
 
-class Replica:
+class RemoteReplica:
     """One server. What is true of it is set by `Replicas` alone."""
 
     def __init__(self, number: int, url: str, upstream: Upstream) -> None:
@@ -51,28 +51,28 @@ class Replicas:
         self._policy = policy
         self._make_upstream = make_upstream
         self._wait_timeout = wait_timeout
-        self._by_number: dict[int, Replica] = {}
+        self._by_number: dict[int, RemoteReplica] = {}
         self._numbers = itertools.count()
         self._waiters: set[asyncio.Future[None]] = set()
 
-    def __iter__(self) -> Iterator[Replica]:
+    def __iter__(self) -> Iterator[RemoteReplica]:
         return iter(list(self._by_number.values()))
 
     def __len__(self) -> int:
         return len(self._by_number)
 
-    def add(self, url: str) -> Replica:
+    def add(self, url: str) -> RemoteReplica:
         """A replica more, which is chosen once it is seen healthy. `UpdateConflictError` for one that is there."""
         host, port, plain = parse_url(url)
         if any(each.url == plain for each in self):
             raise UpdateConflictError(f"{plain} is a replica already", field="url")
         if len(self) >= MAX_REPLICAS:
             raise ConfigError(f"a router has at most {MAX_REPLICAS} replicas", field="url")
-        replica = Replica(next(self._numbers), plain, self._make_upstream(host, port))
+        replica = RemoteReplica(next(self._numbers), plain, self._make_upstream(host, port))
         self._by_number[replica.number] = replica
         return replica
 
-    def remove(self, identity: str) -> Replica:
+    def remove(self, identity: str) -> RemoteReplica:
         """One less; what it was asked already it answers. `NotFoundError` for one that is not there."""
         replica = self.find(identity)
         del self._by_number[replica.number]
@@ -80,14 +80,14 @@ class Replicas:
         replica.upstream.close()
         return replica
 
-    def find(self, identity: str) -> Replica:
+    def find(self, identity: str) -> RemoteReplica:
         """The one of that id. `NotFoundError` if there is none."""
         for each in self:
             if each.id == identity:
                 return each
         raise NotFoundError(f"there is no worker {identity[:100]!r}", field="worker_id")
 
-    def set_healthy(self, replica: Replica, ailment: str, weight_version: str | None) -> None:
+    def set_healthy(self, replica: RemoteReplica, ailment: str, weight_version: str | None) -> None:
         """It answers; `ailment` says why it would not start a request now, "" if it would."""
         if not replica.is_healthy:
             logger.info("%s is healthy: %s", replica.id, replica.url)
@@ -101,7 +101,7 @@ class Replicas:
             if not waiter.done():
                 waiter.set_result(None)
 
-    def set_unhealthy(self, replica: Replica, reason: str, now: float) -> None:
+    def set_unhealthy(self, replica: RemoteReplica, reason: str, now: float) -> None:
         """It is not to be chosen until it is seen healthy again."""
         if replica.is_healthy or replica.unhealthy_since is None:
             logger.warning("%s is not healthy: %s: %s", replica.id, replica.url, reason)
@@ -109,7 +109,7 @@ class Replicas:
             replica.unhealthy_since = now
         replica.is_healthy, replica.is_ready, replica.ailment = False, False, reason
 
-    async def choose(self, ask: Ask, avoided: Collection[int] = ()) -> tuple[Replica, Choice]:
+    async def choose(self, ask: Ask, avoided: Collection[int] = ()) -> tuple[RemoteReplica, ReplicaChoice]:
         """A healthy replica; one that is ready and not among `avoided` if there is any. While none is healthy it waits,
         and raises `UnreachableError` after `wait_timeout`."""
         candidates = self._offered(avoided)
@@ -129,7 +129,7 @@ class Replicas:
             self._policy.forget(each.number)
 
     @contextlib.contextmanager
-    def sending(self, replica: Replica, choice: Choice) -> Iterator[None]:
+    def sending(self, replica: RemoteReplica, choice: ReplicaChoice) -> Iterator[None]:
         """A request is at the replica inside the block."""
         replica.num_requests += 1
         replica.num_tokens += choice.num_tokens

@@ -27,7 +27,7 @@ from headrace.server.errors import body_of, error_body
 from headrace.types.errors import ShutdownError
 
 
-class Router:
+class ReplicaRouter:
     """Routes to the servers at `urls`. Lives on the running loop, from `start` to `stop`."""
 
     def __init__(self, urls: Sequence[str], options: RouterOptions, host: str = "127.0.0.1") -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from headrace.cluster.options import RouterOptions
-from headrace.cluster.router import Router
+from headrace.cluster.router import ReplicaRouter
 from headrace.server.listening import listen
 from tests.cluster.replica import FakeReplica
 
@@ -20,7 +20,7 @@ WAIT_SECONDS = 30.0
 class Routed:
     """A running router, its replicas, and a client."""
 
-    def __init__(self, router: Router, replicas: list[FakeReplica], port: int) -> None:
+    def __init__(self, router: ReplicaRouter, replicas: list[FakeReplica], port: int) -> None:
         self.router = router
         self.replicas = replicas
         self.port = port
@@ -43,7 +43,7 @@ class Routed:
 async def routed(num_replicas: int = 2, **options: Any) -> AsyncIterator[Routed]:
     """A router that has seen its replicas healthy."""
     replicas = [await FakeReplica().start() for _ in range(num_replicas)]
-    router = Router([each.url for each in replicas], RouterOptions.from_dict(options))
+    router = ReplicaRouter([each.url for each in replicas], RouterOptions.from_dict(options))
     with listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
         await router.start(listener)

@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 
 from headrace.cluster.options import RouterOptions
-from headrace.cluster.router import Router
+from headrace.cluster.router import ReplicaRouter
 from headrace.server.listening import listen
 from tests.arch.source import ROOT, child_environment
 from tests.cluster.builders import Routed
@@ -70,7 +70,7 @@ def test_no_request_is_lost_or_doubled_while_replicas_are_killed() -> None:
     async def run() -> None:
         words, outcomes = random.Random(7), Counter[str]()
         processes = list(await asyncio.gather(*(start_process() for _ in range(NUM_REPLICAS))))
-        router = Router([f"http://127.0.0.1:{port}" for _, port in processes], RouterOptions(max_attempts=6))
+        router = ReplicaRouter([f"http://127.0.0.1:{port}" for _, port in processes], RouterOptions(max_attempts=6))
         listener = listen("127.0.0.1", 0)
         await router.start(listener)
         found = Routed(router, [], listener.getsockname()[1])

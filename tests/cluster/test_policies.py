@@ -13,8 +13,8 @@ from headrace.cluster.policies import (
     Ask,
     CacheAware,
     Candidate,
-    Choice,
     Policy,
+    ReplicaChoice,
     make_policy,
 )
 from headrace.cluster.prefix_index import BLOCK_BYTES, MAX_BLOCKS, PrefixIndex, blocks_of
@@ -30,19 +30,19 @@ class Fleet:
         self.policy = policy
         self.load = {number: [0, 0] for number in range(num_replicas)}
         self.dead: set[int] = set()
-        self.running: list[Choice] = []
+        self.running: list[ReplicaChoice] = []
 
     def offered(self) -> list[Candidate]:
         return [Candidate(number, *load) for number, load in self.load.items() if number not in self.dead]
 
-    def send(self, ask: Ask) -> Choice:
+    def send(self, ask: Ask) -> ReplicaChoice:
         choice = self.policy.choose(ask, self.offered())
         self.load[choice.number][0] += 1
         self.load[choice.number][1] += choice.num_tokens
         self.running.append(choice)
         return choice
 
-    def finish(self, choice: Choice) -> None:
+    def finish(self, choice: ReplicaChoice) -> None:
         self.running.remove(choice)
         self.load[choice.number][0] -= 1
         self.load[choice.number][1] -= choice.num_tokens

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from headrace.cluster.options import RouterOptions
-from headrace.cluster.router import Router
+from headrace.cluster.router import ReplicaRouter
 from headrace.server.listening import listen
 from tests.cluster.builders import Routed, raw_exchange, routed
 from tests.cluster.replica import FakeReplica
@@ -211,6 +211,15 @@ def test_an_idle_connection_that_the_replica_closed_costs_no_attempt() -> None:
     tell(story, num_replicas=1, max_attempts=1)
 
 
+def test_head_is_answered_without_a_body() -> None:
+    async def story(found: Routed) -> None:
+        for path in ("/model_info", "/workers"):
+            reply = await found.http.head(path)
+            assert reply.status_code == 200 and int(reply.headers["content-length"]) > 0 and not reply.content
+
+    tell(story)
+
+
 def test_a_silent_replica_is_a_deadline() -> None:
     async def story(found: Routed) -> None:
         reply = await found.generate(delay=3600)
@@ -302,7 +311,7 @@ def test_bounds_on_what_clients_send() -> None:
 def test_a_router_that_stops_lets_requests_end_and_refuses_others() -> None:
     async def run() -> None:
         replica = await FakeReplica().start()
-        router = Router([replica.url], RouterOptions())
+        router = ReplicaRouter([replica.url], RouterOptions())
         listener = listen("127.0.0.1", 0)
         await router.start(listener)
         found = Routed(router, [replica], listener.getsockname()[1])
