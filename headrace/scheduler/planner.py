@@ -1,11 +1,16 @@
 """Decides one step: which sequences compute how many tokens, on which pages, within one token budget.
 
-A step serves single-token rows first, then longer runs of known tokens, then preempted sequences, then new ones. When
-pages run out, sequences are served by rank and the last in rank is preempted, so the first in rank always goes on:
-alone it fits the pool, which `read_prompt` made sure of. The planner keeps no state of its own but what saves work.
+A step serves single-token rows first, then longer runs of known tokens, then preempted sequences, then new ones. New
+ones whose ends are known come in only where the pool will hold all to their ends (`headrace.scheduler.pool_forecast`).
+When pages run out all the same, sequences are served by rank and the last in rank is preempted, so the first in rank
+always goes on: alone it fits the pool, which `read_prompt` made sure of. The planner keeps no state of its own but what
+saves work.
 """
 
 from __future__ import annotations
+
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,12 +19,33 @@ from headrace.cache.offload import Offload, StepMoves
 from headrace.scheduler.counters import Counters
 from headrace.scheduler.limits import SchedulerLimits
 from headrace.scheduler.plan_builder import PlanBuilder, Rows
+from headrace.scheduler.pool_forecast import PoolForecast
 from headrace.scheduler.prefix_groups import NO_GROUPS, find_groups
 from headrace.scheduler.roster import Roster
 from headrace.scheduler.running_table import IndexArray
 from headrace.scheduler.sequence import Sequence, State
 from headrace.types.plan import LAST_TOKEN, StepPlan
 from headrace.types.request import Int32Array
+
+_MAX_PASSED = 1024
+_MAX_TRIED = 8
+"""How many of those in line behind one that does not fit are looked at, and are matched with the cache."""
+
+
+class _Entrant(NamedTuple):
+    """A sequence that may enter a slot, what of it is cached, and the pages that it needs at once."""
+
+    sequence: Sequence
+    namespace: Namespace
+    match: Match
+    num_pages: int
+
+
+class _Room(NamedTuple):
+    """Pages that the running sequences will need at once, and how full the pool will be with them."""
+
+    num_reserved: int
+    forecast: PoolForecast
 
 
 class StepPlanner:
@@ -29,6 +55,7 @@ class StepPlanner:
         self._roster = roster
         self._limits = limits
         self._counters = counters
+        self._refused = (-1, -1)  # when nobody behind the first had room; nothing has changed that since
         self._grouped: tuple[int, IndexArray, Int32Array] = (-1, np.empty(0, dtype=np.int64), NO_GROUPS)
 
     def plan(self, step_id: int, epoch: int, *, admit_new: bool) -> tuple[StepPlan, Rows, StepMoves | None] | None:
@@ -156,30 +183,92 @@ class StepPlanner:
         self._counters.num_prefill_tokens += length
 
     def _admit(self, builder: PlanBuilder, budget: int, epoch: int, *, admit_new: bool) -> None:
-        """Let sequences into free slots while budget and pages last, never past one that does not fit."""
-        leases, limits = self._roster.leases, self._limits
-        num_reserved: int | None = None
+        """Let sequences into free slots while budget and pages last. One that does not fit is passed only by such as
+        came with it and end in the room that is left; see `_one_behind`."""
+        limits = self._limits
+        room: _Room | None = None
         while budget > 0:
             sequence = self._roster.next_to_admit(admit_new=admit_new)
             if sequence is None or (
                 limits.num_cohorts > 1 and len(builder.new_slots) >= self._share(len(self._roster.by_handle))
             ):
                 return
-            if num_reserved is None:
-                num_reserved = self._num_reserved()
-            namespace, num_known = Namespace(epoch, None, sequence.request.extra_key), len(sequence.token_ids)
-            match = leases.match(namespace, sequence.units, sequence.max_hit // limits.page_size)
-            ahead = limits.num_pages_for(min(num_known + limits.page_size, sequence.compute_length))  # one of output
-            if ahead - match.num_pages + match.num_unpinned + num_reserved > leases.num_available:
+            room = room or _Room(self._num_reserved(), self._forecast())
+            first = self._entrant(sequence, epoch)
+            entrant = first if self._has_room(first, room) else self._one_behind(sequence, room, epoch)
+            if entrant is None:
                 return
-            if leases.offload is not None and self._waits_for_host(leases.offload, sequence, namespace, match):
+            sequence, namespace, match, num_pages = entrant
+            offload = self._roster.leases.offload
+            if offload is not None and self._waits_for_host(offload, sequence, namespace, match):
                 return
+            held, left = self._course_of(entrant)
             slot = self._enter(builder, sequence, namespace, match)
+            num_known = len(sequence.token_ids)
             pending = min(num_known, sequence.compute_length) - match.num_pages * limits.page_size
             self._counters.num_chunked_prompts += pending > budget
             self._add_chunk(builder, slot, min(pending, budget))
             budget -= pending
-            num_reserved += ahead - int(leases.num_pages[slot])
+            num_reserved = room.num_reserved + num_pages - int(self._roster.leases.num_pages[slot])
+            room = _Room(
+                num_reserved, room.forecast.with_one(held, left) if sequence.has_known_end else self._forecast()
+            )
+
+    def _entrant(self, sequence: Sequence, epoch: int) -> _Entrant:
+        """With the pages that it needs at once: those of what it knows and one of output."""
+        limits = self._limits
+        namespace = Namespace(epoch, None, sequence.request.extra_key)
+        match = self._roster.leases.match(namespace, sequence.units, sequence.max_hit // limits.page_size)
+        num_tokens = min(len(sequence.token_ids) + limits.page_size, sequence.compute_length)
+        return _Entrant(sequence, namespace, match, limits.num_pages_for(num_tokens))
+
+    def _has_room(self, entrant: _Entrant, room: _Room) -> bool:
+        """Whether there are pages for it now and, as far as ends are known, to its end. Alone it fits."""
+        match, leases = entrant.match, self._roster.leases
+        needed = entrant.num_pages - match.num_pages + match.num_unpinned + room.num_reserved
+        if needed > leases.num_available:
+            return False
+        sequence = entrant.sequence
+        if not (sequence.has_known_end and self._roster.num_running):
+            return True
+        held, left = self._course_of(entrant)
+        return bool(room.forecast.fits(np.array([held]), np.array([left]))[0])
+
+    def _course_of(self, entrant: _Entrant) -> tuple[int, int]:
+        """Tokens that the pages of its own hold after this step, which computes all that it knows, at most; and how
+        many it will compute after that."""
+        num_shared = entrant.match.num_pages - entrant.match.num_unpinned
+        num_tokens = min(len(entrant.sequence.token_ids) + 1, entrant.sequence.compute_length)
+        held = num_tokens + (1 - num_shared) * self._limits.page_size - 1
+        return held, entrant.sequence.compute_length - num_tokens
+
+    def _forecast(self) -> PoolForecast:
+        """Of the running sequences whose ends are known; what others hold, and what is shared, is taken to stay."""
+        table, leases, page_size = self._roster.table, self._roster.leases, self._limits.page_size
+        order = self._roster.order()
+        order = order[table.has_known_end[order]]
+        num_own = leases.num_pages[order] - leases.num_matched[order]
+        known = np.minimum(table.num_expected[order], table.compute_length[order])
+        held = known - (leases.num_matched[order] - 1) * page_size - 1
+        num_others = leases.num_used - int(num_own.sum())
+        num_tokens = self._limits.max_total_num_tokens - num_others * page_size
+        return PoolForecast(held, table.compute_length[order] - known, num_tokens)
+
+    def _one_behind(self, first: Sequence, room: _Room, epoch: int) -> _Entrant | None:
+        """Where the first in line has no room, the next of those that came with it that has, to its end: what is free
+        only until others have grown is used by short ones. None where there is none, or it is not known."""
+        waiting, marker = self._roster.waiting, (self._roster.generation, self._roster.waiting.num_arrived)
+        if not first.has_known_end or first.state is not State.WAITING or self._refused == marker:
+            return None
+        line = [each for each in islice(waiting.first_band(), 1, _MAX_PASSED) if each.has_known_end]
+        held = np.array([len(each.token_ids) for each in line], dtype=np.int64) + self._limits.page_size
+        left = np.array([each.compute_length for each in line], dtype=np.int64) - held + self._limits.page_size - 1
+        for index in np.flatnonzero(room.forecast.fits(held, left))[:_MAX_TRIED].tolist():
+            entrant = self._entrant(line[index], epoch)
+            if self._has_room(entrant, room):
+                return entrant
+        self._refused = marker
+        return None
 
     def _waits_for_host(self, offload: Offload, sequence: Sequence, namespace: Namespace, match: Match) -> bool:
         """Whether it had better wait for pages that the host holds: they may just have been sent for. It waits once for

@@ -18,6 +18,8 @@ from headrace.scheduler.running_table import IndexArray, RunningTable
 from headrace.scheduler.sequence import Sequence, State
 from headrace.scheduler.waiting_queue import WaitingQueue
 
+_ADMISSIONS_PER_PRIORITY = 1 << 42
+
 
 class Roster:
     """Live sequences by handle, and where each of them stands.
@@ -44,6 +46,7 @@ class Roster:
         self.by_handle: dict[int, Sequence] = {}
         self.num_running = 0
         self.num_preemptions = 0
+        self._num_admitted = 0  # for the first time
         self.generation = 0
         self.isolated: list[Sequence] = []
         self._num_coming_back = 0
@@ -78,9 +81,12 @@ class Roster:
         return self.waiting.first() if admit_new else None
 
     def admit(self, sequence: Sequence, namespace: Namespace, match: Match) -> int:
-        """Give the sequence that `next_to_admit` named a slot and a lease that starts with `match`."""
+        """Give the sequence that `next_to_admit` named, or one behind it, a slot and a lease that starts with `match`.
+        Whoever is admitted first is preempted last: the last has the least to compute again."""
         if sequence.state is State.WAITING:
             self.waiting.remove(sequence)
+            sequence.rank = self._num_admitted - sequence.request.priority * _ADMISSIONS_PER_PRIORITY
+            self._num_admitted += 1
         else:
             self.preempted.remove(sequence)
         sequence.num_loaded_pages = 0
@@ -122,6 +128,7 @@ class Roster:
         """
         fresh = Roster(self.limits)
         fresh.num_preemptions = self.num_preemptions
+        fresh._num_admitted = self._num_admitted
         fresh.leases.num_evicted_pages = self.leases.num_evicted_pages
         for sequence in self.by_handle.values():
             sequence.num_loaded_pages = 0

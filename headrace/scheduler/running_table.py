@@ -39,6 +39,7 @@ class RunningTable:
         self.min_length = np.zeros(count, dtype=np.int64)
         self.deliver_every = np.zeros(count, dtype=np.int64)
         self.rank = np.zeros(count, dtype=np.int64)
+        self.has_known_end = np.zeros(count, dtype=np.bool_)  # see `Sequence`
         self.version = np.full(count, -1, dtype=np.int64)  # its index, of the last accepted token; -1 before the first
         self.stop_ids = np.full((count, STOP_IDS_PER_SLOT), NO_STOP_ID, dtype=np.int32)
         self.many_stops: dict[int, frozenset[int]] = {}  # the sets that are longer
@@ -69,6 +70,7 @@ class RunningTable:
         self.min_length[slot] = sequence.num_prompt + request.min_new_tokens
         self.deliver_every[slot] = request.deliver_every
         self.rank[slot] = sequence.rank
+        self.has_known_end[slot] = sequence.has_known_end
         self.version[slot] = sequence.version_index
         stop_ids = sequence.stop_token_ids
         self.stop_ids[slot] = NO_STOP_ID

@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 BREACHES = (AssertionError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, Warning)
 """What `plan` and `apply` may raise when the scheduler's books are wrong: always our own bug."""
 
-_ARRIVALS_PER_PRIORITY = 1 << 42
-
 
 class Scheduler:
     """Continuous batching over a paged KV pool. Every accepted request gets exactly one terminal delta, unless the
@@ -41,7 +39,6 @@ class Scheduler:
         self.version = version
         self.epoch = epoch
         self._version_index = 0
-        self._num_arrivals = 0
         self._last_added: Request | None = None
         self._num_plans = 0
         self._counters = Counters()
@@ -91,9 +88,7 @@ class Scheduler:
             raise UnavailableError(f"{len(self._roster.waiting)} requests are waiting already")
         prompt = read_prompt(request, self.limits, self._last_added)
         self._last_added = request
-        rank = self._num_arrivals - request.priority * _ARRIVALS_PER_PRIORITY
-        self._num_arrivals += 1
-        self._roster.accept(Sequence.of(request, prompt, self.limits, rank, now))
+        self._roster.accept(Sequence.of(request, prompt, self.limits, now))
 
     def abort(self, handles: Iterable[int] | None, message: str) -> list[Delta]:
         """End requests now (None: all); returns their terminal deltas with all tokens not delivered yet. Unknown

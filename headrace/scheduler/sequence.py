@@ -33,7 +33,6 @@ class Sequence(msgspec.Struct, eq=False, kw_only=True):
 
     request: Request
     handle: int
-    rank: int  # smaller is served first (priority, then arrival)
     arrived: float
     num_prompt: int
     max_length: int  # tokens it may have in all, prompt included
@@ -45,6 +44,7 @@ class Sequence(msgspec.Struct, eq=False, kw_only=True):
     extras: PositionExtras | None  # further log-probabilities of its output tokens, if it asked for any
     prompt_scores: PromptScores | None
     state: State = State.WAITING
+    rank: int = 0  # since it was first admitted; smaller is served first (priority, then admission)
     slot: int = -1  # -1: none; an ended sequence holds one until its last step in flight retires
     num_delivered: int = 0  # output tokens that have gone out in deltas
     num_cached_tokens: int = 0
@@ -56,14 +56,13 @@ class Sequence(msgspec.Struct, eq=False, kw_only=True):
     prompt_spans: list[tuple[str, int]] = []  # (version, count) of the prompt positions scored so far
 
     @classmethod
-    def of(cls, request: Request, prompt: Int32Array, limits: SchedulerLimits, rank: int, arrived: float) -> Sequence:
+    def of(cls, request: Request, prompt: Int32Array, limits: SchedulerLimits, arrived: float) -> Sequence:
         """One that has just come; `prompt` is the request's, as ids."""
         num_prompt, options, start = len(prompt), request.logprobs, request.logprobs.prompt_start
         max_length = num_prompt + max_output(request, num_prompt, limits)
         return cls(
             request=request,
             handle=request.handle,
-            rank=rank,
             arrived=arrived,
             num_prompt=num_prompt,
             max_length=max_length,
@@ -74,6 +73,11 @@ class Sequence(msgspec.Struct, eq=False, kw_only=True):
             extras=PositionExtras(options) if options.wants_extras else None,
             prompt_scores=None if start is None or start >= num_prompt else PromptScores(start, num_prompt, options),
         )
+
+    @property
+    def has_known_end(self) -> bool:
+        """Nothing that it samples ends it before its last token."""
+        return not self.stop_token_ids
 
     @property
     def max_hit(self) -> int:

@@ -2,15 +2,17 @@
 
 Higher priority first, then by the second in which they came. Of one second, those that may generate most come first, so
 that a batch does not end with its longest one started last (longest processing time first; Graham,
-SIAM Journal on Applied Mathematics, 1969); requests of one prompt stay together at the place of the first of them, so
+SIAM Journal on Applied Mathematics, 1969); requests of one prompt stay together at the place of the longest of them, so
 that rows sharing pages are neighbours; and what may generate equally much is first come, first served.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from heapq import heappop, heappush
 from itertools import takewhile
+from operator import attrgetter
 from typing import NamedTuple
 
 from headrace.scheduler.sequence import Sequence
@@ -18,78 +20,95 @@ from headrace.scheduler.sequence import Sequence
 WINDOW_S = 1.0
 """Nobody is overtaken by one who came later than this."""
 
-_MIN_STALE = 64
+_Band = tuple[int, int]
+"""Those of a priority, negated, that came in one second."""
 
 
-class _SortKey(NamedTuple):
-    """Sorts requests; `number` counts arrivals, `group_number` is that of the first request of the same prompt."""
+class _Place(NamedTuple):
+    """Of one that may generate so much, negated; `number` counts arrivals."""
 
-    minus_priority: int
-    window: int
     minus_longest: int
-    group_number: int
     number: int
 
 
-@dataclass
 class _Group:
-    """Waiting requests of one prompt that came in one second; `name` says what is the same of them."""
+    """Waiting requests of one prompt and one band; `name` says what is the same of them. Its place is that of the
+    longest that it has had."""
 
-    name: tuple[int, int, str, bytes]
-    first: _SortKey
-    count: int = 0
+    def __init__(self, name: tuple[_Band, str, bytes], place: _Place) -> None:
+        self.name, self.place = name, place
+        self.members: list[tuple[_Place, int]] = []  # in order, with their handles
 
 
 class _Entry(NamedTuple):
-    """A waiting request and its place."""
+    """A waiting request, where it is among its group, and that."""
 
     sequence: Sequence
-    key: _SortKey
+    place: _Place
     group: _Group
 
 
+_PLACE = attrgetter("place")
+
+
 class WaitingQueue:
-    """Every operation costs at most the logarithm of the number of waiting requests, on average."""
+    """Every operation looks at about the logarithm of the number of waiting requests."""
 
     def __init__(self) -> None:
         self._entries: dict[int, _Entry] = {}  # by handle, as they came
-        self._groups: dict[tuple[int, int, str, bytes], _Group] = {}
-        self._heap: list[tuple[_SortKey, int]] = []  # with some that have left
-        self._num_arrived = 0
+        self._groups: dict[tuple[_Band, str, bytes], _Group] = {}
+        self._bands: dict[_Band, list[_Group]] = {}  # each in order
+        self._heap: list[_Band] = []  # with some that are empty by now
+        self.num_arrived = 0
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def push(self, sequence: Sequence) -> None:
-        request, window = sequence.request, int(sequence.arrived // WINDOW_S)
-        own = _SortKey(-request.priority, window, -request.max_new_tokens, self._num_arrived, self._num_arrived)
-        name = (request.priority, window, request.extra_key, sequence.units)
-        group = self._groups.setdefault(name, _Group(name, own))
-        group.count += 1
-        key = group.first._replace(number=self._num_arrived)
-        self._num_arrived += 1
-        self._entries[sequence.handle] = _Entry(sequence, key, group)
-        heappush(self._heap, (key, sequence.handle))
+        request = sequence.request
+        place = _Place(-request.max_new_tokens, self.num_arrived)
+        self.num_arrived += 1
+        band = -request.priority, int(sequence.arrived // WINDOW_S)
+        if band not in self._bands:
+            self._bands[band] = []
+            heappush(self._heap, band)
+        groups, name = self._bands[band], (band, request.extra_key, sequence.units)
+        group = self._groups.get(name)
+        if group is None:
+            group = self._groups[name] = _Group(name, place)
+            insort(groups, group, key=_PLACE)
+        elif place < group.place:
+            del groups[bisect_left(groups, group.place, key=_PLACE)]
+            group.place = place
+            insort(groups, group, key=_PLACE)
+        insort(group.members, (place, sequence.handle))
+        self._entries[sequence.handle] = _Entry(sequence, place, group)
 
     def first(self) -> Sequence | None:
         """The next to be admitted, left in place."""
-        while self._heap:
-            key, handle = self._heap[0]
-            entry = self._entries.get(handle)
-            if entry is not None and entry.key == key:
-                return entry.sequence
+        return next(self.first_band(), None)
+
+    def first_band(self) -> Iterator[Sequence]:
+        """The next to be admitted, and those that came in the same second with its priority, in order. The queue must
+        not change meanwhile."""
+        while self._heap and self._heap[0] not in self._bands:
             heappop(self._heap)
-        return None
+        for group in self._bands[self._heap[0]] if self._heap else ():
+            for _, handle in group.members:
+                yield self._entries[handle].sequence
 
     def remove(self, sequence: Sequence) -> None:
         """Take a queued sequence out, wherever it stands."""
-        group = self._entries.pop(sequence.handle).group
-        group.count -= 1
-        if not group.count:
-            del self._groups[group.name]
-        if len(self._heap) > 2 * len(self._entries) + _MIN_STALE:
-            self._heap = [(entry.key, handle) for handle, entry in self._entries.items()]
-            heapify(self._heap)
+        entry = self._entries.pop(sequence.handle)
+        group = entry.group
+        del group.members[bisect_left(group.members, (entry.place, sequence.handle))]
+        if group.members:
+            return
+        band = group.name[0]
+        groups = self._bands[band]
+        del groups[bisect_left(groups, group.place, key=_PLACE)], self._groups[group.name]
+        if not groups:
+            del self._bands[band]
 
     def arrived_before(self, moment: float) -> list[Sequence]:
         """Those that arrived before `moment`, as they came; looks no further than the first younger one."""

@@ -14,6 +14,14 @@ from headrace import Engine
 
 VOCAB_SIZE = 96
 EOS_ID = 2
+SETTINGS: dict[str, Any] = {
+    "inprocess": True,
+    "skip_tokenizer_init": True,
+    "num_threads": 1,
+    "page_size": 4,
+    "kv_pool_tokens": 16384,
+    "seed": 0,
+}
 
 
 def tiny_model(seed: int) -> Qwen3ForCausalLM:
@@ -58,16 +66,7 @@ def engine_on(folders: list[Path]) -> Iterator[Callable[..., Engine]]:
     started: list[Engine] = []
 
     def start(index: int = 0, **config: Any) -> Engine:
-        settings: dict[str, Any] = {
-            "inprocess": True,
-            "skip_tokenizer_init": True,
-            "num_threads": 1,
-            "page_size": 4,
-            "kv_pool_tokens": 16384,
-            "seed": 0,
-            **config,
-        }
-        started.append(Engine(**{"model": str(folders[index]), **settings}))
+        started.append(Engine(**{"model": str(folders[index]), **SETTINGS, **config}))
         return started[-1]
 
     yield start

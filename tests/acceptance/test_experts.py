@@ -62,8 +62,7 @@ def cold(weights: Weights, **settings: Any) -> tuple[dict[str, str], list[tuple[
         return started.digest(), outputs(started)
 
 
-@pytest.mark.parametrize("mode", ["shadow", "inplace"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("mode", "dtype"), [("shadow", "float32"), ("inplace", "bfloat16")])
 def test_updates_there_and_back_in_either_world_equal_cold_loads(
     pair: list[Weights], mode: UpdateMode, dtype: str
 ) -> None:

@@ -24,7 +24,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"head_dim": 16, "norm_topk_prob": False},
     "mixtral": {},
 }
-GREEDY = SamplingParams(temperature=0.0, max_new_tokens=64, ignore_eos=True)
+NUM_TOKENS = 40
+GREEDY = SamplingParams(temperature=0.0, max_new_tokens=NUM_TOKENS, ignore_eos=True)
 TOLERANCE = 1e-4
 # Each setting forces what its name says; `forced` is the counter that proves it.
 SETTINGS: dict[str, tuple[dict[str, Any], str | None]] = {
@@ -73,7 +74,7 @@ def check(model: PreTrainedModel, prompt: list[int], piece: Generation) -> None:
     """Greedy tokens equal up to the first position whose top-two gap is below the tolerance; all values close."""
     logits = reference_logits(model, prompt + piece.token_ids)
     logprobs = torch.log_softmax(logits, -1)
-    assert len(piece.token_ids) == 64
+    assert len(piece.token_ids) == NUM_TOKENS
     for index, (token, value) in enumerate(zip(piece.token_ids, piece.logprobs, strict=True)):
         row = logits[len(prompt) - 1 + index]
         assert abs(value - float(logprobs[len(prompt) - 1 + index, token])) < TOLERANCE
@@ -90,7 +91,9 @@ def test_greedy_tokens_and_logprobs_equal_transformers(
     model, folder = models[family]
     settings, forced = SETTINGS[setting]
     engine = start(folder, **settings)
-    stops = SamplingParams(temperature=0.0, max_new_tokens=64, stop_token_ids=tuple(range(3, 60)), ignore_eos=True)
+    stops = SamplingParams(
+        temperature=0.0, max_new_tokens=NUM_TOKENS, stop_token_ids=tuple(range(3, 60)), ignore_eos=True
+    )
     engine.generate(input_ids=prompts(), sampling_params=stops)  # ends early: overshoot under overlap, pages to evict
     for _ in range(2):
         for prompt, piece in zip(prompts(), engine.generate(input_ids=prompts(), sampling_params=GREEDY), strict=True):
@@ -129,7 +132,7 @@ def test_invariant_numerics_are_the_same_bits_whatever_runs_beside(
 ) -> None:
     _, folder = models[family]
     asked = prompts()
-    params = [SamplingParams(max_new_tokens=40, temperature=0.9, seed=i, ignore_eos=True) for i in range(len(asked))]
+    params = [SamplingParams(max_new_tokens=24, temperature=0.9, seed=i, ignore_eos=True) for i in range(len(asked))]
     alone = start(folder, numerics="invariant", prefix_cache=False)
     expected = [
         bits(alone.generate(input_ids=prompt, sampling_params=each))[0]

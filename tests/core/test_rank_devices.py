@@ -75,12 +75,11 @@ def pid_of_other(executor: RankExecutor) -> int:
     return int(peer.name.split("process ")[1].rstrip(")"))
 
 
-@pytest.mark.parametrize("mode", ["shadow", "inplace"])
 @pytest.mark.parametrize("settings", [{}, STAGES], ids=["shares", "stages"])
-def test_every_rank_reads_what_lies_on_a_device_and_lets_go_of_it(start: Start, mode: str, settings: Any) -> None:
+def test_every_rank_reads_what_lies_on_a_device_and_lets_go_of_it(start: Start, settings: Any) -> None:
     executor = start(**settings)
     core, other = Core(executor, **CORE), pid_of_other(executor)
-    for tensors in (NEW, OLD, NEW):
+    for tensors, mode in [(NEW, "shadow"), (OLD, "shadow"), (NEW, "inplace"), (OLD, "inplace")]:
         lying, session = Lying(tensors), core.begin(tensors, mode=mode)
         own = lying.num_mapped(os.getpid())  # by who made them
         core.call(Stage, session, lying.ref, tuple(lying.entries))

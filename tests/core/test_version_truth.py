@@ -23,7 +23,7 @@ from headrace.types.weights import UpdateReport
 from tests.core.harness import VOCAB_SIZE, Core, new_tensors, request, tiny_config
 from tests.core.remembering_executor import PAGE_SIZE, RememberingExecutor, Scorer
 
-NUM_SEQUENCES = 500
+NUM_SEQUENCES = 250
 NUM_EVENTS = 24
 POLICIES = ("keep", "keep", "keep", "recompute", "drain", "abort")
 TENSORS = new_tensors(1.0)

@@ -1,15 +1,21 @@
-"""What the engine's tests run on: a model, its tokenizer, and weights to push."""
+"""What the engine's tests run on: a model, its tokenizer, and weights to push.
+
+Transformers is loaded by what makes a model or a tokenizer: processes that tests start want the settings only, and
+would load it for seconds each.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 EOS_ID = 256
 VOCAB_SIZE = 260
@@ -28,6 +34,8 @@ SETTINGS: dict[str, Any] = {
 
 def model_of(seed: int) -> Qwen3ForCausalLM:
     """A random model whose distribution is far from flat."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=VOCAB_SIZE,
@@ -60,6 +68,8 @@ def save_model(folder: Path, seed: int) -> Path:
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One id per byte, in byte order, then the special tokens."""
+    from transformers import PreTrainedTokenizerFast
+
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     character = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

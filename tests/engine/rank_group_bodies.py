@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from safetensors.torch import load_file
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -23,11 +24,17 @@ from headrace.ipc import rank_meeting
 from headrace.rl import WeightPusher
 from headrace.types.errors import HeadraceError
 from tests.engine import test_closing
-from tests.engine.builders import SETTINGS, model_of, named_tensors
+from tests.engine.builders import SETTINGS
 from tests.engine.test_ranks import GREEDY, LONG, PROMPTS, outputs
 from tests.engine.test_restart import wait_for
 
-ENGINE: dict[str, Any] = {"device": "cpu", "start_timeout": 60, **SETTINGS}
+ENGINE: dict[str, Any] = {"device": "cpu", "start_timeout": 60, "skip_tokenizer_init": True, **SETTINGS}
+GROUPS: dict[str, Any] = {
+    "mesh": lambda mesh: mesh,
+    "group": lambda mesh: mesh.get_group(),
+    "world": lambda _: distributed.group.WORLD,
+}
+"""What a trainer may give for its ranks."""
 
 
 def refuse_memory() -> None:
@@ -65,42 +72,50 @@ def held() -> tuple[int, set[str]]:
     return len(os.listdir("/proc/self/fd")), {name for name in names if name.startswith("headrace")}
 
 
-def whole_life(rank: int, folder: str, num_ranks: int, far: bool, settings: dict[str, Any]) -> Any:
-    """Two engines, one after the other, beside a trainer that goes on."""
+def tensors_of(folder: str) -> dict[str, torch.Tensor]:
+    """Without transformers, which takes seconds to load."""
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def whole_life(
+    rank: int, folder: str, other: str, num_ranks: int, far: bool, groups: list[str], settings: dict[str, Any]
+) -> Any:
+    """Engines, one after the other, beside a trainer that goes on."""
     if far:
         refuse_memory()
     mesh = init_device_mesh("cpu", (num_ranks,), mesh_dim_names=("tp",))
     found: list[Any] = []
     holds: list[Any] = []
-    for group in (mesh, mesh.get_group(), distributed.group.WORLD):
+    for name in groups:
         is_over = threading.Event()
         trainer = used_group(is_over)
-        with Engine(folder, rank_group=group, **ENGINE, **settings) as engine:
+        with Engine(folder, rank_group=GROUPS[name](mesh), **ENGINE, **settings) as engine:
             if rank == 0:
-                found.append(life_of_leader(engine, folder))
+                found.append(life_of_leader(engine, folder, other))
             else:
                 found.append(calls_of_follower(engine, folder))
         is_over.set()
         trainer.join(60.0)
         assert not trainer.is_alive()
         holds.append(held())
-    assert holds[2][0] <= holds[0][0] and not holds[2][1], holds
+    assert holds[-1][0] <= holds[0][0] and not holds[-1][1], holds
     return found
 
 
-def life_of_leader(engine: Engine, folder: str) -> Any:
+def life_of_leader(engine: Engine, folder: str, other: str) -> Any:
     first, digest = outputs(engine, GREEDY), engine.digest()
-    engine.update_weights_from_tensor(named_tensors(model_of(1)), "b")
-    other = engine.digest()
+    new = tensors_of(other)
+    engine.update_weights_from_tensor(new.items(), "b")
+    new_digest = engine.digest()
     name = "model.layers.1.mlp.down_proj.weight"
-    same = bool((engine.get_weights_by_name(name) == dict(named_tensors(model_of(1)))[name]).all())
+    same = bool((engine.get_weights_by_name(name) == new[name]).all())
     engine.update_weights_from_disk(Path(folder), "a")
     engine.release_memory_occupation()
     engine.resume_memory_occupation(restore="await")
     engine.update_weights_from_disk(Path(folder), "a")
     again = outputs(engine, GREEDY)
     is_back = [each.token_ids for each in again] == [each.token_ids for each in first]
-    return [each.token_ids for each in first], digest, other, same, is_back and engine.digest() == digest
+    return [each.token_ids for each in first], digest, new_digest, same, is_back and engine.digest() == digest
 
 
 def calls_of_follower(engine: Engine, folder: str) -> Any:
@@ -164,18 +179,15 @@ def leader_is_lost(rank: int, folder: str, how: int) -> Any:
     return "lives"
 
 
-def never_comes(rank: int, folder: str, which: int) -> Any:
-    if rank == which:
-        time.sleep(8)
-        return None
-    return error_of(folder, start_timeout=4)
-
-
-def calls_too_often(rank: int, folder: str) -> Any:
-    """Rank 1 has called in vain before rank 0 comes."""
-    found = [error_of(folder, start_timeout=1)[0] for _ in range(2 * rank)]
-    distributed.barrier()
-    return [*found, error_of(folder)[0]]
+def calls_in_vain(rank: int, folder: str) -> Any:
+    """Rank 1 has called twice and rank 0 once, to which the other did not come, before both do: rank 1 once more, to
+    hear what has become of rank 0's call."""
+    found = []
+    for caller in (1, 1, 0, 1):
+        if rank == caller:
+            found.append(error_of(folder, start_timeout=2))
+        distributed.barrier()
+    return [*found, error_of(folder)]
 
 
 def settings_of_one(rank: int, folder: str, other: str) -> Any:
@@ -207,11 +219,11 @@ def fails_alone(rank: int, folder: str) -> Any:
     return found, error_of(folder)
 
 
-def pushes_its_own(rank: int, folder: str) -> Any:
+def pushes_its_own(rank: int, folder: str, other: str) -> Any:
     """Every rank gives its engine to a pusher, which takes that of the first."""
     with Engine(folder, rank_group=distributed.group.WORLD, **ENGINE) as engine:
         pusher = WeightPusher(engine, distributed.group.WORLD)
-        report = pusher.push(dict(named_tensors(model_of(1))), "pushed", verify=True)
+        report = pusher.push(tensors_of(other), "pushed", verify=True)
         return engine.is_leading, report.update.version, report.is_verified
 
 

@@ -17,7 +17,7 @@ from headrace import Engine
 from headrace.types.errors import HeadraceError
 from tests.engine.builders import SETTINGS, shared_memory
 
-NUM_CYCLES = int(os.environ.get("HEADRACE_CLOSINGS", "3"))
+NUM_CYCLES = int(os.environ.get("HEADRACE_CLOSINGS", "2"))
 LAYOUTS: dict[str, dict[str, Any]] = {
     "alone": {},
     "shares": {"tp_size": 2},
@@ -58,20 +58,18 @@ def check_flat(cycle: Any) -> None:
     assert found == [before] * NUM_CYCLES
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
-def test_an_engine_that_was_shut_down_holds_nothing(model_folder: Path, layout: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", ["alone", "shares", "stages"])
+def test_an_engine_that_was_shut_down_holds_nothing(model_folder: Path, name: str) -> None:
     def cycle() -> None:
-        with Engine(model_folder, inprocess=True, device="cpu", **layout, **SETTINGS) as engine:
+        with Engine(model_folder, inprocess=True, device="cpu", **LAYOUTS[name], **SETTINGS) as engine:
             engine.generate(input_ids=[1, 2, 3], sampling_params={"max_new_tokens": 3})
 
     check_flat(cycle)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
-def test_an_engine_that_could_not_start_holds_nothing(
-    model_folder: Path, tmp_path: Path, layout: dict[str, Any]
-) -> None:
-    """All ranks have joined by the time that they find a weight missing."""
+@pytest.mark.parametrize("name", ["alone", "stages-of-two"])
+def test_an_engine_that_could_not_start_holds_nothing(model_folder: Path, tmp_path: Path, name: str) -> None:
+    """All ranks have joined by the time that they find a weight missing, those of a stage and the stages."""
     folder = tmp_path / "cut"
     folder.mkdir()
     for each in model_folder.iterdir():
@@ -79,6 +77,6 @@ def test_an_engine_that_could_not_start_holds_nothing(
 
     def cycle() -> None:
         with pytest.raises(HeadraceError):
-            Engine(folder, inprocess=True, device="cpu", **layout, **SETTINGS)
+            Engine(folder, inprocess=True, device="cpu", **LAYOUTS[name], **SETTINGS)
 
     check_flat(cycle)

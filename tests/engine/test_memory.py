@@ -34,7 +34,7 @@ PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [11, 12, 13, 14, 15]]
 PARAMS = SamplingParams(max_new_tokens=12, temperature=1.0, ignore_eos=True, seed=3)
 LONG = SamplingParams(max_new_tokens=900, ignore_eos=True, seed=5)
 KEPT = SamplingParams(max_new_tokens=250, ignore_eos=True, seed=5)
-NUM_CYCLES = int(os.environ.get("HEADRACE_MEMORY_CYCLES", "12"))
+NUM_CYCLES = int(os.environ.get("HEADRACE_MEMORY_CYCLES", "4"))
 LARGE = {
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 4096,

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from headrace import ConfigError, DeadlineError, Engine, HeadraceError
+from headrace import ConfigError, DeadlineError, Engine, HeadraceError, NeedsWeightsError
 from headrace.types.errors import DeviceLostError
 from tests.engine.builders import SETTINGS, model_of, named_tensors, save_model, shared_memory
 from tests.engine.group_trainer import TrainerProcess
@@ -54,7 +54,7 @@ def other(model_folder: Path, address: str) -> Iterator[Node]:
 
 @pytest.fixture(scope="module")
 def nodes(model_folder: Path, address: str, other: Node) -> Iterator[Engine]:
-    with first_node(model_folder, address, max_core_restarts=4) as started:
+    with first_node(model_folder, address, max_core_restarts=2) as started:
         yield started
 
 
@@ -62,6 +62,28 @@ def nodes(model_folder: Path, address: str, other: Node) -> Iterator[Engine]:
 def test_two_nodes_generate_what_one_rank_does(nodes: Engine, engine: Engine, params: Any) -> None:
     check_equal(outputs(nodes, params), outputs(engine, params))
     assert nodes.digest() == engine.digest()
+
+
+def lose(engine: Engine, other: Node, how: signal.Signals) -> None:
+    """What everybody is told who waits for something when the node is lost."""
+    outcomes: list[HeadraceError] = []
+    thread = generate_in_thread(engine, outcomes)
+    other.send(how)
+    began = time.monotonic()
+    thread.join(60.0)
+    seconds = time.monotonic() - began
+    (error,) = outcomes
+    assert isinstance(error, DeviceLostError) and error.retryable
+    assert "rank 1 (node 1 at 127." in error.message
+    assert seconds < 4 * NOTICED_SECONDS  # of a machine that others use too
+
+
+def test_a_node_that_stands_still_is_named_and_the_replica_is_back_with_it(nodes: Engine, other: Node) -> None:
+    first, core = outputs(nodes, GREEDY), pid_of(nodes)
+    lose(nodes, other, signal.SIGSTOP)
+    other.send(signal.SIGCONT)
+    wait_for(partial(has_other_core, nodes, core))
+    check_equal(outputs(nodes, GREEDY), first)
 
 
 @pytest.mark.parametrize("mode", ["shadow", "inplace"])
@@ -112,65 +134,54 @@ def test_what_is_refused_is_taken_when_it_is_right(nodes: Engine) -> None:
     assert nodes.digest() == before
 
 
+def test_a_node_that_is_lost_is_named_and_the_replica_is_back_with_another(model_folder: Path) -> None:
+    """One that ends by a signal is lost as well, here where no start is left."""
+    address = f"{FIRST}:{free_port()}"
+    with node(model_folder, address) as other, first_node(model_folder, address, max_core_restarts=1) as nodes:
+        nodes.update_weights_from_disk(model_folder, "before")
+        first, core = outputs(nodes, GREEDY), pid_of(nodes)
+        lose(nodes, other, signal.SIGKILL)
+        with node(model_folder, address) as another:
+            wait_for(partial(has_other_core, nodes, core))
+            with pytest.raises(NeedsWeightsError):
+                outputs(nodes, GREEDY)
+            nodes.update_weights_from_disk(model_folder, "after")
+            check_equal(outputs(nodes, GREEDY), first)
+            (rank,) = another.rank_pids
+            another.process.send_signal(signal.SIGTERM)
+            assert another.end()[0] == 0 and is_gone(rank)
+            wait_for(lambda: not nodes.is_alive)
+            with pytest.raises(HeadraceError, match="rank 1"):
+                nodes.generate(input_ids=[1])
+
+
 @pytest.mark.parametrize("sizes", [{"tp_size": 4}, {"tp_size": 2, "pp_size": 2}], ids=["tp 4", "tp 2 pp 2"])
 def test_nodes_of_several_ranks(model_folder: Path, engine: Engine, tmp_path: Path, sizes: dict[str, Any]) -> None:
-    """Of four ranks one shares memory with the first, and two have their bytes sent."""
+    """Of four ranks one shares memory with the first, and two have their bytes sent. They end with the first."""
     address = f"{FIRST}:{free_port()}"
-    with node(model_folder, address, **sizes), first_node(model_folder, address, **sizes) as four:
-        check_equal(outputs(four, GREEDY), outputs(engine, GREEDY))
-        before = four.digest()
-        new = dict(named_tensors(model_of(1)))
-        four.update_weights_from_tensor(new.items(), "memory")
-        for name in NAMES:
-            assert (four.get_weights_by_name(name).numpy() == new[name].numpy()).all()
-        four.update_weights_from_disk(model_folder, "folder")
-        assert four.digest() == before == engine.digest()
-        four.save_sharded_model(tmp_path)
-    with Engine(tmp_path, device="cpu", load_format="sharded", **SETTINGS, **sizes) as again:
-        assert again.digest() == before
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_node_that_is_lost_is_named_and_the_replica_is_back_with_it(model_folder: Path, how: signal.Signals) -> None:
-    address = f"{FIRST}:{free_port()}"
-    with node(model_folder, address) as other, first_node(model_folder, address, max_core_restarts=4) as engine:
-        first, core = outputs(engine, GREEDY), pid_of(engine)
-        outcomes: list[HeadraceError] = []
-        thread = generate_in_thread(engine, outcomes)
-        other.send(how)
-        began = time.monotonic()
-        thread.join(60.0)
-        seconds = time.monotonic() - began
-        (error,) = outcomes
-        assert isinstance(error, DeviceLostError) and error.retryable
-        assert "rank 1 (node 1 at 127." in error.message
-        assert seconds < 4 * NOTICED_SECONDS  # of a machine that others use too
-        with node(model_folder, address) if how == signal.SIGKILL else _continued(other):
-            wait_for(partial(has_other_core, engine, core))
-            check_equal(outputs(engine, GREEDY), first)
-
-
-class _continued:
-    """The same node goes on."""
-
-    def __init__(self, other: Node) -> None:
-        self._other = other
-
-    def __enter__(self) -> None:
-        self._other.send(signal.SIGCONT)
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-def test_a_node_ends_with_the_first(model_folder: Path) -> None:
-    address = f"{FIRST}:{free_port()}"
-    with node(model_folder, address) as other:
-        with first_node(model_folder, address) as engine:
-            engine.generate(input_ids=[1])
-            assert len(other.rank_pids) == 1
+    with node(model_folder, address, **sizes) as other:
+        with first_node(model_folder, address, **sizes) as four:
+            check_equal(outputs(four, GREEDY), outputs(engine, GREEDY))
+            before = four.digest()
+            new = dict(named_tensors(model_of(1)))
+            four.update_weights_from_tensor(new.items(), "memory")
+            for name in NAMES:
+                assert (four.get_weights_by_name(name).numpy() == new[name].numpy()).all()
+            four.update_weights_from_disk(model_folder, "folder")
+            assert four.digest() == before == engine.digest()
+            if "pp_size" in sizes:  # of shares and of stages
+                four.save_sharded_model(tmp_path)
+            assert len(other.rank_pids) == 2
         code, text = other.end()
         assert code == 0 and "rank 0 has ended" in text
+    if "pp_size" in sizes:
+        check_saved(tmp_path, before, sizes)
+
+
+def check_saved(folder: Path, digests: dict[str, str], sizes: dict[str, Any]) -> None:
+    """What ranks of two nodes have written, each its own, is read by as many of one."""
+    with Engine(folder, inprocess=True, device="cpu", load_format="sharded", **SETTINGS, **sizes) as again:
+        assert again.digest() == digests
 
 
 def server_info(port: int) -> dict[str, Any]:
@@ -198,17 +209,6 @@ def test_a_server_is_the_first_node(model_folder: Path) -> None:
         assert [each.end()[0] for each in (first, other)] == [0, 0]
 
 
-def test_a_node_ends_by_a_signal(model_folder: Path) -> None:
-    address = f"{FIRST}:{free_port()}"
-    with node(model_folder, address) as other, first_node(model_folder, address) as engine:
-        (rank,) = other.rank_pids
-        other.process.send_signal(signal.SIGTERM)
-        assert other.end()[0] == 0 and is_gone(rank)
-        wait_for(lambda: not engine.is_alive)
-        with pytest.raises(HeadraceError, match="rank 1"):
-            engine.generate(input_ids=[1])
-
-
 def start_in_thread(folder: Path, address: str, **settings: Any) -> tuple[threading.Thread, list[HeadraceError]]:
     errors: list[HeadraceError] = []
 
@@ -233,7 +233,7 @@ def test_nodes_that_differ_are_told_so_by_name(
     folder = save_model(tmp_path, seed=1) if field == "weights" else model_folder
     if field == "tp_size":
         settings = {"load_format": "dummy", **settings}
-    thread, errors = start_in_thread(model_folder, address)
+    thread, errors = start_in_thread(model_folder, address, inprocess=True)
     with node(folder, address, **settings) as other:
         code, text = other.end()
         thread.join(60.0)
@@ -244,7 +244,7 @@ def test_nodes_that_differ_are_told_so_by_name(
 
 def test_who_does_not_know_the_secret_is_no_node(model_folder: Path) -> None:
     address = f"{FIRST}:{free_port()}"
-    thread, errors = start_in_thread(model_folder, address, start_timeout=30)
+    thread, errors = start_in_thread(model_folder, address, start_timeout=15)
     with node(model_folder, address, secret="another secret than that") as other:
         code, text = other.end()
         assert code == 2 and "HEADRACE_DIST_SECRET" in text
@@ -273,12 +273,12 @@ def test_a_node_that_finds_no_first_says_so(model_folder: Path) -> None:
 def test_nodes_that_cannot_be_are_refused_by_name(model_folder: Path, field: str, settings: dict[str, Any]) -> None:
     given = {"tp_size": 2, "nnodes": 2, "dist_init_addr": f"{FIRST}:4000", **SETTINGS, **settings}
     with pytest.raises(ConfigError) as refusal:
-        Engine(model_folder, device="cpu", **given)
+        Engine(model_folder, inprocess=True, device="cpu", **given)
     assert refusal.value.field == field
 
 
 def test_a_secret_is_needed(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADRACE_DIST_SECRET", "short")
     with pytest.raises(ConfigError) as refusal:
-        first_node(model_folder, f"{FIRST}:4000")
+        first_node(model_folder, f"{FIRST}:4000", inprocess=True)
     assert refusal.value.field == "HEADRACE_DIST_SECRET"

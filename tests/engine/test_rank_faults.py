@@ -62,12 +62,20 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("process", signal.SIGKILL),
+        ("inprocess", signal.SIGSTOP),
+        ("stages", signal.SIGSTOP),
+        ("stages-inprocess", signal.SIGKILL),
+    ],
+)
 def test_a_rank_that_is_lost_while_requests_run_ends_the_replica(
-    start_ranks: Start, how: signal.Signals, layout: dict[str, Any]
+    start_ranks: Start, name: str, how: signal.Signals
 ) -> None:
-    names = shared_memory()
+    """Every layout; and either signal with shares and with stages, with a core's process and without."""
+    names, layout = shared_memory(), LAYOUTS[name]
     engine = start_ranks(**layout)
     core = None if "inprocess" in layout else pid_of(engine)
     (rank,) = rank_pids(engine)
@@ -86,17 +94,6 @@ def test_a_rank_that_is_lost_while_requests_run_ends_the_replica(
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_rank_that_is_lost_while_nothing_runs_is_noticed(start_ranks: Start, how: signal.Signals) -> None:
-    engine = start_ranks()
-    (rank,) = rank_pids(engine)
-    os.kill(rank, how)
-    wait_for(lambda: not engine.is_alive)
-    with pytest.raises(EngineDeadError, match=r"rank 1"):
-        engine.digest()
-    wait_for(lambda: is_gone(rank))
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_rank_0_is_one_of_them(start_ranks: Start, how: signal.Signals) -> None:
     engine = start_ranks()
     (rank,), core = rank_pids(engine), pid_of(engine)
@@ -108,29 +105,30 @@ def test_rank_0_is_one_of_them(start_ranks: Start, how: signal.Signals) -> None:
     wait_for(lambda: is_gone(rank) and is_gone(core))
 
 
-@pytest.mark.parametrize("is_rank_first", [True, False])
-def test_ranks_that_were_all_stopped_for_a_while_go_on(start_ranks: Start, is_rank_first: bool) -> None:
-    """As in a container that is paused: each finds the other stopped before it is stopped, and when it goes on."""
-    engine = start_ranks()
-    expected = engine.generate(input_ids=PROMPTS[0], sampling_params=GREEDY)[0].token_ids
-    (rank,), core = rank_pids(engine), pid_of(engine)
-    order = [rank, core] if is_rank_first else [core, rank]
-    for pid in order:
+def stop_for_a_while(pids: list[int]) -> None:
+    """As a container that is paused does: one after the other, which go on in the other order."""
+    for pid in pids:
         os.kill(pid, signal.SIGSTOP)
         time.sleep(0.45)
     time.sleep(3.0)
-    for pid in reversed(order):
+    for pid in reversed(pids):
         os.kill(pid, signal.SIGCONT)
         time.sleep(0.3)
-    assert engine.generate(input_ids=PROMPTS[0], sampling_params=GREEDY)[0].token_ids == expected
 
 
-def test_a_core_that_dies_while_a_rank_stands_still_leaves_none(start_ranks: Start) -> None:
+def test_ranks_that_were_all_stopped_for_a_while_go_on_until_a_shutdown_ends_them(start_ranks: Start) -> None:
+    """Each finds the other stopped before it is stopped, and when it goes on. The shutdown comes while requests run."""
     engine = start_ranks()
+    expected = engine.generate(input_ids=PROMPTS[0], sampling_params=GREEDY)[0].token_ids
     (rank,), core = rank_pids(engine), pid_of(engine)
-    os.kill(rank, signal.SIGSTOP)
-    os.kill(core, signal.SIGKILL)
-    wait_for(lambda: is_gone(rank) and is_gone(core))
+    for order in ([rank, core], [core, rank]):
+        stop_for_a_while(order)
+        assert engine.generate(input_ids=PROMPTS[0], sampling_params=GREEDY)[0].token_ids == expected
+    outcomes: list[HeadraceError] = []
+    thread = generate_in_thread(engine, outcomes)
+    engine.shutdown()
+    thread.join(60.0)
+    assert not outcomes and is_gone(rank) and is_gone(core)
 
 
 def has_other_core(engine: Engine, former: int) -> bool:
@@ -138,22 +136,30 @@ def has_other_core(engine: Engine, former: int) -> bool:
 
 
 def test_a_replica_is_started_again_and_serves_with_current_weights_only(start_ranks: Start) -> None:
+    """Whatever ended it: its core dies while a rank stands still, or a rank while nothing runs. One that stands still
+    while nothing runs is noticed as well: it is the end where no start is left."""
     engine = start_ranks(max_core_restarts=2)
     first, digests = engine.generate(input_ids=PROMPTS[0], sampling_params=GREEDY), engine.digest()
-    for is_updated in (False, True):
-        (rank,), core = rank_pids(engine), pid_of(engine)
-        if is_updated:
-            engine.update_weights_from_tensor(named_tensors(model_of(1)), "b")
-        os.kill(rank, signal.SIGKILL)
-        wait_for(partial(has_other_core, engine, core))
-        if not is_updated:
-            assert engine.generate(input_ids=PROMPTS[0], sampling_params=GREEDY)[0].token_ids == first[0].token_ids
-            continue
-        with pytest.raises(NeedsWeightsError):
-            engine.generate(input_ids=PROMPTS[0])
-        engine.update_weights_from_tensor(named_tensors(model_of(0)), "c")
-        assert engine.digest() == digests
-        assert len(rank_pids(engine)) == 1
+    (rank,), core = rank_pids(engine), pid_of(engine)
+    os.kill(rank, signal.SIGSTOP)
+    os.kill(core, signal.SIGKILL)
+    wait_for(partial(has_other_core, engine, core))
+    wait_for(lambda: is_gone(rank) and is_gone(core))
+    assert engine.generate(input_ids=PROMPTS[0], sampling_params=GREEDY)[0].token_ids == first[0].token_ids
+    engine.update_weights_from_tensor(named_tensors(model_of(1)), "b")
+    (second,), core = rank_pids(engine), pid_of(engine)
+    os.kill(second, signal.SIGKILL)
+    wait_for(partial(has_other_core, engine, core))
+    with pytest.raises(NeedsWeightsError):
+        engine.generate(input_ids=PROMPTS[0])
+    engine.update_weights_from_tensor(named_tensors(model_of(0)), "c")
+    assert engine.digest() == digests
+    (third,) = rank_pids(engine)
+    os.kill(third, signal.SIGSTOP)
+    wait_for(lambda: not engine.is_alive)
+    with pytest.raises(EngineDeadError, match=rf"rank 1 \(process {third}\)"):
+        engine.digest()
+    wait_for(lambda: is_gone(second) and is_gone(third))
 
 
 SCRIPT = """
@@ -163,15 +169,16 @@ from tests.engine.builders import SETTINGS
 from tests.engine.test_ranks import rank_pids
 from tests.engine.test_restart import pid_of
 if __name__ == "__main__":
-    engine = Engine(sys.argv[1], tp_size=2, device="cpu", inprocess=sys.argv[2] == "True", **SETTINGS)
+    settings = {**SETTINGS, "tp_size": 2, "device": "cpu", "skip_tokenizer_init": True}
+    engine = Engine(sys.argv[1], inprocess=sys.argv[2] == "True", **settings)
     print(pid_of(engine), *rank_pids(engine), flush=True)
     time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("inprocess", [False, True], ids=["process", "inprocess"])
-@pytest.mark.parametrize("stands_still", [False, True], ids=["running", "stopped"])
+@pytest.mark.parametrize(("inprocess", "stands_still"), [(False, True), (True, False)])
 def test_the_parents_death_ends_all_ranks(model_folder: Path, inprocess: bool, stands_still: bool) -> None:
+    """Also those that stand still, as above where the core that dies is the parent's."""
     command = [sys.executable, "-c", SCRIPT, str(model_folder), str(inprocess)]
     environment = child_environment()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment) as parent:
@@ -181,16 +188,6 @@ def test_the_parents_death_ends_all_ranks(model_folder: Path, inprocess: bool, s
             os.kill(rank, signal.SIGSTOP)
         parent.kill()
     wait_for(lambda: is_gone(rank) and is_gone(core))
-
-
-def test_a_shutdown_ends_all_ranks(start_ranks: Start) -> None:
-    engine = start_ranks()
-    (rank,), core = rank_pids(engine), pid_of(engine)
-    outcomes: list[HeadraceError] = []
-    thread = generate_in_thread(engine, outcomes)
-    engine.shutdown()
-    thread.join(60.0)
-    assert not outcomes and is_gone(rank) and is_gone(core)
 
 
 @pytest.mark.parametrize(

@@ -19,21 +19,36 @@ from tests.rl.trainer_ranks import run_ranks, start_ranks
 SECONDS = 240.0
 
 
+@pytest.fixture(scope="module")
+def new_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("new"), seed=1)
+
+
 @pytest.mark.parametrize(
-    ("num_ranks", "far", "settings"),
-    [(2, False, {}), (2, True, {}), (4, False, {"pp_size": 2})],
+    ("num_ranks", "far", "groups", "settings"),
+    [
+        (2, False, ["mesh", "group", "world"], {}),
+        (2, True, ["mesh", "world"], {}),
+        (4, False, ["group", "mesh"], {"pp_size": 2}),
+    ],
     ids=["two", "two machines", "two stages"],
 )
 def test_a_trainers_ranks_are_one_engine(
-    model_folder: Path, engine: Engine, num_ranks: int, far: bool, settings: dict[str, Any]
+    model_folder: Path,
+    new_folder: Path,
+    engine: Engine,
+    num_ranks: int,
+    far: bool,
+    groups: list[str],
+    settings: dict[str, Any],
 ) -> None:
-    given = str(model_folder), num_ranks, far, settings
+    given = str(model_folder), str(new_folder), num_ranks, far, groups, settings
     leading, *following = run_ranks(num_ranks, bodies.whole_life, *given, seconds=SECONDS)
     expected = [each.token_ids for each in outputs(engine, GREEDY)]
     for ids, digest, other, is_same, is_back in leading:
         assert ids == expected and digest == engine.digest() and other != digest and is_same and is_back
     for each in following:
-        assert each == [[("RequestError", "rank_group", True)] * 7] * 3
+        assert each == [[("RequestError", "rank_group", True)] * 7] * len(groups)
 
 
 def lives(started: Any, ranks: set[int], which: int, how: int) -> dict[int, Any]:
@@ -61,22 +76,19 @@ def test_rank_0_is_lost_and_the_others_live(model_folder: Path, how: int) -> Non
     assert lives(started, {1}, 0, how) == {1: "lives"}
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_a_rank_that_never_comes_is_named(model_folder: Path, which: int) -> None:
-    seen = run_ranks(2, bodies.never_comes, str(model_folder), which)
-    kind, field, message = seen[1 - which]
-    assert kind == "DeadlineError" and field == "start_timeout" and f"rank {which} has not come" in message
+def test_a_rank_that_does_not_come_is_named_and_ranks_meet_however_often_one_has_called_before(
+    model_folder: Path,
+) -> None:
+    seen = run_ranks(2, bodies.calls_in_vain, str(model_folder), seconds=SECONDS)
+    for (*in_vain, last), missing in zip(seen, ([1], [0, 0, 1]), strict=True):
+        assert last[0] == "no error"
+        for (kind, field, message), rank in zip(in_vain, missing, strict=True):
+            assert kind == "DeadlineError" and field == "start_timeout" and f"rank {rank} has not come" in message
 
 
-def test_ranks_meet_however_often_one_has_called_before(model_folder: Path) -> None:
-    seen = run_ranks(2, bodies.calls_too_often, str(model_folder), seconds=SECONDS)
-    assert seen == [["no error"], ["DeadlineError", "DeadlineError", "no error"]]
-
-
-def test_what_is_refused_is_refused_on_every_rank(model_folder: Path, tmp_path: Path) -> None:
+def test_what_is_refused_is_refused_on_every_rank(model_folder: Path, new_folder: Path) -> None:
     """The next engine is none the worse for it."""
-    other = save_model(tmp_path, seed=1)
-    leading, following = run_ranks(2, bodies.settings_of_one, str(model_folder), str(other), seconds=SECONDS)
+    leading, following = run_ranks(2, bodies.settings_of_one, str(model_folder), str(new_folder), seconds=SECONDS)
     fields = ["no_such", "no_such", "tp_size", "dtype", "nnodes", "weights", "rank_group", ""]
     for found in (leading, following):
         assert [field for _, field, _ in found] == fields
@@ -90,8 +102,8 @@ def test_what_fails_on_one_rank_alone_is_said_on_all_at_once(model_folder: Path)
     assert led[0] == "InternalError" and "rank 1 failed: OSError: the disk is on fire" in led[2]
 
 
-def test_every_rank_gives_its_engine_to_a_pusher(model_folder: Path) -> None:
-    seen = run_ranks(2, bodies.pushes_its_own, str(model_folder), seconds=SECONDS)
+def test_every_rank_gives_its_engine_to_a_pusher(model_folder: Path, new_folder: Path) -> None:
+    seen = run_ranks(2, bodies.pushes_its_own, str(model_folder), str(new_folder), seconds=SECONDS)
     assert seen == [(True, "pushed", True), (False, "pushed", True)]
 
 

@@ -17,12 +17,9 @@ from tests.engine.group_trainer import TrainerProcess
 from tests.engine.test_ranks import rank_pids
 from tests.engine.test_restart import pid_of
 from tests.engine.test_weight_groups import NAMES, free_port, manifest_of
-from tests.parity.models import make_model
-from tests.parity.models import save_model as save_wide_model
-from tests.weights.test_shard_reading import num_bytes_read
 
 NEW = named_tensors(model_of(1))
-NUM_UPDATES = int(os.environ.get("HEADRACE_UPDATES", "200"))
+NUM_UPDATES = int(os.environ.get("HEADRACE_UPDATES", "100"))
 
 
 @pytest.fixture(scope="module", params=["tp_size", "pp_size"])
@@ -51,8 +48,9 @@ def old(ranks: Engine, model_folder: Path) -> None:
     ranks.update_weights_from_disk(model_folder, "old", in_flight="abort")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def trainer() -> Iterator[TrainerProcess]:
+    """One that takes part in a group after the other."""
     started = TrainerProcess()
     yield started
     started.close()
@@ -214,17 +212,3 @@ def test_a_group_that_is_left_while_it_is_joined_is_left_by_both(ranks: Engine, 
     join(ranks, trainer)
     ranks.destroy_weights_update_group("g")
     assert len(rank_pids(ranks)) == 1
-
-
-def test_each_rank_reads_no_more_of_a_folder_than_it_holds(tmp_path: Path) -> None:
-    """Of columns, too: what the system has counted, of a model that is mostly its MLPs."""
-    folder = save_wide_model(make_model("qwen3", intermediate_size=4096, num_hidden_layers=3), tmp_path)
-    num_bytes = (folder / "model.safetensors").stat().st_size
-    with Engine(folder, tp_size=2, device="cpu", skip_tokenizer_init=True, **SETTINGS) as started:
-        expected = started.digest()
-        pids = (pid_of(started), *rank_pids(started))
-        before = [num_bytes_read(pid) for pid in pids]
-        started.update_weights_from_disk(folder, "again")
-        read = [num_bytes_read(pid) - earlier for pid, earlier in zip(pids, before, strict=True)]
-        assert started.digest() == expected
-    assert all(num_bytes // 2 <= each < num_bytes * 0.6 for each in read), (num_bytes, read)

@@ -21,6 +21,8 @@ from headrace.types.weights import TensorInfo, UpdateMode
 from tests.engine.builders import SETTINGS, model_of, named_tensors
 from tests.engine.test_memory import NUM_CYCLES, resident_bytes
 from tests.engine.test_restart import pid_of
+from tests.parity.models import make_model, save_model
+from tests.weights.test_shard_reading import num_bytes_read
 
 PROMPTS = [[1, 2, 3, 4, 5], [7], [9, 8, 7, 6, 5, 4, 3, 2, 1] * 5]
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=24, ignore_eos=True)
@@ -32,7 +34,6 @@ NAMES = [
     "model.norm.weight",
 ]
 LONG = SamplingParams(max_new_tokens=900, ignore_eos=True)
-DEATH_SECONDS = 5.0
 
 
 def rank_pids(engine: Engine) -> list[int]:
@@ -56,7 +57,6 @@ def check_equal(found: list[Generation], expected: list[Generation]) -> None:
 LAYOUTS: dict[str, dict[str, Any]] = {
     "process": {"tp_size": 2},
     "inprocess": {"tp_size": 2, "inprocess": True},
-    "stages": {"pp_size": 2},
     "stages-inprocess": {"pp_size": 3, "inprocess": True},
     "stages-of-two": {"tp_size": 2, "pp_size": 2},
 }
@@ -161,3 +161,17 @@ def test_memory_goes_and_comes_on_both_ranks(ranks: Engine, model_folder: Path) 
     ranks.update_weights_from_disk(model_folder, "again")
     assert ranks.digest() == digests
     check_equal(outputs(ranks, GREEDY), first)
+
+
+def test_each_rank_reads_no_more_of_a_folder_than_it_holds(tmp_path: Path) -> None:
+    """Of columns, too: what the system has counted, of a model that is mostly its MLPs."""
+    folder = save_model(make_model("qwen3", intermediate_size=4096, num_hidden_layers=3), tmp_path)
+    num_bytes = (folder / "model.safetensors").stat().st_size
+    with Engine(folder, tp_size=2, device="cpu", skip_tokenizer_init=True, **SETTINGS) as started:
+        expected = started.digest()
+        pids = (pid_of(started), *rank_pids(started))
+        before = [num_bytes_read(pid) for pid in pids]
+        started.update_weights_from_disk(folder, "again")
+        read = [num_bytes_read(pid) - earlier for pid, earlier in zip(pids, before, strict=True)]
+        assert started.digest() == expected
+    assert all(num_bytes // 2 <= each < num_bytes * 0.6 for each in read), (num_bytes, read)

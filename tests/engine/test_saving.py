@@ -408,7 +408,7 @@ def test_a_saved_folder_is_held_against_its_digests_before_it_is_taken(start: St
 def test_several_ranks_save_whole_tensors_and_each_its_own(tmp_path: Path, layout: dict[str, Any]) -> None:
     model = make_model("qwen3", num_key_value_heads=2)
     model.save_pretrained(tmp_path / "model")
-    settings = {**SETTINGS, "skip_tokenizer_init": True}
+    settings = {**SETTINGS, "skip_tokenizer_init": True, "inprocess": True}
     with Engine(tmp_path / "model", **layout, **settings) as engine:
         assert engine.save_model(tmp_path / "hf").num_tensors == len(engine.digest())
         report = engine.save_sharded_model(tmp_path / "sharded")
@@ -424,4 +424,4 @@ def test_several_ranks_save_whole_tensors_and_each_its_own(tmp_path: Path, layou
     with Engine(tmp_path / "sharded", **layout, **settings) as engine:
         assert engine.digest() == digests and tokens_of(engine) == tokens
     with pytest.raises(CheckpointError, match=r"of 2 rank\(s\)"):
-        Engine(tmp_path / "sharded", inprocess=True, **settings)
+        Engine(tmp_path / "sharded", **settings)

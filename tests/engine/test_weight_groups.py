@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -122,9 +123,15 @@ def check_unusable(engine: Engine, session: UpdateSession) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("inprocess", [False, True])
 def test_an_update_equals_one_from_tensors(
-    start: Starter, trainer: TrainerProcess, new_folder: Path, dtype: str, is_bucket: bool, inprocess: bool
+    spawned: Engine,
+    start: Starter,
+    trainer: TrainerProcess,
+    new_folder: Path,
+    dtype: str,
+    is_bucket: bool,
+    inprocess: bool,
 ) -> None:
-    engine = start(inprocess=inprocess)
+    engine = start() if inprocess else spawned
     sent = [(name, tensor.to(getattr(torch, dtype))) for name, tensor in named_tensors(model_of(1))]
     engine.update_weights_from_tensor(sent, "expected")
     expected = engine.digest()
@@ -176,9 +183,9 @@ def test_requests_go_on_while_tensors_arrive(
 
 @pytest.mark.parametrize("inprocess", [False, True])
 def test_a_trainer_that_never_comes_is_named_in_time(
-    start: Starter, trainer: TrainerProcess, new_folder: Path, inprocess: bool
+    spawned: Engine, start: Starter, trainer: TrainerProcess, new_folder: Path, inprocess: bool
 ) -> None:
-    engine, port, began = start(inprocess=inprocess), free_port(), time.monotonic()
+    engine, port, began = start() if inprocess else spawned, free_port(), time.monotonic()
     error = refused(engine.init_weights_update_group, "127.0.0.1", port, 1, 2, "g", "gloo", timeout=1)
     assert isinstance(error, DeadlineError) and "'g'" in error.message and error.field == "group_name"
     assert time.monotonic() - began < 6
@@ -425,7 +432,7 @@ def test_two_groups_at_once(model_folder: Path, new_folder: Path, trainer: Train
 
 async def _update_by_two_groups(model_folder: Path, new_folder: Path, trainer: TrainerProcess) -> None:
     other, halves = TrainerProcess(), (NAMES[::2], NAMES[1::2])
-    async with AsyncEngine(model_folder, **SETTINGS) as engine:
+    async with AsyncEngine(model_folder, inprocess=True, **SETTINGS) as engine:
         for each, name in ((trainer, "one"), (other, "two")):
             port = free_port()
             each.tell(do="init", port=port, name=name)
@@ -526,21 +533,23 @@ def test_leaving_ends_what_is_being_received(spawned: Engine, trainer: TrainerPr
 
 
 _HANGING = """
-import sys, threading, time
+import json, sys, threading, time
 from tests.engine.builders import SETTINGS
 from tests.engine.group_trainer import TrainerProcess
-from tests.engine.test_weight_groups import NAMES, join, manifest_of
 from headrace import Engine, HeadraceError
 trainer = TrainerProcess()
-engine = Engine(sys.argv[1], inprocess=sys.argv[2] == "True", **SETTINGS)
-join(engine, trainer)
-session = engine.begin_update("v", manifest_of(), timeout=300)
+engine = Engine(sys.argv[1], inprocess=sys.argv[2] == "True", skip_tokenizer_init=True, **SETTINGS)
+port, manifest = int(sys.argv[3]), [(name, tuple(shape), dtype) for name, shape, dtype in json.loads(sys.argv[4])]
+trainer.tell(do="init", port=port, name="g")
+engine.init_weights_update_group("127.0.0.1", port, 1, 2, "g", "gloo", timeout=30)
+trainer.hear()
+session = engine.begin_update("v", manifest, timeout=300)
 def say(*words):  # in one write: two threads do
     sys.stdout.write(" ".join(map(str, words)) + "\\n")
     sys.stdout.flush()
 def stage():
     try:
-        engine.stage_from_group(session, NAMES, "g")
+        engine.stage_from_group(session, [name for name, _, _ in manifest], "g")
     except HeadraceError as error:
         say("told")
 threading.Thread(target=stage).start()
@@ -558,7 +567,8 @@ say("trainer", trainer.process.pid)
 @pytest.mark.parametrize("inprocess", [False, True])
 def test_an_end_does_not_wait_for_a_broadcast(model_folder: Path, inprocess: bool) -> None:
     """The trainer stands still in the middle of one, and goes on doing so."""
-    command = [sys.executable, "-c", _HANGING, str(model_folder), str(inprocess)]
+    given = [str(model_folder), str(inprocess), str(free_port()), json.dumps(manifest_of())]
+    command = [sys.executable, "-c", _HANGING, *given]
     done = subprocess.run(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=60, check=False
     )

@@ -13,7 +13,7 @@ from tests.parallel.pool import RankPool
 from tests.parity.models import CONFIGS, make_model, save_model
 
 TOLERANCE = 2e-4
-NUM_TOKENS = 64
+NUM_TOKENS = 24
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -68,7 +68,7 @@ def check_ranks(answers: list[Any], expected: Any) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_any_number_of_ranks_computes_the_same(pool: RankPool, folders: Folders, shape: str) -> None:
-    """Prompts whole and in chunks, one on another's pages, 64 greedy tokens, prompt scores."""
+    """Prompts whole and in chunks, one on another's pages, greedy tokens, prompt scores."""
 
     def tell(num_ranks: int, chunk: int, num_tokens: int) -> list[Any]:
         return pool.run(
@@ -132,8 +132,8 @@ def test_the_build_for_a_device_does_too(pool: RankPool, tmp_path: Path, numeric
     folder = save_model(make_model("llama", **sizes, **heads, tie_word_embeddings=True), tmp_path)
     settings = {"attention_backend": "triton", "numerics": numerics, "max_num_batched_tokens": 8}
     arguments = {"folder": str(folder), "chunk": 4, "num_tokens": 2, "settings": settings | {"max_running_requests": 4}}
-    (expected,) = pool.run(1, "generate", **arguments, lengths=[9, 1])
-    check_ranks(pool.run(2, "generate", **arguments, lengths=[9, 1]), expected)
+    (expected,) = pool.run(1, "generate", **arguments, lengths=[5, 1])
+    check_ranks(pool.run(2, "generate", **arguments, lengths=[5, 1]), expected)
 
 
 @pytest.mark.parametrize("shape", ["llama-biases", "qwen3_moe"])
@@ -149,7 +149,7 @@ def test_with_invariant_numerics_batch_mates_move_no_bit(
             num_mates=num_mates,
             settings={"numerics": "invariant"},
         )
-        for num_mates in (0, 3, 7)
+        for num_mates in (0, 7)
     ]
     assert all(answer == answers[0][0] for ranks in answers for answer in ranks)
 

@@ -126,8 +126,8 @@ def test_prefill_in_chunks_beside_decode_equals_transformers(
 ) -> None:
     """27 prompt tokens do not fit into a step of 16: short ones decode while the long one is still being read."""
     prompts = [random_ids(1, 1), random_ids(2, 5), random_ids(0, 27)]
-    found = device.generate(input_ids=prompts, sampling_params=greedy(4))
-    check_equal(found, plain.generate(input_ids=prompts, sampling_params=greedy(4)))
+    found = device.generate(input_ids=prompts, sampling_params=greedy(2))
+    check_equal(found, plain.generate(input_ids=prompts, sampling_params=greedy(2)))
     assert device.metrics()["num_chunked_prompts"] > 0
     for prompt, piece in zip(prompts, found, strict=True):
         check_transformers(checkpoint[0], prompt, piece)
@@ -151,7 +151,7 @@ def test_biases_everywhere_and_tied_embeddings(tmp_path: Path, numerics: str) ->
 
 def test_a_group_shares_its_prefix(device: Engine, plain: Engine) -> None:
     """Samples of one prompt read its pages once; they differ from one another and not from those of the CPU."""
-    params = SamplingParams(max_new_tokens=3, ignore_eos=True, seed=3, n=4)
+    params = SamplingParams(max_new_tokens=2, ignore_eos=True, seed=3, n=4)
     found, expected = (each.generate(input_ids=random_ids(4, 25), sampling_params=params) for each in (device, plain))
     check_equal(found, expected)
     assert len({tuple(piece.token_ids) for piece in found}) == 4
@@ -167,7 +167,7 @@ def test_every_processor_and_every_extra(device: Engine, plain: Engine) -> None:
         {"min_new_tokens": 1, "stop_token_ids": tuple(range(3, 80)), "max_new_tokens": 9},
     ]
     params = [
-        SamplingParams(**{"max_new_tokens": 3, "ignore_eos": True, "seed": seed, **kind})
+        SamplingParams(**{"max_new_tokens": 2, "ignore_eos": True, "seed": seed, **kind})
         for seed, kind in enumerate(kinds)
     ]
     prompts = [random_ids(10 + seed, 3) for seed in range(len(kinds))]
@@ -192,16 +192,16 @@ def test_a_resumed_generation_counts_its_output_as_before(device: Engine, plain:
     }
     prompt = random_ids(90, 4)
     [whole] = device.generate(
-        input_ids=prompt, sampling_params=SamplingParams(max_new_tokens=8, ignore_eos=True, **penalties)
+        input_ids=prompt, sampling_params=SamplingParams(max_new_tokens=4, ignore_eos=True, **penalties)
     )
-    rest = SamplingParams(max_new_tokens=4, ignore_eos=True, **penalties)
-    resumed = prompt + whole.token_ids[:4]
+    rest = SamplingParams(max_new_tokens=2, ignore_eos=True, **penalties)
+    resumed = prompt + whole.token_ids[:2]
     found, expected = (
-        each.generate(input_ids=[resumed, resumed], sampling_params=rest, num_output_ids_in_prompt=[4, 0])
+        each.generate(input_ids=[resumed, resumed], sampling_params=rest, num_output_ids_in_prompt=[2, 0])
         for each in (device, plain)
     )
     check_equal(found, expected)
-    assert whole.token_ids[4:] == found[0].token_ids != found[1].token_ids
+    assert whole.token_ids[2:] == found[0].token_ids != found[1].token_ids
 
 
 def test_a_slot_and_its_pages_are_used_again(device: Engine, plain: Engine) -> None:
@@ -262,7 +262,7 @@ def test_the_canary_tells_a_guilty_request_from_a_lost_device(
 ) -> None:
     """The step that any device can execute is one that this path executes, and nobody's tokens suffer from it."""
     engine, real = begin(attention_backend="triton", overlap_depth=1), StepRunner.launch
-    params: dict[str, Any] = {"max_new_tokens": 6, "ignore_eos": True, "seed": 3}
+    params: dict[str, Any] = {"max_new_tokens": 3, "ignore_eos": True, "seed": 3}
     expected = engine.generate(input_ids=[5, 6, 7], sampling_params=params)[0].token_ids
 
     def launch(runner: StepRunner, plan: StepPlan) -> DeviceStep:

@@ -21,7 +21,7 @@ from tests.parity.test_device_path import SETTINGS, SIZES
 EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
 BAD_TOKEN = 77
 GOOD, BAD = [5, 6, 7, 8, 9], [5, 6, BAD_TOKEN, 8]
-GREEDY = SamplingParams(temperature=0.0, max_new_tokens=3, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0.0, max_new_tokens=2, ignore_eos=True)
 Starter = Callable[..., Engine]
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -109,7 +109,7 @@ def test_requests_whose_logits_are_not_finite_end_with_a_typed_error(
     assert engine.metrics()["num_cached_pages"] == 0
     for each in together(engine, [{"input_ids": GOOD}] * 4):  # over pages that hold NaN still
         assert isinstance(each, Generation)
-        assert (each.token_ids, each.version_spans) == (before.token_ids, [("good", 3)])
+        assert (each.token_ids, each.version_spans) == (before.token_ids, [("good", 2)])
         assert each.logprobs == pytest.approx(before.logprobs, abs=1e-5)
 
 

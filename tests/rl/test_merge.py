@@ -54,7 +54,7 @@ def saved(homes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> d
         model, _, mesh = name.partition(" ")
         arguments = {"folder": str(homes[model]), "mesh_shape": MESHES[mesh], "out": str(out)}
         scenarios[name] = "save_sharded", arguments
-    run_ranks(4, scratch, scenarios)
+    run_ranks(4, scenarios)
     return outs
 
 
@@ -250,7 +250,7 @@ def test_nothing_that_is_stored_is_run(homes: dict[str, Path], source: Path, tmp
 
 def test_mutated_metadata_is_refused_or_read(source: Path) -> None:
     data, chance, num_refused = (source / "dcp" / ".metadata").read_bytes(), random.Random(5), 0
-    for _ in range(1500):
+    for _ in range(300):
         broken = bytearray(data)
         for _ in range(chance.randint(1, 3)):
             place = chance.randrange(len(broken))
@@ -265,7 +265,7 @@ def test_mutated_metadata_is_refused_or_read(source: Path) -> None:
             read_metadata(bytes(broken), "mutated")
         except CheckpointError:
             num_refused += 1
-    assert num_refused > 1000
+    assert num_refused > 200
 
 
 def test_the_command_reports_and_refuses(

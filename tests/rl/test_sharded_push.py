@@ -73,9 +73,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 class Answers:
     """What ranks answer. All scenarios of as many ranks run one after the other in the same processes."""
 
-    def __init__(self, folders: Folders, scratch: Path) -> None:
+    def __init__(self, folders: Folders) -> None:
         self._folders = folders
-        self._scratch = scratch
         self.of = cache(self._run)
 
     def _run(self, num_ranks: int) -> dict[str, list[Any]]:
@@ -105,14 +104,12 @@ class Answers:
                     "make_refused",
                     {"folder": self._folders.of("qwen2")[0], "broken_rank": rank},
                 )
-        scratch = self._scratch / str(num_ranks)
-        scratch.mkdir()
-        return run_ranks(num_ranks, scratch, scenarios)
+        return run_ranks(num_ranks, scenarios)
 
 
 @pytest.fixture(scope="module")
-def answers(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Answers:
-    return Answers(folders, tmp_path_factory.mktemp("ranks"))
+def answers(folders: Folders) -> Answers:
+    return Answers(folders)
 
 
 def file_digests(folder: str, dtype: str | None) -> list[dict[str, str]]:
@@ -203,11 +200,9 @@ def test_what_one_rank_gives_a_constructor_wrong_all_raise(answers: Answers, bro
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "megatron"])
-def test_a_rank_that_ends_is_a_named_error_and_the_old_weights_stay(
-    folders: Folders, tmp_path: Path, kind: str
-) -> None:
+def test_a_rank_that_ends_is_a_named_error_and_the_old_weights_stay(folders: Folders, kind: str) -> None:
     old, new = folders.of("qwen2")
-    answers = run_ranks(2, tmp_path, {"lost": ("push_and_lose_a_rank", {"old": old, "new": new, "kind": kind})})
+    answers = run_ranks(2, {"lost": ("push_and_lose_a_rank", {"old": old, "new": new, "kind": kind})})
     told, ended = answers["lost"]
     assert ended is None and told[1].startswith(("model.", "lm_head."))
     assert told == ["UnavailableError", told[1], True, "alone"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
@@ -28,14 +27,14 @@ def test_one_process_pushes(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.splitlines()[-1] == "step-2"
 
 
-def test_ranks_push(tmp_path: Path) -> None:
+def test_ranks_push() -> None:
     _, fsdp, megatron = blocks("python")
     with Engine(str(POLICY), inprocess=True, num_threads=1, context_length=64) as engine:
         scenarios = {
             "fsdp": ("run_block", {"block": fsdp}),
             "megatron": ("run_megatron_block", {"block": megatron, "folder": str(POLICY), "url": serve(engine).url}),
         }
-        answers = run_ranks(2, tmp_path, scenarios)
+        answers = run_ranks(2, scenarios)
         assert engine.version == "step-1"
     assert answers == {"fsdp": ["1", "1"], "megatron": ["step-1", "step-1"]}
 

@@ -15,6 +15,11 @@ import torch
 from torch import distributed
 
 SECONDS = 120.0
+FAMILIES = ("qwen2", "qwen3", "qwen3_moe")
+PRELOADED = ["tests.rl.verl_bodies", "tests.rl.rank_scenarios", "tests.engine.rank_group_bodies"]
+PRELOADED += [f"transformers.models.{family}.modeling_{family}" for family in FAMILIES]
+"""What all processes would load, and so only one does."""
+
 Body = Callable[..., Any]
 
 
@@ -58,7 +63,7 @@ def start_ranks(num_ranks: int, body: Body, *args: Any, backend: str = "gloo") -
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     context: Any = multiprocessing.get_context("spawn" if "nccl" in backend else "forkserver")  # CUDA minds forks
-    context.set_forkserver_preload(["tests.rl.verl_bodies"])  # torch is loaded once
+    context.set_forkserver_preload(PRELOADED)
     processes, answers = [], []
     for rank in range(num_ranks):
         ours, theirs = context.Pipe()

@@ -26,6 +26,9 @@ GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
 PROMPT = [5, 6, 7, 8]
 SETTINGS: dict[str, Any] = {"num_threads": 1, "page_size": 4, "kv_pool_tokens": 1 << 12, "dtype": "float32", "seed": 0}
 CONFIG: dict[str, Any] = {"tp_size": 1, **SETTINGS}
+INPROCESS = {**CONFIG, "inprocess": True}
+"""Where it does not matter which process the engine is: one less that loads torch."""
+
 NORM = "model.norm.weight"
 
 
@@ -124,7 +127,7 @@ def update_in_pieces(rank: int, folder: str, newer: str, far: bool) -> list[Any]
     whole = tensors_of(newer)[name]
     parts = whole if rank == 0 else torch.zeros_like(whole)
     pairs[-1] = name, DTensor.from_local(parts, line, [Partial()])  # a sum over the ranks
-    with VerlEngine(line, model_path=folder, rank_timeout=60, **CONFIG) as engine:
+    with VerlEngine(line, model_path=folder, rank_timeout=60, **INPROCESS) as engine:
         report = engine.update_weights_from_tensor(iter(pairs), weight_version="pieces")
         assert report is not None
         return [greedy(engine), digest(engine)]
@@ -134,7 +137,7 @@ def update_uneven(rank: int, folder: str, newer: str) -> list[Any]:
     """Three ranks: no size is a multiple of that, and the last rank has nothing of what is short."""
     mesh = mesh_of(3)
     pairs = {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in tensors_of(newer).items()}
-    with VerlEngine(mesh, model_path=folder, rank_timeout=60, **CONFIG) as engine:
+    with VerlEngine(mesh, model_path=folder, rank_timeout=60, **INPROCESS) as engine:
         assert engine.update_weights_from_tensor(pairs) is not None
         return [greedy(engine), digest(engine)]
 
@@ -144,7 +147,7 @@ def two_engines(rank: int, folder: str, newer: str) -> list[Any]:
     square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     line = init_device_mesh("cpu", (4,), mesh_dim_names=("fsdp",))
     pairs = {name: distribute_tensor(tensor, line, [Shard(0)]) for name, tensor in tensors_of(newer).items()}
-    with VerlEngine(square["tp"], model_path=folder, rank_timeout=60, **CONFIG) as engine:
+    with VerlEngine(square["tp"], model_path=folder, rank_timeout=60, **INPROCESS) as engine:
         assert engine.update_weights_from_tensor(pairs, weight_version=1) is not None
         return [greedy(engine), digest(engine)]
 
@@ -164,7 +167,7 @@ def update_from_one_buffer(rank: int, folder: str, newer: str) -> list[Any]:
             yield f"module.{name}", view
             alive[1] += 1
 
-    with verl(folder) as engine:
+    with verl(folder, **INPROCESS) as engine:
         before = greedy(engine), digest(engine)
         first = engine.update_weights_from_tensor(produced(tensors[:9]))
         assert first is None and (greedy(engine), digest(engine)) == before
@@ -214,8 +217,9 @@ def update_by_collectives(rank: int, folder: str, newer: str, options: dict[str,
     return seen
 
 
-def give_an_update_up(rank: int, folder: str, newer: str, how: str, options: dict[str, Any]) -> list[Any]:
-    """Rank 0 comes late to an update, or is stopped within it; rank 1 gives it up, and goes on with the next one."""
+def give_updates_up(rank: int, folder: str, newer: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Rank 0 comes late to an update, then is stopped within one; each time rank 1 gives it up, and goes on with the
+    next one."""
     mesh = mesh_of(2)
     new, old = (
         [(name, distribute_tensor(tensor, mesh, [Shard(0)])) for name, tensor in tensors_of(each).items()]
@@ -224,17 +228,18 @@ def give_an_update_up(rank: int, folder: str, newer: str, how: str, options: dic
     leader = torch.tensor([os.getpid()])
     torch.distributed.broadcast(leader, 0)
 
-    def stopping() -> Iterator[tuple[str, Any]]:
+    def stopping(how: str) -> Iterator[tuple[str, Any]]:
         for number, pair in enumerate(new):
             if number == 8 and how == "stopped" and rank == 0:
                 os.kill(os.getpid(), STOP)
             yield pair
 
-    with verl(folder, rank_timeout=3, **options) as engine:
+    def give_up(engine: VerlEngine, how: str) -> list[Any]:
         torch.distributed.barrier()
         if rank == 0 and how == "late":
-            time.sleep(5)
-        found: list[Any] = [error_of(lambda: engine.update_weights_from_tensor(stopping(), weight_version="given up"))]
+            time.sleep(3)
+        pairs = stopping(how)
+        found: list[Any] = [error_of(lambda: engine.update_weights_from_tensor(pairs, weight_version="given up"))]
         if rank == 1 and how == "stopped":
             threading.Timer(1, os.kill, (int(leader), signal.SIGCONT)).start()
         if engine.engine is not None:
@@ -243,6 +248,9 @@ def give_an_update_up(rank: int, folder: str, newer: str, how: str, options: dic
         engine.release_memory_occupation(["kv_cache"])
         engine.resume_memory_occupation()
         return [found, (greedy(engine), digest(engine))]
+
+    with verl(folder, rank_timeout=2, **options) as engine:
+        return {how: give_up(engine, how) for how in ("late", "stopped")}
 
 
 def refusals(rank: int, folder: str, newer: str) -> list[Any]:
@@ -272,7 +280,7 @@ def refusals(rank: int, folder: str, newer: str) -> list[Any]:
         tensors[names[0]] = tensors.pop(names[0])
 
     verl_engine.BUCKET_BYTES = 1 << 13  # some are staged before something goes wrong
-    with verl(folder) as engine:
+    with verl(folder, **INPROCESS) as engine:
 
         def update(tensors: Any, **options: Any) -> Callable[[], Any]:
             return lambda: engine.update_weights_from_tensor(tensors, **options)
@@ -345,6 +353,7 @@ def control(rank: int, folder: str, newer: str, options: dict[str, Any]) -> list
             threading.Timer(0.5, lambda: engine.abort_request(abort_all=True)).start()
         long = engine.generate(input_ids=PROMPT, sampling_params={**GREEDY, "max_new_tokens": 1000}, rid="long")
         seen.append(long["meta_info"]["finish_reason"]["type"])
+        seen.append(error_of(lambda: engine.generate(prompt="a", stream=True))[:2])
         engine.shutdown()
         seen.append(error_of(lambda: greedy(engine)))
         return seen
@@ -355,7 +364,7 @@ def served(rank: int, folder: str) -> list[Any]:
     from headrace import Client
 
     called = list[str]()
-    with verl(folder) as engine:
+    with verl(folder, **INPROCESS) as engine:
         url = engine.serve(api_key="secret", launch_callback=lambda: called.append("ready"))
         seen = list[Any]([url])
         if rank == 0:
@@ -370,7 +379,7 @@ def served(rank: int, folder: str) -> list[Any]:
 
 def lost(rank: int, folder: str, how: int, which: int) -> list[Any]:
     """One rank is killed, or stopped, while the others make calls."""
-    with verl(folder, 3, rank_timeout=2.0) as engine:
+    with verl(folder, 3, **INPROCESS, rank_timeout=2.0) as engine:
         greedy(engine)
         torch.distributed.barrier()
         if rank == which:
@@ -380,11 +389,6 @@ def lost(rank: int, folder: str, how: int, which: int) -> list[Any]:
             error = error_of(lambda: greedy(engine))
             found += [error] if error[0] != "no error" else []
         return [*found, time.monotonic() - started < 8]
-
-
-def streamed(rank: int, folder: str, options: dict[str, Any]) -> tuple[str, str]:
-    with verl(folder, 1, **options) as engine:
-        return error_of(lambda: engine.generate(prompt="a", stream=True))[:2]
 
 
 def refused_settings(rank: int, folder: str) -> list[Any]:
@@ -404,7 +408,7 @@ def refused_settings(rank: int, folder: str) -> list[Any]:
     )
     for given in not_meshes:
         seen.append(error_of(functools.partial(VerlEngine, given, model=folder, **CONFIG))[:2])
-    with verl(folder) as engine:
+    with verl(folder, **INPROCESS) as engine:
         return [*seen, greedy(engine)]
 
 
@@ -443,10 +447,11 @@ def child_ranks() -> int:
 
 
 def over_nodes(rank: int, folder: str, newer: str, address: str, options: dict[str, Any]) -> list[Any]:
-    """A mesh of four over two nodes."""
+    """A mesh of all ranks over two nodes."""
+    num_ranks = torch.distributed.get_world_size()
     os.environ["HEADRACE_DIST_SECRET"] = "a secret of this test only"
     given: dict[str, Any] = {**SETTINGS, "device": "cpu", "start_timeout": 60, "dist_init_addr": address, **options}
-    engine = VerlEngine(mesh_of(4), 2, model_path=folder, tp_size=4, rank_timeout=60, **given)
+    engine = VerlEngine(mesh_of(num_ranks), 2, model_path=folder, tp_size=num_ranks, rank_timeout=60, **given)
     seen: list[Any] = [(greedy(engine), digest(engine))]
     assert engine.update_weights_from_tensor(tensors_of(newer)) is not None
     seen += [(greedy(engine), digest(engine)), child_ranks()]

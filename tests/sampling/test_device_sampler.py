@@ -20,10 +20,10 @@ def test_plain_and_truncated_rows_are_launches_only() -> None:
     plain = [TokenSampling(), TokenSampling(0.0), TokenSampling(0.6), TokenSampling(0.0, top_k=3), TokenSampling(1.5)]
     modes = (*MODES, *MODES, "raw", "sampled")
     pair.enter(*(make_init(slot, sampling, mode=modes[slot]) for slot, sampling in enumerate(plain + truncated)))
-    for position in range(4, 6):
-        pair.step(normal(5, position), [4, 0, 1, 3, 2], [position] * 5)
-        pair.step(normal(8, 10 * position), [7, 0, 6, 1, 5, 2, 3, 4], list(range(position, position + 8)))
-    assert pair.paths == ["plain", "truncated"] * 2
+    pair.step(normal(5, 4), [4, 0, 1, 3, 2], [4] * 5)
+    pair.step(normal(8, 40), [7, 0, 6, 1, 5, 2, 3, 4], list(range(4, 12)))
+    pair.step(normal(1, 5), [2], [5])
+    assert pair.paths == ["plain", "truncated", "plain"]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -112,8 +112,7 @@ def test_processed_rows_beyond_the_room_for_copies_go_in_rounds(monkeypatch: pyt
             for slot in range(7)
         )
     )
-    for position in range(4, 6):
-        pair.step(normal(7, position), [6, 5, 4, 3, 2, 1, 0], [position] * 7)
+    pair.step(normal(7, 4), [6, 5, 4, 3, 2, 1, 0], [4] * 7)
     pair.score(normal(5, 3), np.array([8, 0, 1, 2, 4100]), 1)
 
 
@@ -150,7 +149,7 @@ def test_prompt_scores(prompt_mode: LogprobMode) -> None:
     targets = np.array([0, 5, int(logits[2].argmax()), 4150, 4199])
     for slot in range(4):
         pair.score(logits, targets, slot)
-        pair.score(logits[:1], targets[:1].astype(np.int32), slot)
+    pair.score(logits[:1], targets[:1].astype(np.int32), 0)
 
 
 def test_random_mixes_over_steps_with_reentry() -> None:
@@ -180,7 +179,7 @@ def test_random_mixes_over_steps_with_reentry() -> None:
         )  # fmt: skip
 
     lengths = dict.fromkeys(range(num_slots), 0)
-    for _ in range(16):
+    for _ in range(9):
         entering = [slot for slot, length in lengths.items() if length == 0 or generator.random() < 0.15]
         lengths.update({slot: int(generator.integers(2, 40)) for slot in entering})
         pair.enter(*(random_init(slot, lengths[slot]) for slot in entering))
@@ -189,7 +188,7 @@ def test_random_mixes_over_steps_with_reentry() -> None:
         pair.step(logits, slots, [lengths[slot] for slot in slots], padding=int(generator.integers(0, 3)))
         for slot in slots:
             lengths[slot] += 1
-    assert pair.paths.count("eager") > 8
+    assert pair.paths.count("eager") > 4
 
 
 def test_warming_changes_no_state() -> None:

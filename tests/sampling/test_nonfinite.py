@@ -140,8 +140,11 @@ EXTREMES: dict[str, tuple[Any, ...]] = {
 }
 
 
-@pytest.mark.parametrize("temperature", [0.0, GREEDY_TEMPERATURE, 1e4])
-@pytest.mark.parametrize("name", EXTREMES)
+TEMPERATURES = [*((name, value) for name in EXTREMES for value in (0.0, GREEDY_TEMPERATURE)), ("logit_bias", 1e4)]
+"""What is divided by the least may overflow; by the greatest, nothing."""
+
+
+@pytest.mark.parametrize(("name", "temperature"), TEMPERATURES)
 def test_no_parameter_makes_a_finite_row_one_that_is_not(name: str, temperature: float) -> None:
     """The request would end as if the weights were at fault."""
     logits = normal(1, 3).repeat(3, axis=0) * 10

@@ -18,7 +18,7 @@ CAUSE = InternalError("step 7 failed: MemoryError: no room").info()
 
 def sequences(count: int) -> list[Sequence]:
     requests = [request(handle) for handle in range(count)]
-    return [Sequence.of(each, unpack_ids(each.prompt), ROOMY, each.handle, 0.0) for each in requests]
+    return [Sequence.of(each, unpack_ids(each.prompt), ROOMY, 0.0) for each in requests]
 
 
 def isolated(isolation: FaultIsolation) -> list[int]:

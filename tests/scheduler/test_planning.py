@@ -9,6 +9,9 @@ from headrace.types.plan import LAST_TOKEN
 from headrace.types.sampling_params import LogprobOptions
 from tests.scheduler.builders import answer, finish_all, make, planned, request, rows, step, tokens
 
+NEVER = (8,)
+"""A stop id that no step brings: when its request ends is not known."""
+
 
 def test_the_first_plan_of_a_request_says_all_about_it() -> None:
     scheduler = make()
@@ -133,18 +136,18 @@ def test_thirty_two_requests_run_together() -> None:
 
 def test_admission_waits_for_pages_in_order() -> None:
     scheduler = make(num_pages=11)
-    scheduler.add(request(1, 20, 8), 0.0)
-    scheduler.add(request(2, 30, 1), 0.0)
-    scheduler.add(request(3, 1, 1), 0.0)
+    scheduler.add(request(1, 20, 8, stop_token_ids=NEVER), 0.0)
+    scheduler.add(request(2, 30, 1, stop_token_ids=NEVER), 0.0)
+    scheduler.add(request(3, 1, 1, stop_token_ids=NEVER), 0.0)
     assert len(rows(planned(scheduler))) == 1, "a request never passes one that does not fit yet"
     assert scheduler.num_running == 1 and scheduler.num_waiting == 2
 
 
 def test_the_last_in_rank_is_preempted_and_resumes_from_its_pages() -> None:
     scheduler = make(num_pages=9, context_length=32)
-    scheduler.add(request(1, 7, 20), 0.0)
-    scheduler.add(request(2, 7, 20), 0.0)
-    scheduler.add(request(3, 7, 20, priority=-1), 0.0)
+    scheduler.add(request(1, 7, 20, stop_token_ids=NEVER), 0.0)
+    scheduler.add(request(2, 7, 20, stop_token_ids=NEVER), 0.0)
+    scheduler.add(request(3, 7, 20, stop_token_ids=NEVER, priority=-1), 0.0)
     finished = []
     inits: list[int] = []
     while scheduler.num_started or scheduler.num_waiting:
@@ -173,7 +176,7 @@ def test_preemption_publishes_the_pages_generated_so_far() -> None:
 def test_no_more_are_preempted_than_the_pages_in_flight_leave_missing() -> None:
     scheduler = make(num_pages=7, overlap_depth=1, context_length=20, prefix_cache=False)
     for handle in (1, 2, 3):
-        scheduler.add(request(handle, 3, 10), 0.0)
+        scheduler.add(request(handle, 3, 10, stop_token_ids=NEVER), 0.0)
     pending = [planned(scheduler)]
     while not scheduler.metrics()["num_preemptions"]:
         plan = scheduler.plan()

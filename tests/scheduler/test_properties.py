@@ -13,7 +13,7 @@ from headrace.types.request import Request, pack_ids, unpack_ids
 from headrace.types.sampling_params import LogprobOptions
 from tests.scheduler.harness import ERROR, Harness, random_limits
 
-NUM_CHUNKS = 8
+NUM_CHUNKS = 4
 NUM_SEQUENCES = 420
 EVENTS = (
     ("issue", 34),
@@ -187,7 +187,7 @@ def test_random_events_keep_every_promise(depth: int, chunk: int) -> None:
 @pytest.mark.parametrize("num_tokens", [(1, 2), (1, 4), (0, 1), (0, 4)])
 def test_steps_may_bring_any_number_of_tokens_a_row_at_any_depth(depth: int, num_tokens: tuple[int, int]) -> None:
     total: Counter[str] = Counter()
-    for seed in range(300):
+    for seed in range(150):
         harness = play(10_000 + seed * 4 + depth, depth, num_events(seed), num_tokens)
         total.update({name: int(value) for name, value in harness.scheduler.metrics().items()})
     assert total["num_generated_tokens"] > 300 and total["num_preemptions"] > 0
@@ -197,7 +197,7 @@ def test_steps_may_bring_any_number_of_tokens_a_row_at_any_depth(depth: int, num
 @pytest.mark.parametrize("depth", [0, 2])
 def test_prefixes_of_equal_ids_and_other_units_are_never_shared(depth: int) -> None:
     total: Counter[str] = Counter()
-    for seed in range(500):
+    for seed in range(250):
         harness = play(20_000 + seed * 4 + depth, depth, num_events(seed), has_pictures=True)
         total.update({name: int(value) for name, value in harness.scheduler.metrics().items()})
     assert total["num_cached_tokens"] > 100 and total["num_resumed_tokens"] > 0 and total["num_preemptions"] > 0
@@ -218,7 +218,7 @@ def test_the_same_events_give_the_same_plans(depth: int) -> None:
 def test_with_cohorts_no_step_has_a_token_that_is_not_known(num_cohorts: int, num_tokens: tuple[int, int]) -> None:
     """`Harness.issue` holds plans against that."""
     total: Counter[str] = Counter()
-    for seed in range(700):
+    for seed in range(350):
         depth = num_cohorts - 1
         harness = play(30_000 + seed, depth, num_events(seed), num_tokens, num_cohorts=num_cohorts)
         total.update({name: int(value) for name, value in harness.scheduler.metrics().items()})

@@ -15,7 +15,7 @@ def sequence(
 ) -> Sequence:
     ids = pack_ids([handle if prompt is None else prompt, 1])
     request = Request(handle, str(handle), ids, length, handle, priority=priority, extra_key=extra_key)
-    return Sequence.of(request, unpack_ids(ids), ROOMY, handle, arrived)
+    return Sequence.of(request, unpack_ids(ids), ROOMY, arrived)
 
 
 def order(*sequences: Sequence) -> list[int]:
@@ -47,14 +47,14 @@ def test_priority_beats_both() -> None:
     assert order(sequence(0, 900), sequence(1, 5, priority=1), sequence(2, 900, arrived=9.0, priority=1)) == [1, 2, 0]
 
 
-def test_requests_of_one_prompt_stay_together_at_the_place_of_the_first() -> None:
+def test_requests_of_one_prompt_stay_together_at_the_place_of_the_longest() -> None:
     batch = [
         sequence(0, 300, prompt=7),
         sequence(1, 500, prompt=8),
         sequence(2, 900, prompt=7),
         sequence(3, 1, prompt=8),
     ]
-    assert order(*batch) == [1, 3, 0, 2]
+    assert order(*batch) == [2, 0, 1, 3]
     assert order(sequence(0, 300, prompt=7, extra_key="a"), sequence(1, 500, prompt=7, extra_key="b")) == [1, 0]
 
 
@@ -87,3 +87,17 @@ def test_random_arrivals_and_departures_keep_the_order() -> None:
         )
         assert drain(queue) == [each.handle for each in expected]
         assert len(queue) == 0 and queue.first() is None
+
+
+def test_the_first_band_is_the_line_of_those_that_came_with_the_first() -> None:
+    queue = WaitingQueue()
+    late = 0.5 + WINDOW_S
+    batch = [sequence(0, 5), sequence(1, 900, arrived=late), sequence(2, 40), sequence(3, 7, prompt=2)]
+    for each in batch:
+        queue.push(each)
+    assert [each.handle for each in queue.first_band()] == [2, 3, 0]
+    for each in (batch[2], batch[3], batch[0]):
+        queue.remove(each)
+    assert [each.handle for each in queue.first_band()] == [1]
+    queue.remove(batch[1])
+    assert not list(queue.first_band())

@@ -112,11 +112,21 @@ def launch() -> Iterator[Callable[..., Client]]:
         client.process.wait()
 
 
+@pytest.fixture(scope="module")
+def apart(model_folder: Path) -> Iterator[Served]:
+    """A server whose core is a process of its own: tests leave what weights they like."""
+    with Engine(model_folder, **SETTINGS) as engine:
+        shared = Served(engine)
+        yield shared
+        shared.close()
+
+
 @pytest.mark.parametrize("style", ["slime", "verl", "nemo"])
 def test_a_trainer_of_another_process_updates_again_and_again(
-    start: START, launch: Callable[..., Client], folders: list[Path], digests: list[dict[str, str]], style: str
+    apart: Served, launch: Callable[..., Client], folders: list[Path], digests: list[dict[str, str]], style: str
 ) -> None:
-    served = start(settings={"inprocess": False})
+    served = apart
+    served.engine.update_weights_from_disk(folders[0], "before")
     steps = dict(zip(("a", "b", "c"), (1, 2, 1), strict=True))
     client = launch(served.url, style, {version: folders[seed] for version, seed in steps.items()})
     for version, seed in steps.items():
@@ -130,7 +140,7 @@ def test_a_trainer_of_another_process_updates_again_and_again(
         assert [report["num_tensors"] for report in reports] == [len(digests[0])]
         assert style == "nemo" or served.engine.digest() == digests[seed]  # which rounds
         assert served.engine.digest() != before
-        label = "default" if style == "verl" else version
+        label = "before" if style == "verl" else version
         info = served.generate(input_ids=[1, 2], sampling_params={"max_new_tokens": 3})["meta_info"]
         assert info["weight_version"] == label and served.http.get("/model_info").json()["weight_version"] == label
         client.go_on()
@@ -138,13 +148,13 @@ def test_a_trainer_of_another_process_updates_again_and_again(
 
 
 def test_generation_does_not_continue_before_the_last_bucket_and_a_killed_trainer_leaves_nothing(
-    start: START, launch: Callable[..., Client], folders: list[Path], digests: list[dict[str, str]]
+    apart: Served, launch: Callable[..., Client], folders: list[Path], digests: list[dict[str, str]]
 ) -> None:
-    served = start(settings={"inprocess": False})
+    served, version_before = apart, apart.engine.version
     client = launch(served.url, "slime", {"half": folders[1]}, stop_before=2)
     found = client.replies()
     assert found[-1][:2] == ("/continue_generation", 409) and "not staged yet: " in found[-1][2]["message"]
-    assert served.engine.status().paused == "abort" and served.engine.version == "default"
+    assert served.engine.status().paused == "abort" and served.engine.version == version_before
     client.end(kill=True)
     again = launch(served.url, "slime", {"whole": folders[2]})
     replies = again.replies()
@@ -278,7 +288,7 @@ def test_memory_is_given_back_that_nothing_comes_of(start: START, tensors: dict[
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("style", ["slime", "verl"])
 def test_half_an_update_of_a_trainer_that_died_is_not_completed_by_the_next(
-    start: START,
+    apart: Served,
     launch: Callable[..., Client],
     folders: list[Path],
     digests: list[dict[str, str]],
@@ -286,7 +296,7 @@ def test_half_an_update_of_a_trainer_that_died_is_not_completed_by_the_next(
     order: int,
 ) -> None:
     """Whatever that sends first, with the label of the first or none."""
-    served = start(settings={"inprocess": False})
+    served = apart
     client = launch(served.url, style, {"7": folders[1]}, stop_before=2)
     assert client.replies()[-1][:2] == ("/continue_generation", 409)
     client.end(kill=True)

@@ -104,9 +104,11 @@ def test_any_changed_or_swapped_element_shows() -> None:
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
 def test_the_digests_of_ranks_add_up_to_that_of_one(num_ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model("qwen3", num_attention_heads=12, num_key_value_heads=2 if num_ranks != 3 else 1, vocab_size=103)
+    sizes: dict[str, int] = {"num_attention_heads": 12, "num_hidden_layers": 1}
     if num_ranks == 3:
-        model = make_model("qwen3", num_attention_heads=12, num_key_value_heads=1, intermediate_size=96)
+        model = make_model("qwen3", num_key_value_heads=1, intermediate_size=96, **sizes)
+    else:
+        model = make_model("qwen3", num_key_value_heads=2, vocab_size=103, **sizes)
     spec = ModelSpec.from_config(model.config.to_dict() | {"architectures": [type(model).__name__]})
     stores = []
     for rank in range(num_ranks):
@@ -121,13 +123,16 @@ def test_the_digests_of_ranks_add_up_to_that_of_one(num_ranks: int, monkeypatch:
 
 
 def _added(stores: list[WeightStore]) -> dict[str, str]:
-    found = [store.digest() for store in stores]
+    return _sums([store.digest() for store in stores])
+
+
+def _sums(found: list[dict[str, str]]) -> dict[str, str]:
     return {name: add_digests(*(digests[name] for digests in found)) for name in found[0]}
 
 
 def check_that_every_copy_counts(stores: list[WeightStore], whole: dict[str, str]) -> None:
     """A bit that is wrong on one rank alone shows in the sum, and in what that rank holds, whoever counts it."""
-    chance = random.Random(len(stores))
+    chance, clean = random.Random(len(stores)), [store.digest() for store in stores]
     held = [dict(filter(None, store.digest_in_slices(0))) for store in stores]
     if len(stores) > 1:
         assert all(each["model.norm.weight"] == whole["model.norm.weight"] for each in held)
@@ -141,7 +146,8 @@ def check_that_every_copy_counts(stores: list[WeightStore], whole: dict[str, str
             assert units.data_ptr() == store.live[piece.param][piece.target.slices].data_ptr(), "no copy"
             at, bit = chance.randrange(len(units)), chance.randrange(15)
             units[at] ^= 1 << bit
-            now, now_held = _added(stores), dict(filter(None, store.digest_in_slices(0)))
+            now = _sums([*clean[:rank], store.digest(), *clean[rank + 1 :]])
+            now_held = dict(filter(None, store.digest_in_slices(0)))
             assert [each for each in whole if now[each] != whole[each]] == [name]
             assert [each for each in whole if now_held[each] != held[rank][each]] == [name]
             units[at] ^= 1 << bit
