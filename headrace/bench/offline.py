@@ -115,7 +115,7 @@ def measure(
 ) -> Measured:
     """Start an engine, warm it up, time `num_runs` runs of the workload, and end it."""
     on_progress("starting the engine")
-    with Engine(model=prepared.folder, **whole_settings(prepared, workload)) as engine:
+    with Engine(model=prepared.folder, progress=False, **whole_settings(prepared, workload)) as engine:
         warm = style.params(WARM_TOKENS)
         engine.generate(input_ids=workload.strangers(), sampling_params=warm, top_logprobs=style.top_logprobs)
         time_once = _time_stream if workload.name == "C" else _time_batch

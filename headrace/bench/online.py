@@ -83,7 +83,7 @@ def run(options: OnlineOptions, on_progress: Callable[[str], None]) -> dict[str,
         concurrency = options.concurrency or (CPU_CONCURRENCY if is_cpu else GPU_CONCURRENCY)
         settings = prepared.with_defaults(max_running_requests=concurrency, context_length=workload.max_length)
         on_progress("starting the engine")
-        engine = AsyncEngine(prepared.folder, **settings)
+        engine = AsyncEngine(prepared.folder, progress=False, **settings)
         try:
             on_progress(f"{len(workload.prompts)} requests, {concurrency} in flight")
             work = _measure(engine, workload, options, concurrency)

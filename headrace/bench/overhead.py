@@ -77,7 +77,7 @@ def _start(options: OverheadOptions, folder: Path, num_running: int) -> AsyncEng
         "kv_pool_tokens": 2 * num_running * (options.prompt_length + 2 * options.output_length),
         **options.engine,
     }
-    return AsyncEngine(folder, executor="free", skip_tokenizer_init=True, **settings)
+    return AsyncEngine(folder, executor="free", skip_tokenizer_init=True, progress=False, **settings)
 
 
 def _measure(options: OverheadOptions, folder: Path, num_running: int) -> Window:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import types
 from collections.abc import Collection, Mapping, Sequence
@@ -58,6 +59,19 @@ def given(
             is_tuple = isinstance(value, list) and get_origin(_without_none(field.type)) is tuple
             found[field.name] = tuple(value) if is_tuple else value
     return found
+
+
+def with_keys(options: dict[str, Any], names: Sequence[str] = ("api_key", "admin_api_key")) -> dict[str, Any]:
+    """`options`, and the keys of these `names` in the environment (HEADRACE_API_KEY, HEADRACE_ADMIN_API_KEY) that no
+    flag gives.
+
+    They are taken out of the environment that the processes started here inherit.
+    """
+    for name in names:
+        key = os.environ.pop(f"HEADRACE_{name.upper()}", None)
+        if key is not None and not options.keys() & {name, f"{name}_file"}:
+            options[name] = key.strip()
+    return options
 
 
 def _options(field: msgspec.structs.FieldInfo, name: str) -> dict[str, Any]:

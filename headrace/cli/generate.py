@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import re
 import sys
 from collections.abc import Awaitable, Callable
@@ -22,6 +21,7 @@ from headrace.cli.flags import add_flags, given
 from headrace.cli.streams import print_json
 from headrace.config import EngineConfig
 from headrace.engine import AsyncEngine
+from headrace.telemetry import Progress, ProgressBar
 from headrace.types.errors import ErrorInfo, HeadraceError, RequestError
 from headrace.types.generation import Generation
 from headrace.types.sampling_params import SamplingParams
@@ -130,22 +130,16 @@ def _located(error: HeadraceError, where: str, num_others: int = 0) -> HeadraceE
 
 
 async def _run(arguments: argparse.Namespace, config: EngineConfig, jobs: list[Job]) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    hidden = len(jobs) < 2 or not console.is_terminal
-    async with contextlib.AsyncExitStack() as stack:
-        with console.status(f"loading {config.model}"):
-            engine = await stack.enter_async_context(AsyncEngine(**msgspec.structs.asdict(config)))
-        with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
-            task = progress.add_task("prompts", total=len(jobs))
-            await _generate_all(engine, arguments, jobs, on_done=lambda: progress.advance(task))
+    done: list[Job] = []
+    is_seen = sys.stdout is not None and sys.stdout.isatty()  # where the samples are, one by one
+    async with AsyncEngine(**msgspec.structs.asdict(config)) as engine:
+        bar = ProgressBar(lambda: Progress("prompts", len(done), len(jobs)), is_wanted=len(jobs) > 1 and not is_seen)
+        with bar:
+            await _generate_all(engine, arguments, jobs, on_done=done.append)
 
 
 async def _generate_all(
-    engine: AsyncEngine, arguments: argparse.Namespace, jobs: list[Job], *, on_done: Callable[[], None]
+    engine: AsyncEngine, arguments: argparse.Namespace, jobs: list[Job], *, on_done: Callable[[Job], None]
 ) -> None:
     """All prompts at once, within a bound; each is printed once those before it are. What failed is told then."""
     room = asyncio.Semaphore(_MAX_CONCURRENT_PROMPTS)
@@ -153,7 +147,7 @@ async def _generate_all(
     async def generate(job: Job) -> list[Generation]:
         async with room:
             outputs = await _generate_one(engine, arguments, job)
-        on_done()
+        on_done(job)
         return outputs
 
     failures: list[tuple[HeadraceError, str]] = []
@@ -189,6 +183,7 @@ def _generate_one(engine: AsyncEngine, arguments: argparse.Namespace, job: Job) 
         top_logprobs=arguments.top_logprobs,
         return_prompt_logprobs=arguments.prompt_logprobs,
         return_errors=True,
+        progress=False,
     )
 
 

@@ -12,14 +12,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from headrace import __version__
-from headrace.cli import check, demo, generate, merge, serve
+from headrace.cli import check, demo, generate, merge, router, serve
 from headrace.config.machine import check_working_directory
 from headrace.telemetry import flush_logs
 from headrace.types.errors import EngineDeadError, HeadraceError
+from headrace.types.plain_values import meant_by
 
 EXIT_BUG = 1
 EXIT_REFUSED = 2
@@ -81,10 +81,15 @@ class _Parser(argparse.ArgumentParser):
         found, rest = super().parse_known_args(args, namespace)
         flags = [word.partition("=")[0] for word in rest[: _end_of_flags(rest)] if word.startswith("-")]
         if flags or (rest and getattr(found, "command", None) != "generate"):
-            near = [each for flag in flags for each in get_close_matches(flag, self._option_string_actions, n=1)]
+            near = [each for each in map(self._meant, flags) if each]
             hint = f" (did you mean {', '.join(near)}?)" if near else ""
             self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
         return found, rest
+
+    def _meant(self, flag: str) -> str:
+        """The flag that was meant by one that is none, or ""."""
+        known = {each.strip("-").replace("-", "_"): each for each in self._option_string_actions}
+        return known.get(meant_by(flag.strip("-").replace("-", "_"), known), "")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         sys.stdout.flush()  # the text of --help
@@ -103,7 +108,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="headrace", description="An LLM rollout engine for reinforcement learning.")
     parser.add_argument("--version", action="version", version=f"headrace {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    modules = {"serve": serve, "generate": generate, "demo": demo, "bench": bench, "check": check, "merge": merge}
+    modules = {"serve": serve, "router": router, "generate": generate, "demo": demo, "bench": bench, "check": check}
+    modules["merge"] = merge
     for name, module in modules.items():
         summary = (module.__doc__ or "").partition("\n")[0].partition(": ")[2]
         command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)

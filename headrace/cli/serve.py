@@ -11,14 +11,12 @@ import argparse
 import asyncio
 import gc
 import logging
-import os
 import signal
 import socket
-from typing import Any
 
 import msgspec
 
-from headrace.cli.flags import add_flags, given
+from headrace.cli.flags import add_flags, given, with_keys
 from headrace.cli.owner import Owner
 from headrace.config import EngineConfig
 from headrace.engine import AsyncEngine
@@ -31,7 +29,6 @@ from headrace.types.plain_values import hint
 DEFAULT_PORT = 30000
 DEFAULT_CORE_RESTARTS = 3
 _RENAMED = {"weight_roots": "weight_root", "save_roots": "save_root", "allowed_hosts": "allowed_host"}
-_KEYS = ("api_key", "admin_api_key")
 logger = logging.getLogger(__name__)
 
 
@@ -60,8 +57,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace, owner: Owner | None) -> int:
     """Serve until a signal. Every setting is checked before the model is loaded; until it is, the answer is 503."""
-    from rich.console import Console
-
     from headrace.server.listening import listen, url_of
     from headrace.server.starting import Starting
 
@@ -83,7 +78,7 @@ def _run(arguments: argparse.Namespace, owner: Owner | None) -> int:
     server_options.check_address(arguments.host)
     with listen(arguments.host, arguments.port) as listener:
         logger.debug("starting", extra={"fields": {"url": url_of(listener, arguments.host)}})
-        with Starting(listener, server_options), Console(stderr=True).status(f"loading {config.model}"):
+        with Starting(listener, server_options):
             engine = AsyncEngine(**msgspec.structs.asdict(config))
         try:
             return asyncio.run(_serve(engine, arguments.host, listener, server_options, owner))
@@ -100,18 +95,6 @@ def host_node(config: EngineConfig) -> int:
         signal.signal(number, lambda *_: keeper.stop())
     keeper.run()
     return 0
-
-
-def with_keys(options: dict[str, Any]) -> dict[str, Any]:
-    """`options`, and the keys in HEADRACE_API_KEY and HEADRACE_ADMIN_API_KEY that no flag gives.
-
-    They are taken out of the environment that the processes started here inherit.
-    """
-    for name in _KEYS:
-        key = os.environ.pop(f"HEADRACE_{name.upper()}", None)
-        if key is not None and not options.keys() & {name, f"{name}_file"}:
-            options[name] = key.strip()
-    return options
 
 
 async def _serve(

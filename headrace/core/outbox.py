@@ -69,6 +69,8 @@ def _join_values(name: str, first: Any, second: Any) -> Any:
     """What is said of the prompt is said once; counts stand for all so far; the rest has entries per token or span."""
     if name in ("handle", "finish"):
         return second
+    if name == "times":
+        return second or first
     if name.startswith("prompt_"):
         return first if first and first != TokenExtras() else second
     if isinstance(first, TokenExtras):

@@ -82,7 +82,7 @@ def _build(
     shares_process: bool,
 ) -> CoreLoop | None:
     """The loop, announced; None when the front went away meanwhile."""
-    executor, resolved = build_executor(resolved, kind, shares_process=shares_process)
+    executor, resolved = build_executor(resolved, kind, LoadProgress(pulse), shares_process=shares_process)
     loop = CoreLoop(resolved, executor, link, pulse=pulse)
     if on_built is not None:
         on_built()
@@ -106,7 +106,11 @@ def _build(
 
 
 def build_executor(
-    resolved: ResolvedConfig, kind: ExecutorKind, *, shares_process: bool = False
+    resolved: ResolvedConfig,
+    kind: ExecutorKind,
+    on_progress: LoadProgress | None = None,
+    *,
+    shares_process: bool = False,
 ) -> tuple[Executor, ResolvedConfig]:
     """What executes plans: a runner of this process, with other ranks if there are any, which come to a `Meeting` where
     that is given; or, for "free", nothing at all. And the settings it runs with,
@@ -116,15 +120,18 @@ def build_executor(
 
         return FreeExecutor(resolved.model.vocab_size), resolved
     if resolved.num_ranks > 1:
-        ranks = _build_ranks(resolved, kind if isinstance(kind, Meeting) else None, shares_process=shares_process)
+        meeting = kind if isinstance(kind, Meeting) else None
+        ranks = _build_ranks(resolved, meeting, on_progress, shares_process=shares_process)
         return ranks, ranks.resolved
     from headrace.runner import build_runner  # torch: the slow import, made in the core only
 
-    executor = LocalExecutor(build_runner(resolved, on_progress=LoadProgress(), shares_process=shares_process))
+    executor = LocalExecutor(build_runner(resolved, on_progress, shares_process=shares_process))
     return executor, executor.resolved
 
 
-def _build_ranks(resolved: ResolvedConfig, meeting: Meeting | None, *, shares_process: bool) -> RankExecutor:
+def _build_ranks(
+    resolved: ResolvedConfig, meeting: Meeting | None, on_progress: LoadProgress | None, *, shares_process: bool
+) -> RankExecutor:
     """Several ranks. The children are started before this process loads torch, so that all load it at once."""
     if shares_process and resolved.device == "cuda" and meeting is None:
         raise ConfigError("on cuda several ranks (tp_size) need a core in a process of its own", field="inprocess")
@@ -144,21 +151,26 @@ def _build_ranks(resolved: ResolvedConfig, meeting: Meeting | None, *, shares_pr
     from headrace.runner import build_runner
 
     def build(mesh: Mesh) -> Runner | DeviceRunner:
-        return build_runner(resolved, LoadProgress(), shares_process=shares_process, mesh=mesh)
+        return build_runner(resolved, on_progress, shares_process=shares_process, mesh=mesh)
 
     return start_ranks(resolved, build, children, shares_process=shares_process, meeting=meeting)
 
 
 class LoadProgress:
-    """Logs how far a long load has come."""
+    """Shows in the pulse how far the start of this core, its first rank, has come; logs it where that takes long."""
 
-    def __init__(self) -> None:
-        self._next_report = time.monotonic() + _PROGRESS_SECONDS
+    def __init__(self, pulse: Pulse) -> None:
+        self._pulse = pulse
+        self._next_report: float | None = None
 
-    def __call__(self, num_done: int, num_total: int) -> None:
-        if time.monotonic() >= self._next_report:
-            self._next_report = time.monotonic() + _PROGRESS_SECONDS
-            logger.info("loading weights: %d of %d tensors", num_done, num_total)
+    def __call__(self, stage: str, num_done: int, num_total: int) -> None:
+        self._pulse.reach(stage, num_done, num_total)
+        now = time.monotonic()
+        if self._next_report is None:
+            self._next_report = now + _PROGRESS_SECONDS
+        if num_total and now >= self._next_report:
+            self._next_report = now + _PROGRESS_SECONDS
+            logger.info("starting: %d of %d %s", num_done, num_total, "tensors" if stage == "weights" else stage)
 
 
 def _report_start_failure(link: CoreLink, error: Exception) -> int:

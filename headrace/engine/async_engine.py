@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack, get_args
 
-from headrace.engine import groups, probing, saving
+from headrace.engine import disk_update, groups, probing, saving
 from headrace.engine.control import (
     DEFAULT_UPDATE_TIMEOUT,
     UpdateTerms,
-    folder_of,
     seconds_of,
     tags_of,
     terms_of,
@@ -43,7 +41,6 @@ from headrace.types.messages import (
     Resume,
     ResumeMemory,
     SetVersion,
-    UpdateFromDisk,
     WeightsChecker,
 )
 from headrace.types.plain_values import as_choice, as_flag
@@ -76,7 +73,8 @@ class AsyncEngine(EngineLifecycle):
     `async with`, `await engine.start()` and every coroutine wait for the rest.
 
     `settings` are the fields of `EngineConfig`. `inprocess=True` runs the core in a thread of this process instead of a
-    process of its own. `executor="free"` replaces the model by one that costs nothing (benchmarks).
+    process of its own. `executor="free"` replaces the model by one that costs nothing (benchmarks). `progress=False`:
+    no bar on a terminal, neither for the start nor for `generate`.
 
     Raises `ConfigError`, `UnsupportedModelError`, `CheckpointError`; `DeadlineError` after `start_timeout`;
     `EngineDeadError` when the core dies while it starts.
@@ -352,32 +350,7 @@ class AsyncEngine(EngineLifecycle):
             raise
         return await joined.add(held.manifest, terms, lambda session, _: updater.stage(run, session, held), run)
 
-    @_on_engine_loop
-    async def update_weights_from_disk(
-        self,
-        path: str | Path,
-        version: str | int,
-        *,
-        mode: UpdateMode = "auto",
-        in_flight: InFlight = "drain",
-        timeout: float = DEFAULT_UPDATE_TIMEOUT,
-        verify: bool = False,
-        root: str | Path | None = None,
-    ) -> UpdateReport:
-        """A whole update that the core reads from a checkpoint folder itself. `CheckpointError` if a file changes while
-        it is read. `verify`: of a folder that was saved, the files are held against the digests in it first. With
-        `root` nothing outside that folder is read, wherever links lead: for paths of others. One that is not live
-        within `timeout` seconds, or is cancelled before, is aborted."""
-        terms, folder = terms_of(version, mode, in_flight, timeout), folder_of(path)
-        below = "" if root is None else folder_of(root)
-        if as_flag(verify, "verify"):
-            await saving.verify(folder, below, terms.timeout_s)
-        await self.runtime.joined.make_way(f"weights come from {folder}")
-        return await self.runtime.client.change_for_good(
-            lambda call_id: UpdateFromDisk(call_id, folder, terms.version, terms.mode, terms.in_flight, root=below),
-            UpdateReport,
-            terms.timeout_s,
-        )
+    update_weights_from_disk = _on_engine_loop(disk_update.update_weights_from_disk)
 
     @_on_engine_loop
     async def set_weight_version(self, version: str | int) -> None:
@@ -437,7 +410,9 @@ class AsyncEngine(EngineLifecycle):
     async def _generate(self, call: CallArguments) -> list[Generation]:
         streams = await self.submit_all(await self.expand(call))
         try:
-            return await whole_samples(streams)
+            is_wanted = call.options.get("progress", True)
+            async with self._call_progress.counting(len(streams), is_wanted=is_wanted) as note_end:
+                return await whole_samples(streams, note_end)
         finally:
             cancel_all(streams)
 

@@ -19,6 +19,7 @@ import msgspec
 from headrace.engine.calls import Calls
 from headrace.engine.health import Ailment, HealthLimits, diagnose
 from headrace.engine.ledger import Ledger
+from headrace.engine.work_log import WorkLog
 from headrace.ipc import FrontLink, PulsePage
 from headrace.types.errors import DeadlineError, EngineDeadError, HeadraceError, RequestError, ShutdownError
 from headrace.types.handles import handle_of
@@ -98,6 +99,7 @@ class CoreClient:
         self._end: HeadraceError | None = None
         self._barred: HeadraceError | None = None
         self.status: CoreStatus | None = None
+        self._work = WorkLog()
         self.is_whole = True
         self.devices: tuple[str, ...] = ()
         """The UUIDs of the devices whose memory the core reads where it lies; none on a CPU."""
@@ -280,6 +282,7 @@ class CoreClient:
 
     def _note(self, status: CoreStatus) -> None:
         self.status = status
+        self._work.note(status, time.monotonic())
         if status.state != "updating":  # while updating it stays what it was before
             self.is_whole = status.state == "ready"
 

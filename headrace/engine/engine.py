@@ -59,6 +59,7 @@ class Engine:
         inprocess: bool = False,
         executor: ExecutorKind = "local",
         rank_group: ProcessGroup | DeviceMesh | None = None,
+        progress: bool = True,
         **settings: Any,
     ) -> None:
         """See `AsyncEngine`.
@@ -71,10 +72,10 @@ class Engine:
         """
         self._engine: AsyncEngine | RankThread
         if rank_group is None:
-            self._engine = AsyncEngine(model, inprocess=inprocess, executor=executor, **settings)
+            self._engine = AsyncEngine(model, inprocess=inprocess, executor=executor, progress=progress, **settings)
             self._engine.wait_started()
         else:
-            self._engine = share_engine(rank_group, model, settings)
+            self._engine = share_engine(rank_group, model, settings, progress=progress)
 
     @property
     def asynchronous(self) -> AsyncEngine:

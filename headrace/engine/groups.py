@@ -190,6 +190,7 @@ class _Announced:
                 self.seconds,
             )
             is_settled = True
+            session.roads.add("broadcast")
             session.num_bytes_staged += sum(info.num_bytes for info in infos)
         finally:
             session.note_sent(set(indices.values()), is_settled=is_settled)

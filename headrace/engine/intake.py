@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import msgspec
 
 from headrace.engine.client import CoreClient
+from headrace.engine.latencies import Latencies
 from headrace.engine.pacing import Turn
 from headrace.engine.requests import GenerateItem, RequestBuilder
 from headrace.engine.stream import EndKind, Stream, all_or_none
@@ -25,9 +26,15 @@ class Intake:
     """Turns items into streams on one core, and finds live ones by request id."""
 
     def __init__(
-        self, client: CoreClient, builder: RequestBuilder, tokenizer: Tokenizer | None, request_timeout: float | None
+        self,
+        client: CoreClient,
+        builder: RequestBuilder,
+        tokenizer: Tokenizer | None,
+        request_timeout: float | None,
+        latencies: Latencies,
     ) -> None:
         self._client = client
+        self._latencies = latencies
         self._builder = builder
         self._tokenizer = tokenizer
         self._request_timeout = request_timeout
@@ -126,6 +133,8 @@ class Intake:
     def _on_end(self, stream: Stream, kind: EndKind) -> None:
         request = stream.request
         self._client.drop(request.handle, is_answered=kind == "answered")
+        sample = stream.sample
+        self._latencies.note_end(stream.queued_at, sample.times, stream.ended_at, len(sample.token_ids))
         streams = self._live.get(request.request_id)
         if streams is not None:
             streams.pop(stream.item.index, None)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self, get_args
 
 from headrace.config import EngineConfig, ResolvedConfig
+from headrace.engine.call_progress import CallProgress
 from headrace.engine.core_host import ExecutorKind, ExecutorName
 from headrace.engine.runtime import EngineLoop
 from headrace.engine.starting import Running, Start
@@ -24,7 +25,13 @@ class EngineLifecycle:
     """The part of `AsyncEngine` that is about its life."""
 
     def __init__(
-        self, model: str | Path, *, inprocess: bool = False, executor: ExecutorKind = "local", **settings: Any
+        self,
+        model: str | Path,
+        *,
+        inprocess: bool = False,
+        executor: ExecutorKind = "local",
+        progress: bool = True,
+        **settings: Any,
     ) -> None:
         self.config = EngineConfig.from_dict({"model": model, **settings})
         if self.config.node_rank:
@@ -34,7 +41,10 @@ class EngineLifecycle:
             raise ConfigError(message, field="node_rank")
         if not isinstance(executor, Meeting):
             as_choice(executor, get_args(ExecutorName), "executor", ConfigError)
-        self._start = Start(self.config, inprocess=as_flag(inprocess, "inprocess", ConfigError), executor=executor)
+        shows_progress = as_flag(progress, "progress", ConfigError)
+        self._call_progress = CallProgress(is_wanted=shows_progress)
+        in_thread = as_flag(inprocess, "inprocess", ConfigError)
+        self._start = Start(self.config, inprocess=in_thread, executor=executor, shows_progress=shows_progress)
         self._finalizer = weakref.finalize(self, self._start.close)
         self._parts: Running | None = None
         if not _is_on_a_loop():

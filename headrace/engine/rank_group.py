@@ -110,13 +110,15 @@ class TrainerGroup:
             self.store.delete_key(self._key)
 
 
-def share_engine(rank_group: Any, model: str | Path, settings: dict[str, Any]) -> AsyncEngine | RankThread:
+def share_engine(
+    rank_group: Any, model: str | Path, settings: dict[str, Any], *, progress: bool = True
+) -> AsyncEngine | RankThread:
     """This rank's part of an engine that every rank of the group shares: all of it, on the first."""
     group = TrainerGroup(rank_group)
-    return lead(group, model, settings) if group.rank == 0 else follow(group, model, settings)
+    return lead(group, model, settings, progress=progress) if group.rank == 0 else follow(group, model, settings)
 
 
-def lead(group: TrainerGroup, model: str | Path, settings: dict[str, Any]) -> AsyncEngine:
+def lead(group: TrainerGroup, model: str | Path, settings: dict[str, Any], *, progress: bool = True) -> AsyncEngine:
     """The engine, on rank 0, once all ranks have started. Every rank raises what keeps any from that."""
     meeting: Meeting | None = None
     executor: ExecutorKind = "local"
@@ -124,7 +126,8 @@ def lead(group: TrainerGroup, model: str | Path, settings: dict[str, Any]) -> As
         config = _config_of(model, settings, group.size)
         if group.size > 1:
             executor = meeting = _open_meeting(group, config.start_timeout)
-        engine = AsyncEngine(inprocess=True, executor=executor, **msgspec.structs.asdict(config))
+        given = msgspec.structs.asdict(config)
+        engine = AsyncEngine(inprocess=True, executor=executor, progress=progress, **given)
         engine.wait_started()
     except BaseException as error:  # whatever it is, the others wait for it
         known = _known(error, 0)

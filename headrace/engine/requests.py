@@ -33,7 +33,7 @@ from headrace.engine.seeds import SeedSource, sample_seed
 from headrace.scheduler.limits import MAX_PRIORITY
 from headrace.text import Tokenizer, begins_twice, encode_bounded
 from headrace.types.errors import ErrorInfo, RequestError
-from headrace.types.plain_values import as_choice, as_flag, as_integer, as_integer_array, hint
+from headrace.types.plain_values import as_choice, as_flag, as_integer, as_integer_array, hint, meant_by
 from headrace.types.request import Request, TokenSampling, check_prompt_length, pack_ids
 from headrace.types.sampling_params import (
     MAX_LOGPROB_TOKEN_IDS,
@@ -69,6 +69,8 @@ class GenerateOptions(TypedDict, total=False):
     clip_to_context          cut `max_new_tokens` to what the context has room for, instead of refusing (False)
     return_errors            an error of one prompt or sample is its own `Generation` with finish reason "error" and
                              `error`, and the others go on (False: the call raises it, and they are dropped)
+    progress                 show on a terminal how many sequences have ended, where there are many and they take a
+                             while (True). Only `generate` and `score` of an engine in this process do
     """
 
     request_id: str | Sequence[str] | None
@@ -84,6 +86,7 @@ class GenerateOptions(TypedDict, total=False):
     num_output_ids_in_prompt: int | Sequence[int]
     clip_to_context: bool
     return_errors: bool
+    progress: bool
 
 
 class CallArguments(NamedTuple):
@@ -160,10 +163,13 @@ class RequestBuilder:
                 meant = hint(name, GenerateOptions.__annotations__)
                 if name in (*SamplingParams.__struct_fields__, "sampling_seed"):
                     meant = "; it belongs in sampling_params"
+                elif not meant and (found := meant_by(name, SamplingParams.__struct_fields__)):
+                    meant = f"; {found} of sampling_params is"
                 message = f"{name} is not an argument of a request{meant}"
                 raise RequestError(message, field=name)
         field, given = sources(call.prompts, call.input_ids)
         returns_errors = as_flag(options.get("return_errors", False), "return_errors")
+        as_flag(options.get("progress", True), "progress")
         refusals: dict[int, RequestError] = {}
         params = params_list(call.sampling_params, len(given), refusals if returns_errors else None)
         params = scoring(params) if call.scores else params

@@ -26,6 +26,7 @@ from headrace.engine.client import CoreClient
 from headrace.engine.core_host import CoreHost, ExecutorKind, start_core
 from headrace.engine.health import HealthLimits
 from headrace.engine.joined_update import JoinedUpdate
+from headrace.engine.latencies import Latencies
 from headrace.engine.ledger import Ledger
 from headrace.engine.supervision import Supervisor
 from headrace.engine.update import Updater
@@ -221,7 +222,8 @@ class EngineLoop:
         max_restarts = 0 if inprocess else engine.max_core_restarts or 0
         self.supervisor = Supervisor(host, self.client, resolved, executor, max_restarts)
         of_engine: Any = {"dtype": resolved.dtype, "num_ranks": resolved.num_ranks}
-        self.updater = Updater(self.client, self.loop, shares_process=inprocess, **of_engine)
+        self.latencies = Latencies()
+        self.updater = Updater(self.client, self.loop, self.latencies, shares_process=inprocess, **of_engine)
         self.joined = JoinedUpdate(self.updater, self.client)
         self._closers: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._thread = threading.Thread(target=self._run_loop, name="headrace-engine", daemon=True)

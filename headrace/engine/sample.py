@@ -35,6 +35,8 @@ class Sample:
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.num_prompt_tokens = len(request.prompt) // 4
+        self.times: tuple[float, ...] = ()
+        """As in `Delta`."""
         self._options = request.logprobs
         self._extras = tuple(
             map(bytearray, msgspec.structs.astuple(TokenExtras()))
@@ -58,6 +60,7 @@ class Sample:
             self._prompt_logprobs, self._prompt_extras = delta.prompt_logprobs, delta.prompt_extras
         if delta.prompt_spans:
             self._prompt_spans = delta.prompt_spans
+        self.times = delta.times or self.times
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
         self.num_preemptions = max(self.num_preemptions, delta.num_preemptions)
         return len(delta.token_ids) // 4

@@ -10,6 +10,8 @@ import concurrent.futures
 import logging
 import os
 import threading
+from functools import partial
+from pathlib import Path
 
 from headrace.config import EngineConfig, ResolvedConfig
 from headrace.engine.core_host import (
@@ -23,7 +25,9 @@ from headrace.engine.core_host import (
 from headrace.engine.intake import Intake
 from headrace.engine.requests import RequestBuilder
 from headrace.engine.runtime import EngineLoop, forked, result_of
+from headrace.ipc import PulsePage
 from headrace.ipc.rank_meeting import Meeting
+from headrace.telemetry import Progress, ProgressBar
 from headrace.text import Tokenizer
 from headrace.types.errors import ShutdownError
 from headrace.types.messages import CoreReady
@@ -41,7 +45,7 @@ class Running:
         self.tokenizer = tokenizer
         self.runtime = runtime
         self.builder = RequestBuilder(resolved, tokenizer)
-        self.intake = Intake(runtime.client, self.builder, tokenizer, config.request_timeout)
+        self.intake = Intake(runtime.client, self.builder, tokenizer, config.request_timeout, runtime.latencies)
 
     def note_restart(self, ready: CoreReady) -> None:
         """Another core may have found room for more or less."""
@@ -52,8 +56,11 @@ class Running:
 class Start:
     """Begins at once. `close` may come at any time, from any thread."""
 
-    def __init__(self, config: EngineConfig, *, inprocess: bool, executor: ExecutorKind) -> None:
+    def __init__(
+        self, config: EngineConfig, *, inprocess: bool, executor: ExecutorKind, shows_progress: bool = False
+    ) -> None:
         self._config = config
+        self._shows_progress = shows_progress
         self._inprocess = inprocess
         self._executor: ExecutorKind = executor
         self._device = current_device()  # here, in the caller's thread
@@ -122,8 +129,10 @@ class Start:
             self._check_open()
             self._runtime = runtime = EngineLoop(resolved, inprocess=self._inprocess, executor=self._executor)
             self._check_open()  # the garbage collector may have closed it in here
-        tokenizer = load_tokenizer(config, resolved.folder)
-        ready = runtime.wait(runtime.supervisor.start())
+        read = partial(_progress_of, runtime.host.pulse, Path(config.model).name)
+        with ProgressBar(read, is_wanted=self._shows_progress):
+            tokenizer = load_tokenizer(config, resolved.folder)
+            ready = runtime.wait(runtime.supervisor.start())
         # Only the core could measure what a device has room for; requests are bounded by that.
         resolved = with_tokenizer(resolved, tokenizer).with_pool(ready.max_total_num_tokens, ready.explanations)
         log_ends(resolved.model)
@@ -131,3 +140,8 @@ class Start:
         runtime.supervisor.on_restart = running.note_restart
         logger.info("ready", extra={"fields": {"model": config.model, "seed": resolved.engine.seed}})
         return running
+
+
+def _progress_of(pulse: PulsePage, model: str) -> Progress:
+    stage, done, total = pulse.read_start()
+    return Progress(f"{model}: {stage or 'starting'}", done, total)

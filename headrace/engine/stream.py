@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
@@ -17,7 +18,7 @@ from headrace.engine.sample import Sample
 from headrace.engine.text_feed import TextFeed, TextStart
 from headrace.text import INLINE_CHARACTERS, run_sized
 from headrace.types.errors import HeadraceError, InternalError
-from headrace.types.generation import Generation
+from headrace.types.generation import Generation, times_of
 from headrace.types.request import Delta, Finish, Request, unpack_ids
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ class Stream:
         self.request = request
         self.listener: Callable[[Stream], None] | None = None
         self.is_done = False
+        self.queued_at = time.monotonic()
+        self.ended_at = 0.0
         self._text_start = text_start
         self._on_end = on_end
         self.sample = Sample(request)
@@ -163,6 +166,7 @@ class Stream:
         fields = self.sample.fields_from(start)
         finish = self._finish
         if finish is not None:
+            fields["times"] = times_of(self.queued_at, self.sample.times, self.ended_at)
             fields["finish_reason"], fields["error"] = finish.type, finish.error
             fields["matched"] = finish.matched if self._matched is None else self._matched
             fields["finish_message"] = finish.message or (self.abort_message if finish.type == "abort" else "")
@@ -184,6 +188,7 @@ class Stream:
 
     def _end(self, kind: EndKind, finish: Finish) -> None:
         self.is_done = True
+        self.ended_at = time.monotonic()
         self._finish = finish
         self._on_end(self, kind)
         self._notify()
@@ -222,26 +227,28 @@ def all_or_none(streams: Iterable[Stream]) -> Iterator[None]:
         undoing.pop_all()
 
 
-async def whole_samples(streams: Sequence[Stream]) -> list[Generation]:
-    """The finished samples, in the order of `streams`; the first error raises.
+async def whole_samples(streams: Sequence[Stream], note_end: Callable[[], None] | None = None) -> list[Generation]:
+    """The finished samples, in the order of `streams`; the first error raises. `note_end` is called for each.
 
     Each is made as soon as it ends, while others still run: made at the end, all of them keep the caller waiting.
     """
     ended = asyncio.Queue[Stream]()
 
-    def note_end(stream: Stream) -> None:
+    def listen(stream: Stream) -> None:
         if stream.is_done:
             ended.put_nowait(stream)
 
     for stream in streams:
-        stream.listener = note_end
-        note_end(stream)
+        stream.listener = listen
+        listen(stream)
     found: dict[Stream, Generation] = {}
     turn = Turn()
     while len(found) < len(streams):
         await turn.give_way()
         stream = await ended.get()
         found[stream] = await stream.result()
+        if note_end is not None:
+            note_end()
     return [found[stream] for stream in streams]
 
 

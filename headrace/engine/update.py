@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import time
 from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Iterator, Sequence
 from types import NoneType
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from headrace.engine.client import CoreClient
 from headrace.engine.control import UpdateTerms
 from headrace.engine.device_export import DeviceExport
 from headrace.engine.device_road import DeviceRoad
+from headrace.engine.latencies import Latencies
 from headrace.engine.memory_copy import CopyingThreads
 from headrace.engine.tensors import (
     DeviceBytes,
@@ -32,19 +34,13 @@ from headrace.engine.tensors import (
     describe,
     named_pairs,
 )
+from headrace.engine.update_log import note_update
 from headrace.engine.update_session import UpdateSession, check_session
-from headrace.engine.upload_buffers import BufferPool, Fill, Filling, HostMemory, UploadBuffer
+from headrace.engine.upload_buffers import BufferPool, Fill, Filling, HostMemory, UploadBuffer, in_parts
 from headrace.types.errors import DeadlineError, HeadraceError, InternalError, UnavailableError, WeightUpdateError
 from headrace.types.foreign import Payload
 from headrace.types.http import TensorPiece
-from headrace.types.messages import (
-    AbortUpdate,
-    BeginUpdate,
-    CommitUpdate,
-    ExtendUpdate,
-    Stage,
-    StagePayload,
-)
+from headrace.types.messages import AbortUpdate, BeginUpdate, CommitUpdate, ExtendUpdate, Stage, StagePayload
 from headrace.types.weights import (
     BufferEntry,
     BufferRef,
@@ -58,6 +54,7 @@ from headrace.types.weights import (
 logger = logging.getLogger(__name__)
 
 BUFFER_BYTES = 256 << 20
+_HOST_ROAD, _DEVICE_ROAD = "shared memory", "device memory"
 
 Result = TypeVar("Result")
 Run = Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]]
@@ -71,6 +68,7 @@ class Updater:
         self,
         client: CoreClient,
         loop: asyncio.AbstractEventLoop,
+        latencies: Latencies,
         *,
         shares_process: bool,
         dtype: str = "",
@@ -80,6 +78,7 @@ class Updater:
         self._dtype, self._num_ranks = dtype, num_ranks
         self._client = client
         self._loop = loop
+        self._latencies = latencies
         self._threads = CopyingThreads()
         self._host = BufferPool(HostMemory, BUFFER_BYTES)
         self._road = DeviceRoad(client, shares_process=shares_process)
@@ -123,9 +122,11 @@ class Updater:
         """Make the staged weights live, under the session's label unless another is given. One that is not done in
         time is aborted with its session."""
         check_session(session)
-        return await self._client.change_for_good(
+        report = await self._client.change_for_good(
             lambda call_id: CommitUpdate(call_id, session.session_id, version=version), UpdateReport
         )
+        note_update(report, session.roads, time.monotonic() - session.begun_at, self._latencies)
+        return report
 
     async def abort(self, session: UpdateSession | None) -> None:
         """Drop the session; None: whichever is open, if one is."""
@@ -167,11 +168,13 @@ class Updater:
                 sent.add(index)
                 if exports and exports[-1].add(index, name, tensor, replaces=session.replaces(index)):
                     num_bytes += tensor.nbytes
+                    session.roads.add(_DEVICE_ROAD)
                     if exports[-1].num_bytes >= self._road.bytes_ahead(len(exports)):
                         await run(self._send_export(session, filling, exports[-1].settle()))
                         exports.append(self._road.export())
                     continue
                 pool, data = self._way_of(session, name, tensor)
+                session.roads.add(_HOST_ROAD if pool is self._host else _DEVICE_ROAD)
                 for start in range(0, max(1, len(data)), pool.max_bytes):
                     piece = data[start : start + pool.max_bytes]
                     while not filling.write(pool, index, start, piece, replaces=session.replaces(index)):
@@ -203,9 +206,10 @@ class Updater:
     async def stage_pieces(self, session: UpdateSession, pieces: Iterable[TensorPiece], fill: Fill) -> None:
         """As `stage`, of pieces of tensors in the order in which `fill` brings their bytes."""
         filling = Filling(session.session_id, self._threads)
+        session.roads.add("HTTP")
         self._fillings.add(filling)
         try:
-            for piece in _cut(pieces):
+            for piece in in_parts(pieces, BUFFER_BYTES):
                 while not await filling.fill(piece, fill):
                     await self._send(session, filling)
                     await self._take_buffer(session, self._host, piece.num_bytes, filling)
@@ -220,10 +224,12 @@ class Updater:
 
     async def stage_buffer(self, session: UpdateSession, ref: BufferRef, entries: tuple[BufferEntry, ...]) -> None:
         """Stage what lies in a buffer of somebody else's. It is read no more when this ends."""
+        session.roads.add(_HOST_ROAD)
         await self._client.call(lambda call_id: Stage(call_id, session.session_id, ref, entries), NoneType)
 
     async def stage_payload(self, session: UpdateSession, payload: Payload, indices: Sequence[int]) -> None:
         """Have what another engine's client shares copied, to these places of the manifest."""
+        session.roads.add("another engine's handles")
         replaced = tuple(index for index in indices if session.replaces(index))
 
         def command(call_id: int) -> StagePayload:
@@ -426,14 +432,6 @@ def _indexed(session: UpdateSession, named_tensors: NamedTensors) -> Iterator[tu
         yield from ((session.index_of(info), *pair) for info, pair in described)
     else:
         yield from ((session.index_of(describe(*pair)), *pair) for pair in named_pairs(named_tensors))
-
-
-def _cut(pieces: Iterable[TensorPiece]) -> Iterator[TensorPiece]:
-    """The same bytes in pieces that fit a buffer."""
-    for piece in pieces:
-        for start in range(0, max(1, piece.num_bytes), BUFFER_BYTES):
-            num_bytes = min(BUFFER_BYTES, piece.num_bytes - start)
-            yield TensorPiece(piece.index, piece.start + start, num_bytes, piece.replaces)
 
 
 def run_here(coroutine: Coroutine[Any, Any, Result]) -> Result:

@@ -3,6 +3,7 @@ calls."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any
@@ -53,6 +54,9 @@ class UpdateSession:
         self.num_ranks = num_ranks
         self.num_missing = 0
         self.num_bytes_staged = 0
+        self.begun_at = time.monotonic()
+        self.roads = set[str]()
+        """By which tensors of it have come, in words."""
         self.num_calls = 0  # in progress, of one that is joined from calls
         self._max_part_bytes = _OPEN_PART_BYTES if is_open else 0  # in upload buffers
         self._is_open = is_open

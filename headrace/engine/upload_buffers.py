@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 from headrace.engine.memory_copy import Copy, CopyingThreads, CopyPart
@@ -269,3 +269,11 @@ class Filling:
 def aligned(offset: int) -> int:
     """The next offset at which a tensor may begin."""
     return -(-offset // _ALIGNMENT) * _ALIGNMENT
+
+
+def in_parts(pieces: Iterable[TensorPiece], max_bytes: int) -> Iterator[TensorPiece]:
+    """The same bytes in pieces of at most `max_bytes`."""
+    for piece in pieces:
+        for start in range(0, max(1, piece.num_bytes), max_bytes):
+            num_bytes = min(max_bytes, piece.num_bytes - start)
+            yield TensorPiece(piece.index, piece.start + start, num_bytes, piece.replaces)

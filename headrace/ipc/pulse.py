@@ -14,9 +14,12 @@ from typing import Final, NamedTuple
 PULSE_BYTES = 64
 BEAT_SECONDS = 0.25
 
-_BEAT, _PHASE, _STALLED, _NUM_STEPS, _CLAIMED = range(5)
+_BEAT, _PHASE, _STALLED, _NUM_STEPS, _CLAIMED, _START = range(6)
 _PHASE_BITS = 2
 _PHASE_MASK = (1 << _PHASE_BITS) - 1
+_STAGES = ("", "weights", "sizing", "graphs")
+_COUNT_BITS = 28
+_COUNT_MASK = (1 << _COUNT_BITS) - 1
 
 
 class Phase:
@@ -46,6 +49,14 @@ class PulseReading(NamedTuple):
     num_steps: int
 
 
+class StartReading(NamedTuple):
+    """How far the core's start has come: `done` of `total` things of a stage; a total of 0 is not known."""
+
+    stage: str
+    done: int
+    total: int
+
+
 class PulsePage:
     """The memory of one pulse, as the front keeps it. A core in the same process may share the object."""
 
@@ -71,10 +82,16 @@ class PulsePage:
         phase = words[_PHASE]
         return PulseReading(words[_BEAT], phase & _PHASE_MASK, phase >> _PHASE_BITS, words[_STALLED], words[_NUM_STEPS])
 
+    def read_start(self) -> StartReading:
+        """All of it is in one word: never parts of two."""
+        rest, total = divmod(self.words[_START], 1 << _COUNT_BITS)
+        stage, done = divmod(rest, 1 << _COUNT_BITS)
+        return StartReading(_STAGES[stage], done, total)
+
 
 class Pulse:
-    """The core's side. `enter`, `claim`, `stepped` and `found_nothing` are the loop's; a thread beats between
-    `__enter__` and `__exit__`."""
+    """The core's side. `reach` is of its start; `enter`, `claim`, `stepped` and `found_nothing` are the loop's; a
+    thread beats between `__enter__` and `__exit__`."""
 
     def __init__(self, page: PulsePage | None = None) -> None:
         self._words = (page or PulsePage()).words
@@ -83,6 +100,11 @@ class Pulse:
         self._thread = threading.Thread(target=self._beat, name="headrace-pulse", daemon=True)
         self._words[_BEAT] = monotonic_ns()
         self.enter(Phase.COMMANDING)
+
+    def reach(self, stage: str, done: int, total: int) -> None:
+        """The start has come so far."""
+        counts = min(done, _COUNT_MASK) << _COUNT_BITS | min(total, _COUNT_MASK)
+        self._words[_START] = _STAGES.index(stage) << 2 * _COUNT_BITS | counts
 
     def enter(self, phase: int) -> None:
         """The loop does something else from now on."""

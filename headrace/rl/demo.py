@@ -232,4 +232,5 @@ def _start_engine(options: DemoOptions) -> Engine:
         max_running_requests=min(num_requests, 1024),
         num_threads=1,  # a policy this small gains nothing from more, and loses much where cores are shared
         seed=options.seed,
+        progress=False,  # it has a line of its own
     )

@@ -58,10 +58,10 @@ _SPARE_BYTES = 256 << 20
 class DeviceRunner:
     """One device's executor. `resolved` is what it was given, with the number of pages filled in.
 
-    `on_progress(done, total)` is called per tensor while weights load. `shares_process`: a caller's threads run beside
-    it. On a `mesh` of several ranks this is one of them: all capture, warm and launch the same, in one order. Raises
-    `CheckpointError` for a bad checkpoint, and `ConfigError` for a device that is not there, a backend that cannot run
-    the model, a model that does not split over the mesh, or too little memory.
+    `on_progress` is told how far the start is. `shares_process`: a caller's threads run beside it. On a `mesh` of
+    several ranks this is one of them: all capture, warm and launch the same, in one order. Raises `CheckpointError`
+    for a bad checkpoint, and `ConfigError` for a device that is not there, a backend that cannot run the model, a model
+    that does not split over the mesh, or too little memory.
     """
 
     def __init__(
@@ -96,12 +96,14 @@ class DeviceRunner:
         has_float32 = any(tensor.dtype == torch.float32 for tensor in self.weights.live.values())
         exact = ExactProducts(device, is_shared=shares_process, has_float32=has_float32)
         parts = _Parts(resolved, share, mesh, exact, self.weights, self._counter)
+        if on_progress is not None:
+            on_progress("sizing", 0, 0)
         self.resolved = _size_pool(resolved, parts, free_at_start, has_graphs) if device.type == "cuda" else resolved
         times.append(time.perf_counter())
         self._graphs = Graphs(self._counter, enabled=has_graphs)
         self._steps = parts.steps(self.resolved, self._graphs, partial(self.memory.zeros, "kv_cache"))
         if device.type == "cuda":
-            self._steps.capture(parts.buckets.captured, parts.buckets.sampled)
+            self._steps.capture(parts.buckets.captured, parts.buckets.sampled, on_progress)
             self._steps.warm(parts.buckets.uncaptured)
             parts.sampler.warm()
             warm(self.weights.sum_keys.words)  # for updates

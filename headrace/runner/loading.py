@@ -16,7 +16,8 @@ from headrace.weights.staging import TensorData
 from headrace.weights.store import WeightStore
 from headrace.weights.weight_map import WeightMap
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[str, int, int], None]
+"""Told as a start goes on: so many of all "weights", or "graphs", are there; of "sizing" the count says nothing."""
 
 
 def checked_weight_map(resolved: ResolvedConfig, shard: Shard = ONLY_RANK) -> WeightMap:
@@ -44,8 +45,8 @@ Reload = Callable[[], Iterator[None]]
 def load_weights(
     store: WeightStore, resolved: ResolvedConfig, on_progress: Progress | None, shard: Shard = ONLY_RANK
 ) -> Reload:
-    """`on_progress(done, total)` is called per tensor. Returns how the same weights are loaded again, in slices. Both
-    raise `CheckpointError` for a bad checkpoint; the second also for files that were changed since."""
+    """`on_progress("weights", done, total)` is called per tensor. Returns how the same weights are loaded again, in
+    slices. Both raise `CheckpointError` for a bad checkpoint; the second also for files that were changed since."""
     if resolved.engine.load_format == "dummy":
         store.fill_random(resolved.engine.seed)
         return partial(_fill_again, store, resolved.engine.seed)
@@ -82,4 +83,4 @@ def _counted(
     for done, item in enumerate(source, 1):
         yield item
         if on_progress is not None:
-            on_progress(min(done, total), total)
+            on_progress("weights", min(done, total), total)

@@ -46,9 +46,9 @@ _MAX_LOGITS_BYTES = 256 << 20
 class Runner:
     """What executes plans on a CPU; on a CUDA device `StepRunner` does, but for the reference kernels.
 
-    `on_progress(done, total)` is called per tensor while weights load. `shares_process`: a caller's threads run beside
-    it. On a `mesh` of several ranks this is one of them: all are given the same plans, in one order. Sets the process's
-    torch thread count. Raises `CheckpointError` for a bad checkpoint and `ConfigError` for a backend that cannot run
+    `on_progress` is told how far the start is. `shares_process`: a caller's threads run beside it. On a `mesh` of
+    several ranks this is one of them: all are given the same plans, in one order. Sets the process's torch thread
+    count. Raises `CheckpointError` for a bad checkpoint and `ConfigError` for a backend that cannot run
     the model, or a model that does not split over the mesh.
     """
 

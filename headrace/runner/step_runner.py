@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import count, product
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from headrace.runner.exact_products import ExactProducts
 from headrace.runner.graphs import Graphs
 from headrace.runner.host_pages import HostPages
 from headrace.runner.launches import Launches
+from headrace.runner.loading import Progress
 from headrace.runner.prompt_scores import scored_spans
 from headrace.runner.slots import InputTable
 from headrace.runner.step_buffer import HostStep
@@ -88,8 +90,11 @@ class StepRunner:
                 self._give_back(host)
                 raise
 
-    def capture(self, buckets: list[Bucket], sampled: list[int]) -> None:
+    def capture(self, buckets: list[Bucket], sampled: list[int], on_progress: Progress | None = None) -> None:
         """Capture the launches of these sizes, over an empty step."""
+        sampling = list(product(sampled if self._mesh.is_last else (), (False, True)))
+        num_done, num_all = count(1), len(buckets) + len(sampling)
+        tell = on_progress or _tell_nobody
         with torch.inference_mode(), self._exact.guard:
             self._launches.make_empty()
             for bucket in buckets:
@@ -97,10 +102,11 @@ class StepRunner:
                     self._graphs.capture(bucket, partial(self._launches.forward, bucket))
                 else:
                     self._launches.forward(bucket)  # compiles what it needs; later steps of this size run as they are
-            for num_rows in sampled if self._mesh.is_last else ():
-                for truncated in (False, True):
-                    body = partial(self._launches.sample, num_rows, truncated=truncated)
-                    self._graphs.capture((num_rows, truncated), body)
+                tell("graphs", next(num_done), num_all)
+            for num_rows, truncated in sampling:
+                body = partial(self._launches.sample, num_rows, truncated=truncated)
+                self._graphs.capture((num_rows, truncated), body)
+                tell("graphs", next(num_done), num_all)
 
     def drop_graphs(self) -> None:
         """Give up what was captured, with no step in flight: until it is captured again steps run as they are."""
@@ -281,3 +287,7 @@ def _pack_rows(plan: StepPlan, host: HostStep, bucket: Bucket, sampled_rows: Int
     views.sampled_positions[sampled] = (starts + lengths)[sampled_rows]
     views.sampled_positions[padding] = 0
     return row_firsts
+
+
+def _tell_nobody(stage: str, num_done: int, num_all: int) -> None:
+    """Where nobody wants to know how far a start is."""

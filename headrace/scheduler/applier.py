@@ -7,6 +7,7 @@ dropped here.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -39,8 +40,9 @@ class InFlight(NamedTuple):
 class ResultApplier:
     """Applies results, in plan order, to the sequences of a roster."""
 
-    def __init__(self, roster: Roster, counters: Counters) -> None:
+    def __init__(self, roster: Roster, counters: Counters, clock: Callable[[], float]) -> None:
         self._roster = roster
+        self._clock = clock
         self._counters = counters
         self._brought_several = False
 
@@ -98,6 +100,7 @@ class ResultApplier:
             prompt_extras=prompt_extras,
             span_epochs=span_epochs,
             prompt_spans=tuple(sequence.prompt_spans) if prompt_logprobs or finish is not None else (),
+            times=(sequence.started, sequence.first_token) if finish is not None or not first else (),
         )
 
     def finish(self, sequence: Sequence, finish: Finish, deltas: list[Delta]) -> None:
@@ -214,8 +217,10 @@ class ResultApplier:
             num_output = int(positions[index]) - sequence.num_prompt
             sequence.version_index = step.version_index
             sequence.version_starts.append((num_output, step.version, step.epoch))
-            if num_output == 0 and sequence.prompt_scores is not None:
-                sequence.mark_prompt(sequence.num_prompt, step.version)
+            if num_output == 0:
+                sequence.first_token = self._clock()
+                if sequence.prompt_scores is not None:
+                    sequence.mark_prompt(sequence.num_prompt, step.version)
         if len(changed):
             table.version[slots[changed]] = step.version_index
 

@@ -9,6 +9,7 @@ saves work.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import islice
 from typing import NamedTuple
 
@@ -51,8 +52,9 @@ class _Room(NamedTuple):
 class StepPlanner:
     """Plans steps for the sequences of a roster."""
 
-    def __init__(self, roster: Roster, limits: SchedulerLimits, counters: Counters) -> None:
+    def __init__(self, roster: Roster, limits: SchedulerLimits, counters: Counters, clock: Callable[[], float]) -> None:
         self._roster = roster
+        self._clock = clock
         self._limits = limits
         self._counters = counters
         self._refused = (-1, -1)  # when nobody behind the first had room; nothing has changed that since
@@ -292,6 +294,7 @@ class StepPlanner:
         if num_hit:
             builder.add_page_run(slot, 0, self._roster.leases.pages[slot, : match.num_pages].copy())
         if is_new:
+            sequence.started = self._clock()
             sequence.num_cached_tokens = num_hit
             counters.num_prompt_tokens += sequence.num_prompt
             counters.num_cached_tokens += num_hit

@@ -8,8 +8,9 @@ neither tensors nor text, and never reads a clock.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -34,8 +35,17 @@ class Scheduler:
     """Continuous batching over a paged KV pool. Every accepted request gets exactly one terminal delta, unless the
     front discards it."""
 
-    def __init__(self, limits: SchedulerLimits, *, version: str = "default", epoch: int = 0) -> None:
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        *,
+        version: str = "default",
+        epoch: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`clock` is looked at when a sequence starts, and when it has its first token."""
         self.limits = limits
+        self._clock = clock
         self.version = version
         self.epoch = epoch
         self._version_index = 0
@@ -310,8 +320,8 @@ class Scheduler:
 
     def _keep_books(self, roster: Roster) -> None:
         self._roster = roster
-        self._planner = StepPlanner(roster, self.limits, self._counters)
-        self._applier = ResultApplier(roster, self._counters)
+        self._planner = StepPlanner(roster, self.limits, self._counters, self._clock)
+        self._applier = ResultApplier(roster, self._counters, self._clock)
 
 
 def _error_delta(sequence: Sequence, error: ErrorInfo) -> Delta:

@@ -34,6 +34,8 @@ class Sequence(msgspec.Struct, eq=False, kw_only=True):
     request: Request
     handle: int
     arrived: float
+    started: float = 0.0  # when it first entered a slot, and when its first token came: in the scheduler's clock
+    first_token: float = 0.0
     num_prompt: int
     max_length: int  # tokens it may have in all, prompt included
     compute_length: int  # positions it may compute: the last token's KV is of no use; a score-only prompt needs one

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -40,19 +40,25 @@ class Auth:
             return
         if scope["type"] != "http":
             return  # no other protocol is served
-        needed = self._access.get(scope["path"], "data")
-        keys = self._keys[needed]
-        reason = "" if keys or needed == "open" else fault_of(scope, self._hosts)
-        if reason:
-            body = error_body(403, f"{reason}; a server without an API key refuses this", kind="Forbidden")
-            await respond(body)(scope, receive, send)
-            return
-        if keys and not _is_one_of(_bearer(scope), keys):
-            response = respond(error_body(401, "a valid bearer key is needed", kind="Unauthorized"))
-            response.headers["connection"] = "close"  # it need not stay for somebody without a key
+        body = refusal_of(scope, self._access.get(scope["path"], "data"), self._keys, self._hosts)
+        if body is not None:
+            response = respond(body)
+            if body["code"] == 401:
+                response.headers["connection"] = "close"  # it need not stay for somebody without a key
             await response(scope, receive, send)
             return
         await self._app(scope, receive, send)
+
+
+def refusal_of(scope: Scope, needed: Access, keys: Keys, hosts: Hosts) -> dict[str, Any] | None:
+    """The error body for a request whose headers do not open what needs `needed`; None for one that may pass."""
+    wanted = keys[needed]
+    reason = "" if wanted or needed == "open" else fault_of(scope, hosts)
+    if reason:
+        return error_body(403, f"{reason}; a server without an API key refuses this", kind="Forbidden")
+    if wanted and not _is_one_of(_bearer(scope), wanted):
+        return error_body(401, "a valid bearer key is needed", kind="Unauthorized")
+    return None
 
 
 def keys_of(api_key: str | None, admin_api_key: str | None) -> Keys:

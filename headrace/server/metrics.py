@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from headrace.telemetry import METRICS
+from headrace.telemetry import METRICS, DurationHistogram
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
@@ -38,9 +39,12 @@ class ServerMetrics:
     def count_disconnect(self) -> None:
         self._disconnects.inc()
 
-    def render(self, engine_metrics: Mapping[str, float], labels: Mapping[str, str]) -> bytes:
+    def render(
+        self, engine_metrics: Mapping[str, float], histograms: Iterable[DurationHistogram], labels: Mapping[str, str]
+    ) -> bytes:
         """The exposition text. `labels` are put on every metric of the engine."""
         self._engine.values = dict(engine_metrics)
+        self._engine.histograms = tuple(histograms)
         self._engine.labels = dict(labels)
         return generate_latest(self._registry)
 
@@ -50,6 +54,7 @@ class _EngineCollector(Collector):
 
     def __init__(self) -> None:
         self.values: dict[str, float] = {}
+        self.histograms: tuple[DurationHistogram, ...] = ()
         self.labels: dict[str, str] = {}
 
     def collect(self) -> Iterator[Metric]:
@@ -61,3 +66,9 @@ class _EngineCollector(Collector):
             metric = family(f"headrace_{name}", spec.help if spec else name, labels=list(self.labels))
             metric.add_metric(list(self.labels.values()), value)
             yield metric
+        for each in self.histograms:
+            of_histogram = HistogramMetricFamily(each.name, each.help, labels=list(self.labels))
+            bounds = (*map(str, map(float, each.bounds)), "+Inf")
+            buckets = list(zip(bounds, itertools.accumulate(each.counts), strict=True))
+            of_histogram.add_metric(list(self.labels.values()), buckets, each.total)
+            yield of_histogram

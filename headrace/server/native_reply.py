@@ -13,7 +13,7 @@ from headrace.engine.sample import extend_spans
 from headrace.server.errors import body_of
 from headrace.server.wire import encode_json
 from headrace.text import Tokenizer
-from headrace.types.generation import Generation
+from headrace.types.generation import Generation, Times
 
 
 class ReplyStyle(msgspec.Struct, frozen=True):
@@ -89,6 +89,8 @@ class SequenceReply:
         if piece.finish_reason is not None:
             meta["e2e_latency"] = time.perf_counter() - self._style.received_at
             meta["response_sent_to_client_ts"] = time.time()
+            if piece.times is not None:
+                meta.update(_times(piece.times, self._num_tokens))
         reply: dict[str, Any] = {"output_ids": self._ids, "meta_info": meta}
         return {"text": "".join(self._text), **reply} if self._style.has_text else reply
 
@@ -130,6 +132,19 @@ class SequenceReply:
     def _triple(self, logprob: float | None, token_id: int) -> tuple[float | None, int, str | None]:
         tokenizer = self._style.tokenizer
         return logprob, token_id, None if tokenizer is None else tokenizer.token_text(token_id)
+
+
+def _times(times: Times, num_tokens: int) -> dict[str, float]:
+    """By the names that SGLang has for them, as far as they happened."""
+    found = {"request_received_ts": times.queued, "request_finished_ts": times.ended}
+    if times.started:
+        found |= {"queue_time": times.started - times.queued, "forward_entry_time": times.started}
+    if times.first_token:
+        found["prefill_finished_time"] = times.first_token
+        seconds = times.ended - times.first_token
+        if num_tokens > 1 and seconds > 0:
+            found["decode_throughput"] = (num_tokens - 1) / seconds
+    return found
 
 
 def finish_reason(piece: Generation, num_tokens: int) -> dict[str, Any] | None:

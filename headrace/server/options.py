@@ -8,7 +8,7 @@ import os
 import socket
 import stat
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -31,6 +31,8 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     admin_api_key_file            file that holds `admin_api_key`
     allowed_hosts                 further names by which clients may call a server without a key; "*": any name
     insecure                      allow a non-loopback address without `api_key`
+    access_log                    log every answer at info: client, method, path, status, bytes and ms, and why it was
+                                  refused if it was
     incremental_streaming_output  `/generate` streams only what is new, instead of everything so far
     weight_roots                  folders that `/update_weights_from_disk` may read besides the model's own
     save_roots                    folders, and URLs of stores, below which clients may save weights; none by default
@@ -47,6 +49,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     admin_api_key_file: str | None = None
     allowed_hosts: tuple[str, ...] = ()
     insecure: bool = False
+    access_log: bool = False
     incremental_streaming_output: bool = False
     weight_roots: tuple[str, ...] = ()
     save_roots: tuple[str, ...] = ()
@@ -57,15 +60,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         for name in ("api_key", "admin_api_key"):
-            key, file = getattr(self, name), getattr(self, f"{name}_file")
-            if key is None and file is not None:
-                key = _read_key(file, f"{name}_file")
-                msgspec.structs.force_setattr(self, name, key)
-                msgspec.structs.force_setattr(self, f"{name}_file", None)
-            elif file is not None:
-                raise ConfigError(f"give {name} or {name}_file, not both", field=f"{name}_file")
-            if key is not None and not (key.strip() == key != "" and key.isascii() and key.isprintable()):
-                raise ConfigError(f"{name} must be printable ASCII, not empty, without spaces around it", field=name)
+            settle_key(self, name)
         for name in ("weight_roots", "save_roots"):
             for root in getattr(self, name):
                 as_path(root, name, ConfigError)
@@ -79,20 +74,45 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ServerOptions:
         """Build from keywords; an unknown or ill-typed one raises `ConfigError` naming it."""
-        kinds = {field.name: field.type for field in msgspec.structs.fields(cls)}
-        for name in values:
-            if name not in kinds:
-                raise ConfigError(f"{name} is not a server setting{hint(name, kinds)}", field=name)
-        return cls(**{name: as_setting(value, kinds[name], name, ConfigError) for name, value in values.items()})
+        return from_keywords(cls, values, "a server setting")
 
     def check_address(self, host: str) -> None:
         """Raise `ConfigError` if serving on `host` would expose an engine that anybody may steer."""
-        if self.api_key is not None or self.insecure:
-            return
-        addresses_of(host)  # what is no address is told so, not that others reach it
-        if not is_loopback(host):
-            message = f"host {host} is reachable from outside: set api_key, or insecure to serve everybody"
-            raise ConfigError(message, field="host")
+        if self.api_key is None and not self.insecure:
+            check_local(host)
+
+
+Options = TypeVar("Options", bound=msgspec.Struct)
+
+
+def from_keywords(cls: type[Options], values: Mapping[str, Any], what: str) -> Options:
+    """The settings `cls` from keywords; an unknown or ill-typed one raises `ConfigError` naming it."""
+    kinds = {field.name: field.type for field in msgspec.structs.fields(cls)}
+    for name in values:
+        if name not in kinds:
+            raise ConfigError(f"{name} is not {what}{hint(name, kinds)}", field=name)
+    return cls(**{name: as_setting(value, kinds[name], name, ConfigError) for name, value in values.items()})
+
+
+def check_local(host: str) -> None:
+    """Raise `ConfigError` for an address that others reach; of one that is no address it says so."""
+    addresses_of(host)
+    if not is_loopback(host):
+        message = f"host {host} is reachable from outside: set api_key, or insecure to serve everybody"
+        raise ConfigError(message, field="host")
+
+
+def settle_key(options: msgspec.Struct, name: str) -> None:
+    """Have the bearer key `name` of settings that are being made: from its file, where one is given."""
+    key, file = getattr(options, name), getattr(options, f"{name}_file")
+    if key is None and file is not None:
+        key = _read_key(file, f"{name}_file")
+        msgspec.structs.force_setattr(options, name, key)
+        msgspec.structs.force_setattr(options, f"{name}_file", None)
+    elif file is not None:
+        raise ConfigError(f"give {name} or {name}_file, not both", field=f"{name}_file")
+    if key is not None and not (key.strip() == key != "" and key.isascii() and key.isprintable()):
+        raise ConfigError(f"{name} must be printable ASCII, not empty, without spaces around it", field=name)
 
 
 def _read_key(path: str, field: str) -> str:

@@ -8,6 +8,7 @@ import socket
 from typing import Any
 
 from headrace.engine import AsyncEngine
+from headrace.server.access_log import AccessLog
 from headrace.server.app import create_app
 from headrace.server.listening import EmbeddedServer, listen, url_of
 from headrace.server.options import ServerOptions
@@ -94,7 +95,7 @@ async def _open(
     options = ServerOptions.from_dict(settings)
     options.check_address(host)
     app = create_app(engine, options, host)
-    server = EmbeddedServer(app, options.write_timeout)
+    server = EmbeddedServer(AccessLog(app) if options.access_log else app, options.write_timeout)
     if listener is None:
         listener = listen(host, port)
     task = asyncio.get_running_loop().create_task(server.serve(sockets=[listener]))

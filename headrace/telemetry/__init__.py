@@ -1,6 +1,20 @@
-"""What a process says about itself: structured log lines and the names of the engine's counters. No torch."""
+"""What a process says about itself: structured log lines, the names of the engine's counters, a bar. No torch."""
 
+from headrace.telemetry.histograms import DurationHistogram
 from headrace.telemetry.logs import LOGGER_NAME, LogContext, configure_logging, flush_logs, logging_words
 from headrace.telemetry.metrics import METRICS, MetricSpec
+from headrace.telemetry.progress_bar import Progress, ProgressBar, can_draw
 
-__all__ = ["LOGGER_NAME", "METRICS", "LogContext", "MetricSpec", "configure_logging", "flush_logs", "logging_words"]
+__all__ = [
+    "LOGGER_NAME",
+    "METRICS",
+    "DurationHistogram",
+    "LogContext",
+    "MetricSpec",
+    "Progress",
+    "ProgressBar",
+    "can_draw",
+    "configure_logging",
+    "flush_logs",
+    "logging_words",
+]

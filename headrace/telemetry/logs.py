@@ -5,6 +5,7 @@ configure it: a library that is imported into a trainer leaves the trainer's log
 logged; whoever starts a process says its role and rank, and every record carries them.
 
 A caller adds fields with the standard `extra` argument: `logger.info("loaded", extra={"fields": {"seconds": 1.2}})`.
+What a message says in words already is given as "values": only JSON lines have those.
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ class _JsonFormatter(logging.Formatter):
             "logger": _name(record),
             "message": record.getMessage(),
             **_fields(record),
+            **_fields(record, "values"),
         }
         if record.exc_info is not None:
             line["exception"] = self.formatException(record.exc_info)
@@ -108,8 +110,8 @@ def _name(record: logging.LogRecord) -> str:
     return record.name.removeprefix(f"{LOGGER_NAME}.")
 
 
-def _fields(record: logging.LogRecord) -> dict[str, Any]:
-    fields = getattr(record, "fields", None)
+def _fields(record: logging.LogRecord, name: str = "fields") -> dict[str, Any]:
+    fields = getattr(record, name, None)
     return fields if isinstance(fields, dict) else {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Literal
 
 import msgspec
@@ -10,6 +11,36 @@ from headrace.types.errors import ErrorInfo
 from headrace.types.sampling_params import LogprobMode
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class Times(msgspec.Struct, frozen=True, eq=False, gc=False):
+    """When things happened to a sample, in seconds since the epoch, as `time.time()` counts; 0.0: it did not happen.
+
+    queued         the engine took the request
+    started        its computing began: it left the queue
+    first_token    its first token was there, in the engine
+    ended          its last was, and the caller could have it
+
+    Differences are those of a clock that nobody sets. All are equal to each other: when a sample came is no part of
+    what it is, and samples are compared.
+    """
+
+    queued: float
+    started: float = 0.0
+    first_token: float = 0.0
+    ended: float = 0.0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Times)
+
+    def __hash__(self) -> int:
+        return hash(Times)
+
+
+def times_of(queued: float, between: tuple[float, ...], ended: float) -> Times:
+    """Of moments of `time.monotonic`, which all processes of a machine share; `between` as in `Delta.times`."""
+    offset = time.time() - time.monotonic()
+    return Times(*(moment + offset if moment else 0.0 for moment in (queued, *(between or (0.0, 0.0)), ended)))
 
 
 class Generation(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,6 +60,8 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
                           is not the last
     error                 what ended it with finish reason "error": its `to_exception()` is what would have been raised
     matched               the stop token id or stop string that ended it
+    times                 when it was queued, started, had its first token and ended; None on a stream piece that is not
+                          the last
     seed                  the seed this sample was drawn with; the same request with it draws the same noise, and
                           under numerics="invariant" gives the same sample, whatever runs beside it
     """
@@ -56,4 +89,5 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    times: Times | None = None
     seed: int = 0

@@ -26,6 +26,18 @@ MAX_SECONDS = 1e9
 
 _MAX_NAME_LENGTH = 40
 
+_NAMES_ELSEWHERE = {
+    **{"tp": "tp_size", "tensor_parallel_size": "tp_size", "pp": "pp_size", "pipeline_parallel_size": "pp_size"},
+    **{"model_path": "model", "tokenizer_path": "tokenizer", "random_seed": "seed", "block_size": "page_size"},
+    **{"max_model_len": "context_length", "max_seq_len": "context_length", "kv_cache_dtype": "kv_dtype"},
+    **{"gpu_memory_utilization": "memory_fraction", "mem_fraction_static": "memory_fraction"},
+    **{"max_num_seqs": "max_running_requests", "max_total_tokens": "kv_pool_tokens"},
+    **{"chunked_prefill_size": "max_num_batched_tokens", "max_prefill_tokens": "max_num_batched_tokens"},
+    **{"enable_prefix_caching": "prefix_cache", "enable_memory_saver": "memory_saver"},
+    **{"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"},
+}
+"""What SGLang, vLLM and OpenAI call what is called otherwise here, and means the same."""
+
 Refusal = type[HeadraceError]
 
 
@@ -153,11 +165,21 @@ def as_integer_array(value: Any, field: str) -> np.ndarray[Any, np.dtype[np.inte
     return array
 
 
+def meant_by(name: Any, known: Iterable[str]) -> str:
+    """Which of the known names was meant by one that is none: what other engines' name for it is here, or the one that
+    is spelled nearly so; "" if there is none."""
+    if not isinstance(name, str) or len(name) > _MAX_NAME_LENGTH:  # comparing takes the square of it
+        return ""
+    names = list(known)
+    if _NAMES_ELSEWHERE.get(name) in names:
+        return _NAMES_ELSEWHERE[name]
+    return next(iter(difflib.get_close_matches(name, names, n=1)), "")
+
+
 def hint(name: Any, known: Iterable[str]) -> str:
-    """What to add to the refusal of a name that nobody knows: the one that was meant, if one is near."""
-    is_name = isinstance(name, str) and len(name) <= _MAX_NAME_LENGTH  # comparing takes the square of it
-    near = difflib.get_close_matches(name, known, n=1) if is_name else []
-    return f"; {near[0]} is" if near else ""
+    """What to add to the refusal of a name that nobody knows: the one that was meant, if there is one."""
+    meant = meant_by(name, known)
+    return f"; {meant} is" if meant else ""
 
 
 def _element(value: Any, field: str, position: int) -> int:

@@ -150,7 +150,9 @@ class Delta(msgspec.Struct, frozen=True, array_like=True, gc=False):
     `prompt_logprobs` (float32, once, in the first delta after the prompt is computed or in the terminal one) covers
     positions `prompt_start`.. of the prompt, NaN where a position has none; `prompt_extras` has as many rows, of no
     meaning there. `prompt_spans` ((version, count), ...) name who scored the prompt, from position 0 on; a request for
-    no tokens has them whatever it asked. `finish` is set exactly once per request, on its last delta.
+    no tokens has them whatever it asked. `times` are when the request was started and had its first token (0: not yet),
+    in seconds of CLOCK_MONOTONIC, in its first delta and its last. `finish` is set exactly once per request, on its
+    last delta.
     """
 
     handle: int
@@ -165,6 +167,7 @@ class Delta(msgspec.Struct, frozen=True, array_like=True, gc=False):
     prompt_extras: TokenExtras = TokenExtras()
     span_epochs: tuple[int, ...] = ()
     prompt_spans: tuple[tuple[Version, int], ...] = ()
+    times: tuple[float, ...] = ()
 
     @classmethod
     def failed(cls, handle: int, error: ErrorInfo) -> Delta:

@@ -105,6 +105,9 @@ def test_a_wrong_command_line_ends_with_usage(words: list[str], capsys: pytest.C
         (["serve", "model", "--ports=1"], "headrace serve", "--port"),
         (["bench", "offline", "--batch-sise", "4"], "headrace bench offline", "--batch-sizes"),
         (["check", "model", "--page_size", "4"], "headrace check", "--page-size"),
+        (["serve", "model", "--tp", "2"], "headrace serve", "--tp-size"),
+        (["generate", "model", "hi", "--tensor-parallel-size=2"], "headrace generate", "--tp-size"),
+        (["serve", "model", "--max-model-len", "4096"], "headrace serve", "--context-length"),
     ],
 )
 def test_a_flag_that_nobody_knows_is_told_with_the_near_one(

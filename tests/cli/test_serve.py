@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from headrace import ConfigError
-from headrace.cli.serve import with_keys
+from headrace.cli.flags import with_keys
 from headrace.parallel.rendezvous import kept_store
 from headrace.server import ServerOptions
 from tests.arch.source import ROOT, child_environment

@@ -47,9 +47,10 @@ def life(source: random.Random, handle: int) -> list[Delta]:
                 prompt_extras=extras(source, 5) if has_scores else TokenExtras(),
                 span_epochs=(source.randrange(2),) if count else (),
                 prompt_spans=(("a", 2), ("b", 3)) if has_scores else (),
+                times=(1.0, 0.0) if has_scores else (),
             )
         )
-    return [*found, Delta(handle, finish=Finish("stop", matched=3))]
+    return [*found, Delta(handle, finish=Finish("stop", matched=3), times=(1.0, 2.0))]
 
 
 def test_joined_deltas_say_what_they_said_apart() -> None:
@@ -72,6 +73,7 @@ def test_joined_deltas_say_what_they_said_apart() -> None:
             assert delta.finish == parts[-1].finish
             assert whole.fields_from(0) == apart.fields_from(0)
             assert whole.prompt_fields() == apart.prompt_fields()
+            assert whole.times == apart.times == (1.0, 2.0)
 
 
 def test_a_slow_reader_gets_fewer_deltas_and_a_reply_overtakes_none() -> None:

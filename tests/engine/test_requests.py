@@ -391,6 +391,12 @@ def test_a_sampling_parameter_as_an_argument_is_told_its_place(builder: RequestB
         expand(builder, input_ids=[1], **{name: 1})
 
 
+@pytest.mark.parametrize(("name", "meant"), [("max_tokens", "max_new_tokens"), ("temprature", "temperature")])
+def test_so_is_one_by_another_name(builder: RequestBuilder, name: str, meant: str) -> None:
+    with pytest.raises(RequestError, match=f"^{name} is not an argument of a request; {meant} of sampling_params is$"):
+        expand(builder, input_ids=[1], **{name: 1})
+
+
 @pytest.mark.parametrize("params", [SamplingParams(), {"max_new_tokens": 4}, [SamplingParams()], [{"n": 2}]])
 @pytest.mark.parametrize("prompts", ["a", None])
 def test_sampling_parameters_in_the_place_of_prompts_are_told_theirs(

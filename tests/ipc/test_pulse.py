@@ -29,6 +29,18 @@ def test_every_change_is_readable_at_once() -> None:
     assert page.read().num_steps == 1
 
 
+def test_a_start_is_read_as_it_was_last_told_with_counts_that_fit_a_word() -> None:
+    page = PulsePage()
+    pulse = Pulse(page)
+    assert page.read_start() == ("", 0, 0)
+    for told in [("weights", 3, 290), ("sizing", 0, 0), ("graphs", (1 << 28) - 1, (1 << 28) - 1)]:
+        pulse.reach(*told)
+        assert page.read_start() == told
+    pulse.reach("graphs", 1 << 40, 1 << 40)
+    assert page.read_start() == ("graphs", (1 << 28) - 1, (1 << 28) - 1)
+    assert page.read().phase == Phase.COMMANDING
+
+
 def test_a_stall_is_dated_from_its_first_turn_and_ends_with_a_step_or_the_work() -> None:
     page = PulsePage()
     pulse = Pulse(page)

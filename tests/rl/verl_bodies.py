@@ -23,6 +23,10 @@ from headrace.rl import VerlEngine, meeting, shards, verl_engine
 from headrace.types.errors import HeadraceError
 
 GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
+TIMES = (
+    *("request_received_ts", "queue_time", "forward_entry_time", "prefill_finished_time", "request_finished_ts"),
+    "decode_throughput",
+)
 PROMPT = [5, 6, 7, 8]
 SETTINGS: dict[str, Any] = {"num_threads": 1, "page_size": 4, "kv_pool_tokens": 1 << 12, "dtype": "float32", "seed": 0}
 CONFIG: dict[str, Any] = {"tp_size": 1, **SETTINGS}
@@ -338,7 +342,7 @@ def control(rank: int, folder: str, newer: str, options: dict[str, Any]) -> list
         asked: dict[str, Any] = {"sampling_params": {**GREEDY, "n": 2}, "return_logprob": True, "logprob_start_len": 0}
         many = engine.generate(["Up", "Down"], top_logprobs_num=2, rid=["a", "b"], **asked)
         for each in many:
-            for key in ("e2e_latency", "response_sent_to_client_ts", "seed"):
+            for key in ("e2e_latency", "response_sent_to_client_ts", "seed", *TIMES):
                 each["meta_info"].pop(key)
         seen: list[Any] = [many, greedy(engine)]
         for tags in (["kv_cache"], None, ["weights"]):

@@ -208,10 +208,11 @@ def test_gemm_calls_do_not_grow_with_the_number_of_sequences(folder: Path) -> No
 def test_loading_reports_progress_and_names_what_is_missing(
     model: PreTrainedModel, folder: Path, tmp_path: Path
 ) -> None:
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[str, int, int]] = []
     settings = EngineConfig(model=str(folder), kv_pool_tokens=256, num_threads=1)
-    Runner(resolve(settings, folder), lambda done, total: seen.append((done, total)))
-    assert seen[-1][0] == seen[-1][1] == len(seen) == len(model.state_dict())
+    Runner(resolve(settings, folder), lambda *told: seen.append(told))
+    assert [done for _, done, _ in seen] == list(range(1, len(model.state_dict()) + 1))
+    assert {(stage, total) for stage, _, total in seen} == {("weights", len(model.state_dict()))}
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     with pytest.raises(CheckpointError):
         build(tmp_path)

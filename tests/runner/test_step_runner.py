@@ -48,7 +48,9 @@ def test_what_a_start_runs_leaves_the_next_step_as_it_is(runner: DeviceRunner) -
     plans.enter(0, [5, 6, 7, 8])
     expected = runner.launch(plans.step([(0, 4)])).wait()
     runner._steps.run_greatest()
-    runner._steps.capture([Bucket(4, 2, False), Bucket(2, 2, True)], [2, 1])
+    told: list[tuple[str, int, int]] = []
+    runner._steps.capture([Bucket(4, 2, False), Bucket(2, 2, True)], [2, 1], lambda *told_now: told.append(told_now))
+    assert told == [("graphs", done, 6) for done in range(1, 7)]  # two ways to sample of each number of rows
     again = PlanBuilder(page_size=8, num_pages=20)
     again.enter(1, [5, 6, 7, 8])
     found = runner.launch(again.step([(1, 4)])).wait()

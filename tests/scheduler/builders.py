@@ -30,6 +30,11 @@ def make(**changes: Any) -> Scheduler:
     return Scheduler(msgspec.structs.replace(ROOMY, **changes))
 
 
+def make_timed(clock: Callable[[], float], **changes: Any) -> Scheduler:
+    """The same with a clock of the test's."""
+    return Scheduler(msgspec.structs.replace(ROOMY, **changes), clock=clock)
+
+
 def request(handle: int, prompt: int | Sequence[int] = 5, max_new: int = 3, **fields: Any) -> Request:
     """A request with seed = handle; an integer prompt is that many tokens of its own."""
     token_ids = [(100 * handle + index) % 1000 for index in range(prompt)] if isinstance(prompt, int) else prompt

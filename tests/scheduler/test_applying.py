@@ -11,7 +11,7 @@ from headrace.types.errors import ErrorInfo
 from headrace.types.plan import LAST_TOKEN, PositionLogprobs, PromptLogprobs, StepPlan, StepResult
 from headrace.types.request import Delta, unpack_floats, unpack_ids
 from headrace.types.sampling_params import LogprobOptions
-from tests.scheduler.builders import answer, finish_all, make, planned, request, rows, step, tokens
+from tests.scheduler.builders import answer, finish_all, make, make_timed, planned, request, rows, step, tokens
 
 ERROR = ErrorInfo("DeadlineError", "too late")
 
@@ -38,6 +38,25 @@ def test_a_streaming_request_gets_a_delta_every_so_many_tokens() -> None:
     scheduler.add(request(1, 5, 7, deliver_every=3), 0.0)
     counts = [[len(tokens(delta)) for delta in step(scheduler)[1]] for _ in range(7)]
     assert counts == [[], [], [3], [], [], [3], [1]]
+
+
+def test_deltas_say_when_a_request_started_and_had_its_first_token() -> None:
+    """The first and the last do; what is preempted has started but once; one that never started has no times."""
+    now = [10.0]
+    scheduler = make_timed(lambda: now[0], max_running_requests=2)
+    for handle, every in ((1, 1), (2, 0), (3, 0)):
+        scheduler.add(request(handle, 5, 4, deliver_every=every), 0.0)
+    found: list[Delta] = []
+    for _ in range(2):
+        plan = planned(scheduler)
+        now[0] += 1.0
+        found += scheduler.apply(answer(plan))
+    assert [delta.times for delta in found] == [(10.0, 11.0), ()]
+    scheduler.recompute_running()
+    (waiting,) = scheduler.abort([3], "Aborted")
+    assert waiting.times == (0.0, 0.0)
+    ends = [delta for delta in finish_all(scheduler) if delta.finish is not None]
+    assert {delta.handle: delta.times for delta in ends} == {1: (10.0, 11.0), 2: (10.0, 11.0)}
 
 
 def test_stop_ids_end_a_sequence_and_are_kept() -> None:

@@ -61,6 +61,10 @@ def test_every_field_of_a_single_reply(served: Served) -> None:
     assert (meta["logprob_mode"], meta["prompt_logprob_mode"]) == ("temperature", "raw")
     assert 0 < meta["e2e_latency"] < 60
     assert before <= meta["response_sent_to_client_ts"] <= time.time()
+    names = ("request_received_ts", "forward_entry_time", "prefill_finished_time", "request_finished_ts")
+    assert before - 0.1 <= meta[names[0]] and [meta[name] for name in names] == sorted(meta[name] for name in names)
+    assert meta["queue_time"] == pytest.approx(meta["forward_entry_time"] - meta["request_received_ts"])
+    assert meta["decode_throughput"] > 0
     assert "warnings" not in meta
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from headrace.telemetry import METRICS
@@ -88,6 +89,34 @@ def test_metrics_are_the_engines_and_the_servers(served: Served) -> None:
     assert samples["headrace_num_generated_tokens_total"] == known["num_generated_tokens"]
     assert samples["headrace_http_request_seconds_count"] >= 1
     assert samples["headrace_is_ready"] == samples["headrace_is_alive"] == 1
+
+
+def test_latencies_are_histograms_by_the_names_of_the_dialect(start: START) -> None:
+    served = start()
+    served.generate(input_ids=[[1, 2, 3]] * 2, sampling_params={"max_new_tokens": 5, "ignore_eos": True})
+    served.engine.score(input_ids=[1, 2, 3])
+    assert served.http.post("/generate", json={"input_ids": []}).status_code == 400  # which never was one
+    families = {each.name: each for each in text_string_to_metric_families(served.http.get("/metrics").text)}
+    counts = {
+        "sglang:queue_time_seconds": 3,
+        "sglang:time_to_first_token_seconds": 2,
+        "sglang:inter_token_latency_seconds": 8,
+        "sglang:e2e_request_latency_seconds": 3,
+        "headrace_update_pause_seconds": 0,
+    }
+    for name, count in counts.items():
+        samples = families[name].samples
+        assert families[name].type == "histogram"
+        assert all(sample.labels["model_name"] for sample in samples)
+        buckets = [sample.value for sample in samples if sample.name.endswith("_bucket")]
+        assert buckets == sorted(buckets) and buckets[-1] == count, name
+        assert [sample.value for sample in samples if sample.name.endswith("_count")] == [count]
+    name = min(served.engine.digest())
+    tensors = {name: served.engine.get_weights_by_name(name)}
+    report = served.engine.update_weights_from_tensor(tensors, "same", partial=True)
+    text = served.http.get("/metrics").text
+    (total,) = [line.split()[-1] for line in text.splitlines() if line.startswith("headrace_update_pause_seconds_sum")]
+    assert float(total) == pytest.approx(report.pause_ms / 1e3)
 
 
 def test_two_servers_in_one_process_do_not_share_metrics(served: Served, start: START) -> None:

@@ -166,6 +166,8 @@ def test_unknown_and_doubled_keys_are_refused(values: dict[str, Any]) -> None:
 
 
 def test_a_name_nearly_right_is_answered_with_the_right_one() -> None:
+    with pytest.raises(RequestError, match="max_tokens is not a sampling parameter; max_new_tokens is"):
+        SamplingParams.from_dict({"max_tokens": 4})
     with pytest.raises(RequestError, match="temprature is not a sampling parameter; temperature is"):
         SamplingParams.from_dict({"temprature": 1.0})
     with pytest.raises(RequestError, match="parameter$"):

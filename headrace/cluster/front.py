@@ -1,0 +1,357 @@
+"""The router's side to clients: HTTP/1.1 on a listening socket, each request handed to one coroutine.
+
+Owns connections, their deadlines and bounds, and that an answer is complete or visibly broken. Knows no route:
+`Handler` says by a request's head whether its body is wanted, and answers it. The server's own front costs a request
+0.2 ms, which an engine does not feel and a router does (docs/benchmarks.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from typing import Any, Protocol, cast
+
+import msgspec
+
+from headrace.cluster.http_parts import (
+    LAST_CHUNK,
+    MAX_HEAD_BYTES,
+    ChunkReader,
+    FramingError,
+    Head,
+    Headers,
+    in_chunk,
+    parse_request,
+    status_line,
+    write_head,
+)
+from headrace.server.errors import RETRY_AFTER_SECONDS, body_of, error_body
+from headrace.server.listening import SPARE_DESCRIPTORS, raise_descriptor_limit
+from headrace.types.errors import DeadlineError, HeadraceError, InternalError, RequestError
+
+FIRST_BYTE_SECONDS = 30.0
+HEAD_SECONDS = 10.0
+IDLE_SECONDS = 75.0
+LINGER_SECONDS = 5.0
+"""A refused client that still sends is read and forgotten for so long, or a reset would take the answer from it."""
+LOOK_SECONDS = 0.5
+DRAIN_LOOK_SECONDS = 0.02
+_MAX_BACKLOG_BYTES = 256 << 10
+_BACKLOG = 4096
+_END_OF_HEAD = b"\r\n\r\n"
+_JSON = (b"content-type", b"application/json")
+
+logger = logging.getLogger(__name__)
+
+
+class FrontBounds(msgspec.Struct, frozen=True):
+    """What a client may send, and how long it may take. Seconds and bytes."""
+
+    max_body_bytes: int
+    body_timeout: float
+    write_timeout: float
+
+
+class Handler(Protocol):
+    """What stands behind the connections."""
+
+    def refusal(self, head: Head) -> dict[str, Any] | None:
+        """The error body for a request that is not to be read further; None for one that is."""
+        ...
+
+    async def answer(self, head: Head, body: bytes, exchange: Exchange) -> None:
+        """Answer a request. Cancelled when the client goes away; a `HeadraceError` is answered here."""
+        ...
+
+
+class Exchange:
+    """One request's answer on its way out: `reply`, or `begin`, any number of `send`, and `end`."""
+
+    def __init__(self, connection: ClientConnection, head: Head) -> None:
+        self._connection = connection
+        self._head = head
+        self._is_chunked = False
+        self.has_begun = False
+        self.is_complete = False
+        self.status = 0
+
+    def reply(self, status: int, headers: Headers, body: bytes) -> None:
+        """A whole answer."""
+        self.status, self.has_begun, self.is_complete = status, True, True
+        headers = [*headers, (b"content-length", b"%d" % len(body)), *self._last_words()]
+        body = b"" if self._head.method == "HEAD" else body
+        self._connection.write(write_head(status_line(status), headers) + body)
+
+    def error(self, body: dict[str, Any]) -> None:
+        """A whole answer that is an error, as a server's."""
+        headers = [_JSON]
+        if body["retryable"]:
+            headers.append((b"retry-after", b"%d" % RETRY_AFTER_SECONDS))
+        self.reply(body["code"], headers, msgspec.json.encode(body))
+
+    def begin(self, status: int, headers: Headers) -> None:
+        """The head of an answer whose length is not known."""
+        self.status, self.has_begun = status, True
+        self._is_chunked = not self._head.is_old
+        if self._is_chunked:
+            headers = [*headers, (b"transfer-encoding", b"chunked")]
+        self._connection.write(write_head(status_line(status), [*headers, *self._last_words()]))
+
+    async def send(self, data: bytes) -> None:
+        """A part of it; waits while the client does not take what it was sent."""
+        self._connection.write(in_chunk(data) if self._is_chunked else data)
+        await self._connection.drain()
+
+    def end(self) -> None:
+        """The end of it."""
+        self.is_complete = True
+        if self._is_chunked:
+            self._connection.write(LAST_CHUNK)
+
+    @property
+    def keeps_connection(self) -> bool:
+        """True when the client may send its next request."""
+        return self.is_complete and self._head.keeps_alive and not self._connection.front.is_closing
+
+    def _last_words(self) -> Headers:
+        if not self._head.keeps_alive or self._connection.front.is_closing:
+            return [(b"connection", b"close")]
+        return [(b"connection", b"keep-alive")] if self._head.is_old else []
+
+
+class ClientConnection(asyncio.Protocol):
+    """A client. One request at a time; what it sends meanwhile waits."""
+
+    def __init__(self, front: Front) -> None:
+        self.front = front
+        self._loop = asyncio.get_running_loop()
+        self._buffer = bytearray()
+        self._head: Head | None = None
+        self._chunks: ChunkReader | None = None
+        self._chunk_parts: list[bytes] = []
+        self._exchange: Exchange | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._drained: asyncio.Future[None] | None = None
+        self._is_full = self._is_lost = self._is_lingering = False
+        self._num_unsent, self._unsent_since = 0, 0.0
+        self._limit = FIRST_BYTE_SECONDS
+        self._waiting_since = self._loop.time()
+
+    @property
+    def is_busy(self) -> bool:
+        """True while a request is answered."""
+        return self._task is not None
+
+    def look(self, now: float) -> None:
+        """End a wait for the client that is too long."""
+        num_unsent = self._transport.get_write_buffer_size()
+        if num_unsent == 0 or num_unsent != self._num_unsent:
+            self._num_unsent, self._unsent_since = num_unsent, now
+        if num_unsent and now - self._unsent_since > self.front.bounds.write_timeout:
+            self._transport.abort()
+        elif self._task is None and now - self._waiting_since > self._limit:
+            if self._head is None or self._is_lingering:
+                self._transport.abort()
+            else:
+                message = f"body did not come within {self._limit:g} s"
+                self._refuse(error_body(408, message, param="body", retryable=True, err_type=DeadlineError.__name__))
+
+    def abort(self) -> None:
+        """Close it now."""
+        self._transport.abort()
+
+    def close(self) -> None:
+        """Close it; an answer that is whole is sent to its end."""
+        (self._transport.abort if self.is_busy else self._transport.close)()
+
+    def write(self, data: bytes) -> None:
+        """Send bytes; never waits."""
+        self._transport.write(data)
+
+    async def drain(self) -> None:
+        """Wait until the client has taken enough of what it was sent."""
+        if self._is_full and not self._is_lost:
+            self._drained = self._loop.create_future()
+            await self._drained
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self.front.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._is_lost = True
+        self.resume_writing()
+        self.front.discard(self)
+        if self._task is not None:
+            self._task.cancel()
+
+    def pause_writing(self) -> None:
+        self._is_full = True
+
+    def resume_writing(self) -> None:
+        self._is_full = False
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_lingering:
+            return
+        if not self._buffer and self._head is None and self._task is None:
+            self._wait(HEAD_SECONDS)
+        self._buffer += data
+        if self._task is None:
+            self._advance()
+        elif len(self._buffer) > _MAX_BACKLOG_BYTES:
+            self._transport.pause_reading()
+
+    def _wait(self, seconds: float) -> None:
+        self._limit, self._waiting_since = seconds, self._loop.time()
+
+    def _advance(self) -> None:
+        """Do what can be done with what has come."""
+        try:
+            if self._head is None:
+                self._read_head()
+            if self._head is not None and (body := self._read_body(self._head)) is not None:
+                self._begin(self._head, body)
+        except FramingError as error:
+            self._refuse(error_body(error.status, str(error), err_type=RequestError.__name__))
+
+    def _read_head(self) -> None:
+        end = self._buffer.find(_END_OF_HEAD)
+        if end > MAX_HEAD_BYTES or end < 0 and len(self._buffer) > MAX_HEAD_BYTES:
+            raise FramingError(f"headers are over {MAX_HEAD_BYTES} bytes", 431)
+        if end < 0:
+            return
+        head = parse_request(bytes(self._buffer[:end]))
+        del self._buffer[: end + len(_END_OF_HEAD)]
+        refusal = self.front.handler.refusal(head)
+        if refusal is None and (head.body_size or 0) > self.front.bounds.max_body_bytes:
+            raise FramingError(f"body has {head.body_size} bytes, over {self.front.bounds.max_body_bytes}", 413)
+        if refusal is not None:
+            self._refuse(refusal, head)
+            return
+        self._head = head
+        self._chunks = ChunkReader(self.front.bounds.max_body_bytes) if head.body_size is None else None
+        self._wait(self.front.bounds.body_timeout)
+        if head.header(b"expect").lower() == b"100-continue":
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _read_body(self, head: Head) -> bytes | None:
+        """The body, once it is whole."""
+        if self._chunks is None:
+            size = head.body_size or 0
+            if len(self._buffer) < size:
+                return None
+            body = bytes(self._buffer[:size])
+            del self._buffer[:size]
+            return body
+        self._chunk_parts += self._chunks.read(self._buffer)
+        if self._chunks.is_wasteful:
+            raise FramingError("the body's framing is out of all proportion to what is in it")
+        if not self._chunks.is_complete:
+            return None
+        body, self._chunk_parts = b"".join(self._chunk_parts), []
+        return body
+
+    def _begin(self, head: Head, body: bytes) -> None:
+        self._exchange = Exchange(self, head)
+        self._task = self._loop.create_task(self.front.handler.answer(head, body, self._exchange))
+        self._task.add_done_callback(self._finish)
+
+    def _finish(self, task: asyncio.Task[None]) -> None:
+        """A request is answered, or not."""
+        exchange, self._task, self._head = cast(Exchange, self._exchange), None, None
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._tell(exchange, error)
+        if self._is_lost:
+            return
+        if not exchange.is_complete:
+            self._transport.abort()  # the client must not take what it has for the whole
+        elif not exchange.keeps_connection:
+            self._transport.close()
+        else:
+            self._wait(IDLE_SECONDS)
+            self._transport.resume_reading()
+            if self._buffer:
+                self._wait(HEAD_SECONDS)
+                self._advance()
+
+    def _tell(self, exchange: Exchange, error: BaseException) -> None:
+        """Answer with an error, where nothing is said yet."""
+        if not isinstance(error, HeadraceError):
+            logger.error("a request failed", exc_info=error)
+            error = InternalError("internal error; the router's log has the details")
+        if not exchange.has_begun and not self._is_lost:
+            exchange.error(body_of(error))
+
+    def _refuse(self, body: dict[str, Any], head: Head | None = None) -> None:
+        """Answer a request that is read no further; the connection ends with it."""
+        last = head or Head([], 0, False)
+        self._buffer.clear()
+        is_whole = head is not None and head.body_size == 0 and head.keeps_alive and body["code"] != 401
+        if not is_whole:
+            last = msgspec.structs.replace(last, keeps_alive=False, is_old=False)
+        Exchange(self, last).error(body)
+        self._head = None
+        self._wait(IDLE_SECONDS if is_whole else LINGER_SECONDS)
+        if not is_whole:
+            self._is_lingering = True
+            self._transport.write_eof()
+
+
+class Front:
+    """Listens, and looks after the connections. Lives on one event loop."""
+
+    def __init__(self, handler: Handler, bounds: FrontBounds) -> None:
+        self.handler = handler
+        self.bounds = bounds
+        self.is_closing = False
+        self._connections: set[ClientConnection] = set()
+        self._max_connections = max(16, (raise_descriptor_limit() - SPARE_DESCRIPTORS) // 2)
+        """Each may have one to a replica."""
+
+    async def start(self, listener: socket.socket) -> None:
+        """Accept connections on `listener` from now on."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: ClientConnection(self), sock=listener, backlog=_BACKLOG)
+        self._looking = loop.create_task(self._look())
+
+    async def close(self, seconds: float) -> None:
+        """Let what is being answered end within so many seconds, then close. Who comes meanwhile is answered, once."""
+        self.is_closing = True
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        while (num_busy := sum(each.is_busy for each in self._connections)) and loop.time() < end:
+            await asyncio.sleep(DRAIN_LOOK_SECONDS)
+        self._server.close()
+        if num_busy:
+            logger.warning("%d requests did not finish in %g s and are cut off", num_busy, seconds)
+        for connection in list(self._connections):
+            connection.close()
+        self._looking.cancel()
+        await asyncio.sleep(0)
+
+    def add(self, connection: ClientConnection) -> None:
+        """A client has connected; one too many is told so."""
+        self._connections.add(connection)
+        if len(self._connections) > self._max_connections:
+            idle = next((each for each in self._connections if not each.is_busy and each is not connection), None)
+            (idle or connection).abort()
+
+    def discard(self, connection: ClientConnection) -> None:
+        self._connections.discard(connection)
+
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            now = asyncio.get_running_loop().time()
+            for connection in list(self._connections):
+                connection.look(now)
+
+
+def not_found(what: str) -> dict[str, Any]:
+    """The error body for a path that is no route."""
+    return error_body(404, f"Not Found: {what}", kind="404")

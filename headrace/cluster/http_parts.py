@@ -1,0 +1,211 @@
+"""HTTP/1.1 as bytes: the heads of requests and answers, and bodies in chunks. Read strictly, within bounds.
+
+What two readers could understand differently is refused, since whoever stands behind a router must see the same
+requests as the router. Owns no connection.
+"""
+
+from __future__ import annotations
+
+import http
+import re
+from collections.abc import Iterable
+
+import msgspec
+
+MAX_HEAD_BYTES = 64 << 10
+MAX_HEADERS = 256
+_MAX_SIZE_LINE = 256
+_FREE_CHUNKS = 1024
+_BYTES_PER_CHUNK = 16
+"""A body of smaller chunks, beyond the first thousand, costs more to read than it is worth."""
+
+Headers = list[tuple[bytes, bytes]]
+"""Names in lower case, and values without spaces around them."""
+
+HOP_HEADERS = frozenset(
+    (
+        *(b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te"),
+        *(b"trailer", b"transfer-encoding", b"upgrade", b"expect"),
+    )
+)
+"""Of one connection: not passed on."""
+
+_TOKEN_BYTES = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])")
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [^\r\n]*)?")
+_SIZE = re.compile(rb"([0-9a-fA-F]{1,12})[ \t]*(?:;[^\r\n]*)?")
+_REASONS = {status.value: status.phrase.encode() for status in http.HTTPStatus}
+
+
+class FramingError(Exception):
+    """What came is no HTTP/1.1 that can be believed; `status` is the answer to a client who sent it."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Head(msgspec.Struct, frozen=True):
+    """The head of a request, or of an answer (`status`). `body_size` is None for a body in chunks, or, of an answer
+    that `ends_with_connection`, for one of any length."""
+
+    headers: Headers
+    body_size: int | None
+    keeps_alive: bool
+    method: str = ""
+    target: bytes = b""
+    is_old: bool = False
+    """HTTP/1.0, which knows no chunks."""
+    status: int = 0
+    ends_with_connection: bool = False
+
+    @property
+    def path(self) -> str:
+        return self.target.partition(b"?")[0].decode("ascii")
+
+    def header(self, name: bytes) -> bytes:
+        """Its value; b"" where there is none."""
+        return next((value for key, value in self.headers if key == name), b"")
+
+
+def parse_request(raw: bytes) -> Head:
+    """The head of a request, without the empty line at its end."""
+    first, *lines = raw.split(b"\r\n")
+    found = _REQUEST_LINE.fullmatch(first)
+    if found is None:
+        raise FramingError("this is no request line of HTTP/1.1 with a path")
+    method, target, minor = found.groups()
+    headers = _parse_headers(raw, lines)
+    size = _body_size(headers)
+    is_old = minor == b"0"
+    if is_old and size is None:
+        raise FramingError("HTTP/1.0 knows no transfer-encoding")
+    keeps_alive = _keeps_alive(headers, is_old)
+    return Head(headers, 0 if size == -1 else size, keeps_alive, method.decode(), target, is_old)
+
+
+def parse_answer(raw: bytes) -> Head:
+    """The head of an answer, without the empty line at its end."""
+    first, *lines = raw.split(b"\r\n")
+    found = _STATUS_LINE.fullmatch(first)
+    if found is None:
+        raise FramingError("this is no status line of HTTP/1.1")
+    status, is_old = int(found[2]), found[1] == b"0"
+    headers = _parse_headers(raw, lines)
+    size = 0 if status < 200 or status in (204, 304) else _body_size(headers)
+    ends = size == -1
+    keeps_alive = not ends and _keeps_alive(headers, is_old)
+    return Head(headers, None if ends else size, keeps_alive, status=status, is_old=is_old, ends_with_connection=ends)
+
+
+def _parse_headers(raw: bytes, lines: list[bytes]) -> Headers:
+    if len(lines) > MAX_HEADERS:
+        raise FramingError("too many headers", 431)
+    if b"\0" in raw or raw.count(b"\n") != len(lines) or raw.count(b"\r") != len(lines):
+        raise FramingError("a header holds what no line may")
+    headers = []
+    for line in lines:
+        name, colon, value = line.partition(b":")
+        if not colon or not name or name.translate(None, _TOKEN_BYTES):
+            raise FramingError("this is no header")
+        headers.append((name.lower(), value.strip(b" \t")))
+    return headers
+
+
+def _body_size(headers: Headers) -> int | None:
+    """Bytes of the body; None: it comes in chunks; -1: nothing is said."""
+    sizes = [value for name, value in headers if name == b"content-length"]
+    codings = [value for name, value in headers if name == b"transfer-encoding"]
+    if codings:
+        if sizes or len(codings) > 1 or codings[0].lower() != b"chunked":
+            raise FramingError("transfer-encoding must be chunked, without a content-length")
+        return None
+    if not sizes:
+        return -1
+    if len(sizes) > 1 or not sizes[0].isdigit() or len(sizes[0]) > 15:
+        raise FramingError("content-length must be one number")
+    return int(sizes[0])
+
+
+def _keeps_alive(headers: Headers, is_old: bool) -> bool:
+    said = b",".join(value for name, value in headers if name == b"connection").lower()
+    return b"keep-alive" in said if is_old else b"close" not in said
+
+
+class ChunkReader:
+    """A body in chunks, read from the front of a buffer as it comes. Only whole chunks are given, so that what a server
+    sent in one piece is passed on in one."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._size: int | None = None
+        self._in_trailer = False
+        self._num_trailers = 0
+        self.num_bytes = 0
+        self.num_chunks = 0
+        self.is_complete = False
+
+    @property
+    def is_wasteful(self) -> bool:
+        """True when hardly anything but framing came."""
+        return self.num_chunks > _FREE_CHUNKS + self.num_bytes // _BYTES_PER_CHUNK
+
+    def read(self, buffer: bytearray) -> list[bytes]:
+        """The chunks that are whole; they are taken out of `buffer`. Raises `FramingError`, 413 when they are too
+        much."""
+        chunks = []
+        start = 0
+        while not self.is_complete:
+            if self._size is None:
+                end = buffer.find(b"\r\n", start, start + _MAX_SIZE_LINE)
+                if end < 0:
+                    if len(buffer) - start >= _MAX_SIZE_LINE:
+                        raise FramingError("a chunk's size has no end")
+                    break
+                self._begin(bytes(buffer[start:end]))
+                start = end + 2
+                continue
+            if len(buffer) < start + self._size + 2:
+                break
+            end = start + self._size
+            if buffer[end : end + 2] != b"\r\n":
+                raise FramingError("a chunk is longer than it says")
+            chunks.append(bytes(buffer[start:end]))
+            start, self._size = end + 2, None
+        del buffer[:start]
+        return chunks
+
+    def _begin(self, line: bytes) -> None:
+        """Read the line before a chunk, or one after the last of them."""
+        if self._in_trailer:
+            self._num_trailers += 1
+            self.is_complete = not line
+            if self._num_trailers > MAX_HEADERS:
+                raise FramingError("too many trailers", 431)
+            return
+        found = _SIZE.fullmatch(line)
+        if found is None:
+            raise FramingError("this is no size of a chunk")
+        size = int(found[1], 16)
+        self.num_chunks += 1
+        self.num_bytes += size
+        if self.num_bytes > self._max_bytes:
+            raise FramingError(f"body has {self.num_bytes} bytes or more, over {self._max_bytes}", 413)
+        self._in_trailer, self._size = size == 0, size or None
+
+
+def write_head(first: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """A head, with the empty line at its end."""
+    return b"".join((first, b"\r\n", *(b"%b: %b\r\n" % header for header in headers), b"\r\n"))
+
+
+def status_line(status: int) -> bytes:
+    return b"HTTP/1.1 %d %b" % (status, _REASONS.get(status, b"Status"))
+
+
+def in_chunk(data: bytes) -> bytes:
+    """As one chunk of a body."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+LAST_CHUNK = b"0\r\n\r\n"

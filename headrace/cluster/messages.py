@@ -1,0 +1,51 @@
+"""What a router sends to a replica: the client's own request under the router's headers. Owns which headers are passed
+on. Bodies are never touched."""
+
+from __future__ import annotations
+
+from headrace.cluster.http_parts import HOP_HEADERS, Head, Headers, write_head
+from headrace.cluster.replicas import RemoteReplica
+from headrace.cluster.upstream import Upstream
+
+_NOT_SENT_ON = HOP_HEADERS | {b"host", b"content-length", b"origin", b"sec-fetch-site", b"authorization"}
+"""What a page of a browser sends is judged here: a replica knows another name, by which all pages are strangers."""
+_NOT_PASSED_BACK = HOP_HEADERS | {b"content-length"}
+REPLICA_HEADER = b"x-headrace-replica"
+"""Of an answer: which replica gave it."""
+
+
+class RequestParts:
+    """A request, to be written for whichever replica it goes to. With `key` None the client's own is sent on."""
+
+    def __init__(self, head: Head, body: bytes, key: str | None) -> None:
+        method = "GET" if head.method == "HEAD" else head.method  # whose answer says how long it is, and has no body
+        self._first = b"%b %b HTTP/1.1" % (method.encode(), head.target)
+        self.body = body
+        headers = [header for header in head.headers if header[0] not in _NOT_SENT_ON]
+        authorization = head.header(b"authorization") if key is None else b"Bearer " + key.encode()
+        if authorization:
+            headers.append((b"authorization", authorization))
+        if body or method not in ("GET", "DELETE"):
+            headers.append((b"content-length", b"%d" % len(body)))
+        self._headers = headers
+
+    def head_for(self, replica: RemoteReplica) -> bytes:
+        """The head of the request."""
+        return write_head(self._first, [(b"host", replica.host_header), *self._headers])
+
+
+def headers_back(head: Head, replica: RemoteReplica) -> Headers:
+    """The headers of an answer, as the client gets them."""
+    passed = [header for header in head.headers if header[0] not in _NOT_PASSED_BACK]
+    return [*passed, (REPLICA_HEADER, replica.id.encode())]
+
+
+async def exchange_whole(upstream: Upstream, head: bytes, body: bytes) -> tuple[Head, bytes]:
+    """A request and its whole answer, on a connection of its own: what may have been done is never sent twice."""
+    async with upstream.connection(fresh=True) as connection:
+        connection.send(head, body)
+        answer = await connection.read_head()
+        parts = []
+        while part := await connection.read_part():
+            parts.append(part)
+        return answer, b"".join(parts)

@@ -1,0 +1,79 @@
+"""What the body of a data call says to a policy: its prompt, how long it may become, and what it belongs with.
+
+Only looks: a body is passed on as it is, and what cannot be read here is the replica's to refuse. Knows the names that
+the dialects give these things, and nothing else of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from headrace.cluster.http_parts import Headers
+from headrace.cluster.policies import Ask
+from headrace.cluster.prefix_index import blocks_of
+
+ROUTING_KEY_HEADERS = (b"x-smg-routing-key", b"x-session-id")
+MAX_READ_BYTES = 1 << 20
+"""A longer body is not read: it is many prompts at once, or one that is far longer than what decides."""
+EXPECTED_NEW_TOKENS = 256
+"""At most so many of the tokens that a request may generate count: rows are decoded side by side, so that one more
+costs a replica little, and few requests use all that they are allowed."""
+_BYTES_PER_TOKEN = 4
+_NONE = msgspec.Raw()
+
+
+class _Sampling(msgspec.Struct):
+    max_new_tokens: Any = None
+    max_tokens: Any = None
+    n: Any = None
+
+
+class _Body(msgspec.Struct):
+    """The prompt under any name that it has, and what bounds the answer."""
+
+    input_ids: msgspec.Raw = _NONE
+    text: msgspec.Raw = _NONE
+    prompt: msgspec.Raw = _NONE
+    messages: msgspec.Raw = _NONE
+    token_ids: msgspec.Raw = _NONE
+    prompts: msgspec.Raw = _NONE
+    tools: msgspec.Raw = _NONE
+    sampling_params: msgspec.Raw = _NONE
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+    n: Any = None
+
+
+_decode = msgspec.json.Decoder(_Body).decode
+_decode_sampling = msgspec.json.Decoder(_Sampling).decode
+
+
+def read_ask(headers: Headers, body: bytes) -> Ask:
+    """What there is to say of a request."""
+    key = next((value for name, value in headers if name in ROUTING_KEY_HEADERS), b"").decode("latin-1")
+    if len(body) > MAX_READ_BYTES:
+        return Ask(len(body) // _BYTES_PER_TOKEN, EXPECTED_NEW_TOKENS, key=key)
+    try:
+        found = _decode(body)
+        sampling = _decode_sampling(found.sampling_params) if found.sampling_params else _Sampling()
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return Ask(len(body) // _BYTES_PER_TOKEN, EXPECTED_NEW_TOKENS, key=key)
+    prompt = bytes(found.tools) + bytes(
+        found.input_ids or found.text or found.prompt or found.messages or found.token_ids or found.prompts
+    )
+    limit = _first_count(sampling.max_new_tokens, sampling.max_tokens, found.max_tokens, found.max_completion_tokens)
+    num_new = EXPECTED_NEW_TOKENS if limit is None else min(limit, EXPECTED_NEW_TOKENS)
+    num_samples = _first_count(sampling.n, found.n) or 1
+    return Ask(_num_tokens(prompt), num_new, min(num_samples, 1 << 16), blocks_of(prompt), key)
+
+
+def _num_tokens(prompt: bytes) -> int:
+    """An estimate: of token ids their number."""
+    is_ids = prompt[:1] == b"[" and b'"' not in prompt[:64]
+    return prompt.count(b",") + 1 if is_ids else -(-len(prompt) // _BYTES_PER_TOKEN)
+
+
+def _first_count(*values: Any) -> int | None:
+    return next((value for value in values if type(value) is int and value >= 0), None)

@@ -1,0 +1,137 @@
+"""Data calls: one replica answers, and its answer is passed on as it comes. Owns what is tried again, and where.
+
+A call that broke off before its client had a byte of the answer is asked of another replica: whole answers are held
+until they are whole, streams until their first part. After that a stream ends with a typed, retryable error. The
+connection to a replica that is given up is closed, which aborts what it still computes: no client gets two answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+
+from headrace.cluster.front import Exchange
+from headrace.cluster.http_parts import Head
+from headrace.cluster.messages import RequestParts, headers_back
+from headrace.cluster.metrics import RouterMetrics
+from headrace.cluster.options import RouterOptions
+from headrace.cluster.policies import Ask
+from headrace.cluster.prompts import read_ask
+from headrace.cluster.replicas import RemoteReplica, Replicas
+from headrace.cluster.upstream import BrokenAnswerError, UpstreamConnection
+from headrace.server.errors import event_body
+from headrace.types.errors import DeadlineError, HeadraceError, PauseTimeoutError, UnreachableError
+from headrace.types.http import MESSAGE_TYPE, StreamPart, framed
+
+MAX_HELD_BYTES = 256 << 20
+"""A larger answer is passed on as it comes."""
+_UNAVAILABLE = 503
+_ANY = Ask()
+
+
+class Proxy:
+    """Asks replicas until one has answered."""
+
+    def __init__(self, replicas: Replicas, options: RouterOptions, metrics: RouterMetrics) -> None:
+        self._replicas = replicas
+        self._options = options
+        self._metrics = metrics
+
+    async def pass_on(self, head: Head, body: bytes, exchange: Exchange, *, generates: bool) -> None:
+        """Have a call answered. Raises `UnreachableError` when no replica did, `DeadlineError` when one was silent."""
+        ask = read_ask(head.headers, body) if generates else _ANY
+        parts = RequestParts(head, body, self._options.data_key)
+        avoided: set[int] = set()
+        reason = ""
+        for left in reversed(range(self._options.max_attempts)):
+            replica, choice = await self._replicas.choose(ask, avoided)
+            if generates:
+                self._metrics.count_choice(choice, ask)
+            with self._replicas.sending(replica, choice):
+                try:
+                    if await self._ask(replica, parts, exchange, is_last=not left):
+                        return
+                    reason = f"{replica.id} refused it"
+                except BrokenAnswerError as error:
+                    reason = f"{replica.id}: {error.message}"
+                    self._replicas.set_unhealthy(replica, error.message, asyncio.get_running_loop().time())
+            avoided.add(replica.number)
+            self._metrics.retries.inc(min(left, 1))
+        raise UnreachableError(f"no replica answered in {self._options.max_attempts} attempts; the last one: {reason}")
+
+    async def _ask(self, replica: RemoteReplica, parts: RequestParts, exchange: Exchange, *, is_last: bool) -> bool:
+        """Whether the client has its answer; raises `BrokenAnswerError` if it has nothing of one."""
+        try:
+            return await self._ask_once(replica, parts, exchange, fresh=False, is_last=is_last)
+        except BrokenAnswerError as error:
+            if error.had_begun or not error.was_idle:
+                raise
+        return await self._ask_once(replica, parts, exchange, fresh=True, is_last=is_last)
+
+    async def _ask_once(
+        self, replica: RemoteReplica, parts: RequestParts, exchange: Exchange, *, fresh: bool, is_last: bool
+    ) -> bool:
+        async with replica.upstream.connection(fresh=fresh) as connection:
+            connection.send(parts.head_for(replica), parts.body)
+            answer = await connection.read_head()
+            if answer.body_size is None or answer.body_size > MAX_HELD_BYTES:
+                await self._stream(replica, answer, connection, exchange)
+                return True
+            whole = await connection.read_part()
+            if len(whole) < answer.body_size:
+                held = [whole]
+                while part := await connection.read_part():
+                    held.append(part)
+                whole = b"".join(held)
+            if answer.status == _UNAVAILABLE and not is_last and _may_go_elsewhere(whole):
+                return False
+            exchange.reply(answer.status, headers_back(answer, replica), whole)
+            return True
+
+    async def _stream(
+        self, replica: RemoteReplica, answer: Head, connection: UpstreamConnection, exchange: Exchange
+    ) -> None:
+        part = await connection.read_part()
+        exchange.begin(answer.status, headers_back(answer, replica))
+        last = part
+        try:
+            while part:
+                await exchange.send(part)
+                last = part
+                part = await connection.read_part()
+        except (BrokenAnswerError, DeadlineError) as error:
+            self._metrics.broken_streams.inc()
+            if isinstance(error, BrokenAnswerError):
+                self._replicas.set_unhealthy(replica, error.message, asyncio.get_running_loop().time())
+            told = UnreachableError(f"{replica.id} broke off in the middle of its answer: {error.message}")
+            end = _end_of_broken(answer.header(b"content-type"), last, told)
+            if end is None:
+                return  # the exchange is not complete: the client sees a broken transfer
+            await exchange.send(end)
+        exchange.end()
+
+
+class _Refusal(msgspec.Struct):
+    retryable: bool = False
+    err_type: str = ""
+
+
+def _may_go_elsewhere(body: bytes) -> bool:
+    """Whether a 503 is of this replica, as when its engine died or it shuts down. Behind a pause all wait alike."""
+    try:
+        told = msgspec.json.decode(body, type=_Refusal)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False
+    return told.retryable and told.err_type != PauseTimeoutError.__name__
+
+
+def _end_of_broken(media_type: bytes, last: bytes, error: HeadraceError) -> bytes | None:
+    """How a stream of this type says that it broke; None for one that cannot."""
+    if media_type.startswith(b"text/event-stream"):
+        gap = b"" if last.endswith(b"\n\n") else b"\n\n"
+        return gap + b"data: " + msgspec.json.encode(event_body(error)) + b"\n\ndata: [DONE]\n\n"
+    if media_type == MESSAGE_TYPE.encode():
+        parts = StreamPart(error=error.info()), StreamPart(is_last=True)
+        return b"".join(framed(msgspec.msgpack.encode(part)) for part in parts)
+    return None

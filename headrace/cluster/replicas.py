@@ -1,0 +1,179 @@
+"""The replicas of a router. Owns which there are, which of them may be chosen, the load of each as the router counts
+it, and the version of its weights. Sends nothing itself: `health` looks, `proxy` and `fan_out` ask.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections.abc import Callable, Collection, Iterator
+from urllib.parse import urlsplit
+
+from headrace.cluster.policies import Ask, Candidate, Policy, ReplicaChoice
+from headrace.cluster.upstream import Upstream
+from headrace.types.errors import ConfigError, NotFoundError, UnreachableError, UpdateConflictError
+
+MAX_REPLICAS = 4096
+logger = logging.getLogger(__name__)
+
+
+class RemoteReplica:
+    """One server. What is true of it is set by `Replicas` alone."""
+
+    def __init__(self, number: int, url: str, upstream: Upstream) -> None:
+        self.number = number
+        self.id = f"replica-{number}"
+        self.url = url
+        self.host_header = url.partition("://")[2].encode()
+        self.upstream = upstream
+        self.is_healthy = False
+        self.is_ready = False
+        self.ailment = "not looked at yet"
+        """Why it is not healthy, or not ready; "" if it is."""
+        self.unhealthy_since: float | None = None
+        self.weight_version: str | None = None
+        self.num_requests = 0
+        self.num_tokens = 0
+        self.num_sent = 0
+
+    @property
+    def candidate(self) -> Candidate:
+        """It as a policy sees it."""
+        return Candidate(self.number, self.num_requests, self.num_tokens)
+
+
+class Replicas:
+    """All of them, in the order in which they came. Lives on the router's loop."""
+
+    def __init__(self, policy: Policy, make_upstream: Callable[[str, int], Upstream], wait_timeout: float) -> None:
+        self._policy = policy
+        self._make_upstream = make_upstream
+        self._wait_timeout = wait_timeout
+        self._by_number: dict[int, RemoteReplica] = {}
+        self._numbers = itertools.count()
+        self._waiters: set[asyncio.Future[None]] = set()
+
+    def __iter__(self) -> Iterator[RemoteReplica]:
+        return iter(list(self._by_number.values()))
+
+    def __len__(self) -> int:
+        return len(self._by_number)
+
+    def add(self, url: str) -> RemoteReplica:
+        """A replica more, which is chosen once it is seen healthy. `UpdateConflictError` for one that is there."""
+        host, port, plain = parse_url(url)
+        if any(each.url == plain for each in self):
+            raise UpdateConflictError(f"{plain} is a replica already", field="url")
+        if len(self) >= MAX_REPLICAS:
+            raise ConfigError(f"a router has at most {MAX_REPLICAS} replicas", field="url")
+        replica = RemoteReplica(next(self._numbers), plain, self._make_upstream(host, port))
+        self._by_number[replica.number] = replica
+        return replica
+
+    def remove(self, identity: str) -> RemoteReplica:
+        """One less; what it was asked already it answers. `NotFoundError` for one that is not there."""
+        replica = self.find(identity)
+        del self._by_number[replica.number]
+        self._policy.forget(replica.number)
+        replica.upstream.close()
+        return replica
+
+    def find(self, identity: str) -> RemoteReplica:
+        """The one of that id. `NotFoundError` if there is none."""
+        for each in self:
+            if each.id == identity:
+                return each
+        raise NotFoundError(f"there is no worker {identity[:100]!r}", field="worker_id")
+
+    def set_healthy(self, replica: RemoteReplica, ailment: str, weight_version: str | None) -> None:
+        """It answers; `ailment` says why it would not start a request now, "" if it would."""
+        if not replica.is_healthy:
+            logger.info("%s is healthy: %s", replica.id, replica.url)
+        replica.is_healthy, replica.is_ready, replica.ailment = True, not ailment, ailment
+        replica.unhealthy_since = None
+        if weight_version is not None and weight_version != replica.weight_version:
+            replica.weight_version = weight_version
+            self._policy.forget(replica.number)  # what it cached belongs to other weights
+        while self._waiters:
+            waiter = self._waiters.pop()
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def set_unhealthy(self, replica: RemoteReplica, reason: str, now: float) -> None:
+        """It is not to be chosen until it is seen healthy again."""
+        if replica.is_healthy or replica.unhealthy_since is None:
+            logger.warning("%s is not healthy: %s: %s", replica.id, replica.url, reason)
+            self._policy.forget(replica.number)
+            replica.unhealthy_since = now
+        replica.is_healthy, replica.is_ready, replica.ailment = False, False, reason
+
+    async def choose(self, ask: Ask, avoided: Collection[int] = ()) -> tuple[RemoteReplica, ReplicaChoice]:
+        """A healthy replica; one that is ready and not among `avoided` if there is any. While none is healthy it waits,
+        and raises `UnreachableError` after `wait_timeout`."""
+        candidates = self._offered(avoided)
+        if not candidates:
+            try:
+                async with asyncio.timeout(self._wait_timeout):
+                    while not (candidates := self._offered(avoided)):
+                        await self._changed()
+            except TimeoutError:
+                raise UnreachableError(self._why_none()) from None
+        choice = self._policy.choose(ask, candidates)
+        return self._by_number[choice.number], choice
+
+    def forget_caches(self) -> None:
+        """No replica holds what it was sent."""
+        for each in self:
+            self._policy.forget(each.number)
+
+    @contextlib.contextmanager
+    def sending(self, replica: RemoteReplica, choice: ReplicaChoice) -> Iterator[None]:
+        """A request is at the replica inside the block."""
+        replica.num_requests += 1
+        replica.num_tokens += choice.num_tokens
+        replica.num_sent += 1
+        try:
+            yield
+        finally:
+            replica.num_requests -= 1
+            replica.num_tokens -= choice.num_tokens
+
+    def _offered(self, avoided: Collection[int]) -> list[Candidate]:
+        healthy = [each for each in self._by_number.values() if each.is_healthy]
+        for offered in (
+            [each for each in healthy if each.is_ready and each.number not in avoided],
+            [each for each in healthy if each.number not in avoided],
+        ):
+            if offered:
+                return [each.candidate for each in offered]
+        return [each.candidate for each in healthy]
+
+    async def _changed(self) -> None:
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.add(waiter)
+        try:
+            await waiter
+        finally:
+            self._waiters.discard(waiter)
+
+    def _why_none(self) -> str:
+        if not self:
+            return "there is no replica: POST /workers adds one"
+        told = [f"{each.id}: {each.ailment}" for each in self]
+        return f"no replica is healthy ({'; '.join(told[:4])}{'; ...' if len(told) > 4 else ''})"
+
+
+def parse_url(url: str) -> tuple[str, int, str]:
+    """(host, port, the URL without what says nothing). `ConfigError` for what is no address of a replica."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise ConfigError(f"url {url!r} is no address: {error}", field="url") from None
+    is_bare = not (parts.username or parts.query or parts.fragment or parts.path.strip("/"))
+    if parts.scheme != "http" or not host or not is_bare or not (url.isascii() and url.isprintable()) or " " in url:
+        raise ConfigError(f"url {url!r} is no address like http://127.0.0.1:30000", field="url")
+    port = 80 if port is None else port
+    return host, port, f"http://{f'[{host}]' if ':' in host else host}:{port}"

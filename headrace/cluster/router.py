@@ -1,0 +1,110 @@
+"""A router: connections of clients in front, replicas behind, and the table of routes between. Puts the parts together;
+decides nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+from headrace.cluster.fan_out import FanOut
+from headrace.cluster.front import Exchange, Front, FrontBounds, not_found
+from headrace.cluster.health import Watch
+from headrace.cluster.http_parts import Head
+from headrace.cluster.metrics import RouterMetrics
+from headrace.cluster.options import RouterOptions
+from headrace.cluster.own_calls import OwnCalls
+from headrace.cluster.policies import make_policy
+from headrace.cluster.proxy import Proxy
+from headrace.cluster.replicas import Replicas
+from headrace.cluster.routes import RouterRoute, route_of
+from headrace.cluster.upstream import Upstream
+from headrace.server.auth import keys_of, refusal_of
+from headrace.server.browsers import Hosts
+from headrace.server.errors import body_of, error_body
+from headrace.types.errors import ShutdownError
+
+
+class ReplicaRouter:
+    """Routes to the servers at `urls`. Lives on the running loop, from `start` to `stop`."""
+
+    def __init__(self, urls: Sequence[str], options: RouterOptions, host: str = "127.0.0.1") -> None:
+        self._options = options
+        make_upstream = functools.partial(
+            Upstream, connect_timeout=options.connect_timeout, answer_timeout=options.answer_timeout
+        )
+        policy = make_policy(options.policy, options.max_index_blocks)
+        self.replicas = Replicas(policy, make_upstream, options.wait_timeout)
+        for url in urls:
+            self.replicas.add(url)
+        self._metrics = RouterMetrics(self.replicas)
+        self._watch = Watch(self.replicas, options.stuck_timeout)
+        self._own = OwnCalls(self.replicas, self._watch, self._metrics)
+        self._proxy = Proxy(self.replicas, options, self._metrics)
+        self._fan_out = FanOut(self.replicas, options)
+        self._keys = keys_of(options.api_key, options.admin_api_key)
+        self._hosts = Hosts(host, options.allowed_hosts)
+        self._front = Front(self, FrontBounds(options.max_body_bytes, options.body_timeout, options.write_timeout))
+
+    async def start(self, listener: socket.socket) -> None:
+        """Answer on `listener` from now on, and look at the replicas."""
+        for each in self.replicas:
+            self._watch.begin(each)
+        await self._front.start(listener)
+
+    async def stop(self, timeout: float | None = None) -> None:
+        """Refuse what comes (503), let what runs end within `timeout` seconds (`drain_timeout`), then close."""
+        self._own.is_draining = True
+        await self._front.close(self._options.drain_timeout if timeout is None else timeout)
+        self._watch.close()
+        for each in self.replicas:
+            each.upstream.close()
+        await asyncio.sleep(0)  # the transports close
+
+    def refusal(self, head: Head) -> dict[str, Any] | None:
+        """See `Handler`."""
+        route = route_of(head.path)
+        needed = "data" if route is None else route.access
+        body = refusal_of({"headers": head.headers}, needed, self._keys, self._hosts)
+        return body or _misdirected(head, route) or self._refusal_while_draining(route)
+
+    async def answer(self, head: Head, body: bytes, exchange: Exchange) -> None:
+        """See `Handler`."""
+        clock, path = asyncio.get_running_loop().time, head.path
+        began = clock()
+        route = route_of(path)
+        assert route is not None  # or it had been refused
+        try:
+            if route.treatment in ("generate", "route"):
+                await self._proxy.pass_on(head, body, exchange, generates=route.treatment == "generate")
+            elif route.treatment == "fan_out":
+                await self._fan_out.command(head, body, exchange)
+            elif route.treatment == "agree":
+                await self._fan_out.question(head, body, exchange)
+            else:
+                self._own.answer(head, body, exchange)
+        except asyncio.CancelledError:
+            self._metrics.disconnects.inc()
+            raise
+        finally:
+            if route.treatment == "generate":
+                self._metrics.observe(path, exchange.status if exchange.is_complete else 0, clock() - began)
+
+    def _refusal_while_draining(self, route: RouterRoute | None) -> dict[str, Any] | None:
+        if not self._own.is_draining or route is None or route.treatment == "own":
+            return None
+        return body_of(ShutdownError("the router is shutting down"))
+
+
+def _misdirected(head: Head, route: RouterRoute | None) -> dict[str, Any] | None:
+    """The error body for what is no call of a router."""
+    what = f"{head.method} {head.path[:200]}"
+    if route is None:
+        return not_found(what)
+    if ("GET" if head.method == "HEAD" else head.method) not in route.methods:
+        return error_body(405, f"Method Not Allowed: {what}", kind="405")
+    if route.treatment == "refuse":
+        return error_body(501, f"{what} does not go through a router: {route.advice}")
+    return None

@@ -1,0 +1,250 @@
+"""Connections to one replica: a request goes out, its answer comes back part by part. Owns which connections are idle,
+how long they may be silent, and that none waits for ever. Knows no route, and does not decide what is tried again.
+
+HTTP/1.1 by hand: a library's client costs several times what the router may add to a request (docs/benchmarks.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import cast
+
+from headrace.cluster.http_parts import MAX_HEAD_BYTES, ChunkReader, FramingError, Head, parse_answer
+from headrace.types.errors import DeadlineError, HeadraceError, UnreachableError
+
+MAX_ANSWER_BYTES = 4 << 30
+MAX_UNREAD_BYTES = 1 << 20
+IDLE_SECONDS = 20.0
+"""Well below what servers keep an idle connection for, so that few are closed under a request."""
+_END_OF_HEAD = b"\r\n\r\n"
+
+
+class BrokenAnswerError(UnreachableError):
+    """A replica's connection ended before its answer did, or never came about. `had_begun` tells whether a byte of the
+    answer came; `was_idle` that the connection had been used before: the replica may only have closed it meanwhile."""
+
+    def __init__(self, message: str, *, had_begun: bool = False, was_idle: bool = False) -> None:
+        super().__init__(message)
+        self.had_begun = had_begun
+        self.was_idle = was_idle
+
+
+class Upstream:
+    """The connections to a replica at (host, port). Lives on one event loop."""
+
+    def __init__(self, host: str, port: int, connect_timeout: float, answer_timeout: float) -> None:
+        self._address = host, port
+        self._connect_timeout = connect_timeout
+        self._answer_timeout = answer_timeout
+        self._idle: list[UpstreamConnection] = []
+        self._busy: set[UpstreamConnection] = set()
+        self._is_closed = False
+
+    @contextlib.asynccontextmanager
+    async def connection(self, *, fresh: bool = False) -> AsyncIterator[UpstreamConnection]:
+        """A connection for one request and its answer, idle ones first unless a `fresh` one is wanted. It is closed
+        when the block is left before the answer is complete. Raises `BrokenAnswerError` when none can be had."""
+        connection = (None if fresh else self._take_idle()) or await self._connect()
+        self._busy.add(connection)
+        try:
+            yield connection
+        finally:
+            self._busy.discard(connection)
+            if connection.may_be_used_again and not self._is_closed:
+                connection.rest()
+                self._idle.append(connection)
+            else:
+                connection.abort()
+
+    def look(self, now: float) -> None:
+        """End the waits that are too long, and connections that nobody needs. To be called about every second."""
+        for connection in list(self._busy):
+            if connection.is_silent_since(now - self._answer_timeout):
+                connection.fail(DeadlineError(f"the replica sent nothing for {self._answer_timeout:g} s"))
+        while self._idle and self._idle[0].used_at < now - IDLE_SECONDS:
+            self._idle.pop(0).abort()
+
+    def cut(self, reason: str) -> None:
+        """Give up all answers that have not come."""
+        for connection in list(self._busy):
+            connection.fail(BrokenAnswerError(reason, had_begun=connection.has_begun))
+        self._drop_idle()
+
+    def close(self) -> None:
+        """Close the idle connections, and those in use after their answer."""
+        self._is_closed = True
+        self._drop_idle()
+
+    def _drop_idle(self) -> None:
+        while self._idle:
+            self._idle.pop().abort()
+
+    def _take_idle(self) -> UpstreamConnection | None:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.may_be_used_again:
+                return connection
+        return None
+
+    async def _connect(self) -> UpstreamConnection:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._connect_timeout):
+                _, connection = await loop.create_connection(UpstreamConnection, *self._address)
+        except TimeoutError:
+            raise BrokenAnswerError(f"no connection within {self._connect_timeout:g} s") from None
+        except OSError as error:
+            raise BrokenAnswerError(f"no connection: {error.strerror or error}") from None
+        return connection
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """One connection; one request at a time. `send`, then `read_head`, then `read_part` until it gives nothing."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._buffer = bytearray()
+        self._parts: list[bytes] = []
+        self._num_unread = 0
+        self._head: Head | None = None
+        self._chunks: ChunkReader | None = None
+        self._num_left = 0
+        self._is_complete = True
+        self._error: HeadraceError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._is_paused = False
+        self._is_reused = False
+        self.used_at = self._loop.time()
+        self.has_begun = False
+
+    @property
+    def may_be_used_again(self) -> bool:
+        """True when nothing is left of an answer, and the replica keeps the connection."""
+        is_kept = self._head is None or self._head.keeps_alive
+        return self._is_complete and is_kept and self._error is None and not self._buffer
+
+    def is_silent_since(self, moment: float) -> bool:
+        """True when nothing came since then of an answer that is waited for; what we leave unread is no silence."""
+        return not self._is_complete and not self._is_paused and self.used_at < moment
+
+    def send(self, head: bytes, body: bytes) -> None:
+        """Begin a request."""
+        self._head, self._chunks, self._is_complete, self.has_begun = None, None, False, False
+        self.used_at = self._loop.time()
+        self._transport.writelines((head, body))
+
+    async def read_head(self) -> Head:
+        """The head of the answer. Raises `BrokenAnswerError` or `DeadlineError`."""
+        while self._head is None:
+            await self._next()
+        return self._head
+
+    async def read_part(self) -> bytes:
+        """What came of the body since the last call, in whole chunks; b"" at its end. Raises as `read_head`."""
+        while not self._parts:
+            if self._is_complete:
+                return b""
+            await self._next()
+        part = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+        self._parts, self._num_unread = [], 0
+        if self._is_paused:
+            self._is_paused = False
+            self.used_at = self._loop.time()
+            self._transport.resume_reading()
+        return part
+
+    def rest(self) -> None:
+        """It waits for its next request."""
+        self._is_reused = True
+        self.used_at = self._loop.time()
+
+    def fail(self, error: HeadraceError) -> None:
+        """Have whoever waits for the answer see `error`."""
+        if self._error is None:
+            self._error = error
+        self._wake()
+        self._transport.abort()
+
+    def abort(self) -> None:
+        """Close it now; the replica sees that its client has gone."""
+        self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self.used_at = self._loop.time()
+        self.has_begun = True
+        self._buffer += data
+        try:
+            self._parse()
+        except FramingError as error:
+            self.fail(BrokenAnswerError(f"the replica's answer is no HTTP: {error}", had_begun=True))
+        if self._num_unread > MAX_UNREAD_BYTES and not self._is_paused:
+            self._is_paused = True
+            self._transport.pause_reading()
+        self._wake()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        ends_well = self._head is not None and self._head.ends_with_connection and exc is None
+        self._is_complete = self._is_complete or ends_well
+        if self._error is None:
+            message = "the connection to the replica broke" if self.has_begun else "the replica closed the connection"
+            self._error = BrokenAnswerError(message, had_begun=self.has_begun, was_idle=self._is_reused)
+        self._wake()
+
+    async def _next(self) -> None:
+        """Wait until something comes."""
+        if self._error is not None and not self._is_complete:
+            raise self._error
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+        if self._error is not None and not self._is_complete and not self._parts:
+            raise self._error
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _parse(self) -> None:
+        if self._head is None and not self._parse_head():
+            return
+        if self._is_complete:
+            return
+        if self._chunks is not None:
+            self._take(*self._chunks.read(self._buffer))
+            self._is_complete = self._chunks.is_complete
+            return
+        size = len(self._buffer) if self._num_left < 0 else min(len(self._buffer), self._num_left)
+        if size:
+            self._take(bytes(self._buffer[:size]))
+            del self._buffer[:size]
+            if self._num_left > 0:
+                self._num_left -= size
+        self._is_complete = self._num_left == 0
+
+    def _parse_head(self) -> bool:
+        """Whether a head has come whole; interim ones are passed over."""
+        if self._is_complete:
+            raise FramingError("it sends without being asked")
+        while (end := self._buffer.find(_END_OF_HEAD)) >= 0:
+            head = parse_answer(bytes(self._buffer[:end]))
+            del self._buffer[: end + len(_END_OF_HEAD)]
+            if head.status >= 200:
+                self._head = head
+                is_open = head.body_size is None
+                self._num_left = -1 if is_open else head.body_size or 0
+                self._chunks = ChunkReader(MAX_ANSWER_BYTES) if is_open and not head.ends_with_connection else None
+                return True
+        if len(self._buffer) > MAX_HEAD_BYTES:
+            raise FramingError("its head has no end")
+        return False
+
+    def _take(self, *parts: bytes) -> None:
+        self._parts += parts
+        self._num_unread += sum(map(len, parts))
