@@ -1,4 +1,5 @@
-"""The demo: a small policy learns to add by GRPO, with Headrace in its own process as the sampler.
+"""The demos: a small policy learns by GRPO, with Headrace in its own process as the sampler: one to add, another one,
+with `tools`, to ask a calculator instead of guessing a product.
 
 Owns the loop and its figures. Each step pushes the trainer's weights, samples groups of replies with their logprobs,
 scores them and takes one gradient step; the last step only samples, so that the engine, the exported weights and the
@@ -14,9 +15,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import msgspec
 
 from headrace.engine import Engine
+from headrace.rl.demo_rollouts import Batch, RolloutSampler, StepSampler, ToolSampler
 from headrace.rl.display import ProgressLine, StepRecord, draw_picture, require_matplotlib
 from headrace.rl.push import PushReport, push_weights, tensor_digests
-from headrace.rl.rollouts import Batch, RolloutSampler
 from headrace.types.errors import ConfigError
 from headrace.types.plain_values import as_path
 from headrace.types.request import DEFAULT_VERSION
@@ -25,10 +26,14 @@ if TYPE_CHECKING:
     from headrace.rl.trainer import GrpoTrainer, TrainingSample
 
 POLICY = Path(__file__).parent / "policy"
+TOOL_POLICY = Path(__file__).parent / "tool_policy"
 WINDOW = 5
 """Steps whose mean is the reward at the start and at the end."""
 
 MAX_NEW_TOKENS = 24
+MAX_TURN_TOKENS = 96
+"""Of a sum, and of one turn of a conversation with a calculator."""
+
 CONTEXT_LENGTH = 256
 
 
@@ -36,20 +41,22 @@ class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What `headrace demo` may be told. Raises `ConfigError` naming the option.
 
     output_dir      folder for the picture, the rollouts, and the first and last weights
-    steps           training steps
+    tools           learn to call a calculator, in conversations of several turns
+    steps           training steps (None: 60, with tools 30)
     seed            draws the problems and the samples
     push            give the engine the trained weights; without, it samples from the first ones for ever
-    num_groups      problems per step
+    num_groups      problems per step (None: 32, with tools 16)
     group_size      samples per problem
     learning_rate   of Adam
     num_threads     torch threads of the trainer; more are faster only where no one else uses the cores
     """
 
     output_dir: str = "demo-output"
-    steps: int = 60
+    tools: bool = False
+    steps: int | None = None
     seed: int = 0
     push: bool = True
-    num_groups: int = 32
+    num_groups: int | None = None
     group_size: int = 16
     learning_rate: float = 2e-4
     num_threads: int = 1
@@ -57,10 +64,19 @@ class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         bounds = {"steps": 1, "seed": 0, "num_groups": 1, "group_size": 2, "num_threads": 1}
         for name, low in bounds.items():
-            if getattr(self, name) < low:
-                raise ConfigError(f"{name} must be at least {low}, got {getattr(self, name)}", field=name)
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ConfigError(f"{name} must be at least {low}, got {value}", field=name)
         if not 0 < self.learning_rate <= 1:
             raise ConfigError(f"learning_rate must be in (0, 1], got {self.learning_rate}", field="learning_rate")
+
+    @property
+    def step_count(self) -> int:
+        return self.steps or (30 if self.tools else 60)
+
+    @property
+    def group_count(self) -> int:
+        return self.num_groups or (16 if self.tools else 32)
 
 
 def run_demo(options: DemoOptions) -> dict[str, Any]:
@@ -76,12 +92,12 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
     records: list[StepRecord] = []
     try:
         with (
-            ProgressLine(options.steps) as progress,
+            ProgressLine(options.step_count) as progress,
             _start_engine(options) as engine,
             (output / "rollouts.jsonl").open("wb") as log,
         ):
             demo = Demo(options, engine, trainer, log, records)
-            for step in range(1, options.steps + 1):
+            for step in range(1, options.step_count + 1):
                 progress.show(demo.run_step(step))
             trainer.export(output / "weights_last")
             digest_match = engine.digest() == checkpoint_digests(output / "weights_last")
@@ -103,13 +119,7 @@ class Demo:
         self._engine = engine
         self._trainer = trainer
         self._log = log
-        self._sampler = RolloutSampler(
-            engine,
-            num_groups=options.num_groups,
-            group_size=options.group_size,
-            max_new_tokens=MAX_NEW_TOKENS,
-            seed=options.seed,
-        )
+        self._sampler = _start_sampler(options, engine)
         self._version = DEFAULT_VERSION
         self._num_requests = 0
         self._num_lost = 0
@@ -131,7 +141,7 @@ class Demo:
         self._log.write(msgspec.json.Encoder().encode_lines(batch.rollouts))
         self._log.flush()
         samples = training_samples(batch)
-        is_last = step == self._options.steps
+        is_last = step == self._options.step_count
         difference = self._trainer.compare(samples) if is_last else self._trainer.train(samples)
         record = StepRecord(
             step=step,
@@ -168,9 +178,9 @@ def training_samples(batch: Batch) -> list[TrainingSample]:
     from headrace.rl.trainer import TrainingSample, group_advantages
 
     return [
-        TrainingSample(rollout.prompt_ids, rollout.ids, rollout.logprobs, advantage)
+        TrainingSample(rollout.prompt_ids, rollout.ids, rollout.logprobs, advantage, rollout.loss_mask)
         for group in batch.groups
-        for rollout, advantage in zip(group, group_advantages([r.reward for r in group]), strict=True)
+        for rollout, advantage in zip(group, group_advantages([r.reward or 0.0 for r in group]), strict=True)
     ]
 
 
@@ -199,13 +209,23 @@ def _start_trainer(options: DemoOptions) -> GrpoTrainer:
     disable_progress_bar()  # checkpoints of 0.7 MB: bars would only break the progress line
     torch.set_num_threads(options.num_threads)
     torch.manual_seed(options.seed)
-    return GrpoTrainer(POLICY, learning_rate=options.learning_rate)
+    return GrpoTrainer(_policy(options), learning_rate=options.learning_rate)
+
+
+def _policy(options: DemoOptions) -> Path:
+    return TOOL_POLICY if options.tools else POLICY
+
+
+def _start_sampler(options: DemoOptions, engine: Engine) -> StepSampler:
+    kind, longest = (ToolSampler, MAX_TURN_TOKENS) if options.tools else (RolloutSampler, MAX_NEW_TOKENS)
+    size, seed = options.group_size, options.seed
+    return kind(engine, num_groups=options.group_count, group_size=size, max_new_tokens=longest, seed=seed)
 
 
 def _start_engine(options: DemoOptions) -> Engine:
-    num_requests = options.num_groups * options.group_size
+    num_requests = options.group_count * options.group_size
     return Engine(
-        model=str(POLICY),
+        model=str(_policy(options)),
         device="cpu",
         dtype="float32",
         context_length=CONTEXT_LENGTH,

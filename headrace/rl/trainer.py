@@ -16,12 +16,14 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 
 class TrainingSample(msgspec.Struct, frozen=True):
-    """One reply to learn from: its ids, the sampler's logprob of each reply token (at T = 1), and its advantage."""
+    """One reply to learn from: its ids, the sampler's logprob of each reply token (at T = 1), its advantage, and which
+    tokens were sampled (1; those with 0 were given, and are not learned)."""
 
     prompt_ids: list[int]
     token_ids: list[int]
     logprobs: list[float]
     advantage: float
+    loss_mask: list[int]
 
 
 def group_advantages(rewards: Sequence[float]) -> list[float]:
@@ -55,7 +57,7 @@ class GrpoTrainer:
         for row, sample in enumerate(samples):
             start, end = len(sample.prompt_ids), len(sample.prompt_ids) + len(sample.token_ids)
             input_ids[row, :end] = torch.tensor(sample.prompt_ids + sample.token_ids)
-            is_reply[row, start:end] = True
+            is_reply[row, start:end] = torch.tensor(sample.loss_mask, dtype=torch.bool)
         # Rows are padded on the right: under causal attention no real position sees the padding.
         logits = self._model(input_ids=input_ids, use_cache=False).logits[:, :-1]
         logprobs = logits.log_softmax(-1).gather(2, input_ids[:, 1:].unsqueeze(2)).squeeze(2)
@@ -89,5 +91,6 @@ class GrpoTrainer:
     def _difference(self, samples: Sequence[TrainingSample]) -> tuple[torch.Tensor, torch.Tensor]:
         """Trainer's less sampler's logprob of every reply token (0 elsewhere), and the mask of real ones."""
         logprobs, mask = self.logprobs(samples)
-        sampled = torch.tensor([logprob for sample in samples for logprob in sample.logprobs])
+        pairs = [pair for each in samples for pair in zip(each.logprobs, each.loss_mask, strict=True)]
+        sampled = torch.tensor([logprob for logprob, is_sampled in pairs if is_sampled])
         return logprobs - torch.zeros_like(logprobs).masked_scatter(mask, sampled), mask

@@ -46,7 +46,7 @@ _OBJECT = "chat.completion"
 _CHUNK = "chat.completion.chunk"
 
 
-class Conversation(msgspec.Struct, frozen=True):
+class ChatInput(msgspec.Struct, frozen=True):
     """What the template gets, checked. `style` is how calls are read back; None: they are not."""
 
     messages: list[dict[str, Any]]
@@ -98,19 +98,19 @@ class ChatFace:
             reply["prompt_token_ids"] = call.streams[0].prompt_token_ids
         return json_reply(reply, headers=call.headers)
 
-    def _read(self, values: Mapping[str, Any]) -> tuple[ChatBody, list[str], Conversation]:
+    def _read(self, values: Mapping[str, Any]) -> tuple[ChatBody, list[str], ChatInput]:
         body, warnings = read_openai(values, ChatBody)
         check_model(self._state, body.model)
         return body, warnings, self._conversation(body)
 
-    def _conversation(self, body: ChatBody) -> Conversation:
+    def _conversation(self, body: ChatBody) -> ChatInput:
         is_offered = offers_tools(body)
         tools = normalize_tools(body.tools) if body.tools else []
         tools = tools if is_offered else []
         arguments = check_template_arguments(body.chat_template_kwargs) if body.chat_template_kwargs else {}
         if body.reasoning_effort is not None:
             arguments.setdefault("reasoning_effort", body.reasoning_effort)
-        return Conversation(normalize_messages(body.messages), tools, self._style if tools else None, arguments)
+        return ChatInput(normalize_messages(body.messages), tools, self._style if tools else None, arguments)
 
     async def _prompt(self, text: str, body: ChatBody, max_tokens: Any, warnings: list[str]) -> Prompt:
         engine, is_added = self._state.engine, body.add_special_tokens
@@ -124,7 +124,7 @@ class ChatFace:
         return Prompt(shared_ids(engine, ids, "messages"), "messages")
 
     def _reader(
-        self, conversation: Conversation, body: ChatBody, prompt: str, params: SamplingParams
+        self, conversation: ChatInput, body: ChatBody, prompt: str, params: SamplingParams
     ) -> ToolReader | None:
         if conversation.style is None:
             return None

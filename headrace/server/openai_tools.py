@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import secrets
-import string
-import uuid
 from typing import Any
 
 import msgspec
 
-from headrace.text import ToolCall, ToolCallParser, ToolCallStyle
-
-_MISTRAL_ID_LENGTH = 9  # their templates refuse a history with any other
+from headrace.text import ToolCall, ToolCallParser, ToolCallStyle, new_call_id
 
 
 class ToolReader(msgspec.Struct, frozen=True):
@@ -52,10 +47,4 @@ class ReplyText:
             return None
         self.num_calls += 1
         function = {"name": call.name, "arguments": call.arguments}
-        return {"id": _call_id(self._reader.style), "type": "function", "function": function}
-
-
-def _call_id(style: ToolCallStyle) -> str:
-    if style == "mistral":
-        return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(_MISTRAL_ID_LENGTH))
-    return f"call_{uuid.uuid4().hex[:24]}"
+        return {"id": new_call_id(self._reader.style), "type": "function", "function": function}

@@ -5,7 +5,7 @@ from headrace.text.detokenizer import IncrementalDetokenizer
 from headrace.text.encoding import INLINE_CHARACTERS, begins_twice, encode_bounded, run_sized
 from headrace.text.stop_strings import StopSet, StopStrings
 from headrace.text.tokenizer import Tokenizer
-from headrace.text.tool_calls import CALL_FORMS, ToolCall, ToolCallStyle, tool_call_style
+from headrace.text.tool_calls import CALL_FORMS, ToolCall, ToolCallStyle, new_call_id, tool_call_style
 from headrace.text.tool_parser import ToolCallParser
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "begins_twice",
     "check_template_arguments",
     "encode_bounded",
+    "new_call_id",
     "normalize_messages",
     "normalize_tools",
     "run_sized",

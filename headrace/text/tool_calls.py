@@ -11,12 +11,16 @@ What looks like a call but is malformed, or names a tool that was not offered, i
 from __future__ import annotations
 
 import json
+import secrets
+import string
+import uuid
 from typing import Any, Literal
 
 import msgspec
 
 ToolCallStyle = Literal["hermes", "llama", "mistral"]
 
+_MISTRAL_ID_LENGTH = 9  # their templates refuse a history with any other
 _FAULTS = (msgspec.DecodeError, RecursionError, UnicodeError, ValueError)
 
 
@@ -74,6 +78,13 @@ def tool_call_style(chat_template: str | None) -> ToolCallStyle | None:
         if form.opening in chat_template:
             return style
     return "llama" if '"parameters"' in chat_template else None
+
+
+def new_call_id(style: ToolCallStyle) -> str:
+    """A name for a call that the model gave none."""
+    if style == "mistral":
+        return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(_MISTRAL_ID_LENGTH))
+    return f"call_{uuid.uuid4().hex[:24]}"
 
 
 def read_calls(text: str, tool_names: frozenset[str]) -> list[ToolCall] | None:

@@ -27,7 +27,8 @@ class ToolCallParser:
 
     White space around calls, and what parts them, is not shown. `hidden` are tags that are special tokens which the
     caller does not want to see: they are read, and never shown. `thought` is the tag of a thought that the prompt left
-    open. After `MAX_CALLS` the rest is text.
+    open. After `MAX_CALLS` the rest is text. `num_unread` counts the opening tags that were shown because no call
+    followed, but for those inside thoughts.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class ToolCallParser:
         self._shown: list[str] = []
         self._calls: list[ToolCall] = []
         self._num_calls = 0
+        self.num_unread = 0
         self._held: list[str] = []  # white space, separators and opening tags: a call swallows them, text shows them
         self._is_after_call = False  # nothing but separators since
         self._is_unclosed = False  # the closing tag of a call is still to come
@@ -76,7 +78,10 @@ class ToolCallParser:
         """No more text comes; returns the rest."""
         self._is_last = True
         shown, calls = self.push("")
-        return (shown if self._is_after_call else shown + "".join(self._held)), calls
+        if self._is_after_call:
+            return shown, calls
+        self._show_held()
+        return shown + "".join(self._shown), calls
 
     # Each step reads on from a position in `_text`; it returns the next one, or None once all is read that can be.
 
@@ -172,8 +177,8 @@ class ToolCallParser:
             self._takes_value, self._takes_name = True, self._form.is_named
             self._hold(self._visible(tag))
             return
-        self._shown += [*self._held, self._visible(tag)]
-        self._held.clear()
+        self._show_held()
+        self._shown.append(self._visible(tag))
         if tag in self._form.thoughts:
             self._thought_end = self._form.thoughts[tag]
             self._step = self._in_thought
@@ -184,10 +189,15 @@ class ToolCallParser:
             self._hold(text)
             return
         kept = text.rstrip(_SPACE)
-        self._shown += [*self._held, kept]
-        self._held.clear()
+        self._show_held()
+        self._shown.append(kept)
         self._hold(text[len(kept) :])
         self._is_after_call = False
+
+    def _show_held(self) -> None:
+        self.num_unread += self._held.count(self._form.opening)
+        self._shown += self._held
+        self._held.clear()
 
     def _hold(self, text: str) -> None:
         if text:

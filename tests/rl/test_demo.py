@@ -11,8 +11,10 @@ import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from headrace.rl.arithmetic import Problem, reward
-from headrace.rl.demo import POLICY, Demo, DemoOptions, checkpoint_digests, run_demo
+from headrace.rl.conversations import read_conversations
+from headrace.rl.demo import POLICY, TOOL_POLICY, Demo, DemoOptions, checkpoint_digests, run_demo
 from headrace.rl.display import StepRecord
+from headrace.rl.products import product_reward
 from headrace.types.errors import ConfigError
 
 FIELDS = {
@@ -109,6 +111,19 @@ def test_the_output_holds_picture_and_weights(summary: dict[str, Any]) -> None:
     assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
     assert checkpoint_digests(output / "weights_first") == checkpoint_digests(POLICY)
     assert checkpoint_digests(output / "weights_last") != checkpoint_digests(POLICY)
+
+
+def test_with_tools_conversations_are_learned_from(tmp_path: Path) -> None:
+    summary = run_demo(_options(tmp_path, tools=True, steps=2))
+    assert set(summary) == FIELDS and (summary["lost_requests"], summary["digest_match"]) == (0, True)
+    assert 0 < summary["max_abs_logprob_diff"] <= 1e-4  # also of what was sampled behind a tool's answer
+    conversations = read_conversations(tmp_path / "rollouts.jsonl")
+    assert len(conversations) == summary["requests"] == 2 * GROUPS * SIZE
+    assert any(len(each.turns) > 1 and 0 in each.loss_mask for each in conversations)
+    for each in conversations:
+        right = each.status == "done" and product_reward(each.data["answer"], each.reply)
+        assert each.reward == right and {version for version, _ in each.spans} <= {each.spans[0][0], None}
+    assert checkpoint_digests(tmp_path / "weights_first") == checkpoint_digests(TOOL_POLICY)
 
 
 def test_without_push_the_engine_keeps_its_first_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
@@ -27,7 +28,7 @@ def _sample(reply: str, advantage: float = 1.0, prompt: str = PROMPT) -> Trainin
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt_ids + token_ids])).logits[0, len(prompt_ids) - 1 : -1]
     logprobs = logits.log_softmax(-1).gather(1, torch.tensor(token_ids).unsqueeze(1)).squeeze(1)
-    return TrainingSample(prompt_ids, token_ids, logprobs.tolist(), advantage)
+    return TrainingSample(prompt_ids, token_ids, logprobs.tolist(), advantage, [1] * len(token_ids))
 
 
 def test_advantages_are_normalised_within_the_group() -> None:
@@ -50,7 +51,7 @@ def test_logprobs_of_a_padded_batch_are_those_of_each_row_alone(trainer: GrpoTra
 
 def test_the_difference_is_the_trainers_less_the_samplers(trainer: GrpoTrainer) -> None:
     sample = _sample("<answer>42</answer><|im_end|>")
-    shifted = TrainingSample(sample.prompt_ids, sample.token_ids, [p - 0.25 for p in sample.logprobs], 1.0)
+    shifted = msgspec.structs.replace(sample, logprobs=[p - 0.25 for p in sample.logprobs])
     assert trainer.compare([sample, shifted]) == pytest.approx(0.25, abs=1e-5)
 
 
@@ -63,6 +64,17 @@ def test_a_step_makes_the_rewarded_reply_more_likely_than_the_other(trainer: Grp
     assert after[0] - after[1] > sum(good.logprobs) - sum(bad.logprobs)
 
 
+def test_given_tokens_are_neither_compared_nor_learned(trainer: GrpoTrainer) -> None:
+    sample = _sample("<answer>42</answer><|im_end|>")
+    given = msgspec.structs.replace(
+        sample, loss_mask=[0] * len(sample.token_ids), logprobs=[0.0] * len(sample.token_ids)
+    )
+    half = msgspec.structs.replace(sample, loss_mask=[1, *given.loss_mask[1:]])
+    assert trainer.compare([half, given]) < 1e-5
+    logprobs, mask = trainer.logprobs([half, given])
+    assert mask.sum(1).tolist() == [1, 0] and logprobs[1].tolist() == [0.0] * logprobs.shape[1]
+
+
 def test_no_advantage_no_change(trainer: GrpoTrainer) -> None:
     before = {name: tensor.clone() for name, tensor in trainer.state_dict().items()}
     trainer.train([_sample("<answer>42</answer><|im_end|>", 0.0)])
@@ -71,7 +83,7 @@ def test_no_advantage_no_change(trainer: GrpoTrainer) -> None:
 
 def test_a_ratio_beyond_the_clip_stops_pushing(trainer: GrpoTrainer) -> None:
     sample = _sample("<answer>42</answer><|im_end|>")
-    already_likelier = TrainingSample(sample.prompt_ids, sample.token_ids, [p - 1.0 for p in sample.logprobs], 1.0)
+    already_likelier = msgspec.structs.replace(sample, logprobs=[p - 1.0 for p in sample.logprobs])
     before = {name: tensor.clone() for name, tensor in trainer.state_dict().items()}
     trainer.train([already_likelier])
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.state_dict().items())

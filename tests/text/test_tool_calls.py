@@ -187,6 +187,30 @@ def test_a_prompt_that_ends_in_a_thought_leaves_it_open() -> None:
     assert parse("llama", list(f"{A}</think> {B}"), thought="<think>") == (f"{A}</think>", [WEATHER])
 
 
+@pytest.mark.parametrize(
+    ("style", "text", "count"),
+    [
+        ("hermes", H, 0),
+        ("hermes", "text", 0),
+        ("hermes", f"<think><tool_call>{{</think>{H}", 0),
+        ("hermes", f"a<tool_call>{{x</tool_call>{H}<tool_call>", 2),
+        ("hermes", '<tool_call>{"name": "rm", "arguments": {}}</tool_call>', 1),
+        ("hermes", "<tool_call>[1]</tool_call> b", 1),
+        ("mistral", "[TOOL_CALLS]rm[ARGS]{}", 1),
+        ("mistral", M, 0),
+        ("llama", '{"name": "rm"}', 0),
+        ("llama", '<|python_tag|>{"name": "rm"}', 1),
+    ],
+)
+def test_calls_that_cannot_be_read_are_counted(style: Style, text: str, count: int) -> None:
+    for size in (1, 3, len(text)):
+        parser = ToolCallParser(style, NAMES)
+        for start in range(0, len(text), size):
+            parser.push(text[start : start + size])
+        parser.finish()
+        assert parser.num_unread == count
+
+
 def test_hidden_tags_are_read_and_not_shown() -> None:
     hidden = frozenset(CALL_FORMS["hermes"].tags)
     for text, shown, calls in (

@@ -1,14 +1,23 @@
-"""Samples the demo's engine drew: how they are asked for, scored and written down. Knows no trainer."""
+"""Samples the demos' engine drew: how they are asked for, scored and written down. Knows no trainer.
+
+Without tools a step is one call of the engine; with them, one run of a loop of conversations.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
+from collections.abc import Sequence
+from typing import Protocol
 
 import msgspec
 
 from headrace.engine import Engine
 from headrace.rl.arithmetic import Problem, draw_problems, reward
+from headrace.rl.conversations import Conversation, RolloutLimits, new_group
+from headrace.rl.products import calculator, draw_products, product_reward
+from headrace.rl.rollout import RolloutLoop
 from headrace.types.generation import FinishReason, Generation
 from headrace.types.sampling_params import SamplingParams
 
@@ -39,26 +48,91 @@ class Rollout(msgspec.Struct, frozen=True):
     finish_reason: FinishReason
     seed: int
 
+    @property
+    def loss_mask(self) -> list[int]:
+        return [1] * len(self.ids)
+
+
+class Scored(Protocol):
+    """What a step learns from: a `Rollout` or a `Conversation`, both of which are lines of `rollouts.jsonl`."""
+
+    @property
+    def prompt_ids(self) -> list[int]: ...
+
+    @property
+    def ids(self) -> list[int]: ...
+
+    @property
+    def logprobs(self) -> list[float]: ...
+
+    @property
+    def loss_mask(self) -> list[int]: ...
+
+    @property
+    def reward(self) -> float | None: ...
+
 
 class Batch(msgspec.Struct, frozen=True):
     """What one step sampled: the rollouts of each problem, how many were asked for, and how long it took."""
 
-    groups: list[list[Rollout]]
+    groups: Sequence[Sequence[Scored]]
     num_requests: int
     seconds: float
 
     @property
-    def rollouts(self) -> list[Rollout]:
+    def rollouts(self) -> list[Scored]:
         return [rollout for group in self.groups for rollout in group]
 
     @property
     def mean_reward(self) -> float:
-        rewards = [rollout.reward for rollout in self.rollouts]
+        rewards = [rollout.reward or 0.0 for rollout in self.rollouts]
         return sum(rewards) / max(1, len(rewards))
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(rollout.ids) for rollout in self.rollouts)
+        return sum(sum(rollout.loss_mask) for rollout in self.rollouts)
+
+
+class StepSampler(Protocol):
+    def sample(self, step: int) -> Batch: ...
+
+
+class ToolSampler:
+    """Draws products and runs conversations about them, with a calculator; the same seed asks for the same samples."""
+
+    def __init__(self, engine: Engine, *, num_groups: int, group_size: int, max_new_tokens: int, seed: int) -> None:
+        self._loop = RolloutLoop(
+            engine,
+            [calculator],
+            sampling_params=SamplingParams(max_new_tokens=max_new_tokens),
+            limits=RolloutLimits(max_turns=3, concurrency=num_groups * group_size),
+            reward=_reward_of,
+            logprob_mode="temperature",
+        )
+        self._num_groups = num_groups
+        self._group_size = group_size
+        self._source = random.Random(seed)
+
+    def sample(self, step: int) -> Batch:
+        groups = [
+            new_group(
+                [{"role": "user", "content": product.question}],
+                self._group_size,
+                group=f"{step}-{number}",
+                seed=self._source.getrandbits(64),
+                data={"answer": product.answer},
+            )
+            for number, product in enumerate(draw_products(self._source, self._num_groups))
+        ]
+        started = time.perf_counter()
+        asyncio.run(self._loop.run(each for group in groups for each in group))
+        seconds = time.perf_counter() - started
+        over = [[each for each in group if each.status in ("done", "turns", "length")] for group in groups]
+        return Batch(over, self._num_groups * self._group_size, seconds)
+
+
+def _reward_of(conversation: Conversation) -> float:
+    return product_reward(conversation.data["answer"], conversation.reply) if conversation.status == "done" else 0.0
 
 
 class RolloutSampler:
