@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 from headrace import Engine, Generation, SamplingParams
 
-LONG = SamplingParams(max_new_tokens=400, ignore_eos=True)
+LONG = SamplingParams(max_new_tokens=400, ignore_eos=True, stop_token_ids=(1,), logit_bias={1: -100.0})
+"""Their ends are not known, so that more are let in than the pool holds to them."""
 
 
 class Call:
