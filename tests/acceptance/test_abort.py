@@ -51,7 +51,7 @@ def test_abort_at_random_moments_frees_everything(engine_on: Callable[..., Engin
     rng = random.Random(1)
     num_partial = num_empty = 0
     for round_number in range(6):
-        prompts = [[rng.randrange(3, 90) for _ in range(rng.randint(1, 60))] for _ in range(24)]
+        prompts = [[rng.randrange(3, 90) for _ in range(rng.randint(40, 78))] for _ in range(24)]
         calls = [Call(engine, f"{round_number}-{i}", prompt) for i, prompt in enumerate(prompts)]
         rng.shuffle(calls)
         for call in calls:
