@@ -16,6 +16,10 @@ from headrace.scheduler.position_extras import PositionExtras
 from headrace.scheduler.prompt_scores import PromptScores
 from headrace.types.request import Float32Array, Int32Array, Request
 
+LEAST_AT_ONCE = 8
+"""Sequences that may take so large a part of the pool are let in as if nobody knew when they end: room that is kept for
+so few to their ends costs more than to preempt one, and who asks for that much seldom waits for it."""
+
 _NO_LOGPROBS: Float32Array = np.empty(0, dtype=np.float32)
 
 
@@ -40,6 +44,7 @@ class Sequence(msgspec.Struct, eq=False, kw_only=True):
     max_length: int  # tokens it may have in all, prompt included
     compute_length: int  # positions it may compute: the last token's KV is of no use; a score-only prompt needs one
     stop_token_ids: tuple[int, ...]  # those that can be sampled at all
+    has_known_end: bool  # nothing that it samples ends it before its last token, and it is no large part of the pool
     token_ids: Int32Array  # all known tokens, and the output's log-probabilities, while it holds no slot
     logprobs: Float32Array = _NO_LOGPROBS
     units: bytes  # what the prefix cache knows `token_ids` by: for text, the very same
@@ -62,6 +67,7 @@ class Sequence(msgspec.Struct, eq=False, kw_only=True):
         """One that has just come; `prompt` is the request's, as ids."""
         num_prompt, options, start = len(prompt), request.logprobs, request.logprobs.prompt_start
         max_length = num_prompt + max_output(request, num_prompt, limits)
+        stop_token_ids = tuple(filter(range(limits.vocab_size).__contains__, request.stop_token_ids))
         return cls(
             request=request,
             handle=request.handle,
@@ -69,17 +75,13 @@ class Sequence(msgspec.Struct, eq=False, kw_only=True):
             num_prompt=num_prompt,
             max_length=max_length,
             compute_length=max(1, max_length - 1),
-            stop_token_ids=tuple(filter(range(limits.vocab_size).__contains__, request.stop_token_ids)),
+            stop_token_ids=stop_token_ids,
+            has_known_end=not stop_token_ids and LEAST_AT_ONCE * max_length <= limits.max_total_num_tokens,
             token_ids=prompt,
             units=request.prompt,
             extras=PositionExtras(options) if options.wants_extras else None,
             prompt_scores=None if start is None or start >= num_prompt else PromptScores(start, num_prompt, options),
         )
-
-    @property
-    def has_known_end(self) -> bool:
-        """Nothing that it samples ends it before its last token."""
-        return not self.stop_token_ids
 
     @property
     def max_hit(self) -> int:

@@ -38,13 +38,21 @@ def test_a_forecast_is_what_each_step_would_show() -> None:
 
 
 def test_short_ones_that_came_with_it_pass_one_that_has_no_room_yet() -> None:
+    scheduler = make(num_pages=65, max_running_requests=16, max_num_batched_tokens=999)  # 256 tokens
+    for handle in range(1, 10):
+        scheduler.add(request(handle, 8, 23), 0.0)  # 31 at its end
+    scheduler.add(request(10, 5, 2), 0.0)
+    scheduler.add(request(11, 5, 1), 1.5)  # of another second
+    entered = [init.seed for init in planned(scheduler).new_slots]
+    assert entered[-1] == 10 and entered[:-1] == list(range(1, len(entered))) and 7 <= len(entered) <= 9
+    assert scheduler.num_waiting == 11 - len(entered)
+
+
+def test_those_that_may_fill_the_pool_by_themselves_come_in_as_if_nobody_knew() -> None:
     scheduler = make(num_pages=11)
-    scheduler.add(request(1, 8, 24), 0.0)  # 32 of 40 tokens at its end
-    scheduler.add(request(2, 8, 20), 0.0)
-    scheduler.add(request(3, 5, 2), 0.0)
-    scheduler.add(request(4, 5, 1), 1.5)  # of another second
-    assert [init.seed for init in planned(scheduler).new_slots] == [1, 3]
-    assert scheduler.plan() is None or scheduler.num_waiting == 2
+    for handle in (1, 2, 3):
+        scheduler.add(request(handle, 4, 36), 0.0)
+    assert len(planned(scheduler).new_slots) == 3
 
 
 def test_where_ends_are_known_nobody_is_preempted() -> None:
@@ -53,9 +61,13 @@ def test_where_ends_are_known_nobody_is_preempted() -> None:
     for _ in range(60):
         page_size = choose.choice((1, 4, 16))
         scheduler = make(
-            page_size=page_size, num_pages=1 + 160 // page_size, prefix_cache=False, max_num_batched_tokens=999
+            page_size=page_size,
+            num_pages=1 + 800 // page_size,
+            prefix_cache=False,
+            max_num_batched_tokens=9999,
+            max_running_requests=64,
         )
-        handles = range(choose.randrange(1, 30))
+        handles = range(choose.randrange(1, 90))
         for handle in handles:
             scheduler.add(request(handle, choose.randrange(1, 30), choose.randrange(1, 60)), choose.choice((0.0, 2.0)))
         finished = 0
