@@ -6,7 +6,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 
@@ -182,12 +181,7 @@ def test_everything_ends_under_memory_pressure(checkpoints: Checkpoints, start: 
     else:
         params = params_for(len(asked), num_tokens=120)
     small = start(checkpoint, kv_pool_tokens=1280, **common)
-    whole = run(small, asked, params)
-    never = min(
-        set(range(checkpoint.model.config.vocab_size)) - {token for piece in whole for token in piece.token_ids}
-    )
-    params = [msgspec.structs.replace(each, stop_token_ids=(never,)) for each in params]
-    found = run(small, asked, params)  # whose ends are not known
+    found = run(small, asked, params)
     assert small.metrics()["num_preemptions"] > 0
     assert all(len(piece.token_ids) == 120 and piece.finish_reason == "length" for piece in found)
     assert small.metrics()["num_used_tokens"] == 0
