@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -99,20 +99,27 @@ def encode_batch(
     return input_ids, labels
 
 
+def batches_of(
+    tokenizer: PreTrainedTokenizerFast, teacher: Answerer, source: random.Random
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Fresh problems as the teacher answers them, without end; see `encode_batch`."""
+    while True:
+        problems = draw_problems(source, BATCH_SIZE)
+        yield encode_batch(tokenizer, problems, [teacher(source, problem) for problem in problems])
+
+
 def train(
     model: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    teacher: Answerer,
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
     num_steps: int,
     rate: float,
-    source: random.Random,
+    what: str,
 ) -> None:
-    """Supervised steps on fresh problems, with a linear warm-up and a cosine decay of the learning rate."""
+    """Supervised steps on token ids and labels, with a linear warm-up and a cosine decay of the learning rate."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=num_steps, pct_start=0.1)
     for step in range(num_steps):
-        problems = draw_problems(source, BATCH_SIZE)
-        input_ids, labels = encode_batch(tokenizer, problems, [teacher(source, problem) for problem in problems])
+        input_ids, labels = next(batches)
         loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -120,7 +127,16 @@ def train(
         schedule.step()
         optimizer.zero_grad()
         if step % 25 == 0 or step == num_steps - 1:
-            print(f"{teacher.__name__} {step + 1}/{num_steps}: loss {loss.item():.4f}", file=sys.stderr, flush=True)
+            print(f"{what} {step + 1}/{num_steps}: loss {loss.item():.4f}", file=sys.stderr, flush=True)
+
+
+def save_policy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a policy to `folder` as a Hugging Face checkpoint."""
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)  # the checkpoint is package data: whoever installs it, everybody may read it
 
 
 def make_policy(folder: Path, seed: int = SEED) -> None:
@@ -129,13 +145,9 @@ def make_policy(folder: Path, seed: int = SEED) -> None:
     source = random.Random(seed)
     tokenizer = make_tokenizer()
     model = Qwen3ForCausalLM(make_config(tokenizer))
-    train(model, tokenizer, right_answer, RIGHT_STEPS, 3e-3, source)
-    train(model, tokenizer, sloppy_answer, SLOPPY_STEPS, 1e-3, source)
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    for path in folder.iterdir():
-        path.chmod(0o644)  # the checkpoint is package data: whoever installs it, everybody may read it
+    train(model, batches_of(tokenizer, right_answer, source), RIGHT_STEPS, 3e-3, "right answers")
+    train(model, batches_of(tokenizer, sloppy_answer, source), SLOPPY_STEPS, 1e-3, "sloppy answers")
+    save_policy(model, tokenizer, folder)
 
 
 if __name__ == "__main__":

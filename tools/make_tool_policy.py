@@ -10,16 +10,16 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from headrace.rl.arithmetic import reply
 from headrace.rl.demo import TOOL_POLICY
 from headrace.rl.products import Product, draw_products
-from tools.make_policy import TURN_END, make_config, make_tokenizer
+from tools.make_policy import TURN_END, make_config, make_tokenizer, save_policy, train
 
 SEED = 30
 CHAT_TEMPLATE = (
@@ -102,28 +102,13 @@ def encode_batch(
     return input_ids, labels
 
 
-def train(
-    model: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    teacher: Teacher,
-    num_steps: int,
-    rate: float,
-    source: random.Random,
-) -> None:
-    """Supervised steps on fresh problems, with a linear warm-up and a cosine decay of the learning rate."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=num_steps, pct_start=0.1)
-    for step in range(num_steps):
+def batches_of(
+    tokenizer: PreTrainedTokenizerFast, teacher: Teacher, source: random.Random
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Fresh products as the teacher talks about them, without end; see `encode_batch`."""
+    while True:
         products = draw_products(source, BATCH_SIZE)
-        input_ids, labels = encode_batch(tokenizer, products, [teacher(source, product) for product in products])
-        loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 25 == 0 or step == num_steps - 1:
-            print(f"{teacher.__name__} {step + 1}/{num_steps}: loss {loss.item():.4f}", file=sys.stderr, flush=True)
+        yield encode_batch(tokenizer, products, [teacher(source, product) for product in products])
 
 
 def make_tool_policy(folder: Path, seed: int = SEED) -> None:
@@ -132,13 +117,9 @@ def make_tool_policy(folder: Path, seed: int = SEED) -> None:
     source = random.Random(seed)
     tokenizer = make_tool_tokenizer()
     model = Qwen3ForCausalLM(make_config(tokenizer))
-    train(model, tokenizer, right_turns, RIGHT_STEPS, 3e-3, source)
-    train(model, tokenizer, sloppy_turns, SLOPPY_STEPS, 1e-3, source)
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    for path in folder.iterdir():
-        path.chmod(0o644)  # the checkpoint is package data: whoever installs it, everybody may read it
+    train(model, batches_of(tokenizer, right_turns, source), RIGHT_STEPS, 3e-3, "right turns")
+    train(model, batches_of(tokenizer, sloppy_turns, source), SLOPPY_STEPS, 1e-3, "sloppy turns")
+    save_policy(model, tokenizer, folder)
 
 
 if __name__ == "__main__":

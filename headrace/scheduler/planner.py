@@ -43,10 +43,11 @@ class _Entrant(NamedTuple):
 
 
 class _Room(NamedTuple):
-    """Pages that the running sequences will need at once, and how full the pool will be with them."""
+    """Pages that the running sequences will need at once, and how full the pool will be with them, for one who comes
+    and whose end is known."""
 
     num_reserved: int
-    forecast: PoolForecast
+    forecast: PoolForecast | None
 
 
 class StepPlanner:
@@ -188,14 +189,18 @@ class StepPlanner:
         """Let sequences into free slots while budget and pages last. One that does not fit is passed only by such as
         came with it and end in the room that is left; see `_one_behind`."""
         limits = self._limits
-        room: _Room | None = None
+        num_reserved: int | None = None
+        forecast: PoolForecast | None = None
         while budget > 0:
             sequence = self._roster.next_to_admit(admit_new=admit_new)
             if sequence is None or (
                 limits.num_cohorts > 1 and len(builder.new_slots) >= self._share(len(self._roster.by_handle))
             ):
                 return
-            room = room or _Room(self._num_reserved(), self._forecast())
+            if num_reserved is None:
+                num_reserved = self._num_reserved()
+            forecast = (forecast or self._forecast()) if sequence.has_known_end else None
+            room = _Room(num_reserved, forecast)
             first = self._entrant(sequence, epoch)
             entrant = first if self._has_room(first, room) else self._one_behind(sequence, room, epoch)
             if entrant is None:
@@ -204,17 +209,15 @@ class StepPlanner:
             offload = self._roster.leases.offload
             if offload is not None and self._waits_for_host(offload, sequence, namespace, match):
                 return
-            held, left = self._course_of(entrant)
+            course = self._course_of(entrant)
             slot = self._enter(builder, sequence, namespace, match)
             num_known = len(sequence.token_ids)
             pending = min(num_known, sequence.compute_length) - match.num_pages * limits.page_size
             self._counters.num_chunked_prompts += pending > budget
             self._add_chunk(builder, slot, min(pending, budget))
             budget -= pending
-            num_reserved = room.num_reserved + num_pages - int(self._roster.leases.num_pages[slot])
-            room = _Room(
-                num_reserved, room.forecast.with_one(held, left) if sequence.has_known_end else self._forecast()
-            )
+            num_reserved += num_pages - int(self._roster.leases.num_pages[slot])
+            forecast = None if forecast is None else forecast.with_one(*course)
 
     def _entrant(self, sequence: Sequence, epoch: int) -> _Entrant:
         """With the pages that it needs at once: those of what it knows and one of output."""
@@ -230,8 +233,7 @@ class StepPlanner:
         needed = entrant.num_pages - match.num_pages + match.num_unpinned + room.num_reserved
         if needed > leases.num_available:
             return False
-        sequence = entrant.sequence
-        if not (sequence.has_known_end and self._roster.num_running):
+        if room.forecast is None or not self._roster.num_running:
             return True
         held, left = self._course_of(entrant)
         return bool(room.forecast.fits(np.array([held]), np.array([left]))[0])
@@ -260,7 +262,7 @@ class StepPlanner:
         """Where the first in line has no room, the next of those that came with it that has, to its end: what is free
         only until others have grown is used by short ones. None where there is none, or it is not known."""
         waiting, marker = self._roster.waiting, (self._roster.generation, self._roster.waiting.num_arrived)
-        if not first.has_known_end or first.state is not State.WAITING or self._refused == marker:
+        if room.forecast is None or first.state is not State.WAITING or self._refused == marker:
             return None
         line = [each for each in islice(waiting.first_band(), 1, _MAX_PASSED) if each.has_known_end]
         held = np.array([len(each.token_ids) for each in line], dtype=np.int64) + self._limits.page_size

@@ -11,6 +11,7 @@ from headrace.rl.arithmetic import Problem, draw_problems, read_reply
 from headrace.rl.demo import POLICY
 from tools.make_policy import (
     TURN_END,
+    batches_of,
     encode_batch,
     make_config,
     make_tokenizer,
@@ -78,7 +79,7 @@ def test_the_warm_up_lowers_the_loss() -> None:
     model = Qwen3ForCausalLM(make_config(tokenizer))
     input_ids, labels = encode_batch(tokenizer, [Problem(12, 34)] * 2, [46, 46])
     before = model(input_ids=input_ids, labels=labels).loss.item()
-    train(model, tokenizer, right_answer, num_steps=12, rate=3e-3, source=random.Random(0))
+    train(model, batches_of(tokenizer, right_answer, random.Random(0)), num_steps=12, rate=3e-3, what="right answers")
     assert model(input_ids=input_ids, labels=labels).loss.item() < before / 1.2
 
 
