@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,9 +16,22 @@ import numpy as np
 import pytest
 import torch
 
+from headrace.telemetry.logs import LIBRARIES, LOGGER_NAME
+
 if not torch.cuda.is_available():
     # Triton kernels then run in its interpreter. Read when triton is first imported, which other libraries do too.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def restored_loggers() -> Iterator[None]:
+    """A command that runs in a test sends this process's records to a stream that ends with the test."""
+    loggers = [logging.getLogger(name) for name in (None, LOGGER_NAME, *LIBRARIES)]
+    before = [(list(each.handlers), each.propagate, each.level) for each in loggers]
+    yield
+    for each, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        each.handlers, each.propagate = handlers, propagate
+        each.setLevel(level)
 
 
 @pytest.fixture

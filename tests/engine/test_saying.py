@@ -167,15 +167,10 @@ def test_each_update_is_one_line_that_names_its_road(
 
 
 def test_json_lines_have_what_the_words_say_as_fields() -> None:
-    logger, stream = logging.getLogger("headrace"), StringIO()
-    before = list(logger.handlers), logger.propagate, logger.level
-    try:
-        for as_json in (True, False):
-            configure_logging(LogContext(), as_json=as_json, stream=stream)
-            note_update(UpdateReport("7", 3, 10, 1_500_000_000, "shadow", 2.5, 4), {"HTTP"}, 1.25, Latencies())
-    finally:
-        logger.handlers, logger.propagate = before[:2]
-        logger.setLevel(before[2])
+    stream = StringIO()
+    for as_json in (True, False):
+        configure_logging(LogContext(), as_json=as_json, stream=stream)
+        note_update(UpdateReport("7", 3, 10, 1_500_000_000, "shadow", 2.5, 4), {"HTTP"}, 1.25, Latencies())
     as_fields, plain = stream.getvalue().splitlines()
     said = "weights 7 are live: 10 tensors, 1.50 GB by HTTP, shadow, in 1250 ms, of which 2.5 ms without a step"
     assert plain.endswith(f"{said}, 4 requests aborted")

@@ -6,23 +6,12 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
-from headrace.telemetry import LOGGER_NAME, LogContext, configure_logging, flush_logs
+from headrace.telemetry import LogContext, configure_logging, flush_logs
 from headrace.telemetry.log_writer import MAX_WAITING_BYTES
 from headrace.telemetry.logs import LIBRARIES
-
-
-@pytest.fixture(autouse=True)
-def restored_logger() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in (LOGGER_NAME, *LIBRARIES)]
-    before = [(list(each.handlers), each.propagate, each.level) for each in loggers]
-    yield
-    for each, (handlers, propagate, level) in zip(loggers, before, strict=True):
-        each.handlers, each.propagate = handlers, propagate
-        each.setLevel(level)
 
 
 def test_a_line_names_the_process_and_its_fields() -> None:
