@@ -44,7 +44,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
 GPU_PYTHON := $(or $(PYTHON_GPU),$(BIN)/python)
 GPU_STAMP := $(if $(PYTHON_GPU),,$(STAMP))
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(PIP_ARGS)
+# Bytecode is made of what is imported, when it is: of everything it takes a minute.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt $(PIP_ARGS)
 
 .PHONY: install demo test check bench test-gpu bench-gpu wheelhouse wheelhouse-check clean
 .DELETE_ON_ERROR:
