@@ -6,6 +6,10 @@
 #   make bench     a quick set of the benchmarks (docs/benchmarks.md has the full ones)
 #   make clean     remove .venv, caches and build outputs
 #
+# With frameworks that train, each in an environment of its own (.venv-NAME, from tests/frameworks/NAME/requirements.txt):
+#
+#   make test-frameworks   all of them, or FRAMEWORKS="trl ray"
+#
 # With a CUDA device:
 #
 #   make test-gpu  the tests that need it
@@ -35,6 +39,7 @@ WORKERS ?= 2
 GPU_WORKERS ?= 8
 SOAK ?= 20
 PYTHON_GPU ?=
+FRAMEWORKS ?= $(notdir $(patsubst %/requirements.txt,%,$(wildcard tests/frameworks/*/requirements.txt)))
 WHEELHOUSE ?= wheelhouse
 HAVE ?=
 EXTRAS ?= test
@@ -47,7 +52,8 @@ GPU_STAMP := $(if $(PYTHON_GPU),,$(STAMP))
 # Bytecode is made of what is imported, when it is: of everything it takes a minute.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: install demo test check bench test-gpu bench-gpu wheelhouse wheelhouse-check clean
+.PHONY: install demo test check bench test-gpu bench-gpu test-frameworks wheelhouse \
+  wheelhouse-check clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -87,6 +93,18 @@ test-gpu: $(GPU_STAMP)
 bench-gpu: $(GPU_STAMP)
 	$(GPU_PYTHON) bench/gpu_report.py $(ARGS)
 
+test-frameworks: $(FRAMEWORKS:%=test-framework-%)
+
+.venv-%/installed.stamp: pyproject.toml constraints.txt tests/frameworks/%/requirements.txt
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet --no-compile hatchling editables $(PIP_ARGS)
+	.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --no-build-isolation \
+	  --requirement tests/frameworks/$*/requirements.txt --editable '.[test]' $(PIP_ARGS)
+	@touch $@
+
+test-framework-%: .venv-%/installed.stamp
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest $(wildcard tests/frameworks/$*/check_*.py) $(ARGS)
+
 wheelhouse: $(STAMP)
 	$(BIN)/python tools/wheelhouse.py download $(WHEELHOUSE) --extras '$(EXTRAS)' $(if $(HAVE),--have $(HAVE)) $(ARGS)
 
@@ -94,5 +112,5 @@ wheelhouse-check: $(STAMP)
 	$(BIN)/python -m pytest tests/tools/check_wheelhouse.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output
+	rm -rf $(VENV) .venv-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output
 	find headrace tests bench tools examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
