@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         UpdateConflictError,
         WeightUpdateError,
     )
-    from headrace.types.generation import Generation
+    from headrace.types.generation import ChatReply, Generation
     from headrace.types.sampling_params import SamplingParams
     from headrace.types.weights import SaveReport, TensorInfo, UpdateReport
     from headrace.weights.saved import check_saved_model
@@ -45,6 +45,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AsyncClient",
     "AsyncEngine",
+    "ChatReply",
     "CheckpointError",
     "Client",
     "ConfigError",
@@ -83,6 +84,7 @@ __all__ = [
 _HOMES = {
     "AsyncClient": "headrace.client",
     "AsyncEngine": "headrace.engine",
+    "ChatReply": "headrace.types.generation",
     "Client": "headrace.client",
     "Engine": "headrace.engine",
     "EngineConfig": "headrace.config",

@@ -11,10 +11,10 @@ from typing import Any
 
 import msgspec
 
-from headrace.engine.fields import InputIds, Prompts, Sampling, params_list, sources
+from headrace.engine.fields import InputIds, Prompts, Sampling, conversations, params_list, sources
 from headrace.engine.requests import GenerateOptions
 from headrace.types.errors import RequestError
-from headrace.types.http import GenerateAsk
+from headrace.types.http import ChatAsk, GenerateAsk
 from headrace.types.plain_values import as_integer_array, plain_scalar, plain_text
 
 
@@ -30,22 +30,22 @@ def generate_body(
     """The JSON of a `GenerateAsk`. Raises `RequestError` naming the field."""
     field, given = sources(prompts, input_ids)
     returns_errors = plain_scalar(options.get("return_errors", False)) is True
-    refusals: dict[int, RequestError] = {}
-    params: Any = params_list(sampling_params, len(given), refusals if returns_errors else None)
-    if isinstance(sampling_params, (list, tuple)):
-        params = [_spelled(sampling_params[i]) if i in refusals else each for i, each in enumerate(params)]
-    else:
-        params = params[0]
+    params = _params(sampling_params, len(given), returns_errors)
     names = [field] if len(given) == 1 else [f"{field}[{i}]" for i in range(len(given))]
     if field == "input_ids":
         given = [_ids(row, name, returns_errors) for row, name in zip(given, names, strict=True)]
     else:
         given = [_text(each, name, returns_errors) for each, name in zip(given, names, strict=True)]
     ask = GenerateAsk(**{field: given}, sampling_params=params, options=_spelled(options), stream=stream, scores=scores)
-    try:
-        return _ENCODER.encode(ask)
-    except (OverflowError, RecursionError, TypeError, UnicodeEncodeError) as error:
-        raise RequestError(f"{field}, sampling_params or options cannot be sent: {error}", field=field) from None
+    return _encoded(ask, field)
+
+
+def chat_body(ask: ChatAsk) -> bytes:
+    """The JSON of `ask`, whose arguments are as the caller gave them. Raises `RequestError` naming the field."""
+    given = conversations(ask.messages)
+    params = _params(ask.sampling_params, len(given), plain_scalar(ask.options.get("return_errors", False)) is True)
+    spelled = {"messages": given, "sampling_params": params, "options": _spelled(ask.options)}
+    return _encoded(msgspec.structs.replace(ask, **spelled), "messages")
 
 
 def native_body(values: Mapping[str, Any]) -> bytes:
@@ -63,6 +63,22 @@ def message_body(value: Any) -> bytes:
         return msgspec.msgpack.encode(value, enc_hook=_plain)
     except (OverflowError, RecursionError, TypeError, UnicodeEncodeError) as error:
         raise RequestError(f"the arguments cannot be sent: {error}") from None
+
+
+def _encoded(ask: Any, field: str) -> bytes:
+    try:
+        return _ENCODER.encode(ask)
+    except (OverflowError, RecursionError, TypeError, UnicodeEncodeError) as error:
+        raise RequestError(f"{field}, sampling_params or options cannot be sent: {error}", field=field) from None
+
+
+def _params(sampling_params: Sampling, num_prompts: int, returns_errors: bool) -> Any:
+    """Checked, one for all or a list; those that are refused as they were given, if they are to be refused there."""
+    refusals: dict[int, RequestError] = {}
+    params = params_list(sampling_params, num_prompts, refusals if returns_errors else None)
+    if not isinstance(sampling_params, (list, tuple)):
+        return params[0]
+    return [_spelled(sampling_params[i]) if i in refusals else each for i, each in enumerate(params)]
 
 
 def _ids(row: Any, name: str, returns_errors: bool) -> list[Any]:

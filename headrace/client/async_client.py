@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 import msgspec
 
-from headrace.client import groups
+from headrace.client import chat, groups
 from headrace.client.answers import read, stream_parts
 from headrace.client.asks import generate_body, message_body
 from headrace.client.buckets import BucketUploads
@@ -96,6 +96,8 @@ class AsyncClient:
         """See `AsyncEngine.generate`."""
         body = generate_body(prompts, input_ids, sampling_params, options)
         return read((await self._generate("generate", body)).body, list[Generation])
+
+    chat = chat.chat
 
     async def generate_native(self, body: bytes) -> bytes:
         """What `/generate`, in SGLang's dialect, answers to a body; both are JSON."""

@@ -55,6 +55,7 @@ class Client:
         return self.asynchronous.url
 
     generate = _blocking(AsyncClient.generate)
+    chat = _blocking(AsyncClient.chat)
     generate_native = _blocking(AsyncClient.generate_native)
     score = _blocking(AsyncClient.score)
     abort = _blocking(AsyncClient.abort)

@@ -41,7 +41,8 @@ def _routes(treatment: Treatment, paths: str, **more: object) -> dict[str, Route
 
 ROUTES: dict[str, RouterRoute] = {
     "/generate": RouterRoute("generate", ("POST", "PUT")),
-    **_routes("generate", f"/v1/chat/completions /v1/completions /inference/v1/generate {PREFIX}/generate"),
+    **_routes("generate", "/v1/chat/completions /v1/completions /inference/v1/generate"),
+    **_routes("generate", f"{PREFIX}/generate {PREFIX}/chat"),
     **_routes("route", "/tokenize /v1/tokenize /detokenize /v1/detokenize"),
     **_routes("route", "/v1/models /model_info /get_model_info /server_info /get_server_info", methods=_GET),
     **_routes("own", "/health /liveness /health_generate /ready", methods=_GET, access="open"),

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack, get_args
 
-from headrace.engine import disk_update, groups, probing, saving
+from headrace.engine import chat, disk_update, groups, probing, saving
 from headrace.engine.control import (
     DEFAULT_UPDATE_TIMEOUT,
     UpdateTerms,
@@ -95,6 +95,8 @@ class AsyncEngine(EngineLifecycle):
         """
         return await self._generate(CallArguments(prompts, input_ids, sampling_params, options))
 
+    chat = _on_engine_loop(chat.chat)
+
     async def score(
         self,
         prompts: Prompts = None,
@@ -161,6 +163,14 @@ class AsyncEngine(EngineLifecycle):
         """Start all of them, or none. To be called on the engine's loop; the streams too are bound to it."""
         self.runtime.check_open()
         return await self._running.intake.submit_all(items)
+
+    async def finish_all(self, streams: Sequence[Stream], *, progress: bool = True) -> list[Generation]:
+        """Their samples, once all have ended; an error of one drops the others. To be called on the engine's loop."""
+        try:
+            async with self._call_progress.counting(len(streams), is_wanted=progress) as note_end:
+                return await whole_samples(streams, note_end)
+        finally:
+            cancel_all(streams)
 
     @_on_engine_loop
     async def abort(
@@ -409,12 +419,7 @@ class AsyncEngine(EngineLifecycle):
     @_on_engine_loop
     async def _generate(self, call: CallArguments) -> list[Generation]:
         streams = await self.submit_all(await self.expand(call))
-        try:
-            is_wanted = call.options.get("progress", True)
-            async with self._call_progress.counting(len(streams), is_wanted=is_wanted) as note_end:
-                return await whole_samples(streams, note_end)
-        finally:
-            cancel_all(streams)
+        return await self.finish_all(streams, progress=call.options.get("progress", True))
 
     async def _open_group(self, call: CallArguments) -> StreamGroup:
         return StreamGroup(await self.submit_all(await self.expand(call)))

@@ -119,6 +119,7 @@ class Engine:
         return self.asynchronous.is_responsive
 
     generate = _blocking(AsyncEngine.generate)
+    chat = _blocking(AsyncEngine.chat)
     score = _blocking(AsyncEngine.score)
     abort = _blocking(AsyncEngine.abort)
     resume = _blocking(AsyncEngine.resume)

@@ -38,6 +38,13 @@ def sources(prompts: Prompts, input_ids: InputIds) -> tuple[str, list[Any]]:
     return "prompts", _nonempty(texts, "prompts")
 
 
+def conversations(messages: Any) -> list[Any]:
+    """One conversation, or many, as a list of conversations, each as it was given."""
+    listed = as_list(messages, "messages", "a list of messages, or a list of such lists")
+    is_many = any(isinstance(each, (list, tuple)) for each in listed)
+    return listed if is_many else [_nonempty(listed, "messages")]
+
+
 def _is_params(value: Any) -> bool:
     is_like = isinstance(value, Mapping) and bool(value) and set(value) <= set(SamplingParams.__struct_fields__)
     return is_like or isinstance(value, SamplingParams)

@@ -27,7 +27,7 @@ LACKING_OPENAI = LACKING_GENERATE | {
     *("response_format", "json_schema", "regex", "ebnf", "structural_tag", "structured_outputs", "custom_params"),
     *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "functions", "function_call", "audio"),
     *("prediction", "web_search_options", "echo", "suffix", "use_beam_search", "prompt_logprobs", "stop_regex"),
-    *("input_ids", "documents", "continue_final_message", "chat_template", "prompt_embeds", "best_of"),
+    *("input_ids", "documents", "chat_template", "prompt_embeds", "best_of"),
     *("allowed_token_ids", "bad_words", "logprob_token_ids", "logits_processors", "length_penalty", "early_stopping"),
     *("guided_decoding_backend", "guided_whitespace_pattern", "mm_processor_kwargs", "media_io_kwargs", "vllm_xargs"),
     *("kv_transfer_params", "thinking_token_budget", "repetition_detection", "no_repeat_ngram_size"),

@@ -13,6 +13,7 @@ import msgspec
 
 from headrace.engine import GenerateItem, Stream
 from headrace.engine.bounds import check_body
+from headrace.engine.chat import chat_finish
 from headrace.engine.pacing import Turn
 from headrace.engine.stream import all_or_none, cancel_all
 from headrace.server.errors import FieldNames
@@ -196,7 +197,6 @@ def choice_extras(call: OpenAiCall, stream: Stream, piece: Generation) -> dict[s
 
 def finish_of(piece: Generation, has_tool_calls: bool = False) -> dict[str, Any]:
     """The fields that say why a choice ended; null while it has not."""
-    reason: str | None = piece.finish_reason
-    if reason == "stop" and has_tool_calls:
-        reason = "tool_calls"
-    return {"finish_reason": reason, "matched_stop": piece.matched}
+    reason = piece.finish_reason
+    told = None if reason is None else chat_finish(reason, has_calls=has_tool_calls)
+    return {"finish_reason": told, "matched_stop": piece.matched}

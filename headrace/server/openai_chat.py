@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from headrace.engine.chat import ChatTerms, read_terms, reader_of, render, reply_message, tokenizer_of
 from headrace.server.native_types import shared_ids
 from headrace.server.openai_calls import Chunks, OpenAiCall, Prompt, choice_extras, finish_of
 from headrace.server.openai_logprobs import TextTokens, TokenWriter, chat_logprobs
-from headrace.server.openai_tools import ReplyText, ToolReader
 from headrace.server.openai_types import (
     ChatBody,
     check_model,
@@ -24,42 +23,37 @@ from headrace.server.openai_types import (
     read_openai,
     sampling_params,
 )
-from headrace.server.prompts import encode_text, render_chat, tokenizer_of, warnings_about
+from headrace.server.prompts import encode_text, warnings_about
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.wire import dropping, json_reply, read_body
 from headrace.text import (
-    CALL_FORMS,
+    ReplyText,
     Tokenizer,
-    ToolCallStyle,
+    ToolReader,
     check_template_arguments,
     normalize_messages,
     normalize_tools,
-    tool_call_style,
-    tool_names,
 )
 from headrace.types.errors import RequestError
 from headrace.types.generation import Generation
-from headrace.types.sampling_params import SamplingParams
+from headrace.types.http import ChatAsk
 
 _OBJECT = "chat.completion"
 _CHUNK = "chat.completion.chunk"
 
 
-class ChatInput(msgspec.Struct, frozen=True):
-    """What the template gets, checked. `style` is how calls are read back; None: they are not."""
+class ChatInput(NamedTuple):
+    """What the template gets, checked."""
 
     messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]]
-    style: ToolCallStyle | None
-    template_arguments: dict[str, Any]
+    terms: ChatTerms
 
 
 class ChatFace:
     def __init__(self, state: ServerState) -> None:
         self._state = state
         self._tokenizer = state.engine.tokenizer
-        self._style = tool_call_style(self._tokenizer.chat_template) if self._tokenizer is not None else None
 
     def endpoints(self) -> list[Endpoint]:
         return [Endpoint("/v1/chat/completions", self.chat, ("POST",), generates=True)]
@@ -67,15 +61,10 @@ class ChatFace:
     async def chat(self, request: Request) -> Response:
         body, warnings, conversation = await read_body(request, self._read)
         model = check_model(self._state, body.model)
-        if conversation.tools and conversation.style is None:
+        if conversation.terms.tools and conversation.terms.style is None:
             warnings.append("tools: calls are not read, the chat template shows no form of them that is known")
-        text = await render_chat(
-            self._state.engine,
-            conversation.messages,
-            conversation.tools,
-            body.add_generation_prompt,
-            conversation.template_arguments,
-        )
+        tokenizer = tokenizer_of(self._state.engine)
+        text = await render(tokenizer, *conversation)
         key = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         max_tokens = getattr(body, key)
         prompt = await self._prompt(text, body, max_tokens, warnings)
@@ -84,7 +73,8 @@ class ChatFace:
             max_tokens = self._state.engine.resolved.max_length - len(prompt.ids)
         with openai_errors(key, "top_logprobs"):
             params = sampling_params(body, max_tokens)
-            reader = self._reader(conversation, body, text, params)
+            skips = params.skip_special_tokens
+            reader = reader_of(tokenizer, conversation.terms, text, skips_special_tokens=skips)
             if body.top_logprobs and not body.logprobs:
                 raise RequestError("top_logprobs needs logprobs to be true", field="top_logprobs")
             logprobs = logprob_options(self._state, body.top_logprobs, "top_logprobs")
@@ -106,11 +96,19 @@ class ChatFace:
     def _conversation(self, body: ChatBody) -> ChatInput:
         is_offered = offers_tools(body)
         tools = normalize_tools(body.tools) if body.tools else []
-        tools = tools if is_offered else []
         arguments = check_template_arguments(body.chat_template_kwargs) if body.chat_template_kwargs else {}
         if body.reasoning_effort is not None:
             arguments.setdefault("reasoning_effort", body.reasoning_effort)
-        return ChatInput(normalize_messages(body.messages), tools, self._style if tools else None, arguments)
+        ask = ChatAsk(
+            messages=body.messages,
+            tools=tools if is_offered else [],
+            chat_template_kwargs=arguments,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            parallel_tool_calls=body.parallel_tool_calls,
+        )
+        messages = normalize_messages(body.messages)
+        return ChatInput(messages, read_terms(tokenizer_of(self._state.engine), ask))
 
     async def _prompt(self, text: str, body: ChatBody, max_tokens: Any, warnings: list[str]) -> Prompt:
         engine, is_added = self._state.engine, body.add_special_tokens
@@ -123,29 +121,16 @@ class ChatFace:
             raise RequestError(f"messages have {len(ids)} tokens, a sequence holds at most {limit}", field="messages")
         return Prompt(shared_ids(engine, ids, "messages"), "messages")
 
-    def _reader(
-        self, conversation: ChatInput, body: ChatBody, prompt: str, params: SamplingParams
-    ) -> ToolReader | None:
-        if conversation.style is None:
-            return None
-        style, form = conversation.style, CALL_FORMS[conversation.style]
-        tokenizer, names = tokenizer_of(self._state.engine, "messages"), tool_names(conversation.tools)
-        hidden = tokenizer.special_among(form.tags) if params.skip_special_tokens else frozenset[str]()
-        return ToolReader(style, names, hidden, form.thought_at_end(prompt), body.parallel_tool_calls)
-
     def _choice(
         self, call: OpenAiCall, body: ChatBody, reader: ToolReader | None, number: int, piece: Generation
     ) -> dict[str, Any]:
-        text, calls = ReplyText(reader).push(piece.text, is_last=True)
+        message = reply_message(reader, piece.text)
         writer = TokenWriter(self._tokenizer, body.return_tokens_as_token_ids)
-        message: dict[str, Any] = {"role": "assistant", "content": None if calls and not text else text}
-        if calls:
-            message["tool_calls"] = calls
         return {
             "index": number,
             "message": message,
             "logprobs": chat_logprobs(writer, piece) if body.logprobs else None,
-            **finish_of(piece, bool(calls)),
+            **finish_of(piece, "tool_calls" in message),
             **choice_extras(call, call.streams[number], piece),
         }
 

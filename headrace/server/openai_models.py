@@ -9,13 +9,15 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from headrace.engine.chat import read_terms, render, tokenizer_of
 from headrace.server.openai_types import check_model
-from headrace.server.prompts import encode_text, encode_texts, render_chat, tokenizer_of
+from headrace.server.prompts import encode_text, encode_texts
 from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.wire import PartsReply, convert, encode_json, json_reply, read_body
-from headrace.text import check_template_arguments, normalize_messages, normalize_tools, run_sized
+from headrace.text import normalize_messages, run_sized
 from headrace.types.errors import RequestError
+from headrace.types.http import ChatAsk
 
 MAX_LIST_LENGTH = 1 << 17
 MAX_DETOKENIZE_IDS = 1 << 20
@@ -29,7 +31,8 @@ class TokenizeBody(msgspec.Struct):
     messages: Any = None
     tools: Any = None
     add_special_tokens: bool | None = None  # None: to a prompt, not to a conversation
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
     chat_template_kwargs: Any = None
 
 
@@ -68,9 +71,8 @@ class ModelsFace:
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("exactly one of prompt and messages must be given", field="prompt")
         if body.prompt is None:
-            tools = normalize_tools(body.tools) if body.tools else []
-            arguments = check_template_arguments(body.chat_template_kwargs) if body.chat_template_kwargs else {}
-            text = await render_chat(self._engine, body.messages, tools, body.add_generation_prompt, arguments)
+            tokenizer = tokenizer_of(self._engine)
+            text = await render(tokenizer, body.messages, read_terms(tokenizer, _ask(body)))
             special = bool(body.add_special_tokens)
             rows = [await encode_text(self._engine, text, "messages", add_special_tokens=special)]
         else:
@@ -128,6 +130,17 @@ def _read_tokenize(values: Mapping[str, Any]) -> TokenizeBody:
     if body.messages is not None:
         body.messages = normalize_messages(body.messages)
     return body
+
+
+def _ask(body: TokenizeBody) -> ChatAsk:
+    """The conversation of a body, as it would be replied to."""
+    return ChatAsk(
+        messages=body.messages,
+        tools=body.tools,
+        chat_template_kwargs=body.chat_template_kwargs,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+    )
 
 
 def _rows(values: Any, field: str, is_many: bool) -> dict[str, Any]:

@@ -86,7 +86,8 @@ class ChatBody(OpenAiBody, kw_only=True):
     tool_choice: Any = None
     parallel_tool_calls: bool = True
     chat_template_kwargs: Any = None
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None  # None: unless the final message is continued
+    continue_final_message: bool = False
     add_special_tokens: bool = False
     reasoning_effort: str | None = None
 

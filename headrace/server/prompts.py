@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from headrace.engine import AsyncEngine
+from headrace.engine.chat import tokenizer_of
 from headrace.text import Tokenizer, begins_twice, encode_bounded, run_sized
 from headrace.types.errors import RequestError
 
@@ -14,30 +13,11 @@ _CHARACTERS_PER_TOKEN = 16  # of a text whose end is wanted, this much is encode
 _MAX_CHARACTERS_PER_TOKEN = 256
 
 
-def tokenizer_of(engine: AsyncEngine, field: str) -> Tokenizer:
-    """The engine's tokenizer; `RequestError` when it was started without one."""
-    if engine.tokenizer is None:
-        raise RequestError(f"{field} needs a tokenizer, and this engine has none; send token ids", field=field)
-    return engine.tokenizer
-
-
 def check_count(engine: AsyncEngine, num_sequences: int, field: str) -> None:
     """Raise `RequestError` naming `field` for more sequences in one call than the engine queues."""
     limit = engine.resolved.engine.max_sequences
     if num_sequences > limit:
         raise RequestError(f"{field}: {num_sequences} sequences in one call, over {limit}", field=field)
-
-
-async def render_chat(
-    engine: AsyncEngine,
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Mapping[str, Any]],
-    add_generation_prompt: bool,
-    arguments: Mapping[str, Any],
-) -> str:
-    """The chat template's text. The loop goes on meanwhile, however long the template takes."""
-    tokenizer = tokenizer_of(engine, "messages")
-    return await asyncio.wrap_future(tokenizer.submit_chat(messages, tools, add_generation_prompt, **arguments))
 
 
 async def encode_text(

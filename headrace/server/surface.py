@@ -15,8 +15,9 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from headrace.engine import AsyncEngine, Stream
+from headrace.engine import AsyncEngine, GenerateItem, Stream
 from headrace.engine.bounds import check_body
+from headrace.engine.chat import expand_chat
 from headrace.engine.pacing import Turn
 from headrace.engine.requests import CallArguments
 from headrace.engine.stream import StreamGroup, cancel_all, whole_samples
@@ -30,7 +31,7 @@ from headrace.server.wire import EventStream, PartsReply, convert, dropping, inv
 from headrace.text import INLINE_CHARACTERS, run_sized
 from headrace.types.errors import HeadraceError, RequestError, RequestTooLargeError
 from headrace.types.generation import Generation
-from headrace.types.http import MESSAGE_TYPE, PREFIX, GenerateAsk, StreamPart, framed
+from headrace.types.http import MESSAGE_TYPE, PREFIX, ChatAsk, GenerateAsk, StreamPart, framed
 
 Ask = TypeVar("Ask")
 MAX_CALL_BYTES = 1 << 20
@@ -57,25 +58,33 @@ class SurfaceFace:
 
     def endpoints(self) -> list[Endpoint]:
         calls = [_post(name, functools.partial(self.call, name), access) for name, access in CALLS.items()]
-        generate = Endpoint(f"{PREFIX}/generate", self.generate, ("POST",), generates=True)
+        made = [
+            Endpoint(f"{PREFIX}/{name}", handler, ("POST",), generates=True)
+            for name, handler in (("generate", self.generate), ("chat", self.chat))
+        ]
         others = [_post(name, getattr(self, name), "admin") for name in ("pause", "start_profile")]
-        return [generate, *calls, *others]
+        return [*made, *calls, *others]
 
     async def generate(self, request: Request) -> Response:
         """`generate`, `score` and `stream`."""
         ask = await read_body(request, lambda values: convert(values, GenerateAsk))
         arguments = ask.prompts, ask.input_ids, ask.sampling_params, _options(ask)
         items = await self._engine.expand(CallArguments(*arguments, stream=ask.stream, scores=ask.scores))
-        firsts = [item for item in items if item.index == 0]
-        asked = ((item.logprobs, len(item.packed or b"") // 4, item.params) for item in firsts)
-        await run_sized(len(firsts), lambda: check_body(asked))
-        streams = await self._engine.submit_all(items)
-        self._state.adopt(streams)
+        streams = await self._submit(items)
         cancel, on_disconnect = functools.partial(cancel_all, streams), self._state.metrics.count_disconnect
         if ask.stream:
             return _PartStream(_parts(self._state.group(streams)), cancel, on_disconnect)
         with dropping(request.scope, cancel, on_disconnect):
-            return PartsReply(await _packed(streams, await whole_samples(streams)), MESSAGE_TYPE)
+            samples = [_shown(sample) for sample in await whole_samples(streams)]
+            return PartsReply(await _packed(streams, samples), MESSAGE_TYPE)
+
+    async def chat(self, request: Request) -> Response:
+        ask = await read_body(request, lambda values: convert(values, ChatAsk))
+        expanded = await expand_chat(self._engine, ask)
+        streams = await self._submit(expanded.items)
+        with dropping(request.scope, functools.partial(cancel_all, streams), self._state.metrics.count_disconnect):
+            samples = [_shown(sample) for sample in await whole_samples(streams)]
+            return PartsReply(await _packed(streams, expanded.replies(samples)), MESSAGE_TYPE)
 
     async def pause(self, request: Request) -> Response:
         arguments = await self._arguments(request, "pause")
@@ -94,6 +103,15 @@ class SurfaceFace:
         """Any of `CALLS`."""
         method = getattr(self._engine, name)(**await self._arguments(request, name))
         return packed_reply(await self._state.run(request, method))
+
+    async def _submit(self, items: Sequence[GenerateItem]) -> list[Stream]:
+        """Start all of them, or none. Raises `RequestError` for more log-probabilities than one answer holds."""
+        firsts = [item for item in items if item.index == 0]
+        asked = ((item.logprobs, len(item.packed or b"") // 4, item.params) for item in firsts)
+        await run_sized(len(firsts), lambda: check_body(asked))
+        streams = await self._engine.submit_all(items)
+        self._state.adopt(streams)
+        return streams
 
     async def _arguments(self, request: Request, name: str) -> dict[str, Any]:
         """The arguments of a method, by their names."""
@@ -144,13 +162,13 @@ def _options(ask: GenerateAsk) -> Any:
     return {**ask.options, "return_prompt_logprobs": True} if ask.scores else ask.options
 
 
-async def _packed(streams: Sequence[Stream], samples: list[Generation]) -> list[bytes]:
-    """A list of samples, each packed by itself: one with many log-probabilities takes a while."""
-    parts, turn = [b"\xdd" + len(samples).to_bytes(4, "big")], Turn()
-    samples.reverse()
+async def _packed(streams: Sequence[Stream], results: list[Any]) -> list[bytes]:
+    """A list of what came of `streams`, each packed by itself: one with many log-probabilities takes a while."""
+    parts, turn = [b"\xdd" + len(results).to_bytes(4, "big")], Turn()
+    results.reverse()
     for stream in streams:
         await turn.give_way()
-        write, size = functools.partial(pack, _shown(samples.pop())), stream.sample.num_extra_values
+        write, size = functools.partial(pack, results.pop()), stream.sample.num_extra_values
         parts.append(write() if size <= INLINE_CHARACTERS else await run_sized(size, write))
     return parts
 

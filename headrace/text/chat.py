@@ -24,19 +24,20 @@ _RESERVED_ARGUMENTS = frozenset(
 )
 
 
-def normalize_messages(messages: Any) -> list[dict[str, Any]]:
-    """Checked copies of `messages`: text parts joined, "developer" read as "system", tool-call arguments parsed.
+def normalize_messages(messages: Any, field: str = "messages") -> list[dict[str, Any]]:
+    """Checked copies of `messages`, which came in `field`: text parts joined, "developer" read as "system", tool-call
+    arguments parsed.
 
     An empty list of tool calls is as none; an assistant's message may have no content, or a refusal for it.
 
     Raises `RequestError` naming the message and key at fault, and for arguments that have too many parts altogether.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
-        raise RequestError("messages must be a non-empty list", field="messages")
+        raise RequestError(f"{field} must be a non-empty list", field=field)
     if len(messages) > MAX_MESSAGES:
-        raise RequestError(f"messages must hold at most {MAX_MESSAGES} messages", field="messages")
+        raise RequestError(f"{field} must hold at most {MAX_MESSAGES} messages", field=field)
     parts = JsonCount(BODY)
-    return [_message(message, f"messages[{index}]", parts) for index, message in enumerate(messages)]
+    return [_message(message, f"{field}[{index}]", parts) for index, message in enumerate(messages)]
 
 
 def normalize_tools(tools: Any) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -41,9 +42,20 @@ class TemplateRenderer:
     def __init__(self) -> None:
         self._own()
 
-    def render(self, template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
-        """The text. Raises `RequestError` when the template refuses the messages, or takes too long or too much for
-        them; `UnavailableError` when there is no process to run it in, `DeadlineError` when all are busy."""
+    def render(
+        self,
+        template: str,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any],
+        *,
+        continue_final_message: bool = False,
+    ) -> str:
+        """The text; with `continue_final_message` it ends where the last message's content does. Raises `RequestError`
+        when the template refuses the messages, or takes too long or too much for them; `UnavailableError` when there is
+        no process to run it in, `DeadlineError` when all are busy."""
+        if continue_final_message:
+            marked, mark = _marked(messages)
+            return _until(mark, self.render(template, marked, variables))
         if os.getpid() != self._pid:
             self._own()  # a fork: the processes are the parent's
         payload = _encode({"template": template, "messages": messages, "variables": variables})
@@ -55,7 +67,12 @@ class TemplateRenderer:
             self._permits.release()
 
     def submit(
-        self, template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
+        self,
+        template: str,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any],
+        *,
+        continue_final_message: bool = False,
     ) -> concurrent.futures.Future[str]:
         """As `render`, in a thread of a few of its own: for event loops."""
         if os.getpid() != self._pid:
@@ -65,7 +82,7 @@ class TemplateRenderer:
         def render() -> str:
             if time.monotonic() > deadline:
                 raise DeadlineError("other chat templates are being rendered")
-            return self.render(template, messages, variables)
+            return self.render(template, messages, variables, continue_final_message=continue_final_message)
 
         return self._threads.submit(render)
 
@@ -163,6 +180,25 @@ class _Process:
         self._link.close()
         self._process.kill()
         self._process.wait()
+
+
+def _marked(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], str]:
+    """The messages with a mark behind the last one's content, which no template trims, and the mark."""
+    *before, last = messages
+    content = last.get("content")
+    if not isinstance(content, str) or last.get("tool_calls"):
+        message = "continue_final_message needs a last message that is text, without tool calls"
+        raise RequestError(message, field="continue_final_message")
+    mark = f"END{secrets.token_hex(16)}"
+    return [*before, {**last, "content": content + mark}], mark
+
+
+def _until(mark: str, text: str) -> str:
+    before, found, _ = text.rpartition(mark)
+    if not found:
+        message = "continue_final_message: the chat template does not show what the last message says"
+        raise RequestError(message, field="continue_final_message")
+    return before
 
 
 def _encode(request: Mapping[str, Any]) -> bytes:

@@ -128,19 +128,34 @@ class Tokenizer:
         return (anchor + stream.push((token,)) + stream.finish())[len(anchor) :].encode("utf-8", "replace")
 
     def render_chat(
-        self, messages: Messages, tools: Tools = None, add_generation_prompt: bool = True, **template_arguments: Any
+        self,
+        messages: Messages,
+        tools: Tools = None,
+        add_generation_prompt: bool = True,
+        *,
+        continue_final_message: bool = False,
+        **template_arguments: Any,
     ) -> str:
-        """The chat template's text, rendered in a process of its own with a bound on time and memory.
+        """The chat template's text, rendered in a process of its own with a bound on time and memory. With
+        `continue_final_message` it ends where the last message's content does, so that a reply goes on with it.
 
         Raises `RequestError` when there is no template or it refuses the messages.
         """
-        return self._renderer.render(*self._rendering(messages, tools, add_generation_prompt, template_arguments))
+        rendering = self._rendering(messages, tools, add_generation_prompt, template_arguments)
+        return self._renderer.render(*rendering, continue_final_message=continue_final_message)
 
     def submit_chat(
-        self, messages: Messages, tools: Tools = None, add_generation_prompt: bool = True, **template_arguments: Any
+        self,
+        messages: Messages,
+        tools: Tools = None,
+        add_generation_prompt: bool = True,
+        *,
+        continue_final_message: bool = False,
+        **template_arguments: Any,
     ) -> Future[str]:
         """As `render_chat`, for a caller that must not wait: the text comes later, and so may its `RequestError`."""
-        return self._renderer.submit(*self._rendering(messages, tools, add_generation_prompt, template_arguments))
+        rendering = self._rendering(messages, tools, add_generation_prompt, template_arguments)
+        return self._renderer.submit(*rendering, continue_final_message=continue_final_message)
 
     def interrupt_chats(self) -> None:
         """Refuse the conversations that are being rendered now."""

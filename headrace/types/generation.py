@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -91,3 +91,19 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     num_preemptions: int = 0
     times: Times | None = None
     seed: int = 0
+
+
+class ChatReply(msgspec.Struct, frozen=True, kw_only=True):
+    """One reply to a conversation.
+
+    message           {"role": "assistant", "content": text or None, "tool_calls": [...] where it has some}, in OpenAI's
+                      form: append it to the conversation. Where a final message was continued, what is new only
+    finish_reason     that of `sample`, or "tool_calls" where it stopped with calls
+    sample            the tokens and log-probabilities; `prompt_index` says of which conversation
+    prompt_token_ids  what the chat template made of the conversation; [] where it failed
+    """
+
+    message: dict[str, Any]
+    finish_reason: str
+    sample: Generation
+    prompt_token_ids: list[int]

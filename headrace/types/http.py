@@ -52,6 +52,19 @@ class GenerateAsk(msgspec.Struct, frozen=True, kw_only=True):
     scores: bool = False
 
 
+class ChatAsk(msgspec.Struct, frozen=True, kw_only=True):
+    """`Engine.chat`, with its arguments as they were given."""
+
+    messages: Any
+    sampling_params: Any = None
+    tools: Any = None
+    chat_template_kwargs: Any = None
+    add_generation_prompt: Any = None
+    continue_final_message: Any = False
+    parallel_tool_calls: Any = True
+    options: dict[str, Any] = {}
+
+
 class StreamPart(msgspec.Struct, frozen=True, array_like=True):
     """A part of a streamed answer. One that breaks off before `is_last` was cut: the server is gone."""
 

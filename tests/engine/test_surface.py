@@ -14,6 +14,7 @@ METHODS = {
     "abort",
     "abort_update",
     "begin_update",
+    "chat",
     "collective_rpc",
     "commit",
     "destroy_weights_update_group",

@@ -76,7 +76,7 @@ def test_the_text_is_that_of_transformers(template: str) -> None:
     backend = builders.byte_level(template)
     ours = Tokenizer(backend)
     for tools in (None, TOOLS):
-        for more in (dict[str, str](), {"thinking": "on", "bos_token": "<b>"}):
+        for more in (dict[str, Any](), {"thinking": "on", "bos_token": "<b>"}):
             expected = backend.apply_chat_template(
                 MESSAGES, tools=tools, add_generation_prompt=True, tokenize=False, **more
             )

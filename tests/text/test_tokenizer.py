@@ -81,7 +81,7 @@ def test_a_chat_template_may_give_its_text(tokenizer: Tokenizer) -> None:
     messages = [{"role": "user", "content": "hi"}]
     assert tokenizer.apply_chat_template(messages, tokenize=False) == tokenizer.render_chat(messages)
     assert tokenizer.apply_chat_template(messages, tokenize=True) == tokenizer.apply_chat_template(messages)
-    for name in ("return_tensors", "return_dict", "chat_template", "continue_final_message"):
+    for name in ("return_tensors", "return_dict", "chat_template"):
         more: dict[str, Any] = {name: True}
         with pytest.raises(RequestError, match=f"{name} may not be set"):
             tokenizer.apply_chat_template(messages, **more)

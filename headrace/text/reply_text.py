@@ -1,4 +1,4 @@
-"""Tool calls of a chat reply. Owns how those that the text holds are told to the client."""
+"""Tool calls of a chat reply. Owns how those that the text holds are told to whoever asked, in OpenAI's spelling."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from typing import Any
 
 import msgspec
 
-from headrace.text import ToolCall, ToolCallParser, ToolCallStyle, new_call_id
+from headrace.text.tool_calls import ToolCall, ToolCallStyle, new_call_id
+from headrace.text.tool_parser import ToolCallParser
 
 
 class ToolReader(msgspec.Struct, frozen=True):
-    """How the replies to one conversation are read. `hidden` are tags that are special tokens which the client does not
-    want to see, `thought` the tag of one that the prompt leaves open."""
+    """How the replies to one conversation are read. `hidden` are tags that are special tokens which nobody
+    wants to see, `thought` the tag of one that the prompt leaves open."""
 
     style: ToolCallStyle
     tool_names: frozenset[str]
