@@ -26,9 +26,11 @@ from headrace.client.uploads import Uploads
 from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, seconds_of, tags_of, terms_of, terms_of_part, version_of
 from headrace.engine.fields import InputIds, Prompts, Sampling, name_of
 from headrace.engine.requests import GenerateOptions
+from headrace.engine.rewards import checked_rewards
 from headrace.engine.saving import DEFAULT_SAVE_TIMEOUT, DEFAULT_SHARD_BYTES
 from headrace.engine.tensors import HeldTensors, NamedTensors, to_tensor
 from headrace.engine.update_session import Manifest, UpdateSession, check_session, manifest_of
+from headrace.telemetry import Rewards
 from headrace.types.errors import DeadlineError, HeadraceError, RequestError, UnavailableError, UnreachableError
 from headrace.types.generation import Generation
 from headrace.types.http import (
@@ -337,6 +339,11 @@ class AsyncClient:
     async def weights_checker(self, action: str) -> dict[str, str]:
         """See `AsyncEngine.weights_checker`."""
         return await self._control("weights_checker", {"action": action}, dict[str, str])
+
+    async def give_rewards(self, rewards: Rewards) -> int:
+        """See `AsyncEngine.give_rewards`."""
+        call = self._calls.data("give_rewards", {"rewards": checked_rewards(rewards)})
+        return read((await self._transport.send(call)).body, int)
 
     async def slow_down(self, forward_sleep_time: float | None = None) -> None:
         """See `AsyncEngine.slow_down`."""

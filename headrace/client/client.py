@@ -83,6 +83,7 @@ class Client:
     save_sharded_model = _blocking(AsyncClient.save_sharded_model)
     save_remote_model = _blocking(AsyncClient.save_remote_model)
     weights_checker = _blocking(AsyncClient.weights_checker)
+    give_rewards = _blocking(AsyncClient.give_rewards)
     slow_down = _blocking(AsyncClient.slow_down)
     freeze_gc = _blocking(AsyncClient.freeze_gc)
     start_profile = _blocking(AsyncClient.start_profile)

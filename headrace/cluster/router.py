@@ -13,6 +13,7 @@ from headrace.cluster.fan_out import FanOut
 from headrace.cluster.front import Exchange, Front, FrontBounds, not_found
 from headrace.cluster.health import Watch
 from headrace.cluster.http_parts import Head
+from headrace.cluster.lookout import Lookout
 from headrace.cluster.metrics import RouterMetrics
 from headrace.cluster.options import RouterOptions
 from headrace.cluster.own_calls import OwnCalls
@@ -41,7 +42,8 @@ class ReplicaRouter:
             self.replicas.add(url)
         self._metrics = RouterMetrics(self.replicas)
         self._watch = Watch(self.replicas, options.stuck_timeout)
-        self._own = OwnCalls(self.replicas, self._watch, self._metrics)
+        self._lookout = Lookout(self.replicas, options)
+        self._own = OwnCalls(self.replicas, self._watch, self._metrics, self._lookout)
         self._proxy = Proxy(self.replicas, options, self._metrics)
         self._fan_out = FanOut(self.replicas, options)
         self._keys = keys_of(options.api_key, options.admin_api_key)
@@ -59,6 +61,7 @@ class ReplicaRouter:
         self._own.is_draining = True
         await self._front.close(self._options.drain_timeout if timeout is None else timeout)
         self._watch.close()
+        self._lookout.close()
         for each in self.replicas:
             each.upstream.close()
         await asyncio.sleep(0)  # the transports close

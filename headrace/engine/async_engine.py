@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack, get_args
 
-from headrace.engine import chat, disk_update, groups, probing, saving
+from headrace.engine import chat, disk_update, groups, probing, rewards, saving
 from headrace.engine.control import (
     DEFAULT_UPDATE_TIMEOUT,
     UpdateTerms,
@@ -399,6 +399,8 @@ class AsyncEngine(EngineLifecycle):
         return await self.runtime.client.change_for_good(
             lambda call_id: WeightsChecker(call_id, action), dict[str, str]
         )
+
+    give_rewards = _on_engine_loop(rewards.give_rewards)
 
     slow_down = _on_engine_loop(probing.slow_down)
     freeze_gc = _on_engine_loop(probing.freeze_gc)

@@ -99,6 +99,8 @@ class CoreClient:
         self._end: HeadraceError | None = None
         self._barred: HeadraceError | None = None
         self.status: CoreStatus | None = None
+        self.on_status: Callable[[CoreStatus], None] | None = None
+        """Hears of every one."""
         self._work = WorkLog()
         self.is_whole = True
         self.devices: tuple[str, ...] = ()
@@ -283,6 +285,8 @@ class CoreClient:
     def _note(self, status: CoreStatus) -> None:
         self.status = status
         self._work.note(status, time.monotonic())
+        if self.on_status is not None:
+            self.on_status(status)
         if status.state != "updating":  # while updating it stays what it was before
             self.is_whole = status.state == "ready"
 

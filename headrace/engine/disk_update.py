@@ -43,5 +43,5 @@ async def update_weights_from_disk(
         UpdateReport,
         terms.timeout_s,
     )
-    note_update(report, ["a folder"], time.monotonic() - since, self.runtime.latencies)
+    note_update(report, ["a folder"], time.monotonic() - since, self.runtime.lookback)
     return report

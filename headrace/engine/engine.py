@@ -139,6 +139,7 @@ class Engine:
     save_sharded_model = _blocking(AsyncEngine.save_sharded_model)
     save_remote_model = _blocking(AsyncEngine.save_remote_model)
     weights_checker = _blocking(AsyncEngine.weights_checker)
+    give_rewards = _blocking(AsyncEngine.give_rewards)
     slow_down = _blocking(AsyncEngine.slow_down)
     freeze_gc = _blocking(AsyncEngine.freeze_gc)
     start_profile = _blocking(AsyncEngine.start_profile)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import msgspec
 
 from headrace.engine.client import CoreClient
-from headrace.engine.latencies import Latencies
+from headrace.engine.lookback import Lookback
 from headrace.engine.pacing import Turn
 from headrace.engine.requests import GenerateItem, RequestBuilder
 from headrace.engine.stream import EndKind, Stream, all_or_none
@@ -31,10 +31,10 @@ class Intake:
         builder: RequestBuilder,
         tokenizer: Tokenizer | None,
         request_timeout: float | None,
-        latencies: Latencies,
+        lookback: Lookback,
     ) -> None:
         self._client = client
-        self._latencies = latencies
+        self._lookback = lookback
         self._builder = builder
         self._tokenizer = tokenizer
         self._request_timeout = request_timeout
@@ -133,8 +133,7 @@ class Intake:
     def _on_end(self, stream: Stream, kind: EndKind) -> None:
         request = stream.request
         self._client.drop(request.handle, is_answered=kind == "answered")
-        sample = stream.sample
-        self._latencies.note_end(stream.queued_at, sample.times, stream.ended_at, len(sample.token_ids))
+        self._lookback.note_end(stream)
         streams = self._live.get(request.request_id)
         if streams is not None:
             streams.pop(stream.item.index, None)

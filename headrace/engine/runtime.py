@@ -26,8 +26,8 @@ from headrace.engine.client import CoreClient
 from headrace.engine.core_host import CoreHost, ExecutorKind, start_core
 from headrace.engine.health import HealthLimits
 from headrace.engine.joined_update import JoinedUpdate
-from headrace.engine.latencies import Latencies
 from headrace.engine.ledger import Ledger
+from headrace.engine.lookback import Lookback
 from headrace.engine.supervision import Supervisor
 from headrace.engine.update import Updater
 from headrace.ipc import keep_standard_numbers
@@ -217,13 +217,14 @@ class EngineLoop:
             raise
         limits = HealthLimits(watchdog=engine.watchdog_timeout)
         ledger = Ledger(engine.initial_version)
+        self.lookback = Lookback(engine.page_size)
         self.client = CoreClient(link, host.pulse, engine.control_timeout, self._core_died, limits, ledger)
+        self.client.on_status = self.lookback.note_status
         # A core in the caller's process is not restarted: what broke the device for it has broken it for the caller.
         max_restarts = 0 if inprocess else engine.max_core_restarts or 0
         self.supervisor = Supervisor(host, self.client, resolved, executor, max_restarts)
         of_engine: Any = {"dtype": resolved.dtype, "num_ranks": resolved.num_ranks}
-        self.latencies = Latencies()
-        self.updater = Updater(self.client, self.loop, self.latencies, shares_process=inprocess, **of_engine)
+        self.updater = Updater(self.client, self.loop, self.lookback, shares_process=inprocess, **of_engine)
         self.joined = JoinedUpdate(self.updater, self.client)
         self._closers: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._thread = threading.Thread(target=self._run_loop, name="headrace-engine", daemon=True)

@@ -45,7 +45,7 @@ class Running:
         self.tokenizer = tokenizer
         self.runtime = runtime
         self.builder = RequestBuilder(resolved, tokenizer)
-        self.intake = Intake(runtime.client, self.builder, tokenizer, config.request_timeout, runtime.latencies)
+        self.intake = Intake(runtime.client, self.builder, tokenizer, config.request_timeout, runtime.lookback)
 
     def note_restart(self, ready: CoreReady) -> None:
         """Another core may have found room for more or less."""

@@ -64,6 +64,11 @@ class Stream:
         self._has_taken_end = False
 
     @property
+    def finish_type(self) -> str:
+        """Why it has ended; "" while it has not."""
+        return "" if self._finish is None else self._finish.type
+
+    @property
     def prompt_token_ids(self) -> list[int]:
         """The prompt's ids, as they went to the core."""
         ids: list[int] = unpack_ids(self.request.prompt).tolist()

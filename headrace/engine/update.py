@@ -23,7 +23,7 @@ from headrace.engine.client import CoreClient
 from headrace.engine.control import UpdateTerms
 from headrace.engine.device_export import DeviceExport
 from headrace.engine.device_road import DeviceRoad
-from headrace.engine.latencies import Latencies
+from headrace.engine.lookback import Lookback
 from headrace.engine.memory_copy import CopyingThreads
 from headrace.engine.tensors import (
     DeviceBytes,
@@ -68,7 +68,7 @@ class Updater:
         self,
         client: CoreClient,
         loop: asyncio.AbstractEventLoop,
-        latencies: Latencies,
+        lookback: Lookback,
         *,
         shares_process: bool,
         dtype: str = "",
@@ -78,7 +78,7 @@ class Updater:
         self._dtype, self._num_ranks = dtype, num_ranks
         self._client = client
         self._loop = loop
-        self._latencies = latencies
+        self._lookback = lookback
         self._threads = CopyingThreads()
         self._host = BufferPool(HostMemory, BUFFER_BYTES)
         self._road = DeviceRoad(client, shares_process=shares_process)
@@ -125,7 +125,7 @@ class Updater:
         report = await self._client.change_for_good(
             lambda call_id: CommitUpdate(call_id, session.session_id, version=version), UpdateReport
         )
-        note_update(report, session.roads, time.monotonic() - session.begun_at, self._latencies)
+        note_update(report, session.roads, time.monotonic() - session.begun_at, self._lookback)
         return report
 
     async def abort(self, session: UpdateSession | None) -> None:

@@ -7,24 +7,24 @@ from collections.abc import Iterable
 
 import msgspec
 
-from headrace.engine.latencies import Latencies
+from headrace.engine.lookback import Lookback
 from headrace.types.weights import UpdateReport
 
 logger = logging.getLogger(__name__)
 
 
-def note_update(report: UpdateReport, roads: Iterable[str], seconds: float, latencies: Latencies) -> None:
-    """Say that new weights are live, `seconds` after the update was begun; `roads` are the ways by which they came. Its
-    pause counts among the `latencies`."""
-    latencies.note_pause(report.pause_ms / 1e3)
-    road = " and ".join(sorted(roads))
+def note_update(report: UpdateReport, roads: Iterable[str], seconds: float, lookback: Lookback) -> None:
+    """Say that new weights are live, `seconds` after the update was begun; `roads` are the ways by which they came. The
+    `lookback` hears of it."""
+    road = " and ".join(sorted(roads)) or "no road"
+    lookback.note_update(report, road, seconds)
     aborted = f", {report.num_aborted} requests aborted" if report.num_aborted else ""
     logger.info(
         "weights %s are live: %d tensors, %s by %s, %s, in %.0f ms, of which %.1f ms without a step%s",
         report.version,
         report.num_tensors,
         _size(report.num_bytes),
-        road or "no road",
+        road,
         report.mode,
         1e3 * seconds,
         report.pause_ms,

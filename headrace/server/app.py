@@ -16,6 +16,7 @@ from headrace.server import errors
 from headrace.server.admin import AdminFace
 from headrace.server.auth import Access, Auth, keys_of
 from headrace.server.browsers import Hosts
+from headrace.server.dashboard import DashboardFace
 from headrace.server.folders import Folders
 from headrace.server.gate import Gate
 from headrace.server.info import InfoFace
@@ -111,5 +112,6 @@ def all_endpoints(state: ServerState) -> list[Endpoint]:
         SurfaceFace(state, folders),
         WeightsFace(state, folders),
         SaveFace(state, folders),
+        DashboardFace(state),
     )
     return [endpoint for face in faces for endpoint in face.endpoints()]

@@ -192,7 +192,7 @@ class InfoFace:
             values = {}
         values = {**values, "is_ready": float(self._state.is_ready), "is_alive": float(self._engine.is_alive)}
         labels = {"model_name": self._state.model_name}
-        latencies = self._engine.runtime.latencies
+        latencies = self._engine.runtime.lookback.latencies
         return Response(self._state.metrics.render(values, latencies, labels), media_type=metrics.CONTENT_TYPE)
 
     def _weights_state(self) -> str:

@@ -36,7 +36,7 @@ from headrace.types.http import MESSAGE_TYPE, PREFIX, ChatAsk, GenerateAsk, Stre
 Ask = TypeVar("Ask")
 MAX_CALL_BYTES = 1 << 20
 CALLS: dict[str, Access] = {
-    **dict.fromkeys(("metrics", "status"), "data"),
+    **dict.fromkeys(("metrics", "status", "give_rewards"), "data"),
     **dict.fromkeys(("abort", "resume", "flush_cache", "set_weight_version", "digest", "weights_checker"), "admin"),
     **dict.fromkeys(("release_memory_occupation", "resume_memory_occupation"), "admin"),
     **dict.fromkeys(("init_weights_update_group", "destroy_weights_update_group"), "admin"),

@@ -28,7 +28,7 @@ from headrace.core.loop import CoreLoop
 from headrace.engine.client import CoreClient
 from headrace.engine.control import UpdateTerms
 from headrace.engine.health import HealthLimits
-from headrace.engine.latencies import Latencies
+from headrace.engine.lookback import Lookback
 from headrace.engine.update import Updater
 from headrace.ipc import Pulse, PulsePage, make_pair
 from headrace.types.errors import DeadlineError, HeadraceError, ShutdownError, UpdateConflictError
@@ -172,7 +172,7 @@ class World:
         self._spy()
         limits = HealthLimits(watchdog=1e9, patience=1e9, hopeless=1e9)
         self.client = CoreClient(front, page, MAX_LIMIT, lambda _: None, limits, clock=self.clock.time)
-        self.updater = Updater(self.client, self.clock, Latencies(), shares_process=False)
+        self.updater = Updater(self.client, self.clock, Lookback(), shares_process=False)
         self.link.send(CoreReady())
         start = self.clock.create_task(self.client.start(60.0))
         self.run_until(start.done)

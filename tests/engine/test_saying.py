@@ -16,7 +16,7 @@ import pytest
 
 from headrace import Engine, Generation, RequestError
 from headrace.engine.core_host import load_tokenizer
-from headrace.engine.latencies import Latencies
+from headrace.engine.lookback import Lookback
 from headrace.engine.update_log import note_update
 from headrace.engine.work_log import INTERVAL_SECONDS, WorkLog
 from headrace.telemetry import LogContext, configure_logging
@@ -170,7 +170,7 @@ def test_json_lines_have_what_the_words_say_as_fields() -> None:
     stream = StringIO()
     for as_json in (True, False):
         configure_logging(LogContext(), as_json=as_json, stream=stream)
-        note_update(UpdateReport("7", 3, 10, 1_500_000_000, "shadow", 2.5, 4), {"HTTP"}, 1.25, Latencies())
+        note_update(UpdateReport("7", 3, 10, 1_500_000_000, "shadow", 2.5, 4), {"HTTP"}, 1.25, Lookback())
     as_fields, plain = stream.getvalue().splitlines()
     said = "weights 7 are live: 10 tensors, 1.50 GB by HTTP, shadow, in 1250 ms, of which 2.5 ms without a step"
     assert plain.endswith(f"{said}, 4 requests aborted")
