@@ -1,40 +1,31 @@
-"""Control calls that concern all replicas: each is asked, at once, and the answer says what became of each.
-
-It succeeds if all do. Owns how several answers become one; nothing is tried again, since a call that broke off may have
-been carried out.
+"""Control calls that concern all replicas: each is asked, at once, and the answer says what became of each. It succeeds
+if all do. Calls that bring weights are `updates`'.
 """
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import msgspec
 
+from headrace.cluster.asking import ReplicaAnswer, ask_each, failure_of, said_alike
 from headrace.cluster.front import Exchange
 from headrace.cluster.http_parts import Head
-from headrace.cluster.messages import RequestParts, exchange_whole
 from headrace.cluster.options import RouterOptions
-from headrace.cluster.replicas import RemoteReplica, Replicas
-from headrace.server.errors import body_of, error_body
-from headrace.types.errors import DeadlineError, HeadraceError, UnreachableError, UpdateConflictError
+from headrace.cluster.replicas import Replicas
+from headrace.server.errors import body_of
+from headrace.types.errors import UnreachableError, UpdateConflictError
+from headrace.types.http import MESSAGE_TYPE, PREFIX
 
 _OK = 200
 _EMPTIES_CACHES = frozenset(
     (
         *("/flush_cache", "/reset_prefix_cache", "/release_memory_occupation", "/sleep"),
-        *("/update_weights_from_disk", "/update_weight_version"),
+        *(f"{PREFIX}/flush_cache", f"{PREFIX}/release_memory_occupation"),
     )
 )
-
-
-class Outcome(msgspec.Struct, frozen=True):
-    """What became of a call at one replica; `body` is what it answered, JSON as such and anything else as text."""
-
-    id: str
-    url: str
-    status: int
-    body: Any
+_SUMS = frozenset((f"{PREFIX}/abort", f"{PREFIX}/flush_cache"))
+"""Calls of our own client that answer with a number, of all replicas the sum."""
 
 
 class FanOut:
@@ -45,81 +36,54 @@ class FanOut:
         self._options = options
 
     async def command(self, head: Head, body: bytes, exchange: Exchange) -> None:
-        """A call that does something. The answer has what all said alike, and all of it under `results`."""
-        outcomes = await self._ask_all(head, body, self._options.admin_key)
+        """A call that does something. The answer has what all said alike, and all of it under `results`; one of our own
+        client's is what the first replica said, or a sum."""
+        answers = await self._ask_all(head, body, self._options.admin_key)
         if head.path in _EMPTIES_CACHES:
             self._replicas.forget_caches()
-        failed = [each for each in outcomes if each.status != _OK]
-        if failed:
-            exchange.error({**_failure(failed, len(outcomes)), "success": False, "results": _builtins(outcomes)})
+        if self._refuse(answers, exchange):
+            return
+        if head.path.startswith(f"{PREFIX}/"):
+            numbers = (msgspec.msgpack.decode(each.raw, type=int) for each in answers)
+            reply_packed(exchange, msgspec.msgpack.encode(sum(numbers)) if head.path in _SUMS else answers[0].raw)
         else:
-            _reply(exchange, {"success": True, **_common(outcomes), "results": _builtins(outcomes)})
+            alike = said_alike([each.value for each in answers])
+            reply_json(exchange, {"success": True, **alike, "results": [each.shown() for each in answers]})
 
     async def question(self, head: Head, body: bytes, exchange: Exchange) -> None:
         """A call that only asks. The answer is the one that all give; if they differ it is 409, which may pass."""
-        outcomes = await self._ask_all(head, body, self._options.data_key)
-        failed = [each for each in outcomes if each.status != _OK]
-        if failed:
-            exchange.error({**_failure(failed, len(outcomes)), "results": _builtins(outcomes)})
-        elif any(each.body != outcomes[0].body for each in outcomes):
-            told = UpdateConflictError("the replicas differ in this: see results")
-            exchange.error({**body_of(told), "results": _builtins(outcomes)})
+        answers = await self._ask_all(head, body, self._options.data_key)
+        if self._refuse(answers, exchange):
+            return
+        is_packed = head.path.startswith(f"{PREFIX}/")
+        said = [each.raw if is_packed else each.value for each in answers]
+        results = {} if is_packed else {"results": [each.shown() for each in answers]}
+        if any(each != said[0] for each in said):
+            told = UpdateConflictError("the replicas differ in this: see results" if results else "the replicas differ")
+            exchange.error({**body_of(told), **results})
+        elif is_packed:
+            reply_packed(exchange, answers[0].raw)
         else:
-            _reply(exchange, {**_common(outcomes), "results": _builtins(outcomes)})
+            reply_json(exchange, {**said_alike(said), **results})
 
-    async def _ask_all(self, head: Head, body: bytes, key: str | None) -> list[Outcome]:
+    async def _ask_all(self, head: Head, body: bytes, key: str | None) -> list[ReplicaAnswer]:
         if not len(self._replicas):
             raise UnreachableError("there is no replica: POST /workers adds one")
-        parts = RequestParts(head, body, key)
-        return await asyncio.gather(*(self._ask(each, parts) for each in self._replicas))
+        return await ask_each(head, dict.fromkeys(self._replicas, body), key, self._options.control_timeout)
 
-    async def _ask(self, replica: RemoteReplica, parts: RequestParts) -> Outcome:
-        limit = self._options.control_timeout
-        try:
-            async with asyncio.timeout(limit):
-                answer, body = await exchange_whole(replica.upstream, parts.head_for(replica), parts.body)
-        except TimeoutError:
-            return _failed(replica, DeadlineError(f"no answer within {limit:g} s"))
-        except HeadraceError as error:
-            return _failed(replica, error)
-        return Outcome(replica.id, replica.url, answer.status, _decoded(body))
+    def _refuse(self, answers: list[ReplicaAnswer], exchange: Exchange) -> bool:
+        """Whether one failed, and so all did."""
+        failed = [each for each in answers if not each.is_ok]
+        if failed:
+            results = [each.shown() for each in answers]
+            exchange.error({**failure_of(failed, len(answers)), "success": False, "results": results})
+        return bool(failed)
 
 
-def _failed(replica: RemoteReplica, error: HeadraceError) -> Outcome:
-    return Outcome(replica.id, replica.url, error.status, body_of(error))
-
-
-def _decoded(body: bytes) -> Any:
-    try:
-        return msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return body.decode("utf-8", "replace")
-
-
-def _common(outcomes: list[Outcome]) -> dict[str, Any]:
-    """What all answers say alike, of those that are objects."""
-    first = outcomes[0].body
-    if not all(isinstance(each.body, dict) for each in outcomes):
-        return {}
-    return {key: value for key, value in first.items() if all(each.body.get(key) == value for each in outcomes)}
-
-
-def _failure(failed: list[Outcome], num_asked: int) -> dict[str, Any]:
-    """The error body: the gravest status, and whether it is worth while to try again."""
-    bodies = [each.body if isinstance(each.body, dict) else {"message": str(each.body)} for each in failed]
-    first, status = bodies[0], max(each.status for each in failed)
-    reason = first.get("message") or f"it answered {failed[0].status}"
-    message = f"{len(failed)} of {num_asked} replicas failed; {failed[0].id}: {reason}"
-    retryable = all(body.get("retryable") is True for body in bodies)
-    kinds = {body.get("err_type", "") for body in bodies}
-    kind = kinds.pop() if len(kinds) == 1 else ""
-    param = first.get("param") if len(failed) == num_asked else None
-    return error_body(max(status, 400), message, param=param or "", retryable=retryable, err_type=kind)
-
-
-def _builtins(outcomes: list[Outcome]) -> list[dict[str, Any]]:
-    return [msgspec.structs.asdict(each) for each in outcomes]
-
-
-def _reply(exchange: Exchange, value: Any) -> None:
+def reply_json(exchange: Exchange, value: Any) -> None:
     exchange.reply(_OK, [(b"content-type", b"application/json")], msgspec.json.encode(value))
+
+
+def reply_packed(exchange: Exchange, raw: bytes) -> None:
+    """MessagePack, for a client of ours."""
+    exchange.reply(_OK, [(b"content-type", MESSAGE_TYPE.encode())], raw)

@@ -10,8 +10,8 @@ import asyncio
 
 import msgspec
 
-from headrace.cluster.http_parts import write_head
-from headrace.cluster.messages import exchange_whole
+from headrace.cluster.http_parts import Head, write_head
+from headrace.cluster.messages import INSTANCE_HEADER, exchange_whole
 from headrace.cluster.replicas import RemoteReplica, Replicas
 from headrace.types.errors import HeadraceError
 
@@ -64,31 +64,30 @@ class Watch:
         del self._tasks[replica.number]
 
     async def _look(self, replica: RemoteReplica) -> None:
-        loop = asyncio.get_running_loop()
+        loop, fence_number = asyncio.get_running_loop(), self._replicas.fence.number
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
-                status, _ = await _get(replica, b"/health")
-                ready_status, body = await _get(replica, b"/ready") if status == _OK else (0, b"")
+                health, _ = await _get(replica, b"/health")
+                ready, body = await _get(replica, b"/ready") if health.status == _OK else (health, b"")
         except TimeoutError:
             self._replicas.set_unhealthy(replica, f"no answer within {ANSWER_SECONDS:g} s", loop.time())
             return
         except HeadraceError as error:
             self._replicas.set_unhealthy(replica, error.message, loop.time())
             return
-        if status != _OK:
-            self._replicas.set_unhealthy(replica, f"/health answers {status}", loop.time())
+        if health.status != _OK:
+            self._replicas.set_unhealthy(replica, f"/health answers {health.status}", loop.time())
             return
         told = _read(body)
-        is_ready = ready_status in (_OK, _NOT_FOUND)  # other servers have no such call
-        version = told.weight_version if ready_status == _OK else None
-        self._replicas.set_healthy(replica, "" if is_ready else told.message, version)
+        is_ready = ready.status in (_OK, _NOT_FOUND)  # other servers have no such call
+        is_news = self._replicas.fence.number == fence_number  # or it may tell of the weights before
+        version = told.weight_version if ready.status == _OK and is_news else None
+        self._replicas.set_healthy(replica, "" if is_ready else told.message, version, ready.header(INSTANCE_HEADER))
 
 
-async def _get(replica: RemoteReplica, path: bytes) -> tuple[int, bytes]:
-    head, body = await exchange_whole(
-        replica.upstream, write_head(b"GET %b HTTP/1.1" % path, [(b"host", replica.host_header)]), b""
-    )
-    return head.status, body
+async def _get(replica: RemoteReplica, path: bytes) -> tuple[Head, bytes]:
+    head = write_head(b"GET %b HTTP/1.1" % path, [(b"host", replica.host_header)])
+    return await exchange_whole(replica.upstream, head, b"")
 
 
 def _read(body: bytes) -> _Ready:

@@ -9,9 +9,11 @@ from headrace.cluster.upstream import Upstream
 
 _NOT_SENT_ON = HOP_HEADERS | {b"host", b"content-length", b"origin", b"sec-fetch-site", b"authorization"}
 """What a page of a browser sends is judged here: a replica knows another name, by which all pages are strangers."""
-_NOT_PASSED_BACK = HOP_HEADERS | {b"content-length"}
+_NOT_PASSED_BACK = HOP_HEADERS | {b"content-length", b"x-headrace-instance"}
 REPLICA_HEADER = b"x-headrace-replica"
 """Of an answer: which replica gave it."""
+INSTANCE_HEADER = b"x-headrace-instance"
+"""Of a replica's answer: which process gave it."""
 
 
 class RequestParts:
@@ -42,7 +44,7 @@ def headers_back(head: Head, replica: RemoteReplica) -> Headers:
 
 async def exchange_whole(upstream: Upstream, head: bytes, body: bytes) -> tuple[Head, bytes]:
     """A request and its whole answer, on a connection of its own: what may have been done is never sent twice."""
-    async with upstream.connection(fresh=True) as connection:
+    async with upstream.connection(fresh=True, is_data=False) as connection:
         connection.send(head, body)
         answer = await connection.read_head()
         parts = []

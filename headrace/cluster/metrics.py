@@ -30,6 +30,7 @@ class RouterMetrics:
         )
         self.retries = self._counter("retries", "data calls that were asked of another replica")
         self.broken_streams = self._counter("broken_streams", "streams that a replica broke off")
+        self.updates = self._counter("updates", "updates that have returned: fences")
         self.disconnects = self._counter("disconnects", "clients gone before their answer was complete")
         self._prompt_tokens = self._counter("prompt_tokens", "tokens of prompts, as estimated")
         self._cached_tokens = self._counter("cached_tokens", "of these, expected in the chosen replica's cache")
@@ -61,6 +62,7 @@ class _ReplicaCollector(Collector):
         names = ["replica", "url"]
         healthy = GaugeMetricFamily("headrace_router_replica_is_healthy", "it may be chosen", labels=names)
         ready = GaugeMetricFamily("headrace_router_replica_is_ready", "a request would start at once", labels=names)
+        current = GaugeMetricFamily("headrace_router_replica_is_current", "it holds the current weights", labels=names)
         requests = GaugeMetricFamily("headrace_router_replica_num_requests", "without an answer", labels=names)
         tokens = GaugeMetricFamily("headrace_router_replica_num_tokens", "expected of these", labels=names)
         sent = CounterMetricFamily("headrace_router_replica_requests", "sent there so far", labels=names)
@@ -68,7 +70,8 @@ class _ReplicaCollector(Collector):
             labels = [each.id, each.url]
             healthy.add_metric(labels, each.is_healthy)
             ready.add_metric(labels, each.is_ready)
+            current.add_metric(labels, each.is_current)
             requests.add_metric(labels, each.num_requests)
             tokens.add_metric(labels, each.num_tokens)
             sent.add_metric(labels, each.num_sent)
-        yield from (healthy, ready, requests, tokens, sent)
+        yield from (healthy, ready, current, requests, tokens, sent)

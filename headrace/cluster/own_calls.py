@@ -121,6 +121,7 @@ def _shown(replica: RemoteReplica) -> dict[str, Any]:
         "connection_mode": "http",
         "is_healthy": replica.is_healthy,
         "is_ready": replica.is_ready,
+        "is_current": replica.is_current,
         "ailment": replica.ailment,
         "load": replica.num_requests,
         "num_tokens": replica.num_tokens,

@@ -13,13 +13,13 @@ import msgspec
 
 from headrace.cluster.front import Exchange
 from headrace.cluster.http_parts import Head
-from headrace.cluster.messages import RequestParts, headers_back
+from headrace.cluster.messages import INSTANCE_HEADER, RequestParts, headers_back
 from headrace.cluster.metrics import RouterMetrics
 from headrace.cluster.options import RouterOptions
 from headrace.cluster.policies import Ask
 from headrace.cluster.prompts import read_ask
 from headrace.cluster.replicas import RemoteReplica, Replicas
-from headrace.cluster.upstream import BrokenAnswerError, UpstreamConnection
+from headrace.cluster.upstream import BrokenAnswerError, LeftRotationError, UpstreamConnection
 from headrace.server.errors import event_body
 from headrace.types.errors import DeadlineError, HeadraceError, PauseTimeoutError, UnreachableError
 from headrace.types.http import MESSAGE_TYPE, StreamPart, framed
@@ -55,7 +55,7 @@ class Proxy:
                     reason = f"{replica.id} refused it"
                 except BrokenAnswerError as error:
                     reason = f"{replica.id}: {error.message}"
-                    self._replicas.set_unhealthy(replica, error.message, asyncio.get_running_loop().time())
+                    self._note_broken(replica, error)
             avoided.add(replica.number)
             self._metrics.retries.inc(min(left, 1))
         raise UnreachableError(f"no replica answered in {self._options.max_attempts} attempts; the last one: {reason}")
@@ -73,8 +73,14 @@ class Proxy:
         self, replica: RemoteReplica, parts: RequestParts, exchange: Exchange, *, fresh: bool, is_last: bool
     ) -> bool:
         async with replica.upstream.connection(fresh=fresh) as connection:
+            if not replica.is_current:  # while it connected
+                raise LeftRotationError("it has left the rotation")
             connection.send(parts.head_for(replica), parts.body)
             answer = await connection.read_head()
+            if replica.instance and answer.header(INSTANCE_HEADER) not in (b"", replica.instance):
+                raise BrokenAnswerError(
+                    "another process answers there, whose weights nobody has looked at", had_begun=True
+                )
             if answer.body_size is None or answer.body_size > MAX_HELD_BYTES:
                 await self._stream(replica, answer, connection, exchange)
                 return True
@@ -102,14 +108,18 @@ class Proxy:
                 part = await connection.read_part()
         except (BrokenAnswerError, DeadlineError) as error:
             self._metrics.broken_streams.inc()
-            if isinstance(error, BrokenAnswerError):
-                self._replicas.set_unhealthy(replica, error.message, asyncio.get_running_loop().time())
+            self._note_broken(replica, error)
             told = UnreachableError(f"{replica.id} broke off in the middle of its answer: {error.message}")
             end = _end_of_broken(answer.header(b"content-type"), last, told)
             if end is None:
                 return  # the exchange is not complete: the client sees a broken transfer
             await exchange.send(end)
         exchange.end()
+
+    def _note_broken(self, replica: RemoteReplica, error: HeadraceError) -> None:
+        """A connection that breaks puts a replica out of rotation until it is seen healthy."""
+        if isinstance(error, BrokenAnswerError) and not isinstance(error, LeftRotationError):
+            self._replicas.set_unhealthy(replica, error.message, asyncio.get_running_loop().time())
 
 
 class _Refusal(msgspec.Struct):

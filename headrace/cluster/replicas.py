@@ -1,5 +1,5 @@
 """The replicas of a router. Owns which there are, which of them may be chosen, the load of each as the router counts
-it, and the version of its weights. Sends nothing itself: `health` looks, `proxy` and `fan_out` ask.
+it, and whether its weights are current. Sends nothing itself: `health` looks, `proxy`, `fan_out` and `updates` ask.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator
 from urllib.parse import urlsplit
 
+from headrace.cluster.fence import NO_WEIGHTS, Fence
 from headrace.cluster.policies import Ask, Candidate, Policy, ReplicaChoice
 from headrace.cluster.upstream import Upstream
 from headrace.types.errors import ConfigError, NotFoundError, UnreachableError, UpdateConflictError
@@ -29,14 +30,33 @@ class RemoteReplica:
         self.host_header = url.partition("://")[2].encode()
         self.upstream = upstream
         self.is_healthy = False
-        self.is_ready = False
-        self.ailment = "not looked at yet"
-        """Why it is not healthy, or not ready; "" if it is."""
+        self.trouble = "not looked at yet"
+        """Why it is not healthy, or would not start a request now; "" if it would."""
         self.unhealthy_since: float | None = None
         self.weight_version: str | None = None
+        self.instance = b""
+        """The process that answers there; b"" where it does not say."""
+        self.held = 0
+        """The update whose weights it holds (`Fence`)."""
+        self.is_current = True
+        """Its weights are those of the last update that has returned: without that it is not chosen."""
+        self.wanted_version: str | None = None
+        """Of that update, while it is not current."""
         self.num_requests = 0
         self.num_tokens = 0
         self.num_sent = 0
+
+    @property
+    def is_ready(self) -> bool:
+        """A request would start there now, and may."""
+        return self.is_healthy and self.is_current and not self.trouble
+
+    @property
+    def ailment(self) -> str:
+        """Why it is not ready; "" if it is."""
+        if self.trouble or self.is_current:
+            return self.trouble
+        return f"its weights are {self.weight_version!r}, not those of the last update, {self.wanted_version!r}"
 
     @property
     def candidate(self) -> Candidate:
@@ -51,6 +71,7 @@ class Replicas:
         self._policy = policy
         self._make_upstream = make_upstream
         self._wait_timeout = wait_timeout
+        self.fence = Fence()
         self._by_number: dict[int, RemoteReplica] = {}
         self._numbers = itertools.count()
         self._waiters: set[asyncio.Future[None]] = set()
@@ -69,6 +90,8 @@ class Replicas:
         if len(self) >= MAX_REPLICAS:
             raise ConfigError(f"a router has at most {MAX_REPLICAS} replicas", field="url")
         replica = RemoteReplica(next(self._numbers), plain, self._make_upstream(host, port))
+        if self.fence.number:
+            self._set_held(replica, NO_WEIGHTS)
         self._by_number[replica.number] = replica
         return replica
 
@@ -87,19 +110,27 @@ class Replicas:
                 return each
         raise NotFoundError(f"there is no worker {identity[:100]!r}", field="worker_id")
 
-    def set_healthy(self, replica: RemoteReplica, ailment: str, weight_version: str | None) -> None:
-        """It answers; `ailment` says why it would not start a request now, "" if it would."""
+    def set_healthy(
+        self, replica: RemoteReplica, ailment: str, weight_version: str | None, instance: bytes = b""
+    ) -> None:
+        """It answers, from the process `instance`; `ailment` says why it would not start a request now, "" if it
+        would. `weight_version` is None where it does not say."""
         if not replica.is_healthy:
             logger.info("%s is healthy: %s", replica.id, replica.url)
-        replica.is_healthy, replica.is_ready, replica.ailment = True, not ailment, ailment
+        if instance != replica.instance:
+            if replica.instance:
+                self._policy.forget(replica.number)
+                self._set_held(replica, NO_WEIGHTS)  # another process has other weights
+            replica.instance = instance
+        if weight_version is not None:
+            if weight_version != replica.weight_version:
+                replica.weight_version = weight_version
+                self._policy.forget(replica.number)  # what it cached belongs to other weights
+            if not replica.is_current:
+                self._set_held(replica, self.fence.held_by_label(weight_version))
+        replica.is_healthy, replica.trouble = True, ailment
         replica.unhealthy_since = None
-        if weight_version is not None and weight_version != replica.weight_version:
-            replica.weight_version = weight_version
-            self._policy.forget(replica.number)  # what it cached belongs to other weights
-        while self._waiters:
-            waiter = self._waiters.pop()
-            if not waiter.done():
-                waiter.set_result(None)
+        self._wake()
 
     def set_unhealthy(self, replica: RemoteReplica, reason: str, now: float) -> None:
         """It is not to be chosen until it is seen healthy again."""
@@ -107,7 +138,37 @@ class Replicas:
             logger.warning("%s is not healthy: %s: %s", replica.id, replica.url, reason)
             self._policy.forget(replica.number)
             replica.unhealthy_since = now
-        replica.is_healthy, replica.is_ready, replica.ailment = False, False, reason
+        replica.is_healthy, replica.trouble = False, reason
+        if not replica.instance and self.fence.number:
+            self._set_held(replica, NO_WEIGHTS)  # who does not say may be another process when it is back
+
+    def pass_fence(self, version: str | None, updated: Collection[RemoteReplica]) -> list[RemoteReplica]:
+        """An update has returned, and `updated` hold its weights. Returns those that have fallen behind by it: what
+        they were asked is given up, so that nothing of older weights is answered from here on."""
+        self.fence.advance(version, [each.weight_version for each in self])
+        behind = []
+        for each in self:
+            self._policy.forget(each.number)
+            if each in updated:
+                each.weight_version = version or each.weight_version
+                self._set_held(each, self.fence.number)
+                continue
+            was_current = each.is_current
+            self._set_held(each, NO_WEIGHTS)
+            if was_current:
+                behind.append(each)
+            each.upstream.cut_data(f"{each.id} left the rotation: {each.ailment}")
+        self._wake()
+        return behind
+
+    def confirm(self, replica: RemoteReplica, fence_number: int) -> bool:
+        """It was given the weights of that update, outside of one. False if they are not the current ones any more."""
+        if fence_number != self.fence.number:
+            return False
+        self._set_held(replica, fence_number)
+        replica.weight_version = self.fence.version or replica.weight_version
+        self._wake()
+        return True
 
     async def choose(self, ask: Ask, avoided: Collection[int] = ()) -> tuple[RemoteReplica, ReplicaChoice]:
         """A healthy replica; one that is ready and not among `avoided` if there is any. While none is healthy it waits,
@@ -141,7 +202,7 @@ class Replicas:
             replica.num_tokens -= choice.num_tokens
 
     def _offered(self, avoided: Collection[int]) -> list[Candidate]:
-        healthy = [each for each in self._by_number.values() if each.is_healthy]
+        healthy = [each for each in self._by_number.values() if each.is_healthy and each.is_current]
         for offered in (
             [each for each in healthy if each.is_ready and each.number not in avoided],
             [each for each in healthy if each.number not in avoided],
@@ -149,6 +210,21 @@ class Replicas:
             if offered:
                 return [each.candidate for each in offered]
         return [each.candidate for each in healthy]
+
+    def _set_held(self, replica: RemoteReplica, held: int) -> None:
+        was_current = replica.is_current
+        replica.held, replica.is_current = held, self.fence.admits(held)
+        replica.wanted_version = self.fence.version
+        if was_current and not replica.is_current:
+            logger.warning("%s leaves the rotation: its weights are not those of %r", replica.id, self.fence.version)
+        elif replica.is_current and not was_current:
+            logger.info("%s is in the rotation again: it holds the current weights", replica.id)
+
+    def _wake(self) -> None:
+        while self._waiters:
+            waiter = self._waiters.pop()
+            if not waiter.done():
+                waiter.set_result(None)
 
     async def _changed(self) -> None:
         waiter = asyncio.get_running_loop().create_future()

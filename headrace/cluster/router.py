@@ -21,6 +21,8 @@ from headrace.cluster.policies import make_policy
 from headrace.cluster.proxy import Proxy
 from headrace.cluster.replicas import Replicas
 from headrace.cluster.routes import RouterRoute, route_of
+from headrace.cluster.sessions import SharedSessions
+from headrace.cluster.updates import WeightUpdates
 from headrace.cluster.upstream import Upstream
 from headrace.server.auth import keys_of, refusal_of
 from headrace.server.browsers import Hosts
@@ -46,6 +48,8 @@ class ReplicaRouter:
         self._own = OwnCalls(self.replicas, self._watch, self._metrics, self._lookout)
         self._proxy = Proxy(self.replicas, options, self._metrics)
         self._fan_out = FanOut(self.replicas, options)
+        self._updates = WeightUpdates(self.replicas, options, self._metrics)
+        self._sessions = SharedSessions(self._updates, options)
         self._keys = keys_of(options.api_key, options.admin_api_key)
         self._hosts = Hosts(host, options.allowed_hosts)
         self._front = Front(self, FrontBounds(options.max_body_bytes, options.body_timeout, options.write_timeout))
@@ -86,6 +90,10 @@ class ReplicaRouter:
                 await self._fan_out.command(head, body, exchange)
             elif route.treatment == "agree":
                 await self._fan_out.question(head, body, exchange)
+            elif route.treatment == "update":
+                await self._updates.command(head, body, exchange)
+            elif route.treatment == "session":
+                await self._sessions.command(head, body, exchange)
             else:
                 self._own.answer(head, body, exchange)
         except asyncio.CancelledError:

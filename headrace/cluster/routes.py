@@ -12,12 +12,13 @@ import msgspec
 from headrace.server.auth import Access
 from headrace.types.http import PREFIX
 
-Treatment = Literal["generate", "route", "fan_out", "agree", "own", "refuse"]
+Treatment = Literal["generate", "route", "fan_out", "agree", "update", "session", "own", "refuse"]
 
 
 class RouterRoute(msgspec.Struct, frozen=True):
     """`generate` and `route`: one replica answers it, the first kind by its prompt. `fan_out`: all do, and each has to
-    succeed. `agree`: all do, and have to say the same. `own`: the router. `refuse`: nobody; `advice`: what to do."""
+    succeed. `agree`: all do, and have to say the same. `update` and `session`: all do, and who fails leaves the
+    rotation; the second kind is our own client's. `own`: the router. `refuse`: nobody; `advice`: what to do."""
 
     treatment: Treatment
     methods: tuple[str, ...] = ("POST",)
@@ -28,15 +29,20 @@ class RouterRoute(msgspec.Struct, frozen=True):
 WORKERS_PATH = "/workers"
 _GET, _BOTH = ("GET",), ("GET", "POST")
 _EACH = "send it to each replica (GET /workers lists them)"
-_PUSH = (
-    "a router sends no tensors on: push to each replica (GET /workers lists them), between /pause_generation and "
-    "/continue_generation here, or have all read one folder: /update_weights_from_disk"
+_GROUP = (
+    "a router joins no weight group: push through it with headrace.Client or /update_weights_from_tensor, have all "
+    "read one folder by /update_weights_from_disk, or have each replica join (GET /workers lists them)"
 )
 _CLIENT = "open a headrace.Client of each replica (GET /workers lists them)"
 
 
 def _routes(treatment: Treatment, paths: str, **more: object) -> dict[str, RouterRoute]:
     return {path: RouterRoute(treatment, **more) for path in paths.split()}  # type: ignore[arg-type]
+
+
+def _own(treatment: Treatment, names: str) -> dict[str, RouterRoute]:
+    """Calls of our own client."""
+    return _routes(treatment, " ".join(f"{PREFIX}/{name}" for name in names.split()), access="admin")
 
 
 ROUTES: dict[str, RouterRoute] = {
@@ -53,21 +59,26 @@ ROUTES: dict[str, RouterRoute] = {
     **_routes("fan_out", "/abort_request /pause_generation /continue_generation", access="admin"),
     **_routes("fan_out", "/release_memory_occupation /resume_memory_occupation", access="admin"),
     **_routes("fan_out", "/flush_cache", methods=_BOTH, access="admin"),
-    **_routes("fan_out", "/update_weights_from_disk /update_weight_version /post_process_weights", access="admin"),
+    **_routes("fan_out", "/post_process_weights", access="admin"),
+    **_routes("update", "/update_weights_from_disk /update_weights_from_tensor", access="admin"),
+    **_routes("update", "/begin_weight_update /end_weight_update /abort_weight_update", access="admin"),
+    **_routes("update", "/update_weight_version", access="admin"),
     **_routes("fan_out", "/pause /resume /abort_requests /sleep /wake_up /reset_prefix_cache", access="admin"),
     **_routes("fan_out", "/freeze_gc", access="admin"),
     **_routes("agree", "/weight_version /get_weight_version /is_paused /is_sleeping /weight_info", methods=_GET),
     **_routes("refuse", "/get_load /v1/loads", methods=_GET, advice=_EACH),
     **_routes("refuse", "/get_weights_by_name /weights_checker", methods=_BOTH, access="admin", advice=_EACH),
     **_routes("refuse", "/slow_down /start_profile /stop_profile /collective_rpc", access="admin", advice=_EACH),
-    **_routes("refuse", "/abort_weight_update /update_weights_from_tensor", access="admin", advice=_PUSH),
-    **_routes("refuse", "/begin_weight_update /end_weight_update", access="admin", advice=_PUSH),
-    **_routes("refuse", "/init_weights_update_group /destroy_weights_update_group", access="admin", advice=_PUSH),
-    **_routes("refuse", "/update_weights_from_distributed", access="admin", advice=_PUSH),
-    **_routes("refuse", "/init_weight_transfer_engine /start_weight_update", access="admin", advice=_PUSH),
-    **_routes("refuse", "/start_draft_weight_update /update_weights", access="admin", advice=_PUSH),
-    **_routes("refuse", "/finish_weight_update", access="admin", advice=_PUSH),
-    **_routes("refuse", "/get_world_size", methods=_GET, advice=_PUSH),
+    **_routes("refuse", "/init_weights_update_group /destroy_weights_update_group", access="admin", advice=_GROUP),
+    **_routes("refuse", "/update_weights_from_distributed", access="admin", advice=_GROUP),
+    **_routes("refuse", "/init_weight_transfer_engine /start_weight_update", access="admin", advice=_GROUP),
+    **_routes("refuse", "/start_draft_weight_update /update_weights", access="admin", advice=_GROUP),
+    **_routes("refuse", "/finish_weight_update", access="admin", advice=_GROUP),
+    **_routes("refuse", "/get_world_size", methods=_GET, advice=_GROUP),
+    **_own("session", "begin_update extend_update join_update settle_part stage lend stage_lent commit abort_update"),
+    **_own("session", "update_weights_from_disk set_weight_version"),
+    **_own("fan_out", "pause resume abort flush_cache release_memory_occupation resume_memory_occupation"),
+    **_own("agree", "digest"),
 }
 """By path; of those with a part that varies, `route_of` knows more."""
 

@@ -31,6 +31,11 @@ class BrokenAnswerError(UnreachableError):
         self.was_idle = was_idle
 
 
+class LeftRotationError(BrokenAnswerError):
+    """The replica's weights are not current any more: what it was asked is given up by the router, whatever its health
+    is."""
+
+
 class Upstream:
     """The connections to a replica at (host, port). Lives on one event loop."""
 
@@ -43,10 +48,12 @@ class Upstream:
         self._is_closed = False
 
     @contextlib.asynccontextmanager
-    async def connection(self, *, fresh: bool = False) -> AsyncIterator[UpstreamConnection]:
-        """A connection for one request and its answer, idle ones first unless a `fresh` one is wanted. It is closed
-        when the block is left before the answer is complete. Raises `BrokenAnswerError` when none can be had."""
+    async def connection(self, *, fresh: bool = False, is_data: bool = True) -> AsyncIterator[UpstreamConnection]:
+        """A connection for one request and its answer, idle ones first unless a `fresh` one is wanted; `is_data` if
+        `cut_data` is to end it. It is closed when the block is left before the answer is complete. Raises
+        `BrokenAnswerError` when none can be had."""
         connection = (None if fresh else self._take_idle()) or await self._connect()
+        connection.is_data = is_data
         self._busy.add(connection)
         try:
             yield connection
@@ -71,6 +78,11 @@ class Upstream:
         for connection in list(self._busy):
             connection.fail(BrokenAnswerError(reason, had_begun=connection.has_begun))
         self._drop_idle()
+
+    def cut_data(self, reason: str) -> None:
+        """Give up the answers of data calls that have not come; control calls go on."""
+        for connection in [each for each in self._busy if each.is_data]:
+            connection.fail(LeftRotationError(reason, had_begun=connection.has_begun))
 
     def close(self) -> None:
         """Close the idle connections, and those in use after their answer."""
@@ -118,6 +130,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._is_reused = False
         self.used_at = self._loop.time()
         self.has_begun = False
+        self.is_data = True
 
     @property
     def may_be_used_again(self) -> bool:

@@ -9,6 +9,7 @@ import errno
 import logging
 import os
 import resource
+import secrets
 import socket
 from collections.abc import Generator
 from typing import Any
@@ -28,6 +29,9 @@ SPARE_DESCRIPTORS = 128
 """Left for the engine: buffers of weight uploads, files of a checkpoint."""
 CROWDED_CONNECTIONS = 64
 """So many connections over the limit still get a short answer: health, or that the server is full."""
+INSTANCE_HEADER = "x-headrace-instance"
+"""Of every answer: which server gave it. Whoever finds another value than before speaks to a new one at an old address,
+which has lost what the old one was told."""
 _BACKLOG = 4096
 _BATCH = 64
 _KEEP_ALIVE_SECONDS = 75
@@ -53,6 +57,7 @@ class EmbeddedServer(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
+            headers=[(INSTANCE_HEADER, secrets.token_hex(8))],
             lifespan="off",
             ws="none",
             proxy_headers=False,

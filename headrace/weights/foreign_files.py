@@ -41,7 +41,9 @@ _FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 
 _FUTEX_CALLS = {"x86_64": 202, "aarch64": 98}
 _FUTEX_WAKE_OP = 5
-_ADD_MINUS_ONE = 1 << 28 | 0xFFF << 12
+_ADD = 1 << 28
+_OPERAND_SHIFT = 12
+_OPERAND_MASK = 0xFFF
 
 
 class TakenFiles:
@@ -79,6 +81,17 @@ class TakenFiles:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def count_up(payload: Payload, num_more: int) -> None:
+    """Have the files of a payload serve `num_more` receivers beside the one that they were sent to: each counts down.
+    Raises as `TakenFiles`, and has counted none then."""
+    with ExitStack() as opened:
+        files = [(opened.enter_context(_shared_file(each)), n) for each, n in Counter(payload.files).items()]
+        for file, num_sent in files:
+            with mmap.mmap(file.stream.fileno(), HEADER_BYTES) as header:
+                for _ in range(num_sent * num_more):
+                    _add(header, 1)
 
 
 def _shared_file(shared: SharedFile) -> OpenFile:
@@ -119,20 +132,21 @@ def _count_down(file: OpenFile) -> None:
     """One user of the file less. The last one takes its name away; its memory goes with the last that has it open."""
     try:
         with mmap.mmap(file.stream.fileno(), HEADER_BYTES) as header:
-            _add_minus_one(header)
+            _add(header, -1)
         if _count(file) <= 0:
             file.path.unlink(missing_ok=True)
     except (OSError, ValueError, CheckpointError):
         return  # its sender cut it short: there is no count any more
 
 
-def _add_minus_one(header: mmap.mmap) -> None:
+def _add(header: mmap.mmap, number: int) -> None:
     """Atomically, among processes: a futex call that wakes nobody, and changes a word on its way."""
     word = ctypes.c_int32.from_buffer(header)
     at = ctypes.c_void_p(ctypes.addressof(word))
     call = ctypes.c_long(_FUTEX_CALLS[platform.machine()])
     library = ctypes.CDLL(None, use_errno=True)
-    failed = library.syscall(call, at, _FUTEX_WAKE_OP, 0, ctypes.c_void_p(0), at, _ADD_MINUS_ONE) < 0
+    change = _ADD | (number & _OPERAND_MASK) << _OPERAND_SHIFT
+    failed = library.syscall(call, at, _FUTEX_WAKE_OP, 0, ctypes.c_void_p(0), at, change) < 0
     del word  # which holds the mapping
     if failed:
         raise OSError(ctypes.get_errno(), "futex")

@@ -25,6 +25,9 @@ class FakeReplica:
         self.weight_version = "v0"
         self.answer: tuple[int, Any] | None = None
         """What every POST but `/generate` is answered; None: with its own path."""
+        self.answers: dict[str, tuple[int, Any]] = {}
+        """As `answer`, of single paths; status 0: nothing, and the connection breaks."""
+        self.instance = "one"
         self.delay = 0.0
         self.seen: list[tuple[str, dict[str, str], bytes]] = []
         """(method and target, headers, body) of what came, health aside."""
@@ -81,7 +84,9 @@ class FakeReplica:
 
     async def _answer(self, writer: asyncio.StreamWriter, target: str, body: bytes) -> bool:
         if target.partition("?")[0] != "/generate":
-            status, told = self.answer or (200, {"path": target})
+            status, told = self.answers.get(target) or self.answer or (200, {"path": target})
+            if status == 0:
+                return False
             await self._reply(writer, status, told)
             return True
         asked = json.loads(body)
@@ -94,7 +99,7 @@ class FakeReplica:
         elif asked.get("stream"):
             return await self._stream(writer, asked)
         else:
-            told = {"text": asked.get("rid"), "port": self.port}
+            told = {"text": asked.get("rid"), "port": self.port, "version": self.weight_version}
             if asked.get("do") in ("die", "half") and asked["at"] == self.port:
                 if asked["do"] == "half":
                     writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n{")
@@ -131,7 +136,8 @@ class FakeReplica:
 
     async def _reply(self, writer: asyncio.StreamWriter, status: int, told: Any) -> None:
         data = json.dumps(told).encode() if isinstance(told, dict) else told.encode()
-        writer.write(b"HTTP/1.1 %d X\r\nX-Own: yes\r\ncontent-length: %d\r\n\r\n" % (status, len(data)) + data)
+        own = b"X-Own: yes\r\nX-Headrace-Instance: %b" % self.instance.encode()
+        writer.write(b"HTTP/1.1 %d X\r\n%b\r\ncontent-length: %d\r\n\r\n" % (status, own, len(data)) + data)
         await writer.drain()
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def test_our_own_client_and_the_native_dialect(url: str) -> None:
     params = {"max_new_tokens": 4, "temperature": 0}
     (sample,) = client.generate(input_ids=[[1, 2, 3]], sampling_params=params)
     with pytest.raises(HeadraceError, match="headrace.Client of each replica"):
-        client.digest()
+        client.save_model("/tmp/anywhere")
     with httpx.Client(base_url=url, headers={"authorization": "Bearer front"}, timeout=60) as http:
         reply = http.post("/generate", json={"input_ids": [1, 2, 3], "sampling_params": params})
         assert reply.json()["output_ids"] == list(sample.token_ids)
@@ -71,7 +72,10 @@ def test_our_own_client_and_the_native_dialect(url: str) -> None:
             assert http.post(path, json={}).json()["success"] is True
         assert http.post("/update_weights_from_disk", json={"model_path": "/nowhere"}).status_code == 400
         assert 'headrace_router_replica_is_healthy{replica="replica-0"' in http.get("/metrics").text
-        assert http.get("/ready").json()["weight_version"] == "default"
+        deadline = time.monotonic() + 30
+        while (told := http.get("/ready")).status_code != 200:  # as on a machine that is too busy to answer in time
+            assert time.monotonic() < deadline
+        assert told.json()["weight_version"] == "default"
 
 
 @pytest.mark.parametrize(

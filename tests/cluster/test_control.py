@@ -40,7 +40,7 @@ def test_a_command_reaches_all_replicas_and_says_what_each_answered() -> None:
 def test_a_command_that_one_replica_refuses_fails(answer: tuple[int, Any], status: int, retryable: bool) -> None:
     async def story(found: Routed) -> None:
         found.replicas[1].answer = answer
-        reply = await found.http.post("/update_weights_from_disk", json={})
+        reply = await found.http.post("/pause_generation", json={})
         told = reply.json()
         assert (reply.status_code, told["retryable"], told["success"]) == (status, retryable, False)
         assert [each["status"] for each in told["results"]] == [200, status]

@@ -1,0 +1,162 @@
+"""Calls that bring weights, SGLang's dialect: each goes to all healthy replicas, and ends with a fence.
+
+An update has succeeded if one replica has it: those that have not leave the rotation before the call is answered, so
+that from then on nobody is answered by older weights. Owns which replicas have dropped out of an update that comes in
+several calls, and how such a call is answered. What a tensor is, nobody here knows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import binascii
+import logging
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import msgspec
+
+from headrace.cluster.asking import ReplicaAnswer, ask_each, failure_of, said_alike
+from headrace.cluster.fan_out import reply_json
+from headrace.cluster.front import Exchange
+from headrace.cluster.http_parts import Head
+from headrace.cluster.metrics import RouterMetrics
+from headrace.cluster.options import RouterOptions
+from headrace.cluster.replicas import RemoteReplica, Replicas
+from headrace.types.errors import UnreachableError, WeightUpdateError
+from headrace.weights.foreign import read_payload
+from headrace.weights.foreign_files import count_up
+
+_BUCKET = "/update_weights_from_tensor"
+_LABEL = "/update_weight_version"
+_END = "/end_weight_update"
+_COMMITS = frozenset(("/update_weights_from_disk", _LABEL, _END))
+_GIVE_UP_SECONDS = 5.0
+_JSON = (b"content-type", b"application/json")
+logger = logging.getLogger(__name__)
+
+
+class _Body(msgspec.Struct):
+    """What a body says of these."""
+
+    weight_version: str | int | None = None
+    new_version: str | int | None = None
+    serialized_named_tensors: Any = None
+
+
+class WeightUpdates:
+    """The updates of all replicas together."""
+
+    def __init__(self, replicas: Replicas, options: RouterOptions, metrics: RouterMetrics) -> None:
+        self._replicas = replicas
+        self._options = options
+        self._metrics = metrics
+        self._dropped: set[RemoteReplica] = set()
+        """They have failed in the update that is open, and get no more of it."""
+        self._label: str | None = None
+
+    @property
+    def replicas(self) -> list[RemoteReplica]:
+        """Those that an update which begins now goes to. `UnreachableError` if there is none."""
+        healthy = [each for each in self._replicas if each.is_healthy]
+        if not healthy:
+            raise UnreachableError("no replica is healthy: GET /workers says why")
+        return healthy
+
+    @property
+    def current(self) -> list[RemoteReplica]:
+        """Those of them whose weights are current: another label is for no others."""
+        return [each for each in self.replicas if each.is_current] or self.replicas
+
+    async def ask(self, head: Head, bodies: dict[RemoteReplica, bytes]) -> list[ReplicaAnswer]:
+        """What each answers to a control call."""
+        return await ask_each(head, bodies, self._options.admin_key, self._options.control_timeout)
+
+    async def command(self, head: Head, body: bytes, exchange: Exchange) -> None:
+        """A call. It fails if it does at all replicas."""
+        asked = _read(body)
+        self._begin_if_new(head.path, asked)
+        taking = self.current if head.path == _LABEL else self.replicas
+        taking = [each for each in taking if each not in self._dropped] or taking
+        if head.path == _BUCKET:
+            await asyncio.to_thread(_share, asked.serialized_named_tensors, len(taking) - 1)
+        answers = await self.ask(head, dict.fromkeys(taking, body))
+        good = [each for each in answers if each.is_ok]
+        if not good:
+            self._dropped.clear()
+            failed = failure_of(answers, len(answers))
+            exchange.error({**failed, "success": False, "results": [each.shown() for each in answers]})
+            return
+        reports = {each.replica: _report_of(each) for each in good}
+        live = [replica for replica, report in reports.items() if report is not None or head.path in _COMMITS]
+        if live:
+            version = _version_of(reports.values()) or asked.new_version or self._label
+            self.commit(None if version is None else str(version), live)
+        else:
+            self._dropped |= {each.replica for each in answers if not each.is_ok}
+        kept = set(live) or {each.replica for each in good}
+        await self.give_up({each.replica for each in answers} - kept)
+        reply_json(exchange, _told(answers, good, [each for each in reports.values() if each is not None]))
+
+    def commit(self, version: str | None, live: Collection[RemoteReplica]) -> None:
+        """An update has returned at these replicas: the fence."""
+        self._dropped.clear()
+        self._label = None
+        behind = self._replicas.pass_fence(version, live)
+        self._metrics.updates.inc()
+        logger.info("weights %r are live at %d replicas, %d fell behind", version, len(live), len(behind))
+
+    async def give_up(self, replicas: Collection[RemoteReplica]) -> None:
+        """Have those that failed drop what they have of the update, or the next one would find it there."""
+        head = Head([_JSON], 0, True, "POST", b"/abort_weight_update")
+        bodies = {each: b"{}" for each in replicas if each.is_healthy}
+        answers = await ask_each(head, bodies, self._options.admin_key, _GIVE_UP_SECONDS)
+        for each in answers:
+            if not each.is_ok:
+                logger.info("%s did not drop its update: %s", each.replica.id, each.value)
+
+    def _begin_if_new(self, path: str, asked: _Body) -> None:
+        """Another label, or a call that is no part of an update in buckets, is for all replicas again."""
+        label = None if asked.weight_version is None else str(asked.weight_version)
+        if path not in (_BUCKET, _END) or label not in (None, self._label):
+            self._dropped.clear()
+        self._label = label or self._label
+
+
+def _read(body: bytes) -> _Body:
+    """What cannot be read the replicas refuse."""
+    try:
+        return msgspec.json.decode(body, type=_Body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return _Body()
+
+
+def _report_of(answer: ReplicaAnswer) -> dict[str, Any] | None:
+    """What an update did that this call has completed."""
+    value = answer.value
+    report = value.get("report") if isinstance(value, dict) else None
+    return report if isinstance(report, dict) else None
+
+
+def _version_of(reports: Collection[dict[str, Any] | None]) -> str | None:
+    return next((report["version"] for report in reports if report and "version" in report), None)
+
+
+def _told(
+    answers: Sequence[ReplicaAnswer], good: Sequence[ReplicaAnswer], reports: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """What the client is told: what all that succeeded said alike, the first report, and who failed."""
+    told = {"success": True, **said_alike([each.value for each in good])}
+    if reports:
+        told["report"] = reports[0]
+    failed = [each.replica.id for each in answers if not each.is_ok]
+    return {**told, "failed_replicas": failed, "results": [each.shown() for each in answers]}
+
+
+def _share(payloads: Any, num_more: int) -> None:
+    """Memory of the sender's that a payload names was sent to one receiver, and there are more. Where it is not of this
+    host, or no payload, the replicas say so."""
+    for payload in payloads if isinstance(payloads, list) and num_more > 0 else ():
+        try:
+            count_up(read_payload(binascii.a2b_base64(payload)), num_more)
+        except (WeightUpdateError, ValueError, TypeError) as error:
+            logger.debug("a payload's files are not shared: %s", error)
