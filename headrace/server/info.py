@@ -18,6 +18,7 @@ from headrace.server.state import ServerState
 from headrace.server.wire import json_reply
 from headrace.types.errors import DeadlineError, HeadraceError, RequestError
 from headrace.types.messages import CoreStatus
+from headrace.types.sampling_params import LogprobMode
 
 HEALTH_SECONDS = 5.0
 _LAYOUT: dict[str, Any] = {
@@ -30,6 +31,12 @@ _LAYOUT: dict[str, Any] = {
     "trust_remote_code": False,
     "enable_metrics": True,
 }
+
+_LOGPROBS_MODES: dict[LogprobMode, str] = {
+    "raw": "raw_logprobs",
+    **dict.fromkeys(("temperature", "sampled"), "processed_logprobs"),
+}
+"""What vLLM calls them. At "temperature" they are not of what top-k, top-p and min-p leave."""
 
 
 class InfoFace:
@@ -147,7 +154,7 @@ class InfoFace:
                 "model": self._engine.config.model,
                 "dtype": f"torch.{resolved.dtype}",
                 "max_model_len": resolved.context_length,
-                "logprobs_mode": "processed_logprobs",
+                "logprobs_mode": _LOGPROBS_MODES[self._engine.config.logprob_mode],
             },
             "parallel_config": {
                 "tensor_parallel_size": resolved.engine.tp_size,

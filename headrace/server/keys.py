@@ -26,7 +26,7 @@ LACKING_GENERATE = frozenset(
 LACKING_OPENAI = LACKING_GENERATE | {
     *("response_format", "json_schema", "regex", "ebnf", "structural_tag", "structured_outputs", "custom_params"),
     *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "functions", "function_call", "audio"),
-    *("prediction", "web_search_options", "echo", "suffix", "use_beam_search", "prompt_logprobs", "stop_regex"),
+    *("prediction", "web_search_options", "echo", "suffix", "use_beam_search", "stop_regex"),
     *("input_ids", "documents", "chat_template", "prompt_embeds", "best_of"),
     *("allowed_token_ids", "bad_words", "logprob_token_ids", "logits_processors", "length_penalty", "early_stopping"),
     *("guided_decoding_backend", "guided_whitespace_pattern", "mm_processor_kwargs", "media_io_kwargs", "vllm_xargs"),
@@ -39,9 +39,6 @@ _DEFAULTS: dict[str, Any] = {"modalities": ["text"], "length_penalty": 1}
 _IDS = frozenset(("allowed_token_ids", "logprob_token_ids", "input_ids"))
 """Keys whose lists hold token ids: 0 is one."""
 
-_ZERO_IS_SOMETHING = frozenset(("prompt_logprobs",))
-"""Keys whose 0 asks for something: here the log-probabilities of the prompt's own tokens."""
-
 
 def refuse_lacking(values: Mapping[str, Any], lacking: Iterable[str], field: str = "") -> None:
     """Raise `RequestError` for a key of `lacking` that asks for something: null, false, 0 and empty mostly do not, nor
@@ -53,8 +50,6 @@ def refuse_lacking(values: Mapping[str, Any], lacking: Iterable[str], field: str
 
 
 def _is_asked_for(key: str, value: Any) -> bool:
-    if key in _ZERO_IS_SOMETHING:
-        return value is not None and value is not False
     if key in _IDS:
         return bool(value)
     if key in _DEFAULTS and type(value) is not bool and value == _DEFAULTS[key]:

@@ -17,6 +17,7 @@ from headrace.engine.chat import chat_finish
 from headrace.engine.pacing import Turn
 from headrace.engine.stream import all_or_none, cancel_all
 from headrace.server.errors import FieldNames
+from headrace.server.openai_logprobs import TokenWriter, prompt_logprobs
 from headrace.server.openai_types import OpenAiBody
 from headrace.server.prompts import check_count
 from headrace.server.state import ServerState
@@ -94,6 +95,14 @@ class OpenAiCall:
             write = functools.partial(_written, make, number, piece)
             choices.append(await run_sized(stream.sample.num_extra_values, write))
         return choices
+
+    async def prompt_scores(self, writer: TokenWriter) -> list[Any] | None:
+        """`prompt_logprobs` of a reply to one prompt, once it is finished; None if they are not asked for."""
+        count, stream = self.body.prompt_logprobs, self.streams[0]
+        if count is None:
+            return None
+        write = functools.partial(prompt_logprobs, writer, stream, await stream.result(), count)
+        return await run_sized(stream.sample.num_extra_values, write)
 
     def cancel(self) -> None:
         cancel_all(self.streams)

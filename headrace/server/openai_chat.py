@@ -12,7 +12,7 @@ from starlette.responses import Response
 from headrace.engine.chat import ChatTerms, read_terms, reader_of, render, reply_message, tokenizer_of
 from headrace.server.native_types import shared_ids
 from headrace.server.openai_calls import Chunks, OpenAiCall, Prompt, choice_extras, finish_of
-from headrace.server.openai_logprobs import TextTokens, TokenWriter, chat_logprobs
+from headrace.server.openai_logprobs import TextTokens, TokenWriter, chat_logprobs, with_top
 from headrace.server.openai_types import (
     ChatBody,
     check_model,
@@ -71,19 +71,22 @@ class ChatFace:
         call = OpenAiCall(self._state, body, "chatcmpl", model, warnings)
         if max_tokens is None:
             max_tokens = self._state.engine.resolved.max_length - len(prompt.ids)
-        with openai_errors(key, "top_logprobs"):
+        with openai_errors(body, key, "top_logprobs"):
             params = sampling_params(body, max_tokens)
             skips = params.skip_special_tokens
             reader = reader_of(tokenizer, conversation.terms, text, skips_special_tokens=skips)
             if body.top_logprobs and not body.logprobs:
                 raise RequestError("top_logprobs needs logprobs to be true", field="top_logprobs")
-            logprobs = logprob_options(self._state, body.top_logprobs, "top_logprobs")
+            logprobs = logprob_options(self._state, body, body.top_logprobs, "top_logprobs")
             await call.submit([prompt], params, logprobs, shown=reader.hidden if reader else frozenset())
         if body.stream:
             return call.event_stream(_CHUNK, functools.partial(self._chunks, call, body, reader))
         with dropping(request.scope, call.cancel, self._state.metrics.count_disconnect):
             choices = await call.written(functools.partial(self._choice, call, body, reader))
+            scores = await call.prompt_scores(TokenWriter(self._tokenizer, body.return_tokens_as_token_ids))
         reply = {**call.envelope(_OBJECT, choices), "usage": call.usage()}
+        if scores is not None:
+            reply["prompt_logprobs"] = scores
         if body.return_token_ids:
             reply["prompt_token_ids"] = call.streams[0].prompt_token_ids
         return json_reply(reply, headers=call.headers)
@@ -129,7 +132,7 @@ class ChatFace:
         return {
             "index": number,
             "message": message,
-            "logprobs": chat_logprobs(writer, piece) if body.logprobs else None,
+            "logprobs": chat_logprobs(writer, with_top(piece, body.top_logprobs)) if body.logprobs else None,
             **finish_of(piece, "tool_calls" in message),
             **choice_extras(call, call.streams[number], piece),
         }

@@ -11,7 +11,13 @@ from starlette.responses import Response
 from headrace.engine.fields import per_prompt
 from headrace.server.native_types import shared_rows
 from headrace.server.openai_calls import Chunks, OpenAiCall, Prompt, choice_extras, finish_of
-from headrace.server.openai_logprobs import TextTokens, TokenWriter, completion_logprobs
+from headrace.server.openai_logprobs import (
+    TextTokens,
+    TokenWriter,
+    completion_logprobs,
+    prompt_logprobs,
+    with_top,
+)
 from headrace.server.openai_types import (
     CompletionBody,
     check_model,
@@ -45,9 +51,9 @@ class CompletionsFace:
         model = check_model(self._state, body.model)
         prompts = await self._prompts(body, warnings)
         call = OpenAiCall(self._state, body, "cmpl", model, warnings)
-        with openai_errors("max_tokens", "logprobs"):
+        with openai_errors(body, "max_tokens", "logprobs"):
             params = sampling_params(body, self._max_tokens(body, prompts))
-            await call.submit(prompts, params, logprob_options(self._state, body.logprobs or 0, "logprobs"))
+            await call.submit(prompts, params, logprob_options(self._state, body, body.logprobs or 0, "logprobs"))
         if body.stream:
             return call.event_stream(_OBJECT, functools.partial(self._chunks, call, body))
         with dropping(request.scope, call.cancel, self._state.metrics.count_disconnect):
@@ -97,11 +103,13 @@ class CompletionsFace:
     ) -> dict[str, Any]:
         """`tokens` are those of a stream, of which `piece` is only what is new."""
         stream, tokens = call.streams[number], tokens or self._tokens(call, body, number)
-        choice = {"index": number, "text": piece.text, "logprobs": None, **finish_of(piece)}
+        choice: dict[str, Any] = {"index": number, "text": piece.text, "logprobs": None, **finish_of(piece)}
+        writer = TokenWriter(self._tokenizer, body.return_tokens_as_token_ids)
         if tokens is not None:
-            piece, offsets = tokens.push(piece)
-            writer = TokenWriter(self._tokenizer, body.return_tokens_as_token_ids)
+            piece, offsets = tokens.push(with_top(piece, body.logprobs or 0))
             choice["logprobs"] = completion_logprobs(writer, piece, offsets)
+        if body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_logprobs(writer, stream, piece, body.prompt_logprobs)
         if body.return_token_ids:
             choice["prompt_token_ids"] = stream.prompt_token_ids
         return {**choice, **choice_extras(call, stream, piece)}

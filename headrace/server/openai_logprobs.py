@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
+import msgspec
 from msgspec.structs import replace
 
 from headrace.engine import Stream
 from headrace.engine.sample import extend_spans, slice_spans, span_fields, spans_of
+from headrace.server.wire import encode_json
 from headrace.text import IncrementalDetokenizer, Tokenizer
 from headrace.types.generation import Generation
 
@@ -97,6 +100,44 @@ def chat_logprobs(writer: TokenWriter, piece: Generation) -> dict[str, Any]:
         for token_id, value, top in zip(piece.token_ids, piece.logprobs, tops, strict=True)
     ]
     return {"content": content, "refusal": None}
+
+
+def with_top(piece: Generation, count: int) -> Generation:
+    """With no more of the most probable tokens than were asked for of the output: the prompt may have more."""
+    if all(len(top) <= count for top in piece.top_logprobs):
+        return piece
+    tops = [dict(itertools.islice(top.items(), count)) for top in piece.top_logprobs]
+    return replace(piece, top_logprobs=tops)
+
+
+def prompt_logprobs(writer: TokenWriter, stream: Stream, piece: Generation, count: int) -> list[Any] | None:
+    """Of each prompt token, in vLLM's spelling: itself and the `count` most probable ones of its position, by id; null
+    for the first. None if the prompt was not scored."""
+    if not piece.prompt_logprobs:
+        return None
+    tops = piece.prompt_top_logprobs or [None] * len(piece.prompt_logprobs)
+    positions = zip(stream.prompt_token_ids, piece.prompt_logprobs, tops, strict=True)
+    return [_ranked(writer, token_id, value, top or {}, count) for token_id, value, top in positions]
+
+
+def _ranked(
+    writer: TokenWriter, token_id: int, value: float | None, top: dict[int, float], count: int
+) -> msgspec.Raw | None:
+    """One position, as JSON already: an eighth of what it takes as objects. A token that is not among those whose
+    rank is known has the first one behind them."""
+    if value is None:
+        return None
+    ranks = {each: rank for rank, each in enumerate(top, 1)}
+    best = dict(itertools.islice(top.items(), count))
+    entries = {
+        str(each): {
+            "logprob": logprob,
+            "rank": ranks.get(each, len(top) + 1),
+            "decoded_token": writer.text(each),
+        }
+        for each, logprob in {**best, token_id: value}.items()
+    }
+    return msgspec.Raw(encode_json(entries))
 
 
 def _by_text(writer: TokenWriter, values: dict[int, float]) -> dict[str, float]:

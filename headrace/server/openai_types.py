@@ -27,7 +27,8 @@ class StreamOptions(msgspec.Struct):
 
 
 class OpenAiBody(msgspec.Struct, kw_only=True):
-    """What both generation routes take. Sampling keys are checked by `SamplingParams`, hence Any."""
+    """What both generation routes take. Sampling keys are checked by `SamplingParams`, hence Any. `prompt_logprobs` is
+    vLLM's: each prompt token's log-probability, with so many of the most probable at its position."""
 
     model: str = ""
     n: Any = 1
@@ -59,6 +60,7 @@ class OpenAiBody(msgspec.Struct, kw_only=True):
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
     return_meta_info: bool = False
+    prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
     clip_to_context: bool = False
 
@@ -136,24 +138,32 @@ def prompt_bound(body: OpenAiBody, max_length: int, max_tokens: Any) -> int | No
     return bound or None
 
 
-def openai_errors(max_tokens_key: str, top_logprobs_key: str) -> AbstractContextManager[None]:
+def openai_errors(body: OpenAiBody, max_tokens_key: str, top_logprobs_key: str) -> AbstractContextManager[None]:
     """Inside, errors name fields as the engine does; outside, as these routes do."""
+    num_top = int(getattr(body, top_logprobs_key) or 0)
+    is_of_prompt = body.prompt_logprobs is not None and body.prompt_logprobs > num_top
     return FieldNames(
         {
             "sampling_params": "",
             "sampling_params.max_new_tokens": max_tokens_key,
             "sampling_params.min_new_tokens": "min_tokens",
-            "top_logprobs": top_logprobs_key,
+            "top_logprobs": "prompt_logprobs" if is_of_prompt else top_logprobs_key,
+            "logprob_start": "prompt_logprobs",
             "request_id": "rid",
         }
     )
 
 
-def logprob_options(state: ServerState, num_top: int, field: str) -> LogprobOptions:
-    if num_top < 0:
-        raise RequestError(f"{field} must not be negative", field=field)
-    config = state.engine.config
-    return LogprobOptions(config.logprob_mode, config.prompt_logprob_mode, num_top=num_top)
+def logprob_options(state: ServerState, body: OpenAiBody, num_top: int, field: str) -> LogprobOptions:
+    """What the engine is asked for: it has one number of most probable tokens, for prompt and output."""
+    of_prompt = body.prompt_logprobs
+    for name, value in ((field, num_top), ("prompt_logprobs", of_prompt or 0)):
+        if value < 0:
+            raise RequestError(f"{name} must not be negative", field=name)
+    if of_prompt is not None and body.stream:
+        raise RequestError("prompt_logprobs are in whole replies only: leave stream out", field="prompt_logprobs")
+    config, start = state.engine.config, None if of_prompt is None else 0
+    return LogprobOptions(config.logprob_mode, config.prompt_logprob_mode, start, max(num_top, of_prompt or 0))
 
 
 def offers_tools(body: ChatBody) -> bool:

@@ -15,7 +15,7 @@ from headrace.server.errors import FieldNames
 from headrace.server.native_types import shared_rows
 from headrace.server.openai_calls import OpenAiCall, Prompt
 from headrace.server.openai_completions import DEFAULT_MAX_TOKENS
-from headrace.server.openai_logprobs import TokenWriter, chat_logprobs
+from headrace.server.openai_logprobs import TokenWriter, chat_logprobs, with_top
 from headrace.server.openai_types import (
     CompletionBody,
     check_model,
@@ -63,13 +63,14 @@ class VllmGenerateFace:
         model = check_model(self._state, body.model)
         (row,) = await shared_rows(self._state.engine, {"token_ids": ids})
         call = OpenAiCall(self._state, body, "gen", model, warnings)
-        with FieldNames({"rid": "request_id"}), openai_errors("max_tokens", "logprobs"):
+        with FieldNames({"rid": "request_id"}), openai_errors(body, "max_tokens", "logprobs"):
             max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-            options = logprob_options(self._state, body.logprobs or 0, "logprobs")
+            options = logprob_options(self._state, body, body.logprobs or 0, "logprobs")
             await call.submit([Prompt(row, "token_ids")], sampling_params(body, max_tokens), options)
         with dropping(request.scope, call.cancel, self._state.metrics.count_disconnect):
             choices = await call.written(functools.partial(self._choice, body))
-        reply = {"request_id": call.request_id, "choices": choices, "prompt_logprobs": None, "usage": call.usage()}
+            scores = await call.prompt_scores(self._writer)
+        reply = {"request_id": call.request_id, "choices": choices, "prompt_logprobs": scores, "usage": call.usage()}
         return json_reply({**reply, "metadata": call.envelope("", ())["metadata"]}, headers=call.headers)
 
     def _choice(self, body: CompletionBody, number: int, piece: Generation) -> dict[str, Any]:
@@ -77,7 +78,7 @@ class VllmGenerateFace:
             "index": number,
             "token_ids": piece.token_ids,
             "finish_reason": piece.finish_reason,
-            "logprobs": None if body.logprobs is None else chat_logprobs(self._writer, piece),
+            "logprobs": None if body.logprobs is None else chat_logprobs(self._writer, with_top(piece, body.logprobs)),
             "version_spans": piece.version_spans,
         }
 

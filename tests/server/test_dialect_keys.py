@@ -15,7 +15,7 @@ REFUSED: list[tuple[str, list[Any], list[Any]]] = [
     ("allowed_token_ids", [[0], [5, 6]], [None, []]),
     ("bad_words", [["x"]], [None, [], [""]]),
     ("logprob_token_ids", [[0]], [None, []]),
-    ("prompt_logprobs", [0, 1, True], [None, False]),
+    ("prompt_logprobs", [-1, True], [None, 0, 1]),
     ("use_beam_search", [True], [None, False]),
     ("length_penalty", [0.5, 2], [None, 1, 1.0, 0]),
     ("logits_processors", [["a.b"]], [None, []]),

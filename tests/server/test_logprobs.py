@@ -150,8 +150,10 @@ def test_completions_whole_and_streamed(served: Served, logprobs: int, stop: Any
 
 
 def test_streamed_chat_logprobs_are_with_their_text_and_not_with_the_role(served: Served) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    served.http.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1})  # cached for all from now on
     for seed in range(4):
-        body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 30, "seed": seed, "temperature": 1.5}
+        body: dict[str, Any] = {"messages": messages, "max_tokens": 30, "seed": seed, "temperature": 1.5}
         body |= {"logprobs": True, "top_logprobs": 2, "skip_special_tokens": False, "return_token_ids": True}
         whole = served.http.post("/v1/chat/completions", json=body).json()["choices"][0]
         choices = events(served, "/v1/chat/completions", body)
