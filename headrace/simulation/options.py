@@ -16,7 +16,7 @@ from headrace.types.plain_values import as_choice
 
 UpdateRoad = Literal["broadcast", "store"]
 MAX_SIMULATED = 1 << 14
-GRAINS = (1, 2, 4, 8, 16)
+GRAINS = (1, 2, 4, 8, 16, 32, 64)
 
 _BOUNDS: dict[str, tuple[float, float]] = {
     "fronts": (1, 1024),
@@ -115,6 +115,11 @@ class SimulationOptions(msgspec.Struct, frozen=True, kw_only=True):
     def device(self) -> DeviceProfile:
         return read_profile(self.profile)
 
+    @property
+    def page_tokens(self) -> int:
+        """Real tokens of a simulated page: it has at least one simulated token."""
+        return max(self.device.page_size, self.grain)
+
     def num_groups(self, num_replicas: int) -> int:
         """Of one batch."""
         return self.groups_per_replica * num_replicas if self.groups is None else self.groups
@@ -128,5 +133,6 @@ def check_replicas(num_replicas: int, options: SimulationOptions) -> None:
         raise ConfigError(f"{options.fronts} fronts have nothing to divide of {num_replicas} replicas", field="fronts")
     if -(-num_replicas // options.fronts) > MAX_REPLICAS:
         raise ConfigError(f"a front has at most {MAX_REPLICAS} replicas: give more fronts", field="fronts")
-    if options.device.page_size % options.grain:
-        raise ConfigError(f"grain must divide the page size of {options.device.page_size}", field="grain")
+    page_size = options.device.page_size
+    if max(page_size, options.grain) % min(page_size, options.grain):
+        raise ConfigError(f"grain must divide the page size of {page_size}, or be a multiple of it", field="grain")

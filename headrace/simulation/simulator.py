@@ -37,7 +37,7 @@ class Simulation:
         ]
         self.rollouts: list[SimulatedRollout] = []
         self.steps: list[StepFigures] = []
-        self.cache = OneBigCache(options.device.page_size // options.grain)
+        self.cache = OneBigCache(options.page_tokens // options.grain)
         self.num_failures = 0
         self.num_lost_tokens = 0
         self.num_void_tokens = 0

@@ -22,8 +22,7 @@ def commit_delays(front: FrontModel, numbers: list[int], num_replicas: int, opti
         transfer = profile.weight_bytes / share
     share_of_core = max(0.1, 1.0 - front.look_share)
     return [
-        (place + 1) * front.costs.request / share_of_core + transfer + profile.update
-        for place, _ in enumerate(numbers)
+        (place + 1) * front.costs.request / share_of_core + transfer + profile.update for place, _ in enumerate(numbers)
     ]
 
 
