@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -44,7 +43,8 @@ class RunFigures(msgspec.Struct, frozen=True, kw_only=True):
                         sent as a whole has none)
     request_seconds     from the sending of a sample to its end
     first_token_seconds from the sending of a sample to its first token
-    hit_rate            of the tokens of prompts, those that a replica had in its cache
+    hit_rate            of the tokens of prompts, those that a replica had in its cache (as samples that have ended were
+                        asked the last time, with what a failure left of them)
     one_cache_hit_rate  the same, had one cache of any size seen all requests
     expected_hit_rate   what the fronts thought
     update_seconds      from a push's begin to its fence, mean
@@ -118,9 +118,6 @@ class OneBigCache:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Of values of which there may be none."""
-    if not values:
-        return Spread(math.nan, math.nan, math.nan)
     p50, p99 = np.percentile(values, [50, 99]).tolist()
     return Spread(p50, p99, max(values))
 
@@ -132,7 +129,7 @@ def summarize(simulation: Simulation) -> RunFigures:
     seconds = simulation.timeline.now
     num_tokens = sum(each.num_output for each in ended) * options.grain
     generating = _generating_seconds(simulation)
-    num_prompt = sum(each.num_prompt for each in ended)
+    num_prompt = sum(each.num_prompt + each.num_kept for each in ended)
     num_thought = sum(front.num_prompt_tokens for front in fronts)
     return RunFigures(
         num_replicas=len(replicas),

@@ -110,7 +110,7 @@ class FrontModel:
         if not self._candidates:
             self._waiting.append(rollout)
             return
-        ask = rollout.group.ask
+        ask = rollout.ask
         choice = self._policy.choose(ask, list(self._candidates.values()))
         self.num_prompt_tokens += ask.num_prompt_tokens
         self.num_expected_hits += choice.num_cached_tokens

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from headrace.cluster.policies import Ask
-from headrace.cluster.prompts import read_ask
+from headrace.cluster.prompts import EXPECTED_NEW_TOKENS, read_ask
 from headrace.simulation.options import SimulationOptions
 from headrace.types.request import Request, pack_ids
 
@@ -18,11 +18,13 @@ VOCAB_SIZE = 1 << 20
 
 
 class SimulatedRollout:
-    """One sample, and what has become of it. Times are simulated seconds; NaN: not yet."""
+    """One sample, and what has become of it; `ask` is what a router reads of its body. Times are simulated seconds;
+    NaN: not yet."""
 
-    def __init__(self, index: int, group: SimulatedGroup, num_output: int) -> None:
+    def __init__(self, index: int, group: SimulatedGroup, num_output: int, ask: Ask) -> None:
         self.index = index
         self.group = group
+        self.ask = ask
         self.num_output = num_output  # simulated tokens, like all numbers of tokens here
         self.num_kept = 0  # of these, what a failure left
         self.num_cached = 0
@@ -38,12 +40,11 @@ class SimulatedRollout:
 
 
 class SimulatedGroup:
-    """Samples of one prompt. `prompt` are its simulated ids, int32 bytes; `ask` is what a router reads of its body."""
+    """Samples of one prompt: its simulated ids, int32 bytes."""
 
-    def __init__(self, number: int, prompt: bytes, ask: Ask) -> None:
+    def __init__(self, number: int, prompt: bytes) -> None:
         self.number = number
         self.prompt = prompt
-        self.ask = ask
         self.rollouts: list[SimulatedRollout] = []
         self.num_ended = 0
 
@@ -65,10 +66,13 @@ class RolloutSource:
         ids = np.concatenate([self._shared, self._draw(options.prompt_tokens - options.shared_tokens)])
         sampling = {"max_new_tokens": options.max_output_tokens}
         body = msgspec.json.encode({"input_ids": ids.tolist(), "sampling_params": sampling})
-        group = SimulatedGroup(self._num_groups, pack_ids(ids[:: options.grain]), read_ask([], body))
+        group, ask = SimulatedGroup(self._num_groups, pack_ids(ids[:: options.grain])), read_ask([], body)
         self._num_groups += 1
         for _ in range(options.group_size):
-            rollout = SimulatedRollout(len(self.ends), group, self._length())
+            num_output = self._length()
+            if options.known_ends:  # `max_new_tokens` is its own
+                ask = msgspec.structs.replace(ask, num_new_tokens=min(num_output * options.grain, EXPECTED_NEW_TOKENS))
+            rollout = SimulatedRollout(len(self.ends), group, num_output, ask)
             self.ends.append(rollout.num_prompt + rollout.num_output)
             group.rollouts.append(rollout)
         return group

@@ -70,8 +70,11 @@ class Simulation:
             for rollout in group.rollouts:
                 rollout.sent = self.timeline.now
                 self.rollouts.append(rollout)
-                self.cache.ask(self._epoch, group)
-                front.ask(rollout)
+                self._ask(front, rollout)
+
+    def _ask(self, front: FrontModel, rollout: SimulatedRollout) -> None:
+        self.cache.ask(self._epoch, rollout.group)
+        front.ask(rollout)
 
     def _ended(self, replica: ReplicaModel, rollout: SimulatedRollout, delta: Delta) -> None:
         rollout.ended = self.timeline.now
@@ -139,8 +142,8 @@ class Simulation:
             if self.options.resume:
                 rollout.num_kept += num_tokens
             else:
-                self.num_void_tokens += num_tokens + rollout.num_kept
-            front.ask(rollout)
+                self.num_void_tokens += num_tokens
+            self._ask(front, rollout)
         self.timeline.after(restart_seconds(self.options), functools.partial(self._revive, replica))
 
     def _revive(self, replica: ReplicaModel) -> None:
