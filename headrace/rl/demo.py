@@ -16,8 +16,9 @@ import msgspec
 
 from headrace.engine import Engine
 from headrace.rl.demo_rollouts import Batch, RolloutSampler, StepSampler, ToolSampler
-from headrace.rl.display import ProgressLine, StepRecord, draw_picture, require_matplotlib
+from headrace.rl.display import ProgressLine, StepRecord, draw_picture
 from headrace.rl.push import PushReport, push_weights, tensor_digests
+from headrace.telemetry import require_matplotlib
 from headrace.types.errors import ConfigError
 from headrace.types.plain_values import as_path
 from headrace.types.request import DEFAULT_VERSION
@@ -85,7 +86,7 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
 
     Raises `ConfigError` for options that cannot work, and whatever the engine raises.
     """
-    require_matplotlib()
+    require_matplotlib("the demo")
     output = _output_folder(options)
     trainer = _start_trainer(options)
     trainer.export(output / "weights_first")

@@ -8,7 +8,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from headrace.types.errors import ConfigError
+from headrace.telemetry import new_figure, write_picture
 
 LOGPROB_LIMIT = 1e-4
 _PLAIN_EVERY = 10
@@ -66,22 +66,9 @@ def describe(record: StepRecord) -> str:
     return f"reward {record.reward:.3f}  {record.tokens_per_second:,.0f} tok/s  version {record.version}  {pause}"
 
 
-def require_matplotlib() -> None:
-    """Raise `ConfigError` now rather than after minutes of training when no picture could be drawn."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        message = "the demo draws a picture with matplotlib; install it with: pip install matplotlib"
-        raise ConfigError(message, field="matplotlib") from None
-
-
 def draw_picture(path: Path, records: list[StepRecord]) -> None:
     """Write a PNG of reward, and of the engine-to-trainer logprob difference, over steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 7), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 7)
     top, bottom = figure.subplots(2, 1, sharex=True)
     steps = [record.step for record in records]
     top.plot(steps, [record.reward for record in records], marker=".", color="tab:blue")
@@ -93,4 +80,4 @@ def draw_picture(path: Path, records: list[StepRecord]) -> None:
     bottom.legend(loc="lower right")
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    write_picture(figure, path)

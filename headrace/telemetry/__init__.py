@@ -14,6 +14,7 @@ from headrace.telemetry.history import (
 )
 from headrace.telemetry.logs import LOGGER_NAME, LogContext, configure_logging, flush_logs, logging_words
 from headrace.telemetry.metrics import METRICS, MetricSpec
+from headrace.telemetry.pictures import new_figure, require_matplotlib, write_picture
 from headrace.telemetry.progress_bar import Progress, ProgressBar, can_draw
 
 __all__ = [
@@ -36,5 +37,8 @@ __all__ = [
     "configure_logging",
     "flush_logs",
     "logging_words",
+    "new_figure",
+    "require_matplotlib",
     "sum_of",
+    "write_picture",
 ]

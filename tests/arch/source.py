@@ -36,6 +36,8 @@ ORDER = (
     "client",
     "rl",
     "cluster",
+    "simulation",
+    "compare",
     "cli",
     "bench",
 )
@@ -53,6 +55,8 @@ TORCH_FREE_PACKAGES = (
     "server",
     "client",
     "cluster",
+    "simulation",
+    "compare",
     "cli",
     "bench",
 )
