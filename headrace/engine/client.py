@@ -243,9 +243,14 @@ class CoreClient:
         if error is not None:
             raise _copy(error)
 
+    def note_ending(self) -> None:
+        """The engine ends, from any thread: a core that ends from now on is no news. Who ends this process may have
+        killed the core just before, as Ray does."""
+        self._is_ending = True
+
     async def shut_down(self, timeout: float) -> bool:
         """Ask the core to answer what runs and to end. Returns whether it has agreed (or was dead before)."""
-        self._is_ending = True
+        self.note_ending()
         if self._end is not None:
             return True
         if self._watch is None:

@@ -339,6 +339,7 @@ class EngineLoop:
         if self.foreign is not None:
             return  # a fork: neither the thread nor the core is ours
         self.is_closing = True
+        self.client.note_ending()
         self.supervisor.end(ShutdownError(_SHUTTING_DOWN))
         self.post(self._start_closing)
         if threading.current_thread() is self._thread:
