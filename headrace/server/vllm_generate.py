@@ -66,7 +66,7 @@ class VllmGenerateFace:
         with FieldNames({"rid": "request_id"}), openai_errors("max_tokens", "logprobs"):
             max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
             options = logprob_options(self._state, body.logprobs or 0, "logprobs")
-            await call.submit([Prompt(row, "token_ids")], sampling_params(body, max_tokens), options)
+            await call.submit([Prompt(row, "token_ids")], sampling_params(self._state, body, max_tokens), options)
         with dropping(request.scope, call.cancel, self._state.metrics.count_disconnect):
             choices = await call.written(functools.partial(self._choice, body))
         reply = {"request_id": call.request_id, "choices": choices, "prompt_logprobs": None, "usage": call.usage()}
