@@ -106,7 +106,8 @@ class RolloutLoop:
         self._box = ToolBox(tools)
         self._given_tokenizer = tokenizer
         self._params = _params_of(sampling_params)
-        asked = sampling_params if isinstance(sampling_params, Mapping) else SamplingParams.__struct_fields__
+        whole = isinstance(sampling_params, SamplingParams)
+        asked: Any = SamplingParams.__struct_fields__ if whole else sampling_params or ()
         self._asked = {name: getattr(self._params, name) for name in asked if name in SamplingParams.__struct_fields__}
         self._limits = limits or RolloutLimits()
         self._respond, self._reward, self._on_group = respond, reward, on_group
