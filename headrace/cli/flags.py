@@ -1,7 +1,7 @@
 """Command-line flags made from the fields of a struct, so that a setting has one name, one default and one meaning.
 
-Owns the mapping field -> flag: underscores become dashes; a bool becomes `--x`, or `--x / --no-x` where True is the
-default; a literal its choices, a tuple a flag that may be repeated, a dict a JSON object. Only flags that were given
+Owns the mapping field -> flag: underscores become dashes; a bool becomes `--x / --no-x`, a literal
+its choices, a tuple a flag that may be repeated, a dict a JSON object. Only flags that were given
 end up in the dict handed to the struct, which does the checking. Must not know what any setting does.
 """
 
@@ -61,6 +61,13 @@ def given(
     return found
 
 
+def flag_names(
+    struct: type[msgspec.Struct], *, skip: Collection[str] = (), rename: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The fields of `struct`, except `skip`, by the names of their flags, with underscores."""
+    return {(rename or {}).get(name, name): name for name in struct.__struct_fields__ if name not in skip}
+
+
 def with_keys(options: dict[str, Any], names: Sequence[str] = ("api_key", "admin_api_key")) -> dict[str, Any]:
     """`options`, and the keys of these `names` in the environment (HEADRACE_API_KEY, HEADRACE_ADMIN_API_KEY) that no
     flag gives.
@@ -79,7 +86,7 @@ def _options(field: msgspec.structs.FieldInfo, name: str) -> dict[str, Any]:
     kind = _without_none(field.type)
     metavar = name.rsplit("_", 1)[-1].upper()
     if kind is bool:
-        return {"action": argparse.BooleanOptionalAction if field.default is True else "store_true"}
+        return {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is Literal:
         return {"choices": get_args(kind)}
     if get_origin(kind) in (tuple, list, Sequence):

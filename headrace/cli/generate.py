@@ -45,7 +45,7 @@ class Job(msgspec.Struct, frozen=True):
     """A prompt to run; `where` tells errors of it from those of others."""
 
     prompt: PromptLine
-    params: SamplingParams
+    params: dict[str, Any]
     where: str = ""
 
 
@@ -70,14 +70,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _read_jobs(arguments: argparse.Namespace, sampling: dict[str, Any], stdin: TextIO) -> list[Job]:
     """What is to be run, checked as far as it can be before a model is loaded."""
-    params = SamplingParams.from_dict(sampling)
+    SamplingParams.from_dict(sampling)
     if arguments.jsonl is not None:
         if arguments.prompts:
             raise RequestError("prompts are given as arguments and by --jsonl", field="jsonl")
         return _read_lines(arguments.jsonl, sampling, stdin)
     prompts = arguments.prompts or [_read_prompt(stdin)]
     names = [f"prompt {number}" for number in range(1, len(prompts) + 1)] if len(prompts) > 1 else [""]
-    return [Job(PromptLine(prompt=text), params, name) for text, name in zip(prompts, names, strict=True)]
+    return [Job(PromptLine(prompt=text), sampling, name) for text, name in zip(prompts, names, strict=True)]
 
 
 def _read_prompt(stdin: TextIO) -> str:
@@ -99,7 +99,8 @@ def _read_lines(source: str, sampling: dict[str, Any], stdin: TextIO) -> list[Jo
         where = f"{source}, line {number}"
         try:
             prompt = _read_line(line)
-            params = SamplingParams.from_dict({**sampling, **prompt.sampling_params})
+            params = {**sampling, **prompt.sampling_params}
+            SamplingParams.from_dict(params)
         except RequestError as error:
             raise _located(error, where) from None
         jobs.append(Job(prompt, params, where))
@@ -190,6 +191,6 @@ def _generate_one(engine: AsyncEngine, arguments: argparse.Namespace, job: Job) 
 def _print(outputs: list[Generation], *, as_json: bool) -> None:
     for output in outputs:
         if as_json:
-            print_json(msgspec.json.encode(output))
+            print_json(output.to_json())
         elif output.error is None:
             print(output.text, flush=True)

@@ -13,15 +13,17 @@ import gc
 import logging
 import signal
 import socket
+from typing import Any, Literal
 
 import msgspec
 
-from headrace.cli.flags import add_flags, given, with_keys
+from headrace.cli.config_file import ConfigFile, read_config_file
+from headrace.cli.flags import add_flags, flag_names, given, with_keys
 from headrace.cli.owner import Owner
 from headrace.config import EngineConfig
 from headrace.engine import AsyncEngine
 from headrace.engine.core_host import resolve_settings
-from headrace.server.options import ServerOptions
+from headrace.server.options import ServerOptions, from_keywords
 from headrace.telemetry import LogContext, configure_logging
 from headrace.types.errors import ConfigError, HeadraceError
 from headrace.types.plain_values import hint
@@ -32,14 +34,26 @@ _RENAMED = {"weight_roots": "weight_root", "save_roots": "save_root", "allowed_h
 logger = logging.getLogger(__name__)
 
 
+class ProcessOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the process listens, and how it logs.
+
+    host       address to listen on
+    port       0: any free port
+    log_level  least of what is logged
+    log_json   log JSON lines
+    """
+
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_json: bool = False
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a Hugging Face folder or hub id")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help=f"0: any free port (default: {DEFAULT_PORT})")
-    levels = ("debug", "info", "warning", "error")
-    parser.add_argument("--log-level", default="info", choices=levels, help="(default: info)")
-    parser.add_argument("--log-json", action="store_true", help="log JSON lines")
+    parser.add_argument("model", nargs="?", help="a Hugging Face folder or hub id")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of flags; those of the command line win")
     parser.add_argument("--owner", type=int, metavar="FD", help=argparse.SUPPRESS)
+    add_flags(parser, ProcessOptions, title="process settings")
     add_flags(parser, ServerOptions, title="server settings", rename=_RENAMED)
     add_flags(parser, EngineConfig, title="engine settings", skip=("model",))
 
@@ -60,30 +74,58 @@ def _run(arguments: argparse.Namespace, owner: Owner | None) -> int:
     from headrace.server.listening import listen, url_of
     from headrace.server.starting import Starting
 
-    configure_logging(LogContext("front"), level=arguments.log_level, as_json=arguments.log_json)
-    given_settings, given_options = given(arguments, EngineConfig), given(arguments, ServerOptions, rename=_RENAMED)
+    process, config, server_options = read_settings(arguments, owner)
+    if config.node_rank:
+        context = LogContext(f"node {config.node_rank}")
+        configure_logging(context, level=process.log_level, as_json=process.log_json)
+        return host_node(config)
+    with listen(process.host, process.port) as listener:
+        logger.debug("starting", extra={"fields": {"url": url_of(listener, process.host)}})
+        with Starting(listener, server_options):
+            engine = AsyncEngine(**msgspec.structs.asdict(config))
+        try:
+            return asyncio.run(_serve(engine, process.host, listener, server_options, owner))
+        finally:
+            engine.close()
+
+
+def read_settings(
+    arguments: argparse.Namespace, owner: Owner | None = None
+) -> tuple[ProcessOptions, EngineConfig, ServerOptions]:
+    """All settings, checked: those of the command line, then the owner's, then the file's. Logging follows them."""
+    flags = given(arguments, EngineConfig, skip=("model",)) | given(arguments, ServerOptions, rename=_RENAMED)
+    flags |= given(arguments, ProcessOptions)
+    if arguments.model is not None:
+        flags["model"] = arguments.model
+    file = _read_file(arguments.config).without(flags)
+    with file.naming_lines():
+        process = from_keywords(ProcessOptions, {**file.of(ProcessOptions), **_of(ProcessOptions, flags)}, "a setting")
+    configure_logging(LogContext("front"), level=process.log_level, as_json=process.log_json)
     if owner is not None:
         known = *EngineConfig.__struct_fields__, *ServerOptions.__struct_fields__
         for name, value in owner.read_order().config.items():
             if name not in known:
                 raise ConfigError(f"{name} is no setting of an engine or a server{hint(name, known)}", field=name)
-            (given_options if name in ServerOptions.__struct_fields__ else given_settings)[name] = value
-    settings = {"model": arguments.model, "max_core_restarts": DEFAULT_CORE_RESTARTS, **given_settings}
-    config = EngineConfig.from_dict(settings)
-    if config.node_rank:
-        context = LogContext(f"node {config.node_rank}")
-        configure_logging(context, level=arguments.log_level, as_json=arguments.log_json)
-        return host_node(config)
-    server_options = ServerOptions.from_dict(with_keys(given_options))
-    server_options.check_address(arguments.host)
-    with listen(arguments.host, arguments.port) as listener:
-        logger.debug("starting", extra={"fields": {"url": url_of(listener, arguments.host)}})
-        with Starting(listener, server_options):
-            engine = AsyncEngine(**msgspec.structs.asdict(config))
-        try:
-            return asyncio.run(_serve(engine, arguments.host, listener, server_options, owner))
-        finally:
-            engine.close()
+            flags[name] = value
+    with file.naming_lines():
+        settings = {"max_core_restarts": DEFAULT_CORE_RESTARTS, **file.of(EngineConfig), **_of(EngineConfig, flags)}
+        config = EngineConfig.from_dict(settings)
+        options = with_keys({**file.of(ServerOptions), **_of(ServerOptions, flags)})
+        server_options = ServerOptions.from_dict(options)
+    if not config.node_rank:
+        server_options.check_address(process.host)
+    return process, config, server_options
+
+
+def _read_file(path: str | None) -> ConfigFile:
+    if path is None:
+        return ConfigFile()
+    flags = flag_names(ProcessOptions) | flag_names(EngineConfig) | flag_names(ServerOptions, rename=_RENAMED)
+    return read_config_file(path, flags)
+
+
+def _of(settings: type[msgspec.Struct], values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name in settings.__struct_fields__}
 
 
 def host_node(config: EngineConfig) -> int:

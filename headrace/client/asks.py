@@ -16,6 +16,7 @@ from headrace.engine.requests import GenerateOptions
 from headrace.types.errors import RequestError
 from headrace.types.http import ChatAsk, GenerateAsk
 from headrace.types.plain_values import as_integer_array, plain_scalar, plain_text
+from headrace.types.sampling_params import SamplingParams
 
 
 def generate_body(
@@ -73,12 +74,21 @@ def _encoded(ask: Any, field: str) -> bytes:
 
 
 def _params(sampling_params: Sampling, num_prompts: int, returns_errors: bool) -> Any:
-    """Checked, one for all or a list; those that are refused as they were given, if they are to be refused there."""
+    """Checked, one for all or a list, with nothing that was not given; those that are refused as they were given, if
+    they are to be refused there."""
     refusals: dict[int, RequestError] = {}
     params = params_list(sampling_params, num_prompts, refusals if returns_errors else None)
     if not isinstance(sampling_params, (list, tuple)):
-        return params[0]
-    return [_spelled(sampling_params[i]) if i in refusals else each for i, each in enumerate(params)]
+        return _as_given(sampling_params, params[0])
+    pairs = enumerate(zip(sampling_params, params, strict=True))
+    return [_spelled(given) if position in refusals else _as_given(given, each) for position, (given, each) in pairs]
+
+
+def _as_given(given: Any, checked: SamplingParams) -> Any:
+    """What was given, with the plain values of what was made of it: the rest is the engine's to choose."""
+    if not isinstance(given, Mapping):
+        return given
+    return {name: getattr(checked, "seed" if name == "sampling_seed" else name) for name in given}
 
 
 def _ids(row: Any, name: str, returns_errors: bool) -> list[Any]:

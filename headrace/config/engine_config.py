@@ -66,6 +66,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                              cuda at most 4 of them
     logprob_mode             default meaning of output log-probabilities
     prompt_logprob_mode      default meaning of prompt log-probabilities
+    sampling_defaults        what stands for sampling parameters that a request does not give: "headrace" (those of
+                             `SamplingParams`) | "model" (temperature, top_p, top_k, min_p and repetition_penalty of
+                             the folder's generation_config.json come before them)
     served_model_name        name answered by the OpenAI routes; None: `model`
     initial_version          weight version label at start
     pause_timeout            seconds a request may wait behind a pause
@@ -112,6 +115,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     num_threads: int | None = None
     logprob_mode: LogprobMode = "temperature"
     prompt_logprob_mode: LogprobMode = "raw"
+    sampling_defaults: Literal["headrace", "model"] = "headrace"
     served_model_name: str | None = None
     initial_version: str = "default"
     pause_timeout: float = 600.0

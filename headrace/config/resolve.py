@@ -13,6 +13,7 @@ from headrace.config.devices import CudaDevice, Software, cuda_devices, installe
 from headrace.config.engine_config import EngineConfig, SettledConfig
 from headrace.config.machine import available_cores, available_memory
 from headrace.config.model_spec import ModelSpec
+from headrace.config.sampling_defaults import recommended_sampling
 from headrace.config.shares import share_of, stages_of
 from headrace.types.errors import ConfigError, encodable
 from headrace.types.plain_values import as_path
@@ -98,6 +99,7 @@ class ResolvedConfig(msgspec.Struct, frozen=True):
     explanations: tuple[Explanation, ...]
     cuda: CudaDevice | None = None
     takeover: Takeover | None = None
+    sampling_defaults: dict[str, float] = {}
 
     @property
     def max_total_num_tokens(self) -> int:
@@ -182,8 +184,8 @@ def resolve(
     """Decide every open setting of `config` for the checkpoint in `folder`.
 
     `devices` and `software` are this machine's unless given; `first_device` is the index of the one to use, of
-    `ranks_here`, which are a node's part unless given. Raises
-    `ConfigError`, `CheckpointError` or `UnsupportedModelError` naming the setting or file.
+    `ranks_here`, which are a node's part unless given. Raises `ConfigError`, `CheckpointError` or
+    `UnsupportedModelError` naming the setting or file.
     """
     if str(folder) != encodable(str(folder)):
         raise ConfigError(f"the folder {folder} has a name that is not Unicode text", field="model")
@@ -205,6 +207,7 @@ def resolve(
     is_measured = device == "cuda" and backend.value != "reference"
     pool_tokens = _pool_tokens(engine, is_measured, page_bytes, context_length.value)
     _check_host_pages(engine, page_bytes)
+    sampling = recommended_sampling(folder) if config.sampling_defaults == "model" else {}
     choices: dict[str, Chosen[Any]] = {
         "device": Chosen(device, why_device),
         **sizes,
@@ -214,6 +217,7 @@ def resolve(
         "context_length": context_length,
         "num_threads": num_threads,
         "kv_pool_tokens": pool_tokens,
+        "sampling_defaults": Chosen(sampling, "what generation_config.json recommends" if sampling else ""),
     }
     return ResolvedConfig(
         engine=engine,
@@ -228,6 +232,7 @@ def resolve(
         attention_backend=backend.value,
         explanations=_explanations(choices),
         cuda=cuda,
+        sampling_defaults=sampling,
     )
 
 

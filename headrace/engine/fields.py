@@ -69,17 +69,19 @@ def _nonempty(values: list[Any], field: str) -> list[Any]:
     return values
 
 
-def _params(value: Any, field: str) -> SamplingParams:
+def read_params(value: Any, field: str, defaults: Mapping[str, Any] | None = None) -> SamplingParams:
+    """Sampling parameters as a caller may give them; `defaults` are those of parameters that a dict does not have. A
+    `SamplingParams` has all of them."""
     if isinstance(value, SamplingParams):
         return value
-    return SamplingParams() if value is None else SamplingParams.from_dict(value, field=field)
+    return SamplingParams.from_dict({} if value is None else value, field=field, defaults=defaults)
 
 
 def params_list(
     sampling_params: Sampling,
     num_prompts: int,
     refusals: dict[int, RequestError] | None = None,
-    read: Callable[[Any, str], SamplingParams] = _params,
+    read: Callable[[Any, str], SamplingParams] = read_params,
 ) -> list[SamplingParams]:
     """One `SamplingParams` per prompt; `read` makes it of a value and its name. Of a list, errors go into `refusals` by
     position if it is given."""

@@ -7,6 +7,7 @@ it (`input_ids[3]`, `sampling_params.top_p`).
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict, get_args
@@ -25,6 +26,7 @@ from headrace.engine.fields import (
     name_of,
     params_list,
     per_prompt,
+    read_params,
     request_ids,
     scoring,
     sources,
@@ -143,6 +145,7 @@ class RequestBuilder:
         self._vocab_size = model.vocab_size
         self._context_length = resolved.context_length
         self._eos_ids = model.eos_token_ids
+        self._read_params = functools.partial(read_params, defaults=resolved.sampling_defaults)
         self._no_logprobs = LogprobOptions(engine.logprob_mode, engine.prompt_logprob_mode)
         self._max_sequences = engine.max_sequences
         self._seeds = SeedSource(engine.seed)
@@ -171,7 +174,7 @@ class RequestBuilder:
         returns_errors = as_flag(options.get("return_errors", False), "return_errors")
         as_flag(options.get("progress", True), "progress")
         refusals: dict[int, RequestError] = {}
-        params = params_list(call.sampling_params, len(given), refusals if returns_errors else None)
+        params = params_list(call.sampling_params, len(given), refusals if returns_errors else None, self._read_params)
         params = scoring(params) if call.scores else params
         self._check_count(sum(each.n for each in params), field)
         check_call(params)

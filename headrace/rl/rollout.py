@@ -106,6 +106,9 @@ class RolloutLoop:
         self._box = ToolBox(tools)
         self._given_tokenizer = tokenizer
         self._params = _params_of(sampling_params)
+        whole = isinstance(sampling_params, SamplingParams)
+        asked: Any = SamplingParams.__struct_fields__ if whole else sampling_params or ()
+        self._asked = {name: getattr(self._params, name) for name in asked if name in SamplingParams.__struct_fields__}
         self._limits = limits or RolloutLimits()
         self._respond, self._reward, self._on_group = respond, reward, on_group
         self._template_arguments = template_arguments or {}
@@ -257,12 +260,12 @@ class RolloutLoop:
     async def _generate(self, talk: _Talk, num_partial: int, room: int, seconds: float) -> Generation:
         """Tokens behind those there are. At the deadline, and when the run is cut, those drawn so far."""
         conversation, run = talk.conversation, talk.run
-        params = msgspec.structs.replace(
-            self._params,
-            max_new_tokens=room,
-            min_new_tokens=min(room, max(0, self._params.min_new_tokens - num_partial)),
-            seed=talk.seed,
-        )
+        params = {
+            **self._asked,
+            "max_new_tokens": room,
+            "min_new_tokens": min(room, max(0, self._params.min_new_tokens - num_partial)),
+            "seed": talk.seed,
+        }
         request_id = f"rollout-{uuid.uuid4().hex}"
         options: GenerateOptions = {
             "request_id": request_id,

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 from headrace.types.errors import RequestError
+from headrace.types.plain_values import hint
+from headrace.types.sampling_params import SamplingParams
 
 MAX_ABSENT_DEPTH = 8
 MAX_NAMED = 32
@@ -69,5 +71,13 @@ def warnings_for(values: Mapping[str, Any], known: Set[str]) -> list[str]:
     unknown = values.keys() - known
     if not unknown:
         return []
-    warnings = [f"{ascii(key[:64])} is not known and was ignored" for key in heapq.nsmallest(MAX_NAMED, unknown)]
+    named = heapq.nsmallest(MAX_NAMED, unknown)
+    warnings = [f"{ascii(key[:64])} is not known and was ignored{_meant(key, known)}" for key in named]
     return warnings if len(unknown) <= MAX_NAMED else [*warnings, f"so were {len(unknown) - MAX_NAMED} more"]
+
+
+def _meant(key: str, known: Set[str]) -> str:
+    """What to add to such a warning: where the key belongs, or which was meant."""
+    if key in SamplingParams.__struct_fields__ and "sampling_params" in known:
+        return "; it belongs in sampling_params"
+    return hint(key, known)

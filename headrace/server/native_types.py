@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import uuid
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import numpy as np
 
 from headrace.engine import AsyncEngine, GenerateItem
 from headrace.engine.bounds import check_body, check_call
-from headrace.engine.fields import name_of, params_list
+from headrace.engine.fields import name_of, params_list, read_params
 from headrace.engine.pacing import Turn
 from headrace.server.errors import renamed
 from headrace.server.keys import LACKING_GENERATE, LACKING_SAMPLING, refuse_lacking, warnings_for
@@ -88,8 +89,9 @@ class Draft:
         self.sources, self.is_batch, self.field = _sources(body)
         check_count(engine, len(self.sources), self.field)
         self.fields = [f"{self.field}[{i}]" for i in range(len(self.sources))] if self.is_batch else [self.field]
+        read = functools.partial(read_native_params, engine.resolved.sampling_defaults)
         self.refusals: dict[int, RequestError] | None = {} if body.return_errors else None
-        self.params = params_list(body.sampling_params, len(self.sources), self.refusals, read_params)
+        self.params = params_list(body.sampling_params, len(self.sources), self.refusals, read)
         counts = list(map(_NUM_SAMPLES, self.params))
         num_sequences = sum(counts)
         if num_sequences > len(counts):
@@ -276,16 +278,14 @@ def shared_ids(engine: AsyncEngine, ids: Any, field: str) -> Any:
         raise RequestError(f"{field} holds a number that is no token id", field=field) from None
 
 
-def read_params(values: Any, field: str) -> SamplingParams:
+def read_native_params(defaults: Mapping[str, Any], values: Any, field: str) -> SamplingParams:
     """Sampling parameters in the dialect's spelling. Raises `RequestError` naming the parameter."""
-    if values is None:
-        return SamplingParams()
     if isinstance(values, dict) and not LACKING_SAMPLING.isdisjoint(values):
         if values.get("stream_interval") == 1:
             values = {**values, "stream_interval": None}
         refuse_lacking(values, LACKING_SAMPLING, field)
         values = {key: value for key, value in values.items() if key not in LACKING_SAMPLING}
-    return SamplingParams.from_dict(values, field=field)
+    return read_params(values, field, defaults)
 
 
 def _per_prompt(value: Any, num_prompts: int, field: str) -> list[Any]:

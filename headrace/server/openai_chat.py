@@ -72,7 +72,7 @@ class ChatFace:
         if max_tokens is None:
             max_tokens = self._state.engine.resolved.max_length - len(prompt.ids)
         with openai_errors(body, key, "top_logprobs"):
-            params = sampling_params(body, max_tokens)
+            params = sampling_params(self._state, body, max_tokens)
             skips = params.skip_special_tokens
             reader = reader_of(tokenizer, conversation.terms, text, skips_special_tokens=skips)
             if body.top_logprobs and not body.logprobs:

@@ -52,7 +52,7 @@ class CompletionsFace:
         prompts = await self._prompts(body, warnings)
         call = OpenAiCall(self._state, body, "cmpl", model, warnings)
         with openai_errors(body, "max_tokens", "logprobs"):
-            params = sampling_params(body, self._max_tokens(body, prompts))
+            params = sampling_params(self._state, body, self._max_tokens(body, prompts))
             await call.submit(prompts, params, logprob_options(self._state, body, body.logprobs or 0, "logprobs"))
         if body.stream:
             return call.event_stream(_OBJECT, functools.partial(self._chunks, call, body))

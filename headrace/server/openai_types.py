@@ -110,7 +110,7 @@ def check_model(state: ServerState, name: str) -> str:
     raise NotFoundError(f"model {name[:200]!r} is not served here; {state.model_name!r} is", field="model")
 
 
-def sampling_params(body: OpenAiBody, max_new_tokens: Any) -> SamplingParams:
+def sampling_params(state: ServerState, body: OpenAiBody, max_new_tokens: Any) -> SamplingParams:
     """Sampling parameters of a body. Errors name the dialect's keys once inside `openai_errors`.
 
     OpenAI's `seed` is any signed 64-bit integer, of which -1 is none, as in vLLM. A `top_p` of 0 leaves the most
@@ -122,7 +122,8 @@ def sampling_params(body: OpenAiBody, max_new_tokens: Any) -> SamplingParams:
         values["top_p"] = LEAST_TOP_P
     if body.include_stop_str_in_output:
         values["no_stop_trim"] = True
-    return SamplingParams.from_dict({**values, "max_new_tokens": max_new_tokens, "min_new_tokens": body.min_tokens})
+    values |= {"max_new_tokens": max_new_tokens, "min_new_tokens": body.min_tokens}
+    return SamplingParams.from_dict(values, defaults=state.engine.resolved.sampling_defaults)
 
 
 def prompt_bound(body: OpenAiBody, max_length: int, max_tokens: Any) -> int | None:

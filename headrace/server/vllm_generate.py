@@ -65,8 +65,9 @@ class VllmGenerateFace:
         call = OpenAiCall(self._state, body, "gen", model, warnings)
         with FieldNames({"rid": "request_id"}), openai_errors(body, "max_tokens", "logprobs"):
             max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+            params = sampling_params(self._state, body, max_tokens)
             options = logprob_options(self._state, body, body.logprobs or 0, "logprobs")
-            await call.submit([Prompt(row, "token_ids")], sampling_params(body, max_tokens), options)
+            await call.submit([Prompt(row, "token_ids")], params, options)
         with dropping(request.scope, call.cancel, self._state.metrics.count_disconnect):
             choices = await call.written(functools.partial(self._choice, body))
             scores = await call.prompt_scores(self._writer)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any, Literal
 
 import msgspec
 
-from headrace.types.errors import ErrorInfo
+from headrace.types.errors import ErrorInfo, RequestError
 from headrace.types.sampling_params import LogprobMode
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -92,6 +93,19 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     times: Times | None = None
     seed: int = 0
 
+    def to_json(self) -> bytes:
+        """One line of JSON, from which `from_json` makes an equal value: names are those here, keys of objects strings.
+        JSON has no infinite number: such a log-probability is "-inf"."""
+        return msgspec.json.encode(_finite(msgspec.to_builtins(self, str_keys=True)))
+
+    @classmethod
+    def from_json(cls, data: bytes | str) -> Generation:
+        """What `to_json` wrote. Names that it does not know are left out. Raises `RequestError` naming the field."""
+        try:
+            return msgspec.json.decode(data, type=cls, strict=False)
+        except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+            raise RequestError(f"json is no generation: {error}", field="json") from None
+
 
 class ChatReply(msgspec.Struct, frozen=True, kw_only=True):
     """One reply to a conversation.
@@ -107,3 +121,12 @@ class ChatReply(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: str
     sample: Generation
     prompt_token_ids: list[int]
+
+
+def _finite(value: Any) -> Any:
+    """The same JSON-like value with numbers that are not finite as strings."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, (list, tuple)) else value

@@ -29,7 +29,17 @@ MIN_REPETITION_PENALTY = 1e-6
 _TOKEN_KEY = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+class _NamesMeant(msgspec.StructMeta):
+    """A keyword that is no field is refused by the name that was meant."""
+
+    def __call__(cls, *args: Any, **values: Any) -> Any:
+        known = cls.__struct_fields__
+        for name in values.keys() - known:
+            raise RequestError(f"{name} is not a sampling parameter{hint(name, known)}", field=name)
+        return super().__call__(*args, **values)
+
+
+class SamplingParams(msgspec.Struct, metaclass=_NamesMeant, frozen=True, kw_only=True):
     """How to sample one request. Names are SGLang's; `sampling_seed` is accepted for `seed` by `from_dict`.
 
     `max_new_tokens=0` generates nothing (scoring). No stop id is drawn as one of the first `min_new_tokens` tokens, and
@@ -78,8 +88,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             raise RequestError("min_new_tokens must be in [0, max_new_tokens]", field="min_new_tokens")
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], *, field: str = "sampling_params") -> SamplingParams:
-        """Build from JSON-like values. A null is the default; an unknown key raises `RequestError` naming it."""
+    def from_dict(
+        cls,
+        values: Mapping[str, Any],
+        *,
+        field: str = "sampling_params",
+        defaults: Mapping[str, Any] | None = None,
+    ) -> SamplingParams:
+        """Build from JSON-like values. A null is the default, which `defaults` may give; an unknown key raises
+        `RequestError` naming it."""
         if not isinstance(values, Mapping):
             raise RequestError(f"{field} must be an object, not {type(values).__name__}", field=field)
         known = cls.__struct_fields__
@@ -95,7 +112,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                 raise RequestError(f"{field}.{key} and its alias are both given", field=f"{field}.{key}")
             accepted[name] = value
         try:
-            return cls(**accepted)
+            return cls(**{**(defaults or {}), **accepted})
         except RequestError as error:
             raise RequestError(f"{field}.{error.message}", field=f"{field}.{error.field}") from None
 

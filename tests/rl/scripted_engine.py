@@ -36,7 +36,7 @@ class ScriptedEngine:
     async def generate(
         self, prompts: Any = None, input_ids: Any = None, sampling_params: Any = None, **options: Any
     ) -> list[Generation]:
-        assert isinstance(sampling_params, SamplingParams)
+        sampling_params = SamplingParams.from_dict(sampling_params)
         self.asks.append({"input_ids": list(input_ids), "params": sampling_params, **options})
         if self.failures:
             raise self.failures.pop(0)
