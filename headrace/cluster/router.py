@@ -17,6 +17,7 @@ from headrace.cluster.lookout import Lookout
 from headrace.cluster.metrics import RouterMetrics
 from headrace.cluster.options import RouterOptions
 from headrace.cluster.own_calls import OwnCalls
+from headrace.cluster.pages import PAGE_PATHS, RouterPages
 from headrace.cluster.policies import make_policy
 from headrace.cluster.proxy import Proxy
 from headrace.cluster.replicas import Replicas
@@ -43,7 +44,8 @@ class ReplicaRouter:
         self._metrics = RouterMetrics(self.replicas)
         self._watch = Watch(self.replicas, options.stuck_timeout)
         self._lookout = Lookout(self.replicas, options)
-        self._own = OwnCalls(self.replicas, self._watch, self._metrics, self._lookout)
+        self._own = OwnCalls(self.replicas, self._watch, self._metrics)
+        self._pages = RouterPages(self._lookout)
         self._proxy = Proxy(self.replicas, options, self._metrics)
         self._fan_out = FanOut(self.replicas, options)
         self._keys = keys_of(options.api_key, options.admin_api_key)
@@ -86,6 +88,8 @@ class ReplicaRouter:
                 await self._fan_out.command(head, body, exchange)
             elif route.treatment == "agree":
                 await self._fan_out.question(head, body, exchange)
+            elif path in PAGE_PATHS:
+                await self._pages.answer(head, exchange)
             else:
                 self._own.answer(head, body, exchange)
         except asyncio.CancelledError:
