@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from typing import Any
-from urllib.parse import parse_qsl
 
 import msgspec
 
 from headrace.cluster.front import Exchange
 from headrace.cluster.health import Watch
 from headrace.cluster.http_parts import Head
-from headrace.cluster.lookout import Lookout
 from headrace.cluster.metrics import CONTENT_TYPE, RouterMetrics
 from headrace.cluster.replicas import RemoteReplica, Replicas
 from headrace.cluster.routes import WORKERS_PATH
-from headrace.server.dashboard_state import DASHBOARD_PATH, STATE_PATH, read_since
 from headrace.server.errors import error_body
-from headrace.server.web_pages import HTML_TYPE, WebPage, load_page
 from headrace.types.errors import RequestError
 
 _ACCEPTED = 202
@@ -36,12 +32,10 @@ class WorkerBody(msgspec.Struct):
 class OwnCalls:
     """Answers that need no replica."""
 
-    def __init__(self, replicas: Replicas, watch: Watch, metrics: RouterMetrics, lookout: Lookout) -> None:
+    def __init__(self, replicas: Replicas, watch: Watch, metrics: RouterMetrics) -> None:
         self._replicas = replicas
         self._watch = watch
         self._metrics = metrics
-        self._lookout = lookout
-        self._dashboard = load_page("dashboard", "Headrace router")
         self.is_draining = False
 
     def answer(self, head: Head, body: bytes, exchange: Exchange) -> None:
@@ -49,10 +43,6 @@ class OwnCalls:
         path = head.path
         if path == "/metrics":
             exchange.reply(200, [(b"content-type", CONTENT_TYPE)], self._metrics.render())
-        elif path == DASHBOARD_PATH:
-            _page(exchange, self._dashboard)
-        elif path == STATE_PATH:
-            _json(exchange, self._lookout.state(read_since(_query(head).get("since", "0"))))
         elif path == "/liveness":
             exchange.reply(200, [], b"")
         elif path in ("/health", "/health_generate"):
@@ -128,15 +118,6 @@ def _shown(replica: RemoteReplica) -> dict[str, Any]:
         "num_sent": replica.num_sent,
         "weight_version": replica.weight_version,
     }
-
-
-def _query(head: Head) -> dict[str, str]:
-    return dict(parse_qsl(head.target.partition(b"?")[2].decode("ascii"), keep_blank_values=True))
-
-
-def _page(exchange: Exchange, page: WebPage) -> None:
-    headers = [(name.encode(), value.encode()) for name, value in page.headers.items()]
-    exchange.reply(200, [(b"content-type", HTML_TYPE.encode()), *headers], page.body)
 
 
 def _json(exchange: Exchange, value: Any, status: int = 200) -> None:

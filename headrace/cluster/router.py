@@ -17,6 +17,7 @@ from headrace.cluster.lookout import Lookout
 from headrace.cluster.metrics import RouterMetrics
 from headrace.cluster.options import RouterOptions
 from headrace.cluster.own_calls import OwnCalls
+from headrace.cluster.pages import PAGE_PATHS, RouterPages
 from headrace.cluster.policies import make_policy
 from headrace.cluster.proxy import Proxy
 from headrace.cluster.replicas import Replicas
@@ -45,7 +46,8 @@ class ReplicaRouter:
         self._metrics = RouterMetrics(self.replicas)
         self._watch = Watch(self.replicas, options.stuck_timeout)
         self._lookout = Lookout(self.replicas, options)
-        self._own = OwnCalls(self.replicas, self._watch, self._metrics, self._lookout)
+        self._own = OwnCalls(self.replicas, self._watch, self._metrics)
+        self._pages = RouterPages(self._lookout)
         self._proxy = Proxy(self.replicas, options, self._metrics)
         self._fan_out = FanOut(self.replicas, options)
         self._updates = WeightUpdates(self.replicas, options, self._metrics)
@@ -94,6 +96,8 @@ class ReplicaRouter:
                 await self._updates.command(head, body, exchange)
             elif route.treatment == "session":
                 await self._sessions.command(head, body, exchange)
+            elif path in PAGE_PATHS:
+                await self._pages.answer(head, exchange)
             else:
                 self._own.answer(head, body, exchange)
         except asyncio.CancelledError:

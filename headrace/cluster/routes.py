@@ -52,8 +52,8 @@ ROUTES: dict[str, RouterRoute] = {
     **_routes("route", "/tokenize /v1/tokenize /detokenize /v1/detokenize"),
     **_routes("route", "/v1/models /model_info /get_model_info /server_info /get_server_info", methods=_GET),
     **_routes("own", "/health /liveness /health_generate /ready", methods=_GET, access="open"),
-    **_routes("own", "/dashboard", methods=_GET, access="open"),
-    **_routes("own", "/metrics /dashboard/state", methods=_GET),
+    **_routes("own", "/dashboard /docs", methods=_GET, access="open"),
+    **_routes("own", "/metrics /dashboard/state /openapi.json", methods=_GET),
     **_routes("fan_out", "/rewards"),
     WORKERS_PATH: RouterRoute("own", _BOTH, "admin"),
     **_routes("fan_out", "/abort_request /pause_generation /continue_generation", access="admin"),
@@ -85,6 +85,12 @@ ROUTES: dict[str, RouterRoute] = {
 _MODEL = RouterRoute("route", _GET)
 _WORKER = RouterRoute("own", ("GET", "DELETE"), "admin")
 _OTHER_CALL = RouterRoute("refuse", access="admin", advice=_CLIENT)
+VARYING_ROUTES = {
+    "/v1/models/{model}": _MODEL,
+    f"{WORKERS_PATH}/{{worker_id}}": _WORKER,
+    f"{PREFIX}/{{method}}": _OTHER_CALL,
+}
+"""By their form."""
 
 
 def route_of(path: str) -> RouterRoute | None:

@@ -17,6 +17,7 @@ from headrace.server.admin import AdminFace
 from headrace.server.auth import Access, Auth, keys_of
 from headrace.server.browsers import Hosts
 from headrace.server.dashboard import DashboardFace
+from headrace.server.docs import DocsFace
 from headrace.server.folders import Folders
 from headrace.server.gate import Gate
 from headrace.server.info import InfoFace
@@ -114,4 +115,5 @@ def all_endpoints(state: ServerState) -> list[Endpoint]:
         SaveFace(state, folders),
         DashboardFace(state),
     )
-    return [endpoint for face in faces for endpoint in face.endpoints()]
+    endpoints = [endpoint for face in faces for endpoint in face.endpoints()]
+    return [*endpoints, *DocsFace(endpoints).endpoints()]

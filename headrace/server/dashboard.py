@@ -6,7 +6,7 @@ become text.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from starlette.requests import Request
@@ -33,12 +33,18 @@ from headrace.types.errors import HeadraceError
 from headrace.types.request import unpack_ids
 
 _GAP = " \u2026 "
+_NUMBER = {"type": "number"}
+_REWARDS_SCHEMA = {
+    "type": "object",
+    "additionalProperties": {"anyOf": [_NUMBER, {"type": "array", "items": {"anyOf": [_NUMBER, {"type": "null"}]}}]},
+}
 
 
 class RewardsBody(msgspec.Struct):
-    """By request id a number, or a list with one for each sample of the request, null for those without."""
+    """By request id (`meta_info.id`, `id`) a number, or a list with one for each sample of that id, null for those
+    without."""
 
-    rewards: dict[str, float | list[float | None]]
+    rewards: Annotated[Any, msgspec.Meta(extra_json_schema=_REWARDS_SCHEMA)] = None
 
 
 class DashboardFace:
@@ -79,8 +85,7 @@ class DashboardFace:
         """POST /rewards: what samples were worth, by request id, for the page. The engine does nothing with them; the
         answer says how many are of samples that it remembers."""
         body = await read_control(request, RewardsBody)
-        rewards: Any = body.rewards
-        return json_reply({"num_known": await self._engine.give_rewards(rewards)})
+        return json_reply({"num_known": await self._engine.give_rewards(body.rewards)})
 
     async def _write(self, samples: list[SampleNote]) -> None:
         """Have the excerpts of samples as text, each once."""

@@ -10,6 +10,8 @@ from headrace.types.errors import RequestError
 DASHBOARD_PATH = "/dashboard"
 STATE_PATH = "/dashboard/state"
 REWARDS_PATH = "/rewards"
+DOCS_PATH = "/docs"
+OPENAPI_PATH = "/openapi.json"
 LOOK_SECONDS = 1.0
 """How often a page asks a server, while it is seen."""
 

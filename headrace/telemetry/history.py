@@ -19,7 +19,7 @@ MAX_UPDATES = 256
 MAX_SAMPLES = 64
 
 Rewards = Mapping[str, float | Sequence[float | None]]
-"""By request id: a number for its only sample, or one for each of its samples in order, None for those without."""
+"""By request id: a number for the samples of that name, or one for each by its index, None for those without."""
 
 
 class HistoryPoint(msgspec.Struct, frozen=True, gc=False):
@@ -156,18 +156,10 @@ class History:
 
     def note_rewards(self, rewards: Rewards) -> int:
         """Rewards of samples. All of them count in the sum; returns how many were of samples that are still here."""
-        num_found = 0
-        for request_id, given in rewards.items():
-            for index, reward in enumerate([given] if isinstance(given, (int, float)) else given):
-                if reward is None:
-                    continue
-                self.num_rewards += 1
-                self.reward_total += reward
-                note = self._samples.get(("", request_id, index))
-                if note is not None:
-                    note.reward, note.number = float(reward), self._next()
-                    num_found += 1
-        return num_found
+        named: dict[str, dict[int, SampleNote]] = {}
+        for note in self._samples.values():
+            named.setdefault(note.request_id, {})[note.index] = note
+        return sum(self._give(given, named.get(request_id, {})) for request_id, given in rewards.items())
 
     def since(self, number: int) -> HistoryPart:
         """What is newer than `number`; all there is for 0, and for a number of another history."""
@@ -180,6 +172,18 @@ class History:
             [note for note in self._updates if note.number > number],
             [note for note in self._samples.values() if note.number > number],
         )
+
+    def _give(self, given: float | Sequence[float | None], samples: Mapping[int, SampleNote]) -> int:
+        """Rewards of the samples of one name, by their index."""
+        rewards = dict.fromkeys(samples or (0,), given) if isinstance(given, (int, float)) else dict(enumerate(given))
+        for index, reward in rewards.items():
+            if reward is None:
+                continue
+            self.num_rewards += 1
+            self.reward_total += reward
+            if index in samples:
+                samples[index].reward, samples[index].number = float(reward), self._next()
+        return sum(reward is not None and index in samples for index, reward in rewards.items())
 
     def _next(self) -> int:
         self._last += 1

@@ -165,6 +165,11 @@ def scenario(door: Any, folder: Path) -> list[Any]:
     assert door.slow_down(0.001) is None and door.slow_down() is None and door.freeze_gc() is None
     gc.unfreeze()  # where the core is in this process
     seen += [door.collective_rpc("digest"), door.collective_rpc("abort", 30.0, ("nobody",), {"prefix": True})]
+    door.generate(input_ids=IDS[0], sampling_params=DRAWN, request_id="worth")
+    seen += [
+        door.give_rewards({"worth": 1.5, "nobody": [1, None]}),
+        error_of(lambda: door.give_rewards({"worth": "a lot"})),
+    ]
     status = door.status()
     seen += [status.version, status.epoch, status.state, door.metrics()["num_generated_tokens"]]
     return [*seen, *wrong_calls(door)]

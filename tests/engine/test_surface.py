@@ -23,6 +23,7 @@ METHODS = {
     "freeze_gc",
     "generate",
     "get_weights_by_name",
+    "give_rewards",
     "init_weights_update_group",
     "metrics",
     "pause",

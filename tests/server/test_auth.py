@@ -11,7 +11,7 @@ from headrace.server.app import all_endpoints
 from headrace.server.state import ServerState
 from tests.server.conftest import START, Served
 
-OPEN = {"/health", "/liveness", "/health_generate", "/ready"}
+OPEN = {"/health", "/liveness", "/health_generate", "/ready", "/dashboard", "/docs"}
 ADMIN = {
     *("/abort_request", "/pause_generation", "/continue_generation", "/flush_cache", "/update_weights_from_disk"),
     *(f"/headrace/{name}" for name in ("abort", "resume", "pause", "flush_cache", "set_weight_version", "digest")),
