@@ -22,7 +22,7 @@ class ConversationRollouts:
         self._loop = loop
         self._runner = asyncio.Runner()
         self._thread = ThreadPoolExecutor(1, "headrace-trl-rollouts")
-        weakref.finalize(self, _end, self._runner, self._thread)
+        weakref.finalize(self, _end, self._runner, self._thread).atexit = False
 
     def run(self, prompts: list[Any]) -> dict[str, Any]:
         """The columns of TRL's `rollout_func`, each a list in the order of `prompts`. Raises the error of a
@@ -48,9 +48,9 @@ class ConversationRollouts:
 
 
 def _end(runner: asyncio.Runner, thread: ThreadPoolExecutor) -> None:
-    """A loop is closed in the thread that it ran in."""
-    thread.submit(runner.close).result()
-    thread.shutdown()
+    """A loop is closed in the thread that it ran in; nobody waits, who drops this may be that thread."""
+    thread.submit(runner.close)
+    thread.shutdown(wait=False)
 
 
 def _reason(conversation: Conversation) -> Exception:

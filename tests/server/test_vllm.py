@@ -141,7 +141,7 @@ class Broadcaster:
 
     def send(self, names: list[str], **wrong: Any) -> tuple[int, Any]:
         """A call that announces these tensors, and their broadcasts."""
-        from tests.server.vllm_client import _root
+        from tests.server.vllm_client import broadcast_root
 
         info = {
             "names": names,
@@ -150,7 +150,7 @@ class Broadcaster:
         }
         asked = self.ask(UPDATE, {"update_info": {**info, **wrong}})
         for name in names:
-            self.group.broadcast([self.tensors[name]], _root()).wait()
+            self.group.broadcast([self.tensors[name]], broadcast_root()).wait()
         return asked()
 
 

@@ -157,7 +157,7 @@ class Client:
     def broadcast(self, tensors: list[torch.Tensor]) -> None:
         for tensor in packed(tensors, self.packed_bytes) if self.packed_bytes else tensors:
             if self.backend == "gloo":
-                self.group.broadcast([tensor], _root()).wait()
+                self.group.broadcast([tensor], broadcast_root()).wait()
             else:
                 self.group.broadcast(tensor)
 
@@ -183,7 +183,7 @@ class Client:
         self.post("/reset_prefix_cache")
 
 
-def _root() -> Any:
+def broadcast_root() -> Any:
     from torch._C._distributed_c10d import BroadcastOptions
 
     options = BroadcastOptions()

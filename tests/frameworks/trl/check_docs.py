@@ -1,0 +1,36 @@
+"""What docs/trl.md shows works: its blocks run as one program, on the policy that knows tools."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace.cli.main import parse
+from headrace.rl.demo import TOOL_POLICY
+from tests.arch.source import ROOT
+
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.timeout(500)]
+TEXT = (ROOT / "docs" / "trl.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+
+
+def test_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """AsyncGRPO's `train` is defined only: check_servers runs the same."""
+    monkeypatch.chdir(tmp_path)
+    program = "\n".join(blocks("python")).replace("Qwen/Qwen3-0.6B", str(TOOL_POLICY))
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(compile(program, "docs/trl.md", "exec"), names)
+    assert "version 2 after 3 pushes" in capsys.readouterr().out
+    assert [each["step"] for each in names["trainer"].state.log_history if "reward" in each]
+
+
+def test_commands_parse() -> None:
+    lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("headrace")]
+    assert [parse(shlex.split(line)[1:]).command for line in lines] == ["serve"]

@@ -1,0 +1,16 @@
+"""See the package."""
+
+from __future__ import annotations
+
+import socket
+
+
+def get_ip() -> str:
+    return "127.0.0.1"
+
+
+def get_open_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
