@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from headrace import __version__
-from headrace.cli import check, demo, generate, merge, router, serve, simulate
+from headrace.cli import check, compare, demo, generate, merge, router, serve, simulate
 from headrace.config.machine import check_working_directory
 from headrace.telemetry import flush_logs
 from headrace.types.errors import EngineDeadError, HeadraceError
@@ -109,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"headrace {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     modules = {"serve": serve, "router": router, "generate": generate, "demo": demo, "bench": bench, "check": check}
-    modules |= {"merge": merge, "simulate": simulate}
+    modules |= {"merge": merge, "simulate": simulate, "compare": compare}
     for name, module in modules.items():
         summary = (module.__doc__ or "").partition("\n")[0].partition(": ")[2]
         command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)

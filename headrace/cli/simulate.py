@@ -6,7 +6,6 @@ Prints a line for each number of replicas, or with `--json` one object as the la
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -54,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             draw_sweep(Path(arguments.plot), runs, title)
     if arguments.json:
-        print(json.dumps({"options": msgspec.to_builtins(options), "runs": msgspec.to_builtins(runs)}), flush=True)
+        print(msgspec.json.encode({"options": options, "runs": runs}).decode(), flush=True)
     return 0
 
 

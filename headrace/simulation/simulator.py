@@ -10,7 +10,7 @@ import functools
 import random
 
 from headrace.simulation.figures import OneBigCache, RunFigures, StepFigures, summarize
-from headrace.simulation.front_model import FrontModel
+from headrace.simulation.front_model import FrontCosts, FrontModel
 from headrace.simulation.options import SimulationOptions, check_replicas
 from headrace.simulation.replica_model import ReplicaModel
 from headrace.simulation.rollouts import RolloutSource, SimulatedGroup, SimulatedRollout
@@ -22,8 +22,8 @@ from headrace.types.request import Delta
 class Simulation:
     """One run with so many replicas. `run` may be called once."""
 
-    def __init__(self, num_replicas: int, options: SimulationOptions) -> None:
-        """Raises `ConfigError` naming what does not go together."""
+    def __init__(self, num_replicas: int, options: SimulationOptions, costs: FrontCosts | None = None) -> None:
+        """`costs` are those of its fronts (None: as measured). Raises `ConfigError` for what does not go together."""
         check_replicas(num_replicas, options)
         self.options = options
         self.timeline = Timeline()
@@ -32,7 +32,7 @@ class Simulation:
             ReplicaModel(number, options, self.timeline, self.source, self._ended) for number in range(num_replicas)
         ]
         self.fronts = [
-            FrontModel(options, self.timeline, self.replicas[place :: options.fronts])
+            FrontModel(options, self.timeline, self.replicas[place :: options.fronts], costs)
             for place in range(options.fronts)
         ]
         self.rollouts: list[SimulatedRollout] = []
