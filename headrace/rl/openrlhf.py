@@ -109,7 +109,7 @@ class OpenRLHFWorker:
             left, self._group = self._group, ""
             await self._engine.destroy_weights_update_group(left)
         runtime, place = self._engine.runtime, (master_address, master_port, rank_offset, world_size)
-        await join_group(runtime, *place, group_name, backend, JOIN_SECONDS, "vllm")
+        await runtime.run(join_group(runtime, *place, group_name, backend, JOIN_SECONDS, "vllm"))
         self._group = group_name
 
     async def update_weight(
@@ -147,7 +147,7 @@ class OpenRLHFWorker:
                 message = f"{name} is announced as {dtype} {list(shape)}, its handle has {found[0]} {list(found[1])}"
                 raise WeightUpdateError(message, field=name)
         except HeadraceError:  # as in `JoinedUpdate.add`
-            await self._engine.runtime.joined.end()
+            await self._engine.runtime.run(self._engine.runtime.joined.end())
             raise
         report = await self._engine.update_weights_from_bucket([(name, tensor)], self._label, in_flight="keep")
         return await self._ended(report) if empty_cache else report
@@ -194,9 +194,11 @@ class OpenRLHFWorker:
 
     async def _ended(self, report: UpdateReport | None) -> UpdateReport:
         """The last tensor of an update has come: it is live, or lacks something, or an error has ended it."""
-        finished = report or await self._engine.runtime.joined.finish(self._label)
+        runtime = self._engine.runtime
+        if report is None:
+            report = await runtime.run(runtime.joined.finish(self._label))
         self._num_updates += 1
-        return finished
+        return report
 
 
 def _settings_of(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -127,10 +127,11 @@ def test_its_agent_executor_runs_turns(actor: Any) -> None:
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=1.0, top_k=-1, max_tokens=8, min_tokens=1, logprobs=1)
-    found = call(actor, "generate_responses", "tell me", "", params, 64, byte_tokenizer(), num_samples=3)
+    found = call(actor, "generate_responses", "tell me", "", params, 500, byte_tokenizer(), num_samples=4)
+    assert {len(each["action_ranges"]) for each in found} >= {2}, "a turn ends with a token that a model of noise draws"
     for each in found:
         ends = [end for _, end in each["action_ranges"]]
-        assert len(ends) == 2 and ends[-1] == len(each["observation_tokens"]) == len(each["rollout_log_probs"])
+        assert ends[-1] == len(each["observation_tokens"]) == len(each["rollout_log_probs"])
         for start, end in each["action_ranges"]:
             assert all(value < 0 for value in each["rollout_log_probs"][start:end])
 
