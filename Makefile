@@ -8,7 +8,7 @@
 #
 # With frameworks that train, each in an environment of its own (.venv-NAME, from tests/frameworks/NAME/requirements.txt):
 #
-#   make test-frameworks   all of them, or FRAMEWORKS="trl ray"
+#   make test-frameworks   all of them, or FRAMEWORKS="trl ray"; what NAME/without_dependencies.txt lists comes alone
 #
 # With a CUDA device:
 #
@@ -100,6 +100,8 @@ test-frameworks: $(FRAMEWORKS:%=test-framework-%)
 	.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet --no-compile hatchling editables $(PIP_ARGS)
 	.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --no-build-isolation \
 	  --requirement tests/frameworks/$*/requirements.txt --editable '.[test]' $(PIP_ARGS)
+	alone=tests/frameworks/$*/without_dependencies.txt; test ! -f $$alone || .venv-$*/bin/python -m pip \
+	  --disable-pip-version-check install --quiet --no-compile --no-deps --requirement $$alone $(PIP_ARGS)
 	@touch $@
 
 test-framework-%: .venv-%/installed.stamp

@@ -42,6 +42,8 @@ class SequenceReply:
         self._lists: dict[str, list[Any]] = {}
         self._spans: list[tuple[str, int]] = []
         self._epochs: list[int] = []
+        self._whole_spans: list[tuple[str, int]] = []  # of what was forgotten, too
+        self._whole_epochs: list[int] = []
         self._prompt_spans: list[tuple[str, int]] = []
         self._last_version: str | None = None
         self._num_tokens = 0
@@ -56,6 +58,7 @@ class SequenceReply:
         for version, _ in (piece.version_spans or piece.prompt_version_spans)[-1:]:
             self._last_version = version
         extend_spans(self._spans, self._epochs, piece)
+        extend_spans(self._whole_spans, self._whole_epochs, piece)
         if self._wants_logprobs:
             self._add_logprobs(piece)
 
@@ -69,6 +72,7 @@ class SequenceReply:
             "cached_tokens": piece.num_cached_tokens,
             "reasoning_tokens": 0,
             "weight_version": self._last_version or self._style.live_version(),  # the latter of nothing computed
+            "weight_versions": None if piece.finish_reason is None else weight_versions(self._whole_spans),
             "num_retractions": piece.num_preemptions,
             "dp_rank": 0,
             "version_spans": self._spans,
@@ -95,7 +99,8 @@ class SequenceReply:
         return {"text": "".join(self._text), **reply} if self._style.has_text else reply
 
     def forget(self) -> None:
-        """What was sent is not sent again; `completion_tokens` and `weight_version` go on to be of the whole."""
+        """What was sent is not sent again; `completion_tokens`, `weight_version` and `weight_versions` go on to
+        be of the whole."""
         self._text.clear()
         self._ids.clear()
         self._spans.clear()
@@ -132,6 +137,15 @@ class SequenceReply:
     def _triple(self, logprob: float | None, token_id: int) -> tuple[float | None, int, str | None]:
         tokenizer = self._style.tokenizer
         return logprob, token_id, None if tokenizer is None else tokenizer.token_text(token_id)
+
+
+def weight_versions(spans: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
+    """Spans as SGLang writes them: half-open ranges of a sample's generated tokens."""
+    found, start = [], 0
+    for version, num_tokens in spans:
+        found.append({"version": version, "start": start, "end": start + num_tokens})
+        start += num_tokens
+    return found
 
 
 def _times(times: Times, num_tokens: int) -> dict[str, float]:

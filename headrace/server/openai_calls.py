@@ -17,6 +17,7 @@ from headrace.engine.chat import chat_finish
 from headrace.engine.pacing import Turn
 from headrace.engine.stream import all_or_none, cancel_all
 from headrace.server.errors import FieldNames
+from headrace.server.native_reply import weight_versions
 from headrace.server.openai_logprobs import TokenWriter, prompt_logprobs
 from headrace.server.openai_types import OpenAiBody
 from headrace.server.prompts import check_count
@@ -201,6 +202,8 @@ def choice_extras(call: OpenAiCall, stream: Stream, piece: Generation) -> dict[s
             "logprob_mode": piece.logprob_mode,
             "cached_tokens": piece.num_cached_tokens,
         }
+        if not call.body.stream:  # a piece would count from its own first token
+            extras["meta_info"]["weight_versions"] = weight_versions(piece.version_spans)
     return extras
 
 

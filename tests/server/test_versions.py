@@ -126,6 +126,9 @@ def test_a_label_given_again_by_default_begins_a_span(start: START, folder: Path
         update_beside(served)
         pieces += lines
     metas = [piece["meta_info"] for piece in pieces]
+    assert {meta["weight_versions"] for meta in metas[:-1]} <= {None}
+    first, second = metas[-1]["weight_versions"]  # of the whole, however it was streamed
+    assert first == {"version": "default", "start": 0, "end": second["start"]} and second["end"] == 1000
     if not is_incremental:
         spans, epochs = metas[-1]["version_spans"], metas[-1]["version_epochs"]
         assert [version for version, _ in spans] == ["default", "default"]

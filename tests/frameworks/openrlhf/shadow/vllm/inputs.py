@@ -1,0 +1,5 @@
+from typing import Any
+
+
+def TokensPrompt(**given: Any) -> dict[str, Any]:
+    return given
