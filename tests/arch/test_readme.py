@@ -95,10 +95,15 @@ def test_curl_lines_are_answered(address: str) -> None:
 
 
 def test_no_other_kind_of_command_is_shown() -> None:
-    assert {words[0] for words in commands()} == {"make", "headrace", "curl"}
+    assert {words[0] for words in commands()} == {"make", "headrace", "curl", "pip"}
 
 
-DOCUMENTS = ["README.md", "SECURITY.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    "README.md",
+    "SECURITY.md",
+    "CONTRIBUTING.md",
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")),
+]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

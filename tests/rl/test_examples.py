@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
+import runpy
 import subprocess
 import sys
 
+import pytest
+
+from headrace import Engine, serve
+from headrace.rl.demo import POLICY
 from tests.arch.source import ROOT, child_environment
 
 
@@ -15,6 +22,41 @@ def _run(script: str, *runner: str) -> str:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def _run_here(script: str, *arguments: str) -> str:
+    """As `_run`, in this process, which has imported all that it needs."""
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(sys, "argv", [script, *arguments])
+        runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
+    return out.getvalue()
+
+
+def test_grpo() -> None:
+    source = (ROOT / "examples" / "grpo.py").read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 60
+    (step,) = re.findall(r"step 1: reward (\S+), trainer and engine differ by (\S+) at most", _run_here("grpo.py", "1"))
+    assert 0 < float(step[0]) < 1 and float(step[1]) < 1e-4
+
+
+def test_server_and_trainer() -> None:
+    with Engine(POLICY, inprocess=True, num_threads=1) as engine:
+        output = _run_here("server_and_trainer.py", serve(engine).url)
+        assert engine.version == "2"
+    assert re.findall(r"tensors live as version (\d): '<answer>", output) == ["0", "1", "2"]
+
+
+def test_tools() -> None:
+    output = _run_here("tools.py")
+    (calling,) = re.findall(r"(\d+) of 64 ask the calculator", output)
+    assert len(re.findall(r"calls \['\{.*? -> \d+'", output)) > 0 and int(calling) > 0
+    assert "one reply: " in output
+
+
+def test_score_with_a_teacher() -> None:
+    first, second = re.findall(r"student: (\S+) nats|itself: (\S+) nats", _run_here("score_with_a_teacher.py"))
+    assert float(first[0]) > 1 and abs(float(second[1])) < 1e-3
 
 
 def test_generate_and_score() -> None:
