@@ -45,12 +45,12 @@ _COUNTED = tuple(
 
 
 class _Ended(NamedTuple):
-    """A sequence that has ended, as far as it is needed: nothing that reads its stream is held. `at` is in seconds since
-    the epoch, the other times are the stream's."""
+    """A sequence that has ended, as far as it is needed: nothing that reads its stream is held. `number` is its place
+    among the samples of its prompt; `at` is in seconds since the epoch, the other times are the stream's."""
 
     request: Request
     sample: Sample
-    index: int
+    number: int
     finish: str
     queued_at: float
     ended_at: float
@@ -135,7 +135,7 @@ def _noted(ended: _Ended) -> SampleNote:
     return SampleNote(
         time=ended.at,
         request_id=ended.request.request_id,
-        index=ended.index,
+        index=ended.number,
         finish=ended.finish,
         seconds=ended.ended_at - ended.queued_at,
         first_token_s=first_token - ended.queued_at if first_token else 0.0,
