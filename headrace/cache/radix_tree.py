@@ -90,6 +90,9 @@ class RadixTree:
 
     def __init__(self, pool: PagePool, page_size: int) -> None:
         self.num_evictable = 0
+        self.num_pages = 0
+        self.num_nodes = 0
+        """Of those that have pages."""
         self.notes_idle = False  # what becomes unpinned, for `next_idle`
         self._idle: deque[Node] = deque()
         self._pool = pool
@@ -236,7 +239,7 @@ class RadixTree:
         self._roots.clear()
         self._heap.clear()
         self._idle.clear()
-        self.num_evictable = 0
+        self.num_evictable = self.num_pages = self.num_nodes = 0
         return num_freed
 
     def _root(self, namespace: Namespace) -> Node:
@@ -273,6 +276,8 @@ class RadixTree:
             child = Node(node.namespace, node, key, pages[first : first + step].copy(), self._clock)
             node.children[key[: self._page_bytes]] = child
             node = child
+            self.num_nodes += 1
+        self.num_pages += len(pages)
         self.num_evictable += len(pages)
         self._queue(node)
         return node
@@ -284,6 +289,7 @@ class RadixTree:
         cut = num_pages * self._page_bytes
         upper = Node(node.namespace, parent, node.key[:cut], node.pages[:num_pages].copy(), node.last_use)
         parent.children[upper.key[: self._page_bytes]] = upper
+        self.num_nodes += 1
         node.key = node.key[cut:]
         node.pages = node.pages[num_pages:].copy()
         node.parent = upper
@@ -297,6 +303,7 @@ class RadixTree:
         """Drop the last pages of an unpinned leaf, and the leaf with its last page."""
         keep = len(node.pages) - num_pages
         self.num_evictable -= num_pages
+        self.num_pages -= num_pages
         num_freed = self._pool.release(node.pages[keep:])
         if keep:
             node.pages = node.pages[:keep]
@@ -311,6 +318,7 @@ class RadixTree:
         parent = node.parent
         assert parent is not None
         del parent.children[node.key[: self._page_bytes]]
+        self.num_nodes -= 1
         node.parent = None
         if parent.children or parent.num_pins:
             return

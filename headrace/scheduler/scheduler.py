@@ -257,6 +257,8 @@ class Scheduler:
             "num_waiting": self.num_waiting,
             "num_free_pages": leases.pool.num_free,
             "num_cached_pages": leases.tree.num_evictable,
+            "num_published_pages": leases.tree.num_pages,
+            "num_prefix_nodes": leases.tree.num_nodes,
             "num_used_tokens": self.num_used_tokens,
             "max_total_num_tokens": self.limits.max_total_num_tokens,
         }

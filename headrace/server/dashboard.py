@@ -69,7 +69,7 @@ class DashboardFace:
     async def look(self, request: Request) -> Response:
         """GET /dashboard/state: what is new since the answer whose `history.last` was `since`."""
         since = read_since(request.query_params.get("since", "0"))
-        history = self._engine.runtime.lookback.history.since(since)
+        history = self._engine.runtime.lookback.since(since)
         await self._write(history.samples)
         state = DashboardState(
             kind="server",

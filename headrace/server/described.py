@@ -375,11 +375,17 @@ _OWN_BODIES: dict[str, Any] = {
     "save_sharded_model": saving.ShardedAsk,
     "save_remote_model": saving.RemoteAsk,
 }
+
+
+def _first_sentence(kind: type) -> str:
+    return " ".join((kind.__doc__ or "").split()).partition(". ")[0].rstrip(".") + "."
+
+
 _OWN: dict[str, RouteNote] = {
     **{
         f"{PREFIX}/{name}": RouteNote(
             dialect="Headrace",
-            summary=(kind.__doc__ or "").partition("\n")[0],
+            summary=_first_sentence(kind),
             body=kind,
             media_type=MESSAGE_TYPE,
             reply="the result, as MessagePack",

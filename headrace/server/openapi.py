@@ -11,6 +11,8 @@ import msgspec
 from headrace import __version__
 from headrace.server.auth import Access
 from headrace.server.described import DIALECTS, JSON, RouteNote, note_of
+from headrace.server.native_types import GenerateBody
+from headrace.types.http import GenerateAsk
 from headrace.types.sampling_params import SamplingParams
 
 _REF = "#/components/schemas/{name}"
@@ -133,8 +135,10 @@ class _Schemas:
             for name, told in properties.items():
                 if name in sampling and not told.keys() & {"type", "anyOf", "$ref", "enum"}:
                     properties[name] = sampling[name]
-                elif name == "sampling_params":
-                    properties[name] = {**told, "description": f"see {SamplingParams.__name__}"}
+        one = {"$ref": _REF.format(name=SamplingParams.__name__)}
+        for kind in types & {GenerateBody, GenerateAsk}:
+            many = {"type": "array", "items": one}
+            self.components[kind.__name__]["properties"]["sampling_params"] = {"anyOf": [one, many, {"type": "null"}]}
 
     def of(self, kind: Any) -> dict[str, Any]:
         if kind is dict:

@@ -2,6 +2,7 @@
 
 from headrace.telemetry.histograms import DurationHistogram
 from headrace.telemetry.history import (
+    MAX_SAMPLES,
     POINT_FIELDS,
     Excerpt,
     History,
@@ -19,6 +20,7 @@ from headrace.telemetry.progress_bar import Progress, ProgressBar, can_draw
 
 __all__ = [
     "LOGGER_NAME",
+    "MAX_SAMPLES",
     "METRICS",
     "POINT_FIELDS",
     "DurationHistogram",

@@ -28,6 +28,7 @@ class HistoryPoint(msgspec.Struct, frozen=True, gc=False):
     time                  seconds since the epoch
     num_free_tokens       of the KV pool: in pages that nobody references
     num_evictable_tokens  in pages of the prefix cache alone; the rest is in use
+    num_published_tokens  in pages that can be found as prefixes, in use or not, in `num_prefix_nodes` of the tree
     """
 
     time: float
@@ -39,6 +40,8 @@ class HistoryPoint(msgspec.Struct, frozen=True, gc=False):
     max_total_num_tokens: int = 0
     num_free_tokens: int = 0
     num_evictable_tokens: int = 0
+    num_published_tokens: int = 0
+    num_prefix_nodes: int = 0
     num_prompt_tokens: float = 0.0
     num_cached_tokens: float = 0.0
     num_generated_tokens: float = 0.0

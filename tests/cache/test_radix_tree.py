@@ -218,6 +218,7 @@ def test_random_use_agrees_with_the_model() -> None:
             assert num_pages(tree) == len(model.pages)
             held = {page for pages in pinned.values() for page in pages}
             assert tree.num_evictable == len(set(model.pages.values()) - held)
+            assert (tree.num_pages, tree.num_nodes) == (num_pages(tree), len(nodes(tree)))
             assert pool.num_free == 39 - len(model.pages)
         for node in pinned:
             tree.unpin(node)

@@ -34,7 +34,7 @@ function take(state) {
   while (seen.points.time.length > MAX_POINTS) {
     for (const name of Object.keys(seen.points)) seen.points[name] = seen.points[name].filter((_, i) => i % 2 === 0);
   }
-  seen.updates = seen.updates.concat(part.updates).slice(-MAX_UPDATES);
+  seen.updates = seen.updates.concat(part.updates).sort((a, b) => a.time - b.time).slice(-MAX_UPDATES);
   for (const sample of part.samples) seen.samples.set(`${sample.replica || ""} ${sample.request_id} ${sample.index}`, sample);
   const byTime = [...seen.samples].sort((a, b) => b[1].time - a[1].time);
   seen.samples = new Map(byTime.slice(0, MAX_SAMPLES));
@@ -137,7 +137,7 @@ function drawLines(id, label, times, lines, top = 0) {
   const height = 110;
   const [drawing, width] = canvas(id, height + 14, label);
   const values = lines.flatMap((line) => line.values.filter((value) => value !== null));
-  const most = Math.max(top, ...values, 1e-9);
+  const most = Math.max(top, ...values) || 1;
   const least = Math.min(0, ...values);
   if (times.length > 1 && values.length) {
     const x = placer(times, width);
@@ -261,7 +261,8 @@ function drawPrefixes(points) {
   const whole = points.num_prompt_tokens[last];
   byId("hits").textContent = `${percent(whole ? points.num_cached_tokens[last] / whole : null)} since the start`;
   byId("tree").textContent =
-    `${short(points.num_evictable_tokens[last])} tokens kept for later · ${short(points.num_shared_prefills[last])} requests began with a hit · ` +
+    `${short(points.num_published_tokens[last])} tokens in ${short(points.num_prefix_nodes[last])} nodes, ` +
+    `${short(points.num_evictable_tokens[last])} of them unused now · ${short(points.num_shared_prefills[last])} requests began with a hit · ` +
     `${short(points.num_evicted_pages[last])} pages evicted`;
   const shares = sharesOf(points.num_cached_tokens, points.num_prompt_tokens);
   drawLines("hits-chart", "share of prompt tokens found in the cache", points.time, [{ ink: "a", values: shares }], 1);
@@ -404,7 +405,7 @@ async function look() {
   if (pause >= 0) timer = setTimeout(look, pause);
 }
 
-watchKey(look, forget);
+watchKey(look);
 byId("range").addEventListener("change", draw);
 document.addEventListener("visibilitychange", look);
 look();

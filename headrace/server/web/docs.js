@@ -109,6 +109,6 @@ async function load() {
   }
 }
 
-watchKey(load, () => byId("page").replaceChildren());
+watchKey(load);
 byId("find").addEventListener("input", find);
 load();

@@ -44,8 +44,8 @@ function showKeyForm(isShown, message = "") {
   if (isShown) byId("key-text").focus();
 }
 
-/** Call `again` once a key was given, and `forgotten` once it was taken back. */
-function watchKey(again, forgotten) {
+/** Call `again` once a key was given. One that is taken back takes all that was seen with it. */
+function watchKey(again) {
   byId("key-form").addEventListener("submit", (event) => {
     event.preventDefault();
     const text = byId("key-text").value.trim();
@@ -59,7 +59,6 @@ function watchKey(again, forgotten) {
   });
   byId("forget").addEventListener("click", () => {
     sessionStorage.removeItem(KEY);
-    forgotten();
-    again();
+    location.reload();
   });
 }

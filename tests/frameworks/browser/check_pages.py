@@ -10,6 +10,7 @@ import asyncio
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from headrace.server.listening import listen
 from tests.server.builders import SETTINGS, save_random_model
 
 sync_api: Any = pytest.importorskip("playwright.sync_api")
+WAIT_SECONDS = 60.0
 KEY = "a key nobody knows"
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>"
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -92,6 +94,14 @@ def tab(browser: Any) -> Iterator[Watched]:
     opened.context.close()
 
 
+def until(page: Any, holds: str) -> None:
+    """Wait until an expression is true; a page's policy keeps Playwright's own way of it out."""
+    end = time.monotonic() + WAIT_SECONDS
+    while not page.evaluate(holds):
+        assert time.monotonic() < end, holds
+        page.wait_for_timeout(50)
+
+
 def leave_picture(page: Any, name: str, tmp_path: Path) -> None:
     target = Path(os.environ.get("HEADRACE_SCREENSHOTS") or tmp_path) / f"{name}.png"
     data = page.screenshot(path=str(target), full_page=True)
@@ -103,9 +113,9 @@ def test_the_page_asks_for_the_key_and_keeps_it_in_the_tab(url: str, tab: Watche
     page.goto(f"{url}/dashboard")
     assert page.is_hidden("#page")
     tab.give_key("wrong")
-    page.wait_for_function("document.getElementById('key-message').textContent.includes('does not fit')")
+    until(page, "document.getElementById('key-message').textContent.includes('does not fit')")
     tab.give_key("schl\u00fcssel")
-    page.wait_for_function("document.getElementById('key-message').textContent.includes('ASCII')")
+    until(page, "document.getElementById('key-message').textContent.includes('ASCII')")
     tab.give_key(KEY)
     page.wait_for_selector("#page", state="visible")
     assert page.inner_text("#state") == "ready"
@@ -129,7 +139,7 @@ def test_the_page_shows_what_happened(url: str, tab: Watched, tmp_path: Path) ->
     page.goto(f"{url}/dashboard")
     tab.give_key(KEY)
     page.wait_for_selector("#samples details")
-    page.wait_for_function("document.querySelectorAll('#rate-chart path').length === 2")
+    until(page, "document.querySelectorAll('#rate-chart path').length === 2")
     assert page.inner_text("#version") == "step-2"
     assert page.locator("#updates tr").count() == 1 + 3
     assert page.locator("#version-chart rect.fill-b").count() == 3
@@ -160,10 +170,10 @@ def test_the_page_goes_on_where_it_was(url: str, tab: Watched) -> None:
     name = page.evaluate("document.querySelector('#samples details[open]').dataset.name")
     with Client(url, api_key=KEY) as client:
         client.generate("more", sampling_params={"max_new_tokens": 2, "ignore_eos": True}, request_id="newest")
-        page.wait_for_function("document.querySelector('#samples details').dataset.name.includes('newest')")
+        until(page, "document.querySelector('#samples details').dataset.name.includes('newest')")
         assert page.evaluate("document.querySelector('#samples details[open]').dataset.name") == name
         client.give_rewards({"newest": 7.0})
-        page.wait_for_function("document.querySelector('#samples details .reward').textContent === '7'")
+        until(page, "document.querySelector('#samples details .reward').textContent === '7'")
     asked = [request.url.partition("since=")[2] for request in tab.requests if "/dashboard/state" in request.url]
     numbers = [int(number) for number in asked if number != "0"]
     assert numbers and numbers == sorted(numbers)
@@ -174,7 +184,7 @@ def test_text_is_never_markup_and_nothing_else_is_loaded(url: str, tab: Watched)
     page = tab.page
     page.goto(f"{url}/dashboard")
     tab.give_key(KEY)
-    page.wait_for_function("document.getElementById('samples').textContent.includes('onerror')")
+    until(page, "document.getElementById('samples').textContent.includes('onerror')")
     assert page.title() == "Headrace" and page.locator("#samples img, #samples script").count() == 0
     assert {request.url.split("/")[2] for request in tab.requests} == {url.split("/")[2]}
     assert not tab.faults()
@@ -245,9 +255,9 @@ def test_a_router_shows_its_replicas(folder: Path, tab: Watched, tmp_path: Path)
                     fill(client, folder, f"at-{number}")
             page.goto(f"{router.url}/dashboard")
             tab.give_key(KEY)
-            page.wait_for_function("document.querySelectorAll('#replicas .good').length === 2")
-            page.wait_for_function("document.querySelectorAll('#samples details').length === 26")
-            page.wait_for_function("document.querySelectorAll('#rate-chart path').length === 2")
+            until(page, "document.querySelectorAll('#replicas .good').length === 2")
+            until(page, "document.querySelectorAll('#samples details').length === 26")
+            until(page, "document.querySelectorAll('#rate-chart path').length === 2")
             assert page.locator("#updates tr").count() == 1 + 6
             assert "a router of 2 replicas" in page.inner_text("#about")
             assert all(url in page.inner_text("#replicas") for url in urls)
