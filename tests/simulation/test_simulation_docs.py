@@ -1,4 +1,4 @@
-"""What docs/simulation.md shows: its commands parse and are what can be simulated, its profile is one, pictures exist."""
+"""What docs/simulation.md shows: commands parse and are what can be simulated, its profile is one, pictures exist."""
 
 from __future__ import annotations
 
