@@ -91,4 +91,4 @@ def _curve(
     else:
         axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="lower left")
