@@ -15,6 +15,7 @@ from headrace.rl.demo import POLICY
 from headrace.rl.openrlhf import OpenRLHFWorker
 from headrace.types.errors import ConfigError, RequestError, WeightUpdateError
 from tests.arch.source import ROOT
+from tests.server.vllm_client import free_port, stateless_group
 
 TEXT = (ROOT / "docs" / "openrlhf.md").read_text(encoding="utf-8")
 
@@ -36,7 +37,21 @@ async def _by_handles(worker: OpenRLHFWorker, tensors: list[tuple[str, Any]]) ->
         await worker.update_weight_cuda_ipc(name, tensor.dtype, tensor.shape, handles, count == len(tensors))
 
 
-async def _updated_by_handles() -> None:
+async def _by_broadcast(worker: OpenRLHFWorker, tensors: list[tuple[str, Any]]) -> None:
+    """As a trainer that begins anew each time: rank 0 of a group that meets as vLLM's does."""
+    port = free_port()
+    joined = asyncio.create_task(worker.init_process_group("127.0.0.1", port, 1, 2, "openrlhf", "gloo"))
+    group = await asyncio.to_thread(stateless_group, port, 2)
+    await joined
+    for count, (name, tensor) in enumerate(tensors, 1):
+        taken = asyncio.create_task(
+            worker.update_weight(name, tensor.dtype, tensor.shape, empty_cache=count == len(tensors))
+        )
+        await asyncio.to_thread(group.broadcast([tensor]).wait)
+        await taken
+
+
+async def _updated_twice() -> None:
     tensors = list(load_file(POLICY / "model.safetensors").items())
     worker = OpenRLHFWorker(str(POLICY), max_model_len=64, num_threads=1, enforce_eager=True, trust_remote_code=True)
     (name, tensor), *rest = tensors
@@ -45,6 +60,11 @@ async def _updated_by_handles() -> None:
     assert worker.engine.version == "default"
     await _by_handles(worker, tensors)
     assert worker.engine.version == "1"
+    await _by_broadcast(worker, tensors)
+    assert worker.engine.version == "2"
+    with pytest.raises(WeightUpdateError, match=re.escape(name)):
+        await _by_broadcast(worker, rest)
+    assert worker.engine.version == "2"
     with pytest.raises(WeightUpdateError, match="not that of a cpu tensor"):
         await worker.update_weight_cuda_ipc(name, tensor.dtype, tensor.shape, {"cpu": (print, ("called",))})
     with pytest.raises(RequestError, match="enable_sleep_mode"):
@@ -55,7 +75,7 @@ async def _updated_by_handles() -> None:
 
 
 def test_an_update_ends_with_the_tensor_that_is_said_to_be_its_last() -> None:
-    asyncio.run(_updated_by_handles())
+    asyncio.run(_updated_twice())
 
 
 def test_settings_of_vllm_that_mean_nothing_here_are_named() -> None:

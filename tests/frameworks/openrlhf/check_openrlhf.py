@@ -159,7 +159,7 @@ def _broadcast(actor: Any, group: Any, tensors: list[tuple[str, torch.Tensor]]) 
     """In the steps of `broadcast_to_vllm`."""
     for count, (name, tensor) in enumerate(tensors, 1):
         ended = actor.update_weight.remote(name, tensor.dtype, tensor.shape, empty_cache=count == len(tensors))
-        group.broadcast(tensor).wait()
+        group.broadcast([tensor]).wait()
         ray.get(ended, timeout=WAIT_SECONDS)
 
 
