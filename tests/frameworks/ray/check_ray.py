@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import pytest
 import ray
 import torch
 
+from headrace.cli.main import parse
+from headrace.rl.demo import POLICY
 from headrace.rl.ray_replicas import RayReplicas
 from headrace.types.errors import ConfigError, RequestError, WeightUpdateError
 from tests.arch.source import ROOT, child_environment
@@ -166,6 +169,26 @@ def use_elsewhere(replicas: RayReplicas, seed: int, version: str) -> list[tuple[
 def test_a_handle_works_in_other_processes(replicas: RayReplicas) -> None:
     there = ray.get(use_elsewhere.remote(replicas, 5, "v5"), timeout=WAIT_SECONDS)
     assert replicas.versions() == {0: "v5", 1: "v5"} and ids(replicas) == there
+
+
+DOCS = (ROOT / "docs" / "ray.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    found = re.findall(rf"^```{language}\n(.*?)^```$", DOCS, re.MULTILINE | re.DOTALL)
+    return [block.replace("Qwen/Qwen3-0.6B", str(POLICY)).replace("trained/", f"{POLICY}/") for block in found]
+
+
+def test_what_the_docs_show_works(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, own = blocks("python")
+    exec(compile(first.replace("ray.init()\n", ""), "docs/ray.md", "exec"), {"__name__": "example"})
+    assert capsys.readouterr().out.splitlines()[-1] == "{0: 'step-1', 1: 'step-1'}"
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(compile(own, "docs/ray.md", "exec"), names)
+    actor = ray.remote(max_restarts=1)(names["Rollout"]).remote(str(POLICY))
+    ray.get(actor.__ray_ready__.remote(), timeout=WAIT_SECONDS)
+    (line,) = "".join(blocks("sh")).splitlines()
+    assert parse(shlex.split(line)[1:]).command == "router"
 
 
 ENDS = {"closed": "replicas.close()", "dropped": "del replicas", "left": "", "shut down": "ray.shutdown()"}
