@@ -6,28 +6,34 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import time
+import warnings
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import ray
 import torch
 from safetensors.torch import load_file
-from verl.workers.rollout.replica import RolloutMode
 
-from headrace.rl.verl_plugin.adapter import ServerAdapter, buckets_of
-from headrace.rl.verl_plugin.replica import HeadraceReplica
 from headrace.types.errors import NeedsWeightsError, RequestError, WeightUpdateError
+
+with warnings.catch_warnings(action="ignore"):  # verl's and Ray's own
+    import ray
+    from verl.workers.config import RolloutConfig
+    from verl.workers.rollout.replica import RolloutMode
+
+    from headrace.rl.verl_plugin.adapter import ServerAdapter, buckets_of
+    from headrace.rl.verl_plugin.replica import HeadraceReplica
 
 POLICY = Path(__file__).resolve().parents[3] / "headrace" / "rl" / "policy"
 PROMPT = [72, 101, 108, 108, 111]
 LONG = {"max_tokens": 1500, "ignore_eos": True, "logprobs": True}
 SECONDS = 120
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.timeout(900)]
 
 
 class Worker:
@@ -45,8 +51,6 @@ class Replica(HeadraceReplica):
 
 
 def rollout_config() -> Any:
-    from verl.workers.config import RolloutConfig
-
     settings = {"num_threads": 1, "kv_pool_tokens": 1 << 14, "numerics": "invariant"}
     return RolloutConfig(
         name="headrace",
@@ -60,8 +64,9 @@ def rollout_config() -> Any:
 
 @pytest.fixture(scope="module")
 def replica() -> Iterator[Replica]:
-    """Launched, with no weights yet."""
-    ray.init(num_cpus=2, include_dashboard=False, ignore_reinit_error=True)
+    """Launched, with no weights yet; on a cluster that runs (RAY_ADDRESS) or on one of its own."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers do not find this module
+    ray.init(**({} if "RAY_ADDRESS" in os.environ else {"num_cpus": 2, "include_dashboard": False}))
     found = Replica(rollout_config(), SimpleNamespace(path=str(POLICY)))
     found.workers = [ray.remote(Worker).options(num_cpus=0).remote()]
     asyncio.run(found.launch_servers())
