@@ -1,5 +1,5 @@
-"""A replica's server as a Ray actor, and the adapter that sends weights to it, without a trainer: aborts, sleeps, scores,
-and what becomes of both when the engine's core is killed."""
+"""A replica's server as a Ray actor, and the adapter that sends weights to it, without a trainer: aborts, sleeps,
+scores, and what becomes of both when the engine's core is killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of verl, unmodified, with Headrace as its rollout backend: each command is one of docs/verl.md, as it stands there.
+"""Runs of verl, unmodified, with Headrace as its rollout backend: each command is one of docs/verl.md, as it stands.
 
 FSDP2 on two ranks over gloo, float32, two replicas. What stands in for GPUs is `examples/verl/cpu.py`.
 """
