@@ -23,7 +23,7 @@ from headrace.types.generation import Generation
 
 ROLLOUT: dict[str, Any] = {
     **{"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 1, "data_parallel_size": 1},
-    **{"expert_parallel_size": 1, "quantization": None, "quantization_config_file": None, "qat": None},
+    **{"expert_parallel_size": 1, "quantization": None, "quantization_config_file": None},
     **{"enable_rollout_routing_replay": False, "dtype": "bfloat16", "load_format": "dummy", "max_model_len": None},
     **{"skip_tokenizer_init": True, "max_num_seqs": 256, "max_num_batched_tokens": 8192, "enforce_eager": False},
     **{"gpu_memory_utilization": 0.5, "free_cache_engine": True, "enable_prefix_caching": True, "seed": 42},

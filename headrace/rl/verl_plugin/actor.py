@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
+from verl.utils.fs import copy_to_local
 from verl.workers.rollout.replica import TokenOutput
 
 from headrace.engine import Engine
@@ -36,7 +37,8 @@ class RolloutServer:
         """Returns when the engine can be asked. Raises what `Engine` and `headrace.serve` raise."""
         self._launch = launch
         self._rejects = False  # what comes while generation is paused
-        self._engine = Engine(progress=False, **launch.engine)
+        model = copy_to_local(launch.engine["model"])  # of a remote store; others stay where they are
+        self._engine = Engine(progress=False, **{**launch.engine, "model": model})
         options = {"api_key": secrets.token_urlsafe(32), **launch.server}
         self._api_key: str | None = options["api_key"]
         self._admin_key: str | None = options.get("admin_api_key")

@@ -29,7 +29,7 @@ class HeadraceReplica(RolloutReplica):  # type: ignore[misc]
         hosts = await asyncio.gather(*(worker.__ray_call__.remote(_place) for worker in self.workers))
         mode, suffix = self.rollout_mode.value, self.name_suffix
         role = "reward" if self.is_reward_model else "teacher" if self.is_teacher_model else ""
-        launch = launch_of(self.config, self.model_config.local_path, mode, self.replica_rank)
+        launch = launch_of(self.config, self.model_config.path, mode, self.replica_rank)
         server = (
             ray.remote(RolloutServer)
             .options(

@@ -27,7 +27,6 @@ _NOT_TAKEN = {
     "quantization": (None,),
     "quantization_config_file": (None,),
     "enable_rollout_routing_replay": (False,),
-    "qat": (None,),
 }
 """Fields of a rollout config that mean something here only at these values. (Replicas are verl's data parallelism.)"""
 
