@@ -2,7 +2,8 @@
 
 Owns the process's signals and its end: the first SIGTERM or SIGINT drains (new requests are refused, running ones
 finish within `--drain-timeout`), a second one ends at once. An engine that is dead for good ends the process too. With
-`--node-rank` over 0 nothing is served: the process has its share of the ranks, and ends with node 0.
+`--dp-size` over 1 there are several replicas, processes of their own (`serve_replicas`). With `--node-rank` over 0
+nothing is served: the process has its share of the ranks, and ends with node 0.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from headrace.cli import serve_replicas
 from headrace.cli.config_file import ConfigFile, read_config_file
 from headrace.cli.flags import add_flags, flag_names, given, with_keys
 from headrace.cli.owner import Owner
@@ -53,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="a Hugging Face folder or hub id")
     parser.add_argument("--config", metavar="FILE", help="YAML file of flags; those of the command line win")
     parser.add_argument("--owner", type=int, metavar="FD", help=argparse.SUPPRESS)
+    parser.add_argument("--log-role", default="front", help=argparse.SUPPRESS)
     add_flags(parser, ProcessOptions, title="process settings")
+    serve_replicas.add_arguments(parser)
     add_flags(parser, ServerOptions, title="server settings", rename=_RENAMED)
     add_flags(parser, EngineConfig, title="engine settings", skip=("model",))
 
@@ -74,12 +78,17 @@ def _run(arguments: argparse.Namespace, owner: Owner | None) -> int:
     from headrace.server.listening import listen, url_of
     from headrace.server.starting import Starting
 
-    process, config, server_options = read_settings(arguments, owner)
+    found = read_given(arguments, owner)
+    process, config, server_options = found.process, found.config, found.options
     if config.node_rank:
         context = LogContext(f"node {config.node_rank}")
         configure_logging(context, level=process.log_level, as_json=process.log_json)
         return host_node(config)
     with listen(process.host, process.port) as listener:
+        if serve_replicas.fleet_options(found.fleet).dp_size > 1:
+            return serve_replicas.serve_replicas(
+                config, found.given, server_options, found.fleet, listener, process.host, owner
+            )
         logger.debug("starting", extra={"fields": {"url": url_of(listener, process.host)}})
         with Starting(listener, server_options):
             engine = AsyncEngine(**msgspec.structs.asdict(config))
@@ -89,39 +98,59 @@ def _run(arguments: argparse.Namespace, owner: Owner | None) -> int:
             engine.close()
 
 
+class GivenSettings(msgspec.Struct, frozen=True):
+    """All settings, checked. `given` are those of engine and server, and `fleet` those of several replicas, that
+    somebody gave."""
+
+    process: ProcessOptions
+    config: EngineConfig
+    options: ServerOptions
+    given: dict[str, Any]
+    fleet: dict[str, Any]
+
+
 def read_settings(
     arguments: argparse.Namespace, owner: Owner | None = None
 ) -> tuple[ProcessOptions, EngineConfig, ServerOptions]:
+    """See `read_given`."""
+    found = read_given(arguments, owner)
+    return found.process, found.config, found.options
+
+
+def read_given(arguments: argparse.Namespace, owner: Owner | None = None) -> GivenSettings:
     """All settings, checked: those of the command line, then the owner's, then the file's. Logging follows them."""
     flags = given(arguments, EngineConfig, skip=("model",)) | given(arguments, ServerOptions, rename=_RENAMED)
-    flags |= given(arguments, ProcessOptions)
+    flags |= given(arguments, ProcessOptions) | serve_replicas.given_settings(arguments)
     if arguments.model is not None:
         flags["model"] = arguments.model
     file = _read_file(arguments.config).without(flags)
     with file.naming_lines():
         process = from_keywords(ProcessOptions, {**file.of(ProcessOptions), **_of(ProcessOptions, flags)}, "a setting")
-    configure_logging(LogContext("front"), level=process.log_level, as_json=process.log_json)
+    configure_logging(LogContext(arguments.log_role), level=process.log_level, as_json=process.log_json)
     if owner is not None:
-        known = *EngineConfig.__struct_fields__, *ServerOptions.__struct_fields__
+        known = *EngineConfig.__struct_fields__, *ServerOptions.__struct_fields__, *serve_replicas.NAMES
         for name, value in owner.read_order().config.items():
             if name not in known:
                 raise ConfigError(f"{name} is no setting of an engine or a server{hint(name, known)}", field=name)
             flags[name] = value
     with file.naming_lines():
-        settings = {"max_core_restarts": DEFAULT_CORE_RESTARTS, **file.of(EngineConfig), **_of(EngineConfig, flags)}
-        config = EngineConfig.from_dict(settings)
-        options = with_keys({**file.of(ServerOptions), **_of(ServerOptions, flags)})
-        server_options = ServerOptions.from_dict(options)
+        engine = {**file.of(EngineConfig), **_of(EngineConfig, flags)}
+        config = EngineConfig.from_dict({"max_core_restarts": DEFAULT_CORE_RESTARTS, **engine})
+        server = {**file.of(ServerOptions), **_of(ServerOptions, flags)}
+        server_options = ServerOptions.from_dict(with_keys(server))
+    all_given = {**file.values, **flags}
+    fleet = {name: all_given[name] for name in serve_replicas.NAMES if name in all_given}
     if not config.node_rank:
         server_options.check_address(process.host)
-    return process, config, server_options
+    engine.pop("model", None)
+    return GivenSettings(process, config, server_options, {**engine, **server}, fleet)
 
 
 def _read_file(path: str | None) -> ConfigFile:
     if path is None:
         return ConfigFile()
     flags = flag_names(ProcessOptions) | flag_names(EngineConfig) | flag_names(ServerOptions, rename=_RENAMED)
-    return read_config_file(path, flags)
+    return read_config_file(path, flags | serve_replicas.flags_of_settings())
 
 
 def _of(settings: type[msgspec.Struct], values: dict[str, Any]) -> dict[str, Any]:

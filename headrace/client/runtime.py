@@ -16,7 +16,9 @@ import subprocess
 import sys
 import time
 import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -66,7 +68,7 @@ class Runtime(Client):
         as_seconds(timeout, "timeout")  # before the wait for a start
         config = {"api_key": secrets.token_urlsafe(32), "drain_timeout": _DRAIN_SECONDS, **config}
         limit = as_seconds(config.get("start_timeout", _START_TIMEOUT), "start_timeout", ConfigError)
-        self._server = ServerProcess(model, _packed(OwnerOrder(config)), level)
+        self._server = ServerProcess(model, config, ("--log-level", level))
         try:
             url = self._server.wait_started(limit + START_SECONDS)
             self.api_key: str = config["api_key"]
@@ -90,19 +92,39 @@ class Runtime(Client):
 
 
 class ServerProcess:
-    """A running `headrace serve` that this process owns. It ends with this object, whatever becomes of its owner."""
+    """A running `headrace serve` that this process owns. It ends with this object, whatever becomes of its owner.
 
-    def __init__(self, model: str | Path, order: bytes, log_level: str) -> None:
+    `config` goes to it through a socket, `words` on its command line; `environment` is added to this process's.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        config: Mapping[str, Any],
+        words: Sequence[str] = (),
+        *,
+        port: int = 0,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self._order = _packed(OwnerOrder(dict(config)))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             try:
-                self._process = _start(model, theirs.fileno(), log_level)
+                self._process = _start(model, theirs.fileno(), ("--port", str(port), *words), environment)
             except BaseException:  # whatever it is: the socket is nobody's
                 ours.close()
                 raise
         self._finalizer = weakref.finalize(self, _end, ours, self._process, os.getpid())
         self._link = ours
-        self._order = order
+
+    @property
+    def exit_code(self) -> int | None:
+        """As `subprocess.Popen.poll`: None while it runs."""
+        return self._process.poll()
+
+    def kill(self) -> None:
+        """End it now, as one that does not answer; its core ends with it."""
+        self._process.kill()
 
     @property
     def pid(self) -> int:
@@ -147,8 +169,10 @@ def _setting(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} is no plain value")
 
 
-def _start(model: str | Path, link: int, log_level: str) -> subprocess.Popen[bytes]:
-    words = ["serve", "--port", "0", "--log-level", log_level, "--owner", str(link), "--", os.fspath(model)]
+def _start(
+    model: str | Path, link: int, words: Sequence[str], environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    words = ["serve", *words, "--owner", str(link), "--", os.fspath(model)]
     return subprocess.Popen(
         # -P: a file in the working directory must not shadow a module of the child.
         [sys.executable, "-P", "-m", "headrace", *words],
@@ -157,7 +181,7 @@ def _start(model: str | Path, link: int, log_level: str) -> subprocess.Popen[byt
         stdin=subprocess.DEVNULL,
         stdout=standard_error(),
         stderr=standard_error(),
-        env={**_inherited(), "PYTHONPATH": python_path()},
+        env={**_inherited(), **environment, "PYTHONPATH": python_path()},
     )
 
 

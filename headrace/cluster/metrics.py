@@ -30,6 +30,7 @@ class RouterMetrics:
         )
         self.retries = self._counter("retries", "data calls that were asked of another replica")
         self.broken_streams = self._counter("broken_streams", "streams that a replica broke off")
+        self.resumptions = self._counter("resumptions", "generations that went on at another replica")
         self.updates = self._counter("updates", "updates that have returned: fences")
         self.disconnects = self._counter("disconnects", "clients gone before their answer was complete")
         self._prompt_tokens = self._counter("prompt_tokens", "tokens of prompts, as estimated")

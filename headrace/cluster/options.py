@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from headrace.cluster.policies import POLICY_NAMES, PolicyName
+from headrace.cluster.resumption import RESUME_MODES, ResumeMode
 from headrace.server.options import check_local, from_keywords, settle_key
 from headrace.types.errors import ConfigError
 from headrace.types.plain_values import as_choice, as_seconds
@@ -35,6 +36,11 @@ class RouterOptions(msgspec.Struct, frozen=True, kw_only=True):
     replica_admin_api_key_file  file that holds `replica_admin_api_key`
     allowed_hosts               further names by which clients may call a router without a key; "*": any name
     insecure                    allow a non-loopback address without `api_key`
+    resume                      what a replica that dies had begun of `/generate` goes on elsewhere: "streams", or "all"
+                                (whole answers are asked for as streams, which costs the router more); "off": a stream
+                                ends with a retryable error, and whole answers are begun anew, as all else
+    streams_new                 `/generate` streams of the replicas bring only what is new by default (their
+                                `incremental_streaming_output`)
     max_attempts                replicas that are tried for one data call before it fails
     wait_timeout                seconds a data call waits while no replica is healthy, before 503
     connect_timeout             seconds a replica may take to accept a connection
@@ -59,6 +65,8 @@ class RouterOptions(msgspec.Struct, frozen=True, kw_only=True):
     replica_admin_api_key_file: str | None = None
     allowed_hosts: tuple[str, ...] = ()
     insecure: bool = False
+    resume: ResumeMode = "streams"
+    streams_new: bool = False
     max_attempts: int = 3
     wait_timeout: float = 30.0
     connect_timeout: float = 5.0
@@ -73,6 +81,7 @@ class RouterOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         as_choice(self.policy, POLICY_NAMES, "policy", ConfigError)
+        as_choice(self.resume, RESUME_MODES, "resume", ConfigError)
         for name in _KEYS:
             settle_key(self, name)
         for name in _SECONDS:

@@ -1,7 +1,8 @@
 """Data calls: one replica answers, and its answer is passed on as it comes. Owns what is tried again, and where.
 
 A call that broke off before its client had a byte of the answer is asked of another replica: whole answers are held
-until they are whole, streams until their first part. After that a stream ends with a typed, retryable error. The
+until they are whole, streams until their first part. After that one of `/generate` goes on elsewhere (`resumption`),
+and any other stream ends with a typed, retryable error. The
 connection to a replica that is given up is closed, which aborts what it still computes: no client gets two answers.
 """
 
@@ -19,6 +20,7 @@ from headrace.cluster.options import RouterOptions
 from headrace.cluster.policies import Ask
 from headrace.cluster.prompts import read_ask
 from headrace.cluster.replicas import RemoteReplica, Replicas
+from headrace.cluster.resumption import END_OF_STREAM, RETRYABLE_MARK, Resumption, resumption_of
 from headrace.cluster.upstream import BrokenAnswerError, LeftRotationError, UpstreamConnection
 from headrace.server.errors import event_body
 from headrace.types.errors import DeadlineError, HeadraceError, PauseTimeoutError, UnreachableError
@@ -26,8 +28,11 @@ from headrace.types.http import MESSAGE_TYPE, StreamPart, framed
 
 MAX_HELD_BYTES = 256 << 20
 """A larger answer is passed on as it comes."""
-_UNAVAILABLE = 503
+_OK, _UNAVAILABLE = 200, 503
 _ANY = Ask()
+_JSON = (b"content-type", b"application/json")
+_SSE_TYPE = b"text/event-stream"
+_SSE_GAP = b"\n\n"
 
 
 class Proxy:
@@ -41,16 +46,38 @@ class Proxy:
     async def pass_on(self, head: Head, body: bytes, exchange: Exchange, *, generates: bool) -> None:
         """Have a call answered. Raises `UnreachableError` when no replica did, `DeadlineError` when one was silent."""
         ask = read_ask(head.headers, body) if generates else _ANY
-        parts = RequestParts(head, body, self._options.data_key)
+        resumption = resumption_of(head.path, body, self._options.resume, streams_new=self._options.streams_new)
+        if resumption is not None and resumption.is_whole:
+            body = resumption.first_body()
+        try:
+            await self._try_each(head, body, exchange, ask, resumption, generates=generates)
+        except (UnreachableError, DeadlineError) as error:
+            if not exchange.has_begun or resumption is None:
+                raise
+            self._metrics.broken_streams.inc()
+            await exchange.send(_end_of_sse(error))  # the client has some of it
+            exchange.end()
+
+    async def _try_each(
+        self,
+        head: Head,
+        body: bytes,
+        exchange: Exchange,
+        ask: Ask,
+        resumption: Resumption | None,
+        *,
+        generates: bool,
+    ) -> None:
         avoided: set[int] = set()
         reason = ""
         for left in reversed(range(self._options.max_attempts)):
             replica, choice = await self._replicas.choose(ask, avoided)
             if generates:
                 self._metrics.count_choice(choice, ask)
+            parts = RequestParts(head, body, self._options.data_key)
             with self._replicas.sending(replica, choice):
                 try:
-                    if await self._ask(replica, parts, exchange, is_last=not left):
+                    if await self._ask(replica, parts, exchange, resumption, is_last=not left):
                         return
                     reason = f"{replica.id} refused it"
                 except BrokenAnswerError as error:
@@ -58,19 +85,44 @@ class Proxy:
                     self._note_broken(replica, error)
             avoided.add(replica.number)
             self._metrics.retries.inc(min(left, 1))
+            if resumption is not None and resumption.has_begun:
+                if resumption.is_finished:
+                    await _finish(exchange, resumption)
+                    return
+                next_body = resumption.next_body()
+                if next_body is None and exchange.has_begun:
+                    raise UnreachableError(f"{reason}; what came of it does not say how it goes on")
+                body = next_body or body
+                self._metrics.resumptions.inc()
         raise UnreachableError(f"no replica answered in {self._options.max_attempts} attempts; the last one: {reason}")
 
-    async def _ask(self, replica: RemoteReplica, parts: RequestParts, exchange: Exchange, *, is_last: bool) -> bool:
-        """Whether the client has its answer; raises `BrokenAnswerError` if it has nothing of one."""
+    async def _ask(
+        self,
+        replica: RemoteReplica,
+        parts: RequestParts,
+        exchange: Exchange,
+        resumption: Resumption | None,
+        *,
+        is_last: bool,
+    ) -> bool:
+        """Whether the client has its answer; raises `BrokenAnswerError` if it has nothing of one, or what it has can go
+        on elsewhere."""
         try:
-            return await self._ask_once(replica, parts, exchange, fresh=False, is_last=is_last)
+            return await self._ask_once(replica, parts, exchange, resumption, fresh=False, is_last=is_last)
         except BrokenAnswerError as error:
             if error.had_begun or not error.was_idle:
                 raise
-        return await self._ask_once(replica, parts, exchange, fresh=True, is_last=is_last)
+        return await self._ask_once(replica, parts, exchange, resumption, fresh=True, is_last=is_last)
 
     async def _ask_once(
-        self, replica: RemoteReplica, parts: RequestParts, exchange: Exchange, *, fresh: bool, is_last: bool
+        self,
+        replica: RemoteReplica,
+        parts: RequestParts,
+        exchange: Exchange,
+        resumption: Resumption | None,
+        *,
+        fresh: bool,
+        is_last: bool,
     ) -> bool:
         async with replica.upstream.connection(fresh=fresh) as connection:
             if not replica.is_current:  # while it connected
@@ -78,22 +130,41 @@ class Proxy:
             connection.send(parts.head_for(replica), parts.body)
             answer = await connection.read_head()
             if replica.instance and answer.header(INSTANCE_HEADER) not in (b"", replica.instance):
-                raise BrokenAnswerError(
-                    "another process answers there, whose weights nobody has looked at", had_begun=True
-                )
-            if answer.body_size is None or answer.body_size > MAX_HELD_BYTES:
+                raise BrokenAnswerError("another process answers there, whose weights are not known", had_begun=True)
+            is_stream = answer.body_size is None or answer.body_size > MAX_HELD_BYTES
+            if resumption is not None and answer.header(b"content-type").startswith(_SSE_TYPE):
+                await self._stream_resumably(replica, answer, connection, exchange, resumption)
+                return True
+            if is_stream and not exchange.has_begun:
                 await self._stream(replica, answer, connection, exchange)
                 return True
-            whole = await connection.read_part()
-            if len(whole) < answer.body_size:
-                held = [whole]
-                while part := await connection.read_part():
-                    held.append(part)
-                whole = b"".join(held)
+            whole = await _read_whole(connection, answer.body_size or 0)
             if answer.status == _UNAVAILABLE and not is_last and _may_go_elsewhere(whole):
                 return False
+            if exchange.has_begun:
+                raise UnreachableError(f"{replica.id} does not go on with it: it answers {answer.status}")
             exchange.reply(answer.status, headers_back(answer, replica), whole)
             return True
+
+    async def _stream_resumably(
+        self,
+        replica: RemoteReplica,
+        answer: Head,
+        connection: UpstreamConnection,
+        exchange: Exchange,
+        resumption: Resumption,
+    ) -> None:
+        """Pass events on. `BrokenAnswerError` if the replica, or the engine in it, dies: it can go on elsewhere."""
+        while part := await connection.read_part():
+            if RETRYABLE_MARK in part:
+                raise BrokenAnswerError("its engine died", had_begun=True)
+            told = resumption.take(part)
+            if resumption.is_whole:
+                continue
+            if not exchange.has_begun:
+                exchange.begin(answer.status, headers_back(answer, replica))
+            await exchange.send(told)
+        await _finish(exchange, resumption, b"")
 
     async def _stream(
         self, replica: RemoteReplica, answer: Head, connection: UpstreamConnection, exchange: Exchange
@@ -136,11 +207,34 @@ def _may_go_elsewhere(body: bytes) -> bool:
     return told.retryable and told.err_type != PauseTimeoutError.__name__
 
 
+async def _finish(exchange: Exchange, resumption: Resumption, end: bytes = END_OF_STREAM) -> None:
+    """All of it has come, but perhaps the `end` of the stream."""
+    if resumption.is_whole:
+        exchange.reply(_OK, [_JSON], resumption.whole())
+        return
+    if end:
+        await exchange.send(end)
+    exchange.end()
+
+
+async def _read_whole(connection: UpstreamConnection, size: int) -> bytes:
+    whole = await connection.read_part()
+    if len(whole) < size:
+        held = [whole]
+        while part := await connection.read_part():
+            held.append(part)
+        whole = b"".join(held)
+    return whole
+
+
+def _end_of_sse(error: HeadraceError) -> bytes:
+    return b"data: " + msgspec.json.encode(event_body(error)) + b"\n\ndata: [DONE]\n\n"
+
+
 def _end_of_broken(media_type: bytes, last: bytes, error: HeadraceError) -> bytes | None:
     """How a stream of this type says that it broke; None for one that cannot."""
-    if media_type.startswith(b"text/event-stream"):
-        gap = b"" if last.endswith(b"\n\n") else b"\n\n"
-        return gap + b"data: " + msgspec.json.encode(event_body(error)) + b"\n\ndata: [DONE]\n\n"
+    if media_type.startswith(_SSE_TYPE):
+        return (b"" if last.endswith(_SSE_GAP) else _SSE_GAP) + _end_of_sse(error)
     if media_type == MESSAGE_TYPE.encode():
         parts = StreamPart(error=error.info()), StreamPart(is_last=True)
         return b"".join(framed(msgspec.msgpack.encode(part)) for part in parts)

@@ -7,9 +7,12 @@ import asyncio
 import functools
 import socket
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from headrace.cluster.catch_up import CatchUp
 from headrace.cluster.fan_out import FanOut
+from headrace.cluster.fleet import Fleet
 from headrace.cluster.front import Exchange, Front, FrontBounds, not_found
 from headrace.cluster.health import Watch
 from headrace.cluster.http_parts import Head
@@ -34,7 +37,15 @@ from headrace.types.errors import ShutdownError
 class ReplicaRouter:
     """Routes to the servers at `urls`. Lives on the running loop, from `start` to `stop`."""
 
-    def __init__(self, urls: Sequence[str], options: RouterOptions, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        urls: Sequence[str],
+        options: RouterOptions,
+        host: str = "127.0.0.1",
+        weights_folder: Path | None = None,
+    ) -> None:
+        """`weights_folder`: one that all replicas may save to and read from, by which one that has no current weights
+        takes them from a peer."""
         self._options = options
         make_upstream = functools.partial(
             Upstream, connect_timeout=options.connect_timeout, answer_timeout=options.answer_timeout
@@ -52,6 +63,8 @@ class ReplicaRouter:
         self._fan_out = FanOut(self.replicas, options)
         self._updates = WeightUpdates(self.replicas, options, self._metrics)
         self._sessions = SharedSessions(self._updates, options)
+        self._catch_up: asyncio.Task[None] | None = None
+        self._weights_folder = weights_folder
         self._keys = keys_of(options.api_key, options.admin_api_key)
         self._hosts = Hosts(host, options.allowed_hosts)
         self._front = Front(self, FrontBounds(options.max_body_bytes, options.body_timeout, options.write_timeout))
@@ -61,6 +74,13 @@ class ReplicaRouter:
         for each in self.replicas:
             self._watch.begin(each)
         await self._front.start(listener)
+        if self._weights_folder is not None:
+            catch_up = CatchUp(self.replicas, self._updates, self._options, self._weights_folder)
+            self._catch_up = asyncio.get_running_loop().create_task(catch_up.run())
+
+    async def start_fleet(self, fleet: Fleet) -> None:
+        """Have replicas that are processes of this host."""
+        await fleet.start(self.replicas, self._watch)
 
     async def stop(self, timeout: float | None = None) -> None:
         """Refuse what comes (503), let what runs end within `timeout` seconds (`drain_timeout`), then close."""
@@ -68,6 +88,9 @@ class ReplicaRouter:
         await self._front.close(self._options.drain_timeout if timeout is None else timeout)
         self._watch.close()
         self._lookout.close()
+        if self._catch_up is not None:
+            self._catch_up.cancel()
+            await asyncio.wait([self._catch_up])
         for each in self.replicas:
             each.upstream.close()
         await asyncio.sleep(0)  # the transports close

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import binascii
+import contextlib
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Any
 
 import msgspec
@@ -53,11 +54,15 @@ class WeightUpdates:
         self._dropped: set[RemoteReplica] = set()
         """They have failed in the update that is open, and get no more of it."""
         self._label: str | None = None
+        self._left_out: set[RemoteReplica] = set()
+        self._num_asking = 0
+        self._is_quiet = asyncio.Event()
+        self._is_quiet.set()
 
     @property
     def replicas(self) -> list[RemoteReplica]:
         """Those that an update which begins now goes to. `UnreachableError` if there is none."""
-        healthy = [each for each in self._replicas if each.is_healthy]
+        healthy = [each for each in self._replicas if each.is_healthy and each not in self._left_out]
         if not healthy:
             raise UnreachableError("no replica is healthy: GET /workers says why")
         return healthy
@@ -68,8 +73,26 @@ class WeightUpdates:
         return [each for each in self.replicas if each.is_current] or self.replicas
 
     async def ask(self, head: Head, bodies: dict[RemoteReplica, bytes]) -> list[ReplicaAnswer]:
-        """What each answers to a control call."""
-        return await ask_each(head, bodies, self._options.admin_key, self._options.control_timeout)
+        """What each answers to a call of an update."""
+        self._num_asking += 1
+        self._is_quiet.clear()
+        try:
+            return await ask_each(head, bodies, self._options.admin_key, self._options.control_timeout)
+        finally:
+            self._num_asking -= 1
+            if not self._num_asking:
+                self._is_quiet.set()
+
+    @contextlib.asynccontextmanager
+    async def without(self, replica: RemoteReplica) -> AsyncIterator[None]:
+        """No call of an update is at the replica inside, nor will be."""
+        while self._num_asking:
+            await self._is_quiet.wait()
+        self._left_out.add(replica)
+        try:
+            yield
+        finally:
+            self._left_out.discard(replica)
 
     async def command(self, head: Head, body: bytes, exchange: Exchange) -> None:
         """A call. It fails if it does at all replicas."""

@@ -13,7 +13,6 @@ import concurrent.futures
 import contextlib
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 
 import msgspec
@@ -21,34 +20,15 @@ import msgspec
 from headrace.config import ResolvedConfig
 from headrace.engine.client import CoreClient
 from headrace.engine.core_host import CoreHost, ExecutorKind, start_core
+from headrace.ipc.restarts import RestartBudget
 from headrace.types.errors import EngineDeadError, HeadraceError
 from headrace.types.messages import CoreReady
 from headrace.weights.files import weight_files
 
 logger = logging.getLogger(__name__)
 
-MAX_DELAY_SECONDS = 30.0
 BURIAL_SECONDS = 30.0
 _LOOK_SECONDS = 0.02
-
-
-class RestartBudget:
-    """So many restarts within a window of time. The first follows at once, each further one waits twice as long."""
-
-    def __init__(self, max_restarts: int, window: float) -> None:
-        self.max_restarts = max_restarts
-        self.window = window
-        self._taken: deque[float] = deque()
-
-    def take(self, now: float) -> float | None:
-        """Seconds to wait before the next restart; None when there is none left."""
-        while self._taken and now - self._taken[0] >= self.window:
-            self._taken.popleft()
-        if len(self._taken) >= self.max_restarts:
-            return None
-        self._taken.append(now)
-        num_before = len(self._taken) - 1
-        return min(MAX_DELAY_SECONDS, 2.0 ** (num_before - 1)) if num_before else 0.0
 
 
 class Supervisor:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import subprocess
-import sys
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +19,7 @@ from headrace.cluster.options import RouterOptions
 from headrace.cluster.router import ReplicaRouter
 from headrace.cluster.sessions import SharedSession
 from headrace.server.listening import listen
-from tests.arch.source import ROOT, child_environment
+from tests.server.bucket_client import bodies
 from tests.server.builders import SETTINGS, save_random_model
 
 SHARED = Path("/dev/shm")
@@ -159,22 +157,14 @@ def test_what_is_wrong_with_an_update_is_said_and_changes_nothing(
     assert all(each["is_current"] for each in httpx.get(f"{url}/workers").json()["workers"])
 
 
-def test_a_trainer_that_shares_its_memory_is_read_by_all(
+def test_memory_that_a_trainer_shares_is_read_by_all_and_given_back(
     url: str, engines: list[Engine], folders: list[Path], digests: list[dict[str, str]]
 ) -> None:
-    """It sends each file once, and its memory is given back when all have read it."""
-    words = [f"{folders[at]}=s{at}" for at in (1, 2)]
-    command = [sys.executable, "-m", "tests.server.bucket_client", url, "slime", "cpu", "-1", *words]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=child_environment()
-    )
-    with process:
-        assert process.stdin is not None and process.stdout is not None
+    """It sends each file once."""
+    with httpx.Client(base_url=url, timeout=60) as http:
         for at in (1, 2):
-            while (told := json.loads(process.stdout.readline()))[0] != "done":
-                assert told[1] == 200 and told[2]["success"] is True, told
-            assert all(each.digest() == digests[at] for each in engines)
-            process.stdin.write("\n")
-            process.stdin.flush()
-        assert process.wait(60) == 0
-    assert not list(SHARED.glob(f"torch_{process.pid}_*"))
+            for body in bodies("slime", tensors_of(folders[at]), f"s{at}"):
+                told = http.post("/update_weights_from_tensor", json=body).json()
+                assert told["success"] is True and told["failed_replicas"] == [], told
+            assert are_live(engines, digests[at], f"s{at}")
+    assert not list(SHARED.glob(f"torch_{os.getpid()}_*"))

@@ -28,7 +28,7 @@ from headrace import (
 )
 from headrace.config import Takeover
 from headrace.engine.ledger import Ledger
-from headrace.engine.supervision import MAX_DELAY_SECONDS, RestartBudget
+from headrace.ipc.restarts import MAX_DELAY_SECONDS, RestartBudget
 from headrace.runner import Runner
 from headrace.types.messages import CommitUpdate, Pause, Reply, Resume, SetVersion, UpdateFromDisk, WeightsChecker
 from headrace.types.weights import UpdateReport

@@ -1,0 +1,193 @@
+"""A generation of `/generate` that goes on at another replica when its own dies: what has come of it, what is asked of
+the next one, and how the two become one answer. Owns that spelling; knows no connection.
+
+The next request is the prompt and the tokens that came, `num_output_ids_in_prompt`, with the seed that the reply named
+and what is left of the limits: with `numerics="invariant"` the ids are those of a generation that was never cut.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import msgspec
+
+ResumeMode = Literal["off", "streams", "all"]
+RESUME_MODES: tuple[str, ...] = get_args(ResumeMode)
+PATH = "/generate"
+RETRYABLE_MARK = b'"retryable":true'
+"""In an event that says that its replica's engine has died. No string of JSON holds these bytes."""
+_DEFAULT_MAX_NEW_TOKENS = 128
+_EVENT = b"data: {"
+END_OF_STREAM = b"data: [DONE]\n\n"
+_LISTS = ("output_token_logprobs", "output_top_logprobs", "output_token_ids_logprobs")
+_GROWING = (*_LISTS, "output_token_logprobs_length", "version_spans", "version_epochs")
+_OF_PROMPT = ("id", "prompt_tokens", "cached_tokens", "prompt_token_ids", "prompt_version_spans")
+_ASKED_ONCE = ("return_prompt_token_ids", "logprob_start_len")
+
+
+class Resumption:
+    """One generation. `is_whole`: its client waits for one answer, which is asked for as a stream."""
+
+    def __init__(self, asked: dict[str, Any], *, is_whole: bool, is_incremental: bool) -> None:
+        self.is_whole = is_whole
+        self.num_resumed = 0
+        self._asked = asked
+        self._is_incremental = is_incremental
+        self._before: dict[str, Any] = {}
+        """What earlier replicas have made, as one answer; {}: nothing."""
+        self._parts: list[bytes] = []
+
+    @property
+    def has_begun(self) -> bool:
+        """True when some of an answer came."""
+        return bool(self._parts or self._before)
+
+    def first_body(self) -> bytes:
+        """The request, of which the answer is a stream."""
+        return msgspec.json.encode(self._streamed(self._asked))
+
+    def take(self, part: bytes) -> bytes:
+        """A part of the answer, of whole events. Returns what the client is to have of it."""
+        if self._is_incremental:
+            self._parts.append(part)
+        elif part.startswith(_EVENT):
+            self._parts = [part]
+        if not self._before or self.is_whole:
+            return part
+        return b"".join(map(self._as_one, _events(part))) + (END_OF_STREAM if part.endswith(END_OF_STREAM) else b"")
+
+    def next_body(self) -> bytes | None:
+        """What to ask of another replica; None where the answer does not say what that needs."""
+        found = self._joined()
+        meta = found.get("meta_info", {})
+        seed = meta.get("seed")
+        self._parts = []
+        if seed is None:
+            return None
+        self._before = found
+        self.num_resumed += 1
+        ids, params = found["output_ids"], dict(self._asked.get("sampling_params") or {})
+        params.pop("seed", None)
+        params["sampling_seed"] = seed
+        params["max_new_tokens"] = max(0, params.get("max_new_tokens", _DEFAULT_MAX_NEW_TOKENS) - len(ids))
+        params["min_new_tokens"] = max(0, params.get("min_new_tokens", 0) - len(ids))
+        asked = {key: value for key, value in self._asked.items() if key not in _ASKED_ONCE}
+        num_before = asked.get("num_output_ids_in_prompt", 0) + len(ids)
+        asked |= {"input_ids": [*self._asked["input_ids"], *ids], "num_output_ids_in_prompt": num_before}
+        return msgspec.json.encode(self._streamed({**asked, "sampling_params": params, "rid": meta["id"]}))
+
+    @property
+    def is_finished(self) -> bool:
+        """True when only the end of the stream did not come."""
+        return self._joined().get("meta_info", {}).get("finish_reason") is not None
+
+    def whole(self) -> bytes:
+        """The answer, once its stream has ended."""
+        return msgspec.json.encode(self._joined())
+
+    def _streamed(self, asked: dict[str, Any]) -> dict[str, Any]:
+        return {**asked, "stream": True, "incremental_streaming_output": True} if self.is_whole else asked
+
+    def _joined(self) -> dict[str, Any]:
+        """All that came, as one answer."""
+        events = [event for part in self._parts for event in _events(part)]
+        return self._behind(events) if events else self._before
+
+    def _behind(self, events: list[dict[str, Any]]) -> dict[str, Any]:
+        """What this replica's events add to what came before it, as one answer."""
+        if not self._before:
+            return _join(events, 0, 0)
+        return _join([self._before, *events], _num_tokens(self._before), self.num_resumed)
+
+    def _as_one(self, event: dict[str, Any]) -> bytes:
+        """An event of a later replica, as if there had been one."""
+        told = self._behind([event])
+        if self._is_incremental:
+            own = {key: event["meta_info"][key] for key in _GROWING if key in event["meta_info"]}
+            told |= {key: event[key] for key in ("text", "output_ids") if key in event}
+            told["meta_info"] |= own
+        return b"data: " + msgspec.json.encode(told) + b"\n\n"
+
+
+def resumption_of(path: str, body: bytes, mode: ResumeMode, *, streams_new: bool = False) -> Resumption | None:
+    """How this request could go on elsewhere: one sample of one prompt of token ids. None for all else."""
+    if path != PATH or mode == "off":
+        return None
+    try:
+        asked = msgspec.json.decode(body, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    ids, params, is_stream = asked.get("input_ids"), asked.get("sampling_params") or {}, asked.get("stream") is True
+    is_one = isinstance(ids, list) and ids and all(type(each) is int for each in ids)
+    if (
+        not is_one
+        or not isinstance(params, dict)
+        or params.get("n", 1) not in (None, 1)
+        or not _are_counts(asked, params)
+    ):
+        return None
+    if not is_stream and (mode != "all" or asked.get("stream")):
+        return None
+    said = asked.get("incremental_streaming_output")
+    return Resumption(
+        asked, is_whole=not is_stream, is_incremental=not is_stream or (streams_new if said is None else said is True)
+    )
+
+
+def _are_counts(asked: dict[str, Any], params: dict[str, Any]) -> bool:
+    """Whether what is counted down is a number; what is not the replica refuses."""
+    numbers = (
+        asked.get("num_output_ids_in_prompt", 0),
+        *(params.get(f"{name}_new_tokens", 0) for name in ("max", "min")),
+    )
+    return all(type(each) is int for each in numbers)
+
+
+def _events(part: bytes) -> list[dict[str, Any]]:
+    """The whole events of a part that say something of a sample."""
+    found = []
+    for piece in part.split(b"\n\n")[:-1]:
+        if piece.startswith(_EVENT) and RETRYABLE_MARK not in piece:
+            event = msgspec.json.decode(piece[len(b"data: ") :])
+            if "meta_info" in event:
+                found.append(event)
+    return found
+
+
+def _num_tokens(answer: dict[str, Any]) -> int:
+    return len(answer.get("output_ids", ()))
+
+
+def _join(answers: list[dict[str, Any]], num_before: int, num_resumed: int) -> dict[str, Any]:
+    """Answers that follow each other as one; the last one counts `num_before` tokens less than there are."""
+    first, last = answers[0], answers[-1]
+    metas = [each["meta_info"] for each in answers]
+    of_prompt = {key: value for key, value in metas[0].items() if key in _OF_PROMPT or key.startswith("input_")}
+    meta = {**metas[-1], **of_prompt, **_join_spans(metas)}
+    meta["completion_tokens"] = num_before + metas[-1]["completion_tokens"]
+    for key in _LISTS:
+        if any(key in each for each in metas):
+            meta[key] = [value for each in metas for value in each.get(key, ())]
+    if "output_token_logprobs" in meta:
+        meta["output_token_logprobs_length"] = len(meta["output_token_logprobs"])
+    reason = meta.get("finish_reason")
+    if reason is not None and reason.get("type") == "length":
+        meta["finish_reason"] = {**reason, "length": meta["completion_tokens"]}
+    if num_resumed:
+        meta["num_resumed"] = num_resumed
+    told = {**last, "output_ids": [token for each in answers for token in each["output_ids"]], "meta_info": meta}
+    return {**told, "text": "".join(each["text"] for each in answers)} if "text" in first else told
+
+
+def _join_spans(metas: list[dict[str, Any]]) -> dict[str, Any]:
+    """Tokens in a row by the same weights are one span."""
+    spans: list[list[Any]] = []
+    epochs: list[int] = []
+    for meta in metas:
+        for (version, num), epoch in zip(meta.get("version_spans", ()), meta.get("version_epochs", ()), strict=False):
+            if spans and (spans[-1][0], epochs[-1]) == (version, epoch):
+                spans[-1] = [version, spans[-1][1] + num]
+            else:
+                spans.append([version, num])
+                epochs.append(epoch)
+    return {"version_spans": spans, "version_epochs": epochs}
