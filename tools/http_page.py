@@ -33,9 +33,9 @@ are kept out.
 lacks are refused by name if they ask for something: null, false, 0, empty and defaults do not. Keys that nobody knows
 are passed over, on generation routes with a warning.
 
-**At a router**: *one* replica answers; *all* do, and each has to succeed; all *agree*, or it is 409; the *router*
-itself answers; or it is *refused* there (501), with what to do instead. What is pushed in tensors goes to each
-replica.
+**At a router**: *one* replica answers; *all* do, and each has to succeed; all healthy ones take new weights behind a
+fence of versions ([router.md](router.md)); all *agree*, or it is 409; the *router* itself answers; or it is *refused*
+there (501), with what to do instead.
 """
 _KEYS = {"data": "key", "admin": "admin"}
 _TREATMENTS: dict[Treatment, str] = {
@@ -43,6 +43,8 @@ _TREATMENTS: dict[Treatment, str] = {
     "route": "one",
     "fan_out": "all",
     "agree": "agree",
+    "update": "all, fenced",
+    "session": "all, fenced",
     "own": "router",
     "refuse": "refused",
 }

@@ -24,7 +24,7 @@ _EMPTIES_CACHES = frozenset(
         *(f"{PREFIX}/flush_cache", f"{PREFIX}/release_memory_occupation"),
     )
 )
-_SUMS = frozenset((f"{PREFIX}/abort", f"{PREFIX}/flush_cache"))
+_SUMS = frozenset(f"{PREFIX}/{name}" for name in ("abort", "flush_cache", "give_rewards"))
 """Calls of our own client that answer with a number, of all replicas the sum."""
 
 

@@ -54,7 +54,7 @@ ROUTES: dict[str, RouterRoute] = {
     **_routes("own", "/health /liveness /health_generate /ready", methods=_GET, access="open"),
     **_routes("own", "/dashboard /docs", methods=_GET, access="open"),
     **_routes("own", "/metrics /dashboard/state /openapi.json", methods=_GET),
-    **_routes("fan_out", "/rewards"),
+    **_routes("fan_out", f"/rewards {PREFIX}/give_rewards"),
     WORKERS_PATH: RouterRoute("own", _BOTH, "admin"),
     **_routes("fan_out", "/abort_request /pause_generation /continue_generation", access="admin"),
     **_routes("fan_out", "/release_memory_occupation /resume_memory_occupation", access="admin"),

@@ -10,6 +10,7 @@ import httpx
 import msgspec
 import pytest
 
+from headrace import AsyncClient
 from headrace.cluster import lookout
 from headrace.server.dashboard_state import DashboardState
 from headrace.telemetry import History, HistoryPoint, SampleNote, UpdateNote
@@ -159,6 +160,10 @@ def test_rewards_go_to_all_replicas() -> None:
         reply = await found.http.post("/rewards", json={"rewards": {"x": 1}})
         assert reply.status_code == 200 and reply.json()["num_known"] == 1
         assert [each.seen[0][::2] for each in found.replicas] == [("POST /rewards", b'{"rewards":{"x":1}}')] * 2
+        for each in found.replicas:
+            each.answer = 200, msgspec.msgpack.encode(2).decode()
+        async with AsyncClient(f"http://127.0.0.1:{found.port}") as client:
+            assert await client.give_rewards({"x": 1.0}) == 4
 
     tell(story)
 
@@ -170,10 +175,10 @@ def test_pages_and_the_list_of_routes_are_the_router_s_own() -> None:
         assert (await found.http.get("/openapi.json")).status_code == 401
         listing = (await found.http.get("/openapi.json", headers=SECRET)).json()
         assert {"/workers", "/workers/{worker_id}", "/generate", "/headrace/{method}"} <= listing["paths"].keys()
-        push = listing["paths"]["/update_weights_from_tensor"]["post"]
-        assert "501 here" in push["description"] and push["security"] == [{"admin": []}]
-        refused = await found.http.get("/dashboard/state", params={"since": "x"}, headers=SECRET)
-        assert (refused.status_code, refused.json()["param"]) == (400, "since")
+        refused = listing["paths"]["/start_profile"]["post"]
+        assert "501 here" in refused["description"] and refused["security"] == [{"admin": []}]
+        reply = await found.http.get("/dashboard/state", params={"since": "x"}, headers=SECRET)
+        assert (reply.status_code, reply.json()["param"]) == (400, "since")
 
     tell(story, num_replicas=0, api_key="secret")
 
