@@ -91,6 +91,8 @@ class Resumption:
     def _joined(self) -> dict[str, Any]:
         """All that came, as one answer."""
         events = [event for part in self._parts for event in _events(part)]
+        if not self._is_incremental:
+            events = events[-1:]  # which repeats those before it
         return self._behind(events) if events else self._before
 
     def _behind(self, events: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,90 +1,114 @@
-"""Real processes, killed at random under traffic: every request is answered once, and with its own answer."""
+"""Real processes, killed at random under traffic and updates: every request is answered once, with all of its own
+tokens, and none that was sent after an update had returned has a token of older weights."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import signal
-import sys
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
+from headrace.cluster.fleet import Fleet
+from headrace.cluster.fleet_options import FleetOptions
 from headrace.cluster.options import RouterOptions
 from headrace.cluster.router import ReplicaRouter
+from headrace.config import EngineConfig
 from headrace.server.listening import listen
-from tests.arch.source import ROOT, child_environment
 from tests.cluster.builders import Routed
 from tests.cluster.test_router import events_of
+from tests.cluster.weighted import WeightedServer, token_at
 
 NUM_REPLICAS = 4
-NUM_CLIENTS = 16
-NUM_REQUESTS = 16
-NUM_KILLS = 4
+NUM_CLIENTS = 8
+NUM_REQUESTS = 10
+NUM_KILLS = 3
 
 
-async def start_process(port: int = 0) -> tuple[asyncio.subprocess.Process, int]:
-    command = [sys.executable, "-m", "tests.cluster.replica", str(port)]
-    process = await asyncio.create_subprocess_exec(
-        *command, stdout=asyncio.subprocess.PIPE, cwd=ROOT, env=child_environment()
-    )
-    assert process.stdout is not None
-    return process, int(await process.stdout.readline())
+class Story:
+    """What happens, and what has to be true of it. Weights are numbers, and rise."""
+
+    def __init__(self, found: Routed, seed: int) -> None:
+        self.found = found
+        self.words = random.Random(seed)
+        self.fenced = 0
+        """The version of the last update that has returned."""
+        self.outcomes: Counter[str] = Counter()
+        self.num_kills = 0
+
+    async def client(self, number: int) -> None:
+        words = random.Random(number)
+        for turn in range(NUM_REQUESTS):
+            prompt, num_tokens, fenced = [number, turn, words.randrange(100)], words.randrange(1, 40), self.fenced
+            is_stream = words.random() < 0.7
+            asked: dict[str, Any] = {"rid": f"{number}-{turn}", "input_ids": prompt, "stream": is_stream}
+            asked["incremental_streaming_output"] = words.random() < 0.5
+            reply = await self.found.generate(**asked, sampling_params={"max_new_tokens": num_tokens})
+            assert reply.status_code == 200, reply.text
+            answers = events_of(reply.text) if is_stream else [reply.json()]
+            assert "error" not in answers[-1], answers[-1]
+            if is_stream and asked["incremental_streaming_output"]:
+                ids = [token for each in answers for token in each["output_ids"]]
+                spans = [span for each in answers for span in each["meta_info"]["version_spans"]]
+            else:
+                ids, spans = answers[-1]["output_ids"], answers[-1]["meta_info"]["version_spans"]
+            seed = answers[-1]["meta_info"]["seed"]
+            assert ids == [token_at(prompt, seed, len(prompt) + i) for i in range(num_tokens)]
+            assert all(each["meta_info"]["id"] == asked["rid"] for each in answers)
+            assert min(int(version[1:]) for version, _ in spans) >= fenced, (spans, fenced)
+            self.outcomes["resumed" if answers[-1]["meta_info"].get("num_resumed") else "straight"] += 1
+
+    async def update(self, fleet: Fleet) -> None:
+        """Push weights again and again; some replicas refuse them."""
+        version = 0
+        while True:
+            version += 1
+            body: dict[str, Any] = {"model_path": "/x", "weight_version": f"v{version}"}
+            if self.words.random() < 0.5:
+                each = self.words.choice([each.url for each in self.found.router.replicas])
+                body["fails_at"] = int(each.rpartition(":")[2])
+            reply = await self.found.http.post("/update_weights_from_disk", json=body)
+            if reply.status_code == 200:
+                self.fenced = version
+            await asyncio.sleep(self.words.random() * 0.3)
+
+    async def kill(self, fleet: Fleet) -> None:
+        """End a process, whenever all have been well; one at least always lives."""
+        while self.num_kills < NUM_KILLS:
+            await self.found.until(lambda: sum(each.is_ready for each in self.found.router.replicas) > 1)
+            await asyncio.sleep(self.words.random() * 0.2)
+            member = self.words.choice([each for each in fleet._members if each.replica and each.replica.is_ready])
+            if member.process is not None and member.process.exit_code is None:
+                os.kill(member.process.pid, signal.SIGKILL)
+                self.num_kills += 1
 
 
-async def client(found: Routed, number: int, words: random.Random, outcomes: Counter[str]) -> None:
-    for turn in range(NUM_REQUESTS):
-        rid, stream = f"{number}-{turn}", words.random() < 0.5
-        asked = {"rid": rid, "stream": stream, "delay": words.random() * 0.05, "text": f"group {number % 4}" * 50}
-        reply = await found.generate(**asked)
-        assert reply.status_code == 200, reply.text
-        if not stream:
-            assert reply.json()["text"] == rid
-            outcomes["whole"] += 1
-            continue
-        *events, last = events_of(reply.text)
-        if "error" in last:
-            assert last["error"]["retryable"] is True
-            outcomes["broken"] += 1
-        else:
-            events.append(last)
-            assert len(events) == 5
-            outcomes["streamed"] += 1
-        assert [(event["rid"], event["number"]) for event in events] == [(rid, each) for each in range(len(events))]
-
-
-async def kill_at_random(
-    processes: list[tuple[asyncio.subprocess.Process, int]], words: random.Random, clients: asyncio.Future[list[None]]
-) -> int:
-    num_kills = 0
-    while num_kills < NUM_KILLS and not clients.done():
-        await asyncio.sleep(0.1 + words.random() * 0.2)
-        at = words.randrange(len(processes))
-        process, port = processes[at]
-        process.send_signal(signal.SIGKILL)
-        await process.wait()
-        num_kills += 1
-        processes[at] = await start_process(port)
-    return num_kills
-
-
-def test_no_request_is_lost_or_doubled_while_replicas_are_killed() -> None:
+def test_no_request_is_lost_or_doubled_and_no_fenced_token_answers(tmp_path: Path) -> None:
     async def run() -> None:
-        words, outcomes = random.Random(7), Counter[str]()
-        processes = list(await asyncio.gather(*(start_process() for _ in range(NUM_REPLICAS))))
-        router = ReplicaRouter([f"http://127.0.0.1:{port}" for _, port in processes], RouterOptions(max_attempts=6))
+        options = RouterOptions(max_attempts=8, resume="all")
+        fleet_options = FleetOptions(dp_size=NUM_REPLICAS, max_replica_restarts=100)
+        fleet = Fleet(EngineConfig(model="x"), {}, fleet_options, WeightedServer)
+        router = ReplicaRouter([], options, weights_folder=tmp_path)
         listener = listen("127.0.0.1", 0)
         await router.start(listener)
-        found = Routed(router, [], listener.getsockname()[1])
-        await found.until_healthy(NUM_REPLICAS)
-        clients = asyncio.gather(*(client(found, n, random.Random(n), outcomes) for n in range(NUM_CLIENTS)))
-        num_kills = await kill_at_random(processes, words, clients)
-        await clients
-        assert sum(outcomes.values()) == NUM_CLIENTS * NUM_REQUESTS and num_kills > 0
-        assert outcomes["whole"] and outcomes["streamed"] > outcomes["broken"]
-        assert all(each.num_requests == each.num_tokens == 0 for each in router.replicas)
-        await found.http.aclose()
-        await router.stop(0.0)
-        for process, _ in processes:
-            process.kill()
-            await process.wait()
+        try:
+            await router.start_fleet(fleet)
+            found = Routed(router, [], listener.getsockname()[1])
+            await found.until_healthy(NUM_REPLICAS)
+            story = Story(found, 7)
+            others = [asyncio.ensure_future(each) for each in (story.update(fleet), story.kill(fleet))]
+            await asyncio.gather(*(story.client(number) for number in range(NUM_CLIENTS)))
+            for each in others:
+                each.cancel()
+            ended = await asyncio.gather(*others, return_exceptions=True)
+            assert not [each for each in ended if isinstance(each, AssertionError)], ended
+            assert story.outcomes.total() == NUM_CLIENTS * NUM_REQUESTS and story.num_kills and story.fenced
+            assert all(each.num_requests == each.num_tokens == 0 for each in router.replicas)
+            await found.http.aclose()
+        finally:
+            await router.stop(0.0)
+            await fleet.close()
 
     asyncio.run(run())

@@ -159,3 +159,18 @@ def test_what_is_not_one_sample_of_one_prompt_of_ids_is_not_touched(asked: dict[
     assert resumption_of("/v1/completions", msgspec.json.encode({**ASKED, "stream": True}), "streams") is None
     assert resumption_of("/generate", b"{", "all") is None
     assert resumption_of("/generate", msgspec.json.encode({**ASKED, "stream": True}), "streams") is not None
+
+
+def test_events_that_come_together_are_told_apart() -> None:
+    """Of a cumulative stream the last one repeats those before it."""
+
+    def event(ids: list[int]) -> bytes:
+        meta = {"id": "r", "seed": 7, "completion_tokens": len(ids), "finish_reason": None, "prompt_tokens": 3}
+        return b"data: " + msgspec.json.encode({"output_ids": ids, "meta_info": meta}) + b"\n\n"
+
+    for is_incremental, part in ((False, event([5]) + event([5, 6])), (True, event([5]) + event([6]))):
+        asked = {**ASKED, "stream": True, "incremental_streaming_output": is_incremental}
+        resumption = resumption_of("/generate", msgspec.json.encode(asked), "streams")
+        assert resumption is not None and resumption.take(part) == part
+        body = msgspec.json.decode(resumption.next_body() or b"")
+        assert body["input_ids"] == [*PROMPT, 5, 6] and body["num_output_ids_in_prompt"] == 2
