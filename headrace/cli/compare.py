@@ -19,7 +19,7 @@ from headrace.config import EngineConfig
 
 if TYPE_CHECKING:
     from headrace.compare.gaps import Comparison, Gap
-    from headrace.compare.scores import Scored
+    from headrace.compare.scores import ScoredTrajectory
     from headrace.compare.trajectories import Trajectory
 
 _SET_HERE = ("model", "skip_tokenizer_init", "logprob_mode")
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _score(
     target: str, trajectories: Sequence[Trajectory], options: CompareOptions, settings: dict[str, Any]
-) -> list[Scored]:
+) -> list[ScoredTrajectory]:
     from headrace.compare.by_engine import score_by_engine
     from headrace.compare.by_server import score_by_server
 

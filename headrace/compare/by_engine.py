@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from headrace.compare.scores import Scored, scored
+from headrace.compare.scores import ScoredTrajectory, scored
 from headrace.compare.trajectories import Trajectory
 
 BATCH = 256
@@ -18,12 +18,12 @@ def score_by_engine(
     temperature: float,
     settings: Mapping[str, Any],
     on_progress: Callable[[int], None],
-) -> list[Scored]:
+) -> list[ScoredTrajectory]:
     """`settings` are further ones of the engine; what it refuses of a trajectory, such as one over its context, is said
     there. Raises what the engine's start does."""
     from headrace import Engine
 
-    found: list[Scored] = []
+    found: list[ScoredTrajectory] = []
     with Engine(folder, skip_tokenizer_init=True, progress=False, **settings) as engine:
         for start in range(0, len(trajectories), BATCH):
             batch = trajectories[start : start + BATCH]
@@ -36,7 +36,7 @@ def score_by_engine(
             )
             for trajectory, generation in zip(batch, generations, strict=True):
                 if generation.error is not None:
-                    found.append(Scored(trajectory, [], generation.error.message))
+                    found.append(ScoredTrajectory(trajectory, [], generation.error.message))
                 else:
                     found.append(scored(trajectory, generation.prompt_logprobs))
             on_progress(len(found))

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import httpx
 
 from headrace.compare.options import CompareOptions
-from headrace.compare.scores import Scored, scored
+from headrace.compare.scores import ScoredTrajectory, scored
 from headrace.compare.trajectories import Trajectory
 from headrace.types.errors import ConfigError, UnreachableError
 
@@ -32,7 +32,7 @@ class _Refused(Exception):
 
 def score_by_server(
     url: str, trajectories: Sequence[Trajectory], options: CompareOptions, on_progress: Callable[[int], None]
-) -> list[Scored]:
+) -> list[ScoredTrajectory]:
     """Raises `ConfigError` for a key that it refuses and for a temperature that it cannot score at, `UnreachableError`
     if it is not there."""
     if options.temperature != 1.0:
@@ -43,19 +43,19 @@ def score_by_server(
 
 async def _score_all(
     url: str, trajectories: Sequence[Trajectory], options: CompareOptions, on_progress: Callable[[int], None]
-) -> list[Scored]:
+) -> list[ScoredTrajectory]:
     headers = {} if options.api_key is None else {"authorization": f"Bearer {options.api_key}"}
     async with httpx.AsyncClient(timeout=options.timeout, headers=headers, trust_env=False) as http:
         ask = await _choose(http, url, trajectories[0], options)
         places, done = asyncio.Semaphore(options.concurrency), 0
 
-        async def score(trajectory: Trajectory) -> Scored:
+        async def score(trajectory: Trajectory) -> ScoredTrajectory:
             nonlocal done
             async with places:
                 try:
                     found = scored(trajectory, await ask(trajectory))
                 except _Refused as refusal:
-                    found = Scored(trajectory, [], str(refusal))
+                    found = ScoredTrajectory(trajectory, [], str(refusal))
             done += 1
             on_progress(done)
             return found

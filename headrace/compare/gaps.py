@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from headrace.compare.scores import Scored
+from headrace.compare.scores import ScoredTrajectory
 from headrace.types.errors import RequestError
 
 Float64Array = npt.NDArray[np.float64]
@@ -82,7 +82,7 @@ class TokenTable(msgspec.Struct, frozen=True, eq=False):
         return self.scored - self.recorded
 
 
-def table_of(answers: Sequence[Scored]) -> TokenTable:
+def table_of(answers: Sequence[ScoredTrajectory]) -> TokenTable:
     """The sampled tokens of all trajectories that were scored."""
     recorded: list[float] = []
     told: list[float] = []
@@ -101,7 +101,7 @@ def table_of(answers: Sequence[Scored]) -> TokenTable:
     return TokenTable(np.array(recorded), np.array(told), np.array(places, np.int64), versions, origins)
 
 
-def compare(target: str, answers: Sequence[Scored]) -> tuple[Comparison, TokenTable]:
+def compare(target: str, answers: Sequence[ScoredTrajectory]) -> tuple[Comparison, TokenTable]:
     """The figures of a target, and the tokens that they are of. Raises `RequestError` if it scored none."""
     refused = [Refusal(each.trajectory.line, each.refusal) for each in answers if each.refusal]
     if len(refused) == len(answers):

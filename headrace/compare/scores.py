@@ -10,7 +10,7 @@ import msgspec
 from headrace.compare.trajectories import Trajectory
 
 
-class Scored(msgspec.Struct, frozen=True):
+class ScoredTrajectory(msgspec.Struct, frozen=True):
     """One log-probability for each of a trajectory's `ids`; or [] and why there are none."""
 
     trajectory: Trajectory
@@ -18,12 +18,12 @@ class Scored(msgspec.Struct, frozen=True):
     refusal: str = ""
 
 
-def scored(trajectory: Trajectory, logprobs: Sequence[float | None]) -> Scored:
+def scored(trajectory: Trajectory, logprobs: Sequence[float | None]) -> ScoredTrajectory:
     """Of what came for the last tokens of a sequence, at least as many as it has `ids`."""
     number = len(trajectory.ids)
     if len(logprobs) < number:
-        return Scored(trajectory, [], f"{len(logprobs)} log-probabilities came for {number} tokens")
+        return ScoredTrajectory(trajectory, [], f"{len(logprobs)} log-probabilities came for {number} tokens")
     last = [value for value in logprobs[len(logprobs) - number :] if value is not None and not math.isnan(value)]
     if len(last) < number:
-        return Scored(trajectory, [], f"{number - len(last)} of {number} tokens have no log-probability")
-    return Scored(trajectory, last)
+        return ScoredTrajectory(trajectory, [], f"{number - len(last)} of {number} tokens have no log-probability")
+    return ScoredTrajectory(trajectory, last)

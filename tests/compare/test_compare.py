@@ -18,7 +18,7 @@ import pytest
 from headrace import Engine, serve
 from headrace.cli.main import EXIT_REFUSED, main
 from headrace.compare.gaps import by_place, gap_of, table_of
-from headrace.compare.scores import Scored
+from headrace.compare.scores import ScoredTrajectory
 from headrace.compare.trajectories import Trajectory, read_trajectories
 from headrace.rl.conversations import Conversation
 from headrace.types.errors import ConfigError
@@ -274,6 +274,6 @@ def test_figures_are_what_they_say() -> None:
     excluded = gap_of(np.array([0.0, -math.inf]))
     assert excluded.max_abs == excluded.kl == math.inf
     trajectory = Trajectory([1], [2, 3, 4], [-1.0, -1.0, -1.0], [1, 0, 1], version="v")
-    table = table_of([Scored(trajectory, [-1.5, -9.0, -1.0]), Scored(trajectory, [], "no")])
+    table = table_of([ScoredTrajectory(trajectory, [-1.5, -9.0, -1.0]), ScoredTrajectory(trajectory, [], "no")])
     assert table.gaps.tolist() == [-0.5, 0.0] and table.places.tolist() == [0, 2]
     assert [(each.first, each.last) for each in by_place(table)] == [(0, 0), (2, 3)]
