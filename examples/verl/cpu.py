@@ -163,7 +163,7 @@ class GlooCheckpointEngine(CheckpointEngine):
         for name, tensor in weights:  # which ranks that send nothing help to gather
             if self.rank == 0:
                 self._send_head([name, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")])
-                self.group.broadcast([tensor.detach().contiguous()], 0).wait()
+                self.group.broadcast(tensor.detach().contiguous(), 0).wait()
         if self.rank == 0:
             self._send_head(None)
         return {}
@@ -172,17 +172,17 @@ class GlooCheckpointEngine(CheckpointEngine):
         while (head := self._receive_head()) is not None:
             name, shape, dtype = head
             tensor = torch.empty(shape, dtype=getattr(torch, dtype))
-            self.group.broadcast([tensor], 0).wait()
+            self.group.broadcast(tensor, 0).wait()
             yield name, tensor
 
     def _send_head(self, head: Any) -> None:
         data = torch.tensor(list(json.dumps(head).encode()), dtype=torch.uint8)
-        self.group.broadcast([torch.tensor([len(data)])], 0).wait()
-        self.group.broadcast([data], 0).wait()
+        self.group.broadcast(torch.tensor([len(data)]), 0).wait()
+        self.group.broadcast(data, 0).wait()
 
     def _receive_head(self) -> Any:
         size = torch.tensor([0])
-        self.group.broadcast([size], 0).wait()
+        self.group.broadcast(size, 0).wait()
         data = torch.empty(int(size), dtype=torch.uint8)
-        self.group.broadcast([data], 0).wait()
+        self.group.broadcast(data, 0).wait()
         return json.loads(bytes(data.tolist()))
