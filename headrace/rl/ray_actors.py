@@ -2,7 +2,7 @@
 and its end: a core that is dead for good ends the process, or Ray would keep an actor that answers nothing.
 
 A replica that comes after an update takes the weights of another one, tensor by tensor, before it serves. Whom it may
-take them from, and whether it came in time, `Roster` says. `RayReplicas` makes actors of it.
+take them from, and whether it came in time, `ReplicaRoster` says. `RayReplicas` makes actors of it.
 """
 
 from __future__ import annotations

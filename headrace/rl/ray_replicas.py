@@ -1,7 +1,8 @@
 """Many replicas of one model as actors of Ray's, and one handle to all of them: generate, update weights, close.
 
 Owns their placement, which of them is asked what, and the fence of an update: once it returns, no replica that serves
-has older weights. Where they serve, and what a router knows of them, `Roster` owns; what a replica is, `ReplicaActor`.
+has older weights. Where they serve, and what a router knows of them, `ReplicaRoster` owns; what a replica is,
+`ReplicaActor`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from headrace.engine.control import terms_of
 from headrace.engine.fields import InputIds, Prompts, Sampling, sources
 from headrace.engine.tensors import NamedTensors, named_pairs
 from headrace.rl.ray_actors import ReplicaActor
-from headrace.rl.ray_roster import Member, OpenUpdate, Roster
+from headrace.rl.ray_roster import EnrolledReplica, ReplicaRoster, UpdateOfAll
 from headrace.server.options import ServerOptions
 from headrace.types.errors import (
     ConfigError,
@@ -104,7 +105,9 @@ class RayReplicas:
         terms = {"num_cpus": bundle.get("CPU", 0), "num_gpus": bundle.get("GPU", 0), "max_restarts": max_restarts}
         self._turns = itertools.count()
         own_group = None if placement_group is not None else _placed([bundle] * number, strategy)
-        self._roster = ray.remote(Roster).options(num_cpus=0, max_concurrency=MAX_CALLS).remote(router, router_key)
+        self._roster = (
+            ray.remote(ReplicaRoster).options(num_cpus=0, max_concurrency=MAX_CALLS).remote(router, router_key)
+        )
         self._actors: list[Any] = []
         self._finalizer: Any = weakref.finalize(self, _end, self._roster, self._actors, own_group)
         try:
@@ -168,7 +171,7 @@ class RayReplicas:
         terms = terms_of(version, mode, in_flight, timeout)
         options = {"mode": terms.mode, "in_flight": terms.in_flight, "timeout": terms.timeout_s}
         seconds = terms.timeout_s + self._verdict_seconds
-        begun: OpenUpdate = _answer(self._roster.begin_update.remote(seconds), ROSTER_SECONDS, "the roster")
+        begun: UpdateOfAll = _answer(self._roster.begin_update.remote(seconds), ROSTER_SECONDS, "the roster")
         update = _Update(begun.members, terms.timeout_s, self._verdict_seconds)
         try:
             update.call("begin_update", terms.version, options)
@@ -229,8 +232,8 @@ class RayReplicas:
             raise
         return lost
 
-    def _members(self) -> list[Member]:
-        members: list[Member] = _answer(self._roster.members.remote(), ROSTER_SECONDS, "the roster")
+    def _members(self) -> list[EnrolledReplica]:
+        members: list[EnrolledReplica] = _answer(self._roster.members.remote(), ROSTER_SECONDS, "the roster")
         return members
 
 
@@ -276,7 +279,7 @@ class _Silent(DeadlineError):
 class _Update:
     """One update on its way to members. Owns who of them still has all of it; those who do not are left behind."""
 
-    def __init__(self, members: Iterable[Member], seconds: float, verdict_seconds: float) -> None:
+    def __init__(self, members: Iterable[EnrolledReplica], seconds: float, verdict_seconds: float) -> None:
         """Members have `seconds` for all up to the commit, which they answer within `verdict_seconds`."""
         self.reports: dict[int, UpdateReport] = {}
         self._members = list(members)

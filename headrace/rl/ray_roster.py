@@ -1,8 +1,8 @@
 """Which of many replicas serve, and at which address. Owns that list, whether an update of all of them is open, and
 what a router knows of them.
 
-One actor of Ray's, `Roster`, has it: replicas come to it when they start, also when Ray has started them again, and
-who pushes weights asks it whom to push to. Must not know engines, tensors or requests.
+One actor of Ray's, `ReplicaRoster`, has it: replicas come to it when they start, also when Ray has started them again,
+and who pushes weights asks it whom to push to. Must not know engines, tensors or requests.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROUTER_SECONDS = 30.0
 logger = logging.getLogger(__name__)
 
 
-class Member(msgspec.Struct, frozen=True):
+class EnrolledReplica(msgspec.Struct, frozen=True):
     """A replica that serves: its number, the handle of its actor, its address, and what the router calls it ("" without
     a router)."""
 
@@ -33,43 +33,43 @@ class Member(msgspec.Struct, frozen=True):
     worker_id: str = ""
 
 
-class Arrival(msgspec.Struct, frozen=True):
+class Welcome(msgspec.Struct, frozen=True):
     """What a replica that starts is told: the others that serve, and how many updates all of them have had."""
 
     peers: list[Any]
     num_updates: int
 
 
-class OpenUpdate(msgspec.Struct, frozen=True):
+class UpdateOfAll(msgspec.Struct, frozen=True):
     """An update of all replicas: its number, and the members that it is for."""
 
     number: int
-    members: list[Member]
+    members: list[EnrolledReplica]
 
 
-class Roster:
+class ReplicaRoster:
     """The list. Its coroutines run on one loop, that of its actor."""
 
     def __init__(self, router: str, router_key: str | None) -> None:
         """`router` is the address of one that replicas are to be registered with, or ""."""
         self._router = router.rstrip("/")
         self._headers = {} if router_key is None else {"authorization": f"Bearer {router_key}"}
-        self._members: dict[int, Member] = {}
+        self._members: dict[int, EnrolledReplica] = {}
         self._num_updates = 0
         self._num_begun = 0
         self._update_ends = 0.0  # of the open update; 0.0: none is open
         self._update_is_over = asyncio.Event()
         self._update_is_over.set()
 
-    async def members(self) -> list[Member]:
+    async def members(self) -> list[EnrolledReplica]:
         """Those that serve, in the order of their numbers."""
         return [self._members[number] for number in sorted(self._members)]
 
-    async def arrive(self, number: int) -> Arrival:
+    async def arrive(self, number: int) -> Welcome:
         """A replica starts that is to have the weights of the others. Waits while an update is open."""
         await self.dismiss(number)
         await self._no_update()
-        return Arrival([each.actor for each in self._members.values()], self._num_updates)
+        return Welcome([each.actor for each in self._members.values()], self._num_updates)
 
     async def enroll(self, number: int, actor: Any, url: str, num_updates: int) -> bool:
         """It serves from now on. False if there was an update since it arrived, or one is open: then its weights are
@@ -80,7 +80,7 @@ class Roster:
         if num_updates != self._num_updates or self._is_updating:  # meanwhile
             await self._withdraw(worker_id)
             return False
-        self._members[number] = Member(number, actor, url, worker_id)
+        self._members[number] = EnrolledReplica(number, actor, url, worker_id)
         return True
 
     async def dismiss(self, number: int) -> None:
@@ -89,7 +89,7 @@ class Roster:
         if member is not None:
             await self._withdraw(member.worker_id)
 
-    async def begin_update(self, seconds: float) -> OpenUpdate:
+    async def begin_update(self, seconds: float) -> UpdateOfAll:
         """All that serve are to get new weights, within so many seconds: after these the update counts as over, as
         whoever began it may be gone. `UpdateConflictError` while another is open."""
         if self._is_updating:
@@ -97,7 +97,7 @@ class Roster:
         self._num_begun += 1
         self._update_ends = time.monotonic() + seconds
         self._update_is_over.clear()
-        return OpenUpdate(self._num_begun, await self.members())
+        return UpdateOfAll(self._num_begun, await self.members())
 
     async def end_update(self, number: int, has_committed: bool) -> None:
         """The update of that number is over. Whether it was one that any replica took."""
