@@ -49,8 +49,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
 GPU_PYTHON := $(or $(PYTHON_GPU),$(BIN)/python)
 GPU_STAMP := $(if $(PYTHON_GPU),,$(STAMP))
-# Bytecode is made of what is imported, when it is: of everything it takes a minute.
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt $(PIP_ARGS)
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(PIP_ARGS)
+
+# Tests start some hundred processes: what they import is compiled once, whatever the environment says.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install demo test check bench test-gpu bench-gpu test-frameworks wheelhouse \
   wheelhouse-check clean
@@ -97,8 +99,8 @@ test-frameworks: $(FRAMEWORKS:%=test-framework-%)
 
 .venv-%/installed.stamp: pyproject.toml constraints.txt tests/frameworks/%/requirements.txt
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet --no-compile hatchling editables $(PIP_ARGS)
-	.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --no-build-isolation \
+	.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet hatchling editables $(PIP_ARGS)
+	.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation \
 	  --requirement tests/frameworks/$*/requirements.txt --editable '.[test]' $(PIP_ARGS)
 	alone=tests/frameworks/$*/without_dependencies.txt; test ! -f $$alone || .venv-$*/bin/python -m pip \
 	  --disable-pip-version-check install --quiet --no-compile --no-deps --requirement $$alone $(PIP_ARGS)

@@ -33,7 +33,7 @@ class EnrolledReplica(msgspec.Struct, frozen=True):
     worker_id: str = ""
 
 
-class Welcome(msgspec.Struct, frozen=True):
+class RosterNews(msgspec.Struct, frozen=True):
     """What a replica that starts is told: the others that serve, and how many updates all of them have had."""
 
     peers: list[Any]
@@ -65,11 +65,11 @@ class ReplicaRoster:
         """Those that serve, in the order of their numbers."""
         return [self._members[number] for number in sorted(self._members)]
 
-    async def arrive(self, number: int) -> Welcome:
+    async def arrive(self, number: int) -> RosterNews:
         """A replica starts that is to have the weights of the others. Waits while an update is open."""
         await self.dismiss(number)
         await self._no_update()
-        return Welcome([each.actor for each in self._members.values()], self._num_updates)
+        return RosterNews([each.actor for each in self._members.values()], self._num_updates)
 
     async def enroll(self, number: int, actor: Any, url: str, num_updates: int) -> bool:
         """It serves from now on. False if there was an update since it arrived, or one is open: then its weights are
