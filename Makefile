@@ -103,7 +103,7 @@ test-frameworks: $(FRAMEWORKS:%=test-framework-%)
 	.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation \
 	  --requirement tests/frameworks/$*/requirements.txt --editable '.[test]' $(PIP_ARGS)
 	alone=tests/frameworks/$*/without_dependencies.txt; test ! -f $$alone || .venv-$*/bin/python -m pip \
-	  --disable-pip-version-check install --quiet --no-compile --no-deps --requirement $$alone $(PIP_ARGS)
+	  --disable-pip-version-check install --quiet --no-deps --requirement $$alone $(PIP_ARGS)
 	@touch $@
 
 test-framework-%: .venv-%/installed.stamp
