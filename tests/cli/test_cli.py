@@ -71,7 +71,6 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     [
         [],
         ["bogus"],
-        ["serve"],
         ["check", POLICY, "--pagesize", "4"],
         ["check", POLICY, "extra"],
         ["check", POLICY, "--page-size", "four"],

@@ -161,10 +161,11 @@ def test_memory_that_a_trainer_shares_is_read_by_all_and_given_back(
     url: str, engines: list[Engine], folders: list[Path], digests: list[dict[str, str]]
 ) -> None:
     """It sends each file once."""
+    before = set(SHARED.glob(f"torch_{os.getpid()}_*"))  # other tests of this process may have left some
     with httpx.Client(base_url=url, timeout=60) as http:
         for at in (1, 2):
             for body in bodies("slime", tensors_of(folders[at]), f"s{at}"):
                 told = http.post("/update_weights_from_tensor", json=body).json()
                 assert told["success"] is True and told["failed_replicas"] == [], told
             assert are_live(engines, digests[at], f"s{at}")
-    assert not list(SHARED.glob(f"torch_{os.getpid()}_*"))
+    assert set(SHARED.glob(f"torch_{os.getpid()}_*")) <= before

@@ -60,7 +60,7 @@ def test_score_with_a_teacher() -> None:
 
 
 def test_generate_and_score() -> None:
-    output = _run("generate_and_score.py")
+    output = _run_here("generate_and_score.py")
     differences = [float(value) for value in re.findall(r"max difference (\S+)", output)]
     assert len(differences) == 4 and max(differences) < 1e-4
 
@@ -71,7 +71,7 @@ def test_verl_engine() -> None:
 
 
 def test_push_while_generating() -> None:
-    output = _run("push_while_generating.py")
+    output = _run_here("push_while_generating.py")
     assert output.endswith("live version: tuned\n")
     spans = re.findall(r"request \d: \{'default': (\d+), 'tuned': (\d+)\}", output)
     assert len(spans) == 8

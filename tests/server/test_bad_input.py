@@ -176,7 +176,7 @@ COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [[1], [9999]]}, "prompt[1]"),
     ({"prompt": "a", "echo": True}, "echo"),
     ({"prompt": "a", "suffix": "b"}, "suffix"),
-    ({"prompt": "a", "prompt_logprobs": 0}, "prompt_logprobs"),
+    ({"prompt": "a", "prompt_logprobs": -1}, "prompt_logprobs"),
     ({"prompt": "a", "best_of": 5}, "best_of"),
     ({"prompt": "a", "logprobs": -1}, "logprobs"),
     ({"prompt": "a", "logprobs": 10**6}, "logprobs"),
