@@ -14,7 +14,7 @@ from headrace.types.sampling_params import LogprobOptions
 from tests.scheduler.harness import ERROR, Harness, random_limits
 
 NUM_CHUNKS = 4
-NUM_SEQUENCES = 420
+NUM_SEQUENCES = 300
 EVENTS = (
     ("issue", 34),
     ("land", 26),
@@ -187,7 +187,7 @@ def test_random_events_keep_every_promise(depth: int, chunk: int) -> None:
 @pytest.mark.parametrize("num_tokens", [(1, 2), (1, 4), (0, 1), (0, 4)])
 def test_steps_may_bring_any_number_of_tokens_a_row_at_any_depth(depth: int, num_tokens: tuple[int, int]) -> None:
     total: Counter[str] = Counter()
-    for seed in range(150):
+    for seed in range(100):
         harness = play(10_000 + seed * 4 + depth, depth, num_events(seed), num_tokens)
         total.update({name: int(value) for name, value in harness.scheduler.metrics().items()})
     assert total["num_generated_tokens"] > 300 and total["num_preemptions"] > 0
@@ -206,11 +206,11 @@ def test_prefixes_of_equal_ids_and_other_units_are_never_shared(depth: int) -> N
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_the_same_events_give_the_same_plans(depth: int) -> None:
     digests = set()
-    for seed in range(60):
+    for seed in range(40):
         first, second = (play(seed, depth, 20).plan_log.hexdigest() for _ in range(2))
         assert first == second
         digests.add(first)
-    assert len(digests) > 50
+    assert len(digests) > 33
 
 
 @pytest.mark.parametrize("num_cohorts", [2, 3, 5])
@@ -218,7 +218,7 @@ def test_the_same_events_give_the_same_plans(depth: int) -> None:
 def test_with_cohorts_no_step_has_a_token_that_is_not_known(num_cohorts: int, num_tokens: tuple[int, int]) -> None:
     """`Harness.issue` holds plans against that."""
     total: Counter[str] = Counter()
-    for seed in range(350):
+    for seed in range(200):
         depth = num_cohorts - 1
         harness = play(30_000 + seed, depth, num_events(seed), num_tokens, num_cohorts=num_cohorts)
         total.update({name: int(value) for name, value in harness.scheduler.metrics().items()})
