@@ -54,6 +54,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 # Tests start some hundred processes: what they import is compiled once, whatever the environment says.
 unexport PYTHONDONTWRITEBYTECODE
 
+# Kept: a chain of patterns would have it removed as intermediate.
+.PRECIOUS: .venv-%/installed.stamp
+
 .PHONY: install demo test check bench test-gpu bench-gpu test-frameworks wheelhouse \
   wheelhouse-check clean
 .DELETE_ON_ERROR:
