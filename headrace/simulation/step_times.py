@@ -108,7 +108,7 @@ PROFILES = {
         kv_pool_tokens=740_000,
     ),
 }
-"""By name. Of the H200: docs/benchmarks.md."""
+"""By name. Of the H200: docs/benchmarks.md, but for the small model's update and the large one's start: guesses."""
 
 
 def read_profile(name: str) -> DeviceProfile:
