@@ -21,6 +21,7 @@ import time
 
 import msgspec
 
+from headrace.core.imports import uncollected
 from headrace.core.process import ORPHANED_EXIT_CODE, watch_parent
 from headrace.core.rank_messages import RankStart
 from headrace.ipc import PeerClosed
@@ -63,7 +64,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _serve(channel: RankChannel, page: RankPage, parent: int) -> int:
-    from headrace.core.rank_member import serve_rank  # torch: the slow import, while rank 0 loads it too
+    with uncollected():
+        from headrace.core.rank_member import serve_rank  # torch: the slow import, while rank 0 loads it too
 
     start = start_of(channel)
     if start is None:

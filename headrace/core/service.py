@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from headrace.config import ResolvedConfig
 from headrace.core.executor import Executor, LocalExecutor
 from headrace.core.faults import DeviceLost, describe, is_of_lost_device
+from headrace.core.imports import uncollected
 from headrace.core.loop import CoreLoop
 from headrace.ipc import CoreLink, PeerClosed, Pulse
 from headrace.ipc.rank_meeting import Meeting
@@ -123,7 +125,8 @@ def build_executor(
         meeting = kind if isinstance(kind, Meeting) else None
         ranks = _build_ranks(resolved, meeting, on_progress, shares_process=shares_process)
         return ranks, ranks.resolved
-    from headrace.runner import build_runner  # torch: the slow import, made in the core only
+    with contextlib.nullcontext() if shares_process else uncollected():
+        from headrace.runner import build_runner  # torch: the slow import, made in the core only
 
     executor = LocalExecutor(build_runner(resolved, on_progress, shares_process=shares_process))
     return executor, executor.resolved
@@ -147,8 +150,9 @@ def _build_ranks(
         if meeting is not None:
             meeting.close()
         raise
-    from headrace.core.rank_start import start_ranks
-    from headrace.runner import build_runner
+    with contextlib.nullcontext() if shares_process else uncollected():
+        from headrace.core.rank_start import start_ranks
+        from headrace.runner import build_runner
 
     def build(mesh: Mesh) -> Runner | DeviceRunner:
         return build_runner(resolved, on_progress, shares_process=shares_process, mesh=mesh)

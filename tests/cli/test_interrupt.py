@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.arch.source import ROOT, child_environment
+from tests.processes import children_of
 
 POLICY = ROOT / "headrace" / "rl" / "policy"
 ENVIRONMENT = child_environment()
@@ -44,15 +45,9 @@ def core_of(parent: int) -> int:
     """The process id of the core, once there is one; stopped, so that it never gets ready."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                words = (entry / "cmdline").read_text().split("\0")
-                is_child = f"PPid:\t{parent}\n" in (entry / "status").read_text()
-            except OSError:
-                continue
-            if is_child and "headrace.core.process" in words:
-                os.kill(int(entry.name), signal.SIGSTOP)
-                return int(entry.name)
+        for core in children_of(parent, word="headrace.core.process"):
+            os.kill(core, signal.SIGSTOP)
+            return core
         time.sleep(0.01)
     raise AssertionError("no core was started")
 

@@ -25,6 +25,7 @@ from headrace.server import ServerOptions
 from tests.arch.source import ROOT, child_environment
 from tests.engine.group_trainer import TrainerProcess
 from tests.engine.test_weight_groups import free_port
+from tests.processes import children_of
 
 POLICY = ROOT / "headrace" / "rl" / "policy"
 OPEN_PATHS = ("/health", "/health_generate", "/ready")
@@ -128,12 +129,8 @@ def core_of(process: subprocess.Popen[str]) -> int:
     """The process id of the server's core, once there is one."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        for status in Path("/proc").glob("[0-9]*/status"):
-            try:
-                if f"PPid:\t{process.pid}\n" in status.read_text():
-                    return int(status.parent.name)
-            except OSError:
-                continue
+        for child in children_of(process.pid, word="headrace.core.process"):
+            return child
         time.sleep(0.01)
     raise AssertionError("the server has no core")
 

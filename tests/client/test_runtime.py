@@ -17,19 +17,7 @@ import pytest
 from headrace import CheckpointError, Client, ConfigError, HeadraceError, RequestError, Runtime, UnreachableError
 from tests.arch.source import ROOT, child_environment
 from tests.client.conftest import CONFIG, left_in_shared_memory
-
-
-def children(pid: int) -> list[int]:
-    """All processes below one."""
-    found = []
-    for status in Path("/proc").glob("[0-9]*/status"):
-        try:
-            if f"PPid:\t{pid}\n" in status.read_text():
-                child = int(status.parent.name)
-                found += [child, *children(child)]
-        except OSError:
-            continue
-    return found
+from tests.processes import children_of, runs
 
 
 def wait_gone(pids: list[int]) -> None:
@@ -40,16 +28,9 @@ def wait_gone(pids: list[int]) -> None:
         time.sleep(0.02)
 
 
-def runs(pid: int) -> bool:
-    try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
-
-
 def test_a_runtime_ends_with_all_that_it_started(model_folder: Path) -> None:
     runtime = Runtime(model_folder, **CONFIG)
-    pids = [runtime.pid, *children(runtime.pid)]
+    pids = [runtime.pid, *children_of(runtime.pid, everything_below=True)]
     assert len(pids) > 1, "the server and its core"
     for pid in pids:
         words = Path(f"/proc/{pid}/cmdline").read_bytes() + Path(f"/proc/{pid}/environ").read_bytes()
@@ -75,7 +56,7 @@ def broken(folder: Path, tmp_path: Path) -> Path:
 
 
 def test_what_keeps_it_from_starting_is_raised_here(model_folder: Path, tmp_path: Path) -> None:
-    before = children(os.getpid())
+    before = children_of(os.getpid(), everything_below=True)
     cases: list[tuple[Any, dict[str, Any], type[HeadraceError], str]] = [
         (model_folder, {"page_size": -1}, ConfigError, "page_size"),
         (model_folder, {"nonsense": 1}, ConfigError, "nonsense"),
@@ -96,7 +77,7 @@ def test_what_keeps_it_from_starting_is_raised_here(model_folder: Path, tmp_path
         with pytest.raises(kind) as caught:
             Runtime(model, **{**CONFIG, **config})
         assert caught.value.field == field or not field, config
-        assert children(os.getpid()) == before, config
+        assert children_of(os.getpid(), everything_below=True) == before, config
 
 
 def test_a_name_that_is_meant_is_said_whosever_setting_it_is(model_folder: Path) -> None:
@@ -140,7 +121,7 @@ def test_it_ends_with_its_owner(model_folder: Path, end: str) -> None:
     with subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True) as owner:
         assert owner.stdout is not None
         pid = int(owner.stdout.readline())
-        pids = [pid, *children(pid)]
+        pids = [pid, *children_of(pid, everything_below=True)]
         if end != "drop":
             owner.send_signal(signal.SIGKILL)
         try:
@@ -155,6 +136,6 @@ def test_an_owner_killed_while_it_starts_leaves_nothing(model_folder: Path, seco
     env = child_environment()
     with subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.DEVNULL) as owner:
         time.sleep(seconds)
-        pids = children(owner.pid)
+        pids = children_of(owner.pid, everything_below=True)
         owner.send_signal(signal.SIGKILL)
     wait_gone(pids)

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from headrace import Runtime
 from headrace.engine.seeds import sample_seed
-from tests.client.test_runtime import children, wait_gone
+from tests.client.test_runtime import wait_gone
+from tests.processes import children_of
 from tests.server.builders import SETTINGS, save_random_model
 
 SHARED = Path("/dev/shm")
@@ -31,7 +32,7 @@ def until(condition: Callable[[], bool]) -> None:
 def servers_of(pid: int) -> dict[int, int]:
     """The process of each replica, by its number."""
     found = {}
-    for child in children(pid):
+    for child in children_of(pid, everything_below=True):
         words = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
         if b"--log-role" in words:
             found[int(words[words.index(b"--log-role") + 1].split()[-1])] = child
@@ -69,7 +70,7 @@ def test_one_that_is_killed_is_replaced_with_weights_from_a_peer_and_all_end_tog
         for worker in workers:
             assert httpx.get(f"{worker['url']}/server_info").status_code == 401  # the key is the front's
         http.close()
-        pids = [runtime.pid, *children(runtime.pid)]
+        pids = [runtime.pid, *children_of(runtime.pid, everything_below=True)]
         assert len(list(SHARED.glob(f"headrace-weights-{runtime.pid}-*"))) == 1
     wait_gone(pids)
     assert not list(SHARED.glob(f"headrace-weights-{pids[0]}-*"))

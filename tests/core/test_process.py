@@ -36,6 +36,7 @@ from headrace.types.request import Delta, unpack_ids
 from headrace.types.weights import BufferEntry, UpdateReport
 from tests.arch.source import ROOT, child_environment
 from tests.core.harness import bucket_of, manifest_of, new_tensors, request, tiny_config
+from tests.processes import runs
 
 
 class Front:
@@ -108,19 +109,11 @@ def with_core(
     return process
 
 
-def is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state not in "ZX"
-
-
 def wait_until_gone(pid: int, timeout: float) -> bool:
     deadline = time.monotonic() + timeout
-    while is_running(pid) and time.monotonic() < deadline:
+    while runs(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
-    return not is_running(pid)
+    return not runs(pid)
 
 
 def test_requests_run_in_a_process_of_their_own() -> None:
@@ -246,7 +239,7 @@ def test_a_killed_parent_leaves_no_core(how: str) -> None:
     parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert parent.stdout is not None
     core, sibling = map(int, parent.stdout.readline().split())
-    assert is_running(core)
+    assert runs(core)
     parent.kill()
     parent.wait(10.0)
     parent.stdout.close()

@@ -13,6 +13,7 @@ from typing import Any
 
 from tests.arch.source import ROOT, child_environment
 from tests.engine.test_restart import is_gone, wait_for
+from tests.processes import children_of
 
 SECRET = "a secret of this test only"
 FIRST = "127.0.0.2"
@@ -49,8 +50,7 @@ class Node:
     @property
     def rank_pids(self) -> list[int]:
         """The processes of its ranks."""
-        children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        return sorted(int(pid) for each in children for pid in each.read_text().split())
+        return children_of(self.process.pid)
 
     def send(self, number: signal.Signals) -> None:
         """A signal to the whole tree."""

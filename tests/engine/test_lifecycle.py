@@ -42,6 +42,7 @@ from headrace.engine.core_host import ExecutorKind
 from headrace.ipc import CoreLink
 from tests.arch.source import child_environment
 from tests.engine.builders import SETTINGS, model_of, named_tensors, shared_memory
+from tests.processes import runs
 
 PROMPT = [1, 2, 3]
 SHORT = SamplingParams(temperature=0.0, max_new_tokens=8, ignore_eos=True)
@@ -60,13 +61,6 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "what the test waits for did not happen"
         time.sleep(0.005)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def core_pid(engine: Engine) -> int:
@@ -238,7 +232,7 @@ def test_a_script_without_a_main_guard_ends_by_itself_and_quietly(model_folder: 
         output, errors = process.stdout.read(), process.stderr.read()
     assert process.returncode == 0 and "done" in output
     assert "Traceback" not in errors and "Error" not in errors and "Warning" not in errors
-    wait_for(lambda: not is_running(pid), DEATH_SECONDS)
+    wait_for(lambda: not runs(pid), DEATH_SECONDS)
 
 
 def test_a_killed_parent_leaves_nothing(model_folder: Path) -> None:
@@ -254,9 +248,9 @@ import time; time.sleep(60)
 """
     with script(model_folder, end) as process:
         pid = read_core_pid(process)
-        assert read_core_pid(process) == pid and is_running(pid)
+        assert read_core_pid(process) == pid and runs(pid)
         process.kill()
-        wait_for(lambda: not is_running(pid), DEATH_SECONDS)
+        wait_for(lambda: not runs(pid), DEATH_SECONDS)
     assert shared_memory() <= before
 
 
@@ -310,7 +304,7 @@ def test_shutdown_answers_what_runs_and_can_be_repeated(model_folder: Path) -> N
         assert not waiting.is_alive()
     assert [each.finish_reason for each in found] == ["abort"] * 4
     assert all(len(each.token_ids) == len(each.logprobs) for each in found)
-    assert not is_running(pid) and len(os.listdir("/proc/self/fd")) < num_before
+    assert not runs(pid) and len(os.listdir("/proc/self/fd")) < num_before
     engine.shutdown()
     calls: list[Callable[[], object]] = [
         lambda: engine.generate(input_ids=PROMPT),
@@ -395,7 +389,7 @@ def test_a_dropped_engine_ends(model_folder: Path) -> None:
         gc.collect()
         thread.join(10)
         assert not thread.is_alive()
-        assert inprocess or not is_running(host.pid)
+        assert inprocess or not runs(host.pid)
 
 
 def held() -> set[object]:

@@ -22,6 +22,7 @@ from tests.engine.builders import SETTINGS, model_of, named_tensors
 from tests.engine.test_memory import NUM_CYCLES, resident_bytes
 from tests.engine.test_restart import pid_of
 from tests.parity.models import make_model, save_model
+from tests.processes import children_of
 from tests.weights.test_shard_reading import num_bytes_read
 
 PROMPTS = [[1, 2, 3, 4, 5], [7], [9, 8, 7, 6, 5, 4, 3, 2, 1] * 5]
@@ -38,10 +39,7 @@ LONG = SamplingParams(max_new_tokens=900, ignore_eos=True)
 
 def rank_pids(engine: Engine) -> list[int]:
     """Processes of the other ranks, by rank; the core's own process is rank 0."""
-    parent = pid_of(engine)
-    children = Path(f"/proc/{parent}/task").glob("*/children")
-    pids = sorted(int(pid) for each in children for pid in each.read_text().split())
-    return [pid for pid in pids if b"headrace.core.rank_process" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return children_of(pid_of(engine), word="headrace.core.rank_process")
 
 
 def outputs(engine: Engine, params: SamplingParams) -> list[Generation]:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from headrace import Engine, HeadraceError, SamplingParams, serve
 from headrace.types.messages import CoreStatus
 from tests.arch.source import ROOT, child_environment
 from tests.faults.trainer import Order
+from tests.processes import children_of
 from tests.server.builders import SETTINGS, save_random_model
 
 DEADLINE = 1.5
@@ -195,7 +196,7 @@ class Site:
         """What may not grow, by kind."""
         core = self.core
         processes = {"here": os.getpid(), "of the core": core}
-        processes |= {f"of rank {rank}": pid for rank, pid in enumerate(sorted(children_of(core)), 1)}
+        processes |= {f"of rank {rank}": pid for rank, pid in enumerate(children_of(core), 1)}
         return {
             **{f"descriptors {whose}": len(os.listdir(f"/proc/{pid}/fd")) for whose, pid in processes.items()},
             **{f"shared mappings {whose}": _num_shared_mappings(pid) for whose, pid in processes.items()},
@@ -218,22 +219,6 @@ class Site:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.core, signal.SIGCONT)
         self.engine.shutdown()
-
-
-def children_of(pid: int) -> set[int]:
-    """The processes that this one has started and that are not gone."""
-    with contextlib.suppress(OSError):
-        return {
-            int(child)
-            for task in os.listdir(f"/proc/{pid}/task")
-            for child in _words(f"/proc/{pid}/task/{task}/children")
-        }
-    return set()
-
-
-def _words(path: str) -> Iterator[str]:
-    with contextlib.suppress(OSError), open(path) as file:
-        yield from file.read().split()
 
 
 def _num_shared_mappings(pid: int) -> int:

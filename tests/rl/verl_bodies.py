@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from headrace.rl import VerlEngine, meeting, shards, verl_engine
 from headrace.types.errors import HeadraceError
+from tests.processes import children_of
 
 GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
 TIMES = (
@@ -445,9 +446,7 @@ KILL, STOP = signal.SIGKILL, signal.SIGSTOP
 
 def child_ranks() -> int:
     """Processes of the engine's ranks that this one has started."""
-    children = Path("/proc/self/task").glob("*/children")
-    pids = [pid for each in children for pid in each.read_text().split()]
-    return sum(b"headrace.core.rank_process" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids)
+    return len(children_of(os.getpid(), word="headrace.core.rank_process"))
 
 
 def over_nodes(rank: int, folder: str, newer: str, address: str, options: dict[str, Any]) -> list[Any]:

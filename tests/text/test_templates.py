@@ -16,6 +16,7 @@ from headrace.text import Tokenizer, templates
 from headrace.text.templates import TemplateRenderer
 from headrace.types.errors import DeadlineError, RequestError, UnavailableError
 from tests.arch.source import ROOT
+from tests.processes import runs
 from tests.text import builders
 
 MESSAGES: list[dict[str, Any]] = [
@@ -155,7 +156,7 @@ if sys.argv[1] == "killed":
             pid = int(owner.stdout.readline())
             if word == "killed":
                 owner.kill()
-        while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():
+        while runs(pid):
             time.sleep(0.01)
 
 

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from headrace.types.errors import NeedsWeightsError, RequestError, WeightUpdateError
+from tests.processes import children_of
 
 with warnings.catch_warnings(action="ignore"):  # verl's and Ray's own
     import ray
@@ -187,7 +188,7 @@ def check_a_killed_core(replica: Replica, adapter: ServerAdapter) -> None:
     server = replica.server_handle
     pid = ray.get(server.__ray_call__.remote(lambda _: os.getpid()), timeout=SECONDS)
     running = ask(replica, LONG)
-    (core,) = children(pid, b"headrace.core.process")
+    (core,) = children_of(pid, word="headrace.core.process")
     os.kill(core, signal.SIGKILL)
     with pytest.raises(Exception, match="EngineDeadError|died|unavailable"):
         ray.get(running, timeout=SECONDS)
@@ -204,12 +205,6 @@ def check_a_killed_core(replica: Replica, adapter: ServerAdapter) -> None:
         ray.get(ask(replica, {}), timeout=SECONDS)
     update(adapter, 4)
     assert ray.get(ask(replica, {}), timeout=SECONDS).extra_fields["global_steps"] == 4
-
-
-def children(pid: int, word: bytes) -> list[int]:
-    found = Path(f"/proc/{pid}/task").glob("*/children")
-    pids = {int(each) for path in found for each in path.read_text().split()}
-    return [each for each in sorted(pids) if word in Path(f"/proc/{each}/cmdline").read_bytes()]
 
 
 def test_a_bucket_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
