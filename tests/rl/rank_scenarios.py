@@ -15,15 +15,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
-from headrace import Client, Engine, HeadraceError, serve
+from headrace import Client, Engine, HeadraceError, WeightUpdateError, serve
 from headrace.rl import WeightPusher, megatron
 from headrace.rl.megatron_layout import rank_map
+from headrace.rl.sharding_manager import MegatronHeadraceShardingManager
 from tests.parity.models import reference_logits
 from tests.rl.megatron_reference import Mesh, Naming, file_tensors, place_of, rank_chunks
 
 STEP = 1.25
 """What a step multiplies weights by: exactly, on however many ranks."""
 
+SHORT: dict[str, Any] = {"max_new_tokens": 2, "ignore_eos": True}
 SETTINGS: dict[str, Any] = {"inprocess": True, "num_threads": 1, "context_length": 64, "max_running_requests": 4}
 
 
@@ -225,11 +227,11 @@ def push_megatron(old: str, new: str, sizes: dict[str, int], naming: list[Any], 
 
 def push_megatron_core(old: str, new: str, sizes: dict[str, int]) -> Any:
     """A `GPTModel` is filled by our map, computes what transformers does, and is pushed."""
-    from tests.rl import megatron_core_models
+    from tests.frameworks.megatron import core_models
 
     model = AutoModelForCausalLM.from_pretrained(new, dtype=torch.float32, attn_implementation="eager").eval()
-    megatron_core_models.set_up(**sizes)
-    chunks = megatron_core_models.build(model, **sizes, vocab_size=128)
+    core_models.set_up(**sizes)
+    chunks = core_models.build(model, **sizes, vocab_size=128)
     spec, tensors = file_tensors(model)
     for chunk in chunks:
         held = megatron.Chunk.of_module(chunk)
@@ -238,15 +240,54 @@ def push_megatron_core(old: str, new: str, sizes: dict[str, int]) -> Any:
         made = megatron.to_megatron(table, tensors)
         for name, tensor in named.items():
             tensor.copy_(made[name])
-    error = 0.0
-    if sizes["stages"] == 1:
-        ids = list(range(3, 30))
-        computed = megatron_core_models.logits_of(chunks[0], ids)[:, : spec.vocab_size]
-        error = float((computed - reference_logits(model, ids)).abs().max())
-    weights = megatron.MegatronWeights(chunks, new, group=distributed.group.WORLD)
-    with target_of(old, "engine") as target:
-        WeightPusher(target, distributed.group.WORLD).push(weights, "pushed", verify=True)
+    ids = list(range(3, 30))
+    computed = core_models.logits_of(chunks, ids)
+    expected = reference_logits(model, ids)
+    error = None if computed is None else float((computed[:, : spec.vocab_size] - expected).abs().max())
+    with (
+        target_of(old, "engine") as target,
+        MegatronHeadraceShardingManager(chunks, target, new, group=distributed.group.WORLD),
+    ):
         return {"error": error, "digest": None if target is None else target.digest()}
+
+
+def take_turns(old: str, new: str, frees_memory: bool) -> Any:
+    """A trainer of Megatron's layout and an engine, turn by turn: what the engine has in each, and is after it; then a
+    rank's trainer fails in its turn."""
+    model = AutoModelForCausalLM.from_pretrained(new, dtype=torch.float32)
+    rank = distributed.get_rank()
+    mesh = Mesh(tensor=2, expert_tensor=2, tensor_rank=rank, expert_tensor_rank=rank)
+    chunks = [megatron.Chunk(*each) for each in rank_chunks(model, mesh, Naming())]
+    turns: list[Any] = []
+    with target_of(old, "engine") as target:
+        manager = MegatronHeadraceShardingManager(
+            chunks, target, new, group=distributed.group.WORLD, place=place_of(mesh), frees_memory=frees_memory
+        )
+
+        def state() -> str:
+            assert isinstance(target, Engine)
+            return target.status().state
+
+        for _ in range(2):
+            with manager:
+                assert manager.report is not None
+                if target is not None:
+                    turns.append([manager.report.update.version, target.digest()])
+                    assert len(target.generate(input_ids=[[1, 2, 3]], sampling_params=SHORT)[0].token_ids) == 2
+            if target is not None:
+                turns.append(state())
+            for tensor in chunks[0].tensors.values():
+                tensor.mul_(STEP)
+        with contextlib.suppress(ZeroDivisionError), manager:
+            raise ZeroDivisionError
+        if target is not None:
+            turns.append(state())
+        chunks[0].tensors = {**chunks[0].tensors, "decoder.final_layernorm.weight": torch.ones(3)}
+        try:
+            manager.__enter__()
+        except WeightUpdateError as error:
+            turns.append(error.field)
+    return turns
 
 
 def save_sharded(folder: str, mesh_shape: list[int], out: str) -> Any:

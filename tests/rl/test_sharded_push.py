@@ -1,9 +1,8 @@
 """A trainer of several ranks pushes, over gloo: FSDP2's shards and Megatron's, against what transformers has in one
-process; and Megatron-Core itself, where it is installed, computes with the parameters of our map."""
+process."""
 
 from __future__ import annotations
 
-import importlib.util
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,14 +38,6 @@ MEGATRON: dict[str, tuple[str, dict[str, Any]]] = {
         {"sizes": {"tensor": 2, "experts": 4}, "naming": [False, False, 64], "road": "engine", "dtype": None},
     ),
 }
-CORE: dict[str, tuple[int, str, dict[str, int]]] = {
-    "llama": (2, "llama", {"tensor": 1, "stages": 1, "chunks": 1, "experts": 1}),
-    "qwen2, tensor parallel": (2, "qwen2", {"tensor": 2, "stages": 1, "chunks": 1, "experts": 1}),
-    "qwen3-moe, expert parallel": (2, "qwen3_moe", {"tensor": 1, "stages": 1, "chunks": 1, "experts": 2}),
-    "qwen3, more ranks than groups": (4, "qwen3", {"tensor": 4, "stages": 1, "chunks": 1, "experts": 1}),
-    "qwen3, virtual stages": (4, "qwen3", {"tensor": 2, "stages": 2, "chunks": 2, "experts": 1}),
-}
-HAS_CORE = importlib.util.find_spec("megatron") is not None
 
 
 class Folders:
@@ -90,10 +81,9 @@ class Answers:
         for case, (family, settings) in MEGATRON.items():
             if num_ranks == 4:
                 add(f"megatron {case}", "push_megatron", family, settings)
-        for case, (number, family, sizes) in CORE.items():
-            if num_ranks == number and HAS_CORE:
-                add(f"core {case}", "push_megatron_core", family, {"sizes": sizes})
         if num_ranks == 2:
+            for case, frees_memory in TURNS.items():
+                add(f"turns {case}", "take_turns", "qwen2", {"frees_memory": frees_memory})
             scenarios["refused"] = "push_refused", {"folder": self._folders.of("tied")[0]}
             for rank in range(2):
                 scenarios[f"broken {rank}"] = (
@@ -139,14 +129,17 @@ def test_megatron_ranks_become_the_weights_of_one_process(folders: Folders, answ
     assert found[0]["digests"] == file_digests(folders.of(family)[1], settings["dtype"])
 
 
-if HAS_CORE:
+TURNS = {"it keeps its memory": False, "its memory is given back": True}
 
-    @pytest.mark.parametrize("case", CORE)
-    def test_megatron_core_computes_with_our_map_and_is_pushed(folders: Folders, answers: Answers, case: str) -> None:
-        num_ranks, family, _ = CORE[case]
-        found = answers.of(num_ranks)[f"core {case}"]
-        assert all(each["error"] < 1e-4 for each in found)
-        assert found[0]["digest"] == file_digests(folders.of(family)[1], None)[0]
+
+@pytest.mark.parametrize("case", TURNS)
+def test_an_engine_serves_in_its_turns(folders: Folders, answers: Answers, case: str) -> None:
+    found, other = answers.of(2)[f"turns {case}"]
+    after = "released" if TURNS[case] else "ready"
+    old, new = file_digests(folders.of("qwen2")[1], None)
+    wrong = "decoder.final_layernorm.weight"
+    assert found == [["1", old], after, ["2", new], after, after, wrong]
+    assert other == [wrong]
 
 
 def test_what_is_wrong_on_one_rank_is_said_on_all(answers: Answers) -> None:

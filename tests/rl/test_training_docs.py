@@ -28,15 +28,16 @@ def test_one_process_pushes(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_ranks_push() -> None:
-    _, fsdp, megatron = blocks("python")
+    _, fsdp, megatron, turn = blocks("python")
     with Engine(str(POLICY), inprocess=True, num_threads=1, context_length=64) as engine:
         scenarios = {
             "fsdp": ("run_block", {"block": fsdp}),
             "megatron": ("run_megatron_block", {"block": megatron, "folder": str(POLICY), "url": serve(engine).url}),
+            "turn": ("run_megatron_block", {"block": turn, "folder": str(POLICY), "url": serve(engine).url}),
         }
         answers = run_ranks(2, scenarios)
-        assert engine.version == "step-1"
-    assert answers == {"fsdp": ["1", "1"], "megatron": ["step-1", "step-1"]}
+        assert (engine.version, engine.status().state) == ("", "released"), "its turn is over"
+    assert answers == {"fsdp": ["1", "1"], "megatron": ["step-1", "step-1"], "turn": ["1", "1"]}
 
 
 def test_commands_parse() -> None:

@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch import distributed
 from transformers import PreTrainedModel
 
 
@@ -110,10 +111,26 @@ def build(model: PreTrainedModel, tensor: int, stages: int, chunks: int, experts
     ]
 
 
-def logits_of(model: Any, token_ids: list[int]) -> torch.Tensor:
-    """float32 [len(token_ids), padded vocabulary]."""
-    count = len(token_ids)
+def logits_of(chunks: list[Any], token_ids: list[int]) -> torch.Tensor | None:
+    """float32 [len(token_ids), padded vocabulary] where the last chunk is; None elsewhere. All stages call this: what
+    comes out of a chunk goes to all, and into the next."""
+    from megatron.core import parallel_state
+
+    group, own = parallel_state.get_pipeline_model_parallel_group(), parallel_state.get_pipeline_model_parallel_rank()
+    num_stages = parallel_state.get_pipeline_model_parallel_world_size()
+    count, hidden_size = len(token_ids), chunks[0].config.hidden_size
     mask = torch.ones(count, count, dtype=torch.bool).triu(1)[None, None]
-    with torch.no_grad():
-        found: torch.Tensor = model(torch.tensor([token_ids]), torch.arange(count)[None], mask)[0]
-    return found
+    hidden = torch.empty(count, 1, hidden_size)
+    for number, chunk in enumerate(chunks):
+        for stage in range(num_stages):
+            if stage == own:
+                if not chunk.pre_process:
+                    chunk.set_input_tensor(hidden.clone())
+                with torch.no_grad():
+                    found: torch.Tensor = chunk(torch.tensor([token_ids]), torch.arange(count)[None], mask)
+                if chunk.post_process:
+                    return found[0]
+                hidden.copy_(found)
+            if (number, stage) != (len(chunks) - 1, num_stages - 1):
+                distributed.broadcast(hidden, group=group, group_src=stage)
+    return None
