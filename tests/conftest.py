@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -18,9 +19,27 @@ import torch
 
 from headrace.telemetry.logs import LIBRARIES, LOGGER_NAME
 
+gc.disable()  # what is imported and collected stays: see pytest_collection_finish
+
 if not torch.cuda.is_available():
     # Triton kernels then run in its interpreter. Read when triton is first imported, which other libraries do too.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_finish() -> None:
+    """From here on the garbage collector walks what tests make, not the millions of objects that are there."""
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.fixture(autouse=True)
+def frozen_imports() -> Iterator[None]:
+    """What is tested may thaw all objects of the process."""
+    before = gc.get_freeze_count()
+    yield
+    if gc.get_freeze_count() < before // 2:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)
