@@ -55,17 +55,13 @@ class Issued:
         sampled: list[tuple[int, range]],
         moved: dict[tuple[int, int, int], list[int | None]],
     ) -> None:
-        """`moved` has, by move, the cells that are copied."""
+        """`moved` has, by move, the cells that are copied. `pages` are all that the plan may touch."""
         self.moved = moved
         self.plan = plan
         self.result = result
         self.rows = rows
         self.sampled = sampled
-
-    @property
-    def pages(self) -> set[int]:
-        """Every page that the plan may touch."""
-        return set[int]().union(*(pages for _, pages, _ in self.rows))
+        self.pages = set[int]().union(*(pages for _, pages, _ in rows))
 
 
 class FakeDevice:
@@ -85,24 +81,26 @@ class FakeDevice:
     def submit(self, plan: StepPlan) -> None:
         """Check and execute one plan."""
         assert plan.epoch == self.epoch, "a plan for other weights"
-        lengths = plan.row_lengths.tolist()
+        slots, starts, lengths = plan.row_slots.tolist(), plan.row_starts.tolist(), plan.row_lengths.tolist()
         assert sum(lengths) > 0 or len(plan.page_moves), "a plan of nothing"
         assert sum(lengths) <= self.limits.max_num_batched_tokens, "over the token budget"
         assert min(lengths, default=1) >= 1 and len(plan.token_ids) == sum(lengths)
-        assert len(set(plan.row_slots.tolist())) == len(lengths), "two rows of one slot"
+        assert len(set(slots)) == len(lengths), "two rows of one slot"
         moved = self._begin_moves(plan)
         self._enter(plan)
         self._write_table(plan)
-        rows, offset = [], 0
-        for slot, start, length in zip(plan.row_slots.tolist(), plan.row_starts.tolist(), lengths, strict=True):
-            rows.append(self._write_kv(slot, start, plan.token_ids[offset : offset + length].tolist()))
+        rows, offset, token_ids = [], 0, plan.token_ids.tolist()
+        for slot, start, length in zip(slots, starts, lengths, strict=True):
+            rows.append(self._write_kv(slot, start, token_ids[offset : offset + length]))
             offset += length
         self._check_ownership(rows)
-        self._check_moves(plan, rows)
+        self._check_moves(moved, rows)
         self._check_groups(plan)
-        for slot, start in zip(plan.row_slots.tolist(), plan.row_starts.tolist(), strict=True):
+        for slot, start in zip(slots, starts, strict=True):
             self._attend(slot, start)
-        result, sampled = self._sample(plan)
+        result, sampled = self._sample(
+            plan, slots, [start + length for start, length in zip(starts, lengths, strict=True)]
+        )
         self.in_flight.append(Issued(plan, result, rows, sampled, moved))
 
     def collect(self) -> StepResult:
@@ -126,14 +124,15 @@ class FakeDevice:
             assert count <= self.limits.max_page_moves, "more copies beside one step than there may be"
         return moved
 
-    def _check_moves(self, plan: StepPlan, rows: list[tuple[int, set[int], set[int]]]) -> None:
+    def _check_moves(
+        self, moved: dict[tuple[int, int, int], list[int | None]], rows: list[tuple[int, set[int], set[int]]]
+    ) -> None:
         """No row writes a page while it is saved, and none knows of one that is being filled."""
-        saved = set(plan.page_moves[plan.page_moves[:, 0] == 0, 1].tolist())
-        coming = set(plan.page_moves[plan.page_moves[:, 0] == 1, 1].tolist())
+        saved = {page for direction, page, _ in moved if direction == 0}
+        coming = {page for direction, page, _ in moved if direction == 1}
         for issued in self.in_flight:
             assert not coming & issued.pages, "a page of a step in flight is filled"
-            moves = issued.plan.page_moves
-            coming |= set(moves[moves[:, 0] == 1, 1].tolist())
+            coming |= {page for direction, page, _ in issued.moved if direction == 1}
         for _, pages, writes in rows:
             assert not writes & saved, "a page is saved while it is written"
             assert not pages & coming, "a row knows a page that is being filled"
@@ -159,6 +158,8 @@ class FakeDevice:
                 self._fill(page, [None] * self.limits.page_size)
 
     def _enter(self, plan: StepPlan) -> None:
+        if not plan.new_slots:
+            return
         busy = {slot for issued in self.in_flight for slot in issued.plan.row_slots.tolist()}
         for init in plan.new_slots:
             assert init.slot not in busy, "a slot changed hands with a step in flight"
@@ -239,23 +240,26 @@ class FakeDevice:
         choice = extend(slot.truth.prefix_hash(end - 1), step_id) >> 20
         return 0 if self.min_tokens == 0 and choice % 6 == 0 else 1 + choice % self.max_tokens
 
-    def _sample(self, plan: StepPlan) -> tuple[StepResult, list[tuple[int, range]]]:
-        slots = [self.slots[slot] for slot in plan.row_slots[plan.row_samples].tolist()]
-        ends = (plan.row_starts + plan.row_lengths)[plan.row_samples].tolist()
-        counts = [self._num_tokens(slot, end, plan.step_id) for slot, end in zip(slots, ends, strict=True)]
+    def _sample(
+        self, plan: StepPlan, slot_ids: list[int], ends: list[int]
+    ) -> tuple[StepResult, list[tuple[int, range]]]:
+        """The result of rows of these slots that end there, and what they sampled."""
+        samples = plan.row_samples.tolist()
+        rows = list(zip(slot_ids, ends, samples, strict=True))
+        counts = [self._num_tokens(self.slots[slot], end, plan.step_id) for slot, end, sampling in rows if sampling]
         width = max([1, *counts])
         token_ids: list[list[int]] = []
         logprobs: list[list[float]] = []
         sampled: list[tuple[int, range]] = []
         extras: dict[int, PositionLogprobs] = {}
         scored: dict[int, PromptLogprobs] = {}
-        rows = zip(plan.row_slots.tolist(), plan.row_starts.tolist(), plan.row_lengths.tolist(), strict=True)
-        for row, (slot_id, start, length) in enumerate(rows):
-            slot, end = self.slots[slot_id], start + length
+        for row, (slot_id, end, is_sampling) in enumerate(rows):
+            slot = self.slots[slot_id]
+            start = len(slot.cells)
             slot.cells += [self._cell(slot, at) for at in range(start, end)]
             if slot.init.logprobs.prompt_start is not None:
                 self._score(slot, row, start, end, scored)
-            if plan.row_samples[row]:
+            if is_sampling:
                 count = counts[len(token_ids)]
                 if slot.is_void:
                     token_ids.append([JUNK] * width)

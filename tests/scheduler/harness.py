@@ -108,6 +108,19 @@ class Harness:
                     return
                 self.land()
 
+    def end(self, num_rounds: int | None = None) -> None:
+        """Run until nothing is left, or give up what is left after so many more results; then everything comes back."""
+        for _ in range(num_rounds or 0):
+            while self.issue() is not None:
+                pass
+            if self.scheduler.num_in_flight:
+                self.land()
+        if num_rounds is not None:
+            self.settle()
+            self.take(self.scheduler.abort(None, "enough"))
+        self.run()
+        self.check_end()
+
     def forget_steps(self) -> None:
         """No plan in flight will have a result: undo what this model of the device and of versions noted for them."""
         for issued in self.device.in_flight:
@@ -247,7 +260,10 @@ class Harness:
             assert scheduler.num_waiting == 0 or not admit_new, "waiting requests are not admitted"
 
     def _check_in_flight_pages(self) -> None:
-        free = set(self.scheduler._roster.leases.pool._free[: self.scheduler._roster.leases.pool.num_free].tolist())
+        if not self.device.in_flight:
+            return
+        pool = self.scheduler._roster.leases.pool
+        free = set(pool._free[: pool.num_free].tolist())
         for issued in self.device.in_flight:
             assert not free & issued.pages, "a page of a step in flight is free"
 

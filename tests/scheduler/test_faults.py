@@ -93,8 +93,7 @@ def play_failures(seed: int, depth: int) -> FailingHarness:
         for handle in list(harness.truths)[num_known:]:
             if random_.random() < culprit_rate:
                 harness.fatal[handle] = random_.randrange(harness.limits.context_length)
-    harness.run()
-    harness.check_end()
+    harness.end()
     return harness
 
 
@@ -114,10 +113,9 @@ def check_verdicts(harness: FailingHarness) -> int:
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
-@pytest.mark.parametrize("chunk", range(2))
-def test_only_culprits_fail_whatever_else_happens(depth: int, chunk: int) -> None:
+def test_only_culprits_fail_whatever_else_happens(depth: int) -> None:
     num_condemned = num_failures = num_whole = 0
-    for seed in range(chunk * NUM_SEQUENCES, (chunk + 1) * NUM_SEQUENCES):
+    for seed in range(NUM_SEQUENCES):
         harness = play_failures(4 * seed + depth, depth)
         found = check_verdicts(harness)
         metrics = harness.scheduler.metrics()
@@ -232,8 +230,7 @@ def play_breaches(seed: int, depth: int) -> BreakingHarness:
             harness.end_some(random_.sample(known, min(len(known), 2)))
         elif name not in ("abort_all", "update"):
             play_event(name, random_, harness, family, float(now))
-    harness.run()
-    harness.check_end()
+    harness.end()
     return harness
 
 
@@ -241,7 +238,7 @@ def play_breaches(seed: int, depth: int) -> BreakingHarness:
 def test_broken_books_are_rebuilt_and_everybody_is_answered(depth: int) -> None:
     broken: Counter[str] = Counter()
     num_whole = num_errors = 0
-    for seed in range(NUM_SEQUENCES):
+    for seed in range(NUM_SEQUENCES // 2):
         harness = play_breaches(4 * seed + depth, depth)
         broken += harness.broken
         assert harness.scheduler.metrics()["num_invariant_breaches"] == harness.num_breaches
@@ -251,5 +248,5 @@ def test_broken_books_are_rebuilt_and_everybody_is_answered(depth: int) -> None:
             if finish is not None and finish.type == "error":
                 num_errors += 1
                 assert "invariant" in finish.message, "only what broke in the middle of a result is ended"
-    assert num_whole > 500 and num_errors > 10
+    assert num_whole > 250 and num_errors > 5
     assert len(broken) > 12, f"few things broke: {broken}"

@@ -58,7 +58,7 @@ def test_those_that_may_fill_the_pool_by_themselves_come_in_as_if_nobody_knew() 
 def test_where_ends_are_known_nobody_is_preempted() -> None:
     """As long as each prompt is computed in a step."""
     choose = random.Random(1)
-    for _ in range(60):
+    for _ in range(30):
         page_size = choose.choice((1, 4, 16))
         scheduler = make(
             page_size=page_size,

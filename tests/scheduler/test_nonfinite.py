@@ -78,7 +78,7 @@ def test_what_lies_beyond_the_valid_tokens_of_a_row_is_not_looked_at() -> None:
 def test_random_sequences_keep_their_books(depth: int) -> None:
     """Some rows of some steps are no numbers, whatever else happens at the same time."""
     num_ended = 0
-    for seed in range(60):
+    for seed in range(30):
         random_ = random.Random(1000 * depth + seed)
         harness = Harness(random_limits(random_, depth))
         collect = harness.device.collect
@@ -94,12 +94,11 @@ def test_random_sequences_keep_their_books(depth: int) -> None:
                 random_.choice(("issue", "issue", "land", "add", "books", "update", "abort")), random_, harness, 3, now
             )
         harness.add(random_request(random_, len(harness.received), harness, 3), 99.0)
-        harness.run()
-        harness.check_end()
+        harness.end()
         finals = [received.final.finish for received in harness.received.values() if received.final is not None]
         num_bad = sum(
             finish is not None and finish.error is not None and finish.error.code == CODE for finish in finals
         )
         assert harness.scheduler.metrics()["num_nonfinite"] == num_bad
         num_ended += num_bad
-    assert num_ended > 30
+    assert num_ended > 15

@@ -13,7 +13,7 @@ from headrace.types.request import Request, pack_ids, unpack_ids
 from headrace.types.sampling_params import LogprobOptions
 from tests.scheduler.harness import ERROR, Harness, random_limits
 
-NUM_CHUNKS = 4
+NUM_CHUNKS = 2
 NUM_SEQUENCES = 300
 EVENTS = (
     ("issue", 34),
@@ -45,6 +45,8 @@ HAPPENED = (
     "num_aborted",
     "num_failed",
 )
+NUM_ROUNDS = (None, 2, 6)
+"""How many results a sequence has after its last event; None: until all requests have ended."""
 IN_FLIGHT = ("keep", "keep", "keep", "recompute", "abort", "drain")
 
 
@@ -98,15 +100,15 @@ def play(
     has_pictures: bool = False,
     num_cohorts: int = 1,
 ) -> Harness:
-    """Run one random event sequence to its end."""
+    """Run one random event sequence, and one in three of them to its end: what is left goes its way in many steps in
+    which nothing else happens."""
     random_ = random.Random(seed)
     harness = Harness(random_limits(random_, depth, num_cohorts), num_tokens)
     harness.has_pictures = has_pictures
     family = random_.randrange(100)
     for now in range(num_events):
         play_event(random_.choice(NAMES), random_, harness, family, float(now))
-    harness.run()
-    harness.check_end()
+    harness.end(NUM_ROUNDS[seed % len(NUM_ROUNDS)])
     return harness
 
 
@@ -158,7 +160,7 @@ def play_command(name: str, random_: random.Random, harness: Harness) -> None:
 
 def num_events(seed: int) -> int:
     """Mostly short, so that many fit; some long."""
-    return 80 if seed % 64 == 0 else 4 + seed % 9
+    return 80 if seed % 64 == 0 else 10 + seed % 20
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
@@ -187,7 +189,7 @@ def test_random_events_keep_every_promise(depth: int, chunk: int) -> None:
 @pytest.mark.parametrize("num_tokens", [(1, 2), (1, 4), (0, 1), (0, 4)])
 def test_steps_may_bring_any_number_of_tokens_a_row_at_any_depth(depth: int, num_tokens: tuple[int, int]) -> None:
     total: Counter[str] = Counter()
-    for seed in range(100):
+    for seed in range(50):
         harness = play(10_000 + seed * 4 + depth, depth, num_events(seed), num_tokens)
         total.update({name: int(value) for name, value in harness.scheduler.metrics().items()})
     assert total["num_generated_tokens"] > 300 and total["num_preemptions"] > 0
@@ -197,20 +199,20 @@ def test_steps_may_bring_any_number_of_tokens_a_row_at_any_depth(depth: int, num
 @pytest.mark.parametrize("depth", [0, 2])
 def test_prefixes_of_equal_ids_and_other_units_are_never_shared(depth: int) -> None:
     total: Counter[str] = Counter()
-    for seed in range(250):
+    for seed in range(125):
         harness = play(20_000 + seed * 4 + depth, depth, num_events(seed), has_pictures=True)
         total.update({name: int(value) for name, value in harness.scheduler.metrics().items()})
-    assert total["num_cached_tokens"] > 100 and total["num_resumed_tokens"] > 0 and total["num_preemptions"] > 0
+    assert total["num_cached_tokens"] > 50 and total["num_resumed_tokens"] > 0 and total["num_preemptions"] > 0
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_the_same_events_give_the_same_plans(depth: int) -> None:
     digests = set()
-    for seed in range(40):
+    for seed in range(20):
         first, second = (play(seed, depth, 20).plan_log.hexdigest() for _ in range(2))
         assert first == second
         digests.add(first)
-    assert len(digests) > 33
+    assert len(digests) > 16
 
 
 @pytest.mark.parametrize("num_cohorts", [2, 3, 5])
@@ -218,7 +220,7 @@ def test_the_same_events_give_the_same_plans(depth: int) -> None:
 def test_with_cohorts_no_step_has_a_token_that_is_not_known(num_cohorts: int, num_tokens: tuple[int, int]) -> None:
     """`Harness.issue` holds plans against that."""
     total: Counter[str] = Counter()
-    for seed in range(200):
+    for seed in range(100):
         depth = num_cohorts - 1
         harness = play(30_000 + seed, depth, num_events(seed), num_tokens, num_cohorts=num_cohorts)
         total.update({name: int(value) for name, value in harness.scheduler.metrics().items()})
