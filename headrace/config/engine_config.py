@@ -5,6 +5,7 @@ Nothing here is decided: `None` and "auto" stay as they are until `resolve()` tu
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -155,9 +156,15 @@ class SettledConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fiel
         return self.max_running_requests + self.max_waiting_requests
 
 
+@functools.cache
+def _fields() -> tuple[msgspec.structs.FieldInfo, ...]:
+    """Those of a config; to find them is to evaluate every annotation."""
+    return msgspec.structs.fields(EngineConfig)
+
+
 def _make_plain(config: EngineConfig) -> None:
     """Check the type of every field; scalars of NumPy and torch become numbers, paths strings."""
-    for field in msgspec.structs.fields(type(config)):
+    for field in _fields():
         value = getattr(config, field.name)
         plain = as_setting(value, field.type, field.name, ConfigError)
         if plain is not value:

@@ -99,7 +99,7 @@ def mutations() -> Iterator[dict[str, Any]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_wrong_field_is_refused_by_file_and_field_or_read(family: str, tmp_path: Path) -> None:
     base = {"architectures": [f"{FAMILIES[family]}ForCausalLM"], "model_type": family, **BASE}
-    num_refused = 0
+    num_refused, resolved = 0, set[str]()
     for change in mutations():
         config = {name: value for name, value in {**base, **change}.items() if value is not MISSING}
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -112,7 +112,9 @@ def test_a_wrong_field_is_refused_by_file_and_field_or_read(family: str, tmp_pat
             assert error.field == name or name in error.message, (change, error)
             continue
         json.dumps([spec.model_type, spec.dtype]).encode()
-        if spec.kv_groups[0].head_dim * spec.kv_groups[0].num_heads < 1 << 20:  # else a pool holds no page
+        is_new = repr(spec) not in resolved  # most fields change nothing that is read
+        resolved.add(repr(spec))
+        if is_new and spec.kv_groups[0].head_dim * spec.kv_groups[0].num_heads < 1 << 20:  # else a pool holds no page
             resolve(EngineConfig(model=str(tmp_path), device="cpu"), tmp_path)
         value = change[name]
         assert isinstance(value, (int, float, dict, list)) or value in (None, MISSING) or name in READ_BY_NONE, change

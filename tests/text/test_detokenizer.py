@@ -12,7 +12,7 @@ from headrace.text import IncrementalDetokenizer, Tokenizer
 from headrace.text.tokenizer import TokenStrings
 from tests.text import builders
 
-NUM_SEQUENCES = 10_000
+NUM_SEQUENCES = 4_000
 KINDS: dict[str, tuple[Callable[[], object], str]] = {
     "byte_level": (builders.byte_level, "bytes"),
     "byte_fallback": (builders.byte_fallback, "text"),

@@ -1,4 +1,4 @@
-"""Twenty thousand payloads with a few bytes changed; `python -m tests.weights.foreign_mutations 1000000` makes more."""
+"""Ten thousand payloads with a few bytes changed; `python -m tests.weights.foreign_mutations 1000000` makes more."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from tests.weights.foreign_mutations import UNDERSTOOD, Mutants, fuzz, outcome_o
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_changed_payload_is_consistent_or_refused(seed: int) -> None:
-    outcomes = fuzz(5_000, seed)
-    assert outcomes.total() == 5_000
+    outcomes = fuzz(2_500, seed)
+    assert outcomes.total() == 2_500
     # Mutants that are merely broken at once would prove little.
-    assert outcomes["accepted"] > 100 and len(outcomes) > 60
+    assert outcomes["accepted"] > 50 and len(outcomes) > 60
 
 
 def test_bytes_that_are_no_payload_are_refused() -> None:

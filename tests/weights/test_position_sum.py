@@ -118,8 +118,9 @@ def test_the_digests_of_ranks_add_up_to_that_of_one(num_ranks: int, monkeypatch:
     whole = {name: position_digest(each.bfloat16().view(-1), KEYS) for name, each in model.state_dict().items()}
     assert _added(stores) == whole
     check_that_every_copy_counts(stores, whole)
-    monkeypatch.setattr(live_reading, "_on_host", live_reading._on_device)
-    assert _added(stores) == whole
+    if num_ranks in (2, 3):  # parts alone, and parts beside copies
+        monkeypatch.setattr(live_reading, "_on_host", live_reading._on_device)
+        assert _added(stores) == whole
 
 
 def _added(stores: list[WeightStore]) -> dict[str, str]:
