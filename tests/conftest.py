@@ -34,16 +34,6 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True)
-def frozen_imports() -> Iterator[None]:
-    """What is tested may thaw all objects of the process."""
-    before = gc.get_freeze_count()
-    yield
-    if gc.get_freeze_count() < before // 2:
-        gc.collect()
-        gc.freeze()
-
-
-@pytest.fixture(autouse=True)
 def restored_loggers() -> Iterator[None]:
     """A command that runs in a test sends this process's records to a stream that ends with the test."""
     loggers = [logging.getLogger(name) for name in (None, LOGGER_NAME, *LIBRARIES)]

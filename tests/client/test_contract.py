@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import inspect
 import math
 from collections.abc import Callable, Iterator
@@ -163,7 +162,6 @@ def scenario(door: Any, folder: Path) -> list[Any]:
         door.flush_cache(),
     ]
     assert door.slow_down(0.001) is None and door.slow_down() is None and door.freeze_gc() is None
-    gc.unfreeze()  # where the core is in this process
     seen += [door.collective_rpc("digest"), door.collective_rpc("abort", 30.0, ("nobody",), {"prefix": True})]
     door.generate(input_ids=IDS[0], sampling_params=DRAWN, request_id="worth")
     seen += [
