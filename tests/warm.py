@@ -8,6 +8,7 @@ and any in an environment that imports may have looked at, starts cold.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import fcntl
@@ -31,7 +32,13 @@ import msgspec
 
 from headrace.ipc.spawn import python_path
 
-MODULES = ("headrace.core.process", "headrace.core.rank_process", "tests.engine.group_trainer", "tests.parallel.pool")
+MODULES = (
+    "headrace",
+    "headrace.core.process",
+    "headrace.core.rank_process",
+    "tests.engine.group_trainer",
+    "tests.parallel.pool",
+)
 IMPORTS = (
     "torch.distributed",
     "safetensors.torch",
@@ -40,6 +47,8 @@ IMPORTS = (
     "headrace.core.rank_member",
     "headrace.runner",
     "headrace.models",
+    "headrace.cli.serve",
+    "headrace.core.rank_node",
     *MODULES,
 )
 SECONDS = 60.0
@@ -118,7 +127,7 @@ def _start_of(asked: dict[str, Any]) -> Start | None:
     given = dict(os.environ if asked["env"] is None else asked["env"])
     wanted = Start(words, given, str(asked["cwd"] or Path.cwd()), asked["start_new_session"], [0, 1, 2])
     plain = asked["preexec_fn"] is None and asked["close_fds"] and asked["process_group"] in (-1, None)
-    if wanted.module not in MODULES or not plain or _looked_at(given) != _looked_at(dict(_ENVIRONMENT)):
+    if wanted.module not in MODULES or not plain or _looked_at(given) != _looked_at(_ENVIRONMENT):
         return None
     wanted.numbers += map(int, asked["pass_fds"])
     return wanted
@@ -126,9 +135,9 @@ def _start_of(asked: dict[str, Any]) -> Start | None:
 
 def _looked_at(environment: dict[str, str]) -> dict[str, Any]:
     """What imports may have looked at: none does at Headrace's own variables, nor at one that an import sets."""
-    paths = set(environment.pop("PYTHONPATH", "").split(os.pathsep)) | {python_path().split(os.pathsep)[0]}
+    paths = set(environment.get("PYTHONPATH", "").split(os.pathsep)) | {python_path().split(os.pathsep)[0]}
     kept = {name: value for name, value in environment.items() if not name.startswith(_NOT_LOOKED_AT)}
-    return {**kept, "paths": paths - {""}}
+    return {**kept, "PYTHONPATH": paths - {""}}
 
 
 _ENVIRONMENT = dict(os.environ)
@@ -230,6 +239,8 @@ def _become(wanted: Start, descriptors: list[int], told: int) -> None:
     except BaseException:  # process entry point
         traceback.print_exc()
     finally:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
@@ -263,7 +274,8 @@ def main(number: int) -> None:
         __import__(name)
     gc.freeze()
     for name in MODULES:
-        del sys.modules[name]  # each is run, as a new one
+        if name != "headrace":
+            del sys.modules[name]  # each is run, as a new one
     num_threads = len(os.listdir("/proc/self/task"))
     assert num_threads == 1, f"{num_threads} threads: only a process of one can be forked"
     connection = socket.socket(fileno=number)
