@@ -37,7 +37,6 @@ MODULES = (
     "headrace.core.process",
     "headrace.core.rank_process",
     "tests.engine.group_trainer",
-    "tests.parallel.pool",
 )
 IMPORTS = (
     "torch.distributed",

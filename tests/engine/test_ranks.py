@@ -28,8 +28,8 @@ from tests.warm import cold_starts
 from tests.weights.test_shard_reading import num_bytes_read
 
 PROMPTS = [[1, 2, 3, 4, 5], [7], [9, 8, 7, 6, 5, 4, 3, 2, 1] * 5]
-GREEDY = SamplingParams(temperature=0.0, max_new_tokens=24, ignore_eos=True)
-DRAWN = SamplingParams(temperature=1.0, top_k=20, max_new_tokens=24, ignore_eos=True, seed=3)
+GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12, ignore_eos=True)
+DRAWN = SamplingParams(temperature=1.0, top_k=20, max_new_tokens=12, ignore_eos=True, seed=3)
 NAMES = [
     "model.embed_tokens.weight",
     "model.layers.1.mlp.down_proj.weight",
