@@ -286,9 +286,11 @@ class SlowWeights(FreeWeights):
 
 class SlowCopy:
     def __init__(self, world: World) -> None:
+        self.has_written = False
         self._world = world
 
     def advance(self, budget_s: float) -> bool:
+        self.has_written = True
         self._world.lose_time(1.0)
         return self._world.chance.random() < 0.7
 
