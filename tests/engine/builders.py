@@ -1,7 +1,7 @@
 """What the engine's tests run on: a model, its tokenizer, and weights to push.
 
-Transformers is loaded by what makes a model or a tokenizer: processes that tests start want the settings only, and
-would load it for seconds each.
+Torch and transformers are loaded by what makes a model or a tokenizer: processes that tests start want the settings
+only, and would load them for seconds each.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 EOS_ID = 256
@@ -34,6 +34,7 @@ SETTINGS: dict[str, Any] = {
 
 def model_of(seed: int) -> Qwen3ForCausalLM:
     """A random model whose distribution is far from flat."""
+    import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(seed)
@@ -82,6 +83,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def reference_logprobs(model: Qwen3ForCausalLM, token_ids: list[int], temperature: float = 1.0) -> np.ndarray[Any, Any]:
     """log_softmax(logits / temperature) [len, vocab] of the next token after each position."""
+    import torch
+
     with torch.no_grad():
         logits = model(torch.tensor([token_ids])).logits[0].double()
     result: np.ndarray[Any, Any] = torch.log_softmax(logits / temperature, dim=-1).numpy()

@@ -66,7 +66,7 @@ from headrace.types.request import Delta, Request, pack_ids
 from headrace.types.weights import TensorInfo, UpdateMode, UpdateReport
 from headrace.weights.memory import ResolvedMode, Ticket
 
-NUM_WORLDS = 50
+NUM_WORLDS = 30
 NUM_SEQUENCES = 100
 MAX_LIMIT = 8.0
 LONGEST_TURN = 16.0
@@ -286,9 +286,11 @@ class SlowWeights(FreeWeights):
 
 class SlowCopy:
     def __init__(self, world: World) -> None:
+        self.has_written = False
         self._world = world
 
     def advance(self, budget_s: float) -> bool:
+        self.has_written = True
         self._world.lose_time(1.0)
         return self._world.chance.random() < 0.7
 

@@ -25,6 +25,7 @@ from tests.engine.test_ranks import DRAWN, GREEDY, NAMES, check_equal, outputs
 from tests.engine.test_restart import is_gone, pid_of, wait_for
 from tests.engine.test_weight_groups import NAMES as ALL_NAMES
 from tests.engine.test_weight_groups import free_port, manifest_of
+from tests.warm import cold_starts
 
 NOTICED_SECONDS = 5.0
 
@@ -201,8 +202,9 @@ def server_info(port: int) -> dict[str, Any]:
 
 
 def test_a_server_is_the_first_node(model_folder: Path) -> None:
+    """Every process here starts cold, as users' do."""
     address, port = f"{FIRST}:{free_port()}", free_port()
-    with node(model_folder, address) as other, node(model_folder, address, rank=0, port=port) as first:
+    with cold_starts(), node(model_folder, address) as other, node(model_folder, address, rank=0, port=port) as first:
         info = server_info(port)
         assert [info[name] for name in ("tp_size", "nnodes", "node_rank", "num_gpus")] == [2, 2, 0, 2]
         first.process.send_signal(signal.SIGTERM)

@@ -166,12 +166,12 @@ SCRIPT = """
 import sys, time
 from headrace import Engine
 from tests.engine.builders import SETTINGS
-from tests.engine.test_ranks import rank_pids
-from tests.engine.test_restart import pid_of
+from tests.processes import children_of
 if __name__ == "__main__":
     settings = {**SETTINGS, "tp_size": 2, "device": "cpu", "skip_tokenizer_init": True}
     engine = Engine(sys.argv[1], inprocess=sys.argv[2] == "True", **settings)
-    print(pid_of(engine), *rank_pids(engine), flush=True)
+    core = engine.asynchronous.runtime.host.pid
+    print(core, *children_of(core, word="headrace.core.rank_process"), flush=True)
     time.sleep(600)
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,11 +24,12 @@ from tests.engine.test_memory import NUM_CYCLES, resident_bytes
 from tests.engine.test_restart import pid_of
 from tests.parity.models import make_model, save_model
 from tests.processes import children_of
+from tests.warm import cold_starts
 from tests.weights.test_shard_reading import num_bytes_read
 
 PROMPTS = [[1, 2, 3, 4, 5], [7], [9, 8, 7, 6, 5, 4, 3, 2, 1] * 5]
-GREEDY = SamplingParams(temperature=0.0, max_new_tokens=24, ignore_eos=True)
-DRAWN = SamplingParams(temperature=1.0, top_k=20, max_new_tokens=24, ignore_eos=True, seed=3)
+GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12, ignore_eos=True)
+DRAWN = SamplingParams(temperature=1.0, top_k=20, max_new_tokens=12, ignore_eos=True, seed=3)
 NAMES = [
     "model.embed_tokens.weight",
     "model.layers.1.mlp.down_proj.weight",
@@ -62,7 +64,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=LAYOUTS.values(), ids=list(LAYOUTS))
 def ranks(request: pytest.FixtureRequest, model_folder: Path) -> Iterator[Engine]:
-    with Engine(model_folder, device="cpu", **request.param, **SETTINGS) as started:
+    """Those of one layout start cold, as users' do, the core and its rank."""
+    is_cold = request.param == LAYOUTS["process"]
+    with cold_starts() if is_cold else nullcontext():
+        started = Engine(model_folder, device="cpu", **request.param, **SETTINGS)
+    with started:
         yield started
 
 

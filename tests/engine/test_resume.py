@@ -69,7 +69,7 @@ def test_penalties_count_what_was_generated_before_the_cut(start: Callable[..., 
 
 def test_stop_strings_match_across_the_cut_and_text_begins_behind_it(engine: Engine) -> None:
     source, num_across = random.Random(1), 0
-    for seed in range(12):
+    for seed in range(6):
         free = whole(engine, seed=seed, logit_bias=LETTERS, frequency_penalty=0.4)
         at = source.randrange(4, LENGTH - 4)
         params: dict[str, Any] = {
@@ -94,7 +94,7 @@ def test_stop_strings_match_across_the_cut_and_text_begins_behind_it(engine: Eng
                 num_output_ids_in_prompt=cut,
             )
             assert "".join(piece.text for piece in pieces) == found.text
-    assert num_across > 10
+    assert num_across > 5
 
 
 def test_a_stop_string_complete_before_the_cut_is_passed_over(engine: Engine) -> None:

@@ -535,14 +535,10 @@ def test_leaving_ends_what_is_being_received(spawned: Engine, trainer: TrainerPr
 _HANGING = """
 import json, sys, threading, time
 from tests.engine.builders import SETTINGS
-from tests.engine.group_trainer import TrainerProcess
 from headrace import Engine, HeadraceError
-trainer = TrainerProcess()
 engine = Engine(sys.argv[1], inprocess=sys.argv[2] == "True", skip_tokenizer_init=True, **SETTINGS)
 port, manifest = int(sys.argv[3]), [(name, tuple(shape), dtype) for name, shape, dtype in json.loads(sys.argv[4])]
-trainer.tell(do="init", port=port, name="g")
 engine.init_weights_update_group("127.0.0.1", port, 1, 2, "g", "gloo", timeout=30)
-trainer.hear()
 session = engine.begin_update("v", manifest, timeout=300)
 def say(*words):  # in one write: two threads do
     sys.stdout.write(" ".join(map(str, words)) + "\\n")
@@ -554,25 +550,32 @@ def stage():
         say("told")
 threading.Thread(target=stage).start()
 time.sleep(0.5)
-trainer.stop()
+say("receives")
+sys.stdin.readline()
 began = time.monotonic()
 engine.shutdown()
 say("seconds", time.monotonic() - began)
 import atexit
 atexit.register(lambda: say("ended"))
-say("trainer", trainer.process.pid)
 """
 
 
 @pytest.mark.parametrize("inprocess", [False, True])
-def test_an_end_does_not_wait_for_a_broadcast(model_folder: Path, inprocess: bool) -> None:
+def test_an_end_does_not_wait_for_a_broadcast(model_folder: Path, trainer: TrainerProcess, inprocess: bool) -> None:
     """The trainer stands still in the middle of one, and goes on doing so."""
-    given = [str(model_folder), str(inprocess), str(free_port()), json.dumps(manifest_of())]
+    port = free_port()
+    given = [str(model_folder), str(inprocess), str(port), json.dumps(manifest_of())]
     command = [sys.executable, "-c", _HANGING, *given]
-    done = subprocess.run(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=60, check=False
-    )
-    lines = dict(line.partition(" ")[::2] for line in done.stdout.splitlines())
-    os.kill(int(lines["trainer"]), 9)
-    assert done.returncode == 0
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as script:
+        try:
+            trainer.ask(do="init", port=port, name="g")
+            assert script.stdout is not None and script.stdout.readline() == "receives\n"
+            trainer.stop()
+            said, _ = script.communicate("\n", timeout=60)
+        finally:
+            script.kill()
+            trainer.kill()
+    lines = dict(line.partition(" ")[::2] for line in said.splitlines())
+    assert script.returncode == 0
     assert float(lines["seconds"]) < 8 and "told" in lines and "ended" in lines

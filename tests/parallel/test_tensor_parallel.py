@@ -13,7 +13,7 @@ from tests.parallel.pool import RankPool
 from tests.parity.models import CONFIGS, make_model, save_model
 
 TOLERANCE = 2e-4
-NUM_TOKENS = 24
+NUM_TOKENS = 12
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
