@@ -50,6 +50,24 @@ def quick_interpreter() -> None:
     quicken()
 
 
+@pytest.fixture(scope="session")
+def warm_processes() -> Iterator[None]:
+    """Cores, ranks and trainers begin with torch imported."""
+    from tests.warm import warm_starts  # it looks at the environment, which is complete by now
+
+    with warm_starts():
+        yield
+
+
+@pytest.fixture
+def cold_processes() -> Iterator[None]:
+    """Processes begin as users start them."""
+    from tests.warm import cold_starts
+
+    with cold_starts():
+        yield
+
+
 @pytest.fixture
 def dot_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of bits: a dot of Triton's interpreter in which a row's bits depend on no other row.

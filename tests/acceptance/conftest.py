@@ -49,6 +49,11 @@ def named_tensors(model: Qwen3ForCausalLM) -> list[tuple[str, torch.Tensor]]:
     return [(name, parameter.detach()) for name, parameter in model.named_parameters()]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def warm(warm_processes: None) -> None:
+    """Processes that these tests start are warm."""
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Checkpoints of three models of one shape and different weights."""

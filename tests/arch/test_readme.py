@@ -29,7 +29,7 @@ START_SECONDS = 120
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+def address(warm: None) -> Iterator[str]:
     """The README's server, started by its command, on a free port. It must drain and end well on SIGTERM."""
     (command,) = [words for words in commands() if words[:3] == ["headrace", "serve", MODEL]]
     words = [str(POLICY) if word == MODEL else "0" if word == "30000" else word for word in command[1:]]

@@ -35,6 +35,11 @@ class Served:
         self.handle.stop()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def warm(warm_processes: None) -> None:
+    """Processes that these tests start are warm."""
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint every test here serves, unless it says otherwise."""
