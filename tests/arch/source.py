@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 from pathlib import Path
 
@@ -82,6 +83,18 @@ def source_files() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    """A file of the package, parsed once."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def nodes_of(tree: ast.Module) -> tuple[ast.AST, ...]:
+    """All that is in a tree, as `ast.walk` finds it."""
+    return tuple(ast.walk(tree))
+
+
 def module_name(path: Path) -> str:
     """The dotted name of a file of the package."""
     parts = list(path.relative_to(ROOT).with_suffix("").parts)
@@ -94,23 +107,23 @@ def package_of(module: str) -> str:
     return parts[1] if len(parts) > 1 else ""
 
 
+@functools.cache
 def imports_of(path: Path) -> list[Import]:
     """Imports of headrace modules in a file of the package."""
-    return imports_in(path.read_text(encoding="utf-8"), module_name(path), is_package=path.name == "__init__.py")
+    return imports_in(tree_of(path), module_name(path), is_package=path.name == "__init__.py")
 
 
-def imports_in(text: str, importer: str, *, is_package: bool = False) -> list[Import]:
-    """Imports of headrace modules in a module's text, type-only ones and names handed to `import_module` included."""
-    tree = ast.parse(text)
+def imports_in(tree: ast.Module, importer: str, *, is_package: bool = False) -> list[Import]:
+    """Imports of headrace modules in a module, type-only ones and names handed to `import_module` included."""
     lazy = {
         id(node)
-        for function in ast.walk(tree)
+        for function in nodes_of(tree)
         if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
         for node in ast.walk(function)
     }
     return [
         Import(importer, imported, getattr(node, "lineno", 0), id(node) in lazy)
-        for node in ast.walk(tree)
+        for node in nodes_of(tree)
         for imported in _imported(node, importer, is_package=is_package)
         if imported.split(".")[0] == "headrace"
     ]

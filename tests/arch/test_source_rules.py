@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.arch.source import ORDER, PACKAGE, ROOT, source_files
+from tests.arch.source import ORDER, PACKAGE, ROOT, nodes_of, source_files, tree_of
 
 FORBIDDEN = re.compile(
     r"\b(pickle|cloudpickle|dill|marshal|shelve|joblib|multiprocessing|broadcast_object_list|all_gather_object)\b"
@@ -51,11 +51,11 @@ def _relative(path: Path) -> str:
 
 def _trees() -> Iterator[tuple[Path, ast.Module]]:
     for path in source_files():
-        yield path, ast.parse(path.read_text(encoding="utf-8"))
+        yield path, tree_of(path)
 
 
-def _functions(tree: ast.AST) -> list[Function]:
-    return [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+def _functions(tree: ast.Module) -> list[Function]:
+    return [node for node in nodes_of(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
 
 
 def _num_lines(function: Function) -> int:
@@ -119,10 +119,10 @@ def test_the_gate_lets_methods_called_eval_pass() -> None:
     assert not _forbidden_in("model.eval()") and not _forbidden_in("re.compile(text)")
 
 
-def _unsafe_loads(tree: ast.AST) -> list[int]:
+def _unsafe_loads(tree: ast.Module) -> list[int]:
     return [
         node.lineno
-        for node in ast.walk(tree)
+        for node in nodes_of(tree)
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
         and node.func.attr == "load"
@@ -146,7 +146,7 @@ def test_no_module_global_is_rebound() -> None:
     found = [
         f"{_relative(path)}:{node.lineno}: global {', '.join(node.names)}"
         for path, tree in _trees()
-        for node in ast.walk(tree)
+        for node in nodes_of(tree)
         if isinstance(node, ast.Global)
     ]
     assert not found, "\n".join(found)
@@ -191,10 +191,10 @@ def test_functions_and_files_are_small() -> None:
     assert statistics.quantiles(lengths, n=10)[-1] <= P90_FUNCTION_LINES
 
 
-def _broad_handlers(tree: ast.AST) -> list[int]:
+def _broad_handlers(tree: ast.Module) -> list[int]:
     return [
         node.lineno
-        for node in ast.walk(tree)
+        for node in nodes_of(tree)
         if isinstance(node, ast.ExceptHandler)
         and not isinstance(node.body[-1], ast.Raise)
         and (node.type is None or {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)} & _BROAD)
@@ -250,11 +250,11 @@ TENSOR_MAKERS = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "
 MAKES_TENSORS = ("kernels", "attention", "weights", "layers", "models", "sampling", "runner", "core", "engine")
 
 
-def _half_made_tensors(tree: ast.AST) -> list[str]:
+def _half_made_tensors(tree: ast.Module) -> list[str]:
     """Calls that make a tensor of the process's default dtype or on its default device."""
     return [
         f"{node.lineno}: {ast.unparse(node)}"
-        for node in ast.walk(tree)
+        for node in nodes_of(tree)
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
         and node.func.attr in TENSOR_MAKERS
