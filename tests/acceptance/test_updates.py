@@ -16,6 +16,7 @@ from headrace.types.weights import InFlight, UpdateMode
 from tests.acceptance.conftest import VOCAB_SIZE, named_tensors, tiny_model
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12, ignore_eos=True)
+SHORT = SamplingParams(temperature=0.0, max_new_tokens=3, ignore_eos=True)
 PROMPTS = [[7, 8, 9, 10, 11, 12, 13, 14, 15], [30, 31, 32, 33, 34, 35, 36, 37]]
 
 
@@ -23,10 +24,10 @@ class BrokenSource(Exception):
     pass
 
 
-def outputs(engine: Engine) -> list[tuple[list[int], list[float]]]:
+def outputs(engine: Engine, params: SamplingParams = GREEDY) -> list[tuple[list[int], list[float]]]:
     """Bit for bit: each prompt alone and all of it computed, since the steps that prompts share depend on time."""
     engine.flush_cache()
-    found = [engine.generate(input_ids=prompt, sampling_params=GREEDY)[0] for prompt in PROMPTS]
+    found = [engine.generate(input_ids=prompt, sampling_params=params)[0] for prompt in PROMPTS]
     return [(piece.token_ids, piece.logprobs) for piece in found]
 
 
@@ -43,7 +44,7 @@ def cut_after(tensors: list[tuple[str, torch.Tensor]], count: int) -> Iterator[t
 def test_a_failure_at_any_tensor_serves_old_bits_or_nothing(engine_on: Callable[..., Engine], mode: UpdateMode) -> None:
     engine = engine_on()
     new = named_tensors(tiny_model(1))
-    before, digest = outputs(engine), engine.digest()
+    before, digest = outputs(engine, SHORT), engine.digest()
     num_poisoned = 0
     for count in range(len(new) + 1):
         session = engine.begin_update("broken", manifest_of(new), mode=mode)
@@ -54,13 +55,13 @@ def test_a_failure_at_any_tensor_serves_old_bits_or_nothing(engine_on: Callable[
             engine.stage(session, cut_after([], 0))
         engine.abort_update(session)
         if mode == "shadow" or count == 0:
-            assert outputs(engine) == before and engine.digest() == digest
+            assert outputs(engine, SHORT) == before and engine.digest() == digest
             continue
         with pytest.raises(PoisonedError):
             outputs(engine)
         num_poisoned += 1
         engine.update_weights_from_tensor(named_tensors(tiny_model(0)), version="healed")
-        assert outputs(engine) == before and engine.digest() == digest
+        assert outputs(engine, SHORT) == before and engine.digest() == digest
     assert num_poisoned == (len(new) if mode == "inplace" else 0)
 
 
@@ -105,14 +106,16 @@ class background_load:
         assert not self._thread.is_alive() and len(self.results) == 8
 
 
-@pytest.mark.parametrize(("num_ranks", "length"), [(1, 240), (2, 160)])
+@pytest.mark.parametrize(
+    ("num_ranks", "length", "policies"), [(1, 240, get_args(InFlight)), (2, 160, ("keep", "recompute"))]
+)
 def test_spans_of_requests_that_cross_three_updates_each(
-    engine_on: Callable[..., Engine], num_ranks: int, length: int
+    engine_on: Callable[..., Engine], num_ranks: int, length: int, policies: tuple[InFlight, ...]
 ) -> None:
     """They add up to its length, and name each version in order, once, and only after its commit. One that ends before
     an update is of the weights before it."""
     engine = engine_on(tp_size=num_ranks, device="cpu")
-    for in_flight in get_args(InFlight):
+    for in_flight in policies:
         engine.update_weights_from_tensor(named_tensors(tiny_model(0)), version=f"{in_flight} 0")
         cross_three_updates(engine, in_flight, length)
 
