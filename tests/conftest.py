@@ -33,6 +33,11 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_sessionfinish() -> None:
+    """Libraries report what is left when the interpreter ends: it is to find all."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def restored_loggers() -> Iterator[None]:
     """A command that runs in a test sends this process's records to a stream that ends with the test."""
@@ -51,11 +56,21 @@ def quick_interpreter() -> None:
 
 
 @pytest.fixture(scope="session")
-def warm_processes() -> Iterator[None]:
-    """Cores, ranks and trainers begin with torch imported."""
-    from tests.warm import warm_starts  # it looks at the environment, which is complete by now
+def template() -> Iterator[Any]:
+    """What warm processes are forked off."""
+    from tests.warm import Template  # it looks at the environment, which is complete by now
 
-    with warm_starts():
+    made = Template()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def warm_processes(template: Any) -> Iterator[None]:
+    """Cores, ranks and trainers begin with torch imported."""
+    from tests.warm import warm_starts
+
+    with warm_starts(template):
         yield
 
 

@@ -79,14 +79,10 @@ class Start(msgspec.Struct):
 
 
 @contextlib.contextmanager
-def warm_starts() -> Iterator[None]:
+def warm_starts(template: Template) -> Iterator[None]:
     """For this process, and those that it starts so."""
-    template = _Template()
-    try:
-        with _replaced(template.start):
-            yield
-    finally:
-        template.close()
+    with _replaced(template.start):
+        yield
 
 
 @contextlib.contextmanager
@@ -147,7 +143,7 @@ def _looked_at(environment: dict[str, str]) -> dict[str, Any]:
 _ENVIRONMENT = dict(os.environ)
 
 
-class _Template:
+class Template:
     """The process that has imported everything, and does nothing but fork."""
 
     def __init__(self) -> None:

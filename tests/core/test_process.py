@@ -38,6 +38,8 @@ from tests.arch.source import ROOT, child_environment
 from tests.core.harness import bucket_of, manifest_of, new_tensors, request, tiny_config
 from tests.processes import runs
 
+pytestmark = pytest.mark.usefixtures("cold_processes")  # the start is what is tested
+
 
 class Front:
     """A core process and what it has sent."""

@@ -10,14 +10,11 @@ import pytest
 
 from headrace import Engine
 from tests.engine.builders import SETTINGS, save_model
-from tests.warm import warm_starts
 
 
-@pytest.fixture(scope="session", autouse=True)
-def warm() -> Iterator[None]:
-    """Cores, ranks and trainers begin with torch imported; where the start itself is tested it is cold."""
-    with warm_starts():
-        yield
+@pytest.fixture(scope="module", autouse=True)
+def warm(warm_processes: None) -> None:
+    """Processes that these tests start are warm; where the start itself is tested it is cold."""
 
 
 @pytest.fixture(scope="session")
