@@ -9,7 +9,7 @@ import argparse
 import json
 
 from headrace.cli.flags import add_flags, given
-from headrace.rl.demo import DemoOptions, run_demo
+from headrace.rl.demo_options import DemoOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,5 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from headrace.rl.demo import run_demo  # an engine, a client and torch
+
     print(json.dumps(run_demo(DemoOptions(**given(arguments, DemoOptions)))), flush=True)
     return 0

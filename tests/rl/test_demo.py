@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from headrace.rl.arithmetic import Problem, reward
 from headrace.rl.conversations import read_conversations
-from headrace.rl.demo import POLICY, TOOL_POLICY, Demo, DemoOptions, checkpoint_digests, run_demo
+from headrace.rl.demo import POLICY, TOOL_POLICY, Demo, checkpoint_digests, run_demo
+from headrace.rl.demo_options import DemoOptions
 from headrace.rl.display import StepRecord
 from headrace.rl.products import product_reward
 from headrace.types.errors import ConfigError
