@@ -7,17 +7,21 @@ within two seconds; answers of requests never count against one.
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import msgspec
 
 from headrace.cluster.http_parts import Head, write_head
 from headrace.cluster.messages import INSTANCE_HEADER, exchange_whole
 from headrace.cluster.replicas import RemoteReplica, Replicas
+from headrace.ipc.codec import DECODE_ERRORS
 from headrace.types.errors import HeadraceError
 
 LOOK_SECONDS = 1.0
 ANSWER_SECONDS = 0.9
+MAX_ANSWER_BYTES = 1 << 20
 _OK, _NOT_FOUND = 200, 404
+logger = logging.getLogger(__name__)
 
 
 class _Ready(msgspec.Struct):
@@ -53,7 +57,13 @@ class Watch:
         loop = asyncio.get_running_loop()
         while replica.number not in self._ending or replica.num_requests:
             began = loop.time()
-            await self._look(replica)
+            try:
+                await self._look(replica)
+            except (
+                Exception
+            ) as error:  # a bug of ours: whoever is not looked at any more would stay what it is for ever
+                logger.exception("%s could not be looked at", replica.id)
+                self._replicas.set_unhealthy(replica, f"it could not be looked at: {error!r}", loop.time())
             now = loop.time()
             replica.upstream.look(now)
             since = replica.unhealthy_since
@@ -87,11 +97,11 @@ class Watch:
 
 async def _get(replica: RemoteReplica, path: bytes) -> tuple[Head, bytes]:
     head = write_head(b"GET %b HTTP/1.1" % path, [(b"host", replica.host_header)])
-    return await exchange_whole(replica.upstream, head, b"")
+    return await exchange_whole(replica.upstream, head, b"", MAX_ANSWER_BYTES)
 
 
 def _read(body: bytes) -> _Ready:
     try:
         return msgspec.json.decode(body, type=_Ready)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except DECODE_ERRORS:
         return _Ready()

@@ -22,6 +22,7 @@ from headrace.cluster.prompts import read_ask
 from headrace.cluster.replicas import RemoteReplica, Replicas
 from headrace.cluster.resumption import END_OF_STREAM, Resumption, UnreadableAnswerError, resumption_of
 from headrace.cluster.upstream import BrokenAnswerError, LeftRotationError, UpstreamConnection
+from headrace.ipc.codec import DECODE_ERRORS
 from headrace.server.errors import event_body
 from headrace.types.errors import DeadlineError, HeadraceError, PauseTimeoutError, UnreachableError
 from headrace.types.http import MESSAGE_TYPE, StreamPart, framed
@@ -207,7 +208,7 @@ def _may_go_elsewhere(body: bytes) -> bool:
     """Whether a 503 is of this replica, as when its engine died or it shuts down. Behind a pause all wait alike."""
     try:
         told = msgspec.json.decode(body, type=_Refusal)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except DECODE_ERRORS:
         return False
     return told.retryable and told.err_type != PauseTimeoutError.__name__
 

@@ -17,6 +17,7 @@ from headrace.cluster.upstream import Upstream
 from headrace.types.errors import ConfigError, NotFoundError, UnreachableError, UpdateConflictError
 
 MAX_REPLICAS = 4096
+_MAX_HOST_BYTES = 253
 logger = logging.getLogger(__name__)
 
 
@@ -241,15 +242,24 @@ class Replicas:
         return f"no replica is healthy ({'; '.join(told[:4])}{'; ...' if len(told) > 4 else ''})"
 
 
+def _is_host(host: str) -> bool:
+    """Whether it may be looked up."""
+    try:
+        return 0 < len(host.encode("idna")) <= _MAX_HOST_BYTES
+    except UnicodeError:  # a part of it is empty, or too long
+        return False
+
+
 def parse_url(url: str) -> tuple[str, int, str]:
     """(host, port, the URL without what says nothing). `ConfigError` for what is no address of a replica."""
     try:
         parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
+        host, port = parts.hostname or "", parts.port
     except ValueError as error:
         raise ConfigError(f"url {url!r} is no address: {error}", field="url") from None
+    is_name = _is_host(host)
     is_bare = not (parts.username or parts.query or parts.fragment or parts.path.strip("/"))
-    if parts.scheme != "http" or not host or not is_bare or not (url.isascii() and url.isprintable()) or " " in url:
+    if parts.scheme != "http" or not is_name or not is_bare or not (url.isascii() and url.isprintable()) or " " in url:
         raise ConfigError(f"url {url!r} is no address like http://127.0.0.1:30000", field="url")
     port = 80 if port is None else port
     return host, port, f"http://{f'[{host}]' if ':' in host else host}:{port}"

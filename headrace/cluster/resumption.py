@@ -92,8 +92,8 @@ class Resumption:
         return msgspec.json.encode(self._streamed(self._asked))
 
     def take(self, data: bytes) -> bytes | None:
-        """Bytes of the answer, cut anywhere. Returns what the client is to have of it by now; None: the replica's engine
-        has died. Raises `UnreadableAnswerError`."""
+        """Bytes of the answer, cut anywhere. Returns what the client is to have of it by now; None: the replica's
+        engine has died. Raises `UnreadableAnswerError`."""
         data = self._rest + data
         end = data.rfind(_GAP) + len(_GAP) if _GAP in data else 0
         part, self._rest = data[:end], data[end:]
