@@ -20,6 +20,8 @@ from headrace.types.errors import HeadraceError
 LOOK_SECONDS = 1.0
 ANSWER_SECONDS = 0.9
 MAX_ANSWER_BYTES = 1 << 20
+WITHOUT_WEIGHTS = frozenset(("needs_weights", "poisoned"))
+"""States of a replica that has nothing to answer by, as when its core was started again behind an update."""
 _OK, _NOT_FOUND = 200, 404
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ class _Ready(msgspec.Struct):
 
     weight_version: str | None = None
     message: str = "not ready"
+    weights_state: str = ""
 
 
 class Watch:
@@ -92,7 +95,9 @@ class Watch:
         is_ready = ready.status in (_OK, _NOT_FOUND)  # other servers have no such call
         is_news = self._replicas.fence.number == fence_number  # or it may tell of the weights before
         version = told.weight_version if ready.status == _OK and is_news else None
-        self._replicas.set_healthy(replica, "" if is_ready else told.message, version, ready.header(INSTANCE_HEADER))
+        has_none = is_news and told.weights_state in WITHOUT_WEIGHTS
+        ailment, instance = "" if is_ready else told.message, ready.header(INSTANCE_HEADER)
+        self._replicas.set_healthy(replica, ailment, version, instance, has_weights=not has_none)
 
 
 async def _get(replica: RemoteReplica, path: bytes) -> tuple[Head, bytes]:

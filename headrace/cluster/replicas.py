@@ -112,10 +112,16 @@ class Replicas:
         raise NotFoundError(f"there is no worker {identity[:100]!r}", field="worker_id")
 
     def set_healthy(
-        self, replica: RemoteReplica, ailment: str, weight_version: str | None, instance: bytes = b""
+        self,
+        replica: RemoteReplica,
+        ailment: str,
+        weight_version: str | None,
+        instance: bytes = b"",
+        *,
+        has_weights: bool = True,
     ) -> None:
         """It answers, from the process `instance`; `ailment` says why it would not start a request now, "" if it
-        would. `weight_version` is None where it does not say."""
+        would. `weight_version` is None where it does not say; one that has no weights needs those of an update."""
         if not replica.is_healthy:
             logger.info("%s is healthy: %s", replica.id, replica.url)
         if instance != replica.instance:
@@ -123,7 +129,9 @@ class Replicas:
                 self._policy.forget(replica.number)
                 self._set_held(replica, NO_WEIGHTS)  # another process has other weights
             replica.instance = instance
-        if weight_version is not None:
+        if not has_weights and self.fence.number:
+            self._set_held(replica, NO_WEIGHTS)
+        elif weight_version is not None:
             if weight_version != replica.weight_version:
                 replica.weight_version = weight_version
                 self._policy.forget(replica.number)  # what it cached belongs to other weights

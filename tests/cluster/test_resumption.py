@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -39,8 +40,11 @@ async def weighted(num: int = 2, **options: Any) -> AsyncIterator[Routed]:
 
 
 @contextlib.asynccontextmanager
-async def over(replicas: list[FakeReplica], **options: Any) -> AsyncIterator[Routed]:
-    router = ReplicaRouter([each.url for each in replicas], RouterOptions(policy="round_robin", **options))
+async def over(
+    replicas: list[FakeReplica], weights_folder: Path | None = None, **options: Any
+) -> AsyncIterator[Routed]:
+    settings = RouterOptions(policy="round_robin", **options)
+    router = ReplicaRouter([each.url for each in replicas], settings, weights_folder=weights_folder)
     listener = listen("127.0.0.1", 0)
     await router.start(listener)
     found = Routed(router, replicas, listener.getsockname()[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import msgspec
@@ -105,6 +106,27 @@ def test_a_label_that_was_there_before_proves_nothing() -> None:
         assert await ports_asked(found) == {first.port, second.port}
 
     tell(story, policy="round_robin")
+
+
+@pytest.mark.parametrize("state", ["needs_weights", "poisoned"])
+def test_one_that_says_that_it_has_no_weights_is_behind(state: str) -> None:
+    """Its engine died and was started again, in the same server."""
+
+    async def story(found: Routed) -> None:
+        first, second = found.replicas
+        first.answers[DISK] = second.answers[DISK] = done("v1")
+        told = json.dumps({"message": "not ready", "weights_state": state}).encode()
+        head = b"HTTP/1.1 503 X\r\nX-Headrace-Instance: one\r\ncontent-length: %d\r\n\r\n"
+        second.raw["/ready"] = head % len(told) + told
+        await found.until(lambda: [each.trouble for each in found.router.replicas] == ["", "not ready"])
+        assert all(each.is_current for each in found.router.replicas)  # there was no update, which it would lack
+        await found.http.post(DISK, json={"model_path": "/x"})
+        await found.until(lambda: [each.is_current for each in found.router.replicas] == [True, False])
+        second.raw.clear()
+        first.weight_version = second.weight_version = "v1"
+        await found.until(lambda: all(each.is_current for each in found.router.replicas))
+
+    tell(story)
 
 
 def test_a_new_process_at_an_old_address_is_not_taken_for_the_old_one() -> None:
@@ -269,6 +291,7 @@ RELABEL, BEGIN = "/headrace/set_weight_version", "/headrace/begin_update"
         (RELABEL, msgspec.msgpack.encode({"version": "v2"})),
         (BEGIN, msgspec.msgpack.encode({"version": "v2", "manifest": (), "partial": True, "timeout": 9.0})),
     ],
+    ids=["label", "label of ours", "some tensors"],
 )
 def test_what_builds_on_the_current_weights_is_for_nobody_where_none_has_them(path: str, body: bytes) -> None:
     """A replica with older weights does not become current by a label, or by some tensors."""
@@ -309,6 +332,7 @@ def test_some_tensors_are_for_those_with_the_current_weights() -> None:
         (TENSOR, msgspec.json.encode({"serialized_named_tensors": []}), done("v1")),
         ("/update_weight_version", msgspec.json.encode({"new_version": "v1"}), (200, {"success": True})),
     ],
+    ids=["disk", "tensor", "label"],
 )
 def test_an_update_whose_client_goes_away_is_carried_out_at_all(path: str, body: bytes, told: tuple[int, Any]) -> None:
     """Some may have the weights already: the others follow, or leave the rotation."""
