@@ -136,8 +136,10 @@ class UpstreamConnection(asyncio.Protocol):
 
     @property
     def may_be_used_again(self) -> bool:
-        """True when nothing is left of an answer, and the replica keeps the connection."""
+        """True when nothing is left of an answer, read or not, and the replica keeps the connection."""
         is_kept = self._head is None or self._head.keeps_alive
+        if self._parts or self._is_paused:
+            return False  # whoever asked went away, and the next one must not get it
         is_still = self._error is None and not self._buffer and not self._transport.get_write_buffer_size()
         return self._is_complete and is_kept and is_still
 
@@ -148,6 +150,7 @@ class UpstreamConnection(asyncio.Protocol):
     def send(self, head: bytes, body: bytes) -> None:
         """Begin a request."""
         self._head, self._chunks, self._is_complete, self.has_begun = None, None, False, False
+        self._parts, self._num_unread = [], 0
         self.used_at = self._loop.time()
         self._transport.writelines((head, body))
 

@@ -15,10 +15,7 @@ import msgspec
 
 from headrace.rl.tools import CallRecord
 from headrace.types.errors import ConfigError, ErrorInfo, RequestError
-from headrace.types.plain_values import as_integer, as_path, as_seconds
-
-_TORN = "Input data was truncated"
-"""What a decoder says of a line that was cut."""
+from headrace.types.plain_values import TORN_JSON, as_integer, as_path, as_seconds
 
 Status = Literal["new", "cut", "done", "turns", "length", "deadline", "error"]
 
@@ -256,7 +253,7 @@ def read_conversations(path: str | Path) -> list[Conversation]:
         try:
             conversation = decoder.decode(line)
         except msgspec.DecodeError as error:
-            if str(error) == _TORN:
+            if str(error) == TORN_JSON:
                 continue  # whoever wrote it ended, and another one went on
             raise ConfigError(f"path {where}, line {number} is no conversation: {error}", field="path") from None
         except (RecursionError, UnicodeError) as error:

@@ -141,6 +141,47 @@ def test_a_body_that_ends_with_its_connection_is_not_whole_when_the_router_cut_i
     tell(story, num_replicas=1)
 
 
+@pytest.mark.parametrize("size", [2, 3 << 20], ids=["small", "more than is read ahead"])
+def test_an_answer_that_nobody_read_is_not_part_of_the_next_one(size: int) -> None:
+    """Its client went away when it was there, and before it was passed on: the connection is not used again."""
+
+    async def story(found: Routed) -> None:
+        (replica,) = found.replicas
+        replica.raw["/first"], replica.raw["/second"] = answer(b"x" * size), answer(b"own")
+        upstream = Upstream("127.0.0.1", replica.port, 1.0, 1.0)
+        for _ in range(2):
+            async with upstream.connection() as connection:
+                connection.send(b"GET /first HTTP/1.1\r\nhost: x\r\n\r\n", b"")
+                await connection.read_head()
+                async with asyncio.timeout(10):
+                    while not connection._parts or (size < 9 and not connection._is_complete):
+                        await asyncio.sleep(0.01)
+            async with upstream.connection() as connection:
+                connection.send(b"GET /second HTTP/1.1\r\nhost: x\r\n\r\n", b"")
+                assert (await connection.read_head()).body_size == 3
+                assert [await connection.read_part(), await connection.read_part()] == [b"own", b""]
+        upstream.close()
+
+    tell(story, num_replicas=1)
+
+
+def test_clients_that_go_away_leave_the_answers_of_others_alone() -> None:
+    async def story(found: Routed) -> None:
+        async def leave(number: int) -> None:
+            reader, writer = await asyncio.open_connection("127.0.0.1", found.port)
+            body = b'{"rid":"gone"}'
+            writer.write(b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: 14\r\n\r\n" + body)
+            await asyncio.sleep(number % 20 * 2e-4)
+            writer.transport.abort()
+
+        for number in range(60):
+            await asyncio.gather(*(leave(number + each) for each in range(5)))
+            reply = await found.generate(rid=f"r{number}")
+            assert reply.json()["text"] == f"r{number}"
+
+    tell(story)
+
+
 REFUSED = {
     "no route": b"GET /nope HTTP/1.1\r\nhost: localhost\r\n\r\n",
     "not its method": b"GET /generate HTTP/1.1\r\nhost: localhost\r\n\r\n",
