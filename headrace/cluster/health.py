@@ -7,7 +7,6 @@ within two seconds; answers of requests never count against one.
 from __future__ import annotations
 
 import asyncio
-import logging
 
 import msgspec
 
@@ -23,7 +22,6 @@ MAX_ANSWER_BYTES = 1 << 20
 WITHOUT_WEIGHTS = frozenset(("needs_weights", "poisoned"))
 """States of a replica that has nothing to answer by, as when its core was started again behind an update."""
 _OK, _NOT_FOUND = 200, 404
-logger = logging.getLogger(__name__)
 
 
 class _Ready(msgspec.Struct):
