@@ -58,13 +58,7 @@ class Watch:
         loop = asyncio.get_running_loop()
         while replica.number not in self._ending or replica.num_requests:
             began = loop.time()
-            try:
-                await self._look(replica)
-            except (
-                Exception
-            ) as error:  # a bug of ours: whoever is not looked at any more would stay what it is for ever
-                logger.exception("%s could not be looked at", replica.id)
-                self._replicas.set_unhealthy(replica, f"it could not be looked at: {error!r}", loop.time())
+            await self._look(replica)
             now = loop.time()
             replica.upstream.look(now)
             since = replica.unhealthy_since
